@@ -1,0 +1,1 @@
+"""`--loss rankclip` for the unmodified ``python -m open_clip_train.main``."""

@@ -1,0 +1,3 @@
+"""Ranking-consistency losses for CLIP training."""
+
+from rankloss._version import __version__ as __version__
