@@ -1,3 +1,29 @@
-"""Ranking-consistency losses for CLIP training."""
+"""Ranking-consistency losses for CLIP training.
 
+The losses are modules (:class:`RankConsistency`, :class:`RankClipLoss`, :class:`ClipLoss`), the mathematics
+of one list is a function (:func:`plackett_luce_nll`), and everything else has a module of its own.
+"""
+
+from rankloss import consistency as consistency
+from rankloss import distributed as distributed
+from rankloss import metrics as metrics
+from rankloss import reference as reference
+from rankloss import schedules as schedules
 from rankloss._version import __version__ as __version__
+from rankloss.losses import ClipLoss as ClipLoss
+from rankloss.losses import RankClipLoss as RankClipLoss
+from rankloss.losses import RankConsistency as RankConsistency
+from rankloss.plackett_luce import plackett_luce_nll as plackett_luce_nll
+
+__all__ = [
+    "ClipLoss",
+    "RankClipLoss",
+    "RankConsistency",
+    "__version__",
+    "consistency",
+    "distributed",
+    "metrics",
+    "plackett_luce_nll",
+    "reference",
+    "schedules",
+]

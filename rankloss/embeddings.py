@@ -1,0 +1,173 @@
+"""From two batches of embeddings to the pairs of similarity lists that a rank term compares.
+
+Notation: V, T are image and text features, s the scale. The cross-modal term compares S = s·V·Tᵀ with
+R = s·T·Vᵀ, the in-modal term I = s·V·Vᵀ with X = s·T·Tᵀ, row by row. A matrix is described by its anchors
+(which rows), its items (which columns) and which items are equal; nothing here is multiplied out until asked.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rankloss.plackett_luce import ListOptions
+from rankloss.ties import first_occurrence
+
+__all__ = ["Embeddings", "Lists", "Similarity", "Term", "check_features", "scores_from"]
+
+Term = Literal["cross_modal", "in_modal"]
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """The matrix of cosines of n anchors with N items."""
+
+    anchors: Tensor  # [n, D]
+    items: Tensor  # [N, D]
+    first_equal_item: Tensor | None  # [N]: the first item equal to item j; None where no two are equal
+    first_equal_anchor: Tensor | None  # [n]: likewise among the anchors, where they are the whole batch
+
+    def rows(self, rows: slice) -> Similarity:
+        """The same matrix, some of its rows."""
+        return Similarity(self.anchors[rows], self.items, self.first_equal_item, None)
+
+    def cosines(self) -> Tensor:
+        """``[n, N]``."""
+        return self.anchors @ self.items.T
+
+    def reference(self, cosines: Tensor, *, canonical_anchors: bool = False) -> Tensor:
+        """The cosines as a reference: no gradient, and equal items tied exactly, however the product rounds."""
+        reference = cosines.detach()
+        if canonical_anchors and self.first_equal_anchor is not None:
+            reference = reference[self.first_equal_anchor]
+        if self.first_equal_item is not None:
+            reference = reference[:, self.first_equal_item]
+        return reference
+
+    def symmetric_reference(self, cosines: Tensor) -> Tensor:
+        """The reference of a batch list where anchors and items are the same: its structural ties made exact.
+
+        C_ij = C_ji is taken from the upper triangle, and an item's similarity with itself, or with its
+        equal, from the largest diagonal entry: one value for the whole batch.
+        """
+        upper = cosines.detach().triu()
+        reference = upper + upper.triu(1).T
+        equal = torch.arange(len(self.items), device=self.items.device)
+        if self.first_equal_item is not None:
+            equal = self.first_equal_item
+            reference = reference[equal][:, equal]
+        return reference.masked_fill(equal[:, None] == equal, cosines.detach().diagonal().amax())
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Two similarity matrices whose rows rank the same things, and are to agree."""
+
+    first: Similarity
+    second: Similarity
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A batch's checked embeddings, in the dtype of the arithmetic.
+
+    ``image`` and ``text`` hold the items that lists are made of. ``image_anchors`` and ``text_anchors``,
+    where they are not None, hold the rows that have lists here (the local ones of a distributed batch).
+    """
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    image_anchors: Tensor | None
+    text_anchors: Tensor | None
+    first_equal_image: Tensor | None
+    first_equal_text: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        *,
+        image_anchors: Tensor | None = None,
+        text_anchors: Tensor | None = None,
+    ) -> Embeddings:
+        """Check the features and bring them to float32, or to float64 if either is that."""
+        check_features(image_features, text_features)
+        dtype = torch.promote_types(
+            torch.promote_types(image_features.dtype, text_features.dtype), torch.float32
+        )
+        image, text = image_features.to(dtype), text_features.to(dtype)
+        return cls(
+            image,
+            text,
+            _scale(logit_scale, image),
+            None if image_anchors is None else image_anchors.to(dtype),
+            None if text_anchors is None else text_anchors.to(dtype),
+            _first_equal(image),
+            _first_equal(text),
+        )
+
+    def lists(self, term: Term) -> Lists:
+        """The two matrices that a term compares."""
+        v, t = self.image, self.text
+        image, text = self.first_equal_image, self.first_equal_text
+        rows_v = v if self.image_anchors is None else self.image_anchors
+        rows_t = t if self.text_anchors is None else self.text_anchors
+        if term == "cross_modal":
+            return Lists(Similarity(rows_v, t, text, image), Similarity(rows_t, v, image, text))
+        return Lists(Similarity(rows_v, v, image, image), Similarity(rows_t, t, text, text))
+
+    def nan_unless_finite(self) -> Tensor:
+        """1, or NaN where a feature is NaN or infinite: a factor that no plausible value survives."""
+        finite = self.image.detach().isfinite().all() & self.text.detach().isfinite().all()
+        return torch.where(finite, 1.0, math.nan).to(self.image.dtype)
+
+
+def check_features(image_features: Tensor, text_features: Tensor) -> None:
+    """Raise a ValueError that names the argument unless both are floating ``[N, D]`` of one shape, N ≥ 2."""
+    for name, features in (("image_features", image_features), ("text_features", text_features)):
+        if features.dim() != 2:
+            raise ValueError(f"{name} must have shape [N, D]; got {tuple(features.shape)}")
+        if not features.is_floating_point():
+            raise ValueError(f"{name} must be floating point; got {features.dtype}")
+    if image_features.shape != text_features.shape:
+        raise ValueError(
+            "image_features and text_features must have one shape [N, D]; "
+            f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
+        )
+    if image_features.shape[0] < 2 or image_features.shape[1] < 1:
+        raise ValueError(
+            "image_features and text_features must hold at least two pairs; "
+            f"got shape {tuple(image_features.shape)}"
+        )
+
+
+def scores_from(cosines: Tensor, scale: Tensor, options: ListOptions) -> Tensor:
+    """The x of the formula: scaled similarities under worth ``exp``, plain cosines under the others."""
+    return scale * cosines if options.worth == "exp" else cosines
+
+
+def _scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
+    scale = torch.as_tensor(logit_scale, dtype=like.dtype)
+    if scale.numel() != 1:
+        raise ValueError(f"logit_scale must be one number; got shape {tuple(scale.shape)}")
+    # A scale on an accelerator is not read back: that would make every step wait for the device.
+    if scale.device.type == "cpu" and bool(scale <= 0):
+        raise ValueError(
+            f"logit_scale must be positive (it is the multiplier, not its log); got {scale.item():g}"
+        )
+    return scale.reshape(()).to(like.device)
+
+
+def _first_equal(features: Tensor) -> Tensor | None:
+    """:func:`first_occurrence`, or None where no two rows are equal and knowing it costs no wait."""
+    first = first_occurrence(features)
+    if first.device.type == "cpu" and torch.equal(first, torch.arange(len(first))):
+        return None
+    return first

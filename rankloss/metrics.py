@@ -1,0 +1,220 @@
+r"""What ranking consistency does to an embedding space, in numbers. Nothing here is differentiated.
+
+All functions take unit-norm features, ``[N, D]``, image and text row i being a pair.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["alignment", "kendall_tau", "modality_gap", "rank_agreement", "spearman_rho", "uniformity"]
+
+_BLOCK = 2**20  # elements of a chunk's similarity matrix
+
+
+def kendall_tau(x: Tensor, y: Tensor) -> Tensor:
+    r"""Kendall's τ-b of every pair of lists.
+
+        τ_b = (P − Q) / √((P + Q + X₀)(P + Q + Y₀))
+
+    with P concordant and Q discordant pairs of items, X₀ and Y₀ those tied in x only and in y only.
+    Computed in O(N log² N) by counting inversions while merging.
+
+    Args:
+        x: ``[..., N]``.
+        y: ``[..., N]``.
+
+    Returns:
+        ``[...]``, float64; NaN where all items of a list are tied, or one is NaN.
+
+    References:
+        Knight, "A Computer Method for Calculating Kendall's Tau with Ungrouped Data", 1966.
+
+    Example:
+        >>> kendall_tau(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])).item()
+        0.6666666666666666
+    """
+    _check_lists(x, y)
+    n = x.shape[-1]
+    (x_below, x_ties), (y_below, y_ties) = _ranks(x), _ranks(y)
+    both = x_below * n + y_below
+    pairs = n * (n - 1) / 2
+    x_tied, y_tied = (ties.sum(-1).double() / 2 for ties in (x_ties, y_ties))
+    both_tied = _ranks(both)[1].sum(-1).double() / 2
+    discordant = _inversions(both.sort(dim=-1).values % n).double()
+    agreement = pairs - x_tied - y_tied + both_tied - 2 * discordant
+    tau = agreement / ((pairs - x_tied) * (pairs - y_tied)).sqrt()
+    return torch.where(_has_nan(x, y), math.nan, tau)
+
+
+def spearman_rho(x: Tensor, y: Tensor) -> Tensor:
+    """Spearman's ρ of every pair of lists: Pearson's correlation of the ranks.
+
+    Tied items share their mean rank.
+
+    Args:
+        x: ``[..., N]``.
+        y: ``[..., N]``.
+
+    Returns:
+        ``[...]``, float64; NaN where all items of a list are tied, or one is NaN.
+
+    Example:
+        >>> spearman_rho(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])).item()
+        0.8
+    """
+    _check_lists(x, y)
+    a, b = ((below + ties / 2).double() for below, ties in (_ranks(x), _ranks(y)))
+    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
+    rho = (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+    return torch.where(_has_nan(x, y), math.nan, rho)
+
+
+@torch.no_grad()
+def rank_agreement(
+    image_features: Tensor, text_features: Tensor, *, max_anchors: int | None = None
+) -> dict[str, Tensor]:
+    """How far an image's ranking agrees with its text's, averaged over the pairs: Kendall's τ-b, Spearman's ρ.
+
+    ``cross_modal_*`` compares row i of S = V·Tᵀ with row i of R = Sᵀ, ``in_modal_*`` row i of I = V·Vᵀ with
+    row i of X = T·Tᵀ. A row in which everything is tied has no ranking and is left out of the average.
+
+    Args:
+        image_features: ``[N, D]``.
+        text_features: ``[N, D]``.
+        max_anchors: compare that many evenly spaced rows only; all of them by default.
+
+    Returns:
+        ``cross_modal_tau``, ``cross_modal_rho``, ``in_modal_tau``, ``in_modal_rho``: scalars in [−1, 1].
+
+    Raises:
+        ValueError: for features that are not two matrices of one shape, or ``max_anchors`` < 1.
+
+    Example:
+        >>> v = torch.eye(3)
+        >>> rank_agreement(v, v)["in_modal_tau"].item()
+        1.0
+    """
+    v, t = _pair(image_features, text_features)
+    n = len(v)
+    if max_anchors is not None and max_anchors < 1:
+        raise ValueError(f"max_anchors must be at least 1; got {max_anchors!r}")
+    count = n if max_anchors is None else min(n, max_anchors)
+    anchors = torch.linspace(0, n - 1, count, device=v.device).round().long()
+    measures = {"tau": kendall_tau, "rho": spearman_rho}
+    values: dict[str, list[Tensor]] = {
+        f"{term}_{m}": [] for term in ("cross_modal", "in_modal") for m in measures
+    }
+    for rows in anchors.split(max(1, _BLOCK // n)):
+        terms = {"cross_modal": (v[rows] @ t.T, t[rows] @ v.T), "in_modal": (v[rows] @ v.T, t[rows] @ t.T)}
+        for term, (a, b) in terms.items():
+            for name, measure in measures.items():
+                values[f"{term}_{name}"].append(measure(a, b))
+    finite = bool(v.isfinite().all() & t.isfinite().all())
+    return {k: torch.cat(x).nanmean() if finite else x[0].new_tensor(math.nan) for k, x in values.items()}
+
+
+def modality_gap(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """``‖mean_i v_i − mean_i t_i‖``: the distance between the centres of the modalities.
+
+    References:
+        Liang et al., "Mind the Gap", NeurIPS 2022.
+
+    Example:
+        >>> modality_gap(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item()
+        1.4142135623730951
+    """
+    v, t = _pair(image_features, text_features)
+    return torch.linalg.vector_norm(v.mean(0) - t.mean(0))
+
+
+def alignment(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """``mean_i ‖v_i − t_i‖²``: 0 where every pair coincides; smaller is better.
+
+    References:
+        Wang and Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity
+        on the Hypersphere", ICML 2020.
+
+    Example:
+        >>> alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item()
+        2.0
+    """
+    v, t = _pair(image_features, text_features)
+    squared: Tensor = (v - t).square().sum(-1)
+    return squared.mean()
+
+
+def uniformity(image_features: Tensor, text_features: Tensor | None = None) -> Tensor:
+    """``log mean_{i > j} exp(−2‖x_i − z_j‖²)``: how evenly the sphere is covered; smaller is more even.
+
+    With one argument x and z are the same features, Wang and Isola's measure of one modality. With two, x
+    are the images and z the texts, the cross-modal measure of the CyCLIP authors' analysis.
+
+    Args:
+        image_features: ``[N, D]``, N ≥ 2.
+        text_features: ``[N, D]`` or None.
+
+    References:
+        Wang and Isola (see :func:`alignment`); Goel et al., "CyCLIP", NeurIPS 2022.
+
+    Example:
+        >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).item()
+        -8.0
+    """
+    x, z = _pair(image_features, image_features if text_features is None else text_features)
+    n = len(x)
+    if n < 2:
+        raise ValueError(
+            f"image_features must hold at least two rows; got shape {tuple(image_features.shape)}"
+        )
+    sums = []
+    for start in range(0, n, max(1, _BLOCK // n)):
+        rows = x[start : start + max(1, _BLOCK // n)]
+        squared = rows.square().sum(-1, keepdim=True) + z.square().sum(-1) - 2 * rows @ z.T
+        earlier = torch.ones_like(squared, dtype=torch.bool).tril(start - 1)
+        sums.append((-2 * squared).masked_fill(~earlier, -math.inf).flatten().logsumexp(0))
+    return torch.stack(sums).logsumexp(0) - math.log(n * (n - 1) / 2)
+
+
+def _pair(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    if image_features.shape != text_features.shape or image_features.dim() != 2 or not len(image_features):
+        raise ValueError(
+            "image_features and text_features must have one shape [N, D]; "
+            f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
+        )
+    return image_features.detach().double(), text_features.detach().double()
+
+
+def _check_lists(x: Tensor, y: Tensor) -> None:
+    if x.shape != y.shape or x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x and y must have one shape [..., N]; got {tuple(x.shape)} and {tuple(y.shape)}")
+
+
+def _has_nan(x: Tensor, y: Tensor) -> Tensor:
+    return (x.isnan() | y.isnan()).any(-1)
+
+
+def _ranks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """For every item, how many of its list are smaller, and how many others equal it."""
+    ordered = x.sort(dim=-1).values.contiguous()
+    below = torch.searchsorted(ordered, x.contiguous())
+    return below, torch.searchsorted(ordered, x.contiguous(), right=True) - below - 1
+
+
+def _inversions(x: Tensor) -> Tensor:
+    """Pairs of positions i < j with x_i > x_j, for non-negative integers x of ``[..., N]``."""
+    n = x.shape[-1]
+    padding = (1 << (n - 1).bit_length()) - n
+    x = torch.nn.functional.pad(x, (0, padding), value=n)  # larger than all, and last: no inversion
+    count = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device)
+    width = 1
+    while width < x.shape[-1]:
+        halves = x.unflatten(-1, (-1, 2, width))
+        left, right = halves[..., 0, :].contiguous(), halves[..., 1, :].contiguous()
+        count += (width - torch.searchsorted(left, right, right=True)).sum((-1, -2))
+        x = halves.flatten(-2).sort(dim=-1).values.flatten(-2)
+        width *= 2
+    return count

@@ -1,0 +1,145 @@
+r"""The formulas once more, in NumPy float64, slow and literal: the oracle of the tests.
+
+Nothing here is shared with the rest of the package. Every function follows its formula symbol by symbol; the
+only liberty is a logarithm of a sum of exponentials taken around its largest term.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["clip", "cross_modal", "in_modal", "plackett_luce_nll"]
+
+Array = NDArray[np.float64]
+
+
+def plackett_luce_nll(
+    scores: ArrayLike,
+    reference: ArrayLike,
+    *,
+    worth: str = "exp",
+    discount: str | None = None,
+    top_k: int | None = None,
+) -> Array:
+    """``Σ_p μ_p · [log Σ_{q : y_q ≤ y_p} w(x_q) − log w(x_p)]`` of every list, ties shared.
+
+    Arguments as in :func:`rankloss.plackett_luce_nll`; the result has the shape of the leading dimensions.
+
+    Example:
+        >>> nll = plackett_luce_nll([0.0, 0.0, 0.0], [3.0, 1.0, 2.0])  # log 3!
+        >>> round(float(np.exp(nll)))
+        6
+    """
+    x, y = np.asarray(scores, np.float64), np.asarray(reference, np.float64)
+    lists = [
+        sum(_terms(a, b, worth, discount, top_k))
+        for a, b in zip(x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1]), strict=True)
+    ]
+    return np.array(lists).reshape(x.shape[:-1])
+
+
+def cross_modal(
+    image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0, **options: Any
+) -> Any:
+    """``½[C(S | R) + C(R | S)]`` with S = s·V·Tᵀ and R = Sᵀ.
+
+    Options as in :func:`rankloss.consistency.cross_modal`.
+
+    Example:
+        >>> round(float(cross_modal(np.eye(3), np.eye(3), 10.0)), 4)
+        0.4621
+    """
+    cosines = _cosines(image_features, text_features)
+    return _term(cosines, cosines.T, logit_scale, **options)
+
+
+def in_modal(
+    image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0, **options: Any
+) -> Any:
+    """``½[C(I | X) + C(X | I)]`` with I = s·V·Vᵀ, X = s·T·Tᵀ.
+
+    Options as in :func:`rankloss.consistency.in_modal`.
+
+    Example:
+        >>> round(float(in_modal(np.eye(3), np.eye(3), 10.0)), 4)
+        0.4621
+    """
+    images, texts = _cosines(image_features, image_features), _cosines(text_features, text_features)
+    if options.get("lists") == "batch":
+        # Unit vectors have cosine 1 with themselves and their equals: one tie over the whole batch.
+        images, texts = _unit_where_equal(images, image_features), _unit_where_equal(texts, text_features)
+    return _term(images, texts, logit_scale, **options)
+
+
+def clip(image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0) -> float:
+    """CLIP's symmetric InfoNCE, ``½[CE(S) + CE(Sᵀ)]``.
+
+    Example:
+        >>> round(float(clip(np.eye(2), np.eye(2))), 4)  # log(1 + 1/e)
+        0.3133
+    """
+    s = logit_scale * _cosines(image_features, text_features)
+    n = len(s)
+    return math.fsum(_log_sum_exp(row) - float(row[i]) for m in (s, s.T) for i, row in enumerate(m)) / (2 * n)
+
+
+def _term(
+    a: Array,
+    b: Array,
+    s: float,
+    *,
+    lists: str = "row",
+    worth: str = "exp",
+    discount: str | None = None,
+    top_k: int | None = None,
+    reduction: str = "mean",
+) -> Any:
+    n = len(a)
+    factor = s if worth == "exp" else 1.0
+    value = np.zeros(n)
+    for x, y in ((factor * a, b), (factor * b, a)):
+        if lists == "row":
+            terms = np.array([_terms(x[i], y[i], worth, discount, top_k) for i in range(n)])
+        else:
+            terms = np.array(_terms(x.ravel(), y.ravel(), worth, discount, top_k)).reshape(n, n)
+        value += terms.sum(axis=1) / 2
+    return {"none": value, "sum": value.sum(), "mean": value.sum() / n**2}[reduction]
+
+
+def _terms(x: Array, y: Array, worth: str, discount: str | None, top_k: int | None) -> list[float]:
+    """The summand of every item of one list."""
+    log_w = _log_worth(x, worth)
+    terms = []
+    for p in range(len(x)):
+        rank = 1 + int(np.sum(y > y[p]))
+        mu = 1.0 if discount is None else 1 / math.log(1 + rank)
+        if top_k is not None and rank > top_k:
+            mu = 0.0
+        terms.append(mu * (_log_sum_exp(log_w[y <= y[p]]) - float(log_w[p])))
+    return terms
+
+
+def _log_worth(x: Array, worth: str) -> Array:
+    if worth == "shifted":
+        return np.log((1 + x) / 2)
+    return x if worth == "exp" else np.log(x)
+
+
+def _log_sum_exp(x: Array) -> float:
+    largest = float(np.max(x))
+    return largest + math.log(math.fsum(np.exp(x - largest)))
+
+
+def _cosines(a: ArrayLike, b: ArrayLike) -> Array:
+    """Dot products, each rounded once, so that equal rows give equal products wherever they stand."""
+    rows, columns = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.array([[math.fsum(row * column) for column in columns] for row in rows])
+
+
+def _unit_where_equal(cosines: Array, features: ArrayLike) -> Array:
+    f = np.asarray(features, np.float64)
+    return np.where((f[:, None] == f[None]).all(-1), 1.0, cosines)

@@ -1,0 +1,102 @@
+r"""λ over training: plain functions of where training stands.
+
+A schedule takes (i, n), "the i-th of n", counted from 1, and gives the factor of the rank terms. What is
+counted is the caller's choice: epochs in the paper, or optimizer steps for a finer ramp. Where n = 1 there
+is no ramp to walk along; the only epoch or step is then also the last one, and gets the schedule's end
+value.
+
+Any function with this signature is a schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+__all__ = ["NAMES", "Schedule", "by_name", "constant", "cosine", "linear", "official", "rankclip"]
+
+Schedule = Callable[[int, int], float]
+
+
+def rankclip(i: int, n: int) -> float:
+    """``clip((3i − 1) / (n − 1), 0, 2)``: the RankCLIP paper's formula as printed.
+
+    It starts above zero, and reaches 2 after two thirds of training.
+
+    Example:
+        >>> [rankclip(i, 11) for i in (1, 4, 7, 11)]
+        [0.2, 1.1, 2.0, 2.0]
+    """
+    _check(i, n)
+    return 2.0 if n == 1 else min(max((3 * i - 1) / (n - 1), 0.0), 2.0)
+
+
+def official(i: int, n: int) -> float:
+    """``clip(3(i − 1) / (n − 1), 0, 2)``: what the RankCLIP authors' code computes; its first epoch is 0.
+
+    Example:
+        >>> [official(i, 11) for i in (1, 6, 11)]
+        [0.0, 1.5, 2.0]
+    """
+    return min(3 * _progress(i, n), 2.0)
+
+
+def constant(i: int, n: int) -> float:
+    """1, always.
+
+    Example:
+        >>> constant(3, 10)
+        1.0
+    """
+    _check(i, n)
+    return 1.0
+
+
+def linear(i: int, n: int) -> float:
+    """``(i − 1) / (n − 1)``: from 0 to 1 in a straight line.
+
+    Example:
+        >>> [linear(i, 5) for i in (1, 2, 3, 4, 5)]
+        [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
+    return _progress(i, n)
+
+
+def cosine(i: int, n: int) -> float:
+    """``(1 − cos(π(i − 1) / (n − 1))) / 2``: from 0 to 1 along half a cosine, flat at both ends.
+
+    Example:
+        >>> [round(cosine(i, 5), 3) for i in (1, 2, 3, 4, 5)]
+        [0.0, 0.146, 0.5, 0.854, 1.0]
+    """
+    return (1 - math.cos(math.pi * _progress(i, n))) / 2
+
+
+_BY_NAME: dict[str, Schedule] = {f.__name__: f for f in (rankclip, official, constant, linear, cosine)}
+
+NAMES: tuple[str, ...] = tuple(_BY_NAME)
+
+
+def by_name(name: str) -> Schedule:
+    """The built-in schedule of that name.
+
+    Raises:
+        ValueError: for another name.
+
+    Example:
+        >>> by_name("linear")(2, 3)
+        0.5
+    """
+    if name not in _BY_NAME:
+        raise ValueError(f"schedule must be one of {', '.join(map(repr, NAMES))}; got {name!r}")
+    return _BY_NAME[name]
+
+
+def _check(i: int, n: int) -> None:
+    if not 1 <= i <= n:
+        raise ValueError(f"a schedule needs 1 <= i <= n; got i={i!r}, n={n!r}")
+
+
+def _progress(i: int, n: int) -> float:
+    _check(i, n)
+    return 1.0 if n == 1 else (i - 1) / (n - 1)
