@@ -40,7 +40,7 @@ class Similarity:
         return self.anchors @ self.items.T
 
     def reference(self, cosines: Tensor, *, canonical_anchors: bool = False) -> Tensor:
-        """The cosines as a reference: no gradient, and equal items tied exactly, however the product rounds."""
+        """The cosines as a reference: no gradient, equal items tied exactly whatever the rounding."""
         reference = cosines.detach()
         if canonical_anchors and self.first_equal_anchor is not None:
             reference = reference[self.first_equal_anchor]

@@ -77,7 +77,7 @@ def spearman_rho(x: Tensor, y: Tensor) -> Tensor:
 def rank_agreement(
     image_features: Tensor, text_features: Tensor, *, max_anchors: int | None = None
 ) -> dict[str, Tensor]:
-    """How far an image's ranking agrees with its text's, averaged over the pairs: Kendall's τ-b, Spearman's ρ.
+    """How far an image's ranking agrees with its text's, averaged over pairs: Kendall's τ-b, Spearman's ρ.
 
     ``cross_modal_*`` compares row i of S = V·Tᵀ with row i of R = Sᵀ, ``in_modal_*`` row i of I = V·Vᵀ with
     row i of X = T·Tᵀ. A row in which everything is tied has no ranking and is left out of the average.
@@ -128,7 +128,7 @@ def modality_gap(image_features: Tensor, text_features: Tensor) -> Tensor:
         1.4142135623730951
     """
     v, t = _pair(image_features, text_features)
-    return torch.linalg.vector_norm(v.mean(0) - t.mean(0))
+    return (v.mean(0) - t.mean(0)).square().sum().sqrt()
 
 
 def alignment(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -143,8 +143,7 @@ def alignment(image_features: Tensor, text_features: Tensor) -> Tensor:
         2.0
     """
     v, t = _pair(image_features, text_features)
-    squared: Tensor = (v - t).square().sum(-1)
-    return squared.mean()
+    return (v - t).square().sum(-1).mean()
 
 
 def uniformity(image_features: Tensor, text_features: Tensor | None = None) -> Tensor:

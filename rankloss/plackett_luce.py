@@ -211,7 +211,8 @@ def nll_terms(scores: Tensor, reference: Tensor, options: ListOptions, shuffle: 
     terms = log_denominator - log_worth
     mu = _position_weights(ranking, options, scores.dtype)
     if mu is not None:
-        terms = terms * mu
+        # Selected, not multiplied by 0: the second derivative of logcumsumexp is NaN where its upstream is 0.
+        terms = torch.where(mu > 0, terms * mu, 0)
     terms = torch.empty_like(terms).scatter(-1, ranking.order, terms)
     factor = _nan_where_unordered(reference)
     return terms if factor is None else terms * factor.to(terms.dtype)

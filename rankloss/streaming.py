@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rankloss import dense
 from rankloss.embeddings import Embeddings, Similarity, Term, scores_from
-from rankloss.plackett_luce import ListOptions, nll_and_gradient
+from rankloss.plackett_luce import ListOptions, nll_and_gradient, nll_terms
 
 __all__ = ["default_chunk_size", "row_lists_nll"]
 
@@ -118,7 +118,8 @@ class _RowListsNLL(torch.autograd.Function):
         if plan.anchor_weight is None:
             ctx.save_for_backward(*inputs)
             return _stream(embeddings, plan)
-        gradients = _zeros(embeddings, ctx.needs_input_grad[:5]) if grad_enabled else None
+        wanted = ctx.needs_input_grad[:5] if grad_enabled else ()
+        gradients = _zeros(embeddings, wanted) if any(wanted) else None
         values = _stream(embeddings, plan, plan.anchor_weight, gradients)
         if gradients is not None:
             ctx.save_for_backward(*inputs, *gradients)
@@ -173,13 +174,17 @@ def _stream(
             for i, j in ((0, 1), (1, 0)):
                 scores = scores_from(cosines[i], embeddings.scale, plan.options)
                 reference = pair[j].reference(cosines[j])
-                nll, gradient = nll_and_gradient(scores, reference, plan.options, plan.shuffles[i])
+                likelihood = (scores, reference, plan.options, plan.shuffles[i])
+                if gradients is None:
+                    values[rows] += nll_terms(*likelihood).sum(-1) / 2
+                    continue
+                nll, gradient = nll_and_gradient(*likelihood)
                 values[rows] += nll / 2
-                if gradients is not None:
-                    weight = anchor_weight[rows, None] if isinstance(anchor_weight, Tensor) else anchor_weight
-                    gradient *= weight / 2
-                    into = _targets(embeddings, gradients, plan.term, i)
-                    _accumulate(pair[i], cosines[i], gradient, embeddings.scale, plan.options, rows, into)
+                gradient *= (
+                    anchor_weight[rows, None] if isinstance(anchor_weight, Tensor) else anchor_weight
+                ) / 2
+                into = _targets(embeddings, gradients, plan.term, i)
+                _accumulate(pair[i], cosines[i], gradient, embeddings.scale, plan.options, rows, into)
     return values
 
 

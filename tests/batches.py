@@ -1,0 +1,96 @@
+"""Batches of embeddings for the tests: drawn by hypothesis, or read from ``data/vectors.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+VECTORS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "data/vectors.json").read_text())[
+    "cases"
+]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Unit-norm float64 features and a scale."""
+
+    image: Tensor
+    text: Tensor
+    scale: float
+
+    def leaves(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, text and scale as tensors that take a gradient."""
+        tensors = (self.image, self.text, torch.tensor(self.scale, dtype=torch.float64))
+        return tuple(x.detach().to(dtype).requires_grad_() for x in tensors)  # type: ignore[return-value]
+
+
+def unit_rows(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
+    x = rng.standard_normal((n, d))
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def random_batch(
+    seed: int, n: int, d: int, scale: float, *, duplicates: int = 0, positive: bool = False
+) -> Batch:
+    """A batch in which the last ``duplicates`` texts, and one image more, repeat earlier ones.
+
+    With ``positive`` every cosine is positive.
+    """
+    rng = np.random.default_rng(seed)
+    image, text = unit_rows(rng, n, d), unit_rows(rng, n, d)
+    if positive:
+        image, text = abs(image), abs(text)
+    for k in range(1, duplicates + 1):
+        text[-k] = text[rng.integers(n - duplicates)]
+    if duplicates:
+        image[-1] = image[0]
+        text[-1] = text[0]
+    return Batch(torch.from_numpy(image), torch.from_numpy(text), scale)
+
+
+@st.composite
+def batches(
+    draw: st.DrawFn, *, min_n: int = 2, max_n: int = 12, ties: bool = True, positive: bool = False
+) -> Batch:
+    n = draw(st.integers(min_n, max_n))
+    duplicates = draw(st.integers(0, n // 2)) if ties else 0
+    return random_batch(
+        draw(st.integers(0, 2**32 - 1)),
+        n,
+        draw(st.integers(2, 9)),
+        draw(st.sampled_from([1.0, 10.0, 1 / 0.07, 100.0])),
+        duplicates=duplicates,
+        positive=positive,
+    )
+
+
+def vector_batch(case: dict[str, Any]) -> Batch:
+    """The batch of a case of ``vectors.json``, by the file's recipe."""
+    rng = np.random.default_rng(case["seed"])
+    image, text = (unit_rows(rng, case["N"], case["D"]) for _ in range(2))
+    if case["dup"]:
+        image[1], text[1] = image[0], text[0]
+    assert image[0, 0] == case["check"]["V00"]
+    assert text[0, 0] == case["check"]["T00"]
+    return Batch(torch.from_numpy(image), torch.from_numpy(text), case["scale"])
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """‖actual − expected‖ / ‖expected‖, in float64."""
+    a, b = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (actual, expected))
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float((a - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def gradients(value: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor | float) -> list[Tensor]:
+    """Gradients by all inputs under a given upstream gradient; an input that gets none is a failure."""
+    return list(
+        torch.autograd.grad(value, inputs, torch.as_tensor(upstream, dtype=value.dtype).expand_as(value))
+    )

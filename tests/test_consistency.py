@@ -1,0 +1,484 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
+from rankloss import RankConsistency, dense, plackett_luce_nll, reference
+from rankloss.consistency import cross_modal, in_modal
+from rankloss.embeddings import Embeddings
+from rankloss.plackett_luce import ListOptions
+
+TERMS: dict[str, tuple[Callable[..., Tensor], Callable[..., float]]] = {
+    "cross_modal": (cross_modal, reference.cross_modal),
+    "in_modal": (in_modal, reference.in_modal),
+}
+terms = pytest.mark.parametrize("term", TERMS)
+
+likelihoods = st.fixed_dictionaries(
+    {
+        "worth": st.sampled_from(["exp", "shifted"]),
+        "discount": st.sampled_from([None, "log"]),
+        "top_k": st.none() | st.integers(1, 12),
+    }
+)
+reductions = st.sampled_from(["mean", "sum", "none"])
+
+
+def upstream_for(value: Tensor) -> Tensor:
+    """A gradient from above that is neither 1 nor the same for every entry."""
+    return torch.linspace(0.7, -1.9, value.numel(), dtype=value.dtype).view_as(value)
+
+
+def dense_row_lists(term: str, v: Tensor, t: Tensor, s: Tensor, reduction: str, likelihood) -> Tensor:
+    values = dense.row_lists_nll(Embeddings.of(v, t, s), term, ListOptions(**likelihood), (None, None))
+    return {"mean": values.mean() / len(v), "sum": values.sum(), "none": values}[reduction]
+
+
+# --- oracles ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "tolerances"), [(torch.float64, (1e-10, 1e-10)), (torch.float32, (1e-5, 1e-4))]
+)
+@pytest.mark.parametrize("key", VECTORS)
+def test_row_lists_match_the_vectors_in_value_and_gradient(key: str, dtype, tolerances, chunk_size) -> None:
+    case, (value_tolerance, gradient_tolerance) = VECTORS[key], tolerances
+    v, t, _ = vector_batch(case).leaves(dtype)
+    log_scale = torch.tensor(math.log(case["scale"]), dtype=dtype, requires_grad=True)
+    loss = RankConsistency(chunk_size=chunk_size)(v, t, log_scale.exp(), output_dict=True)
+    for term in TERMS:
+        assert relative_error(loss[f"{term}_loss"], case["row_mean"][term]) < value_tolerance
+    expected = case["row_mean_gradient"]
+    total = sum(loss.values())
+    upstream = 2.5
+    dv, dt, ds = (g / upstream for g in gradients(total, (v, t, log_scale), upstream))
+    assert relative_error(total, expected["value"]) < value_tolerance
+    for gradient, name in (
+        (dv.norm(), "norm_V"),
+        (dt.norm(), "norm_T"),
+        (ds, "logit_scale"),
+        (dv[0, 0], "V00"),
+    ):
+        assert relative_error(gradient, expected[name]) < gradient_tolerance, name
+    assert relative_error(dt[-1, -1], expected["T_last"]) < gradient_tolerance
+    for gradient, name in ((dv, "V"), (dt, "T")):
+        if name in expected:
+            assert relative_error(gradient, expected[name]) < gradient_tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("key", [k for k, case in VECTORS.items() if "batch_list_sum" in case])
+def test_batch_lists_match_the_vectors(key: str, dtype: torch.dtype, tolerance: float) -> None:
+    case = VECTORS[key]
+    v, t, s = vector_batch(case).leaves(dtype)
+    sums = case["batch_list_sum"]
+    for term, expected in (
+        ("cross_modal", sums["cross_modal"]),
+        ("in_modal", (sums["in_modal I|X"] + sums["in_modal X|I"]) / 2),
+    ):
+        value = TERMS[term][0](v, t, s, lists="batch", reduction="sum")
+        assert relative_error(value, expected) < tolerance
+    value = cross_modal(v, t, s, lists="batch", reduction="sum", worth="shifted")
+    assert relative_error(value, case["batch_list_sum_shifted_worth"]["cross_modal"]) < tolerance
+
+
+@terms
+@pytest.mark.parametrize("lists", ["row", "batch"])
+@settings(max_examples=40)
+@given(batch=batches(max_n=7), likelihood=likelihoods, reduction=reductions)
+def test_matches_the_literal_numpy_reference(term, lists, batch: Batch, likelihood, reduction) -> None:
+    ours, theirs = TERMS[term]
+    options = {"lists": lists, "reduction": reduction, **likelihood}
+    actual = ours(batch.image, batch.text, batch.scale, **options)
+    expected = theirs(batch.image, batch.text, batch.scale, **options)
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@terms
+@pytest.mark.parametrize("lists", ["row", "batch"])
+@settings(max_examples=20)
+@given(batch=batches(max_n=7, positive=True))
+def test_identity_worth_matches_the_reference_where_every_cosine_is_positive(
+    term, lists, batch: Batch
+) -> None:
+    ours, theirs = TERMS[term]
+    actual = ours(batch.image, batch.text, batch.scale, worth="identity", lists=lists)
+    expected = theirs(batch.image, batch.text, batch.scale, worth="identity", lists=lists)
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-9)
+
+
+# --- invariants -------------------------------------------------------------------------------------------
+
+
+@terms
+@pytest.mark.parametrize("lists", ["row", "batch"])
+@given(batch=batches(), likelihood=likelihoods, random=st.randoms(use_true_random=False))
+def test_permuting_the_pairs_of_a_batch_changes_nothing_ties_included(
+    term, lists, batch: Batch, likelihood, random
+) -> None:
+    loss = TERMS[term][0]
+    order = list(range(len(batch.image)))
+    random.shuffle(order)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        v, t = batch.image.to(dtype), batch.text.to(dtype)
+        expected = loss(v, t, batch.scale, lists=lists, **likelihood)
+        actual = loss(v[order], t[order], batch.scale, lists=lists, **likelihood)
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@terms
+@pytest.mark.parametrize("lists", ["row", "batch"])
+@given(batch=batches(), likelihood=likelihoods)
+def test_swapping_the_modalities_changes_nothing(term, lists, batch: Batch, likelihood) -> None:
+    loss = TERMS[term][0]
+    expected = loss(batch.image, batch.text, batch.scale, lists=lists, **likelihood)
+    actual = loss(batch.text, batch.image, batch.scale, lists=lists, **likelihood)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@terms
+@pytest.mark.parametrize("lists", ["row", "batch"])
+@given(batch=batches(ties=False), likelihood=likelihoods, seed=st.integers(0, 2**32 - 1))
+def test_rotating_both_embeddings_by_one_orthogonal_matrix_changes_nothing(
+    term, lists, batch: Batch, likelihood, seed
+) -> None:
+    d = batch.image.shape[1]
+    rotation, _ = torch.linalg.qr(torch.from_numpy(np.random.default_rng(seed).standard_normal((d, d))))
+    loss = TERMS[term][0]
+    expected = loss(batch.image, batch.text, batch.scale, lists=lists, **likelihood)
+    actual = loss(batch.image @ rotation, batch.text @ rotation, batch.scale, lists=lists, **likelihood)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@given(batch=batches())
+def test_batch_list_cross_modal_is_the_same_in_both_directions(batch: Batch) -> None:
+    s = batch.scale * (batch.image[:, None] * batch.text).sum(-1)
+    there = plackett_luce_nll(s.flatten(), s.T.flatten())
+    back = plackett_luce_nll(s.T.flatten(), s.flatten())
+    torch.testing.assert_close(there, back, rtol=1e-12, atol=1e-12)
+    value = cross_modal(batch.image, batch.text, batch.scale, lists="batch", reduction="sum")
+    torch.testing.assert_close(value, there, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [5, 17, 64])
+@pytest.mark.parametrize("duplicates", [0, 2])
+def test_structural_ties_of_a_batch_list_are_exact_in_float32(n: int, duplicates: int) -> None:
+    # X_ij = X_ji and N equal diagonal entries: a rounding apart, they would cost about log 2 a pair.
+    batch = random_batch(n, n, 13, 1.0, duplicates=duplicates)
+    v, t = batch.image.float(), batch.text.float()
+    actual = in_modal(v, t, lists="batch")
+    expected = reference.in_modal(batch.image.numpy(), batch.text.numpy(), lists="batch")
+    assert relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("n", [7, 17, 65])
+@pytest.mark.parametrize("chunk_size", [1, 2, None])
+def test_duplicates_tie_exactly_whatever_the_products_rounding(n: int, chunk_size: int | None) -> None:
+    # A matrix product rounds the columns of equal items differently where they fall on a kernel's edge.
+    batch = random_batch(n, n, 5, 10.0, duplicates=3)
+    v, t, s = batch.leaves(torch.float32)
+    for ours, theirs in TERMS.values():
+        expected = theirs(batch.image.numpy(), batch.text.numpy(), batch.scale)
+        assert relative_error(ours(v, t, s, chunk_size=chunk_size), expected) < 1e-5
+
+
+@given(batch=batches())
+def test_reductions_are_one_value_in_three_normalisations(batch: Batch) -> None:
+    n = len(batch.image)
+    for lists in ("row", "batch"):
+        for loss, _ in TERMS.values():
+            none, sum_, mean = (
+                loss(batch.image, batch.text, batch.scale, lists=lists, reduction=r)
+                for r in ("none", "sum", "mean")
+            )
+            assert none.shape == (n,)
+            torch.testing.assert_close(none.sum(), sum_, rtol=1e-12, atol=0)
+            torch.testing.assert_close(sum_ / n**2, mean, rtol=1e-12, atol=0)
+
+
+# --- streaming --------------------------------------------------------------------------------------------
+
+
+@terms
+@given(
+    batch=batches(),
+    likelihood=likelihoods,
+    reduction=reductions,
+    chunk_size=st.none() | st.integers(1, 14),
+)
+def test_streaming_equals_plain_in_value_and_in_every_gradient(
+    term, batch: Batch, likelihood, reduction, chunk_size
+) -> None:
+    v, t, s = batch.leaves()
+    plain = dense_row_lists(term, v, t, s, reduction, likelihood)
+    streaming = TERMS[term][0](v, t, s, reduction=reduction, chunk_size=chunk_size, **likelihood)
+    torch.testing.assert_close(streaming, plain, rtol=1e-10, atol=1e-10)
+    inputs = (v, t, s) if likelihood["worth"] == "exp" else (v, t)
+    upstream = upstream_for(plain)
+    for actual, expected in zip(
+        gradients(streaming, inputs, upstream), gradients(plain, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@terms
+def test_random_ties_stream_as_they_compute_plainly_and_break_ties_one_way_per_call(term) -> None:
+    batch = random_batch(0, 9, 4, 10.0, duplicates=3)
+    for reduction in ("mean", "none"):
+        results = []
+        for chunk_size in (1, 4, None):
+            torch.manual_seed(3)
+            v, t, s = batch.leaves()
+            value = TERMS[term][0](v, t, s, ties="random", reduction=reduction, chunk_size=chunk_size)
+            results.append([value, *gradients(value, (v, t, s), upstream_for(value))])
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    shared = TERMS[term][0](*batch.leaves())
+    assert abs(results[0][0].mean() / 9 - shared) > 1e-3
+
+
+@pytest.mark.parametrize("lists", ["row", "batch"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "likelihood", [{}, {"worth": "shifted", "discount": "log", "top_k": 3}], ids=["exp", "all"]
+)
+def test_first_and_second_derivatives_are_right(lists: str, reduction: str, likelihood) -> None:
+    criterion = RankConsistency(
+        cross_modal=0.7, in_modal=1.3, lists=lists, reduction=reduction, chunk_size=2, **likelihood
+    )
+    v, t, s = random_batch(1, 5, 3, 2.0).leaves()
+    inputs = (v, t, s) if not likelihood else (v, t)
+
+    def f(v: Tensor, t: Tensor, s: Tensor | float = 1.0) -> Tensor:
+        return criterion(v, t, s)
+
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs)
+
+
+def test_only_the_gradients_that_are_wanted_are_computed() -> None:
+    batch = random_batch(2, 6, 4, 10.0)
+    full = gradients(RankConsistency()(*(leaves := batch.leaves())), leaves, 1.0)
+    for locked in range(3):
+        inputs = [x.detach() if i == locked else x.detach().requires_grad_() for i, x in enumerate(leaves)]
+        RankConsistency()(*inputs).backward()
+        for i, (x, expected) in enumerate(zip(inputs, full, strict=True)):
+            assert (x.grad is None) if i == locked else torch.equal(x.grad, expected)
+
+
+def saved_bytes(n: int, chunk_size: int) -> int:
+    """What a forward pass keeps for the backward pass, each storage counted once."""
+    v, t, s = random_batch(0, n, 8, 10.0).leaves(torch.float32)
+    storages: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        RankConsistency(chunk_size=chunk_size)(v, t, s)
+    return sum(storages.values())
+
+
+def test_what_forward_keeps_for_backward_grows_linearly_in_n() -> None:
+    small, large = saved_bytes(64, 8), saved_bytes(256, 8)
+    assert small > 0
+    assert large <= 4.05 * small
+    assert large < 256 * 256 * 4  # less than one N×N matrix
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_tensor_as_large_as_n_by_n_is_ever_made(reduction: str) -> None:
+    n, d, chunk = 64, 8, 4
+    v, t, s = random_batch(0, n, d, 10.0).leaves(torch.float32)
+    with LargestTensor() as largest:
+        value = RankConsistency(chunk_size=chunk, reduction=reduction)(v, t, s)
+        value.backward(upstream_for(value))
+    assert n * chunk <= largest.elements <= 2 * n * max(chunk, d)
+    with LargestTensor() as largest:
+        RankConsistency(chunk_size=n)(v, t, s).backward()
+    assert largest.elements >= n * n  # the measurement sees such a tensor where there is one
+
+
+# --- precision --------------------------------------------------------------------------------------------
+
+
+def clustered(n: int, d: int, clusters: int, spread: float, duplicates: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(clusters)
+    centres = torch.randn(clusters, d, generator=generator)
+    v, t = (
+        F.normalize(
+            centres[torch.arange(n) % clusters] + spread * torch.randn(n, d, generator=generator), dim=-1
+        )
+        for _ in range(2)
+    )
+    if duplicates:
+        v[-duplicates:], t[-duplicates:] = v[:duplicates], t[:duplicates]
+    return v, t
+
+
+@pytest.mark.parametrize("s", [1.0, 1 / 0.07, 100.0])
+@pytest.mark.parametrize(
+    ("clusters", "spread", "duplicates"), [(1, 0.3, 0), (16, 0.2, 0), (128, 1.0, 0), (16, 0.2, 20)]
+)
+def test_float32_is_right_at_every_scale_for_clusters_and_duplicates(s, clusters, spread, duplicates) -> None:
+    v, t = clustered(128, 32, clusters, spread, duplicates)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = Batch(v.double(), t.double(), s).leaves(dtype)
+        value = RankConsistency(chunk_size=48)(*inputs)
+        results.append([value, *gradients(value, inputs, 1.7)])
+    (value, *actual), (expected_value, *expected) = results
+    assert relative_error(value, expected_value) < 1e-5
+    for a, b in zip(actual, expected, strict=True):
+        assert relative_error(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("s", [1 / 0.07, 100.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_features_lose_nothing_but_their_own_rounding(dtype: torch.dtype, s: float) -> None:
+    v, t = (x.to(dtype) for x in clustered(256, 64, 32, 1.0, 0))
+    inputs = tuple(x.clone().requires_grad_() for x in (v, t, torch.tensor(s)))
+    exact = Batch(v.double(), t.double(), s).leaves()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = RankConsistency()(*inputs)
+    assert value.dtype == torch.float32
+    expected = RankConsistency()(*exact)
+    assert relative_error(value, expected) < 1e-5
+    for actual, wanted in zip(gradients(value, inputs, 1.0), gradients(expected, exact, 1.0), strict=True):
+        assert relative_error(actual, wanted) < 0.005
+
+
+def test_under_autocast_the_value_and_gradient_are_those_without_it() -> None:
+    for options in ({}, {"lists": "batch"}, {"reduction": "none"}):
+        results = []
+        for enabled in (False, True):
+            inputs = random_batch(5, 32, 16, 100.0).leaves(torch.float32)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                value = RankConsistency(**options)(*inputs)
+            results.append([value, *gradients(value, inputs, upstream_for(value))])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+# --- bad input --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lists", ["row", "batch"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [0, 1])
+def test_nan_or_infinity_in_a_feature_gives_nan_in_every_term_and_gradient(
+    lists, bad: float, where: int
+) -> None:
+    for loss, _ in TERMS.values():
+        inputs = random_batch(0, 4, 3, 10.0).leaves(torch.float32)
+        inputs[where].data[1, 2] = bad
+        value = loss(*inputs, lists=lists)
+        assert value.isnan()
+        for gradient in gradients(value, inputs, 1.0):
+            assert gradient.isnan().any()
+
+
+OPTIONS_THAT_ARE_REFUSED = {
+    "lists='column'": r"lists must be one of 'row', 'batch'; got 'column'",
+    "reduction='avg'": r"reduction must be one of 'mean', 'sum', 'none'; got 'avg'",
+    "chunk_size=0": r"chunk_size must be an integer of at least 1; got 0",
+    "chunk_size=2.0": r"chunk_size must be an integer of at least 1; got 2.0",
+    "worth='power'": r"worth must be one of .*; got 'power'",
+    "ties='none'": r"ties must be one of .*; got 'none'",
+    "discount='exp'": r"discount must be one of .*; got 'exp'",
+    "top_k=-1": r"top_k must be an integer of at least 1; got -1",
+    "cross_modal=-0.5": r"cross_modal must be finite and >= 0; got -0.5",
+    "in_modal=float('nan')": r"in_modal must be finite and >= 0; got nan",
+    "lists='batch', local_loss=True": r"lists='batch' .* cannot have local_loss=True",
+    "rank=2, world_size=2": r"rank must be in \[0, world_size\); got rank=2, world_size=2",
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS_THAT_ARE_REFUSED)
+def test_options_are_checked_when_the_module_is_made(options: str) -> None:
+    with pytest.raises(ValueError, match=OPTIONS_THAT_ARE_REFUSED[options]):
+        eval(f"RankConsistency({options})")
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(TypeError, match="temperature"):
+        RankConsistency(temperature=0.07)
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "scale", "message"),
+    [
+        (
+            torch.ones(3, 4),
+            torch.ones(2, 4),
+            1.0,
+            r"image_features and text_features .*\(3, 4\) and \(2, 4\)",
+        ),
+        (torch.ones(3, 4), torch.ones(3, 5), 1.0, r"\(3, 4\) and \(3, 5\)"),
+        (torch.ones(1, 4), torch.ones(1, 4), 1.0, r"at least two pairs; got shape \(1, 4\)"),
+        (torch.ones(12), torch.ones(12), 1.0, r"image_features must have shape \[N, D\]; got \(12,\)"),
+        (
+            torch.ones(3, 4),
+            torch.ones(3, 4, 1),
+            1.0,
+            r"text_features must have shape \[N, D\]; got \(3, 4, 1\)",
+        ),
+        (
+            torch.ones(3, 4).long(),
+            torch.ones(3, 4),
+            1.0,
+            "image_features must be floating point; got torch.int64",
+        ),
+        (
+            torch.ones(3, 4),
+            torch.ones(3, 4).int(),
+            1.0,
+            "text_features must be floating point; got torch.int32",
+        ),
+        (torch.eye(3), torch.eye(3), 0.0, r"logit_scale must be positive .*; got 0"),
+        (torch.eye(3), torch.eye(3), torch.tensor(-2.5), r"logit_scale must be positive .*; got -2.5"),
+        (torch.eye(3), torch.eye(3), torch.ones(2), r"logit_scale must be one number; got shape \(2,\)"),
+    ],
+)
+def test_bad_features_are_named_and_shown(image, text, scale, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RankConsistency()(image, text, scale)
+
+
+def test_identity_worth_refuses_a_cosine_that_is_not_positive() -> None:
+    v = torch.tensor([[1.0, 0.0], [-0.6, 0.8]])
+    with pytest.raises(ValueError, match=r"worth='identity'.* the smallest is -0.6"):
+        RankConsistency(worth="identity")(v, torch.eye(2))
+
+
+def test_logit_scale_may_be_a_tensor_of_one_element() -> None:
+    v, t, s = random_batch(0, 4, 3, 10.0).leaves()
+    for scale in (s, s.reshape(1), s.item()):
+        assert torch.equal(RankConsistency()(v, t, scale), RankConsistency()(v, t, s))

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import choix
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from statsmodels.duration.hazard_regression import PHReg
+from torch import Tensor
+
+from batches import VECTORS, gradients, relative_error, vector_batch
+from rankloss import plackett_luce_nll, reference
+from rankloss.plackett_luce import ListOptions, nll_and_gradient, nll_terms
+
+finite = st.floats(-50, 50)
+list_options = st.fixed_dictionaries(
+    {
+        "worth": st.sampled_from(["exp", "shifted", "identity"]),
+        "discount": st.sampled_from([None, "log"]),
+        "top_k": st.none() | st.integers(1, 12),
+    }
+)
+
+
+@st.composite
+def scored_lists(
+    draw: st.DrawFn, *, max_n: int = 10, min_n: int = 1, ties: bool = True, bound: float = 50.0
+) -> tuple[Tensor, Tensor]:
+    """Float64 scores, and a reference that is tied in places."""
+    n = draw(st.integers(min_n, max_n))
+    scores = draw(st.lists(st.floats(-bound, bound), min_size=n, max_size=n))
+    levels = st.integers(0, n if ties else 10**6)
+    y = draw(st.lists(levels, min_size=n, max_size=n, unique=not ties))
+    return torch.tensor(scores, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+
+
+def rankings(n: int) -> Tensor:
+    return torch.tensor(list(itertools.permutations(range(n))), dtype=torch.float64)
+
+
+def for_worth(x: Tensor, worth: str) -> Tensor:
+    """Scores that the worth accepts."""
+    return {"exp": x, "shifted": torch.tanh(x / 50), "identity": torch.sigmoid(x / 50)}[worth]
+
+
+# --- the model's own properties ---------------------------------------------------------------------------
+
+
+@given(st.lists(finite, min_size=1, max_size=6), st.sampled_from(["exp", "shifted", "identity"]))
+def test_probabilities_of_all_rankings_sum_to_one(scores: list[float], worth: str) -> None:
+    x = for_worth(torch.tensor(scores, dtype=torch.float64), worth)
+    references = rankings(len(scores))
+    nll = plackett_luce_nll(x.expand_as(references), references, worth=worth)
+    assert (-nll).exp().sum().item() == pytest.approx(1, rel=1e-10)
+
+
+@given(scored_lists(), finite)
+def test_a_constant_added_to_the_scores_changes_nothing(lists: tuple[Tensor, Tensor], shift: float) -> None:
+    x, y = lists
+    torch.testing.assert_close(
+        plackett_luce_nll(x + shift, y), plackett_luce_nll(x, y), rtol=1e-10, atol=1e-10
+    )
+
+
+@given(scored_lists(), list_options, st.randoms(use_true_random=False))
+def test_permuting_the_items_changes_nothing_ties_included(lists, options, random) -> None:
+    x, y = for_worth(lists[0], options["worth"]), lists[1]
+    order = list(range(len(x)))
+    random.shuffle(order)
+    expected = plackett_luce_nll(x, y, **options)
+    torch.testing.assert_close(
+        plackett_luce_nll(x[order], y[order], **options), expected, rtol=1e-12, atol=1e-12
+    )
+
+
+@given(scored_lists(), list_options)
+def test_only_the_order_of_the_reference_matters(lists: tuple[Tensor, Tensor], options) -> None:
+    x, y = for_worth(lists[0], options["worth"]), lists[1]
+    expected = plackett_luce_nll(x, y, **options)
+    for increasing in (lambda v: 3 * v - 7, lambda v: v**3, torch.exp, lambda v: v.long()):
+        assert torch.equal(plackett_luce_nll(x, increasing(y), **options), expected)
+
+
+@given(
+    st.lists(st.integers(-50, 50), min_size=1, max_size=6, unique=True),
+    st.sampled_from(["exp", "shifted", "identity"]),
+)
+def test_of_all_references_the_scores_own_order_has_the_lowest_nll(scores: list[int], worth: str) -> None:
+    x = for_worth(torch.tensor(scores, dtype=torch.float64), worth)
+    references = rankings(len(scores))
+    own = plackett_luce_nll(x, x, worth=worth).item()
+    lowest = plackett_luce_nll(x.expand_as(references), references, worth=worth).min().item()
+    assert own <= lowest + 1e-10 * (1 + abs(lowest))
+
+
+@given(scored_lists(), list_options)
+def test_nll_is_not_negative(lists: tuple[Tensor, Tensor], options) -> None:
+    x, y = for_worth(lists[0], options["worth"]), lists[1]
+    assert plackett_luce_nll(x, y, **options).item() >= -1e-12
+
+
+@given(st.integers(1, 30), finite, st.permutations(range(30)))
+def test_nll_of_equal_scores_is_log_n_factorial(n: int, score: float, y: list[int]) -> None:
+    nll = plackett_luce_nll(torch.full((n,), score, dtype=torch.float64), torch.tensor(y[:n]))
+    assert nll.item() == pytest.approx(math.lgamma(n + 1), rel=1e-12, abs=1e-12)
+
+
+@given(scored_lists(), st.sampled_from([None, "log"]), st.none() | st.integers(1, 12))
+def test_gradients_of_a_list_sum_to_zero_and_none_reaches_the_reference(lists, discount, top_k) -> None:
+    x, y = lists[0].clone().requires_grad_(), lists[1].clone().requires_grad_()
+    (3.7 * plackett_luce_nll(x, y, discount=discount, top_k=top_k)).backward()
+    assert x.grad.sum().item() == pytest.approx(0, abs=1e-10)
+    assert y.grad is None
+
+
+# --- independent oracles ----------------------------------------------------------------------------------
+
+
+@given(scored_lists(), list_options)
+def test_matches_the_literal_numpy_reference(lists: tuple[Tensor, Tensor], options) -> None:
+    x, y = for_worth(lists[0], options["worth"]), lists[1]
+    expected = reference.plackett_luce_nll(x.numpy(), y.numpy(), **options)
+    np.testing.assert_allclose(plackett_luce_nll(x, y, **options).numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("key", VECTORS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_matches_the_vectors(key: str, dtype: torch.dtype, tolerance: float) -> None:
+    case = VECTORS[key]
+    batch = vector_batch(case)
+    v, t = batch.image, batch.text
+    # Elementwise products, so that the duplicated rows of one case tie exactly.
+    dots = {"S": (v[:, None] * t).sum(-1), "I": (v[:, None] * v).sum(-1), "X": (t[:, None] * t).sum(-1)}
+    matrices = {k: batch.scale * m for k, m in {**dots, "R": dots["S"].T}.items()}
+    for name, expected in case["plackett_luce"].items():
+        x, y = (matrices[m] for m in name.split("|"))
+        assert relative_error(plackett_luce_nll(x.to(dtype), y), expected) < tolerance, name
+    for name, expected in case["plackett_luce_log_discount"].items():
+        x, y = (matrices[m] for m in name.split("|"))
+        assert relative_error(plackett_luce_nll(x.to(dtype), y, discount="log"), expected) < tolerance, name
+
+
+@given(scored_lists(ties=False, min_n=2, bound=20.0))
+def test_matches_choix_on_untied_rankings(lists: tuple[Tensor, Tensor]) -> None:
+    x, y = lists
+    best_first = y.argsort(descending=True).tolist()
+    expected = -choix.log_likelihood_rankings([best_first], x.numpy())
+    assert plackett_luce_nll(x, y).item() == pytest.approx(expected, rel=1e-8, abs=1e-8)
+
+
+@given(scored_lists(min_n=2, bound=20.0))
+def test_matches_breslows_partial_likelihood_in_statsmodels_on_tied_rankings(lists) -> None:
+    # A risk set at time t is everyone who lives to t or longer: with time = const − y it is {q : y_q ≤ y_p}.
+    x, y = lists
+    model = PHReg((y.max() - y).numpy(), x.numpy()[:, None], ties="breslow")
+    expected = -model.loglike(np.array([1.0]))
+    assert plackett_luce_nll(x, y).item() == pytest.approx(expected, rel=1e-8, abs=1e-8)
+
+
+def test_scores_far_apart_do_not_underflow() -> None:
+    # Where exp–cumsum–log with a floor of 1e-10 gives 50.9.
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        x = torch.tensor([0.0, -30.0, -40.0, -50.0], dtype=dtype)
+        nll = plackett_luce_nll(x, torch.tensor([4, 3, 2, 1]))
+        assert nll.item() == pytest.approx(9.07998595896962e-05, rel=tolerance * 1e3, abs=tolerance)
+    x = torch.tensor([0.0, -1000.0, -2000.0], requires_grad=True)
+    plackett_luce_nll(x, torch.tensor([1.0, 2.0, 3.0])).backward()
+    # log(1 + e^1000 + e^2000) + 2000, then log(1 + e^1000) + 1000: the best item of every tail is the first.
+    assert x.grad.tolist() == [2.0, -1.0, -1.0]
+
+
+def test_a_reference_of_minus_one_is_a_value_like_any_other() -> None:
+    # The authors' code takes it for padding and drops the item: 1.9297 there.
+    x = torch.tensor([0.3, -0.2, 1.1, 0.5], dtype=torch.float64)
+    assert plackett_luce_nll(x, torch.tensor([3, -1, 2, 1])).item() == pytest.approx(
+        2.62283642224751, rel=1e-9
+    )
+
+
+# --- gradients --------------------------------------------------------------------------------------------
+
+
+@given(scored_lists(), list_options)
+def test_closed_form_equals_autograd(lists: tuple[Tensor, Tensor], options) -> None:
+    x, y = for_worth(lists[0], options["worth"]).requires_grad_(), lists[1]
+    nll = nll_terms(x, y, ListOptions(**options), None).sum(-1)
+    (expected,) = gradients(nll, (x,), 1.0)
+    value, gradient = nll_and_gradient(x.detach(), y, ListOptions(**options), None)
+    torch.testing.assert_close(value, nll.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("worth", ["exp", "shifted", "identity"])
+@pytest.mark.parametrize("options", [{}, {"discount": "log", "top_k": 2}], ids=["plain", "discount, top-k"])
+def test_first_and_second_derivatives_are_right(worth: str, options) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = for_worth(torch.randn(2, 5, dtype=torch.float64, generator=generator), worth).requires_grad_()
+    y = torch.tensor([[3.0, 1.0, 3.0, 2.0, 0.0], [0.0, 1.0, 2.0, 3.0, 4.0]])
+
+    def f(x: Tensor) -> Tensor:
+        return plackett_luce_nll(x, y, worth=worth, **options)
+
+    assert torch.autograd.gradcheck(f, x)
+    assert torch.autograd.gradgradcheck(f, x)
+
+
+# --- options ----------------------------------------------------------------------------------------------
+
+
+@given(scored_lists())
+def test_top_k_of_all_items_is_no_top_k_and_more_positions_never_cost_less(
+    lists: tuple[Tensor, Tensor],
+) -> None:
+    x, y = lists
+    n = len(x)
+    values = [plackett_luce_nll(x, y, top_k=k).item() for k in range(1, n + 1)]
+    assert values == sorted(values)
+    assert values[-1] == plackett_luce_nll(x, y).item() == plackett_luce_nll(x, y, top_k=n + 5).item()
+
+
+def test_top_1_is_cross_entropy_and_keeps_all_items_tied_for_the_best() -> None:
+    x = torch.tensor([0.2, 1.5, -0.3, 0.9], dtype=torch.float64)
+    nll = plackett_luce_nll(x, torch.tensor([0, 3, 1, 2]), top_k=1)
+    assert nll.item() == pytest.approx(-x.log_softmax(0)[1].item(), rel=1e-14)
+    tied = plackett_luce_nll(x, torch.tensor([0, 3, 1, 3]), top_k=1)
+    assert tied.item() == pytest.approx(-x.log_softmax(0)[[1, 3]].sum().item(), rel=1e-14)
+
+
+def test_discounts_of_tied_items_are_those_of_their_best_rank() -> None:
+    # Ranks 1, 2, 2, 4: μ = 1/log 2, 1/log 3 twice, 1/log 5; equal scores make the denominators 4, 3, 3, 1.
+    nll = plackett_luce_nll(torch.zeros(4, dtype=torch.float64), torch.tensor([9, 5, 5, 1]), discount="log")
+    expected = math.log(4) / math.log(2) + 2 * math.log(3) / math.log(3) + math.log(1) / math.log(5)
+    assert nll.item() == pytest.approx(expected, rel=1e-14)
+
+
+def test_random_ties_pick_one_of_the_orders_and_follow_the_seed() -> None:
+    x = torch.tensor([0.3, -0.2, 1.1, 0.5], dtype=torch.float64)
+    y = torch.tensor([2.0, 1.0, 1.0, 0.0])
+    torch.manual_seed(0)
+    values = [plackett_luce_nll(x, y, ties="random").item() for _ in range(40)]
+    assert {round(v, 8) for v in values} == {3.95713832, 3.32283642}
+    torch.manual_seed(0)
+    assert [plackett_luce_nll(x, y, ties="random").item() for _ in range(40)] == values
+
+
+@given(scored_lists(ties=False), st.sampled_from([None, "log"]), st.none() | st.integers(1, 12))
+def test_random_ties_equal_shared_ties_where_nothing_is_tied(lists, discount, top_k) -> None:
+    x, y = lists
+    shared, shuffled = (
+        plackett_luce_nll(x, y, ties=t, discount=discount, top_k=top_k) for t in ("shared", "random")
+    )
+    torch.testing.assert_close(shuffled, shared, rtol=1e-12, atol=1e-12)
+
+
+# --- shapes, dtypes, bad input ----------------------------------------------------------------------------
+
+
+def test_leading_dimensions_are_lists() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 3, 5, dtype=torch.float64, generator=generator) for _ in range(2))
+    nll = plackett_luce_nll(x, y)
+    assert nll.shape == (2, 3)
+    torch.testing.assert_close(nll[1, 2], plackett_luce_nll(x[1, 2], y[1, 2]), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_scores_are_computed_in_float32(dtype: torch.dtype) -> None:
+    x = (100 * torch.randn(64, generator=torch.Generator().manual_seed(0))).to(dtype)
+    y = torch.arange(64)
+    nll = plackett_luce_nll(x, y)
+    assert nll.dtype == torch.float32
+    assert relative_error(nll, reference.plackett_luce_nll(x.double(), y)) < 1e-6
+
+
+@pytest.mark.parametrize("where", ["scores", "reference"])
+def test_nan_in_gives_nan_value_and_gradient_in_its_list_only(where: str) -> None:
+    x, y = torch.zeros(2, 4), torch.arange(8.0).view(2, 4)
+    (x if where == "scores" else y)[0, 1] = math.nan
+    x.requires_grad_()
+    nll = plackett_luce_nll(x, y)
+    nll.sum().backward()
+    assert nll.isnan().tolist() == [True, False]
+    assert x.grad.isnan().any(-1).tolist() == [True, False]
+    value, gradient = nll_and_gradient(x.detach(), y, ListOptions(), None)
+    assert value.isnan().tolist() == [True, False]
+    assert gradient.isnan().any(-1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: plackett_luce_nll(x, x[:3]), r"scores \(4,\) and reference \(3,\)"),
+        (lambda x: plackett_luce_nll(x[:0], x[:0]), r"N >= 1; got scores \(0,\)"),
+        (lambda x: plackett_luce_nll(x.sum(), x.sum()), r"got scores \(\)"),
+        (lambda x: plackett_luce_nll(x.long(), x), "scores must be floating point; got torch.int64"),
+        (lambda x: plackett_luce_nll(x, x, worth="softplus"), "worth must be one of 'exp'.*got 'softplus'"),
+        (lambda x: plackett_luce_nll(x, x, ties="efron"), "ties must be one of .*got 'efron'"),
+        (lambda x: plackett_luce_nll(x, x, discount="linear"), "discount must be one of .*got 'linear'"),
+        (lambda x: plackett_luce_nll(x, x, top_k=0), "top_k must be an integer of at least 1; got 0"),
+        (lambda x: plackett_luce_nll(x, x, top_k=2.5), "top_k must be an integer of at least 1; got 2.5"),
+        (lambda x: plackett_luce_nll(x, x, worth="identity"), "above 0, .*the smallest is -0.25"),
+        (lambda x: plackett_luce_nll(4 * x, x, worth="shifted"), "above -1, .*the smallest is -1"),
+    ],
+)
+def test_bad_input_is_named_and_shown(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(torch.tensor([0.5, -0.25, 0.75, 0.1]))

@@ -1,0 +1,44 @@
+"""The oracle is itself checked: against the published vectors, and against values written out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from batches import VECTORS, relative_error, vector_batch
+from rankloss import reference
+
+
+@pytest.mark.parametrize("key", VECTORS)
+def test_reference_matches_the_vectors(key: str) -> None:
+    case = VECTORS[key]
+    batch = vector_batch(case)
+    v, t, s = batch.image.numpy(), batch.text.numpy(), batch.scale
+    assert relative_error(reference.clip(v, t, s), case["clip"]) < 1e-10
+    for term in ("cross_modal", "in_modal"):
+        assert relative_error(getattr(reference, term)(v, t, s), case["row_mean"][term]) < 1e-10
+    if "batch_list_sum" in case:
+        sums = case["batch_list_sum"]
+        cross = reference.cross_modal(v, t, s, lists="batch", reduction="sum")
+        assert relative_error(cross, sums["cross_modal"]) < 1e-10
+        both = (sums["in_modal I|X"] + sums["in_modal X|I"]) / 2
+        assert relative_error(reference.in_modal(v, t, s, lists="batch", reduction="sum"), both) < 1e-10
+
+
+def test_reference_of_a_list_written_out_by_hand() -> None:
+    # Best first: scores 2, 1, 0.
+    expected = math.log(1 + math.exp(-1) + math.exp(-2)) + math.log(1 + math.exp(-1))
+    assert float(reference.plackett_luce_nll([2, 0, 1], [9, 1, 5])) == pytest.approx(expected, rel=1e-15)
+    # The last two tied: both have the denominator of two items.
+    expected = math.log(1 + math.exp(-1) + math.exp(-2)) + 2 * math.log(math.e + 1) - 1
+    assert float(reference.plackett_luce_nll([2, 0, 1], [9, 1, 1])) == pytest.approx(expected, rel=1e-15)
+
+
+def test_reference_of_the_row_lists_is_that_of_the_lists() -> None:
+    batch = vector_batch(VECTORS["0:6:4:10"])
+    v, t = batch.image.numpy(), batch.text.numpy()
+    s = 10 * (v[:, None] * t).sum(-1)
+    lists = (reference.plackett_luce_nll(s, s.T) + reference.plackett_luce_nll(s.T, s)) / 2
+    np.testing.assert_allclose(reference.cross_modal(v, t, 10, reduction="none"), lists, rtol=1e-12)
