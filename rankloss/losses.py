@@ -404,7 +404,13 @@ class RankClipLoss(nn.Module):
         self._check_progress()
         if logit_bias is not None:  # not every loss takes one
             base_inputs["logit_bias"] = logit_bias
-        base = self.base(image_features, text_features, logit_scale, output_dict=True, **base_inputs)
+        base = self.base(
+            image_features=image_features,  # by name: not every loss has them in this order
+            text_features=text_features,
+            logit_scale=logit_scale,
+            output_dict=True,
+            **base_inputs,
+        )
         entries = dict(base) if isinstance(base, Mapping) else {"contrastive_loss": base}
         cross, in_ = self.consistency.terms(
             image_features,

@@ -207,6 +207,10 @@ class Base(nn.Module):
         }
 
 
+def scalar_base(image_features, text_features, logit_scale, output_dict):
+    return logit_scale * (image_features * text_features).sum()
+
+
 def test_any_base_with_the_forward_convention_composes() -> None:
     v, t, s = features()
     loss = RankClipLoss(Base(), schedule="constant")
@@ -216,7 +220,7 @@ def test_any_base_with_the_forward_convention_composes() -> None:
     torch.testing.assert_close(loss(v, t, s, labels=torch.ones(3)), sum(entries.values()))
     with pytest.raises(TypeError, match="logit_bias"):  # given, so passed on; this base takes none
         loss(v, t, s, torch.zeros(()), labels=torch.ones(3))
-    scalar = RankClipLoss(lambda v, t, s, output_dict: s * (v * t).sum(), schedule="constant")
+    scalar = RankClipLoss(scalar_base, schedule="constant")
     torch.testing.assert_close(scalar(v, t, s, output_dict=True)["contrastive_loss"], s * (v * t).sum())
 
 
@@ -225,10 +229,20 @@ def test_open_clips_own_losses_compose() -> None:
     v, t, s = features()
     entries = RankClipLoss(open_clip_loss.ClipLoss(), schedule="constant")(v, t, s, output_dict=True)
     torch.testing.assert_close(entries["contrastive_loss"], ClipLoss()(v, t, s))
-    entries = RankClipLoss(open_clip_loss.SigLipLoss(), schedule="constant")(
-        v, t, s, torch.tensor(-10.0), output_dict=True
+    siglip = RankClipLoss(open_clip_loss.SigLipLoss(), schedule="constant")
+    assert list(siglip(v, t, s, torch.tensor(-10.0), output_dict=True)) == [
+        "contrastive_loss",
+        "cross_modal_loss",
+        "in_modal_loss",
+    ]
+    # CoCa's loss takes its arguments in another order, and logits and labels besides.
+    coca = RankClipLoss(
+        open_clip_loss.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0), schedule="constant"
     )
-    assert list(entries) == ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
+    logits, labels = torch.zeros(6, 5, 7, dtype=torch.float64), torch.ones(6, 5, dtype=torch.long)
+    entries = coca(v, t, s, output_dict=True, logits=logits, labels=labels)
+    assert list(entries) == ["contrastive_loss", "caption_loss", "cross_modal_loss", "in_modal_loss"]
+    assert entries["caption_loss"].item() == pytest.approx(2 * math.log(7))
 
 
 def test_the_loss_has_no_state_for_a_checkpoint_and_survives_copies_and_casts() -> None:

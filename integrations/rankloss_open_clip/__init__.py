@@ -1,1 +1,5 @@
-"""`--loss rankclip` for the unmodified ``python -m open_clip_train.main``."""
+"""``--loss rankclip`` for the unmodified ``python -m open_clip_train.main``.
+
+Nothing is imported here: torch loads :mod:`rankloss_open_clip.bootstrap` in every program that imports torch,
+so this package must cost nothing until open_clip's trainer is met.
+"""

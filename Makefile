@@ -1,0 +1,55 @@
+# Every target sets up what it needs in .venv; nothing has to be installed beforehand but Python and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_OUTPUT ?= outputs/openmoji
+OPEN_CLIP_VERSIONS ?= 3.0.0 3.3.0
+
+.PHONY: demo test test-slow test-matrix lint typecheck bench clean
+
+$(VENV)/.base:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.examples: pyproject.toml | $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+## Train a small CLIP on OpenMoji with --loss rankclip, evaluate it and draw (about 5 minutes on 2 cores).
+demo: $(VENV)/.examples
+	$(BIN)/python examples/openmoji/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
+
+## The test suite; `make test-slow` is the same with 2,000 random examples a property.
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.dev
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+## The integration on the lowest and the newest supported open_clip, each in an environment of its own.
+test-matrix: $(addprefix test-open_clip-,$(OPEN_CLIP_VERSIONS))
+
+test-open_clip-%:
+	$(PYTHON) -m venv $(VENV)-open_clip-$*
+	$(VENV)-open_clip-$*/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-open_clip-$*/bin/python -m pip install --quiet --editable '.[test]' 'open_clip_torch[training]==$*'
+	$(VENV)-open_clip-$*/bin/python -m pytest tests/rankloss_open_clip tests/test_losses.py tests/test_distributed.py $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(VENV)/.dev
+	$(BIN)/mypy
+
+## Time of the losses against open_clip's ClipLoss and the naive rank loss, in one run.
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest benchmarks -p no:cacheprovider -o testpaths=benchmarks -o python_files='bench_*.py' --benchmark-only --benchmark-group-by=param:n --benchmark-columns=median,iqr,rounds $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) $(VENV)-open_clip-* build dist

@@ -1,0 +1,208 @@
+"""The patches that are applied to open_clip's modules after they are loaded.
+
+Each wraps functions by name, once, and keeps their name, signature and source visible. None of them changes a
+run without ``--loss``. Only the standard library is imported here: what needs torch is imported by the first
+call that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import inspect
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+from rankloss_open_clip import arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+_PATCHED = "_rankloss_open_clip_patched"
+
+_PATCHED_NAMES = {
+    "open_clip.factory": ("create_loss", "create_task"),
+    "open_clip": ("create_loss", "create_task"),
+    "open_clip_train.params": ("parse_args",),
+    "open_clip_train.train": ("train_one_epoch",),
+    "open_clip_train.legacy_train": ("train_one_epoch",),
+    "open_clip_train.main": ("create_loss", "create_task", "parse_args", "train_one_epoch"),
+    "open_clip_train.legacy_main": ("create_loss", "parse_args", "train_one_epoch"),
+}
+
+
+def patch_factory(module: ModuleType) -> None:
+    """Let ``create_loss``, and ``create_task`` where there is one, wrap the loss they build.
+
+    Args:
+        module: ``open_clip.factory``.
+
+    Raises:
+        AttributeError: The module has neither function.
+    """
+    if not hasattr(module, "create_loss") and not hasattr(module, "create_task"):
+        raise AttributeError(f"{module.__name__} has neither create_loss nor create_task")
+    if hasattr(module, "create_loss"):
+        _wrap(module, "create_loss", _creating_loss)
+    if hasattr(module, "create_task"):
+        _wrap(module, "create_task", _creating_task)
+
+
+def patch_params(module: ModuleType) -> None:
+    """Let ``parse_args`` know the options of :mod:`rankloss_open_clip.arguments`.
+
+    Args:
+        module: ``open_clip_train.params``.
+
+    Raises:
+        AttributeError: The module has no ``parse_args``, or takes no parser class from argparse.
+    """
+    if _parser_name(module) is None:
+        raise AttributeError(f"{module.__name__} does not use argparse's ArgumentParser")
+    _wrap(module, "parse_args", functools.partial(_parsing, module))
+
+
+def patch_train(module: ModuleType) -> None:
+    """Let ``train_one_epoch`` tell the ranking loss which epoch begins.
+
+    Args:
+        module: ``open_clip_train.train`` or ``open_clip_train.legacy_train``.
+
+    Raises:
+        AttributeError: The module has no ``train_one_epoch``.
+        TypeError: Its parameters name neither the loss and the epoch nor a state that holds them.
+    """
+    parameters = inspect.signature(module.train_one_epoch).parameters
+    if not {"data", "args"} <= parameters.keys() or not (
+        {"loss", "epoch"} <= parameters.keys() or "state" in parameters
+    ):
+        raise TypeError(f"{module.__name__}.train_one_epoch has unknown parameters: {', '.join(parameters)}")
+    _wrap(module, "train_one_epoch", _training)
+
+
+def unpatched() -> list[str]:
+    """Functions of open_clip that are loaded, that ``--loss`` depends on, and that are not patched."""
+    return [
+        f"{name}.{attribute}"
+        for name, attributes in _PATCHED_NAMES.items()
+        for attribute in attributes
+        if hasattr(sys.modules.get(name), attribute)
+        and not getattr(getattr(sys.modules[name], attribute), _PATCHED, False)
+    ]
+
+
+def _wrap(module: ModuleType, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(module, name)
+    # The mark sits on the function, not on the module: a reloaded module has new functions to patch.
+    if getattr(original, _PATCHED, False):
+        return
+    replacement = functools.wraps(original)(wrapper(original))
+    setattr(replacement, _PATCHED, True)
+    setattr(module, name, replacement)
+    # Modules that took the function by name before it was patched (attach() called late).
+    for other, attributes in _PATCHED_NAMES.items():
+        if name in attributes and getattr(sys.modules.get(other), name, None) is original:
+            setattr(sys.modules[other], name, replacement)
+
+
+def _creating_loss(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def create_loss(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        options = bound.arguments["args"]
+        if not arguments.requested(options):
+            return original(*args, **kwargs)
+        from rankloss_open_clip.loss import build_loss
+
+        bound.arguments["args"] = _base_arguments(options)
+        # This trainer adds up every value of the dict that a loss returns.
+        return build_loss(original(*bound.args, **bound.kwargs), options, sums_every_value=True)
+
+    return create_loss
+
+
+def _creating_task(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def create_task(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        options = bound.arguments["args"]
+        if not arguments.requested(options):
+            return original(*args, **kwargs)
+        from rankloss_open_clip.loss import build_loss
+
+        bound.arguments["args"] = _base_arguments(options)
+        task = original(*bound.args, **bound.kwargs)
+        if getattr(task, "loss", None) is None or getattr(task, "primary_key", "image") != "image":
+            raise ValueError(
+                f"--loss rankclip needs a task that compares images with texts, got {type(task).__name__}"
+            )
+        # A task adds up the keys that end in `_loss`, and logs the others.
+        task.loss = build_loss(task.loss, options, sums_every_value=False)
+        return task
+
+    return create_task
+
+
+def _base_arguments(options: Any) -> Any:
+    """The trainer's arguments as the factory of the base loss may see them.
+
+    They differ only where the trainer has a ``--loss`` of its own, which does not know ``rankclip``.
+    """
+    if not hasattr(options, arguments.BASE_LOSS):
+        return options
+    options = copy.copy(options)
+    options.loss = getattr(options, arguments.BASE_LOSS)
+    return options
+
+
+def _parser_name(module: ModuleType) -> str | None:
+    """The name through which a module reaches argparse's parser class."""
+    if getattr(module, "argparse", None) is argparse:
+        return "argparse"
+    if getattr(module, "ArgumentParser", None) is argparse.ArgumentParser:
+        return "ArgumentParser"
+    return None
+
+
+def _parsing(module: ModuleType, original: Callable[..., Any]) -> Callable[..., Any]:
+    def parse_args(*args: Any, **kwargs: Any) -> Any:
+        # The parser is created, filled and used inside the call, so the class is exchanged for that long.
+        name = _parser_name(module)
+        if name is None:
+            return original(*args, **kwargs)  # a call from within a call
+        replaced = getattr(module, name)
+        replacement: Any = arguments.TrainerParser
+        if name == "argparse":
+            replacement = types.ModuleType("argparse")
+            vars(replacement).update(vars(argparse), ArgumentParser=arguments.TrainerParser)
+        setattr(module, name, replacement)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            setattr(module, name, replaced)
+
+    return parse_args
+
+
+def _training(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def train_one_epoch(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        options = given["args"]
+        if arguments.requested(options):
+            from rankloss_open_clip.loss import start_epoch
+
+            # The state of open_clip's later trainer holds the task, and the task holds the loss.
+            state = given.get("state")
+            loss = given["loss"] if state is None else getattr(state.task, "loss", None)
+            epoch = given["epoch"] if state is None else state.epoch
+            start_epoch(loss, epoch, given["data"], options)
+        return original(*args, **kwargs)
+
+    return train_one_epoch

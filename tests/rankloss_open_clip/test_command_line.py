@@ -1,0 +1,213 @@
+"""The options: what they are called, what they refuse, and that each reaches the loss."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from open_clip_train.params import parse_args
+from torch import nn
+from trainer_runs import Processes
+
+import rankloss
+from rankloss import schedules
+from rankloss_open_clip import arguments, bootstrap, loss, seams
+
+RANKCLIP = ["--loss", "rankclip"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(list(argv))
+    assert exit_.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help_shows_the_group(processes: Processes) -> None:
+    done = processes["help"]
+    assert done.returncode == 0
+    assert "ranking loss (rankloss):" in done.output
+    assert "--loss {clip,rankclip}" in done.output
+    assert f"--rankclip-schedule {{{','.join(schedules.NAMES)}}}" in done.output
+    for option in arguments.options():
+        assert option.flag in done.output
+
+
+def test_unknown_loss_ends_the_command_with_a_usage_error(processes: Processes) -> None:
+    done = processes["bad value"]
+    assert done.returncode == 2
+    assert "argument --loss: invalid choice: 'siglip'" in done.output
+
+
+@pytest.mark.parametrize("argv", [["--loss", "rankclip"], ["--loss=rankclip"]])
+def test_both_spellings_select_the_loss_and_fill_in_defaults(argv: list[str]) -> None:
+    args = parse_args(argv)
+    assert args.loss == "rankclip"
+    assert args.loss_dist_impl is None
+    assert {name for name in vars(args) if name.startswith("rankclip_")} == {
+        o.dest for o in arguments.options()
+    }
+
+
+def test_arguments_without_loss_are_those_of_the_trainer() -> None:
+    args = vars(parse_args([]))
+    assert not [name for name in args if name == "loss" or name.startswith("rankclip")]
+
+
+@pytest.mark.parametrize("abbreviation", ["--loss-d", "--loss-dist-impl"])
+def test_trainers_own_option_keeps_its_meaning(abbreviation: str) -> None:
+    args = parse_args([abbreviation, "gather", *RANKCLIP])
+    assert (args.loss_dist_impl, args.loss) == ("gather", "rankclip")
+
+
+def test_ambiguous_abbreviation_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "ambiguous option: --los" in refused(capsys, "--los", "rankclip")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rankclip-schedule", "steep"], "--rankclip-schedule: invalid choice"),
+        (["--rankclip-schedule-unit", "sample"], "--rankclip-schedule-unit: invalid choice"),
+        (
+            ["--rankclip-lambda-cross", "-1"],
+            "--rankclip-lambda-cross: must be a finite number of at least 0, got '-1'",
+        ),
+        (
+            ["--rankclip-lambda-in", "nan"],
+            "--rankclip-lambda-in: must be a finite number of at least 0, got 'nan'",
+        ),
+        (
+            ["--rankclip-lambda-in", "inf"],
+            "--rankclip-lambda-in: must be a finite number of at least 0, got 'inf'",
+        ),
+        (
+            ["--rankclip-lambda-in", "x"],
+            "--rankclip-lambda-in: must be a finite number of at least 0, got 'x'",
+        ),
+        (["--rankclip-top-k", "0"], "--rankclip-top-k: must be a whole number of at least 1, got '0'"),
+        (
+            ["--rankclip-chunk-size", "1.5"],
+            "--rankclip-chunk-size: must be a whole number of at least 1, got '1.5'",
+        ),
+        (["--rankclip-lists", "all"], "--rankclip-lists: invalid choice"),
+        (["--rankclip-ties", "breslow"], "--rankclip-ties: invalid choice"),
+        (["--rankclip-discount", "exp"], "--rankclip-discount: invalid choice"),
+        (["--rankclip-worth", "square"], "--rankclip-worth: invalid choice"),
+        (["--horovod"], "--loss: rankclip does not work with --horovod"),
+        (["--rankclip-lists", "batch", "--local-loss"], "--rankclip-lists: batch needs the whole batch"),
+        (["--rankclip-weight", "1"], "unrecognized arguments: --rankclip-weight"),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert message in refused(capsys, *RANKCLIP, *argv)
+
+
+@pytest.mark.parametrize("loss_argument", [[], ["--loss", "clip"]])
+def test_options_without_the_ranking_loss_are_refused(
+    capsys: pytest.CaptureFixture[str], loss_argument: list[str]
+) -> None:
+    message = refused(capsys, *loss_argument, "--rankclip-top-k", "5", "--rankclip-lambda-in", "1")
+    assert "--rankclip-lambda-in, --rankclip-top-k: only with --loss rankclip" in message
+
+
+def test_what_the_library_refuses_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("top_k must be at least 2, got 1")
+
+    monkeypatch.setattr(rankloss, "RankClipLoss", refuse)
+    assert "argument --loss: top_k must be at least 2, got 1" in refused(capsys, *RANKCLIP)
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--rankclip-schedule", "cosine"], "schedule", "cosine"),
+        (["--rankclip-lambda-cross", "0.5"], "lambda_cross", 0.5),
+        (["--rankclip-lambda-in", "0"], "lambda_in", 0.0),
+        (["--rankclip-lists", "batch"], "lists", "batch"),
+        (["--rankclip-worth", "shifted"], "worth", "shifted"),
+        (["--rankclip-ties", "random"], "ties", "random"),
+        (["--rankclip-discount", "log"], "discount", "log"),
+        (["--rankclip-discount", "none"], "discount", None),
+        (["--rankclip-top-k", "5"], "top_k", 5),
+        (["--rankclip-chunk-size", "8"], "chunk_size", 8),
+        (["--local-loss"], "local_loss", True),
+        (["--gather-with-grad"], "gather_with_grad", True),
+        (["--siglip"], "gather_with_grad", True),
+        (["--siglip"], "local_loss", True),
+        (["--siglip", "--rankclip-lists", "batch"], "local_loss", False),
+    ],
+)
+def test_option_reaches_the_loss(
+    monkeypatch: pytest.MonkeyPatch, argv: list[str], name: str, value: object
+) -> None:
+    args = ready(parse_args([*RANKCLIP, *argv]))
+    built: dict[str, Any] = {}
+
+    class Recorder(nn.Module):
+        def __init__(self, base: nn.Module, **options: Any) -> None:
+            super().__init__()
+            built.update(options, base=base)
+
+    monkeypatch.setattr(rankloss, "RankClipLoss", Recorder)
+    base = nn.Identity()
+    loss.build_loss(base, args, sums_every_value=True)
+    assert built["base"] is base
+    assert built[name] == value
+
+
+def test_every_option_is_accepted_by_the_library() -> None:
+    for unit in ("epoch", "step"):
+        args = ready(parse_args([*RANKCLIP, "--rankclip-schedule-unit", unit]))
+        built = loss.build_loss(nn.Identity(), args, sums_every_value=True)
+        assert built.unit == unit
+        assert isinstance(built.criterion, rankloss.RankClipLoss)
+
+
+def test_broken_library_stops_only_runs_that_ask(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise ImportError("no rankloss")
+
+    monkeypatch.setattr(arguments, "options", broken)
+    assert parse_args([]).loss_dist_impl is None
+    assert "--loss is not available in this run" in caplog.text
+    assert "rankloss cannot be imported (ImportError: no rankloss)" in refused(capsys, *RANKCLIP)
+
+
+def test_unpatched_trainer_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seams, "unpatched", lambda: ["open_clip_train.train.train_one_epoch"])
+    assert "did not reach open_clip_train.train.train_one_epoch" in refused(capsys, *RANKCLIP)
+
+
+def test_failed_patch_is_raised_at_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(bootstrap.failures, "open_clip.factory", AttributeError("no create_loss"))
+    with pytest.raises(
+        ImportError, match=r"could not attach .*open_clip\.factory: AttributeError: no create_loss"
+    ):
+        parse_args(["--loss", "clip"])
+    parse_args([])
+    assert "no create_loss" in caplog.text
+
+
+def test_swallowed_option_is_noticed_by_the_factory() -> None:
+    swallowed = SimpleNamespace(loss_dist_impl="rankclip")
+    with pytest.raises(RuntimeError, match="was read as --loss-dist-impl rankclip"):
+        arguments.requested(swallowed)
+
+
+def ready(args: Any) -> Any:
+    """Arguments as the trainer completes them before it creates the loss."""
+    args.rank, args.world_size, args.distill = 0, 1, False
+    return args

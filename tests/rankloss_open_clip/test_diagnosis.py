@@ -1,0 +1,55 @@
+"""What the doctor and the runner say where something is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+import pytest
+import torch
+
+from rankloss_open_clip import __main__ as runner
+from rankloss_open_clip import bootstrap, doctor
+
+
+def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else object())
+
+
+def test_nothing_is_wrong_here() -> None:
+    assert doctor.diagnose() == []
+
+
+@pytest.mark.parametrize("module", ["torch", "open_clip_train"])
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    without(monkeypatch, module)
+    assert doctor.diagnose()[0].startswith(f"{module} is not installed: pip install")
+
+
+def test_torch_without_autoload_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "attached", lambda: False)
+    monkeypatch.delattr(torch, "_import_device_backends")
+    assert any("loads no plug-ins, 2.5 is the first that does" in problem for problem in doctor.diagnose())
+
+
+def test_missing_entry_point_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "attached", lambda: False)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    assert any("its entry point is not registered" in problem for problem in doctor.diagnose())
+
+
+def test_switched_off_autoload_is_named_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bootstrap, "attached", lambda: False)
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    assert doctor.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"torch {torch.__version__}"
+    assert lines[4].startswith("- TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading plug-ins")
+
+
+def test_runner_without_the_trainer_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "open_clip_train")
+    with pytest.raises(SystemExit, match="open_clip_train is not installed"):
+        runner.main()

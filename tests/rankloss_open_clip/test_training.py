@@ -1,0 +1,138 @@
+"""What the unmodified training command does with, and without, ``--loss``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+
+import pytest
+import torch
+from trainer_runs import STEPS, Run, Runs
+
+from rankloss import schedules
+
+TERMS = ("contrastive_loss", "cross_modal_loss", "in_modal_loss")
+PATHS = {"name", "log_path", "checkpoint_path", "tensorboard_path"}
+
+
+def assert_equal_training(one: Run, other: Run, epochs: tuple[int, ...] = (1, 2, 3)) -> None:
+    for epoch in epochs:
+        left, right = one.epoch(epoch), other.epoch(epoch)
+        assert left.keys() == right.keys()
+        assert len(left) > 20, "weights and optimizer state must be there to be compared"
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_command_trains_with_the_ranking_terms(runs: Runs) -> None:
+    run = runs["--loss rankclip"]
+    assert len(run.train_lines()) == 3 * STEPS
+    for line in run.train_lines():
+        expected = [*(term.capitalize() for term in TERMS), "Rank_lambda", "Loss"]
+        assert list(line)[-5:] == expected
+
+
+def test_log_says_at_the_start_what_is_trained(runs: Runs) -> None:
+    lines = [line for line in runs["--loss rankclip"].log.splitlines() if "Loss: rankclip" in line]
+    assert len(lines) == 1
+    assert "on ClipLoss" in lines[0]
+    assert "schedule official per epoch over 3 epoch(s)" in lines[0]
+    assert "lambda scale 1 cross-modal and 1 in-modal" in lines[0]
+    assert f"open_clip {importlib.metadata.version('open_clip_torch')}" in lines[0]
+    log = runs["--loss rankclip"].log
+    assert log.index("Loss: rankclip") < log.index("Train Epoch")
+
+
+def test_params_file_names_the_options_of_the_run(runs: Runs) -> None:
+    params = runs["--loss rankclip"].params
+    assert params["loss"] == "rankclip"
+    assert params["rankclip_schedule"] == "official"
+    assert params["rankclip_lambda_cross"] == "1.0"
+    assert params["rankclip_top_k"] == "None"
+
+
+@pytest.mark.parametrize("name", ["no --loss", "--loss clip"])
+def test_training_without_the_ranking_loss_is_bit_equal_to_stock(runs: Runs, name: str) -> None:
+    assert_equal_training(runs["stock"], runs[name])
+    assert runs["stock"].scalars.keys() == runs[name].scalars.keys()
+    assert "rankclip" not in runs[name].log.replace(str(runs[name].directory), "")
+
+
+def test_params_file_without_loss_is_that_of_stock(runs: Runs) -> None:
+    stock, hooked = runs["stock"].params, runs["no --loss"].params
+    assert stock.keys() == hooked.keys()
+    assert {key for key in stock if stock[key] != hooked[key]} <= PATHS
+    clip = runs["--loss clip"].params
+    assert clip.keys() - stock.keys() == {"loss"}
+
+
+def test_epoch_at_lambda_zero_is_bit_equal_to_stock(runs: Runs) -> None:
+    stock, run = runs["stock"], runs["--loss rankclip"]
+    assert_equal_training(stock, run, epochs=(1,))
+    weights = "visual.proj"
+    assert not torch.equal(stock.epoch(2)[weights], run.epoch(2)[weights]), "later epochs must differ"
+    first = [run.scalars[term][step] for term in TERMS[1:] for step in range(STEPS)]
+    assert first == [0.0] * len(first)
+
+
+def test_logged_loss_is_the_sum_of_the_logged_terms(runs: Runs) -> None:
+    for name in ("--loss rankclip", "one epoch", "steps with accumulation"):
+        scalars = runs[name].scalars
+        for step, loss in scalars["loss"].items():
+            terms = [values[step] for key, values in scalars.items() if key.endswith("_loss")]
+            assert len(terms) == 3
+            assert loss == pytest.approx(sum(terms), rel=1e-6)
+        for line in runs[name].train_lines():
+            terms = [value for key, value in line.items() if key.endswith("_loss")]
+            assert line["Loss"] == pytest.approx(sum(terms), rel=1e-4)
+
+
+def test_tensorboard_shows_the_lambda_of_each_epoch(runs: Runs) -> None:
+    logged = runs["--loss rankclip"].scalars["rank_lambda"]
+    assert logged == {step: schedules.official(step // STEPS + 1, 3) for step in range(3 * STEPS)}
+    assert len(set(logged.values())) == 3
+
+
+def test_terms_follow_lambda_in_the_log(runs: Runs) -> None:
+    scalars = runs["--loss rankclip"].scalars
+    for term in TERMS[1:]:
+        assert all(scalars[term][step] != 0 for step in range(STEPS, 3 * STEPS))
+
+
+def test_single_epoch_goes_by_steps_and_says_so(runs: Runs) -> None:
+    run = runs["one epoch"]
+    expected = {step: schedules.rankclip(step + 1, STEPS) for step in range(STEPS)}
+    assert run.scalars["rank_lambda"] == pytest.approx(expected)
+    assert "schedule rankclip per step" in run.log
+    assert "one epoch has no ramp" in run.log
+    assert "no ramp" not in runs["--loss rankclip"].log
+
+
+def test_steps_are_optimizer_steps_under_accumulation(runs: Runs) -> None:
+    # Two micro-batches a step: the loss is called twice, λ moves once.
+    total = 2 * STEPS // 2
+    expected = {step: schedules.linear(step + 1, total) for step in range(total)}
+    assert runs["steps with accumulation"].scalars["rank_lambda"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["runner", "file path", "in process"])
+def test_every_way_to_start_trains_the_same(runs: Runs, name: str) -> None:
+    assert_equal_training(runs["--loss rankclip"], runs[name])
+    assert len(re.findall("Loss: rankclip", runs[name].log)) == 1
+
+
+def test_run_prints_no_warning_of_ours(runs: Runs) -> None:
+    def warned(run: Run) -> set[str]:
+        return {line for line in run.output.splitlines() if "Warning" in line or "WARNING" in line}
+
+    def stripped(run: Run) -> set[str]:
+        return {re.sub(r"^[\d,:-]+ \| ", "", line) for line in warned(run)}
+
+    assert stripped(runs["--loss rankclip"]) <= stripped(runs["stock"])
+    assert stripped(runs["no --loss"]) <= stripped(runs["stock"])
+
+
+def test_broken_plugin_does_not_stop_a_run_without_loss(runs: Runs) -> None:
+    run = runs["broken plug-in"]
+    assert len(run.train_lines()) == STEPS
+    assert "--loss is not available in this run" in run.output
+    assert "sabotaged" in run.output

@@ -1,0 +1,156 @@
+"""Real runs of open_clip's trainer, on a tiny model and 64 generated pairs, in processes of their own."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+SAMPLES = 64
+STEPS = 4  # optimizer steps of an epoch, without accumulation
+OFFICIAL = ["--loss", "rankclip", "--rankclip-schedule", "official"]
+OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+@dataclass(frozen=True)
+class Process:
+    """A finished process."""
+
+    returncode: int
+    output: str  # stdout and stderr
+
+
+@dataclass(frozen=True)
+class Run(Process):
+    """A finished run of the trainer."""
+
+    directory: Path
+
+    @cached_property
+    def log(self) -> str:
+        return (self.directory / "out.log").read_text()
+
+    @cached_property
+    def params(self) -> dict[str, str]:
+        lines = (self.directory / "params.txt").read_text().splitlines()
+        return dict(line.split(": ", 1) for line in lines if ": " in line)
+
+    @cached_property
+    def scalars(self) -> dict[str, dict[int, float]]:
+        """What TensorBoard was told: tag → step → value."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tensorboard's own
+            accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+
+            events = accumulator.EventAccumulator(
+                str(self.directory / "tensorboard"), size_guidance={"scalars": 0}
+            )
+            events.Reload()
+            return {
+                tag.removeprefix("train/"): {event.step: event.value for event in events.Scalars(tag)}
+                for tag in events.Tags()["scalars"]
+            }
+
+    def epoch(self, number: int) -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint, those of the optimizer included."""
+        path = self.directory / "checkpoints" / f"epoch_{number}.pt"
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = dict(checkpoint["state_dict"])
+        for index, state in checkpoint["optimizer"]["state"].items():
+            tensors.update({f"optimizer.{index}.{name}": value for name, value in state.items()})
+        return tensors
+
+    def train_lines(self) -> list[dict[str, float]]:
+        """The values of each line that the trainer logged while training."""
+        lines = [line for line in self.log.splitlines() if "Train Epoch:" in line]
+        return [{k: float(v) for k, v in re.findall(r"(\w+): (-?[\d.]+) \(", line)} for line in lines]
+
+
+class Trainer:
+    """Starts runs of the trainer in their own processes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        model = directory / "tiny"
+        model.mkdir()
+        tower = {"width": 32, "layers": 1}
+        config = {
+            "embed_dim": 32,
+            "vision_cfg": {"image_size": 32, "patch_size": 16, "head_width": 16, **tower},
+            "text_cfg": {"context_length": 16, "vocab_size": 49408, "heads": 2, **tower},
+        }
+        (model / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+        noise = np.random.default_rng(0)
+        rows = ["filepath\ttitle"]
+        for i in range(SAMPLES):
+            Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(directory / f"{i}.png")
+            rows.append(f"{directory / f'{i}.png'}\tpicture {i} of {i % 7} apples and {i % 5} pears")
+        (directory / "data.csv").write_text("\n".join(rows) + "\n")
+
+    def arguments(self, name: str, *options: str) -> list[str]:
+        return [
+            *("--model", f"local-dir:{self.directory / 'tiny'}", "--device", "cpu", "--precision", "fp32"),
+            *("--train-data", str(self.directory / "data.csv"), "--dataset-type", "csv", "--workers", "0"),
+            *("--csv-img-key", "filepath", "--csv-caption-key", "title"),
+            *("--batch-size", str(SAMPLES // STEPS), "--warmup", "1", "--log-every-n-steps", "1"),
+            *("--logs", str(self.directory / "logs"), "--name", name, "--report-to", "tensorboard"),
+            *options,
+        ]
+
+    def run(self, name: str, *options: str, command: tuple[str, ...] = (), **environment: str) -> Run:
+        command = command or ("-m", "open_clip_train.main")
+        process = self.python(*command, *self.arguments(name, *options), **environment)
+        return Run(process.returncode, process.output, self.directory / "logs" / name)
+
+    def python(self, *arguments: str, **environment: str) -> Process:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=self.directory,
+            timeout=300,
+            check=False,
+        )
+        return Process(done.returncode, done.stdout)
+
+
+class Processes:
+    """Processes by name; they run two at a time, and asking for one waits for it."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(2)
+        self._futures: dict[str, Future[Process]] = {}
+
+    def __getitem__(self, name: str) -> Process:
+        return self._futures[name].result()
+
+    def add(self, name: str, function: object, *arguments: str, **keywords: object) -> None:
+        self._futures[name] = self._pool.submit(function, *arguments, **keywords)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+class Runs(Processes):
+    """The runs of the trainer."""
+
+    def __getitem__(self, name: str) -> Run:
+        run = super().__getitem__(name)
+        assert isinstance(run, Run)
+        assert run.returncode == 0, run.output[-4000:]
+        return run
