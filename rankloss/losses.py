@@ -70,7 +70,7 @@ class RankConsistency(nn.Module):
             (a scale on an accelerator is not checked, since reading it would make every step wait).
 
     References:
-        Zhang et al., "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025, section 3.
+        "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025, section 3.
 
     Example:
         >>> import rankloss
@@ -218,7 +218,7 @@ class ClipLoss(nn.Module):
         ValueError: for features that are not two floating-point matrices of one shape with at least two rows.
 
     References:
-        Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021,
+        "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021,
         fig. 3.
 
     Example:
@@ -303,7 +303,7 @@ class RankClipLoss(nn.Module):
         RuntimeError: in ``forward``, where the schedule needs to know the progress and was not told.
 
     References:
-        Zhang et al., "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025, section 3.3.
+        "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025, section 3.3.
 
     Example:
         >>> import rankloss

@@ -31,7 +31,7 @@ def kendall_tau(x: Tensor, y: Tensor) -> Tensor:
         ``[...]``, float64; NaN where all items of a list are tied, or one is NaN.
 
     References:
-        Knight, "A Computer Method for Calculating Kendall's Tau with Ungrouped Data", 1966.
+        "A Computer Method for Calculating Kendall's Tau with Ungrouped Data", 1966.
 
     Example:
         >>> kendall_tau(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])).item()
@@ -121,7 +121,8 @@ def modality_gap(image_features: Tensor, text_features: Tensor) -> Tensor:
     """``‖mean_i v_i − mean_i t_i‖``: the distance between the centres of the modalities.
 
     References:
-        Liang et al., "Mind the Gap", NeurIPS 2022.
+        "Mind the Gap: Understanding the Modality Gap in Multi-modal Contrastive Representation Learning",
+        NeurIPS 2022.
 
     Example:
         >>> modality_gap(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item()
@@ -135,7 +136,7 @@ def alignment(image_features: Tensor, text_features: Tensor) -> Tensor:
     """``mean_i ‖v_i − t_i‖²``: 0 where every pair coincides; smaller is better.
 
     References:
-        Wang and Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity
+        "Understanding Contrastive Representation Learning through Alignment and Uniformity
         on the Hypersphere", ICML 2020.
 
     Example:
@@ -149,7 +150,7 @@ def alignment(image_features: Tensor, text_features: Tensor) -> Tensor:
 def uniformity(image_features: Tensor, text_features: Tensor | None = None) -> Tensor:
     """``log mean_{i > j} exp(−2‖x_i − z_j‖²)``: how evenly the sphere is covered; smaller is more even.
 
-    With one argument x and z are the same features, Wang and Isola's measure of one modality. With two, x
+    With one argument x and z are the same features, the uniformity of one modality. With two, x
     are the images and z the texts, the cross-modal measure of the CyCLIP authors' analysis.
 
     Args:
@@ -157,7 +158,8 @@ def uniformity(image_features: Tensor, text_features: Tensor | None = None) -> T
         text_features: ``[N, D]`` or None.
 
     References:
-        Wang and Isola (see :func:`alignment`); Goel et al., "CyCLIP", NeurIPS 2022.
+        As :func:`alignment`; for two modalities "CyCLIP: Cyclic Contrastive Language-Image Pretraining",
+        NeurIPS 2022.
 
     Example:
         >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).item()

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from rankloss.prefix_sums import log_prefix_sum, log_suffix_sum
 from rankloss.ties import group_bounds
 
 __all__ = [
@@ -105,8 +106,8 @@ def plackett_luce_nll(
             a score whose worth is not positive (the message holds the smallest score).
 
     References:
-        Zhang et al., "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025, section 3;
-        Plackett, "The Analysis of Permutations", 1975; Breslow, "Covariance Analysis of Censored Survival
+        "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025, section 3;
+        "The Analysis of Permutations", 1975; "Covariance Analysis of Censored Survival
         Data", 1974 (ties).
 
     Example:
@@ -240,13 +241,13 @@ def nll_and_gradient(
     """
     ranking = _rank(reference, shuffle)
     log_worth = _log_worth(scores, options.worth).gather(-1, ranking.order)
-    log_denominator = ranking.at_last(torch.logcumsumexp(log_worth, -1))
+    log_denominator = ranking.at_last(log_prefix_sum(log_worth))
     terms = log_denominator - log_worth
     mu = _position_weights(ranking, options, scores.dtype)
     if mu is not None:
         terms = terms * mu
     log_share = -log_denominator if mu is None else mu.log() - log_denominator
-    log_sum = torch.logcumsumexp(log_share.flip(-1), -1).flip(-1)
+    log_sum = log_suffix_sum(log_share)
     gradient = (log_worth + ranking.at_first(log_sum)).exp_() - (1.0 if mu is None else mu)
     gradient = torch.empty_like(gradient).scatter_(-1, ranking.order, gradient)
     slope = _log_worth_slope(scores, options.worth)

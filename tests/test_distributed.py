@@ -176,7 +176,7 @@ def test_local_loss_alone_is_approximate_as_open_clips_clip_loss_is(pool: Pool) 
     pytest.importorskip("open_clip")
     for theirs, ours in pool.run(open_clip_gradients):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    # The rank term's columns are constants there: its gradient differs from the exact one, its value does not.
+    # The rank term's columns are constants there: its gradient is not the exact one, its value is.
     expected = single(pool.world_size, "cross")
     actual = ddp(pool.run(shard, "cross", True, False))
     assert relative_error(actual[0], expected[0]) < 1e-10
