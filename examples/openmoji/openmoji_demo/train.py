@@ -21,13 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 STOCK_LOSS = "clip"
-# Some pictures in grey, since the line art of the evaluation has no colour.
-AUGMENTATION = (
-    "scale=(0.5,1.0)",
-    "color_jitter=(0.2,0.2,0.2,0.02)",
-    "color_jitter_prob=0.5",
-    "gray_scale_prob=0.2",
-)
+# A few pictures in grey, since the line art of the evaluation has no colour.
+AUGMENTATION = ("scale=(0.5,1.0)", "gray_scale_prob=0.1")
 _PROGRESS = re.compile(r"Train Epoch: (?P<epoch>\d+) \[\s*(?P<seen>\d+)/(?P<total>\d+) ")
 _TERM = re.compile(r"\b(\w+_loss): ", re.IGNORECASE)
 _LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d \| (?P<level>\w+) \| (?P<text>.*)$")
