@@ -46,8 +46,7 @@ class RankConsistency(nn.Module):
         lists: ``"row"``: N lists of N, one an anchor. ``"batch"``: one list of all N² pairs, the formula as
             printed in the paper; its memory is quadratic.
         worth: ``"exp"``: eˣ of the scaled similarity. ``"shifted"``: (1 + cosine)/2. ``"identity"``: the
-        cosine
-            itself, a ValueError where one is ≤ 0. The last two do not depend on ``logit_scale``.
+            cosine itself, a ValueError where one is ≤ 0. The last two do not depend on ``logit_scale``.
         ties: ``"shared"`` or ``"random"``, see :func:`rankloss.plackett_luce_nll`.
         discount: None or ``"log"``, likewise.
         top_k: None or the number of best-ranked positions that count, likewise.
@@ -70,7 +69,7 @@ class RankConsistency(nn.Module):
             (a scale on an accelerator is not checked, since reading it would make every step wait).
 
     References:
-        "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025, section 3.
+        "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025.
 
     Example:
         >>> import rankloss
@@ -285,8 +284,8 @@ class RankClipLoss(nn.Module):
         base: the loss that the rank terms are added to: a module or function with the forward convention of
             open_clip's losses, including ``output_dict``; a plain scalar is taken as well. None:
             :class:`ClipLoss`.
-        schedule: a name from :data:`rankloss.schedules.NAMES`, or a function (i, n) → λ with i counted from
-        1.
+        schedule: a name from :data:`rankloss.schedules.NAMES`, or a function (i, n) → λ with i counted
+            from 1.
         lambda_cross: multiplies the schedule for the cross-modal term; 0 leaves the term out.
         lambda_in: multiplies the schedule for the in-modal term; 0 leaves the term out.
         normalizer: the constant factor of both terms; 1/16 is the published recipe's (1/32 on a sum of two
@@ -303,7 +302,7 @@ class RankClipLoss(nn.Module):
         RuntimeError: in ``forward``, where the schedule needs to know the progress and was not told.
 
     References:
-        "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025, section 3.3.
+        "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025.
 
     Example:
         >>> import rankloss

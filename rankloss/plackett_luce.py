@@ -92,8 +92,7 @@ def plackett_luce_nll(
         ties: ``"shared"`` as in the formula, or ``"random"``: tied items are put in a random order, one
             shuffle for all lists of the call, drawn from torch's default generator of the scores' device.
         discount: None for μ = 1; ``"log"`` for μ_p = 1 / log(1 + rank of p), where the best rank is 1 and
-        tied
-            items share their best rank.
+            tied items share their best rank.
         top_k: keep the terms of the positions of rank ≤ k only; their denominators still run over the whole
             tail.
 
@@ -101,14 +100,12 @@ def plackett_luce_nll(
         ``[...]``: one value a list, in nats, not normalised by N. NaN in a list gives NaN.
 
     Raises:
-        ValueError: for shapes that differ or hold no item, integer scores, an unknown option, ``top_k`` <
-        1, or
-            a score whose worth is not positive (the message holds the smallest score).
+        ValueError: for shapes that differ or hold no item, integer scores, an unknown option, ``top_k`` < 1,
+            or a score whose worth is not positive (the message holds the smallest score).
 
     References:
-        "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025, section 3;
-        "The Analysis of Permutations", 1975; "Covariance Analysis of Censored Survival
-        Data", 1974 (ties).
+        "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025; "The Analysis of Permutations",
+        1975 (the model); "Covariance Analysis of Censored Survival Data", 1974 (ties).
 
     Example:
         With equal scores every ranking of N items is equally likely, so the value is log N!:

@@ -3,8 +3,7 @@ r"""Row lists in O(chunk·N + N·D) memory: a rank term computed a few rows at a
 The forward pass walks over chunks of anchors. For each it forms the chunk's similarities, takes value and
 gradient of every list from one sort (:func:`rankloss.plackett_luce.nll_and_gradient`), and adds the gradient
 into those of the embeddings at once; the chunk's matrices are then dropped. What is kept for the backward
-pass is the gradient of the embeddings, as large as they are, and the backward pass multiplies by its
-upstream value.
+pass are the embeddings and their gradient, and the backward pass multiplies that by its upstream value.
 
 With G the gradient by the scores x = s·C, C = Q·Kᵀ (anchors Q, items K):
 

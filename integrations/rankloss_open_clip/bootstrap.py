@@ -13,16 +13,16 @@ trainer's ``parse_args``, which needs nothing but this module, raises when the c
 
 from __future__ import annotations
 
-import functools
-import logging
 import sys
-import threading
-from typing import TYPE_CHECKING, Any
+from _thread import get_ident
 
+# What only some calls need is imported by them: this module is on the way of every `import torch`.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
+    from typing import Any
 
 _PARAMS = "open_clip_train.params"
 
@@ -38,7 +38,6 @@ failures: dict[str, Exception] = {}
 """Modules that were loaded but could not be patched, with what went wrong."""
 
 _GUARDED = "_rankloss_open_clip_guarded"
-_logger = logging.getLogger("rankloss_open_clip")
 
 
 def attach() -> None:
@@ -64,19 +63,20 @@ class SeamFinder:
     """A meta path finder that finds nothing itself and wraps the loaders of :data:`SEAMS`."""
 
     def __init__(self) -> None:
-        self._searching = threading.local()
+        self._searching: set[tuple[int, str]] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Ask the other finders for a module of :data:`SEAMS`, and wrap the loader they name."""
-        if fullname not in SEAMS or getattr(self._searching, "name", None) == fullname:
+        search = (get_ident(), fullname)
+        if fullname not in SEAMS or search in self._searching:
             return None  # the second case: another delegating finder, called from here, asks back
-        self._searching.name = fullname
+        self._searching.add(search)
         try:
             spec = self._ask_others(fullname, path, target)
         finally:
-            self._searching.name = None
+            self._searching.remove(search)
         if spec is not None and hasattr(spec.loader, "exec_module"):
             # A loader is whatever has these methods; deriving from importlib.abc would cost its import.
             spec.loader = SeamLoader(spec.loader)  # type: ignore[assignment]
@@ -146,6 +146,8 @@ def asks_for_loss(argv: Iterable[str]) -> bool:
 
 def _guard(module: ModuleType) -> None:
     """Let the trainer's ``parse_args`` refuse ``--loss`` when a patch failed."""
+    import functools
+
     original: Callable[..., Any] | None = getattr(module, "parse_args", None)
     if original is None:
         # No place for the guard, so this is the last moment. Only the trainer itself loads this module.
@@ -173,4 +175,8 @@ def _report(argv: Iterable[str]) -> None:
             f"--loss was given, but rankloss_open_clip could not attach to open_clip's trainer ({reasons}). "
             "Run `python -m rankloss_open_clip.doctor` for advice, or leave --loss away to train without it."
         ) from next(iter(failures.values()))
-    _logger.warning("--loss is not available in this run: rankloss_open_clip could not attach (%s)", reasons)
+    import logging
+
+    logging.getLogger("rankloss_open_clip").warning(
+        "--loss is not available in this run: rankloss_open_clip could not attach (%s)", reasons
+    )
