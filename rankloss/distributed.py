@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_gather", "gather_features"]
+__all__ = ["Gather", "all_gather"]
 
 
 def all_gather(x: Tensor, group: Any = None) -> Tensor:
@@ -59,32 +60,48 @@ def _gather(x: Tensor, group: Any) -> list[Tensor]:
     return gathered
 
 
-def gather_features(
-    image_features: Tensor,
-    text_features: Tensor,
-    *,
-    local_loss: bool,
-    gather_with_grad: bool,
-    rank: int,
-    world_size: int,
-) -> tuple[Tensor, Tensor]:
-    """The features of all processes, with the gradient that the two flags ask for.
+@dataclass(frozen=True)
+class Gather:
+    """How a loss sees the features of other processes; the fields are open_clip's ClipLoss's.
 
     ``gather_with_grad`` lets the gradient through to every process. Without it the others' features are
     constants; the own ones still carry a gradient, unless ``local_loss`` leaves that to the anchors.
+
+    Raises:
+        ValueError: unless 0 ≤ rank < world_size.
     """
-    if world_size == 1:
-        return image_features, text_features
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            f"world_size={world_size} needs torch.distributed.init_process_group() before the first forward"
-        )
-    if gather_with_grad:
-        return all_gather(image_features), all_gather(text_features)
-    gathered = []
-    for features in (image_features, text_features):
+
+    local_loss: bool = False
+    gather_with_grad: bool = False
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"rank must be in [0, world_size); got rank={self.rank!r}, world_size={self.world_size!r}"
+            )
+
+    @property
+    def anchors_are_local(self) -> bool:
+        """Whether this process computes its own rows only."""
+        return self.local_loss and self.world_size > 1
+
+    def __call__(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """The features of all processes, image and text, in the order of the ranks."""
+        if self.world_size == 1:
+            return image_features, text_features
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                f"world_size={self.world_size} needs torch.distributed.init_process_group() before the first "
+                "forward"
+            )
+        return self._all(image_features), self._all(text_features)
+
+    def _all(self, features: Tensor) -> Tensor:
+        if self.gather_with_grad:
+            return all_gather(features)
         chunks = _gather(features, None)
-        if not local_loss:
-            chunks[rank] = features
-        gathered.append(torch.cat(chunks))
-    return gathered[0], gathered[1]
+        if not self.local_loss:
+            chunks[self.rank] = features
+        return torch.cat(chunks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any, Literal, overload
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from rankloss import schedules
 from rankloss.consistency import ConsistencyOptions, ListsOption, Reduction, rank_term
-from rankloss.distributed import gather_features
+from rankloss.distributed import Gather
 from rankloss.embeddings import Embeddings, check_features
 from rankloss.plackett_luce import Discount, ListOptions, Ties, Worth
 from rankloss.schedules import Schedule
@@ -106,9 +107,7 @@ class RankConsistency(nn.Module):
         )
         if lists == "batch" and local_loss:
             raise ValueError("lists='batch' is one list of the whole batch and cannot have local_loss=True")
-        _check_rank(rank, world_size)
-        self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
-        self.rank, self.world_size = rank, world_size
+        self.gather = Gather(local_loss, gather_with_grad, rank, world_size)
 
     @overload
     def forward(
@@ -163,21 +162,14 @@ class RankConsistency(nn.Module):
                 (), dtype=torch.promote_types(image_features.dtype, torch.float32)
             )
             return zero, zero
-        images, texts = gather_features(
-            image_features,
-            text_features,
-            local_loss=self.local_loss,
-            gather_with_grad=self.gather_with_grad,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        share = self.local_loss and self.world_size > 1
+        images, texts = self.gather(image_features, text_features)
+        local = self.gather.anchors_are_local
         embeddings = Embeddings.of(
             images,
             texts,
             logit_scale,
-            image_anchors=image_features if share else None,
-            text_anchors=text_features if share else None,
+            image_anchors=image_features if local else None,
+            text_anchors=text_features if local else None,
         )
         zero = embeddings.image.new_zeros(())
         return (
@@ -235,9 +227,7 @@ class ClipLoss(nn.Module):
         world_size: int = 1,
     ) -> None:
         super().__init__()
-        _check_rank(rank, world_size)
-        self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
-        self.rank, self.world_size = rank, world_size
+        self.gather = Gather(local_loss, gather_with_grad, rank, world_size)
 
     def forward(
         self,
@@ -249,22 +239,15 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` a dict of it."""
         check_features(image_features, text_features)
-        images, texts = gather_features(
-            image_features,
-            text_features,
-            local_loss=self.local_loss,
-            gather_with_grad=self.gather_with_grad,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        target = torch.arange(len(image_features), device=image_features.device)
-        if self.world_size > 1 and self.local_loss:
+        images, texts = self.gather(image_features, text_features)
+        first = 0  # this process's first row among the columns
+        if self.gather.anchors_are_local:
             logits = logit_scale * image_features @ texts.T, logit_scale * text_features @ images.T
-            target = target + len(image_features) * self.rank
+            first = self.gather.rank * len(image_features)
         else:
             per_image = logit_scale * images @ texts.T
             logits = per_image, per_image.T
-            target = torch.arange(len(images), device=image_features.device)
+        target = first + torch.arange(len(logits[0]), device=image_features.device)
         if logit_bias is not None:
             logits = logits[0] + logit_bias, logits[1] + logit_bias
         loss = (F.cross_entropy(logits[0], target) + F.cross_entropy(logits[1], target)) / 2
@@ -335,13 +318,7 @@ class RankClipLoss(nn.Module):
             )
         self.consistency = RankConsistency(**rank_options)
         if base is None:
-            c = self.consistency
-            base = ClipLoss(
-                local_loss=c.local_loss,
-                gather_with_grad=c.gather_with_grad,
-                rank=c.rank,
-                world_size=c.world_size,
-            )
+            base = ClipLoss(**asdict(self.consistency.gather))
         self.base = base
         self.schedule = schedules.by_name(schedule) if isinstance(schedule, str) else schedule
         self.lambda_cross = _weight("lambda_cross", lambda_cross)
@@ -439,8 +416,3 @@ def _weight(name: str, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and >= 0; got {value!r}")
     return value
-
-
-def _check_rank(rank: int, world_size: int) -> None:
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be in [0, world_size); got rank={rank!r}, world_size={world_size!r}")
