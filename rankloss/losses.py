@@ -108,6 +108,11 @@ class RankConsistency(nn.Module):
         if lists == "batch" and local_loss:
             raise ValueError("lists='batch' is one list of the whole batch and cannot have local_loss=True")
         self.gather = Gather(local_loss, gather_with_grad, rank, world_size)
+        if self.gather.anchors_are_local and not gather_with_grad and rank == 0:
+            _log.warning(
+                "local_loss without gather_with_grad: the gradient of the rank terms has another direction than "
+                "that of the whole batch; set both"
+            )
 
     @overload
     def forward(

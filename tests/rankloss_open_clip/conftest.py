@@ -59,6 +59,9 @@ def runs(trainer: Trainer, broken_plugin: dict[str, str]) -> Iterator[Runs]:
     steps = ["--epochs", "2", "--loss", "rankclip", "--rankclip-schedule", "linear"]
     add("steps with accumulation", *steps, "--rankclip-schedule-unit", "step", "--accum-freq", "2")
     add("broken plug-in", "--epochs", "1", **broken_plugin)
+    add("siglip", "--epochs", "2", "--loss", "rankclip", "--siglip")
+    add("coca", "--epochs", "2", "--loss", "rankclip", "--model", f"local-dir:{trainer.directory}/tiny-coca")
+    add("bf16", "--epochs", "2", "--loss", "rankclip", "--precision", "amp_bf16")
     yield table
     table.close()
 

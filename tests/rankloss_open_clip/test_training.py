@@ -75,15 +75,34 @@ def test_epoch_at_lambda_zero_is_bit_equal_to_stock(runs: Runs) -> None:
 
 
 def test_logged_loss_is_the_sum_of_the_logged_terms(runs: Runs) -> None:
-    for name in ("--loss rankclip", "one epoch", "steps with accumulation"):
+    for name, count in (
+        ("--loss rankclip", 3),
+        ("one epoch", 3),
+        ("steps with accumulation", 3),
+        ("coca", 4),
+    ):
         scalars = runs[name].scalars
         for step, loss in scalars["loss"].items():
             terms = [values[step] for key, values in scalars.items() if key.endswith("_loss")]
-            assert len(terms) == 3
+            assert len(terms) == count
             assert loss == pytest.approx(sum(terms), rel=1e-6)
         for line in runs[name].train_lines():
             terms = [value for key, value in line.items() if key.endswith("_loss")]
             assert line["Loss"] == pytest.approx(sum(terms), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "base"), [("siglip", "SigLipLoss"), ("coca", "CoCaLoss"), ("bf16", "ClipLoss")]
+)
+def test_other_bases_and_precisions_train_with_the_terms(runs: Runs, name: str, base: str) -> None:
+    run = runs[name]
+    assert f"on {base}, schedule rankclip per epoch over 2" in run.log
+    lines = run.train_lines()
+    assert len(lines) == 2 * STEPS
+    for line in lines:
+        assert line["Rank_lambda"] == 2.0  # clip((3i − 1) / (n − 1), 0, 2) for n = 2
+        assert all(line[term] > 0 for term in ("Cross_modal_loss", "In_modal_loss", "Loss"))
+    assert ("Caption_loss" in lines[0]) == (name == "coca")
 
 
 def test_tensorboard_shows_the_lambda_of_each_epoch(runs: Runs) -> None:

@@ -83,21 +83,36 @@ class Trainer:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        model = directory / "tiny"
-        model.mkdir()
         tower = {"width": 32, "layers": 1}
         config = {
             "embed_dim": 32,
             "vision_cfg": {"image_size": 32, "patch_size": 16, "head_width": 16, **tower},
             "text_cfg": {"context_length": 16, "vocab_size": 49408, "heads": 2, **tower},
         }
-        (model / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+        self._write_model("tiny", config)
+        tokens = {"context_length": 16, "vocab_size": 49408, "heads": 2, **tower}
+        coca = {
+            "embed_dim": 32,
+            "custom_text": True,
+            "vision_cfg": {
+                **config["vision_cfg"],
+                **{"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+            },
+            "text_cfg": {**tokens, "embed_cls": True, "output_tokens": True},
+            "multimodal_cfg": tokens,
+        }
+        self._write_model("tiny-coca", coca)  # open_clip goes by the name to find CoCa's loss
         noise = np.random.default_rng(0)
         rows = ["filepath\ttitle"]
         for i in range(SAMPLES):
             Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(directory / f"{i}.png")
             rows.append(f"{directory / f'{i}.png'}\tpicture {i} of {i % 7} apples and {i % 5} pears")
         (directory / "data.csv").write_text("\n".join(rows) + "\n")
+
+    def _write_model(self, name: str, config: dict[str, object]) -> None:
+        (self.directory / name).mkdir()
+        text = json.dumps({"model_cfg": config, "preprocess_cfg": {}})
+        (self.directory / name / "open_clip_config.json").write_text(text)
 
     def arguments(self, name: str, *options: str) -> list[str]:
         return [
