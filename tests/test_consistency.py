@@ -405,26 +405,26 @@ def test_nan_or_infinity_in_a_feature_gives_nan_in_every_term_and_gradient(
             assert gradient.isnan().any()
 
 
-OPTIONS_THAT_ARE_REFUSED = {
-    "lists='column'": r"lists must be one of 'row', 'batch'; got 'column'",
-    "reduction='avg'": r"reduction must be one of 'mean', 'sum', 'none'; got 'avg'",
-    "chunk_size=0": r"chunk_size must be an integer of at least 1; got 0",
-    "chunk_size=2.0": r"chunk_size must be an integer of at least 1; got 2.0",
-    "worth='power'": r"worth must be one of .*; got 'power'",
-    "ties='none'": r"ties must be one of .*; got 'none'",
-    "discount='exp'": r"discount must be one of .*; got 'exp'",
-    "top_k=-1": r"top_k must be an integer of at least 1; got -1",
-    "cross_modal=-0.5": r"cross_modal must be finite and >= 0; got -0.5",
-    "in_modal=float('nan')": r"in_modal must be finite and >= 0; got nan",
-    "lists='batch', local_loss=True": r"lists='batch' .* cannot have local_loss=True",
-    "rank=2, world_size=2": r"rank must be in \[0, world_size\); got rank=2, world_size=2",
-}
-
-
-@pytest.mark.parametrize("options", OPTIONS_THAT_ARE_REFUSED)
-def test_options_are_checked_when_the_module_is_made(options: str) -> None:
-    with pytest.raises(ValueError, match=OPTIONS_THAT_ARE_REFUSED[options]):
-        eval(f"RankConsistency({options})")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lists": "column"}, r"lists must be one of 'row', 'batch'; got 'column'"),
+        ({"reduction": "avg"}, r"reduction must be one of 'mean', 'sum', 'none'; got 'avg'"),
+        ({"chunk_size": 0}, r"chunk_size must be an integer of at least 1; got 0"),
+        ({"chunk_size": 2.0}, r"chunk_size must be an integer of at least 1; got 2.0"),
+        ({"worth": "power"}, r"worth must be one of .*; got 'power'"),
+        ({"ties": "none"}, r"ties must be one of .*; got 'none'"),
+        ({"discount": "exp"}, r"discount must be one of .*; got 'exp'"),
+        ({"top_k": -1}, r"top_k must be an integer of at least 1; got -1"),
+        ({"cross_modal": -0.5}, r"cross_modal must be finite and >= 0; got -0.5"),
+        ({"in_modal": math.nan}, r"in_modal must be finite and >= 0; got nan"),
+        ({"lists": "batch", "local_loss": True}, r"lists='batch' .* cannot have local_loss=True"),
+        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, world_size\); got rank=2, world_size=2"),
+    ],
+)
+def test_options_are_checked_when_the_module_is_made(options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RankConsistency(**options)
 
 
 def test_an_unknown_option_is_refused() -> None:
