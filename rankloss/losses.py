@@ -110,8 +110,8 @@ class RankConsistency(nn.Module):
         self.gather = Gather(local_loss, gather_with_grad, rank, world_size)
         if self.gather.anchors_are_local and not gather_with_grad and rank == 0:
             _log.warning(
-                "local_loss without gather_with_grad: the gradient of the rank terms does not point where that "
-                "of the whole batch does; set both"
+                "local_loss without gather_with_grad: the rank terms' gradient does not point where that of "
+                "the whole batch does; set both"
             )
 
     @overload
