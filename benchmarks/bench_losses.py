@@ -15,6 +15,7 @@ from open_clip.loss import ClipLoss as OpenClipLoss
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from memory import saved_bytes
 from naive import naive_rank_terms
 from rankloss import RankClipLoss, RankConsistency
 
@@ -39,18 +40,6 @@ def batch(n: int) -> tuple[Tensor, Tensor, Tensor]:
     return v, t, torch.tensor(SCALE, requires_grad=True)
 
 
-def saved_megabytes(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> float:
-    storages: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss(*inputs)
-    return sum(storages.values()) / 2**20
-
-
 @pytest.mark.parametrize("n", [128, 512, 2048])
 @pytest.mark.parametrize("name", LOSSES)
 def test_forward_and_backward(benchmark: BenchmarkFixture, name: str, n: int) -> None:
@@ -58,7 +47,7 @@ def test_forward_and_backward(benchmark: BenchmarkFixture, name: str, n: int) ->
     benchmark.extra_info.update(
         torch=torch.__version__,
         threads=torch.get_num_threads(),
-        saved_megabytes=saved_megabytes(loss, inputs),
+        saved_megabytes=saved_bytes(lambda: loss(*inputs)) / 2**20,
     )
 
     def step() -> None:

@@ -80,7 +80,7 @@ def rank_term(term: Term, embeddings: Embeddings, options: ConsistencyOptions) -
                 chunk_size=options.chunk_size,
                 anchor_weight=anchor_weight,
             )
-        return value * embeddings.nan_unless_finite()
+        return value * embeddings.nan_unless_finite
 
 
 def cross_modal(

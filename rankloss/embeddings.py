@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -123,6 +124,7 @@ class Embeddings:
             return Lists(Similarity(rows_v, t, text, image), Similarity(rows_t, v, image, text))
         return Lists(Similarity(rows_v, v, image, image), Similarity(rows_t, t, text, text))
 
+    @cached_property
     def nan_unless_finite(self) -> Tensor:
         """1, or NaN where a feature is NaN or infinite: a factor that no plausible value survives."""
         finite = self.image.detach().isfinite().all() & self.text.detach().isfinite().all()

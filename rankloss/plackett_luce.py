@@ -11,8 +11,9 @@ closed form, value and ∂NLL/∂x from one sort, for callers that manage their 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -201,17 +202,39 @@ def _nan_where_unordered(reference: Tensor) -> Tensor | None:
     return torch.where(reference.isnan().any(-1, keepdim=True), math.nan, 1.0)
 
 
-def nll_terms(scores: Tensor, reference: Tensor, options: ListOptions, shuffle: Tensor | None) -> Tensor:
-    """The summands of the NLL, item by item, in the items' own order: ``[..., N]``, differentiable."""
+class _RankedTerms(NamedTuple):
+    """A list's summands and what they are made of, all in the order of the ranking."""
+
+    ranking: _Ranking
+    log_worth: Tensor
+    log_denominator: Tensor
+    mu: Tensor | None
+    terms: Tensor
+
+
+def _ranked_terms(
+    scores: Tensor,
+    reference: Tensor,
+    options: ListOptions,
+    shuffle: Tensor | None,
+    log_prefix_sum: Callable[[Tensor], Tensor],
+) -> _RankedTerms:
     ranking = _rank(reference, shuffle)
     log_worth = _log_worth(scores, options.worth).gather(-1, ranking.order)
-    log_denominator = ranking.at_last(torch.logcumsumexp(log_worth, -1))
+    log_denominator = ranking.at_last(log_prefix_sum(log_worth))
     terms = log_denominator - log_worth
     mu = _position_weights(ranking, options, scores.dtype)
     if mu is not None:
         # Selected, not multiplied by 0: the second derivative of logcumsumexp is NaN where its upstream is 0.
         terms = torch.where(mu > 0, terms * mu, 0)
-    terms = torch.empty_like(terms).scatter(-1, ranking.order, terms)
+    return _RankedTerms(ranking, log_worth, log_denominator, mu, terms)
+
+
+def nll_terms(scores: Tensor, reference: Tensor, options: ListOptions, shuffle: Tensor | None) -> Tensor:
+    """The summands of the NLL, item by item, in the items' own order: ``[..., N]``, differentiable."""
+    differentiable = functools.partial(torch.logcumsumexp, dim=-1)
+    ranked = _ranked_terms(scores, reference, options, shuffle, differentiable)
+    terms = torch.empty_like(ranked.terms).scatter(-1, ranked.ranking.order, ranked.terms)
     factor = _nan_where_unordered(reference)
     return terms if factor is None else terms * factor.to(terms.dtype)
 
@@ -236,13 +259,9 @@ def nll_and_gradient(
     Returns:
         The NLL, ``[...]``, and the gradient, ``[..., N]``.
     """
-    ranking = _rank(reference, shuffle)
-    log_worth = _log_worth(scores, options.worth).gather(-1, ranking.order)
-    log_denominator = ranking.at_last(log_prefix_sum(log_worth))
-    terms = log_denominator - log_worth
-    mu = _position_weights(ranking, options, scores.dtype)
-    if mu is not None:
-        terms = terms * mu
+    ranking, log_worth, log_denominator, mu, terms = _ranked_terms(
+        scores, reference, options, shuffle, log_prefix_sum
+    )
     log_share = -log_denominator if mu is None else mu.log() - log_denominator
     log_sum = log_suffix_sum(log_share)
     gradient = (log_worth + ranking.at_first(log_sum)).exp_() - (1.0 if mu is None else mu)

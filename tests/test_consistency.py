@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
+from memory import saved_bytes
 from rankloss import RankConsistency, dense, plackett_luce_nll, reference
 from rankloss.consistency import cross_modal, in_modal
 from rankloss.embeddings import Embeddings
@@ -279,22 +280,13 @@ def test_only_the_gradients_that_are_wanted_are_computed() -> None:
             assert (x.grad is None) if i == locked else torch.equal(x.grad, expected)
 
 
-def saved_bytes(n: int, chunk_size: int) -> int:
-    """What a forward pass keeps for the backward pass, each storage counted once."""
+def saved_bytes_of_batch(n: int, chunk_size: int) -> int:
     v, t, s = random_batch(0, n, 8, 10.0).leaves(torch.float32)
-    storages: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        RankConsistency(chunk_size=chunk_size)(v, t, s)
-    return sum(storages.values())
+    return saved_bytes(lambda: RankConsistency(chunk_size=chunk_size)(v, t, s))
 
 
 def test_what_forward_keeps_for_backward_grows_linearly_in_n() -> None:
-    small, large = saved_bytes(64, 8), saved_bytes(256, 8)
+    small, large = saved_bytes_of_batch(64, 8), saved_bytes_of_batch(256, 8)
     assert small > 0
     assert large <= 4.05 * small
     assert large < 256 * 256 * 4  # less than one N×N matrix
