@@ -1,0 +1,11 @@
+r"""The losses as modules. Every one takes ``(image_features, text_features, logit_scale)``, in that order.
+
+``logit_scale`` is the multiplier s itself, as CLIP models return it, not its logarithm. Features are expected
+to be unit-norm, as models return them; nothing here normalises.
+"""
+
+from rankloss.losses.clip import ClipLoss as ClipLoss
+from rankloss.losses.rank_clip import RankClipLoss as RankClipLoss
+from rankloss.losses.rank_consistency import RankConsistency as RankConsistency
+
+__all__ = ["ClipLoss", "RankClipLoss", "RankConsistency"]

@@ -1,0 +1,75 @@
+"""CLIP's own loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankloss.distributed import Gather
+from rankloss.embeddings import check_features
+
+__all__ = ["ClipLoss"]
+
+
+class ClipLoss(nn.Module):
+    r"""CLIP's symmetric InfoNCE: ``½[CE(s·V·Tᵀ) + CE(s·T·Vᵀ)]``, the target of row i being i.
+
+    Args:
+        local_loss: compute only this process's rows, as in open_clip's ClipLoss.
+        gather_with_grad: let gradients through the gathering of features, as in open_clip's ClipLoss.
+        rank: this process's rank.
+        world_size: number of processes; with more than one, features are gathered from all.
+
+    Shapes:
+        ``image_features`` and ``text_features``: ``[N, D]``; the result is a scalar in nats, or with
+        ``output_dict=True`` ``{"contrastive_loss": …}``. A ``logit_bias`` is added to all logits, to no
+        effect.
+
+    Raises:
+        ValueError: for features that are not two floating-point matrices of one shape with at least two rows.
+
+    References:
+        "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021,
+        fig. 3.
+
+    Example:
+        >>> v = torch.eye(2)
+        >>> round(ClipLoss()(v, v, logit_scale=1.0).item(), 4)  # log(1 + 1/e)
+        0.3133
+    """
+
+    def __init__(
+        self,
+        *,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.gather = Gather(local_loss, gather_with_grad, rank, world_size)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or with ``output_dict`` a dict of it."""
+        check_features(image_features, text_features)
+        images, texts = self.gather(image_features, text_features)
+        first = 0  # this process's first row among the columns
+        if self.gather.anchors_are_local:
+            logits = logit_scale * image_features @ texts.T, logit_scale * text_features @ images.T
+            first = self.gather.rank * len(image_features)
+        else:
+            per_image = logit_scale * images @ texts.T
+            logits = per_image, per_image.T
+        target = first + torch.arange(len(logits[0]), device=image_features.device)
+        if logit_bias is not None:
+            logits = logits[0] + logit_bias, logits[1] + logit_bias
+        loss = (F.cross_entropy(logits[0], target) + F.cross_entropy(logits[1], target)) / 2
+        return {"contrastive_loss": loss} if output_dict else loss

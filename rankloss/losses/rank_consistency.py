@@ -1,0 +1,187 @@
+"""The two rank terms as a module."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from rankloss.consistency import ConsistencyOptions, ListsOption, Reduction, rank_term
+from rankloss.distributed import Gather
+from rankloss.embeddings import Embeddings, check_features
+from rankloss.losses.weights import check_weight
+from rankloss.plackett_luce import Discount, ListOptions, Ties, Worth
+
+__all__ = ["RankConsistency"]
+
+_log = logging.getLogger(__name__)
+
+
+class RankConsistency(nn.Module):
+    r"""RankCLIP's two rank terms: ``cross_modal · cross + in_modal · in``.
+
+    With V, T the image and text features, S = s·V·Tᵀ, R = Sᵀ, I = s·V·Vᵀ, X = s·T·Tᵀ,
+
+        cross = ½[C(S | R) + C(R | S)],   in = ½[C(I | X) + C(X | I)],
+
+    where C puts together the Plackett–Luce NLL of the matrix's lists (:func:`rankloss.plackett_luce_nll`):
+    one list a row, or one of all pairs. The second matrix gives the order only and receives no gradient.
+
+    Row lists are computed a chunk of rows at a time, value and gradient together, so memory grows with N and
+    not with N². Similarities, order and sums are float32 at least, under autocast too.
+
+    Args:
+        cross_modal: weight of the cross-modal term; 0 leaves it out of the computation.
+        in_modal: weight of the in-modal term, likewise.
+        lists: ``"row"``: N lists of N, one an anchor. ``"batch"``: one list of all N² pairs, the formula as
+            printed in the paper; its memory is quadratic.
+        worth: ``"exp"``: eˣ of the scaled similarity. ``"shifted"``: (1 + cosine)/2. ``"identity"``: the
+            cosine itself, a ValueError where one is ≤ 0. The last two do not depend on ``logit_scale``.
+        ties: ``"shared"`` or ``"random"``, see :func:`rankloss.plackett_luce_nll`.
+        discount: None or ``"log"``, likewise.
+        top_k: None or the number of best-ranked positions that count, likewise.
+        reduction: ``"mean"``: nats per item, averaged over the lists. ``"sum"``: the plain sum of the lists.
+            ``"none"``: a value per anchor, ``[N]``, that adds up to ``"sum"``.
+        chunk_size: rows computed at a time; None chooses from the sizes and the device.
+        local_loss: compute only this process's rows, as in open_clip's ClipLoss.
+        gather_with_grad: let gradients through the gathering of features, as in open_clip's ClipLoss.
+        rank: this process's rank.
+        world_size: number of processes; with more than one, features are gathered from all.
+
+    Shapes:
+        ``image_features`` and ``text_features``: ``[N, D]``; ``logit_scale``: a number or a tensor of one
+        element; the result is a scalar in nats. ``output_dict=True`` gives the two weighted terms,
+        ``{"cross_modal_loss": …, "in_modal_loss": …}``, which add up to it.
+
+    Raises:
+        ValueError: here for an unknown or impossible option; in ``forward`` for features that are not two
+            floating-point matrices of one shape with at least two rows, or a scale that is not positive
+            (a scale on an accelerator is not checked, since reading it would make every step wait).
+
+    References:
+        "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025.
+
+    Example:
+        >>> import rankloss
+        >>> criterion = rankloss.RankConsistency()
+        >>> image_features = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+        >>> text_features = torch.tensor([[0.8, 0.6], [0.6, 0.8], [0.0, 1.0]])
+        >>> loss = criterion(image_features, text_features, logit_scale=10.0)
+        >>> round(loss.item(), 3)
+        0.812
+    """
+
+    def __init__(
+        self,
+        *,
+        cross_modal: float = 1.0,
+        in_modal: float = 1.0,
+        lists: ListsOption = "row",
+        worth: Worth = "exp",
+        ties: Ties = "shared",
+        discount: Discount | None = None,
+        top_k: int | None = None,
+        reduction: Reduction = "mean",
+        chunk_size: int | None = None,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.cross_modal = check_weight("cross_modal", cross_modal)
+        self.in_modal = check_weight("in_modal", in_modal)
+        self.options = ConsistencyOptions(
+            lists, reduction, chunk_size, ListOptions(worth, ties, discount, top_k)
+        )
+        if lists == "batch" and local_loss:
+            raise ValueError("lists='batch' is one list of the whole batch and cannot have local_loss=True")
+        self.gather = Gather(local_loss, gather_with_grad, rank, world_size)
+        if self.gather.anchors_are_local and not gather_with_grad and rank == 0:
+            _log.warning(
+                "local_loss without gather_with_grad: the rank terms' gradient does not point where that of "
+                "the whole batch does; set both"
+            )
+
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float = ...,
+        *,
+        output_dict: Literal[False] = ...,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float = ...,
+        *,
+        output_dict: Literal[True],
+    ) -> dict[str, Tensor]: ...
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float = 1.0,
+        *,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The weighted sum of the two terms, or with ``output_dict`` the weighted terms themselves."""
+        cross, in_ = self.terms(
+            image_features,
+            text_features,
+            logit_scale,
+            cross_modal=self.cross_modal != 0,
+            in_modal=self.in_modal != 0,
+        )
+        cross, in_ = self.cross_modal * cross, self.in_modal * in_
+        return {"cross_modal_loss": cross, "in_modal_loss": in_} if output_dict else cross + in_
+
+    def terms(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float = 1.0,
+        *,
+        cross_modal: bool = True,
+        in_modal: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """The two terms without their weights; one that is not asked for is a zero that costs nothing."""
+        check_features(image_features, text_features)
+        if not cross_modal and not in_modal:
+            zero = image_features.new_zeros(
+                (), dtype=torch.promote_types(image_features.dtype, torch.float32)
+            )
+            return zero, zero
+        images, texts = self.gather(image_features, text_features)
+        local = self.gather.anchors_are_local
+        embeddings = Embeddings.of(
+            images,
+            texts,
+            logit_scale,
+            image_anchors=image_features if local else None,
+            text_anchors=text_features if local else None,
+        )
+        zero = embeddings.image.new_zeros(())
+        return (
+            rank_term("cross_modal", embeddings, self.options) if cross_modal else zero,
+            rank_term("in_modal", embeddings, self.options) if in_modal else zero,
+        )
+
+    def extra_repr(self) -> str:
+        """The weights and every option that is not at its default."""
+        shown = [f"cross_modal={self.cross_modal:g}", f"in_modal={self.in_modal:g}"]
+        for options, default in (
+            (self.options, ConsistencyOptions()),
+            (self.options.likelihood, ListOptions()),
+        ):
+            for name in options.__dataclass_fields__:
+                value = getattr(options, name)
+                if name != "likelihood" and value != getattr(default, name):
+                    shown.append(f"{name}={value!r}")
+        return ", ".join(shown)
