@@ -11,90 +11,72 @@ autocast region asks for: half-precision similarities would make ties of neighbo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankloss import dense, streaming
+from rankloss import dense
 from rankloss.embeddings import Embeddings, Term
-from rankloss.plackett_luce import (
-    Discount,
-    ListOptions,
-    Ties,
-    Worth,
-    check_choice,
-    check_count,
-    random_shuffle,
-)
+from rankloss.options import ConsistencyOptions
+from rankloss.plackett_luce import random_shuffle
+from rankloss.row_lists import row_lists
 
-__all__ = ["ConsistencyOptions", "ListsOption", "Reduction", "cross_modal", "in_modal", "rank_term"]
-
-ListsOption = Literal["row", "batch"]
-Reduction = Literal["mean", "sum", "none"]
+__all__ = ["cross_modal", "in_modal", "weighted_terms"]
 
 
-@dataclass(frozen=True)
-class ConsistencyOptions:
-    """Which lists a term is made of and how their values are put together, checked once."""
+def weighted_terms(
+    embeddings: Embeddings,
+    options: ConsistencyOptions,
+    weights: Tensor,
+    *,
+    contrastive: bool = False,
+    cross_modal: bool = True,
+    in_modal: bool = True,
+    first_row: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CLIP's cross-entropy and the two rank terms, each times its weight; one that is not wanted is zero.
 
-    lists: ListsOption = "row"
-    reduction: Reduction = "mean"
-    chunk_size: int | None = None
-    likelihood: ListOptions = field(default_factory=ListOptions)
+    An anchor's rank term is the mean of its lists' NLL over the two directions. ``reduction="mean"`` averages
+    the anchors and divides by the N items of a list; ``"sum"`` is N² times that, which is the plain sum where
+    every item is an anchor, and keeps the balance between terms where a process holds a share of the anchors
+    only. The cross-entropy is always the mean over the anchors.
 
-    def __post_init__(self) -> None:
-        check_choice("lists", self.lists, get_args(ListsOption))
-        check_choice("reduction", self.reduction, get_args(Reduction))
-        if self.chunk_size is not None:
-            check_count("chunk_size", self.chunk_size)
-
-
-def rank_term(term: Term, embeddings: Embeddings, options: ConsistencyOptions) -> Tensor:
-    """One term of checked embeddings: a scalar, or ``[n]``, a value per anchor, with ``reduction="none"``.
-
-    An anchor's value is the mean of its lists' NLL over the two directions. ``"mean"`` averages the anchors
-    and divides by the N items of a list; ``"sum"`` is N² times that, which is the plain sum where every
-    item is an anchor, and keeps the balance between terms where a process holds a share of the anchors
-    only.
+    Args:
+        embeddings: the batch.
+        options: of the rank terms.
+        weights: ``[3]``, on the CPU, of the three terms.
+        contrastive: whether the cross-entropy is wanted; only row lists of worth ``exp`` can carry it.
+        cross_modal: whether the cross-modal term is wanted.
+        in_modal: whether the in-modal term is wanted.
+        first_row: the first anchor's own place among the items.
     """
-    n = len(embeddings.image)
-    anchors = n if embeddings.image_anchors is None else len(embeddings.image_anchors)
-    anchor_weight = {"mean": 1 / (anchors * n), "sum": n / anchors, "none": None}[options.reduction]
-    device = embeddings.image.device
-    with torch.autocast(device_type=device.type, enabled=False):
-        if options.lists == "batch":
+    if options.lists == "row":
+        n, device, likelihood = len(embeddings.image), embeddings.image.device, options.likelihood
+        drawn = [random_shuffle(n, device, likelihood) for _ in range(4)]
+        shuffles = torch.stack([x for x in drawn if x is not None]) if likelihood.ties == "random" else None
+        wanted = (contrastive, cross_modal, in_modal)
+        a, b, c = row_lists(embeddings, options, weights, wanted, shuffles, first_row)
+        return a, b, c
+    assert not contrastive
+    n, device_type = len(embeddings.image), embeddings.image.device.type
+    anchor_weight = {"mean": 1 / n**2, "sum": 1.0, "none": 1.0}[options.reduction]
+    values = []
+    terms: tuple[tuple[Term, bool], ...] = (("cross_modal", cross_modal), ("in_modal", in_modal))
+    with torch.autocast(device_type=device_type, enabled=False):
+        for k, (term, is_wanted) in enumerate(terms, 1):
+            if not is_wanted:
+                values.append(embeddings.image.new_zeros(n if options.reduction == "none" else ()))
+                continue
             value = dense.batch_list_nll(embeddings, term, options.likelihood)
-            if anchor_weight is not None:
-                value = value.sum() * anchor_weight
-        else:
-            value = streaming.row_lists_nll(
-                embeddings,
-                term,
-                options.likelihood,
-                (
-                    random_shuffle(n, device, options.likelihood),
-                    random_shuffle(n, device, options.likelihood),
-                ),
-                chunk_size=options.chunk_size,
-                anchor_weight=anchor_weight,
-            )
-        return value * embeddings.nan_unless_finite
+            value = value if options.reduction == "none" else value.sum()
+            weight = weights[k].to(value) * anchor_weight
+            values.append(value * weight * embeddings.nan_unless_finite)
+    return embeddings.image.new_zeros(()), values[0], values[1]
 
 
 def cross_modal(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float = 1.0,
-    *,
-    lists: ListsOption = "row",
-    worth: Worth = "exp",
-    ties: Ties = "shared",
-    discount: Discount | None = None,
-    top_k: int | None = None,
-    reduction: Reduction = "mean",
-    chunk_size: int | None = None,
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **options: Any
 ) -> Tensor:
     """``½[C(S | R) + C(R | S)]``: the image's ranking of the texts against the text's ranking of the images.
 
@@ -105,22 +87,12 @@ def cross_modal(
         >>> round(cross_modal(v, v, 10.0).item(), 4)  # perfect pairs; the two wrong items of a list are tied
         0.4621
     """
-    options = ConsistencyOptions(lists, reduction, chunk_size, ListOptions(worth, ties, discount, top_k))
-    return rank_term("cross_modal", Embeddings.of(image_features, text_features, logit_scale), options)
+    embeddings = Embeddings.of(image_features, text_features, logit_scale)
+    return weighted_terms(embeddings, ConsistencyOptions.of(**options), torch.ones(3), in_modal=False)[1]
 
 
 def in_modal(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float = 1.0,
-    *,
-    lists: ListsOption = "row",
-    worth: Worth = "exp",
-    ties: Ties = "shared",
-    discount: Discount | None = None,
-    top_k: int | None = None,
-    reduction: Reduction = "mean",
-    chunk_size: int | None = None,
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **options: Any
 ) -> Tensor:
     """``½[C(I | X) + C(X | I)]``: the ranking of the images among themselves against that of their texts.
 
@@ -131,5 +103,5 @@ def in_modal(
         >>> round(in_modal(v, v, 10.0).item(), 4)
         0.4621
     """
-    options = ConsistencyOptions(lists, reduction, chunk_size, ListOptions(worth, ties, discount, top_k))
-    return rank_term("in_modal", Embeddings.of(image_features, text_features, logit_scale), options)
+    embeddings = Embeddings.of(image_features, text_features, logit_scale)
+    return weighted_terms(embeddings, ConsistencyOptions.of(**options), torch.ones(3), cross_modal=False)[2]

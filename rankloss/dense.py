@@ -1,29 +1,53 @@
-"""A rank term written plainly: whole similarity matrices, torch's own autograd, memory in O(N²).
+"""The terms written plainly: whole similarity matrices, torch's own autograd, memory in O(N²).
 
-This is the definition that the streaming engine is tested against. It also serves what cannot stream: batch
+This is the definition that the streaming pass is tested against. It also serves what cannot stream: batch
 lists, which are one list of all N² pairs, and derivatives of second order.
 """
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from rankloss.bins import quantize
 from rankloss.embeddings import Embeddings, Term, scores_from
 from rankloss.plackett_luce import ListOptions, nll_terms, random_shuffle
 
-__all__ = ["Shuffles", "batch_list_nll", "row_lists_nll"]
-
-Shuffles = tuple[Tensor | None, Tensor | None]  # one per direction of a term
+__all__ = ["batch_list_nll", "row_lists_cross_entropy", "row_lists_nll"]
 
 
-def row_lists_nll(embeddings: Embeddings, term: Term, options: ListOptions, shuffles: Shuffles) -> Tensor:
+def row_lists_nll(
+    embeddings: Embeddings,
+    term: Term,
+    options: ListOptions,
+    shuffles: tuple[Tensor | None, Tensor | None] = (None, None),
+    bins: int | None = None,
+) -> Tensor:
     """NLL of every anchor's lists, averaged over the two directions: ``[n]``."""
     lists = embeddings.lists(term)
     a, b = lists.first.cosines(), lists.second.cosines()
     a_scores, b_scores = (scores_from(x, embeddings.scale, options) for x in (a, b))
-    a_terms = nll_terms(a_scores, lists.second.reference(b), options, shuffles[0])
-    b_terms = nll_terms(b_scores, lists.first.reference(a), options, shuffles[1])
+    a_reference, b_reference = lists.first.reference(a), lists.second.reference(b)
+    if bins is not None:
+        a_reference, b_reference = quantize(a_reference, bins), quantize(b_reference, bins)
+    a_terms = nll_terms(a_scores, b_reference, options, shuffles[0])
+    b_terms = nll_terms(b_scores, a_reference, options, shuffles[1])
     return (a_terms.sum(-1) + b_terms.sum(-1)) / 2
+
+
+def row_lists_cross_entropy(embeddings: Embeddings, first_row: int = 0) -> Tensor:
+    """Cross-entropy of every anchor with its own pair, averaged over the two directions: ``[n]``.
+
+    ``first_row`` is the first anchor's own place among the items.
+    """
+    lists = embeddings.lists("cross_modal")
+    own = first_row + torch.arange(embeddings.anchors, device=embeddings.image.device)
+    a, b = (
+        F.cross_entropy(embeddings.scale * similarity.cosines(), own, reduction="none")
+        for similarity in (lists.first, lists.second)
+    )
+    return (a + b) / 2
 
 
 def batch_list_nll(embeddings: Embeddings, term: Term, options: ListOptions) -> Tensor:

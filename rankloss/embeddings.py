@@ -83,10 +83,8 @@ class Embeddings:
     image: Tensor
     text: Tensor
     scale: Tensor
-    image_anchors: Tensor | None
-    text_anchors: Tensor | None
-    first_equal_image: Tensor | None
-    first_equal_text: Tensor | None
+    image_anchors: Tensor | None = None
+    text_anchors: Tensor | None = None
 
     @classmethod
     def of(
@@ -110,9 +108,22 @@ class Embeddings:
             _scale(logit_scale, image),
             None if image_anchors is None else image_anchors.to(dtype),
             None if text_anchors is None else text_anchors.to(dtype),
-            _first_equal(image),
-            _first_equal(text),
         )
+
+    @property
+    def anchors(self) -> int:
+        """How many rows have lists here."""
+        return len(self.image if self.image_anchors is None else self.image_anchors)
+
+    @cached_property
+    def first_equal_image(self) -> Tensor | None:
+        """``[N]``: the first image equal to image j; None where no two are equal."""
+        return _first_equal(self.image)
+
+    @cached_property
+    def first_equal_text(self) -> Tensor | None:
+        """``[N]``: the first text equal to text j; None where no two are equal."""
+        return _first_equal(self.text)
 
     def lists(self, term: Term) -> Lists:
         """The two matrices that a term compares."""
@@ -159,8 +170,7 @@ def _scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
     scale = torch.as_tensor(logit_scale, dtype=like.dtype)
     if scale.numel() != 1:
         raise ValueError(f"logit_scale must be one number; got shape {tuple(scale.shape)}")
-    # A scale on an accelerator is not read back: that would make every step wait for the device.
-    if scale.device.type == "cpu" and bool(scale <= 0):
+    if _may_look_at(scale) and bool(scale <= 0):
         raise ValueError(
             f"logit_scale must be positive (it is the multiplier, not its log); got {scale.item():g}"
         )
@@ -170,6 +180,11 @@ def _scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
 def _first_equal(features: Tensor) -> Tensor | None:
     """:func:`first_occurrence`, or None where no two rows are equal and knowing it costs no wait."""
     first = first_occurrence(features)
-    if first.device.type == "cpu" and torch.equal(first, torch.arange(len(first))):
+    if _may_look_at(first) and torch.equal(first, torch.arange(len(first))):
         return None
     return first
+
+
+def _may_look_at(x: Tensor) -> bool:
+    """Whether Python may branch on a value: with an accelerator every step would wait, a compiler stop."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()

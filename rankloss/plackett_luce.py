@@ -11,16 +11,14 @@ closed form, value and ∂NLL/∂x from one sort, for callers that manage their 
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from rankloss.prefix_sums import log_prefix_sum, log_suffix_sum
 from rankloss.ties import group_bounds
 
 __all__ = [
@@ -28,10 +26,15 @@ __all__ = [
     "ListOptions",
     "Ties",
     "Worth",
+    "check_choice",
+    "check_count",
+    "log_worth",
+    "log_worth_slope",
     "nll_and_gradient",
     "nll_terms",
     "plackett_luce_nll",
     "random_shuffle",
+    "weights_of_ranks",
 ]
 
 Worth = Literal["exp", "shifted", "identity"]
@@ -45,10 +48,10 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise a ValueError that names the argument unless ``value`` is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+def check_count(name: str, value: object, *, at_least: int = 1) -> None:
+    """Raise a ValueError that names the argument unless ``value`` is an integer that is large enough."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,14 @@ class _Ranking(NamedTuple):
     """A reference put in order, worst item first, so that {q : y_q ≤ y_p} is a prefix."""
 
     order: Tensor
-    first: Tensor | None  # bounds of every position's tie group; None where no two items are tied
+    first: Tensor | None  # bounds of every position's tie group; None where no two items count as tied
     last: Tensor | None
+
+    @property
+    def best_rank(self) -> Tensor:
+        """The rank of every position, 1 for the best; tied items share their best rank."""
+        n = self.order.shape[-1]
+        return torch.arange(n, 0, -1, device=self.order.device) if self.last is None else n - self.last
 
     def at_first(self, x: Tensor) -> Tensor:
         return x if self.first is None else x.gather(-1, self.first)
@@ -152,30 +161,20 @@ def _rank(reference: Tensor, shuffle: Tensor | None) -> _Ranking:
         order = reference[..., shuffle].argsort(dim=-1, stable=True)
         return _Ranking(shuffle[order], None, None)
     ordered, order = reference.sort(dim=-1)
-    # Most lists have no tie. Looking costs nothing on a CPU; elsewhere it would wait for the device.
-    if ordered.device.type == "cpu" and not bool((ordered[..., 1:] == ordered[..., :-1]).any()):
-        return _Ranking(order, None, None)
     return _Ranking(order, *group_bounds(ordered))
 
 
-def _position_weights(ranking: _Ranking, options: ListOptions, dtype: torch.dtype) -> Tensor | None:
-    """The μ of every position, or None where all are 1."""
+def weights_of_ranks(rank: Tensor, options: ListOptions) -> Tensor | None:
+    """The μ of items of these ranks, float64, the best rank being 1; None where all are 1."""
     if options.discount is None and options.top_k is None:
         return None
-    n = ranking.order.shape[-1]
-    last = torch.arange(n, device=ranking.order.device) if ranking.last is None else ranking.last
-    rank = n - last  # 1 is the best; tied items share their best rank
-    mu = (
-        torch.ones_like(rank, dtype=dtype)
-        if options.discount is None
-        else rank.to(dtype).log1p().reciprocal()
-    )
-    if options.top_k is not None:
-        mu = torch.where(rank <= options.top_k, mu, 0)
-    return mu.expand(ranking.order.shape)
+    rank = rank.double()
+    mu = torch.ones_like(rank) if options.discount is None else rank.log1p().reciprocal()
+    return mu if options.top_k is None else torch.where(rank <= options.top_k, mu, 0)
 
 
-def _log_worth(scores: Tensor, worth: Worth) -> Tensor:
+def log_worth(scores: Tensor, worth: Worth) -> Tensor:
+    """The log w(x), or a ValueError that shows the smallest score where the logarithm does not exist."""
     if worth == "exp":
         return scores
     floor = -1.0 if worth == "shifted" else 0.0
@@ -188,7 +187,7 @@ def _log_worth(scores: Tensor, worth: Worth) -> Tensor:
     return scores.log1p() - math.log(2) if worth == "shifted" else scores.log()
 
 
-def _log_worth_slope(scores: Tensor, worth: Worth) -> Tensor | None:
+def log_worth_slope(scores: Tensor, worth: Worth) -> Tensor | None:
     """The derivative of log w(x), or None where it is 1."""
     if worth == "exp":
         return None
@@ -213,27 +212,23 @@ class _RankedTerms(NamedTuple):
 
 
 def _ranked_terms(
-    scores: Tensor,
-    reference: Tensor,
-    options: ListOptions,
-    shuffle: Tensor | None,
-    log_prefix_sum: Callable[[Tensor], Tensor],
+    scores: Tensor, reference: Tensor, options: ListOptions, shuffle: Tensor | None
 ) -> _RankedTerms:
     ranking = _rank(reference, shuffle)
-    log_worth = _log_worth(scores, options.worth).gather(-1, ranking.order)
-    log_denominator = ranking.at_last(log_prefix_sum(log_worth))
-    terms = log_denominator - log_worth
-    mu = _position_weights(ranking, options, scores.dtype)
+    ranked = log_worth(scores, options.worth).gather(-1, ranking.order)
+    log_denominator = ranking.at_last(torch.logcumsumexp(ranked, -1))
+    terms = log_denominator - ranked
+    mu = weights_of_ranks(ranking.best_rank, options)
     if mu is not None:
+        mu = mu.to(scores.dtype)
         # Selected, not multiplied by 0: the second derivative of logcumsumexp is NaN where its upstream is 0.
         terms = torch.where(mu > 0, terms * mu, 0)
-    return _RankedTerms(ranking, log_worth, log_denominator, mu, terms)
+    return _RankedTerms(ranking, ranked, log_denominator, mu, terms)
 
 
 def nll_terms(scores: Tensor, reference: Tensor, options: ListOptions, shuffle: Tensor | None) -> Tensor:
     """The summands of the NLL, item by item, in the items' own order: ``[..., N]``, differentiable."""
-    differentiable = functools.partial(torch.logcumsumexp, dim=-1)
-    ranked = _ranked_terms(scores, reference, options, shuffle, differentiable)
+    ranked = _ranked_terms(scores, reference, options, shuffle)
     terms = torch.empty_like(ranked.terms).scatter(-1, ranked.ranking.order, ranked.terms)
     factor = _nan_where_unordered(reference)
     return terms if factor is None else terms * factor.to(terms.dtype)
@@ -259,14 +254,12 @@ def nll_and_gradient(
     Returns:
         The NLL, ``[...]``, and the gradient, ``[..., N]``.
     """
-    ranking, log_worth, log_denominator, mu, terms = _ranked_terms(
-        scores, reference, options, shuffle, log_prefix_sum
-    )
+    ranking, ranked, log_denominator, mu, terms = _ranked_terms(scores, reference, options, shuffle)
     log_share = -log_denominator if mu is None else mu.log() - log_denominator
-    log_sum = log_suffix_sum(log_share)
-    gradient = (log_worth + ranking.at_first(log_sum)).exp_() - (1.0 if mu is None else mu)
+    log_sum = torch.logcumsumexp(log_share.flip(-1), -1).flip(-1)
+    gradient = (ranked + ranking.at_first(log_sum)).exp_() - (1.0 if mu is None else mu)
     gradient = torch.empty_like(gradient).scatter_(-1, ranking.order, gradient)
-    slope = _log_worth_slope(scores, options.worth)
+    slope = log_worth_slope(scores, options.worth)
     if slope is not None:
         gradient *= slope
     nll = terms.sum(-1)

@@ -1,96 +1,43 @@
-r"""Row lists in O(chunk·N + N·D) memory: a rank term computed a few rows at a time, its gradient with it.
+r"""The one pass over a batch's rows that gives CLIP's loss, both rank terms and all their gradients.
 
-The forward pass walks over chunks of anchors. For each it forms the chunk's similarities, takes value and
-gradient of every list from one sort (:func:`rankloss.plackett_luce.nll_and_gradient`), and adds the gradient
-into those of the embeddings at once; the chunk's matrices are then dropped. What is kept for the backward
-pass are the embeddings and their gradient, and the backward pass multiplies that by its upstream value.
+The pass walks over chunks of anchors. For each it forms the chunk's similarities, takes values and gradient
+of every list at once (:mod:`rankloss.blocks`), and adds the gradient into those of the embeddings; the
+chunk's matrices are then dropped, so memory grows with N and not with N².
 
-With G the gradient by the scores x = s·C, C = Q·Kᵀ (anchors Q, items K):
+With G the gradient of the weighted total by the scores s·C, C = Q·Kᵀ (anchors Q, items K),
 
-    ∂Q = s·G·K,   ∂K = s·Gᵀ·Q,   ∂s = Σ G∘C.
+    ∂Q = s·G·K,   ∂K = s·Gᵀ·Q,   ∂s = Σ G∘C = Σ (G·K)∘Q.
 
-With one value per anchor (``reduction="none"``) the upstream value is not known in advance, so there the
-backward pass walks once more. A backward pass that is itself to be differentiated (``create_graph=True``)
-goes through :mod:`rankloss.dense` and takes quadratic memory.
+One G serves all terms: S and R carry CLIP's cross-entropy and the cross-modal term, I and X the in-modal one.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from rankloss import dense
-from rankloss.embeddings import Embeddings, Similarity, Term, scores_from
-from rankloss.plackett_luce import ListOptions, nll_and_gradient, nll_terms
+from rankloss.blocks import Block, evaluate
+from rankloss.embeddings import Embeddings, Lists
+from rankloss.plackett_luce import ListOptions
+from rankloss.plans import Plan
 
-__all__ = ["default_chunk_size", "row_lists_nll"]
-
-_BLOCK = {"cpu": 2**20}  # elements of one chunk's similarity matrix: about what a CPU's cache can serve
-_BLOCK_ELSEWHERE = 2**24  # an accelerator wants more work at a time: 64 MB in float32
+__all__ = ["Gradients", "Problem", "Weights", "stream"]
 
 
-def default_chunk_size(n: int, device: torch.device) -> int:
-    """Anchors per chunk for lists of n items.
+class Weights(NamedTuple):
+    """What an anchor's value counts in the total, by term: ``[]`` or ``[n]``; None leaves the term out."""
 
-    Example:
-        >>> default_chunk_size(4096, torch.device("cpu"))
-        256
-    """
-    return max(1, _BLOCK.get(device.type, _BLOCK_ELSEWHERE) // n)
+    contrastive: Tensor | None
+    cross_modal: Tensor | None
+    in_modal: Tensor | None
 
 
-def row_lists_nll(
-    embeddings: Embeddings,
-    term: Term,
-    options: ListOptions,
-    shuffles: dense.Shuffles,
-    *,
-    chunk_size: int | None = None,
-    anchor_weight: float | None = None,
-) -> Tensor:
-    """The lists' NLL, averaged over the two directions.
-
-    Args:
-        embeddings: the batch.
-        term: which matrices to compare.
-        options: the lists' likelihood.
-        shuffles: one per direction, from :func:`rankloss.plackett_luce.random_shuffle`.
-        chunk_size: anchors per chunk; None chooses from the sizes and the device.
-        anchor_weight: what every anchor's value is multiplied by before they are summed; None does not sum.
-
-    Returns:
-        A scalar, or ``[n]`` where ``anchor_weight`` is None.
-    """
-    e = embeddings
-    chunk_size = chunk_size or default_chunk_size(len(e.image), e.image.device)
-    plan = _Plan(term, options, shuffles, chunk_size, anchor_weight, e.first_equal_image, e.first_equal_text)
-    result: Tensor = _RowListsNLL.apply(  # type: ignore[no-untyped-call]
-        e.image, e.text, e.image_anchors, e.text_anchors, e.scale, plan, torch.is_grad_enabled()
-    )
-    return result
-
-
-class _Plan(NamedTuple):
-    """What one call computes, apart from the tensors that it differentiates by."""
-
-    term: Term
-    options: ListOptions
-    shuffles: dense.Shuffles
-    chunk_size: int
-    anchor_weight: float | None
-    first_equal_image: Tensor | None
-    first_equal_text: Tensor | None
-
-    def embeddings(
-        self, image: Tensor, text: Tensor, v: Tensor | None, t: Tensor | None, s: Tensor
-    ) -> Embeddings:
-        return Embeddings(image, text, s, v, t, self.first_equal_image, self.first_equal_text)
-
-
-class _Gradients(NamedTuple):
-    """Gradients of the five tensor inputs, in their order; None where none is wanted."""
+class Gradients(NamedTuple):
+    """Gradients of the inputs; None where none is wanted."""
 
     image: Tensor | None
     text: Tensor | None
@@ -99,123 +46,192 @@ class _Gradients(NamedTuple):
     scale: Tensor | None
 
 
-def _zeros(e: Embeddings, wanted: tuple[bool, ...]) -> _Gradients:
-    inputs = (e.image, e.text, e.image_anchors, e.text_anchors, e.scale)
-    return _Gradients(
-        *(torch.zeros_like(x) if x is not None and w else None for x, w in zip(inputs, wanted, strict=True))
-    )
+@dataclass(frozen=True)
+class Problem:
+    """What a pass computes, its tensors apart.
+
+    Attributes:
+        likelihood: the lists' likelihood.
+        bins: rank by so many bins of the reference; None by its exact order.
+        plan: how it is computed.
+        first_row: the first anchor's own place among the items.
+    """
+
+    likelihood: ListOptions
+    bins: int | None
+    plan: Plan
+    first_row: int = 0
 
 
-class _RowListsNLL(torch.autograd.Function):
-    """Inputs: image, text, image_anchors, text_anchors (or None), scale; the plan; whether autograd is on."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *inputs, plan, grad_enabled = arguments
-        ctx.plan = plan
-        embeddings = plan.embeddings(*inputs)
-        if plan.anchor_weight is None:
-            ctx.save_for_backward(*inputs)
-            return _stream(embeddings, plan)
-        wanted = ctx.needs_input_grad[:5] if grad_enabled else ()
-        gradients = _zeros(embeddings, wanted) if any(wanted) else None
-        values = _stream(embeddings, plan, plan.anchor_weight, gradients)
-        if gradients is not None:
-            ctx.save_for_backward(*inputs, *gradients)
-        total: Tensor = values.sum() * plan.anchor_weight
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = upstream
-        inputs, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        wanted = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():  # create_graph=True
-            return (*_dense_gradients(inputs, ctx.plan, g, wanted), None, None)
-        if saved:
-            return (*(None if x is None else x * g for x in saved), None, None)
-        embeddings = ctx.plan.embeddings(*inputs)
-        gradients = _zeros(embeddings, wanted)
-        _stream(embeddings, ctx.plan, g, gradients)
-        return (*gradients, None, None)
-
-
-def _dense_gradients(
-    inputs: tuple[Any, ...], plan: _Plan, upstream: Tensor, wanted: tuple[bool, ...]
-) -> list[Tensor | None]:
-    """Gradients that carry a graph of their own."""
-    embeddings = plan.embeddings(*inputs)
-    with torch.autocast(device_type=upstream.device.type, enabled=False):
-        value = dense.row_lists_nll(embeddings, plan.term, plan.options, plan.shuffles)
-        if plan.anchor_weight is not None:
-            value = value.sum() * plan.anchor_weight
-    by = [x for x, w in zip(inputs, wanted, strict=True) if w]
-    gradients = iter(torch.autograd.grad(value, by, upstream, create_graph=True, allow_unused=True))
-    return [next(gradients) if w else None for w in wanted]
-
-
-def _stream(
+def stream(
     embeddings: Embeddings,
-    plan: _Plan,
-    anchor_weight: Tensor | float = 1.0,
-    gradients: _Gradients | None = None,
-) -> Tensor:
-    """NLL per anchor; adds the gradient of Σ anchor_weight·NLL into the tensors of ``gradients``."""
-    lists = embeddings.lists(plan.term)
-    n = len(lists.first.anchors)
-    values = embeddings.image.new_zeros(n)
+    shuffles: Tensor | None,
+    problem: Problem,
+    weights: Weights,
+    gradients: Gradients | None = None,
+) -> list[Tensor | None]:
+    """Values per anchor, ``[n]`` in float64, of each term that has a weight: the mean of its two directions.
+
+    Args:
+        embeddings: the batch.
+        shuffles: ``[4, N]`` under ``ties="random"``, for the lists of S, R, I and X; else None.
+        problem: what to compute.
+        weights: of the terms. The contrastive term needs the worth ``exp``.
+        gradients: zeros to which the gradient of Σ weights·values is added; None computes values only.
+    """
+    n, device = embeddings.anchors, embeddings.image.device
+    values = [None if w is None else torch.zeros(n, dtype=torch.float64, device=device) for w in weights]
     # An enclosing autocast region would turn these products into half precision.
-    with torch.autocast(device_type=values.device.type, enabled=False):
-        for start in range(0, n, plan.chunk_size):
-            rows = slice(start, start + plan.chunk_size)
-            pair = (lists.first.rows(rows), lists.second.rows(rows))
-            cosines = (pair[0].cosines(), pair[1].cosines())
-            for i, j in ((0, 1), (1, 0)):
-                scores = scores_from(cosines[i], embeddings.scale, plan.options)
-                reference = pair[j].reference(cosines[j])
-                likelihood = (scores, reference, plan.options, plan.shuffles[i])
-                if gradients is None:
-                    values[rows] += nll_terms(*likelihood).sum(-1) / 2
-                    continue
-                nll, gradient = nll_and_gradient(*likelihood)
-                values[rows] += nll / 2
-                gradient *= (
-                    anchor_weight[rows, None] if isinstance(anchor_weight, Tensor) else anchor_weight
-                ) / 2
-                into = _targets(embeddings, gradients, plan.term, i)
-                _accumulate(pair[i], cosines[i], gradient, embeddings.scale, plan.options, rows, into)
+    with torch.autocast(device_type=device.type, enabled=False):
+        for matrices in _matrices(embeddings, problem, weights, gradients):
+            for rows in _slices(n, problem.plan.chunk_size):
+                _add_chunk(matrices, rows, embeddings, shuffles, problem, weights, values)
+            matrices.finish()
+    if gradients is not None and problem.likelihood.worth == "exp":
+        for gradient in gradients[:4]:
+            if gradient is not None:
+                gradient *= embeddings.scale
     return values
 
 
-class _Targets(NamedTuple):
+def _slices(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+class _Matrices(Protocol):
+    """The two similarity matrices of a term, and where the gradients by them go."""
+
+    lists: Lists
+    in_modal: bool
+    wants_gradient: bool
+
+    def cosines(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Some rows of both."""
+
+    def add(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor) -> None:
+        """Take the gradient by some rows of one of them."""
+
+    def finish(self) -> None:
+        """Hand on what was kept back."""
+
+
+class _Target(NamedTuple):
+    """The gradients of a matrix's anchors and items and of the scale; None where none is wanted."""
+
     anchors: Tensor | None
     items: Tensor | None
     scale: Tensor | None
 
 
-def _targets(embeddings: Embeddings, gradients: _Gradients, term: Term, i: int) -> _Targets:
-    """Where the gradient of matrix i goes, by the factors of S = V·Tᵀ, R = T·Vᵀ and of I = V·Vᵀ, X = T·Tᵀ."""
-    items = (gradients.image, gradients.text)
-    separate = embeddings.image_anchors is not None
-    anchors = (gradients.image_anchors, gradients.text_anchors) if separate else items
-    return _Targets(anchors[i], items[1 - i] if term == "cross_modal" else items[i], gradients.scale)
+def _matrices(
+    embeddings: Embeddings, problem: Problem, weights: Weights, gradients: Gradients | None
+) -> Iterator[_Matrices]:
+    """The pairs that are needed, made when their turn comes."""
+    image, text, image_anchors, text_anchors, scale = gradients or Gradients(None, None, None, None, None)
+    if embeddings.image_anchors is None:
+        image_anchors, text_anchors = image, text
+    if problem.likelihood.worth != "exp":
+        scale = None  # the other worths do not depend on it
+    if weights.contrastive is not None or weights.cross_modal is not None:
+        lists = embeddings.lists("cross_modal")
+        into = _Target(image_anchors, text, scale), _Target(text_anchors, image, scale)
+        shared = problem.plan.name == "shared"
+        yield _SharedMatrix(lists, into[0]) if shared else _RowBlocks(lists, into, in_modal=False)
+    if weights.in_modal is not None:
+        lists = embeddings.lists("in_modal")
+        into = _Target(image_anchors, image, scale), _Target(text_anchors, text, scale)
+        yield _RowBlocks(lists, into, in_modal=True)
 
 
-def _accumulate(
-    similarity: Similarity,
-    cosines: Tensor,
-    gradient: Tensor,
-    scale: Tensor,
-    options: ListOptions,
-    rows: slice,
-    into: _Targets,
-) -> None:
-    """Add one chunk's share to the gradients of anchors, items and scale; ``gradient`` is used up."""
-    if options.worth == "exp":
-        if into.scale is not None:
+class _RowBlocks:
+    """Every block of rows is multiplied out when it is asked for."""
+
+    def __init__(self, lists: Lists, into: tuple[_Target, _Target], *, in_modal: bool) -> None:
+        self.lists, self.in_modal, self._into = lists, in_modal, into
+        self.wants_gradient = any(x is not None for target in into for x in target)
+
+    def cosines(self, rows: slice) -> tuple[Tensor, Tensor]:
+        return self.lists.first.rows(rows).cosines(), self.lists.second.rows(rows).cosines()
+
+    def add(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor) -> None:
+        similarity, into = (self.lists.first, self.lists.second)[side].rows(rows), self._into[side]
+        if into.anchors is not None:
+            by_anchor = gradient @ similarity.items
+            into.anchors[rows] += by_anchor
+            if into.scale is not None:
+                into.scale.add_((by_anchor * similarity.anchors).sum())
+        elif into.scale is not None:
             into.scale.add_((gradient * cosines).sum())
-        gradient *= scale
-    if into.anchors is not None:
-        into.anchors[rows].addmm_(gradient, similarity.items)
-    if into.items is not None:
-        into.items.addmm_(gradient.T, similarity.anchors)
+        if into.items is not None:
+            into.items.addmm_(gradient.T, similarity.anchors)
+
+    def finish(self) -> None:
+        pass
+
+
+class _SharedMatrix:
+    """S is multiplied out once; R is its transpose, and one matrix takes the gradient by both."""
+
+    in_modal = False
+
+    def __init__(self, lists: Lists, into: _Target) -> None:
+        self.lists = lists
+        self._whole = _RowBlocks(lists, (into, into), in_modal=False)
+        self.wants_gradient = self._whole.wants_gradient
+        self._cosines = lists.first.cosines()
+        self._gradient = torch.zeros_like(self._cosines) if self.wants_gradient else self._cosines[:0]
+
+    def cosines(self, rows: slice) -> tuple[Tensor, Tensor]:
+        return self._cosines[rows], self._cosines[:, rows].T.contiguous()
+
+    def add(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor) -> None:  # noqa: ARG002
+        if side == 0:
+            self._gradient[rows] += gradient
+        else:
+            self._gradient[:, rows] += gradient.T
+
+    def finish(self) -> None:
+        if self.wants_gradient:
+            self._whole.add(0, slice(0, len(self._cosines)), self._cosines, self._gradient)
+
+
+def _add_chunk(
+    matrices: _Matrices,
+    rows: slice,
+    embeddings: Embeddings,
+    shuffles: Tensor | None,
+    problem: Problem,
+    weights: Weights,
+    values: list[Tensor | None],
+) -> None:
+    """Add values and gradients of the lists of some anchors in one pair of matrices."""
+    cosines = matrices.cosines(rows)
+    rank_term = 2 if matrices.in_modal else 1
+    alpha, beta = (None if matrices.in_modal else weights.contrastive), weights[rank_term]
+    for side, other in ((0, matrices.lists.second), (1, matrices.lists.first)):
+        reference = other.reference(cosines[1 - side])
+        gradient = torch.empty_like(cosines[side]) if matrices.wants_gradient else None
+        for part in _slices(len(reference), problem.plan.slice_size):
+            anchors = slice(rows.start + part.start, rows.start + part.stop)
+            block = Block(
+                cosines=cosines[side][part],
+                own=torch.arange(anchors.start, anchors.stop, device=reference.device) + problem.first_row,
+                alpha=_half(alpha, anchors),
+                beta=_half(beta, anchors),
+                reference=reference[part],
+                shuffle=None if shuffles is None else shuffles[2 * matrices.in_modal + side],
+                gradient=None if gradient is None else gradient[part],
+            )
+            cross_entropy, nll = evaluate(block, embeddings.scale, problem.likelihood, problem.bins)
+            for value, of_term in ((cross_entropy, values[0]), (nll, values[rank_term])):
+                if value is not None and of_term is not None:
+                    of_term[anchors] += value / 2
+        if gradient is not None:
+            matrices.add(side, rows, cosines[side], gradient)
+
+
+def _half(weight: Tensor | None, anchors: slice) -> Tensor | None:
+    """A weight for a block's rows; a term is the mean of two directions."""
+    if weight is None:
+        return None
+    return weight / 2 if weight.dim() == 0 else weight[anchors, None] / 2

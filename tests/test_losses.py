@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
 from rankloss import ClipLoss, RankClipLoss, RankConsistency, reference, schedules
+from rankloss.embeddings import Embeddings
 
 
 def features() -> tuple[Tensor, Tensor, Tensor]:
@@ -37,13 +38,13 @@ def test_rank_consistency_is_the_weighted_sum_of_its_entries(batch: Batch) -> No
 
 def test_a_weight_of_zero_leaves_the_term_out_of_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[str] = []
-    original = RankConsistency.terms.__globals__["rank_term"]
+    original = Embeddings.lists
 
-    def spy(term, embeddings, options):
+    def spy(embeddings, term):
         computed.append(term)
-        return original(term, embeddings, options)
+        return original(embeddings, term)
 
-    monkeypatch.setitem(RankConsistency.terms.__globals__, "rank_term", spy)
+    monkeypatch.setattr(Embeddings, "lists", spy)
     for weights, expected in (
         ((1, 1), ["cross_modal", "in_modal"]),
         ((0, 1), ["in_modal"]),

@@ -95,7 +95,8 @@ class RankClipLoss(nn.Module):
         self._missing: str | None = "set_epoch(epoch, epochs) or set_progress(step, total_steps)"
         # A tensor, so that a compiled forward reads a new λ without being compiled again; not a buffer, so
         # that .to(bfloat16) does not round it and no checkpoint holds it.
-        self._schedule_value = torch.zeros((), dtype=torch.float64)
+        self._weights = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+        self._schedule_value = 0.0
         self._is_zero = True
         if self.schedule is schedules.constant:
             self._set(1.0)
@@ -108,7 +109,7 @@ class RankClipLoss(nn.Module):
             RuntimeError: if the schedule needs to know the progress and was not told.
         """
         self._check_progress()
-        return self._schedule_value.item()
+        return self._schedule_value
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Evaluate the schedule at epoch ``epoch`` of ``epochs``, counted from 1.
@@ -146,6 +147,37 @@ class RankClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` its summands; ``base_inputs`` go to the base alone."""
         self._check_progress()
+        cross_modal = self.lambda_cross != 0 and not self._is_zero
+        in_modal = self.lambda_in != 0 and not self._is_zero
+        fused = self._fuses and (cross_modal or in_modal)
+        entries: dict[str, Tensor] = {}
+        if not fused:
+            entries = self._base_entries(image_features, text_features, logit_scale, logit_bias, base_inputs)
+        contrastive, cross, in_ = self.consistency.weighted_terms(
+            image_features,
+            text_features,
+            logit_scale,
+            self._weights.clone(),  # the next epoch may be set before this loss is differentiated
+            contrastive=fused,
+            cross_modal=cross_modal,
+            in_modal=in_modal,
+        )
+        if fused:
+            # A bias moves all logits alike, to no effect; it stays in the graph, as DDP wants of a parameter.
+            entries["contrastive_loss"] = (
+                contrastive if logit_bias is None else contrastive + 0 * logit_bias.sum()
+            )
+        entries["cross_modal_loss"], entries["in_modal_loss"] = cross, in_
+        return entries if output_dict else sum(entries.values(), cross.new_zeros(()))
+
+    def _base_entries(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None,
+        base_inputs: dict[str, Any],
+    ) -> dict[str, Tensor]:
         if logit_bias is not None:  # not every loss takes one
             base_inputs["logit_bias"] = logit_bias
         base = self.base(
@@ -155,24 +187,27 @@ class RankClipLoss(nn.Module):
             output_dict=True,
             **base_inputs,
         )
-        entries = dict(base) if isinstance(base, Mapping) else {"contrastive_loss": base}
-        cross, in_ = self.consistency.terms(
-            image_features,
-            text_features,
-            logit_scale,
-            cross_modal=self.lambda_cross != 0 and not self._is_zero,
-            in_modal=self.lambda_in != 0 and not self._is_zero,
+        return dict(base) if isinstance(base, Mapping) else {"contrastive_loss": base}
+
+    @property
+    def _fuses(self) -> bool:
+        """Whether the base is CLIP's loss of the same rows, which the rank terms' pass gives as well."""
+        options = self.consistency.options
+        return (
+            type(self.base) is ClipLoss
+            and self.base.gather == self.consistency.gather
+            and options.lists == "row"
+            and options.likelihood.worth == "exp"
         )
-        weight = self._schedule_value.to(cross.dtype) * self.normalizer
-        entries["cross_modal_loss"] = weight * self.lambda_cross * cross
-        entries["in_modal_loss"] = weight * self.lambda_in * in_
-        return entries if output_dict else sum(entries.values(), cross.new_zeros(()))
 
     def _set(self, value: float) -> None:
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"schedule must give finite values >= 0; got {value!r}")
-        self._schedule_value.fill_(value)
-        self._is_zero = value * self.normalizer == 0
+        weight = value * self.normalizer
+        self._schedule_value = value
+        self._weights[1] = weight * self.lambda_cross
+        self._weights[2] = weight * self.lambda_in
+        self._is_zero = weight == 0
         self._missing = None
 
     def _check_progress(self) -> None:

@@ -8,11 +8,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from rankloss.consistency import ConsistencyOptions, ListsOption, Reduction, rank_term
+from rankloss.consistency import weighted_terms
 from rankloss.distributed import Gather
 from rankloss.embeddings import Embeddings, check_features
 from rankloss.losses.weights import check_weight
+from rankloss.options import ConsistencyOptions, ListsOption, Method, Reduction
 from rankloss.plackett_luce import Discount, ListOptions, Ties, Worth
+from rankloss.plans import Plan, choose_plan
 
 __all__ = ["RankConsistency"]
 
@@ -44,7 +46,12 @@ class RankConsistency(nn.Module):
         top_k: None or the number of best-ranked positions that count, likewise.
         reduction: ``"mean"``: nats per item, averaged over the lists. ``"sum"``: the plain sum of the lists.
             ``"none"``: a value per anchor, ``[N]``, that adds up to ``"sum"``.
-        chunk_size: rows computed at a time; None chooses from the sizes and the device.
+        method: how lists are ranked. ``"sort"``: by their exact order. ``"bin"``: by evenly spaced bins of
+            the reference (:func:`rankloss.bins.quantize`), faster; the items of a bin are tied.
+        bins: the number of bins.
+        chunk_size: rows multiplied out at a time; None chooses from the sizes and the device.
+        memory_budget: bytes that matrices of the whole batch may take to save products, see :meth:`plan`;
+            None is 64 MiB on a CPU and 1 GiB elsewhere.
         local_loss: compute only this process's rows, as in open_clip's ClipLoss.
         gather_with_grad: let gradients through the gathering of features, as in open_clip's ClipLoss.
         rank: this process's rank.
@@ -84,7 +91,10 @@ class RankConsistency(nn.Module):
         discount: Discount | None = None,
         top_k: int | None = None,
         reduction: Reduction = "mean",
+        method: Method = "sort",
+        bins: int = 2048,
         chunk_size: int | None = None,
+        memory_budget: int | None = None,
         local_loss: bool = False,
         gather_with_grad: bool = False,
         rank: int = 0,
@@ -93,8 +103,17 @@ class RankConsistency(nn.Module):
         super().__init__()
         self.cross_modal = check_weight("cross_modal", cross_modal)
         self.in_modal = check_weight("in_modal", in_modal)
-        self.options = ConsistencyOptions(
-            lists, reduction, chunk_size, ListOptions(worth, ties, discount, top_k)
+        self.options = ConsistencyOptions.of(
+            lists=lists,
+            worth=worth,
+            ties=ties,
+            discount=discount,
+            top_k=top_k,
+            reduction=reduction,
+            method=method,
+            bins=bins,
+            chunk_size=chunk_size,
+            memory_budget=memory_budget,
         )
         if lists == "batch" and local_loss:
             raise ValueError("lists='batch' is one list of the whole batch and cannot have local_loss=True")
@@ -132,32 +151,37 @@ class RankConsistency(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The weighted sum of the two terms, or with ``output_dict`` the weighted terms themselves."""
-        cross, in_ = self.terms(
+        _, cross, in_ = self.weighted_terms(
             image_features,
             text_features,
             logit_scale,
+            torch.tensor([1.0, self.cross_modal, self.in_modal], dtype=torch.float64),
             cross_modal=self.cross_modal != 0,
             in_modal=self.in_modal != 0,
         )
-        cross, in_ = self.cross_modal * cross, self.in_modal * in_
         return {"cross_modal_loss": cross, "in_modal_loss": in_} if output_dict else cross + in_
 
-    def terms(
+    def weighted_terms(
         self,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: Tensor | float = 1.0,
+        logit_scale: Tensor | float,
+        weights: Tensor,
         *,
+        contrastive: bool = False,
         cross_modal: bool = True,
         in_modal: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """The two terms without their weights; one that is not asked for is a zero that costs nothing."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """CLIP's cross-entropy and the two rank terms times ``weights``, from one gathering and one pass.
+
+        A term that is not wanted is a zero that costs nothing. See
+        :func:`rankloss.consistency.weighted_terms`.
+        """
         check_features(image_features, text_features)
-        if not cross_modal and not in_modal:
-            zero = image_features.new_zeros(
-                (), dtype=torch.promote_types(image_features.dtype, torch.float32)
-            )
-            return zero, zero
+        if not contrastive and not cross_modal and not in_modal:
+            dtype = torch.promote_types(image_features.dtype, torch.float32)
+            zero = image_features.new_zeros((), dtype=dtype)
+            return zero, zero, zero
         images, texts = self.gather(image_features, text_features)
         local = self.gather.anchors_are_local
         embeddings = Embeddings.of(
@@ -167,10 +191,35 @@ class RankConsistency(nn.Module):
             image_anchors=image_features if local else None,
             text_anchors=text_features if local else None,
         )
-        zero = embeddings.image.new_zeros(())
-        return (
-            rank_term("cross_modal", embeddings, self.options) if cross_modal else zero,
-            rank_term("in_modal", embeddings, self.options) if in_modal else zero,
+        return weighted_terms(
+            embeddings,
+            self.options,
+            weights,
+            contrastive=contrastive,
+            cross_modal=cross_modal,
+            in_modal=in_modal,
+            first_row=self.gather.rank * len(image_features) if local else 0,
+        )
+
+    def plan(
+        self, n: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Plan | None:
+        """How a global batch of n pairs is computed; None for ``lists="batch"``, which takes whole matrices.
+
+        Example:
+            >>> RankConsistency().plan(1024).name, RankConsistency(memory_budget=0).plan(1024).name
+            ('shared', 'rows')
+        """
+        if self.options.lists == "batch":
+            return None
+        anchors = n // self.gather.world_size if self.gather.anchors_are_local else n
+        return choose_plan(
+            anchors,
+            n,
+            torch.device(device),
+            torch.promote_types(dtype, torch.float32),
+            chunk_size=self.options.chunk_size,
+            memory_budget=self.options.memory_budget,
         )
 
     def extra_repr(self) -> str:
@@ -182,6 +231,6 @@ class RankConsistency(nn.Module):
         ):
             for name in options.__dataclass_fields__:
                 value = getattr(options, name)
-                if name != "likelihood" and value != getattr(default, name):
+                if name not in ("likelihood", "encoded") and value != getattr(default, name):
                     shown.append(f"{name}={value!r}")
         return ", ".join(shown)

@@ -1,0 +1,183 @@
+r"""The running sums of a block of lists: what their value and their gradient are made of.
+
+With worths w, ℓ = log w and a ranking y,
+
+    C_p = Σ_{q : y_q ≤ y_p} w_q,   U_q = Σ_{p : y_p ≥ y_q} μ_p / C_p,
+    NLL = Σ_p μ_p·(log C_p − ℓ_p),   ∂NLL/∂ℓ_q = w_q·U_q − μ_q.
+
+A ranking divides a list into slots, worst first, and both sums run over slots. :class:`SortedSlots` gives
+every item a slot of its own, :class:`BinnedSlots` every bin of a quantised reference. The sums are plain
+ones, in float64, of worths that are shifted into its range; this is several times faster than sums in log
+space, and as exact, as long as the worths of one list do not span more than :func:`shifted_worths` allows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rankloss.bins import quantize
+from rankloss.ordering import ascending
+from rankloss.plackett_luce import ListOptions, Worth, log_worth, weights_of_ranks
+from rankloss.ties import group_bounds
+
+__all__ = ["BinnedSlots", "Slots", "SortedSlots", "Worths", "rank", "shifted_worths"]
+
+# How far log worths may reach from the middle of their range, in nats: summed over 10⁵ items and multiplied
+# by as much again, e^±75 in float32 and e^±690 in float64 neither overflow nor lose bits.
+_REACH = {torch.float32: 75.0, torch.float64: 690.0}
+
+
+class Worths(NamedTuple):
+    """Worths w = values · e^shift of a block of lists, and ℓ = log w."""
+
+    values: Tensor
+    log: Tensor
+    shift: Tensor | float
+
+
+def shifted_worths(cosines: Tensor, scale: Tensor | float, worth: Worth) -> Worths | None:
+    """The worths in float32 where their span permits it, else in float64; None where that is too narrow.
+
+    Scores of unit-norm features span 2·scale nats at most: 200 at CLIP's largest scale, of float64's 1,380.
+    Looking at the span would make an accelerator's host wait, so there it is float64 from the start, and a
+    list that it does not hold becomes NaN.
+
+    Args:
+        cosines: ``[n, N]``.
+        scale: what they are multiplied by under worth ``exp``.
+        worth: see :func:`rankloss.plackett_luce_nll`.
+    """
+    if worth != "exp":
+        values = (1 + cosines) / 2 if worth == "shifted" else cosines
+        return Worths(values, log_worth(cosines, worth), 0.0)
+    scores = cosines * scale
+    lowest, highest = torch.aminmax(scores, dim=-1, keepdim=True)
+    span, shift = highest - lowest, (highest + lowest) / 2
+    if scores.device.type == "cpu":
+        largest = span.amax().item()
+        if scores.dtype == torch.float32 and largest <= 2 * _REACH[torch.float32]:
+            return Worths((scores - shift).exp_(), scores, shift)
+        if not largest <= 2 * _REACH[torch.float64]:  # also where there is a NaN
+            return None
+    else:
+        shift = shift.where(span <= 2 * _REACH[torch.float64], torch.nan)
+    return Worths((scores.double() - shift).exp_(), scores, shift)
+
+
+class Slots(Protocol):
+    """The lists' sums by slot."""
+
+    mu: Tensor | None
+    """μ of the items in every slot; None where all are 1."""
+
+    @property
+    def log_denominators(self) -> Tensor:
+        """Σ_p μ_p·log C_p of every list."""
+
+    @property
+    def suffix(self) -> Tensor:
+        """U of the items in every slot."""
+
+    def of_items(self, by_slot: Tensor) -> Tensor:
+        """What a slot holds, for every item of the list in its own place."""
+
+
+def rank(
+    values: Tensor, reference: Tensor, options: ListOptions, shuffle: Tensor | None, bins: int | None
+) -> Slots:
+    """Rank a block of lists.
+
+    Args:
+        values: ``[n, N]``, the worths.
+        reference: ``[n, N]``, float32 or float64.
+        options: the lists' likelihood.
+        shuffle: what :func:`rankloss.plackett_luce.random_shuffle` gave for them.
+        bins: rank by so many bins of the reference; None by its exact order.
+    """
+    if bins is not None:
+        return BinnedSlots(values, quantize(reference, bins), options, bins)
+    return SortedSlots(values, reference, options, shuffle)
+
+
+class SortedSlots:
+    """One slot an item, in the exact order of the reference."""
+
+    def __init__(
+        self, values: Tensor, reference: Tensor, options: ListOptions, shuffle: Tensor | None
+    ) -> None:
+        n = reference.shape[-1]
+        first = last = None
+        if shuffle is None:
+            ordered, self._order = ascending(reference)
+            # Most lists have no tie. Looking costs little on a CPU; elsewhere it would wait for the device.
+            if ordered.device.type != "cpu" or bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+                first, last = group_bounds(ordered)
+        else:
+            self._order = shuffle[reference[..., shuffle].argsort(dim=-1, stable=True)]
+        sums = values.gather(-1, self._order).cumsum(-1, dtype=torch.float64)
+        self._denominators = sums if last is None else sums.gather(-1, last)
+        self._first = first
+        self._narrow = values.dtype == torch.float32
+        best_rank = torch.arange(n, 0, -1, device=values.device) if last is None else n - last
+        self.mu = weights_of_ranks(best_rank, options)
+
+    @property
+    def log_denominators(self) -> Tensor:
+        """Σ_p μ_p·log C_p of every list."""
+        if self.mu is not None:
+            return torch.sum(self._denominators.log() * self.mu, -1)
+        sums, quarter = self._denominators, self._denominators.shape[-1] // 4
+        if not self._narrow or quarter == 0:
+            return sums.log().sum(-1)
+        # log is what costs here: one of four factors, whose product float64 holds where float32 holds each.
+        product = sums[..., :quarter] * sums[..., quarter : 2 * quarter]
+        for k in (2, 3):
+            product *= sums[..., k * quarter : (k + 1) * quarter]
+        return product.log_().sum(-1) + sums[..., 4 * quarter :].log().sum(-1)
+
+    @functools.cached_property
+    def suffix(self) -> Tensor:
+        """U of the items in every slot."""
+        shares = self._denominators.reciprocal() if self.mu is None else self.mu / self._denominators
+        sums = _suffix_sum(shares)
+        return sums if self._first is None else sums.gather(-1, self._first)
+
+    def of_items(self, by_slot: Tensor) -> Tensor:
+        """What a slot holds, for every item of the list in its own place."""
+        by_slot = by_slot.expand(self._order.shape)
+        return torch.empty_like(by_slot).scatter_(-1, self._order, by_slot)
+
+
+class BinnedSlots:
+    """One slot a bin of the quantised reference; the items of a bin are tied."""
+
+    def __init__(self, values: Tensor, index: Tensor, options: ListOptions, bins: int) -> None:
+        empty = values.new_zeros(*values.shape[:-1], bins)
+        self._index = index
+        self._sums = empty.scatter_add(-1, index, values).cumsum(-1, dtype=torch.float64)
+        count = empty.scatter_add_(-1, index, values.new_ones(()).expand_as(values))
+        above = values.shape[-1] - count.cumsum(-1)  # items in better bins
+        self.mu = weights_of_ranks(above + 1, options)
+        self._count = count if self.mu is None else count * self.mu  # Σ μ of the bin's items
+
+    @property
+    def log_denominators(self) -> Tensor:
+        """Σ_p μ_p·log C_p of every list."""
+        return (self._sums.log() * self._count).sum(-1)  # bin 0 is never empty, so no sum is 0
+
+    @functools.cached_property
+    def suffix(self) -> Tensor:
+        """U of the items in every slot."""
+        return _suffix_sum(self._count / self._sums)
+
+    def of_items(self, by_slot: Tensor) -> Tensor:
+        """What a slot holds, for every item of the list in its own place."""
+        return by_slot.gather(-1, self._index)
+
+
+def _suffix_sum(x: Tensor) -> Tensor:
+    return x.flip(-1).cumsum_(-1).flip(-1)
