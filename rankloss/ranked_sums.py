@@ -109,20 +109,19 @@ class SortedSlots:
     def __init__(
         self, values: Tensor, reference: Tensor, options: ListOptions, shuffle: Tensor | None
     ) -> None:
-        n = reference.shape[-1]
-        first = last = None
+        self._groups: _TieGroups | None = None
         if shuffle is None:
             ordered, self._order = ascending(reference)
-            # Most lists have no tie. Looking costs little on a CPU; elsewhere it would wait for the device.
-            if ordered.device.type != "cpu" or bool((ordered[..., 1:] == ordered[..., :-1]).any()):
-                first, last = group_bounds(ordered)
+            self._groups = _tie_groups(ordered)
         else:
             self._order = shuffle[reference[..., shuffle].argsort(dim=-1, stable=True)]
-        sums = values.gather(-1, self._order).cumsum(-1, dtype=torch.float64)
-        self._denominators = sums if last is None else sums.gather(-1, last)
-        self._first = first
+        self._denominators = values.gather(-1, self._order).cumsum(-1, dtype=torch.float64)
         self._narrow = values.dtype == torch.float32
-        best_rank = torch.arange(n, 0, -1, device=values.device) if last is None else n - last
+        best_rank = torch.arange(reference.shape[-1], 0, -1, device=values.device)
+        if self._groups is not None:
+            self._denominators = self._groups.at_last(self._denominators)
+            if options.discount is not None or options.top_k is not None:
+                best_rank = self._groups.at_last(best_rank.expand(reference.shape).contiguous())
         self.mu = weights_of_ranks(best_rank, options)
 
     @property
@@ -144,7 +143,7 @@ class SortedSlots:
         """U of the items in every slot."""
         shares = self._denominators.reciprocal() if self.mu is None else self.mu / self._denominators
         sums = _suffix_sum(shares)
-        return sums if self._first is None else sums.gather(-1, self._first)
+        return sums if self._groups is None else self._groups.at_first(sums)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
         """What a slot holds, for every item of the list in its own place."""
@@ -177,6 +176,33 @@ class BinnedSlots:
     def of_items(self, by_slot: Tensor) -> Tensor:
         """What a slot holds, for every item of the list in its own place."""
         return by_slot.gather(-1, self._index)
+
+
+class _TieGroups(NamedTuple):
+    """Bounds of the runs of tied items, in the lists that have any."""
+
+    lists: Tensor | slice
+    first: Tensor
+    last: Tensor
+
+    def at_first(self, x: Tensor) -> Tensor:
+        """``x`` at the first item of every item's run, in place."""
+        x[self.lists] = x[self.lists].gather(-1, self.first)
+        return x
+
+    def at_last(self, x: Tensor) -> Tensor:
+        """``x`` at the last item of every item's run, in place."""
+        x[self.lists] = x[self.lists].gather(-1, self.last)
+        return x
+
+
+def _tie_groups(ordered: Tensor) -> _TieGroups | None:
+    """Of sorted lists; None where no two items are tied."""
+    if ordered.device.type != "cpu":  # to look which lists have ties would wait for the device
+        return _TieGroups(slice(None), *group_bounds(ordered))
+    # A row of float32 cosines has a tie by accident now and then, most have none.
+    lists = (ordered[..., 1:] == ordered[..., :-1]).any(-1).nonzero().squeeze(-1)
+    return _TieGroups(lists, *group_bounds(ordered[lists])) if len(lists) else None
 
 
 def _suffix_sum(x: Tensor) -> Tensor:
