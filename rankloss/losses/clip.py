@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ class ClipLoss(nn.Module):
         gather_with_grad: let gradients through the gathering of features, as in open_clip's ClipLoss.
         rank: this process's rank.
         world_size: number of processes; with more than one, features are gathered from all.
+        group: the process group that the batch is spread over, where it is not the default one; ``rank`` and
+            ``world_size`` are this process's rank in it and its size.
 
     Shapes:
         ``image_features`` and ``text_features``: ``[N, D]``; the result is a scalar in nats, or with
@@ -46,9 +50,10 @@ class ClipLoss(nn.Module):
         gather_with_grad: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        group: Any = None,
     ) -> None:
         super().__init__()
-        self.gather = Gather(local_loss, gather_with_grad, rank, world_size)
+        self.gather = Gather(local_loss, gather_with_grad, rank, world_size, group)
 
     def forward(
         self,

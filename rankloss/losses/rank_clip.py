@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -86,7 +85,7 @@ class RankClipLoss(nn.Module):
             )
         self.consistency = RankConsistency(**rank_options)
         if base is None:
-            base = ClipLoss(**asdict(self.consistency.gather))
+            base = ClipLoss(**vars(self.consistency.gather))
         self.base = base
         self.schedule = schedules.by_name(schedule) if isinstance(schedule, str) else schedule
         self.lambda_cross = check_weight("lambda_cross", lambda_cross)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ class RankConsistency(nn.Module):
         gather_with_grad: let gradients through the gathering of features, as in open_clip's ClipLoss.
         rank: this process's rank.
         world_size: number of processes; with more than one, features are gathered from all.
+        group: the process group that the batch is spread over, where it is not the default one; ``rank`` and
+            ``world_size`` are this process's rank in it and its size.
 
     Shapes:
         ``image_features`` and ``text_features``: ``[N, D]``; ``logit_scale``: a number or a tensor of one
@@ -99,6 +101,7 @@ class RankConsistency(nn.Module):
         gather_with_grad: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        group: Any = None,
     ) -> None:
         super().__init__()
         self.cross_modal = check_weight("cross_modal", cross_modal)
@@ -117,7 +120,7 @@ class RankConsistency(nn.Module):
         )
         if lists == "batch" and local_loss:
             raise ValueError("lists='batch' is one list of the whole batch and cannot have local_loss=True")
-        self.gather = Gather(local_loss, gather_with_grad, rank, world_size)
+        self.gather = Gather(local_loss, gather_with_grad, rank, world_size, group)
         if self.gather.anchors_are_local and not gather_with_grad and rank == 0:
             _log.warning(
                 "local_loss without gather_with_grad: the rank terms' gradient does not point where that of "
