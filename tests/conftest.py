@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from process_pool import Pool, Pools
 
 # Examples are drawn from the test's own name, so that a red run is red again. A deadline would time the
 # machine, not us.
@@ -14,3 +18,17 @@ settings.register_profile("thorough", settings.get_profile("default"), derandomi
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Pools]:
+    """Real gloo processes by world size, up for the whole session."""
+    pools = Pools()
+    yield pools
+    pools.close()
+
+
+@pytest.fixture(params=[2, 3, 4])
+def pool(request: pytest.FixtureRequest, pools: Pools) -> Pool:
+    """The gloo processes of each world size in turn."""
+    return pools[request.param]

@@ -1,82 +1,29 @@
-"""Real gloo processes, one pool for all tests: every rank runs the same function and returns what it saw."""
+"""Real gloo processes against one process: what the losses make of a batch that is spread over ranks."""
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable, Iterator
+import importlib.util
+import itertools
+import logging
+import math
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+import one_process
 from batches import gradients, random_batch, relative_error
+from collectives import Collectives
+from process_pool import Pool, Pools
 from rankloss import ClipLoss, RankClipLoss, RankConsistency
 from rankloss.distributed import all_gather
 
 N_PER_RANK, D, SCALE = 4, 6, 10.0
-
-
-def _work(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    while (task := tasks.get()) is not None:
-        function, arguments = task
-        try:
-            value = function(rank, world_size, *arguments)
-            # A queue's thread would fail, unheard, to pickle a tensor that has a graph.
-            value = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, value)
-            results.put((rank, value, None))
-        except Exception as error:  # handed to the test, which raises it
-            results.put((rank, None, repr(error)))
-    dist.destroy_process_group()
-
-
-class Pool:
-    """Processes that stay up between tests; starting one costs an import of torch."""
-
-    def __init__(self, world_size: int) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        context = mp.get_context("spawn")
-        self.world_size = world_size
-        self.tasks = [context.Queue() for _ in range(world_size)]
-        self.results = context.Queue()
-        self.processes = [
-            context.Process(
-                target=_work, args=(r, world_size, port, self.tasks[r], self.results), daemon=True
-            )
-            for r in range(world_size)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        for queue in self.tasks:
-            queue.put((function, arguments))
-        results = [self.results.get(timeout=120) for _ in range(self.world_size)]
-        errors = [error for _, _, error in results if error]
-        assert not errors, errors
-        return [value for _, value, _ in sorted(results, key=lambda r: r[0])]
-
-    def close(self) -> None:
-        for queue in self.tasks:
-            queue.put(None)
-        for process in self.processes:
-            process.join(30)
-
-
-@pytest.fixture(scope="module", params=[2, 3])
-def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
-    pool = Pool(request.param)
-    yield pool
-    pool.close()
+LOSSES = ["cross", "in", "clip", "rank_clip"]
+FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad
+EXACT = [(False, True), (True, True)]
 
 
 def gather_and_differentiate(rank: int, world_size: int) -> tuple[list[list[float]], list[list[float]]]:
@@ -95,20 +42,43 @@ def test_all_gather_concatenates_and_sums_the_gradients_of_all_ranks(pool: Pool)
         assert gradient == [[total * (2.0 * rank + 1)], [total * (2.0 * rank + 2)]]
 
 
-def subgroup_gather(rank: int, world_size: int) -> list[list[float]] | None:
-    group = dist.new_group([0, 1])
-    alone = dist.new_group([world_size - 1])
-    x = torch.tensor([[float(rank)]])
-    if rank == world_size - 1:
-        assert all_gather(x, alone) is x
-    return all_gather(x, group).tolist() if rank < 2 else None
+def differentiate_twice(rank: int, world_size: int) -> list[float]:
+    x = torch.tensor([1.0 + rank, 0.5], dtype=torch.float64, requires_grad=True)
+    loss = (rank + 1) * all_gather(x).pow(3).sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    gradient.pow(2).sum().backward()
+    return x.grad.tolist()
+
+
+def test_all_gather_is_differentiated_twice(pool: Pool) -> None:
+    total = sum(range(1, pool.world_size + 1))  # Σ_w L_w = total·Σ x³, its gradient's square 9·total²·x⁴
+    for rank, second in enumerate(pool.run(differentiate_twice)):
+        assert second == pytest.approx([36 * total**2 * x**3 for x in (1.0 + rank, 0.5)])
+
+
+def parity_group(rank: int, world_size: int) -> Any:
+    """This process's group, of two, the even and the odd ranks: its ranks are not the default group's."""
+    groups = [dist.new_group(list(range(parity, world_size, 2))) for parity in (0, 1)]
+    return groups[rank % 2]
+
+
+def gather_in_groups(rank: int, world_size: int) -> tuple[bool, list[list[float]], list[list[float]]]:
+    group = parity_group(rank, world_size)
+    x = torch.full((1, 1), float(rank), requires_grad=True)
+    y = all_gather(x, group)
+    ((rank + 1) * y).sum().backward()
+    return y is x, y.tolist(), x.grad.tolist()
 
 
 def test_all_gather_takes_a_group_and_one_process_gets_its_own_tensor(pool: Pool) -> None:
-    assert pool.run(subgroup_gather)[:2] == [[[0.0], [1.0]]] * 2
+    for rank, (is_own, gathered, gradient) in enumerate(pool.run(gather_in_groups)):
+        members = range(rank % 2, pool.world_size, 2)
+        assert gathered == [[float(r)] for r in members]
+        assert gradient == [[float(sum(r + 1 for r in members))]]
+        assert is_own == (len(members) == 1)
 
 
-def make(loss: str, **options: Any) -> torch.nn.Module:
+def module(loss: str, **options: Any) -> torch.nn.Module:
     if loss == "clip":
         return ClipLoss(**options)
     if loss == "rank_clip":
@@ -116,16 +86,29 @@ def make(loss: str, **options: Any) -> torch.nn.Module:
     return RankConsistency(cross_modal=loss != "in", in_modal=loss != "cross", chunk_size=3, **options)
 
 
-def shard(rank: int, world_size: int, loss: str, local_loss: bool, gather_with_grad: bool) -> list[Tensor]:
+def batch(
+    size: int, dtype: torch.dtype = torch.float64, seed: int = 0, duplicates: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    return random_batch(seed, size, D, SCALE, duplicates=duplicates).leaves(dtype)
+
+
+def shard(
+    rank: int,
+    world_size: int,
+    loss: str,
+    options: dict[str, Any],
+    dtype: torch.dtype = torch.float64,
+    duplicates: int = 2,
+) -> list[Tensor]:
     """Value and gradients of this rank, which has its share of the batch."""
-    v, t, s = random_batch(0, N_PER_RANK * world_size, D, SCALE, duplicates=2).leaves()
+    v, t, s = batch(N_PER_RANK * world_size, dtype, duplicates=duplicates)
     own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    module = make(
-        loss, local_loss=local_loss, gather_with_grad=gather_with_grad, rank=rank, world_size=world_size
-    )
-    value = module(v[own], t[own], s)
-    dv, dt, ds = gradients(value, (v, t, s), 1.0)
-    return [value.detach(), dv, dt, ds]
+    value = module(loss, rank=rank, world_size=world_size, **options)(v[own], t[own], s)
+    return [value.detach(), *gradients(value, (v, t, s), 1.0)]
+
+
+def flags(local_loss: bool, gather_with_grad: bool, **options: Any) -> dict[str, Any]:
+    return {"local_loss": local_loss, "gather_with_grad": gather_with_grad, **options}
 
 
 def ddp(results: list[list[Tensor]]) -> list[Tensor]:
@@ -133,80 +116,316 @@ def ddp(results: list[list[Tensor]]) -> list[Tensor]:
     return [torch.stack(x).mean(0) for x in zip(*results, strict=True)]
 
 
-def single(world_size: int, loss: str) -> list[Tensor]:
-    inputs = random_batch(0, N_PER_RANK * world_size, D, SCALE, duplicates=2).leaves()
-    value = make(loss)(*inputs)
+def single(world_size: int, loss: str, dtype: torch.dtype = torch.float64, **options: Any) -> list[Tensor]:
+    inputs = batch(N_PER_RANK * world_size, dtype)
+    value = module(loss, **options)(*inputs)
     return [value.detach(), *gradients(value, inputs, 1.0)]
 
 
-@pytest.mark.parametrize("loss", ["cross", "in", "clip", "rank_clip"])
-@pytest.mark.parametrize("local_loss", [False, True])
-def test_with_gather_with_grad_value_and_gradients_are_the_single_process_ones(
-    pool: Pool, loss: str, local_loss: bool
+def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < tolerance
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+def test_a4_value_in_float32_is_the_single_process_one(
+    pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
-    expected = single(pool.world_size, loss)
-    for actual, wanted in zip(ddp(pool.run(shard, loss, local_loss, True)), expected, strict=True):
-        assert relative_error(actual, wanted) < 1e-10
+    value, *_ = ddp(pool.run(shard, loss, flags(local_loss, gather_with_grad), torch.float32))
+    assert relative_error(value, single(pool.world_size, loss, torch.float32)[0]) < 1e-6
 
 
-@pytest.mark.parametrize("loss", ["cross", "in", "clip", "rank_clip"])
-def test_with_neither_flag_towers_get_one_over_w_and_the_scale_the_whole(pool: Pool, loss: str) -> None:
-    value, dv, dt, ds = single(pool.world_size, loss)
-    actual = ddp(pool.run(shard, loss, False, False))
-    for a, wanted in zip(actual, (value, dv / pool.world_size, dt / pool.world_size, ds), strict=True):
-        assert relative_error(a, wanted) < 1e-10
-
-
-def open_clip_gradients(rank: int, world_size: int) -> list[Tensor]:
-    from open_clip.loss import ClipLoss as OpenClipLoss
-
-    v, t, s = random_batch(0, N_PER_RANK * world_size, D, SCALE).leaves()
-    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    results = []
-    for module in (OpenClipLoss, ClipLoss):
-        loss = module(local_loss=True, gather_with_grad=False, rank=rank, world_size=world_size)
-        value = loss(v[own], t[own], s)
-        results.append(
-            torch.cat([value.reshape(1), *(g.flatten() for g in gradients(value, (v, t, s), 1.0))])
-        )
-    return results
-
-
-def test_local_loss_alone_is_approximate_as_open_clips_clip_loss_is(pool: Pool) -> None:
-    pytest.importorskip("open_clip")
-    for theirs, ours in pool.run(open_clip_gradients):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    # The rank term's columns are constants there: its gradient is not the exact one, its value is.
-    expected = single(pool.world_size, "cross")
-    actual = ddp(pool.run(shard, "cross", True, False))
-    assert relative_error(actual[0], expected[0]) < 1e-10
-    assert relative_error(actual[3], expected[3]) < 1e-10
-    assert 0.05 < relative_error(actual[1], expected[1]) < 1.5
-
-
-def reduced(rank: int, world_size: int, reduction: str) -> list[Tensor]:
-    v, t, s = random_batch(0, N_PER_RANK * world_size, D, SCALE).leaves()
-    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    module = RankConsistency(
-        reduction=reduction, local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+def test_a4_value_and_gradients_follow_the_flags_rules(
+    pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
+) -> None:
+    w = pool.world_size
+    expected = one_process.value_and_gradients(
+        one_process.LOSSES[loss], batch(N_PER_RANK * w, duplicates=0), w, local_loss, gather_with_grad
     )
-    value = module(v[own], t[own], s)
-    return [value.detach(), *gradients(value.sum(), (v, t, s), 1.0)]
+    options = flags(local_loss, gather_with_grad)
+    assert_equal(ddp(pool.run(shard, loss, options, torch.float64, 0)), expected)
 
 
-def test_sum_keeps_its_meaning_and_none_is_a_value_per_local_anchor(pool: Pool) -> None:
-    inputs = random_batch(0, N_PER_RANK * pool.world_size, D, SCALE).leaves()
-    value = RankConsistency(reduction="sum")(*inputs)
-    expected = [value, *gradients(value, inputs, 1.0)]
-    for actual, wanted in zip(ddp(pool.run(reduced, "sum")), expected, strict=True):
-        assert relative_error(actual, wanted) < 1e-10
-    per_anchor = torch.cat([r[0] for r in pool.run(reduced, "none")])
-    assert relative_error(per_anchor, RankConsistency(reduction="none")(*inputs)) < 1e-10
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), EXACT)
+def test_a4_with_gather_with_grad_value_and_gradients_are_the_single_process_ones(
+    pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
+) -> None:
+    actual = ddp(pool.run(shard, loss, flags(local_loss, gather_with_grad)))
+    assert_equal(actual, single(pool.world_size, loss))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a4_with_neither_flag_towers_get_one_over_w_and_the_scale_the_whole(pool: Pool, loss: str) -> None:
+    value, dv, dt, ds = single(pool.world_size, loss)
+    actual = ddp(pool.run(shard, loss, flags(False, False)))
+    assert_equal(actual, [value, dv / pool.world_size, dt / pool.world_size, ds])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a4_with_local_loss_alone_value_and_scale_are_exact_and_towers_are_not(pool: Pool, loss: str) -> None:
+    expected = single(pool.world_size, loss)
+    value, dv, dt, ds = ddp(pool.run(shard, loss, flags(True, False)))
+    assert_equal([value, ds], [expected[0], expected[3]])
+    for actual, exact in ((dv, expected[1]), (dt, expected[2])):
+        assert 0.05 < relative_error(actual, exact) < 1.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 3, "discount": "log"}, {"worth": "shifted"}, {"reduction": "sum"}],
+    ids=lambda options: "-".join(options),
+)
+def test_every_option_shards_exactly(pool: Pool, options: dict[str, Any]) -> None:
+    actual = ddp(pool.run(shard, "rank", flags(True, True, **options)))
+    assert_equal(actual, single(pool.world_size, "rank", **options))
+
+
+@pytest.mark.parametrize("gather_with_grad", [False, True])
+def test_batch_list_is_whole_on_every_rank(pool: Pool, gather_with_grad: bool) -> None:
+    value, dv, dt, ds = single(pool.world_size, "rank", lists="batch")
+    share = 1 if gather_with_grad else pool.world_size
+    results = pool.run(shard, "rank", flags(False, gather_with_grad, lists="batch"))
+    assert_equal(ddp(results), [value, dv / share, dt / share, ds])
+    assert all(torch.equal(value_of_rank, results[0][0]) for value_of_rank, *_ in results)
+
+
+def per_anchor(rank: int, world_size: int) -> list[Tensor]:
+    v, t, s = batch(N_PER_RANK * world_size)
+    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
+    options = flags(True, True, reduction="none", rank=rank, world_size=world_size)
+    values = RankConsistency(**options)(v[own], t[own], s)
+    weights = torch.arange(1.0, len(v) + 1, dtype=torch.float64)[own]
+    return [values.detach(), *gradients(values, (v, t, s), weights)]
+
+
+def test_reduction_none_is_a_value_per_local_anchor(pool: Pool) -> None:
+    inputs = batch(N_PER_RANK * pool.world_size)
+    values = RankConsistency(reduction="none")(*inputs)
+    weights = torch.arange(1.0, len(values) + 1, dtype=torch.float64)
+    results = pool.run(per_anchor)
+    assert_equal([torch.cat([values for values, *_ in results])], [values])
+    summed = [torch.stack(x).sum(0) for x in list(zip(*results, strict=True))[1:]]
+    assert_equal(summed, gradients(values, inputs, weights))
+
+
+def accumulate(
+    rank: int, world_size: int, loss: str, options: dict[str, Any], micro_batches: int
+) -> list[list[Tensor]]:
+    """The gradient in one pass, and as open_clip's trainer accumulates it: one micro-batch after another has
+    a graph, and the others are the constants that a first pass left.
+    """
+    v, t, s = batch(N_PER_RANK * world_size)
+    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
+    criterion = module(loss, rank=rank, world_size=world_size, **options)
+    value = criterion(v[own], t[own], s)
+    whole = [value.detach(), *gradients(value, (v, t, s), 1.0)]
+    accumulated = []
+    for j in range(micro_batches):
+        v_j, t_j = (
+            torch.cat([x if i == j else x.detach() for i, x in enumerate(f[own].chunk(micro_batches))])
+            for f in (v, t)
+        )
+        value = criterion(v_j, t_j, s)
+        accumulated.append([value.detach(), *gradients(value, (v, t, s), 1.0)])
+    sums = [torch.stack(x).sum(0) for x in zip(*accumulated, strict=True)]
+    return [whole, [sums[0] / micro_batches, *sums[1:]]]
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+def test_a5_accumulation_gives_towers_the_big_batch_and_the_scale_k_times(
+    pool: Pool, local_loss: bool, gather_with_grad: bool, micro_batches: int
+) -> None:
+    results = pool.run(accumulate, "rank_clip", flags(local_loss, gather_with_grad), micro_batches)
+    value, dv, dt, ds = ddp([whole for whole, _ in results])
+    assert_equal(ddp([sums for _, sums in results]), [value, dv, dt, micro_batches * ds])
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_a5_accumulation_in_one_process(micro_batches: int) -> None:
+    for loss in LOSSES:
+        (value, dv, dt, ds), accumulated = accumulate(0, 1, loss, {}, micro_batches)
+        assert_equal(accumulated, [value, dv, dt, micro_batches * ds])
+
+
+def shard_of_group(rank: int, world_size: int, loss: str, options: dict[str, Any]) -> list[Tensor]:
+    """As :func:`shard`; the even and the odd ranks have a batch each and know nothing of each other."""
+    group = parity_group(rank, world_size)
+    size, position = dist.get_world_size(group), dist.get_rank(group)
+    v, t, s = batch(N_PER_RANK * size, seed=rank % 2, duplicates=0)
+    own = slice(position * N_PER_RANK, (position + 1) * N_PER_RANK)
+    value = module(loss, rank=position, world_size=size, group=group, **options)(v[own], t[own], s)
+    return [value.detach(), *gradients(value, (v, t, s), 1.0)]
+
+
+@pytest.mark.parametrize("loss", ["rank_clip", "clip"])
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+def test_losses_take_a_group_and_look_no_further(
+    pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
+) -> None:
+    results = pool.run(shard_of_group, loss, flags(local_loss, gather_with_grad))
+    for parity in (0, 1):
+        of_group = results[parity::2]
+        inputs = batch(N_PER_RANK * len(of_group), seed=parity, duplicates=0)
+        expected = one_process.value_and_gradients(
+            one_process.LOSSES[loss], inputs, len(of_group), local_loss, gather_with_grad
+        )
+        assert_equal(ddp(of_group), expected)
+
+
+def alone(rank: int, world_size: int) -> list[Any]:
+    """With world_size=1: values, and the number of collective calls."""
+    results: list[Any] = []
+    inputs = batch(N_PER_RANK)
+    with Collectives() as calls:
+        for loss in LOSSES:
+            value = module(loss, **flags(True, True))(*inputs)
+            results.append([value.detach(), *gradients(value, inputs, 1.0)])
+        if world_size == 1:
+            value = RankConsistency(**flags(True, True, group=dist.group.WORLD))(*inputs)
+            results.append([value.detach(), *gradients(value, inputs, 1.0)])
+    return [results, sum(calls.counts.values()), all_gather(inputs[0]) is inputs[0]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_world_size_one_gathers_nothing_though_a_group_is_initialised(pools: Pools, world_size: int) -> None:
+    for results, calls, is_own in pools[world_size].run(alone):
+        for actual, loss in zip(results, [*LOSSES, "rank"], strict=False):
+            assert_equal(actual, single(1, loss))
+        assert len(results) == (5 if world_size == 1 else 4)
+        assert calls == 0
+        assert is_own == (world_size == 1)
+
+
+def refusals(rank: int, world_size: int) -> list[str]:
+    v, t, s = batch(N_PER_RANK)
+    other = dist.new_group([world_size - 1])  # a group of one, which the other ranks do not belong to
+    whole = dist.group.WORLD
+    attempts = [
+        lambda: RankConsistency(rank=(rank + 1) % world_size, world_size=world_size)(v, t, s),
+        lambda: ClipLoss(rank=rank, world_size=world_size + 1)(v, t, s),
+        lambda: RankClipLoss(group=whole),
+        lambda: RankConsistency(rank=(rank + 1) % world_size, world_size=world_size, group=whole),
+        lambda: RankConsistency(rank=0, world_size=2, group="gloo"),
+        lambda: all_gather(v, "gloo"),
+        *([] if rank == world_size - 1 else [lambda: ClipLoss(group=other), lambda: all_gather(v, other)]),
+    ]
+    messages = []
+    for attempt in attempts:
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            attempt()
+        messages.append(str(error.value))
+    return messages
+
+
+def test_rank_and_world_size_that_are_not_the_groups_are_refused(pools: Pools) -> None:
+    outsider, member = pools[2].run(refusals)
+    mine = "this process has rank {} of 2 in its process group; got rank={}, world_size={}"
+    no_group = "group must be a process group that this process belongs to; got "
+    for rank, messages in enumerate((outsider, member)):
+        assert messages[:6] == [
+            mine.format(rank, 1 - rank, 2),
+            mine.format(rank, rank, 3),
+            mine.format(rank, 0, 1),
+            mine.format(rank, 1 - rank, 2),
+            no_group + "'gloo'",
+            no_group + "'gloo'",
+        ]
+    assert all(message.startswith(no_group) for message in outsider[6:])
+    assert (len(outsider), len(member)) == (8, 6)
 
 
 def test_without_a_process_group_one_process_works_and_several_are_refused() -> None:
     x = torch.ones(2, 3)
     assert all_gather(x) is x
     v, t, s = random_batch(0, 4, 3, 10.0).leaves()
-    with pytest.raises(RuntimeError, match=r"world_size=2 needs torch\.distributed.init_process_group"):
-        RankConsistency(rank=0, world_size=2)(v, t, s)
+    assert RankConsistency(**flags(True, True))(v, t, s).item() == RankConsistency()(v, t, s).item()
+    for loss in LOSSES:
+        with pytest.raises(RuntimeError, match=r"world_size=2 needs torch\.distributed.init_process_group"):
+            module(loss, rank=0, world_size=2)(v, t, s)
+
+
+def not_finite(rank: int, world_size: int, options: dict[str, Any]) -> float:
+    v, t, s = (x.detach() for x in batch(N_PER_RANK))
+    if rank == 0:
+        v[0, 0] = math.nan
+    return module("rank", rank=rank, world_size=world_size, **options)(v, t, s).item()
+
+
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+def test_nan_of_one_rank_is_seen_by_all(pools: Pools, local_loss: bool, gather_with_grad: bool) -> None:
+    assert all(map(math.isnan, pools[2].run(not_finite, flags(local_loss, gather_with_grad))))
+
+
+def warnings(rank: int, world_size: int, loss: str, options: dict[str, Any]) -> list[str]:
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("rankloss")
+    logger.addHandler(handler)
+    try:
+        v, t, s = batch(N_PER_RANK)
+        criterion = module(loss, rank=rank, world_size=world_size, **options)
+        for _ in range(2):
+            criterion(v, t, s)
+    finally:
+        logger.removeHandler(handler)
+    return [record.getMessage() for record in records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+@pytest.mark.parametrize("loss", ["rank", "rank_clip"])
+def test_a4_local_loss_without_gather_with_grad_is_warned_of_once(
+    pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
+) -> None:
+    first, *others = pool.run(warnings, loss, flags(local_loss, gather_with_grad))
+    if local_loss and not gather_with_grad:
+        assert len(first) == 1
+        assert "local_loss without gather_with_grad" in first[0]
+    else:
+        assert first == []
+    assert others == [[]] * (pool.world_size - 1)
+
+
+def calls_of_a_step(
+    rank: int, world_size: int, loss: str, options: dict[str, Any]
+) -> tuple[dict[str, int], dict[str, int]]:
+    v, t, s = batch(N_PER_RANK)
+    criterion = module(loss, rank=rank, world_size=world_size, **options)
+    with Collectives() as forward:
+        value = criterion(v, t, s)
+    with Collectives() as backward:
+        value.backward()
+    return dict(forward.counts), dict(backward.counts)
+
+
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+def test_rank_terms_gather_each_modality_once(pools: Pools, local_loss: bool, gather_with_grad: bool) -> None:
+    for forward, backward in pools[2].run(calls_of_a_step, "rank", flags(local_loss, gather_with_grad)):
+        assert forward == {"allgather": 2}
+        assert backward == ({"allreduce": 2} if gather_with_grad else {})
+
+
+def open_clips_and_ours(rank: int, world_size: int, options: dict[str, Any]) -> list[list[Tensor]]:
+    from open_clip.loss import ClipLoss as OpenClipLoss
+
+    v, t, s = batch(N_PER_RANK * world_size)
+    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
+    results = []
+    for loss in (OpenClipLoss, ClipLoss):
+        value = loss(rank=rank, world_size=world_size, **options)(v[own], t[own], s)
+        results.append([value.detach(), *gradients(value, (v, t, s), 1.0)])
+    return results
+
+
+@pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="needs open_clip")
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+def test_a4_clip_loss_is_open_clips_under_every_flag(
+    pool: Pool, local_loss: bool, gather_with_grad: bool
+) -> None:
+    for theirs, ours in pool.run(open_clips_and_ours, flags(local_loss, gather_with_grad)):
+        assert_equal(ours, theirs)
