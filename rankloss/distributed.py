@@ -59,10 +59,12 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
         ctx.group = group
+        # In float32 at least: a sum in half precision would be the worse the more processes add to it.
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        total = y.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         # all_reduce and a slice: not every gloo has reduce_scatter.
-        total = y.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
-        return total.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
+        return total.chunk(dist.get_world_size(group))[dist.get_rank(group)].to(y.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:

@@ -56,6 +56,19 @@ def test_all_gather_is_differentiated_twice(pool: Pool) -> None:
         assert second == pytest.approx([36 * total**2 * x**3 for x in (1.0 + rank, 0.5)])
 
 
+def differentiate_in_half_precision(rank: int, world_size: int) -> tuple[torch.dtype, list[float]]:
+    x = torch.zeros(6, dtype=torch.bfloat16, requires_grad=True)
+    y = all_gather(x)
+    one_is_large = torch.arange(len(y)) % world_size == rank
+    (y * torch.where(one_is_large, 256.0, 1.0).bfloat16()).sum().backward()
+    return x.grad.dtype, x.grad.tolist()
+
+
+def test_gradients_in_half_precision_are_summed_in_float32(pools: Pools) -> None:
+    # 256 + 1 is 256 in bfloat16, so (256 + 1) + 1 would be 256 as well.
+    assert pools[3].run(differentiate_in_half_precision) == [(torch.bfloat16, [258.0] * 6)] * 3
+
+
 def parity_group(rank: int, world_size: int) -> Any:
     """This process's group, of two, the even and the odd ranks: its ranks are not the default group's."""
     groups = [dist.new_group(list(range(parity, world_size, 2))) for parity in (0, 1)]
