@@ -120,6 +120,11 @@ class Gather:
             self._check_group()
 
     @property
+    def min_pairs(self) -> int:
+        """The pairs that this process must bring, so that the whole batch has two."""
+        return 1 if self.world_size > 1 else 2
+
+    @property
     def anchors_are_local(self) -> bool:
         """Whether this process computes its own rows only."""
         return self.local_loss and self.world_size > 1

@@ -142,8 +142,11 @@ class Embeddings:
         return torch.where(finite, 1.0, math.nan).to(self.image.dtype)
 
 
-def check_features(image_features: Tensor, text_features: Tensor) -> None:
-    """Raise a ValueError that names the argument unless both are floating ``[N, D]`` of one shape, N ≥ 2."""
+def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: int = 2) -> None:
+    """Raise a ValueError that names the argument unless both are floating ``[N, D]`` of one shape.
+
+    N must be at least ``min_pairs``: a list needs two items, but a process may hold one of many.
+    """
     for name, features in (("image_features", image_features), ("text_features", text_features)):
         if features.dim() != 2:
             raise ValueError(f"{name} must have shape [N, D]; got {tuple(features.shape)}")
@@ -154,9 +157,10 @@ def check_features(image_features: Tensor, text_features: Tensor) -> None:
             "image_features and text_features must have one shape [N, D]; "
             f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
         )
-    if image_features.shape[0] < 2 or image_features.shape[1] < 1:
+    if image_features.shape[0] < min_pairs or image_features.shape[1] < 1:
+        pairs = "one pair" if min_pairs == 1 else "two pairs"
         raise ValueError(
-            "image_features and text_features must hold at least two pairs; "
+            f"image_features and text_features must hold at least {pairs}; "
             f"got shape {tuple(image_features.shape)}"
         )
 

@@ -206,6 +206,20 @@ def test_batch_list_is_whole_on_every_rank(pool: Pool, gather_with_grad: bool) -
     assert all(torch.equal(value_of_rank, results[0][0]) for value_of_rank, *_ in results)
 
 
+def one_pair(rank: int, world_size: int, loss: str) -> list[Tensor]:
+    v, t, s = batch(world_size, duplicates=0)
+    own = slice(rank, rank + 1)
+    value = module(loss, rank=rank, world_size=world_size, **flags(True, True))(v[own], t[own], s)
+    return [value.detach(), *gradients(value, (v, t, s), 1.0)]
+
+
+def test_one_pair_per_process_is_a_batch_of_w(pool: Pool) -> None:
+    inputs = batch(pool.world_size, duplicates=0)
+    for loss in ("rank", "rank_clip"):
+        value = module(loss)(*inputs)
+        assert_equal(ddp(pool.run(one_pair, loss)), [value, *gradients(value, inputs, 1.0)])
+
+
 def per_anchor(rank: int, world_size: int) -> list[Tensor]:
     v, t, s = batch(N_PER_RANK * world_size)
     own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)

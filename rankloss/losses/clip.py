@@ -31,7 +31,8 @@ class ClipLoss(nn.Module):
         effect.
 
     Raises:
-        ValueError: for features that are not two floating-point matrices of one shape with at least two rows.
+        ValueError: for features that are not two floating-point matrices of one shape with at least two rows
+            in the whole batch.
 
     References:
         "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021,
@@ -64,7 +65,7 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` a dict of it."""
-        check_features(image_features, text_features)
+        check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
         images, texts = self.gather(image_features, text_features)
         first = 0  # this process's first row among the columns
         if self.gather.anchors_are_local:

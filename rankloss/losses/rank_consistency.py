@@ -66,8 +66,9 @@ class RankConsistency(nn.Module):
 
     Raises:
         ValueError: here for an unknown or impossible option; in ``forward`` for features that are not two
-            floating-point matrices of one shape with at least two rows, or a scale that is not positive
-            (a scale on an accelerator is not checked, since reading it would make every step wait).
+            floating-point matrices of one shape with at least two rows in the whole batch, or a scale that
+            is not positive (a scale on an accelerator is not checked, since reading it would make every step
+            wait).
 
     References:
         "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025.
@@ -180,7 +181,7 @@ class RankConsistency(nn.Module):
         A term that is not wanted is a zero that costs nothing. See
         :func:`rankloss.consistency.weighted_terms`.
         """
-        check_features(image_features, text_features)
+        check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
         if not contrastive and not cross_modal and not in_modal:
             dtype = torch.promote_types(image_features.dtype, torch.float32)
             zero = image_features.new_zeros((), dtype=dtype)
