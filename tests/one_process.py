@@ -38,26 +38,30 @@ def in_(view: View) -> Tensor:
     return _lists(view, view.image_anchors @ view.image.T, view.text_anchors @ view.text.T)
 
 
+def rank_terms(view: View) -> Tensor:
+    return cross(view) + in_(view)
+
+
 def _lists(view: View, a: Tensor, b: Tensor) -> Tensor:
     nll = plackett_luce_nll(view.scale * a, b) + plackett_luce_nll(view.scale * b, a)
     return nll.mean() / 2 / len(view.image)
 
 
 def rank_clip(view: View) -> Tensor:
-    return clip(view) + cross(view) + in_(view)
+    return clip(view) + rank_terms(view)
 
 
 LOSSES = {"clip": clip, "cross": cross, "in": in_, "rank_clip": rank_clip}
 
 
-def value_and_gradients(
+def mean_loss(
     loss: Callable[[View], Tensor],
     inputs: tuple[Tensor, Tensor, Tensor],
     world_size: int,
     local_loss: bool,
     gather_with_grad: bool,
-) -> list[Tensor]:
-    """The mean of the processes' losses and its gradient by image, text and scale: what DDP makes of them.
+) -> Tensor:
+    """The mean of the processes' losses, whose gradient is what DDP makes of theirs.
 
     Process r's loss sees the features of process w ≠ r with their graph if ``gather_with_grad``, and as
     constants otherwise; its own as constants too, unless they are anchors or not ``local_loss``. One process
@@ -79,5 +83,4 @@ def value_and_gradients(
         anchors = (v.chunk(world_size)[rank], t.chunk(world_size)[rank]) if local_loss else items
         first = rank * len(anchors[0]) if local_loss else 0
         values.append(loss(View(*items, s, *anchors, first)))
-    value = torch.stack(values).mean()
-    return [value.detach(), *torch.autograd.grad(value, inputs)]
+    return torch.stack(values).mean()

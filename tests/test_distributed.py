@@ -155,11 +155,10 @@ def test_a4_value_and_gradients_follow_the_flags_rules(
     pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
     w = pool.world_size
-    expected = one_process.value_and_gradients(
-        one_process.LOSSES[loss], batch(N_PER_RANK * w, duplicates=0), w, local_loss, gather_with_grad
-    )
-    options = flags(local_loss, gather_with_grad)
-    assert_equal(ddp(pool.run(shard, loss, options, torch.float64, 0)), expected)
+    inputs = batch(N_PER_RANK * w, duplicates=0)
+    value = one_process.mean_loss(one_process.LOSSES[loss], inputs, w, local_loss, gather_with_grad)
+    results = pool.run(shard, loss, flags(local_loss, gather_with_grad), torch.float64, 0)
+    assert_equal(ddp(results), [value, *gradients(value, inputs, 1.0)])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -297,11 +296,10 @@ def test_losses_take_a_group_and_look_no_further(
     results = pool.run(shard_of_group, loss, flags(local_loss, gather_with_grad))
     for parity in (0, 1):
         of_group = results[parity::2]
-        inputs = batch(N_PER_RANK * len(of_group), seed=parity, duplicates=0)
-        expected = one_process.value_and_gradients(
-            one_process.LOSSES[loss], inputs, len(of_group), local_loss, gather_with_grad
-        )
-        assert_equal(ddp(of_group), expected)
+        w = len(of_group)
+        inputs = batch(N_PER_RANK * w, seed=parity, duplicates=0)
+        value = one_process.mean_loss(one_process.LOSSES[loss], inputs, w, local_loss, gather_with_grad)
+        assert_equal(ddp(of_group), [value, *gradients(value, inputs, 1.0)])
 
 
 def alone(rank: int, world_size: int) -> list[Any]:
