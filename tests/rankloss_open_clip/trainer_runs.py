@@ -106,7 +106,7 @@ class Trainer:
         rows = ["filepath\ttitle"]
         for i in range(SAMPLES):
             Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(directory / f"{i}.png")
-            rows.append(f"{directory / f'{i}.png'}\tpicture {i} of {i % 7} apples and {i % 5} pears")
+            rows.append(f"{directory / f'{i}.png'}\tpicture {i:02d} of {i % 7} apples and {i % 5} pears")
         (directory / "data.csv").write_text("\n".join(rows) + "\n")
 
     def _write_model(self, name: str, config: dict[str, object]) -> None:

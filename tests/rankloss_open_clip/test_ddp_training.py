@@ -1,0 +1,230 @@
+"""The trainer's own command under torchrun: two processes against one, from checkpoints and logs.
+
+Every step takes all pairs, so that however they are dealt out to processes and micro-batches, it is the same
+step. The optimizer is SGD: its momentum after the first step is that step's gradient, and its steps are
+proportional to gradients, where Adam's would be signs of rounding errors as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cpu_ddp
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
+from trainer_runs import SAMPLES, Run, Runs, Trainer
+
+import one_process
+from batches import relative_error
+
+RANK_WEIGHT = 8.0  # so that the rank terms' share of the gradient is no rounding error of CLIP's
+LAMBDA = RANK_WEIGHT / 16
+OPTIONS = [
+    *("--epochs", "2", "--aug-cfg", "scale=(1.0,1.0)", "--opt", "timm/sgd", "--lr", "0.001", "--wd", "0"),
+    *("--loss", "rankclip", "--rankclip-schedule", "constant"),
+    *("--rankclip-lambda-cross", f"{RANK_WEIGHT}", "--rankclip-lambda-in", f"{RANK_WEIGHT}"),
+]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+BOTH = ["--local-loss", "--gather-with-grad"]
+WARNING = "local_loss without gather_with_grad"
+
+
+class Table(Runs):
+    """Runs of one process or two, by name."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__()
+        self.trainer = trainer
+
+    def one(self, name: str, *options: str, accum_freq: int = 1) -> None:
+        self._add(name, (), 1, accum_freq, options)
+
+    def two(self, name: str, *options: str, accum_freq: int = 1) -> None:
+        self._add(name, (*TORCHRUN, "2", "--", cpu_ddp.__file__), 2, accum_freq, options)
+
+    def _add(
+        self, name: str, command: tuple[str, ...], world_size: int, accum_freq: int, options: tuple[str, ...]
+    ) -> None:
+        batch_size = SAMPLES // world_size // accum_freq
+        sizes = ("--batch-size", str(batch_size), "--accum-freq", str(accum_freq))
+        self.add(name, self.trainer.run, name, *OPTIONS, *sizes, *options, command=command)
+
+
+@pytest.fixture(scope="module")
+def ddp_runs(trainer: Trainer) -> Iterator[Table]:
+    table = Table(trainer)
+    table.one("one process")
+    table.two("two processes, both flags", *BOTH)
+    table.one("accumulation", accum_freq=2)
+    yield table
+    table.close()
+
+
+@pytest.fixture(scope="module")
+def more_ddp_runs(trainer: Trainer) -> Iterator[Table]:
+    table = Table(trainer)
+    table.two("two processes, neither flag")
+    table.two("two processes, gather_with_grad", "--gather-with-grad")
+    table.two("two processes, local_loss", "--local-loss")
+    table.two("accumulation, two processes", *BOTH, accum_freq=2)
+    coca = ("--model", f"local-dir:{trainer.directory}/tiny-coca")
+    siglip = ("--siglip", "--local-loss")  # by which the sigmoid loss and its companions are not moved
+    distill = ("--distill-model", f"local-dir:{trainer.directory}/tiny", "--distill-pretrained", "random")
+    for name, options in (("siglip", siglip), ("coca", (*coca, *BOTH)), ("distill", (*distill, *BOTH))):
+        table.one(name, *options)
+        table.two(f"{name}, two processes", *options)
+    yield table
+    table.close()
+
+
+def weights(run: Run, epoch: int) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("module."): x
+        for name, x in run.epoch(epoch).items()
+        if not name.startswith("optimizer.")
+    }
+
+
+def scale_and_towers(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    tensors = dict(tensors)
+    scale = tensors.pop("logit_scale")
+    return scale, torch.cat([x.flatten() for x in tensors.values()])
+
+
+def gradient(run: Run) -> tuple[Tensor, Tensor]:
+    """The gradient of the first step, by the scale and by everything else."""
+    checkpoint = run.epoch(1)
+    names = list(weights(run, 1))  # the optimizer numbers the parameters in this order
+    momenta = [checkpoint[f"optimizer.{index}.momentum_buffer"] for index in range(len(names))]
+    assert all(x.shape == w.shape for x, w in zip(momenta, weights(run, 1).values(), strict=True))
+    return scale_and_towers(dict(zip(names, momenta, strict=True)))
+
+
+def second_step(run: Run) -> tuple[Tensor, Tensor]:
+    before, after = weights(run, 1), weights(run, 2)
+    return scale_and_towers({name: after[name] - before[name] for name in before})
+
+
+def assert_same_training(actual: Run, expected: Run) -> None:
+    for x, whole in zip(gradient(actual), gradient(expected), strict=True):
+        assert relative_error(x, whole) < 1e-5
+    (scale, towers), (whole_scale, whole_towers) = second_step(actual), second_step(expected)
+    assert relative_error(towers, whole_towers) < 1e-4
+    assert scale.item() == pytest.approx(whole_scale.item(), abs=2e-6)  # its own last digits, near 2.7
+
+
+def assert_same_log(actual: Run, expected: Run, *, second_step_too: bool = False) -> None:
+    terms = [name for name in expected.scalars if name.endswith("loss")]
+    assert {"cross_modal_loss", "in_modal_loss", "loss"} < set(terms)
+    for name in terms:
+        for step, tolerance in ((0, 1e-5), (1, 1e-4))[: 1 + second_step_too]:
+            logged = actual.scalars[name][step]
+            assert logged == pytest.approx(expected.scalars[name][step], rel=tolerance), name
+
+
+def test_a4_both_flags_train_as_one_process_does(ddp_runs: Table) -> None:
+    one, two = ddp_runs["one process"], ddp_runs["two processes, both flags"]
+    assert (one.params["world_size"], two.params["world_size"]) == ("1", "2")
+    assert_same_training(two, one)
+
+
+@pytest.mark.slow
+def test_a4_neither_flag_gives_towers_half_the_gradient_and_the_scale_all_of_it(
+    ddp_runs: Table, more_ddp_runs: Table
+) -> None:
+    one, two = ddp_runs["one process"], more_ddp_runs["two processes, neither flag"]
+    (scale, towers), (whole_scale, whole_towers) = gradient(two), gradient(one)
+    assert relative_error(towers, whole_towers / 2) < 1e-5
+    assert relative_error(scale, whole_scale) < 1e-5
+    assert_same_log(two, one)
+
+
+def rank_0_of_2(epoch: int) -> list[int]:
+    sampler: DistributedSampler[int] = DistributedSampler(range(SAMPLES), num_replicas=2, rank=0)  # type: ignore[arg-type]
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def features(trainer: Trainer, run: Run, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model of a checkpoint makes of the trainer's data, and its scale."""
+    name = f"local-dir:{trainer.directory / 'tiny'}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    model.load_state_dict(weights(run, epoch))
+    rows = [line.split("\t") for line in (trainer.directory / "data.csv").read_text().splitlines()[1:]]
+    images = torch.stack([preprocess(Image.open(Path(path))) for path, _ in rows])
+    texts = open_clip.get_tokenizer(name)([title for _, title in rows])
+    with torch.no_grad():
+        v, t, s = model.eval()(images, texts)
+    return v.double(), t.double(), s.double()
+
+
+def test_a4_logged_loss_under_local_loss_is_that_of_rank_0s_rows(trainer: Trainer, ddp_runs: Table) -> None:
+    run = ddp_runs["two processes, both flags"]
+    v, t, s = features(trainer, run, epoch=1)
+    own = rank_0_of_2(epoch=1)
+    order = own + sorted(set(range(SAMPLES)) - set(own))
+    view = one_process.View(v[order], t[order], s, v[own], t[own], first=0)
+    expected = {
+        "contrastive_loss": one_process.clip(view),
+        "cross_modal_loss": LAMBDA * one_process.cross(view),
+        "in_modal_loss": LAMBDA * one_process.in_(view),
+    }
+    for name, value in {**expected, "loss": sum(expected.values())}.items():
+        assert run.scalars[name][1] == pytest.approx(float(value), rel=5e-5), name
+    # Not the whole batch's, which stands in the log of one process.
+    assert run.scalars["loss"][1] != pytest.approx(ddp_runs["one process"].scalars["loss"][1], rel=1e-4)
+
+
+def test_a5_accumulation_is_the_big_batch_with_the_scale_k_times(ddp_runs: Table) -> None:
+    accumulated, whole = ddp_runs["accumulation"], ddp_runs["one process"]
+    (scale, towers), (whole_scale, whole_towers) = gradient(accumulated), gradient(whole)
+    assert relative_error(towers, whole_towers) < 1e-5
+    assert relative_error(scale, 2 * whole_scale) < 1e-5
+    assert_same_log(accumulated, whole)
+
+
+@pytest.mark.slow
+def test_a4_gather_with_grad_alone_trains_and_logs_as_one_process_does(
+    ddp_runs: Table, more_ddp_runs: Table
+) -> None:
+    one, two = ddp_runs["one process"], more_ddp_runs["two processes, gather_with_grad"]
+    assert_same_training(two, one)
+    assert_same_log(two, one, second_step_too=True)
+
+
+@pytest.mark.slow
+def test_a4_local_loss_alone_has_another_direction_and_one_warning(
+    ddp_runs: Table, more_ddp_runs: Table
+) -> None:
+    two = more_ddp_runs["two processes, local_loss"]
+    (scale, towers), (whole_scale, whole_towers) = gradient(two), gradient(ddp_runs["one process"])
+    assert relative_error(scale, whole_scale) < 1e-5
+    cosine = torch.nn.functional.cosine_similarity(towers, whole_towers, dim=0)
+    assert 0 < cosine < 0.999
+    assert two.output.count(WARNING) == two.log.count(WARNING) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "base"), [("siglip", "SigLipLoss"), ("coca", "CoCaLoss"), ("distill", "DistillClipLoss")]
+)
+def test_a4_beside_other_bases_two_processes_train_as_one(more_ddp_runs: Table, name: str, base: str) -> None:
+    two = more_ddp_runs[f"{name}, two processes"]
+    assert f"on {base}" in two.log
+    assert_same_training(two, more_ddp_runs[name])
+    assert WARNING not in two.output
+
+
+@pytest.mark.slow
+def test_a5_accumulation_under_ddp_is_the_big_batch_with_the_scale_k_times(
+    ddp_runs: Table, more_ddp_runs: Table
+) -> None:
+    scale, towers = gradient(more_ddp_runs["accumulation, two processes"])
+    whole_scale, whole_towers = gradient(ddp_runs["one process"])
+    assert relative_error(towers, whole_towers) < 1e-5
+    assert relative_error(scale, 2 * whole_scale) < 1e-5
