@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import socket
+import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,7 +17,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-TIMEOUT = 120  # seconds a task may take; a rank that waits for another in vain gives up sooner
+TIMEOUT = 60  # seconds a task may take; a rank that waits for another in vain gives up sooner
 
 # A server imports these once, and each process is forked from it. One that is not installed is passed over.
 # (Windows has no such server; there every process imports for itself.)
@@ -25,6 +26,7 @@ _PRELOADED = ["torch.distributed", "rankloss", "pytest", "hypothesis", "open_cli
 
 
 def _work(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> None:
+    threading.Thread(target=_leave_with_the_session, daemon=True).start()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -40,6 +42,14 @@ def _work(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> No
         except Exception:  # handed to the test, which raises it
             results.put((rank, None, traceback.format_exc()))
     dist.destroy_process_group()
+
+
+def _leave_with_the_session() -> None:
+    """Where the tests are killed, nobody would end processes that wait for a task or for each other."""
+    session = mp.parent_process()
+    assert session is not None
+    session.join()
+    os._exit(1)
 
 
 class Pool:

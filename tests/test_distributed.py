@@ -429,8 +429,11 @@ def calls_of_a_step(
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_rank_terms_gather_each_modality_once(pools: Pools, local_loss: bool, gather_with_grad: bool) -> None:
-    for forward, backward in pools[2].run(calls_of_a_step, "rank", flags(local_loss, gather_with_grad)):
+@pytest.mark.parametrize("loss", ["rank", "rank_clip"])  # the second with CLIP's own loss, of one pass
+def test_step_gathers_each_modality_once(
+    pools: Pools, loss: str, local_loss: bool, gather_with_grad: bool
+) -> None:
+    for forward, backward in pools[2].run(calls_of_a_step, loss, flags(local_loss, gather_with_grad)):
         assert forward == {"allgather": 2}
         assert backward == ({"allreduce": 2} if gather_with_grad else {})
 
