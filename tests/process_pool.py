@@ -6,6 +6,7 @@ import os
 import queue
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -84,11 +85,16 @@ class Pool:
         for tasks in self._tasks:
             tasks.put((function, arguments))
         values: dict[int, Any] = {}
+        give_up = time.monotonic() + TIMEOUT
         while len(values) < self.world_size:
             try:
-                rank, values[rank], error = self._results.get(timeout=TIMEOUT)
+                rank, values[rank], error = self._results.get(timeout=1)
             except queue.Empty:
-                error = f"no answer from ranks {sorted({*range(self.world_size)} - {*values})}"
+                codes = {rank: process.exitcode for rank, process in enumerate(self._processes)}
+                if time.monotonic() < give_up and not any(codes.values()):
+                    continue
+                silent = sorted(codes.keys() - values.keys())
+                error = f"no answer from ranks {silent}; exit codes {codes}"
             if error:
                 # The other ranks may be waiting for this one; the next task gets new processes.
                 for process in self._processes:
