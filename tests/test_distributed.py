@@ -440,6 +440,25 @@ def test_step_gathers_each_modality_once(
         assert backward == ({"allreduce": 2} if gather_with_grad else {})
 
 
+def compiled(rank: int, world_size: int, options: dict[str, Any]) -> list[list[Tensor]]:
+    v, t, s = batch(N_PER_RANK * world_size)
+    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
+    eager = module("rank_clip", rank=rank, world_size=world_size, **options)
+    results = []
+    for criterion in (eager, torch.compile(eager, backend="eager")):
+        value = criterion(v[own], t[own], s)
+        results.append([value.detach(), *gradients(value, (v, t, s), 1.0)])
+    return results
+
+
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), [(True, True), (False, False)])
+def test_compiled_loss_gathers_as_the_eager_one(
+    pools: Pools, local_loss: bool, gather_with_grad: bool
+) -> None:
+    for eager, through_dynamo in pools[2].run(compiled, flags(local_loss, gather_with_grad)):
+        assert_equal(through_dynamo, eager)
+
+
 def open_clips_and_ours(rank: int, world_size: int, options: dict[str, Any]) -> list[list[Tensor]]:
     from open_clip.loss import ClipLoss as OpenClipLoss
 
