@@ -63,6 +63,7 @@ def weighted_terms(
     anchor_weight = {"mean": 1 / n**2, "sum": 1.0, "none": 1.0}[options.reduction]
     values = []
     terms: tuple[tuple[Term, bool], ...] = (("cross_modal", cross_modal), ("in_modal", in_modal))
+    nan_unless_finite = embeddings.nan_unless_finite
     with torch.autocast(device_type=device_type, enabled=False):
         for k, (term, is_wanted) in enumerate(terms, 1):
             if not is_wanted:
@@ -71,7 +72,7 @@ def weighted_terms(
             value = dense.batch_list_nll(embeddings, term, options.likelihood)
             value = value if options.reduction == "none" else value.sum()
             weight = weights[k].to(value) * anchor_weight
-            values.append(value * weight * embeddings.nan_unless_finite)
+            values.append(value * weight * nan_unless_finite)
     return embeddings.image.new_zeros(()), values[0], values[1]
 
 

@@ -8,8 +8,7 @@ R = s·T·Vᵀ, the in-modal term I = s·V·Vᵀ with X = s·T·Tᵀ, row by row
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -85,6 +84,7 @@ class Embeddings:
     scale: Tensor
     image_anchors: Tensor | None = None
     text_anchors: Tensor | None = None
+    _known: dict[str, Tensor | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -115,15 +115,21 @@ class Embeddings:
         """How many rows have lists here."""
         return len(self.image if self.image_anchors is None else self.image_anchors)
 
-    @cached_property
+    @property
     def first_equal_image(self) -> Tensor | None:
         """``[N]``: the first image equal to image j; None where no two are equal."""
-        return _first_equal(self.image)
+        return self._once("image", self.image)
 
-    @cached_property
+    @property
     def first_equal_text(self) -> Tensor | None:
         """``[N]``: the first text equal to text j; None where no two are equal."""
-        return _first_equal(self.text)
+        return self._once("text", self.text)
+
+    def _once(self, name: str, features: Tensor) -> Tensor | None:
+        # Not a cached_property: up to Python 3.11 that takes a lock, where a compiler would stop.
+        if name not in self._known:
+            self._known[name] = _first_equal(features)
+        return self._known[name]
 
     def lists(self, term: Term) -> Lists:
         """The two matrices that a term compares."""
@@ -135,7 +141,7 @@ class Embeddings:
             return Lists(Similarity(rows_v, t, text, image), Similarity(rows_t, v, image, text))
         return Lists(Similarity(rows_v, v, image, image), Similarity(rows_t, t, text, text))
 
-    @cached_property
+    @property
     def nan_unless_finite(self) -> Tensor:
         """1, or NaN where a feature is NaN or infinite: a factor that no plausible value survives."""
         finite = self.image.detach().isfinite().all() & self.text.detach().isfinite().all()

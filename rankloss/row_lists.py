@@ -221,7 +221,8 @@ def _run(
         memory_budget=options.memory_budget,
     )
     problem = Problem(options.likelihood, options.bins_or_none, plan, first_row)
-    weights = [None if w is None else w * e.nan_unless_finite for w in weights]
+    nan_unless_finite = e.nan_unless_finite
+    weights = [None if w is None else w * nan_unless_finite for w in weights]
     targets = Gradients(*(x if w else None for x, w in zip(sums, wanted, strict=True))) if wanted else None
     values = stream(e, shuffles, problem, Weights(*weights), targets)
     weighted = [None if v is None or w is None else v * w for v, w in zip(values, weights, strict=True)]

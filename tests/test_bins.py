@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from batches import Batch, batches, gradients, random_batch, relative_error
+from rankloss import RankConsistency, plackett_luce_nll
+from rankloss.bins import quantize
+
+lists = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=12).map(torch.tensor)
+
+
+@given(y=lists, bins=st.integers(2, 40))
+def test_a_bin_never_decreases_with_the_reference_and_the_bins_divide_its_range(y: Tensor, bins: int) -> None:
+    b = quantize(y, bins)
+    assert b.dtype == torch.int64
+    order = y.argsort()
+    assert (b[order].diff() >= 0).all()
+    assert b.min() == 0
+    if y.max() - y.min() > 1e-30:
+        assert b.max() == bins - 1
+        width = (y.max() - y.min()).double() / bins
+        inside = (y - y.min()).double() / width
+        assert ((inside - b).abs() <= 1 + 1e-4).all()
+
+
+# Without duplicates: theirs come out a rounding apart in plain products, and may straddle a bin's edge.
+@given(batch=batches(ties=False), bins=st.integers(2, 30))
+def test_binned_lists_are_the_exact_lists_of_the_quantised_reference(batch: Batch, bins: int) -> None:
+    v, t, s = batch.leaves()
+    similarity, images, texts = v @ t.T, v @ v.T, t @ t.T
+    n = len(v)
+    expected = [
+        sum(plackett_luce_nll(s * x, quantize(y, bins)).mean() for x, y in ((a, b), (b, a))) / (2 * n)
+        for a, b in ((similarity, similarity.T), (images, texts))
+    ]
+    found = RankConsistency(method="bin", bins=bins)(v, t, s, output_dict=True)
+    for value, reference in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-10, atol=1e-10)
+    actual, wanted = (gradients(sum(x), (v, t, s), 2.5) for x in (found.values(), expected))
+    for a, b in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@given(
+    x=st.lists(st.floats(-20, 20), min_size=2, max_size=12),
+    seed=st.integers(0, 2**16),
+    bins=st.integers(2, 20),
+)
+def test_the_documented_bound_holds(x: list[float], seed: int, bins: int) -> None:
+    scores = torch.tensor(x, dtype=torch.float64)
+    y = torch.rand(len(x), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    b = quantize(y, bins)
+    excess = plackett_luce_nll(scores, b) - plackett_luce_nll(scores, y)
+    bound = 0.0
+    for k in b.unique():
+        inside, below = scores[b == k].exp(), scores[b < k].exp().sum()
+        bound += (len(inside) - 1) * math.log((below + inside.sum()) / (below + inside.min()))
+    assert -1e-9 <= excess <= bound + 1e-9
+
+
+def test_enough_bins_are_the_exact_order() -> None:
+    batch = random_batch(0, 12, 5, 100.0)
+    exact, binned = (RankConsistency(**o)(*batch.leaves()) for o in ({}, {"method": "bin", "bins": 10**6}))
+    assert relative_error(binned, exact) < 1e-12
+
+
+@pytest.mark.parametrize("s", [1 / 0.07, 100.0])
+def test_the_error_shrinks_with_the_number_of_bins(s: float) -> None:
+    batch = random_batch(0, 256, 64, s)
+    v, t, _ = batch.leaves(torch.float32)
+    exact = torch.stack(gradients(RankConsistency()(v, t, s), (v, t), 1.0))
+    errors = [
+        relative_error(
+            torch.stack(gradients(RankConsistency(method="bin", bins=b)(v, t, s), (v, t), 1.0)), exact
+        )
+        for b in (64, 512, 4096, 32768)
+    ]
+    assert all(b < a / 2 for a, b in itertools.pairwise(errors)), errors
+    assert errors[-1] < 1e-3

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankloss import RankConsistency
+from rankloss.plans import choose_plan
+
+CPU = torch.device("cpu")
+
+
+@given(
+    n=st.integers(2, 100_000),
+    share=st.integers(1, 8),
+    budget=st.none() | st.integers(0, 2**34),
+    chunk_size=st.none() | st.integers(1, 1000),
+)
+def test_a_plan_keeps_its_limits(n: int, share: int, budget: int | None, chunk_size: int | None) -> None:
+    anchors = max(1, n // share)
+    plan = choose_plan(anchors, n, CPU, torch.float32, chunk_size=chunk_size, memory_budget=budget)
+    limit = 64 * 2**20 if budget is None else budget
+    assert plan.matrix_bytes <= limit
+    assert (plan.name == "shared") == (anchors == n and 8 * n * n <= limit)
+    assert 1 <= plan.slice_size <= plan.chunk_size <= anchors
+    assert chunk_size is None or plan.chunk_size == min(chunk_size, anchors)
+
+
+def test_memory_of_a_chunk_grows_no_faster_than_n() -> None:
+    elements = [choose_plan(n, n, CPU, torch.float32).chunk_size * n for n in (8192, 16384, 32768, 65536)]
+    assert all(b <= 2 * a for a, b in itertools.pairwise(elements))
+
+
+def test_the_module_says_which_plan_runs() -> None:
+    assert RankConsistency().plan(64).name == "shared"
+    assert RankConsistency().plan(65536).name == "rows"
+    assert RankConsistency(memory_budget=0).plan(64).name == "rows"
+    assert RankConsistency(chunk_size=7).plan(64).chunk_size == 7
+    assert RankConsistency(lists="batch").plan(64) is None
+    local = RankConsistency(local_loss=True, gather_with_grad=True, world_size=4)
+    assert (local.plan(4096).name, local.plan(512).chunk_size) == ("rows", 128)
+
+
+def test_the_plan_that_is_named_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankloss import row_lists
+
+    ran = []
+    original = row_lists.stream
+
+    def watched(embeddings, shuffles, problem, *rest):
+        ran.append(problem.plan)
+        return original(embeddings, shuffles, problem, *rest)
+
+    monkeypatch.setattr(row_lists, "stream", watched)
+    v = torch.nn.functional.normalize(torch.randn(20, 4), dim=-1)
+    for criterion in (RankConsistency(), RankConsistency(memory_budget=0, chunk_size=3)):
+        criterion(v, v, 10.0)
+        assert ran.pop() == criterion.plan(20)
