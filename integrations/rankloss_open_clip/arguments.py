@@ -101,6 +101,13 @@ def options() -> tuple[Option, ...]:
             {"type": _count, "metavar": "ROWS"},
             "from the sizes and the device",
         ),
+        Option(
+            "agreement-every",
+            None,
+            "log the batch's rank agreement, Kendall's tau, measured at every so many optimizer steps",
+            {"type": _count, "metavar": "STEPS"},
+            "never",
+        ),
     )
 
 

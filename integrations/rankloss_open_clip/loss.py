@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _LAMBDA = "rank_lambda"
+_RANK_TERMS = ("cross_modal", "in_modal")
+_AGREEMENT_ANCHORS = 256
 _logger = logging.getLogger("rankloss_open_clip")
 
 
@@ -38,12 +40,20 @@ class Position:
 class LoggedTerms(dict[str, Tensor]):
     """The terms of a loss together with what is logged but not trained.
 
-    open_clip 3.x adds up ``values()`` and logs ``items()``; the first therefore leaves out λ.
+    open_clip 3.x adds up ``values()`` and logs ``items()``; the first therefore leaves the metrics out.
+
+    Args:
+        terms: The loss terms.
+        metrics: What is logged beside them.
     """
+
+    def __init__(self, terms: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
+        super().__init__({**terms, **metrics})
+        self._metrics = frozenset(metrics)
 
     def values(self) -> Any:
         """The loss terms only."""
-        return {key: value for key, value in self.items() if key != _LAMBDA}.values()
+        return {key: value for key, value in self.items() if key not in self._metrics}.values()
 
 
 class TrainerLoss(nn.Module):
@@ -56,17 +66,26 @@ class TrainerLoss(nn.Module):
         criterion: The loss, around the trainer's own.
         unit: ``"epoch"`` or ``"step"``, what the schedule goes by.
         sums_every_value: Whether the trainer adds up all values of the returned dict, whatever their keys.
+        agreement_every: Measure the batch's rank agreement at every so many optimizer steps, the first of an
+            epoch among them; None never does.
     """
 
-    def __init__(self, criterion: rankloss.RankClipLoss, *, unit: str, sums_every_value: bool) -> None:
+    def __init__(
+        self,
+        criterion: rankloss.RankClipLoss,
+        *,
+        unit: str,
+        sums_every_value: bool,
+        agreement_every: int | None = None,
+    ) -> None:
         super().__init__()
         self.criterion = criterion
         self.unit = unit
         self.sums_every_value = sums_every_value
+        self.agreement_every = agreement_every
         self._position: Position | None = None
         self._calls = 0
-        # Filled between steps, so that a compiled forward neither reads it from the device nor depends on it.
-        self._lambda = torch.zeros(())
+        self._agreement: dict[str, Tensor] = {}
 
     def start_epoch(self, position: Position) -> None:
         """Take the trainer's position at the start of an epoch."""
@@ -74,8 +93,10 @@ class TrainerLoss(nn.Module):
         self._calls = 0
         if self.unit == "epoch":
             self.criterion.set_epoch(position.epoch + 1, position.epochs)
-            self._lambda.fill_(self.criterion.schedule_value)
 
+    # A compiler would cut the rank terms into dozens of graphs at their data-dependent branches, and would
+    # compile again as the clock moves. So it breaks its graph here, once, and what follows runs as it is.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         image_features: Tensor,
@@ -84,7 +105,18 @@ class TrainerLoss(nn.Module):
         output_dict: bool = False,
         **base_inputs: Any,
     ) -> Tensor | dict[str, Tensor]:
-        """Compute the loss; with ``output_dict`` its terms, and λ for the log.
+        """Compute the loss; with ``output_dict`` its terms, and metrics for the log.
+
+        The metrics are detached scalars whose names do not end in ``_loss``:
+
+        - ``rank_lambda``: the schedule's λ.
+        - ``cross_modal_raw``, ``in_modal_raw``: the rank terms before λ and every other weight. While λ is 0
+          they are computed without a gradient. A term that is left out of the whole run has none.
+        - ``cross_modal_tau``, ``in_modal_tau``: with ``agreement_every``, Kendall's τ of the image's ranking
+          with its text's (:func:`rankloss.metrics.rank_agreement`), over the batch of all processes, from at
+          most 256 of its rows. Between two measurements they keep the value of the last: a gap, or a NaN,
+          would spoil the averages that the trainer keeps, and would differ from step to step in what the
+          processes exchange.
 
         Args:
             image_features: Image embeddings of this process, ``[N, D]``.
@@ -95,9 +127,9 @@ class TrainerLoss(nn.Module):
 
         Returns:
             The sum of the terms, or the terms: those of the trainer's own loss, ``cross_modal_loss`` and
-            ``in_modal_loss`` (weighted), and the detached ``rank_lambda``. The keys never change.
+            ``in_modal_loss`` (weighted), and the metrics. The keys never change.
         """
-        self._advance()
+        measures = self._advance()
         losses: Any = self.criterion(
             image_features, text_features, logit_scale, output_dict=output_dict, **base_inputs
         )
@@ -105,19 +137,53 @@ class TrainerLoss(nn.Module):
             total: Tensor = losses
             return total
         terms: dict[str, Tensor] = losses
-        terms[_LAMBDA] = self._lambda.to(image_features.device, copy=True)
-        return LoggedTerms(terms) if self.sums_every_value else terms
+        metrics = {
+            _LAMBDA: torch.full((), self.criterion.schedule_value, device=image_features.device),
+            **self._raw_terms(terms, image_features, text_features, logit_scale),
+        }
+        if measures:
+            self._agreement = self._measure_agreement(image_features, text_features)
+        metrics.update(self._agreement)
+        return LoggedTerms(terms, metrics) if self.sums_every_value else {**terms, **metrics}
 
-    def _advance(self) -> None:
-        if self.unit != "step" or self._position is None:
-            return  # without a position the criterion refuses to run, and says why
+    def _advance(self) -> bool:
+        """Count a call, and say whether the agreement is to be measured with it."""
+        if self._position is None:
+            return False  # the criterion refuses to run, and says why
         position = self._position
-        step = min(self._calls // position.accum_freq, position.steps - 1)
-        self.criterion.set_progress(
-            position.epoch * position.steps + step + 1, position.epochs * position.steps
-        )
-        self._lambda.fill_(self.criterion.schedule_value)
+        step, call_of_step = divmod(self._calls, position.accum_freq)
         self._calls += 1
+        if self.unit == "step":
+            step_of_run = position.epoch * position.steps + min(step, position.steps - 1)
+            self.criterion.set_progress(step_of_run + 1, position.epochs * position.steps)
+        return call_of_step == 0 and self.agreement_every is not None and step % self.agreement_every == 0
+
+    def _raw_terms(
+        self,
+        terms: Mapping[str, Tensor],
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+    ) -> dict[str, Tensor]:
+        weight = self.criterion.schedule_value * self.criterion.normalizer
+        scales = {"cross_modal": self.criterion.lambda_cross, "in_modal": self.criterion.lambda_in}
+        scales = {name: scale for name, scale in scales.items() if scale}
+        if weight:
+            return {f"{n}_raw": terms[f"{n}_loss"].detach() / (weight * scales[n]) for n in scales}
+        for name in scales:
+            # The zeros stand for terms with a gradient, and look alike: a compiled trainer sees no change.
+            terms[f"{name}_loss"].requires_grad_(torch.is_grad_enabled())
+        # Random ties must not move the generator by which the run's data are shuffled.
+        device = image_features.device
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            raw = self.criterion.consistency(image_features, text_features, logit_scale, output_dict=True)
+        return {f"{name}_raw": raw[f"{name}_loss"] for name in scales}
+
+    @torch.no_grad()
+    def _measure_agreement(self, image_features: Tensor, text_features: Tensor) -> dict[str, Tensor]:
+        images, texts = self.criterion.consistency.gather(image_features, text_features)
+        agreement = rankloss.metrics.rank_agreement(images, texts, max_anchors=_AGREEMENT_ANCHORS)
+        return {f"{name}_tau": agreement[f"{name}_tau"].float() for name in _RANK_TERMS}
 
 
 def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> TrainerLoss:
@@ -138,7 +204,12 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     if getattr(args, "rank", 0) == 0:
         _log_start(base, args, unit)
     criterion = rankloss.RankClipLoss(base, **options)
-    return TrainerLoss(criterion, unit=unit, sums_every_value=sums_every_value)
+    return TrainerLoss(
+        criterion,
+        unit=unit,
+        sums_every_value=sums_every_value,
+        agreement_every=args.rankclip_agreement_every,
+    )
 
 
 def check_options(args: Any) -> None:

@@ -141,11 +141,23 @@ def _creating_task(original: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(
                 f"--loss rankclip needs a task that compares images with texts, got {type(task).__name__}"
             )
+        _compile_base(task.loss, options)
         # A task adds up the keys that end in `_loss`, and logs the others.
         task.loss = build_loss(task.loss, options, sums_every_value=False)
         return task
 
     return create_task
+
+
+def _compile_base(base: Any, options: Any) -> None:
+    """Compile the trainer's own loss alone, where it would have been compiled as a part of the task.
+
+    The ranking loss around it is not compiled (see ``TrainerLoss.forward``), and what it calls would not be.
+    """
+    strategy = getattr(options, "torchcompile_strategy", None)
+    if getattr(options, "torchcompile", False) and strategy in ("task", "step"):
+        given = {"backend": options.torchcompile_backend, "mode": options.torchcompile_mode}
+        base.compile(**{name: value for name, value in given.items() if value is not None})
 
 
 def _base_arguments(options: Any) -> Any:
