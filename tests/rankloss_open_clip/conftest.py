@@ -59,6 +59,8 @@ def runs(trainer: Trainer, broken_plugin: dict[str, str]) -> Iterator[Runs]:
     steps = ["--epochs", "2", "--loss", "rankclip", "--rankclip-schedule", "linear"]
     add("steps with accumulation", *steps, "--rankclip-schedule-unit", "step", "--accum-freq", "2")
     add("broken plug-in", "--epochs", "1", **broken_plugin)
+    agreement = ["--rankclip-agreement-every", "3", "--report-to", "wandb,tensorboard"]
+    add("agreement", *three, *official, *agreement, WANDB_MODE="offline", WANDB_SILENT="true")
     add("siglip", "--epochs", "2", "--loss", "rankclip", "--siglip")
     add("coca", "--epochs", "2", "--loss", "rankclip", "--model", f"local-dir:{trainer.directory}/tiny-coca")
     add("bf16", "--epochs", "2", "--loss", "rankclip", "--precision", "amp_bf16")

@@ -293,7 +293,8 @@ def test_task_api_gets_a_plain_dict_and_its_epochs() -> None:
     assert train.train_one_epoch(state, loader(4), args, tb_writer=None) is state
     losses = task.loss(**features(), output_dict=True)
     assert type(losses) is dict
-    assert list(losses) == ["contrastive_loss", "cross_modal_loss", "in_modal_loss", "rank_lambda"]
+    terms = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
+    assert list(losses) == [*terms, "rank_lambda", "cross_modal_raw", "in_modal_raw"]
     assert losses["rank_lambda"].item() == 2.0
     assert not losses["rank_lambda"].requires_grad
     assert type(factory.create_task(SimpleNamespace(), model=None).loss) is Base
@@ -326,7 +327,7 @@ def test_scalar_form_is_the_sum_of_the_terms() -> None:
     loss.start_epoch(Position(epoch=1, epochs=3, steps=4, accum_freq=1))
     terms = loss(**features(), output_dict=True)
     torch.testing.assert_close(loss(**features()), sum(terms.values()))
-    assert len(terms) == 4
+    assert len(terms) == 6
     assert len(terms.values()) == 3
 
 

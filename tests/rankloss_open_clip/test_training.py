@@ -12,6 +12,7 @@ from trainer_runs import STEPS, Run, Runs
 from rankloss import schedules
 
 TERMS = ("contrastive_loss", "cross_modal_loss", "in_modal_loss")
+METRICS = ("rank_lambda", "cross_modal_raw", "in_modal_raw")
 PATHS = {"name", "log_path", "checkpoint_path", "tensorboard_path"}
 
 
@@ -27,8 +28,8 @@ def test_command_trains_with_the_ranking_terms(runs: Runs) -> None:
     run = runs["--loss rankclip"]
     assert len(run.train_lines()) == 3 * STEPS
     for line in run.train_lines():
-        expected = [*(term.capitalize() for term in TERMS), "Rank_lambda", "Loss"]
-        assert list(line)[-5:] == expected
+        expected = [name.capitalize() for name in (*TERMS, *METRICS, "loss")]
+        assert list(line)[-len(expected) :] == expected
 
 
 def test_log_says_at_the_start_what_is_trained(runs: Runs) -> None:

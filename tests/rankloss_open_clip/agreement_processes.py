@@ -1,0 +1,35 @@
+"""One of several processes that measure the agreement of their common batch; light, for each imports it."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch.distributed as dist
+from torch import Tensor
+
+from rankloss import RankClipLoss
+from rankloss_open_clip.loss import Position, TrainerLoss
+
+
+def check_agreement(
+    rank: int, world_size: int, port: int, whole: dict[str, Tensor], expected: dict[str, float]
+) -> None:
+    """However the losses gather, every process must see the agreement of the whole batch."""
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    inputs = {name: x.chunk(world_size)[rank] if x.dim() else x for name, x in whole.items()}
+    for local_loss, gather_with_grad in itertools.product((False, True), repeat=2):
+        criterion = RankClipLoss(
+            local_loss=local_loss, gather_with_grad=gather_with_grad, rank=rank, world_size=world_size
+        )
+        loss = TrainerLoss(criterion, unit="epoch", sums_every_value=True, agreement_every=2)
+        loss.start_epoch(Position(epoch=0, epochs=2, steps=4, accum_freq=1))
+        keys = set()
+        for step in range(3):
+            # Only the first and the third step measure; the processes must not wait for each other elsewhere.
+            shown = loss(**{**inputs, "logit_scale": whole["logit_scale"] + step}, output_dict=True)
+            keys.add(tuple(shown))
+            for name, value in expected.items():
+                assert abs(shown[name].item() - value) < 1e-6, (name, step)
+        assert len(keys) == 1
+    dist.destroy_process_group()

@@ -1,0 +1,136 @@
+"""The loss inside a compiled trainer: one graph break, no recompilation whatever λ does, the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import open_clip
+import open_clip_train.params
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
+from torch.nn.functional import normalize
+
+from rankloss import RankClipLoss
+from rankloss_open_clip import seams
+from rankloss_open_clip.loss import Position, TrainerLoss
+
+EPOCHS, STEPS = 4, 5
+
+# The compiler looks at tensors in a way that warns, and hides the warning where warnings are not errors.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def batch(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = normalize(torch.randn(2, 6, 4, generator=generator), dim=-1)
+    image_features, text_features = (x.clone().requires_grad_() for x in rows)
+    return {
+        "image_features": image_features,
+        "text_features": text_features,
+        "logit_scale": torch.tensor(9.0, requires_grad=True),
+    }
+
+
+class Step(nn.Module):
+    """What a task of open_clip compiles: the loss, and the sum of the terms by their names."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = self.loss(**inputs, output_dict=True)
+        return {**losses, "loss": sum(v for k, v in losses.items() if k.endswith("_loss"))}  # type: ignore[dict-item]
+
+
+def losses_of_a_run(loss: TrainerLoss, step: Any) -> list[list[float]]:
+    rows = []
+    for epoch in range(EPOCHS):
+        loss.start_epoch(Position(epoch=epoch, epochs=EPOCHS, steps=STEPS, accum_freq=1))
+        for i in range(STEPS):
+            inputs = batch(epoch * STEPS + i)
+            losses = step(inputs)
+            losses["loss"].backward()
+            rows.append(
+                [*(x.item() for x in losses.values()), *(x.grad.sum().item() for x in inputs.values())]
+            )
+    return rows
+
+
+# The schedules that start at zero include the step from terms that are not trained to terms that are.
+@pytest.mark.parametrize("schedule", ["rankclip", "linear"])
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+@pytest.mark.parametrize("agreement_every", [None, 2])
+def test_lambda_changes_without_a_recompilation(
+    schedule: str, unit: str, agreement_every: int | None
+) -> None:
+    def loss() -> TrainerLoss:
+        criterion = RankClipLoss(open_clip.ClipLoss(), schedule=schedule)
+        return TrainerLoss(criterion, unit=unit, sums_every_value=False, agreement_every=agreement_every)
+
+    eager = loss()
+    expected = losses_of_a_run(eager, Step(eager))
+    lambdas = {row[3] for row in expected}
+    assert len(lambdas) > (10 if unit == "step" else 2)
+    compiled = loss()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        seen = losses_of_a_run(compiled, torch.compile(Step(compiled), backend="eager"))
+    assert seen == expected
+    assert sum(counters["graph_break"].values()) == 1
+
+
+def test_recompilation_would_be_noticed() -> None:
+    class Naive(nn.Module):
+        lambda_ = 0.0
+
+        def forward(
+            self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool
+        ) -> Any:
+            return {"rank_loss": self.lambda_ * (image_features * text_features).sum() * logit_scale}
+
+    loss = Naive()
+    step = torch.compile(Step(loss), backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        step(batch(0))
+        loss.lambda_ = 0.5
+        with pytest.raises(torch._dynamo.exc.RecompileError):
+            step(batch(0))
+
+
+@pytest.mark.parametrize(
+    ("torchcompile", "strategy", "frames"),
+    [(True, "task", 1), (True, "step", 1), (True, "model", 0), (False, "task", 0)],
+)
+def test_trainers_own_loss_is_compiled_alone(torchcompile: bool, strategy: str, frames: int) -> None:
+    factory = ModuleType("open_clip.factory")
+    factory.create_task = lambda args, model: Step(open_clip.ClipLoss())  # type: ignore[attr-defined]
+    seams.patch_factory(factory)
+    args = open_clip_train.params.parse_args(["--loss", "rankclip"])
+    counter = CompileCounter()
+    compile_arguments = {"torchcompile_backend": counter, "torchcompile_mode": None}
+    vars(args).update(
+        {
+            "rank": 0,
+            "world_size": 1,
+            "epochs": EPOCHS,
+            "torchcompile_strategy": strategy,
+            **compile_arguments,
+        },
+        torchcompile=torchcompile,
+    )
+    task = factory.create_task(args, SimpleNamespace())
+    assert len(losses_of_a_run(task.loss, task)) == EPOCHS * STEPS
+    assert counter.frame_count == frames
