@@ -1,0 +1,175 @@
+"""open_clip's main branch: tasks, FSDP2, and three ways to compile.
+
+It is not released, so a checkout has to be at hand; the tests run only where the environment names one:
+
+    RANKLOSS_OPEN_CLIP_CHECKOUT=…/open_clip python -m pytest tests/rankloss_open_clip/test_main_branch.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from trainer_runs import OFF, OFFICIAL, STEPS, Run, Runs, Trainer
+from wandb_files import wandb_scalars
+
+from rankloss import schedules
+
+CHECKOUT = os.environ.get("RANKLOSS_OPEN_CLIP_CHECKOUT", "")
+TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
+METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw", "cross_modal_tau", "in_modal_tau"]
+EPOCHS = 3
+STRATEGIES, UNITS = ("task", "step", "model"), ("epoch", "step")
+WHOLE_BATCH = ["--aug-cfg", "scale=(1.0,1.0)", "--rankclip-agreement-every", "1"]  # one step an epoch
+LINEAR = ["--loss", "rankclip", "--rankclip-schedule", "linear"]
+PER_STEP = [*LINEAR, "--rankclip-schedule-unit", "step"]
+# A run in which any second compilation of a function is an error, and which says how often there was a first.
+COMPILED = """
+import sys
+import torch._dynamo.config, open_clip
+from open_clip_train.main import main
+from torch._dynamo.utils import counters
+torch._dynamo.config.error_on_recompile = True
+main(sys.argv[1:])
+print("compiled frames:", counters["frames"]["ok"], "graph breaks:", sum(counters["graph_break"].values()))
+"""
+
+pytestmark = pytest.mark.skipif(
+    not CHECKOUT, reason="RANKLOSS_OPEN_CLIP_CHECKOUT names no checkout of open_clip's main branch"
+)
+
+
+@pytest.fixture(scope="module")
+def main_runs(trainer: Trainer) -> Iterator[Runs]:
+    table = Runs()
+    path = os.pathsep.join(filter(None, [str(Path(CHECKOUT, "src")), os.environ.get("PYTHONPATH")]))
+
+    def run(name: str, *options: str, command: tuple[str, ...] = (), **environment: str) -> Run:
+        options = ("--epochs", str(EPOCHS), *options)
+        return trainer.run(f"main {name}", *options, command=command, PYTHONPATH=path, **environment)
+
+    def add(name: str, *options: str, **keywords: object) -> None:
+        table.add(name, run, name, *options, **keywords)
+
+    def resume(*options: str) -> Run:
+        return run("resumed", *options, "--resume", str(table["steps"].directory / "checkpoints/epoch_1.pt"))
+
+    add("steps", *PER_STEP)
+    add("epochs", *LINEAR)
+    reports = ["--rankclip-agreement-every", "3", "--report-to", "wandb,tensorboard"]
+    add("single", *OFFICIAL, *reports, WANDB_MODE="offline", WANDB_SILENT="true")
+    add("stock", **OFF)
+    table.add("resumed", resume, *PER_STEP)
+    add("accumulation", *PER_STEP, "--accum-freq", "2")
+    add("legacy", *OFFICIAL, command=("-m", "open_clip_train.legacy_main"))
+    add("whole batch", *OFFICIAL, *WHOLE_BATCH, "--batch-size", "64")
+    # `--` keeps the launcher from taking the trainer's --logs for one of its own options.
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--")
+    fsdp = ["--fsdp", "--local-loss", "--gather-with-grad", *WHOLE_BATCH, "--batch-size", "32"]
+    add("fsdp", *OFFICIAL, *fsdp, command=(*launcher, "open_clip_train.main"))
+    for strategy in STRATEGIES:
+        compile_options = ["--torchcompile", "--torchcompile-strategy", strategy]
+        for unit, options in (("epoch", LINEAR), ("step", PER_STEP)):
+            options = [*options, *compile_options, "--torchcompile-backend", "eager"]
+            add(f"{strategy} per {unit}", *options, command=("-c", COMPILED))
+    yield table
+    table.close()
+
+
+def linear(unit: str, steps: int = STEPS) -> dict[int, float]:
+    """The λ that TensorBoard must show at each step."""
+    total = EPOCHS * steps
+    if unit == "epoch":
+        return {step: schedules.linear(step // steps + 1, EPOCHS) for step in range(total)}
+    return {step: schedules.linear(step + 1, total) for step in range(total)}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a9_lambda_changes_without_a_recompilation(main_runs: Runs, strategy: str, unit: str) -> None:
+    run, eager = main_runs[f"{strategy} per {unit}"], main_runs[f"{unit}s"]
+    (frames, breaks) = map(int, re.findall(r"compiled frames: (\d+) graph breaks: (\d+)", run.output)[0])
+    assert frames > 0
+    if strategy == "task":
+        assert breaks == 1, "the loss is one call between two graphs"
+    assert run.scalars["rank_lambda"] == pytest.approx(linear(unit))
+    for name in (*TERMS, "loss", "cross_modal_raw", "in_modal_raw"):
+        assert run.scalars[name] == pytest.approx(eager.scalars[name], rel=1e-5), name
+
+
+def test_a9_fsdp2_trains_as_one_process_with_the_whole_batch(main_runs: Runs) -> None:
+    fsdp, single = main_runs["fsdp"], main_runs["whole batch"]
+    assert "world_size: 2" in fsdp.log
+    assert len(fsdp.train_lines()) == EPOCHS
+    for name in (*TERMS, *METRICS, "loss"):
+        # Weights that differ by a rounding let a few close pairs of items change places.
+        tolerance = 1e-3 if name.endswith("_tau") else 1e-5
+        assert fsdp.scalars[name] == pytest.approx(single.scalars[name], rel=1e-4, abs=tolerance), name
+    sharded, whole = fsdp.epoch(EPOCHS), single.epoch(EPOCHS)
+    for name, value in whole.items():
+        if not name.startswith("optimizer."):
+            torch.testing.assert_close(sharded[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_checkout_is_what_ran(main_runs: Runs) -> None:
+    version = re.findall(r"'(.+)'", Path(CHECKOUT, "src/open_clip/version.py").read_text())[0]
+    assert f"open_clip {version}" in main_runs["single"].log
+    assert "open_clip_train.train | Train Epoch" in main_runs["single"].log, (
+        "loggers named by module are main's"
+    )
+
+
+@pytest.mark.parametrize("name", ["single", "steps", "accumulation", "legacy"])
+def test_task_trains_the_sum_of_the_terms(main_runs: Runs, name: str) -> None:
+    scalars = main_runs[name].scalars
+    assert [key for key in scalars if key.endswith("_loss")] == TERMS
+    for step, loss in scalars["loss"].items():
+        total = np.float32(0)
+        for term in TERMS:
+            total += np.float32(scalars[term][step])
+        assert loss == total
+
+
+def test_epoch_at_lambda_zero_is_bit_equal_to_stock(main_runs: Runs) -> None:
+    stock, run = main_runs["stock"], main_runs["single"]
+    for epoch, equal in ((1, True), (2, False)):
+        weights, others = stock.epoch(epoch), run.epoch(epoch)
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(value, others[name]) for name, value in weights.items()) is equal
+    assert "rank" not in "".join(stock.scalars)
+
+
+def test_tensorboard_and_wandb_agree_on_names_and_values(main_runs: Runs, trainer: Trainer) -> None:
+    run = main_runs["single"]
+    wandb = wandb_scalars(trainer.directory, "main single")
+    assert {f"train/{name}" for name in run.scalars} == {key for key in wandb if key.startswith("train/")}
+    for name in (*TERMS, *METRICS, "loss"):
+        for shown in (name, f"{name}_epoch_avg"):
+            values = {step: np.float32(value) for step, value in wandb[f"train/{shown}"].items()}
+            assert run.scalars[shown] == values, shown
+            assert np.isfinite(list(values.values())).all(), shown
+        assert len(run.scalars[name]) == EPOCHS * STEPS
+        assert len(run.scalars[f"{name}_epoch_avg"]) == EPOCHS
+        assert list(run.scalars[name].values()) == pytest.approx(
+            [line[name.capitalize()] for line in run.train_lines()], rel=1e-4
+        )
+
+
+def test_steps_are_optimizer_steps_under_accumulation(main_runs: Runs) -> None:
+    assert main_runs["accumulation"].scalars["rank_lambda"] == pytest.approx(linear("step", STEPS // 2))
+
+
+def test_resumed_run_is_where_the_uninterrupted_one_was(main_runs: Runs) -> None:
+    shown, uninterrupted = (main_runs[name].scalars["rank_lambda"] for name in ("resumed", "steps"))
+    assert shown == {step: value for step, value in uninterrupted.items() if step >= STEPS}
+    assert len(set(shown.values())) == 2 * STEPS
+
+
+def test_legacy_trainer_shows_the_same_schedule(main_runs: Runs) -> None:
+    shown = main_runs["legacy"].scalars["rank_lambda"]
+    assert shown == {step: schedules.official(step // STEPS + 1, EPOCHS) for step in range(EPOCHS * STEPS)}
