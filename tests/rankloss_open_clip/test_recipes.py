@@ -1,0 +1,240 @@
+"""The commands of ``examples/recipes``: what the shell makes of them, that the trainer parses and starts them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip_train.params import parse_args
+from PIL import Image
+from torch.distributed.run import parse_args as parse_launcher_args
+from trainer_runs import OFF, Run, Trainer
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+NAMES = sorted(script.stem for script in RECIPES.glob("*.sh"))
+PROCESSES = {"1": 1, "8": 8, "slurm": 8}  # started by each way to launch
+COMMANDS = [(name, launch) for name in NAMES for launch in PROCESSES]
+PAIRS = 16  # of the tiny data
+START = """
+import json, sys, open_clip
+from open_clip_train.main import main
+for arguments in json.loads(sys.argv[1]):
+    main(arguments)
+"""
+
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """What a script executes: name and arguments of a launcher that says so instead of launching."""
+    shims = tmp_path_factory.mktemp("shims")
+    for name, reply in (
+        ("python", """printf '%s\\0' python "$@" """),
+        ("torchrun", """printf '%s\\0' torchrun "$@" """),
+        ("srun", """printf '%s\\0' srun "$MASTER_ADDR:$MASTER_PORT" "$@" """),
+        ("scontrol", "echo first-node; echo second-node"),
+    ):
+        (shims / name).write_text(f"#!/bin/sh\n{reply}\n")
+        (shims / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "nodes", "SLURM_CPUS_PER_TASK": "9"}
+    inherited = {
+        key: value for key, value in os.environ.items() if key not in ("DATA", "PAIRS", "MASTER_PORT")
+    }
+
+    def run(name: str, *arguments: str, **variables: str) -> list[str]:
+        environment = {**inherited, **slurm, "PATH": f"{shims}:{os.environ['PATH']}", **variables}
+        script = ["bash", str(RECIPES / f"{name}.sh"), *arguments]
+        done = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.split("\0")[:-1]
+
+    return run
+
+
+def trainer_arguments(words: list[str]) -> list[str]:
+    return words[words.index("open_clip_train.main") + 1 :]
+
+
+def batch(args: Any, launch: str) -> int:
+    return args.batch_size * args.accum_freq * PROCESSES[launch]  # type: ignore[no-any-return]
+
+
+def row_of_the_readme(name: str) -> list[str]:
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    return [cell.strip() for cell in re.findall(rf"\| \[`{name}\.sh`\].*", text)[0].split("|")[2:-1]]
+
+
+@pytest.mark.parametrize(("name", "launch"), COMMANDS)
+def test_trainer_parses_the_command_as_it_stands(command: Command, name: str, launch: str) -> None:
+    args = parse_args(trainer_arguments(command(name, launch)))
+    assert args.loss == "rankclip"
+    assert args.rankclip_schedule == "rankclip"
+    assert args.model in open_clip.list_models()
+    assert args.name == name
+    assert args.local_loss is args.gather_with_grad is (PROCESSES[launch] > 1)
+    description, pairs, epochs = row_of_the_readme(name)
+    assert (batch(args, launch), args.epochs) == (int(pairs.replace(",", "")), int(epochs))
+    assert ("YFCC15M" in description) == ("yfcc15m" in args.train_data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ways_to_launch_train_the_same(command: Command, name: str) -> None:
+    layout = {"batch_size", "accum_freq", "local_loss", "gather_with_grad", "resume"}
+    parsed = [vars(parse_args(trainer_arguments(command(name, launch)))) for launch in PROCESSES]
+    for args in parsed[1:]:
+        assert {key for key in args if args[key] != parsed[0][key]} <= layout
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("cc3m")])
+def test_cc3m_runs_with_the_published_settings(command: Command, name: str) -> None:
+    args = parse_args(trainer_arguments(command(name, "1")))
+    assert (args.opt, args.lr, args.wd, args.warmup, args.lr_scheduler) == (
+        "adamw",
+        5e-4,
+        0.1,
+        10000,
+        "cosine",
+    )
+    assert (args.beta1, args.beta2, args.eps, args.epochs) == (0.9, 0.999, 1e-8, 64)
+    assert (args.csv_img_key, args.csv_caption_key, args.csv_separator) == ("image", "caption", ",")
+    assert args.grad_clip_norm is None
+
+
+def test_yfcc15m_warms_up_for_a_tenth_of_all_steps(command: Command) -> None:
+    args = parse_args(trainer_arguments(command("yfcc15m-vit-b-32", "8")))
+    steps = args.train_num_samples // batch(args, "8") * args.epochs
+    assert args.warmup == steps // 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torchrun_takes_no_option_of_the_trainer_for_its_own(command: Command, name: str) -> None:
+    program, *words = command(name, "8")
+    args = parse_launcher_args(words)
+    assert program == "torchrun"
+    assert (args.module, args.training_script, args.nproc_per_node) == (True, "open_clip_train.main", "8")
+    assert args.training_script_args == trainer_arguments(words)
+    assert "--logs" in args.training_script_args
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slurm_job_starts_a_process_per_gpu_and_can_go_on(command: Command, name: str) -> None:
+    script = (RECIPES / f"{name}.sh").read_text(encoding="utf-8")
+    before_any_command = script[: script.index("set -euo")]
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", before_any_command, re.MULTILINE))
+    assert options["job-name"] == name
+    assert options["ntasks-per-node"] == options["gpus-per-node"] == str(PROCESSES["slurm"])
+    words = command(name, "slurm")
+    assert words[:3] == ["srun", "first-node:29500", "--cpus-per-task"]
+    args = parse_args(trainer_arguments(words))
+    assert args.resume == "latest"
+    assert int(options["cpus-per-task"]) > args.workers
+
+
+def test_script_without_a_known_launch_is_a_usage_error() -> None:
+    for arguments in ([], ["4"]):
+        script = ["bash", str(RECIPES / "cc3m-rn50.sh"), *arguments]
+        done = subprocess.run(script, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "1|8|slurm" in done.stderr
+
+
+def test_readme_explains_every_option(command: Command) -> None:
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    used = {word for name, launch in COMMANDS for word in trainer_arguments(command(name, launch))}
+    for option in sorted(word for word in used if word.startswith("--")):
+        assert re.search(rf"`{option}\b", text), option
+
+
+def test_cc3m_images_are_cropped_to_their_centre(command: Command) -> None:
+    aug_cfg = parse_args(trainer_arguments(command("cc3m-vit-b-32", "1"))).aug_cfg
+    training = open_clip.transform.image_transform(32, is_train=True, aug_cfg=aug_cfg)
+    centre = open_clip.transform.image_transform(32, is_train=False)
+    x, y = np.meshgrid(np.linspace(0, 9, 96), np.linspace(0, 7, 64))
+    image = Image.fromarray(
+        (127.5 * (1 + np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1))).astype(np.uint8)
+    )
+    for picture in (image, image.rotate(90, expand=True)):
+        result = training(picture)
+        assert torch.equal(result, training(picture))
+        assert (result - centre(picture)).abs().mean() < 0.02
+    default = open_clip.transform.image_transform(32, is_train=True)
+    assert (default(image) - centre(image)).abs().mean() > 0.1, (
+        "the control: what the trainer does by default"
+    )
+
+
+def test_recipe_without_the_plugin_stops_at_once(command: Command, trainer: Trainer) -> None:
+    arguments = trainer_arguments(command("cc3m-rn50", "1"))
+    done = trainer.python("-m", "open_clip_train.main", *arguments, **OFF)
+    assert done.returncode == 2
+    assert "unrecognized arguments: --rankclip-agreement-every 100" in done.output
+
+
+# --- a step of each ---
+
+
+@pytest.fixture(scope="module")
+def tiny_data(trainer: Trainer) -> dict[str, str]:
+    """The recipes' data by the first part of their names, in their formats."""
+    pairs = [(trainer.directory / f"{i}.png", f"picture {i} of {i % 7} apples") for i in range(PAIRS)]
+    table = trainer.directory / "recipes.csv"
+    table.write_text("image,caption\n" + "".join(f'{image},"{caption}"\n' for image, caption in pairs))
+    shard = trainer.directory / "recipes-0000.tar"
+    with tarfile.open(shard, "w") as tar:
+        for i, (image, caption) in enumerate(pairs):
+            jpg = io.BytesIO()
+            Image.open(image).save(jpg, "JPEG")
+            for suffix, content in (("jpg", jpg.getvalue()), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{i:04}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return {"cc3m": str(table), "yfcc15m": str(shard)}
+
+
+@pytest.fixture(scope="module")
+def started(command: Command, trainer: Trainer, tiny_data: dict[str, str]) -> dict[tuple[str, str], Run]:
+    """Every command in one process, each with a step on a tiny model; nothing else is changed."""
+    logs = trainer.directory / "recipe logs"
+    commands = []
+    for name, launch in COMMANDS:
+        data = {"DATA": tiny_data[name.partition("-")[0]], "PAIRS": str(PAIRS)}
+        accum_freq = parse_args(trainer_arguments(command(name, launch))).accum_freq
+        tiny = {
+            **{"--model": f"local-dir:{trainer.directory / 'tiny'}", "--device": "cpu", "--workers": "0"},
+            **{"--batch-size": str(PAIRS // accum_freq), "--epochs": "1"},
+            **{"--logs": str(logs), "--name": f"{name} {launch}"},
+        }
+        extra = [word for option in tiny.items() for word in option]
+        commands.append(trainer_arguments(command(name, launch, *extra, **data)))
+    done = trainer.python("-c", START, json.dumps(commands))
+    assert done.returncode == 0, done.output[-4000:]
+    return {
+        (name, launch): Run(done.returncode, done.output, logs / f"{name} {launch}")
+        for name, launch in COMMANDS
+    }
+
+
+@pytest.mark.parametrize(("name", "launch"), COMMANDS)
+def test_command_trains_a_step(started: dict[tuple[str, str], Run], name: str, launch: str) -> None:
+    run = started[name, launch]
+    scalars = run.scalars
+    assert {key for key in scalars if key.startswith(("cross_modal", "in_modal", "rank"))} == {
+        *("cross_modal_loss", "cross_modal_raw", "cross_modal_tau"),
+        *("in_modal_loss", "in_modal_raw", "in_modal_tau", "rank_lambda"),
+    }
+    assert all(list(values) == [0] and np.isfinite(values[0]) for values in scalars.values())
+    terms = [values[0] for key, values in scalars.items() if key.endswith("_loss")]
+    assert scalars["loss"][0] == pytest.approx(sum(terms), rel=1e-6)
+    assert scalars["rank_lambda"][0] == 2.0  # the last step of one
+    assert run.epoch(1)
