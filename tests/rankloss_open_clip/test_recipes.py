@@ -1,4 +1,4 @@
-"""The commands of ``examples/recipes``: what the shell makes of them, that the trainer parses and starts them."""
+"""The commands of ``examples/recipes``: what the shell makes of them, what the trainer parses, how they start."""
 
 from __future__ import annotations
 
