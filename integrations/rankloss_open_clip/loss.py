@@ -137,10 +137,17 @@ class TrainerLoss(nn.Module):
             total: Tensor = losses
             return total
         terms: dict[str, Tensor] = losses
-        metrics = {
-            _LAMBDA: torch.full((), self.criterion.schedule_value, device=image_features.device),
-            **self._raw_terms(terms, image_features, text_features, logit_scale),
-        }
+        weights = self._weights()
+        metrics = {_LAMBDA: torch.full((), self.criterion.schedule_value, device=image_features.device)}
+        if any(weights.values()):
+            raw = {name: terms[f"{name}_loss"].detach() / weight for name, weight in weights.items()}
+        else:
+            raw = self._untrained_terms(image_features, text_features, logit_scale)
+            for name in weights:
+                # The zeros look like the terms whose place they hold: a compiled trainer sees no change.
+                zero = torch.zeros_like(terms[f"{name}_loss"], requires_grad=torch.is_grad_enabled())
+                terms[f"{name}_loss"] = zero
+        metrics.update({f"{name}_raw": raw[name] for name in weights})
         if measures:
             self._agreement = self._measure_agreement(image_features, text_features)
         metrics.update(self._agreement)
@@ -158,26 +165,21 @@ class TrainerLoss(nn.Module):
             self.criterion.set_progress(step_of_run + 1, position.epochs * position.steps)
         return call_of_step == 0 and self.agreement_every is not None and step % self.agreement_every == 0
 
-    def _raw_terms(
-        self,
-        terms: Mapping[str, Tensor],
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-    ) -> dict[str, Tensor]:
-        weight = self.criterion.schedule_value * self.criterion.normalizer
+    def _weights(self) -> dict[str, float]:
+        """What each rank term is multiplied by at present; without those that the run leaves out."""
         scales = {"cross_modal": self.criterion.lambda_cross, "in_modal": self.criterion.lambda_in}
-        scales = {name: scale for name, scale in scales.items() if scale}
-        if weight:
-            return {f"{n}_raw": terms[f"{n}_loss"].detach() / (weight * scales[n]) for n in scales}
-        for name in scales:
-            # The zeros stand for terms with a gradient, and look alike: a compiled trainer sees no change.
-            terms[f"{name}_loss"].requires_grad_(torch.is_grad_enabled())
-        # Random ties must not move the generator by which the run's data are shuffled.
+        common = self.criterion.schedule_value * self.criterion.normalizer
+        return {name: common * scale for name, scale in scales.items() if scale}
+
+    @torch.no_grad()
+    def _untrained_terms(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+    ) -> dict[str, Tensor]:
         device = image_features.device
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            raw = self.criterion.consistency(image_features, text_features, logit_scale, output_dict=True)
-        return {f"{name}_raw": raw[f"{name}_loss"] for name in scales}
+        # Random ties must not move the generator by which the run's data are shuffled.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            terms = self.criterion.consistency(image_features, text_features, logit_scale, output_dict=True)
+        return {name: terms[f"{name}_loss"] for name in _RANK_TERMS}
 
     @torch.no_grad()
     def _measure_agreement(self, image_features: Tensor, text_features: Tensor) -> dict[str, Tensor]:

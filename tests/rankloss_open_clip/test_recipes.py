@@ -1,4 +1,4 @@
-"""The commands of ``examples/recipes``: what the shell makes of them, what the trainer parses, how they start."""
+"""The commands of ``examples/recipes``: what the shell makes of them, what the trainer parses and runs."""
 
 from __future__ import annotations
 
