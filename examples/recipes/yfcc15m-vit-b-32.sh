@@ -57,7 +57,7 @@ case ${1:-} in
       --batch-size 512 --local-loss --gather-with-grad "${@:2}"
     ;;
   slurm)
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}
     exec srun --cpus-per-task "$SLURM_CPUS_PER_TASK" python -u -m open_clip_train.main "${recipe[@]}" \
       --batch-size 512 --local-loss --gather-with-grad --resume latest "${@:2}"

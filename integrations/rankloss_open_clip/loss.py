@@ -137,17 +137,19 @@ class TrainerLoss(nn.Module):
             total: Tensor = losses
             return total
         terms: dict[str, Tensor] = losses
-        weights = self._weights()
         metrics = {_LAMBDA: torch.full((), self.criterion.schedule_value, device=image_features.device)}
-        if any(weights.values()):
-            raw = {name: terms[f"{name}_loss"].detach() / weight for name, weight in weights.items()}
-        else:
+        weight = self.criterion.schedule_value * self.criterion.normalizer
+        scales = {"cross_modal": self.criterion.lambda_cross, "in_modal": self.criterion.lambda_in}
+        scales = {name: scale for name, scale in scales.items() if scale}
+        if weight:
+            raw = {name: terms[f"{name}_loss"].detach() / (weight * scale) for name, scale in scales.items()}
+        elif scales:
             raw = self._untrained_terms(image_features, text_features, logit_scale)
-            for name in weights:
+            for name in scales:
                 # The zeros look like the terms whose place they hold: a compiled trainer sees no change.
                 zero = torch.zeros_like(terms[f"{name}_loss"], requires_grad=torch.is_grad_enabled())
                 terms[f"{name}_loss"] = zero
-        metrics.update({f"{name}_raw": raw[name] for name in weights})
+        metrics.update({f"{name}_raw": raw[name] for name in scales})
         if measures:
             self._agreement = self._measure_agreement(image_features, text_features)
         metrics.update(self._agreement)
@@ -164,12 +166,6 @@ class TrainerLoss(nn.Module):
             step_of_run = position.epoch * position.steps + min(step, position.steps - 1)
             self.criterion.set_progress(step_of_run + 1, position.epochs * position.steps)
         return call_of_step == 0 and self.agreement_every is not None and step % self.agreement_every == 0
-
-    def _weights(self) -> dict[str, float]:
-        """What each rank term is multiplied by at present; without those that the run leaves out."""
-        scales = {"cross_modal": self.criterion.lambda_cross, "in_modal": self.criterion.lambda_in}
-        common = self.criterion.schedule_value * self.criterion.normalizer
-        return {name: common * scale for name, scale in scales.items() if scale}
 
     @torch.no_grad()
     def _untrained_terms(

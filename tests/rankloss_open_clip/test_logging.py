@@ -122,6 +122,16 @@ def test_term_that_is_left_out_of_the_run_has_no_raw_value(epoch: int) -> None:
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
+def test_nothing_is_computed_for_a_run_without_rank_terms(
+    epoch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = trainer_loss(lambda_cross=0.0, lambda_in=0.0)
+    loss.start_epoch(at(epoch))
+    monkeypatch.setattr(RankConsistency, "forward", None)
+    assert list(loss(**features(), output_dict=True)) == [*TERMS, "rank_lambda"]
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
 def test_metrics_are_detached_and_leave_value_and_gradient_as_they_are(epoch: int) -> None:
     loss = trainer_loss(agreement_every=1)
     loss.start_epoch(at(epoch))

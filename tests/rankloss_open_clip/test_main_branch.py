@@ -111,9 +111,18 @@ def test_a9_fsdp2_trains_as_one_process_with_the_whole_batch(main_runs: Runs) ->
         tolerance = 1e-3 if name.endswith("_tau") else 1e-5
         assert fsdp.scalars[name] == pytest.approx(single.scalars[name], rel=1e-4, abs=tolerance), name
     sharded, whole = fsdp.epoch(EPOCHS), single.epoch(EPOCHS)
-    for name, value in whole.items():
+    for name in whole:
         if not name.startswith("optimizer."):
-            torch.testing.assert_close(sharded[name], value, rtol=1e-3, atol=1e-4, msg=name)
+            one, other = (trained_part(name, weights[name]) for weights in (sharded, whole))
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def trained_part(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """All but the attention's key bias: softmax cancels it, so AdamW makes steps of a gradient's rounding."""
+    if not name.endswith("in_proj_bias"):
+        return weight
+    query, _, value = weight.chunk(3)
+    return torch.cat([query, value])
 
 
 def test_the_checkout_is_what_ran(main_runs: Runs) -> None:
