@@ -1,22 +1,17 @@
-"""One of several processes that measure the agreement of their common batch; light, for each imports it."""
+"""One of several processes that measure the agreement of their batch; a light module, for each imports it."""
 
 from __future__ import annotations
 
 import itertools
 
-import torch.distributed as dist
 from torch import Tensor
 
 from rankloss import RankClipLoss
 from rankloss_open_clip.loss import Position, TrainerLoss
 
 
-def check_agreement(
-    rank: int, world_size: int, port: int, whole: dict[str, Tensor], expected: dict[str, float]
-) -> None:
+def check_agreement(rank: int, world_size: int, whole: dict[str, Tensor], expected: dict[str, float]) -> None:
     """However the losses gather, every process must see the agreement of the whole batch."""
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     inputs = {name: x.chunk(world_size)[rank] if x.dim() else x for name, x in whole.items()}
     for local_loss, gather_with_grad in itertools.product((False, True), repeat=2):
         criterion = RankClipLoss(
@@ -32,4 +27,3 @@ def check_agreement(
             for name, value in expected.items():
                 assert abs(shown[name].item() - value) < 1e-6, (name, step)
         assert len(keys) == 1
-    dist.destroy_process_group()

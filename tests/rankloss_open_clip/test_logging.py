@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch.nn.functional import normalize
 from trainer_runs import STEPS, Run, Runs, Trainer
 from wandb_files import wandb_scalars
 
+from process_pool import Pools
 from rankloss import RankClipLoss, RankConsistency, schedules
 from rankloss_open_clip.loss import Position, TrainerLoss
 
@@ -182,11 +182,8 @@ def test_agreement_is_kendalls_tau_of_the_step_s_first_call() -> None:
     assert measured[0] != measured[4]
 
 
-def test_agreement_is_that_of_the_batch_of_all_processes() -> None:
+def test_agreement_is_that_of_the_batch_of_all_processes(pools: Pools) -> None:
     whole = {name: x.detach() for name, x in features(8).items()}
     v, t = whole["image_features"].double(), whole["text_features"].double()
     expected = {"cross_modal_tau": mean_tau(v @ t.T, t @ v.T), "in_modal_tau": mean_tau(v @ v.T, t @ t.T)}
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(check_agreement, (2, port, whole, expected), nprocs=2)
+    pools[2].run(check_agreement, whole, expected)
