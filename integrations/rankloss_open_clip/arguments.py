@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from rankloss_open_clip import bootstrap
+from rankloss_open_clip import bootstrap, versions
 
 BASE_LOSS = "rankclip_base_loss"
 """Where the trainer's own ``--loss`` default is kept, should a trainer have such an option."""
@@ -188,8 +188,17 @@ def _complete(parser: argparse.ArgumentParser, args: Any, known: tuple[Option, .
         if not hasattr(args, option.dest):
             setattr(args, option.dest, option.default)
 
+    import open_clip
+
+    verdict = versions.judge(getattr(open_clip, "__version__", "of unknown version"))
+    if not verdict.usable:
+        parser.error(f"argument --loss: {verdict.remark}")
     if getattr(args, "horovod", False):
         parser.error("argument --loss: rankclip does not work with --horovod, use torchrun")
+    if _is_generative(args):
+        parser.error(
+            f"argument --loss: rankclip compares images with texts, but {args.model} is trained to generate"
+        )
     if args.rankclip_lists == "batch" and getattr(args, "local_loss", False):
         parser.error(
             "argument --rankclip-lists: batch needs the whole batch on every process, not --local-loss"
@@ -206,6 +215,15 @@ def _complete(parser: argparse.ArgumentParser, args: Any, known: tuple[Option, .
         check_options(args)
     except ValueError as error:  # what the library itself refuses, before a model is built
         parser.error(f"argument --loss: {error}")
+
+
+def _is_generative(args: Any) -> bool:
+    """Whether open_clip builds a task that compares nothing, which it decides by the model's name."""
+    from open_clip import factory
+
+    name = getattr(args, "model", "").lower()
+    # Releases without tasks have no such models: there the name means nothing.
+    return hasattr(factory, "create_task") and ("genlip" in name or "genlap" in name)
 
 
 def _weight(text: str) -> float:

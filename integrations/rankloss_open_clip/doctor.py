@@ -2,6 +2,7 @@
 
 The exit code is 0 if the unmodified ``python -m open_clip_train.main`` will honour it, else 1. The answer is
 not guessed from versions: torch and the trainer's modules are imported, as the trainer would, and looked at.
+A version only adds a remark, or rules out what is too old.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import sys
 
 from rankloss_open_clip import bootstrap
+from rankloss_open_clip.versions import judge
 
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _OPTIONAL = ("open_clip_train.legacy_train",)  # open_clip 3.x has no such module
@@ -31,7 +33,7 @@ def diagnose() -> list[str]:
     Returns:
         One sentence or two per problem, the cause first; empty if there is none.
     """
-    for module, distribution in (("torch", "torch"), ("open_clip_train", "open_clip_torch[training]")):
+    for module, distribution in (("torch", "torch"), ("open_clip_train", "open_clip_torch[training]>=3.0")):
         if importlib.util.find_spec(module) is None:
             return [f"{module} is not installed: pip install '{distribution}'."]
     problems = []
@@ -54,6 +56,9 @@ def diagnose() -> list[str]:
     ]
     if not problems:
         problems += _unpatched()
+    verdict = judge(_version("open_clip"))
+    if not verdict.usable:
+        problems.append(f"{verdict.remark}: pip install 'open_clip_torch[training]>=3.0'.")
     try:
         importlib.import_module("rankloss_open_clip.loss")
     except Exception as error:
@@ -68,6 +73,9 @@ def main() -> int:
         print(f"{name} {_version(name)}")
     if not problems:
         print("Yes: `python -m open_clip_train.main ... --loss rankclip` will be honoured here.")
+        remark = judge(_version("open_clip")).remark
+        if remark:
+            print(f"But {remark}.")
         return 0
     print("No: `python -m open_clip_train.main ... --loss rankclip` will not be honoured here.")
     for problem in problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rankloss
+from rankloss_open_clip.versions import judge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -191,7 +193,11 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
         base: The loss that the trainer built.
         args: The trainer's arguments, as completed by :mod:`rankloss_open_clip.arguments`.
         sums_every_value: See :class:`TrainerLoss`.
+
+    Raises:
+        ValueError: The trainer's own loss does not take the features of images and texts.
     """
+    _check_forward(base)
     options = _options(args)
     if getattr(args, "siglip", False):
         # The sigmoid loss is exact in every layout, whatever the flags say, and so must its companions be.
@@ -236,6 +242,18 @@ def start_epoch(loss: object, epoch: int, data: Mapping[str, Any], args: Any) ->
     loss.start_epoch(Position(epoch=epoch, epochs=args.epochs, steps=steps, accum_freq=args.accum_freq))
 
 
+def _check_forward(base: nn.Module) -> None:
+    parameters = inspect.signature(base.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    missing = {"image_features", "text_features", "logit_scale", "output_dict"} - parameters.keys()
+    if missing:
+        raise ValueError(
+            "--loss rankclip needs a loss that compares images with texts, but "
+            f"{type(base).__name__}.forward takes no {', '.join(sorted(missing))}"
+        )
+
+
 def _options(args: Any) -> dict[str, Any]:
     return {
         "schedule": args.rankclip_schedule,
@@ -270,5 +288,8 @@ def _log_start(base: nn.Module, args: Any, unit: str) -> None:
         args.rankclip_lists,
         open_clip_version,
     )
+    remark = judge(open_clip_version).remark
+    if remark:
+        _logger.warning(remark)
     if unit != args.rankclip_schedule_unit:
         _logger.info("Loss: one epoch has no ramp over epochs, so the schedule goes by optimizer steps")

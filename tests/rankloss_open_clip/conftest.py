@@ -12,7 +12,7 @@ import pytest
 if importlib.util.find_spec("open_clip_train") is None:
     collect_ignore_glob = ["*.py"]
 else:
-    from trainer_runs import OFF, OFFICIAL, Processes, Runs, Trainer
+    from trainer_runs import OFF, OFFICIAL, PRECISIONS, SAMPLES, WHOLE_SET, Processes, Runs, Trainer
 
 
 @pytest.fixture(scope="session")
@@ -41,29 +41,50 @@ def runs(trainer: Trainer, broken_plugin: dict[str, str]) -> Iterator[Runs]:
     import open_clip_train
 
     main = str(Path(open_clip_train.__file__).parent / "main.py")
-    in_process = "import sys, open_clip; from open_clip_train.main import main; main(sys.argv[1:])"
+    spawning = (
+        "import multiprocessing, runpy; multiprocessing.set_start_method('spawn')\n"
+        "runpy.run_module('open_clip_train.main', run_name='__main__', alter_sys=True)"
+    )
     official, three = OFFICIAL, ["--epochs", "3"]
+    rankclip, two = ["--loss", "rankclip"], ["--epochs", "2"]
     table = Runs()
 
-    def add(name: str, *options: str, **keywords: object) -> None:
+    def command(name: str, *options: str, **keywords: object) -> None:
         table.add(name, trainer.run, name, *options, **keywords)
 
-    add("stock", *three, **OFF)
-    add("no --loss", *three)
-    add("--loss clip", *three, "--loss", "clip")
-    add("--loss rankclip", *three, *official)
-    add("runner", *three, "--loss=rankclip", *official[2:], command=("-m", "rankloss_open_clip"), **OFF)
-    add("file path", *three, *official, command=(main,))
-    add("in process", *three, *official, command=("-c", in_process))
-    add("one epoch", "--epochs", "1", "--loss", "rankclip")
-    steps = ["--epochs", "2", "--loss", "rankclip", "--rankclip-schedule", "linear"]
-    add("steps with accumulation", *steps, "--rankclip-schedule-unit", "step", "--accum-freq", "2")
-    add("broken plug-in", "--epochs", "1", **broken_plugin)
+    def call(name: str, *options: str) -> None:
+        table.add(name, trainer.call, name, *options)
+
+    command("stock", *three, **OFF)
+    command("no --loss", *three)
+    command("--loss rankclip", *three, *official)
+    command("runner", *three, "--loss=rankclip", *official[2:], command=("-m", "rankloss_open_clip"), **OFF)
+    command("file path", *three, *official, command=(main,))
+    command("broken plug-in", "--epochs", "1", **broken_plugin)
+    command("spawned worker", "--epochs", "1", *rankclip, "--workers", "1", command=("-c", spawning))
+
     agreement = ["--rankclip-agreement-every", "3", "--report-to", "wandb,tensorboard"]
-    add("agreement", *three, *official, *agreement, WANDB_MODE="offline", WANDB_SILENT="true")
-    add("siglip", "--epochs", "2", "--loss", "rankclip", "--siglip")
-    add("coca", "--epochs", "2", "--loss", "rankclip", "--model", f"local-dir:{trainer.directory}/tiny-coca")
-    add("bf16", "--epochs", "2", "--loss", "rankclip", "--precision", "amp_bf16")
+    command("agreement", *three, *official, *agreement, WANDB_MODE="offline", WANDB_SILENT="true")
+
+    call("in process", *three, *official)
+    call("--loss clip", *three, "--loss", "clip")
+    call("forked worker", "--epochs", "1", *rankclip, "--workers", "1")
+    call("one epoch", "--epochs", "1", *rankclip)
+    steps = [*two, *rankclip, "--rankclip-schedule", "linear", "--rankclip-schedule-unit", "step"]
+    call("steps with accumulation", *steps, "--accum-freq", "2")
+    for precision in PRECISIONS:
+        call(precision, *two, *rankclip, "--precision", precision)
+    call("siglip", *two, *rankclip, "--siglip")
+    call("coca", *two, *rankclip, "--model", f"local-dir:{trainer.directory}/tiny-coca")
+    teacher = ["--distill-model", f"local-dir:{trainer.directory}/tiny", "--distill-pretrained", "none"]
+    call("distill", *two, *rankclip, *teacher)
+    call("grad checkpointing", *two, *rankclip, "--grad-checkpointing")
+    call("lock image", *two, *rankclip, "--lock-image")
+    call("lock text", *two, *rankclip, "--lock-text", "--lock-text-freeze-layer-norm")
+    call("skip scheduler", *three, *official, "--skip-scheduler")
+    call("synthetic", *two, *rankclip, "--dataset-type", "synthetic", "--train-num-samples", str(SAMPLES))
+    call("csv, whole set", *WHOLE_SET)
+    call("webdataset, whole set", *WHOLE_SET, *trainer.webdataset)
     yield table
     table.close()
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import open_clip.factory
 import pytest
 from open_clip_train.params import parse_args
-from torch import nn
+from torch import Tensor, nn
 from trainer_runs import Processes
 
 import rankloss
@@ -24,7 +25,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_help_shows_the_group(processes: Processes) -> None:
+def test_a10_help_shows_the_group(processes: Processes) -> None:
     done = processes["help"]
     assert done.returncode == 0
     assert "ranking loss (rankloss):" in done.output
@@ -34,7 +35,7 @@ def test_help_shows_the_group(processes: Processes) -> None:
         assert option.flag in done.output
 
 
-def test_unknown_loss_ends_the_command_with_a_usage_error(processes: Processes) -> None:
+def test_a10_unknown_loss_ends_the_command_with_a_usage_error(processes: Processes) -> None:
     done = processes["bad value"]
     assert done.returncode == 2
     assert "argument --loss: invalid choice: 'siglip'" in done.output
@@ -100,7 +101,7 @@ def test_ambiguous_abbreviation_is_refused(capsys: pytest.CaptureFixture[str]) -
         (["--rankclip-weight", "1"], "unrecognized arguments: --rankclip-weight"),
     ],
 )
-def test_what_cannot_work_is_refused(
+def test_a10_what_cannot_work_is_refused(
     capsys: pytest.CaptureFixture[str], argv: list[str], message: str
 ) -> None:
     assert message in refused(capsys, *RANKCLIP, *argv)
@@ -156,7 +157,7 @@ def test_option_reaches_the_loss(
             built.update(options, base=base)
 
     monkeypatch.setattr(rankloss, "RankClipLoss", Recorder)
-    base = nn.Identity()
+    base = Base()
     loss.build_loss(base, args, sums_every_value=True)
     assert built["base"] is base
     assert built[name] == value
@@ -165,7 +166,7 @@ def test_option_reaches_the_loss(
 def test_every_option_is_accepted_by_the_library() -> None:
     for unit in ("epoch", "step"):
         args = ready(parse_args([*RANKCLIP, "--rankclip-schedule-unit", unit]))
-        built = loss.build_loss(nn.Identity(), args, sums_every_value=True)
+        built = loss.build_loss(Base(), args, sums_every_value=True)
         assert built.unit == unit
         assert isinstance(built.criterion, rankloss.RankClipLoss)
 
@@ -180,6 +181,45 @@ def test_broken_library_stops_only_runs_that_ask(
     assert parse_args([]).loss_dist_impl is None
     assert "--loss is not available in this run" in caplog.text
     assert "rankloss cannot be imported (ImportError: no rankloss)" in refused(capsys, *RANKCLIP)
+
+
+def test_version_that_is_too_old_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_clip, "__version__", "2.24.0")
+    assert "argument --loss: open_clip 2.24.0 is older than 2.26.1" in refused(capsys, *RANKCLIP)
+    parse_args([])
+
+
+@pytest.mark.parametrize("model", ["naflexgenlip_b16", "local-dir:/models/GenLap"])
+def test_a10_generative_model_is_refused_where_open_clip_has_such_tasks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    argv = [*RANKCLIP, "--model", model]
+    monkeypatch.setattr(open_clip.factory, "create_task", None, raising=False)
+    monkeypatch.setattr(seams, "unpatched", list)
+    assert f"compares images with texts, but {model} is trained to generate" in refused(capsys, *argv)
+    monkeypatch.delattr(open_clip.factory, "create_task")
+    assert parse_args(argv).model == model
+
+
+def test_loss_that_takes_no_features_is_refused() -> None:
+    args = ready(parse_args(RANKCLIP))
+    with pytest.raises(
+        ValueError,
+        match=r"Identity\.forward takes no image_features, logit_scale, output_dict, text_features",
+    ):
+        loss.build_loss(nn.Identity(), args, sums_every_value=False)
+
+
+@pytest.mark.parametrize(("version", "warned"), [("2.32.0", True), ("3.3.0", False), ("4.2.0.dev0", True)])
+def test_log_remarks_once_on_a_version_that_was_not_tested(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str, warned: bool
+) -> None:
+    monkeypatch.setattr(open_clip, "__version__", version)
+    loss.build_loss(Base(), ready(parse_args(RANKCLIP)), sums_every_value=True)
+    remark = f"open_clip {version}: --loss is tested with 3.0.0 to 3.3.0, and tried with this"
+    assert caplog.messages.count(remark) == warned
 
 
 def test_unpatched_trainer_is_refused(
@@ -205,6 +245,15 @@ def test_swallowed_option_is_noticed_by_the_factory() -> None:
     swallowed = SimpleNamespace(loss_dist_impl="rankclip")
     with pytest.raises(RuntimeError, match="was read as --loss-dist-impl rankclip"):
         arguments.requested(swallowed)
+
+
+class Base(nn.Module):
+    """A loss with the trainer's calling convention, which the tests here never call."""
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool
+    ) -> Any:
+        raise NotImplementedError
 
 
 def ready(args: Any) -> Any:

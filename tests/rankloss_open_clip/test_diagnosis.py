@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 
+import open_clip
 import pytest
 import torch
 
 from rankloss_open_clip import __main__ as runner
 from rankloss_open_clip import bootstrap, doctor
+
+
+def with_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(open_clip, "__version__", version)
 
 
 def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
@@ -18,6 +23,21 @@ def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
 
 def test_nothing_is_wrong_here() -> None:
     assert doctor.diagnose() == []
+
+
+def test_version_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_version(monkeypatch, "2.24.0")
+    (problem,) = doctor.diagnose()
+    assert problem.startswith("open_clip 2.24.0 is older than 2.26.1")
+    assert "pip install 'open_clip_torch[training]>=3.0'" in problem
+
+
+def test_version_that_is_only_tried_is_remarked_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_version(monkeypatch, "2.32.0")
+    assert doctor.main() == 0
+    assert "But open_clip 2.32.0: --loss is tested with 3.0.0 to 3.3.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", ["torch", "open_clip_train"])

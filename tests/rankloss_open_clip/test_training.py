@@ -7,24 +7,25 @@ import re
 
 import pytest
 import torch
-from trainer_runs import STEPS, Run, Runs
+from trainer_runs import PRECISIONS, STEPS, Run, Runs, assert_equal_training
 
 from rankloss import schedules
 
+SUMMANDS = {
+    "--loss rankclip": 3,
+    "one epoch": 3,
+    "steps with accumulation": 3,
+    **dict.fromkeys(PRECISIONS, 3),
+    "siglip": 3,
+    "coca": 4,
+    "distill": 4,
+}
 TERMS = ("contrastive_loss", "cross_modal_loss", "in_modal_loss")
 METRICS = ("rank_lambda", "cross_modal_raw", "in_modal_raw")
 PATHS = {"name", "log_path", "checkpoint_path", "tensorboard_path"}
 
 
-def assert_equal_training(one: Run, other: Run, epochs: tuple[int, ...] = (1, 2, 3)) -> None:
-    for epoch in epochs:
-        left, right = one.epoch(epoch), other.epoch(epoch)
-        assert left.keys() == right.keys()
-        assert len(left) > 20, "weights and optimizer state must be there to be compared"
-        assert all(torch.equal(left[name], right[name]) for name in left)
-
-
-def test_command_trains_with_the_ranking_terms(runs: Runs) -> None:
+def test_a1_unmodified_command_trains_with_the_ranking_terms(runs: Runs) -> None:
     run = runs["--loss rankclip"]
     assert len(run.train_lines()) == 3 * STEPS
     for line in run.train_lines():
@@ -52,13 +53,13 @@ def test_params_file_names_the_options_of_the_run(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("name", ["no --loss", "--loss clip"])
-def test_training_without_the_ranking_loss_is_bit_equal_to_stock(runs: Runs, name: str) -> None:
+def test_a2_training_without_the_ranking_loss_is_bit_equal_to_stock(runs: Runs, name: str) -> None:
     assert_equal_training(runs["stock"], runs[name])
     assert runs["stock"].scalars.keys() == runs[name].scalars.keys()
     assert "rankclip" not in runs[name].log.replace(str(runs[name].directory), "")
 
 
-def test_params_file_without_loss_is_that_of_stock(runs: Runs) -> None:
+def test_a2_params_file_without_loss_is_that_of_stock(runs: Runs) -> None:
     stock, hooked = runs["stock"].params, runs["no --loss"].params
     assert stock.keys() == hooked.keys()
     assert {key for key in stock if stock[key] != hooked[key]} <= PATHS
@@ -66,7 +67,7 @@ def test_params_file_without_loss_is_that_of_stock(runs: Runs) -> None:
     assert clip.keys() - stock.keys() == {"loss"}
 
 
-def test_epoch_at_lambda_zero_is_bit_equal_to_stock(runs: Runs) -> None:
+def test_a3_epoch_at_lambda_zero_is_bit_equal_to_stock(runs: Runs) -> None:
     stock, run = runs["stock"], runs["--loss rankclip"]
     assert_equal_training(stock, run, epochs=(1,))
     weights = "visual.proj"
@@ -75,13 +76,8 @@ def test_epoch_at_lambda_zero_is_bit_equal_to_stock(runs: Runs) -> None:
     assert first == [0.0] * len(first)
 
 
-def test_logged_loss_is_the_sum_of_the_logged_terms(runs: Runs) -> None:
-    for name, count in (
-        ("--loss rankclip", 3),
-        ("one epoch", 3),
-        ("steps with accumulation", 3),
-        ("coca", 4),
-    ):
+def test_a3_logged_loss_is_the_sum_of_the_logged_terms(runs: Runs) -> None:
+    for name, count in SUMMANDS.items():
         scalars = runs[name].scalars
         for step, loss in scalars["loss"].items():
             terms = [values[step] for key, values in scalars.items() if key.endswith("_loss")]
@@ -92,24 +88,19 @@ def test_logged_loss_is_the_sum_of_the_logged_terms(runs: Runs) -> None:
             assert line["Loss"] == pytest.approx(sum(terms), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "base"), [("siglip", "SigLipLoss"), ("coca", "CoCaLoss"), ("bf16", "ClipLoss")]
-)
-def test_other_bases_and_precisions_train_with_the_terms(runs: Runs, name: str, base: str) -> None:
-    run = runs[name]
-    assert f"on {base}, schedule rankclip per epoch over 2" in run.log
-    lines = run.train_lines()
-    assert len(lines) == 2 * STEPS
-    for line in lines:
-        assert line["Rank_lambda"] == 2.0  # clip((3i − 1) / (n − 1), 0, 2) for n = 2
-        assert all(line[term] > 0 for term in ("Cross_modal_loss", "In_modal_loss", "Loss"))
-    assert ("Caption_loss" in lines[0]) == (name == "coca")
-
-
-def test_tensorboard_shows_the_lambda_of_each_epoch(runs: Runs) -> None:
+def test_a13_tensorboard_shows_the_lambda_of_each_epoch(runs: Runs) -> None:
     logged = runs["--loss rankclip"].scalars["rank_lambda"]
     assert logged == {step: schedules.official(step // STEPS + 1, 3) for step in range(3 * STEPS)}
     assert len(set(logged.values())) == 3
+
+
+def test_a13_tensorboard_and_log_show_the_same(runs: Runs) -> None:
+    run = runs["--loss rankclip"]
+    lines = run.train_lines()
+    for name in (*TERMS, "rank_lambda", "loss"):
+        assert list(run.scalars[name]) == list(range(3 * STEPS))
+        written = [line[name.capitalize()] for line in lines]
+        assert written == pytest.approx(list(run.scalars[name].values()), rel=1e-4), "five digits in the log"
 
 
 def test_terms_follow_lambda_in_the_log(runs: Runs) -> None:
@@ -134,10 +125,26 @@ def test_steps_are_optimizer_steps_under_accumulation(runs: Runs) -> None:
     assert runs["steps with accumulation"].scalars["rank_lambda"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", ["runner", "file path", "in process"])
-def test_every_way_to_start_trains_the_same(runs: Runs, name: str) -> None:
+def test_a11_runner_trains_the_same_where_torch_loads_no_plugins(runs: Runs) -> None:
+    assert_trained_the_same(runs, "runner")
+
+
+@pytest.mark.parametrize("name", ["file path", "in process"])
+def test_a12_every_way_to_start_trains_the_same(runs: Runs, name: str) -> None:
+    assert_trained_the_same(runs, name)
+
+
+def assert_trained_the_same(runs: Runs, name: str) -> None:
     assert_equal_training(runs["--loss rankclip"], runs[name])
+    assert runs["--loss rankclip"].timeless_log == runs[name].timeless_log
     assert len(re.findall("Loss: rankclip", runs[name].log)) == 1
+
+
+def test_a12_spawned_workers_bring_the_data_of_forked_ones(runs: Runs) -> None:
+    spawned, forked = runs["spawned worker"], runs["forked worker"]
+    assert_equal_training(spawned, forked, epochs=(1,))
+    assert spawned.timeless_log == forked.timeless_log
+    assert len(re.findall("Loss: rankclip", spawned.output)) == 1, "only the trainer itself builds the loss"
 
 
 def test_run_prints_no_warning_of_ours(runs: Runs) -> None:
@@ -151,7 +158,7 @@ def test_run_prints_no_warning_of_ours(runs: Runs) -> None:
     assert stripped(runs["no --loss"]) <= stripped(runs["stock"])
 
 
-def test_broken_plugin_does_not_stop_a_run_without_loss(runs: Runs) -> None:
+def test_a11_broken_plugin_does_not_stop_a_run_without_loss(runs: Runs) -> None:
     run = runs["broken plug-in"]
     assert len(run.train_lines()) == STEPS
     assert "--loss is not available in this run" in run.output

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import io
 import json
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
+import tarfile
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 SAMPLES = 64
+PRECISIONS = ("fp32", "amp", "amp_bf16", "bf16", "pure_bf16")
 STEPS = 4  # optimizer steps of an epoch, without accumulation
 OFFICIAL = ["--loss", "rankclip", "--rankclip-schedule", "official"]
+WHOLE_SET = [  # two epochs of one step each, on the same uncropped pairs in any order
+    *("--loss", "rankclip", "--epochs", "2", "--batch-size", str(SAMPLES)),
+    *("--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)"),
+]
 OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+# Importing the trainer takes ten times as long as training the tiny model, so most runs are forked from a
+# process that has imported it.
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["open_clip_train.main"])
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,12 @@ class Run(Process):
                 for tag in events.Tags()["scalars"]
             }
 
+    @cached_property
+    def timeless_log(self) -> list[str]:
+        """The lines of the training steps as they were written, without date, times and throughput."""
+        lines = [line for line in self.log.splitlines() if "Train Epoch:" in line]
+        return [re.sub(r"^.*(?=Train Epoch:)|Data \(t\):.*?/gpu ", "", line) for line in lines]
+
     def epoch(self, number: int) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint, those of the optimizer included."""
         path = self.directory / "checkpoints" / f"epoch_{number}.pt"
@@ -76,6 +98,14 @@ class Run(Process):
         """The values of each line that the trainer logged while training."""
         lines = [line for line in self.log.splitlines() if "Train Epoch:" in line]
         return [{k: float(v) for k, v in re.findall(r"(\w+): (-?[\d.]+) \(", line)} for line in lines]
+
+
+def assert_equal_training(one: Run, other: Run, epochs: tuple[int, ...] = (1, 2, 3)) -> None:
+    for epoch in epochs:
+        left, right = one.epoch(epoch), other.epoch(epoch)
+        assert left.keys() == right.keys()
+        assert len(left) > 20, "weights and optimizer state must be there to be compared"
+        assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 class Trainer:
@@ -108,11 +138,28 @@ class Trainer:
             Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(directory / f"{i}.png")
             rows.append(f"{directory / f'{i}.png'}\tpicture {i:02d} of {i % 7} apples and {i % 5} pears")
         (directory / "data.csv").write_text("\n".join(rows) + "\n")
+        self._write_shards([row.split("\t") for row in rows[1:]])
 
     def _write_model(self, name: str, config: dict[str, object]) -> None:
         (self.directory / name).mkdir()
         text = json.dumps({"model_cfg": config, "preprocess_cfg": {}})
         (self.directory / name / "open_clip_config.json").write_text(text)
+
+    def _write_shards(self, pairs: list[list[str]]) -> None:
+        """The same pairs as a webdataset of two shards."""
+        for number in range(2):
+            with tarfile.open(self.directory / f"shard-{number}.tar", "w") as shard:
+                for i in range(number, SAMPLES, 2):
+                    picture, caption = pairs[i]
+                    shard.add(picture, f"{i:03}.png")
+                    text = tarfile.TarInfo(f"{i:03}.txt")
+                    text.size = len(caption)
+                    shard.addfile(text, io.BytesIO(caption.encode()))
+
+    @property
+    def webdataset(self) -> list[str]:
+        shards = str(self.directory / "shard-{0..1}.tar")
+        return ["--dataset-type", "webdataset", "--train-data", shards, "--train-num-samples", str(SAMPLES)]
 
     def arguments(self, name: str, *options: str) -> list[str]:
         return [
@@ -124,7 +171,19 @@ class Trainer:
             *options,
         ]
 
+    def call(self, name: str, *options: str, seeds: EpochSeeds | None = None) -> Run:
+        """Call the trainer's ``main`` in a process forked from one that has imported it."""
+        output = self.directory / f"{name}.txt"
+        process = _forks.Process(target=_train, args=(self.arguments(name, *options), str(output), seeds))
+        process.start()
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"{name}: {output.read_text()[-4000:]}")
+        return Run(process.exitcode, output.read_text(), self.directory / "logs" / name)
+
     def run(self, name: str, *options: str, command: tuple[str, ...] = (), **environment: str) -> Run:
+        """Run the command, or another way to start the trainer, in a fresh interpreter."""
         command = command or ("-m", "open_clip_train.main")
         process = self.python(*command, *self.arguments(name, *options), **environment)
         return Run(process.returncode, process.output, self.directory / "logs" / name)
@@ -142,6 +201,53 @@ class Trainer:
             check=False,
         )
         return Process(done.returncode, done.stdout)
+
+
+@dataclass(frozen=True)
+class EpochSeeds:
+    """Seeds each epoch by its number, and may kill the process in the middle of one.
+
+    The trainer seeds once, when it starts, so the first epoch after ``--resume`` is shuffled and cropped like
+    the first of a fresh run, with any loss. With a seed for each epoch a resumed run sees the batches of the
+    uninterrupted one, and everything else can be compared to the last bit.
+    """
+
+    kill_in_epoch: int | None = None
+
+    def install(self, trainer: Any) -> None:
+        original = trainer.train_one_epoch
+
+        @functools.wraps(original)
+        def train_one_epoch(
+            model: torch.nn.Module, data: Any, loss: torch.nn.Module, epoch: int, *rest: Any, **named: Any
+        ) -> Any:
+            trainer.random_seed(epoch)
+            if epoch == self.kill_in_epoch:
+                _kill_at_call(loss, 3)
+            return original(model, data, loss, epoch, *rest, **named)
+
+        trainer.train_one_epoch = train_one_epoch
+
+
+def _kill_at_call(loss: torch.nn.Module, number: int) -> None:
+    calls = iter(range(1, number + 1))
+
+    def kill(*_: Any) -> None:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    loss.register_forward_pre_hook(kill)
+
+
+def _train(argv: list[str], output: str, seeds: EpochSeeds | None) -> None:
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    trainer = importlib.import_module("open_clip_train.main")
+    if seeds is not None:
+        seeds.install(trainer)
+    sys.exit(trainer.main(argv))
 
 
 class Processes:
