@@ -188,10 +188,10 @@ class Trainer:
         process = self.python(*command, *self.arguments(name, *options), **environment)
         return Run(process.returncode, process.output, self.directory / "logs" / name)
 
-    def python(self, *arguments: str, **environment: str) -> Process:
+    def python(self, *arguments: str, executable: str = sys.executable, **environment: str) -> Process:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         done = subprocess.run(
-            [sys.executable, *arguments],
+            [executable, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

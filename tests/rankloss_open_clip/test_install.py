@@ -1,0 +1,66 @@
+"""The wheel in an environment of its own: it trains there, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+from trainer_runs import OFFICIAL, Runs, Trainer, assert_equal_training
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+def pip(*arguments: str, python: str = sys.executable) -> None:
+    command = [sys.executable, "-m", "pip", "--python", python, "--quiet", *arguments]
+    subprocess.run(command, check=True, timeout=300)
+
+
+class Environment:
+    """A new environment that sees the packages of this one, but not this one's rankloss."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        venv.create(directory, symlinks=True)
+        self.python = str(directory / "bin" / "python")
+        (site_packages,) = directory.glob("lib/python*/site-packages")
+        # Behind its own packages; an editable install is a line in a file there, which is not read.
+        (site_packages / "tests.pth").write_text(sysconfig.get_paths()["purelib"])
+
+    def files(self) -> set[Path]:
+        return {path.relative_to(self.directory) for path in self.directory.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(directory), str(ROOT))
+    (file,) = directory.glob("rankloss-*.whl")
+    return str(file)
+
+
+def test_a1_a14_wheel_trains_in_a_fresh_environment_and_leaves_no_file(
+    wheel: str, trainer: Trainer, runs: Runs, tmp_path: Path
+) -> None:
+    environment = Environment(tmp_path / "environment")
+    before = environment.files()
+    pip("install", "--no-deps", wheel, python=environment.python)
+    assert len(environment.files() - before) > 20
+
+    where = "import rankloss_open_clip, rankloss; print(rankloss_open_clip.__file__, rankloss.__file__)"
+    clean = {"executable": environment.python, "PYTHONPATH": ""}
+    for file in trainer.python("-c", where, **clean).output.split():
+        assert Path(file).is_relative_to(environment.directory)
+
+    run = trainer.run("wheel", "--epochs", "3", *OFFICIAL, **clean)
+    assert run.returncode == 0, run.output[-4000:]
+    assert_equal_training(runs["--loss rankclip"], run)
+    assert run.timeless_log == runs["--loss rankclip"].timeless_log
+
+    pip("uninstall", "--yes", "rankloss", python=environment.python)
+    assert environment.files() == before
