@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -46,13 +47,16 @@ def interrupted(
         given = ("--epochs", str(EPOCHS), *options, *more)
         return trainer.call(f"{name}, {how}", *given, seeds=EpochSeeds(kill_in_epoch))
 
-    whole = call("whole", *loss)
-    path = ("--resume", str(whole.directory / "checkpoints" / "epoch_1.pt"))
-    by_path = call("by path", *loss, *path)
-    forgotten = call("without the loss", *path)
-    killed = call("killed", *loss, kill_in_epoch=1)
-    killed_log = killed.log
-    latest = call("killed", *loss, "--resume", "latest")
+    def in_pieces() -> tuple[Run, str, Run]:
+        killed = call("killed", *loss, kill_in_epoch=1)
+        return killed, killed.log, call("killed", *loss, "--resume", "latest")
+
+    with ThreadPoolExecutor(1) as pool:
+        pieces = pool.submit(in_pieces)
+        whole = call("whole", *loss)
+        path = ("--resume", str(whole.directory / "checkpoints" / "epoch_1.pt"))
+        by_path, forgotten = call("by path", *loss, *path), call("without the loss", *path)
+        killed, killed_log, latest = pieces.result()
     for run in (whole, by_path, forgotten, latest):
         assert run.returncode == 0, run.output[-4000:]
     return Resumed(whole, by_path, forgotten, killed, killed_log, latest, lambdas)
