@@ -12,7 +12,17 @@ import pytest
 if importlib.util.find_spec("open_clip_train") is None:
     collect_ignore_glob = ["*.py"]
 else:
-    from trainer_runs import OFF, OFFICIAL, PRECISIONS, SAMPLES, WHOLE_SET, Processes, Runs, Trainer
+    from trainer_runs import (
+        LOCKS_TEXT,
+        OFF,
+        OFFICIAL,
+        PRECISIONS,
+        SAMPLES,
+        WHOLE_SET,
+        Processes,
+        Runs,
+        Trainer,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +90,8 @@ def runs(trainer: Trainer, broken_plugin: dict[str, str]) -> Iterator[Runs]:
     call("distill", *two, *rankclip, *teacher)
     call("grad checkpointing", *two, *rankclip, "--grad-checkpointing")
     call("lock image", *two, *rankclip, "--lock-image")
-    call("lock text", *two, *rankclip, "--lock-text", "--lock-text-freeze-layer-norm")
+    if LOCKS_TEXT:
+        call("lock text", *two, *rankclip, "--lock-text", "--lock-text-freeze-layer-norm")
     call("skip scheduler", *three, *official, "--skip-scheduler")
     call("synthetic", *two, *rankclip, "--dataset-type", "synthetic", "--train-num-samples", str(SAMPLES))
     call("csv, whole set", *WHOLE_SET)

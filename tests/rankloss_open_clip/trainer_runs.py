@@ -21,17 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import torch
 from PIL import Image
 
 SAMPLES = 64
 PRECISIONS = ("fp32", "amp", "amp_bf16", "bf16", "pure_bf16")
 STEPS = 4  # optimizer steps of an epoch, without accumulation
+TIMEOUT = 600  # seconds; a busy machine takes minutes for what takes seconds
 OFFICIAL = ["--loss", "rankclip", "--rankclip-schedule", "official"]
 WHOLE_SET = [  # two epochs of one step each, on the same uncropped pairs in any order
     *("--loss", "rankclip", "--epochs", "2", "--batch-size", str(SAMPLES)),
     *("--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)"),
 ]
+# 3.0.0 locks the text towers of Hugging Face models only, with any loss.
+LOCKS_TEXT = hasattr(open_clip.CLIP, "lock_text_tower")
 OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 # Importing the trainer takes ten times as long as training the tiny model, so most runs are forked from a
@@ -176,7 +180,7 @@ class Trainer:
         output = self.directory / f"{name}.txt"
         process = _forks.Process(target=_train, args=(self.arguments(name, *options), str(output), seeds))
         process.start()
-        process.join(300)
+        process.join(TIMEOUT)
         if process.exitcode is None:
             process.kill()
             raise TimeoutError(f"{name}: {output.read_text()[-4000:]}")
@@ -197,7 +201,7 @@ class Trainer:
             text=True,
             env=environment,
             cwd=self.directory,
-            timeout=300,
+            timeout=TIMEOUT,
             check=False,
         )
         return Process(done.returncode, done.stdout)
