@@ -24,12 +24,14 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.base
 demo: $(VENV)/.examples
 	$(BIN)/python examples/openmoji/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
 
-## The test suite; `make test-slow` is the same with 2,000 random examples a property.
+## The test suite without its slow part.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
+## The slow part (trainings under torchrun, installations), then every property on 2,000 random examples.
 test-slow: $(VENV)/.dev
-	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
 ## The integration on the lowest and the newest supported open_clip, each in an environment of its own.
 test-matrix: $(addprefix test-open_clip-,$(OPEN_CLIP_VERSIONS))
