@@ -52,7 +52,8 @@ class Table(Runs):
     ) -> None:
         batch_size = SAMPLES // world_size // accum_freq
         sizes = ("--batch-size", str(batch_size), "--accum-freq", str(accum_freq))
-        self.add(name, self.trainer.run, name, *OPTIONS, *sizes, *options, command=command)
+        log = f"ddp {name}"  # other tests have runs of these names, in the same directory
+        self.add(name, self.trainer.run, log, *OPTIONS, *sizes, *options, command=command)
 
 
 @pytest.fixture(scope="module")

@@ -278,4 +278,5 @@ class Runs(Processes):
         run = super().__getitem__(name)
         assert isinstance(run, Run)
         assert run.returncode == 0, run.output[-4000:]
+        assert "Experiment already exists" not in run.output, name  # of which the trainer makes no failure
         return run
