@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-TIMEOUT = 60  # seconds a task may take; a rank that waits for another in vain gives up sooner
+TIMEOUT = 120  # seconds a task may take; a rank that waits for another in vain gives up sooner
 
 # A server imports these once, and each process is forked from it. One that is not installed is passed over.
 # (Windows has no such server; there every process imports for itself.)
