@@ -1,7 +1,8 @@
 """Ranking-consistency losses for CLIP training.
 
-The losses are modules (:class:`RankConsistency`, :class:`RankClipLoss`, :class:`ClipLoss`), the mathematics
-of one list is a function (:func:`plackett_luce_nll`), and everything else has a module of its own.
+The losses are modules (:class:`RankConsistency`, :class:`RankClipLoss`, :class:`ClipLoss`,
+:class:`CyClipLoss`, :class:`AlipLoss`), the mathematics of one list is a function
+(:func:`plackett_luce_nll`), and everything else has a module of its own.
 """
 
 from rankloss import consistency as consistency
@@ -10,13 +11,17 @@ from rankloss import metrics as metrics
 from rankloss import reference as reference
 from rankloss import schedules as schedules
 from rankloss._version import __version__ as __version__
+from rankloss.losses import AlipLoss as AlipLoss
 from rankloss.losses import ClipLoss as ClipLoss
+from rankloss.losses import CyClipLoss as CyClipLoss
 from rankloss.losses import RankClipLoss as RankClipLoss
 from rankloss.losses import RankConsistency as RankConsistency
 from rankloss.plackett_luce import plackett_luce_nll as plackett_luce_nll
 
 __all__ = [
+    "AlipLoss",
     "ClipLoss",
+    "CyClipLoss",
     "RankClipLoss",
     "RankConsistency",
     "__version__",

@@ -4,8 +4,20 @@ r"""The losses as modules. Every one takes ``(image_features, text_features, log
 to be unit-norm, as models return them; nothing here normalises.
 """
 
+from rankloss.losses.alip import AlipLoss as AlipLoss
 from rankloss.losses.clip import ClipLoss as ClipLoss
+from rankloss.losses.composition import base_entries as base_entries
+from rankloss.losses.composition import combined as combined
+from rankloss.losses.cyclip import CyClipLoss as CyClipLoss
 from rankloss.losses.rank_clip import RankClipLoss as RankClipLoss
 from rankloss.losses.rank_consistency import RankConsistency as RankConsistency
 
-__all__ = ["ClipLoss", "RankClipLoss", "RankConsistency"]
+__all__ = [
+    "AlipLoss",
+    "ClipLoss",
+    "CyClipLoss",
+    "RankClipLoss",
+    "RankConsistency",
+    "base_entries",
+    "combined",
+]

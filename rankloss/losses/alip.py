@@ -1,0 +1,201 @@
+"""ALIP: CLIP's loss on two captions of each image, every pair weighted by how well it fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankloss.distributed import Gather
+from rankloss.embeddings import check_features
+from rankloss.losses.composition import combined
+from rankloss.losses.weights import check_weight
+
+__all__ = ["AlipLoss"]
+
+
+class AlipLoss(nn.Module):
+    r"""ALIP: ``A(v, t, w_r) + A(v, c, w_c)``, t the raw and c the synthetic caption of image v.
+
+        A(v, u, w) = (1/N)·Σ_k w_s,k · w_k · ½[CE_k(s·V·Uᵀ) + CE_k(s·U·Vᵀ)]
+
+    The weights come from the cosines of the three pairs, measured against their histories H, Hʳ and Hᶜ
+    (exponential moving averages of the batch means, updated before they are used):
+
+        g   = exp(γ_s·(t·c − H)),   w_s = min(1, g),
+        w_r = exp(γ_p·(t·v − Hʳ)),  w_c = exp(γ_p·(c·v − Hᶜ))  where g < 1, else 1.
+
+    They carry no gradient. They are computed from the whole batch, gathered from all processes, which
+    therefore hold the same histories.
+
+    The histories move once a training step. By default each call in training mode is a step. A trainer that
+    calls the loss several times for one step (gradient accumulation) passes ``update_histories=True`` in one
+    of the calls and False in the others. A batch mean that is not finite leaves its history as it is.
+
+    Args:
+        gamma_sample: γ_s, how steeply a sample's weight falls with the similarity of its two captions.
+        gamma_pair: γ_p, how steeply a pair's weight changes with its similarity.
+        momentum: share of a history that an update keeps, in [0, 1].
+        initial_history: where all three histories start. The published 1 closes almost every gate at first,
+            and makes the loss small until the histories have come down.
+        local_loss: compute only this process's rows, as in open_clip's ClipLoss.
+        gather_with_grad: let gradients through the gathering of features, as in open_clip's ClipLoss.
+        rank: this process's rank.
+        world_size: number of processes; with more than one, features are gathered from all.
+
+    Attributes:
+        histories: H, Hʳ and Hᶜ, ``[3]``: a buffer, and so part of ``state_dict()``. It stays float64 when the
+            module is cast (float32 where a device has no float64): in a short dtype the small steps of a
+            moving average would round to nothing.
+
+    Shapes:
+        ``image_features``, ``text_features`` and ``caption_features``: ``[N, D]``; the result is a scalar in
+        nats. ``output_dict=True`` gives ``contrastive_loss`` (the raw captions) and
+        ``caption_contrastive_loss``, which add up to it. A ``logit_bias`` is added to all logits, to no
+        effect.
+
+    Raises:
+        ValueError: for a γ that is negative or not finite, a momentum outside [0, 1], or an initial history
+            that is not finite; in ``forward`` for features that are not three floating-point matrices of one
+            shape with at least two rows.
+
+    References:
+        "ALIP: Adaptive Language-Image Pre-training with Synthetic Caption", ICCV 2023.
+
+    Example:
+        >>> v = torch.eye(2)
+        >>> loss = AlipLoss(initial_history=0.0)
+        >>> round(loss(v, v, logit_scale=1.0, caption_features=v).item(), 4)  # all gates open: twice CLIP's
+        0.6265
+        >>> loss.state_dict()["histories"]
+        tensor([0.0100, 0.0100, 0.0100], dtype=torch.float64)
+    """
+
+    histories: Tensor
+
+    def __init__(
+        self,
+        *,
+        gamma_sample: float = 2.0,
+        gamma_pair: float = 2.0,
+        momentum: float = 0.99,
+        initial_history: float = 1.0,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.gamma_sample = check_weight("gamma_sample", gamma_sample)
+        self.gamma_pair = check_weight("gamma_pair", gamma_pair)
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must be in [0, 1]; got {momentum!r}")
+        self.momentum = momentum
+        if not math.isfinite(initial_history):
+            raise ValueError(f"initial_history must be finite; got {initial_history!r}")
+        self.gather = Gather(local_loss, gather_with_grad, rank, world_size)
+        self.register_buffer("histories", torch.full((3,), initial_history, dtype=torch.float64))
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+        *,
+        caption_features: Tensor,
+        update_histories: bool | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or with ``output_dict`` its two parts.
+
+        Args:
+            image_features: ``[N, D]``.
+            text_features: the raw captions, ``[N, D]``.
+            logit_scale: the multiplier s.
+            logit_bias: added to all logits.
+            output_dict: return the parts by name instead of their sum.
+            caption_features: the synthetic captions, ``[N, D]``.
+            update_histories: whether this call moves the histories; None: in training mode.
+        """
+        check_features(image_features, text_features)
+        _check_captions(caption_features, text_features)
+        # Both captions in one collective.
+        images, captions = self.gather(image_features, torch.stack([text_features, caption_features], dim=1))
+        texts, synthetic = captions.unbind(1)
+        weights = self._weights(
+            images, texts, synthetic, self.training if update_histories is None else update_histories
+        )
+
+        def part(own: Tensor, everyone: Tensor, pair: Tensor) -> Tensor:
+            first = 0  # this process's first row among the columns
+            if self.gather.anchors_are_local:
+                logits = logit_scale * image_features @ everyone.T, logit_scale * own @ images.T
+                first = self.gather.rank * len(own)
+            else:
+                per_image = logit_scale * images @ everyone.T
+                logits = per_image, per_image.T
+            if logit_bias is not None:
+                logits = logits[0] + logit_bias, logits[1] + logit_bias
+            rows = first + torch.arange(len(logits[0]), device=images.device)
+            nll = F.cross_entropy(logits[0], rows, reduction="none")
+            nll = (nll + F.cross_entropy(logits[1], rows, reduction="none")) / 2
+            return (nll * (weights.sample * pair)[rows]).mean()
+
+        raw = {"contrastive_loss": part(text_features, texts, weights.text)}
+        caption = {"caption_contrastive_loss": part(caption_features, synthetic, weights.caption)}
+        return combined(raw, caption, output_dict)
+
+    @torch.no_grad()
+    def _weights(self, images: Tensor, texts: Tensor, captions: Tensor, update: bool) -> _Weights:
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        v, t, c = images.to(dtype), texts.to(dtype), captions.to(dtype)
+        cosines = torch.stack([(t * c).sum(-1), (t * v).sum(-1), (c * v).sum(-1)])
+        if update:
+            mean = cosines.mean(-1).to(self.histories.dtype)
+            moved = self.momentum * self.histories + (1 - self.momentum) * mean
+            # One overflow under mixed precision, whose step the GradScaler skips, must not stay for ever.
+            self.histories.copy_(torch.where(mean.isfinite(), moved, self.histories))
+        sample, text, caption = (cosines - self.histories.to(dtype)[:, None]).unbind(0)
+        gate = torch.exp(self.gamma_sample * sample)
+        return _Weights(
+            gate.clamp_max(1),
+            torch.where(gate < 1, torch.exp(self.gamma_pair * text), 1.0),
+            torch.where(gate < 1, torch.exp(self.gamma_pair * caption), 1.0),
+        )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AlipLoss:
+        histories = self.histories
+        self.histories = histories.float()  # what fn does must be possible on every device
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.histories.device
+        self.histories = histories.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        return self
+
+    def extra_repr(self) -> str:
+        """The options of the weights."""
+        return (
+            f"gamma_sample={self.gamma_sample:g}, gamma_pair={self.gamma_pair:g}, momentum={self.momentum:g}"
+        )
+
+
+class _Weights(NamedTuple):
+    """``[N]`` each."""
+
+    sample: Tensor
+    text: Tensor
+    caption: Tensor
+
+
+def _check_captions(caption_features: Tensor, text_features: Tensor) -> None:
+    if not caption_features.is_floating_point():
+        raise ValueError(f"caption_features must be floating point; got {caption_features.dtype}")
+    if caption_features.shape != text_features.shape:
+        raise ValueError(
+            "caption_features and text_features must have one shape [N, D]; "
+            f"got {tuple(caption_features.shape)} and {tuple(text_features.shape)}"
+        )
