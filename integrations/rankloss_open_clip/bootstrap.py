@@ -2,7 +2,7 @@
 
 torch loads the entry points of the group ``torch.backends`` each time it is imported, in every program of the
 environment. This module therefore imports the standard library only, does next to nothing, and never raises.
-:func:`attach` puts a finder at the front of ``sys.meta_path``; the finder lets the others find the four
+:func:`attach` puts a finder at the front of ``sys.meta_path``; the finder lets the others find the
 modules named in :data:`SEAMS`, and :mod:`rankloss_open_clip.seams` patches each after it has been executed.
 
 A patch that fails must not stop a run that did not ask for it, and must not let a run that did ask train
@@ -31,11 +31,16 @@ SEAMS = {
     _PARAMS: "patch_params",
     "open_clip_train.train": "patch_train",
     "open_clip_train.legacy_train": "patch_train",
+    "open_clip_train.data": "patch_data",
+    "open_clip_train.file_utils": "patch_file_utils",
 }
 """The modules waited for, and the function of :mod:`rankloss_open_clip.seams` that patches each."""
 
 failures: dict[str, Exception] = {}
 """Modules that were loaded but could not be patched, with what went wrong."""
+
+PREFIXES = ("rankclip", "cyclip", "alip")
+"""What the options of this package's own losses begin with."""
 
 _GUARDED = "_rankloss_open_clip_guarded"
 
@@ -141,7 +146,8 @@ def asks_for_loss(argv: Iterable[str]) -> bool:
     ``--los`` counts: without the plug-in it is read as ``--loss-dist-impl`` too. That option itself does not.
     """
     names = [str(argument).partition("=")[0] for argument in argv]
-    return any(name in ("--los", "--loss") or name.startswith("--rankclip") for name in names)
+    options = tuple(f"--{prefix}" for prefix in PREFIXES)
+    return any(name in ("--los", "--loss") or name.startswith(options) for name in names)
 
 
 def _guard(module: ModuleType) -> None:

@@ -23,15 +23,18 @@ if TYPE_CHECKING:
 
 _PATCHED = "_rankloss_open_clip_patched"
 
+# What every loss depends on, and what only a loss with a second caption does.
 _PATCHED_NAMES = {
     "open_clip.factory": ("create_loss", "create_task"),
     "open_clip": ("create_loss", "create_task"),
     "open_clip_train.params": ("parse_args",),
     "open_clip_train.train": ("train_one_epoch",),
     "open_clip_train.legacy_train": ("train_one_epoch",),
-    "open_clip_train.main": ("create_loss", "create_task", "parse_args", "train_one_epoch"),
-    "open_clip_train.legacy_main": ("create_loss", "parse_args", "train_one_epoch"),
+    "open_clip_train.main": ("create_loss", "create_task", "parse_args", "train_one_epoch", "pt_load"),
+    "open_clip_train.legacy_main": ("create_loss", "parse_args", "train_one_epoch", "pt_load"),
+    "open_clip_train.file_utils": ("pt_load",),
 }
+_CAPTION_NAMES = {"open_clip_train.data": ("get_csv_dataset", "get_wds_dataset")}
 
 
 def patch_factory(module: ModuleType) -> None:
@@ -83,11 +86,40 @@ def patch_train(module: ModuleType) -> None:
     _wrap(module, "train_one_epoch", _training)
 
 
-def unpatched() -> list[str]:
-    """Functions of open_clip that are loaded, that ``--loss`` depends on, and that are not patched."""
+def patch_data(module: ModuleType) -> None:
+    """Let the readers of training data join the second caption that a loss needs to the first.
+
+    A module without them is left alone: only a loss that needs a second caption minds, see :func:`unpatched`.
+
+    Args:
+        module: ``open_clip_train.data``.
+    """
+    if hasattr(module, "get_csv_dataset"):
+        _wrap(module, "get_csv_dataset", _reading_csv)
+    if hasattr(module, "get_wds_dataset") and hasattr(module, "tarfile_to_samples_nothrow"):
+        _wrap(module, "get_wds_dataset", functools.partial(_reading_shards, module))
+
+
+def patch_file_utils(module: ModuleType) -> None:
+    """Let ``pt_load`` show a checkpoint's state of a loss to :mod:`rankloss_open_clip.checkpoints`.
+
+    Args:
+        module: ``open_clip_train.file_utils``.
+    """
+    if hasattr(module, "pt_load"):
+        _wrap(module, "pt_load", _loading)
+
+
+def unpatched(*, captions: bool = False) -> list[str]:
+    """Functions of open_clip that are loaded, that ``--loss`` depends on, and that are not patched.
+
+    Args:
+        captions: Whether the loss depends on a second caption too.
+    """
+    names = {**_PATCHED_NAMES, **_CAPTION_NAMES} if captions else _PATCHED_NAMES
     return [
         f"{name}.{attribute}"
-        for name, attributes in _PATCHED_NAMES.items()
+        for name, attributes in names.items()
         for attribute in attributes
         if hasattr(sys.modules.get(name), attribute)
         and not getattr(getattr(sys.modules[name], attribute), _PATCHED, False)
@@ -114,7 +146,7 @@ def _creating_loss(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_loss(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         options = bound.arguments["args"]
-        if not arguments.requested(options):
+        if arguments.requested(options) is None:
             return original(*args, **kwargs)
         from rankloss_open_clip.loss import build_loss
 
@@ -131,7 +163,7 @@ def _creating_task(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_task(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         options = bound.arguments["args"]
-        if not arguments.requested(options):
+        if arguments.requested(options) is None:
             return original(*args, **kwargs)
         from rankloss_open_clip.loss import build_loss
 
@@ -139,7 +171,8 @@ def _creating_task(original: Callable[..., Any]) -> Callable[..., Any]:
         task = original(*bound.args, **bound.kwargs)
         if getattr(task, "loss", None) is None or getattr(task, "primary_key", "image") != "image":
             raise ValueError(
-                f"--loss rankclip needs a task that compares images with texts, got {type(task).__name__}"
+                f"--loss {options.loss} needs a task that compares images with texts, got "
+                f"{type(task).__name__}"
             )
         _compile_base(task.loss, options)
         # A task adds up the keys that end in `_loss`, and logs the others.
@@ -152,7 +185,7 @@ def _creating_task(original: Callable[..., Any]) -> Callable[..., Any]:
 def _compile_base(base: Any, options: Any) -> None:
     """Compile the trainer's own loss alone, where it would have been compiled as a part of the task.
 
-    The ranking loss around it is not compiled (see ``TrainerLoss.forward``), and what it calls would not be.
+    The loss around it is not compiled (see ``TrainerLoss.forward``), and what it calls would not be.
     """
     strategy = getattr(options, "torchcompile_strategy", None)
     if getattr(options, "torchcompile", False) and strategy in ("task", "step"):
@@ -163,7 +196,7 @@ def _compile_base(base: Any, options: Any) -> None:
 def _base_arguments(options: Any) -> Any:
     """The trainer's arguments as the factory of the base loss may see them.
 
-    They differ only where the trainer has a ``--loss`` of its own, which does not know ``rankclip``.
+    They differ only where the trainer has a ``--loss`` of its own, which does not know the value.
     """
     if not hasattr(options, arguments.BASE_LOSS):
         return options
@@ -201,20 +234,83 @@ def _parsing(module: ModuleType, original: Callable[..., Any]) -> Callable[..., 
     return parse_args
 
 
+def _reading_csv(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def get_csv_dataset(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        options, key = bound.arguments["args"], _caption_key(bound.arguments)
+        if key is None:
+            return original(*args, **kwargs)
+        from rankloss_open_clip.captions import PairTokenizer, join_csv
+
+        bound.arguments["tokenizer"] = PairTokenizer(bound.arguments["tokenizer"])
+        info = original(*bound.args, **bound.kwargs)
+        join_csv(info.dataloader.dataset, options.train_data, options.csv_separator, key)
+        return info
+
+    return get_csv_dataset
+
+
+def _reading_shards(module: ModuleType, original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def get_wds_dataset(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        options, key = bound.arguments["args"], _caption_key(bound.arguments)
+        if key is None:
+            return original(*args, **kwargs)
+        from rankloss_open_clip.captions import JoinedSamples, PairTokenizer
+
+        bound.arguments["tokenizer"] = PairTokenizer(bound.arguments["tokenizer"])
+        # The pipeline is put together inside the call, so the reader is exchanged for that long.
+        read = module.tarfile_to_samples_nothrow
+        vars(module)["tarfile_to_samples_nothrow"] = JoinedSamples(
+            read, key, getattr(options, "text_key", None) or "txt"
+        )
+        try:
+            return original(*bound.args, **bound.kwargs)
+        finally:
+            vars(module)["tarfile_to_samples_nothrow"] = read
+
+    return get_wds_dataset
+
+
+def _caption_key(given: dict[str, Any]) -> str | None:
+    """The second caption that training data are to be read with."""
+    return arguments.caption_key(given["args"]) if given["is_train"] else None
+
+
+def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    def pt_load(*args: Any, **kwargs: Any) -> Any:
+        checkpoint = original(*args, **kwargs)
+        from rankloss_open_clip.checkpoints import pick_up
+
+        pick_up(checkpoint)
+        return checkpoint
+
+    return pt_load
+
+
 def _training(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def train_one_epoch(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         options = given["args"]
-        if arguments.requested(options):
+        if arguments.requested(options) is not None:
             from rankloss_open_clip.loss import start_epoch
 
-            # The state of open_clip's later trainer holds the task, and the task holds the loss.
+            # The state of open_clip's later trainer holds the task, and the task holds model and loss.
             state = given.get("state")
             loss = given["loss"] if state is None else getattr(state.task, "loss", None)
             epoch = given["epoch"] if state is None else state.epoch
-            start_epoch(loss, epoch, given["data"], options)
+            optimizer = (given if state is None else vars(state)).get("optimizer")
+            start_epoch(loss, epoch, given["data"], options, optimizer)
+            if arguments.caption_key(options) is not None:
+                from rankloss_open_clip.captions import split_features
+
+                split_features(given["model"] if state is None else state.task.trainable_module)
         return original(*args, **kwargs)
 
     return train_one_epoch

@@ -13,7 +13,7 @@ from trainer_runs import Processes
 
 import rankloss
 from rankloss import schedules
-from rankloss_open_clip import arguments, bootstrap, loss, seams
+from rankloss_open_clip import arguments, bootstrap, loss, registry, seams
 
 RANKCLIP = ["--loss", "rankclip"]
 
@@ -28,11 +28,15 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def test_a10_help_shows_the_group(processes: Processes) -> None:
     done = processes["help"]
     assert done.returncode == 0
-    assert "ranking loss (rankloss):" in done.output
-    assert "--loss {clip,rankclip}" in done.output
+    assert "loss (rankloss):" in done.output
+    assert "--loss {clip,rankclip,rankclip-cross,rankclip-in,cyclip,alip}" in done.output
+    assert "--loss rankclip, rankclip-cross, rankclip-in:" in done.output
     assert f"--rankclip-schedule {{{','.join(schedules.NAMES)}}}" in done.output
-    for option in arguments.options():
-        assert option.flag in done.output
+    for name in registry.BUILT_IN:
+        entry = registry.candidates()[name].load()
+        assert f"{name}: {entry.help}" in " ".join(done.output.split())
+        for option in entry.options:
+            assert arguments.flag(name, entry, option) in done.output
 
 
 def test_a10_unknown_loss_ends_the_command_with_a_usage_error(processes: Processes) -> None:
@@ -46,14 +50,16 @@ def test_both_spellings_select_the_loss_and_fill_in_defaults(argv: list[str]) ->
     args = parse_args(argv)
     assert args.loss == "rankclip"
     assert args.loss_dist_impl is None
+    entry = registry.candidates()["rankclip"].load()
     assert {name for name in vars(args) if name.startswith("rankclip_")} == {
-        o.dest for o in arguments.options()
+        arguments.dest("rankclip", entry, option) for option in entry.options
     }
+    assert not [name for name in vars(args) if name.startswith(("cyclip_", "alip_"))]
 
 
 def test_arguments_without_loss_are_those_of_the_trainer() -> None:
     args = vars(parse_args([]))
-    assert not [name for name in args if name == "loss" or name.startswith("rankclip")]
+    assert not [name for name in args if name == "loss" or name.startswith(("rankclip", "cyclip", "alip"))]
 
 
 @pytest.mark.parametrize("abbreviation", ["--loss-d", "--loss-dist-impl"])
@@ -177,7 +183,7 @@ def test_broken_library_stops_only_runs_that_ask(
     def broken() -> None:
         raise ImportError("no rankloss")
 
-    monkeypatch.setattr(arguments, "options", broken)
+    monkeypatch.setattr(arguments, "_own_entries", broken)
     assert parse_args([]).loss_dist_impl is None
     assert "--loss is not available in this run" in caplog.text
     assert "rankloss cannot be imported (ImportError: no rankloss)" in refused(capsys, *RANKCLIP)
@@ -225,7 +231,7 @@ def test_log_remarks_once_on_a_version_that_was_not_tested(
 def test_unpatched_trainer_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seams, "unpatched", lambda: ["open_clip_train.train.train_one_epoch"])
+    monkeypatch.setattr(seams, "unpatched", lambda captions: ["open_clip_train.train.train_one_epoch"])
     assert "did not reach open_clip_train.train.train_one_epoch" in refused(capsys, *RANKCLIP)
 
 
