@@ -156,8 +156,15 @@ class PairTokenizer:
         return getattr(self.tokenizer, name)
 
     def __call__(self, texts: str | list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Tokenize both captions of every text."""
+        """Tokenize both captions of every text.
+
+        Raises:
+            ValueError: A text is not two joined captions.
+        """
         pairs = [text.split(_SEPARATOR) for text in ([texts] if isinstance(texts, str) else texts)]
+        for pair in pairs:
+            if len(pair) != 2:
+                raise ValueError(f"a training text must be two joined captions, got {len(pair)}: {pair!r}")
         tokens: Tensor = self.tokenizer([caption for pair in pairs for caption in pair], *args, **kwargs)
         return tokens.view(len(pairs), 2, -1)
 

@@ -1,0 +1,124 @@
+"""The state of a loss in the trainer's checkpoints: saved with the optimizer's, and found again."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import open_clip_train.file_utils
+import pytest
+import torch
+from torch import nn
+
+from rankloss import AlipLoss, CyClipLoss
+from rankloss_open_clip import checkpoints
+from rankloss_open_clip.loss import TrainerLoss, start_epoch
+
+DATA = {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=4))}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "_read", None)
+
+
+def loss(history: float = 1.0, criterion: type[nn.Module] = AlipLoss) -> TrainerLoss:
+    if criterion is CyClipLoss:
+        return TrainerLoss(CyClipLoss(), unit="epoch")
+    return TrainerLoss(AlipLoss(initial_history=history), unit="step", first_call="update_histories")
+
+
+def arguments(name: str = "alip", **changes: Any) -> Any:
+    return SimpleNamespace(
+        **{"loss": name, "epochs": 3, "accum_freq": 1, "rank": 0, "resume": None, **changes}
+    )
+
+
+def optimizer() -> torch.optim.Optimizer:
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    built = torch.optim.AdamW([weight])
+    built.step()
+    return built
+
+
+def saved(built: torch.optim.Optimizer, tmp_path: Any) -> str:
+    path = str(tmp_path / "epoch_1.pt")
+    torch.save({"epoch": 1, "optimizer": built.state_dict()}, path)
+    return path
+
+
+def test_state_travels_with_the_optimizer(tmp_path: Any) -> None:
+    first, built = loss(0.25), optimizer()
+    for epoch in range(2):  # one hook, however many epochs
+        start_epoch(first, epoch, DATA, arguments(), built)
+    first.criterion.histories[1] = 0.75
+    assert len(built._optimizer_state_dict_post_hooks) == 1
+    path = saved(built, tmp_path)
+
+    # open_clip's own reader, as patched; it reads no objects but tensors and containers.
+    checkpoint = open_clip_train.file_utils.pt_load(path, map_location="cpu")
+    second = loss()
+    start_epoch(second, 1, DATA, arguments(resume=path), optimizer())
+    assert second.criterion.histories.tolist() == [0.25, 0.75, 0.25]
+    # An optimizer takes the rest as ever.
+    resumed = optimizer()
+    resumed.load_state_dict(checkpoint["optimizer"])
+    assert resumed.state_dict().keys() == {"state", "param_groups"}
+
+
+def test_saved_state_is_a_copy_of_the_moment() -> None:
+    first, built = loss(), optimizer()
+    start_epoch(first, 0, DATA, arguments(), built)
+    state = built.state_dict()
+    file = io.BytesIO()
+    torch.save(state, file)
+    first.criterion.histories.fill_(0)
+    file.seek(0)
+    read = torch.load(file, weights_only=True)[checkpoints.KEY]
+    assert read["loss"] == "alip"
+    assert read["state_dict"]["histories"].tolist() == [1, 1, 1]
+
+
+def test_loss_without_a_state_leaves_checkpoints_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    built = optimizer()
+    start_epoch(loss(criterion=CyClipLoss), 1, DATA, arguments("cyclip", resume="x.pt"), built)
+    assert built.state_dict().keys() == {"state", "param_groups"}
+    assert not built._optimizer_state_dict_post_hooks
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "found"),
+    [
+        ({"epoch": 1, "optimizer": {"state": {}, "param_groups": []}}, "holds no state of a loss"),
+        (
+            {"epoch": 1, "optimizer": {checkpoints.KEY: {"loss": "other", "state_dict": {}}}},
+            "holds the state of --loss other",
+        ),
+    ],
+)
+def test_resuming_without_the_state_is_warned_of(
+    caplog: pytest.LogCaptureFixture, checkpoint: dict[str, Any], found: str
+) -> None:
+    for rank in (0, 1):
+        checkpoints.pick_up(checkpoint)
+        resumed = loss()
+        start_epoch(resumed, 1, DATA, arguments(resume="x.pt", rank=rank), optimizer())
+        assert resumed.criterion.histories.tolist() == [1, 1, 1]
+    (record,) = caplog.records
+    assert "--loss alip has a state that belongs to the run" in record.message
+    assert f"{found}: it starts anew" in record.message
+
+
+def test_new_run_and_bare_weights_are_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    start_epoch(loss(), 0, DATA, arguments(), optimizer())
+    checkpoints.pick_up({"visual.proj": torch.zeros(1)})
+    start_epoch(loss(), 0, DATA, arguments(resume="weights.pt"), optimizer())
+    assert not caplog.records
+
+
+def test_optimizer_that_cannot_save_it_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    start_epoch(loss(), 0, DATA, arguments(), object())
+    assert "--loss alip has a state, and object cannot save it" in caplog.text

@@ -1,0 +1,50 @@
+"""A term of one's own: spread the embeddings of each modality over the sphere."""
+
+import torch
+from torch import nn
+
+import rankloss
+from rankloss.losses import base_entries, combined
+from rankloss_open_clip.registry import LossEntry, Option, weight
+
+
+class UniformLoss(nn.Module):
+    """``base + weight · ramp · [u(V) + u(T)]`` with ``u(X) = log mean_{i<j} exp(−2·‖x_i − x_j‖²)``."""
+
+    def __init__(self, base=None, *, weight=0.1):
+        super().__init__()
+        self.base = rankloss.ClipLoss() if base is None else base
+        self.weight = weight
+        self.ramp = 1.0
+
+    def set_progress(self, step, total_steps):
+        """Let the weight grow over training; called before every optimizer step."""
+        self.ramp = step / total_steps
+
+    def forward(
+        self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False, **base_inputs
+    ):
+        entries = base_entries(
+            self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
+        )
+        terms = [torch.pdist(x).square().mul(-2).exp().mean().log() for x in (image_features, text_features)]
+        return combined(entries, {"uniform_loss": self.weight * self.ramp * sum(terms)}, output_dict)
+
+
+class LoggedUniformLoss(UniformLoss):
+    """The same for the trainer, which logs what does not end in ``_loss``."""
+
+    def forward(self, *inputs, **named):
+        entries = super().forward(*inputs, **named)
+        entries["uniform_weight"] = torch.tensor(self.weight * self.ramp)
+        return entries
+
+
+UNIFORM = LossEntry(
+    build=lambda base, args: LoggedUniformLoss(base, weight=args.uniform_weight),
+    help="the trainer's own plus a uniformity term",
+    options=(Option("weight", 0.1, "weight of the term", {"type": weight, "metavar": "X"}),),
+    refuse=lambda args: "uniform needs at least three pairs" if args.batch_size < 3 else None,
+    describe=lambda args: f"weight up to {args.uniform_weight:g}",
+    unit="step",
+)

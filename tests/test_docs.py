@@ -1,0 +1,36 @@
+"""The documents: their examples run, and the code they show is the code that is tested."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COMPOSITION = ROOT / "docs/composition.md"
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_examples_of_composition_run() -> None:
+    failures, count = doctest.testfile(str(COMPOSITION), module_relative=False)
+    assert count >= 8
+    assert failures == 0
+
+
+def test_composition_shows_the_package_that_the_tests_install() -> None:
+    package = ROOT / "tests/rankloss_open_clip/third_party_loss"
+    assert (package / "uniform_clip.py").read_text() in blocks(COMPOSITION, "python")
+    (registration,) = blocks(COMPOSITION, "toml")
+    assert registration in (package / "pyproject.toml").read_text()
+
+
+def test_composition_names_every_field_of_an_entry() -> None:
+    source = (ROOT / "integrations/rankloss_open_clip/registry.py").read_text()
+    fields = re.findall(
+        r"^    (\w+): ", source.partition("class LossEntry")[2].partition("@dataclass")[0], re.MULTILINE
+    )
+    assert fields[0] == "build"
+    assert re.findall(r"^\| `(\w+)` \|", COMPOSITION.read_text(), re.MULTILINE) == fields
