@@ -74,7 +74,7 @@ def start_line(run: Run) -> str:
 
 def assert_loss_is_the_sum(run: Run, terms: list[str], metrics: list[str]) -> None:
     shown = run.scalars
-    assert {name for name in shown if name.endswith("_loss")} == set(terms)
+    assert {name for name in shown if name.endswith("_loss") and "/" not in name} == set(terms)
     assert {*metrics} <= shown.keys()
     for step, loss in shown["loss"].items():
         assert loss == pytest.approx(sum(shown[term][step] for term in terms), rel=1e-6)
