@@ -7,7 +7,8 @@ import itertools
 from torch import Tensor
 
 from rankloss import RankClipLoss
-from rankloss_open_clip.loss import Position, TrainerLoss
+from rankloss_open_clip.loss import Position
+from rankloss_open_clip.rank_clip import RankClipTrainerLoss
 
 
 def check_agreement(rank: int, world_size: int, whole: dict[str, Tensor], expected: dict[str, float]) -> None:
@@ -17,7 +18,7 @@ def check_agreement(rank: int, world_size: int, whole: dict[str, Tensor], expect
         criterion = RankClipLoss(
             local_loss=local_loss, gather_with_grad=gather_with_grad, rank=rank, world_size=world_size
         )
-        loss = TrainerLoss(criterion, unit="epoch", sums_every_value=True, agreement_every=2)
+        loss = RankClipTrainerLoss(criterion, unit="epoch", sums_every_value=True, agreement_every=2)
         loss.start_epoch(Position(epoch=0, epochs=2, steps=4, accum_freq=1))
         keys = set()
         for step in range(3):

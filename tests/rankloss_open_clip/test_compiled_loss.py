@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from rankloss import RankClipLoss
 from rankloss_open_clip import seams
 from rankloss_open_clip.loss import Position, TrainerLoss
+from rankloss_open_clip.rank_clip import RankClipTrainerLoss
 
 EPOCHS, STEPS = 4, 5
 
@@ -79,7 +80,9 @@ def test_lambda_changes_without_a_recompilation(
 ) -> None:
     def loss() -> TrainerLoss:
         criterion = RankClipLoss(open_clip.ClipLoss(), schedule=schedule)
-        return TrainerLoss(criterion, unit=unit, sums_every_value=False, agreement_every=agreement_every)
+        return RankClipTrainerLoss(
+            criterion, unit=unit, sums_every_value=False, agreement_every=agreement_every
+        )
 
     eager = loss()
     expected = losses_of_a_run(eager, Step(eager))

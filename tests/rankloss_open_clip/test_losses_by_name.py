@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import cpu_ddp
 import pytest
 import torch
 from trainer_runs import SAMPLES, STEPS, Run, Runs, Trainer
@@ -59,6 +60,14 @@ def by_name(trainer: Trainer) -> Iterator[Runs]:
     add("cyclip siglip", "cyclip", "--epochs", "1", "--siglip", "--cyclip-lambda-in", "0")
     add("rankclip-cross", "rankclip-cross", *constant)
     add("rankclip-in", "rankclip-in", *constant)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--")
+    both = ["--local-loss", "--gather-with-grad"]
+    for name, *options in (
+        ("alip, two processes", "--batch-size", "32", "--gather-with-grad"),
+        ("alip, two processes, accumulation", "--batch-size", "16", "--accum-freq", "2", *both),
+    ):
+        options = ["--loss", "alip", *csv, *WHOLE, "--epochs", "2", *options]
+        runs.add(name, trainer.run, name, *options, command=(*torchrun, cpu_ddp.__file__))
     runs["alip"]  # its first checkpoint is resumed from
     checkpoint = trainer.directory / "logs/alip/checkpoints/epoch_1.pt"
     add("alip resumed", "alip", *csv, *WHOLE, "--epochs", "3", "--resume", str(checkpoint))
@@ -177,6 +186,20 @@ def test_accumulated_step_is_the_step_of_the_whole_batch(by_name: Runs) -> None:
         assert accumulated[name][0] == pytest.approx(whole[name][0], rel=1e-5), name
         # The trainer's own gradient of the scale is twice as large under accumulation.
         assert accumulated[name][1] == pytest.approx(whole[name][1], rel=1e-2), name
+
+
+def test_two_processes_are_one(by_name: Runs) -> None:
+    whole, two = by_name["alip"].scalars, by_name["alip, two processes"].scalars
+    for name in ("loss", *ALIP_TERMS, *HISTORIES):
+        assert two[name][0] == pytest.approx(whole[name][0], rel=1e-5), name
+        assert two[name][1] == pytest.approx(whole[name][1], rel=1e-3), name
+
+
+def test_two_processes_that_accumulate_have_the_histories_of_the_whole_batch(by_name: Runs) -> None:
+    whole, two = by_name["alip"].scalars, by_name["alip, two processes, accumulation"].scalars
+    for name in HISTORIES:
+        assert two[name][0] == pytest.approx(whole[name][0], rel=1e-6), name
+        assert two[name][1] == pytest.approx(whole[name][1], rel=1e-3), name
 
 
 def test_resumed_run_goes_on_with_its_histories(by_name: Runs) -> None:
