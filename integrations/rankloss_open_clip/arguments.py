@@ -12,7 +12,7 @@ import logging
 import sys
 from typing import Any
 
-from rankloss_open_clip import bootstrap, registry
+from rankloss_open_clip import bootstrap, registry, versions
 from rankloss_open_clip.registry import BUILT_IN, TRAINERS_OWN, LossEntry, Option
 
 BASE_LOSS = "rankclip_base_loss"
@@ -195,6 +195,10 @@ def _complete(parser: argparse.ArgumentParser, args: Any, entries: dict[str, Los
         parser.error(f"argument --loss: {verdict.remark}")
     if getattr(args, "horovod", False):
         parser.error(f"argument --loss: {name} does not work with --horovod, use torchrun")
+    if _is_generative(args):
+        parser.error(
+            f"argument --loss: {name} compares images with texts, but {args.model} is trained to generate"
+        )
     reason = wanted.refuse(args)
     needs_caption = reason is None and wanted.caption_key(args) is not None
     if needs_caption:
@@ -209,3 +213,12 @@ def _complete(parser: argparse.ArgumentParser, args: Any, entries: dict[str, Los
     missing = seams.unpatched(captions=needs_caption)
     if missing:
         parser.error(f"argument --loss: rankloss_open_clip did not reach {', '.join(missing)}")
+
+
+def _is_generative(args: Any) -> bool:
+    """Whether open_clip builds a task that compares nothing, which it decides by the model's name."""
+    from open_clip import factory
+
+    name = getattr(args, "model", "").lower()
+    # Releases without tasks have no such models: there the name means nothing.
+    return hasattr(factory, "create_task") and ("genlip" in name or "genlap" in name)

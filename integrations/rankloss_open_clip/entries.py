@@ -54,11 +54,25 @@ _RANKCLIP_OPTIONS = (
     Option("discount", "none", "weight of a rank: 1, or 1/log(1 + rank)", {"choices": ("none", "log")}),
     Option("top-k", None, "count only the best ranks of each list", {"type": count, "metavar": "K"}, "all"),
     Option(
+        "method",
+        "sort",
+        "rank a list by its exact order, or faster by bins of the reference",
+        {"choices": ("sort", "bin")},
+    ),
+    Option("bins", 2048, "number of bins of --rankclip-method bin", {"type": count, "metavar": "B"}),
+    Option(
         "chunk-size",
         None,
         "rows computed at a time: less memory, same result",
         {"type": count, "metavar": "ROWS"},
         "from the sizes and the device",
+    ),
+    Option(
+        "memory-budget",
+        None,
+        "bytes that matrices of the whole batch may take to save products: more memory, same result",
+        {"type": count, "metavar": "BYTES"},
+        "64 MiB on a CPU, 1 GiB elsewhere",
     ),
     Option(
         "agreement-every",
@@ -72,7 +86,7 @@ _RANKCLIP_OPTIONS = (
 
 def _rankclip(base: nn.Module, args: Any) -> rankloss.RankClipLoss:
     return rankloss.RankClipLoss(
-        base,
+        _shareable(base, args),
         schedule=args.rankclip_schedule,
         lambda_cross=args.rankclip_lambda_cross,
         lambda_in=args.rankclip_lambda_in,
@@ -81,9 +95,22 @@ def _rankclip(base: nn.Module, args: Any) -> rankloss.RankClipLoss:
         ties=args.rankclip_ties,
         discount=None if args.rankclip_discount == "none" else args.rankclip_discount,
         top_k=args.rankclip_top_k,
+        method=args.rankclip_method,
+        bins=args.rankclip_bins,
         chunk_size=args.rankclip_chunk_size,
+        memory_budget=args.rankclip_memory_budget,
         **layout(args, rows=args.rankclip_lists == "row"),
     )
+
+
+def _shareable(base: nn.Module, args: Any) -> nn.Module:
+    """CLIP's loss as rankloss has it, which shares its gathering and its products with the rank terms.
+
+    Any other loss, a subclass of CLIP's included, stays what it is.
+    """
+    from open_clip.loss import ClipLoss
+
+    return rankloss.ClipLoss(**layout(args)) if type(base) is ClipLoss else base
 
 
 def _build_rankclip(base: nn.Module, args: Any) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import rankloss
 from rankloss_open_clip import checkpoints, registry
+from rankloss_open_clip.versions import judge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -105,8 +106,8 @@ class TrainerLoss(nn.Module):
         if self.unit == "epoch":
             self._tell("set_epoch", position.epoch + 1, position.epochs)
 
-    # A compiler would cut the rank terms into dozens of graphs at their data-dependent branches, and would
-    # compile again as the clock moves. So it breaks its graph here, once, and what follows runs as it is.
+    # The clock moves at every call, and a compiler would compile again with it. So it breaks its graph here,
+    # once, and what follows runs as it is.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -200,9 +201,11 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
 
     Raises:
         TypeError: What is built is no module.
-        ValueError: The loss has parameters.
+        ValueError: The loss has parameters, or the trainer's own loss does not take the features of images
+            and texts.
     """
     name = args.loss
+    _check_forward(name, base)
     candidate = registry.candidates()[name]
     entry = candidate.load()
     loss = entry.build(base, args)
@@ -248,6 +251,18 @@ def start_epoch(loss: object, epoch: int, data: Mapping[str, Any], args: Any, op
     loss.start_epoch(Position(epoch=epoch, epochs=args.epochs, steps=steps, accum_freq=args.accum_freq))
 
 
+def _check_forward(name: str, base: nn.Module) -> None:
+    parameters = inspect.signature(base.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    missing = {"image_features", "text_features", "logit_scale", "output_dict"} - parameters.keys()
+    if missing:
+        raise ValueError(
+            f"--loss {name} needs a trainer that compares images with texts, but "
+            f"{type(base).__name__}.forward takes no {', '.join(sorted(missing))}"
+        )
+
+
 def _log_start(candidate: registry.Candidate, loss: TrainerLoss, base: nn.Module, text: str) -> None:
     from open_clip import __version__ as open_clip_version
 
@@ -255,8 +270,15 @@ def _log_start(candidate: registry.Candidate, loss: TrainerLoss, base: nn.Module
         "Loss: %s (%s) %s %s, %sopen_clip %s",
         candidate.name,
         candidate.package or f"rankloss {rankloss.__version__}",
-        "on" if any(part is base for part in loss.modules()) else "in place of",
+        "on" if _stands_on(loss, base) else "in place of",
         type(base).__name__,
         f"{text}, " if text else "",
         open_clip_version,
     )
+    remark = judge(open_clip_version).remark
+    if remark:
+        _logger.warning(remark)
+
+
+def _stands_on(loss: nn.Module, base: nn.Module) -> bool:
+    return any(part is base or isinstance(part, rankloss.ClipLoss) for part in loss.modules())

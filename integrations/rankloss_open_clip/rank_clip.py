@@ -64,7 +64,7 @@ class RankClipTrainerLoss(TrainerLoss):
         metrics = {"rank_lambda": torch.full((), self.criterion.schedule_value, device=image_features.device)}
         if any(weights.values()):
             raw = {name: terms[f"{name}_loss"].detach() / weight for name, weight in weights.items()}
-        else:
+        elif weights:
             raw = self._untrained_terms(image_features, text_features, logit_scale)
             for name in weights:
                 # The zeros look like the terms whose place they hold: a compiled trainer sees no change.

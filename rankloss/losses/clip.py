@@ -68,7 +68,8 @@ class ClipLoss(nn.Module):
         check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
         images, texts = self.gather(image_features, text_features)
         first = 0  # this process's first row among the columns
-        if self.gather.anchors_are_local:
+        # In open_clip's own order of operations, which gives its own bits.
+        if self.gather.anchors_are_local or self.gather.world_size == 1:
             logits = logit_scale * image_features @ texts.T, logit_scale * text_features @ images.T
             first = self.gather.rank * len(image_features)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rankloss import schedules
 from rankloss.losses.clip import ClipLoss
+from rankloss.losses.composition import base_entries, combined
 from rankloss.losses.rank_consistency import RankConsistency
 from rankloss.losses.weights import check_weight
 from rankloss.schedules import Schedule
@@ -151,7 +152,9 @@ class RankClipLoss(nn.Module):
         fused = self._fuses and (cross_modal or in_modal)
         entries: dict[str, Tensor] = {}
         if not fused:
-            entries = self._base_entries(image_features, text_features, logit_scale, logit_bias, base_inputs)
+            entries = base_entries(
+                self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
+            )
         contrastive, cross, in_ = self.consistency.weighted_terms(
             image_features,
             text_features,
@@ -163,30 +166,9 @@ class RankClipLoss(nn.Module):
         )
         if fused:
             # A bias moves all logits alike, to no effect; it stays in the graph, as DDP wants of a parameter.
-            entries["contrastive_loss"] = (
-                contrastive if logit_bias is None else contrastive + 0 * logit_bias.sum()
-            )
-        entries["cross_modal_loss"], entries["in_modal_loss"] = cross, in_
-        return entries if output_dict else sum(entries.values(), cross.new_zeros(()))
-
-    def _base_entries(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | None,
-        base_inputs: dict[str, Any],
-    ) -> dict[str, Tensor]:
-        if logit_bias is not None:  # not every loss takes one
-            base_inputs["logit_bias"] = logit_bias
-        base = self.base(
-            image_features=image_features,  # by name: not every loss has them in this order
-            text_features=text_features,
-            logit_scale=logit_scale,
-            output_dict=True,
-            **base_inputs,
-        )
-        return dict(base) if isinstance(base, Mapping) else {"contrastive_loss": base}
+            bias = 0.0 if logit_bias is None else 0 * logit_bias.sum()
+            entries["contrastive_loss"] = contrastive + bias
+        return combined(entries, {"cross_modal_loss": cross, "in_modal_loss": in_}, output_dict)
 
     @property
     def _fuses(self) -> bool:
