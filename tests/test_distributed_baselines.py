@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from batches import gradients, relative_error, unit_rows
+from collectives import Collectives
+from process_pool import Pool
 from rankloss import AlipLoss, ClipLoss, CyClipLoss, RankClipLoss, reference
 
 N_PER_RANK, D, SCALE = 3, 5, 10.0
@@ -122,13 +125,15 @@ SIMULATED = {"cyclic": cyclic, "cyclip": cyclip, "alip": alip}
 
 @pytest.mark.parametrize("name", SIMULATED)
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_every_combination_of_the_flags(pool, name: str, local_loss: bool, gather_with_grad: bool) -> None:
+def test_every_combination_of_the_flags(
+    pool: Pool, name: str, local_loss: bool, gather_with_grad: bool
+) -> None:
     actual = averaged(pool.run(shard, name, local_loss, gather_with_grad))
     assert_same(actual, simulated(SIMULATED[name], pool.world_size, local_loss, gather_with_grad))
 
 
 @pytest.mark.parametrize("name", SIMULATED)
-def test_exact_combinations_are_the_single_process(pool, name: str) -> None:
+def test_exact_combinations_are_the_single_process(pool: Pool, name: str) -> None:
     w = pool.world_size
     v, t, c, s = inputs = leaves(w)
     value = make(name)(v, t, s, **({"caption_features": c} if name == "alip" else {}))
@@ -143,7 +148,7 @@ def test_exact_combinations_are_the_single_process(pool, name: str) -> None:
     assert_same(averaged(pool.run(shard, name, False, False)), [expected[0], *towers, expected[4]])
 
 
-def test_local_loss_alone_halves_the_cyclic_terms_and_turns_them_nowhere(pool) -> None:
+def test_local_loss_alone_halves_the_cyclic_terms_and_turns_them_nowhere(pool: Pool) -> None:
     """Σ_ij e_ij² with e symmetric up to its sign: rows and columns have equal shares in the gradient."""
     exact = simulated(cyclic, pool.world_size, True, True)
     alone = averaged(pool.run(shard, "cyclic", True, False))
@@ -163,7 +168,7 @@ def ratios(rank: int, world_size: int, local_loss: bool, gather_with_grad: bool)
     return [torch.autograd.grad(entry, inputs[0], retain_graph=True)[0] for entry in entries.values()]
 
 
-def test_balance_of_terms_and_base_does_not_depend_on_the_launch(pool) -> None:
+def test_balance_of_terms_and_base_does_not_depend_on_the_launch(pool: Pool) -> None:
     v, t, _, s = leaves(pool.world_size)
     entries = CyClipLoss()(v, t, s, output_dict=True)
     single = [torch.autograd.grad(entry, v, retain_graph=True)[0].norm() for entry in entries.values()]
@@ -190,7 +195,7 @@ def histories(rank: int, world_size: int, local_loss: bool, gather_with_grad: bo
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
 def test_histories_are_those_of_the_whole_batch_and_the_same_bits_everywhere(
-    pool, local_loss: bool, gather_with_grad: bool
+    pool: Pool, local_loss: bool, gather_with_grad: bool
 ) -> None:
     results = pool.run(histories, local_loss, gather_with_grad)
     v, t, c, _ = (x.detach().numpy() for x in leaves(pool.world_size))
@@ -213,7 +218,59 @@ def composed(rank: int, world_size: int) -> list[Tensor]:
     return [value.detach(), *gradients(value, inputs, 1.0)]
 
 
-def test_composition_is_exact_too(pool) -> None:
+def test_composition_is_exact_too(pool: Pool) -> None:
     v, t, c, s = inputs = leaves(pool.world_size)
     value = RankClipLoss(CyClipLoss(AlipLoss()), schedule="constant")(v, t, s, caption_features=c)
     assert_same(averaged(pool.run(composed)), [value.detach(), *gradients(value, inputs, 1.0)])
+
+
+def collectives(rank: int, world_size: int, name: str) -> dict[str, int]:
+    inputs = leaves(world_size)
+    v, t, c = (x.chunk(world_size)[rank] for x in inputs[:3])
+    loss = make(name, local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+    given = {"caption_features": c} if name == "alip" else {}
+    with Collectives() as calls:
+        loss(v, t, inputs[3], **given)
+    return dict(calls.counts)
+
+
+@pytest.mark.parametrize("name", ["cyclip", "alip"])
+def test_features_are_gathered_once(pool: Pool, name: str) -> None:
+    """Images, and texts: ALIP's two captions in one call, CyCLIP's for its terms and its base."""
+    assert pool.run(collectives, name) == [{"allgather": 2}] * pool.world_size
+
+
+def of_group(rank: int, world_size: int, name: str) -> list[Tensor]:
+    """The batch is spread over the even, or over the odd, ranks; with three, one of them has it alone."""
+    groups = [dist.new_group(list(range(parity, world_size, 2))) for parity in (0, 1)]
+    group = groups[rank % 2]
+    size, position = dist.get_world_size(group), dist.get_rank(group)
+    inputs = leaves(size)
+    v, t, c = (x.chunk(size)[position] for x in inputs[:3])
+    loss = make(name, local_loss=True, gather_with_grad=True, rank=position, world_size=size, group=group)
+    value = loss(v, t, inputs[3], **({"caption_features": c} if name == "alip" else {}))
+    return [value.detach(), *torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("name", SIMULATED)
+def test_losses_take_a_group_and_look_no_further(pool: Pool, name: str) -> None:
+    results = pool.run(of_group, name)
+    for parity in (0, 1):
+        group = results[parity::2]
+        assert_same(averaged(group), simulated(SIMULATED[name], len(group), True, True))
+
+
+def one_pair(rank: int, world_size: int, name: str) -> Tensor:
+    v, t, c, s = leaves(world_size)
+    own = slice(rank, rank + 1)
+    loss = make(name, local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+    return loss(v[own], t[own], s, **({"caption_features": c[own]} if name == "alip" else {}))
+
+
+@pytest.mark.parametrize("name", ["cyclip", "alip"])
+def test_one_pair_per_process_is_enough(pool: Pool, name: str) -> None:
+    v, t, c, s = (x[: pool.world_size] if x.dim() else x for x in leaves(pool.world_size))
+    expected = make(name)(v, t, s, **({"caption_features": c} if name == "alip" else {}))
+    torch.testing.assert_close(
+        torch.stack(pool.run(one_pair, name)).mean(), expected.detach(), rtol=1e-9, atol=0
+    )

@@ -1,4 +1,4 @@
-"""``--loss rankclip`` for the unmodified ``python -m open_clip_train.main``.
+"""``--loss`` for the unmodified ``python -m open_clip_train.main``: RankCLIP, CyCLIP, ALIP, and other packages'.
 
 Nothing is imported here: torch loads :mod:`rankloss_open_clip.bootstrap` in every program that imports torch,
 so this package must cost nothing until open_clip's trainer is met.

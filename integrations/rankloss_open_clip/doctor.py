@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 
-from rankloss_open_clip import bootstrap
+from rankloss_open_clip import bootstrap, registry
 from rankloss_open_clip.versions import judge
 
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
@@ -76,6 +76,8 @@ def main() -> int:
         remark = judge(_version("open_clip")).remark
         if remark:
             print(f"But {remark}.")
+        for sentence in _other_packages():
+            print(sentence)
         return 0
     print("No: `python -m open_clip_train.main ... --loss rankclip` will not be honoured here.")
     for problem in problems:
@@ -102,6 +104,21 @@ def _unpatched() -> list[str]:
     from rankloss_open_clip import seams
 
     return [f"{name} is not patched: another import hook loads it first." for name in seams.unpatched()]
+
+
+def _other_packages() -> list[str]:
+    """What other packages register: it works, or it does not, for those who ask for it."""
+    sentences = [f"{sentence}." for sentence in registry.shadowed()]
+    for name, candidate in registry.candidates().items():
+        if candidate.package:
+            try:
+                candidate.load()
+            except Exception as error:
+                fault = f"{type(error).__name__}: {error}"
+                sentences.append(f"--loss {name} ({candidate.package}) cannot be used: {fault}.")
+            else:
+                sentences.append(f"--loss {name} ({candidate.package}) can be used as well.")
+    return sentences
 
 
 def _version(module: str) -> str:

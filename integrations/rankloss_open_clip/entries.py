@@ -104,7 +104,7 @@ def _rankclip(base: nn.Module, args: Any) -> rankloss.RankClipLoss:
 
 
 def _shareable(base: nn.Module, args: Any) -> nn.Module:
-    """CLIP's loss as rankloss has it, which shares its gathering and its products with the rank terms.
+    """CLIP's loss as rankloss has it, which shares its gathering, and its products, with the terms on it.
 
     Any other loss, a subclass of CLIP's included, stays what it is.
     """
@@ -191,7 +191,7 @@ RANKCLIP_IN = _without("cross")
 
 def _build_cyclip(base: nn.Module, args: Any) -> rankloss.CyClipLoss:
     return rankloss.CyClipLoss(
-        base,
+        _shareable(base, args),
         lambda_cross=args.cyclip_lambda_cross,
         lambda_in=args.cyclip_lambda_in,
         **layout(args),

@@ -46,6 +46,8 @@ class AlipLoss(nn.Module):
         gather_with_grad: let gradients through the gathering of features, as in open_clip's ClipLoss.
         rank: this process's rank.
         world_size: number of processes; with more than one, features are gathered from all.
+        group: the process group that the batch is spread over, where it is not the default one; ``rank`` and
+            ``world_size`` are this process's rank in it and its size.
 
     Attributes:
         histories: H, Hʳ and Hᶜ, ``[3]``: a buffer, and so part of ``state_dict()``. It stays float64 when the
@@ -61,7 +63,7 @@ class AlipLoss(nn.Module):
     Raises:
         ValueError: for a γ that is negative or not finite, a momentum outside [0, 1], or an initial history
             that is not finite; in ``forward`` for features that are not three floating-point matrices of one
-            shape with at least two rows.
+            shape with at least two rows in the whole batch.
 
     References:
         "ALIP: Adaptive Language-Image Pre-training with Synthetic Caption", ICCV 2023.
@@ -88,6 +90,7 @@ class AlipLoss(nn.Module):
         gather_with_grad: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        group: Any = None,
     ) -> None:
         super().__init__()
         self.gamma_sample = check_weight("gamma_sample", gamma_sample)
@@ -97,7 +100,7 @@ class AlipLoss(nn.Module):
         self.momentum = momentum
         if not math.isfinite(initial_history):
             raise ValueError(f"initial_history must be finite; got {initial_history!r}")
-        self.gather = Gather(local_loss, gather_with_grad, rank, world_size)
+        self.gather = Gather(local_loss, gather_with_grad, rank, world_size, group)
         self.register_buffer("histories", torch.full((3,), initial_history, dtype=torch.float64))
 
     def forward(
@@ -122,7 +125,7 @@ class AlipLoss(nn.Module):
             caption_features: the synthetic captions, ``[N, D]``.
             update_histories: whether this call moves the histories; None: in training mode.
         """
-        check_features(image_features, text_features)
+        check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
         _check_captions(caption_features, text_features)
         # Both captions in one collective.
         images, captions = self.gather(image_features, torch.stack([text_features, caption_features], dim=1))

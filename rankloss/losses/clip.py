@@ -66,7 +66,20 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` a dict of it."""
         check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
-        images, texts = self.gather(image_features, text_features)
+        gathered = self.gather(image_features, text_features)
+        loss = self.of_gathered(image_features, text_features, gathered, logit_scale, logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def of_gathered(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        gathered: tuple[Tensor, Tensor],
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, for a caller that has gathered the features of all processes already."""
+        images, texts = gathered
         first = 0  # this process's first row among the columns
         # In open_clip's own order of operations, which gives its own bits.
         if self.gather.anchors_are_local or self.gather.world_size == 1:
@@ -78,5 +91,4 @@ class ClipLoss(nn.Module):
         target = first + torch.arange(len(logits[0]), device=image_features.device)
         if logit_bias is not None:
             logits = logits[0] + logit_bias, logits[1] + logit_bias
-        loss = (F.cross_entropy(logits[0], target) + F.cross_entropy(logits[1], target)) / 2
-        return {"contrastive_loss": loss} if output_dict else loss
+        return (F.cross_entropy(logits[0], target) + F.cross_entropy(logits[1], target)) / 2

@@ -37,6 +37,8 @@ class CyClipLoss(nn.Module):
         gather_with_grad: let gradients through the gathering of features, as in open_clip's ClipLoss.
         rank: this process's rank.
         world_size: number of processes; with more than one, features are gathered from all.
+        group: the process group that the batch is spread over, where it is not the default one; ``rank`` and
+            ``world_size`` are this process's rank in it and its size.
 
     Shapes:
         ``image_features`` and ``text_features``: ``[N, D]``; the result is a scalar. ``output_dict=True``
@@ -45,8 +47,8 @@ class CyClipLoss(nn.Module):
 
     Raises:
         ValueError: for a weight that is negative or not finite; in ``forward`` for features that are not two
-            floating-point matrices of one shape with at least two rows, or a base that has entries of the
-            same names.
+            floating-point matrices of one shape with at least two rows in the whole batch, or a base that has
+            entries of the same names.
 
     References:
         "CyCLIP: Cyclic Contrastive Language-Image Pretraining", NeurIPS 2022.
@@ -68,9 +70,10 @@ class CyClipLoss(nn.Module):
         gather_with_grad: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        group: Any = None,
     ) -> None:
         super().__init__()
-        self.gather = Gather(local_loss, gather_with_grad, rank, world_size)
+        self.gather = Gather(local_loss, gather_with_grad, rank, world_size, group)
         self.base = ClipLoss(**vars(self.gather)) if base is None else base
         self.lambda_cross = check_weight("lambda_cross", lambda_cross)
         self.lambda_in = check_weight("lambda_in", lambda_in)
@@ -85,10 +88,18 @@ class CyClipLoss(nn.Module):
         **base_inputs: Any,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` its summands; ``base_inputs`` go to the base alone."""
-        entries = base_entries(
-            self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
-        )
-        cross, in_ = self.terms(image_features, text_features)
+        check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
+        gathered = self.gather(image_features, text_features)
+        base = self.base
+        if type(base) is ClipLoss and base.gather == self.gather and not base_inputs:
+            # What is gathered for the terms serves CLIP's loss of the same rows as well.
+            clip = base.of_gathered(image_features, text_features, gathered, logit_scale, logit_bias)
+            entries = {"contrastive_loss": clip}
+        else:
+            entries = base_entries(
+                base, image_features, text_features, logit_scale, logit_bias, **base_inputs
+            )
+        cross, in_ = self._terms(image_features, text_features, gathered)
         own = {
             "cyclic_cross_modal_loss": self.lambda_cross * cross,
             "cyclic_in_modal_loss": self.lambda_in * in_,
@@ -96,8 +107,13 @@ class CyClipLoss(nn.Module):
         return combined(entries, own, output_dict)
 
     def terms(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Both terms without their weights; one whose weight is 0 is a zero that costs nothing."""
-        check_features(image_features, text_features)
+        """Both terms without their weights; one whose weight is 0 is a zero, and not computed."""
+        check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
+        return self._terms(image_features, text_features, self.gather(image_features, text_features))
+
+    def _terms(
+        self, image_features: Tensor, text_features: Tensor, gathered: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(
             torch.promote_types(image_features.dtype, text_features.dtype), torch.float32
         )
@@ -105,9 +121,8 @@ class CyClipLoss(nn.Module):
         if self.lambda_cross == 0 and self.lambda_in == 0:
             return zero, zero
         with torch.autocast(image_features.device.type, enabled=False):
-            images, texts = self.gather(image_features, text_features)
-            anchors = items = _Moments.of(images, texts)
-            n = len(images)
+            anchors = items = _Moments.of(*gathered)
+            n = len(gathered[0])
             if self.gather.anchors_are_local:
                 anchors, n = _Moments.of(image_features, text_features), len(image_features)
             return (

@@ -57,6 +57,7 @@ def commands(trainer: Trainer, installed: dict[str, str]) -> Iterator[Processes]
     main = ("-m", "open_clip_train.main")
     table.add("help", trainer.python, *main, "--help", COLUMNS="400", **installed)
     table.add("broken", trainer.python, *main, "--loss", "broken", **installed)
+    table.add("doctor", trainer.python, "-m", "rankloss_open_clip.doctor", **installed)
     table.add("refused", trainer.python, *main, "--loss", "uniform", "--batch-size", "2", **installed)
     yield table
     table.close()
@@ -107,3 +108,13 @@ def test_what_is_broken_or_refused_ends_with_a_usage_error(commands: Processes) 
     ):
         assert commands[name].returncode == 2
         assert message in commands[name].output
+
+
+def test_doctor_tells_what_other_packages_register(commands: Processes) -> None:
+    done = commands["doctor"]
+    assert done.returncode == 0
+    assert "--loss uniform (uniform-clip 1.2) can be used as well." in done.output
+    assert "--loss broken (broken-package 0.1) cannot be used: OSError: sabotaged." in done.output
+    assert (
+        "uniform_clip:UNIFORM is registered as a loss under the name 'cyclip', which is taken." in done.output
+    )
