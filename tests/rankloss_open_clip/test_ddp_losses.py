@@ -71,8 +71,9 @@ def terms(
     """The terms that this rank trains, and its λ."""
     outputs = inputs(base, dtype)
     shares = {name: x.chunk(world_size)[rank] if x.dim() else x for name, x in outputs.items()}
-    losses = built(rank, world_size, base, argv)(**shares, output_dict=True)
-    rank_lambda = losses.pop("rank_lambda").item()
+    entries = built(rank, world_size, base, argv)(**shares, output_dict=True)
+    losses = {name: value for name, value in entries.items() if name.endswith("_loss")}
+    rank_lambda = entries["rank_lambda"].item()
     by = (outputs["image_features"], outputs["text_features"], outputs["logit_scale"])
     return {name: [value.detach(), *_gradients(value, by)] for name, value in losses.items()}, rank_lambda
 
