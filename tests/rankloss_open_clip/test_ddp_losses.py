@@ -68,7 +68,7 @@ def inputs(base: str, dtype: torch.dtype) -> dict[str, Tensor]:
 def terms(
     rank: int, world_size: int, base: str, argv: list[str], dtype: torch.dtype = torch.float64
 ) -> tuple[Terms, float]:
-    """The terms that this rank trains, and its λ."""
+    """What this rank trains and logs, and its λ."""
     outputs = inputs(base, dtype)
     shares = {name: x.chunk(world_size)[rank] if x.dim() else x for name, x in outputs.items()}
     entries = built(rank, world_size, base, argv)(**shares, output_dict=True)
@@ -79,7 +79,7 @@ def terms(
 
 
 def _gradients(value: Tensor, by: tuple[Tensor, ...]) -> list[Tensor]:
-    if not value.requires_grad:  # a caption loss, of logits that are constants here
+    if not value.requires_grad:  # logged only, or a caption loss, of logits that are constants here
         return [torch.zeros_like(x) for x in by]
     return list(torch.autograd.grad(value, by, retain_graph=True))
 
@@ -137,7 +137,7 @@ def test_a4_beside_siglip_the_rank_terms_are_exact_whatever_the_flags(
     argv = [*options(local_loss, gather_with_grad), "--loss-dist-impl", dist_impl]
     actual = averaged(pool.run(terms, "SigLipLoss", argv))
     whole, _ = terms(0, 1, "SigLipLoss", argv)
-    assert list(actual) == ["contrastive_loss", *RANK_TERMS]
+    assert {"contrastive_loss", *RANK_TERMS} <= whole.keys() == actual.keys()
     for name in whole:
         assert_equal(actual[name], whole[name])
 
