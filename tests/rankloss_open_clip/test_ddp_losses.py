@@ -13,6 +13,7 @@ from torch import Tensor
 
 import one_process
 from batches import random_batch, relative_error
+from collectives import Collectives
 from process_pool import Pool, Pools
 from rankloss_open_clip.loss import Position
 
@@ -193,6 +194,26 @@ def test_a5_accumulation_gives_towers_the_big_batch_and_the_scale_k_times(
     dv, dt, ds = gradients(1)
     for micro_batches in (2, 4):
         assert_equal(gradients(micro_batches), [dv, dt, micro_batches * ds])
+
+
+def calls_of_a_step(rank: int, world_size: int, argv: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+    outputs = inputs("ClipLoss", torch.float64)
+    shares = {name: x.chunk(world_size)[rank] if x.dim() else x for name, x in outputs.items()}
+    loss = built(rank, world_size, "ClipLoss", argv)
+    with Collectives() as forward:
+        total = sum(loss(**shares, output_dict=True).values())
+    with Collectives() as backward:
+        total.backward()
+    return dict(forward.counts), dict(backward.counts)
+
+
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+def test_step_with_clips_own_loss_gathers_each_modality_once(
+    pools: Pools, local_loss: bool, gather_with_grad: bool
+) -> None:
+    for forward, backward in pools[2].run(calls_of_a_step, options(local_loss, gather_with_grad)):
+        assert forward == {"allgather": 2}
+        assert backward == ({"allreduce": 2} if gather_with_grad else {})
 
 
 def warnings(rank: int, world_size: int, base: str, argv: list[str]) -> list[str]:
