@@ -36,6 +36,19 @@ def built(base: nn.Module, args: Any) -> nn.Module:
     return base
 
 
+def number(base: nn.Module, args: Any) -> Any:
+    return 3
+
+
+class Base(nn.Module):
+    """A loss with the trainer's calling convention."""
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool = False
+    ) -> Tensor | dict[str, Tensor]:
+        raise NotImplementedError
+
+
 Register = Callable[..., None]
 
 
@@ -196,7 +209,7 @@ def test_ablations_are_rankclip_without_a_term() -> None:
     for name, lambdas in (("rankclip-cross", (1.0, 0.0)), ("rankclip-in", (0.0, 1.0))):
         args = parse_args(["--loss", name])
         assert (args.rankclip_lambda_cross, args.rankclip_lambda_in) == lambdas
-        loss = build_loss(nn.Identity(), ready(args), sums_every_value=True).criterion
+        loss = build_loss(Base(), ready(args), sums_every_value=True).criterion
         assert (loss.lambda_cross, loss.lambda_in) == lambdas
     # What says the same as the name is no contradiction.
     assert parse_args(["--loss", "rankclip-cross", "--rankclip-lambda-in", "0"]).rankclip_lambda_in == 0
@@ -220,7 +233,7 @@ LAYOUT = {"local_loss": True, "gather_with_grad": True}
 )
 def test_options_reach_the_loss(command: str, expected: dict[str, Any]) -> None:
     args = ready(parse_args([*command.split(), "--device", "cpu"]))
-    loss = build_loss(nn.Identity(), args, sums_every_value=True).criterion
+    loss = build_loss(Base(), args, sums_every_value=True).criterion
     assert isinstance(loss, {"cyclip": rankloss.CyClipLoss, "alip": rankloss.AlipLoss}[args.loss])
     seen = {**vars(loss), **vars(loss.gather)}
     if "history" in expected:
@@ -294,22 +307,25 @@ def test_terms_are_told_from_metrics_by_their_names() -> None:
         silent(**features(), output_dict=True)
 
 
-def test_module_with_parameters_is_refused(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
-    register(("p", "x", "built"))
+def test_what_is_no_loss_is_refused(register: Register) -> None:
+    register(("p", "x", "built"), ("p", "y", "number"))
     args = ready(parse_args(["--loss", "x"]))
-    with pytest.raises(ValueError, match="--loss x: Linear has parameters, which the trainer's optimizer"):
-        build_loss(nn.Linear(2, 2), args, sums_every_value=True)
-    with pytest.raises(TypeError, match="must build a module, got 3"):
-        build_loss(3, args, sums_every_value=True)  # type: ignore[arg-type]
+    base = Base()
+    base.weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="--loss x: Base has parameters, which the trainer's optimizer"):
+        build_loss(base, args, sums_every_value=True)
+    args.loss = "y"
+    with pytest.raises(TypeError, match="test_registry:number must build a module, got 3"):
+        build_loss(Base(), args, sums_every_value=True)
 
 
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("--loss cyclip", r"Loss: cyclip \(rankloss [\w.]+\) on Identity, weights 0.25 cross-modal"),
-        (ALIP, r"Loss: alip \(rankloss [\w.]+\) in place of Identity, second caption 'synthetic', gamma 2"),
+        ("--loss cyclip", r"Loss: cyclip \(rankloss [\w.]+\) on Base, weights 0.25 cross-modal"),
+        (ALIP, r"Loss: alip \(rankloss [\w.]+\) in place of Base, second caption 'synthetic', gamma 2"),
         ("--loss rankclip-in", r"Loss: rankclip-in .* lambda scale 0 cross-modal and 1 in-modal"),
-        ("--loss x", r"Loss: x \(p 1.0\) on Identity, open_clip"),
+        ("--loss x", r"Loss: x \(p 1.0\) on Base, open_clip"),
     ],
 )
 def test_log_names_the_loss(
@@ -318,9 +334,9 @@ def test_log_names_the_loss(
     register(("p", "x", "built"))
     args = ready(parse_args([*command.split(), "--device", "cpu"]))
     with caplog.at_level("INFO", logger="rankloss_open_clip"):
-        build_loss(nn.Identity(), args, sums_every_value=True)
+        build_loss(Base(), args, sums_every_value=True)
         args.rank, args.world_size = 1, 2  # only the first process says it
-        build_loss(nn.Identity(), args, sums_every_value=True)
+        build_loss(Base(), args, sums_every_value=True)
     (record,) = caplog.records
     assert re.search(said, record.message)
 
