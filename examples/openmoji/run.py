@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "evaluate"))  # metrics and baseline, shared by the examples
 EPOCHS = 8
 # What the demo itself decides or reads back: passing these on would contradict it.
 _OWNED = (

@@ -10,9 +10,10 @@ from typing import Any
 
 import open_clip
 import torch
+from clip_evaluation import metrics
 from PIL import Image
 
-from . import data, metrics
+from . import data
 from .pixel_knn import PixelKNN
 
 STYLES = ("color", "line")

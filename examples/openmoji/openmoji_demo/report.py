@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clip_evaluation import metrics
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import metrics
 from .evaluate import TASKS, Scores
 
 _HEADS = {

@@ -1,0 +1,323 @@
+"""Data to evaluate on: folders, tables, COCO's captions, CLIP_benchmark's shards, torchvision's sets."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
+from torchvision import datasets as torchvision_datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+Transform = Callable[[Image.Image], Any]
+
+_TORCHVISION = "torchvision:"
+_WORDNET = re.compile(r"n\d{8}")
+_COCO_CAPTIONS = 5  # of each image, as everybody counts
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """One split of a data set.
+
+    Attributes:
+        name: What it is called in the results.
+        images: Pairs of a transformed image and its target, map-style or iterable: the class's number for
+            classification, the list of captions for retrieval.
+        retrieval: Whether the targets are captions.
+        classes: The classes' names, where they are known.
+        templates: The prompts that come with the data, where there are any.
+    """
+
+    name: str
+    images: Dataset[Any]
+    retrieval: bool
+    classes: list[str] | None = None
+    templates: list[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """How to read a table: open_clip's defaults.
+
+    Attributes:
+        image: Column of the images' paths, which are relative to the table.
+        caption: Column of the captions; an image may have several lines.
+        label: Column of the classes' names. If it is there, the table is one for classification.
+        separator: What separates the columns.
+    """
+
+    image: str = "filepath"
+    caption: str = "title"
+    label: str = "label"
+    separator: str = "\t"
+
+
+def load(
+    source: str,
+    split: str,
+    transform: Transform,
+    *,
+    class_names: str | None = None,
+    columns: Columns | None = None,
+    image_folder: Path | None = None,
+    root: Path = Path("data"),
+    download: bool = False,
+) -> ImageSet:
+    """Open one split of a data set.
+
+    Args:
+        source: A folder in CLIP_benchmark's webdataset layout, a folder of class folders (or of splits that
+            hold these), a table (``.csv``, ``.tsv``), COCO's captions (``.json``), or ``torchvision:NAME``.
+        split: Such as ``test``. Ignored for a single table or a folder of classes without splits.
+        transform: What a model does to an image first.
+        class_names: ``imagenet`` for open_clip's names of ImageNet's classes, or a file with one name a line
+            in the order of the sorted class folders. By default the names of the folders, or those that come
+            with the data.
+        columns: How to read a table.
+        image_folder: Where the images of COCO's captions are; the folder of the file by default.
+        root: Where torchvision keeps its data.
+        download: Whether torchvision may fetch it.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If it is none of the kinds above, or the class names do not fit.
+    """
+    if source.startswith(_TORCHVISION):
+        return _torchvision(source.removeprefix(_TORCHVISION), split, transform, root, download)
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"no such data: {source}")
+    if path.is_file():
+        if path.suffix == ".json":
+            return _coco(path, image_folder or path.parent, transform)
+        if path.suffix in (".csv", ".tsv"):
+            return _table(path, columns or Columns(), transform)
+        raise ValueError(f"{source}: a file must be a table (.csv, .tsv) or COCO's captions (.json)")
+    if (path / split / "nshards.txt").is_file():
+        return _webdataset(path, split, transform)
+    return _folder(path, split, transform, class_names)
+
+
+def has_split(source: str, split: str) -> bool:
+    """Say whether a data set has a split of that name."""
+    if source.startswith(_TORCHVISION):
+        return split in _splits(source.removeprefix(_TORCHVISION))
+    return (Path(source) / split).is_dir()
+
+
+class _Files(Dataset[Any]):
+    """Image files and a target for each."""
+
+    def __init__(self, items: Sequence[tuple[Path, Any]], transform: Transform) -> None:
+        self._items = items
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        path, target = self._items[index]
+        with Image.open(path) as image:
+            return self._transform(image), target
+
+
+# --- folders ---
+
+
+def _folder(path: Path, split: str, transform: Transform, class_names: str | None) -> ImageSet:
+    top = path / split if (path / split).is_dir() else path
+    # ImageNetV2 names its folders by number, and 10 does not come before 2.
+    folders = sorted((p for p in top.iterdir() if p.is_dir()), key=_natural)
+    items = [
+        (file, number)
+        for number, folder in enumerate(folders)
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in IMG_EXTENSIONS
+    ]
+    if not items:
+        raise ValueError(f"{top} holds no folders of images, and no {split}/nshards.txt")
+    names = [folder.name for folder in folders]
+    return ImageSet(_name(path), _Files(items, transform), False, _class_names(names, class_names))
+
+
+def _natural(path: Path) -> tuple[int, str]:
+    return (int(path.name), "") if path.name.isdigit() else (-1, path.name)
+
+
+def _name(path: Path) -> str:
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def _class_names(folders: Sequence[str], class_names: str | None) -> list[str]:
+    if class_names is None:
+        return [name.replace("_", " ") for name in folders]
+    if class_names == "imagenet":
+        return _imagenet(folders)
+    names = Path(class_names).read_text(encoding="utf-8").splitlines()
+    if len(names) != len(folders):
+        raise ValueError(
+            f"class_names: {class_names} has {len(names)} lines for {len(folders)} class folders"
+        )
+    return [name.strip() for name in names]
+
+
+def _imagenet(folders: Sequence[str]) -> list[str]:
+    """Name ImageNet's classes, or some of them (ImageNet-R), by their WordNet numbers or their positions."""
+    from open_clip import IMAGENET_CLASSNAMES
+    from timm.data import ImageNetInfo
+
+    if all(_WORDNET.fullmatch(name) for name in folders):
+        position = {label: number for number, label in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+        unknown = [name for name in folders if name not in position]
+        if unknown:
+            raise ValueError(f"class_names: {unknown[0]} is none of ImageNet's 1,000 classes")
+        return [IMAGENET_CLASSNAMES[position[name]] for name in folders]
+    if [name for name in folders if not name.isdigit() or int(name) >= len(IMAGENET_CLASSNAMES)]:
+        raise ValueError(
+            f"class_names: folders must be named n01440764 or 0 to be ImageNet's, not {folders[0]!r}"
+        )
+    return [IMAGENET_CLASSNAMES[int(name)] for name in folders]
+
+
+# --- tables and captions ---
+
+
+def _table(path: Path, columns: Columns, transform: Transform) -> ImageSet:
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file, delimiter=columns.separator)
+        rows = list(reader)
+        heads = list(reader.fieldnames or ())
+    wanted = columns.label if columns.label in heads else columns.caption
+    for column in (columns.image, wanted):
+        if column not in heads:
+            raise ValueError(
+                f"{path}: no column {column!r} among {', '.join(heads)} (is the separator right?)"
+            )
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    if wanted == columns.label:
+        classes = sorted({row[wanted] for row in rows})
+        column = {name: number for number, name in enumerate(classes)}
+        items = [(path.parent / row[columns.image], column[row[wanted]]) for row in rows]
+        return ImageSet(_name(path), _Files(items, transform), False, classes)
+    captions: dict[str, list[str]] = {}
+    for row in rows:
+        captions.setdefault(row[columns.image], []).append(row[wanted])
+    return ImageSet(
+        _name(path),
+        _Files([(path.parent / name, texts) for name, texts in captions.items()], transform),
+        True,
+    )
+
+
+def _coco(path: Path, folder: Path, transform: Transform) -> ImageSet:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not {"images", "annotations"} <= set(content):
+        raise ValueError(
+            f"{path}: COCO's captions have images and annotations, this has {', '.join(content)}"
+        )
+    captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
+    for annotation in sorted(content["annotations"], key=lambda one: int(one["id"])):
+        captions[annotation["image_id"]].append(annotation["caption"].strip())
+    items = [
+        (folder / image["file_name"], captions[image["id"]][:_COCO_CAPTIONS])
+        for image in content["images"]
+        if captions[image["id"]]
+    ]
+    return ImageSet(_name(path), _Files(items, transform), True)
+
+
+# --- CLIP_benchmark's webdataset layout ---
+
+
+class _Shards(IterableDataset[Any]):
+    def __init__(self, shards: Sequence[Path], transform: Transform, key: str) -> None:
+        self._shards = shards
+        self._transform = transform
+        self._key = key
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        import webdataset
+
+        samples = webdataset.DataPipeline(
+            webdataset.SimpleShardList([str(shard) for shard in self._shards]),
+            webdataset.split_by_worker,
+            webdataset.tarfile_to_samples(),
+            webdataset.decode("pil"),
+            webdataset.to_tuple("webp;png;jpg;jpeg", self._key),
+        )
+        for image, target in samples:
+            yield self._transform(image), target.splitlines() if self._key == "txt" else int(target)
+
+
+def _webdataset(path: Path, split: str, transform: Transform) -> ImageSet:
+    number = int((path / split / "nshards.txt").read_text(encoding="utf-8"))
+    shards = [path / split / f"{shard}.tar" for shard in range(number)]
+    missing = [shard for shard in shards if not shard.is_file()]
+    if missing:
+        raise FileNotFoundError(f"nshards.txt says {number}, but there is no {missing[0]}")
+    kind = (_lines(path / "dataset_type.txt") or ["classification"])[0].lower()
+    if kind not in ("classification", "retrieval"):
+        raise ValueError(f"{path / 'dataset_type.txt'}: {kind} is not supported")
+    return ImageSet(
+        _name(path),
+        _Shards(shards, transform, "txt" if kind == "retrieval" else "cls"),
+        kind == "retrieval",
+        _lines(path / "classnames.txt"),
+        _lines(path / "zeroshot_classification_templates.txt"),
+    )
+
+
+def _lines(path: Path) -> list[str] | None:
+    if not path.is_file():
+        return None
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+# --- torchvision ---
+
+_Options = dict[str, Any]
+_TRAIN_FLAG: dict[str, _Options] = {"train": {"train": True}, "test": {"train": False}}
+_TRAIN_TEST: dict[str, _Options] = {"train": {"split": "train"}, "test": {"split": "test"}}
+_THREE: dict[str, _Options] = {**_TRAIN_TEST, "validation": {"split": "val"}}
+_TRAINVAL: dict[str, _Options] = {"train": {"split": "trainval"}, "test": {"split": "test"}}
+_SETS: dict[str, dict[str, _Options]] = {
+    "CIFAR10": _TRAIN_FLAG,
+    "CIFAR100": _TRAIN_FLAG,
+    "DTD": _THREE,
+    "FGVCAircraft": _THREE,
+    "Flowers102": _THREE,
+    "Food101": _TRAIN_TEST,
+    "GTSRB": _TRAIN_TEST,
+    "OxfordIIITPet": _TRAINVAL,
+    "RenderedSST2": _THREE,
+    "STL10": _TRAIN_TEST,
+    "SVHN": _TRAIN_TEST,
+    "StanfordCars": _TRAIN_TEST,
+}
+# What torchvision does not name, or names otherwise than by words.
+_NAMES = {"RenderedSST2": ["negative", "positive"], "SVHN": [str(digit) for digit in range(10)]}
+
+
+def _splits(name: str) -> dict[str, _Options]:
+    if name not in _SETS:
+        raise ValueError(f"torchvision:{name} is not supported; there are {', '.join(_SETS)}")
+    return _SETS[name]
+
+
+def _torchvision(name: str, split: str, transform: Transform, root: Path, download: bool) -> ImageSet:
+    splits = _splits(name)
+    if split not in splits:
+        raise ValueError(f"torchvision:{name} has no split {split!r}; there are {', '.join(splits)}")
+    made = getattr(torchvision_datasets, name)(
+        str(root), transform=transform, download=download, **splits[split]
+    )
+    names = _NAMES.get(name) or getattr(made, "classes", None)
+    return ImageSet(name, made, False, [str(one).replace("_", " ") for one in names] if names else None)

@@ -1,0 +1,205 @@
+"""Retrieval and classification scores, in percent, and what guessing would give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy
+
+RETRIEVAL_KS = (1, 5, 10)
+CLASS_KS = (1, 3, 5)
+
+_BLOCK = 2**24  # elements of a block of the similarity matrix
+
+
+def recall_at_k(
+    similarity: Tensor, ks: Sequence[int] = RETRIEVAL_KS, *, right: Tensor | None = None
+) -> dict[int, float]:
+    """Return R@k: how often a right column is among the k best of its row.
+
+    Columns that tie with the best right one share its places: a query counts by the chance that a random
+    order among the tied ones puts a right one in the first k. Scores that are often equal, like a
+    nearest-neighbour vote or those of two captions of the same words, can therefore gain nothing from the
+    order in which the columns happen to lie.
+
+    Args:
+        similarity: ``[Q, C]``, one row for each query, one column for each candidate.
+        ks: The cut-offs.
+        right: ``bool [Q, C]``, which columns are right for a row. By default column i is right for row i, and
+            the matrix is square.
+
+    Raises:
+        ValueError: For shapes that do not fit, a row without a right column, NaN or infinity.
+
+    Example:
+        >>> recall_at_k(torch.tensor([[0.9, 0.1], [0.8, 0.5]]), (1, 2))
+        {1: 50.0, 2: 100.0}
+    """
+    if right is None:
+        if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
+            raise ValueError(f"similarity: expected a square matrix, got shape {tuple(similarity.shape)}")
+        right = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    elif similarity.ndim != 2 or right.shape != similarity.shape:
+        raise ValueError(
+            f"right: expected the shape of similarity, {tuple(similarity.shape)}, got {tuple(right.shape)}"
+        )
+    return _percent(_hits(similarity, right, ks), ks)
+
+
+def retrieval(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_of: Tensor | None = None,
+    *,
+    ks: Sequence[int] = RETRIEVAL_KS,
+) -> dict[str, dict[int, float]]:
+    """Return R@k of image → text and text → image, each image having one or several captions.
+
+    An image counts once, by the best of its captions; every caption is a query of its own. The similarity
+    matrix is never held as a whole.
+
+    Args:
+        image_features: ``[I, D]``, unit-norm, every image once.
+        text_features: ``[C, D]``, unit-norm.
+        image_of: ``[C]``, the image of every caption; by default caption i belongs to image i.
+        ks: The cut-offs.
+
+    Returns:
+        ``image_to_text`` and ``text_to_image``: R@k in percent.
+
+    Raises:
+        ValueError: For features that do not fit each other or ``image_of``, an image without a caption, NaN.
+
+    Example:
+        >>> image, text = torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> retrieval(image, text, torch.tensor([0, 0, 1]), ks=(1,))["image_to_text"]
+        {1: 75.0}
+    """
+    if (
+        image_features.ndim != 2
+        or text_features.ndim != 2
+        or image_features.shape[1] != text_features.shape[1]
+    ):
+        raise ValueError(
+            "image_features and text_features: expected [I, D] and [C, D], got "
+            f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
+        )
+    images, captions = len(image_features), len(text_features)
+    if image_of is None:
+        if images != captions:
+            raise ValueError(f"image_of: needed to match {captions} captions with {images} images")
+        image_of = torch.arange(images)
+    if image_of.shape != (captions,) or not ((image_of >= 0) & (image_of < images)).all():
+        raise ValueError(f"image_of: expected {captions} numbers of images below {images}")
+    image_of = image_of.to(image_features.device)
+    every_image = torch.arange(images, device=image_features.device)
+    every_caption = torch.arange(captions, device=image_features.device)
+    to_text = [
+        _hits(image_features[part] @ text_features.T, image_of == part.unsqueeze(1), ks)
+        for part in _blocks(every_image, captions)
+    ]
+    to_image = [
+        _hits(text_features[part] @ image_features.T, image_of[part].unsqueeze(1) == every_image, ks)
+        for part in _blocks(every_caption, images)
+    ]
+    return {
+        "image_to_text": _percent(torch.cat(to_text), ks),
+        "text_to_image": _percent(torch.cat(to_image), ks),
+    }
+
+
+def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
+    """Return for every row and cut-off the chance that a right column is among the first k."""
+    if not scores.isfinite().all():
+        raise ValueError(
+            "similarity: holds NaN or infinity, so nothing can be ranked (did training diverge?)"
+        )
+    if not right.any(dim=1).all():
+        raise ValueError(
+            f"query {int((~right.any(dim=1)).nonzero()[0])}: has no right answer among the columns"
+        )
+    best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
+    above = (scores > best).sum(dim=1)
+    tied = (scores == best).sum(dim=1).double()
+    right_tied = ((scores == best) & right).sum(dim=1).double()
+    # In a random order of the tied columns the first j are wrong with probability ∏ (wrong − i)/(tied − i).
+    missed = torch.ones(len(scores), dtype=torch.float64, device=scores.device)
+    columns = {}
+    for k in range(1, max(ks) + 1):
+        place = k - 1 - above  # how many of the tied columns come before this place
+        factor = ((tied - right_tied - place) / (tied - place).clamp(min=1)).clamp(0, 1)
+        missed = torch.where(place >= 0, missed * factor, missed)
+        columns[k] = 1 - missed
+    return torch.stack([columns[k] for k in ks], dim=1)
+
+
+def _blocks(rows: Tensor, columns: int) -> Iterator[Tensor]:
+    yield from rows.split(max(1, _BLOCK // max(1, columns)))
+
+
+def _percent(hits: Tensor, ks: Sequence[int]) -> dict[int, float]:
+    return dict(zip(ks, (100 * hits.mean(dim=0)).tolist(), strict=True))
+
+
+def accuracy_at_k(scores: Tensor, labels: Tensor, ks: Sequence[int] = CLASS_KS) -> dict[int, float]:
+    """Return top-k accuracy over all items (not averaged by class).
+
+    Args:
+        scores: One row for each item, one column for each class.
+        labels: The right class of each item.
+        ks: The cut-offs; one beyond the number of classes counts as all of them.
+
+    Example:
+        >>> accuracy_at_k(torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]]), torch.tensor([0, 1]), (1, 3))
+        {1: 50.0, 3: 100.0}
+    """
+    if not scores.isfinite().all():
+        raise ValueError("scores: hold NaN or infinity, so nothing can be ranked (did training diverge?)")
+    classes = scores.shape[1]
+    return {
+        k: 100
+        * multiclass_accuracy(
+            scores, labels, num_classes=classes, top_k=min(k, classes), average="micro"
+        ).item()
+        for k in ks
+    }
+
+
+def mean_per_class_accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Return top-1 accuracy averaged over the classes that occur among ``labels``.
+
+    Example:
+        >>> mean_per_class_accuracy(torch.eye(2)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1]))
+        50.0
+    """
+    right = (scores.argmax(dim=1) == labels).double()
+    return 100 * torch.stack([right[labels == label].mean() for label in labels.unique()]).mean().item()
+
+
+def chance(n: int, ks: Sequence[int]) -> dict[int, float]:
+    """Return what guessing among ``n`` equally likely answers scores at each cut-off."""
+    return {k: 100 * min(k / n, 1.0) for k in ks}
+
+
+def retrieval_chance(
+    images: int, image_of: Tensor, ks: Sequence[int] = RETRIEVAL_KS
+) -> dict[str, dict[int, float]]:
+    """Return what a random order scores at :func:`retrieval`."""
+    captions = len(image_of)
+    own = torch.bincount(image_of, minlength=images).double()
+    to_text = {}
+    for k in ks:
+        missed = torch.ones_like(own)
+        for place in range(min(k, captions)):
+            missed *= ((captions - own - place) / (captions - place)).clamp(min=0)
+        to_text[k] = 100 * (1 - missed).mean().item()
+    return {"image_to_text": to_text, "text_to_image": chance(images, ks)}
+
+
+def standard_error(percent: float, n: int) -> float:
+    """Return the binomial standard error of a percentage that was counted over ``n`` items."""
+    share = percent / 100
+    return 100 * math.sqrt(share * (1 - share) / n)

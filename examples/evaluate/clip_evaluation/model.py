@@ -1,0 +1,136 @@
+"""Any model that open_clip can build, as a source of unit-norm features."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader
+
+_TEXTS = 256
+
+
+class ClipModel:
+    """A model of open_clip with its preprocessing and tokenizer.
+
+    Args:
+        name: As for open_clip: an architecture, ``local-dir:FOLDER``, ``hf-hub:NAME``.
+        pretrained: A tag or a file of weights, as for open_clip.
+        checkpoint: A checkpoint that open_clip's trainer saved; instead of ``pretrained``.
+        device: Where to run it.
+        precision: As for open_clip.
+        batch_size: Images encoded at once.
+        workers: Processes that read and prepare images.
+
+    Raises:
+        ValueError: If neither weights nor ``local-dir:`` or ``hf-hub:`` is given: the model would be random.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: str | None = None,
+        checkpoint: str | Path | None = None,
+        device: str = "cpu",
+        precision: str = "fp32",
+        batch_size: int = 256,
+        workers: int = 0,
+    ) -> None:
+        if pretrained is not None and checkpoint is not None:
+            raise ValueError("pretrained, checkpoint: give one of them")
+        if pretrained is None and checkpoint is None and not name.startswith(("local-dir:", "hf-hub:")):
+            raise ValueError(f"{name} without pretrained or checkpoint has random weights")
+        # open_clip warns that it built a model without weights: they come from the checkpoint, a line below.
+        previous = logging.root.manager.disable
+        if checkpoint is not None:
+            logging.disable(logging.WARNING)
+        try:
+            model, _, self.preprocess = open_clip.create_model_and_transforms(
+                name, pretrained=pretrained, device=device, precision=precision
+            )
+            self.tokenizer = open_clip.get_tokenizer(name)
+        finally:
+            logging.disable(previous)
+        if checkpoint is not None:
+            open_clip.load_checkpoint(model, str(checkpoint), device=device)
+        self.model = model.eval()
+        self.device = device
+        self._input_dtype = open_clip.get_input_dtype(precision)
+        self._batch_size = batch_size
+        self._workers = workers
+
+    @property
+    def logit_scale(self) -> float:
+        """The multiplier of the cosines, not its logarithm."""
+        return float(self.model.logit_scale.exp())
+
+    @torch.inference_mode()
+    def image_features(
+        self,
+        images: Any,
+        *,
+        progress: Callable[[Any], Any] = iter,
+    ) -> tuple[Tensor, list[Any]]:
+        """Encode a dataset of preprocessed images.
+
+        Args:
+            images: A map-style or iterable dataset of pairs: what :attr:`preprocess` made of an image, and
+                anything.
+            progress: Wraps the loop over batches.
+
+        Returns:
+            ``[N, D]``, float32, as the model projects them, not normalised; and the second items, as a list.
+        """
+        loader = DataLoader(
+            images, batch_size=self._batch_size, num_workers=self._workers, collate_fn=_collate
+        )
+        features, targets = [], []
+        for pixels, others in progress(loader):
+            encoded = self.model.encode_image(pixels.to(self.device, self._input_dtype))
+            features.append(encoded.float().cpu())
+            targets.extend(others)
+        if not features:
+            raise ValueError("images: the dataset is empty")
+        return torch.cat(features), targets
+
+    @torch.inference_mode()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Return unit-norm text embeddings, ``[N, D]``, float32."""
+        parts = [
+            self.model.encode_text(self.tokenizer(list(texts[i : i + _TEXTS])).to(self.device))
+            for i in range(0, len(texts), _TEXTS)
+        ]
+        return normalize(torch.cat(parts).float().cpu(), dim=-1)
+
+    def classifier(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Return open_clip's zero-shot classifier, ``[D, classes]``: the mean of each class's prompts.
+
+        Args:
+            classes: The names.
+            templates: Prompts with ``{}`` or ``{c}``, as CLIP_benchmark writes it, where the name goes.
+        """
+        weights: Tensor = open_clip.build_zero_shot_classifier(
+            self.model,
+            self.tokenizer,
+            classnames=classes,
+            templates=[_prompt(template) for template in templates],
+            device=self.device,
+        )
+        return weights.float().cpu()
+
+
+def _prompt(template: str) -> Callable[[str], str]:
+    if "{}" not in template and "{c}" not in template:
+        raise ValueError(f"templates: no {{}} or {{c}} in {template!r}")
+    return lambda name: template.replace("{c}", name).replace("{}", name)
+
+
+def _collate(batch: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:
+    return torch.stack([pixels for pixels, _ in batch]), [other for _, other in batch]

@@ -1,0 +1,124 @@
+"""The linear probe: logistic regression on frozen features, regularised as a validation split likes best."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from .metrics import CLASS_KS, accuracy_at_k, mean_per_class_accuracy
+
+# Inverse strengths, as scikit-learn counts them, for features of variance one.
+STRENGTHS = tuple(10.0**exponent for exponent in (-5, -4, -3, -2, -1, 0, 1))
+_HELD_OUT = 0.2
+_ITERATIONS = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What a linear probe scored.
+
+    Attributes:
+        accuracy: Top-k accuracy on the test items, in percent.
+        mean_per_class: Top-1 accuracy averaged over classes, in percent.
+        strength: The inverse regularisation strength that was chosen.
+        at_edge: Whether that was the first or the last one tried, so that a better one may lie beyond.
+        validation: Top-1 accuracy on the validation items for every strength tried, in percent.
+        scores: ``[N, classes]``, the test items' class probabilities.
+    """
+
+    accuracy: dict[int, float]
+    mean_per_class: float
+    strength: float
+    at_edge: bool
+    validation: dict[float, float]
+    scores: Tensor
+
+
+def linear_probe(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    validation: tuple[Tensor, Tensor] | None = None,
+    *,
+    classes: int,
+    strengths: Sequence[float] = STRENGTHS,
+    ks: Sequence[int] = CLASS_KS,
+    seed: int = 0,
+) -> Probe:
+    """Train logistic regression on features and score it.
+
+    The features are brought to mean zero and variance one, so the same strengths suit every model. The
+    strength with the best validation accuracy is taken, the stronger regularisation of equals; the probe
+    is then trained again on training and validation items together.
+
+    Args:
+        train: Features ``[N, D]`` and labels ``[N]``.
+        test: The same for the items to score.
+        validation: The same for the choice of the strength; by default a fifth of the training items.
+        classes: Number of classes; the labels are below it.
+        strengths: What to try.
+        ks: The cut-offs of the accuracy.
+        seed: Which fifth is held out, where there is no validation split.
+
+    Raises:
+        ValueError: For labels that do not fit, a single class in training, NaN or infinity in the features.
+
+    References:
+        "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021, appendix A.3.
+    """
+    if not strengths:
+        raise ValueError("strengths: none given")
+    x, y = _arrays("train", train, classes)
+    test_x, test_y = _arrays("test", test, classes)
+    if validation is None:
+        counts = np.bincount(y, minlength=classes)
+        stratify = y if counts[counts > 0].min() > 1 and len(y) * _HELD_OUT >= (counts > 0).sum() else None
+        x, held_x, y, held_y = train_test_split(
+            x, y, test_size=_HELD_OUT, random_state=seed, stratify=stratify
+        )
+    else:
+        held_x, held_y = _arrays("validation", validation, classes)
+    if len(np.unique(y)) < 2:
+        raise ValueError("train: all labels are equal, so there is nothing to tell apart")
+    tried = {
+        strength: 100 * float(_fit(x, y, strength).score(held_x, held_y)) for strength in sorted(strengths)
+    }
+    best = max(tried, key=lambda strength: (tried[strength], -strength))
+    model = _fit(np.concatenate([x, held_x]), np.concatenate([y, held_y]), best)
+    scores = np.zeros((len(test_x), classes))
+    scores[:, model.classes_] = model.predict_proba(test_x)
+    labels = torch.from_numpy(test_y)
+    return Probe(
+        accuracy=accuracy_at_k(torch.from_numpy(scores), labels, ks),
+        mean_per_class=mean_per_class_accuracy(torch.from_numpy(scores), labels),
+        strength=best,
+        at_edge=len(tried) > 1 and best in (min(tried), max(tried)),
+        validation=tried,
+        scores=torch.from_numpy(scores),
+    )
+
+
+def _fit(x: np.ndarray, y: np.ndarray, strength: float) -> Pipeline:
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_ITERATIONS))
+    return model.fit(x, y)
+
+
+def _arrays(name: str, data: tuple[Tensor, Tensor], classes: int) -> tuple[np.ndarray, np.ndarray]:
+    features, labels = data
+    if features.ndim != 2 or labels.shape != features.shape[:1] or not len(features):
+        raise ValueError(
+            f"{name}: expected features [N, D] and labels [N], got "
+            f"{tuple(features.shape)} and {tuple(labels.shape)}"
+        )
+    if not features.isfinite().all():
+        raise ValueError(f"{name}: the features hold NaN or infinity (did training diverge?)")
+    if not ((labels >= 0) & (labels < classes)).all():
+        raise ValueError(f"{name}: labels must be below {classes}")
+    return features.double().cpu().numpy(), labels.long().cpu().numpy()

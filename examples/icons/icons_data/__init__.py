@@ -1,0 +1,1 @@
+"""Image–name pairs from Iconify's icon sets: the parts behind ``examples/icons/build.py``."""

@@ -1,0 +1,116 @@
+"""Draws icons as small pictures, in parallel, and keeps what it has drawn."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .package import Icon
+
+SIZE = 64
+THUMBNAIL = 16
+_CHUNK = 256
+
+Drawing = tuple[bytes, np.ndarray]
+Progress = Callable[[Iterable[Drawing], int, str], Iterable[Drawing]]
+
+
+def rasterise(svg: str, size: int = SIZE) -> bytes:
+    """Draw an SVG on white, in black where it names no colour, and return a PNG."""
+    import resvg_py
+
+    return bytes(
+        resvg_py.svg_to_bytes(
+            svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
+        )
+    )
+
+
+def pixels(png: bytes) -> np.ndarray:
+    """Decode a PNG: ``uint8 [height, width, 3]``."""
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def thumbnail(png: bytes) -> np.ndarray:
+    """Decode a PNG and average it: ``uint8 [16, 16, 3]``."""
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image.convert("RGB").reduce(SIZE // THUMBNAIL))
+
+
+def draw_all(
+    icons: Sequence[Icon], cache: Path, *, workers: int = 2, progress: Progress | None = None
+) -> tuple[list[bytes], np.ndarray]:
+    """Return the PNG of every icon, in order, and their thumbnails, ``uint8 [N, 16, 16, 3]``.
+
+    Each set is kept as a file of its own in ``cache``, named by a digest of all its drawings, so an
+    interrupted build goes on where it was and a changed set is drawn anew.
+
+    Args:
+        icons: Sorted by set.
+        cache: Folder for what is drawn.
+        workers: Number of processes.
+        progress: Wraps the loop over the drawings, given their number and what is being done.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    pngs: list[bytes] = []
+    thumbnails: list[np.ndarray] = []
+    with ProcessPoolExecutor(max_workers=workers) as pool:
+        drawings: Iterable[Drawing] = itertools.chain.from_iterable(_draw_sets(icons, cache, pool))
+        for png, small in progress(drawings, len(icons), "Drawing") if progress else drawings:
+            pngs.append(png)
+            thumbnails.append(small)
+    return pngs, np.stack(thumbnails)
+
+
+def _draw_sets(icons: Sequence[Icon], cache: Path, pool: ProcessPoolExecutor) -> Iterator[Sequence[Drawing]]:
+    for prefix, members in itertools.groupby(icons, key=lambda icon: icon.set):
+        svgs = [icon.svg for icon in members]
+        path = cache / f"{prefix}-{_digest(svgs)}.npz"
+        if path.is_file():
+            yield _load(path)
+            continue
+        done: list[Drawing] = []
+        for chunk in pool.map(_draw_many, (svgs[i : i + _CHUNK] for i in range(0, len(svgs), _CHUNK))):
+            done.extend(chunk)
+            yield chunk
+        _save(path, done)
+
+
+def _draw_many(svgs: Sequence[str]) -> list[Drawing]:
+    pngs = [rasterise(svg) for svg in svgs]
+    return [(png, thumbnail(png)) for png in pngs]
+
+
+def _digest(svgs: Sequence[str]) -> str:
+    digest = hashlib.sha256(f"{SIZE} {THUMBNAIL}".encode())
+    for svg in svgs:
+        digest.update(svg.encode())
+    return digest.hexdigest()[:16]
+
+
+def _save(path: Path, drawings: Sequence[Drawing]) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(
+            file,
+            lengths=np.array([len(png) for png, _ in drawings]),
+            data=np.frombuffer(b"".join(png for png, _ in drawings), dtype=np.uint8),
+            thumbnails=np.stack([small for _, small in drawings]),
+        )
+    partial.replace(path)  # whole or not at all, whenever the build is interrupted
+
+
+def _load(path: Path) -> list[Drawing]:
+    with np.load(path) as stored:
+        ends = np.cumsum(stored["lengths"]).tolist()
+        data, thumbnails = stored["data"].tobytes(), stored["thumbnails"]
+    starts = [0, *ends[:-1]]
+    return [(data[start:end], small) for start, end, small in zip(starts, ends, thumbnails, strict=True)]

@@ -1,0 +1,173 @@
+"""Loads a finished build: pictures, captions and labels as arrays.
+
+>>> data = load("outputs/icons")                                          # doctest: +SKIP
+>>> data.part("train").images[:256], data.part("train").texts[:256]       # doctest: +SKIP
+>>> data.retrieval("test").images, data.retrieval("noto/test").captions   # doctest: +SKIP
+>>> data.labelled["mdi"].test.labels, data.labelled["mdi"].classes        # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .records import Record, read_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One block of the data: a side of the trained sets, or of a shift.
+
+    Attributes:
+        images: ``uint8 [n, 64, 64, 3]``, a view of the file: nothing is read before it is used. The order is
+            random, so the first n pictures are a random sample.
+        records: What is known of each picture.
+    """
+
+    images: np.ndarray
+    records: list[Record]
+
+    @property
+    def captions(self) -> list[str]:
+        """The plain caption of every picture."""
+        return [record.caption for record in self.records]
+
+    @property
+    def texts(self) -> list[str]:
+        """The training text of every picture: the caption in a template, at times with the style."""
+        return [record.text for record in self.records]
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """One picture for each held-out concept, with one or several captions.
+
+    Attributes:
+        images: ``uint8 [n, 64, 64, 3]``.
+        captions: The captions of all pictures, one after the other.
+        image_of: For every caption the position of its picture, ``int64 [C]``.
+        index: The records' numbers.
+    """
+
+    images: np.ndarray
+    captions: list[str]
+    image_of: np.ndarray
+    index: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """Labelled pictures of one side.
+
+    Attributes:
+        images: ``uint8 [n, 64, 64, 3]``.
+        labels: The class of each, ``int64 [n]``.
+        index: The records' numbers.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+
+
+class LabelledSet:
+    """A labelled set for zero-shot classification and probes.
+
+    Attributes:
+        name: Its name.
+        shift: The shift it belongs to, or an empty string.
+        classes: The classes' names.
+        templates: Prompts with one ``{}`` each.
+    """
+
+    def __init__(self, images: np.ndarray, stored: dict[str, Any]) -> None:
+        self.name: str = stored["name"]
+        self.shift: str = stored["shift"]
+        self.classes: list[str] = stored["classes"]
+        self.templates: list[str] = stored["templates"]
+        self._images = images
+        self._index: dict[str, list[int]] = stored["index"]
+        self._label: dict[str, list[int]] = stored["label"]
+
+    def side(self, side: str) -> Items:
+        """Return the pictures and labels of ``train``, ``validation`` or ``test``."""
+        index = np.array(self._index[side], dtype=np.int64)
+        return Items(self._images[index], np.array(self._label[side], dtype=np.int64), index)
+
+    @property
+    def train(self) -> Items:
+        """What a probe is trained on: concepts of the training side."""
+        return self.side("train")
+
+    @property
+    def validation(self) -> Items:
+        """What a probe's regularisation is chosen on."""
+        return self.side("validation")
+
+    @property
+    def test(self) -> Items:
+        """Held-out concepts: for zero-shot classification and the probe's score."""
+        return self.side("test")
+
+
+class Icons:
+    """A finished build.
+
+    Attributes:
+        folder: Where it is.
+        manifest: How it was made, and its counts.
+        images: All pictures, ``uint8 [M, 64, 64, 3]``, mapped into memory.
+        records: What is known of each picture.
+        labelled: The labelled sets by name, those of the shifts last.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "manifest.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no finished build: python examples/icons/build.py --output {folder}"
+            )
+        self.folder = folder
+        self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        self.images: np.ndarray = np.load(folder / "images.npy", mmap_mode="r")
+        self.records = read_table(folder / "records.csv")
+        stored = (
+            json.loads((folder / "labels" / f"{name}.json").read_text(encoding="utf-8"))
+            for name in self.manifest["labelled"]
+        )
+        self.labelled = {one["name"]: LabelledSet(self.images, one) for one in stored}
+
+    @property
+    def shifts(self) -> list[str]:
+        """The names of the shifts."""
+        return list(dict.fromkeys(name.split("/")[0] for name in self.manifest["ranges"] if "/" in name))
+
+    def part(self, name: str) -> Part:
+        """Return a block: ``train``, ``validation``, ``test``, or for instance ``noto/test``."""
+        ranges = self.manifest["ranges"]
+        if name not in ranges:
+            raise KeyError(f"no part {name!r}; there are {', '.join(ranges)}")
+        start, stop = ranges[name]
+        return Part(self.images[start:stop], self.records[start:stop])
+
+    def retrieval(self, name: str = "test") -> Retrieval:
+        """Return the retrieval items of a block: ``validation``, ``test``, or for instance ``noto/test``."""
+        chosen = [record for record in self.part(name).records if record.retrieval]
+        if not chosen:
+            raise ValueError(f"{name!r} holds no retrieval items: shifts have them in their test part only")
+        index = np.array([record.index for record in chosen], dtype=np.int64)
+        captions = [(i, caption) for i, record in enumerate(chosen) for caption in record.captions]
+        return Retrieval(
+            images=self.images[index],
+            captions=[caption for _, caption in captions],
+            image_of=np.array([i for i, _ in captions], dtype=np.int64),
+            index=index,
+        )
+
+
+def load(folder: str | Path) -> Icons:
+    """Open what ``examples/icons/build.py`` wrote into ``folder``."""
+    return Icons(Path(folder))

@@ -1,0 +1,201 @@
+"""From an icon's name to a caption, a style and the concept that the split is made by.
+
+Names are built from words joined with hyphens, in every set in its own way: ``account-heart-outline``,
+``outline-account-circle``, ``account-24-filled``, ``account-01``, ``bag2``. What remains of a name without
+the words for style and size is the caption; without numbering as well, whatever the order of the words and
+their number, it is the concept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+
+# Words that say how an icon is drawn, in one spelling.
+_STYLES = {
+    "outline": "outline", "outlined": "outline", "stroke": "outline",
+    "filled": "filled", "fill": "filled", "solid": "solid", "bold": "bold",
+    "duotone": "duotone", "twotone": "duotone", "linear": "line", "rounded": "rounded", "broken": "broken",
+}  # fmt: skip
+# The ones that mean nothing else: they count as style even where no other variant of the icon exists.
+_ALWAYS = {"outline", "outlined", "filled", "duotone", "twotone", "rounded"}
+# Style words of sets that use them without declaring them. Elsewhere they are meant literally: traffic-light.
+_UNDECLARED: dict[str, tuple[str, ...]] = {
+    "clarity": ("line", "solid", "outline"),
+    "dinkie-icons": ("small", "filled"),
+    "fluent-mdl2": ("mirrored",),
+    "garden": ("fill", "stroke"),
+    "ic": ("baseline", "outline", "round", "sharp", "twotone"),
+    "lets-icons": ("light", "duotone", "line", "fill"),
+    "nrk": ("expressive", "active"),
+    "ooui": ("ltr", "rtl"),
+    "osmic": ("10", "14"),
+    "pixelarticons": ("sharp", "solid"),
+    "stash": ("duotone", "light", "solid"),
+    "wi": ("alt",),
+}
+_PREFIXES: dict[str, tuple[str, ...]] = {
+    "bx": ("bxs",),
+    "ion": ("ios", "md"),
+    "medical-icon": ("i",),
+}
+_NEUTRAL = {"", "regular", "baseline", "ltr", "rtl", "mirrored", "active", "ios", "md", "i", "bxs"}
+_ONE_LETTER_OUTLINE = {"fa", "uiw", "vaadin", "vs"}  # there a final -o means outline
+_NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_COUNT = re.compile(r"\d{1,3}|" + "|".join(_NUMBERS))
+_SIZE = re.compile(r"\d+px|\d+x")
+_GLUED = re.compile(r"([a-z]{3,})(\d{1,2})")
+_FILLERS = {"alt", "alternate", "variant"}
+_GENDERS = {"man", "woman", "men", "women", "boy", "girl", "person", "people", "mr", "mrs", "mx"}
+_SKIN_TONE = re.compile(r"-(medium-)?(light|dark|medium)(-skin-tone(-|$)|$)|-tone-?\d|skin-tone")
+_MAX_WORDS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """What an icon's name says.
+
+    Attributes:
+        caption: The words of the name, without style, size and numbering.
+        style: How it is drawn, such as ``bold duotone``; empty where the name does not say.
+        concept: The caption's words in alphabetical order, in the singular, without numbers at the end:
+            equal for names that mean the same.
+    """
+
+    caption: str
+    style: str
+    concept: str
+
+
+class Namer:
+    """Reads the names of one icon set.
+
+    Args:
+        prefix: The set's prefix, such as ``mdi``.
+        names: All names of the set: a word is taken for a style where the icon exists in another style too.
+        suffixes: The style suffixes that the set declares, such as ``24-filled``.
+        prefixes: The style prefixes that it declares.
+        emoji: Whether the names are those of emojis, whose variants for gender are one concept.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        names: Iterable[str],
+        *,
+        suffixes: Collection[str] = (),
+        prefixes: Collection[str] = (),
+        emoji: bool = False,
+    ) -> None:
+        self._prefix = prefix
+        self._emoji = emoji
+        declared = {word for suffix in suffixes for word in suffix.split("-") if word}
+        self._declared = declared | set(_UNDECLARED.get(prefix, ()))
+        self._heads = {word for word in prefixes if word} | set(_PREFIXES.get(prefix, ()))
+        split = [self._split(name) for name in names]
+        self._variants = Counter(stem for stem, _ in split)
+        runs: dict[tuple[str, ...], set[int]] = defaultdict(set)
+        for stem, _ in split:
+            for words in {stem, self._unglue(stem)}:
+                if len(words) > 1 and _COUNT.fullmatch(words[-1]):
+                    runs[words[:-1]].add(_number(words[-1]))
+        self._runs: Mapping[tuple[str, ...], set[int]] = runs
+
+    def __call__(self, name: str) -> Name | None:
+        """Return what ``name`` says, or None if it is no caption: no letters, or far too many words."""
+        words, styles = self._split(name)
+        if self._variants[words] < 2 and not _all_unambiguous(styles):
+            words, styles = _words(name), ()
+        words = self._unnumber(self._unglue(words))
+        while len(words) > 1 and words[-1] in _FILLERS:
+            words = words[:-1]
+        if not words or len(words) > _MAX_WORDS or not re.search("[a-z]", "".join(words)):
+            return None
+        style = " ".join(dict.fromkeys(_STYLES.get(s, s) for s in styles if s not in _NEUTRAL))
+        return Name(" ".join(words), style, concept_of(words, emoji=self._emoji))
+
+    def _split(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Take style and size words off both ends, however far that goes."""
+        words = list(_words(name))
+        styles: list[str] = []
+        if len(words) > 1 and words[0] in self._heads:
+            styles.append("solid" if words[0] == "bxs" else words[0])
+            del words[0]
+        tail: list[str] = []
+        while len(words) > 1:
+            last = words[-1]
+            if _SIZE.fullmatch(last) or (last.isdigit() and last in self._declared):
+                pass
+            elif last in self._declared or last in _STYLES:
+                tail.append(last)
+            elif last == "o" and self._prefix in _ONE_LETTER_OUTLINE:
+                tail.append("outline")
+            elif last == "tone" and words[-2] == "two" and len(words) > 2:
+                tail.append("duotone")
+                words.pop()
+            else:
+                break
+            words.pop()
+        return tuple(words), (*styles, *reversed(tail))
+
+    def _unglue(self, words: tuple[str, ...]) -> tuple[str, ...]:
+        """Turn ``bag2`` into ``bag 2`` where ``bag`` or ``bag1`` is an icon, too."""
+        match = _GLUED.fullmatch(words[-1])
+        if match is None:
+            return words
+        stem = (*words[:-1], match[1])
+        others = {stem, (*words[:-1], f"{match[1]}1")} - {words}
+        return (*stem, match[2]) if others & self._variants.keys() else words
+
+    def _unnumber(self, words: tuple[str, ...]) -> tuple[str, ...]:
+        """Drop a final number that only tells drawings of one thing apart; keep it on dice and clocks."""
+        if len(words) < 2 or not _COUNT.fullmatch(words[-1]):
+            return words
+        stem = words[:-1]
+        numbers = self._runs.get(stem, set())
+        counts_something = len(numbers) > 3 and max(numbers) > 3
+        return words if counts_something else stem
+
+
+def _number(word: str) -> int:
+    return int(word) if word.isdigit() else _NUMBERS.index(word) + 1
+
+
+def _all_unambiguous(styles: Iterable[str]) -> bool:
+    return all(style in _ALWAYS for style in styles)
+
+
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(word for word in re.split(r"[-_\s]+", name.lower()) if word)
+
+
+def _singular(word: str) -> str:
+    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        return word[:-1]
+    return word
+
+
+def concept_of(words: Iterable[str], *, emoji: bool = False) -> str:
+    """Return the concept that the words of a name stand for.
+
+    Example:
+        >>> concept_of(["arrow", "up", "circles", "2"]) == concept_of(["circle", "arrow", "up"])
+        True
+        >>> concept_of(["woman", "health", "worker"], emoji=True)
+        'health worker'
+    """
+    every = list(words)
+    kept = list(every)
+    while len(kept) > 1 and (_COUNT.fullmatch(kept[-1]) or kept[-1] in _FILLERS):
+        kept.pop()
+    plain = [word for word in kept if word not in _FILLERS and word not in _ALWAYS]
+    if emoji:
+        plain = [word for word in plain if word not in _GENDERS]
+    return " ".join(sorted({_singular(word) for word in plain or kept}))
+
+
+def has_skin_tone(name: str) -> bool:
+    """Say whether an emoji's name is that of a variant for one skin tone."""
+    return bool(_SKIN_TONE.search(name))

@@ -1,0 +1,281 @@
+"""The icon sets of npm's ``@iconify/json``: which of them are used, and as what."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .names import Namer, has_skin_tone
+
+PACKAGE = "@iconify/json"
+VERSION = "2.2.535"  # what the figures in the README were made with
+
+# SPDX identifiers of licences that let pictures be used, changed and passed on if their authors are named.
+LICENCES = ("MIT", "Apache-2.0", "ISC", "OFL-1.1", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0")
+
+# Never part of anything: kept for measurements that this data has not seen.
+RESERVED = ("noto-v1", "fxemoji")
+# Logos, flags and file types: their names are proper names or codes, not descriptions.
+_PROPER_NAMES = (
+    "academicons", "cif", "circle-flags", "devicon-line", "devicon-original", "fa-brands", "fa6-brands",
+    "fa7-brands", "flag", "flagpack", "il",
+)  # fmt: skip
+# Earlier editions, lighter weights and copies of sets that are there: the same drawings under the same names.
+_TWINS = (
+    "bx", "bxs", "fa-regular", "fa-solid", "fa6-regular", "fa6-solid", "famicons", "material-symbols-light",
+    "mono-icons", "pepicons", "streamline-guidance",
+)  # fmt: skip
+_RUN_TOGETHER = ("whh",)  # names without any hyphens: circledribbble
+_CATEGORY_OF_LOGOS = ("Logos", "Programming")
+_NOT_LOGOS = ("codicon",)  # of those categories, but pictograms
+_ANIMATED = "Contains Animations"  # what its first frame shows may be nothing
+
+_EMOJI_SETS = ("fluent-emoji",)  # emoji by name, though the package does not say so
+_LOGO_WORDS = {"brand", "brands", "logo", "logos", "wordmark", "bxl"}
+_PROPER_CATEGORY = re.compile(r"\b(brands?|logos?|flags?|social media|social network)\b", re.IGNORECASE)
+_COUNTRY_FLAG = re.compile(r"flag-(for-)?(flag-)?")
+_ALIASES_ARE_CODES = ("wi",)  # owm-day-321
+# Sets and categories from which the names of brands are read, to leave them out of all sets.
+_BRAND_SETS = ("fa7-brands", "bxl", "cib", "streamline-logos", "simple-icons", "devicon")
+_BRAND_PREFIX = re.compile(r"(?:brand|logo)-(.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class IconSet:
+    """One icon set, with what its licence asks for.
+
+    Attributes:
+        prefix: Its name in Iconify, such as ``mdi``.
+        title: Its full name.
+        authors: Who made it.
+        url: Where it comes from.
+        licence: The licence's SPDX identifier.
+        licence_url: The licence's text.
+        palette: Whether the icons have colours of their own; others are drawn in black.
+        emoji: Whether it holds emojis.
+    """
+
+    prefix: str
+    title: str
+    authors: str
+    url: str
+    licence: str
+    licence_url: str
+    palette: bool
+    emoji: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Icon:
+    """One drawing with its words.
+
+    Attributes:
+        set: The prefix of its set.
+        name: Its name in the set.
+        caption: The name's words, without style, size and numbering.
+        style: Words for how it is drawn, or nothing.
+        concept: What the split is made by; see :func:`icons_data.names.concept_of`.
+        synonyms: Captions of its other names, with the concept of each.
+        categories: The categories that its set puts it into.
+        svg: The drawing, in a square.
+    """
+
+    set: str
+    name: str
+    caption: str
+    style: str
+    concept: str
+    synonyms: tuple[tuple[str, str], ...]
+    categories: tuple[str, ...]
+    svg: str
+
+
+def fetch(folder: Path, version: str = VERSION) -> Path:
+    """Download the package with npm, unless ``folder`` has it already, and return the tarball.
+
+    Raises:
+        RuntimeError: If npm is missing or fails.
+    """
+    tarball = folder / f"iconify-json-{version}.tgz"
+    if tarball.is_file():
+        return tarball
+    npm = shutil.which("npm")
+    if npm is None:
+        raise RuntimeError(
+            f"npm was not found: install it, or fetch {PACKAGE} in another way and give its file as --tarball"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [npm, "pack", f"{PACKAGE}@{version}", "--json", "--pack-destination", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not tarball.is_file():
+        raise RuntimeError(f"npm pack {PACKAGE}@{version} failed:\n{done.stderr.strip()}")
+    return tarball
+
+
+def read(tarball: Path) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Return the package's version and every icon set in it, as its JSON says."""
+    version, sets = "", {}
+    with tarfile.open(tarball, "r:gz") as archive:
+        for member in archive:
+            path = Path(member.name)
+            if path.parts[1:] == ("package.json",):
+                version = str(_json(archive, member)["version"])
+            elif path.parts[1:-1] == ("json",) and path.suffix == ".json":
+                sets[path.stem] = _json(archive, member)
+    if not sets:
+        raise ValueError(f"{tarball} holds no icon sets (no json/*.json in its top folder)")
+    return version, dict(sorted(sets.items()))
+
+
+def _json(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
+    file = archive.extractfile(member)
+    if file is None:
+        raise ValueError(f"{member.name} is not a file")
+    return json.load(file)
+
+
+def reason_to_leave_out(prefix: str, data: Mapping[str, Any]) -> str | None:
+    """Say why a set is not used, or None if it is."""
+    info = data["info"]
+    spdx = (info.get("license") or {}).get("spdx", "none")
+    rules = (
+        (prefix in RESERVED, "reserved"),
+        (spdx not in LICENCES, f"licence {spdx}"),
+        (info.get("category") in _CATEGORY_OF_LOGOS and prefix not in _NOT_LOGOS, "logos or file types"),
+        (prefix in _PROPER_NAMES, "proper names or codes"),
+        (prefix in _TWINS, "another edition of a set that is used"),
+        (prefix in _RUN_TOGETHER, "names are not split into words"),
+        (_ANIMATED in info.get("tags", ()), "animated"),
+        (not data["icons"], "empty"),
+    )
+    return next((reason for applies, reason in rules if applies), None)
+
+
+def describe(prefix: str, data: Mapping[str, Any]) -> IconSet:
+    """Return what is to be said about a set."""
+    info = data["info"]
+    author, licence = info.get("author") or {}, info.get("license") or {}
+    return IconSet(
+        prefix=prefix,
+        title=info["name"],
+        authors=author.get("name", "unknown"),
+        url=author.get("url", ""),
+        licence=licence.get("spdx", "none"),
+        licence_url=licence.get("url", ""),
+        palette=bool(info.get("palette", False)),
+        emoji=info.get("category") == "Emoji" or prefix in _EMOJI_SETS,
+    )
+
+
+def brand_names(sets: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Return the names of brands: those that two or more lists of logos know, unless an emoji has the word.
+
+    Collections of pictograms hold logos that nothing marks as such. Lists of logos hold words such as
+    "apple", "link" and "signal" that are brands, too; the names of the emojis tell them apart.
+    """
+    lists: dict[str, set[str]] = defaultdict(set)
+    plain: set[str] = set()
+    for prefix, data in sets.items():
+        for name in data["icons"]:
+            if prefix in _BRAND_SETS:
+                lists[prefix].add(name)
+            elif match := _BRAND_PREFIX.fullmatch(name):
+                lists[prefix].add(match[1])
+        for category, names in data.get("categories", {}).items():
+            if _PROPER_CATEGORY.search(category) and "flag" not in category.lower():
+                lists[prefix].update(names)
+        if describe(prefix, data).emoji and prefix not in RESERVED:
+            plain.update(word for name in data["icons"] for word in name.split("-"))
+    counts: dict[str, int] = defaultdict(int)
+    for prefix, names in lists.items():
+        namer = Namer(prefix, names)
+        found = {parsed.caption for name in names if (parsed := namer(name)) is not None}
+        for caption in found:
+            counts[caption] += 1
+    return {caption for caption, n in counts.items() if n >= 2 and not plain.issuperset(caption.split())}
+
+
+def icons_of(
+    prefix: str, data: Mapping[str, Any], brands: set[str] | frozenset[str] = frozenset()
+) -> Iterator[Icon]:
+    """Yield the icons of a set that are used, one for each name and style, in the order of the file.
+
+    Left out are icons that the set has withdrawn, logos, flags of countries, emojis with a skin tone, and
+    of the sizes of one drawing all but the one nearest to 24 pixels.
+    """
+    about = describe(prefix, data)
+    names = data["icons"]
+    namer = Namer(
+        prefix,
+        names,
+        suffixes=data.get("suffixes", ()),
+        prefixes=data.get("prefixes", ()),
+        emoji=about.emoji,
+    )
+    categories: dict[str, list[str]] = defaultdict(list)
+    for category, members in data.get("categories", {}).items():
+        for name in members:
+            categories[name].append(" ".join(category.split()))
+    aliases: dict[str, list[str]] = defaultdict(list)
+    if prefix not in _ALIASES_ARE_CODES:
+        for name, alias in data.get("aliases", {}).items():
+            if set(alias) == {"parent"}:  # not turned or mirrored
+                aliases[alias["parent"]].append(name)
+
+    best: dict[tuple[str, str], tuple[int, Icon]] = {}
+    for name, drawing in names.items():
+        words = set(name.split("-"))
+        if (
+            drawing.get("hidden")
+            or words & _LOGO_WORDS
+            or any(_PROPER_CATEGORY.search(category) for category in categories[name])
+            or (about.emoji and (has_skin_tone(name) or _COUNTRY_FLAG.match(name)))
+        ):
+            continue
+        parsed = namer(name)
+        if parsed is None or parsed.caption in brands:
+            continue
+        synonyms = {}
+        for alias in aliases[name]:
+            other = namer(alias)
+            if other is not None and other.caption not in (parsed.caption, *brands):
+                synonyms[other.caption] = other.concept
+        icon = Icon(
+            set=prefix,
+            name=name,
+            caption=parsed.caption,
+            style=parsed.style,
+            concept=parsed.concept,
+            synonyms=tuple(sorted(synonyms.items())),
+            categories=tuple(categories[name]),
+            svg=square_svg(data, drawing),
+        )
+        distance = min(
+            (abs(int(size) - 24) for size in re.findall(r"(?:^|-)(\d{2})(?:-|px|$)", name)), default=0
+        )
+        key = (parsed.caption, parsed.style)
+        if key not in best or distance < best[key][0]:
+            best[key] = (distance, icon)
+    yield from (icon for _, icon in best.values())
+
+
+def square_svg(data: Mapping[str, Any], drawing: Mapping[str, Any]) -> str:
+    """Return an icon as a document: its body in the middle of a square view box, as Iconify's format says."""
+    left, top, width, height = (
+        float(drawing.get(key, data.get(key, default)))
+        for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+    )
+    side = max(width, height)
+    view = f"{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}"
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{view}">{drawing["body"]}</svg>'
+    )

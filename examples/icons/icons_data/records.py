@@ -1,0 +1,167 @@
+"""The records: one line for every picture that is used, in the order in which the pictures are stored."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .labels import TEMPLATES
+from .package import Icon
+from .split import SHIFTS, SIDES, Split, shift_of
+
+_SEPARATOR = "|"  # of synonyms and categories in the table
+_STYLED = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One picture with its words.
+
+    Attributes:
+        index: Position among the pictures.
+        set: The prefix of its icon set.
+        name: Its name in that set.
+        caption: The name's words, without style, size and numbering.
+        text: What a model is trained on: the caption, at times with the style, in a template.
+        style: How it is drawn, or nothing.
+        concept: The group of concepts that it belongs to; on one side only.
+        synonyms: Other captions that its set gives it.
+        categories: The categories of its set.
+        side: ``train``, ``validation`` or ``test``, by its concept.
+        shift: The shift whose set it is from, or nothing; pictures of a shift are never trained on.
+        retrieval: Whether it stands for its concept in the retrieval of its side.
+        palette: Whether its set has colours of its own.
+    """
+
+    index: int
+    set: str
+    name: str
+    caption: str
+    text: str
+    style: str
+    concept: str
+    synonyms: tuple[str, ...]
+    categories: tuple[str, ...]
+    side: str
+    shift: str
+    retrieval: bool
+    palette: bool
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The caption and its synonyms: each of them is right."""
+        return (self.caption, *self.synonyms)
+
+
+def training_text(icon: Icon, seed: int = 0) -> str:
+    """Return the text that an icon is trained with: always the same one for the same seed."""
+    rng = random.Random(f"{seed}/{icon.set}/{icon.name}")
+    words = icon.caption
+    if icon.style and rng.random() < _STYLED:
+        words = f"{words}, {icon.style}"
+    return rng.choice(TEMPLATES).format(words)
+
+
+def make(
+    icons: Sequence[Icon], split: Split, palettes: Mapping[str, bool], *, seed: int = 0
+) -> tuple[list[Record], list[int], dict[str, tuple[int, int]]]:
+    """Put the icons that are kept into the order in which they are stored.
+
+    The trained sets come first, one side after the other, then the shifts in the same way; within each
+    such block the order is random, so that its first n pictures are a random sample.
+
+    Returns:
+        The records; for each of them the position of its icon; and the range of each block, named
+        ``train`` for a trained set, ``noto/train`` for a shift.
+    """
+    blocks = [f"{shift}/{side}" if shift else side for shift in ("", *SHIFTS) for side in SIDES]
+
+    def block(position: int) -> str:
+        shift, side = shift_of(icons[position].set), split.side[split.group[position]]
+        return f"{shift}/{side}" if shift else side
+
+    rank = {name: number for number, name in enumerate(blocks)}
+    order = sorted(split.kept, key=lambda position: (rank[block(position)], _shuffled(icons[position], seed)))
+    records: list[Record] = []
+    ranges: dict[str, tuple[int, int]] = {}
+    represented: set[tuple[str, str]] = set()
+    for index, position in enumerate(order):
+        icon, name, group = icons[position], block(position), split.group[position]
+        first, _ = ranges.get(name, (index, index))
+        ranges[name] = (first, index + 1)
+        side, shift = split.side[group], shift_of(icon.set)
+        # One picture for each concept, so that no query has two right answers. Shifts are for the end only.
+        retrieval = (name, group) not in represented and (
+            side == "test" or (side == "validation" and not shift)
+        )
+        if retrieval:
+            represented.add((name, group))
+        records.append(
+            Record(
+                index=index,
+                set=icon.set,
+                name=icon.name,
+                caption=icon.caption,
+                text=training_text(icon, seed),
+                style=icon.style,
+                concept=group,
+                synonyms=tuple(caption for caption, _ in icon.synonyms),
+                categories=icon.categories,
+                side=side,
+                shift=shift,
+                retrieval=retrieval,
+                palette=palettes[icon.set],
+            )
+        )
+    return records, order, ranges
+
+
+def _shuffled(icon: Icon, seed: int) -> str:
+    return hashlib.sha256(f"{seed}/{icon.set}/{icon.name}".encode()).hexdigest()
+
+
+def write_table(path: Path, records: Sequence[Record]) -> None:
+    """Write the records as a table with a heading."""
+    fields = [field.name for field in dataclasses.fields(Record)]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(fields)
+        for record in records:
+            writer.writerow(_cell(getattr(record, field)) for field in fields)
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, tuple):
+        return _SEPARATOR.join(value)
+    return int(value) if isinstance(value, bool) else value
+
+
+def read_table(path: Path) -> list[Record]:
+    """Read what :func:`write_table` wrote."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            Record(
+                index=int(row["index"]),
+                set=row["set"],
+                name=row["name"],
+                caption=row["caption"],
+                text=row["text"],
+                style=row["style"],
+                concept=row["concept"],
+                synonyms=_tuple(row["synonyms"]),
+                categories=_tuple(row["categories"]),
+                side=row["side"],
+                shift=row["shift"],
+                retrieval=row["retrieval"] == "1",
+                palette=row["palette"] == "1",
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def _tuple(cell: str) -> tuple[str, ...]:
+    return tuple(cell.split(_SEPARATOR)) if cell else ()

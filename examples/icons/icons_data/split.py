@@ -1,0 +1,202 @@
+"""Which icons are trained on: groups of concepts that belong together, one side for each, no drawing twice.
+
+A concept is on one side only. Two concepts belong together, and so go to the same side, where a set gives
+one drawing names of both (aliases), and where two drawings of them look alike: "navaid military" and
+"target" are one picture, whatever they are called. So no picture of one side has a twin on another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from .package import Icon
+
+SIDES = ("train", "validation", "test")
+
+# Whole looks that are never trained on, and vendors of colour emojis that are not.
+SHIFTS: dict[str, tuple[str, ...]] = {
+    "pixel-art": ("dinkie-icons", "memory", "pixel", "pixelarticons", "streamline-pixel"),
+    "hand-drawn": ("pepicons-pencil", "streamline-freehand", "streamline-freehand-color"),
+    "silhouette": ("game-icons",),
+    "noto": ("noto",),
+    "emojione": ("emojione",),
+}
+# Drawn by a vendor that is held out, so not trained on, and no colours, so no shift of its own.
+OF_A_SHIFT = ("emojione-monotone",)
+
+VALIDATION = 0.05
+TEST = 0.15
+TEST_OF_EMOJIS = 1 / 3  # emojis are few, and two of the shifts consist of them
+TEST_OF_SHIFTS = 1 / 2  # concepts that no trained set has
+_HUB = 100  # larger groups, arrows and plain shapes, are trained on: as a test they would be one item
+
+ALIKE = 4.0  # root of the mean squared difference of thumbnails, in grey levels of 255
+SAME_DRAWING = 16.0  # the same, for drawings of one caption: sizes, weights, copies
+_DIRECTIONS = 10
+_BLANK = 0.005
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """What became of every icon that was drawn.
+
+    Attributes:
+        kept: Positions of the icons that are used.
+        group: For every icon, the group of its concept.
+        side: For every group, ``train``, ``validation`` or ``test``.
+        counts: What was left out, and what was joined, for the data card.
+    """
+
+    kept: list[int]
+    group: list[str]
+    side: dict[str, str]
+    counts: dict[str, int]
+
+
+def shift_of(prefix: str) -> str:
+    """Return the shift that a set belongs to, or an empty string for a set that is trained on."""
+    return next((shift for shift, prefixes in SHIFTS.items() if prefix in prefixes), "")
+
+
+def split(icons: Sequence[Icon], thumbnails: np.ndarray, *, seed: int = 0) -> Split:
+    """Put every icon on a side, and drop drawings that are there already.
+
+    Args:
+        icons: All icons.
+        thumbnails: ``uint8 [N, 16, 16, 3]``, the icons' pictures, averaged.
+        seed: Other seeds hold out other concepts.
+    """
+    ink = (thumbnails < 250).any(axis=-1).mean(axis=(1, 2))
+    drawn = ink >= _BLANK
+    pairs = alike_pairs(thumbnails)
+    groups = _Groups()
+    for icon in icons:
+        for _, concept in icon.synonyms:
+            groups.join(icon.concept, concept)
+    by_name = [groups.find(icon.concept) for icon in icons]
+    joined = 0
+    for a, b in pairs.tolist():
+        joined += by_name[a] != by_name[b]
+        if drawn[a] and drawn[b]:
+            groups.join(icons[a].concept, icons[b].concept)
+    group = groups.names(icon.concept for icon in icons)
+    side = _sides(icons, group, seed)
+    kept = _distinct(icons, thumbnails, np.flatnonzero(drawn).tolist())
+    counts = {
+        "drawn": len(icons),
+        "blank": int((~drawn).sum()),
+        "same_caption_same_drawing": int(drawn.sum()) - len(kept),
+        "alike_pairs": len(pairs),
+        "alike_pairs_of_different_concepts": joined,
+        "concepts": len({icon.concept for icon in icons}),
+        "groups": len(side),
+    }
+    return Split(kept, group, side, counts)
+
+
+def alike_pairs(thumbnails: np.ndarray, limit: float = ALIKE) -> np.ndarray:
+    """Return all pairs of pictures whose thumbnails differ by less than ``limit``: ``[P, 2]``, ordered.
+
+    Pairs are searched in the ten directions in which the thumbnails differ most, where no distance is
+    longer than the true one, and then compared in full.
+    """
+    flat = thumbnails.reshape(len(thumbnails), -1)
+    sample = flat[:: max(1, len(flat) // 20_000)].astype(np.float64)
+    mean = sample.mean(axis=0)
+    _, vectors = np.linalg.eigh(np.cov((sample - mean).T) if len(sample) > 1 else np.eye(flat.shape[1]))
+    directions = vectors[:, -_DIRECTIONS:]
+    reduced = np.concatenate(
+        [(part - mean) @ directions for part in np.array_split(flat, max(1, len(flat) // 10_000))]
+    )
+    radius = limit * np.sqrt(flat.shape[1])
+    candidates = cKDTree(reduced).query_pairs(radius, output_type="ndarray")
+    candidates = candidates[np.lexsort((candidates[:, 1], candidates[:, 0]))]
+    close = [
+        _distance(flat[part[:, 0]], flat[part[:, 1]]) < limit
+        for part in np.array_split(candidates, max(1, len(candidates) // 50_000))
+    ]
+    return candidates[np.concatenate(close)]
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the root of the mean squared difference, over all axes but the first."""
+    difference = a.astype(np.float32) - b.astype(np.float32)
+    return np.sqrt((difference**2).mean(axis=tuple(range(1, difference.ndim))))
+
+
+class _Groups:
+    """Disjoint sets of concepts."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+
+    def find(self, concept: str) -> str:
+        parent = self._parent.setdefault(concept, concept)
+        while parent != self._parent[parent]:
+            self._parent[parent] = parent = self._parent[self._parent[parent]]
+        self._parent[concept] = parent
+        return parent
+
+    def join(self, a: str, b: str) -> None:
+        self._parent[self.find(a)] = self.find(b)
+
+    def names(self, concepts: Iterable[str]) -> list[str]:
+        """Name every concept's group after its first member in the alphabet, whatever was joined when."""
+        concepts = list(concepts)
+        first: dict[str, str] = {}
+        for concept in sorted(set(concepts)):
+            first.setdefault(self.find(concept), concept)
+        return [first[self.find(concept)] for concept in concepts]
+
+
+def _sides(icons: Sequence[Icon], group: Sequence[str], seed: int) -> dict[str, str]:
+    members: dict[str, set[str]] = defaultdict(set)
+    trained: dict[str, bool] = defaultdict(bool)
+    emoji: dict[str, bool] = defaultdict(bool)
+    for icon, name in zip(icons, group, strict=True):
+        members[name].add(icon.concept)
+        trained[name] |= not shift_of(icon.set)
+        emoji[name] |= icon.set in (*SHIFTS["noto"], *SHIFTS["emojione"])
+    side = {}
+    for name, concepts in members.items():
+        draw = _draw(f"{seed}/{name}")
+        if len(concepts) > _HUB:
+            side[name] = "train"
+            continue
+        test = TEST_OF_EMOJIS if emoji[name] else TEST
+        if not trained[name]:
+            test = TEST_OF_SHIFTS
+        side[name] = "test" if draw < test else "validation" if draw < test + VALIDATION else "train"
+    return side
+
+
+def _draw(text: str) -> float:
+    """Return a number in [0, 1) that depends on ``text`` only."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _distinct(icons: Sequence[Icon], thumbnails: np.ndarray, positions: Sequence[int]) -> list[int]:
+    """Keep of the drawings of one caption those that look different.
+
+    The trained sets and every shift are looked through on their own, so that no shift loses items to a
+    trained set.
+    """
+    same: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for position in positions:
+        icon = icons[position]
+        same[shift_of(icon.set), icon.caption].append(position)
+    kept: list[int] = []
+    for candidates in same.values():
+        chosen: list[int] = []
+        for position in candidates:
+            others = thumbnails[chosen]
+            if not chosen or _distance(others, thumbnails[position][None]).min() >= SAME_DRAWING:
+                chosen.append(position)
+        kept.extend(chosen)
+    return sorted(kept)

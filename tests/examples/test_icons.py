@@ -1,0 +1,638 @@
+"""The icons example: names, sets that may be used, the split, the files that are written, the loader."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import io
+import json
+import random
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+for module in ("resvg_py", "scipy", "sklearn", "torchmetrics", "rich", "webdataset"):
+    pytest.importorskip(module, reason="the example's packages are not installed")
+
+import numpy as np  # noqa: E402
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from hypothesis.extra import numpy as st_numpy  # noqa: E402
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "icons"
+sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent / "evaluate")]
+
+from icons_data import baseline, draw, labels, load, package, records, split, write  # noqa: E402
+from icons_data.names import Namer, concept_of, has_skin_tone  # noqa: E402
+
+_spec = importlib.util.spec_from_file_location("icons_build", EXAMPLE / "build.py")
+builder = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(builder)
+
+
+# --- a small package ---
+
+
+def _drawing(key: str) -> str:
+    """A body that nothing else looks like: eight bars, drawn from the key."""
+    rng = random.Random(key)
+    bars = (
+        f'<rect x="{rng.randint(0, 18)}" y="{3 * i}" width="{rng.randint(2, 6)}" height="2"/>'
+        for i in range(8)
+    )
+    return f'<g fill="currentColor">{"".join(bars)}</g>'
+
+
+def _set(prefix, names, *, spdx="MIT", category="General", palette=False, bodies=None, **more):
+    return {
+        "prefix": prefix,
+        "info": {
+            "name": f"Set {prefix}",
+            "author": {"name": f"Maker of {prefix}", "url": f"https://example.org/{prefix}"},
+            "license": {"title": spdx, "spdx": spdx, "url": "https://example.org/licence"},
+            "category": category,
+            "palette": palette,
+        },
+        "icons": {name: {"body": (bodies or {}).get(name, _drawing(f"{prefix}/{name}"))} for name in names},
+        "width": 24,
+        "height": 24,
+        **more,
+    }
+
+
+ANIMALS = [f"animal{a}{b}" for a in "bcdfghjk" for b in "aeiou"]
+TOOLS = [f"tool{a}{b}" for a in "bcdfghjk" for b in "aeiou"]
+FACES = [f"face{a}{b}" for a in "bcdfghjk" for b in "aeiou"]
+
+
+def _sets():
+    mdi = [*ANIMALS, *TOOLS, "trash", "lock-open", "acme"]
+    tabler = [*(f"{name}-outline" for name in (*ANIMALS, *TOOLS)), "bin", "lock-unlocked", "brand-acme"]
+    sets = [
+        _set(
+            "mdi",
+            mdi,
+            spdx="Apache-2.0",
+            categories={"Animal / Pet": ANIMALS, "Tools": TOOLS, "Brand / Logo": ["acme"]},
+            aliases={
+                "rubbish": {"parent": "trash"},
+                "hsart": {"parent": "trash", "hFlip": True},
+                "lock-shackle": {"parent": "lock-open"},
+            },
+        ),
+        _set("tabler", tabler, bodies={"bin": _drawing("mdi/trash")}),
+        _set("lucide", ["trash-2", *ANIMALS[:5]], spdx="ISC", bodies={"trash-2": _drawing("mdi/trash")}),
+        _set("pixel", [*ANIMALS, *FACES], spdx="CC-BY-4.0"),
+        _set(
+            "noto", [*FACES, "flag-for-france", "waving-hand-dark-skin-tone"], category="Emoji", palette=True
+        ),
+        _set("twemoji", FACES, category="Emoji", palette=True, spdx="CC-BY-4.0"),
+        _set("noto-v1", ["reserved-thing", *FACES], category="Emoji", palette=True),
+        _set("fxemoji", ["reserved-other"], palette=True),
+        _set("emojione-monotone", FACES, category="Emoji"),
+        _set("freeware", ["forbidden-thing"], spdx="CC-BY-NC-4.0"),
+        _set("copyleft", ["forbidden-other"], spdx="GPL-3.0"),
+        _set("simple-icons", ["acme", "umbrella"], category="Logos", spdx="CC0-1.0"),
+        _set("moving", ["spinner"], category="General"),
+    ]
+    sets[-1]["info"]["tags"] = ["Contains Animations"]
+    return {one["prefix"]: one for one in sets}
+
+
+def _pack(path, sets, version="1.2.3"):
+    files = {f"package/json/{prefix}.json": data for prefix, data in sets.items()}
+    files |= {"package/package.json": {"version": version}, "package/collections.json": {}}
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            data = json.dumps(content).encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tarball(tmp_path_factory):
+    return _pack(tmp_path_factory.mktemp("package") / "iconify.tgz", _sets())
+
+
+@pytest.fixture(scope="module")
+def built(tarball, tmp_path_factory):
+    output = tmp_path_factory.mktemp("icons")
+    with pytest.MonkeyPatch.context() as patch:
+        # The real thresholds are for thousands of concepts.
+        patch.setattr(labels, "_MIN_TRAIN", 3)
+        patch.setattr(labels, "_MIN_TEST", 1)
+        builder.build(output, tarball, workers=1, png=True)
+    return output
+
+
+@pytest.fixture(scope="module")
+def data(built):
+    return load.load(built)
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize(
+    ("name", "caption", "style"),
+    [
+        ("account-heart", "account heart", ""),
+        ("account-heart-24-filled", "account heart", "filled"),
+        ("home-bold-duotone", "home", "bold duotone"),
+        ("home-two-tone", "home", "duotone"),
+        ("traffic-light", "traffic light", ""),  # light is a style of this set, but there is no "traffic"
+        ("lamp-light", "lamp", "light"),
+        ("bag2", "bag", ""),
+        ("mp3", "mp3", ""),
+        ("camera-01", "camera", ""),
+        ("dice-5", "dice 5", ""),
+        ("star-outline", "star", "outline"),
+        ("color-fill", "color fill", ""),  # a verb: there is no other variant of it
+    ],
+)
+def test_a_name_is_caption_and_style(name, caption, style):
+    names = [
+        "account-heart", "account-heart-24-filled", "home-bold-duotone", "home", "home-two-tone",
+        "traffic-light", "lamp-light", "lamp", "bag", "bag2", "mp3", "camera-01", "camera-02", "star-outline",
+        "color-fill",
+        *(f"dice-{i}" for i in range(1, 7)),
+    ]  # fmt: skip
+    suffixes = {"24-filled": "24", "bold-duotone": "", "light": ""}
+    parsed = Namer("some", names, suffixes=suffixes)(name)
+    assert (parsed.caption, parsed.style) == (caption, style)
+
+
+def test_names_without_words_are_no_captions():
+    namer = Namer("some", ["123", "a-" * 12 + "a"])
+    assert namer("123") is None
+    assert namer("a-" * 12 + "a") is None
+
+
+def test_style_prefixes():
+    namer = Namer(
+        "ic", ["baseline-home", "outline-home", "twotone-home"], prefixes=("baseline", "outline", "twotone")
+    )
+    found = [namer(name) for name in ("baseline-home", "outline-home", "twotone-home")]
+    assert {one.caption for one in found} == {"home"}
+    assert [one.style for one in found] == ["", "outline", "duotone"]
+
+
+@given(st.permutations(["arrow", "up", "circles", "left"]), st.sampled_from(["", "2", "three", "alt"]))
+def test_concept_has_no_order_number_or_plural(words, last):
+    assert concept_of([*words, *([last] if last else [])]) == concept_of(["left", "circle", "arrows", "up"])
+
+
+def test_concept_of_emojis_has_no_gender():
+    assert concept_of(["man", "health", "worker"], emoji=True) == concept_of(
+        ["health", "workers"], emoji=True
+    )
+    assert concept_of(["man"], emoji=True) == "man"
+    assert concept_of(["man", "walking"]) != concept_of(["woman", "walking"])
+
+
+@pytest.mark.parametrize(
+    ("name", "toned"),
+    [
+        ("waving-hand-medium-dark-skin-tone", True),
+        ("waving-hand-dark", True),
+        ("person-light-skin-tone-bald", True),
+        ("man-tone3", True),
+        ("waving-hand", False),
+        ("flashlight", False),
+        ("light-bulb", False),
+    ],
+)
+def test_skin_tones(name, toned):
+    assert has_skin_tone(name) is toned
+
+
+# --- which sets and icons are used ---
+
+
+def test_sets_that_may_not_be_used_are_left_out_and_the_reason_is_given():
+    reasons = {prefix: package.reason_to_leave_out(prefix, one) for prefix, one in _sets().items()}
+    assert {prefix for prefix, reason in reasons.items() if reason is None} == {
+        "mdi", "tabler", "lucide", "pixel", "noto", "twemoji", "emojione-monotone",
+    }  # fmt: skip
+    assert reasons["noto-v1"] == reasons["fxemoji"] == "reserved"
+    assert reasons["freeware"] == "licence CC-BY-NC-4.0"
+    assert reasons["copyleft"] == "licence GPL-3.0"
+    assert "logos" in reasons["simple-icons"]
+    assert reasons["moving"] == "animated"
+
+
+@pytest.mark.parametrize("spdx", ["CC-BY-ND-4.0", "CC-BY-SA-4.0", "AGPL-3.0-only", "none", "Proprietary"])
+def test_no_other_licence_is_taken_for_a_free_one(spdx):
+    assert package.reason_to_leave_out("x", _set("x", ["a"], spdx=spdx)) == f"licence {spdx}"
+
+
+def test_a_set_without_a_licence_is_left_out():
+    one = _set("x", ["a"])
+    del one["info"]["license"]
+    assert package.reason_to_leave_out("x", one) == "licence none"
+
+
+def test_brands_are_what_two_lists_of_logos_know_and_no_emoji():
+    sets = _sets()
+    assert package.brand_names(sets) == {"acme"}
+    sets["noto"]["icons"]["acme-anvil"] = {"body": ""}
+    assert package.brand_names(sets) == set()
+
+
+def test_icons_of_a_set():
+    one = _set(
+        "some",
+        ["home-16", "home-24", "home-32", "gone", "logo-acme", "acme", "portal"],
+        suffixes={"16": "", "24": "", "32": ""},
+        aliases={"house-24": {"parent": "home-24"}, "turned": {"parent": "home-24", "rotate": 1}},
+        categories={"Buildings": ["home-24"], "Logos": ["portal"]},
+    )
+    one["icons"]["gone"]["hidden"] = True
+    (icon,) = package.icons_of("some", one, {"acme"})
+    assert icon.name == "home-24"
+    assert icon.caption == "home"
+    assert icon.synonyms == (("house", "house"),)
+    assert icon.categories == ("Buildings",)
+
+
+def test_flags_and_skin_tones_of_emojis_are_left_out():
+    assert {icon.name for icon in package.icons_of("noto", _sets()["noto"])} == set(FACES)
+
+
+def test_a_wide_icon_is_centred_in_a_square():
+    svg = package.square_svg({"height": 16}, {"body": "<path/>", "width": 32, "left": 4})
+    assert 'viewBox="4 -8 32 32"' in svg
+    body = '<rect x="0" y="0" width="32" height="16" fill="currentColor"/>'
+    picture = draw.pixels(draw.rasterise(package.square_svg({}, {"body": body, "width": 32, "height": 16})))
+    assert picture.shape == (64, 64, 3)
+    assert (picture[17:47] == 0).all()
+    assert (picture[:15] == 255).all()
+    assert (picture[49:] == 255).all()
+
+
+def test_a_tarball_of_something_else_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no icon sets"):
+        package.read(_pack(tmp_path / "other.tgz", {}))
+
+
+def test_fetching_without_npm_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(package.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="--tarball"):
+        package.fetch(tmp_path)
+    (tmp_path / "iconify-json-9.9.9.tgz").touch()
+    assert package.fetch(tmp_path, "9.9.9") == tmp_path / "iconify-json-9.9.9.tgz"
+
+
+# --- drawing ---
+
+
+def _icons(names, prefix="mdi"):
+    return list(package.icons_of(prefix, _set(prefix, names)))
+
+
+def test_what_is_drawn_is_kept(tmp_path, monkeypatch):
+    icons = [*_icons(["ant", "bee"], "mdi"), *_icons(["cat"], "tabler")]
+    pngs, thumbnails = draw.draw_all(icons, tmp_path, workers=1)
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+    for png, small in zip(pngs, thumbnails, strict=True):
+        exact = draw.pixels(png).reshape(16, 4, 16, 4, 3).mean(axis=(1, 3))
+        assert np.abs(small - exact).max() <= 0.5
+
+    asked = []
+    monkeypatch.setattr(draw, "_draw_many", lambda svgs: asked.extend(svgs) or [])
+    again, same = draw.draw_all(icons, tmp_path, workers=1)
+    assert again == pngs
+    assert (same == thumbnails).all()
+    assert asked == []
+
+
+def test_a_changed_drawing_is_drawn_anew(tmp_path):
+    before = _icons(["ant"])
+    draw.draw_all(before, tmp_path, workers=1)
+    (icon,) = package.icons_of("mdi", _set("mdi", ["ant"], bodies={"ant": _drawing("another")}))
+    pngs, _ = draw.draw_all([icon], tmp_path, workers=1)
+    assert pngs == [draw.rasterise(icon.svg)]
+
+
+# --- split ---
+
+
+@given(
+    st_numpy.arrays(
+        np.uint8,
+        st.tuples(st.integers(2, 12), st.just(4), st.just(4), st.just(3)),
+        elements=st.integers(0, 9),
+    ),
+    st.floats(0.5, 8),
+)
+def test_alike_pairs_are_all_pairs_that_are_close(thumbnails, limit):
+    flat = thumbnails.reshape(len(thumbnails), -1).astype(float)
+    expected = {
+        (i, j)
+        for i in range(len(flat))
+        for j in range(i + 1, len(flat))
+        if np.float32(np.sqrt(((flat[i] - flat[j]) ** 2).mean())) < limit
+    }
+    found = split.alike_pairs(thumbnails, limit)
+    assert [tuple(pair) for pair in found.tolist()] == sorted(expected)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    sets = _sets()
+    icons = [
+        icon
+        for prefix in ("lucide", "mdi", "noto", "pixel", "tabler", "twemoji")
+        for icon in package.icons_of(prefix, sets[prefix], {"acme"})
+    ]
+    _, thumbnails = draw.draw_all(icons, tmp_path_factory.mktemp("cache"), workers=1)
+    return icons, thumbnails
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_nothing_alike_is_on_two_sides(drawn, seed):
+    icons, thumbnails = drawn
+    made = split.split(icons, thumbnails, seed=seed)
+    side = [made.side[group] for group in made.group]
+    for a, b in split.alike_pairs(thumbnails):
+        assert side[a] == side[b]
+    of_concept = {}
+    for icon, own in zip(icons, side, strict=True):
+        for concept in (icon.concept, *(concept for _, concept in icon.synonyms)):
+            assert of_concept.setdefault(concept, own) == own
+    # By drawing (trash, bin) and by alias (lock open, lock shackle).
+    group = {icon.concept: name for icon, name in zip(icons, made.group, strict=True)}
+    assert group["trash"] == group["bin"]
+    assert made.counts["alike_pairs_of_different_concepts"] >= 1
+
+
+def test_the_split_depends_on_the_seed_and_on_nothing_else(drawn):
+    icons, thumbnails = drawn
+    made = split.split(icons, thumbnails)
+    order = np.random.default_rng(0).permutation(len(icons))
+    shuffled = split.split([icons[i] for i in order], thumbnails[order])
+    assert made.side == shuffled.side
+    assert made.side != split.split(icons, thumbnails, seed=1).side
+    counts = {s: list(made.side.values()).count(s) for s in split.SIDES}
+    assert counts["train"] > counts["test"] > 0
+
+
+def test_drawings_of_one_caption_are_kept_once(drawn):
+    icons, thumbnails = drawn
+    kept = split.split(icons, thumbnails).kept
+    # lucide's trash-2 is mdi's trash, drawn again; tabler's bin has a caption of its own.
+    assert [icons[i].set for i in kept if icons[i].caption == "trash"] == ["lucide"]
+    assert [icons[i].set for i in kept if icons[i].caption == "bin"] == ["tabler"]
+
+
+def test_blank_drawings_are_left_out():
+    icons = _icons(["ant", "bee", "cat"])
+    thumbnails = np.full((3, 16, 16, 3), 255, np.uint8)
+    thumbnails[0, :8] = 0
+    made = split.split(icons, thumbnails)
+    assert made.kept == [0]
+    assert made.counts["blank"] == 2
+    assert made.group == ["ant", "bee", "cat"]  # two blanks are not alike
+
+
+# --- the build ---
+
+
+def _digests(folder):
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts)
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_two_builds_are_byte_equal(built, tarball, tmp_path, monkeypatch):
+    monkeypatch.setattr(labels, "_MIN_TRAIN", 3)
+    monkeypatch.setattr(labels, "_MIN_TEST", 1)
+    builder.build(tmp_path, tarball, workers=2, png=True)
+    assert _digests(tmp_path) == _digests(built)
+
+
+def test_a_complete_build_is_recognised(built, tarball):
+    assert builder.is_complete(built, tarball, seed=0, png=False)
+    assert builder.is_complete(built, tarball, seed=0, png=True)
+    assert not builder.is_complete(built, tarball, seed=1, png=False)
+    assert not builder.is_complete(built.parent, tarball, seed=0, png=False)
+
+
+def test_an_interrupted_build_leaves_drawings_and_no_manifest(tarball, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "shards", fail)
+        with pytest.raises(OSError, match="disk full"):
+            builder.build(tmp_path, tarball, workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    monkeypatch.setattr(draw, "_draw_many", fail)
+    builder.build(tmp_path, tarball, workers=1)
+    assert (tmp_path / "manifest.json").is_file()
+
+
+def test_the_command_builds_once_and_reports_mistakes(tarball, tmp_path, capsys, monkeypatch):
+    argv = ["--output", str(tmp_path / "out"), "--tarball", str(tarball), "--workers", "1"]
+    assert builder.main(argv) == 0
+    assert "pairs to train on" in capsys.readouterr().out
+    assert builder.main(argv) == 0
+    assert "Complete already" in capsys.readouterr().out
+    monkeypatch.setattr(package.shutil, "which", lambda name: None)
+    assert builder.main(["--output", str(tmp_path / "other")]) == 1
+    assert "npm was not found" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        builder.main(["--tarball", str(tmp_path / "missing.tgz")])
+
+
+def test_only_what_may_be_used_is_used_and_everybody_is_named(built, data):
+    used = {record.set for record in data.records}
+    assert used == {"mdi", "tabler", "lucide", "pixel", "noto", "twemoji"}
+    text = (built / "ATTRIBUTIONS.md").read_text(encoding="utf-8")
+    card = (built / "DATA_CARD.md").read_text(encoding="utf-8")
+    for prefix in used:
+        number = sum(record.set == prefix for record in data.records)
+        assert (
+            f"[Set {prefix}](https://example.org/{prefix}) (`{prefix}`) | Maker of {prefix} | {number} |"
+            in text
+        )
+    assert not any(f"`{prefix}`" in text for prefix in set(_sets()) - used)
+    assert "@iconify/json 1.2.3" in text
+    assert "- licence CC-BY-NC-4.0: `freeware`" in card
+    assert "- reserved: `fxemoji`, `noto-v1`" in card
+    assert "- of a vendor that is held out: `emojione-monotone`" in card
+    assert not any(record.caption.startswith(("reserved", "forbidden", "acme")) for record in data.records)
+
+
+def test_sides_share_no_concept_and_no_drawing(data):
+    concepts, pictures = {}, {}
+    for record, picture in zip(data.records, data.images, strict=True):
+        assert concepts.setdefault(record.concept, record.side) == record.side
+        assert pictures.setdefault(picture.tobytes(), record.side) == record.side
+    assert set(concepts.values()) == set(split.SIDES)
+
+
+def test_shifts_are_in_parts_of_their_own(data):
+    assert data.shifts == ["pixel-art", "noto"]
+    for name in data.manifest["ranges"]:
+        part = data.part(name)
+        shift, _, side = name.rpartition("/")
+        assert {(record.shift, record.side) for record in part.records} == {(shift, side)}
+        assert {record.set in ("pixel", "noto") for record in part.records} == {bool(shift)}
+        assert len(part.images) == len(part.records) == len(part.captions) == len(part.texts)
+    with pytest.raises(KeyError, match="no part 'holdout'; there are train, "):
+        data.part("holdout")
+
+
+def test_the_loader_returns_what_was_drawn(built, data):
+    sets = _sets()
+    assert isinstance(data.images, np.memmap)
+    for record in data.records[::7]:
+        icon = next(i for i in package.icons_of(record.set, sets[record.set]) if i.name == record.name)
+        assert (data.images[record.index] == draw.pixels(draw.rasterise(icon.svg))).all()
+        assert record.caption == icon.caption
+        assert record.text == records.training_text(icon)
+    with pytest.raises(FileNotFoundError, match="no finished build"):
+        load.load(built.parent)
+
+
+def test_retrieval_has_one_picture_for_each_concept_and_every_caption(data):
+    found = data.retrieval("test")
+    chosen = [data.records[i] for i in found.index]
+    assert len(found.images) == len({record.concept for record in chosen})
+    assert {record.concept for record in chosen} == {r.concept for r in data.part("test").records}
+    assert found.captions == [caption for record in chosen for caption in record.captions]
+    assert [chosen[i].concept for i in found.image_of] == [r.concept for r in chosen for _ in r.captions]
+    assert len(set(found.captions)) == len(found.captions)
+    assert len(data.retrieval("noto/test").images) > 0
+    with pytest.raises(ValueError, match="in their test part only"):
+        data.retrieval("noto/train")
+
+
+def test_synonyms_are_captions(data):
+    (record,) = (r for r in data.records if r.set == "mdi" and r.name == "lock-open")
+    assert record.captions == ("lock open", "lock shackle")
+
+
+def test_training_texts_are_templates_of_captions_and_styles(data):
+    texts = [(r.text, r) for r in data.records]
+    for text, record in texts:
+        words = {record.caption, f"{record.caption}, {record.style}"}
+        assert any(text == template.format(w) for template in labels.TEMPLATES for w in words)
+    assert any(record.style and record.style in text for text, record in texts)
+
+
+def test_labelled_sets(data):
+    assert {"mdi"} <= set(data.labelled)
+    mdi = data.labelled["mdi"]
+    assert mdi.classes == ["animal and pet", "tools"]
+    for side in split.SIDES:
+        items = mdi.side(side)
+        for index, label, picture in zip(items.index, items.labels, items.images, strict=True):
+            record = data.records[index]
+            assert (record.set, record.side) == ("mdi", side)
+            assert labels.class_name(record.categories[0]) == mdi.classes[label]
+            assert (picture == data.images[index]).all()
+    assert len(mdi.train.labels) > len(mdi.test.labels) > 0
+    assert mdi.templates == list(labels.TEMPLATES)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_shards_and_benchmark_hold_the_same_pictures(built, data):
+    import webdataset
+
+    def samples(path):
+        return list(webdataset.WebDataset(str(path), shardshuffle=False))
+
+    (train,) = (built / "shards").glob("train-*.tar")
+    found = samples(train)
+    assert [sample["txt"].decode() for sample in found] == data.part("train").texts
+    assert (draw.pixels(found[3]["png"]) == data.part("train").images[3]).all()
+
+    retrieval = built / "benchmark" / "retrieval"
+    assert (retrieval / "dataset_type.txt").read_text().strip() == "retrieval"
+    assert (retrieval / "test" / "nshards.txt").read_text().strip() == "1"
+    captions = [c for s in samples(retrieval / "test" / "0.tar") for c in s["txt"].decode().splitlines()]
+    assert captions == data.retrieval("test").captions
+
+    mdi = built / "benchmark" / "mdi"
+    assert (mdi / "classnames.txt").read_text().splitlines() == data.labelled["mdi"].classes
+    assert "{c} icon" in (mdi / "zeroshot_classification_templates.txt").read_text().splitlines()
+    found = samples(mdi / "test" / "0.tar")
+    assert [int(sample["cls"]) for sample in found] == data.labelled["mdi"].test.labels.tolist()
+
+
+def test_tables_name_files_that_are_there(built, data):
+    with (built / "train.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert [row["title"] for row in rows] == data.part("train").texts
+    picture = draw.pixels((built / rows[5]["filepath"]).read_bytes())
+    assert (picture == data.part("train").images[5]).all()
+    with (built / "test.csv").open(encoding="utf-8", newline="") as file:
+        assert [r["title"] for r in csv.DictReader(file, delimiter="\t")] == data.part("test").captions
+
+
+def test_the_table_of_records_is_read_back_as_it_was(data, tmp_path):
+    records.write_table(tmp_path / "records.csv", data.records)
+    assert records.read_table(tmp_path / "records.csv") == data.records
+
+
+# --- the card's figures ---
+
+
+def test_the_card_states_chance_and_raw_pixels(data, built):
+    card = (built / "DATA_CARD.md").read_text(encoding="utf-8")
+    n = len(data.retrieval("test").images)
+    assert f"| test | {n} | " in card
+    assert f"| {len(data.part('train').records)} |" in card
+    assert "| mdi | 2 | " in card
+    assert "| 50.0/100.0/100.0 |" in card
+
+
+def test_raw_pixels_find_what_they_have_seen():
+    # The baseline's own check: pictures that repeat training pictures get their captions and classes.
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 255, (6, 16, 16, 3)).astype(np.uint8)
+    thumbnails = np.concatenate([base, base])
+    captions = ["red ant", "red bee", "big cat", "big dog", "old elk", "old fox"]
+
+    def record(index, side):
+        caption = captions[index % 6]
+        return records.Record(
+            index, "mdi", caption, caption, caption, "", f"{side} {caption}", (), (), side, "",
+            side == "test", False,
+        )  # fmt: skip
+
+    rows = [record(i, "train" if i < 6 else "test") for i in range(12)]
+    (row,) = baseline.retrieval(rows, thumbnails, {"train": (0, 6), "test": (6, 12)})
+    assert row.alike == {8: 100.0, 16: 100.0}
+    assert row.chance["image_to_text"][1] == pytest.approx(100 / 6)
+    # Five of six neighbours lend their words, the nearest among them; all captions but one score alike.
+    assert row.knn["image_to_text"][5] > row.chance["image_to_text"][5]
+    one = labels.Labelled(
+        "mdi", "", ["a", "b"], {"train": [0, 1, 2, 3, 4, 5], "test": [6, 7, 8], "validation": []},
+        {"train": [0, 0, 0, 1, 1, 1], "test": [0, 0, 1], "validation": []},
+    )  # fmt: skip
+    (row,) = baseline.classification([one], thumbnails)
+    assert row.majority == pytest.approx(200 / 3)
+    assert row.chance == {1: 50.0, 3: 100.0, 5: 100.0}
+
+
+def test_the_readme_names_every_file_and_shift():
+    text = (EXAMPLE / "README.md").read_text(encoding="utf-8")
+    for name in (
+        "DATA_CARD.md",
+        "ATTRIBUTIONS.md",
+        "images.npy",
+        "records.csv",
+        "labels/",
+        "shards/",
+        "benchmark/",
+    ):
+        assert name in text
+    for name in package.RESERVED:
+        assert f"`{name}`" in text
