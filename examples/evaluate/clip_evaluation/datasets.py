@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision import datasets as torchvision_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 Transform = Callable[[Image.Image], Any]
 
 _TORCHVISION = "torchvision:"
 _WORDNET = re.compile(r"n\d{8}")
+_KINDS = ("webp", "png", "jpg", "jpeg")  # of images in shards
 _COCO_CAPTIONS = 5  # of each image, as everybody counts
 
 
@@ -244,17 +247,25 @@ class _Shards(IterableDataset[Any]):
         self._key = key
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        import webdataset
+        worker = get_worker_info()
+        mine = self._shards[worker.id :: worker.num_workers] if worker else self._shards
+        for shard in mine:
+            with shard.open("rb") as stream:
+                files = ({**file, "__url__": str(shard)} for file in tar_file_iterator(stream))
+                for sample in group_by_keys(files):
+                    yield self._item(sample)
 
-        samples = webdataset.DataPipeline(
-            webdataset.SimpleShardList([str(shard) for shard in self._shards]),
-            webdataset.split_by_worker,
-            webdataset.tarfile_to_samples(),
-            webdataset.decode("pil"),
-            webdataset.to_tuple("webp;png;jpg;jpeg", self._key),
-        )
-        for image, target in samples:
-            yield self._transform(image), target.splitlines() if self._key == "txt" else int(target)
+    def _item(self, sample: dict[str, Any]) -> tuple[Any, Any]:
+        kind = next((kind for kind in _KINDS if kind in sample), None)
+        if kind is None or self._key not in sample:
+            raise ValueError(
+                f"{sample['__url__']}: {sample['__key__']} has no image or no .{self._key}, but "
+                + ", ".join(name for name in sample if not name.startswith("__"))
+            )
+        with Image.open(io.BytesIO(sample[kind])) as image:
+            pixels = self._transform(image)
+        text = sample[self._key].decode()
+        return pixels, text.splitlines() if self._key == "txt" else int(text)
 
 
 def _webdataset(path: Path, split: str, transform: Transform) -> ImageSet:

@@ -69,7 +69,7 @@ class ClipModel:
     @property
     def logit_scale(self) -> float:
         """The multiplier of the cosines, not its logarithm."""
-        return float(self.model.logit_scale.exp())
+        return float(self.model.logit_scale.detach().exp())
 
     @torch.inference_mode()
     def image_features(

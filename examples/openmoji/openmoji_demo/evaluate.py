@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from clip_evaluation import metrics
+from clip_evaluation import metrics, model
 from PIL import Image
+from torch.nn.functional import normalize
 
 from . import data
 from .pixel_knn import PixelKNN
 
 STYLES = ("color", "line")
 TASKS = ("image_to_text", "text_to_image", "subgroup", "group")
-_BATCH = 256
-
 Scores = dict[str, dict[int, float]]
 
 
@@ -103,41 +100,20 @@ class ClipModel:
     """
 
     def __init__(self, model_dir: Path, checkpoint: Path, device: str) -> None:
-        name = f"local-dir:{model_dir}"
-        # open_clip warns that the folder holds no weights: they come from the checkpoint, a line below.
-        previous = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            model, _, self._preprocess = open_clip.create_model_and_transforms(name, device=device)
-            self._tokenizer = open_clip.get_tokenizer(name)
-        finally:
-            logging.disable(previous)
-        open_clip.load_checkpoint(model, str(checkpoint), device=device)
-        self._model = model.eval()
-        self._device = device
+        self._model = model.ClipModel(f"local-dir:{model_dir}", checkpoint=checkpoint, device=device)
 
-    @torch.inference_mode()
     def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return unit-norm image embeddings."""
-        pixels = torch.stack([self._preprocess(image) for image in images])
-        return torch.cat(
-            [self._model.encode_image(p.to(self._device), normalize=True).cpu() for p in pixels.split(_BATCH)]
-        )
+        features, _ = self._model.image_features([(self._model.preprocess(image), None) for image in images])
+        return normalize(features, dim=-1)
 
-    @torch.inference_mode()
     def text_features(self, captions: Sequence[str]) -> torch.Tensor:
         """Return unit-norm text embeddings."""
-        tokens = self._tokenizer(list(captions))
-        return torch.cat(
-            [self._model.encode_text(t.to(self._device), normalize=True).cpu() for t in tokens.split(_BATCH)]
-        )
+        return self._model.text_features(captions)
 
     def classifier(self, classes: Sequence[str]) -> torch.Tensor:
         """Return the zero-shot classifier: one column for each class, its prompts averaged."""
-        weights: torch.Tensor = open_clip.build_zero_shot_classifier(
-            self._model, self._tokenizer, classnames=classes, templates=data.TEMPLATES, device=self._device
-        )
-        return weights.cpu()
+        return self._model.classifier(classes, data.TEMPLATES)
 
     def caption_scores(self, images: Sequence[Image.Image], captions: Sequence[str]) -> torch.Tensor:
         """Return the cosine of every picture with every caption."""

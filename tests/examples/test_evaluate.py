@@ -1,0 +1,638 @@
+"""The evaluation example: metrics against other ways to count, probes, readers of data, the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import itertools
+import json
+import math
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+for module in ("sklearn", "torchmetrics", "rich", "webdataset", "timm"):
+    pytest.importorskip(module, reason="the example's packages are not installed")
+open_clip = pytest.importorskip("open_clip", reason="the example's packages are not installed")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from PIL import Image  # noqa: E402
+from sklearn.linear_model import LogisticRegression  # noqa: E402
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score  # noqa: E402
+from sklearn.preprocessing import StandardScaler  # noqa: E402
+from torch.nn.functional import normalize  # noqa: E402
+from torchmetrics.functional.retrieval import retrieval_hit_rate  # noqa: E402
+
+import rankloss  # noqa: E402
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "evaluate"
+sys.path.insert(0, str(EXAMPLE))
+
+from clip_evaluation import datasets, geometry, metrics, pixel_knn, probe, report  # noqa: E402
+from clip_evaluation.model import ClipModel  # noqa: E402
+
+_spec = importlib.util.spec_from_file_location("evaluate_run", EXAMPLE / "run.py")
+command = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(command)
+
+
+def _features(*shape, seed=0):
+    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+# --- retrieval ---
+
+
+def _in_every_order(similarity, right, k):
+    """R@k, averaged over all orders of the columns, of a ranking that leaves ties as it found them."""
+    columns = range(similarity.shape[1])
+    hits = []
+    for row, answers in zip(similarity.tolist(), right.tolist(), strict=True):
+        orders = list(itertools.permutations(columns))
+        found = [any(answers[c] for c in sorted(order, key=lambda c: -row[c])[:k]) for order in orders]
+        hits.append(sum(found) / len(found))
+    return 100 * sum(hits) / len(hits)
+
+
+@given(st.data())
+def test_recall_shares_places_among_ties(data):
+    columns = data.draw(st.integers(2, 5))
+    rows = data.draw(st.integers(1, 3))
+    numbers = st.lists(st.integers(0, 2), min_size=columns, max_size=columns)
+    similarity = torch.tensor(data.draw(st.lists(numbers, min_size=rows, max_size=rows))).float()
+    answers = st.lists(st.booleans(), min_size=columns, max_size=columns).filter(any)
+    right = torch.tensor(data.draw(st.lists(answers, min_size=rows, max_size=rows)))
+    k = data.draw(st.integers(1, columns + 1))
+    found = metrics.recall_at_k(similarity, (k,), right=right)[k]
+    assert found == pytest.approx(_in_every_order(similarity, right, k), abs=1e-9)
+
+
+def test_recall_counts_the_rank_of_the_right_column():
+    # Ranks of the right captions: 1, 2, 3.
+    similarity = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.5, 0.1], [0.3, 0.2, 0.1]])
+    assert metrics.recall_at_k(similarity, (1, 2, 3)) == pytest.approx({1: 100 / 3, 2: 200 / 3, 3: 100.0})
+
+
+def test_recall_refuses_what_cannot_be_ranked():
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.recall_at_k(torch.full((2, 2), torch.nan))
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
+        metrics.recall_at_k(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"right: .*\(2, 3\), got \(3, 2\)"):
+        metrics.recall_at_k(torch.zeros(2, 3), right=torch.ones(3, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="query 1: has no right answer"):
+        metrics.recall_at_k(torch.zeros(2, 2), right=torch.tensor([[True, False], [False, False]]))
+
+
+@pytest.mark.parametrize("block", [2**24, 40])
+def test_retrieval_with_several_captions_is_what_torchmetrics_counts(block, monkeypatch):
+    monkeypatch.setattr(metrics, "_BLOCK", block)  # 40 elements: two rows at a time
+    images, texts = _features(17, 8), _features(40, 8, seed=1)
+    image_of = torch.cat(
+        [torch.arange(17), torch.randint(17, (23,), generator=torch.Generator().manual_seed(2))]
+    )
+    found = metrics.retrieval(images, texts, image_of)
+    for k in metrics.RETRIEVAL_KS:
+        to_text = [retrieval_hit_rate(images[i] @ texts.T, image_of == i, top_k=k) for i in range(17)]
+        to_image = [
+            retrieval_hit_rate(texts[c] @ images.T, torch.arange(17) == image_of[c], top_k=k)
+            for c in range(40)
+        ]
+        assert found["image_to_text"][k] == pytest.approx(100 * torch.stack(to_text).mean().item(), abs=1e-4)
+        assert found["text_to_image"][k] == pytest.approx(100 * torch.stack(to_image).mean().item(), abs=1e-4)
+    matrix = images @ texts.T
+    right = image_of == torch.arange(17).unsqueeze(1)
+    assert metrics.recall_at_k(matrix, right=right) == pytest.approx(found["image_to_text"])
+    assert metrics.recall_at_k(matrix.T, right=right.T) == pytest.approx(found["text_to_image"])
+
+
+def test_retrieval_without_a_map_takes_pairs():
+    images, texts = _features(12, 4), _features(12, 4, seed=1)
+    assert metrics.retrieval(images, texts) == metrics.retrieval(images, texts, torch.arange(12))
+    assert metrics.retrieval(images, texts)["image_to_text"] == metrics.recall_at_k(images @ texts.T)
+
+
+def test_retrieval_refuses_what_does_not_fit():
+    images, texts = _features(3, 4), _features(5, 4)
+    with pytest.raises(ValueError, match="5 captions with 3 images"):
+        metrics.retrieval(images, texts)
+    with pytest.raises(ValueError, match="numbers of images below 3"):
+        metrics.retrieval(images, texts, torch.tensor([0, 1, 2, 3, 0]))
+    with pytest.raises(ValueError, match="query 2: has no right answer"):
+        metrics.retrieval(images, texts, torch.tensor([0, 1, 1, 1, 0]))
+    with pytest.raises(ValueError, match=r"\(3, 4\) and \(5, 6\)"):
+        metrics.retrieval(images, _features(5, 6), torch.tensor([0, 1, 1, 1, 0]))
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=8))
+def test_chance_is_the_score_of_a_model_that_sees_no_difference(own):
+    image_of = torch.repeat_interleave(torch.arange(len(own)), torch.tensor(own))
+    blind = metrics.retrieval(torch.ones(len(own), 2), torch.ones(len(image_of), 2), image_of)
+    guess = metrics.retrieval_chance(len(own), image_of)
+    for task, values in guess.items():
+        assert values == pytest.approx(blind[task], abs=1e-9)
+
+
+def test_chance_and_standard_error():
+    assert metrics.chance(270, (1, 5, 10)) == pytest.approx({1: 0.37037, 5: 1.85185, 10: 3.7037}, abs=1e-4)
+    assert metrics.chance(4, (1, 3, 5)) == {1: 25.0, 3: 75.0, 5: 100.0}
+    assert metrics.standard_error(10, 270) == pytest.approx(1.8257, abs=1e-3)
+
+
+# --- classification ---
+
+
+def test_top_k_accuracy_by_hand():
+    scores = torch.tensor(
+        [[0.7, 0.2, 0.1, 0.0], [0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]]
+    )
+    labels = torch.tensor([0, 1, 1, 3])  # at places 1, 2, 3, 4
+    assert metrics.accuracy_at_k(scores, labels, (1, 3, 5)) == pytest.approx({1: 25.0, 3: 75.0, 5: 100.0})
+
+
+def test_accuracies_are_what_scikit_learn_counts():
+    scores = torch.randn(200, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(6, (200,), generator=torch.Generator().manual_seed(1))  # class 6 does not occur
+    found = metrics.accuracy_at_k(scores, labels, (1, 3, 5))
+    for k, value in found.items():
+        expected = top_k_accuracy_score(labels.numpy(), scores.numpy(), k=k, labels=np.arange(7))
+        assert value == pytest.approx(100 * expected, abs=1e-4)
+    expected = np.mean([(scores[labels == c].argmax(1) == c).double().mean() for c in range(6)])
+    assert metrics.mean_per_class_accuracy(scores, labels) == pytest.approx(100 * expected)
+    everything = torch.cat([labels, torch.tensor([6])]), torch.cat([scores, torch.zeros(1, 7)])
+    expected = balanced_accuracy_score(everything[0].numpy(), everything[1].argmax(1).numpy())
+    assert metrics.mean_per_class_accuracy(everything[1], everything[0]) == pytest.approx(100 * expected)
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.accuracy_at_k(torch.full((2, 3), torch.nan), torch.tensor([0, 1]))
+
+
+# --- the baseline ---
+
+
+def test_pixel_knn_finds_neighbours_and_lends_their_words():
+    images = np.array([[0, 0], [1, 0], [9, 9], [9, 8]], dtype=np.uint8)
+    queries = np.array([[0, 1], [8, 9]], dtype=np.uint8)
+    distances, neighbours = pixel_knn.nearest(images, queries, 2)
+    assert neighbours.tolist() == [[0, 1], [2, 3]]
+    assert distances == pytest.approx(np.array([[1, math.sqrt(2)], [1, math.sqrt(2)]]))
+    captions = ["red apple", "red cherry", "blue whale", "blue fish"]
+    scores = pixel_knn.caption_scores(neighbours, captions, ["blue shark", "red berry", "green"])
+    assert scores.argmax(dim=1).tolist() == [1, 0]
+    assert scores[:, 2].tolist() == [0, 0]
+    assert pixel_knn.nearest(images, queries, 9)[1].shape == (2, 4)
+
+
+def test_pixel_knn_votes():
+    rng = np.random.default_rng(0)
+    images, queries = rng.integers(0, 255, (30, 4, 4)), rng.integers(0, 255, (10, 4, 4))
+    labels = rng.integers(0, 3, 30)
+    scores = pixel_knn.class_scores(images, labels, queries, [0, 1, 2, 3], k=5).numpy()
+    distance = np.sqrt(((queries[:, None] - images[None]) ** 2).sum(axis=(2, 3)))
+    for row, query in zip(scores, distance, strict=True):
+        first = labels[np.argsort(query)[:5]]
+        for label in range(3):
+            tie_break = 1 / (2 + query[labels == label].min())
+            assert row[label] == pytest.approx((first == label).sum() + tie_break)
+        assert row[3] == 0
+
+
+# --- probe ---
+
+
+def _clusters(n, *, classes=4, noise=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, 16, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(classes, (n,), generator=generator)
+    return centres[labels] + noise * torch.randn(n, 16, generator=generator), labels
+
+
+def test_probe_is_logistic_regression_with_the_best_strength_of_the_validation_split():
+    train, held_out, test = (_clusters(n, noise=3.0, seed=s) for n, s in ((80, 1), (200, 2), (150, 3)))
+    strengths = (1e-4, 1e-2, 1.0)
+    found = probe.linear_probe(train, test, held_out, classes=4, strengths=strengths)
+
+    def fit(x, y, strength):
+        scaler = StandardScaler().fit(x)
+        model = LogisticRegression(C=strength, max_iter=5000).fit(scaler.transform(x), y)
+        return lambda z: model.predict_proba(scaler.transform(z))
+
+    arrays = [(x.double().numpy(), y.numpy()) for x, y in (train, held_out, test)]
+    for strength in strengths:
+        guess = fit(*arrays[0], strength)(arrays[1][0]).argmax(axis=1)
+        assert found.validation[strength] == pytest.approx(100 * (guess == arrays[1][1]).mean())
+    assert found.validation[found.strength] == max(found.validation.values())
+    both = [np.concatenate(pair) for pair in zip(arrays[0], arrays[1], strict=True)]
+    expected = fit(*both, found.strength)(arrays[2][0])
+    assert found.scores.numpy() == pytest.approx(expected, abs=1e-3)
+    assert found.accuracy == metrics.accuracy_at_k(found.scores, test[1])
+    assert found.accuracy[1] > 60
+    assert found.at_edge == (found.strength in (1e-4, 1.0))
+
+
+def test_probe_prefers_more_regularisation_among_equals():
+    train, test = _clusters(60, noise=0.01), _clusters(30, noise=0.01, seed=1)
+    found = probe.linear_probe(train, test, classes=4, strengths=(10.0, 0.1, 1.0))
+    assert set(found.validation.values()) == {100.0}
+    assert found.strength == 0.1
+    assert found.at_edge
+    assert found.accuracy[1] == found.mean_per_class == 100.0
+
+
+def test_probe_scores_classes_that_training_lacks():
+    x, y = _clusters(60, classes=2)
+    found = probe.linear_probe((x, y * 3), (x, y * 3), classes=5, strengths=(1.0,))
+    assert found.scores.shape == (60, 5)
+    assert found.scores[:, [1, 2, 4]].abs().max() == 0
+    assert not found.at_edge
+
+
+def test_probe_refuses_what_cannot_be_learnt():
+    x, y = _clusters(20)
+    with pytest.raises(ValueError, match="all labels are equal"):
+        probe.linear_probe((x, torch.zeros(20, dtype=torch.long)), (x, y), classes=4)
+    with pytest.raises(ValueError, match="test: labels must be below 2"):
+        probe.linear_probe((x, y % 2), (x, y), classes=2)
+    with pytest.raises(ValueError, match="train: the features hold NaN"):
+        probe.linear_probe((x * math.nan, y), (x, y), classes=4)
+    with pytest.raises(ValueError, match=r"validation: expected .*\(20, 16\) and \(19,\)"):
+        probe.linear_probe((x, y), (x, y), (x, y[:-1]), classes=4)
+    with pytest.raises(ValueError, match="strengths"):
+        probe.linear_probe((x, y), (x, y), classes=4, strengths=())
+
+
+# --- geometry ---
+
+
+def test_geometry_of_pairs_that_coincide():
+    v = _features(30, 6)
+    found = geometry.geometry(v, v)
+    assert found["alignment"] == found["modality_gap"] == 0
+    assert found["uniformity_image"] == found["uniformity_text"] == found["uniformity_cross"]
+    distance = torch.pdist(v.double()).square()
+    assert found["uniformity_image"] == pytest.approx(distance.mul(-2).exp().mean().log().item(), abs=1e-6)
+    assert found["cross_modal_tau"] == found["in_modal_rho"] == pytest.approx(1.0)
+
+
+def test_geometry_is_that_of_the_library():
+    v, t = _features(30, 6), _features(30, 6, seed=1)
+    found = geometry.geometry(v, t, max_anchors=None)
+    assert found["modality_gap"] == rankloss.metrics.modality_gap(v, t).item()
+    assert {k: v for k, v in found.items() if k.endswith(("tau", "rho"))} == {
+        k: x.item() for k, x in rankloss.metrics.rank_agreement(v, t).items()
+    }
+
+
+# --- data ---
+
+
+def _picture(colour, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32), colour).save(path)
+
+
+def _colour(image):
+    return image.convert("RGB").getpixel((0, 0))
+
+
+def _items(found):
+    return [found.images[i] for i in range(len(found.images))]
+
+
+def test_folders_named_by_number_are_in_the_order_of_the_numbers(tmp_path):
+    for number in (0, 2, 10):
+        _picture((number, 0, 0), tmp_path / str(number) / "a.png")
+    (tmp_path / "2" / "notes.txt").write_text("no picture")
+    found = datasets.load(str(tmp_path), "test", _colour, class_names="imagenet")
+    assert _items(found) == [((0, 0, 0), 0), ((2, 0, 0), 1), ((10, 0, 0), 2)]
+    assert found.classes == [open_clip.IMAGENET_CLASSNAMES[i] for i in (0, 2, 10)]
+    assert not found.retrieval
+
+
+def test_some_of_imagenets_classes_are_named(tmp_path):
+    for name in ("n01443537", "n01484850"):  # goldfish, great white shark: two of ImageNet-R
+        _picture("red", tmp_path / "val" / name / "a.jpeg")
+    found = datasets.load(str(tmp_path), "val", _colour, class_names="imagenet")
+    assert found.classes == ["goldfish", "great white shark"]
+    _picture("red", tmp_path / "val" / "n99999999" / "a.png")
+    with pytest.raises(ValueError, match="n99999999 is none of ImageNet's"):
+        datasets.load(str(tmp_path), "val", _colour, class_names="imagenet")
+
+
+def test_folders_have_names_of_their_own_or_those_of_a_file(tmp_path):
+    for name in ("big_cat", "ant"):
+        _picture("red", tmp_path / "data" / name / "a.png")
+    source = str(tmp_path / "data")
+    assert datasets.load(source, "test", _colour).classes == ["ant", "big cat"]
+    names = tmp_path / "names.txt"
+    names.write_text("an ant\na tiger\n")
+    assert datasets.load(source, "test", _colour, class_names=str(names)).classes == ["an ant", "a tiger"]
+    names.write_text("an ant\n")
+    with pytest.raises(ValueError, match="1 lines for 2 class folders"):
+        datasets.load(source, "test", _colour, class_names=str(names))
+    with pytest.raises(ValueError, match="must be named n01440764 or 0"):
+        datasets.load(source, "test", _colour, class_names="imagenet")
+    with pytest.raises(ValueError, match="no folders of images"):
+        datasets.load(str(tmp_path / "data" / "ant"), "test", _colour)
+    with pytest.raises(FileNotFoundError, match="no such data"):
+        datasets.load(str(tmp_path / "nothing"), "test", _colour)
+
+
+def test_a_table_gives_every_image_once_with_all_its_captions(tmp_path):
+    for name in ("a", "b"):
+        _picture({"a": "red", "b": "blue"}[name], tmp_path / "img" / f"{name}.png")
+    table = tmp_path / "pairs.csv"
+    table.write_text("filepath\ttitle\nimg/a.png\tone\nimg/b.png\ttwo\nimg/a.png\tthree, again\n")
+    found = datasets.load(str(table), "test", _colour)
+    assert found.retrieval
+    assert _items(found) == [((255, 0, 0), ["one", "three, again"]), ((0, 0, 255), ["two"])]
+    with pytest.raises(ValueError, match="no column 'image' among filepath, title"):
+        datasets.load(str(table), "test", _colour, columns=datasets.Columns(image="image"))
+
+
+def test_a_table_with_labels_is_for_classification(tmp_path):
+    for name in ("a", "b"):
+        _picture("red", tmp_path / f"{name}.png")
+    table = tmp_path / "labels.csv"
+    table.write_text("image,kind\na.png,zebra\nb.png,ant\n")
+    columns = datasets.Columns(image="image", label="kind", separator=",")
+    found = datasets.load(str(table), "test", _colour, columns=columns)
+    assert found.classes == ["ant", "zebra"]
+    assert [target for _, target in _items(found)] == [1, 0]
+
+
+def test_cocos_captions(tmp_path):
+    for i in range(3):
+        _picture((i, 0, 0), tmp_path / "val" / f"{i}.jpg")
+    content = {
+        "images": [{"id": 7 + i, "file_name": f"{i}.jpg"} for i in range(3)],
+        "annotations": [
+            {"id": 20 - i, "image_id": 7 + (i == 6), "caption": f"caption {20 - i} "} for i in range(7)
+        ],
+    }
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(content))
+    found = datasets.load(str(path), "test", lambda image: image.size, image_folder=tmp_path / "val")
+    # Five captions at most, in the order of their numbers; an image without any is no query.
+    assert [target for _, target in _items(found)] == [
+        [f"caption {i}" for i in range(15, 20)],
+        ["caption 14"],
+    ]
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="images and annotations"):
+        datasets.load(str(path), "test", _colour)
+
+
+def _shard(path, samples):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for key, sample in samples.items():
+            for extension, content in sample.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def _png(colour, size=32):
+    out = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A classification and a retrieval set in CLIP_benchmark's layout."""
+    rng = np.random.default_rng(0)
+    colours = [tuple(int(v) for v in rng.integers(0, 255, 3)) for _ in range(24)]
+    top = tmp_path / "colours"
+    for split, part in (("train", colours[:12]), ("test", colours[12:])):
+        for shard in (0, 1):
+            _shard(
+                top / split / f"{shard}.tar",
+                {
+                    f"s{i}": {"png": _png(c), "cls": str(c[0] // 128).encode()}
+                    for i, c in enumerate(part[shard::2])
+                },
+            )
+        (top / split / "nshards.txt").write_text("2\n")
+    (top / "classnames.txt").write_text("dark\nlight\n")
+    (top / "zeroshot_classification_templates.txt").write_text("a {c} patch\nthe colour {c}\n")
+    texts = tmp_path / "texts"
+    _shard(
+        texts / "test" / "0.tar",
+        {
+            f"s{i}": {
+                "png": _png(c),
+                "txt": f"colour {c[0]}\nshade {c[1]}".encode() if i % 2 else f"tone {c[2]}".encode(),
+            }
+            for i, c in enumerate(colours)
+        },
+    )
+    (texts / "test" / "nshards.txt").write_text("1\n")
+    (texts / "dataset_type.txt").write_text("retrieval\n")
+    return SimpleNamespace(classes=top, texts=texts, colours=colours)
+
+
+def test_clip_benchmarks_layout(shards):
+    found = datasets.load(str(shards.classes), "test", _colour)
+    colours = [*shards.colours[12::2], *shards.colours[13::2]]
+    assert list(found.images) == [(c, c[0] // 128) for c in colours]
+    assert (found.name, found.retrieval, found.classes) == ("colours", False, ["dark", "light"])
+    assert found.templates == ["a {c} patch", "the colour {c}"]
+    found = datasets.load(str(shards.texts), "test", _colour)
+    assert found.retrieval
+    assert [len(captions) for _, captions in found.images] == [1, 2] * 12
+    assert datasets.has_split(str(shards.classes), "train")
+    assert not datasets.has_split(str(shards.classes), "validation")
+    (shards.classes / "test" / "1.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"nshards.txt says 2, but there is no .*1\.tar"):
+        datasets.load(str(shards.classes), "test", _colour)
+    (shards.texts / "dataset_type.txt").write_text("multilabel\n")
+    with pytest.raises(ValueError, match="multilabel is not supported"):
+        datasets.load(str(shards.texts), "test", _colour)
+
+
+def test_torchvisions_sets(tmp_path):
+    for split in ("train", "valid", "test"):
+        for name in ("negative", "positive"):
+            _picture("red", tmp_path / "rendered-sst2" / split / name / "a.png")
+    found = datasets.load("torchvision:RenderedSST2", "validation", _colour, root=tmp_path)
+    assert _items(found) == [((255, 0, 0), 0), ((255, 0, 0), 1)]
+    assert found.classes == ["negative", "positive"]
+    assert datasets.has_split("torchvision:RenderedSST2", "validation")
+    assert not datasets.has_split("torchvision:CIFAR10", "validation")
+    with pytest.raises(ValueError, match="no split 'validation'; there are train, test"):
+        datasets.load("torchvision:CIFAR10", "validation", _colour, root=tmp_path)
+    with pytest.raises(ValueError, match="torchvision:MNIST is not supported"):
+        datasets.load("torchvision:MNIST", "test", _colour, root=tmp_path)
+
+
+# --- the model and the command ---
+
+_CONFIG = {
+    "model_cfg": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    },
+    "preprocess_cfg": {},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """An architecture, and a checkpoint as open_clip's trainer saves it."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "arch").mkdir()
+    (folder / "arch" / "open_clip_config.json").write_text(json.dumps(_CONFIG))
+    torch.manual_seed(1)
+    model = open_clip.create_model(f"local-dir:{folder / 'arch'}")
+    model.logit_scale.data.fill_(math.log(23.0))
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"epoch": 3, "name": "run", "state_dict": state, "optimizer": {}}, folder / "epoch_3.pt")
+    return SimpleNamespace(
+        name=f"local-dir:{folder / 'arch'}", checkpoint=folder / "epoch_3.pt", model=model.eval()
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded(trained):
+    return ClipModel(trained.name, checkpoint=trained.checkpoint, batch_size=5)
+
+
+def test_features_are_the_models_own(trained, loaded):
+    images = [loaded.preprocess(Image.new("RGB", (40, 32), (10 * i, 0, 0))) for i in range(12)]
+    features, others = loaded.image_features([(image, i) for i, image in enumerate(images)])
+    with torch.no_grad():
+        expected = trained.model.encode_image(torch.stack(images))
+        texts = trained.model.encode_text(loaded.tokenizer(["one", "two"]), normalize=True)
+    assert torch.allclose(features, expected, atol=1e-6)
+    assert others == list(range(12))
+    assert torch.allclose(loaded.text_features(["one", "two"]), texts, atol=1e-6)
+    assert loaded.logit_scale == pytest.approx(23.0, rel=1e-6)
+    with pytest.raises(ValueError, match="empty"):
+        loaded.image_features([])
+
+
+def test_prompts_are_filled_in_both_notations(trained, loaded):
+    found = loaded.classifier(["cat", "dog"], ["a {c} on a {c}", "the {}"])
+    with torch.no_grad():
+        for column, name in enumerate(("cat", "dog")):
+            texts = loaded.tokenizer([f"a {name} on a {name}", f"the {name}"])
+            mean = trained.model.encode_text(texts, normalize=True).mean(dim=0)
+            assert torch.allclose(found[:, column], normalize(mean, dim=0), atol=1e-6)
+    with pytest.raises(ValueError, match="'a photo'"):
+        loaded.classifier(["cat"], ["a photo"])
+
+
+def test_a_model_without_weights_is_refused():
+    with pytest.raises(ValueError, match="random weights"):
+        ClipModel("RN50")
+    with pytest.raises(ValueError, match="give one of them"):
+        ClipModel("RN50", pretrained="openai", checkpoint="x.pt")
+
+
+def _run(trained, capsys, *argv):
+    code = command.main(
+        ["--model", trained.name, "--checkpoint", str(trained.checkpoint), "--device", "cpu", *argv]
+    )
+    return code, capsys.readouterr().out
+
+
+def test_zero_shot_and_probe_on_the_command_line(trained, loaded, shards, tmp_path, capsys):
+    out = tmp_path / "results" / "a.json"
+    code, text = _run(
+        trained, capsys, "--data", str(shards.classes), "--tasks", "zero-shot", "probe", "--output", str(out)
+    )
+    assert code == 0
+    stored = json.loads(out.read_text())
+    found = {(row["task"], row["metric"]): row for row in stored["results"]}
+
+    test = [(loaded.preprocess(Image.new("RGB", (32, 32), c)), c[0] // 128) for c in shards.colours[12:]]
+    classifier = loaded.classifier(["dark", "light"], ["a {c} patch", "the colour {c}"])
+    with torch.no_grad():
+        encoded = trained.model.encode_image(torch.stack([image for image, _ in test]), normalize=True)
+    hits = (encoded @ classifier).argmax(dim=1) == torch.tensor([label for _, label in test])
+    assert found["zero-shot", "top-1"]["value"] == pytest.approx(100 * hits.double().mean().item())
+    assert found["zero-shot", "top-1"]["chance"] == 50.0
+    assert found["zero-shot", "top-1"]["n"] == 12
+
+    train = [(loaded.preprocess(Image.new("RGB", (32, 32), c)), c[0] // 128) for c in shards.colours[:12:2]]
+    train += [(loaded.preprocess(Image.new("RGB", (32, 32), c)), c[0] // 128) for c in shards.colours[1:12:2]]
+    (x, y), (z, w) = (loaded.image_features(part) for part in (train, test))
+    expected = probe.linear_probe((x, torch.tensor(y)), (z, torch.tensor(w)), classes=2)
+    assert found["probe", "top-1"]["value"] == pytest.approx(expected.accuracy[1])
+    assert "strength C" in text
+    assert "top-1" in text
+    assert stored["conditions"]["device"] == "cpu"
+
+
+def test_retrieval_and_geometry_on_the_command_line(trained, loaded, shards, tmp_path, capsys):
+    out = tmp_path / "b.json"
+    argv = ("--data", str(shards.texts), "--caption-prefix", "a photo of ", "--output", str(out))
+    code, text = _run(trained, capsys, *argv)
+    assert code == 0
+    found = {(row["task"], row["metric"]): row for row in json.loads(out.read_text())["results"]}
+    with torch.no_grad():
+        pixels = torch.stack([loaded.preprocess(Image.new("RGB", (32, 32), c)) for c in shards.colours])
+        images = trained.model.encode_image(pixels, normalize=True)
+        captions = [
+            [f"colour {c[0]}", f"shade {c[1]}"] if i % 2 else [f"tone {c[2]}"]
+            for i, c in enumerate(shards.colours)
+        ]
+        flat = [f"a photo of {caption}" for own in captions for caption in own]
+        texts = trained.model.encode_text(loaded.tokenizer(flat), normalize=True)
+    image_of = torch.tensor([i for i, own in enumerate(captions) for _ in own])
+    for task, recall in metrics.retrieval(images, texts, image_of).items():
+        for k, value in recall.items():
+            assert found["retrieval", f"{task} R@{k}"]["value"] == pytest.approx(value, abs=1e-3)
+    first = texts[[flat.index(f"a photo of {own[0]}") for own in captions]]
+    for name, value in geometry.geometry(images, first).items():
+        assert found["geometry", name]["value"] == pytest.approx(value, abs=1e-4)
+    assert found["geometry", "logit_scale"]["value"] == pytest.approx(23.0, rel=1e-6)
+    assert found["geometry", "alignment"]["standard_error"] is None
+    assert found["retrieval", "text_to_image R@1"]["n"] == len(flat)
+    assert "modality_gap" in text
+
+
+def test_mistakes_are_named(trained, shards, tmp_path, capsys):
+    code, text = _run(trained, capsys, "--data", str(shards.texts), "--tasks", "probe")
+    assert code == 1
+    assert "has captions: probe cannot be measured" in text
+    code, text = _run(trained, capsys, "--data", str(tmp_path / "nothing"))
+    assert code == 1
+    assert "no such data" in text
+    (shards.classes / "classnames.txt").unlink()
+    code, text = _run(trained, capsys, "--data", str(shards.classes))
+    assert code == 1
+    assert "give --class-names" in text
+    with pytest.raises(SystemExit):
+        _run(trained, capsys, "--data", "a", "b", "--train-data", "c")
+
+
+def test_templates(tmp_path):
+    assert len(command._templates("openai", ["{}"])) == 80
+    assert command._templates(None, ["{c} icon"]) == ["{c} icon"]
+    assert "itap of a {}." in command._templates(None, None)
+    path = tmp_path / "prompts.txt"
+    path.write_text("a {}\n\nthe {}\n")
+    assert command._templates(str(path), None) == ["a {}", "the {}"]
+
+
+def test_the_table_shows_errors_and_chance_of_percentages_only():
+    from rich.console import Console
+
+    out = io.StringIO()
+    rows = [
+        report.Result("mdi", "zero-shot", "top-1", 10.0, 270, 2.0),
+        report.Result("mdi", "geometry", "modality_gap", 0.5, 270, percent=False),
+    ]
+    report.show(rows, Console(file=out, width=100))
+    lines = [line.split() for line in out.getvalue().splitlines() if line.strip()]
+    assert ["mdi", "zero-shot", "top-1", "10.00", "1.83", "2.00", "270"] in lines
+    assert ["geometry", "modality_gap", "0.5", "270"] in [line[-4:] for line in lines]
