@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import io
 import itertools
@@ -44,6 +45,12 @@ _spec.loader.exec_module(command)
 
 def _features(*shape, seed=0):
     return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_examples_in_docstrings():
+    found = doctest.testmod(metrics, extraglobs={"torch": torch})
+    assert found.attempted > 0
+    assert found.failed == 0
 
 
 # --- retrieval ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import doctest
 import hashlib
 import importlib.util
 import io
@@ -25,7 +26,7 @@ from hypothesis.extra import numpy as st_numpy  # noqa: E402
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "icons"
 sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent / "evaluate")]
 
-from icons_data import baseline, draw, labels, load, package, records, split, write  # noqa: E402
+from icons_data import baseline, draw, labels, load, names, package, records, split, write  # noqa: E402
 from icons_data.names import Namer, concept_of, has_skin_tone  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location("icons_build", EXAMPLE / "build.py")
@@ -136,6 +137,13 @@ def data(built):
 
 
 # --- names ---
+
+
+@pytest.mark.parametrize("module", [names, labels])
+def test_examples_in_docstrings(module):
+    found = doctest.testmod(module)
+    assert found.attempted > 0
+    assert found.failed == 0
 
 
 @pytest.mark.parametrize(
