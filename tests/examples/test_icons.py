@@ -67,6 +67,8 @@ def _set(prefix, names, *, spdx="MIT", category="General", palette=False, bodies
 ANIMALS = [f"animal{a}{b}" for a in "bcdfghjk" for b in "aeiou"]
 TOOLS = [f"tool{a}{b}" for a in "bcdfghjk" for b in "aeiou"]
 FACES = [f"face{a}{b}" for a in "bcdfghjk" for b in "aeiou"]
+# Emojis whose concept has no gender, and the same names in a set in which it has one.
+WOMEN = [f"woman-{name}" for name in FACES[:20]]
 
 
 def _sets():
@@ -85,12 +87,14 @@ def _sets():
             },
         ),
         _set("tabler", tabler, bodies={"bin": _drawing("mdi/trash")}),
-        _set("lucide", ["trash-2", *ANIMALS[:5]], spdx="ISC", bodies={"trash-2": _drawing("mdi/trash")}),
+        _set(
+            "lucide", ["trash-2", *ANIMALS[:5], *WOMEN], spdx="ISC", bodies={"trash-2": _drawing("mdi/trash")}
+        ),
         _set("pixel", [*ANIMALS, *FACES], spdx="CC-BY-4.0"),
         _set(
             "noto", [*FACES, "flag-for-france", "waving-hand-dark-skin-tone"], category="Emoji", palette=True
         ),
-        _set("twemoji", FACES, category="Emoji", palette=True, spdx="CC-BY-4.0"),
+        _set("twemoji", [*FACES, *WOMEN], category="Emoji", palette=True, spdx="CC-BY-4.0"),
         _set("noto-v1", ["reserved-thing", *FACES], category="Emoji", palette=True),
         _set("fxemoji", ["reserved-other"], palette=True),
         _set("emojione-monotone", FACES, category="Emoji"),
@@ -476,9 +480,11 @@ def test_only_what_may_be_used_is_used_and_everybody_is_named(built, data):
     assert not any(record.caption.startswith(("reserved", "forbidden", "acme")) for record in data.records)
 
 
-def test_sides_share_no_concept_and_no_drawing(data):
-    concepts, pictures = {}, {}
+def test_sides_share_no_concept_no_caption_and_no_drawing(data):
+    concepts, captions, pictures = {}, {}, {}
     for record, picture in zip(data.records, data.images, strict=True):
+        for caption in record.captions:
+            assert captions.setdefault(caption, record.side) == record.side
         assert concepts.setdefault(record.concept, record.side) == record.side
         assert pictures.setdefault(picture.tobytes(), record.side) == record.side
     assert set(concepts.values()) == set(split.SIDES)

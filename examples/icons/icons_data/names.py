@@ -37,11 +37,10 @@ _UNDECLARED: dict[str, tuple[str, ...]] = {
     "wi": ("alt",),
 }
 _PREFIXES: dict[str, tuple[str, ...]] = {
-    "bx": ("bxs",),
     "ion": ("ios", "md"),
     "medical-icon": ("i",),
 }
-_NEUTRAL = {"", "regular", "baseline", "ltr", "rtl", "mirrored", "active", "ios", "md", "i", "bxs"}
+_NEUTRAL = {"", "regular", "baseline", "ltr", "rtl", "mirrored", "active", "ios", "md", "i"}
 _ONE_LETTER_OUTLINE = {"fa", "uiw", "vaadin", "vs"}  # there a final -o means outline
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _COUNT = re.compile(r"\d{1,3}|" + "|".join(_NUMBERS))
@@ -121,7 +120,7 @@ class Namer:
         words = list(_words(name))
         styles: list[str] = []
         if len(words) > 1 and words[0] in self._heads:
-            styles.append("solid" if words[0] == "bxs" else words[0])
+            styles.append(words[0])
             del words[0]
         tail: list[str] = []
         while len(words) > 1:

@@ -113,7 +113,7 @@ def fetch(folder: Path, version: str = VERSION) -> Path:
             f"npm was not found: install it, or fetch {PACKAGE} in another way and give its file as --tarball"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    command = [npm, "pack", f"{PACKAGE}@{version}", "--json", "--pack-destination", str(folder)]
+    command = [npm, "pack", f"{PACKAGE}@{version}", "--ignore-scripts", "--pack-destination", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not tarball.is_file():
         raise RuntimeError(f"npm pack {PACKAGE}@{version} failed:\n{done.stderr.strip()}")

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy.spatial import cKDTree
 
+from .names import concept_of
 from .package import Icon
 
 SIDES = ("train", "validation", "test")
@@ -77,8 +78,11 @@ def split(icons: Sequence[Icon], thumbnails: np.ndarray, *, seed: int = 0) -> Sp
     pairs = alike_pairs(thumbnails)
     groups = _Groups()
     for icon in icons:
-        for _, concept in icon.synonyms:
+        # What is one concept among emojis, a woman and a man walking, may be two in another set.
+        groups.join(icon.concept, concept_of(icon.caption.split()))
+        for caption, concept in icon.synonyms:
             groups.join(icon.concept, concept)
+            groups.join(concept, concept_of(caption.split()))
     by_name = [groups.find(icon.concept) for icon in icons]
     joined = 0
     for a, b in pairs.tolist():
