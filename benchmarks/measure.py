@@ -22,8 +22,8 @@ import rankloss
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # where a script finds what they share
 
-from contenders import LOSSES, batch  # noqa: E402
-from memory import saved_bytes  # noqa: E402
+from contenders import LOSSES, batch
+from memory import saved_bytes
 
 __all__ = ["Times", "conditions", "in_fresh_process", "in_turns", "measure_memory", "measure_time"]
 
@@ -65,8 +65,14 @@ def in_turns(
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
-    """``function(*arguments)`` in a process of its own: a memory peak leaves no trace in the next one."""
-    with ProcessPoolExecutor(1, mp_context=mp.get_context("spawn")) as pool:
+    """``function(*arguments)`` in a process of its own: a memory peak leaves no trace in the next one.
+
+    Where the system can, it is forked from one that has imported what takes long and has computed nothing.
+    """
+    context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["torch", "open_clip", "open_clip_train.params", "rankloss"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
 
