@@ -134,8 +134,8 @@ def report(results: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"{c['cpu']}, {c['cores']} cores, W gloo processes of one thread, load average "
-            f"{c['load_average']} at the start; {c['system']}, torch {c['torch']}, rankloss {c['rankloss']}; RankClipLoss, "
-            f"method={c['method']!r}, N = {n:,} in all, D = {d}, float32, gather_with_grad; {c['date']}. "
+            f"{c['load_average']} at the start; {c['system']}, torch {c['torch']}, rankloss {c['rankloss']}; "
+            f"RankClipLoss, method={c['method']!r}, N = {n:,} in all, D = {d}, float32, gather_with_grad; {c['date']}. "
             "Per process and step; seconds are the slowest process's.",
             markdown_table(head, rows),
             f"On paper, by the same formula: W = {w}, N = {large:,}, D = {D}, float32, both flags: "

@@ -203,7 +203,7 @@ def test_a10_generative_model_is_refused_where_open_clip_has_such_tasks(
 ) -> None:
     argv = [*RANKCLIP, "--model", model]
     monkeypatch.setattr(open_clip.factory, "create_task", None, raising=False)
-    monkeypatch.setattr(seams, "unpatched", list)
+    monkeypatch.setattr(seams, "unpatched", lambda **_: [])
     assert f"compares images with texts, but {model} is trained to generate" in refused(capsys, *argv)
     monkeypatch.delattr(open_clip.factory, "create_task")
     assert parse_args(argv).model == model
