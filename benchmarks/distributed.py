@@ -135,8 +135,8 @@ def report(results: dict[str, Any]) -> str:
         [
             f"{c['cpu']}, {c['cores']} cores, W gloo processes of one thread, load average "
             f"{c['load_average']} at the start; {c['system']}, torch {c['torch']}, rankloss {c['rankloss']}; "
-            f"RankClipLoss, method={c['method']!r}, N = {n:,} in all, D = {d}, float32, gather_with_grad; {c['date']}. "
-            "Per process and step; seconds are the slowest process's.",
+            f"RankClipLoss, method={c['method']!r}, N = {n:,} in all, D = {d}, float32, gather_with_grad; "
+            f"{c['date']}. Per process and step; seconds are the slowest process's.",
             markdown_table(head, rows),
             f"On paper, by the same formula: W = {w}, N = {large:,}, D = {D}, float32, both flags: "
             f"{far['rows']:,.0f} rows, {far['flops'] / 1e12:.2f} TFLOP in products, "
