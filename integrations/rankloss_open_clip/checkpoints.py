@@ -57,12 +57,23 @@ def restore(loss: TrainerLoss, name: str, *, warn: bool) -> None:
         )
 
 
-def save_with(optimizer: Any, loss: TrainerLoss, name: str) -> None:
-    """Add the state of a loss, if it has one, to what an optimizer saves from now on."""
+def save_with(optimizer: Any, loss: TrainerLoss, name: str, *, sharded: bool = False) -> None:
+    """Add the state of a loss, if it has one, to what an optimizer saves from now on.
+
+    Args:
+        optimizer: The trainer's optimizer.
+        loss: What the trainer trains with.
+        name: The value of ``--loss``.
+        sharded: Whether FSDP collects the optimizer's state, which takes only what it knows.
+    """
     if not loss.criterion.state_dict():
         return
-    if not hasattr(optimizer, "register_state_dict_post_hook"):
-        _logger.warning("--loss %s has a state, and %s cannot save it", name, type(optimizer).__name__)
+    if sharded or not hasattr(optimizer, "register_state_dict_post_hook"):
+        _logger.warning(
+            "--loss %s has a state that %s does not save: a resumed run starts it anew",
+            name,
+            "--fsdp" if sharded else type(optimizer).__name__,
+        )
         return
 
     def add(_: Any, state_dict: dict[str, Any]) -> Mapping[str, Any]:

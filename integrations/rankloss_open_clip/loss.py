@@ -246,7 +246,7 @@ def start_epoch(loss: object, epoch: int, data: Mapping[str, Any], args: Any, op
     if not loss.started:
         resumed = epoch > 0 and getattr(args, "resume", None) is not None
         checkpoints.restore(loss, args.loss, warn=resumed and getattr(args, "rank", 0) == 0)
-        checkpoints.save_with(optimizer, loss, args.loss)
+        checkpoints.save_with(optimizer, loss, args.loss, sharded=getattr(args, "fsdp", False))
     steps = max(1, data["train"].dataloader.num_batches // args.accum_freq)
     loss.start_epoch(Position(epoch=epoch, epochs=args.epochs, steps=steps, accum_freq=args.accum_freq))
 

@@ -119,6 +119,14 @@ def test_new_run_and_bare_weights_are_not_warned_of(caplog: pytest.LogCaptureFix
     assert not caplog.records
 
 
-def test_optimizer_that_cannot_save_it_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_save_it_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     start_epoch(loss(), 0, DATA, arguments(), object())
-    assert "--loss alip has a state, and object cannot save it" in caplog.text
+    sharded = optimizer()
+    start_epoch(loss(), 0, DATA, arguments(fsdp=True), sharded)
+    assert not sharded._optimizer_state_dict_post_hooks
+    start_epoch(loss(criterion=CyClipLoss), 0, DATA, arguments("cyclip", fsdp=True), optimizer())
+    texts = [record.message for record in caplog.records]
+    assert texts == [
+        f"--loss alip has a state that {what} does not save: a resumed run starts it anew"
+        for what in ("object", "--fsdp")
+    ]
