@@ -6,7 +6,7 @@ DEMO_OUTPUT ?= outputs/openmoji
 BENCH_OUTPUT ?= outputs/bench
 OPEN_CLIP_VERSIONS ?= 3.0.0 3.3.0
 
-.PHONY: demo test test-slow test-matrix lint typecheck bench clean
+.PHONY: demo test test-slow test-matrix test-main lint typecheck bench clean
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,10 @@ test-open_clip-%:
 	$(VENV)-open_clip-$*/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-open_clip-$*/bin/python -m pip install --quiet --editable '.[test]' 'open_clip_torch[training]==$*'
 	$(VENV)-open_clip-$*/bin/python -m pytest tests/rankloss_open_clip tests/test_losses.py tests/test_distributed.py $(PYTEST_ARGS)
+
+## The integration on a checkout of open_clip's main branch, which no registry has: CHECKOUT=…/open_clip.
+test-main: $(VENV)/.dev
+	RANKLOSS_OPEN_CLIP_CHECKOUT=$(CHECKOUT) $(BIN)/python -m pytest tests/rankloss_open_clip/test_main_branch.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
