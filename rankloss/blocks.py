@@ -95,7 +95,7 @@ def _fill_gradient(
         by_slot = suffix * beta if share is None else torch.addcmul(share, suffix, beta)
         bracket = slots.of_items(by_slot.to(w.dtype))
     if bracket is not None:
-        gradient.copy_(w * bracket) if w.dtype != gradient.dtype else torch.mul(w, bracket, out=gradient)
+        torch.mul(w, bracket, out=gradient)
     if slots is not None and beta is not None:
         gradient -= beta if slots.mu is None else beta * slots.of_items(slots.mu)
     if alpha is not None:

@@ -60,7 +60,7 @@ def weighted_terms(
         return a, b, c
     assert not contrastive
     n, device_type = len(embeddings.image), embeddings.image.device.type
-    anchor_weight = {"mean": 1 / n**2, "sum": 1.0, "none": 1.0}[options.reduction]
+    anchor_weight = options.anchor_weight(n, n)
     values = []
     terms: tuple[tuple[Term, bool], ...] = (("cross_modal", cross_modal), ("in_modal", in_modal))
     nan_unless_finite = embeddings.nan_unless_finite

@@ -129,6 +129,10 @@ class Gather:
         """Whether this process computes its own rows only."""
         return self.local_loss and self.world_size > 1
 
+    def first_row(self, own: int) -> int:
+        """Where this process's ``own`` rows begin among the columns; 0 where all rows are computed."""
+        return self.rank * own if self.anchors_are_local else 0
+
     def __call__(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """The features of all processes, image and text, in the order of the ranks."""
         if self.world_size == 1:

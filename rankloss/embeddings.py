@@ -7,6 +7,7 @@ R = s·T·Vᵀ, the in-modal term I = s·V·Vᵀ with X = s·T·Tᵀ, row by row
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +18,7 @@ from torch import Tensor
 from rankloss.plackett_luce import ListOptions
 from rankloss.ties import first_occurrence
 
-__all__ = ["Embeddings", "Lists", "Similarity", "Term", "check_features", "scores_from"]
+__all__ = ["Embeddings", "Lists", "Similarity", "Term", "arithmetic_dtype", "check_features", "scores_from"]
 
 Term = Literal["cross_modal", "in_modal"]
 
@@ -98,9 +99,7 @@ class Embeddings:
     ) -> Embeddings:
         """Check the features and bring them to float32, or to float64 if either is that."""
         check_features(image_features, text_features)
-        dtype = torch.promote_types(
-            torch.promote_types(image_features.dtype, text_features.dtype), torch.float32
-        )
+        dtype = arithmetic_dtype(image_features, text_features)
         image, text = image_features.to(dtype), text_features.to(dtype)
         return cls(
             image,
@@ -146,6 +145,12 @@ class Embeddings:
         """1, or NaN where a feature is NaN or infinite: a factor that no plausible value survives."""
         finite = self.image.detach().isfinite().all() & self.text.detach().isfinite().all()
         return torch.where(finite, 1.0, math.nan).to(self.image.dtype)
+
+
+def arithmetic_dtype(*features: Tensor) -> torch.dtype:
+    """Float32, or float64 if any of the features is that."""
+    dtypes = (x.dtype for x in features)
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: int = 2) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, get_args
 
+import torch
+
 from rankloss.plackett_luce import Discount, ListOptions, Ties, Worth, check_choice, check_count
+from rankloss.plans import Plan, choose_plan
 
 __all__ = ["ConsistencyOptions", "ListsOption", "Method", "Reduction"]
 
@@ -46,10 +49,8 @@ class ConsistencyOptions:
             raise ValueError("method='bin' ranks row lists; lists='batch' needs method='sort'")
         if self.method == "bin" and self.likelihood.ties == "random":
             raise ValueError("method='bin' ties the items of a bin; ties='random' needs method='sort'")
-        object.__setattr__(self, "encoded", "")
-        fields = asdict(self)
-        del fields["encoded"]
-        object.__setattr__(self, "encoded", json.dumps(fields))
+        given = {option.name: getattr(self, option.name) for option in fields(self) if option.init}
+        object.__setattr__(self, "encoded", json.dumps(given, default=asdict))
 
     @classmethod
     def of(
@@ -74,10 +75,20 @@ class ConsistencyOptions:
     @functools.lru_cache
     def decode(encoded: str) -> ConsistencyOptions:
         """The options that ``encoded`` is made of."""
-        fields = json.loads(encoded)
-        return ConsistencyOptions(**{**fields, "likelihood": ListOptions(**fields["likelihood"])})
+        given = json.loads(encoded)
+        return ConsistencyOptions(**{**given, "likelihood": ListOptions(**given["likelihood"])})
 
     @property
     def bins_or_none(self) -> int | None:
         """The number of bins that lists are ranked by; None for their exact order."""
         return self.bins if self.method == "bin" else None
+
+    def anchor_weight(self, anchors: int, items: int) -> float:
+        """What the value of one of the anchors is multiplied by before they are put together."""
+        return {"mean": 1 / (anchors * items), "sum": items / anchors, "none": 1.0}[self.reduction]
+
+    def plan(self, anchors: int, items: int, device: torch.device, dtype: torch.dtype) -> Plan:
+        """How row lists of these sizes are computed, see :func:`rankloss.plans.choose_plan`."""
+        return choose_plan(
+            anchors, items, device, dtype, chunk_size=self.chunk_size, memory_budget=self.memory_budget
+        )

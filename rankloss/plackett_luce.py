@@ -34,6 +34,7 @@ __all__ = [
     "nll_terms",
     "plackett_luce_nll",
     "random_shuffle",
+    "shuffled_order",
     "weights_of_ranks",
 ]
 
@@ -156,10 +157,14 @@ def random_shuffle(n: int, device: torch.device, options: ListOptions) -> Tensor
     return torch.randperm(n, device=device) if options.ties == "random" else None
 
 
+def shuffled_order(reference: Tensor, shuffle: Tensor) -> Tensor:
+    """The ascending order of every list, tied items in the order of the shuffle."""
+    return shuffle[reference[..., shuffle].argsort(dim=-1, stable=True)]
+
+
 def _rank(reference: Tensor, shuffle: Tensor | None) -> _Ranking:
     if shuffle is not None:
-        order = reference[..., shuffle].argsort(dim=-1, stable=True)
-        return _Ranking(shuffle[order], None, None)
+        return _Ranking(shuffled_order(reference, shuffle), None, None)
     ordered, order = reference.sort(dim=-1)
     return _Ranking(order, *group_bounds(ordered))
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rankloss.bins import quantize
 from rankloss.ordering import ascending
-from rankloss.plackett_luce import ListOptions, Worth, log_worth, weights_of_ranks
+from rankloss.plackett_luce import ListOptions, Worth, log_worth, shuffled_order, weights_of_ranks
 from rankloss.ties import group_bounds
 
 __all__ = ["BinnedSlots", "Slots", "SortedSlots", "Worths", "rank", "shifted_worths"]
@@ -114,15 +114,14 @@ class SortedSlots:
             ordered, self._order = ascending(reference)
             self._groups = _tie_groups(ordered)
         else:
-            self._order = shuffle[reference[..., shuffle].argsort(dim=-1, stable=True)]
+            self._order = shuffled_order(reference, shuffle)
         self._denominators = values.gather(-1, self._order).cumsum(-1, dtype=torch.float64)
         self._narrow = values.dtype == torch.float32
-        best_rank = torch.arange(reference.shape[-1], 0, -1, device=values.device)
+        self.mu = weights_of_ranks(torch.arange(reference.shape[-1], 0, -1, device=values.device), options)
         if self._groups is not None:
             self._denominators = self._groups.at_last(self._denominators)
-            if options.discount is not None or options.top_k is not None:
-                best_rank = self._groups.at_last(best_rank.expand(reference.shape).contiguous())
-        self.mu = weights_of_ranks(best_rank, options)
+            if self.mu is not None:  # tied items share their best rank
+                self.mu = self._groups.at_last(self.mu.expand(reference.shape).contiguous())
 
     @property
     def log_denominators(self) -> Tensor:

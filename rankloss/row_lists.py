@@ -13,7 +13,7 @@ more. A backward pass that is itself to be differentiated (``create_graph=True``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from torch import Tensor
 from rankloss import dense
 from rankloss.embeddings import Embeddings, Term
 from rankloss.options import ConsistencyOptions
-from rankloss.plans import choose_plan
 from rankloss.streaming import Gradients, Problem, Weights, stream
 
 __all__ = ["TERMS", "row_lists"]
@@ -63,45 +62,75 @@ def row_lists(
     return outputs[: len(TERMS)]
 
 
+class _Call(NamedTuple):
+    """The arguments that both operators share, in the order of their schemas."""
+
+    image: Tensor
+    text: Tensor
+    image_anchors: Tensor | None
+    text_anchors: Tensor | None
+    scale: Tensor
+    weights: Tensor
+    shuffles: Tensor | None
+    first_row: int
+    terms: Sequence[bool]
+    wanted: Sequence[bool]
+    options: str
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What takes a gradient."""
+        return self.image, self.text, self.image_anchors, self.text_anchors, self.scale
+
+    @property
+    def embeddings(self) -> Embeddings:
+        return Embeddings(self.image, self.text, self.scale, self.image_anchors, self.text_anchors)
+
+    @property
+    def parsed(self) -> ConsistencyOptions:
+        return ConsistencyOptions.decode(self.options)
+
+    @property
+    def per_anchor(self) -> bool:
+        """Whether every anchor has a value of its own, and an upstream value that is not known yet."""
+        return self.parsed.reduction == "none"
+
+    @property
+    def anchors(self) -> int:
+        return (self.image if self.image_anchors is None else self.image_anchors).shape[0]
+
+    def anchor_weights(self) -> list[float | None]:
+        """What an anchor's value counts in each term; None for a term that is not wanted."""
+        rank = self.parsed.anchor_weight(self.anchors, len(self.image))
+        shares = (1 / self.anchors, rank, rank)
+        return [
+            weight * share if is_wanted else None
+            for weight, share, is_wanted in zip(self.weights.tolist(), shares, self.terms, strict=True)
+        ]
+
+
 @torch.library.custom_op(
     "rankloss::row_lists",
     mutates_args=(),
     schema=f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _forward(
-    image: Tensor,
-    text: Tensor,
-    image_anchors: Tensor | None,
-    text_anchors: Tensor | None,
-    scale: Tensor,
-    weights: Tensor,
-    shuffles: Tensor | None,
-    first_row: int,
-    terms: Sequence[bool],
-    wanted: Sequence[bool],
-    options: str,
-) -> tuple[Tensor, ...]:
-    embeddings = Embeddings(image, text, scale, image_anchors, text_anchors)
-    parsed = ConsistencyOptions.decode(options)
-    with_gradient = any(wanted) and parsed.reduction != "none"
-    scaled = [
-        torch.full((), w * _anchor_weight(term, embeddings, parsed), dtype=torch.float64, device=image.device)
-        if is_wanted
-        else None
-        for term, w, is_wanted in zip(TERMS, weights.tolist(), terms, strict=True)
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = _Call(*arguments)
+    weights = [
+        None if w is None else torch.full((), w, dtype=torch.float64, device=call.image.device)
+        for w in call.anchor_weights()
     ]
-    values, gradients = _run(embeddings, parsed, scaled, shuffles, first_row, wanted if with_gradient else ())
-    return (*(_reduced(value, embeddings, parsed) for value in values), *gradients)
+    with_gradient = any(call.wanted) and not call.per_anchor
+    values, gradients = _run(call, weights, call.wanted if with_gradient else ())
+    return (*(_reduced(value, call) for value in values), *gradients)
 
 
 @_forward.register_fake
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (wanted, options) = arguments[:5], arguments[-2:]
-    image, _, image_anchors, *_ = inputs
-    per_anchor = ConsistencyOptions.decode(options).reduction == "none"
-    anchors = image if image_anchors is None else image_anchors
-    values = (image.new_empty((anchors.shape[0],) if per_anchor else ()) for _ in TERMS)
-    return (*values, *_placeholders(inputs, () if per_anchor else wanted, torch.empty_like))
+    call = _Call(*arguments)
+    values = (call.image.new_empty((call.anchors,) if call.per_anchor else ()) for _ in TERMS)
+    wanted = () if call.per_anchor else call.wanted
+    return (*values, *_placeholders(call.inputs, wanted, torch.empty_like))
 
 
 @torch.library.custom_op(
@@ -111,136 +140,91 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
-    upstream: Sequence[Tensor | None],
-    sums: Sequence[Tensor],
-    image: Tensor,
-    text: Tensor,
-    image_anchors: Tensor | None,
-    text_anchors: Tensor | None,
-    scale: Tensor,
-    weights: Tensor,
-    shuffles: Tensor | None,
-    first_row: int,
-    terms: Sequence[bool],
-    wanted: Sequence[bool],
-    options: str,
+    upstream: Sequence[Tensor | None], sums: Sequence[Tensor], *arguments: Any
 ) -> tuple[Tensor, ...]:
-    given = [g for g, is_wanted in zip(upstream, terms, strict=True) if is_wanted]
+    call = _Call(*arguments)
+    given = [g for g, is_wanted in zip(upstream, call.terms, strict=True) if is_wanted]
     common = _common(given) if sums else None
     if common is not None:
-        return tuple(x * common if w else x.clone() for x, w in zip(sums, wanted, strict=True))
-    embeddings = Embeddings(image, text, scale, image_anchors, text_anchors)
-    parsed = ConsistencyOptions.decode(options)
-    scaled = [
-        g.double() * (w * _anchor_weight(term, embeddings, parsed)) if is_wanted and g is not None else None
-        for term, w, g, is_wanted in zip(TERMS, weights.tolist(), upstream, terms, strict=True)
+        return tuple(x * common if w else x.clone() for x, w in zip(sums, call.wanted, strict=True))
+    weights = [
+        None if w is None or g is None else g.double() * w
+        for w, g in zip(call.anchor_weights(), upstream, strict=True)
     ]
-    return _run(embeddings, parsed, scaled, shuffles, first_row, wanted)[1]
+    return _run(call, weights, call.wanted)[1]
 
 
 @_backward.register_fake
-def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return _placeholders(arguments[2:7], arguments[-2], torch.empty_like)
+def _backward_fake(_upstream: Any, _sums: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    call = _Call(*arguments)
+    return _placeholders(call.inputs, call.wanted, torch.empty_like)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, first_row, terms, wanted, options = inputs
-    sums = output[len(TERMS) :]
     ctx.set_materialize_grads(False)
-    ctx.has_sums = ConsistencyOptions.decode(options).reduction != "none"
-    ctx.save_for_backward(*tensors, *(sums if ctx.has_sums else ()))
+    sums = () if _Call(*inputs).per_anchor else output[len(TERMS) :]
+    ctx.save_for_backward(*tensors, *sums)
     ctx.settings = (first_row, terms, wanted, options)
 
 
 def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-    tensors, sums = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
-    first_row, terms, wanted, options = ctx.settings
+    call, sums = _Call(*ctx.saved_tensors[:7], *ctx.settings), ctx.saved_tensors[7:]
+    of_terms = list(upstream[: len(TERMS)])
     if torch.is_grad_enabled():  # create_graph=True
-        gradients = _differentiable_gradients(upstream[: len(TERMS)], tensors, *ctx.settings)
+        gradients = _differentiable_gradients(of_terms, call)
     else:
-        found = torch.ops.rankloss.row_lists_backward(
-            list(upstream[: len(TERMS)]), list(sums), *tensors, first_row, terms, wanted, options
-        )
-        gradients = [g if w else None for g, w in zip(found, wanted, strict=True)]
-    return (*gradients, *(None,) * 6)
+        found = torch.ops.rankloss.row_lists_backward(of_terms, list(sums), *call)
+        gradients = [g if w else None for g, w in zip(found, call.wanted, strict=True)]
+    return (*gradients, *(None,) * (len(call) - len(gradients)))
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
-def _differentiable_gradients(
-    upstream: Sequence[Tensor | None],
-    tensors: Sequence[Any],
-    first_row: int,
-    terms: Sequence[bool],
-    wanted: Sequence[bool],
-    options: str,
-) -> list[Tensor | None]:
+def _differentiable_gradients(upstream: Sequence[Tensor | None], call: _Call) -> list[Tensor | None]:
     """Gradients that carry a graph of their own."""
-    image, text, image_anchors, text_anchors, scale, weights, shuffles = tensors
-    embeddings = Embeddings(image, text, scale, image_anchors, text_anchors)
-    parsed = ConsistencyOptions.decode(options)
-    values = []
-    with torch.autocast(device_type=image.device.type, enabled=False):
-        for k, (name, weight, is_wanted) in enumerate(zip(TERMS, weights.tolist(), terms, strict=True)):
-            if upstream[k] is None or not is_wanted:
+    embeddings, options, shuffles = call.embeddings, call.parsed, call.shuffles
+    values, given = [], []
+    with torch.autocast(device_type=call.image.device.type, enabled=False):
+        nan_unless_finite = embeddings.nan_unless_finite
+        for k, (weight, g) in enumerate(zip(call.anchor_weights(), upstream, strict=True)):
+            if weight is None or g is None:
                 continue
             if k == 0:
-                value = dense.row_lists_cross_entropy(embeddings, first_row)
+                value = dense.row_lists_cross_entropy(embeddings, call.first_row)
             else:
                 term = get_args(Term)[k - 1]
                 pair = (None, None) if shuffles is None else (shuffles[2 * k - 2], shuffles[2 * k - 1])
-                value = dense.row_lists_nll(embeddings, term, parsed.likelihood, pair, parsed.bins_or_none)
-            value = value * (weight * _anchor_weight(name, embeddings, parsed)) * embeddings.nan_unless_finite
-            values.append(value if parsed.reduction == "none" else value.sum())
-    inputs = (image, text, image_anchors, text_anchors, scale)
-    by = [x for x, w in zip(inputs, wanted, strict=True) if w]
-    given = [g for g, w in zip(upstream, terms, strict=True) if g is not None and w]
+                value = dense.row_lists_nll(embeddings, term, options.likelihood, pair, options.bins_or_none)
+            value = value * weight * nan_unless_finite
+            values.append(value if call.per_anchor else value.sum())
+            given.append(g)
+    by = [x for x, w in zip(call.inputs, call.wanted, strict=True) if x is not None and w]
     gradients = iter(torch.autograd.grad(values, by, given, create_graph=True, allow_unused=True))
-    return [next(gradients) if w else None for w in wanted]
+    return [next(gradients) if w else None for w in call.wanted]
 
 
 def _run(
-    embeddings: Embeddings,
-    options: ConsistencyOptions,
-    weights: list[Tensor | None],
-    shuffles: Tensor | None,
-    first_row: int,
-    wanted: Sequence[bool],
+    call: _Call, weights: list[Tensor | None], wanted: Sequence[bool]
 ) -> tuple[list[Tensor | None], tuple[Tensor, ...]]:
     """Weighted values per anchor, and gradients in the order of the inputs, empty where none is wanted."""
-    e = embeddings
-    inputs = (e.image, e.text, e.image_anchors, e.text_anchors, e.scale)
-    sums = _placeholders(inputs, wanted, torch.zeros_like)
-    plan = choose_plan(
-        e.anchors,
-        len(e.image),
-        e.image.device,
-        e.image.dtype,
-        chunk_size=options.chunk_size,
-        memory_budget=options.memory_budget,
-    )
-    problem = Problem(options.likelihood, options.bins_or_none, plan, first_row)
-    nan_unless_finite = e.nan_unless_finite
+    embeddings, options, image = call.embeddings, call.parsed, call.image
+    sums = _placeholders(call.inputs, wanted, torch.zeros_like)
+    plan = options.plan(call.anchors, len(image), image.device, image.dtype)
+    problem = Problem(options.likelihood, options.bins_or_none, plan, call.first_row)
+    nan_unless_finite = embeddings.nan_unless_finite
     weights = [None if w is None else w * nan_unless_finite for w in weights]
     targets = Gradients(*(x if w else None for x, w in zip(sums, wanted, strict=True))) if wanted else None
-    values = stream(e, shuffles, problem, Weights(*weights), targets)
+    values = stream(embeddings, call.shuffles, problem, Weights(*weights), targets)
     weighted = [None if v is None or w is None else v * w for v, w in zip(values, weights, strict=True)]
     return weighted, sums
 
 
-def _anchor_weight(term: str, embeddings: Embeddings, options: ConsistencyOptions) -> float:
-    """What an anchor's value is multiplied by before the anchors are summed."""
-    n, anchors = len(embeddings.image), embeddings.anchors
-    if term == "contrastive":
-        return 1 / anchors
-    return {"mean": 1 / (anchors * n), "sum": n / anchors, "none": 1.0}[options.reduction]
-
-
-def _reduced(value: Tensor | None, embeddings: Embeddings, options: ConsistencyOptions) -> Tensor:
-    if options.reduction == "none":
-        return embeddings.image.new_zeros(embeddings.anchors) if value is None else value.to(embeddings.image)
-    return embeddings.image.new_zeros(()) if value is None else value.sum().to(embeddings.image)
+def _reduced(value: Tensor | None, call: _Call) -> Tensor:
+    if value is None:
+        return call.image.new_zeros(call.anchors if call.per_anchor else ())
+    return (value if call.per_anchor else value.sum()).to(call.image)
 
 
 def _placeholders(inputs: Sequence[Tensor | None], wanted: Sequence[bool], make: Any) -> tuple[Tensor, ...]:

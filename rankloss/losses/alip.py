@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloss.distributed import Gather
-from rankloss.embeddings import check_features
+from rankloss.embeddings import arithmetic_dtype, check_features
+from rankloss.losses.clip import pair_logits
 from rankloss.losses.composition import combined
 from rankloss.losses.weights import check_weight
 
@@ -135,16 +136,9 @@ class AlipLoss(nn.Module):
         )
 
         def part(own: Tensor, everyone: Tensor, pair: Tensor) -> Tensor:
-            first = 0  # this process's first row among the columns
-            if self.gather.anchors_are_local:
-                logits = logit_scale * image_features @ everyone.T, logit_scale * own @ images.T
-                first = self.gather.rank * len(own)
-            else:
-                per_image = logit_scale * images @ everyone.T
-                logits = per_image, per_image.T
-            if logit_bias is not None:
-                logits = logits[0] + logit_bias, logits[1] + logit_bias
-            rows = first + torch.arange(len(logits[0]), device=images.device)
+            logits, rows = pair_logits(
+                self.gather, image_features, own, (images, everyone), logit_scale, logit_bias
+            )
             nll = F.cross_entropy(logits[0], rows, reduction="none")
             nll = (nll + F.cross_entropy(logits[1], rows, reduction="none")) / 2
             return (nll * (weights.sample * pair)[rows]).mean()
@@ -155,7 +149,7 @@ class AlipLoss(nn.Module):
 
     @torch.no_grad()
     def _weights(self, images: Tensor, texts: Tensor, captions: Tensor, update: bool) -> _Weights:
-        dtype = torch.promote_types(images.dtype, torch.float32)
+        dtype = arithmetic_dtype(images)
         v, t, c = images.to(dtype), texts.to(dtype), captions.to(dtype)
         cosines = torch.stack([(t * c).sum(-1), (t * v).sum(-1), (c * v).sum(-1)])
         if update:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankloss.distributed import Gather
 from rankloss.embeddings import check_features
 
-__all__ = ["ClipLoss"]
+__all__ = ["ClipLoss", "pair_logits"]
 
 
 class ClipLoss(nn.Module):
@@ -79,16 +79,31 @@ class ClipLoss(nn.Module):
         logit_bias: Tensor | None = None,
     ) -> Tensor:
         """The loss, for a caller that has gathered the features of all processes already."""
-        images, texts = gathered
-        first = 0  # this process's first row among the columns
-        # In open_clip's own order of operations, which gives its own bits.
-        if self.gather.anchors_are_local or self.gather.world_size == 1:
-            logits = logit_scale * image_features @ texts.T, logit_scale * text_features @ images.T
-            first = self.gather.rank * len(image_features)
-        else:
-            per_image = logit_scale * images @ texts.T
-            logits = per_image, per_image.T
-        target = first + torch.arange(len(logits[0]), device=image_features.device)
-        if logit_bias is not None:
-            logits = logits[0] + logit_bias, logits[1] + logit_bias
-        return (F.cross_entropy(logits[0], target) + F.cross_entropy(logits[1], target)) / 2
+        logits, rows = pair_logits(
+            self.gather, image_features, text_features, gathered, logit_scale, logit_bias
+        )
+        return (F.cross_entropy(logits[0], rows) + F.cross_entropy(logits[1], rows)) / 2
+
+
+def pair_logits(
+    gather: Gather,
+    image_features: Tensor,
+    text_features: Tensor,
+    gathered: tuple[Tensor, Tensor],
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The logits of image → text and text → image, and every row's own column.
+
+    In open_clip's own order of operations, which gives its own bits.
+    """
+    images, texts = gathered
+    if gather.anchors_are_local or gather.world_size == 1:
+        logits = logit_scale * image_features @ texts.T, logit_scale * text_features @ images.T
+    else:
+        per_image = logit_scale * images @ texts.T
+        logits = per_image, per_image.T
+    if logit_bias is not None:
+        logits = logits[0] + logit_bias, logits[1] + logit_bias
+    rows = gather.first_row(len(image_features)) + torch.arange(len(logits[0]), device=images.device)
+    return logits, rows

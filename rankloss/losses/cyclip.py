@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloss.distributed import Gather
-from rankloss.embeddings import check_features
+from rankloss.embeddings import arithmetic_dtype, check_features
 from rankloss.losses.clip import ClipLoss
 from rankloss.losses.composition import base_entries, combined
 from rankloss.losses.weights import check_weight
@@ -114,9 +114,7 @@ class CyClipLoss(nn.Module):
     def _terms(
         self, image_features: Tensor, text_features: Tensor, gathered: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(
-            torch.promote_types(image_features.dtype, text_features.dtype), torch.float32
-        )
+        dtype = arithmetic_dtype(image_features, text_features)
         zero = image_features.new_zeros((), dtype=dtype)
         if self.lambda_cross == 0 and self.lambda_in == 0:
             return zero, zero

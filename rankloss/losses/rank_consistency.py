@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from rankloss.consistency import weighted_terms
 from rankloss.distributed import Gather
-from rankloss.embeddings import Embeddings, check_features
+from rankloss.embeddings import Embeddings, arithmetic_dtype, check_features
 from rankloss.losses.weights import check_weight
 from rankloss.options import ConsistencyOptions, ListsOption, Method, Reduction
 from rankloss.plackett_luce import Discount, ListOptions, Ties, Worth
-from rankloss.plans import Plan, choose_plan
+from rankloss.plans import Plan
 
 __all__ = ["RankConsistency"]
 
@@ -183,8 +183,7 @@ class RankConsistency(nn.Module):
         """
         check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
         if not contrastive and not cross_modal and not in_modal:
-            dtype = torch.promote_types(image_features.dtype, torch.float32)
-            zero = image_features.new_zeros((), dtype=dtype)
+            zero = image_features.new_zeros((), dtype=arithmetic_dtype(image_features))
             return zero, zero, zero
         images, texts = self.gather(image_features, text_features)
         local = self.gather.anchors_are_local
@@ -202,7 +201,7 @@ class RankConsistency(nn.Module):
             contrastive=contrastive,
             cross_modal=cross_modal,
             in_modal=in_modal,
-            first_row=self.gather.rank * len(image_features) if local else 0,
+            first_row=self.gather.first_row(len(image_features)),
         )
 
     def plan(
@@ -217,14 +216,8 @@ class RankConsistency(nn.Module):
         if self.options.lists == "batch":
             return None
         anchors = n // self.gather.world_size if self.gather.anchors_are_local else n
-        return choose_plan(
-            anchors,
-            n,
-            torch.device(device),
-            torch.promote_types(dtype, torch.float32),
-            chunk_size=self.options.chunk_size,
-            memory_budget=self.options.memory_budget,
-        )
+        dtype = torch.promote_types(dtype, torch.float32)
+        return self.options.plan(anchors, n, torch.device(device), dtype)
 
     def extra_repr(self) -> str:
         """The weights and every option that is not at its default."""
