@@ -1,7 +1,7 @@
 """Seeds to numbers: intervals, paired tests against a reference, and what may be said of a difference.
 
-Everything is about the variation between training seeds. The held-out items are the same for every seed, so an
-interval says where the mean over more seeds would be, not what other items would give.
+Everything is about the variation between training seeds. The held-out items are the same for every seed, so
+an interval says where the mean over more seeds would be, not what other items would give.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def paired_difference(values: Mapping[Seed, float], reference: Mapping[Seed, flo
     Returns:
         The difference, not yet corrected; None if no seed is in both.
     """
-    # Both orders of iteration give the same sums, so that a report does not depend on the order of its records.
+    # Sorted, so that the last digits do not depend on the order of the records.
     common = sorted(set(values) & set(reference), key=repr)
     if not common:
         return None

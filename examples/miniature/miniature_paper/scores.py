@@ -1,0 +1,147 @@
+"""What is read out of a record: every row of the exhibits, and the names by which people know it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LOSS_NAMES = {
+    "clip": "CLIP",
+    "cyclip": "CyCLIP",
+    "alip": "ALIP",
+    "rankclip": "RankCLIP",
+    "rankclip-cross": "RankCLIP, cross-modal term only",
+    "rankclip-in": "RankCLIP, in-modal term only",
+}
+BACKBONE_NAMES = {"resnet": "ResNet", "vit": "ViT"}
+
+# The labelled sets of examples/icons whose styles are trained on: the ten sets.
+LABELLED_SETS = (
+    "emoji", "health", "icon-park", "iconmind", "material-symbols", "mdi", "remix", "solar", "streamline",
+    "ultimate",
+)  # fmt: skip
+# Every shift, with its labelled set; the silhouettes have no categories, so no classes to recognise.
+SHIFTS = {
+    "pixel-art": "pixel",
+    "hand-drawn": "freehand",
+    "silhouette": None,
+    "noto": "noto",
+    "emojione": "emojione",
+}
+SHIFT_NAMES = {
+    "pixel-art": "Pixel art",
+    "hand-drawn": "Hand-drawn icons",
+    "silhouette": "Silhouettes",
+    "noto": "Emojis by Noto",
+    "emojione": "Emojis by EmojiOne",
+}
+# Every task that a record may have.
+TASKS = (
+    "retrieval/test",
+    "geometry/test",
+    *(f"retrieval/{shift}" for shift in SHIFTS),
+    *(f"{task}/{name}" for task in ("zero-shot", "probe") for name in LABELLED_SETS),
+    *(f"zero-shot/{labelled}" for labelled in SHIFTS.values() if labelled),
+)
+BOTH_WAYS = "both ways"
+_DIRECTIONS = ("image_to_text", "text_to_image")
+DIRECTION_NAMES = {"image_to_text": "Image → text", "text_to_image": "Text → image"}
+TOPS = ("top-1", "top-3", "top-5")
+RECALLS = ("R@1", "R@5", "R@10")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A number of a model: the mean of one or several entries of its record.
+
+    Attributes:
+        group: What it belongs to, such as ``Image → text``.
+        label: Its name in the group, such as ``R@1``.
+        entries: Task and metric of each entry that is averaged, such as ``("retrieval/test", "R@1")``.
+        percent: Whether it is a percentage; more is better, then.
+    """
+
+    group: str
+    label: str
+    entries: tuple[tuple[str, str], ...]
+    percent: bool = True
+
+    @property
+    def name(self) -> str:
+        """Group and label in one."""
+        return f"{self.group}, {self.label}"
+
+    def of(self, values: Mapping[str, Mapping[str, Any]]) -> float | None:
+        """Read it from a record's ``metrics`` or ``chance``; None if an entry is missing."""
+        found = [values.get(task, {}).get(metric) for task, metric in self.entries]
+        if not found or any(value is None for value in found):
+            return None
+        return sum(found) / len(found)
+
+    def items(self, items: Mapping[str, int]) -> int | None:
+        """Count the held-out items behind it, given a record's ``items``; None if that was not recorded."""
+        found = [items.get(task) for task in dict.fromkeys(task for task, _ in self.entries)]
+        if not found or any(n is None for n in found):
+            return None
+        return sum(found)
+
+
+def zero_shot(sets: Sequence[str]) -> list[Measure]:
+    """Top-1, -3 and -5 of zero-shot classification, averaged over labelled sets."""
+    group = f"Zero-shot, mean of {len(sets)} sets"
+    return [Measure(group, top, tuple((f"zero-shot/{s}", top) for s in sets)) for top in TOPS]
+
+
+def retrieval() -> list[Measure]:
+    """Recall in both directions among the held-out concepts."""
+    return [
+        Measure(DIRECTION_NAMES[direction], recall, (("retrieval/test", f"{direction} {recall}"),))
+        for direction in _DIRECTIONS
+        for recall in RECALLS
+    ]
+
+
+def retrieval_both_ways(recall: str, where: str = "test", group: str = "Retrieval") -> Measure:
+    """The mean of a recall in both directions, as the paper's Figure 3 has it."""
+    entries = tuple((f"retrieval/{where}", f"{direction} {recall}") for direction in _DIRECTIONS)
+    return Measure(group, f"{recall}, {BOTH_WAYS}", entries)
+
+
+def shifts(tasks: Sequence[str]) -> list[Measure]:
+    """Zero-shot accuracy and recall under every shift, as far as records have the tasks."""
+    found = []
+    for shift, labelled in SHIFTS.items():
+        name = SHIFT_NAMES[shift]
+        if f"zero-shot/{labelled}" in tasks:
+            found += [Measure(name, f"zero-shot {top}", ((f"zero-shot/{labelled}", top),)) for top in TOPS]
+        if f"retrieval/{shift}" in tasks:
+            found.append(retrieval_both_ways("R@10", shift, name))
+    return found
+
+
+def probes(sets: Sequence[str]) -> list[Measure]:
+    """Linear-probe accuracy of every labelled set, and the mean."""
+    each = [Measure("Linear probe", s, ((f"probe/{s}", "top-1"),)) for s in sets]
+    return [*each, *mean_probe(sets)]
+
+
+def mean_probe(sets: Sequence[str]) -> list[Measure]:
+    """The mean linear-probe accuracy; nothing where there is no set."""
+    entries = tuple((f"probe/{s}", "top-1") for s in sets)
+    return [Measure("Linear probe", f"mean of {len(sets)} sets", entries)] if sets else []
+
+
+def geometry() -> list[Measure]:
+    """The modality gap and its relatives, as rankloss.metrics defines them."""
+    names = {
+        "modality_gap": "modality gap",
+        "alignment": "alignment",
+        "uniformity_cross": "uniformity across modalities",
+        "cross_modal_tau": "rank agreement, cross-modal (τ)",
+        "in_modal_tau": "rank agreement, in-modal (τ)",
+        "logit_scale": "logit scale",
+    }
+    return [
+        Measure("Embeddings", label, (("geometry/test", key),), percent=False) for key, label in names.items()
+    ]
