@@ -24,7 +24,7 @@ STOCK_LOSS = "clip"
 # A few pictures in grey, since the line art of the evaluation has no colour.
 AUGMENTATION = ("scale=(0.5,1.0)", "gray_scale_prob=0.1")
 _PROGRESS = re.compile(r"Train Epoch: (?P<epoch>\d+) \[\s*(?P<seen>\d+)/(?P<total>\d+) ")
-_TERM = re.compile(r"\b(\w+_loss): ", re.IGNORECASE)
+_TERM = re.compile(r"\b(\w+_loss): (\S+)", re.IGNORECASE)
 _LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d \| (?P<level>\w+) \| (?P<text>.*)$")
 _SHOWN = ("Train Epoch:", "Loss:")
 _DONE = "complete.json"
@@ -178,6 +178,40 @@ def check_loss(loss: str, terms: Collection[str]) -> None:
         raise LossNotAttachedError(loss, terms)
 
 
+class TrainerLog:
+    """Reads the trainer's lines one by one, and stops a run that trains another loss than it was asked for.
+
+    Attributes:
+        done: The share of the training that is over.
+        tail: The last lines.
+        terms: The loss terms of the last logged step.
+    """
+
+    def __init__(self, loss: str, epochs: int) -> None:
+        self._loss = loss
+        self._epochs = epochs
+        self.done = 0.0
+        self.tail: deque[str] = deque(maxlen=30)
+        self.terms: dict[str, float] = {}
+
+    def read(self, line: str) -> bool:
+        """Take in a line and say whether it reported a step.
+
+        Raises:
+            LossNotAttachedError: As soon as the first logged step shows plain CLIP instead of the loss.
+        """
+        self.tail.append(line)
+        step = _PROGRESS.search(line)
+        if step is None:
+            return False
+        terms = {name.lower(): float(value) for name, value in _TERM.findall(line)}
+        if not self.terms:
+            check_loss(self._loss, terms)
+        self.terms = terms
+        self.done = (int(step["epoch"]) + int(step["seen"]) / int(step["total"])) / self._epochs
+        return True
+
+
 def train(run: Run, console: Console) -> float:
     """Train, showing the trainer's own lines and a bar, and return the seconds it took.
 
@@ -229,8 +263,7 @@ def train(run: Run, console: Console) -> float:
 
 def _follow(run: Run, output: Iterable[str], console: Console) -> deque[str]:
     """Show the trainer's progress until it ends, and return its last lines."""
-    tail: deque[str] = deque(maxlen=30)
-    checked = False
+    log = TrainerLog(run.loss, run.epochs)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -243,20 +276,14 @@ def _follow(run: Run, output: Iterable[str], console: Console) -> deque[str]:
         task = bar.add_task(f"Training {run.loss}", total=None)
         for raw in output:
             line = raw.rstrip()
-            tail.append(line)
-            if step := _PROGRESS.search(line):
-                if not checked:
-                    check_loss(run.loss, _TERM.findall(line))
-                    checked = True
-                total = int(step["total"])
-                done = int(step["epoch"]) * total + int(step["seen"])
-                bar.update(task, completed=done, total=run.epochs * total)
+            if log.read(line):
+                bar.update(task, completed=log.done, total=1.0)
             # The parameters and the printed model are two hundred lines; out.log has them.
             entry = _LOG_LINE.match(line)
             if entry and (entry["level"] != "INFO" or entry["text"].startswith(_SHOWN)):
                 console.print(entry["text"], markup=False, highlight=False)
-        bar.update(task, completed=run.epochs, total=run.epochs)
-    return tail
+        bar.update(task, completed=1.0, total=1.0)
+    return log.tail
 
 
 def training_seconds(run: Run) -> float:

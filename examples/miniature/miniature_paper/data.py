@@ -1,0 +1,147 @@
+"""The icons as the trainer reads them: small pictures, tables of pairs, and a fingerprint of both sides.
+
+The pictures are those of ``examples/icons``, averaged from 64 to 32 pixels. A table for n pairs holds the
+first n records of the training side, which are a random sample of it, so each smaller one is a part of each
+larger one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from .captions import synthetic_caption
+
+if TYPE_CHECKING:
+    from icons_data.load import Icons
+
+SIZE = 32
+COLUMNS = ("filepath", "title", "synthetic")
+_FOLDER = 1000  # files in a folder
+_ICONS = Path(__file__).resolve().parents[2] / "icons"
+
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """What :func:`prepare` wrote.
+
+    Attributes:
+        tables: For every number of pairs its table, relative to the output folder.
+        digests: For every number of pairs a fingerprint of its table and of everything that is measured on.
+    """
+
+    tables: dict[int, str]
+    digests: dict[int, str]
+
+
+def build_icons(folder: Path) -> None:
+    """Build the icons with their own command, unless a finished build is there.
+
+    Raises:
+        RuntimeError: If the command fails; it has said why.
+    """
+    if (folder / "manifest.json").is_file():
+        return
+    command = [sys.executable, str(_ICONS / "build.py"), "--output", str(folder)]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise RuntimeError(f"building the icons failed: {' '.join(command)}")
+
+
+def small(images: np.ndarray) -> np.ndarray:
+    """Average square pictures ``uint8 [n, S, S, 3]`` down to :data:`SIZE`."""
+    n, height, width, channels = images.shape
+    factor = height // SIZE
+    if height != width or factor * SIZE != height:
+        raise ValueError(f"images: a multiple of {SIZE} pixels is needed, got {height} × {width}")
+    blocks = images.reshape(n, SIZE, factor, SIZE, factor, channels).astype(np.float32)
+    return np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
+
+
+def prepare(icons: Icons, output: Path, sizes: Sequence[int], track: Track) -> Tables:
+    """Write the training pictures and a table for every size below ``output``.
+
+    Args:
+        icons: The finished build.
+        output: The trainer is started here; the paths in the tables are relative to it.
+        sizes: Numbers of training pairs.
+        track: Wraps loops, given their length and what is being done.
+
+    Raises:
+        ValueError: If there are fewer training pairs than asked for.
+    """
+    part = icons.part("train")
+    largest = max(sizes)
+    if largest > len(part.records):
+        raise ValueError(f"sizes: {largest} pairs are asked for, the icons have {len(part.records)}")
+    evaluation = evaluation_digest(icons)
+    folder = output / "pairs" / f"{largest}-{evaluation[:8]}-{_recipe()}"
+    if not folder.is_dir():
+        _write(part, folder, output, largest, track)
+    lines = (folder / "pairs.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    tables, digests = {}, {}
+    for pairs in sizes:
+        text = "".join(lines[: pairs + 1])
+        path = folder / f"pairs-{pairs}.csv"
+        path.write_text(text, encoding="utf-8")
+        tables[pairs] = path.relative_to(output).as_posix()
+        # Where the pictures lie, and how many more there are, makes no difference.
+        content = text.replace(folder.relative_to(output).as_posix(), "")
+        digests[pairs] = hashlib.sha256(f"{evaluation}{content}".encode()).hexdigest()[:16]
+    return Tables(tables, digests)
+
+
+def evaluation_digest(icons: Icons) -> str:
+    """Return a fingerprint of the package, of every record and of every label."""
+    digest = hashlib.sha256(icons.manifest["tarball"].encode())
+    digest.update((icons.folder / "records.csv").read_bytes())
+    for name in icons.manifest["labelled"]:
+        digest.update((icons.folder / "labels" / f"{name}.json").read_bytes())
+    return digest.hexdigest()
+
+
+def _recipe() -> str:
+    """Return a fingerprint of what writes the pairs, by which older ones are recognised."""
+    sources = (Path(__file__), Path(__file__).with_name("captions.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+
+
+def _write(part: Any, folder: Path, output: Path, pairs: int, track: Track) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as temporary:
+        work = Path(temporary) / "pairs"
+        prefix = folder.relative_to(output).as_posix()
+        rows = ["\t".join(COLUMNS)]
+        for number in track(range(pairs), pairs, "Training pictures"):
+            record = part.records[number]
+            pixels = small(part.images[number : number + 1])[0]
+            name = f"{number // _FOLDER:03d}/{number:06d}.png"
+            path = work / name
+            if number % _FOLDER == 0:
+                path.parent.mkdir(parents=True)
+            grey = (pixels == pixels[..., :1]).all()
+            # The trainer makes three channels of one again; it reads less this way.
+            Image.fromarray(pixels[..., 0] if grey else pixels).save(path)
+            rows.append(
+                "\t".join(
+                    [
+                        f"{prefix}/{name}",
+                        record.text,
+                        synthetic_caption(pixels, record.style, record.categories),
+                    ]
+                )
+            )
+        (work / "pairs.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
