@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUTPUT ?= outputs/openmoji
+MINIATURE_OUTPUT ?= outputs/miniature
 BENCH_OUTPUT ?= outputs/bench
 OPEN_CLIP_VERSIONS ?= 3.0.0 3.3.0
 
-.PHONY: demo test test-slow test-matrix test-main lint typecheck bench clean
+.PHONY: demo miniature miniature-full test test-slow test-matrix test-main lint typecheck bench clean
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +25,14 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.base
 ## Train a small CLIP on OpenMoji with --loss rankclip, evaluate it and draw (about 5 minutes on 2 cores).
 demo: $(VENV)/.examples
 	$(BIN)/python examples/openmoji/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
+
+## The paper in miniature: every loss, measure, table and figure, as a smoke test (about 15 minutes on 2 cores).
+miniature: $(VENV)/.examples
+	$(BIN)/python examples/miniature/run.py --preset quick --output $(MINIATURE_OUTPUT) $(MINIATURE_ARGS)
+
+## The same at the size that the report in examples/miniature is made of; it can be interrupted and repeated.
+miniature-full: $(VENV)/.examples
+	$(BIN)/python examples/miniature/run.py --preset full --output $(MINIATURE_OUTPUT) $(MINIATURE_ARGS)
 
 ## The test suite without its slow part.
 test: $(VENV)/.dev

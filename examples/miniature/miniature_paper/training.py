@@ -204,6 +204,7 @@ async def child(
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         limit=2**20,
+        start_new_session=True,  # Ctrl-C is for the parent only, which ends its children in order
     )
     try:
         yield process

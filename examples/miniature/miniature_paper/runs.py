@@ -1,0 +1,183 @@
+"""A run from beginning to end: train, measure, keep the record, throw the weights away."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from .data import Tables
+from .grid import Setting
+from .schedule import Progress
+from .store import Record, Store, key_of
+from .training import child, environment, model_folder, train
+
+_PACKAGES = {"open_clip": "open_clip_torch", "torch": "torch", "numpy": "numpy", "rankloss": "rankloss"}
+
+
+class MeasuringError(RuntimeError):
+    """The measuring process failed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What the runs are done on.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        jobs: Runs at a time.
+        workers: Processes that read pictures for each training; 0 reads them in the trainer.
+        threads: Threads of each run; None leaves it to torch.
+    """
+
+    device: str
+    jobs: int
+    workers: int
+    threads: int | None
+
+    @classmethod
+    def of(cls, device: str, jobs: int | None = None) -> Machine:
+        """Use every core: a run of one thread on each; or a GPU, with processes that feed it.
+
+        On a GPU these small models leave most of it idle, so some of them share it, as many as there are
+        four cores to read and prepare the pictures of each.
+        """
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if device == "cpu":
+            return cls(device, jobs or cores, 0, 1)
+        jobs = jobs or max(1, min(4, cores // 4))
+        return cls(device, jobs, max(1, cores // jobs - 1), None)
+
+    def conditions(self) -> dict[str, Any]:
+        """Return versions and hardware, for the record."""
+        import torch
+
+        name = torch.cuda.get_device_name() if self.device.startswith("cuda") else "cpu"
+        return {
+            **{key: importlib.metadata.version(package) for key, package in _PACKAGES.items()},
+            "python": platform.python_version(),
+            "device": name,
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "threads": self.threads,
+            "jobs": self.jobs,
+        }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+class Runs:
+    """Makes records.
+
+    Args:
+        output: The folder that the trainer is started in.
+        icons: The icons' folder.
+        tables: The tables of pairs below ``output``.
+        store: Where records go.
+        machine: What to run on.
+        keep_checkpoints: Whether to keep the weights and the trainer's log of runs that succeeded.
+    """
+
+    def __init__(
+        self,
+        *,
+        output: Path,
+        icons: Path,
+        tables: Tables,
+        store: Store,
+        machine: Machine,
+        keep_checkpoints: bool = False,
+    ) -> None:
+        self._output = output
+        self._icons = icons
+        self._tables = tables
+        self._store = store
+        self._machine = machine
+        self._keep = keep_checkpoints
+
+    def key(self, setting: Setting) -> str:
+        """Return the name of a setting's record."""
+        return key_of(setting, self._tables.digests[setting.pairs])
+
+    def stored(self, setting: Setting) -> Record | None:
+        """Return the record of a setting, if there is one of the same data and arguments."""
+        return self._store.load(self.key(setting))
+
+    async def make(self, setting: Setting, progress: Progress) -> None:
+        """Train and measure a setting, and store its record.
+
+        Raises:
+            TrainingError: If the trainer failed, or trained another loss.
+            MeasuringError: If measuring failed.
+        """
+        key, machine = self.key(setting), self._machine
+        progress("training", 0.0)
+        trained = await train(
+            setting,
+            output=self._output,
+            table=self._tables.tables[setting.pairs],
+            name=key,
+            device=machine.device,
+            workers=machine.workers,
+            threads=machine.threads,
+            progress=lambda share: progress("training", share),
+        )
+        progress("measuring", 1.0)
+        started = time.monotonic()
+        measured = await self._measure(setting, key, trained.checkpoint)
+        record = {
+            "setting": dataclasses.asdict(setting),
+            **measured,
+            "data": self._tables.digests[setting.pairs],
+            "training": {"first": trained.first, "last": trained.last},
+            "seconds": {
+                "training": round(trained.seconds, 1),
+                "measuring": round(time.monotonic() - started, 1),
+            },
+            "conditions": machine.conditions(),
+        }
+        self._store.save(key, record)
+        if not self._keep:
+            shutil.rmtree(self._output / "runs" / key)
+
+    async def _measure(self, setting: Setting, key: str, checkpoint: Path) -> dict[str, Any]:
+        folder = self._output / "runs" / key
+        job, result = folder / "job.json", folder / "measured.json"
+        todo = {
+            "setting": dataclasses.asdict(setting),
+            "output": str(self._output),
+            "model": f"local-dir:models/{model_folder(setting.backbone).name}",
+            "checkpoint": str(checkpoint),
+            "icons": str(self._icons),
+            "device": self._machine.device,
+            "result": str(result),
+        }
+        job.write_text(json.dumps(todo), encoding="utf-8")
+        env = environment(self._machine.threads)
+        env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        command = [sys.executable, "-m", "miniature_paper.measure", str(job)]
+        tail: deque[str] = deque(maxlen=30)
+        async with child(command, cwd=self._output, env=env) as process:
+            assert process.stdout is not None
+            async for raw in process.stdout:
+                tail.append(raw.decode(errors="replace").rstrip())
+            code = await process.wait()
+        if code != 0 or not result.is_file():
+            raise MeasuringError(f"measuring ended with status {code}. Its last lines:\n" + "\n".join(tail))
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return found

@@ -1,0 +1,201 @@
+"""The paper in miniature: train every loss on icons, measure, and write the report.
+
+Run it as ``python examples/miniature/run.py``; see the README beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# The examples whose code this one uses: the icons, the measures, and how the trainer is started.
+sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("icons", "evaluate", "openmoji"))]
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    from miniature_paper.grid import EXHIBITS, PRESETS
+
+    parser = argparse.ArgumentParser(
+        description="Train CLIP, CyCLIP, ALIP and RankCLIP on icons and write the paper's tables and "
+        "figures. What is there already is not done again, so an interrupted command is simply repeated.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--preset", choices=tuple(PRESETS), default="quick", help="how large (default: %(default)s)")
+    add("--seeds", type=int, default=None, help="seeds 0 to N − 1 (default: as the preset says)", metavar="N")
+    add(
+        "--only",
+        nargs="+",
+        choices=EXHIBITS,
+        default=EXHIBITS,
+        metavar="EXHIBIT",
+        help=f"train what these need: {', '.join(EXHIBITS)} (default: all)",
+    )
+    add("--jobs", type=int, default=None, help="runs at a time (default: one on each core, or as fit a GPU)")
+    add("--device", default=None, help="cpu or cuda (default: a GPU if there is one)")
+    add("--output", type=Path, default=Path("outputs/miniature"), help="folder for data and runs")
+    add("--icons", type=Path, default=Path("outputs/icons"), help="the icons; built there if missing")
+    add("--results", type=Path, default=None, help="folder of the records (default: by the preset)")
+    add("--report", type=Path, default=None, help="folder of the report (default: by the preset)")
+    add("--report-only", action="store_true", help="train nothing; report the records that are there")
+    add("--keep-checkpoints", action="store_true", help="keep weights and logs of runs that are measured")
+    args = parser.parse_args(argv)
+    for name in ("seeds", "jobs"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"argument --{name}: must be at least 1, got {value}")
+    if args.device is not None and args.device.split(":")[0] not in ("cpu", "cuda"):
+        parser.error(f"argument --device: must be cpu or cuda, got {args.device}")
+    # The records of the full preset are part of the repository: they are resumed from.
+    home = HERE if args.preset == "full" else args.output / args.preset
+    args.results = args.results or home / "results" / ("full" if args.preset == "full" else "")
+    args.report = args.report or home / "report"
+    for name in ("output", "icons", "results", "report"):
+        setattr(args, name, getattr(args, name).resolve())
+    return args
+
+
+def _import_parts() -> None:
+    """Import everything that is needed, or say how to install it."""
+    try:
+        import captum  # noqa: F401
+        import matplotlib  # noqa: F401
+        import open_clip_train  # noqa: F401
+        import resvg_py  # noqa: F401
+        import rich  # noqa: F401
+        import sklearn  # noqa: F401
+        import torchmetrics  # noqa: F401
+        import umap  # noqa: F401
+        import webdataset  # noqa: F401
+    except ModuleNotFoundError as error:
+        sys.exit(f"This example needs the module {error.name!r}: pip install -e '.[examples]'")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train what is missing and write the report."""
+    args = _parse(argv)
+    _import_parts()
+    from rich.console import Console
+
+    console = Console()
+    try:
+        return _run(args, console)
+    except (RuntimeError, ValueError, OSError) as error:
+        console.print(f"Error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        console.print(
+            "Interrupted. The same command goes on; --report-only reports what is there.", style="red"
+        )
+        return 130
+
+
+def _run(args: argparse.Namespace, console: Any) -> int:
+    from miniature_paper import report
+    from miniature_paper.grid import PRESETS, plan
+    from miniature_paper.store import Store
+
+    preset = PRESETS[args.preset]
+    settings = plan(preset, args.only, range(args.seeds or preset.seeds))
+    store = Store(args.results)
+    failed: dict[Any, Exception] = {}
+    if args.report_only:
+        records, odd = store.of(settings)
+        for sentence in odd:
+            console.print(sentence, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    else:
+        records, failed = _train(args, settings, store, console)
+    console.rule("Report")
+    if not records:
+        raise RuntimeError(f"{args.results} holds no record of the {preset.name} preset: nothing to report")
+    report.write(records, args.report, preset=preset, planned=settings)
+    missing = len(settings) - len(records)
+    console.print(
+        f"{len(records)} of {len(settings)} models"
+        f"{f'; the same command without --report-only trains the other {missing}' if missing else ''}: "
+        f"{args.report}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if failed:
+        names = ", ".join(setting.name for setting in failed)
+        console.print(f"Failed: {names}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    return 1 if failed else 0
+
+
+def _train(
+    args: argparse.Namespace, settings: Sequence[Any], store: Any, console: Any
+) -> tuple[list[dict[str, Any]], dict[Any, Exception]]:
+    import torch
+    from icons_data.load import load
+    from miniature_paper import data
+    from miniature_paper.board import RichBoard
+    from miniature_paper.grid import PRESETS
+    from miniature_paper.runs import Machine, MeasuringError, Runs
+    from miniature_paper.schedule import run_all
+    from miniature_paper.training import TrainingError, place_models
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"argument --device: {device}, but torch sees no GPU")
+    machine = Machine.of(device, args.jobs)
+    args.output.mkdir(parents=True, exist_ok=True)
+    console.rule("Data")
+    data.build_icons(args.icons)
+    tables = data.prepare(load(args.icons), args.output, PRESETS[args.preset].sizes, _tracker(console))
+    place_models(args.output)
+    runs = Runs(
+        output=args.output,
+        icons=args.icons,
+        tables=tables,
+        store=store,
+        machine=machine,
+        keep_checkpoints=args.keep_checkpoints,
+    )
+    found = {setting: record for setting in settings if (record := runs.stored(setting)) is not None}
+    todo = [setting for setting in settings if setting not in found]
+    console.rule(f"Training and measuring, {machine.jobs} at a time on {device}")
+    console.print(f"{len(settings)} models, {len(found)} of them there already", highlight=False)
+    failed: dict[Any, Exception] = {}
+    if todo:
+        known = [(setting, sum(record["seconds"].values())) for setting, record in found.items()]
+        with RichBoard(console, todo, machine.jobs, known) as board:
+            errors = (TrainingError, MeasuringError, OSError)
+            failed = asyncio.run(
+                _cancelled_by_signals(
+                    run_all(todo, runs.make, jobs=machine.jobs, board=board, expected=errors)
+                )
+            )
+    records = [record for setting in settings if (record := runs.stored(setting)) is not None]
+    return records, failed
+
+
+async def _cancelled_by_signals(work: Any) -> Any:
+    """Let a polite request to end do what Ctrl-C does: end every child first."""
+    task = asyncio.ensure_future(work)
+    with contextlib.suppress(NotImplementedError):  # Windows
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
+
+
+def _tracker(console: Any) -> Any:
+    from rich.progress import track
+
+    def progress(items: Iterable[Any], length: int, what: str) -> Iterable[Any]:
+        return track(items, description=what, total=length, console=console)
+
+    return progress
+
+
+if __name__ == "__main__":
+    # The trainer's dependencies warn about each other's ages; none of it concerns a reader.
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    sys.exit(main())
