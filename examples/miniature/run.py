@@ -99,7 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, console: Any) -> int:
-    from miniature_paper import report
     from miniature_paper.grid import PRESETS, plan
     from miniature_paper.store import Store
 
@@ -116,6 +115,8 @@ def _run(args: argparse.Namespace, console: Any) -> int:
     console.rule("Report")
     if not records:
         raise RuntimeError(f"{args.results} holds no record of the {preset.name} preset: nothing to report")
+    from miniature_paper import report
+
     report.write(records, args.report, preset=preset, planned=settings)
     missing = len(settings) - len(records)
     console.print(

@@ -1,0 +1,302 @@
+"""The paper in miniature: the pairs that are trained on, and what is measured of a model."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import dataclasses
+import doctest
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+for module in ("sklearn", "torchmetrics", "rich", "webdataset", "timm", "umap", "captum"):
+    pytest.importorskip(module, reason="the example's packages are not installed")
+open_clip = pytest.importorskip("open_clip", reason="the example's packages are not installed")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch.nn.functional import cosine_similarity, normalize  # noqa: E402
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "miniature"
+PATHS = [str(EXAMPLE), *(str(EXAMPLE.parent / name) for name in ("icons", "evaluate", "openmoji"))]
+sys.path[:0] = PATHS
+
+from clip_evaluation.model import ClipModel  # noqa: E402
+from icons_data.load import load  # noqa: E402
+from miniature_icons import write_icons  # noqa: E402
+from miniature_paper import captions, data, measure, training  # noqa: E402
+from miniature_paper.grid import PRESETS, plan  # noqa: E402
+from miniature_paper.heat_maps import heat_map  # noqa: E402
+
+
+def _no_track(items, length, what):
+    return items
+
+
+@pytest.fixture(scope="module")
+def icons(tmp_path_factory):
+    return load(write_icons(tmp_path_factory.mktemp("icons") / "built"))
+
+
+# --- synthetic captions ---
+
+
+def test_examples_in_docstrings():
+    found = doctest.testmod(captions)
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+def _square(colour, low=8, high=24):
+    picture = np.full((32, 32, 3), 255, dtype=np.uint8)
+    picture[low:high, low:high] = colour
+    return picture
+
+
+def test_the_caption_says_what_the_pixels_show():
+    red = _square((220, 50, 50))
+    assert captions.colours(red) == ["red"]
+    red[8:16, 8:24] = (50, 100, 220)
+    assert captions.colours(red) in (["red", "blue"], ["blue", "red"])
+    assert captions.colours(_square((0, 0, 0))) == ["black"]
+    assert captions.colours(_square((130, 130, 130))) == ["gray"]
+    assert captions.colours(np.full((32, 32, 3), 255, dtype=np.uint8)) == []
+    assert captions.is_symmetric(_square((0, 0, 0)))
+    lopsided = _square((0, 0, 0))
+    lopsided[:, 16:] = 255
+    assert not captions.is_symmetric(lopsided)
+    shares = [captions.fill(_square((0, 0, 0), 16 - half, 16 + half)) for half in (3, 8, 11, 15)]
+    assert shares == ["thin outline", "outline", "half filled", "solid"]
+
+
+def test_the_caption_says_what_the_set_says():
+    picture = _square((0, 0, 0))
+    assert captions.synthetic_caption(picture, "duotone bold", ["Arrows"]) == (
+        "a symmetric black duotone bold drawing of arrows"
+    )
+    assert captions.synthetic_caption(picture, "", []) == "a symmetric black outline drawing"
+    assert captions.synthetic_caption(np.full((32, 32, 3), 255, dtype=np.uint8), "", []) == (
+        "a symmetric thin outline drawing"
+    )
+
+
+# --- the pairs ---
+
+
+def _table(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def test_smaller_tables_are_parts_of_larger_ones(icons, tmp_path):
+    tables = data.prepare(icons, tmp_path, (32, 64), _no_track)
+    small, large = (_table(tmp_path / tables.tables[pairs]) for pairs in (32, 64))
+    assert len(small) == 32
+    assert len(large) == 64
+    assert large[:32] == small
+    train = icons.part("train")
+    for row, record, pixels in zip(large, train.records, train.images, strict=False):
+        assert row["title"] == record.text
+        assert record.caption not in row["synthetic"]
+        assert record.categories[0] in row["synthetic"]
+        with Image.open(tmp_path / row["filepath"]) as image:
+            assert image.size == (32, 32)
+            shown = np.asarray(image.convert("RGB")).astype(float)
+        assert np.abs(shown - np.asarray(Image.fromarray(pixels).reduce(2))).max() <= 1
+
+
+def test_no_held_out_picture_is_written(icons, tmp_path):
+    data.prepare(icons, tmp_path, (96,), _no_track)
+    pictures = {path.read_bytes() for path in tmp_path.rglob("*.png")}
+    assert len(pictures) == 96
+    for record in icons.part("test").records:
+        out = io.BytesIO()
+        measure.picture(icons.images, record.index).save(out, format="PNG")
+        assert out.getvalue() not in pictures
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(icons, tmp_path):
+    first = data.prepare(icons, tmp_path / "a", (32, 64), _no_track)
+    again = data.prepare(icons, tmp_path / "b", (32, 96), _no_track)
+    assert first.digests[32] == again.digests[32]
+    assert len({*first.digests.values(), *again.digests.values()}) == 3
+    other = load(write_icons(tmp_path / "other", test=25))
+    changed = data.prepare(other, tmp_path / "c", (32,), _no_track)
+    assert changed.digests[32] != first.digests[32]
+
+
+def test_finished_pairs_are_left_as_they_are(icons, tmp_path):
+    def never(items, length, what):
+        raise AssertionError("written again")
+
+    tables = data.prepare(icons, tmp_path, (32,), _no_track)
+    assert data.prepare(icons, tmp_path, (32,), never) == tables
+
+
+def test_an_interrupted_export_leaves_nothing(icons, tmp_path):
+    def interrupted(items, length, what):
+        yield from list(items)[:5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare(icons, tmp_path, (32,), interrupted)
+    assert list((tmp_path / "pairs").iterdir()) == []
+
+
+def test_too_many_pairs_are_refused(icons, tmp_path):
+    with pytest.raises(ValueError, match="sizes: 97 pairs are asked for, the icons have 96"):
+        data.prepare(icons, tmp_path, (97,), _no_track)
+
+
+# --- heat maps ---
+
+
+class _Tower(torch.nn.Module):
+    """An encoder with some nonlinearity, in float64 so that two orders of summation agree."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.randn(3 * 16 * 16, 5, generator=generator, dtype=torch.float64)
+
+    def encode_image(self, images):
+        return torch.tanh(images.flatten(1) @ self.weight / 30)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(8, 4), (4, 4), (8, 2), (16, 4)])
+def test_a_heat_map_is_the_mean_fall_over_the_windows_on_a_pixel(window, stride):
+    model, generator = _Tower(), torch.Generator().manual_seed(1)
+    image = torch.rand(3, 16, 16, generator=generator, dtype=torch.float64)
+    text = torch.randn(5, generator=generator, dtype=torch.float64)
+    whole = cosine_similarity(model.encode_image(image[None])[0], text, dim=0)
+    total, count = torch.zeros(16, 16, dtype=torch.float64), torch.zeros(16, 16, dtype=torch.float64)
+    for top in range(0, 16 - window + 1, stride):
+        for left in range(0, 16 - window + 1, stride):
+            hidden = image.clone()
+            hidden[:, top : top + window, left : left + window] = 1.0
+            fall = whole - cosine_similarity(model.encode_image(hidden[None])[0], text, dim=0)
+            total[top : top + window, left : left + window] += fall
+            count[top : top + window, left : left + window] += 1
+    found = heat_map(model, image, text, paper=1.0, window=window, stride=stride)
+    expected = (total / count)[::stride, ::stride]
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+    spread = (total / count).unfold(0, stride, stride).unfold(1, stride, stride)
+    assert (spread.amax((-1, -2)) - spread.amin((-1, -2))).max() < 1e-12  # one value in a cell
+
+
+def test_paper_hides_nothing_on_paper():
+    text = torch.ones(5, dtype=torch.float64)
+    found = heat_map(_Tower(), torch.ones(3, 16, 16, dtype=torch.float64), text, window=8, stride=4)
+    assert found.abs().max() < 1e-12
+
+
+def test_windows_that_do_not_tile_are_refused():
+    with pytest.raises(ValueError, match="window, stride: 6 and 4 do not tile 16 × 16"):
+        heat_map(_Tower(), torch.ones(3, 16, 16), torch.ones(5), window=6, stride=4)
+
+
+# --- measuring ---
+
+PRESET = dataclasses.replace(
+    PRESETS["quick"], retrieval_items=20, probe_items=40, probe_strengths=(1e-2,), umap_pairs=10
+)
+
+
+@pytest.fixture(scope="module", params=["resnet", "vit"])
+def model(request):
+    torch.manual_seed(0)
+    return ClipModel(f"local-dir:{training.model_folder(request.param)}")
+
+
+def test_everything_is_measured(icons, model):
+    found = measure.measure(model, icons, PRESET, figures=False)
+    tasks = {
+        *(f"retrieval/{name}" for name in ("test", "noto")),
+        *(f"zero-shot/{name}" for name in ("mdi", "noto")),
+        "probe/mdi",
+        "geometry/test",
+    }
+    assert found["metrics"].keys() == found["chance"].keys() == found["items"].keys() == tasks
+    assert "figures" not in found
+    json.dumps(found, allow_nan=False)
+    for task in tasks - {"geometry/test"}:
+        assert found["metrics"][task].keys() == found["chance"][task].keys()
+        assert all(0 <= value <= 100 for value in found["metrics"][task].values())
+    assert found["items"]["retrieval/test"] == 20
+    assert found["items"]["zero-shot/mdi"] == found["items"]["probe/mdi"] == 24
+    assert found["metrics"]["geometry/test"]["logit_scale"] == pytest.approx(model.logit_scale, abs=1e-3)
+    assert found["chance"]["zero-shot/mdi"]["top-1"] == 50.0
+
+
+def test_retrieval_is_that_of_the_models_own_preprocessing(icons, model):
+    """R@1 counted by hand, from pictures averaged by Pillow and preprocessed by open_clip."""
+    found = measure.measure(model, icons, PRESET, figures=False)["metrics"]["retrieval/test"]
+    chosen = [record for record in icons.part("test").records if record.retrieval][:20]
+    pixels = [Image.fromarray(icons.images[r.index]).reduce(2) for r in chosen]
+    texts = [(i, caption) for i, record in enumerate(chosen) for caption in record.captions]
+    with torch.inference_mode():
+        images = normalize(
+            model.model.encode_image(torch.stack([model.preprocess(p) for p in pixels])), dim=-1
+        )
+        similarity = images @ model.text_features([text for _, text in texts]).T
+    owner = torch.tensor([i for i, _ in texts])
+    # Captions of the same words are tied: each order is as likely as the others.
+    best = similarity == similarity.amax(dim=1, keepdim=True)
+    right = (best & (owner == torch.arange(20)[:, None])).sum(1) / best.sum(1)
+    assert found["image_to_text R@1"] == pytest.approx(100 * right.mean().item(), abs=1e-3)
+    assert similarity.shape == (20, 25)
+
+
+def test_pictures_are_encoded_once_and_found_again(icons, model):
+    embeddings = measure.Embeddings(model, icons)
+    embeddings.encode([np.array([5, 3]), np.array([3, 90])])
+    apart = measure.Embeddings(model, icons)
+    apart.encode([np.array([90])])
+    torch.testing.assert_close(
+        embeddings(np.array([90, 3]))[0], apart(np.array([90]))[0], atol=1e-5, rtol=1e-4
+    )
+    with pytest.raises(KeyError, match="picture 4 was not encoded"):
+        embeddings(np.array([3, 4]))
+
+
+def test_the_figures_are_small_and_complete(icons, model):
+    figures = measure.measure(model, icons, PRESET, figures=True)["figures"]
+    assert {name: np.shape(points) for name, points in figures["umap"].items()} == {
+        "image": (10, 2),
+        "text": (10, 2),
+    }
+    maps = figures["heat_maps"]
+    assert len(maps) == 6
+    for shown in maps:
+        assert np.shape(shown["map"]) == (8, 8)
+        assert " " in shown["text"]
+        with Image.open(io.BytesIO(base64.b64decode(shown["image"]))) as image:
+            assert image.size == (32, 32)
+    assert np.abs([shown["map"] for shown in maps]).max() > 0
+    assert len(json.dumps(figures)) < 60_000
+
+
+def test_umap_is_the_same_every_time():
+    points = normalize(torch.randn(24, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    first = measure.umap_points(points[:12], points[12:])
+    assert first == measure.umap_points(points[:12], points[12:])
+    assert np.ptp(first["image"], axis=0).min() > 0
+
+
+def test_only_the_first_seed_of_each_loss_is_shown():
+    for preset in PRESETS.values():
+        shown = [s for s in plan(preset) if measure.is_shown(s)]
+        assert [s.loss for s in shown] == [
+            "clip",
+            "cyclip",
+            "alip",
+            "rankclip",
+            "rankclip-cross",
+            "rankclip-in",
+        ]
+        assert {(s.seed, s.backbone, s.pairs) for s in shown} == {(0, "resnet", preset.pairs)}
