@@ -79,6 +79,7 @@ def record(setting, *, effect=0.0, noise=0.4, figures=None):
             "device": "cpu",
             "cpu": "A processor",
             "threads": 1,
+            "jobs": 2,
         },
     }
     if figures if figures is not None else setting.seed == 0 and _is_base(setting):

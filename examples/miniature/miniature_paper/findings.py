@@ -74,6 +74,29 @@ def paragraphs(exhibit: Exhibit) -> list[str]:
     return [f"{_seeds(exhibit)} {_items(exhibit)}".strip(), verdicts(exhibit), of_paper(exhibit)]
 
 
+def summary(exhibits: Sequence[Exhibit]) -> list[list[str]]:
+    """Return a row for each exhibit, below :data:`SUMMARY_HEAD`; dashes where nothing is tested."""
+    rows = []
+    for exhibit in exhibits:
+        found = tally(exhibit.comparisons)
+        trained = sum(trained for _, trained, _ in exhibit.seeds)
+        planned = sum(planned for _, _, planned in exhibit.seeds)
+        counts = [f"{len(part)}" for part in (found.tested, found.above, found.below, found.nominal)]
+        shown = [*counts, f"{found.expected:.1f}"] if found.tested else ["–"] * 5
+        rows.append([seeds_text(trained, planned), *shown])
+    return rows
+
+
+SUMMARY_HEAD = (
+    "models × seeds",
+    "tests",
+    "better",
+    "worse",
+    f"p < {ALPHA:.2g} uncorrected",
+    "expected by chance",
+)
+
+
 def _seeds(exhibit: Exhibit) -> str:
     missing = [
         f"{name} ({seeds_text(trained, planned)})"
@@ -102,9 +125,9 @@ def verdicts(exhibit: Exhibit) -> str:
     references = " and ".join(dict.fromkeys(c.reference for c in exhibit.comparisons))
     head = f"{len(exhibit.comparisons)} paired comparisons with {references}"
     if not found.tested:
-        return f"{head}, none with the {MIN_SEEDS} seeds that a test needs here: nothing follows about the losses."
+        return f"{head}, none with the {MIN_SEEDS} seeds that a test needs here: nothing follows."
     sentences = [f"{head}{f', {len(found.untested)} of them with too few seeds' if found.untested else ''}."]
-    corrected = f"after Holm's correction for {len(found.tested)} tests at {ALPHA:.0%}"
+    corrected = f"after Holm's correction for {len(found.tested)} tests at {100 * ALPHA:.0f} %"
     if found.established:
         sentences.append(f"Established {corrected}: {len(found.established)}. {_established(found)}")
     else:
@@ -155,9 +178,9 @@ def _pictures(exhibit: Exhibit) -> str:
     there = sum(trained for _, trained, _ in exhibit.seeds)
     return (
         f"One seed of {there} of {len(exhibit.seeds)} models. The pictures are the first held-out ones in "
-        "their random order, none picked by eye, and the same for every model. A map shows how far the cosine "
-        "of picture and text falls when a window of the picture is covered. These are examples: nothing is "
-        "counted, and nothing follows about the losses."
+        "their random order, none picked by eye, and the same for every model. A map shows how far the "
+        "cosine of picture and text falls when a window of the picture is covered. These are examples: "
+        "nothing is counted, and nothing follows about the losses."
     )
 
 

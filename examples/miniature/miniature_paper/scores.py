@@ -11,8 +11,8 @@ LOSS_NAMES = {
     "cyclip": "CyCLIP",
     "alip": "ALIP",
     "rankclip": "RankCLIP",
-    "rankclip-cross": "RankCLIP, cross-modal term only",
-    "rankclip-in": "RankCLIP, in-modal term only",
+    "rankclip-cross": "RankCLIP, cross-modal only",
+    "rankclip-in": "RankCLIP, in-modal only",
 }
 BACKBONE_NAMES = {"resnet": "ResNet", "vit": "ViT"}
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from . import grid, scores, statistics
 from .collection import Collection, Exhibited
 from .grid import Setting
-from .scores import BACKBONE_NAMES, LOSS_NAMES, Measure
 from .paper import Paper, Quoted
+from .scores import BACKBONE_NAMES, LOSS_NAMES, Measure
 from .statistics import Difference, Estimate
 
 REFERENCE = "clip"
@@ -400,7 +400,7 @@ def _figure3(collection: Collection, quoted: Quoted) -> Exhibit:
     return Exhibit(
         "figure3",
         "Figure 3",
-        "How much λ₁ and λ₂ matter",
+        "How much the weights of the terms matter",
         columns,
         tuple(sections),
         family.comparisons(),
@@ -553,7 +553,8 @@ def mean_text(estimate: Estimate | None, planned: int, digits: int = 2) -> str:
     if estimate is None:
         return "–"
     half = "–" if estimate.half_width is None else f"{estimate.half_width:.{digits}f}"
-    return f"{estimate.mean:.{digits}f} ± {half} ({seeds_text(estimate.n, planned)})"
+    mean = f"{estimate.mean:.{digits}f}".replace("-", "−")
+    return f"{mean} ± {half} ({seeds_text(estimate.n, planned)})"
 
 
 def difference_text(difference: Difference | None, digits: int = 2) -> str:

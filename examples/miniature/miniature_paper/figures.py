@@ -1,0 +1,493 @@
+"""Figures 3, 4, 6 and 7, in a light and a dark version, as small PNGs."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+from PIL import Image
+from scipy.ndimage import zoom
+from scipy.stats import gaussian_kde
+
+from .collection import Collection, Exhibited
+from .grid import Setting
+from .paper import Paper, Quoted
+from .scores import LOSS_NAMES, Measure
+from .tables import REFERENCE, TERM_NAMES, shift_measure, size_measures, sweep_measures, sweep_of
+
+_DPI = 150
+_COLOURS = 256  # of a PNG of lines and flat areas
+_WIDTH = 8.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+    """Colours of a version.
+
+    Attributes:
+        name: ``light`` or ``dark``.
+        paper: Background.
+        ink: Text and axes.
+        muted: Grid, links and what is secondary.
+        clip: CLIP's lines, and the texts' points.
+        rank: RankCLIP's lines, and the pictures' points.
+        quoted: Background of what is the paper's.
+    """
+
+    name: str
+    paper: str
+    ink: str
+    muted: str
+    clip: str
+    rank: str
+    quoted: str
+
+    def settings(self) -> dict[str, Any]:
+        """Return what matplotlib has to be told."""
+        return {
+            "figure.facecolor": self.paper,
+            "savefig.facecolor": self.paper,
+            "axes.facecolor": self.paper,
+            "axes.edgecolor": self.muted,
+            "axes.labelcolor": self.ink,
+            "axes.titlecolor": self.ink,
+            "axes.titlesize": 10,
+            "axes.titlelocation": "left",
+            "axes.labelsize": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.axisbelow": True,
+            "grid.color": self.muted,
+            "grid.alpha": 0.25,
+            "text.color": self.ink,
+            "xtick.color": self.ink,
+            "ytick.color": self.ink,
+            "xtick.labelsize": 8.5,
+            "ytick.labelsize": 8.5,
+            "legend.fontsize": 8.5,
+            "legend.frameon": False,
+            "font.family": "DejaVu Sans",
+            "font.size": 9,
+        }
+
+
+# Okabe and Ito's blue and vermilion: told apart by every kind of colour vision.
+LIGHT = Theme("light", "#ffffff", "#1c1e21", "#8a8f98", "#0072b2", "#d55e00", "#f1f1ee")
+DARK = Theme("dark", "#16181c", "#e6e7e9", "#7d838c", "#56b4e9", "#ff9d5c", "#22252b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A drawn figure.
+
+    Attributes:
+        light: PNG for a light background.
+        dark: PNG for a dark one.
+        alt: What it shows, for those who do not see it.
+    """
+
+    light: bytes
+    dark: bytes
+    alt: str
+
+
+def draw(collection: Collection, paper: Paper) -> dict[str, Picture]:
+    """Draw every figure for which there is something to show.
+
+    Returns:
+        Pictures by the names of :data:`miniature_paper.grid.EXHIBITS`.
+    """
+    drawn = {}
+    for key, (figure_of, alt_of) in _FIGURES.items():
+        alt = alt_of(collection)
+        if alt is not None:
+            light, dark = (_png(figure_of, collection, paper.exhibits[key], t) for t in (LIGHT, DARK))
+            drawn[key] = Picture(light, dark, alt)
+    return drawn
+
+
+def _png(
+    figure_of: Callable[[Collection, Quoted, Theme], Figure],
+    collection: Collection,
+    quoted: Quoted,
+    theme: Theme,
+) -> bytes:
+    raw = io.BytesIO()
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **theme.settings()}):
+        figure_of(collection, quoted, theme).savefig(raw, format="png", dpi=_DPI)
+    small = io.BytesIO()
+    with Image.open(raw) as image:
+        picture = image.convert("RGB")
+        if figure_of is not _heat:
+            picture = picture.quantize(_COLOURS, dither=Image.Dither.NONE)
+        picture.save(small, format="PNG", optimize=True, dpi=(_DPI, _DPI))
+    return small.getvalue()
+
+
+# --- Figure 3 ---
+
+
+def _sweep_alt(collection: Collection) -> str | None:
+    shown = collection.exhibit("figure3")
+    if not _has_any(shown, sweep_measures(collection)):
+        return None
+    spans = [_span(shown, measure) for measure in sweep_measures(collection)]
+    return (
+        f"Six panels. Left λ₁ of the cross-modal term, right λ₂ of the in-modal term. Above ours: "
+        f"{'; '.join(spans)}; CLIP is drawn as a band. Below the paper's two lines for λ from 1 to 3. "
+        "The table has the same numbers."
+    )
+
+
+def _sweep(collection: Collection, quoted: Quoted, theme: Theme) -> Figure:
+    shown = collection.exhibit("figure3")
+    plotted = sweep_measures(collection)
+    figure = Figure(figsize=(_WIDTH, 8.2), layout="constrained")
+    axes = figure.subplots(len(plotted) + 1, len(TERM_NAMES), sharey="row")
+    clip = next(m for m in shown.models if m.loss == REFERENCE)
+    for column, (term, name) in enumerate(TERM_NAMES.items()):
+        models = sweep_of(shown.models, term)
+        for row, measure in enumerate(plotted):
+            axis = axes[row, column]
+            _band(axis, shown, clip, measure, theme)
+            _line(axis, shown, models, range(len(models)), measure, theme.rank, "RankCLIP")
+            axis.set_xticks(range(len(models)), [f"{getattr(m, term):g}" for m in models])
+            axis.set_xlim(-0.4, len(models) - 0.6)
+            axis.grid(axis="y")
+            if column == 0:
+                axis.set_ylabel(f"{measure.group},\n{measure.label} (%)")
+            if row == 0:
+                axis.set_title(name)
+        _quoted_lines(axes[-1, column], quoted, term, theme)
+        axes[-1, column].set_xlabel(name.partition(",")[0])
+    axes[0, 0].legend(loc="best")
+    axes[-1, 0].set_ylabel("%")
+    return figure
+
+
+def _quoted_lines(axis: Axes, quoted: Quoted, term: str, theme: Theme) -> None:
+    axis.set_facecolor(theme.quoted)
+    axis.set_title(f"The paper's {quoted.source}: {quoted.setting}", fontsize=8.5)
+    lines = [s for s in quoted.series if s.panel == term]
+    levels = {s.name: s.y[0] for s in quoted.series if s.panel == "scheduled"}
+    for line, style, mark in zip(lines, ("-", "--"), ("^", "s"), strict=True):
+        axis.plot(
+            line.x, line.y, style, marker=mark, color=theme.ink, lw=1.2, markersize=4.5, label=line.name
+        )
+        axis.axhline(levels[line.name], color=theme.muted, lw=0.9, ls=":")
+    axis.set_xticks(lines[0].x)
+    axis.grid(axis="y")
+    axis.set_ylim(bottom=0)
+    axis.legend(loc="lower right")
+
+
+# --- Figure 4 ---
+
+
+def _sizes_alt(collection: Collection) -> str | None:
+    shown = collection.exhibit("figure4")
+    if not _has_any(shown, size_measures(collection)):
+        return None
+    sizes = sorted({m.pairs for m in shown.models})
+    spans = [_span(shown, measure) for measure in size_measures(collection)]
+    return (
+        f"Four panels. CLIP and RankCLIP at {sizes[0]:,} to {sizes[-1]:,} training pairs, on a logarithmic "
+        f"axis: {'; '.join(spans)}. The last panel has the paper's lines for 500,000 to 15 million pairs. "
+        "The table has the same numbers."
+    )
+
+
+def _sizes(collection: Collection, quoted: Quoted, theme: Theme) -> Figure:
+    shown = collection.exhibit("figure4")
+    zero_shot, retrieval = sweep_measures(collection)
+    figure = Figure(figsize=(_WIDTH, 6.6), layout="constrained")
+    axes = figure.subplots(2, 2).ravel()
+    for axis, measure in zip(axes, (zero_shot, retrieval), strict=False):
+        _size_axis(axis, sorted({m.pairs for m in shown.models}))
+        for (loss, colour), shift in zip(_two(theme), (0.97, 1.03), strict=True):  # side by side
+            models = sorted((m for m in shown.models if m.loss == loss), key=lambda m: m.pairs)
+            _line(axis, shown, models, [m.pairs * shift for m in models], measure, colour, LOSS_NAMES[loss])
+        axis.set_title(measure.name, fontsize=9)
+        axis.set_ylabel("%")
+    _robustness(axes[2], shown, zero_shot, shift_measure(collection), theme)
+    axis = axes[3]
+    axis.set_facecolor(theme.quoted)
+    axis.set_title(f"The paper's {quoted.source}: ImageNet1K top-1", fontsize=9)
+    for line in (s for s in quoted.series if s.panel == "size"):
+        colour = dict(_two(theme))[line.name]
+        axis.plot(line.x, line.y, marker="o", color=colour, markersize=4, label=LOSS_NAMES[line.name])
+        _size_axis(axis, [int(x) for x in line.x if x is not None])
+    axis.set_ylabel("%")
+    axes[0].legend(loc="best")
+    return figure
+
+
+def _robustness(axis: Axes, shown: Exhibited, plain: Measure, shifted: Measure | None, theme: Theme) -> None:
+    """Accuracy under shift against accuracy without: a point above the other's line would be robustness."""
+    axis.set_title("Under shift against without, one point a size", fontsize=9)
+    axis.set_xlabel(f"{plain.name} (%)", fontsize=8.5)
+    if shifted is None:
+        return
+    axis.set_ylabel(f"{shifted.group},\n{shifted.label} (%)", fontsize=8.5)
+    for (loss, colour), mark in zip(_two(theme), ("o", "^"), strict=True):
+        points = []
+        for model in sorted((m for m in shown.models if m.loss == loss), key=lambda m: m.pairs):
+            x, y = shown.estimate(model, plain), shown.estimate(model, shifted)
+            if x is not None and y is not None:
+                points.append((x.mean, y.mean))
+                axis.errorbar(
+                    x.mean, y.mean, xerr=x.half_width, yerr=y.half_width, color=colour, lw=1, alpha=0.6
+                )
+        if points:
+            axis.plot(*zip(*points, strict=True), marker=mark, markersize=5, lw=0.8, ls=":", color=colour)
+    axis.grid()
+
+
+def _size_axis(axis: Axes, sizes: Sequence[int]) -> None:
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(FixedLocator(sizes))
+    axis.xaxis.set_major_formatter(FixedFormatter([_short(n) for n in sizes]))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel("training pairs")
+    axis.grid()
+
+
+def _short(n: int) -> str:
+    return f"{n / 1e6:g}M" if n >= 1_000_000 else f"{n / 1000:.3g}k" if n >= 1000 else f"{n}"
+
+
+# --- Figure 6 ---
+
+
+def _pictured(collection: Collection, key: str, part: str) -> list[tuple[Setting, dict[str, Any]]]:
+    found = []
+    for model in collection.exhibit(key).models:
+        record = collection.record(model)
+        if record is not None and part in record.get("figures", {}):
+            found.append((model, record["figures"][part]))
+    return found
+
+
+def _gap(collection: Collection, model: Setting) -> float | None:
+    record = collection.record(model)
+    return None if record is None else record["metrics"].get("geometry/test", {}).get("modality_gap")
+
+
+def _umap_alt(collection: Collection) -> str | None:
+    shown = _pictured(collection, "figure6", "umap")
+    if not shown:
+        return None
+    gaps = [
+        f"{LOSS_NAMES[model.loss]} {gap:.2f}"
+        for model, _ in shown
+        if (gap := _gap(collection, model)) is not None
+    ]
+    return (
+        f"For each of {len(shown)} models a UMAP of {len(shown[0][1]['image'])} held-out pairs: points of "
+        "pictures and texts, a line from each picture to its text, density contours, and above them both "
+        f"densities and medians along the first dimension. Modality gap of the seed drawn: {', '.join(gaps)}."
+    )
+
+
+def _umaps(collection: Collection, quoted: Quoted, theme: Theme) -> Figure:  # noqa: ARG001
+    shown = _pictured(collection, "figure6", "umap")
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(_WIDTH, 3.5 * rows), layout="constrained")
+    for number, (cell, (model, points)) in enumerate(
+        zip(figure.add_gridspec(rows, columns), shown, strict=False)
+    ):
+        inner = cell.subgridspec(2, 1, height_ratios=[1, 4], hspace=0)
+        axis = figure.add_subplot(inner[1])
+        above = figure.add_subplot(inner[0], sharex=axis)
+        _scatter(axis, above, points, theme)
+        gap = _gap(collection, model)
+        above.set_title(LOSS_NAMES[model.loss], fontsize=9)
+        if gap is not None:
+            axis.set_xlabel(f"modality gap {gap:.2f}", fontsize=8.5)
+        if number == 0:
+            axis.legend(loc="best", handletextpad=0.1, fontsize=8, markerscale=2)
+    return figure
+
+
+def _scatter(axis: Axes, above: Axes, points: dict[str, Any], theme: Theme) -> None:
+    images, texts = np.array(points["image"], dtype=float), np.array(points["text"], dtype=float)
+    links = LineCollection(np.stack([images, texts], axis=1), colors=theme.muted, linewidths=0.4, alpha=0.35)
+    axis.add_collection(links)
+    for cloud, colour, mark, label in (
+        (images, theme.rank, "o", "pictures"),
+        (texts, theme.clip, "s", "texts"),
+    ):
+        axis.scatter(*cloud.T, s=5, color=colour, marker=mark, linewidths=0, alpha=0.8, label=label)
+        _contours(axis, cloud, colour)
+        _density(above, cloud[:, 0], colour)
+    both = np.concatenate([images, texts])
+    margin = 0.06 * np.ptp(both, axis=0)
+    axis.set_xlim(*(both[:, 0].min() - margin[0], both[:, 0].max() + margin[0]))
+    axis.set_ylim(*(both[:, 1].min() - margin[1], both[:, 1].max() + margin[1]))
+    above.set_ylim(bottom=0)
+    for part in (axis, above):
+        part.set_xticks([])
+        part.set_yticks([])
+    for side in ("left", "bottom"):
+        above.spines[side].set_visible(False)
+
+
+def _contours(axis: Axes, cloud: np.ndarray, colour: str) -> None:
+    density = _kde(cloud.T)
+    if density is None:
+        return
+    low, high = cloud.min(0), cloud.max(0)
+    margin = 0.25 * (high - low)
+    xs, ys = (np.linspace(low[i] - margin[i], high[i] + margin[i], 60) for i in (0, 1))
+    values = density(np.array([v.ravel() for v in np.meshgrid(xs, ys)])).reshape(60, 60)
+    # Lines around a quarter, a half and three quarters of the points.
+    levels = np.unique(np.quantile(density(cloud.T), [0.25, 0.5, 0.75]))
+    axis.contour(xs, ys, values, levels=levels, colors=[colour], linewidths=0.9)
+
+
+def _density(axis: Axes, values: np.ndarray, colour: str) -> None:
+    density = _kde(values)
+    if density is not None:
+        spread = 0.25 * np.ptp(values)
+        xs = np.linspace(values.min() - spread, values.max() + spread, 120)
+        axis.fill_between(xs, density(xs), color=colour, alpha=0.25, lw=0)
+        axis.plot(xs, density(xs), color=colour, lw=1)
+    axis.axvline(float(np.median(values)), color=colour, lw=1, ls="--")
+
+
+def _kde(points: np.ndarray) -> gaussian_kde | None:
+    try:
+        return gaussian_kde(points)
+    except (np.linalg.LinAlgError, ValueError):  # too few points, or all on a line
+        return None
+
+
+# --- Figure 7 ---
+
+
+def _heat_alt(collection: Collection) -> str | None:
+    shown = _pictured(collection, "figure7", "heat_maps")
+    if not shown:
+        return None
+    texts = ", ".join(f"“{one['text']}”" for one in shown[0][1])
+    return (
+        f"A grid: a row for each of the pictures {texts}; first the picture, then the heat map of "
+        f"{', '.join(LOSS_NAMES[model.loss] for model, _ in shown)}. Red: covering the place lowers the "
+        "cosine of picture and text; blue: it raises it."
+    )
+
+
+def _heat(collection: Collection, quoted: Quoted, theme: Theme) -> Figure:  # noqa: ARG001
+    shown = _pictured(collection, "figure7", "heat_maps")
+    rows, columns = len(shown[0][1]), len(shown) + 1
+    figure = Figure(figsize=(_WIDTH, 0.5 + 1.28 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row in range(rows):
+        first = shown[0][1][row]
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(first["image"]))).convert("RGB"))
+        _show(axes[row, 0], picture)
+        axes[row, 0].set_xlabel("\n".join(textwrap.wrap(first["text"], 18)[:2]), fontsize=7.5)
+        for column, (_, maps) in enumerate(shown, start=1):
+            cells = np.array(maps[row]["map"], dtype=float)
+            _show(axes[row, column], picture)
+            _overlay(axes[row, column], cells, picture.shape[:2])
+            axes[row, column].set_xlabel(f"± {np.abs(cells).max():.2f}", fontsize=7.5)
+    for axis, name in zip(axes[0], ["picture", *(LOSS_NAMES[m.loss] for m, _ in shown)], strict=True):
+        axis.set_title("\n".join(textwrap.wrap(name, 14, break_on_hyphens=False)), fontsize=8, loc="center")
+    return figure
+
+
+def _show(axis: Axes, picture: np.ndarray) -> None:
+    axis.imshow(picture, extent=(0, picture.shape[1], picture.shape[0], 0), interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set(visible=True, linewidth=0.5)
+
+
+def _overlay(axis: Axes, cells: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Red where covering hurts, blue where it helps, as strong as the effect in this map's own range."""
+    fine = zoom(cells, [2 * side / n for side, n in zip(shape, cells.shape, strict=True)], order=1)
+    strength = fine / max(float(np.abs(cells).max()), 1e-12)
+    rgba = np.empty((*strength.shape, 4))
+    rgba[..., :3] = np.where(strength[..., None] > 0, to_rgb("#e02b1d"), to_rgb("#1f6fd6"))
+    rgba[..., 3] = 0.8 * np.abs(strength)
+    axis.imshow(rgba, extent=(0, shape[1], shape[0], 0), interpolation="nearest")
+
+
+# --- parts ---
+
+
+def _two(theme: Theme) -> list[tuple[str, str]]:
+    return [("clip", theme.clip), ("rankclip", theme.rank)]
+
+
+def _has_any(shown: Exhibited, plotted: Sequence[Measure]) -> bool:
+    return any(shown.values(model, measure) for model in shown.models for measure in plotted)
+
+
+def _span(shown: Exhibited, measure: Measure) -> str:
+    means = [e.mean for m in shown.models if (e := shown.estimate(m, measure)) is not None]
+    if not means:
+        return f"{measure.name}, nothing yet"
+    return f"{measure.name}, {min(means):.1f} to {max(means):.1f} %"
+
+
+def _line(
+    axis: Axes,
+    shown: Exhibited,
+    models: Sequence[Setting],
+    positions: Sequence[float],
+    measure: Measure,
+    colour: str,
+    label: str,
+) -> None:
+    """Means with their intervals, hollow where seeds are missing; beside them every seed as a small point."""
+    beside = (lambda x: x * 1.07) if axis.get_xscale() == "log" else (lambda x: x + 0.12)
+    xs, means, halves, missing = [], [], [], []
+    for x, model in zip(positions, models, strict=True):
+        estimate = shown.estimate(model, measure)
+        if estimate is None:
+            continue
+        xs.append(x)
+        means.append(estimate.mean)
+        halves.append(estimate.half_width or 0.0)
+        if estimate.n < shown.planned(model):
+            missing.append((x, estimate.mean))
+        values = list(shown.values(model, measure).values())
+        axis.plot([beside(x)] * len(values), values, ".", color=colour, markersize=4, alpha=0.6)
+    if xs:
+        axis.errorbar(
+            xs, means, halves, color=colour, marker="o", markersize=4.5, lw=1.4, capsize=3, label=label
+        )
+    for x, mean in missing:
+        face = axis.get_facecolor()
+        axis.plot(x, mean, "o", markersize=4.5, markeredgecolor=colour, markerfacecolor=face, zorder=5)
+
+
+def _band(axis: Axes, shown: Exhibited, clip: Setting, measure: Measure, theme: Theme) -> None:
+    estimate = shown.estimate(clip, measure)
+    if estimate is not None:
+        axis.axhline(estimate.mean, color=theme.clip, lw=1.2, ls="--", label="CLIP")
+        axis.axhspan(estimate.low, estimate.high, color=theme.clip, alpha=0.15, lw=0)
+
+
+_FIGURES: dict[
+    str, tuple[Callable[[Collection, Quoted, Theme], Figure], Callable[[Collection], str | None]]
+] = {
+    "figure3": (_sweep, _sweep_alt),
+    "figure4": (_sizes, _sizes_alt),
+    "figure6": (_umaps, _umap_alt),
+    "figure7": (_heat, _heat_alt),
+}
