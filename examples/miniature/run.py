@@ -67,6 +67,7 @@ def _import_parts() -> None:
     """Import everything that is needed, or say how to install it."""
     try:
         import captum  # noqa: F401
+        import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
         import open_clip_train  # noqa: F401
         import resvg_py  # noqa: F401
