@@ -16,18 +16,13 @@ CLASSES = 20
 ITEMS = {"retrieval/test": 5123}
 
 
-def preset(seeds=5, sweep_seeds=3):
-    """The full preset with another number of seeds."""
-    return dataclasses.replace(grid.PRESETS["full"], seeds=seeds, sweep_seeds=sweep_seeds)
-
-
-def record(setting, *, effect=0.0, noise=0.4, figures=None):
+def record(setting, *, effect=0.0, noise=0.4, points=60):
     """A record whose scores are noise that seeds share, noise of its own, and ``effect`` where not CLIP's.
 
     Args:
         effect: Points that every loss but CLIP has more in every score.
         noise: Standard deviation of what every model has of its own.
-        figures: Whether the pictures are there; by default as the runner has it.
+        points: Pairs in the picture of the embeddings, if the runner keeps one of this model.
     """
     own = _rng(setting)
     shared = _rng((setting.seed, setting.backbone))
@@ -82,8 +77,8 @@ def record(setting, *, effect=0.0, noise=0.4, figures=None):
             "jobs": 2,
         },
     }
-    if figures if figures is not None else setting.seed == 0 and _is_base(setting):
-        made["figures"] = {"umap": _umap(own, 0.4 + bonus), "heat_maps": _heat_maps(own)}
+    if grid.is_shown(setting):
+        made["figures"] = {"umap": _umap(own, 0.4 + bonus, points), "heat_maps": _heat_maps(own)}
     return made
 
 
@@ -92,15 +87,11 @@ def records(settings, **options):
     return [record(setting, **options) for setting in settings]
 
 
-def _is_base(setting):
-    return grid.is_shown(setting)
-
-
 def _rng(key):
     return np.random.default_rng(int(hashlib.sha256(repr(key).encode()).hexdigest()[:12], 16))
 
 
-def _umap(rng, distance, n=300):
+def _umap(rng, distance, n):
     images = rng.normal(0, 1, (n, 2)) @ np.array([[1.5, 0.6], [0.0, 0.7]])
     texts = images * 0.8 + rng.normal(0, 0.5, (n, 2)) + 5 * distance
     return {"image": images.round(3).tolist(), "text": texts.round(3).tolist()}

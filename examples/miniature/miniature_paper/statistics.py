@@ -14,8 +14,8 @@ from typing import TypeVar
 import numpy as np
 from scipy import stats
 
-CONFIDENCE = 0.95
-ALPHA = 1 - CONFIDENCE
+ALPHA = 0.05
+CONFIDENCE = 1 - ALPHA
 # Two seeds have an interval, of one degree of freedom: 12.7 standard errors, all of it resting on the normal
 # distribution. It is shown; nothing is concluded from it.
 MIN_SEEDS = 3

@@ -1,0 +1,356 @@
+"""The miniature's tables and what is said of them, on records that are made up."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import functools
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+for module in ("scipy", "PIL"):
+    pytest.importorskip(module, reason="the example's packages are not installed")
+
+import numpy as np  # noqa: E402
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from scipy import stats  # noqa: E402
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "miniature"
+sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent / "icons")]
+
+import miniature_records  # noqa: E402
+from miniature_paper import findings, grid, paper, scores, tables  # noqa: E402
+from miniature_paper.collection import Collection  # noqa: E402
+from miniature_paper.statistics import Difference, Estimate, correct  # noqa: E402
+from miniature_paper.tables import Cell, Comparison, QuotedCell  # noqa: E402
+
+PAPER = paper.load()
+FULL = grid.PRESETS["full"]
+PLAN = grid.plan(FULL)
+
+
+def exhibits(records, planned=PLAN):
+    return {e.key: e for e in tables.build(Collection(records, FULL, planned), PAPER)}
+
+
+@pytest.fixture(scope="module")
+def records():
+    return miniature_records.records(PLAN, effect=0.8)
+
+
+@pytest.fixture(scope="module")
+def complete(records):
+    return exhibits(records)
+
+
+def cell(exhibit, section, row, column):
+    found = next(s for s in exhibit.sections if s.title == section)
+    position = [c.label for c in exhibit.columns].index(column) if isinstance(column, str) else column
+    return next(r for r in found.rows if r.label == row).cells[position]
+
+
+def values(records, loss, read, **setting):
+    wanted = {"loss": loss, "backbone": "resnet", "pairs": FULL.pairs, **setting}
+    wanted.setdefault("lambda_cross", float(loss in ("rankclip", "rankclip-cross")))
+    wanted.setdefault("lambda_in", float(loss in ("rankclip", "rankclip-in")))
+    found = [r for r in records if wanted.items() <= r["setting"].items()]
+    return [read(r["metrics"]) for r in sorted(found, key=lambda r: r["setting"]["seed"])]
+
+
+def recall(metrics):
+    return metrics["retrieval/test"]["image_to_text R@5"]
+
+
+def mean_top_1(metrics):
+    return np.mean([metrics[f"zero-shot/{s}"]["top-1"] for s in scores.LABELLED_SETS])
+
+
+# --- the numbers ---
+
+
+@pytest.mark.parametrize("loss", grid.LOSSES)
+@pytest.mark.parametrize(
+    ("section", "row", "read"),
+    [("Image → text", "R@5", recall), ("Zero-shot, mean of 10 sets", "top-1", mean_top_1)],
+)
+def test_a_cell_is_what_scipy_makes_of_the_records(records, complete, loss, section, row, read):
+    found = cell(complete["table1"], section, row, scores.LOSS_NAMES[loss])
+    own, clip = (np.array(values(records, name, read)) for name in (loss, "clip"))
+    assert found.estimate.n == found.planned == FULL.seeds
+    assert found.estimate.mean == pytest.approx(own.mean())
+    low, high = stats.t.interval(0.95, len(own) - 1, own.mean(), stats.sem(own))
+    assert (found.estimate.low, found.estimate.high) == pytest.approx((low, high))
+    if loss == "clip":
+        assert found.difference is None
+        assert not found.compared
+    else:
+        assert found.difference.mean == pytest.approx((own - clip).mean())
+        assert found.difference.p == pytest.approx(stats.ttest_rel(own, clip).pvalue)
+        assert found.difference.adjusted >= found.difference.p
+
+
+def test_a_backbone_is_compared_with_its_own_clip(records, complete):
+    found = cell(complete["table4"], "Image → text", "R@5", 3)  # the ViT's RankCLIP
+    own, clip = (np.array(values(records, name, recall, backbone="vit")) for name in ("rankclip", "clip"))
+    assert found.difference.mean == pytest.approx((own - clip).mean())
+    assert [c.group for c in complete["table4"].columns] == ["ResNet", "ResNet", "ViT", "ViT"]
+
+
+def test_the_sweep_uses_its_own_seeds_and_compares_with_clip_and_with_the_recipe(records, complete):
+    def both_ways(metrics):
+        return np.mean(
+            [metrics["retrieval/test"][f"{way} R@1"] for way in ("image_to_text", "text_to_image")]
+        )
+
+    section = f"{tables.TERM_NAMES['lambda_cross']}; the other one is 1"
+    seeds = FULL.sweep_seeds
+    own = np.array(values(records, "rankclip", both_ways, lambda_cross=4.0, lambda_in=1.0))
+    clip, recipe = (np.array(values(records, loss, both_ways))[:seeds] for loss in ("clip", "rankclip"))
+    found = cell(complete["figure3"], section, "4", 2)
+    assert found.estimate.n == found.planned == seeds
+    assert found.difference.mean == pytest.approx((own - clip).mean())
+    assert cell(complete["figure3"], section, "4", 3).difference.mean == pytest.approx((own - recipe).mean())
+    # The ends of the sweep are the ablations.
+    assert cell(complete["figure3"], section, "0", 0).estimate.n == seeds
+
+
+def test_the_sizes_are_rows(records, complete):
+    for pairs in FULL.sizes:
+        found = cell(complete["figure4"], "Training pairs", f"{pairs:,}", 1)
+        own = values(records, "rankclip", mean_top_1, pairs=pairs)
+        assert found.estimate.mean == pytest.approx(np.mean(own))
+
+
+def test_every_difference_of_an_exhibit_is_in_its_family(complete):
+    for exhibit in complete.values():
+        shown = [
+            c.difference
+            for section in exhibit.sections
+            if not section.quoted
+            for row in section.rows
+            for c in row.cells
+            if isinstance(c, Cell) and c.difference is not None
+        ]
+        family = [c.difference for c in exhibit.comparisons]
+        assert set(shown) == set(family)
+        again = correct(dict(enumerate(dataclasses.replace(d, adjusted=None) for d in family)))
+        assert family == list(again.values())
+
+
+def test_the_families_have_the_sizes_of_the_exhibits(complete):
+    sizes = {key: len(e.comparisons) for key, e in complete.items()}
+    swept = 2 * len(FULL.lambdas) - 1
+    assert sizes == {
+        "table1": 5 * 9,
+        "table2": 5 * (4 * 4 + 1),
+        "table3": 5 * 11,
+        "table4": 2 * 10,
+        "figure3": 2 * (swept + swept - 1),
+        "figure4": 3 * len(FULL.sizes),
+        "figure6": 5 * len(scores.geometry()),
+        "figure7": 0,
+    }
+
+
+def test_the_papers_numbers_stand_in_the_columns_of_their_losses(complete):
+    found = cell(complete["table1"], "MS-COCO, image → text", "R@10", "CyCLIP")
+    assert isinstance(found, QuotedCell)
+    assert tables.quoted_text(found) == "29.14"
+    assert found.difference == pytest.approx(29.14 - 26.94)
+    assert cell(complete["table1"], "ImageNet1K, zero-shot", "top-1", "RankCLIP, in-modal only") is None
+    gap = cell(complete["figure6"], "Embedding space", "modality gap", "CLIP")
+    assert tables.quoted_text(gap) == "not available to us"
+    assert tables.quoted_text(cell(complete["figure4"], "ImageNet1K top-1", "500,000", 0)) == "≈ 4.5"
+
+
+def test_chance_and_items_are_the_records(records, complete):
+    row = next(r for s in complete["table1"].sections for r in s.rows if r.label == "R@5")
+    assert row.chance == records[0]["chance"]["retrieval/test"]["image_to_text R@5"]
+    assert row.items == records[0]["items"]["retrieval/test"]
+
+
+def test_the_sets_and_shifts_are_those_of_the_icons():
+    labels = pytest.importorskip("icons_data.labels")
+    split = pytest.importorskip("icons_data.split")
+    assert set(scores.LABELLED_SETS) == {name for name, s in labels.SOURCES.items() if not s.shift}
+    assert set(scores.SHIFTS) == set(split.SHIFTS)
+    of_shift = {s.shift: name for name, s in labels.SOURCES.items() if s.shift}
+    assert {shift: name for shift, name in scores.SHIFTS.items() if name} == of_shift
+    assert set(scores.SHIFT_NAMES) == set(scores.SHIFTS)
+    assert set(scores.LOSS_NAMES) == set(grid.LOSSES)
+
+
+# --- parts of a plan ---
+
+
+def test_a_cell_says_how_many_of_its_seeds_are_there(records):
+    first = [r for r in records if r["setting"]["seed"] < 3 or r["setting"]["loss"] != "alip"]
+    table = exhibits(first)["table1"]
+    found = cell(table, "Image → text", "R@1", "ALIP")
+    assert tables.mean_text(found.estimate, found.planned).endswith("(3 of 5)")
+    assert found.difference.n == 3
+    assert "ALIP (3 of 5)" in findings.paragraphs(table)[0]
+
+
+def test_one_seed_has_no_interval_and_no_verdict(records):
+    table = exhibits([r for r in records if r["setting"]["seed"] == 0])["table1"]
+    found = cell(table, "Image → text", "R@1", "RankCLIP")
+    assert "± – (1 of 5)" in tables.mean_text(found.estimate, found.planned)
+    assert tables.mark(found.difference) == "·"
+    assert "nothing follows" in findings.verdicts(table)
+
+
+def test_a_missing_model_is_a_dash(records):
+    table = exhibits([r for r in records if r["setting"]["loss"] != "cyclip"])["table1"]
+    found = cell(table, "Image → text", "R@1", "CyCLIP")
+    assert (found.estimate, found.difference) == (None, None)
+    assert tables.mean_text(found.estimate, found.planned) == "–"
+
+
+def test_nothing_at_all(records):
+    for exhibit in exhibits([]).values():
+        assert exhibit.empty
+        assert findings.paragraphs(exhibit)[0] == "None of these models has been trained yet."
+        ours = [c for s in exhibit.sections if not s.quoted for r in s.rows for c in r.cells if c is not None]
+        assert all(c.estimate is None and c.difference is None for c in ours)
+
+
+def test_a_set_that_one_model_lacks_leaves_its_mean_out(records):
+    without = [dict(r) for r in records]
+    without[0] = {
+        **without[0],
+        "metrics": {k: v for k, v in without[0]["metrics"].items() if k != "probe/mdi"},
+    }
+    name = scores.LOSS_NAMES[without[0]["setting"]["loss"]]
+    table = exhibits(without)["table3"]
+    assert cell(table, "Linear probe", "mean of 10 sets", name).estimate.n == FULL.seeds - 1
+    assert cell(table, "Linear probe", "emoji", name).estimate.n == FULL.seeds
+
+
+def test_records_that_are_not_planned_are_counted_and_left_alone(records):
+    few = grid.plan(FULL, seeds=range(3))
+    collection = Collection(records, FULL, few)
+    assert collection.unplanned == len(records) - len(few)
+    assert exhibits(records, few)["table1"].seeds[0] == ("CLIP", 3, 3)
+
+
+def test_odd_records_are_refused(records):
+    with pytest.raises(ValueError, match=r"records: clip-resnet.* twice"):
+        Collection([*records, records[0]], FULL, PLAN)
+    with pytest.raises(ValueError, match=r"planned: .* is not of the preset quick"):
+        Collection([], grid.PRESETS["quick"], PLAN)
+
+
+# --- what is said ---
+
+
+def comparison(mean, half, p, adjusted, *, n=5, percent=True, measure="Image → text, R@1"):
+    return Comparison("RankCLIP", "CLIP", measure, Difference(mean, half, n, p, adjusted), percent)
+
+
+def said_of(complete, *comparisons):
+    return findings.verdicts(dataclasses.replace(complete["table1"], comparisons=comparisons))
+
+
+def test_an_established_difference_is_named_with_its_numbers(complete):
+    text = said_of(
+        complete, comparison(0.62, 0.3, 0.002, 0.03), comparison(0.1, 0.4, 0.5, 0.5, measure="other")
+    )
+    assert "RankCLIP is better than CLIP in 1 of 2: Image → text, R@1 (+0.62 ± 0.30, n = 5, p 0.002" in text
+    assert "corrected 0.030" in text
+    assert "Not told apart: 1" in text
+    assert "worse" not in text
+    assert "other" not in text
+
+
+def test_a_difference_that_the_correction_takes_away_is_not_claimed(complete):
+    text = said_of(complete, comparison(0.62, 0.5, 0.03, 0.4), *[comparison(0.0, 0.4, 0.9, 1.0)] * 19)
+    assert "Established after Holm's correction for 20 tests at 5 %: none." in text
+    assert "With p < 0.05 before the correction: 1; where nothing differs, 1.0 are to be expected" in text
+    assert "Not told apart: 20, which does not mean equal (half of their intervals reach 0.40 points" in text
+    assert "better" not in text
+
+
+def test_a_gap_is_higher_or_lower_and_never_better(complete):
+    text = said_of(complete, comparison(0.05, 0.01, 0.001, 0.01, percent=False, measure="modality gap"))
+    assert "RankCLIP is higher than CLIP" in text
+    assert "+0.050 ± 0.010" in text
+    assert "better" not in text
+    assert "points" not in text
+
+
+def test_too_few_seeds_are_not_tested(complete):
+    text = said_of(complete, comparison(5.0, 0.1, 0.001, None, n=2))
+    assert "none with the 3 seeds that a test needs here: nothing follows" in text
+    assert "better" not in text
+
+
+@functools.cache
+def _table1():
+    return exhibits([])["table1"]
+
+
+differences = st.builds(
+    lambda mean, half, n, p: Difference(mean, half, n, p),
+    st.floats(-5, 5),
+    st.floats(0.01, 3),
+    st.integers(1, 6),
+    st.floats(1e-6, 1),
+)
+
+
+@given(st.lists(differences, min_size=1, max_size=12))
+def test_the_text_names_nothing_that_is_not_established(complete_family):
+    corrected = correct(dict(enumerate(complete_family)))
+    comparisons = tuple(Comparison("RankCLIP", "CLIP", f"measure{i:02d}", d) for i, d in corrected.items())
+    exhibit = dataclasses.replace(_table1(), comparisons=comparisons)
+    text = findings.verdicts(exhibit)
+    named = set(re.findall(r"measure\d\d", text))
+    above = {c.measure for c in comparisons if c.difference.established and c.difference.mean > 0}
+    below = {c.measure for c in comparisons if c.difference.established and c.difference.mean < 0}
+    assert named <= above | below
+    assert len(named) == min(4, len(above)) + min(4, len(below))
+    assert ("better than" in text) == any(d.established and d.mean > 0 for d in corrected.values())
+    assert ("worse than" in text) == any(d.established and d.mean < 0 for d in corrected.values())
+
+
+def test_without_any_effect_hardly_anything_is_established():
+    """The records' noise is shared between losses, as in Table 1; five seeds, six losses, all exhibits."""
+    found = exhibits(miniature_records.records(PLAN, effect=0.0))
+    claims = [c for e in found.values() for c in findings.tally(e.comparisons).established]
+    assert len(claims) <= 2
+
+
+def test_the_papers_paragraph_counts_its_own_differences(complete):
+    text = findings.of_paper(complete["table4"])
+    assert "RankCLIP (ResNet) in 10 of 10 (+0.80 to +12.70 points)" in text
+    assert "RankCLIP (ViT) in 10 of 10 (+0.60 to +6.50 points)" in text
+    assert "CyCLIP in 8 of 9" in findings.of_paper(complete["table1"])
+
+
+# --- how a cell reads ---
+
+
+def test_marks():
+    assert tables.mark(Difference(1.0, 0.1, 5, 0.001, 0.01)) == "▲"
+    assert tables.mark(Difference(-1.0, 0.1, 5, 0.001, 0.01)) == "▼"
+    assert tables.mark(Difference(1.0, 0.1, 5, 0.04, 0.4)) == "△"
+    assert tables.mark(Difference(-1.0, 0.1, 5, 0.04, 0.4)) == "▽"
+    assert tables.mark(Difference(1.0, 2.0, 5, 0.3, 1.0)) == "≈"
+    assert tables.mark(Difference(1.0, None, 1, None, None)) == "·"
+    assert tables.mark(None) == ""
+
+
+def test_a_negative_mean_has_a_true_minus():
+    assert tables.mean_text(Estimate(-2.5, 0.25, 5), 5, digits=2) == "−2.50 ± 0.25 (5)"
+
+
+@pytest.mark.parametrize("module", [tables, findings])
+def test_the_examples_in_the_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed
