@@ -19,10 +19,10 @@ HERE = Path(__file__).resolve().parent
 # The examples whose code this one uses: the icons, the measures, and how the trainer is started.
 sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("icons", "evaluate", "openmoji"))]
 
+from miniature_paper.grid import EXHIBITS, PRESETS, plan  # noqa: E402
+
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from miniature_paper.grid import EXHIBITS, PRESETS
-
     parser = argparse.ArgumentParser(
         description="Train CLIP, CyCLIP, ALIP and RankCLIP on icons and write the paper's tables and "
         "figures. What is there already is not done again, so an interrupted command is simply repeated.",
@@ -100,13 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, console: Any) -> int:
-    from miniature_paper.grid import PRESETS, plan
     from miniature_paper.store import Store
 
     preset = PRESETS[args.preset]
     settings = plan(preset, args.only, range(args.seeds or preset.seeds))
     store = Store(args.results)
     failed: dict[Any, Exception] = {}
+    odd: list[str] = []
     if args.report_only:
         records, odd = store.of(settings)
         for sentence in odd:
@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace, console: Any) -> int:
         raise RuntimeError(f"{args.results} holds no record of the {preset.name} preset: nothing to report")
     from miniature_paper import report
 
-    report.write(records, args.report, preset=preset, planned=settings)
+    report.write(records, args.report, preset=preset, planned=settings, command=_repeatable(args), notes=odd)
     missing = len(settings) - len(records)
     console.print(
         f"{len(records)} of {len(settings)} models"
@@ -133,6 +133,16 @@ def _run(args: argparse.Namespace, console: Any) -> int:
     return 1 if failed else 0
 
 
+def _repeatable(args: argparse.Namespace) -> str:
+    """Return the command that trains the same anywhere: without this machine's paths."""
+    words = ["python examples/miniature/run.py --preset", args.preset]
+    if args.seeds is not None:
+        words += ["--seeds", str(args.seeds)]
+    if tuple(args.only) != EXHIBITS:
+        words += ["--only", *args.only]
+    return " ".join(words)
+
+
 def _train(
     args: argparse.Namespace, settings: Sequence[Any], store: Any, console: Any
 ) -> tuple[list[dict[str, Any]], dict[Any, Exception]]:
@@ -140,7 +150,6 @@ def _train(
     from icons_data.load import load
     from miniature_paper import data
     from miniature_paper.board import RichBoard
-    from miniature_paper.grid import PRESETS
     from miniature_paper.runs import Machine, MeasuringError, Runs
     from miniature_paper.schedule import run_all
     from miniature_paper.training import TrainingError, place_models

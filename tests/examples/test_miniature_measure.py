@@ -116,7 +116,7 @@ def test_no_held_out_picture_is_written(icons, tmp_path):
     assert len(pictures) == 96
     for record in icons.part("test").records:
         out = io.BytesIO()
-        measure.picture(icons.images, record.index).save(out, format="PNG")
+        data.small(icons.images[record.index]).save(out, format="PNG")
         assert out.getvalue() not in pictures
 
 
@@ -203,7 +203,12 @@ def test_windows_that_do_not_tile_are_refused():
 # --- measuring ---
 
 PRESET = dataclasses.replace(
-    PRESETS["quick"], retrieval_items=20, probe_items=40, probe_strengths=(1e-2,), umap_pairs=10
+    PRESETS["quick"],
+    retrieval_items=20,
+    class_items=22,
+    probe_items=40,
+    probe_strengths=(1e-2,),
+    umap_pairs=10,
 )
 
 
@@ -228,7 +233,7 @@ def test_everything_is_measured(icons, model):
         assert found["metrics"][task].keys() == found["chance"][task].keys()
         assert all(0 <= value <= 100 for value in found["metrics"][task].values())
     assert found["items"]["retrieval/test"] == 20
-    assert found["items"]["zero-shot/mdi"] == found["items"]["probe/mdi"] == 24
+    assert found["items"]["zero-shot/mdi"] == found["items"]["probe/mdi"] == 22
     assert found["metrics"]["geometry/test"]["logit_scale"] == pytest.approx(model.logit_scale, abs=1e-3)
     assert found["chance"]["zero-shot/mdi"]["top-1"] == 50.0
 

@@ -59,14 +59,16 @@ def build_icons(folder: Path) -> None:
         raise RuntimeError(f"building the icons failed: {' '.join(command)}")
 
 
-def small(images: np.ndarray) -> np.ndarray:
-    """Average square pictures ``uint8 [n, S, S, 3]`` down to :data:`SIZE`."""
-    n, height, width, channels = images.shape
-    factor = height // SIZE
-    if height != width or factor * SIZE != height:
-        raise ValueError(f"images: a multiple of {SIZE} pixels is needed, got {height} × {width}")
-    blocks = images.reshape(n, SIZE, factor, SIZE, factor, channels).astype(np.float32)
-    return np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
+def small(pixels: np.ndarray) -> Image.Image:
+    """Average a square picture, ``uint8 [S, S, 3]``, down to :data:`SIZE`: what every model sees.
+
+    Raises:
+        ValueError: If S is no multiple of that.
+    """
+    height, width = pixels.shape[:2]
+    if height != width or height % SIZE:
+        raise ValueError(f"pixels: a square of a multiple of {SIZE} is needed, got {height} × {width}")
+    return Image.fromarray(pixels).reduce(height // SIZE)
 
 
 def prepare(icons: Icons, output: Path, sizes: Sequence[int], track: Track) -> Tables:
@@ -125,14 +127,13 @@ def _write(part: Any, folder: Path, output: Path, pairs: int, track: Track) -> N
         rows = ["\t".join(COLUMNS)]
         for number in track(range(pairs), pairs, "Training pictures"):
             record = part.records[number]
-            pixels = small(part.images[number : number + 1])[0]
+            image = small(part.images[number])
+            pixels = np.asarray(image)
             name = f"{number // _FOLDER:03d}/{number:06d}.png"
             path = work / name
             if number % _FOLDER == 0:
                 path.parent.mkdir(parents=True)
-            grey = (pixels == pixels[..., :1]).all()
-            # The trainer makes three channels of one again; it reads less this way.
-            Image.fromarray(pixels[..., 0] if grey else pixels).save(path)
+            image.save(path)
             rows.append(
                 "\t".join(
                     [

@@ -91,6 +91,7 @@ class Preset:
         sweep_seeds: How many of them λ's sweep uses.
         lambdas: The multipliers of λ in the sweep, each with the other one at 1.
         retrieval_items: At most so many held-out pictures are searched among.
+        class_items: At most so many held-out pictures of each labelled set are classified.
         probe_items: At most so many training pictures of each labelled set go into its probe.
         probe_strengths: What the probe's regularisation is chosen from.
         umap_pairs: Pairs in the picture of the embeddings.
@@ -106,6 +107,7 @@ class Preset:
     sweep_seeds: int
     lambdas: tuple[float, ...]
     retrieval_items: int
+    class_items: int
     probe_items: int
     probe_strengths: tuple[float, ...]
     umap_pairs: int
@@ -140,6 +142,7 @@ PRESETS = {
             sweep_seeds=3,
             lambdas=(0.0, 0.25, 1.0, 4.0, 16.0),
             retrieval_items=10_000,
+            class_items=10_000,
             probe_items=2000,
             probe_strengths=(1e-4, 1e-3, 1e-2, 1e-1),
             umap_pairs=300,
@@ -156,6 +159,7 @@ PRESETS = {
             sweep_seeds=2,
             lambdas=(0.0, 1.0, 16.0),
             retrieval_items=500,
+            class_items=200,
             probe_items=200,
             probe_strengths=(1e-3, 1e-1),
             umap_pairs=100,

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .data import small
+from .data import SIZE, small
 from .grid import PRESETS, Preset, Setting, is_shown
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _HEAT_MAPS_OF_EACH = 3  # pictures in black, and as many in colour
 
 
+@dataclasses.dataclass
 class Measured:
     """What is measured of one model.
 
@@ -44,10 +45,9 @@ class Measured:
         items: How many items each task was measured on.
     """
 
-    def __init__(self) -> None:
-        self.metrics: dict[str, dict[str, float]] = {}
-        self.chance: dict[str, dict[str, float]] = {}
-        self.items: dict[str, int] = {}
+    metrics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    chance: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    items: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def add(self, name: str, items: int, scores: dict[str, float], chance: dict[str, float]) -> None:
         """Add the scores of one task on one data set."""
@@ -93,12 +93,7 @@ class _Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
         index = int(self._index[number])
-        return self._preprocess(picture(self._images, index)), index
-
-
-def picture(images: np.ndarray, index: int) -> Image.Image:
-    """Return one picture as the models see it."""
-    return Image.fromarray(small(images[index : index + 1])[0])
+        return self._preprocess(small(self._images[index])), index
 
 
 def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) -> dict[str, Any]:
@@ -121,10 +116,11 @@ def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) ->
         for name, one in icons.labelled.items()
         if not one.shift
     }
+    classified = {name: _first(one.test, preset.class_items) for name, one in icons.labelled.items()}
     embeddings = Embeddings(model, icons)
     embeddings.encode(
         [index for index, _, _ in searched.values()]
-        + [one.test.index for one in icons.labelled.values()]
+        + [items.index for items in classified.values()]
         + [items.index for pair in probes.values() for items in pair]
     )
     texts = {}
@@ -140,7 +136,7 @@ def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) ->
     shape = geometry(images, texts["test"][first])
     found.add("geometry/test", len(index), {**shape, "logit_scale": model.logit_scale}, {})
     for name, one in icons.labelled.items():
-        items = one.test
+        items = classified[name]
         labels = torch.from_numpy(items.labels)
         guess = _class_chance(len(one.classes))
         classifier = model.classifier(one.classes, one.templates)
@@ -161,21 +157,14 @@ def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) ->
                 strengths=preset.probe_strengths,
             )
             found.add(f"probe/{name}", len(labels), _class_scores(result.scores, labels), guess)
-    content: dict[str, Any] = dataclasses.asdict(_Content(found.metrics, found.chance, found.items))
+    content: dict[str, Any] = dataclasses.asdict(found)
     if figures:
-        chosen = _spread(len(index), preset.umap_pairs)
+        chosen = slice(preset.umap_pairs)  # the order of the items is random
         content["figures"] = {
             "umap": umap_points(images[chosen], texts["test"][first][chosen]),
             "heat_maps": heat_maps(model, icons),
         }
     return content
-
-
-@dataclasses.dataclass(frozen=True)
-class _Content:
-    metrics: dict[str, dict[str, float]]
-    chance: dict[str, dict[str, float]]
-    items: dict[str, int]
 
 
 def _searched(icons: Icons, block: str, limit: int) -> tuple[np.ndarray, list[str], Tensor]:
@@ -207,11 +196,6 @@ def _class_chance(classes: int) -> dict[str, float]:
     return {**{f"top-{k}": value for k, value in guess.items()}, "mean per class": guess[1]}
 
 
-def _spread(items: int, wanted: int) -> Tensor:
-    """Return the first positions; the order of the items is random."""
-    return torch.arange(min(items, wanted))
-
-
 def umap_points(images: Tensor, texts: Tensor) -> dict[str, list[list[float]]]:
     """Return two-dimensional points of both modalities, embedded together by their cosines.
 
@@ -238,10 +222,10 @@ def heat_maps(model: ClipModel, icons: Icons) -> list[dict[str, Any]]:
     """Return heat maps of held-out pictures for their captions: the same pictures for every model."""
     from .heat_maps import heat_map
 
-    paper = float(model.preprocess(Image.new("RGB", (32, 32), "white")).max())
+    paper = float(model.preprocess(Image.new("RGB", (SIZE, SIZE), "white")).max())
     found = []
     for record in _mapped(icons):
-        image = picture(icons.images, record.index)
+        image = small(icons.images[record.index])
         text = model.text_features([record.caption])[0]
         cells = heat_map(
             model.model, model.preprocess(image).to(model.device), text.to(model.device), paper=paper

@@ -33,6 +33,7 @@ def settings_digest(setting: Setting, data: str) -> str:
         "data": data,
         "measured": {
             "retrieval_items": preset.retrieval_items,
+            "class_items": preset.class_items,
             "probe_items": preset.probe_items,
             "probe_strengths": preset.probe_strengths,
             "umap_pairs": preset.umap_pairs,
