@@ -16,13 +16,14 @@ CLASSES = 20
 ITEMS = {"retrieval/test": 5123}
 
 
-def record(setting, *, effect=0.0, noise=0.4, points=60):
+def record(setting, *, effect=0.0, noise=0.4, points=60, pictures=2):
     """A record whose scores are noise that seeds share, noise of its own, and ``effect`` where not CLIP's.
 
     Args:
         effect: Points that every loss but CLIP has more in every score.
         noise: Standard deviation of what every model has of its own.
         points: Pairs in the picture of the embeddings, if the runner keeps one of this model.
+        pictures: Pictures with heat maps, likewise.
     """
     own = _rng(setting)
     shared = _rng((setting.seed, setting.backbone))
@@ -78,7 +79,7 @@ def record(setting, *, effect=0.0, noise=0.4, points=60):
         },
     }
     if grid.is_shown(setting):
-        made["figures"] = {"umap": _umap(own, 0.4 + bonus, points), "heat_maps": _heat_maps(own)}
+        made["figures"] = {"umap": _umap(own, 0.4 + bonus, points), "heat_maps": _heat_maps(own, pictures)}
     return made
 
 
@@ -97,17 +98,11 @@ def _umap(rng, distance, n):
     return {"image": images.round(3).tolist(), "text": texts.round(3).tolist()}
 
 
-def _heat_maps(rng):
+def _heat_maps(rng, pictures):
     shapes = random.Random(0)
     made = []
-    for text in (
-        "account heart outline",
-        "coffee cup",
-        "paper plane",
-        "grinning face",
-        "red apple",
-        "tent camp",
-    ):
+    texts = ("account heart outline", "coffee cup", "paper plane", "grinning face", "red apple", "tent camp")
+    for text in texts[:pictures]:
         pixels = np.full((32, 32, 3), 255, np.uint8)
         x, y = shapes.randint(2, 14), shapes.randint(2, 14)
         pixels[y : y + 14, x : x + 14] = [shapes.randint(0, 200) for _ in range(3)]
