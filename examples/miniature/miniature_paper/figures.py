@@ -403,7 +403,7 @@ def _heat(collection: Collection, quoted: Quoted, theme: Theme) -> Figure:  # no
             cells = np.array(maps[row]["map"], dtype=float)
             _show(axes[row, column], picture)
             _overlay(axes[row, column], cells, picture.shape[:2])
-            axes[row, column].set_xlabel(f"± {np.abs(cells).max():.2f}", fontsize=7.5)
+            axes[row, column].set_xlabel(f"± {np.abs(cells).max():.2g}", fontsize=7.5)
     for axis, name in zip(axes[0], ["picture", *(LOSS_NAMES[m.loss] for m, _ in shown)], strict=True):
         axis.set_title("\n".join(textwrap.wrap(name, 14, break_on_hyphens=False)), fontsize=8, loc="center")
     return figure

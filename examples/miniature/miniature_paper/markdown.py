@@ -60,24 +60,25 @@ def _exhibit(exhibit: Exhibit, picture: Picture | None) -> list[str]:
 
 
 def _numbers(exhibit: Exhibit) -> str:
-    extra = [*(["n"] if exhibit.has_items else []), *(["chance"] if exhibit.has_chance else [])]
     labels = [f"{c.group}: {c.label}" if c.group else c.label for c in exhibit.columns]
+    extra = [*(["chance"] if exhibit.has_chance else []), *(["items"] if exhibit.has_items else [])]
+    width = len(labels) + len(extra)
     rows = []
     for section in exhibit.sections:
         title = f"*The paper's: {section.title}*" if section.quoted else f"**{section.title}**"
-        rows.append([title, *[""] * (len(extra) + len(labels))])
+        rows.append([title, *[""] * width])
         for row in section.rows:
             label = f"*{row.label}*" if section.quoted else row.label
-            rows.append([label, *_extra(exhibit, row), *(_cell(cell) for cell in row.cells)])
-    return _table([exhibit.corner, *extra, *labels], rows, right=len(extra) + len(labels))
+            rows.append([label, *(_cell(cell) for cell in row.cells), *_extra(exhibit, row)])
+    return _table([exhibit.corner, *labels, *extra], rows, right=width)
 
 
 def _extra(exhibit: Exhibit, row: Row) -> list[str]:
     found = []
-    if exhibit.has_items:
-        found.append("" if row.items is None else f"{row.items:,}")
     if exhibit.has_chance:
         found.append("" if row.chance is None else f"{row.chance:.2f}")
+    if exhibit.has_items:
+        found.append("" if row.items is None else f"{row.items:,}")
     return found
 
 
