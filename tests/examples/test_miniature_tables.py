@@ -238,6 +238,17 @@ def test_records_that_are_not_planned_are_counted_and_left_alone(records):
     assert exhibits(records, few)["table1"].seeds[0] == ("CLIP", 3, 3)
 
 
+def test_a_plan_of_a_part_is_not_called_incomplete(records):
+    part = grid.plan(FULL, ["table1"])
+    found = exhibits(records, part)
+    assert findings.paragraphs(found["table1"])[0].startswith("Every model has its 5 planned seeds.")
+    assert "Not part of the plan: CLIP (ViT), RankCLIP (ViT)." in findings.paragraphs(found["table4"])[0]
+    nothing = exhibits([], grid.plan(FULL, ["figure4"]))["table4"]
+    assert findings.paragraphs(nothing)[0] == "None of these models has been trained yet."
+    sweep = exhibits([], [s for s in PLAN if s.loss == "cyclip"])["figure3"]
+    assert findings.paragraphs(sweep)[0] == "This is not part of the plan."
+
+
 def test_odd_records_are_refused(records):
     with pytest.raises(ValueError, match=r"records: clip-resnet.* twice"):
         Collection([*records, records[0]], FULL, PLAN)

@@ -87,9 +87,12 @@ class Exhibited:
 
     def __init__(self, collection: Collection, settings: Sequence[Setting]) -> None:
         self._collection = collection
+        # A plan may hold a part of an exhibit: its other models are there, without any planned seed.
+        wanted = set(collection.planned)
         self._settings: dict[Setting, list[Setting]] = {}
         for setting in settings:
-            self._settings.setdefault(model_of(setting), []).append(setting)
+            own = self._settings.setdefault(model_of(setting), [])
+            own += [setting] if setting in wanted else []
 
     @property
     def models(self) -> list[Setting]:
@@ -97,7 +100,7 @@ class Exhibited:
         return list(self._settings)
 
     def planned(self, model: Setting) -> int:
-        """Return how many seeds a model is to have here."""
+        """Return how many seeds a model is to have here; none if it is not part of the plan."""
         return len(self._settings[model])
 
     def trained(self, model: Setting) -> int:

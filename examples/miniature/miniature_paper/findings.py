@@ -68,7 +68,9 @@ def paragraphs(exhibit: Exhibit) -> list[str]:
         What there is, what follows from it, and what the paper has.
     """
     if exhibit.empty:
-        return ["None of these models has been trained yet.", of_paper(exhibit)]
+        planned = any(planned for _, _, planned in exhibit.seeds)
+        state = "None of these models has been trained yet." if planned else "This is not part of the plan."
+        return [state, of_paper(exhibit)]
     if exhibit.key == "figure7":
         return [_pictures(exhibit), of_paper(exhibit)]
     return [f"{_seeds(exhibit)} {_items(exhibit)}".strip(), verdicts(exhibit), of_paper(exhibit)]
@@ -98,17 +100,24 @@ SUMMARY_HEAD = (
 
 
 def _seeds(exhibit: Exhibit) -> str:
-    missing = [
-        f"{name} ({seeds_text(trained, planned)})"
-        for name, trained, planned in exhibit.seeds
-        if trained < planned
-    ]
+    sentences = []
+    planned = [(name, have, want) for name, have, want in exhibit.seeds if want]
+    missing = [f"{name} ({seeds_text(have, want)})" for name, have, want in planned if have < want]
     if missing:
-        rest = f" and {len(missing) - _NAMED} more models" if len(missing) > _NAMED else ""
-        return f"Seeds are missing: {', '.join(missing[:_NAMED])}{rest}."
-    counts = [planned for _, _, planned in exhibit.seeds]
-    span = f"{counts[0]}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    return f"Every model has its {span} planned seed{'s' if max(counts) > 1 else ''}."
+        sentences.append(f"Seeds are missing: {_some(missing)}.")
+    else:
+        counts = [want for _, _, want in planned]
+        span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+        sentences.append(f"Every model has its {span} planned seed{'s' if max(counts) > 1 else ''}.")
+    others = [name for name, _, want in exhibit.seeds if not want]
+    if others:
+        sentences.append(f"Not part of the plan: {_some(others)}.")
+    return " ".join(sentences)
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - _NAMED} more models" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + rest
 
 
 def _items(exhibit: Exhibit) -> str:
