@@ -107,7 +107,12 @@ def test_a_setting_that_is_trained_by_another_name_is_refused(changes):
 
 def test_steps_that_are_no_whole_number_of_epochs_are_refused():
     with pytest.raises(ValueError, match="sizes: 32 steps"):
-        dataclasses.replace(PRESETS["quick"], sizes=(768,))
+        dataclasses.replace(PRESETS["quick"], sizes=(768,), pairs=768)
+
+
+def test_the_usual_size_is_one_of_the_sizes():
+    with pytest.raises(ValueError, match="pairs: must be one of the sizes, got 100"):
+        dataclasses.replace(PRESETS["quick"], pairs=100)
 
 
 def test_an_unknown_exhibit_is_refused():

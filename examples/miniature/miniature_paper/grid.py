@@ -86,7 +86,8 @@ class Preset:
         steps: Optimizer steps of every run, whatever its data size and loss.
         batch_size: Pairs in a batch, which is also the length of the ranking lists.
         warmup: Steps over which the learning rate grows.
-        sizes: Numbers of training pairs, ascending; the last one is used wherever size is not the subject.
+        sizes: Numbers of training pairs, where that is the subject.
+        pairs: The one that is used wherever it is not.
         seeds: How many seeds.
         sweep_seeds: How many of them λ's sweep uses.
         lambdas: The multipliers of λ in the sweep, each with the other one at 1.
@@ -103,6 +104,7 @@ class Preset:
     batch_size: int
     warmup: int
     sizes: tuple[int, ...]
+    pairs: int
     seeds: int
     sweep_seeds: int
     lambdas: tuple[float, ...]
@@ -113,15 +115,12 @@ class Preset:
     umap_pairs: int
 
     def __post_init__(self) -> None:
+        if self.pairs not in self.sizes:
+            raise ValueError(f"pairs: must be one of the sizes, got {self.pairs}")
         for pairs in self.sizes:
             # The trainer counts in epochs, and drops what does not fill a batch.
             if pairs % self.batch_size or self.steps * self.batch_size % pairs:
                 raise ValueError(f"sizes: {self.steps} steps are no whole number of epochs over {pairs}")
-
-    @property
-    def pairs(self) -> int:
-        """The number of training pairs where size is not the subject."""
-        return self.sizes[-1]
 
     def epochs(self, pairs: int) -> int:
         """Return how often each of ``pairs`` is seen in the preset's steps."""
@@ -134,10 +133,11 @@ PRESETS = {
         Preset(
             name="full",
             note="",
-            steps=1680,
+            steps=1120,
             batch_size=256,
             warmup=200,
             sizes=(8960, 17920, 35840, 71680, 143360),
+            pairs=71680,
             seeds=5,
             sweep_seeds=3,
             lambdas=(0.0, 0.25, 1.0, 4.0, 16.0),
@@ -155,6 +155,7 @@ PRESETS = {
             batch_size=128,
             warmup=8,
             sizes=(512, 1024, 2048, 4096),
+            pairs=2048,
             seeds=2,
             sweep_seeds=2,
             lambdas=(0.0, 1.0, 16.0),
