@@ -199,6 +199,37 @@ def test_the_links_of_the_markdown_lead_to_its_headings(whole):
 # --- what both say ---
 
 
+def page_rows(text):
+    """What can be seen of the exhibits' tables in the page, row by row, the lowest row of heads first."""
+    rows = []
+    for table in re.findall(r"<table>\s*<caption>(?:Table|Figure).*?</table>", text, re.DOTALL):
+        head, _, body = table.partition("</thead>")
+        found = [re.findall(r"<tr>.*?</tr>", part, re.DOTALL) for part in (head, body)]
+        for row in [found[0][-1], *found[1]]:
+            seen = re.sub(r'<span class="hidden">.*?</span>', "", row)
+            cells = re.findall(r"<t[hd]\b[^>]*>(.*?)</t[hd]>", seen, re.DOTALL)
+            rows.append([" ".join(re.sub(r"<[^>]+>", " ", cell).split()) for cell in cells])
+    return rows
+
+
+def markdown_rows(text):
+    rows = []
+    for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)[2:]:  # after the conditions and the summary
+        head, _, *body = (
+            [cell.replace("<br>", " ").replace("*", "").strip() for cell in line[1:-1].split("|")]
+            for line in block.splitlines()
+        )
+        rows += [[label.rpartition(": ")[2] for label in head], *body]
+    return rows
+
+
+def test_both_forms_have_the_same_tables(written):
+    of_page, of_markdown = page_rows(written[1]), markdown_rows(written[2])
+    assert len(of_page) == len(of_markdown) > 100
+    for ours, theirs in zip(of_page, of_markdown, strict=True):
+        assert ours == (theirs[:1] if len(ours) == 1 else theirs)
+
+
 def test_it_begins_with_how_much_is_there(whole, partial, nothing):
     assert f"All {len(PLAN)} planned models are trained and measured." in whole[1]
     for text in partial[1:]:
