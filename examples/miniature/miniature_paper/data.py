@@ -96,7 +96,8 @@ def prepare(icons: Icons, output: Path, sizes: Sequence[int], track: Track) -> T
     for pairs in sizes:
         text = "".join(lines[: pairs + 1])
         path = folder / f"pairs-{pairs}.csv"
-        path.write_text(text, encoding="utf-8")
+        if not path.is_file():
+            path.write_text(text, encoding="utf-8")
         tables[pairs] = path.relative_to(output).as_posix()
         # Where the pictures lie, and how many more there are, makes no difference.
         content = text.replace(folder.relative_to(output).as_posix(), "")

@@ -16,6 +16,7 @@ from .grid import PRESETS, Setting
 from .training import arguments, model_config
 
 Record = dict[str, Any]
+MEASURES = 1  # to be raised whenever measure.py measures differently: older records are then made anew
 
 
 def settings_digest(setting: Setting, data: str) -> str:
@@ -32,6 +33,7 @@ def settings_digest(setting: Setting, data: str) -> str:
         "arguments": arguments(setting),
         "data": data,
         "measured": {
+            "version": MEASURES,
             "retrieval_items": preset.retrieval_items,
             "class_items": preset.class_items,
             "probe_items": preset.probe_items,
