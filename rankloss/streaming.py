@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from rankloss.blocks import Block, evaluate
 from rankloss.embeddings import Embeddings, Lists
 from rankloss.plackett_luce import ListOptions
 from rankloss.plans import Plan
+from rankloss.ranked_sums import rank
 
 __all__ = ["Gradients", "Problem", "Weights", "stream"]
 
@@ -83,10 +84,9 @@ def stream(
     values = [None if w is None else torch.zeros(n, dtype=torch.float64, device=device) for w in weights]
     # An enclosing autocast region would turn these products into half precision.
     with torch.autocast(device_type=device.type, enabled=False):
-        for matrices in _matrices(embeddings, problem, weights, gradients):
+        for pair in _pairs(embeddings, problem, weights, gradients):
             for rows in _slices(n, problem.plan.chunk_size):
-                _add_chunk(matrices, rows, embeddings, shuffles, problem, weights, values)
-            matrices.finish()
+                _add_chunk(pair, rows, embeddings, shuffles, problem, weights, values)
     if gradients is not None and problem.likelihood.worth == "exp":
         for gradient in gradients[:4]:
             if gradient is not None:
@@ -98,23 +98,6 @@ def _slices(n: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-class _Matrices(Protocol):
-    """The two similarity matrices of a term, and where the gradients by them go."""
-
-    lists: Lists
-    in_modal: bool
-    wants_gradient: bool
-
-    def cosines(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Some rows of both."""
-
-    def add(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor) -> None:
-        """Take the gradient by some rows of one of them."""
-
-    def finish(self) -> None:
-        """Hand on what was kept back."""
-
-
 class _Target(NamedTuple):
     """The gradients of a matrix's anchors and items and of the scale; None where none is wanted."""
 
@@ -123,80 +106,76 @@ class _Target(NamedTuple):
     scale: Tensor | None
 
 
-def _matrices(
+def _pairs(
     embeddings: Embeddings, problem: Problem, weights: Weights, gradients: Gradients | None
-) -> Iterator[_Matrices]:
-    """The pairs that are needed, made when their turn comes."""
+) -> Iterator[_Pair]:
+    """The pairs of matrices that are needed, made when their turn comes."""
     image, text, image_anchors, text_anchors, scale = gradients or Gradients(None, None, None, None, None)
     if embeddings.image_anchors is None:
         image_anchors, text_anchors = image, text
     if problem.likelihood.worth != "exp":
         scale = None  # the other worths do not depend on it
+    make = _MirroredPair if problem.plan.name == "shared" else _Pair
     if weights.contrastive is not None or weights.cross_modal is not None:
-        lists = embeddings.lists("cross_modal")
         into = _Target(image_anchors, text, scale), _Target(text_anchors, image, scale)
-        shared = problem.plan.name == "shared"
-        yield _SharedMatrix(lists, into[0]) if shared else _RowBlocks(lists, into, in_modal=False)
+        yield make(embeddings.lists("cross_modal"), into, in_modal=False)
     if weights.in_modal is not None:
-        lists = embeddings.lists("in_modal")
         into = _Target(image_anchors, image, scale), _Target(text_anchors, text, scale)
-        yield _RowBlocks(lists, into, in_modal=True)
+        yield make(embeddings.lists("in_modal"), into, in_modal=True)
 
 
-class _RowBlocks:
-    """Every block of rows is multiplied out when it is asked for."""
+class _Pair:
+    """The two similarity matrices of a term, by blocks of rows, and where the gradients by them go."""
 
     def __init__(self, lists: Lists, into: tuple[_Target, _Target], *, in_modal: bool) -> None:
         self.lists, self.in_modal, self._into = lists, in_modal, into
         self.wants_gradient = any(x is not None for target in into for x in target)
 
     def cosines(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Some rows of both."""
         return self.lists.first.rows(rows).cosines(), self.lists.second.rows(rows).cosines()
 
     def add(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor) -> None:
+        """Take the gradient by some rows of one of them; it may end before the last items."""
         similarity, into = (self.lists.first, self.lists.second)[side].rows(rows), self._into[side]
+        items = slice(gradient.shape[-1])
         if into.anchors is not None:
-            by_anchor = gradient @ similarity.items
+            by_anchor = gradient @ similarity.items[items]
             into.anchors[rows] += by_anchor
             if into.scale is not None:
                 into.scale.add_((by_anchor * similarity.anchors).sum())
         elif into.scale is not None:
-            into.scale.add_((gradient * cosines).sum())
+            into.scale.add_((gradient * cosines[:, items]).sum())
         if into.items is not None:
-            into.items.addmm_(gradient.T, similarity.anchors)
-
-    def finish(self) -> None:
-        pass
+            into.items[items].addmm_(gradient.T, similarity.anchors)
 
 
-class _SharedMatrix:
-    """S is multiplied out once; R is its transpose, and one matrix takes the gradient by both."""
+class _MirroredPair(_Pair):
+    """Entries that are one and the same product take their gradients to the embeddings together.
 
-    in_modal = False
+    v_i·t_j stands in S at (i, j) and in R at (j, i), v_i·v_j in I at (i, j) and at (j, i). The gradient by an
+    entry above the diagonal waits until the rows reach its mirror image below, and is added to that one's:
+    half of the products with the embeddings fall away, for half a matrix that waits on either side.
+    """
 
-    def __init__(self, lists: Lists, into: _Target) -> None:
-        self.lists = lists
-        self._whole = _RowBlocks(lists, (into, into), in_modal=False)
-        self.wants_gradient = self._whole.wants_gradient
-        self._cosines = lists.first.cosines()
-        self._gradient = torch.zeros_like(self._cosines) if self.wants_gradient else self._cosines[:0]
+    def __init__(self, lists: Lists, into: tuple[_Target, _Target], *, in_modal: bool) -> None:
+        super().__init__(lists, into, in_modal=in_modal)
+        self._waiting: tuple[list[Tensor], list[Tensor]] = [], []
 
-    def cosines(self, rows: slice) -> tuple[Tensor, Tensor]:
-        return self._cosines[rows], self._cosines[:, rows].T.contiguous()
-
-    def add(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor) -> None:  # noqa: ARG002
-        if side == 0:
-            self._gradient[rows] += gradient
-        else:
-            self._gradient[:, rows] += gradient.T
-
-    def finish(self) -> None:
-        if self.wants_gradient:
-            self._whole.add(0, slice(0, len(self._cosines)), self._cosines, self._gradient)
+    def add(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor) -> None:
+        """Take the gradient by some rows; they come one block after the other, the first side first."""
+        n = gradient.shape[-1]
+        mirror = self._waiting[side if self.in_modal else 1 - side]
+        # What waits of a block of rows are its last columns; those of the rows' own block are not among them.
+        met = [x[:, rows.start - n : rows.stop - n or None] for x in mirror if x.shape[-1] >= n - rows.start]
+        if met:
+            gradient[:, : rows.start] += torch.cat(met).T
+        self._waiting[side].append(gradient[:, rows.stop :].clone())
+        super().add(side, rows, cosines, gradient[:, : rows.stop])
 
 
 def _add_chunk(
-    matrices: _Matrices,
+    pair: _Pair,
     rows: slice,
     embeddings: Embeddings,
     shuffles: Tensor | None,
@@ -205,29 +184,33 @@ def _add_chunk(
     values: list[Tensor | None],
 ) -> None:
     """Add values and gradients of the lists of some anchors in one pair of matrices."""
-    cosines = matrices.cosines(rows)
-    rank_term = 2 if matrices.in_modal else 1
-    alpha, beta = (None if matrices.in_modal else weights.contrastive), weights[rank_term]
-    for side, other in ((0, matrices.lists.second), (1, matrices.lists.first)):
-        reference = other.reference(cosines[1 - side])
-        gradient = torch.empty_like(cosines[side]) if matrices.wants_gradient else None
-        for part in _slices(len(reference), problem.plan.slice_size):
+    cosines = pair.cosines(rows)
+    rank_term = 2 if pair.in_modal else 1
+    alpha, beta = (None if pair.in_modal else weights.contrastive), weights[rank_term]
+    for side, other in ((0, pair.lists.second), (1, pair.lists.first)):
+        ranking = None
+        if beta is not None:
+            reference = other.reference(cosines[1 - side])
+            shuffle = None if shuffles is None else shuffles[2 * pair.in_modal + side]
+            ranking = rank(reference, problem.likelihood, shuffle, problem.bins)
+        gradient = torch.empty_like(cosines[side]) if pair.wants_gradient else None
+        for part in _slices(len(cosines[side]), problem.plan.slice_size):
             anchors = slice(rows.start + part.start, rows.start + part.stop)
             block = Block(
                 cosines=cosines[side][part],
-                own=torch.arange(anchors.start, anchors.stop, device=reference.device) + problem.first_row,
+                own=torch.arange(anchors.start, anchors.stop, device=cosines[side].device)
+                + problem.first_row,
                 alpha=_half(alpha, anchors),
                 beta=_half(beta, anchors),
-                reference=reference[part],
-                shuffle=None if shuffles is None else shuffles[2 * matrices.in_modal + side],
+                ranking=None if ranking is None else ranking.rows(part),
                 gradient=None if gradient is None else gradient[part],
             )
-            cross_entropy, nll = evaluate(block, embeddings.scale, problem.likelihood, problem.bins)
+            cross_entropy, nll = evaluate(block, embeddings.scale, problem.likelihood)
             for value, of_term in ((cross_entropy, values[0]), (nll, values[rank_term])):
                 if value is not None and of_term is not None:
                     of_term[anchors] += value / 2
         if gradient is not None:
-            matrices.add(side, rows, cosines[side], gradient)
+            pair.add(side, rows, cosines[side], gradient)
 
 
 def _half(weight: Tensor | None, anchors: slice) -> Tensor | None:
