@@ -45,6 +45,21 @@ class Block(NamedTuple):
     ranking: Ranking | None
     gradient: Tensor | None
 
+    def rows(self, rows: slice) -> Block:
+        """Some of the rows; a gradient that is filled there is filled here."""
+
+        def some(x: Tensor | None) -> Tensor | None:
+            return x if x is None or x.dim() == 0 else x[rows]
+
+        return Block(
+            self.cosines[rows],
+            self.own[rows],
+            some(self.alpha),
+            some(self.beta),
+            None if self.ranking is None else self.ranking.rows(rows),
+            some(self.gradient),
+        )
+
 
 def evaluate(block: Block, scale: Tensor, options: ListOptions) -> tuple[Tensor | None, Tensor | None]:
     """CE and NLL of every row, ``[n]``, None where they have no weight."""
