@@ -16,6 +16,7 @@ from rankloss.blocks import Block, evaluate
 from rankloss.ordering import ascending
 from rankloss.plackett_luce import ListOptions, nll_and_gradient
 from rankloss.plans import choose_plan
+from rankloss.ranked_sums import rank
 
 LISTS, ITEMS, BINS = 256, 4096, 2048
 OPTIONS = ListOptions()
@@ -34,11 +35,12 @@ def streamed(cosines: Tensor, reference: Tensor, bins: int | None) -> tuple[Tens
     """As the pass over the rows does it: a slice at a time that fits a core's cache."""
     plan = choose_plan(LISTS, ITEMS, cosines.device, cosines.dtype)
     scale, gradient, values = torch.tensor(SCALE), torch.empty_like(cosines), []
+    ranking = rank(reference, OPTIONS, None, bins)
     for start in range(0, LISTS, plan.slice_size):
         rows = slice(start, start + plan.slice_size)
         own = torch.arange(LISTS)[rows]
-        block = Block(cosines[rows], own, None, torch.ones(()), reference[rows], None, gradient[rows])
-        values.append(evaluate(block, scale, OPTIONS, bins)[1])
+        block = Block(cosines[rows], own, None, torch.ones(()), ranking.rows(rows), gradient[rows])
+        values.append(evaluate(block, scale, OPTIONS)[1])
     return torch.cat([v for v in values if v is not None]), gradient
 
 

@@ -18,10 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rankloss.bins import quantize
 from rankloss.embeddings import scores_from
 from rankloss.plackett_luce import ListOptions, log_worth_slope, nll_and_gradient
-from rankloss.ranked_sums import Slots, Worths, rank, shifted_worths
+from rankloss.ranked_sums import Ranking, Slots, Worths, shifted_worths
 
 __all__ = ["Block", "evaluate"]
 
@@ -33,9 +32,8 @@ class Block(NamedTuple):
         cosines: the similarities c.
         own: ``[n]``, the column k of every row's own pair.
         alpha: weight of the cross-entropy, ``[]`` or ``[n, 1]``; None leaves it out.
-        beta: weight of the ranking's NLL, likewise.
-        reference: ``[n, N]``, the y that the items are ranked by.
-        shuffle: what :func:`rankloss.plackett_luce.random_shuffle` gave.
+        beta: weight of the ranking's NLL, likewise; None leaves it out.
+        ranking: of the items by the reference; None without beta.
         gradient: filled with the gradient, by s·c under worth ``exp`` and by c under others; None computes
             values only.
     """
@@ -44,23 +42,35 @@ class Block(NamedTuple):
     own: Tensor
     alpha: Tensor | None
     beta: Tensor | None
-    reference: Tensor
-    shuffle: Tensor | None
+    ranking: Ranking | None
     gradient: Tensor | None
 
+    def rows(self, rows: slice) -> Block:
+        """Some of the rows; a gradient that is filled there is filled here."""
 
-def evaluate(
-    block: Block, scale: Tensor, options: ListOptions, bins: int | None
-) -> tuple[Tensor | None, Tensor | None]:
+        def some(x: Tensor | None) -> Tensor | None:
+            return x if x is None or x.dim() == 0 else x[rows]
+
+        return Block(
+            self.cosines[rows],
+            self.own[rows],
+            some(self.alpha),
+            some(self.beta),
+            None if self.ranking is None else self.ranking.rows(rows),
+            some(self.gradient),
+        )
+
+
+def evaluate(block: Block, scale: Tensor, options: ListOptions) -> tuple[Tensor | None, Tensor | None]:
     """CE and NLL of every row, ``[n]``, None where they have no weight."""
     worths = shifted_worths(block.cosines, scale, options.worth)
     if worths is None:
-        return _evaluate_in_log_space(block, scale, options, bins)
+        return _evaluate_in_log_space(block, scale, options)
     total = slots = None
     if block.alpha is not None:
         total = worths.values.sum(-1, keepdim=True, dtype=torch.float64)
-    if block.beta is not None:
-        slots = rank(worths.values, block.reference, options, block.shuffle, bins)
+    if block.ranking is not None:
+        slots = block.ranking.slots(worths.values)
     if block.gradient is not None:
         _fill_gradient(block, worths, total, slots, options)
     return (
@@ -106,7 +116,7 @@ def _fill_gradient(
 
 
 def _evaluate_in_log_space(
-    block: Block, scale: Tensor, options: ListOptions, bins: int | None
+    block: Block, scale: Tensor, options: ListOptions
 ) -> tuple[Tensor | None, Tensor | None]:
     """For worths that float64 does not hold side by side."""
     scores = scores_from(block.cosines, scale, options)
@@ -119,9 +129,8 @@ def _evaluate_in_log_space(
         if block.gradient is not None:
             share = log_share.exp_().scatter_add_(-1, block.own[:, None], -torch.ones_like(scores[:, :1]))
             block.gradient.add_(share * block.alpha)
-    if block.beta is not None:
-        reference = block.reference if bins is None else quantize(block.reference, bins)
-        nll, gradient = nll_and_gradient(scores, reference, options, block.shuffle)
-        if block.gradient is not None:
+    if block.ranking is not None:
+        nll, gradient = nll_and_gradient(scores, block.ranking.reference, options, block.ranking.shuffle)
+        if block.gradient is not None and block.beta is not None:
             block.gradient.add_(gradient * block.beta)
     return cross_entropy, nll

@@ -3,7 +3,9 @@ r"""The two rank terms as functions of embeddings.
 With S = s·V·Tᵀ, R = Sᵀ, I = s·V·Vᵀ, X = s·T·Tᵀ, and C the NLL of a matrix's lists (see
 :func:`rankloss.plackett_luce_nll`),
 
-    cross = ½[C(S | R) + C(R | S)],   in = ½[C(I | X) + C(X | I)].
+    cross = ½[C(S | R) + C(R | S)],   in = ½[C(I | X) + C(X | I)],
+
+or one direction of each where the other modality's rankings are a fixed reference.
 
 Similarities, order and sums are computed in float32 at least, whatever the features' dtype or an enclosing
 autocast region asks for: half-precision similarities would make ties of neighbours.
@@ -38,7 +40,7 @@ def weighted_terms(
     """CLIP's cross-entropy and the two rank terms, each times its weight; one that is not wanted is zero.
 
     An anchor's rank term is the mean of its lists' NLL over the two directions. ``reduction="mean"`` averages
-    the anchors and divides by the N items of a list; ``"sum"`` is N² times that, which is the plain sum where
+    the anchors and divides by the items of a list; ``"sum"`` is N² times that, which is the plain sum where
     every item is an anchor, and keeps the balance between terms where a process holds a share of the anchors
     only. The cross-entropy is always the mean over the anchors.
 
@@ -69,7 +71,7 @@ def weighted_terms(
             if not is_wanted:
                 values.append(embeddings.image.new_zeros(n if options.reduction == "none" else ()))
                 continue
-            value = dense.batch_list_nll(embeddings, term, options.likelihood)
+            value = dense.batch_list_nll(embeddings, term, options)
             value = value if options.reduction == "none" else value.sum()
             weight = weights[k].to(value) * anchor_weight
             values.append(value * weight * nan_unless_finite)

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss.bins import quantize
-from rankloss.embeddings import Embeddings, Term, scores_from
-from rankloss.plackett_luce import ListOptions, nll_terms, random_shuffle
+from rankloss.embeddings import Embeddings, Term, other_items, scores_from
+from rankloss.options import ConsistencyOptions
+from rankloss.plackett_luce import nll_terms, random_shuffle
 
 __all__ = ["batch_list_nll", "row_lists_cross_entropy", "row_lists_nll"]
 
@@ -20,20 +21,31 @@ __all__ = ["batch_list_nll", "row_lists_cross_entropy", "row_lists_nll"]
 def row_lists_nll(
     embeddings: Embeddings,
     term: Term,
-    options: ListOptions,
+    options: ConsistencyOptions,
     shuffles: tuple[Tensor | None, Tensor | None] = (None, None),
-    bins: int | None = None,
+    first_row: int = 0,
 ) -> Tensor:
-    """NLL of every anchor's lists, averaged over the two directions: ``[n]``."""
+    """NLL of every anchor's lists, the directions put together: ``[n]``.
+
+    ``first_row`` is the first anchor's own place among the items.
+    """
     lists = embeddings.lists(term)
     a, b = lists.first.cosines(), lists.second.cosines()
-    a_scores, b_scores = (scores_from(x, embeddings.scale, options) for x in (a, b))
     a_reference, b_reference = lists.first.reference(a), lists.second.reference(b)
-    if bins is not None:
-        a_reference, b_reference = quantize(a_reference, bins), quantize(b_reference, bins)
-    a_terms = nll_terms(a_scores, b_reference, options, shuffles[0])
-    b_terms = nll_terms(b_scores, a_reference, options, shuffles[1])
-    return (a_terms.sum(-1) + b_terms.sum(-1)) / 2
+    value = a.new_zeros(len(a))
+    for cosines, reference, shuffle, share in zip(
+        (a, b), (b_reference, a_reference), shuffles, options.directions, strict=True
+    ):
+        if share == 0:
+            continue
+        scores = scores_from(cosines, embeddings.scale, options.likelihood)
+        if not options.diagonal:
+            others = other_items(first_row + torch.arange(len(a), device=a.device), a.shape[-1])
+            scores, reference = scores.gather(-1, others), reference.gather(-1, others)
+        if options.bins_or_none is not None:
+            reference = quantize(reference, options.bins)
+        value = value + share * nll_terms(scores, reference, options.likelihood, shuffle).sum(-1)
+    return value
 
 
 def row_lists_cross_entropy(embeddings: Embeddings, first_row: int = 0) -> Tensor:
@@ -50,25 +62,36 @@ def row_lists_cross_entropy(embeddings: Embeddings, first_row: int = 0) -> Tenso
     return (a + b) / 2
 
 
-def batch_list_nll(embeddings: Embeddings, term: Term, options: ListOptions) -> Tensor:
-    """NLL of the one list of all N² pairs, averaged over the two directions and split by anchor: ``[N]``.
+def batch_list_nll(embeddings: Embeddings, term: Term, options: ConsistencyOptions) -> Tensor:
+    """NLL of the one list of all N² pairs, the directions put together, split by anchor: ``[N]``.
 
     A pair's summand belongs to the anchor whose row it stands in, so the entries sum to the list's NLL.
     """
     lists = embeddings.lists(term)
     a = lists.first.cosines()
-    a_scores = scores_from(a, embeddings.scale, options)
     if term == "cross_modal":
         # R is S transposed, so C(R | S) is C(S | R) with the pairs relabelled: summed by column, not by row.
-        a_terms = _flat_terms(a_scores, lists.first.reference(a, canonical_anchors=True).T, options)
-        return (a_terms.sum(0) + a_terms.sum(1)) / 2
+        reference = lists.first.reference(a, canonical_anchors=True).T
+        terms = _flat_terms(scores_from(a, embeddings.scale, options.likelihood), reference, options)
+        return options.directions[0] * terms.sum(1) + options.directions[1] * terms.sum(0)
     b = lists.second.cosines()
-    b_scores = scores_from(b, embeddings.scale, options)
-    a_terms = _flat_terms(a_scores, lists.second.symmetric_reference(b), options)
-    b_terms = _flat_terms(b_scores, lists.first.symmetric_reference(a), options)
-    return (a_terms.sum(1) + b_terms.sum(1)) / 2
+    value = a.new_zeros(len(a))
+    directions = ((a, lists.second.symmetric_reference(b)), (b, lists.first.symmetric_reference(a)))
+    for (cosines, reference), share in zip(directions, options.directions, strict=True):
+        if share > 0:
+            scores = scores_from(cosines, embeddings.scale, options.likelihood)
+            value = value + share * _flat_terms(scores, reference, options).sum(1)
+    return value
 
 
-def _flat_terms(scores: Tensor, reference: Tensor, options: ListOptions) -> Tensor:
-    shuffle = random_shuffle(scores.numel(), scores.device, options)
-    return nll_terms(scores.flatten(), reference.flatten(), options, shuffle).view_as(scores)
+def _flat_terms(scores: Tensor, reference: Tensor, options: ConsistencyOptions) -> Tensor:
+    likelihood = options.likelihood
+    shuffle = random_shuffle(scores.numel(), scores.device, likelihood)
+    if options.diagonal:
+        return nll_terms(scores.flatten(), reference.flatten(), likelihood, shuffle).view_as(scores)
+    n = len(scores)
+    others = other_items(torch.arange(n, device=scores.device), n)
+    terms = nll_terms(
+        scores.gather(-1, others).flatten(), reference.gather(-1, others).flatten(), likelihood, shuffle
+    )
+    return torch.zeros_like(scores).scatter(-1, others, terms.view_as(others))

@@ -18,7 +18,16 @@ from torch import Tensor
 from rankloss.plackett_luce import ListOptions
 from rankloss.ties import first_occurrence
 
-__all__ = ["Embeddings", "Lists", "Similarity", "Term", "arithmetic_dtype", "check_features", "scores_from"]
+__all__ = [
+    "Embeddings",
+    "Lists",
+    "Similarity",
+    "Term",
+    "arithmetic_dtype",
+    "check_features",
+    "other_items",
+    "scores_from",
+]
 
 Term = Literal["cross_modal", "in_modal"]
 
@@ -179,6 +188,17 @@ def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: 
 def scores_from(cosines: Tensor, scale: Tensor, options: ListOptions) -> Tensor:
     """The x of the formula: scaled similarities under worth ``exp``, plain cosines under the others."""
     return scale * cosines if options.worth == "exp" else cosines
+
+
+def other_items(own: Tensor, n: int) -> Tensor:
+    """The columns of a matrix's rows without each row's own: ``[len(own), n − 1]``.
+
+    Example:
+        >>> other_items(torch.tensor([0, 2]), 3).tolist()
+        [[1, 2], [0, 1]]
+    """
+    column = torch.arange(n - 1, device=own.device)
+    return column + (column >= own[:, None])
 
 
 def _scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:

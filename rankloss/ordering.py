@@ -14,6 +14,7 @@ __all__ = ["ascending"]
 
 _INDEX_BITS = 29  # of a float64's significand that a float32 leaves at zero
 _PER_THREAD = 2**16  # elements that are worth a thread's while
+_TURNS = 4  # shares a thread, since torch's own threads may keep a core busy for some time after an operation
 
 
 def ascending(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +48,7 @@ def _sort_rows(keys: np.ndarray) -> None:
     if threads <= 1:
         keys.sort(axis=-1)
     else:  # NumPy sorts without holding the interpreter's lock
-        list(_workers(os.getpid(), threads).map(np.ndarray.sort, np.array_split(keys, threads)))
+        list(_workers(os.getpid(), threads).map(np.ndarray.sort, np.array_split(keys, _TURNS * threads)))
 
 
 @functools.lru_cache(maxsize=4)

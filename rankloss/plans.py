@@ -23,12 +23,13 @@ class Plan:
     """How row lists are computed; fixed by the sizes, the device and the options, so it can be asked before.
 
     Attributes:
-        name: ``"rows"``: every chunk of rows multiplies out its own similarities, twelve products of N×N×D in
-            all. ``"shared"``: S = s·V·Tᵀ is multiplied out once for both directions of the cross-modal term
-            and its gradient gathered in a second matrix, nine products in all.
+        name: ``"rows"``: every chunk of rows is done with when its turn is over; twelve products of N×N×D in
+            all, four for the similarities and eight for the gradients. ``"shared"``: the same product of two
+            embeddings stands in S and in R, or twice in I or X, and its gradients are kept until they can be
+            taken to the embeddings together, which halves the eight.
         chunk_size: anchors of one product.
         slice_size: anchors whose running sums are taken at once.
-        matrix_bytes: what matrices of the whole batch take: 0, or two of N×N.
+        matrix_bytes: what is kept of whole matrices at the most: 0, or one of N×N.
     """
 
     name: Literal["rows", "shared"]
@@ -59,9 +60,9 @@ def choose_plan(
 
     Example:
         >>> choose_plan(4096, 4096, torch.device("cpu"), torch.float32)
-        Plan(name='rows', chunk_size=256, slice_size=64, matrix_bytes=0)
-        >>> choose_plan(256, 256, torch.device("cpu"), torch.float32).name
-        'shared'
+        Plan(name='shared', chunk_size=256, slice_size=64, matrix_bytes=67108864)
+        >>> choose_plan(8192, 8192, torch.device("cpu"), torch.float32).name
+        'rows'
     """
     if memory_budget is None:
         memory_budget = _BUDGET.get(device.type, _BUDGET_ELSEWHERE)
@@ -69,6 +70,6 @@ def choose_plan(
         chunk_size = max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // items)
     chunk_size = min(chunk_size, anchors)
     slice_size = max(1, min(chunk_size, _SLICE.get(device.type, _CHUNK_ELSEWHERE) // items))
-    matrix_bytes = 2 * items * items * dtype.itemsize
+    matrix_bytes = items * items * dtype.itemsize
     shares = anchors == items and matrix_bytes <= memory_budget
     return Plan("shared" if shares else "rows", chunk_size, slice_size, matrix_bytes if shares else 0)

@@ -24,7 +24,7 @@ from rankloss.ordering import ascending
 from rankloss.plackett_luce import ListOptions, Worth, log_worth, shuffled_order, weights_of_ranks
 from rankloss.ties import group_bounds
 
-__all__ = ["BinnedSlots", "Slots", "SortedSlots", "Worths", "rank", "shifted_worths"]
+__all__ = ["BinnedSlots", "Ranking", "Slots", "SortedSlots", "Worths", "rank", "shifted_worths"]
 
 # How far log worths may reach from the middle of their range, in nats: summed over 10⁵ items and multiplied
 # by as much again, e^±75 in float32 and e^±690 in float64 neither overflow nor lose bits.
@@ -55,7 +55,8 @@ def shifted_worths(cosines: Tensor, scale: Tensor | float, worth: Worth) -> Wort
         values = (1 + cosines) / 2 if worth == "shifted" else cosines
         return Worths(values, log_worth(cosines, worth), 0.0)
     scores = cosines * scale
-    lowest, highest = torch.aminmax(scores, dim=-1, keepdim=True)
+    # Not aminmax, which on a CPU takes ten times as long as the two together.
+    lowest, highest = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
     span, shift = highest - lowest, (highest + lowest) / 2
     if scores.device.type == "cpu":
         largest = span.amax().item()
@@ -86,42 +87,89 @@ class Slots(Protocol):
         """What a slot holds, for every item of the list in its own place."""
 
 
-def rank(
-    values: Tensor, reference: Tensor, options: ListOptions, shuffle: Tensor | None, bins: int | None
-) -> Slots:
+class Ranking(Protocol):
+    """A block of references, ready to be summed over; made once, then used a slice of rows at a time."""
+
+    @property
+    def reference(self) -> Tensor:
+        """``[n, N]``, what the lists are ranked by."""
+
+    @property
+    def shuffle(self) -> Tensor | None:
+        """What tied items are ordered by; None where they share their place."""
+
+    def rows(self, rows: slice) -> Ranking:
+        """Of some of the lists."""
+
+    def slots(self, values: Tensor) -> Slots:
+        """The sums of these worths, ``[n, N]``."""
+
+
+def rank(reference: Tensor, options: ListOptions, shuffle: Tensor | None, bins: int | None) -> Ranking:
     """Rank a block of lists.
 
     Args:
-        values: ``[n, N]``, the worths.
         reference: ``[n, N]``, float32 or float64.
         options: the lists' likelihood.
         shuffle: what :func:`rankloss.plackett_luce.random_shuffle` gave for them.
         bins: rank by so many bins of the reference; None by its exact order.
     """
     if bins is not None:
-        return BinnedSlots(values, quantize(reference, bins), options, bins)
-    return SortedSlots(values, reference, options, shuffle)
+        return _BinnedRanking(reference, options, bins)
+    if shuffle is not None:
+        return _SortedRanking(reference, options, shuffled_order(reference, shuffle), None, shuffle)
+    ordered, order = ascending(reference)
+    return _SortedRanking(reference, options, order, ordered, None)
+
+
+class _SortedRanking(NamedTuple):
+    """Sorted as a whole, since short sorts do not keep the cores busy."""
+
+    reference: Tensor
+    options: ListOptions
+    order: Tensor
+    ordered: Tensor | None  # the sorted values, which show the ties; None where no items count as tied
+    shuffle: Tensor | None
+
+    def rows(self, rows: slice) -> _SortedRanking:
+        ordered = None if self.ordered is None else self.ordered[rows]
+        return self._replace(reference=self.reference[rows], order=self.order[rows], ordered=ordered)
+
+    def slots(self, values: Tensor) -> SortedSlots:
+        return SortedSlots(values, self.order, self.ordered, self.options)
+
+
+class _BinnedRanking(NamedTuple):
+    """Divided into bins when a slice's turn comes, so that the bins' numbers stay in a core's cache."""
+
+    values: Tensor
+    options: ListOptions
+    bins: int
+    shuffle: Tensor | None = None
+
+    @property
+    def reference(self) -> Tensor:
+        return quantize(self.values, self.bins)
+
+    def rows(self, rows: slice) -> _BinnedRanking:
+        return self._replace(values=self.values[rows])
+
+    def slots(self, values: Tensor) -> BinnedSlots:
+        return BinnedSlots(values, self.reference, self.options, self.bins)
 
 
 class SortedSlots:
     """One slot an item, in the exact order of the reference."""
 
-    def __init__(
-        self, values: Tensor, reference: Tensor, options: ListOptions, shuffle: Tensor | None
-    ) -> None:
-        self._groups: _TieGroups | None = None
-        if shuffle is None:
-            ordered, self._order = ascending(reference)
-            self._groups = _tie_groups(ordered)
-        else:
-            self._order = shuffled_order(reference, shuffle)
-        self._denominators = values.gather(-1, self._order).cumsum(-1, dtype=torch.float64)
+    def __init__(self, values: Tensor, order: Tensor, ordered: Tensor | None, options: ListOptions) -> None:
+        self._order, self._groups = order, None if ordered is None else _tie_groups(ordered)
+        self._denominators = values.gather(-1, order).cumsum(-1, dtype=torch.float64)
         self._narrow = values.dtype == torch.float32
-        self.mu = weights_of_ranks(torch.arange(reference.shape[-1], 0, -1, device=values.device), options)
+        self.mu = weights_of_ranks(torch.arange(order.shape[-1], 0, -1, device=values.device), options)
         if self._groups is not None:
             self._denominators = self._groups.at_last(self._denominators)
             if self.mu is not None:  # tied items share their best rank
-                self.mu = self._groups.at_last(self.mu.expand(reference.shape).contiguous())
+                self.mu = self._groups.at_last(self.mu.expand(order.shape).contiguous())
 
     @property
     def log_denominators(self) -> Tensor:

@@ -177,17 +177,25 @@ def _term(
     discount: str | None = None,
     top_k: int | None = None,
     reduction: str = "mean",
+    diagonal: bool = True,
+    fixed_reference: str | None = None,
 ) -> Any:
     n = len(a)
     factor = s if worth == "exp" else 1.0
+    kept = np.ones((n, n), bool) if diagonal else ~np.eye(n, dtype=bool)
     value = np.zeros(n)
-    for x, y in ((factor * a, b), (factor * b, a)):
+    directions = {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[fixed_reference]
+    for share, x, y in ((directions[0], factor * a, b), (directions[1], factor * b, a)):
+        if share == 0:
+            continue
+        terms = np.zeros((n, n))
         if lists == "row":
-            terms = np.array([_terms(x[i], y[i], worth, discount, top_k) for i in range(n)])
+            for i, k in enumerate(kept):
+                terms[i, k] = _terms(x[i, k], y[i, k], worth, discount, top_k)
         else:
-            terms = np.array(_terms(x.ravel(), y.ravel(), worth, discount, top_k)).reshape(n, n)
-        value += terms.sum(axis=1) / 2
-    return {"none": value, "sum": value.sum(), "mean": value.sum() / n**2}[reduction]
+            terms[kept] = _terms(x[kept], y[kept], worth, discount, top_k)
+        value += share * terms.sum(axis=1)
+    return {"none": value, "sum": value.sum(), "mean": value.sum() / kept.sum()}[reduction]
 
 
 def _terms(x: Array, y: Array, worth: str, discount: str | None, top_k: int | None) -> list[float]:

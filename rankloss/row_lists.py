@@ -196,7 +196,7 @@ def _differentiable_gradients(upstream: Sequence[Tensor | None], call: _Call) ->
             else:
                 term = get_args(Term)[k - 1]
                 pair = (None, None) if shuffles is None else (shuffles[2 * k - 2], shuffles[2 * k - 1])
-                value = dense.row_lists_nll(embeddings, term, options.likelihood, pair, options.bins_or_none)
+                value = dense.row_lists_nll(embeddings, term, options, pair, call.first_row)
             value = value * weight * nan_unless_finite
             values.append(value if call.per_anchor else value.sum())
             given.append(g)
@@ -212,7 +212,7 @@ def _run(
     embeddings, options, image = call.embeddings, call.parsed, call.image
     sums = _placeholders(call.inputs, wanted, torch.zeros_like)
     plan = options.plan(call.anchors, len(image), image.device, image.dtype)
-    problem = Problem(options.likelihood, options.bins_or_none, plan, call.first_row)
+    problem = Problem(options, plan, call.first_row)
     nan_unless_finite = embeddings.nan_unless_finite
     weights = [None if w is None else w * nan_unless_finite for w in weights]
     targets = Gradients(*(x if w else None for x, w in zip(sums, wanted, strict=True))) if wanted else None

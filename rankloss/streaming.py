@@ -15,15 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankloss.blocks import Block, evaluate
-from rankloss.embeddings import Embeddings, Lists
-from rankloss.plackett_luce import ListOptions
+from rankloss.embeddings import Embeddings, Lists, other_items
+from rankloss.options import ConsistencyOptions
 from rankloss.plans import Plan
+from rankloss.ranked_sums import rank
 
 __all__ = ["Gradients", "Problem", "Weights", "stream"]
 
@@ -51,14 +52,12 @@ class Problem:
     """What a pass computes, its tensors apart.
 
     Attributes:
-        likelihood: the lists' likelihood.
-        bins: rank by so many bins of the reference; None by its exact order.
+        options: of the rank terms.
         plan: how it is computed.
         first_row: the first anchor's own place among the items.
     """
 
-    likelihood: ListOptions
-    bins: int | None
+    options: ConsistencyOptions
     plan: Plan
     first_row: int = 0
 
@@ -70,7 +69,7 @@ def stream(
     weights: Weights,
     gradients: Gradients | None = None,
 ) -> list[Tensor | None]:
-    """Values per anchor, ``[n]`` in float64, of each term that has a weight: the mean of its two directions.
+    """Values per anchor, ``[n]`` in float64, of each term that has a weight: its two directions together.
 
     Args:
         embeddings: the batch.
@@ -83,11 +82,10 @@ def stream(
     values = [None if w is None else torch.zeros(n, dtype=torch.float64, device=device) for w in weights]
     # An enclosing autocast region would turn these products into half precision.
     with torch.autocast(device_type=device.type, enabled=False):
-        for matrices in _matrices(embeddings, problem, weights, gradients):
+        for pair in _pairs(embeddings, problem, weights, gradients):
             for rows in _slices(n, problem.plan.chunk_size):
-                _add_chunk(matrices, rows, embeddings, shuffles, problem, weights, values)
-            matrices.finish()
-    if gradients is not None and problem.likelihood.worth == "exp":
+                _add_chunk(pair, rows, embeddings, shuffles, problem, weights, values)
+    if gradients is not None and problem.options.likelihood.worth == "exp":
         for gradient in gradients[:4]:
             if gradient is not None:
                 gradient *= embeddings.scale
@@ -98,23 +96,6 @@ def _slices(n: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-class _Matrices(Protocol):
-    """The two similarity matrices of a term, and where the gradients by them go."""
-
-    lists: Lists
-    in_modal: bool
-    wants_gradient: bool
-
-    def cosines(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Some rows of both."""
-
-    def add(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor) -> None:
-        """Take the gradient by some rows of one of them."""
-
-    def finish(self) -> None:
-        """Hand on what was kept back."""
-
-
 class _Target(NamedTuple):
     """The gradients of a matrix's anchors and items and of the scale; None where none is wanted."""
 
@@ -123,80 +104,83 @@ class _Target(NamedTuple):
     scale: Tensor | None
 
 
-def _matrices(
+def _pairs(
     embeddings: Embeddings, problem: Problem, weights: Weights, gradients: Gradients | None
-) -> Iterator[_Matrices]:
-    """The pairs that are needed, made when their turn comes."""
+) -> Iterator[_Pair]:
+    """The pairs of matrices that are needed, made when their turn comes."""
     image, text, image_anchors, text_anchors, scale = gradients or Gradients(None, None, None, None, None)
     if embeddings.image_anchors is None:
         image_anchors, text_anchors = image, text
-    if problem.likelihood.worth != "exp":
+    if problem.options.likelihood.worth != "exp":
         scale = None  # the other worths do not depend on it
+    make = _MirroredPair if problem.plan.name == "shared" else _Pair
     if weights.contrastive is not None or weights.cross_modal is not None:
-        lists = embeddings.lists("cross_modal")
         into = _Target(image_anchors, text, scale), _Target(text_anchors, image, scale)
-        shared = problem.plan.name == "shared"
-        yield _SharedMatrix(lists, into[0]) if shared else _RowBlocks(lists, into, in_modal=False)
+        yield make(embeddings.lists("cross_modal"), into, in_modal=False)
     if weights.in_modal is not None:
-        lists = embeddings.lists("in_modal")
         into = _Target(image_anchors, image, scale), _Target(text_anchors, text, scale)
-        yield _RowBlocks(lists, into, in_modal=True)
+        yield make(embeddings.lists("in_modal"), into, in_modal=True)
 
 
-class _RowBlocks:
-    """Every block of rows is multiplied out when it is asked for."""
+class _Pair:
+    """The two similarity matrices of a term, by blocks of rows, and where the gradients by them go."""
 
     def __init__(self, lists: Lists, into: tuple[_Target, _Target], *, in_modal: bool) -> None:
         self.lists, self.in_modal, self._into = lists, in_modal, into
         self.wants_gradient = any(x is not None for target in into for x in target)
 
     def cosines(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Some rows of both."""
         return self.lists.first.rows(rows).cosines(), self.lists.second.rows(rows).cosines()
 
-    def add(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor) -> None:
+    def add(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
+        """Take the gradient by some rows of one of them; None is zero. It may end before the last items."""
+        if gradient is None:
+            return
         similarity, into = (self.lists.first, self.lists.second)[side].rows(rows), self._into[side]
+        items = slice(gradient.shape[-1])
         if into.anchors is not None:
-            by_anchor = gradient @ similarity.items
+            by_anchor = gradient @ similarity.items[items]
             into.anchors[rows] += by_anchor
             if into.scale is not None:
                 into.scale.add_((by_anchor * similarity.anchors).sum())
         elif into.scale is not None:
-            into.scale.add_((gradient * cosines).sum())
+            into.scale.add_((gradient * cosines[:, items]).sum())
         if into.items is not None:
-            into.items.addmm_(gradient.T, similarity.anchors)
-
-    def finish(self) -> None:
-        pass
+            into.items[items].addmm_(gradient.T, similarity.anchors)
 
 
-class _SharedMatrix:
-    """S is multiplied out once; R is its transpose, and one matrix takes the gradient by both."""
+class _MirroredPair(_Pair):
+    """Entries that are one and the same product take their gradients to the embeddings together.
 
-    in_modal = False
+    v_i·t_j stands in S at (i, j) and in R at (j, i), v_i·v_j in I at (i, j) and at (j, i). The gradient by an
+    entry above the diagonal waits until the rows reach its mirror image below, and is added to that one's:
+    half of the products with the embeddings fall away, for half a matrix that waits on either side.
+    """
 
-    def __init__(self, lists: Lists, into: _Target) -> None:
-        self.lists = lists
-        self._whole = _RowBlocks(lists, (into, into), in_modal=False)
-        self.wants_gradient = self._whole.wants_gradient
-        self._cosines = lists.first.cosines()
-        self._gradient = torch.zeros_like(self._cosines) if self.wants_gradient else self._cosines[:0]
+    def __init__(self, lists: Lists, into: tuple[_Target, _Target], *, in_modal: bool) -> None:
+        super().__init__(lists, into, in_modal=in_modal)
+        self._waiting: tuple[list[Tensor], list[Tensor]] = [], []
 
-    def cosines(self, rows: slice) -> tuple[Tensor, Tensor]:
-        return self._cosines[rows], self._cosines[:, rows].T.contiguous()
-
-    def add(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor) -> None:  # noqa: ARG002
-        if side == 0:
-            self._gradient[rows] += gradient
+    def add(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
+        """Take the gradient by some rows; they come one block after the other, the first side first."""
+        n = cosines.shape[-1]
+        mirror = self._waiting[side if self.in_modal else 1 - side]
+        # What waits of a block of rows are its last columns; those of the rows' own block are not among them.
+        met = [x[:, rows.start - n : rows.stop - n or None] for x in mirror if x.shape[-1] >= n - rows.start]
+        if gradient is not None:
+            self._waiting[side].append(gradient[:, rows.stop :].clone())
+        elif met:  # the side has no gradient of its own, all or none of its blocks
+            gradient = torch.zeros_like(cosines)
         else:
-            self._gradient[:, rows] += gradient.T
-
-    def finish(self) -> None:
-        if self.wants_gradient:
-            self._whole.add(0, slice(0, len(self._cosines)), self._cosines, self._gradient)
+            return
+        if met:
+            gradient[:, : rows.start] += torch.cat(met).T
+        super().add(side, rows, cosines, gradient[:, : rows.stop])
 
 
 def _add_chunk(
-    matrices: _Matrices,
+    pair: _Pair,
     rows: slice,
     embeddings: Embeddings,
     shuffles: Tensor | None,
@@ -205,33 +189,69 @@ def _add_chunk(
     values: list[Tensor | None],
 ) -> None:
     """Add values and gradients of the lists of some anchors in one pair of matrices."""
-    cosines = matrices.cosines(rows)
-    rank_term = 2 if matrices.in_modal else 1
-    alpha, beta = (None if matrices.in_modal else weights.contrastive), weights[rank_term]
-    for side, other in ((0, matrices.lists.second), (1, matrices.lists.first)):
-        reference = other.reference(cosines[1 - side])
-        gradient = torch.empty_like(cosines[side]) if matrices.wants_gradient else None
-        for part in _slices(len(reference), problem.plan.slice_size):
-            anchors = slice(rows.start + part.start, rows.start + part.stop)
-            block = Block(
-                cosines=cosines[side][part],
-                own=torch.arange(anchors.start, anchors.stop, device=reference.device) + problem.first_row,
-                alpha=_half(alpha, anchors),
-                beta=_half(beta, anchors),
-                reference=reference[part],
-                shuffle=None if shuffles is None else shuffles[2 * matrices.in_modal + side],
-                gradient=None if gradient is None else gradient[part],
-            )
-            cross_entropy, nll = evaluate(block, embeddings.scale, problem.likelihood, problem.bins)
-            for value, of_term in ((cross_entropy, values[0]), (nll, values[rank_term])):
-                if value is not None and of_term is not None:
-                    of_term[anchors] += value / 2
-        if gradient is not None:
-            matrices.add(side, rows, cosines[side], gradient)
+    cosines, options = pair.cosines(rows), problem.options
+    own = torch.arange(rows.start, rows.stop, device=cosines[0].device) + problem.first_row
+    term = 2 if pair.in_modal else 1
+    for side, other in ((0, pair.lists.second), (1, pair.lists.first)):
+        share = options.directions[side]  # of the two directions that a term is made of
+        alpha = None if pair.in_modal else _of_rows(weights.contrastive, rows, 0.5)
+        beta = _of_rows(weights[term], rows, share) if share else None
+        gradient = None
+        if pair.wants_gradient and (alpha is not None or beta is not None):
+            gradient = torch.empty_like(cosines[side])
+        block = Block(cosines[side], own, alpha, beta, None, gradient)
+        reference = None if beta is None else other.reference(cosines[1 - side])
+        shuffle = None if shuffles is None else shuffles[2 * pair.in_modal + side]
+        cross_entropy, nll = _evaluate(block, reference, shuffle, embeddings.scale, problem)
+        for value, of_term, part in ((cross_entropy, values[0], 0.5), (nll, values[term], share)):
+            if value is not None and of_term is not None:
+                of_term[rows] += part * value
+        if pair.wants_gradient:
+            pair.add(side, rows, cosines[side], gradient)
 
 
-def _half(weight: Tensor | None, anchors: slice) -> Tensor | None:
-    """A weight for a block's rows; a term is the mean of two directions."""
+def _of_rows(weight: Tensor | None, rows: slice, share: float) -> Tensor | None:
+    """What a direction's values weigh in a block of rows, ``[]`` or ``[rows, 1]``."""
     if weight is None:
         return None
-    return weight / 2 if weight.dim() == 0 else weight[anchors, None] / 2
+    return weight * share if weight.dim() == 0 else weight[rows, None] * share
+
+
+def _evaluate(
+    block: Block, reference: Tensor | None, shuffle: Tensor | None, scale: Tensor, problem: Problem
+) -> tuple[Tensor | None, Tensor | None]:
+    """CE and NLL of every row, None where they have no weight; the block's gradient is filled."""
+    options = problem.options
+    if reference is None:
+        return _evaluate_slices(block, scale, problem)
+    if options.diagonal:
+        ranking = rank(reference, options.likelihood, shuffle, options.bins_or_none)
+        return _evaluate_slices(block._replace(ranking=ranking), scale, problem)
+    # The cross-entropy is of all items, the lists are of all but one: two matrices.
+    cross_entropy, _ = _evaluate_slices(block._replace(beta=None), scale, problem)
+    others = other_items(block.own, block.cosines.shape[-1])
+    cosines, reference = block.cosines.gather(-1, others), reference.gather(-1, others)
+    lists = Block(
+        cosines,
+        block.own,
+        alpha=None,
+        beta=block.beta,
+        ranking=rank(reference, options.likelihood, shuffle, options.bins_or_none),
+        gradient=None if block.gradient is None else torch.empty_like(cosines),
+    )
+    _, nll = _evaluate_slices(lists, scale, problem)
+    if block.gradient is not None and lists.gradient is not None:
+        block.gradient.scatter_add_(-1, others, lists.gradient)
+    return cross_entropy, nll
+
+
+def _evaluate_slices(block: Block, scale: Tensor, problem: Problem) -> tuple[Tensor | None, Tensor | None]:
+    """As many rows at a time as a core's cache serves."""
+    if block.alpha is None and block.beta is None:
+        if block.gradient is not None:
+            block.gradient.zero_()
+        return None, None
+    slices = _slices(len(block.cosines), problem.plan.slice_size)
+    found = [evaluate(block.rows(part), scale, problem.options.likelihood) for part in slices]
+    cross_entropy, nll = (None if x[0] is None else torch.cat(x) for x in zip(*found, strict=True))
+    return cross_entropy, nll

@@ -18,7 +18,7 @@ from memory import saved_bytes
 from rankloss import RankConsistency, dense, plackett_luce_nll, reference, row_lists
 from rankloss.consistency import cross_modal, in_modal
 from rankloss.embeddings import Embeddings
-from rankloss.plackett_luce import ListOptions
+from rankloss.options import ConsistencyOptions
 
 TERMS: dict[str, tuple[Callable[..., Tensor], Callable[..., float]]] = {
     "cross_modal": (cross_modal, reference.cross_modal),
@@ -33,6 +33,13 @@ likelihoods = st.fixed_dictionaries(
         "top_k": st.none() | st.integers(1, 12),
     }
 )
+# What the lists hold and which of them are trained; the default stands first, hypothesis shrinks to it.
+choices_of_lists = st.fixed_dictionaries(
+    {
+        "diagonal": st.booleans().map(lambda x: not x),
+        "fixed_reference": st.sampled_from([None, "image", "text"]),
+    }
+)
 reductions = st.sampled_from(["mean", "sum", "none"])
 
 
@@ -42,8 +49,13 @@ def upstream_for(value: Tensor) -> Tensor:
 
 
 def dense_row_lists(term: str, v: Tensor, t: Tensor, s: Tensor, reduction: str, likelihood) -> Tensor:
-    values = dense.row_lists_nll(Embeddings.of(v, t, s), term, ListOptions(**likelihood))
-    return {"mean": values.mean() / len(v), "sum": values.sum(), "none": values}[reduction]
+    options = ConsistencyOptions.of(reduction=reduction, **likelihood)
+    values = dense.row_lists_nll(Embeddings.of(v, t, s), term, options)
+    return {
+        "mean": values.mean() / (len(v) if options.diagonal else len(v) - 1),
+        "sum": values.sum(),
+        "none": values,
+    }[reduction]
 
 
 # --- oracles ----------------------------------------------------------------------------------------------
@@ -98,10 +110,12 @@ def test_batch_lists_match_the_vectors(key: str, dtype: torch.dtype, tolerance: 
 @terms
 @pytest.mark.parametrize("lists", ["row", "batch"])
 @settings(max_examples=40)
-@given(batch=batches(max_n=7), likelihood=likelihoods, reduction=reductions)
-def test_matches_the_literal_numpy_reference(term, lists, batch: Batch, likelihood, reduction) -> None:
+@given(batch=batches(max_n=7), likelihood=likelihoods, reduction=reductions, choices=choices_of_lists)
+def test_matches_the_literal_numpy_reference(
+    term, lists, batch: Batch, likelihood, reduction, choices
+) -> None:
     ours, theirs = TERMS[term]
-    options = {"lists": lists, "reduction": reduction, **likelihood}
+    options = {"lists": lists, "reduction": reduction, **likelihood, **choices}
     actual = ours(batch.image, batch.text, batch.scale, **options)
     expected = theirs(batch.image, batch.text, batch.scale, **options)
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-9, atol=1e-9)
@@ -195,18 +209,43 @@ def test_duplicates_tie_exactly_whatever_the_products_rounding(n: int, chunk_siz
         assert relative_error(ours(v, t, s, chunk_size=chunk_size), expected) < 1e-5
 
 
-@given(batch=batches())
-def test_reductions_are_one_value_in_three_normalisations(batch: Batch) -> None:
+@given(batch=batches(), choices=choices_of_lists)
+def test_reductions_are_one_value_in_three_normalisations(batch: Batch, choices) -> None:
     n = len(batch.image)
     for lists in ("row", "batch"):
         for loss, _ in TERMS.values():
             none, sum_, mean = (
-                loss(batch.image, batch.text, batch.scale, lists=lists, reduction=r)
+                loss(batch.image, batch.text, batch.scale, lists=lists, reduction=r, **choices)
                 for r in ("none", "sum", "mean")
             )
             assert none.shape == (n,)
             torch.testing.assert_close(none.sum(), sum_, rtol=1e-12, atol=0)
-            torch.testing.assert_close(sum_ / n**2, mean, rtol=1e-12, atol=0)
+            items = n if choices["diagonal"] else n - 1
+            torch.testing.assert_close(sum_ / (n * items), mean, rtol=1e-12, atol=0)
+
+
+@terms
+@pytest.mark.parametrize("lists", ["row", "batch"])
+@given(batch=batches(), likelihood=likelihoods, diagonal=st.booleans())
+def test_the_two_fixed_references_are_the_two_directions(
+    term, lists, batch: Batch, likelihood, diagonal
+) -> None:
+    v, t, s = batch.leaves()
+    loss, options = TERMS[term][0], {"lists": lists, "diagonal": diagonal, **likelihood}
+    both, image, text = (loss(v, t, s, fixed_reference=r, **options) for r in (None, "image", "text"))
+    torch.testing.assert_close((image + text) / 2, both, rtol=1e-10, atol=1e-12)
+    swapped = loss(t, v, s, fixed_reference="image", **options)
+    torch.testing.assert_close(swapped, text, rtol=1e-10, atol=1e-12)
+    if term == "in_modal":  # the lists of the images among themselves teach the texts nothing
+        assert not torch.autograd.grad(text, t, allow_unused=True, materialize_grads=True)[0].any()
+
+
+def test_without_the_diagonal_a_pair_of_its_own_says_nothing() -> None:
+    # Two pairs: what is left of every list is one item, and one item has one order.
+    batch = random_batch(0, 2, 3, 10.0)
+    for loss, _ in TERMS.values():
+        assert loss(batch.image, batch.text, batch.scale, diagonal=False) == 0
+        assert loss(batch.image, batch.text, batch.scale) > 0
 
 
 # --- streaming --------------------------------------------------------------------------------------------
@@ -218,19 +257,26 @@ def test_reductions_are_one_value_in_three_normalisations(batch: Batch) -> None:
     likelihood=likelihoods,
     reduction=reductions,
     chunk_size=st.none() | st.integers(1, 14),
+    budget=st.sampled_from([None, 0]),
+    choices=choices_of_lists,
 )
 def test_streaming_equals_plain_in_value_and_in_every_gradient(
-    term, batch: Batch, likelihood, reduction, chunk_size
+    term, batch: Batch, likelihood, reduction, chunk_size, budget, choices
 ) -> None:
     v, t, s = batch.leaves()
+    likelihood = likelihood | choices
     plain = dense_row_lists(term, v, t, s, reduction, likelihood)
-    streaming = TERMS[term][0](v, t, s, reduction=reduction, chunk_size=chunk_size, **likelihood)
+    streaming = TERMS[term][0](
+        v, t, s, reduction=reduction, chunk_size=chunk_size, memory_budget=budget, **likelihood
+    )
     torch.testing.assert_close(streaming, plain, rtol=1e-10, atol=1e-10)
     inputs = (v, t, s) if likelihood["worth"] == "exp" else (v, t)
     upstream = upstream_for(plain)
-    for actual, expected in zip(
-        gradients(streaming, inputs, upstream), gradients(plain, inputs, upstream), strict=True
-    ):
+    # A fixed modality has no part in the other's in-modal lists: autograd's None is a zero here.
+    expected_gradients = torch.autograd.grad(
+        plain, inputs, upstream, allow_unused=True, materialize_grads=True
+    )
+    for actual, expected in zip(gradients(streaming, inputs, upstream), expected_gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -254,7 +300,13 @@ def test_random_ties_stream_as_they_compute_plainly_and_break_ties_one_way_per_c
 @pytest.mark.parametrize("lists", ["row", "batch"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
-    "likelihood", [{}, {"worth": "shifted", "discount": "log", "top_k": 3}], ids=["exp", "all"]
+    "likelihood",
+    [
+        {},
+        {"worth": "shifted", "discount": "log", "top_k": 3},
+        {"worth": "shifted", "diagonal": False, "fixed_reference": "text"},
+    ],
+    ids=["exp", "all", "others"],
 )
 def test_first_and_second_derivatives_are_right(lists: str, reduction: str, likelihood) -> None:
     criterion = RankConsistency(
@@ -321,10 +373,9 @@ def test_no_tensor_as_large_as_n_by_n_is_ever_made(reduction: str, method: str, 
     value = RankConsistency(chunk_size=chunk, memory_budget=0, **options)(v, t, s)
     value.backward(upstream_for(value))
     assert n * chunk <= largest.elements <= 2 * n * max(chunk, d)
-    for wasteful in ({"chunk_size": n, "memory_budget": 0}, {"chunk_size": chunk}):
-        largest.elements = 0
-        RankConsistency(**options, **wasteful)(v, t, s).sum().backward()
-        assert largest.elements >= n * n  # the measurement sees such a tensor where there is one
+    largest.elements = 0
+    RankConsistency(chunk_size=n, memory_budget=0, **options)(v, t, s).sum().backward()
+    assert largest.elements >= n * n  # the measurement sees such a tensor where there is one
 
 
 # --- precision --------------------------------------------------------------------------------------------
@@ -416,6 +467,9 @@ def test_nan_or_infinity_in_a_feature_gives_nan_in_every_term_and_gradient(
         ({"worth": "power"}, r"worth must be one of .*; got 'power'"),
         ({"ties": "none"}, r"ties must be one of .*; got 'none'"),
         ({"discount": "exp"}, r"discount must be one of .*; got 'exp'"),
+        ({"diagonal": "no"}, r"diagonal must be one of True, False; got 'no'"),
+        ({"fixed_reference": "both"}, r"fixed_reference must be one of None, 'image', 'text'; got 'both'"),
+        ({"diagonal": False, "ties": "random"}, r"diagonal=False .* needs ties='shared'"),
         ({"top_k": -1}, r"top_k must be an integer of at least 1; got -1"),
         ({"cross_modal": -0.5}, r"cross_modal must be finite and >= 0; got -0.5"),
         ({"in_modal": math.nan}, r"in_modal must be finite and >= 0; got nan"),

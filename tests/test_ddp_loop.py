@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -52,15 +53,23 @@ def gradients_of(model: nn.Module) -> Results:
     return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters()}
 
 
-def one_step(rank: int, world_size: int, options: dict[str, bool], micro_batches: int = 1) -> Results:
+def one_step(
+    rank: int,
+    world_size: int,
+    options: dict[str, bool],
+    micro_batches: int = 1,
+    *,
+    group: Any = None,
+    seed: int = 0,
+) -> Results:
     """What DDP leaves in the parameters' gradients: of CLIP's loss, and of the rank terms."""
-    layout = {**options, "rank": rank, "world_size": world_size}
+    layout = {**options, "rank": rank, "world_size": world_size, "group": group}
     results = {}
     for name, criterion in (("base", ClipLoss(**layout)), ("rank", RankConsistency(**layout))):
         model: nn.Module = Towers()
-        if world_size > 1:
-            model = DistributedDataParallel(model)
-        images, texts = (share(x, rank, world_size) for x in data())
+        if dist.is_initialized():
+            model = DistributedDataParallel(model, process_group=group)
+        images, texts = (share(x, rank, world_size) for x in data(seed))
         if micro_batches == 1:
             loss = criterion(*model(images, texts))
             loss.backward()
@@ -91,12 +100,12 @@ def flags(local_loss: bool, gather_with_grad: bool) -> dict[str, bool]:
     return {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
 
 
-def in_one_process(world_size: int, local_loss: bool, gather_with_grad: bool) -> Results:
+def in_one_process(world_size: int, local_loss: bool, gather_with_grad: bool, seed: int = 0) -> Results:
     """The same by the flags' rules, without processes and without the losses' own code."""
     results = {}
     for name, loss in (("base", one_process.clip), ("rank", one_process.rank_terms)):
         model = Towers()
-        one_process.mean_loss(loss, model(*data()), world_size, local_loss, gather_with_grad).backward()
+        one_process.mean_loss(loss, model(*data(seed)), world_size, local_loss, gather_with_grad).backward()
         results.update({f"{name} {key}": value for key, value in gradients_of(model).items()})
     return results
 
@@ -124,6 +133,31 @@ def test_a4_averaged_gradients_against_the_single_process_ones(
         else:  # another direction, for the rank terms as for CLIP's
             cosine = F.cosine_similarity(actual[name].flatten(), expected[name].flatten(), dim=0)
             assert 0 < cosine < 0.9999
+
+
+def one_step_of_half_the_ranks(rank: int, world_size: int, options: dict[str, bool]) -> Results:
+    """The even and the odd ranks train a model each, on data of their own."""
+    groups = [dist.new_group(list(range(parity, world_size, 2))) for parity in (0, 1)]
+    group, seed = groups[rank % 2], rank % 2
+    return one_step(dist.get_rank(group), dist.get_world_size(group), options, group=group, seed=seed)
+
+
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+def test_a4_group_other_than_the_default_trains_on_its_own(
+    pool: Pool, local_loss: bool, gather_with_grad: bool
+) -> None:
+    results = pool.run(one_step_of_half_the_ranks, flags(local_loss, gather_with_grad))
+    for rank, of_rank in enumerate(results):
+        size = len(results[rank % 2 :: 2])
+        assert_equal(of_rank, in_one_process(size, local_loss, gather_with_grad, seed=rank % 2))
+
+
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+def test_a4_one_process_under_ddp_is_one_without_a_group(
+    pools: Pools, local_loss: bool, gather_with_grad: bool
+) -> None:
+    (under_ddp,) = pools[1].run(one_step, flags(local_loss, gather_with_grad))
+    assert_equal(under_ddp, one_step(0, 1, {}))
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), [(False, False), *EXACT])

@@ -288,7 +288,7 @@ def shard_of_group(rank: int, world_size: int, loss: str, options: dict[str, Any
     return [value.detach(), *gradients(value, (v, t, s), 1.0)]
 
 
-@pytest.mark.parametrize("loss", ["rank_clip", "clip"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
 def test_losses_take_a_group_and_look_no_further(
     pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool

@@ -6,6 +6,8 @@ import doctest
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 COMPOSITION = ROOT / "docs/composition.md"
 
@@ -14,9 +16,10 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_examples_of_composition_run() -> None:
-    failures, count = doctest.testfile(str(COMPOSITION), module_relative=False)
-    assert count >= 8
+@pytest.mark.parametrize(("name", "examples"), [("composition.md", 8), ("performance.md", 4)])
+def test_examples_of_a_document_run(name: str, examples: int) -> None:
+    failures, count = doctest.testfile(str(ROOT / "docs" / name), module_relative=False)
+    assert count >= examples
     assert failures == 0
 
 

@@ -21,12 +21,12 @@ from rankloss.plans import choose_plan
 WEIGHTS = torch.tensor([0.8, 1.3, 0.6], dtype=torch.float64)
 
 
-def plain(v: Tensor, t: Tensor, s: Tensor, likelihood: ListOptions, bins: int | None) -> list[Tensor]:
+def plain(v: Tensor, t: Tensor, s: Tensor, options: ConsistencyOptions) -> list[Tensor]:
     """The three weighted terms, by autograd."""
-    e, n = Embeddings.of(v, t, s), len(v)
+    e, n = Embeddings.of(v, t, s), len(v) if options.diagonal else len(v) - 1
     values = [dense.row_lists_cross_entropy(e).mean()]
     for term in ("cross_modal", "in_modal"):
-        values.append(dense.row_lists_nll(e, term, likelihood, bins=bins).mean() / n)
+        values.append(dense.row_lists_nll(e, term, options).mean() / n)
     return [w * x for w, x in zip(WEIGHTS, values, strict=True)]
 
 
@@ -37,18 +37,26 @@ def plain(v: Tensor, t: Tensor, s: Tensor, likelihood: ListOptions, bins: int | 
     chunk_size=st.none() | st.integers(1, 9),
     discount=st.sampled_from([None, "log"]),
     top_k=st.none() | st.integers(1, 9),
+    diagonal=st.sampled_from([True, False]),
+    fixed_reference=st.sampled_from([None, "image", "text"]),
     upstream=st.sampled_from([(2.5, 2.5, 2.5), (1.0, -2.0, 0.5), (0.0, 1.5, 0.0)]),
 )
 def test_every_engine_and_plan_equals_the_plain_terms(
-    batch: Batch, method, budget, chunk_size, discount, top_k, upstream
+    batch: Batch, method, budget, chunk_size, discount, top_k, diagonal, fixed_reference, upstream
 ) -> None:
     likelihood = ListOptions(discount=discount, top_k=top_k)
     options = ConsistencyOptions(
-        method=method, bins=9, chunk_size=chunk_size, memory_budget=budget, likelihood=likelihood
+        diagonal=diagonal,
+        fixed_reference=fixed_reference,
+        method=method,
+        bins=9,
+        chunk_size=chunk_size,
+        memory_budget=budget,
+        likelihood=likelihood,
     )
     inputs = v, t, s = batch.leaves()
     terms = row_lists.row_lists(Embeddings.of(v, t, s), options, WEIGHTS, (True, True, True))
-    expected = plain(v, t, s, likelihood, options.bins_or_none)
+    expected = plain(v, t, s, options)
     for a, b in zip(terms, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     if upstream[1] == 0:
@@ -65,9 +73,35 @@ def test_every_engine_and_plan_equals_the_plain_terms(
 def test_a_term_that_is_not_used_has_no_part_in_the_gradient(used: tuple[int, ...]) -> None:
     inputs = v, t, s = random_batch(3, 9, 5, 20.0, duplicates=2).leaves()
     terms = row_lists.row_lists(Embeddings.of(v, t, s), ConsistencyOptions(), WEIGHTS, (True,) * 3)
-    expected = plain(v, t, s, ListOptions(), None)
+    expected = plain(v, t, s, ConsistencyOptions())
     found, wanted = (gradients(sum(x[k] for k in used), inputs, 1.7) for x in (terms, expected))
     for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@given(
+    batch=batches(min_n=4),
+    method=st.sampled_from(["sort", "bin"]),
+    diagonal=st.booleans(),
+    chunk_size=st.none() | st.integers(1, 5),
+)
+def test_a_share_of_the_anchors_has_the_values_that_it_has_in_the_whole(
+    batch: Batch, method, diagonal, chunk_size
+) -> None:
+    """What a process computes with ``local_loss``: its own rows, whose place among the items it knows."""
+    v, t, s = batch.leaves()
+    options = ConsistencyOptions(
+        method=method, bins=9, reduction="none", diagonal=diagonal, chunk_size=chunk_size
+    )
+    whole = row_lists.row_lists(Embeddings.of(v, t, s), options, WEIGHTS, (False, True, True))
+    share = slice(1, 3)
+    embeddings = Embeddings.of(v, t, s, image_anchors=v[share], text_anchors=t[share])
+    values = row_lists.row_lists(embeddings, options, WEIGHTS, (False, True, True), first_row=1)
+    for a, b in zip(values[1:], whole[1:], strict=True):
+        torch.testing.assert_close(a, b[share], rtol=1e-10, atol=1e-10)
+    found = torch.autograd.grad(values[1].sum() - 2 * values[2].sum(), (v, t, s))
+    expected = torch.autograd.grad(whole[1][share].sum() - 2 * whole[2][share].sum(), (v, t, s))
+    for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
@@ -92,7 +126,7 @@ def test_worths_that_float64_does_not_hold_are_summed_in_log_space(s: float, met
     inputs = v, t, scale = random_batch(1, 12, 3, s, duplicates=2).leaves()
     options = ConsistencyOptions(method=method, bins=7)
     terms = row_lists.row_lists(Embeddings.of(v, t, scale), options, WEIGHTS, (True,) * 3)
-    expected = plain(v, t, scale, ListOptions(), options.bins_or_none)
+    expected = plain(v, t, scale, options)
     for a, b in zip(gradients(sum(terms), inputs, 2.0), gradients(sum(expected), inputs, 2.0), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(sum(terms), sum(expected), rtol=1e-10, atol=1e-10)
@@ -190,7 +224,10 @@ def test_torch_func_is_right_or_refused() -> None:
 @pytest.mark.parametrize("method", ["sort", "bin"])
 @pytest.mark.parametrize("plan", ["rows", "shared"])
 @pytest.mark.parametrize("likelihood", [ListOptions(), ListOptions(discount="log", top_k=3)])
-def test_a_step_on_an_accelerator_never_waits_for_it(method: str, plan: str, likelihood, monkeypatch) -> None:
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_a_step_on_an_accelerator_never_waits_for_it(
+    method: str, plan: str, likelihood, diagonal: bool, monkeypatch
+) -> None:
     """Tensors without values stand in for a device: looking at one, as a synchronisation does, raises."""
     monkeypatch.setattr(torch, "autocast", lambda **_: contextlib.nullcontext())  # which meta does not have
     v, t = (F.normalize(torch.empty(64, 8, device="meta"), dim=-1) for _ in range(2))
@@ -199,7 +236,8 @@ def test_a_step_on_an_accelerator_never_waits_for_it(method: str, plan: str, lik
     budget = 0 if plan == "rows" else None
     chosen = choose_plan(64, 64, v.device, v.dtype, chunk_size=16, memory_budget=budget)
     assert chosen.name == plan
-    problem = streaming.Problem(likelihood, 32 if method == "bin" else None, chosen)
+    options = ConsistencyOptions(method=method, bins=32, diagonal=diagonal, likelihood=likelihood)
+    problem = streaming.Problem(options, chosen)
     weight = torch.empty((), dtype=torch.float64, device="meta") * embeddings.nan_unless_finite
     into = streaming.Gradients(torch.zeros_like(v), torch.zeros_like(t), None, None, torch.zeros_like(s))
     values = streaming.stream(embeddings, None, problem, streaming.Weights(weight, weight, weight), into)

@@ -54,6 +54,18 @@ _RANKCLIP_OPTIONS = (
     Option("discount", "none", "weight of a rank: 1, or 1/log(1 + rank)", {"choices": ("none", "log")}),
     Option("top-k", None, "count only the best ranks of each list", {"type": count, "metavar": "K"}, "all"),
     Option(
+        "diagonal",
+        "include",
+        "whether an anchor's own pair is an item of its lists",
+        {"choices": ("include", "exclude")},
+    ),
+    Option(
+        "fixed-reference",
+        "none",
+        "the modality whose rankings the other one's follow, without following them",
+        {"choices": ("none", "image", "text")},
+    ),
+    Option(
         "method",
         "sort",
         "rank a list by its exact order, or faster by bins of the reference",
@@ -93,14 +105,20 @@ def _rankclip(base: nn.Module, args: Any) -> rankloss.RankClipLoss:
         lists=args.rankclip_lists,
         worth=args.rankclip_worth,
         ties=args.rankclip_ties,
-        discount=None if args.rankclip_discount == "none" else args.rankclip_discount,
+        discount=_or_none(args.rankclip_discount),
         top_k=args.rankclip_top_k,
+        diagonal=args.rankclip_diagonal == "include",
+        fixed_reference=_or_none(args.rankclip_fixed_reference),
         method=args.rankclip_method,
         bins=args.rankclip_bins,
         chunk_size=args.rankclip_chunk_size,
         memory_budget=args.rankclip_memory_budget,
         **layout(args, rows=args.rankclip_lists == "row"),
     )
+
+
+def _or_none(choice: str) -> Any:
+    return None if choice == "none" else choice
 
 
 def _shareable(base: nn.Module, args: Any) -> nn.Module:

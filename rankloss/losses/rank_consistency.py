@@ -12,7 +12,7 @@ from rankloss.consistency import weighted_terms
 from rankloss.distributed import Gather
 from rankloss.embeddings import Embeddings, arithmetic_dtype, check_features
 from rankloss.losses.weights import check_weight
-from rankloss.options import ConsistencyOptions, ListsOption, Method, Reduction
+from rankloss.options import ConsistencyOptions, FixedReference, ListsOption, Method, Reduction
 from rankloss.plackett_luce import Discount, ListOptions, Ties, Worth
 from rankloss.plans import Plan
 
@@ -46,6 +46,10 @@ class RankConsistency(nn.Module):
         top_k: None or the number of best-ranked positions that count, likewise.
         reduction: ``"mean"``: nats per item, averaged over the lists. ``"sum"``: the plain sum of the lists.
             ``"none"``: a value per anchor, ``[N]``, that adds up to ``"sum"``.
+        diagonal: whether an anchor's own pair, in the in-modal term the anchor itself, is an item of its
+            lists. It is in the paper; the contrastive loss ranks it first in any case.
+        fixed_reference: ``"text"``: the texts' rankings are a reference and follow nothing, cross = C(S | R)
+            and in = C(I | X). ``"image"``: the other way round. None: both directions, as above.
         method: how lists are ranked. ``"sort"``: by their exact order. ``"bin"``: by evenly spaced bins of
             the reference (:func:`rankloss.bins.quantize`), faster; the items of a bin are tied.
         bins: the number of bins.
@@ -94,6 +98,8 @@ class RankConsistency(nn.Module):
         discount: Discount | None = None,
         top_k: int | None = None,
         reduction: Reduction = "mean",
+        diagonal: bool = True,
+        fixed_reference: FixedReference | None = None,
         method: Method = "sort",
         bins: int = 2048,
         chunk_size: int | None = None,
@@ -114,6 +120,8 @@ class RankConsistency(nn.Module):
             discount=discount,
             top_k=top_k,
             reduction=reduction,
+            diagonal=diagonal,
+            fixed_reference=fixed_reference,
             method=method,
             bins=bins,
             chunk_size=chunk_size,

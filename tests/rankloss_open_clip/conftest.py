@@ -94,7 +94,7 @@ def runs(trainer: Trainer, broken_plugin: dict[str, str]) -> Iterator[Runs]:
         call("lock text", *two, *rankclip, "--lock-text", "--lock-text-freeze-layer-norm")
     call("skip scheduler", *three, *official, "--skip-scheduler")
     call("synthetic", *two, *rankclip, "--dataset-type", "synthetic", "--train-num-samples", str(SAMPLES))
-    call("csv, whole set", *WHOLE_SET)
+    call("csv, whole set", *WHOLE_SET, "--val-data", str(trainer.directory / "data.csv"))
     call("webdataset, whole set", *WHOLE_SET, *trainer.webdataset)
     yield table
     table.close()

@@ -1,4 +1,4 @@
-"""The trainer's own command under torchrun: two processes against one, from checkpoints and logs.
+"""The trainer's own command under torchrun: several processes against one, from checkpoints and logs.
 
 Every step takes all pairs, so that however they are dealt out to processes and micro-batches, it is the same
 step. The optimizer is SGD: its momentum after the first step is that step's gradient, and its steps are
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
-from trainer_runs import SAMPLES, Run, Runs, Trainer
+from trainer_runs import OFFICIAL, SAMPLES, TORCHRUN, Run, Runs, Trainer
 
 import one_process
 from batches import relative_error
@@ -29,27 +29,25 @@ OPTIONS = [
     *("--loss", "rankclip", "--rankclip-schedule", "constant"),
     *("--rankclip-lambda-cross", f"{RANK_WEIGHT}", "--rankclip-lambda-in", f"{RANK_WEIGHT}"),
 ]
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 BOTH = ["--local-loss", "--gather-with-grad"]
 WARNING = "local_loss without gather_with_grad"
 
 
 class Table(Runs):
-    """Runs of one process or two, by name."""
+    """Runs of one process or several, by name."""
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__()
         self.trainer = trainer
 
     def one(self, name: str, *options: str, accum_freq: int = 1) -> None:
-        self._add(name, (), 1, accum_freq, options)
+        self.several(1, name, *options, accum_freq=accum_freq)
 
     def two(self, name: str, *options: str, accum_freq: int = 1) -> None:
-        self._add(name, (*TORCHRUN, "2", "--", cpu_ddp.__file__), 2, accum_freq, options)
+        self.several(2, name, *options, accum_freq=accum_freq)
 
-    def _add(
-        self, name: str, command: tuple[str, ...], world_size: int, accum_freq: int, options: tuple[str, ...]
-    ) -> None:
+    def several(self, world_size: int, name: str, *options: str, accum_freq: int = 1) -> None:
+        command = () if world_size == 1 else (*TORCHRUN, str(world_size), "--", cpu_ddp.__file__)
         batch_size = SAMPLES // world_size // accum_freq
         sizes = ("--batch-size", str(batch_size), "--accum-freq", str(accum_freq))
         log = f"ddp {name}"  # other tests have runs of these names, in the same directory
@@ -79,16 +77,25 @@ def more_ddp_runs(trainer: Trainer) -> Iterator[Table]:
     for name, options in (("siglip", siglip), ("coca", (*coca, *BOTH)), ("distill", (*distill, *BOTH))):
         table.one(name, *options)
         table.two(f"{name}, two processes", *options)
+    table.several(4, "four processes, both flags", *BOTH)
+    table.several(4, "four processes, neither flag")
+    table.several(4, "siglip, four processes", *siglip, "--loss-dist-impl", "gather")
+    # 64 pairs are not shared out among three; the table without its last row is.
+    rows = (trainer.directory / "data.csv").read_text().splitlines()[:-1]
+    (trainer.directory / "63 pairs.csv").write_text("\n".join(rows) + "\n")
+    pairs_63 = ("--train-data", str(trainer.directory / "63 pairs.csv"))
+    table.one("63 pairs", *pairs_63, "--batch-size", "63")
+    table.several(3, "63 pairs, three processes", *pairs_63, *BOTH)
+    # λ goes from 0 to 2; a static graph allows no change in what is trained.
+    checkpointing = (*OFFICIAL, "--grad-checkpointing")
+    table.one("checkpointing", *checkpointing)
+    table.two("static graph", *checkpointing, *BOTH, "--ddp-static-graph")
     yield table
     table.close()
 
 
 def weights(run: Run, epoch: int) -> dict[str, Tensor]:
-    return {
-        name.removeprefix("module."): x
-        for name, x in run.epoch(epoch).items()
-        if not name.startswith("optimizer.")
-    }
+    return {name: x for name, x in run.epoch(epoch).items() if not name.startswith("optimizer.")}
 
 
 def scale_and_towers(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -135,14 +142,15 @@ def test_a4_both_flags_train_as_one_process_does(ddp_runs: Table) -> None:
 
 
 @pytest.mark.slow
-def test_a4_neither_flag_gives_towers_half_the_gradient_and_the_scale_all_of_it(
-    ddp_runs: Table, more_ddp_runs: Table
+@pytest.mark.parametrize(("number", "world_size"), [("two", 2), ("four", 4)])
+def test_a4_neither_flag_gives_towers_their_share_of_the_gradient_and_the_scale_all_of_it(
+    ddp_runs: Table, more_ddp_runs: Table, number: str, world_size: int
 ) -> None:
-    one, two = ddp_runs["one process"], more_ddp_runs["two processes, neither flag"]
-    (scale, towers), (whole_scale, whole_towers) = gradient(two), gradient(one)
-    assert relative_error(towers, whole_towers / 2) < 1e-5
+    one, several = ddp_runs["one process"], more_ddp_runs[f"{number} processes, neither flag"]
+    (scale, towers), (whole_scale, whole_towers) = gradient(several), gradient(one)
+    assert relative_error(towers, whole_towers / world_size) < 1e-5
     assert relative_error(scale, whole_scale) < 1e-5
-    assert_same_log(two, one)
+    assert_same_log(several, one)
 
 
 def rank_0_of_2(epoch: int) -> list[int]:
@@ -219,6 +227,31 @@ def test_a4_beside_other_bases_two_processes_train_as_one(more_ddp_runs: Table, 
     assert f"on {base}" in two.log
     assert_same_training(two, more_ddp_runs[name])
     assert WARNING not in two.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("one", "several", "world_size"),
+    [
+        ("63 pairs", "63 pairs, three processes", 3),
+        ("one process", "four processes, both flags", 4),
+        ("siglip", "siglip, four processes", 4),
+    ],
+)
+def test_a4_three_and_four_processes_train_as_one_does(
+    ddp_runs: Table, more_ddp_runs: Table, one: str, several: str, world_size: int
+) -> None:
+    run = more_ddp_runs[several]
+    assert run.params["world_size"] == str(world_size)
+    assert_same_training(run, (ddp_runs if one == "one process" else more_ddp_runs)[one])
+
+
+@pytest.mark.slow
+def test_a4_static_graph_bears_the_step_from_lambda_zero(more_ddp_runs: Table) -> None:
+    one, two = more_ddp_runs["checkpointing"], more_ddp_runs["static graph"]
+    assert two.params["ddp_static_graph"] == "True"
+    assert list(two.scalars["rank_lambda"].values()) == [0.0, 2.0]
+    assert_same_training(two, one)
 
 
 @pytest.mark.slow

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 
+import cpu_ddp
 import open_clip.loss
 import pytest
 import torch
 from torch import nn
-from trainer_runs import LOCKS_TEXT, PRECISIONS, SAMPLES, STEPS, Run, Runs, Trainer, assert_equal_training
+from trainer_runs import (
+    LOCKS_TEXT,
+    OFFICIAL,
+    PRECISIONS,
+    SAMPLES,
+    STEPS,
+    TORCHRUN,
+    Run,
+    Runs,
+    Trainer,
+    assert_equal_training,
+)
 
 import rankloss
 from rankloss import reference, schedules
@@ -130,11 +143,63 @@ def test_csv_and_webdataset_train_on_the_same_pairs(runs: Runs) -> None:
         assert one == pytest.approx(other, rel=1e-3)
 
 
+def test_validation_loss_stays_plain_clip(runs: Runs) -> None:
+    run = runs["csv, whole set"]
+    # Validated on the pairs it trains on: an epoch ends with what the only step of the next one starts from.
+    after_the_first, _ = map(float, re.findall(r"clip_val_loss: ([\d.]+)", run.log))
+    line = run.train_lines()[1]
+    assert after_the_first == pytest.approx(line["Contrastive_loss"], rel=1e-4)
+    assert line["Loss"] > 1.01 * after_the_first
+
+
 def test_synthetic_data_ties_every_key(runs: Runs) -> None:
     # One picture and one caption: all permutations of a list are equally likely, so each item costs log N.
     expected = schedules.rankclip(1, 2) / 16 * math.log(SAMPLES // STEPS)
     for line in assert_trains(runs["synthetic"]):
         assert [line[term] for term in RANK_TERMS] == pytest.approx([expected] * 2, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "siglip",
+        "coca with accumulation",
+        "distill",
+        "amp_bf16 with accumulation",
+        "pure_bf16",
+        "two processes, both flags",
+        "two processes, neither flag",
+    ],
+)
+def test_a3_epoch_at_lambda_zero_is_bit_equal_to_stock_with_every_feature(
+    trainer: Trainer, name: str
+) -> None:
+    tiny = f"local-dir:{trainer.directory / 'tiny'}"
+    options = {
+        "siglip": ["--siglip"],
+        "coca with accumulation": ["--model", f"{tiny}-coca", "--accum-freq", "2"],
+        "distill": ["--distill-model", tiny, "--distill-pretrained", "none"],
+        "amp_bf16 with accumulation": ["--precision", "amp_bf16", "--accum-freq", "2"],
+        "pure_bf16": ["--precision", "pure_bf16"],
+        "two processes, both flags": ["--local-loss", "--gather-with-grad"],
+        "two processes, neither flag": [],
+    }[name]
+
+    def train(how: str, *loss: str) -> Run:
+        given = (f"lambda zero, {name}, {how}", "--epochs", "2", *options, *loss)
+        processes = name.startswith("two")
+        run = (
+            trainer.run(*given, command=(*TORCHRUN, "2", "--", cpu_ddp.__file__))
+            if processes
+            else trainer.call(*given)
+        )
+        assert run.returncode == 0, run.output[-4000:]
+        return run
+
+    stock, run = train("stock"), train("rankclip", *OFFICIAL)
+    assert_equal_training(stock, run, epochs=(1,))
+    assert not torch.equal(stock.epoch(2)["visual.proj"], run.epoch(2)["visual.proj"]), "λ is 2 there"
 
 
 @pytest.mark.slow

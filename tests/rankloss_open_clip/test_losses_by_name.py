@@ -12,7 +12,7 @@ from pathlib import Path
 import cpu_ddp
 import pytest
 import torch
-from trainer_runs import SAMPLES, STEPS, Run, Runs, Trainer
+from trainer_runs import SAMPLES, STEPS, TORCHRUN, Run, Runs, Trainer
 
 RANK_TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 CYCLIC_TERMS = ["contrastive_loss", "cyclic_cross_modal_loss", "cyclic_in_modal_loss"]
@@ -60,7 +60,7 @@ def by_name(trainer: Trainer) -> Iterator[Runs]:
     add("cyclip siglip", "cyclip", "--epochs", "1", "--siglip", "--cyclip-lambda-in", "0")
     add("rankclip-cross", "rankclip-cross", *constant)
     add("rankclip-in", "rankclip-in", *constant)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--")
+    torchrun = (*TORCHRUN, "2", "--")
     both = ["--local-loss", "--gather-with-grad"]
     for name, *options in (
         ("alip, two processes", "--batch-size", "32", "--gather-with-grad"),

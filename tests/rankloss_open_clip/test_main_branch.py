@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainer_runs import OFF, OFFICIAL, STEPS, Run, Runs, Trainer
+from trainer_runs import OFF, OFFICIAL, STEPS, TORCHRUN, Run, Runs, Trainer
 from wandb_files import wandb_scalars
 
 from rankloss import schedules
@@ -45,9 +45,14 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def main_runs(trainer: Trainer) -> Iterator[Runs]:
+def path() -> str:
+    """A PYTHONPATH on which the checkout comes first."""
+    return os.pathsep.join(filter(None, [str(Path(CHECKOUT, "src")), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(scope="module")
+def main_runs(trainer: Trainer, path: str) -> Iterator[Runs]:
     table = Runs()
-    path = os.pathsep.join(filter(None, [str(Path(CHECKOUT, "src")), os.environ.get("PYTHONPATH")]))
 
     def run(name: str, *options: str, command: tuple[str, ...] = (), **environment: str) -> Run:
         options = ("--epochs", str(EPOCHS), *options)
@@ -68,8 +73,7 @@ def main_runs(trainer: Trainer) -> Iterator[Runs]:
     add("accumulation", *PER_STEP, "--accum-freq", "2")
     add("legacy", *OFFICIAL, command=("-m", "open_clip_train.legacy_main"))
     add("whole batch", *OFFICIAL, *WHOLE_BATCH, "--batch-size", "64")
-    # `--` keeps the launcher from taking the trainer's --logs for one of its own options.
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--")
+    launcher = (*TORCHRUN, "2", "-m", "--")
     fsdp = ["--fsdp", "--local-loss", "--gather-with-grad", *WHOLE_BATCH, "--batch-size", "32"]
     add("fsdp", *OFFICIAL, *fsdp, command=(*launcher, "open_clip_train.main"))
     for strategy in STRATEGIES:
@@ -182,3 +186,11 @@ def test_resumed_run_is_where_the_uninterrupted_one_was(main_runs: Runs) -> None
 def test_legacy_trainer_shows_the_same_schedule(main_runs: Runs) -> None:
     shown = main_runs["legacy"].scalars["rank_lambda"]
     assert shown == {step: schedules.official(step // STEPS + 1, EPOCHS) for step in range(EPOCHS * STEPS)}
+
+
+@pytest.mark.parametrize("model", ["naflexgenlip_b16", "naflexgenlap_test_1d"])
+def test_a10_generative_task_is_refused(trainer: Trainer, path: str, model: str) -> None:
+    arguments = ["--model", model, "--loss", "rankclip"]
+    done = trainer.python("-m", "open_clip_train.main", *arguments, PYTHONPATH=path)
+    assert done.returncode == 2
+    assert f"rankclip compares images with texts, but {model} is trained to generate" in done.output

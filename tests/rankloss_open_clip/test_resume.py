@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import cpu_ddp
 import pytest
 import torch
-from trainer_runs import OFFICIAL, STEPS, WHOLE_SET, EpochSeeds, Run, Runs, Trainer, assert_equal_training
+from trainer_runs import (
+    OFFICIAL,
+    STEPS,
+    TORCHRUN,
+    WHOLE_SET,
+    EpochSeeds,
+    Run,
+    Runs,
+    Trainer,
+    assert_equal_training,
+)
 
 from rankloss import schedules
 
 EPOCHS = 3
+PER_STEP = ["--loss", "rankclip", "--rankclip-schedule", "linear", "--rankclip-schedule-unit", "step"]
 
 
 @dataclass(frozen=True)
@@ -30,39 +43,59 @@ class Resumed:
 
 def by_epoch(trainer: Trainer) -> Resumed:
     lambdas = {step: schedules.official(step // STEPS + 1, EPOCHS) for step in range(EPOCHS * STEPS)}
-    return interrupted(trainer, "per epoch", OFFICIAL, [], lambdas)
+    return interrupted(seeded(trainer, "per epoch"), OFFICIAL, lambdas)
 
 
 def by_step(trainer: Trainer) -> Resumed:
-    loss = ["--loss", "rankclip", "--rankclip-schedule", "linear", "--rankclip-schedule-unit", "step"]
-    total = EPOCHS * STEPS // 2
-    lambdas = {step: schedules.linear(step + 1, total) for step in range(total)}
-    return interrupted(trainer, "per step", loss, ["--accum-freq", "2"], lambdas)
+    return interrupted(seeded(trainer, "per step", "--accum-freq", "2"), PER_STEP, linear(STEPS // 2))
 
 
-def interrupted(
-    trainer: Trainer, name: str, loss: list[str], options: list[str], lambdas: dict[int, float]
-) -> Resumed:
-    def call(how: str, *more: str, kill_in_epoch: int | None = None) -> Run:
+def by_two_processes(trainer: Trainer) -> Resumed:
+    """Of the unmodified trainer, whose sampler is seeded by the epoch when there are several processes."""
+    options = ["--epochs", str(EPOCHS), "--local-loss", "--gather-with-grad", "--precision", "amp_bf16"]
+    options += ["--accum-freq", "2", "--batch-size", "8", "--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)"]
+
+    def start(how: str, *more: str, kill_in_epoch: int | None = None) -> Run:
+        kill = {} if kill_in_epoch is None else {"KILL_IN_EPOCH": str(kill_in_epoch)}
+        command = (*TORCHRUN, "2", "--", cpu_ddp.__file__)
+        return trainer.run(f"two processes, {how}", *options, *more, command=command, **kill)
+
+    return interrupted(start, PER_STEP, linear(STEPS // 2))
+
+
+def seeded(trainer: Trainer, name: str, *options: str) -> Callable[..., Run]:
+    def start(how: str, *more: str, kill_in_epoch: int | None = None) -> Run:
         given = ("--epochs", str(EPOCHS), *options, *more)
         return trainer.call(f"{name}, {how}", *given, seeds=EpochSeeds(kill_in_epoch))
 
+    return start
+
+
+def linear(steps: int) -> dict[int, float]:
+    return {step: schedules.linear(step + 1, EPOCHS * steps) for step in range(EPOCHS * steps)}
+
+
+def interrupted(start: Callable[..., Run], loss: list[str], lambdas: dict[int, float]) -> Resumed:
     def in_pieces() -> tuple[Run, str, Run]:
-        killed = call("killed", *loss, kill_in_epoch=1)
-        return killed, killed.log, call("killed", *loss, "--resume", "latest")
+        killed = start("killed", *loss, kill_in_epoch=1)
+        return killed, killed.log, start("killed", *loss, "--resume", "latest")
 
     with ThreadPoolExecutor(1) as pool:
         pieces = pool.submit(in_pieces)
-        whole = call("whole", *loss)
+        whole = start("whole", *loss)
         path = ("--resume", str(whole.directory / "checkpoints" / "epoch_1.pt"))
-        by_path, forgotten = call("by path", *loss, *path), call("without the loss", *path)
+        by_path, forgotten = start("by path", *loss, *path), start("without the loss", *path)
         killed, killed_log, latest = pieces.result()
     for run in (whole, by_path, forgotten, latest):
         assert run.returncode == 0, run.output[-4000:]
     return Resumed(whole, by_path, forgotten, killed, killed_log, latest, lambdas)
 
 
-@pytest.fixture(scope="module", params=[by_epoch, by_step], ids=lambda function: function.__name__)
+@pytest.fixture(
+    scope="module",
+    params=[by_epoch, by_step, pytest.param(by_two_processes, marks=pytest.mark.slow)],
+    ids=lambda function: function.__name__,
+)
 def resumed(request: pytest.FixtureRequest, trainer: Trainer) -> Resumed:
     training: Resumed = request.param(trainer)
     return training
@@ -84,7 +117,8 @@ def test_a6_resumed_by_path_logs_the_same_lines(resumed: Resumed) -> None:
 
 
 def test_a6_killed_job_was_in_the_middle_of_an_epoch(resumed: Resumed) -> None:
-    assert resumed.killed.returncode == -signal.SIGKILL
+    by_signal = f"exitcode  : {-signal.SIGKILL}"  # as torchrun reports it of a process
+    assert resumed.killed.returncode == -signal.SIGKILL or by_signal in resumed.killed.output
     first = steps_of_an_epoch(resumed)
     logged = resumed.killed_log.count("Train Epoch:")
     assert first < logged < 2 * first

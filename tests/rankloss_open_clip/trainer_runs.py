@@ -36,6 +36,8 @@ WHOLE_SET = [  # two epochs of one step each, on the same uncropped pairs in any
 ]
 # 3.0.0 locks the text towers of Hugging Face models only, with any loss.
 LOCKS_TEXT = hasattr(open_clip.CLIP, "lock_text_tower")
+# Followed by a number, and by `--`, which keeps it from taking the trainer's --logs for an option of its own.
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 # Importing the trainer takes ten times as long as training the tiny model, so most runs are forked from a
@@ -93,7 +95,7 @@ class Run(Process):
         """The tensors of a checkpoint, those of the optimizer included."""
         path = self.directory / "checkpoints" / f"epoch_{number}.pt"
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = dict(checkpoint["state_dict"])
+        tensors = {name.removeprefix("module."): x for name, x in checkpoint["state_dict"].items()}
         for index, state in checkpoint["optimizer"]["state"].items():
             tensors.update({f"optimizer.{index}.{name}": value for name, value in state.items()})
         return tensors
@@ -227,13 +229,14 @@ class EpochSeeds:
         ) -> Any:
             trainer.random_seed(epoch)
             if epoch == self.kill_in_epoch:
-                _kill_at_call(loss, 3)
+                kill_at_call(loss, 3)
             return original(model, data, loss, epoch, *rest, **named)
 
         trainer.train_one_epoch = train_one_epoch
 
 
-def _kill_at_call(loss: torch.nn.Module, number: int) -> None:
+def kill_at_call(loss: torch.nn.Module, number: int) -> None:
+    """Let this process die, as by ``kill -9``, when it calls the loss for the ``number``-th time."""
     calls = iter(range(1, number + 1))
 
     def kill(*_: Any) -> None:
