@@ -69,6 +69,7 @@ bench: $(VENV)/.dev
 	mkdir -p $(BENCH_OUTPUT)
 	$(BIN)/python -m pytest benchmarks -p no:cacheprovider -o testpaths=benchmarks -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds --benchmark-json=$(BENCH_OUTPUT)/pytest-benchmark.json $(BENCH_ARGS)
 	$(BIN)/python benchmarks/scaling.py --output $(BENCH_OUTPUT) $(SCALING_ARGS)
+	$(BIN)/python benchmarks/bin_error.py --output $(BENCH_OUTPUT)
 	$(BIN)/python benchmarks/distributed.py --output $(BENCH_OUTPUT) $(DISTRIBUTED_ARGS)
 
 clean:

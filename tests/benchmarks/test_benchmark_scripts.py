@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import bin_error  # noqa: E402
 import distributed as cost_of_processes  # noqa: E402
 from measure import Times, in_turns  # noqa: E402
 from process_pool import Pools  # noqa: E402
@@ -111,11 +112,25 @@ def test_fill_replaces_what_is_between_the_markers_and_nothing_else(tmp_path: Pa
         fill(path, "y", "text")
 
 
-def test_the_docs_have_a_place_for_both_tables(tmp_path: Path) -> None:
+def test_the_docs_have_a_place_for_every_table(tmp_path: Path) -> None:
     path = tmp_path / "performance.md"
     path.write_text((ROOT / "docs" / "performance.md").read_text(encoding="utf-8"), encoding="utf-8")
     fill(path, "scaling", "table")
     fill(path, "distributed", "table")
+    fill(path, "bins", "table")
+
+
+def test_more_bins_are_closer_to_the_exact_order() -> None:
+    few, many = bin_error.errors(bin_error.agreeing, 64, 8, 10.0, (4, 256))
+    assert 0 < many < few / 4
+
+
+def test_bin_error_script_fills_its_table(tmp_path: Path) -> None:
+    path = tmp_path / "doc.md"
+    path.write_text("<!-- bench:bins -->\n<!-- /bench:bins -->\n")
+    printed = run("bin_error.py", "--quick", "--output", str(tmp_path), "--write", str(path))
+    assert (tmp_path / "bin_error.md").read_text() in printed
+    assert "| agreeing, N = 32, s = 100 |" in path.read_text()
 
 
 def test_contenders_take_turns_in_both_orders() -> None:
