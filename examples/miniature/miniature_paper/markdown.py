@@ -29,6 +29,7 @@ def page(
         "## In short",
         wording.SUMMARY,
         _short(exhibits),
+        *([f"{wording.SEARCH}: [{outline.search}]({outline.search})."] if outline.search else []),
         "## How to read it",
         *wording.LEGEND,
     ]

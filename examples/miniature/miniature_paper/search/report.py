@@ -7,6 +7,7 @@ from pathlib import Path
 
 from miniature_paper.findings import p_text
 from miniature_paper.markdown import table
+from miniature_paper.report import SEARCH
 from miniature_paper.statistics import CONFIDENCE, Difference, Estimate
 from miniature_paper.tables import difference_text, mark, mean_text
 
@@ -16,7 +17,6 @@ from .ladder import Find, Standing, Step, tried, winner
 from .objective import DEFINITION, OBJECTIVE, SCORES
 from .trials import LOSS, RECIPE, Round, Search, Trial
 
-NAME = "search.md"
 _PICTURE = "figures/search.png"
 
 
@@ -44,7 +44,7 @@ def write(
     (folder / _PICTURE).unlink(missing_ok=True)
     if picture is not None:
         (folder / _PICTURE).write_bytes(picture)
-    path = folder / NAME
+    path = folder / SEARCH
     path.write_text(
         page(search, steps, confirmations, find=find, command=command, picture=picture is not None),
         encoding="utf-8",

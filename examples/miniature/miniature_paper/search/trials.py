@@ -121,7 +121,6 @@ class Search:
         rounds: The rounds.
         combined: Combinations are made of so many factors, after the first round.
         confirmation: Epochs and seeds of the first confirmation; a second one would take the seeds after it.
-        cost: What it takes, in words.
     """
 
     name: str
@@ -130,7 +129,6 @@ class Search:
     rounds: tuple[Round, ...]
     combined: int
     confirmation: Round
-    cost: str
 
     def __post_init__(self) -> None:
         if RECIPE not in self.trials or len({trial.name for trial in self.trials}) < len(self.trials):
@@ -279,7 +277,6 @@ SEARCHES = {
             ),
             combined=3,
             confirmation=Round(epochs=4, seeds=tuple(range(100, 108)), keep=1),
-            cost="6 to 8 hours on 2 cores",
         ),
         Search(
             name="quick",
@@ -289,7 +286,6 @@ SEARCHES = {
             rounds=(Round(1, (10,), 2), Round(1, (20, 21), 2), Round(2, (30, 31), 1)),
             combined=2,
             confirmation=Round(2, (100, 101, 102), 1),
-            cost="5 minutes on 2 cores",
         ),
     )
 }
