@@ -7,7 +7,7 @@ MINIATURE_OUTPUT ?= outputs/miniature
 BENCH_OUTPUT ?= outputs/bench
 OPEN_CLIP_VERSIONS ?= 3.0.0 3.3.0
 
-.PHONY: demo miniature miniature-full test test-slow test-matrix test-main lint typecheck bench clean
+.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main lint typecheck bench clean
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ miniature: $(VENV)/.examples
 ## The same at the size that the report in examples/miniature is made of; it can be interrupted and repeated.
 miniature-full: $(VENV)/.examples
 	$(BIN)/python examples/miniature/run.py --preset full --output $(MINIATURE_OUTPUT) $(MINIATURE_ARGS)
+
+## Search for the setting in which the rank terms help most, and confirm it once (6 to 8 hours on 2 cores).
+miniature-search: $(VENV)/.examples
+	$(BIN)/python examples/miniature/search.py --preset full --confirm --output $(MINIATURE_OUTPUT) $(SEARCH_ARGS)
 
 ## The test suite without its slow part.
 test: $(VENV)/.dev

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import signal
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("icons", "evaluate", "openmoji"))]
 
 from miniature_paper.grid import EXHIBITS, PRESETS, plan  # noqa: E402
+from miniature_paper.terminal import import_parts, machine, run_on, tracker  # noqa: E402
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -63,27 +62,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _import_parts() -> None:
-    """Import everything that is needed, or say how to install it."""
-    try:
-        import captum  # noqa: F401
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-        import open_clip_train  # noqa: F401
-        import resvg_py  # noqa: F401
-        import rich  # noqa: F401
-        import sklearn  # noqa: F401
-        import torchmetrics  # noqa: F401
-        import umap  # noqa: F401
-        import webdataset  # noqa: F401
-    except ModuleNotFoundError as error:
-        sys.exit(f"This example needs the module {error.name!r}: pip install -e '.[examples]'")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Train what is missing and write the report."""
     args = _parse(argv)
-    _import_parts()
+    import_parts()
     from rich.console import Console
 
     console = Console()
@@ -146,64 +128,35 @@ def _repeatable(args: argparse.Namespace) -> str:
 def _train(
     args: argparse.Namespace, settings: Sequence[Any], store: Any, console: Any
 ) -> tuple[list[dict[str, Any]], dict[Any, Exception]]:
-    import torch
     from icons_data.load import load
     from miniature_paper import data
-    from miniature_paper.board import RichBoard
-    from miniature_paper.runs import Machine, MeasuringError, Runs
-    from miniature_paper.schedule import run_all
-    from miniature_paper.training import TrainingError, place_models
+    from miniature_paper.runs import Runs
+    from miniature_paper.training import place_models
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"argument --device: {device}, but torch sees no GPU")
-    machine = Machine.of(device, args.jobs)
+    where = machine(args.device, args.jobs)
     args.output.mkdir(parents=True, exist_ok=True)
     console.rule("Data")
     data.build_icons(args.icons)
-    tables = data.prepare(load(args.icons), args.output, PRESETS[args.preset].sizes, _tracker(console))
+    tables = data.prepare(load(args.icons), args.output, PRESETS[args.preset].sizes, tracker(console))
     place_models(args.output)
     runs = Runs(
         output=args.output,
         icons=args.icons,
         tables=tables,
         store=store,
-        machine=machine,
+        machine=where,
         keep_checkpoints=args.keep_checkpoints,
     )
     found = {setting: record for setting in settings if (record := runs.stored(setting)) is not None}
     todo = [setting for setting in settings if setting not in found]
-    console.rule(f"Training and measuring, {machine.jobs} at a time on {device}")
+    console.rule(f"Training and measuring, {where.jobs} at a time on {where.device}")
     console.print(f"{len(settings)} models, {len(found)} of them there already", highlight=False)
     failed: dict[Any, Exception] = {}
     if todo:
         known = [(setting, sum(record["seconds"].values())) for setting, record in found.items()]
-        with RichBoard(console, todo, machine.jobs, known) as board:
-            errors = (TrainingError, MeasuringError, OSError)
-            failed = asyncio.run(
-                _cancelled_by_signals(
-                    run_all(todo, runs.make, jobs=machine.jobs, board=board, expected=errors)
-                )
-            )
+        failed = run_on(console, todo, runs.make, where.jobs, known)
     records = [record for setting in settings if (record := runs.stored(setting)) is not None]
     return records, failed
-
-
-async def _cancelled_by_signals(work: Any) -> Any:
-    """Let a polite request to end do what Ctrl-C does: end every child first."""
-    task = asyncio.ensure_future(work)
-    with contextlib.suppress(NotImplementedError):  # Windows
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await task
-
-
-def _tracker(console: Any) -> Any:
-    from rich.progress import track
-
-    def progress(items: Iterable[Any], length: int, what: str) -> Iterable[Any]:
-        return track(items, description=what, total=length, console=console)
-
-    return progress
 
 
 if __name__ == "__main__":

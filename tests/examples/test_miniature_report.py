@@ -308,6 +308,15 @@ def test_records_out_of_the_plan_are_mentioned(tmp_path, no_figures):
     assert "All 6 planned models" in text
 
 
+def test_a_search_beside_the_report_is_linked(tmp_path, no_figures):
+    forms = write(tmp_path, everything()[:2])
+    assert not any(report.SEARCH in form for form in forms)
+    (tmp_path / report.SEARCH).write_text("# A stronger setting\n", encoding="utf-8")
+    page, text = write(tmp_path, everything()[:2])
+    assert f'<a href="{report.SEARCH}">' in page
+    assert f"[{report.SEARCH}]({report.SEARCH})" in text
+
+
 def test_the_quick_preset_says_what_it_is(tmp_path, no_figures):
     quick = grid.PRESETS["quick"]
     plan = grid.plan(quick)

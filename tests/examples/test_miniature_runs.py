@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import importlib.util
 import io
 import json
@@ -135,6 +136,17 @@ def test_keys_are_unique_and_stable(preset):
     env = {**os.environ, "PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize(
+    ("preset", "digest"), [("full", "78a84ff02a879b76"), ("quick", "f2c9f02ae5be58bc")], ids=("full", "quick")
+)
+def test_finished_records_keep_their_names(preset, digest):
+    """Days of training are found by these: they change on purpose only, with what a model is trained by."""
+    keys = [store.key_of(setting, "data") for setting in plan(PRESETS[preset])]
+    assert hashlib.sha256(" ".join(keys).encode()).hexdigest()[:16] == digest
+    if preset == "full":
+        assert keys[3] == "rankclip-resnet-71680-seed0-d325b64124"
 
 
 def test_a_key_follows_data_architecture_and_arguments(monkeypatch):
@@ -501,14 +513,14 @@ from pathlib import Path
 spec = importlib.util.spec_from_file_location("miniature_run", {str(EXAMPLE / "run.py")!r})
 command = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(command)
-from miniature_paper import training
+from miniature_paper import terminal, training
 
 async def work():
     async with training.child([sys.executable, "-c", {child!r}], cwd=Path("."), env=dict(os.environ)) as p:
         await p.wait()
 
-command._run = lambda args, console: asyncio.run(command._cancelled_by_signals(work()))
-command._import_parts = lambda: None
+command._run = lambda args, console: asyncio.run(terminal.cancelled_by_signals(work()))
+command.import_parts = lambda: None
 sys.exit(command.main([]))
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:

@@ -10,8 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .grid import Setting
-from .schedule import Estimate
+from .schedule import Estimate, Run
 
 
 class RichBoard:
@@ -29,15 +28,15 @@ class RichBoard:
     def __init__(
         self,
         console: Console,
-        settings: Sequence[Setting],
+        settings: Sequence[Run],
         jobs: int,
-        known: Sequence[tuple[Setting, float]] = (),
+        known: Sequence[tuple[Run, float]] = (),
     ) -> None:
         self._console = console
         self._estimate = Estimate(settings, jobs, known)
         self._total = len(settings)
         self._over = 0
-        self._bars: dict[Setting, Any] = {}
+        self._bars: dict[Run, Any] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -60,17 +59,17 @@ class RichBoard:
     ) -> None:
         self._progress.stop()
 
-    def start(self, setting: Setting) -> None:
+    def start(self, setting: Run) -> None:
         """A run begins."""
         self._estimate.start(setting)
         self._bars[setting] = self._progress.add_task(setting.name, total=100, said="starting")
 
-    def update(self, setting: Setting, stage: str, share: float) -> None:
+    def update(self, setting: Run, stage: str, share: float) -> None:
         """A run is in this stage, of which this share is done."""
         self._progress.update(self._bars[setting], completed=round(100 * share), said=stage)
         self._progress.update(self._all, said=self._left())
 
-    def finish(self, setting: Setting, error: Exception | None) -> None:
+    def finish(self, setting: Run, error: Exception | None) -> None:
         """A run is over."""
         seconds = self._estimate.finish(setting, counts=error is None)
         self._progress.remove_task(self._bars.pop(setting))

@@ -29,6 +29,7 @@ def page(
         "## In short",
         wording.SUMMARY,
         _short(exhibits),
+        *([f"{wording.SEARCH}: [{outline.search}]({outline.search})."] if outline.search else []),
         "## How to read it",
         *wording.LEGEND,
     ]
@@ -41,13 +42,13 @@ def page(
 def _opening(outline: Outline) -> list[str]:
     notes = "\n>\n".join(f"> {note}" for note in outline.notes)
     rows = [[name, f"`{value}`" if name == "command" else value] for name, value in outline.rows]
-    return [f"**{outline.state}**", *([notes] if notes else []), _table(["", ""], rows)]
+    return [f"**{outline.state}**", *([notes] if notes else []), table(["", ""], rows)]
 
 
 def _short(exhibits: Sequence[Exhibit]) -> str:
     names = (f"[{e.number}](#{_anchor(e)}) {e.title}" for e in exhibits)
     rows = [[name, *row] for name, row in zip(names, findings.summary(exhibits), strict=True)]
-    return _table(["exhibit", *findings.SUMMARY_HEAD], rows, right=len(findings.SUMMARY_HEAD))
+    return table(["exhibit", *findings.SUMMARY_HEAD], rows, right=len(findings.SUMMARY_HEAD))
 
 
 def _exhibit(exhibit: Exhibit, picture: Picture | None) -> list[str]:
@@ -70,7 +71,7 @@ def _numbers(exhibit: Exhibit) -> str:
         for row in section.rows:
             label = f"*{row.label}*" if section.quoted else row.label
             rows.append([label, *(_cell(cell) for cell in row.cells), *_extra(exhibit, row)])
-    return _table([exhibit.corner, *labels, *extra], rows, right=width)
+    return table([exhibit.corner, *labels, *extra], rows, right=width)
 
 
 def _extra(exhibit: Exhibit, row: Row) -> list[str]:
@@ -96,7 +97,8 @@ def _cell(cell: Cell | QuotedCell | None) -> str:
     return change if cell.estimate is None else f"{mean}<br>{change}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> str:
+    """Return a table, the last ``right`` columns to the right."""
     rule = ["---"] * (len(head) - right) + ["---:"] * right
     lines = [head, rule, *([_text(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -113,13 +113,16 @@ def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) ->
     """
     found = Measured()
     blocks = {"test": "test", **{shift: f"{shift}/test" for shift in icons.shifts}}
-    searched = {name: _searched(icons, block, preset.retrieval_items) for name, block in blocks.items()}
+    searched = {name: searched_items(icons, block, preset.retrieval_items) for name, block in blocks.items()}
     probes = {
-        name: (_first(one.train, preset.probe_items), _first(one.validation, preset.probe_items // 2))
+        name: (
+            first_items(one.train, preset.probe_items),
+            first_items(one.validation, preset.probe_items // 2),
+        )
         for name, one in icons.labelled.items()
         if not one.shift
     }
-    classified = {name: _first(one.test, preset.class_items) for name, one in icons.labelled.items()}
+    classified = {name: first_items(one.test, preset.class_items) for name, one in icons.labelled.items()}
     embeddings = Embeddings(model, icons)
     embeddings.encode(
         [index for index, _, _ in searched.values()]
@@ -175,7 +178,7 @@ def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) ->
     return content
 
 
-def _searched(icons: Icons, block: str, limit: int) -> tuple[np.ndarray, list[str], Tensor]:
+def searched_items(icons: Icons, block: str, limit: int) -> tuple[np.ndarray, list[str], Tensor]:
     """Return at most ``limit`` pictures of a block, their captions, and the picture of each caption."""
     data = icons.retrieval(block)
     kept = data.image_of < limit
@@ -183,7 +186,7 @@ def _searched(icons: Icons, block: str, limit: int) -> tuple[np.ndarray, list[st
     return data.index[:limit], captions, torch.from_numpy(data.image_of[kept])
 
 
-def _first(items: Items, limit: int) -> Items:
+def first_items(items: Items, limit: int) -> Items:
     """Return the first items; their order is random, so they are a random sample."""
     return dataclasses.replace(
         items, images=items.images[:limit], labels=items.labels[:limit], index=items.index[:limit]

@@ -17,6 +17,8 @@ from .grid import Preset, Setting
 from .paper import Paper
 from .tables import Cell, Comparison, Exhibit, QuotedCell
 
+SEARCH = "search.md"
+
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
@@ -32,6 +34,7 @@ class Outline:
             recorded.
         conditions: Versions and hardware, each with its values.
         notes: What else has to be known of these records.
+        search: The report of the search for a stronger setting, if there is one beside this report.
     """
 
     preset: Preset
@@ -42,6 +45,7 @@ class Outline:
     elapsed: float | None
     conditions: list[tuple[str, str]]
     notes: list[str]
+    search: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -116,6 +120,8 @@ def write(
         collection, command or f"python examples/miniature/run.py --preset {preset.name}", notes
     )
     _write_figures(folder / "figures", pictures)
+    if (folder / SEARCH).is_file():  # written by a command of its own
+        outline = dataclasses.replace(outline, search=SEARCH)
     (folder / "report.md").write_text(markdown.page(outline, exhibits, pictures, quoted), encoding="utf-8")
     html = folder / "report.html"
     html.write_text(_html(outline, exhibits, pictures, quoted), encoding="utf-8")

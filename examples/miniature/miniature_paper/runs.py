@@ -18,7 +18,7 @@ from .data import Tables
 from .grid import Setting
 from .schedule import Progress
 from .store import Record, Store, key_of
-from .training import child, environment, model_folder, train
+from .training import child, environment, model_name, train
 
 _PACKAGES = {"open_clip": "open_clip_torch", "torch": "torch", "numpy": "numpy", "rankloss": "rankloss"}
 
@@ -156,28 +156,44 @@ class Runs:
             shutil.rmtree(self._output / "runs" / key)
 
     async def _measure(self, setting: Setting, key: str, checkpoint: Path) -> dict[str, Any]:
-        folder = self._output / "runs" / key
-        job, result = folder / "job.json", folder / "measured.json"
         todo = {
             "setting": dataclasses.asdict(setting),
             "output": str(self._output),
-            "model": f"local-dir:models/{model_folder(setting.backbone).name}",
+            "model": model_name(setting.backbone),
             "checkpoint": str(checkpoint),
             "icons": str(self._icons),
             "device": self._machine.device,
-            "result": str(result),
         }
-        job.write_text(json.dumps(todo), encoding="utf-8")
-        env = environment(self._machine.threads)
-        env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        command = [sys.executable, "-m", "miniature_paper.measure", str(job)]
-        tail: deque[str] = deque(maxlen=30)
-        async with child(command, cwd=self._output, env=env) as process:
-            assert process.stdout is not None
-            async for raw in process.stdout:
-                tail.append(raw.decode(errors="replace").rstrip())
-            code = await process.wait()
-        if code != 0 or not result.is_file():
-            raise MeasuringError(f"measuring ended with status {code}. Its last lines:\n" + "\n".join(tail))
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return found
+        return await measured_by(
+            "miniature_paper.measure", todo, self._output / "runs" / key, threads=self._machine.threads
+        )
+
+
+async def measured_by(
+    module: str, todo: dict[str, Any], folder: Path, *, threads: int | None
+) -> dict[str, Any]:
+    """Measure in a process of its own and return what it found; cancelling ends the process.
+
+    Args:
+        module: The module that is run with a job file; it writes to the job's ``result``.
+        todo: The job; the process is started in its ``output``.
+        folder: Where job and result are written.
+        threads: Threads of the process.
+
+    Raises:
+        MeasuringError: If it fails.
+    """
+    job, result = folder / "job.json", folder / "measured.json"
+    job.write_text(json.dumps({**todo, "result": str(result)}), encoding="utf-8")
+    env = environment(threads)
+    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    tail: deque[str] = deque(maxlen=30)
+    async with child([sys.executable, "-m", module, str(job)], cwd=Path(todo["output"]), env=env) as process:
+        assert process.stdout is not None
+        async for raw in process.stdout:
+            tail.append(raw.decode(errors="replace").rstrip())
+        code = await process.wait()
+    if code != 0 or not result.is_file():
+        raise MeasuringError(f"measuring ended with status {code}. Its last lines:\n" + "\n".join(tail))
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return found

@@ -6,35 +6,51 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
-
-from .grid import Setting
+from typing import Any, Protocol
 
 Progress = Callable[[str, float], None]
-Work = Callable[[Setting, Progress], Awaitable[None]]
+
+
+class Run(Protocol):
+    """What is done: a setting of the grid, for instance. Runs are told apart by equality."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def loss(self) -> str:
+        """Runs of the same loss and backbone take about as long."""
+
+    @property
+    def backbone(self) -> str:
+        """See ``loss``."""
+
+
+Work = Callable[[Any, Progress], Awaitable[None]]
 
 
 class Board(Protocol):
     """What is told of every run."""
 
-    def start(self, setting: Setting) -> None:
+    def start(self, setting: Run) -> None:
         """A run begins."""
 
-    def update(self, setting: Setting, stage: str, share: float) -> None:
+    def update(self, setting: Run, stage: str, share: float) -> None:
         """A run is in this stage, of which this share is done."""
 
-    def finish(self, setting: Setting, error: Exception | None) -> None:
+    def finish(self, setting: Run, error: Exception | None) -> None:
         """A run is over; it failed if there is an error."""
 
 
 async def run_all(
-    settings: Sequence[Setting],
+    settings: Sequence[Run],
     work: Work,
     *,
     jobs: int,
     board: Board,
     expected: type[Exception] | tuple[type[Exception], ...],
-) -> dict[Setting, Exception]:
+) -> dict[Any, Exception]:
     """Do every run, ``jobs`` of them at a time, in the given order.
 
     A run that fails does not stop the others. Cancelling cancels every run and waits until each has ended.
@@ -52,7 +68,7 @@ async def run_all(
     if jobs < 1:
         raise ValueError(f"jobs: must be at least 1, got {jobs}")
     waiting = deque(settings)
-    failed: dict[Setting, Exception] = {}
+    failed: dict[Any, Exception] = {}
 
     async def place() -> None:
         while waiting:
@@ -88,24 +104,24 @@ class Estimate:
 
     def __init__(
         self,
-        waiting: Sequence[Setting],
+        waiting: Sequence[Run],
         jobs: int,
-        known: Sequence[tuple[Setting, float]] = (),
+        known: Sequence[tuple[Run, float]] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._waiting = list(waiting)
         self._jobs = jobs
         self._known = list(known)
-        self._measured: list[tuple[Setting, float]] = []
-        self._started: dict[Setting, float] = {}
+        self._measured: list[tuple[Run, float]] = []
+        self._started: dict[Run, float] = {}
         self._clock = clock
 
-    def start(self, setting: Setting) -> None:
+    def start(self, setting: Run) -> None:
         """A run begins."""
         self._waiting.remove(setting)
         self._started[setting] = self._clock()
 
-    def finish(self, setting: Setting, *, counts: bool = True) -> float:
+    def finish(self, setting: Run, *, counts: bool = True) -> float:
         """A run is over: return its seconds, which are an example for others unless it failed."""
         seconds = self._clock() - self._started.pop(setting)
         if counts:
@@ -125,9 +141,9 @@ class Estimate:
             total += max(usual - elapsed, 0.0)
         return total / max(1, min(self._jobs, len(self._waiting) + len(self._started)))
 
-    def _usual(self, setting: Setting) -> float | None:
+    def _usual(self, setting: Run) -> float | None:
         examples = self._measured or self._known
-        kinds: list[Callable[[Setting], bool]] = [
+        kinds: list[Callable[[Run], bool]] = [
             lambda s: (s.loss, s.backbone) == (setting.loss, setting.backbone),
             lambda s: s.backbone == setting.backbone,
             lambda _: True,

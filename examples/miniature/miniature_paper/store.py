@@ -75,22 +75,9 @@ class Store:
 
     def save(self, key: str, record: Record) -> None:
         """Write a record, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=".partial-", suffix=".json", dir=self.folder)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(record, file, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, self.path(key))
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        write_whole(self.path(key), record)
 
-    def of(self, settings: Iterable[Setting]) -> tuple[list[Record], list[str]]:
+    def of(self, settings: Iterable[Any]) -> tuple[list[Record], list[str]]:
         """Return the records of these settings, whatever data they were made from, and what is odd.
 
         This is what a report is made of where the data need not be there. Two records of one setting were
@@ -115,6 +102,24 @@ class Store:
                     f"{names} are of one setting, so both are left out: delete those that are outdated"
                 )
         return [same[0][1] for key in wanted if len(same := found.get(key, [])) == 1], odd
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """Write JSON that is either there as a whole or not at all, whatever interrupts it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=".partial-", suffix=".json", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
 
 
 def _read(path: Path) -> Record:

@@ -24,6 +24,8 @@ from .grid import PRESETS, Setting
 MODELS = Path(__file__).resolve().parents[1] / "models"
 # The trainer reads a meaning into a model's path that holds "vit" or "coca".
 _FOLDERS = {"resnet": "resnet", "vit": "transformer"}
+# λ by the step, so that its course does not hang on how many epochs a data size makes of the steps.
+BY_STEP = ("--rankclip-schedule-unit", "step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,11 @@ def model_folder(backbone: str) -> Path:
     return MODELS / _FOLDERS[backbone]
 
 
+def model_name(backbone: str) -> str:
+    """Return what open_clip calls the architecture, in the output folder."""
+    return f"local-dir:models/{_FOLDERS[backbone]}"
+
+
 def model_config(backbone: str) -> dict[str, Any]:
     """Return the architecture."""
     config: dict[str, Any] = json.loads(
@@ -56,31 +63,90 @@ def model_config(backbone: str) -> dict[str, Any]:
     return config
 
 
-def arguments(setting: Setting) -> list[str]:
-    """Return the trainer's arguments that the result depends on, beside the data and the model."""
-    preset = PRESETS[setting.preset]
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the trainer is started with, beside the data.
+
+    Attributes:
+        loss: What is passed to ``--loss``.
+        backbone: The model folder.
+        epochs: How often every pair is seen.
+        arguments: The arguments that the result depends on, these two among them but for the model.
+    """
+
+    loss: str
+    backbone: str
+    epochs: int
+    arguments: tuple[str, ...]
+
+    @classmethod
+    def of(cls, setting: Setting) -> Job:
+        """Return the job that trains a setting."""
+        epochs = PRESETS[setting.preset].epochs(setting.pairs)
+        return cls(setting.loss, setting.backbone, epochs, tuple(arguments(setting)))
+
+    def command(self, table: str, name: str, *, device: str, workers: int) -> list[str]:
+        """Return the whole command line; it is run in the output folder.
+
+        Args:
+            table: The pairs' table, relative to the output folder.
+            name: The run's folder below ``runs``.
+            device: ``cpu`` or ``cuda``.
+            workers: Processes that read pictures; 0 reads them in the trainer.
+        """
+        # fmt: off
+        return [
+            sys.executable, "-m", "open_clip_train.main",
+            "--model", model_name(self.backbone),
+            "--train-data", table,
+            "--dataset-type", "csv",
+            "--csv-separator", "\t",
+            *self.arguments,
+            "--device", device,
+            "--workers", str(workers),
+            "--logs", "runs",
+            "--name", name,
+            "--log-every-n-steps", "20",
+            "--save-frequency", "0",
+        ]
+        # fmt: on
+
+
+def recipe(loss: str, *, epochs: int, batch_size: int, warmup: int, seed: int) -> list[str]:
+    """Return the arguments that every training has, whatever its loss."""
     # fmt: off
-    found = [
-        "--loss", setting.loss,
-        "--epochs", str(preset.epochs(setting.pairs)),
-        "--batch-size", str(preset.batch_size),
+    return [
+        "--loss", loss,
+        "--epochs", str(epochs),
+        "--batch-size", str(batch_size),
         "--lr", "1e-3",
         "--wd", "0.1",
         "--beta1", "0.9",
         "--beta2", "0.98",
         "--eps", "1e-6",
-        "--warmup", str(preset.warmup),
+        "--warmup", str(warmup),
         "--grad-clip-norm", "1",
         "--precision", "fp32",
         "--aug-cfg", "scale=(0.6,1.0)",
-        "--seed", str(setting.seed),
+        "--seed", str(seed),
     ]
     # fmt: on
+
+
+def arguments(setting: Setting) -> list[str]:
+    """Return the trainer's arguments that the result depends on, beside the data and the model."""
+    preset = PRESETS[setting.preset]
+    found = recipe(
+        setting.loss,
+        epochs=preset.epochs(setting.pairs),
+        batch_size=preset.batch_size,
+        warmup=preset.warmup,
+        seed=setting.seed,
+    )
     if setting.loss == "alip":
         found += ["--alip-caption-key", "synthetic"]
     if setting.loss.startswith("rankclip"):
-        # λ by the step, so that its course does not hang on how many epochs a data size makes of the steps.
-        found += ["--rankclip-schedule-unit", "step"]
+        found += BY_STEP
     if setting.loss == "rankclip":
         found += ["--rankclip-lambda-cross", f"{setting.lambda_cross:g}"]
         found += ["--rankclip-lambda-in", f"{setting.lambda_in:g}"]
@@ -92,31 +158,8 @@ def arguments(setting: Setting) -> list[str]:
 
 
 def command(setting: Setting, table: str, name: str, *, device: str, workers: int) -> list[str]:
-    """Return the whole command line; it is run in the output folder.
-
-    Args:
-        setting: What is trained.
-        table: The pairs' table, relative to the output folder.
-        name: The run's folder below ``runs``.
-        device: ``cpu`` or ``cuda``.
-        workers: Processes that read pictures; 0 reads them in the trainer.
-    """
-    # fmt: off
-    return [
-        sys.executable, "-m", "open_clip_train.main",
-        "--model", f"local-dir:models/{_FOLDERS[setting.backbone]}",
-        "--train-data", table,
-        "--dataset-type", "csv",
-        "--csv-separator", "\t",
-        *arguments(setting),
-        "--device", device,
-        "--workers", str(workers),
-        "--logs", "runs",
-        "--name", name,
-        "--log-every-n-steps", "20",
-        "--save-frequency", "0",
-    ]
-    # fmt: on
+    """Return the whole command line of a setting: see :meth:`Job.command`."""
+    return Job.of(setting).command(table, name, device=device, workers=workers)
 
 
 def environment(threads: int | None) -> dict[str, str]:
@@ -138,7 +181,7 @@ def place_models(output: Path) -> None:
 
 
 async def train(
-    setting: Setting,
+    setting: Setting | Job,
     *,
     output: Path,
     table: str,
@@ -151,7 +194,7 @@ async def train(
     """Train one model; cancelling ends the trainer.
 
     Args:
-        setting: What is trained.
+        setting: What is trained: a setting of the grid, or any other job.
         output: The folder the trainer is started in.
         table: The pairs' table, relative to it.
         name: The run's folder below ``runs``; an older one is replaced.
@@ -164,15 +207,15 @@ async def train(
         LossNotAttachedError: If plain CLIP was trained in place of another loss.
         TrainingError: If the trainer fails or leaves no checkpoint.
     """
+    job = setting if isinstance(setting, Job) else Job.of(setting)
     folder = output / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
-    epochs = PRESETS[setting.preset].epochs(setting.pairs)
-    checkpoint = folder / "checkpoints" / f"epoch_{epochs}.pt"
-    log = TrainerLog(setting.loss, epochs)
+    checkpoint = folder / "checkpoints" / f"epoch_{job.epochs}.pt"
+    log = TrainerLog(job.loss, job.epochs)
     first: dict[str, float] = {}
     started = time.monotonic()
     async with child(
-        command(setting, table, name, device=device, workers=workers),
+        job.command(table, name, device=device, workers=workers),
         cwd=output,
         env=environment(threads),
     ) as process:

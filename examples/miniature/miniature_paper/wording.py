@@ -23,6 +23,7 @@ LEGEND = (
     "Rows in italics are the paper's, for its full-size data, with the difference to the paper's own CLIP: "
     "beside ours to see what was claimed, not to compare levels.",
 )
+SEARCH = "Whether another setting does better than the recipe is the subject of a search of its own"
 SUMMARY = (
     "Paired comparisons with CLIP, in Figure 3 also with the recipe's λ. Better and worse: after Holm's "
     "correction within the exhibit; in Figure 6 they read higher and lower."

@@ -1,0 +1,1 @@
+"""The search for a setting in which the rank terms help most: on the validation side, confirmed once."""

@@ -1,0 +1,51 @@
+"""The rounds as one picture: every trial's difference to plain CLIP with its interval."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from miniature_paper.figures import LIGHT
+
+from .ladder import Step
+from .objective import OBJECTIVE
+
+_WIDTH, _ROW, _HEAD = 8.4, 0.2, 0.75
+
+
+def draw(steps: Sequence[Step]) -> bytes | None:
+    """Return a PNG of the finished rounds, or None if there is none."""
+    finished = [step for step in steps if not step.missing]
+    shown = [[s for s in step.standings if s.differences] for step in finished]
+    if not any(shown):
+        return None
+    sizes = [max(len(standings), 1) for standings in shown]
+    file = io.BytesIO()
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **LIGHT.settings()}):
+        height = sum(sizes) * _ROW + len(sizes) * _HEAD
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        axes = figure.subplots(len(shown), 1, squeeze=False, sharex=True, height_ratios=sizes)[:, 0]
+        for number, (axis, step, standings) in enumerate(zip(axes, finished, shown, strict=True), start=1):
+            for row, standing in enumerate(standings):
+                difference = standing.differences[OBJECTIVE]
+                kept = standing.trial in step.kept
+                axis.errorbar(
+                    difference.mean,
+                    row,
+                    xerr=difference.half_width or 0.0,
+                    fmt="o",
+                    markersize=4,
+                    lw=1.2,
+                    color=LIGHT.rank if kept else LIGHT.muted,
+                )
+            axis.set_yticks(range(len(standings)), [standing.trial.name for standing in standings])
+            axis.set_ylim(len(standings) - 0.5, -0.5)
+            axis.axvline(0.0, color=LIGHT.clip, lw=1, ls="--")
+            axis.grid(axis="x")
+            axis.set_title(f"Round {number}: {len(standings)} settings")
+        axes[-1].set_xlabel("objective less plain CLIP's (points, validation side)")
+        figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()

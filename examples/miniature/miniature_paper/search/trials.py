@@ -1,0 +1,291 @@
+"""What is tried: the settings, the rounds they go through, and the single trainings that these are made of.
+
+A trial is the recipe with some of the trainer's arguments changed. It is compared with plain CLIP that has
+the same changes as far as they concern CLIP, which is the batch size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations, pairwise
+from typing import Any
+
+from miniature_paper import grid
+from miniature_paper.training import BY_STEP, Job, recipe
+
+BACKBONE = "resnet"
+LOSS, REFERENCE = "rankclip", "clip"
+_OWN = "--rankclip-"
+_BATCH = "--batch-size"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A setting that is tried.
+
+    Attributes:
+        name: Its name, which is part of file names.
+        factor: What it varies; levels of one factor exclude each other.
+        changes: The trainer's arguments that differ from the recipe's, with their values.
+    """
+
+    name: str
+    factor: str
+    changes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def command(self) -> str:
+        """The changed arguments as they are typed."""
+        return " ".join(word for change in self.changes for word in change)
+
+    @property
+    def shared(self) -> tuple[tuple[str, str], ...]:
+        """The changes that plain CLIP is trained with, too."""
+        return tuple(change for change in self.changes if not change[0].startswith(_OWN))
+
+    def __add__(self, other: Trial) -> Trial:
+        """Both settings at once.
+
+        Raises:
+            ValueError: If they change the same argument.
+        """
+        if {flag for flag, _ in self.changes} & {flag for flag, _ in other.changes}:
+            raise ValueError(f"{self.name} and {other.name} change the same argument")
+        return Trial(
+            f"{self.name}+{other.name}",
+            f"{self.factor} + {other.factor}",
+            tuple(sorted(self.changes + other.changes)),
+        )
+
+
+def _lambdas(cross: str, inside: str) -> tuple[tuple[str, str], ...]:
+    return ((f"{_OWN}lambda-cross", cross), (f"{_OWN}lambda-in", inside))
+
+
+RECIPE = Trial("recipe", "none")
+# One factor at a time around the recipe. Not among them is the worth "identity", the formula as printed: it
+# has no value as soon as one cosine of a batch is negative, which is so from the first step on. A schedule
+# that is not the paper's or the authors' ends in 1, not 2: it is another course of half the weight.
+TRIALS = (
+    RECIPE,
+    Trial("lambda-x0.25", "weight", _lambdas("0.25", "0.25")),
+    Trial("lambda-x4", "weight", _lambdas("4", "4")),
+    Trial("lambda-x16", "weight", _lambdas("16", "16")),
+    Trial("cross-only", "weight", _lambdas("1", "0")),
+    Trial("in-only", "weight", _lambdas("0", "1")),
+    Trial("cross-x4", "weight", _lambdas("4", "1")),
+    Trial("in-x4", "weight", _lambdas("1", "4")),
+    Trial("one-list", "lists", ((f"{_OWN}lists", "batch"),)),
+    Trial("top-10", "top-k", ((f"{_OWN}top-k", "10"),)),
+    Trial("top-50", "top-k", ((f"{_OWN}top-k", "50"),)),
+    Trial("log-discount", "discount", ((f"{_OWN}discount", "log"),)),
+    Trial("shifted-worth", "worth", ((f"{_OWN}worth", "shifted"),)),
+    Trial("no-diagonal", "diagonal", ((f"{_OWN}diagonal", "exclude"),)),
+    Trial("follow-image", "reference", ((f"{_OWN}fixed-reference", "image"),)),
+    Trial("follow-text", "reference", ((f"{_OWN}fixed-reference", "text"),)),
+    Trial("official-ramp", "schedule", ((f"{_OWN}schedule", "official"),)),
+    Trial("no-ramp", "schedule", ((f"{_OWN}schedule", "constant"),)),
+    Trial("linear-ramp", "schedule", ((f"{_OWN}schedule", "linear"),)),
+    Trial("cosine-ramp", "schedule", ((f"{_OWN}schedule", "cosine"),)),
+    Trial("batch-128", "batch size", ((_BATCH, "128"),)),
+    Trial("batch-512", "batch size", ((_BATCH, "512"),)),
+    Trial("batch-1024", "batch size", ((_BATCH, "1024"),)),
+)
+VALIDATION, TEST = "validation", "test"
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One rung of the ladder.
+
+    Attributes:
+        epochs: How long everything is trained.
+        seeds: With which seeds; no two rounds share one.
+        keep: How many trials go on; from the last round the winner alone.
+    """
+
+    epochs: int
+    seeds: tuple[int, ...]
+    keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A size of the search.
+
+    Attributes:
+        name: Its name, and that of the grid's preset whose pairs, batch size and limits it has.
+        note: What the report has to say of it.
+        trials: What the first round tries; the recipe is among them.
+        rounds: The rounds.
+        combined: Combinations are made of so many factors, after the first round.
+        confirmation: Epochs and seeds of the first confirmation; a second one would take the seeds after it.
+    """
+
+    name: str
+    note: str
+    trials: tuple[Trial, ...]
+    rounds: tuple[Round, ...]
+    combined: int
+    confirmation: Round
+
+    def __post_init__(self) -> None:
+        if RECIPE not in self.trials or len({trial.name for trial in self.trials}) < len(self.trials):
+            raise ValueError("trials: the recipe must be among them, and every name once")
+        if self.rounds[-1].keep != 1 or any(a.keep < b.keep for a, b in pairwise(self.rounds)):
+            raise ValueError("rounds: none may keep more trials than the one before, the last one keeps 1")
+        seeds = [seed for one in (*self.rounds, self.confirmation) for seed in one.seeds]
+        if len(set(seeds)) < len(seeds) or max(seeds) != self.confirmation.seeds[-1]:
+            raise ValueError("rounds, confirmation: no seed may serve twice, the confirmation's come last")
+
+    @property
+    def grid(self) -> grid.Preset:
+        """The preset of the grid."""
+        return grid.PRESETS[self.name]
+
+    def confirmation_seeds(self, number: int) -> tuple[int, ...]:
+        """Return the seeds of the ``number``-th confirmation, counted from 1: always fresh ones."""
+        first = self.confirmation.seeds
+        return tuple(seed + (number - 1) * len(first) for seed in first)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One training, and the side it is measured on.
+
+    Attributes:
+        trial: The trial's name; plain CLIP's is ``clip`` with what it shares with the trial.
+        loss: What is passed to ``--loss``.
+        changes: Arguments that differ from the recipe's.
+        epochs: How often every pair is seen.
+        seed: The trainer's seed.
+        side: ``validation`` or ``test``.
+        preset: The search's name, which fixes everything else.
+    """
+
+    trial: str
+    loss: str
+    changes: tuple[tuple[str, str], ...]
+    epochs: int
+    seed: int
+    side: str
+    preset: str
+    backbone: str = BACKBONE
+
+    @classmethod
+    def of_record(cls, stored: Mapping[str, Any]) -> Attempt:
+        """Return the attempt that a record's ``setting`` describes."""
+        changes = tuple((flag, value) for flag, value in stored["changes"])
+        return cls(**{**stored, "changes": changes})
+
+    @property
+    def pairs(self) -> int:
+        """Number of training pairs."""
+        return grid.PRESETS[self.preset].pairs
+
+    @property
+    def batch_size(self) -> int:
+        """Pairs in a batch."""
+        return int(dict(self.changes).get(_BATCH, grid.PRESETS[self.preset].batch_size))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: whatever the batch size, the same pairs are seen."""
+        return self.pairs // self.batch_size * self.epochs
+
+    @property
+    def name(self) -> str:
+        """A short name for people and files."""
+        return f"{self.side}-{self.epochs}ep-{self.trial}-seed{self.seed}"
+
+    def job(self) -> Job:
+        """Return what the trainer is started with."""
+        preset = grid.PRESETS[self.preset]
+        words = recipe(
+            self.loss,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            # The same share of the steps as in the grid's trainings.
+            warmup=round(self.steps * preset.warmup / preset.steps),
+            seed=self.seed,
+        )
+        if self.loss == LOSS:
+            words += BY_STEP
+        words += [word for change in self.changes if change[0] != _BATCH for word in change]
+        return Job(self.loss, self.backbone, self.epochs, tuple(words))
+
+
+def attempt(search: Search, trial: Trial, epochs: int, seed: int, side: str) -> Attempt:
+    """Return one training of a trial."""
+    return Attempt(trial.name, LOSS, trial.changes, epochs, seed, side, search.name)
+
+
+def reference(search: Search, trial: Trial, epochs: int, seed: int, side: str) -> Attempt:
+    """Return the training of plain CLIP that it is compared with."""
+    name = "-".join([REFERENCE, *(f"{flag.strip('-')}-{value}" for flag, value in trial.shared)])
+    return Attempt(name, REFERENCE, trial.shared, epochs, seed, side, search.name)
+
+
+def attempts(
+    search: Search, trials: Iterable[Trial], epochs: int, seeds: Sequence[int], side: str
+) -> list[Attempt]:
+    """Return every training that a comparison of these trials needs, seed by seed, plain CLIP's first."""
+    trials = list(trials)
+    made = [
+        make(search, trial, epochs, seed, side)
+        for seed in seeds
+        for make in (reference, attempt)
+        for trial in trials
+    ]
+    return list(dict.fromkeys(made))
+
+
+def combine(helped: Sequence[Trial], limit: int) -> list[Trial]:
+    """Return the combinations of what helped, each of another factor, the most helpful first.
+
+    Every combination of two and more of the first ``limit``, and all of them together if there are more.
+    """
+    first = sorted(helped[:limit], key=lambda trial: trial.name)
+    groups = [group for size in range(2, len(first) + 1) for group in combinations(first, size)]
+    if len(helped) > limit:
+        groups.append(tuple(sorted(helped, key=lambda trial: trial.name)))
+    found = []
+    for group in groups:
+        whole = group[0]
+        for trial in group[1:]:
+            whole = whole + trial
+        found.append(whole)
+    return found
+
+
+def _some(*names: str) -> tuple[Trial, ...]:
+    return tuple(trial for trial in TRIALS if trial.name in names)
+
+
+SEARCHES = {
+    search.name: search
+    for search in (
+        Search(
+            name="full",
+            note="",
+            trials=TRIALS,
+            rounds=(
+                Round(epochs=1, seeds=(10, 11, 12), keep=8),
+                Round(epochs=2, seeds=(20, 21, 22, 23), keep=3),
+                Round(epochs=4, seeds=(30, 31, 32, 33, 34, 35), keep=1),
+            ),
+            combined=3,
+            confirmation=Round(epochs=4, seeds=tuple(range(100, 108)), keep=1),
+        ),
+        Search(
+            name="quick",
+            note="This is the quick search, a smoke test of the whole path, with trainings of a few seconds: "
+            "what it finds says nothing about the losses.",
+            trials=_some("recipe", "lambda-x16", "one-list", "no-diagonal", "batch-512"),
+            rounds=(Round(1, (10,), 2), Round(1, (20, 21), 2), Round(2, (30, 31), 1)),
+            combined=2,
+            confirmation=Round(2, (100, 101, 102), 1),
+        ),
+    )
+}

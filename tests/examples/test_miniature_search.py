@@ -1,0 +1,666 @@
+"""The search for a stronger setting: what is tried, who goes on, what is looked at, and what may be said."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import importlib.util
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+for module in ("sklearn", "torchmetrics", "rich", "webdataset", "timm", "tensorboard", "umap", "captum"):
+    pytest.importorskip(module, reason="the example's packages are not installed")
+pytest.importorskip("open_clip_train", reason="the example's packages are not installed")
+
+import torch  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from scipy import stats  # noqa: E402
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "miniature"
+sys.path[:0] = [str(EXAMPLE), *(str(EXAMPLE.parent / name) for name in ("icons", "evaluate", "openmoji"))]
+
+from clip_evaluation.model import ClipModel  # noqa: E402
+from icons_data.load import LabelledSet, load  # noqa: E402
+from miniature_icons import write_icons  # noqa: E402
+from miniature_paper import data, grid, measure, training  # noqa: E402
+from miniature_paper.runs import Machine  # noqa: E402
+from miniature_paper.search import measuring, objective, report, trainings, wording  # noqa: E402
+from miniature_paper.search.confirmation import (  # noqa: E402
+    WITH_CLIP,
+    Declarations,
+    SecondConfirmationError,
+    confirm,
+)
+from miniature_paper.search.ladder import climb, helped, stand, tried, winner  # noqa: E402
+from miniature_paper.search.objective import OBJECTIVE  # noqa: E402
+from miniature_paper.search.trials import (  # noqa: E402
+    RECIPE,
+    SEARCHES,
+    TEST,
+    TRIALS,
+    VALIDATION,
+    Attempt,
+    Round,
+    Trial,
+    attempt,
+    attempts,
+    combine,
+    reference,
+)
+from miniature_paper.store import Store  # noqa: E402
+from openmoji_demo.train import TrainingError  # noqa: E402
+
+_spec = importlib.util.spec_from_file_location("miniature_search", EXAMPLE / "search.py")
+command = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(command)
+
+FULL, QUICK = SEARCHES["full"], SEARCHES["quick"]
+searches = pytest.mark.parametrize("search", SEARCHES.values(), ids=lambda search: search.name)
+
+
+def _record(one, score=None, diverged=False):
+    """A record whose objective is ``score``, by default noise that the attempt's name decides."""
+    rng = random.Random(one.name)
+    found = {"setting": dataclasses.asdict(one), "diverged": diverged}
+    if not diverged:
+        level = 20 + rng.gauss(0, 1) if score is None else score
+        tilt = rng.gauss(0, 0.3)
+        recall = {f"{way} R@10": level + tilt for way in ("image_to_text", "text_to_image")}
+        classes = {f"zero-shot/{name}": {"top-1": level - tilt} for name in ("mdi", "solar")}
+        found["metrics"] = {"retrieval": recall, **classes}
+        found["items"] = {"retrieval": 2000, "zero-shot/mdi": 150, "zero-shot/solar": 50}
+    rest = {"chance": {}, "seconds": {"training": 100.0}, "conditions": {"cpu": "A"}}
+    return {"metrics": {}, "items": {}, **found, **rest}
+
+
+def _all(needed):
+    return {one: _record(one) for one in needed}
+
+
+# --- what is tried ---
+
+
+def _parsed(job):
+    from open_clip_train.params import parse_args
+
+    return parse_args(job.command("pairs.csv", "name", device="cpu", workers=0)[3:])
+
+
+def _loss(args):
+    from rankloss_open_clip.entries import RANKCLIP
+
+    class Base(torch.nn.Module):
+        def forward(self, *_, **__):
+            return {"contrastive_loss": torch.zeros(())}
+
+    args.rank, args.world_size = 0, 1
+    return RANKCLIP.build(Base(), args)
+
+
+_TWO = [a + b for a, b in itertools.combinations(TRIALS[1:], 2) if a.factor != b.factor]
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
+def test_the_trainer_takes_every_setting(trial):
+    one = attempt(FULL, trial, 4, 7, VALIDATION)
+    args = _parsed(one.job())
+    for flag, value in trial.changes:
+        taken = getattr(args, flag.lstrip("-").replace("-", "_"))
+        assert taken == type(taken)(value)
+    assert (args.loss, args.seed, args.epochs, args.batch_size) == ("rankclip", 7, 4, one.batch_size)
+    assert args.rankclip_schedule_unit == "step"
+    _loss(args)
+    base = _parsed(reference(FULL, trial, 4, 7, VALIDATION).job())
+    assert (base.loss, base.seed, base.epochs) == ("clip", 7, 4)
+    assert (base.batch_size, base.warmup) == (args.batch_size, args.warmup)
+
+
+def test_the_trainer_takes_every_combination_of_two():
+    for trial in _TWO:
+        _loss(_parsed(attempt(FULL, trial, 1, 0, VALIDATION).job()))
+
+
+def test_everything_that_the_issue_asks_for_is_varied():
+    flags = {flag.replace("--rankclip-", "") for trial in TRIALS for flag, _ in trial.changes}
+    assert flags == {
+        "lambda-cross", "lambda-in", "lists", "top-k", "discount", "worth", "--batch-size", "diagonal",
+        "schedule", "fixed-reference",
+    }  # fmt: skip
+    assert len({trial.changes for trial in TRIALS}) == len(TRIALS)
+
+
+def test_the_recipe_is_plain_rankclip_as_the_grid_trains_it():
+    preset = grid.PRESETS["full"]
+    plain = grid.Setting("rankclip", "resnet", preset.pairs, 1.0, 1.0, 3, "full")
+    ours, theirs = _parsed(attempt(FULL, RECIPE, 4, 3, TEST).job()), _parsed(training.Job.of(plain))
+    assert vars(ours) == vars(theirs)
+    clip = dataclasses.replace(plain, loss="clip", lambda_cross=0.0, lambda_in=0.0)
+    assert reference(FULL, RECIPE, 4, 3, TEST).job() == training.Job.of(clip)
+
+
+@searches
+def test_every_batch_size_sees_the_same_pairs(search):
+    for trial, one in itertools.product(search.trials, search.rounds):
+        found = attempt(search, trial, one.epochs, 0, VALIDATION)
+        assert found.steps * found.batch_size == found.pairs * one.epochs
+        assert (
+            int(dict(zip(found.job().arguments, found.job().arguments[1:], strict=False))["--warmup"])
+            < found.steps
+        )
+
+
+@searches
+def test_no_seed_serves_twice(search):
+    used = [set(one.seeds) for one in search.rounds] + [
+        set(search.confirmation_seeds(number)) for number in (1, 2, 3)
+    ]
+    used.append(set(range(search.grid.seeds)))  # those of the tables, which were looked at
+    for a, b in itertools.combinations(used, 2):
+        assert not a & b
+
+
+def test_a_search_with_a_seed_twice_is_refused():
+    with pytest.raises(ValueError, match="rounds, confirmation: no seed may serve twice"):
+        dataclasses.replace(QUICK, rounds=(Round(1, (10,), 2), Round(2, (10,), 1)))
+    with pytest.raises(ValueError, match="trials: the recipe must be among them"):
+        dataclasses.replace(QUICK, trials=QUICK.trials[1:])
+    with pytest.raises(ValueError, match="rounds: none may keep more"):
+        dataclasses.replace(QUICK, rounds=(Round(1, (10,), 2),))
+
+
+def test_levels_of_one_factor_are_not_combined():
+    by_name = {trial.name: trial for trial in TRIALS}
+    with pytest.raises(ValueError, match="lambda-x4 and lambda-x16 change the same argument"):
+        by_name["lambda-x4"] + by_name["lambda-x16"]
+    found = combine([by_name[name] for name in ("top-10", "batch-512", "no-diagonal", "one-list")], 3)
+    assert [trial.name for trial in found] == [
+        "batch-512+no-diagonal",
+        "batch-512+top-10",
+        "no-diagonal+top-10",
+        "batch-512+no-diagonal+top-10",
+        "batch-512+no-diagonal+one-list+top-10",
+    ]
+    assert reference(FULL, found[-1], 1, 0, VALIDATION).changes == (("--batch-size", "512"),)
+    assert combine([by_name["top-10"]], 3) == []
+
+
+# --- the ladder ---
+
+_SMALL = dataclasses.replace(
+    QUICK,
+    trials=TRIALS[:9],
+    rounds=(Round(1, (10, 11), 3), Round(1, (20, 21), 2), Round(2, (30, 31, 32), 1)),
+)
+
+
+def _find(seed, lost=()):
+    """Records by chance, in an order by chance; ``lost`` names trials that diverge."""
+
+    def find(needed):
+        made = [
+            (one, _record(one, 20 + random.Random(f"{seed}{one.name}").gauss(0, 1), one.trial in lost))
+            for one in needed
+        ]
+        random.Random(seed).shuffle(made)
+        return dict(made)
+
+    return find
+
+
+@given(seed=st.integers(0, 10**6), lost=st.sets(st.sampled_from([t.name for t in TRIALS[1:9]]), max_size=4))
+def test_the_winner_is_not_below_what_it_beat(seed, lost):
+    steps = climb(_SMALL, _find(seed, lost))
+    best = winner(_SMALL, steps)
+    assert best.name not in lost
+    worth = {standing.trial: standing.worth for standing in steps[-1].standings}
+    assert worth[best] == max(worth.values())
+    for before, after in itertools.pairwise(steps):
+        assert len(before.kept) == before.round.keep
+        left = min(s.worth for s in before.standings if s.trial in before.kept)
+        assert all(s.worth <= left for s in before.standings if s.trial not in before.kept)
+        assert {RECIPE, *before.kept} <= set(after.trials)
+    assert all(RECIPE in step.trials for step in steps)
+    assert {one.side for step in steps for one in step.attempts} == {VALIDATION}
+
+
+@given(seed=st.integers(0, 10**6), order=st.randoms())
+def test_the_order_of_settings_and_records_makes_no_difference(seed, order):
+    shuffled = list(_SMALL.trials)
+    order.shuffle(shuffled)
+    find = _find(seed)
+    first = climb(_SMALL, find)
+    second = climb(
+        dataclasses.replace(_SMALL, trials=tuple(shuffled)), lambda a: dict(reversed(find(a).items()))
+    )
+    assert [step.standings for step in first] == [step.standings for step in second]
+
+
+@given(seed=st.integers(0, 10**6), at_a_time=st.integers(1, 25))
+@settings(max_examples=25)
+def test_it_goes_on_from_what_there_is(seed, at_a_time):
+    there, made, whole = {}, [], _find(seed)
+
+    def find(needed):
+        return {one: there[one] for one in needed if one in there}
+
+    while winner(_SMALL, steps := climb(_SMALL, find)) is None:
+        assert steps[-1].standings == ()
+        todo = steps[-1].missing[:at_a_time]
+        made += todo
+        there.update(whole(todo))
+    assert len(set(made)) == len(made)
+    assert steps == climb(_SMALL, whole)
+
+
+def test_what_helped_is_the_best_level_of_each_factor_above_the_recipe():
+    scores = {"recipe": 21, "lambda-x4": 24, "lambda-x16": 23, "top-10": 22, "one-list": 20.5, "clip": 20}
+    trials = [trial for trial in TRIALS if trial.name in scores]
+    one = Round(1, (0, 1), 1)
+    records = {a: _record(a, scores[a.trial]) for a in attempts(FULL, trials, 1, one.seeds, VALIDATION)}
+    standings = stand(FULL, trials, one, VALIDATION, records)
+    assert [s.worth for s in standings] == pytest.approx([4, 3, 2, 1, 0.5])
+    assert [trial.name for trial in helped(standings)] == ["lambda-x4", "top-10"]
+
+
+def test_differences_are_paired_by_seed_and_batch_size():
+    trial = next(t for t in TRIALS if t.name == "batch-512")
+    one = Round(1, (0, 1, 2, 3), 1)
+    needed = attempts(FULL, [RECIPE, trial], 1, one.seeds, VALIDATION)
+    assert len(needed) == 16
+    records = _all(needed)
+    found = {s.trial: s for s in stand(FULL, [RECIPE, trial], one, VALIDATION, records)}
+    for which, clip in ((RECIPE, "clip"), (trial, "clip-batch-size-512")):
+        values = [
+            [objective.objective(records[a]) for a in needed if a.trial == name]
+            for name in (which.name, clip)
+        ]
+        test = stats.ttest_rel(*values)
+        difference = found[which].differences[OBJECTIVE]
+        assert difference.p == pytest.approx(test.pvalue)
+        assert (difference.low, difference.high) == pytest.approx(tuple(test.confidence_interval()))
+
+
+def test_nothing_is_compared_with_a_clip_that_diverged():
+    one = Round(1, (0,), 1)
+    records = _all(attempts(FULL, [RECIPE], 1, one.seeds, VALIDATION))
+    records = {a: _record(a, diverged=a.loss == "clip") for a in records}
+    with pytest.raises(ValueError, match="plain CLIP, which recipe is compared with, diverged"):
+        stand(FULL, [RECIPE], one, VALIDATION, records)
+
+
+def test_the_objective_is_half_recall_and_half_zero_shot():
+    record = {
+        "metrics": {
+            "retrieval": {"image_to_text R@10": 10.0, "text_to_image R@10": 14.0, "image_to_text R@1": 99.0},
+            "zero-shot/a": {"top-1": 30.0},
+            "zero-shot/b": {"top-1": 10.0},
+        },
+        "items": {"retrieval": 7, "zero-shot/a": 30, "zero-shot/b": 10},
+    }
+    assert objective.recall_at_10(record) == 12
+    assert objective.zero_shot(record) == pytest.approx((30 * 30 + 10 * 10) / 40)
+    assert objective.zero_shot_of_sets(record) == 20
+    assert objective.objective(record) == pytest.approx((12 + 25) / 2)
+
+
+# --- what is looked at ---
+
+
+class _Untouched:
+    """Icons of which the test side may not be asked for, in any way."""
+
+    def __init__(self, icons, side=VALIDATION):
+        self._icons, self._side = icons, side
+        self.images = icons.images
+        self.labelled = {name: self._labelled(one) for name, one in icons.labelled.items()}
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the search asked for {name}")
+
+    def retrieval(self, name="test"):
+        assert name == self._side
+        return self._icons.retrieval(name)
+
+    def _labelled(self, one):
+        allowed = self._side
+
+        class Guarded(LabelledSet):
+            def side(self, side):
+                assert side == allowed
+                return super().side(side)
+
+        guarded = object.__new__(Guarded)
+        guarded.__dict__.update(one.__dict__)
+        return guarded
+
+
+@pytest.fixture(scope="module")
+def icons(tmp_path_factory):
+    return load(write_icons(tmp_path_factory.mktemp("icons") / "built", validation=30))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return ClipModel(f"local-dir:{training.model_folder('resnet')}")
+
+
+PRESET = dataclasses.replace(grid.PRESETS["quick"], retrieval_items=20, class_items=22, probe_items=40)
+
+
+def test_the_search_never_looks_at_the_test_side(icons, model):
+    found = measuring.measure(model, _Untouched(icons), PRESET, VALIDATION)
+    assert (
+        found["metrics"].keys()
+        == found["chance"].keys()
+        == found["items"].keys()
+        == {"retrieval", "zero-shot/mdi"}
+    )
+    assert not found["diverged"]
+    json.dumps(found, allow_nan=False)
+    with pytest.raises(AssertionError):  # the guard guards
+        measuring.measure(model, _Untouched(icons), PRESET, TEST)
+    with pytest.raises(ValueError, match="side: must be validation or test, got 'train'"):
+        measuring.measure(model, icons, PRESET, "train")
+
+
+def test_the_test_side_is_measured_as_in_the_tables(icons, model):
+    found = measuring.measure(model, _Untouched(icons, TEST), PRESET, TEST)
+    table = measure.measure(model, icons, PRESET, figures=False)
+    for part in ("metrics", "chance"):
+        assert found[part]["retrieval"] == table[part]["retrieval/test"]
+        assert found[part]["zero-shot/mdi"]["top-1"] == table[part]["zero-shot/mdi"]["top-1"]
+    assert found["items"]["retrieval"] == table["items"]["retrieval/test"]
+    assert found["items"]["zero-shot/mdi"] == table["items"]["zero-shot/mdi"]
+
+
+def test_a_model_without_numbers_has_no_scores(icons):
+    broken = ClipModel(f"local-dir:{training.model_folder('resnet')}")
+    with torch.no_grad():
+        broken.model.text_projection.fill_(float("nan"))
+    found = measuring.measure(broken, icons, PRESET, VALIDATION)
+    assert found == {"metrics": {}, "chance": {}, "items": {}, "diverged": True}
+
+
+# --- records ---
+
+
+def test_a_record_is_named_by_all_that_determines_it(monkeypatch):
+    one = attempt(FULL, TRIALS[2], 1, 10, VALIDATION)
+    keys = {trainings.key_of(one, FULL, "data"), trainings.key_of(one, FULL, "other")}
+    for changes in ({"side": TEST}, {"seed": 11}, {"epochs": 2}, {"changes": TRIALS[3].changes}):
+        keys.add(trainings.key_of(dataclasses.replace(one, **changes), FULL, "data"))
+    monkeypatch.setattr(trainings, "VERSION", 99)
+    keys.add(trainings.key_of(one, FULL, "data"))
+    monkeypatch.undo()
+    monkeypatch.setattr(trainings, "model_config", lambda _: {})
+    keys.add(trainings.key_of(one, FULL, "data"))
+    assert len(keys) == 8
+
+
+@searches
+def test_every_training_has_a_name_of_its_own(search):
+    steps = climb(search, _all)
+    needed = [one for step in steps for one in step.attempts]
+    assert len({trainings.key_of(one, search, "data") for one in needed}) == len(needed)
+
+
+def test_records_are_found_by_their_setting(tmp_path):
+    store = Store(tmp_path)
+    needed = climb(QUICK, lambda _: {})[0].attempts
+    for one in needed[1:]:
+        store.save(one.name, _record(one))
+    assert trainings.stored(store, needed).keys() == set(needed[1:])
+    store.save("another", _record(needed[1]))
+    with pytest.raises(ValueError, match="are of one setting"):
+        trainings.stored(store, needed)
+
+
+# --- the confirmation ---
+
+ONE, OTHER = TRIALS[2], TRIALS[8]
+
+
+def test_a_second_confirmation_is_refused(tmp_path):
+    declarations = Declarations(tmp_path)
+    assert declarations.all() == []
+    first = declarations.declare(QUICK, ONE, lambda _: {})
+    assert first.seeds == QUICK.confirmation.seeds
+    for find in (lambda _: {}, _all):  # in the middle of it, and afterwards
+        assert declarations.declare(QUICK, ONE, find) == first
+        with pytest.raises(
+            SecondConfirmationError, match=f"was used to confirm {ONE.name}; confirming {OTHER.name}"
+        ):
+            declarations.declare(QUICK, OTHER, find)
+    assert declarations.all() == [first]
+    # What is not finished is finished first, so that nobody draws seeds until they please.
+    assert declarations.declare(QUICK, ONE, lambda _: {}, again=True) == first
+    second = declarations.declare(QUICK, OTHER, _all, again=True)
+    third = declarations.declare(QUICK, OTHER, _all, again=True)
+    assert declarations.all() == [first, second, third]
+    assert len({*first.seeds, *second.seeds, *third.seeds}) == 3 * len(first.seeds)
+    assert {one.side for one in first.attempts(QUICK)} == {TEST}
+    assert {one.trial for one in first.attempts(QUICK)} == {"clip", "recipe", ONE.name}
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"number": 2}'])
+def test_a_damaged_declaration_stops_everything(tmp_path, text):
+    declarations = Declarations(tmp_path)
+    declarations.declare(QUICK, ONE, _all)
+    (tmp_path / "confirmations" / "1.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"1\.json: is no declaration of a confirmation"):
+        declarations.declare(QUICK, ONE, _all)
+
+
+def test_a_lost_declaration_is_noticed(tmp_path):
+    declarations = Declarations(tmp_path)
+    for _ in range(2):
+        declarations.declare(QUICK, ONE, _all, again=True)
+    (tmp_path / "confirmations" / "1.json").unlink()
+    with pytest.raises(ValueError, match="declaration 1 is missing"):
+        declarations.all()
+
+
+def _confirmed(tmp_path, effect, noise=0.1, trial=ONE):
+    """A confirmation whose setting is ``effect`` points above plain CLIP, the recipe level with it."""
+    declaration = Declarations(tmp_path).declare(FULL, trial, _all)
+
+    def find(needed):
+        return {
+            one: _record(
+                one, 20 + effect * (one.trial == trial.name) + random.Random(one.name).gauss(0, noise)
+            )
+            for one in needed
+        }
+
+    return confirm(FULL, declaration, find)
+
+
+def test_the_verdict_claims_what_the_interval_supports(tmp_path):
+    better = _confirmed(tmp_path / "a", 2.0)
+    assert better.primary.low > 0
+    assert better.primary.adjusted == better.primary.p
+    assert wording.verdict(better).startswith("Confirmed: `lambda-x4` helps. +")
+    assert wording.against_recipe(better).startswith("It is better than the recipe: +")
+    worse = _confirmed(tmp_path / "b", -2.0)
+    assert worse.primary.high < 0
+    assert wording.verdict(worse).startswith("Contradicted: ")
+    level = _confirmed(tmp_path / "c", 0.0, noise=1.0)
+    assert level.primary.low < 0 < level.primary.high
+    assert wording.verdict(level).startswith("Not confirmed: ")
+    assert wording.against_recipe(level).startswith("It is not told apart from the recipe")
+    assert (WITH_CLIP, OBJECTIVE) not in level.others  # the one test is not corrected for the others
+    assert len(level.others) == 11
+    alone = _confirmed(tmp_path / "d", 0.0, trial=RECIPE)
+    assert wording.against_recipe(alone) is None
+
+
+def test_an_unfinished_confirmation_says_nothing(tmp_path):
+    declaration = Declarations(tmp_path).declare(FULL, ONE, _all)
+    found = confirm(FULL, declaration, lambda needed: _all(needed[:5]))
+    assert found.missing == 19
+    assert wording.verdict(found).endswith("Nothing is concluded yet.")
+
+
+def test_a_setting_that_diverges_is_not_confirmed(tmp_path):
+    declaration = Declarations(tmp_path).declare(FULL, ONE, _all)
+    found = confirm(
+        FULL, declaration, lambda needed: {a: _record(a, diverged=a.trial == ONE.name) for a in needed}
+    )
+    assert wording.verdict(found) == "Not confirmed: trained with `lambda-x4`, a model diverged."
+    page = report.page(FULL, climb(FULL, _all), [found], find=_all, command="x")
+    assert "diverged" in page
+
+
+# --- the report and the command ---
+
+
+def test_the_report_says_how_many_settings_were_tried():
+    steps = climb(FULL, _all)
+    text = report.page(FULL, steps, [], find=_all, command="the command")
+    number = len(tried(steps))
+    assert number > len(TRIALS)
+    assert f"the best of {number} settings" in text
+    assert "Nothing is confirmed yet" in text
+    for trial in tried(steps):
+        assert f"`{trial.name}`" in text
+    assert objective.DEFINITION in text
+    assert report.page(FULL, climb(FULL, _all), [], find=_all, command="the command") == text
+
+
+def test_an_unfinished_search_has_no_winner():
+    steps = climb(FULL, lambda needed: _all(needed[:-1]))
+    assert winner(FULL, steps) is None
+    text = report.page(FULL, steps, [], find=_all, command="x")
+    assert "The search is not over: round 1 of 3 has 80 of 81 trainings." in text
+
+
+@pytest.fixture
+def faked(monkeypatch, tmp_path):
+    """The command without trainings: each is a record by chance. Gives what was made, and what is to fail."""
+    made, broken = [], set()
+
+    async def make(self, one, progress):
+        progress("training", 0.5)
+        await asyncio.sleep(0)
+        if one.name in broken:
+            raise TrainingError("out of luck")
+        made.append(one)
+        self._store.save(self._key(one), _record(one))
+
+    def prepare(args, search, store, console):
+        tables = data.Tables({search.grid.pairs: "t"}, {search.grid.pairs: "d"})
+        where = Machine("cpu", 2, 0, 1)
+        found = trainings.Trainings(
+            search, output=args.output, icons=args.icons, tables=tables, store=store, machine=where
+        )
+        return found, where
+
+    monkeypatch.setattr(trainings.Trainings, "make", make)
+    monkeypatch.setattr(command, "_prepare", prepare)
+    return made, broken
+
+
+def test_the_command_searches_confirms_once_and_refuses_a_second_time(faked, tmp_path, capsys):
+    made, _ = faked
+    text = tmp_path / "quick" / "report" / "search.md"
+    line = ["--output", str(tmp_path)]
+    assert command.main(line) == 0
+    assert {one.side for one in made} == {VALIDATION}
+    assert "Nothing is confirmed yet" in text.read_text(encoding="utf-8")
+    assert (text.parent / "figures" / "search.png").stat().st_size > 1000
+    found = len(made)
+    assert command.main([*line, "--confirm"]) == 0
+    assert {one.side for one in made[found:]} == {TEST}
+    page = text.read_text(encoding="utf-8")
+    assert "## Confirmation: " in page
+    assert "smoke test" in page
+    found = len(made)
+    assert command.main([*line, "--confirm"]) == 0  # nothing is left to do
+    assert command.main([*line, "--report-only"]) == 0
+    assert len(made) == found
+    assert text.read_text(encoding="utf-8") == page
+
+    # As if another setting had been confirmed.
+    declared = tmp_path / "quick" / "results" / "search" / "confirmations" / "1.json"
+    stored = json.loads(declared.read_text(encoding="utf-8"))
+    other = TRIALS[2]
+    stored.update(trial=other.name, factor=other.factor, changes=other.changes)
+    declared.write_text(json.dumps(stored), encoding="utf-8")
+    capsys.readouterr()
+    assert command.main([*line, "--confirm"]) == 1
+    assert f"the test side was used to confirm {other.name}" in capsys.readouterr().out
+    assert len(made) == found
+    assert command.main([*line, "--confirm", "--again"]) == 0
+    assert "The test side was used for 2 confirmations" in text.read_text(encoding="utf-8")
+
+
+def test_a_failure_ends_the_round_and_the_command_goes_on(faked, tmp_path, capsys):
+    made, broken = faked
+    broken.add(attempt(QUICK, RECIPE, 1, 10, VALIDATION).name)
+    assert command.main(["--output", str(tmp_path), "--confirm"]) == 1
+    assert len(made) == 6
+    assert "out of luck" in capsys.readouterr().out
+    broken.clear()
+    assert command.main(["--output", str(tmp_path), "--confirm"]) == 0
+    assert len(set(made)) == len(made)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--jobs", "0"], "argument --jobs: must be at least 1, got 0"),
+        (["--device", "tpu"], "argument --device: must be cpu or cuda, got tpu"),
+        (["--again"], "argument --again: only with --confirm"),
+        (["--report-only", "--confirm"], "argument --report-only: not with --confirm"),
+        (["--trial", "recipe"], "unrecognized arguments: --trial recipe"),
+    ],
+)
+def test_bad_arguments_are_named(capsys, arguments, said):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_nothing_to_report_is_an_error(tmp_path, capsys):
+    assert command.main(["--report-only", "--output", str(tmp_path)]) == 1
+    assert "holds no record: nothing to report" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.slow
+def test_a_setting_is_trained_by_the_real_trainer_and_measured(tmp_path):
+    from functools import partial
+
+    built = write_icons(tmp_path / "icons", train=2100, validation=40, test=60)
+    output = tmp_path / "out"
+    output.mkdir()
+    tables = data.prepare(load(built), output, (QUICK.grid.pairs,), lambda items, *_: items)
+    training.place_models(output)
+    store = Store(tmp_path / "results")
+    one = trainings.Trainings(
+        QUICK, output=output, icons=built, tables=tables, store=store, machine=Machine.of("cpu", 1)
+    )
+    trial = Trial(
+        "batch-512+no-diagonal", "both", (("--batch-size", "512"), ("--rankclip-diagonal", "exclude"))
+    )
+    needed = [attempt(QUICK, trial, 1, 10, VALIDATION), reference(QUICK, trial, 1, 10, VALIDATION)]
+    for wanted in needed:
+        assert one.find([wanted]) == {}
+        asyncio.run(one.make(wanted, lambda *_: None))
+    found = one.find(needed)
+    assert found == partial(trainings.stored, store)(needed)
+    for wanted, record in found.items():
+        assert Attempt.of_record(record["setting"]) == wanted
+        assert not record["diverged"]
+        assert 0 <= objective.objective(record) <= 100
+        assert record["items"]["retrieval"] == 40
+        assert store.path(one._key(wanted)).stat().st_size < 4000
+    assert not list((output / "runs").iterdir())
+    assert stand(QUICK, [trial], Round(1, (10,), 1), VALIDATION, found)[0].differences[OBJECTIVE].n == 1
