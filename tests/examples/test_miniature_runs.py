@@ -507,9 +507,11 @@ def test_a_signal_ends_the_children_and_says_how_to_go_on(tmp_path, sent):
     """The command's own path from signal to exit status, with a child that would sleep for a minute."""
     mark = tmp_path / "pid"
     child = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    # What a shell starts in the background ignores SIGINT, and so does everything below it.
     script = f"""
-import asyncio, importlib.util, os, sys
+import asyncio, importlib.util, os, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 spec = importlib.util.spec_from_file_location("miniature_run", {str(EXAMPLE / "run.py")!r})
 command = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(command)
