@@ -20,7 +20,7 @@ from torch import Tensor
 from contenders import SCALE, D, batch
 from measure import conditions, in_turns
 from rankloss import RankConsistency
-from scaling_report import fill, markdown_table
+from scaling_report import fill, markdown_table, save
 
 SIZES = (1024, 4096)
 BINS = (512, 1024, 2048, 4096, 8192)
@@ -109,9 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         results = measure((32,), 8, (4, 64), 1) if args.quick else measure(SIZES, D, BINS, rounds=5)
     text = report(results)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "bin_error.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (args.output / "bin_error.md").write_text(text, encoding="utf-8")
+    save(args.output, "bin_error", results, text)
     if args.write:
         fill(args.write, "bins", text)
     print(text)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from contenders import D, batch
 from measure import conditions  # also puts tests/ where the next imports are found
 from rankloss import RankClipLoss
-from scaling_report import fill, markdown_table
+from scaling_report import fill, markdown_table, save
 
 # isort: split
 from collectives import Collectives
@@ -184,9 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             pools.close()
     text = report(results)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "distributed.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (args.output / "distributed.md").write_text(text, encoding="utf-8")
+    save(args.output, "distributed", results, text)
     if args.write:
         fill(args.write, "distributed", text)
     print(text)

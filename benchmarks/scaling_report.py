@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Point", "exponent", "fill", "markdown_table", "plot", "report", "targets"]
+__all__ = ["Point", "exponent", "fill", "markdown_table", "plot", "report", "save", "targets"]
 
 _MIB, _GIB = 2**20, 2**30
 _FIT_FROM = 1024  # pairs: below, what does not grow with N counts too much
@@ -141,6 +142,13 @@ def fill(path: Path, name: str, text: str) -> None:
     if before.count(start) != 1 or before.count(end) != 1 or not pattern.search(before):
         raise ValueError(f"{path} must hold {start} and {end} once, in this order, to be filled")
     path.write_text(pattern.sub(lambda m: m[1] + text.rstrip() + "\n" + m[2], before), encoding="utf-8")
+
+
+def save(folder: Path, name: str, results: Mapping[str, Any], text: str) -> None:
+    """Write ``name.json`` and ``name.md`` into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def plot(results: Mapping[str, Any], folder: Path) -> list[Path]:
