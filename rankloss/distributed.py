@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Gather", "all_gather"]
+__all__ = ["Gather", "Gathered", "all_gather"]
+
+Gathered: TypeAlias = tuple[Tensor, Tensor]
+"""The image and the text features of all processes, as :class:`Gather` gives them."""
 
 
 def all_gather(x: Tensor, group: Any = None) -> Tensor:
@@ -133,7 +136,7 @@ class Gather:
         """Where this process's ``own`` rows begin among the columns; 0 where all rows are computed."""
         return self.rank * own if self.anchors_are_local else 0
 
-    def __call__(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, image_features: Tensor, text_features: Tensor) -> Gathered:
         """The features of all processes, image and text, in the order of the ranks."""
         if self.world_size == 1:
             return image_features, text_features

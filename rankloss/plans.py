@@ -15,6 +15,7 @@ _BUDGET_ELSEWHERE = 1024 * _MIB
 _CHUNK = {"cpu": 2**20}  # elements of one block of similarities that is multiplied out at once
 _CHUNK_ELSEWHERE = 2**24
 _FEWEST_ROWS = 128  # below it, reading and writing the gradients costs more than the product itself
+_RANKED = {"cpu": 2**20}  # elements that are ranked at once: long enough to keep the cores busy
 _SLICE = {"cpu": 2**18}  # elements that the running sums take at once: what a core's cache serves
 
 
@@ -28,12 +29,14 @@ class Plan:
             embeddings stands in S and in R, or twice in I or X, and its gradients are kept until they can be
             taken to the embeddings together, which halves the eight.
         chunk_size: anchors of one product.
+        ranked_size: anchors whose lists are ranked at once.
         slice_size: anchors whose running sums are taken at once.
         matrix_bytes: what is kept of whole matrices at the most: 0, or one of N×N.
     """
 
     name: Literal["rows", "shared"]
     chunk_size: int
+    ranked_size: int
     slice_size: int
     matrix_bytes: int
 
@@ -60,7 +63,7 @@ def choose_plan(
 
     Example:
         >>> choose_plan(4096, 4096, torch.device("cpu"), torch.float32)
-        Plan(name='shared', chunk_size=256, slice_size=64, matrix_bytes=67108864)
+        Plan(name='shared', chunk_size=256, ranked_size=256, slice_size=64, matrix_bytes=67108864)
         >>> choose_plan(8192, 8192, torch.device("cpu"), torch.float32).name
         'rows'
     """
@@ -69,7 +72,9 @@ def choose_plan(
     if chunk_size is None:
         chunk_size = max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // items)
     chunk_size = min(chunk_size, anchors)
-    slice_size = max(1, min(chunk_size, _SLICE.get(device.type, _CHUNK_ELSEWHERE) // items))
+    ranked_size = max(1, min(chunk_size, _RANKED.get(device.type, _CHUNK_ELSEWHERE) // items))
+    slice_size = max(1, min(ranked_size, _SLICE.get(device.type, _CHUNK_ELSEWHERE) // items))
     matrix_bytes = items * items * dtype.itemsize
     shares = anchors == items and matrix_bytes <= memory_budget
-    return Plan("shared" if shares else "rows", chunk_size, slice_size, matrix_bytes if shares else 0)
+    name: Literal["rows", "shared"] = "shared" if shares else "rows"
+    return Plan(name, chunk_size, ranked_size, slice_size, matrix_bytes if shares else 0)

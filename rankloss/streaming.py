@@ -13,9 +13,9 @@ One G serves all terms: S and R carry CLIP's cross-entropy and the cross-modal t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -217,41 +217,55 @@ def _of_rows(weight: Tensor | None, rows: slice, share: float) -> Tensor | None:
     return weight * share if weight.dim() == 0 else weight[rows, None] * share
 
 
+_Values: TypeAlias = tuple[Tensor | None, Tensor | None]  # CE and NLL of every row; None without a weight
+
+
 def _evaluate(
     block: Block, reference: Tensor | None, shuffle: Tensor | None, scale: Tensor, problem: Problem
-) -> tuple[Tensor | None, Tensor | None]:
-    """CE and NLL of every row, None where they have no weight; the block's gradient is filled."""
-    options = problem.options
+) -> _Values:
+    """The values of every row; the block's gradient is filled."""
     if reference is None:
-        return _evaluate_slices(block, scale, problem)
-    if options.diagonal:
-        ranking = rank(reference, options.likelihood, shuffle, options.bins_or_none)
-        return _evaluate_slices(block._replace(ranking=ranking), scale, problem)
-    # The cross-entropy is of all items, the lists are of all but one: two matrices.
-    cross_entropy, _ = _evaluate_slices(block._replace(beta=None), scale, problem)
-    others = other_items(block.own, block.cosines.shape[-1])
-    cosines, reference = block.cosines.gather(-1, others), reference.gather(-1, others)
-    lists = Block(
-        cosines,
-        block.own,
-        alpha=None,
-        beta=block.beta,
-        ranking=rank(reference, options.likelihood, shuffle, options.bins_or_none),
-        gradient=None if block.gradient is None else torch.empty_like(cosines),
+        return _in_slices(block, scale, problem)
+    evaluate_lists = _evaluate_lists if problem.options.diagonal else _evaluate_lists_of_others
+    return _joined(
+        evaluate_lists(block.rows(rows), reference[rows], shuffle, scale, problem)
+        for rows in _slices(len(block.cosines), problem.plan.ranked_size)
     )
-    _, nll = _evaluate_slices(lists, scale, problem)
-    if block.gradient is not None and lists.gradient is not None:
-        block.gradient.scatter_add_(-1, others, lists.gradient)
+
+
+def _evaluate_lists(
+    block: Block, reference: Tensor, shuffle: Tensor | None, scale: Tensor, problem: Problem
+) -> _Values:
+    options = problem.options
+    ranking = rank(reference, options.likelihood, shuffle, options.bins_or_none)
+    return _in_slices(block._replace(ranking=ranking), scale, problem)
+
+
+def _evaluate_lists_of_others(
+    block: Block, reference: Tensor, shuffle: Tensor | None, scale: Tensor, problem: Problem
+) -> _Values:
+    """The cross-entropy is of all items, the lists are of all but the anchor's own pair: two matrices."""
+    cross_entropy, _ = _in_slices(block._replace(beta=None), scale, problem)
+    others = other_items(block.own, block.cosines.shape[-1])
+    cosines = block.cosines.gather(-1, others)
+    gradient = None if block.gradient is None else torch.empty_like(cosines)
+    lists = Block(cosines, block.own, alpha=None, beta=block.beta, ranking=None, gradient=gradient)
+    _, nll = _evaluate_lists(lists, reference.gather(-1, others), shuffle, scale, problem)
+    if block.gradient is not None and gradient is not None:
+        block.gradient.scatter_add_(-1, others, gradient)
     return cross_entropy, nll
 
 
-def _evaluate_slices(block: Block, scale: Tensor, problem: Problem) -> tuple[Tensor | None, Tensor | None]:
+def _in_slices(block: Block, scale: Tensor, problem: Problem) -> _Values:
     """As many rows at a time as a core's cache serves."""
     if block.alpha is None and block.beta is None:
         if block.gradient is not None:
             block.gradient.zero_()
         return None, None
     slices = _slices(len(block.cosines), problem.plan.slice_size)
-    found = [evaluate(block.rows(part), scale, problem.options.likelihood) for part in slices]
-    cross_entropy, nll = (None if x[0] is None else torch.cat(x) for x in zip(*found, strict=True))
+    return _joined(evaluate(block.rows(part), scale, problem.options.likelihood) for part in slices)
+
+
+def _joined(parts: Iterable[_Values]) -> _Values:
+    cross_entropy, nll = (None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True))
     return cross_entropy, nll

@@ -440,6 +440,33 @@ def test_step_gathers_each_modality_once(
         assert backward == ({"allreduce": 2} if gather_with_grad else {})
 
 
+def of_one_gathering(
+    rank: int, world_size: int, options: dict[str, Any], lambda_: float
+) -> tuple[dict[str, int], list[list[Tensor]]]:
+    """Two losses of what is gathered once, beside the same of what each has gathered for itself."""
+    v, t, s = batch(N_PER_RANK * world_size)
+    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
+    options = {"rank": rank, "world_size": world_size, **options}
+    losses = RankClipLoss(schedule=lambda i, n: lambda_, **options), RankConsistency(**options)
+    losses[0].set_epoch(1, epochs=2)
+    with Collectives() as calls:
+        gathered = losses[1].gather(v[own], t[own])
+        shared = sum(loss(v[own], t[own], s, gathered=gathered) for loss in losses)
+    separate = sum(loss(v[own], t[own], s) for loss in losses)
+    return dict(calls.counts), [[x.detach(), *gradients(x, (v, t, s), -1.3)] for x in (shared, separate)]
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 1.0])  # at 0 the base computes for itself
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+def test_one_gathering_serves_several_losses(
+    pools: Pools, local_loss: bool, gather_with_grad: bool, lambda_: float
+) -> None:
+    results = pools[2].run(of_one_gathering, flags(local_loss, gather_with_grad), lambda_)
+    for counts, (shared, separate) in results:
+        assert counts == {"allgather": 2}
+        assert_equal(shared, separate, 1e-14)
+
+
 def compiled(rank: int, world_size: int, options: dict[str, Any]) -> list[list[Tensor]]:
     v, t, s = batch(N_PER_RANK * world_size)
     own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)

@@ -27,7 +27,8 @@ def test_a_plan_keeps_its_limits(n: int, share: int, budget: int | None, chunk_s
     limit = 64 * 2**20 if budget is None else budget
     assert plan.matrix_bytes <= limit
     assert (plan.name == "shared") == (anchors == n and 4 * n * n <= limit)
-    assert 1 <= plan.slice_size <= plan.chunk_size <= anchors
+    assert 1 <= plan.slice_size <= plan.ranked_size <= plan.chunk_size <= anchors
+    assert plan.ranked_size * n <= max(n, 2**20)
     assert chunk_size is None or plan.chunk_size == min(chunk_size, anchors)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from batches import Batch, batches, gradients, random_batch
-from rankloss import ClipLoss, RankClipLoss, RankConsistency, dense, row_lists, streaming
+from rankloss import ClipLoss, RankClipLoss, RankConsistency, dense, plans, row_lists, streaming
 from rankloss.embeddings import Embeddings
 from rankloss.options import ConsistencyOptions
 from rankloss.plackett_luce import ListOptions
@@ -67,6 +67,25 @@ def test_every_engine_and_plan_equals_the_plain_terms(
     )
     for a, b in zip(gradients(found, inputs, 1.0), gradients(wanted, inputs, 1.0), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "bin"}, {"diagonal": False}, {"memory_budget": 0}])
+def test_lists_are_ranked_and_summed_a_part_of_a_chunk_at_a_time(
+    options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = random_batch(0, 23, 5, 10.0, duplicates=2).leaves()
+
+    def value_and_gradients() -> list[Tensor]:
+        value = RankClipLoss(schedule="constant", chunk_size=11, **options)(*inputs)
+        return [value.detach(), *gradients(value, inputs, -1.3)]
+
+    whole = value_and_gradients()
+    monkeypatch.setitem(plans._RANKED, "cpu", 23 * 4)
+    monkeypatch.setitem(plans._SLICE, "cpu", 23 * 3)
+    plan = RankConsistency(chunk_size=11).plan(23)
+    assert (plan.chunk_size, plan.ranked_size, plan.slice_size) == (11, 4, 3)
+    for part, of_whole in zip(value_and_gradients(), whole, strict=True):
+        torch.testing.assert_close(part, of_whole, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])

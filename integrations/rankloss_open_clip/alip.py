@@ -10,6 +10,8 @@ import rankloss
 from rankloss_open_clip.loss import TrainerLoss
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 
@@ -25,7 +27,9 @@ class AlipTrainerLoss(TrainerLoss):
     def __init__(self, criterion: rankloss.AlipLoss) -> None:
         super().__init__(criterion, unit="step", first_call="update_histories")
 
-    def metrics(self, *_: Any) -> dict[str, Tensor]:
-        """The moving averages of three cosines: of the two captions, and of the image with each."""
+    def entries(self, *args: Any, **kwargs: Any) -> Mapping[str, Tensor]:
+        """The terms, and the moving averages of three cosines: of the captions, of the image with each."""
+        terms = super().entries(*args, **kwargs)
         names = ("alip_text_caption", "alip_image_text", "alip_image_caption")
-        return dict(zip(names, self.criterion.histories.to(torch.float32, copy=True).unbind(), strict=True))
+        histories = self.criterion.histories.to(torch.float32, copy=True).unbind()
+        return {**terms, **dict(zip(names, histories, strict=True))}

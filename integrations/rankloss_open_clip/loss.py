@@ -135,16 +135,8 @@ class TrainerLoss(nn.Module):
             ValueError: The loss gives no term.
         """
         call = self._advance()
-        if self.first_call:
-            base_inputs[self.first_call] = call.first
         # Always with names: only they tell what is a term.
-        entries: Mapping[str, Tensor] = self.criterion(
-            image_features=image_features,
-            text_features=text_features,
-            logit_scale=logit_scale,
-            output_dict=True,
-            **base_inputs,
-        )
+        entries = self.entries(call, image_features, text_features, logit_scale, **base_inputs)
         terms = {name: value for name, value in entries.items() if name.endswith("_loss")}
         if not terms:
             raise ValueError(
@@ -154,19 +146,30 @@ class TrainerLoss(nn.Module):
         if not output_dict:
             return reduce(operator.add, terms.values())
         metrics = {name: value.detach() for name, value in entries.items() if name not in terms}
-        metrics.update(self.metrics(call, terms, image_features, text_features, logit_scale))
         return LoggedTerms(terms, metrics) if self.sums_every_value else {**terms, **metrics}
 
-    def metrics(
+    def entries(
         self,
-        call: Call,  # noqa: ARG002
-        terms: dict[str, Tensor],  # noqa: ARG002
-        image_features: Tensor,  # noqa: ARG002
-        text_features: Tensor,  # noqa: ARG002
-        logit_scale: Tensor,  # noqa: ARG002
-    ) -> dict[str, Tensor]:
-        """What is logged beside the entries of the loss: detached scalars, on the device of the features."""
-        return {}
+        call: Call,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        **base_inputs: Any,
+    ) -> Mapping[str, Tensor]:
+        """The terms, whose names end in ``_loss``, and what is logged beside them.
+
+        Scalars, on the device of the features.
+        """
+        if self.first_call:
+            base_inputs[self.first_call] = call.first
+        entries: Mapping[str, Tensor] = self.criterion(
+            image_features=image_features,
+            text_features=text_features,
+            logit_scale=logit_scale,
+            output_dict=True,
+            **base_inputs,
+        )
+        return entries
 
     def _advance(self) -> Call:
         """Count a call, and say which it is."""

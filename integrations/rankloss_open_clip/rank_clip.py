@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,6 +10,8 @@ import rankloss
 from rankloss_open_clip.loss import Call, TrainerLoss
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 _RANK_TERMS = ("cross_modal", "in_modal")
@@ -41,15 +43,15 @@ class RankClipTrainerLoss(TrainerLoss):
         self.agreement_every = agreement_every
         self._agreement: dict[str, Tensor] = {}
 
-    def metrics(
+    def entries(
         self,
         call: Call,
-        terms: dict[str, Tensor],
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor,
-    ) -> dict[str, Tensor]:
-        """What is logged beside the terms.
+        **base_inputs: Any,
+    ) -> Mapping[str, Tensor]:
+        """The terms, and what is logged beside them.
 
         - ``rank_lambda``: the schedule's λ.
         - ``cross_modal_raw``, ``in_modal_raw``: the rank terms before λ and every other weight. While λ is 0
@@ -59,40 +61,49 @@ class RankClipTrainerLoss(TrainerLoss):
           most 256 of its rows. Between two measurements they keep the value of the last: a gap, or a NaN,
           would spoil the averages that the trainer keeps, and would differ from step to step in what the
           processes exchange.
+
+        All of it is of one gathering.
         """
         weights = self._weights()
-        metrics = {"rank_lambda": torch.full((), self.criterion.schedule_value, device=image_features.device)}
+        measures = call.first and self.agreement_every is not None and call.step % self.agreement_every == 0
+        gathered = None
+        if weights or measures:
+            gathered = self.criterion.consistency.gather(image_features, text_features)
+        inputs: dict[str, Any] = {
+            "image_features": image_features,
+            "text_features": text_features,
+            "logit_scale": logit_scale,
+            "gathered": gathered,
+        }
+        entries = dict(super().entries(call, **inputs, **base_inputs))
+        entries["rank_lambda"] = torch.full((), self.criterion.schedule_value, device=image_features.device)
         if any(weights.values()):
-            raw = {name: terms[f"{name}_loss"].detach() / weight for name, weight in weights.items()}
+            entries.update({f"{name}_raw": entries[f"{name}_loss"] / w for name, w in weights.items()})
         elif weights:
-            raw = self._untrained_terms(image_features, text_features, logit_scale)
+            raw = self._untrained_terms(**inputs)
+            entries.update({f"{name}_raw": raw[f"{name}_loss"] for name in weights})
             for name in weights:
                 # The zeros look like the terms whose place they hold: a compiled trainer sees no change.
-                zero = torch.zeros_like(terms[f"{name}_loss"], requires_grad=torch.is_grad_enabled())
-                terms[f"{name}_loss"] = zero
-        metrics.update({f"{name}_raw": raw[name] for name in weights})
-        if call.first and self.agreement_every is not None and call.step % self.agreement_every == 0:
-            self._agreement = self._measure_agreement(image_features, text_features)
-        return {**metrics, **self._agreement}
+                zero = torch.zeros_like(entries[f"{name}_loss"], requires_grad=torch.is_grad_enabled())
+                entries[f"{name}_loss"] = zero
+        if measures and gathered is not None:
+            self._agreement = self._measure_agreement(*gathered)
+        return {**entries, **self._agreement}
 
     def _weights(self) -> dict[str, float]:
         """What each rank term is multiplied by at present; without those that the run leaves out."""
         scales = {"cross_modal": self.criterion.lambda_cross, "in_modal": self.criterion.lambda_in}
-        common = self.criterion.schedule_value * self.criterion.normalizer
-        return {name: common * scale for name, scale in scales.items() if scale}
+        return {name: weight for name, weight in self.criterion.rank_weights.items() if scales[name]}
 
     @torch.no_grad()
-    def _untrained_terms(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor
-    ) -> dict[str, Tensor]:
-        device = image_features.device
+    def _untrained_terms(self, **inputs: Any) -> dict[str, Tensor]:
+        device = inputs["image_features"].device
         # Random ties must not move the generator by which the run's data are shuffled.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            terms = self.criterion.consistency(image_features, text_features, logit_scale, output_dict=True)
-        return {name: terms[f"{name}_loss"] for name in _RANK_TERMS}
+            terms: dict[str, Tensor] = self.criterion.consistency(**inputs, output_dict=True)
+        return terms
 
     @torch.no_grad()
-    def _measure_agreement(self, image_features: Tensor, text_features: Tensor) -> dict[str, Tensor]:
-        images, texts = self.criterion.consistency.gather(image_features, text_features)
+    def _measure_agreement(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         agreement = rankloss.metrics.rank_agreement(images, texts, max_anchors=_AGREEMENT_ANCHORS)
         return {f"{name}_tau": agreement[f"{name}_tau"].float() for name in _RANK_TERMS}

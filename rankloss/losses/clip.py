@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankloss.distributed import Gather
+from rankloss.distributed import Gather, Gathered
 from rankloss.embeddings import check_features
 
 __all__ = ["ClipLoss", "pair_logits"]
@@ -63,33 +63,27 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        gathered: Gathered | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with ``output_dict`` a dict of it."""
-        check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
-        gathered = self.gather(image_features, text_features)
-        loss = self.of_gathered(image_features, text_features, gathered, logit_scale, logit_bias)
-        return {"contrastive_loss": loss} if output_dict else loss
+        """The loss, or with ``output_dict`` a dict of it.
 
-    def of_gathered(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        gathered: tuple[Tensor, Tensor],
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
-    ) -> Tensor:
-        """The loss, for a caller that has gathered the features of all processes already."""
+        ``gathered`` is ``self.gather(image_features, text_features)``, from a caller that has it already.
+        """
+        check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
+        if gathered is None:
+            gathered = self.gather(image_features, text_features)
         logits, rows = pair_logits(
             self.gather, image_features, text_features, gathered, logit_scale, logit_bias
         )
-        return (F.cross_entropy(logits[0], rows) + F.cross_entropy(logits[1], rows)) / 2
+        loss = (F.cross_entropy(logits[0], rows) + F.cross_entropy(logits[1], rows)) / 2
+        return {"contrastive_loss": loss} if output_dict else loss
 
 
 def pair_logits(
     gather: Gather,
     image_features: Tensor,
     text_features: Tensor,
-    gathered: tuple[Tensor, Tensor],
+    gathered: Gathered,
     logit_scale: Tensor | float,
     logit_bias: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:

@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["base_entries", "combined"]
+from rankloss.distributed import Gather
+from rankloss.losses.clip import ClipLoss
+
+__all__ = ["base_entries", "combined", "shares_gathering"]
+
+
+def shares_gathering(base: Callable[..., Any], gather: Gather) -> bool:
+    """Whether a base is CLIP's loss of the rows that ``gather`` serves, so that one gathering serves both."""
+    return type(base) is ClipLoss and base.gather == gather
 
 
 def base_entries(

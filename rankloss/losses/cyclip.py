@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rankloss.distributed import Gather
+from rankloss.distributed import Gather, Gathered
 from rankloss.embeddings import arithmetic_dtype, check_features
 from rankloss.losses.clip import ClipLoss
-from rankloss.losses.composition import base_entries, combined
+from rankloss.losses.composition import base_entries, combined, shares_gathering
 from rankloss.losses.weights import check_weight
 
 __all__ = ["CyClipLoss"]
@@ -90,15 +90,11 @@ class CyClipLoss(nn.Module):
         """The loss, or with ``output_dict`` its summands; ``base_inputs`` go to the base alone."""
         check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
         gathered = self.gather(image_features, text_features)
-        base = self.base
-        if type(base) is ClipLoss and base.gather == self.gather and not base_inputs:
-            # What is gathered for the terms serves CLIP's loss of the same rows as well.
-            clip = base.of_gathered(image_features, text_features, gathered, logit_scale, logit_bias)
-            entries = {"contrastive_loss": clip}
-        else:
-            entries = base_entries(
-                base, image_features, text_features, logit_scale, logit_bias, **base_inputs
-            )
+        if shares_gathering(self.base, self.gather):
+            base_inputs["gathered"] = gathered
+        entries = base_entries(
+            self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
+        )
         cross, in_ = self._terms(image_features, text_features, gathered)
         own = {
             "cyclic_cross_modal_loss": self.lambda_cross * cross,
@@ -112,7 +108,7 @@ class CyClipLoss(nn.Module):
         return self._terms(image_features, text_features, self.gather(image_features, text_features))
 
     def _terms(
-        self, image_features: Tensor, text_features: Tensor, gathered: tuple[Tensor, Tensor]
+        self, image_features: Tensor, text_features: Tensor, gathered: Gathered
     ) -> tuple[Tensor, Tensor]:
         dtype = arithmetic_dtype(image_features, text_features)
         zero = image_features.new_zeros((), dtype=dtype)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rankloss import schedules
+from rankloss.distributed import Gathered
 from rankloss.losses.clip import ClipLoss
-from rankloss.losses.composition import base_entries, combined
+from rankloss.losses.composition import base_entries, combined, shares_gathering
 from rankloss.losses.rank_consistency import RankConsistency
 from rankloss.losses.weights import check_weight
 from rankloss.schedules import Schedule
@@ -111,6 +112,21 @@ class RankClipLoss(nn.Module):
         self._check_progress()
         return self._schedule_value
 
+    @property
+    def rank_weights(self) -> dict[str, float]:
+        """What each rank term is multiplied by at present: λ1 and λ2.
+
+        Raises:
+            RuntimeError: as :attr:`schedule_value`.
+
+        Example:
+            >>> RankClipLoss(schedule="constant", lambda_in=0.5).rank_weights
+            {'cross_modal': 0.0625, 'in_modal': 0.03125}
+        """
+        self._check_progress()
+        _, cross_modal, in_modal = self._weights.tolist()
+        return {"cross_modal": cross_modal, "in_modal": in_modal}
+
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Evaluate the schedule at epoch ``epoch`` of ``epochs``, counted from 1.
 
@@ -143,15 +159,22 @@ class RankClipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        gathered: Gathered | None = None,
         **base_inputs: Any,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with ``output_dict`` its summands; ``base_inputs`` go to the base alone."""
+        """The loss, or with ``output_dict`` its summands; ``base_inputs`` go to the base alone.
+
+        ``gathered`` is ``self.consistency.gather(image_features, text_features)``, from a caller that has it
+        already; a base that is CLIP's loss of the same rows is given it, too.
+        """
         self._check_progress()
         cross_modal = self.lambda_cross != 0 and not self._is_zero
         in_modal = self.lambda_in != 0 and not self._is_zero
         fused = self._fuses and (cross_modal or in_modal)
         entries: dict[str, Tensor] = {}
         if not fused:
+            if gathered is not None and shares_gathering(self.base, self.consistency.gather):
+                base_inputs["gathered"] = gathered
             entries = base_entries(
                 self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
             )
@@ -163,6 +186,7 @@ class RankClipLoss(nn.Module):
             contrastive=fused,
             cross_modal=cross_modal,
             in_modal=in_modal,
+            gathered=gathered,
         )
         if fused:
             # A bias moves all logits alike, to no effect; it stays in the graph, as DDP wants of a parameter.
@@ -175,8 +199,7 @@ class RankClipLoss(nn.Module):
         """Whether the base is CLIP's loss of the same rows, which the rank terms' pass gives as well."""
         options = self.consistency.options
         return (
-            type(self.base) is ClipLoss
-            and self.base.gather == self.consistency.gather
+            shares_gathering(self.base, self.consistency.gather)
             and options.lists == "row"
             and options.likelihood.worth == "exp"
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloss.consistency import weighted_terms
-from rankloss.distributed import Gather
+from rankloss.distributed import Gather, Gathered
 from rankloss.embeddings import Embeddings, arithmetic_dtype, check_features
 from rankloss.losses.weights import check_weight
 from rankloss.options import ConsistencyOptions, FixedReference, ListsOption, Method, Reduction
@@ -144,6 +144,7 @@ class RankConsistency(nn.Module):
         logit_scale: Tensor | float = ...,
         *,
         output_dict: Literal[False] = ...,
+        gathered: Gathered | None = ...,
     ) -> Tensor: ...
     @overload
     def forward(
@@ -153,6 +154,7 @@ class RankConsistency(nn.Module):
         logit_scale: Tensor | float = ...,
         *,
         output_dict: Literal[True],
+        gathered: Gathered | None = ...,
     ) -> dict[str, Tensor]: ...
     def forward(
         self,
@@ -161,8 +163,13 @@ class RankConsistency(nn.Module):
         logit_scale: Tensor | float = 1.0,
         *,
         output_dict: bool = False,
+        gathered: Gathered | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """The weighted sum of the two terms, or with ``output_dict`` the weighted terms themselves."""
+        """The weighted sum of the two terms, or with ``output_dict`` the weighted terms themselves.
+
+        ``gathered`` is ``self.gather(image_features, text_features)``, from a caller that has it already: so
+        one gathering serves several losses.
+        """
         _, cross, in_ = self.weighted_terms(
             image_features,
             text_features,
@@ -170,6 +177,7 @@ class RankConsistency(nn.Module):
             torch.tensor([1.0, self.cross_modal, self.in_modal], dtype=torch.float64),
             cross_modal=self.cross_modal != 0,
             in_modal=self.in_modal != 0,
+            gathered=gathered,
         )
         return {"cross_modal_loss": cross, "in_modal_loss": in_} if output_dict else cross + in_
 
@@ -183,17 +191,18 @@ class RankConsistency(nn.Module):
         contrastive: bool = False,
         cross_modal: bool = True,
         in_modal: bool = True,
+        gathered: Gathered | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """CLIP's cross-entropy and the two rank terms times ``weights``, from one gathering and one pass.
 
-        A term that is not wanted is a zero that costs nothing. See
+        A term that is not wanted is a zero that costs nothing. ``gathered`` is as in :meth:`forward`. See
         :func:`rankloss.consistency.weighted_terms`.
         """
         check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
         if not contrastive and not cross_modal and not in_modal:
             zero = image_features.new_zeros((), dtype=arithmetic_dtype(image_features))
             return zero, zero, zero
-        images, texts = self.gather(image_features, text_features)
+        images, texts = self.gather(image_features, text_features) if gathered is None else gathered
         local = self.gather.anchors_are_local
         embeddings = Embeddings.of(
             images,

@@ -21,6 +21,8 @@ N, D, SCALE = 24, 6, 10.0  # the whole batch, on however many processes
 LENGTH, VOCABULARY = 3, 5  # of CoCa's captions
 FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad
 RANK_TERMS = ["cross_modal_loss", "in_modal_loss"]
+RANKCLIP = ["--loss", "rankclip", "--rankclip-schedule", "constant"]
+RANKCLIP += ["--rankclip-lambda-cross", "3", "--rankclip-lambda-in", "2"]
 WEIGHTS = {"cross_modal_loss": 3 / 16, "in_modal_loss": 2 / 16}  # λ of the rank terms
 COCA_WEIGHT = 0.5
 BASES = {
@@ -40,12 +42,12 @@ def options(local_loss: bool, gather_with_grad: bool) -> list[str]:
 
 def built(rank: int, world_size: int, base: str, argv: list[str]) -> torch.nn.Module:
     """The loss as the trainer builds it."""
-    rank_options = ["--rankclip-schedule", "constant", "--rankclip-lambda-cross", "3"]
-    args = parse_args(["--loss", "rankclip", *rank_options, "--rankclip-lambda-in", "2", *BASES[base], *argv])
+    loss_options = [] if "--loss" in argv else RANKCLIP
+    args = parse_args([*loss_options, *BASES[base], *argv])
     args.rank, args.world_size, args.distill = rank, world_size, args.distill_model is not None
     loss = open_clip.create_loss(args)
     assert type(loss.criterion.base).__name__ == base
-    loss.start_epoch(Position(epoch=0, epochs=1, steps=1, accum_freq=args.accum_freq))
+    loss.start_epoch(Position(epoch=0, epochs=args.epochs, steps=1, accum_freq=args.accum_freq))
     return loss
 
 
@@ -205,11 +207,25 @@ def calls_of_a_step(rank: int, world_size: int, argv: list[str]) -> tuple[dict[s
     return dict(forward.counts), dict(backward.counts)
 
 
+# With λ at work, at 0 (where the raw terms are for the log only), and where the agreement is measured, too.
+STEPS = {
+    "lambda": ["--rankclip-schedule", "constant"],
+    "no lambda yet": ["--rankclip-schedule", "official"],
+    "agreement": ["--rankclip-agreement-every", "1"],
+    "agreement alone": [
+        *("--rankclip-lambda-cross", "0", "--rankclip-lambda-in", "0", "--rankclip-agreement-every", "1")
+    ],
+    "cyclip": ["--loss", "cyclip"],
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
 def test_step_with_clips_own_loss_gathers_each_modality_once(
-    pool: Pool, local_loss: bool, gather_with_grad: bool
+    pool: Pool, local_loss: bool, gather_with_grad: bool, step: str
 ) -> None:
-    for forward, backward in pool.run(calls_of_a_step, options(local_loss, gather_with_grad)):
+    argv = [*options(local_loss, gather_with_grad), *STEPS[step]]
+    for forward, backward in pool.run(calls_of_a_step, argv):
         assert forward == {"allgather": 2}
         assert backward == ({"allreduce": 2} if gather_with_grad else {})
 
