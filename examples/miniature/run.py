@@ -130,7 +130,7 @@ def _train(
 ) -> tuple[list[dict[str, Any]], dict[Any, Exception]]:
     from icons_data.load import load
     from miniature_paper import data
-    from miniature_paper.runs import Runs
+    from miniature_paper.runs import Runs, Workshop
     from miniature_paper.training import place_models
 
     where = machine(args.device, args.jobs)
@@ -139,14 +139,7 @@ def _train(
     data.build_icons(args.icons)
     tables = data.prepare(load(args.icons), args.output, PRESETS[args.preset].sizes, tracker(console))
     place_models(args.output)
-    runs = Runs(
-        output=args.output,
-        icons=args.icons,
-        tables=tables,
-        store=store,
-        machine=where,
-        keep_checkpoints=args.keep_checkpoints,
-    )
+    runs = Runs(Workshop(args.output, args.icons, tables, store, where, args.keep_checkpoints))
     found = {setting: record for setting in settings if (record := runs.stored(setting)) is not None}
     todo = [setting for setting in settings if setting not in found]
     console.rule(f"Training and measuring, {where.jobs} at a time on {where.device}")

@@ -123,6 +123,7 @@ def _run(args: argparse.Namespace, search: Search, console: Any) -> int:
 def _prepare(args: argparse.Namespace, search: Search, store: Any, console: Any) -> tuple[Any, Any]:
     from icons_data.load import load
     from miniature_paper import data
+    from miniature_paper.runs import Workshop
     from miniature_paper.search.trainings import Trainings
     from miniature_paper.training import place_models
 
@@ -133,10 +134,7 @@ def _prepare(args: argparse.Namespace, search: Search, store: Any, console: Any)
     # All sizes of the grid's preset, though one is needed: so both commands share the pictures on the disk.
     tables = data.prepare(load(args.icons), args.output, search.grid.sizes, tracker(console))
     place_models(args.output)
-    trainings = Trainings(
-        search, output=args.output, icons=args.icons, tables=tables, store=store, machine=where
-    )
-    return trainings, where
+    return Trainings(search, Workshop(args.output, args.icons, tables, store, where)), where
 
 
 def _train(title: str, attempts: Sequence[Any], trainings: Any, where: Any, console: Any) -> bool:

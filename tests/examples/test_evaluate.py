@@ -8,7 +8,6 @@ import io
 import itertools
 import json
 import math
-import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +32,6 @@ from torchmetrics.functional.retrieval import retrieval_hit_rate  # noqa: E402
 import rankloss  # noqa: E402
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "evaluate"
-sys.path.insert(0, str(EXAMPLE))
 
 from clip_evaluation import datasets, geometry, metrics, pixel_knn, probe, report  # noqa: E402
 from clip_evaluation.model import ClipModel  # noqa: E402

@@ -9,7 +9,6 @@ import importlib.util
 import io
 import json
 import random
-import sys
 import tarfile
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from hypothesis import strategies as st  # noqa: E402
 from hypothesis.extra import numpy as st_numpy  # noqa: E402
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "icons"
-sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent / "evaluate")]
 
 from icons_data import baseline, draw, labels, load, names, package, records, split, write  # noqa: E402
 from icons_data.names import Namer, concept_of, has_skin_tone  # noqa: E402

@@ -27,7 +27,6 @@ for module in (
 pytest.importorskip("open_clip_train", reason="the example's packages are not installed")
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "miniature"
-sys.path[:0] = [str(EXAMPLE), *(str(EXAMPLE.parent / name) for name in ("icons", "evaluate", "openmoji"))]
 
 from miniature_icons import write_icons  # noqa: E402
 

@@ -8,8 +8,6 @@ import dataclasses
 import doctest
 import io
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -19,19 +17,14 @@ open_clip = pytest.importorskip("open_clip", reason="the example's packages are 
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch.nn.functional import cosine_similarity, normalize  # noqa: E402
-
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "miniature"
-PATHS = [str(EXAMPLE), *(str(EXAMPLE.parent / name) for name in ("icons", "evaluate", "openmoji"))]
-sys.path[:0] = PATHS
-
 from clip_evaluation.model import ClipModel  # noqa: E402
 from icons_data.load import load  # noqa: E402
 from miniature_icons import write_icons  # noqa: E402
 from miniature_paper import captions, data, measure, training  # noqa: E402
 from miniature_paper.grid import PRESETS, plan  # noqa: E402
 from miniature_paper.heat_maps import heat_map  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch.nn.functional import cosine_similarity, normalize  # noqa: E402
 
 
 def _no_track(items, length, what):

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "miniature"))
-
 from miniature_paper import grid, paper
 
 PAPER = paper.load()

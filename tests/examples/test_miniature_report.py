@@ -6,21 +6,16 @@ import html.parser
 import io
 import random
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
 for module in ("scipy", "PIL", "matplotlib", "jinja2"):
     pytest.importorskip(module, reason="the example's packages are not installed")
 
-from PIL import Image  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "miniature"))
-
 import miniature_records  # noqa: E402
 from miniature_paper import figures, grid, paper, report  # noqa: E402
 from miniature_paper.collection import Collection  # noqa: E402
+from PIL import Image  # noqa: E402
 
 FULL = grid.PRESETS["full"]
 PLAN = grid.plan(FULL)

@@ -27,7 +27,6 @@ from rich.console import Console  # noqa: E402
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "miniature"
 PATHS = [str(EXAMPLE), *(str(EXAMPLE.parent / name) for name in ("icons", "evaluate", "openmoji"))]
-sys.path[:0] = PATHS
 
 from miniature_paper import board, grid, runs, schedule, store, training  # noqa: E402
 from miniature_paper.grid import EXHIBITS, LOSSES, PRESETS, Setting, plan, settings_of  # noqa: E402
@@ -178,7 +177,7 @@ def test_the_trainer_takes_every_command(preset):
     from open_clip_train.params import parse_args
 
     for setting in {(s.loss, s.backbone, s.lambda_cross, s.lambda_in): s for s in plan(preset)}.values():
-        line = training.command(setting, "pairs.csv", "name", device="cpu", workers=0)
+        line = training.Job.of(setting).command("pairs.csv", "name", device="cpu", workers=0)
         args = parse_args(line[3:])
         assert args.loss == setting.loss
         assert args.seed == setting.seed
@@ -217,8 +216,9 @@ def test_plain_clip_under_another_name_is_noticed():
 
 def test_a_trainer_that_fails_is_quoted(tmp_path):
     setting = plan(PRESETS["quick"])[0]  # neither model nor table is there
+    job = training.Job.of(setting)
     with pytest.raises(TrainingError, match=r"(?s)status 1, no final checkpoint.*Error"):
-        asyncio.run(training.train(setting, output=tmp_path, table="none.csv", name="run", device="cpu"))
+        asyncio.run(training.train(job, output=tmp_path, table="none.csv", name="run", device="cpu"))
 
 
 # --- store ---

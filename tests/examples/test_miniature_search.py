@@ -8,7 +8,6 @@ import importlib.util
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,12 @@ from hypothesis import strategies as st  # noqa: E402
 from scipy import stats  # noqa: E402
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "miniature"
-sys.path[:0] = [str(EXAMPLE), *(str(EXAMPLE.parent / name) for name in ("icons", "evaluate", "openmoji"))]
 
 from clip_evaluation.model import ClipModel  # noqa: E402
 from icons_data.load import LabelledSet, load  # noqa: E402
 from miniature_icons import write_icons  # noqa: E402
 from miniature_paper import data, grid, measure, training  # noqa: E402
-from miniature_paper.runs import Machine  # noqa: E402
+from miniature_paper.runs import Machine, Workshop  # noqa: E402
 from miniature_paper.search import measuring, objective, report, trainings, wording  # noqa: E402
 from miniature_paper.search.confirmation import (  # noqa: E402
     WITH_CLIP,
@@ -552,15 +550,12 @@ def faked(monkeypatch, tmp_path):
         if one.name in broken:
             raise TrainingError("out of luck")
         made.append(one)
-        self._store.save(self._key(one), _record(one))
+        self._workshop.store.save(self._key(one), _record(one))
 
     def prepare(args, search, store, console):
         tables = data.Tables({search.grid.pairs: "t"}, {search.grid.pairs: "d"})
         where = Machine("cpu", 2, 0, 1)
-        found = trainings.Trainings(
-            search, output=args.output, icons=args.icons, tables=tables, store=store, machine=where
-        )
-        return found, where
+        return trainings.Trainings(search, Workshop(args.output, args.icons, tables, store, where)), where
 
     monkeypatch.setattr(trainings.Trainings, "make", make)
     monkeypatch.setattr(command, "_prepare", prepare)
@@ -644,9 +639,7 @@ def test_a_setting_is_trained_by_the_real_trainer_and_measured(tmp_path):
     tables = data.prepare(load(built), output, (QUICK.grid.pairs,), lambda items, *_: items)
     training.place_models(output)
     store = Store(tmp_path / "results")
-    one = trainings.Trainings(
-        QUICK, output=output, icons=built, tables=tables, store=store, machine=Machine.of("cpu", 1)
-    )
+    one = trainings.Trainings(QUICK, Workshop(output, built, tables, store, Machine.of("cpu", 1)))
     trial = Trial(
         "batch-512+no-diagonal", "both", (("--batch-size", "512"), ("--rankclip-diagonal", "exclude"))
     )

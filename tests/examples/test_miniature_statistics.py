@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 for module in ("scipy", "statsmodels"):
@@ -13,14 +10,11 @@ for module in ("scipy", "statsmodels"):
 import numpy as np  # noqa: E402
 from hypothesis import assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from miniature_paper import statistics  # noqa: E402
+from miniature_paper.statistics import Difference, correct, estimate, holm, paired_difference, verdict  # noqa: E402
 from scipy import stats  # noqa: E402
 from statsmodels.stats.multitest import multipletests  # noqa: E402
 from statsmodels.stats.weightstats import DescrStatsW  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "miniature"))
-
-from miniature_paper import statistics  # noqa: E402
-from miniature_paper.statistics import Difference, correct, estimate, holm, paired_difference, verdict  # noqa: E402
 
 # Hundredths, as accuracies on finite sets are: ties and equal differences do occur.
 scores = st.integers(0, 10_000).map(lambda n: n / 100)

@@ -6,27 +6,21 @@ import dataclasses
 import doctest
 import functools
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
 for module in ("scipy", "PIL"):
     pytest.importorskip(module, reason="the example's packages are not installed")
 
+import miniature_records  # noqa: E402
 import numpy as np  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from scipy import stats  # noqa: E402
-
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "miniature"
-sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent / "icons")]
-
-import miniature_records  # noqa: E402
 from miniature_paper import findings, grid, paper, scores, tables  # noqa: E402
 from miniature_paper.collection import Collection  # noqa: E402
 from miniature_paper.statistics import Difference, Estimate, correct  # noqa: E402
 from miniature_paper.tables import Cell, Comparison, QuotedCell  # noqa: E402
+from scipy import stats  # noqa: E402
 
 PAPER = paper.load()
 FULL = grid.PRESETS["full"]

@@ -29,7 +29,6 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "openmoji"
-sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent / "evaluate")]
 
 from clip_evaluation import metrics  # noqa: E402
 from openmoji_demo import data, draw, evaluate, pixel_knn, report, train  # noqa: E402

@@ -12,15 +12,25 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from .data import Tables
 from .grid import Setting
 from .schedule import Progress
 from .store import Record, Store, key_of
-from .training import child, environment, model_name, train
+from .training import Job, child, environment, model_name, train
 
 _PACKAGES = {"open_clip": "open_clip_torch", "torch": "torch", "numpy": "numpy", "rankloss": "rankloss"}
+
+
+class _Trainable(Protocol):
+    """A dataclass that says what a model is trained with."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def pairs(self) -> int:
+        """Number of training pairs."""
 
 
 class MeasuringError(RuntimeError):
@@ -81,10 +91,11 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-class Runs:
-    """Makes records.
+@dataclasses.dataclass(frozen=True)
+class Workshop:
+    """Where models are trained and measured, one after the other or some at a time.
 
-    Args:
+    Attributes:
         output: The folder that the trainer is started in.
         icons: The icons' folder.
         tables: The tables of pairs below ``output``.
@@ -93,44 +104,35 @@ class Runs:
         keep_checkpoints: Whether to keep the weights and the trainer's log of runs that succeeded.
     """
 
-    def __init__(
-        self,
-        *,
-        output: Path,
-        icons: Path,
-        tables: Tables,
-        store: Store,
-        machine: Machine,
-        keep_checkpoints: bool = False,
+    output: Path
+    icons: Path
+    tables: Tables
+    store: Store
+    machine: Machine
+    keep_checkpoints: bool = False
+
+    async def make(
+        self, setting: _Trainable, job: Job, key: str, *, measured_by: str, progress: Progress
     ) -> None:
-        self._output = output
-        self._icons = icons
-        self._tables = tables
-        self._store = store
-        self._machine = machine
-        self._keep = keep_checkpoints
+        """Train and measure a model, and store its record.
 
-    def key(self, setting: Setting) -> str:
-        """Return the name of a setting's record."""
-        return key_of(setting, self._tables.digests[setting.pairs])
-
-    def stored(self, setting: Setting) -> Record | None:
-        """Return the record of a setting, if there is one of the same data and arguments."""
-        return self._store.load(self.key(setting))
-
-    async def make(self, setting: Setting, progress: Progress) -> None:
-        """Train and measure a setting, and store its record.
+        Args:
+            setting: What the record is of.
+            job: What the trainer is started with for it.
+            key: The record's name.
+            measured_by: The module that measures, in a process of its own.
+            progress: Is told the stage and its share that is done.
 
         Raises:
             TrainingError: If the trainer failed, or trained another loss.
             MeasuringError: If measuring failed.
         """
-        key, machine = self.key(setting), self._machine
+        machine, folder = self.machine, self.output / "runs" / key
         progress("training", 0.0)
         trained = await train(
-            setting,
-            output=self._output,
-            table=self._tables.tables[setting.pairs],
+            job,
+            output=self.output,
+            table=self.tables.tables[setting.pairs],
             name=key,
             device=machine.device,
             workers=machine.workers,
@@ -139,11 +141,19 @@ class Runs:
         )
         progress("measuring", 1.0)
         started = time.monotonic()
-        measured = await self._measure(setting, key, trained.checkpoint)
+        todo = {
+            "setting": dataclasses.asdict(setting),
+            "output": str(self.output),
+            "model": model_name(job.backbone),
+            "checkpoint": str(trained.checkpoint),
+            "icons": str(self.icons),
+            "device": machine.device,
+        }
+        measured = await _measured(measured_by, todo, folder, threads=machine.threads)
         record = {
             "setting": dataclasses.asdict(setting),
             **measured,
-            "data": self._tables.digests[setting.pairs],
+            "data": self.tables.digests[setting.pairs],
             "training": {"first": trained.first, "last": trained.last},
             "seconds": {
                 "training": round(trained.seconds, 1),
@@ -151,25 +161,40 @@ class Runs:
             },
             "conditions": machine.conditions(),
         }
-        self._store.save(key, record)
-        if not self._keep:
-            shutil.rmtree(self._output / "runs" / key)
+        self.store.save(key, record)
+        if not self.keep_checkpoints:
+            shutil.rmtree(folder)
 
-    async def _measure(self, setting: Setting, key: str, checkpoint: Path) -> dict[str, Any]:
-        todo = {
-            "setting": dataclasses.asdict(setting),
-            "output": str(self._output),
-            "model": model_name(setting.backbone),
-            "checkpoint": str(checkpoint),
-            "icons": str(self._icons),
-            "device": self._machine.device,
-        }
-        return await measured_by(
-            "miniature_paper.measure", todo, self._output / "runs" / key, threads=self._machine.threads
+
+class Runs:
+    """Makes the records of the grid's settings.
+
+    Args:
+        workshop: Where they are made.
+    """
+
+    def __init__(self, workshop: Workshop) -> None:
+        self._workshop = workshop
+
+    def stored(self, setting: Setting) -> Record | None:
+        """Return the record of a setting, if there is one of the same data and arguments."""
+        return self._workshop.store.load(self._key(setting))
+
+    async def make(self, setting: Setting, progress: Progress) -> None:
+        """Train and measure a setting, and store its record; see :meth:`Workshop.make`."""
+        await self._workshop.make(
+            setting,
+            Job.of(setting),
+            self._key(setting),
+            measured_by="miniature_paper.measure",
+            progress=progress,
         )
 
+    def _key(self, setting: Setting) -> str:
+        return key_of(setting, self._workshop.tables.digests[setting.pairs])
 
-async def measured_by(
+
+async def _measured(
     module: str, todo: dict[str, Any], folder: Path, *, threads: int | None
 ) -> dict[str, Any]:
     """Measure in a process of its own and return what it found; cancelling ends the process.

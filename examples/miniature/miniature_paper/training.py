@@ -157,11 +157,6 @@ def arguments(setting: Setting) -> list[str]:
     return found
 
 
-def command(setting: Setting, table: str, name: str, *, device: str, workers: int) -> list[str]:
-    """Return the whole command line of a setting: see :meth:`Job.command`."""
-    return Job.of(setting).command(table, name, device=device, workers=workers)
-
-
 def environment(threads: int | None) -> dict[str, str]:
     """Return a child's environment; ``threads`` None leaves the number of threads to it."""
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -181,7 +176,7 @@ def place_models(output: Path) -> None:
 
 
 async def train(
-    setting: Setting | Job,
+    job: Job,
     *,
     output: Path,
     table: str,
@@ -194,7 +189,7 @@ async def train(
     """Train one model; cancelling ends the trainer.
 
     Args:
-        setting: What is trained: a setting of the grid, or any other job.
+        job: What is trained.
         output: The folder the trainer is started in.
         table: The pairs' table, relative to it.
         name: The run's folder below ``runs``; an older one is replaced.
@@ -207,7 +202,6 @@ async def train(
         LossNotAttachedError: If plain CLIP was trained in place of another loss.
         TrainingError: If the trainer fails or leaves no checkpoint.
     """
-    job = setting if isinstance(setting, Job) else Job.of(setting)
     folder = output / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
     checkpoint = folder / "checkpoints" / f"epoch_{job.epochs}.pt"
