@@ -37,4 +37,4 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
     lowest, highest = reference.amin(-1, keepdim=True), reference.amax(-1, keepdim=True)
     tiny = torch.finfo(reference.dtype).tiny  # a list whose items are all tied has no range
     extent = (highest - lowest).clamp_min(tiny)
-    return ((reference - lowest) / extent).mul_(bins).long().clamp_(0, bins - 1)
+    return (reference - lowest).div_(extent).mul_(bins).long().clamp_(0, bins - 1)

@@ -88,7 +88,7 @@ def _nll(worths: Worths, slots: Slots) -> Tensor:
     if slots.mu is not None:
         return slots.log_denominators + (slots.of_items(slots.mu) * (worths.shift - worths.log)).sum(-1)
     n = worths.log.shape[-1]
-    lifted = worths.shift * n - worths.log.sum(-1, keepdim=True, dtype=torch.float64)
+    lifted = worths.shift * n - worths.log.sum(-1, keepdim=True).double()
     return slots.log_denominators + lifted.squeeze(-1)
 
 
@@ -104,10 +104,12 @@ def _fill_gradient(
         suffix = slots.suffix
         by_slot = suffix * beta if share is None else torch.addcmul(share, suffix, beta)
         bracket = slots.of_items(by_slot.to(w.dtype))
-    if bracket is not None:
+    assert bracket is not None
+    if slots is None or beta is None:
         torch.mul(w, bracket, out=gradient)
-    if slots is not None and beta is not None:
-        gradient -= beta if slots.mu is None else beta * slots.of_items(slots.mu)
+    else:
+        mu = beta if slots.mu is None else beta * slots.of_items(slots.mu)
+        torch.addcmul(-mu, w, bracket, out=gradient)
     if alpha is not None:
         gradient.scatter_add_(-1, block.own[:, None], -alpha.to(gradient.dtype).expand(len(gradient), 1))
     slope = log_worth_slope(block.cosines, options.worth)

@@ -71,6 +71,11 @@ class ListOptions:
         if self.top_k is not None:
             check_count("top_k", self.top_k)
 
+    @property
+    def weighs_ranks(self) -> bool:
+        """Whether any rank's μ is not 1."""
+        return self.discount is not None or self.top_k is not None
+
 
 def plackett_luce_nll(
     scores: Tensor,
@@ -171,7 +176,7 @@ def _rank(reference: Tensor, shuffle: Tensor | None) -> _Ranking:
 
 def weights_of_ranks(rank: Tensor, options: ListOptions) -> Tensor | None:
     """The μ of items of these ranks, float64, the best rank being 1; None where all are 1."""
-    if options.discount is None and options.top_k is None:
+    if not options.weighs_ranks:
         return None
     rank = rank.double()
     mu = torch.ones_like(rank) if options.discount is None else rank.log1p().reciprocal()

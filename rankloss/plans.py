@@ -26,12 +26,12 @@ class Plan:
     Attributes:
         name: ``"rows"``: every chunk of rows is done with when its turn is over; twelve products of N×N×D in
             all, four for the similarities and eight for the gradients. ``"shared"``: the same product of two
-            embeddings stands in S and in R, or twice in I or X, and its gradients are kept until they can be
-            taken to the embeddings together, which halves the eight.
+            embeddings stands in S and in R, or twice in I or X; it is made once, kept until its mirror image
+            comes, and its gradients likewise: six products.
         chunk_size: anchors of one product.
         ranked_size: anchors whose lists are ranked at once.
         slice_size: anchors whose running sums are taken at once.
-        matrix_bytes: what is kept of whole matrices at the most: 0, or one of N×N.
+        matrix_bytes: what is kept of whole matrices at the most: 0, or as much as one of N×N.
     """
 
     name: Literal["rows", "shared"]

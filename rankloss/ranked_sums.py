@@ -202,12 +202,14 @@ class BinnedSlots:
     """One slot a bin of the quantised reference; the items of a bin are tied."""
 
     def __init__(self, values: Tensor, index: Tensor, options: ListOptions, bins: int) -> None:
-        empty = values.new_zeros(*values.shape[:-1], bins)
         self._index = index
-        self._sums = empty.scatter_add(-1, index, values).cumsum(-1, dtype=torch.float64)
-        count = empty.scatter_add_(-1, index, values.new_ones(()).expand_as(values))
-        above = values.shape[-1] - count.cumsum(-1)  # items in better bins
-        self.mu = weights_of_ranks(above + 1, options)
+        of_bins = values.new_zeros(*values.shape[:-1], bins).scatter_add_(-1, index, values)
+        self._sums = of_bins.cumsum(-1, dtype=torch.float64)
+        count = of_bins.zero_().scatter_add_(-1, index, torch.ones_like(values))
+        self.mu: Tensor | None = None
+        if options.weighs_ranks:
+            above = values.shape[-1] - count.cumsum(-1)  # items in better bins
+            self.mu = weights_of_ranks(above + 1, options)
         self._count = count if self.mu is None else count * self.mu  # Σ μ of the bin's items
 
     @property

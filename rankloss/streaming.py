@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from rankloss.blocks import Block, evaluate
-from rankloss.embeddings import Embeddings, Lists, other_items
+from rankloss.embeddings import Embeddings, other_items
+from rankloss.matrix_pairs import MatrixPair, MirroredPair, Target
 from rankloss.options import ConsistencyOptions
 from rankloss.plans import Plan
 from rankloss.ranked_sums import rank
@@ -96,91 +97,26 @@ def _slices(n: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-class _Target(NamedTuple):
-    """The gradients of a matrix's anchors and items and of the scale; None where none is wanted."""
-
-    anchors: Tensor | None
-    items: Tensor | None
-    scale: Tensor | None
-
-
 def _pairs(
     embeddings: Embeddings, problem: Problem, weights: Weights, gradients: Gradients | None
-) -> Iterator[_Pair]:
+) -> Iterator[MatrixPair]:
     """The pairs of matrices that are needed, made when their turn comes."""
     image, text, image_anchors, text_anchors, scale = gradients or Gradients(None, None, None, None, None)
     if embeddings.image_anchors is None:
         image_anchors, text_anchors = image, text
     if problem.options.likelihood.worth != "exp":
         scale = None  # the other worths do not depend on it
-    make = _MirroredPair if problem.plan.name == "shared" else _Pair
+    make = MirroredPair if problem.plan.name == "shared" else MatrixPair
     if weights.contrastive is not None or weights.cross_modal is not None:
-        into = _Target(image_anchors, text, scale), _Target(text_anchors, image, scale)
+        into = Target(image_anchors, text, scale), Target(text_anchors, image, scale)
         yield make(embeddings.lists("cross_modal"), into, in_modal=False)
     if weights.in_modal is not None:
-        into = _Target(image_anchors, image, scale), _Target(text_anchors, text, scale)
+        into = Target(image_anchors, image, scale), Target(text_anchors, text, scale)
         yield make(embeddings.lists("in_modal"), into, in_modal=True)
 
 
-class _Pair:
-    """The two similarity matrices of a term, by blocks of rows, and where the gradients by them go."""
-
-    def __init__(self, lists: Lists, into: tuple[_Target, _Target], *, in_modal: bool) -> None:
-        self.lists, self.in_modal, self._into = lists, in_modal, into
-        self.wants_gradient = any(x is not None for target in into for x in target)
-
-    def cosines(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Some rows of both."""
-        return self.lists.first.rows(rows).cosines(), self.lists.second.rows(rows).cosines()
-
-    def add(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
-        """Take the gradient by some rows of one of them; None is zero. It may end before the last items."""
-        if gradient is None:
-            return
-        similarity, into = (self.lists.first, self.lists.second)[side].rows(rows), self._into[side]
-        items = slice(gradient.shape[-1])
-        if into.anchors is not None:
-            by_anchor = gradient @ similarity.items[items]
-            into.anchors[rows] += by_anchor
-            if into.scale is not None:
-                into.scale.add_((by_anchor * similarity.anchors).sum())
-        elif into.scale is not None:
-            into.scale.add_((gradient * cosines[:, items]).sum())
-        if into.items is not None:
-            into.items[items].addmm_(gradient.T, similarity.anchors)
-
-
-class _MirroredPair(_Pair):
-    """Entries that are one and the same product take their gradients to the embeddings together.
-
-    v_i·t_j stands in S at (i, j) and in R at (j, i), v_i·v_j in I at (i, j) and at (j, i). The gradient by an
-    entry above the diagonal waits until the rows reach its mirror image below, and is added to that one's:
-    half of the products with the embeddings fall away, for half a matrix that waits on either side.
-    """
-
-    def __init__(self, lists: Lists, into: tuple[_Target, _Target], *, in_modal: bool) -> None:
-        super().__init__(lists, into, in_modal=in_modal)
-        self._waiting: tuple[list[Tensor], list[Tensor]] = [], []
-
-    def add(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
-        """Take the gradient by some rows; they come one block after the other, the first side first."""
-        n = cosines.shape[-1]
-        mirror = self._waiting[side if self.in_modal else 1 - side]
-        # What waits of a block of rows are its last columns; those of the rows' own block are not among them.
-        met = [x[:, rows.start - n : rows.stop - n or None] for x in mirror if x.shape[-1] >= n - rows.start]
-        if gradient is not None:
-            self._waiting[side].append(gradient[:, rows.stop :].clone())
-        elif met:  # the side has no gradient of its own, all or none of its blocks
-            gradient = torch.zeros_like(cosines)
-        else:
-            return
-        if met:
-            gradient[:, : rows.start] += torch.cat(met).T
-        super().add(side, rows, cosines, gradient[:, : rows.stop])
-
-
 def _add_chunk(
-    pair: _Pair,
+    pair: MatrixPair,
     rows: slice,
     embeddings: Embeddings,
     shuffles: Tensor | None,
