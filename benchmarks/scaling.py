@@ -120,7 +120,7 @@ def _step(threads: int) -> dict[str, Any]:
     from training_step import measure_steps
 
     _say("training steps of the demo's model, in turns")
-    times = in_fresh_process(measure_steps, threads, 15)
+    times = in_fresh_process(measure_steps, threads, 31)
     clip = times[STEP_LOSSES[0]]
     return {
         "seconds": {name: t.median for name, t in times.items()},

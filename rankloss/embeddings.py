@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rankloss.plackett_luce import ListOptions
-from rankloss.ties import first_occurrence
+from rankloss.ties import first_occurrence, row_hashes
 
 __all__ = [
     "Embeddings",
@@ -214,10 +214,9 @@ def _scale(logit_scale: Tensor | float, like: Tensor) -> Tensor:
 
 def _first_equal(features: Tensor) -> Tensor | None:
     """:func:`first_occurrence`, or None where no two rows are equal and knowing it costs no wait."""
-    first = first_occurrence(features)
-    if _may_look_at(first) and torch.equal(first, torch.arange(len(first))):
+    if _may_look_at(features) and len(row_hashes(features).unique()) == len(features):
         return None
-    return first
+    return first_occurrence(features)
 
 
 def _may_look_at(x: Tensor) -> bool:

@@ -165,7 +165,9 @@ class SortedSlots:
         self._order, self._groups = order, None if ordered is None else _tie_groups(ordered)
         self._denominators = values.gather(-1, order).cumsum(-1, dtype=torch.float64)
         self._narrow = values.dtype == torch.float32
-        self.mu = weights_of_ranks(torch.arange(order.shape[-1], 0, -1, device=values.device), options)
+        self.mu: Tensor | None = None
+        if options.weighs_ranks:
+            self.mu = weights_of_ranks(torch.arange(order.shape[-1], 0, -1, device=values.device), options)
         if self._groups is not None:
             self._denominators = self._groups.at_last(self._denominators)
             if self.mu is not None:  # tied items share their best rank

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["first_occurrence", "group_bounds"]
+__all__ = ["first_occurrence", "group_bounds", "row_hashes"]
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -58,14 +58,19 @@ def first_occurrence(features: Tensor) -> Tensor:
         >>> first_occurrence(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])).tolist()
         [0, 1, 0]
     """
-    n, d = features.shape
-    bits = (features.detach() + 0.0).view(_BITS[features.dtype]).long()  # + 0.0 turns -0.0 into 0.0
-    hashes = (bits * _odd_multipliers(d, features.device)).sum(-1)
+    n = len(features)
+    hashes = row_hashes(features)
     sorted_hashes, order = hashes.sort(stable=True)  # stable: the first row of a group is its smallest index
     first, _ = group_bounds(sorted_hashes)
     candidate = torch.empty_like(order).scatter_(0, order, order.gather(0, first))
     same = (features.detach()[candidate] == features.detach()).all(-1)
     return torch.where(same, candidate, torch.arange(n, device=features.device))
+
+
+def row_hashes(features: Tensor) -> Tensor:
+    """A 64-bit hash of every row, ``[N]``; equal rows have equal ones."""
+    bits = (features.detach() + 0.0).view(_BITS[features.dtype]).long()  # + 0.0 turns -0.0 into 0.0
+    return (bits * _odd_multipliers(features.shape[1], features.device)).sum(-1)
 
 
 def _odd_multipliers(count: int, device: torch.device) -> Tensor:
