@@ -6,7 +6,6 @@ Run it as ``python examples/miniature/run.py``; see the README beside this file.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,7 +17,16 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("icons", "evaluate", "openmoji"))]
 
 from miniature_paper.grid import EXHIBITS, PRESETS, plan  # noqa: E402
-from miniature_paper.terminal import import_parts, machine, run_on, tracker  # noqa: E402
+from miniature_paper.terminal import (  # noqa: E402
+    add_options,
+    check_at_least_one,
+    complete_options,
+    import_parts,
+    machine,
+    reported,
+    run_on,
+    tracker,
+)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,27 +46,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="EXHIBIT",
         help=f"train what these need: {', '.join(EXHIBITS)} (default: all)",
     )
-    add("--jobs", type=int, default=None, help="runs at a time (default: one on each core, or as fit a GPU)")
-    add("--device", default=None, help="cpu or cuda (default: a GPU if there is one)")
-    add("--output", type=Path, default=Path("outputs/miniature"), help="folder for data and runs")
-    add("--icons", type=Path, default=Path("outputs/icons"), help="the icons; built there if missing")
-    add("--results", type=Path, default=None, help="folder of the records (default: by the preset)")
-    add("--report", type=Path, default=None, help="folder of the report (default: by the preset)")
-    add("--report-only", action="store_true", help="train nothing; report the records that are there")
+    add_options(parser)
     add("--keep-checkpoints", action="store_true", help="keep weights and logs of runs that are measured")
     args = parser.parse_args(argv)
-    for name in ("seeds", "jobs"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"argument --{name}: must be at least 1, got {value}")
-    if args.device is not None and args.device.split(":")[0] not in ("cpu", "cuda"):
-        parser.error(f"argument --device: must be cpu or cuda, got {args.device}")
-    # The records of the full preset are part of the repository: they are resumed from.
-    home = HERE if args.preset == "full" else args.output / args.preset
-    args.results = args.results or home / "results" / ("full" if args.preset == "full" else "")
-    args.report = args.report or home / "report"
-    for name in ("output", "icons", "results", "report"):
-        setattr(args, name, getattr(args, name).resolve())
+    check_at_least_one(parser, args, "seeds")
+    complete_options(parser, args, records="full" if args.preset == "full" else "")
     return args
 
 
@@ -66,19 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train what is missing and write the report."""
     args = _parse(argv)
     import_parts()
-    from rich.console import Console
-
-    console = Console()
-    try:
-        return _run(args, console)
-    except (RuntimeError, ValueError, OSError) as error:
-        console.print(f"Error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        console.print(
-            "Interrupted. The same command goes on; --report-only reports what is there.", style="red"
-        )
-        return 130
+    return reported(lambda console: _run(args, console))
 
 
 def _run(args: argparse.Namespace, console: Any) -> int:

@@ -6,7 +6,6 @@ Run it as ``python examples/miniature/search.py``; see the README beside this fi
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,15 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), *(str(HERE.parent / name) for name in ("icons", "evaluate", "openmoji"))]
 
 from miniature_paper.search.trials import SEARCHES, Search  # noqa: E402
-from miniature_paper.terminal import import_parts, machine, run_on, tracker  # noqa: E402
+from miniature_paper.terminal import (  # noqa: E402
+    add_options,
+    complete_options,
+    import_parts,
+    machine,
+    reported,
+    run_on,
+    tracker,
+)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -35,28 +42,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="with --confirm: confirm once more, with other seeds; the report says so",
     )
-    add("--jobs", type=int, default=None, help="runs at a time (default: one on each core, or as fit a GPU)")
-    add("--device", default=None, help="cpu or cuda (default: a GPU if there is one)")
-    add("--output", type=Path, default=Path("outputs/miniature"), help="folder for data and runs")
-    add("--icons", type=Path, default=Path("outputs/icons"), help="the icons; built there if missing")
-    add("--results", type=Path, default=None, help="folder of the records (default: by the preset)")
-    add("--report", type=Path, default=None, help="folder of the report (default: by the preset)")
-    add("--report-only", action="store_true", help="train nothing; report the records that are there")
+    add_options(parser)
     args = parser.parse_args(argv)
-    if args.jobs is not None and args.jobs < 1:
-        parser.error(f"argument --jobs: must be at least 1, got {args.jobs}")
-    if args.device is not None and args.device.split(":")[0] not in ("cpu", "cuda"):
-        parser.error(f"argument --device: must be cpu or cuda, got {args.device}")
+    complete_options(parser, args, records="search")
     if args.again and not args.confirm:
         parser.error("argument --again: only with --confirm")
     if args.report_only and args.confirm:
         parser.error("argument --report-only: not with --confirm, which trains")
-    # The records of the full search are part of the repository: they are resumed from.
-    home = HERE if args.preset == "full" else args.output / args.preset
-    args.results = args.results or home / "results" / "search"
-    args.report = args.report or home / "report"
-    for name in ("output", "icons", "results", "report"):
-        setattr(args, name, getattr(args, name).resolve())
     return args
 
 
@@ -64,20 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do the rounds that are missing, confirm if asked to, and write the report."""
     args = _parse(argv)
     import_parts()
-    from miniature_paper.search.confirmation import SecondConfirmationError
-    from rich.console import Console
-
-    console = Console()
-    try:
-        return _run(args, SEARCHES[args.preset], console)
-    except (SecondConfirmationError, RuntimeError, ValueError, OSError) as error:
-        console.print(f"Error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        console.print(
-            "Interrupted. The same command goes on; --report-only reports what is there.", style="red"
-        )
-        return 130
+    return reported(lambda console: _run(args, SEARCHES[args.preset], console))
 
 
 def _run(args: argparse.Namespace, search: Search, console: Any) -> int:

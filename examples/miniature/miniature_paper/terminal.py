@@ -1,13 +1,15 @@
-"""What the example's commands have in common: its packages, the machine, signals, progress."""
+"""What the example's commands have in common: options, packages, the machine, signals, progress, errors."""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import importlib
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -15,10 +17,67 @@ if TYPE_CHECKING:
     from .schedule import Work
 
 Result = TypeVar("Result")
+_EXAMPLE = Path(__file__).resolve().parents[1]
 _NEEDED = (
     "captum", "jinja2", "matplotlib", "open_clip_train", "resvg_py", "rich", "sklearn", "torchmetrics",
     "umap", "webdataset",
 )  # fmt: skip
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes: the machine, and the folders."""
+    add = parser.add_argument
+    add("--jobs", type=int, default=None, help="runs at a time (default: one on each core, or as fit a GPU)")
+    add("--device", default=None, help="cpu or cuda (default: a GPU if there is one)")
+    add("--output", type=Path, default=Path("outputs/miniature"), help="folder for data and runs")
+    add("--icons", type=Path, default=Path("outputs/icons"), help="the icons; built there if missing")
+    add("--results", type=Path, default=None, help="folder of the records (default: by the preset)")
+    add("--report", type=Path, default=None, help="folder of the report (default: by the preset)")
+    add("--report-only", action="store_true", help="train nothing; report the records that are there")
+
+
+def check_at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    """Refuse counts below 1; None is a default."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"argument --{name}: must be at least 1, got {value}")
+
+
+def complete_options(parser: argparse.ArgumentParser, args: argparse.Namespace, *, records: str) -> None:
+    """Check what :func:`add_options` added, and fill in its folders.
+
+    Args:
+        parser: Reports what is wrong.
+        args: Its options; ``preset`` among them.
+        records: The folder of the records below ``results``.
+    """
+    check_at_least_one(parser, args, "jobs")
+    if args.device is not None and args.device.split(":")[0] not in ("cpu", "cuda"):
+        parser.error(f"argument --device: must be cpu or cuda, got {args.device}")
+    # The records of the full preset are part of the repository: they are resumed from.
+    home = _EXAMPLE if args.preset == "full" else args.output / args.preset
+    args.results = args.results or home / "results" / records
+    args.report = args.report or home / "report"
+    for name in ("output", "icons", "results", "report"):
+        setattr(args, name, getattr(args, name).resolve())
+
+
+def reported(run: Callable[[Any], int]) -> int:
+    """Call ``run`` with a console and return its exit status; errors and interruptions are said on it."""
+    from rich.console import Console
+
+    console = Console()
+    try:
+        return run(console)
+    except (RuntimeError, ValueError, OSError) as error:
+        console.print(f"Error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        console.print(
+            "Interrupted. The same command goes on; --report-only reports what is there.", style="red"
+        )
+        return 130
 
 
 def import_parts() -> None:
