@@ -271,9 +271,8 @@ SEARCHES = {
             note="",
             trials=TRIALS,
             rounds=(
-                Round(epochs=1, seeds=(10, 11), keep=6),
-                Round(epochs=2, seeds=(20, 21, 22), keep=2),
-                Round(epochs=4, seeds=(30, 31, 32), keep=1),
+                Round(epochs=1, seeds=(10, 11), keep=4),
+                Round(epochs=2, seeds=(20, 21, 22), keep=1),
             ),
             combined=2,
             confirmation=Round(epochs=4, seeds=tuple(range(100, 106)), keep=1),
