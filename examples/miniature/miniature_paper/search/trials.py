@@ -272,7 +272,7 @@ SEARCHES = {
             trials=TRIALS,
             rounds=(
                 Round(epochs=1, seeds=(10, 11), keep=4),
-                Round(epochs=2, seeds=(20, 21, 22), keep=1),
+                Round(epochs=2, seeds=(20, 21), keep=1),
             ),
             combined=2,
             confirmation=Round(epochs=4, seeds=tuple(range(100, 106)), keep=1),
