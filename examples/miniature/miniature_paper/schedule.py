@@ -83,11 +83,17 @@ async def run_all(
 
     places = [asyncio.create_task(place()) for _ in range(min(jobs, len(waiting)))]
     try:
-        await asyncio.gather(*places)
+        # Not gather, which is over with the first place that is cancelled: the others would be cancelled twice,
+        # and the second time in the middle of ending their children.
+        if places:
+            await asyncio.wait(places, return_when=asyncio.FIRST_EXCEPTION)
     finally:
         for task in places:
             task.cancel()
         await asyncio.gather(*places, return_exceptions=True)
+    for task in places:
+        if not task.cancelled():
+            task.result()
     return failed
 
 
