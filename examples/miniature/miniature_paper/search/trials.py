@@ -275,7 +275,7 @@ SEARCHES = {
                 Round(epochs=2, seeds=(20, 21), keep=1),
             ),
             combined=2,
-            confirmation=Round(epochs=4, seeds=tuple(range(100, 106)), keep=1),
+            confirmation=Round(epochs=4, seeds=tuple(range(100, 105)), keep=1),
         ),
         Search(
             name="quick",
