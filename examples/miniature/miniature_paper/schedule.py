@@ -83,8 +83,8 @@ async def run_all(
 
     places = [asyncio.create_task(place()) for _ in range(min(jobs, len(waiting)))]
     try:
-        # Not gather, which is over with the first place that is cancelled: the others would be cancelled again,
-        # in the middle of ending their children.
+        # Not gather, which is over with the first place that is cancelled: the others would be cancelled
+        # again, in the middle of ending their children.
         if places:
             await asyncio.wait(places, return_when=asyncio.FIRST_EXCEPTION)
     finally:

@@ -268,7 +268,8 @@ SEARCHES = {
     for search in (
         Search(
             name="full",
-            note="",
+            note="The second round and the confirmation were made smaller while the first round was trained: "
+            "for the time they take, and before any score had been looked at.",
             trials=TRIALS,
             rounds=(
                 Round(epochs=1, seeds=(10, 11), keep=4),
