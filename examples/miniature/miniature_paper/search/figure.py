@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib
@@ -41,7 +42,10 @@ def draw(steps: Sequence[Step]) -> bytes | None:
                     lw=1.2,
                     color=LIGHT.rank if kept else LIGHT.muted,
                 )
-            axis.set_yticks(range(len(standings)), [standing.trial.name for standing in standings])
+            axis.set_yticks(range(len(standings)), [_label(standing.trial.name) for standing in standings])
+            for label in axis.get_yticklabels():
+                if "\n" in label.get_text():
+                    label.set_fontsize(6)
             axis.set_ylim(len(standings) - 0.5, -0.5)
             axis.axvline(0.0, color=LIGHT.clip, lw=1, ls="--")
             axis.grid(axis="x")
@@ -49,3 +53,9 @@ def draw(steps: Sequence[Step]) -> bytes | None:
         axes[-1].set_xlabel("objective less plain CLIP's (points, validation side)")
         figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
+
+
+def _label(name: str) -> str:
+    """A trial's name; one of many factors takes lines, or it would leave no room for the intervals."""
+    lines = textwrap.wrap(name.replace("+", "+ "), width=42, break_on_hyphens=False)
+    return "\n".join(line.replace("+ ", "+") for line in lines)
