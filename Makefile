@@ -34,7 +34,7 @@ miniature: $(VENV)/.examples
 miniature-full: $(VENV)/.examples
 	$(BIN)/python examples/miniature/run.py --preset full --output $(MINIATURE_OUTPUT) $(MINIATURE_ARGS)
 
-## Search for the setting in which the rank terms help most, and confirm it once (3 to 4 hours on 2 cores).
+## Search for the setting in which the rank terms help most, and confirm it once (2.5 hours on 2 cores).
 miniature-search: $(VENV)/.examples
 	$(BIN)/python examples/miniature/search.py --preset full --confirm --output $(MINIATURE_OUTPUT) $(SEARCH_ARGS)
 
