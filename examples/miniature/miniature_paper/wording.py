@@ -11,15 +11,18 @@ _POINTS = (
     "small ones beside them are the seeds."
 )
 
+SIGNS = (
+    f"{MARKS['above']} {MARKS['below']} differ from the reference after Holm's correction within the exhibit "
+    f"(paired t-test, two-sided); {MARKS['above before']} {MARKS['below before']} only before it; "
+    f"{MARKS[statistics.NOT_TOLD_APART]} not told apart; {MARKS[statistics.TOO_FEW_SEEDS]} fewer than "
+    f"{statistics.MIN_SEEDS} seeds, not tested."
+)
 LEGEND = (
     f"A cell is the mean over seeds ± half of its {_CONFIDENCE} t-interval (number of seeds), percentages in "
     "points; below it the mean difference to the reference of the same seeds, ± the same. Intervals are "
     "about seeds: the held-out items are the same ones throughout. A dash is a model that is not there, or "
     "an interval that one seed does not have.",
-    f"{MARKS['above']} {MARKS['below']} differ from the reference after Holm's correction within the exhibit "
-    f"(paired t-test, two-sided); {MARKS['above before']} {MARKS['below before']} only before it; "
-    f"{MARKS[statistics.NOT_TOLD_APART]} not told apart; {MARKS[statistics.TOO_FEW_SEEDS]} fewer than "
-    f"{statistics.MIN_SEEDS} seeds, not tested.",
+    SIGNS,
     "Rows in italics are the paper's, for its full-size data, with the difference to the paper's own CLIP: "
     "beside ours to see what was claimed, not to compare levels.",
 )

@@ -10,6 +10,7 @@ from miniature_paper.markdown import table
 from miniature_paper.report import SEARCH
 from miniature_paper.statistics import CONFIDENCE, Difference, Estimate
 from miniature_paper.tables import difference_text, mark, mean_text
+from miniature_paper.wording import SIGNS
 
 from . import figure, wording
 from .confirmation import WITH_CLIP, Confirmation, Declaration
@@ -213,6 +214,7 @@ def _confirmation(confirmation: Confirmation) -> list[str]:
         "where the mean over more seeds would be.",
         table(["", *SCORES], levels, right=len(SCORES)),
         table(["compared", "score", "difference", "p", "corrected", ""], rows, right=4),
+        SIGNS,
     ]
     if one.trial != RECIPE:
         blocks.append(f"As arguments: `--loss {LOSS} --rankclip-schedule-unit step {one.trial.command}`")
