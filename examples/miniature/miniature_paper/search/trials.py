@@ -268,8 +268,10 @@ SEARCHES = {
     for search in (
         Search(
             name="full",
-            note="The second round and the confirmation were made smaller while the first round was trained: "
-            "for the time they take, and before any score had been looked at.",
+            note="The rounds and the confirmation were made smaller while the first two rounds were trained, "
+            "for the time they take: the number of rounds and of settings that go on during round 1, the "
+            "seeds of round 2 and of the confirmation early in round 2. No score had been looked at; which "
+            "settings had reached round 2 was partly known by then, from the names of its trainings.",
             trials=TRIALS,
             rounds=(
                 Round(epochs=1, seeds=(10, 11), keep=4),
