@@ -5,18 +5,18 @@ The losses are modules (:class:`RankConsistency`, :class:`RankClipLoss`, :class:
 (:func:`plackett_luce_nll`), and everything else has a module of its own.
 """
 
-from rankloss import consistency as consistency
 from rankloss import distributed as distributed
+from rankloss import functional as functional
 from rankloss import metrics as metrics
 from rankloss import reference as reference
 from rankloss import schedules as schedules
 from rankloss._version import __version__ as __version__
+from rankloss.functional import plackett_luce_nll as plackett_luce_nll
 from rankloss.losses import AlipLoss as AlipLoss
 from rankloss.losses import ClipLoss as ClipLoss
 from rankloss.losses import CyClipLoss as CyClipLoss
 from rankloss.losses import RankClipLoss as RankClipLoss
 from rankloss.losses import RankConsistency as RankConsistency
-from rankloss.plackett_luce import plackett_luce_nll as plackett_luce_nll
 
 __all__ = [
     "AlipLoss",
@@ -25,8 +25,8 @@ __all__ = [
     "RankClipLoss",
     "RankConsistency",
     "__version__",
-    "consistency",
     "distributed",
+    "functional",
     "metrics",
     "plackett_luce_nll",
     "reference",

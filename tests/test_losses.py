@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
 from rankloss import ClipLoss, RankClipLoss, RankConsistency, reference, schedules
-from rankloss.embeddings import Embeddings
+from rankloss.batch import Batch as Features
 
 
 def features() -> tuple[Tensor, Tensor, Tensor]:
@@ -38,13 +38,13 @@ def test_rank_consistency_is_the_weighted_sum_of_its_entries(batch: Batch) -> No
 
 def test_a_weight_of_zero_leaves_the_term_out_of_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[str] = []
-    original = Embeddings.lists
+    original = Features.matrices
 
-    def spy(embeddings, term):
+    def spy(batch, term):
         computed.append(term)
-        return original(embeddings, term)
+        return original(batch, term)
 
-    monkeypatch.setattr(Embeddings, "lists", spy)
+    monkeypatch.setattr(Features, "matrices", spy)
     for weights, expected in (
         ((1, 1), ["cross_modal", "in_modal"]),
         ((0, 1), ["in_modal"]),

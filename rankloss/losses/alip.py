@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rankloss.batch import arithmetic_dtype, check_features
 from rankloss.distributed import Gather
-from rankloss.embeddings import arithmetic_dtype, check_features
 from rankloss.losses.clip import pair_logits
 from rankloss.losses.composition import combined
 from rankloss.losses.weights import check_weight

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rankloss.batch import check_features
 from rankloss.distributed import Gather, Gathered
-from rankloss.embeddings import check_features
 
 __all__ = ["ClipLoss", "pair_logits"]
 

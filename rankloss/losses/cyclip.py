@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rankloss.batch import arithmetic_dtype, check_features
 from rankloss.distributed import Gather, Gathered
-from rankloss.embeddings import arithmetic_dtype, check_features
 from rankloss.losses.clip import ClipLoss
 from rankloss.losses.composition import base_entries, combined, shares_gathering
 from rankloss.losses.weights import check_weight

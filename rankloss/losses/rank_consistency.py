@@ -8,21 +8,21 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from rankloss.consistency import weighted_terms
+from rankloss.batch import Batch, arithmetic_dtype, check_features
 from rankloss.distributed import Gather, Gathered
-from rankloss.embeddings import Embeddings, arithmetic_dtype, check_features
+from rankloss.functional import weighted_terms
 from rankloss.losses.weights import check_weight
 from rankloss.options import (
     Discount,
     FixedReference,
     ListsOption,
     Method,
+    Plan,
     RankOptions,
     Reduction,
     Ties,
     Worth,
 )
-from rankloss.plans import Plan
 
 __all__ = ["RankConsistency"]
 
@@ -59,7 +59,7 @@ class RankConsistency(nn.Module):
         fixed_reference: ``"text"``: the texts' rankings are a reference and follow nothing, cross = C(S | R)
             and in = C(I | X). ``"image"``: the other way round. None: both directions, as above.
         method: how lists are ranked. ``"sort"``: by their exact order. ``"bin"``: by evenly spaced bins of
-            the reference (:func:`rankloss.bins.quantize`), faster; the items of a bin are tied.
+            the reference (:func:`rankloss.ranking.quantize`), faster; the items of a bin are tied.
         bins: the number of bins.
         chunk_size: rows multiplied out at a time; None chooses from the sizes and the device.
         memory_budget: bytes that matrices of the whole batch may take to save products, see :meth:`plan`;
@@ -204,7 +204,7 @@ class RankConsistency(nn.Module):
         """CLIP's cross-entropy and the two rank terms times ``weights``, from one gathering and one pass.
 
         A term that is not wanted is a zero that costs nothing. ``gathered`` is as in :meth:`forward`. See
-        :func:`rankloss.consistency.weighted_terms`.
+        :func:`rankloss.functional.weighted_terms`.
         """
         check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
         if not contrastive and not cross_modal and not in_modal:
@@ -212,21 +212,21 @@ class RankConsistency(nn.Module):
             return zero, zero, zero
         images, texts = self.gather(image_features, text_features) if gathered is None else gathered
         local = self.gather.anchors_are_local
-        embeddings = Embeddings.of(
+        batch = Batch.of(
             images,
             texts,
             logit_scale,
             image_anchors=image_features if local else None,
             text_anchors=text_features if local else None,
+            first_row=self.gather.first_row(len(image_features)),
         )
         return weighted_terms(
-            embeddings,
+            batch,
             self.options,
             weights,
             contrastive=contrastive,
             cross_modal=cross_modal,
             in_modal=in_modal,
-            first_row=self.gather.first_row(len(image_features)),
         )
 
     def plan(

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
 from memory import saved_bytes
-from rankloss import RankConsistency, dense, plackett_luce_nll, reference, row_lists
-from rankloss.consistency import cross_modal, in_modal
-from rankloss.embeddings import Embeddings
+from rankloss import RankConsistency, dense, operator, plackett_luce_nll, reference
+from rankloss.batch import Batch as Features
+from rankloss.functional import cross_modal, in_modal
 from rankloss.options import RankOptions
 
 TERMS: dict[str, tuple[Callable[..., Tensor], Callable[..., float]]] = {
@@ -50,9 +50,9 @@ def upstream_for(value: Tensor) -> Tensor:
 
 def dense_row_lists(term: str, v: Tensor, t: Tensor, s: Tensor, reduction: str, likelihood) -> Tensor:
     options = RankOptions(reduction=reduction, **likelihood)
-    values = dense.row_lists_nll(Embeddings.of(v, t, s), term, options)
+    values = dense.row_lists_nll(Features.of(v, t, s), term, options)
     return {
-        "mean": values.mean() / (len(v) if options.diagonal else len(v) - 1),
+        "mean": values.mean(),
         "sum": values.sum(),
         "none": values,
     }[reduction]
@@ -360,13 +360,13 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("method", ["sort", "bin"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_tensor_as_large_as_n_by_n_is_ever_made(reduction: str, method: str, monkeypatch) -> None:
-    original, largest = row_lists.stream, LargestTensor()
+    original, largest = operator.stream, LargestTensor()
 
     def watched(*arguments, **keywords):  # from the inside: a mode does not see into an operator
         with largest:
             return original(*arguments, **keywords)
 
-    monkeypatch.setattr(row_lists, "stream", watched)
+    monkeypatch.setattr(operator, "stream", watched)
     n, d, chunk = 64, 8, 4
     v, t, s = random_batch(0, n, d, 10.0).leaves(torch.float32)
     options = {"reduction": reduction, "method": method, "bins": 16}
