@@ -94,8 +94,8 @@ def _gather(x: Tensor, group: Any) -> Tensor:
     return torch.cat(chunks)
 
 
-# The backends that gather into, and reduce from, one tensor in every supported torch. Compared to an all_reduce
-# this moves half the bytes; compared to a list of tensors it saves the copy that joins them.
+# The backends that gather into, and reduce from, one tensor in every supported torch. Compared to an
+# all_reduce this moves half the bytes; compared to a list of tensors it saves the copy that joins them.
 _TENSOR_BACKENDS = frozenset({"nccl", "xccl", "hccl"})
 
 
