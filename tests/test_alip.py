@@ -372,6 +372,7 @@ def test_bad_features_are_named_and_shown() -> None:
             r"caption_features and text_features must have one shape \[N, D\]; got \(5, 4\) and \(6, 4\)",
         ),
         (c.long(), "caption_features must be floating point; got torch.int64"),
+        (c.to("meta"), "caption_features and text_features must be on one device; got meta and cpu"),
         (c.detach().numpy(), "caption_features must be a torch.Tensor; got ndarray"),
     ):
         with pytest.raises(ValueError, match=message):
