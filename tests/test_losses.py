@@ -14,6 +14,7 @@ from hypothesis import given
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
 from rankloss import (
@@ -633,6 +634,20 @@ def test_graph_that_is_captured_at_lambda_zero_computes_the_terms(monkeypatch: p
     assert entries["cross_modal_loss"].requires_grad
     assert entries["cross_modal_loss"] == 0
     torch.testing.assert_close(loss(*inputs), ClipLoss()(*inputs), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("recorded_at", [1, 2])  # where λ is 0, and where it is not
+def test_recorded_graph_follows_lambda(monkeypatch: pytest.MonkeyPatch, recorded_at: int) -> None:
+    v, t, _ = (x.detach() for x in features())
+    loss = RankClipLoss(schedule="linear")
+    loss.set_epoch(recorded_at, 5)
+    loss(v, t, 10.0)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(rank_clip, "is_capturing", lambda _: True)
+        graph = make_fx(lambda v, t: loss(v, t, 10.0))(v, t)
+    for epoch in (1, 2, 5, 3):
+        loss.set_epoch(epoch, 5)
+        torch.testing.assert_close(graph(v, t), loss(v, t, 10.0), rtol=1e-12, atol=0)
 
 
 def test_weights_are_placed_before_a_capture_and_never_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
