@@ -38,8 +38,10 @@ __all__ = [
     "check_device",
     "check_features",
     "check_is_tensor",
+    "check_scale",
     "first_occurrence",
     "full_precision",
+    "kind_of",
     "may_look_at",
     "other_items",
     "refuse_forward_mode",
@@ -278,8 +280,12 @@ def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: 
 def check_is_tensor(name: str, value: object) -> None:
     """Raise a TypeError that names the argument unless it is a tensor."""
     if not isinstance(value, Tensor):
-        kind = type(value)
-        raise TypeError(f"{name} must be a torch.Tensor; got {kind.__module__}.{kind.__qualname__}")
+        raise TypeError(f"{name} must be a torch.Tensor; got {kind_of(value)}")
+
+
+def kind_of(value: object) -> str:
+    """The type of a value, as an error message shows it."""
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def check_device(name: str, x: Tensor, like: Tensor, like_name: str = "image_features") -> None:
@@ -307,30 +313,41 @@ def may_look_at(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def check_scale(logit_scale: Tensor | float, features: Tensor) -> None:
+    """Raise an error unless the scale is one positive number; its value is looked at where that is free.
+
+    Raises:
+        TypeError: for what is neither a number nor a tensor.
+        ValueError: for all else.
+    """
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1:
+            raise ValueError(f"logit_scale must be one number; got shape {tuple(logit_scale.shape)}")
+        if logit_scale.is_meta and not features.is_meta:
+            raise ValueError(f"logit_scale must be on {features.device}, as image_features; got meta")
+        value = _value_of(logit_scale) if may_look_at(logit_scale) else None
+    elif isinstance(logit_scale, (str, bytes)) or not hasattr(logit_scale, "__float__"):
+        raise TypeError(f"logit_scale must be a number or a torch.Tensor; got {kind_of(logit_scale)}")
+    else:
+        value = None if torch.compiler.is_compiling() else float(logit_scale)
+    if value is not None and value <= 0:
+        raise ValueError(f"logit_scale must be positive (it is the multiplier, not its log); got {value:g}")
+
+
+def _value_of(x: Tensor) -> float | None:
+    """The value of a scalar; None where there is none to read, as under vmap."""
+    try:
+        return float(x.item())
+    except RuntimeError:
+        return None
+
+
 def _scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
-    if not isinstance(logit_scale, Tensor):
-        if not torch.compiler.is_compiling():
-            try:
-                logit_scale = float(logit_scale)
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"logit_scale must be a number or a tensor of one element; got {logit_scale!r}"
-                ) from None
-            if logit_scale <= 0:
-                raise ValueError(_not_positive(logit_scale))
-        # Filled in on the device: to copy a number to it would make the host wait.
-        return torch.full((), logit_scale, dtype=arithmetic_dtype(features), device=features.device)
-    if logit_scale.numel() != 1:
-        raise ValueError(f"logit_scale must be one number; got shape {tuple(logit_scale.shape)}")
-    if logit_scale.device.type == "meta" and features.device.type != "meta":
-        raise ValueError(f"logit_scale must be on {features.device}, as image_features; got meta")
-    if may_look_at(logit_scale) and bool(logit_scale <= 0):
-        raise ValueError(_not_positive(logit_scale.item()))
-    return logit_scale.reshape(())
-
-
-def _not_positive(value: float) -> str:
-    return f"logit_scale must be positive (it is the multiplier, not its log); got {value:g}"
+    check_scale(logit_scale, features)
+    if isinstance(logit_scale, Tensor):
+        return logit_scale.reshape(())
+    # Filled in on the device: to copy a number to it would make the host wait.
+    return torch.full((), logit_scale, dtype=arithmetic_dtype(features), device=features.device)
 
 
 # --- equal rows -------------------------------------------------------------------------------------------
