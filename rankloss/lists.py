@@ -191,7 +191,7 @@ def _by_sums(
         else:
             nll = nll + (mu * (shift - log_w)).sum(-1)
         if options.reduction == "mean":
-            nll = nll / torch.as_tensor(ranking.total_mu).squeeze(-1)
+            nll = (nll[:, None] / ranking.total_mu).squeeze(-1)
             beta = beta / ranking.total_mu
         if out is not None:
             suffix = ranking.suffix(denominators)

@@ -4,19 +4,19 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from batches import Batch, batches, gradients, random_batch
+from fake_cuda import fake_cuda
 from rankloss import ClipLoss, RankClipLoss, RankConsistency, dense, operator
 from rankloss import options as options_module
 from rankloss.batch import Batch as Features
-from rankloss.batch import Inputs
-from rankloss.options import RankOptions, choose_plan
-from rankloss.streaming import Terms, stream
+from rankloss.functional import weighted_terms
+from rankloss.options import RankOptions
 
 WEIGHTS = torch.tensor([0.8, 1.3, 0.6], dtype=torch.float64)
 
@@ -238,24 +238,78 @@ def test_torch_func_is_right_or_refused() -> None:
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("method", ["sort", "bin"])
-@pytest.mark.parametrize("plan", ["rows", "shared"])
-@pytest.mark.parametrize("ranks", [{}, {"discount": "log", "top_k": 3}])
-@pytest.mark.parametrize("diagonal", [True, False])
-def test_a_step_on_an_accelerator_never_waits_for_it(
-    method: str, plan: str, ranks, diagonal: bool, monkeypatch
-) -> None:
-    """Tensors without values stand in for a device: looking at one, as a synchronisation does, raises."""
-    v, t = (F.normalize(torch.empty(64, 8, device="meta"), dim=-1) for _ in range(2))
-    s = torch.empty((), device="meta")
-    embeddings = Features.of(v, t, s)
-    budget = 0 if plan == "rows" else None
-    chosen = choose_plan(64, 64, v.device, v.dtype, chunk_size=16, memory_budget=budget)
-    assert chosen.name == plan
-    options = RankOptions(method=method, bins=32, diagonal=diagonal, **ranks)
-    weight = torch.empty((), dtype=torch.float64, device="meta") * embeddings.nan_unless_finite
-    into = Inputs(torch.zeros_like(v), torch.zeros_like(t), None, None, torch.zeros_like(s))
-    values = stream(embeddings, options, chosen, Terms(weight, weight, weight), None, into)
-    assert all(x is not None and x.shape == (64,) for x in values)
-    with pytest.raises(RuntimeError, match="meta"):
-        bool(s > 0)  # such a look would be seen
+LIKELIHOODS = [{}, {"discount": "log", "top_k": 3}, {"worth": "shifted"}, {"worth": "identity", "top_k": 2}]
+LISTS = [
+    {"method": method, "memory_budget": budget, "diagonal": diagonal}
+    for method, budget, diagonal in itertools.product(["sort", "bin"], [0, None], [True, False])
+]
+LISTS += [{"ties": "random"}, {"reduction": "sum", "fixed_reference": "text"}, {"reduction": "none"}]
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("lists", LISTS)
+@pytest.mark.parametrize("scale", ["number", "tensor"])
+def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(likelihood, lists, scale: str) -> None:
+    options = RankOptions(bins=32, chunk_size=16, **lists, **likelihood)
+    with fake_cuda() as copies:
+        v, t = (torch.empty(32, 8, device="cuda") for _ in range(2))
+        features = Features.of(v, t, 10.0 if scale == "number" else torch.empty((), device="cuda"))
+        weights = torch.empty(3, dtype=torch.float64, device="cuda")
+        per_anchor = options.reduction == "none"
+        terms = weighted_terms(features, options, weights, contrastive=options.worth == "exp")
+        assert all(x.device == v.device for x in terms)
+        assert all(x.shape == ((32,) if per_anchor else ()) for x in terms)
+        # In a fake mode an operator runs its shape function: what it does itself is called by hand.
+        wanted = [True, True, False, False, True]
+        shuffles = torch.stack([torch.randperm(32, device="cuda")] * 4) if options.ties == "random" else None
+        call = operator._Call(
+            *features.inputs,
+            weights,
+            shuffles,
+            0,
+            [options.worth == "exp", True, True],
+            wanted,
+            options.encoded,
+        )
+        of_terms, sums = operator._run(call, *call.unpacked([torch.empty_like(x) for x in terms]), wanted)
+        assert all(x.shape == (32,) for x in of_terms if x is not None)
+        assert [x.numel() for x in sums] == [256, 256, 0, 0, 1]
+        assert copies.found == []
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("lists", [{}, {"diagonal": False}, {"ties": "random"}, {"reduction": "none"}])
+def test_batch_lists_on_an_accelerator_never_wait_for_it_nor_copy_to_it(likelihood, lists) -> None:
+    options = RankOptions(lists="batch", **lists, **likelihood)
+    with fake_cuda() as copies:
+        v, t = (torch.empty(8, 4, device="cuda") for _ in range(2))
+        weights = torch.empty(3, dtype=torch.float64, device="cuda")
+        terms = weighted_terms(Features.of(v, t, 10.0), options, weights)
+        assert all(x.device == v.device for x in terms)
+        assert copies.found == []
+
+
+def test_a_wait_and_a_copy_would_be_seen() -> None:
+    with fake_cuda() as copies:
+        x = torch.empty(3, device="cuda")
+        with pytest.raises(DataDependentOutputException):
+            bool(x[0] > 0)
+        torch.ops.aten._to_copy.default(torch.empty(3), device=torch.device("cuda"))
+        assert copies.found == ["aten._to_copy.default"]
+
+
+@pytest.mark.parametrize("lists", ["row", "batch"])
+def test_weights_are_read_when_the_terms_are_computed_and_a_graph_follows_them(lists: str) -> None:
+    """In place: as a captured graph, which reads what lies at the address, follows them too."""
+    torch._dynamo.reset()
+    v, t, s = random_batch(0, 6, 4, 10.0).leaves()
+    options, weights = RankOptions(lists=lists), torch.ones(3, dtype=torch.float64)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(weights: Tensor) -> tuple[Tensor, ...]:
+        return weighted_terms(Features.of(v, t, s), options, weights)[1:]
+
+    ones = [x.detach() for x in compiled(weights)]
+    weights.copy_(torch.tensor([1.0, 0.5, 3.0]))
+    for value, one, weight in zip(compiled(weights), ones, (0.5, 3.0), strict=True):
+        torch.testing.assert_close(value.detach(), weight * one, rtol=1e-12, atol=0)

@@ -11,10 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from batches import Batch, batches, gradients, random_batch, relative_error
+from fake_cuda import fake_cuda
 from rankloss import RankConsistency, plackett_luce_nll
-from rankloss.ranking import _sort_rows, ascending, group_bounds, quantize
+from rankloss.ranking import (
+    _running_sum_in_blocks,
+    _sort_rows,
+    ascending,
+    group_bounds,
+    quantize,
+    running_sum,
+)
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)  # zeros of both signs and subnormals too
 
@@ -56,6 +65,48 @@ def test_a_forked_process_sorts_with_threads_of_its_own(monkeypatch: pytest.Monk
         _sort_rows(keys)
         os._exit(0 if (np.diff(keys) >= 0).all() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_flushed_subnormals_lose_no_index() -> None:
+    x = torch.tensor([[0.0, 1.0, -0.0, 1e-42, -1.0, 0.0, -1e-42, 1e-38]])
+    assert torch.set_flush_denormal(True)
+    try:
+        values, indices = ascending(x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert indices.sort(dim=-1).values.tolist() == [list(range(8))]
+    assert indices[0, 0] == 4
+    assert indices[0, -2:].tolist() == [7, 1]
+    assert (values.diff() >= 0).all()
+
+
+# --- running sums -----------------------------------------------------------------------------------------
+
+
+@given(n=st.integers(1, 9000), seed=st.integers(0, 2**16))
+def test_running_sums_in_blocks_are_running_sums(n: int, seed: int) -> None:
+    x = (20 * torch.randn(2, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).exp()
+    torch.testing.assert_close(_running_sum_in_blocks(x), x.cumsum(-1), rtol=1e-12, atol=0)
+
+
+def test_deterministic_algorithms_on_cuda_take_no_cumsum_of_floats() -> None:
+    class Cumsums(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += "cumsum" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    with fake_cuda(), Cumsums() as cumsums:
+        x = torch.empty(3, 1000, device="cuda")
+        assert running_sum(x).shape == x.shape
+        assert cumsums.count == 1
+        torch.use_deterministic_algorithms(True)
+        try:
+            sums = running_sum(x)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert (sums.shape, sums.dtype, cumsums.count) == (x.shape, torch.float64, 1)
 
 
 # --- ties -------------------------------------------------------------------------------------------------
