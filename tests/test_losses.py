@@ -627,8 +627,13 @@ def test_graph_that_is_captured_at_lambda_zero_computes_the_terms(monkeypatch: p
     assert not loss(*inputs, output_dict=True)["cross_modal_loss"].requires_grad
     monkeypatch.setattr(rank_clip, "is_capturing", lambda _: True)
     computed: list[str] = []
-    original = Features.matrices
-    monkeypatch.setattr(Features, "matrices", lambda e, term: (computed.append(term), original(e, term))[1])
+    original = loss.consistency.weighted_terms
+
+    def spy(*args: object, **wanted: object) -> object:
+        computed.extend(name for name in ("cross_modal", "in_modal") if wanted[name])
+        return original(*args, **wanted)
+
+    monkeypatch.setattr(loss.consistency, "weighted_terms", spy)
     entries = loss(*inputs, output_dict=True)
     assert computed == ["cross_modal"]  # the in-modal term's weight can never leave 0
     assert entries["cross_modal_loss"].requires_grad
