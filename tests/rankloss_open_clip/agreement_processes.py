@@ -6,19 +6,18 @@ import itertools
 
 from torch import Tensor
 
-from rankloss import RankClipLoss
-from rankloss_open_clip.loss import Position
-from rankloss_open_clip.rank_clip import RankClipTrainerLoss
+from rankloss import Gather, RankClipLoss
+from rankloss_open_clip.logged_terms import TrainerLoss
+from rankloss_trainers.clock import Position
+from rankloss_trainers.logging import RankClipLog
 
 
 def check_agreement(rank: int, world_size: int, whole: dict[str, Tensor], expected: dict[str, float]) -> None:
     """However the losses gather, every process must see the agreement of the whole batch."""
     inputs = {name: x.chunk(world_size)[rank] if x.dim() else x for name, x in whole.items()}
     for local_loss, gather_with_grad in itertools.product((False, True), repeat=2):
-        criterion = RankClipLoss(
-            local_loss=local_loss, gather_with_grad=gather_with_grad, rank=rank, world_size=world_size
-        )
-        loss = RankClipTrainerLoss(criterion, unit="epoch", sums_every_value=True, agreement_every=2)
+        criterion = RankClipLoss(gather=Gather(local_loss=local_loss, gather_with_grad=gather_with_grad))
+        loss = TrainerLoss(criterion, unit="epoch", evaluate=RankClipLog(agreement_every=2))
         loss.start_epoch(Position(epoch=0, epochs=2, steps=4, accum_freq=1))
         keys = set()
         for step in range(3):

@@ -17,6 +17,7 @@ import torch
 from open_clip_train.params import parse_args
 from torch import Tensor, nn
 
+from rankloss_open_clip import command_line
 from rankloss_open_clip.captions import JoinedSamples, PairTokenizer, join_csv, split_features
 
 # --- reading --------------------------------------------------------------------------------------------
@@ -251,7 +252,5 @@ def test_compiled_model_gives_the_same() -> None:
 
 
 def test_namespace_of_arguments_without_a_loss_needs_no_captions() -> None:
-    from rankloss_open_clip import arguments
-
-    assert arguments.caption_key(SimpleNamespace()) is None
-    assert arguments.caption_key(parse_args(["--loss", "cyclip"])) is None
+    assert command_line.caption_key(SimpleNamespace()) is None
+    assert command_line.caption_key(parse_args(["--loss", "cyclip"])) is None

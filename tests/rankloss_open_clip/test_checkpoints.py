@@ -13,7 +13,8 @@ from torch import nn
 
 from rankloss import AlipLoss, CyClipLoss
 from rankloss_open_clip import checkpoints
-from rankloss_open_clip.loss import TrainerLoss, start_epoch
+from rankloss_open_clip.logged_terms import TrainerLoss
+from rankloss_open_clip.training import start_epoch
 
 DATA = {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=4))}
 

@@ -135,7 +135,7 @@ def assert_same_log(actual: Run, expected: Run, *, second_step_too: bool = False
             assert logged == pytest.approx(expected.scalars[name][step], rel=tolerance), name
 
 
-def test_a4_both_flags_train_as_one_process_does(ddp_runs: Table) -> None:
+def test_both_flags_train_as_one_process_does(ddp_runs: Table) -> None:
     one, two = ddp_runs["one process"], ddp_runs["two processes, both flags"]
     assert (one.params["world_size"], two.params["world_size"]) == ("1", "2")
     assert_same_training(two, one)
@@ -143,7 +143,7 @@ def test_a4_both_flags_train_as_one_process_does(ddp_runs: Table) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "world_size"), [("two", 2), ("four", 4)])
-def test_a4_neither_flag_gives_towers_their_share_of_the_gradient_and_the_scale_all_of_it(
+def test_neither_flag_gives_towers_their_share_of_the_gradient_and_the_scale_all_of_it(
     ddp_runs: Table, more_ddp_runs: Table, number: str, world_size: int
 ) -> None:
     one, several = ddp_runs["one process"], more_ddp_runs[f"{number} processes, neither flag"]
@@ -172,7 +172,7 @@ def features(trainer: Trainer, run: Run, epoch: int) -> tuple[Tensor, Tensor, Te
     return v.double(), t.double(), s.double()
 
 
-def test_a4_logged_loss_under_local_loss_is_that_of_rank_0s_rows(trainer: Trainer, ddp_runs: Table) -> None:
+def test_logged_loss_under_local_loss_is_that_of_rank_0s_rows(trainer: Trainer, ddp_runs: Table) -> None:
     run = ddp_runs["two processes, both flags"]
     v, t, s = features(trainer, run, epoch=1)
     own = rank_0_of_2(epoch=1)
@@ -189,7 +189,7 @@ def test_a4_logged_loss_under_local_loss_is_that_of_rank_0s_rows(trainer: Traine
     assert run.scalars["loss"][1] != pytest.approx(ddp_runs["one process"].scalars["loss"][1], rel=1e-4)
 
 
-def test_a5_accumulation_is_the_big_batch_with_the_scale_k_times(ddp_runs: Table) -> None:
+def test_accumulation_is_the_big_batch_with_the_scale_k_times(ddp_runs: Table) -> None:
     accumulated, whole = ddp_runs["accumulation"], ddp_runs["one process"]
     (scale, towers), (whole_scale, whole_towers) = gradient(accumulated), gradient(whole)
     assert relative_error(towers, whole_towers) < 1e-5
@@ -198,7 +198,7 @@ def test_a5_accumulation_is_the_big_batch_with_the_scale_k_times(ddp_runs: Table
 
 
 @pytest.mark.slow
-def test_a4_gather_with_grad_alone_trains_and_logs_as_one_process_does(
+def test_gather_with_grad_alone_trains_and_logs_as_one_process_does(
     ddp_runs: Table, more_ddp_runs: Table
 ) -> None:
     one, two = ddp_runs["one process"], more_ddp_runs["two processes, gather_with_grad"]
@@ -207,7 +207,7 @@ def test_a4_gather_with_grad_alone_trains_and_logs_as_one_process_does(
 
 
 @pytest.mark.slow
-def test_a4_local_loss_alone_has_another_direction_and_one_warning(
+def test_local_loss_alone_has_another_direction_and_one_warning(
     ddp_runs: Table, more_ddp_runs: Table
 ) -> None:
     two = more_ddp_runs["two processes, local_loss"]
@@ -222,7 +222,7 @@ def test_a4_local_loss_alone_has_another_direction_and_one_warning(
 @pytest.mark.parametrize(
     ("name", "base"), [("siglip", "SigLipLoss"), ("coca", "CoCaLoss"), ("distill", "DistillClipLoss")]
 )
-def test_a4_beside_other_bases_two_processes_train_as_one(more_ddp_runs: Table, name: str, base: str) -> None:
+def test_beside_other_bases_two_processes_train_as_one(more_ddp_runs: Table, name: str, base: str) -> None:
     two = more_ddp_runs[f"{name}, two processes"]
     assert f"on {base}" in two.log
     assert_same_training(two, more_ddp_runs[name])
@@ -238,7 +238,7 @@ def test_a4_beside_other_bases_two_processes_train_as_one(more_ddp_runs: Table, 
         ("siglip", "siglip, four processes", 4),
     ],
 )
-def test_a4_three_and_four_processes_train_as_one_does(
+def test_three_and_four_processes_train_as_one_does(
     ddp_runs: Table, more_ddp_runs: Table, one: str, several: str, world_size: int
 ) -> None:
     run = more_ddp_runs[several]
@@ -247,7 +247,7 @@ def test_a4_three_and_four_processes_train_as_one_does(
 
 
 @pytest.mark.slow
-def test_a4_static_graph_bears_the_step_from_lambda_zero(more_ddp_runs: Table) -> None:
+def test_static_graph_bears_the_step_from_lambda_zero(more_ddp_runs: Table) -> None:
     one, two = more_ddp_runs["checkpointing"], more_ddp_runs["static graph"]
     assert two.params["ddp_static_graph"] == "True"
     assert list(two.scalars["rank_lambda"].values()) == [0.0, 2.0]
@@ -255,7 +255,7 @@ def test_a4_static_graph_bears_the_step_from_lambda_zero(more_ddp_runs: Table) -
 
 
 @pytest.mark.slow
-def test_a5_accumulation_under_ddp_is_the_big_batch_with_the_scale_k_times(
+def test_accumulation_under_ddp_is_the_big_batch_with_the_scale_k_times(
     ddp_runs: Table, more_ddp_runs: Table
 ) -> None:
     scale, towers = gradient(more_ddp_runs["accumulation, two processes"])

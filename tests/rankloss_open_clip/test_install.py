@@ -44,7 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-def test_a1_a14_wheel_trains_in_a_fresh_environment_and_leaves_no_file(
+def test_wheel_trains_in_a_fresh_environment_and_leaves_no_file(
     wheel: str, trainer: Trainer, runs: Runs, tmp_path: Path
 ) -> None:
     environment = Environment(tmp_path / "environment")

@@ -16,8 +16,9 @@ from wandb_files import wandb_scalars
 
 from process_pool import Pools
 from rankloss import RankClipLoss, RankConsistency, schedules
-from rankloss_open_clip.loss import Position, TrainerLoss
-from rankloss_open_clip.rank_clip import RankClipTrainerLoss
+from rankloss_open_clip.logged_terms import TrainerLoss
+from rankloss_trainers.clock import Position
+from rankloss_trainers.logging import RankClipLog
 
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw", "cross_modal_tau", "in_modal_tau"]
@@ -93,9 +94,7 @@ def features(n: int = 7, seed: int = 0) -> dict[str, Tensor]:
 
 def trainer_loss(*, unit: str = "epoch", agreement_every: int | None = None, **options: Any) -> TrainerLoss:
     options = {"schedule": "linear", **options}
-    return RankClipTrainerLoss(
-        RankClipLoss(**options), unit=unit, sums_every_value=True, agreement_every=agreement_every
-    )
+    return TrainerLoss(RankClipLoss(**options), unit=unit, evaluate=RankClipLog(agreement_every))
 
 
 def at(epoch: int, *, accum_freq: int = 1) -> Position:
