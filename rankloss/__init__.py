@@ -1,8 +1,9 @@
 """Ranking-consistency losses for CLIP training.
 
 The losses are modules (:class:`RankConsistency`, :class:`RankClipLoss`, :class:`ClipLoss`,
-:class:`CyClipLoss`, :class:`AlipLoss`), the mathematics of one list is a function
-(:func:`plackett_luce_nll`), and everything else has a module of its own.
+:class:`CyClipLoss`, :class:`AlipLoss`). :class:`RankOptions` has the options of the rank terms,
+:class:`Gather` says how a batch is spread over processes, and the mathematics of one list is a function,
+:func:`plackett_luce_nll`.
 """
 
 from rankloss import consistency as consistency
@@ -11,19 +12,25 @@ from rankloss import metrics as metrics
 from rankloss import reference as reference
 from rankloss import schedules as schedules
 from rankloss._version import __version__ as __version__
+from rankloss.distributed import Gather as Gather
 from rankloss.losses import AlipLoss as AlipLoss
 from rankloss.losses import ClipLoss as ClipLoss
 from rankloss.losses import CyClipLoss as CyClipLoss
+from rankloss.losses import InputWarning as InputWarning
 from rankloss.losses import RankClipLoss as RankClipLoss
 from rankloss.losses import RankConsistency as RankConsistency
+from rankloss.options import RankOptions as RankOptions
 from rankloss.plackett_luce import plackett_luce_nll as plackett_luce_nll
 
 __all__ = [
     "AlipLoss",
     "ClipLoss",
     "CyClipLoss",
+    "Gather",
+    "InputWarning",
     "RankClipLoss",
     "RankConsistency",
+    "RankOptions",
     "__version__",
     "consistency",
     "distributed",

@@ -6,11 +6,13 @@ which checks them; command lines and other trainers' argument classes are genera
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
 import json
 import operator
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal, TypedDict, get_args
 
@@ -30,6 +32,7 @@ __all__ = [
     "Worth",
     "check_choice",
     "check_count",
+    "check_names",
     "choices_of",
 ]
 
@@ -213,6 +216,31 @@ def check_count(name: str, value: object, *, at_least: int = 1, at_most: int = _
     if count > at_most:
         raise ValueError(f"{name} must be at most {at_most}; got {value!r}")
     return count
+
+
+def check_names(owner: type, given: Iterable[str], known: Iterable[str] = ()) -> None:
+    """Raise a TypeError that names the class and the argument unless all ``given`` names are ``known``.
+
+    It is for constructors with ``**options``, whose unexpected names Python does not refuse by itself.
+    """
+    known = frozenset(known)
+    unexpected = [name for name in given if name not in known]
+    if not unexpected:
+        return
+    layout = [name for name in unexpected if name in _LAYOUT]
+    if layout:
+        fields_given = ", ".join(f"{name}=…" for name in layout)
+        raise TypeError(
+            f"{owner.__name__} takes no {layout[0]!r}; pass gather=rankloss.Gather({fields_given})"
+        )
+    parameters = inspect.signature(owner).parameters.values()
+    named = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    close = difflib.get_close_matches(unexpected[0], [*known, *named], n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise TypeError(f"{owner.__name__} got an unexpected option {unexpected[0]!r}{hint}")
+
+
+_LAYOUT = frozenset({"local_loss", "gather_with_grad", "rank", "world_size", "group"})
 
 
 def choices_of(name: str) -> tuple[Any, ...]:

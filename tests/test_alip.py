@@ -318,7 +318,7 @@ def test_it_is_a_base(outer) -> None:
         ({"momentum": 1.5}, r"momentum must be in \[0, 1\]; got 1.5"),
         ({"momentum": math.nan}, r"momentum must be in \[0, 1\]; got nan"),
         ({"initial_history": math.nan}, "initial_history must be finite; got nan"),
-        ({"world_size": 0}, r"rank must be in \[0, world_size\)"),
+        ({"gather": True}, "gather must be None .*; got True"),
     ],
 )
 def test_bad_options_are_named_and_shown(options, message: str) -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
 from memory import saved_bytes
-from rankloss import RankConsistency, dense, plackett_luce_nll, reference, row_lists
+from rankloss import Gather, RankConsistency, dense, plackett_luce_nll, reference, row_lists
 from rankloss.consistency import cross_modal, in_modal
 from rankloss.embeddings import Embeddings
 from rankloss.options import RankOptions
@@ -473,8 +473,8 @@ def test_nan_or_infinity_in_a_feature_gives_nan_in_every_term_and_gradient(
         ({"top_k": -1}, r"top_k must be an integer of at least 1; got -1"),
         ({"cross_modal": -0.5}, r"cross_modal must be finite and >= 0; got -0.5"),
         ({"in_modal": math.nan}, r"in_modal must be finite and >= 0; got nan"),
-        ({"lists": "batch", "local_loss": True}, r"lists='batch' .* cannot have local_loss=True"),
-        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, world_size\); got rank=2, world_size=2"),
+        ({"lists": "batch", "gather": Gather()}, r"lists='batch' .* cannot have local_loss=True"),
+        ({"gather": "yes"}, r"gather must be None \(the default process group\), .*; got 'yes'"),
     ],
 )
 def test_options_are_checked_when_the_module_is_made(options, message: str) -> None:

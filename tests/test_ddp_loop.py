@@ -16,7 +16,7 @@ import one_process
 from batches import relative_error
 from collectives import Collectives
 from process_pool import Pool, Pools
-from rankloss import ClipLoss, RankClipLoss, RankConsistency
+from rankloss import ClipLoss, Gather, RankClipLoss, RankConsistency
 
 N, D_IN, D = 12, 5, 4  # the pairs of a step, whatever the number of processes
 FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad
@@ -63,9 +63,9 @@ def one_step(
     seed: int = 0,
 ) -> Results:
     """What DDP leaves in the parameters' gradients: of CLIP's loss, and of the rank terms."""
-    layout = {**options, "rank": rank, "world_size": world_size, "group": group}
+    gather = Gather(group=group, **options)
     results = {}
-    for name, criterion in (("base", ClipLoss(**layout)), ("rank", RankConsistency(**layout))):
+    for name, criterion in (("base", ClipLoss(gather=gather)), ("rank", RankConsistency(gather=gather))):
         model: nn.Module = Towers()
         if dist.is_initialized():
             model = DistributedDataParallel(model, process_group=group)
@@ -200,7 +200,7 @@ def train(rank: int, world_size: int, options: dict[str, bool]) -> Results:
     if world_size > 1:
         model = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    criterion = RankClipLoss(normalizer=1.0, rank=rank, world_size=world_size, **options)
+    criterion = RankClipLoss(normalizer=1.0, gather=Gather(**options))
     for step in range(STEPS):
         criterion.set_progress(step + 1, STEPS)
         images, texts = (share(x, rank, world_size) for x in data(step))
@@ -227,7 +227,7 @@ def assert_moved(weights: Results) -> None:
 
 def calls_of_a_step(rank: int, world_size: int) -> dict[str, Any]:
     model = DistributedDataParallel(Towers())
-    criterion = RankConsistency(**flags(True, True), rank=rank, world_size=world_size)
+    criterion = RankConsistency(gather=Gather(**flags(True, True)))
     images, texts = (share(x, rank, world_size) for x in data())
     criterion(*model(images, texts)).backward()  # DDP settles its buckets in the first step
     with Collectives() as calls:

@@ -17,7 +17,7 @@ import one_process
 from batches import gradients, random_batch, relative_error
 from collectives import Collectives
 from process_pool import Pool, Pools
-from rankloss import ClipLoss, RankClipLoss, RankConsistency
+from rankloss import ClipLoss, Gather, RankClipLoss, RankConsistency
 from rankloss.distributed import all_gather
 
 N_PER_RANK, D, SCALE = 4, 6, 10.0
@@ -116,12 +116,12 @@ def shard(
     """Value and gradients of this rank, which has its share of the batch."""
     v, t, s = batch(N_PER_RANK * world_size, dtype, duplicates=duplicates)
     own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    value = module(loss, rank=rank, world_size=world_size, **options)(v[own], t[own], s)
+    value = module(loss, **options)(v[own], t[own], s)
     return [value.detach(), *gradients(value, (v, t, s), 1.0)]
 
 
 def flags(local_loss: bool, gather_with_grad: bool, **options: Any) -> dict[str, Any]:
-    return {"local_loss": local_loss, "gather_with_grad": gather_with_grad, **options}
+    return {"gather": Gather(local_loss=local_loss, gather_with_grad=gather_with_grad), **options}
 
 
 def ddp(results: list[list[Tensor]]) -> list[Tensor]:
@@ -208,7 +208,7 @@ def test_batch_list_is_whole_on_every_rank(pool: Pool, gather_with_grad: bool) -
 def one_pair(rank: int, world_size: int, loss: str) -> list[Tensor]:
     v, t, s = batch(world_size, duplicates=0)
     own = slice(rank, rank + 1)
-    value = module(loss, rank=rank, world_size=world_size, **flags(True, True))(v[own], t[own], s)
+    value = module(loss, **flags(True, True))(v[own], t[own], s)
     return [value.detach(), *gradients(value, (v, t, s), 1.0)]
 
 
@@ -222,8 +222,7 @@ def test_one_pair_per_process_is_a_batch_of_w(pool: Pool) -> None:
 def per_anchor(rank: int, world_size: int) -> list[Tensor]:
     v, t, s = batch(N_PER_RANK * world_size)
     own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    options = flags(True, True, reduction="none", rank=rank, world_size=world_size)
-    values = RankConsistency(**options)(v[own], t[own], s)
+    values = RankConsistency(**flags(True, True, reduction="none"))(v[own], t[own], s)
     weights = torch.arange(1.0, len(v) + 1, dtype=torch.float64)[own]
     return [values.detach(), *gradients(values, (v, t, s), weights)]
 
@@ -246,7 +245,7 @@ def accumulate(
     """
     v, t, s = batch(N_PER_RANK * world_size)
     own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    criterion = module(loss, rank=rank, world_size=world_size, **options)
+    criterion = module(loss, **options)
     value = criterion(v[own], t[own], s)
     whole = [value.detach(), *gradients(value, (v, t, s), 1.0)]
     accumulated = []
@@ -278,13 +277,16 @@ def test_a5_accumulation_in_one_process(micro_batches: int) -> None:
         assert_equal(accumulated, [value, dv, dt, micro_batches * ds])
 
 
-def shard_of_group(rank: int, world_size: int, loss: str, options: dict[str, Any]) -> list[Tensor]:
+def shard_of_group(
+    rank: int, world_size: int, loss: str, local_loss: bool, gather_with_grad: bool
+) -> list[Tensor]:
     """As :func:`shard`; the even and the odd ranks have a batch each and know nothing of each other."""
     group = parity_group(rank, world_size)
     size, position = dist.get_world_size(group), dist.get_rank(group)
     v, t, s = batch(N_PER_RANK * size, seed=rank % 2, duplicates=0)
     own = slice(position * N_PER_RANK, (position + 1) * N_PER_RANK)
-    value = module(loss, rank=position, world_size=size, group=group, **options)(v[own], t[own], s)
+    gather = Gather(local_loss=local_loss, gather_with_grad=gather_with_grad, group=group)
+    value = module(loss, gather=gather)(v[own], t[own], s)
     return [value.detach(), *gradients(value, (v, t, s), 1.0)]
 
 
@@ -293,7 +295,7 @@ def shard_of_group(rank: int, world_size: int, loss: str, options: dict[str, Any
 def test_losses_take_a_group_and_look_no_further(
     pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
-    results = pool.run(shard_of_group, loss, flags(local_loss, gather_with_grad))
+    results = pool.run(shard_of_group, loss, local_loss, gather_with_grad)
     for parity in (0, 1):
         of_group = results[parity::2]
         w = len(of_group)
@@ -308,10 +310,10 @@ def alone(rank: int, world_size: int) -> list[Any]:
     inputs = batch(N_PER_RANK)
     with Collectives() as calls:
         for loss in LOSSES:
-            value = module(loss, **flags(True, True))(*inputs)
+            value = module(loss, gather=Gather(rank=0, world_size=1))(*inputs)
             results.append([value.detach(), *gradients(value, inputs, 1.0)])
         if world_size == 1:
-            value = RankConsistency(**flags(True, True, group=dist.group.WORLD))(*inputs)
+            value = RankConsistency(gather=Gather(group=dist.group.WORLD))(*inputs)
             results.append([value.detach(), *gradients(value, inputs, 1.0)])
     return [results, sum(calls.counts.values()), all_gather(inputs[0]) is inputs[0]]
 
@@ -331,13 +333,13 @@ def refusals(rank: int, world_size: int) -> list[str]:
     other = dist.new_group([world_size - 1])  # a group of one, which the other ranks do not belong to
     whole = dist.group.WORLD
     attempts = [
-        lambda: RankConsistency(rank=(rank + 1) % world_size, world_size=world_size)(v, t, s),
+        lambda: RankConsistency(gather=Gather(rank=(rank + 1) % world_size, world_size=world_size))(v, t, s),
         lambda: ClipLoss(rank=rank, world_size=world_size + 1)(v, t, s),
-        lambda: RankClipLoss(group=whole),
-        lambda: RankConsistency(rank=(rank + 1) % world_size, world_size=world_size, group=whole),
-        lambda: RankConsistency(rank=0, world_size=2, group="gloo"),
+        lambda: Gather(rank=0, world_size=1, group=whole),
+        lambda: Gather(rank=(rank + 1) % world_size, world_size=world_size, group=whole),
+        lambda: Gather(rank=0, world_size=2, group="gloo"),
         lambda: all_gather(v, "gloo"),
-        *([] if rank == world_size - 1 else [lambda: ClipLoss(group=other), lambda: all_gather(v, other)]),
+        *([] if rank == world_size - 1 else [lambda: Gather(group=other), lambda: all_gather(v, other)]),
     ]
     messages = []
     for attempt in attempts:
@@ -373,14 +375,14 @@ def test_without_a_process_group_one_process_works_and_several_are_refused() -> 
     assert RankConsistency(**flags(True, True))(v, t, s).item() == RankConsistency()(v, t, s).item()
     for loss in LOSSES:
         with pytest.raises(RuntimeError, match=r"world_size=2 needs torch\.distributed.init_process_group"):
-            module(loss, rank=0, world_size=2)(v, t, s)
+            module(loss, gather=Gather(rank=0, world_size=2))(v, t, s)
 
 
 def not_finite(rank: int, world_size: int, options: dict[str, Any]) -> float:
     v, t, s = (x.detach() for x in batch(N_PER_RANK))
     if rank == 0:
         v[0, 0] = math.nan
-    return module("rank", rank=rank, world_size=world_size, **options)(v, t, s).item()
+    return module("rank", **options)(v, t, s).item()
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
@@ -396,7 +398,7 @@ def warnings(rank: int, world_size: int, loss: str, options: dict[str, Any]) -> 
     logger.addHandler(handler)
     try:
         v, t, s = batch(N_PER_RANK)
-        criterion = module(loss, rank=rank, world_size=world_size, **options)
+        criterion = module(loss, **options)
         for _ in range(2):
             criterion(v, t, s)
     finally:
@@ -422,7 +424,7 @@ def calls_of_a_step(
     rank: int, world_size: int, loss: str, options: dict[str, Any]
 ) -> tuple[dict[str, int], dict[str, int]]:
     v, t, s = batch(N_PER_RANK)
-    criterion = module(loss, rank=rank, world_size=world_size, **options)
+    criterion = module(loss, **options)
     with Collectives() as forward:
         value = criterion(v, t, s)
     with Collectives() as backward:
@@ -446,7 +448,6 @@ def of_one_gathering(
     """Two losses of what is gathered once, beside the same of what each has gathered for itself."""
     v, t, s = batch(N_PER_RANK * world_size)
     own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    options = {"rank": rank, "world_size": world_size, **options}
     losses = RankClipLoss(schedule=lambda i, n: lambda_, **options), RankConsistency(**options)
     losses[0].set_epoch(1, epochs=2)
     with Collectives() as calls:
@@ -470,7 +471,7 @@ def test_one_gathering_serves_several_losses(
 def compiled(rank: int, world_size: int, options: dict[str, Any]) -> list[list[Tensor]]:
     v, t, s = batch(N_PER_RANK * world_size)
     own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    eager = module("rank_clip", rank=rank, world_size=world_size, **options)
+    eager = module("rank_clip", **options)
     results = []
     for criterion in (eager, torch.compile(eager, backend="eager")):
         value = criterion(v[own], t[own], s)
@@ -486,7 +487,7 @@ def test_compiled_loss_gathers_as_the_eager_one(
         assert_equal(through_dynamo, eager)
 
 
-def open_clips_and_ours(rank: int, world_size: int, options: dict[str, Any]) -> list[list[Tensor]]:
+def open_clips_and_ours(rank: int, world_size: int, options: dict[str, bool]) -> list[list[Tensor]]:
     from open_clip.loss import ClipLoss as OpenClipLoss
 
     v, t, s = batch(N_PER_RANK * world_size)
@@ -503,5 +504,7 @@ def open_clips_and_ours(rank: int, world_size: int, options: dict[str, Any]) -> 
 def test_a4_clip_loss_is_open_clips_under_every_flag(
     pool: Pool, local_loss: bool, gather_with_grad: bool
 ) -> None:
-    for theirs, ours in pool.run(open_clips_and_ours, flags(local_loss, gather_with_grad)):
+    for theirs, ours in pool.run(
+        open_clips_and_ours, {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+    ):
         assert_equal(ours, theirs)

@@ -11,7 +11,7 @@ from hypothesis import given
 from torch import Tensor, nn
 
 from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
-from rankloss import ClipLoss, RankClipLoss, RankConsistency, reference, schedules
+from rankloss import ClipLoss, Gather, RankClipLoss, RankConsistency, reference, schedules
 from rankloss.embeddings import Embeddings
 
 
@@ -63,13 +63,16 @@ def test_repr_shows_what_is_not_at_its_default() -> None:
     assert shown == "RankConsistency(cross_modal=1, in_modal=0, worth='shifted', top_k=8, chunk_size=64)"
 
 
+OFF = {"local_loss": False, "gather_with_grad": False}
+
+
 def test_local_loss_without_gather_with_grad_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     for flags in ({}, {"gather_with_grad": True}, {"local_loss": True, "gather_with_grad": True}):
-        RankConsistency(world_size=2, **flags)
-    RankConsistency(local_loss=True)  # one process: the flag has no effect
+        RankConsistency(gather=Gather(rank=0, world_size=2, **OFF | flags))
+    RankConsistency(gather=Gather(gather_with_grad=False))  # one process: the flag has no effect
     assert not caplog.records
     for rank in range(2):
-        RankConsistency(local_loss=True, rank=rank, world_size=2)
+        RankConsistency(gather=Gather(gather_with_grad=False, rank=rank, world_size=2))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "local_loss without gather_with_grad" in caplog.text
 

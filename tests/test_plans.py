@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batches import random_batch
-from rankloss import RankClipLoss, RankConsistency, row_lists, streaming
+from rankloss import Gather, RankClipLoss, RankConsistency, row_lists, streaming
 from rankloss.plans import choose_plan
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def test_the_module_says_which_plan_runs() -> None:
     assert RankConsistency(memory_budget=0).plan(64).name == "rows"
     assert RankConsistency(chunk_size=7).plan(64).chunk_size == 7
     assert RankConsistency(lists="batch").plan(64) is None
-    local = RankConsistency(local_loss=True, gather_with_grad=True, world_size=4)
+    local = RankConsistency(gather=Gather(rank=0, world_size=4))
     assert (local.plan(4096).name, local.plan(512).chunk_size) == ("rows", 128)
 
 

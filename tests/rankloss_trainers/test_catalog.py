@@ -145,7 +145,7 @@ def test_what_is_typed_is_what_the_library_gets(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    "gather", [ALONE, Gather(local_loss=True, gather_with_grad=True, rank=0, world_size=1)]
+    "gather", [ALONE, dataclasses.replace(ALONE, local_loss=True, gather_with_grad=True)]
 )
 def test_every_own_loss_is_built_by_its_defaults(gather: Gather) -> None:
     for name in catalog.BUILT_IN:
@@ -163,10 +163,10 @@ def test_every_own_loss_is_built_by_its_defaults(gather: Gather) -> None:
 def test_one_list_of_the_batch_leaves_local_loss_where_that_is_exact() -> None:
     options = {**parsed(), "lists": "batch"}
     for local_loss, with_grad in ((True, True), (False, True), (False, False)):
-        gather = Gather(local_loss=local_loss, gather_with_grad=with_grad, rank=0, world_size=1)
+        gather = dataclasses.replace(ALONE, local_loss=local_loss, gather_with_grad=with_grad)
         assert RANKCLIP.refuse(options, gather) is None
         assert RANKCLIP.build(nn.Identity(), options, gather).consistency.gather.local_loss is False
-    approximate = Gather(local_loss=True, gather_with_grad=False, rank=0, world_size=1)
+    approximate = dataclasses.replace(ALONE, local_loss=True)
     assert RANKCLIP.refuse(options, approximate).startswith("lists: batch needs the whole batch")
 
 
