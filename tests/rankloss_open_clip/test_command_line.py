@@ -194,7 +194,7 @@ def test_every_option_is_accepted_by_the_library() -> None:
     for unit in ("epoch", "step"):
         args = ready(parse_args([*RANKCLIP, "--rankclip-schedule-unit", unit]))
         built = training.build_loss(Base(), args, sums_every_value=True)
-        assert built.unit == unit
+        assert built.clock.unit == unit
         assert isinstance(built.criterion, rankloss.RankClipLoss)
 
 
