@@ -118,6 +118,11 @@ def test_single_epoch_goes_by_steps_and_says_so(runs: Runs) -> None:
     assert "no ramp" not in runs["--loss rankclip"].log
 
 
+@pytest.mark.parametrize(("name", "times"), [("fp32", 1), ("one epoch", 0), ("steps with accumulation", 0)])
+def test_short_ramp_over_epochs_is_said_once(runs: Runs, name: str, times: int) -> None:
+    assert runs[name].log.count("is a short ramp") == times
+
+
 def test_steps_are_optimizer_steps_under_accumulation(runs: Runs) -> None:
     # Two micro-batches a step: the loss is called twice, λ moves once.
     total = 2 * STEPS // 2
