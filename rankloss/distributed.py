@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -67,9 +68,9 @@ class _ReduceScatter(torch.autograd.Function):
         # In float32 at least: a sum in half precision would be the worse the more processes add to it.
         dtype = torch.promote_types(y.dtype, torch.float32)
         if _has_tensor_collectives(y, group):
-            terms = y.detach().to(dtype, memory_format=torch.contiguous_format)
+            terms = y.detach().to(dtype).contiguous()
             own = terms.new_empty(len(y) // dist.get_world_size(group), *y.shape[1:])
-            dist.reduce_scatter_tensor(own, terms, group=group)
+            _tensor_collective("reduce_scatter")(own, terms, group=group)
             return own.to(y.dtype)
         total = y.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
@@ -86,25 +87,33 @@ def _gather(x: Tensor, group: Any) -> Tensor:
     world_size = dist.get_world_size(group)
     if _has_tensor_collectives(x, group):
         gathered = x.new_empty(world_size * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x, group=group)
+        _tensor_collective("all_gather")(gathered, x, group=group)
         return gathered
     chunks = [torch.empty_like(x) for _ in range(world_size)]
     dist.all_gather(chunks, x, group=group)
     return torch.cat(chunks)
 
 
-# The backends that have all_gather_into_tensor and reduce_scatter_tensor in every supported torch. They move
-# half the bytes of an all_reduce, and need no copy to put the chunks together.
+# The backends that gather into, and reduce from, one tensor in every supported torch. Compared to an all_reduce
+# this moves half the bytes; compared to a list of tensors it saves the copy that joins them.
 _TENSOR_BACKENDS = frozenset({"nccl", "xccl", "hccl"})
 
 
 def _has_tensor_collectives(x: Tensor, group: Any) -> bool:
-    """Whether the group's backend for the device of ``x`` has them; gloo has them in new versions only."""
+    """Whether the group's backend for the device of ``x`` is one of them; gloo is in new versions only."""
     name = dist.get_backend(group)  # "nccl", or by device: "cpu:gloo,cuda:nccl"
     by_device = dict(part.split(":", 1) for part in name.split(",") if ":" in part)
     if name == "undefined":  # init_process_group() without a backend: each device has its default
         by_device = {"cuda": "nccl", "xpu": "xccl"}
     return by_device.get(x.device.type, name) in _TENSOR_BACKENDS
+
+
+def _tensor_collective(operation: str) -> Callable[..., Any]:
+    old = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}[operation]
+    new = f"{operation}_single"  # since torch 2.13, where the old names warn; a compiler knows only those
+    name = new if hasattr(dist, new) and not torch.compiler.is_compiling() else old
+    collective: Callable[..., Any] = getattr(dist, name)
+    return collective
 
 
 def _initialized() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from rankloss.embeddings import arithmetic_dtype
 from rankloss.losses.clip import pair_logits
 from rankloss.losses.composition import combined
 from rankloss.losses.gathering import GatheringLoss
-from rankloss.losses.weights import check_weight
+from rankloss.losses.weights import as_number, check_weight
 from rankloss.options import check_names
 
 if TYPE_CHECKING:
@@ -100,10 +99,10 @@ class AlipLoss(GatheringLoss):
         super().__init__(gather)
         self.gamma_sample = check_weight("gamma_sample", gamma_sample)
         self.gamma_pair = check_weight("gamma_pair", gamma_pair)
-        if not (isinstance(momentum, Real) and 0 <= momentum <= 1):
+        if not 0 <= as_number(momentum) <= 1:
             raise ValueError(f"momentum must be in [0, 1]; got {momentum!r}")
         self.momentum = momentum
-        if not (isinstance(initial_history, Real) and math.isfinite(initial_history)):
+        if not math.isfinite(as_number(initial_history)):
             raise ValueError(f"initial_history must be finite; got {initial_history!r}")
         self.initial_history = initial_history
         self.register_buffer("histories", self._initial_histories())

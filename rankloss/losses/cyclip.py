@@ -103,7 +103,7 @@ class CyClipLoss(GatheringLoss):
 
     def terms(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """Both terms without their weights; one whose weight is 0 is a zero, and not computed."""
-        self.check_inputs(image_features, text_features)
+        self.check_inputs(image_features, text_features, logit_scale=1.0)
         return self._terms(image_features, text_features, self.gather(image_features, text_features))
 
     def _terms(

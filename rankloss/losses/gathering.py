@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rankloss.distributed import Gather, GatherOption
 from rankloss.embeddings import check_features
-from rankloss.losses.weights import is_capturing
+from rankloss.losses.weights import as_number, is_capturing
 
 __all__ = ["GatheringLoss", "InputWarning"]
 
@@ -35,7 +35,7 @@ class GatheringLoss(nn.Module):
         self._has_looked = False
 
     def check_inputs(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float | None = None
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
     ) -> None:
         """Raise a ValueError that names a wrong input; at the first call, warn of a suspicious one.
 
@@ -52,21 +52,20 @@ class GatheringLoss(nn.Module):
                 f"{image_features.device} and {text_features.device}"
             )
         check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
-        if logit_scale is not None:
-            _check_scale(logit_scale, image_features.device)
+        _check_scale(logit_scale, image_features.device)
         if not torch.compiler.is_compiling() and not self._has_looked:
             self._has_looked = _look(features, logit_scale)
 
 
 def _kind(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__name__}"
+    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
 
 
 def _check_scale(logit_scale: Tensor | float, device: torch.device) -> None:
     if not isinstance(logit_scale, Tensor):
         if isinstance(logit_scale, (str, bytes)) or not hasattr(logit_scale, "__float__"):
             raise ValueError(f"logit_scale must be a number or a torch.Tensor; got {_kind(logit_scale)}")
-        value: float | None = float(logit_scale)
+        value: float | None = as_number(logit_scale)
     else:
         if logit_scale.numel() != 1:
             raise ValueError(f"logit_scale must be one number; got shape {tuple(logit_scale.shape)}")
@@ -78,7 +77,7 @@ def _check_scale(logit_scale: Tensor | float, device: torch.device) -> None:
         raise ValueError(f"logit_scale must be positive (it is the multiplier, not its log); got {value:g}")
 
 
-def _look(features: dict[str, Tensor], logit_scale: Tensor | float | None) -> bool:
+def _look(features: dict[str, Tensor], logit_scale: Tensor | float) -> bool:
     """Warn of features that are not unit-norm and of a log in place of the scale; False if unreadable."""
     for name, x in features.items():
         if is_capturing(x.device):

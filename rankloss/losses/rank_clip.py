@@ -12,7 +12,7 @@ from rankloss import schedules
 from rankloss.distributed import Gathered, GatherOption
 from rankloss.losses.composition import Base, base_entries, check_base, combined, shares_gathering
 from rankloss.losses.rank_consistency import OPTION_NAMES, RankConsistency
-from rankloss.losses.weights import TermWeights, check_weight, is_capturing
+from rankloss.losses.weights import TermWeights, as_number, check_weight, is_capturing
 from rankloss.options import check_count, check_names
 from rankloss.schedules import Schedule
 
@@ -151,7 +151,7 @@ class RankClipLoss(nn.Module):
         Raises:
             ValueError: unless both are integers and 1 ≤ epoch ≤ epochs.
         """
-        _check_position("epoch", epoch, "epochs", epochs)
+        epoch, epochs = _checked_position("epoch", epoch, "epochs", epochs)
         if self.schedule is not schedules.constant:
             self._remark_on_a_short_ramp(epochs)
             if epochs == 1:
@@ -169,7 +169,7 @@ class RankClipLoss(nn.Module):
         Raises:
             ValueError: unless both are integers and 1 ≤ step ≤ total_steps.
         """
-        _check_position("step", step, "total_steps", total_steps)
+        step, total_steps = _checked_position("step", step, "total_steps", total_steps)
         self._set(self.schedule(step, total_steps))
 
     def forward(
@@ -212,7 +212,7 @@ class RankClipLoss(nn.Module):
             text_features,
             logit_scale,
             # A clone, because λ may be set again before this loss is differentiated.
-            self._weights.on(image_features.device).clone(),
+            self._weights.beside(image_features).clone(),
             contrastive=fused,
             cross_modal=cross_modal,
             in_modal=in_modal,
@@ -243,10 +243,7 @@ class RankClipLoss(nn.Module):
         )
 
     def _set(self, value: float) -> None:
-        try:
-            number = math.nan if isinstance(value, str) else float(value)
-        except (TypeError, ValueError):
-            number = math.nan
+        number = as_number(value)
         if not (math.isfinite(number) and number >= 0):
             raise ValueError(f"schedule must give finite values >= 0; got {value!r}")
         weight = number * self.normalizer
@@ -284,6 +281,8 @@ def _without_effect(logit_bias: Tensor | float | None) -> Tensor | float:
     return 0 * (logit_bias.sum() if isinstance(logit_bias, Tensor) else logit_bias)
 
 
-def _check_position(name: str, now: int, end_name: str, end: int) -> None:
-    if check_count(name, now) > check_count(end_name, end):
+def _checked_position(name: str, now: int, end_name: str, end: int) -> tuple[int, int]:
+    now, end = check_count(name, now), check_count(end_name, end)
+    if now > end:
         raise ValueError(f"{name} must be at most {end_name}; got {name}={now!r}, {end_name}={end!r}")
+    return now, end

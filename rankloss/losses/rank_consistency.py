@@ -148,7 +148,7 @@ class RankConsistency(GatheringLoss):
             image_features,
             text_features,
             logit_scale,
-            self._weights.on(image_features.device),
+            self._weights.beside(image_features),
             cross_modal=self.cross_modal != 0,
             in_modal=self.in_modal != 0,
             gathered=gathered,

@@ -6,32 +6,37 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["TermWeights", "check_weight"]
+__all__ = ["TermWeights", "as_number", "check_weight", "is_capturing"]
 
 
 def check_weight(name: str, value: float) -> float:
     """``value``, or a ValueError that names the argument unless it is a finite number of at least 0."""
-    try:
-        number = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = as_number(value)
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} must be finite and >= 0; got {value!r}")
     return value
 
 
-class TermWeights:
-    """What the terms of a loss are multiplied by, on every device where the loss has been called.
+def as_number(value: Any) -> float:
+    """``value`` as a float; NaN for what is not a number."""
+    try:
+        return math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
-    The numbers in ``values`` are the truth; a copy or a pickle holds nothing else. :meth:`on` gives them as a
-    tensor, which :meth:`set` changes in place: a captured CUDA graph and a compiled one read the tensor and
-    so follow, without a new capture or compilation and without waiting for the device.
+
+class TermWeights:
+    """What the terms of a loss are multiplied by, also as a tensor on each device where the loss is called.
+
+    The numbers in ``values`` are the truth; a copy or a pickle holds nothing else. :meth:`beside` gives them
+    as a tensor, which :meth:`set` changes in place: a captured CUDA graph and a compiled one read the tensor
+    and so follow, without a new capture or compilation and without waiting for the device.
 
     Example:
         >>> weights = TermWeights(1.0, 0.5)
-        >>> seen = weights.on(torch.device("cpu"))
+        >>> seen = weights.beside(torch.eye(2))
         >>> weights.set(1.0, 0.25)
         >>> seen
         tensor([1.0000, 0.2500], dtype=torch.float64)
@@ -44,20 +49,23 @@ class TermWeights:
         self._add(torch.device("cpu"))
 
     def set(self, *values: float) -> None:
-        """Change the values, and with them every tensor that :meth:`on` has given."""
+        """Change the values, and with them every tensor that :meth:`beside` has given."""
         self.values = values
         for tensor in self._tensors:
             _fill(tensor, values)
         if self._wanted is not None:
             self._add(self._wanted)
 
-    def on(self, device: torch.device) -> Tensor:
-        """The values as a tensor on ``device``: float64, or float32 on MPS, which has no float64.
+    def beside(self, features: Tensor) -> Tensor:
+        """The values as a tensor on the features' device: float64, or float32 on MPS, which has no float64.
 
         Raises:
             RuntimeError: at the first call for a device while a CUDA graph is captured. A tensor made there
                 would be filled again with the same values at each replay.
         """
+        device = features.device
+        if type(features) not in (Tensor, nn.Parameter):
+            return self._made(device)  # a fake tensor, say, whose like must not be kept
         for tensor in self._tensors:
             if tensor.device == device:
                 return tensor
@@ -77,9 +85,14 @@ class TermWeights:
         self._wanted = None
         # Not an inference tensor, whatever the caller's mode: those cannot be changed outside it.
         with torch.inference_mode(False):
-            tensor = torch.empty(len(self.values), dtype=_dtype(device), device=device)
-            _fill(tensor, self.values)
-        self._tensors.append(tensor)
+            tensor = self._made(device)
+        if type(tensor) is Tensor:
+            self._tensors.append(tensor)
+        return tensor
+
+    def _made(self, device: torch.device) -> Tensor:
+        tensor = torch.empty(len(self.values), dtype=_dtype(device), device=device)
+        _fill(tensor, self.values)
         return tensor
 
     def __getstate__(self) -> dict[str, Any]:
