@@ -1,4 +1,4 @@
-"""What torch calls at import: wait for open_clip's trainer, and attach to it when it is loaded.
+"""Called by torch when it is imported: waits for open_clip's trainer, and attaches to it once it is loaded.
 
 torch loads the entry points of the group ``torch.backends`` each time it is imported, in every program of the
 environment. This module therefore imports the standard library only, does next to nothing, and never raises.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from _thread import get_ident
 
-# What only some calls need is imported by them: this module is on the way of every `import torch`.
+# Other imports are inside the functions that need them, since every `import torch` runs this module.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +34,7 @@ SEAMS = {
     "open_clip_train.data": "patch_data",
     "open_clip_train.file_utils": "patch_file_utils",
 }
-"""The modules waited for, and the function of :mod:`rankloss_open_clip.patches` that patches each."""
+"""The modules to patch, and the function of :mod:`rankloss_open_clip.patches` that patches each."""
 
 failures: dict[str, Exception] = {}
 """Modules that were loaded but could not be patched, with what went wrong."""
@@ -49,7 +49,7 @@ def attach() -> None:
             sys.meta_path.insert(0, SeamFinder())
         for name in SEAMS:
             module = sys.modules.get(name)
-            # A module that is still being executed is left alone: its loader patches it when it is complete.
+            # A module that is still being executed is patched by its loader once it is complete.
             if module is not None and not getattr(module.__spec__, "_initializing", False):
                 patch(module)
     except Exception as error:
@@ -143,7 +143,7 @@ def _guard(module: ModuleType) -> None:
 
     original: Callable[..., Any] | None = getattr(module, "parse_args", None)
     if original is None:
-        # No place for the guard, so this is the last moment. Only the trainer itself loads this module.
+        # There is no function to guard, so check here. Only the trainer itself loads this module.
         _report(sys.argv[1:])
         return
     if getattr(original, _GUARDED, False):

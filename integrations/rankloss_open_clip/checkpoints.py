@@ -46,7 +46,7 @@ def restore(loss: nn.Module, name: str, path: str | None, *, warn: bool) -> None
         loss: The loss.
         name: The value of ``--loss``.
         path: The file that the run resumes from, None for a fresh run.
-        warn: Whether to say so, in this process, where there is no such state.
+        warn: Whether this process logs a warning where the checkpoint has no such state.
     """
     global _read
     read, _read = _read, None

@@ -114,7 +114,7 @@ class TrainerParser(argparse.ArgumentParser):
 
 
 def _asked(argv: list[str]) -> tuple[str | None, bool]:
-    """The value of ``--loss``, and whether help is asked for: what must be known before parsing."""
+    """The value of ``--loss``, and whether help is asked for, which the groups of options depend on."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--loss")
     peek.add_argument("-h", "--help", action="store_true")
@@ -254,9 +254,9 @@ def _with_flag(name: str, entry: LossEntry, reason: str) -> str:
 
 
 def _is_generative(args: Any) -> bool:
-    """Whether open_clip builds a task that compares nothing, which it decides by the model's name."""
+    """Whether open_clip builds a generative task, which it decides by the model's name."""
     from open_clip import factory
 
     name = getattr(args, "model", "").lower()
-    # Releases without tasks have no such models: there the name means nothing.
+    # Releases without tasks have no such models.
     return hasattr(factory, "create_task") and ("genlip" in name or "genlap" in name)

@@ -221,7 +221,7 @@ class PatchedParser(command_line.TrainerParser):
 
 def _parsing(module: ModuleType, original: Callable[..., Any]) -> Callable[..., Any]:
     def parse_args(*args: Any, **kwargs: Any) -> Any:
-        # The parser is created, filled and used inside the call, so the class is exchanged for that long.
+        # The parser is created, filled and used inside the call, so the class is replaced during it.
         name = _parser_name(module)
         if name is None:
             return original(*args, **kwargs)  # a call from within a call
@@ -268,7 +268,7 @@ def _reading_shards(module: ModuleType, original: Callable[..., Any]) -> Callabl
         from rankloss_open_clip.captions import JoinedSamples, PairTokenizer
 
         bound.arguments["tokenizer"] = PairTokenizer(bound.arguments["tokenizer"])
-        # The pipeline is put together inside the call, so the reader is exchanged for that long.
+        # The pipeline is built inside the call, so the reader is replaced during it.
         read = module.tarfile_to_samples_nothrow
         vars(module)["tarfile_to_samples_nothrow"] = JoinedSamples(
             read, key, getattr(options, "text_key", None) or "txt"
@@ -282,7 +282,7 @@ def _reading_shards(module: ModuleType, original: Callable[..., Any]) -> Callabl
 
 
 def _caption_key(given: dict[str, Any]) -> str | None:
-    """The second caption that training data are to be read with."""
+    """The key of the second caption, for training data."""
     return command_line.caption_key(given["args"]) if given["is_train"] else None
 
 

@@ -1,4 +1,4 @@
-"""What a run with ``--loss`` does at the patched functions: it builds the loss, and begins its epochs."""
+"""What the patched functions do in a run with ``--loss``: build the loss, and start its epochs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
         sums_every_value: See :class:`rankloss_open_clip.logged_terms.TrainerLoss`.
 
     Raises:
-        TypeError: What is built is no module.
+        TypeError: The entry builds something else than a module.
         ValueError: The loss has parameters, or the trainer's own loss does not take the features of images
             and texts.
     """

@@ -168,7 +168,7 @@ class LossEntry:
         """
         try:
             inspect.signature(self.build).bind(None, None)
-        except (TypeError, ValueError):  # the second where there is no signature
+        except (TypeError, ValueError):  # ValueError: a built-in without a signature
             return False
         return True
 

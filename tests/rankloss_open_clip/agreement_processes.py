@@ -1,4 +1,4 @@
-"""One of several processes that measure the agreement of their batch; a light module, for each imports it."""
+"""Run by each of several processes to measure the agreement of their batch; kept light to import."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_agreement(rank: int, world_size: int, whole: dict[str, Tensor], expect
         loss.start_epoch(Position(epoch=0, epochs=2, steps=4, accum_freq=1))
         keys = set()
         for step in range(3):
-            # Only the first and the third step measure; the processes must not wait for each other elsewhere.
+            # Only the first and the third step measure, and only they may synchronise the processes.
             shown = loss(**{**inputs, "logit_scale": whole["logit_scale"] + step}, output_dict=True)
             keys.add(tuple(shown))
             for name, value in expected.items():

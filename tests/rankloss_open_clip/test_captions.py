@@ -1,4 +1,4 @@
-"""The second caption: joined, tokenized apart, encoded in one call, and shared out again."""
+"""The second caption: joined, tokenized separately, encoded in one call, and split again."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ class SimpleModule(nn.Module):
         self.module = module
 
 
-# The compiler looks at tensors in a way that warns.
+# The compiler reads .grad of tensors that are not leaves, which warns.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_model_gives_the_same() -> None:
     clip, plain = model(), model()

@@ -54,12 +54,12 @@ def test_state_travels_with_the_optimizer(tmp_path: Any) -> None:
     assert len(built._optimizer_state_dict_post_hooks) == 1
     path = saved(built, tmp_path)
 
-    # open_clip's own reader, as patched; it reads no objects but tensors and containers.
+    # open_clip's own reader, as patched; it loads tensors and containers only.
     checkpoint = open_clip_train.file_utils.pt_load(path, map_location="cpu")
     second = loss()
     start_epoch(second, 1, DATA, arguments(resume=path), optimizer())
     assert second.criterion.histories.tolist() == [0.25, 0.75, 0.25]
-    # An optimizer takes the rest as ever.
+    # The optimizer ignores the addition.
     resumed = optimizer()
     resumed.load_state_dict(checkpoint["optimizer"])
     assert resumed.state_dict().keys() == {"state", "param_groups"}

@@ -23,7 +23,7 @@ from rankloss_trainers.logging import RankClipLog
 
 EPOCHS, STEPS = 4, 5
 
-# The compiler looks at tensors in a way that warns, and hides the warning where warnings are not errors.
+# The compiler reads .grad of tensors that are not leaves, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
@@ -114,7 +114,7 @@ def test_recompilation_would_be_noticed() -> None:
 
 
 class TrainersOwn(open_clip.ClipLoss):
-    """Not CLIP's loss itself, for which the rank terms' pass would stand in."""
+    """A subclass, which the rank terms' pass does not replace, as it does CLIP's loss itself."""
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def _gradients(value: Tensor, by: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def averaged(results: list[tuple[Terms, float]]) -> Terms:
-    """What DDP makes of the ranks' terms."""
+    """The ranks' terms as DDP averages them."""
     names = results[0][0].keys()
     assert all(of_rank.keys() == names and rank_lambda == 1.0 for of_rank, rank_lambda in results)
     return {
@@ -116,7 +116,7 @@ def test_terms_follow_the_flags_as_clip_loss_does(
         assert_equal([actual[name][0], actual[name][3]], [value, ds])
         if gather_with_grad or not local_loss:
             assert_equal(actual[name], [value, dv / share, dt / share, ds])
-    # local_loss alone has its own direction, and this is it.
+    # local_loss alone has a gradient of its own, which one process can compute.
     batch = random_batch(0, N, D, SCALE).leaves()
     weights = {**WEIGHTS, "contrastive_loss": COCA_WEIGHT if base == "CoCaLoss" else 1.0}
     for name, loss in (
@@ -169,7 +169,7 @@ def accumulated(rank: int, world_size: int, base: str, argv: list[str], micro_ba
     loss = built(rank, world_size, base, [*argv, "--accum-freq", str(micro_batches)])
     by = [outputs[name] for name in ("image_features", "text_features", "logit_scale")]
     for j in range(micro_batches):
-        # All but the scalars come in pieces, of which one has a graph.
+        # Everything but the scalars comes in pieces, one of which has a graph.
         mixed = {
             name: torch.cat([c if i == j else c.detach() for i, c in enumerate(x.chunk(micro_batches))])
             if x.dim()
@@ -207,7 +207,7 @@ def calls_of_a_step(rank: int, world_size: int, argv: list[str]) -> tuple[dict[s
     return dict(forward.counts), dict(backward.counts)
 
 
-# With λ at work, at 0 (where the raw terms are for the log only), and where the agreement is measured, too.
+# With λ > 0; with λ = 0, where the raw terms are only logged; and where the agreement is measured as well.
 STEPS = {
     "lambda": ["--rankclip-schedule", "constant"],
     "no lambda yet": ["--rankclip-schedule", "official"],

@@ -22,7 +22,7 @@ from trainer_runs import OFFICIAL, SAMPLES, TORCHRUN, Run, Runs, Trainer
 import one_process
 from batches import relative_error
 
-RANK_WEIGHT = 8.0  # so that the rank terms' share of the gradient is no rounding error of CLIP's
+RANK_WEIGHT = 8.0  # makes the rank terms' share of the gradient far larger than CLIP's rounding error
 LAMBDA = RANK_WEIGHT / 16
 OPTIONS = [
     *("--epochs", "2", "--aug-cfg", "scale=(1.0,1.0)", "--opt", "timm/sgd", "--lr", "0.001", "--wd", "0"),
@@ -80,7 +80,7 @@ def more_ddp_runs(trainer: Trainer) -> Iterator[Table]:
     table.several(4, "four processes, both flags", *BOTH)
     table.several(4, "four processes, neither flag")
     table.several(4, "siglip, four processes", *siglip, "--loss-dist-impl", "gather")
-    # 64 pairs are not shared out among three; the table without its last row is.
+    # 64 pairs cannot be divided among three processes; 63 can.
     rows = (trainer.directory / "data.csv").read_text().splitlines()[:-1]
     (trainer.directory / "63 pairs.csv").write_text("\n".join(rows) + "\n")
     pairs_63 = ("--train-data", str(trainer.directory / "63 pairs.csv"))
@@ -185,7 +185,7 @@ def test_logged_loss_under_local_loss_is_that_of_rank_0s_rows(trainer: Trainer, 
     }
     for name, value in {**expected, "loss": sum(expected.values())}.items():
         assert run.scalars[name][1] == pytest.approx(float(value), rel=5e-5), name
-    # Not the whole batch's, which stands in the log of one process.
+    # It differs from the whole batch's, which one process logs.
     assert run.scalars["loss"][1] != pytest.approx(ddp_runs["one process"].scalars["loss"][1], rel=1e-4)
 
 

@@ -78,7 +78,7 @@ def test_order_under_bf16_is_that_of_the_features() -> None:
     images, texts = rows.double().numpy()
     for name, oracle in (("cross_modal_loss", reference.cross_modal), ("in_modal_loss", reference.in_modal)):
         assert terms[name].item() == pytest.approx(oracle(images, texts, 100.0), rel=1e-5)
-    # The logits that the trainer's own loss works with do tie: the comparison above can fail.
+    # The trainer's own logits do tie here, so the comparison above can fail.
     assert sum(len(keys.unique()) < len(keys) for keys in logits) > len(logits) / 2
 
 

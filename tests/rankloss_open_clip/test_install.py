@@ -29,7 +29,7 @@ class Environment:
         venv.create(directory, symlinks=True)
         self.python = str(directory / "bin" / "python")
         (site_packages,) = directory.glob("lib/python*/site-packages")
-        # Behind its own packages; an editable install is a line in a file there, which is not read.
+        # It comes after the environment's own packages; .pth files in it (editable installs) are not read.
         (site_packages / "tests.pth").write_text(sysconfig.get_paths()["purelib"])
 
     def files(self) -> set[Path]:

@@ -28,7 +28,7 @@ STRATEGIES, UNITS = ("task", "step", "model"), ("epoch", "step")
 WHOLE_BATCH = ["--aug-cfg", "scale=(1.0,1.0)", "--rankclip-agreement-every", "1"]  # one step an epoch
 LINEAR = ["--loss", "rankclip", "--rankclip-schedule", "linear"]
 PER_STEP = [*LINEAR, "--rankclip-schedule-unit", "step"]
-# A run in which any second compilation of a function is an error, and which says how often there was a first.
+# A run in which recompiling a function is an error, and which prints how many were compiled.
 COMPILED = """
 import sys
 import torch._dynamo.config, open_clip
@@ -111,7 +111,7 @@ def test_fsdp2_trains_as_one_process_with_the_whole_batch(main_runs: Runs) -> No
     assert "world_size: 2" in fsdp.log
     assert len(fsdp.train_lines()) == EPOCHS
     for name in (*TERMS, *METRICS, "loss"):
-        # Weights that differ by a rounding let a few close pairs of items change places.
+        # Weights that differ by a rounding change the order of a few close pairs of items.
         tolerance = 1e-3 if name.endswith("_tau") else 1e-5
         assert fsdp.scalars[name] == pytest.approx(single.scalars[name], rel=1e-4, abs=tolerance), name
     sharded, whole = fsdp.epoch(EPOCHS), single.epoch(EPOCHS)

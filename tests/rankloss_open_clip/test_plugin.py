@@ -42,7 +42,7 @@ def test_bootstrap_imports_only_the_standard_library(trainer: Trainer) -> None:
 
 
 def test_bootstrap_costs_less_than_two_milliseconds(trainer: Trainer) -> None:
-    # Every `import torch` pays for it. The least of many is the module's own time, not the machine's.
+    # Every `import torch` pays for it. The minimum of many runs excludes other load on the machine.
     script = (
         "import sys, time\n"
         "def load():\n"

@@ -218,7 +218,7 @@ def test_ablations_are_rankclip_without_a_term() -> None:
         assert (args.rankclip_lambda_cross, args.rankclip_lambda_in) == lambdas
         loss = build_loss(Base(), ready(args), sums_every_value=True).criterion
         assert (loss.lambda_cross, loss.lambda_in) == lambdas
-    # What says the same as the name is no contradiction.
+    # An option that agrees with the name is accepted.
     assert parse_args(["--loss", "rankclip-cross", "--rankclip-lambda-in", "0"]).rankclip_lambda_in == 0
 
 
@@ -252,7 +252,7 @@ def test_options_reach_the_loss(command: str, expected: dict[str, Any]) -> None:
 
 
 class Recorder(nn.Module):
-    """A loss that writes down what it is told."""
+    """A loss that records what it is told."""
 
     def __init__(self, entries: dict[str, Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A package of somebody else's, installed with pip, whose loss the unmodified command trains with."""
+"""A third-party package, installed with pip, whose losses the unmodified command trains with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent / "third_party_loss"
 
 @pytest.fixture(scope="module")
 def installed(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process that finds the package; two more are installed there, both unusable."""
+    """Environment variables with which a process finds the package, and two more that are unusable."""
     site = tmp_path_factory.mktemp("site")
     # Offline, and with what is installed: hatchling comes with the test extra.
     flags = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
@@ -32,7 +32,7 @@ def installed(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def write_distribution(site: Path, name: str, reference: str) -> None:
-    """What pip leaves of a package that registers a loss."""
+    """Metadata as pip writes it for a package that registers a loss."""
     directory = site / f"{name}_package-0.1.dist-info"
     directory.mkdir()
     (directory / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-package\nVersion: 0.1\n")
@@ -72,7 +72,7 @@ def test_registered_loss_trains(runs_with_it: Runs) -> None:
     shown = run.scalars
     assert len(run.train_lines()) == 2 * STEPS
     steps = range(2 * STEPS)
-    # Told of every optimizer step; logged, and not trained.
+    # It is told of every optimizer step; the weight is logged and not trained.
     assert shown["uniform_weight"] == pytest.approx({i: 0.5 * (i + 1) / (2 * STEPS) for i in steps})
     for i in steps:
         assert shown["uniform_loss"][i] < 0

@@ -15,7 +15,7 @@ from rankloss_trainers.clock import Call, Clock, Position, tell
 
 
 class Listener(nn.Module):
-    """A loss that writes down what it is told."""
+    """A loss that records what it is told."""
 
     def __init__(self) -> None:
         super().__init__()
