@@ -72,7 +72,8 @@ class Clock:
     def start_step(self, step: int, total_steps: int) -> None:
         """Step ``step`` of ``total_steps`` begins, counted from 1; for trainers that announce each."""
         self._position, self._calls, self._step = None, 0, step - 1
-        tell(self.loss, "set_progress", step, total_steps)
+        if self.unit == "step":
+            tell(self.loss, "set_progress", step, total_steps)
 
     def advance(self) -> Call:
         """Count a call, and say which it is.
