@@ -94,8 +94,8 @@ def _gather(x: Tensor, group: Any) -> Tensor:
     return torch.cat(chunks)
 
 
-# The backends that gather into, and reduce from, one tensor in every supported torch. Compared to an all_reduce
-# this moves half the bytes; compared to a list of tensors it saves the copy that joins them.
+# The backends that gather into, and reduce from, one tensor in every supported torch. Compared to an
+# all_reduce this moves half the bytes; compared to a list of tensors it saves the copy that joins them.
 _TENSOR_BACKENDS = frozenset({"nccl", "xccl", "hccl"})
 
 
@@ -133,7 +133,9 @@ class Gather:
 
     With both flags the gradient after DDP's averaging is exactly that of the whole batch in one process, and
     each process computes its own rows only. This is what every loss does by default (``gather=None``), over
-    the default process group. Build a ``Gather`` to change the flags or the group.
+    the default process group. Build a ``Gather`` to change the flags or the group. Every process of the group
+    has to call the loss, with features of the same shape; a loss that one process evaluates on its own takes
+    ``gather=False``.
 
     Args:
         local_loss: compute the rows of this process only, against the columns of all.

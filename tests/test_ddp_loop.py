@@ -135,6 +135,25 @@ def test_a4_averaged_gradients_against_the_single_process_ones(
             assert 0 < cosine < 0.9999
 
 
+def one_step_of_a_users_loop(rank: int, world_size: int) -> Results:
+    """A loop that says nothing of processes."""
+    results = {}
+    for name, criterion in (("base", ClipLoss()), ("rank", RankConsistency())):
+        model: nn.Module = Towers()
+        if world_size > 1:
+            model = DistributedDataParallel(model)
+        images, texts = (share(x, rank, world_size) for x in data())
+        criterion(*model(images, texts)).backward()
+        results.update({f"{name} {key}": value for key, value in gradients_of(model).items()})
+    return results
+
+
+def test_a_loop_that_says_nothing_of_processes_trains_as_one_process_does(pool: Pool) -> None:
+    expected = one_step_of_a_users_loop(0, 1)
+    for of_rank in pool.run(one_step_of_a_users_loop):
+        assert_equal(of_rank, expected)
+
+
 def one_step_of_half_the_ranks(rank: int, world_size: int, options: dict[str, bool]) -> Results:
     """The even and the odd ranks train a model each, on data of their own."""
     groups = [dist.new_group(list(range(parity, world_size, 2))) for parity in (0, 1)]

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import logging
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import one_process
 from batches import gradients, random_batch, relative_error
 from collectives import Collectives
 from process_pool import Pool, Pools
-from rankloss import ClipLoss, Gather, RankClipLoss, RankConsistency
+from rankloss import ClipLoss, Gather, RankClipLoss, RankConsistency, distributed
 from rankloss.distributed import all_gather
 
 N_PER_RANK, D, SCALE = 4, 6, 10.0
@@ -326,6 +327,159 @@ def test_world_size_one_gathers_nothing_though_a_group_is_initialised(pools: Poo
         assert len(results) == (5 if world_size == 1 else 4)
         assert calls == 0
         assert is_own == (world_size == 1)
+
+
+def with_gather(rank: int, world_size: int, criterion: torch.nn.Module) -> tuple[list[Tensor], int]:
+    """Of a loss that was built elsewhere, where there was no process group."""
+    v, t, s = batch(N_PER_RANK * world_size)
+    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
+    with Collectives() as calls:
+        value = criterion(v[own], t[own], s)
+    return [value.detach(), *gradients(value, (v, t, s), 1.0)], sum(calls.counts.values())
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [*((loss, {}) for loss in LOSSES), ("rank", {"lists": "batch"}), ("rank_clip", {"lists": "batch"})],
+)
+def test_default_is_the_whole_default_group_exactly(pool: Pool, loss: str, options: dict[str, Any]) -> None:
+    results = pool.run(with_gather, module(loss, **options))
+    assert_equal(ddp([values for values, _ in results]), single(pool.world_size, loss, **options))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_gathering_each_process_has_its_own_pairs(pools: Pools, loss: str) -> None:
+    for rank, (values, calls) in enumerate(pools[2].run(with_gather, module(loss, gather=False))):
+        inputs = batch(2 * N_PER_RANK)
+        own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
+        expected = module(loss)(inputs[0][own], inputs[1][own], inputs[2])
+        assert_equal(values, [expected.detach(), *gradients(expected, inputs, 1.0)])
+        assert calls == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gather_with_grad": "no"}, "gather_with_grad must be one of True, False; got 'no'"),
+        ({"local_loss": 1}, "local_loss must be one of True, False; got 1"),
+        ({"world_size": 2.5}, "world_size must be an integer of at least 1; got 2.5"),
+        ({"world_size": 0}, "world_size must be an integer of at least 1; got 0"),
+        ({"rank": "0"}, "rank must be an integer of at least 0; got '0'"),
+        ({"rank": -1}, "rank must be an integer of at least 0; got -1"),
+        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, world_size\); got rank=2, world_size=2"),
+        ({"group": "gloo"}, None),
+    ],
+)
+def test_gather_refuses_what_it_cannot_be(options: dict[str, Any], message: str | None) -> None:
+    if message is None:  # without a process group there is nothing to compare it with
+        assert Gather(**options).place == (0, 1)
+        return
+    with pytest.raises(ValueError, match=message):
+        Gather(**options)
+
+
+def test_gather_is_read_when_it_is_needed() -> None:
+    assert Gather() == Gather.of(None)
+    assert Gather().place == Gather.of(False).place == (0, 1)
+    assert Gather(rank=1, world_size=4).place == (1, 4)
+    v, t, _ = (x.detach() for x in batch(4))
+    assert Gather()(v, t)[0] is v
+    for unready in (Gather(rank=1, world_size=4), Gather(rank=1), Gather(world_size=2)):
+        with pytest.raises(RuntimeError, match=r"needs torch\.distributed\.init_process_group"):
+            unready(v, t)
+
+
+def open_clips_keywords(rank: int, world_size: int) -> list[tuple[tuple[int, int], float, float]]:
+    v, t, s = batch(N_PER_RANK)
+    v = v * (1 if rank else -1)
+    whole = ClipLoss(gather=Gather(local_loss=False, gather_with_grad=False))
+    given = [
+        {"local_loss": False},
+        {"gather_with_grad": True},
+        {"local_loss": True, "gather_with_grad": True},
+        {"cache_labels": True},
+        {"world_size": 1},
+        {"rank": rank, "world_size": world_size},
+    ]
+    return [
+        (loss.gather.place, loss(v, t, s).item(), whole(v, t, s).item())
+        for loss in (ClipLoss(**g) for g in given)
+    ]
+
+
+def test_open_clips_keywords_have_open_clips_defaults(pools: Pools) -> None:
+    for rank, results in enumerate(pools[2].run(open_clips_keywords)):
+        for place, value, whole in results[:-1]:
+            assert place == (0, 1)
+            assert abs(value - whole) > 1e-3
+        place, value, whole = results[-1]
+        assert place == (rank, 2)
+        assert value == pytest.approx(whole, rel=1e-12)
+
+
+def in_one_tensor(rank: int, world_size: int, loss: str, options: dict[str, Any], dtype: torch.dtype) -> Any:
+    """As :func:`shard`, by the collectives of one tensor; with their counts and the bytes that they fill."""
+    distributed._TENSOR_BACKENDS = frozenset({"gloo"})
+    try:
+        v, t, s = batch(N_PER_RANK * world_size, dtype)
+        own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
+        with Collectives() as forward:
+            value = module(loss, **options)(v[own], t[own], s)
+        with Collectives() as backward:
+            found = gradients(value, (v, t, s), 1.0)
+        return [value.detach(), *found], dict(forward.filled), dict(backward.counts)
+    finally:
+        distributed._TENSOR_BACKENDS = frozenset({"nccl"})
+
+
+ONE_TENSOR = pytest.mark.skipif(
+    not hasattr(dist, "all_gather_single"), reason="this version's gloo does not reduce into one tensor"
+)
+
+
+@ONE_TENSOR
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+def test_collectives_of_one_tensor_give_the_same(
+    pools: Pools, loss: str, local_loss: bool, gather_with_grad: bool
+) -> None:
+    for world_size in (2, 3):
+        options = flags(local_loss, gather_with_grad)
+        expected = pools[world_size].run(shard, loss, options)
+        results = pools[world_size].run(in_one_tensor, loss, options, torch.float64)
+        for (values, forward, backward), of_rank in zip(results, expected, strict=True):
+            assert_equal(values, of_rank, 1e-14)
+            assert list(forward.values()) == [2 * world_size * N_PER_RANK * D * 8]
+            assert all("reduce_scatter" in name for name in backward)
+            assert sum(backward.values()) == (2 if gather_with_grad else 0)
+
+
+@ONE_TENSOR
+def test_half_precision_is_gathered_as_it_is(pools: Pools) -> None:
+    for values, forward, _ in pools[2].run(in_one_tensor, "rank", flags(True, True), torch.bfloat16):
+        assert list(forward.values()) == [2 * 2 * N_PER_RANK * D * 2]
+        assert [x.dtype for x in values] == [torch.float32, *[torch.bfloat16] * 3]
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "expected"),
+    [
+        ("nccl", "cuda", True),
+        ("gloo", "cpu", False),
+        ("gloo", "cuda", False),
+        ("cpu:gloo,cuda:nccl", "cuda", True),
+        ("cpu:gloo,cuda:nccl", "cpu", False),
+        ("undefined", "cuda", True),
+        ("undefined", "cpu", False),
+        ("mpi", "cpu", False),
+    ],
+)
+def test_collectives_are_chosen_by_the_backend_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, expected: bool
+) -> None:
+    monkeypatch.setattr(dist, "get_backend", lambda _: backend)
+    features = SimpleNamespace(device=torch.device(device))
+    assert distributed._has_tensor_collectives(features, None) is expected
 
 
 def refusals(rank: int, world_size: int) -> list[str]:

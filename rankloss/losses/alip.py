@@ -112,14 +112,14 @@ class AlipLoss(GatheringLoss):
         self.histories = self._initial_histories(self.histories.device)
 
     def _initial_histories(self, device: torch.device | None = None) -> Tensor:
-        def made(device: torch.device | None) -> Tensor:
-            return torch.full((3,), self.initial_history, dtype=_history_dtype(device), device=device)
-
+        if device is None:
+            device = torch.empty(0).device
+            if device.type == "meta":
+                # Left there, the values would be up to whoever materialises the module.
+                device = torch.device("cpu")
         # Not an inference tensor: those cannot be updated outside inference mode.
         with torch.inference_mode(False):
-            histories = made(device)
-            # A default device without memory would leave the values to whoever materialises the module.
-            return made(torch.device("cpu")) if histories.is_meta else histories
+            return torch.full((3,), self.initial_history, dtype=_history_dtype(device), device=device)
 
     def forward(
         self,
@@ -207,8 +207,8 @@ class AlipLoss(GatheringLoss):
         )
 
 
-def _history_dtype(device: torch.device | None) -> torch.dtype:
-    return torch.float32 if device is not None and device.type == "mps" else torch.float64
+def _history_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class _Weights(NamedTuple):
@@ -222,6 +222,11 @@ class _Weights(NamedTuple):
 def _check_captions(caption_features: Tensor, text_features: Tensor) -> None:
     if not isinstance(caption_features, Tensor):
         raise ValueError(f"caption_features must be a torch.Tensor; got {type(caption_features).__name__}")
+    if caption_features.device != text_features.device:
+        raise ValueError(
+            "caption_features and text_features must be on one device; got "
+            f"{caption_features.device} and {text_features.device}"
+        )
     if not caption_features.is_floating_point():
         raise ValueError(f"caption_features must be floating point; got {caption_features.dtype}")
     if caption_features.shape != text_features.shape:

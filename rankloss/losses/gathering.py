@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rankloss.distributed import Gather, GatherOption
 from rankloss.embeddings import check_features
-from rankloss.losses.weights import as_number, is_capturing
+from rankloss.losses.weights import as_number, is_capturing, is_plain
 
 __all__ = ["GatheringLoss", "InputWarning"]
 
@@ -80,7 +80,7 @@ def _check_scale(logit_scale: Tensor | float, device: torch.device) -> None:
 def _look(features: dict[str, Tensor], logit_scale: Tensor | float) -> bool:
     """Warn of features that are not unit-norm and of a log in place of the scale; False if unreadable."""
     for name, x in features.items():
-        if is_capturing(x.device):
+        if not is_plain(x) or is_capturing(x.device):
             return False
         off = _value((x.detach().float().norm(dim=-1) - 1).abs().amax())
         if off is None:
@@ -105,7 +105,7 @@ def _look(features: dict[str, Tensor], logit_scale: Tensor | float) -> bool:
 
 
 def _value(x: Tensor) -> float | None:
-    """The value of a scalar; None where there is none to read (meta and fake tensors, under vmap)."""
+    """The value of a scalar; None where there is none to read (on the meta device, under vmap)."""
     try:
         return float(x.item())
     except RuntimeError:

@@ -144,6 +144,7 @@ class RankConsistency(GatheringLoss):
             gathered: ``self.gather(image_features, text_features)``, from a caller that has it already, so
                 that one gathering serves several losses.
         """
+        self.check_inputs(image_features, text_features, logit_scale)
         _, cross, in_ = self.weighted_terms(
             image_features,
             text_features,
@@ -169,10 +170,9 @@ class RankConsistency(GatheringLoss):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """CLIP's cross-entropy and the two rank terms times ``weights``, from one gathering and one pass.
 
-        A term that is not wanted is zero and not computed. ``gathered`` is as in :meth:`forward`. See
-        :func:`rankloss.consistency.weighted_terms`.
+        The inputs are those that :meth:`check_inputs` has checked. A term that is not wanted is zero and not
+        computed. ``gathered`` is as in :meth:`forward`. See :func:`rankloss.consistency.weighted_terms`.
         """
-        self.check_inputs(image_features, text_features, logit_scale)
         if not contrastive and not cross_modal and not in_modal:
             zero = image_features.new_zeros((), dtype=arithmetic_dtype(image_features, text_features))
             return zero, zero, zero

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TermWeights", "as_number", "check_weight", "is_capturing"]
+__all__ = ["TermWeights", "as_number", "check_weight", "is_capturing", "is_plain"]
 
 
 def check_weight(name: str, value: float) -> float:
@@ -64,8 +64,8 @@ class TermWeights:
                 would be filled again with the same values at each replay.
         """
         device = features.device
-        if type(features) not in (Tensor, nn.Parameter):
-            return self._made(device)  # a fake tensor, say, whose like must not be kept
+        if not is_plain(features):
+            return self._made(device)  # not kept: beside a fake tensor it is a fake one
         for tensor in self._tensors:
             if tensor.device == device:
                 return tensor
@@ -86,7 +86,7 @@ class TermWeights:
         # Not an inference tensor, whatever the caller's mode: those cannot be changed outside it.
         with torch.inference_mode(False):
             tensor = self._made(device)
-        if type(tensor) is Tensor:
+        if is_plain(tensor):
             self._tensors.append(tensor)
         return tensor
 
@@ -100,6 +100,11 @@ class TermWeights:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["values"])  # type: ignore[misc]
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` is torch's own tensor, and not a fake one or another subclass."""
+    return type(x) in (Tensor, nn.Parameter)
 
 
 def is_capturing(device: torch.device) -> bool:
