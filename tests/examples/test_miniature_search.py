@@ -91,14 +91,14 @@ def _parsed(job):
 
 
 def _loss(args):
-    from rankloss_open_clip.entries import RANKCLIP
+    from rankloss_open_clip.training import build_loss
 
     class Base(torch.nn.Module):
         def forward(self, *_, **__):
             return {"contrastive_loss": torch.zeros(())}
 
     args.rank, args.world_size = 0, 1
-    return RANKCLIP.build(Base(), args)
+    return build_loss(Base(), args, sums_every_value=True)
 
 
 _TWO = [a + b for a, b in itertools.combinations(TRIALS[1:], 2) if a.factor != b.factor]

@@ -1,8 +1,7 @@
 """The patches that are applied to open_clip's modules after they are loaded.
 
 Each wraps functions by name, once, and keeps their name, signature and source visible. None of them changes a
-run without ``--loss``. Only the standard library is imported here: what needs torch is imported by the first
-call that needs it.
+run without ``--loss``. What needs torch is imported by the first call that needs it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from rankloss_open_clip import arguments
+from rankloss_open_clip import command_line, names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 _PATCHED = "_rankloss_open_clip_patched"
 
-# What every loss depends on, and what only a loss with a second caption does.
+# What every loss depends on, and what only a loss with a second caption depends on.
 _PATCHED_NAMES = {
     "open_clip.factory": ("create_loss", "create_task"),
     "open_clip": ("create_loss", "create_task"),
@@ -55,7 +54,7 @@ def patch_factory(module: ModuleType) -> None:
 
 
 def patch_params(module: ModuleType) -> None:
-    """Let ``parse_args`` know the options of :mod:`rankloss_open_clip.arguments`.
+    """Let ``parse_args`` know the options of :mod:`rankloss_open_clip.command_line`.
 
     Args:
         module: ``open_clip_train.params``.
@@ -89,7 +88,7 @@ def patch_train(module: ModuleType) -> None:
 def patch_data(module: ModuleType) -> None:
     """Let the readers of training data join the second caption that a loss needs to the first.
 
-    A module without them is left alone: only a loss that needs a second caption minds, see :func:`unpatched`.
+    A module without them is left alone: only a loss with a second caption needs them, see :func:`unpatched`.
 
     Args:
         module: ``open_clip_train.data``.
@@ -101,7 +100,7 @@ def patch_data(module: ModuleType) -> None:
 
 
 def patch_file_utils(module: ModuleType) -> None:
-    """Let ``pt_load`` show a checkpoint's state of a loss to :mod:`rankloss_open_clip.checkpoints`.
+    """Let ``pt_load`` hand the state of a loss in a checkpoint to :mod:`rankloss_open_clip.checkpoints`.
 
     Args:
         module: ``open_clip_train.file_utils``.
@@ -146,9 +145,9 @@ def _creating_loss(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_loss(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         options = bound.arguments["args"]
-        if arguments.requested(options) is None:
+        if command_line.requested(options) is None:
             return original(*args, **kwargs)
-        from rankloss_open_clip.loss import build_loss
+        from rankloss_open_clip.training import build_loss
 
         bound.arguments["args"] = _base_arguments(options)
         # This trainer adds up every value of the dict that a loss returns.
@@ -163,9 +162,9 @@ def _creating_task(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_task(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         options = bound.arguments["args"]
-        if arguments.requested(options) is None:
+        if command_line.requested(options) is None:
             return original(*args, **kwargs)
-        from rankloss_open_clip.loss import build_loss
+        from rankloss_open_clip.training import build_loss
 
         bound.arguments["args"] = _base_arguments(options)
         task = original(*bound.args, **bound.kwargs)
@@ -185,7 +184,8 @@ def _creating_task(original: Callable[..., Any]) -> Callable[..., Any]:
 def _compile_base(base: Any, options: Any) -> None:
     """Compile the trainer's own loss alone, where it would have been compiled as a part of the task.
 
-    The loss around it is not compiled (see ``TrainerLoss.forward``), and what it calls would not be.
+    The loss around it is not compiled (see :class:`rankloss_trainers.driven_loss.DrivenLoss`), nor would be
+    what it calls.
     """
     strategy = getattr(options, "torchcompile_strategy", None)
     if getattr(options, "torchcompile", False) and strategy in ("task", "step"):
@@ -194,14 +194,11 @@ def _compile_base(base: Any, options: Any) -> None:
 
 
 def _base_arguments(options: Any) -> Any:
-    """The trainer's arguments as the factory of the base loss may see them.
-
-    They differ only where the trainer has a ``--loss`` of its own, which does not know the value.
-    """
-    if not hasattr(options, arguments.BASE_LOSS):
+    """The arguments for the factory of the base loss: a ``--loss`` of the trainer's own gets its default."""
+    if not hasattr(options, names.BASE_LOSS):
         return options
     options = copy.copy(options)
-    options.loss = getattr(options, arguments.BASE_LOSS)
+    options.loss = getattr(options, names.BASE_LOSS)
     return options
 
 
@@ -214,17 +211,25 @@ def _parser_name(module: ModuleType) -> str | None:
     return None
 
 
+class PatchedParser(command_line.TrainerParser):
+    """The trainer's parser, which knows what of the trainer is patched."""
+
+    def unpatched(self, *, captions: bool) -> list[str]:
+        """See :func:`unpatched`."""
+        return unpatched(captions=captions)
+
+
 def _parsing(module: ModuleType, original: Callable[..., Any]) -> Callable[..., Any]:
     def parse_args(*args: Any, **kwargs: Any) -> Any:
-        # The parser is created, filled and used inside the call, so the class is exchanged for that long.
+        # The parser is created, filled and used inside the call, so the class is replaced during it.
         name = _parser_name(module)
         if name is None:
             return original(*args, **kwargs)  # a call from within a call
         replaced = getattr(module, name)
-        replacement: Any = arguments.TrainerParser
+        replacement: Any = PatchedParser
         if name == "argparse":
             replacement = types.ModuleType("argparse")
-            vars(replacement).update(vars(argparse), ArgumentParser=arguments.TrainerParser)
+            vars(replacement).update(vars(argparse), ArgumentParser=PatchedParser)
         setattr(module, name, replacement)
         try:
             return original(*args, **kwargs)
@@ -263,7 +268,7 @@ def _reading_shards(module: ModuleType, original: Callable[..., Any]) -> Callabl
         from rankloss_open_clip.captions import JoinedSamples, PairTokenizer
 
         bound.arguments["tokenizer"] = PairTokenizer(bound.arguments["tokenizer"])
-        # The pipeline is put together inside the call, so the reader is exchanged for that long.
+        # The pipeline is built inside the call, so the reader is replaced during it.
         read = module.tarfile_to_samples_nothrow
         vars(module)["tarfile_to_samples_nothrow"] = JoinedSamples(
             read, key, getattr(options, "text_key", None) or "txt"
@@ -277,16 +282,19 @@ def _reading_shards(module: ModuleType, original: Callable[..., Any]) -> Callabl
 
 
 def _caption_key(given: dict[str, Any]) -> str | None:
-    """The second caption that training data are to be read with."""
-    return arguments.caption_key(given["args"]) if given["is_train"] else None
+    """The key of the second caption, for training data."""
+    return command_line.caption_key(given["args"]) if given["is_train"] else None
 
 
 def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     def pt_load(*args: Any, **kwargs: Any) -> Any:
         checkpoint = original(*args, **kwargs)
         from rankloss_open_clip.checkpoints import pick_up
 
-        pick_up(checkpoint)
+        path, *_ = signature.bind(*args, **kwargs).arguments.values()
+        pick_up(path, checkpoint)
         return checkpoint
 
     return pt_load
@@ -298,8 +306,8 @@ def _training(original: Callable[..., Any]) -> Callable[..., Any]:
     def train_one_epoch(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         options = given["args"]
-        if arguments.requested(options) is not None:
-            from rankloss_open_clip.loss import start_epoch
+        if command_line.requested(options) is not None:
+            from rankloss_open_clip.training import start_epoch
 
             # The state of open_clip's later trainer holds the task, and the task holds model and loss.
             state = given.get("state")
@@ -307,7 +315,7 @@ def _training(original: Callable[..., Any]) -> Callable[..., Any]:
             epoch = given["epoch"] if state is None else state.epoch
             optimizer = (given if state is None else vars(state)).get("optimizer")
             start_epoch(loss, epoch, given["data"], options, optimizer)
-            if arguments.caption_key(options) is not None:
+            if command_line.caption_key(options) is not None:
                 from rankloss_open_clip.captions import split_features
 
                 split_features(given["model"] if state is None else state.task.trainable_module)

@@ -9,37 +9,29 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rankloss_open_clip import bootstrap, registry, versions
-from rankloss_open_clip.registry import BUILT_IN, TRAINERS_OWN, LossEntry, Option
+from rankloss_open_clip import versions
+from rankloss_open_clip.names import BASE_LOSS, DIST_IMPLS, asks_for_loss
+from rankloss_trainers import catalog
+from rankloss_trainers.catalog import BUILT_IN, TRAINERS_OWN, LossEntry, dest, flag
 
-BASE_LOSS = "rankclip_base_loss"
-"""Where the trainer's own ``--loss`` default is kept, should a trainer have such an option."""
+if TYPE_CHECKING:
+    from rankloss.distributed import Gather
 
-_DIST_IMPLS = ("bidir", "shift", "reduce", "gather")  # the values that --loss-dist-impl is meant to have
 _logger = logging.getLogger("rankloss_open_clip")
 
 
-def flag(name: str, entry: LossEntry, option: Option) -> str:
-    """An option of the loss ``name``, as it is typed."""
-    return f"--{entry.prefix or name}-{option.name}"
-
-
-def dest(name: str, entry: LossEntry, option: Option) -> str:
-    """An option of the loss ``name``, as an attribute of the parsed arguments."""
-    return flag(name, entry, option)[2:].replace("-", "_")
-
-
 def requested(args: Any) -> str | None:
-    """The loss of the registry that the trainer's parsed arguments ask for.
+    """The loss of the catalogue that the trainer's parsed arguments ask for.
 
     Raises:
         RuntimeError: ``--loss`` was read by a parser without the plug-in, as ``--loss-dist-impl``.
     """
     swallowed = getattr(args, "loss_dist_impl", None)
-    if swallowed not in (None, *_DIST_IMPLS) and _known(swallowed):
+    if swallowed not in (None, *DIST_IMPLS) and _known(swallowed):
         raise RuntimeError(
             f"--loss {swallowed} was read as --loss-dist-impl {swallowed}, by a parser that "
             "rankloss_open_clip did not reach; run `python -m rankloss_open_clip.doctor` for advice"
@@ -51,15 +43,42 @@ def requested(args: Any) -> str | None:
 def caption_key(args: Any) -> str | None:
     """The key of the second caption that the loss asked for needs; None for a loss without one."""
     name = requested(args)
-    return None if name is None else registry.candidates()[name].load().caption_key(args)
+    return None if name is None else _caption_key(name, catalog.candidates()[name].load(), args)
+
+
+def _caption_key(name: str, entry: LossEntry, args: Any) -> str | None:
+    return entry.taking(args).caption_key(catalog.option_values(name, entry, args))
+
+
+def gather_of(args: Any, *, rows: bool = True) -> Gather:
+    """How the trainer's arguments let a loss see the batches of other processes.
+
+    Args:
+        args: The trainer's arguments. Until the trainer has completed them there is one process.
+        rows: Whether the loss can be computed for a process's own rows alone.
+    """
+    from rankloss.distributed import Gather
+
+    # The sigmoid loss is exact in every layout, whatever the flags say, and so must its companions be.
+    sigmoid = getattr(args, "siglip", False)
+    return Gather(
+        local_loss=rows if sigmoid else getattr(args, "local_loss", False),
+        gather_with_grad=sigmoid or getattr(args, "gather_with_grad", False),
+        rank=getattr(args, "rank", 0),
+        world_size=getattr(args, "world_size", 1),
+    )
 
 
 def _known(name: str) -> bool:
-    return name in BUILT_IN or name in registry.candidates()
+    return name in BUILT_IN or name in catalog.candidates()
 
 
 class TrainerParser(argparse.ArgumentParser):
     """The trainer's parser, with the groups of the plug-in added just before it parses."""
+
+    def unpatched(self, *, captions: bool) -> list[str]:
+        """The trainer's functions that the loss depends on and that are not patched."""
+        raise NotImplementedError
 
     # Signature as wide as the overloads of the base class.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
@@ -69,24 +88,24 @@ class TrainerParser(argparse.ArgumentParser):
         try:
             entries = _own_entries()
         except Exception as error:
-            if bootstrap.asks_for_loss(argv):
+            if asks_for_loss(argv):
                 self.error(f"argument --loss: rankloss cannot be imported ({_said(error)})")
             _logger.warning("--loss is not available in this run: rankloss cannot be imported (%s)", error)
             return super().parse_known_args(argv, namespace)
-        known = registry.candidates()
+        known = catalog.candidates()
         for name in (asked, *known) if showing else (asked,):
             if name not in known or name in entries:
                 continue
             try:
                 entries[name] = known[name].load()
-            except Exception as error:  # another package's: it concerns those who ask for it
+            except Exception as error:  # another package's, which stops only a run that asks for it
                 if name == asked:
                     self.error(
                         f"argument --loss: {name} ({known[name].package}) cannot be used: {_said(error)}"
                     )
                 entries[name] = LossEntry(build=_never, help=f"cannot be used ({_said(error)})")
         if asked is not None:
-            for sentence in registry.shadowed():
+            for sentence in catalog.shadowed():
                 _logger.warning("%s", sentence)
         _add_groups(self, known, entries, asked)
         parsed, rest = super().parse_known_args(argv, namespace)
@@ -95,7 +114,7 @@ class TrainerParser(argparse.ArgumentParser):
 
 
 def _asked(argv: list[str]) -> tuple[str | None, bool]:
-    """The value of ``--loss``, and whether help is asked for: what must be known before parsing."""
+    """The value of ``--loss``, and whether help is asked for, which the groups of options depend on."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--loss")
     peek.add_argument("-h", "--help", action="store_true")
@@ -107,7 +126,7 @@ def _asked(argv: list[str]) -> tuple[str | None, bool]:
 
 
 def _own_entries() -> dict[str, LossEntry]:
-    known = registry.candidates()
+    known = catalog.candidates()
     return {name: known[name].load() for name in BUILT_IN}
 
 
@@ -121,7 +140,7 @@ def _said(error: Exception) -> str:
 
 def _add_groups(
     parser: argparse.ArgumentParser,
-    known: dict[str, registry.Candidate],
+    known: dict[str, catalog.Candidate],
     entries: dict[str, LossEntry],
     asked: str | None,
 ) -> None:
@@ -169,7 +188,7 @@ def _add_options(parser: argparse.ArgumentParser, names: list[str], entry: LossE
         )
 
 
-def _complete(parser: argparse.ArgumentParser, args: Any, entries: dict[str, LossEntry]) -> None:
+def _complete(parser: TrainerParser, args: Any, entries: dict[str, LossEntry]) -> None:
     name: str | None = getattr(args, "loss", None)
     if name not in entries:
         name = None  # the trainer's own
@@ -199,26 +218,45 @@ def _complete(parser: argparse.ArgumentParser, args: Any, entries: dict[str, Los
         parser.error(
             f"argument --loss: {name} compares images with texts, but {args.model} is trained to generate"
         )
-    reason = wanted.refuse(args)
-    needs_caption = reason is None and wanted.caption_key(args) is not None
-    if needs_caption:
-        from rankloss_open_clip import captions
-
-        reason = captions.refuse(args)
+    reason = _reason_against(name, wanted, args)
     if reason is not None:
         parser.error(f"argument {reason if reason.startswith('--') else f'--loss: {reason}'}")
-
-    from rankloss_open_clip import seams
-
-    missing = seams.unpatched(captions=needs_caption)
+    missing = parser.unpatched(captions=_caption_key(name, wanted, args) is not None)
     if missing:
         parser.error(f"argument --loss: rankloss_open_clip did not reach {', '.join(missing)}")
 
 
+def _reason_against(name: str, loaded: LossEntry, args: Any) -> str | None:
+    """Why the loss cannot work with the trainer's arguments; a reason about one option begins with it."""
+    if loaded.no_sigmoid and getattr(args, "siglip", False):
+        return f"{name} does not work with --siglip: {loaded.no_sigmoid}"
+    entry, options = loaded.taking(args), catalog.option_values(name, loaded, args)
+    reason = entry.refuse(options, gather_of(args))
+    if reason is not None:
+        return _with_flag(name, loaded, reason)
+    if entry.caption_key(options) is None:
+        return None
+    from rankloss_open_clip import captions
+
+    return captions.refuse(args)
+
+
+def _with_flag(name: str, entry: LossEntry, reason: str) -> str:
+    """A reason that begins with the key of an option, beginning with its flag."""
+    match = re.match(r"\w+", reason)
+    for option in entry.options:
+        if match is not None and match[0] == option.key:
+            rest = reason[match.end() :]
+            # "bins must be …" and "lists: …" lose the key; "diagonal=False does …" would lose its subject.
+            text = reason if rest.startswith("=") else rest.removeprefix(":").lstrip()
+            return f"{flag(name, entry, option)}: {text}"
+    return reason
+
+
 def _is_generative(args: Any) -> bool:
-    """Whether open_clip builds a task that compares nothing, which it decides by the model's name."""
+    """Whether open_clip builds a generative task, which it decides by the model's name."""
     from open_clip import factory
 
     name = getattr(args, "model", "").lower()
-    # Releases without tasks have no such models: there the name means nothing.
+    # Releases without tasks have no such models.
     return hasattr(factory, "create_task") and ("genlip" in name or "genlap" in name)
