@@ -25,7 +25,7 @@ from rankloss import metrics, reference
 from rankloss.consistency import cross_modal, in_modal
 from rankloss.distributed import all_gather
 
-N, D, SCALE = 6, 16, 20.0
+N, D, SCALE = 6, 16, 100.0  # CLIP's working point
 EPOCH, EPOCHS = 4, 12  # where training stands: the schedule "rankclip" is then exactly 1
 PAIR = ("image_features", "text_features")
 
@@ -47,7 +47,7 @@ class Subject:
     inputs: tuple[str, ...] = (*PAIR, "logit_scale")
     differentiable: tuple[str, ...] = (*PAIR, "logit_scale")
     half: bool = False
-    """Whether logits are computed in the dtype of the features, or of autocast, as open_clip computes them."""
+    """Whether logits are computed in the dtype of the features or of autocast, as in open_clip."""
     refuses: str | None = None
     """Where a similarity is −1: what the error says. None: there is a value."""
     equivariant: bool = True
@@ -180,7 +180,8 @@ def right_or_refused(message: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        assert re.search(message, str(error)), f"an error that does not say why: {error!r}"
+        if not re.search(message, str(error)):
+            raise AssertionError(f"an error that does not say why: {error!r}") from error
 
 
 # --- the subjects -----------------------------------------------------------------------------------------
@@ -439,7 +440,7 @@ def _data(kind: str) -> Inputs:
         "text_features": t,
         "caption_features": c,
         "logit_scale": torch.tensor(SCALE, dtype=torch.float64),
-        "scores": 4 * cosines,
+        "scores": SCALE * cosines,
         "reference": oracle.exact_products(t, v),
         "x": cosines,
         "y": cosines.T.contiguous(),

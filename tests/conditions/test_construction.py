@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
 from subjects import (
     SUBJECTS,
     Result,
@@ -24,6 +22,7 @@ from subjects import (
     run,
     tolerances,
 )
+from torch import nn
 
 every = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 modules = pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.is_module], ids=str)

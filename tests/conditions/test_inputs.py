@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-
 from subjects import (
     KINDS,
     SUBJECTS,
@@ -24,6 +22,7 @@ from subjects import (
     tolerances,
     upstream_of,
 )
+from torch import Tensor
 
 # Zero rows are not unit-norm, and of that a loss may warn.
 pytestmark = pytest.mark.filterwarnings("ignore:.*norm")
@@ -65,7 +64,9 @@ def test_inputs_of_two_dtypes_are_right_or_refused(subject: Subject, position: i
         assert_right(run(subject, inputs), expected(subject, inputs), tolerances(subject, torch.float32))
 
 
-@pytest.mark.parametrize("scale", [20, 20.0, torch.tensor([20.0]), torch.tensor(20.0, dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "scale", [100, 100.0, torch.tensor([100.0]), torch.tensor(100.0, dtype=torch.float64)]
+)
 @pytest.mark.parametrize("subject", [s for s in SUBJECTS if "logit_scale" in s.inputs], ids=str)
 def test_the_scale_is_any_number(subject: Subject, scale: Tensor | float) -> None:
     inputs = subject.pick(data(), torch.float32)
@@ -132,12 +133,10 @@ def test_a_feature_that_is_not_finite_makes_the_value_nan(
         value = run(subject, inputs).value
         if not subject.differentiates:
             assert not value.isfinite().all(), f"{bad} in {name} gives {value}"
-        elif value.dim() and "scores" in subject.inputs:
-            assert value[2].isnan(), (
-                f"{bad} in {name} gives {value}"
-            )  # the other lists are none of its business
+        elif value.dim():  # the other lists are none of its business
+            assert value[2].isnan().any(), f"{bad} in {name} gives {value}"
         else:
-            assert value.isnan().any() and (value.dim() or value.isnan()), f"{bad} in {name} gives {value}"
+            assert value.isnan(), f"{bad} in {name} gives {value}"
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -180,7 +179,7 @@ def test_an_input_may_be_the_only_one_with_a_gradient(subject: Subject, dtype: t
 
 @differentiable
 def test_one_tensor_may_be_both_sides(subject: Subject) -> None:
-    """The gradients of both roles add up. Products of codes are exact, and so symmetric."""
+    """The gradients of both roles add up, nearly to zero; products of codes are exact, and so symmetric."""
     inputs = subject.pick(data("sign codes"))
     first, second, *_ = (*subject.inputs, None)
     if second is None:
@@ -191,7 +190,7 @@ def test_one_tensor_may_be_both_sides(subject: Subject) -> None:
     value = subject.started()(**{**inputs, first: x, second: x})
     (gradient,) = torch.autograd.grad(value, x, upstream_of(value))
     total = owed.gradients[first] + owed.gradients.get(second, 0.0)
-    assert_right(Result(value, {first: gradient}), Result(owed.value, {first: total}))
+    assert_right(Result(value, {first: gradient}), Result(owed.value, {first: total}), (1e-10, 1e-6))
 
 
 @modules

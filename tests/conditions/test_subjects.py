@@ -6,9 +6,9 @@ import types
 
 import pytest
 import torch
+from subjects import KINDS, NO_SUBJECTS, SUBJECTS, Subject, data, expected
 
 import rankloss
-from subjects import KINDS, NO_SUBJECTS, SUBJECTS, Subject, data, expected
 
 
 def public_names() -> set[str]:
