@@ -200,6 +200,17 @@ def test_a_compiled_full_graph(subject: Subject) -> None:
     assert_right(found, expected(subject, inputs), tolerances(subject, torch.float32))
 
 
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if not s.differentiates], ids=str)
+def test_a_compiled_measure(subject: Subject) -> None:
+    """A measure may leave the graph, whose number is then the same, or refuse to be one."""
+    torch._dynamo.reset()
+    inputs = subject.pick(data("equal rows"), torch.float32)
+    for whole in (False, True):
+        with right_or_refused("(?i)data.dependent|graph break|fullgraph"):
+            value = torch.compile(subject.build(), backend="eager", fullgraph=whole)(**inputs)
+            assert_right(Result(value, {}), expected(subject, inputs), tolerances(subject, torch.float32))
+
+
 # How torch, or we, say that a transform is not there.
 REFUSED = r"(?i)forward.mode|jvp|functorch|torch\.func|vmap|setup_context|not implemented|not supported"
 
