@@ -57,7 +57,7 @@ def loaded(module: nn.Module, state: dict[str, Any], **options: Any) -> nn.Modul
 def called(subject: Subject) -> nn.Module:
     """A loss with a call behind it, which has left no trace in its state."""
     module = subject.started().eval()
-    run(subject, subject.pick(data("zero rows")), module)
+    run(subject, subject.pick(data("sparse")), module)
     return module.train()
 
 
@@ -153,7 +153,7 @@ def test_a_copy_is_on_its_own(subject: Subject) -> None:
     duplicate = copy.deepcopy(original)
     if hasattr(duplicate, "set_epoch"):
         duplicate.set_epoch(12, 12)
-    run(subject, subject.pick(data("zero rows")), duplicate)
+    run(subject, subject.pick(data("sparse")), duplicate)
     assert_works(subject, original)
 
 
