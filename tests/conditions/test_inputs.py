@@ -179,7 +179,7 @@ def test_an_input_may_be_the_only_one_with_a_gradient(subject: Subject, dtype: t
 
 @differentiable
 def test_one_tensor_may_be_both_sides(subject: Subject) -> None:
-    """The gradients of both roles add up. Products of codes are exact; at scale 100 the pairs would be learnt."""
+    """The gradients of both roles add up. Codes have exact products; a scale of 1 leaves a gradient."""
     inputs = subject.pick({**data("sign codes"), "logit_scale": torch.tensor(1.0)})
     first, second, *_ = (*subject.inputs, None)
     if second is None:
