@@ -129,8 +129,6 @@ def cases(draw: st.DrawFn) -> Case:
         }
         if options["method"] == "bin":
             options["bins"] = draw(st.sampled_from([2, 3, 17, 2048]))
-        if not row:
-            data.remove("near unit")
         weights = st.sampled_from([(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.25, 3.0)])
         names = ("cross_modal", "in_modal") if loss == "RankConsistency" else ("lambda_cross", "lambda_in")
         of_terms = dict(zip(names, draw(weights), strict=True))

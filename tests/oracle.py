@@ -26,8 +26,8 @@ def exact_products(a: Tensor, b: Tensor) -> Tensor:
 
 def nll_terms(
     x: Tensor, y: Tensor, *, worth: str = "exp", discount: str | None = None, top_k: int | None = None
-) -> Tensor:
-    """The summands ``μ_p·[log Σ_{q : y_q ≤ y_p} w(x_q) − log w(x_p)]`` of lists ``[..., N]``."""
+) -> tuple[Tensor, Tensor]:
+    """The summands ``μ_p·[log Σ_{q : y_q ≤ y_p} w(x_q) − log w(x_p)]`` of lists ``[..., N]``, and their μ."""
     log_w = {"exp": x, "shifted": ((1 + x) / 2).log() if worth == "shifted" else x}.get(worth)
     log_w = x.log() if log_w is None else log_w
     below = y[..., None, :] <= y[..., :, None]
@@ -36,12 +36,12 @@ def nll_terms(
     mu = torch.ones_like(x) if discount is None else 1 / (1 + rank.to(x)).log()
     if top_k is not None:
         mu = torch.where(rank <= top_k, mu, 0.0)
-    return torch.where(mu > 0, mu * (log_denominator - log_w), 0.0)
+    return torch.where(mu > 0, mu * (log_denominator - log_w), 0.0), mu
 
 
 def nll(scores: Tensor, reference: Tensor, **likelihood: Any) -> Tensor:
     """:func:`rankloss.plackett_luce_nll`, ties shared."""
-    return nll_terms(scores, reference.detach(), **likelihood).sum(-1)
+    return nll_terms(scores, reference.detach(), **likelihood)[0].sum(-1)
 
 
 def term(
@@ -72,15 +72,19 @@ def term(
     kept = torch.ones(n, n, dtype=torch.bool, device="cpu") if diagonal else ~torch.eye(n, dtype=torch.bool)
     shares = {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[fixed_reference]
     shape = (-1,) if lists == "batch" else (n, -1)
-    value = torch.zeros(n, dtype=a.dtype, device="cpu")
+    by_anchor, mean = (
+        torch.zeros(n, dtype=a.dtype, device="cpu"),
+        torch.zeros((), dtype=a.dtype, device="cpu"),
+    )
     for share, x, y in ((shares[0], a, order_b), (shares[1], b, order_a)):
         scores = (logit_scale * x if worth == "exp" else x)[kept].view(shape)
         y = y[kept].view(shape)
         if bins is not None:
             y = _quantized(y, bins)
-        terms = nll_terms(scores, y, worth=worth, **likelihood)
-        value = value + share * terms.view(n, -1).sum(-1)
-    return {"none": value, "sum": value.sum(), "mean": value.sum() / kept.sum()}[reduction]
+        terms, mu = nll_terms(scores, y, worth=worth, **likelihood)
+        by_anchor = by_anchor + share * terms.view(n, -1).sum(-1)
+        mean = mean + share * (terms.sum(-1) / mu.sum(-1)).mean()
+    return {"none": by_anchor, "sum": by_anchor.sum(), "mean": mean}[reduction]
 
 
 def rank_terms(
@@ -152,9 +156,12 @@ def _pair_nll(v: Tensor, u: Tensor, scale: Tensor) -> Tensor:
 
 
 def _with_equal_diagonal(products: Tensor, features: Tensor) -> Tensor:
-    """One value for a unit-norm row's product with itself and its equals, over the whole batch."""
+    """One value over the whole batch for a row's product with itself and its equals, if its norm is 1 to 1 %."""
     equal = (features[:, None] == features[None]).all(-1)
-    return torch.where(equal & ((products - 1).abs() < 0.01), 1.0, products)
+    is_unit = (products.diagonal().sqrt() - 1).abs() <= 0.01
+    return torch.where(
+        equal & is_unit, products.diagonal()[is_unit].max() if is_unit.any() else 1.0, products
+    )
 
 
 def _quantized(y: Tensor, bins: int) -> Tensor:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import oracle
 import rankloss
 from rankloss import metrics, reference
-from rankloss.consistency import cross_modal, in_modal
 from rankloss.distributed import all_gather
+from rankloss.functional import cross_modal, in_modal
 
 N, D, SCALE = 6, 16, 100.0  # CLIP's working point
 EPOCH, EPOCHS = 4, 12  # where training stands: the schedule "rankclip" is then exactly 1
@@ -327,14 +327,14 @@ SUBJECTS = [
     ),
     Subject(
         "cross_modal",
-        "consistency.cross_modal",
+        "functional.cross_modal",
         lambda: cross_modal,
         _reference_term(reference.cross_modal),
         functools.partial(oracle.term, "cross_modal"),
     ),
     Subject(
         "in_modal",
-        "consistency.in_modal",
+        "functional.in_modal",
         lambda: functools.partial(in_modal, lists="batch"),
         _reference_term(reference.in_modal, lists="batch"),
         functools.partial(oracle.term, "in_modal", lists="batch"),
@@ -387,10 +387,12 @@ SUBJECTS = [
 
 NO_SUBJECTS = {
     "__version__": "a string",
+    "Gather": "how a loss gathers: test_groups has the losses with it",
+    "InputWarning": "what a loss warns with",
+    "RankOptions": "the options that RankConsistency and RankClipLoss are built with",
+    "functional.weighted_terms": "both terms in one pass: what RankConsistency is made of",
     "reference": "the oracle",
     "schedules": "numbers in, a number out: no tensor that a condition could touch",
-    "consistency.weighted_terms": "both terms in one pass: what RankConsistency is made of",
-    "distributed.Gather": "how a loss gathers: test_groups has the losses with it",
 }
 
 

@@ -12,17 +12,19 @@ import rankloss
 
 
 def public_names() -> set[str]:
-    """``rankloss.__all__``, with the public names of a module in the module's place."""
-    names = set()
+    """``rankloss.__all__``; for a module, the functions and classes that are not at the top as well."""
+    names, modules = set(), set()
     for name in rankloss.__all__:
-        value = getattr(rankloss, name)
-        if isinstance(value, types.ModuleType) and name not in NO_SUBJECTS:
-            public = (
-                part for part in value.__all__ if not isinstance(getattr(value, part), types.GenericAlias)
-            )
-            names |= {f"{name}.{part}" for part in public}
-        else:
-            names.add(name)
+        is_module = isinstance(getattr(rankloss, name), types.ModuleType) and name not in NO_SUBJECTS
+        (modules if is_module else names).add(name)
+    at_the_top = [getattr(rankloss, name) for name in names]
+    for name in modules:
+        module = getattr(rankloss, name)
+        for part in module.__all__:
+            value = getattr(module, part)
+            is_alias = isinstance(value, types.GenericAlias | types.UnionType) or not callable(value)
+            if not is_alias and not any(value is other for other in at_the_top):
+                names.add(f"{name}.{part}")
     return names
 
 
