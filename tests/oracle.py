@@ -156,7 +156,7 @@ def _pair_nll(v: Tensor, u: Tensor, scale: Tensor) -> Tensor:
 
 
 def _with_equal_diagonal(products: Tensor, features: Tensor) -> Tensor:
-    """One value over the whole batch for a row's product with itself and its equals, if its norm is 1 to 1 %."""
+    """One value over the whole batch for unit-norm rows (to 1 %) with themselves and their equals."""
     equal = (features[:, None] == features[None]).all(-1)
     is_unit = (products.diagonal().sqrt() - 1).abs() <= 0.01
     return torch.where(

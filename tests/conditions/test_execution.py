@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from process_pool import TIMEOUT
 from subjects import (
     EPOCHS,
     SUBJECTS,
@@ -35,6 +36,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*norm"),
     # torch's own forward mode is made with it.
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
+    # vmap says of some operators that it takes them one by one.
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
 ]
 
 every = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
@@ -328,7 +331,7 @@ def forked() -> dict[str, Any]:
         warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on, of threads in the parent
         pool = multiprocessing.get_context("fork").Pool(1)
     with pool:
-        return pool.apply_async(in_worker, ([s.name for s in SUBJECTS],)).get(timeout=60)
+        return pool.apply_async(in_worker, ([s.name for s in SUBJECTS],)).get(timeout=TIMEOUT)
 
 
 @every
