@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from process_pool import TIMEOUT
 from subjects import (
     EPOCHS,
     SUBJECTS,
@@ -30,6 +29,8 @@ from subjects import (
 )
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from process_pool import TIMEOUT
 
 pytestmark = [
     # Zero rows are not unit-norm, and of that a loss may warn.
