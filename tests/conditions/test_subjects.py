@@ -22,8 +22,9 @@ def public_names() -> set[str]:
         module = getattr(rankloss, name)
         for part in module.__all__:
             value = getattr(module, part)
-            is_alias = isinstance(value, types.GenericAlias | types.UnionType) or not callable(value)
-            if not is_alias and not any(value is other for other in at_the_top):
+            is_alias = isinstance(value, types.GenericAlias)
+            is_callable = isinstance(value, types.FunctionType | type) and not is_alias
+            if is_callable and not any(value is other for other in at_the_top):
                 names.add(f"{name}.{part}")
     return names
 
