@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT ?= outputs/openmoji
 MINIATURE_OUTPUT ?= outputs/miniature
 BENCH_OUTPUT ?= outputs/bench
+FUZZ_MINUTES ?= 10
 OPEN_CLIP_VERSIONS ?= 3.0.0 3.3.0
 # The lower bounds of pyproject.toml's dependencies, which a test compares with these.
 LOWEST := torch==2.6.0 numpy==1.24.0
 
-.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main lint typecheck bench clean
+.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main fuzz lint typecheck bench clean
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +70,10 @@ test-open_clip-%:
 ## The integration on a checkout of open_clip's main branch, which no registry has: CHECKOUT=…/open_clip.
 test-main: $(VENV)/.dev
 	RANKLOSS_OPEN_CLIP_CHECKOUT=$(CHECKOUT) $(BIN)/python -m pytest tests/rankloss_open_clip/test_main_branch.py $(PYTEST_ARGS)
+
+## Random options and data against the NumPy reference for FUZZ_MINUTES; then the worst errors by option, or a finding.
+fuzz: $(VENV)/.dev
+	$(BIN)/python tests/fuzz.py --minutes $(FUZZ_MINUTES) $(FUZZ_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
