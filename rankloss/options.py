@@ -64,7 +64,8 @@ class RankOptions:
             printed in the paper; its memory is quadratic.
         worth: ``"exp"``: eˣ of the scaled similarity. ``"shifted"``: (1 + cosine)/2. ``"identity"``: the
             cosine itself. The last two do not depend on ``logit_scale``; a cosine whose worth is not positive
-            is a ValueError on a CPU, and makes the loss NaN elsewhere and in a compiled graph.
+            is a ValueError on a CPU, and makes the loss NaN where looking would make an accelerator's host
+            wait or break a compiled graph.
         ties: ``"shared"`` or ``"random"``, see :func:`rankloss.plackett_luce_nll`.
         discount: None or ``"log"``, likewise.
         top_k: None or the number of best-ranked positions that count, likewise.
