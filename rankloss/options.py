@@ -104,7 +104,7 @@ class RankOptions:
         None, "the modality whose rankings are a fixed reference for the other's", none="neither"
     )
     method: Method = _option("sort", "rank a list by its exact order, or faster by bins of the reference")
-    bins: int = _option(2048, "number of bins of method bin", at_least=2, at_most=2**24)
+    bins: int = _option(640, "number of bins of method bin", at_least=2, at_most=2**24)
     chunk_size: int | None = _option(
         None,
         "rows computed at a time: less memory, same result",

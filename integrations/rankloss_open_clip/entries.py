@@ -71,7 +71,7 @@ _RANKCLIP_OPTIONS = (
         "rank a list by its exact order, or faster by bins of the reference",
         {"choices": ("sort", "bin")},
     ),
-    Option("bins", 2048, "number of bins of --rankclip-method bin", {"type": count, "metavar": "B"}),
+    Option("bins", 640, "number of bins of --rankclip-method bin", {"type": count, "metavar": "B"}),
     Option(
         "chunk-size",
         None,

@@ -109,7 +109,7 @@ class RankConsistency(nn.Module):
         diagonal: bool = True,
         fixed_reference: FixedReference | None = None,
         method: Method = "sort",
-        bins: int = 2048,
+        bins: int = 640,
         chunk_size: int | None = None,
         memory_budget: int | None = None,
         local_loss: bool = False,
