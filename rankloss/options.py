@@ -67,7 +67,8 @@ class RankOptions:
             printed in the paper; its memory is quadratic.
         worth: ``"exp"``: eˣ of the scaled similarity. ``"shifted"``: (1 + cosine)/2. ``"identity"``: the
             cosine itself. The last two do not depend on ``logit_scale``; a cosine whose worth is not positive
-            is a ValueError on a CPU, and makes the loss NaN elsewhere and in a compiled graph.
+            is a ValueError on a CPU, and makes the loss NaN where looking would make an accelerator's host
+            wait or break a compiled graph.
         ties: ``"shared"`` or ``"random"``, see :func:`rankloss.plackett_luce_nll`.
         discount: None or ``"log"``, likewise.
         top_k: None or the number of best-ranked positions that count, likewise.
@@ -106,7 +107,7 @@ class RankOptions:
         None, "the modality whose rankings are a fixed reference for the other's", none="neither"
     )
     method: Method = _option("sort", "rank a list by its exact order, or faster by bins of the reference")
-    bins: int = _option(2048, "number of bins of method bin", at_least=2, at_most=2**24)
+    bins: int = _option(640, "number of bins of method bin", at_least=2, at_most=2**24)
     chunk_size: int | None = _option(
         None,
         "rows computed at a time: less memory, same result",
