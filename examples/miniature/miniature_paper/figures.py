@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from examples_common.page import Picture
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
@@ -33,28 +34,17 @@ _WIDTH = 8.4
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """Colours of a version.
+    """Colours for a light or a dark background."""
 
-    Attributes:
-        name: ``light`` or ``dark``.
-        paper: Background.
-        ink: Text and axes.
-        muted: Grid, links and what is secondary.
-        clip: CLIP's lines, and the texts' points.
-        rank: RankCLIP's lines, and the pictures' points.
-        quoted: Background of what is the paper's.
-    """
-
-    name: str
-    paper: str
-    ink: str
-    muted: str
-    clip: str
-    rank: str
-    quoted: str
+    paper: str  # background
+    ink: str  # text and axes
+    muted: str  # grid, links and what is secondary
+    clip: str  # CLIP's lines, and the texts' points
+    rank: str  # RankCLIP's lines, and the pictures' points
+    quoted: str  # background of what is the paper's
 
     def settings(self) -> dict[str, Any]:
-        """Return what matplotlib has to be told."""
+        """Return them as matplotlib's settings."""
         return {
             "figure.facecolor": self.paper,
             "savefig.facecolor": self.paper,
@@ -83,23 +73,8 @@ class Theme:
 
 
 # Okabe and Ito's blue and vermilion: told apart by every kind of colour vision.
-LIGHT = Theme("light", "#ffffff", "#1c1e21", "#8a8f98", "#0072b2", "#d55e00", "#f1f1ee")
-DARK = Theme("dark", "#16181c", "#e6e7e9", "#7d838c", "#56b4e9", "#ff9d5c", "#22252b")
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A drawn figure.
-
-    Attributes:
-        light: PNG for a light background.
-        dark: PNG for a dark one.
-        alt: What it shows, for those who do not see it.
-    """
-
-    light: bytes
-    dark: bytes
-    alt: str
+LIGHT = Theme("#ffffff", "#1c1e21", "#8a8f98", "#0072b2", "#d55e00", "#f1f1ee")
+DARK = Theme("#16181c", "#e6e7e9", "#7d838c", "#56b4e9", "#ff9d5c", "#22252b")
 
 
 def draw(collection: Collection, paper: Paper) -> dict[str, Picture]:
