@@ -1,4 +1,4 @@
-"""The linear probe: logistic regression on frozen features, regularised as a validation split likes best."""
+"""The linear probe: logistic regression on frozen features, regularised by a validation split."""
 
 from __future__ import annotations
 
@@ -23,23 +23,14 @@ _ITERATIONS = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What a linear probe scored.
+    """What a linear probe scored on the test items, in percent."""
 
-    Attributes:
-        accuracy: Top-k accuracy on the test items, in percent.
-        mean_per_class: Top-1 accuracy averaged over classes, in percent.
-        strength: The inverse regularisation strength that was chosen.
-        at_edge: Whether that was the first or the last one tried, so that a better one may lie beyond.
-        validation: Top-1 accuracy on the validation items for every strength tried, in percent.
-        scores: ``[N, classes]``, the test items' class probabilities.
-    """
-
-    accuracy: dict[int, float]
-    mean_per_class: float
-    strength: float
-    at_edge: bool
-    validation: dict[float, float]
-    scores: Tensor
+    accuracy: dict[int, float]  # top-k
+    mean_per_class: float  # top-1, averaged over classes
+    strength: float  # the inverse regularisation strength that was chosen
+    at_edge: bool  # whether that was the first or last one tried, so that a better one may lie beyond
+    validation: dict[float, float]  # top-1 accuracy on the validation items for every strength
+    scores: Tensor  # [N, classes]: class probabilities
 
 
 def linear_probe(
@@ -54,18 +45,18 @@ def linear_probe(
 ) -> Probe:
     """Train logistic regression on features and score it.
 
-    The features are brought to mean zero and variance one, so the same strengths suit every model. The
-    strength with the best validation accuracy is taken, the stronger regularisation of equals; the probe
-    is then trained again on training and validation items together.
+    The features are standardised, so the same strengths suit every model. The strength with the best
+    validation accuracy is taken, the stronger regularisation among equals; the probe is then trained again on
+    training and validation items together.
 
     Args:
         train: Features ``[N, D]`` and labels ``[N]``.
-        test: The same for the items to score.
-        validation: The same for the choice of the strength; by default a fifth of the training items.
+        test: The items to score.
+        validation: The items that choose the strength; by default a fifth of the training items.
         classes: Number of classes; the labels are below it.
-        strengths: What to try.
+        strengths: The strengths to try.
         ks: The cut-offs of the accuracy.
-        seed: Which fifth is held out, where there is no validation split.
+        seed: Selects the fifth that is held out where there is no validation split.
 
     Raises:
         ValueError: For labels that do not fit, a single class in training, NaN or infinity in the features.
@@ -80,9 +71,8 @@ def linear_probe(
     if validation is None:
         counts = np.bincount(y, minlength=classes)
         stratify = y if counts[counts > 0].min() > 1 and len(y) * _HELD_OUT >= (counts > 0).sum() else None
-        x, held_x, y, held_y = train_test_split(
-            x, y, test_size=_HELD_OUT, random_state=seed, stratify=stratify
-        )
+        options = {"test_size": _HELD_OUT, "random_state": seed, "stratify": stratify}
+        x, held_x, y, held_y = train_test_split(x, y, **options)
     else:
         held_x, held_y = _arrays("validation", validation, classes)
     if len(np.unique(y)) < 2:

@@ -54,18 +54,11 @@ _MAX_WORDS = 12
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """What an icon's name says.
+    """What an icon's name says."""
 
-    Attributes:
-        caption: The words of the name, without style, size and numbering.
-        style: How it is drawn, such as ``bold duotone``; empty where the name does not say.
-        concept: The caption's words in alphabetical order, in the singular, without numbers at the end:
-            equal for names that mean the same.
-    """
-
-    caption: str
-    style: str
-    concept: str
+    caption: str  # the words of the name, without style, size and numbering
+    style: str  # how it is drawn, such as "bold duotone"; empty where the name does not say
+    concept: str  # sorted words of the caption, singular, without final numbers: equal for equal meanings
 
 
 class Namer:

@@ -50,52 +50,30 @@ _BRAND_PREFIX = re.compile(r"(?:brand|logo)-(.+)")
 
 @dataclasses.dataclass(frozen=True)
 class IconSet:
-    """One icon set, with what its licence asks for.
+    """One icon set, with what its licence asks for."""
 
-    Attributes:
-        prefix: Its name in Iconify, such as ``mdi``.
-        title: Its full name.
-        authors: Who made it.
-        url: Where it comes from.
-        licence: The licence's SPDX identifier.
-        licence_url: The licence's text.
-        palette: Whether the icons have colours of their own; others are drawn in black.
-        emoji: Whether it holds emojis.
-    """
-
-    prefix: str
+    prefix: str  # its name in Iconify, such as mdi
     title: str
     authors: str
     url: str
-    licence: str
+    licence: str  # SPDX identifier
     licence_url: str
-    palette: bool
+    palette: bool  # whether the icons have colours of their own; others are drawn in black
     emoji: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Icon:
-    """One drawing with its words.
+    """One drawing with its words."""
 
-    Attributes:
-        set: The prefix of its set.
-        name: Its name in the set.
-        caption: The name's words, without style, size and numbering.
-        style: Words for how it is drawn, or nothing.
-        concept: What the split is made by; see :func:`icons_data.names.concept_of`.
-        synonyms: Captions of its other names, with the concept of each.
-        categories: The categories that its set puts it into.
-        svg: The drawing, in a square.
-    """
-
-    set: str
-    name: str
-    caption: str
-    style: str
-    concept: str
-    synonyms: tuple[tuple[str, str], ...]
-    categories: tuple[str, ...]
-    svg: str
+    set: str  # the prefix of its set
+    name: str  # in that set
+    caption: str  # the name's words, without style, size and numbering
+    style: str  # words for how it is drawn, or nothing
+    concept: str  # what the split goes by; see names.concept_of
+    synonyms: tuple[tuple[str, str], ...]  # captions of its other names, with the concept of each
+    categories: tuple[str, ...]  # of its set
+    svg: str  # the drawing, in a square
 
 
 def fetch(folder: Path, version: str = VERSION) -> Path:
@@ -160,7 +138,7 @@ def reason_to_leave_out(prefix: str, data: Mapping[str, Any]) -> str | None:
 
 
 def describe(prefix: str, data: Mapping[str, Any]) -> IconSet:
-    """Return what is to be said about a set."""
+    """Describe a set."""
     info = data["info"]
     author, licence = info.get("author") or {}, info.get("license") or {}
     return IconSet(

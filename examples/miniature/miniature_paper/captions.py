@@ -1,9 +1,9 @@
 """The second caption of a picture, which ALIP needs: what a captioner would say of it.
 
-ALIP's authors let OFA describe every image. No captioner knows icons, so the description is put together
-from what the pixels show (colours, how much is filled, symmetry) and what the icon set says (style,
-category): "a symmetric black outline drawing of arrows". It never uses the icon's name, and
-it is written for pictures of the training side only.
+ALIP's authors describe every image with OFA. No captioner knows icons, so the description is made of what
+the pixels show (colours, how much is filled, symmetry) and what the icon set says (style, category): "a
+symmetric black outline drawing of arrows". It never uses the icon's name, and only pictures of the training
+side get one.
 """
 
 from __future__ import annotations

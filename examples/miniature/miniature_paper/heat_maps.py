@@ -26,7 +26,7 @@ def heat_map(
     window: int = WINDOW,
     stride: int = STRIDE,
 ) -> Tensor:
-    """Return how much the cosine of image and text falls where a window of paper is laid over the image.
+    """Return how much the cosine of image and text falls when a window of paper covers a part of the image.
 
     Args:
         model: An open_clip model; only its ``encode_image`` is used.

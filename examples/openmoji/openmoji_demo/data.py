@@ -18,12 +18,13 @@ import shutil
 import tempfile
 import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from examples_common.terminal import Track
 from PIL import Image
 
 IMAGE_SIZE = 72  # OpenMoji's own grid, so that a stroke is two pixels wide
@@ -60,23 +61,14 @@ _SAME_CONCEPT = {
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-    """One picture with its words.
+    """One picture with its words."""
 
-    Attributes:
-        hexcode: OpenMoji's file name, code points joined with ``-``.
-        name: Unicode's short name, which is the head of every caption.
-        group: One of Unicode's groups, as words.
-        subgroup: One of Unicode's sub-groups, as words.
-        tags: Keywords, without those that only repeat the name.
-        concept: The name without gender, hair, left or right, and family: what the split is made by.
-    """
-
-    hexcode: str
-    name: str
-    group: str
-    subgroup: str
-    tags: tuple[str, ...]
-    concept: str
+    hexcode: str  # OpenMoji's file name: code points joined with "-"
+    name: str  # Unicode's short name, the head of every caption
+    group: str  # one of Unicode's groups, as words
+    subgroup: str  # one of Unicode's sub-groups, as words
+    tags: tuple[str, ...]  # keywords, without those that only repeat the name
+    concept: str  # the name without gender, hair, left or right, and family; the split goes by it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +98,9 @@ def _words(slug: str) -> str:
 
 
 def concept_of(name: str, names: Iterable[str] = ()) -> str:
-    """Return the concept a name belongs to.
+    """Return the concept of one of Unicode's short names.
 
-    Args:
-        name: Unicode's short name.
-        names: All names of the collection: "man student" falls together with "student" only where
-            "student" is one of them.
+    Variants such as "man student" are one concept with "student" only if that is among ``names``.
     """
     text = _GENDER.sub("person", _CHILD.sub("child", name.lower()))
     head, _, _ = text.partition(":")
@@ -166,16 +155,9 @@ def load_emojis() -> list[Emoji]:
         if hexcode is None:
             continue
         tags = [t for t in keywords.get(plain, []) if t and t.lower() != row.cldr_name.lower()]
-        emojis.append(
-            Emoji(
-                hexcode=hexcode,
-                name=row.cldr_name,
-                group=_words(row.category),
-                subgroup=_words(row.subcategory),
-                tags=tuple(dict.fromkeys(tags)),
-                concept=concept_of(row.cldr_name, names),
-            )
-        )
+        group, subgroup = _words(row.category), _words(row.subcategory)
+        concept = concept_of(row.cldr_name, names)
+        emojis.append(Emoji(hexcode, row.cldr_name, group, subgroup, tuple(dict.fromkeys(tags)), concept))
     return emojis
 
 
@@ -183,11 +165,8 @@ def split_by_concept(emojis: Sequence[Emoji], split: int = 0) -> Split:
     """Hold out a fifth of the concepts of every sub-group that has at least five.
 
     A concept goes to one side with all its variants. On the test side its first emoji in Unicode's
-    order stands for it and the others are dropped, so that no query has two right answers.
-
-    Args:
-        emojis: What :func:`load_emojis` returned.
-        split: Number of the split; other numbers hold out other concepts.
+    order stands for it and the others are dropped, so that no query has two right answers. Other numbers of
+    ``split`` hold out other concepts.
     """
     home: dict[str, str] = {}
     for emoji in emojis:
@@ -257,12 +236,9 @@ def line_art(svg: str) -> str:
     namespace = "{http://www.w3.org/2000/svg}"
     root = ET.fromstring(svg)
     for child in list(root):
-        layer = child.get("id", "")
-        if child.tag == f"{namespace}g" and layer.startswith("line"):
-            continue
-        if child.tag == f"{namespace}defs":
-            continue
-        root.remove(child)
+        is_line = child.tag == f"{namespace}g" and child.get("id", "").startswith("line")
+        if not is_line and child.tag != f"{namespace}defs":
+            root.remove(child)
     ET.register_namespace("", namespace.strip("{}"))
     return ET.tostring(root, encoding="unicode")
 
@@ -336,35 +312,35 @@ def build(
     root: Path,
     split: int = 0,
     emojis: Sequence[Emoji] | None = None,
-    progress: Callable[[Sequence[Emoji], str], Iterable[Emoji]] | None = None,
+    track: Track = lambda items, _length, _what: items,
 ) -> dict[str, Any]:
     """Write pictures, caption tables, attribution and manifest into ``folder``, all or nothing.
 
     Args:
-        folder: Where the finished build goes; an older one there is replaced.
-        root: Folder that the paths in the tables are relative to; the trainer is started in it.
+        folder: Where the finished build goes; an older one is replaced.
+        root: Where the trainer is started: the paths in the tables are relative to it.
         split: Number of the split.
-        emojis: What to build from; all of OpenMoji's Unicode emojis if not given.
-        progress: Wraps the loops over pictures, given the emojis and what is being done.
+        emojis: By default all of OpenMoji's Unicode emojis.
+        track: Wraps the loops over pictures in progress bars.
 
     Returns:
         The manifest: split, versions and counts.
     """
     emojis = load_emojis() if emojis is None else emojis
-    track = progress or (lambda items, _: items)
     parts = split_by_concept(emojis, split)
+    pictures = (*parts.train, *parts.test)
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = folder.relative_to(root).as_posix()
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         work = Path(temporary) / "build"
         for style in ("color", "line"):
             (work / "images" / style).mkdir(parents=True)
-        for emoji in track((*parts.train, *parts.test), "Drawing in colour"):
+        for emoji in track(pictures, len(pictures), "Drawing in colour"):
             rasterise(read_svg(emoji.hexcode)).save(work / "images" / "color" / f"{emoji.hexcode}.png")
 
         line_hash: dict[str, str] = {}
         held_out = {emoji.hexcode for emoji in parts.test}
-        for emoji in track(emojis, "Drawing line art"):
+        for emoji in track(emojis, len(emojis), "Drawing line art"):
             image = rasterise(line_art(read_svg(emoji.hexcode)))
             line_hash[emoji.hexcode] = hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
             if emoji.hexcode in held_out:

@@ -225,8 +225,9 @@ def lighter_weights(search: Search, steps: Sequence[Step], find: Find) -> str | 
         "**What the `top_k` and `discount` settings compared.** These records were made with a release whose "
         '`reduction="mean"` divided the loss of a list by its number of items N. Later ones divide by Σμ, '
         "the number of items that count. With `top_k` or `discount` Σμ is below N, so these settings also "
-        f"lowered the weight of the rank terms. Relative to a full list it was multiplied by Σμ/N: {shares}. They "
-        "weighed less than they seemed, and their rows change the list and the weight at once."
+        "lowered the weight of the rank terms. Relative to a full list it was multiplied by Σμ/N: "
+        f"{shares}. They weighed less than they seemed, and their rows change the list and the weight "
+        "at once."
     )
 
 
@@ -260,9 +261,9 @@ def _method(search: Search, settings: Sequence[Trial]) -> list[str]:
     )
     return [
         f"The recipe is `--loss {LOSS}` with its defaults and λ set per step; {preset.pairs:,} pairs, "
-        f"batches of {preset.batch_size}. A setting is the recipe with some arguments changed, one factor at a "
-        f"time to begin with: {rounds}. After the first round, the best level of every factor that did better "
-        f"than the recipe is combined with those of the others (all combinations of the best "
+        f"batches of {preset.batch_size}. A setting is the recipe with some arguments changed, one factor at "
+        f"a time to begin with: {rounds}. After the first round, the best level of every factor that did "
+        "better than the recipe is combined with those of the others (all combinations of the best "
         f"{search.combined} factors, and all factors together). Whatever the batch size, the same pairs are "
         "seen equally often, and the learning rate is the same. The recipe goes through every round.",
         DEFINITION,
