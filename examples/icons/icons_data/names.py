@@ -36,10 +36,7 @@ _UNDECLARED: dict[str, tuple[str, ...]] = {
     "stash": ("duotone", "light", "solid"),
     "wi": ("alt",),
 }
-_PREFIXES: dict[str, tuple[str, ...]] = {
-    "ion": ("ios", "md"),
-    "medical-icon": ("i",),
-}
+_PREFIXES: dict[str, tuple[str, ...]] = {"ion": ("ios", "md"), "medical-icon": ("i",)}
 _NEUTRAL = {"", "regular", "baseline", "ltr", "rtl", "mirrored", "active", "ios", "md", "i"}
 _ONE_LETTER_OUTLINE = {"fa", "uiw", "vaadin", "vs"}  # there a final -o means outline
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

@@ -192,11 +192,7 @@ def icons_of(
     about = describe(prefix, data)
     names = data["icons"]
     namer = Namer(
-        prefix,
-        names,
-        suffixes=data.get("suffixes", ()),
-        prefixes=data.get("prefixes", ()),
-        emoji=about.emoji,
+        prefix, names, suffixes=data.get("suffixes", ()), prefixes=data.get("prefixes", ()), emoji=about.emoji
     )
     categories: dict[str, list[str]] = defaultdict(list)
     for category, members in data.get("categories", {}).items():

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from clip_evaluation import metrics, probe
 from clip_evaluation.geometry import geometry
+from clip_evaluation.metrics import CLASS_KS
 from clip_evaluation.model import ClipModel
 from icons_data.load import Icons, Items, LabelledSet, load
 from PIL import Image
@@ -62,9 +63,7 @@ class Measured:
         )
         self.add(task, len(images), *flat)
 
-    def add_classes(
-        self, task: str, scores: Tensor, items: Items, ks: Sequence[int] = metrics.CLASS_KS
-    ) -> None:
+    def add_classes(self, task: str, scores: Tensor, items: Items, ks: Sequence[int] = CLASS_KS) -> None:
         """Add top-k accuracy, and the mean per class unless top-1 is all that is wanted."""
         labels = torch.from_numpy(items.labels)
         found, guess = metrics.accuracy_at_k(scores, labels, ks), metrics.chance(scores.shape[1], ks)

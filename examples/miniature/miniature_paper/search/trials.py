@@ -255,10 +255,7 @@ SEARCHES = {
             "seeds of round 2 and of the confirmation early in round 2. No score had been looked at; which "
             "settings had reached round 2 was partly known by then, from the names of its trainings.",
             trials=TRIALS,
-            rounds=(
-                Round(epochs=1, seeds=(10, 11), keep=4),
-                Round(epochs=2, seeds=(20, 21), keep=1),
-            ),
+            rounds=(Round(epochs=1, seeds=(10, 11), keep=4), Round(epochs=2, seeds=(20, 21), keep=1)),
             combined=2,
             confirmation=Round(epochs=4, seeds=tuple(range(100, 105)), keep=1),
         ),
