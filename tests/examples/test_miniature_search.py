@@ -76,7 +76,7 @@ def _parsed(job):
 
 def _loss(args):
     """Build the loss as the trainer does."""
-    args.rank, args.world_size, args.device = 0, 1, "cpu"
+    args.rank, args.world_size, args.distill = 0, 1, False  # what its main sets
     return open_clip_train.main.create_loss(args)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.model_selection import GridSearchCV, PredefinedSplit, train_test_split
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from .metrics import CLASS_KS, accuracy_at_k, mean_per_class_accuracy
 # Inverse strengths, as scikit-learn counts them, for features of variance one.
 STRENGTHS = tuple(10.0**exponent for exponent in (-5, -4, -3, -2, -1, 0, 1))
 _HELD_OUT = 0.2
-_ITERATIONS = 2000
+_PROBE = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +77,15 @@ def linear_probe(
         held_x, held_y = _arrays("validation", validation, classes)
     if len(np.unique(y)) < 2:
         raise ValueError("train: all labels are equal, so there is nothing to tell apart")
-    tried = {
-        strength: 100 * float(_fit(x, y, strength).score(held_x, held_y)) for strength in sorted(strengths)
-    }
-    best = max(tried, key=lambda strength: (tried[strength], -strength))
-    model = _fit(np.concatenate([x, held_x]), np.concatenate([y, held_y]), best)
+    fold = PredefinedSplit(
+        np.repeat([-1, 0], [len(x), len(held_x)])
+    )  # one split, whose test part is held out
+    # Among equals the first is taken, so the strongest regularisation; then it is trained on both parts.
+    search = GridSearchCV(_PROBE, {"logisticregression__C": sorted(strengths)}, cv=fold)
+    search.fit(np.concatenate([x, held_x]), np.concatenate([y, held_y]))
+    accuracies = 100 * search.cv_results_["mean_test_score"]
+    tried = dict(zip(sorted(strengths), accuracies.tolist(), strict=True))
+    best, model = search.best_params_["logisticregression__C"], search.best_estimator_
     scores = np.zeros((len(test_x), classes))
     scores[:, model.classes_] = model.predict_proba(test_x)
     labels = torch.from_numpy(test_y)
@@ -93,11 +97,6 @@ def linear_probe(
         validation=tried,
         scores=torch.from_numpy(scores),
     )
-
-
-def _fit(x: np.ndarray, y: np.ndarray, strength: float) -> Pipeline:
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_ITERATIONS))
-    return model.fit(x, y)
 
 
 def _arrays(name: str, data: tuple[Tensor, Tensor], classes: int) -> tuple[np.ndarray, np.ndarray]:

