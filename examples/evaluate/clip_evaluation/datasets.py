@@ -151,7 +151,8 @@ def _class_names(folders: Sequence[str], class_names: str | None) -> list[str]:
         return _imagenet(folders)
     names = Path(class_names).read_text(encoding="utf-8").splitlines()
     if len(names) != len(folders):
-        raise ValueError(f"class_names: {class_names} has {len(names)} lines for {len(folders)} folders")
+        counts = f"{len(names)} lines for {len(folders)} class folders"
+        raise ValueError(f"class_names: {class_names} has {counts}")
     return [name.strip() for name in names]
 
 
