@@ -77,9 +77,8 @@ def linear_probe(
         held_x, held_y = _arrays("validation", validation, classes)
     if len(np.unique(y)) < 2:
         raise ValueError("train: all labels are equal, so there is nothing to tell apart")
-    fold = PredefinedSplit(
-        np.repeat([-1, 0], [len(x), len(held_x)])
-    )  # one split, whose test part is held out
+    parts = np.repeat([-1, 0], [len(x), len(held_x)])  # always trained on, held out
+    fold = PredefinedSplit(parts)
     # Among equals the first is taken, so the strongest regularisation; then it is trained on both parts.
     search = GridSearchCV(_PROBE, {"logisticregression__C": sorted(strengths)}, cv=fold)
     search.fit(np.concatenate([x, held_x]), np.concatenate([y, held_y]))

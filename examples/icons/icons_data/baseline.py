@@ -1,4 +1,4 @@
-"""What guessing and raw pixels score: the rows that every trained model has to be compared with."""
+"""Scores guessing and raw pixels, the baselines of every trained model."""
 
 from __future__ import annotations
 

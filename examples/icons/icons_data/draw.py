@@ -1,4 +1,4 @@
-"""Draws icons as small pictures, in parallel, and keeps what it has drawn."""
+"""Draws icons as small pictures, in parallel, with a cache."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _save(path: Path, drawings: Sequence[Drawing]) -> None:
             data=np.frombuffer(b"".join(png for png, _ in drawings), dtype=np.uint8),
             thumbnails=np.stack([small for _, small in drawings]),
         )
-    partial.replace(path)  # whole or not at all, whenever the build is interrupted
+    partial.replace(path)  # atomic, so an interrupted build leaves no half file
 
 
 def _load(path: Path) -> list[Drawing]:

@@ -25,7 +25,7 @@ class Part:
     The order is random, so the first n pictures are a random sample.
     """
 
-    images: np.ndarray  # uint8 [n, 64, 64, 3], a view of the file: nothing is read before it is used
+    images: np.ndarray  # uint8 [n, 64, 64, 3], a memory-mapped view of the file
     records: list[Record]
 
     @property

@@ -1,4 +1,4 @@
-"""From an icon's name to a caption, a style and the concept that the split is made by.
+"""Turns an icon's name into a caption, a style and the concept that the split goes by.
 
 Names are built from words joined with hyphens, in every set in its own way: ``account-heart-outline``,
 ``outline-account-circle``, ``account-24-filled``, ``account-01``, ``bag2``. What remains of a name without
@@ -19,7 +19,7 @@ _STYLES = {
     "filled": "filled", "fill": "filled", "solid": "solid", "bold": "bold",
     "duotone": "duotone", "twotone": "duotone", "linear": "line", "rounded": "rounded", "broken": "broken",
 }  # fmt: skip
-# The ones that mean nothing else: they count as style even where no other variant of the icon exists.
+# Unambiguous ones: they count as style even if no other variant of the icon exists.
 _ALWAYS = {"outline", "outlined", "filled", "duotone", "twotone", "rounded"}
 # Style words of sets that use them without declaring them. Elsewhere they are meant literally: traffic-light.
 _UNDECLARED: dict[str, tuple[str, ...]] = {
@@ -106,7 +106,7 @@ class Namer:
         return Name(" ".join(words), style, concept_of(words, emoji=self._emoji))
 
     def _split(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Take style and size words off both ends, however far that goes."""
+        """Strip style and size words from both ends."""
         words = list(_words(name))
         styles: list[str] = []
         if len(words) > 1 and words[0] in self._heads:

@@ -1,4 +1,4 @@
-"""The icon sets of npm's ``@iconify/json``: which of them are used, and as what."""
+"""Reads the icon sets of npm's ``@iconify/json`` and chooses the ones to use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from .names import Namer, has_skin_tone
 
 PACKAGE = "@iconify/json"
-VERSION = "2.2.535"  # what the figures in the README were made with
+VERSION = "2.2.535"  # the figures in the README are of this version
 
 # SPDX identifiers of licences that let pictures be used, changed and passed on if their authors are named.
 LICENCES = ("MIT", "Apache-2.0", "ISC", "OFL-1.1", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0")
@@ -28,7 +28,7 @@ _PROPER_NAMES = (
     "academicons", "cif", "circle-flags", "devicon-line", "devicon-original", "fa-brands", "fa6-brands",
     "fa7-brands", "flag", "flagpack", "il",
 )  # fmt: skip
-# Earlier editions, lighter weights and copies of sets that are there: the same drawings under the same names.
+# Earlier editions, lighter weights and copies of other sets: the same drawings under the same names.
 _TWINS = (
     "bx", "bxs", "fa-regular", "fa-solid", "fa6-regular", "fa6-solid", "famicons", "material-symbols-light",
     "mono-icons", "pepicons", "streamline-guidance",
@@ -36,7 +36,7 @@ _TWINS = (
 _RUN_TOGETHER = ("whh",)  # names without any hyphens: circledribbble
 _CATEGORY_OF_LOGOS = ("Logos", "Programming")
 _NOT_LOGOS = ("codicon",)  # of those categories, but pictograms
-_ANIMATED = "Contains Animations"  # what its first frame shows may be nothing
+_ANIMATED = "Contains Animations"  # the first frame may be empty
 
 _EMOJI_SETS = ("fluent-emoji",)  # emoji by name, though the package does not say so
 _LOGO_WORDS = {"brand", "brands", "logo", "logos", "wordmark", "bxl"}

@@ -29,7 +29,7 @@ SHIFTS: dict[str, tuple[str, ...]] = {
     "noto": ("noto",),
     "emojione": ("emojione",),
 }
-# Drawn by a vendor that is held out, so not trained on, and no colours, so no shift of its own.
+# Drawn by a held-out vendor, so not trained on; without colours, so not a shift of its own.
 OF_A_SHIFT = ("emojione-monotone",)
 
 VALIDATION = 0.05
@@ -60,7 +60,7 @@ def shift_of(prefix: str) -> str:
 
 
 def split(icons: Sequence[Icon], thumbnails: np.ndarray, *, seed: int = 0) -> Split:
-    """Put every icon on a side, and drop drawings that are there already.
+    """Put every icon on a side, and drop repeated drawings.
 
     Args:
         icons: All icons.
@@ -74,7 +74,7 @@ def split(icons: Sequence[Icon], thumbnails: np.ndarray, *, seed: int = 0) -> Sp
 
     def join(a: str, b: str) -> None:
         for concept in (a, b):
-            groups.add(concept)  # nothing happens to one that is there
+            groups.add(concept)  # has no effect on a known one
         groups.merge(a, b)
 
     for icon in icons:
@@ -135,7 +135,7 @@ def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _named(concepts: Sequence[str], groups: DisjointSet) -> list[str]:
-    """Name every concept's group after its first member in the alphabet, whatever was joined when."""
+    """Name every concept's group after its alphabetically first member, independently of the joining order."""
     first: dict[str, str] = {}
     for concept in sorted(set(concepts)):
         first.setdefault(groups[concept], concept)
@@ -169,7 +169,7 @@ def _draw(text: str) -> float:
 
 
 def _distinct(icons: Sequence[Icon], thumbnails: np.ndarray, positions: Sequence[int]) -> list[int]:
-    """Keep of the drawings of one caption those that look different.
+    """Keep the visibly different drawings of each caption.
 
     The trained sets and every shift are looked through on their own, so that no shift loses items to a
     trained set.

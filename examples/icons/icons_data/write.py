@@ -96,7 +96,7 @@ def _split(
 
 
 def _tar(path: Path) -> webdataset.TarWriter:
-    # A fixed time and owner: two builds are equal byte for byte.
+    # A fixed time and owner make builds reproducible byte for byte.
     return webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="")
 
 

@@ -51,7 +51,7 @@ def build_icons(folder: Path) -> None:
 
 
 def small(pixels: np.ndarray) -> Image.Image:
-    """Average a square picture, ``uint8 [S, S, 3]``, down to :data:`SIZE`: what every model sees.
+    """Average a square picture, ``uint8 [S, S, 3]``, down to :data:`SIZE`, the models' input size.
 
     Raises:
         ValueError: If S is no multiple of that.
@@ -102,7 +102,7 @@ def evaluation_digest(icons: Icons) -> str:
 
 
 def _recipe() -> str:
-    """Return a fingerprint of what writes the pairs, by which older ones are recognised."""
+    """Return a fingerprint of the code that writes the pairs, by which outdated ones are recognised."""
     sources = (Path(__file__), Path(__file__).with_name("captions.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
 

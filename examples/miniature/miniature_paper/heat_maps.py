@@ -1,4 +1,4 @@
-"""Text-conditioned heat maps by occlusion: what has to be hidden for image and text to come apart.
+"""Text-conditioned heat maps by occlusion: the places that the match of image and text depends on.
 
 Gradients and attention look different in a ResNet and a transformer, so their maps could not be compared;
 occlusion only asks for the similarity, and is the same method for every model.

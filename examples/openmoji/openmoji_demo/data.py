@@ -31,7 +31,7 @@ IMAGE_SIZE = 72  # OpenMoji's own grid, so that a stroke is two pixels wide
 TEST_FRACTION = 0.2
 MIN_CONCEPTS = 5  # smaller sub-groups stay wholly in training
 CAPTIONS_PER_IMAGE = 8
-MAX_CAPTION_TAGS = 4  # what fits into the text tower's 24 tokens beside the name
+MAX_CAPTION_TAGS = 4  # as many as fit into the text tower's 24 tokens beside the name
 
 # Templates of the training captions; the zero-shot prompts are the same ones.
 TEMPLATES = ("{}", "an emoji of {}", "a drawing of {}", "an icon of {}", "{} emoji")

@@ -1,4 +1,4 @@
-"""The picture: what the model answers for some held-out emojis, and how its training went."""
+"""Draws the model's answers for some held-out emojis, and its training curves."""
 
 from __future__ import annotations
 

@@ -182,9 +182,8 @@ class Attempt:
     def job(self) -> Job:
         """Return what the trainer is started with."""
         preset = grid.PRESETS[self.preset]
-        warmup = round(
-            self.steps * preset.warmup / preset.steps
-        )  # the same share of the steps as in the grid
+        # The same share of the steps as in the grid.
+        warmup = round(self.steps * preset.warmup / preset.steps)
         words = training_recipe(self.loss, self.epochs, self.batch_size, warmup, self.seed)
         if self.loss == LOSS:
             words += BY_STEP
