@@ -135,7 +135,7 @@ def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _named(concepts: Sequence[str], groups: DisjointSet) -> list[str]:
-    """Name every concept's group after its alphabetically first member, independently of the joining order."""
+    """Name every concept's group after its alphabetically first member, whatever the order of joining."""
     first: dict[str, str] = {}
     for concept in sorted(set(concepts)):
         first.setdefault(groups[concept], concept)
