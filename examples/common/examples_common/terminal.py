@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import signal
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,6 +17,14 @@ from rich.progress import track as rich_track
 
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 Report = Callable[[str, float], None]  # a stage, and the share of it that is done
+
+
+def positive(text: str) -> int:
+    """Parse a number of at least 1, as the type of an argument."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def say(console: Console, text: str, style: str = "") -> None:
@@ -55,16 +64,8 @@ def bars(console: Console) -> Progress:
     )
 
 
-class Run(Protocol):
-    """What the queue runs; runs are told apart by equality."""
-
-    @property
-    def name(self) -> str:
-        """The name that the bar shows."""
-
-
 async def run_all(
-    runs: Sequence[Run],
+    runs: Sequence[Any],
     work: Callable[[Any, Report], Awaitable[None]],
     *,
     jobs: int,
@@ -77,7 +78,7 @@ async def run_all(
     each has cleaned up.
 
     Args:
-        runs: What to do.
+        runs: What to do: hashable objects with a ``name``.
         work: Does one run and reports its stage and the share done.
         jobs: Number of runs at a time.
         console: Where the bars are shown; every finished run also leaves a line there.

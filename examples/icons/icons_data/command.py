@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from examples_common.terminal import Track, say, status_of, tracker
+from examples_common.terminal import Track, positive, say, status_of, tracker
 from rich.console import Console
 
 from . import baseline, card, draw, labels, package, records, split, write
@@ -27,11 +27,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tarball", type=Path, help="the package's file; by default npm fetches it into the output")
     add("--package-version", default=package.VERSION, help="what npm fetches (default: %(default)s)")
     add("--seed", type=int, default=0, help="which concepts are held out (default: %(default)s)")
-    add("--workers", type=int, default=2, help="processes that draw (default: %(default)s)")
+    add("--workers", type=positive, default=2, help="processes that draw (default: %(default)s)")
     add("--png", action="store_true", help="also write PNG files and train.csv, validation.csv, test.csv")
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error(f"argument --workers: must be at least 1, got {args.workers}")
     if args.tarball is not None and not args.tarball.is_file():
         parser.error(f"argument --tarball: no such file: {args.tarball}")
     return args

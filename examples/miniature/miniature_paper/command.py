@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from examples_common.terminal import say, status_of
+from examples_common.terminal import positive, say, status_of
 from rich.console import Console
 
 from . import report
 from .grid import EXHIBITS, PRESETS, plan
-from .options import add_options, check_at_least_one, complete_options, prepare
+from .options import add_options, complete_options, prepare
 from .records import Store
 
 
@@ -23,7 +23,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_options(parser, tuple(PRESETS))
     add = parser.add_argument
-    add("--seeds", type=int, default=None, help="seeds 0 to N − 1 (default: as the preset says)", metavar="N")
+    add("--seeds", type=positive, metavar="N", help="seeds 0 to N − 1 (default: as the preset says)")
     add(
         "--only",
         nargs="+",
@@ -34,7 +34,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--keep-checkpoints", action="store_true", help="keep weights and logs of runs that are measured")
     args = parser.parse_args(argv)
-    check_at_least_one(parser, args, "seeds")
     complete_options(parser, args, records="full" if args.preset == "full" else "")
     return args
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from examples_common.terminal import tracker
+from examples_common.terminal import positive, tracker
 from examples_common.trainer import place_model
 from icons_data.load import load
 from rich.console import Console
@@ -24,25 +24,17 @@ def add_options(parser: argparse.ArgumentParser, presets: Sequence[str]) -> None
     """Add the preset, the machine and the folders."""
     add = parser.add_argument
     add("--preset", choices=tuple(presets), default="quick", help="size (default: %(default)s)")
-    add("--jobs", type=int, default=None, help="runs at a time (default: one per core, or as fit a GPU)")
-    add("--device", default=None, help="cpu or cuda (default: a GPU if there is one)")
+    add("--jobs", type=positive, help="runs at a time (default: one per core, or as fit a GPU)")
+    add("--device", help="cpu or cuda (default: a GPU if there is one)")
     add("--output", type=Path, default=Path("outputs/miniature"), help="folder for data and runs")
     add("--icons", type=Path, default=Path("outputs/icons"), help="the icons; built there if missing")
-    add("--results", type=Path, default=None, help="folder of the records (default: by the preset)")
-    add("--report", type=Path, default=None, help="folder of the report (default: by the preset)")
+    add("--results", type=Path, help="folder of the records (default: by the preset)")
+    add("--report", type=Path, help="folder of the report (default: by the preset)")
     add("--report-only", action="store_true", help="train nothing; report the records that are there")
-
-
-def check_at_least_one(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> None:
-    """Refuse a count below 1; None is a default."""
-    value = getattr(args, name)
-    if value is not None and value < 1:
-        parser.error(f"argument --{name}: must be at least 1, got {value}")
 
 
 def complete_options(parser: argparse.ArgumentParser, args: argparse.Namespace, *, records: str) -> None:
     """Check what :func:`add_options` added, and fill in its folders; ``records`` is below ``results``."""
-    check_at_least_one(parser, args, "jobs")
     if args.device is not None and args.device.split(":")[0] not in ("cpu", "cuda"):
         parser.error(f"argument --device: must be cpu or cuda, got {args.device}")
     # The full preset's records are part of the repository: runs resume from them.

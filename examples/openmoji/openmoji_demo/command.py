@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from examples_common.terminal import say, status_of, tracker
+from examples_common.terminal import positive, say, status_of, tracker
 from examples_common.trainer import place_model
 from rich.console import Console
 
@@ -44,13 +44,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="passed to the trainer as it is; several are trained one after the other and share the table, "
         "for instance: --loss clip rankclip (default: rankclip)",
     )
-    add("--epochs", type=int, default=8, help="default: %(default)s")
+    add("--epochs", type=positive, default=8, help="default: %(default)s")
     add("--seed", type=int, default=0, help="the trainer's seed (default: %(default)s)")
     add("--split", type=int, default=0, help="which concepts are held out (default: %(default)s)")
-    add("--device", default=None, help="cpu or cuda (default: a GPU if there is one)")
+    add("--device", help="cpu or cuda (default: a GPU if there is one)")
     args = parser.parse_args(arguments)
-    if args.epochs < 1:
-        parser.error(f"argument --epochs: must be at least 1, got {args.epochs}")
     for given in extra:
         if given.split("=")[0] in _OWNED:
             parser.error(f"{given.split('=')[0]} after --: give it before --, or leave it to the demo")
