@@ -33,7 +33,7 @@ def _escaped(cell: str) -> str:
 
 def show(console: Console, head: Sequence[str], rows: Rows, *, right: int, title: str | None = None) -> None:
     """Print a table; a row with a single cell is the heading of those below it."""
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1), show_edge=False, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE, padding=0, show_edge=False)
     for number, name in enumerate(head):
         numeric = number >= len(head) - right
         table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric)
