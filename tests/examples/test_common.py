@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import doctest
 import io
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from examples_common import page, tables, terminal, trainer
@@ -18,6 +20,8 @@ from examples_common.trainer import Job, Log, LossNotAttachedError, TrainingErro
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+
+import rankloss
 
 JOB = Job("rankclip", 4, "model", ("--loss", "rankclip"))
 
@@ -209,6 +213,20 @@ def test_errors_are_printed_and_bugs_are_not_hidden(capsys):
     assert "disk full" in capsys.readouterr().out
     with pytest.raises(ZeroDivisionError):
         terminal.status_of(lambda console: fail(ZeroDivisionError()))
+
+
+def test_the_examples_use_public_names_only():
+    examples = Path(__file__).resolve().parents[2] / "examples"
+    used = set()
+    for path in examples.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                used |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                used |= {f"{node.module}.{alias.name}" for alias in node.names}
+    ours = {name for name in used if name.split(".")[0].startswith("rankloss")}
+    assert ours <= {f"rankloss.{name}" for name in rankloss.__all__} | {"rankloss"}
+    assert ours
 
 
 # --- tables and pages ---
