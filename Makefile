@@ -17,15 +17,15 @@ $(VENV)/.base:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	touch $@
 
-$(VENV)/.examples: pyproject.toml | $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+$(VENV)/.examples: pyproject.toml examples/pyproject.toml | $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --editable '.[examples]' --editable examples
 	touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/.dev: pyproject.toml examples/pyproject.toml | $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable examples
 	touch $@
 
-## Train a small CLIP on OpenMoji with --loss rankclip, evaluate it and draw (about 5 minutes on 2 cores).
+## Train a small CLIP on OpenMoji with --loss rankclip, evaluate it and draw.
 demo: $(VENV)/.examples
 	$(BIN)/python examples/openmoji/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
 
@@ -33,7 +33,7 @@ demo: $(VENV)/.examples
 miniature: $(VENV)/.examples
 	$(BIN)/python examples/miniature/run.py --preset quick --output $(MINIATURE_OUTPUT) $(MINIATURE_ARGS)
 
-## The same at the size that the report in examples/miniature is made of; it can be interrupted and repeated.
+## The same at the size of the report in examples/miniature; interrupted, the same command continues.
 miniature-full: $(VENV)/.examples
 	$(BIN)/python examples/miniature/run.py --preset full --output $(MINIATURE_OUTPUT) $(MINIATURE_ARGS)
 
