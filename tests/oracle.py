@@ -165,6 +165,14 @@ def _with_equal_diagonal(products: Tensor, features: Tensor) -> Tensor:
 
 
 def _quantized(y: Tensor, bins: int) -> Tensor:
-    lowest = y.amin(-1, keepdim=True)
-    extent = (y.amax(-1, keepdim=True) - lowest).clamp_min(torch.finfo(y.dtype).tiny)
-    return ((y - lowest) / extent * bins).long().clamp(0, bins - 1)
+    """The bin of every item: the best have the last one, the range of the others is divided evenly."""
+    bins_of_lists = []
+    for of_list in y.reshape(-1, y.shape[-1]):
+        others = of_list[of_list < of_list.max()]
+        if len(others) == 0:
+            bins_of_lists.append(torch.zeros_like(of_list, dtype=torch.long))
+            continue
+        extent = (others.max() - others.min()).clamp_min(torch.finfo(y.dtype).tiny)
+        place = ((of_list - others.min()) / extent * (bins - 1)).clamp(max=bins - 2).long()
+        bins_of_lists.append(place.where(of_list < of_list.max(), torch.tensor(bins - 1)))
+    return torch.stack(bins_of_lists).view(y.shape)
