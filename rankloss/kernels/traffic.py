@@ -1,0 +1,2 @@
+class Traffic: pass
+def traffic(): pass
