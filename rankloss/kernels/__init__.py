@@ -1,9 +1,9 @@
 """Fused GPU kernels for blocks of ranked lists, in Triton.
 
-:func:`evaluate_rows` takes cosines and gives cross-entropy, NLL and gradient of every row in one launch;
-:func:`why_not` says whether it serves a case; :class:`Traffic` counts the bytes it moves. Triton is imported when
-a kernel is first launched, not before. With ``TRITON_INTERPRET=1`` in the environment the same kernels take CPU
-tensors, which is how they are tested without a GPU.
+:func:`evaluate_rows` takes cosines and gives cross-entropy, NLL and gradient of every row in one
+launch; :func:`why_not` says whether it serves a case; :func:`traffic` counts the bytes it moves. Triton is
+imported when a kernel is first launched, not before. With ``TRITON_INTERPRET=1`` in the environment the same
+kernels take CPU tensors, which is how they are tested without a GPU.
 """
 
 from rankloss.kernels.rows import evaluate_rows as evaluate_rows

@@ -20,9 +20,12 @@ LARGEST_LIST = 2**17
 """The most items of a list, and the most bins: sums of integers in the kernels are made for no more."""
 
 _DEEPEST = 64  # bucket mates that an item is compared with before its bucket is sorted by merging instead
-_WARPS = 16  # per multiprocessor: 512 threads of 128 registers
-_SHORT_LIST = 2048  # items; longer lists have one program per multiprocessor, so that its scratch stays in the cache
-_BLOCK, _BLOCK_OF_SHORT, _LEAST_BLOCK = 2048, 512, 128  # four entries per thread, fewer would spill no less
+_WARPS = 16  # per multiprocessor, whose 65,536 registers give 128 to each thread then
+_SHORT_LIST = (
+    2048  # items; longer lists have one program per multiprocessor, so that its scratch stays in cache
+)
+# Entries of a row taken at a time: as many as the registers hold, by Triton's own assembler.
+_BLOCK_OF_SORT, _BLOCK_OF_BIN, _BLOCK_OF_SHORT, _LEAST_BLOCK = 1024, 2048, 512, 128
 _INTERPRETED_BLOCK = 128  # small, so that short lists have several blocks in the tests as well
 
 
@@ -83,7 +86,11 @@ def why_not(options: RankedLists, device: torch.device, dtype: torch.dtype, n: i
     if not _has_triton():
         return "Triton is not installed"
     if interpreted():
-        return None if device.type in ("cpu", "meta") else f"TRITON_INTERPRET=1 takes CPU tensors, not {device.type}"
+        return (
+            None
+            if device.type in ("cpu", "meta")
+            else f"TRITON_INTERPRET=1 takes CPU tensors, not {device.type}"
+        )
     if device.type != "cuda":
         return f"the kernels run on CUDA, not on {device.type}"
     return None
@@ -122,7 +129,8 @@ def evaluate_rows(
 
         CE = log Σ_q e^{x_q} − x_k,   NLL = Σ_p μ_p·(log C_p − x_p),   C_p = Σ_{q : y_q ≤ y_p} e^{x_q},
 
-        ∂(α·CE + β·NLL)/∂x_q = α·(e^{x_q} / Σ_p e^{x_p} − [q = k]) + β·(e^{x_q}·Σ_{p : y_p ≥ y_q} μ_p / C_p − μ_q).
+        ∂(α·CE + β·NLL)/∂x_q = α·(e^{x_q} / Σ_p e^{x_p} − [q = k])
+                               + β·(e^{x_q}·Σ_{p : y_p ≥ y_q} μ_p / C_p − μ_q).
 
     Everything is computed in float32; sums are pairs of a mantissa and an exponent, so that no span of scores
     overflows or underflows them. The result is the same in every bit from run to run. A row that holds NaN,
@@ -136,11 +144,11 @@ def evaluate_rows(
         beta: ``[]`` or ``[n]``, floating point, the weight of the NLL.
         alpha: likewise that of the cross-entropy; None leaves it out.
         first_row: the first row's own column; the next row's is the next.
-        first_equal: ``[N]``, integer: y_q is read at ``first_equal[q]``, the first item equal to q, so that equal
-            items are tied whatever the rounding of their cosines. None where no two are equal.
-        method: ``"sort"``: the exact order of y. ``"bin"``: items in one bin are tied. Of ``bins`` bins all but
-            one divide the range [l, h] of the row's items without its own pair,
-            b_q = min(⌊(y_q − l)·(bins − 1) / (h − l)⌋, bins − 2) and no less than 0, and the last holds what is
+        first_equal: ``[N]``, integer: y_q is read at ``first_equal[q]``, the first item equal to q, so that
+            equal items are tied whatever the rounding of their cosines. None where no two are equal.
+        method: ``"sort"``: the exact order of y. ``"bin"``: items in one bin are tied. All bins but one divide
+            the range [l, h] of the row's items without its own pair,
+            b_q = ⌊(y_q − l)·(bins − 1) / (h − l)⌋, clamped to [0, bins − 2]; the last bin holds what is
             above h: the own pair, which as a rule stands far above the others.
         bins: their number, at least 2.
         top_k: see :func:`rankloss.plackett_luce_nll`.
@@ -188,7 +196,7 @@ def _check_rows(cosines: Tensor, reference: Tensor, first_row: int) -> None:
     if cosines.shape != reference.shape or cosines.device != reference.device:
         raise ValueError(
             "cosines and reference must have one shape and device; "
-            f"got {tuple(cosines.shape)} on {cosines.device} and {tuple(reference.shape)} on {reference.device}"
+            f"got {tuple(cosines.shape)} on {cosines.device}, {tuple(reference.shape)} on {reference.device}"
         )
     n, N = cosines.shape
     if not 2 <= N <= LARGEST_LIST:
@@ -239,21 +247,24 @@ class Launch(NamedTuple):
 
 
 def choose_launch(n: int, N: int, bins: int, processors: int) -> Launch:
-    """The launch for n rows of N items; ``bins`` is 0 for the exact order, ``processors`` for the interpreter.
+    """The launch for n rows of N items.
+
+    ``bins`` is 0 for the exact order; ``processors`` is the GPU's multiprocessors, 0 for the interpreter.
 
     Example:
         >>> choose_launch(1024, 8192, 0, 132)
-        Launch(programs=132, block=2048, warps=16, floats=16384, ints=32769, longs=0)
+        Launch(programs=132, block=1024, warps=16, floats=16384, ints=32769, longs=0)
     """
     fitting = 1 << (N - 1).bit_length()
-    if processors:
-        block = min(_BLOCK_OF_SHORT if N <= _SHORT_LIST else _BLOCK, max(_LEAST_BLOCK, fitting))
+    if not processors:
+        block, warps, programs = min(_INTERPRETED_BLOCK, fitting), 1, 2
     else:
-        block, processors = min(_INTERPRETED_BLOCK, fitting), 1
-    warps = max(1, block // 128)
-    programs = min(n, processors * min(8, _WARPS // warps))
+        largest = _BLOCK_OF_SHORT if N <= _SHORT_LIST else _BLOCK_OF_BIN if bins else _BLOCK_OF_SORT
+        block = min(largest, max(_LEAST_BLOCK, fitting))
+        warps = min(_WARPS, block // 64)
+        programs = processors * (_WARPS // warps)
     scratch = (2 * bins, 2 * bins, bins) if bins else (2 * N, 4 * N + 1, 0)
-    return Launch(programs, block, warps, *scratch)
+    return Launch(min(n, programs), block, warps, *scratch)
 
 
 @functools.cache
@@ -266,8 +277,8 @@ def _processors(device: torch.device) -> int:
 @torch.library.custom_op(
     "rankloss::evaluate_rows",
     mutates_args=(),
-    schema="(Tensor cosines, Tensor reference, Tensor scale, Tensor beta, Tensor? alpha, Tensor? first_equal, "
-    "int first_row, int bins, int top_k, bool discount, bool diagonal, bool gradient) "
+    schema="(Tensor cosines, Tensor reference, Tensor scale, Tensor beta, Tensor? alpha, "
+    "Tensor? first_equal, int first_row, int bins, int top_k, bool discount, bool diagonal, bool gradient) "
     "-> (Tensor, Tensor, Tensor)",
 )
 def _evaluate_rows(
@@ -291,7 +302,11 @@ def _evaluate_rows(
     launch = choose_launch(n, N, bins, _processors(cosines.device))
     scratch = [
         cosines.new_empty(launch.programs * size, dtype=dtype)
-        for size, dtype in ((launch.floats, torch.float32), (launch.ints, torch.int32), (launch.longs, torch.int64))
+        for size, dtype in (
+            (launch.floats, torch.float32),
+            (launch.ints, torch.int32),
+            (launch.longs, torch.int64),
+        )
         if size
     ]
     tensors = (cosines, reference, first_equal, slopes, cross_entropy, nll, *scratch, scale, alpha, beta)
@@ -314,11 +329,11 @@ def _evaluate_rows(
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(cosines):
         if bins:
-            from rankloss.kernels.binned_rows import binned_rows
+            from rankloss.kernels.device.binned_rows import binned_rows
 
             binned_rows[(launch.programs,)](*tensors, *sizes, **options)
         else:
-            from rankloss.kernels.sorted_rows import sorted_rows
+            from rankloss.kernels.device.sorted_rows import sorted_rows
 
             sorted_rows[(launch.programs,)](*tensors, *sizes, DEEPEST=_DEEPEST, **options)
     return cross_entropy, nll, slopes

@@ -17,9 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rankloss.kernels.binned_rows import binned_rows
+from rankloss.kernels.device.binned_rows import binned_rows
+from rankloss.kernels.device.sorted_rows import sorted_rows
 from rankloss.kernels.rows import choose_launch
-from rankloss.kernels.sorted_rows import sorted_rows
 
 POINTERS = {"INTS": "*i32", "TOTALS": "*i64", "EQUAL": "*i64", "ALPHA": "*fp64", "BETA": "*fp64"}
 FLOATS = ("X", "Y", "GRADIENT", "CE", "NLL", "FLOATS", "scale")
@@ -74,5 +74,5 @@ def tool(name: str) -> str:
 
 
 if __name__ == "__main__":
-    cases = [(bins, N, plain) for bins in (0, 2048) for N in (100, 1024, 8192) for plain in (True, False)]
+    cases = [(bins, N, plain) for bins in (0, 2048) for N in (1024, 8192) for plain in (True, False)]
     json.dump([compile_kernel(*case, int(sys.argv[1])) for case in cases], sys.stdout)

@@ -18,7 +18,7 @@ elif DEVICE.type == "cpu":
     assert "triton" not in sys.modules, "Triton was imported before TRITON_INTERPRET was set"
     os.environ["TRITON_INTERPRET"] = "1"
     for name in ("sorted_rows", "binned_rows"):
-        importlib.import_module(f"rankloss.kernels.{name}")
+        importlib.import_module(f"rankloss.kernels.device.{name}")
     del os.environ["TRITON_INTERPRET"]
 
 

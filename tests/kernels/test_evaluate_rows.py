@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_lists import Lists, bins_over_others, random_lists
 from torch import Tensor
 
 from batches import relative_error
-from kernel_lists import Lists, bins_over_others, random_lists
 from rankloss.kernels import evaluate_rows, rows
 
 METHODS = [{"method": "sort"}, {"method": "bin", "bins": 40}]
@@ -38,7 +38,9 @@ def assert_agrees(lists: Lists, **options: Any) -> None:
 @pytest.mark.parametrize("method", METHODS, ids=["sort", "bin"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("scale", [14.3, 100.0])
-def test_agrees_with_float64_at_clips_scales(scale: float, options: dict[str, Any], method: dict[str, Any]) -> None:
+def test_agrees_with_float64_at_clips_scales(
+    scale: float, options: dict[str, Any], method: dict[str, Any]
+) -> None:
     assert_agrees(random_lists(2, 150, scale, duplicates=5), **method, **options)
 
 
@@ -64,7 +66,9 @@ def short_lists(draw: st.DrawFn) -> Lists:
 
 @settings(max_examples=25)
 @given(short_lists(), st.sampled_from(METHODS), st.sampled_from(OPTIONS))
-def test_agrees_with_float64_for_any_short_list(lists: Lists, method: dict[str, Any], options: dict[str, Any]) -> None:
+def test_agrees_with_float64_for_any_short_list(
+    lists: Lists, method: dict[str, Any], options: dict[str, Any]
+) -> None:
     assert_agrees(lists, **method, **options)
 
 
@@ -98,11 +102,15 @@ def test_rows_with_deep_buckets_are_merged_and_exact(make: Any) -> None:
 
 
 def deepest_bucket(reference: Tensor, own: int) -> int:
-    return int(bins_over_others(reference, torch.tensor([own]), reference.shape[1]).flatten().bincount().max())
+    return int(
+        bins_over_others(reference, torch.tensor([own]), reference.shape[1]).flatten().bincount().max()
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"diagonal": False, "discount": "log"}], ids=str)
-def test_merging_gives_the_same_bits_as_comparing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merging_gives_the_same_bits_as_comparing(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lists = random_lists(2, 150, 14.3, duplicates=20)
     compared = lists.run(**options)
     monkeypatch.setattr(rows, "_DEEPEST", 1)

@@ -13,7 +13,9 @@ from rankloss.kernels import rows, why_not
 SERVED = {"lists": "row", "worth": "exp", "ties": "shared", "method": "sort", "bins": 2048}
 
 
-def ask(n: int = 64, N: int = 64, device: str = "cuda", dtype: torch.dtype = torch.float32, **changes: Any) -> str | None:
+def ask(
+    n: int = 64, N: int = 64, device: str = "cuda", dtype: torch.dtype = torch.float32, **changes: Any
+) -> str | None:
     return why_not(SimpleNamespace(**{**SERVED, **changes}), torch.device(device), dtype, n, N)
 
 

@@ -5,12 +5,12 @@ its bucket plus the number of bucket mates below it, which are found by comparin
 one with the smaller column comes first. The places depend on the values only and not on the order in which
 the atomic operations filled a bucket, so that two runs agree in every bit.
 
-Comparing is quadratic in the depth of a bucket, about three items as a rule. A row with a bucket deeper than
-``DEEPEST`` (many ties, or an outlier that stretches the range) has its buckets sorted by merging instead, which
-takes log² of the deepest.
+Comparing is quadratic in the depth of a bucket, about three items as a rule. In a row with a bucket deeper
+than ``DEEPEST`` (many ties, or an outlier that stretches the range) the buckets are sorted by merging instead,
+at a cost per item of log² of the depth.
 
 With p the place of an item and its tied items at first_p … last_p, the running sums are (x relative to the
-row's largest, pairs as in :mod:`rankloss.kernels.pieces`)
+row's largest, pairs as in :mod:`rankloss.kernels.device.pieces`)
 
     log C_p = log Σ_{q ≤ last_p} e^{x_q},   log U_p = log Σ_{q ≥ first_p} μ_q / C_q.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rankloss.kernels.pieces import (
+from rankloss.kernels.device.pieces import (
     NONE,
     at,
     division_of,
@@ -154,9 +154,7 @@ def rank_by_merging(
     steps = tl.full([], 1, tl.int32)
     while width < deepest:  # two passes at a time, there and back; one that has nothing to merge is a copy
         merge_runs(low, high, keys, items, ranked, last, start, buckets, M, width, steps, BLOCK)
-        merge_runs(
-            low, high, ranked, last, keys, items, start, buckets, M, 2 * width, steps + 1, BLOCK
-        )
+        merge_runs(low, high, ranked, last, keys, items, start, buckets, M, 2 * width, steps + 1, BLOCK)
         width *= 4
         steps += 2
     for c in range(0, M, BLOCK):

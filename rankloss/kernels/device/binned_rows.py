@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rankloss.kernels.pieces import (
+from rankloss.kernels.device.pieces import (
     NONE,
     at,
     division_of,

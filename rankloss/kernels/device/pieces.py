@@ -35,7 +35,7 @@ def at(index, x, place):
 
 @triton.jit
 def reference_at(y, equal, column, inside, HAS_EQUAL: tl.constexpr):
-    """y of the columns, read at the first equal item where there is an index of those."""
+    """The reference of the columns, read at the first equal item where there is an index of those."""
     if HAS_EQUAL:
         column = tl.load(equal + column, mask=inside, other=0)
     return tl.load(y + column, mask=inside, other=0.0)
@@ -43,7 +43,7 @@ def reference_at(y, equal, column, inside, HAS_EQUAL: tl.constexpr):
 
 @triton.jit
 def survey(x, y, equal, own, N, s, BLOCK: tl.constexpr, HAS_EQUAL: tl.constexpr):
-    """Largest cosine of a row, range of its reference among the items that are not its own pair, finiteness."""
+    """Largest cosine of a row, range of the reference without the own pair, whether everything is finite."""
     j = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], -LARGEST, tl.float32)
     low = tl.full([BLOCK], LARGEST, tl.float32)
