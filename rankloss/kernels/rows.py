@@ -114,6 +114,7 @@ def evaluate_rows(
     *,
     alpha: Tensor | None = None,
     first_row: int = 0,
+    anchors: int | None = None,
     first_equal: Tensor | None = None,
     method: Literal["sort", "bin"] = "sort",
     bins: int = 2048,
@@ -144,10 +145,12 @@ def evaluate_rows(
         beta: ``[]`` or ``[n]``, floating point, the weight of the NLL.
         alpha: likewise that of the cross-entropy; None leaves it out.
         first_row: the first row's own column; the next row's is the next.
+        anchors: after how many rows the own columns begin again at ``first_row``, where the block holds rows of
+            several matrices one below the other; None where it holds those of one.
         first_equal: ``[N]``, integer: y_q is read at ``first_equal[q]``, the first item equal to q, so that
             equal items are tied whatever the rounding of their cosines. None where no two are equal.
-        method: ``"sort"``: the exact order of y. ``"bin"``: items in one bin are tied. All bins but one divide
-            the range [l, h] of the row's items without its own pair,
+        method: ``"sort"``: the exact order of y. ``"bin"``: items in one bin are tied. All bins but the last
+            divide the range [l, h] of the row's items without its own pair,
             b_q = ⌊(y_q − l)·(bins − 1) / (h − l)⌋, clamped to [0, bins − 2]; the last bin holds what is
             above h: the own pair, which as a rule stands far above the others.
         bins: their number, at least 2.
@@ -169,8 +172,8 @@ def evaluate_rows(
         >>> nll.shape, gradient.shape
         (torch.Size([1]), torch.Size([1, 4]))
     """
-    _check_rows(cosines, reference, first_row)
-    n, N = cosines.shape
+    n, N = _check_rows(cosines, reference)
+    anchors = _check_anchors(n, N, first_row, anchors)
     _check_tensors(cosines, n, N, scale=scale, beta=beta, alpha=alpha, first_equal=first_equal)
     if method not in ("sort", "bin"):
         raise ValueError(f"method must be one of 'sort', 'bin'; got {method!r}")
@@ -181,13 +184,13 @@ def evaluate_rows(
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1; got {top_k}")
     cross_entropy, nll, slopes = torch.ops.rankloss.evaluate_rows(
-        cosines, reference, scale, beta, alpha, first_equal, first_row,
+        cosines, reference, scale, beta, alpha, first_equal, first_row, anchors,
         bins if method == "bin" else 0, top_k or 0, discount is not None, diagonal, gradient,
     )  # fmt: skip
     return cross_entropy if alpha is not None else None, nll, slopes if gradient else None
 
 
-def _check_rows(cosines: Tensor, reference: Tensor, first_row: int) -> None:
+def _check_rows(cosines: Tensor, reference: Tensor) -> tuple[int, int]:
     for name, x in (("cosines", cosines), ("reference", reference)):
         if x.dim() != 2 or x.dtype != torch.float32:
             raise ValueError(f"{name} must be float32 [n, N]; got {x.dtype} {tuple(x.shape)}")
@@ -201,8 +204,18 @@ def _check_rows(cosines: Tensor, reference: Tensor, first_row: int) -> None:
     n, N = cosines.shape
     if not 2 <= N <= LARGEST_LIST:
         raise ValueError(f"cosines must have 2 to {LARGEST_LIST:,} columns; got {N:,}")
-    if not 0 <= first_row <= N - n:
-        raise ValueError(f"first_row must be from 0 to N - n = {N - n}; got {first_row}")
+    return n, N
+
+
+def _check_anchors(n: int, N: int, first_row: int, anchors: int | None) -> int:
+    anchors = n if anchors is None else anchors
+    if n and (anchors < 1 or n % anchors):
+        raise ValueError(f"anchors must divide the number of rows, {n}; got {anchors}")
+    if not 0 <= first_row <= N - anchors:
+        raise ValueError(
+            f"first_row must be from 0 to {N - anchors}, so that own columns exist; got {first_row}"
+        )
+    return anchors
 
 
 def _check_tensors(cosines: Tensor, n: int, N: int, **tensors: Tensor | None) -> None:
@@ -261,7 +274,7 @@ def choose_launch(n: int, N: int, bins: int, processors: int) -> Launch:
     else:
         largest = _BLOCK_OF_SHORT if N <= _SHORT_LIST else _BLOCK_OF_BIN if bins else _BLOCK_OF_SORT
         block = min(largest, max(_LEAST_BLOCK, fitting))
-        warps = min(_WARPS, block // 64)
+        warps = block // (128 if bins else 64)
         programs = processors * (_WARPS // warps)
     scratch = (2 * bins, 2 * bins, bins) if bins else (2 * N, 4 * N + 1, 0)
     return Launch(min(n, programs), block, warps, *scratch)
@@ -278,8 +291,8 @@ def _processors(device: torch.device) -> int:
     "rankloss::evaluate_rows",
     mutates_args=(),
     schema="(Tensor cosines, Tensor reference, Tensor scale, Tensor beta, Tensor? alpha, "
-    "Tensor? first_equal, int first_row, int bins, int top_k, bool discount, bool diagonal, bool gradient) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor? first_equal, int first_row, int anchors, int bins, int top_k, bool discount, bool diagonal, "
+    "bool gradient) -> (Tensor, Tensor, Tensor)",
 )
 def _evaluate_rows(
     cosines: Tensor,
@@ -289,6 +302,7 @@ def _evaluate_rows(
     alpha: Tensor | None,
     first_equal: Tensor | None,
     first_row: int,
+    anchors: int,
     bins: int,
     top_k: int,
     discount: bool,
@@ -311,7 +325,7 @@ def _evaluate_rows(
     ]
     tensors = (cosines, reference, first_equal, slopes, cross_entropy, nll, *scratch, scale, alpha, beta)
     sizes = (
-        n, N, first_row, cosines.stride(0), reference.stride(0),
+        n, N, first_row, anchors, cosines.stride(0), reference.stride(0),
         int(alpha is not None and alpha.dim() == 1), int(beta.dim() == 1), top_k or N, bins or N,
     )  # fmt: skip
     options = {
@@ -348,6 +362,7 @@ def _evaluate_rows_fake(
     alpha: Tensor | None,
     _first_equal: Tensor | None,
     _first_row: int,
+    _anchors: int,
     _bins: int,
     _top_k: int,
     _discount: bool,

@@ -174,6 +174,16 @@ def test_rows_of_a_larger_matrix(method: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=["sort", "bin"])
+def test_rows_of_two_matrices_one_below_the_other(method: dict[str, Any]) -> None:
+    one, other = random_lists(2, 40, 14.3), random_lists(2, 40, 14.3, seed=1)
+    names = ("cosines", "reference", "alpha")
+    both = one.replace(**{name: torch.cat([getattr(one, name), getattr(other, name)]) for name in names})
+    together = both.run(**method, anchors=2)
+    for found, above, below in zip(together, one.run(**method), other.run(**method), strict=True):
+        assert torch.equal(found, torch.cat([above, below]))  # type: ignore[arg-type, list-item]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["sort", "bin"])
 def test_values_alone_are_those_with_the_gradient(method: dict[str, Any]) -> None:
     lists = random_lists(2, 30, 14.3)
     cross_entropy, nll, _ = lists.run(**method)
@@ -188,13 +198,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"cosines": torch.zeros(2, 4, dtype=torch.float64)}, "cosines must be float32"),
     ({"reference": torch.zeros(4)}, "reference must be float32"),
     ({"reference": torch.zeros(4, 2).T}, "reference must have contiguous columns"),
-    ({"reference": torch.zeros(2, 5)}, r"one shape and device; got \(2, 4\) on cpu and \(2, 5\)"),
+    ({"reference": torch.zeros(2, 5)}, r"one shape and device; got \(2, 4\) on cpu, \(2, 5\)"),
     ({"scale": torch.ones(1)}, r"scale must have shape \[\] on cpu; got \(1,\)"),
     ({"beta": torch.ones(3)}, r"beta must have shape \[\] or \[2\] on cpu; got \(3,\)"),
     ({"alpha": torch.ones((), dtype=torch.int64)}, "alpha must be floating point"),
     ({"first_equal": torch.zeros(4)}, "first_equal must be integer"),
     ({"first_equal": torch.zeros(3, dtype=torch.int64)}, r"first_equal must have shape \[4\]"),
-    ({"first_row": 3}, "first_row must be from 0 to N - n = 2; got 3"),
+    ({"first_row": 3}, "first_row must be from 0 to 2, .*; got 3"),
+    ({"anchors": 3}, "anchors must divide the number of rows, 2; got 3"),
     ({"method": "merge"}, "method must be one of 'sort', 'bin'; got 'merge'"),
     ({"method": "bin", "bins": 1}, "bins must be from 2"),
     ({"top_k": 0}, "top_k must be at least 1; got 0"),

@@ -121,10 +121,10 @@ def sum_bins_downwards(count, log_c, weight, bins, BLOCK: tl.constexpr, WEIGHS: 
         m0, w0 = at(j, m, 0), at(j, w, 0)
 
 
-@triton.jit(do_not_specialize=["n", "first_row", "top_k"])
+@triton.jit(do_not_specialize=["n", "first_row", "anchors", "top_k"])
 def binned_rows(
     X, Y, EQUAL, GRADIENT, CE, NLL, FLOATS, INTS, TOTALS, scale, ALPHA, BETA,
-    n, N, first_row, x_stride, y_stride, alpha_stride, beta_stride, top_k, bins,
+    n, N, first_row, anchors, x_stride, y_stride, alpha_stride, beta_stride, top_k, bins,
     BLOCK: tl.constexpr, HAS_EQUAL: tl.constexpr, HAS_ALPHA: tl.constexpr,
     HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr, DISCOUNT: tl.constexpr,
 ):  # fmt: skip
@@ -145,8 +145,7 @@ def binned_rows(
     while row < n:  # not a range, whose variable is a plain int in the interpreter
         x = X + row.to(tl.int64) * x_stride
         y = Y + row.to(tl.int64) * y_stride
-        gradient = GRADIENT + row.to(tl.int64) * N
-        own = first_row + row
+        own = first_row + row % anchors
         top, low, high, finite = survey(x, y, EQUAL, own, N, s, BLOCK, HAS_EQUAL)
         if finite != 0:
             collect_bins(
@@ -185,13 +184,13 @@ def binned_rows(
                     slope = beta * (share - mu)
                     if HAS_ALPHA:
                         slope += alpha * (tl.exp(score - log_sum) - (c + j == own).to(tl.float32))
-                    tl.store(gradient + c + j, slope, mask=inside)
+                    tl.store(GRADIENT + row.to(tl.int64) * N + c + j, slope, mask=inside)
             tl.store(NLL + row, denominators - tl.sum(scores, 0))
         else:
             tl.store(NLL + row, float("nan"))
             if HAS_ALPHA:
                 tl.store(CE + row, float("nan"))
             if HAS_GRADIENT:
-                fill_with_nan(gradient, N, BLOCK)
+                fill_with_nan(GRADIENT + row.to(tl.int64) * N, N, BLOCK)
         tl.debug_barrier()  # the next row uses the same scratch
         row += tl.num_programs(0)

@@ -6,8 +6,8 @@ one with the smaller column comes first. The places depend on the values only an
 the atomic operations filled a bucket, so that two runs agree in every bit.
 
 Comparing is quadratic in the depth of a bucket, about three items as a rule. In a row with a bucket deeper
-than ``DEEPEST`` (many ties, or an outlier that stretches the range) the buckets are sorted by merging instead,
-at a cost per item of log² of the depth.
+than ``DEEPEST`` (many ties, or an outlier that stretches the range) the buckets are sorted by merging, at a
+cost per item of log² of the depth.
 
 With p the place of an item and its tied items at first_p … last_p, the running sums are (x relative to the
 row's largest, pairs as in :mod:`rankloss.kernels.device.pieces`)
@@ -144,19 +144,39 @@ def merge_runs(
 
 
 @triton.jit
+def bisect(keys, key, least, most, inside, steps, ABOVE: tl.constexpr):
+    """The first place from least to most whose key is above a key, or not below it."""
+    for _ in range(0, steps):
+        open_ = inside & (least < most)
+        middle = (least + most) // 2
+        value = tl.load(keys + middle, mask=open_, other=0.0)
+        after = value > key if ABOVE else value >= key
+        least = tl.where(open_ & ~after, middle + 1, least)
+        most = tl.where(open_ & after, middle, most)
+    return least
+
+
+@triton.jit
 def rank_by_merging(
-    x, top, s, low, high, keys, items, first, last, ranked, start, buckets, M, deepest,
+    x, top, s, low, high, keys, items, first, last, ranked, start, buckets, N, M, deepest,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The same as :func:`rank_by_comparing`, with a bound on its cost."""
     j = tl.arange(0, BLOCK)
     width = tl.full([], 1, tl.int32)
     steps = tl.full([], 1, tl.int32)
-    while width < deepest:  # two passes at a time, there and back; one that has nothing to merge is a copy
-        merge_runs(low, high, keys, items, ranked, last, start, buckets, M, width, steps, BLOCK)
-        merge_runs(low, high, ranked, last, keys, items, start, buckets, M, 2 * width, steps + 1, BLOCK)
-        width *= 4
-        steps += 2
+    # The runs go to and fro between keys and ranked, items and last, which are N entries apart; a pass that has
+    # nothing to merge copies.
+    side = tl.full([], 0, tl.int32)
+    while (width < deepest) | (side != 0):
+        there = N - side
+        merge_runs(
+            low, high, keys + side, items + side, keys + there, items + there, start, buckets, M, width, steps,
+            BLOCK,
+        )  # fmt: skip
+        side = there
+        width *= 2
+        steps += 1
     for c in range(0, M, BLOCK):
         inside = c + j < M
         key = tl.load(keys + c + j, mask=inside, other=0.0)
@@ -164,24 +184,12 @@ def rank_by_merging(
         q = division_of(key, low, high, buckets)
         begin = tl.load(start + q, mask=inside, other=0)
         end = tl.load(start + q + 1, mask=inside, other=0)
-        # The first item that is not below the key, and the first that is above.
-        first_least, first_most = begin, c + j
-        above_least, above_most = c + j + 1, end
-        for _ in range(0, steps):
-            open_ = inside & (first_least < first_most)
-            middle = (first_least + first_most) // 2
-            below = tl.load(keys + middle, mask=open_, other=0.0) < key
-            first_least = tl.where(open_ & below, middle + 1, first_least)
-            first_most = tl.where(open_ & ~below, middle, first_most)
-            open_ = inside & (above_least < above_most)
-            middle = (above_least + above_most) // 2
-            above = tl.load(keys + middle, mask=open_, other=0.0) > key
-            above_least = tl.where(open_ & ~above, middle + 1, above_least)
-            above_most = tl.where(open_ & above, middle, above_most)
+        begin_of_run = bisect(keys, key, begin, c + j, inside, steps, ABOVE=False)
+        tl.store(first + item, begin_of_run, mask=inside)
+        end_of_run = bisect(keys, key, c + j + 1, end, inside, steps, ABOVE=True)
+        tl.store(last + c + j, end_of_run - 1, mask=inside)
         score = (tl.load(x + item, mask=inside, other=0.0) - top) * s
         tl.store(ranked + c + j, score, mask=inside)
-        tl.store(last + c + j, above_least - 1, mask=inside)
-        tl.store(first + item, first_least, mask=inside)
 
 
 @triton.jit
@@ -227,10 +235,10 @@ def sum_downwards(
     return tl.sum(terms, 0)
 
 
-@triton.jit(do_not_specialize=["n", "first_row", "top_k"])
+@triton.jit(do_not_specialize=["n", "first_row", "anchors", "top_k"])
 def sorted_rows(
     X, Y, EQUAL, GRADIENT, CE, NLL, FLOATS, INTS, scale, ALPHA, BETA,
-    n, N, first_row, x_stride, y_stride, alpha_stride, beta_stride, top_k, buckets,
+    n, N, first_row, anchors, x_stride, y_stride, alpha_stride, beta_stride, top_k, buckets,
     BLOCK: tl.constexpr, DEEPEST: tl.constexpr, HAS_EQUAL: tl.constexpr, HAS_ALPHA: tl.constexpr,
     HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr, DISCOUNT: tl.constexpr,
 ):  # fmt: skip
@@ -242,7 +250,7 @@ def sorted_rows(
     keys = FLOATS + program.to(tl.int64) * 2 * N
     ranked = keys + N
     items = INTS + program.to(tl.int64) * (3 * N + buckets + 1)
-    first, last, start = items + N, items + 2 * N, items + 3 * N
+    last, first, start = items + N, items + 2 * N, items + 3 * N
     s = tl.load(scale).to(tl.float32)
     j = tl.arange(0, BLOCK)
     M = N if DIAGONAL else N - 1
@@ -250,8 +258,7 @@ def sorted_rows(
     while row < n:  # not a range, whose variable is a plain int in the interpreter
         x = X + row.to(tl.int64) * x_stride
         y = Y + row.to(tl.int64) * y_stride
-        gradient = GRADIENT + row.to(tl.int64) * N
-        own = first_row + row
+        own = first_row + row % anchors
         top, low, high, finite = survey(x, y, EQUAL, own, N, s, BLOCK, HAS_EQUAL)
         if finite != 0:
             deepest = fill_buckets(
@@ -264,7 +271,7 @@ def sorted_rows(
                 )
             else:
                 rank_by_merging(
-                    x, top, s, low, high, keys, items, first, last, ranked, start, buckets, M,
+                    x, top, s, low, high, keys, items, first, last, ranked, start, buckets, N, M,
                     deepest, BLOCK,
                 )  # fmt: skip
             tl.debug_barrier()
@@ -297,12 +304,12 @@ def sorted_rows(
                     slope = beta * (tl.exp(score + log_u) - mu)
                     if HAS_ALPHA:
                         slope += alpha * (tl.exp(score - total) - (c + j == own).to(tl.float32))
-                    tl.store(gradient + c + j, slope, mask=inside)
+                    tl.store(GRADIENT + row.to(tl.int64) * N + c + j, slope, mask=inside)
         else:
             tl.store(NLL + row, float("nan"))
             if HAS_ALPHA:
                 tl.store(CE + row, float("nan"))
             if HAS_GRADIENT:
-                fill_with_nan(gradient, N, BLOCK)
+                fill_with_nan(GRADIENT + row.to(tl.int64) * N, N, BLOCK)
         tl.debug_barrier()  # the next row uses the same scratch
         row += tl.num_programs(0)
