@@ -1,4 +1,4 @@
-"""Launches, bytes and live memory of the rank losses' forward and backward pass on a GPU, counted without one.
+"""Launches, bytes and live memory of the rank losses' two passes on a GPU, counted without one.
 
 The loss is called on tensors without data that say they are on CUDA, so that it takes its GPU's way. Each
 operation counts as one launch, and moves what it reads and writes: every operand once, of a gathered one as
@@ -35,11 +35,12 @@ _KINDS = {
     "product": ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot"),
     "sort": ("sort", "argsort", "topk"),
     "scan": ("cumsum", "cummax", "cummin", "cumprod", "logcumsumexp"),
-    "gather or scatter": ("gather", "scatter", "scatter_add", "index", "index_put", "index_select", "index_add"),
+    "gather or scatter": ("gather", "scatter", "scatter_add", "index", "index_put", "index_select",
+                          "index_add"),
     "reduction": ("sum", "amin", "amax", "aminmax", "all", "any", "max", "min", "mean", "norm"),
-    "fill or copy": ("zero", "fill", "zeros", "ones", "full", "full_like", "zeros_like", "ones_like", "arange",
-                     "copy", "clone", "_to_copy", "flip", "cat", "stack", "randperm", "scalar_tensor",
-                     "new_zeros", "new_ones", "new_full"),
+    "fill or copy": ("zero", "fill", "zeros", "ones", "full", "full_like", "zeros_like", "ones_like",
+                     "arange", "copy", "clone", "_to_copy", "flip", "cat", "stack", "randperm",
+                     "scalar_tensor", "new_zeros", "new_ones", "new_full"),
 }  # fmt: skip
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
 _ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -160,9 +161,8 @@ def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Sequ
     given += [(argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs]
     written = [x for a, v in given if a.alias_info and a.alias_info.is_write for x in _tensors(v)]
     read = [x for a, v in given if not (a.alias_info and a.alias_info.is_write) for x in _tensors(v)]
-    read = list(
-        {(x.untyped_storage()._cdata, x.storage_offset(), x.shape): x for x in read if _on_gpu(x)}.values()
-    )
+    by_place = {(x.untyped_storage()._cdata, x.storage_offset(), x.shape): x for x in read if _on_gpu(x)}
+    read = list(by_place.values())
     if name in ("gather", "index", "index_select"):  # of the first operand as much as comes out
         return sum(map(_footprint, read[1:])) + 2 * sum(map(_footprint, outputs))
     if name in ("scatter", "scatter_add", "index_put", "index_add"):
@@ -295,17 +295,14 @@ def table(found: dict[str, Any]) -> str:
     lines = ["| | bytes per element and list | launches | peak MiB |", "|---|---|---|---|"]
     for name in NAMES:
         entry = found[name]
-        lines.append(
-            f"| {name} | {entry['bytes_per_element']:,.0f} | {entry['launches']:,} | {entry['peak_mib']:,.0f} |"
-        )
+        counts = entry["bytes_per_element"], entry["launches"], entry["peak_mib"]
+        lines.append(f"| {name} | " + " | ".join(f"{x:,.0f}" for x in counts) + " |")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--rows", type=int, default=1024, help="anchors of one process (default: %(default)s)"
-    )
+    parser.add_argument("--rows", type=int, default=1024, help="of one process (default: %(default)s)")
     parser.add_argument("--items", type=int, default=8192, help="pairs of the batch (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=512, help="default: %(default)s")
     parser.add_argument("--bins", type=int, help="of method bin (default: the library's)")

@@ -24,8 +24,9 @@ _WARPS = 16  # per multiprocessor, whose 65,536 registers give 128 to each threa
 _SHORT_LIST = (
     2048  # items; longer lists have one program per multiprocessor, so that its scratch stays in cache
 )
-# Entries of a row taken at a time: as many as the registers hold, by Triton's own assembler.
-_BLOCK_OF_SORT, _BLOCK_OF_BIN, _BLOCK_OF_SHORT, _LEAST_BLOCK = 1024, 2048, 512, 128
+# Entries of a row taken at a time, and of them per warp: what the registers hold, by Triton's own assembler.
+_BLOCK_OF_SORT, _BLOCK_OF_SHORT_SORT, _LEAST_BLOCK_OF_SORT, _PER_WARP_OF_SORT = 1024, 512, 128, 64
+_BLOCK_OF_BIN, _BLOCK_OF_SHORT_BIN, _PER_WARP_OF_BIN = 2048, 1024, 128
 _INTERPRETED_BLOCK = 128  # small, so that short lists have several blocks in the tests as well
 
 
@@ -145,8 +146,8 @@ def evaluate_rows(
         beta: ``[]`` or ``[n]``, floating point, the weight of the NLL.
         alpha: likewise that of the cross-entropy; None leaves it out.
         first_row: the first row's own column; the next row's is the next.
-        anchors: after how many rows the own columns begin again at ``first_row``, where the block holds rows of
-            several matrices one below the other; None where it holds those of one.
+        anchors: after how many rows the own columns begin again at ``first_row``, where the block holds rows
+            of several matrices one below the other; None where it holds those of one.
         first_equal: ``[N]``, integer: y_q is read at ``first_equal[q]``, the first item equal to q, so that
             equal items are tied whatever the rounding of their cosines. None where no two are equal.
         method: ``"sort"``: the exact order of y. ``"bin"``: items in one bin are tied. All bins but the last
@@ -268,14 +269,16 @@ def choose_launch(n: int, N: int, bins: int, processors: int) -> Launch:
         >>> choose_launch(1024, 8192, 0, 132)
         Launch(programs=132, block=1024, warps=16, floats=16384, ints=32769, longs=0)
     """
-    fitting = 1 << (N - 1).bit_length()
+    short, fitting = N <= _SHORT_LIST, 1 << (N - 1).bit_length()
+    if bins:
+        block = _BLOCK_OF_SHORT_BIN if short else _BLOCK_OF_BIN
+        warps = block // _PER_WARP_OF_BIN
+    else:
+        block = max(_LEAST_BLOCK_OF_SORT, min(fitting, _BLOCK_OF_SHORT_SORT if short else _BLOCK_OF_SORT))
+        warps = block // _PER_WARP_OF_SORT
+    programs = processors * (_WARPS // warps)
     if not processors:
         block, warps, programs = min(_INTERPRETED_BLOCK, fitting), 1, 2
-    else:
-        largest = _BLOCK_OF_SHORT if N <= _SHORT_LIST else _BLOCK_OF_BIN if bins else _BLOCK_OF_SORT
-        block = min(largest, max(_LEAST_BLOCK, fitting))
-        warps = block // (128 if bins else 64)
-        programs = processors * (_WARPS // warps)
     scratch = (2 * bins, 2 * bins, bins) if bins else (2 * N, 4 * N + 1, 0)
     return Launch(min(n, programs), block, warps, *scratch)
 

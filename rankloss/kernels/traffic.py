@@ -13,9 +13,9 @@ scratch                     (25 + m)·N + 3                    10·N + 12·b
 ========================== ================================= ====================================
 
 Sort's scratch: three passes over the buckets' bounds (3·N + 3); slots by an atomic operation, then places
-(7·N); comparing and placing ((7 + m)·N); the two running sums (2·N and 4·N); the gradient (2·N). Bin's: two atomic
-operations of 4 bytes and one of 8, each a read and a write, and a load of a bin's largest score (9·N); the
-gradient (1·N); twelve passes over bins.
+(7·N); comparing and placing ((7 + m)·N); the two running sums (2·N and 4·N); the gradient (2·N). Bin's: two
+atomic operations of 4 bytes and one of 8, each a read and a write, and a load of a bin's largest score (9·N);
+the gradient (1·N); twelve passes over bins.
 
 A program works on one row at a time, so only x and y of that row and the scratch are read again. Where those
 of all programs fit into the GPU's last cache, memory sees each of x, y and the gradient once, 12 bytes per

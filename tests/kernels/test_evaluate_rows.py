@@ -204,7 +204,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"alpha": torch.ones((), dtype=torch.int64)}, "alpha must be floating point"),
     ({"first_equal": torch.zeros(4)}, "first_equal must be integer"),
     ({"first_equal": torch.zeros(3, dtype=torch.int64)}, r"first_equal must have shape \[4\]"),
-    ({"first_row": 3}, "first_row must be from 0 to 2, .*; got 3"),
+    ({"first_row": 3}, "first_row must be from 0 to 2, .* got 3"),
     ({"anchors": 3}, "anchors must divide the number of rows, 2; got 3"),
     ({"method": "merge"}, "method must be one of 'sort', 'bin'; got 'merge'"),
     ({"method": "bin", "bins": 1}, "bins must be from 2"),

@@ -165,14 +165,14 @@ def rank_by_merging(
     j = tl.arange(0, BLOCK)
     width = tl.full([], 1, tl.int32)
     steps = tl.full([], 1, tl.int32)
-    # The runs go to and fro between keys and ranked, items and last, which are N entries apart; a pass that has
-    # nothing to merge copies.
+    # The runs go to and fro between keys and ranked, items and last, which are N entries apart. The last pass
+    # may have nothing to merge; it copies.
     side = tl.full([], 0, tl.int32)
     while (width < deepest) | (side != 0):
         there = N - side
         merge_runs(
-            low, high, keys + side, items + side, keys + there, items + there, start, buckets, M, width, steps,
-            BLOCK,
+            low, high, keys + side, items + side, keys + there, items + there, start, buckets, M,
+            width, steps, BLOCK,
         )  # fmt: skip
         side = there
         width *= 2
