@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT ?= outputs/openmoji
 MINIATURE_OUTPUT ?= outputs/miniature
 BENCH_OUTPUT ?= outputs/bench
+GPU_OUTPUT ?= outputs/gpu
 OPEN_CLIP_VERSIONS ?= 3.0.0 3.3.0
 
-.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main lint typecheck bench clean
+.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main test-gpu lint typecheck bench bench-gpu clean
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +61,10 @@ test-open_clip-%:
 test-main: $(VENV)/.dev
 	RANKLOSS_OPEN_CLIP_CHECKOUT=$(CHECKOUT) $(BIN)/python -m pytest tests/rankloss_open_clip/test_main_branch.py $(PYTEST_ARGS)
 
+## The core's tests on a CUDA card, the kernels compiled instead of interpreted; the environment needs a CUDA build of torch.
+test-gpu: $(VENV)/.dev
+	RANKLOSS_TEST_DEVICE=cuda $(BIN)/python -m pytest -m 'not slow' tests/kernels tests/test_plackett_luce.py tests/test_consistency.py tests/test_losses.py tests/test_cyclip.py tests/test_alip.py tests/test_bins.py tests/test_ties.py $(PYTEST_ARGS)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,6 +80,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/scaling.py --output $(BENCH_OUTPUT) $(SCALING_ARGS)
 	$(BIN)/python benchmarks/bin_error.py --output $(BENCH_OUTPUT)
 	$(BIN)/python benchmarks/distributed.py --output $(BENCH_OUTPUT) $(DISTRIBUTED_ARGS)
+
+## The losses on one CUDA card: agreement, waits, precision, time and memory, in outputs/gpu (under nine minutes; repeat
+## the command to resume). GPU_ARGS='--write docs/gpu.md' fills the tables into the document.
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu.py --output $(GPU_OUTPUT) $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-open_clip-* build dist

@@ -161,7 +161,10 @@ def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Sequ
     given += [(argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs]
     written = [x for a, v in given if a.alias_info and a.alias_info.is_write for x in _tensors(v)]
     read = [x for a, v in given if not (a.alias_info and a.alias_info.is_write) for x in _tensors(v)]
-    by_place = {(x.untyped_storage()._cdata, x.storage_offset(), x.shape): x for x in read if _on_gpu(x)}
+    by_place: dict[tuple[int, int], Tensor] = {}
+    for x in filter(_on_gpu, read):  # two views of the same entries are one operand, the larger
+        place = (x.untyped_storage()._cdata, x.storage_offset())
+        by_place[place] = max(x, by_place.get(place, x), key=_footprint)
     read = list(by_place.values())
     if name in ("gather", "index", "index_select"):  # of the first operand as much as comes out
         return sum(map(_footprint, read[1:])) + 2 * sum(map(_footprint, outputs))
@@ -243,9 +246,10 @@ class _Pass(torch.autograd.Function):
             assert cross_entropy is not None
             assert slopes is not None
             total += (nll + alpha * cross_entropy).sum()
-            by_anchors.append(slopes @ items[k])
-            by_items.append(slopes.T @ anchors[k])
-            by_scale += (by_anchors[k] * anchors[k]).sum()
+            by_anchor = slopes @ items[k]
+            by_scale += (by_anchor * anchors[k]).sum()
+            by_anchors.append(by_anchor * s)
+            by_items.append(slopes.T @ (anchors[k] * s))
         gradients = [by_anchors[0][:n] + by_anchors[1][n:], by_anchors[0][n:] + by_anchors[1][:n]]
         ctx.save_for_backward(*gradients, by_items[1], by_items[0], by_scale)
         return total
