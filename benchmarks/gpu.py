@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -291,10 +292,9 @@ def kernel_times(bench: Bench) -> dict[str, Any]:
             ("bin", 9 if bench.dry else 2048),
         ):
             moved = kernels.traffic(n, items, bins=bins)
-
-            def run(x: Tensor = x, y: Tensor = y, method: Any = method, bins: int = bins) -> None:
-                kernels.evaluate_rows(x, y, SCALE * one, one, alpha=one, method=method, bins=bins or 2)
-
+            run = functools.partial(
+                kernels.evaluate_rows, x, y, SCALE * one, one, alpha=one, method=method, bins=bins or 2
+            )
             taken = bench.timed(run, most=1.0)
             seconds = taken["milliseconds"] / 1e3
             found[f"{method} {bins or ''}, {n} × {items}"] = {
@@ -522,15 +522,14 @@ def start_section(name: str, seconds: float, args: argparse.Namespace) -> bool:
 
 def run_section(name: str, device: torch.device, args: argparse.Namespace) -> int:
     bench = Bench(device, args.dry_run, time.monotonic() + args.limit)
+    partial = args.output / f"{name}.json.partial"
     try:
-        found = SECTIONS[name][0](bench)
+        partial.write_text(json.dumps(SECTIONS[name][0](bench), indent=2) + "\n")
     except Exception:
         (args.output / f"{name}.error.txt").write_text(traceback.format_exc())
         traceback.print_exc()
         return 1
     (args.output / f"{name}.error.txt").unlink(missing_ok=True)
-    partial = args.output / f"{name}.json.partial"
-    partial.write_text(json.dumps(found, indent=2) + "\n")
     partial.rename(args.output / f"{name}.json")
     return 0
 

@@ -1,4 +1,4 @@
-"""``benchmarks/gpu.py`` without a GPU: that every section runs, that a run resumes, that a failure stays alone."""
+"""``benchmarks/gpu.py`` without a GPU: every section runs, a run resumes, a failure stays alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ def test_a_section_that_is_done_is_not_run_again(tmp_path: Path) -> None:
     assert "precision: done before" in run(tmp_path, "--only", "precision")
     assert (tmp_path / "precision.json").read_text() == measured
     errors = json.loads(measured)
-    # No bin holds two of eight items' places wrongly enough to matter here; the exact order is float32's.
     assert all(error < 1e-4 for name, error in errors.items() if "sort" in name)
     report = (tmp_path / "report.md").read_text()
     assert "dry_run True" in report
