@@ -1,4 +1,7 @@
-"""The device that the tests of the core run on: ``RANKLOSS_TEST_DEVICE``, the CPU by default."""
+"""The device of the features that the core's tests draw: ``RANKLOSS_TEST_DEVICE``, the CPU by default.
+
+What a test compares with (NumPy, float64 oracles) stays on the CPU; so do features that a test writes out.
+"""
 
 from __future__ import annotations
 
