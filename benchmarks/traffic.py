@@ -27,8 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import rankloss
 from rankloss import kernels
 
-CACHE = 50 * 2**20  # an H100's, and its multiprocessors
-PROCESSORS = 132
+CACHE, PROCESSORS = 50 * 2**20, 132  # an H100's
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
 
 _KINDS = {
@@ -118,7 +117,7 @@ class Count(TorchDispatchMode):
         n, items = given["cosines"].shape
         index = given["first_equal"]
         moved = kernels.traffic(
-            n, items, bins=given["bins"], processors=PROCESSORS,
+            n, items, bins=given["bins"], processors=PROCESSORS, cache=CACHE,
             index_bytes=0 if index is None else index.element_size(),
         )  # fmt: skip
         self._track(out)

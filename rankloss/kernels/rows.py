@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 import os
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["LARGEST_LIST", "Launch", "RankedLists", "choose_launch", "evaluate_rows", "why_not"]
+__all__ = ["CACHE", "LARGEST_LIST", "Launch", "RankedLists", "choose_launch", "evaluate_rows", "why_not"]
 
 LARGEST_LIST = 2**17
 """The most items of a list, and the most bins: sums of integers in the kernels are made for no more."""
+
+CACHE = 50 * 2**20
+"""Bytes of the last cache where a GPU's own is not known: an H100's."""
 
 _DEEPEST = 64  # bucket mates that an item is compared with before its bucket is sorted by merging instead
 _WARPS = 16  # per multiprocessor, whose 65,536 registers give 128 to each thread then
@@ -260,10 +264,12 @@ class Launch(NamedTuple):
         return self.programs * (4 * self.floats + 4 * self.ints + 8 * self.longs)
 
 
-def choose_launch(n: int, N: int, bins: int, processors: int) -> Launch:
+def choose_launch(n: int, N: int, bins: int, processors: int, cache: int = CACHE) -> Launch:
     """The launch for n rows of N items.
 
-    ``bins`` is 0 for the exact order; ``processors`` is the GPU's multiprocessors, 0 for the interpreter.
+    ``bins`` is 0 for the exact order; ``processors`` is the GPU's multiprocessors, 0 for the interpreter;
+    ``cache`` the bytes of its last cache. Up to half of the multiprocessors stay without a program where what
+    the others read again then fits into the cache, since memory would otherwise see all of it.
 
     Example:
         >>> choose_launch(1024, 8192, 0, 132)
@@ -280,14 +286,18 @@ def choose_launch(n: int, N: int, bins: int, processors: int) -> Launch:
     if not processors:
         block, warps, programs = min(_INTERPRETED_BLOCK, fitting), 1, 2
     scratch = (2 * bins, 2 * bins, bins) if bins else (2 * N, 4 * N + 1, 0)
+    fitting_programs = cache // (8 * N + sum(map(operator.mul, scratch, (4, 4, 8))))
+    if max(1, processors // 2) <= fitting_programs < programs:
+        programs = fitting_programs
     return Launch(min(n, programs), block, warps, *scratch)
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def _processors_and_cache(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
-        return 0
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return 0, CACHE
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, getattr(properties, "L2_cache_size", CACHE)
 
 
 @torch.library.custom_op(
@@ -316,7 +326,7 @@ def _evaluate_rows(
     cross_entropy, nll, slopes = _outputs(cosines, alpha, gradient)
     if n == 0:
         return cross_entropy, nll, slopes
-    launch = choose_launch(n, N, bins, _processors(cosines.device))
+    launch = choose_launch(n, N, bins, *_processors_and_cache(cosines.device))
     scratch = [
         cosines.new_empty(launch.programs * size, dtype=dtype)
         for size, dtype in (

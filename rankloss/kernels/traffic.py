@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from rankloss.kernels.rows import choose_launch
+from rankloss.kernels.rows import CACHE, choose_launch
 
 __all__ = ["Traffic", "traffic"]
 
@@ -64,7 +64,14 @@ class Traffic(NamedTuple):
 
 
 def traffic(
-    n: int, N: int, *, bins: int = 0, processors: int = 132, index_bytes: int = 0, mates: float = 3.0
+    n: int,
+    N: int,
+    *,
+    bins: int = 0,
+    processors: int = 132,
+    cache: int = CACHE,
+    index_bytes: int = 0,
+    mates: float = 3.0,
 ) -> Traffic:
     """Count a launch for n rows of N items that writes a gradient.
 
@@ -73,6 +80,7 @@ def traffic(
         N: items of a list.
         bins: number of bins; 0 for the exact order.
         processors: multiprocessors of the GPU; 0 for the interpreter.
+        cache: bytes of its last cache.
         index_bytes: of an entry of ``first_equal``; 0 without one.
         mates: depth of an item's bucket, averaged over the items.
 
@@ -81,7 +89,7 @@ def traffic(
         >>> moved.once / (1024 * 8192), moved.from_memory(cache=50 * 2**20) == moved.once
         (12.0, True)
     """
-    launch = choose_launch(n, N, bins, processors)
+    launch = choose_launch(n, N, bins, processors, cache)
     passes = 4 if bins else 3
     scratch = 10 * N + 12 * bins if bins else 25 * N + round(mates * N) + 3
     return Traffic(
