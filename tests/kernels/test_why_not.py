@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rankloss.kernels import rows, why_not
 
@@ -50,6 +52,16 @@ def test_what_is_not_served_is_named(case: dict[str, Any], reason: str) -> None:
     found = ask(**case)
     assert found is not None
     assert reason in found
+
+
+@given(n=st.integers(1, 5000), N=st.integers(2, 131_072), bins=st.sampled_from([0, 2, 600, 2048, 131_072]))
+def test_a_launch_has_a_program_and_no_more_than_rows(n: int, N: int, bins: int) -> None:
+    for processors, cache in ((0, rows.CACHE), (1, 1), (20, 2**20), (132, rows.CACHE)):
+        launch = rows.choose_launch(n, N, bins, processors, cache)
+        assert 1 <= launch.programs <= n
+        assert launch.programs >= min(n, processors // 2)
+        assert launch.block & (launch.block - 1) == 0
+        assert 32 * launch.warps <= max(32, launch.block)
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
