@@ -6,11 +6,13 @@ DEMO_OUTPUT ?= outputs/openmoji
 MINIATURE_OUTPUT ?= outputs/miniature
 BENCH_OUTPUT ?= outputs/bench
 FUZZ_MINUTES ?= 10
+GPU_OUTPUT ?= outputs/gpu
 OPEN_CLIP_VERSIONS ?= 3.0.0 3.3.0
 # The lower bounds of pyproject.toml's dependencies, which a test compares with these.
 LOWEST := torch==2.6.0 numpy==1.24.0
 
-.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main fuzz lint typecheck bench clean
+.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main test-gpu fuzz lint typecheck bench \
+	bench-gpu clean
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
@@ -75,6 +77,11 @@ test-main: $(VENV)/.dev
 fuzz: $(VENV)/.dev
 	$(BIN)/python tests/fuzz.py --minutes $(FUZZ_MINUTES) $(FUZZ_ARGS)
 
+## The core's tests on a CUDA card, the kernels compiled instead of interpreted; needs a CUDA build of torch.
+GPU_TESTS := tests/kernels tests/test_functional.py tests/test_losses.py tests/test_cyclip.py tests/test_alip.py
+test-gpu: $(VENV)/.dev
+	RANKLOSS_TEST_DEVICE=cuda $(BIN)/python -m pytest -m 'not slow' $(GPU_TESTS) $(PYTEST_ARGS)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -90,6 +97,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/scaling.py --output $(BENCH_OUTPUT) $(SCALING_ARGS)
 	$(BIN)/python benchmarks/bin_error.py --output $(BENCH_OUTPUT)
 	$(BIN)/python benchmarks/distributed.py --output $(BENCH_OUTPUT) $(DISTRIBUTED_ARGS)
+
+## The losses on one CUDA card: agreement, waits, precision, time and memory, in outputs/gpu (under nine minutes; repeat
+## the command to resume). GPU_ARGS='--write docs/gpu.md' fills the tables into the document.
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu.py --output $(GPU_OUTPUT) $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-* build dist

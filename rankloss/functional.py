@@ -185,13 +185,7 @@ def _term(
     logit_scale: Tensor | float,
     options: dict[str, Any],
 ) -> Tensor:
-    checked, batch = _options(**options), Batch.of(image_features, text_features, logit_scale)
+    checked, batch = RankOptions(**options), Batch.of(image_features, text_features, logit_scale)
     weights = torch.ones(3, dtype=torch.float64, device=batch.image.device)
     wanted = {name: name == term for name in get_args(Term)}
     return weighted_terms(batch, checked, weights, **wanted)[1 + get_args(Term).index(term)]
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _options(**options: Any) -> RankOptions:
-    """The options, checked while a graph is traced and a constant of it."""
-    return RankOptions(**options)

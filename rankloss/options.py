@@ -6,19 +6,20 @@ which checks them; command lines and other trainers' argument classes are genera
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
 import inspect
-import json
 import operator
 import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
 __all__ = [
+    "OPTION_NAMES",
     "Discount",
     "FixedReference",
     "ListsOption",
@@ -133,8 +134,6 @@ class RankOptions:
                 "diagonal=False makes lists of other items for every anchor, which ties='random' "
                 "does not shuffle; it needs ties='shared'"
             )
-        if not torch.compiler.is_compiling():
-            _ = self.encoded  # cached now: the lock of a cached_property would stop a compiler later
 
     def __repr__(self) -> str:
         return f"RankOptions({', '.join(f'{name}={value!r}' for name, value in self.changed.items())})"
@@ -144,16 +143,19 @@ class RankOptions:
         """The options that are not at their defaults."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
-    @functools.cached_property
+    @property
     def encoded(self) -> str:
-        """All options as JSON: what an operator of a compiled graph can be given."""
-        return json.dumps(asdict(self))
+        """All options as text: what an operator of a compiled graph can be given.
+
+        Not JSON, whose encoder a compiler cannot trace.
+        """
+        return ", ".join([f"{name!r}: {getattr(self, name)!r}" for name in OPTION_NAMES])
 
     @staticmethod
     @functools.lru_cache
     def decode(encoded: str) -> RankOptions:
         """The options that ``encoded`` is made of."""
-        return RankOptions(**json.loads(encoded))
+        return RankOptions(**ast.literal_eval("{" + encoded + "}"))
 
     @property
     def weighs_ranks(self) -> bool:
@@ -179,6 +181,9 @@ class RankOptions:
         return choose_plan(
             anchors, items, device, dtype, chunk_size=self.chunk_size, memory_budget=self.memory_budget
         )
+
+
+OPTION_NAMES = tuple(option.name for option in fields(RankOptions))
 
 
 class RankOptionsDict(TypedDict, total=False):

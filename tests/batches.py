@@ -12,6 +12,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from devices import DEVICE
+
 VECTORS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "data/vectors.json").read_text())[
     "cases"
 ]
@@ -28,7 +30,7 @@ class Batch:
     def leaves(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
         """Image, text and scale as tensors that take a gradient."""
         tensors = (self.image, self.text, torch.tensor(self.scale, dtype=torch.float64))
-        return tuple(x.detach().to(dtype).requires_grad_() for x in tensors)  # type: ignore[return-value]
+        return tuple(x.detach().to(DEVICE, dtype).requires_grad_() for x in tensors)  # type: ignore[return-value]
 
 
 def unit_rows(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
@@ -84,13 +86,11 @@ def vector_batch(case: dict[str, Any]) -> Batch:
 
 def relative_error(actual: Any, expected: Any) -> float:
     """‖actual − expected‖ / ‖expected‖, in float64."""
-    a, b = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (actual, expected))
+    a, b = (torch.as_tensor(x, dtype=torch.float64, device="cpu").detach() for x in (actual, expected))
     assert a.shape == b.shape, (a.shape, b.shape)
     return float((a - b).norm() / b.norm().clamp_min(1e-300))
 
 
 def gradients(value: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor | float) -> list[Tensor]:
     """Gradients by all inputs under a given upstream gradient; an input that gets none is a failure."""
-    return list(
-        torch.autograd.grad(value, inputs, torch.as_tensor(upstream, dtype=value.dtype).expand_as(value))
-    )
+    return list(torch.autograd.grad(value, inputs, torch.as_tensor(upstream).to(value).expand_as(value)))

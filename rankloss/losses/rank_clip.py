@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from rankloss import schedules
 from rankloss.distributed import Gathered, GatherOption
 from rankloss.losses.composition import Base, base_entries, check_base, combined, shares_gathering
-from rankloss.losses.rank_consistency import OPTION_NAMES, RankConsistency
+from rankloss.losses.rank_consistency import RankConsistency
 from rankloss.losses.weights import TermWeights, as_number, check_weight, is_capturing
-from rankloss.options import check_count, check_names
+from rankloss.options import OPTION_NAMES, check_count, check_names
 from rankloss.schedules import Schedule
 
 if TYPE_CHECKING:

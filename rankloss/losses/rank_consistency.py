@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import fields
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -14,7 +13,7 @@ from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.functional import weighted_terms
 from rankloss.losses.gathering import GatheringLoss
 from rankloss.losses.weights import TermWeights, check_weight
-from rankloss.options import Plan, RankOptions, check_names
+from rankloss.options import OPTION_NAMES, Plan, RankOptions, check_names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["RankConsistency"]
 
 _log = logging.getLogger(__name__)
-
-OPTION_NAMES = tuple(option.name for option in fields(RankOptions))
 
 
 class RankConsistency(GatheringLoss):

@@ -111,6 +111,7 @@ def is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream is being captured into a CUDA graph."""
     return (
         device.type == "cuda"
+        and torch.backends.cuda.is_built()  # fake tensors are on a device that is not there
         and not torch.compiler.is_compiling()
         and torch.cuda.is_current_stream_capturing()
     )

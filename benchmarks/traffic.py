@@ -1,0 +1,325 @@
+"""Launches, bytes and live memory of the rank losses' two passes on a GPU, counted without one.
+
+The loss is called on tensors without data that say they are on CUDA, so that it takes its GPU's way. Each
+operation counts as one launch, and moves what it reads and writes: every operand once, of a gathered one as
+much as comes out. A kernel of ours moves what :mod:`rankloss.kernels.traffic` counts. Nothing here is a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+import rankloss
+from rankloss import kernels
+
+CACHE, PROCESSORS = 50 * 2**20, 132  # an H100's
+_CUDA, _META = torch.device("cuda", 0), torch.device("meta")
+
+_KINDS = {
+    "product": ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot"),
+    "sort": ("sort", "argsort", "topk"),
+    "scan": ("cumsum", "cummax", "cummin", "cumprod", "logcumsumexp"),
+    "gather or scatter": ("gather", "scatter", "scatter_add", "index", "index_put", "index_select",
+                          "index_add"),
+    "reduction": ("sum", "amin", "amax", "aminmax", "all", "any", "max", "min", "mean", "norm"),
+    "fill or copy": ("zero", "fill", "zeros", "ones", "full", "full_like", "zeros_like", "ones_like",
+                     "arange", "copy", "clone", "_to_copy", "flip", "cat", "stack", "randperm",
+                     "scalar_tensor", "new_zeros", "new_ones", "new_full"),
+}  # fmt: skip
+_KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
+_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+
+class AsCuda(TorchFunctionMode):
+    """Tensors on the meta device say that they are on CUDA, and what asks for CUDA gets the meta device."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func == Tensor.device.__get__:  # type: ignore[attr-defined]
+            device = func(*args)
+            return _CUDA if device.type == "meta" else device
+        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return args[0].device.type in ("meta", "cuda")
+        args, kwargs = tree_map(_to_meta, (tuple(args), dict(kwargs or {})))
+        if isinstance(kwargs.get("device"), str):
+            kwargs["device"] = _to_meta(torch.device(kwargs["device"]))
+        return func(*args, **kwargs)
+
+
+def _to_meta(x: Any) -> Any:
+    return _META if isinstance(x, torch.device) and x.type == "cuda" else x
+
+
+class Count(TorchDispatchMode):
+    """Counts what reaches the GPU; operators of rankloss are counted by the operations inside them."""
+
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.host_copies: Counter[str] = Counter()
+        self._live: dict[int, StorageWeakRef] = {}
+        self._sizes: dict[int, int] = {}
+        self._track(inputs)
+        self._before = self.peak = sum(self._sizes.values())
+
+    @property
+    def added_peak(self) -> int:
+        """The most bytes that were live at once, beyond the inputs."""
+        return self.peak - self._before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if func.namespace == "rankloss" and name != "evaluate_rows":
+            with torch._C._EnableTorchFunction(), AsCuda(), self:  # off while an operator is dispatched
+                return OPDEFS[f"rankloss::{name}"]._init_fn(*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # counted by what it is made of
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func.namespace == "rankloss":
+            self._add_kernel(func, args, kwargs, out)
+            return out
+        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        self._track(x for x in outputs if _on_gpu(x))
+        on_host = [x for x in (*inputs, *outputs) if not _on_gpu(x)]
+        if any(map(_on_gpu, (*inputs, *outputs))) and not (func.is_view or name in _ALLOCATIONS):
+            base = name.rstrip("_")
+            if base in ("_to_copy", "copy") and on_host:
+                self.host_copies[str(func)] += 1
+            self._add(_KIND_OF.get(base, "elementwise"), _moved(func, args, kwargs, outputs))
+        return out
+
+    def _add(self, kind: str, moved: int) -> None:
+        self.launches[kind] += 1
+        self.bytes[kind] += moved
+
+    def _add_kernel(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        names = [argument.name for argument in func._schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        n, items = given["cosines"].shape
+        index = given["first_equal"]
+        moved = kernels.traffic(
+            n, items, bins=given["bins"], processors=PROCESSORS, cache=CACHE,
+            index_bytes=0 if index is None else index.element_size(),
+        )  # fmt: skip
+        self._track(out)
+        self.peak = max(self.peak, sum(self._sizes.values()) + moved.allocated)
+        self._add("kernel", moved.from_memory(CACHE))
+
+    def _track(self, tensors: Iterable[Tensor]) -> None:
+        for key in [key for key, storage in self._live.items() if storage.expired()]:
+            del self._live[key], self._sizes[key]
+        for x in tensors:
+            storage = x.untyped_storage()
+            if storage._cdata not in self._live:
+                self._live[storage._cdata] = StorageWeakRef(storage)
+                self._sizes[storage._cdata] = storage.nbytes()
+        if hasattr(self, "peak"):
+            self.peak = max(self.peak, sum(self._sizes.values()))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_flatten(tree)[0] if isinstance(x, Tensor)]
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type != "cpu"
+
+
+def _footprint(x: Tensor) -> int:
+    """Bytes of the entries of a tensor, each of them once where it is expanded."""
+    entries = 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        entries *= size if stride else min(size, 1)
+    return entries * x.element_size()
+
+
+def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Sequence[Tensor]) -> int:
+    """Bytes that an operation reads and writes."""
+    name = func.overloadpacket.__name__.rstrip("_")
+    arguments = func._schema.arguments
+    given = [(arguments[k], value) for k, value in enumerate(args)]
+    given += [(argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs]
+    written = [x for a, v in given if a.alias_info and a.alias_info.is_write for x in _tensors(v)]
+    read = [x for a, v in given if not (a.alias_info and a.alias_info.is_write) for x in _tensors(v)]
+    by_place: dict[tuple[int, int], Tensor] = {}
+    for x in filter(_on_gpu, read):  # two views of the same entries are one operand, the larger
+        place = (x.untyped_storage()._cdata, x.storage_offset())
+        by_place[place] = max(x, by_place.get(place, x), key=_footprint)
+    read = list(by_place.values())
+    if name in ("gather", "index", "index_select"):  # of the first operand as much as comes out
+        return sum(map(_footprint, read[1:])) + 2 * sum(map(_footprint, outputs))
+    if name in ("scatter", "scatter_add", "index_put", "index_add"):
+        sources = sum(map(_footprint, read if written else read[1:]))
+        index = next(x for x in read if not x.is_floating_point())
+        touched = index.numel() * outputs[0].element_size() * (2 if name.endswith("add") else 1)
+        return sources + touched + (0 if written else 2 * _footprint(outputs[0]))
+    writes = sum(map(_footprint, written or outputs))
+    # mul_ reads what it writes; copy_, fill_ and an out= do not.
+    in_place = bool(written) and name not in ("copy", "fill", "zero") and "out" not in kwargs
+    return sum(map(_footprint, read)) + writes * (2 if in_place else 1)
+
+
+def count(call: Callable[..., Tensor], inputs: Sequence[Tensor], rows: int, items: int) -> dict[str, Any]:
+    """What one forward and backward pass costs, per element of its four lists where it is bytes."""
+    with Count(inputs) as counter, AsCuda():
+        call(*inputs).backward()
+    elements = 4 * rows * items
+    return {
+        "bytes_per_element": round(sum(counter.bytes.values()) / elements, 1),
+        "launches": sum(counter.launches.values()),
+        "peak_mib": round(counter.added_peak / 2**20, 1),
+        "bytes_by_kind": {kind: round(b / elements, 1) for kind, b in counter.bytes.most_common()},
+        "launches_by_kind": dict(counter.launches.most_common()),
+        "copies_from_or_to_host": sum(counter.host_copies.values()),
+    }
+
+
+def features(rows: int, items: int, dim: int) -> list[Tensor]:
+    """Local features, those of all processes (the same where there is one), the scale."""
+    local = [torch.empty(rows, dim, device="meta", requires_grad=True) for _ in range(2)]
+    everywhere = local
+    if rows < items:
+        everywhere = [torch.empty(items, dim, device="meta", requires_grad=True) for _ in range(2)]
+    return [*local, *everywhere, torch.empty((), device="meta", requires_grad=True)]
+
+
+def with_library(rows: int, items: int, **options: Any) -> Callable[..., Tensor]:
+    """RankClipLoss of some of the rows of a batch, as a process of several computes it."""
+    if rows < items:
+        where = {"local_loss": True, "gather_with_grad": True, "rank": 0, "world_size": items // rows}
+        if "gather" in inspect.signature(rankloss.RankClipLoss).parameters:
+            options["gather"] = rankloss.Gather(**where)  # type: ignore[attr-defined]
+        else:
+            options.update(where)
+    loss = rankloss.RankClipLoss(schedule="constant", **options)
+    return lambda v, t, everyone_v, everyone_t, s: loss(v, t, s, gathered=(everyone_v, everyone_t))
+
+
+class _Pass(torch.autograd.Function):
+    """The four lists with the kernel, for as long as no loss calls it.
+
+    The matrices with the same items stand one below the other, A = [V; T]·Tᵀ over B = [T; V]·Vᵀ: S above X,
+    R above I. Then the rows of A are ranked by those of B and the other way round, two launches do for the
+    four lists, and the features of all items are read once for two of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, t: Tensor, all_v: Tensor, all_t: Tensor, s: Tensor, bins: int) -> Tensor:
+        n, method = len(v), {"method": "bin", "bins": bins} if bins else {}
+        beta = s.new_ones(2 * n)
+        alpha = torch.cat([s.new_ones(n), s.new_zeros(n)])  # X and I carry no cross-entropy
+        anchors = torch.cat([v, t]), torch.cat([t, v])
+        items = all_t, all_v
+        cosines = [q @ k.T for q, k in zip(anchors, items, strict=True)]
+        total, by_scale = torch.zeros_like(s), torch.zeros_like(s)
+        by_anchors, by_items = [], []
+        for k in (0, 1):
+            cross_entropy, nll, slopes = kernels.evaluate_rows(
+                cosines[k],
+                cosines[1 - k],
+                s,
+                beta,
+                alpha=alpha,
+                anchors=n,
+                **method,  # type: ignore[arg-type]
+            )
+            assert cross_entropy is not None
+            assert slopes is not None
+            total += (nll + alpha * cross_entropy).sum()
+            by_anchor = slopes @ items[k]
+            by_scale += (by_anchor * anchors[k]).sum()
+            by_anchors.append(by_anchor * s)
+            by_items.append(slopes.T @ (anchors[k] * s))
+        gradients = [by_anchors[0][:n] + by_anchors[1][n:], by_anchors[0][n:] + by_anchors[1][:n]]
+        ctx.save_for_backward(*gradients, by_items[1], by_items[0], by_scale)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+        return (*(g * upstream for g in ctx.saved_tensors), None)
+
+
+def measure(rows: int, items: int, dim: int, bins: int | None = None) -> dict[str, Any]:
+    """Counts of every implementation, by its name."""
+    found: dict[str, Any] = {"rows": rows, "items": items, "dim": dim}
+    options = {} if bins is None else {"bins": bins}
+    has_kernels = "kernel" in _option_names()
+    for method in ("sort", "bin"):
+        torch_only = {"kernel": "torch"} if has_kernels else {}
+        call = with_library(rows, items, method=method, **torch_only, **options)
+        found[f"torch-{method}"] = count(call, features(rows, items, dim), rows, items)
+    for method in ("sort", "bin"):
+        if has_kernels:
+            call = with_library(rows, items, method=method, kernel="triton", **options)
+        else:
+            call = _with_script(bins or 2048 if method == "bin" else 0)
+        found[f"triton-{method}"] = count(call, features(rows, items, dim), rows, items)
+        found[f"triton-{method}"]["called_by"] = "rankloss" if has_kernels else "this script"
+    return found
+
+
+def _with_script(bins: int) -> Callable[..., Tensor]:
+    def call(v: Tensor, t: Tensor, all_v: Tensor, all_t: Tensor, s: Tensor) -> Tensor:
+        loss: Tensor = _Pass.apply(v, t, all_v, all_t, s, bins)
+        return loss
+
+    return call
+
+
+def _option_names() -> set[str]:
+    options = getattr(rankloss, "RankOptions", None)
+    return set(inspect.signature(options).parameters) if options is not None else set()
+
+
+NAMES = ("torch-sort", "torch-bin", "triton-sort", "triton-bin")
+
+
+def table(found: dict[str, Any]) -> str:
+    """The counts as Markdown."""
+    lines = ["| | bytes per element and list | launches | peak MiB |", "|---|---|---|---|"]
+    for name in NAMES:
+        entry = found[name]
+        counts = entry["bytes_per_element"], entry["launches"], entry["peak_mib"]
+        lines.append(f"| {name} | " + " | ".join(f"{x:,.0f}" for x in counts) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1024, help="of one process (default: %(default)s)")
+    parser.add_argument("--items", type=int, default=8192, help="pairs of the batch (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--bins", type=int, help="of method bin (default: the library's)")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON there, or print it")
+    args = parser.parse_args(argv)
+    if args.rows < 1 or args.items < 2 or args.items % args.rows:
+        parser.error(f"--items must be a multiple of --rows; got {args.items} and {args.rows}")
+    found = measure(args.rows, args.items, args.dim, args.bins)
+    text = json.dumps(found, indent=2)
+    if args.json and args.json != "-":
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    print(text if args.json == "-" else table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

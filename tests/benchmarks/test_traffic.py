@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+# Bytes per element and list, launches, peak MiB: what was counted last. They may fall, and are lowered then.
+LIMITS = {
+    (1024, 1024): {
+        "torch-sort": (543, 400, 93),
+        "torch-bin": (676, 384, 121),
+        "triton-sort": (64, 44, 57),
+        "triton-bin": (64, 44, 63),
+    },
+    (1024, 8192): {
+        "torch-sort": (522, 404, 741),
+        "torch-bin": (361, 388, 453),
+        "triton-sort": (33, 44, 314),
+        "triton-bin": (33, 44, 295),
+    },
+    (4096, 4096): {
+        "torch-sort": (499, 400, 1425),
+        "torch-bin": (380, 384, 977),
+        "triton-sort": (35, 44, 598),
+        "triton-bin": (35, 44, 591),
+    },
+}
+
+
+@pytest.mark.parametrize("size", LIMITS, ids=str)
+def test_counts_do_not_grow(size: tuple[int, int], tmp_path: Path) -> None:
+    rows, items = size
+    output = tmp_path / "counts.json"
+    command = [sys.executable, "-W", "error", BENCHMARKS / "traffic.py", "--json", output]
+    done = subprocess.run(
+        [*command, "--rows", str(rows), "--items", str(items)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert (found["rows"], found["items"]) == size
+    for name, (bytes_per_element, launches, peak_mib) in LIMITS[size].items():
+        counted = found[name]
+        assert 12 < counted["bytes_per_element"] <= bytes_per_element, name
+        assert 0 < counted["launches"] <= launches, name
+        assert 0 < counted["peak_mib"] <= peak_mib, name
+        assert sum(counted["launches_by_kind"].values()) == counted["launches"]
+        assert counted["launches_by_kind"].get("kernel", 0) == (2 if name.startswith("triton") else 0)
+
+
+def test_operations_move_what_they_read_and_write() -> None:
+    """Against sums made by hand, on matrices of 6 × 4."""
+    code = """
+import json, torch, traffic
+from traffic import AsCuda, Count
+x = torch.empty(6, 4, device="meta")
+i = torch.empty(6, 4, device="meta", dtype=torch.int64)
+out = torch.empty(6, 4, device="meta")
+calls = {
+    "add": lambda: x + x,
+    "add row": lambda: x + x[:1],
+    "mul in place": lambda: x.mul_(2),
+    "mul expanded": lambda: x * x[:, :1].expand(6, 4),
+    "out": lambda: torch.mul(x, x, out=out),
+    "copy": lambda: out.copy_(x),
+    "view": lambda: x[1:].T,
+    "gather": lambda: x.gather(1, i),
+    "scatter add": lambda: out.scatter_add_(1, i, x),
+    "mm": lambda: x @ x.T,
+    "addmm": lambda: out.addmm_(torch.empty(6, 3, device="meta"), torch.empty(3, 4, device="meta")),
+    "double": lambda: x.double(),
+    "from host": lambda: torch.ones(6, 4).to(x.device),
+}
+found = {}
+for name, call in calls.items():
+    with Count([x, i, out]) as count, AsCuda():
+        call()
+    found[name] = [sum(count.launches.values()), sum(count.bytes.values()), sum(count.host_copies.values())]
+with Count([x]) as count, AsCuda():
+    y = x + 1
+    del y
+    y = x.double()
+found["peak"] = count.added_peak
+with AsCuda():
+    found["device"] = [str(x.device), x.is_cuda, torch.empty(2, device="cuda").device.type]
+print(json.dumps(found))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=BENCHMARKS, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    f4 = 6 * 4 * 4  # a matrix of float32
+    assert json.loads(done.stdout) == {
+        "add": [1, 2 * f4, 0],
+        "add row": [1, 2 * f4, 0],
+        "mul in place": [1, 2 * f4, 0],
+        "mul expanded": [1, 2 * f4, 0],
+        "out": [1, 2 * f4, 0],
+        "copy": [1, 2 * f4, 0],
+        "view": [0, 0, 0],
+        "gather": [1, 2 * f4 + 2 * f4, 0],
+        "scatter add": [1, 2 * f4 + f4 + 2 * f4, 0],
+        "mm": [1, f4 + 6 * 6 * 4, 0],
+        "addmm": [1, 2 * f4 + 6 * 3 * 4 + 3 * 4 * 4, 0],
+        "double": [1, f4 + 2 * f4, 0],
+        "from host": [1, f4, 1],
+        "peak": 2 * f4,
+        "device": ["cuda:0", True, "cuda"],
+    }

@@ -1,0 +1,78 @@
+"""Compiles both kernels for a GPU that need not be there, by Triton's own assembler; prints JSON.
+
+Run as a script, since a process whose Triton interprets cannot compile.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rankloss.kernels.device.binned_rows import binned_rows
+from rankloss.kernels.device.sorted_rows import sorted_rows
+from rankloss.kernels.rows import choose_launch
+
+POINTERS = {"INTS": "*i32", "TOTALS": "*i64", "EQUAL": "*i64", "ALPHA": "*fp64", "BETA": "*fp64"}
+FLOATS = ("X", "Y", "GRADIENT", "CE", "NLL", "FLOATS", "scale")
+PROCESSORS = 132
+
+
+def compile_kernel(bins: int, N: int, plain: bool, capability: int) -> dict[str, Any]:
+    kernel = binned_rows if bins else sorted_rows
+    launch = choose_launch(4096, N, bins, PROCESSORS)
+    constants = {
+        "BLOCK": launch.block,
+        "DEEPEST": 64,
+        "HAS_EQUAL": True,
+        "HAS_ALPHA": True,
+        "HAS_GRADIENT": True,
+        "DIAGONAL": plain,
+        "WEIGHS": not plain,
+        "DISCOUNT": not plain,
+    }
+    names = kernel.arg_names
+    kinds = {**dict.fromkeys(FLOATS, "*fp32"), **POINTERS, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(
+        kernel,
+        signature={name: kinds.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
+    )
+    options = {"num_warps": launch.warps, "num_stages": 1, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()  # type: ignore[union-attr]
+    return {
+        "kernel": kernel.fn.__name__,
+        "N": N,
+        "plain": plain,
+        "capability": capability,
+        "threads": 32 * launch.warps,
+        "programs_per_processor": launch.programs // PROCESSORS,
+        "registers": int(registers),
+        "stack": int(stack),
+        "local": int(local),
+        "shared": compiled.metadata.shared,
+    }
+
+
+def tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+if __name__ == "__main__":
+    cases = [(bins, N, plain) for bins in (0, 2048) for N in (1024, 8192) for plain in (True, False)]
+    json.dump([compile_kernel(*case, int(sys.argv[1])) for case in cases], sys.stdout)

@@ -1,0 +1,110 @@
+"""Blocks of lists for the kernels' tests, and what float64 and autograd make of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from devices import DEVICE
+from rankloss import plackett_luce_nll
+from rankloss.batch import first_occurrence
+from rankloss.kernels import evaluate_rows
+
+__all__ = ["Lists", "bins_over_others", "random_lists"]
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The arguments of a call, on the CPU."""
+
+    cosines: Tensor
+    reference: Tensor
+    scale: float
+    first_row: int = 0
+    first_equal: Tensor | None = None
+    alpha: Tensor | None = None
+    beta: Tensor | None = None
+
+    def replace(self, **changes: Any) -> Lists:
+        return replace(self, **changes)
+
+    def run(self, **options: Any) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """What the kernel gives, on the CPU."""
+
+        def there(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(DEVICE)
+
+        beta = torch.ones(()) if self.beta is None else self.beta
+        found = evaluate_rows(
+            there(self.cosines),
+            there(self.reference),
+            torch.tensor(self.scale, device=DEVICE),
+            there(beta),
+            alpha=there(self.alpha),
+            first_row=self.first_row,
+            first_equal=there(self.first_equal),
+            **options,
+        )
+        cross_entropy, nll, gradient = (None if x is None else x.cpu() for x in found)
+        assert nll is not None
+        return cross_entropy, nll, gradient
+
+    def expected(
+        self, *, method: str = "sort", bins: int = 2048, diagonal: bool = True, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """CE, NLL and gradient in float64, by autograd, from the same float32 cosines."""
+        n, N = self.cosines.shape
+        own = torch.arange(self.first_row, self.first_row + n)
+        x = (self.cosines.double() * self.scale).requires_grad_()
+        y = self.reference if self.first_equal is None else self.reference[:, self.first_equal.long()]
+        if method == "bin":
+            y = bins_over_others(y, own, bins)
+        cross_entropy = F.cross_entropy(x, own, reduction="none")
+        listed, length = torch.ones(n, N, dtype=torch.bool), N
+        if not diagonal:
+            listed, length = listed.scatter_(1, own[:, None], False), N - 1
+        nll = plackett_luce_nll(x[listed].view(n, length), y[listed].view(n, length), **options)
+        alpha = torch.zeros(()) if self.alpha is None else self.alpha
+        beta = torch.ones(()) if self.beta is None else self.beta
+        total = (alpha.double() * cross_entropy + beta.double() * nll).sum()
+        (gradient,) = torch.autograd.grad(total, x)
+        return cross_entropy.detach(), nll.detach(), gradient
+
+
+def bins_over_others(reference: Tensor, own: Tensor, bins: int) -> Tensor:
+    """The bins of the docstring of ``evaluate_rows``, written once more."""
+    others = torch.ones_like(reference, dtype=torch.bool).scatter_(1, own[:, None], False)
+    found = torch.empty_like(reference, dtype=torch.int64)
+    for row, keep, into in zip(reference, others, found, strict=True):
+        lowest, highest = row[keep].min(), row[keep].max()
+        extent = (highest - lowest).clamp_min(torch.finfo(row.dtype).tiny)
+        inside = ((row.clamp(lowest, highest) - lowest) / extent * (bins - 1)).long().clamp(0, bins - 2)
+        into.copy_(torch.where(row > highest, bins - 1, inside))
+    return found
+
+
+def random_lists(
+    n: int, N: int, scale: float, *, dim: int = 32, seed: int = 0, duplicates: int = 0, weights: bool = True
+) -> Lists:
+    """Rows of a cross-modal matrix whose last items repeat earlier ones, and one of which is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    image, text = (F.normalize(torch.randn(N, dim, generator=generator), dim=-1) for _ in range(2))
+    if duplicates:
+        image[-duplicates:] = image[:duplicates]
+        text[-duplicates:] = text[:duplicates]
+        image[duplicates] = 0
+    first_row = (N - n) // 2
+    rows = slice(first_row, first_row + n)
+    return Lists(
+        image[rows] @ text.T,
+        text[rows] @ image.T,
+        scale,
+        first_row,
+        first_occurrence(image) if duplicates else None,
+        torch.rand(n, dtype=torch.float64, generator=generator) if weights else None,
+        torch.tensor(0.7, dtype=torch.float64) if weights else None,
+    )

@@ -1,0 +1,84 @@
+"""The counted bytes against every load and store that the interpreter carries out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kernel_lists import bins_over_others, random_lists
+
+from devices import DEVICE
+from rankloss.kernels import evaluate_rows, traffic
+
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="counted in Triton's interpreter")
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """First address and number of bytes of everything that is loaded and stored."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    seen: list[tuple[int, int]] = []
+
+    def watch(name: str, mask_at: int, accesses: int) -> None:
+        inner = getattr(InterpreterBuilder, name)
+
+        def watched(self: Any, *arguments: Any, **keywords: Any) -> Any:
+            pointers = next(a for a in arguments if hasattr(a, "get_element_ty"))
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            active = np.broadcast_to(arguments[mask_at].data, pointers.data.shape)
+            seen.extend((int(address), accesses * size) for address in pointers.data[active])
+            return inner(self, *arguments, **keywords)
+
+        monkeypatch.setattr(InterpreterBuilder, name, watched)
+
+    watch("create_masked_load", 1, 1)
+    watch("create_masked_store", 2, 1)
+    watch("create_atomic_rmw", 3, 2)
+    return seen
+
+
+@pytest.mark.parametrize("bins", [0, 32])
+def test_bytes_are_those_of_the_loads_and_stores(bins: int, moved: list[tuple[int, int]]) -> None:
+    n, N = 3, 150
+    lists = random_lists(n, N, 14.3, weights=False)
+    x, y = lists.cosines, lists.reference
+    mates = bucket_mates(y, lists.first_row)
+    options = {"method": "bin", "bins": bins} if bins else {}
+    one = torch.ones(())
+    _, _, gradient = evaluate_rows(x, y, one, one, first_row=lists.first_row, **options)  # type: ignore[arg-type]
+    assert gradient is not None
+    found: Counter[str] = Counter()
+    ranges = {
+        name: range(tensor.data_ptr(), tensor.data_ptr() + 4 * tensor.numel())
+        for name, tensor in {"cosines": x, "reference": y, "gradient": gradient}.items()
+    }
+    for address, size in moved:
+        name = next((name for name, where in ranges.items() if address in where), "scratch")
+        found[name] += size
+    scalars = n * 4 + n * 4 + 2 * 4  # beta and NLL of every row, the scale once per program
+    counted = traffic(n, N, bins=bins, processors=0, mates=mates)
+    assert found["cosines"] == counted.cosines
+    assert found["reference"] == counted.reference
+    assert found["gradient"] == counted.gradient
+    assert found["scratch"] - scalars == counted.scratch
+
+
+def bucket_mates(reference: torch.Tensor, first_row: int) -> float:
+    n, N = reference.shape
+    own = torch.arange(first_row, first_row + n)
+    buckets = bins_over_others(reference, own, N)
+    depths = torch.zeros(n, N).scatter_add_(1, buckets, torch.ones(n, N))
+    return float(depths.square().sum() / (n * N))
+
+
+def test_long_lists_pass_the_cache_more_than_once() -> None:
+    cache = 50 * 2**20
+    assert traffic(1024, 8192).from_memory(cache) == 12 * 1024 * 8192
+    assert traffic(1024, 32_768, bins=2048).from_memory(cache) == 12 * 1024 * 32_768
+    assert traffic(1024, 16_384).from_memory(cache) == 12 * 1024 * 16_384  # with fewer programs
+    for long in (traffic(1024, 65_536), traffic(1024, 131_072, bins=2048)):
+        assert long.from_memory(cache) == long.issued > long.once
