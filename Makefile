@@ -7,7 +7,8 @@ MINIATURE_OUTPUT ?= outputs/miniature
 BENCH_OUTPUT ?= outputs/bench
 OPEN_CLIP_VERSIONS ?= 3.0.0 3.3.0
 
-.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main lint typecheck bench clean
+.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main lint typecheck bench docs \
+	pictures release-check clean
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +21,14 @@ $(VENV)/.examples: pyproject.toml | $(VENV)/.base
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --editable '.[docs,plots]'
+	touch $@
+
+$(VENV)/.release: pyproject.toml | $(VENV)/.base
+	$(BIN)/python -m pip install --quiet 'build>=1.2' 'twine>=6'
 	touch $@
 
 ## Train a small CLIP on OpenMoji with --loss rankclip, evaluate it and draw (about 5 minutes on 2 cores).
@@ -75,6 +84,18 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/scaling.py --output $(BENCH_OUTPUT) $(SCALING_ARGS)
 	$(BIN)/python benchmarks/bin_error.py --output $(BENCH_OUTPUT)
 	$(BIN)/python benchmarks/distributed.py --output $(BENCH_OUTPUT) $(DISTRIBUTED_ARGS)
+
+## The documentation site, in outputs/site; warnings are errors, and links are checked.
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict
+
+## The pictures in docs/assets, from code and from the figures in docs/assets/measured.json.
+pictures: $(VENV)/.docs
+	$(BIN)/python tools/pictures
+
+## Build what a release would publish; install, import and uninstall it in fresh environments, once per extra.
+release-check: $(VENV)/.release
+	$(BIN)/python tools/release_check.py $(RELEASE_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-open_clip-* build dist
