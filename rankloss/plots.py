@@ -1,0 +1,165 @@
+"""Pictures of what ranking consistency is about. Needs matplotlib: ``pip install "rankloss[plots]"``.
+
+Nothing in the package imports this module, and it draws without pyplot: no window, no global state. The
+figures can be given to TensorBoard's ``add_figure`` and to ``wandb.Image``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from matplotlib import rcParams
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from rankloss.metrics import kendall_tau
+
+__all__ = ["Term", "rank_pair", "slope_chart"]
+
+Term = Literal["cross_modal", "in_modal"]
+
+FALLEN, RISEN = "#e0702a", "#3b82d6"
+"""The colours of items that the second list ranks lower than the first, and higher."""
+
+
+@torch.no_grad()
+def rank_pair(
+    image_features: Tensor, text_features: Tensor, anchor: int, *, term: Term = "cross_modal"
+) -> tuple[Tensor, Tensor, float]:
+    r"""How one picture and its caption rank the N concepts, and how far the two rankings agree.
+
+    ``term="cross_modal"`` takes row ``anchor`` of S = V·Tᵀ (the picture ranks the captions) and of R = Sᵀ
+    (its caption ranks the pictures), ``"in_modal"`` that of I = V·Vᵀ and of X = T·Tᵀ. Ranks count from 1, the
+    most similar first; tied items share the best rank.
+
+    Args:
+        image_features: ``[N, D]``, unit-norm.
+        text_features: ``[N, D]``, unit-norm; row i belongs to image i.
+        anchor: the row, from 0.
+        term: which lists.
+
+    Returns:
+        The ranks by the picture, ``[N]``; the ranks by the caption, ``[N]``; Kendall's τ-b of the two lists
+        (NaN where one ranks nothing, as :func:`rankloss.metrics.kendall_tau`).
+
+    Raises:
+        ValueError: for features that are not two matrices of one shape with at least two rows, an anchor that
+            is not a row, or an unknown term.
+
+    Example:
+        >>> v = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> by_picture, by_caption, tau = rank_pair(v, v.flip(0), 0)
+        >>> by_picture.tolist(), by_caption.tolist(), tau
+        ([3, 2, 1], [3, 2, 1], 1.0)
+    """
+    if image_features.shape != text_features.shape or image_features.dim() != 2 or len(image_features) < 2:
+        raise ValueError(
+            "image_features and text_features must have one shape [N, D], N >= 2; "
+            f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
+        )
+    if not 0 <= anchor < len(image_features):
+        raise ValueError(
+            f"anchor must be a row of the features, 0 to {len(image_features) - 1}; got {anchor!r}"
+        )
+    if term not in get_args(Term):
+        raise ValueError(f"term must be one of {', '.join(map(repr, get_args(Term)))}; got {term!r}")
+    v, t = image_features.detach().double(), text_features.detach().double()
+    items = (t, v) if term == "cross_modal" else (v, t)
+    by_picture, by_caption = items[0] @ v[anchor], items[1] @ t[anchor]
+    return _ranks(by_picture), _ranks(by_caption), kendall_tau(by_picture, by_caption).item()
+
+
+def slope_chart(
+    image_features: Tensor,
+    text_features: Tensor,
+    labels: Sequence[str],
+    anchor: int,
+    *,
+    term: Term = "cross_modal",
+    items: int = 12,
+    title: str | None = None,
+    axes: Axes | None = None,
+) -> Figure:
+    """One picture's ranking of the concepts on the left, its caption's on the right, a line per concept.
+
+    Parallel lines are agreement. The concepts shown are those that the picture ranks first; the numbers
+    beside them are ranks among all N, and Kendall's τ in the heading is over all N as well. Of the concepts
+    shown, a line rises, in blue, to one that the caption places higher, and falls, in orange, to one that it
+    places lower; the pair's own concept is bold.
+
+    Args:
+        image_features: ``[N, D]``, unit-norm.
+        text_features: ``[N, D]``, unit-norm; row i belongs to image i.
+        labels: N short names.
+        anchor: the row whose two rankings are compared, from 0.
+        term: as in :func:`rank_pair`.
+        items: how many concepts are shown.
+        title: what stands above τ, for instance a model's name.
+        axes: where to draw; None makes a figure.
+
+    Returns:
+        The figure, which belongs to ``axes`` if they were given.
+
+    Raises:
+        ValueError: as :func:`rank_pair`, and for another number of labels than of features, or fewer than
+            two items.
+
+    Example:
+        >>> v = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1)
+        >>> figure = slope_chart(v, v, ["cat", "dog", "fox", "car", "bus"], anchor=0)
+        >>> figure.axes[0].get_title()
+        'Kendall τ = 1.00'
+    """
+    if items < 2:
+        raise ValueError(f"items must be at least 2; got {items!r}")
+    left, right, tau = rank_pair(image_features, text_features, anchor, term=term)
+    if len(labels) != len(left):
+        raise ValueError(f"labels must have one name per feature, {len(left)}; got {len(labels)}")
+    shown = left.argsort(stable=True)[:items]
+    if axes is None:
+        figure = Figure(figsize=(4.8, 0.8 + 0.32 * len(shown)), layout="constrained")
+        axes = figure.add_subplot()
+    heading = f"Kendall τ = {tau:.2f}" if math.isfinite(tau) else "Kendall τ: no ranking"
+    axes.set_title(heading if title is None else f"{title}\n{heading}")
+    axes.text(0, -1, "by the picture", ha="right", va="center", style="italic")
+    axes.text(1, -1, "by its caption", ha="left", va="center", style="italic")
+    # Places are among the shown; equal ranks keep the order of the left column.
+    places = right[shown].argsort(stable=True).argsort().tolist()
+    for left_place, (item, right_place) in enumerate(zip(shown.tolist(), places, strict=True)):
+        color = FALLEN if right_place > left_place else RISEN if right_place < left_place else _neutral()
+        is_own = item == anchor
+        axes.plot(
+            (0.03, 0.97),
+            (left_place, right_place),
+            color=color,
+            lw=3 if is_own else 1.6,
+            solid_capstyle="round",
+        )
+        weight = "bold" if is_own else "normal"
+        name = _escape(labels[item])
+        axes.text(0, left_place, f"{name}  {left[item]}", ha="right", va="center", weight=weight)
+        axes.text(1, right_place, f"{right[item]}  {name}", ha="left", va="center", weight=weight)
+    axes.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -1.5))
+    axes.axis("off")
+    return axes.figure if isinstance(axes.figure, Figure) else axes.figure.figure
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Ranks from 1, the largest score first; equal scores share the best rank."""
+    descending = (-scores).sort().values
+    return torch.searchsorted(descending, -scores) + 1
+
+
+def _neutral() -> tuple[float, float, float, float]:
+    """The text's colour, faded: visible in a light style and in a dark one."""
+    return to_rgba(rcParams["text.color"], 0.35)
+
+
+def _escape(label: str) -> str:
+    """The label as it is: matplotlib would read what stands between two dollars as mathematics."""
+    return str(label).replace("$", r"\$")
