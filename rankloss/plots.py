@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rankloss.metrics import kendall_tau
 
-__all__ = ["Term", "rank_pair", "slope_chart"]
+__all__ = ["Term", "compare_rankings", "slope_chart"]
 
 Term = Literal["cross_modal", "in_modal"]
 
@@ -28,35 +28,126 @@ FALLEN, RISEN = "#e0702a", "#3b82d6"
 
 
 @torch.no_grad()
-def rank_pair(
-    image_features: Tensor, text_features: Tensor, anchor: int, *, term: Term = "cross_modal"
-) -> tuple[Tensor, Tensor, float]:
-    r"""How one picture and its caption rank the N concepts, and how far the two rankings agree.
+def slope_chart(
+    image_features: Tensor,
+    text_features: Tensor,
+    labels: Sequence[str],
+    anchor: int,
+    *,
+    term: Term = "cross_modal",
+    items: int = 12,
+    title: str | None = None,
+    axes: Axes | None = None,
+) -> Figure:
+    r"""One picture's ranking of the concepts on the left, its caption's on the right, a line per concept.
 
     ``term="cross_modal"`` takes row ``anchor`` of S = V·Tᵀ (the picture ranks the captions) and of R = Sᵀ
-    (its caption ranks the pictures), ``"in_modal"`` that of I = V·Vᵀ and of X = T·Tᵀ. Ranks count from 1, the
-    most similar first; tied items share the best rank.
+    (its caption ranks the pictures), ``"in_modal"`` that of I = V·Vᵀ and of X = T·Tᵀ. Parallel lines are
+    agreement.
+
+    The concepts shown are those that the picture ranks first; the numbers beside them are ranks among all N,
+    from 1, tied items sharing the best rank, and Kendall's τ-b in the heading is over all N as well. Of the
+    concepts shown, a line rises, in blue, to one that the caption places higher, and falls, in orange, to one
+    that it places lower; the pair's own concept is bold.
 
     Args:
         image_features: ``[N, D]``, unit-norm.
         text_features: ``[N, D]``, unit-norm; row i belongs to image i.
-        anchor: the row, from 0.
+        labels: N short names.
+        anchor: the row whose two rankings are compared, from 0.
         term: which lists.
+        items: how many concepts are shown.
+        title: what stands above τ, for instance a model's name.
+        axes: where to draw; None makes a figure.
 
     Returns:
-        The ranks by the picture, ``[N]``; the ranks by the caption, ``[N]``; Kendall's τ-b of the two lists
-        (NaN where one ranks nothing, as :func:`rankloss.metrics.kendall_tau`).
+        The figure, which belongs to ``axes`` if they were given.
 
     Raises:
         ValueError: for features that are not two matrices of one shape with at least two rows, an anchor that
-            is not a row, or an unknown term.
+            is not a row, an unknown term, another number of labels than of features, or fewer than two items.
 
     Example:
-        >>> v = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> by_picture, by_caption, tau = rank_pair(v, v.flip(0), 0)
-        >>> by_picture.tolist(), by_caption.tolist(), tau
-        ([3, 2, 1], [3, 2, 1], 1.0)
+        >>> v = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1)
+        >>> figure = slope_chart(v, v, ["cat", "dog", "fox", "car", "bus"], anchor=0)
+        >>> figure.axes[0].get_title()
+        'Kendall τ = 1.00'
     """
+    lists = _rows(image_features, text_features, anchor, term)
+    names = ("by the picture", "by its caption")
+    return compare_rankings(*lists, labels, own=anchor, names=names, items=items, title=title, axes=axes)
+
+
+@torch.no_grad()
+def compare_rankings(
+    first: Tensor,
+    second: Tensor,
+    labels: Sequence[str],
+    *,
+    own: int | None = None,
+    names: tuple[str, str] = ("first", "second"),
+    items: int = 12,
+    title: str | None = None,
+    axes: Axes | None = None,
+) -> Figure:
+    """The chart of :func:`slope_chart` for any two lists of scores of the same N things.
+
+    Args:
+        first: ``[N]``, the left column's scores; the largest is ranked first.
+        second: ``[N]``, the right column's scores.
+        labels: N short names.
+        own: the item whose name is bold, from 0; None for none.
+        names: what stands above the columns.
+        items: how many things are shown, those that ``first`` ranks first.
+        title: what stands above τ.
+        axes: where to draw; None makes a figure.
+
+    Returns:
+        The figure, which belongs to ``axes`` if they were given.
+
+    Raises:
+        ValueError: for scores that are not two lists of one length, at least two; another number of labels;
+            or fewer than two items.
+
+    Example:
+        >>> figure = compare_rankings(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([3.0, 1.0, 2.0]), "abc")
+        >>> figure.axes[0].get_title()
+        'Kendall τ = 0.33'
+    """
+    if first.shape != second.shape or first.dim() != 1 or len(first) < 2:
+        raise ValueError(
+            "first and second must have one shape [N], N >= 2; "
+            f"got {tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    if len(labels) != len(first):
+        raise ValueError(f"labels must have one name per item, {len(first)}; got {len(labels)}")
+    if items < 2:
+        raise ValueError(f"items must be at least 2; got {items!r}")
+    left, right, tau = _ranks(first), _ranks(second), kendall_tau(first, second).item()
+    shown = left.argsort(stable=True)[:items]
+    if axes is None:
+        figure = Figure(figsize=(4.8, 0.8 + 0.32 * len(shown)), layout="constrained")
+        axes = figure.add_subplot()
+    heading = f"Kendall τ = {tau:.2f}" if math.isfinite(tau) else "Kendall τ: no ranking"
+    axes.set_title(heading if title is None else f"{title}\n{heading}")
+    for x, name, side in zip((0, 1), names, ("right", "left"), strict=True):
+        axes.text(x, -1, name, ha=side, va="center", style="italic")
+    # Places are among the shown; equal ranks keep the order of the left column.
+    places = right[shown].argsort(stable=True).argsort().tolist()
+    for left_place, (item, right_place) in enumerate(zip(shown.tolist(), places, strict=True)):
+        color = FALLEN if right_place > left_place else RISEN if right_place < left_place else _neutral()
+        width, weight = (3.0, "bold") if item == own else (1.6, "normal")
+        axes.plot((0.03, 0.97), (left_place, right_place), color=color, lw=width, solid_capstyle="round")
+        name = _escape(labels[item])
+        axes.text(0, left_place, f"{name}  {left[item]}", ha="right", va="center", weight=weight)
+        axes.text(1, right_place, f"{right[item]}  {name}", ha="left", va="center", weight=weight)
+    axes.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -1.5))
+    axes.axis("off")
+    return axes.figure if isinstance(axes.figure, Figure) else axes.figure.figure
+
+
+def _rows(image_features: Tensor, text_features: Tensor, anchor: int, term: Term) -> tuple[Tensor, Tensor]:
+    """The anchor's row of S and of R, or of I and of X."""
     if image_features.shape != text_features.shape or image_features.dim() != 2 or len(image_features) < 2:
         raise ValueError(
             "image_features and text_features must have one shape [N, D], N >= 2; "
@@ -69,84 +160,8 @@ def rank_pair(
     if term not in get_args(Term):
         raise ValueError(f"term must be one of {', '.join(map(repr, get_args(Term)))}; got {term!r}")
     v, t = image_features.detach().double(), text_features.detach().double()
-    items = (t, v) if term == "cross_modal" else (v, t)
-    by_picture, by_caption = items[0] @ v[anchor], items[1] @ t[anchor]
-    return _ranks(by_picture), _ranks(by_caption), kendall_tau(by_picture, by_caption).item()
-
-
-def slope_chart(
-    image_features: Tensor,
-    text_features: Tensor,
-    labels: Sequence[str],
-    anchor: int,
-    *,
-    term: Term = "cross_modal",
-    items: int = 12,
-    title: str | None = None,
-    axes: Axes | None = None,
-) -> Figure:
-    """One picture's ranking of the concepts on the left, its caption's on the right, a line per concept.
-
-    Parallel lines are agreement. The concepts shown are those that the picture ranks first; the numbers
-    beside them are ranks among all N, and Kendall's τ in the heading is over all N as well. Of the concepts
-    shown, a line rises, in blue, to one that the caption places higher, and falls, in orange, to one that it
-    places lower; the pair's own concept is bold.
-
-    Args:
-        image_features: ``[N, D]``, unit-norm.
-        text_features: ``[N, D]``, unit-norm; row i belongs to image i.
-        labels: N short names.
-        anchor: the row whose two rankings are compared, from 0.
-        term: as in :func:`rank_pair`.
-        items: how many concepts are shown.
-        title: what stands above τ, for instance a model's name.
-        axes: where to draw; None makes a figure.
-
-    Returns:
-        The figure, which belongs to ``axes`` if they were given.
-
-    Raises:
-        ValueError: as :func:`rank_pair`, and for another number of labels than of features, or fewer than
-            two items.
-
-    Example:
-        >>> v = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1)
-        >>> figure = slope_chart(v, v, ["cat", "dog", "fox", "car", "bus"], anchor=0)
-        >>> figure.axes[0].get_title()
-        'Kendall τ = 1.00'
-    """
-    if items < 2:
-        raise ValueError(f"items must be at least 2; got {items!r}")
-    left, right, tau = rank_pair(image_features, text_features, anchor, term=term)
-    if len(labels) != len(left):
-        raise ValueError(f"labels must have one name per feature, {len(left)}; got {len(labels)}")
-    shown = left.argsort(stable=True)[:items]
-    if axes is None:
-        figure = Figure(figsize=(4.8, 0.8 + 0.32 * len(shown)), layout="constrained")
-        axes = figure.add_subplot()
-    heading = f"Kendall τ = {tau:.2f}" if math.isfinite(tau) else "Kendall τ: no ranking"
-    axes.set_title(heading if title is None else f"{title}\n{heading}")
-    axes.text(0, -1, "by the picture", ha="right", va="center", style="italic")
-    axes.text(1, -1, "by its caption", ha="left", va="center", style="italic")
-    # Places are among the shown; equal ranks keep the order of the left column.
-    places = right[shown].argsort(stable=True).argsort().tolist()
-    for left_place, (item, right_place) in enumerate(zip(shown.tolist(), places, strict=True)):
-        color = FALLEN if right_place > left_place else RISEN if right_place < left_place else _neutral()
-        is_own = item == anchor
-        axes.plot(
-            (0.03, 0.97),
-            (left_place, right_place),
-            color=color,
-            lw=3 if is_own else 1.6,
-            solid_capstyle="round",
-        )
-        weight = "bold" if is_own else "normal"
-        name = _escape(labels[item])
-        axes.text(0, left_place, f"{name}  {left[item]}", ha="right", va="center", weight=weight)
-        axes.text(1, right_place, f"{right[item]}  {name}", ha="left", va="center", weight=weight)
-    axes.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -1.5))
-    axes.axis("off")
-    return axes.figure if isinstance(axes.figure, Figure) else axes.figure.figure
+    left, right = (t, v) if term == "cross_modal" else (v, t)
+    return left @ v[anchor], right @ t[anchor]
 
 
 def _ranks(scores: Tensor) -> Tensor:
