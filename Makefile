@@ -85,11 +85,20 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/bin_error.py --output $(BENCH_OUTPUT)
 	$(BIN)/python benchmarks/distributed.py --output $(BENCH_OUTPUT) $(DISTRIBUTED_ARGS)
 
-## The documentation site, in outputs/site; warnings are errors, and links are checked.
-docs: $(VENV)/.docs
+## The documentation site, in outputs/site: warnings are errors, links are checked, examples run. Needs npm.
+docs: $(VENV)/.docs docs/vendor/katex
+	$(BIN)/python -m doctest $(wildcard docs/*.md)
 	$(BIN)/python -m mkdocs build --strict
 
-## The pictures in docs/assets, from code and from the figures in docs/assets/measured.json.
+# Renders the formulas; the site has its own copy.
+docs/vendor/katex:
+	mkdir -p docs/vendor
+	cd docs/vendor && npm pack --silent katex@0.19 | xargs tar -xzf && rm katex-*.tgz
+	mkdir $@
+	cd docs/vendor/package && mv LICENSE dist/katex.min.js dist/katex.min.css dist/fonts ../katex
+	rm -r docs/vendor/package docs/vendor/katex/fonts/*.ttf docs/vendor/katex/fonts/*.woff
+
+## The pictures in docs/assets, from code, docs/performance.md's table and a record of the demo.
 pictures: $(VENV)/.docs
 	$(BIN)/python tools/pictures
 

@@ -1,0 +1,53 @@
+"""What MkDocs does with the documents on the way to the site.
+
+Documents are read in the repository, too. There, links lead to files outside ``docs``, and a few documents live at the
+root; here, such links are made to lead to the repository's own site, and a file that does not exist is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+_LINK = re.compile(r"(?<!`)(\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(\))")
+_DOCTEST_FENCE = re.compile(r"^```python\n(?=>>>)", re.MULTILINE)
+
+log = logging.getLogger("mkdocs.hooks.links")
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
+    """Read what lives at the root, and turn links that leave ``docs`` into links to the repository."""
+    name = page.file.src_uri
+    folder = posixpath.dirname(f"docs/{name}")
+    if name in FROM_ROOT:
+        markdown = (ROOT / FROM_ROOT[name]).read_text(encoding="utf-8")
+        folder = ""
+
+    def resolve(match: re.Match[str]) -> str:
+        opening, target, fragment, closing = match.groups()
+        path = posixpath.normpath(posixpath.join(folder, target))
+        if not (ROOT / path).exists():
+            log.warning("%s links to %s, which does not exist", name, target)
+        inside = {f"docs/{file}" for file in _pages(config)}
+        if path in inside or path.startswith("docs/assets/"):
+            relative = posixpath.relpath(path, posixpath.dirname(f"docs/{name}"))
+            return f"{opening}{relative}{fragment or ''}{closing}"
+        roots = {source: page for page, source in FROM_ROOT.items()}
+        if path in roots:
+            relative = posixpath.relpath(roots[path], posixpath.dirname(name) or ".")
+            return f"{opening}{relative}{fragment or ''}{closing}"
+        kind = "tree" if (ROOT / path).is_dir() else "blob"
+        return f"{opening}{config.extra['source']}/{kind}/main/{path}{fragment or ''}{closing}"
+
+    markdown = _LINK.sub(resolve, markdown)
+    return _DOCTEST_FENCE.sub("```pycon\n", markdown)
+
+
+def _pages(config: Any) -> set[str]:
+    docs = Path(config.docs_dir)
+    return {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
