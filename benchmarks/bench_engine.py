@@ -13,13 +13,14 @@ from torch import Tensor
 from contenders import SCALE, D
 from naive import list_nll
 from rankloss.blocks import Block, evaluate
+from rankloss.options import RankOptions
 from rankloss.ordering import ascending
-from rankloss.plackett_luce import ListOptions, nll_and_gradient
+from rankloss.plackett_luce import nll_and_gradient
 from rankloss.plans import choose_plan
 from rankloss.ranked_sums import rank
 
 LISTS, ITEMS, BINS = 256, 4096, 2048
-OPTIONS = ListOptions()
+OPTIONS = RankOptions()
 
 
 def similarities() -> tuple[Tensor, Tensor]:

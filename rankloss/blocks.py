@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from rankloss.embeddings import scores_from
-from rankloss.plackett_luce import ListOptions, log_worth_slope, nll_and_gradient
+from rankloss.options import RankOptions
+from rankloss.plackett_luce import log_worth_slope, nll_and_gradient
 from rankloss.ranked_sums import Ranking, Slots, Worths, shifted_worths
 
 __all__ = ["Block", "evaluate"]
@@ -61,7 +62,7 @@ class Block(NamedTuple):
         )
 
 
-def evaluate(block: Block, scale: Tensor, options: ListOptions) -> tuple[Tensor | None, Tensor | None]:
+def evaluate(block: Block, scale: Tensor, options: RankOptions) -> tuple[Tensor | None, Tensor | None]:
     """CE and NLL of every row, ``[n]``, None where they have no weight."""
     worths = shifted_worths(block.cosines, scale, options.worth)
     if worths is None:
@@ -93,7 +94,7 @@ def _nll(worths: Worths, slots: Slots) -> Tensor:
 
 
 def _fill_gradient(
-    block: Block, worths: Worths, total: Tensor | None, slots: Slots | None, options: ListOptions
+    block: Block, worths: Worths, total: Tensor | None, slots: Slots | None, options: RankOptions
 ) -> None:
     gradient, alpha, beta, w = block.gradient, block.alpha, block.beta, worths.values
     assert gradient is not None
@@ -118,7 +119,7 @@ def _fill_gradient(
 
 
 def _evaluate_in_log_space(
-    block: Block, scale: Tensor, options: ListOptions
+    block: Block, scale: Tensor, options: RankOptions
 ) -> tuple[Tensor | None, Tensor | None]:
     """For worths that float64 does not hold side by side."""
     scores = scores_from(block.cosines, scale, options)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rankloss import dense
 from rankloss.embeddings import Embeddings, Term
-from rankloss.options import ConsistencyOptions
+from rankloss.options import RankOptions
 from rankloss.plackett_luce import random_shuffle
 from rankloss.row_lists import row_lists
 
@@ -29,7 +29,7 @@ __all__ = ["cross_modal", "in_modal", "weighted_terms"]
 
 def weighted_terms(
     embeddings: Embeddings,
-    options: ConsistencyOptions,
+    options: RankOptions,
     weights: Tensor,
     *,
     contrastive: bool = False,
@@ -54,9 +54,9 @@ def weighted_terms(
         first_row: the first anchor's own place among the items.
     """
     if options.lists == "row":
-        n, device, likelihood = len(embeddings.image), embeddings.image.device, options.likelihood
-        drawn = [random_shuffle(n, device, likelihood) for _ in range(4)]
-        shuffles = torch.stack([x for x in drawn if x is not None]) if likelihood.ties == "random" else None
+        n, device = len(embeddings.image), embeddings.image.device
+        drawn = [random_shuffle(n, device, options) for _ in range(4)]
+        shuffles = torch.stack([x for x in drawn if x is not None]) if options.ties == "random" else None
         wanted = (contrastive, cross_modal, in_modal)
         a, b, c = row_lists(embeddings, options, weights, wanted, shuffles, first_row)
         return a, b, c
@@ -91,7 +91,7 @@ def cross_modal(
         0.4621
     """
     embeddings = Embeddings.of(image_features, text_features, logit_scale)
-    return weighted_terms(embeddings, ConsistencyOptions.of(**options), torch.ones(3), in_modal=False)[1]
+    return weighted_terms(embeddings, RankOptions(**options), torch.ones(3), in_modal=False)[1]
 
 
 def in_modal(
@@ -107,4 +107,4 @@ def in_modal(
         0.4621
     """
     embeddings = Embeddings.of(image_features, text_features, logit_scale)
-    return weighted_terms(embeddings, ConsistencyOptions.of(**options), torch.ones(3), cross_modal=False)[2]
+    return weighted_terms(embeddings, RankOptions(**options), torch.ones(3), cross_modal=False)[2]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankloss.bins import quantize
 from rankloss.embeddings import Embeddings, Term, other_items, scores_from
-from rankloss.options import ConsistencyOptions
+from rankloss.options import RankOptions
 from rankloss.plackett_luce import nll_terms, random_shuffle
 
 __all__ = ["batch_list_nll", "row_lists_cross_entropy", "row_lists_nll"]
@@ -21,7 +21,7 @@ __all__ = ["batch_list_nll", "row_lists_cross_entropy", "row_lists_nll"]
 def row_lists_nll(
     embeddings: Embeddings,
     term: Term,
-    options: ConsistencyOptions,
+    options: RankOptions,
     shuffles: tuple[Tensor | None, Tensor | None] = (None, None),
     first_row: int = 0,
 ) -> Tensor:
@@ -38,13 +38,13 @@ def row_lists_nll(
     ):
         if share == 0:
             continue
-        scores = scores_from(cosines, embeddings.scale, options.likelihood)
+        scores = scores_from(cosines, embeddings.scale, options)
         if not options.diagonal:
             others = other_items(first_row + torch.arange(len(a), device=a.device), a.shape[-1])
             scores, reference = scores.gather(-1, others), reference.gather(-1, others)
         if options.bins_or_none is not None:
             reference = quantize(reference, options.bins)
-        value = value + share * nll_terms(scores, reference, options.likelihood, shuffle).sum(-1)
+        value = value + share * nll_terms(scores, reference, options, shuffle).sum(-1)
     return value
 
 
@@ -62,7 +62,7 @@ def row_lists_cross_entropy(embeddings: Embeddings, first_row: int = 0) -> Tenso
     return (a + b) / 2
 
 
-def batch_list_nll(embeddings: Embeddings, term: Term, options: ConsistencyOptions) -> Tensor:
+def batch_list_nll(embeddings: Embeddings, term: Term, options: RankOptions) -> Tensor:
     """NLL of the one list of all N² pairs, the directions put together, split by anchor: ``[N]``.
 
     A pair's summand belongs to the anchor whose row it stands in, so the entries sum to the list's NLL.
@@ -72,26 +72,25 @@ def batch_list_nll(embeddings: Embeddings, term: Term, options: ConsistencyOptio
     if term == "cross_modal":
         # R is S transposed, so C(R | S) is C(S | R) with the pairs relabelled: summed by column, not by row.
         reference = lists.first.reference(a, canonical_anchors=True).T
-        terms = _flat_terms(scores_from(a, embeddings.scale, options.likelihood), reference, options)
+        terms = _flat_terms(scores_from(a, embeddings.scale, options), reference, options)
         return options.directions[0] * terms.sum(1) + options.directions[1] * terms.sum(0)
     b = lists.second.cosines()
     value = a.new_zeros(len(a))
     directions = ((a, lists.second.symmetric_reference(b)), (b, lists.first.symmetric_reference(a)))
     for (cosines, reference), share in zip(directions, options.directions, strict=True):
         if share > 0:
-            scores = scores_from(cosines, embeddings.scale, options.likelihood)
+            scores = scores_from(cosines, embeddings.scale, options)
             value = value + share * _flat_terms(scores, reference, options).sum(1)
     return value
 
 
-def _flat_terms(scores: Tensor, reference: Tensor, options: ConsistencyOptions) -> Tensor:
-    likelihood = options.likelihood
-    shuffle = random_shuffle(scores.numel(), scores.device, likelihood)
+def _flat_terms(scores: Tensor, reference: Tensor, options: RankOptions) -> Tensor:
+    shuffle = random_shuffle(scores.numel(), scores.device, options)
     if options.diagonal:
-        return nll_terms(scores.flatten(), reference.flatten(), likelihood, shuffle).view_as(scores)
+        return nll_terms(scores.flatten(), reference.flatten(), options, shuffle).view_as(scores)
     n = len(scores)
     others = other_items(torch.arange(n, device=scores.device), n)
     terms = nll_terms(
-        scores.gather(-1, others).flatten(), reference.gather(-1, others).flatten(), likelihood, shuffle
+        scores.gather(-1, others).flatten(), reference.gather(-1, others).flatten(), options, shuffle
     )
     return torch.zeros_like(scores).scatter(-1, others, terms.view_as(others))

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rankloss.plackett_luce import ListOptions
+from rankloss.options import RankOptions
 from rankloss.ties import first_occurrence, row_hashes
 
 __all__ = [
@@ -185,7 +185,7 @@ def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: 
         )
 
 
-def scores_from(cosines: Tensor, scale: Tensor, options: ListOptions) -> Tensor:
+def scores_from(cosines: Tensor, scale: Tensor, options: RankOptions) -> Tensor:
     """The x of the formula: scaled similarities under worth ``exp``, plain cosines under the others."""
     return scale * cosines if options.worth == "exp" else cosines
 

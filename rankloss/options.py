@@ -1,104 +1,157 @@
-"""The options of the rank terms, checked once."""
+"""Every option of the rank terms, once: its type, default, choices, bounds and meaning.
+
+Constructors take the options as ``**options: Unpack[RankOptionsDict]`` and hand them to :class:`RankOptions`,
+which checks them; command lines and other trainers' argument classes are generated from its fields.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass, field, fields
-from typing import Literal, get_args
+import operator
+import typing
+from collections.abc import Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
-from rankloss.plackett_luce import Discount, ListOptions, Ties, Worth, check_choice, check_count
 from rankloss.plans import Plan, choose_plan
 
-__all__ = ["ConsistencyOptions", "FixedReference", "ListsOption", "Method", "Reduction"]
+__all__ = [
+    "Discount",
+    "FixedReference",
+    "ListsOption",
+    "Method",
+    "RankOptions",
+    "RankOptionsDict",
+    "Reduction",
+    "Ties",
+    "Worth",
+    "check_choice",
+    "check_count",
+    "choices_of",
+]
 
 ListsOption = Literal["row", "batch"]
+Worth = Literal["exp", "shifted", "identity"]
+Ties = Literal["shared", "random"]
+Discount = Literal["log"]
 Reduction = Literal["mean", "sum", "none"]
-Method = Literal["sort", "bin"]
 FixedReference = Literal["image", "text"]
+Method = Literal["sort", "bin"]
 
 
-@dataclass(frozen=True)
-class ConsistencyOptions:
-    """Which lists a term is made of, how they are ranked and how their values are put together.
+_LARGEST_COUNT = 2**31 - 1
 
-    The arguments are those of :class:`rankloss.RankConsistency`.
+
+def _option(
+    default: Any, help: str, *, at_least: int = 1, at_most: int = _LARGEST_COUNT, none: str = ""
+) -> Any:
+    """A field with its bounds and what a command line shows of it; ``none`` says what None means."""
+    return field(
+        default=default,
+        metadata={"help": help, "bounds": {"at_least": at_least, "at_most": at_most}, "none": none},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """Which lists a term is made of, how they are ranked, and how their values are put together.
+
+    Args:
+        lists: ``"row"``: N lists of N, one per anchor. ``"batch"``: one list of all N² pairs, the formula as
+            printed in the paper; its memory is quadratic.
+        worth: ``"exp"``: eˣ of the scaled similarity. ``"shifted"``: (1 + cosine)/2. ``"identity"``: the
+            cosine itself, a ValueError where one is ≤ 0. The last two do not depend on ``logit_scale``.
+        ties: ``"shared"`` or ``"random"``, see :func:`rankloss.plackett_luce_nll`.
+        discount: None or ``"log"``, likewise.
+        top_k: None or the number of best-ranked positions that count, likewise.
+        reduction: ``"mean"``: nats per item, averaged over the lists. ``"sum"``: the plain sum of the lists.
+            ``"none"``: one value per anchor, ``[N]``; they add up to ``"sum"``.
+        diagonal: whether an anchor's own pair (in the in-modal term the anchor itself) is an item of its
+            lists. It is in the paper; the contrastive loss ranks it first in any case.
+        fixed_reference: ``"text"``: the texts' rankings are a fixed reference, cross = C(S | R) and
+            in = C(I | X). ``"image"``: the other way round. None: both directions.
+        method: ``"sort"``: lists are ranked by their exact order. ``"bin"``: by evenly spaced bins of the
+            reference (:func:`rankloss.bins.quantize`), faster; the items of a bin are tied.
+        bins: the number of bins.
+        chunk_size: rows multiplied out at a time; None chooses from the sizes and the device.
+        memory_budget: bytes that matrices of the whole batch may take to save products, see
+            :class:`rankloss.plans.Plan`; None is 64 MiB on a CPU and 1 GiB elsewhere.
+
+    Raises:
+        ValueError: for a value that is not among the choices or below its bound, or options that exclude each
+            other; the message names the option and shows the value.
+        TypeError: for an option that does not exist.
+
+    Example:
+        >>> RankOptions(top_k=8)
+        RankOptions(top_k=8)
     """
 
-    lists: ListsOption = "row"
-    reduction: Reduction = "mean"
-    diagonal: bool = True
-    fixed_reference: FixedReference | None = None
-    method: Method = "sort"
-    bins: int = 2048
-    chunk_size: int | None = None
-    memory_budget: int | None = None
-    likelihood: ListOptions = field(default_factory=ListOptions)
-    encoded: str = field(init=False, repr=False, compare=False)
-    """All of the above as JSON: what an operator of a compiled graph can be given."""
+    lists: ListsOption = _option("row", "one list per anchor, or one list of all pairs of the batch")
+    worth: Worth = _option("exp", "worth of an item: exp of the logit, (1 + cosine)/2, or the cosine")
+    ties: Ties = _option("shared", "equal reference scores share one denominator, or are shuffled")
+    discount: Discount | None = _option(None, "weight of a rank: 1/log(1 + rank)", none="1")
+    top_k: int | None = _option(None, "count only the best ranks of each list", none="all")
+    reduction: Reduction = _option("mean", "how the lists' values are put together")
+    diagonal: bool = _option(True, "whether an anchor's own pair is an item of its lists")
+    fixed_reference: FixedReference | None = _option(
+        None, "the modality whose rankings are a fixed reference for the other's", none="neither"
+    )
+    method: Method = _option("sort", "rank a list by its exact order, or faster by bins of the reference")
+    bins: int = _option(2048, "number of bins of method bin", at_least=2)
+    chunk_size: int | None = _option(
+        None,
+        "rows computed at a time: less memory, same result",
+        none="from the sizes and the device",
+    )
+    memory_budget: int | None = _option(
+        None,
+        "bytes that matrices of the whole batch may take to save products: more memory, same result",
+        at_least=0,
+        at_most=2**63 - 1,
+        none="64 MiB on a CPU, 1 GiB elsewhere",
+    )
 
     def __post_init__(self) -> None:
-        check_choice("lists", self.lists, get_args(ListsOption))
-        check_choice("reduction", self.reduction, get_args(Reduction))
-        check_choice("method", self.method, get_args(Method))
-        check_choice("diagonal", self.diagonal, (True, False))
-        check_choice("fixed_reference", self.fixed_reference, (None, *get_args(FixedReference)))
-        check_count("bins", self.bins, at_least=2)
-        if self.chunk_size is not None:
-            check_count("chunk_size", self.chunk_size)
-        if self.memory_budget is not None:
-            check_count("memory_budget", self.memory_budget, at_least=0)
+        for option in fields(self):
+            object.__setattr__(self, option.name, _checked(option, getattr(self, option.name)))
         if self.method == "bin" and self.lists == "batch":
             raise ValueError("method='bin' ranks row lists; lists='batch' needs method='sort'")
-        if self.method == "bin" and self.likelihood.ties == "random":
+        if self.method == "bin" and self.ties == "random":
             raise ValueError("method='bin' ties the items of a bin; ties='random' needs method='sort'")
-        if not self.diagonal and self.likelihood.ties == "random":
+        if not self.diagonal and self.ties == "random":
             raise ValueError(
                 "diagonal=False makes lists of other items for every anchor, which ties='random' "
                 "does not shuffle; it needs ties='shared'"
             )
-        given = {option.name: getattr(self, option.name) for option in fields(self) if option.init}
-        object.__setattr__(self, "encoded", json.dumps(given, default=asdict))
+        _ = self.encoded  # made here, where no compiler traces
 
-    @classmethod
-    def of(
-        cls,
-        *,
-        lists: ListsOption = "row",
-        worth: Worth = "exp",
-        ties: Ties = "shared",
-        discount: Discount | None = None,
-        top_k: int | None = None,
-        reduction: Reduction = "mean",
-        diagonal: bool = True,
-        fixed_reference: FixedReference | None = None,
-        method: Method = "sort",
-        bins: int = 2048,
-        chunk_size: int | None = None,
-        memory_budget: int | None = None,
-    ) -> ConsistencyOptions:
-        """The options by the names that users give them."""
-        likelihood = ListOptions(worth, ties, discount, top_k)
-        return cls(
-            lists=lists,
-            reduction=reduction,
-            diagonal=diagonal,
-            fixed_reference=fixed_reference,
-            method=method,
-            bins=bins,
-            chunk_size=chunk_size,
-            memory_budget=memory_budget,
-            likelihood=likelihood,
-        )
+    def __repr__(self) -> str:
+        return f"RankOptions({', '.join(f'{name}={value!r}' for name, value in self.changed.items())})"
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The options that are not at their defaults."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
+    @functools.cached_property
+    def encoded(self) -> str:
+        """All options as JSON: what an operator of a compiled graph can be given."""
+        return json.dumps(asdict(self))
 
     @staticmethod
     @functools.lru_cache
-    def decode(encoded: str) -> ConsistencyOptions:
+    def decode(encoded: str) -> RankOptions:
         """The options that ``encoded`` is made of."""
-        given = json.loads(encoded)
-        return ConsistencyOptions(**{**given, "likelihood": ListOptions(**given["likelihood"])})
+        return RankOptions(**json.loads(encoded))
+
+    @property
+    def weighs_ranks(self) -> bool:
+        """Whether any rank's μ is not 1."""
+        return self.discount is not None or self.top_k is not None
 
     @property
     def bins_or_none(self) -> int | None:
@@ -107,11 +160,11 @@ class ConsistencyOptions:
 
     @property
     def directions(self) -> tuple[float, float]:
-        """What a term's two directions count in it: the lists of the images, and those of the texts."""
+        """The weights of a term's two directions: the lists of the images, and those of the texts."""
         return {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[self.fixed_reference]
 
     def anchor_weight(self, anchors: int, items: int) -> float:
-        """What the value of one of the anchors is multiplied by before they are put together."""
+        """The factor of one anchor's value before the anchors are put together."""
         length = items if self.diagonal else items - 1
         return {"mean": 1 / (anchors * length), "sum": items / anchors, "none": 1.0}[self.reduction]
 
@@ -120,3 +173,77 @@ class ConsistencyOptions:
         return choose_plan(
             anchors, items, device, dtype, chunk_size=self.chunk_size, memory_budget=self.memory_budget
         )
+
+
+class RankOptionsDict(TypedDict, total=False):
+    """The fields of :class:`RankOptions`, for type checkers and completion."""
+
+    lists: ListsOption
+    worth: Worth
+    ties: Ties
+    discount: Discount | None
+    top_k: int | None
+    reduction: Reduction
+    diagonal: bool
+    fixed_reference: FixedReference | None
+    method: Method
+    bins: int
+    chunk_size: int | None
+    memory_budget: int | None
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise a ValueError that names the argument unless ``value`` is one of ``choices``."""
+    # By type too: True equals 1, and neither may stand for the other.
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_count(name: str, value: object, *, at_least: int = 1, at_most: int = _LARGEST_COUNT) -> int:
+    """``value`` as an int, or a ValueError that names the argument unless it is a whole number in range.
+
+    Other integer types (NumPy's) are taken; booleans and floats are not.
+    """
+    try:
+        count = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        count = None
+    if count is None or count < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}; got {value!r}")
+    if count > at_most:
+        raise ValueError(f"{name} must be at most {at_most}; got {value!r}")
+    return count
+
+
+def choices_of(name: str) -> tuple[Any, ...]:
+    """The values that an option can have; empty where it is a number.
+
+    Example:
+        >>> choices_of("fixed_reference"), choices_of("diagonal"), choices_of("bins")
+        ((None, 'image', 'text'), (True, False), ())
+    """
+    return _choices()[name]
+
+
+@functools.cache
+def _choices() -> dict[str, tuple[Any, ...]]:
+    hints = typing.get_type_hints(RankOptions)
+    return {option.name: _literals(hints[option.name]) for option in fields(RankOptions)}
+
+
+def _literals(hint: Any) -> tuple[Any, ...]:
+    if hint is bool:
+        return (True, False)
+    parts = get_args(hint) if typing.get_origin(hint) is not Literal else (hint,)
+    literals = tuple(value for part in parts for value in get_args(part))
+    return (None, *literals) if literals and type(None) in parts else literals
+
+
+def _checked(option: Field[Any], value: Any) -> Any:
+    choices = choices_of(option.name)
+    if choices:
+        check_choice(option.name, value, choices)
+        return value
+    if value is None and option.default is None:
+        return None
+    return check_count(option.name, value, **option.metadata["bounds"])

@@ -12,22 +12,15 @@ closed form, value and ∂NLL/∂x from one sort, for callers that manage their 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rankloss.options import Discount, RankOptions, Ties, Worth
 from rankloss.ties import group_bounds
 
 __all__ = [
-    "Discount",
-    "ListOptions",
-    "Ties",
-    "Worth",
-    "check_choice",
-    "check_count",
     "log_worth",
     "log_worth_slope",
     "nll_and_gradient",
@@ -37,44 +30,6 @@ __all__ = [
     "shuffled_order",
     "weights_of_ranks",
 ]
-
-Worth = Literal["exp", "shifted", "identity"]
-Ties = Literal["shared", "random"]
-Discount = Literal["log"]
-
-
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raise a ValueError that names the argument unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
-def check_count(name: str, value: object, *, at_least: int = 1) -> None:
-    """Raise a ValueError that names the argument unless ``value`` is an integer that is large enough."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{name} must be an integer of at least {at_least}; got {value!r}")
-
-
-@dataclass(frozen=True)
-class ListOptions:
-    """What a list's likelihood is: the keyword arguments of :func:`plackett_luce_nll`, checked once."""
-
-    worth: Worth = "exp"
-    ties: Ties = "shared"
-    discount: Discount | None = None
-    top_k: int | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("worth", self.worth, get_args(Worth))
-        check_choice("ties", self.ties, get_args(Ties))
-        check_choice("discount", self.discount, (None, *get_args(Discount)))
-        if self.top_k is not None:
-            check_count("top_k", self.top_k)
-
-    @property
-    def weighs_ranks(self) -> bool:
-        """Whether any rank's μ is not 1."""
-        return self.discount is not None or self.top_k is not None
 
 
 def plackett_luce_nll(
@@ -124,7 +79,7 @@ def plackett_luce_nll(
         >>> round(nll.exp().item())
         24
     """
-    options = ListOptions(worth=worth, ties=ties, discount=discount, top_k=top_k)
+    options = RankOptions(worth=worth, ties=ties, discount=discount, top_k=top_k)
     if scores.shape != reference.shape or scores.dim() == 0 or scores.shape[-1] == 0:
         raise ValueError(
             "scores and reference must have one shape [..., N] with N >= 1; "
@@ -157,7 +112,7 @@ class _Ranking(NamedTuple):
         return x if self.last is None else x.gather(-1, self.last)
 
 
-def random_shuffle(n: int, device: torch.device, options: ListOptions) -> Tensor | None:
+def random_shuffle(n: int, device: torch.device, options: RankOptions) -> Tensor | None:
     """The shuffle that ``ties="random"`` puts before the sort; None for shared ties."""
     return torch.randperm(n, device=device) if options.ties == "random" else None
 
@@ -174,7 +129,7 @@ def _rank(reference: Tensor, shuffle: Tensor | None) -> _Ranking:
     return _Ranking(order, *group_bounds(ordered))
 
 
-def weights_of_ranks(rank: Tensor, options: ListOptions) -> Tensor | None:
+def weights_of_ranks(rank: Tensor, options: RankOptions) -> Tensor | None:
     """The μ of items of these ranks, float64, the best rank being 1; None where all are 1."""
     if not options.weighs_ranks:
         return None
@@ -222,7 +177,7 @@ class _RankedTerms(NamedTuple):
 
 
 def _ranked_terms(
-    scores: Tensor, reference: Tensor, options: ListOptions, shuffle: Tensor | None
+    scores: Tensor, reference: Tensor, options: RankOptions, shuffle: Tensor | None
 ) -> _RankedTerms:
     ranking = _rank(reference, shuffle)
     ranked = log_worth(scores, options.worth).gather(-1, ranking.order)
@@ -236,7 +191,7 @@ def _ranked_terms(
     return _RankedTerms(ranking, ranked, log_denominator, mu, terms)
 
 
-def nll_terms(scores: Tensor, reference: Tensor, options: ListOptions, shuffle: Tensor | None) -> Tensor:
+def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions, shuffle: Tensor | None) -> Tensor:
     """The summands of the NLL, item by item, in the items' own order: ``[..., N]``, differentiable."""
     ranked = _ranked_terms(scores, reference, options, shuffle)
     terms = torch.empty_like(ranked.terms).scatter(-1, ranked.ranking.order, ranked.terms)
@@ -245,7 +200,7 @@ def nll_terms(scores: Tensor, reference: Tensor, options: ListOptions, shuffle: 
 
 
 def nll_and_gradient(
-    scores: Tensor, reference: Tensor, options: ListOptions, shuffle: Tensor | None
+    scores: Tensor, reference: Tensor, options: RankOptions, shuffle: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     r"""NLL of every list and its gradient by the scores, in closed form and without autograd.
 
@@ -258,7 +213,7 @@ def nll_and_gradient(
     Args:
         scores: ``[..., N]``, float32 or float64.
         reference: ``[..., N]``.
-        options: the likelihood's options.
+        options: of the list.
         shuffle: what :func:`random_shuffle` gave for them.
 
     Returns:

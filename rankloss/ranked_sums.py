@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from rankloss.bins import quantize
+from rankloss.options import RankOptions, Worth
 from rankloss.ordering import ascending
-from rankloss.plackett_luce import ListOptions, Worth, log_worth, shuffled_order, weights_of_ranks
+from rankloss.plackett_luce import log_worth, shuffled_order, weights_of_ranks
 from rankloss.ties import group_bounds
 
 __all__ = ["BinnedSlots", "Ranking", "Slots", "SortedSlots", "Worths", "rank", "shifted_worths"]
@@ -105,12 +106,12 @@ class Ranking(Protocol):
         """The sums of these worths, ``[n, N]``."""
 
 
-def rank(reference: Tensor, options: ListOptions, shuffle: Tensor | None, bins: int | None) -> Ranking:
+def rank(reference: Tensor, options: RankOptions, shuffle: Tensor | None, bins: int | None) -> Ranking:
     """Rank a block of lists.
 
     Args:
         reference: ``[n, N]``, float32 or float64.
-        options: the lists' likelihood.
+        options: of the lists.
         shuffle: what :func:`rankloss.plackett_luce.random_shuffle` gave for them.
         bins: rank by so many bins of the reference; None by its exact order.
     """
@@ -126,7 +127,7 @@ class _SortedRanking(NamedTuple):
     """Sorted as a whole, since short sorts do not keep the cores busy."""
 
     reference: Tensor
-    options: ListOptions
+    options: RankOptions
     order: Tensor
     ordered: Tensor | None  # the sorted values, which show the ties; None where no items count as tied
     shuffle: Tensor | None
@@ -143,7 +144,7 @@ class _BinnedRanking(NamedTuple):
     """Divided into bins when a slice's turn comes, so that the bins' numbers stay in a core's cache."""
 
     values: Tensor
-    options: ListOptions
+    options: RankOptions
     bins: int
     shuffle: Tensor | None = None
 
@@ -161,7 +162,7 @@ class _BinnedRanking(NamedTuple):
 class SortedSlots:
     """One slot an item, in the exact order of the reference."""
 
-    def __init__(self, values: Tensor, order: Tensor, ordered: Tensor | None, options: ListOptions) -> None:
+    def __init__(self, values: Tensor, order: Tensor, ordered: Tensor | None, options: RankOptions) -> None:
         self._order, self._groups = order, None if ordered is None else _tie_groups(ordered)
         self._denominators = values.gather(-1, order).cumsum(-1, dtype=torch.float64)
         self._narrow = values.dtype == torch.float32
@@ -203,7 +204,7 @@ class SortedSlots:
 class BinnedSlots:
     """One slot a bin of the quantised reference; the items of a bin are tied."""
 
-    def __init__(self, values: Tensor, index: Tensor, options: ListOptions, bins: int) -> None:
+    def __init__(self, values: Tensor, index: Tensor, options: RankOptions, bins: int) -> None:
         self._index = index
         of_bins = values.new_zeros(*values.shape[:-1], bins).scatter_add_(-1, index, values)
         self._sums = of_bins.cumsum(-1, dtype=torch.float64)

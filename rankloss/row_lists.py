@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rankloss import dense
 from rankloss.embeddings import Embeddings, Term
-from rankloss.options import ConsistencyOptions
+from rankloss.options import RankOptions
 from rankloss.streaming import Gradients, Problem, Weights, stream
 
 __all__ = ["TERMS", "row_lists"]
@@ -32,7 +32,7 @@ _SETTINGS = "Tensor weights, Tensor? shuffles, int first_row, bool[] terms, bool
 
 def row_lists(
     embeddings: Embeddings,
-    options: ConsistencyOptions,
+    options: RankOptions,
     weights: Tensor,
     terms: Sequence[bool],
     shuffles: Tensor | None = None,
@@ -87,8 +87,8 @@ class _Call(NamedTuple):
         return Embeddings(self.image, self.text, self.scale, self.image_anchors, self.text_anchors)
 
     @property
-    def parsed(self) -> ConsistencyOptions:
-        return ConsistencyOptions.decode(self.options)
+    def parsed(self) -> RankOptions:
+        return RankOptions.decode(self.options)
 
     @property
     def per_anchor(self) -> bool:

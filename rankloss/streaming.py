@@ -23,7 +23,7 @@ from torch import Tensor
 from rankloss.blocks import Block, evaluate
 from rankloss.embeddings import Embeddings, other_items
 from rankloss.matrix_pairs import MatrixPair, MirroredPair, Target
-from rankloss.options import ConsistencyOptions
+from rankloss.options import RankOptions
 from rankloss.plans import Plan
 from rankloss.ranked_sums import rank
 
@@ -58,7 +58,7 @@ class Problem:
         first_row: the first anchor's own place among the items.
     """
 
-    options: ConsistencyOptions
+    options: RankOptions
     plan: Plan
     first_row: int = 0
 
@@ -86,7 +86,7 @@ def stream(
         for pair in _pairs(embeddings, problem, weights, gradients):
             for rows in _slices(n, problem.plan.chunk_size):
                 _add_chunk(pair, rows, embeddings, shuffles, problem, weights, values)
-    if gradients is not None and problem.options.likelihood.worth == "exp":
+    if gradients is not None and problem.options.worth == "exp":
         for gradient in gradients[:4]:
             if gradient is not None:
                 gradient *= embeddings.scale
@@ -104,7 +104,7 @@ def _pairs(
     image, text, image_anchors, text_anchors, scale = gradients or Gradients(None, None, None, None, None)
     if embeddings.image_anchors is None:
         image_anchors, text_anchors = image, text
-    if problem.options.likelihood.worth != "exp":
+    if problem.options.worth != "exp":
         scale = None  # the other worths do not depend on it
     make = MirroredPair if problem.plan.name == "shared" else MatrixPair
     if weights.contrastive is not None or weights.cross_modal is not None:
@@ -173,7 +173,7 @@ def _evaluate_lists(
     block: Block, reference: Tensor, shuffle: Tensor | None, scale: Tensor, problem: Problem
 ) -> _Values:
     options = problem.options
-    ranking = rank(reference, options.likelihood, shuffle, options.bins_or_none)
+    ranking = rank(reference, options, shuffle, options.bins_or_none)
     return _in_slices(block._replace(ranking=ranking), scale, problem)
 
 
@@ -199,7 +199,7 @@ def _in_slices(block: Block, scale: Tensor, problem: Problem) -> _Values:
             block.gradient.zero_()
         return None, None
     slices = _slices(len(block.cosines), problem.plan.slice_size)
-    return _joined(evaluate(block.rows(part), scale, problem.options.likelihood) for part in slices)
+    return _joined(evaluate(block.rows(part), scale, problem.options) for part in slices)
 
 
 def _joined(parts: Iterable[_Values]) -> _Values:

@@ -18,7 +18,7 @@ from memory import saved_bytes
 from rankloss import RankConsistency, dense, plackett_luce_nll, reference, row_lists
 from rankloss.consistency import cross_modal, in_modal
 from rankloss.embeddings import Embeddings
-from rankloss.options import ConsistencyOptions
+from rankloss.options import RankOptions
 
 TERMS: dict[str, tuple[Callable[..., Tensor], Callable[..., float]]] = {
     "cross_modal": (cross_modal, reference.cross_modal),
@@ -49,7 +49,7 @@ def upstream_for(value: Tensor) -> Tensor:
 
 
 def dense_row_lists(term: str, v: Tensor, t: Tensor, s: Tensor, reduction: str, likelihood) -> Tensor:
-    options = ConsistencyOptions.of(reduction=reduction, **likelihood)
+    options = RankOptions(reduction=reduction, **likelihood)
     values = dense.row_lists_nll(Embeddings.of(v, t, s), term, options)
     return {
         "mean": values.mean() / (len(v) if options.diagonal else len(v) - 1),

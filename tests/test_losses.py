@@ -60,7 +60,7 @@ def test_a_weight_of_zero_leaves_the_term_out_of_the_computation(monkeypatch: py
 def test_repr_shows_what_is_not_at_its_default() -> None:
     assert repr(RankConsistency()) == "RankConsistency(cross_modal=1, in_modal=1)"
     shown = repr(RankConsistency(in_modal=0, worth="shifted", top_k=8, chunk_size=64))
-    assert shown == "RankConsistency(cross_modal=1, in_modal=0, chunk_size=64, worth='shifted', top_k=8)"
+    assert shown == "RankConsistency(cross_modal=1, in_modal=0, worth='shifted', top_k=8, chunk_size=64)"
 
 
 def test_local_loss_without_gather_with_grad_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:

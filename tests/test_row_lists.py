@@ -14,14 +14,13 @@ from torch._dynamo.testing import CompileCounter
 from batches import Batch, batches, gradients, random_batch
 from rankloss import ClipLoss, RankClipLoss, RankConsistency, dense, plans, row_lists, streaming
 from rankloss.embeddings import Embeddings
-from rankloss.options import ConsistencyOptions
-from rankloss.plackett_luce import ListOptions
+from rankloss.options import RankOptions
 from rankloss.plans import choose_plan
 
 WEIGHTS = torch.tensor([0.8, 1.3, 0.6], dtype=torch.float64)
 
 
-def plain(v: Tensor, t: Tensor, s: Tensor, options: ConsistencyOptions) -> list[Tensor]:
+def plain(v: Tensor, t: Tensor, s: Tensor, options: RankOptions) -> list[Tensor]:
     """The three weighted terms, by autograd."""
     e, n = Embeddings.of(v, t, s), len(v) if options.diagonal else len(v) - 1
     values = [dense.row_lists_cross_entropy(e).mean()]
@@ -44,15 +43,15 @@ def plain(v: Tensor, t: Tensor, s: Tensor, options: ConsistencyOptions) -> list[
 def test_every_engine_and_plan_equals_the_plain_terms(
     batch: Batch, method, budget, chunk_size, discount, top_k, diagonal, fixed_reference, upstream
 ) -> None:
-    likelihood = ListOptions(discount=discount, top_k=top_k)
-    options = ConsistencyOptions(
+    options = RankOptions(
+        discount=discount,
+        top_k=top_k,
         diagonal=diagonal,
         fixed_reference=fixed_reference,
         method=method,
         bins=9,
         chunk_size=chunk_size,
         memory_budget=budget,
-        likelihood=likelihood,
     )
     inputs = v, t, s = batch.leaves()
     terms = row_lists.row_lists(Embeddings.of(v, t, s), options, WEIGHTS, (True, True, True))
@@ -91,8 +90,8 @@ def test_lists_are_ranked_and_summed_a_part_of_a_chunk_at_a_time(
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
 def test_a_term_that_is_not_used_has_no_part_in_the_gradient(used: tuple[int, ...]) -> None:
     inputs = v, t, s = random_batch(3, 9, 5, 20.0, duplicates=2).leaves()
-    terms = row_lists.row_lists(Embeddings.of(v, t, s), ConsistencyOptions(), WEIGHTS, (True,) * 3)
-    expected = plain(v, t, s, ConsistencyOptions())
+    terms = row_lists.row_lists(Embeddings.of(v, t, s), RankOptions(), WEIGHTS, (True,) * 3)
+    expected = plain(v, t, s, RankOptions())
     found, wanted = (gradients(sum(x[k] for k in used), inputs, 1.7) for x in (terms, expected))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
@@ -109,9 +108,7 @@ def test_a_share_of_the_anchors_has_the_values_that_it_has_in_the_whole(
 ) -> None:
     """What a process computes with ``local_loss``: its own rows, whose place among the items it knows."""
     v, t, s = batch.leaves()
-    options = ConsistencyOptions(
-        method=method, bins=9, reduction="none", diagonal=diagonal, chunk_size=chunk_size
-    )
+    options = RankOptions(method=method, bins=9, reduction="none", diagonal=diagonal, chunk_size=chunk_size)
     whole = row_lists.row_lists(Embeddings.of(v, t, s), options, WEIGHTS, (False, True, True))
     share = slice(1, 3)
     embeddings = Embeddings.of(v, t, s, image_anchors=v[share], text_anchors=t[share])
@@ -143,7 +140,7 @@ def test_only_the_gradients_that_are_wanted_are_computed(wanted, budget) -> None
 @pytest.mark.parametrize("method", ["sort", "bin"])
 def test_worths_that_float64_does_not_hold_are_summed_in_log_space(s: float, method: str) -> None:
     inputs = v, t, scale = random_batch(1, 12, 3, s, duplicates=2).leaves()
-    options = ConsistencyOptions(method=method, bins=7)
+    options = RankOptions(method=method, bins=7)
     terms = row_lists.row_lists(Embeddings.of(v, t, scale), options, WEIGHTS, (True,) * 3)
     expected = plain(v, t, scale, options)
     for a, b in zip(gradients(sum(terms), inputs, 2.0), gradients(sum(expected), inputs, 2.0), strict=True):
@@ -217,7 +214,7 @@ def test_differentiates_inside_a_compiled_graph() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_operators_keep_the_contract_of_torch_library(reduction: str) -> None:
     v, t, s = random_batch(0, 5, 3, 10.0).leaves()
-    options = ConsistencyOptions(reduction=reduction)
+    options = RankOptions(reduction=reduction)
     terms = [reduction == "mean", True, True]
     arguments = (v, t, None, None, s, WEIGHTS, None, 0, terms, [True, True, False, False, True])
     torch.library.opcheck(
@@ -242,10 +239,10 @@ def test_torch_func_is_right_or_refused() -> None:
 
 @pytest.mark.parametrize("method", ["sort", "bin"])
 @pytest.mark.parametrize("plan", ["rows", "shared"])
-@pytest.mark.parametrize("likelihood", [ListOptions(), ListOptions(discount="log", top_k=3)])
+@pytest.mark.parametrize("ranks", [{}, {"discount": "log", "top_k": 3}])
 @pytest.mark.parametrize("diagonal", [True, False])
 def test_a_step_on_an_accelerator_never_waits_for_it(
-    method: str, plan: str, likelihood, diagonal: bool, monkeypatch
+    method: str, plan: str, ranks, diagonal: bool, monkeypatch
 ) -> None:
     """Tensors without values stand in for a device: looking at one, as a synchronisation does, raises."""
     monkeypatch.setattr(torch, "autocast", lambda **_: contextlib.nullcontext())  # which meta does not have
@@ -255,7 +252,7 @@ def test_a_step_on_an_accelerator_never_waits_for_it(
     budget = 0 if plan == "rows" else None
     chosen = choose_plan(64, 64, v.device, v.dtype, chunk_size=16, memory_budget=budget)
     assert chosen.name == plan
-    options = ConsistencyOptions(method=method, bins=32, diagonal=diagonal, likelihood=likelihood)
+    options = RankOptions(method=method, bins=32, diagonal=diagonal, **ranks)
     problem = streaming.Problem(options, chosen)
     weight = torch.empty((), dtype=torch.float64, device="meta") * embeddings.nan_unless_finite
     into = streaming.Gradients(torch.zeros_like(v), torch.zeros_like(t), None, None, torch.zeros_like(s))

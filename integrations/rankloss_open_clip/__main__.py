@@ -16,7 +16,7 @@ from rankloss_open_clip import bootstrap
 def main() -> None:
     """Attach, then run the trainer as ``python -m`` would."""
     if importlib.util.find_spec("open_clip_train") is None:
-        sys.exit("open_clip_train is not installed: pip install 'rankloss[open_clip]'")
+        sys.exit("open_clip_train is not installed: pip install 'rankloss[open-clip]'")
     bootstrap.attach()
     if not bootstrap.attached():
         sys.exit(f"rankloss_open_clip could not attach: {bootstrap.failures}")

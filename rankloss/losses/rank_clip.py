@@ -201,7 +201,7 @@ class RankClipLoss(nn.Module):
         return (
             shares_gathering(self.base, self.consistency.gather)
             and options.lists == "row"
-            and options.likelihood.worth == "exp"
+            and options.worth == "exp"
         )
 
     def _set(self, value: float) -> None:

@@ -12,8 +12,16 @@ from rankloss.consistency import weighted_terms
 from rankloss.distributed import Gather, Gathered
 from rankloss.embeddings import Embeddings, arithmetic_dtype, check_features
 from rankloss.losses.weights import check_weight
-from rankloss.options import ConsistencyOptions, FixedReference, ListsOption, Method, Reduction
-from rankloss.plackett_luce import Discount, ListOptions, Ties, Worth
+from rankloss.options import (
+    Discount,
+    FixedReference,
+    ListsOption,
+    Method,
+    RankOptions,
+    Reduction,
+    Ties,
+    Worth,
+)
 from rankloss.plans import Plan
 
 __all__ = ["RankConsistency"]
@@ -113,7 +121,7 @@ class RankConsistency(nn.Module):
         super().__init__()
         self.cross_modal = check_weight("cross_modal", cross_modal)
         self.in_modal = check_weight("in_modal", in_modal)
-        self.options = ConsistencyOptions.of(
+        self.options = RankOptions(
             lists=lists,
             worth=worth,
             ties=ties,
@@ -239,12 +247,5 @@ class RankConsistency(nn.Module):
     def extra_repr(self) -> str:
         """The weights and every option that is not at its default."""
         shown = [f"cross_modal={self.cross_modal:g}", f"in_modal={self.in_modal:g}"]
-        for options, default in (
-            (self.options, ConsistencyOptions()),
-            (self.options.likelihood, ListOptions()),
-        ):
-            for name in options.__dataclass_fields__:
-                value = getattr(options, name)
-                if name not in ("likelihood", "encoded") and value != getattr(default, name):
-                    shown.append(f"{name}={value!r}")
+        shown += [f"{name}={value!r}" for name, value in self.options.changed.items()]
         return ", ".join(shown)

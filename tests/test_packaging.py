@@ -1,0 +1,47 @@
+"""What pyproject.toml declares, and what the documents and messages tell people to type."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest depends on it there
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def typed_extras() -> list[tuple[str, str]]:
+    """Every ``rankloss[extra]`` and ``'.[extra]'`` in the project's own text, with the file it is in."""
+    folders = ("docs", "examples", "integrations", "rankloss", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    files = [path for path in files if path.suffix in {".md", ".py", ".sh", ".toml"}]
+    files += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml")]
+    pattern = re.compile(r"""(?:\brankloss|['"]\.)\[([\w.,-]+)\]""")
+    return [
+        (path.relative_to(ROOT).as_posix(), extra)
+        for path in files
+        if path != Path(__file__).resolve()
+        for names in pattern.findall(path.read_text())
+        for extra in names.split(",")
+    ]
+
+
+# A wheel's metadata holds the normalised names, and pip before 23.3 compares what is typed with them as it
+# stands: an underscore there means that nothing is installed, with a warning.
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_extra_has_its_normalised_name(extra: str) -> None:
+    assert extra == re.sub(r"[-_.]+", "-", extra).lower()
+
+
+def test_every_typed_extra_exists_as_it_is_spelt() -> None:
+    typed = typed_extras()
+    assert {extra for _, extra in typed} >= {"open-clip", "examples", "test", "dev"}
+    assert [(path, extra) for path, extra in typed if extra not in EXTRAS] == []
