@@ -16,7 +16,9 @@ from formulas import to_tex
 
 _ROLE = re.compile(r":(?:class|func|meth|attr|data|mod|exc):`(?P<hidden>~?)(?P<name>[\w.]+)`")
 _BLOCK = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}\S.*(?:\n|\Z)(?:\n(?= {4}\S))?)+", re.MULTILINE)
-_SECTION = re.compile(r"^(Args|Returns|Raises|Example|Examples|References|Shapes|Note|Yields):$", re.MULTILINE)
+_SECTION = re.compile(
+    r"^(Args|Returns|Raises|Example|Examples|References|Shapes|Note|Yields):$", re.MULTILINE
+)
 
 
 class ReadableDocstrings(griffe.Extension):

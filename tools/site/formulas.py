@@ -81,7 +81,9 @@ def _line(line: str) -> str:
             name = text.replace("_", r"\_")
             parts.append(rf"\operatorname{{{name}}}" if is_operator else _word(name))
         elif match["greek"]:
-            parts.append(rf"\{_GREEK[match['greek']]} " + (f"_{{{match['index']}}}" if match["index"] else ""))
+            parts.append(
+                rf"\{_GREEK[match['greek']]} " + (f"_{{{match['index']}}}" if match["index"] else "")
+            )
         else:
             parts.append(_SIGNS.get(text, text))
     return "".join(parts)

@@ -6,16 +6,24 @@ root; here, such links are made to lead to the repository's own site, and a file
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
+from rankloss.options import RankOptions, choices_of
+
 ROOT = Path(__file__).parents[2]
-FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+FROM_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 _LINK = re.compile(r"(?<!`)(\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(\))")
 _DOCTEST_FENCE = re.compile(r"^```python\n(?=>>>)", re.MULTILINE)
+_BADGES = re.compile(r"<!-- badges -->.*?<!-- /badges -->\n", re.DOTALL)
+_THEMED_PICTURE = re.compile(
+    r'<picture>\s*<source [^>]*srcset="(?P<dark>[^"]+)">\s*<img alt="(?P<alt>[^"]+)" src="(?P<light>[^"]+)"'
+    r"[^>]*>\s*</picture>"
+)
 
 log = logging.getLogger("mkdocs.hooks.links")
 
@@ -27,6 +35,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     if name in FROM_ROOT:
         markdown = (ROOT / FROM_ROOT[name]).read_text(encoding="utf-8")
         folder = ""
+
+    markdown = _BADGES.sub("", markdown)
+    markdown = _THEMED_PICTURE.sub(_themed_picture, markdown)
+    markdown = markdown.replace("<!-- rank-options -->", _rank_options())
 
     def resolve(match: re.Match[str]) -> str:
         opening, target, fragment, closing = match.groups()
@@ -46,6 +58,25 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
     markdown = _LINK.sub(resolve, markdown)
     return _DOCTEST_FENCE.sub("```pycon\n", markdown)
+
+
+def _themed_picture(match: re.Match[str]) -> str:
+    """A picture of two themes follows the reader's system in the repository, and the page's theme here."""
+    return "\n".join(f"![{match['alt']}]({match[theme]}#only-{theme})" for theme in ("light", "dark"))
+
+
+def _rank_options() -> str:
+    """The table of all options of the rank terms."""
+    lines = ["| option | values | default | what it does |", "|---|---|---|---|"]
+    for option in dataclasses.fields(RankOptions):
+        choices = choices_of(option.name)
+        values = ", ".join(f"`{choice!r}`" for choice in choices) or "a whole number"
+        default = f"`{option.default!r}`"
+        if option.metadata["none"]:
+            default += f" ({option.metadata['none']})"
+            values += "" if choices else ", or `None`"
+        lines.append(f"| `{option.name}` | {values} | {default} | {option.metadata['help']} |")
+    return "\n".join(lines)
 
 
 def _pages(config: Any) -> set[str]:
