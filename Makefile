@@ -88,7 +88,7 @@ bench: $(VENV)/.dev
 ## The documentation site, in outputs/site: warnings are errors, links are checked, examples run. Needs npm.
 docs: $(VENV)/.docs docs/vendor/katex
 	$(BIN)/python -m doctest $(wildcard docs/*.md)
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Renders the formulas; the site has its own copy.
 docs/vendor/katex:

@@ -19,6 +19,7 @@ _BLOCK = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}\S.*(?:\n|\Z)(?:\n(?= {4}\S))?)+", 
 _SECTION = re.compile(
     r"^(Args|Returns|Raises|Example|Examples|References|Shapes|Note|Yields):$", re.MULTILINE
 )
+_EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)  # the parser knows the plural
 
 
 class ReadableDocstrings(griffe.Extension):
@@ -27,7 +28,8 @@ class ReadableDocstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of a module, class, function or attribute."""
         if obj.docstring is not None:
-            obj.docstring.value = _roles(_formulas(obj.docstring.value), obj)
+            text = _EXAMPLE.sub("Examples:", obj.docstring.value)
+            obj.docstring.value = _roles(_formulas(text), obj)
 
 
 def _formulas(text: str) -> str:

@@ -1,7 +1,7 @@
 """Formulas as the docstrings write them, translated to TeX.
 
-A docstring is read in an editor and by ``help()``, so its formulas are plain text with the field's signs, such as
-``½[C(S | R) + C(R | S)]``. :func:`to_tex` makes of each what a mathematical renderer needs.
+A docstring is read in an editor and by ``help()``, so its formulas are plain text with the field's signs, such
+as ``½[C(S | R) + C(R | S)]``. :func:`to_tex` makes of each what a mathematical renderer needs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What MkDocs does with the documents on the way to the site.
 
-Documents are read in the repository, too. There, links lead to files outside ``docs``, and a few documents live at the
-root; here, such links are made to lead to the repository's own site, and a file that does not exist is an error.
+Documents are read in the repository, too, where links lead to files outside ``docs``, and a few documents live
+at the root. Here such links lead to the repository's own site, and a file that does not exist is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rankloss.options import RankOptions, choices_of
 
 ROOT = Path(__file__).parents[2]
 FROM_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-_LINK = re.compile(r"(?<!`)(\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(\))")
+_LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(\))")
 _DOCTEST_FENCE = re.compile(r"^```python\n(?=>>>)", re.MULTILINE)
 _BADGES = re.compile(r"<!-- badges -->.*?<!-- /badges -->\n", re.DOTALL)
 _THEMED_PICTURE = re.compile(
