@@ -1,7 +1,7 @@
 """Formulas as the docstrings write them, translated to TeX.
 
-A docstring is read in an editor and by ``help()``, so its formulas are plain text with the field's signs, such
-as ``½[C(S | R) + C(R | S)]``. :func:`to_tex` makes of each what a mathematical renderer needs.
+A docstring is read in an editor and by ``help()``, so its formulas are plain text with the field's signs, as
+in ``½[C(S | R) + C(R | S)]``. :func:`to_tex` makes of each what a mathematical renderer needs.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def _line(line: str) -> str:
 
 
 def _word(name: str) -> str:
-    """A name of several capitals is a quantity; other words are text, with its spaces."""
-    return rf"\mathrm{{{name}}}" if name.isupper() else rf"\;\text{{{name}}}\;"
+    """Names are upright; words of a sentence have spaces around them."""
+    return rf"\;\text{{{name}}}\;" if name in ("where", "else") else rf"\mathrm{{{name}}}"
 
 
 def _closing(text: str, opening: int) -> int:

@@ -1,7 +1,7 @@
 """What MkDocs does with the documents on the way to the site.
 
-Documents are read in the repository, too, where links lead to files outside ``docs``, and a few documents live
-at the root. Here such links lead to the repository's own site, and a file that does not exist is an error.
+Documents are read in the repository, too, where links lead to files outside ``docs``, and a few documents
+live at the root. Here such links lead to the repository's own site; a file that does not exist is an error.
 """
 
 from __future__ import annotations
