@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,19 @@ _EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)  # the parser knows the plura
 class ReadableDocstrings(griffe.Extension):
     """Rewrites every docstring before it is parsed."""
 
-    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rewrite the docstring of a module, class, function or attribute."""
-        if obj.docstring is not None:
-            text = _EXAMPLE.sub("Examples:", obj.docstring.value)
-            obj.docstring.value = _roles(_formulas(text), obj)
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Rewrite the docstrings of a package, once all names in it can be resolved."""
+        for obj in _objects(pkg):
+            if obj.docstring is not None:
+                text = _EXAMPLE.sub("Examples:", obj.docstring.value)
+                obj.docstring.value = _roles(_formulas(text), obj)
+
+
+def _objects(obj: griffe.Object) -> Iterator[griffe.Object]:
+    yield obj
+    for member in obj.members.values():
+        if not member.is_alias:
+            yield from _objects(member)
 
 
 def _formulas(text: str) -> str:
