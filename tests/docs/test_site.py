@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -96,26 +97,25 @@ def test_every_page_is_without_an_error_an_unrendered_formula_or_a_sideways_scro
     formulas = {}
     names = pages(site)
     assert {"", "method/", "options/", "api/losses/", "contributing/"} <= set(names)
-    for name in names:
+    for name, (width, height) in itertools.product(names, (PHONE, LAPTOP)):
+        # The window cannot be made as narrow as a phone; the page in it can.
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         browser.get(f"{address}/{name}")
         assert errors(browser) == [], name
         text = browser.execute_script("return document.querySelector('article').innerText")
         assert not re.search(r"\$\$|\\\[|:(class|func|meth|mod|data):", text), name
-        counts = "return [...document.querySelectorAll('.arithmatex')].map(e => e.querySelectorAll('.katex').length)"
+        counts = """return [...document.querySelectorAll(".arithmatex")]
+            .map(e => e.querySelectorAll(".katex").length)"""
         rendered = browser.execute_script(counts)
         assert all(rendered), name
         formulas[name] = len(rendered)
         assert browser.execute_script("return document.querySelectorAll('.katex-error').length") == 0
-        broken = (
-            "return [...document.images].filter(i => i.src && i.complete && !i.naturalWidth).map(i => i.src)"
-        )
+        broken = """return [...document.images].filter(i => i.src && i.complete && !i.naturalWidth)
+            .map(i => i.src)"""
         assert browser.execute_script(broken) == [], name
-        for size in (PHONE, LAPTOP):
-            # The window cannot be made as narrow as a phone; the page in it can.
-            metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
-            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-            width = browser.execute_script("return document.scrollingElement.scrollWidth")
-            assert width <= size[0], f"{name} is {width} pixels wide on a screen of {size[0]}"
+        needed = browser.execute_script("return document.scrollingElement.scrollWidth")
+        assert needed <= width, f"{name} is {needed} pixels wide on a screen of {width}"
     assert formulas["method/"] >= 10
     assert formulas["api/losses/"] >= 5
     assert formulas["api/functions/"] >= 1
