@@ -46,7 +46,7 @@ _GREEK = {
 _OPERATORS = {"log", "exp", "min", "max", "cos", "clip", "softmax"}
 _TOKEN = re.compile(
     r"""(?P<root>√)
-    | (?P<subscript>_(?:\{ | [a-zA-Z0-9α-ω](?:,[a-z](?![a-z]))? [a-z]*))
+    | (?P<subscript>_(?:\{ | [a-zA-Z0-9](?:,[a-z](?![a-z]))? [a-z]*))
     | (?P<gap>\s{2,})
     | (?P<word>[A-Za-z]{2,}(?:_[a-z]{2,})*)
     | (?P<greek>[α-ωΣℓ])(?P<index>\d?)
@@ -73,7 +73,7 @@ def _line(line: str) -> str:
             parts.append(rf"\sqrt{{{_line(line[position + 1 : end])}}}")
             position = end + 1
         elif kind == "subscript":
-            parts.append(text if text == "_{" else f"_{{{_line(text[1:])}}}")
+            parts.append(text if text == "_{" else f"_{{{text[1:]}}}")
         elif kind == "gap":
             parts.append(r"\qquad ")
         elif kind == "word":

@@ -62,7 +62,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
 def _themed_picture(match: re.Match[str]) -> str:
     """A picture of two themes follows the reader's system in the repository, and the page's theme here."""
-    return "\n".join(f"![{match['alt']}]({match[theme]}#only-{theme})" for theme in ("light", "dark"))
+    return "\n".join(f"![{match['alt']}]({match[theme]}#gh-{theme}-mode-only)" for theme in ("light", "dark"))
 
 
 def _rank_options() -> str:
