@@ -26,6 +26,8 @@ Term = Literal["cross_modal", "in_modal"]
 FALLEN, RISEN = "#e0702a", "#3b82d6"
 """The colours of items that the second list ranks lower than the first, and higher."""
 
+_LONGEST = 32  # letters of a label
+
 
 @torch.no_grad()
 def slope_chart(
@@ -53,7 +55,7 @@ def slope_chart(
     Args:
         image_features: ``[N, D]``, unit-norm.
         text_features: ``[N, D]``, unit-norm; row i belongs to image i.
-        labels: N short names.
+        labels: N names; those of more than 32 letters are cut short.
         anchor: the row whose two rankings are compared, from 0.
         term: which lists.
         items: how many concepts are shown.
@@ -95,7 +97,7 @@ def compare_rankings(
     Args:
         first: ``[N]``, the left column's scores; the largest is ranked first.
         second: ``[N]``, the right column's scores.
-        labels: N short names.
+        labels: N names; those of more than 32 letters are cut short.
         own: the item whose name is bold, from 0; None for none.
         names: what stands above the columns.
         items: how many things are shown, those that ``first`` ranks first.
@@ -125,8 +127,11 @@ def compare_rankings(
         raise ValueError(f"items must be at least 2; got {items!r}")
     left, right, tau = _ranks(first), _ranks(second), kendall_tau(first, second).item()
     shown = left.argsort(stable=True)[:items]
+    texts = {item: _text(labels[item]) for item in shown.tolist()}
     if axes is None:
-        figure = Figure(figsize=(4.8, 0.8 + 0.32 * len(shown)), layout="constrained")
+        letter = 0.7 * rcParams["font.size"] / 72  # inches: no less than most letters
+        width = 1.8 + 2 * letter * (max(map(len, texts.values())) + 6)
+        figure = Figure(figsize=(width, 0.8 + 0.32 * len(shown)), layout="constrained")
         axes = figure.add_subplot()
     heading = f"Kendall τ = {tau:.2f}" if math.isfinite(tau) else "Kendall τ: no ranking"
     axes.set_title(heading if title is None else f"{title}\n{heading}")
@@ -138,7 +143,7 @@ def compare_rankings(
         color = FALLEN if right_place > left_place else RISEN if right_place < left_place else _neutral()
         width, weight = (3.0, "bold") if item == own else (1.6, "normal")
         axes.plot((0.03, 0.97), (left_place, right_place), color=color, lw=width, solid_capstyle="round")
-        name = _escape(labels[item])
+        name = texts[item]
         axes.text(0, left_place, f"{name}  {left[item]}", ha="right", va="center", weight=weight)
         axes.text(1, right_place, f"{right[item]}  {name}", ha="left", va="center", weight=weight)
     axes.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -1.5))
@@ -175,6 +180,7 @@ def _neutral() -> tuple[float, float, float, float]:
     return to_rgba(rcParams["text.color"], 0.35)
 
 
-def _escape(label: str) -> str:
-    """The label as it is: matplotlib would read what stands between two dollars as mathematics."""
-    return str(label).replace("$", r"\$")
+def _text(label: str) -> str:
+    """The label, at most so long that a line stays beside it, and with dollars that begin no mathematics."""
+    shortened = label if len(label) <= _LONGEST else label[: _LONGEST - 1].rstrip() + "…"
+    return shortened.replace("$", r"\$")

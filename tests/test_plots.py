@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,20 @@ def test_labels_are_not_read_as_mathematics() -> None:
     figure = plots.slope_chart(v, t, ["$5", "$6 or $7", "x_1"], 0)
     figure.draw_without_rendering()
     assert any(text.get_text().startswith(r"\$6 or \$7") for text in figure.axes[0].texts)
+
+
+@pytest.mark.parametrize("length", [1, 30, 32, 33, 200])
+def test_labels_of_any_length_leave_room_for_the_lines(length: int) -> None:
+    v, t = features(6, 0)
+    labels = [letter * length for letter in "ABCDEF"]
+    figure = plots.slope_chart(v, t, labels, 0)
+    figure.savefig(BytesIO())  # the layout's warning that nothing is left for the lines would be an error
+    (axes,) = figure.axes
+    lines = axes.get_window_extent().width
+    assert lines > 0.1 * figure.get_window_extent().width
+    assert all(
+        text.get_text().count("A") == min(length, 31 if length > 32 else 32) for text in axes.texts[2:4]
+    )
 
 
 def test_two_charts_in_one_figure() -> None:

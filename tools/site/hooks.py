@@ -10,10 +10,15 @@ import dataclasses
 import logging
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from rankloss.options import RankOptions, choices_of
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import notebooks
 
 ROOT = Path(__file__).parents[2]
 FROM_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
@@ -35,6 +40,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     if name in FROM_ROOT:
         markdown = (ROOT / FROM_ROOT[name]).read_text(encoding="utf-8")
         folder = ""
+    notebook = Path(page.file.abs_src_path).with_suffix(".ipynb")
+    if notebook.exists():
+        markdown = notebooks.to_markdown(notebook, notebook.name)
 
     markdown = _BADGES.sub("", markdown)
     markdown = _THEMED_PICTURE.sub(_themed_picture, markdown)
