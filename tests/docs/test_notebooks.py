@@ -27,7 +27,7 @@ def test_notebook_is_committed_with_its_results(name: str) -> None:
     code = [cell for cell in cells(name) if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
-    assert len(outputs) >= 5
+    assert len(outputs) >= 4
     assert all(output["output_type"] != "error" for output in outputs)
     assert all(output.get("name") != "stderr" for output in outputs)
 
