@@ -6,6 +6,8 @@ DEMO_OUTPUT ?= outputs/openmoji
 MINIATURE_OUTPUT ?= outputs/miniature
 BENCH_OUTPUT ?= outputs/bench
 OPEN_CLIP_VERSIONS ?= 3.0.0 3.3.0
+# The lower bounds of pyproject.toml's dependencies, which a test compares with these.
+LOWEST := torch==2.6.0 numpy==1.24.0
 
 .PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main lint typecheck bench docs \
 	pictures release-check clean
@@ -56,8 +58,16 @@ test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
-## The integration on the lowest and the newest supported open_clip, each in an environment of its own.
-test-matrix: $(addprefix test-open_clip-,$(OPEN_CLIP_VERSIONS))
+## The core on the lowest torch and NumPy, and the integration on the lowest and the newest supported open_clip, each
+## in an environment of its own.
+test-matrix: test-lowest $(addprefix test-open_clip-,$(OPEN_CLIP_VERSIONS))
+
+# With Python 3.10 or 3.11, the only ones that this NumPy has wheels for, and with the pip that they bring.
+.PHONY: test-lowest
+test-lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --editable '.[test]' $(LOWEST)
+	$(VENV)-lowest/bin/python -m pytest tests/test_*.py $(wildcard tests/conditions) rankloss README.md $(PYTEST_ARGS)
 
 test-open_clip-%:
 	$(PYTHON) -m venv $(VENV)-open_clip-$*
@@ -107,4 +117,4 @@ release-check: $(VENV)/.release
 	$(BIN)/python tools/release_check.py $(RELEASE_ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-open_clip-* build dist
+	rm -rf $(VENV) $(VENV)-* build dist

@@ -12,15 +12,13 @@ from torch import Tensor
 
 from contenders import SCALE, D
 from naive import list_nll
-from rankloss.blocks import Block, evaluate
-from rankloss.options import RankOptions
-from rankloss.ordering import ascending
-from rankloss.plackett_luce import nll_and_gradient
-from rankloss.plans import choose_plan
-from rankloss.ranked_sums import rank
+from rankloss.likelihood import nll_terms
+from rankloss.lists import Block, evaluate
+from rankloss.options import RankOptions, choose_plan
+from rankloss.ranking import ascending
 
 LISTS, ITEMS, BINS = 256, 4096, 2048
-OPTIONS = RankOptions()
+OPTIONS = {"sort": RankOptions(reduction="sum"), "bin": RankOptions(reduction="sum", method="bin", bins=BINS)}
 
 
 def similarities() -> tuple[Tensor, Tensor]:
@@ -32,21 +30,20 @@ def similarities() -> tuple[Tensor, Tensor]:
     return features(LISTS) @ features(ITEMS).T, features(LISTS) @ features(ITEMS).T
 
 
-def streamed(cosines: Tensor, reference: Tensor, bins: int | None) -> tuple[Tensor, Tensor]:
+def streamed(cosines: Tensor, reference: Tensor, method: str) -> tuple[Tensor, Tensor]:
     """As the pass over the rows does it: a slice at a time that fits a core's cache."""
     plan = choose_plan(LISTS, ITEMS, cosines.device, cosines.dtype)
-    scale, gradient, values = torch.tensor(SCALE), torch.empty_like(cosines), []
-    ranking = rank(reference, OPTIONS, None, bins)
-    for start in range(0, LISTS, plan.slice_size):
-        rows = slice(start, start + plan.slice_size)
-        own = torch.arange(LISTS)[rows]
-        block = Block(cosines[rows], own, None, torch.ones(()), ranking.rows(rows), gradient[rows])
-        values.append(evaluate(block, scale, OPTIONS)[1])
-    return torch.cat([v for v in values if v is not None]), gradient
+    block = Block(cosines, torch.arange(LISTS), torch.tensor(SCALE), None, torch.ones(()), reference)
+    _, value, gradient = evaluate(block, OPTIONS[method], plan, with_gradient=True)
+    assert value is not None
+    assert gradient is not None
+    return value, gradient
 
 
 def in_log_space(cosines: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    return nll_and_gradient(cosines * SCALE, reference, OPTIONS, None)
+    scores = (cosines * SCALE).requires_grad_()
+    value = nll_terms(scores, reference, OPTIONS["sort"], None).sum(-1)
+    return value.detach(), torch.autograd.grad(value.sum(), scores)[0]
 
 
 def naive(cosines: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,13 +53,13 @@ def naive(cosines: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 METHODS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "sort": lambda c, r: streamed(c, r, None),
-    "bin": lambda c, r: streamed(c, r, BINS),
+    "sort": lambda c, r: streamed(c, r, "sort"),
+    "bin": lambda c, r: streamed(c, r, "bin"),
     "log space": in_log_space,
     "naive": naive,
 }
 SORTS: dict[str, Callable[[Tensor], object]] = {
-    "ordering.ascending": ascending,
+    "ranking.ascending": ascending,
     "torch.sort": lambda x: x.sort(-1),
 }
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from contenders import D, batch
 from measure import conditions  # also puts tests/ where the next imports are found
-from rankloss import RankClipLoss
+from rankloss import Gather, RankClipLoss
 from scaling_report import fill, markdown_table, save
 
 # isort: split
@@ -69,8 +69,7 @@ def measure(
     own = slice(rank * n // world_size, (rank + 1) * n // world_size)
     v, t = (x.detach()[own].requires_grad_() for x in (v, t))
     criterion = RankClipLoss(
-        schedule="constant", method=method, local_loss=local_loss, gather_with_grad=True,
-        rank=rank, world_size=world_size,
+        schedule="constant", method=method, gather=Gather(local_loss=local_loss),
     )  # fmt: skip
     with Rows() as rows, Collectives() as forward:
         loss = criterion(v, t, s)

@@ -1,32 +1,39 @@
 """Ranking-consistency losses for CLIP training.
 
 The losses are modules (:class:`RankConsistency`, :class:`RankClipLoss`, :class:`ClipLoss`,
-:class:`CyClipLoss`, :class:`AlipLoss`), the mathematics of one list is a function
-(:func:`plackett_luce_nll`), and everything else has a module of its own.
+:class:`CyClipLoss`, :class:`AlipLoss`). :class:`RankOptions` has the options of the rank terms,
+:class:`Gather` says how a batch is spread over processes, and the mathematics of one list is a function,
+:func:`plackett_luce_nll`.
 """
 
-from rankloss import consistency as consistency
 from rankloss import distributed as distributed
+from rankloss import functional as functional
 from rankloss import metrics as metrics
 from rankloss import reference as reference
 from rankloss import schedules as schedules
 from rankloss._version import __version__ as __version__
+from rankloss.distributed import Gather as Gather
+from rankloss.functional import plackett_luce_nll as plackett_luce_nll
 from rankloss.losses import AlipLoss as AlipLoss
 from rankloss.losses import ClipLoss as ClipLoss
 from rankloss.losses import CyClipLoss as CyClipLoss
+from rankloss.losses import InputWarning as InputWarning
 from rankloss.losses import RankClipLoss as RankClipLoss
 from rankloss.losses import RankConsistency as RankConsistency
-from rankloss.plackett_luce import plackett_luce_nll as plackett_luce_nll
+from rankloss.options import RankOptions as RankOptions
 
 __all__ = [
     "AlipLoss",
     "ClipLoss",
     "CyClipLoss",
+    "Gather",
+    "InputWarning",
     "RankClipLoss",
     "RankConsistency",
+    "RankOptions",
     "__version__",
-    "consistency",
     "distributed",
+    "functional",
     "metrics",
     "plackett_luce_nll",
     "reference",

@@ -1,7 +1,7 @@
 """The terms written plainly: whole similarity matrices, torch's own autograd, memory in O(N²).
 
-This is the definition that the streaming pass is tested against. It also serves what cannot stream: batch
-lists, which are one list of all N² pairs, and derivatives of second order.
+This is where a reader starts, and the definition that the streaming pass is tested against. It also serves
+what cannot stream: batch lists, which are one list of all N² pairs, and derivatives of second order.
 """
 
 from __future__ import annotations
@@ -10,76 +10,66 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.bins import quantize
-from rankloss.embeddings import Embeddings, Term, other_items, scores_from
+from rankloss.batch import MATRICES, Batch, Term, other_items
+from rankloss.likelihood import nll_terms, scores_from
 from rankloss.options import RankOptions
-from rankloss.plackett_luce import nll_terms, random_shuffle
+from rankloss.ranking import random_shuffle
 
 __all__ = ["batch_list_nll", "row_lists_cross_entropy", "row_lists_nll"]
 
 
-def row_lists_nll(
-    embeddings: Embeddings,
-    term: Term,
-    options: RankOptions,
-    shuffles: tuple[Tensor | None, Tensor | None] = (None, None),
-    first_row: int = 0,
-) -> Tensor:
+def row_lists_nll(batch: Batch, term: Term, options: RankOptions, shuffles: Tensor | None = None) -> Tensor:
     """NLL of every anchor's lists, the directions put together: ``[n]``.
 
-    ``first_row`` is the first anchor's own place among the items.
+    ``shuffles``, ``[4, N]``, are those of the lists of S, R, I and X under ``ties="random"``. With
+    ``reduction="mean"`` each list's NLL is divided by its Σ_p μ_p.
     """
-    lists = embeddings.lists(term)
-    a, b = lists.first.cosines(), lists.second.cosines()
-    a_reference, b_reference = lists.first.reference(a), lists.second.reference(b)
+    first, second = batch.matrices(term)
+    a, b = first.cosines(), second.cosines()
+    directions = ((first, a, second.reference(b)), (second, b, first.reference(a)))
     value = a.new_zeros(len(a))
-    for cosines, reference, shuffle, share in zip(
-        (a, b), (b_reference, a_reference), shuffles, options.directions, strict=True
-    ):
+    for (matrix, cosines, reference), share in zip(directions, options.directions, strict=True):
         if share == 0:
             continue
-        scores = scores_from(cosines, embeddings.scale, options)
+        scores = scores_from(cosines, batch.scale, options)
         if not options.diagonal:
-            others = other_items(first_row + torch.arange(len(a), device=a.device), a.shape[-1])
+            others = other_items(batch.own, a.shape[-1])
             scores, reference = scores.gather(-1, others), reference.gather(-1, others)
-        if options.bins_or_none is not None:
-            reference = quantize(reference, options.bins)
+        shuffle = None if shuffles is None else shuffles[MATRICES.index(matrix.name)]
         value = value + share * nll_terms(scores, reference, options, shuffle).sum(-1)
     return value
 
 
-def row_lists_cross_entropy(embeddings: Embeddings, first_row: int = 0) -> Tensor:
-    """Cross-entropy of every anchor with its own pair, averaged over the two directions: ``[n]``.
-
-    ``first_row`` is the first anchor's own place among the items.
-    """
-    lists = embeddings.lists("cross_modal")
-    own = first_row + torch.arange(embeddings.anchors, device=embeddings.image.device)
+def row_lists_cross_entropy(batch: Batch) -> Tensor:
+    """Cross-entropy of every anchor with its own pair, averaged over the two directions: ``[n]``."""
     a, b = (
-        F.cross_entropy(embeddings.scale * similarity.cosines(), own, reduction="none")
-        for similarity in (lists.first, lists.second)
+        F.cross_entropy(batch.scale * matrix.cosines(), batch.own, reduction="none")
+        for matrix in batch.matrices("cross_modal")
     )
     return (a + b) / 2
 
 
-def batch_list_nll(embeddings: Embeddings, term: Term, options: RankOptions) -> Tensor:
+def batch_list_nll(batch: Batch, term: Term, options: RankOptions) -> Tensor:
     """NLL of the one list of all N² pairs, the directions put together, split by anchor: ``[N]``.
 
-    A pair's summand belongs to the anchor whose row it stands in, so the entries sum to the list's NLL.
+    A pair's summand belongs to the anchor whose row it stands in, so the entries sum to the list's NLL, which
+    with ``reduction="mean"`` is divided by its Σ_p μ_p.
     """
-    lists = embeddings.lists(term)
-    a = lists.first.cosines()
+    first, second = batch.matrices(term)
+    a = first.cosines()
     if term == "cross_modal":
         # R is S transposed, so C(R | S) is C(S | R) with the pairs relabelled: summed by column, not by row.
-        reference = lists.first.reference(a, canonical_anchors=True).T
-        terms = _flat_terms(scores_from(a, embeddings.scale, options), reference, options)
+        reference = first.reference(a)
+        if second.first_equal is not None:  # here equal anchors tie as well
+            reference = reference[second.first_equal]
+        terms = _flat_terms(scores_from(a, batch.scale, options), reference.T, options)
         return options.directions[0] * terms.sum(1) + options.directions[1] * terms.sum(0)
-    b = lists.second.cosines()
+    b = second.cosines()
     value = a.new_zeros(len(a))
-    directions = ((a, lists.second.symmetric_reference(b)), (b, lists.first.symmetric_reference(a)))
+    directions = ((a, second.symmetric_reference(b)), (b, first.symmetric_reference(a)))
     for (cosines, reference), share in zip(directions, options.directions, strict=True):
         if share > 0:
-            scores = scores_from(cosines, embeddings.scale, options)
+            scores = scores_from(cosines, batch.scale, options)
             value = value + share * _flat_terms(scores, reference, options).sum(1)
     return value
 

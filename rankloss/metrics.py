@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from rankloss.batch import first_occurrence
+
 __all__ = ["alignment", "kendall_tau", "modality_gap", "rank_agreement", "spearman_rho", "uniformity"]
 
 _BLOCK = 2**20  # elements of a chunk's similarity matrix
@@ -80,7 +82,8 @@ def rank_agreement(
     """How far an image's ranking agrees with its text's, averaged over pairs: Kendall's τ-b, Spearman's ρ.
 
     ``cross_modal_*`` compares row i of S = V·Tᵀ with row i of R = Sᵀ, ``in_modal_*`` row i of I = V·Vᵀ with
-    row i of X = T·Tᵀ. A row in which everything is tied has no ranking and is left out of the average.
+    row i of X = T·Tᵀ. Equal items are tied exactly, as in the losses. A row in which everything is tied has
+    no ranking and is left out of the average.
 
     Args:
         image_features: ``[N, D]``.
@@ -103,13 +106,18 @@ def rank_agreement(
     if max_anchors is not None and max_anchors < 1:
         raise ValueError(f"max_anchors must be at least 1; got {max_anchors!r}")
     count = n if max_anchors is None else min(n, max_anchors)
+    equal_v, equal_t = first_occurrence(v), first_occurrence(t)
     anchors = torch.linspace(0, n - 1, count, device=v.device).round().long()
     measures = {"tau": kendall_tau, "rho": spearman_rho}
     values: dict[str, list[Tensor]] = {
         f"{term}_{m}": [] for term in ("cross_modal", "in_modal") for m in measures
     }
     for rows in anchors.split(max(1, _BLOCK // n)):
-        terms = {"cross_modal": (v[rows] @ t.T, t[rows] @ v.T), "in_modal": (v[rows] @ v.T, t[rows] @ t.T)}
+        of_v, of_t = v[rows], t[rows]
+        terms = {
+            "cross_modal": ((of_v @ t.T)[:, equal_t], (of_t @ v.T)[:, equal_v]),
+            "in_modal": ((of_v @ v.T)[:, equal_v], (of_t @ t.T)[:, equal_t]),
+        }
         for term, (a, b) in terms.items():
             for name, measure in measures.items():
                 values[f"{term}_{name}"].append(measure(a, b))

@@ -1,4 +1,4 @@
-"""Every option of the rank terms, once: its type, default, choices, bounds and meaning.
+"""Every option of the rank terms, once, with its type, default, choices, bounds and meaning; and the plan.
 
 Constructors take the options as ``**options: Unpack[RankOptionsDict]`` and hand them to :class:`RankOptions`,
 which checks them; command lines and other trainers' argument classes are generated from its fields.
@@ -6,23 +6,24 @@ which checks them; command lines and other trainers' argument classes are genera
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
 import json
 import operator
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
-
-from rankloss.plans import Plan, choose_plan
 
 __all__ = [
     "Discount",
     "FixedReference",
     "ListsOption",
     "Method",
+    "Plan",
     "RankOptions",
     "RankOptionsDict",
     "Reduction",
@@ -30,7 +31,9 @@ __all__ = [
     "Worth",
     "check_choice",
     "check_count",
+    "check_names",
     "choices_of",
+    "choose_plan",
 ]
 
 ListsOption = Literal["row", "batch"]
@@ -63,22 +66,24 @@ class RankOptions:
         lists: ``"row"``: N lists of N, one per anchor. ``"batch"``: one list of all N² pairs, the formula as
             printed in the paper; its memory is quadratic.
         worth: ``"exp"``: eˣ of the scaled similarity. ``"shifted"``: (1 + cosine)/2. ``"identity"``: the
-            cosine itself, a ValueError where one is ≤ 0. The last two do not depend on ``logit_scale``.
+            cosine itself. The last two do not depend on ``logit_scale``; a cosine whose worth is not positive
+            is a ValueError on a CPU, and makes the loss NaN elsewhere and in a compiled graph.
         ties: ``"shared"`` or ``"random"``, see :func:`rankloss.plackett_luce_nll`.
         discount: None or ``"log"``, likewise.
         top_k: None or the number of best-ranked positions that count, likewise.
-        reduction: ``"mean"``: nats per item, averaged over the lists. ``"sum"``: the plain sum of the lists.
-            ``"none"``: one value per anchor, ``[N]``; they add up to ``"sum"``.
+        reduction: ``"mean"``: nats per counted item, averaged over the lists: every list is divided by its
+            Σ_p μ_p, which is its number of items without ``discount`` and ``top_k``. ``"sum"``: the plain sum
+            of the lists. ``"none"``: one value per anchor, ``[N]``; they add up to ``"sum"``.
         diagonal: whether an anchor's own pair (in the in-modal term the anchor itself) is an item of its
             lists. It is in the paper; the contrastive loss ranks it first in any case.
         fixed_reference: ``"text"``: the texts' rankings are a fixed reference, cross = C(S | R) and
             in = C(I | X). ``"image"``: the other way round. None: both directions.
         method: ``"sort"``: lists are ranked by their exact order. ``"bin"``: by evenly spaced bins of the
-            reference (:func:`rankloss.bins.quantize`), faster; the items of a bin are tied.
+            reference (:func:`rankloss.ranking.quantize`), faster; the items of a bin are tied.
         bins: the number of bins.
         chunk_size: rows multiplied out at a time; None chooses from the sizes and the device.
         memory_budget: bytes that matrices of the whole batch may take to save products, see
-            :class:`rankloss.plans.Plan`; None is 64 MiB on a CPU and 1 GiB elsewhere.
+            :class:`Plan`; None is 64 MiB on a CPU and 1 GiB elsewhere.
 
     Raises:
         ValueError: for a value that is not among the choices or below its bound, or options that exclude each
@@ -101,7 +106,7 @@ class RankOptions:
         None, "the modality whose rankings are a fixed reference for the other's", none="neither"
     )
     method: Method = _option("sort", "rank a list by its exact order, or faster by bins of the reference")
-    bins: int = _option(2048, "number of bins of method bin", at_least=2)
+    bins: int = _option(2048, "number of bins of method bin", at_least=2, at_most=2**24)
     chunk_size: int | None = _option(
         None,
         "rows computed at a time: less memory, same result",
@@ -164,12 +169,11 @@ class RankOptions:
         return {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[self.fixed_reference]
 
     def anchor_weight(self, anchors: int, items: int) -> float:
-        """The factor of one anchor's value before the anchors are put together."""
-        length = items if self.diagonal else items - 1
-        return {"mean": 1 / (anchors * length), "sum": items / anchors, "none": 1.0}[self.reduction]
+        """The factor of one anchor's value before the anchors' values are added up."""
+        return {"mean": 1 / anchors, "sum": items / anchors, "none": 1.0}[self.reduction]
 
     def plan(self, anchors: int, items: int, device: torch.device, dtype: torch.dtype) -> Plan:
-        """How row lists of these sizes are computed, see :func:`rankloss.plans.choose_plan`."""
+        """How row lists of these sizes are computed, see :func:`choose_plan`."""
         return choose_plan(
             anchors, items, device, dtype, chunk_size=self.chunk_size, memory_budget=self.memory_budget
         )
@@ -215,6 +219,31 @@ def check_count(name: str, value: object, *, at_least: int = 1, at_most: int = _
     return count
 
 
+def check_names(owner: type, given: Iterable[str], known: Iterable[str] = ()) -> None:
+    """Raise a TypeError that names the class and the argument unless all ``given`` names are ``known``.
+
+    It is for constructors with ``**options``, whose unexpected names Python does not refuse by itself.
+    """
+    known = frozenset(known)
+    unexpected = [name for name in given if name not in known]
+    if not unexpected:
+        return
+    layout = [name for name in unexpected if name in _LAYOUT]
+    if layout:
+        fields_given = ", ".join(f"{name}=…" for name in layout)
+        raise TypeError(
+            f"{owner.__name__} takes no {layout[0]!r}; pass gather=rankloss.Gather({fields_given})"
+        )
+    parameters = inspect.signature(owner).parameters.values()
+    named = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    close = difflib.get_close_matches(unexpected[0], [*known, *named], n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise TypeError(f"{owner.__name__} got an unexpected option {unexpected[0]!r}{hint}")
+
+
+_LAYOUT = frozenset({"local_loss", "gather_with_grad", "rank", "world_size", "group"})
+
+
 def choices_of(name: str) -> tuple[Any, ...]:
     """The values that an option can have; empty where it is a number.
 
@@ -247,3 +276,76 @@ def _checked(option: Field[Any], value: Any) -> Any:
     if value is None and option.default is None:
         return None
     return check_count(option.name, value, **option.metadata["bounds"])
+
+
+# --- the plan ---------------------------------------------------------------------------------------------
+
+_MIB = 2**20
+_BUDGET = {"cpu": 64 * _MIB}
+_BUDGET_ELSEWHERE = 1024 * _MIB
+_CHUNK = {"cpu": 2**20}  # elements of one block of similarities that is multiplied out at once
+_CHUNK_ELSEWHERE = 2**24
+_FEWEST_ROWS = 128  # below it, reading and writing the gradients costs more than the product itself
+_RANKED = {"cpu": 2**20}  # elements that are ranked at once: long enough to keep the cores busy
+_SLICE = {"cpu": 2**18}  # elements that the running sums take at once: what a core's cache serves
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How row lists are computed; it follows from the sizes, the device and the options.
+
+    Attributes:
+        name: ``"rows"``: each chunk of rows is discarded once processed; twelve products of N×N×D in all,
+            four for the similarities and eight for the gradients. ``"shared"``: the product of two embeddings
+            that stands both in S and in R, or twice in I or X, is made once and kept until the rows reach its
+            mirror image, and so is its gradient: six products.
+        chunk_size: anchors of one product.
+        ranked_size: anchors whose lists are ranked at once.
+        slice_size: anchors whose running sums are taken at once.
+        matrix_bytes: the most that is kept of whole matrices: 0, or as much as one of N×N.
+    """
+
+    name: Literal["rows", "shared"]
+    chunk_size: int
+    ranked_size: int
+    slice_size: int
+    matrix_bytes: int
+
+
+def choose_plan(
+    anchors: int,
+    items: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    chunk_size: int | None = None,
+    memory_budget: int | None = None,
+) -> Plan:
+    """Choose a plan.
+
+    Args:
+        anchors: how many rows have lists here.
+        items: the length of a list.
+        device: where the features are.
+        dtype: of the arithmetic.
+        chunk_size: anchors of one product; None chooses from the sizes and the device.
+        memory_budget: bytes that matrices of the whole batch may take; None is 64 MiB on a CPU and 1 GiB
+            elsewhere.
+
+    Example:
+        >>> choose_plan(4096, 4096, torch.device("cpu"), torch.float32)
+        Plan(name='shared', chunk_size=256, ranked_size=256, slice_size=64, matrix_bytes=67108864)
+        >>> choose_plan(8192, 8192, torch.device("cpu"), torch.float32).name
+        'rows'
+    """
+    if memory_budget is None:
+        memory_budget = _BUDGET.get(device.type, _BUDGET_ELSEWHERE)
+    if chunk_size is None:
+        chunk_size = max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // items)
+    chunk_size = min(chunk_size, anchors)
+    ranked_size = max(1, min(chunk_size, _RANKED.get(device.type, _CHUNK_ELSEWHERE) // items))
+    slice_size = max(1, min(ranked_size, _SLICE.get(device.type, _CHUNK_ELSEWHERE) // items))
+    matrix_bytes = items * items * dtype.itemsize
+    shares = anchors == items and matrix_bytes <= memory_budget
+    name: Literal["rows", "shared"] = "shared" if shares else "rows"
+    return Plan(name, chunk_size, ranked_size, slice_size, matrix_bytes if shares else 0)

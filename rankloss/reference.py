@@ -35,16 +35,23 @@ def plackett_luce_nll(
 ) -> Array:
     """``Σ_p μ_p · [log Σ_{q : y_q ≤ y_p} w(x_q) − log w(x_p)]`` of every list, ties shared.
 
-    Arguments as in :func:`rankloss.plackett_luce_nll`; the result has the shape of the leading dimensions.
+    Arguments and errors as in :func:`rankloss.plackett_luce_nll`; the result has the shape of the leading
+    dimensions.
 
     Example:
         >>> nll = plackett_luce_nll([0.0, 0.0, 0.0], [3.0, 1.0, 2.0])  # log 3!
         >>> round(float(np.exp(nll)))
         6
     """
+    _check_list(worth, discount, top_k)
     x, y = np.asarray(scores, np.float64), np.asarray(reference, np.float64)
+    if x.shape != y.shape or x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            "scores and reference must have one shape [..., N] with N >= 1; "
+            f"got scores {x.shape} and reference {y.shape}"
+        )
     lists = [
-        sum(_terms(a, b, worth, discount, top_k))
+        sum(_terms(a, b, worth, discount, top_k)[0])
         for a, b in zip(x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1]), strict=True)
     ]
     return np.array(lists).reshape(x.shape[:-1])
@@ -55,7 +62,7 @@ def cross_modal(
 ) -> Any:
     """``½[C(S | R) + C(R | S)]`` with S = s·V·Tᵀ and R = Sᵀ.
 
-    Options as in :func:`rankloss.consistency.cross_modal`.
+    Options as in :func:`rankloss.functional.cross_modal`.
 
     Example:
         >>> round(float(cross_modal(np.eye(3), np.eye(3), 10.0)), 4)
@@ -70,7 +77,7 @@ def in_modal(
 ) -> Any:
     """``½[C(I | X) + C(X | I)]`` with I = s·V·Vᵀ, X = s·T·Tᵀ.
 
-    Options as in :func:`rankloss.consistency.in_modal`.
+    Options as in :func:`rankloss.functional.in_modal`.
 
     Example:
         >>> round(float(in_modal(np.eye(3), np.eye(3), 10.0)), 4)
@@ -78,8 +85,7 @@ def in_modal(
     """
     images, texts = _cosines(image_features, image_features), _cosines(text_features, text_features)
     if options.get("lists") == "batch":
-        # Unit vectors have cosine 1 with themselves and their equals: one tie over the whole batch.
-        images, texts = _unit_where_equal(images, image_features), _unit_where_equal(texts, text_features)
+        images, texts = _exact_where_equal(images, image_features), _exact_where_equal(texts, text_features)
     return _term(images, texts, logit_scale, **options)
 
 
@@ -167,6 +173,18 @@ def _nll(v: Array, u: Array, s: float) -> Array:
     )
 
 
+def _check_list(worth: str, discount: str | None, top_k: int | None) -> None:
+    _check_choice("worth", worth, ("exp", "shifted", "identity"))
+    _check_choice("discount", discount, (None, "log"))
+    if top_k is not None and (isinstance(top_k, bool) or top_k != int(top_k) or top_k < 1):
+        raise ValueError(f"top_k must be an integer of at least 1; got {top_k!r}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
 def _term(
     a: Array,
     b: Array,
@@ -180,35 +198,43 @@ def _term(
     diagonal: bool = True,
     fixed_reference: str | None = None,
 ) -> Any:
+    """A term of the similarities a and b; ``reduction="mean"`` divides each list by its Σ_p μ_p."""
+    _check_list(worth, discount, top_k)
+    _check_choice("lists", lists, ("row", "batch"))
+    _check_choice("reduction", reduction, ("mean", "sum", "none"))
+    _check_choice("fixed_reference", fixed_reference, (None, "image", "text"))
     n = len(a)
     factor = s if worth == "exp" else 1.0
     kept = np.ones((n, n), bool) if diagonal else ~np.eye(n, dtype=bool)
-    value = np.zeros(n)
+    by_anchor, mean = np.zeros(n), 0.0
     directions = {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[fixed_reference]
     for share, x, y in ((directions[0], factor * a, b), (directions[1], factor * b, a)):
         if share == 0:
             continue
         terms = np.zeros((n, n))
-        if lists == "row":
-            for i, k in enumerate(kept):
-                terms[i, k] = _terms(x[i, k], y[i, k], worth, discount, top_k)
-        else:
-            terms[kept] = _terms(x[kept], y[kept], worth, discount, top_k)
-        value += share * terms.sum(axis=1)
-    return {"none": value, "sum": value.sum(), "mean": value.sum() / kept.sum()}[reduction]
+        # The entries of every list: of a row, or of the whole matrix.
+        of_lists = [(i, k) for i, k in enumerate(kept)] if lists == "row" else [kept]
+        for entries in of_lists:
+            terms[entries], mu = _terms(x[entries], y[entries], worth, discount, top_k)
+            mean += share * math.fsum(terms[entries]) / math.fsum(mu) / len(of_lists)
+        by_anchor += share * terms.sum(axis=1)
+    return {"none": by_anchor, "sum": by_anchor.sum(), "mean": mean}[reduction]
 
 
-def _terms(x: Array, y: Array, worth: str, discount: str | None, top_k: int | None) -> list[float]:
-    """The summand of every item of one list."""
+def _terms(
+    x: Array, y: Array, worth: str, discount: str | None, top_k: int | None
+) -> tuple[list[float], list[float]]:
+    """The summand of every item of one list, and its μ."""
     log_w = _log_worth(x, worth)
-    terms = []
+    terms, weights = [], []
     for p in range(len(x)):
         rank = 1 + int(np.sum(y > y[p]))
         mu = 1.0 if discount is None else 1 / math.log(1 + rank)
         if top_k is not None and rank > top_k:
             mu = 0.0
         terms.append(mu * (_log_sum_exp(log_w[y <= y[p]]) - float(log_w[p])))
-    return terms
+        weights.append(mu)
+    return terms, weights
 
 
 def _log_worth(x: Array, worth: str) -> Array:
@@ -228,6 +254,13 @@ def _cosines(a: ArrayLike, b: ArrayLike) -> Array:
     return np.array([[math.fsum(row * column) for column in columns] for row in rows])
 
 
-def _unit_where_equal(cosines: Array, features: ArrayLike) -> Array:
+def _exact_where_equal(cosines: Array, features: ArrayLike) -> Array:
+    """Unit vectors have cosine 1 with themselves and their equals: one tie over the whole batch.
+
+    Vectors whose norm is within 1 % of 1 count as unit vectors; the others keep the square of their norm.
+    """
     f = np.asarray(features, np.float64)
-    return np.where((f[:, None] == f[None]).all(-1), 1.0, cosines)
+    squares = np.array([math.fsum(row * row) for row in f])
+    is_unit = abs(np.sqrt(squares) - 1) <= 0.01
+    squares = np.where(is_unit, squares[is_unit].max(initial=0.0), squares)
+    return np.where((f[:, None] == f[None]).all(-1), squares[:, None], cosines)

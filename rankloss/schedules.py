@@ -1,9 +1,8 @@
 r"""λ over training: plain functions of where training stands.
 
-A schedule takes (i, n), "the i-th of n", counted from 1, and gives the factor of the rank terms. What is
-counted is the caller's choice: epochs in the paper, or optimizer steps for a finer ramp. Where n = 1 there
-is no ramp to walk along; the only epoch or step is then also the last one, and gets the schedule's end
-value.
+A schedule takes (i, n), "the i-th of n", counted from 1, and gives the factor of the rank terms. The caller
+chooses what is counted: epochs in the paper, or optimizer steps for a finer ramp. With n = 1 the only epoch
+or step is also the last one, and has the schedule's end value.
 
 Any function with this signature is a schedule.
 """
@@ -12,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 
 __all__ = ["NAMES", "Schedule", "by_name", "constant", "cosine", "linear", "official", "rankclip"]
 
@@ -87,14 +87,14 @@ def by_name(name: str) -> Schedule:
         >>> by_name("linear")(2, 3)
         0.5
     """
-    if name not in _BY_NAME:
+    if not (isinstance(name, str) and name in _BY_NAME):
         raise ValueError(f"schedule must be one of {', '.join(map(repr, NAMES))}; got {name!r}")
     return _BY_NAME[name]
 
 
 def _check(i: int, n: int) -> None:
-    if not 1 <= i <= n:
-        raise ValueError(f"a schedule needs 1 <= i <= n; got i={i!r}, n={n!r}")
+    if not (isinstance(i, Integral) and isinstance(n, Integral) and 1 <= i <= n):
+        raise ValueError(f"a schedule needs integers 1 <= i <= n; got i={i!r}, n={n!r}")
 
 
 def _progress(i: int, n: int) -> float:

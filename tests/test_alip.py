@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from batches import gradients, relative_error, unit_rows
 from rankloss import AlipLoss, ClipLoss, CyClipLoss, RankClipLoss, reference
@@ -259,6 +259,44 @@ def test_casting_the_module_does_not_round_the_histories() -> None:
     assert loss.to("meta").histories.device.type == "meta"
 
 
+def test_built_on_meta_the_histories_have_values() -> None:
+    inputs = random_triples(*R0).leaves()
+    with torch.device("meta"):
+        loss = AlipLoss(initial_history=0.3)
+    assert loss.histories.tolist() == [0.3] * 3
+    assert torch.equal(call(loss, inputs), call(AlipLoss(initial_history=0.3), inputs))
+
+
+def test_moved_through_meta_the_histories_start_again_and_a_checkpoint_brings_them_back() -> None:
+    inputs = random_triples(*R0).leaves()
+    loss = AlipLoss(initial_history=0.3)
+    call(loss, inputs)
+    state = copy.deepcopy(loss.state_dict())
+    emptied = nn.ModuleList([loss.to("meta")])
+    with pytest.raises(RuntimeError, match=r"histories are on the meta device .*: call to_empty\(\) first"):
+        call(loss, inputs)
+    with pytest.raises(NotImplementedError, match="meta"):
+        emptied.to("cpu")
+    assert loss.histories.dtype == torch.float64
+    emptied.to_empty(device="cpu")
+    assert loss.histories.tolist() == [0.3] * 3
+    loss.load_state_dict(state)
+    assert torch.equal(loss.histories, state["histories"])
+    loss.to("meta").load_state_dict(state, assign=True)
+    assert torch.equal(loss.histories, state["histories"])
+    loss.to_empty(device="cpu")  # of a module that has values they are kept
+    assert torch.equal(loss.histories, state["histories"])
+    loss.reset_parameters()
+    assert loss.histories.tolist() == [0.3] * 3
+
+
+def test_built_in_inference_mode_it_can_be_trained() -> None:
+    with torch.inference_mode():
+        loss = AlipLoss()
+    inputs = random_triples(*R0).leaves()
+    assert torch.equal(call(loss, inputs), call(AlipLoss(), inputs))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_one_bad_step_shows_in_the_loss_and_not_in_the_histories(value: float) -> None:
     v, t, c, s = inputs = random_triples(*R0).leaves()
@@ -318,7 +356,7 @@ def test_it_is_a_base(outer) -> None:
         ({"momentum": 1.5}, r"momentum must be in \[0, 1\]; got 1.5"),
         ({"momentum": math.nan}, r"momentum must be in \[0, 1\]; got nan"),
         ({"initial_history": math.nan}, "initial_history must be finite; got nan"),
-        ({"world_size": 0}, r"rank must be in \[0, world_size\)"),
+        ({"gather": True}, "gather must be None .*; got True"),
     ],
 )
 def test_bad_options_are_named_and_shown(options, message: str) -> None:
@@ -334,6 +372,8 @@ def test_bad_features_are_named_and_shown() -> None:
             r"caption_features and text_features must have one shape \[N, D\]; got \(5, 4\) and \(6, 4\)",
         ),
         (c.long(), "caption_features must be floating point; got torch.int64"),
+        (c.to("meta"), "caption_features and text_features must be on one device; got meta and cpu"),
+        (c.detach().numpy(), "caption_features must be a torch.Tensor; got ndarray"),
     ):
         with pytest.raises(ValueError, match=message):
             AlipLoss()(v, t, s, caption_features=bad)

@@ -238,7 +238,7 @@ def test_there_is_no_state_and_copies_are_equal() -> None:
     [
         ({"lambda_cross": -1.0}, "lambda_cross must be finite and >= 0; got -1.0"),
         ({"lambda_in": math.nan}, "lambda_in must be finite and >= 0; got nan"),
-        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, world_size\)"),
+        ({"gather": "no"}, "gather must be None .*; got 'no'"),
     ],
 )
 def test_bad_options_are_named_and_shown(options, message: str) -> None:

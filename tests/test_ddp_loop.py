@@ -16,7 +16,7 @@ import one_process
 from batches import relative_error
 from collectives import Collectives
 from process_pool import Pool, Pools
-from rankloss import ClipLoss, RankClipLoss, RankConsistency
+from rankloss import ClipLoss, Gather, RankClipLoss, RankConsistency
 
 N, D_IN, D = 12, 5, 4  # the pairs of a step, whatever the number of processes
 FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad
@@ -63,9 +63,9 @@ def one_step(
     seed: int = 0,
 ) -> Results:
     """What DDP leaves in the parameters' gradients: of CLIP's loss, and of the rank terms."""
-    layout = {**options, "rank": rank, "world_size": world_size, "group": group}
+    gather = Gather(group=group, **options)
     results = {}
-    for name, criterion in (("base", ClipLoss(**layout)), ("rank", RankConsistency(**layout))):
+    for name, criterion in (("base", ClipLoss(gather=gather)), ("rank", RankConsistency(gather=gather))):
         model: nn.Module = Towers()
         if dist.is_initialized():
             model = DistributedDataParallel(model, process_group=group)
@@ -135,6 +135,25 @@ def test_a4_averaged_gradients_against_the_single_process_ones(
             assert 0 < cosine < 0.9999
 
 
+def one_step_of_a_users_loop(rank: int, world_size: int) -> Results:
+    """A loop that says nothing of processes."""
+    results = {}
+    for name, criterion in (("base", ClipLoss()), ("rank", RankConsistency())):
+        model: nn.Module = Towers()
+        if world_size > 1:
+            model = DistributedDataParallel(model)
+        images, texts = (share(x, rank, world_size) for x in data())
+        criterion(*model(images, texts)).backward()
+        results.update({f"{name} {key}": value for key, value in gradients_of(model).items()})
+    return results
+
+
+def test_a_loop_that_says_nothing_of_processes_trains_as_one_process_does(pool: Pool) -> None:
+    expected = one_step_of_a_users_loop(0, 1)
+    for of_rank in pool.run(one_step_of_a_users_loop):
+        assert_equal(of_rank, expected)
+
+
 def one_step_of_half_the_ranks(rank: int, world_size: int, options: dict[str, bool]) -> Results:
     """The even and the odd ranks train a model each, on data of their own."""
     groups = [dist.new_group(list(range(parity, world_size, 2))) for parity in (0, 1)]
@@ -200,7 +219,7 @@ def train(rank: int, world_size: int, options: dict[str, bool]) -> Results:
     if world_size > 1:
         model = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    criterion = RankClipLoss(normalizer=1.0, rank=rank, world_size=world_size, **options)
+    criterion = RankClipLoss(normalizer=1.0, gather=Gather(**options))
     for step in range(STEPS):
         criterion.set_progress(step + 1, STEPS)
         images, texts = (share(x, rank, world_size) for x in data(step))
@@ -227,7 +246,7 @@ def assert_moved(weights: Results) -> None:
 
 def calls_of_a_step(rank: int, world_size: int) -> dict[str, Any]:
     model = DistributedDataParallel(Towers())
-    criterion = RankConsistency(**flags(True, True), rank=rank, world_size=world_size)
+    criterion = RankConsistency(gather=Gather(**flags(True, True)))
     images, texts = (share(x, rank, world_size) for x in data())
     criterion(*model(images, texts)).backward()  # DDP settles its buckets in the first step
     with Collectives() as calls:

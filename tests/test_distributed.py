@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import logging
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import one_process
 from batches import gradients, random_batch, relative_error
 from collectives import Collectives
 from process_pool import Pool, Pools
-from rankloss import ClipLoss, RankClipLoss, RankConsistency
+from rankloss import ClipLoss, Gather, RankClipLoss, RankConsistency, distributed
 from rankloss.distributed import all_gather
 
 N_PER_RANK, D, SCALE = 4, 6, 10.0
@@ -116,12 +117,12 @@ def shard(
     """Value and gradients of this rank, which has its share of the batch."""
     v, t, s = batch(N_PER_RANK * world_size, dtype, duplicates=duplicates)
     own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    value = module(loss, rank=rank, world_size=world_size, **options)(v[own], t[own], s)
+    value = module(loss, **options)(v[own], t[own], s)
     return [value.detach(), *gradients(value, (v, t, s), 1.0)]
 
 
 def flags(local_loss: bool, gather_with_grad: bool, **options: Any) -> dict[str, Any]:
-    return {"local_loss": local_loss, "gather_with_grad": gather_with_grad, **options}
+    return {"gather": Gather(local_loss=local_loss, gather_with_grad=gather_with_grad), **options}
 
 
 def ddp(results: list[list[Tensor]]) -> list[Tensor]:
@@ -208,7 +209,7 @@ def test_batch_list_is_whole_on_every_rank(pool: Pool, gather_with_grad: bool) -
 def one_pair(rank: int, world_size: int, loss: str) -> list[Tensor]:
     v, t, s = batch(world_size, duplicates=0)
     own = slice(rank, rank + 1)
-    value = module(loss, rank=rank, world_size=world_size, **flags(True, True))(v[own], t[own], s)
+    value = module(loss, **flags(True, True))(v[own], t[own], s)
     return [value.detach(), *gradients(value, (v, t, s), 1.0)]
 
 
@@ -222,8 +223,7 @@ def test_one_pair_per_process_is_a_batch_of_w(pool: Pool) -> None:
 def per_anchor(rank: int, world_size: int) -> list[Tensor]:
     v, t, s = batch(N_PER_RANK * world_size)
     own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    options = flags(True, True, reduction="none", rank=rank, world_size=world_size)
-    values = RankConsistency(**options)(v[own], t[own], s)
+    values = RankConsistency(**flags(True, True, reduction="none"))(v[own], t[own], s)
     weights = torch.arange(1.0, len(v) + 1, dtype=torch.float64)[own]
     return [values.detach(), *gradients(values, (v, t, s), weights)]
 
@@ -246,7 +246,7 @@ def accumulate(
     """
     v, t, s = batch(N_PER_RANK * world_size)
     own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    criterion = module(loss, rank=rank, world_size=world_size, **options)
+    criterion = module(loss, **options)
     value = criterion(v[own], t[own], s)
     whole = [value.detach(), *gradients(value, (v, t, s), 1.0)]
     accumulated = []
@@ -278,13 +278,16 @@ def test_a5_accumulation_in_one_process(micro_batches: int) -> None:
         assert_equal(accumulated, [value, dv, dt, micro_batches * ds])
 
 
-def shard_of_group(rank: int, world_size: int, loss: str, options: dict[str, Any]) -> list[Tensor]:
+def shard_of_group(
+    rank: int, world_size: int, loss: str, local_loss: bool, gather_with_grad: bool
+) -> list[Tensor]:
     """As :func:`shard`; the even and the odd ranks have a batch each and know nothing of each other."""
     group = parity_group(rank, world_size)
     size, position = dist.get_world_size(group), dist.get_rank(group)
     v, t, s = batch(N_PER_RANK * size, seed=rank % 2, duplicates=0)
     own = slice(position * N_PER_RANK, (position + 1) * N_PER_RANK)
-    value = module(loss, rank=position, world_size=size, group=group, **options)(v[own], t[own], s)
+    gather = Gather(local_loss=local_loss, gather_with_grad=gather_with_grad, group=group)
+    value = module(loss, gather=gather)(v[own], t[own], s)
     return [value.detach(), *gradients(value, (v, t, s), 1.0)]
 
 
@@ -293,7 +296,7 @@ def shard_of_group(rank: int, world_size: int, loss: str, options: dict[str, Any
 def test_losses_take_a_group_and_look_no_further(
     pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
-    results = pool.run(shard_of_group, loss, flags(local_loss, gather_with_grad))
+    results = pool.run(shard_of_group, loss, local_loss, gather_with_grad)
     for parity in (0, 1):
         of_group = results[parity::2]
         w = len(of_group)
@@ -308,10 +311,10 @@ def alone(rank: int, world_size: int) -> list[Any]:
     inputs = batch(N_PER_RANK)
     with Collectives() as calls:
         for loss in LOSSES:
-            value = module(loss, **flags(True, True))(*inputs)
+            value = module(loss, gather=Gather(rank=0, world_size=1))(*inputs)
             results.append([value.detach(), *gradients(value, inputs, 1.0)])
         if world_size == 1:
-            value = RankConsistency(**flags(True, True, group=dist.group.WORLD))(*inputs)
+            value = RankConsistency(gather=Gather(group=dist.group.WORLD))(*inputs)
             results.append([value.detach(), *gradients(value, inputs, 1.0)])
     return [results, sum(calls.counts.values()), all_gather(inputs[0]) is inputs[0]]
 
@@ -326,18 +329,171 @@ def test_world_size_one_gathers_nothing_though_a_group_is_initialised(pools: Poo
         assert is_own == (world_size == 1)
 
 
+def with_gather(rank: int, world_size: int, criterion: torch.nn.Module) -> tuple[list[Tensor], int]:
+    """Of a loss that was built elsewhere, where there was no process group."""
+    v, t, s = batch(N_PER_RANK * world_size)
+    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
+    with Collectives() as calls:
+        value = criterion(v[own], t[own], s)
+    return [value.detach(), *gradients(value, (v, t, s), 1.0)], sum(calls.counts.values())
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [*((loss, {}) for loss in LOSSES), ("rank", {"lists": "batch"}), ("rank_clip", {"lists": "batch"})],
+)
+def test_default_is_the_whole_default_group_exactly(pool: Pool, loss: str, options: dict[str, Any]) -> None:
+    results = pool.run(with_gather, module(loss, **options))
+    assert_equal(ddp([values for values, _ in results]), single(pool.world_size, loss, **options))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_gathering_each_process_has_its_own_pairs(pools: Pools, loss: str) -> None:
+    for rank, (values, calls) in enumerate(pools[2].run(with_gather, module(loss, gather=False))):
+        inputs = batch(2 * N_PER_RANK)
+        own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
+        expected = module(loss)(inputs[0][own], inputs[1][own], inputs[2])
+        assert_equal(values, [expected.detach(), *gradients(expected, inputs, 1.0)])
+        assert calls == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gather_with_grad": "no"}, "gather_with_grad must be one of True, False; got 'no'"),
+        ({"local_loss": 1}, "local_loss must be one of True, False; got 1"),
+        ({"world_size": 2.5}, "world_size must be an integer of at least 1; got 2.5"),
+        ({"world_size": 0}, "world_size must be an integer of at least 1; got 0"),
+        ({"rank": "0"}, "rank must be an integer of at least 0; got '0'"),
+        ({"rank": -1}, "rank must be an integer of at least 0; got -1"),
+        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, world_size\); got rank=2, world_size=2"),
+        ({"group": "gloo"}, None),
+    ],
+)
+def test_gather_refuses_what_it_cannot_be(options: dict[str, Any], message: str | None) -> None:
+    if message is None:  # without a process group there is nothing to compare it with
+        assert Gather(**options).place == (0, 1)
+        return
+    with pytest.raises(ValueError, match=message):
+        Gather(**options)
+
+
+def test_gather_is_read_when_it_is_needed() -> None:
+    assert Gather() == Gather.of(None)
+    assert Gather().place == Gather.of(False).place == (0, 1)
+    assert Gather(rank=1, world_size=4).place == (1, 4)
+    v, t, _ = (x.detach() for x in batch(4))
+    assert Gather()(v, t)[0] is v
+    for unready in (Gather(rank=1, world_size=4), Gather(rank=1), Gather(world_size=2)):
+        with pytest.raises(RuntimeError, match=r"needs torch\.distributed\.init_process_group"):
+            unready(v, t)
+
+
+def open_clips_keywords(rank: int, world_size: int) -> list[tuple[tuple[int, int], float, float]]:
+    v, t, s = batch(N_PER_RANK)
+    v = v * (1 if rank else -1)
+    whole = ClipLoss(gather=Gather(local_loss=False, gather_with_grad=False))
+    given = [
+        {"local_loss": False},
+        {"gather_with_grad": True},
+        {"local_loss": True, "gather_with_grad": True},
+        {"cache_labels": True},
+        {"world_size": 1},
+        {"rank": rank, "world_size": world_size},
+    ]
+    return [
+        (loss.gather.place, loss(v, t, s).item(), whole(v, t, s).item())
+        for loss in (ClipLoss(**g) for g in given)
+    ]
+
+
+def test_open_clips_keywords_have_open_clips_defaults(pools: Pools) -> None:
+    for rank, results in enumerate(pools[2].run(open_clips_keywords)):
+        for place, value, whole in results[:-1]:
+            assert place == (0, 1)
+            assert abs(value - whole) > 1e-3
+        place, value, whole = results[-1]
+        assert place == (rank, 2)
+        assert value == pytest.approx(whole, rel=1e-12)
+
+
+def in_one_tensor(rank: int, world_size: int, loss: str, options: dict[str, Any], dtype: torch.dtype) -> Any:
+    """As :func:`shard`, by the collectives of one tensor; with their counts and the bytes that they fill."""
+    distributed._TENSOR_BACKENDS = frozenset({"gloo"})
+    try:
+        v, t, s = batch(N_PER_RANK * world_size, dtype)
+        own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
+        with Collectives() as forward:
+            value = module(loss, **options)(v[own], t[own], s)
+        with Collectives() as backward:
+            found = gradients(value, (v, t, s), 1.0)
+        return [value.detach(), *found], dict(forward.filled), dict(backward.counts)
+    finally:
+        distributed._TENSOR_BACKENDS = frozenset({"nccl"})
+
+
+ONE_TENSOR = pytest.mark.skipif(
+    not hasattr(dist, "all_gather_single"), reason="this version's gloo does not reduce into one tensor"
+)
+
+
+@ONE_TENSOR
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+def test_collectives_of_one_tensor_give_the_same(
+    pools: Pools, loss: str, local_loss: bool, gather_with_grad: bool
+) -> None:
+    for world_size in (2, 3):
+        options = flags(local_loss, gather_with_grad)
+        expected = pools[world_size].run(shard, loss, options)
+        results = pools[world_size].run(in_one_tensor, loss, options, torch.float64)
+        for (values, forward, backward), of_rank in zip(results, expected, strict=True):
+            assert_equal(values, of_rank, 1e-14)
+            assert list(forward.values()) == [2 * world_size * N_PER_RANK * D * 8]
+            assert all("reduce_scatter" in name for name in backward)
+            assert sum(backward.values()) == (2 if gather_with_grad else 0)
+
+
+@ONE_TENSOR
+def test_half_precision_is_gathered_as_it_is(pools: Pools) -> None:
+    for values, forward, _ in pools[2].run(in_one_tensor, "rank", flags(True, True), torch.bfloat16):
+        assert list(forward.values()) == [2 * 2 * N_PER_RANK * D * 2]
+        assert [x.dtype for x in values] == [torch.float32, *[torch.bfloat16] * 3]
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "expected"),
+    [
+        ("nccl", "cuda", True),
+        ("gloo", "cpu", False),
+        ("gloo", "cuda", False),
+        ("cpu:gloo,cuda:nccl", "cuda", True),
+        ("cpu:gloo,cuda:nccl", "cpu", False),
+        ("undefined", "cuda", True),
+        ("undefined", "cpu", False),
+        ("mpi", "cpu", False),
+    ],
+)
+def test_collectives_are_chosen_by_the_backend_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, expected: bool
+) -> None:
+    monkeypatch.setattr(dist, "get_backend", lambda _: backend)
+    features = SimpleNamespace(device=torch.device(device))
+    assert distributed._has_tensor_collectives(features, None) is expected
+
+
 def refusals(rank: int, world_size: int) -> list[str]:
     v, t, s = batch(N_PER_RANK)
     other = dist.new_group([world_size - 1])  # a group of one, which the other ranks do not belong to
     whole = dist.group.WORLD
     attempts = [
-        lambda: RankConsistency(rank=(rank + 1) % world_size, world_size=world_size)(v, t, s),
+        lambda: RankConsistency(gather=Gather(rank=(rank + 1) % world_size, world_size=world_size))(v, t, s),
         lambda: ClipLoss(rank=rank, world_size=world_size + 1)(v, t, s),
-        lambda: RankClipLoss(group=whole),
-        lambda: RankConsistency(rank=(rank + 1) % world_size, world_size=world_size, group=whole),
-        lambda: RankConsistency(rank=0, world_size=2, group="gloo"),
+        lambda: Gather(rank=0, world_size=1, group=whole),
+        lambda: Gather(rank=(rank + 1) % world_size, world_size=world_size, group=whole),
+        lambda: Gather(rank=0, world_size=2, group="gloo"),
         lambda: all_gather(v, "gloo"),
-        *([] if rank == world_size - 1 else [lambda: ClipLoss(group=other), lambda: all_gather(v, other)]),
+        *([] if rank == world_size - 1 else [lambda: Gather(group=other), lambda: all_gather(v, other)]),
     ]
     messages = []
     for attempt in attempts:
@@ -373,14 +529,14 @@ def test_without_a_process_group_one_process_works_and_several_are_refused() -> 
     assert RankConsistency(**flags(True, True))(v, t, s).item() == RankConsistency()(v, t, s).item()
     for loss in LOSSES:
         with pytest.raises(RuntimeError, match=r"world_size=2 needs torch\.distributed.init_process_group"):
-            module(loss, rank=0, world_size=2)(v, t, s)
+            module(loss, gather=Gather(rank=0, world_size=2))(v, t, s)
 
 
 def not_finite(rank: int, world_size: int, options: dict[str, Any]) -> float:
     v, t, s = (x.detach() for x in batch(N_PER_RANK))
     if rank == 0:
         v[0, 0] = math.nan
-    return module("rank", rank=rank, world_size=world_size, **options)(v, t, s).item()
+    return module("rank", **options)(v, t, s).item()
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
@@ -396,7 +552,7 @@ def warnings(rank: int, world_size: int, loss: str, options: dict[str, Any]) -> 
     logger.addHandler(handler)
     try:
         v, t, s = batch(N_PER_RANK)
-        criterion = module(loss, rank=rank, world_size=world_size, **options)
+        criterion = module(loss, **options)
         for _ in range(2):
             criterion(v, t, s)
     finally:
@@ -422,7 +578,7 @@ def calls_of_a_step(
     rank: int, world_size: int, loss: str, options: dict[str, Any]
 ) -> tuple[dict[str, int], dict[str, int]]:
     v, t, s = batch(N_PER_RANK)
-    criterion = module(loss, rank=rank, world_size=world_size, **options)
+    criterion = module(loss, **options)
     with Collectives() as forward:
         value = criterion(v, t, s)
     with Collectives() as backward:
@@ -446,7 +602,6 @@ def of_one_gathering(
     """Two losses of what is gathered once, beside the same of what each has gathered for itself."""
     v, t, s = batch(N_PER_RANK * world_size)
     own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    options = {"rank": rank, "world_size": world_size, **options}
     losses = RankClipLoss(schedule=lambda i, n: lambda_, **options), RankConsistency(**options)
     losses[0].set_epoch(1, epochs=2)
     with Collectives() as calls:
@@ -470,7 +625,7 @@ def test_one_gathering_serves_several_losses(
 def compiled(rank: int, world_size: int, options: dict[str, Any]) -> list[list[Tensor]]:
     v, t, s = batch(N_PER_RANK * world_size)
     own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    eager = module("rank_clip", rank=rank, world_size=world_size, **options)
+    eager = module("rank_clip", **options)
     results = []
     for criterion in (eager, torch.compile(eager, backend="eager")):
         value = criterion(v[own], t[own], s)
@@ -486,7 +641,7 @@ def test_compiled_loss_gathers_as_the_eager_one(
         assert_equal(through_dynamo, eager)
 
 
-def open_clips_and_ours(rank: int, world_size: int, options: dict[str, Any]) -> list[list[Tensor]]:
+def open_clips_and_ours(rank: int, world_size: int, options: dict[str, bool]) -> list[list[Tensor]]:
     from open_clip.loss import ClipLoss as OpenClipLoss
 
     v, t, s = batch(N_PER_RANK * world_size)
@@ -503,5 +658,7 @@ def open_clips_and_ours(rank: int, world_size: int, options: dict[str, Any]) -> 
 def test_a4_clip_loss_is_open_clips_under_every_flag(
     pool: Pool, local_loss: bool, gather_with_grad: bool
 ) -> None:
-    for theirs, ours in pool.run(open_clips_and_ours, flags(local_loss, gather_with_grad)):
+    for theirs, ours in pool.run(
+        open_clips_and_ours, {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+    ):
         assert_equal(ours, theirs)

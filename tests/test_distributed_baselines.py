@@ -15,7 +15,7 @@ from torch import Tensor
 from batches import gradients, relative_error, unit_rows
 from collectives import Collectives
 from process_pool import Pool
-from rankloss import AlipLoss, ClipLoss, CyClipLoss, RankClipLoss, reference
+from rankloss import AlipLoss, ClipLoss, CyClipLoss, Gather, RankClipLoss, reference
 
 N_PER_RANK, D, SCALE = 3, 5, 10.0
 FLAGS = [(False, False), (False, True), (True, False), (True, True)]
@@ -91,20 +91,18 @@ def nothing(**inputs: Any) -> Tensor:
     return 0 * inputs["logit_scale"]
 
 
-def make(name: str, **flags: Any) -> torch.nn.Module:
+def make(name: str, gather: Gather | None = None) -> torch.nn.Module:
     if name == "alip":
-        loss = AlipLoss(**flags)
+        loss = AlipLoss(gather=gather)
         loss.histories.copy_(torch.tensor([0.2, 0.1, -0.1], dtype=torch.float64))
         return loss
-    return CyClipLoss(nothing if name == "cyclic" else None, lambda_cross=0.3, lambda_in=0.7, **flags)
+    return CyClipLoss(nothing if name == "cyclic" else None, lambda_cross=0.3, lambda_in=0.7, gather=gather)
 
 
 def shard(rank: int, world_size: int, name: str, local_loss: bool, gather_with_grad: bool) -> list[Tensor]:
     inputs = leaves(world_size)
     v, t, c = (x.chunk(world_size)[rank] for x in inputs[:3])
-    loss = make(
-        name, local_loss=local_loss, gather_with_grad=gather_with_grad, rank=rank, world_size=world_size
-    )
+    loss = make(name, Gather(local_loss=local_loss, gather_with_grad=gather_with_grad))
     given = {"caption_features": c} if name == "alip" else {}
     value = loss(v, t, inputs[3], **given)
     return [value.detach(), *torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)]
@@ -156,15 +154,10 @@ def test_local_loss_alone_halves_the_cyclic_terms_and_turns_them_nowhere(pool: P
 
 
 def ratios(rank: int, world_size: int, local_loss: bool, gather_with_grad: bool) -> list[Tensor]:
-    flags = {
-        "local_loss": local_loss,
-        "gather_with_grad": gather_with_grad,
-        "rank": rank,
-        "world_size": world_size,
-    }
+    gather = Gather(local_loss=local_loss, gather_with_grad=gather_with_grad)
     inputs = leaves(world_size)
     v, t = (x.chunk(world_size)[rank] for x in inputs[:2])
-    entries = CyClipLoss(ClipLoss(**flags), **flags)(v, t, inputs[3], output_dict=True)
+    entries = CyClipLoss(ClipLoss(gather=gather), gather=gather)(v, t, inputs[3], output_dict=True)
     return [torch.autograd.grad(entry, inputs[0], retain_graph=True)[0] for entry in entries.values()]
 
 
@@ -182,9 +175,7 @@ def test_balance_of_terms_and_base_does_not_depend_on_the_launch(pool: Pool) -> 
 
 def histories(rank: int, world_size: int, local_loss: bool, gather_with_grad: bool) -> list[Tensor]:
     v, t, c, s = leaves(world_size)
-    loss = AlipLoss(
-        local_loss=local_loss, gather_with_grad=gather_with_grad, rank=rank, world_size=world_size
-    )
+    loss = AlipLoss(gather=Gather(local_loss=local_loss, gather_with_grad=gather_with_grad))
     seen = []
     for update in (True, False, None):
         own = [x.chunk(world_size)[rank] for x in (v, t, c)]
@@ -210,10 +201,10 @@ def test_histories_are_those_of_the_whole_batch_and_the_same_bits_everywhere(
 
 
 def composed(rank: int, world_size: int) -> list[Tensor]:
-    flags = {"local_loss": True, "gather_with_grad": True, "rank": rank, "world_size": world_size}
+    gather = {"gather": Gather()}
     inputs = leaves(world_size)
     v, t, c = (x.chunk(world_size)[rank] for x in inputs[:3])
-    loss = RankClipLoss(CyClipLoss(AlipLoss(**flags), **flags), schedule="constant", **flags)
+    loss = RankClipLoss(CyClipLoss(AlipLoss(**gather), **gather), schedule="constant", **gather)
     value = loss(v, t, inputs[3], caption_features=c)
     return [value.detach(), *gradients(value, inputs, 1.0)]
 
@@ -227,7 +218,7 @@ def test_composition_is_exact_too(pool: Pool) -> None:
 def collectives(rank: int, world_size: int, name: str) -> dict[str, int]:
     inputs = leaves(world_size)
     v, t, c = (x.chunk(world_size)[rank] for x in inputs[:3])
-    loss = make(name, local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+    loss = make(name)
     given = {"caption_features": c} if name == "alip" else {}
     with Collectives() as calls:
         loss(v, t, inputs[3], **given)
@@ -247,7 +238,7 @@ def of_group(rank: int, world_size: int, name: str) -> list[Tensor]:
     size, position = dist.get_world_size(group), dist.get_rank(group)
     inputs = leaves(size)
     v, t, c = (x.chunk(size)[position] for x in inputs[:3])
-    loss = make(name, local_loss=True, gather_with_grad=True, rank=position, world_size=size, group=group)
+    loss = make(name, Gather(group=group))
     value = loss(v, t, inputs[3], **({"caption_features": c} if name == "alip" else {}))
     return [value.detach(), *torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)]
 
@@ -263,7 +254,7 @@ def test_losses_take_a_group_and_look_no_further(pool: Pool, name: str) -> None:
 def one_pair(rank: int, world_size: int, name: str) -> Tensor:
     v, t, c, s = leaves(world_size)
     own = slice(rank, rank + 1)
-    loss = make(name, local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+    loss = make(name)
     return loss(v[own], t[own], s, **({"caption_features": c[own]} if name == "alip" else {}))
 
 

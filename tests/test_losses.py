@@ -1,18 +1,37 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
 import pickle
+import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
-from rankloss import ClipLoss, RankClipLoss, RankConsistency, reference, schedules
-from rankloss.embeddings import Embeddings
+from rankloss import (
+    AlipLoss,
+    ClipLoss,
+    CyClipLoss,
+    Gather,
+    InputWarning,
+    RankClipLoss,
+    RankConsistency,
+    reference,
+    schedules,
+)
+from rankloss.batch import Batch as Features
+from rankloss.losses import rank_clip
+from rankloss.losses import weights as term_weights
+from rankloss.losses.weights import TermWeights
 
 
 def features() -> tuple[Tensor, Tensor, Tensor]:
@@ -38,13 +57,13 @@ def test_rank_consistency_is_the_weighted_sum_of_its_entries(batch: Batch) -> No
 
 def test_a_weight_of_zero_leaves_the_term_out_of_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[str] = []
-    original = Embeddings.lists
+    original = Features.matrices
 
-    def spy(embeddings, term):
+    def spy(batch, term):
         computed.append(term)
-        return original(embeddings, term)
+        return original(batch, term)
 
-    monkeypatch.setattr(Embeddings, "lists", spy)
+    monkeypatch.setattr(Features, "matrices", spy)
     for weights, expected in (
         ((1, 1), ["cross_modal", "in_modal"]),
         ((0, 1), ["in_modal"]),
@@ -63,13 +82,16 @@ def test_repr_shows_what_is_not_at_its_default() -> None:
     assert shown == "RankConsistency(cross_modal=1, in_modal=0, worth='shifted', top_k=8, chunk_size=64)"
 
 
+OFF = {"local_loss": False, "gather_with_grad": False}
+
+
 def test_local_loss_without_gather_with_grad_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     for flags in ({}, {"gather_with_grad": True}, {"local_loss": True, "gather_with_grad": True}):
-        RankConsistency(world_size=2, **flags)
-    RankConsistency(local_loss=True)  # one process: the flag has no effect
+        RankConsistency(gather=Gather(rank=0, world_size=2, **OFF | flags))
+    RankConsistency(gather=Gather(gather_with_grad=False))  # one process: the flag has no effect
     assert not caplog.records
     for rank in range(2):
-        RankConsistency(local_loss=True, rank=rank, world_size=2)
+        RankConsistency(gather=Gather(gather_with_grad=False, rank=rank, world_size=2))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "local_loss without gather_with_grad" in caplog.text
 
@@ -289,3 +311,377 @@ def test_bad_options_are_named_and_shown(options, message: str) -> None:
         RankClipLoss(**options)
     with pytest.raises(TypeError, match="temperature"):
         RankClipLoss(temperature=1.0)
+
+
+# --- what every loss takes and refuses --------------------------------------------------------------------
+
+MODULES = {
+    "clip": ClipLoss,
+    "cyclip": CyClipLoss,
+    "alip": AlipLoss,
+    "rank": RankConsistency,
+    "rank_clip": lambda **options: RankClipLoss(schedule="constant", **options),
+    "rank_clip at 0": lambda **options: RankClipLoss(schedule=lambda i, n: 0.0, **options),
+}
+
+
+def called(name: str, v: object, t: object, s: object, **options: object) -> Tensor:
+    loss = MODULES[name]()
+    if name == "rank_clip at 0":
+        loss.set_epoch(1, 5)
+    return loss(v, t, s, **({"caption_features": t} if name == "alip" else {}), **options)
+
+
+@pytest.mark.parametrize(
+    ("owner", "options", "message"),
+    [
+        (
+            RankClipLoss,
+            {"metod": "bin"},
+            "RankClipLoss got an unexpected option 'metod'; did you mean 'method'?",
+        ),
+        (RankConsistency, {"metod": 1}, "RankConsistency got an unexpected option 'metod'; did you mean"),
+        (RankClipLoss, {"lamda_in": 1.0}, "unexpected option 'lamda_in'; did you mean 'lambda_in'?"),
+        (CyClipLoss, {"lambda_cros": 1.0}, "CyClipLoss got an unexpected option 'lambda_cros'; did you mean"),
+        (
+            AlipLoss,
+            {"momentun": 1.0},
+            "AlipLoss got an unexpected option 'momentun'; did you mean 'momentum'?",
+        ),
+        (RankConsistency, {"xyz": 1}, "RankConsistency got an unexpected option 'xyz'"),
+        *(
+            (
+                owner,
+                {"local_loss": True, "rank": 0},
+                f"{owner.__name__} takes no 'local_loss'; pass gather=rankloss.Gather(local_loss=…, rank=…)",
+            )
+            for owner in (RankClipLoss, RankConsistency, CyClipLoss, AlipLoss)
+        ),
+    ],
+)
+def test_names_that_a_constructor_does_not_know(owner: type, options: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        owner(**options)
+
+
+def test_the_class_that_was_called_is_named() -> None:
+    class Mine(RankClipLoss):
+        pass
+
+    with pytest.raises(TypeError, match="Mine got an unexpected option 'metod'"):
+        Mine(metod="bin")
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("gather", ["yes", True, 1, {}])
+def test_gather_is_checked(name: str, gather: object) -> None:
+    with pytest.raises(ValueError, match=r"gather must be None \(the default process group\), False"):
+        MODULES[name](gather=gather)
+
+
+def test_base_that_is_built_shares_the_gathering_and_a_given_one_keeps_its_own() -> None:
+    gather = Gather(local_loss=False)
+    for outer in (RankClipLoss, CyClipLoss):
+        assert outer(gather=gather).base.gather == gather
+        own = ClipLoss(gather=False)
+        assert outer(own, gather=gather).base is own
+        assert own.gather == Gather.of(False)
+    assert RankClipLoss(lists="batch").base.gather == RankClipLoss(lists="batch").consistency.gather
+    assert not RankClipLoss(lists="batch").consistency.gather.local_loss
+    assert RankClipLoss(lists="batch", gather=False).consistency.gather == Gather.of(False)
+    with pytest.raises(ValueError, match=r"lists='batch' .* cannot have local_loss=True"):
+        RankClipLoss(lists="batch", gather=Gather())
+
+
+def test_clip_loss_takes_open_clips_arguments_or_gather() -> None:
+    assert ClipLoss().gather == Gather()
+    in_order = ClipLoss(True, True, True, 0, 1, False)
+    assert in_order.gather == Gather(rank=0, world_size=1)
+    assert ClipLoss(cache_labels=True).gather == Gather.of(False)
+    assert ClipLoss(local_loss=True, rank=1, world_size=2).gather == Gather(
+        gather_with_grad=False, rank=1, world_size=2
+    )
+    with pytest.raises(ValueError, match="gather stands for open_clip's arguments; got it beside local_loss"):
+        ClipLoss(local_loss=True, gather=False)
+    with pytest.raises(ValueError, match="use_horovod is not supported"):
+        ClipLoss(use_horovod=True)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_bad_inputs_are_named_whatever_lambda_is(name: str) -> None:
+    v, t, s = (x.detach() for x in features())
+    for bad, message in (
+        ((v.numpy(), t, s), "image_features must be a torch.Tensor; got numpy.ndarray"),
+        ((v, t.tolist(), s), "text_features must be a torch.Tensor; got list"),
+        ((v, t.to("meta"), s), "text_features must be on the device of image_features, cpu; got meta"),
+        ((v, t, s.to("meta")), "logit_scale must be on cpu, as image_features; got meta"),
+        ((v, t, -1.0), r"logit_scale must be positive \(it is the multiplier, not its log\); got -1"),
+        ((v, t, -s), "logit_scale must be positive"),
+        ((v, t, 0), "logit_scale must be positive"),
+        ((v, t, None), "logit_scale must be a number or a torch.Tensor; got NoneType"),
+        ((v, t, "10"), "logit_scale must be a number or a torch.Tensor; got str"),
+        ((v, t, v), r"logit_scale must be one number; got shape \(6, 4\)"),
+    ):
+        with pytest.raises(TypeError if "torch.Tensor;" in message else ValueError, match=message):
+            called(name, *bad)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_features_that_are_not_unit_norm_are_computed_with_a_warning_at_the_first_call(name: str) -> None:
+    v, t, s = features()
+    loss = MODULES[name]()
+    if name == "rank_clip at 0":
+        loss.set_epoch(1, 5)
+    given = {"caption_features": t} if name == "alip" else {}
+    with pytest.warns(InputWarning, match="text_features should be unit-norm.* norms are off by up to 1"):
+        value = loss(v, 2 * t, s, **given | {"caption_features": 2 * t} if given else given)
+    assert value.isfinite()
+    loss(v, 2 * t, s, **given)  # a second warning would be an error
+
+
+def test_nearly_unit_norm_infinite_and_half_precision_features_are_not_warned_of() -> None:
+    v, t, s = (x.detach() for x in features())
+    for image, text in ((v * 1.009, t), (v.bfloat16(), t.bfloat16()), (v * math.inf, t), (v * math.nan, t)):
+        ClipLoss()(image, text, s)
+    with pytest.warns(InputWarning, match="image_features"):
+        ClipLoss()(v * 1.02, t, s)
+
+
+def test_norms_are_looked_at_when_they_can_be_read() -> None:
+    v, t, s = (x.detach() for x in features())
+    loss = ClipLoss()
+    for transformed in (
+        lambda: torch.func.vmap(loss, (0, 0, None))(torch.stack([v, v]) * 2, torch.stack([t, t]), 10.0),
+        lambda: loss(v.to("meta") * 2, t.to("meta"), 10.0),
+        lambda: torch.compile(loss, backend="eager", fullgraph=True)(v * 2, t, s),
+    ):
+        transformed()
+    with pytest.warns(InputWarning, match="image_features"):
+        loss(2 * v, t, s)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_parameter_that_holds_the_log_of_the_scale_is_warned_of(name: str) -> None:
+    v, t, s = features()
+    with pytest.warns(InputWarning, match=r"a parameter of value 2.303.*logit_scale.exp\(\)"):
+        called(name, v, t, nn.Parameter(s.detach().log()))
+    called(name, v, t, s.detach().log())  # a scale as good as another
+    called(name, v, t, nn.Parameter(s.detach()))
+
+
+@pytest.mark.parametrize("bias", [-10.0, -10, torch.tensor(-10.0), torch.tensor([-10.0])], ids=repr)
+def test_bias_is_the_same_number_at_every_lambda(bias: Tensor | float) -> None:
+    v, t, s = features()
+    expected = ClipLoss()(v, t, s)
+    for name in ("clip", "cyclip", "rank_clip", "rank_clip at 0"):
+        entries = called(name, v, t, s, logit_bias=bias, output_dict=True)
+        torch.testing.assert_close(entries["contrastive_loss"], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dtype_of_every_entry_is_the_same_at_every_lambda(dtype: torch.dtype) -> None:
+    inputs = random_batch(0, 6, 4, 10.0).leaves(dtype)
+    expected = torch.promote_types(dtype, torch.float32)
+    for value in (0.0, 1.0):
+        loss = RankClipLoss(schedule=lambda i, n, value=value: value)
+        loss.set_epoch(1, 5)
+        assert {x.dtype for x in loss(*inputs, output_dict=True).values()} == {expected}
+        assert loss(*inputs).dtype == expected
+        assert [g.dtype for g in gradients(loss(*inputs), inputs, 1.0)] == [dtype] * 3
+    assert {x.dtype for x in CyClipLoss()(*inputs, output_dict=True).values()} == {expected}
+
+
+# --- λ ----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_schedule_and_a_base_can_be() -> None:
+    for options, message in (
+        (
+            {"base": "constant"},
+            "base must be a loss, a module or function; got 'constant'; did you mean schedule=",
+        ),
+        ({"base": "x"}, "base must be a loss, a module or function; got 'x'"),
+        ({"base": ClipLoss}, "base must be a loss, a module or function; got <class"),
+        ({"schedule": 3}, "schedule must be one of 'rankclip', .*; got 3"),
+        ({"schedule": None}, "schedule must be one of 'rankclip', .*; got None"),
+        ({"lambda_in": "1"}, "lambda_in must be finite and >= 0; got '1'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RankClipLoss(**options)
+
+
+@pytest.mark.parametrize("tell", ["set_epoch", "set_progress"])
+@pytest.mark.parametrize(
+    ("position", "message"),
+    [
+        ((1.5, 5), "(epoch|step) must be an integer of at least 1; got 1.5"),
+        ((1, 5.0), "(epochs|total_steps) must be an integer of at least 1; got 5.0"),
+        ((0, 5), "(epoch|step) must be an integer of at least 1; got 0"),
+        ((True, 5), "(epoch|step) must be an integer of at least 1; got True"),
+        ((6, 5), r"(epoch must be at most epochs; got epoch=6, epochs=5|step must be at most total_steps)"),
+    ],
+)
+def test_positions_are_checked_for_every_schedule(tell: str, position: tuple, message: str) -> None:
+    for schedule in ("rankclip", "constant", lambda i, n: 1.0):
+        with pytest.raises(ValueError, match=message):
+            getattr(RankClipLoss(schedule=schedule), tell)(*position)
+
+
+def test_a_users_schedule_is_not_called_for_a_single_epoch() -> None:
+    loss = RankClipLoss(schedule=lambda i, n: (i - 1) / (n - 1))
+    loss.set_epoch(1, 1)
+    with pytest.raises(RuntimeError, match=r"call set_progress\(step, total_steps\), since one epoch"):
+        loss(*features())
+    loss.set_progress(np.int64(2), np.int64(3))
+    assert loss.schedule_value == 0.5
+    assert type(loss.schedule_value) is float
+
+
+@pytest.mark.parametrize(("epochs", "values"), [(2, "2, 2"), (3, "1, 2, 2")])
+def test_short_ramp_is_logged_once(caplog: pytest.LogCaptureFixture, epochs: int, values: str) -> None:
+    loss = RankClipLoss()
+    with caplog.at_level(logging.INFO, logger="rankloss"):
+        for epoch in range(1, epochs + 1):
+            loss.set_epoch(epoch, epochs)
+        RankClipLoss(schedule="constant").set_epoch(1, epochs)
+        RankClipLoss().set_epoch(1, 4)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"epochs={epochs} is a short ramp, of the values {values}; set_progress() evaluates the schedule per "
+        "step"
+    ]
+
+
+def test_repr_shows_schedule_and_lambda() -> None:
+    loss = RankClipLoss(lambda_in=0.5)
+    assert "schedule='rankclip', lambda_cross=1, lambda_in=0.5, normalizer=0.0625\n" in repr(loss)
+    loss.set_epoch(2, 6)
+    assert "normalizer=0.0625, schedule_value=1\n" in repr(loss)
+
+    def mine(i: int, n: int) -> float:
+        return 1.0
+
+    assert "schedule=mine," in repr(RankClipLoss(schedule=mine))
+
+
+def on_meta(loss: nn.Module) -> nn.Module:
+    return loss.to("meta").to_empty(device="cpu")
+
+
+COPIES = {
+    "itself": lambda loss: loss,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda loss: pickle.loads(pickle.dumps(loss)),
+    "cast": lambda loss: loss.to(torch.bfloat16),
+    "to_empty": on_meta,
+    "deepcopy of meta": lambda loss: copy.deepcopy(loss.to("meta")).to_empty(device="cpu"),
+    "state_dict": lambda loss: (loss.load_state_dict(loss.state_dict()), loss)[1],
+}
+BUILT = {
+    "plain": contextlib.nullcontext,
+    "meta": lambda: torch.device("meta"),
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("where", BUILT)
+@pytest.mark.parametrize("base", [lambda: None, CyClipLoss, lambda: AlipLoss(initial_history=0.3)])
+def test_losses_are_right_wherever_they_are_built_and_however_they_are_moved(
+    base, where: str, how: str
+) -> None:
+    inputs = features()
+    given = {"caption_features": inputs[1]}
+    expected = RankClipLoss(base())
+    with BUILT[where]():
+        loss = RankClipLoss(base())
+    for told in (2, 4):  # before and after the copy
+        expected.set_epoch(told, 6)
+        loss.set_epoch(told, 6)
+        if told == 2:
+            loss = COPIES[how](loss)
+        kwargs = given if isinstance(expected.base, AlipLoss) else {}
+        value, wanted = loss(*inputs, **kwargs), expected(*inputs, **kwargs)
+        assert torch.equal(value, wanted)
+        for a, b in zip(gradients(value, inputs, -1.3), gradients(wanted, inputs, -1.3), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_lambda_moves_in_place_and_not_under_a_pending_backward() -> None:
+    loss, inputs = RankClipLoss(normalizer=1.0), features()
+    loss.set_epoch(1, 10)
+    place = loss._weights.beside(inputs[0])
+    value = loss(*inputs)
+    expected = gradients(loss(*inputs), inputs, 2.0)
+    with torch.inference_mode():
+        loss.set_epoch(10, 10)
+    assert loss._weights.beside(inputs[0]) is place
+    assert place.tolist() == [1.0, 2.0, 2.0]
+    for a, b in zip(gradients(value, inputs, 2.0), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_graph_that_is_captured_at_lambda_zero_computes_the_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, inputs = RankClipLoss(schedule="official", lambda_in=0.0), features()
+    loss.set_epoch(1, 10)
+    assert not loss(*inputs, output_dict=True)["cross_modal_loss"].requires_grad
+    monkeypatch.setattr(rank_clip, "is_capturing", lambda _: True)
+    computed: list[str] = []
+    original = loss.consistency.weighted_terms
+
+    def spy(*args: object, **wanted: object) -> object:
+        computed.extend(name for name in ("cross_modal", "in_modal") if wanted[name])
+        return original(*args, **wanted)
+
+    monkeypatch.setattr(loss.consistency, "weighted_terms", spy)
+    entries = loss(*inputs, output_dict=True)
+    assert computed == ["cross_modal"]  # the in-modal term's weight can never leave 0
+    assert entries["cross_modal_loss"].requires_grad
+    assert entries["cross_modal_loss"] == 0
+    torch.testing.assert_close(loss(*inputs), ClipLoss()(*inputs), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("recorded_at", [1, 2])  # where λ is 0, and where it is not
+def test_recorded_graph_follows_lambda(monkeypatch: pytest.MonkeyPatch, recorded_at: int) -> None:
+    v, t, _ = (x.detach() for x in features())
+    loss = RankClipLoss(schedule="linear")
+    loss.set_epoch(recorded_at, 5)
+    loss(v, t, 10.0)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(rank_clip, "is_capturing", lambda _: True)
+        graph = make_fx(lambda v, t: loss(v, t, 10.0))(v, t)
+    for epoch in (1, 2, 5, 3):
+        loss.set_epoch(epoch, 5)
+        torch.testing.assert_close(graph(v, t), loss(v, t, 10.0), rtol=1e-12, atol=0)
+
+
+def test_weights_are_placed_before_a_capture_and_never_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = RankClipLoss(schedule="constant")
+    elsewhere = torch.ones(6, 4, device="meta")
+    monkeypatch.setattr(term_weights, "is_capturing", lambda _: True)
+    assert loss._weights.beside(torch.ones(6, 4)).tolist() == [1.0, 1 / 16, 1 / 16]
+    with pytest.raises(RuntimeError, match="call the loss once on meta before capturing a CUDA graph"):
+        loss._weights.beside(elsewhere)
+    monkeypatch.undo()
+    place = loss._weights.beside(elsewhere)
+    assert loss._weights.beside(elsewhere) is place
+
+
+def test_compiled_before_anything_ran_on_the_device_it_is_compiled_once_more() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    lambdas = TermWeights(1.0, 2.0)
+    lambdas._tensors.clear()  # as on a device where the loss was never called
+    compiled = torch.compile(lambda x: lambdas.beside(x) * x.sum(), backend=counter, fullgraph=True)
+    for value in (2.0, 3.0, 4.0, 5.0):
+        assert compiled(torch.ones(3)).tolist() == [3.0, 3 * value]
+        lambdas.set(1.0, value + 1)
+    assert counter.frame_count == 2
+
+
+def test_fake_features_leave_no_fake_weights_behind() -> None:
+    loss = RankConsistency(cross_modal=0.5)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.ones(6, 4))
+        assert loss._weights.beside(fake).shape == (3,)
+    assert type(loss._weights.beside(torch.ones(6, 4))) is Tensor

@@ -72,6 +72,21 @@ def test_equal_modalities_agree_perfectly_and_a_sample_of_anchors_is_taken_when_
     assert sampled["in_modal_tau"].item() == pytest.approx(ends.mean().item(), abs=1e-12)
 
 
+@pytest.mark.parametrize("n", [7, 17, 65])
+def test_equal_items_are_tied_whatever_the_products_rounding(n: int) -> None:
+    batch = random_batch(n, n, 5, 1.0, duplicates=3)
+    v, t = batch.image, batch.text
+    pairs = {
+        # Products that round equal columns alike.
+        "cross_modal": ((v[:, None] * t).sum(-1), (t[:, None] * v).sum(-1)),
+        "in_modal": ((v[:, None] * v).sum(-1), (t[:, None] * t).sum(-1)),
+    }
+    actual = metrics.rank_agreement(v, t)
+    for term, (a, b) in pairs.items():
+        expected = metrics.kendall_tau(a, b).mean().item()
+        assert actual[f"{term}_tau"].item() == pytest.approx(expected, abs=1e-12)
+
+
 def test_rank_agreement_of_nan_is_nan() -> None:
     batch = random_batch(0, 5, 3, 1.0)
     batch.text[2, 1] = math.nan

@@ -20,9 +20,9 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 def typed_extras() -> list[tuple[str, str]]:
     """Every ``rankloss[extra]`` and ``'.[extra]'`` in the project's own text, with the file it is in."""
-    folders = ("docs", "examples", "integrations", "rankloss", "tests")
+    folders = (".github", "docs", "examples", "integrations", "rankloss", "tests", "tools")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
-    files = [path for path in files if path.suffix in {".md", ".py", ".sh", ".toml"}]
+    files = [path for path in files if path.suffix in {".md", ".py", ".sh", ".toml", ".yml"}]
     files += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml")]
     pattern = re.compile(r"""(?:\brankloss|['"]\.)\[([\w.,-]+)\]""")
     return [
@@ -45,3 +45,9 @@ def test_every_typed_extra_exists_as_it_is_spelt() -> None:
     typed = typed_extras()
     assert {extra for _, extra in typed} >= {"open-clip", "examples", "test", "dev"}
     assert [(path, extra) for path, extra in typed if extra not in EXTRAS] == []
+
+
+def test_lowest_environment_of_the_matrix_has_the_lower_bounds() -> None:
+    bounds = dict(requirement.split(">=") for requirement in PROJECT["dependencies"])
+    (tested,) = re.findall(r"^LOWEST := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert dict(pin.split("==") for pin in tested.split()) == {name: f"{v}.0" for name, v in bounds.items()}

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batches import random_batch
-from rankloss import RankClipLoss, RankConsistency, row_lists, streaming
-from rankloss.plans import choose_plan
+from rankloss import Gather, RankClipLoss, RankConsistency, operator, streaming
+from rankloss.options import choose_plan
 
 CPU = torch.device("cpu")
 
@@ -43,19 +43,19 @@ def test_the_module_says_which_plan_runs() -> None:
     assert RankConsistency(memory_budget=0).plan(64).name == "rows"
     assert RankConsistency(chunk_size=7).plan(64).chunk_size == 7
     assert RankConsistency(lists="batch").plan(64) is None
-    local = RankConsistency(local_loss=True, gather_with_grad=True, world_size=4)
+    local = RankConsistency(gather=Gather(rank=0, world_size=4))
     assert (local.plan(4096).name, local.plan(512).chunk_size) == ("rows", 128)
 
 
 def test_the_plan_that_is_named_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    original = row_lists.stream
+    original = operator.stream
 
-    def watched(embeddings, shuffles, problem, *rest):
-        ran.append(problem.plan)
-        return original(embeddings, shuffles, problem, *rest)
+    def watched(batch, options, plan, *rest):
+        ran.append(plan)
+        return original(batch, options, plan, *rest)
 
-    monkeypatch.setattr(row_lists, "stream", watched)
+    monkeypatch.setattr(operator, "stream", watched)
     v = torch.nn.functional.normalize(torch.randn(20, 4), dim=-1)
     for criterion in (RankConsistency(), RankConsistency(memory_budget=0, chunk_size=3)):
         criterion(v, v, 10.0)
@@ -66,14 +66,14 @@ def test_the_plan_that_is_named_is_the_one_that_runs(monkeypatch: pytest.MonkeyP
 def test_the_shared_plan_keeps_no_more_than_it_says(chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
 
-    class Watched(streaming.MirroredPair):
-        def add(self, *arguments):
-            super().add(*arguments)
+    class Watched(streaming.MirroredProducts):
+        def give(self, *arguments):
+            super().give(*arguments)
             waiting = (*self._cosines, *self._gradients)
             blocks = [block for w in waiting for of in w._blocks.values() for _, block in of]
             kept.append(sum(block.untyped_storage().nbytes() for block in blocks))
 
-    monkeypatch.setattr(streaming, "MirroredPair", Watched)
+    monkeypatch.setattr(streaming, "MirroredProducts", Watched)
     n = 64
     v, t, s = random_batch(0, n, 4, 10.0).leaves(torch.float32)
     criterion = RankConsistency(chunk_size=chunk_size)
@@ -104,13 +104,13 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize(("options", "products"), [({"memory_budget": 0}, 12), ({}, 6)])
 def test_a_plan_makes_as_many_products_as_it_says(options: dict, products: int, monkeypatch) -> None:
     n, d, chunk = 128, 8, 8
-    counter, original = Products(), row_lists.stream
+    counter, original = Products(), operator.stream
 
     def watched(*arguments):  # from the inside: a mode does not see into an operator
         with counter:
             return original(*arguments)
 
-    monkeypatch.setattr(row_lists, "stream", watched)
+    monkeypatch.setattr(operator, "stream", watched)
     inputs = random_batch(0, n, d, 10.0).leaves(torch.float32)
     loss = RankClipLoss(schedule="constant", chunk_size=chunk, **options)
     loss(*inputs).backward()

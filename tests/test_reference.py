@@ -42,3 +42,29 @@ def test_reference_of_the_row_lists_is_that_of_the_lists() -> None:
     s = 10 * (v[:, None] * t).sum(-1)
     lists = (reference.plackett_luce_nll(s, s.T) + reference.plackett_luce_nll(s.T, s)) / 2
     np.testing.assert_allclose(reference.cross_modal(v, t, 10, reduction="none"), lists, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"worth": "x"}, "worth must be one of 'exp', 'shifted', 'identity'; got 'x'"),
+        ({"discount": "linear"}, "discount must be one of None, 'log'; got 'linear'"),
+        ({"top_k": 0}, "top_k must be an integer of at least 1; got 0"),
+        ({"top_k": 2.5}, "top_k must be an integer of at least 1; got 2.5"),
+    ],
+)
+def test_bad_options_are_named(options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reference.plackett_luce_nll([1.0, 2.0], [0.0, 1.0], **options)
+    with pytest.raises(ValueError, match=message):
+        reference.in_modal(np.eye(2), np.eye(2), **options)
+
+
+def test_mean_of_a_list_written_out_by_hand() -> None:
+    # Of three orthogonal pairs each list has one winner and two tied others: ranks 1, 2, 2.
+    mu = [1 / math.log(2), 1 / math.log(3), 1 / math.log(3)]
+    terms = [math.log(math.exp(2) + 2) - 2, math.log(2), math.log(2)]
+    expected = sum(m * x for m, x in zip(mu, terms, strict=True)) / sum(mu)
+    actual = reference.cross_modal(np.eye(3), np.eye(3), 2.0, discount="log")
+    assert actual == pytest.approx(expected, rel=1e-14)
+    assert reference.cross_modal(np.eye(3), np.eye(3), 2.0, top_k=1) == pytest.approx(terms[0], rel=1e-14)

@@ -55,12 +55,13 @@ def test_every_schedule_ends_at_its_end_value_also_where_there_is_one_step_only(
 
 
 @pytest.mark.parametrize("name", schedules.NAMES)
-@pytest.mark.parametrize(("i", "n"), [(0, 5), (6, 5), (-1, 5), (1, 0)])
+@pytest.mark.parametrize(("i", "n"), [(0, 5), (6, 5), (-1, 5), (1, 0), (1.5, 5), (1, 5.0), ("1", 5)])
 def test_positions_outside_training_are_refused(name: str, i: int, n: int) -> None:
-    with pytest.raises(ValueError, match=f"1 <= i <= n; got i={i}, n={n}"):
+    with pytest.raises(ValueError, match=f"integers 1 <= i <= n; got i={i!r}, n={n!r}"):
         schedules.by_name(name)(i, n)
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"schedule must be one of 'rankclip', .*; got 'step'"):
-        schedules.by_name("step")
+    for name in ("step", 3, None, ["rankclip"]):
+        with pytest.raises(ValueError, match=r"schedule must be one of 'rankclip', .*; got "):
+            schedules.by_name(name)

@@ -113,7 +113,7 @@ def _rankclip(base: nn.Module, args: Any) -> rankloss.RankClipLoss:
         bins=args.rankclip_bins,
         chunk_size=args.rankclip_chunk_size,
         memory_budget=args.rankclip_memory_budget,
-        **layout(args, rows=args.rankclip_lists == "row"),
+        gather=rankloss.Gather(**layout(args, rows=args.rankclip_lists == "row")),
     )
 
 
@@ -212,7 +212,7 @@ def _build_cyclip(base: nn.Module, args: Any) -> rankloss.CyClipLoss:
         _shareable(base, args),
         lambda_cross=args.cyclip_lambda_cross,
         lambda_in=args.cyclip_lambda_in,
-        **layout(args),
+        gather=rankloss.Gather(**layout(args)),
     )
 
 
@@ -240,7 +240,7 @@ def _build_alip(_: nn.Module, args: Any) -> nn.Module:
         gamma_pair=args.alip_gamma_pair,
         momentum=args.alip_momentum,
         initial_history=args.alip_initial_history,
-        **layout(args),
+        gather=rankloss.Gather(**layout(args)),
     )
     return AlipTrainerLoss(loss.to(args.device))
 

@@ -189,7 +189,7 @@ def layout(args: Any, *, rows: bool = True) -> dict[str, Any]:
         rows: Whether the term can be computed for a process's own rows alone.
 
     Returns:
-        ``local_loss``, ``gather_with_grad``, ``rank`` and ``world_size``, which all losses of rankloss take.
+        ``local_loss``, ``gather_with_grad``, ``rank`` and ``world_size``, as ``rankloss.Gather`` takes them.
     """
     given = {
         "local_loss": getattr(args, "local_loss", False),

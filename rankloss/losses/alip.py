@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from rankloss.distributed import Gather
-from rankloss.embeddings import arithmetic_dtype, check_features
+from rankloss.batch import arithmetic_dtype
+from rankloss.distributed import GatherOption
 from rankloss.losses.clip import pair_logits
 from rankloss.losses.composition import combined
-from rankloss.losses.weights import check_weight
+from rankloss.losses.gathering import GatheringLoss
+from rankloss.losses.weights import as_number, check_weight
+from rankloss.options import check_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Never
 
 __all__ = ["AlipLoss"]
 
 
-class AlipLoss(nn.Module):
+class AlipLoss(GatheringLoss):
     r"""ALIP: ``A(v, t, w_r) + A(v, c, w_c)``, t the raw and c the synthetic caption of image v.
 
         A(v, u, w) = (1/N)·Σ_k w_s,k · w_k · ½[CE_k(s·V·Uᵀ) + CE_k(s·U·Vᵀ)]
@@ -33,9 +38,9 @@ class AlipLoss(nn.Module):
     They carry no gradient. They are computed from the whole batch, gathered from all processes, which
     therefore hold the same histories.
 
-    The histories move once a training step. By default each call in training mode is a step. A trainer that
+    The histories move once per training step. By default each call in training mode is a step. A trainer that
     calls the loss several times for one step (gradient accumulation) passes ``update_histories=True`` in one
-    of the calls and False in the others. A batch mean that is not finite leaves its history as it is.
+    of the calls and False in the others. A batch mean that is not finite leaves its history unchanged.
 
     Args:
         gamma_sample: γ_s, how steeply a sample's weight falls with the similarity of its two captions.
@@ -43,28 +48,28 @@ class AlipLoss(nn.Module):
         momentum: share of a history that an update keeps, in [0, 1].
         initial_history: where all three histories start. The published 1 closes almost every gate at first,
             and makes the loss small until the histories have come down.
-        local_loss: compute only this process's rows, as in open_clip's ClipLoss.
-        gather_with_grad: let gradients through the gathering of features, as in open_clip's ClipLoss.
-        rank: this process's rank.
-        world_size: number of processes; with more than one, features are gathered from all.
-        group: the process group that the batch is spread over, where it is not the default one; ``rank`` and
-            ``world_size`` are this process's rank in it and its size.
+        gather: how features of other processes are gathered. None: from the default process group, if one of
+            more than one process is initialised, exactly. False: not at all. Else a :class:`rankloss.Gather`.
 
     Attributes:
         histories: H, Hʳ and Hᶜ, ``[3]``: a buffer, and so part of ``state_dict()``. It stays float64 when the
             module is cast (float32 where a device has no float64): in a short dtype the small steps of a
-            moving average would round to nothing.
+            moving average would round to nothing. It has values from the start, also where the module is
+            built on the meta device; moved from there by ``to_empty()`` it starts again.
 
     Shapes:
-        ``image_features``, ``text_features`` and ``caption_features``: ``[N, D]``; the result is a scalar in
-        nats. ``output_dict=True`` gives ``contrastive_loss`` (the raw captions) and
-        ``caption_contrastive_loss``, which add up to it. A ``logit_bias`` is added to all logits, to no
-        effect.
+        ``image_features``, ``text_features`` and ``caption_features``: ``[N, D]``, unit-norm;
+        ``logit_scale``: the multiplier s itself, not its logarithm. The result is a scalar in nats, float32
+        at least. ``output_dict=True`` gives ``contrastive_loss`` (the raw captions) and
+        ``caption_contrastive_loss``, which add up to it. A ``logit_bias`` is added to all logits and changes
+        nothing.
 
     Raises:
         ValueError: for a γ that is negative or not finite, a momentum outside [0, 1], or an initial history
             that is not finite; in ``forward`` for features that are not three floating-point matrices of one
-            shape with at least two rows in the whole batch.
+            shape with at least two rows in the whole batch, or a scale that is not positive.
+        TypeError: for an argument that does not exist.
+        RuntimeError: in ``forward``, where the histories are on the meta device and the features are not.
 
     References:
         "ALIP: Adaptive Language-Image Pre-training with Synthetic Caption", ICCV 2023.
@@ -87,29 +92,41 @@ class AlipLoss(nn.Module):
         gamma_pair: float = 2.0,
         momentum: float = 0.99,
         initial_history: float = 1.0,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        group: Any = None,
+        gather: GatherOption = None,
+        **unexpected: Never,
     ) -> None:
-        super().__init__()
+        check_names(type(self), unexpected)
+        super().__init__(gather)
         self.gamma_sample = check_weight("gamma_sample", gamma_sample)
         self.gamma_pair = check_weight("gamma_pair", gamma_pair)
-        if not 0 <= momentum <= 1:
+        if not 0 <= as_number(momentum) <= 1:
             raise ValueError(f"momentum must be in [0, 1]; got {momentum!r}")
         self.momentum = momentum
-        if not math.isfinite(initial_history):
+        if not math.isfinite(as_number(initial_history)):
             raise ValueError(f"initial_history must be finite; got {initial_history!r}")
-        self.gather = Gather(local_loss, gather_with_grad, rank, world_size, group)
-        self.register_buffer("histories", torch.full((3,), initial_history, dtype=torch.float64))
+        self.initial_history = initial_history
+        self.register_buffer("histories", self._initial_histories())
+
+    def reset_parameters(self) -> None:
+        """Start the histories again from ``initial_history``."""
+        self.histories = self._initial_histories(self.histories.device)
+
+    def _initial_histories(self, device: torch.device | None = None) -> Tensor:
+        if device is None:
+            device = torch.empty(0).device
+            if device.type == "meta":
+                # Left there, the values would be up to whoever materialises the module.
+                device = torch.device("cpu")
+        # Not an inference tensor: those cannot be updated outside inference mode.
+        with torch.inference_mode(False):
+            return torch.full((3,), self.initial_history, dtype=_history_dtype(device), device=device)
 
     def forward(
         self,
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         *,
         caption_features: Tensor,
@@ -126,8 +143,10 @@ class AlipLoss(nn.Module):
             caption_features: the synthetic captions, ``[N, D]``.
             update_histories: whether this call moves the histories; None: in training mode.
         """
-        check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
+        self.check_inputs(image_features, text_features, logit_scale)
         _check_captions(caption_features, text_features)
+        if self.histories.is_meta and not image_features.is_meta:
+            raise RuntimeError("histories are on the meta device and have no values: call to_empty() first")
         # Both captions in one collective.
         images, captions = self.gather(image_features, torch.stack([text_features, caption_features], dim=1))
         texts, synthetic = captions.unbind(1)
@@ -155,7 +174,7 @@ class AlipLoss(nn.Module):
         if update:
             mean = cosines.mean(-1).to(self.histories.dtype)
             moved = self.momentum * self.histories + (1 - self.momentum) * mean
-            # One overflow under mixed precision, whose step the GradScaler skips, must not stay for ever.
+            # A GradScaler skips the step of an overflow; the histories must skip it too.
             self.histories.copy_(torch.where(mean.isfinite(), moved, self.histories))
         sample, text, caption = (cosines - self.histories.to(dtype)[:, None]).unbind(0)
         gate = torch.exp(self.gamma_sample * sample)
@@ -166,11 +185,19 @@ class AlipLoss(nn.Module):
         )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AlipLoss:
+        # What to(), half(), to_empty() and so on do to a buffer. The device is fn's choice, the dtype is not.
         histories = self.histories
-        self.histories = histories.float()  # what fn does must be possible on every device
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.histories = histories.float()  # a dtype that every device has
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        except BaseException:
+            self.histories = histories
+            raise
         device = self.histories.device
-        self.histories = histories.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        if histories.is_meta and device.type != "meta":
+            self.histories = self._initial_histories(device)
+        else:
+            self.histories = histories.to(device, _history_dtype(device))
         return self
 
     def extra_repr(self) -> str:
@@ -178,6 +205,10 @@ class AlipLoss(nn.Module):
         return (
             f"gamma_sample={self.gamma_sample:g}, gamma_pair={self.gamma_pair:g}, momentum={self.momentum:g}"
         )
+
+
+def _history_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class _Weights(NamedTuple):
@@ -189,6 +220,13 @@ class _Weights(NamedTuple):
 
 
 def _check_captions(caption_features: Tensor, text_features: Tensor) -> None:
+    if not isinstance(caption_features, Tensor):
+        raise ValueError(f"caption_features must be a torch.Tensor; got {type(caption_features).__name__}")
+    if caption_features.device != text_features.device:
+        raise ValueError(
+            "caption_features and text_features must be on one device; got "
+            f"{caption_features.device} and {text_features.device}"
+        )
     if not caption_features.is_floating_point():
         raise ValueError(f"caption_features must be floating point; got {caption_features.dtype}")
     if caption_features.shape != text_features.shape:

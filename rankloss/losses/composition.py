@@ -1,45 +1,67 @@
-"""How a loss stands on another one: the base's entries, and its own beside them."""
+"""Composition: a loss adds its terms to the entries of a base loss."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
+from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.losses.clip import ClipLoss
 
-__all__ = ["base_entries", "combined", "shares_gathering"]
+__all__ = ["Base", "base_entries", "check_base", "combined", "shares_gathering"]
+
+Base: TypeAlias = Callable[..., Any]
+"""A module or function with the forward convention of open_clip's losses, including ``output_dict``."""
 
 
-def shares_gathering(base: Callable[..., Any], gather: Gather) -> bool:
-    """Whether a base is CLIP's loss of the rows that ``gather`` serves, so that one gathering serves both."""
-    return type(base) is ClipLoss and base.gather == gather
+def check_base(base: Base | None, gather: Gather) -> Base:
+    """``base``, or CLIP's loss gathered in the same way for None.
+
+    Raises:
+        ValueError: for a base that cannot be called.
+    """
+    if base is None:
+        return ClipLoss(gather=gather)
+    if not callable(base) or isinstance(base, type):
+        hint = (
+            f"; did you mean schedule={base!r}?" if isinstance(base, str) and base in schedules.NAMES else ""
+        )
+        raise ValueError(f"base must be a loss, a module or function; got {base!r}{hint}")
+    return base
+
+
+def shares_gathering(base: Base, gather: Gather) -> bool:
+    """Whether a base is CLIP's loss of what ``gather`` gives, so that one gathering serves both."""
+    return type(base) is ClipLoss and base.gather.matches(gather)
 
 
 def base_entries(
-    base: Callable[..., Any],
+    base: Base,
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
-    logit_bias: Tensor | None = None,
+    logit_bias: Tensor | float | None = None,
     **base_inputs: Any,
 ) -> dict[str, Tensor]:
-    """Call a base with the forward convention of open_clip's losses, and take what it gives by name.
+    """The entries of a base loss, which is called with the forward convention of open_clip's losses.
 
     Args:
-        base: a module or function that takes the three inputs by name, and ``output_dict``.
+        base: takes the three inputs by name, and ``output_dict``.
         image_features: ``[N, D]``.
         text_features: ``[N, D]``.
         logit_scale: the multiplier s.
-        logit_bias: handed on unless it is None, since not every loss takes one.
-        **base_inputs: whatever else the base takes, handed on as it is.
+        logit_bias: passed on unless it is None, since not every loss takes one.
+        **base_inputs: whatever else the base takes.
 
     Returns:
-        The entries of the base's dict; a plain scalar becomes ``{"contrastive_loss": …}``.
+        The entries of the base's dict; a plain scalar becomes ``{"contrastive_loss": …}``. Values in half
+        precision become float32, the dtype of the terms that are added to them.
 
     Example:
         >>> import rankloss, torch
@@ -56,16 +78,23 @@ def base_entries(
         output_dict=True,
         **base_inputs,
     )
-    return dict(base_output) if isinstance(base_output, Mapping) else {"contrastive_loss": base_output}
+    entries = base_output if isinstance(base_output, Mapping) else {"contrastive_loss": base_output}
+    return {name: _in_full_precision(value) for name, value in entries.items()}
+
+
+def _in_full_precision(value: Tensor) -> Tensor:
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def combined(
     entries: Mapping[str, Tensor], own: Mapping[str, Tensor], output_dict: bool
 ) -> Tensor | dict[str, Tensor]:
-    """The sum of the base's entries and of a loss's own, or with ``output_dict`` all of them by name.
+    """The sum of the base's entries and a loss's own, or with ``output_dict`` all of them by name.
 
     Raises:
-        ValueError: if both have an entry of one name: one of the two would be lost.
+        ValueError: if both have an entry of the same name.
 
     Example:
         >>> import torch

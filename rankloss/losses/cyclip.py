@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rankloss.distributed import Gather, Gathered
-from rankloss.embeddings import arithmetic_dtype, check_features
-from rankloss.losses.clip import ClipLoss
-from rankloss.losses.composition import base_entries, combined, shares_gathering
+from rankloss.batch import arithmetic_dtype
+from rankloss.distributed import Gathered, GatherOption
+from rankloss.losses.composition import Base, base_entries, check_base, combined, shares_gathering
+from rankloss.losses.gathering import GatheringLoss
 from rankloss.losses.weights import check_weight
+from rankloss.options import check_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Never
 
 __all__ = ["CyClipLoss"]
 
 
-class CyClipLoss(nn.Module):
+class CyClipLoss(GatheringLoss):
     r"""CyCLIP: ``L_base + lambda_cross·cross + lambda_in·in``.
 
     With v_i, t_i the image and text features of the N pairs,
@@ -25,30 +28,29 @@ class CyClipLoss(nn.Module):
         cross = (1/N)·Σ_ij (v_i·t_j − v_j·t_i)²,   in = (1/N)·Σ_ij (v_i·v_j − t_i·t_j)².
 
     Both compare cosines, without the scale. As squared Frobenius norms they are computed from D×D moments of
-    the features: no N×N matrix is held, and the arithmetic grows with N and not with N².
+    the features: no N×N matrix is held, and the arithmetic grows linearly with N.
 
     Args:
         base: the loss that the terms are added to: a module or function with the forward convention of
-            open_clip's losses, including ``output_dict``; a plain scalar is taken as well. None:
+            open_clip's losses, including ``output_dict``; it may also return a plain scalar. None:
             :class:`ClipLoss`.
         lambda_cross: weight of the cross-modal term; 0 leaves it out of the computation.
         lambda_in: weight of the in-modal term, likewise.
-        local_loss: compute only this process's rows, as in open_clip's ClipLoss.
-        gather_with_grad: let gradients through the gathering of features, as in open_clip's ClipLoss.
-        rank: this process's rank.
-        world_size: number of processes; with more than one, features are gathered from all.
-        group: the process group that the batch is spread over, where it is not the default one; ``rank`` and
-            ``world_size`` are this process's rank in it and its size.
+        gather: how features of other processes are gathered, for the terms and for the base that None builds.
+            None: from the default process group, if one of more than one process is initialised, exactly.
+            False: not at all. Else a :class:`rankloss.Gather`.
 
     Shapes:
-        ``image_features`` and ``text_features``: ``[N, D]``; the result is a scalar. ``output_dict=True``
-        gives the base's own entries, then the weighted ``cyclic_cross_modal_loss`` and
-        ``cyclic_in_modal_loss``; they add up to the loss.
+        ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; ``logit_scale``: the multiplier s
+        itself, not its logarithm. The result is a scalar, float32 at least. ``output_dict=True`` gives the
+        base's own entries, then the weighted ``cyclic_cross_modal_loss`` and ``cyclic_in_modal_loss``; they
+        add up to the loss.
 
     Raises:
         ValueError: for a weight that is negative or not finite; in ``forward`` for features that are not two
-            floating-point matrices of one shape with at least two rows in the whole batch, or a base that has
-            entries of the same names.
+            floating-point matrices of one shape with at least two rows in the whole batch, a scale that is
+            not positive, or a base that has entries of the same names.
+        TypeError: for an argument that does not exist.
 
     References:
         "CyCLIP: Cyclic Contrastive Language-Image Pretraining", NeurIPS 2022.
@@ -62,19 +64,16 @@ class CyClipLoss(nn.Module):
 
     def __init__(
         self,
-        base: Callable[..., Any] | None = None,
+        base: Base | None = None,
         *,
         lambda_cross: float = 0.25,
         lambda_in: float = 0.25,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        group: Any = None,
+        gather: GatherOption = None,
+        **unexpected: Never,
     ) -> None:
-        super().__init__()
-        self.gather = Gather(local_loss, gather_with_grad, rank, world_size, group)
-        self.base = ClipLoss(**vars(self.gather)) if base is None else base
+        check_names(type(self), unexpected)
+        super().__init__(gather)
+        self.base = check_base(base, self.gather)
         self.lambda_cross = check_weight("lambda_cross", lambda_cross)
         self.lambda_in = check_weight("lambda_in", lambda_in)
 
@@ -83,12 +82,12 @@ class CyClipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         **base_inputs: Any,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` its summands; ``base_inputs`` go to the base alone."""
-        check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
+        self.check_inputs(image_features, text_features, logit_scale)
         gathered = self.gather(image_features, text_features)
         if shares_gathering(self.base, self.gather):
             base_inputs["gathered"] = gathered
@@ -104,7 +103,7 @@ class CyClipLoss(nn.Module):
 
     def terms(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """Both terms without their weights; one whose weight is 0 is a zero, and not computed."""
-        check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
+        self.check_inputs(image_features, text_features, logit_scale=1.0)
         return self._terms(image_features, text_features, self.gather(image_features, text_features))
 
     def _terms(
@@ -130,11 +129,11 @@ class CyClipLoss(nn.Module):
 
 
 class _Moments(NamedTuple):
-    """VᵀV, TᵀT and VᵀT: all that the terms need to know of the features, ``[D, D]`` each.
+    """VᵀV, TᵀT and VᵀT, which determine the terms, ``[D, D]`` each.
 
-    In float64, because the terms are small differences of large norms. Relative errors of the value, measured
-    where the cosines compared differ by 1e-2 / 1e-4: float32 moments 1e-3 / 1 (all noise), a direct sum of
-    squares in float32 6e-8 / 4e-6, float64 moments 8e-13 / 2e-8.
+    In float64, because the terms are small differences of large norms. Relative errors of the value where the
+    compared cosines differ by 1e-2 and by 1e-4: float32 moments 1e-3 and 1, a direct sum of squares in
+    float32 6e-8 and 4e-6, float64 moments 8e-13 and 2e-8.
     """
 
     image: Tensor

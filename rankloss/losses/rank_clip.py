@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from rankloss import schedules
-from rankloss.distributed import Gathered
-from rankloss.losses.clip import ClipLoss
-from rankloss.losses.composition import base_entries, combined, shares_gathering
-from rankloss.losses.rank_consistency import RankConsistency
-from rankloss.losses.weights import check_weight
+from rankloss.distributed import Gathered, GatherOption
+from rankloss.losses.composition import Base, base_entries, check_base, combined, shares_gathering
+from rankloss.losses.rank_consistency import OPTION_NAMES, RankConsistency
+from rankloss.losses.weights import TermWeights, as_number, check_weight, is_capturing
+from rankloss.options import check_count, check_names
 from rankloss.schedules import Schedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from rankloss.options import RankOptionsDict
 
 __all__ = ["RankClipLoss"]
 
@@ -28,13 +31,18 @@ class RankClipLoss(nn.Module):
 
         λ1 = schedule(i, n) · lambda_cross · normalizer,   λ2 = schedule(i, n) · lambda_in · normalizer
 
-    cross and in are :class:`RankConsistency`'s. Tell the loss where training stands, once an epoch with
-    :meth:`set_epoch` or once a step with :meth:`set_progress`; the later call counts. λ is a pure function of
-    what they were given: the loss has no state to put into a checkpoint.
+    cross and in are the terms of :class:`RankConsistency`. Tell the loss where training stands, once per
+    epoch with :meth:`set_epoch` or once per step with :meth:`set_progress`; the later call counts. λ is a
+    pure function of their arguments: the loss has no state for a checkpoint.
+
+    λ is kept as numbers, and as a tensor beside the features that follows them in place. So a compiled
+    forward is not compiled again when λ moves (only once, when λ leaves 0), and a CUDA graph that captured
+    the loss follows λ. Such a graph computes the rank terms even if λ is 0 at the capture. The loss has to be
+    called once before the capture, as in torch's own warm-up.
 
     Args:
         base: the loss that the rank terms are added to: a module or function with the forward convention of
-            open_clip's losses, including ``output_dict``; a plain scalar is taken as well. None:
+            open_clip's losses, including ``output_dict``; it may also return a plain scalar. None:
             :class:`ClipLoss`.
         schedule: a name from :data:`rankloss.schedules.NAMES`, or a function (i, n) → λ with i counted
             from 1.
@@ -42,22 +50,28 @@ class RankClipLoss(nn.Module):
         lambda_in: multiplies the schedule for the in-modal term; 0 leaves the term out.
         normalizer: the constant factor of both terms; 1/16 is the published recipe's (1/32 on a sum of two
             directions).
-        **rank_options: everything that :class:`RankConsistency` takes except its two weights.
+        gather: how features of other processes are gathered, for the terms and for the base that None builds.
+            None: from the default process group, if one of more than one process is initialised, exactly.
+            False: not at all. Else a :class:`rankloss.Gather`.
+        **options: of the rank terms: the fields of :class:`rankloss.RankOptions`.
 
     Shapes:
-        As :class:`RankConsistency`. ``output_dict=True`` gives the base's own entries, then the weighted
-        ``cross_modal_loss`` and ``in_modal_loss``; they add up to the loss. While λ is 0 the rank terms are
-        not computed, and the gradient is the base's own to the last bit.
+        As :class:`RankConsistency`: unit-norm features, and the multiplier s itself as ``logit_scale``.
+        ``output_dict=True`` gives the base's own entries, then the weighted ``cross_modal_loss`` and
+        ``in_modal_loss``; they add up to the loss, and each is float32 at least. While λ is 0 the rank terms
+        are not computed, and value and gradient are the base's own to the last bit.
 
     Raises:
-        ValueError: for an unknown schedule or option, or a weight that is negative or not finite.
-        RuntimeError: in ``forward``, where the schedule needs to know the progress and was not told.
+        ValueError: for an unknown schedule, a value that an option cannot have, a weight that is negative or
+            not finite, or a base that cannot be called.
+        TypeError: for an option that does not exist.
+        RuntimeError: in ``forward``, where the schedule needs the progress and was not given it.
 
     References:
         "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025.
 
     Example:
-        >>> import rankloss
+        >>> import rankloss, torch
         >>> loss = rankloss.RankClipLoss()
         >>> loss.set_epoch(1, epochs=64)
         >>> round(loss.schedule_value, 4)
@@ -69,36 +83,37 @@ class RankClipLoss(nn.Module):
 
     def __init__(
         self,
-        base: Callable[..., Any] | None = None,
+        base: Base | None = None,
         *,
         schedule: str | Schedule = "rankclip",
         lambda_cross: float = 1.0,
         lambda_in: float = 1.0,
         normalizer: float = 1 / 16,
-        **rank_options: Any,
+        gather: GatherOption = None,
+        **options: Unpack[RankOptionsDict],
     ) -> None:
         super().__init__()
         for name in ("cross_modal", "in_modal"):
-            if name in rank_options:
+            if name in options:
                 raise ValueError(f"{name} is RankConsistency's weight; here use lambda_cross and lambda_in")
-        if rank_options.get("reduction") == "none":
+        check_names(type(self), options, OPTION_NAMES)
+        if options.get("reduction") == "none":
             raise ValueError(
                 "reduction='none' gives a value per anchor, which cannot be added to the base loss"
             )
-        self.consistency = RankConsistency(**rank_options)
-        if base is None:
-            base = ClipLoss(**vars(self.consistency.gather))
-        self.base = base
-        self.schedule = schedules.by_name(schedule) if isinstance(schedule, str) else schedule
+        self.consistency = RankConsistency(gather=gather, **options)
+        self.base = check_base(base, self.consistency.gather)
+        if not callable(schedule):
+            schedule = schedules.by_name(schedule)
+        self.schedule = schedule
         self.lambda_cross = check_weight("lambda_cross", lambda_cross)
         self.lambda_in = check_weight("lambda_in", lambda_in)
         self.normalizer = check_weight("normalizer", normalizer)
         self._missing: str | None = "set_epoch(epoch, epochs) or set_progress(step, total_steps)"
-        # A tensor, so that a compiled forward reads a new λ without being compiled again; not a buffer, so
-        # that .to(bfloat16) does not round it and no checkpoint holds it.
-        self._weights = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+        self._has_remarked = False
+        self._weights = TermWeights(1.0, 0.0, 0.0)
         self._schedule_value = 0.0
-        self._is_zero = True
+        self._is_zero = True  # a bool beside the number: a compiled forward depends on its value
         if self.schedule is schedules.constant:
             self._set(1.0)
 
@@ -107,7 +122,7 @@ class RankClipLoss(nn.Module):
         """The schedule's present λ, before ``lambda_cross``, ``lambda_in`` and ``normalizer``.
 
         Raises:
-            RuntimeError: if the schedule needs to know the progress and was not told.
+            RuntimeError: if the schedule needs the progress and was not given it.
         """
         self._check_progress()
         return self._schedule_value
@@ -124,32 +139,37 @@ class RankClipLoss(nn.Module):
             {'cross_modal': 0.0625, 'in_modal': 0.03125}
         """
         self._check_progress()
-        _, cross_modal, in_modal = self._weights.tolist()
+        _, cross_modal, in_modal = self._weights.values
         return {"cross_modal": cross_modal, "in_modal": in_modal}
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Evaluate the schedule at epoch ``epoch`` of ``epochs``, counted from 1.
 
-        A single epoch has no ramp to walk along, so with ``epochs=1`` λ has to come from :meth:`set_progress`
-        (unless the schedule is ``"constant"``).
+        A single epoch has no ramp. With ``epochs=1`` the schedule is therefore not evaluated, whatever
+        function it is, and λ has to come from :meth:`set_progress` (unless the schedule is ``"constant"``).
 
         Raises:
-            ValueError: unless 1 ≤ epoch ≤ epochs.
+            ValueError: unless both are integers and 1 ≤ epoch ≤ epochs.
         """
-        value = self.schedule(epoch, epochs)
-        if epochs == 1 and self.schedule is not schedules.constant:
-            if self._missing is not None:
-                self._missing = "set_progress(step, total_steps), since one epoch has no ramp of its own"
-                _log.info("epochs=1 has no ramp: the schedule is evaluated per step, from set_progress()")
-            return
-        self._set(value)
+        epoch, epochs = _checked_position("epoch", epoch, "epochs", epochs)
+        if self.schedule is not schedules.constant:
+            self._remark_on_a_short_ramp(epochs)
+            if epochs == 1:
+                if self._missing is not None:
+                    self._missing = (
+                        "set_progress(step, total_steps), since one epoch has no ramp of its own and the "
+                        "schedule is evaluated per step"
+                    )
+                return
+        self._set(self.schedule(epoch, epochs))
 
     def set_progress(self, step: int, total_steps: int) -> None:
         """Evaluate the schedule at step ``step`` of ``total_steps``, counted from 1.
 
         Raises:
-            ValueError: unless 1 ≤ step ≤ total_steps.
+            ValueError: unless both are integers and 1 ≤ step ≤ total_steps.
         """
+        step, total_steps = _checked_position("step", step, "total_steps", total_steps)
         self._set(self.schedule(step, total_steps))
 
     def forward(
@@ -157,19 +177,28 @@ class RankClipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         gathered: Gathered | None = None,
         **base_inputs: Any,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with ``output_dict`` its summands; ``base_inputs`` go to the base alone.
+        """The loss, or with ``output_dict`` its summands.
 
-        ``gathered`` is ``self.consistency.gather(image_features, text_features)``, from a caller that has it
-        already; a base that is CLIP's loss of the same rows is given it, too.
+        Args:
+            image_features: ``[N, D]``.
+            text_features: ``[N, D]``.
+            logit_scale: the multiplier s.
+            logit_bias: passed on to the base, if it is not None.
+            output_dict: return the summands by name instead of their sum.
+            gathered: ``self.consistency.gather(image_features, text_features)``, from a caller that has it
+                already; it serves a base that is CLIP's loss of the same rows, too.
+            **base_inputs: passed on to the base.
         """
         self._check_progress()
-        cross_modal = self.lambda_cross != 0 and not self._is_zero
-        in_modal = self.lambda_in != 0 and not self._is_zero
+        self.consistency.check_inputs(image_features, text_features, logit_scale)
+        # A graph that is captured while λ is 0 must be able to follow it.
+        is_on = self.normalizer != 0 and (not self._is_zero or is_capturing(image_features.device))
+        cross_modal, in_modal = self.lambda_cross != 0 and is_on, self.lambda_in != 0 and is_on
         fused = self._fuses and (cross_modal or in_modal)
         entries: dict[str, Tensor] = {}
         if not fused:
@@ -182,38 +211,78 @@ class RankClipLoss(nn.Module):
             image_features,
             text_features,
             logit_scale,
-            self._weights.clone(),  # the next epoch may be set before this loss is differentiated
+            # A clone, because λ may be set again before this loss is differentiated.
+            self._weights.beside(image_features).clone(),
             contrastive=fused,
             cross_modal=cross_modal,
             in_modal=in_modal,
             gathered=gathered,
         )
         if fused:
-            # A bias moves all logits alike, to no effect; it stays in the graph, as DDP wants of a parameter.
-            bias = 0.0 if logit_bias is None else 0 * logit_bias.sum()
-            entries["contrastive_loss"] = contrastive + bias
+            entries["contrastive_loss"] = contrastive + _without_effect(logit_bias)
         return combined(entries, {"cross_modal_loss": cross, "in_modal_loss": in_}, output_dict)
+
+    def extra_repr(self) -> str:
+        """The schedule, its factors, and λ once it is known."""
+        name = getattr(self.schedule, "__name__", None) or repr(self.schedule)
+        shown = [f"schedule={name if self.schedule not in _BUILT_IN else repr(name)}"]
+        for factor in ("lambda_cross", "lambda_in", "normalizer"):
+            shown.append(f"{factor}={getattr(self, factor):g}")
+        if self._missing is None:
+            shown.append(f"schedule_value={self._schedule_value:g}")
+        return ", ".join(shown)
 
     @property
     def _fuses(self) -> bool:
         """Whether the base is CLIP's loss of the same rows, which the rank terms' pass gives as well."""
         options = self.consistency.options
         return (
-            shares_gathering(self.base, self.consistency.gather)
-            and options.lists == "row"
+            options.lists == "row"
             and options.worth == "exp"
+            and shares_gathering(self.base, self.consistency.gather)
         )
 
     def _set(self, value: float) -> None:
-        if not (math.isfinite(value) and value >= 0):
+        number = as_number(value)
+        if not (math.isfinite(number) and number >= 0):
             raise ValueError(f"schedule must give finite values >= 0; got {value!r}")
-        weight = value * self.normalizer
-        self._schedule_value = value
-        self._weights[1] = weight * self.lambda_cross
-        self._weights[2] = weight * self.lambda_in
-        self._is_zero = weight == 0
+        weight = number * self.normalizer
+        self._schedule_value = number
+        self._weights.set(1.0, weight * self.lambda_cross, weight * self.lambda_in)
+        self._is_zero = number == 0
         self._missing = None
+
+    def _remark_on_a_short_ramp(self, epochs: int) -> None:
+        if self._has_remarked or epochs > 3:
+            return
+        self._has_remarked = True
+        if epochs == 1:
+            _log.info("epochs=1 has no ramp: the schedule is evaluated per step, from set_progress()")
+        elif self.schedule in _BUILT_IN:
+            values = ", ".join(f"{self.schedule(i, epochs):g}" for i in range(1, epochs + 1))
+            _log.info(
+                "epochs=%d is a short ramp, of the values %s; set_progress() evaluates the schedule per step",
+                epochs,
+                values,
+            )
 
     def _check_progress(self) -> None:
         if self._missing is not None:
             raise RuntimeError(f"RankClipLoss does not know where training stands: call {self._missing}")
+
+
+_BUILT_IN = tuple(schedules.by_name(name) for name in schedules.NAMES)
+
+
+def _without_effect(logit_bias: Tensor | float | None) -> Tensor | float:
+    """Zero: a bias moves all logits alike. It stays in the graph, as DDP expects of a parameter."""
+    if logit_bias is None:
+        return 0.0
+    return 0 * (logit_bias.sum() if isinstance(logit_bias, Tensor) else logit_bias)
+
+
+def _checked_position(name: str, now: int, end_name: str, end: int) -> tuple[int, int]:
+    now, end = check_count(name, now), check_count(end_name, end)
+    if now > end:
+        raise ValueError(f"{name} must be at most {end_name}; got {name}={now!r}, {end_name}={end!r}")
+    return now, end

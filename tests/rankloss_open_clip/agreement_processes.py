@@ -6,7 +6,7 @@ import itertools
 
 from torch import Tensor
 
-from rankloss import RankClipLoss
+from rankloss import Gather, RankClipLoss
 from rankloss_open_clip.loss import Position
 from rankloss_open_clip.rank_clip import RankClipTrainerLoss
 
@@ -15,9 +15,7 @@ def check_agreement(rank: int, world_size: int, whole: dict[str, Tensor], expect
     """However the losses gather, every process must see the agreement of the whole batch."""
     inputs = {name: x.chunk(world_size)[rank] if x.dim() else x for name, x in whole.items()}
     for local_loss, gather_with_grad in itertools.product((False, True), repeat=2):
-        criterion = RankClipLoss(
-            local_loss=local_loss, gather_with_grad=gather_with_grad, rank=rank, world_size=world_size
-        )
+        criterion = RankClipLoss(gather=Gather(local_loss=local_loss, gather_with_grad=gather_with_grad))
         loss = RankClipTrainerLoss(criterion, unit="epoch", sums_every_value=True, agreement_every=2)
         loss.start_epoch(Position(epoch=0, epochs=2, steps=4, accum_freq=1))
         keys = set()

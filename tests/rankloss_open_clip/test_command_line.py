@@ -168,7 +168,7 @@ def test_option_reaches_the_loss(
     class Recorder(nn.Module):
         def __init__(self, base: nn.Module, **options: Any) -> None:
             super().__init__()
-            built.update(options, base=base)
+            built.update(options, base=base, **vars(options["gather"]))
 
     monkeypatch.setattr(rankloss, "RankClipLoss", Recorder)
     base = Base()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -64,3 +65,25 @@ def test_a1_a14_wheel_trains_in_a_fresh_environment_and_leaves_no_file(
 
     pip("uninstall", "--yes", "rankloss", python=environment.python)
     assert environment.files() == before
+
+
+def test_environment_whose_clone_is_gone_cannot_import_torch_until_it_is_mended(
+    wheel: str, trainer: Trainer, tmp_path: Path
+) -> None:
+    environment = Environment(tmp_path / "environment")
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "outputs", "examples"))
+    pip("install", "--no-deps", "--no-build-isolation", "--editable", str(clone), python=environment.python)
+    clean = {"executable": environment.python, "PYTHONPATH": ""}
+    import_torch = "import torch; from rankloss_open_clip import bootstrap; print(bootstrap.__file__)"
+    assert Path(trainer.python("-c", import_torch, **clean).output.strip()).is_relative_to(clone)
+
+    clone.rename(tmp_path / "moved")
+    run = trainer.python("-c", "import torch", **clean)
+    assert run.returncode != 0
+    assert "Failed to load the backend extension: rankloss_open_clip" in run.output
+    assert trainer.python("-c", "import torch", TORCH_DEVICE_BACKEND_AUTOLOAD="0", **clean).returncode == 0
+
+    pip("install", "--no-deps", "--force-reinstall", wheel, python=environment.python)
+    run = trainer.python("-c", import_torch, **clean)
+    assert Path(run.output.strip()).is_relative_to(environment.directory)

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
 from memory import saved_bytes
-from rankloss import RankConsistency, dense, plackett_luce_nll, reference, row_lists
-from rankloss.consistency import cross_modal, in_modal
-from rankloss.embeddings import Embeddings
+from rankloss import Gather, RankConsistency, dense, likelihood, operator, plackett_luce_nll, reference
+from rankloss.batch import Batch as Features
+from rankloss.functional import cross_modal, in_modal
 from rankloss.options import RankOptions
 
 TERMS: dict[str, tuple[Callable[..., Tensor], Callable[..., float]]] = {
@@ -50,9 +51,9 @@ def upstream_for(value: Tensor) -> Tensor:
 
 def dense_row_lists(term: str, v: Tensor, t: Tensor, s: Tensor, reduction: str, likelihood) -> Tensor:
     options = RankOptions(reduction=reduction, **likelihood)
-    values = dense.row_lists_nll(Embeddings.of(v, t, s), term, options)
+    values = dense.row_lists_nll(Features.of(v, t, s), term, options)
     return {
-        "mean": values.mean() / (len(v) if options.diagonal else len(v) - 1),
+        "mean": values.mean(),
         "sum": values.sum(),
         "none": values,
     }[reduction]
@@ -360,13 +361,13 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("method", ["sort", "bin"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_tensor_as_large_as_n_by_n_is_ever_made(reduction: str, method: str, monkeypatch) -> None:
-    original, largest = row_lists.stream, LargestTensor()
+    original, largest = operator.stream, LargestTensor()
 
     def watched(*arguments, **keywords):  # from the inside: a mode does not see into an operator
         with largest:
             return original(*arguments, **keywords)
 
-    monkeypatch.setattr(row_lists, "stream", watched)
+    monkeypatch.setattr(operator, "stream", watched)
     n, d, chunk = 64, 8, 4
     v, t, s = random_batch(0, n, d, 10.0).leaves(torch.float32)
     options = {"reduction": reduction, "method": method, "bins": 16}
@@ -427,16 +428,70 @@ def test_half_precision_features_lose_nothing_but_their_own_rounding(dtype: torc
         assert relative_error(actual, wanted) < 0.005
 
 
-def test_under_autocast_the_value_and_gradient_are_those_without_it() -> None:
-    for options in ({}, {"lists": "batch"}, {"reduction": "none"}):
-        results = []
-        for enabled in (False, True):
-            inputs = random_batch(5, 32, 16, 100.0).leaves(torch.float32)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-                value = RankConsistency(**options)(*inputs)
+@pytest.mark.parametrize("options", [{}, {"lists": "batch"}, {"reduction": "none"}])
+@pytest.mark.parametrize("backward_too", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_under_autocast_the_value_and_gradient_are_those_without_it(options, backward_too, compiled) -> None:
+    criterion, results = RankConsistency(**options), []
+    for enabled in (False, True):
+        if compiled:
+            torch._dynamo.reset()
+            criterion = torch.compile(RankConsistency(**options), backend="aot_eager", fullgraph=True)
+        inputs = random_batch(5, 32, 16, 100.0).leaves(torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            value = criterion(*inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled and backward_too):
             results.append([value, *gradients(value, inputs, upstream_for(value))])
-        for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("lists", ["row", "batch"])
+def test_second_derivatives_under_autocast_are_those_without_it(lists: str) -> None:
+    results = []
+    for enabled in (False, True):
+        inputs = random_batch(5, 16, 16, 100.0).leaves(torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            value = RankConsistency(lists=lists)(*inputs)
+            first = torch.autograd.grad(value, inputs, create_graph=True)
+            results.append([*first, *torch.autograd.grad(sum(x.square().sum() for x in first), inputs)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "bin"}, {"memory_budget": 0}, {"discount": "log"}, {"lists": "batch"}]
+)
+def test_flushed_subnormals_change_nothing(options) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def sparse() -> Tensor:  # similarities of exactly 0, and rows of zeros
+        kept = torch.rand(64, 48, generator=generator) < 0.08
+        return F.normalize(torch.randn(64, 48, generator=generator) * kept, dim=-1)
+
+    v, t = sparse(), sparse()
+    v[3] = 0
+    results = []
+    for flush in (False, True):
+        inputs = v.clone().requires_grad_(), t.clone().requires_grad_()
+        assert torch.set_flush_denormal(flush)
+        try:
+            value = RankConsistency(**options)(*inputs, 100.0)
+            results.append([value, *gradients(value, inputs, 1.0)])
+        finally:
+            torch.set_flush_denormal(False)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_weights_far_below_one_lose_no_gradient_beside_worths_far_apart() -> None:
+    # Float32 worths reach from e^-70 to e^70 here, and 1e-12 times 1e-30 is no float32.
+    v, t, s = random_batch(0, 32, 4, 69.0).leaves(torch.float32)
+    plain, small = (
+        gradients(RankConsistency(cross_modal=w, in_modal=w)(v, t, s), (v, t, s), 1.0) for w in (1.0, 1e-12)
+    )
+    for a, b in zip(small, plain, strict=True):
+        assert relative_error(a * 1e12, b) < 1e-6
 
 
 # --- bad input --------------------------------------------------------------------------------------------
@@ -445,14 +500,32 @@ def test_under_autocast_the_value_and_gradient_are_those_without_it() -> None:
 @pytest.mark.parametrize("lists", ["row", "batch"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"worth": "shifted"},
+        {"worth": "identity"},
+        {"discount": "log", "top_k": 2},
+        {"diagonal": False},
+        {"reduction": "sum"},
+        {"ties": "random"},
+        {"method": "bin"},
+        {"memory_budget": 0},
+    ],
+)
 def test_nan_or_infinity_in_a_feature_gives_nan_in_every_term_and_gradient(
-    lists, bad: float, where: int
+    lists, bad: float, where: int, options
 ) -> None:
+    if lists == "batch" and "method" in options:
+        return
     for loss, _ in TERMS.values():
-        inputs = random_batch(0, 4, 3, 10.0).leaves(torch.float32)
+        batch = random_batch(0, 4, 3, 10.0, positive=True)
+        inputs = batch.leaves(torch.float32)
         inputs[where].data[1, 2] = bad
-        value = loss(*inputs, lists=lists)
+        value = loss(*inputs, lists=lists, **options)
         assert value.isnan()
+        inputs = inputs[:2] if "worth" in options else inputs  # the others do not depend on the scale
         for gradient in gradients(value, inputs, 1.0):
             assert gradient.isnan().any()
 
@@ -473,8 +546,8 @@ def test_nan_or_infinity_in_a_feature_gives_nan_in_every_term_and_gradient(
         ({"top_k": -1}, r"top_k must be an integer of at least 1; got -1"),
         ({"cross_modal": -0.5}, r"cross_modal must be finite and >= 0; got -0.5"),
         ({"in_modal": math.nan}, r"in_modal must be finite and >= 0; got nan"),
-        ({"lists": "batch", "local_loss": True}, r"lists='batch' .* cannot have local_loss=True"),
-        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, world_size\); got rank=2, world_size=2"),
+        ({"lists": "batch", "gather": Gather()}, r"lists='batch' .* cannot have local_loss=True"),
+        ({"gather": "yes"}, r"gather must be None \(the default process group\), .*; got 'yes'"),
     ],
 )
 def test_options_are_checked_when_the_module_is_made(options, message: str) -> None:
@@ -531,6 +604,51 @@ def test_identity_worth_refuses_a_cosine_that_is_not_positive() -> None:
     v = torch.tensor([[1.0, 0.0], [-0.6, 0.8]])
     with pytest.raises(ValueError, match=r"worth='identity'.* the smallest is -0.6"):
         RankConsistency(worth="identity")(v, torch.eye(2))
+
+
+@pytest.mark.parametrize("worth", ["identity", "shifted"])
+def test_where_no_look_is_free_a_worth_that_is_not_positive_gives_nan(worth: str, monkeypatch) -> None:
+    monkeypatch.setattr(likelihood, "may_look_at", lambda x: False)
+    v, t = torch.eye(3, requires_grad=True), torch.eye(3).requires_grad_()
+    with torch.no_grad():
+        t[0] = -t[0]  # a cosine of −1
+    for options in ({}, {"lists": "batch"}, {"method": "bin"}):
+        value = RankConsistency(worth=worth, **options)(v, t)
+        assert value.isnan()
+        for gradient in gradients(value, (v, t), 1.0):
+            assert gradient.isnan().any()
+
+
+@terms
+@settings(max_examples=20)
+@given(
+    batch=batches(max_n=6),
+    norms=st.lists(st.floats(0.25, 4), min_size=6, max_size=6),
+    lists=st.sampled_from(["row", "batch"]),
+    likelihood=likelihoods,
+)
+def test_features_that_are_not_unit_norm_are_computed_as_they_are(
+    term, batch, norms, lists, likelihood
+) -> None:
+    if likelihood["worth"] == "shifted":
+        likelihood = {**likelihood, "worth": "exp"}  # no cosines any more
+    factors = torch.tensor(norms, dtype=torch.float64)[: len(batch.image), None]
+    v, t = batch.image * factors, batch.text * factors.flip(0)
+    ours, theirs = TERMS[term]
+    actual = ours(v, t, batch.scale, lists=lists, **likelihood)
+    expected = theirs(v, t, batch.scale, lists=lists, **likelihood)
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
+@pytest.mark.parametrize("lists", ["row", "batch"])
+def test_forward_mode_differentiation_is_refused(lists: str) -> None:
+    v, t, s = (x.detach() for x in random_batch(0, 6, 4, 10.0).leaves())
+    criterion = RankConsistency(lists=lists)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda v: criterion(v, t, s), (v,), (torch.ones_like(v),))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        criterion(v, t, forward_ad.make_dual(s, torch.ones_like(s)))
 
 
 def test_logit_scale_may_be_a_tensor_of_one_element() -> None:

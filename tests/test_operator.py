@@ -1,31 +1,32 @@
 from __future__ import annotations
 
-import contextlib
 import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from batches import Batch, batches, gradients, random_batch
-from rankloss import ClipLoss, RankClipLoss, RankConsistency, dense, plans, row_lists, streaming
-from rankloss.embeddings import Embeddings
+from fake_cuda import fake_cuda
+from rankloss import ClipLoss, RankClipLoss, RankConsistency, dense, operator
+from rankloss import options as options_module
+from rankloss.batch import Batch as Features
+from rankloss.functional import weighted_terms
 from rankloss.options import RankOptions
-from rankloss.plans import choose_plan
 
 WEIGHTS = torch.tensor([0.8, 1.3, 0.6], dtype=torch.float64)
 
 
 def plain(v: Tensor, t: Tensor, s: Tensor, options: RankOptions) -> list[Tensor]:
     """The three weighted terms, by autograd."""
-    e, n = Embeddings.of(v, t, s), len(v) if options.diagonal else len(v) - 1
+    e = Features.of(v, t, s)
     values = [dense.row_lists_cross_entropy(e).mean()]
     for term in ("cross_modal", "in_modal"):
-        values.append(dense.row_lists_nll(e, term, options).mean() / n)
+        values.append(dense.row_lists_nll(e, term, options).mean())
     return [w * x for w, x in zip(WEIGHTS, values, strict=True)]
 
 
@@ -54,7 +55,7 @@ def test_every_engine_and_plan_equals_the_plain_terms(
         memory_budget=budget,
     )
     inputs = v, t, s = batch.leaves()
-    terms = row_lists.row_lists(Embeddings.of(v, t, s), options, WEIGHTS, (True, True, True))
+    terms = operator.row_lists(Features.of(v, t, s), options, WEIGHTS, (True, True, True))
     expected = plain(v, t, s, options)
     for a, b in zip(terms, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -79,8 +80,8 @@ def test_lists_are_ranked_and_summed_a_part_of_a_chunk_at_a_time(
         return [value.detach(), *gradients(value, inputs, -1.3)]
 
     whole = value_and_gradients()
-    monkeypatch.setitem(plans._RANKED, "cpu", 23 * 4)
-    monkeypatch.setitem(plans._SLICE, "cpu", 23 * 3)
+    monkeypatch.setitem(options_module._RANKED, "cpu", 23 * 4)
+    monkeypatch.setitem(options_module._SLICE, "cpu", 23 * 3)
     plan = RankConsistency(chunk_size=11).plan(23)
     assert (plan.chunk_size, plan.ranked_size, plan.slice_size) == (11, 4, 3)
     for part, of_whole in zip(value_and_gradients(), whole, strict=True):
@@ -90,7 +91,7 @@ def test_lists_are_ranked_and_summed_a_part_of_a_chunk_at_a_time(
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
 def test_a_term_that_is_not_used_has_no_part_in_the_gradient(used: tuple[int, ...]) -> None:
     inputs = v, t, s = random_batch(3, 9, 5, 20.0, duplicates=2).leaves()
-    terms = row_lists.row_lists(Embeddings.of(v, t, s), RankOptions(), WEIGHTS, (True,) * 3)
+    terms = operator.row_lists(Features.of(v, t, s), RankOptions(), WEIGHTS, (True,) * 3)
     expected = plain(v, t, s, RankOptions())
     found, wanted = (gradients(sum(x[k] for k in used), inputs, 1.7) for x in (terms, expected))
     for a, b in zip(found, wanted, strict=True):
@@ -109,10 +110,10 @@ def test_a_share_of_the_anchors_has_the_values_that_it_has_in_the_whole(
     """What a process computes with ``local_loss``: its own rows, whose place among the items it knows."""
     v, t, s = batch.leaves()
     options = RankOptions(method=method, bins=9, reduction="none", diagonal=diagonal, chunk_size=chunk_size)
-    whole = row_lists.row_lists(Embeddings.of(v, t, s), options, WEIGHTS, (False, True, True))
+    whole = operator.row_lists(Features.of(v, t, s), options, WEIGHTS, (False, True, True))
     share = slice(1, 3)
-    embeddings = Embeddings.of(v, t, s, image_anchors=v[share], text_anchors=t[share])
-    values = row_lists.row_lists(embeddings, options, WEIGHTS, (False, True, True), first_row=1)
+    embeddings = Features.of(v, t, s, image_anchors=v[share], text_anchors=t[share], first_row=1)
+    values = operator.row_lists(embeddings, options, WEIGHTS, (False, True, True))
     for a, b in zip(values[1:], whole[1:], strict=True):
         torch.testing.assert_close(a, b[share], rtol=1e-10, atol=1e-10)
     found = torch.autograd.grad(values[1].sum() - 2 * values[2].sum(), (v, t, s))
@@ -141,7 +142,7 @@ def test_only_the_gradients_that_are_wanted_are_computed(wanted, budget) -> None
 def test_worths_that_float64_does_not_hold_are_summed_in_log_space(s: float, method: str) -> None:
     inputs = v, t, scale = random_batch(1, 12, 3, s, duplicates=2).leaves()
     options = RankOptions(method=method, bins=7)
-    terms = row_lists.row_lists(Embeddings.of(v, t, scale), options, WEIGHTS, (True,) * 3)
+    terms = operator.row_lists(Features.of(v, t, scale), options, WEIGHTS, (True,) * 3)
     expected = plain(v, t, scale, options)
     for a, b in zip(gradients(sum(terms), inputs, 2.0), gradients(sum(expected), inputs, 2.0), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
@@ -237,26 +238,78 @@ def test_torch_func_is_right_or_refused() -> None:
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("method", ["sort", "bin"])
-@pytest.mark.parametrize("plan", ["rows", "shared"])
-@pytest.mark.parametrize("ranks", [{}, {"discount": "log", "top_k": 3}])
-@pytest.mark.parametrize("diagonal", [True, False])
-def test_a_step_on_an_accelerator_never_waits_for_it(
-    method: str, plan: str, ranks, diagonal: bool, monkeypatch
-) -> None:
-    """Tensors without values stand in for a device: looking at one, as a synchronisation does, raises."""
-    monkeypatch.setattr(torch, "autocast", lambda **_: contextlib.nullcontext())  # which meta does not have
-    v, t = (F.normalize(torch.empty(64, 8, device="meta"), dim=-1) for _ in range(2))
-    s = torch.empty((), device="meta")
-    embeddings = Embeddings.of(v, t, s)
-    budget = 0 if plan == "rows" else None
-    chosen = choose_plan(64, 64, v.device, v.dtype, chunk_size=16, memory_budget=budget)
-    assert chosen.name == plan
-    options = RankOptions(method=method, bins=32, diagonal=diagonal, **ranks)
-    problem = streaming.Problem(options, chosen)
-    weight = torch.empty((), dtype=torch.float64, device="meta") * embeddings.nan_unless_finite
-    into = streaming.Gradients(torch.zeros_like(v), torch.zeros_like(t), None, None, torch.zeros_like(s))
-    values = streaming.stream(embeddings, None, problem, streaming.Weights(weight, weight, weight), into)
-    assert all(x is not None and x.shape == (64,) for x in values)
-    with pytest.raises(RuntimeError, match="meta"):
-        bool(s > 0)  # such a look would be seen
+LIKELIHOODS = [{}, {"discount": "log", "top_k": 3}, {"worth": "shifted"}, {"worth": "identity", "top_k": 2}]
+LISTS = [
+    {"method": method, "memory_budget": budget, "diagonal": diagonal}
+    for method, budget, diagonal in itertools.product(["sort", "bin"], [0, None], [True, False])
+]
+LISTS += [{"ties": "random"}, {"reduction": "sum", "fixed_reference": "text"}, {"reduction": "none"}]
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("lists", LISTS)
+@pytest.mark.parametrize("scale", ["number", "tensor"])
+def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(likelihood, lists, scale: str) -> None:
+    options = RankOptions(bins=32, chunk_size=16, **lists, **likelihood)
+    with fake_cuda() as copies:
+        v, t = (torch.empty(32, 8, device="cuda") for _ in range(2))
+        features = Features.of(v, t, 10.0 if scale == "number" else torch.empty((), device="cuda"))
+        weights = torch.empty(3, dtype=torch.float64, device="cuda")
+        per_anchor = options.reduction == "none"
+        terms = weighted_terms(features, options, weights, contrastive=options.worth == "exp")
+        assert all(x.device == v.device for x in terms)
+        assert all(x.shape == ((32,) if per_anchor else ()) for x in terms)
+        # In a fake mode an operator runs its shape function: what it does itself is called by hand.
+        wanted = [True, True, False, False, True]
+        shuffles = torch.stack([torch.randperm(32, device="cuda")] * 4) if options.ties == "random" else None
+        call = operator._Call(
+            *features.inputs,
+            weights,
+            shuffles,
+            0,
+            [options.worth == "exp", True, True],
+            wanted,
+            options.encoded,
+        )
+        of_terms, sums = operator._run(call, *call.unpacked([torch.empty_like(x) for x in terms]), wanted)
+        assert all(x.shape == (32,) for x in of_terms if x is not None)
+        assert [x.numel() for x in sums] == [256, 256, 0, 0, 1]
+        assert copies.found == []
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("lists", [{}, {"diagonal": False}, {"ties": "random"}, {"reduction": "none"}])
+def test_batch_lists_on_an_accelerator_never_wait_for_it_nor_copy_to_it(likelihood, lists) -> None:
+    options = RankOptions(lists="batch", **lists, **likelihood)
+    with fake_cuda() as copies:
+        v, t = (torch.empty(8, 4, device="cuda") for _ in range(2))
+        weights = torch.empty(3, dtype=torch.float64, device="cuda")
+        terms = weighted_terms(Features.of(v, t, 10.0), options, weights)
+        assert all(x.device == v.device for x in terms)
+        assert copies.found == []
+
+
+def test_a_wait_and_a_copy_would_be_seen() -> None:
+    with fake_cuda() as copies:
+        x = torch.empty(3, device="cuda")
+        with pytest.raises(DataDependentOutputException):
+            bool(x[0] > 0)
+        torch.ops.aten._to_copy.default(torch.empty(3), device=torch.device("cuda"))
+        assert copies.found == ["aten._to_copy.default"]
+
+
+@pytest.mark.parametrize("lists", ["row", "batch"])
+def test_weights_are_read_when_the_terms_are_computed_and_a_graph_follows_them(lists: str) -> None:
+    """In place: as a captured graph, which reads what lies at the address, follows them too."""
+    torch._dynamo.reset()
+    v, t, s = random_batch(0, 6, 4, 10.0).leaves()
+    options, weights = RankOptions(lists=lists), torch.ones(3, dtype=torch.float64)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(weights: Tensor) -> tuple[Tensor, ...]:
+        return weighted_terms(Features.of(v, t, s), options, weights)[1:]
+
+    ones = [x.detach() for x in compiled(weights)]
+    weights.copy_(torch.tensor([1.0, 0.5, 3.0]))
+    for value, one, weight in zip(compiled(weights), ones, (0.5, 3.0), strict=True):
+        torch.testing.assert_close(value.detach(), weight * one, rtol=1e-12, atol=0)

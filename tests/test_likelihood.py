@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 from statsmodels.duration.hazard_regression import PHReg
 from torch import Tensor
 
-from batches import VECTORS, gradients, relative_error, vector_batch
+from batches import VECTORS, relative_error, vector_batch
 from rankloss import plackett_luce_nll, reference
-from rankloss.options import RankOptions
-from rankloss.plackett_luce import nll_and_gradient, nll_terms
 
 finite = st.floats(-50, 50)
 list_options = st.fixed_dictionaries(
@@ -185,16 +183,6 @@ def test_a_reference_of_minus_one_is_a_value_like_any_other() -> None:
 # --- gradients --------------------------------------------------------------------------------------------
 
 
-@given(scored_lists(), list_options)
-def test_closed_form_equals_autograd(lists: tuple[Tensor, Tensor], options) -> None:
-    x, y = for_worth(lists[0], options["worth"]).requires_grad_(), lists[1]
-    nll = nll_terms(x, y, RankOptions(**options), None).sum(-1)
-    (expected,) = gradients(nll, (x,), 1.0)
-    value, gradient = nll_and_gradient(x.detach(), y, RankOptions(**options), None)
-    torch.testing.assert_close(value, nll.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("worth", ["exp", "shifted", "identity"])
 @pytest.mark.parametrize("options", [{}, {"discount": "log", "top_k": 2}], ids=["plain", "discount, top-k"])
 def test_first_and_second_derivatives_are_right(worth: str, options) -> None:
@@ -286,9 +274,6 @@ def test_nan_in_gives_nan_value_and_gradient_in_its_list_only(where: str) -> Non
     nll.sum().backward()
     assert nll.isnan().tolist() == [True, False]
     assert x.grad.isnan().any(-1).tolist() == [True, False]
-    value, gradient = nll_and_gradient(x.detach(), y, RankOptions(), None)
-    assert value.isnan().tolist() == [True, False]
-    assert gradient.isnan().any(-1).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,187 @@
+r"""The public functions: Plackett–Luce of one list, and the two rank terms of a batch.
+
+With S = s·V·Tᵀ, R = Sᵀ, I = s·V·Vᵀ, X = s·T·Tᵀ, and C the NLL of a matrix's lists (see
+:func:`plackett_luce_nll`),
+
+    cross = ½[C(S | R) + C(R | S)],   in = ½[C(I | X) + C(X | I)],
+
+or one direction of each where the other modality's rankings are a fixed reference.
+
+Similarities, order and sums are computed in float32 at least, whatever the features' dtype or an enclosing
+autocast region asks for: half-precision similarities would make ties of neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from rankloss import dense
+from rankloss.batch import MATRICES, Batch, Term, check_device, check_is_tensor
+from rankloss.likelihood import nll_terms
+from rankloss.operator import row_lists
+from rankloss.options import Discount, RankOptions, Ties, Worth
+from rankloss.ranking import random_shuffle
+
+__all__ = ["cross_modal", "in_modal", "plackett_luce_nll", "weighted_terms"]
+
+
+def plackett_luce_nll(
+    scores: Tensor,
+    reference: Tensor,
+    *,
+    worth: Worth = "exp",
+    ties: Ties = "shared",
+    discount: Discount | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    r"""Negative log-likelihood of the reference's ranking under a Plackett–Luce model of the scores.
+
+        NLL(x | y) = Σ_p μ_p · [ log Σ_{q : y_q ≤ y_p} w(x_q) − log w(x_p) ]
+
+    Items that are tied in the reference share one denominator (Breslow's rule), so the value does not depend
+    on the order of the items. The reference gives the order only and never receives a gradient. Computed in
+    float32 at least, whatever the dtype of the scores; differentiable any number of times.
+
+    Args:
+        scores: ``[..., N]``, floating point, the x of the formula.
+        reference: ``[..., N]``, the y of the formula: any real dtype, larger is better.
+        worth: w(x): ``"exp"`` for eˣ; ``"shifted"`` for (1 + x)/2 and ``"identity"`` for x itself, where x is
+            a cosine.
+        ties: ``"shared"`` as in the formula, or ``"random"``: tied items are put in a random order, one
+            shuffle for all lists of the call, drawn from torch's default generator of the scores' device.
+        discount: None for μ = 1; ``"log"`` for μ_p = 1 / log(1 + rank of p), where the best rank is 1 and
+            tied items share their best rank.
+        top_k: keep the terms of the positions of rank ≤ k only; their denominators still run over the whole
+            tail.
+
+    Returns:
+        ``[...]``: one value per list, in nats, not normalised by N. NaN in a list gives NaN.
+
+    Raises:
+        ValueError: for shapes that differ or hold no item, tensors on different devices, integer scores, an
+            unknown option, ``top_k`` < 1, or a score whose worth is not positive (the message holds the
+            smallest score; on an accelerator and in a compiled graph, where a look at the scores would cost a
+            wait or a break, the value is NaN instead).
+        TypeError: for scores or a reference that is no tensor.
+
+    References:
+        "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025; "The Analysis of Permutations",
+        1975 (the model); "Covariance Analysis of Censored Survival Data", 1974 (ties).
+
+    Example:
+        With equal scores every ranking of N items is equally likely, so the value is log N!:
+
+        >>> nll = plackett_luce_nll(torch.zeros(4), torch.tensor([0.3, 0.1, 0.2, 0.4]))
+        >>> round(nll.exp().item())
+        24
+    """
+    options = RankOptions(worth=worth, ties=ties, discount=discount, top_k=top_k, reduction="sum")
+    check_is_tensor("scores", scores)
+    check_is_tensor("reference", reference)
+    if scores.shape != reference.shape or scores.dim() == 0 or scores.shape[-1] == 0:
+        raise ValueError(
+            "scores and reference must have one shape [..., N] with N >= 1; "
+            f"got scores {tuple(scores.shape)} and reference {tuple(reference.shape)}"
+        )
+    if not scores.is_floating_point():
+        raise ValueError(f"scores must be floating point; got {scores.dtype}")
+    check_device("reference", reference, scores, "scores")
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    shuffle = random_shuffle(scores.shape[-1], scores.device, options)
+    return nll_terms(scores, reference.detach(), options, shuffle).sum(-1)
+
+
+def weighted_terms(
+    batch: Batch,
+    options: RankOptions,
+    weights: Tensor,
+    *,
+    contrastive: bool = False,
+    cross_modal: bool = True,
+    in_modal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CLIP's cross-entropy and the two rank terms, each times its weight; one that is not wanted is zero.
+
+    An anchor's rank term is the mean of its lists' NLL over the two directions. ``reduction="mean"`` divides
+    each list by its Σ_p μ_p and averages the anchors; ``"sum"`` is N times the average of the anchors' sums,
+    which is the plain sum where every item is an anchor, and keeps the balance between terms where a process
+    holds a share of the anchors only. The cross-entropy is always the mean over the anchors.
+
+    Args:
+        batch: the features.
+        options: of the rank terms.
+        weights: ``[3]``, of the three terms. They stay on their device: a captured or compiled graph follows
+            them when they are changed in place. They take no gradient.
+        contrastive: whether the cross-entropy is wanted; only row lists of worth ``exp`` can carry it.
+        cross_modal: whether the cross-modal term is wanted.
+        in_modal: whether the in-modal term is wanted.
+    """
+    image = batch.image
+    if weights.device.type == "meta" and image.device.type != "meta":
+        raise ValueError(f"weights must be on {image.device}, as the features; got meta")
+    weights = weights.detach().to(image.device, non_blocking=True).double()
+    n, wanted = len(image), (contrastive, cross_modal, in_modal)
+    if options.lists == "row":
+        drawn = [random_shuffle(n, image.device, options) for _ in MATRICES]
+        shuffles = torch.stack([x for x in drawn if x is not None]) if options.ties == "random" else None
+        values = row_lists(batch, options, weights, wanted, shuffles)
+    else:
+        assert not contrastive
+        weights = weights * batch.nan_unless_finite
+        zero = image.new_zeros(n if options.reduction == "none" else ())
+        values = (image.new_zeros(()),)
+        for term, is_wanted, weight in zip(get_args(Term), wanted[1:], weights[1:].unbind(), strict=True):
+            if not is_wanted:
+                values = (*values, zero)
+                continue
+            value = dense.batch_list_nll(batch, term, options)
+            value = value if options.reduction == "none" else value.sum()
+            values = (*values, value * weight.to(value.dtype))
+    a, b, c = values if batch.home is None else (x.to(batch.home) for x in values)
+    return a, b, c
+
+
+def cross_modal(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **options: Any
+) -> Tensor:
+    """``½[C(S | R) + C(R | S)]``: the image's ranking of the texts against the text's ranking of the images.
+
+    Arguments, shapes and errors as in :class:`rankloss.RankConsistency`.
+
+    Example:
+        >>> v = torch.eye(3)
+        >>> round(cross_modal(v, v, 10.0).item(), 4)  # perfect pairs; the two wrong items of a list are tied
+        0.4621
+    """
+    return _term("cross_modal", image_features, text_features, logit_scale, options)
+
+
+def in_modal(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **options: Any
+) -> Tensor:
+    """``½[C(I | X) + C(X | I)]``: the ranking of the images among themselves against that of their texts.
+
+    Arguments, shapes and errors as in :class:`rankloss.RankConsistency`.
+
+    Example:
+        >>> v = torch.eye(3)
+        >>> round(in_modal(v, v, 10.0).item(), 4)
+        0.4621
+    """
+    return _term("in_modal", image_features, text_features, logit_scale, options)
+
+
+def _term(
+    term: Term,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    options: dict[str, Any],
+) -> Tensor:
+    checked, batch = RankOptions(**options), Batch.of(image_features, text_features, logit_scale)
+    weights = torch.ones(3, dtype=torch.float64, device=batch.image.device)
+    wanted = {name: name == term for name in get_args(Term)}
+    return weighted_terms(batch, checked, weights, **wanted)[1 + get_args(Term).index(term)]

@@ -1,0 +1,236 @@
+r"""Value and gradient of a block of lists: some rows of one similarity matrix.
+
+A row of scores x = s·c with its pair's column k and a ranking of its items has up to two values,
+
+    CE = log Σ_q e^{x_q} − x_k,   NLL = Σ_p μ_p·(log C_p − ℓ_p),   ℓ = log w,
+
+C and U being the running sums of :mod:`rankloss.ranking`. With weights α and β their sum α·CE + β·NLL has the
+gradient
+
+    ∂/∂ℓ_q = w_q·(α / Σw + β·U_q) − α·[q = k] − β·μ_q,
+
+so the worths are made once for both, and the bracket is formed slot by slot.
+
+The sums are plain ones, in float64, of worths that are shifted into its range. This is several times faster
+than sums in log space, and as exact, as long as the worths of one list do not span more than float64 holds;
+where they do, the definition (:mod:`rankloss.likelihood`) and autograd take over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloss.batch import other_items
+from rankloss.likelihood import log_worth, log_worth_slope, nll_terms, scores_from
+from rankloss.options import Plan, RankOptions
+from rankloss.ranking import Ranking, rankings, slices
+
+__all__ = ["Block", "Evaluated", "evaluate"]
+
+# How far log worths may reach from the middle of their range, in nats: summed over 10⁵ items and multiplied
+# by as much again, e^±70 in float32 and e^±680 in float64 neither overflow nor lose bits.
+_REACH = {torch.float32: 70.0, torch.float64: 680.0}
+
+
+class Block(NamedTuple):
+    """Some rows of one matrix, and all that their values and gradient depend on.
+
+    Attributes:
+        cosines: the similarities c, ``[n, N]``.
+        own: ``[n]``, the column k of every row's own pair.
+        scale: s, ``[]``.
+        alpha: weight of the cross-entropy, ``[]`` or ``[n, 1]``; None leaves it out.
+        beta: weight of the ranking's NLL, likewise; None leaves it out.
+        reference: the cosines that the lists are ranked by, ``[n, N]``; None without beta.
+        first_equal: ``[N]``, the first item equal to item j, whose reference counts; None where no two are.
+        shuffle: ``[N]`` under ``ties="random"``; else None.
+    """
+
+    cosines: Tensor
+    own: Tensor
+    scale: Tensor
+    alpha: Tensor | None
+    beta: Tensor | None
+    reference: Tensor | None = None
+    first_equal: Tensor | None = None
+    shuffle: Tensor | None = None
+
+    def rows(self, rows: slice) -> Block:
+        """The same for some of the rows."""
+        return self._replace(
+            cosines=self.cosines[rows],
+            own=self.own[rows],
+            alpha=self.alpha if self.alpha is None or self.alpha.dim() == 0 else self.alpha[rows],
+            beta=self.beta if self.beta is None or self.beta.dim() == 0 else self.beta[rows],
+            reference=None if self.reference is None else self.reference[rows],
+        )
+
+
+class Evaluated(NamedTuple):
+    """What a block's lists come to.
+
+    Attributes:
+        cross_entropy: CE of every row, ``[n]``; None without alpha.
+        nll: NLL of every row, ``[n]``, divided by its Σ_p μ_p with ``reduction="mean"``; None without beta.
+        gradient: of Σ α·CE + β·NLL, ``[n, N]``, by s·c under worth ``exp`` and by c under others; None where
+            none is wanted or both weights are missing.
+    """
+
+    cross_entropy: Tensor | None
+    nll: Tensor | None
+    gradient: Tensor | None
+
+
+def evaluate(block: Block, options: RankOptions, plan: Plan, *, with_gradient: bool) -> Evaluated:
+    """Values, and the gradient where it is wanted, of a block of lists, some of its rows at a time."""
+    if block.alpha is None and block.beta is None:
+        return Evaluated(None, None, None)
+    if block.reference is not None and block.first_equal is not None:
+        block = block._replace(reference=block.reference[:, block.first_equal], first_equal=None)
+    evaluate_lists = _evaluate if options.diagonal or block.reference is None else _evaluate_others
+    return evaluate_lists(block, options, plan, with_gradient)
+
+
+def _evaluate(block: Block, options: RankOptions, plan: Plan, with_gradient: bool) -> Evaluated:
+    gradient = torch.empty_like(block.cosines) if with_gradient else None
+    values = []
+    for rows, ranking in _ranked(block, options, plan):
+        part, out = block.rows(rows), None if gradient is None else gradient[rows]
+        worths = _worths(part, options)
+        if worths is None:
+            values.append(_by_definition(part, options, out))
+        else:
+            values.append(_by_sums(part, worths, ranking, options, out))
+    cross_entropy, nll = (None if x[0] is None else torch.cat(x) for x in zip(*values, strict=True))
+    return Evaluated(cross_entropy, nll, gradient)
+
+
+def _ranked(block: Block, options: RankOptions, plan: Plan) -> Iterator[tuple[slice, Ranking | None]]:
+    if block.reference is None:
+        return ((rows, None) for rows in slices(len(block.cosines), plan.slice_size))
+    return rankings(block.reference, options, block.shuffle, plan)
+
+
+def _evaluate_others(block: Block, options: RankOptions, plan: Plan, with_gradient: bool) -> Evaluated:
+    """With ``diagonal=False``: the cross-entropy is of all items, the lists are of all but the own pair."""
+    assert block.reference is not None
+    of_all = block._replace(beta=None, reference=None)
+    cross_entropy, _, gradient = evaluate(of_all, options, plan, with_gradient=with_gradient)
+    others = other_items(block.own, block.cosines.shape[-1])
+    of_others = block._replace(
+        cosines=block.cosines.gather(-1, others), reference=block.reference.gather(-1, others), alpha=None
+    )
+    _, nll, by_others = _evaluate(of_others, options, plan, with_gradient)
+    if by_others is not None:
+        by_all = torch.zeros_like(block.cosines).scatter_(-1, others, by_others)
+        gradient = by_all if gradient is None else gradient.add_(by_all)
+    return Evaluated(cross_entropy, nll, gradient)
+
+
+class _Worths(NamedTuple):
+    """Worths w = values · e^shift of a block of lists, and ℓ = log w."""
+
+    values: Tensor
+    log: Tensor
+    shift: Tensor | float
+
+
+def _worths(block: Block, options: RankOptions) -> _Worths | None:
+    """The worths in float32 where their span permits it, else in float64; None where that is too narrow.
+
+    Scores of unit-norm features span 2·scale nats at most: 200 at CLIP's largest scale, of float64's 1,360.
+    Looking at the span would make an accelerator's host wait, so there it is float64 from the start, and a
+    list that it does not hold becomes NaN.
+    """
+    if options.worth != "exp":
+        log = log_worth(block.cosines, options.worth)
+        values = (1 + block.cosines) / 2 if options.worth == "shifted" else block.cosines
+        return _Worths(values.masked_fill(log.isnan(), torch.nan), log, 0.0)
+    scores = block.cosines * block.scale
+    # Not aminmax, which on a CPU takes ten times as long as the two together.
+    lowest, highest = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
+    span, shift = highest - lowest, (highest + lowest) / 2
+    if scores.device.type == "cpu":
+        largest = span.amax().item()
+        if scores.dtype == torch.float32 and largest <= 2 * _REACH[torch.float32]:
+            return _Worths((scores - shift).exp_(), scores, shift)
+        if not largest <= 2 * _REACH[torch.float64]:  # also where there is a NaN
+            return None
+    else:
+        shift = shift.where(span <= 2 * _REACH[torch.float64], torch.nan)
+    return _Worths((scores.double() - shift).exp_(), scores, shift)
+
+
+_Values: TypeAlias = tuple[Tensor | None, Tensor | None]
+
+
+def _by_sums(
+    block: Block, worths: _Worths, ranking: Ranking | None, options: RankOptions, out: Tensor | None
+) -> _Values:
+    """CE and NLL; the gradient is written to ``out``."""
+    w, log_w, shift = worths
+    alpha, beta = block.alpha, block.beta
+    cross_entropy = nll = None
+    bracket: Tensor | None = None
+    if alpha is not None:
+        total = w.sum(-1, keepdim=True, dtype=torch.float64)
+        cross_entropy = (total.log() + shift - log_w.gather(-1, block.own[:, None])).squeeze(-1)
+        bracket = alpha / total
+    if ranking is not None and beta is not None:
+        mu = None if ranking.mu is None else ranking.of_items(ranking.mu)
+        denominators = ranking.denominators(w)
+        nll = ranking.log_denominators(denominators, narrow=w.dtype == torch.float32)
+        # C is summed from shifted worths, so every −μ·ℓ becomes μ·(shift − ℓ).
+        if mu is None:
+            nll = nll + (shift * log_w.shape[-1] - log_w.sum(-1, keepdim=True).double()).squeeze(-1)
+        else:
+            nll = nll + (mu * (shift - log_w)).sum(-1)
+        if options.reduction == "mean":
+            nll = (nll[:, None] / ranking.total_mu).squeeze(-1)
+            beta = beta / ranking.total_mu
+        if out is not None:
+            suffix = ranking.suffix(denominators)
+            by_slot = suffix * beta if bracket is None else torch.addcmul(bracket, suffix, beta)
+            bracket = ranking.of_items(by_slot.to(w.dtype))
+            torch.addcmul(-beta if mu is None else -beta * mu, w, bracket, out=out)
+    elif out is not None:
+        assert bracket is not None
+        torch.mul(w, bracket, out=out)
+    if out is not None:
+        if alpha is not None:
+            own = block.own[:, None]
+            out.scatter_(-1, own, out.gather(-1, own) - alpha.to(out.dtype))
+        slope = log_worth_slope(block.cosines, options.worth)
+        if slope is not None:
+            out *= slope
+    return cross_entropy, nll
+
+
+def _by_definition(block: Block, options: RankOptions, out: Tensor | None) -> _Values:
+    """The same for worths that float64 does not hold side by side."""
+    x = scores_from(block.cosines, block.scale, options)
+
+    def values(x: Tensor) -> tuple[Tensor, ...]:
+        found = []
+        if block.alpha is not None:
+            found.append(F.cross_entropy(x, block.own, reduction="none"))
+        if block.reference is not None:
+            found.append(nll_terms(x, block.reference, options, block.shuffle).sum(-1))
+        return tuple(found)
+
+    # torch.func, since an operator runs below autograd.
+    found, vjp, *_ = torch.func.vjp(values, x)
+    if out is not None:
+        weights = (w for w in (block.alpha, block.beta) if w is not None)
+        (gradient,) = vjp(tuple(w.to(x.dtype).expand(len(x), 1).squeeze(-1) for w in weights))
+        out.copy_(gradient)
+    remaining = iter(found)
+    return (
+        None if block.alpha is None else next(remaining),
+        None if block.beta is None else next(remaining),
+    )

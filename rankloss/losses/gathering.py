@@ -1,0 +1,84 @@
+"""What all losses have in common: how they see other processes, and what they check of their inputs."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from rankloss.batch import check_features, check_scale
+from rankloss.distributed import Gather, GatherOption
+from rankloss.losses.weights import is_capturing, is_plain
+
+__all__ = ["GatheringLoss", "InputWarning"]
+
+_LARGEST_LOG_SCALE = math.log(100)  # where CLIP clamps its logit_scale
+
+
+class InputWarning(UserWarning):
+    """An input is computed as it is, though it is probably not what was meant."""
+
+
+class GatheringLoss(nn.Module):
+    """A loss of features that are gathered from all processes.
+
+    Args:
+        gather: see :class:`rankloss.Gather`. None: the default process group if one of more than one process
+            is initialised at the call, with both flags. False: the pairs of this process only.
+    """
+
+    def __init__(self, gather: GatherOption = None) -> None:
+        super().__init__()
+        self.gather = Gather.of(gather)
+        self._has_looked = False
+
+    def check_inputs(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
+    ) -> None:
+        """Raise an error that names a wrong input; at the first call, warn of a suspicious one.
+
+        The first call computes the norms of the features and the value of the scale, which waits for an
+        accelerator once. It is left for a later call while a graph is compiled or captured.
+        """
+        check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
+        check_scale(logit_scale, image_features)
+        if not torch.compiler.is_compiling() and not self._has_looked:
+            features = {"image_features": image_features, "text_features": text_features}
+            self._has_looked = _look(features, logit_scale)
+
+
+def _look(features: dict[str, Tensor], logit_scale: Tensor | float) -> bool:
+    """Warn of features that are not unit-norm and of a log in place of the scale; False if unreadable."""
+    for name, x in features.items():
+        if not is_plain(x) or is_capturing(x.device):
+            return False
+        off = _value((x.detach().float().norm(dim=-1) - 1).abs().amax())
+        if off is None:
+            return False
+        if 0.01 < off < math.inf:  # infinities and NaN show in the loss
+            warnings.warn(
+                f"{name} should be unit-norm, as CLIP models return them; norms are off by up to {off:.4g}. "
+                "The loss is computed of the features as they are",
+                InputWarning,
+                stacklevel=1,  # one place for all losses, so that Python shows an equal text once
+            )
+    if isinstance(logit_scale, nn.Parameter):
+        value = _value(logit_scale)
+        if value is not None and value <= _LARGEST_LOG_SCALE:
+            warnings.warn(
+                f"logit_scale is a parameter of value {value:.4g}. CLIP models keep the logarithm of the "
+                "scale in theirs; the loss takes the scale itself, logit_scale.exp()",
+                InputWarning,
+                stacklevel=1,
+            )
+    return True
+
+
+def _value(x: Tensor) -> float | None:
+    """The value of a scalar; None where there is none to read (on the meta device, under vmap)."""
+    try:
+        return float(x.item())
+    except RuntimeError:
+        return None

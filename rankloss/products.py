@@ -1,0 +1,120 @@
+r"""Blocks of the two similarity matrices of a term, and where the gradients by them go.
+
+With G the gradient by the scores s·C, C = Q·Kᵀ (anchors Q, items K),
+
+    ∂Q = s·G·K,   ∂K = s·Gᵀ·Q,   ∂s = Σ G∘C = Σ (G·K)∘Q;
+
+the factor s is left to the end of the pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rankloss.batch import Matrix
+
+__all__ = ["MirroredProducts", "Products", "Target"]
+
+
+class Target(NamedTuple):
+    """Sums to which the gradients by a matrix's anchors, items and scale are added; None where not wanted."""
+
+    anchors: Tensor | None
+    items: Tensor | None
+    scale: Tensor | None
+
+
+class Products:
+    """Blocks of rows, multiplied out when they are taken; their gradients go to the embeddings at once."""
+
+    def __init__(self, matrices: tuple[Matrix, Matrix], into: tuple[Target, Target]) -> None:
+        self._matrices, self._into = matrices, into
+
+    def take(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The cosines of some rows of both matrices."""
+        first, second = (matrix.anchors[rows] @ matrix.items.T for matrix in self._matrices)
+        return first, second
+
+    def give(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
+        """Add the gradient by some rows of one of them; None is zero. It may end before the last items."""
+        if gradient is None:
+            return
+        matrix, into = self._matrices[side], self._into[side]
+        anchors, items = matrix.anchors[rows], matrix.items[: gradient.shape[-1]]
+        if into.anchors is not None:
+            by_anchor = gradient @ items
+            into.anchors[rows] += by_anchor
+            if into.scale is not None:
+                into.scale.add_((by_anchor * anchors).sum())
+        elif into.scale is not None:
+            into.scale.add_((gradient * cosines[:, : len(items)]).sum())
+        if into.items is not None:
+            into.items[: len(items)].addmm_(gradient.T, anchors)
+
+
+class MirroredProducts(Products):
+    """Entries that are one and the same product are multiplied out, and differentiated, once.
+
+    v_i·t_j stands in S at (i, j) and in R at (j, i), v_i·v_j in I at (i, j) and at (j, i). An entry above the
+    diagonal is kept until the rows reach its mirror image below, and so is its gradient, which is added to
+    that of the mirror image. This halves the number of products. At most a quarter of each matrix, and of its
+    gradient, is held at a time.
+
+    Every row belongs to one block, the blocks come in order, and of a block the first side comes first.
+    """
+
+    def __init__(self, matrices: tuple[Matrix, Matrix], into: tuple[Target, Target]) -> None:
+        super().__init__(matrices, into)
+        self._cosines = _Kept(), _Kept()
+        self._gradients = _Kept(), _Kept()
+        # The mirror image of S is R, and that of I or X the matrix itself.
+        self._mirror = (1, 0) if matrices[0].name == "S" else (0, 1)
+
+    def take(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The cosines of some rows of both: products from the diagonal on, and before it mirror images."""
+        first, second = self._rows_of(0, rows), self._rows_of(1, rows)
+        for kept, cosines in zip(self._cosines, (first, second), strict=True):
+            kept.keep(rows, cosines)
+        return first, second
+
+    def _rows_of(self, side: int, rows: slice) -> Tensor:
+        anchors, items = self._matrices[side].anchors[rows], self._matrices[side].items
+        cosines = anchors.new_empty(len(anchors), len(items))
+        for columns, mirror in self._cosines[self._mirror[side]].release(rows):
+            cosines[:, columns] = mirror
+        torch.mm(anchors, items[rows.start :].T, out=cosines[:, rows.start :])
+        return cosines
+
+    def give(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
+        """Add the gradient by some rows."""
+        mirrors = self._gradients[self._mirror[side]].release(rows)
+        if gradient is not None:
+            self._gradients[side].keep(rows, gradient)
+        elif mirrors:  # the other side has a gradient, this one has none in any of its blocks
+            gradient = torch.zeros_like(cosines)
+        else:
+            return
+        for columns, mirror in mirrors:
+            gradient[:, columns] += mirror
+        super().give(side, rows, cosines, gradient[:, : rows.stop])
+
+
+class _Kept:
+    """What stands above a matrix's diagonal, until the rows reach its mirror image."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, list[tuple[slice, Tensor]]] = {}  # by the first of the rows to come
+
+    def keep(self, rows: slice, block: Tensor) -> None:
+        """Keep the columns after the block's own rows, as copies that can be freed one after the other."""
+        size = rows.stop - rows.start
+        for start in range(rows.stop, block.shape[-1], size):
+            later = block[:, start : start + size].clone()
+            self._blocks.setdefault(start, []).append((rows, later))
+
+    def release(self, rows: slice) -> list[tuple[slice, Tensor]]:
+        """What was kept for these rows: their columns, and the mirror image that stands there."""
+        return [(columns, block.T) for columns, block in self._blocks.pop(rows.start, ())]

@@ -1,0 +1,346 @@
+r"""The order, or the bins, of a reference, its ties, and the running sums over it.
+
+With worths w and a ranking y,
+
+    C_p = Σ_{q : y_q ≤ y_p} w_q,   U_q = Σ_{p : y_p ≥ y_q} μ_p / C_p.
+
+A ranking divides a list into slots, worst first, and both sums run over slots: in :class:`Sorted` every item
+has a slot of its own, in :class:`Binned` all items of a bin share one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloss.options import Plan, RankOptions
+
+__all__ = [
+    "Binned",
+    "Ranking",
+    "Sorted",
+    "ascending",
+    "group_bounds",
+    "quantize",
+    "random_shuffle",
+    "rankings",
+    "running_sum",
+    "shuffled_order",
+    "slices",
+    "weights_of_ranks",
+]
+
+
+def slices(n: int, size: int) -> Iterator[slice]:
+    """``range(n)`` in slices of ``size``, the last one possibly shorter."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def rankings(
+    reference: Tensor, options: RankOptions, shuffle: Tensor | None, plan: Plan
+) -> Iterator[tuple[slice, Ranking]]:
+    """The rankings of a block of lists, a slice of the lists at a time.
+
+    Lists are sorted many at once, since short sorts do not keep the cores busy, and divided into bins few at
+    a time, so that the bins' numbers stay in a core's cache.
+
+    Args:
+        reference: ``[n, N]``, float32 or float64.
+        options: of the lists.
+        shuffle: ``[N]`` under ``ties="random"``; else None.
+        plan: how many lists to sort at once, and how many a slice has.
+    """
+    if options.bins_or_none is not None:
+        for rows in slices(len(reference), plan.slice_size):
+            yield rows, Binned(reference[rows], options)
+        return
+    for block in slices(len(reference), plan.ranked_size):
+        if shuffle is None:
+            ordered, order = ascending(reference[block])
+        else:
+            ordered, order = None, shuffled_order(reference[block], shuffle)
+        for part in slices(len(order), plan.slice_size):
+            rows = slice(block.start + part.start, block.start + part.stop)
+            yield rows, Sorted(order[part], None if ordered is None else ordered[part], options)
+
+
+class Sorted:
+    """Lists in the exact order of their references; one slot per item.
+
+    Attributes:
+        mu: ``[n, N]``, μ by slot; None where all are 1.
+    """
+
+    def __init__(self, order: Tensor, ordered: Tensor | None, options: RankOptions) -> None:
+        """``ordered`` holds the sorted references, which show the ties; None where no items count as tied."""
+        self._order = order
+        self._tied: Tensor | slice | None = None  # which lists have ties, and the bounds of their groups
+        if ordered is not None:
+            self._tied, self._first, self._last = _tie_groups(ordered)
+        n = order.shape[-1]
+        self.mu = weights_of_ranks(torch.arange(n, 0, -1, device=order.device), options, torch.float64)
+        if self.mu is not None:  # tied items share their best rank
+            self.mu = self._at_last(self.mu.expand(order.shape).contiguous())
+
+    @property
+    def total_mu(self) -> Tensor | int:
+        """Σ_p μ_p of every list, ``[n, 1]``."""
+        return self._order.shape[-1] if self.mu is None else self.mu.sum(-1, keepdim=True)
+
+    def denominators(self, worths: Tensor) -> Tensor:
+        """C by slot, float64, for worths ``[n, N]``."""
+        return self._at_last(running_sum(worths.gather(-1, self._order)))
+
+    def log_denominators(self, denominators: Tensor, *, narrow: bool) -> Tensor:
+        """Σ_p μ_p·log C_p of every list; ``narrow`` says that float32 would hold every C_p."""
+        if self.mu is not None:
+            return (denominators.log() * self.mu).sum(-1)
+        quarter = denominators.shape[-1] // 4
+        if not narrow or quarter == 0:
+            return denominators.log().sum(-1)
+        # log is what costs here: one of four factors, whose product float64 holds where float32 holds each.
+        product = denominators[..., :quarter] * denominators[..., quarter : 2 * quarter]
+        for k in (2, 3):
+            product *= denominators[..., k * quarter : (k + 1) * quarter]
+        return product.log_().sum(-1) + denominators[..., 4 * quarter :].log().sum(-1)
+
+    def suffix(self, denominators: Tensor) -> Tensor:
+        """U by slot."""
+        shares = denominators.reciprocal() if self.mu is None else self.mu / denominators
+        sums = _suffix_sum(shares)
+        if self._tied is not None:
+            sums[self._tied] = sums[self._tied].gather(-1, self._first)
+        return sums
+
+    def of_items(self, by_slot: Tensor) -> Tensor:
+        """What a slot holds, for every item of the list in its own place."""
+        by_slot = by_slot.expand(self._order.shape)
+        return torch.empty_like(by_slot).scatter_(-1, self._order, by_slot)
+
+    def _at_last(self, by_slot: Tensor) -> Tensor:
+        """What the last slot of every slot's tie group holds, in place."""
+        if self._tied is not None:
+            by_slot[self._tied] = by_slot[self._tied].gather(-1, self._last)
+        return by_slot
+
+
+class Binned:
+    """Lists ranked by the bins of their references (:func:`quantize`); one slot per bin, its items tied.
+
+    Attributes:
+        mu: ``[n, bins]``, μ by slot; None where all are 1.
+    """
+
+    def __init__(self, reference: Tensor, options: RankOptions) -> None:
+        self._bins = options.bins
+        self._index = quantize(reference, options.bins)
+        count = reference.new_zeros(*reference.shape[:-1], self._bins)
+        self._count = count.scatter_add_(-1, self._index, torch.ones_like(reference))
+        self.mu: Tensor | None = None
+        if options.weighs_ranks:
+            above = reference.shape[-1] - running_sum(self._count)  # items in better bins
+            self.mu = weights_of_ranks(above + 1, options, torch.float64)
+        self._weight = self._count if self.mu is None else self._count * self.mu  # Σ μ of the bin's items
+
+    @property
+    def total_mu(self) -> Tensor | int:
+        """Σ_p μ_p of every list, ``[n, 1]``."""
+        return self._index.shape[-1] if self.mu is None else self._weight.sum(-1, keepdim=True)
+
+    def denominators(self, worths: Tensor) -> Tensor:
+        """C by slot, float64, for worths ``[n, N]``."""
+        of_bins = worths.new_zeros(*worths.shape[:-1], self._bins)
+        return running_sum(of_bins.scatter_add_(-1, self._index, worths))
+
+    def log_denominators(self, denominators: Tensor, *, narrow: bool) -> Tensor:  # noqa: ARG002
+        """Σ_p μ_p·log C_p of every list; bin 0 is never empty, so no C is 0."""
+        return (denominators.log() * self._weight).sum(-1)
+
+    def suffix(self, denominators: Tensor) -> Tensor:
+        """U by slot."""
+        return _suffix_sum(self._weight / denominators)
+
+    def of_items(self, by_slot: Tensor) -> Tensor:
+        """What a slot holds, for every item of the list in its own place."""
+        return by_slot.gather(-1, self._index)
+
+
+Ranking: TypeAlias = Sorted | Binned
+
+
+def weights_of_ranks(rank: Tensor, options: RankOptions, dtype: torch.dtype) -> Tensor | None:
+    """The μ of items of these ranks, the best rank being 1; None where all are 1."""
+    if not options.weighs_ranks:
+        return None
+    rank = rank.to(dtype)
+    mu = torch.ones_like(rank) if options.discount is None else rank.log1p().reciprocal()
+    return mu if options.top_k is None else torch.where(rank <= options.top_k, mu, 0)
+
+
+def quantize(reference: Tensor, bins: int) -> Tensor:
+    r"""The bin of every item, counted from 0 for the worst.
+
+        b_q = min(⌊(y_q − min y) · bins / (max y − min y)⌋, bins − 1)
+
+    The bins divide the range of each list evenly, so an item's bin never decreases with its y: a list that is
+    ranked by b differs from one ranked by y only in that the items of one bin are tied. Its NLL is the larger
+    one, by no more than
+
+        0 ≤ NLL(x | b) − NLL(x | y) ≤ Σ_k (n_k − 1) · log[(B_k + Σw) / (B_k + min w)],
+
+    with n_k, Σw and min w the number, the sum and the smallest of the worths in bin k, and B_k the sum of
+    those below it. What this makes of the gradient is measured in docs/performance.md: less than 1 % with
+    2,048 bins and 512 dimensions.
+
+    Args:
+        reference: ``[..., N]``, floating point.
+        bins: how many, at least 2.
+
+    Returns:
+        ``[..., N]``, int64, in [0, bins).
+
+    Example:
+        >>> quantize(torch.tensor([0.1, 0.5, 0.45, 0.9]), bins=4).tolist()
+        [0, 2, 1, 3]
+    """
+    lowest, highest = reference.amin(-1, keepdim=True), reference.amax(-1, keepdim=True)
+    tiny = torch.finfo(reference.dtype).tiny  # a list whose items are all tied has no range
+    extent = (highest - lowest).clamp_min(tiny)
+    return (reference - lowest).div_(extent).mul_(bins).long().clamp_(0, bins - 1)
+
+
+def random_shuffle(n: int, device: torch.device, options: RankOptions) -> Tensor | None:
+    """The shuffle that ``ties="random"`` puts before the sort; None for shared ties."""
+    return torch.randperm(n, device=device) if options.ties == "random" else None
+
+
+def shuffled_order(reference: Tensor, shuffle: Tensor) -> Tensor:
+    """The ascending order of every list, tied items in the order of the shuffle."""
+    return shuffle[reference[..., shuffle].argsort(dim=-1, stable=True)]
+
+
+# --- ties -------------------------------------------------------------------------------------------------
+
+
+def group_bounds(sorted_values: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last index, at every position, of the run of equal values that holds the position.
+
+    Args:
+        sorted_values: ``[..., N]``, sorted along the last dimension, in either direction.
+
+    Returns:
+        Two integer tensors of the same shape, ``first`` and ``last``.
+
+    Example:
+        >>> first, last = group_bounds(torch.tensor([1.0, 2.0, 2.0, 5.0]))
+        >>> first.tolist(), last.tolist()
+        ([0, 1, 1, 3], [0, 2, 2, 3])
+    """
+    n = sorted_values.shape[-1]
+    index = torch.arange(n, device=sorted_values.device)
+    edge = torch.ones_like(sorted_values[..., :1], dtype=torch.bool)
+    change = sorted_values[..., 1:] != sorted_values[..., :-1]
+    starts, ends = torch.cat([edge, change], -1), torch.cat([change, edge], -1)
+    first = torch.where(starts, index, 0).cummax(-1).values
+    last = torch.where(ends, index, n).flip(-1).cummin(-1).values.flip(-1)
+    return first, last
+
+
+def _tie_groups(ordered: Tensor) -> tuple[Tensor | slice | None, Tensor, Tensor]:
+    """Which of some sorted lists have ties, and the bounds of their groups; None where none has."""
+    if ordered.device.type != "cpu":  # to look which lists have ties would wait for the device
+        return slice(None), *group_bounds(ordered)
+    # A row of float32 cosines has a tie by accident now and then, most have none.
+    tied = (ordered[..., 1:] == ordered[..., :-1]).any(-1).nonzero().squeeze(-1)
+    return tied if len(tied) else None, *group_bounds(ordered[tied])
+
+
+# --- running sums -----------------------------------------------------------------------------------------
+
+_BLOCK = 64
+
+
+def running_sum(x: Tensor) -> Tensor:
+    """``x.cumsum(-1)`` in float64.
+
+    CUDA's cumsum of floating-point numbers is not deterministic, and raises under
+    ``torch.use_deterministic_algorithms(True)``; there the sums are taken in blocks, by matrix products.
+    """
+    return _running_sum_in_blocks(x.double()) if _needs_blocks(x) else x.cumsum(-1, dtype=torch.float64)
+
+
+def _suffix_sum(x: Tensor) -> Tensor:
+    x = x.flip(-1)
+    return (_running_sum_in_blocks(x) if _needs_blocks(x) else x.cumsum_(-1)).flip(-1)
+
+
+def _needs_blocks(x: Tensor) -> bool:
+    return x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
+
+
+def _running_sum_in_blocks(x: Tensor) -> Tensor:
+    n = x.shape[-1]
+    blocks = F.pad(x, (0, -n % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    inside: Tensor = blocks @ torch.ones(_BLOCK, _BLOCK, dtype=x.dtype, device=x.device).triu()
+    totals = inside[..., -1]
+    if totals.shape[-1] > 1:
+        before = F.pad(_running_sum_in_blocks(totals[..., :-1]), (1, 0))
+        inside = inside + before[..., None]
+    return inside.flatten(-2)[..., :n]
+
+
+# --- sorting ----------------------------------------------------------------------------------------------
+
+_INDEX_BITS = 29  # of a float64's significand that a float32 leaves at zero
+_OFF_ZERO = 2.0**-300  # below half a unit in the last place of every float32 but 0
+_PER_THREAD = 2**16  # elements per thread, below which another thread costs more than it saves
+_SHARES = 4  # per thread: torch's own threads may keep a core busy for some time after an operation
+
+
+def ascending(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x.sort(-1)``: values and indices. Equal values may come in any order, always the same one.
+
+    On a CPU, torch sorts keys and indices side by side, without vector instructions. A float32 leaves 29 bits
+    of a float64 unused, so there every value is widened, its index is written into these bits, and NumPy's
+    vectorised sort moves both at once; sorting takes a third of the time.
+
+    Args:
+        x: ``[n, N]``, finite. With NaN or infinity in a row the order of that row means nothing.
+
+    Example:
+        >>> values, indices = ascending(torch.tensor([[0.5, -1.0, 0.0]]))
+        >>> values.tolist(), indices.tolist()
+        ([[-1.0, 0.0, 0.5]], [[1, 2, 0]])
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[-1] >= 2 ** (_INDEX_BITS - 1):
+        values, indices = x.sort(dim=-1)
+        return values, indices
+    # An index in the bits of 0.0 would be a subnormal number, which is 0 where the processor flushes those.
+    keys = x.double().add_(_OFF_ZERO)
+    bits = keys.view(torch.int64).bitwise_or_(torch.arange(x.shape[-1], device=x.device))
+    _sort_rows(keys.numpy())
+    # The index is less than half a unit in the last place of a float32, so rounding takes it off again.
+    values = keys.float()
+    return values, bits.bitwise_and_(2**_INDEX_BITS - 1)
+
+
+def _sort_rows(keys: np.ndarray) -> None:
+    threads = min(torch.get_num_threads(), len(keys), keys.size // _PER_THREAD)
+    if threads <= 1:
+        keys.sort(axis=-1)
+    else:  # NumPy sorts without holding the interpreter's lock
+        list(_workers(os.getpid(), threads).map(np.ndarray.sort, np.array_split(keys, _SHARES * threads)))
+
+
+@functools.lru_cache(maxsize=4)
+def _workers(process: int, threads: int) -> ThreadPoolExecutor:
+    """A pool for this process: one that a fork inherits has no threads in it."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"rankloss-sort-{process}")

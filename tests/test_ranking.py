@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import itertools
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from batches import Batch, batches, gradients, random_batch, relative_error
+from fake_cuda import fake_cuda
+from rankloss import RankConsistency, plackett_luce_nll
+from rankloss.ranking import (
+    _running_sum_in_blocks,
+    _sort_rows,
+    ascending,
+    group_bounds,
+    quantize,
+    running_sum,
+)
+
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)  # zeros of both signs and subnormals too
+
+
+@given(rows=hnp.arrays("float32", hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=finite))
+def test_values_are_sorted_and_indices_say_where_they_came_from(rows) -> None:
+    x = torch.from_numpy(rows)
+    values, indices = ascending(x)
+    assert torch.equal(values, x.sort(dim=-1).values)
+    assert torch.equal(x.gather(-1, indices), values)
+    assert torch.equal(indices.sort(dim=-1).values, torch.arange(x.shape[-1]).expand(x.shape))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_blocks_are_sorted_by_as_many_threads_as_torch_has(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = torch.randn(128, 3001)
+        values, indices = ascending(x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(values, x.sort(dim=-1).values)
+    assert torch.equal(x.gather(-1, indices), values)
+
+
+def test_float64_keeps_all_its_bits() -> None:
+    x = torch.tensor([[1.0 + 2**-40, 1.0, 1.0 + 2**-41]], dtype=torch.float64)
+    assert ascending(x)[1].tolist() == [[1, 2, 0]]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_sorts_with_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    keys = np.random.default_rng(0).standard_normal((64, 4096))
+    _sort_rows(keys.copy())  # the parent's pool exists now, and its threads do not survive a fork
+    child = os.fork()
+    if child == 0:
+        _sort_rows(keys)
+        os._exit(0 if (np.diff(keys) >= 0).all() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_flushed_subnormals_lose_no_index() -> None:
+    x = torch.tensor([[0.0, 1.0, -0.0, 1e-42, -1.0, 0.0, -1e-42, 1e-38]])
+    assert torch.set_flush_denormal(True)
+    try:
+        values, indices = ascending(x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert indices.sort(dim=-1).values.tolist() == [list(range(8))]
+    assert indices[0, 0] == 4
+    assert indices[0, -2:].tolist() == [7, 1]
+    assert (values.diff() >= 0).all()
+
+
+# --- running sums -----------------------------------------------------------------------------------------
+
+
+@given(n=st.integers(1, 9000), seed=st.integers(0, 2**16))
+def test_running_sums_in_blocks_are_running_sums(n: int, seed: int) -> None:
+    x = (20 * torch.randn(2, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).exp()
+    torch.testing.assert_close(_running_sum_in_blocks(x), x.cumsum(-1), rtol=1e-12, atol=0)
+
+
+def test_deterministic_algorithms_on_cuda_take_no_cumsum_of_floats() -> None:
+    class Cumsums(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += "cumsum" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    with fake_cuda(), Cumsums() as cumsums:
+        x = torch.empty(3, 1000, device="cuda")
+        assert running_sum(x).shape == x.shape
+        assert cumsums.count == 1
+        torch.use_deterministic_algorithms(True)
+        try:
+            sums = running_sum(x)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert (sums.shape, sums.dtype, cumsums.count) == (x.shape, torch.float64, 1)
+
+
+# --- ties -------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20))
+def test_group_bounds_are_the_first_and_last_index_of_each_value(values: list[int]) -> None:
+    values.sort()
+    first, last = group_bounds(torch.tensor(values, dtype=torch.float32))
+    assert first.tolist() == [values.index(v) for v in values]
+    assert last.tolist() == [len(values) - 1 - values[::-1].index(v) for v in values]
+
+
+# --- bins -------------------------------------------------------------------------------------------------
+
+lists = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=12).map(torch.tensor)
+
+
+@given(y=lists, bins=st.integers(2, 40))
+def test_a_bin_never_decreases_with_the_reference_and_the_bins_divide_its_range(y: Tensor, bins: int) -> None:
+    b = quantize(y, bins)
+    assert b.dtype == torch.int64
+    order = y.argsort()
+    assert (b[order].diff() >= 0).all()
+    assert b.min() == 0
+    if y.max() - y.min() > 1e-30:
+        assert b.max() == bins - 1
+        width = (y.max() - y.min()).double() / bins
+        inside = (y - y.min()).double() / width
+        assert ((inside - b).abs() <= 1 + 1e-4).all()
+
+
+# Without duplicates: theirs come out a rounding apart in plain products, and may straddle a bin's edge.
+@given(batch=batches(ties=False), bins=st.integers(2, 30))
+def test_binned_lists_are_the_exact_lists_of_the_quantised_reference(batch: Batch, bins: int) -> None:
+    v, t, s = batch.leaves()
+    similarity, images, texts = v @ t.T, v @ v.T, t @ t.T
+    n = len(v)
+    expected = [
+        sum(plackett_luce_nll(s * x, quantize(y, bins)).mean() for x, y in ((a, b), (b, a))) / (2 * n)
+        for a, b in ((similarity, similarity.T), (images, texts))
+    ]
+    found = RankConsistency(method="bin", bins=bins)(v, t, s, output_dict=True)
+    for value, reference in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-10, atol=1e-10)
+    actual, wanted = (gradients(sum(x), (v, t, s), 2.5) for x in (found.values(), expected))
+    for a, b in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@given(
+    x=st.lists(st.floats(-20, 20), min_size=2, max_size=12),
+    seed=st.integers(0, 2**16),
+    bins=st.integers(2, 20),
+)
+def test_the_documented_bound_holds(x: list[float], seed: int, bins: int) -> None:
+    scores = torch.tensor(x, dtype=torch.float64)
+    y = torch.rand(len(x), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    b = quantize(y, bins)
+    excess = plackett_luce_nll(scores, b) - plackett_luce_nll(scores, y)
+    bound = 0.0
+    for k in b.unique():
+        inside, below = scores[b == k].exp(), scores[b < k].exp().sum()
+        bound += (len(inside) - 1) * math.log((below + inside.sum()) / (below + inside.min()))
+    assert -1e-9 <= excess <= bound + 1e-9
+
+
+def test_enough_bins_are_the_exact_order() -> None:
+    batch = random_batch(0, 12, 5, 100.0)
+    exact, binned = (RankConsistency(**o)(*batch.leaves()) for o in ({}, {"method": "bin", "bins": 10**6}))
+    assert relative_error(binned, exact) < 1e-12
+
+
+@pytest.mark.parametrize("s", [1 / 0.07, 100.0])
+def test_the_error_shrinks_with_the_number_of_bins(s: float) -> None:
+    batch = random_batch(0, 256, 64, s)
+    v, t, _ = batch.leaves(torch.float32)
+    exact = torch.stack(gradients(RankConsistency()(v, t, s), (v, t), 1.0))
+    errors = [
+        relative_error(
+            torch.stack(gradients(RankConsistency(method="bin", bins=b)(v, t, s), (v, t), 1.0)), exact
+        )
+        for b in (64, 512, 4096, 32768)
+    ]
+    assert all(b < a / 2 for a, b in itertools.pairwise(errors)), errors
+    assert errors[-1] < 1e-3
