@@ -43,7 +43,8 @@ def test_a_wheel_is_read(tmp_path: Path) -> None:
         archive.writestr("rankloss/__init__.py", "")
         archive.writestr(
             "rankloss-1.2.dist-info/METADATA",
-            "Metadata-Version: 2.4\nName: rankloss\nVersion: 1.2\nProvides-Extra: plots\nProvides-Extra: dev\n",
+            "Metadata-Version: 2.4\nName: rankloss\nVersion: 1.2\n"
+            "Provides-Extra: plots\nProvides-Extra: dev\n",
         )
     version, extras, files = release_check.contents(wheel)
     assert (version, extras) == ("1.2", ["plots", "dev"])
