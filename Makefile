@@ -12,7 +12,7 @@ OPEN_CLIP_VERSIONS ?= 3.0.0 3.3.0
 LOWEST := torch==2.6.0 numpy==1.24.0
 
 .PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main test-gpu fuzz lint typecheck bench \
-	bench-gpu clean
+	bench-gpu docs pictures release-check clean
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
@@ -27,7 +27,8 @@ $(VENV)/.dev: pyproject.toml examples/pyproject.toml | $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable examples
 	touch $@
 
-## Train a small CLIP on OpenMoji with --loss rankclip, evaluate it and draw.
+.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main fuzz lint typecheck bench docs \
+	pictures release-check clean
 demo: $(VENV)/.examples
 	$(BIN)/python examples/openmoji/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
 
@@ -102,6 +103,27 @@ bench: $(VENV)/.dev
 ## the command to resume). GPU_ARGS='--write docs/gpu.md' fills the tables into the document.
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu.py --output $(GPU_OUTPUT) $(GPU_ARGS)
+
+## The documentation site, in outputs/site: warnings are errors, links are checked, examples run. Needs npm.
+docs: $(VENV)/.docs docs/vendor/katex
+	$(BIN)/python -m doctest $(wildcard docs/*.md)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Renders the formulas; the site has its own copy.
+docs/vendor/katex:
+	mkdir -p docs/vendor
+	cd docs/vendor && npm pack --silent katex@0.19 | xargs tar -xzf && rm katex-*.tgz
+	mkdir $@
+	cd docs/vendor/package && mv LICENSE dist/katex.min.js dist/katex.min.css dist/fonts ../katex
+	rm -r docs/vendor/package docs/vendor/katex/fonts/*.ttf docs/vendor/katex/fonts/*.woff
+
+## The pictures in docs/assets, from code, docs/performance.md's table and a record of the demo.
+pictures: $(VENV)/.docs
+	$(BIN)/python tools/pictures
+
+## Build what a release would publish; install, import and uninstall it in fresh environments, once per extra.
+release-check: $(VENV)/.release
+	$(BIN)/python tools/release_check.py $(RELEASE_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-* build dist

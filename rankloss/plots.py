@@ -1,0 +1,186 @@
+"""Pictures of what ranking consistency is about. Needs matplotlib: ``pip install "rankloss[plots]"``.
+
+Nothing in the package imports this module, and it draws without pyplot: no window, no global state. The
+figures can be given to TensorBoard's ``add_figure`` and to ``wandb.Image``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from matplotlib import rcParams
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from rankloss.metrics import kendall_tau
+
+__all__ = ["Term", "compare_rankings", "slope_chart"]
+
+Term = Literal["cross_modal", "in_modal"]
+
+FALLEN, RISEN = "#e0702a", "#3b82d6"
+"""The colours of items that the second list ranks lower than the first, and higher."""
+
+_LONGEST = 32  # letters of a label
+
+
+@torch.no_grad()
+def slope_chart(
+    image_features: Tensor,
+    text_features: Tensor,
+    labels: Sequence[str],
+    anchor: int,
+    *,
+    term: Term = "cross_modal",
+    items: int = 12,
+    title: str | None = None,
+    axes: Axes | None = None,
+) -> Figure:
+    r"""One picture's ranking of the concepts on the left, its caption's on the right, a line per concept.
+
+    ``term="cross_modal"`` takes row ``anchor`` of S = V·Tᵀ (the picture ranks the captions) and of R = Sᵀ
+    (its caption ranks the pictures), ``"in_modal"`` that of I = V·Vᵀ and of X = T·Tᵀ. Parallel lines are
+    agreement.
+
+    The concepts shown are those that the picture ranks first; the numbers beside them are ranks among all N,
+    from 1, tied items sharing the best rank, and Kendall's τ-b in the heading is over all N as well. Of the
+    concepts shown, a line rises, in blue, to one that the caption places higher, and falls, in orange, to one
+    that it places lower; the pair's own concept is bold.
+
+    Args:
+        image_features: ``[N, D]``, unit-norm.
+        text_features: ``[N, D]``, unit-norm; row i belongs to image i.
+        labels: N names; those of more than 32 letters are cut short.
+        anchor: the row whose two rankings are compared, from 0.
+        term: which lists.
+        items: how many concepts are shown.
+        title: what stands above τ, for instance a model's name.
+        axes: where to draw; None makes a figure.
+
+    Returns:
+        The figure, which belongs to ``axes`` if they were given.
+
+    Raises:
+        ValueError: for features that are not two matrices of one shape with at least two rows, an anchor that
+            is not a row, an unknown term, another number of labels than of features, or fewer than two items.
+
+    Example:
+        >>> v = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1)
+        >>> figure = slope_chart(v, v, ["cat", "dog", "fox", "car", "bus"], anchor=0)
+        >>> figure.axes[0].get_title()
+        'Kendall τ = 1.00'
+    """
+    lists = _rows(image_features, text_features, anchor, term)
+    names = ("by the picture", "by its caption")
+    return compare_rankings(*lists, labels, own=anchor, names=names, items=items, title=title, axes=axes)
+
+
+@torch.no_grad()
+def compare_rankings(
+    first: Tensor,
+    second: Tensor,
+    labels: Sequence[str],
+    *,
+    own: int | None = None,
+    names: tuple[str, str] = ("first", "second"),
+    items: int = 12,
+    title: str | None = None,
+    axes: Axes | None = None,
+) -> Figure:
+    """The chart of :func:`slope_chart` for any two lists of scores of the same N things.
+
+    Args:
+        first: ``[N]``, the left column's scores; the largest is ranked first.
+        second: ``[N]``, the right column's scores.
+        labels: N names; those of more than 32 letters are cut short.
+        own: the item whose name is bold, from 0; None for none.
+        names: what stands above the columns.
+        items: how many things are shown, those that ``first`` ranks first.
+        title: what stands above τ.
+        axes: where to draw; None makes a figure.
+
+    Returns:
+        The figure, which belongs to ``axes`` if they were given.
+
+    Raises:
+        ValueError: for scores that are not two lists of one length, at least two; another number of labels;
+            or fewer than two items.
+
+    Example:
+        >>> figure = compare_rankings(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([3.0, 1.0, 2.0]), "abc")
+        >>> figure.axes[0].get_title()
+        'Kendall τ = 0.33'
+    """
+    if first.shape != second.shape or first.dim() != 1 or len(first) < 2:
+        raise ValueError(
+            "first and second must have one shape [N], N >= 2; "
+            f"got {tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    if len(labels) != len(first):
+        raise ValueError(f"labels must have one name per item, {len(first)}; got {len(labels)}")
+    if items < 2:
+        raise ValueError(f"items must be at least 2; got {items!r}")
+    left, right, tau = _ranks(first), _ranks(second), kendall_tau(first, second).item()
+    shown = left.argsort(stable=True)[:items]
+    texts = {item: _text(labels[item]) for item in shown.tolist()}
+    if axes is None:
+        letter = 0.7 * rcParams["font.size"] / 72  # inches: no less than most letters
+        width = 1.8 + 2 * letter * (max(map(len, texts.values())) + 6)
+        figure = Figure(figsize=(width, 0.8 + 0.32 * len(shown)), layout="constrained")
+        axes = figure.add_subplot()
+    heading = f"Kendall τ = {tau:.2f}" if math.isfinite(tau) else "Kendall τ: no ranking"
+    axes.set_title(heading if title is None else f"{title}\n{heading}")
+    for x, name, side in zip((0, 1), names, ("right", "left"), strict=True):
+        axes.text(x, -1, name, ha=side, va="center", style="italic")
+    # Places are among the shown; equal ranks keep the order of the left column.
+    places = right[shown].argsort(stable=True).argsort().tolist()
+    for left_place, (item, right_place) in enumerate(zip(shown.tolist(), places, strict=True)):
+        color = FALLEN if right_place > left_place else RISEN if right_place < left_place else _neutral()
+        width, weight = (3.0, "bold") if item == own else (1.6, "normal")
+        axes.plot((0.03, 0.97), (left_place, right_place), color=color, lw=width, solid_capstyle="round")
+        name = texts[item]
+        axes.text(0, left_place, f"{name}  {left[item]}", ha="right", va="center", weight=weight)
+        axes.text(1, right_place, f"{right[item]}  {name}", ha="left", va="center", weight=weight)
+    axes.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -1.5))
+    axes.axis("off")
+    return axes.figure if isinstance(axes.figure, Figure) else axes.figure.figure
+
+
+def _rows(image_features: Tensor, text_features: Tensor, anchor: int, term: Term) -> tuple[Tensor, Tensor]:
+    """The anchor's row of S and of R, or of I and of X."""
+    if image_features.shape != text_features.shape or image_features.dim() != 2 or len(image_features) < 2:
+        raise ValueError(
+            "image_features and text_features must have one shape [N, D], N >= 2; "
+            f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
+        )
+    if not 0 <= anchor < len(image_features):
+        raise ValueError(
+            f"anchor must be a row of the features, 0 to {len(image_features) - 1}; got {anchor!r}"
+        )
+    if term not in get_args(Term):
+        raise ValueError(f"term must be one of {', '.join(map(repr, get_args(Term)))}; got {term!r}")
+    v, t = image_features.detach().double(), text_features.detach().double()
+    left, right = (t, v) if term == "cross_modal" else (v, t)
+    return left @ v[anchor], right @ t[anchor]
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Ranks from 1, the largest score first; equal scores share the best rank."""
+    descending = (-scores).sort().values
+    return torch.searchsorted(descending, -scores) + 1
+
+
+def _neutral() -> tuple[float, float, float, float]:
+    """The text's colour, faded: visible in a light style and in a dark one."""
+    return to_rgba(rcParams["text.color"], 0.35)
+
+
+def _text(label: str) -> str:
+    """The label, at most so long that a line stays beside it, and with dollars that begin no mathematics."""
+    shortened = label if len(label) <= _LONGEST else label[: _LONGEST - 1].rstrip() + "…"
+    return shortened.replace("$", r"\$")

@@ -1,0 +1,48 @@
+"""The notebooks run, and show what they computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs/notebooks"
+NAMES = ("terms_by_hand", "openmoji")
+
+
+def cells(name: str) -> list[dict[str, Any]]:
+    return json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def test_these_are_the_notebooks_and_every_one_has_its_page() -> None:
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(NAMES)
+    assert {path.stem for path in FOLDER.glob("*.md")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_is_committed_with_its_results(name: str) -> None:
+    code = [cell for cell in cells(name) if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert len(outputs) >= 4
+    assert all(output["output_type"] != "error" for output in outputs)
+    assert all(output.get("name") != "stderr" for output in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    if name == "openmoji":
+        pytest.importorskip("resvg_py")
+        monkeypatch.setenv("OPENMOJI_EPOCHS", "1")
+        monkeypatch.setenv("OPENMOJI_OUTPUT", str(tmp_path / "openmoji"))
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(FOLDER)}}
+    nbclient.NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=resources).execute()
+    expected = [len(cell["outputs"]) for cell in cells(name) if cell["cell_type"] == "code"]
+    assert [len(cell["outputs"]) for cell in notebook.cells if cell["cell_type"] == "code"] == expected

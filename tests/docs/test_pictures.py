@@ -1,0 +1,63 @@
+"""The pictures in the documents: drawn from what they say, the same every time, and all there."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / "tools/pictures"
+NAMES = {"agreement", "cost", "method", "scaling", "schedules"}
+
+
+def draw(output: Path) -> dict[str, bytes]:
+    command = [sys.executable, "-W", "error", str(TOOLS), "--output", str(output)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+def test_pictures_are_the_same_every_time_and_fit_a_page(tmp_path: Path) -> None:
+    first, second = draw(tmp_path / "a"), draw(tmp_path / "b")
+    assert first.keys() == {f"{name}-{theme}.svg" for name in NAMES for theme in ("light", "dark")}
+    assert first == second
+    for picture in first.values():
+        assert len(picture) < 120_000
+        assert b"<text" not in picture  # letters are shapes: no font is needed
+        assert not re.search(rb"\bnan\b", picture)
+
+
+def test_every_picture_is_committed_in_both_themes_and_shown_in_a_document() -> None:
+    files = {path.name for path in (ROOT / "docs/assets").glob("*.svg")}
+    assert files == {f"{name}-{theme}.svg" for name in NAMES for theme in ("light", "dark")}
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "".join(path.read_text(encoding="utf-8") for path in documents)
+    assert {file for file in files if f"assets/{file}" in text} == files
+
+
+def test_figures_of_the_pictures_are_the_tables() -> None:
+    script = (
+        f"import sys, json, dataclasses; sys.path.insert(0, {str(TOOLS)!r}); import cost; "
+        "print(json.dumps(dataclasses.asdict(cost.measured())))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    measured = json.loads(result.stdout)
+    document = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert f"<!-- bench:scaling -->\n{measured['conditions']}\n" in document
+    time, memory = document.split("**Added memory, MiB**")
+    for text, figures in ((time.rpartition("**Time of")[2], measured["time"]), (memory, measured["memory"])):
+        header = next(line for line in text.splitlines() if line.startswith("| N ="))
+        for loss in ("ClipLoss", "naive terms", "RankConsistency sort", "RankClipLoss bin"):
+            row = next(line for line in text.splitlines() if line.startswith(f"| {loss} |"))
+            cells = dict(zip(header.split(" | ")[1:-1], row.split(" | ")[1:-1], strict=True))
+            shown = {f"{int(n):,}": value for n, value in figures[loss].items()}
+            assert shown.keys() == {n for n, cell in cells.items() if cell[0].isdigit()}
+            for n, value in shown.items():
+                number = re.split(r"[* (]", cells[n])[0]
+                assert float(number.replace(",", "")) == value

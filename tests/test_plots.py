@@ -1,0 +1,183 @@
+"""The slope chart shows the ranks and the τ that SciPy computes, and loads nothing it does not need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import normalize
+
+pytest.importorskip("matplotlib")
+
+from matplotlib.colors import same_color, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from rankloss import plots
+
+
+def features(n: int, seed: int, ties: bool = False) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    if ties:  # small integers: equal similarities are equal to the last bit, in any order of summation
+        v, t = torch.randint(-1, 2, (2, n, 2), generator=generator).double()
+        return v, t
+    v, t = torch.randn(2, n, 6, generator=generator, dtype=torch.float64)
+    return normalize(v, dim=-1), normalize(v + t, dim=-1)
+
+
+batches = st.tuples(st.integers(2, 24), st.integers(0, 2**16), st.booleans())
+terms = st.sampled_from(["cross_modal", "in_modal"])
+
+
+def rankings(v: Tensor, t: Tensor, anchor: int, term: plots.Term) -> tuple[np.ndarray, np.ndarray, float]:
+    """The anchor's ranks of all concepts by its picture and by its caption, and τ, from SciPy."""
+    s, r, i, x = v @ t.T, t @ v.T, v @ v.T, t @ t.T
+    a, b = (m[anchor].numpy() for m in ((s, r) if term == "cross_modal" else (i, x)))
+    left, right = (scipy.stats.rankdata(-scores, method="min") for scores in (a, b))
+    return left, right, scipy.stats.kendalltau(a, b).statistic
+
+
+@given(batches, terms, st.integers(2, 30))
+def test_chart_shows_the_ranks(batch: tuple[int, int, bool], term: plots.Term, items: int) -> None:
+    v, t = features(*batch)
+    n = len(v)
+    labels = [f"label {k}" for k in range(n)]
+    figure = plots.slope_chart(v, t, labels, n - 1, term=term, items=items)
+    left, right, tau = rankings(v, t, n - 1, term)
+    shown = left.argsort(kind="stable")[:items].tolist()
+    (axes,) = figure.axes
+    assert axes.get_title() == ("Kendall τ: no ranking" if np.isnan(tau) else f"Kendall τ = {tau:.2f}")
+
+    def side(x: float) -> dict[float, tuple[str, str]]:
+        texts = [text for text in axes.texts if text.get_position()[0] == x]
+        return {text.get_position()[1]: (text.get_text(), str(text.get_fontweight())) for text in texts}
+
+    on_left, on_right = side(0), side(1)
+    assert on_left.pop(-1)[0] == "by the picture"
+    assert on_right.pop(-1)[0] == "by its caption"
+    assert [text for text, _ in on_left.values()] == [f"label {k}  {left[k]}" for k in shown]
+    assert sorted(text for text, _ in on_right.values()) == sorted(f"{right[k]}  label {k}" for k in shown)
+    ranks = [int(on_right[place][0].split()[0]) for place in range(len(shown))]
+    assert ranks == sorted(ranks)
+    for texts in (on_left, on_right):
+        assert {
+            text.split()[-1 if texts is on_right else 1] for text, w in texts.values() if w == "bold"
+        } <= {str(n - 1)}
+    assert len(axes.lines) == len(shown)
+    for k, line in zip(shown, axes.lines, strict=True):
+        start, end = line.get_ydata()
+        assert on_left[start][0].startswith(f"label {k} ")
+        assert on_right[end][0].endswith(f" {k}")
+        color = line.get_color()
+        assert same_color(color, plots.FALLEN) == (end > start)
+        assert same_color(color, plots.RISEN) == (end < start)
+
+
+def test_heading_has_the_title_and_tau_of_the_whole_lists() -> None:
+    v, t = features(20, 1)
+    figure = plots.slope_chart(v, t, [str(k) for k in range(20)], 3, items=4, title="A model")
+    assert figure.axes[0].get_title() == f"A model\nKendall τ = {rankings(v, t, 3, 'cross_modal')[2]:.2f}"
+
+
+def test_lists_that_rank_nothing_are_said_to() -> None:
+    v = torch.ones(4, 1)
+    figure = plots.slope_chart(v, v, list("abcd"), 0)
+    assert figure.axes[0].get_title() == "Kendall τ: no ranking"
+
+
+def test_labels_are_not_read_as_mathematics() -> None:
+    v, t = features(3, 0)
+    figure = plots.slope_chart(v, t, ["$5", "$6 or $7", "x_1"], 0)
+    figure.draw_without_rendering()
+    assert any(text.get_text().startswith(r"\$6 or \$7") for text in figure.axes[0].texts)
+
+
+@pytest.mark.parametrize("length", [1, 30, 32, 33, 200])
+def test_labels_of_any_length_leave_room_for_the_lines(length: int) -> None:
+    v, t = features(6, 0)
+    labels = [letter * length for letter in "ABCDEF"]
+    figure = plots.slope_chart(v, t, labels, 0)
+    figure.savefig(BytesIO())  # the layout's warning that nothing is left for the lines would be an error
+    (axes,) = figure.axes
+    lines = axes.get_window_extent().width
+    assert lines > 0.1 * figure.get_window_extent().width
+    assert all(
+        text.get_text().count("A") == min(length, 31 if length > 32 else 32) for text in axes.texts[2:4]
+    )
+
+
+def test_two_charts_in_one_figure() -> None:
+    v, t = features(6, 0)
+    figure = Figure()
+    for axes in figure.subplots(1, 2):
+        assert plots.slope_chart(v, t, list("abcdef"), 0, axes=axes) is figure
+    assert [len(axes.lines) for axes in figure.axes] == [6, 6]
+
+
+def test_features_of_a_training_step_are_taken_and_left_alone() -> None:
+    v, t = (x.float().requires_grad_() for x in features(5, 0))
+    plots.slope_chart(v, t, list("abcde"), 0)
+    assert v.grad is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_features": torch.ones(3, 2)}, r"one shape \[N, D\].*got \(3, 2\) and \(4, 2\)"),
+        ({"anchor": 4}, "anchor must be a row of the features, 0 to 3; got 4"),
+        ({"anchor": -1}, "anchor must be a row"),
+        ({"term": "both"}, "term must be one of 'cross_modal', 'in_modal'; got 'both'"),
+        ({"labels": list("abc")}, "labels must have one name per item, 4; got 3"),
+        ({"items": 1}, "items must be at least 2; got 1"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:
+    arguments = {
+        "image_features": torch.eye(4, 2),
+        "text_features": torch.eye(4, 2),
+        "labels": list("abcd"),
+        "anchor": 0,
+    }
+    with pytest.raises(ValueError, match=message):
+        plots.slope_chart(**{**arguments, **change})  # type: ignore[arg-type]
+
+
+def test_scores_that_are_no_two_lists_are_named() -> None:
+    with pytest.raises(ValueError, match=r"one shape \[N\], N >= 2; got \(3,\) and \(2,\)"):
+        plots.compare_rankings(torch.ones(3), torch.ones(2), "abc")
+
+
+def test_tensorboard_and_wandb_take_the_figure(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    v, t = features(8, 0)
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_figure("ranking", plots.slope_chart(v, t, list("abcdefgh"), 0), global_step=3)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (image,) = events.Images("ranking")
+    assert image.step == 3
+    (tmp_path / "image.png").write_bytes(image.encoded_image_string)
+    assert not same_color(imread(tmp_path / "image.png").min((0, 1))[:3], to_rgba("white")[:3])
+
+    wandb = pytest.importorskip("wandb")
+    assert wandb.Image(plots.slope_chart(v, t, list("abcdefgh"), 0)).image.size[0] > 100
+
+
+def test_matplotlib_is_loaded_by_this_module_alone_and_pyplot_by_none() -> None:
+    script = (
+        "import sys, torch, rankloss; before = 'matplotlib' in sys.modules; import rankloss.plots as p; "
+        "v = torch.eye(3); p.slope_chart(v, v, list('abc'), 0).draw_without_rendering(); "
+        "print(before, 'matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "True", "False"]

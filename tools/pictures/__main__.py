@@ -1,0 +1,37 @@
+"""Draws the pictures of the documents, each in a light and in a dark version: ``make pictures``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import agreement
+import cost
+import method
+import schedules
+import style
+
+PICTURES = {
+    "method": method.draw,
+    "schedules": schedules.draw,
+    "cost": cost.draw_bars,
+    "scaling": cost.draw_scaling,
+    "agreement": agreement.draw,
+}
+
+
+def main() -> None:
+    """Draw all pictures into a folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[2] / "docs/assets")
+    output = parser.parse_args().output
+    output.mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        for theme in style.THEMES:
+            path = output / f"{name}-{theme}.svg"
+            style.save(draw, theme, path)
+            print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

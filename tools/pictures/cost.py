@@ -1,0 +1,125 @@
+"""Time and memory, from the table that ``make bench`` writes into docs/performance.md."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from style import WIDTH, Colors
+
+TABLE = Path(__file__).parents[2] / "docs/performance.md"
+BARS_AT = 4096
+NAMES = {  # of the table, and in the pictures
+    "ClipLoss": "CLIP's loss,\nopen_clip",
+    "naive terms": "rank terms,\nwritten naively",
+    "RankConsistency sort": "rank terms,\nrankloss, sorted",
+    "RankClipLoss bin": "CLIP's loss + rank\nterms, rankloss, bins",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of one run: seconds and MiB by loss and batch size, and what they were measured on."""
+
+    conditions: str
+    time: dict[str, dict[int, float]]
+    memory: dict[str, dict[int, float]]
+
+
+def measured(document: Path = TABLE) -> Measured:
+    """The figures in the document.
+
+    Raises:
+        ValueError: if a loss of the pictures is not in the document's tables.
+    """
+    (section,) = re.findall(
+        r"<!-- bench:scaling -->\n(.*?)<!-- /bench:scaling -->",
+        document.read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
+    conditions, _, rest = section.partition("\n")
+    time, memory = (_figures(part) for part in rest.split("**Added memory")[:2])
+    for table in (time, memory):
+        if missing := NAMES.keys() - table.keys():
+            raise ValueError(f"{document} has no figures of {', '.join(sorted(missing))}")
+    return Measured(conditions, time, memory)
+
+
+def _figures(text: str) -> dict[str, dict[int, float]]:
+    rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in re.findall(r"^\|.*\|$", text, re.M)
+    ]
+    sizes = [int(cell.replace(",", "")) for cell in rows[0][1:-1]]
+    return {
+        name: {
+            n: float(number[0].replace(",", ""))
+            for n, cell in zip(sizes, cells, strict=False)
+            if (number := re.match(r"[\d,.]+", cell))
+        }
+        for name, *cells in rows[2:]
+    }
+
+
+def draw_bars(colors: Colors) -> Figure:
+    """A bar per loss for time and for memory, at one batch size."""
+    figures = measured()
+    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
+    panels = figure.subplots(2, 1)
+    _bars(panels[0], figures.time, "forward and backward, seconds", colors, lambda x: f"{x:.2f} s")
+    _bars(panels[1], figures.memory, "added memory, MiB", colors, lambda x: f"{x:,.0f} MiB")
+    figure.supxlabel(_conditions(figures.conditions, BARS_AT), fontsize=8.5)
+    return figure
+
+
+def _bars(axes: Axes, values: dict[str, dict[int, float]], title: str, colors: Colors, number) -> None:  # type: ignore[no-untyped-def]
+    looks = _colors(colors)
+    heights = [values[name][BARS_AT] for name in NAMES]
+    axes.barh(range(len(NAMES)), heights, color=[looks[name] for name in NAMES], height=0.66)
+    for y, height in enumerate(heights):
+        axes.text(height + 0.012 * max(heights), y, number(height), va="center")
+    axes.set_yticks(range(len(NAMES)), list(NAMES.values()), fontsize=9.5)
+    axes.set(xlim=(0, 1.17 * max(heights)), xticks=[])
+    axes.spines["bottom"].set_visible(False)
+    axes.invert_yaxis()
+    axes.set_title(title, loc="left")
+
+
+def draw_scaling(colors: Colors) -> Figure:
+    """Time and memory against the batch size, in logarithmic scales."""
+    figures = measured()
+    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    looks = _colors(colors)
+    for axes, values, title in (
+        (panels[0], figures.time, "forward and backward, s"),
+        (panels[1], figures.memory, "added memory, MiB"),
+    ):
+        for name, label in NAMES.items():
+            points = values[name]
+            axes.plot(
+                points.keys(), points.values(), "o-", color=looks[name], ms=4, label=label.replace("\n", " ")
+            )
+        axes.set(xscale="log", yscale="log", xlabel="pairs in the batch, N")
+        axes.set_title(title, loc="left", fontsize=10.5)
+        axes.set_xticks([512, 2048, 8192, 32768], ["512", "2k", "8k", "32k"])
+        axes.minorticks_off()
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=9.5)
+    figure.supxlabel(_conditions(figures.conditions), fontsize=8.5)
+    return figure
+
+
+def _colors(colors: Colors) -> dict[str, str]:
+    return dict(zip(NAMES, (colors.other, colors.bad, colors.ours_too, colors.ours), strict=True))
+
+
+def _conditions(conditions: str, n: int | None = None) -> str:
+    """The line above the table, in two lines of about equal length."""
+    text = conditions.rstrip(".") if n is None else f"N = {n:,}; {conditions.rstrip('.')}"
+    parts = text.split("; ")
+    middle = min(range(1, len(parts)), key=lambda k: abs(len("; ".join(parts[:k])) - len(text) / 2))
+    return "; ".join(parts[:middle]) + "\n" + "; ".join(parts[middle:])

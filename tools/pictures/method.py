@@ -1,0 +1,83 @@
+"""The method: four matrices of similarities, and two rankings brought together."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from style import WIDTH, Colors
+
+CONCEPTS = ("cat", "dog", "fox", "bird", "car", "bus", "bike", "boat")
+ANCHOR = 0
+SHOWN = 6
+
+# An illustration, not data: how alike concepts are, with what the pictures and the captions each get wrong.
+LIKENESS = np.array(
+    [  # furry, flies, wheels, on roads, in water, size
+        [1.0, 0.0, 0.0, 0.0, 0.0, 0.2],
+        [1.0, 0.0, 0.0, 0.1, 0.1, 0.4],
+        [0.9, 0.0, 0.0, 0.0, 0.0, 0.3],
+        [0.3, 0.9, 0.0, 0.0, 0.1, 0.0],
+        [0.0, 0.0, 1.0, 0.9, 0.0, 0.6],
+        [0.0, 0.0, 1.0, 0.9, 0.0, 1.0],
+        [0.0, 0.0, 0.8, 0.6, 0.0, 0.3],
+        [0.0, 0.0, 0.0, 0.0, 1.0, 0.9],
+    ]
+)
+
+
+def embeddings() -> tuple[np.ndarray, np.ndarray]:
+    """Unit-norm embeddings of the pictures and of the captions."""
+    random = np.random.default_rng(4)
+    v, t = (LIKENESS + 0.2 * random.normal(size=LIKENESS.shape) + 0.25 for _ in range(2))
+    return tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (v, t))
+
+
+def draw(colors: Colors) -> Figure:
+    """Above the matrices with one anchor's row marked, below the two pairs of rankings that are compared."""
+    v, t = embeddings()
+    matrices = {"S": v @ t.T, "R": t @ v.T, "I": v @ v.T, "X": t @ t.T}
+    formulas = {"S": "s·V·Tᵀ", "R": "s·T·Vᵀ", "I": "s·V·Vᵀ", "X": "s·T·Tᵀ"}
+    says = {
+        "S": "pictures rank\ncaptions",
+        "R": "captions rank\npictures",
+        "I": "pictures rank\npictures",
+        "X": "captions rank\ncaptions",
+    }
+    figure = Figure(figsize=(WIDTH, 5.6))
+    for k, (name, matrix) in enumerate(matrices.items()):
+        left = (0.01, 0.25, 0.53, 0.77)[k]
+        axes = figure.add_axes((left, 0.61, 0.22, 0.25))
+        axes.imshow(matrix, cmap=colors.heat, vmin=0.1, vmax=1.15)
+        row = Rectangle((-0.5, ANCHOR - 0.5), len(v), 1, fill=False, edgecolor=colors.mark, lw=2.4)
+        row.set_clip_on(False)
+        axes.add_patch(row)
+        axes.axis("off")
+        axes.set_title(f"{name} = {formulas[name]}", fontsize=11, pad=5)
+        axes.text(0.5, -0.05, says[name], transform=axes.transAxes, ha="center", va="top", fontsize=9.5)
+    for middle, (first, second), term in (
+        (0.24, "SR", "cross-modal term"),
+        (0.76, "IX", "in-modal term"),
+    ):
+        figure.text(middle, 0.95, term, ha="center", fontsize=13, weight="bold")
+        axes = figure.add_axes((middle - 0.115, 0.1, 0.23, 0.35))
+        _slopes(axes, matrices[first][ANCHOR], matrices[second][ANCHOR], (first, second), colors)
+        value = f"½·[C({first} | {second}) + C({second} | {first})]"
+        figure.text(middle, 0.03, value, ha="center", fontsize=12)
+    return figure
+
+
+def _slopes(axes: Axes, a: np.ndarray, b: np.ndarray, names: tuple[str, str], colors: Colors) -> None:
+    shown = np.argsort(-a)[:SHOWN]
+    places = np.argsort(np.argsort(-b[shown]))
+    for y, (item, other) in enumerate(zip(shown, places, strict=True)):
+        color = colors.faint if y == other else colors.ours
+        axes.plot((0.06, 0.94), (y, other), color=color, solid_capstyle="round")
+        weight = "bold" if item == ANCHOR else "normal"
+        axes.text(0, y, CONCEPTS[item], ha="right", va="center", weight=weight)
+        axes.text(1, other, CONCEPTS[item], ha="left", va="center", weight=weight)
+    axes.text(0, -1, f"row of {names[0]}", ha="right", va="center", color=colors.mark, weight="bold")
+    axes.text(1, -1, f"row of {names[1]}", ha="left", va="center", color=colors.mark, weight="bold")
+    axes.set(xlim=(0, 1), ylim=(SHOWN - 0.5, -1.4))
+    axes.axis("off")

@@ -1,0 +1,92 @@
+"""What MkDocs does with the documents on the way to the site.
+
+Documents are read in the repository, too, where links lead to files outside ``docs``, and a few documents
+live at the root. Here such links lead to the repository's own site; a file that does not exist is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import posixpath
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from rankloss.options import RankOptions, choices_of
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import notebooks
+
+ROOT = Path(__file__).parents[2]
+FROM_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+_LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(\))")
+_DOCTEST_FENCE = re.compile(r"^```python\n(?=>>>)", re.MULTILINE)
+_BADGES = re.compile(r"<!-- badges -->.*?<!-- /badges -->\n", re.DOTALL)
+_THEMED_PICTURE = re.compile(
+    r'<picture>\s*<source [^>]*srcset="(?P<dark>[^"]+)">\s*<img alt="(?P<alt>[^"]+)" src="(?P<light>[^"]+)"'
+    r"[^>]*>\s*</picture>"
+)
+
+log = logging.getLogger("mkdocs.hooks.links")
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
+    """Read what lives at the root, and turn links that leave ``docs`` into links to the repository."""
+    name = page.file.src_uri
+    folder = posixpath.dirname(f"docs/{name}")
+    if name in FROM_ROOT:
+        markdown = (ROOT / FROM_ROOT[name]).read_text(encoding="utf-8")
+        folder = ""
+    notebook = Path(page.file.abs_src_path).with_suffix(".ipynb")
+    if notebook.exists():
+        markdown = notebooks.to_markdown(notebook, notebook.name)
+
+    markdown = _BADGES.sub("", markdown)
+    markdown = _THEMED_PICTURE.sub(_themed_picture, markdown)
+    markdown = markdown.replace("<!-- rank-options -->", _rank_options())
+
+    def resolve(match: re.Match[str]) -> str:
+        opening, target, fragment, closing = match.groups()
+        path = posixpath.normpath(posixpath.join(folder, target))
+        if not (ROOT / path).exists():
+            log.warning("%s links to %s, which does not exist", name, target)
+        inside = {f"docs/{file}" for file in _pages(config)}
+        if path in inside or path.startswith("docs/assets/"):
+            relative = posixpath.relpath(path, posixpath.dirname(f"docs/{name}"))
+            return f"{opening}{relative}{fragment or ''}{closing}"
+        roots = {source: page for page, source in FROM_ROOT.items()}
+        if path in roots:
+            relative = posixpath.relpath(roots[path], posixpath.dirname(name) or ".")
+            return f"{opening}{relative}{fragment or ''}{closing}"
+        kind = "tree" if (ROOT / path).is_dir() else "blob"
+        return f"{opening}{config.extra['source']}/{kind}/main/{path}{fragment or ''}{closing}"
+
+    markdown = _LINK.sub(resolve, markdown)
+    return _DOCTEST_FENCE.sub("```pycon\n", markdown)
+
+
+def _themed_picture(match: re.Match[str]) -> str:
+    """A picture of two themes follows the reader's system in the repository, and the page's theme here."""
+    return "\n".join(f"![{match['alt']}]({match[theme]}#gh-{theme}-mode-only)" for theme in ("light", "dark"))
+
+
+def _rank_options() -> str:
+    """The table of all options of the rank terms."""
+    lines = ["| option | values | default | what it does |", "|---|---|---|---|"]
+    for option in dataclasses.fields(RankOptions):
+        choices = choices_of(option.name)
+        values = ", ".join(f"`{choice!r}`" for choice in choices) or "a whole number"
+        default = f"`{option.default!r}`"
+        if option.metadata["none"]:
+            default += f" ({option.metadata['none']})"
+            values += "" if choices else ", or `None`"
+        lines.append(f"| `{option.name}` | {values} | {default} | {option.metadata['help']} |")
+    return "\n".join(lines)
+
+
+def _pages(config: Any) -> set[str]:
+    docs = Path(config.docs_dir)
+    return {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
