@@ -1,0 +1,62 @@
+"""The table of bad input: every row does what it says."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import rankloss
+from rankloss import InputWarning
+
+PAGE = Path(__file__).parents[2] / "docs/bad_input.md"
+ROWS = [
+    re.split(r" *(?<!\\)\| *", line)[1:-1] for line in PAGE.read_text().splitlines() if line.startswith("| `")
+]
+ERRORS = [row for row in ROWS if len(row) == 3 and row[1] != "`InputWarning`"]
+WARNINGS = [row for row in ROWS if len(row) == 3 and row[1] == "`InputWarning`"]
+NUMBERS = [row for row in ROWS if len(row) == 2]
+
+
+def evaluate(expression: str) -> object:
+    v, t = normalize(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    names = {name: getattr(rankloss, name) for name in rankloss.__all__}
+    names |= {"torch": torch, "v": v, "t": t}
+    return eval(
+        expression.strip("`"), {**names, "loss": rankloss.RankConsistency(), "clip": rankloss.RankClipLoss()}
+    )
+
+
+def pattern_of(message: str) -> str:
+    """The message as a regular expression: a last … stands for anything."""
+    head, dots, tail = message.rpartition(" …")
+    return f"^{re.escape(head)} .*" if dots and not tail else f"^{re.escape(message)}$"
+
+
+def test_the_page_has_its_rows() -> None:
+    assert (len(ERRORS) >= 30, len(WARNINGS), len(NUMBERS)) == (True, 2, 2)
+
+
+@pytest.mark.parametrize(("expression", "error", "message"), ERRORS)
+def test_bad_input_is_refused_as_the_page_says(expression: str, error: str, message: str) -> None:
+    kind = {"ValueError": ValueError, "TypeError": TypeError, "RuntimeError": RuntimeError}[error.strip("`")]
+    with pytest.raises(kind, match=pattern_of(message)):
+        evaluate(expression)
+
+
+@pytest.mark.parametrize(("expression", "_", "message"), WARNINGS)
+def test_suspicious_input_is_computed_with_a_warning(expression: str, _: str, message: str) -> None:
+    with pytest.warns(InputWarning, match=pattern_of(message)):
+        value = evaluate(expression)
+    assert isinstance(value, torch.Tensor)
+    assert value.isfinite()
+
+
+@pytest.mark.parametrize(("expression", "value"), NUMBERS)
+def test_what_is_not_finite_gives_nan(expression: str, value: str) -> None:
+    assert value == "`nan`"
+    assert math.isnan(evaluate(expression))
