@@ -300,7 +300,7 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError(
-            "the rank terms have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use "
+            "this loss has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use "
             "reverse mode, as torch.autograd.grad does"
         )
 

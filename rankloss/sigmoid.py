@@ -86,7 +86,7 @@ def stream(
     """L, and its gradient by each of the inputs; an empty tensor for one that is not wanted."""
     images, texts, scale, bias = inputs
     by_images, by_texts = (
-        torch.zeros_like(x if w else x[:0]) for x, w in zip(inputs[:2], wanted, strict=False)
+        torch.zeros_like(x) if w else x.new_empty(0) for x, w in zip(inputs[:2], wanted[:2], strict=True)
     )
     # In float64: these are sums over all chunks.
     value, by_scale, by_bias = images.new_zeros(3, dtype=torch.float64).unbind()
