@@ -112,10 +112,13 @@ def stream(
     # An infinite feature can make terms of zero; it shall make the loss NaN.
     finite = images.isfinite().all() & texts.isfinite().all()
     share = torch.where(finite, 1.0, torch.nan).double() / len(images)
-    for gradient in (by_images, by_texts):
-        gradient *= share * scale
-    sums = (share * x if w else x.new_empty(0) for x, w in zip((by_scale, by_bias), wanted[2:], strict=True))
-    return (share * value).to(images.dtype), [by_images, by_texts, *(x.to(images.dtype) for x in sums)]
+    for sums in (by_images, by_texts):
+        sums *= share * scale
+    by_numbers = (
+        (share * x).to(images.dtype) if w else images.new_empty(0)
+        for x, w in zip((by_scale, by_bias), wanted[2:], strict=True)
+    )
+    return (share * value).to(images.dtype), [by_images, by_texts, *by_numbers]
 
 
 @torch.library.custom_op(
