@@ -70,7 +70,7 @@ def cross_modal(
         0.4621
     """
     cosines = _cosines(image_features, text_features)
-    return _term(cosines, cosines.T, logit_scale, **options)
+    return _term(cosines, cosines.T, logit_scale, cosines, cosines.T, **options)
 
 
 def in_modal(
@@ -85,9 +85,10 @@ def in_modal(
         0.4621
     """
     images, texts = _cosines(image_features, image_features), _cosines(text_features, text_features)
+    orders = images, texts
     if options.get("lists") == "batch":
-        images, texts = _exact_where_equal(images, image_features), _exact_where_equal(texts, text_features)
-    return _term(images, texts, logit_scale, **options)
+        orders = _exact_where_equal(images, image_features), _exact_where_equal(texts, text_features)
+    return _term(images, texts, logit_scale, *orders, **options)
 
 
 def clip(image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0) -> float:
@@ -205,6 +206,8 @@ def _term(
     a: Array,
     b: Array,
     s: float,
+    order_a: Array,
+    order_b: Array,
     *,
     lists: str = "row",
     worth: str = "exp",
@@ -214,7 +217,10 @@ def _term(
     diagonal: bool = True,
     fixed_reference: str | None = None,
 ) -> Any:
-    """A term of the similarities a and b; ``reduction="mean"`` divides each list by its Σ_p μ_p."""
+    """A term of the similarities a and b, which as references are ``order_a`` and ``order_b``.
+
+    ``reduction="mean"`` divides each list by its Σ_p μ_p.
+    """
     _check_list(worth, discount, top_k)
     _check_choice("lists", lists, ("row", "batch"))
     _check_choice("reduction", reduction, ("mean", "sum", "none"))
@@ -224,7 +230,7 @@ def _term(
     kept = np.ones((n, n), bool) if diagonal else ~np.eye(n, dtype=bool)
     by_anchor, mean = np.zeros(n), 0.0
     directions = {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[fixed_reference]
-    for share, x, y in ((directions[0], factor * a, b), (directions[1], factor * b, a)):
+    for share, x, y in ((directions[0], factor * a, order_b), (directions[1], factor * b, order_a)):
         if share == 0:
             continue
         terms = np.zeros((n, n))
@@ -271,7 +277,7 @@ def _cosines(a: ArrayLike, b: ArrayLike) -> Array:
 
 
 def _exact_where_equal(cosines: Array, features: ArrayLike) -> Array:
-    """Unit vectors have cosine 1 with themselves and their equals: one tie over the whole batch.
+    """Cosines as the reference of a batch list: a unit vector and its equals are one tie over the batch.
 
     Vectors whose norm is within 1 % of 1 count as unit vectors; the others keep the square of their norm.
     """
