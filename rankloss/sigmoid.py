@@ -21,7 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import Matrix, arithmetic_dtype, full_precision, refuse_forward_mode
+from rankloss.batch import (
+    Matrix,
+    arithmetic_dtype,
+    full_precision,
+    nan_unless_finite,
+    refuse_forward_mode,
+)
 from rankloss.options import choose_plan
 from rankloss.ranking import slices
 
@@ -109,9 +115,7 @@ def stream(
                 by_texts.addmm_(gradient.T, anchors)
             if wanted[3]:
                 by_bias += gradient.sum(dtype=torch.float64)
-    # An infinite feature can make terms of zero; it shall make the loss NaN.
-    finite = images.isfinite().all() & texts.isfinite().all()
-    share = torch.where(finite, 1.0, torch.nan).double() / len(images)
+    share = nan_unless_finite(images, texts).double() / len(images)
     for sums in (by_images, by_texts):
         sums *= share * scale
     by_numbers = (

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["alip", "clip", "cyclic", "cyclip", "exact_products", "nll", "rank_terms", "term"]
+__all__ = ["alip", "clip", "cyclic", "cyclip", "exact_products", "nll", "rank_terms", "siglip", "term"]
 
 
 def exact_products(a: Tensor, b: Tensor) -> Tensor:
@@ -106,6 +106,13 @@ def rank_terms(
 def clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
     """:class:`rankloss.ClipLoss`."""
     return _pair_nll(image_features, text_features, logit_scale).mean()
+
+
+def siglip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    """:class:`rankloss.SigLipLoss`."""
+    logits = logit_scale * image_features @ text_features.T + logit_bias
+    labels = 2 * torch.eye(len(logits), dtype=logits.dtype, device="cpu") - 1
+    return torch.logaddexp(torch.zeros_like(logits), -labels * logits).sum() / len(logits)
 
 
 def cyclic(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import arithmetic_dtype, check_device, kind_of
+from rankloss.batch import arithmetic_dtype, check_device, kind_of, nan_unless_finite
 from rankloss.distributed import GatherOption
 from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
 from rankloss.options import RankOptions, check_choice
@@ -135,13 +135,17 @@ def _whole(
     logit_bias: Tensor | float | None,
     first_row: int,
 ) -> Tensor:
-    """The formula; the order of operations and the dtypes are open_clip's, so the bits are too."""
+    """The formula; the order of operations and the dtypes are open_clip's, so the bits are too.
+
+    Only an infinite feature gives another value, NaN; the sigmoid loss of it could be a number.
+    """
     logits = logit_scale * images @ texts.T
     if logit_bias is not None:
         logits += logit_bias  # in place: a bias of shape [1] does not change the dtype
     own = first_row + torch.arange(len(images), device=images.device)
     labels = 2 * (own[:, None] == torch.arange(len(texts), device=images.device)).to(images.dtype) - 1
-    return -F.logsigmoid(labels * logits).sum() / len(images)
+    loss = -F.logsigmoid(labels * logits).sum() / len(images)
+    return loss * nan_unless_finite(images, texts).to(loss.dtype)
 
 
 def _check_bias(logit_bias: Tensor | float | None, features: Tensor) -> None:
