@@ -108,10 +108,18 @@ def clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> 
     return _pair_nll(image_features, text_features, logit_scale).mean()
 
 
-def siglip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-    """:class:`rankloss.SigLipLoss`."""
+def siglip(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    first_row: int = 0,
+) -> Tensor:
+    """:class:`rankloss.SigLipLoss`; the own text of image i is ``first_row + i``."""
     logits = logit_scale * image_features @ text_features.T + logit_bias
-    labels = 2 * torch.eye(len(logits), dtype=logits.dtype, device="cpu") - 1
+    labels = -torch.ones(logits.shape, dtype=logits.dtype, device="cpu")
+    for i in range(len(labels)):
+        labels[i, first_row + i] = 1
     return torch.logaddexp(torch.zeros_like(logits), -labels * logits).sum() / len(logits)
 
 

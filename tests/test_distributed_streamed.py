@@ -12,9 +12,9 @@ from torch import Tensor
 import one_process
 from batches import random_batch
 from collectives import Collectives
+from oracle import siglip
 from process_pool import Pools
 from rankloss import ClipLoss, Gather, RankClipLoss, SigLipLoss
-from test_sigmoid import formula
 
 N_PER_RANK, D = 5, 6
 FLAGS = [(False, False), (False, True), (True, False), (True, True)]
@@ -58,7 +58,7 @@ def in_one_process(name: str, view: one_process.View, bias: Tensor) -> Tensor:
     # A text has no row that would carry its gradient: a process's own texts always have one.
     first, n = view.first, len(view.text_anchors)
     texts = torch.cat([view.text[:first], view.text_anchors, view.text[first + n :]])
-    return formula(view.image_anchors, texts, view.scale, bias, first)
+    return siglip(view.image_anchors, texts, view.scale, bias, first)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -13,16 +13,10 @@ from torch import Tensor
 
 from batches import Batch, batches, gradients, random_batch
 from fake_cuda import fake_cuda
+from oracle import siglip as formula
 from rankloss.sigmoid import Pairs, pair_sigmoid, plain, stream
 
 BIASES = [-10.0, 0.0, 3.0]
-
-
-def formula(v: Tensor, t: Tensor, s: Tensor, b: Tensor, first_row: int = 0) -> Tensor:
-    z = -torch.ones(len(v), len(t), dtype=v.dtype)
-    for i in range(len(v)):
-        z[i, first_row + i] = 1
-    return torch.logaddexp(torch.zeros((), dtype=v.dtype), -z * (s * v @ t.T + b)).sum() / len(v)
 
 
 def leaves(batch: Batch, bias: float, share: slice = slice(None)) -> Pairs:

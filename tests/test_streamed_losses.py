@@ -19,9 +19,9 @@ from torch.autograd import forward_ad
 
 from batches import Batch, batches, gradients, random_batch
 from memory import LiveBytes, saved_bytes
+from oracle import siglip
 from rankloss import ClipLoss, CyClipLoss, Gather, RankClipLoss, SigLipLoss, losses, reference
 from rankloss import options as options_module
-from test_sigmoid import formula as siglip
 
 MIB = 2**20
 
