@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss as OpenClipLoss
+from open_clip.loss import SigLipLoss as OpenClipSigLipLoss
 from torch import Tensor
 
 from naive import naive_rank_terms
-from rankloss import RankClipLoss, RankConsistency
+from rankloss import ClipLoss, RankClipLoss, RankConsistency, SigLipLoss
 
-__all__ = ["LOSSES", "SCALE", "D", "Loss", "batch"]
+__all__ = ["BIAS", "LOSSES", "SCALE", "D", "Loss", "batch"]
 
 Loss = Callable[..., Tensor]
 
-D, SCALE = 512, 1 / 0.07
+D, SCALE, BIAS = 512, 1 / 0.07, -10.0
 
+# ClipLoss and SigLipLoss are open_clip's; streamed, they are ours as beyond their memory budget.
 # RankClipLoss around its own base takes CLIP's loss from the same pass over the rows as the rank terms.
 LOSSES: dict[str, Callable[[], Loss]] = {
     "ClipLoss": OpenClipLoss,
+    "ClipLoss streamed": lambda: ClipLoss(memory_budget=0),
+    "SigLipLoss": lambda: partial(OpenClipSigLipLoss(), logit_bias=BIAS),
+    "SigLipLoss streamed": lambda: partial(SigLipLoss(memory_budget=0), logit_bias=BIAS),
     "naive terms": lambda: naive_rank_terms,
     "RankConsistency sort": RankConsistency,
     "RankConsistency bin": lambda: RankConsistency(method="bin"),

@@ -21,8 +21,9 @@ from contenders import D
 from measure import conditions, in_fresh_process, measure_memory, measure_time
 from scaling_report import Point, fill, plot, report
 
-LOSSES = ("ClipLoss", "naive terms", "RankConsistency sort", "RankConsistency bin", "RankClipLoss bin")
-OURS = ("RankConsistency sort", "RankConsistency bin")  # at --largest
+LINEAR = ("ClipLoss streamed", "SigLipLoss streamed", "RankConsistency sort", "RankConsistency bin")
+LARGE = ("ClipLoss", "SigLipLoss", *LINEAR)  # at --largest
+LOSSES = (*LARGE, "naive terms", "RankClipLoss bin")
 NAIVE_UP_TO = 4096
 IN_TURNS_UP_TO = 4096
 SIZES = (512, 1024, 2048, 4096, 8192, 16384)
@@ -34,7 +35,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="default: %(default)s")
     parser.add_argument("--n", type=int, nargs="+", default=SIZES, help="default: %(default)s")
-    parser.add_argument("--largest", action="store_true", help=f"also N = {LARGEST:,}, for our terms only")
+    parser.add_argument("--largest", action="store_true", help=f"also N = {LARGEST:,}, for what fits")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument(
         "--memory-limit", type=float, default=8.0, metavar="GIB",
@@ -72,7 +73,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     started_under = conditions(threads=args.threads, d=d)
     notes: list[str] = []
     points: dict[tuple[str, int], Point] = {}
-    sizes = [(n, LOSSES) for n in sorted(args.n)] + ([(LARGEST, OURS)] if args.largest else [])
+    sizes = [(n, LOSSES) for n in sorted(args.n)] + ([(LARGEST, LARGE)] if args.largest else [])
     for n, losses in sizes:
         for loss in losses:
             why_not = _reason_to_skip(loss, n, points, args.memory_limit)
@@ -107,7 +108,7 @@ def _reason_to_skip(loss: str, n: int, points: dict[tuple[str, int], Point], lim
     if loss == "naive terms" and n > NAIVE_UP_TO:
         return f"measured up to N = {NAIVE_UP_TO:,} only"
     earlier = [p for p in points.values() if p.loss == loss and p.n < n and p.added_bytes]
-    if loss in OURS or not earlier:
+    if loss in LINEAR or not earlier:
         return None
     last = max(earlier, key=lambda p: p.n)
     assert last.added_bytes is not None

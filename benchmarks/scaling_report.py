@@ -85,6 +85,12 @@ def targets(points: Iterable[Point], step: Mapping[str, float] | None) -> list[T
         Target("naive / bin, time, N = 4,096", seconds(naive, binned), True, 5),
         Target("RankClipLoss bin / ClipLoss, time, N = 4,096", seconds(fused, clip), False, 4),
     ]
+    for loss in ("ClipLoss", "SigLipLoss"):
+        streamed = f"{loss} streamed"
+        rows.append(Target(f"{streamed} / {loss}, time, N = 4,096", seconds(streamed, loss), False, 1.3))
+        largest = at.get((streamed, 32768))
+        memory = None if largest is None or largest.added_bytes is None else largest.added_bytes / _GIB
+        rows.append(Target(f"{streamed}, added memory, N = 32,768", memory, False, 1, "{:.2f} GiB"))
     for loss in (sort, binned):
         growth = added((loss, 16384), (loss, 8192))
         rows.append(Target(f"{loss}, added memory, N = 16,384 / 8,192", growth, False, 2.2))

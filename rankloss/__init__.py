@@ -1,9 +1,9 @@
 """Ranking-consistency losses for CLIP training.
 
 The losses are modules (:class:`RankConsistency`, :class:`RankClipLoss`, :class:`ClipLoss`,
-:class:`CyClipLoss`, :class:`AlipLoss`). :class:`RankOptions` has the options of the rank terms,
-:class:`Gather` says how a batch is spread over processes, and the mathematics of one list is a function,
-:func:`plackett_luce_nll`.
+:class:`SigLipLoss`, :class:`CyClipLoss`, :class:`AlipLoss`). :class:`RankOptions` has the options of the rank
+terms, :class:`Gather` says how a batch is spread over processes, and the mathematics of one list is a
+function, :func:`plackett_luce_nll`.
 """
 
 from rankloss import distributed as distributed
@@ -20,6 +20,7 @@ from rankloss.losses import CyClipLoss as CyClipLoss
 from rankloss.losses import InputWarning as InputWarning
 from rankloss.losses import RankClipLoss as RankClipLoss
 from rankloss.losses import RankConsistency as RankConsistency
+from rankloss.losses import SigLipLoss as SigLipLoss
 from rankloss.options import RankOptions as RankOptions
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "RankClipLoss",
     "RankConsistency",
     "RankOptions",
+    "SigLipLoss",
     "__version__",
     "distributed",
     "functional",

@@ -43,6 +43,7 @@ __all__ = [
     "full_precision",
     "kind_of",
     "may_look_at",
+    "nan_unless_finite",
     "other_items",
     "refuse_forward_mode",
     "row_hashes",
@@ -227,8 +228,13 @@ class Batch:
     @property
     def nan_unless_finite(self) -> Tensor:
         """1 if all features are finite, else NaN; multiplying by it makes the loss NaN."""
-        finite = self.image.detach().isfinite().all() & self.text.detach().isfinite().all()
-        return torch.where(finite, 1.0, math.nan).to(self.image.dtype)
+        return nan_unless_finite(self.image, self.text).to(self.image.dtype)
+
+
+def nan_unless_finite(image: Tensor, text: Tensor) -> Tensor:
+    """1 if all features are finite, else NaN; multiplying by it makes the loss NaN."""
+    finite = image.detach().isfinite().all() & text.detach().isfinite().all()
+    return torch.where(finite, 1.0, math.nan)
 
 
 def anchors_and_items(term: Term, of: Inputs, are_local: bool) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
@@ -300,7 +306,7 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError(
-            "the rank terms have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use "
+            "this loss has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); use "
             "reverse mode, as torch.autograd.grad does"
         )
 

@@ -241,23 +241,32 @@ class Gather:
         Raises:
             RuntimeError: for several processes without a process group.
         """
+        return self.items(image_features), self.items(text_features)
+
+    def items(self, features: Tensor, *, are_anchors: bool = True) -> Tensor:
+        """The features of all processes, in the order of the ranks.
+
+        Args:
+            features: this process's.
+            are_anchors: whether they have rows of their own, to which ``local_loss`` without
+                ``gather_with_grad`` leaves their gradient.
+
+        Raises:
+            RuntimeError: for several processes without a process group.
+        """
         rank, world_size = self.place
         if (rank, world_size) == (0, 1):
-            return image_features, text_features
+            return features
         if not _initialized():
             raise RuntimeError(
                 f"rank={self.rank!r}, world_size={self.world_size!r} needs "
                 "torch.distributed.init_process_group() before the first forward"
             )
-        return self._all(image_features), self._all(text_features)
-
-    def _all(self, features: Tensor) -> Tensor:
         if self.gather_with_grad:
             return all_gather(features, self.group)
         gathered = _gather(features, self.group)
-        if self.local_loss:
+        if self.local_loss and are_anchors:
             return gathered
-        rank, world_size = self.place
         chunks = list(gathered.chunk(world_size))
         chunks[rank] = features
         return torch.cat(chunks)

@@ -152,6 +152,9 @@ def _worths(block: Block, options: RankOptions) -> _Worths | None:
         values = (1 + block.cosines) / 2 if options.worth == "shifted" else block.cosines
         return _Worths(values.masked_fill(log.isnan(), torch.nan), log, 0.0)
     scores = block.cosines * block.scale
+    if block.beta is None:  # a softmax: what is lost beside the largest worth is less than a rounding
+        highest = scores.amax(-1, keepdim=True)
+        return _Worths((scores - highest).exp_(), scores, highest)
     # Not aminmax, which on a CPU takes ten times as long as the two together.
     lowest, highest = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
     span, shift = highest - lowest, (highest + lowest) / 2

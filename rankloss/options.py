@@ -176,6 +176,10 @@ class RankOptions:
         """The factor of one anchor's value before the anchors' values are added up."""
         return {"mean": 1 / anchors, "sum": items / anchors, "none": 1.0}[self.reduction]
 
+    def fits(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a matrix of the whole batch is within ``memory_budget``."""
+        return rows * columns * dtype.itemsize <= _budget(self.memory_budget, device)
+
     def plan(self, anchors: int, items: int, device: torch.device, dtype: torch.dtype) -> Plan:
         """How row lists of these sizes are computed, see :func:`choose_plan`."""
         return choose_plan(
@@ -343,14 +347,16 @@ def choose_plan(
         >>> choose_plan(8192, 8192, torch.device("cpu"), torch.float32).name
         'rows'
     """
-    if memory_budget is None:
-        memory_budget = _BUDGET.get(device.type, _BUDGET_ELSEWHERE)
     if chunk_size is None:
         chunk_size = max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // items)
     chunk_size = min(chunk_size, anchors)
     ranked_size = max(1, min(chunk_size, _RANKED.get(device.type, _CHUNK_ELSEWHERE) // items))
     slice_size = max(1, min(ranked_size, _SLICE.get(device.type, _CHUNK_ELSEWHERE) // items))
     matrix_bytes = items * items * dtype.itemsize
-    shares = anchors == items and matrix_bytes <= memory_budget
+    shares = anchors == items and matrix_bytes <= _budget(memory_budget, device)
     name: Literal["rows", "shared"] = "shared" if shares else "rows"
     return Plan(name, chunk_size, ranked_size, slice_size, matrix_bytes if shares else 0)
+
+
+def _budget(memory_budget: int | None, device: torch.device) -> int:
+    return _BUDGET.get(device.type, _BUDGET_ELSEWHERE) if memory_budget is None else memory_budget

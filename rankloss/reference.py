@@ -20,6 +20,7 @@ __all__ = [
     "cyclic_in_modal",
     "in_modal",
     "plackett_luce_nll",
+    "siglip",
 ]
 
 Array = NDArray[np.float64]
@@ -100,6 +101,21 @@ def clip(image_features: ArrayLike, text_features: ArrayLike, logit_scale: float
     s = logit_scale * _cosines(image_features, text_features)
     n = len(s)
     return math.fsum(_log_sum_exp(row) - float(row[i]) for m in (s, s.T) for i, row in enumerate(m)) / (2 * n)
+
+
+def siglip(
+    image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0, logit_bias: float = 0.0
+) -> float:
+    """SigLIP's loss, ``−(1/N)·Σ_ij log σ(z_ij·(s·v_i·t_j + b))``, z_ij = 1 where i = j, else −1.
+
+    Example:
+        >>> round(siglip(np.eye(2), np.eye(2)), 4)  # log(1 + 1/e) + log 2
+        1.0064
+    """
+    logits = logit_scale * _cosines(image_features, text_features) + logit_bias
+    n = len(logits)
+    own = np.eye(n, dtype=bool)
+    return math.fsum(np.logaddexp(0, np.where(own, -logits, logits)).ravel()) / n
 
 
 def cyclic_cross_modal(image_features: ArrayLike, text_features: ArrayLike) -> float:

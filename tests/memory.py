@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def saved_bytes(forward: Callable[[], object]) -> int:
@@ -20,3 +25,40 @@ def saved_bytes(forward: Callable[[], object]) -> int:
         kept = forward()
     del kept  # alive until here, so that no storage's address is taken twice
     return sum(storages.values())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make while it is entered, as long as they live.
+
+    ``peak`` is the most at any time. It looks into this library's operators, which a mode sees as one call.
+
+    Example::
+
+        with LiveBytes() as live:
+            criterion(image_features, text_features, logit_scale).backward()
+        assert live.peak < 2**20
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {StorageWeakRef(x.untyped_storage()) for x in _tensors((args, kwargs))}
+        if func.namespace == "rankloss":
+            with self:
+                result = OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
+        for x in _tensors(result):
+            storage = StorageWeakRef(x.untyped_storage())
+            if storage not in before:
+                self._alive[storage] = x.untyped_storage().nbytes()
+        self._alive = {ref: size for ref, size in self._alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return result
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["alip", "clip", "cyclic", "cyclip", "exact_products", "nll", "rank_terms", "term"]
+__all__ = ["alip", "clip", "cyclic", "cyclip", "exact_products", "nll", "rank_terms", "siglip", "term"]
 
 
 def exact_products(a: Tensor, b: Tensor) -> Tensor:
@@ -106,6 +106,21 @@ def rank_terms(
 def clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
     """:class:`rankloss.ClipLoss`."""
     return _pair_nll(image_features, text_features, logit_scale).mean()
+
+
+def siglip(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    first_row: int = 0,
+) -> Tensor:
+    """:class:`rankloss.SigLipLoss`; the own text of image i is ``first_row + i``."""
+    logits = logit_scale * image_features @ text_features.T + logit_bias
+    labels = -torch.ones(logits.shape, dtype=logits.dtype, device="cpu")
+    for i in range(len(labels)):
+        labels[i, first_row + i] = 1
+    return torch.logaddexp(torch.zeros_like(logits), -labels * logits).sum() / len(logits)
 
 
 def cyclic(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from rankloss import (
     InputWarning,
     RankClipLoss,
     RankConsistency,
+    SigLipLoss,
     reference,
     schedules,
 )
@@ -317,6 +318,9 @@ def test_bad_options_are_named_and_shown(options, message: str) -> None:
 
 MODULES = {
     "clip": ClipLoss,
+    "clip, streamed": lambda **options: ClipLoss(memory_budget=0, **options),
+    "siglip": SigLipLoss,
+    "siglip, streamed": lambda **options: SigLipLoss(memory_budget=0, **options),
     "cyclip": CyClipLoss,
     "alip": AlipLoss,
     "rank": RankConsistency,

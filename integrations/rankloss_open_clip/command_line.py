@@ -230,6 +230,8 @@ def _reason_against(name: str, loaded: LossEntry, args: Any) -> str | None:
     """Why the loss cannot work with the trainer's arguments; a reason about one option begins with it."""
     if loaded.no_sigmoid and getattr(args, "siglip", False):
         return f"{name} does not work with --siglip: {loaded.no_sigmoid}"
+    if loaded.only_sigmoid and not getattr(args, "siglip", False):
+        return f"{name} needs --siglip: {loaded.only_sigmoid}"
     entry, options = loaded.taking(args), catalog.option_values(name, loaded, args)
     reason = entry.refuse(options, gather_of(args))
     if reason is not None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import open_clip
+from open_clip.loss import SigLipLoss
 from torch import nn
 
 import rankloss
@@ -92,11 +93,14 @@ def start_epoch(loss: object, epoch: int, data: Mapping[str, Any], args: Any, op
 
 
 def _shareable(base: nn.Module, gather: rankloss.Gather) -> nn.Module:
-    """CLIP's loss as rankloss has it, which shares its gathering, and its products, with the terms on it.
+    """CLIP's or SigLIP's loss as rankloss has it, in linear memory.
 
-    Any other loss, a subclass of CLIP's included, stays what it is.
+    CLIP's shares its gathering, and its products, with the terms on it. Any other loss, a subclass of these
+    two included, stays what it is.
     """
-    return rankloss.ClipLoss(gather=gather) if type(base) is open_clip.ClipLoss else base
+    if type(base) is open_clip.ClipLoss:
+        return rankloss.ClipLoss(gather=gather)
+    return rankloss.SigLipLoss(gather=gather) if type(base) is SigLipLoss else base
 
 
 def _check_forward(name: str, base: nn.Module) -> None:
@@ -127,4 +131,5 @@ def _log_start(candidate: catalog.Candidate, loss: TrainerLoss, base: nn.Module,
 
 
 def _stands_on(loss: nn.Module, base: nn.Module) -> bool:
-    return any(part is base or isinstance(part, rankloss.ClipLoss) for part in loss.modules())
+    as_ours = rankloss.ClipLoss, rankloss.SigLipLoss
+    return any(part is base or isinstance(part, as_ours) for part in loss.modules())

@@ -33,10 +33,12 @@ BUILT_IN = {
     "rankclip-in": "rankloss_trainers.own_losses:RANKCLIP_IN",
     "cyclip": "rankloss_trainers.own_losses:CYCLIP",
     "alip": "rankloss_trainers.own_losses:ALIP",
+    "clip-streamed": "rankloss_trainers.own_losses:CLIP_STREAMED",
+    "siglip-streamed": "rankloss_trainers.own_losses:SIGLIP_STREAMED",
 }
 """rankloss's own losses."""
 
-PREFIXES = tuple(dict.fromkeys(name.partition("-")[0] for name in BUILT_IN))
+PREFIXES = ("rankclip", "cyclip", "alip", "streamed")
 """What the options of rankloss's own losses begin with."""
 
 TRAINERS_OWN = "clip"
@@ -144,6 +146,8 @@ class LossEntry:
         caption_key: ``options → key`` of a second caption in the training data, or None. The module is then
             called with ``caption_features`` too.
         no_sigmoid: Why the loss does not work where the trainer's own is a sigmoid loss; empty if it does.
+        only_sigmoid: Why the loss works only where the trainer's own is a sigmoid loss; empty if it does not
+            depend on that.
         log: ``options → evaluate``, what calls the module and adds to its entries what is logged beside
             them; see :mod:`rankloss_trainers.logging`. None calls the module alone.
     """
@@ -158,6 +162,7 @@ class LossEntry:
     first_call: str = ""
     caption_key: Callable[..., str | None] = lambda *_: None
     no_sigmoid: str = ""
+    only_sigmoid: str = ""
     log: Callable[[Options], Callable[..., Any]] | None = None
 
     @property

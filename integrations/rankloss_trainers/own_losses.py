@@ -7,6 +7,7 @@ choices, bounds, default and help stand there, and only there.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -80,6 +81,8 @@ def _build_rankclip(base: nn.Module, options: Options, gather: Gather) -> ranklo
     if options["lists"] == "batch" and gather.gather_with_grad:
         # One list of the whole batch is exact on every process, and so are a base's own rows.
         gather = dataclasses.replace(gather, local_loss=False)
+    if type(base) is rankloss.ClipLoss:
+        base = rankloss.ClipLoss(gather=base.gather, memory_budget=options["memory_budget"])
     return rankloss.RankClipLoss(
         base,
         schedule=options["schedule"],
@@ -230,4 +233,49 @@ ALIP = LossEntry(
     caption_key=lambda options: options["caption_key"],
     no_sigmoid="it weighs the pairs of a softmax loss of its own",
     log=lambda _: alip_log,
+)
+
+
+# --- CLIP's and SigLIP's own, in linear memory ------------------------------------------------------------
+
+_STREAMED_OPTIONS = tuple(_rank_option(field) for field in _RANK_FIELDS if field.name == "memory_budget")
+
+
+def _streamed(
+    name: str, loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], *replaced: str
+) -> Callable[[nn.Module, Options, Gather], nn.Module]:
+    """Builds a loss in place of one that computes the same; refuses to replace any other."""
+
+    def build(base: nn.Module, options: Options, gather: Gather) -> nn.Module:
+        if type(base).__name__ not in replaced:
+            raise ValueError(
+                f"{name} computes what {replaced[0]} does, but the trainer trains with {type(base).__name__}"
+            )
+        return loss(gather=gather, memory_budget=options["memory_budget"])
+
+    return build
+
+
+def _describe_streamed(options: Options, _: float) -> str:
+    budget = options["memory_budget"]
+    return "memory budget " + ("of the device" if budget is None else f"{budget:,} bytes")
+
+
+CLIP_STREAMED = LossEntry(
+    build=_streamed("clip-streamed", rankloss.ClipLoss, "ClipLoss"),
+    help="CLIP's loss in memory that grows with the batch and not with its square",
+    options=_STREAMED_OPTIONS,
+    prefix="streamed",
+    describe=_describe_streamed,
+    no_sigmoid="it is CLIP's softmax loss; siglip-streamed is the sigmoid loss",
+)
+
+SIGLIP_STREAMED = LossEntry(
+    # Where the trainer has no loss of its own, the base is CLIP's.
+    build=_streamed("siglip-streamed", rankloss.SigLipLoss, "SigLipLoss", "ClipLoss"),
+    help="SigLIP's loss, likewise",
+    options=_STREAMED_OPTIONS,
+    prefix="streamed",
+    describe=_describe_streamed,
+    only_sigmoid="the loss is that of a model with a bias",
 )

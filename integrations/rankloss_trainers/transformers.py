@@ -242,6 +242,8 @@ def _build(
         raise TypeError(f"{name} has no option {sorted(unknown)[0]!r}; it has {', '.join(options)}")
     options.update(given)
     reason = entry.refuse(options, gather)
+    if entry.only_sigmoid:
+        reason = f"{name} needs a trainer with a sigmoid loss of its own: {entry.only_sigmoid}"
     if reason is None and entry.caption_key(options) is not None:
         reason = f"{name} needs a second caption of each image, which this trainer does not read"
     if reason is not None:

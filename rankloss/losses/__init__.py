@@ -12,6 +12,7 @@ from rankloss.losses.cyclip import CyClipLoss as CyClipLoss
 from rankloss.losses.gathering import InputWarning as InputWarning
 from rankloss.losses.rank_clip import RankClipLoss as RankClipLoss
 from rankloss.losses.rank_consistency import RankConsistency as RankConsistency
+from rankloss.losses.siglip import SigLipLoss as SigLipLoss
 
 __all__ = [
     "AlipLoss",
@@ -20,6 +21,7 @@ __all__ = [
     "InputWarning",
     "RankClipLoss",
     "RankConsistency",
+    "SigLipLoss",
     "base_entries",
     "combined",
 ]

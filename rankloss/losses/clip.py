@@ -6,18 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankloss.batch import Batch, arithmetic_dtype
 from rankloss.distributed import Gather, Gathered, GatherOption
-from rankloss.losses.gathering import GatheringLoss
+from rankloss.functional import weighted_terms
+from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
+from rankloss.options import RankOptions
 
-__all__ = ["ClipLoss", "pair_logits"]
+__all__ = ["ClipLoss", "pair_logits", "without_effect"]
 
 
 class ClipLoss(GatheringLoss):
     r"""CLIP's symmetric InfoNCE: ``½[CE(s·V·Tᵀ) + CE(s·T·Vᵀ)]``, the target of row i being i.
 
-    It takes the arguments of open_clip's ClipLoss and gives the same bits. Where any of them is given, they
-    all mean what they mean there, with open_clip's defaults: ``ClipLoss(local_loss=True)`` is a loss of one
-    process. Where none is given, ``gather`` holds.
+    It takes the arguments of open_clip's ClipLoss. Where any of them is given, they all mean what they mean
+    there, with open_clip's defaults: ``ClipLoss(local_loss=True)`` is a loss of one process. Where none is
+    given, ``gather`` holds.
+
+    Memory: up to ``memory_budget`` the loss is open_clip's formula, with the same bits. A batch whose logits
+    take more is computed in chunks of rows, value and gradient together, and equals it to the rounding of
+    float32: O(N·D) is kept for the backward pass and O(chunk·N) is held during the forward pass. The dtype of
+    the result is the same on both sides.
 
     Args:
         local_loss: compute only this process's rows; open_clip's argument, its default is False.
@@ -28,6 +36,8 @@ class ClipLoss(GatheringLoss):
         use_horovod: must be false; open_clip's argument.
         gather: how features of other processes are gathered. None: from the default process group, if one of
             more than one process is initialised, exactly. False: not at all. Else a :class:`rankloss.Gather`.
+        memory_budget: bytes that matrices of the whole batch may take, as in :class:`rankloss.RankOptions`;
+            None is 64 MiB on a CPU and 1 GiB elsewhere.
 
     Shapes:
         ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; ``logit_scale``: the multiplier s
@@ -36,9 +46,11 @@ class ClipLoss(GatheringLoss):
         ``{"contrastive_loss": …}``. A ``logit_bias`` is added to all logits and changes nothing.
 
     Raises:
-        ValueError: for open_clip's arguments beside ``gather``; in ``forward`` for features that are not two
-            floating-point matrices of one shape with at least two rows in the whole batch, or a scale that is
-            not positive (not checked on an accelerator, where reading it would wait).
+        ValueError: for open_clip's arguments beside ``gather``, or a negative budget; in ``forward`` for
+            features that are not two floating-point matrices of one shape with at least two rows in the whole
+            batch, or a scale that is not positive (not checked on an accelerator, where reading it would
+            wait).
+        RuntimeError: in forward-mode differentiation beyond the budget.
 
     References:
         "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021,
@@ -60,27 +72,22 @@ class ClipLoss(GatheringLoss):
         use_horovod: bool | None = None,
         *,
         gather: GatherOption = None,
+        memory_budget: int | None = None,
     ) -> None:
-        given = {
-            name: value
-            for name, value in (
-                ("local_loss", local_loss),
-                ("gather_with_grad", gather_with_grad),
-                ("cache_labels", cache_labels),
-                ("rank", rank),
-                ("world_size", world_size),
-                ("use_horovod", use_horovod),
+        if use_horovod:
+            raise ValueError(f"use_horovod is not supported; got {use_horovod!r}")
+        super().__init__(
+            gather_of_open_clip(
+                gather,
+                {"local_loss": False, "gather_with_grad": False, "rank": 0, "world_size": 1},
+                without_effect={"cache_labels": cache_labels, "use_horovod": use_horovod},
+                local_loss=local_loss,
+                gather_with_grad=gather_with_grad,
+                rank=rank,
+                world_size=world_size,
             )
-            if value is not None
-        }
-        if given:
-            if gather is not None:
-                raise ValueError(f"gather stands for open_clip's arguments; got it beside {', '.join(given)}")
-            if given.pop("use_horovod", False):
-                raise ValueError("use_horovod is not supported; got True")
-            given.pop("cache_labels", None)
-            gather = Gather(**{**_OPEN_CLIPS_DEFAULTS, **given})  # type: ignore[arg-type]
-        super().__init__(gather)
+        )
+        self._options = RankOptions(memory_budget=memory_budget)
 
     def forward(
         self,
@@ -104,11 +111,55 @@ class ClipLoss(GatheringLoss):
         self.check_inputs(image_features, text_features, logit_scale)
         if gathered is None:
             gathered = self.gather(image_features, text_features)
-        logits, rows = pair_logits(
-            self.gather, image_features, text_features, gathered, logit_scale, logit_bias
-        )
-        loss = (F.cross_entropy(logits[0], rows) + F.cross_entropy(logits[1], rows)) / 2
+        images, texts = gathered
+        rows = len(image_features if self.gather.anchors_are_local else images)
+        dtype = arithmetic_dtype(image_features, text_features)
+        if self._options.fits(rows, len(texts), images.device, dtype):
+            loss = _whole(self.gather, image_features, text_features, gathered, logit_scale, logit_bias)
+        else:
+            with torch.no_grad():  # the dtype depends on autocast's rules; one pair shows it
+                pair = image_features[:1], text_features[:1]
+                dtype = _whole(_ONE_PROCESS, *pair, pair, logit_scale, logit_bias).dtype
+            loss = self._streamed(image_features, text_features, gathered, logit_scale)
+            loss = (loss + without_effect(logit_bias)).to(dtype)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _streamed(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        gathered: Gathered,
+        logit_scale: Tensor | float,
+    ) -> Tensor:
+        local = self.gather.anchors_are_local
+        batch = Batch.of(
+            *gathered,
+            logit_scale,
+            image_anchors=image_features if local else None,
+            text_anchors=text_features if local else None,
+            first_row=self.gather.first_row(len(image_features)),
+        )
+        weights = torch.ones(3, dtype=torch.float64, device=batch.image.device)
+        loss, *_ = weighted_terms(
+            batch, self._options, weights, contrastive=True, cross_modal=False, in_modal=False
+        )
+        return loss
+
+    def extra_repr(self) -> str:
+        """The memory budget, if it is not the default."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._options.changed.items())
+
+
+def _whole(
+    gather: Gather,
+    image_features: Tensor,
+    text_features: Tensor,
+    gathered: Gathered,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+) -> Tensor:
+    logits, rows = pair_logits(gather, image_features, text_features, gathered, logit_scale, logit_bias)
+    return (F.cross_entropy(logits[0], rows) + F.cross_entropy(logits[1], rows)) / 2
 
 
 def pair_logits(
@@ -135,4 +186,11 @@ def pair_logits(
     return logits, rows
 
 
-_OPEN_CLIPS_DEFAULTS = {"local_loss": False, "gather_with_grad": False, "rank": 0, "world_size": 1}
+def without_effect(logit_bias: Tensor | float | None) -> Tensor | float:
+    """Zero: a bias moves all logits alike. It stays in the graph, as DDP expects of a parameter."""
+    if logit_bias is None:
+        return 0.0
+    return 0 * (logit_bias.sum() if isinstance(logit_bias, Tensor) else logit_bias)
+
+
+_ONE_PROCESS = Gather.of(False)

@@ -20,14 +20,14 @@ Base: TypeAlias = Callable[..., Any]
 """A module or function with the forward convention of open_clip's losses, including ``output_dict``."""
 
 
-def check_base(base: Base | None, gather: Gather) -> Base:
-    """``base``, or CLIP's loss gathered in the same way for None.
+def check_base(base: Base | None, gather: Gather, memory_budget: int | None = None) -> Base:
+    """``base``, or for None CLIP's loss gathered in the same way and with the same budget.
 
     Raises:
         ValueError: for a base that cannot be called.
     """
     if base is None:
-        return ClipLoss(gather=gather)
+        return ClipLoss(gather=gather, memory_budget=memory_budget)
     if not callable(base) or isinstance(base, type):
         hint = (
             f"; did you mean schedule={base!r}?" if isinstance(base, str) and base in schedules.NAMES else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from rankloss.batch import check_features, check_scale
 from rankloss.distributed import Gather, GatherOption
 from rankloss.losses.weights import is_capturing, is_plain
 
-__all__ = ["GatheringLoss", "InputWarning"]
+__all__ = ["GatheringLoss", "InputWarning", "gather_of_open_clip"]
 
 _LARGEST_LOG_SCALE = math.log(100)  # where CLIP clamps its logit_scale
 
@@ -47,6 +48,28 @@ class GatheringLoss(nn.Module):
         if not torch.compiler.is_compiling() and not self._has_looked:
             features = {"image_features": image_features, "text_features": text_features}
             self._has_looked = _look(features, logit_scale)
+
+
+def gather_of_open_clip(
+    gather: GatherOption, defaults: dict[str, Any], *, without_effect: dict[str, Any], **layout: Any
+) -> GatherOption:
+    """``gather``, or what open_clip's arguments ask for where any of them is given (is not None).
+
+    Args:
+        gather: this library's argument.
+        defaults: open_clip's, of the arguments in ``layout``.
+        without_effect: arguments of open_clip's class that change nothing here.
+        **layout: those that a :class:`rankloss.Gather` has too.
+
+    Raises:
+        ValueError: for arguments of both kinds.
+    """
+    given = {name: value for name, value in {**layout, **without_effect}.items() if value is not None}
+    if not given:
+        return gather
+    if gather is not None:
+        raise ValueError(f"gather stands for open_clip's arguments; got it beside {', '.join(given)}")
+    return Gather(**{**defaults, **{name: x for name, x in given.items() if name in layout}})
 
 
 def _look(features: dict[str, Tensor], logit_scale: Tensor | float) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rankloss import schedules
 from rankloss.distributed import Gathered, GatherOption
+from rankloss.losses.clip import without_effect
 from rankloss.losses.composition import Base, base_entries, check_base, combined, shares_gathering
 from rankloss.losses.rank_consistency import RankConsistency
 from rankloss.losses.weights import TermWeights, as_number, check_weight, is_capturing
@@ -102,7 +103,7 @@ class RankClipLoss(nn.Module):
                 "reduction='none' gives a value per anchor, which cannot be added to the base loss"
             )
         self.consistency = RankConsistency(gather=gather, **options)
-        self.base = check_base(base, self.consistency.gather)
+        self.base = check_base(base, self.consistency.gather, self.consistency.options.memory_budget)
         if not callable(schedule):
             schedule = schedules.by_name(schedule)
         self.schedule = schedule
@@ -219,7 +220,7 @@ class RankClipLoss(nn.Module):
             gathered=gathered,
         )
         if fused:
-            entries["contrastive_loss"] = contrastive + _without_effect(logit_bias)
+            entries["contrastive_loss"] = contrastive + without_effect(logit_bias)
         return combined(entries, {"cross_modal_loss": cross, "in_modal_loss": in_}, output_dict)
 
     def extra_repr(self) -> str:
@@ -272,13 +273,6 @@ class RankClipLoss(nn.Module):
 
 
 _BUILT_IN = tuple(schedules.by_name(name) for name in schedules.NAMES)
-
-
-def _without_effect(logit_bias: Tensor | float | None) -> Tensor | float:
-    """Zero: a bias moves all logits alike. It stays in the graph, as DDP expects of a parameter."""
-    if logit_bias is None:
-        return 0.0
-    return 0 * (logit_bias.sum() if isinstance(logit_bias, Tensor) else logit_bias)
 
 
 def _checked_position(name: str, now: int, end_name: str, end: int) -> tuple[int, int]:

@@ -38,6 +38,7 @@ def points() -> list[Point]:
         time, memory = (n / 4096) ** 2, n / 4096
         made += [
             Point("ClipLoss", n, 1.0 * time, 1.0 * time, 100 * memory**2 * MIB),
+            Point("ClipLoss streamed", n, 1.2 * time, 1.2 * time, 20 * memory * MIB),
             Point("RankConsistency sort", n, 4.0 * time, 4.5 * time, 50 * memory * MIB, saved_bytes=MIB),
             Point("RankConsistency bin", n, None if n > 4096 else 2.5 * time, 2.0, 60 * memory * MIB),
             Point("RankClipLoss bin", n, 3.0 * time, 3.0 * time, 60 * memory * MIB),
@@ -73,6 +74,9 @@ def test_targets_are_judged_by_their_own_side() -> None:
     assert judged["RankClipLoss bin / ClipLoss, time, N = 4,096"] == (pytest.approx(3.0), True)
     assert judged["RankConsistency bin, added memory, N = 16,384 / 8,192"] == (pytest.approx(2.0), True)
     assert judged["RankConsistency sort, whole process, N = 32,768"] == (None, None)
+    assert judged["ClipLoss streamed / ClipLoss, time, N = 4,096"] == (pytest.approx(1.2), True)
+    assert judged["SigLipLoss streamed / SigLipLoss, time, N = 4,096"] == (None, None)
+    assert judged["ClipLoss streamed, added memory, N = 32,768"] == (None, None)
     assert judged["demo's step, --loss rankclip / --loss clip"] == (1.05, False)
 
 

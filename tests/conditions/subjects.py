@@ -26,6 +26,7 @@ from rankloss.distributed import all_gather
 from rankloss.functional import cross_modal, in_modal
 
 N, D, SCALE = 6, 16, 100.0  # CLIP's working point
+BIAS = -10.0  # where SigLIP's begins
 EPOCH, EPOCHS = 4, 12  # where training stands: the schedule "rankclip" is then exactly 1
 PAIR = ("image_features", "text_features")
 
@@ -220,6 +221,23 @@ def _reference_clip(image_features: Any, text_features: Any, logit_scale: Any) -
     return reference.clip(image_features, text_features, float(logit_scale))
 
 
+def siglip(name: str, **options: Any) -> Subject:
+    """``SigLipLoss`` with some options."""
+    inputs = (*PAIR, "logit_scale", "logit_bias")
+    return Subject(
+        name,
+        "SigLipLoss",
+        functools.partial(rankloss.SigLipLoss, **options),
+        lambda image_features, text_features, logit_scale, logit_bias: reference.siglip(
+            image_features, text_features, float(logit_scale), float(logit_bias)
+        ),
+        oracle.siglip,
+        inputs=inputs,
+        differentiable=inputs,
+        half=True,
+    )
+
+
 def _reference_cyclip(image_features: Any, text_features: Any, logit_scale: Any) -> Any:
     pair = (image_features, text_features)
     cyclic = reference.cyclic_cross_modal(*pair) + reference.cyclic_in_modal(*pair)
@@ -314,6 +332,16 @@ SUBJECTS = [
         half=True,
     ),
     Subject("ClipLoss", "ClipLoss", rankloss.ClipLoss, _reference_clip, oracle.clip, half=True),
+    Subject(
+        "ClipLoss[streamed]",
+        "ClipLoss",
+        functools.partial(rankloss.ClipLoss, memory_budget=0),
+        _reference_clip,
+        oracle.clip,
+        half=True,  # as the dtype of the result is
+    ),
+    siglip("SigLipLoss"),
+    siglip("SigLipLoss[streamed]", memory_budget=0),
     Subject("CyClipLoss", "CyClipLoss", rankloss.CyClipLoss, _reference_cyclip, oracle.cyclip, half=True),
     Subject(
         "AlipLoss",
@@ -442,6 +470,7 @@ def _data(kind: str) -> Inputs:
         "text_features": t,
         "caption_features": c,
         "logit_scale": torch.tensor(SCALE, dtype=torch.float64),
+        "logit_bias": torch.tensor(BIAS, dtype=torch.float64),
         "scores": SCALE * cosines,
         "reference": oracle.exact_products(t, v),
         "x": cosines,

@@ -13,7 +13,7 @@ from pathlib import Path
 import cpu_ddp
 import pytest
 import torch
-from trainer_runs import SAMPLES, STEPS, TORCHRUN, Run, Runs, Trainer
+from trainer_runs import SAMPLES, STEPS, TORCHRUN, Run, Runs, Trainer, assert_equal_training
 
 RANK_TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 CYCLIC_TERMS = ["contrastive_loss", "cyclic_cross_modal_loss", "cyclic_in_modal_loss"]
@@ -68,6 +68,10 @@ def by_name(trainer: Trainer) -> Iterator[Runs]:
     add("cyclip", "cyclip", "--epochs", "1", "--accum-freq", "2")
     add("cyclip siglip", "cyclip", "--epochs", "1", "--siglip", "--cyclip-lambda-in", "0")
     add("rankclip-cross", "rankclip-cross", *constant)
+    for name, trainers in (("clip-streamed", []), ("siglip-streamed", ["--siglip"])):
+        runs.add(f"stock {name}", trainer.run, f"stock {name}", "--epochs", "1", *trainers)
+        add(name, name, "--epochs", "1", *trainers)
+        add(f"{name} 0", name, "--epochs", "1", *trainers, "--streamed-memory-budget", "0")
     add("rankclip-in", "rankclip-in", *constant)
     torchrun = (*TORCHRUN, "2", "--")
     both = ["--local-loss", "--gather-with-grad"]
@@ -138,6 +142,20 @@ def test_ablations_train_with_one_term(by_name: Runs, name: str, gone: str) -> N
     assert set(run.scalars[f"{gone}_modal_loss"].values()) == {0.0}
     assert all(value > 0 for value in run.scalars[f"{kept}_modal_loss"].values())
     assert run.params[f"rankclip_lambda_{gone}"] == "0.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("clip-streamed", "on ClipLoss"), ("siglip-streamed", "on SigLipLoss")],
+)
+def test_streamed_losses_train_as_the_trainers_own(by_name: Runs, name: str, start: str) -> None:
+    stock, within, beyond = by_name[f"stock {name}"], by_name[name], by_name[f"{name} 0"]
+    assert f"{start}, memory budget of the device" in start_line(within)
+    assert f"{start}, memory budget 0 bytes" in start_line(beyond)
+    assert_equal_training(stock, within, epochs=(1,))
+    for step, loss in stock.scalars["loss"].items():
+        assert beyond.scalars["contrastive_loss"][step] == pytest.approx(loss, rel=1e-4)
+    assert len(stock.scalars["loss"]) == STEPS
 
 
 # --- ALIP -----------------------------------------------------------------------------------------------

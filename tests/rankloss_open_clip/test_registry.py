@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from open_clip_train.params import parse_args
@@ -96,12 +97,12 @@ def ready(args: Any) -> Any:
 
 def test_own_losses_are_there_and_load() -> None:
     found = catalog.candidates()
-    assert list(found) == ["rankclip", "rankclip-cross", "rankclip-in", "cyclip", "alip"]
+    assert list(found) == list(catalog.BUILT_IN)
     for name, candidate in found.items():
         entry = candidate.load()
         assert entry.help
         assert not candidate.package
-        assert entry.prefix in ("", "rankclip")
+        assert entry.prefix in ("", "rankclip", "streamed")
         assert all(option.help for option in entry.options), name
 
 
@@ -202,6 +203,16 @@ def test_two_registrations_of_one_object_are_one(register: Register) -> None:
         (f"{ALIP} --model coca_ViT-B-32", "alip does not work with CoCa"),
         (f"{ALIP} --dataset-type synthetic", "--dataset-type synthetic has no second caption"),
         (f"{ALIP} --torchscript", "alip does not work with --torchscript"),
+        ("--loss clip-streamed --siglip", "--loss: clip-streamed does not work with --siglip: it is CLIP's"),
+        (
+            "--loss siglip-streamed",
+            "--loss: siglip-streamed needs --siglip: the loss is that of a model with",
+        ),
+        (
+            "--loss clip-streamed --streamed-memory-budget -1",
+            "--streamed-memory-budget: must be a whole number of at least 0",
+        ),
+        ("--streamed-memory-budget 0", "only with --loss clip-streamed or siglip-streamed"),
         (f"{ALIP} --alip-momentum 1.5", "--alip-momentum: must be in [0, 1], got 1.5"),
         (f"{ALIP} --alip-initial-history nan", "--alip-initial-history: must be a finite number, got 'nan'"),
     ],
@@ -354,3 +365,37 @@ def test_swallowed_name_of_any_loss_is_noticed(register: Register) -> None:
         with pytest.raises(RuntimeError, match=f"was read as --loss-dist-impl {name}"):
             command_line.requested(SimpleNamespace(loss_dist_impl=name))
     assert command_line.requested(SimpleNamespace(loss_dist_impl="gather")) is None
+
+
+# --- the trainer's own losses, in linear memory -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["rankclip", "cyclip"])
+def test_terms_stand_on_the_trainers_loss_as_rankloss_has_it(how: str) -> None:
+    for options, ours in (([], rankloss.ClipLoss), (["--siglip"], rankloss.SigLipLoss)):
+        args = ready(parse_args(["--loss", how, *options]))
+        loss = build_loss(open_clip.create_loss(namespace(*options)), args, sums_every_value=True)
+        assert type(loss.criterion.base) is ours
+
+
+def test_base_of_rankclip_has_its_budget() -> None:
+    args = ready(parse_args(["--loss", "rankclip", "--rankclip-memory-budget", "5"]))
+    loss = build_loss(open_clip.create_loss(namespace()), args, sums_every_value=True)
+    assert repr(loss.criterion.base) == "ClipLoss(memory_budget=5)"
+
+
+def test_streamed_losses_replace_what_they_compute_and_nothing_else() -> None:
+    for name, options, ours in (
+        ("clip-streamed", [], rankloss.ClipLoss),
+        ("siglip-streamed", ["--siglip"], rankloss.SigLipLoss),
+    ):
+        args = ready(parse_args(["--loss", name, *options, "--streamed-memory-budget", "7"]))
+        loss = build_loss(open_clip.create_loss(namespace(*options)), args, sums_every_value=True)
+        assert repr(loss.criterion) == f"{ours.__name__}(memory_budget=7)"
+        with pytest.raises(ValueError, match=f"{name} computes what .* the trainer trains with Base"):
+            build_loss(Base(), args, sums_every_value=True)
+
+
+def namespace(*options: str) -> Any:
+    """The arguments of a run without the plug-in, as the trainer completes them."""
+    return ready(parse_args(list(options)))

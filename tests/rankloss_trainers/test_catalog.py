@@ -96,7 +96,7 @@ def test_both_groups_of_entry_points_are_read(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_names_of_the_bootstrap_are_the_catalogues() -> None:
-    assert names.PREFIXES == catalog.PREFIXES == ("rankclip", "cyclip", "alip")
+    assert names.PREFIXES == catalog.PREFIXES == ("rankclip", "cyclip", "alip", "streamed")
 
 
 # --- options from RankOptions ---------------------------------------------------------------------------

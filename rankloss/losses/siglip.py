@@ -1,0 +1,160 @@
+"""SigLIP's loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloss.batch import arithmetic_dtype, check_device, kind_of, nan_unless_finite
+from rankloss.distributed import GatherOption
+from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
+from rankloss.options import RankOptions, check_choice
+from rankloss.sigmoid import pair_sigmoid
+
+__all__ = ["SigLipLoss"]
+
+
+class SigLipLoss(GatheringLoss):
+    r"""SigLIP's loss: every pair of an image and a text is a decision of its own, whether they match.
+
+        L = −(1/N)·Σ_ij log σ(z_ij·(s·v_i·t_j + b)),   z_ij = 1 where i = j, else −1
+
+    It takes the arguments of open_clip's SigLipLoss. Where any of them is given, they all mean what they mean
+    there, with open_clip's defaults: ``SigLipLoss(dist_impl="gather")`` is a loss of one process. Where none
+    is given, ``gather`` holds.
+
+    Memory: up to ``memory_budget`` the loss is open_clip's formula, with the same bits in one process. A
+    batch whose logits take more is computed in chunks of images, value and gradient together, and equals it
+    to the rounding of float32: O(N·D) is kept for the backward pass and O(chunk·N) is held during the forward
+    pass. The dtype of the result is the same on both sides.
+
+    Several processes: open_clip's loss of a process is the sum over its own images and all texts, divided by
+    the number of its own images. So is this one with both flags of ``gather``, and DDP's average is the loss,
+    and its gradient that, of the whole batch. Only texts are gathered then. Without ``gather_with_grad`` the
+    other processes' features are constants, the own ones never are.
+
+    Args:
+        cache_labels: accepted for open_clip's sake; there are no labels to cache.
+        rank: this process's rank; open_clip's argument, its default is 0.
+        world_size: the number of processes; open_clip's argument, its default is 1: nothing is gathered.
+        dist_impl: ``"bidir"``, ``"shift"``, ``"reduce"`` or ``"gather"``, open_clip's ways of exchanging
+            texts. They give one value, up to rounding; here texts are gathered whichever is named.
+        gather: how features of other processes are gathered. None: from the default process group, if one of
+            more than one process is initialised, exactly. False: not at all. Else a :class:`rankloss.Gather`.
+        memory_budget: bytes that matrices of the whole batch may take, as in :class:`rankloss.RankOptions`;
+            None is 64 MiB on a CPU and 1 GiB elsewhere.
+
+    Shapes:
+        ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; ``logit_scale``: the multiplier s
+        itself, not its logarithm; ``logit_bias``: b, None for 0. Both are a number or a tensor of one
+        element. The result is a scalar in nats, in the dtype in which torch computes the formula from the
+        features, or with ``output_dict=True`` ``{"contrastive_loss": …}``.
+
+    Raises:
+        ValueError: for open_clip's arguments beside ``gather``, an unknown ``dist_impl``, or a negative
+            budget; in ``forward`` for features that are not two floating-point matrices of one shape with at
+            least two rows in the whole batch, a bias that is not one number, or a scale that is not one
+            positive number (its sign is not checked on an accelerator, where reading it would wait).
+        RuntimeError: in forward-mode differentiation beyond the budget.
+
+    References:
+        "Sigmoid Loss for Language Image Pre-Training", ICCV 2023.
+
+    Example:
+        >>> v = torch.eye(2)
+        >>> round(SigLipLoss()(v, v, logit_scale=1.0).item(), 4)  # log(1 + 1/e) + log 2
+        1.0064
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        dist_impl: str | None = None,
+        *,
+        gather: GatherOption = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        check_choice("dist_impl", dist_impl, (None, "bidir", "shift", "reduce", "gather"))
+        super().__init__(
+            gather_of_open_clip(
+                gather,
+                {"rank": 0, "world_size": 1},
+                without_effect={"cache_labels": cache_labels, "dist_impl": dist_impl},
+                rank=rank,
+                world_size=world_size,
+            )
+        )
+        self._options = RankOptions(memory_budget=memory_budget)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or with ``output_dict`` a dict of it.
+
+        Args:
+            image_features: ``[N, D]``.
+            text_features: ``[N, D]``.
+            logit_scale: the multiplier s.
+            logit_bias: b.
+            output_dict: return a dict.
+        """
+        self.check_inputs(image_features, text_features, logit_scale)
+        _check_bias(logit_bias, image_features)
+        gather = self.gather
+        # An image is a row, a text is not: its own gradient has to come through the gathering.
+        images = image_features if gather.anchors_are_local else gather.items(image_features)
+        texts = gather.items(text_features, are_anchors=False)
+        first_row = gather.first_row(len(image_features))
+        dtype = arithmetic_dtype(image_features, text_features)
+        if self._options.fits(len(images), len(texts), images.device, dtype):
+            loss = _whole(images, texts, logit_scale, logit_bias, first_row)
+        else:
+            with torch.no_grad():  # the dtype depends on autocast's rules; one pair shows it
+                dtype = _whole(images[:1], texts[:1], logit_scale, logit_bias, 0).dtype
+            bias = 0.0 if logit_bias is None else logit_bias
+            loss = pair_sigmoid(images, texts, logit_scale, bias, first_row).to(dtype)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def extra_repr(self) -> str:
+        """The memory budget, if it is not the default."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._options.changed.items())
+
+
+def _whole(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    first_row: int,
+) -> Tensor:
+    """The formula; the order of operations and the dtypes are open_clip's, so the bits are too.
+
+    Only an infinite feature gives another value, NaN; the sigmoid loss of it could be a number.
+    """
+    logits = logit_scale * images @ texts.T
+    if logit_bias is not None:
+        logits += logit_bias  # in place: a bias of shape [1] does not change the dtype
+    own = first_row + torch.arange(len(images), device=images.device)
+    labels = 2 * (own[:, None] == torch.arange(len(texts), device=images.device)).to(images.dtype) - 1
+    loss = -F.logsigmoid(labels * logits).sum() / len(images)
+    return loss * nan_unless_finite(images, texts).to(loss.dtype)
+
+
+def _check_bias(logit_bias: Tensor | float | None, features: Tensor) -> None:
+    if isinstance(logit_bias, Tensor):
+        if logit_bias.numel() != 1:
+            raise ValueError(f"logit_bias must be one number; got shape {tuple(logit_bias.shape)}")
+        if not (logit_bias.dim() == 0 and logit_bias.device.type == "cpu"):  # torch takes such one anywhere
+            check_device("logit_bias", logit_bias, features)
+    elif logit_bias is not None and (
+        isinstance(logit_bias, (str, bytes)) or not hasattr(logit_bias, "__float__")
+    ):
+        raise TypeError(f"logit_bias must be a number or a torch.Tensor; got {kind_of(logit_bias)}")

@@ -1,0 +1,166 @@
+r"""SigLIP's loss over all pairs, streamed, as an operator of torch's with its autograd.
+
+With logits x_ij = s·v_i·t_j + b, and y_ij = −x_ij where j is image i's own text, else x_ij,
+
+    L = (1/n)·Σ_ij log(1 + e^{y_ij}),
+    G_ij = n·∂L/∂x_ij = −σ(y_ij) where j is image i's own text, else σ(y_ij),
+    ∂V = (s/n)·G·T,   ∂T = (s/n)·Gᵀ·V,   ∂s = (1/n)·Σ (G·T)∘V,   ∂b = (1/n)·Σ G.
+
+The pass walks over chunks of images. It adds up value and gradient of each chunk and drops the chunk's
+matrices; what is kept for the backward pass are the features and their gradients, in O(N·D). A backward pass
+that is itself to be differentiated (``create_graph=True``) goes through :func:`plain` and takes quadratic
+memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloss.batch import (
+    Matrix,
+    arithmetic_dtype,
+    full_precision,
+    nan_unless_finite,
+    refuse_forward_mode,
+)
+from rankloss.options import choose_plan
+from rankloss.ranking import slices
+
+__all__ = ["Pairs", "pair_sigmoid", "plain", "stream"]
+
+_LINEAR_FROM = 40.0  # from where log(1 + e^y) is y in float64
+
+
+def pair_sigmoid(
+    images: Tensor, texts: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float, first_row: int
+) -> Tensor:
+    """L of ``[n, D]`` images and ``[N, D]`` texts, in float32, or in float64 if either is that.
+
+    Args:
+        images: the rows.
+        texts: the columns.
+        logit_scale: s, one number.
+        logit_bias: b, one number.
+        first_row: the column of the first image's own text; those of the others follow it.
+
+    Raises:
+        RuntimeError: in forward-mode differentiation.
+    """
+    dtype, home = arithmetic_dtype(images, texts), images.device
+    device = torch.device("cpu") if home.type == "mps" else home  # MPS has no float64
+
+    def scalar(x: Tensor | float) -> Tensor:
+        # A number is filled in on the device: to copy it there would make the host wait.
+        x = x.reshape(()) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
+        return x.to(device, non_blocking=True).to(dtype)
+
+    inputs = Pairs(
+        images.to(device).to(dtype), texts.to(device).to(dtype), scalar(logit_scale), scalar(logit_bias)
+    )
+    refuse_forward_mode(*inputs)
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
+    value: Tensor = torch.ops.rankloss.pair_sigmoid(*inputs, first_row, wanted)[0]
+    return value.to(home)
+
+
+class Pairs(NamedTuple):
+    """What L is differentiated by, or one thing for each: n images, N texts, s and b."""
+
+    images: Tensor
+    texts: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+def plain(inputs: Pairs, first_row: int) -> Tensor:
+    """L from the whole matrix, differentiable any number of times, whatever autocast asks for."""
+    images, texts, scale, bias = inputs
+    x = scale * Matrix("S", images, texts, None).cosines() + bias
+    own = first_row + torch.arange(len(images), device=images.device)
+    y = torch.where(own[:, None] == torch.arange(len(texts), device=images.device), -x, x)
+    return -F.logsigmoid(-y).sum() / len(images)
+
+
+def stream(
+    inputs: Pairs, first_row: int, wanted: Sequence[bool], chunk_size: int
+) -> tuple[Tensor, list[Tensor]]:
+    """L, and its gradient by each of the inputs; an empty tensor for one that is not wanted."""
+    images, texts, scale, bias = inputs
+    by_images, by_texts = (
+        torch.zeros_like(x) if w else x.new_empty(0) for x, w in zip(inputs[:2], wanted[:2], strict=True)
+    )
+    # In float64: these are sums over all chunks.
+    value, by_scale, by_bias = images.new_zeros(3, dtype=torch.float64).unbind()
+    with full_precision(images.device):
+        for rows in slices(len(images), chunk_size):
+            anchors, own = images[rows], first_row + rows.start
+            y = torch.addmm(bias, scale * anchors, texts.T)
+            y.diagonal(own).neg_()
+            value += F.softplus(y, threshold=_LINEAR_FROM).sum(dtype=torch.float64)
+            if not any(wanted):
+                continue
+            gradient = y.sigmoid_()
+            gradient.diagonal(own).neg_()
+            if wanted[0] or wanted[2]:
+                by_anchors = gradient @ texts
+                by_scale += (by_anchors * anchors).sum(dtype=torch.float64)
+                if wanted[0]:
+                    by_images[rows] = by_anchors
+            if wanted[1]:
+                by_texts.addmm_(gradient.T, anchors)
+            if wanted[3]:
+                by_bias += gradient.sum(dtype=torch.float64)
+    share = nan_unless_finite(images, texts).double() / len(images)
+    for sums in (by_images, by_texts):
+        sums *= share * scale
+    by_numbers = (
+        (share * x).to(images.dtype) if w else images.new_empty(0)
+        for x, w in zip((by_scale, by_bias), wanted[2:], strict=True)
+    )
+    return (share * value).to(images.dtype), [by_images, by_texts, *by_numbers]
+
+
+@torch.library.custom_op(
+    "rankloss::pair_sigmoid",
+    mutates_args=(),
+    schema="(Tensor images, Tensor texts, Tensor scale, Tensor bias, int first_row, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, first_row, wanted = arguments
+    inputs = Pairs(*tensors)
+    plan = choose_plan(len(inputs.images), len(inputs.texts), inputs.images.device, inputs.images.dtype)
+    value, gradients = stream(inputs, first_row, wanted, plan.chunk_size)
+    return value, *gradients
+
+
+@_forward.register_fake
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, _, wanted = arguments
+    gradients = (torch.empty_like(x) if w else x.new_empty(0) for x, w in zip(inputs, wanted, strict=True))
+    return inputs[0].new_empty(()), *gradients
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.first_row, ctx.wanted = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    n_inputs = len(Pairs._fields)
+    inputs, gradients = Pairs(*ctx.saved_tensors[:n_inputs]), ctx.saved_tensors[n_inputs:]
+    if torch.is_grad_enabled():  # create_graph=True
+        by = [x for x, w in zip(inputs, ctx.wanted, strict=True) if w]
+        with full_precision(upstream.device):
+            value = plain(inputs, ctx.first_row)
+            found = iter(torch.autograd.grad(value, by, upstream, create_graph=True))
+        return *(next(found) if w else None for w in ctx.wanted), None, None
+    return *(upstream * x if w else None for x, w in zip(gradients, ctx.wanted, strict=True)), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)

@@ -1,0 +1,376 @@
+"""CLIP's and SigLIP's own losses beyond their memory budget: the formulas, open_clip's bits, and memory."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
+
+from batches import Batch, batches, gradients, random_batch
+from memory import LiveBytes, saved_bytes
+from oracle import siglip
+from rankloss import ClipLoss, CyClipLoss, Gather, RankClipLoss, SigLipLoss, losses, reference
+from rankloss import options as options_module
+
+MIB = 2**20
+
+
+def clip(v: Tensor, t: Tensor, s: Tensor, b: Tensor) -> Tensor:
+    x = s * v @ t.T + b
+    return (x.logsumexp(1) + x.logsumexp(0) - 2 * x.diagonal()).mean() / 2
+
+
+Loss = Callable[..., nn.Module]
+LOSSES: dict[str, tuple[Loss, Callable[..., Tensor]]] = {
+    "clip": (ClipLoss, clip),
+    "siglip": (SigLipLoss, siglip),
+}
+both = pytest.mark.parametrize("name", LOSSES)
+
+
+def inputs_of(batch: Batch, dtype: torch.dtype = torch.float64, bias: float = -7.5) -> tuple[Tensor, ...]:
+    return (*batch.leaves(dtype), torch.tensor(bias, dtype=dtype, requires_grad=True))
+
+
+def in_chunks_of(rows: int, items: int) -> Any:
+    """The plan's chunks made so small that a small batch has several."""
+    return mock.patch.multiple(options_module, _CHUNK={"cpu": rows * items}, _FEWEST_ROWS=1)
+
+
+def open_clips(name: str, **options: Any) -> nn.Module:
+    module = pytest.importorskip("open_clip.loss")
+    return {"clip": module.ClipLoss, "siglip": module.SigLipLoss}[name](**options)
+
+
+def assert_same(
+    value: Tensor, expected: Tensor, inputs: tuple[Tensor, ...], rtol: float, atol: float
+) -> None:
+    torch.testing.assert_close(value, expected, rtol=rtol, atol=atol)
+    found, wanted = (gradients(x, inputs, -1.3) for x in (value, expected))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+# --- value and gradients ----------------------------------------------------------------------------------
+
+
+@both
+@given(batch=batches(max_n=17), chunk=st.integers(1, 18), bias=st.sampled_from([-10.0, 0.0, 2.0]))
+def test_value_and_all_gradients_are_the_formulas(name: str, batch: Batch, chunk: int, bias: float) -> None:
+    loss, formula = LOSSES[name]
+    inputs = inputs_of(batch, bias=bias)
+    with in_chunks_of(chunk, len(batch.image)):
+        value = loss(memory_budget=0)(*inputs)
+        assert_same(value, formula(*inputs), inputs, 1e-10, 1e-11)
+
+
+@both
+@pytest.mark.parametrize("scale", [1.0, 100.0, 3000.0])
+def test_small_chunks_of_a_larger_batch_at_any_scale(name: str, scale: float) -> None:
+    loss, formula = LOSSES[name]
+    inputs = inputs_of(random_batch(0, 101, 6, scale, duplicates=5))
+    with in_chunks_of(7, 101):
+        assert options_module.choose_plan(101, 101, torch.device("cpu"), torch.float64).chunk_size == 7
+        value = loss(memory_budget=0)(*inputs)
+    assert_same(value, formula(*inputs), inputs, 1e-10, 1e-11)
+
+
+@given(batch=batches(), bias=st.sampled_from([-10.0, 0.0, 2.0]), budget=st.sampled_from([0, None]))
+def test_siglip_is_the_reference(batch: Batch, bias: float, budget: int | None) -> None:
+    value = SigLipLoss(memory_budget=budget)(batch.image, batch.text, batch.scale, bias)
+    assert value.item() == pytest.approx(
+        reference.siglip(batch.image.numpy(), batch.text.numpy(), batch.scale, bias), rel=1e-12
+    )
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", ["none", "number", "scalar", "one element"])
+def test_within_the_budget_the_bits_are_open_clips(name: str, dtype: torch.dtype, bias: str) -> None:
+    theirs = open_clips(name)
+    v, t, s, b = inputs_of(random_batch(1, 23, 8, 14.0, duplicates=3), dtype)
+    b = {"none": None, "number": -7.5, "scalar": b, "one element": b.reshape(1)}[bias]
+    by = [v, t, s]
+    value, expected = (loss(v, t, s, b) for loss in (LOSSES[name][0](), theirs))
+    assert value.dtype == expected.dtype
+    assert torch.equal(value, expected)
+    for a, e in zip(gradients(value, tuple(by), -1.3), gradients(expected, tuple(by), -1.3), strict=True):
+        assert torch.equal(a, e)
+
+
+@both
+def test_beyond_the_budget_it_is_open_clips_to_the_rounding_of_float32(name: str) -> None:
+    theirs = open_clips(name)
+    inputs = inputs_of(random_batch(1, 300, 32, 14.0), torch.float32)
+    assert_same(LOSSES[name][0](memory_budget=0)(*inputs), theirs(*inputs), inputs, 1e-5, 1e-6)
+
+
+@both
+def test_the_budget_is_the_bytes_of_one_matrix(name: str) -> None:
+    v, t, s, b = inputs_of(random_batch(0, 10, 4, 10.0), torch.float32)
+    operators = {"rankloss::row_lists", "rankloss::pair_sigmoid"}
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 8)):
+        for budget, streams in ((100 * size, False), (100 * size - 1, True)):
+            with torch.profiler.profile() as profile:
+                LOSSES[name][0](memory_budget=budget)(v.to(dtype), t.to(dtype), s, b)
+            assert bool(operators & {event.key for event in profile.key_averages()}) == streams
+
+
+@both
+@pytest.mark.parametrize("scale", ["number", "scalar", "one element"])
+@pytest.mark.parametrize("bias", ["none", "number", "scalar", "one element"])
+def test_scale_and_bias_may_be_numbers_or_tensors_of_one_element(name: str, scale: str, bias: str) -> None:
+    loss, formula = LOSSES[name]
+    v, t, s, b = inputs_of(random_batch(0, 9, 4, 10.0))
+    given_scale = {"number": s.item(), "scalar": s, "one element": s.reshape(1)}[scale]
+    given_bias = {"none": None, "number": b.item(), "scalar": b, "one element": b.reshape(1)}[bias]
+    for budget in (0, None):
+        expected = formula(v, t, s, torch.zeros_like(b) if bias == "none" else b)
+        value = loss(memory_budget=budget)(v, t, given_scale, given_bias)
+        assert value.shape == ()
+        by = (v, t, *([] if scale == "number" else [s]), *([b] if bias in ("scalar", "one element") else []))
+        assert_same(value, expected, by, 1e-10, 1e-12)
+
+
+# --- the conditions that a training step brings -----------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("features", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dtype_of_the_result_does_not_depend_on_the_size(
+    name: str, features: torch.dtype, autocast: bool
+) -> None:
+    batch = random_batch(0, 40, 8, 10.0)
+    v, t, _, _ = inputs_of(batch, features)
+    _, _, s, b = inputs_of(batch, torch.float64 if features == torch.float64 else torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
+        whole, streamed = (LOSSES[name][0](memory_budget=budget)(v, t, s, b) for budget in (None, 0))
+    assert streamed.dtype == whole.dtype
+    torch.testing.assert_close(streamed, whole, rtol=3e-2, atol=3e-2)
+    grads = gradients(streamed, (v, t, s), 1.0)
+    assert [g.dtype for g in grads] == [features, features, s.dtype]
+
+
+@both
+@pytest.mark.parametrize("backward_too", [False, True])
+def test_under_autocast_it_is_computed_in_float32(name: str, backward_too: bool) -> None:
+    inputs = inputs_of(random_batch(0, 40, 8, 30.0), torch.float32)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            value = LOSSES[name][0](memory_budget=0)(*inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled and backward_too):
+            found.append([value.float(), *gradients(value, inputs, 1.0)])
+    coarse = 0 if value.dtype == torch.float32 else 1e-2  # of a result in bfloat16
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=coarse, atol=0)
+    for a, b in zip(found[1][1:], found[0][1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@both
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_it_compiles_into_one_graph(name: str, backend: str) -> None:
+    torch._dynamo.reset()
+    eager = LOSSES[name][0](memory_budget=0)
+    counter = CompileCounter() if backend == "eager" else backend
+    compiled = torch.compile(eager, backend=counter, fullgraph=True)
+    inputs = inputs_of(random_batch(0, 12, 4, 10.0))
+    for _ in range(2):
+        assert_same(compiled(*inputs), eager(*inputs), inputs, 1e-12, 1e-14)
+    if isinstance(counter, CompileCounter):
+        assert counter.frame_count == 1
+
+
+@both
+def test_it_can_be_differentiated_again(name: str) -> None:
+    loss, formula = LOSSES[name]
+    inputs = inputs_of(random_batch(3, 7, 4, 5.0), bias=-1.0)
+    by = inputs[:3] if name == "clip" else inputs
+
+    def second(value: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(1.7 * value, by, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), by)
+
+    for a, b in zip(second(loss(memory_budget=0)(*inputs)), second(formula(*inputs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
+@both
+def test_forward_mode_is_refused_and_not_zero(name: str) -> None:
+    v, t, s, b = (x.detach() for x in inputs_of(random_batch(0, 6, 4, 10.0)))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        LOSSES[name][0](memory_budget=0)(v, t, forward_ad.make_dual(s, torch.ones_like(s)), b)
+
+
+@both
+def test_deterministic_algorithms_change_nothing(name: str) -> None:
+    inputs = inputs_of(random_batch(0, 30, 4, 10.0), torch.float32)
+    runs = []
+    for deterministic in (False, True, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            value = LOSSES[name][0](memory_budget=0)(*inputs)
+            runs.append([value.detach(), *gradients(value, inputs, 1.0)])
+        finally:
+            torch.use_deterministic_algorithms(False)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@both
+def test_on_the_meta_device_it_has_shapes(name: str) -> None:
+    inputs = tuple(x.detach().to("meta").requires_grad_() for x in inputs_of(random_batch(0, 6, 4, 10.0)))
+    for budget in (0, None):
+        value = LOSSES[name][0](memory_budget=budget)(*inputs)
+        assert value.is_meta
+        assert value.shape == ()
+        assert [g.shape for g in gradients(value, inputs[:3], 1.0)] == [(6, 4), (6, 4), ()]
+
+
+@both
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_not_finite_make_it_nan(name: str, bad: float) -> None:
+    v, t, s, b = inputs_of(random_batch(0, 6, 4, 10.0))
+    with torch.no_grad():
+        t[2, 1] = bad
+    assert LOSSES[name][0](memory_budget=0)(v, t, s, b).isnan()
+
+
+@both
+def test_a_bias_stays_in_the_graph(name: str) -> None:
+    inputs = inputs_of(random_batch(0, 6, 4, 10.0))
+    (gradient,) = torch.autograd.grad(LOSSES[name][0](memory_budget=0)(*inputs), inputs[3])
+    assert (gradient == 0) == (name == "clip")
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+@both
+def test_what_is_kept_for_the_backward_pass_grows_with_n(name: str) -> None:
+    d = 4
+
+    def kept(n: int, budget: int | None) -> int:
+        inputs = inputs_of(random_batch(0, n, d, 10.0), torch.float32)
+        return saved_bytes(lambda: LOSSES[name][0](memory_budget=budget)(*inputs))
+
+    features = 2 * 512 * d * 4
+    assert kept(512, 0) <= 2 * features + 256  # the features, their gradients, and some numbers
+    assert 1.9 < kept(1024, 0) / kept(512, 0) < 2.1
+    assert kept(1024, None) > 4 * 1024**2  # within the budget: whole matrices
+
+
+@both
+def test_no_matrix_is_held_beyond_the_default_budget(name: str) -> None:
+    n, d = 8192, 4
+    inputs = inputs_of(random_batch(0, n, d, 10.0), torch.float32)
+    with LiveBytes() as live:
+        LOSSES[name][0]()(*inputs).backward()
+    assert 2 * MIB < live.peak < 32 * MIB  # one matrix is 256
+
+
+@both
+def test_bytes_that_live_are_seen_within_the_budget(name: str) -> None:
+    n = 1024
+    inputs = inputs_of(random_batch(0, n, 4, 10.0), torch.float32)
+    with LiveBytes() as live:
+        LOSSES[name][0]()(*inputs).backward()
+    assert 3 * 4 * n**2 < live.peak < 10 * 4 * n**2
+
+
+def test_rank_terms_over_siglip_hold_no_matrix_either() -> None:
+    n = 4608  # a matrix is 81 MiB, beyond the budget
+    inputs = inputs_of(random_batch(0, n, 4, 10.0), torch.float32)
+    loss = RankClipLoss(SigLipLoss(), schedule="constant", method="bin", bins=64)
+    with LiveBytes() as live:
+        loss(*inputs).backward()
+    assert live.peak < 40 * MIB
+
+
+# --- as a base --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outer", [RankClipLoss, CyClipLoss])
+@pytest.mark.parametrize("budget", [0, None])
+def test_siglip_is_a_base(outer: type, budget: int | None) -> None:
+    options = {"schedule": "constant"} if outer is RankClipLoss else {}
+    inputs = v, t, s, _ = inputs_of(random_batch(0, 12, 5, 10.0))
+    entries = outer(SigLipLoss(memory_budget=budget), **options)(*inputs, output_dict=True)
+    assert_same(entries.pop("contrastive_loss"), siglip(*inputs), inputs, 1e-10, 1e-12)
+    alone = outer(lambda **_: torch.zeros(()), **options)(v, t, s, output_dict=True)
+    for name, value in entries.items():
+        torch.testing.assert_close(value, alone[name], rtol=1e-12, atol=0)
+
+
+def test_rank_clips_own_base_has_the_budget_of_its_terms() -> None:
+    for budget in (0, None):
+        assert RankClipLoss(memory_budget=budget).base._options.memory_budget == budget
+    v, t, s, _ = inputs_of(random_batch(0, 12, 5, 10.0))
+    loss = RankClipLoss(schedule=lambda i, n: 0.0, memory_budget=0)
+    loss.set_epoch(1, 2)
+    assert torch.equal(loss(v, t, s), ClipLoss(memory_budget=0)(v, t, s))
+
+
+# --- arguments --------------------------------------------------------------------------------------------
+
+
+def test_siglip_takes_open_clips_arguments_or_gather() -> None:
+    assert SigLipLoss().gather == Gather()
+    assert SigLipLoss(False, 1, 2, "gather").gather == Gather(rank=1, world_size=2)
+    for dist_impl in ("bidir", "shift", "reduce", "gather"):
+        assert SigLipLoss(dist_impl=dist_impl).gather == Gather(rank=0, world_size=1)
+        given = SigLipLoss(rank=1, world_size=2, dist_impl=dist_impl)
+        assert given.gather == Gather(rank=1, world_size=2)
+    with pytest.raises(ValueError, match=r"dist_impl must be one of None, 'bidir', .*; got 'ring'"):
+        SigLipLoss(dist_impl="ring")
+    with pytest.raises(ValueError, match="gather stands for open_clip's arguments; got it beside rank"):
+        SigLipLoss(rank=0, gather=Gather())
+
+
+@both
+@pytest.mark.parametrize("budget", [-1, 1.5, "1", True])
+def test_budget_is_checked(name: str, budget: object) -> None:
+    with pytest.raises(ValueError, match="memory_budget must be an integer of at least 0"):
+        LOSSES[name][0](memory_budget=budget)
+
+
+@both
+def test_repr_shows_a_budget_that_is_not_the_default(name: str) -> None:
+    loss = LOSSES[name][0]
+    assert repr(loss()) == f"{loss.__name__}()"
+    assert repr(loss(memory_budget=0)) == f"{loss.__name__}(memory_budget=0)"
+
+
+@pytest.mark.parametrize("budget", [0, None])
+def test_a_bias_that_is_not_one_number_is_refused(budget: int | None) -> None:
+    v, t, s, _ = inputs_of(random_batch(0, 6, 4, 10.0))
+    for bias, error, message in (
+        (torch.zeros(6), ValueError, "logit_bias must be one number; got shape (6,)"),
+        (torch.zeros(1, device="meta"), ValueError, "logit_bias must be on the device of image_features"),
+        (torch.zeros((), device="meta"), ValueError, "logit_bias must be on the device of image_features"),
+        ("-10", TypeError, "logit_bias must be a number or a torch.Tensor; got str"),
+        ([-10.0], TypeError, "logit_bias must be a number or a torch.Tensor; got list"),
+    ):
+        with pytest.raises(error, match=re.escape(message)):
+            SigLipLoss(memory_budget=budget)(v, t, s, bias)
+
+
+def test_siglip_has_open_clips_forward_convention() -> None:
+    v, t, s, b = inputs_of(random_batch(0, 6, 4, 10.0))
+    for budget in (0, None):
+        loss = SigLipLoss(memory_budget=budget)
+        assert loss(v, t, s, b, output_dict=True) == {"contrastive_loss": loss(v, t, s, b)}
+    assert losses.SigLipLoss is SigLipLoss
