@@ -19,7 +19,31 @@ from rankloss.batch import may_look_at
 from rankloss.options import RankOptions, Worth
 from rankloss.ranking import group_bounds, quantize, shuffled_order, weights_of_ranks
 
-__all__ = ["log_worth", "log_worth_slope", "nll_terms", "scores_from"]
+__all__ = [
+    "list_terms",
+    "log_worth",
+    "log_worth_slope",
+    "nll_terms",
+    "reference_from",
+    "scores_from",
+    "top_one_terms",
+]
+
+
+def list_terms(scores: Tensor, reference: Tensor, options: RankOptions, shuffle: Tensor | None) -> Tensor:
+    """The summands of C(x | y), item by item, under the options' model: ``[..., N]``, differentiable.
+
+    The scores are those of :func:`scores_from`, the reference is that of :func:`reference_from`.
+    """
+    if options.model == "top_one":
+        return top_one_terms(scores, reference)
+    return nll_terms(scores, reference, options, shuffle)
+
+
+def top_one_terms(scores: Tensor, reference: Tensor) -> Tensor:
+    """The summands p_q·(log Σ e^x − x_q) of the cross-entropy from p = softmax(y) to softmax(x)."""
+    p = reference.detach().softmax(-1)
+    return p * (scores.logsumexp(-1, keepdim=True) - scores)
 
 
 def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions, shuffle: Tensor | None) -> Tensor:
@@ -59,6 +83,14 @@ def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions, shuffle: 
 def scores_from(cosines: Tensor, scale: Tensor, options: RankOptions) -> Tensor:
     """The x of the formula: scaled similarities under worth ``exp``, plain cosines under the others."""
     return scale * cosines if options.worth == "exp" else cosines
+
+
+def reference_from(cosines: Tensor, scale: Tensor, options: RankOptions) -> Tensor:
+    """The y of the formula, without gradient: scaled where its values count, which is under ``top_one``."""
+    cosines = cosines.detach()
+    if options.model != "top_one":
+        return cosines
+    return cosines * (scale.detach() if options.reference_scale is None else options.reference_scale)
 
 
 def log_worth(scores: Tensor, worth: Worth) -> Tensor:

@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import json
+import math
 import operator
 import typing
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ __all__ = [
     "FixedReference",
     "ListsOption",
     "Method",
+    "Model",
     "Plan",
     "RankOptions",
     "RankOptionsDict",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 ListsOption = Literal["row", "batch"]
+Model = Literal["plackett_luce", "top_one"]
 Worth = Literal["exp", "shifted", "identity"]
 Ties = Literal["shared", "random"]
 Discount = Literal["log"]
@@ -46,6 +49,7 @@ Method = Literal["sort", "bin"]
 
 
 _LARGEST_COUNT = 2**31 - 1
+_POSITIVE = {"above": 0.0}  # bounds of a number, beside those of a count
 
 
 def _option(
@@ -58,6 +62,11 @@ def _option(
     )
 
 
+def _positive_option(default: float | None, help: str, *, none: str) -> Any:
+    """A field that is a positive number."""
+    return field(default=default, metadata={"help": help, "bounds": _POSITIVE, "none": none})
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankOptions:
     """Which lists a term is made of, how they are ranked, and how their values are put together.
@@ -65,6 +74,15 @@ class RankOptions:
     Args:
         lists: ``"row"``: N lists of N, one per anchor. ``"batch"``: one list of all N² pairs, the formula as
             printed in the paper; its memory is quadratic.
+        model: what C(x | y) of a list is. ``"plackett_luce"``: the NLL of the reference's ranking,
+            :func:`rankloss.plackett_luce_nll`. ``"top_one"``: the cross-entropy from the softmax of the
+            reference's list to that of the scores' list, Σ_q p_q·(log Σ e^x − x_q) with p = softmax(y), the
+            top-one probabilities of ListNet: it weighs the top of a list and needs no sort. y is on the scale
+            of the scores and carries no gradient. It takes ``worth="exp"``, ``ties="shared"``,
+            ``method="sort"``, and neither ``discount`` nor ``top_k``; ``reduction="mean"`` averages the
+            lists' cross-entropies.
+        reference_scale: for ``model="top_one"`` with a teacher's features, the multiplier of the teacher's
+            similarities; None takes the scale of the scores. A teacher's own ``logit_scale.exp()`` fits.
         worth: ``"exp"``: eˣ of the scaled similarity. ``"shifted"``: (1 + cosine)/2. ``"identity"``: the
             cosine itself. The last two do not depend on ``logit_scale``; a cosine whose worth is not positive
             is a ValueError on a CPU, and makes the loss NaN elsewhere and in a compiled graph.
@@ -96,6 +114,12 @@ class RankOptions:
     """
 
     lists: ListsOption = _option("row", "one list per anchor, or one list of all pairs of the batch")
+    model: Model = _option(
+        "plackett_luce", "likelihood of the reference's ranking, or cross-entropy of top-one probabilities"
+    )
+    reference_scale: float | None = _positive_option(
+        None, "multiplier of a teacher's similarities under model top_one", none="that of the scores"
+    )
     worth: Worth = _option("exp", "worth of an item: exp of the logit, (1 + cosine)/2, or the cosine")
     ties: Ties = _option("shared", "equal reference scores share one denominator, or are shuffled")
     discount: Discount | None = _option(None, "weight of a rank: 1/log(1 + rank)", none="1")
@@ -132,7 +156,22 @@ class RankOptions:
                 "diagonal=False makes lists of other items for every anchor, which ties='random' "
                 "does not shuffle; it needs ties='shared'"
             )
+        if self.model == "top_one":
+            self._check_top_one()
+        elif self.reference_scale is not None:
+            raise ValueError(
+                f"reference_scale={self.reference_scale!r} has no part in a ranking; it needs model='top_one'"
+            )
         _ = self.encoded  # made here, where no compiler traces
+
+    def _check_top_one(self) -> None:
+        excluded = {"worth": "exp", "ties": "shared", "discount": None, "top_k": None, "method": "sort"}
+        for name, needed in excluded.items():
+            if (value := getattr(self, name)) != needed:
+                raise ValueError(
+                    f"model='top_one' weighs all items by their probabilities; {name}={value!r} needs "
+                    "model='plackett_luce'"
+                )
 
     def __repr__(self) -> str:
         return f"RankOptions({', '.join(f'{name}={value!r}' for name, value in self.changed.items())})"
@@ -183,6 +222,8 @@ class RankOptionsDict(TypedDict, total=False):
     """The fields of :class:`RankOptions`, for type checkers and completion."""
 
     lists: ListsOption
+    model: Model
+    reference_scale: float | None
     worth: Worth
     ties: Ties
     discount: Discount | None
@@ -275,7 +316,19 @@ def _checked(option: Field[Any], value: Any) -> Any:
         return value
     if value is None and option.default is None:
         return None
+    if option.metadata["bounds"] is _POSITIVE:
+        return _check_positive(option.name, value)
     return check_count(option.name, value, **option.metadata["bounds"])
+
+
+def _check_positive(name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, (str, bytes, bool)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a positive number; got {value!r}")
+    return number
 
 
 # --- the plan ---------------------------------------------------------------------------------------------

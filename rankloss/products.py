@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rankloss.batch import Matrix
 
-__all__ = ["MirroredProducts", "Products", "Target"]
+__all__ = ["MirroredProducts", "Products", "References", "Target"]
 
 
 class Target(NamedTuple):
@@ -53,6 +53,20 @@ class Products:
             into.scale.add_((gradient * cosines[:, : len(items)]).sum())
         if into.items is not None:
             into.items[: len(items)].addmm_(gradient.T, anchors)
+
+
+class References:
+    """Blocks of rows of a teacher's two matrices, which take no gradient; the two may be one and the same."""
+
+    def __init__(self, first: Matrix, second: Matrix) -> None:
+        self._first, self._second = first, second
+
+    def take(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The cosines of some rows of both."""
+        first = self._first.anchors[rows] @ self._first.items.T
+        if self._second is self._first:
+            return first, first
+        return first, self._second.anchors[rows] @ self._second.items.T
 
 
 class MirroredProducts(Products):

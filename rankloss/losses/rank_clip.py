@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rankloss import schedules
 from rankloss.distributed import Gathered, GatherOption
+from rankloss.functional import check_references
 from rankloss.losses.composition import Base, base_entries, check_base, combined, shares_gathering
 from rankloss.losses.rank_consistency import OPTION_NAMES, RankConsistency
 from rankloss.losses.weights import TermWeights, as_number, check_weight, is_capturing
@@ -31,7 +32,8 @@ class RankClipLoss(nn.Module):
 
         λ1 = schedule(i, n) · lambda_cross · normalizer,   λ2 = schedule(i, n) · lambda_in · normalizer
 
-    cross and in are the terms of :class:`RankConsistency`. Tell the loss where training stands, once per
+    cross and in are the terms of :class:`RankConsistency`, ranked by a teacher where its features are given.
+    Tell the loss where training stands, once per
     epoch with :meth:`set_epoch` or once per step with :meth:`set_progress`; the later call counts. λ is a
     pure function of their arguments: the loss has no state for a checkpoint.
 
@@ -180,6 +182,8 @@ class RankClipLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         gathered: Gathered | None = None,
+        reference_image_features: Tensor | None = None,
+        reference_text_features: Tensor | None = None,
         **base_inputs: Any,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` its summands.
@@ -192,10 +196,18 @@ class RankClipLoss(nn.Module):
             output_dict: return the summands by name instead of their sum.
             gathered: ``self.consistency.gather(image_features, text_features)``, from a caller that has it
                 already; it serves a base that is CLIP's loss of the same rows, too.
+            reference_image_features: ``[N, D']``, a teacher's, for the rank terms; see
+                :class:`RankConsistency`.
+            reference_text_features: ``[N, D']``, likewise.
             **base_inputs: passed on to the base.
         """
         self._check_progress()
-        self.consistency.check_inputs(image_features, text_features, logit_scale)
+        teacher = {
+            "reference_image_features": reference_image_features,
+            "reference_text_features": reference_text_features,
+        }
+        self.consistency.check_inputs(image_features, text_features, logit_scale, **teacher)
+        check_references(self.consistency.options, cross_modal=self.lambda_cross != 0, **teacher)
         # A graph that is captured while λ is 0 must be able to follow it.
         is_on = self.normalizer != 0 and (not self._is_zero or is_capturing(image_features.device))
         cross_modal, in_modal = self.lambda_cross != 0 and is_on, self.lambda_in != 0 and is_on
@@ -217,6 +229,8 @@ class RankClipLoss(nn.Module):
             cross_modal=cross_modal,
             in_modal=in_modal,
             gathered=gathered,
+            reference_image_features=reference_image_features,
+            reference_text_features=reference_text_features,
         )
         if fused:
             entries["contrastive_loss"] = contrastive + _without_effect(logit_bias)
