@@ -5,26 +5,27 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT ?= outputs/openmoji
 MINIATURE_OUTPUT ?= outputs/miniature
 BENCH_OUTPUT ?= outputs/bench
+FUZZ_MINUTES ?= 10
 OPEN_CLIP_VERSIONS ?= 3.0.0 3.3.0
 # The lower bounds of pyproject.toml's dependencies, which a test compares with these.
 LOWEST := torch==2.6.0 numpy==1.24.0
 
-.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main lint typecheck bench clean
+.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main fuzz lint typecheck bench clean
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	touch $@
 
-$(VENV)/.examples: pyproject.toml | $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+$(VENV)/.examples: pyproject.toml examples/pyproject.toml | $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --editable '.[examples]' --editable examples
 	touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/.dev: pyproject.toml examples/pyproject.toml | $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable examples
 	touch $@
 
-## Train a small CLIP on OpenMoji with --loss rankclip, evaluate it and draw (about 5 minutes on 2 cores).
+## Train a small CLIP on OpenMoji with --loss rankclip, evaluate it and draw.
 demo: $(VENV)/.examples
 	$(BIN)/python examples/openmoji/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
 
@@ -32,7 +33,7 @@ demo: $(VENV)/.examples
 miniature: $(VENV)/.examples
 	$(BIN)/python examples/miniature/run.py --preset quick --output $(MINIATURE_OUTPUT) $(MINIATURE_ARGS)
 
-## The same at the size that the report in examples/miniature is made of; it can be interrupted and repeated.
+## The same at the size of the report in examples/miniature; interrupted, the same command continues.
 miniature-full: $(VENV)/.examples
 	$(BIN)/python examples/miniature/run.py --preset full --output $(MINIATURE_OUTPUT) $(MINIATURE_ARGS)
 
@@ -69,6 +70,10 @@ test-open_clip-%:
 ## The integration on a checkout of open_clip's main branch, which no registry has: CHECKOUT=…/open_clip.
 test-main: $(VENV)/.dev
 	RANKLOSS_OPEN_CLIP_CHECKOUT=$(CHECKOUT) $(BIN)/python -m pytest tests/rankloss_open_clip/test_main_branch.py $(PYTEST_ARGS)
+
+## Random options and data against the NumPy reference for FUZZ_MINUTES; then the worst errors by option, or a finding.
+fuzz: $(VENV)/.dev
+	$(BIN)/python tests/fuzz.py --minutes $(FUZZ_MINUTES) $(FUZZ_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from rankloss.lists import Block, evaluate
 from rankloss.options import RankOptions, choose_plan
 from rankloss.ranking import ascending
 
-LISTS, ITEMS, BINS = 256, 4096, 2048
+LISTS, ITEMS, BINS = 256, 4096, 640
 OPTIONS = {"sort": RankOptions(reduction="sum"), "bin": RankOptions(reduction="sum", method="bin", bins=BINS)}
 
 

@@ -23,7 +23,7 @@ from rankloss import RankConsistency
 from scaling_report import fill, markdown_table, save
 
 SIZES = (1024, 4096)
-BINS = (512, 1024, 2048, 4096, 8192)
+BINS = (256, 512, 640, 1024, 2048)
 SCALES = (SCALE, 100.0)
 Features = tuple[Tensor, Tensor]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from measure import Times, in_turns
 from naive import naive_rank_terms
-from rankloss_open_clip.loss import Position
+from rankloss_trainers.clock import Position
 
 __all__ = ["BATCH", "LOSSES", "measure_steps", "training_steps"]
 

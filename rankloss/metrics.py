@@ -185,7 +185,9 @@ def uniformity(image_features: Tensor, text_features: Tensor | None = None) -> T
         squared = rows.square().sum(-1, keepdim=True) + z.square().sum(-1) - 2 * rows @ z.T
         earlier = torch.ones_like(squared, dtype=torch.bool).tril(start - 1)
         sums.append((-2 * squared).masked_fill(~earlier, -math.inf).flatten().logsumexp(0))
-    return torch.stack(sums).logsumexp(0) - math.log(n * (n - 1) / 2)
+    finite = x.isfinite().all() & z.isfinite().all()
+    value = torch.stack(sums).logsumexp(0) - math.log(n * (n - 1) / 2)
+    return torch.where(finite, value, math.nan)
 
 
 def _pair(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,7 +225,8 @@ def _inversions(x: Tensor) -> Tensor:
     while width < x.shape[-1]:
         halves = x.unflatten(-1, (-1, 2, width))
         left, right = halves[..., 0, :].contiguous(), halves[..., 1, :].contiguous()
-        count += (width - torch.searchsorted(left, right, right=True)).sum((-1, -2))
+        # Not in place: under vmap the count has fewer dimensions than what is added to it.
+        count = count + (width - torch.searchsorted(left, right, right=True)).sum((-1, -2))
         x = halves.flatten(-2).sort(dim=-1).values.flatten(-2)
         width *= 2
     return count

@@ -156,7 +156,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     call = _Call(*arguments)
     values = (call.image.new_empty((call.anchors,) if call.per_anchor else ()) for _ in Terms._fields)
-    return (*values, *_like(call.inputs, () if call.per_anchor else call.wanted, torch.empty_like))
+    return (*values, *_run_fake(call, () if call.per_anchor else call.wanted))
 
 
 @torch.library.custom_op(
@@ -179,7 +179,7 @@ def _backward(
 @_backward.register_fake
 def _backward_fake(_upstream: Any, _sums: Any, *arguments: Any) -> tuple[Tensor, ...]:
     call = _Call(*arguments)
-    return _like(call.inputs, call.wanted, torch.empty_like)
+    return _run_fake(call, call.wanted)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -231,19 +231,16 @@ def _run(
 ) -> tuple[Terms, tuple[Tensor, ...]]:
     """Values per anchor, and gradients in the order of the inputs, empty where none is wanted."""
     options, image = call.parsed, call.image
-    sums = _like(call.inputs, wanted, torch.zeros_like)
     plan = options.plan(call.anchors, len(image), image.device, image.dtype)
-    into = Inputs(*(x if w else None for x, w in zip(sums, wanted, strict=True))) if any(wanted) else None
-    return stream(batch, options, plan, weights, call.shuffles, into), sums
+    values, sums = stream(batch, options, plan, weights, call.shuffles, wanted)
+    return values, tuple(image.new_empty(0) if x is None else x for x in sums)
 
 
-def _like(inputs: Inputs, wanted: Sequence[bool], make: Any) -> tuple[Tensor, ...]:
-    """``make(x)`` for every input whose gradient is wanted, and an empty tensor for the others."""
-    image = inputs[0]
-    assert image is not None
-    wanted = wanted or [False] * len(inputs)
+def _run_fake(call: _Call, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    """The shapes of the gradients."""
     return tuple(
-        make(x) if x is not None and w else image.new_empty(0) for x, w in zip(inputs, wanted, strict=True)
+        torch.empty_like(x) if x is not None and w else call.image.new_empty(0)
+        for x, w in zip(call.inputs, wanted or [False] * len(call.inputs), strict=True)
     )
 
 

@@ -85,7 +85,8 @@ class RankOptions:
             similarities; None takes the scale of the scores. A teacher's own ``logit_scale.exp()`` fits.
         worth: ``"exp"``: eˣ of the scaled similarity. ``"shifted"``: (1 + cosine)/2. ``"identity"``: the
             cosine itself. The last two do not depend on ``logit_scale``; a cosine whose worth is not positive
-            is a ValueError on a CPU, and makes the loss NaN elsewhere and in a compiled graph.
+            is a ValueError on a CPU, and makes the loss NaN where looking would make an accelerator's host
+            wait or break a compiled graph.
         ties: ``"shared"`` or ``"random"``, see :func:`rankloss.plackett_luce_nll`.
         discount: None or ``"log"``, likewise.
         top_k: None or the number of best-ranked positions that count, likewise.
@@ -130,7 +131,7 @@ class RankOptions:
         None, "the modality whose rankings are a fixed reference for the other's", none="neither"
     )
     method: Method = _option("sort", "rank a list by its exact order, or faster by bins of the reference")
-    bins: int = _option(2048, "number of bins of method bin", at_least=2, at_most=2**24)
+    bins: int = _option(640, "number of bins of method bin", at_least=2, at_most=2**24)
     chunk_size: int | None = _option(
         None,
         "rows computed at a time: less memory, same result",
@@ -162,7 +163,8 @@ class RankOptions:
             raise ValueError(
                 f"reference_scale={self.reference_scale!r} has no part in a ranking; it needs model='top_one'"
             )
-        _ = self.encoded  # made here, where no compiler traces
+        if not torch.compiler.is_compiling():
+            _ = self.encoded  # cached now: the lock of a cached_property would stop a compiler later
 
     def _check_top_one(self) -> None:
         excluded = {"worth": "exp", "ties": "shared", "discount": None, "top_k": None, "method": "sort"}
@@ -292,13 +294,7 @@ def choices_of(name: str) -> tuple[Any, ...]:
         >>> choices_of("fixed_reference"), choices_of("diagonal"), choices_of("bins")
         ((None, 'image', 'text'), (True, False), ())
     """
-    return _choices()[name]
-
-
-@functools.cache
-def _choices() -> dict[str, tuple[Any, ...]]:
-    hints = typing.get_type_hints(RankOptions)
-    return {option.name: _literals(hints[option.name]) for option in fields(RankOptions)}
+    return _CHOICES[name]
 
 
 def _literals(hint: Any) -> tuple[Any, ...]:
@@ -307,6 +303,10 @@ def _literals(hint: Any) -> tuple[Any, ...]:
     parts = get_args(hint) if typing.get_origin(hint) is not Literal else (hint,)
     literals = tuple(value for part in parts for value in get_args(part))
     return (None, *literals) if literals and type(None) in parts else literals
+
+
+# Looked up once: a compiler that traces RankOptions stops at typing's functions and at caches.
+_CHOICES = {name: _literals(hint) for name, hint in typing.get_type_hints(RankOptions).items()}
 
 
 def _checked(option: Field[Any], value: Any) -> Any:

@@ -255,17 +255,18 @@ def weights_of_ranks(rank: Tensor, options: RankOptions, dtype: torch.dtype) -> 
 def quantize(reference: Tensor, bins: int) -> Tensor:
     r"""The bin of every item, counted from 0 for the worst.
 
-        b_q = min(⌊(y_q − min y) · bins / (max y − min y)⌋, bins − 1)
+        b_q = min(⌊(y_q − min y) · (bins − 1) / (y″ − min y)⌋, bins − 2),   bins − 1 where y_q = max y,
 
-    The bins divide the range of each list evenly, so an item's bin never decreases with its y: a list that is
-    ranked by b differs from one ranked by y only in that the items of one bin are tied. Its NLL is the larger
-    one, by no more than
+    with y″ the largest y below the maximum. The best item has the last bin for itself, since as a rule it is
+    the anchor's own pair, which stands far above all others; the other bins divide the range of the rest
+    evenly. An item's bin never decreases with its y: a list that is ranked by b differs from one ranked by y
+    only in that the items of one bin are tied. Its NLL is the larger one, by no more than
 
         0 ≤ NLL(x | b) − NLL(x | y) ≤ Σ_k (n_k − 1) · log[(B_k + Σw) / (B_k + min w)],
 
     with n_k, Σw and min w the number, the sum and the smallest of the worths in bin k, and B_k the sum of
     those below it. What this makes of the gradient is measured in docs/performance.md: less than 1 % with
-    2,048 bins and 512 dimensions.
+    640 bins and 512 dimensions.
 
     Args:
         reference: ``[..., N]``, floating point.
@@ -276,12 +277,16 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
 
     Example:
         >>> quantize(torch.tensor([0.1, 0.5, 0.45, 0.9]), bins=4).tolist()
-        [0, 2, 1, 3]
+        [0, 2, 2, 3]
     """
     lowest, highest = reference.amin(-1, keepdim=True), reference.amax(-1, keepdim=True)
-    tiny = torch.finfo(reference.dtype).tiny  # a list whose items are all tied has no range
-    extent = (highest - lowest).clamp_min(tiny)
-    return (reference - lowest).div_(extent).mul_(bins).long().clamp_(0, bins - 1)
+    is_best = (reference == highest).logical_and_(highest > lowest)
+    second = reference.masked_fill(is_best, -torch.inf).amax(-1, keepdim=True)
+    tiny = torch.finfo(reference.dtype).tiny  # a list whose other items are all tied has no range
+    extent = (second - lowest).clamp_min(tiny)
+    # Clamped on both sides of the conversion: before it, what int64 does not hold, and after it, NaN.
+    index = (reference - lowest).div_(extent).mul_(bins - 1).clamp_(max=bins - 2).long().clamp_(min=0)
+    return torch.where(is_best, bins - 1, index)
 
 
 def random_shuffle(n: int, device: torch.device, options: RankOptions) -> Tensor | None:

@@ -309,7 +309,7 @@ def _cosines(a: ArrayLike, b: ArrayLike) -> Array:
 
 
 def _exact_where_equal(cosines: Array, features: ArrayLike) -> Array:
-    """Unit vectors have cosine 1 with themselves and their equals: one tie over the whole batch.
+    """Cosines as the reference of a batch list: a unit vector and its equals are one tie over the batch.
 
     Vectors whose norm is within 1 % of 1 count as unit vectors; the others keep the square of their norm.
     """

@@ -11,6 +11,7 @@ and X the in-modal one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,9 +40,9 @@ def stream(
     plan: Plan,
     weights: Terms,
     shuffles: Tensor | None = None,
-    sums: Inputs | None = None,
-) -> Terms:
-    """Values per anchor, ``[n]`` in float64, of each term that has a weight: its two directions together.
+    wanted: Sequence[bool] = (),
+) -> tuple[Terms, Inputs]:
+    """Values and gradients of the terms that have a weight.
 
     Args:
         batch: the features.
@@ -50,15 +51,24 @@ def stream(
         weights: what an anchor's value counts in the total, ``[]`` or ``[n]`` in float64, by term. The
             contrastive term needs the worth ``exp``.
         shuffles: ``[4, N]`` under ``ties="random"``, for the lists of S, R, I and X; else None.
-        sums: zeros to which the gradient of Σ weights·values is added, None for an input that wants none;
-            None computes values only.
+        wanted: for which of the batch's inputs a gradient is wanted; empty for none.
+
+    Returns:
+        The values per anchor, ``[n]`` in float64, the two directions of a term together, and the gradients of
+        Σ weights·values; None where there is no weight, or no gradient is wanted.
     """
     n, device = batch.anchors, batch.image.device
     values = Terms(
         *(None if w is None else torch.zeros(n, dtype=torch.float64, device=device) for w in weights)
     )
+    sums = Inputs(
+        *(
+            None if x is None or not is_wanted else torch.zeros_like(x)
+            for x, is_wanted in zip(batch.inputs, wanted or (False,) * len(batch.inputs), strict=True)
+        )
+    )
     if all(w is None for w in weights):
-        return values
+        return values, sums
     # The largest weight is left to the end: beside worths far apart, small ones would round to zero.
     unit = _largest(weights)
     weights = Terms(*(None if w is None else w / unit for w in weights))
@@ -69,14 +79,13 @@ def stream(
         if weights.in_modal is not None:
             of_terms = None, weights.in_modal
             _stream_term("in_modal", batch, options, plan, of_terms, (None, values[2]), shuffles, sums)
-    if sums is not None:
-        *features, scale = sums
-        for gradient in features:
-            if gradient is not None:
-                gradient *= unit * batch.scale if options.worth == "exp" else unit
-        if scale is not None:
-            scale *= unit
-    return values
+    *features, scale = sums
+    for gradient in features:
+        if gradient is not None:
+            gradient *= unit * batch.scale if options.worth == "exp" else unit
+    if scale is not None:
+        scale *= unit
+    return values, sums
 
 
 def _stream_term(
@@ -87,11 +96,11 @@ def _stream_term(
     weights: tuple[Tensor | None, Tensor | None],
     values: tuple[Tensor | None, Tensor | None],
     shuffles: Tensor | None,
-    sums: Inputs | None,
+    sums: Inputs,
 ) -> None:
     """Add the values and gradients of the rows of S and R, or of I and X.
 
-    ``weights`` and ``values`` are those of the cross-entropy and of the rank term.
+    ``weights`` and ``values`` are those of the cross-entropy and of the rank term; ``sums`` are gradients.
     """
     matrices = batch.matrices(term)
     into = _targets(term, batch, sums, options)
@@ -130,9 +139,7 @@ def _of_rows(weight: Tensor | None, rows: slice, share: float) -> Tensor | None:
     return weight * share if weight.dim() == 0 else weight[rows, None] * share
 
 
-def _targets(term: Term, batch: Batch, sums: Inputs | None, options: RankOptions) -> tuple[Target, Target]:
-    if sums is None:
-        return Target(None, None, None), Target(None, None, None)
+def _targets(term: Term, batch: Batch, sums: Inputs, options: RankOptions) -> tuple[Target, Target]:
     scale = sums.scale if options.worth == "exp" else None  # the other worths do not depend on it
     first, second = anchors_and_items(term, sums, batch.image_anchors is not None)
     return Target(*first, scale), Target(*second, scale)

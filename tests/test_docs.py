@@ -31,7 +31,7 @@ def test_composition_shows_the_package_that_the_tests_install() -> None:
 
 
 def test_composition_names_every_field_of_an_entry() -> None:
-    source = (ROOT / "integrations/rankloss_open_clip/registry.py").read_text()
+    source = (ROOT / "integrations/rankloss_trainers/catalog.py").read_text()
     fields = re.findall(
         r"^    (\w+): ", source.partition("class LossEntry")[2].partition("@dataclass")[0], re.MULTILINE
     )

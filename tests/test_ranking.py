@@ -189,17 +189,36 @@ lists = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=12).map(torch.
 
 
 @given(y=lists, bins=st.integers(2, 40))
-def test_a_bin_never_decreases_with_the_reference_and_the_bins_divide_its_range(y: Tensor, bins: int) -> None:
+def test_a_bin_never_decreases_with_the_reference_and_all_but_one_divide_the_range_of_the_rest(
+    y: Tensor, bins: int
+) -> None:
     b = quantize(y, bins)
     assert b.dtype == torch.int64
     order = y.argsort()
     assert (b[order].diff() >= 0).all()
     assert b.min() == 0
-    if y.max() - y.min() > 1e-30:
-        assert b.max() == bins - 1
-        width = (y.max() - y.min()).double() / bins
-        inside = (y - y.min()).double() / width
+    if y.max() == y.min():
+        assert (b == 0).all()
+        return
+    best = y == y.max()
+    assert torch.equal(b == bins - 1, best)
+    rest, b = y[~best], b[~best]
+    if rest.max() - rest.min() > 1e-30:
+        assert b.max() == bins - 2
+        width = (rest.max() - rest.min()).double() / (bins - 1)
+        inside = (rest - rest.min()).double() / width
         assert ((inside - b).abs() <= 1 + 1e-4).all()
+
+
+@pytest.mark.parametrize("bins", [2, 3, 2**24])
+def test_every_bin_is_in_range_whatever_the_reference_holds(bins: int) -> None:
+    values = torch.tensor([math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-42, 0.0, -0.0, 1.0])
+    rows = torch.cartesian_prod(values, values, values)
+    b = quantize(rows, bins)
+    assert b.min() == 0
+    assert b.max() == bins - 1
+    finite = rows.isfinite().all(-1)
+    assert (b[finite].amin(-1) == 0).all()
 
 
 # Without duplicates: theirs come out a rounding apart in plain products, and may straddle a bin's edge.

@@ -1,5 +1,5 @@
 """``--loss`` for the unmodified ``python -m open_clip_train.main``: RankCLIP, CyCLIP, ALIP, and others.
 
 Nothing is imported here: torch loads :mod:`rankloss_open_clip.bootstrap` in every program that imports torch,
-so this package must cost nothing until open_clip's trainer is met.
+so this package costs nothing until open_clip's trainer is imported.
 """

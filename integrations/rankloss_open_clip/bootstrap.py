@@ -1,14 +1,14 @@
-"""What torch calls at import: wait for open_clip's trainer, and attach to it when it is loaded.
+"""Called by torch when it is imported: waits for open_clip's trainer, and attaches to it once it is loaded.
 
 torch loads the entry points of the group ``torch.backends`` each time it is imported, in every program of the
 environment. This module therefore imports the standard library only, does next to nothing, and never raises.
 :func:`attach` puts a finder at the front of ``sys.meta_path``; the finder lets the others find the
-modules named in :data:`SEAMS`, and :mod:`rankloss_open_clip.seams` patches each after it has been executed.
+modules named in :data:`SEAMS`, and :mod:`rankloss_open_clip.patches` patches each after it has been executed.
 
 A patch that fails must not stop a run that did not ask for it, and must not let a run that did ask train
 something else: the trainer's parser would take ``--loss rankclip`` for an abbreviation of
 ``--loss-dist-impl`` and train plain CLIP. So failures are kept in :data:`failures`, and a guard around the
-trainer's ``parse_args``, which needs nothing but this module, raises when the command line asks for a loss.
+trainer's ``parse_args``, which does not need the patches, raises when the command line asks for a loss.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from _thread import get_ident
 
-# What only some calls need is imported by them: this module is on the way of every `import torch`.
+# Other imports are inside the functions that need them, since every `import torch` runs this module.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -34,13 +34,10 @@ SEAMS = {
     "open_clip_train.data": "patch_data",
     "open_clip_train.file_utils": "patch_file_utils",
 }
-"""The modules waited for, and the function of :mod:`rankloss_open_clip.seams` that patches each."""
+"""The modules to patch, and the function of :mod:`rankloss_open_clip.patches` that patches each."""
 
 failures: dict[str, Exception] = {}
 """Modules that were loaded but could not be patched, with what went wrong."""
-
-PREFIXES = ("rankclip", "cyclip", "alip")
-"""What the options of this package's own losses begin with."""
 
 _GUARDED = "_rankloss_open_clip_guarded"
 
@@ -52,7 +49,7 @@ def attach() -> None:
             sys.meta_path.insert(0, SeamFinder())
         for name in SEAMS:
             module = sys.modules.get(name)
-            # A module that is still being executed is left alone: its loader patches it when it is complete.
+            # A module that is still being executed is patched by its loader once it is complete.
             if module is not None and not getattr(module.__spec__, "_initializing", False):
                 patch(module)
     except Exception as error:
@@ -129,9 +126,9 @@ def patch(module: ModuleType) -> None:
     """Run the patch of a loaded module, and keep what went wrong instead of raising it."""
     name = module.__name__
     try:
-        from rankloss_open_clip import seams
+        from rankloss_open_clip import patches
 
-        getattr(seams, SEAMS[name])(module)
+        getattr(patches, SEAMS[name])(module)
     except Exception as error:
         failures[name] = error
     else:
@@ -140,23 +137,13 @@ def patch(module: ModuleType) -> None:
         _guard(module)
 
 
-def asks_for_loss(argv: Iterable[str]) -> bool:
-    """Whether a trainer's command line has ``--loss`` or one of the options that belong to it.
-
-    ``--los`` counts: without the plug-in it is read as ``--loss-dist-impl`` too. That option itself does not.
-    """
-    names = [str(argument).partition("=")[0] for argument in argv]
-    options = tuple(f"--{prefix}" for prefix in PREFIXES)
-    return any(name in ("--los", "--loss") or name.startswith(options) for name in names)
-
-
 def _guard(module: ModuleType) -> None:
     """Let the trainer's ``parse_args`` refuse ``--loss`` when a patch failed."""
     import functools
 
     original: Callable[..., Any] | None = getattr(module, "parse_args", None)
     if original is None:
-        # No place for the guard, so this is the last moment. Only the trainer itself loads this module.
+        # There is no function to guard, so check here. Only the trainer itself loads this module.
         _report(sys.argv[1:])
         return
     if getattr(original, _GUARDED, False):
@@ -175,6 +162,8 @@ def _guard(module: ModuleType) -> None:
 def _report(argv: Iterable[str]) -> None:
     if not failures:
         return
+    from rankloss_open_clip.names import asks_for_loss
+
     reasons = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failures.items())
     if asks_for_loss(argv):
         raise ImportError(

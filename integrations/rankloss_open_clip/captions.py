@@ -1,16 +1,16 @@
-"""A second caption of every training image, on the trainer's own roads.
+"""Adds a second caption per image without changing the trainer's data path.
 
-The trainer reads one text for an image, tokenizes it, stacks the batch and calls ``model(images, texts)``.
-Nothing of that is changed, only what travels on it:
+The trainer reads one text per image, tokenizes it, stacks the batch and calls ``model(images, texts)``. All
+of that stays; only the values differ:
 
 - Both captions are one text, with a separator between, from the moment they are read: the column of a CSV
   file, the text of a webdataset sample.
-- The tokenizer of the training data takes them apart and gives ``[2, context]`` for ``[context]``.
-- At the door of the model ``[B, 2, context]`` becomes ``[2·B, context]``, and the text features that come out
-  are shared out again: the first captions are ``text_features``, the second ``caption_features``. It is one
-  call of the model, whatever is wrapped around it, so DDP sees one forward.
+- The tokenizer of the training data splits them and gives ``[2, context]`` instead of ``[context]``.
+- A hook in front of the model reshapes ``[B, 2, context]`` to ``[2·B, context]``, and one behind it splits
+  the text features: the first captions' are ``text_features``, the second ones' ``caption_features``. The
+  model is called once, so DDP sees one forward.
 
-Validation data, zero-shot prompts and ``encode_text`` have one caption and pass untouched.
+Validation data, zero-shot prompts and ``encode_text`` have one caption and are not changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HOOKED = "_rankloss_open_clip_captions"
 
 
 def refuse(args: Any) -> str | None:
-    """Why a second caption cannot be had with the trainer's arguments, or None."""
+    """Why the trainer's arguments rule out a second caption, or None."""
     if getattr(args, "dataset_type", None) == "synthetic":
         return "--dataset-type synthetic has no second caption"
     if getattr(args, "distill_model", None) and getattr(args, "distill_pretrained", None):
@@ -80,7 +80,7 @@ def join_csv(dataset: Any, path: str, separator: str, key: str) -> None:
 class JoinedSamples:
     """A reader of webdataset samples that adds the second caption to the text of each.
 
-    Samples without a second caption are left out, as the trainer leaves out those without a first.
+    Samples without a second caption are skipped, as the trainer skips those without a first.
 
     Args:
         read: The trainer's own reader.
@@ -145,7 +145,7 @@ def _text(caption: Any) -> str:
 
 
 class PairTokenizer:
-    """The trainer's tokenizer, for joined captions: ``[n, 2, context]`` for n of them."""
+    """The trainer's tokenizer applied to n joined captions: ``[n, 2, context]``."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

@@ -6,49 +6,54 @@ whatever the trainer does with a checkpoint (keep, delete, rename, upload) it do
 without the plug-in reads such a checkpoint as any other: torch ignores the addition.
 
 An optimizer does not hand out what it ignored, and the trainer restores it before it builds the loss. So the
-state is picked up where the trainer reads the file, and kept until the first epoch begins.
+state is kept from where the trainer reads the file until the resumed run's first epoch begins. Only the run
+that resumed from this file is given it.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor
+from torch import nn
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from rankloss_open_clip.loss import TrainerLoss
+from rankloss_trainers import state
 
 KEY = "rankloss_open_clip"
 """Where the state is, in a checkpoint's ``optimizer``."""
 
 _logger = logging.getLogger("rankloss_open_clip")
-_read: dict[str, Any] | None = None
+_read: tuple[str, dict[str, Any] | None] | None = None  # the last file, and the state that it holds
 
 
-def pick_up(checkpoint: Any) -> None:
-    """Keep the state that a checkpoint holds, if it holds one."""
-    global _read
-    optimizer = checkpoint.get("optimizer") if isinstance(checkpoint, dict) else None
-    _read = optimizer.get(KEY) if isinstance(optimizer, dict) else None
-
-
-def restore(loss: TrainerLoss, name: str, *, warn: bool) -> None:
-    """Give a loss the state that was picked up.
+def pick_up(path: str, checkpoint: Any) -> None:
+    """Keep the state that a checkpoint holds, if it holds one.
 
     Args:
-        loss: What the trainer trains with.
-        name: The value of ``--loss``.
-        warn: Whether to say so, in this process, where there is none.
+        path: The checkpoint's file.
+        checkpoint: What the trainer read from it.
     """
-    if not loss.criterion.state_dict():
+    global _read
+    optimizer = checkpoint.get("optimizer") if isinstance(checkpoint, dict) else None
+    _read = (path, optimizer.get(KEY) if isinstance(optimizer, dict) else None)
+
+
+def restore(loss: nn.Module, name: str, path: str | None, *, warn: bool) -> None:
+    """Give the loss of a run that begins its state back, if the run was resumed; forget what was kept.
+
+    Args:
+        loss: The loss.
+        name: The value of ``--loss``.
+        path: The file that the run resumes from, None for a fresh run.
+        warn: Whether this process logs a warning where the checkpoint has no such state.
+    """
+    global _read
+    read, _read = _read, None
+    if path is None or not state.has_state(loss):
         return
-    if _read is not None and _read["loss"] == name:
-        loss.criterion.load_state_dict(_read["state_dict"])
-    elif warn:
-        found = "no state of a loss" if _read is None else f"the state of --loss {_read['loss']}"
+    found = state.restore(name, loss, read[1] if read is not None and read[0] == path else None)
+    if found and warn:
         _logger.warning(
             "--loss %s has a state that belongs to the run, and the checkpoint resumed from holds %s: it "
             "starts anew",
@@ -57,16 +62,16 @@ def restore(loss: TrainerLoss, name: str, *, warn: bool) -> None:
         )
 
 
-def save_with(optimizer: Any, loss: TrainerLoss, name: str, *, sharded: bool = False) -> None:
+def save_with(optimizer: Any, loss: nn.Module, name: str, *, sharded: bool = False) -> None:
     """Add the state of a loss, if it has one, to what an optimizer saves from now on.
 
     Args:
         optimizer: The trainer's optimizer.
-        loss: What the trainer trains with.
+        loss: The loss.
         name: The value of ``--loss``.
         sharded: Whether FSDP collects the optimizer's state, which takes only what it knows.
     """
-    if not loss.criterion.state_dict():
+    if not state.has_state(loss):
         return
     if sharded or not hasattr(optimizer, "register_state_dict_post_hook"):
         _logger.warning(
@@ -77,7 +82,6 @@ def save_with(optimizer: Any, loss: TrainerLoss, name: str, *, sharded: bool = F
         return
 
     def add(_: Any, state_dict: dict[str, Any]) -> Mapping[str, Any]:
-        state: dict[str, Tensor] = {k: v.detach().cpu() for k, v in loss.criterion.state_dict().items()}
-        return {**state_dict, KEY: {"loss": name, "state_dict": state}}
+        return {**state_dict, KEY: state.saved(name, loss)}
 
     optimizer.register_state_dict_post_hook(add)

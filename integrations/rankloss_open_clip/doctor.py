@@ -1,8 +1,8 @@
 """``python -m rankloss_open_clip.doctor``: will ``--loss rankclip`` be honoured here, and if not, why?
 
-The exit code is 0 if the unmodified ``python -m open_clip_train.main`` will honour it, else 1. The answer is
-not guessed from versions: torch and the trainer's modules are imported, as the trainer would, and looked at.
-A version only adds a remark, or rules out what is too old.
+The exit code is 0 if the unmodified ``python -m open_clip_train.main`` will honour it, else 1. torch and the
+trainer's modules are imported, as the trainer would, and inspected. A version only adds a remark, or rules
+out what is too old.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import importlib.util
 import os
 import sys
 
-from rankloss_open_clip import bootstrap, registry
-from rankloss_open_clip.versions import judge
+from rankloss_open_clip import bootstrap
+from rankloss_open_clip.versions import INSTALL, judge, missing_trainer
+from rankloss_trainers import catalog
 
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _OPTIONAL = ("open_clip_train.legacy_train",)  # open_clip 3.x has no such module
@@ -33,9 +34,11 @@ def diagnose() -> list[str]:
     Returns:
         One sentence or two per problem, the cause first; empty if there is none.
     """
-    for module, distribution in (("torch", "torch"), ("open_clip_train", "open_clip_torch[training]>=3.0")):
-        if importlib.util.find_spec(module) is None:
-            return [f"{module} is not installed: pip install '{distribution}'."]
+    if importlib.util.find_spec("torch") is None:
+        return ["torch is not installed: pip install torch."]
+    missing = missing_trainer()
+    if missing:
+        return [f"{missing}."]
     problems = []
     try:
         importlib.import_module("torch")
@@ -58,9 +61,9 @@ def diagnose() -> list[str]:
         problems += _unpatched()
     verdict = judge(_version("open_clip"))
     if not verdict.usable:
-        problems.append(f"{verdict.remark}: pip install 'open_clip_torch[training]>=3.0'.")
+        problems.append(f"{verdict.remark}: {INSTALL}.")
     try:
-        importlib.import_module("rankloss_open_clip.loss")
+        importlib.import_module("rankloss_open_clip.training")
     except Exception as error:
         problems.append(f"the ranking loss cannot be imported: {type(error).__name__}: {error}")
     return problems
@@ -101,15 +104,15 @@ def _why_not_loaded() -> str:
 
 
 def _unpatched() -> list[str]:
-    from rankloss_open_clip import seams
+    from rankloss_open_clip import patches
 
-    return [f"{name} is not patched: another import hook loads it first." for name in seams.unpatched()]
+    return [f"{name} is not patched: another import hook loads it first." for name in patches.unpatched()]
 
 
 def _other_packages() -> list[str]:
-    """What other packages register: it works, or it does not, for those who ask for it."""
-    sentences = [f"{sentence}." for sentence in registry.shadowed()]
-    for name, candidate in registry.candidates().items():
+    """The losses that other packages register, and whether each can be used."""
+    sentences = [f"{sentence}." for sentence in catalog.shadowed()]
+    for name, candidate in catalog.candidates().items():
         if candidate.package:
             try:
                 candidate.load()
@@ -122,7 +125,7 @@ def _other_packages() -> list[str]:
 
 
 def _version(module: str) -> str:
-    # Of what was imported: a source checkout on the path may shadow what is installed.
+    # Of the imported module: a source checkout on the path may shadow the installed package.
     return getattr(sys.modules.get(module), "__version__", "not loaded")
 
 

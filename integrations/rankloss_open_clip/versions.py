@@ -1,9 +1,14 @@
-"""Which versions of open_clip ``--loss`` was tested with, and what is said about the others."""
+"""Which versions of open_clip ``--loss`` is tested with, and what the others are told."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import re
 from dataclasses import dataclass
+
+INSTALL = "pip install 'open_clip_torch[training]>=3.0'"
+"""The command that installs a supported trainer."""
 
 OLDEST = (2, 26, 1)
 """The first release whose trainer is the package ``open_clip_train``."""
@@ -14,7 +19,7 @@ LOWEST, NEWEST = (3, 0, 0), (3, 3, 0)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is thought of a version of open_clip.
+    """Support status of a version of open_clip.
 
     Attributes:
         usable: Whether ``--loss`` may be tried with it at all.
@@ -26,10 +31,10 @@ class Verdict:
 
 
 def judge(version: str) -> Verdict:
-    """Say what is known of ``--loss`` with a version of open_clip.
+    """The support status of ``--loss`` with a version of open_clip.
 
-    A number says less than the modules themselves: what was not tested is tried, with a warning, and
-    :mod:`rankloss_open_clip.seams` refuses a trainer that is not laid out as it has to be.
+    An untested version is tried, with a warning: :mod:`rankloss_open_clip.patches` refuses a trainer with an
+    unknown layout, which its number does not tell.
 
     Args:
         version: What ``open_clip.__version__`` says.
@@ -53,6 +58,24 @@ def judge(version: str) -> Verdict:
         True,
         f"open_clip {version}: --loss is tested with {_text(LOWEST)} to {_text(NEWEST)}, and tried with this",
     )
+
+
+def missing_trainer() -> str:
+    """Why the package ``open_clip_train`` is not there, and what to do; empty if it is."""
+    if importlib.util.find_spec("open_clip_train") is not None:
+        return ""
+    if importlib.util.find_spec("open_clip") is None:
+        return f"open_clip_train is not installed: {INSTALL}"
+    try:
+        version = importlib.metadata.version("open_clip_torch")
+    except importlib.metadata.PackageNotFoundError:
+        version = "of unknown version"
+    reason = judge(version).remark if not judge(version).usable else f"open_clip {version} is installed"
+    if importlib.util.find_spec("training") is not None:
+        reason += "; its trainer is the package `training`, which is not patched"
+    else:
+        reason += ", but its trainer, open_clip_train, is not"
+    return f"{reason}: {INSTALL}"
 
 
 def _text(release: tuple[int, ...]) -> str:

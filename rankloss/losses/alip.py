@@ -169,7 +169,8 @@ class AlipLoss(GatheringLoss):
     @torch.no_grad()
     def _weights(self, images: Tensor, texts: Tensor, captions: Tensor, update: bool) -> _Weights:
         dtype = arithmetic_dtype(images)
-        v, t, c = images.to(dtype), texts.to(dtype), captions.to(dtype)
+        # Detached too: no_grad alone leaves forward-mode tangents in place.
+        v, t, c = (x.detach().to(dtype) for x in (images, texts, captions))
         cosines = torch.stack([(t * c).sum(-1), (t * v).sum(-1), (c * v).sum(-1)])
         if update:
             mean = cosines.mean(-1).to(self.histories.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,25 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-
-for module in (
-    "sklearn",
-    "torchmetrics",
-    "rich",
-    "webdataset",
-    "timm",
-    "umap",
-    "captum",
-    "jinja2",
-    "resvg_py",
-):
-    pytest.importorskip(module, reason="the example's packages are not installed")
-pytest.importorskip("open_clip_train", reason="the example's packages are not installed")
+from miniature_icons import write_icons
+from miniature_paper.records import read_lines
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "miniature"
-
-from miniature_icons import write_icons  # noqa: E402
-
 # Four models: CLIP and RankCLIP on both backbones.
 ARGUMENTS = ("--only", "table4", "--seeds", "1", "--jobs", "2", "--device", "cpu")
 
@@ -46,8 +30,12 @@ def _start(folder, *more):
     )
 
 
+def _file(folder):
+    return folder / "out" / "quick" / "results" / "records.jsonl"
+
+
 def _records(folder):
-    return sorted((folder / "out" / "quick" / "results").glob("*.json"))
+    return [line for line in read_lines(_file(folder))[0] if "key" in line]
 
 
 def _children(pid):
@@ -69,20 +57,19 @@ def test_it_is_interrupted_resumed_and_reported(tmp_path):
     first.send_signal(signal.SIGINT)
     said, _ = first.communicate(timeout=60)
     assert first.returncode == 130, said
-    assert "Interrupted. The same command goes on" in said
+    assert "Interrupted" in said
     for child in children:
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
-    there = {path: path.read_bytes() for path in _records(tmp_path)}
-    assert 1 <= len(there) < 4
+    there = _file(tmp_path).read_bytes()
+    assert 1 <= len(_records(tmp_path)) < 4
 
     second = _start(tmp_path)
     said, _ = second.communicate(timeout=900)
     assert second.returncode == 0, said
-    assert f"4 models, {len(there)} of them there already" in said
-    assert {path: path.read_bytes() for path in there} == there
+    assert _file(tmp_path).read_bytes().startswith(there)
 
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in _records(tmp_path)]
+    records = _records(tmp_path)
     assert {(r["setting"]["loss"], r["setting"]["backbone"]) for r in records} == {
         (loss, backbone) for loss in ("clip", "rankclip") for backbone in ("resnet", "vit")
     }
@@ -94,8 +81,8 @@ def test_it_is_interrupted_resumed_and_reported(tmp_path):
             if r["setting"]["backbone"] == backbone
         }
         assert len(first_steps) == 1
-    for record, path in zip(records, _records(tmp_path), strict=True):
-        assert path.stat().st_size < 60_000
+    assert _file(tmp_path).stat().st_size < 4 * 60_000
+    for record in records:
         assert ("figures" in record) == (record["setting"]["backbone"] == "resnet")
         assert set(record["seconds"]) == {"training", "measuring"}
     assert not list((tmp_path / "out" / "runs").iterdir())  # no weights are kept

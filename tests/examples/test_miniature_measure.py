@@ -9,22 +9,17 @@ import doctest
 import io
 import json
 
+import numpy as np
 import pytest
-
-for module in ("sklearn", "torchmetrics", "rich", "webdataset", "timm", "umap", "captum"):
-    pytest.importorskip(module, reason="the example's packages are not installed")
-open_clip = pytest.importorskip("open_clip", reason="the example's packages are not installed")
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from clip_evaluation.model import ClipModel  # noqa: E402
-from icons_data.load import load  # noqa: E402
-from miniature_icons import write_icons  # noqa: E402
-from miniature_paper import captions, data, measure, training  # noqa: E402
-from miniature_paper.grid import PRESETS, plan  # noqa: E402
-from miniature_paper.heat_maps import heat_map  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch.nn.functional import cosine_similarity, normalize  # noqa: E402
+import torch
+from clip_evaluation.model import ClipModel
+from icons_data.load import load
+from miniature_icons import write_icons
+from miniature_paper import captions, data, grid, measure
+from miniature_paper.grid import PRESETS, plan
+from miniature_paper.heat_maps import heat_map
+from PIL import Image
+from torch.nn.functional import cosine_similarity, normalize
 
 
 def _no_track(items, length, what):
@@ -142,7 +137,7 @@ def test_an_interrupted_export_leaves_nothing(icons, tmp_path):
 
 
 def test_too_many_pairs_are_refused(icons, tmp_path):
-    with pytest.raises(ValueError, match="sizes: 97 pairs are asked for, the icons have 96"):
+    with pytest.raises(ValueError, match=r"sizes: 97 pairs .* 96"):
         data.prepare(icons, tmp_path, (97,), _no_track)
 
 
@@ -182,12 +177,6 @@ def test_a_heat_map_is_the_mean_fall_over_the_windows_on_a_pixel(window, stride)
     assert (spread.amax((-1, -2)) - spread.amin((-1, -2))).max() < 1e-12  # one value in a cell
 
 
-def test_paper_hides_nothing_on_paper():
-    text = torch.ones(5, dtype=torch.float64)
-    found = heat_map(_Tower(), torch.ones(3, 16, 16, dtype=torch.float64), text, window=8, stride=4)
-    assert found.abs().max() < 1e-12
-
-
 def test_windows_that_do_not_tile_are_refused():
     with pytest.raises(ValueError, match="window, stride: 6 and 4 do not tile 16 × 16"):
         heat_map(_Tower(), torch.ones(3, 16, 16), torch.ones(5), window=6, stride=4)
@@ -208,7 +197,7 @@ PRESET = dataclasses.replace(
 @pytest.fixture(scope="module", params=["resnet", "vit"])
 def model(request):
     torch.manual_seed(0)
-    return ClipModel(f"local-dir:{training.model_folder(request.param)}")
+    return ClipModel(f"local-dir:{grid.model_folder(request.param)}")
 
 
 def test_everything_is_measured(icons, model):
@@ -289,12 +278,5 @@ def test_umap_is_the_same_every_time():
 def test_only_the_first_seed_of_each_loss_is_shown():
     for preset in PRESETS.values():
         shown = [s for s in plan(preset) if measure.is_shown(s)]
-        assert [s.loss for s in shown] == [
-            "clip",
-            "cyclip",
-            "alip",
-            "rankclip",
-            "rankclip-cross",
-            "rankclip-in",
-        ]
+        assert [s.loss for s in shown] == list(grid.LOSSES)
         assert {(s.seed, s.backbone, s.pairs) for s in shown} == {(0, "resnet", preset.pairs)}

@@ -41,7 +41,7 @@ def broken_plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     package.mkdir()
     for file in source.glob("*.py"):
         (package / file.name).write_text(file.read_text())
-    (package / "seams.py").write_text("raise OSError('sabotaged')\n")
+    (package / "patches.py").write_text("raise OSError('sabotaged')\n")
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))}
 
 

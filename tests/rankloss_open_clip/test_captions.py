@@ -1,4 +1,4 @@
-"""The second caption: joined, tokenized apart, encoded in one call, and shared out again."""
+"""The second caption: joined, tokenized separately, encoded in one call, and split again."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from open_clip_train.params import parse_args
 from torch import Tensor, nn
 
+from rankloss_open_clip import command_line
 from rankloss_open_clip.captions import JoinedSamples, PairTokenizer, join_csv, split_features
 
 # --- reading --------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ class SimpleModule(nn.Module):
         self.module = module
 
 
-# The compiler looks at tensors in a way that warns.
+# The compiler reads .grad of tensors that are not leaves, which warns.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_model_gives_the_same() -> None:
     clip, plain = model(), model()
@@ -251,7 +252,5 @@ def test_compiled_model_gives_the_same() -> None:
 
 
 def test_namespace_of_arguments_without_a_loss_needs_no_captions() -> None:
-    from rankloss_open_clip import arguments
-
-    assert arguments.caption_key(SimpleNamespace()) is None
-    assert arguments.caption_key(parse_args(["--loss", "cyclip"])) is None
+    assert command_line.caption_key(SimpleNamespace()) is None
+    assert command_line.caption_key(parse_args(["--loss", "cyclip"])) is None

@@ -13,20 +13,17 @@ from torch import nn
 
 from rankloss import AlipLoss, CyClipLoss
 from rankloss_open_clip import checkpoints
-from rankloss_open_clip.loss import TrainerLoss, start_epoch
+from rankloss_open_clip.logged_terms import TrainerLoss
+from rankloss_open_clip.training import start_epoch
+from rankloss_trainers.logging import alip_log
 
 DATA = {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=4))}
-
-
-@pytest.fixture(autouse=True)
-def _nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "_read", None)
 
 
 def loss(history: float = 1.0, criterion: type[nn.Module] = AlipLoss) -> TrainerLoss:
     if criterion is CyClipLoss:
         return TrainerLoss(CyClipLoss(), unit="epoch")
-    return TrainerLoss(AlipLoss(initial_history=history), unit="step", first_call="update_histories")
+    return TrainerLoss(AlipLoss(initial_history=history), unit="step", evaluate=alip_log)
 
 
 def arguments(name: str = "alip", **changes: Any) -> Any:
@@ -57,12 +54,12 @@ def test_state_travels_with_the_optimizer(tmp_path: Any) -> None:
     assert len(built._optimizer_state_dict_post_hooks) == 1
     path = saved(built, tmp_path)
 
-    # open_clip's own reader, as patched; it reads no objects but tensors and containers.
+    # open_clip's own reader, as patched; it loads tensors and containers only.
     checkpoint = open_clip_train.file_utils.pt_load(path, map_location="cpu")
     second = loss()
     start_epoch(second, 1, DATA, arguments(resume=path), optimizer())
     assert second.criterion.histories.tolist() == [0.25, 0.75, 0.25]
-    # An optimizer takes the rest as ever.
+    # The optimizer ignores the addition.
     resumed = optimizer()
     resumed.load_state_dict(checkpoint["optimizer"])
     assert resumed.state_dict().keys() == {"state", "param_groups"}
@@ -99,11 +96,11 @@ def test_loss_without_a_state_leaves_checkpoints_as_they_are(caplog: pytest.LogC
         ),
     ],
 )
-def test_resuming_without_the_state_is_warned_of(
+def test_resuming_without_the_state_warns_once(
     caplog: pytest.LogCaptureFixture, checkpoint: dict[str, Any], found: str
 ) -> None:
     for rank in (0, 1):
-        checkpoints.pick_up(checkpoint)
+        checkpoints.pick_up("x.pt", checkpoint)
         resumed = loss()
         start_epoch(resumed, 1, DATA, arguments(resume="x.pt", rank=rank), optimizer())
         assert resumed.criterion.histories.tolist() == [1, 1, 1]
@@ -112,14 +109,41 @@ def test_resuming_without_the_state_is_warned_of(
     assert f"{found}: it starts anew" in record.message
 
 
-def test_new_run_and_bare_weights_are_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_new_run_and_bare_weights_cause_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     start_epoch(loss(), 0, DATA, arguments(), optimizer())
-    checkpoints.pick_up({"visual.proj": torch.zeros(1)})
+    checkpoints.pick_up("weights.pt", {"visual.proj": torch.zeros(1)})
     start_epoch(loss(), 0, DATA, arguments(resume="weights.pt"), optimizer())
     assert not caplog.records
 
 
-def test_what_cannot_save_it_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_runs_of_one_process_share_no_state(tmp_path: Any) -> None:
+    """A fresh run starts anew whatever was read before, and a resumed run is given the state of its file."""
+    paths = []
+    for number, history in enumerate((0.25, 0.5)):
+        built = optimizer()
+        start_epoch(loss(history), 0, DATA, arguments(), built)
+        paths.append(str(tmp_path / f"{number}.pt"))
+        torch.save({"epoch": 1, "optimizer": built.state_dict()}, paths[-1])
+
+    def histories(epoch: int, resume: str | None) -> list[float]:
+        run = loss()
+        start_epoch(run, epoch, DATA, arguments(resume=resume), optimizer())
+        return run.criterion.histories.tolist()
+
+    read = open_clip_train.file_utils.pt_load
+    for path, expected in zip(paths, (0.25, 0.5), strict=True):
+        read(path, map_location="cpu")
+        assert histories(1, path) == [expected] * 3
+        assert histories(0, None) == [1, 1, 1]
+    # Read, but not by the run that begins: a file whose run was given up, or another one's.
+    read(paths[0])
+    assert histories(0, None) == [1, 1, 1]
+    read(file_path=paths[0])
+    assert histories(1, paths[1]) == [1, 1, 1]
+    assert histories(1, paths[0]) == [1, 1, 1], "what was kept is forgotten when a run begins"
+
+
+def test_what_cannot_save_it_warns(caplog: pytest.LogCaptureFixture) -> None:
     start_epoch(loss(), 0, DATA, arguments(), object())
     sharded = optimizer()
     start_epoch(loss(), 0, DATA, arguments(fsdp=True), sharded)

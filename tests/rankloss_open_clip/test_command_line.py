@@ -13,7 +13,8 @@ from trainer_runs import Processes
 
 import rankloss
 from rankloss import schedules
-from rankloss_open_clip import arguments, bootstrap, loss, registry, seams
+from rankloss_open_clip import bootstrap, command_line, patches, training
+from rankloss_trainers import catalog
 
 RANKCLIP = ["--loss", "rankclip"]
 
@@ -25,21 +26,21 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a10_help_shows_the_group(processes: Processes) -> None:
+def test_help_shows_the_group(processes: Processes) -> None:
     done = processes["help"]
     assert done.returncode == 0
     assert "loss (rankloss):" in done.output
     assert "--loss {clip,rankclip,rankclip-cross,rankclip-in,cyclip,alip}" in done.output
     assert "--loss rankclip, rankclip-cross, rankclip-in:" in done.output
     assert f"--rankclip-schedule {{{','.join(schedules.NAMES)}}}" in done.output
-    for name in registry.BUILT_IN:
-        entry = registry.candidates()[name].load()
+    for name in catalog.BUILT_IN:
+        entry = catalog.candidates()[name].load()
         assert f"{name}: {entry.help}" in " ".join(done.output.split())
         for option in entry.options:
-            assert arguments.flag(name, entry, option) in done.output
+            assert catalog.flag(name, entry, option) in done.output
 
 
-def test_a10_unknown_loss_ends_the_command_with_a_usage_error(processes: Processes) -> None:
+def test_unknown_loss_ends_the_command_with_a_usage_error(processes: Processes) -> None:
     done = processes["bad value"]
     assert done.returncode == 2
     assert "argument --loss: invalid choice: 'siglip'" in done.output
@@ -50,9 +51,9 @@ def test_both_spellings_select_the_loss_and_fill_in_defaults(argv: list[str]) ->
     args = parse_args(argv)
     assert args.loss == "rankclip"
     assert args.loss_dist_impl is None
-    entry = registry.candidates()["rankclip"].load()
+    entry = catalog.candidates()["rankclip"].load()
     assert {name for name in vars(args) if name.startswith("rankclip_")} == {
-        arguments.dest("rankclip", entry, option) for option in entry.options
+        catalog.dest("rankclip", entry, option) for option in entry.options
     }
     assert not [name for name in vars(args) if name.startswith(("cyclip_", "alip_"))]
 
@@ -98,6 +99,15 @@ def test_ambiguous_abbreviation_is_refused(capsys: pytest.CaptureFixture[str]) -
             ["--rankclip-chunk-size", "1.5"],
             "--rankclip-chunk-size: must be a whole number of at least 1, got '1.5'",
         ),
+        (["--rankclip-bins", "1"], "--rankclip-bins: must be a whole number of at least 2, got '1'"),
+        (
+            ["--rankclip-bins", str(2**40)],
+            f"--rankclip-bins: must be at most {2**31 - 1}, got '{2**40}'",
+        ),
+        (
+            ["--rankclip-memory-budget", "-1"],
+            "--rankclip-memory-budget: must be a whole number of at least 0, got '-1'",
+        ),
         (["--rankclip-lists", "all"], "--rankclip-lists: invalid choice"),
         (["--rankclip-ties", "breslow"], "--rankclip-ties: invalid choice"),
         (["--rankclip-discount", "exp"], "--rankclip-discount: invalid choice"),
@@ -105,14 +115,14 @@ def test_ambiguous_abbreviation_is_refused(capsys: pytest.CaptureFixture[str]) -
         (["--rankclip-diagonal", "no"], "--rankclip-diagonal: invalid choice"),
         (
             ["--rankclip-diagonal", "exclude", "--rankclip-ties", "random"],
-            "--loss: diagonal=False makes lists of other items",
+            "--rankclip-diagonal: diagonal=False makes lists of other items",
         ),
         (["--horovod"], "--loss: rankclip does not work with --horovod"),
         (["--rankclip-lists", "batch", "--local-loss"], "--rankclip-lists: batch needs the whole batch"),
         (["--rankclip-weight", "1"], "unrecognized arguments: --rankclip-weight"),
     ],
 )
-def test_a10_what_cannot_work_is_refused(
+def test_what_cannot_work_is_refused(
     capsys: pytest.CaptureFixture[str], argv: list[str], message: str
 ) -> None:
     assert message in refused(capsys, *RANKCLIP, *argv)
@@ -133,7 +143,7 @@ def test_what_the_library_refuses_is_a_usage_error(
         raise ValueError("top_k must be at least 2, got 1")
 
     monkeypatch.setattr(rankloss, "RankClipLoss", refuse)
-    assert "argument --loss: top_k must be at least 2, got 1" in refused(capsys, *RANKCLIP)
+    assert "argument --rankclip-top-k: must be at least 2, got 1" in refused(capsys, *RANKCLIP)
 
 
 @pytest.mark.parametrize(
@@ -152,11 +162,14 @@ def test_what_the_library_refuses_is_a_usage_error(
         (["--rankclip-fixed-reference", "text"], "fixed_reference", "text"),
         (["--rankclip-fixed-reference", "none"], "fixed_reference", None),
         (["--rankclip-chunk-size", "8"], "chunk_size", 8),
+        (["--rankclip-memory-budget", "0"], "memory_budget", 0),
+        (["--rankclip-method", "bin", "--rankclip-bins", "2"], "bins", 2),
         (["--local-loss"], "local_loss", True),
         (["--gather-with-grad"], "gather_with_grad", True),
         (["--siglip"], "gather_with_grad", True),
         (["--siglip"], "local_loss", True),
         (["--siglip", "--rankclip-lists", "batch"], "local_loss", False),
+        (["--local-loss", "--gather-with-grad", "--rankclip-lists", "batch"], "local_loss", False),
     ],
 )
 def test_option_reaches_the_loss(
@@ -172,16 +185,16 @@ def test_option_reaches_the_loss(
 
     monkeypatch.setattr(rankloss, "RankClipLoss", Recorder)
     base = Base()
-    loss.build_loss(base, args, sums_every_value=True)
+    training.build_loss(base, args, sums_every_value=True)
     assert built["base"] is base
-    assert built[name] == value
+    assert {**vars(built["gather"]), **built}[name] == value
 
 
 def test_every_option_is_accepted_by_the_library() -> None:
     for unit in ("epoch", "step"):
         args = ready(parse_args([*RANKCLIP, "--rankclip-schedule-unit", unit]))
-        built = loss.build_loss(Base(), args, sums_every_value=True)
-        assert built.unit == unit
+        built = training.build_loss(Base(), args, sums_every_value=True)
+        assert built.clock.unit == unit
         assert isinstance(built.criterion, rankloss.RankClipLoss)
 
 
@@ -191,7 +204,7 @@ def test_broken_library_stops_only_runs_that_ask(
     def broken() -> None:
         raise ImportError("no rankloss")
 
-    monkeypatch.setattr(arguments, "_own_entries", broken)
+    monkeypatch.setattr(command_line, "_own_entries", broken)
     assert parse_args([]).loss_dist_impl is None
     assert "--loss is not available in this run" in caplog.text
     assert "rankloss cannot be imported (ImportError: no rankloss)" in refused(capsys, *RANKCLIP)
@@ -206,12 +219,12 @@ def test_version_that_is_too_old_is_refused(
 
 
 @pytest.mark.parametrize("model", ["naflexgenlip_b16", "local-dir:/models/GenLap"])
-def test_a10_generative_model_is_refused_where_open_clip_has_such_tasks(
+def test_generative_model_is_refused_where_open_clip_has_such_tasks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     argv = [*RANKCLIP, "--model", model]
     monkeypatch.setattr(open_clip.factory, "create_task", None, raising=False)
-    monkeypatch.setattr(seams, "unpatched", lambda **_: [])
+    monkeypatch.setattr(patches, "unpatched", lambda **_: [])
     assert f"compares images with texts, but {model} is trained to generate" in refused(capsys, *argv)
     monkeypatch.delattr(open_clip.factory, "create_task")
     assert parse_args(argv).model == model
@@ -223,7 +236,7 @@ def test_loss_that_takes_no_features_is_refused() -> None:
         ValueError,
         match=r"Identity\.forward takes no image_features, logit_scale, output_dict, text_features",
     ):
-        loss.build_loss(nn.Identity(), args, sums_every_value=False)
+        training.build_loss(nn.Identity(), args, sums_every_value=False)
 
 
 @pytest.mark.parametrize(("version", "warned"), [("2.32.0", True), ("3.3.0", False), ("4.2.0.dev0", True)])
@@ -231,7 +244,7 @@ def test_log_remarks_once_on_a_version_that_was_not_tested(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str, warned: bool
 ) -> None:
     monkeypatch.setattr(open_clip, "__version__", version)
-    loss.build_loss(Base(), ready(parse_args(RANKCLIP)), sums_every_value=True)
+    training.build_loss(Base(), ready(parse_args(RANKCLIP)), sums_every_value=True)
     remark = f"open_clip {version}: --loss is tested with 3.0.0 to 3.3.0, and tried with this"
     assert caplog.messages.count(remark) == warned
 
@@ -239,7 +252,7 @@ def test_log_remarks_once_on_a_version_that_was_not_tested(
 def test_unpatched_trainer_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seams, "unpatched", lambda captions: ["open_clip_train.train.train_one_epoch"])
+    monkeypatch.setattr(patches, "unpatched", lambda captions: ["open_clip_train.train.train_one_epoch"])
     assert "did not reach open_clip_train.train.train_one_epoch" in refused(capsys, *RANKCLIP)
 
 
@@ -258,7 +271,7 @@ def test_failed_patch_is_raised_at_the_command_line(
 def test_swallowed_option_is_noticed_by_the_factory() -> None:
     swallowed = SimpleNamespace(loss_dist_impl="rankclip")
     with pytest.raises(RuntimeError, match="was read as --loss-dist-impl rankclip"):
-        arguments.requested(swallowed)
+        command_line.requested(swallowed)
 
 
 class Base(nn.Module):

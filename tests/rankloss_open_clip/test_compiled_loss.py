@@ -16,13 +16,14 @@ from torch._dynamo.utils import counters
 from torch.nn.functional import normalize
 
 from rankloss import RankClipLoss
-from rankloss_open_clip import seams
-from rankloss_open_clip.loss import Position, TrainerLoss
-from rankloss_open_clip.rank_clip import RankClipTrainerLoss
+from rankloss_open_clip import patches
+from rankloss_open_clip.logged_terms import TrainerLoss
+from rankloss_trainers.clock import Position
+from rankloss_trainers.logging import RankClipLog
 
 EPOCHS, STEPS = 4, 5
 
-# The compiler looks at tensors in a way that warns, and hides the warning where warnings are not errors.
+# The compiler reads .grad of tensors that are not leaves, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
@@ -80,9 +81,8 @@ def test_lambda_changes_without_a_recompilation(
 ) -> None:
     def loss() -> TrainerLoss:
         criterion = RankClipLoss(open_clip.ClipLoss(), schedule=schedule)
-        return RankClipTrainerLoss(
-            criterion, unit=unit, sums_every_value=False, agreement_every=agreement_every
-        )
+        log = RankClipLog(agreement_every)
+        return TrainerLoss(criterion, unit=unit, sums_every_value=False, evaluate=log)
 
     eager = loss()
     expected = losses_of_a_run(eager, Step(eager))
@@ -114,7 +114,7 @@ def test_recompilation_would_be_noticed() -> None:
 
 
 class TrainersOwn(open_clip.ClipLoss):
-    """Not CLIP's loss itself, for which the rank terms' pass would stand in."""
+    """A subclass, which the rank terms' pass does not replace, as it does CLIP's loss itself."""
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ class TrainersOwn(open_clip.ClipLoss):
 def test_trainers_own_loss_is_compiled_alone(torchcompile: bool, strategy: str, frames: int) -> None:
     factory = ModuleType("open_clip.factory")
     factory.create_task = lambda args, model: Step(TrainersOwn())  # type: ignore[attr-defined]
-    seams.patch_factory(factory)
+    patches.patch_factory(factory)
     args = open_clip_train.params.parse_args(["--loss", "rankclip"])
     counter = CompileCounter()
     compile_arguments = {"torchcompile_backend": counter, "torchcompile_mode": None}

@@ -15,7 +15,7 @@ import one_process
 from batches import random_batch, relative_error
 from collectives import Collectives
 from process_pool import Pool, Pools
-from rankloss_open_clip.loss import Position
+from rankloss_trainers.clock import Position
 
 N, D, SCALE = 24, 6, 10.0  # the whole batch, on however many processes
 LENGTH, VOCABULARY = 3, 5  # of CoCa's captions
@@ -88,7 +88,7 @@ def _gradients(value: Tensor, by: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def averaged(results: list[tuple[Terms, float]]) -> Terms:
-    """What DDP makes of the ranks' terms."""
+    """The ranks' terms as DDP averages them."""
     names = results[0][0].keys()
     assert all(of_rank.keys() == names and rank_lambda == 1.0 for of_rank, rank_lambda in results)
     return {
@@ -104,7 +104,7 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float 
 
 @pytest.mark.parametrize("base", ["ClipLoss", "CoCaLoss", "DistillClipLoss"])
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_a4_terms_follow_the_flags_as_clip_loss_does(
+def test_terms_follow_the_flags_as_clip_loss_does(
     pool: Pool, base: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
     argv = options(local_loss, gather_with_grad)
@@ -116,7 +116,7 @@ def test_a4_terms_follow_the_flags_as_clip_loss_does(
         assert_equal([actual[name][0], actual[name][3]], [value, ds])
         if gather_with_grad or not local_loss:
             assert_equal(actual[name], [value, dv / share, dt / share, ds])
-    # local_loss alone has its own direction, and this is it.
+    # local_loss alone has a gradient of its own, which one process can compute.
     batch = random_batch(0, N, D, SCALE).leaves()
     weights = {**WEIGHTS, "contrastive_loss": COCA_WEIGHT if base == "CoCaLoss" else 1.0}
     for name, loss in (
@@ -132,7 +132,7 @@ def test_a4_terms_follow_the_flags_as_clip_loss_does(
 
 @pytest.mark.parametrize("dist_impl", DIST_IMPLS)
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_a4_beside_siglip_the_rank_terms_are_exact_whatever_the_flags(
+def test_beside_siglip_the_rank_terms_are_exact_whatever_the_flags(
     pool: Pool, local_loss: bool, gather_with_grad: bool, dist_impl: str
 ) -> None:
     argv = [*options(local_loss, gather_with_grad), "--loss-dist-impl", dist_impl]
@@ -143,7 +143,7 @@ def test_a4_beside_siglip_the_rank_terms_are_exact_whatever_the_flags(
         assert_equal(actual[name], whole[name])
 
 
-def test_a4_batch_lists_beside_siglip_are_exact(pool: Pool) -> None:
+def test_batch_lists_beside_siglip_are_exact(pool: Pool) -> None:
     argv = ["--rankclip-lists", "batch"]
     actual, (whole, _) = averaged(pool.run(terms, "SigLipLoss", argv)), terms(0, 1, "SigLipLoss", argv)
     for name in whole:
@@ -152,7 +152,7 @@ def test_a4_batch_lists_beside_siglip_are_exact(pool: Pool) -> None:
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_a4_values_in_float32_are_the_single_process_ones(
+def test_values_in_float32_are_the_single_process_ones(
     pool: Pool, base: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
     argv = options(local_loss, gather_with_grad)
@@ -169,7 +169,7 @@ def accumulated(rank: int, world_size: int, base: str, argv: list[str], micro_ba
     loss = built(rank, world_size, base, [*argv, "--accum-freq", str(micro_batches)])
     by = [outputs[name] for name in ("image_features", "text_features", "logit_scale")]
     for j in range(micro_batches):
-        # All but the scalars come in pieces, of which one has a graph.
+        # Everything but the scalars comes in pieces, one of which has a graph.
         mixed = {
             name: torch.cat([c if i == j else c.detach() for i, c in enumerate(x.chunk(micro_batches))])
             if x.dim()
@@ -182,7 +182,7 @@ def accumulated(rank: int, world_size: int, base: str, argv: list[str], micro_ba
 
 @pytest.mark.parametrize("base", ["ClipLoss", "CoCaLoss", "SigLipLoss"])  # the trainer refuses distillation
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_a5_accumulation_gives_towers_the_big_batch_and_the_scale_k_times(
+def test_accumulation_gives_towers_the_big_batch_and_the_scale_k_times(
     pools: Pools, base: str, world_size: int
 ) -> None:
     def gradients(micro_batches: int) -> list[Tensor]:
@@ -207,7 +207,7 @@ def calls_of_a_step(rank: int, world_size: int, argv: list[str]) -> tuple[dict[s
     return dict(forward.counts), dict(backward.counts)
 
 
-# With λ at work, at 0 (where the raw terms are for the log only), and where the agreement is measured, too.
+# With λ > 0; with λ = 0, where the raw terms are only logged; and where the agreement is measured as well.
 STEPS = {
     "lambda": ["--rankclip-schedule", "constant"],
     "no lambda yet": ["--rankclip-schedule", "official"],
@@ -244,7 +244,7 @@ def warnings(rank: int, world_size: int, base: str, argv: list[str]) -> list[str
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_a4_local_loss_without_gather_with_grad_is_warned_of_once(
+def test_local_loss_without_gather_with_grad_is_warned_of_once(
     pool: Pool, base: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
     first, *others = pool.run(warnings, base, options(local_loss, gather_with_grad))

@@ -22,7 +22,7 @@ from trainer_runs import OFFICIAL, SAMPLES, TORCHRUN, Run, Runs, Trainer
 import one_process
 from batches import relative_error
 
-RANK_WEIGHT = 8.0  # so that the rank terms' share of the gradient is no rounding error of CLIP's
+RANK_WEIGHT = 8.0  # makes the rank terms' share of the gradient far larger than CLIP's rounding error
 LAMBDA = RANK_WEIGHT / 16
 OPTIONS = [
     *("--epochs", "2", "--aug-cfg", "scale=(1.0,1.0)", "--opt", "timm/sgd", "--lr", "0.001", "--wd", "0"),
@@ -80,7 +80,7 @@ def more_ddp_runs(trainer: Trainer) -> Iterator[Table]:
     table.several(4, "four processes, both flags", *BOTH)
     table.several(4, "four processes, neither flag")
     table.several(4, "siglip, four processes", *siglip, "--loss-dist-impl", "gather")
-    # 64 pairs are not shared out among three; the table without its last row is.
+    # 64 pairs cannot be divided among three processes; 63 can.
     rows = (trainer.directory / "data.csv").read_text().splitlines()[:-1]
     (trainer.directory / "63 pairs.csv").write_text("\n".join(rows) + "\n")
     pairs_63 = ("--train-data", str(trainer.directory / "63 pairs.csv"))
@@ -135,7 +135,7 @@ def assert_same_log(actual: Run, expected: Run, *, second_step_too: bool = False
             assert logged == pytest.approx(expected.scalars[name][step], rel=tolerance), name
 
 
-def test_a4_both_flags_train_as_one_process_does(ddp_runs: Table) -> None:
+def test_both_flags_train_as_one_process_does(ddp_runs: Table) -> None:
     one, two = ddp_runs["one process"], ddp_runs["two processes, both flags"]
     assert (one.params["world_size"], two.params["world_size"]) == ("1", "2")
     assert_same_training(two, one)
@@ -143,7 +143,7 @@ def test_a4_both_flags_train_as_one_process_does(ddp_runs: Table) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "world_size"), [("two", 2), ("four", 4)])
-def test_a4_neither_flag_gives_towers_their_share_of_the_gradient_and_the_scale_all_of_it(
+def test_neither_flag_gives_towers_their_share_of_the_gradient_and_the_scale_all_of_it(
     ddp_runs: Table, more_ddp_runs: Table, number: str, world_size: int
 ) -> None:
     one, several = ddp_runs["one process"], more_ddp_runs[f"{number} processes, neither flag"]
@@ -172,7 +172,7 @@ def features(trainer: Trainer, run: Run, epoch: int) -> tuple[Tensor, Tensor, Te
     return v.double(), t.double(), s.double()
 
 
-def test_a4_logged_loss_under_local_loss_is_that_of_rank_0s_rows(trainer: Trainer, ddp_runs: Table) -> None:
+def test_logged_loss_under_local_loss_is_that_of_rank_0s_rows(trainer: Trainer, ddp_runs: Table) -> None:
     run = ddp_runs["two processes, both flags"]
     v, t, s = features(trainer, run, epoch=1)
     own = rank_0_of_2(epoch=1)
@@ -185,11 +185,11 @@ def test_a4_logged_loss_under_local_loss_is_that_of_rank_0s_rows(trainer: Traine
     }
     for name, value in {**expected, "loss": sum(expected.values())}.items():
         assert run.scalars[name][1] == pytest.approx(float(value), rel=5e-5), name
-    # Not the whole batch's, which stands in the log of one process.
+    # It differs from the whole batch's, which one process logs.
     assert run.scalars["loss"][1] != pytest.approx(ddp_runs["one process"].scalars["loss"][1], rel=1e-4)
 
 
-def test_a5_accumulation_is_the_big_batch_with_the_scale_k_times(ddp_runs: Table) -> None:
+def test_accumulation_is_the_big_batch_with_the_scale_k_times(ddp_runs: Table) -> None:
     accumulated, whole = ddp_runs["accumulation"], ddp_runs["one process"]
     (scale, towers), (whole_scale, whole_towers) = gradient(accumulated), gradient(whole)
     assert relative_error(towers, whole_towers) < 1e-5
@@ -198,7 +198,7 @@ def test_a5_accumulation_is_the_big_batch_with_the_scale_k_times(ddp_runs: Table
 
 
 @pytest.mark.slow
-def test_a4_gather_with_grad_alone_trains_and_logs_as_one_process_does(
+def test_gather_with_grad_alone_trains_and_logs_as_one_process_does(
     ddp_runs: Table, more_ddp_runs: Table
 ) -> None:
     one, two = ddp_runs["one process"], more_ddp_runs["two processes, gather_with_grad"]
@@ -207,7 +207,7 @@ def test_a4_gather_with_grad_alone_trains_and_logs_as_one_process_does(
 
 
 @pytest.mark.slow
-def test_a4_local_loss_alone_has_another_direction_and_one_warning(
+def test_local_loss_alone_has_another_direction_and_one_warning(
     ddp_runs: Table, more_ddp_runs: Table
 ) -> None:
     two = more_ddp_runs["two processes, local_loss"]
@@ -222,7 +222,7 @@ def test_a4_local_loss_alone_has_another_direction_and_one_warning(
 @pytest.mark.parametrize(
     ("name", "base"), [("siglip", "SigLipLoss"), ("coca", "CoCaLoss"), ("distill", "DistillClipLoss")]
 )
-def test_a4_beside_other_bases_two_processes_train_as_one(more_ddp_runs: Table, name: str, base: str) -> None:
+def test_beside_other_bases_two_processes_train_as_one(more_ddp_runs: Table, name: str, base: str) -> None:
     two = more_ddp_runs[f"{name}, two processes"]
     assert f"on {base}" in two.log
     assert_same_training(two, more_ddp_runs[name])
@@ -238,7 +238,7 @@ def test_a4_beside_other_bases_two_processes_train_as_one(more_ddp_runs: Table, 
         ("siglip", "siglip, four processes", 4),
     ],
 )
-def test_a4_three_and_four_processes_train_as_one_does(
+def test_three_and_four_processes_train_as_one_does(
     ddp_runs: Table, more_ddp_runs: Table, one: str, several: str, world_size: int
 ) -> None:
     run = more_ddp_runs[several]
@@ -247,7 +247,7 @@ def test_a4_three_and_four_processes_train_as_one_does(
 
 
 @pytest.mark.slow
-def test_a4_static_graph_bears_the_step_from_lambda_zero(more_ddp_runs: Table) -> None:
+def test_static_graph_bears_the_step_from_lambda_zero(more_ddp_runs: Table) -> None:
     one, two = more_ddp_runs["checkpointing"], more_ddp_runs["static graph"]
     assert two.params["ddp_static_graph"] == "True"
     assert list(two.scalars["rank_lambda"].values()) == [0.0, 2.0]
@@ -255,7 +255,7 @@ def test_a4_static_graph_bears_the_step_from_lambda_zero(more_ddp_runs: Table) -
 
 
 @pytest.mark.slow
-def test_a5_accumulation_under_ddp_is_the_big_batch_with_the_scale_k_times(
+def test_accumulation_under_ddp_is_the_big_batch_with_the_scale_k_times(
     ddp_runs: Table, more_ddp_runs: Table
 ) -> None:
     scale, towers = gradient(more_ddp_runs["accumulation, two processes"])

@@ -17,8 +17,8 @@ def with_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(open_clip, "__version__", version)
 
 
-def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else object())
+def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else object())
 
 
 def test_nothing_is_wrong_here() -> None:
@@ -42,7 +42,7 @@ def test_version_that_is_only_tried_is_remarked_on(
 
 @pytest.mark.parametrize("module", ["torch", "open_clip_train"])
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-    without(monkeypatch, module)
+    without(monkeypatch, module, "open_clip")
     assert doctor.diagnose()[0].startswith(f"{module} is not installed: pip install")
 
 
@@ -70,6 +70,28 @@ def test_switched_off_autoload_is_named_first(
 
 
 def test_runner_without_the_trainer_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    without(monkeypatch, "open_clip_train")
-    with pytest.raises(SystemExit, match="open_clip_train is not installed"):
+    without(monkeypatch, "open_clip_train", "open_clip")
+    with pytest.raises(SystemExit, match="open_clip_train is not installed: pip install 'open_clip_torch"):
         runner.main()
+
+
+def test_trainer_of_an_old_release_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "open_clip_train")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"open_clip_torch": "2.24.0"}[name])
+    expected = (
+        "open_clip 2.24.0 is older than 2.26.1, the oldest that --loss is for; its trainer is the package "
+        "`training`, which is not patched: pip install 'open_clip_torch[training]>=3.0'"
+    )
+    assert doctor.diagnose() == [f"{expected}."]
+    with pytest.raises(SystemExit) as exit_:
+        runner.main()
+    assert exit_.value.code == expected
+
+
+def test_open_clip_without_its_trainer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "open_clip_train", "training")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"open_clip_torch": "3.3.0"}[name])
+    assert doctor.diagnose() == [
+        "open_clip 3.3.0 is installed, but its trainer, open_clip_train, is not: "
+        "pip install 'open_clip_torch[training]>=3.0'."
+    ]

@@ -25,7 +25,8 @@ from trainer_runs import (
 
 import rankloss
 from rankloss import reference, schedules
-from rankloss_open_clip.loss import Position, TrainerLoss
+from rankloss_open_clip.logged_terms import TrainerLoss
+from rankloss_trainers.clock import Position
 
 NEEDS_TEXT_LOCK = pytest.mark.skipif(
     not LOCKS_TEXT, reason="this open_clip locks the text towers of Hugging Face models only"
@@ -47,14 +48,14 @@ def assert_trains(run: Run, steps: int = 2 * STEPS) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a7_every_precision_trains(runs: Runs, precision: str) -> None:
+def test_every_precision_trains(runs: Runs, precision: str) -> None:
     lines = assert_trains(runs[precision])
     exact = runs["fp32"].train_lines()[0]
     # The first step has the same weights and pairs; eight bits of mantissa give two digits.
     assert lines[0] == pytest.approx(exact, rel=1e-6 if precision == "fp32" else 0.02)
 
 
-def test_a7_precisions_are_those_that_were_asked_for(runs: Runs) -> None:
+def test_precisions_are_those_that_were_asked_for(runs: Runs) -> None:
     dtypes = {precision: runs[precision].epoch(1)["visual.conv1.weight"].dtype for precision in PRECISIONS}
     half = torch.bfloat16
     assert dtypes == dict.fromkeys(PRECISIONS, torch.float32) | {"bf16": half, "pure_bf16": half}
@@ -62,7 +63,7 @@ def test_a7_precisions_are_those_that_were_asked_for(runs: Runs) -> None:
     assert len(set(first)) == len(PRECISIONS)
 
 
-def test_a7_order_under_bf16_is_that_of_the_features() -> None:
+def test_order_under_bf16_is_that_of_the_features() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = nn.functional.normalize(torch.randn(2, 64, 16, generator=generator), dim=-1).bfloat16()
     loss = TrainerLoss(
@@ -77,7 +78,7 @@ def test_a7_order_under_bf16_is_that_of_the_features() -> None:
     images, texts = rows.double().numpy()
     for name, oracle in (("cross_modal_loss", reference.cross_modal), ("in_modal_loss", reference.in_modal)):
         assert terms[name].item() == pytest.approx(oracle(images, texts, 100.0), rel=1e-5)
-    # The logits that the trainer's own loss works with do tie: the comparison above can fail.
+    # The trainer's own logits do tie here, so the comparison above can fail.
     assert sum(len(keys.unique()) < len(keys) for keys in logits) > len(logits) / 2
 
 
@@ -90,7 +91,7 @@ def test_a7_order_under_bf16_is_that_of_the_features() -> None:
         ("lock image", "ClipLoss"),
     ],
 )
-def test_a8_every_loss_of_the_trainer_trains_with_the_terms(runs: Runs, name: str, base: str) -> None:
+def test_every_loss_of_the_trainer_trains_with_the_terms(runs: Runs, name: str, base: str) -> None:
     run = runs[name]
     assert f"on {base}, schedule rankclip per epoch over 2" in run.log
     lines = assert_trains(run)
@@ -99,7 +100,7 @@ def test_a8_every_loss_of_the_trainer_trains_with_the_terms(runs: Runs, name: st
     assert all(line[term] > 0 for line in lines for term in own)
 
 
-def test_a8_distillation_ranks_the_student_alone(runs: Runs) -> None:
+def test_distillation_ranks_the_student_alone(runs: Runs) -> None:
     first, alone = runs["distill"].train_lines()[0], runs["fp32"].train_lines()[0]
     assert [first[term] for term in RANK_TERMS] == [alone[term] for term in RANK_TERMS]
     assert first["Loss"] == pytest.approx(alone["Loss"] + first["Distill_loss"], rel=1e-4)
@@ -109,7 +110,7 @@ def test_a8_distillation_ranks_the_student_alone(runs: Runs) -> None:
     ("name", "locked"),
     [("lock image", "image"), pytest.param("lock text", "text", marks=NEEDS_TEXT_LOCK)],
 )
-def test_a8_locked_tower_stays_and_the_other_learns(runs: Runs, name: str, locked: str) -> None:
+def test_locked_tower_stays_and_the_other_learns(runs: Runs, name: str, locked: str) -> None:
     assert_trains(runs[name])
     before, after = runs[name].epoch(1), runs[name].epoch(2)
     towers: dict[str, list[bool]] = {"image": [], "text": []}
@@ -172,9 +173,7 @@ def test_synthetic_data_ties_every_key(runs: Runs) -> None:
         "two processes, neither flag",
     ],
 )
-def test_a3_epoch_at_lambda_zero_is_bit_equal_to_stock_with_every_feature(
-    trainer: Trainer, name: str
-) -> None:
+def test_epoch_at_lambda_zero_is_bit_equal_to_stock_with_every_feature(trainer: Trainer, name: str) -> None:
     tiny = f"local-dir:{trainer.directory / 'tiny'}"
     options = {
         "siglip": ["--siglip"],

@@ -30,7 +30,7 @@ class Environment:
         venv.create(directory, symlinks=True)
         self.python = str(directory / "bin" / "python")
         (site_packages,) = directory.glob("lib/python*/site-packages")
-        # Behind its own packages; an editable install is a line in a file there, which is not read.
+        # It comes after the environment's own packages; .pth files in it (editable installs) are not read.
         (site_packages / "tests.pth").write_text(sysconfig.get_paths()["purelib"])
 
     def files(self) -> set[Path]:
@@ -45,7 +45,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-def test_a1_a14_wheel_trains_in_a_fresh_environment_and_leaves_no_file(
+def test_wheel_trains_in_a_fresh_environment_and_leaves_no_file(
     wheel: str, trainer: Trainer, runs: Runs, tmp_path: Path
 ) -> None:
     environment = Environment(tmp_path / "environment")

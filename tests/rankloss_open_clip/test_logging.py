@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,9 @@ from wandb_files import wandb_scalars
 
 from process_pool import Pools
 from rankloss import RankClipLoss, RankConsistency, schedules
-from rankloss_open_clip.loss import Position, TrainerLoss
-from rankloss_open_clip.rank_clip import RankClipTrainerLoss
+from rankloss_open_clip.logged_terms import LoggedTerms, TrainerLoss
+from rankloss_trainers.clock import Position
+from rankloss_trainers.logging import RankClipLog
 
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw", "cross_modal_tau", "in_modal_tau"]
@@ -93,9 +96,7 @@ def features(n: int = 7, seed: int = 0) -> dict[str, Tensor]:
 
 def trainer_loss(*, unit: str = "epoch", agreement_every: int | None = None, **options: Any) -> TrainerLoss:
     options = {"schedule": "linear", **options}
-    return RankClipTrainerLoss(
-        RankClipLoss(**options), unit=unit, sums_every_value=True, agreement_every=agreement_every
-    )
+    return TrainerLoss(RankClipLoss(**options), unit=unit, evaluate=RankClipLog(agreement_every))
 
 
 def at(epoch: int, *, accum_freq: int = 1) -> Position:
@@ -150,6 +151,16 @@ def test_metrics_are_detached_and_leave_value_and_gradient_as_they_are(epoch: in
     assert torch.equal(total, reference)
     for name, value in inputs.items():
         assert torch.equal(value.grad, alone[name].grad), name
+
+
+@pytest.mark.parametrize("duplicate", [LoggedTerms.copy, copy.copy, copy.deepcopy])
+def test_copy_still_tells_terms_from_metrics(duplicate: Callable[[LoggedTerms], LoggedTerms]) -> None:
+    shown = LoggedTerms({"a_loss": torch.tensor(1.0)}, {"depth": torch.tensor(7.0)})
+    other = duplicate(shown)
+    other["b_loss"] = torch.tensor(2.0)
+    assert list(other.items()) == [("a_loss", 1), ("depth", 7), ("b_loss", 2)]
+    assert sum(other.values()) == 3
+    assert list(shown) == ["a_loss", "depth"]
 
 
 def test_random_ties_shown_at_lambda_zero_do_not_move_the_generator() -> None:

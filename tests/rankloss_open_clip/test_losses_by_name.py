@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -21,6 +22,14 @@ HISTORIES = ["alip_text_caption", "alip_image_text", "alip_image_caption"]
 
 # One step an epoch on the whole set, and no random crops: what does not depend on the order of the samples.
 WHOLE = ["--batch-size", str(SAMPLES), "--aug-cfg", "scale=(1.0,1.0)"]
+
+# Two trainings in one process: the first by the arguments in JSON, the second by the others.
+TWO_TRAININGS = """
+import json, sys
+from open_clip_train.main import main
+main(json.loads(sys.argv[1]))
+main(sys.argv[2:])
+"""
 
 
 def two_captions(trainer: Trainer) -> tuple[Path, Path]:
@@ -71,6 +80,10 @@ def by_name(trainer: Trainer) -> Iterator[Runs]:
     runs["alip"]  # its first checkpoint is resumed from
     checkpoint = trainer.directory / "logs/alip/checkpoints/epoch_1.pt"
     add("alip resumed", "alip", *csv, *WHOLE, "--epochs", "3", "--resume", str(checkpoint))
+    alip = ["--loss", "alip", *csv, *WHOLE]
+    resumed = trainer.arguments("alip, first", *alip, "--epochs", "2", "--resume", str(checkpoint))
+    two = ("-c", TWO_TRAININGS, json.dumps(resumed))
+    runs.add("alip, second", trainer.run, "alip, second", *alip, "--epochs", "1", command=two)
     yield runs
     runs.close()
 
@@ -210,3 +223,12 @@ def test_resumed_run_goes_on_with_its_histories(by_name: Runs) -> None:
         torch.testing.assert_close(histories(resumed, epoch), histories(whole, epoch), rtol=1e-6, atol=0)
     for step in (1, 2):
         assert resumed.scalars["loss"][step] == pytest.approx(whole.scalars["loss"][step], rel=1e-5)
+
+
+def test_two_trainings_of_one_process_have_histories_of_their_own(by_name: Runs) -> None:
+    whole, second = by_name["alip"], by_name["alip, second"]
+    first = Run(0, "", second.directory.parent / "alip, first")
+    # The first goes on with the histories that it was resumed with; the second begins anew.
+    torch.testing.assert_close(histories(first, 2), histories(whole, 2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(histories(second, 1), histories(whole, 1), rtol=1e-6, atol=0)
+    assert not torch.allclose(histories(second, 1), histories(first, 2), rtol=1e-3)

@@ -28,7 +28,7 @@ STRATEGIES, UNITS = ("task", "step", "model"), ("epoch", "step")
 WHOLE_BATCH = ["--aug-cfg", "scale=(1.0,1.0)", "--rankclip-agreement-every", "1"]  # one step an epoch
 LINEAR = ["--loss", "rankclip", "--rankclip-schedule", "linear"]
 PER_STEP = [*LINEAR, "--rankclip-schedule-unit", "step"]
-# A run in which any second compilation of a function is an error, and which says how often there was a first.
+# A run in which recompiling a function is an error, and which prints how many were compiled.
 COMPILED = """
 import sys
 import torch._dynamo.config, open_clip
@@ -95,7 +95,7 @@ def linear(unit: str, steps: int = STEPS) -> dict[int, float]:
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a9_lambda_changes_without_a_recompilation(main_runs: Runs, strategy: str, unit: str) -> None:
+def test_lambda_changes_without_a_recompilation(main_runs: Runs, strategy: str, unit: str) -> None:
     run, eager = main_runs[f"{strategy} per {unit}"], main_runs[f"{unit}s"]
     (frames, breaks) = map(int, re.findall(r"compiled frames: (\d+) graph breaks: (\d+)", run.output)[0])
     assert frames > 0
@@ -106,12 +106,12 @@ def test_a9_lambda_changes_without_a_recompilation(main_runs: Runs, strategy: st
         assert run.scalars[name] == pytest.approx(eager.scalars[name], rel=1e-5), name
 
 
-def test_a9_fsdp2_trains_as_one_process_with_the_whole_batch(main_runs: Runs) -> None:
+def test_fsdp2_trains_as_one_process_with_the_whole_batch(main_runs: Runs) -> None:
     fsdp, single = main_runs["fsdp"], main_runs["whole batch"]
     assert "world_size: 2" in fsdp.log
     assert len(fsdp.train_lines()) == EPOCHS
     for name in (*TERMS, *METRICS, "loss"):
-        # Weights that differ by a rounding let a few close pairs of items change places.
+        # Weights that differ by a rounding change the order of a few close pairs of items.
         tolerance = 1e-3 if name.endswith("_tau") else 1e-5
         assert fsdp.scalars[name] == pytest.approx(single.scalars[name], rel=1e-4, abs=tolerance), name
     sharded, whole = fsdp.epoch(EPOCHS), single.epoch(EPOCHS)
@@ -189,7 +189,7 @@ def test_legacy_trainer_shows_the_same_schedule(main_runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("model", ["naflexgenlip_b16", "naflexgenlap_test_1d"])
-def test_a10_generative_task_is_refused(trainer: Trainer, path: str, model: str) -> None:
+def test_generative_task_is_refused(trainer: Trainer, path: str, model: str) -> None:
     arguments = ["--model", model, "--loss", "rankclip"]
     done = trainer.python("-m", "open_clip_train.main", *arguments, PYTHONPATH=path)
     assert done.returncode == 2

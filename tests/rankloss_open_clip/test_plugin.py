@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from trainer_runs import Processes, Trainer
 
-from rankloss_open_clip import bootstrap, seams
-from rankloss_open_clip.loss import Position, TrainerLoss, start_epoch
+from rankloss_open_clip import bootstrap, names, patches
+from rankloss_open_clip.logged_terms import TrainerLoss
+from rankloss_open_clip.training import start_epoch
+from rankloss_trainers.clock import Position
 
 FUNCTIONS = [
     open_clip.factory.create_loss,
@@ -39,8 +41,8 @@ def test_bootstrap_imports_only_the_standard_library(trainer: Trainer) -> None:
     assert trainer.python("-c", script).output.strip() == "['rankloss_open_clip']"
 
 
-def test_a14_bootstrap_costs_less_than_two_milliseconds(trainer: Trainer) -> None:
-    # Every `import torch` pays for it. The least of many is the module's own time, not the machine's.
+def test_bootstrap_costs_less_than_two_milliseconds(trainer: Trainer) -> None:
+    # Every `import torch` pays for it. The minimum of many runs excludes other load on the machine.
     script = (
         "import sys, time\n"
         "def load():\n"
@@ -85,13 +87,13 @@ def test_attaching_twice_changes_nothing() -> None:
 
 def test_everything_is_patched_once_loaded() -> None:
     importlib.import_module("open_clip_train.main")
-    assert seams.unpatched() == []
+    assert patches.unpatched() == []
     assert open_clip.create_loss is open_clip.factory.create_loss
 
 
 def test_function_that_was_missed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_clip_train.train, "train_one_epoch", inspect.unwrap(FUNCTIONS[2]))
-    assert seams.unpatched() == ["open_clip_train.train.train_one_epoch"]
+    assert patches.unpatched() == ["open_clip_train.train.train_one_epoch"]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
@@ -159,7 +161,7 @@ def test_two_delegating_finders_live_together(monkeypatch: pytest.MonkeyPatch, t
         spec = order[0].find_spec("open_clip_train.train", [str(package)])
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        assert getattr(module.train_one_epoch, seams._PATCHED)
+        assert getattr(module.train_one_epoch, patches._PATCHED)
     assert executed == ["open_clip_train.train"] * 2
 
 
@@ -177,7 +179,7 @@ def test_two_delegating_finders_live_together(monkeypatch: pytest.MonkeyPatch, t
     ],
 )
 def test_request_is_read_from_the_command_line(argv: list[str], asks: bool) -> None:
-    assert bootstrap.asks_for_loss(argv) is asks
+    assert names.asks_for_loss(argv) is asks
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_trainer_with_a_loss_option_of_its_own_keeps_it() -> None:
         "    return parser.parse_args(args)\n"
     )
     exec(source, vars(module))
-    seams.patch_params(module)
+    patches.patch_params(module)
     assert vars(module.parse_args([])) == {"loss": "sigmoid", "epochs": 2}
     args = module.parse_args(["--loss", "rankclip"])
     assert args.loss == "rankclip"
@@ -233,12 +235,12 @@ def test_trainer_with_a_loss_option_of_its_own_keeps_it() -> None:
         return Base()
 
     factory.create_loss = create_loss  # type: ignore[attr-defined]
-    seams.patch_factory(factory)
+    patches.patch_factory(factory)
     assert isinstance(factory.create_loss(args), TrainerLoss)
     assert seen == ["sigmoid"]
 
 
-def test_a11_broken_plugin_fails_a_run_that_asks(processes: Processes) -> None:
+def test_broken_plugin_fails_a_run_that_asks(processes: Processes) -> None:
     done = processes["plug-in broken"]
     assert done.returncode not in (0, 2)
     assert "--loss was given, but rankloss_open_clip could not attach" in done.output
@@ -250,7 +252,7 @@ def test_doctor_says_yes_where_the_loss_is_honoured(processes: Processes) -> Non
     assert (done.returncode, "Yes: " in done.output) == (0, True), done.output
 
 
-def test_a11_doctor_reports_the_switched_off_plugin(processes: Processes) -> None:
+def test_doctor_reports_the_switched_off_plugin(processes: Processes) -> None:
     done = processes["doctor, plug-in off"]
     assert done.returncode == 1
     assert "No: " in done.output
@@ -259,7 +261,7 @@ def test_a11_doctor_reports_the_switched_off_plugin(processes: Processes) -> Non
     assert "trains plain CLIP" in done.output
 
 
-def test_a11_doctor_reports_a_broken_plugin(processes: Processes) -> None:
+def test_doctor_reports_a_broken_plugin(processes: Processes) -> None:
     done = processes["doctor, plug-in broken"]
     assert done.returncode == 1
     assert "open_clip.factory could not be patched: OSError: sabotaged" in done.output
@@ -303,8 +305,8 @@ def test_task_api_gets_a_plain_dict_and_its_epochs() -> None:
     factory, train = ModuleType("open_clip.factory"), ModuleType("open_clip_train.train")
     exec("def train_one_epoch(state, data, args, tb_writer=None): return state", vars(train))
     factory.create_task = lambda args, model, dist_model=None: Task()  # type: ignore[attr-defined]
-    seams.patch_factory(factory)
-    seams.patch_train(train)
+    patches.patch_factory(factory)
+    patches.patch_train(train)
     args = arguments()
     task = factory.create_task(args, model=None)
     state = SimpleNamespace(task=task, epoch=1)
@@ -321,7 +323,7 @@ def test_task_api_gets_a_plain_dict_and_its_epochs() -> None:
 def test_task_that_compares_nothing_is_refused() -> None:
     factory = ModuleType("open_clip.factory")
     factory.create_task = lambda args, model: SimpleNamespace()  # type: ignore[attr-defined]
-    seams.patch_factory(factory)
+    patches.patch_factory(factory)
     with pytest.raises(ValueError, match="compares images with texts, got SimpleNamespace"):
         factory.create_task(arguments(), None)
 
@@ -334,7 +336,7 @@ def test_other_loss_in_the_trainer_is_an_error() -> None:
 def built(**changes: Any) -> TrainerLoss:
     factory = ModuleType("open_clip.factory")
     factory.create_loss = lambda args: Base()  # type: ignore[attr-defined]
-    seams.patch_factory(factory)
+    patches.patch_factory(factory)
     loss = factory.create_loss(arguments(**changes))
     assert isinstance(loss, TrainerLoss)
     return loss

@@ -1,4 +1,4 @@
-"""The registry: what is found under which name, what is refused, and what a loss is told."""
+"""The catalogue at the trainer's command line: what is found by name, refused, and told."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import rankloss
-from rankloss_open_clip import arguments, registry
-from rankloss_open_clip.loss import LoggedTerms, Position, TrainerLoss, build_loss
-from rankloss_open_clip.registry import LossEntry, Option
+from rankloss_open_clip import command_line
+from rankloss_open_clip.logged_terms import LoggedTerms, TrainerLoss
+from rankloss_open_clip.training import build_loss
+from rankloss_trainers import catalog
+from rankloss_trainers.catalog import LossEntry, Option
+from rankloss_trainers.clock import Position
 
 ALIP = "--loss alip --alip-caption-key synthetic"
 
@@ -63,14 +66,14 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Register:
         points = []
         for package, name, reference in registrations:
             value = reference if ":" in reference else f"{__name__}:{reference}"
-            point = Point(name, value, registry.GROUP)
+            point = Point(name, value, catalog.GROUP)
             vars(point)["dist"] = SimpleNamespace(name=package, version="1.0")
             points.append(point)
         original = importlib.metadata.entry_points
         monkeypatch.setattr(
             importlib.metadata,
             "entry_points",
-            lambda **given: points if given.get("group") == registry.GROUP else original(**given),
+            lambda **given: points if given.get("group") == catalog.GROUP else original(**given),
         )
 
     return register
@@ -92,7 +95,7 @@ def ready(args: Any) -> Any:
 
 
 def test_own_losses_are_there_and_load() -> None:
-    found = registry.candidates()
+    found = catalog.candidates()
     assert list(found) == ["rankclip", "rankclip-cross", "rankclip-in", "cyclip", "alip"]
     for name, candidate in found.items():
         entry = candidate.load()
@@ -104,7 +107,7 @@ def test_own_losses_are_there_and_load() -> None:
 
 def test_registered_loss_is_an_entry_or_a_function(register: Register) -> None:
     register(("b", "deep", "ENTRY"), ("a", "plain", "built"))
-    found = registry.candidates()
+    found = catalog.candidates()
     assert list(found)[-2:] == ["deep", "plain"]
     assert found["deep"].package == "b 1.0"
     assert found["deep"].load() is ENTRY
@@ -127,7 +130,10 @@ def test_registered_loss_and_its_options_are_taken_by_the_parser(register: Regis
             "x (p 1.0) cannot be used: ModuleNotFoundError: No module named 'missing'",
         ),
         ([("p", "x", "ABSENT")], "x (p 1.0) cannot be used: AttributeError"),
-        ([("p", "x", "NOTHING")], "must be a LossEntry or a function (base, args) → module, got 'not call"),
+        (
+            [("p", "x", "NOTHING")],
+            "must be a LossEntry or a function (base, options, gather) → module, got 'not call",
+        ),
         ([("p", "x", "CLASHING")], "the prefix 'rankclip' belongs to another loss"),
         ([("p", "x", "TRAINERS")], "x cannot be used: argument --train-data: conflicting option string"),
         ([("p", "x", "ENTRY"), ("q", "x", "built")], "x is registered by both p 1.0 and q 1.0"),
@@ -154,8 +160,8 @@ def test_what_cannot_be_used_stops_only_runs_that_ask(
 @pytest.mark.parametrize("name", ["rankclip", "alip", "clip"])
 def test_own_names_cannot_be_taken(register: Register, caplog: pytest.LogCaptureFixture, name: str) -> None:
     register(("p", name, "built"))
-    own = registry.candidates()
-    assert list(own) == list(registry.BUILT_IN)
+    own = catalog.candidates()
+    assert list(own) == list(catalog.BUILT_IN)
     parse_args([])
     assert not caplog.records
     parse_args(["--loss", "cyclip"])
@@ -164,7 +170,7 @@ def test_own_names_cannot_be_taken(register: Register, caplog: pytest.LogCapture
 
 def test_two_registrations_of_one_object_are_one(register: Register) -> None:
     register(("p", "x", "ENTRY"), ("p", "x", "ENTRY"))
-    assert registry.candidates()["x"].load() is ENTRY
+    assert catalog.candidates()["x"].load() is ENTRY
 
 
 # --- what the own losses refuse -------------------------------------------------------------------------
@@ -197,6 +203,7 @@ def test_two_registrations_of_one_object_are_one(register: Register) -> None:
         (f"{ALIP} --dataset-type synthetic", "--dataset-type synthetic has no second caption"),
         (f"{ALIP} --torchscript", "alip does not work with --torchscript"),
         (f"{ALIP} --alip-momentum 1.5", "--alip-momentum: must be in [0, 1], got 1.5"),
+        (f"{ALIP} --alip-initial-history nan", "--alip-initial-history: must be a finite number, got 'nan'"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_reason(
@@ -211,7 +218,7 @@ def test_ablations_are_rankclip_without_a_term() -> None:
         assert (args.rankclip_lambda_cross, args.rankclip_lambda_in) == lambdas
         loss = build_loss(Base(), ready(args), sums_every_value=True).criterion
         assert (loss.lambda_cross, loss.lambda_in) == lambdas
-    # What says the same as the name is no contradiction.
+    # An option that agrees with the name is accepted.
     assert parse_args(["--loss", "rankclip-cross", "--rankclip-lambda-in", "0"]).rankclip_lambda_in == 0
 
 
@@ -245,7 +252,7 @@ def test_options_reach_the_loss(command: str, expected: dict[str, Any]) -> None:
 
 
 class Recorder(nn.Module):
-    """A loss that writes down what it is told."""
+    """A loss that records what it is told."""
 
     def __init__(self, entries: dict[str, Tensor]) -> None:
         super().__init__()
@@ -345,5 +352,5 @@ def test_swallowed_name_of_any_loss_is_noticed(register: Register) -> None:
     register(("p", "x", "built"), ("p", "gather", "built"))
     for name in ("cyclip", "alip", "x"):
         with pytest.raises(RuntimeError, match=f"was read as --loss-dist-impl {name}"):
-            arguments.requested(SimpleNamespace(loss_dist_impl=name))
-    assert arguments.requested(SimpleNamespace(loss_dist_impl="gather")) is None
+            command_line.requested(SimpleNamespace(loss_dist_impl=name))
+    assert command_line.requested(SimpleNamespace(loss_dist_impl="gather")) is None

@@ -105,18 +105,18 @@ def steps_of_an_epoch(resumed: Resumed) -> int:
     return len(resumed.lambdas) // EPOCHS
 
 
-def test_a6_resumed_by_path_ends_with_the_same_bits(resumed: Resumed) -> None:
+def test_resumed_by_path_ends_with_the_same_bits(resumed: Resumed) -> None:
     assert "(epoch 1)" in resumed.by_path.log
     assert_equal_training(resumed.whole, resumed.by_path, epochs=(2, 3))
 
 
-def test_a6_resumed_by_path_logs_the_same_lines(resumed: Resumed) -> None:
+def test_resumed_by_path_logs_the_same_lines(resumed: Resumed) -> None:
     lines = resumed.whole.timeless_log
     assert len(lines) == len(resumed.lambdas)
     assert resumed.by_path.timeless_log == lines[steps_of_an_epoch(resumed) :]
 
 
-def test_a6_killed_job_was_in_the_middle_of_an_epoch(resumed: Resumed) -> None:
+def test_killed_job_was_in_the_middle_of_an_epoch(resumed: Resumed) -> None:
     by_signal = f"exitcode  : {-signal.SIGKILL}"  # as torchrun reports it of a process
     assert resumed.killed.returncode == -signal.SIGKILL or by_signal in resumed.killed.output
     first = steps_of_an_epoch(resumed)
@@ -126,11 +126,11 @@ def test_a6_killed_job_was_in_the_middle_of_an_epoch(resumed: Resumed) -> None:
     assert f"{resumed.latest.directory / 'checkpoints' / 'epoch_1.pt'}" in resumed.latest.log
 
 
-def test_a6_killed_and_resumed_job_ends_with_the_same_bits(resumed: Resumed) -> None:
+def test_killed_and_resumed_job_ends_with_the_same_bits(resumed: Resumed) -> None:
     assert_equal_training(resumed.whole, resumed.latest, epochs=(1, 2, 3))
 
 
-def test_a6_killed_and_resumed_job_logs_the_same_lines(resumed: Resumed) -> None:
+def test_killed_and_resumed_job_logs_the_same_lines(resumed: Resumed) -> None:
     lines, first = resumed.whole.timeless_log, steps_of_an_epoch(resumed)
     before = resumed.killed_log.count("Train Epoch:")
     logged = resumed.latest.timeless_log
@@ -138,7 +138,7 @@ def test_a6_killed_and_resumed_job_logs_the_same_lines(resumed: Resumed) -> None
     assert logged[before:] == lines[first:], "the interrupted epoch is repeated from its start"
 
 
-def test_a6_schedule_stands_where_it_would_have(resumed: Resumed) -> None:
+def test_schedule_stands_where_it_would_have(resumed: Resumed) -> None:
     first = steps_of_an_epoch(resumed)
     whole = resumed.whole.scalars["rank_lambda"]
     assert whole == pytest.approx(resumed.lambdas)
@@ -149,14 +149,14 @@ def test_a6_schedule_stands_where_it_would_have(resumed: Resumed) -> None:
     assert {step: value for step, value in after.items() if step >= first} == later
 
 
-def test_a6_resumed_without_the_loss_is_another_training(resumed: Resumed) -> None:
+def test_resumed_without_the_loss_is_another_training(resumed: Resumed) -> None:
     # The comparisons above can fail: only `--loss` is missing here.
     whole, forgotten = resumed.whole.epoch(2), resumed.forgotten.epoch(2)
     assert not torch.equal(whole["visual.proj"], forgotten["visual.proj"])
     assert "Loss: rankclip" not in resumed.forgotten.log
 
 
-def test_a6_unmodified_trainer_resumes_where_the_order_of_the_data_does_not_matter(
+def test_unmodified_trainer_resumes_where_the_order_of_the_data_does_not_matter(
     runs: Runs, trainer: Trainer
 ) -> None:
     # It shuffles the first epoch after --resume like the first of a fresh run; with one batch of the whole

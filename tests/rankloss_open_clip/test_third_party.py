@@ -1,4 +1,4 @@
-"""A package of somebody else's, installed with pip, whose loss the unmodified command trains with."""
+"""A third-party package, installed with pip, whose losses the unmodified command trains with."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_runs import STEPS, Processes, Run, Runs, Trainer
+from trainer_runs import STEPS, Processes, Run, Runs, Trainer, assert_equal_training
 
 import rankloss
-from rankloss_open_clip.registry import GROUP
+from rankloss_trainers.catalog import GROUP
 
 PACKAGE = Path(__file__).parent / "third_party_loss"
 
 
 @pytest.fixture(scope="module")
 def installed(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process that finds the package; two more are installed there, both unusable."""
+    """Environment variables with which a process finds the package, and two more that are unusable."""
     site = tmp_path_factory.mktemp("site")
     # Offline, and with what is installed: hatchling comes with the test extra.
     flags = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
@@ -32,7 +32,7 @@ def installed(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 def write_distribution(site: Path, name: str, reference: str) -> None:
-    """What pip leaves of a package that registers a loss."""
+    """Metadata as pip writes it for a package that registers a loss."""
     directory = site / f"{name}_package-0.1.dist-info"
     directory.mkdir()
     (directory / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-package\nVersion: 0.1\n")
@@ -44,6 +44,8 @@ def runs_with_it(trainer: Trainer, installed: dict[str, str]) -> Iterator[Runs]:
     runs = Runs()
     uniform = ["--loss", "uniform", "--uniform-weight", "0.5", "--epochs", "2"]
     runs.add("uniform", trainer.run, "uniform", *uniform, **installed)
+    former = ["--loss", "uniform-former", "--uniform-former-weight", "0.5", "--epochs", "2"]
+    runs.add("uniform-former", trainer.run, "uniform-former", *former, **installed)
     runs.add(
         "cyclip beside it", trainer.run, "cyclip beside it", "--loss", "cyclip", "--epochs", "1", **installed
     )
@@ -58,7 +60,7 @@ def commands(trainer: Trainer, installed: dict[str, str]) -> Iterator[Processes]
     table.add("help", trainer.python, *main, "--help", COLUMNS="400", **installed)
     table.add("broken", trainer.python, *main, "--loss", "broken", **installed)
     table.add("doctor", trainer.python, "-m", "rankloss_open_clip.doctor", **installed)
-    table.add("refused", trainer.python, *main, "--loss", "uniform", "--batch-size", "2", **installed)
+    table.add("refused", trainer.python, *main, "--loss", "uniform-former", "--batch-size", "2", **installed)
     yield table
     table.close()
 
@@ -70,7 +72,7 @@ def test_registered_loss_trains(runs_with_it: Runs) -> None:
     shown = run.scalars
     assert len(run.train_lines()) == 2 * STEPS
     steps = range(2 * STEPS)
-    # Told of every optimizer step; logged, and not trained.
+    # It is told of every optimizer step; the weight is logged and not trained.
     assert shown["uniform_weight"] == pytest.approx({i: 0.5 * (i + 1) / (2 * STEPS) for i in steps})
     for i in steps:
         assert shown["uniform_loss"][i] < 0
@@ -80,7 +82,15 @@ def test_registered_loss_trains(runs_with_it: Runs) -> None:
     assert run.params["uniform_weight"] == "0.5"
 
 
-def test_other_losses_do_not_mind_what_else_is_installed(runs_with_it: Runs) -> None:
+def test_loss_registered_by_the_former_signature_trains_the_same(runs_with_it: Runs) -> None:
+    former, today = runs_with_it["uniform-former"], runs_with_it["uniform"]
+    (line,) = re.findall(r"Loss: uniform-former .*", former.log)
+    assert "(uniform-clip 1.2) on ClipLoss, weight up to 0.5, open_clip " in line
+    assert_equal_training(today, former, epochs=(1, 2))
+    assert former.timeless_log == today.timeless_log
+
+
+def test_other_losses_do_not_depend_on_what_else_is_installed(runs_with_it: Runs) -> None:
     run = runs_with_it["cyclip beside it"]
     assert f"Loss: cyclip (rankloss {rankloss.__version__})" in run.log
     assert "sabotaged" not in run.output
@@ -95,7 +105,9 @@ def test_help_lists_all_losses_and_says_what_is_wrong_with_them(commands: Proces
     done = commands["help"]
     assert done.returncode == 0
     text = " ".join(done.output.split())
-    assert "--loss {clip,rankclip,rankclip-cross,rankclip-in,cyclip,alip,broken,uniform}" in text
+    assert (
+        "--loss {clip,rankclip,rankclip-cross,rankclip-in,cyclip,alip,broken,uniform,uniform-former}" in text
+    )
     assert "uniform: the trainer's own plus a uniformity term" in text
     assert "--uniform-weight X weight of the term (default: 0.1)" in text
     assert "broken: cannot be used (OSError: sabotaged)" in text

@@ -25,7 +25,7 @@ METRICS = ("rank_lambda", "cross_modal_raw", "in_modal_raw")
 PATHS = {"name", "log_path", "checkpoint_path", "tensorboard_path"}
 
 
-def test_a1_unmodified_command_trains_with_the_ranking_terms(runs: Runs) -> None:
+def test_unmodified_command_trains_with_the_ranking_terms(runs: Runs) -> None:
     run = runs["--loss rankclip"]
     assert len(run.train_lines()) == 3 * STEPS
     for line in run.train_lines():
@@ -53,13 +53,13 @@ def test_params_file_names_the_options_of_the_run(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("name", ["no --loss", "--loss clip"])
-def test_a2_training_without_the_ranking_loss_is_bit_equal_to_stock(runs: Runs, name: str) -> None:
+def test_training_without_the_ranking_loss_is_bit_equal_to_stock(runs: Runs, name: str) -> None:
     assert_equal_training(runs["stock"], runs[name])
     assert runs["stock"].scalars.keys() == runs[name].scalars.keys()
     assert "rankclip" not in runs[name].log.replace(str(runs[name].directory), "")
 
 
-def test_a2_params_file_without_loss_is_that_of_stock(runs: Runs) -> None:
+def test_params_file_without_loss_is_that_of_stock(runs: Runs) -> None:
     stock, hooked = runs["stock"].params, runs["no --loss"].params
     assert stock.keys() == hooked.keys()
     assert {key for key in stock if stock[key] != hooked[key]} <= PATHS
@@ -67,7 +67,7 @@ def test_a2_params_file_without_loss_is_that_of_stock(runs: Runs) -> None:
     assert clip.keys() - stock.keys() == {"loss"}
 
 
-def test_a3_epoch_at_lambda_zero_is_bit_equal_to_stock(runs: Runs) -> None:
+def test_epoch_at_lambda_zero_is_bit_equal_to_stock(runs: Runs) -> None:
     stock, run = runs["stock"], runs["--loss rankclip"]
     assert_equal_training(stock, run, epochs=(1,))
     weights = "visual.proj"
@@ -76,7 +76,7 @@ def test_a3_epoch_at_lambda_zero_is_bit_equal_to_stock(runs: Runs) -> None:
     assert first == [0.0] * len(first)
 
 
-def test_a3_logged_loss_is_the_sum_of_the_logged_terms(runs: Runs) -> None:
+def test_logged_loss_is_the_sum_of_the_logged_terms(runs: Runs) -> None:
     for name, count in SUMMANDS.items():
         scalars = runs[name].scalars
         for step, loss in scalars["loss"].items():
@@ -88,13 +88,13 @@ def test_a3_logged_loss_is_the_sum_of_the_logged_terms(runs: Runs) -> None:
             assert line["Loss"] == pytest.approx(sum(terms), rel=1e-4)
 
 
-def test_a13_tensorboard_shows_the_lambda_of_each_epoch(runs: Runs) -> None:
+def test_tensorboard_shows_the_lambda_of_each_epoch(runs: Runs) -> None:
     logged = runs["--loss rankclip"].scalars["rank_lambda"]
     assert logged == {step: schedules.official(step // STEPS + 1, 3) for step in range(3 * STEPS)}
     assert len(set(logged.values())) == 3
 
 
-def test_a13_tensorboard_and_log_show_the_same(runs: Runs) -> None:
+def test_tensorboard_and_log_show_the_same(runs: Runs) -> None:
     run = runs["--loss rankclip"]
     lines = run.train_lines()
     for name in (*TERMS, "rank_lambda", "loss"):
@@ -118,6 +118,11 @@ def test_single_epoch_goes_by_steps_and_says_so(runs: Runs) -> None:
     assert "no ramp" not in runs["--loss rankclip"].log
 
 
+@pytest.mark.parametrize(("name", "times"), [("fp32", 1), ("one epoch", 0), ("steps with accumulation", 0)])
+def test_short_ramp_over_epochs_is_said_once(runs: Runs, name: str, times: int) -> None:
+    assert runs[name].log.count("is a short ramp") == times
+
+
 def test_steps_are_optimizer_steps_under_accumulation(runs: Runs) -> None:
     # Two micro-batches a step: the loss is called twice, λ moves once.
     total = 2 * STEPS // 2
@@ -125,12 +130,12 @@ def test_steps_are_optimizer_steps_under_accumulation(runs: Runs) -> None:
     assert runs["steps with accumulation"].scalars["rank_lambda"] == pytest.approx(expected)
 
 
-def test_a11_runner_trains_the_same_where_torch_loads_no_plugins(runs: Runs) -> None:
+def test_runner_trains_the_same_where_torch_loads_no_plugins(runs: Runs) -> None:
     assert_trained_the_same(runs, "runner")
 
 
 @pytest.mark.parametrize("name", ["file path", "in process"])
-def test_a12_every_way_to_start_trains_the_same(runs: Runs, name: str) -> None:
+def test_every_way_to_start_trains_the_same(runs: Runs, name: str) -> None:
     assert_trained_the_same(runs, name)
 
 
@@ -140,7 +145,7 @@ def assert_trained_the_same(runs: Runs, name: str) -> None:
     assert len(re.findall("Loss: rankclip", runs[name].log)) == 1
 
 
-def test_a12_spawned_workers_bring_the_data_of_forked_ones(runs: Runs) -> None:
+def test_spawned_workers_bring_the_data_of_forked_ones(runs: Runs) -> None:
     spawned, forked = runs["spawned worker"], runs["forked worker"]
     assert_equal_training(spawned, forked, epochs=(1,))
     assert spawned.timeless_log == forked.timeless_log
@@ -158,7 +163,7 @@ def test_run_prints_no_warning_of_ours(runs: Runs) -> None:
     assert stripped(runs["no --loss"]) <= stripped(runs["stock"])
 
 
-def test_a11_broken_plugin_does_not_stop_a_run_without_loss(runs: Runs) -> None:
+def test_broken_plugin_does_not_stop_a_run_without_loss(runs: Runs) -> None:
     run = runs["broken plug-in"]
     assert len(run.train_lines()) == STEPS
     assert "--loss is not available in this run" in run.output

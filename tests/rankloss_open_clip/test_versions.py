@@ -1,4 +1,4 @@
-"""What is thought of a version of open_clip."""
+"""Support status of versions of open_clip."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Run(Process):
 
     @cached_property
     def scalars(self) -> dict[str, dict[int, float]]:
-        """What TensorBoard was told: tag → step → value."""
+        """The scalars in TensorBoard's file: tag → step → value."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tensorboard's own
             accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
@@ -236,7 +236,7 @@ class EpochSeeds:
 
 
 def kill_at_call(loss: torch.nn.Module, number: int) -> None:
-    """Let this process die, as by ``kill -9``, when it calls the loss for the ``number``-th time."""
+    """Kill this process, as by ``kill -9``, when it calls the loss for the ``number``-th time."""
     calls = iter(range(1, number + 1))
 
     def kill(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What an offline run of W&B has stored; the package writes its files but no longer reads them."""
+"""Reads what an offline run of W&B stored, since the package no longer reads its own files."""
 
 from __future__ import annotations
 

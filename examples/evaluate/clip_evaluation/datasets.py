@@ -22,43 +22,29 @@ Transform = Callable[[Image.Image], Any]
 _TORCHVISION = "torchvision:"
 _WORDNET = re.compile(r"n\d{8}")
 _KINDS = ("webp", "png", "jpg", "jpeg")  # of images in shards
-_COCO_CAPTIONS = 5  # of each image, as everybody counts
+_COCO_CAPTIONS = 5  # per image, the usual protocol
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """One split of a data set.
-
-    Attributes:
-        name: What it is called in the results.
-        images: Pairs of a transformed image and its target, map-style or iterable: the class's number for
-            classification, the list of captions for retrieval.
-        retrieval: Whether the targets are captions.
-        classes: The classes' names, where they are known.
-        templates: The prompts that come with the data, where there are any.
-    """
+    """One split of a data set."""
 
     name: str
-    images: Dataset[Any]
-    retrieval: bool
-    classes: list[str] | None = None
-    templates: list[str] | None = None
+    images: Dataset[
+        Any
+    ]  # pairs of a transformed image and its target: a class's number, or a list of captions
+    retrieval: bool  # whether the targets are captions
+    classes: list[str] | None = None  # their names, where they are known
+    templates: list[str] | None = None  # the prompts that come with the data
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """How to read a table: open_clip's defaults.
+    """How to read a table: open_clip's defaults."""
 
-    Attributes:
-        image: Column of the images' paths, which are relative to the table.
-        caption: Column of the captions; an image may have several lines.
-        label: Column of the classes' names. If it is there, the table is one for classification.
-        separator: What separates the columns.
-    """
-
-    image: str = "filepath"
-    caption: str = "title"
-    label: str = "label"
+    image: str = "filepath"  # paths relative to the table
+    caption: str = "title"  # an image may have several lines
+    label: str = "label"  # if there is such a column, the table is for classification
     separator: str = "\t"
 
 
@@ -79,7 +65,7 @@ def load(
         source: A folder in CLIP_benchmark's webdataset layout, a folder of class folders (or of splits that
             hold these), a table (``.csv``, ``.tsv``), COCO's captions (``.json``), or ``torchvision:NAME``.
         split: Such as ``test``. Ignored for a single table or a folder of classes without splits.
-        transform: What a model does to an image first.
+        transform: A model's preprocessing.
         class_names: ``imagenet`` for open_clip's names of ImageNet's classes, or a file with one name a line
             in the order of the sorted class folders. By default the names of the folders, or those that come
             with the data.
@@ -165,9 +151,8 @@ def _class_names(folders: Sequence[str], class_names: str | None) -> list[str]:
         return _imagenet(folders)
     names = Path(class_names).read_text(encoding="utf-8").splitlines()
     if len(names) != len(folders):
-        raise ValueError(
-            f"class_names: {class_names} has {len(names)} lines for {len(folders)} class folders"
-        )
+        counts = f"{len(names)} lines for {len(folders)} class folders"
+        raise ValueError(f"class_names: {class_names} has {counts}")
     return [name.strip() for name in names]
 
 
@@ -200,32 +185,24 @@ def _table(path: Path, columns: Columns, transform: Transform) -> ImageSet:
     wanted = columns.label if columns.label in heads else columns.caption
     for column in (columns.image, wanted):
         if column not in heads:
-            raise ValueError(
-                f"{path}: no column {column!r} among {', '.join(heads)} (is the separator right?)"
-            )
+            raise ValueError(f"{path}: no column {column!r} among {', '.join(heads)} (wrong separator?)")
     if not rows:
         raise ValueError(f"{path} holds no rows")
     if wanted == columns.label:
         classes = sorted({row[wanted] for row in rows})
-        column = {name: number for number, name in enumerate(classes)}
-        items = [(path.parent / row[columns.image], column[row[wanted]]) for row in rows]
+        items = [(path.parent / row[columns.image], classes.index(row[wanted])) for row in rows]
         return ImageSet(_name(path), _Files(items, transform), False, classes)
     captions: dict[str, list[str]] = {}
     for row in rows:
         captions.setdefault(row[columns.image], []).append(row[wanted])
-    return ImageSet(
-        _name(path),
-        _Files([(path.parent / name, texts) for name, texts in captions.items()], transform),
-        True,
-    )
+    items = [(path.parent / name, texts) for name, texts in captions.items()]
+    return ImageSet(_name(path), _Files(items, transform), True)
 
 
 def _coco(path: Path, folder: Path, transform: Transform) -> ImageSet:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not {"images", "annotations"} <= set(content):
-        raise ValueError(
-            f"{path}: COCO's captions have images and annotations, this has {', '.join(content)}"
-        )
+        raise ValueError(f"{path}: COCO's captions have images and annotations, not {', '.join(content)}")
     captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
     for annotation in sorted(content["annotations"], key=lambda one: int(one["id"])):
         captions[annotation["image_id"]].append(annotation["caption"].strip())
@@ -242,26 +219,21 @@ def _coco(path: Path, folder: Path, transform: Transform) -> ImageSet:
 
 class _Shards(IterableDataset[Any]):
     def __init__(self, shards: Sequence[Path], transform: Transform, key: str) -> None:
-        self._shards = shards
-        self._transform = transform
-        self._key = key
+        self._shards, self._transform, self._key = shards, transform, key
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         worker = get_worker_info()
-        mine = self._shards[worker.id :: worker.num_workers] if worker else self._shards
-        for shard in mine:
+        for shard in self._shards[worker.id :: worker.num_workers] if worker else self._shards:
             with shard.open("rb") as stream:
                 files = ({**file, "__url__": str(shard)} for file in tar_file_iterator(stream))
-                for sample in group_by_keys(files):
-                    yield self._item(sample)
+                yield from map(self._item, group_by_keys(files))
 
     def _item(self, sample: dict[str, Any]) -> tuple[Any, Any]:
         kind = next((kind for kind in _KINDS if kind in sample), None)
         if kind is None or self._key not in sample:
-            raise ValueError(
-                f"{sample['__url__']}: {sample['__key__']} has no image or no .{self._key}, but "
-                + ", ".join(name for name in sample if not name.startswith("__"))
-            )
+            names = ", ".join(name for name in sample if not name.startswith("__"))
+            where = f"{sample['__url__']}: {sample['__key__']}"
+            raise ValueError(f"{where} has no image or no .{self._key}, but {names}")
         with Image.open(io.BytesIO(sample[kind])) as image:
             pixels = self._transform(image)
         text = sample[self._key].decode()

@@ -21,15 +21,13 @@ def recall_at_k(
     """Return R@k: how often a right column is among the k best of its row.
 
     Columns that tie with the best right one share its places: a query counts by the chance that a random
-    order among the tied ones puts a right one in the first k. Scores that are often equal, like a
-    nearest-neighbour vote or those of two captions of the same words, can therefore gain nothing from the
-    order in which the columns happen to lie.
+    order of the tied ones puts a right one in the first k. Scores that are often equal, such as a
+    nearest-neighbour vote, therefore gain nothing from the order of the columns.
 
     Args:
-        similarity: ``[Q, C]``, one row for each query, one column for each candidate.
+        similarity: ``[Q, C]``, one row per query, one column per candidate.
         ks: The cut-offs.
-        right: ``bool [Q, C]``, which columns are right for a row. By default column i is right for row i, and
-            the matrix is square.
+        right: ``bool [Q, C]``, the right columns of each row; by default column i for row i.
 
     Raises:
         ValueError: For shapes that do not fit, a row without a right column, NaN or infinity.
@@ -58,8 +56,8 @@ def retrieval(
 ) -> dict[str, dict[int, float]]:
     """Return R@k of image → text and text → image, each image having one or several captions.
 
-    An image counts once, by the best of its captions; every caption is a query of its own. The similarity
-    matrix is never held as a whole.
+    An image counts once, by the best of its captions; every caption is a query. The similarity matrix is
+    processed in blocks.
 
     Args:
         image_features: ``[I, D]``, unit-norm, every image once.
@@ -78,14 +76,10 @@ def retrieval(
         >>> retrieval(image, text, torch.tensor([0, 0, 1]), ks=(1,))["image_to_text"]
         {1: 75.0}
     """
-    if (
-        image_features.ndim != 2
-        or text_features.ndim != 2
-        or image_features.shape[1] != text_features.shape[1]
-    ):
+    shapes = tuple(image_features.shape), tuple(text_features.shape)
+    if not len(shapes[0]) == len(shapes[1]) == 2 or shapes[0][1] != shapes[1][1]:
         raise ValueError(
-            "image_features and text_features: expected [I, D] and [C, D], got "
-            f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
+            f"image_features and text_features: expected [I, D] and [C, D], got {shapes[0]} and {shapes[1]}"
         )
     images, captions = len(image_features), len(text_features)
     if image_of is None:
@@ -114,13 +108,10 @@ def retrieval(
 def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
     """Return for every row and cut-off the chance that a right column is among the first k."""
     if not scores.isfinite().all():
-        raise ValueError(
-            "similarity: holds NaN or infinity, so nothing can be ranked (did training diverge?)"
-        )
+        raise ValueError("similarity: holds NaN or infinity (did training diverge?)")
     if not right.any(dim=1).all():
-        raise ValueError(
-            f"query {int((~right.any(dim=1)).nonzero()[0])}: has no right answer among the columns"
-        )
+        query = int((~right.any(dim=1)).nonzero()[0])
+        raise ValueError(f"query {query}: has no right answer among the columns")
     best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
     above = (scores > best).sum(dim=1)
     tied = (scores == best).sum(dim=1).double()
@@ -145,27 +136,21 @@ def _percent(hits: Tensor, ks: Sequence[int]) -> dict[int, float]:
 
 
 def accuracy_at_k(scores: Tensor, labels: Tensor, ks: Sequence[int] = CLASS_KS) -> dict[int, float]:
-    """Return top-k accuracy over all items (not averaged by class).
-
-    Args:
-        scores: One row for each item, one column for each class.
-        labels: The right class of each item.
-        ks: The cut-offs; one beyond the number of classes counts as all of them.
+    """Return top-k accuracy over all items; a k beyond the number of classes counts as all of them.
 
     Example:
         >>> accuracy_at_k(torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]]), torch.tensor([0, 1]), (1, 3))
         {1: 50.0, 3: 100.0}
     """
     if not scores.isfinite().all():
-        raise ValueError("scores: hold NaN or infinity, so nothing can be ranked (did training diverge?)")
+        raise ValueError("scores: hold NaN or infinity (did training diverge?)")
     classes = scores.shape[1]
-    return {
-        k: 100
-        * multiclass_accuracy(
-            scores, labels, num_classes=classes, top_k=min(k, classes), average="micro"
-        ).item()
-        for k in ks
-    }
+
+    def accuracy(k: int) -> float:
+        options = {"num_classes": classes, "top_k": min(k, classes), "average": "micro"}
+        return 100 * multiclass_accuracy(scores, labels, **options).item()
+
+    return {k: accuracy(k) for k in ks}
 
 
 def mean_per_class_accuracy(scores: Tensor, labels: Tensor) -> float:

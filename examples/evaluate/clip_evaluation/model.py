@@ -20,9 +20,9 @@ class ClipModel:
     """A model of open_clip with its preprocessing and tokenizer.
 
     Args:
-        name: As for open_clip: an architecture, ``local-dir:FOLDER``, ``hf-hub:NAME``.
+        name: An architecture, ``local-dir:FOLDER`` or ``hf-hub:NAME``, as for open_clip.
         pretrained: A tag or a file of weights, as for open_clip.
-        checkpoint: A checkpoint that open_clip's trainer saved; instead of ``pretrained``.
+        checkpoint: A checkpoint of open_clip's trainer; instead of ``pretrained``.
         device: Where to run it.
         precision: As for open_clip.
         batch_size: Images encoded at once.
@@ -47,7 +47,7 @@ class ClipModel:
             raise ValueError("pretrained, checkpoint: give one of them")
         if pretrained is None and checkpoint is None and not name.startswith(("local-dir:", "hf-hub:")):
             raise ValueError(f"{name} without pretrained or checkpoint has random weights")
-        # open_clip warns that it built a model without weights: they come from the checkpoint, a line below.
+        # open_clip warns that it built a model without weights; they come from the checkpoint below.
         previous = logging.root.manager.disable
         if checkpoint is not None:
             logging.disable(logging.WARNING)
@@ -73,10 +73,7 @@ class ClipModel:
 
     @torch.inference_mode()
     def image_features(
-        self,
-        images: Any,
-        *,
-        progress: Callable[[Any], Any] = iter,
+        self, images: Any, *, progress: Callable[[Any], Any] = iter
     ) -> tuple[Tensor, list[Any]]:
         """Encode a dataset of preprocessed images.
 

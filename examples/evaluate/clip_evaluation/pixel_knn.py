@@ -13,15 +13,9 @@ NEIGHBOURS = 5
 
 
 def nearest(images: np.ndarray, queries: np.ndarray, k: int = NEIGHBOURS) -> tuple[np.ndarray, np.ndarray]:
-    """Return distances and positions of the k nearest pictures, by Euclidean distance between raw pixels.
+    """Return distances and positions, ``[Q, k]``, of the k pictures nearest to each query, pixel by pixel.
 
-    Args:
-        images: The training pictures, ``[N, …]``.
-        queries: The pictures to find neighbours of, ``[Q, …]``.
-        k: How many; all of them where there are fewer.
-
-    Returns:
-        Both ``[Q, k]``, nearest first.
+    Where there are fewer than k pictures, all of them are returned.
     """
     index = NearestNeighbors(n_neighbors=min(k, len(images)), algorithm="brute").fit(_flat(images))
     distances, neighbours = index.kneighbors(_flat(queries))
@@ -55,15 +49,7 @@ def class_scores(
     *,
     k: int = NEIGHBOURS,
 ) -> torch.Tensor:
-    """Return the neighbours' votes for each class; equal votes go to the class with the nearest picture.
-
-    Args:
-        images: The training pictures, ``[N, …]``.
-        labels: The class of each of them.
-        queries: The pictures to classify, ``[Q, …]``.
-        classes: The classes, in the order of the columns.
-        k: How many neighbours vote.
-    """
+    """Return the neighbours' votes for each class; ties go to the class with the nearest picture."""
     labels = np.asarray(labels)
     _, neighbours = nearest(images, queries, k)
     columns = []

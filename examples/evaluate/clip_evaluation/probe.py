@@ -1,4 +1,4 @@
-"""The linear probe: logistic regression on frozen features, regularised as a validation split likes best."""
+"""The linear probe: logistic regression on frozen features, regularised by a validation split."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.model_selection import GridSearchCV, PredefinedSplit, train_test_split
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -18,28 +18,19 @@ from .metrics import CLASS_KS, accuracy_at_k, mean_per_class_accuracy
 # Inverse strengths, as scikit-learn counts them, for features of variance one.
 STRENGTHS = tuple(10.0**exponent for exponent in (-5, -4, -3, -2, -1, 0, 1))
 _HELD_OUT = 0.2
-_ITERATIONS = 2000
+_PROBE = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What a linear probe scored.
+    """What a linear probe scored on the test items, in percent."""
 
-    Attributes:
-        accuracy: Top-k accuracy on the test items, in percent.
-        mean_per_class: Top-1 accuracy averaged over classes, in percent.
-        strength: The inverse regularisation strength that was chosen.
-        at_edge: Whether that was the first or the last one tried, so that a better one may lie beyond.
-        validation: Top-1 accuracy on the validation items for every strength tried, in percent.
-        scores: ``[N, classes]``, the test items' class probabilities.
-    """
-
-    accuracy: dict[int, float]
-    mean_per_class: float
-    strength: float
-    at_edge: bool
-    validation: dict[float, float]
-    scores: Tensor
+    accuracy: dict[int, float]  # top-k
+    mean_per_class: float  # top-1, averaged over classes
+    strength: float  # the inverse regularisation strength that was chosen
+    at_edge: bool  # whether that was the first or last one tried, so that a better one may lie beyond
+    validation: dict[float, float]  # top-1 accuracy on the validation items for every strength
+    scores: Tensor  # [N, classes]: class probabilities
 
 
 def linear_probe(
@@ -54,18 +45,18 @@ def linear_probe(
 ) -> Probe:
     """Train logistic regression on features and score it.
 
-    The features are brought to mean zero and variance one, so the same strengths suit every model. The
-    strength with the best validation accuracy is taken, the stronger regularisation of equals; the probe
-    is then trained again on training and validation items together.
+    The features are standardised, so the same strengths suit every model. The strength with the best
+    validation accuracy is taken, the stronger regularisation among equals; the probe is then trained again on
+    training and validation items together.
 
     Args:
         train: Features ``[N, D]`` and labels ``[N]``.
-        test: The same for the items to score.
-        validation: The same for the choice of the strength; by default a fifth of the training items.
+        test: The items to score.
+        validation: The items that choose the strength; by default a fifth of the training items.
         classes: Number of classes; the labels are below it.
-        strengths: What to try.
+        strengths: The strengths to try.
         ks: The cut-offs of the accuracy.
-        seed: Which fifth is held out, where there is no validation split.
+        seed: Selects the fifth that is held out where there is no validation split.
 
     Raises:
         ValueError: For labels that do not fit, a single class in training, NaN or infinity in the features.
@@ -80,18 +71,20 @@ def linear_probe(
     if validation is None:
         counts = np.bincount(y, minlength=classes)
         stratify = y if counts[counts > 0].min() > 1 and len(y) * _HELD_OUT >= (counts > 0).sum() else None
-        x, held_x, y, held_y = train_test_split(
-            x, y, test_size=_HELD_OUT, random_state=seed, stratify=stratify
-        )
+        options = {"test_size": _HELD_OUT, "random_state": seed, "stratify": stratify}
+        x, held_x, y, held_y = train_test_split(x, y, **options)
     else:
         held_x, held_y = _arrays("validation", validation, classes)
     if len(np.unique(y)) < 2:
         raise ValueError("train: all labels are equal, so there is nothing to tell apart")
-    tried = {
-        strength: 100 * float(_fit(x, y, strength).score(held_x, held_y)) for strength in sorted(strengths)
-    }
-    best = max(tried, key=lambda strength: (tried[strength], -strength))
-    model = _fit(np.concatenate([x, held_x]), np.concatenate([y, held_y]), best)
+    parts = np.repeat([-1, 0], [len(x), len(held_x)])  # always trained on, held out
+    fold = PredefinedSplit(parts)
+    # Among equals the first is taken, so the strongest regularisation; then it is trained on both parts.
+    search = GridSearchCV(_PROBE, {"logisticregression__C": sorted(strengths)}, cv=fold)
+    search.fit(np.concatenate([x, held_x]), np.concatenate([y, held_y]))
+    accuracies = 100 * search.cv_results_["mean_test_score"]
+    tried = dict(zip(sorted(strengths), accuracies.tolist(), strict=True))
+    best, model = search.best_params_["logisticregression__C"], search.best_estimator_
     scores = np.zeros((len(test_x), classes))
     scores[:, model.classes_] = model.predict_proba(test_x)
     labels = torch.from_numpy(test_y)
@@ -103,11 +96,6 @@ def linear_probe(
         validation=tried,
         scores=torch.from_numpy(scores),
     )
-
-
-def _fit(x: np.ndarray, y: np.ndarray, strength: float) -> Pipeline:
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_ITERATIONS))
-    return model.fit(x, y)
 
 
 def _arrays(name: str, data: tuple[Tensor, Tensor], classes: int) -> tuple[np.ndarray, np.ndarray]:

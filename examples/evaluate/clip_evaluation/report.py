@@ -5,72 +5,52 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich import box
+from examples_common import tables
 from rich.console import Console
-from rich.table import Table
 
 from .metrics import standard_error
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One measurement.
-
-    Attributes:
-        data: What it was measured on.
-        task: ``zero-shot``, ``probe``, ``retrieval`` or ``geometry``.
-        metric: Its name, such as ``top-1`` or ``image_to_text R@5``.
-        value: The value.
-        n: Number of items.
-        chance: What guessing would score, where that means something.
-        percent: Whether the value is a share of the items, in percent.
-    """
+    """One measurement."""
 
     data: str
-    task: str
-    metric: str
+    task: str  # zero-shot, probe, retrieval or geometry
+    metric: str  # such as top-1 or image_to_text R@5
     value: float
-    n: int
-    chance: float | None = None
-    percent: bool = True
+    n: int  # number of items
+    chance: float | None = None  # what guessing would score, where that means something
+    percent: bool = True  # whether the value is a share of the items
 
     @property
     def error(self) -> float | None:
         """Binomial standard error of a percentage; it holds for independent items."""
         return standard_error(self.value, self.n) if self.percent else None
 
+    def cells(self) -> list[str]:
+        """Return metric, value, standard error, chance and number of items as text."""
+        value = f"{self.value:.2f}" if self.percent else f"{self.value:.4g}"
+        optional = ("" if x is None else f"{x:.2f}" for x in (self.error, self.chance))
+        return [self.metric, value, *optional, f"{self.n:,}"]
+
 
 def show(results: Sequence[Result], console: Console) -> None:
     """Print the table."""
-    table = Table(box=box.SIMPLE, padding=(0, 1), show_edge=False)
-    for head in ("data", "task", "metric"):
-        table.add_column(head)
-    for head in ("value", "± SE", "chance", "n"):
-        table.add_column(head, justify="right")
-    last = None
-    for result in results:
-        new = (result.data, result.task) != last
-        last = (result.data, result.task)
-        table.add_row(
-            result.data if new else "",
-            result.task if new else "",
-            result.metric,
-            f"{result.value:.4g}" if result.error is None else f"{result.value:.2f}",
-            "" if result.error is None else f"{result.error:.2f}",
-            "" if result.chance is None else f"{result.chance:.2f}",
-            f"{result.n:,}",
-        )
-    console.print(table)
+    rows = []
+    for (data, task), of_task in groupby(results, key=lambda result: (result.data, result.task)):
+        first, *others = of_task
+        rows += [[data, task, *first.cells()], *(["", "", *result.cells()] for result in others)]
+    tables.show(console, ["data", "task", "metric", "value", "± SE", "chance", "n"], rows, right=4)
 
 
 def save(path: Path, results: Sequence[Result], conditions: dict[str, Any]) -> None:
     """Write results and conditions as JSON."""
-    content = {
-        "conditions": conditions,
-        "results": [{**dataclasses.asdict(result), "standard_error": result.error} for result in results],
-    }
+    rows = [{**dataclasses.asdict(result), "standard_error": result.error} for result in results]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps({"conditions": conditions, "results": rows}, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What guessing and raw pixels score: the rows that every trained model has to be compared with."""
+"""Scores guessing and raw pixels, the baselines of every trained model."""
 
 from __future__ import annotations
 
@@ -20,58 +20,33 @@ ALIKE_LIMITS = (8, 16)
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalRow:
-    """Retrieval on one block.
-
-    Attributes:
-        block: Its name.
-        images: Number of pictures, one for each concept.
-        captions: Number of captions.
-        chance: R@k of guessing, both ways.
-        knn: R@k of the nearest training pictures' words.
-        alike: Share of the pictures whose nearest training picture differs by less than each limit.
-    """
+    """Retrieval on one block."""
 
     block: str
-    images: int
-    captions: int
-    chance: dict[str, dict[int, float]]
-    knn: dict[str, dict[int, float]]
-    alike: dict[int, float]
+    images: int  # number of pictures, one per concept
+    captions: int  # number of captions
+    chance: dict[str, dict[int, float]]  # R@k of guessing, both ways
+    knn: dict[str, dict[int, float]]  # R@k of the nearest training pictures' words
+    alike: dict[int, float]  # share of the pictures whose nearest training picture is closer than each limit
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassRow:
-    """Classification on one labelled set.
-
-    Attributes:
-        name: Its name.
-        shift: Its shift, or nothing.
-        classes: Number of classes.
-        items: Number of pictures of every side.
-        chance: Top-k accuracy of guessing.
-        majority: Top-1 accuracy of always answering the class that is most frequent in training.
-        knn: Top-k accuracy of the nearest training pictures' votes.
-    """
+    """Classification on one labelled set."""
 
     name: str
-    shift: str
-    classes: int
-    items: dict[str, int]
-    chance: dict[int, float]
-    majority: float
-    knn: dict[int, float]
+    shift: str  # its shift, or nothing
+    classes: int  # number of classes
+    items: dict[str, int]  # number of pictures on each side
+    chance: dict[int, float]  # top-k accuracy of guessing
+    majority: float  # top-1 accuracy of the class that is most frequent in training
+    knn: dict[int, float]  # top-k accuracy of the nearest training pictures' votes
 
 
 def retrieval(
     records: Sequence[Record], thumbnails: np.ndarray, ranges: dict[str, tuple[int, int]]
 ) -> list[RetrievalRow]:
-    """Score guessing and raw pixels on the retrieval of held-out concepts, in trained sets and shifts.
-
-    Args:
-        records: All records.
-        thumbnails: Their pictures, averaged, in the same order.
-        ranges: The blocks.
-    """
+    """Score guessing and raw pixels on the retrieval of held-out concepts, in trained sets and shifts."""
     start, stop = ranges["train"]
     texts = [record.caption for record in records[start:stop]]
     blocks = [b for b in ("validation", "test", *(f"{shift}/test" for shift in SHIFTS)) if b in ranges]

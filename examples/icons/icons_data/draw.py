@@ -1,15 +1,16 @@
-"""Draws icons as small pictures, in parallel, and keeps what it has drawn."""
+"""Draws icons as small pictures, in parallel, with a cache."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from examples_common.terminal import Track
 from PIL import Image
 
 from .package import Icon
@@ -19,7 +20,6 @@ THUMBNAIL = 16
 _CHUNK = 256
 
 Drawing = tuple[bytes, np.ndarray]
-Progress = Callable[[Iterable[Drawing], int, str], Iterable[Drawing]]
 
 
 def rasterise(svg: str, size: int = SIZE) -> bytes:
@@ -46,25 +46,29 @@ def thumbnail(png: bytes) -> np.ndarray:
 
 
 def draw_all(
-    icons: Sequence[Icon], cache: Path, *, workers: int = 2, progress: Progress | None = None
+    icons: Sequence[Icon],
+    cache: Path,
+    *,
+    workers: int = 2,
+    track: Track = lambda items, _length, _what: items,
 ) -> tuple[list[bytes], np.ndarray]:
     """Return the PNG of every icon, in order, and their thumbnails, ``uint8 [N, 16, 16, 3]``.
 
-    Each set is kept as a file of its own in ``cache``, named by a digest of all its drawings, so an
-    interrupted build goes on where it was and a changed set is drawn anew.
+    Each set has a file of its own in ``cache``, named by a digest of all its drawings, so an interrupted
+    build resumes and a changed set is drawn again.
 
     Args:
         icons: Sorted by set.
         cache: Folder for what is drawn.
         workers: Number of processes.
-        progress: Wraps the loop over the drawings, given their number and what is being done.
+        track: Wraps the loop over the drawings in a progress bar.
     """
     cache.mkdir(parents=True, exist_ok=True)
     pngs: list[bytes] = []
     thumbnails: list[np.ndarray] = []
     with ProcessPoolExecutor(max_workers=workers) as pool:
         drawings: Iterable[Drawing] = itertools.chain.from_iterable(_draw_sets(icons, cache, pool))
-        for png, small in progress(drawings, len(icons), "Drawing") if progress else drawings:
+        for png, small in track(drawings, len(icons), "Drawing"):
             pngs.append(png)
             thumbnails.append(small)
     return pngs, np.stack(thumbnails)
@@ -105,7 +109,7 @@ def _save(path: Path, drawings: Sequence[Drawing]) -> None:
             data=np.frombuffer(b"".join(png for png, _ in drawings), dtype=np.uint8),
             thumbnails=np.stack([small for _, small in drawings]),
         )
-    partial.replace(path)  # whole or not at all, whenever the build is interrupted
+    partial.replace(path)  # atomic, so an interrupted build leaves no half file
 
 
 def _load(path: Path) -> list[Drawing]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from .package import Icon
 from .split import SIDES
@@ -16,15 +16,10 @@ TEMPLATES = ("{}", "an icon of {}", "{} icon", "a pictogram of {}")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a labelled set comes from.
+    """Where a labelled set comes from."""
 
-    Attributes:
-        sets: Icon sets that share one list of categories.
-        shift: The shift that the sets belong to, if they are never trained on.
-    """
-
-    sets: tuple[str, ...]
-    shift: str = ""
+    sets: tuple[str, ...]  # icon sets that share one list of categories
+    shift: str = ""  # the shift they belong to, if they are never trained on
 
 
 SOURCES: dict[str, Source] = {
@@ -55,21 +50,13 @@ _MIN_TRAIN, _MIN_TEST = 8, 4
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """One labelled set; probes are trained on concepts of the training side and tested on held-out ones.
-
-    Attributes:
-        name: Its name.
-        shift: The shift it belongs to, or nothing.
-        classes: The classes' names.
-        index: For every side, the records.
-        label: For every side, the class of every record.
-    """
+    """One labelled set; probes are trained on concepts of the training side and tested on held-out ones."""
 
     name: str
-    shift: str
+    shift: str  # the shift it belongs to, or nothing
     classes: list[str]
-    index: dict[str, list[int]]
-    label: dict[str, list[int]]
+    index: dict[str, list[int]]  # for every side, the records
+    label: dict[str, list[int]]  # for every side, the class of every record
 
 
 def class_name(category: str) -> str:
@@ -87,12 +74,8 @@ def class_name(category: str) -> str:
 def build(icons: Sequence[Icon], sides: Sequence[str]) -> list[Labelled]:
     """Make the labelled sets out of the records.
 
-    Icons with several categories are left out, since only one answer would count as right; classes with
-    few icons on either side are left out, too.
-
-    Args:
-        icons: The records, in order.
-        sides: The side of each.
+    Icons with several categories are left out, since only one answer would count as right, and so are classes
+    with few icons on either side.
     """
     made = []
     for name, source in SOURCES.items():
@@ -111,17 +94,6 @@ def build(icons: Sequence[Icon], sides: Sequence[str]) -> list[Labelled]:
         chosen = {
             side: [(p, column[c]) for p, c in rows if c in column and sides[p] == side] for side in SIDES
         }
-        made.append(
-            Labelled(
-                name=name,
-                shift=source.shift,
-                classes=classes,
-                index={side: _column(pairs, 0) for side, pairs in chosen.items()},
-                label={side: _column(pairs, 1) for side, pairs in chosen.items()},
-            )
-        )
+        index, label = ({side: [pair[i] for pair in of] for side, of in chosen.items()} for i in (0, 1))
+        made.append(Labelled(name, source.shift, classes, index, label))
     return made
-
-
-def _column(pairs: Iterable[tuple[int, int]], number: int) -> list[int]:
-    return [pair[number] for pair in pairs]

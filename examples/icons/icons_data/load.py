@@ -22,13 +22,10 @@ from .records import Record, read_table
 class Part:
     """One block of the data: a side of the trained sets, or of a shift.
 
-    Attributes:
-        images: ``uint8 [n, 64, 64, 3]``, a view of the file: nothing is read before it is used. The order is
-            random, so the first n pictures are a random sample.
-        records: What is known of each picture.
+    The order is random, so the first n pictures are a random sample.
     """
 
-    images: np.ndarray
+    images: np.ndarray  # uint8 [n, 64, 64, 3], a memory-mapped view of the file
     records: list[Record]
 
     @property
@@ -44,51 +41,31 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
-    """One picture for each held-out concept, with one or several captions.
+    """One picture for each held-out concept, with one or several captions."""
 
-    Attributes:
-        images: ``uint8 [n, 64, 64, 3]``.
-        captions: The captions of all pictures, one after the other.
-        image_of: For every caption the position of its picture, ``int64 [C]``.
-        index: The records' numbers.
-    """
-
-    images: np.ndarray
-    captions: list[str]
-    image_of: np.ndarray
-    index: np.ndarray
+    images: np.ndarray  # uint8 [n, 64, 64, 3]
+    captions: list[str]  # of all pictures, one after the other
+    image_of: np.ndarray  # int64 [C]: the position of each caption's picture
+    index: np.ndarray  # the records' numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """Labelled pictures of one side.
+    """Labelled pictures of one side."""
 
-    Attributes:
-        images: ``uint8 [n, 64, 64, 3]``.
-        labels: The class of each, ``int64 [n]``.
-        index: The records' numbers.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    index: np.ndarray
+    images: np.ndarray  # uint8 [n, 64, 64, 3]
+    labels: np.ndarray  # int64 [n]: the class of each
+    index: np.ndarray  # the records' numbers
 
 
 class LabelledSet:
-    """A labelled set for zero-shot classification and probes.
-
-    Attributes:
-        name: Its name.
-        shift: The shift it belongs to, or an empty string.
-        classes: The classes' names.
-        templates: Prompts with one ``{}`` each.
-    """
+    """A labelled set for zero-shot classification and probes."""
 
     def __init__(self, images: np.ndarray, stored: dict[str, Any]) -> None:
         self.name: str = stored["name"]
-        self.shift: str = stored["shift"]
+        self.shift: str = stored["shift"]  # the one it belongs to, or an empty string
         self.classes: list[str] = stored["classes"]
-        self.templates: list[str] = stored["templates"]
+        self.templates: list[str] = stored["templates"]  # prompts with one {} each
         self._images = images
         self._index: dict[str, list[int]] = stored["index"]
         self._label: dict[str, list[int]] = stored["label"]
@@ -115,15 +92,7 @@ class LabelledSet:
 
 
 class Icons:
-    """A finished build.
-
-    Attributes:
-        folder: Where it is.
-        manifest: How it was made, and its counts.
-        images: All pictures, ``uint8 [M, 64, 64, 3]``, mapped into memory.
-        records: What is known of each picture.
-        labelled: The labelled sets by name, those of the shifts last.
-    """
+    """A finished build: its pictures (mapped into memory), records and labelled sets, shifts last."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "manifest.json").is_file():

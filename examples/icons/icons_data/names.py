@@ -1,4 +1,4 @@
-"""From an icon's name to a caption, a style and the concept that the split is made by.
+"""Turns an icon's name into a caption, a style and the concept that the split goes by.
 
 Names are built from words joined with hyphens, in every set in its own way: ``account-heart-outline``,
 ``outline-account-circle``, ``account-24-filled``, ``account-01``, ``bag2``. What remains of a name without
@@ -19,7 +19,7 @@ _STYLES = {
     "filled": "filled", "fill": "filled", "solid": "solid", "bold": "bold",
     "duotone": "duotone", "twotone": "duotone", "linear": "line", "rounded": "rounded", "broken": "broken",
 }  # fmt: skip
-# The ones that mean nothing else: they count as style even where no other variant of the icon exists.
+# Unambiguous ones: they count as style even if no other variant of the icon exists.
 _ALWAYS = {"outline", "outlined", "filled", "duotone", "twotone", "rounded"}
 # Style words of sets that use them without declaring them. Elsewhere they are meant literally: traffic-light.
 _UNDECLARED: dict[str, tuple[str, ...]] = {
@@ -36,10 +36,7 @@ _UNDECLARED: dict[str, tuple[str, ...]] = {
     "stash": ("duotone", "light", "solid"),
     "wi": ("alt",),
 }
-_PREFIXES: dict[str, tuple[str, ...]] = {
-    "ion": ("ios", "md"),
-    "medical-icon": ("i",),
-}
+_PREFIXES: dict[str, tuple[str, ...]] = {"ion": ("ios", "md"), "medical-icon": ("i",)}
 _NEUTRAL = {"", "regular", "baseline", "ltr", "rtl", "mirrored", "active", "ios", "md", "i"}
 _ONE_LETTER_OUTLINE = {"fa", "uiw", "vaadin", "vs"}  # there a final -o means outline
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -54,18 +51,11 @@ _MAX_WORDS = 12
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """What an icon's name says.
+    """What an icon's name says."""
 
-    Attributes:
-        caption: The words of the name, without style, size and numbering.
-        style: How it is drawn, such as ``bold duotone``; empty where the name does not say.
-        concept: The caption's words in alphabetical order, in the singular, without numbers at the end:
-            equal for names that mean the same.
-    """
-
-    caption: str
-    style: str
-    concept: str
+    caption: str  # the words of the name, without style, size and numbering
+    style: str  # how it is drawn, such as "bold duotone"; empty where the name does not say
+    concept: str  # sorted words of the caption, singular, without final numbers: equal for equal meanings
 
 
 class Namer:
@@ -116,7 +106,7 @@ class Namer:
         return Name(" ".join(words), style, concept_of(words, emoji=self._emoji))
 
     def _split(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Take style and size words off both ends, however far that goes."""
+        """Strip style and size words from both ends."""
         words = list(_words(name))
         styles: list[str] = []
         if len(words) > 1 and words[0] in self._heads:

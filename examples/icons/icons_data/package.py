@@ -1,4 +1,4 @@
-"""The icon sets of npm's ``@iconify/json``: which of them are used, and as what."""
+"""Reads the icon sets of npm's ``@iconify/json`` and chooses the ones to use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from .names import Namer, has_skin_tone
 
 PACKAGE = "@iconify/json"
-VERSION = "2.2.535"  # what the figures in the README were made with
+VERSION = "2.2.535"  # the figures in the README are of this version
 
 # SPDX identifiers of licences that let pictures be used, changed and passed on if their authors are named.
 LICENCES = ("MIT", "Apache-2.0", "ISC", "OFL-1.1", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0")
@@ -28,7 +28,7 @@ _PROPER_NAMES = (
     "academicons", "cif", "circle-flags", "devicon-line", "devicon-original", "fa-brands", "fa6-brands",
     "fa7-brands", "flag", "flagpack", "il",
 )  # fmt: skip
-# Earlier editions, lighter weights and copies of sets that are there: the same drawings under the same names.
+# Earlier editions, lighter weights and copies of other sets: the same drawings under the same names.
 _TWINS = (
     "bx", "bxs", "fa-regular", "fa-solid", "fa6-regular", "fa6-solid", "famicons", "material-symbols-light",
     "mono-icons", "pepicons", "streamline-guidance",
@@ -36,7 +36,7 @@ _TWINS = (
 _RUN_TOGETHER = ("whh",)  # names without any hyphens: circledribbble
 _CATEGORY_OF_LOGOS = ("Logos", "Programming")
 _NOT_LOGOS = ("codicon",)  # of those categories, but pictograms
-_ANIMATED = "Contains Animations"  # what its first frame shows may be nothing
+_ANIMATED = "Contains Animations"  # the first frame may be empty
 
 _EMOJI_SETS = ("fluent-emoji",)  # emoji by name, though the package does not say so
 _LOGO_WORDS = {"brand", "brands", "logo", "logos", "wordmark", "bxl"}
@@ -50,52 +50,30 @@ _BRAND_PREFIX = re.compile(r"(?:brand|logo)-(.+)")
 
 @dataclasses.dataclass(frozen=True)
 class IconSet:
-    """One icon set, with what its licence asks for.
+    """One icon set, with what its licence asks for."""
 
-    Attributes:
-        prefix: Its name in Iconify, such as ``mdi``.
-        title: Its full name.
-        authors: Who made it.
-        url: Where it comes from.
-        licence: The licence's SPDX identifier.
-        licence_url: The licence's text.
-        palette: Whether the icons have colours of their own; others are drawn in black.
-        emoji: Whether it holds emojis.
-    """
-
-    prefix: str
+    prefix: str  # its name in Iconify, such as mdi
     title: str
     authors: str
     url: str
-    licence: str
+    licence: str  # SPDX identifier
     licence_url: str
-    palette: bool
+    palette: bool  # whether the icons have colours of their own; others are drawn in black
     emoji: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Icon:
-    """One drawing with its words.
+    """One drawing with its words."""
 
-    Attributes:
-        set: The prefix of its set.
-        name: Its name in the set.
-        caption: The name's words, without style, size and numbering.
-        style: Words for how it is drawn, or nothing.
-        concept: What the split is made by; see :func:`icons_data.names.concept_of`.
-        synonyms: Captions of its other names, with the concept of each.
-        categories: The categories that its set puts it into.
-        svg: The drawing, in a square.
-    """
-
-    set: str
-    name: str
-    caption: str
-    style: str
-    concept: str
-    synonyms: tuple[tuple[str, str], ...]
-    categories: tuple[str, ...]
-    svg: str
+    set: str  # the prefix of its set
+    name: str  # in that set
+    caption: str  # the name's words, without style, size and numbering
+    style: str  # words for how it is drawn, or nothing
+    concept: str  # what the split goes by; see names.concept_of
+    synonyms: tuple[tuple[str, str], ...]  # captions of its other names, with the concept of each
+    categories: tuple[str, ...]  # of its set
+    svg: str  # the drawing, in a square
 
 
 def fetch(folder: Path, version: str = VERSION) -> Path:
@@ -160,7 +138,7 @@ def reason_to_leave_out(prefix: str, data: Mapping[str, Any]) -> str | None:
 
 
 def describe(prefix: str, data: Mapping[str, Any]) -> IconSet:
-    """Return what is to be said about a set."""
+    """Describe a set."""
     info = data["info"]
     author, licence = info.get("author") or {}, info.get("license") or {}
     return IconSet(
@@ -214,11 +192,7 @@ def icons_of(
     about = describe(prefix, data)
     names = data["icons"]
     namer = Namer(
-        prefix,
-        names,
-        suffixes=data.get("suffixes", ()),
-        prefixes=data.get("prefixes", ()),
-        emoji=about.emoji,
+        prefix, names, suffixes=data.get("suffixes", ()), prefixes=data.get("prefixes", ()), emoji=about.emoji
     )
     categories: dict[str, list[str]] = defaultdict(list)
     for category, members in data.get("categories", {}).items():

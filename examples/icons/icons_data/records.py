@@ -1,4 +1,4 @@
-"""The records: one line for every picture that is used, in the order in which the pictures are stored."""
+"""The records: one line per picture, in the order in which the pictures are stored."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import csv
 import dataclasses
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .labels import TEMPLATES
 from .package import Icon
@@ -19,37 +20,21 @@ _STYLED = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One picture with its words.
+    """One picture with its words."""
 
-    Attributes:
-        index: Position among the pictures.
-        set: The prefix of its icon set.
-        name: Its name in that set.
-        caption: The name's words, without style, size and numbering.
-        text: What a model is trained on: the caption, at times with the style, in a template.
-        style: How it is drawn, or nothing.
-        concept: The group of concepts that it belongs to; on one side only.
-        synonyms: Other captions that its set gives it.
-        categories: The categories of its set.
-        side: ``train``, ``validation`` or ``test``, by its concept.
-        shift: The shift whose set it is from, or nothing; pictures of a shift are never trained on.
-        retrieval: Whether it stands for its concept in the retrieval of its side.
-        palette: Whether its set has colours of its own.
-    """
-
-    index: int
-    set: str
-    name: str
-    caption: str
-    text: str
-    style: str
-    concept: str
-    synonyms: tuple[str, ...]
-    categories: tuple[str, ...]
-    side: str
-    shift: str
-    retrieval: bool
-    palette: bool
+    index: int  # position among the pictures
+    set: str  # the prefix of its icon set
+    name: str  # in that set
+    caption: str  # the name's words, without style, size and numbering
+    text: str  # what a model is trained on: the caption, at times with the style, in a template
+    style: str  # how it is drawn, or nothing
+    concept: str  # the group of concepts that it belongs to; on one side only
+    synonyms: tuple[str, ...]  # other captions that its set gives it
+    categories: tuple[str, ...]  # of its set
+    side: str  # train, validation or test, by its concept
+    shift: str  # the shift whose set it is from, or nothing; pictures of a shift are never trained on
+    retrieval: bool  # whether it stands for its concept in the retrieval of its side
+    palette: bool  # whether its set has colours of its own
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -144,24 +129,23 @@ def read_table(path: Path) -> list[Record]:
     """Read what :func:`write_table` wrote."""
     with path.open(encoding="utf-8", newline="") as file:
         return [
-            Record(
-                index=int(row["index"]),
-                set=row["set"],
-                name=row["name"],
-                caption=row["caption"],
-                text=row["text"],
-                style=row["style"],
-                concept=row["concept"],
-                synonyms=_tuple(row["synonyms"]),
-                categories=_tuple(row["categories"]),
-                side=row["side"],
-                shift=row["shift"],
-                retrieval=row["retrieval"] == "1",
-                palette=row["palette"] == "1",
-            )
+            Record(**{field: _READ.get(field, str)(cell) for field, cell in row.items()})
             for row in csv.DictReader(file)
         ]
 
 
 def _tuple(cell: str) -> tuple[str, ...]:
     return tuple(cell.split(_SEPARATOR)) if cell else ()
+
+
+def _flag(cell: str) -> bool:
+    return cell == "1"
+
+
+_READ: dict[str, Callable[[str], Any]] = {
+    "index": int,
+    "synonyms": _tuple,
+    "categories": _tuple,
+    "retrieval": _flag,
+    "palette": _flag,
+}

@@ -1,4 +1,4 @@
-"""Which icons are trained on: groups of concepts that belong together, one side for each, no drawing twice.
+"""Which icons are trained on: every group of related concepts is on one side, and no drawing is used twice.
 
 A concept is on one side only. Two concepts belong together, and so go to the same side, where a set gives
 one drawing names of both (aliases), and where two drawings of them look alike: "navaid military" and
@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+from scipy.cluster.hierarchy import DisjointSet
 from scipy.spatial import cKDTree
 
 from .names import concept_of
@@ -28,7 +29,7 @@ SHIFTS: dict[str, tuple[str, ...]] = {
     "noto": ("noto",),
     "emojione": ("emojione",),
 }
-# Drawn by a vendor that is held out, so not trained on, and no colours, so no shift of its own.
+# Drawn by a held-out vendor, so not trained on; without colours, so not a shift of its own.
 OF_A_SHIFT = ("emojione-monotone",)
 
 VALIDATION = 0.05
@@ -45,19 +46,12 @@ _BLANK = 0.005
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What became of every icon that was drawn.
+    """Which icons are used, and the side of each."""
 
-    Attributes:
-        kept: Positions of the icons that are used.
-        group: For every icon, the group of its concept.
-        side: For every group, ``train``, ``validation`` or ``test``.
-        counts: What was left out, and what was joined, for the data card.
-    """
-
-    kept: list[int]
-    group: list[str]
-    side: dict[str, str]
-    counts: dict[str, int]
+    kept: list[int]  # positions of the icons that are used
+    group: list[str]  # for every icon, the group of its concept
+    side: dict[str, str]  # for every group: train, validation or test
+    counts: dict[str, int]  # what was left out, and what was joined, for the data card
 
 
 def shift_of(prefix: str) -> str:
@@ -66,30 +60,36 @@ def shift_of(prefix: str) -> str:
 
 
 def split(icons: Sequence[Icon], thumbnails: np.ndarray, *, seed: int = 0) -> Split:
-    """Put every icon on a side, and drop drawings that are there already.
+    """Put every icon on a side, and drop repeated drawings.
 
     Args:
         icons: All icons.
-        thumbnails: ``uint8 [N, 16, 16, 3]``, the icons' pictures, averaged.
+        thumbnails: Their averaged pictures, ``uint8 [N, 16, 16, 3]``.
         seed: Other seeds hold out other concepts.
     """
     ink = (thumbnails < 250).any(axis=-1).mean(axis=(1, 2))
     drawn = ink >= _BLANK
     pairs = alike_pairs(thumbnails)
-    groups = _Groups()
+    groups = DisjointSet()
+
+    def join(a: str, b: str) -> None:
+        for concept in (a, b):
+            groups.add(concept)  # has no effect on a known one
+        groups.merge(a, b)
+
     for icon in icons:
         # What is one concept among emojis, a woman and a man walking, may be two in another set.
-        groups.join(icon.concept, concept_of(icon.caption.split()))
+        join(icon.concept, concept_of(icon.caption.split()))
         for caption, concept in icon.synonyms:
-            groups.join(icon.concept, concept)
-            groups.join(concept, concept_of(caption.split()))
-    by_name = [groups.find(icon.concept) for icon in icons]
+            join(icon.concept, concept)
+            join(concept, concept_of(caption.split()))
+    by_name = [groups[icon.concept] for icon in icons]
     joined = 0
     for a, b in pairs.tolist():
         joined += by_name[a] != by_name[b]
         if drawn[a] and drawn[b]:
-            groups.join(icons[a].concept, icons[b].concept)
-    group = groups.names(icon.concept for icon in icons)
+            groups.merge(icons[a].concept, icons[b].concept)
+    group = _named([icon.concept for icon in icons], groups)
     side = _sides(icons, group, seed)
     kept = _distinct(icons, thumbnails, np.flatnonzero(drawn).tolist())
     counts = {
@@ -134,29 +134,12 @@ def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sqrt((difference**2).mean(axis=tuple(range(1, difference.ndim))))
 
 
-class _Groups:
-    """Disjoint sets of concepts."""
-
-    def __init__(self) -> None:
-        self._parent: dict[str, str] = {}
-
-    def find(self, concept: str) -> str:
-        parent = self._parent.setdefault(concept, concept)
-        while parent != self._parent[parent]:
-            self._parent[parent] = parent = self._parent[self._parent[parent]]
-        self._parent[concept] = parent
-        return parent
-
-    def join(self, a: str, b: str) -> None:
-        self._parent[self.find(a)] = self.find(b)
-
-    def names(self, concepts: Iterable[str]) -> list[str]:
-        """Name every concept's group after its first member in the alphabet, whatever was joined when."""
-        concepts = list(concepts)
-        first: dict[str, str] = {}
-        for concept in sorted(set(concepts)):
-            first.setdefault(self.find(concept), concept)
-        return [first[self.find(concept)] for concept in concepts]
+def _named(concepts: Sequence[str], groups: DisjointSet) -> list[str]:
+    """Name every concept's group after its alphabetically first member, whatever the order of joining."""
+    first: dict[str, str] = {}
+    for concept in sorted(set(concepts)):
+        first.setdefault(groups[concept], concept)
+    return [first[groups[concept]] for concept in concepts]
 
 
 def _sides(icons: Sequence[Icon], group: Sequence[str], seed: int) -> dict[str, str]:
@@ -186,7 +169,7 @@ def _draw(text: str) -> float:
 
 
 def _distinct(icons: Sequence[Icon], thumbnails: np.ndarray, positions: Sequence[int]) -> list[int]:
-    """Keep of the drawings of one caption those that look different.
+    """Keep the visibly different drawings of each caption.
 
     The trained sets and every shift are looked through on their own, so that no shift loses items to a
     trained set.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import webdataset
+from examples_common.terminal import Track
 
 from .draw import SIZE, pixels
 from .labels import TEMPLATES, Labelled
@@ -18,8 +18,6 @@ from .split import SIDES
 
 SHARD = 10_000  # samples in a shard
 _FOLDER = 1_000  # files in a folder
-
-Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
 def images(path: Path, pngs: Sequence[bytes], track: Track) -> None:
@@ -98,7 +96,7 @@ def _split(
 
 
 def _tar(path: Path) -> webdataset.TarWriter:
-    # A fixed time and owner: two builds are equal byte for byte.
+    # A fixed time and owner make builds reproducible byte for byte.
     return webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="")
 
 

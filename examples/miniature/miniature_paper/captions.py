@@ -1,9 +1,9 @@
-"""The second caption of a picture, which ALIP needs: what a captioner would say of it.
+"""Writes the second caption of a picture, which ALIP needs, in place of a captioner.
 
-ALIP's authors let OFA describe every image. No captioner knows icons, so the description is put together
-from what the pixels show (colours, how much is filled, symmetry) and what the icon set says (style,
-category): "a symmetric black outline drawing of arrows". It never uses the icon's name, and
-it is written for pictures of the training side only.
+ALIP's authors describe every image with OFA. No captioner knows icons, so the description is made of what
+the pixels show (colours, how much is filled, symmetry) and what the icon set says (style, category): "a
+symmetric black outline drawing of arrows". It never uses the icon's name, and only pictures of the training
+side get one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def colours(pixels: np.ndarray) -> list[str]:
     ink = pixels[(pixels < _PAPER).any(axis=-1)].astype(np.int32)
     if not len(ink):
         return []
-    if np.ptp(ink, axis=1).max() < 24:  # no colour at all: the grey of a line's edge is the line's black
+    if np.ptp(ink, axis=1).max() < 24:  # no colour: grey is only the antialiased edge of a black line
         return ["black" if ink.min() < 80 else "gray"]
     nearest = ((ink[:, None] - _VALUES) ** 2).sum(axis=-1).argmin(axis=1)
     share = np.bincount(nearest, minlength=len(_NAMES)) / len(ink)

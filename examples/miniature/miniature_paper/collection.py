@@ -1,10 +1,10 @@
-"""The records of one preset, ready to be asked for a measure of a model over its seeds."""
+"""The records of one preset, by model and seed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from . import grid, scores
 from .grid import Setting
@@ -12,14 +12,12 @@ from .scores import Measure
 from .statistics import Difference, Estimate, estimate, paired_difference
 
 Record = Mapping[str, Any]
-# A model is a setting whatever its seed; the seed is set to this one to name it.
-_ANY_SEED = 0
-_FIELDS = tuple(field.name for field in dataclasses.fields(Setting))
+Value = TypeVar("Value")
 
 
 def model_of(setting: Setting) -> Setting:
-    """Return what the settings of all seeds of a model have in common."""
-    return dataclasses.replace(setting, seed=_ANY_SEED)
+    """Return what the settings of all seeds of a model have in common: the one with seed 0."""
+    return dataclasses.replace(setting, seed=0)
 
 
 class Collection:
@@ -45,7 +43,7 @@ class Collection:
         self._records: dict[Setting, Record] = {}
         self.unplanned = 0
         for record in records:
-            setting = Setting(**{name: record["setting"][name] for name in _FIELDS})
+            setting = Setting(**record["setting"])
             if setting not in wanted:
                 self.unplanned += 1
             elif setting in self._records:
@@ -60,17 +58,13 @@ class Collection:
 
     @property
     def tasks(self) -> set[str]:
-        """Every task that some record has, such as ``zero-shot/mdi``; all that there are before the first."""
+        """Every task that some record has, such as ``zero-shot/mdi``; all tasks before the first record."""
         if not self._records:
             return set(scores.TASKS)
         return {task for record in self._records.values() for task in record["metrics"]}
 
     def sets(self, task: str) -> list[str]:
-        """The labelled sets that were measured, in the order of their names.
-
-        Args:
-            task: ``zero-shot`` or ``probe``.
-        """
+        """Return the labelled sets that were measured in ``zero-shot`` or ``probe``, by name."""
         return [name for name in scores.LABELLED_SETS if f"{task}/{name}" in self.tasks]
 
     def record(self, setting: Setting) -> Record | None:
@@ -78,7 +72,7 @@ class Collection:
         return self._records.get(setting)
 
     def exhibit(self, name: str) -> Exhibited:
-        """Return what one table or figure is made of."""
+        """Return the models of one table or figure."""
         return Exhibited(self, grid.settings_of(self.preset, name, self.seeds))
 
 
@@ -128,17 +122,14 @@ class Exhibited:
 
     def chance(self, measure: Measure) -> float | None:
         """Return what guessing scores."""
-        return self._first(lambda record: measure.of(record.get("chance", {})))
+        return self._first(lambda record: measure.of(record["chance"]))
 
     def items(self, measure: Measure) -> int | None:
         """Return the number of held-out items behind a measure."""
-        return self._first(lambda record: measure.items(record.get("items", {})))
+        return self._first(lambda record: measure.items(record["items"]))
 
-    def _first(self, read: Any) -> Any:
-        # The same for every model, so the first record that knows it says it.
-        for settings in self._settings.values():
-            for setting in settings:
-                record = self._collection.record(setting)
-                if record is not None and (value := read(record)) is not None:
-                    return value
-        return None
+    def _first(self, read: Callable[[Record], Value | None]) -> Value | None:
+        """Return what the first record that knows it says: it is the same for every model."""
+        settings = (setting for own in self._settings.values() for setting in own)
+        records = (record for setting in settings if (record := self._collection.record(setting)) is not None)
+        return next((value for record in records if (value := read(record)) is not None), None)

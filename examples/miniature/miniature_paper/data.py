@@ -13,37 +13,28 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from examples_common.terminal import Track
+from icons_data.load import Icons, Part
 from PIL import Image
 
 from .captions import synthetic_caption
-
-if TYPE_CHECKING:
-    from icons_data.load import Icons
 
 SIZE = 32
 COLUMNS = ("filepath", "title", "synthetic")
 _FOLDER = 1000  # files in a folder
 _ICONS = Path(__file__).resolve().parents[2] / "icons"
 
-Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
-
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """What :func:`prepare` wrote.
+    """What :func:`prepare` wrote, for every number of pairs."""
 
-    Attributes:
-        tables: For every number of pairs its table, relative to the output folder.
-        digests: For every number of pairs a fingerprint of its table and of everything that is measured on.
-    """
-
-    tables: dict[int, str]
-    digests: dict[int, str]
+    tables: dict[int, str]  # relative to the output folder
+    digests: dict[int, str]  # fingerprints of the table and of everything that is measured on
 
 
 def build_icons(folder: Path) -> None:
@@ -60,7 +51,7 @@ def build_icons(folder: Path) -> None:
 
 
 def small(pixels: np.ndarray) -> Image.Image:
-    """Average a square picture, ``uint8 [S, S, 3]``, down to :data:`SIZE`: what every model sees.
+    """Average a square picture, ``uint8 [S, S, 3]``, down to :data:`SIZE`, the models' input size.
 
     Raises:
         ValueError: If S is no multiple of that.
@@ -72,21 +63,17 @@ def small(pixels: np.ndarray) -> Image.Image:
 
 
 def prepare(icons: Icons, output: Path, sizes: Sequence[int], track: Track) -> Tables:
-    """Write the training pictures and a table for every size below ``output``.
+    """Write the training pictures and a table for every number of pairs below ``output``.
 
-    Args:
-        icons: The finished build.
-        output: The trainer is started here; the paths in the tables are relative to it.
-        sizes: Numbers of training pairs.
-        track: Wraps loops, given their length and what is being done.
+    The trainer is started in ``output``, and the paths in the tables are relative to it.
 
     Raises:
-        ValueError: If there are fewer training pairs than asked for.
+        ValueError: If the icons have fewer training pairs.
     """
     part = icons.part("train")
     largest = max(sizes)
     if largest > len(part.records):
-        raise ValueError(f"sizes: {largest} pairs are asked for, the icons have {len(part.records)}")
+        raise ValueError(f"sizes: {largest} pairs are needed, the icons have {len(part.records)}")
     evaluation = evaluation_digest(icons)
     folder = output / "pairs" / f"{largest}-{evaluation[:8]}-{_recipe()}"
     if not folder.is_dir():
@@ -99,7 +86,7 @@ def prepare(icons: Icons, output: Path, sizes: Sequence[int], track: Track) -> T
         if not path.is_file():
             path.write_text(text, encoding="utf-8")
         tables[pairs] = path.relative_to(output).as_posix()
-        # Where the pictures lie, and how many more there are, makes no difference.
+        # The folder of the pictures, and how many more it holds, makes no difference.
         content = text.replace(folder.relative_to(output).as_posix(), "")
         digests[pairs] = hashlib.sha256(f"{evaluation}{content}".encode()).hexdigest()[:16]
     return Tables(tables, digests)
@@ -115,12 +102,12 @@ def evaluation_digest(icons: Icons) -> str:
 
 
 def _recipe() -> str:
-    """Return a fingerprint of what writes the pairs, by which older ones are recognised."""
+    """Return a fingerprint of the code that writes the pairs, by which outdated ones are recognised."""
     sources = (Path(__file__), Path(__file__).with_name("captions.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
 
 
-def _write(part: Any, folder: Path, output: Path, pairs: int, track: Track) -> None:
+def _write(part: Part, folder: Path, output: Path, pairs: int, track: Track) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as temporary:
         work = Path(temporary) / "pairs"
@@ -135,15 +122,8 @@ def _write(part: Any, folder: Path, output: Path, pairs: int, track: Track) -> N
             if number % _FOLDER == 0:
                 path.parent.mkdir(parents=True)
             image.save(path)
-            rows.append(
-                "\t".join(
-                    [
-                        f"{prefix}/{name}",
-                        record.text,
-                        synthetic_caption(pixels, record.style, record.categories),
-                    ]
-                )
-            )
+            synthetic = synthetic_caption(pixels, record.style, record.categories)
+            rows.append("\t".join([f"{prefix}/{name}", record.text, synthetic]))
         (work / "pairs.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)

@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from examples_common.page import Picture
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
@@ -29,85 +30,42 @@ from .tables import REFERENCE, TERM_NAMES, shift_measure, size_measures, sweep_m
 _DPI = 150
 _COLOURS = 256  # of a PNG of lines and flat areas
 _WIDTH = 8.4
+_PAPER = ("figure.facecolor", "savefig.facecolor", "axes.facecolor")
+_INK = ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color")
+_MUTED = ("axes.edgecolor", "grid.color")
+_STYLE = {
+    "axes.titlesize": 10, "axes.titlelocation": "left", "axes.labelsize": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.axisbelow": True, "grid.alpha": 0.25, "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5, "legend.fontsize": 8.5, "legend.frameon": False, "font.family": "DejaVu Sans",
+    "font.size": 9,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """Colours of a version.
+    """Colours for a light or a dark background."""
 
-    Attributes:
-        name: ``light`` or ``dark``.
-        paper: Background.
-        ink: Text and axes.
-        muted: Grid, links and what is secondary.
-        clip: CLIP's lines, and the texts' points.
-        rank: RankCLIP's lines, and the pictures' points.
-        quoted: Background of what is the paper's.
-    """
-
-    name: str
-    paper: str
-    ink: str
-    muted: str
-    clip: str
-    rank: str
-    quoted: str
+    paper: str  # background
+    ink: str  # text and axes
+    muted: str  # grid, links and what is secondary
+    clip: str  # CLIP's lines, and the texts' points
+    rank: str  # RankCLIP's lines, and the pictures' points
+    quoted: str  # background of what is the paper's
 
     def settings(self) -> dict[str, Any]:
-        """Return what matplotlib has to be told."""
-        return {
-            "figure.facecolor": self.paper,
-            "savefig.facecolor": self.paper,
-            "axes.facecolor": self.paper,
-            "axes.edgecolor": self.muted,
-            "axes.labelcolor": self.ink,
-            "axes.titlecolor": self.ink,
-            "axes.titlesize": 10,
-            "axes.titlelocation": "left",
-            "axes.labelsize": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.axisbelow": True,
-            "grid.color": self.muted,
-            "grid.alpha": 0.25,
-            "text.color": self.ink,
-            "xtick.color": self.ink,
-            "ytick.color": self.ink,
-            "xtick.labelsize": 8.5,
-            "ytick.labelsize": 8.5,
-            "legend.fontsize": 8.5,
-            "legend.frameon": False,
-            "font.family": "DejaVu Sans",
-            "font.size": 9,
-        }
+        """Return them as matplotlib's settings."""
+        of = {self.paper: _PAPER, self.ink: _INK, self.muted: _MUTED}
+        return _STYLE | {name: colour for colour, names in of.items() for name in names}
 
 
+Drawer = Callable[[Collection, Quoted, Theme], Figure]
 # Okabe and Ito's blue and vermilion: told apart by every kind of colour vision.
-LIGHT = Theme("light", "#ffffff", "#1c1e21", "#8a8f98", "#0072b2", "#d55e00", "#f1f1ee")
-DARK = Theme("dark", "#16181c", "#e6e7e9", "#7d838c", "#56b4e9", "#ff9d5c", "#22252b")
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A drawn figure.
-
-    Attributes:
-        light: PNG for a light background.
-        dark: PNG for a dark one.
-        alt: What it shows, for those who do not see it.
-    """
-
-    light: bytes
-    dark: bytes
-    alt: str
+LIGHT = Theme("#ffffff", "#1c1e21", "#8a8f98", "#0072b2", "#d55e00", "#f1f1ee")
+DARK = Theme("#16181c", "#e6e7e9", "#7d838c", "#56b4e9", "#ff9d5c", "#22252b")
 
 
 def draw(collection: Collection, paper: Paper) -> dict[str, Picture]:
-    """Draw every figure for which there is something to show.
-
-    Returns:
-        Pictures by the names of :data:`miniature_paper.grid.EXHIBITS`.
-    """
+    """Draw every figure for which there is something to show, by the names of ``grid.EXHIBITS``."""
     drawn = {}
     for key, (figure_of, alt_of) in _FIGURES.items():
         alt = alt_of(collection)
@@ -117,12 +75,7 @@ def draw(collection: Collection, paper: Paper) -> dict[str, Picture]:
     return drawn
 
 
-def _png(
-    figure_of: Callable[[Collection, Quoted, Theme], Figure],
-    collection: Collection,
-    quoted: Quoted,
-    theme: Theme,
-) -> bytes:
+def _png(figure_of: Drawer, collection: Collection, quoted: Quoted, theme: Theme) -> bytes:
     raw = io.BytesIO()
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **theme.settings()}):
         figure_of(collection, quoted, theme).savefig(raw, format="png", dpi=_DPI)
@@ -182,9 +135,8 @@ def _quoted_lines(axis: Axes, quoted: Quoted, term: str, theme: Theme) -> None:
     lines = [s for s in quoted.series if s.panel == term]
     levels = {s.name: s.y[0] for s in quoted.series if s.panel == "scheduled"}
     for line, style, mark in zip(lines, ("-", "--"), ("^", "s"), strict=True):
-        axis.plot(
-            line.x, line.y, style, marker=mark, color=theme.ink, lw=1.2, markersize=4.5, label=line.name
-        )
+        looks = {"marker": mark, "color": theme.ink, "lw": 1.2, "markersize": 4.5}
+        axis.plot(line.x, line.y, style, label=line.name, **looks)
         axis.axhline(levels[line.name], color=theme.muted, lw=0.9, ls=":")
     axis.set_xticks(lines[0].x)
     axis.grid(axis="y")
@@ -235,7 +187,7 @@ def _sizes(collection: Collection, quoted: Quoted, theme: Theme) -> Figure:
 
 def _robustness(axis: Axes, shown: Exhibited, plain: Measure, shifted: Measure | None, theme: Theme) -> None:
     """Accuracy under shift against accuracy without: a point above the other's line would be robustness."""
-    axis.set_title("Under shift against without, one point a size", fontsize=9)
+    axis.set_title("Under shift against without, one point per size", fontsize=9)
     axis.set_xlabel(f"{plain.name} (%)", fontsize=8.5)
     if shifted is None:
         return
@@ -246,9 +198,8 @@ def _robustness(axis: Axes, shown: Exhibited, plain: Measure, shifted: Measure |
             x, y = shown.estimate(model, plain), shown.estimate(model, shifted)
             if x is not None and y is not None:
                 points.append((x.mean, y.mean))
-                axis.errorbar(
-                    x.mean, y.mean, xerr=x.half_width, yerr=y.half_width, color=colour, lw=1, alpha=0.6
-                )
+                looks = {"color": colour, "lw": 1, "alpha": 0.6}
+                axis.errorbar(x.mean, y.mean, xerr=x.half_width, yerr=y.half_width, **looks)
         if points:
             axis.plot(*zip(*points, strict=True), marker=mark, markersize=5, lw=0.8, ls=":", color=colour)
     axis.grid()
@@ -288,11 +239,8 @@ def _umap_alt(collection: Collection) -> str | None:
     shown = _pictured(collection, "figure6", "umap")
     if not shown:
         return None
-    gaps = [
-        f"{LOSS_NAMES[model.loss]} {gap:.2f}"
-        for model, _ in shown
-        if (gap := _gap(collection, model)) is not None
-    ]
+    known = ((LOSS_NAMES[model.loss], _gap(collection, model)) for model, _ in shown)
+    gaps = [f"{name} {gap:.2f}" for name, gap in known if gap is not None]
     return (
         f"For each of {len(shown)} models a UMAP of {len(shown[0][1]['image'])} held-out pairs: points of "
         "pictures and texts, a line from each picture to its text, density contours, and above them both "
@@ -305,9 +253,9 @@ def _umaps(collection: Collection, quoted: Quoted, theme: Theme) -> Figure:  # n
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(_WIDTH, 3.5 * rows), layout="constrained")
-    for number, (cell, (model, points)) in enumerate(
-        zip(figure.add_gridspec(rows, columns), shown, strict=False)
-    ):
+    cells = figure.add_gridspec(rows, columns)
+    for number, (model, points) in enumerate(shown):
+        cell = cells[divmod(number, columns)]
         inner = cell.subgridspec(2, 1, height_ratios=[1, 4], hspace=0)
         axis = figure.add_subplot(inner[1])
         above = figure.add_subplot(inner[0], sharex=axis)
@@ -483,9 +431,7 @@ def _band(axis: Axes, shown: Exhibited, clip: Setting, measure: Measure, theme: 
         axis.axhspan(estimate.low, estimate.high, color=theme.clip, alpha=0.15, lw=0)
 
 
-_FIGURES: dict[
-    str, tuple[Callable[[Collection, Quoted, Theme], Figure], Callable[[Collection], str | None]]
-] = {
+_FIGURES: dict[str, tuple[Drawer, Callable[[Collection], str | None]]] = {
     "figure3": (_sweep, _sweep_alt),
     "figure4": (_sizes, _sizes_alt),
     "figure6": (_umaps, _umap_alt),

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics as plain
 from collections.abc import Sequence
+from statistics import median
 
 from . import statistics
 from .statistics import ALPHA, MIN_SEEDS
 from .tables import Comparison, Exhibit, QuotedCell, difference_text, seeds_text, signed
 
 _NAMED = 4  # differences that are spelled out; more are counted
+SUMMARY_HEAD = (
+    "models × seeds",
+    "tests",
+    "better",
+    "worse",
+    f"p < {ALPHA:.2g} uncorrected",
+    "expected by chance",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """How comparisons came out.
+    """How comparisons came out."""
 
-    Attributes:
-        tested: Those with enough seeds.
-        untested: Those without.
-        above: Established positive differences.
-        below: Established negative ones.
-        undecided: Those that are not told apart.
-        nominal: Those that would pass as the only test there is, established or not.
-    """
-
-    tested: tuple[Comparison, ...]
+    tested: tuple[Comparison, ...]  # with enough seeds
     untested: tuple[Comparison, ...]
-    above: tuple[Comparison, ...]
-    below: tuple[Comparison, ...]
-    undecided: tuple[Comparison, ...]
-    nominal: tuple[Comparison, ...]
+    above: tuple[Comparison, ...]  # established positive differences
+    below: tuple[Comparison, ...]  # established negative differences
+    undecided: tuple[Comparison, ...]  # not told apart
+    nominal: tuple[Comparison, ...]  # would pass as the only test there is, established or not
 
     @property
     def established(self) -> tuple[Comparison, ...]:
@@ -40,7 +39,7 @@ class Tally:
 
     @property
     def expected(self) -> float:
-        """How many would pass alone, on average, if nothing differed; so it is however they depend."""
+        """How many would pass alone, on average, if nothing differed, however they depend on each other."""
         return ALPHA * len(self.tested)
 
 
@@ -62,11 +61,7 @@ def tally(comparisons: Sequence[Comparison]) -> Tally:
 
 
 def paragraphs(exhibit: Exhibit) -> list[str]:
-    """Say what an exhibit shows.
-
-    Returns:
-        What there is, what follows from it, and what the paper has.
-    """
+    """Return what there is of an exhibit, what follows from it, and what the paper has."""
     if exhibit.empty:
         planned = any(planned for _, _, planned in exhibit.seeds)
         state = "None of these models has been trained yet." if planned else "This is not part of the plan."
@@ -76,27 +71,14 @@ def paragraphs(exhibit: Exhibit) -> list[str]:
     return [f"{_seeds(exhibit)} {_items(exhibit)}".strip(), verdicts(exhibit), of_paper(exhibit)]
 
 
-def summary(exhibits: Sequence[Exhibit]) -> list[list[str]]:
-    """Return a row for each exhibit, below :data:`SUMMARY_HEAD`; dashes where nothing is tested."""
-    rows = []
-    for exhibit in exhibits:
-        found = tally(exhibit.comparisons)
-        trained = sum(trained for _, trained, _ in exhibit.seeds)
-        planned = sum(planned for _, _, planned in exhibit.seeds)
-        counts = [f"{len(part)}" for part in (found.tested, found.above, found.below, found.nominal)]
-        shown = [*counts, f"{found.expected:.1f}"] if found.tested else ["–"] * 5
-        rows.append([seeds_text(trained, planned), *shown])
-    return rows
-
-
-SUMMARY_HEAD = (
-    "models × seeds",
-    "tests",
-    "better",
-    "worse",
-    f"p < {ALPHA:.2g} uncorrected",
-    "expected by chance",
-)
+def summary(exhibit: Exhibit) -> list[str]:
+    """Return an exhibit's row below :data:`SUMMARY_HEAD`; dashes where nothing is tested."""
+    found = tally(exhibit.comparisons)
+    trained = sum(trained for _, trained, _ in exhibit.seeds)
+    planned = sum(planned for _, _, planned in exhibit.seeds)
+    counts = [f"{len(part)}" for part in (found.tested, found.above, found.below, found.nominal)]
+    shown = [*counts, f"{found.expected:.1f}"] if found.tested else ["–"] * 5
+    return [seeds_text(trained, planned), *shown]
 
 
 def _seeds(exhibit: Exhibit) -> str:
@@ -125,7 +107,7 @@ def _items(exhibit: Exhibit) -> str:
         return ""
     least, most = min(exhibit.items), max(exhibit.items)
     span = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-    return f"A number is of {span} held-out items, the same ones for every seed."
+    return f"Each number is over {span} held-out items, the same ones for every seed."
 
 
 def verdicts(exhibit: Exhibit) -> str:
@@ -142,8 +124,8 @@ def verdicts(exhibit: Exhibit) -> str:
     else:
         sentences.append(f"Established {corrected}: none.")
     sentences.append(
-        f"With p < {ALPHA:g} before the correction: {len(found.nominal) or 'none'}; where nothing differs, "
-        f"{found.expected:.1f} are to be expected."
+        f"With p < {ALPHA:g} before the correction: {len(found.nominal) or 'none'}; if nothing differed, "
+        f"{found.expected:.1f} would be expected."
     )
     if found.undecided:
         sentences.append(f"Not told apart: {len(found.undecided)}, which does not mean equal{_width(found)}.")
@@ -180,7 +162,7 @@ def _width(found: Tally) -> str:
     widths = [c.difference.half_width for c in found.undecided if c.percent and c.difference.half_width]
     if not widths:
         return ""
-    return f" (half of their intervals reach {plain.median(widths):.2f} points or more to either side)"
+    return f" (half of their intervals reach {median(widths):.2f} points or more to either side)"
 
 
 def _pictures(exhibit: Exhibit) -> str:
@@ -198,12 +180,12 @@ def of_paper(exhibit: Exhibit) -> str:
     quoted = exhibit.quoted
     sentences = [f"The paper's {quoted.source}{f' ({quoted.setting})' if quoted.setting else ''}."]
     above: dict[str, list[float]] = {}
-    for section in exhibit.sections:
-        for row in section.rows if section.quoted else ():
-            for column, cell in zip(exhibit.columns, row.cells, strict=True):
-                if isinstance(cell, QuotedCell) and cell.difference is not None:
-                    name = f"{column.label} ({column.group})" if exhibit.key == "table4" else column.label
-                    above.setdefault(name, []).append(cell.difference)
+    quoted_rows = [row for section in exhibit.sections if section.quoted for row in section.rows]
+    for row in quoted_rows:
+        for column, cell in zip(exhibit.columns, row.cells, strict=True):
+            if isinstance(cell, QuotedCell) and cell.difference is not None:
+                name = f"{column.label} ({column.group})" if exhibit.key == "table4" else column.label
+                above.setdefault(name, []).append(cell.difference)
     if above and exhibit.key != "figure6":
         counts = [
             f"{name} in {sum(d > 0 for d in differences)} of {len(differences)} "

@@ -7,45 +7,55 @@ and is trained once.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from examples_common.trainer import Job, recipe
 
 LOSSES = ("clip", "cyclip", "alip", "rankclip", "rankclip-cross", "rankclip-in")
 BACKBONES = ("resnet", "vit")
-
-# What the tables and figures are called on the command line and in the report.
+# Names of the tables and figures, on the command line and in the report.
 EXHIBITS = ("table1", "table2", "table3", "table4", "figure3", "figure4", "figure6", "figure7")
+MEASURES = 1  # raise it whenever measure.py measures differently: older records are then made again
+AUGMENTATION = ("scale=(0.6,1.0)",)
+# λ is set per step, so that its course does not depend on how many epochs a data size takes.
+BY_STEP = ("--rankclip-schedule-unit", "step")
+
+_MODELS = Path(__file__).resolve().parents[1] / "models"
+_FOLDERS = {"resnet": "resnet", "vit": "transformer"}  # open_clip reads meaning into "vit" in a path
+_WEIGHTS = {"rankclip": (1.0, 1.0), "rankclip-cross": (1.0, 0.0), "rankclip-in": (0.0, 1.0)}
+
+
+def model_folder(backbone: str) -> Path:
+    """Return the folder of the architecture."""
+    return _MODELS / _FOLDERS[backbone]
+
+
+def model_config(backbone: str) -> dict[str, Any]:
+    """Return the architecture."""
+    text = (model_folder(backbone) / "open_clip_config.json").read_text(encoding="utf-8")
+    config: dict[str, Any] = json.loads(text)
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What one model is trained with.
-
-    Attributes:
-        loss: What is passed to ``--loss``.
-        backbone: ``resnet`` or ``vit``: a model folder beside this package.
-        pairs: Number of training pairs; a smaller number is a part of a larger one.
-        lambda_cross: What multiplies λ in the cross-modal rank term; 0 for a loss without that term.
-        lambda_in: The same for the in-modal term.
-        seed: The trainer's seed: initial weights, order of the data, crops. They are the same for every loss,
-            so that two losses can be compared seed by seed.
-        preset: The preset that fixes everything else.
-    """
+    """What one model is trained with."""
 
     loss: str
     backbone: str
-    pairs: int
-    lambda_cross: float
-    lambda_in: float
-    seed: int
+    pairs: int  # a smaller number is a part of a larger one
+    lambda_cross: float  # multiplies λ in the cross-modal rank term; 0 for a loss without that term
+    lambda_in: float  # the same for the in-modal term
+    seed: int  # of initial weights, order of the data and crops: the same ones for every loss
     preset: str
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss: must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if self.backbone not in BACKBONES:
-            raise ValueError(f"backbone: must be one of {', '.join(BACKBONES)}, got {self.backbone!r}")
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        for name, choices in (("loss", LOSSES), ("backbone", BACKBONES), ("preset", tuple(PRESETS))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.loss != loss_name(self.lambda_cross, self.lambda_in, self.loss):
             raise ValueError(
                 f"lambda_cross and lambda_in: {self.loss} with {self.lambda_cross:g} and {self.lambda_in:g} "
@@ -54,71 +64,82 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """A short name for people and files."""
+        """A short name for people and records."""
         name = f"{self.loss}-{self.backbone}-{self.pairs}"
-        if (self.lambda_cross, self.lambda_in) not in ((0.0, 0.0), *_ONES.values()):
+        if (self.lambda_cross, self.lambda_in) not in ((0.0, 0.0), *_WEIGHTS.values()):
             name += f"-cross{self.lambda_cross:g}-in{self.lambda_in:g}"
         return f"{name}-seed{self.seed}"
 
+    def job(self) -> Job:
+        """Return what the trainer is started with."""
+        preset = PRESETS[self.preset]
+        epochs = preset.epochs(self.pairs)
+        words = training_recipe(self.loss, epochs, preset.batch_size, preset.warmup, self.seed)
+        if self.loss == "alip":
+            words += ["--alip-caption-key", "synthetic"]
+        if self.loss in _WEIGHTS:
+            words += BY_STEP
+        if self.loss in ("rankclip", "rankclip-cross"):
+            words += ["--rankclip-lambda-cross", f"{self.lambda_cross:g}"]
+        if self.loss in ("rankclip", "rankclip-in"):
+            words += ["--rankclip-lambda-in", f"{self.lambda_in:g}"]
+        return Job(self.loss, epochs, trained_model(self.backbone), tuple(words))
 
-_ONES = {"rankclip": (1.0, 1.0), "rankclip-cross": (1.0, 0.0), "rankclip-in": (0.0, 1.0)}
+    def measured(self) -> dict[str, Any]:
+        """Return what measuring depends on, for the fingerprint."""
+        limits = ("retrieval_items", "class_items", "probe_items", "probe_strengths", "umap_pairs")
+        return {"version": MEASURES, **{name: getattr(PRESETS[self.preset], name) for name in limits}}
+
+
+def training_recipe(loss: str, epochs: int, batch_size: int, warmup: int, seed: int) -> list[str]:
+    """Return the arguments of every training in the miniature."""
+    return recipe(
+        loss, epochs=epochs, batch_size=batch_size, warmup=warmup, seed=seed, augmentation=AUGMENTATION
+    )
+
+
+def trained_model(backbone: str) -> str:
+    """Return the architecture's folder below the one the trainer is started in."""
+    return f"models/{_FOLDERS[backbone]}"
 
 
 def loss_name(lambda_cross: float, lambda_in: float, otherwise: str) -> str:
     """Return the ``--loss`` whose rank terms have these weights; ``otherwise`` where there are none.
 
-    Every model has one name only, by which it is found again: λ's sweep ends in the ablations.
+    Every model has exactly one name, by which it is found again: the sweep over λ ends in the ablations.
     """
     if lambda_cross and lambda_in:
         return "rankclip"
     if lambda_cross or lambda_in:
         return "rankclip-cross" if lambda_cross else "rankclip-in"
-    return "clip" if otherwise in _ONES else otherwise
+    return "clip" if otherwise in _WEIGHTS else otherwise
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A size of the whole experiment.
-
-    Attributes:
-        name: Its name.
-        note: What the report has to say of it.
-        steps: Optimizer steps of every run, whatever its data size and loss.
-        batch_size: Pairs in a batch, which is also the length of the ranking lists.
-        warmup: Steps over which the learning rate grows.
-        sizes: Numbers of training pairs, where that is the subject.
-        pairs: The one that is used wherever it is not.
-        seeds: How many seeds.
-        sweep_seeds: How many of them λ's sweep uses.
-        lambdas: The multipliers of λ in the sweep, each with the other one at 1.
-        retrieval_items: At most so many held-out pictures are searched among.
-        class_items: At most so many held-out pictures of each labelled set are classified.
-        probe_items: At most so many training pictures of each labelled set go into its probe.
-        probe_strengths: What the probe's regularisation is chosen from.
-        umap_pairs: Pairs in the picture of the embeddings.
-    """
+    """A size of the whole experiment."""
 
     name: str
-    note: str
-    steps: int
-    batch_size: int
-    warmup: int
-    sizes: tuple[int, ...]
-    pairs: int
+    note: str  # what the report says about it
+    steps: int  # optimizer steps of every run, whatever its data size and loss
+    batch_size: int  # also the length of the ranked lists
+    warmup: int  # steps over which the learning rate grows
+    sizes: tuple[int, ...]  # numbers of training pairs, where they are the subject
+    pairs: int  # the one used elsewhere
     seeds: int
-    sweep_seeds: int
-    lambdas: tuple[float, ...]
-    retrieval_items: int
-    class_items: int
-    probe_items: int
-    probe_strengths: tuple[float, ...]
-    umap_pairs: int
+    sweep_seeds: int  # seeds in the sweep over λ
+    lambdas: tuple[float, ...]  # multipliers of λ in the sweep, each with the other one at 1
+    retrieval_items: int  # at most so many held-out pictures are searched among
+    class_items: int  # at most so many held-out pictures of each labelled set are classified
+    probe_items: int  # at most so many training pictures of each labelled set train its probe
+    probe_strengths: tuple[float, ...]  # what the probe's regularisation is chosen from
+    umap_pairs: int  # pairs in the picture of the embeddings
 
     def __post_init__(self) -> None:
         if self.pairs not in self.sizes:
             raise ValueError(f"pairs: must be one of the sizes, got {self.pairs}")
         for pairs in self.sizes:
-            # The trainer counts in epochs, and drops what does not fill a batch.
+            # The trainer counts in epochs and drops an incomplete last batch.
             if pairs % self.batch_size or self.steps * self.batch_size % pairs:
                 raise ValueError(f"sizes: {self.steps} steps are no whole number of epochs over {pairs}")
 
@@ -169,8 +190,8 @@ PRESETS = {
 }
 
 
-def _setting(preset: Preset, loss: str, seed: int, **changes: object) -> Setting:
-    cross, inside = _ONES.get(loss, (0.0, 0.0))
+def _setting(preset: Preset, loss: str, seed: int, **changes: Any) -> Setting:
+    cross, inside = _WEIGHTS.get(loss, (0.0, 0.0))
     setting = Setting(loss, "resnet", preset.pairs, cross, inside, seed, preset.name)
     return dataclasses.replace(setting, **changes)
 
@@ -184,17 +205,13 @@ def _shown(preset: Preset, seed: int) -> list[Setting]:
 
 
 def _both_backbones(preset: Preset, seed: int) -> list[Setting]:
-    return [
-        _setting(preset, loss, seed, backbone=backbone)
-        for backbone in BACKBONES
-        for loss in ("clip", "rankclip")
-    ]
+    losses = ("clip", "rankclip")
+    return [_setting(preset, loss, seed, backbone=backbone) for backbone in BACKBONES for loss in losses]
 
 
 def _sizes(preset: Preset, seed: int) -> list[Setting]:
-    return [
-        _setting(preset, loss, seed, pairs=pairs) for pairs in preset.sizes for loss in ("clip", "rankclip")
-    ]
+    losses = ("clip", "rankclip")
+    return [_setting(preset, loss, seed, pairs=pairs) for pairs in preset.sizes for loss in losses]
 
 
 def _sweep(preset: Preset, seed: int) -> list[Setting]:
@@ -223,11 +240,7 @@ _OF_EXHIBIT: dict[str, Callable[[Preset, int], list[Setting]]] = {
 
 
 def settings_of(preset: Preset, exhibit: str, seeds: Iterable[int]) -> list[Setting]:
-    """Return the settings that one exhibit shows, seed by seed.
-
-    Raises:
-        ValueError: For an exhibit that there is not.
-    """
+    """Return the settings that one exhibit shows, seed by seed."""
     if exhibit not in _OF_EXHIBIT:
         raise ValueError(f"exhibit: must be one of {', '.join(EXHIBITS)}, got {exhibit!r}")
     found = [setting for seed in seeds for setting in _OF_EXHIBIT[exhibit](preset, seed)]
@@ -239,9 +252,9 @@ def plan(
 ) -> list[Setting]:
     """Return every setting to train, in an order that makes an interrupted run most useful.
 
-    The models of Table 1 come first, seed by seed: Tables 2 and 3 and Figures 6 and 7 are made of them, too.
-    The other exhibits follow, again seed by seed. So whatever has been reached, all losses have the same
-    seeds, give or take one.
+    The models of Table 1 come first, seed by seed: Tables 2 and 3 and Figures 6 and 7 consist of them too.
+    The other exhibits follow, again seed by seed. At any point all losses therefore have the same seeds, give
+    or take one.
     """
     seeds = range(preset.seeds) if seeds is None else seeds
     wanted = [s for seed in seeds for exhibit in exhibits for s in settings_of(preset, exhibit, [seed])]

@@ -1,4 +1,4 @@
-"""Text-conditioned heat maps by occlusion: what has to be hidden for image and text to come apart.
+"""Text-conditioned heat maps by occlusion: the places that the match of image and text depends on.
 
 Gradients and attention look different in a ResNet and a transformer, so their maps could not be compared;
 occlusion only asks for the similarity, and is the same method for every model.
@@ -26,7 +26,7 @@ def heat_map(
     window: int = WINDOW,
     stride: int = STRIDE,
 ) -> Tensor:
-    """Return how much the cosine of image and text falls where a window of paper is laid over the image.
+    """Return how much the cosine of image and text falls when a window of paper covers a part of the image.
 
     Args:
         model: An open_clip model; only its ``encode_image`` is used.

@@ -1,7 +1,7 @@
 """One checkpoint → its scores and what the figures show of it.
 
-It runs in a process of its own, so that its threads are its own: ``python -m miniature_paper.measure JOB``
-reads what to do from a JSON file, and writes what it found into another one.
+``python -m miniature_paper.measure JOB`` reads what to do from a JSON file and writes what it found to
+another one. It is a process of its own, so that it has threads of its own.
 """
 
 from __future__ import annotations
@@ -10,62 +10,72 @@ import base64
 import dataclasses
 import io
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from clip_evaluation import metrics, probe
 from clip_evaluation.geometry import geometry
+from clip_evaluation.metrics import CLASS_KS
 from clip_evaluation.model import ClipModel
+from icons_data.load import Icons, Items, LabelledSet, load
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from .data import SIZE, small
 from .grid import PRESETS, Preset, Setting, is_shown
-
-if TYPE_CHECKING:
-    from icons_data.load import Icons, Items
+from .heat_maps import heat_map
+from .search.trials import TEST, VALIDATION, Attempt
 
 # All pairs of all held-out pictures would take half of the time that measuring takes.
 _GEOMETRY_ITEMS = 2048
 _GEOMETRY_ANCHORS = 512
 _HEAT_MAPS_OF_EACH = 3  # pictures in black, and as many in colour
+_TOP_1 = (1,)
 
 
 @dataclasses.dataclass
 class Measured:
-    """What is measured of one model.
-
-    Attributes:
-        metrics: By ``TASK/DATA`` and by the score's name.
-        chance: What guessing would score, for the same names.
-        items: How many items each task was measured on.
-    """
+    """What is measured of one model: scores by ``TASK/DATA`` and by the score's name."""
 
     metrics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    chance: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    items: dict[str, int] = dataclasses.field(default_factory=dict)
+    chance: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # what guessing would score
+    items: dict[str, int] = dataclasses.field(default_factory=dict)  # how many each task was measured on
 
-    def add(self, name: str, items: int, scores: dict[str, float], chance: dict[str, float]) -> None:
+    def add(self, task: str, items: int, scores: dict[str, float], chance: dict[str, float]) -> None:
         """Add the scores of one task on one data set."""
-        self.metrics[name] = {key: round(value, 4) for key, value in scores.items()}
-        self.chance[name] = {key: round(value, 4) for key, value in chance.items()}
-        self.items[name] = items
+        self.metrics[task] = {name: round(value, 4) for name, value in scores.items()}
+        self.chance[task] = {name: round(value, 4) for name, value in chance.items()}
+        self.items[task] = items
+
+    def add_retrieval(self, task: str, images: Tensor, texts: Tensor, image_of: Tensor) -> None:
+        """Add R@k in both directions."""
+        scores = metrics.retrieval(images, texts, image_of)
+        guess = metrics.retrieval_chance(len(images), image_of)
+        flat = (
+            {f"{way} R@{k}": value for way, at in recall.items() for k, value in at.items()}
+            for recall in (scores, guess)
+        )
+        self.add(task, len(images), *flat)
+
+    def add_classes(self, task: str, scores: Tensor, items: Items, ks: Sequence[int] = CLASS_KS) -> None:
+        """Add top-k accuracy, and the mean per class unless top-1 is all that is wanted."""
+        labels = torch.from_numpy(items.labels)
+        found, guess = metrics.accuracy_at_k(scores, labels, ks), metrics.chance(scores.shape[1], ks)
+        top, chance = ({f"top-{k}": value for k, value in at.items()} for at in (found, guess))
+        if ks != _TOP_1:
+            top["mean per class"] = metrics.mean_per_class_accuracy(scores, labels)
+            chance["mean per class"] = guess[1]
+        self.add(task, len(labels), top, chance)
 
 
 class Embeddings:
-    """Encodes pictures once, however many tasks use them.
-
-    Args:
-        model: The model.
-        icons: The data.
-    """
+    """Encodes pictures once, however many tasks use them."""
 
     def __init__(self, model: ClipModel, icons: Icons) -> None:
         self.model = model
@@ -86,6 +96,10 @@ class Embeddings:
             raise KeyError(f"picture {int(index[rows.argmin()])} was not encoded")
         return self._features[torch.from_numpy(rows)]
 
+    def zero_shot(self, one: LabelledSet, items: Items) -> Tensor:
+        """Return the cosine of each item with each class of its set."""
+        return normalize(self(items.index), dim=-1) @ self.model.classifier(one.classes, one.templates)
+
 
 class _Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __init__(self, images: np.ndarray, index: np.ndarray, model: ClipModel) -> None:
@@ -100,7 +114,7 @@ class _Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) -> dict[str, Any]:
-    """Measure a model.
+    """Measure a model of the grid on the test side.
 
     Args:
         model: The model.
@@ -109,7 +123,7 @@ def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) ->
         figures: Whether Figures 6 and 7 show this model.
 
     Returns:
-        ``metrics``, ``chance``, ``items``, and ``figures`` if asked for.
+        ``metrics``, ``chance``, ``items``, and with ``figures`` what the figures show.
     """
     found = Measured()
     blocks = {"test": "test", **{shift: f"{shift}/test" for shift in icons.shifts}}
@@ -131,44 +145,29 @@ def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) ->
     )
     texts = {}
     for name, (index, captions, image_of) in searched.items():
-        images = normalize(embeddings(index), dim=-1)
         texts[name] = model.text_features(captions)
-        scores = metrics.retrieval(images, texts[name], image_of)
-        guess = metrics.retrieval_chance(len(index), image_of)
-        found.add(f"retrieval/{name}", len(index), _flat(scores), _flat(guess))
-    index, captions, image_of = searched["test"]
+        found.add_retrieval(f"retrieval/{name}", normalize(embeddings(index), dim=-1), texts[name], image_of)
+    index, _, image_of = searched["test"]
     first = torch.tensor([True, *(image_of[1:] != image_of[:-1]).tolist()])
     images, first_texts = normalize(embeddings(index), dim=-1), texts["test"][first]
     shape = geometry(images[:_GEOMETRY_ITEMS], first_texts[:_GEOMETRY_ITEMS], max_anchors=_GEOMETRY_ANCHORS)
-    found.add(
-        "geometry/test",
-        min(len(index), _GEOMETRY_ITEMS),
-        {**shape, "logit_scale": model.logit_scale},
-        {},
-    )
+    shape["logit_scale"] = model.logit_scale
+    found.add("geometry/test", min(len(index), _GEOMETRY_ITEMS), shape, {})
     for name, one in icons.labelled.items():
         items = classified[name]
-        labels = torch.from_numpy(items.labels)
-        guess = _class_chance(len(one.classes))
-        classifier = model.classifier(one.classes, one.templates)
-        features = embeddings(items.index)
-        found.add(
-            f"zero-shot/{name}",
-            len(labels),
-            _class_scores(normalize(features, dim=-1) @ classifier, labels),
-            guess,
-        )
+        found.add_classes(f"zero-shot/{name}", embeddings.zero_shot(one, items), items)
         if name in probes:
+            train, validation = probes[name]
             result = probe.linear_probe(
                 *(
                     (embeddings(part.index), torch.from_numpy(part.labels))
-                    for part in (probes[name][0], items, probes[name][1])
+                    for part in (train, items, validation)
                 ),
                 classes=len(one.classes),
                 strengths=preset.probe_strengths,
             )
-            found.add(f"probe/{name}", len(labels), _class_scores(result.scores, labels), guess)
-    content: dict[str, Any] = dataclasses.asdict(found)
+            found.add_classes(f"probe/{name}", result.scores, items)
+    content = dataclasses.asdict(found)
     if figures:
         chosen = slice(preset.umap_pairs)  # the order of the items is random
         content["figures"] = {
@@ -176,6 +175,31 @@ def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) ->
             "heat_maps": heat_maps(model, icons),
         }
     return content
+
+
+def measure_side(model: ClipModel, icons: Icons, preset: Preset, side: str) -> dict[str, Any]:
+    """Measure a model of the search on one side, and look at no held-out picture of another.
+
+    Returns:
+        ``metrics``, ``chance``, ``items``, and ``diverged``: whether the embeddings are not finite; then
+        there are no scores.
+    """
+    if side not in (VALIDATION, TEST):
+        raise ValueError(f"side: must be {VALIDATION} or {TEST}, got {side!r}")
+    found = Measured()
+    index, captions, image_of = searched_items(icons, side, preset.retrieval_items)
+    sets = {name: one for name, one in icons.labelled.items() if not one.shift}
+    classified = {name: first_items(one.side(side), preset.class_items) for name, one in sets.items()}
+    embeddings = Embeddings(model, icons)
+    embeddings.encode([index, *(items.index for items in classified.values())])
+    images, texts = normalize(embeddings(index), dim=-1), model.text_features(captions)
+    if not (torch.isfinite(images).all() and torch.isfinite(texts).all()):
+        return {**dataclasses.asdict(found), "diverged": True}
+    found.add_retrieval("retrieval", images, texts, image_of)
+    for name, one in sets.items():
+        items = classified[name]
+        found.add_classes(f"zero-shot/{name}", embeddings.zero_shot(one, items), items, _TOP_1)
+    return {**dataclasses.asdict(found), "diverged": False}
 
 
 def searched_items(icons: Icons, block: str, limit: int) -> tuple[np.ndarray, list[str], Tensor]:
@@ -188,23 +212,7 @@ def searched_items(icons: Icons, block: str, limit: int) -> tuple[np.ndarray, li
 
 def first_items(items: Items, limit: int) -> Items:
     """Return the first items; their order is random, so they are a random sample."""
-    return dataclasses.replace(
-        items, images=items.images[:limit], labels=items.labels[:limit], index=items.index[:limit]
-    )
-
-
-def _flat(recall: dict[str, dict[int, float]]) -> dict[str, float]:
-    return {f"{way} R@{k}": value for way, at in recall.items() for k, value in at.items()}
-
-
-def _class_scores(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    top = {f"top-{k}": value for k, value in metrics.accuracy_at_k(scores, labels).items()}
-    return {**top, "mean per class": metrics.mean_per_class_accuracy(scores, labels)}
-
-
-def _class_chance(classes: int) -> dict[str, float]:
-    guess = metrics.chance(classes, metrics.CLASS_KS)
-    return {**{f"top-{k}": value for k, value in guess.items()}, "mean per class": guess[1]}
+    return Items(items.images[:limit], items.labels[:limit], items.index[:limit])
 
 
 def umap_points(images: Tensor, texts: Tensor) -> dict[str, list[list[float]]]:
@@ -218,29 +226,25 @@ def umap_points(images: Tensor, texts: Tensor) -> dict[str, list[list[float]]]:
         ``image`` and ``text``: N points each.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # umap warns of its own seed and of its compiler's
+        warnings.simplefilter("ignore")  # umap warns about its own seed and its compiler
         from umap import UMAP
 
         both = torch.cat([images, texts]).numpy()
-        points = UMAP(
-            n_neighbors=min(15, len(both) - 1), metric="cosine", random_state=0, n_jobs=1
-        ).fit_transform(both)
+        neighbours = min(15, len(both) - 1)
+        umap = UMAP(n_neighbors=neighbours, metric="cosine", random_state=0, n_jobs=1)
+        points = umap.fit_transform(both)
     rows = [[round(float(x), 3), round(float(y), 3)] for x, y in points]
     return {"image": rows[: len(images)], "text": rows[len(images) :]}
 
 
 def heat_maps(model: ClipModel, icons: Icons) -> list[dict[str, Any]]:
     """Return heat maps of held-out pictures for their captions: the same pictures for every model."""
-    from .heat_maps import heat_map
-
     paper = float(model.preprocess(Image.new("RGB", (SIZE, SIZE), "white")).max())
     found = []
     for record in _mapped(icons):
         image = small(icons.images[record.index])
-        text = model.text_features([record.caption])[0]
-        cells = heat_map(
-            model.model, model.preprocess(image).to(model.device), text.to(model.device), paper=paper
-        )
+        text = model.text_features([record.caption])[0].to(model.device)
+        cells = heat_map(model.model, model.preprocess(image).to(model.device), text, paper=paper)
         png = io.BytesIO()
         image.save(png, format="PNG")
         found.append(
@@ -268,15 +272,16 @@ def _mapped(icons: Icons) -> Sequence[Any]:
 
 def main(job: Path) -> None:
     """Do what a job file says."""
-    from icons_data.load import load
-
     todo = json.loads(job.read_text(encoding="utf-8"))
-    setting = Setting(**todo["setting"])
-    os.chdir(todo["output"])
     model = ClipModel(todo["model"], checkpoint=todo["checkpoint"], device=todo["device"])
-    found = measure(model, load(todo["icons"]), PRESETS[setting.preset], figures=is_shown(setting))
-    result = Path(todo["result"])
-    result.write_text(json.dumps(found), encoding="utf-8")
+    icons = load(todo["icons"])
+    if "side" in todo["setting"]:
+        attempt = Attempt.of_record(todo["setting"])
+        found = measure_side(model, icons, PRESETS[attempt.preset], attempt.side)
+    else:
+        setting = Setting(**todo["setting"])
+        found = measure(model, icons, PRESETS[setting.preset], figures=is_shown(setting))
+    Path(todo["result"]).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The paper's own numbers, as far as they could be read, and where from."""
+"""The paper's own numbers, as far as they could be read, and their sources."""
 
 from __future__ import annotations
 
@@ -11,74 +11,44 @@ FILE = Path(__file__).with_name("paper.json")
 
 @dataclasses.dataclass(frozen=True)
 class QuotedRow:
-    """A row of one of the paper's tables.
+    """A row of one of the paper's tables."""
 
-    Attributes:
-        group: The data, such as ``MS-COCO, image → text``.
-        measure: What is measured, such as ``R@1``.
-        values: The printed number of each loss, or ``backbone/loss``; None where it could not be read.
-    """
-
-    group: str
-    measure: str
-    values: dict[str, float | None]
+    group: str  # the data, such as "MS-COCO, image → text"
+    measure: str  # such as R@1
+    values: dict[str, float | None]  # by loss, or backbone/loss; None where it could not be read
 
 
 @dataclasses.dataclass(frozen=True)
 class QuotedSeries:
-    """A line of one of the paper's figures.
-
-    Attributes:
-        panel: The panel that it is in.
-        name: What the line is.
-        x: Positions; None for a level without one.
-        y: Values.
-    """
+    """A line of one of the paper's figures."""
 
     panel: str
     name: str
-    x: tuple[float | None, ...]
+    x: tuple[float | None, ...]  # None for a level without a position
     y: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Quoted:
-    """What one of the paper's exhibits says.
+    """What one of the paper's exhibits says."""
 
-    Attributes:
-        source: Its name in the paper.
-        setting: What it was trained with.
-        rows: Its rows, if it is a table.
-        series: Its lines, if it is a plot.
-        read_off: How exactly a figure's values could be measured; None for printed numbers.
-        note: What has to be known to read them.
-    """
-
-    source: str
-    setting: str
-    rows: tuple[QuotedRow, ...] = ()
-    series: tuple[QuotedSeries, ...] = ()
-    read_off: float | None = None
-    note: str = ""
+    source: str  # its name in the paper
+    setting: str  # what it was trained with
+    rows: tuple[QuotedRow, ...] = ()  # if it is a table
+    series: tuple[QuotedSeries, ...] = ()  # if it is a plot
+    read_off: float | None = None  # how exactly a figure's values could be measured; None for printed numbers
+    note: str = ""  # what has to be known to read them
 
 
 @dataclasses.dataclass(frozen=True)
 class Paper:
-    """The paper.
-
-    Attributes:
-        title: Its title.
-        venue: Where it appeared.
-        arxiv: Its number on arXiv.
-        reading: How the numbers were read.
-        exhibits: Tables and figures by the names of :data:`miniature_paper.grid.EXHIBITS`.
-    """
+    """The paper."""
 
     title: str
     venue: str
     arxiv: str
-    reading: str
-    exhibits: dict[str, Quoted]
+    reading: str  # how the numbers were read
+    exhibits: dict[str, Quoted]  # by the names of grid.EXHIBITS
 
 
 def load(path: Path = FILE) -> Paper:

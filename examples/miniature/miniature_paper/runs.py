@@ -1,8 +1,10 @@
-"""A run from beginning to end: train, measure, keep the record, throw the weights away."""
+"""A run from beginning to end: train, measure, keep the record, delete the weights."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -11,54 +13,87 @@ import shutil
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from examples_common import trainer
+from examples_common.terminal import Report, run_all, say
+from examples_common.trainer import Job
+from filelock import FileLock, Timeout
+from rich.console import Console
 
 from .data import Tables
-from .grid import Setting
-from .schedule import Progress
-from .store import Record, Store, key_of
-from .training import Job, child, environment, model_name, train
+from .grid import model_config
+from .records import Record, Store
 
 _PACKAGES = {"open_clip": "open_clip_torch", "torch": "torch", "numpy": "numpy", "rankloss": "rankloss"}
 
 
-class _Trainable(Protocol):
-    """A dataclass that says what a model is trained with."""
+class Run(Protocol):
+    """A dataclass that says what one model is trained with and how it is measured."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
+    def name(self) -> str:
+        """A short name for people."""
+
+    @property
+    def backbone(self) -> str:
+        """The model folder."""
+
+    @property
     def pairs(self) -> int:
         """Number of training pairs."""
+
+    def job(self) -> Job:
+        """Return what the trainer is started with."""
+
+    def measured(self) -> dict[str, Any]:
+        """Return what measuring depends on, for the fingerprint."""
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 class MeasuringError(RuntimeError):
     """The measuring process failed."""
 
 
+def key_of(run: Run, data: str) -> str:
+    """Return a record's key: the run's name and a fingerprint of everything that determines its numbers.
+
+    Args:
+        run: The run.
+        data: Fingerprint of the pairs that are trained on and of what is measured on.
+    """
+    content = {
+        "setting": dataclasses.asdict(run),
+        "model": model_config(run.backbone),
+        "arguments": run.job().arguments,
+        "data": data,
+        "measured": run.measured(),
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+    return f"{run.name}-{digest}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the runs are done on.
+    """What the runs are done on."""
 
-    Attributes:
-        device: ``cpu`` or ``cuda``.
-        jobs: Runs at a time.
-        workers: Processes that read pictures for each training; 0 reads them in the trainer.
-        threads: Threads of each run; None leaves it to torch.
-    """
-
-    device: str
-    jobs: int
-    workers: int
-    threads: int | None
+    device: str  # cpu or cuda
+    jobs: int  # runs at a time
+    workers: int  # processes that read pictures for each training; 0 reads them in the trainer
+    threads: int | None  # of each run; None leaves it to torch
 
     @classmethod
     def of(cls, device: str, jobs: int | None = None) -> Machine:
-        """Use every core: a run of one thread on each; or a GPU, with processes that feed it.
+        """Plan for all cores: one run of one thread on each, or several runs that share a GPU.
 
-        On a GPU these small models leave most of it idle, so some of them share it, as many as there are
-        four cores to read and prepare the pictures of each.
+        These small models leave most of a GPU idle, so up to four share it, one per four cores that read and
+        prepare the pictures.
         """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if device == "cpu":
@@ -70,11 +105,10 @@ class Machine:
         """Return versions and hardware, for the record."""
         import torch
 
-        name = torch.cuda.get_device_name() if self.device.startswith("cuda") else "cpu"
         return {
             **{key: importlib.metadata.version(package) for key, package in _PACKAGES.items()},
             "python": platform.python_version(),
-            "device": name,
+            "device": torch.cuda.get_device_name() if self.device.startswith("cuda") else "cpu",
             "cpu": _cpu(),
             "cores": os.cpu_count(),
             "threads": self.threads,
@@ -84,141 +118,108 @@ class Machine:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    for line in info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
 @dataclasses.dataclass(frozen=True)
 class Workshop:
-    """Where models are trained and measured, one after the other or some at a time.
+    """Where models are trained and measured."""
 
-    Attributes:
-        output: The folder that the trainer is started in.
-        icons: The icons' folder.
-        tables: The tables of pairs below ``output``.
-        store: Where records go.
-        machine: What to run on.
-        keep_checkpoints: Whether to keep the weights and the trainer's log of runs that succeeded.
-    """
-
-    output: Path
+    output: Path  # the trainer is started here
     icons: Path
-    tables: Tables
+    tables: Tables  # tables of pairs below output
     store: Store
     machine: Machine
-    keep_checkpoints: bool = False
+    keep_checkpoints: bool = False  # keep weights and log of runs that succeeded
 
-    async def make(
-        self, setting: _Trainable, job: Job, key: str, *, measured_by: str, progress: Progress
-    ) -> None:
-        """Train and measure a model, and store its record.
+    def key(self, run: Run) -> str:
+        """Return the key of a run's record."""
+        return key_of(run, self.tables.digests[run.pairs])
 
-        Args:
-            setting: What the record is of.
-            job: What the trainer is started with for it.
-            key: The record's name.
-            measured_by: The module that measures, in a process of its own.
-            progress: Is told the stage and its share that is done.
+    def find(self, runs: Iterable[AnyRun]) -> dict[AnyRun, Record]:
+        """Return the records there are of these runs, made from the same data by the same arguments."""
+        found = {run: self.store.load(self.key(run)) for run in runs}
+        return {run: record for run, record in found.items() if record is not None}
+
+    def do(self, title: str, runs: Sequence[AnyRun], console: Console) -> bool:
+        """Train and measure the runs without a record, and return whether all have one now."""
+        there = self.find(runs)
+        todo = [run for run in runs if run not in there]
+        console.rule(f"{title}, {self.machine.jobs} at a time on {self.machine.device}")
+        say(console, f"{len(runs)} models, {len(there)} of them finished already")
+        expected = (trainer.TrainingError, MeasuringError, OSError)
+        queue = run_all(todo, self.make, jobs=self.machine.jobs, console=console, expected=expected)
+        failed = asyncio.run(queue)
+        for said, missing in (
+            ("Failed", list(failed)),
+            ("Left to another process", [run for run in todo if run not in failed and not self.find([run])]),
+        ):
+            if missing:
+                say(console, f"{said}: {', '.join(run.name for run in missing)}", "bold red")
+        return len(self.find(runs)) == len(runs)
+
+    async def make(self, run: Run, report: Report) -> None:
+        """Train and measure a model, and store its record, unless another process is doing so or has done it.
 
         Raises:
-            TrainingError: If the trainer failed, or trained another loss.
+            TrainingError: If the trainer failed or trained another loss.
             MeasuringError: If measuring failed.
         """
-        machine, folder = self.machine, self.output / "runs" / key
-        progress("training", 0.0)
-        trained = await train(
+        key = self.key(run)
+        (self.output / "locks").mkdir(exist_ok=True)
+        try:
+            with FileLock(self.output / "locks" / key, timeout=0):
+                if self.store.load(key) is None:
+                    self.store.save(key, await self._record(run, key, report))
+        except Timeout:
+            return
+
+    async def _record(self, run: Run, key: str, report: Report) -> Record:
+        job, machine, folder = run.job(), self.machine, self.output / "runs" / key
+        table = self.tables.tables[run.pairs]
+        report("training", 0.0)
+        trained = await trainer.train(
             job,
-            output=self.output,
-            table=self.tables.tables[setting.pairs],
-            name=key,
-            device=machine.device,
-            workers=machine.workers,
+            job.command(
+                table, key, device=machine.device, workers=machine.workers, more=("--log-every-n-steps", "20")
+            ),
+            folder,
+            root=self.output,
             threads=machine.threads,
-            progress=lambda share: progress("training", share),
+            on_line=lambda _, log: report("training", 0.95 * log.share),
         )
-        progress("measuring", 1.0)
+        report("measuring", 0.95)
         started = time.monotonic()
         todo = {
-            "setting": dataclasses.asdict(setting),
-            "output": str(self.output),
-            "model": model_name(job.backbone),
+            "setting": dataclasses.asdict(run),
+            "model": f"local-dir:{job.model}",
             "checkpoint": str(trained.checkpoint),
             "icons": str(self.icons),
             "device": machine.device,
         }
-        measured = await _measured(measured_by, todo, folder, threads=machine.threads)
-        record = {
-            "setting": dataclasses.asdict(setting),
-            **measured,
-            "data": self.tables.digests[setting.pairs],
-            "training": {"first": trained.first, "last": trained.last},
-            "seconds": {
-                "training": round(trained.seconds, 1),
-                "measuring": round(time.monotonic() - started, 1),
-            },
-            "conditions": machine.conditions(),
-        }
-        self.store.save(key, record)
+        measured = await self._measured(todo, folder)
+        seconds = {"training": trained.seconds, "measuring": time.monotonic() - started}
         if not self.keep_checkpoints:
             shutil.rmtree(folder)
+        return {
+            "setting": todo["setting"],
+            **measured,
+            "data": self.tables.digests[run.pairs],
+            "training": {"first": trained.first, "last": trained.last},
+            "seconds": {stage: round(spent, 1) for stage, spent in seconds.items()},
+            "conditions": machine.conditions(),
+        }
 
-
-class Runs:
-    """Makes the records of the grid's settings.
-
-    Args:
-        workshop: Where they are made.
-    """
-
-    def __init__(self, workshop: Workshop) -> None:
-        self._workshop = workshop
-
-    def stored(self, setting: Setting) -> Record | None:
-        """Return the record of a setting, if there is one of the same data and arguments."""
-        return self._workshop.store.load(self._key(setting))
-
-    async def make(self, setting: Setting, progress: Progress) -> None:
-        """Train and measure a setting, and store its record; see :meth:`Workshop.make`."""
-        await self._workshop.make(
-            setting,
-            Job.of(setting),
-            self._key(setting),
-            measured_by="miniature_paper.measure",
-            progress=progress,
-        )
-
-    def _key(self, setting: Setting) -> str:
-        return key_of(setting, self._workshop.tables.digests[setting.pairs])
-
-
-async def _measured(
-    module: str, todo: dict[str, Any], folder: Path, *, threads: int | None
-) -> dict[str, Any]:
-    """Measure in a process of its own and return what it found; cancelling ends the process.
-
-    Args:
-        module: The module that is run with a job file; it writes to the job's ``result``.
-        todo: The job; the process is started in its ``output``.
-        folder: Where job and result are written.
-        threads: Threads of the process.
-
-    Raises:
-        MeasuringError: If it fails.
-    """
-    job, result = folder / "job.json", folder / "measured.json"
-    job.write_text(json.dumps({**todo, "result": str(result)}), encoding="utf-8")
-    env = environment(threads)
-    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    tail: deque[str] = deque(maxlen=30)
-    async with child([sys.executable, "-m", module, str(job)], cwd=Path(todo["output"]), env=env) as process:
-        assert process.stdout is not None
-        async for raw in process.stdout:
-            tail.append(raw.decode(errors="replace").rstrip())
-        code = await process.wait()
-    if code != 0 or not result.is_file():
-        raise MeasuringError(f"measuring ended with status {code}. Its last lines:\n" + "\n".join(tail))
-    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return found
+    async def _measured(self, todo: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Measure in a process of its own, with threads of its own."""
+        job, result, tail = folder / "job.json", folder / "measured.json", deque[str](maxlen=30)
+        job.write_text(json.dumps({**todo, "result": str(result)}), encoding="utf-8")
+        command = [sys.executable, "-m", "miniature_paper.measure", str(job)]
+        code = await trainer.follow(command, tail.append, cwd=self.output, threads=self.machine.threads)
+        if code != 0 or not result.is_file():
+            raise MeasuringError(f"measuring ended with status {code}. Its last lines:\n" + "\n".join(tail))
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return found

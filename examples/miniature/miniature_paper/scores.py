@@ -1,4 +1,4 @@
-"""What is read out of a record: every row of the exhibits, and the names by which people know it."""
+"""What is read out of a record: every row of the exhibits, and its name for people."""
 
 from __future__ import annotations
 
@@ -53,19 +53,12 @@ RECALLS = ("R@1", "R@5", "R@10")
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A number of a model: the mean of one or several entries of its record.
+    """A number of a model: the mean of one or several entries of its record."""
 
-    Attributes:
-        group: What it belongs to, such as ``Image → text``.
-        label: Its name in the group, such as ``R@1``.
-        entries: Task and metric of each entry that is averaged, such as ``("retrieval/test", "R@1")``.
-        percent: Whether it is a percentage; more is better, then.
-    """
-
-    group: str
-    label: str
-    entries: tuple[tuple[str, str], ...]
-    percent: bool = True
+    group: str  # such as "Image → text"
+    label: str  # its name in the group, such as R@1
+    entries: tuple[tuple[str, str], ...]  # task and metric of each entry that is averaged
+    percent: bool = True  # a percentage, of which more is better
 
     @property
     def name(self) -> str:

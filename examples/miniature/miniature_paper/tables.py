@@ -13,67 +13,52 @@ from .scores import BACKBONE_NAMES, LOSS_NAMES, Measure
 from .statistics import Difference, Estimate
 
 REFERENCE = "clip"
-Key = tuple[str, str]
+TERM_NAMES = {"lambda_cross": "λ₁, of the cross-modal term", "lambda_in": "λ₂, of the in-modal term"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One of our numbers.
+    """One of our numbers."""
 
-    Attributes:
-        estimate: Mean over seeds; None where nothing is trained, or where the cell is a difference only.
-        difference: Difference to the reference, corrected within the exhibit; None for the reference itself.
-        planned: How many seeds it is to have.
-        digits: Decimals to show.
-        compared: Whether the cell has a difference to show, or would have one.
-    """
-
-    estimate: Estimate | None
-    difference: Difference | None
-    planned: int
+    estimate: Estimate | None  # None where nothing is trained, or the cell shows a difference only
+    difference: Difference | None  # to the reference, corrected within the exhibit
+    planned: int  # number of seeds
     digits: int = 2
-    compared: bool = True
+    compared: bool = True  # False for the reference itself
 
 
 @dataclasses.dataclass(frozen=True)
 class QuotedCell:
-    """One of the paper's numbers.
+    """One of the paper's numbers."""
 
-    Attributes:
-        value: As printed; None if it is not available.
-        difference: Difference to the paper's own reference.
-        digits: Decimals to show.
-        approximate: Whether it was measured on a plot.
-    """
-
-    value: float | None
-    difference: float | None = None
+    value: float | None  # None where it could not be read
+    difference: float | None = None  # to the paper's own reference
     digits: int = 2
-    approximate: bool = False
+    approximate: bool = False  # measured on a plot
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row: its label, a cell for every column (None for one that has no meaning here), items and chance."""
+    """A row: a cell for every column, None where it has no meaning."""
 
     label: str
     cells: tuple[Cell | QuotedCell | None, ...]
-    items: int | None = None
-    chance: float | None = None
+    items: int | None = None  # number of held-out items
+    chance: float | None = None  # what guessing scores
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Rows with a common title; ``quoted`` if they are the paper's."""
+    """Rows with a common title."""
 
     title: str
     rows: tuple[Row, ...]
-    quoted: bool = False
+    quoted: bool = False  # whether they are the paper's
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column's label, and what stands over it and its neighbours."""
+    """A column's label, and the label it shares with its neighbours."""
 
     label: str
     group: str = ""
@@ -81,98 +66,55 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A difference that the text may speak of.
+    """A difference that the text may speak of."""
 
-    Attributes:
-        subject: What is compared, such as ``RankCLIP``.
-        reference: What with, such as ``CLIP``.
-        measure: In what, such as ``Image → text, R@1``.
-        difference: The corrected difference; None while it cannot be formed.
-        percent: Whether it is in percentage points, and more is better.
-    """
-
-    subject: str
-    reference: str
-    measure: str
-    difference: Difference | None
-    percent: bool = True
+    subject: str  # such as RankCLIP
+    reference: str  # such as CLIP
+    measure: str  # such as "Image → text, R@1"
+    difference: Difference | None  # corrected; None while it cannot be formed
+    percent: bool = True  # in percentage points, where more is better
 
 
 @dataclasses.dataclass(frozen=True)
 class Exhibit:
-    """A table or figure of the paper, and ours.
+    """A table or figure of the paper, and ours."""
 
-    Attributes:
-        key: Its name in :data:`miniature_paper.grid.EXHIBITS`.
-        number: Its name in the paper, such as ``Table 1``.
-        title: What it shows.
-        columns: The table's columns.
-        sections: The table's rows, the paper's last.
-        comparisons: Everything that is tested in it, one family.
-        seeds: For every model its name, how many seeds it has, and how many are planned.
-        quoted: What the paper's has.
-        items: Numbers of held-out items behind its measures.
-        corner: What the rows are.
-    """
-
-    key: str
-    number: str
+    key: str  # in grid.EXHIBITS
+    number: str  # its name in the paper
     title: str
     columns: tuple[Column, ...]
-    sections: tuple[Section, ...]
-    comparisons: tuple[Comparison, ...]
-    seeds: tuple[tuple[str, int, int], ...]
+    sections: tuple[Section, ...]  # the paper's last
+    comparisons: tuple[Comparison, ...]  # everything that is tested: one family
+    seeds: tuple[tuple[str, int, int], ...]  # name, trained seeds and planned seeds of every model
     quoted: Quoted
-    items: tuple[int, ...] = ()
-    corner: str = "measure"
+    items: tuple[int, ...] = ()  # numbers of held-out items behind its measures
+    corner: str = "measure"  # what the rows are
 
     @property
     def empty(self) -> bool:
         """Whether none of its models is there."""
         return not any(trained for _, trained, _ in self.seeds)
 
-    @property
-    def has_chance(self) -> bool:
-        """Whether a row knows what guessing scores."""
-        return any(row.chance is not None for section in self.sections for row in section.rows)
-
-    @property
-    def has_items(self) -> bool:
-        """Whether a row knows its number of items."""
-        return any(row.items is not None for section in self.sections for row in section.rows)
+    def has(self, name: str) -> bool:
+        """Say whether a row knows its ``chance`` or its ``items``."""
+        return any(getattr(row, name) is not None for section in self.sections for row in section.rows)
 
 
-class Family:
-    """Every difference of an exhibit, corrected together when all are known."""
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """A cell to fill in."""
 
-    def __init__(self) -> None:
-        self._raw: dict[Key, Difference | None] = {}
-        self._of: dict[Key, tuple[str, str, str, bool]] = {}
+    model: Setting
+    measure: Measure
+    reference: Setting | None  # what the difference is taken to
+    mean: bool = True  # show the mean beside the difference
 
-    def add(
-        self, key: Key, difference: Difference | None, subject: str, reference: str, measure: Measure
-    ) -> None:
-        """Add a difference under a key of its own."""
-        self._raw[key] = difference
-        self._of[key] = (subject, reference, measure.name, measure.percent)
 
-    def corrected(self) -> dict[Key, Difference | None]:
-        """Return all of them with Holm's adjusted p."""
-        known = statistics.correct({key: d for key, d in self._raw.items() if d is not None})
-        return {key: known.get(key) for key in self._raw}
-
-    def comparisons(self) -> tuple[Comparison, ...]:
-        """Return all of them for the text."""
-        return tuple(
-            Comparison(subject, reference, measure, difference, percent)
-            for (subject, reference, measure, percent), difference in zip(
-                self._of.values(), self.corrected().values(), strict=True
-            )
-        )
+_Rows = Sequence[tuple[str, Sequence[_Wanted | None]]]  # label and cells of each
 
 
 def build(collection: Collection, paper: Paper) -> list[Exhibit]:
-    """Make every exhibit out of whatever records there are."""
+    """Make every exhibit out of the records there are."""
     builders: dict[str, Callable[[Collection, Quoted], Exhibit]] = {
         "table1": _table1,
         "table2": _table2,
@@ -186,128 +128,149 @@ def build(collection: Collection, paper: Paper) -> list[Exhibit]:
     return [builders[key](collection, paper.exhibits[key]) for key in grid.EXHIBITS]
 
 
-# --- tables of losses ---
+def _exhibit(
+    shown: Exhibited,
+    quoted: Quoted,
+    heading: tuple[str, str],
+    names: dict[Setting, str],
+    columns: Sequence[Column],
+    ours: Sequence[tuple[str, _Rows]],
+    papers: Sequence[Section],
+    *,
+    called: Callable[[Setting], str] | None = None,
+    corner: str = "measure",
+) -> Exhibit:
+    """Fill in the cells and correct their differences together.
+
+    Args:
+        shown: The models.
+        quoted: The paper's exhibit.
+        heading: Number and title.
+        names: What the models are called.
+        columns: The columns.
+        ours: Title and rows of each section.
+        papers: The paper's sections.
+        called: What a reference is called, if not by its name.
+        corner: What the rows are.
+    """
+    called = called or names.__getitem__
+    wanted = [cell for _, rows in ours for _, cells in rows for cell in cells if cell is not None]
+    compared = {
+        (cell.model, cell.reference, cell.measure): shown.difference(cell.model, cell.reference, cell.measure)
+        for cell in wanted
+        if cell.reference is not None
+    }
+    corrected = statistics.correct({key: d for key, d in compared.items() if d is not None})
+
+    def fill(cell: _Wanted | None) -> Cell | None:
+        if cell is None:
+            return None
+        return Cell(
+            shown.estimate(cell.model, cell.measure) if cell.mean else None,
+            corrected.get((cell.model, cell.reference, cell.measure)),
+            shown.planned(cell.model),
+            digits=2 if cell.measure.percent else 3,
+            compared=cell.reference is not None,
+        )
+
+    def row(label: str, cells: Sequence[_Wanted | None]) -> Row:
+        measure, *others = dict.fromkeys(cell.measure for cell in cells if cell is not None)
+        filled = tuple(fill(cell) for cell in cells)
+        if others:
+            return Row(label, filled)
+        return Row(label, filled, shown.items(measure), shown.chance(measure) if measure.percent else None)
+
+    sections = [Section(title, tuple(row(label, cells) for label, cells in rows)) for title, rows in ours]
+    items = (shown.items(measure) for measure in dict.fromkeys(cell.measure for cell in wanted))
+    number, title = heading
+    return Exhibit(
+        key=number.lower().replace(" ", ""),
+        number=number,
+        title=title,
+        columns=tuple(columns),
+        sections=(*sections, *papers),
+        comparisons=tuple(
+            Comparison(
+                names[model],
+                called(reference),
+                measure.name,
+                corrected.get((model, reference, measure)),
+                measure.percent,
+            )
+            for model, reference, measure in compared
+        ),
+        seeds=tuple((names[m], shown.trained(m), shown.planned(m)) for m in shown.models),
+        quoted=quoted,
+        items=tuple(n for n in items if n is not None),
+        corner=corner,
+    )
+
+
+# --- rows of measures, columns of models ---
 
 
 def _table1(collection: Collection, quoted: Quoted) -> Exhibit:
     rows = [*scores.zero_shot(collection.sets("zero-shot")), *scores.retrieval()]
-    return _of_losses(collection, quoted, "table1", "Table 1", "Zero-shot and retrieval", rows)
+    return _of_losses(collection.exhibit("table1"), quoted, ("Table 1", "Zero-shot and retrieval"), rows)
 
 
 def _table2(collection: Collection, quoted: Quoted) -> Exhibit:
-    rows = scores.shifts(collection.tasks)
-    return _of_losses(collection, quoted, "table2", "Table 2", "Styles and vendors never trained on", rows)
+    heading = ("Table 2", "Styles and vendors never trained on")
+    return _of_losses(collection.exhibit("table2"), quoted, heading, scores.shifts(collection.tasks))
 
 
 def _table3(collection: Collection, quoted: Quoted) -> Exhibit:
     rows = scores.probes(collection.sets("probe"))
-    return _of_losses(collection, quoted, "table3", "Table 3", "Linear probes", rows)
+    return _of_losses(collection.exhibit("table3"), quoted, ("Table 3", "Linear probes"), rows)
 
 
 def _figure6(collection: Collection, quoted: Quoted) -> Exhibit:
-    # The picture is of one seed; the numbers below it are of all the seeds of the same models.
-    rows = scores.geometry()
-    return _of_losses(
-        collection, quoted, "figure6", "Figure 6", "Both modalities, and the gap between them", rows, "table1"
-    )
+    # The picture shows one seed; the numbers below it are of all seeds of the same models.
+    heading = ("Figure 6", "Both modalities, and the gap between them")
+    return _of_losses(collection.exhibit("table1"), quoted, heading, scores.geometry())
 
 
 def _of_losses(
-    collection: Collection,
-    quoted: Quoted,
-    key: str,
-    number: str,
-    title: str,
-    rows: Sequence[Measure],
-    models_of: str | None = None,
+    shown: Exhibited, quoted: Quoted, heading: tuple[str, str], measures: Sequence[Measure]
 ) -> Exhibit:
-    shown = collection.exhibit(models_of or key)
-    columns = tuple(Column(LOSS_NAMES[model.loss]) for model in shown.models)
     names = {model: LOSS_NAMES[model.loss] for model in shown.models}
     reference = _loss(shown.models, REFERENCE)
-    family, sections = _measured(shown, rows, names, lambda _: reference)
-    of_paper = _quoted_rows(quoted, [m.loss for m in shown.models], lambda _: REFERENCE)
-    return Exhibit(
-        key,
-        number,
-        title,
-        columns,
-        (*sections, *of_paper),
-        family.comparisons(),
-        _seeds(shown, names),
-        quoted,
-        _items(shown, rows),
-    )
+    papers = _quoted_rows(quoted, [m.loss for m in shown.models], lambda _: REFERENCE)
+    ours = _measured(shown.models, measures, lambda _: reference)
+    return _exhibit(shown, quoted, heading, names, [Column(name) for name in names.values()], ours, papers)
 
 
 def _table4(collection: Collection, quoted: Quoted) -> Exhibit:
-    rows = [
+    measures = [
         *scores.zero_shot(collection.sets("zero-shot")),
         *scores.retrieval(),
         *scores.mean_probe(collection.sets("probe")),
     ]
     shown = collection.exhibit("table4")
     names = {m: f"{LOSS_NAMES[m.loss]} ({BACKBONE_NAMES[m.backbone]})" for m in shown.models}
-    columns = tuple(Column(LOSS_NAMES[m.loss], BACKBONE_NAMES[m.backbone]) for m in shown.models)
+    columns = [Column(LOSS_NAMES[m.loss], BACKBONE_NAMES[m.backbone]) for m in shown.models]
+    keys = [f"{m.backbone}/{m.loss}" for m in shown.models]
+    papers = _quoted_rows(quoted, keys, lambda key: f"{key.partition('/')[0]}/{REFERENCE}")
 
     def reference(model: Setting) -> Setting:
         return _loss([m for m in shown.models if m.backbone == model.backbone], REFERENCE)
 
-    family, sections = _measured(shown, rows, names, reference)
-    keys = [f"{m.backbone}/{m.loss}" for m in shown.models]
-    of_paper = _quoted_rows(quoted, keys, lambda key: f"{key.partition('/')[0]}/{REFERENCE}")
-    return Exhibit(
-        "table4",
-        "Table 4",
-        "Two backbones",
-        columns,
-        (*sections, *of_paper),
-        family.comparisons(),
-        _seeds(shown, names),
-        quoted,
-        _items(shown, rows),
-    )
+    ours = _measured(shown.models, measures, reference)
+    return _exhibit(shown, quoted, ("Table 4", "Two backbones"), names, columns, ours, papers)
 
 
 def _measured(
-    shown: Exhibited,
-    rows: Sequence[Measure],
-    names: dict[Setting, str],
-    reference_of: Callable[[Setting], Setting],
-) -> tuple[Family, list[Section]]:
-    """Rows of measures, columns of models: the tests, and our sections."""
-    family = Family()
-    for measure in rows:
-        for model in shown.models:
-            reference = reference_of(model)
-            if model != reference:
-                difference = shown.difference(model, reference, measure)
-                family.add((measure.name, names[model]), difference, names[model], names[reference], measure)
-    corrected = family.corrected()
+    models: Sequence[Setting], measures: Sequence[Measure], reference_of: Callable[[Setting], Setting]
+) -> list[tuple[str, _Rows]]:
+    def row(measure: Measure) -> tuple[str, Sequence[_Wanted]]:
+        references = {model: reference_of(model) for model in models}
+        return measure.label, [
+            _Wanted(model, measure, reference if reference != model else None)
+            for model, reference in references.items()
+        ]
 
-    def cell(measure: Measure, model: Setting) -> Cell:
-        return Cell(
-            shown.estimate(model, measure),
-            corrected.get((measure.name, names[model])),
-            shown.planned(model),
-            digits=2 if measure.percent else 3,
-            compared=model != reference_of(model),
-        )
-
-    sections = []
-    for group in dict.fromkeys(measure.group for measure in rows):
-        of_group = [measure for measure in rows if measure.group == group]
-        made = tuple(
-            Row(
-                measure.label,
-                tuple(cell(measure, model) for model in shown.models),
-                shown.items(measure),
-                shown.chance(measure) if measure.percent else None,
-            )
-            for measure in of_group
-        )
-        sections.append(Section(group, made))
-    return family, sections
+    groups = dict.fromkeys(measure.group for measure in measures)
+    return [(group, [row(measure) for measure in measures if measure.group == group]) for group in groups]
 
 
 # --- figures with axes ---
@@ -335,12 +298,14 @@ def shift_measure(collection: Collection) -> Measure | None:
     tasks = [f"zero-shot/{s}" for s in scores.SHIFTS.values() if s and f"zero-shot/{s}" in collection.tasks]
     if not tasks:
         return None
-    return Measure(
-        f"Zero-shot under shift, mean of {len(tasks)} sets", "top-1", tuple((t, "top-1") for t in tasks)
-    )
+    group = f"Zero-shot under shift, mean of {len(tasks)} sets"
+    return Measure(group, "top-1", tuple((task, "top-1") for task in tasks))
 
 
-TERM_NAMES = {"lambda_cross": "λ₁, of the cross-modal term", "lambda_in": "λ₂, of the in-modal term"}
+def size_measures(collection: Collection) -> list[Measure]:
+    """Return what Figure 4 consists of."""
+    shift = shift_measure(collection)
+    return [*sweep_measures(collection), *([shift] if shift else [])]
 
 
 def _figure3(collection: Collection, quoted: Quoted) -> Exhibit:
@@ -351,35 +316,24 @@ def _figure3(collection: Collection, quoted: Quoted) -> Exhibit:
     names = {
         m: "CLIP" if m == clip else f"λ₁ = {m.lambda_cross:g}, λ₂ = {m.lambda_in:g}" for m in shown.models
     }
-    family = Family()
-    for measure in plotted:
-        for reference in (clip, default):
-            for model in shown.models:
-                if model not in (clip, reference):
-                    key = (f"{measure.name} − {names[reference]}", names[model])
-                    difference = shown.difference(model, reference, measure)
-                    name = names[clip] if reference == clip else "the recipe's λ₁ = λ₂ = 1"
-                    family.add(key, difference, names[model], name, measure)
-    corrected = family.corrected()
 
-    def cells(model: Setting) -> tuple[Cell | None, ...]:
-        made: list[Cell | None] = []
+    def cells(model: Setting) -> list[_Wanted | None]:
+        found: list[_Wanted | None] = []
         for measure in plotted:
-            to_clip = corrected.get((f"{measure.name} − {names[clip]}", names[model]))
-            to_default = corrected.get((f"{measure.name} − {names[default]}", names[model]))
-            planned = shown.planned(model)
-            made.append(Cell(shown.estimate(model, measure), to_clip, planned, compared=model != clip))
-            made.append(None if model in (clip, default) else Cell(None, to_default, planned))
-        return tuple(made)
+            found.append(_Wanted(model, measure, clip if model != clip else None))
+            other = model not in (clip, default)
+            found.append(_Wanted(model, measure, default, mean=False) if other else None)
+        return found
 
-    sections = [
-        Section(
-            f"{TERM_NAMES[term]}; the other one is 1",
-            tuple(Row(f"{getattr(m, term):g}", cells(m)) for m in sweep_of(shown.models, term)),
+    ours: list[tuple[str, _Rows]] = [
+        (
+            f"{name}; the other one is 1",
+            [(f"{getattr(m, term):g}", cells(m)) for m in sweep_of(shown.models, term)],
         )
-        for term in TERM_NAMES
+        for term, name in TERM_NAMES.items()
     ]
-    sections.append(Section("Without rank terms", (Row("CLIP", cells(clip)),)))
+    ours.append(("Without rank terms", [("CLIP", cells(clip))]))
+    papers = []
     for term, name in TERM_NAMES.items():
         lines = [s for s in quoted.series if s.panel == term]
         rows = tuple(
@@ -387,93 +341,61 @@ def _figure3(collection: Collection, quoted: Quoted) -> Exhibit:
             for i, x in enumerate(lines[0].x)
             if x is not None
         )
-        sections.append(
-            Section(f"{name.partition(',')[0]}: {lines[0].name}; {lines[1].name}", rows, quoted=True)
-        )
+        title = f"{name.partition(',')[0]}: {lines[0].name}; {lines[1].name}"
+        papers.append(Section(title, rows, quoted=True))
     scheduled = tuple(c for s in quoted.series if s.panel == "scheduled" for c in (QuotedCell(s.y[0]), None))
-    sections.append(Section("λ by the schedule", (Row("RankCLIP", scheduled),), quoted=True))
-    columns = tuple(
-        Column(label, measure.name)
-        for measure in plotted
-        for label in ("mean, difference to CLIP", "to λ = 1")
-    )
-    return Exhibit(
-        "figure3",
-        "Figure 3",
-        "How much the weights of the terms matter",
-        columns,
-        tuple(sections),
-        family.comparisons(),
-        _seeds(shown, names),
+    papers.append(Section("λ by the schedule", (Row("RankCLIP", scheduled),), quoted=True))
+    heads = ("mean, difference to CLIP", "to λ = 1")
+    return _exhibit(
+        shown,
         quoted,
-        _items(shown, plotted),
+        ("Figure 3", "How much the weights of the terms matter"),
+        names,
+        [Column(label, measure.name) for measure in plotted for label in heads],
+        ours,
+        papers,
+        called=lambda reference: names[clip] if reference == clip else "the recipe's λ₁ = λ₂ = 1",
         corner="λ",
     )
 
 
-def size_measures(collection: Collection) -> list[Measure]:
-    """Return what Figure 4 is made of."""
-    shift = shift_measure(collection)
-    return [*sweep_measures(collection), *([shift] if shift else [])]
-
-
 def _figure4(collection: Collection, quoted: Quoted) -> Exhibit:
     shown = collection.exhibit("figure4")
-    sizes = sorted({m.pairs for m in shown.models})
     losses = list(dict.fromkeys(m.loss for m in shown.models))
     plotted = size_measures(collection)
     at = {(m.pairs, m.loss): m for m in shown.models}
-    names = {m: f"{LOSS_NAMES[m.loss]} at {m.pairs:,} pairs" for m in shown.models}
-    family = Family()
-    for measure in plotted:
-        for pairs in sizes:
-            for loss in losses:
-                if loss != REFERENCE:
-                    model, clip = at[pairs, loss], at[pairs, REFERENCE]
-                    difference = shown.difference(model, clip, measure)
-                    family.add((measure.name, names[model]), difference, names[model], "CLIP", measure)
-    corrected = family.corrected()
-    rows = tuple(
-        Row(
-            f"{pairs:,}",
-            tuple(
-                Cell(
-                    shown.estimate(at[pairs, loss], measure),
-                    corrected.get((measure.name, names[at[pairs, loss]])),
-                    shown.planned(at[pairs, loss]),
-                    compared=loss != REFERENCE,
-                )
-                for measure in plotted
-                for loss in losses
-            ),
-        )
-        for pairs in sizes
-    )
+
+    def cells(pairs: int) -> list[_Wanted | None]:
+        clip = at[pairs, REFERENCE]
+        return [
+            _Wanted(at[pairs, loss], measure, clip if loss != REFERENCE else None)
+            for measure in plotted
+            for loss in losses
+        ]
+
     lines = {s.name: s for s in quoted.series if s.panel == "size"}
+    clips = lines[REFERENCE]
     blank = (None,) * (len(losses) * (len(plotted) - 1))
-    quoted_rows = tuple(
-        Row(
-            f"{x:,}",
-            (
-                *(
-                    _read_off(lines[loss].y[i], quoted, lines[REFERENCE].y[i] if loss != REFERENCE else None)
-                    for loss in losses
-                ),
-                *blank,
-            ),
-        )
-        for i, x in enumerate(lines[REFERENCE].x)
-    )
-    return Exhibit(
-        "figure4",
-        "Figure 4",
-        "How much the number of training pairs matters",
-        tuple(Column(LOSS_NAMES[loss], measure.name) for measure in plotted for loss in losses),
-        (Section("Training pairs", rows), Section("ImageNet1K top-1", quoted_rows, quoted=True)),
-        family.comparisons(),
-        _seeds(shown, names),
+
+    def quoted_cells(i: int) -> list[QuotedCell]:
+        base = clips.y[i]
+        return [_read_off(lines[loss].y[i], quoted, base if loss != REFERENCE else None) for loss in losses]
+
+    papers = tuple(Row(f"{x:,}", (*quoted_cells(i), *blank)) for i, x in enumerate(clips.x))
+    return _exhibit(
+        shown,
         quoted,
-        _items(shown, plotted),
+        ("Figure 4", "How much the number of training pairs matters"),
+        {m: f"{LOSS_NAMES[m.loss]} at {m.pairs:,} pairs" for m in shown.models},
+        [Column(LOSS_NAMES[loss], measure.name) for measure in plotted for loss in losses],
+        [
+            (
+                "Training pairs",
+                [(f"{pairs:,}", cells(pairs)) for pairs in sorted({m.pairs for m in shown.models})],
+            )
+        ],
+        [Section("ImageNet1K top-1", papers, quoted=True)],
+        called=lambda _: "CLIP",
         corner="pairs",
     )
 
@@ -481,7 +403,7 @@ def _figure4(collection: Collection, quoted: Quoted) -> Exhibit:
 def _figure7(collection: Collection, quoted: Quoted) -> Exhibit:
     shown = collection.exhibit("figure7")
     names = {m: LOSS_NAMES[m.loss] for m in shown.models}
-    return Exhibit("figure7", "Figure 7", "Where a text is seen", (), (), (), _seeds(shown, names), quoted)
+    return _exhibit(shown, quoted, ("Figure 7", "Where a text is seen"), names, [], [], [])
 
 
 # --- parts ---
@@ -489,15 +411,6 @@ def _figure7(collection: Collection, quoted: Quoted) -> Exhibit:
 
 def _loss(models: Sequence[Setting], loss: str) -> Setting:
     return next(model for model in models if model.loss == loss)
-
-
-def _seeds(shown: Exhibited, names: dict[Setting, str]) -> tuple[tuple[str, int, int], ...]:
-    return tuple((names[m], shown.trained(m), shown.planned(m)) for m in shown.models)
-
-
-def _items(shown: Exhibited, rows: Sequence[Measure]) -> tuple[int, ...]:
-    found = (shown.items(measure) for measure in rows)
-    return tuple(n for n in found if n is not None)
 
 
 def _read_off(value: float, quoted: Quoted, reference: float | None = None) -> QuotedCell:
@@ -508,7 +421,7 @@ def _read_off(value: float, quoted: Quoted, reference: float | None = None) -> Q
 def _quoted_rows(
     quoted: Quoted, keys: Sequence[str], reference_of: Callable[[str], str]
 ) -> tuple[Section, ...]:
-    """The paper's rows in our columns."""
+    """Return the paper's rows in our columns."""
     printed = [v for row in quoted.rows for v in row.values.values() if v is not None]
     digits = max((len(f"{v!r}".partition(".")[2]) for v in printed), default=2)
 
@@ -516,23 +429,16 @@ def _quoted_rows(
         if key not in values:  # the paper's table has no such entry
             return None
         value, reference = values.get(key), values.get(reference_of(key))
-        difference = None
-        if value is not None and reference is not None and key != reference_of(key):
-            difference = value - reference
+        compared = value is not None and reference is not None and key != reference_of(key)
+        difference = value - reference if compared else None
         return QuotedCell(value, difference, digits, approximate=quoted.read_off is not None)
 
-    return tuple(
-        Section(
-            group,
-            tuple(
-                Row(row.measure, tuple(cell(row.values, key) for key in keys))
-                for row in quoted.rows
-                if row.group == group
-            ),
-            quoted=True,
-        )
-        for group in dict.fromkeys(row.group for row in quoted.rows)
-    )
+    def rows(group: str) -> tuple[Row, ...]:
+        own = [row for row in quoted.rows if row.group == group]
+        return tuple(Row(row.measure, tuple(cell(row.values, key) for key in keys)) for row in own)
+
+    groups = dict.fromkeys(row.group for row in quoted.rows)
+    return tuple(Section(group, rows(group), quoted=True) for group in groups)
 
 
 # --- how a cell reads ---
@@ -552,17 +458,19 @@ def mean_text(estimate: Estimate | None, planned: int, digits: int = 2) -> str:
     """
     if estimate is None:
         return "–"
-    half = "–" if estimate.half_width is None else f"{estimate.half_width:.{digits}f}"
     mean = f"{estimate.mean:.{digits}f}".replace("-", "−")
-    return f"{mean} ± {half} ({seeds_text(estimate.n, planned)})"
+    return f"{mean} ± {_half(estimate, digits)} ({seeds_text(estimate.n, planned)})"
 
 
 def difference_text(difference: Difference | None, digits: int = 2) -> str:
     """Mean difference with sign, and half of its interval."""
     if difference is None:
         return "–"
-    half = "–" if difference.half_width is None else f"{difference.half_width:.{digits}f}"
-    return f"{signed(difference.mean, digits)} ± {half}"
+    return f"{signed(difference.mean, digits)} ± {_half(difference, digits)}"
+
+
+def _half(estimate: Estimate, digits: int) -> str:
+    return "–" if estimate.half_width is None else f"{estimate.half_width:.{digits}f}"
 
 
 def signed(value: float, digits: int = 2) -> str:
@@ -596,8 +504,17 @@ def mark(difference: Difference | None) -> str:
     return MARKS[said]
 
 
-def quoted_text(cell: QuotedCell) -> str:
-    """The paper's number, with ≈ if it was measured on a plot."""
-    if cell.value is None:
-        return "not available to us"
-    return f"{'≈ ' if cell.approximate else ''}{cell.value:.{cell.digits}f}"
+def cell_text(cell: Cell | QuotedCell | None) -> str:
+    """A cell in Markdown: the paper's in italics, ours as the mean and, below it, the marked difference."""
+    if cell is None:
+        return ""
+    if isinstance(cell, QuotedCell):
+        if cell.value is None:
+            return "*not available to us*"
+        change = "" if cell.difference is None else f" ({signed(cell.difference, cell.digits)})"
+        return f"*{'≈ ' if cell.approximate else ''}{cell.value:.{cell.digits}f}{change}*"
+    mean = mean_text(cell.estimate, cell.planned, cell.digits)
+    if not cell.compared or (cell.difference is None and cell.estimate is None):
+        return mean
+    change = f"{difference_text(cell.difference, cell.digits)} {mark(cell.difference)}".strip()
+    return change if cell.estimate is None else f"{mean}<br>{change}"

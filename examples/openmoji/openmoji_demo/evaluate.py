@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from clip_evaluation import metrics, model
+from clip_evaluation import metrics, model, pixel_knn
 from PIL import Image
 from torch.nn.functional import normalize
 
 from . import data
-from .pixel_knn import PixelKNN
 
 STYLES = ("color", "line")
 TASKS = ("image_to_text", "text_to_image", "subgroup", "group")
@@ -22,22 +21,13 @@ Scores = dict[str, dict[int, float]]
 
 @dataclasses.dataclass(frozen=True)
 class TestSet:
-    """The held-out concepts, drawn in one style.
-
-    Attributes:
-        images: One picture for each concept.
-        captions: One caption for each picture, in the same order.
-        subgroups: The right sub-group of each picture.
-        groups: The right group of each picture.
-        subgroup_classes: The sub-groups to choose from.
-        group_classes: The groups to choose from.
-    """
+    """The held-out concepts, drawn in one style; one caption and one class of each level per picture."""
 
     images: list[Image.Image]
     captions: list[str]
     subgroups: list[str]
     groups: list[str]
-    subgroup_classes: list[str]
+    subgroup_classes: list[str]  # to choose from
     group_classes: list[str]
 
     def classes(self, level: str) -> list[str]:
@@ -46,10 +36,8 @@ class TestSet:
 
     def labels(self, level: str) -> torch.Tensor:
         """Return the right column of every picture."""
-        column = {name: i for i, name in enumerate(self.classes(level))}
-        return torch.tensor(
-            [column[name] for name in (self.subgroups if level == "subgroup" else self.groups)]
-        )
+        names = self.subgroups if level == "subgroup" else self.groups
+        return torch.tensor([self.classes(level).index(name) for name in names])
 
 
 def load_test_set(root: Path, folder: Path, style: str) -> TestSet:
@@ -102,35 +90,62 @@ class ClipModel:
     def __init__(self, model_dir: Path, checkpoint: Path, device: str) -> None:
         self._model = model.ClipModel(f"local-dir:{model_dir}", checkpoint=checkpoint, device=device)
 
-    def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return unit-norm image embeddings."""
+    def _image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
         features, _ = self._model.image_features([(self._model.preprocess(image), None) for image in images])
         return normalize(features, dim=-1)
 
-    def text_features(self, captions: Sequence[str]) -> torch.Tensor:
-        """Return unit-norm text embeddings."""
-        return self._model.text_features(captions)
-
-    def classifier(self, classes: Sequence[str]) -> torch.Tensor:
-        """Return the zero-shot classifier: one column for each class, its prompts averaged."""
-        return self._model.classifier(classes, data.TEMPLATES)
-
     def caption_scores(self, images: Sequence[Image.Image], captions: Sequence[str]) -> torch.Tensor:
         """Return the cosine of every picture with every caption."""
-        return self.image_features(images) @ self.text_features(captions).T
+        return self._image_features(images) @ self._model.text_features(captions).T
+
+    def class_scores(
+        self,
+        images: Sequence[Image.Image],
+        level: str,  # noqa: ARG002 (the class names say it)
+        classes: Sequence[str],
+    ) -> torch.Tensor:
+        """Return the cosine of every picture with every class."""
+        return self._image_features(images) @ self._model.classifier(classes, data.TEMPLATES)
+
+
+class PixelKNN:
+    """The baseline that learns nothing; see :mod:`clip_evaluation.pixel_knn`.
+
+    Args:
+        images: The training pictures, all of one size.
+        captions: One caption for each of them: name and keywords.
+        subgroups: The sub-group of each of them.
+        groups: The group of each of them.
+        k: How many neighbours vote.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Image.Image],
+        captions: Sequence[str],
+        subgroups: Sequence[str],
+        groups: Sequence[str],
+        k: int = pixel_knn.NEIGHBOURS,
+    ) -> None:
+        self._images, self._captions, self._k = _pixels(images), captions, k
+        self._labels = {"subgroup": subgroups, "group": groups}
+
+    def caption_scores(self, images: Sequence[Image.Image], captions: Sequence[str]) -> torch.Tensor:
+        """Return how well each caption fits each picture: TF-IDF cosine with its neighbours' captions."""
+        _, neighbours = pixel_knn.nearest(self._images, _pixels(images), self._k)
+        return pixel_knn.caption_scores(neighbours, self._captions, captions)
 
     def class_scores(self, images: Sequence[Image.Image], level: str, classes: Sequence[str]) -> torch.Tensor:
-        """Return the cosine of every picture with every class; ``level`` is in the class names already."""
-        del level
-        return self.image_features(images) @ self.classifier(classes)
+        """Return the neighbours' votes for each class of a level; ties go to the nearest picture's class."""
+        return pixel_knn.class_scores(self._images, self._labels[level], _pixels(images), classes, k=self._k)
 
 
-def score(method: Any, test_set: TestSet) -> tuple[Scores, torch.Tensor]:
-    """Evaluate a method that has ``caption_scores`` and ``class_scores``.
+def _pixels(images: Sequence[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image.convert("RGB")) for image in images])
 
-    Returns:
-        The score of each task at each cut-off, and the picture × caption matrix they came from.
-    """
+
+def score(method: ClipModel | PixelKNN, test_set: TestSet) -> tuple[Scores, torch.Tensor]:
+    """Return a method's score at each task and cut-off, and the picture × caption matrix they came from."""
     similarity = method.caption_scores(test_set.images, test_set.captions)
     scores: Scores = {
         "image_to_text": metrics.recall_at_k(similarity),

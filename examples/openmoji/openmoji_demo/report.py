@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from clip_evaluation import metrics
-from rich import box
+from examples_common import tables
+from examples_common.terminal import say
 from rich.console import Console
-from rich.table import Table
 
 from .evaluate import TASKS, Scores
 
@@ -23,6 +23,7 @@ _HEADS = {
 }
 _STYLES = {"color": "Colour", "line": "Line art"}
 _LABELS = {"clip": "CLIP", "rankclip": "RankCLIP"}
+_TITLE = "Held-out emojis, percent"
 
 CHANCE = "chance"
 KNN = "untrained pixel kNN"
@@ -35,35 +36,31 @@ def label_of(loss: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """The results on the held-out concepts in one style.
+    """The results on the held-out concepts in one style."""
 
-    Attributes:
-        style: ``color`` or ``line``.
-        n: Number of concepts.
-        subgroups: Number of sub-groups to choose from.
-        groups: Number of groups to choose from.
-        rows: The scores of each method, in the order of the table.
-    """
-
-    style: str
-    n: int
-    subgroups: int
-    groups: int
-    rows: dict[str, Scores]
+    style: str  # color or line
+    n: int  # number of concepts
+    subgroups: int  # number of sub-groups to choose from
+    groups: int  # number of groups to choose from
+    rows: dict[str, Scores]  # the scores of each method, in the order of the table
 
     @property
     def title(self) -> str:
         """The heading of the block, with n."""
         return f"{_STYLES[self.style]}, n = {self.n}"
 
-
-def _heading(task: str) -> str:
-    name, ks, prefix = _HEADS[task]
-    return f"{name} {prefix}{'/'.join(map(str, ks))}"
+    def cells(self) -> list[list[str]]:
+        """Return the rows as text."""
+        return [[name, *(_cell(scores[task]) for task in TASKS)] for name, scores in self.rows.items()]
 
 
 def _cell(values: dict[int, float]) -> str:
     return "/".join(f"{value:.1f}" for value in values.values())
+
+
+def _head(separator: str) -> list[str]:
+    parts = ((name, prefix, "/".join(map(str, ks))) for name, ks, prefix in (_HEADS[task] for task in TASKS))
+    return ["method", *(f"{name}{separator}{prefix}{ks}" for name, prefix, ks in parts)]
 
 
 def notes(blocks: Sequence[Block]) -> list[str]:
@@ -72,85 +69,61 @@ def notes(blocks: Sequence[Block]) -> list[str]:
     colour = blocks[0]
     trained = [name for name in colour.rows if name not in (CHANCE, KNN)]
     for name in trained:
-        ratios = [
+        own, chance = colour.rows[name], colour.rows[CHANCE]
+        ratios = (
             f"{task.replace('_to_', ' → ')} "
-            + ", ".join(
-                f"{colour.rows[name][task][k] / colour.rows[CHANCE][task][k]:.0f}× at R@{k}" for k in (1, 10)
-            )
+            + ", ".join(f"{own[task][k] / chance[task][k]:.0f}× at R@{k}" for k in (1, 10))
             for task in ("image_to_text", "text_to_image")
-        ]
+        )
         lines.append(f"{name} against chance, in colour: {'; '.join(ratios)}.")
     if trained:
         lines.append(_against_knn(blocks, trained))
-    n = colour.n
+    errors = [f"±{metrics.standard_error(level, colour.n):.1f} points at {level} %" for level in (10, 35)]
     lines.append(
-        f"Standard error of one number (binomial, n = {n}): ±{metrics.standard_error(10, n):.1f} points at "
-        f"10 %, ±{metrics.standard_error(35, n):.1f} at 35 %. This is one split and one training seed: it "
-        "cannot separate losses that differ by less than about 3 points."
+        f"Standard error of one number (binomial, n = {colour.n}): {', '.join(errors)}. This is one split "
+        "and one training seed: it cannot separate losses that differ by less than about 3 points."
     )
     lines.append(
-        "Pixel kNN compares raw pixels with the training pictures; their captions' words rank the captions, "
-        "their classes vote on the class. It needs those labels; zero-shot uses the class's name only. "
+        "Pixel kNN compares raw pixels with the training pictures; the words of their captions rank the "
+        "captions, and their classes vote. It needs those labels; zero-shot uses the class's name only. "
         "Zero-shot means emojis never seen, of classes whose names occur in training captions."
     )
     return lines
 
 
+def knn_ahead(block: Block, name: str) -> tuple[int, int]:
+    """Return on how many retrieval scores the untrained baseline is ahead of a method, and of how many."""
+    pairs = [
+        (block.rows[KNN][task][k], block.rows[name][task][k])
+        for task in ("image_to_text", "text_to_image")
+        for k in metrics.RETRIEVAL_KS
+    ]
+    return sum(round(knn, 1) > round(value, 1) for knn, value in pairs), len(pairs)
+
+
 def _against_knn(blocks: Sequence[Block], trained: Sequence[str]) -> str:
-    """Count, from the numbers, where the untrained baseline is ahead on retrieval."""
-    parts = []
-    for block in blocks:
-        for name in trained:
-            pairs = [
-                (block.rows[KNN][task][k], block.rows[name][task][k])
-                for task in ("image_to_text", "text_to_image")
-                for k in metrics.RETRIEVAL_KS
-            ]
-            ahead = sum(round(knn, 1) > round(value, 1) for knn, value in pairs)
-            where = "in colour" if block.style == "color" else "on line art"
-            parts.append(f"{name} {where} on {ahead} of {len(pairs)}")
-    return (
-        "Untrained pixel kNN beats the trained model on retrieval scores: " + "; ".join(parts) + "."
-        if any(not part.endswith(f"on 0 of {len(pairs)}") for part in parts)
-        else "Untrained pixel kNN beats the trained models on none of the retrieval scores."
-    )
+    where = {"color": "in colour", "line": "on line art"}
+    counts = {(name, block.style): knn_ahead(block, name) for block in blocks for name in trained}
+    if not any(ahead for ahead, _ in counts.values()):
+        return "Untrained pixel kNN beats the trained models on none of the retrieval scores."
+    parts = (f"{name} {where[style]} on {ahead} of {n}" for (name, style), (ahead, n) in counts.items())
+    return f"Untrained pixel kNN beats the trained model on retrieval scores: {'; '.join(parts)}."
 
 
 def show(blocks: Sequence[Block], console: Console) -> None:
     """Print the table and the notes."""
-    # The first column may wrap, so that the whole table fits a terminal of 80 columns.
-    table = Table(
-        title="Held-out emojis, percent", title_style="bold", box=box.SIMPLE, padding=0, show_edge=False
-    )
-    table.add_column("method")
-    for task in TASKS:
-        name, ks, prefix = _HEADS[task]
-        table.add_column(f"{name}\n{prefix}{'/'.join(map(str, ks))}", justify="right", no_wrap=True)
-    for block in blocks:
-        table.add_row(f"[bold]{block.title}[/bold]", *[""] * len(TASKS))
-        for i, (name, scores) in enumerate(block.rows.items()):
-            table.add_row(
-                name,
-                *[_cell(scores[task]) for task in TASKS],
-                style="" if name not in (CHANCE, KNN) else "dim",
-                end_section=i == len(block.rows) - 1,
-            )
-    console.print(table)
+    rows = [row for block in blocks for row in ([block.title], *block.cells())]
+    tables.show(console, _head("\n"), rows, right=len(TASKS), title=_TITLE)
     for line in notes(blocks):
-        console.print(f"• {line}", markup=False, highlight=False)
+        say(console, f"• {line}")
 
 
 def markdown(blocks: Sequence[Block]) -> str:
     """Return the table and the notes as Markdown."""
-    lines = ["# Held-out emojis, percent", ""]
-    lines.append("| method | " + " | ".join(_heading(task) for task in TASKS) + " |")
-    lines.append("|---|" + "---:|" * len(TASKS))
-    for block in blocks:
-        lines.append(f"| **{block.title}** |" + " |" * len(TASKS))
-        for name, scores in block.rows.items():
-            lines.append(f"| {name} | " + " | ".join(_cell(scores[task]) for task in TASKS) + " |")
-    lines += ["", *[f"- {line}" for line in notes(blocks)], ""]
-    return "\n".join(lines)
+    blank = [""] * len(TASKS)
+    rows = [row for block in blocks for row in ([f"**{block.title}**", *blank], *block.cells())]
+    table = tables.markdown(_head(" "), rows, right=len(TASKS))
+    return "\n".join([f"# {_TITLE}", "", table, "", *[f"- {line}" for line in notes(blocks)], ""])
 
 
 def save(blocks: Sequence[Block], conditions: dict[str, Any], folder: Path) -> None:

@@ -5,7 +5,7 @@ from torch import nn
 
 import rankloss
 from rankloss.losses import base_entries, combined
-from rankloss_open_clip.registry import LossEntry, Option, weight
+from rankloss_trainers.catalog import LossEntry, Option, weight
 
 
 class UniformLoss(nn.Module):
@@ -41,10 +41,9 @@ class LoggedUniformLoss(UniformLoss):
 
 
 UNIFORM = LossEntry(
-    build=lambda base, args: LoggedUniformLoss(base, weight=args.uniform_weight),
+    build=lambda base, options, gather: LoggedUniformLoss(base, weight=options["weight"]),
     help="the trainer's own plus a uniformity term",
     options=(Option("weight", 0.1, "weight of the term", {"type": weight, "metavar": "X"}),),
-    refuse=lambda args: "uniform needs at least three pairs" if args.batch_size < 3 else None,
-    describe=lambda args: f"weight up to {args.uniform_weight:g}",
+    describe=lambda options, epochs: f"weight up to {options['weight']:g}",
     unit="step",
 )

@@ -1,18 +1,17 @@
 """The one look at the test side: the winner and the recipe against plain CLIP, with fresh seeds.
 
-What is confirmed is written down before its first training. From then on another setting is refused, so that
-the test side cannot be used to choose; whoever insists gets seeds of his own, and the report says so.
+The setting to confirm is recorded before its first training. From then on another one is refused, so that the
+test side cannot be used to choose. Whoever insists gets fresh seeds, and the report says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
+from miniature_paper.records import append_lines, read_lines
 from miniature_paper.statistics import Difference, correct, paired_difference
-from miniature_paper.store import write_whole
 
 from .ladder import Find, Records, Standing, stand
 from .objective import OBJECTIVE, SCORES
@@ -29,16 +28,9 @@ class SecondConfirmationError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """What is to be confirmed, as it was written down.
+    """What is to be confirmed, as it was recorded."""
 
-    Attributes:
-        number: Which confirmation it is, from 1.
-        trial: The setting.
-        epochs: How long it is trained.
-        seeds: The seeds.
-    """
-
-    number: int
+    number: int  # of the confirmation, from 1
     trial: Trial
     epochs: int
     seeds: tuple[int, ...]
@@ -55,29 +47,23 @@ class Declaration:
 
 @dataclasses.dataclass(frozen=True)
 class Confirmation:
-    """A confirmation with what came of it.
-
-    Attributes:
-        declaration: What was declared.
-        missing: How many trainings are not there yet.
-        standings: The winner and the recipe; empty as long as something is missing.
-        primary: The winner's difference to plain CLIP in the objective, the one test that counts, so nothing
-            is added by correcting it; None if it diverged.
-        others: Every other difference by what is compared and score, corrected together.
-    """
+    """A confirmation and its result."""
 
     declaration: Declaration
-    missing: int
-    standings: tuple[Standing, ...] = ()
+    missing: int  # number of trainings without a record
+    standings: tuple[Standing, ...] = ()  # the winner and the recipe; empty as long as something is missing
+    # The winner's difference to plain CLIP in the objective: the one test that counts, so it is not corrected
+    # for the others. None if it diverged.
     primary: Difference | None = None
+    # Every other difference, by what is compared and by score, corrected together.
     others: dict[tuple[str, str], Difference] = dataclasses.field(default_factory=dict)
 
 
 class Declarations:
-    """The declarations on disk, in a folder of the search's records."""
+    """The declarations on disk, one line each, beside the search's records."""
 
     def __init__(self, results: Path) -> None:
-        self._folder = results / "confirmations"
+        self._path = results / "confirmations.jsonl"
 
     def all(self) -> list[Declaration]:
         """Return them in order.
@@ -85,30 +71,30 @@ class Declarations:
         Raises:
             ValueError: If one is missing or damaged: then nobody knows how often the test side was used.
         """
-        found = []
-        paths = sorted(self._folder.glob("*.json"), key=lambda path: int(path.stem))
-        for number, path in enumerate(paths, start=1):
-            try:
-                stored = json.loads(path.read_text(encoding="utf-8"))
-                changes = tuple((flag, value) for flag, value in stored["changes"])
-                trial = Trial(stored["trial"], stored["factor"], changes)
-                one = Declaration(stored["number"], trial, stored["epochs"], tuple(stored["seeds"]))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}: is no declaration of a confirmation: {error!r}") from error
-            if one.number != number:
-                raise ValueError(f"{path}: declaration {number} is missing")
-            found.append(one)
-        return found
+        lines, damaged = read_lines(self._path)
+        if damaged:
+            raise ValueError("\n".join(damaged))
+        return [self._parsed(number, line) for number, line in enumerate(lines, start=1)]
+
+    def _parsed(self, number: int, line: dict[str, Any]) -> Declaration:
+        try:
+            changes = tuple((flag, value) for flag, value in line["changes"])
+            trial = Trial(line["trial"], line["factor"], changes)
+            one = Declaration(line["number"], trial, line["epochs"], tuple(line["seeds"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self._path}, line {number}: no declaration: {error!r}") from error
+        if one.number != number:
+            raise ValueError(f"{self._path}: declaration {number} is missing")
+        return one
 
     def declare(self, search: Search, trial: Trial, find: Find, *, again: bool = False) -> Declaration:
-        """Write down what is to be confirmed, or return what has been, if it is the same.
+        """Record what is to be confirmed, or return the declaration of the same setting.
 
         Args:
             search: The search.
             trial: The winner.
             find: Returns the records of trainings.
-            again: Allow a further confirmation. One that is declared and not finished is finished first, if
-                it is of the same setting.
+            again: Allow a further confirmation, once an earlier one of the same setting is finished.
 
         Raises:
             SecondConfirmationError: If another setting was declared, and ``again`` is not given.
@@ -116,9 +102,8 @@ class Declarations:
         earlier = self.all()
         if earlier:
             last = earlier[-1]
-            same = last.trial == trial
             needed = last.attempts(search)
-            if same and (not again or len(find(needed)) < len(needed)):
+            if last.trial == trial and (not again or len(find(needed)) < len(needed)):
                 return last
             if not again:
                 raise SecondConfirmationError(
@@ -127,7 +112,7 @@ class Declarations:
                 )
         number = len(earlier) + 1
         one = Declaration(number, trial, search.confirmation.epochs, search.confirmation_seeds(number))
-        content = {
+        line = {
             "number": number,
             "trial": trial.name,
             "factor": trial.factor,
@@ -135,12 +120,12 @@ class Declarations:
             "epochs": one.epochs,
             "seeds": one.seeds,
         }
-        write_whole(self._folder / f"{number}.json", content)
-        return one
+        append_lines(self._path, lambda lines: [line] if len(lines) == len(earlier) else [])
+        return self.all()[number - 1]
 
 
 def confirm(search: Search, declaration: Declaration, find: Find) -> Confirmation:
-    """Return what came of a confirmation, as far as its records are there."""
+    """Return a confirmation's result, as far as its records are there."""
     needed = declaration.attempts(search)
     records = find(needed)
     missing = sum(a not in records for a in needed)

@@ -1,4 +1,4 @@
-"""Successive halving: from the records that there are to the trials that go on, and what is missing.
+"""Successive halving: from the records to the trials that continue, and the trainings that are missing.
 
 Nothing here trains or draws a random number: the same records lead to the same winner.
 """
@@ -20,19 +20,12 @@ Find = Callable[[Sequence[Attempt]], Records]
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """A trial after a round.
-
-    Attributes:
-        trial: The trial.
-        levels: Its own mean of every score; empty if it diverged.
-        reference: Plain CLIP's.
-        differences: Its paired differences to plain CLIP; empty if it diverged.
-    """
+    """A trial after a round."""
 
     trial: Trial
-    levels: dict[str, Estimate]
-    reference: dict[str, Estimate]
-    differences: dict[str, Difference]
+    levels: dict[str, Estimate]  # its own mean of every score; empty if it diverged
+    reference: dict[str, Estimate]  # plain CLIP's
+    differences: dict[str, Difference]  # paired, to plain CLIP; empty if it diverged
 
     @property
     def worth(self) -> float:
@@ -42,23 +35,14 @@ class Standing:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One round of the search.
-
-    Attributes:
-        round: Its size.
-        trials: What it compares.
-        attempts: The trainings it needs.
-        missing: Those without a record.
-        standings: The trials, the best first; empty as long as something is missing.
-        kept: Those that go on.
-    """
+    """One round of the search."""
 
     round: Round
     trials: tuple[Trial, ...]
-    attempts: tuple[Attempt, ...]
-    missing: tuple[Attempt, ...]
-    standings: tuple[Standing, ...]
-    kept: tuple[Trial, ...]
+    attempts: tuple[Attempt, ...]  # the trainings it needs
+    missing: tuple[Attempt, ...]  # those without a record
+    standings: tuple[Standing, ...]  # the best first; empty as long as something is missing
+    kept: tuple[Trial, ...]  # the trials that continue
 
 
 def stand(search: Search, trials: Sequence[Trial], one: Round, side: str, records: Records) -> list[Standing]:
@@ -107,14 +91,10 @@ def helped(standings: Sequence[Standing]) -> list[Trial]:
 
 
 def climb(search: Search, find: Find) -> list[Step]:
-    """Return the rounds as far as the records reach; the last one is what is to be done, or has the winner.
+    """Return the rounds as far as the records reach; the last one is to be done next, or has the winner.
 
-    The recipe goes through every round, also where it is not among the best: a stronger setting is one that
-    is stronger than it.
-
-    Args:
-        search: The search.
-        find: Returns the records that there are of some trainings.
+    The recipe goes through every round, even when it is not among the best: a stronger setting is one that
+    is stronger than the recipe.
     """
     steps: list[Step] = []
     trials = search.trials

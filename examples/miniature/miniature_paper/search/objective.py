@@ -1,4 +1,4 @@
-"""What the search maximises, laid down before its first training, and what else is told of a trial."""
+"""What the search maximises, fixed before its first training, and the other scores that it reports."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Why it is this one:
   here, so an equal share of each lets none of them decide alone. R@10 and not R@1, because among thousands of
   concepts R@1 of so small a model rests on few hits.
 - Every labelled picture counts the same, not every set: the smallest set has 32 pictures on the validation
-  side, where one picture would move a mean over ten sets by 0.3 points. Table 1's mean over the sets is told
-  beside it.
+  side, where one picture would move a mean over ten sets by 0.3 points. Table 1's mean over the sets is
+  reported beside it.
 - Settings are ordered by the mean difference and not by that in units of its standard error: from three or
   four seeds the error itself is so uncertain that such an order prefers settings whose seeds happen to agree.
   Every difference is shown with its interval."""
@@ -62,7 +62,7 @@ def _sets(record: Record) -> dict[str, float]:
     }
 
 
-# The objective first, then what it is made of, then what is told beside it.
+# The objective first, then its parts, then what is reported beside it.
 SCORES: dict[str, Score] = {
     OBJECTIVE: objective,
     "R@10, both ways": recall_at_10,

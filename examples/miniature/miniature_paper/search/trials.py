@@ -1,4 +1,4 @@
-"""What is tried: the settings, the rounds they go through, and the single trainings that these are made of.
+"""What is tried: the settings, the rounds they go through, and the single trainings these consist of.
 
 A trial is the recipe with some of the trainer's arguments changed. It is compared with plain CLIP that has
 the same changes as far as they concern CLIP, which is the batch size.
@@ -11,28 +11,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, pairwise
 from typing import Any
 
+from examples_common.trainer import Job
+
 from miniature_paper import grid
-from miniature_paper.training import BY_STEP, Job, recipe
+from miniature_paper.grid import BY_STEP, trained_model, training_recipe
 
 BACKBONE = "resnet"
 LOSS, REFERENCE = "rankclip", "clip"
+MEASURES = 1  # raise it whenever the search measures something else: older records are then made again
 _OWN = "--rankclip-"
 _BATCH = "--batch-size"
+# Releases before 0.2 took the mean of a list over all N items, also where fewer of them count, or count for
+# less: with these options the rank terms weighed less there.
+_COUNTING = ("--rankclip-top-k", "--rankclip-discount")
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A setting that is tried.
-
-    Attributes:
-        name: Its name, which is part of file names.
-        factor: What it varies; levels of one factor exclude each other.
-        changes: The trainer's arguments that differ from the recipe's, with their values.
-    """
+    """A setting that is tried."""
 
     name: str
-    factor: str
-    changes: tuple[tuple[str, str], ...] = ()
+    factor: str  # what it varies; levels of one factor exclude each other
+    changes: tuple[tuple[str, str], ...] = ()  # the trainer's arguments that differ from the recipe's
 
     @property
     def command(self) -> str:
@@ -43,6 +43,11 @@ class Trial:
     def shared(self) -> tuple[tuple[str, str], ...]:
         """The changes that plain CLIP is trained with, too."""
         return tuple(change for change in self.changes if not change[0].startswith(_OWN))
+
+    @property
+    def counts_fewer(self) -> bool:
+        """Whether a list's items do not all count the same: with a top-k or a discount."""
+        return any(flag in _COUNTING for flag, _ in self.changes)
 
     def __add__(self, other: Trial) -> Trial:
         """Both settings at once.
@@ -97,38 +102,23 @@ VALIDATION, TEST = "validation", "test"
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One rung of the ladder.
-
-    Attributes:
-        epochs: How long everything is trained.
-        seeds: With which seeds; no two rounds share one.
-        keep: How many trials go on; from the last round the winner alone.
-    """
+    """One rung of the ladder."""
 
     epochs: int
-    seeds: tuple[int, ...]
-    keep: int
+    seeds: tuple[int, ...]  # no two rounds share one
+    keep: int  # how many trials continue; after the last round, the winner alone
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """A size of the search.
+    """A size of the search."""
 
-    Attributes:
-        name: Its name, and that of the grid's preset whose pairs, batch size and limits it has.
-        note: What the report has to say of it.
-        trials: What the first round tries; the recipe is among them.
-        rounds: The rounds.
-        combined: Combinations are made of so many factors, after the first round.
-        confirmation: Epochs and seeds of the first confirmation; a second one would take the seeds after it.
-    """
-
-    name: str
-    note: str
-    trials: tuple[Trial, ...]
+    name: str  # also that of the grid's preset whose pairs, batch size and limits it has
+    note: str  # what the report says about it
+    trials: tuple[Trial, ...]  # what the first round tries, the recipe among them
     rounds: tuple[Round, ...]
-    combined: int
-    confirmation: Round
+    combined: int  # after the first round, so many factors are combined
+    confirmation: Round  # of the first confirmation; a second one would take the seeds after it
 
     def __post_init__(self) -> None:
         if RECIPE not in self.trials or len({trial.name for trial in self.trials}) < len(self.trials):
@@ -152,25 +142,15 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One training, and the side it is measured on.
+    """One training, and the side it is measured on."""
 
-    Attributes:
-        trial: The trial's name; plain CLIP's is ``clip`` with what it shares with the trial.
-        loss: What is passed to ``--loss``.
-        changes: Arguments that differ from the recipe's.
-        epochs: How often every pair is seen.
-        seed: The trainer's seed.
-        side: ``validation`` or ``test``.
-        preset: The search's name, which fixes everything else.
-    """
-
-    trial: str
+    trial: str  # the trial's name; plain CLIP's is "clip" with what it shares with the trial
     loss: str
-    changes: tuple[tuple[str, str], ...]
+    changes: tuple[tuple[str, str], ...]  # arguments that differ from the recipe's
     epochs: int
     seed: int
-    side: str
-    preset: str
+    side: str  # validation or test
+    preset: str  # the search's name, which fixes everything else
     backbone: str = BACKBONE
 
     @classmethod
@@ -202,18 +182,19 @@ class Attempt:
     def job(self) -> Job:
         """Return what the trainer is started with."""
         preset = grid.PRESETS[self.preset]
-        words = recipe(
-            self.loss,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            # The same share of the steps as in the grid's trainings.
-            warmup=round(self.steps * preset.warmup / preset.steps),
-            seed=self.seed,
-        )
+        # The same share of the steps as in the grid.
+        warmup = round(self.steps * preset.warmup / preset.steps)
+        words = training_recipe(self.loss, self.epochs, self.batch_size, warmup, self.seed)
         if self.loss == LOSS:
             words += BY_STEP
         words += [word for change in self.changes if change[0] != _BATCH for word in change]
-        return Job(self.loss, self.backbone, self.epochs, tuple(words))
+        return Job(self.loss, self.epochs, trained_model(self.backbone), tuple(words))
+
+    def measured(self) -> dict[str, Any]:
+        """Return what measuring depends on, for the fingerprint."""
+        preset = grid.PRESETS[self.preset]
+        limits = {"retrieval_items": preset.retrieval_items, "class_items": preset.class_items}
+        return {"version": MEASURES, **limits}
 
 
 def attempt(search: Search, trial: Trial, epochs: int, seed: int, side: str) -> Attempt:
@@ -230,7 +211,7 @@ def reference(search: Search, trial: Trial, epochs: int, seed: int, side: str) -
 def attempts(
     search: Search, trials: Iterable[Trial], epochs: int, seeds: Sequence[int], side: str
 ) -> list[Attempt]:
-    """Return every training that a comparison of these trials needs, seed by seed, plain CLIP's first."""
+    """Return every training that a comparison of these trials needs, seed by seed, plain CLIP first."""
     trials = list(trials)
     made = [
         make(search, trial, epochs, seed, side)
@@ -273,10 +254,7 @@ SEARCHES = {
             "seeds of round 2 and of the confirmation early in round 2. No score had been looked at; which "
             "settings had reached round 2 was partly known by then, from the names of its trainings.",
             trials=TRIALS,
-            rounds=(
-                Round(epochs=1, seeds=(10, 11), keep=4),
-                Round(epochs=2, seeds=(20, 21), keep=1),
-            ),
+            rounds=(Round(epochs=1, seeds=(10, 11), keep=4), Round(epochs=2, seeds=(20, 21), keep=1)),
             combined=2,
             confirmation=Round(epochs=4, seeds=tuple(range(100, 105)), keep=1),
         ),

@@ -1,0 +1,1 @@
+"""What several examples use: starting open_clip's trainer, a queue with bars, tables."""

@@ -1,0 +1,233 @@
+"""Starts open_clip's unmodified training command, follows its log, and checks which loss it trained."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from pathlib import Path
+
+PLAIN_CLIP = "clip"
+_STEP = re.compile(r"Train Epoch: (?P<epoch>\d+) \[\s*(?P<seen>\d+)/(?P<total>\d+) ")
+_TERM = re.compile(r"\b(\w+_loss): (\S+)", re.IGNORECASE)
+
+
+class TrainingError(RuntimeError):
+    """The trainer failed, or trained something else."""
+
+
+class LossNotAttachedError(TrainingError):
+    """The trainer ran without the plug-in and would have trained plain CLIP under another name."""
+
+    def __init__(self, loss: str, terms: Collection[str]) -> None:
+        super().__init__(
+            f"--loss {loss} was not honoured: the only loss terms logged are {', '.join(terms) or 'none'}.\n"
+            "Without the plug-in open_clip reads --loss as an abbreviation of --loss-dist-impl and trains "
+            "plain CLIP.\nReinstall the plug-in (pip install -e '.[examples]'), make sure that "
+            "TORCH_DEVICE_BACKEND_AUTOLOAD is not 0, and run\npython -m rankloss_open_clip.doctor"
+        )
+
+
+def recipe(
+    loss: str, *, epochs: int, batch_size: int, warmup: int, seed: int, augmentation: Sequence[str]
+) -> list[str]:
+    """Return the trainer's arguments that every example shares; the result depends on each of them."""
+    # fmt: off
+    return [
+        "--loss", loss,
+        "--epochs", str(epochs),
+        "--batch-size", str(batch_size),
+        "--lr", "1e-3",
+        "--wd", "0.1",
+        "--beta1", "0.9",
+        "--beta2", "0.98",
+        "--eps", "1e-6",
+        "--warmup", str(warmup),
+        "--grad-clip-norm", "1",
+        "--precision", "fp32",
+        "--aug-cfg", *augmentation,
+        "--seed", str(seed),
+    ]
+    # fmt: on
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A training, whatever the machine that does it."""
+
+    loss: str
+    epochs: int
+    model: str  # folder of the architecture, relative to where the trainer is started
+    arguments: tuple[str, ...]  # those that the result depends on, beside model and data
+
+    def command(
+        self, table: str, name: str, *, device: str, workers: int, more: Sequence[str] = ()
+    ) -> list[str]:
+        """Return the trainer's command line.
+
+        Args:
+            table: The table of pairs, relative to where the trainer is started.
+            name: The run's folder below ``runs``.
+            device: ``cpu`` or ``cuda``.
+            workers: Processes that read images; 0 reads them in the trainer itself.
+            more: Further arguments; they come last and take precedence.
+        """
+        # fmt: off
+        return [
+            sys.executable, "-m", "open_clip_train.main",
+            # A relative path: open_clip reads meaning into a model path that contains "vit" or "coca".
+            "--model", f"local-dir:{self.model}",
+            "--train-data", table,
+            "--dataset-type", "csv",
+            "--csv-separator", "\t",
+            *self.arguments,
+            "--device", device,
+            "--workers", str(workers),
+            "--logs", "runs",
+            "--name", name,
+            "--save-frequency", "0",
+            *more,
+        ]
+        # fmt: on
+
+
+def place_model(source: Path, folder: Path) -> None:
+    """Copy an architecture to where the trainer's relative path finds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / "open_clip_config.json", folder / "open_clip_config.json")
+
+
+class Log:
+    """Reads the trainer's output line by line and stops a run that trains plain CLIP instead of its loss."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.share = 0.0  # of the training that is done
+        self.tail: deque[str] = deque(maxlen=30)
+        self.first: dict[str, float] = {}  # loss terms of the first logged step
+        self.last: dict[str, float] = {}  # and of the latest one
+
+    def read(self, line: str) -> bool:
+        """Take in a line and return whether it reports a step.
+
+        Raises:
+            LossNotAttachedError: If the first logged step shows plain CLIP's term only. The trainer's log of
+                its arguments would prove nothing: without the plug-in it takes ``--loss`` for another option.
+        """
+        self.tail.append(line)
+        step = _STEP.search(line)
+        if step is None:
+            return False
+        self.last = {name.lower(): float(value) for name, value in _TERM.findall(line)}
+        if not self.first:
+            if self._job.loss != PLAIN_CLIP and not self.last.keys() - {"contrastive_loss"}:
+                raise LossNotAttachedError(self._job.loss, self.last)
+            self.first = self.last
+        self.share = (int(step["epoch"]) + int(step["seen"]) / int(step["total"])) / self._job.epochs
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A finished training."""
+
+    checkpoint: Path
+    seconds: float
+    first: dict[
+        str, float
+    ]  # loss terms of the first step; one seed gives every loss the same contrastive one
+    last: dict[str, float]
+
+
+def checkpoint_of(folder: Path, epochs: int) -> Path:
+    """Return where the trainer leaves the weights of the last epoch."""
+    return folder / "checkpoints" / f"epoch_{epochs}.pt"
+
+
+async def train(
+    job: Job,
+    command: Sequence[str],
+    folder: Path,
+    *,
+    root: Path,
+    threads: int | None = None,
+    on_line: Callable[[str, Log], None] | None = None,
+) -> Trained:
+    """Train one model; cancelling ends the trainer.
+
+    Args:
+        job: What is trained.
+        command: Its command line.
+        folder: Where the trainer writes; an earlier, unfinished run there is replaced.
+        root: Where the trainer is started.
+        threads: Number of threads; None leaves it to torch.
+        on_line: Called with every line of output and the log read so far.
+
+    Raises:
+        LossNotAttachedError: If plain CLIP was trained in place of another loss.
+        TrainingError: If the trainer fails or leaves no checkpoint.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    checkpoint, log, started = checkpoint_of(folder, job.epochs), Log(job), time.monotonic()
+
+    def read(line: str) -> None:
+        log.read(line)
+        if on_line is not None:
+            on_line(line, log)
+
+    code = await follow(command, read, cwd=root, threads=threads)
+    if code != 0 or not checkpoint.is_file() or not log.first:
+        raise TrainingError(
+            f"open_clip's trainer ended with status {code}, {'a' if checkpoint.is_file() else 'no'} final "
+            f"checkpoint and {'some' if log.first else 'no'} logged steps. Its last lines:\n"
+            + "\n".join(log.tail)
+        )
+    return Trained(checkpoint, time.monotonic() - started, log.first, log.last)
+
+
+async def follow(
+    command: Sequence[str], read: Callable[[str], None], *, cwd: Path, threads: int | None
+) -> int | None:
+    """Run a command, pass on its output and errors line by line, and return its exit status."""
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if threads is not None:
+        env |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    async with _child(command, cwd, env) as process:
+        assert process.stdout is not None
+        async for raw in process.stdout:
+            read(raw.decode(errors="replace").rstrip())
+        return await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def _child(
+    command: Sequence[str], cwd: Path, env: dict[str, str]
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Start a process that never outlives the block."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=cwd,
+        env=env,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        limit=2**20,
+        start_new_session=True,  # Ctrl-C reaches the parent only, which ends its children in order
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), timeout=10)
+            except asyncio.TimeoutError:
+                process.kill()
+                await process.wait()

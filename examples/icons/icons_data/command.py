@@ -1,0 +1,169 @@
+"""The command behind ``build.py``, and the build itself."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from examples_common.terminal import Track, positive, say, status_of, tracker
+from rich.console import Console
+
+from . import baseline, card, draw, labels, package, records, split, write
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    made = "image–name pairs, held-out concepts and labelled sets"
+    parser = argparse.ArgumentParser(description=f"Make {made} from npm's {package.PACKAGE}.")
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("outputs/icons"), help="folder for everything")
+    add("--tarball", type=Path, help="the package's file; by default npm fetches it into the output")
+    add("--package-version", default=package.VERSION, help="what npm fetches (default: %(default)s)")
+    add("--seed", type=int, default=0, help="which concepts are held out (default: %(default)s)")
+    add("--workers", type=positive, default=2, help="processes that draw (default: %(default)s)")
+    add("--png", action="store_true", help="also write PNG files and train.csv, validation.csv, test.csv")
+    args = parser.parse_args(argv)
+    if args.tarball is not None and not args.tarball.is_file():
+        parser.error(f"argument --tarball: no such file: {args.tarball}")
+    return args
+
+
+def recipe() -> str:
+    """Return a fingerprint of the source, by which a build of an older recipe is recognised."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.iterdir()):
+        if path.suffix in (".py", ".md"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(
+    output: Path,
+    tarball: Path,
+    *,
+    seed: int = 0,
+    workers: int = 2,
+    png: bool = False,
+    track: Track = lambda items, _length, _what: items,
+) -> dict[str, Any]:
+    """Build the data set and return its manifest.
+
+    Args:
+        output: The folder; it is complete once it holds ``manifest.json``. Drawings are kept in its
+            ``cache``; the rest of an older build is replaced.
+        tarball: The package.
+        seed: Selects the concepts that are held out.
+        workers: Number of processes that draw.
+        png: Whether to write PNG files and tables of their paths as well.
+        track: Wraps loops in progress bars.
+    """
+    version, packaged = package.read(tarball)
+    left_out = {
+        prefix: reason
+        for prefix, data in packaged.items()
+        if (reason := package.reason_to_leave_out(prefix, data))
+    }
+    left_out |= {prefix: "of a vendor that is held out" for prefix in split.OF_A_SHIFT if prefix in packaged}
+    brands = package.brand_names(packaged)
+    chosen = [prefix for prefix in packaged if prefix not in left_out]
+    icons = [
+        icon
+        for prefix in track(chosen, len(chosen), "Reading names")
+        for icon in package.icons_of(prefix, packaged[prefix], brands)
+    ]
+    sets = [package.describe(prefix, packaged[prefix]) for prefix in chosen]
+    del packaged  # a gigabyte
+    pngs, thumbnails = draw.draw_all(icons, output / "cache", workers=workers, track=track)
+    parts = split.split(icons, thumbnails, seed=seed)
+    rows, order, ranges = records.make(icons, parts, {one.prefix: one.palette for one in sets}, seed=seed)
+    pngs, thumbnails = [pngs[position] for position in order], thumbnails[order]
+    labelled = labels.build([icons[position] for position in order], [row.side for row in rows])
+    sets = [one for one in sets if any(row.set == one.prefix for row in rows)]
+
+    manifest = {
+        "package": f"{package.PACKAGE} {version}",
+        "seed": seed,
+        "png": png,
+        "recipe": recipe(),
+        "tarball": _digest(tarball),
+        "ranges": ranges,
+        "labelled": [one.name for one in labelled],
+        "counts": parts.counts,
+    }
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as temporary:
+        work = Path(temporary)
+        write.images(work / "images.npy", pngs, track)
+        records.write_table(work / "records.csv", rows)
+        write.labels(work / "labels", labelled)
+        write.shards(work / "shards", rows, pngs, ranges, track)
+        write.benchmark(work / "benchmark", rows, pngs, labelled, track)
+        if png:
+            write.files(work, rows, pngs, ranges, track)
+        attributions = card.attributions(sets, rows, version)
+        (work / "ATTRIBUTIONS.md").write_text(attributions, encoding="utf-8")
+        for _ in track(["pixels"], 1, "Untrained baseline"):
+            retrieval = baseline.retrieval(rows, thumbnails, ranges)
+            classification = baseline.classification(labelled, thumbnails)
+        text = card.data_card(
+            version, seed, sets, left_out, rows, ranges, parts.counts, retrieval, classification
+        )
+        (work / "DATA_CARD.md").write_text(text, encoding="utf-8")
+        (output / "manifest.json").unlink(missing_ok=True)
+        for path in sorted(work.iterdir()):
+            target = output / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+    (output / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_complete(output: Path, tarball: Path, *, seed: int, png: bool) -> bool:
+    """Say whether ``output`` holds this very build already."""
+    path = output / "manifest.json"
+    if not path.is_file():
+        return False
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    wanted = {"seed": seed, "recipe": recipe(), "tarball": _digest(tarball)}
+    return all(stored[key] == value for key, value in wanted.items()) and (stored["png"] or not png)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the build, unless it is complete already."""
+    args = parse(argv)
+    return status_of(lambda console: _run(args, console))
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    started = time.monotonic()
+    output: Path = args.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    tarball = args.tarball or package.fetch(output / "cache", args.package_version)
+    if is_complete(output, tarball, seed=args.seed, png=args.png):
+        say(console, f"Complete already: {output}")
+        return 0
+    track = tracker(console)
+    manifest = build(output, tarball, seed=args.seed, workers=args.workers, png=args.png, track=track)
+    start, stop = manifest["ranges"]["train"]
+    say(
+        console,
+        f"{stop - start:,} pairs to train on, {len(manifest['labelled'])} labelled sets, in "
+        f"{time.monotonic() - started:.0f} s: {output}",
+    )
+    say(console, "The pictures' authors and licences are in ATTRIBUTIONS.md there.", "dim")
+    return 0

@@ -1,0 +1,262 @@
+"""The command line: ``--loss``, the options of each loss, and the combinations that are refused.
+
+Every option is absent from the parsed arguments unless it was given, so that a run without ``--loss`` writes
+the same ``params.txt`` as one without the plug-in. With ``--loss`` the defaults of that loss's options are
+filled in, and ``params.txt`` names everything the run depended on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rankloss_open_clip import versions
+from rankloss_open_clip.names import BASE_LOSS, DIST_IMPLS, asks_for_loss
+from rankloss_trainers import catalog
+from rankloss_trainers.catalog import BUILT_IN, TRAINERS_OWN, LossEntry, dest, flag
+
+if TYPE_CHECKING:
+    from rankloss.distributed import Gather
+
+_logger = logging.getLogger("rankloss_open_clip")
+
+
+def requested(args: Any) -> str | None:
+    """The loss of the catalogue that the trainer's parsed arguments ask for.
+
+    Raises:
+        RuntimeError: ``--loss`` was read by a parser without the plug-in, as ``--loss-dist-impl``.
+    """
+    swallowed = getattr(args, "loss_dist_impl", None)
+    if swallowed not in (None, *DIST_IMPLS) and _known(swallowed):
+        raise RuntimeError(
+            f"--loss {swallowed} was read as --loss-dist-impl {swallowed}, by a parser that "
+            "rankloss_open_clip did not reach; run `python -m rankloss_open_clip.doctor` for advice"
+        )
+    name = getattr(args, "loss", None)
+    return name if name is not None and _known(name) else None
+
+
+def caption_key(args: Any) -> str | None:
+    """The key of the second caption that the loss asked for needs; None for a loss without one."""
+    name = requested(args)
+    return None if name is None else _caption_key(name, catalog.candidates()[name].load(), args)
+
+
+def _caption_key(name: str, entry: LossEntry, args: Any) -> str | None:
+    return entry.taking(args).caption_key(catalog.option_values(name, entry, args))
+
+
+def gather_of(args: Any, *, rows: bool = True) -> Gather:
+    """How the trainer's arguments let a loss see the batches of other processes.
+
+    Args:
+        args: The trainer's arguments. Until the trainer has completed them there is one process.
+        rows: Whether the loss can be computed for a process's own rows alone.
+    """
+    from rankloss.distributed import Gather
+
+    # The sigmoid loss is exact in every layout, whatever the flags say, and so must its companions be.
+    sigmoid = getattr(args, "siglip", False)
+    return Gather(
+        local_loss=rows if sigmoid else getattr(args, "local_loss", False),
+        gather_with_grad=sigmoid or getattr(args, "gather_with_grad", False),
+        rank=getattr(args, "rank", 0),
+        world_size=getattr(args, "world_size", 1),
+    )
+
+
+def _known(name: str) -> bool:
+    return name in BUILT_IN or name in catalog.candidates()
+
+
+class TrainerParser(argparse.ArgumentParser):
+    """The trainer's parser, with the groups of the plug-in added just before it parses."""
+
+    def unpatched(self, *, captions: bool) -> list[str]:
+        """The trainer's functions that the loss depends on and that are not patched."""
+        raise NotImplementedError
+
+    # Signature as wide as the overloads of the base class.
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Add the groups, parse, then fill in the defaults and refuse what cannot work."""
+        argv = sys.argv[1:] if args is None else list(args)
+        asked, showing = _asked(argv)
+        try:
+            entries = _own_entries()
+        except Exception as error:
+            if asks_for_loss(argv):
+                self.error(f"argument --loss: rankloss cannot be imported ({_said(error)})")
+            _logger.warning("--loss is not available in this run: rankloss cannot be imported (%s)", error)
+            return super().parse_known_args(argv, namespace)
+        known = catalog.candidates()
+        for name in (asked, *known) if showing else (asked,):
+            if name not in known or name in entries:
+                continue
+            try:
+                entries[name] = known[name].load()
+            except Exception as error:  # another package's, which stops only a run that asks for it
+                if name == asked:
+                    self.error(
+                        f"argument --loss: {name} ({known[name].package}) cannot be used: {_said(error)}"
+                    )
+                entries[name] = LossEntry(build=_never, help=f"cannot be used ({_said(error)})")
+        if asked is not None:
+            for sentence in catalog.shadowed():
+                _logger.warning("%s", sentence)
+        _add_groups(self, known, entries, asked)
+        parsed, rest = super().parse_known_args(argv, namespace)
+        _complete(self, parsed, entries)
+        return parsed, rest
+
+
+def _asked(argv: list[str]) -> tuple[str | None, bool]:
+    """The value of ``--loss``, and whether help is asked for, which the groups of options depend on."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--loss")
+    peek.add_argument("-h", "--help", action="store_true")
+    try:
+        seen, _ = peek.parse_known_args(argv)
+    except argparse.ArgumentError:  # --loss without a value, which the trainer's parser will say
+        return None, False
+    return seen.loss, seen.help
+
+
+def _own_entries() -> dict[str, LossEntry]:
+    known = catalog.candidates()
+    return {name: known[name].load() for name in BUILT_IN}
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("a loss that only --help has seen")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _add_groups(
+    parser: argparse.ArgumentParser,
+    known: dict[str, catalog.Candidate],
+    entries: dict[str, LossEntry],
+    asked: str | None,
+) -> None:
+    taken = parser._option_string_actions
+    if flag("rankclip", entries["rankclip"], entries["rankclip"].options[0]) in taken:
+        return  # a parser that parses twice
+    own = taken.get("--loss")
+    names = [TRAINERS_OWN, *known]
+    if own is None:
+        said = {TRAINERS_OWN: "the trainer's own loss (default)"}
+        said.update({name: entries[name].help for name in known if name in entries and entries[name].help})
+        parser.add_argument_group("loss (rankloss)").add_argument(
+            "--loss",
+            choices=names,
+            default=argparse.SUPPRESS,
+            help="; ".join(f"{name}: {text}" for name, text in said.items()).replace("%", "%%"),
+        )
+    else:
+        if own.choices is not None:
+            own.choices = [*own.choices, *(name for name in known if name not in own.choices)]
+        parser.set_defaults(**{BASE_LOSS: own.default})
+    groups: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        groups.setdefault(entry.prefix or name, []).append(name)
+    for names in groups.values():
+        try:
+            _add_options(parser, names, entries[names[0]])
+        except argparse.ArgumentError as error:  # the trainer, or another loss, has this option
+            if asked in names:
+                parser.error(f"argument --loss: {asked} cannot be used: {error}")
+
+
+def _add_options(parser: argparse.ArgumentParser, names: list[str], entry: LossEntry) -> None:
+    if not entry.options:
+        return
+    group = parser.add_argument_group(f"--loss {', '.join(names)}")
+    for option in entry.options:
+        default = option.unset if option.default is None else option.default
+        group.add_argument(
+            flag(names[0], entry, option),
+            dest=dest(names[0], entry, option),
+            default=argparse.SUPPRESS,
+            help=f"{option.help} (default: {default})",
+            **option.keywords,
+        )
+
+
+def _complete(parser: TrainerParser, args: Any, entries: dict[str, LossEntry]) -> None:
+    name: str | None = getattr(args, "loss", None)
+    if name not in entries:
+        name = None  # the trainer's own
+    prefix = None if name is None else entries[name].prefix or name
+    for other, entry in entries.items():
+        given = [flag(other, entry, o) for o in entry.options if hasattr(args, dest(other, entry, o))]
+        if given and (entry.prefix or other) != prefix:
+            takers = [x for x in entries if (entries[x].prefix or x) == (entry.prefix or other)]
+            parser.error(f"{', '.join(given)}: only with --loss {' or '.join(takers)}")
+    if name is None:
+        if hasattr(args, BASE_LOSS):
+            delattr(args, BASE_LOSS)
+        return
+    wanted = entries[name]
+    for option in wanted.options:
+        if not hasattr(args, dest(name, wanted, option)):
+            setattr(args, dest(name, wanted, option), option.default)
+
+    import open_clip
+
+    verdict = versions.judge(getattr(open_clip, "__version__", "of unknown version"))
+    if not verdict.usable:
+        parser.error(f"argument --loss: {verdict.remark}")
+    if getattr(args, "horovod", False):
+        parser.error(f"argument --loss: {name} does not work with --horovod, use torchrun")
+    if _is_generative(args):
+        parser.error(
+            f"argument --loss: {name} compares images with texts, but {args.model} is trained to generate"
+        )
+    reason = _reason_against(name, wanted, args)
+    if reason is not None:
+        parser.error(f"argument {reason if reason.startswith('--') else f'--loss: {reason}'}")
+    missing = parser.unpatched(captions=_caption_key(name, wanted, args) is not None)
+    if missing:
+        parser.error(f"argument --loss: rankloss_open_clip did not reach {', '.join(missing)}")
+
+
+def _reason_against(name: str, loaded: LossEntry, args: Any) -> str | None:
+    """Why the loss cannot work with the trainer's arguments; a reason about one option begins with it."""
+    if loaded.no_sigmoid and getattr(args, "siglip", False):
+        return f"{name} does not work with --siglip: {loaded.no_sigmoid}"
+    entry, options = loaded.taking(args), catalog.option_values(name, loaded, args)
+    reason = entry.refuse(options, gather_of(args))
+    if reason is not None:
+        return _with_flag(name, loaded, reason)
+    if entry.caption_key(options) is None:
+        return None
+    from rankloss_open_clip import captions
+
+    return captions.refuse(args)
+
+
+def _with_flag(name: str, entry: LossEntry, reason: str) -> str:
+    """A reason that begins with the key of an option, beginning with its flag."""
+    match = re.match(r"\w+", reason)
+    for option in entry.options:
+        if match is not None and match[0] == option.key:
+            rest = reason[match.end() :]
+            # "bins must be …" and "lists: …" lose the key; "diagonal=False does …" would lose its subject.
+            text = reason if rest.startswith("=") else rest.removeprefix(":").lstrip()
+            return f"{flag(name, entry, option)}: {text}"
+    return reason
+
+
+def _is_generative(args: Any) -> bool:
+    """Whether open_clip builds a generative task, which it decides by the model's name."""
+    from open_clip import factory
+
+    name = getattr(args, "model", "").lower()
+    # Releases without tasks have no such models.
+    return hasattr(factory, "create_task") and ("genlip" in name or "genlap" in name)

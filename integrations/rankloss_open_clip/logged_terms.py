@@ -1,0 +1,72 @@
+"""A loss as open_clip's trainers call it: its terms and its metrics in one dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankloss_trainers.driven_loss import DrivenLoss, Entries
+
+
+class LoggedTerms(dict[str, Tensor]):
+    """The terms of a loss together with what is logged but not trained.
+
+    open_clip 3.x adds up ``values()`` and logs ``items()``; the first therefore leaves the metrics out.
+
+    Args:
+        terms: The loss terms.
+        metrics: What is logged beside them.
+    """
+
+    def __init__(self, terms: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
+        super().__init__({**terms, **metrics})
+        self._metrics = frozenset(metrics)
+
+    def values(self) -> Any:
+        """The loss terms only."""
+        return self._split(False).values()
+
+    def copy(self) -> LoggedTerms:
+        """The same terms and metrics, still told apart."""
+        return LoggedTerms(self._split(False), self._split(True))
+
+    def _split(self, metrics: bool) -> dict[str, Tensor]:
+        return {key: value for key, value in self.items() if (key in self._metrics) == metrics}
+
+
+class TrainerLoss(DrivenLoss):
+    """A loss of the catalogue as open_clip's trainers call it.
+
+    Args:
+        criterion: The loss, see :class:`rankloss_trainers.catalog.LossEntry`.
+        sums_every_value: Whether the trainer adds up all values of the returned dict, whatever their keys.
+        **driven: ``unit``, ``first_call`` and ``evaluate`` of
+            :class:`rankloss_trainers.driven_loss.DrivenLoss`.
+    """
+
+    def __init__(self, criterion: nn.Module, *, sums_every_value: bool = True, **driven: Any) -> None:
+        super().__init__(criterion, **driven)
+        self.sums_every_value = sums_every_value
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        output_dict: bool = False,
+        **base_inputs: Any,
+    ) -> Tensor | dict[str, Tensor]:
+        """The sum of the terms, or with ``output_dict`` the terms and the metrics by name.
+
+        The keys never change.
+        """
+        entries: Entries = super().forward(image_features, text_features, logit_scale, **base_inputs)
+        if not output_dict:
+            return entries.total
+        if self.sums_every_value:
+            return LoggedTerms(entries.terms, entries.metrics)
+        return {**entries.terms, **entries.metrics}

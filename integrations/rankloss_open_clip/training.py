@@ -1,0 +1,130 @@
+"""What the patched functions do in a run with ``--loss``: build the loss, and start its epochs."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import open_clip
+from torch import nn
+
+import rankloss
+from rankloss_open_clip import checkpoints
+from rankloss_open_clip.command_line import gather_of
+from rankloss_open_clip.logged_terms import TrainerLoss
+from rankloss_open_clip.versions import judge
+from rankloss_trainers import catalog, state
+from rankloss_trainers.clock import Position
+from rankloss_trainers.driven_loss import call_alone
+
+_logger = logging.getLogger("rankloss_open_clip")
+
+
+def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> TrainerLoss:
+    """Build the loss that the trainer's arguments ask for, and log what the run trains with.
+
+    Args:
+        base: The loss that the trainer built.
+        args: The trainer's arguments, as completed by :mod:`rankloss_open_clip.command_line`.
+        sums_every_value: See :class:`rankloss_open_clip.logged_terms.TrainerLoss`.
+
+    Raises:
+        TypeError: The entry builds something else than a module.
+        ValueError: The loss has parameters, or the trainer's own loss does not take the features of images
+            and texts.
+    """
+    name = args.loss
+    _check_forward(name, base)
+    candidate = catalog.candidates()[name]
+    loaded = candidate.load()
+    entry, options = loaded.taking(args), catalog.option_values(name, loaded, args)
+    gather = gather_of(args)
+    criterion = entry.build(base if loaded.is_former else _shareable(base, gather), options, gather)
+    if not isinstance(criterion, nn.Module):
+        raise TypeError(f"--loss {name}: {candidate.reference} must build a module, got {criterion!r}")
+    if any(parameter.requires_grad for parameter in criterion.parameters()):
+        raise ValueError(
+            f"--loss {name}: {type(criterion).__name__} has parameters, which the trainer's optimizer does "
+            "not know and would never train"
+        )
+    if state.has_state(criterion):
+        criterion.to(args.device)
+    loss = TrainerLoss(
+        criterion,
+        sums_every_value=sums_every_value,
+        unit=entry.unit if isinstance(entry.unit, str) else entry.unit(options, args.epochs),
+        first_call=entry.first_call,
+        evaluate=call_alone if entry.log is None else entry.log(options),
+    )
+    if getattr(args, "rank", 0) == 0:
+        _log_start(candidate, loss, base, entry.describe(options, args.epochs))
+    return loss
+
+
+def start_epoch(loss: object, epoch: int, data: Mapping[str, Any], args: Any, optimizer: Any = None) -> None:
+    """Tell the loss that an epoch begins; before the first of a run, see to its state.
+
+    Args:
+        loss: What the trainer trains with.
+        epoch: The trainer's epoch, counted from 0.
+        data: The trainer's data, by split.
+        args: The trainer's arguments.
+        optimizer: The trainer's optimizer, whose checkpoints carry the state of the loss.
+
+    Raises:
+        RuntimeError: The run asks for a loss of the catalogue and trains with another.
+    """
+    if not isinstance(loss, TrainerLoss):
+        raise RuntimeError(
+            f"--loss {args.loss} was given, but the trainer trains with {type(loss).__name__}; "
+            "run `python -m rankloss_open_clip.doctor` for advice"
+        )
+    if not loss.clock.started:
+        resumed_from = getattr(args, "resume", None)
+        # A file of weights alone begins at epoch 0, and has no state to miss.
+        warn = epoch > 0 and getattr(args, "rank", 0) == 0
+        checkpoints.restore(loss.criterion, args.loss, resumed_from, warn=warn)
+        checkpoints.save_with(optimizer, loss.criterion, args.loss, sharded=getattr(args, "fsdp", False))
+    steps = max(1, data["train"].dataloader.num_batches // args.accum_freq)
+    loss.start_epoch(Position(epoch=epoch, epochs=args.epochs, steps=steps, accum_freq=args.accum_freq))
+
+
+def _shareable(base: nn.Module, gather: rankloss.Gather) -> nn.Module:
+    """CLIP's loss as rankloss has it, which shares its gathering, and its products, with the terms on it.
+
+    Any other loss, a subclass of CLIP's included, stays what it is.
+    """
+    return rankloss.ClipLoss(gather=gather) if type(base) is open_clip.ClipLoss else base
+
+
+def _check_forward(name: str, base: nn.Module) -> None:
+    parameters = inspect.signature(base.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    missing = {"image_features", "text_features", "logit_scale", "output_dict"} - parameters.keys()
+    if missing:
+        raise ValueError(
+            f"--loss {name} needs a trainer that compares images with texts, but "
+            f"{type(base).__name__}.forward takes no {', '.join(sorted(missing))}"
+        )
+
+
+def _log_start(candidate: catalog.Candidate, loss: TrainerLoss, base: nn.Module, text: str) -> None:
+    _logger.info(
+        "Loss: %s (%s) %s %s, %sopen_clip %s",
+        candidate.name,
+        candidate.package or f"rankloss {rankloss.__version__}",
+        "on" if _stands_on(loss, base) else "in place of",
+        type(base).__name__,
+        f"{text}, " if text else "",
+        open_clip.__version__,
+    )
+    remark = judge(open_clip.__version__).remark
+    if remark:
+        _logger.warning(remark)
+
+
+def _stands_on(loss: nn.Module, base: nn.Module) -> bool:
+    return any(part is base or isinstance(part, rankloss.ClipLoss) for part in loss.modules())

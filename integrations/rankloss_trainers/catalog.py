@@ -1,0 +1,272 @@
+"""The losses that ``--loss`` can name: rankloss's own, and those that other packages register.
+
+Another package registers a loss as an entry point. Its name is the value of ``--loss``, its object a
+:class:`LossEntry`, or only the function that would be its ``build``::
+
+    [project.entry-points."rankloss.losses"]
+    mine = "my_package.losses:MINE"
+
+Entry points are imported lazily, when their loss is asked for or listed, so a broken or slow package cannot
+affect other runs. Only the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+GROUP = "rankloss.losses"
+"""The group of the entry points."""
+
+FORMER_GROUP = "rankloss_open_clip.losses"
+"""The group's former name, which is read as well."""
+
+BUILT_IN = {
+    "rankclip": "rankloss_trainers.own_losses:RANKCLIP",
+    "rankclip-cross": "rankloss_trainers.own_losses:RANKCLIP_CROSS",
+    "rankclip-in": "rankloss_trainers.own_losses:RANKCLIP_IN",
+    "cyclip": "rankloss_trainers.own_losses:CYCLIP",
+    "alip": "rankloss_trainers.own_losses:ALIP",
+}
+"""rankloss's own losses."""
+
+PREFIXES = tuple(dict.fromkeys(name.partition("-")[0] for name in BUILT_IN))
+"""What the options of rankloss's own losses begin with."""
+
+TRAINERS_OWN = "clip"
+"""The value of ``--loss`` that leaves the trainer's own loss alone."""
+
+
+# --- types of options -----------------------------------------------------------------------------------
+
+
+def number_type(*, at_least: float = -math.inf) -> Callable[[str], float]:
+    """The type of an option that is a finite number."""
+    bound = "" if at_least == -math.inf else f" of at least {at_least:g}"
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= at_least):
+            raise argparse.ArgumentTypeError(f"must be a finite number{bound}, got {text!r}")
+        return value
+
+    return number
+
+
+def count_type(*, at_least: int = 1, at_most: int | None = None) -> Callable[[str], int]:
+    """The type of an option that is a whole number."""
+
+    def count(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = at_least - 1
+        if value < at_least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {at_least}, got {text!r}")
+        if at_most is not None and value > at_most:
+            raise argparse.ArgumentTypeError(f"must be at most {at_most}, got {text!r}")
+        return value
+
+    return count
+
+
+weight = number_type(at_least=0)
+"""The type of an option that is a finite number of at least 0."""
+
+count = count_type()
+"""The type of an option that is a whole number of at least 1."""
+
+
+# --- the description of a loss --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a loss: ``--PREFIX-NAME`` on a command line.
+
+    Attributes:
+        name: The option without the prefix of its loss, as it is typed.
+        default: The value of a run that does not give the option.
+        help: What ``--help`` says; the default is appended.
+        keywords: Further keywords of ``add_argument``.
+        unset: What ``--help`` says in place of a default of None.
+    """
+
+    name: str
+    default: Any
+    help: str
+    keywords: dict[str, Any] = field(default_factory=dict)
+    unset: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name as the key of the options that the functions of an entry are given."""
+        return self.name.replace("-", "_")
+
+
+Options = Mapping[str, Any]
+"""The values of a loss's options, by :attr:`Option.key`."""
+
+
+@dataclass(frozen=True)
+class LossEntry:
+    """What a trainer's plug-in needs to know of a loss.
+
+    Attributes:
+        build: ``(base, options, gather) → module``. Called on every process, with the loss that the trainer
+            would train with (to stand on, or to replace; CLIP's is :class:`rankloss.ClipLoss`), the values of
+            the options, and the :class:`rankloss.Gather` of the run. The module is called with
+            ``image_features``, ``text_features``, ``logit_scale`` and whatever else the model returns, all by
+            name, and ``output_dict=True``. It returns a dict of scalars. Those whose names end in ``_loss``
+            are added up and trained; the others are logged. It has no parameters, which no optimizer would
+            know. Its persistent buffers are put into the trainer's checkpoints.
+        help: What ``--help`` says of it.
+        options: Its options.
+        prefix: What the options begin with; empty for the name of the loss.
+        refuse: ``(options, gather) → reason`` why the loss cannot work with these, or None. Called before
+            anything is built. A reason about one option begins with its key.
+        describe: ``(options, epochs) → text`` for the line in the log that says what a run trains with.
+        unit: ``"epoch"`` or ``"step"``, or ``(options, epochs) →`` one of them. Every part of the module that
+            has the method is told where training stands: ``set_epoch(epoch, epochs)`` at the start of each
+            epoch, or ``set_progress(step, total_steps)`` before each optimizer step; both count from 1.
+        first_call: The name of a keyword that the module takes: True in the first call for an optimizer
+            step, False in the others, which gradient accumulation makes on the same features. Empty for
+            none.
+        caption_key: ``options → key`` of a second caption in the training data, or None. The module is then
+            called with ``caption_features`` too.
+        no_sigmoid: Why the loss does not work where the trainer's own is a sigmoid loss; empty if it does.
+        log: ``options → evaluate``, what calls the module and adds to its entries what is logged beside
+            them; see :mod:`rankloss_trainers.logging`. None calls the module alone.
+    """
+
+    build: Callable[..., Any]
+    help: str = ""
+    options: tuple[Option, ...] = ()
+    prefix: str = ""
+    refuse: Callable[..., str | None] = lambda *_: None
+    describe: Callable[..., str] = lambda *_: ""
+    unit: str | Callable[..., str] = "epoch"
+    first_call: str = ""
+    caption_key: Callable[..., str | None] = lambda *_: None
+    no_sigmoid: str = ""
+    log: Callable[[Options], Callable[..., Any]] | None = None
+
+    @property
+    def is_former(self) -> bool:
+        """Whether ``build`` has the former signature ``(base, args)``.
+
+        The other functions of such an entry take the trainer's arguments alone.
+        """
+        try:
+            inspect.signature(self.build).bind(None, None)
+        except (TypeError, ValueError):  # ValueError: a built-in without a signature
+            return False
+        return True
+
+    def taking(self, args: Any) -> LossEntry:
+        """An entry of the former signature as one of today's, for the trainer's arguments ``args``."""
+        if not self.is_former:
+            return self
+        return dataclasses.replace(
+            self,
+            build=lambda base, *_: self.build(base, args),
+            refuse=lambda *_: self.refuse(args),
+            describe=lambda *_: self.describe(args),
+            unit=self.unit if isinstance(self.unit, str) else lambda *_: self.unit(args),  # type: ignore[operator]
+            caption_key=lambda *_: self.caption_key(args),
+        )
+
+
+def flag(name: str, entry: LossEntry, option: Option) -> str:
+    """An option of the loss ``name``, as it is typed."""
+    return f"--{entry.prefix or name}-{option.name}"
+
+
+def dest(name: str, entry: LossEntry, option: Option) -> str:
+    """An option of the loss ``name``, as an attribute of the parsed arguments."""
+    return flag(name, entry, option)[2:].replace("-", "_")
+
+
+def option_values(name: str, entry: LossEntry, args: Any) -> dict[str, Any]:
+    """The values of the loss's options in parsed arguments, or their defaults."""
+    return {o.key: getattr(args, dest(name, entry, o), o.default) for o in entry.options}
+
+
+# --- finding losses by name -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A loss that can be named, before anything of it is imported.
+
+    Attributes:
+        name: The value of ``--loss``.
+        reference: ``module:object``.
+        package: The distribution that registers it, with its version; empty for rankloss's own.
+        clash: Why the name cannot be used, or empty.
+    """
+
+    name: str
+    reference: str
+    package: str = ""
+    clash: str = ""
+
+    def load(self) -> LossEntry:
+        """Import the entry.
+
+        Raises:
+            ValueError: The name or the prefix is taken, or the object is neither an entry nor callable.
+            Exception: Whatever the import raises.
+        """
+        if self.clash:
+            raise ValueError(self.clash)
+        loaded = importlib.metadata.EntryPoint(self.name, self.reference, GROUP).load()
+        if isinstance(loaded, LossEntry):
+            if self.package and loaded.prefix in PREFIXES:
+                raise ValueError(f"the prefix {loaded.prefix!r} belongs to another loss")
+            return loaded
+        if not callable(loaded):
+            raise ValueError(
+                f"{self.reference} must be a LossEntry or a function (base, options, gather) → module, "
+                f"got {loaded!r}"
+            )
+        return LossEntry(build=loaded, help=(loaded.__doc__ or "").strip().partition("\n")[0])
+
+
+def candidates() -> dict[str, Candidate]:
+    """All losses that can be named, rankloss's own first. Nothing is imported."""
+    found = {name: Candidate(name, reference) for name, reference in BUILT_IN.items()}
+    for point in sorted(_entry_points(), key=lambda point: point.name):
+        package = f"{point.dist.name} {point.dist.version}" if point.dist is not None else "unknown package"
+        other = found.get(point.name)
+        if point.name == TRAINERS_OWN or (other is not None and not other.package):
+            continue  # see shadowed()
+        clash = other.clash if other is not None else ""
+        if other is not None and other.reference != point.value:
+            clash = f"{point.name} is registered by both {other.package} and {package}; uninstall one"
+        found[point.name] = Candidate(point.name, point.value, package, clash)
+    return found
+
+
+def shadowed() -> list[str]:
+    """Registrations that are ignored because they would change what an own name means, as sentences."""
+    return [
+        f"{point.value} is registered as a loss under the name {point.name!r}, which is taken"
+        for point in _entry_points()
+        if point.name in (*BUILT_IN, TRAINERS_OWN)
+    ]
+
+
+def _entry_points() -> list[importlib.metadata.EntryPoint]:
+    return [
+        point for group in (GROUP, FORMER_GROUP) for point in importlib.metadata.entry_points(group=group)
+    ]

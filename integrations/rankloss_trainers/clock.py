@@ -1,0 +1,123 @@
+"""Where training stands, from a trainer's announcements to the losses that ask for it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a trainer stands at the start of an epoch.
+
+    Attributes:
+        epoch: The epoch that begins, counted from 0.
+        epochs: Epochs of the whole run.
+        steps: Optimizer steps per epoch.
+        accum_freq: Calls of the loss per step.
+    """
+
+    epoch: int
+    epochs: int
+    steps: int
+    accum_freq: int
+
+
+class Call(NamedTuple):
+    """Which call of the loss this is.
+
+    Attributes:
+        step: The optimizer step that it is for, counted from 0: of the epoch, or of the run where the trainer
+            announces every step.
+        first: Whether it is the first for this step; gradient accumulation makes more.
+    """
+
+    step: int
+    first: bool
+
+
+class Clock:
+    """Tells a loss where training stands.
+
+    A trainer announces its epochs, and the calls of the loss are counted within each; or it announces every
+    step. There is no other state, so a resumed run is where an uninterrupted one would be.
+
+    Args:
+        loss: The loss; each of its parts that has the method is told, see :func:`tell`.
+        unit: ``"epoch"`` calls ``set_epoch``, ``"step"`` calls ``set_progress``.
+    """
+
+    def __init__(self, loss: nn.Module, unit: str) -> None:
+        self.loss = loss
+        self.unit = unit
+        self._position: Position | None = None  # None where every step is announced
+        self._calls = 0  # of the epoch, or of the step
+        self._step: int | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether the trainer has announced an epoch or a step."""
+        return self._step is not None
+
+    def start_epoch(self, position: Position) -> None:
+        """An epoch begins; its steps are counted from the calls."""
+        self._position, self._calls, self._step = position, 0, 0
+        if self.unit == "epoch":
+            tell(self.loss, "set_epoch", position.epoch + 1, position.epochs)
+
+    def start_step(self, step: int, total_steps: int) -> None:
+        """Step ``step`` of ``total_steps`` begins, counted from 1; for trainers that announce each."""
+        self._position, self._calls, self._step = None, 0, step - 1
+        if self.unit == "step":
+            tell(self.loss, "set_progress", step, total_steps)
+
+    def advance(self) -> Call:
+        """Count a call, and say which it is.
+
+        Raises:
+            RuntimeError: The trainer has announced nothing.
+        """
+        if self._step is None:
+            raise RuntimeError(
+                "the loss was told of no epoch: call start_epoch(), or start_step(), as the plug-in of a "
+                "trainer does"
+            )
+        calls, self._calls = self._calls, self._calls + 1
+        position = self._position
+        if position is None:
+            return Call(self._step, calls == 0)
+        self._step, call_of_step = divmod(calls, position.accum_freq)
+        if self.unit == "step" and call_of_step == 0:
+            # An epoch that is longer than announced stays at its last step.
+            step = position.epoch * position.steps + min(self._step, position.steps - 1)
+            tell(self.loss, "set_progress", step + 1, position.epochs * position.steps)
+        return Call(self._step, call_of_step == 0)
+
+
+def tell(loss: nn.Module, method: str, now: int, end: int) -> None:
+    """Call ``set_epoch(epoch, epochs)`` or ``set_progress(step, total_steps)`` of every part that has it.
+
+    A method of that name that cannot take the two numbers, or can do without the second, is another protocol
+    (a sampler's ``set_epoch(epoch)``, say) and is left alone.
+    """
+    for part in loss.modules():
+        told = getattr(part, method, None)
+        if callable(told) and _needs_two(told):
+            told(now, end)
+
+
+def _needs_two(function: Callable[..., Any]) -> bool:
+    signature = inspect.signature(function)
+    return _accepts(signature, 2) and not _accepts(signature, 1)
+
+
+def _accepts(signature: inspect.Signature, arguments: int) -> bool:
+    try:
+        signature.bind(*range(arguments))
+    except TypeError:
+        return False
+    return True

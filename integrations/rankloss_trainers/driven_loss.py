@@ -1,0 +1,105 @@
+"""A loss that is driven by a clock, and tells what it trains from what it logs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rankloss_trainers.clock import Call, Clock, Position
+
+Evaluate = Callable[..., Mapping[str, Tensor]]
+"""``(criterion, call, **inputs) → entries``: calls a loss, and may add to its entries what is logged."""
+
+
+class Entries(NamedTuple):
+    """What a loss gives for one batch: scalars on the device of the features.
+
+    Attributes:
+        terms: What is trained; the entries whose names end in ``_loss``.
+        metrics: What is logged beside them, detached.
+    """
+
+    terms: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the terms."""
+        return reduce(operator.add, self.terms.values())
+
+
+def call_alone(criterion: nn.Module, call: Call, **inputs: Any) -> Mapping[str, Tensor]:  # noqa: ARG001
+    """Call a loss, and log nothing beside its own entries."""
+    entries: Mapping[str, Tensor] = criterion(**inputs, output_dict=True)
+    return entries
+
+
+class DrivenLoss(nn.Module):
+    """A loss of the catalogue with its clock.
+
+    Args:
+        criterion: The loss, see :class:`rankloss_trainers.catalog.LossEntry`.
+        unit: ``"epoch"`` or ``"step"``, see :class:`rankloss_trainers.clock.Clock`.
+        first_call: A keyword of the loss that tells the first call for an optimizer step; empty for none.
+        evaluate: What calls the loss.
+    """
+
+    def __init__(
+        self,
+        criterion: nn.Module,
+        *,
+        unit: str = "step",
+        first_call: str = "",
+        evaluate: Evaluate = call_alone,
+    ) -> None:
+        super().__init__()
+        self.criterion = criterion
+        self.clock = Clock(criterion, unit)
+        self.first_call = first_call
+        self.evaluate = evaluate
+
+    def start_epoch(self, position: Position) -> None:
+        """Take the trainer's position at the start of an epoch."""
+        self.clock.start_epoch(position)
+
+    # The clock moves at every call, which would recompile a compiled caller: the graph breaks here, once.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **inputs: Any
+    ) -> Entries:
+        """Compute the loss.
+
+        Args:
+            image_features: Image embeddings of this process, ``[N, D]``.
+            text_features: Text embeddings of this process, ``[N, D]``.
+            logit_scale: The multiplier of the similarities.
+            **inputs: What else the trainer hands to its own loss.
+
+        Raises:
+            RuntimeError: The trainer has announced neither an epoch nor a step.
+            ValueError: The loss gives no term.
+        """
+        call = self.clock.advance()
+        if self.first_call:
+            inputs[self.first_call] = call.first
+        # Always by name: only the names tell what is a term.
+        entries = self.evaluate(
+            self.criterion,
+            call,
+            image_features=image_features,
+            text_features=text_features,
+            logit_scale=logit_scale,
+            **inputs,
+        )
+        terms = {name: value for name, value in entries.items() if name.endswith("_loss")}
+        if not terms:
+            raise ValueError(
+                f"{type(self.criterion).__name__} gives no term to train: no name ends in _loss, got "
+                f"{', '.join(entries)}"
+            )
+        return Entries(terms, {name: x.detach() for name, x in entries.items() if name not in terms})

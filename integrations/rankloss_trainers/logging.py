@@ -1,0 +1,112 @@
+"""What is logged of rankloss's own losses beside their terms: λ, raw terms, agreement, histories.
+
+Each function or object here is an ``evaluate`` of :class:`rankloss_trainers.driven_loss.DrivenLoss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rankloss
+from rankloss_trainers.clock import Call
+
+_RANK_TERMS = ("cross_modal", "in_modal")
+_AGREEMENT_ANCHORS = 256
+
+
+@dataclass
+class RankClipLog:
+    """The terms of RankCLIP, and what is logged beside them.
+
+    - ``rank_lambda``: the schedule's λ.
+    - ``cross_modal_raw``, ``in_modal_raw``: the rank terms before λ and every other weight. While λ is 0 they
+      are computed without a gradient. A term that the whole run leaves out has none.
+    - ``cross_modal_tau``, ``in_modal_tau``: with ``agreement_every``, Kendall's τ of the image's ranking
+      with its text's (:func:`rankloss.metrics.rank_agreement`), over the batch of all processes, from at
+      most 256 of its rows. Between two measurements they keep the last value: a gap, or a NaN, would spoil
+      a trainer's averages, and the processes must log the same names at every step.
+
+    All of it uses one gathering.
+
+    Attributes:
+        agreement_every: Measure the batch's rank agreement at every so many optimizer steps, the first of an
+            epoch among them; None never does.
+    """
+
+    agreement_every: int | None = None
+    _agreement: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __call__(
+        self,
+        criterion: rankloss.RankClipLoss,
+        call: Call,
+        *,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        **base_inputs: Any,
+    ) -> Mapping[str, Tensor]:
+        """Call the loss."""
+        weights = _weights(criterion)
+        measures = call.first and self.agreement_every is not None and call.step % self.agreement_every == 0
+        gathered = None
+        if weights or measures:
+            gathered = criterion.consistency.gather(image_features, text_features)
+        inputs: dict[str, Any] = {
+            "image_features": image_features,
+            "text_features": text_features,
+            "logit_scale": logit_scale,
+            "gathered": gathered,
+            "output_dict": True,
+        }
+        entries: dict[str, Tensor] = dict(criterion(**inputs, **base_inputs))
+        entries["rank_lambda"] = torch.full((), criterion.schedule_value, device=image_features.device)
+        if any(weights.values()):
+            entries.update({f"{name}_raw": entries[f"{name}_loss"] / w for name, w in weights.items()})
+        elif weights:
+            raw = _untrained_terms(criterion.consistency, inputs)
+            entries.update({f"{name}_raw": raw[f"{name}_loss"] for name in weights})
+            for name in weights:
+                # They look like the terms that later take their place: a compiled trainer sees no change.
+                zero = torch.zeros_like(entries[f"{name}_loss"], requires_grad=torch.is_grad_enabled())
+                entries[f"{name}_loss"] = zero
+        if measures and gathered is not None:
+            self._agreement = _agreement(*gathered)
+        return {**entries, **self._agreement}
+
+
+def _weights(criterion: rankloss.RankClipLoss) -> dict[str, float]:
+    """What each rank term is multiplied by at present; without those that the run leaves out."""
+    scales = {"cross_modal": criterion.lambda_cross, "in_modal": criterion.lambda_in}
+    return {name: weight for name, weight in criterion.rank_weights.items() if scales[name]}
+
+
+@torch.no_grad()
+def _untrained_terms(consistency: rankloss.RankConsistency, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    device = inputs["image_features"].device
+    # Random ties must not move the generator by which the run's data are shuffled.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        terms: dict[str, Tensor] = consistency(**inputs)
+    return terms
+
+
+@torch.no_grad()
+def _agreement(images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    agreement = rankloss.metrics.rank_agreement(images, texts, max_anchors=_AGREEMENT_ANCHORS)
+    return {f"{name}_tau": agreement[f"{name}_tau"].float() for name in _RANK_TERMS}
+
+
+def alip_log(criterion: rankloss.AlipLoss, call: Call, **inputs: Any) -> Mapping[str, Tensor]:
+    """The terms of ALIP, and the moving averages of its three cosines.
+
+    They are of the two captions, and of the image with each. They move in the first call for a step.
+    """
+    terms: Mapping[str, Tensor] = criterion(**inputs, update_histories=call.first, output_dict=True)
+    names = ("alip_text_caption", "alip_image_text", "alip_image_caption")
+    histories = criterion.histories.to(torch.float32, copy=True).unbind()
+    return {**terms, **dict(zip(names, histories, strict=True))}

@@ -1,0 +1,233 @@
+"""rankloss's own losses, as the catalogue describes them.
+
+The options of the rank terms are generated from the fields of :class:`rankloss.options.RankOptions`: name,
+choices, bounds, default and help stand there, and only there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+import rankloss
+from rankloss import schedules
+from rankloss.distributed import Gather
+from rankloss.options import RankOptions, choices_of
+from rankloss_trainers.catalog import LossEntry, Option, Options, count, count_type, number_type, weight
+from rankloss_trainers.logging import RankClipLog, alip_log
+
+# --- RankCLIP -------------------------------------------------------------------------------------------
+
+_HIDDEN = ("reduction",)  # a value per anchor cannot be added to the base, and a sum is a mean times a weight
+_METAVARS = {"top_k": "K", "bins": "B", "chunk_size": "ROWS", "memory_budget": "BYTES"}
+_RANK_FIELDS = tuple(field for field in dataclasses.fields(RankOptions) if field.name not in _HIDDEN)
+
+
+def _spellings(name: str) -> dict[str, Any]:
+    """The choices of an option of the rank terms, by what is typed for them; empty for a number."""
+    if choices_of(name) == (True, False):
+        return {"include": True, "exclude": False}
+    return {"none" if choice is None else choice: choice for choice in choices_of(name)}
+
+
+def _rank_option(field: dataclasses.Field[Any]) -> Option:
+    name, help_, none = field.name.replace("_", "-"), field.metadata["help"], field.metadata["none"]
+    spellings = _spellings(field.name)
+    if not spellings:
+        type_ = count_type(**field.metadata["bounds"])
+        keywords = {"type": type_, "metavar": _METAVARS.get(field.name, "N")}
+        return Option(name, field.default, help_, keywords, none)
+    default = next(text for text, value in spellings.items() if value == field.default)
+    return Option(name, default, help_, {"choices": tuple(spellings)})
+
+
+def _rank_options(options: Options) -> dict[str, Any]:
+    """The keywords of :class:`RankOptions`, from what was typed; values as Python has them are taken too."""
+    values = {field.name: options[field.name] for field in _RANK_FIELDS}
+    return {name: _spellings(name).get(value, value) for name, value in values.items()}
+
+
+_RANKCLIP_OPTIONS = (
+    Option("schedule", "rankclip", "course of lambda over training", {"choices": schedules.NAMES}),
+    Option(
+        "schedule-unit",
+        "epoch",
+        "evaluate the schedule once per epoch or at each optimizer step; a run of one epoch has no ramp "
+        "over epochs and goes by steps",
+        {"choices": ("epoch", "step")},
+    ),
+    Option(
+        "lambda-cross",
+        1.0,
+        "multiplies lambda in the cross-modal term",
+        {"type": weight, "metavar": "X"},
+    ),
+    Option("lambda-in", 1.0, "multiplies lambda in the in-modal term", {"type": weight, "metavar": "X"}),
+    *map(_rank_option, _RANK_FIELDS),
+    Option(
+        "agreement-every",
+        None,
+        "log the batch's rank agreement, Kendall's tau, measured at every so many optimizer steps",
+        {"type": count, "metavar": "STEPS"},
+        "never",
+    ),
+)
+
+
+def _build_rankclip(base: nn.Module, options: Options, gather: Gather) -> rankloss.RankClipLoss:
+    if options["lists"] == "batch" and gather.gather_with_grad:
+        # One list of the whole batch is exact on every process, and so are a base's own rows.
+        gather = dataclasses.replace(gather, local_loss=False)
+    return rankloss.RankClipLoss(
+        base,
+        schedule=options["schedule"],
+        lambda_cross=options["lambda_cross"],
+        lambda_in=options["lambda_in"],
+        gather=gather,
+        **_rank_options(options),
+    )
+
+
+def _rankclip_unit(options: Options, epochs: float) -> str:
+    if epochs == 1 and options["schedule"] != "constant":
+        return "step"
+    unit: str = options["schedule_unit"]
+    return unit
+
+
+def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
+    if options["lists"] == "batch" and gather.local_loss and not gather.gather_with_grad:
+        return "lists: batch needs the whole batch on every process, not the local loss without its gradient"
+    try:
+        _build_rankclip(nn.Identity(), options, gather)
+    except ValueError as error:  # what the library itself refuses
+        return str(error)
+    return None
+
+
+def _describe_rankclip(options: Options, epochs: float) -> str:
+    unit = _rankclip_unit(options, epochs)
+    text = (
+        f"schedule {options['schedule']} per {unit} over {epochs:g} epoch(s), lambda scale "
+        f"{options['lambda_cross']:g} cross-modal and {options['lambda_in']:g} in-modal, lists "
+        f"{options['lists']}"
+    )
+    if unit != options["schedule_unit"]:
+        text += " (one epoch has no ramp over epochs, so the schedule goes by optimizer steps)"
+    return text
+
+
+RANKCLIP = LossEntry(
+    build=_build_rankclip,
+    help="the trainer's own plus RankCLIP's ranking terms",
+    options=_RANKCLIP_OPTIONS,
+    prefix="rankclip",
+    refuse=_refuse_rankclip,
+    describe=_describe_rankclip,
+    unit=_rankclip_unit,
+    log=lambda options: RankClipLog(options["agreement_every"]),
+)
+
+
+def _without(term: str) -> LossEntry:
+    """RankCLIP without one of its terms."""
+    kept = "in" if term == "cross" else "cross"
+    key = f"lambda_{term}"
+
+    def refuse(options: Options, gather: Gather) -> str | None:
+        if options[key] != 0:
+            return f"{key}: rankclip-{kept} has no {term}-modal term, got {options[key]:g}"
+        return _refuse_rankclip(options, gather)
+
+    return dataclasses.replace(
+        RANKCLIP,
+        help=f"rankclip without its {term}-modal term: the ablation RankCLIP^{kept[0].upper()}",
+        options=tuple(
+            dataclasses.replace(option, default=0.0) if option.key == key else option
+            for option in _RANKCLIP_OPTIONS
+        ),
+        refuse=refuse,
+    )
+
+
+RANKCLIP_CROSS = _without("in")
+RANKCLIP_IN = _without("cross")
+
+
+# --- CyCLIP ---------------------------------------------------------------------------------------------
+
+CYCLIP = LossEntry(
+    build=lambda base, options, gather: rankloss.CyClipLoss(base, **options, gather=gather),
+    help="the trainer's own plus CyCLIP's cyclic consistency terms",
+    options=(
+        Option("lambda-cross", 0.25, "weight of the cross-modal term", {"type": weight, "metavar": "X"}),
+        Option("lambda-in", 0.25, "weight of the in-modal term", {"type": weight, "metavar": "X"}),
+    ),
+    describe=lambda options, _: (
+        f"weights {options['lambda_cross']:g} cross-modal and {options['lambda_in']:g} in-modal"
+    ),
+)
+
+
+# --- ALIP -----------------------------------------------------------------------------------------------
+
+
+def _build_alip(_: nn.Module, options: Options, gather: Gather) -> rankloss.AlipLoss:
+    weights = {key: value for key, value in options.items() if key != "caption_key"}
+    return rankloss.AlipLoss(**weights, gather=gather)
+
+
+def _refuse_alip(options: Options, _: Gather) -> str | None:
+    if options["caption_key"] is None:
+        return "alip needs a second caption of each image: name it with --alip-caption-key"
+    if not 0 <= options["momentum"] <= 1:
+        return f"momentum: must be in [0, 1], got {options['momentum']:g}"
+    return None
+
+
+ALIP = LossEntry(
+    build=_build_alip,
+    help="CLIP's loss on two captions of each image, weighted by how well they fit (ALIP)",
+    options=(
+        Option(
+            "caption-key",
+            None,
+            "where the synthetic caption is: a column of a CSV file; in a webdataset the extension of a text "
+            "file, or json:FIELD",
+            {"metavar": "KEY"},
+            "must be given",
+        ),
+        Option(
+            "gamma-sample",
+            2.0,
+            "how steeply a sample's weight falls with the similarity of its captions",
+            {"type": weight, "metavar": "X"},
+        ),
+        Option(
+            "gamma-pair",
+            2.0,
+            "how steeply a pair's weight changes with its similarity",
+            {"type": weight, "metavar": "X"},
+        ),
+        Option(
+            "momentum", 0.99, "share of the histories that a step keeps", {"type": weight, "metavar": "X"}
+        ),
+        Option(
+            "initial-history",
+            1.0,
+            "where the histories start; 1 closes almost every gate at first",
+            {"type": number_type(), "metavar": "X"},
+        ),
+    ),
+    refuse=_refuse_alip,
+    describe=lambda options, _: (
+        f"second caption {options['caption_key']!r}, gamma {options['gamma_sample']:g} for samples and "
+        f"{options['gamma_pair']:g} for pairs, histories from {options['initial_history']:g} with momentum "
+        f"{options['momentum']:g}"
+    ),
+    caption_key=lambda options: options["caption_key"],
+    no_sigmoid="it weighs the pairs of a softmax loss of its own",
+    log=lambda _: alip_log,
+)

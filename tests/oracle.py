@@ -1,0 +1,178 @@
+"""The losses written a third time: dense float64 torch, literal, for gradients of any order from autograd.
+
+:mod:`rankloss.reference` is the oracle of values; this is the oracle of gradients, and is itself held against
+the reference. It shares no code with the library. An order is decided on dot products that are each rounded
+once (``math.fsum``), so that equal rows tie exactly wherever they stand.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["alip", "clip", "cyclic", "cyclip", "exact_products", "nll", "rank_terms", "term"]
+
+
+def exact_products(a: Tensor, b: Tensor) -> Tensor:
+    """``A·Bᵀ`` in float64, each entry rounded once; it carries no gradient."""
+    rows, columns = (x.detach().double().tolist() for x in (a, b))
+    products = [[math.fsum(x * y for x, y in zip(r, c, strict=True)) for c in columns] for r in rows]
+    return torch.tensor(products, dtype=torch.float64, device="cpu")
+
+
+def nll_terms(
+    x: Tensor, y: Tensor, *, worth: str = "exp", discount: str | None = None, top_k: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The summands ``μ_p·[log Σ_{q : y_q ≤ y_p} w(x_q) − log w(x_p)]`` of lists ``[..., N]``, and their μ."""
+    log_w = {"exp": x, "shifted": ((1 + x) / 2).log() if worth == "shifted" else x}.get(worth)
+    log_w = x.log() if log_w is None else log_w
+    below = y[..., None, :] <= y[..., :, None]
+    log_denominator = log_w[..., None, :].masked_fill(~below, -math.inf).logsumexp(-1)
+    rank = 1 + (y[..., None, :] > y[..., :, None]).sum(-1)
+    mu = torch.ones_like(x) if discount is None else 1 / (1 + rank.to(x)).log()
+    if top_k is not None:
+        mu = torch.where(rank <= top_k, mu, 0.0)
+    return torch.where(mu > 0, mu * (log_denominator - log_w), 0.0), mu
+
+
+def nll(scores: Tensor, reference: Tensor, **likelihood: Any) -> Tensor:
+    """:func:`rankloss.plackett_luce_nll`, ties shared."""
+    return nll_terms(scores, reference.detach(), **likelihood)[0].sum(-1)
+
+
+def term(
+    which: str,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    *,
+    lists: str = "row",
+    reduction: str = "mean",
+    diagonal: bool = True,
+    fixed_reference: str | None = None,
+    bins: int | None = None,
+    worth: str = "exp",
+    **likelihood: Any,
+) -> Tensor:
+    """``½[C(S | R) + C(R | S)]`` or ``½[C(I | X) + C(X | I)]``; with ``bins``, lists ranked by bin."""
+    v, t, n = image_features, text_features, len(image_features)
+    if which == "cross_modal":
+        a, b = v @ t.T, t @ v.T
+        order_a = exact_products(v, t)
+        order_b = order_a.T
+    else:
+        a, b = v @ v.T, t @ t.T
+        order_a, order_b = exact_products(v, v), exact_products(t, t)
+        if lists == "batch":
+            order_a, order_b = _with_equal_diagonal(order_a, v), _with_equal_diagonal(order_b, t)
+    kept = torch.ones(n, n, dtype=torch.bool, device="cpu") if diagonal else ~torch.eye(n, dtype=torch.bool)
+    shares = {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[fixed_reference]
+    shape = (-1,) if lists == "batch" else (n, -1)
+    by_anchor, mean = (
+        torch.zeros(n, dtype=a.dtype, device="cpu"),
+        torch.zeros((), dtype=a.dtype, device="cpu"),
+    )
+    for share, x, y in ((shares[0], a, order_b), (shares[1], b, order_a)):
+        scores = (logit_scale * x if worth == "exp" else x)[kept].view(shape)
+        y = y[kept].view(shape)
+        if bins is not None:
+            y = _quantized(y, bins)
+        terms, mu = nll_terms(scores, y, worth=worth, **likelihood)
+        by_anchor = by_anchor + share * terms.view(n, -1).sum(-1)
+        mean = mean + share * (terms.sum(-1) / mu.sum(-1)).mean()
+    return {"none": by_anchor, "sum": by_anchor.sum(), "mean": mean}[reduction]
+
+
+def rank_terms(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    *,
+    cross_modal: float = 1.0,
+    in_modal: float = 1.0,
+    **options: Any,
+) -> Tensor:
+    """:class:`rankloss.RankConsistency`."""
+    inputs = (image_features, text_features, logit_scale)
+    return cross_modal * term("cross_modal", *inputs, **options) + in_modal * term(
+        "in_modal", *inputs, **options
+    )
+
+
+def clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """:class:`rankloss.ClipLoss`."""
+    return _pair_nll(image_features, text_features, logit_scale).mean()
+
+
+def cyclic(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    """CyCLIP's two terms without weights."""
+    v, t = image_features, text_features
+    cross, within = v @ t.T - t @ v.T, v @ v.T - t @ t.T
+    return cross.square().sum() / len(v), within.square().sum() / len(v)
+
+
+def cyclip(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    lambda_cross: float = 0.25,
+    lambda_in: float = 0.25,
+) -> Tensor:
+    """:class:`rankloss.CyClipLoss` over CLIP's loss."""
+    cross, within = cyclic(image_features, text_features)
+    return clip(image_features, text_features, logit_scale) + lambda_cross * cross + lambda_in * within
+
+
+def alip(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    caption_features: Tensor,
+    *,
+    initial_history: float = 1.0,
+    momentum: float = 0.99,
+    gamma: float = 2.0,
+) -> Tensor:
+    """The first training step of :class:`rankloss.AlipLoss`."""
+    v, t, c = image_features, text_features, caption_features
+    cosines = torch.stack([(t * c).sum(-1), (t * v).sum(-1), (c * v).sum(-1)]).detach()
+    history = momentum * initial_history + (1 - momentum) * cosines.mean(-1, keepdim=True)
+    excess = (gamma * (cosines - history)).exp()
+    text, caption = (torch.where(excess[0] < 1, x, 1.0) for x in excess[1:])
+    sample = excess[0].clamp_max(1)
+    parts = ((t, text), (c, caption))
+    return sum((_pair_nll(v, u, logit_scale) * sample * w).mean() for u, w in parts)  # type: ignore[return-value]
+
+
+def _pair_nll(v: Tensor, u: Tensor, scale: Tensor) -> Tensor:
+    """``½[CE_k(s·V·Uᵀ) + CE_k(s·U·Vᵀ)]`` of every pair k."""
+    own = torch.arange(len(v), device="cpu")
+    logits = scale * v @ u.T
+    return sum(F.cross_entropy(x, own, reduction="none") for x in (logits, logits.T)) / 2  # type: ignore[return-value]
+
+
+def _with_equal_diagonal(products: Tensor, features: Tensor) -> Tensor:
+    """One value over the whole batch for unit-norm rows (to 1 %) with themselves and their equals."""
+    equal = (features[:, None] == features[None]).all(-1)
+    is_unit = (products.diagonal().sqrt() - 1).abs() <= 0.01
+    return torch.where(
+        equal & is_unit, products.diagonal()[is_unit].max() if is_unit.any() else 1.0, products
+    )
+
+
+def _quantized(y: Tensor, bins: int) -> Tensor:
+    """The bin of every item: the best have the last one, the range of the others is divided evenly."""
+    bins_of_lists = []
+    for of_list in y.reshape(-1, y.shape[-1]):
+        others = of_list[of_list < of_list.max()]
+        if len(others) == 0:
+            bins_of_lists.append(torch.zeros_like(of_list, dtype=torch.long))
+            continue
+        extent = (others.max() - others.min()).clamp_min(torch.finfo(y.dtype).tiny)
+        place = ((of_list - others.min()) / extent * (bins - 1)).clamp(max=bins - 2).long()
+        bins_of_lists.append(place.where(of_list < of_list.max(), torch.tensor(bins - 1)))
+    return torch.stack(bins_of_lists).view(y.shape)

@@ -1,0 +1,110 @@
+"""The clock: who is told what, and when; and which methods are another protocol's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import rankloss
+from rankloss_trainers.clock import Call, Clock, Position, tell
+
+
+class Listener(nn.Module):
+    """A loss that records what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[int, int]] = []
+
+    def set_progress(self, step: int, total_steps: int) -> None:
+        self.told.append((step, total_steps))
+
+
+@given(
+    epochs=st.integers(1, 4), steps=st.integers(1, 4), accum_freq=st.integers(1, 3), resumed=st.integers(0, 3)
+)
+def test_every_step_is_told_once_and_a_resumed_run_is_told_the_same(
+    epochs: int, steps: int, accum_freq: int, resumed: int
+) -> None:
+    def told(first_epoch: int) -> tuple[list[tuple[int, int]], list[Call]]:
+        loss = Listener()
+        clock, calls = Clock(loss, "step"), []
+        for epoch in range(first_epoch, epochs):
+            clock.start_epoch(Position(epoch, epochs, steps, accum_freq))
+            calls += [clock.advance() for _ in range(steps * accum_freq)]
+        return loss.told, calls
+
+    whole, calls = told(0)
+    assert whole == [(step + 1, epochs * steps) for step in range(epochs * steps)]
+    assert calls == [Call(s, a == 0) for _ in range(epochs) for s in range(steps) for a in range(accum_freq)]
+    resumed = min(resumed, epochs)
+    assert told(resumed)[0] == whole[resumed * steps :]
+
+
+def test_trainer_that_announces_each_step() -> None:
+    loss = Listener()
+    clock = Clock(loss, "step")
+    assert not clock.started
+    for step in (3, 4):
+        clock.start_step(step, 4)
+        assert clock.started
+        assert [clock.advance() for _ in range(2)] == [Call(step - 1, True), Call(step - 1, False)]
+    assert loss.told == [(3, 4), (4, 4)]
+
+
+def test_clock_that_was_not_started_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"told of no epoch: call start_epoch\(\), or start_step\(\)"):
+        Clock(Listener(), "epoch").advance()
+
+
+def test_copy_of_a_loss_has_a_clock_of_its_own() -> None:
+    from rankloss_trainers.driven_loss import DrivenLoss
+
+    loss = DrivenLoss(Listener())
+    loss.clock.start_step(1, 2)
+    other = copy.deepcopy(loss)
+    other.clock.start_step(2, 2)
+    assert (loss.criterion.told, other.criterion.told) == ([(1, 2)], [(1, 2), (2, 2)])
+
+
+class Foreign(nn.Module):
+    """Parts whose ``set_epoch`` is another protocol's; each would fail, or be misled, by two numbers."""
+
+    def __init__(self, set_epoch: Any) -> None:
+        super().__init__()
+        self.set_epoch = set_epoch
+
+
+def fail(*_: Any) -> None:
+    raise AssertionError("called")
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        lambda epoch: fail(),
+        lambda epoch, seed=0: fail(),
+        lambda *epochs: fail(),
+        lambda: fail(),
+        lambda epoch, *, epochs: fail(),
+        lambda epoch, epochs, seed: fail(),
+        None,
+        7,
+    ],
+)
+def test_other_protocols_are_left_alone(foreign: Any) -> None:
+    loss = rankloss.CyClipLoss(rankloss.RankClipLoss(nn.Sequential(Foreign(foreign)), schedule="linear"))
+    tell(loss, "set_epoch", 2, 3)
+    assert loss.base.schedule_value == 0.5
+
+
+def test_every_part_that_asks_is_told() -> None:
+    heard: list[tuple[int, int]] = []
+    for listener in (lambda i, n: heard.append((i, n)), lambda i, n, /, verbose=False: heard.append((i, n))):
+        tell(nn.Sequential(nn.Identity(), nn.Sequential(Foreign(listener))), "set_epoch", 1, 5)
+    assert heard == [(1, 5)] * 2

@@ -1,0 +1,92 @@
+"""A driven loss: features in; terms and metrics, told apart, out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+import rankloss
+from rankloss_trainers.clock import Position
+from rankloss_trainers.driven_loss import DrivenLoss
+from rankloss_trainers.logging import RankClipLog, alip_log
+
+
+def features(count: int = 2) -> list[Tensor]:
+    rows = normalize(torch.randn(count, 6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    return [x.clone().requires_grad_() for x in rows]
+
+
+class Named(nn.Module):
+    """A loss of given entries."""
+
+    def __init__(self, **entries: Tensor) -> None:
+        super().__init__()
+        self.entries = entries
+        self.seen: list[dict[str, Any]] = []
+
+    def forward(self, **inputs: Any) -> dict[str, Tensor]:
+        self.seen.append(inputs)
+        return self.entries
+
+
+def test_terms_are_told_from_metrics_by_their_names() -> None:
+    x = torch.tensor(2.0, requires_grad=True)
+    criterion = Named(a_loss=3 * x, depth=5 * x, b_loss=x * x)
+    loss = DrivenLoss(criterion, first_call="first")
+    loss.clock.start_step(1, 9)
+    image_features, text_features = features()
+    terms, metrics = entries = loss(image_features, text_features, torch.tensor(4.0), logit_bias=None)
+    assert terms == {"a_loss": 6, "b_loss": 4}
+    assert metrics == {"depth": 10}
+    assert not metrics["depth"].requires_grad
+    entries.total.backward()
+    assert x.grad == 7
+    (seen,) = criterion.seen
+    assert seen.pop("image_features") is image_features
+    assert seen.pop("text_features") is text_features
+    assert seen == {"logit_scale": 4, "logit_bias": None, "first": True, "output_dict": True}
+    loss(*features(), torch.tensor(4.0))
+    assert criterion.seen[1]["first"] is False
+
+
+def test_loss_without_a_term_is_an_error() -> None:
+    loss = DrivenLoss(Named(depth=torch.tensor(1.0)))
+    loss.clock.start_step(1, 9)
+    with pytest.raises(ValueError, match="Named gives no term to train: no name ends in _loss, got depth"):
+        loss(*features(), torch.tensor(4.0))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])  # λ = 0, ½, 1
+def test_rankclip_is_what_it_is_alone(step: int) -> None:
+    criterion = rankloss.RankClipLoss(schedule="linear")
+    loss = DrivenLoss(criterion, evaluate=RankClipLog(agreement_every=1))
+    loss.clock.start_step(step, 3)
+    driven, alone = features(), features()
+    scale = torch.tensor(8.0)
+    entries = loss(*driven, scale)
+    assert list(entries.metrics) == [
+        *("rank_lambda", "cross_modal_raw", "in_modal_raw", "cross_modal_tau", "in_modal_tau")
+    ]
+    assert entries.metrics["rank_lambda"] == (step - 1) / 2
+    expected = criterion(*alone, scale)
+    assert torch.equal(entries.total, expected)
+    (0.3 * entries.total).backward()
+    (0.3 * expected).backward()
+    assert all(torch.equal(x.grad, y.grad) for x, y in zip(driven, alone, strict=True))
+
+
+def test_histories_move_in_the_first_call_of_a_step_only() -> None:
+    loss = DrivenLoss(rankloss.AlipLoss(momentum=0.5), evaluate=alip_log)
+    image_features, text_features, caption_features = features(3)
+    scale = torch.tensor(8.0)
+    seen = []
+    loss.start_epoch(Position(epoch=0, epochs=1, steps=2, accum_freq=2))
+    for _ in range(4):
+        metrics = loss(image_features, text_features, scale, caption_features=caption_features).metrics
+        seen.append(metrics["alip_text_caption"].item())
+    mean = (text_features * caption_features).sum(-1).mean().item()
+    assert seen == pytest.approx([(1 + mean) / 2] * 2 + [(1 + 3 * mean) / 4] * 2, rel=1e-6)

@@ -1,0 +1,329 @@
+"""Hugging Face's Trainer with a loss of the catalogue, on tiny models of random weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+
+if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
+    pytest.skip("transformers or accelerate is not installed", allow_module_level=True)
+
+import transformers
+from transformers import TrainingArguments
+
+import rankloss
+from rankloss import schedules
+from rankloss_trainers.transformers import ContrastiveTrainer, ContrastiveTrainerMixin, logit_scale
+
+TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
+METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw"]
+TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = {**TOWER, "vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 49, "pad_token_id": 0}
+VISION = {**TOWER, "image_size": 16, "patch_size": 8}
+
+
+def clip() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8)
+    return transformers.CLIPModel(config)
+
+
+def chinese_clip() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.ChineseCLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8)
+    return transformers.ChineseCLIPModel(config)
+
+
+def dual_encoder() -> nn.Module:
+    torch.manual_seed(0)
+    vision = transformers.ViTConfig(**VISION)
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision, transformers.BertConfig(**TEXT), projection_dim=8
+    )
+    return transformers.VisionTextDualEncoderModel(config)
+
+
+class Pairs(Dataset[dict[str, Tensor]]):
+    """Generated pairs, the ``repeat``-th time the same ``distinct`` ones."""
+
+    def __init__(self, number: int = 32, distinct: int | None = None) -> None:
+        self.number, self.distinct = number, distinct or number
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(self.distinct, 3, 16, 16, generator=generator)
+        self.texts = torch.randint(1, 48, (self.distinct, 8), generator=generator)
+        self.texts[:, -1] = 49
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        i %= self.distinct
+        return {"pixel_values": self.images[i], "input_ids": self.texts[i], "attention_mask": torch.ones(8)}
+
+
+class InOrder:
+    """A Trainer that takes the pairs as they come."""
+
+    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+        return SequentialSampler(range(len(self.train_dataset)))  # type: ignore[attr-defined]
+
+
+class Trainer(InOrder, ContrastiveTrainer):
+    pass
+
+
+def arguments(directory: Path, **changes: Any) -> TrainingArguments:
+    given = {
+        **{"output_dir": str(directory), "use_cpu": True, "report_to": "none", "disable_tqdm": True},
+        **{"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "num_train_epochs": 2},
+        **{"logging_steps": 1, "learning_rate": 1e-2, "remove_unused_columns": False, "seed": 0},
+        **{"dataloader_pin_memory": False, "save_strategy": "no"},
+        **changes,
+    }
+    return TrainingArguments(**given)
+
+
+def train(directory: Path, *, model: nn.Module | None = None, pairs: Any = None, **given: Any) -> Trainer:
+    names = {"loss", "loss_options", "gather", "eval_dataset"}
+    keywords = {name: given.pop(name) for name in names & given.keys()}
+    resume = given.pop("resume", None)
+    keywords.setdefault("loss_options", {"schedule": "linear"} if "loss" not in keywords else None)
+    trainer = Trainer(
+        model=model or clip(), args=arguments(directory, **given), train_dataset=pairs or Pairs(), **keywords
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def steps(trainer: Any) -> list[dict[str, float]]:
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def weights(trainer: Any) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("model", [clip, chinese_clip, dual_encoder])
+def test_log_holds_the_terms_and_the_schedule_of_optimizer_steps(tmp_path: Path, model: Any) -> None:
+    lines = steps(train(tmp_path, model=model()))
+    assert len(lines) == 8
+    for number, line in enumerate(lines, start=1):
+        assert set(line) >= {*TERMS, *METRICS}
+        assert line["rank_lambda"] == pytest.approx(schedules.linear(number, 8), rel=1e-6)
+        assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), rel=1e-4)
+        for term in TERMS[1:]:
+            raw = line[term.replace("loss", "raw")]
+            assert line[term] == pytest.approx(raw * line["rank_lambda"] / 16, rel=1e-5)
+    assert lines[0]["cross_modal_loss"] == 0
+    assert lines[-1]["cross_modal_loss"] > 0
+
+
+def test_first_step_is_the_step_of_an_own_loop(tmp_path: Path) -> None:
+    trainer = train(tmp_path, max_steps=1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0)
+    model, batch = clip(), [Pairs()[i] for i in range(8)]
+    inputs = {name: torch.stack([pair[name] for pair in batch]) for name in batch[0]}
+    outputs = model(**inputs)
+    loss = rankloss.RankClipLoss(schedule="linear")
+    loss.set_progress(1, 1)
+    loss(outputs.image_embeds, outputs.text_embeds, model.logit_scale.exp()).backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    optimizer.step()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(weights(trainer), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
+    """Three times the same batch: three accumulated are one."""
+    options = {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant", "max_steps": 2}
+    pairs = Pairs(48, distinct=8)
+    one = train(tmp_path / "one", pairs=pairs, **options)
+    three = train(tmp_path / "three", pairs=pairs, gradient_accumulation_steps=3, **options)
+    torch.testing.assert_close(weights(three), weights(one), rtol=1e-5, atol=1e-6)
+    assert [line["rank_lambda"] for line in steps(three)] == [0, 1], "λ moves once per optimizer step"
+    for a, b in zip(steps(three), steps(one), strict=True):
+        assert {name: a[name] for name in TERMS} == pytest.approx({name: b[name] for name in TERMS}, rel=1e-4)
+
+
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    given = {"save_strategy": "epoch", "num_train_epochs": 3}
+    whole = train(tmp_path, **given)
+    resumed = train(tmp_path, resume=str(tmp_path / "checkpoint-4"), **given)
+    assert torch.equal(weights(resumed), weights(whole))
+    shown = [line["rank_lambda"] for line in steps(resumed)]
+    assert shown == [line["rank_lambda"] for line in steps(whole)]
+
+
+def test_evaluation_is_the_base_loss_whatever_lambda_is(tmp_path: Path) -> None:
+    pairs = Pairs(17)  # a last batch of one
+    trainer = train(tmp_path, eval_dataset=pairs, eval_strategy="epoch", eval_on_start=True)
+    evaluated = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert len(evaluated) == 3
+
+    def base_loss(model: nn.Module) -> float:
+        total = 0.0
+        for start in (0, 8):
+            batch = [pairs[i] for i in range(start, start + 8)]
+            inputs = {name: torch.stack([pair[name] for pair in batch]) for name in batch[0]}
+            with torch.no_grad():
+                outputs = model.eval()(**inputs, return_loss=True)
+            total += 8 * outputs.loss.item()
+        return total / 17
+
+    assert evaluated[0] == pytest.approx(base_loss(clip()), rel=1e-5)
+    assert evaluated[-1] == pytest.approx(base_loss(trainer.model), rel=1e-5)
+
+
+def test_best_model_is_chosen_by_the_base_loss(tmp_path: Path) -> None:
+    given = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    trainer = train(tmp_path, eval_dataset=Pairs(16), num_train_epochs=3, **given)
+    evaluated = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert trainer.state.best_metric == min(evaluated)
+
+
+def test_bfloat16_trains(tmp_path: Path) -> None:
+    exact, half = (steps(train(tmp_path / str(bf16), bf16=bf16)) for bf16 in (False, True))
+    assert half[0]["contrastive_loss"] != exact[0]["contrastive_loss"]
+    assert half[0]["contrastive_loss"] == pytest.approx(exact[0]["contrastive_loss"], rel=0.02)
+
+
+def test_module_of_ones_own_is_a_loss(tmp_path: Path) -> None:
+    loss = rankloss.RankClipLoss(rankloss.CyClipLoss(), schedule="constant", top_k=3)
+    trainer = train(tmp_path, loss=loss, max_steps=1, eval_dataset=Pairs(8))
+    (line,) = steps(trainer)
+    assert {*TERMS, "cyclic_cross_modal_loss", "cyclic_in_modal_loss", "rank_lambda"} <= line.keys()
+    assert trainer.driven_loss.criterion is loss
+    assert trainer.evaluation_loss is loss.base
+
+
+def test_named_loss_with_options(tmp_path: Path) -> None:
+    options = {"lambda_in": 0.0, "diagonal": False, "discount": "log", "agreement_every": 2}
+    trainer = train(tmp_path, loss="rankclip", loss_options=options, num_train_epochs=0.5)
+    criterion = trainer.driven_loss.criterion
+    assert criterion.consistency.options == rankloss.options.RankOptions(diagonal=False, discount="log")
+    lines = steps(trainer)
+    assert [line["rank_lambda"] for line in lines] == [schedules.rankclip(i, 2) for i in (1, 2)]
+    assert all("in_modal_raw" not in line and "cross_modal_tau" in line for line in lines)
+
+
+def test_schedule_per_epoch(tmp_path: Path) -> None:
+    options = {"schedule": "linear", "schedule_unit": "epoch"}
+    lines = steps(train(tmp_path, loss="rankclip", loss_options=options, num_train_epochs=3))
+    assert [line["rank_lambda"] for line in lines] == [0] * 4 + [0.5] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"loss": "rankclap"}, ValueError, "loss must be one of 'rankclip', .* got 'rankclap'"),
+        ({"loss_options": {"topk": 3}}, TypeError, "rankclip has no option 'topk'; it has schedule, "),
+        ({"loss_options": {"top_k": 0}}, ValueError, "top_k must be an integer of at least 1; got 0"),
+        ({"loss": "alip"}, ValueError, "alip needs a second caption"),
+        (
+            {"loss": "alip", "loss_options": {"caption_key": "x"}},
+            ValueError,
+            "alip needs a second caption of each image, which this trainer does not read",
+        ),
+        ({"loss": nn.Identity(), "loss_options": {"top_k": 3}}, TypeError, "the module has its own"),
+        ({"compute_loss_func": print}, ValueError, "compute_loss_func is ignored by this trainer"),
+        ({"model": nn.Linear(2, 2)}, ValueError, "Linear has neither a logit_scale nor a temperature"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path: Path, given: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        ContrastiveTrainer(**{"model": clip(), "args": arguments(tmp_path), **given})
+
+
+def test_data_parallel_is_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="DataParallel over 2 GPUs contrasts each GPU's pairs alone"):
+        ContrastiveTrainer(model=clip(), args=args)
+
+
+def test_sigmoid_model_is_refused(tmp_path: Path) -> None:
+    config = transformers.SiglipConfig(text_config=TEXT, vision_config=VISION)
+    with pytest.raises(ValueError, match="SiglipModel has a logit_bias, which a softmax loss does not train"):
+        ContrastiveTrainer(model=transformers.SiglipModel(config), args=arguments(tmp_path))
+
+
+def test_output_without_embeddings_is_named(tmp_path: Path) -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logit_scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self, pixel_values: Tensor, **_: Any) -> dict[str, Tensor]:
+            return {"logits": pixel_values.sum() * self.logit_scale}
+
+    with pytest.raises(ValueError, match="output has no image_embeds and no text_embeds, got logits"):
+        train(tmp_path, model=Other())
+
+
+def test_scale_is_the_multiplier() -> None:
+    class Model(nn.Module):
+        def __init__(self, **parameters: Tensor) -> None:
+            super().__init__()
+            for name, value in parameters.items():
+                self.register_parameter(name, nn.Parameter(value))
+
+    assert torch.equal(logit_scale(Model(logit_scale=torch.tensor(2.0))), torch.tensor(2.0).exp())
+    assert logit_scale(Model(logit_scale=torch.zeros(1))).shape == ()
+    assert logit_scale(Model(temperature=torch.tensor(0.25))) == 4
+    with pytest.raises(ValueError, match="logit_scale has 0 elements on this process: ZeRO stage 3"):
+        logit_scale(Model(logit_scale=torch.zeros(0)))
+
+
+def test_mixin_serves_a_trainer_of_ones_own(tmp_path: Path) -> None:
+    class Own(ContrastiveTrainerMixin, transformers.Trainer):
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            super().log(logs, *args, **kwargs)
+            self.seen = {**getattr(self, "seen", {}), **logs}
+
+    trainer = Own(model=clip(), args=arguments(tmp_path, max_steps=1), train_dataset=Pairs(), loss="cyclip")
+    trainer.train()
+    assert trainer.seen["cyclic_cross_modal_loss"] > 0
+
+
+# --- several processes ----------------------------------------------------------------------------------
+
+
+def run_as_a_process(directory: str, batch_size: str) -> None:
+    # SGD, whose steps are proportional to gradients: AdamW's would be signs of rounding errors as well.
+    options = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "num_train_epochs": 1}
+    trainer = train(Path(directory), per_device_train_batch_size=int(batch_size), **options)
+    if trainer.is_world_process_zero():
+        lines = [{name: line[name] for name in (*TERMS, "loss")} for line in steps(trainer)]
+        Path(directory, "result.json").write_text(json.dumps([lines, weights(trainer).tolist()]))
+
+
+def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None:
+    results = []
+    for processes in (1, 2):
+        directory = tmp_path / str(processes)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
+        command = [sys.executable, *launcher, __file__, str(directory), str(16 // processes)]
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        results.append(json.loads((directory / "result.json").read_text()))
+    (whole, whole_weights), (two, two_weights) = results
+    assert len(whole) == len(two) == 2
+    for a, b in zip(two, whole, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(torch.tensor(two_weights), torch.tensor(whole_weights), rtol=1e-4, atol=1e-6)
+
+
+if __name__ == "__main__":
+    run_as_a_process(*sys.argv[1:])
