@@ -189,24 +189,24 @@ def _by_sums(
         nll = (p * (total.log() + (shift - log_w))).sum(-1)
         if out is not None:
             bracket = beta / total if bracket is None else bracket + beta / total
-            torch.addcmul(-beta * p, w, bracket, out=out)
+            torch.addcmul(-beta.to(p.dtype) * p, w, bracket.to(w.dtype), out=out)
     elif ranking is not None and beta is not None:
-        mu = None if ranking.mu is None else ranking.of_items(ranking.mu)
+        mu = None if ranking.mu is None else ranking.of_items(ranking.mu.to(w.dtype))
         denominators = ranking.denominators(w)
         nll = ranking.log_denominators(denominators, narrow=w.dtype == torch.float32)
         # C is summed from shifted worths, so every −μ·ℓ becomes μ·(shift − ℓ).
         if mu is None:
             nll = nll + (shift * log_w.shape[-1] - log_w.sum(-1, keepdim=True).double()).squeeze(-1)
         else:
-            nll = nll + (mu * (shift - log_w)).sum(-1)
+            nll = nll + (mu * (shift - log_w)).sum(-1, dtype=torch.float64)
         if options.reduction == "mean":
             nll = (nll[:, None] / ranking.total_mu).squeeze(-1)
             beta = beta / ranking.total_mu
         if out is not None:
             suffix = ranking.suffix(denominators)
             by_slot = suffix * beta if bracket is None else torch.addcmul(bracket, suffix, beta)
-            bracket = ranking.of_items(by_slot.to(w.dtype))
-            torch.addcmul(-beta if mu is None else -beta * mu, w, bracket, out=out)
+            bracket, share = ranking.of_items(by_slot.to(w.dtype)), -beta.to(w.dtype)
+            torch.addcmul(share if mu is None else share * mu, w, bracket, out=out)
     elif out is not None:
         assert bracket is not None
         torch.mul(w, bracket, out=out)

@@ -221,7 +221,7 @@ class Selected:
         # Summed without the better items, and not as a difference, in which small worths would be lost.
         rest = worths.scatter(-1, self._order, selected.masked_fill(self._is_above, 0))
         total = rest.sum(-1, keepdim=True, dtype=torch.float64)
-        better = running_sum(selected.masked_fill(~self._is_above, 0)).gather(-1, self._last)
+        better = running_sum(selected.where(self._is_above, 0)).gather(-1, self._last)
         return torch.cat([total, total + better], -1)
 
     def log_denominators(self, denominators: Tensor, *, narrow: bool) -> Tensor:  # noqa: ARG002

@@ -238,7 +238,13 @@ def test_torch_func_is_right_or_refused() -> None:
             torch.testing.assert_close(a, b)
 
 
-LIKELIHOODS = [{}, {"discount": "log", "top_k": 3}, {"worth": "shifted"}, {"worth": "identity", "top_k": 2}]
+LIKELIHOODS = [
+    {},
+    {"discount": "log", "top_k": 3},
+    {"top_k": 9},
+    {"worth": "shifted"},
+    {"worth": "identity", "top_k": 2},
+]
 LISTS = [
     {"method": method, "memory_budget": budget, "diagonal": diagonal}
     for method, budget, diagonal in itertools.product(["sort", "bin"], [0, None], [True, False])
