@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss.batch import MATRICES, Batch, Matrix, Term, other_items
-from rankloss.likelihood import list_terms, reference_from, scores_from
+from rankloss.likelihood import list_terms, scores_from
 from rankloss.options import RankOptions
 from rankloss.ranking import random_shuffle
 
@@ -29,12 +29,12 @@ def row_lists_nll(batch: Batch, term: Term, options: RankOptions, shuffles: Tens
         if share == 0:
             continue
         scores = scores_from(cosines, batch.scale, options)
-        reference = reference_from(ranked_by[0].reference(ranked_by[1]), batch.scale, options)
+        reference = ranked_by[0].reference(ranked_by[1])
         if not options.diagonal:
             others = other_items(batch.own, scores.shape[-1])
             scores, reference = scores.gather(-1, others), reference.gather(-1, others)
         shuffle = None if shuffles is None else shuffles[MATRICES.index(matrix.name)]
-        value = value + share * list_terms(scores, reference, options, shuffle).sum(-1)
+        value = value + share * list_terms(scores, reference, batch.scale, options, shuffle).sum(-1)
     return value
 
 
@@ -84,13 +84,8 @@ def batch_list_nll(batch: Batch, term: Term, options: RankOptions) -> Tensor:
 
 def _flat_terms(cosines: Tensor, reference: Tensor, batch: Batch, options: RankOptions) -> Tensor:
     scores = scores_from(cosines, batch.scale, options)
-    reference = reference_from(reference, batch.scale, options)
-    shuffle = random_shuffle(scores.numel(), scores.device, options)
-    if options.diagonal:
-        return list_terms(scores.flatten(), reference.flatten(), options, shuffle).view_as(scores)
-    n = len(scores)
-    others = other_items(torch.arange(n, device=scores.device), n)
-    terms = list_terms(
-        scores.gather(-1, others).flatten(), reference.gather(-1, others).flatten(), options, shuffle
-    )
-    return torch.zeros_like(scores).scatter(-1, others, terms.view_as(others))
+    n, shuffle = len(scores), random_shuffle(scores.numel(), scores.device, options)
+    others = None if options.diagonal else other_items(torch.arange(n, device=scores.device), n)
+    x, y = (m if others is None else m.gather(-1, others) for m in (scores, reference))
+    terms = list_terms(x.flatten(), y.flatten(), batch.scale, options, shuffle).view_as(x)
+    return terms if others is None else torch.zeros_like(scores).scatter(-1, others, terms)

@@ -27,7 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss.batch import other_items
-from rankloss.likelihood import list_terms, log_worth, log_worth_slope, reference_from, scores_from
+from rankloss.likelihood import (
+    list_terms,
+    log_worth,
+    log_worth_slope,
+    scores_from,
+    top_one_probabilities,
+)
 from rankloss.options import Plan, RankOptions
 from rankloss.ranking import Ranking, rankings, slices
 
@@ -185,7 +191,7 @@ def _by_sums(
     if options.model == "top_one" and beta is not None:
         assert block.reference is not None
         total = w.sum(-1, keepdim=True, dtype=torch.float64)
-        p = reference_from(block.reference, block.scale, options).softmax(-1)
+        p = top_one_probabilities(block.reference, block.scale, options)
         nll = (p * (total.log() + (shift - log_w))).sum(-1)
         if out is not None:
             bracket = beta / total if bracket is None else bracket + beta / total
@@ -229,8 +235,7 @@ def _by_definition(block: Block, options: RankOptions, out: Tensor | None) -> _V
         if block.alpha is not None:
             found.append(F.cross_entropy(x, block.own, reduction="none"))
         if block.reference is not None:
-            y = reference_from(block.reference, block.scale, options)
-            found.append(list_terms(x, y, options, block.shuffle).sum(-1))
+            found.append(list_terms(x, block.reference, block.scale, options, block.shuffle).sum(-1))
         return tuple(found)
 
     # torch.func, since an operator runs below autograd.

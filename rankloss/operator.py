@@ -231,7 +231,7 @@ def _run(
 ) -> tuple[Terms, tuple[Tensor, ...]]:
     """Values per anchor, and gradients in the order of the inputs, empty where none is wanted."""
     options, image = call.parsed, call.image
-    plan = options.plan(call.anchors, len(image), image.device, image.dtype)
+    plan = options.plan(call.anchors, len(image), image.device, image.dtype, has_teacher=batch.has_teacher)
     values, sums = stream(batch, options, plan, weights, call.shuffles, wanted)
     return values, tuple(image.new_empty(0) if x is None else x for x in sums)
 

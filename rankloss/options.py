@@ -213,10 +213,24 @@ class RankOptions:
         """The factor of one anchor's value before the anchors' values are added up."""
         return {"mean": 1 / anchors, "sum": items / anchors, "none": 1.0}[self.reduction]
 
-    def plan(self, anchors: int, items: int, device: torch.device, dtype: torch.dtype) -> Plan:
+    def plan(
+        self,
+        anchors: int,
+        items: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        has_teacher: bool = False,
+    ) -> Plan:
         """How row lists of these sizes are computed, see :func:`choose_plan`."""
         return choose_plan(
-            anchors, items, device, dtype, chunk_size=self.chunk_size, memory_budget=self.memory_budget
+            anchors,
+            items,
+            device,
+            dtype,
+            has_teacher=has_teacher,
+            chunk_size=self.chunk_size,
+            memory_budget=self.memory_budget,
         )
 
 
@@ -355,7 +369,10 @@ class Plan:
         chunk_size: anchors of one product.
         ranked_size: anchors whose lists are ranked at once.
         slice_size: anchors whose running sums are taken at once.
-        matrix_bytes: the most that is kept of whole matrices: 0, or as much as one of N×N.
+        matrix_bytes: the most that is kept of whole matrices: 0, as much as one of N×N, or half as much more
+            with the teacher's.
+        shares_reference: whether the similarities of a teacher are shared likewise: two products of N×N×D'
+            in place of four.
     """
 
     name: Literal["rows", "shared"]
@@ -363,6 +380,7 @@ class Plan:
     ranked_size: int
     slice_size: int
     matrix_bytes: int
+    shares_reference: bool = False
 
 
 def choose_plan(
@@ -371,6 +389,7 @@ def choose_plan(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    has_teacher: bool = False,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
 ) -> Plan:
@@ -381,13 +400,15 @@ def choose_plan(
         items: the length of a list.
         device: where the features are.
         dtype: of the arithmetic.
+        has_teacher: whether the lists are ranked by a teacher's features.
         chunk_size: anchors of one product; None chooses from the sizes and the device.
         memory_budget: bytes that matrices of the whole batch may take; None is 64 MiB on a CPU and 1 GiB
             elsewhere.
 
     Example:
-        >>> choose_plan(4096, 4096, torch.device("cpu"), torch.float32)
-        Plan(name='shared', chunk_size=256, ranked_size=256, slice_size=64, matrix_bytes=67108864)
+        >>> plan = choose_plan(4096, 4096, torch.device("cpu"), torch.float32)
+        >>> plan.name, plan.chunk_size, plan.slice_size, plan.matrix_bytes
+        ('shared', 256, 64, 67108864)
         >>> choose_plan(8192, 8192, torch.device("cpu"), torch.float32).name
         'rows'
     """
@@ -401,4 +422,8 @@ def choose_plan(
     matrix_bytes = items * items * dtype.itemsize
     shares = anchors == items and matrix_bytes <= memory_budget
     name: Literal["rows", "shared"] = "shared" if shares else "rows"
-    return Plan(name, chunk_size, ranked_size, slice_size, matrix_bytes if shares else 0)
+    # The student's first, which saves six products of a pass; the teacher's saves two.
+    with_reference = matrix_bytes + matrix_bytes // 2
+    shares_reference = shares and has_teacher and with_reference <= memory_budget
+    kept = with_reference if shares_reference else matrix_bytes if shares else 0
+    return Plan(name, chunk_size, ranked_size, slice_size, kept, shares_reference)

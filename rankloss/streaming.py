@@ -20,7 +20,7 @@ from torch import Tensor
 from rankloss.batch import MATRICES, Batch, Inputs, Term, anchors_and_items, full_precision
 from rankloss.lists import Block, evaluate
 from rankloss.options import Plan, RankOptions
-from rankloss.products import MirroredProducts, Products, References, Target
+from rankloss.products import MirroredProducts, Products, Target
 from rankloss.ranking import slices
 
 __all__ = ["Terms", "stream"]
@@ -107,7 +107,9 @@ def _stream_term(
     with_gradient = any(x is not None for target in into for x in target)
     products = (MirroredProducts if plan.name == "shared" else Products)(matrices, into)
     references = None if weights[1] is None else batch.references(term)
-    teacher = References(*references) if references is not None and batch.has_teacher else None
+    teacher = None
+    if references is not None and batch.has_teacher:
+        teacher = (MirroredProducts if plan.shares_reference else Products)(references)
     own = batch.own
     for rows in slices(batch.anchors, plan.chunk_size):
         cosines = products.take(rows)

@@ -163,7 +163,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         loss,
         seed=draw(st.integers(0, 2**32 - 1)),
-        n=draw(st.integers(2, 9)),
+        n=draw(st.integers(2, 9) | st.sampled_from([16, 24])),
         d=draw(st.integers(2, 16)),
         scale=draw(st.sampled_from([1.0, 10.0, 1 / 0.07, 100.0]) | st.floats(1, 100)),
         data=draw(st.sampled_from(data)),

@@ -229,7 +229,12 @@ class RankConsistency(GatheringLoss):
         )
 
     def plan(
-        self, n: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        n: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        has_teacher: bool = False,
     ) -> Plan | None:
         """How a global batch of n pairs is computed; None for ``lists="batch"``, which holds whole matrices.
 
@@ -241,7 +246,7 @@ class RankConsistency(GatheringLoss):
             return None
         anchors = n // self.gather.place[1] if self.gather.anchors_are_local else n
         dtype = torch.promote_types(dtype, torch.float32)
-        return self.options.plan(anchors, n, torch.device(device), dtype)
+        return self.options.plan(anchors, n, torch.device(device), dtype, has_teacher=has_teacher)
 
     def extra_repr(self) -> str:
         """The weights and every option that is not at its default."""
