@@ -20,7 +20,10 @@ from rankloss_trainers.logging import RankClipLog, alip_log
 
 # --- RankCLIP -------------------------------------------------------------------------------------------
 
-_HIDDEN = ("reduction",)  # a value per anchor cannot be added to the base, and a sum is a mean times a weight
+_HIDDEN = (
+    "reduction",  # a value per anchor cannot be added to the base, and a sum is a mean times a weight
+    "reference_scale",  # of a teacher's features, which no trainer hands on
+)
 _METAVARS = {"top_k": "K", "bins": "B", "chunk_size": "ROWS", "memory_budget": "BYTES"}
 _RANK_FIELDS = tuple(field for field in dataclasses.fields(RankOptions) if field.name not in _HIDDEN)
 
