@@ -103,13 +103,19 @@ class RankClipLoss(nn.Module):
             raise ValueError(
                 "reduction='none' gives a value per anchor, which cannot be added to the base loss"
             )
-        self.consistency = RankConsistency(gather=gather, **options)
+        self.lambda_cross = check_weight("lambda_cross", lambda_cross)
+        self.lambda_in = check_weight("lambda_in", lambda_in)
+        # A term that the run leaves out for good has the weight 0 there too.
+        self.consistency = RankConsistency(
+            cross_modal=float(lambda_cross != 0),
+            in_modal=float(lambda_in != 0),
+            gather=gather,
+            **options,
+        )
         self.base = check_base(base, self.consistency.gather)
         if not callable(schedule):
             schedule = schedules.by_name(schedule)
         self.schedule = schedule
-        self.lambda_cross = check_weight("lambda_cross", lambda_cross)
-        self.lambda_in = check_weight("lambda_in", lambda_in)
         self.normalizer = check_weight("normalizer", normalizer)
         self._missing: str | None = "set_epoch(epoch, epochs) or set_progress(step, total_steps)"
         self._has_remarked = False
@@ -207,7 +213,7 @@ class RankClipLoss(nn.Module):
             "reference_text_features": reference_text_features,
         }
         self.consistency.check_inputs(image_features, text_features, logit_scale, **teacher)
-        check_references(self.consistency.options, cross_modal=self.lambda_cross != 0, **teacher)
+        check_references(self.consistency.options, cross_modal=self.consistency.cross_modal != 0, **teacher)
         # A graph that is captured while λ is 0 must be able to follow it.
         is_on = self.normalizer != 0 and (not self._is_zero or is_capturing(image_features.device))
         cross_modal, in_modal = self.lambda_cross != 0 and is_on, self.lambda_in != 0 and is_on
