@@ -161,8 +161,17 @@ def weighted_terms(
         contrastive: whether the cross-entropy is wanted; only row lists of worth ``exp`` can carry it.
         cross_modal: whether the cross-modal term is wanted.
         in_modal: whether the in-modal term is wanted.
+
+    Raises:
+        ValueError: where a teacher's features do not fit, see :func:`check_references`.
     """
     image = batch.image
+    check_references(
+        options,
+        cross_modal=cross_modal,
+        reference_image_features=batch.reference_image,
+        reference_text_features=batch.reference_text,
+    )
     if weights.device.type == "meta" and image.device.type != "meta":
         raise ValueError(f"weights must be on {image.device}, as the features; got meta")
     weights = weights.detach().to(image.device, non_blocking=True).double()
@@ -264,12 +273,6 @@ def _term(
         logit_scale,
         reference_image=reference_image_features,
         reference_text=reference_text_features,
-    )
-    check_references(
-        checked,
-        cross_modal=term == "cross_modal",
-        reference_image_features=reference_image_features,
-        reference_text_features=reference_text_features,
     )
     weights = torch.ones(3, dtype=torch.float64, device=batch.image.device)
     wanted = {name: name == term for name in get_args(Term)}
