@@ -236,15 +236,14 @@ class Batch:
             return Matrix("S", images, items_1, t), Matrix("R", texts, items_2, v)
         return Matrix("I", images, items_1, v), Matrix("X", texts, items_2, t)
 
-    def references(self, term: Term) -> tuple[Matrix, Matrix]:
-        """What the lists of the two :meth:`matrices` are ranked by: each by the other, or by a teacher.
+    def references(self, term: Term, matrices: tuple[Matrix, Matrix]) -> tuple[Matrix, Matrix]:
+        """What the lists of a term's two matrices are ranked by: each by the other, or by a teacher.
 
         A teacher ranks S by its own S' and R by R', I by I' and X by X'. With the features of one modality
         alone it ranks both I and X by the matrix of that modality, since their items are the same pairs.
         """
         if not self.has_teacher:
-            first, second = self.matrices(term)
-            return second, first
+            return matrices[1], matrices[0]
         rows = slice(self.first_row, self.first_row + self.anchors)
         v, t = self.reference_image, self.reference_text
         if term == "cross_modal":

@@ -40,7 +40,8 @@ def row_lists_nll(batch: Batch, term: Term, options: RankOptions, shuffles: Tens
 
 def _sides(batch: Batch, term: Term) -> list[tuple[Matrix, Tensor, tuple[Matrix, Tensor]]]:
     """The two matrices of a term with their cosines, each with what its lists are ranked by."""
-    matrices, references = batch.matrices(term), batch.references(term)
+    matrices = batch.matrices(term)
+    references = batch.references(term, matrices)
     cosines = [m.cosines() for m in matrices]
     of_references = [m.cosines() for m in references] if batch.has_teacher else cosines[::-1]
     return list(zip(matrices, cosines, zip(references, of_references, strict=True), strict=True))
@@ -62,9 +63,9 @@ def batch_list_nll(batch: Batch, term: Term, options: RankOptions) -> Tensor:
     with ``reduction="mean"`` is divided by its Σ_p μ_p.
     """
     if term == "cross_modal":
-        first, _ = batch.matrices(term)
-        a = first.cosines()
-        by_first, by_second = batch.references(term)
+        matrices = batch.matrices(term)
+        a = matrices[0].cosines()
+        by_first, by_second = batch.references(term, matrices)
         reference = by_first.reference(by_first.cosines() if batch.has_teacher else a.T)
         if by_second.first_equal is not None:  # here equal anchors tie as well
             reference = reference[by_second.first_equal]

@@ -106,7 +106,7 @@ def _stream_term(
     into = _targets(term, batch, sums, options)
     with_gradient = any(x is not None for target in into for x in target)
     products = (MirroredProducts if plan.name == "shared" else Products)(matrices, into)
-    references = None if weights[1] is None else batch.references(term)
+    references = None if weights[1] is None else batch.references(term, matrices)
     teacher = None
     if references is not None and batch.has_teacher:
         teacher = (MirroredProducts if plan.shares_reference else Products)(references)

@@ -59,7 +59,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     of_clip: dict[str, Any] = field(default_factory=dict)
     """What RankClipLoss takes beside the options of its terms."""
-    teacher: tuple[str, ...] = ()
+    teacher: list[str] = field(default_factory=list)
     """The modalities of which a teacher's features rank the lists."""
 
     def of_teacher(self) -> dict[str, Tensor]:
@@ -120,14 +120,14 @@ def cases(draw: st.DrawFn) -> Case:
         "ties": draw(st.sampled_from(["shared", "shared", "shared", "random"])),
     }
     of_clip: dict[str, Any] = {}
-    teacher: tuple[str, ...] = ()
+    teacher: list[str] = []
     data = ["random", "correlated", "low rank", "duplicates", "clusters", "near unit", *EXACT]
     if loss == "plackett_luce_nll":
         options = {k: v for k, v in options.items() if k != "worth"}
     else:
         options["lists"] = draw(st.sampled_from(["row", "batch"]))
         options["model"] = draw(st.sampled_from(["plackett_luce", "plackett_luce", "top_one"]))
-        teacher = draw(st.sampled_from([(), (), (), ("image", "text"), ("image",), ("text",)]))
+        teacher = draw(st.sampled_from([[], [], [], ["image", "text"], ["image"], ["text"]]))
         is_ranked = options["model"] == "plackett_luce"
         if not is_ranked:
             options |= {"worth": "exp", "discount": None, "top_k": None, "ties": "shared"}
