@@ -38,6 +38,7 @@ __all__ = [
     "check_device",
     "check_features",
     "check_is_tensor",
+    "check_reference_features",
     "check_scale",
     "first_occurrence",
     "full_precision",
@@ -143,7 +144,9 @@ class Batch:
     ``image`` and ``text``, ``[N, D]``, hold the items that lists are made of. ``image_anchors`` and
     ``text_anchors``, where they are not None, hold the rows that have lists here, ``[n, D]`` (the local ones
     of a distributed batch), which begin at row ``first_row`` of the items. ``home`` is the device of the
-    features as they were given, where the values of the terms go.
+    features as they were given, where the values of the terms go. ``reference_image`` and ``reference_text``,
+    ``[N, D']``, are a teacher's features of the items, which the lists are ranked by; None where there are
+    none.
     """
 
     image: Tensor
@@ -153,6 +156,8 @@ class Batch:
     text_anchors: Tensor | None = None
     first_row: int = 0
     home: torch.device | None = None
+    reference_image: Tensor | None = None
+    reference_text: Tensor | None = None
     _first_equal: dict[str, Tensor | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -167,10 +172,13 @@ class Batch:
         image_anchors: Tensor | None = None,
         text_anchors: Tensor | None = None,
         first_row: int = 0,
+        reference_image: Tensor | None = None,
+        reference_text: Tensor | None = None,
     ) -> Batch:
         """Check the features and bring them to float32, or to float64 if either is that.
 
-        On MPS, which has no float64, they are brought to the CPU.
+        A teacher's features, whatever their dtype, are brought to the same dtype and lose their graph. On
+        MPS, which has no float64, everything is brought to the CPU.
 
         Raises:
             RuntimeError: in forward-mode differentiation.
@@ -183,6 +191,10 @@ class Batch:
         for name, anchors in (("image_anchors", image_anchors), ("text_anchors", text_anchors)):
             if anchors is not None:
                 check_device(name, anchors, image_features)
+        teacher = (reference_image, reference_text)
+        for name, reference in zip(_REFERENCES, teacher, strict=True):
+            if reference is not None:
+                check_reference_features(name, reference, image_features)
         batch = cls(
             image_features.to(device).to(dtype),
             text_features.to(device).to(dtype),
@@ -191,6 +203,7 @@ class Batch:
             None if text_anchors is None else text_anchors.to(device).to(dtype),
             first_row,
             home,
+            *(None if x is None else x.detach().to(device).to(dtype) for x in teacher),
         )
         refuse_forward_mode(*batch.inputs)
         return batch
@@ -206,6 +219,11 @@ class Batch:
         return len(self.image if self.image_anchors is None else self.image_anchors)
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether the lists are ranked by a teacher's features."""
+        return self.reference_image is not None or self.reference_text is not None
+
+    @property
     def own(self) -> Tensor:
         """``[n]``: the column of every anchor's own pair."""
         return self.first_row + torch.arange(self.anchors, device=self.image.device)
@@ -219,6 +237,28 @@ class Batch:
             return Matrix("S", images, items_1, t), Matrix("R", texts, items_2, v)
         return Matrix("I", images, items_1, v), Matrix("X", texts, items_2, t)
 
+    def references(self, term: Term, matrices: tuple[Matrix, Matrix]) -> tuple[Matrix, Matrix]:
+        """What the lists of a term's two matrices are ranked by: each by the other, or by a teacher.
+
+        A teacher ranks S by its own S' and R by R', I by I' and X by X'. With the features of one modality
+        alone it ranks both I and X by the matrix of that modality, since their items are the same pairs.
+        """
+        if not self.has_teacher:
+            return matrices[1], matrices[0]
+        rows = slice(self.first_row, self.first_row + self.anchors)
+        v, t = self.reference_image, self.reference_text
+        if term == "cross_modal":
+            assert v is not None
+            assert t is not None
+            of_v, of_t = self._equal("reference_image", v), self._equal("reference_text", t)
+            return Matrix("S", v[rows], t, of_t), Matrix("R", t[rows], v, of_v)
+        of_images = None if v is None else Matrix("I", v[rows], v, self._equal("reference_image", v))
+        of_texts = None if t is None else Matrix("X", t[rows], t, self._equal("reference_text", t))
+        by_first, by_second = of_images or of_texts, of_texts or of_images
+        assert by_first is not None
+        assert by_second is not None
+        return by_first, by_second
+
     def _equal(self, name: str, features: Tensor) -> Tensor | None:
         # Not a cached_property: up to Python 3.11 that takes a lock, where a compiler would stop.
         if name not in self._first_equal:
@@ -228,13 +268,14 @@ class Batch:
     @property
     def nan_unless_finite(self) -> Tensor:
         """1 if all features are finite, else NaN; multiplying by it makes the loss NaN."""
-        return nan_unless_finite(self.image, self.text).to(self.image.dtype)
+        given = (self.image, self.text, self.reference_image, self.reference_text)
+        return nan_unless_finite(*given).to(self.image.dtype)
 
 
-def nan_unless_finite(image: Tensor, text: Tensor) -> Tensor:
+def nan_unless_finite(*features: Tensor | None) -> Tensor:
     """1 if all features are finite, else NaN; multiplying by it makes the loss NaN."""
-    finite = image.detach().isfinite().all() & text.detach().isfinite().all()
-    return torch.where(finite, 1.0, math.nan)
+    finite = [x.detach().isfinite().all() for x in features if x is not None]
+    return torch.where(functools.reduce(torch.logical_and, finite), 1.0, math.nan)
 
 
 def anchors_and_items(term: Term, of: Inputs, are_local: bool) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
@@ -281,6 +322,27 @@ def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: 
             f"got shape {tuple(image_features.shape)}"
         )
     check_device("text_features", text_features, image_features)
+
+
+_REFERENCES = ("reference_image_features", "reference_text_features")
+
+
+def check_reference_features(name: str, reference: Tensor, image_features: Tensor) -> None:
+    """Raise an error that names the argument unless it is floating ``[N, D']``, on the features' device.
+
+    Raises:
+        TypeError: for what is no tensor.
+        ValueError: for all else.
+    """
+    check_is_tensor(name, reference)
+    if reference.dim() != 2 or reference.shape[0] != len(image_features) or reference.shape[1] < 1:
+        raise ValueError(
+            f"{name} must have shape [N, D'] with one row per pair, N = {len(image_features)}; "
+            f"got {tuple(reference.shape)}"
+        )
+    if not reference.is_floating_point():
+        raise ValueError(f"{name} must be floating point; got {reference.dtype}")
+    check_device(name, reference, image_features)
 
 
 def check_is_tensor(name: str, value: object) -> None:

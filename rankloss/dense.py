@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import MATRICES, Batch, Term, other_items
-from rankloss.likelihood import nll_terms, scores_from
+from rankloss.batch import MATRICES, Batch, Matrix, Term, other_items
+from rankloss.likelihood import list_terms, scores_from
 from rankloss.options import RankOptions
 from rankloss.ranking import random_shuffle
 
@@ -24,20 +24,27 @@ def row_lists_nll(batch: Batch, term: Term, options: RankOptions, shuffles: Tens
     ``shuffles``, ``[4, N]``, are those of the lists of S, R, I and X under ``ties="random"``. With
     ``reduction="mean"`` each list's NLL is divided by its Σ_p μ_p.
     """
-    first, second = batch.matrices(term)
-    a, b = first.cosines(), second.cosines()
-    directions = ((first, a, second.reference(b)), (second, b, first.reference(a)))
-    value = a.new_zeros(len(a))
-    for (matrix, cosines, reference), share in zip(directions, options.directions, strict=True):
+    value = batch.image.new_zeros(batch.anchors)
+    for (matrix, cosines, ranked_by), share in zip(_sides(batch, term), options.directions, strict=True):
         if share == 0:
             continue
         scores = scores_from(cosines, batch.scale, options)
+        reference = ranked_by[0].reference(ranked_by[1])
         if not options.diagonal:
-            others = other_items(batch.own, a.shape[-1])
+            others = other_items(batch.own, scores.shape[-1])
             scores, reference = scores.gather(-1, others), reference.gather(-1, others)
         shuffle = None if shuffles is None else shuffles[MATRICES.index(matrix.name)]
-        value = value + share * nll_terms(scores, reference, options, shuffle).sum(-1)
+        value = value + share * list_terms(scores, reference, batch.scale, options, shuffle).sum(-1)
     return value
+
+
+def _sides(batch: Batch, term: Term) -> list[tuple[Matrix, Tensor, tuple[Matrix, Tensor]]]:
+    """The two matrices of a term with their cosines, each with what its lists are ranked by."""
+    matrices = batch.matrices(term)
+    references = batch.references(term, matrices)
+    cosines = [m.cosines() for m in matrices]
+    of_references = [m.cosines() for m in references] if batch.has_teacher else cosines[::-1]
+    return list(zip(matrices, cosines, zip(references, of_references, strict=True), strict=True))
 
 
 def row_lists_cross_entropy(batch: Batch) -> Tensor:
@@ -55,32 +62,31 @@ def batch_list_nll(batch: Batch, term: Term, options: RankOptions) -> Tensor:
     A pair's summand belongs to the anchor whose row it stands in, so the entries sum to the list's NLL, which
     with ``reduction="mean"`` is divided by its Σ_p μ_p.
     """
-    first, second = batch.matrices(term)
-    a = first.cosines()
     if term == "cross_modal":
-        # R is S transposed, so C(R | S) is C(S | R) with the pairs relabelled: summed by column, not by row.
-        reference = first.reference(a)
-        if second.first_equal is not None:  # here equal anchors tie as well
-            reference = reference[second.first_equal]
-        terms = _flat_terms(scores_from(a, batch.scale, options), reference.T, options)
+        matrices = batch.matrices(term)
+        a = matrices[0].cosines()
+        by_first, by_second = batch.references(term, matrices)
+        reference = by_first.reference(by_first.cosines() if batch.has_teacher else a.T)
+        if by_second.first_equal is not None:  # here equal anchors tie as well
+            reference = reference[by_second.first_equal]
+        terms = _flat_terms(a, reference, batch, options)
+        # The matrices of the texts are those of the images transposed, so the other direction's list holds
+        # the same pairs relabelled: it is summed by column, not by row.
         return options.directions[0] * terms.sum(1) + options.directions[1] * terms.sum(0)
-    b = second.cosines()
-    value = a.new_zeros(len(a))
-    directions = ((a, second.symmetric_reference(b)), (b, first.symmetric_reference(a)))
-    for (cosines, reference), share in zip(directions, options.directions, strict=True):
+    value = batch.image.new_zeros(batch.anchors)
+    for (_, cosines, (matrix, of_matrix)), share in zip(_sides(batch, term), options.directions, strict=True):
         if share > 0:
-            scores = scores_from(cosines, batch.scale, options)
-            value = value + share * _flat_terms(scores, reference, options).sum(1)
+            # Values are compared under top_one, which ties do not matter to.
+            ties = options.model == "plackett_luce"
+            reference = matrix.symmetric_reference(of_matrix) if ties else of_matrix.detach()
+            value = value + share * _flat_terms(cosines, reference, batch, options).sum(1)
     return value
 
 
-def _flat_terms(scores: Tensor, reference: Tensor, options: RankOptions) -> Tensor:
-    shuffle = random_shuffle(scores.numel(), scores.device, options)
-    if options.diagonal:
-        return nll_terms(scores.flatten(), reference.flatten(), options, shuffle).view_as(scores)
-    n = len(scores)
-    others = other_items(torch.arange(n, device=scores.device), n)
-    terms = nll_terms(
-        scores.gather(-1, others).flatten(), reference.gather(-1, others).flatten(), options, shuffle
-    )
-    return torch.zeros_like(scores).scatter(-1, others, terms.view_as(others))
+def _flat_terms(cosines: Tensor, reference: Tensor, batch: Batch, options: RankOptions) -> Tensor:
+    scores = scores_from(cosines, batch.scale, options)
+    n, shuffle = len(scores), random_shuffle(scores.numel(), scores.device, options)
+    others = None if options.diagonal else other_items(torch.arange(n, device=scores.device), n)
+    x, y = (m if others is None else m.gather(-1, others) for m in (scores, reference))
+    terms = list_terms(x.flatten(), y.flatten(), batch.scale, options, shuffle).view_as(x)
+    return terms if others is None else torch.zeros_like(scores).scatter(-1, others, terms)

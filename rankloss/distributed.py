@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -270,6 +271,16 @@ class Gather:
         chunks = list(gathered.chunk(world_size))
         chunks[rank] = features
         return torch.cat(chunks)
+
+    def constants(self, *features: Tensor | None) -> list[Tensor | None]:
+        """Features ``[n, D_k]`` of all processes, without a gradient, in one gathering; None stays None."""
+        given = [x.detach() for x in features if x is not None]
+        if given and self.place[1] > 1:
+            dtype = functools.reduce(torch.promote_types, (x.dtype for x in given))
+            gathered = _gather(torch.cat([x.to(dtype) for x in given], 1), self.group)
+            given = list(gathered.split([x.shape[1] for x in given], 1))
+        remaining = iter(given)
+        return [None if x is None else next(remaining) for x in features]
 
 
 GatherOption: TypeAlias = Gather | Literal[False] | None

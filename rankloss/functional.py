@@ -5,7 +5,10 @@ With S = s·V·Tᵀ, R = Sᵀ, I = s·V·Vᵀ, X = s·T·Tᵀ, and C the NLL of 
 
     cross = ½[C(S | R) + C(R | S)],   in = ½[C(I | X) + C(X | I)],
 
-or one direction of each where the other modality's rankings are a fixed reference.
+or one direction of each where the other modality's rankings are a fixed reference. With a teacher's features
+V', T' each matrix is ranked by the teacher's own, S' = V'·T'ᵀ and so on,
+
+    cross = ½[C(S | S') + C(R | R')],   in = ½[C(I | I') + C(X | X')].
 
 Similarities, order and sums are computed in float32 at least, whatever the features' dtype or an enclosing
 autocast region asks for: half-precision similarities would make ties of neighbours. In float32 the gradient
@@ -27,7 +30,7 @@ from rankloss.operator import row_lists
 from rankloss.options import Discount, RankOptions, Ties, Worth
 from rankloss.ranking import random_shuffle
 
-__all__ = ["cross_modal", "in_modal", "plackett_luce_nll", "weighted_terms"]
+__all__ = ["check_references", "cross_modal", "in_modal", "plackett_luce_nll", "weighted_terms"]
 
 
 def plackett_luce_nll(
@@ -98,6 +101,42 @@ def plackett_luce_nll(
     return nll_terms(scores, reference.detach(), options, shuffle).sum(-1)
 
 
+def check_references(
+    options: RankOptions,
+    *,
+    cross_modal: bool,
+    reference_image_features: Tensor | None,
+    reference_text_features: Tensor | None,
+) -> None:
+    """Raise a ValueError unless a teacher's features fit the options and the terms that are wanted."""
+    image, text = reference_image_features, reference_text_features
+    if image is None and text is None:
+        if options.reference_scale is not None:
+            raise ValueError(
+                f"reference_scale={options.reference_scale!r} multiplies a teacher's similarities; it needs "
+                "reference_image_features or reference_text_features"
+            )
+        return
+    given = "reference_text_features" if image is None else "reference_image_features"
+    if options.fixed_reference is not None:
+        raise ValueError(
+            f"fixed_reference={options.fixed_reference!r} fixes one of the batch's own rankings; it does not "
+            f"apply beside {given}"
+        )
+    if not cross_modal:
+        return
+    if image is None or text is None:
+        raise ValueError(
+            "the cross-modal term needs reference_image_features and reference_text_features; got "
+            f"{given} alone, which ranks the in-modal term: give the cross-modal term the weight 0"
+        )
+    if image.shape[1] != text.shape[1]:
+        raise ValueError(
+            "reference_image_features and reference_text_features must have one dimension in the "
+            f"cross-modal term; got {tuple(image.shape)} and {tuple(text.shape)}"
+        )
+
+
 def weighted_terms(
     batch: Batch,
     options: RankOptions,
@@ -122,8 +161,17 @@ def weighted_terms(
         contrastive: whether the cross-entropy is wanted; only row lists of worth ``exp`` can carry it.
         cross_modal: whether the cross-modal term is wanted.
         in_modal: whether the in-modal term is wanted.
+
+    Raises:
+        ValueError: where a teacher's features do not fit, see :func:`check_references`.
     """
     image = batch.image
+    check_references(
+        options,
+        cross_modal=cross_modal,
+        reference_image_features=batch.reference_image,
+        reference_text_features=batch.reference_text,
+    )
     if weights.device.type == "meta" and image.device.type != "meta":
         raise ValueError(f"weights must be on {image.device}, as the features; got meta")
     weights = weights.detach().to(image.device, non_blocking=True).double()
@@ -149,10 +197,17 @@ def weighted_terms(
 
 
 def cross_modal(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **options: Any
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float = 1.0,
+    *,
+    reference_image_features: Tensor | None = None,
+    reference_text_features: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """``½[C(S | R) + C(R | S)]``: the image's ranking of the texts against the text's ranking of the images.
 
+    With a teacher's features of both modalities it is ``½[C(S | S') + C(R | R')]``.
     Arguments, shapes and errors as in :class:`rankloss.RankConsistency`.
 
     Example:
@@ -160,22 +215,46 @@ def cross_modal(
         >>> round(cross_modal(v, v, 10.0).item(), 4)  # perfect pairs; the two wrong items of a list are tied
         0.4621
     """
-    return _term("cross_modal", image_features, text_features, logit_scale, options)
+    return _term(
+        "cross_modal",
+        image_features,
+        text_features,
+        logit_scale,
+        reference_image_features,
+        reference_text_features,
+        options,
+    )
 
 
 def in_modal(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **options: Any
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float = 1.0,
+    *,
+    reference_image_features: Tensor | None = None,
+    reference_text_features: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """``½[C(I | X) + C(X | I)]``: the ranking of the images among themselves against that of their texts.
 
-    Arguments, shapes and errors as in :class:`rankloss.RankConsistency`.
+    With a teacher's features of both modalities it is ``½[C(I | I') + C(X | X')]``, and with those of one,
+    whose matrix is Y', ``½[C(I | Y') + C(X | Y')]``. Arguments, shapes and errors as in
+    :class:`rankloss.RankConsistency`.
 
     Example:
         >>> v = torch.eye(3)
         >>> round(in_modal(v, v, 10.0).item(), 4)
         0.4621
     """
-    return _term("in_modal", image_features, text_features, logit_scale, options)
+    return _term(
+        "in_modal",
+        image_features,
+        text_features,
+        logit_scale,
+        reference_image_features,
+        reference_text_features,
+        options,
+    )
 
 
 def _term(
@@ -183,9 +262,18 @@ def _term(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
+    reference_image_features: Tensor | None,
+    reference_text_features: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
-    checked, batch = RankOptions(**options), Batch.of(image_features, text_features, logit_scale)
+    checked = RankOptions(**options)
+    batch = Batch.of(
+        image_features,
+        text_features,
+        logit_scale,
+        reference_image=reference_image_features,
+        reference_text=reference_text_features,
+    )
     weights = torch.ones(3, dtype=torch.float64, device=batch.image.device)
     wanted = {name: name == term for name in get_args(Term)}
     return weighted_terms(batch, checked, weights, **wanted)[1 + get_args(Term).index(term)]

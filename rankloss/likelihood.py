@@ -1,11 +1,15 @@
-r"""Plackett–Luce of one list: its negative log-likelihood by definition, in log space.
+r"""C(x | y) of one list by definition, in log space: Plackett–Luce's negative log-likelihood, and top-one.
 
 For scores x, a reference y that gives the order, and a positive worth w(x),
 
     NLL(x | y) = Σ_p μ_p · [ log Σ_{q : y_q ≤ y_p} w(x_q) − log w(x_p) ].
 
 These are plain differentiable operations on ℓ = log w(x): no sum underflows however far apart the scores are,
-and autograd differentiates them any number of times. :mod:`rankloss.lists` computes the same faster.
+and autograd differentiates them any number of times. Under ``model="top_one"`` the summands are
+
+    p_q · [ log Σ_r e^{x_r} − x_q ],   p = softmax(y).
+
+:mod:`rankloss.lists` computes the same faster.
 """
 
 from __future__ import annotations
@@ -19,7 +23,36 @@ from rankloss.batch import may_look_at
 from rankloss.options import RankOptions, Worth
 from rankloss.ranking import group_bounds, quantize, shuffled_order, weights_of_ranks
 
-__all__ = ["log_worth", "log_worth_slope", "nll_terms", "scores_from"]
+__all__ = [
+    "list_terms",
+    "log_worth",
+    "log_worth_slope",
+    "nll_terms",
+    "scores_from",
+    "top_one_probabilities",
+]
+
+
+def list_terms(
+    scores: Tensor, reference: Tensor, scale: Tensor, options: RankOptions, shuffle: Tensor | None
+) -> Tensor:
+    """The summands of C(x | y), item by item, under the options' model: ``[..., N]``, differentiable.
+
+    The scores are those of :func:`scores_from`; the reference holds cosines, which ``scale`` multiplies where
+    values count.
+    """
+    if options.model == "top_one":
+        p = top_one_probabilities(reference, scale, options)
+        return p * (scores.logsumexp(-1, keepdim=True) - scores)
+    return nll_terms(scores, reference, options, shuffle)
+
+
+def top_one_probabilities(reference: Tensor, scale: Tensor, options: RankOptions) -> Tensor:
+    """The p = softmax(y) of lists of cosines, without gradient; y is on the given scale or its own."""
+    reference = reference.detach()
+    factor = scale.detach() if options.reference_scale is None else options.reference_scale
+    # The difference first: it is exact near the largest, where a product's rounding would count.
+    return (factor * (reference - reference.amax(-1, keepdim=True))).softmax(-1)
 
 
 def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions, shuffle: Tensor | None) -> Tensor:

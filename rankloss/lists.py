@@ -9,7 +9,8 @@ gradient
 
     ∂/∂ℓ_q = w_q·(α / Σw + β·U_q) − α·[q = k] − β·μ_q,
 
-so the worths are made once for both, and the bracket is formed slot by slot.
+so the worths are made once for both, and the bracket is formed slot by slot. Under ``model="top_one"`` the
+ranking's NLL is the cross-entropy from p = softmax(y) to softmax(x), and its gradient w_q·β / Σw − β·p_q.
 
 The sums are plain ones, in float64, of worths that are shifted into its range. This is several times faster
 than sums in log space, and as exact, as long as the worths of one list do not span more than float64 holds;
@@ -26,7 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss.batch import other_items
-from rankloss.likelihood import log_worth, log_worth_slope, nll_terms, scores_from
+from rankloss.likelihood import (
+    list_terms,
+    log_worth,
+    log_worth_slope,
+    scores_from,
+    top_one_probabilities,
+)
 from rankloss.options import Plan, RankOptions
 from rankloss.ranking import Ranking, rankings, slices
 
@@ -111,7 +118,7 @@ def _evaluate(block: Block, options: RankOptions, plan: Plan, with_gradient: boo
 
 
 def _ranked(block: Block, options: RankOptions, plan: Plan) -> Iterator[tuple[slice, Ranking | None]]:
-    if block.reference is None:
+    if block.reference is None or options.model == "top_one":
         return ((rows, None) for rows in slices(len(block.cosines), plan.slice_size))
     return rankings(block.reference, options, block.shuffle, plan)
 
@@ -184,23 +191,31 @@ def _by_sums(
         total = w.sum(-1, keepdim=True, dtype=torch.float64)
         cross_entropy = (total.log() + shift - log_w.gather(-1, block.own[:, None])).squeeze(-1)
         bracket = alpha / total
-    if ranking is not None and beta is not None:
-        mu = None if ranking.mu is None else ranking.of_items(ranking.mu)
+    if options.model == "top_one" and beta is not None:
+        assert block.reference is not None
+        total = w.sum(-1, keepdim=True, dtype=torch.float64)
+        p = top_one_probabilities(block.reference, block.scale, options)
+        nll = (p * (total.log() + (shift - log_w))).sum(-1)
+        if out is not None:
+            bracket = beta / total if bracket is None else bracket + beta / total
+            torch.addcmul(-beta.to(p.dtype) * p, w, bracket.to(w.dtype), out=out)
+    elif ranking is not None and beta is not None:
+        mu = None if ranking.mu is None else ranking.of_items(ranking.mu.to(w.dtype))
         denominators = ranking.denominators(w)
         nll = ranking.log_denominators(denominators, narrow=w.dtype == torch.float32)
         # C is summed from shifted worths, so every −μ·ℓ becomes μ·(shift − ℓ).
         if mu is None:
             nll = nll + (shift * log_w.shape[-1] - log_w.sum(-1, keepdim=True).double()).squeeze(-1)
         else:
-            nll = nll + (mu * (shift - log_w)).sum(-1)
+            nll = nll + (mu * (shift - log_w)).sum(-1, dtype=torch.float64)
         if options.reduction == "mean":
             nll = (nll[:, None] / ranking.total_mu).squeeze(-1)
             beta = beta / ranking.total_mu
         if out is not None:
             suffix = ranking.suffix(denominators)
             by_slot = suffix * beta if bracket is None else torch.addcmul(bracket, suffix, beta)
-            bracket = ranking.of_items(by_slot.to(w.dtype))
-            torch.addcmul(-beta if mu is None else -beta * mu, w, bracket, out=out)
+            bracket, share = ranking.of_items(by_slot.to(w.dtype)), -beta.to(w.dtype)
+            torch.addcmul(share if mu is None else share * mu, w, bracket, out=out)
     elif out is not None:
         assert bracket is not None
         torch.mul(w, bracket, out=out)
@@ -223,7 +238,7 @@ def _by_definition(block: Block, options: RankOptions, out: Tensor | None) -> _V
         if block.alpha is not None:
             found.append(F.cross_entropy(x, block.own, reduction="none"))
         if block.reference is not None:
-            found.append(nll_terms(x, block.reference, options, block.shuffle).sum(-1))
+            found.append(list_terms(x, block.reference, block.scale, options, block.shuffle).sum(-1))
         return tuple(found)
 
     # torch.func, since an operator runs below autograd.

@@ -27,8 +27,11 @@ from rankloss.streaming import Terms, stream
 __all__ = ["row_lists"]
 
 _INPUTS = "Tensor image, Tensor text, Tensor? image_anchors, Tensor? text_anchors, Tensor scale"
-_SETTINGS = "Tensor weights, Tensor? shuffles, int first_row, bool[] terms, bool[] wanted, str options"
-_N_TERMS, _N_TENSORS = len(Terms._fields), 7
+_SETTINGS = (
+    "Tensor weights, Tensor? shuffles, Tensor? reference_image, Tensor? reference_text, "
+    "int first_row, bool[] terms, bool[] wanted, str options"
+)
+_N_TERMS, _N_TENSORS = len(Terms._fields), 9
 
 
 def row_lists(
@@ -55,7 +58,15 @@ def row_lists(
     grad_enabled = torch.is_grad_enabled()
     wanted = [grad_enabled and x is not None and x.requires_grad for x in inputs]
     outputs: tuple[Tensor, ...] = torch.ops.rankloss.row_lists(
-        *inputs, weights, shuffles, batch.first_row, list(terms), wanted, options.encoded
+        *inputs,
+        weights,
+        shuffles,
+        batch.reference_image,
+        batch.reference_text,
+        batch.first_row,
+        list(terms),
+        wanted,
+        options.encoded,
     )
     return outputs[:_N_TERMS]
 
@@ -70,6 +81,8 @@ class _Call(NamedTuple):
     scale: Tensor
     weights: Tensor
     shuffles: Tensor | None
+    reference_image: Tensor | None
+    reference_text: Tensor | None
     first_row: int
     terms: Sequence[bool]
     wanted: Sequence[bool]
@@ -99,7 +112,14 @@ class _Call(NamedTuple):
         no upstream value. Where a feature is not finite it is NaN.
         """
         batch = Batch(
-            self.image, self.text, self.scale, self.image_anchors, self.text_anchors, self.first_row
+            self.image,
+            self.text,
+            self.scale,
+            self.image_anchors,
+            self.text_anchors,
+            self.first_row,
+            reference_image=self.reference_image,
+            reference_text=self.reference_text,
         )
         of_rank = self.parsed.anchor_weight(self.anchors, len(self.image))
         weights = self.weights * batch.nan_unless_finite
@@ -211,7 +231,7 @@ def _run(
 ) -> tuple[Terms, tuple[Tensor, ...]]:
     """Values per anchor, and gradients in the order of the inputs, empty where none is wanted."""
     options, image = call.parsed, call.image
-    plan = options.plan(call.anchors, len(image), image.device, image.dtype)
+    plan = options.plan(call.anchors, len(image), image.device, image.dtype, has_teacher=batch.has_teacher)
     values, sums = stream(batch, options, plan, weights, call.shuffles, wanted)
     return values, tuple(image.new_empty(0) if x is None else x for x in sums)
 

@@ -10,6 +10,7 @@ import ast
 import difflib
 import functools
 import inspect
+import math
 import operator
 import typing
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,7 @@ __all__ = [
     "FixedReference",
     "ListsOption",
     "Method",
+    "Model",
     "Plan",
     "RankOptions",
     "RankOptionsDict",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 ListsOption = Literal["row", "batch"]
+Model = Literal["plackett_luce", "top_one"]
 Worth = Literal["exp", "shifted", "identity"]
 Ties = Literal["shared", "random"]
 Discount = Literal["log"]
@@ -47,6 +50,7 @@ Method = Literal["sort", "bin"]
 
 
 _LARGEST_COUNT = 2**31 - 1
+_POSITIVE = {"above": 0.0}  # bounds of a number, beside those of a count
 
 
 def _option(
@@ -59,6 +63,11 @@ def _option(
     )
 
 
+def _positive_option(default: float | None, help: str, *, none: str) -> Any:
+    """A field that is a positive number."""
+    return field(default=default, metadata={"help": help, "bounds": _POSITIVE, "none": none})
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankOptions:
     """Which lists a term is made of, how they are ranked, and how their values are put together.
@@ -66,6 +75,15 @@ class RankOptions:
     Args:
         lists: ``"row"``: N lists of N, one per anchor. ``"batch"``: one list of all N² pairs, the formula as
             printed in the paper; its memory is quadratic.
+        model: what C(x | y) of a list is. ``"plackett_luce"``: the NLL of the reference's ranking,
+            :func:`rankloss.plackett_luce_nll`. ``"top_one"``: the cross-entropy from the softmax of the
+            reference's list to that of the scores' list, Σ_q p_q·(log Σ e^x − x_q) with p = softmax(y), the
+            top-one probabilities of ListNet: it weighs the top of a list and needs no sort. y is on the scale
+            of the scores and carries no gradient. It takes ``worth="exp"``, ``ties="shared"``,
+            ``method="sort"``, and neither ``discount`` nor ``top_k``; ``reduction="mean"`` averages the
+            lists' cross-entropies.
+        reference_scale: for ``model="top_one"`` with a teacher's features, the multiplier of the teacher's
+            similarities; None takes the scale of the scores. A teacher's own ``logit_scale.exp()`` fits.
         worth: ``"exp"``: eˣ of the scaled similarity. ``"shifted"``: (1 + cosine)/2. ``"identity"``: the
             cosine itself. The last two do not depend on ``logit_scale``; a cosine whose worth is not positive
             is a ValueError on a CPU, and makes the loss NaN where looking would make an accelerator's host
@@ -98,6 +116,12 @@ class RankOptions:
     """
 
     lists: ListsOption = _option("row", "one list per anchor, or one list of all pairs of the batch")
+    model: Model = _option(
+        "plackett_luce", "likelihood of the reference's ranking, or cross-entropy of top-one probabilities"
+    )
+    reference_scale: float | None = _positive_option(
+        None, "multiplier of a teacher's similarities under model top_one", none="that of the scores"
+    )
     worth: Worth = _option("exp", "worth of an item: exp of the logit, (1 + cosine)/2, or the cosine")
     ties: Ties = _option("shared", "equal reference scores share one denominator, or are shuffled")
     discount: Discount | None = _option(None, "weight of a rank: 1/log(1 + rank)", none="1")
@@ -134,6 +158,21 @@ class RankOptions:
                 "diagonal=False makes lists of other items for every anchor, which ties='random' "
                 "does not shuffle; it needs ties='shared'"
             )
+        if self.model == "top_one":
+            self._check_top_one()
+        elif self.reference_scale is not None:
+            raise ValueError(
+                f"reference_scale={self.reference_scale!r} has no part in a ranking; it needs model='top_one'"
+            )
+
+    def _check_top_one(self) -> None:
+        excluded = {"worth": "exp", "ties": "shared", "discount": None, "top_k": None, "method": "sort"}
+        for name, needed in excluded.items():
+            if (value := getattr(self, name)) != needed:
+                raise ValueError(
+                    f"model='top_one' weighs all items by their probabilities; {name}={value!r} needs "
+                    "model='plackett_luce'"
+                )
 
     def __repr__(self) -> str:
         return f"RankOptions({', '.join(f'{name}={value!r}' for name, value in self.changed.items())})"
@@ -180,10 +219,24 @@ class RankOptions:
         """Whether a matrix of the whole batch is within ``memory_budget``."""
         return rows * columns * dtype.itemsize <= _budget(self.memory_budget, device)
 
-    def plan(self, anchors: int, items: int, device: torch.device, dtype: torch.dtype) -> Plan:
+    def plan(
+        self,
+        anchors: int,
+        items: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        has_teacher: bool = False,
+    ) -> Plan:
         """How row lists of these sizes are computed, see :func:`choose_plan`."""
         return choose_plan(
-            anchors, items, device, dtype, chunk_size=self.chunk_size, memory_budget=self.memory_budget
+            anchors,
+            items,
+            device,
+            dtype,
+            has_teacher=has_teacher,
+            chunk_size=self.chunk_size,
+            memory_budget=self.memory_budget,
         )
 
 
@@ -194,6 +247,8 @@ class RankOptionsDict(TypedDict, total=False):
     """The fields of :class:`RankOptions`, for type checkers and completion."""
 
     lists: ListsOption
+    model: Model
+    reference_scale: float | None
     worth: Worth
     ties: Ties
     discount: Discount | None
@@ -284,7 +339,19 @@ def _checked(option: Field[Any], value: Any) -> Any:
         return value
     if value is None and option.default is None:
         return None
+    if option.metadata["bounds"] is _POSITIVE:
+        return _check_positive(option.name, value)
     return check_count(option.name, value, **option.metadata["bounds"])
+
+
+def _check_positive(name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, (str, bytes, bool)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a positive number; got {value!r}")
+    return number
 
 
 # --- the plan ---------------------------------------------------------------------------------------------
@@ -311,7 +378,10 @@ class Plan:
         chunk_size: anchors of one product.
         ranked_size: anchors whose lists are ranked at once.
         slice_size: anchors whose running sums are taken at once.
-        matrix_bytes: the most that is kept of whole matrices: 0, or as much as one of N×N.
+        matrix_bytes: the most that is kept of whole matrices: 0, as much as one of N×N, or half as much more
+            with the teacher's.
+        shares_reference: whether the similarities of a teacher are shared likewise: two products of N×N×D'
+            in place of four.
     """
 
     name: Literal["rows", "shared"]
@@ -319,6 +389,7 @@ class Plan:
     ranked_size: int
     slice_size: int
     matrix_bytes: int
+    shares_reference: bool = False
 
 
 def choose_plan(
@@ -327,6 +398,7 @@ def choose_plan(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    has_teacher: bool = False,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
 ) -> Plan:
@@ -337,13 +409,15 @@ def choose_plan(
         items: the length of a list.
         device: where the features are.
         dtype: of the arithmetic.
+        has_teacher: whether the lists are ranked by a teacher's features.
         chunk_size: anchors of one product; None chooses from the sizes and the device.
         memory_budget: bytes that matrices of the whole batch may take; None is 64 MiB on a CPU and 1 GiB
             elsewhere.
 
     Example:
-        >>> choose_plan(4096, 4096, torch.device("cpu"), torch.float32)
-        Plan(name='shared', chunk_size=256, ranked_size=256, slice_size=64, matrix_bytes=67108864)
+        >>> plan = choose_plan(4096, 4096, torch.device("cpu"), torch.float32)
+        >>> plan.name, plan.chunk_size, plan.slice_size, plan.matrix_bytes
+        ('shared', 256, 64, 67108864)
         >>> choose_plan(8192, 8192, torch.device("cpu"), torch.float32).name
         'rows'
     """
@@ -355,7 +429,11 @@ def choose_plan(
     matrix_bytes = items * items * dtype.itemsize
     shares = anchors == items and matrix_bytes <= _budget(memory_budget, device)
     name: Literal["rows", "shared"] = "shared" if shares else "rows"
-    return Plan(name, chunk_size, ranked_size, slice_size, matrix_bytes if shares else 0)
+    # The student's first, which saves six products of a pass; the teacher's saves two.
+    with_reference = matrix_bytes + matrix_bytes // 2
+    shares_reference = shares and has_teacher and with_reference <= _budget(memory_budget, device)
+    kept = with_reference if shares_reference else matrix_bytes if shares else 0
+    return Plan(name, chunk_size, ranked_size, slice_size, kept, shares_reference)
 
 
 def _budget(memory_budget: int | None, device: torch.device) -> int:

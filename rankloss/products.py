@@ -27,16 +27,27 @@ class Target(NamedTuple):
     scale: Tensor | None
 
 
-class Products:
-    """Blocks of rows, multiplied out when they are taken; their gradients go to the embeddings at once."""
+_NOWHERE = Target(None, None, None)
 
-    def __init__(self, matrices: tuple[Matrix, Matrix], into: tuple[Target, Target]) -> None:
+
+class Products:
+    """Blocks of rows, multiplied out when they are taken; their gradients go to the embeddings at once.
+
+    The matrices of a teacher's features take no gradient, and the two may be one and the same.
+    """
+
+    def __init__(
+        self, matrices: tuple[Matrix, Matrix], into: tuple[Target, Target] = (_NOWHERE, _NOWHERE)
+    ) -> None:
         self._matrices, self._into = matrices, into
 
     def take(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The cosines of some rows of both matrices."""
-        first, second = (matrix.anchors[rows] @ matrix.items.T for matrix in self._matrices)
-        return first, second
+        first = self._rows_of(0, rows)
+        return first, first if self._matrices[1] is self._matrices[0] else self._rows_of(1, rows)
+
+    def _rows_of(self, side: int, rows: slice) -> Tensor:
+        return self._matrices[side].anchors[rows] @ self._matrices[side].items.T
 
     def give(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
         """Add the gradient by some rows of one of them; None is zero. It may end before the last items."""
@@ -66,26 +77,23 @@ class MirroredProducts(Products):
     Every row belongs to one block, the blocks come in order, and of a block the first side comes first.
     """
 
-    def __init__(self, matrices: tuple[Matrix, Matrix], into: tuple[Target, Target]) -> None:
+    def __init__(
+        self, matrices: tuple[Matrix, Matrix], into: tuple[Target, Target] = (_NOWHERE, _NOWHERE)
+    ) -> None:
         super().__init__(matrices, into)
         self._cosines = _Kept(), _Kept()
         self._gradients = _Kept(), _Kept()
         # The mirror image of S is R, and that of I or X the matrix itself.
         self._mirror = (1, 0) if matrices[0].name == "S" else (0, 1)
 
-    def take(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """The cosines of some rows of both: products from the diagonal on, and before it mirror images."""
-        first, second = self._rows_of(0, rows), self._rows_of(1, rows)
-        for kept, cosines in zip(self._cosines, (first, second), strict=True):
-            kept.keep(rows, cosines)
-        return first, second
-
     def _rows_of(self, side: int, rows: slice) -> Tensor:
+        """Products from the diagonal on, and before it mirror images."""
         anchors, items = self._matrices[side].anchors[rows], self._matrices[side].items
         cosines = anchors.new_empty(len(anchors), len(items))
         for columns, mirror in self._cosines[self._mirror[side]].release(rows):
             cosines[:, columns] = mirror
         torch.mm(anchors, items[rows.start :].T, out=cosines[:, rows.start :])
+        self._cosines[side].keep(rows, cosines)
         return cosines
 
     def give(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:

@@ -5,7 +5,8 @@ With worths w and a ranking y,
     C_p = Σ_{q : y_q ≤ y_p} w_q,   U_q = Σ_{p : y_p ≥ y_q} μ_p / C_p.
 
 A ranking divides a list into slots, worst first, and both sums run over slots: in :class:`Sorted` every item
-has a slot of its own, in :class:`Binned` all items of a bin share one.
+has a slot of its own, in :class:`Binned` all items of a bin share one, and in :class:`Selected` the best few
+have slots of their own, and all that do not count share one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rankloss.options import Plan, RankOptions
 __all__ = [
     "Binned",
     "Ranking",
+    "Selected",
     "Sorted",
     "ascending",
     "group_bounds",
@@ -50,7 +52,8 @@ def rankings(
     """The rankings of a block of lists, a slice of the lists at a time.
 
     Lists are sorted many at once, since short sorts do not keep the cores busy, and divided into bins few at
-    a time, so that the bins' numbers stay in a core's cache.
+    a time, so that the bins' numbers stay in a core's cache. Where few items of a list count, those are
+    selected and nothing is sorted.
 
     Args:
         reference: ``[n, N]``, float32 or float64.
@@ -62,6 +65,10 @@ def rankings(
         for rows in slices(len(reference), plan.slice_size):
             yield rows, Binned(reference[rows], options)
         return
+    if shuffle is None and options.top_k is not None and options.top_k <= reference.shape[-1] // _FEW:
+        for rows in slices(len(reference), plan.slice_size):
+            yield rows, Selected(reference[rows], options)
+        return
     for block in slices(len(reference), plan.ranked_size):
         if shuffle is None:
             ordered, order = ascending(reference[block])
@@ -70,6 +77,9 @@ def rankings(
         for part in slices(len(order), plan.slice_size):
             rows = slice(block.start + part.start, block.start + part.stop)
             yield rows, Sorted(order[part], None if ordered is None else ordered[part], options)
+
+
+_FEW = 8  # top_k is few in a list of this many times as many items
 
 
 class Sorted:
@@ -173,7 +183,64 @@ class Binned:
         return by_slot.gather(-1, self._index)
 
 
-Ranking: TypeAlias = Sorted | Binned
+class Selected:
+    """Lists of which the ``top_k`` best items count: a slot for each of those, after one for all others.
+
+    The items that are tied with the last of them count too, however many they are: of those beyond ``top_k``
+    the slot of the first that is selected holds the number, and the denominator. So no shape depends on the
+    values.
+
+    Attributes:
+        mu: ``[n, 1 + top_k]``, μ by slot.
+    """
+
+    def __init__(self, reference: Tensor, options: RankOptions) -> None:
+        assert options.top_k is not None
+        k = options.top_k
+        best, order = reference.topk(k, dim=-1)
+        ordered, self._order = best.flip(-1), order.flip(-1)  # worst first
+        self._first, self._last = group_bounds(ordered)
+        self._is_above = ordered > ordered[..., :1]
+        self._counts = reference >= ordered[..., :1]
+        mu = weights_of_ranks(torch.arange(k, 0, -1, device=reference.device), options, torch.float64)
+        assert mu is not None
+        self.mu: Tensor = F.pad(mu.expand(ordered.shape).gather(-1, self._last), (1, 0))
+        # How many items have a slot's μ: one each, and at the last value counted all on the first slot.
+        count = self._is_above.double()
+        count[..., :1] = self._counts.sum(-1, keepdim=True) - count.sum(-1, keepdim=True)
+        self._weight = self.mu * F.pad(count, (1, 0))
+
+    @property
+    def total_mu(self) -> Tensor:
+        """Σ_p μ_p of every list, ``[n, 1]``."""
+        return self._weight.sum(-1, keepdim=True)
+
+    def denominators(self, worths: Tensor) -> Tensor:
+        """C by slot, float64, for worths ``[n, N]``; that of the last value counted for the uncounted."""
+        selected = worths.gather(-1, self._order)
+        # Summed without the better items, and not as a difference, in which small worths would be lost.
+        rest = worths.scatter(-1, self._order, selected.masked_fill(self._is_above, 0))
+        total = rest.sum(-1, keepdim=True, dtype=torch.float64)
+        better = running_sum(selected.where(self._is_above, 0)).gather(-1, self._last)
+        return torch.cat([total, total + better], -1)
+
+    def log_denominators(self, denominators: Tensor, *, narrow: bool) -> Tensor:  # noqa: ARG002
+        """Σ_p μ_p·log C_p of every list."""
+        return (denominators.log() * self._weight).sum(-1)
+
+    def suffix(self, denominators: Tensor) -> Tensor:
+        """U by slot."""
+        sums = _suffix_sum(self._weight / denominators)
+        return torch.cat([sums[..., :1], sums[..., 1:].gather(-1, self._first)], -1)
+
+    def of_items(self, by_slot: Tensor) -> Tensor:
+        """What a slot holds, for every item of the list in its own place."""
+        by_slot = by_slot.expand(self.mu.shape)
+        of_rest = torch.where(self._counts, by_slot[..., 1:2], by_slot[..., :1])
+        return of_rest.scatter_(-1, self._order, by_slot[..., 1:])
+
+
+Ranking: TypeAlias = Sorted | Binned | Selected
 
 
 def weights_of_ranks(rank: Tensor, options: RankOptions, dtype: torch.dtype) -> Tensor | None:

@@ -59,9 +59,15 @@ def plackett_luce_nll(
 
 
 def cross_modal(
-    image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0, **options: Any
+    image_features: ArrayLike,
+    text_features: ArrayLike,
+    logit_scale: float = 1.0,
+    *,
+    reference_image_features: ArrayLike | None = None,
+    reference_text_features: ArrayLike | None = None,
+    **options: Any,
 ) -> Any:
-    """``½[C(S | R) + C(R | S)]`` with S = s·V·Tᵀ and R = Sᵀ.
+    """``½[C(S | R) + C(R | S)]`` with S = s·V·Tᵀ, R = Sᵀ; with a teacher ``½[C(S | S') + C(R | R')]``.
 
     Options as in :func:`rankloss.functional.cross_modal`.
 
@@ -70,25 +76,50 @@ def cross_modal(
         0.4621
     """
     cosines = _cosines(image_features, text_features)
-    return _term(cosines, cosines.T, logit_scale, cosines, cosines.T, **options)
+    references = (cosines.T, cosines)
+    if reference_image_features is not None or reference_text_features is not None:
+        if reference_image_features is None or reference_text_features is None:
+            raise ValueError(
+                "the cross-modal term needs reference_image_features and reference_text_features; got one"
+            )
+        _check_no_fixed_reference(options)
+        of_teacher = _cosines(reference_image_features, reference_text_features)
+        references = (of_teacher, of_teacher.T)
+    return _term((cosines, cosines.T), references, logit_scale, **options)
 
 
 def in_modal(
-    image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0, **options: Any
+    image_features: ArrayLike,
+    text_features: ArrayLike,
+    logit_scale: float = 1.0,
+    *,
+    reference_image_features: ArrayLike | None = None,
+    reference_text_features: ArrayLike | None = None,
+    **options: Any,
 ) -> Any:
-    """``½[C(I | X) + C(X | I)]`` with I = s·V·Vᵀ, X = s·T·Tᵀ.
+    """``½[C(I | X) + C(X | I)]`` with I = s·V·Vᵀ, X = s·T·Tᵀ; with a teacher ``½[C(I | I') + C(X | X')]``.
 
-    Options as in :func:`rankloss.functional.in_modal`.
+    Of a teacher with one modality, X' ranks I as well, or I' ranks X. Options as in
+    :func:`rankloss.functional.in_modal`.
 
     Example:
         >>> round(float(in_modal(np.eye(3), np.eye(3), 10.0)), 4)
         0.4621
     """
-    images, texts = _cosines(image_features, image_features), _cosines(text_features, text_features)
-    orders = images, texts
-    if options.get("lists") == "batch":
-        orders = _exact_where_equal(images, image_features), _exact_where_equal(texts, text_features)
-    return _term(images, texts, logit_scale, *orders, **options)
+    images, texts = (_cosines(f, f) for f in (image_features, text_features))
+    ranks_pairs = options.get("lists") == "batch" and options.get("model", "plackett_luce") != "top_one"
+
+    def ranking(features: ArrayLike) -> Array:
+        cosines = _cosines(features, features)
+        return _exact_where_equal(cosines, features) if ranks_pairs else cosines
+
+    given = [f for f in (reference_image_features, reference_text_features) if f is not None]
+    if given:
+        _check_no_fixed_reference(options)
+        references = (ranking(given[0]), ranking(given[-1]))
+    else:
+        references = (ranking(text_features), ranking(image_features))
+    return _term((images, texts), references, logit_scale, **options)
 
 
 def clip(image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0) -> float:
@@ -202,14 +233,19 @@ def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
+def _check_no_fixed_reference(options: dict[str, Any]) -> None:
+    if options.get("fixed_reference") is not None:
+        raise ValueError(f"fixed_reference={options['fixed_reference']!r} does not apply beside a teacher")
+
+
 def _term(
-    a: Array,
-    b: Array,
+    matrices: tuple[Array, Array],
+    references: tuple[Array, Array],
     s: float,
-    order_a: Array,
-    order_b: Array,
     *,
     lists: str = "row",
+    model: str = "plackett_luce",
+    reference_scale: float | None = None,
     worth: str = "exp",
     discount: str | None = None,
     top_k: int | None = None,
@@ -217,27 +253,33 @@ def _term(
     diagonal: bool = True,
     fixed_reference: str | None = None,
 ) -> Any:
-    """A term of the similarities a and b, which as references are ``order_a`` and ``order_b``.
+    """A term of two matrices of cosines, each ranked by a reference of its own.
 
-    ``reduction="mean"`` divides each list by its Σ_p μ_p.
+    ``reduction="mean"`` divides each list by its Σ_p μ_p, which is 1 under ``model="top_one"``.
     """
     _check_list(worth, discount, top_k)
     _check_choice("lists", lists, ("row", "batch"))
     _check_choice("reduction", reduction, ("mean", "sum", "none"))
     _check_choice("fixed_reference", fixed_reference, (None, "image", "text"))
-    n = len(a)
+    _check_choice("model", model, ("plackett_luce", "top_one"))
+    n = len(matrices[0])
     factor = s if worth == "exp" else 1.0
     kept = np.ones((n, n), bool) if diagonal else ~np.eye(n, dtype=bool)
     by_anchor, mean = np.zeros(n), 0.0
     directions = {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[fixed_reference]
-    for share, x, y in ((directions[0], factor * a, order_b), (directions[1], factor * b, order_a)):
+    for share, cosines, y in zip(directions, matrices, references, strict=True):
         if share == 0:
             continue
+        x = factor * cosines
         terms = np.zeros((n, n))
         # The entries of every list: of a row, or of the whole matrix.
         of_lists = [(i, k) for i, k in enumerate(kept)] if lists == "row" else [kept]
         for entries in of_lists:
-            terms[entries], mu = _terms(x[entries], y[entries], worth, discount, top_k)
+            if model == "top_one":
+                y_scale = s if reference_scale is None else reference_scale
+                terms[entries], mu = _top_one_terms(x[entries], y_scale * y[entries])
+            else:
+                terms[entries], mu = _terms(x[entries], y[entries], worth, discount, top_k)
             mean += share * math.fsum(terms[entries]) / math.fsum(mu) / len(of_lists)
         by_anchor += share * terms.sum(axis=1)
     return {"none": by_anchor, "sum": by_anchor.sum(), "mean": mean}[reduction]
@@ -257,6 +299,12 @@ def _terms(
         terms.append(mu * (_log_sum_exp(log_w[y <= y[p]]) - float(log_w[p])))
         weights.append(mu)
     return terms, weights
+
+
+def _top_one_terms(x: Array, y: Array) -> tuple[list[float], list[float]]:
+    """``p_q·(log Σ e^x − x_q)`` of every item of one list, and p = softmax(y)."""
+    p = [math.exp(float(b) - _log_sum_exp(y)) for b in y]
+    return [q * (_log_sum_exp(x) - float(a)) for q, a in zip(p, x, strict=True)], p
 
 
 def _log_worth(x: Array, worth: str) -> Array:

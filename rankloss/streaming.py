@@ -106,11 +106,15 @@ def _stream_term(
     into = _targets(term, batch, sums, options)
     with_gradient = any(x is not None for target in into for x in target)
     products = (MirroredProducts if plan.name == "shared" else Products)(matrices, into)
+    references = None if weights[1] is None else batch.references(term, matrices)
+    teacher = None
+    if references is not None and batch.has_teacher:
+        teacher = (MirroredProducts if plan.shares_reference else Products)(references)
     own = batch.own
     for rows in slices(batch.anchors, plan.chunk_size):
         cosines = products.take(rows)
+        ranked_by = cosines[::-1] if teacher is None else teacher.take(rows)
         for side, share in enumerate(options.directions):
-            partner = 1 - side
             alpha, beta = _of_rows(weights[0], rows, 0.5), _of_rows(weights[1], rows, share)
             block = Block(
                 cosines[side],
@@ -118,8 +122,8 @@ def _stream_term(
                 batch.scale,
                 alpha,
                 beta,
-                None if beta is None else cosines[partner],
-                matrices[partner].first_equal,
+                None if beta is None else ranked_by[side],
+                None if references is None else references[side].first_equal,
                 None if shuffles is None else shuffles[MATRICES.index(matrices[side].name)],
             )
             found = evaluate(block, options, plan, with_gradient=with_gradient)

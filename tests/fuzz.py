@@ -20,7 +20,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,14 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     of_clip: dict[str, Any] = field(default_factory=dict)
     """What RankClipLoss takes beside the options of its terms."""
+    teacher: list[str] = field(default_factory=list)
+    """The modalities of which a teacher's features rank the lists."""
+
+    def of_teacher(self) -> dict[str, Tensor]:
+        """Features of another dimension, by the names of the arguments."""
+        both = replace(self, seed=self.seed // 2, d=self.d + 3).features()
+        named = dict(zip(("image", "text"), both, strict=True))
+        return {f"reference_{modality}_features": named[modality] for modality in self.teacher}
 
     def features(self) -> tuple[Tensor, Tensor]:
         """Images and texts, ``[n, d]`` in float64."""
@@ -112,24 +120,34 @@ def cases(draw: st.DrawFn) -> Case:
         "ties": draw(st.sampled_from(["shared", "shared", "shared", "random"])),
     }
     of_clip: dict[str, Any] = {}
+    teacher: list[str] = []
     data = ["random", "correlated", "low rank", "duplicates", "clusters", "near unit", *EXACT]
     if loss == "plackett_luce_nll":
         options = {k: v for k, v in options.items() if k != "worth"}
     else:
         options["lists"] = draw(st.sampled_from(["row", "batch"]))
+        options["model"] = draw(st.sampled_from(["plackett_luce", "plackett_luce", "top_one"]))
+        teacher = draw(st.sampled_from([[], [], [], ["image", "text"], ["image"], ["text"]]))
+        is_ranked = options["model"] == "plackett_luce"
+        if not is_ranked:
+            options |= {"worth": "exp", "discount": None, "top_k": None, "ties": "shared"}
+            options["reference_scale"] = draw(st.sampled_from([None, 5.0, 60.0])) if teacher else None
         shared, row = options["ties"] == "shared", options["lists"] == "row"
         reductions = ["mean", "sum", "none"] if loss == "RankConsistency" else ["mean", "sum"]
         options |= {
             "reduction": draw(st.sampled_from(reductions)),
-            "fixed_reference": draw(st.sampled_from([None, "image", "text"])),
+            "fixed_reference": None if teacher else draw(st.sampled_from([None, "image", "text"])),
             "diagonal": draw(st.booleans()) if shared else True,
-            "method": draw(st.sampled_from(["sort", "bin"])) if shared and row else "sort",
+            "method": draw(st.sampled_from(["sort", "bin"])) if shared and row and is_ranked else "sort",
             "chunk_size": draw(st.sampled_from([None, 1, 2, 5])),
             "memory_budget": draw(st.sampled_from([None, 0, 300])),
         }
         if options["method"] == "bin":
             options["bins"] = draw(st.sampled_from([2, 3, 17, 640]))
-        weights = st.sampled_from([(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.25, 3.0)])
+        alone = [(0.0, 1.0), (0.0, 0.25)]
+        weights = st.sampled_from(
+            alone if len(teacher) == 1 else [(1.0, 1.0), (1.0, 0.0), *alone, (0.25, 3.0)]
+        )
         names = ("cross_modal", "in_modal") if loss == "RankConsistency" else ("lambda_cross", "lambda_in")
         of_terms = dict(zip(names, draw(weights), strict=True))
         if loss == "RankConsistency":
@@ -145,12 +163,13 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         loss,
         seed=draw(st.integers(0, 2**32 - 1)),
-        n=draw(st.integers(2, 9)),
+        n=draw(st.integers(2, 9) | st.sampled_from([16, 24])),
         d=draw(st.integers(2, 16)),
         scale=draw(st.sampled_from([1.0, 10.0, 1 / 0.07, 100.0]) | st.floats(1, 100)),
         data=draw(st.sampled_from(data)),
         options=options,
         of_clip=of_clip,
+        teacher=teacher,
     )
 
 
@@ -185,11 +204,17 @@ def build(case: Case) -> Any:
 
 
 def inputs_of(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Features and a scale, or for a single list scores and a reference."""
+    """Features, a scale and a teacher's features, or for a single list scores and a reference."""
     v, t = case.features()
     if case.loss == "plackett_luce_nll":
         return (case.scale * (v @ t.T)).to(dtype), (t @ v.T).to(dtype)
-    return v.to(dtype), t.to(dtype), torch.tensor(case.scale, dtype=dtype)
+    teacher = (x.to(dtype) for x in case.of_teacher().values())
+    return v.to(dtype), t.to(dtype), torch.tensor(case.scale, dtype=dtype), *teacher
+
+
+def _named(case: Case, inputs: Any) -> dict[str, Any]:
+    """The teacher's features among the inputs."""
+    return dict(zip(case.of_teacher(), inputs[3:], strict=True))
 
 
 def _weights(case: Case) -> tuple[float, float]:
@@ -201,7 +226,8 @@ def _weights(case: Case) -> tuple[float, float]:
 
 def _formula(case: Case) -> dict[str, Any]:
     """The options that the formula knows; the others say how it is computed."""
-    known = ("lists", "reduction", "fixed_reference", "diagonal", "bins", *LIST_OPTIONS)
+    of_lists = ("lists", "model", "reference_scale", "reduction", "fixed_reference", "diagonal", "bins")
+    known = (*of_lists, *LIST_OPTIONS)
     return {k: v for k, v in case.options.items() if k in known}
 
 
@@ -215,14 +241,17 @@ def owed(case: Case, inputs: tuple[Tensor, ...]) -> Owed:
         literal = reference.plackett_luce_nll(*arrays, **formula)
         wanted, one_nat, slope = (scores,), float(case.n), 1.0
     else:
-        wanted = tuple(x.requires_grad_() for x in exact)
+        wanted = tuple(x.requires_grad_() for x in exact[:3])
         cross, within = _weights(case)
-        value = oracle.rank_terms(*wanted, cross_modal=cross, in_modal=within, **formula)
+        teacher = _named(case, exact)
+        value = oracle.rank_terms(*wanted, cross_modal=cross, in_modal=within, **teacher, **formula)
         literal = value.detach().numpy()
         if case.options["method"] == "sort":
             arguments = (arrays[0], arrays[1], float(arrays[2]))
-            literal = cross * reference.cross_modal(*arguments, **formula)
-            literal = literal + within * reference.in_modal(*arguments, **formula)
+            teacher = _named(case, arrays)
+            literal = within * reference.in_modal(*arguments, **teacher, **formula)
+            if cross:
+                literal = literal + cross * reference.cross_modal(*arguments, **teacher, **formula)
         one_nat = (cross + within) * {"mean": 1, "sum": case.n**2, "none": case.n**1.5}[formula["reduction"]]
         if case.loss == "RankClipLoss":
             base = case.of_clip["base"]
@@ -252,7 +281,10 @@ def found(case: Case, inputs: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor,
     """The library's answer; an input that the value does not depend on has a gradient of zero."""
     count = 1 if case.loss == "plackett_luce_nll" else 3
     leaves = [x.detach().requires_grad_() if k < count else x for k, x in enumerate(inputs)]
-    value = build(case)(*leaves)
+    if case.loss == "plackett_luce_nll":
+        value = build(case)(*leaves)
+    else:
+        value = build(case)(*leaves[:3], **_named(case, leaves))
     gradients = torch.autograd.grad(value, leaves[:count], _upstream(value), allow_unused=True)
     filled = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=False))
     return value.detach(), tuple(filled)
@@ -286,11 +318,14 @@ def _lists(case: Case, inputs: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Ten
         yield inputs[1].double(), inputs[1].double()
         return
     v, t = inputs[0], inputs[1]
+    if case.teacher:
+        v, t = inputs[3], inputs[-1]
     kept = torch.ones(case.n, case.n, dtype=torch.bool)
     if not case.options["diagonal"]:
         kept = ~torch.eye(case.n, dtype=torch.bool)
     shape = (case.n, -1) if case.options["lists"] == "row" else (1, -1)
-    for a, b in ((v, t), (t, v), (v, v), (t, t)):
+    pairs = ((v, t), (t, v), (v, v), (t, t))
+    for a, b in pairs[2:] if len(case.teacher) == 1 else pairs:
         i, j = _first_equal(a)[:, None], _first_equal(b)[None]
         if a is b:  # I and X are symmetric, and a row is as similar to itself as any other to itself
             kinds = torch.where(i == j, -1, torch.minimum(i, j) * case.n + torch.maximum(i, j))
@@ -307,6 +342,12 @@ def is_decided(case: Case, inputs: tuple[Tensor, ...], gap: float) -> bool:
     """Whether every list has one order, ties included, whatever the rounding of the products."""
     worth = case.options.get("worth", "exp")
     lowest = {"exp": -math.inf, "shifted": -0.99, "identity": 0.01}[worth]
+    if case.loss != "plackett_luce_nll" and worth != "exp":
+        v, t = (x.double() for x in inputs[:2])
+        if any(bool(((a @ b.T) <= lowest).any()) for a, b in ((v, t), (v, v), (t, t))):
+            return False
+    if case.options.get("model") == "top_one":
+        return True
     for y, kinds in _lists(case, inputs):
         ordered, order = y.sort(-1)
         steps, change = ordered.diff(dim=-1), kinds.gather(-1, order).diff(dim=-1) != 0
@@ -314,8 +355,6 @@ def is_decided(case: Case, inputs: tuple[Tensor, ...], gap: float) -> bool:
         if not exact and bool((change & (steps < gap)).any()):
             return False
         if case.options["ties"] == "random" and bool((steps == 0).any() | (~change & (steps < gap)).any()):
-            return False
-        if bool((y <= lowest).any()):
             return False
         if case.options.get("method") == "bin" and not _off_the_edges(y, case.options["bins"], gap):
             return False
@@ -372,6 +411,7 @@ class Table:
 def _labels(case: Case) -> Iterator[tuple[str, str]]:
     yield "", case.loss
     yield "data", case.data
+    yield "teacher", "+".join(case.teacher) or "none"
     yield "scale", "≤ 10" if case.scale <= 10 else "≤ 50" if case.scale <= 50 else "≤ 100"
     for name, value in itertools.chain(case.options.items(), case.of_clip.items()):
         if name not in ("epoch", "cross_modal", "in_modal", "lambda_cross", "lambda_in"):

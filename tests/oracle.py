@@ -39,6 +39,12 @@ def nll_terms(
     return torch.where(mu > 0, mu * (log_denominator - log_w), 0.0), mu
 
 
+def top_one_terms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The summands ``p_q·(log Σ e^x − x_q)`` of lists ``[..., N]``, and their p = softmax(y)."""
+    p = y.exp() / y.exp().sum(-1, keepdim=True)
+    return p * (x.exp().sum(-1, keepdim=True).log() - x), p
+
+
 def nll(scores: Tensor, reference: Tensor, **likelihood: Any) -> Tensor:
     """:func:`rankloss.plackett_luce_nll`, ties shared."""
     return nll_terms(scores, reference.detach(), **likelihood)[0].sum(-1)
@@ -56,19 +62,27 @@ def term(
     fixed_reference: str | None = None,
     bins: int | None = None,
     worth: str = "exp",
+    model: str = "plackett_luce",
+    reference_scale: float | None = None,
+    reference_image_features: Tensor | None = None,
+    reference_text_features: Tensor | None = None,
     **likelihood: Any,
 ) -> Tensor:
-    """``½[C(S | R) + C(R | S)]`` or ``½[C(I | X) + C(X | I)]``; with ``bins``, lists ranked by bin."""
+    """``½[C(S | R) + C(R | S)]`` or ``½[C(I | X) + C(X | I)]``; with ``bins``, lists ranked by bin.
+
+    With a teacher ``½[C(S | S') + C(R | R')]`` or ``½[C(I | I') + C(X | X')]``.
+    """
     v, t, n = image_features, text_features, len(image_features)
     if which == "cross_modal":
         a, b = v @ t.T, t @ v.T
-        order_a = exact_products(v, t)
-        order_b = order_a.T
     else:
         a, b = v @ v.T, t @ t.T
-        order_a, order_b = exact_products(v, v), exact_products(t, t)
-        if lists == "batch":
-            order_a, order_b = _with_equal_diagonal(order_a, v), _with_equal_diagonal(order_b, t)
+    has_equal_diagonal = lists == "batch" and model == "plackett_luce"
+    teacher = [x for x in (reference_image_features, reference_text_features) if x is not None]
+    if teacher:
+        of_a, of_b = _orders(which, teacher[0], teacher[-1], has_equal_diagonal)
+    else:
+        of_b, of_a = _orders(which, v, t, has_equal_diagonal)
     kept = torch.ones(n, n, dtype=torch.bool, device="cpu") if diagonal else ~torch.eye(n, dtype=torch.bool)
     shares = {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[fixed_reference]
     shape = (-1,) if lists == "batch" else (n, -1)
@@ -76,12 +90,16 @@ def term(
         torch.zeros(n, dtype=a.dtype, device="cpu"),
         torch.zeros((), dtype=a.dtype, device="cpu"),
     )
-    for share, x, y in ((shares[0], a, order_b), (shares[1], b, order_a)):
+    for share, x, y in ((shares[0], a, of_a), (shares[1], b, of_b)):
         scores = (logit_scale * x if worth == "exp" else x)[kept].view(shape)
         y = y[kept].view(shape)
         if bins is not None:
             y = _quantized(y, bins)
-        terms, mu = nll_terms(scores, y, worth=worth, **likelihood)
+        if model == "top_one":
+            y = y * (float(logit_scale.detach()) if reference_scale is None else reference_scale)
+            terms, mu = top_one_terms(scores, y)
+        else:
+            terms, mu = nll_terms(scores, y, worth=worth, **likelihood)
         by_anchor = by_anchor + share * terms.view(n, -1).sum(-1)
         mean = mean + share * (terms.sum(-1) / mu.sum(-1)).mean()
     return {"none": by_anchor, "sum": by_anchor.sum(), "mean": mean}[reduction]
@@ -168,6 +186,16 @@ def _pair_nll(v: Tensor, u: Tensor, scale: Tensor) -> Tensor:
     own = torch.arange(len(v), device="cpu")
     logits = scale * v @ u.T
     return sum(F.cross_entropy(x, own, reduction="none") for x in (logits, logits.T)) / 2  # type: ignore[return-value]
+
+
+def _orders(which: str, v: Tensor, t: Tensor, has_equal_diagonal: bool) -> tuple[Tensor, Tensor]:
+    """S and R, or I and X, as references."""
+    if which == "cross_modal":
+        return exact_products(v, t), exact_products(t, v)
+    orders = exact_products(v, v), exact_products(t, t)
+    if has_equal_diagonal:
+        return _with_equal_diagonal(orders[0], v), _with_equal_diagonal(orders[1], t)
+    return orders
 
 
 def _with_equal_diagonal(products: Tensor, features: Tensor) -> Tensor:

@@ -217,7 +217,7 @@ def test_the_operators_keep_the_contract_of_torch_library(reduction: str) -> Non
     v, t, s = random_batch(0, 5, 3, 10.0).leaves()
     options = RankOptions(reduction=reduction)
     terms = [reduction == "mean", True, True]
-    arguments = (v, t, None, None, s, WEIGHTS, None, 0, terms, [True, True, False, False, True])
+    arguments = (v, t, None, None, s, WEIGHTS, None, None, None, 0, terms, [True, True, False, False, True])
     torch.library.opcheck(
         torch.ops.rankloss.row_lists.default,
         (*arguments, options.encoded),
@@ -238,7 +238,13 @@ def test_torch_func_is_right_or_refused() -> None:
             torch.testing.assert_close(a, b)
 
 
-LIKELIHOODS = [{}, {"discount": "log", "top_k": 3}, {"worth": "shifted"}, {"worth": "identity", "top_k": 2}]
+LIKELIHOODS = [
+    {},
+    {"discount": "log", "top_k": 3},
+    {"top_k": 9},
+    {"worth": "shifted"},
+    {"worth": "identity", "top_k": 2},
+]
 LISTS = [
     {"method": method, "memory_budget": budget, "diagonal": diagonal}
     for method, budget, diagonal in itertools.product(["sort", "bin"], [0, None], [True, False])
@@ -266,6 +272,8 @@ def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(likelihood
             *features.inputs,
             weights,
             shuffles,
+            None,
+            None,
             0,
             [options.worth == "exp", True, True],
             wanted,

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from rankloss.options import RankOptions, RankOptionsDict, choices_of
 
-COUNTS = [f.name for f in fields(RankOptions) if not choices_of(f.name)]
+NUMBERS = ["reference_scale"]
+COUNTS = [f.name for f in fields(RankOptions) if not choices_of(f.name) and f.name not in NUMBERS]
 CHOICES = [f.name for f in fields(RankOptions) if choices_of(f.name)]
 
 
@@ -21,6 +22,8 @@ def values_of(name: str) -> st.SearchStrategy:
         return st.sampled_from(choices_of(name))
     field = RankOptions.__dataclass_fields__[name]
     bounds = field.metadata["bounds"]
+    if name in NUMBERS:
+        return st.none() | st.floats(bounds["above"], exclude_min=True, allow_infinity=False)
     counts = st.integers(bounds["at_least"], bounds["at_most"])
     return counts | st.none() if field.default is None else counts
 
@@ -31,6 +34,11 @@ def test_encoding_keeps_every_option(given_options) -> None:
     shuffled = given_options.get("ties") == "random"
     assume(not (binned and (shuffled or given_options.get("lists") == "batch")))
     assume(not (shuffled and given_options.get("diagonal") is False))
+    if given_options.get("model") == "top_one":
+        for name in ("worth", "ties", "discount", "top_k", "method"):
+            given_options.pop(name, None)
+    else:
+        given_options.pop("reference_scale", None)
     options = RankOptions(**given_options)
     assert RankOptions.decode(options.encoded) == options
     assert {**{f.name: f.default for f in fields(options)}, **given_options} == {
@@ -63,6 +71,33 @@ def test_unknown_choice_is_refused_by_name(name: str, value: object) -> None:
 def test_what_is_no_count_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^{name} must be "):
         RankOptions(**{name: value})
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [0, -1.0, True, "8", float("nan"), float("inf"), [1.0]])
+def test_what_is_no_positive_number_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} must be a positive number; got "):
+        RankOptions(model="top_one", **{name: value})
+    for number in (np.float32(2.5), 3, np.int64(3)):
+        assert type(getattr(RankOptions(model="top_one", **{name: number}), name)) is float
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"worth": "shifted"},
+        {"ties": "random"},
+        {"discount": "log"},
+        {"top_k": 4},
+        {"method": "bin"},
+    ],
+)
+def test_options_of_a_ranking_are_refused_under_top_one_by_name(options: dict) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=rf"model='top_one' .* {name}={value!r} needs model='plackett_luce'"):
+        RankOptions(model="top_one", **options)
+    with pytest.raises(ValueError, match=r"reference_scale=2.0 .* needs model='top_one'"):
+        RankOptions(reference_scale=2.0)
 
 
 @pytest.mark.parametrize("name", COUNTS)

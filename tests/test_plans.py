@@ -20,13 +20,25 @@ CPU = torch.device("cpu")
     share=st.integers(1, 8),
     budget=st.none() | st.integers(0, 2**34),
     chunk_size=st.none() | st.integers(1, 1000),
+    has_teacher=st.booleans(),
 )
-def test_a_plan_keeps_its_limits(n: int, share: int, budget: int | None, chunk_size: int | None) -> None:
+def test_a_plan_keeps_its_limits(
+    n: int, share: int, budget: int | None, chunk_size: int | None, has_teacher: bool
+) -> None:
     anchors = max(1, n // share)
-    plan = choose_plan(anchors, n, CPU, torch.float32, chunk_size=chunk_size, memory_budget=budget)
+    plan = choose_plan(
+        anchors,
+        n,
+        CPU,
+        torch.float32,
+        chunk_size=chunk_size,
+        memory_budget=budget,
+        has_teacher=has_teacher,
+    )
     limit = 64 * 2**20 if budget is None else budget
     assert plan.matrix_bytes <= limit
     assert (plan.name == "shared") == (anchors == n and 4 * n * n <= limit)
+    assert plan.shares_reference == (has_teacher and anchors == n and 6 * n * n <= limit)
     assert 1 <= plan.slice_size <= plan.ranked_size <= plan.chunk_size <= anchors
     assert plan.ranked_size * n <= max(n, 2**20)
     assert chunk_size is None or plan.chunk_size == min(chunk_size, anchors)
@@ -63,24 +75,36 @@ def test_the_plan_that_is_named_is_the_one_that_runs(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("chunk_size", [4, 7, 64])
-def test_the_shared_plan_keeps_no_more_than_it_says(chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = []
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_the_shared_plan_keeps_no_more_than_it_says(
+    chunk_size: int, has_teacher: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, made = [], []
 
     class Watched(streaming.MirroredProducts):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
         def give(self, *arguments):
             super().give(*arguments)
-            waiting = (*self._cosines, *self._gradients)
+            of_term = made[-2:] if has_teacher else made[-1:]
+            waiting = [w for products in of_term for w in (*products._cosines, *products._gradients)]
             blocks = [block for w in waiting for of in w._blocks.values() for _, block in of]
             kept.append(sum(block.untyped_storage().nbytes() for block in blocks))
 
     monkeypatch.setattr(streaming, "MirroredProducts", Watched)
     n = 64
     v, t, s = random_batch(0, n, 4, 10.0).leaves(torch.float32)
-    criterion = RankConsistency(chunk_size=chunk_size)
-    criterion(v, t, s).backward()
+    criterion, teacher = RankConsistency(chunk_size=chunk_size), {}
+    if has_teacher:
+        features = random_batch(1, n, 6, 10.0)
+        teacher = {"reference_image_features": features.image, "reference_text_features": features.text}
+    criterion(v, t, s, **teacher).backward()
     done = range(0, n, chunk_size)  # rows, of which what stands in later columns waits, in four matrices
-    assert max(kept) == 4 * max(4 * k * (n - k) for k in done)
-    assert max(kept) <= criterion.plan(n).matrix_bytes == 4 * n * n
+    matrices = 6 if has_teacher else 4
+    assert max(kept) == matrices * max(4 * k * (n - k) for k in done)
+    assert max(kept) <= criterion.plan(n, has_teacher=has_teacher).matrix_bytes == matrices * n * n
     assert kept[-1] == 0
 
 
@@ -101,8 +125,19 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("options", "products"), [({"memory_budget": 0}, 12), ({}, 6)])
-def test_a_plan_makes_as_many_products_as_it_says(options: dict, products: int, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("options", "of_student", "of_teacher"),
+    [
+        ({"memory_budget": 0}, 12, 4),
+        ({"memory_budget": 4 * 128**2}, 6, 4),
+        ({}, 6, 2),
+        ({"lambda_cross": 0.0, "memory_budget": 0}, 12, 1),  # of texts: one matrix for both sides
+    ],
+)
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_a_plan_makes_as_many_products_as_it_says(
+    options: dict, of_student: int, of_teacher: int, has_teacher: bool, monkeypatch
+) -> None:
     n, d, chunk = 128, 8, 8
     counter, original = Products(), operator.stream
 
@@ -111,7 +146,13 @@ def test_a_plan_makes_as_many_products_as_it_says(options: dict, products: int, 
             return original(*arguments)
 
     monkeypatch.setattr(operator, "stream", watched)
-    inputs = random_batch(0, n, d, 10.0).leaves(torch.float32)
+    inputs, teacher = random_batch(0, n, d, 10.0).leaves(torch.float32), {}
+    if has_teacher:
+        features = random_batch(1, n, d, 10.0)
+        teacher = {"reference_image_features": features.image, "reference_text_features": features.text}
+        if options.get("lambda_cross") == 0:
+            del teacher["reference_image_features"]
     loss = RankClipLoss(schedule="constant", chunk_size=chunk, **options)
-    loss(*inputs).backward()
+    loss(*inputs, **teacher).backward()
+    products = of_student + (of_teacher if has_teacher else 0)
     assert products <= counter.count / (n * n * d) <= products * (1 + chunk / n)

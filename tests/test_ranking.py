@@ -16,7 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from batches import Batch, batches, gradients, random_batch, relative_error
 from fake_cuda import fake_cuda
 from rankloss import RankConsistency, plackett_luce_nll
+from rankloss import ranking as ranking_module
+from rankloss.options import RankOptions
 from rankloss.ranking import (
+    Selected,
+    Sorted,
     _running_sum_in_blocks,
     _sort_rows,
     ascending,
@@ -118,6 +122,65 @@ def test_group_bounds_are_the_first_and_last_index_of_each_value(values: list[in
     first, last = group_bounds(torch.tensor(values, dtype=torch.float32))
     assert first.tolist() == [values.index(v) for v in values]
     assert last.tolist() == [len(values) - 1 - values[::-1].index(v) for v in values]
+
+
+# --- the best few -----------------------------------------------------------------------------------------
+
+
+@given(
+    values=st.lists(st.integers(0, 6), min_size=1, max_size=20),
+    k=st.integers(1, 20),
+    discount=st.sampled_from([None, "log"]),
+    seed=st.integers(0, 2**16),
+)
+def test_selected_lists_are_the_sorted_ones(values: list[int], k: int, discount, seed: int) -> None:
+    """Ties at the last place that counts included, however many items they have."""
+    n = len(values)
+    options = RankOptions(top_k=min(k, n), discount=discount)
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.tensor(values, dtype=torch.float64)[torch.stack([torch.randperm(n, generator=generator)] * 2)]
+    y[1] = torch.rand(n, generator=generator, dtype=torch.float64)
+    w = (40 * torch.rand(y.shape, generator=generator, dtype=torch.float64) - 20).exp()
+    order = y.argsort(-1)
+    found = []
+    for ranking in (Sorted(order, y.gather(-1, order), options), Selected(y, options)):
+        denominators = ranking.denominators(w)
+        found.append(
+            [
+                ranking.total_mu,
+                ranking.of_items(ranking.mu),
+                ranking.log_denominators(denominators, narrow=False),
+                ranking.of_items(ranking.suffix(denominators)),
+                ranking.of_items(denominators) * (ranking.of_items(ranking.mu) > 0),
+            ]
+        )
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def test_a_tail_far_below_the_best_items_is_not_lost_in_a_difference() -> None:
+    y = torch.arange(32.0)[None]
+    w = torch.where(y == 31, 1e30, 1e-30)
+    selected = Selected(y, RankOptions(top_k=2))
+    torch.testing.assert_close(
+        selected.denominators(w), torch.tensor([[31e-30, 31e-30, 1e30]], dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize("method", ["row", "others"])
+@given(batch=batches(min_n=9, max_n=20), k=st.integers(1, 2), discount=st.sampled_from([None, "log"]))
+def test_few_counted_items_are_selected_and_nothing_is_sorted(method: str, batch: Batch, k, discount) -> None:
+    options = {"top_k": k, "discount": discount, "diagonal": method == "row"}
+    inputs, results = batch.leaves(), []
+    for few in (1, 10**9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranking_module, "_FEW", few)
+            if few == 1:
+                patch.setattr(ranking_module, "ascending", None)  # which sorting would call
+            value = RankConsistency(chunk_size=4, **options)(*inputs)
+            results.append([value, *gradients(value, inputs, -0.8)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 # --- bins -------------------------------------------------------------------------------------------------

@@ -236,11 +236,18 @@ def _reason_against(name: str, loaded: LossEntry, args: Any) -> str | None:
     reason = entry.refuse(options, gather_of(args))
     if reason is not None:
         return _with_flag(name, loaded, reason)
+    if entry.uses_teacher(options) and not _distils(args):
+        return f"{name} ranks by a teacher: name it with --distill-model and --distill-pretrained"
     if entry.caption_key(options) is None:
         return None
     from rankloss_open_clip import captions
 
     return captions.refuse(args)
+
+
+def _distils(args: Any) -> bool:
+    """Whether the trainer has a teacher, which it decides by both of its arguments."""
+    return None not in (getattr(args, "distill_model", None), getattr(args, "distill_pretrained", None))
 
 
 def _with_flag(name: str, entry: LossEntry, reason: str) -> str:

@@ -43,13 +43,23 @@ class TrainerLoss(DrivenLoss):
     Args:
         criterion: The loss, see :class:`rankloss_trainers.catalog.LossEntry`.
         sums_every_value: Whether the trainer adds up all values of the returned dict, whatever their keys.
+        uses_teacher: Whether the loss is given the features of the trainer's teacher under its own names.
+            The trainer's own loss gets them under the trainer's, ``dist_image_features`` and so on.
         **driven: ``unit``, ``first_call`` and ``evaluate`` of
             :class:`rankloss_trainers.driven_loss.DrivenLoss`.
     """
 
-    def __init__(self, criterion: nn.Module, *, sums_every_value: bool = True, **driven: Any) -> None:
+    def __init__(
+        self,
+        criterion: nn.Module,
+        *,
+        sums_every_value: bool = True,
+        uses_teacher: bool = False,
+        **driven: Any,
+    ) -> None:
         super().__init__(criterion, **driven)
         self.sums_every_value = sums_every_value
+        self.uses_teacher = uses_teacher
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
@@ -64,6 +74,9 @@ class TrainerLoss(DrivenLoss):
 
         The keys never change.
         """
+        if self.uses_teacher:
+            for name in ("image_features", "text_features"):
+                base_inputs[f"reference_{name}"] = base_inputs[f"dist_{name}"]
         entries: Entries = super().forward(image_features, text_features, logit_scale, **base_inputs)
         if not output_dict:
             return entries.total

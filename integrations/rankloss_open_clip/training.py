@@ -55,6 +55,7 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     loss = TrainerLoss(
         criterion,
         sums_every_value=sums_every_value,
+        uses_teacher=entry.uses_teacher(options),
         unit=entry.unit if isinstance(entry.unit, str) else entry.unit(options, args.epochs),
         first_call=entry.first_call,
         evaluate=call_alone if entry.log is None else entry.log(options),

@@ -48,16 +48,17 @@ TRAINERS_OWN = "clip"
 # --- types of options -----------------------------------------------------------------------------------
 
 
-def number_type(*, at_least: float = -math.inf) -> Callable[[str], float]:
+def number_type(*, at_least: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
     """The type of an option that is a finite number."""
     bound = "" if at_least == -math.inf else f" of at least {at_least:g}"
+    bound += "" if above == -math.inf else f" above {above:g}"
 
     def number(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and value >= at_least):
+        if not (math.isfinite(value) and value >= at_least and value > above):
             raise argparse.ArgumentTypeError(f"must be a finite number{bound}, got {text!r}")
         return value
 
@@ -145,6 +146,8 @@ class LossEntry:
             none.
         caption_key: ``options → key`` of a second caption in the training data, or None. The module is then
             called with ``caption_features`` too.
+        uses_teacher: ``options →`` whether it ranks by a teacher. The module is then called with
+            ``reference_image_features`` and ``reference_text_features`` too.
         no_sigmoid: Why the loss does not work where the trainer's own is a sigmoid loss; empty if it does.
         only_sigmoid: Why the loss works only where the trainer's own is a sigmoid loss; empty if it does not
             depend on that.
@@ -161,6 +164,7 @@ class LossEntry:
     unit: str | Callable[..., str] = "epoch"
     first_call: str = ""
     caption_key: Callable[..., str | None] = lambda *_: None
+    uses_teacher: Callable[..., bool] = lambda *_: False
     no_sigmoid: str = ""
     only_sigmoid: str = ""
     log: Callable[[Options], Callable[..., Any]] | None = None
@@ -188,6 +192,7 @@ class LossEntry:
             describe=lambda *_: self.describe(args),
             unit=self.unit if isinstance(self.unit, str) else lambda *_: self.unit(args),  # type: ignore[operator]
             caption_key=lambda *_: self.caption_key(args),
+            uses_teacher=lambda *_: self.uses_teacher(args),
         )
 
 

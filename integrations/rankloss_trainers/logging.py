@@ -49,6 +49,8 @@ class RankClipLog:
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor,
+        reference_image_features: Tensor | None = None,
+        reference_text_features: Tensor | None = None,
         **base_inputs: Any,
     ) -> Mapping[str, Tensor]:
         """Call the loss."""
@@ -62,6 +64,8 @@ class RankClipLog:
             "text_features": text_features,
             "logit_scale": logit_scale,
             "gathered": gathered,
+            "reference_image_features": reference_image_features,
+            "reference_text_features": reference_text_features,
             "output_dict": True,
         }
         entries: dict[str, Tensor] = dict(criterion(**inputs, **base_inputs))

@@ -22,7 +22,13 @@ from rankloss_trainers.logging import RankClipLog, alip_log
 # --- RankCLIP -------------------------------------------------------------------------------------------
 
 _HIDDEN = ("reduction",)  # a value per anchor cannot be added to the base, and a sum is a mean times a weight
-_METAVARS = {"top_k": "K", "bins": "B", "chunk_size": "ROWS", "memory_budget": "BYTES"}
+_METAVARS = {
+    "reference_scale": "X",
+    "top_k": "K",
+    "bins": "B",
+    "chunk_size": "ROWS",
+    "memory_budget": "BYTES",
+}
 _RANK_FIELDS = tuple(field for field in dataclasses.fields(RankOptions) if field.name not in _HIDDEN)
 
 
@@ -37,7 +43,8 @@ def _rank_option(field: dataclasses.Field[Any]) -> Option:
     name, help_, none = field.name.replace("_", "-"), field.metadata["help"], field.metadata["none"]
     spellings = _spellings(field.name)
     if not spellings:
-        type_ = count_type(**field.metadata["bounds"])
+        bounds = field.metadata["bounds"]
+        type_ = number_type(**bounds) if "above" in bounds else count_type(**bounds)
         keywords = {"type": type_, "metavar": _METAVARS.get(field.name, "N")}
         return Option(name, field.default, help_, keywords, none)
     default = next(text for text, value in spellings.items() if value == field.default)
@@ -67,6 +74,13 @@ _RANKCLIP_OPTIONS = (
     ),
     Option("lambda-in", 1.0, "multiplies lambda in the in-modal term", {"type": weight, "metavar": "X"}),
     *map(_rank_option, _RANK_FIELDS),
+    Option(
+        "reference",
+        "own",
+        "whose rankings the lists are held against: the batch's own, or those of the teacher that the "
+        "trainer distils from",
+        {"choices": ("own", "teacher")},
+    ),
     Option(
         "agreement-every",
         None,
@@ -103,6 +117,10 @@ def _rankclip_unit(options: Options, epochs: float) -> str:
 def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
     if options["lists"] == "batch" and gather.local_loss and not gather.gather_with_grad:
         return "lists: batch needs the whole batch on every process, not the local loss without its gradient"
+    if options["reference"] == "own" and options["reference_scale"] is not None:
+        return "reference_scale: multiplies a teacher's similarities, not the batch's own"
+    if options["reference"] == "teacher" and options["fixed_reference"] not in (None, "none"):
+        return "fixed_reference: fixes one of the batch's own rankings, not a teacher's"
     try:
         _build_rankclip(nn.Identity(), options, gather)
     except ValueError as error:  # what the library itself refuses
@@ -117,6 +135,8 @@ def _describe_rankclip(options: Options, epochs: float) -> str:
         f"{options['lambda_cross']:g} cross-modal and {options['lambda_in']:g} in-modal, lists "
         f"{options['lists']}"
     )
+    if options["reference"] == "teacher":
+        text += ", ranked by the teacher"
     if unit != options["schedule_unit"]:
         text += " (one epoch has no ramp over epochs, so the schedule goes by optimizer steps)"
     return text
@@ -130,6 +150,7 @@ RANKCLIP = LossEntry(
     refuse=_refuse_rankclip,
     describe=_describe_rankclip,
     unit=_rankclip_unit,
+    uses_teacher=lambda options: options["reference"] == "teacher",
     log=lambda options: RankClipLog(options["agreement_every"]),
 )
 

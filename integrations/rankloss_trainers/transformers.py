@@ -246,6 +246,8 @@ def _build(
         reason = f"{name} needs a trainer with a sigmoid loss of its own: {entry.only_sigmoid}"
     if reason is None and entry.caption_key(options) is not None:
         reason = f"{name} needs a second caption of each image, which this trainer does not read"
+    if reason is None and entry.uses_teacher(options):
+        reason = f"{name} ranks by a teacher's features, which this trainer does not have"
     if reason is not None:
         raise ValueError(reason)
     criterion = entry.build(base, options, gather)

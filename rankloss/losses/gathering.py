@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankloss.batch import check_features, check_scale
+from rankloss.batch import check_features, check_reference_features, check_scale
 from rankloss.distributed import Gather, GatherOption
 from rankloss.losses.weights import is_capturing, is_plain
 
@@ -36,17 +36,26 @@ class GatheringLoss(nn.Module):
         self._has_looked = False
 
     def check_inputs(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        **references: Tensor | None,
     ) -> None:
         """Raise an error that names a wrong input; at the first call, warn of a suspicious one.
+
+        ``references`` are features of the same pairs that take no gradient, where they are given.
 
         The first call computes the norms of the features and the value of the scale, which waits for an
         accelerator once. It is left for a later call while a graph is compiled or captured.
         """
         check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
         check_scale(logit_scale, image_features)
+        given = {name: x for name, x in references.items() if x is not None}
+        for name, x in given.items():
+            check_reference_features(name, x, image_features)
         if not torch.compiler.is_compiling() and not self._has_looked:
-            features = {"image_features": image_features, "text_features": text_features}
+            features = {"image_features": image_features, "text_features": text_features, **given}
             self._has_looked = _look(features, logit_scale)
 
 

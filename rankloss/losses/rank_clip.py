@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rankloss import schedules
 from rankloss.distributed import Gathered, GatherOption
+from rankloss.functional import check_references
 from rankloss.losses.clip import without_effect
 from rankloss.losses.composition import Base, base_entries, check_base, combined, shares_gathering
 from rankloss.losses.rank_consistency import RankConsistency
@@ -32,7 +33,8 @@ class RankClipLoss(nn.Module):
 
         λ1 = schedule(i, n) · lambda_cross · normalizer,   λ2 = schedule(i, n) · lambda_in · normalizer
 
-    cross and in are the terms of :class:`RankConsistency`. Tell the loss where training stands, once per
+    cross and in are the terms of :class:`RankConsistency`, ranked by a teacher where its features are given.
+    Tell the loss where training stands, once per
     epoch with :meth:`set_epoch` or once per step with :meth:`set_progress`; the later call counts. λ is a
     pure function of their arguments: the loss has no state for a checkpoint.
 
@@ -102,13 +104,19 @@ class RankClipLoss(nn.Module):
             raise ValueError(
                 "reduction='none' gives a value per anchor, which cannot be added to the base loss"
             )
-        self.consistency = RankConsistency(gather=gather, **options)
+        self.lambda_cross = check_weight("lambda_cross", lambda_cross)
+        self.lambda_in = check_weight("lambda_in", lambda_in)
+        # A term that the run leaves out for good has the weight 0 there too.
+        self.consistency = RankConsistency(
+            cross_modal=float(lambda_cross != 0),
+            in_modal=float(lambda_in != 0),
+            gather=gather,
+            **options,
+        )
         self.base = check_base(base, self.consistency.gather, self.consistency.options.memory_budget)
         if not callable(schedule):
             schedule = schedules.by_name(schedule)
         self.schedule = schedule
-        self.lambda_cross = check_weight("lambda_cross", lambda_cross)
-        self.lambda_in = check_weight("lambda_in", lambda_in)
         self.normalizer = check_weight("normalizer", normalizer)
         self._missing: str | None = "set_epoch(epoch, epochs) or set_progress(step, total_steps)"
         self._has_remarked = False
@@ -181,6 +189,8 @@ class RankClipLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         gathered: Gathered | None = None,
+        reference_image_features: Tensor | None = None,
+        reference_text_features: Tensor | None = None,
         **base_inputs: Any,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` its summands.
@@ -193,10 +203,18 @@ class RankClipLoss(nn.Module):
             output_dict: return the summands by name instead of their sum.
             gathered: ``self.consistency.gather(image_features, text_features)``, from a caller that has it
                 already; it serves a base that is CLIP's loss of the same rows, too.
+            reference_image_features: ``[N, D']``, a teacher's, for the rank terms; see
+                :class:`RankConsistency`.
+            reference_text_features: ``[N, D']``, likewise.
             **base_inputs: passed on to the base.
         """
         self._check_progress()
-        self.consistency.check_inputs(image_features, text_features, logit_scale)
+        teacher = {
+            "reference_image_features": reference_image_features,
+            "reference_text_features": reference_text_features,
+        }
+        self.consistency.check_inputs(image_features, text_features, logit_scale, **teacher)
+        check_references(self.consistency.options, cross_modal=self.consistency.cross_modal != 0, **teacher)
         # A graph that is captured while λ is 0 must be able to follow it.
         is_on = self.normalizer != 0 and (not self._is_zero or is_capturing(image_features.device))
         cross_modal, in_modal = self.lambda_cross != 0 and is_on, self.lambda_in != 0 and is_on
@@ -218,6 +236,8 @@ class RankClipLoss(nn.Module):
             cross_modal=cross_modal,
             in_modal=in_modal,
             gathered=gathered,
+            reference_image_features=reference_image_features,
+            reference_text_features=reference_text_features,
         )
         if fused:
             entries["contrastive_loss"] = contrastive + without_effect(logit_bias)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankloss.batch import Batch, arithmetic_dtype
 from rankloss.distributed import Gather, Gathered, GatherOption
-from rankloss.functional import weighted_terms
+from rankloss.functional import check_references, weighted_terms
 from rankloss.losses.gathering import GatheringLoss
 from rankloss.losses.weights import TermWeights, check_weight
 from rankloss.options import OPTION_NAMES, Plan, RankOptions, check_names
@@ -33,7 +33,13 @@ class RankConsistency(GatheringLoss):
         cross = ½[C(S | R) + C(R | S)],   in = ½[C(I | X) + C(X | I)],
 
     where C averages the Plackett–Luce NLL of the matrix's lists (:func:`rankloss.plackett_luce_nll`): one
-    list per row, or one of all pairs. The second matrix gives the order only and receives no gradient.
+    list per row, or one of all pairs. The second matrix gives the order only and receives no gradient. With a
+    teacher's features V', T' of the same pairs each matrix is ranked by the teacher's, S' = V'·T'ᵀ and so on,
+
+        cross = ½[C(S | S') + C(R | R')],   in = ½[C(I | I') + C(X | X')].
+
+    With the features of one modality alone, its matrix Y' ranks the images and the texts,
+    in = ½[C(I | Y') + C(X | Y')], and the cross-modal term has to have the weight 0.
 
     Row lists are computed in chunks of rows, value and gradient together, so memory grows linearly with N
     (beyond ``memory_budget``). Similarities, order and sums are float32 at least, under autocast too.
@@ -51,11 +57,15 @@ class RankConsistency(GatheringLoss):
         itself, not its logarithm, a number or a tensor of one element. The result is a scalar in nats,
         float32 at least. ``output_dict=True`` gives the two weighted terms,
         ``{"cross_modal_loss": …, "in_modal_loss": …}``, which add up to it.
+        ``reference_image_features`` and ``reference_text_features``: ``[N, D']``, unit-norm, of any
+        floating-point dtype; the two may differ in D' where the cross-modal term has the weight 0.
 
     Raises:
         ValueError: for a value that an option cannot have; in ``forward`` for features that are not two
-            floating-point matrices of one shape with at least two rows in the whole batch, or a scale that is
-            not positive (not checked on an accelerator, where reading it would wait).
+            floating-point matrices of one shape with at least two rows in the whole batch, a scale that is
+            not positive (not checked on an accelerator, where reading it would wait), a teacher's features of
+            another shape, those of one modality alone while the cross-modal term has a weight, or any beside
+            ``fixed_reference``.
         TypeError: for an option that does not exist.
 
     References:
@@ -110,6 +120,8 @@ class RankConsistency(GatheringLoss):
         *,
         output_dict: Literal[False] = ...,
         gathered: Gathered | None = ...,
+        reference_image_features: Tensor | None = ...,
+        reference_text_features: Tensor | None = ...,
     ) -> Tensor: ...
     @overload
     def forward(
@@ -120,6 +132,8 @@ class RankConsistency(GatheringLoss):
         *,
         output_dict: Literal[True],
         gathered: Gathered | None = ...,
+        reference_image_features: Tensor | None = ...,
+        reference_text_features: Tensor | None = ...,
     ) -> dict[str, Tensor]: ...
     def forward(
         self,
@@ -129,6 +143,8 @@ class RankConsistency(GatheringLoss):
         *,
         output_dict: bool = False,
         gathered: Gathered | None = None,
+        reference_image_features: Tensor | None = None,
+        reference_text_features: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The weighted sum of the two terms, or with ``output_dict`` the weighted terms themselves.
 
@@ -139,8 +155,16 @@ class RankConsistency(GatheringLoss):
             output_dict: return the terms by name instead of their sum.
             gathered: ``self.gather(image_features, text_features)``, from a caller that has it already, so
                 that one gathering serves several losses.
+            reference_image_features: ``[N, D']``, a teacher's, whose rankings the lists are compared with.
+                They carry no gradient.
+            reference_text_features: ``[N, D']``, likewise.
         """
-        self.check_inputs(image_features, text_features, logit_scale)
+        teacher = {
+            "reference_image_features": reference_image_features,
+            "reference_text_features": reference_text_features,
+        }
+        self.check_inputs(image_features, text_features, logit_scale, **teacher)
+        check_references(self.options, cross_modal=self.cross_modal != 0, **teacher)
         _, cross, in_ = self.weighted_terms(
             image_features,
             text_features,
@@ -149,6 +173,8 @@ class RankConsistency(GatheringLoss):
             cross_modal=self.cross_modal != 0,
             in_modal=self.in_modal != 0,
             gathered=gathered,
+            reference_image_features=reference_image_features,
+            reference_text_features=reference_text_features,
         )
         return {"cross_modal_loss": cross, "in_modal_loss": in_} if output_dict else cross + in_
 
@@ -163,17 +189,23 @@ class RankConsistency(GatheringLoss):
         cross_modal: bool = True,
         in_modal: bool = True,
         gathered: Gathered | None = None,
+        reference_image_features: Tensor | None = None,
+        reference_text_features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """CLIP's cross-entropy and the two rank terms times ``weights``, from one gathering and one pass.
 
-        The inputs are those that :meth:`check_inputs` has checked. A term that is not wanted is zero and not
-        computed. ``gathered`` is as in :meth:`forward`. See :func:`rankloss.functional.weighted_terms`.
+        The inputs are those that :meth:`check_inputs` and :func:`rankloss.functional.check_references` have
+        checked. A term that is not wanted is zero and not computed. The last three arguments are as in
+        :meth:`forward`. See :func:`rankloss.functional.weighted_terms`.
         """
         if not contrastive and not cross_modal and not in_modal:
             zero = image_features.new_zeros((), dtype=arithmetic_dtype(image_features, text_features))
             return zero, zero, zero
         images, texts = self.gather(image_features, text_features) if gathered is None else gathered
         local = self.gather.anchors_are_local
+        reference_image, reference_text = self.gather.constants(
+            reference_image_features, reference_text_features
+        )
         batch = Batch.of(
             images,
             texts,
@@ -181,6 +213,8 @@ class RankConsistency(GatheringLoss):
             image_anchors=image_features if local else None,
             text_anchors=text_features if local else None,
             first_row=self.gather.first_row(len(image_features)),
+            reference_image=reference_image,
+            reference_text=reference_text,
         )
         return weighted_terms(
             batch,
@@ -192,7 +226,12 @@ class RankConsistency(GatheringLoss):
         )
 
     def plan(
-        self, n: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        n: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        has_teacher: bool = False,
     ) -> Plan | None:
         """How a global batch of n pairs is computed; None for ``lists="batch"``, which holds whole matrices.
 
@@ -204,7 +243,7 @@ class RankConsistency(GatheringLoss):
             return None
         anchors = n // self.gather.place[1] if self.gather.anchors_are_local else n
         dtype = torch.promote_types(dtype, torch.float32)
-        return self.options.plan(anchors, n, torch.device(device), dtype)
+        return self.options.plan(anchors, n, torch.device(device), dtype, has_teacher=has_teacher)
 
     def extra_repr(self) -> str:
         """The weights and every option that is not at its default."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
 
@@ -161,6 +162,8 @@ def assert_right(actual: Result, wanted: Result, tolerance: tuple[float, float] 
     assert error <= tolerance[0], f"value {actual.value}, not {wanted.value}: off by {error:.1e}"
     assert actual.gradients.keys() == wanted.gradients.keys()
     features = max((float(g.norm()) for g in wanted.gradients.values()), default=0.0)
+    if features < 1e-14:  # zero but for roundings, as where a list is compared with itself
+        features = 1e-3
     for name, gradient in wanted.gradients.items():
         error = _distance(actual.gradients[name], gradient, at_least=1e-2 * features)
         assert error <= tolerance[1], f"gradient of {name} off by {error:.1e}"
@@ -188,13 +191,23 @@ def right_or_refused(message: str) -> Iterator[None]:
 # --- the subjects -----------------------------------------------------------------------------------------
 
 
-def rank_terms(name: str, *, refuses: str | None = None, **options: Any) -> Subject:
-    """``RankConsistency`` with some options."""
+TEACHER = ("reference_image_features", "reference_text_features")
+
+
+def rank_terms(
+    name: str, *, refuses: str | None = None, teacher: tuple[str, ...] = (), **options: Any
+) -> Subject:
+    """``RankConsistency`` with some options, ranked by a teacher's features where those are named."""
     formula = {k: v for k, v in options.items() if k not in ("chunk_size", "memory_budget", "method")}
 
-    def of_reference(image_features: Any, text_features: Any, logit_scale: Any) -> Any:
+    literal = {k: v for k, v in formula.items() if k not in ("cross_modal", "in_modal")}
+
+    def of_reference(image_features: Any, text_features: Any, logit_scale: Any, **of_teacher: Any) -> Any:
         inputs = (image_features, text_features, float(logit_scale))
-        return reference.cross_modal(*inputs, **formula) + reference.in_modal(*inputs, **formula)
+        value = reference.in_modal(*inputs, **of_teacher, **literal)
+        if options.get("cross_modal") == 0:
+            return value
+        return value + reference.cross_modal(*inputs, **of_teacher, **literal)
 
     by_bin = options.get("method") == "bin"
     gives = functools.partial(oracle.rank_terms, **formula)
@@ -204,6 +217,7 @@ def rank_terms(name: str, *, refuses: str | None = None, **options: Any) -> Subj
         functools.partial(rankloss.RankConsistency, **options),
         functools.partial(_in_numpy, gives) if by_bin else of_reference,
         gives,
+        inputs=(*PAIR, *teacher, "logit_scale"),
         differentiable=(*PAIR, "logit_scale") if options.get("worth", "exp") == "exp" else PAIR,
         refuses=refuses,
     )
@@ -306,6 +320,13 @@ SUBJECTS = [
     rank_terms("others", diagonal=False, fixed_reference="text", top_k=3),
     rank_terms("bins", method="bin", bins=17),  # a prime: no code's cosine is on a bin's edge
     rank_terms("per anchor", reduction="none"),
+    rank_terms("teacher", teacher=TEACHER),
+    rank_terms("teacher, in rows of two", teacher=TEACHER, chunk_size=2, memory_budget=0, top_k=2),
+    rank_terms("teacher, batch", teacher=TEACHER, lists="batch", top_k=7),
+    rank_terms("teacher of texts", teacher=TEACHER[1:], cross_modal=0.0, diagonal=False),
+    rank_terms("teacher, top one", teacher=TEACHER, model="top_one", reference_scale=7.0),
+    rank_terms("top one", model="top_one"),
+    rank_terms("top one, batch", model="top_one", lists="batch", diagonal=False),
     Subject(
         "RankClipLoss",
         "RankClipLoss",
@@ -418,6 +439,7 @@ NO_SUBJECTS = {
     "Gather": "how a loss gathers: test_groups has the losses with it",
     "InputWarning": "what a loss warns with",
     "RankOptions": "the options that RankConsistency and RankClipLoss are built with",
+    "functional.check_references": "errors alone: test_teacher has them",
     "functional.weighted_terms": "both terms in one pass: what RankConsistency is made of",
     "reference": "the oracle",
     "schedules": "numbers in, a number out: no tensor that a condition could touch",
@@ -427,8 +449,8 @@ NO_SUBJECTS = {
 # --- data -------------------------------------------------------------------------------------------------
 
 
-def _features(kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    rng = np.random.default_rng(7)
+def _features(kind: str, seed: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    rng = np.random.default_rng(seed)
     v, t, c = (torch.from_numpy(rng.standard_normal((N, D))) for _ in range(3))
     v, t, c = (x / x.norm(dim=-1, keepdim=True) for x in (v, t, c))
     if kind == "equal rows":  # the later ones equal an earlier one that equals nothing else, too
@@ -469,6 +491,7 @@ def _data(kind: str) -> Inputs:
         "image_features": v,
         "text_features": t,
         "caption_features": c,
+        **{name: F.pad(x, (0, 4)) for name, x in zip(TEACHER, _features(kind, seed=8), strict=False)},
         "logit_scale": torch.tensor(SCALE, dtype=torch.float64),
         "logit_bias": torch.tensor(BIAS, dtype=torch.float64),
         "scores": SCALE * cosines,

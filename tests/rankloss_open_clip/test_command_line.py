@@ -119,6 +119,12 @@ def test_ambiguous_abbreviation_is_refused(capsys: pytest.CaptureFixture[str]) -
         ),
         (["--horovod"], "--loss: rankclip does not work with --horovod"),
         (["--rankclip-lists", "batch", "--local-loss"], "--rankclip-lists: batch needs the whole batch"),
+        (
+            ["--rankclip-reference", "teacher"],
+            "rankclip ranks by a teacher: name it with --distill-model and --distill-pretrained",
+        ),
+        (["--rankclip-reference-scale", "2"], "--rankclip-reference-scale: "),
+        (["--rankclip-model", "top_one", "--rankclip-top-k", "2"], "model='top_one' weighs all items"),
         (["--rankclip-weight", "1"], "unrecognized arguments: --rankclip-weight"),
     ],
 )

@@ -12,6 +12,7 @@ from open_clip_train.params import parse_args
 from torch import Tensor
 
 import one_process
+import rankloss
 from batches import random_batch, relative_error
 from collectives import Collectives
 from process_pool import Pool, Pools
@@ -254,3 +255,24 @@ def test_local_loss_without_gather_with_grad_is_warned_of_once(
         assert "local_loss without gather_with_grad" in first[0]
     else:
         assert first == []
+
+
+def ranked_by_the_teacher(rank: int, world_size: int) -> list[Tensor]:
+    argv = [*RANKCLIP, "--rankclip-reference", "teacher", *options(True, True)]
+    loss = built(rank, world_size, "DistillClipLoss", argv)
+    whole = inputs("DistillClipLoss", torch.float64)
+    own = {k: x.chunk(world_size)[rank] if x.dim() else x for k, x in whole.items()}
+    entries = loss(**own, output_dict=True)
+    return [entries[term].detach() for term in RANK_TERMS]
+
+
+def test_teachers_features_reach_the_rank_terms_from_every_process(pools: Pools) -> None:
+    whole = inputs("DistillClipLoss", torch.float64)
+    teacher = {f"reference_{k}_features": whole.pop(f"dist_{k}_features") for k in ("image", "text")}
+    del whole["dist_logit_scale"]
+    weights = {k.removesuffix("_loss"): w for k, w in WEIGHTS.items()}
+    expected = rankloss.RankConsistency(**weights)(**whole, **teacher, output_dict=True)
+    own = rankloss.RankConsistency(**weights)(**whole, output_dict=True)
+    for found, term in zip(zip(*pools[2].run(ranked_by_the_teacher), strict=True), RANK_TERMS, strict=True):
+        assert relative_error(torch.stack(found).mean(), expected[term]) < 1e-10
+        assert relative_error(own[term], expected[term]) > 1e-2

@@ -106,6 +106,15 @@ def test_distillation_ranks_the_student_alone(runs: Runs) -> None:
     assert first["Loss"] == pytest.approx(alone["Loss"] + first["Distill_loss"], rel=1e-4)
 
 
+def test_lists_are_ranked_by_the_teacher_that_the_trainer_distils_from(runs: Runs) -> None:
+    run = runs["ranked by the teacher"]
+    assert "on DistillClipLoss, schedule rankclip per epoch over 2" in run.log
+    assert "ranked by the teacher" in run.log
+    (first, *_), own = assert_trains(run), runs["distill"].train_lines()[0]
+    assert first["Distill_loss"] == own["Distill_loss"]
+    assert all(abs(first[term] / own[term] - 1) > 1e-3 for term in RANK_TERMS)
+
+
 @pytest.mark.parametrize(
     ("name", "locked"),
     [("lock image", "image"), pytest.param("lock text", "text", marks=NEEDS_TEXT_LOCK)],

@@ -104,10 +104,14 @@ def test_names_of_the_bootstrap_are_the_catalogues() -> None:
 RANKCLIP = catalog.candidates()["rankclip"].load()
 
 
-def test_every_option_of_the_rank_terms_can_be_typed_but_the_reduction() -> None:
-    own = {"schedule", "schedule_unit", "lambda_cross", "lambda_in", "agreement_every"}
+HIDDEN = {"reduction"}
+FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name not in HIDDEN]
+
+
+def test_every_option_of_the_rank_terms_can_be_typed_but_those_without_a_use() -> None:
+    own = {"schedule", "schedule_unit", "lambda_cross", "lambda_in", "reference", "agreement_every"}
     keys = {option.key for option in RANKCLIP.options}
-    assert keys - own == {field.name for field in dataclasses.fields(RankOptions)} - {"reduction"}
+    assert keys - own == {field.name for field in FIELDS}
     assert keys >= own
 
 
@@ -127,7 +131,7 @@ def test_defaults_are_those_of_the_library() -> None:
 
 @given(st.data())
 def test_what_is_typed_is_what_the_library_gets(data: st.DataObject) -> None:
-    field = data.draw(st.sampled_from([f for f in dataclasses.fields(RankOptions) if f.name != "reduction"]))
+    field = data.draw(st.sampled_from([f for f in FIELDS if f.name != "reference_scale"]))
     spelled = {None: "none", True: "include", False: "exclude"}
     if choices_of(field.name):
         value = data.draw(st.sampled_from(choices_of(field.name)))
@@ -142,6 +146,25 @@ def test_what_is_typed_is_what_the_library_gets(data: st.DataObject) -> None:
     # A trainer that is given values instead of text gives them as Python has them.
     loss = RANKCLIP.build(nn.Identity(), {**parsed(), field.name: value}, ALONE)
     assert loss.consistency.options == RankOptions(**{field.name: value})
+
+
+def test_teacher_is_asked_for_by_an_option_and_has_a_scale_of_its_own() -> None:
+    typed = ("--rankclip-model", "top_one", "--rankclip-reference-scale", "2.5")
+    options = parsed(*typed, "--rankclip-reference", "teacher")
+    loss = RANKCLIP.build(nn.Identity(), options, ALONE)
+    assert loss.consistency.options == RankOptions(model="top_one", reference_scale=2.5)
+    assert RANKCLIP.uses_teacher(options)
+    assert RANKCLIP.refuse(options, ALONE) is None
+    assert "ranked by the teacher" in RANKCLIP.describe(options, 3)
+    own = parsed()
+    assert not RANKCLIP.uses_teacher(own)
+    assert "teacher" not in RANKCLIP.describe(own, 3)
+    assert RANKCLIP.refuse(parsed(*typed), ALONE).startswith("reference_scale: multiplies a teacher's")
+    fixed = parsed("--rankclip-fixed-reference", "text", "--rankclip-reference", "teacher")
+    assert RANKCLIP.refuse(fixed, ALONE).startswith("fixed_reference: fixes one of the batch's own")
+    for bad in ("0", "-1", "nan", "x"):
+        with pytest.raises(argparse.ArgumentError, match="must be a finite number above 0, got"):
+            parsed("--rankclip-reference-scale", bad)
 
 
 @pytest.mark.parametrize(

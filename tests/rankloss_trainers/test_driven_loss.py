@@ -79,6 +79,24 @@ def test_rankclip_is_what_it_is_alone(step: int) -> None:
     assert all(torch.equal(x.grad, y.grad) for x, y in zip(driven, alone, strict=True))
 
 
+@pytest.mark.parametrize("step", [1, 2])  # λ = 0, ½
+@pytest.mark.parametrize("names", [("image", "text"), ("text",)])
+def test_raw_terms_are_ranked_by_the_teacher_that_is_given(step: int, names: tuple[str, ...]) -> None:
+    in_run = {"lambda_cross": float(len(names) == 2)}
+    criterion = rankloss.RankClipLoss(schedule="linear", **in_run)
+    loss = DrivenLoss(criterion, evaluate=RankClipLog())
+    loss.clock.start_step(step, 3)
+    pair, teacher = features(), features(4)[2:]
+    given = {f"reference_{name}_features": x for name, x in zip(names, teacher, strict=False)}
+    entries = loss(*pair, torch.tensor(8.0), **given)
+    raw = rankloss.RankConsistency(cross_modal=in_run["lambda_cross"])
+    expected = raw(*pair, torch.tensor(8.0), output_dict=True, **given)
+    for term in ("cross_modal", "in_modal") if len(names) == 2 else ("in_modal",):
+        torch.testing.assert_close(entries.metrics[f"{term}_raw"], expected[f"{term}_loss"].detach())
+        weight = (step - 1) / 2 / 16
+        torch.testing.assert_close(entries.terms[f"{term}_loss"], weight * expected[f"{term}_loss"])
+
+
 def test_histories_move_in_the_first_call_of_a_step_only() -> None:
     loss = DrivenLoss(rankloss.AlipLoss(momentum=0.5), evaluate=alip_log)
     image_features, text_features, caption_features = features(3)

@@ -234,6 +234,11 @@ def test_schedule_per_epoch(tmp_path: Path) -> None:
             "alip needs a second caption of each image, which this trainer does not read",
         ),
         ({"loss": "siglip-streamed"}, ValueError, "needs a trainer with a sigmoid loss of its own"),
+        (
+            {"loss_options": {"reference": "teacher"}},
+            ValueError,
+            "rankclip ranks by a teacher's features, which this trainer does not have",
+        ),
         ({"loss": nn.Identity(), "loss_options": {"top_k": 3}}, TypeError, "the module has its own"),
         ({"compute_loss_func": print}, ValueError, "compute_loss_func is ignored by this trainer"),
         ({"model": nn.Linear(2, 2)}, ValueError, "Linear has neither a logit_scale nor a temperature"),
