@@ -76,9 +76,9 @@ def batch_list_nll(batch: Batch, term: Term, options: RankOptions) -> Tensor:
     value = batch.image.new_zeros(batch.anchors)
     for (_, cosines, (matrix, of_matrix)), share in zip(_sides(batch, term), options.directions, strict=True):
         if share > 0:
-            # Values are compared under top_one, which ties do not matter to.
-            ties = options.model == "plackett_luce"
-            reference = matrix.symmetric_reference(of_matrix) if ties else of_matrix.detach()
+            # An order needs its structural ties; top_one compares values, which are to stay what they are.
+            is_order = options.model == "plackett_luce"
+            reference = matrix.symmetric_reference(of_matrix) if is_order else of_matrix.detach()
             value = value + share * _flat_terms(cosines, reference, batch, options).sum(1)
     return value
 

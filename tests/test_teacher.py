@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from batches import Batch, batches, gradients, random_batch, relative_error, unit_rows
 from fake_cuda import fake_cuda
+from memory import saved_bytes
 from process_pool import Pool
 from rankloss import (
     Gather,
@@ -349,6 +352,45 @@ def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(options) -
             )
             operator._run(call, *call.unpacked([torch.empty_like(x) for x in found]), wanted)
         assert copies.found == []
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"model": "top_one"}, {"method": "bin", "bins": 16}])
+def test_no_tensor_as_large_as_n_by_n_is_ever_made(options, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, largest = operator.stream, LargestTensor()
+
+    def watched(*arguments):  # from the inside: a mode does not see into an operator
+        with largest:
+            return original(*arguments)
+
+    monkeypatch.setattr(operator, "stream", watched)
+    n, chunk = 64, 4
+    inputs = random_batch(0, n, 8, 10.0).leaves(torch.float32)
+    teacher = {name: x.float() for name, x in teacher_of(n, 8).items()}
+    RankConsistency(chunk_size=chunk, memory_budget=0, **options)(*inputs, **teacher).backward()
+    assert n * chunk <= largest.elements <= 2 * n * 8
+    kept = [
+        saved_bytes(
+            lambda n=n: RankConsistency(chunk_size=8, **options)(
+                *random_batch(0, n, 8, 10.0).leaves(torch.float32), **teacher_of(n, 8)
+            )
+        )
+        for n in (64, 256)
+    ]
+    assert kept[0] > 0
+    assert kept[1] <= 4.05 * kept[0]
 
 
 # --- processes --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from trainer_runs import STEPS, Processes, Run, Runs, Trainer, assert_equal_training
 
 import rankloss
-from rankloss_trainers.catalog import GROUP
+from rankloss_trainers import catalog
 
 PACKAGE = Path(__file__).parent / "third_party_loss"
 
@@ -36,7 +36,7 @@ def write_distribution(site: Path, name: str, reference: str) -> None:
     directory = site / f"{name}_package-0.1.dist-info"
     directory.mkdir()
     (directory / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-package\nVersion: 0.1\n")
-    (directory / "entry_points.txt").write_text(f"[{GROUP}]\n{name} = {reference}\n")
+    (directory / "entry_points.txt").write_text(f"[{catalog.GROUP}]\n{name} = {reference}\n")
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +105,8 @@ def test_help_lists_all_losses_and_says_what_is_wrong_with_them(commands: Proces
     done = commands["help"]
     assert done.returncode == 0
     text = " ".join(done.output.split())
-    assert (
-        "--loss {clip,rankclip,rankclip-cross,rankclip-in,cyclip,alip,broken,uniform,uniform-former}" in text
-    )
+    names = ",".join(("clip", *catalog.BUILT_IN, "broken", "uniform", "uniform-former"))
+    assert f"--loss {{{names}}}" in text
     assert "uniform: the trainer's own plus a uniformity term" in text
     assert "--uniform-weight X weight of the term (default: 0.1)" in text
     assert "broken: cannot be used (OSError: sabotaged)" in text
