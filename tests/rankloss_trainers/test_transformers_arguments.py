@@ -111,7 +111,7 @@ def test_arguments_build_a_trainer(tmp_path: Path) -> None:
 
 
 def test_names_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(ValueError, match="names must be among rankclip, .*; got rankclap"):
+    with pytest.raises(ValueError, match=r"names must be among rankclip, .*; got rankclap"):
         loss_arguments("rankclap")
     with pytest.raises(ValueError, match="got none"):
         loss_arguments()
