@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import TrainingArguments
@@ -86,6 +88,9 @@ def arguments(directory: Path, **changes: Any) -> TrainingArguments:
         **{"dataloader_pin_memory": False, "save_strategy": "no"},
         **changes,
     }
+    # Releases before 5 keep the precision of the process's first Trainer.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    AcceleratorState._reset_state(reset_partial_state=True)
     return TrainingArguments(**given)
 
 
