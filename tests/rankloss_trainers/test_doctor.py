@@ -134,7 +134,7 @@ def test_every_trainers_extra_exists() -> None:
     ("version", "inside"),
     [("3.0", True), ("3.0.0", True), ("3.9.9", True), ("4", False), ("2.99", False), ("3.1.0.dev1", True)],
 )
-def test_range_is_that_of_the_extra(version: str, inside: bool) -> None:
+def test_bounds_are_compared_as_numbers(version: str, inside: bool) -> None:
     assert in_range(version, ">=3.0,<4") is inside
 
 
