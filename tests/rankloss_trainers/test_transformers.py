@@ -235,7 +235,7 @@ def test_mixin_serves_a_trainer_of_ones_own(tmp_path: Path) -> None:
 
 def run_as_a_process(directory: str, batch_size: str) -> None:
     # SGD, whose steps are proportional to gradients: AdamW's would be signs of rounding errors as well.
-    options = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "num_train_epochs": 1}
+    options = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0, "num_train_epochs": 1}
     trainer = train(Path(directory), per_device_train_batch_size=int(batch_size), **options)
     if trainer.is_world_process_zero():
         lines = [{name: line[name] for name in (*TERMS, "loss")} for line in steps(trainer)]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +74,50 @@ def test_sharded_model_has_the_gradients_of_the_whole_batch(pools: Pools) -> Non
         assert seen.keys() == whole.keys()
         for name, gradient in seen.items():
             torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+# --- DeepSpeed ------------------------------------------------------------------------------------------
+
+
+def run_as_a_process(directory: str, batch_size: str) -> None:
+    given: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "max_steps": 3}
+    if "WORLD_SIZE" in os.environ:
+        given["deepspeed"] = {
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+        }
+    model = one_dimensional_scale()  # DeepSpeed cannot broadcast a scalar
+    trainer = train(Path(directory), model=model, per_device_train_batch_size=int(batch_size), **given)
+    if trainer.is_world_process_zero():
+        lines = [{name: line[name] for name in (*TERMS, "loss")} for line in steps(trainer)]
+        Path(directory, "result.json").write_text(json.dumps(lines))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_zero_stage_2_trains_as_one_process(tmp_path: Path) -> None:
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(tests)}
+    results = []
+    for processes in (1, 2):
+        directory = tmp_path / str(processes)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+        command = [sys.executable, *launcher[: 6 * (processes > 1)], __file__, str(directory)]
+        done = subprocess.run(
+            [*command, str(16 // processes)], env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        results.append(json.loads((directory / "result.json").read_text()))
+    whole, two = results
+    for a, b in zip(two, whole, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+
+
+if __name__ == "__main__":
+    run_as_a_process(*sys.argv[1:])
