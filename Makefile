@@ -8,6 +8,7 @@ BENCH_OUTPUT ?= outputs/bench
 FUZZ_MINUTES ?= 10
 GPU_OUTPUT ?= outputs/gpu
 OPEN_CLIP_VERSIONS ?= 3.0.0 3.3.0
+TRANSFORMERS_VERSIONS ?= 4.51.3 5.24.0
 # The lower bounds of pyproject.toml's dependencies, which a test compares with these.
 LOWEST := torch==2.6.0 numpy==1.24.0
 
@@ -53,9 +54,10 @@ test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
-## The core on the lowest torch and NumPy, and the integration on the lowest and the newest supported open_clip, each
-## in an environment of its own.
+## The core on the lowest torch and NumPy, and the integrations on the lowest and the newest supported open_clip and
+## transformers, each in an environment of its own.
 test-matrix: test-lowest $(addprefix test-open_clip-,$(OPEN_CLIP_VERSIONS))
+test-matrix: $(addprefix test-transformers-,$(TRANSFORMERS_VERSIONS))
 
 # With Python 3.10 or 3.11, the only ones that this NumPy has wheels for, and with the pip that they bring.
 .PHONY: test-lowest
@@ -69,6 +71,13 @@ test-open_clip-%:
 	$(VENV)-open_clip-$*/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-open_clip-$*/bin/python -m pip install --quiet --editable '.[test]' 'open_clip_torch[training]==$*'
 	$(VENV)-open_clip-$*/bin/python -m pytest tests/rankloss_open_clip tests/test_losses.py tests/test_distributed.py $(PYTEST_ARGS)
+
+# Older releases warn of what newer ones of torch and NumPy deprecate.
+test-transformers-%:
+	$(PYTHON) -m venv $(VENV)-transformers-$*
+	$(VENV)-transformers-$*/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-transformers-$*/bin/python -m pip install --quiet --editable '.[test]' 'transformers==$*'
+	$(VENV)-transformers-$*/bin/python -m pytest -W default tests/rankloss_trainers $(PYTEST_ARGS)
 
 ## The integration on a checkout of open_clip's main branch, which no registry has: CHECKOUT=…/open_clip.
 test-main: $(VENV)/.dev

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from rankloss_open_clip import versions
 from rankloss_open_clip.names import BASE_LOSS, DIST_IMPLS, asks_for_loss
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import BUILT_IN, TRAINERS_OWN, LossEntry, dest, flag
+from rankloss_trainers.command_line import add_options, by_prefix, misplaced, with_flag
 
 if TYPE_CHECKING:
     from rankloss.distributed import Gather
@@ -162,42 +162,21 @@ def _add_groups(
         if own.choices is not None:
             own.choices = [*own.choices, *(name for name in known if name not in own.choices)]
         parser.set_defaults(**{BASE_LOSS: own.default})
-    groups: dict[str, list[str]] = {}
-    for name, entry in entries.items():
-        groups.setdefault(entry.prefix or name, []).append(name)
-    for names in groups.values():
+    for names in by_prefix(entries).values():
         try:
-            _add_options(parser, names, entries[names[0]])
+            add_options(parser, names, entries[names[0]])
         except argparse.ArgumentError as error:  # the trainer, or another loss, has this option
             if asked in names:
                 parser.error(f"argument --loss: {asked} cannot be used: {error}")
-
-
-def _add_options(parser: argparse.ArgumentParser, names: list[str], entry: LossEntry) -> None:
-    if not entry.options:
-        return
-    group = parser.add_argument_group(f"--loss {', '.join(names)}")
-    for option in entry.options:
-        default = option.unset if option.default is None else option.default
-        group.add_argument(
-            flag(names[0], entry, option),
-            dest=dest(names[0], entry, option),
-            default=argparse.SUPPRESS,
-            help=f"{option.help} (default: {default})",
-            **option.keywords,
-        )
 
 
 def _complete(parser: TrainerParser, args: Any, entries: dict[str, LossEntry]) -> None:
     name: str | None = getattr(args, "loss", None)
     if name not in entries:
         name = None  # the trainer's own
-    prefix = None if name is None else entries[name].prefix or name
-    for other, entry in entries.items():
-        given = [flag(other, entry, o) for o in entry.options if hasattr(args, dest(other, entry, o))]
-        if given and (entry.prefix or other) != prefix:
-            takers = [x for x in entries if (entries[x].prefix or x) == (entry.prefix or other)]
-            parser.error(f"{', '.join(given)}: only with --loss {' or '.join(takers)}")
+    wrong = misplaced(name, entries, args)
+    if wrong:
+        parser.error(wrong)
     if name is None:
         if hasattr(args, BASE_LOSS):
             delattr(args, BASE_LOSS)
@@ -235,7 +214,7 @@ def _reason_against(name: str, loaded: LossEntry, args: Any) -> str | None:
     entry, options = loaded.taking(args), catalog.option_values(name, loaded, args)
     reason = entry.refuse(options, gather_of(args))
     if reason is not None:
-        return _with_flag(name, loaded, reason)
+        return with_flag(name, loaded, reason)
     if entry.uses_teacher(options) and not _distils(args):
         return f"{name} ranks by a teacher: name it with --distill-model and --distill-pretrained"
     if entry.caption_key(options) is None:
@@ -248,18 +227,6 @@ def _reason_against(name: str, loaded: LossEntry, args: Any) -> str | None:
 def _distils(args: Any) -> bool:
     """Whether the trainer has a teacher, which it decides by both of its arguments."""
     return None not in (getattr(args, "distill_model", None), getattr(args, "distill_pretrained", None))
-
-
-def _with_flag(name: str, entry: LossEntry, reason: str) -> str:
-    """A reason that begins with the key of an option, beginning with its flag."""
-    match = re.match(r"\w+", reason)
-    for option in entry.options:
-        if match is not None and match[0] == option.key:
-            rest = reason[match.end() :]
-            # "bins must be …" and "lists: …" lose the key; "diagonal=False does …" would lose its subject.
-            text = reason if rest.startswith("=") else rest.removeprefix(":").lstrip()
-            return f"{flag(name, entry, option)}: {text}"
-    return reason
 
 
 def _is_generative(args: Any) -> bool:

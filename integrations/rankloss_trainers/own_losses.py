@@ -219,7 +219,7 @@ ALIP = LossEntry(
             "caption-key",
             None,
             "where the synthetic caption is: a column of a CSV file; in a webdataset the extension of a text "
-            "file, or json:FIELD",
+            "file, or json:FIELD; in Hugging Face's Trainer the prefix of its columns",
             {"metavar": "KEY"},
             "must be given",
         ),

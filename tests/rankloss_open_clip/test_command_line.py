@@ -102,7 +102,7 @@ def test_ambiguous_abbreviation_is_refused(capsys: pytest.CaptureFixture[str]) -
         (["--rankclip-bins", "1"], "--rankclip-bins: must be a whole number of at least 2, got '1'"),
         (
             ["--rankclip-bins", str(2**40)],
-            f"--rankclip-bins: must be at most {2**31 - 1}, got '{2**40}'",
+            f"--rankclip-bins: must be at most {2**24}, got '{2**40}'",
         ),
         (
             ["--rankclip-memory-budget", "-1"],

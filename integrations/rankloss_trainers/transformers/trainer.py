@@ -1,32 +1,30 @@
-"""Hugging Face's Trainer with a loss of the catalogue.
-
-    >>> from rankloss_trainers.transformers import ContrastiveTrainer
-    >>> trainer = ContrastiveTrainer(model, args, train_dataset=pairs, loss="rankclip")  # doctest: +SKIP
-
-The model is any whose output has ``image_embeds`` and ``text_embeds`` and that holds its ``logit_scale`` as a
-logarithm (CLIP, ChineseCLIP, AltCLIP, VisionTextDualEncoder, …) or its ``temperature`` (ALIGN).
-"""
+"""``transformers.Trainer`` with a loss of the catalogue."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 import rankloss
 from rankloss.losses import base_entries
-from rankloss_trainers import catalog, state
+from rankloss_trainers import state as loss_state
 from rankloss_trainers.clock import tell
-from rankloss_trainers.driven_loss import DrivenLoss, Entries, call_alone
-from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.driven_loss import DrivenLoss, Entries
+from rankloss_trainers.transformers import choice, embeddings
 
-__all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
+__all__ = ["STATE_FILE", "ContrastiveTrainer", "ContrastiveTrainerMixin"]
+
+STATE_FILE = "rankloss.pt"
+"""Where a checkpoint holds the state of the loss, if the loss has one."""
 
 _logger = logging.getLogger("rankloss_trainers")
 
@@ -36,10 +34,12 @@ class ContrastiveTrainerMixin:
 
     Put it before the Trainer: ``class MyTrainer(ContrastiveTrainerMixin, transformers.Trainer)``.
 
-    - λ follows the optimizer steps, ``global_step`` of ``max_steps``, and is right after a resume.
+    - λ follows the optimizer steps, ``global_step`` of ``max_steps``, and is right after a resume. What a
+      loss remembers (ALIP's histories) is in the checkpoints.
     - Each process's pairs are contrasted with those of all processes, exactly under DDP's averaging.
     - The loss is a mean over the pairs of a forward pass. With gradient accumulation the means are averaged,
       and pairs are contrasted within a micro-batch only.
+    - A model with a ``logit_bias`` (SigLIP) is trained with the sigmoid loss, others with CLIP's.
     - Evaluation gives the base loss without the rank terms, which does not grow with λ; so
       ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
     - The log shows each term, λ, and what else the loss gives, averaged since the last line.
@@ -49,13 +49,16 @@ class ContrastiveTrainerMixin:
         loss: A loss as the catalogue names it, or a module with the forward convention of open_clip's losses,
             whose ``base``, if it has one, is what evaluation gives.
         loss_options: Options of the named loss, by their names without prefix; see ``LossEntry.options``.
+            ALIP's ``caption_key`` is the prefix of the second caption's columns: ``caption`` for
+            ``caption_input_ids`` beside ``input_ids``.
         gather: The :class:`rankloss.Gather` of the run; None for the default process group, exactly.
         **kwargs: What the Trainer takes.
 
     Raises:
         TypeError: for an option that the loss does not have.
         ValueError: for options that cannot work, and for a set-up that would train something else:
-            DataParallel, a ``compute_loss_func``, or a model without a scale.
+            DataParallel, ZeRO stage 3, FSDP with flat parameters, a ``compute_loss_func``, or a model without
+            a scale.
     """
 
     # The loss is a mean over a micro-batch, which the Trainer has to divide by the accumulated batches.
@@ -76,21 +79,34 @@ class ContrastiveTrainerMixin:
         trainer.model_accepts_loss_kwargs = False
         trainer.label_names = []  # the pairs are the labels; else evaluation would give no loss
         gather = rankloss.Gather() if gather is None else gather
-        base = rankloss.ClipLoss(gather=gather)
+        sigmoid = embeddings.has_bias(trainer.model)
+        base = choice.base_of(sigmoid=sigmoid, gather=gather)
         if isinstance(loss, str):
-            self.driven_loss = _build(loss, loss_options or {}, base, gather, trainer.args)
-        elif loss_options:
-            raise TypeError("loss_options belong to a loss that is given by its name; the module has its own")
+            epochs, first = trainer.args.num_train_epochs, trainer.args.process_index == 0
+            chosen = choice.named(
+                loss, loss_options, base, gather, epochs=epochs, sigmoid=sigmoid, announce=first
+            )
         else:
-            evaluate = RankClipLog() if isinstance(loss, rankloss.RankClipLoss) else call_alone
-            self.driven_loss = DrivenLoss(loss, unit="step", evaluate=evaluate)
-        if state.has_state(self.driven_loss.criterion):
-            self.driven_loss.to(trainer.args.device)
-            _logger.warning("The loss has a state that checkpoints do not hold: a resumed run starts it anew")
+            chosen = choice.own(loss, loss_options)
+        self.chosen_loss = chosen
+        self.driven_loss = chosen.loss.to(trainer.args.device)
         own_base = getattr(self.driven_loss.criterion, "base", None)
         self.evaluation_loss = base if own_base is None else own_base
         self._means = _Means()
         trainer.add_callback(_Progress(self.driven_loss))
+        if loss_state.has_state(self.driven_loss.criterion):
+            trainer.add_callback(_Saving(chosen))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, and give a resumed run the state of its loss back."""
+        trainer: Any = self
+        if resume_from_checkpoint and loss_state.has_state(self.driven_loss.criterion):
+            path: Any = resume_from_checkpoint
+            if path is True:
+                path = get_last_checkpoint(trainer.args.output_dir)  # type: ignore[no-untyped-call]
+            if path is not None:  # else the Trainer says what is missing
+                _restore(self.chosen_loss, Path(path))
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def compute_loss(
         self,
@@ -102,9 +118,19 @@ class ContrastiveTrainerMixin:
         """The loss of a batch; in evaluation the base loss."""
         trainer: Any = self
         # The model's own loss is of this process alone, and would be computed for nothing.
-        outputs = model(**{name: value for name, value in inputs.items() if name != "return_loss"})
-        features = _features(outputs)
-        features["logit_scale"] = logit_scale(trainer.accelerator.unwrap_model(model))
+        inputs = {name: value for name, value in inputs.items() if name != "return_loss"}
+        captions = self.chosen_loss.captions
+        if captions is not None:
+            select = embeddings.with_captions if model.training else embeddings.without_captions
+            inputs = select(inputs, captions)
+        outputs = model(**inputs)
+        features: dict[str, Any] = dict(embeddings.features_of(outputs))
+        if captions is not None and model.training:
+            features["text_features"], features["caption_features"] = features["text_features"].chunk(2)
+        whole = trainer.accelerator.unwrap_model(model)
+        features["logit_scale"] = embeddings.logit_scale(whole)
+        if embeddings.has_bias(whole):
+            features["logit_bias"] = embeddings.logit_bias(whole)
         if model.training:
             entries: Entries = self.driven_loss(**features)
             self._means.add(entries)
@@ -127,7 +153,7 @@ class ContrastiveTrainerMixin:
     def _evaluated(self, features: dict[str, Any]) -> Tensor:
         images: Tensor = features["image_features"]
         if len(images) == 1 and rankloss.Gather().place[1] == 1:
-            return images.new_zeros(())  # the cross-entropy of one class
+            return images.new_zeros(())  # one pair has nothing to be told from
         entries = base_entries(self.evaluation_loss, **features)
         return Entries(entries, {}).total
 
@@ -151,6 +177,32 @@ class _Progress(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Once per optimizer step."""
         self.loss.clock.start_step(state.global_step + 1, state.max_steps)
+
+
+class _Saving(TrainerCallback):
+    """Puts the state of a loss into the Trainer's checkpoints."""
+
+    def __init__(self, chosen: choice.Choice) -> None:
+        self.chosen = chosen
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """After the checkpoint of this step is written."""
+        if args.should_save:
+            path = Path(args.output_dir, f"checkpoint-{state.global_step}", STATE_FILE)
+            torch.save(loss_state.saved(self.chosen.name, self.chosen.loss.criterion), path)
+
+
+def _restore(chosen: choice.Choice, checkpoint: Path) -> None:
+    path = checkpoint / STATE_FILE
+    saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    found = loss_state.restore(chosen.name, chosen.loss.criterion, saved)
+    if found:
+        _logger.warning(
+            "The loss %s has a state that belongs to the run, and %s holds %s: it starts anew",
+            chosen.name,
+            checkpoint,
+            found,
+        )
 
 
 class _Means:
@@ -178,86 +230,25 @@ class _Means:
         return dict(zip(names, values, strict=True))
 
 
-def logit_scale(model: Any) -> Tensor:
-    """The multiplier of the similarities, from the parameter of a model.
-
-    Raises:
-        ValueError: The model has none, or this process does not hold it whole.
-    """
-    for name in ("logit_scale", "temperature"):
-        parameter = getattr(model, name, None)
-        if isinstance(parameter, Tensor):
-            break
-    else:
-        raise ValueError(f"{type(model).__name__} has neither a logit_scale nor a temperature")
-    whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    if whole.numel() != 1:
-        raise ValueError(
-            f"{name} has {whole.numel()} elements on this process: ZeRO stage 3 and FSDP with flat "
-            "parameters do not show it outside the forward pass; use ZeRO stage 2 or FSDP version 2"
-        )
-    scale = whole.reshape(())
-    return scale.exp() if name == "logit_scale" else 1 / scale
-
-
-def _features(outputs: Any) -> dict[str, Any]:
-    names = {"image_features": "image_embeds", "text_features": "text_embeds"}
-    missing = [name for name in names.values() if getattr(outputs, name, None) is None]
-    if missing:
-        given = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
-        raise ValueError(f"the model's output has no {' and no '.join(missing)}, got {given}")
-    return {feature: getattr(outputs, name) for feature, name in names.items()}
-
-
 def _refuse(trainer: Any) -> None:
     """Raise for what would train something else than what was asked for."""
-    if trainer.compute_loss_func is not None:
+    if getattr(trainer, "compute_loss_func", None) is not None:
         raise ValueError("compute_loss_func is ignored by this trainer; give the loss as `loss`")
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"DataParallel over {trainer.args.n_gpu} GPUs contrasts each GPU's pairs alone; "
             "start the script with torchrun or accelerate launch"
         )
-    logit_scale(trainer.model)
-    if getattr(trainer.model, "logit_bias", None) is not None:
+    shards = trainer.accelerator.state
+    deepspeed, fsdp = (getattr(shards, f"{name}_plugin", None) for name in ("deepspeed", "fsdp"))
+    if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError(
-            f"{type(trainer.model).__name__} has a logit_bias, which a softmax loss does not train"
+            "DeepSpeed's ZeRO stage 3 does not show the model's logit_scale outside the forward pass; "
+            "use stage 2"
         )
-
-
-def _build(
-    name: str, given: Mapping[str, Any], base: nn.Module, gather: rankloss.Gather, args: Any
-) -> DrivenLoss:
-    found = catalog.candidates()
-    if name not in found:
-        raise ValueError(f"loss must be one of {', '.join(map(repr, found))}, or a module; got {name!r}")
-    entry = found[name].load()
-    if entry.is_former:
-        raise ValueError(f"{name} ({found[name].package}) is written for open_clip's arguments alone")
-    options = {option.key: option.default for option in entry.options}
-    if "schedule_unit" in options:
-        options["schedule_unit"] = "step"  # the number of epochs may be a fraction
-    unknown = given.keys() - options.keys()
-    if unknown:
-        raise TypeError(f"{name} has no option {sorted(unknown)[0]!r}; it has {', '.join(options)}")
-    options.update(given)
-    reason = entry.refuse(options, gather)
-    if entry.only_sigmoid:
-        reason = f"{name} needs a trainer with a sigmoid loss of its own: {entry.only_sigmoid}"
-    if reason is None and entry.caption_key(options) is not None:
-        reason = f"{name} needs a second caption of each image, which this trainer does not read"
-    if reason is None and entry.uses_teacher(options):
-        reason = f"{name} ranks by a teacher's features, which this trainer does not have"
-    if reason is not None:
-        raise ValueError(reason)
-    criterion = entry.build(base, options, gather)
-    if args.process_index == 0:
-        package = found[name].package or f"rankloss {rankloss.__version__}"
-        text = entry.describe(options, args.num_train_epochs)
-        _logger.info("Loss: %s (%s)%s", name, package, text and f", {text}")
-    return DrivenLoss(
-        criterion,
-        unit=entry.unit if isinstance(entry.unit, str) else entry.unit(options, args.num_train_epochs),
-        first_call=entry.first_call,
-        evaluate=call_alone if entry.log is None else entry.log(options),
-    )
+    if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
+        raise ValueError(
+            "FSDP version 1 does not show the model's logit_scale outside the forward pass; "
+            'use version 2: fsdp_config={"version": 2}'
+        )
+    embeddings.logit_scale(trainer.model)

@@ -1,0 +1,213 @@
+"""Which installed trainers will honour a loss of the catalogue, and what would compute it here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A trainer that there is a plug-in for.
+
+    Attributes:
+        name: What it is called.
+        distributions: The distributions that it may come from.
+        extra: rankloss's extra, whose range of versions is what is tested.
+        plugin: The module of the plug-in, ``module:function`` where a function returns the problems.
+        use: How a loss gets into it.
+    """
+
+    name: str
+    distributions: tuple[str, ...]
+    extra: str
+    plugin: str
+    use: str
+
+
+TRAINERS = (
+    Trainer(
+        "open_clip",
+        ("open_clip_torch",),
+        "open-clip",
+        "rankloss_open_clip.doctor:diagnose",
+        "python -m open_clip_train.main ... --loss rankclip",
+    ),
+    Trainer(
+        "transformers",
+        ("transformers",),
+        "transformers",
+        "rankloss_trainers.transformers.trainer",
+        "rankloss_trainers.transformers.ContrastiveTrainer(model, args, loss='rankclip'), or "
+        "python -m rankloss_trainers.transformers SCRIPT ... --loss rankclip",
+    ),
+    Trainer(
+        "sentence-transformers",
+        ("sentence-transformers",),
+        "sentence-transformers",
+        "rankloss_trainers.sentence_transformers",
+        "rankloss_trainers.sentence_transformers.RankClipLoss(model)",
+    ),
+    Trainer(
+        "Lightning",
+        ("lightning", "pytorch-lightning"),
+        "lightning",
+        "rankloss_trainers.lightning",
+        "Trainer(callbacks=[rankloss_trainers.lightning.Progress()])",
+    ),
+    Trainer("accelerate", ("accelerate",), "", "rankloss", "rankloss.RankClipLoss() in the loop"),
+)
+"""The trainers, in the order of the report."""
+
+
+def main() -> int:
+    """Print the report and return 0 if no installed trainer has a problem, else 1."""
+    if importlib.util.find_spec("torch") is None:
+        print("torch is not installed: pip install torch")
+        return 1
+    for line in (*machine(), *peculiarities()):
+        print(line)
+    healthy = True
+    for trainer in TRAINERS:
+        works, lines = examined(trainer)
+        healthy &= works
+        for line in lines:
+            print(line)
+    return 0 if healthy else 1
+
+
+# --- trainers -------------------------------------------------------------------------------------------
+
+
+def examined(trainer: Trainer) -> tuple[bool, list[str]]:
+    """Whether an installed trainer will honour a loss, and what to print of it.
+
+    A trainer that is not installed has no problem.
+    """
+    found = {name: version for name in trainer.distributions if (version := _version(name))}
+    if not found:
+        extra = f": pip install 'rankloss[{trainer.extra}]'" if trainer.extra else ""
+        return True, [f"{trainer.name}: not installed{extra}"]
+    name, version = next(iter(found.items()))
+    problems = _problems(trainer.plugin)
+    tested = range_of(trainer.extra, name)
+    remark = "" if in_range(version, tested) else f" (tested with {tested})"
+    if problems:
+        return False, [f"{trainer.name} {version}{remark}: no", *(f"- {problem}" for problem in problems)]
+    return True, [f"{trainer.name} {version}{remark}: yes, {trainer.use}"]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _problems(plugin: str) -> list[str]:
+    module, _, function = plugin.partition(":")
+    try:
+        loaded = importlib.import_module(module)
+        diagnose: Callable[[], list[str]] = getattr(loaded, function) if function else list
+        return diagnose()
+    except Exception as error:  # whatever another package's import raises
+        return [f"{module} cannot be imported: {type(error).__name__}: {error}"]
+
+
+def range_of(extra: str, distribution: str) -> str:
+    """The range of versions that an extra of rankloss asks for; empty if it does not say.
+
+    Example:
+        >>> range_of("no-such-extra", "torch")
+        ''
+    """
+    try:
+        requirements = importlib.metadata.requires("rankloss") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    for requirement in requirements:
+        wanted, _, marker = requirement.partition(";")
+        match = re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*(.*)", wanted.strip())
+        named = re.search(r"extra == ['\"]([^'\"]+)", marker)
+        if match and named and named[1] == extra and _normal(match[1]) == _normal(distribution):
+            return ",".join(sorted(match[2].replace(" ", "").split(","), reverse=True))
+    return ""
+
+
+def in_range(version: str, specifiers: str) -> bool:
+    """Whether a version satisfies ``>=`` and ``<``; other specifiers are left to the installer.
+
+    Example:
+        >>> in_range("4.57.6", ">=4.57,<6"), in_range("6.0.0", ">=4.57,<6"), in_range("1.0", "")
+        (True, False, True)
+    """
+    for specifier in filter(None, specifiers.split(",")):
+        match = re.fullmatch(r"(>=|<)([\d.]+)", specifier)
+        if match and (_release(version) >= _release(match[2])) != (match[1] == ">="):
+            return False
+    return True
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers = re.match(r"\d+(?:\.\d+)*", version)
+    release = [int(number) for number in numbers[0].split(".")] if numbers else []
+    return tuple((*release, 0, 0, 0)[:3])
+
+
+def _normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+# --- the machine and the process ------------------------------------------------------------------------
+
+
+def machine() -> list[str]:
+    """rankloss, Python, torch, accelerator, Triton, and the kernel that would run."""
+    import torch
+
+    import rankloss
+
+    triton = _version("triton") or _version("pytorch-triton")
+    lines = [
+        f"rankloss {rankloss.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
+        f"Triton: {triton or 'not installed'}",
+    ]
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        lines += [f"{name}: {torch.cuda.get_device_name(name)}" for name in devices]
+    else:
+        built = torch.version.cuda or torch.version.hip
+        lines.append(f"CUDA: {f'torch is built for {built}, but no GPU is found' if built else 'none'}")
+    plan: Any = rankloss.RankConsistency().plan(4096, devices[0])
+    why = getattr(plan, "why_no_kernel", None)
+    kernel = getattr(plan, "kernel", "torch")
+    lines.append(f"kernel for 4,096 pairs on {devices[0]}: {kernel}{f' ({why})' if why else ''}")
+    return lines
+
+
+def peculiarities() -> list[str]:
+    """What in this process changes results, or keeps plug-ins from being loaded; empty if nothing does."""
+    import torch
+
+    lines = []
+    if (torch.tensor(2.0**-126) * 0.5).item() == 0:
+        lines.append("flush-to-zero is on: numbers below 1.2e-38 become 0")
+    if torch.are_deterministic_algorithms_enabled():
+        mode = "warns" if torch.is_deterministic_algorithms_warn_only_enabled() else "raises"
+        lines.append(f"deterministic algorithms are on: torch {mode} where it has none")
+    if torch.get_float32_matmul_precision() != "highest":
+        precision = torch.get_float32_matmul_precision()
+        lines.append(f"float32 products have the precision {precision!r} on a GPU: close ranks may change")
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+        lines.append("TORCH_DEVICE_BACKEND_AUTOLOAD=0: torch loads no plug-ins, open_clip's among them")
+    if torch.get_default_dtype() != torch.float32:
+        lines.append(f"the default dtype is {torch.get_default_dtype()}")
+    return lines

@@ -1,0 +1,123 @@
+"""From the name of a loss and its options to the loss that a Trainer trains with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+import rankloss
+from rankloss_trainers import catalog
+from rankloss_trainers.catalog import LossEntry
+from rankloss_trainers.driven_loss import DrivenLoss, call_alone
+from rankloss_trainers.logging import RankClipLog
+
+_logger = logging.getLogger("rankloss_trainers")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A loss, and what a trainer has to know to feed it.
+
+    Attributes:
+        name: The name in the catalogue, or the class of a module of one's own.
+        loss: The loss.
+        captions: The prefix of the columns of a second caption; None for a loss without one.
+    """
+
+    name: str
+    loss: DrivenLoss
+    captions: str | None = None
+
+
+def defaults(entry: LossEntry) -> dict[str, Any]:
+    """The options of a loss where none is given; a schedule goes by steps, since epochs may be a fraction."""
+    options = {option.key: option.default for option in entry.options}
+    return {**options, "schedule_unit": "step"} if "schedule_unit" in options else options
+
+
+def base_of(*, sigmoid: bool, gather: rankloss.Gather) -> nn.Module:
+    """The loss that the model was made for.
+
+    Raises:
+        ValueError: It is a sigmoid loss, which this version of rankloss does not have.
+    """
+    if not sigmoid:
+        return rankloss.ClipLoss(gather=gather)
+    siglip = getattr(rankloss, "SigLipLoss", None)
+    if siglip is None:
+        raise ValueError(
+            f"the model has a logit_bias, which a softmax loss does not train, and rankloss "
+            f"{rankloss.__version__} has no SigLipLoss"
+        )
+    base: nn.Module = siglip(gather=gather)
+    return base
+
+
+def own(module: nn.Module, given: Mapping[str, Any] | None) -> Choice:
+    """A module of one's own."""
+    if given:
+        raise TypeError("loss_options belong to a loss that is given by its name; the module has its own")
+    evaluate = RankClipLog() if isinstance(module, rankloss.RankClipLoss) else call_alone
+    return Choice(type(module).__name__, DrivenLoss(module, unit="step", evaluate=evaluate))
+
+
+def named(
+    name: str,
+    given: Mapping[str, Any] | None,
+    base: nn.Module,
+    gather: rankloss.Gather,
+    *,
+    epochs: float,
+    sigmoid: bool = False,
+    announce: bool = False,
+) -> Choice:
+    """A loss of the catalogue.
+
+    Args:
+        name: The loss.
+        given: Options by their keys; the others have their :func:`defaults`.
+        base: The loss that the model was made for.
+        gather: How the batches of other processes are seen.
+        epochs: Epochs of the run.
+        sigmoid: Whether the base is a sigmoid loss.
+        announce: Whether this process logs what is trained.
+
+    Raises:
+        TypeError: An option does not exist.
+        ValueError: The loss does not exist, or cannot work like this.
+    """
+    found = catalog.candidates()
+    if name not in found:
+        raise ValueError(f"loss must be one of {', '.join(map(repr, found))}, or a module; got {name!r}")
+    entry = found[name].load()
+    if entry.is_former:
+        raise ValueError(f"{name} ({found[name].package}) is written for open_clip's arguments alone")
+    options = defaults(entry)
+    unknown = (given or {}).keys() - options.keys()
+    if unknown:
+        raise TypeError(f"{name} has no option {sorted(unknown)[0]!r}; it has {', '.join(options)}")
+    options.update(given or {})
+    reason = entry.refuse(options, gather)
+    if reason is None and sigmoid and entry.no_sigmoid:
+        reason = f"{name} does not work with a model that has a logit_bias: {entry.no_sigmoid}"
+    if reason is None and entry.only_sigmoid and not sigmoid:
+        reason = f"{name} needs a model that has a logit_bias: {entry.only_sigmoid}"
+    if reason is None and entry.uses_teacher(options):
+        reason = f"{name} ranks by a teacher's features, which this trainer does not have"
+    if reason is not None:
+        raise ValueError(reason)
+    if announce:
+        package = found[name].package or f"rankloss {rankloss.__version__}"
+        text = entry.describe(options, epochs)
+        _logger.info("Loss: %s (%s)%s", name, package, text and f", {text}")
+    loss = DrivenLoss(
+        entry.build(base, options, gather),
+        unit=entry.unit if isinstance(entry.unit, str) else entry.unit(options, epochs),
+        first_call=entry.first_call,
+        evaluate=call_alone if entry.log is None else entry.log(options),
+    )
+    return Choice(name, loss, entry.caption_key(options))

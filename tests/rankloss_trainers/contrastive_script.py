@@ -1,0 +1,97 @@
+"""A script laid out like transformers' run_clip.py that knows nothing of rankloss; it makes its data."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+
+os.environ["HF_HUB_CACHE"] = "/set/by/the/script"
+
+import torch
+import transformers
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@dataclass
+class ModelArguments:
+    kind: str = field(default="clip", metadata={"help": "clip, or a model without embeddings"})
+    trainer: str = field(default="Trainer", metadata={"help": "which Trainer the script builds"})
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __init__(self, number: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(number, 3, 16, 16, generator=generator)
+        self.texts = torch.randint(1, 48, (number, 8), generator=generator)
+        self.texts[:, -1] = 49
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.images[i], "input_ids": self.texts[i]}
+
+
+def collate_fn(examples: list[dict[str, torch.Tensor]]) -> dict[str, object]:
+    columns = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+    return {**columns, "attention_mask": torch.ones_like(columns["input_ids"]), "return_loss": True}
+
+
+class OwnLoss(Trainer):
+    def compute_loss(self, *args: object, **kwargs: object) -> object:
+        return super().compute_loss(*args, **kwargs)
+
+
+class Derived(Trainer):
+    pass
+
+
+class Classifier(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(16, 1)
+
+    def forward(self, pixel_values: torch.Tensor, **_: object) -> dict[str, torch.Tensor]:
+        return {"loss": self.layer(pixel_values).square().mean()}
+
+
+def main() -> None:
+    parser = HfArgumentParser((ModelArguments, TrainingArguments))
+    model_args, training_args = parser.parse_args_into_dataclasses()
+    set_seed(training_args.seed)
+    text = {**TOWER, "vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 49}
+    vision = {**TOWER, "image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    model = transformers.CLIPModel(config) if model_args.kind == "clip" else Classifier()
+    if model_args.trainer == "none":
+        sys.exit()
+    if model_args.trainer == "loop":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(**collate_fn([Pairs(4)[i] for i in range(4)]))["loss"].backward()
+        optimizer.step()
+        raise AssertionError("an optimizer took a step")
+    trainer = {"Trainer": Trainer, "OwnLoss": OwnLoss, "Derived": Derived}[model_args.trainer](
+        model=model,
+        args=training_args,
+        train_dataset=Pairs(32) if training_args.do_train else None,
+        eval_dataset=Pairs(16) if training_args.do_eval else None,
+        data_collator=collate_fn,
+    )
+    if training_args.do_train:
+        result = trainer.train()
+        trainer.save_model()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_state()
+    if training_args.do_eval:
+        trainer.save_metrics("eval", trainer.evaluate())
+    assert transformers.utils.hub.constants.HF_HUB_CACHE == "/set/by/the/script"
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Compilers and sharded models under Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
+    pytest.skip("transformers or accelerate is not installed", allow_module_level=True)
+
+from tiny_transformers import METRICS, TERMS, Pairs, clip, steps, train, weights
+
+import rankloss
+from process_pool import Pools
+from rankloss_trainers.transformers.embeddings import features_of, logit_scale
+
+
+def test_compiled_model_trains_the_same(tmp_path: Path) -> None:
+    options = {"optim": "sgd", "max_grad_norm": 0, "max_steps": 4, "num_train_epochs": 1}
+    plain, compiled = (
+        train(tmp_path / str(number), **options, **given)
+        for number, given in enumerate(({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}))
+    )
+    torch.testing.assert_close(weights(compiled), weights(plain), rtol=1e-4, atol=1e-5)
+    for a, b in zip(steps(compiled), steps(plain), strict=True):
+        names = (*TERMS, *METRICS, "loss")
+        assert {n: a[n] for n in names} == pytest.approx({n: b[n] for n in names}, rel=1e-3, abs=1e-5)
+
+
+def batch(rows: slice) -> dict[str, Tensor]:
+    pairs = [Pairs(8)[i] for i in range(*rows.indices(8))]
+    return {name: torch.stack([pair[name] for pair in pairs]) for name in pairs[0]}
+
+
+def gradients(model: Any, rows: slice) -> dict[str, Tensor]:
+    loss = rankloss.RankClipLoss(schedule="constant")
+    features = features_of(model(**batch(rows)))
+    loss(**features, logit_scale=logit_scale(model)).backward()
+    return {
+        name: parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def one_dimensional_scale() -> Any:
+    model = clip()  # a scalar cannot be sharded
+    model.logit_scale = torch.nn.Parameter(model.logit_scale.detach().reshape(1))
+    return model
+
+
+def sharded_gradients(rank: int, world_size: int) -> dict[str, Tensor]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(one_dimensional_scale(), mesh=init_device_mesh("cpu", (world_size,)))
+    share = 8 // world_size
+    return gradients(model, slice(rank * share, (rank + 1) * share))
+
+
+def test_sharded_model_has_the_gradients_of_the_whole_batch(pools: Pools) -> None:
+    whole = gradients(one_dimensional_scale(), slice(None))
+    assert whole["logit_scale"].abs() > 1e-4
+    for seen in pools[2].run(sharded_gradients):
+        assert seen.keys() == whole.keys()
+        for name, gradient in seen.items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+# --- DeepSpeed ------------------------------------------------------------------------------------------
+
+
+def run_as_a_process(directory: str, batch_size: str) -> None:
+    given: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "max_steps": 3}
+    if "WORLD_SIZE" in os.environ:
+        given["deepspeed"] = {
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+        }
+    model = one_dimensional_scale()  # DeepSpeed cannot broadcast a scalar
+    trainer = train(Path(directory), model=model, per_device_train_batch_size=int(batch_size), **given)
+    if trainer.is_world_process_zero():
+        lines = [{name: line[name] for name in (*TERMS, "loss")} for line in steps(trainer)]
+        Path(directory, "result.json").write_text(json.dumps(lines))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_zero_stage_2_trains_as_one_process(tmp_path: Path) -> None:
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(tests)}
+    results = []
+    for processes in (1, 2):
+        directory = tmp_path / str(processes)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+        command = [sys.executable, *launcher[: 6 * (processes > 1)], __file__, str(directory)]
+        done = subprocess.run(
+            [*command, str(16 // processes)], env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        results.append(json.loads((directory / "result.json").read_text()))
+    whole, two = results
+    for a, b in zip(two, whole, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+
+
+if __name__ == "__main__":
+    run_as_a_process(*sys.argv[1:])

@@ -1,0 +1,58 @@
+"""Models with a bias are trained with the sigmoid loss."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
+    pytest.skip("transformers or accelerate is not installed", allow_module_level=True)
+
+from tiny_transformers import Pairs, arguments, siglip, steps, train, weights
+
+import rankloss
+from rankloss_trainers.transformers import ContrastiveTrainer
+
+HAS_SIGLIP = hasattr(rankloss, "SigLipLoss")
+needs_siglip = pytest.mark.skipif(not HAS_SIGLIP, reason="rankloss has no SigLipLoss")
+
+
+def test_without_a_sigmoid_loss_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(rankloss, "SigLipLoss", raising=False)
+    with pytest.raises(ValueError, match="has a logit_bias, which a softmax loss does not train"):
+        ContrastiveTrainer(model=siglip(), args=arguments(tmp_path))
+
+
+@needs_siglip
+def test_base_is_the_models_own_loss(tmp_path: Path) -> None:
+    pairs = Pairs(16)
+    trainer = train(tmp_path, model=siglip(), pairs=pairs, eval_dataset=pairs, eval_on_start=True)
+    (first, *_) = [line for line in trainer.state.log_history if "eval_loss" in line]
+    model, total = siglip().eval(), 0.0
+    for start in (0, 8):
+        batch = [pairs[i] for i in range(start, start + 8)]
+        inputs = {name: torch.stack([pair[name] for pair in batch]) for name in batch[0]}
+        with torch.no_grad():
+            total += model(**inputs, return_loss=True).loss.item() / 2
+    assert first["eval_loss"] == pytest.approx(total, rel=1e-5)
+    assert steps(trainer)[-1]["cross_modal_loss"] > 0
+
+
+@needs_siglip
+def test_scale_and_bias_are_trained(tmp_path: Path) -> None:
+    trainer = train(tmp_path, model=siglip(), max_steps=2, optim="sgd", max_grad_norm=0)
+    before = siglip()
+    for name in ("logit_scale", "logit_bias"):
+        assert not torch.equal(getattr(trainer.model, name), getattr(before, name)), name
+    assert torch.isfinite(weights(trainer)).all()
+
+
+@needs_siglip
+def test_softmax_loss_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="alip does not work with a model that has a logit_bias"):
+        ContrastiveTrainer(
+            model=siglip(), args=arguments(tmp_path), loss="alip", loss_options={"caption_key": "caption"}
+        )
