@@ -1,4 +1,4 @@
-"""A tiny sentence-transformers model of random weights, and trainings of it, also as one of many processes."""
+"""A tiny sentence-transformers model of random weights, and trainings of it, also in several processes."""
 
 from __future__ import annotations
 
