@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import importlib.util
 import itertools
 import json
@@ -11,12 +11,12 @@ import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from trainer_runs import OFF, OFFICIAL, STEPS, Run, Runs, Trainer, assert_equal_training
 
 import rankloss_open_clip
@@ -71,44 +71,40 @@ def test_attached_trainer_without_loss_is_stock(trainer: Trainer, runs: Runs, fo
 # --- the layout -----------------------------------------------------------------------------------------
 
 
-class ClipLoss(nn.Module):
-    def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool = False
-    ) -> Any:
-        loss = nn.functional.cross_entropy(
-            logit_scale * image_features @ text_features.T, torch.arange(len(image_features))
-        )
+FORK = """
+import argparse
+import torch
+from torch.nn.functional import cross_entropy
+
+FEATURES = torch.eye(4), torch.eye(4)[[1, 0, 3, 2]]
+
+class ClipLoss(torch.nn.Module):
+    def forward(self, image_features, text_features, logit_scale, output_dict=False):
+        logits = logit_scale * image_features @ text_features.T
+        loss = cross_entropy(logits, torch.arange(len(logits)))
         return {"contrastive_loss": loss} if output_dict else loss
 
-
-def create_loss(args: Any) -> nn.Module:
+def create_loss(args):
     return ClipLoss()
 
-
-def parse_args(args: list[str]) -> argparse.Namespace:
+def parse_args(args):
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--epochs", type=int, default=4)
     return parser.parse_args(args)
 
-
-def train_one_epoch(model: Any, data: Any, loss: Any, epoch: int, args: Any) -> float:
-    """A trainer that calls its loss by position, and wants a scalar."""
-    features = torch.eye(4)
-    return loss(features, features[[1, 0, 3, 2]], torch.tensor(2.0)).item()
+def train_one_epoch(model, data, loss, epoch, args):  # by position, for a scalar
+    return loss(*FEATURES, torch.tensor(2.0)).item()
+"""
 
 
 @pytest.fixture
-def fork(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A fork of one file."""
-    module = types.ModuleType("fork")
-    for function in (create_loss, parse_args, train_one_epoch):
-        copied = types.FunctionType(function.__code__, vars(module), function.__name__, function.__defaults__)
-        copied.__module__ = "fork"
-        setattr(module, function.__name__, copied)
-    vars(module).update(argparse=argparse, torch=torch, ClipLoss=ClipLoss)
-    monkeypatch.setitem(sys.modules, "fork", module)
-    return module
+    (tmp_path / "fork.py").write_text(FORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("fork")
+    del sys.modules["fork"]
 
 
 def data() -> dict[str, Any]:
@@ -122,8 +118,7 @@ def test_fork_that_calls_by_position_gets_a_scalar(fork: Any) -> None:
     loss = fork.create_loss(args)
     assert isinstance(loss, TrainerLoss)
     values = [fork.train_one_epoch(None, data(), loss, epoch, args) for epoch in range(4)]
-    alone = train_one_epoch(None, None, create_loss(None), 0, None)
-    assert values[0] == pytest.approx(alone)
+    assert values[0] == pytest.approx(fork.ClipLoss()(*fork.FEATURES, 2.0).item())
     steps = [b - a for a, b in itertools.pairwise(values)]
     assert steps == pytest.approx([steps[0]] * 3, rel=1e-4), "λ grows linearly"
     assert steps[0] > 0.01
@@ -133,7 +128,7 @@ def test_fork_without_loss_is_left_alone(fork: Any) -> None:
     rankloss_open_clip.attach(fork)
     args = fork.parse_args(["--epochs", "2"])
     assert vars(args) == {"model": "ViT-B-32", "epochs": 2}
-    assert type(fork.create_loss(args)) is ClipLoss
+    assert type(fork.create_loss(args)) is fork.ClipLoss
 
 
 def test_function_of_another_name_builds_the_loss(fork: Any) -> None:
