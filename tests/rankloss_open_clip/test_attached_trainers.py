@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from trainer_runs import OFF, OFFICIAL, STEPS, Run, Runs, Trainer, assert_equal_training
@@ -278,7 +279,17 @@ def run_release(
     return Run(done.returncode, done.output, trainer.directory / "logs" / f"{version} {name}")
 
 
+@pytest.fixture
+def numpy_learning_rates() -> Iterator[None]:
+    """Former releases save the learning rate as NumPy's number, which torch.load has to be told of."""
+    number = np.float64(0)
+    kinds = [number.__reduce__()[0], np.dtype, type(number.dtype)]
+    with torch.serialization.safe_globals(kinds):
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("numpy_learning_rates")
 def test_former_release_trains(trainer: Trainer, release: tuple[str, str]) -> None:
     stock = run_release(trainer, release, "stock", "--epochs", "2", stock=True)
     plain = run_release(trainer, release, "plain", "--epochs", "2")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import doctest
 import importlib
 import importlib.util
@@ -12,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -157,15 +155,10 @@ def accelerated(batch_size: str, result: str) -> None:
 
 @needs("accelerate")
 def test_accelerate_in_two_processes_is_the_one_in_one(tmp_path: Path) -> None:
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     ended = []
     for processes in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
         result = tmp_path / f"{processes}.json"
-        command = [sys.executable, *launcher, __file__, str(16 // processes), str(result)]
-        environment = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-4000:]
+        run("accelerated", str(16 // processes), str(result), processes=processes)
         ended.append(json.loads(result.read_text()))
     assert math.dist(ended[0], weights(Towers(returns_scale=True))) > 0.01
     assert ended[1] == pytest.approx(ended[0], rel=1e-4, abs=1e-6)
@@ -189,39 +182,50 @@ def test_class_for_a_trainer_that_wants_a_scalar() -> None:
         assert loss(*features) > rankloss.ClipLoss()(*features)
 
 
+class Model(nn.Module):
+    """Towers with the output of open_clip's models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = Towers(returns_scale=True)
+
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        names = ("image_features", "text_features", "logit_scale")
+        return dict(zip(names, self.towers(image, text), strict=True))
+
+
+def task(result: str) -> None:
+    images, texts = pairs()[:8]
+    names: dict[str, Any] = {"model": Model(), "images": images, "texts": texts, "step": 3, "total_steps": 4}
+    exec(block("Tasks of open_clip's main branch"), names)
+    assert all(p.grad is not None for p in names["model"].parameters())
+    Path(result).write_text(json.dumps({name: value.item() for name, value in names["losses"].items()}))
+
+
 @pytest.mark.skipif(
     not CHECKOUT, reason="RANKLOSS_OPEN_CLIP_CHECKOUT names no checkout of open_clip's main branch"
 )
-def test_task_of_the_main_branch() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.towers = Towers(returns_scale=True)
-            self.logit_scale = self.towers.logit_scale
+def test_task_of_the_main_branch(tmp_path: Path) -> None:
+    run("task", str(tmp_path / "losses.json"), path=str(Path(CHECKOUT, "src")))
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    total = losses.pop("loss")
+    assert set(losses) == {"contrastive_loss", "cross_modal_loss", "in_modal_loss"}
+    assert total == pytest.approx(sum(losses.values()))
 
-        def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
-            return dict(
-                zip(("image_features", "text_features", "logit_scale"), self.towers(image, text), strict=True)
-            )
 
-    script = f"{block('Tasks of open_clip' + chr(39) + 's main branch')}\nprint(sorted(losses))"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # open_clip's own
-        sys.path.insert(0, str(Path(CHECKOUT, "src")))
-        stack.callback(sys.path.pop, 0)
-        images, texts = pairs()[:8]
-        names: dict[str, Any] = {
-            "model": Model(),
-            "images": images,
-            "texts": texts,
-            "step": 3,
-            "total_steps": 4,
-        }
-        exec(script, names)
-    assert set(names["losses"]) == {"contrastive_loss", "cross_modal_loss", "in_modal_loss", "loss"}
-    assert all(p.grad is not None for p in names["model"].parameters())
+def run(*arguments: str, processes: int = 1, path: str = "") -> None:
+    """Call a function of this file in processes of its own, started by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
+    paths = [path, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    done = subprocess.run(
+        [sys.executable, *launcher, __file__, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 if __name__ == "__main__":
-    accelerated(*sys.argv[1:])
+    {"accelerated": accelerated, "task": task}[sys.argv[1]](*sys.argv[2:])
