@@ -81,7 +81,7 @@ test-transformers-%:
 
 ## The integration on a checkout of open_clip's main branch, which no registry has: CHECKOUT=…/open_clip.
 test-main: $(VENV)/.dev
-	RANKLOSS_OPEN_CLIP_CHECKOUT=$(CHECKOUT) $(BIN)/python -m pytest tests/rankloss_open_clip/test_main_branch.py $(PYTEST_ARGS)
+	RANKLOSS_OPEN_CLIP_CHECKOUT=$(CHECKOUT) $(BIN)/python -m pytest tests/rankloss_open_clip/test_main_branch.py tests/rankloss_trainers/test_trainers_page.py $(PYTEST_ARGS)
 
 ## Random options and data against the NumPy reference for FUZZ_MINUTES; then the worst errors by option, or a finding.
 fuzz: $(VENV)/.dev

@@ -80,6 +80,10 @@ class TrainerParser(argparse.ArgumentParser):
         """The trainer's functions that the loss depends on and that are not patched."""
         raise NotImplementedError
 
+    def verdict(self, version: str) -> versions.Verdict:
+        """The support status of a version of open_clip."""
+        return versions.judge(version)
+
     # Signature as wide as the overloads of the base class.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Add the groups, parse, then fill in the defaults and refuse what cannot work."""
@@ -186,9 +190,7 @@ def _complete(parser: TrainerParser, args: Any, entries: dict[str, LossEntry]) -
         if not hasattr(args, dest(name, wanted, option)):
             setattr(args, dest(name, wanted, option), option.default)
 
-    import open_clip
-
-    verdict = versions.judge(getattr(open_clip, "__version__", "of unknown version"))
+    verdict = parser.verdict(versions.imported())
     if not verdict.usable:
         parser.error(f"argument --loss: {verdict.remark}")
     if getattr(args, "horovod", False):

@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankloss_trainers.driven_loss import DrivenLoss, Entries
-
-
-class LoggedTerms(dict[str, Tensor]):
-    """The terms of a loss together with what is logged but not trained.
-
-    open_clip 3.x adds up ``values()`` and logs ``items()``; the first therefore leaves the metrics out.
-
-    Args:
-        terms: The loss terms.
-        metrics: What is logged beside them.
-    """
-
-    def __init__(self, terms: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
-        super().__init__({**terms, **metrics})
-        self._metrics = frozenset(metrics)
-
-    def values(self) -> Any:
-        """The loss terms only."""
-        return self._split(False).values()
-
-    def copy(self) -> LoggedTerms:
-        """The same terms and metrics, still told apart."""
-        return LoggedTerms(self._split(False), self._split(True))
-
-    def _split(self, metrics: bool) -> dict[str, Tensor]:
-        return {key: value for key, value in self.items() if (key in self._metrics) == metrics}
+from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms
 
 
 class TrainerLoss(DrivenLoss):

@@ -14,7 +14,7 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from rankloss_open_clip import command_line, names
+from rankloss_open_clip import command_line, names, versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +64,7 @@ def patch_params(module: ModuleType) -> None:
     """
     if _parser_name(module) is None:
         raise AttributeError(f"{module.__name__} does not use argparse's ArgumentParser")
-    _wrap(module, "parse_args", functools.partial(_parsing, module))
+    _wrap(module, "parse_args", functools.partial(_parsing, module, PatchedParser))
 
 
 def patch_train(module: ModuleType) -> None:
@@ -77,12 +77,16 @@ def patch_train(module: ModuleType) -> None:
         AttributeError: The module has no ``train_one_epoch``.
         TypeError: Its parameters name neither the loss and the epoch nor a state that holds them.
     """
+    _check_train_one_epoch(module)
+    _wrap(module, "train_one_epoch", _training)
+
+
+def _check_train_one_epoch(module: ModuleType) -> None:
     parameters = inspect.signature(module.train_one_epoch).parameters
     if not {"data", "args"} <= parameters.keys() or not (
         {"loss", "epoch"} <= parameters.keys() or "state" in parameters
     ):
         raise TypeError(f"{module.__name__}.train_one_epoch has unknown parameters: {', '.join(parameters)}")
-    _wrap(module, "train_one_epoch", _training)
 
 
 def patch_data(module: ModuleType) -> None:
@@ -107,6 +111,64 @@ def patch_file_utils(module: ModuleType) -> None:
     """
     if hasattr(module, "pt_load"):
         _wrap(module, "pt_load", _loading)
+
+
+def patch_trainer(module: ModuleType, create_loss: str = "create_loss") -> None:
+    """Let a trainer that is laid out like open_clip's know ``--loss``; patch all of it, or nothing.
+
+    Args:
+        module: The trainer's main module, which holds, or imports by name, the functions ``parse_args``,
+            ``train_one_epoch`` and the one that builds the loss.
+        create_loss: The name of the last; it takes the parsed arguments as ``args``.
+
+    Raises:
+        AttributeError: The module has not these functions, or its parser is not argparse's.
+        TypeError: Their parameters are others than in open_clip's trainer.
+    """
+    for name in (create_loss, "parse_args", "train_one_epoch"):
+        if not callable(getattr(module, name, None)):
+            raise AttributeError(f"{module.__name__} has no function {name}")
+    if "args" not in inspect.signature(getattr(module, create_loss)).parameters:
+        raise TypeError(f"{module.__name__}.{create_loss} has no parameter args")
+    _check_train_one_epoch(module)
+    params = _home(module, "parse_args")
+    if _parser_name(params) is None:
+        raise AttributeError(f"{params.__name__} does not use argparse's ArgumentParser")
+
+    _wrap(module, create_loss, _creating_loss)
+    _wrap(module, "parse_args", functools.partial(_parsing, params, _parser_of(module, create_loss)))
+    _wrap(module, "train_one_epoch", _training)
+    patch_file_utils(module)
+    if hasattr(module, "get_data"):
+        patch_data(_home(module, "get_data"))
+
+
+def _parser_of(module: ModuleType, create_loss: str) -> type[PatchedParser]:
+    class AttachedParser(PatchedParser):
+        """The parser of an attached trainer."""
+
+        def unpatched(self, *, captions: bool) -> list[str]:
+            """The functions of this trainer that are not patched."""
+            needed = [(module, name) for name in (create_loss, "parse_args", "train_one_epoch")]
+            if captions:
+                data = _home(module, "get_data")
+                needed += [(data, name) for name in _CAPTION_NAMES["open_clip_train.data"]]
+            return [
+                f"{where.__name__}.{name}"
+                for where, name in needed
+                if not getattr(getattr(where, name, None), _PATCHED, False)
+            ]
+
+        def verdict(self, version: str) -> versions.Verdict:
+            """The layout was recognised, so no version of open_clip is too old."""
+            return versions.judge(version, attached=True)
+
+    return AttachedParser
+
+
+def _home(module: ModuleType, name: str) -> ModuleType:
+    """The module that defines what another imports by name."""
+    return sys.modules.get(getattr(getattr(module, name, None), "__module__", ""), module)
 
 
 def unpatched(*, captions: bool = False) -> list[str]:
@@ -150,8 +212,9 @@ def _creating_loss(original: Callable[..., Any]) -> Callable[..., Any]:
         from rankloss_open_clip.training import build_loss
 
         bound.arguments["args"] = _base_arguments(options)
+        base = original(*bound.args, **bound.kwargs)
         # This trainer adds up every value of the dict that a loss returns.
-        return build_loss(original(*bound.args, **bound.kwargs), options, sums_every_value=True)
+        return build_loss(base, options, sums_every_value=True)
 
     return create_loss
 
@@ -219,17 +282,19 @@ class PatchedParser(command_line.TrainerParser):
         return unpatched(captions=captions)
 
 
-def _parsing(module: ModuleType, original: Callable[..., Any]) -> Callable[..., Any]:
+def _parsing(
+    module: ModuleType, parser_class: type[PatchedParser], original: Callable[..., Any]
+) -> Callable[..., Any]:
     def parse_args(*args: Any, **kwargs: Any) -> Any:
         # The parser is created, filled and used inside the call, so the class is replaced during it.
         name = _parser_name(module)
         if name is None:
             return original(*args, **kwargs)  # a call from within a call
         replaced = getattr(module, name)
-        replacement: Any = PatchedParser
+        replacement: Any = parser_class
         if name == "argparse":
             replacement = types.ModuleType("argparse")
-            vars(replacement).update(vars(argparse), ArgumentParser=PatchedParser)
+            vars(replacement).update(vars(argparse), ArgumentParser=parser_class)
         setattr(module, name, replacement)
         try:
             return original(*args, **kwargs)

@@ -15,7 +15,7 @@ import rankloss
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.command_line import gather_of
 from rankloss_open_clip.logged_terms import TrainerLoss
-from rankloss_open_clip.versions import judge
+from rankloss_open_clip.versions import imported, judge
 from rankloss_trainers import catalog, state
 from rankloss_trainers.clock import Position
 from rankloss_trainers.driven_loss import call_alone
@@ -36,6 +36,8 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
         ValueError: The loss has parameters, or the trainer's own loss does not take the features of images
             and texts.
     """
+    if isinstance(base, TrainerLoss):  # from a factory within this one
+        return base
     name = args.loss
     _check_forward(name, base)
     candidate = catalog.candidates()[name]
@@ -89,8 +91,9 @@ def start_epoch(loss: object, epoch: int, data: Mapping[str, Any], args: Any, op
         warn = epoch > 0 and getattr(args, "rank", 0) == 0
         checkpoints.restore(loss.criterion, args.loss, resumed_from, warn=warn)
         checkpoints.save_with(optimizer, loss.criterion, args.loss, sharded=getattr(args, "fsdp", False))
-    steps = max(1, data["train"].dataloader.num_batches // args.accum_freq)
-    loss.start_epoch(Position(epoch=epoch, epochs=args.epochs, steps=steps, accum_freq=args.accum_freq))
+    accum_freq = getattr(args, "accum_freq", 1)  # forks of early releases have no such option
+    steps = max(1, data["train"].dataloader.num_batches // accum_freq)
+    loss.start_epoch(Position(epoch=epoch, epochs=args.epochs, steps=steps, accum_freq=accum_freq))
 
 
 def _shareable(base: nn.Module, gather: rankloss.Gather) -> nn.Module:
@@ -124,9 +127,10 @@ def _log_start(candidate: catalog.Candidate, loss: TrainerLoss, base: nn.Module,
         "on" if _stands_on(loss, base) else "in place of",
         type(base).__name__,
         f"{text}, " if text else "",
-        open_clip.__version__,
+        imported(),
     )
-    remark = judge(open_clip.__version__).remark
+    # A release that is too old for anything else came here by an attached trainer.
+    remark = judge(imported(), attached=True).remark
     if remark:
         _logger.warning(remark)
 

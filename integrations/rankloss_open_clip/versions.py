@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import re
@@ -15,6 +16,9 @@ OLDEST = (2, 26, 1)
 
 LOWEST, NEWEST = (3, 0, 0), (3, 3, 0)
 """The releases that the test matrix runs."""
+
+ATTACHED = ((2, 16, 1), (2, 24, 0))
+"""The releases before :data:`OLDEST` with which an attached trainer is tested."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Verdict:
     remark: str = ""
 
 
-def judge(version: str) -> Verdict:
+def judge(version: str, *, attached: bool = False) -> Verdict:
     """The support status of ``--loss`` with a version of open_clip.
 
     An untested version is tried, with a warning: :mod:`rankloss_open_clip.patches` refuses a trainer with an
@@ -38,6 +42,8 @@ def judge(version: str) -> Verdict:
 
     Args:
         version: What ``open_clip.__version__`` says.
+        attached: Whether ``--loss`` was attached to a trainer whose layout was recognised, see
+            :func:`rankloss_open_clip.patches.patch_trainer`.
 
     Example:
         >>> judge("3.3.0")
@@ -47,6 +53,14 @@ def judge(version: str) -> Verdict:
     """
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?(.*)", version)
     release = tuple(int(number or 0) for number in match.groups()[:3]) if match else ()
+    if match and attached and release < OLDEST:
+        tested = " and ".join(map(_text, ATTACHED))
+        return Verdict(
+            True,
+            ""
+            if release in ATTACHED
+            else f"open_clip {version}: an attached trainer is tested with {tested}, and tried with this",
+        )
     if match and release < OLDEST:
         return Verdict(
             False, f"open_clip {version} is older than {_text(OLDEST)}, the oldest that --loss is for"
@@ -58,6 +72,16 @@ def judge(version: str) -> Verdict:
         True,
         f"open_clip {version}: --loss is tested with {_text(LOWEST)} to {_text(NEWEST)}, and tried with this",
     )
+
+
+def imported() -> str:
+    """The version of open_clip that this process imports: a fork may stand before the installed package."""
+    for name in ("open_clip", "open_clip.version"):  # early releases have it in the second only
+        try:
+            return str(importlib.import_module(name).__version__)
+        except (ImportError, AttributeError):
+            continue
+    return "of unknown version"
 
 
 def missing_trainer() -> str:
@@ -72,7 +96,8 @@ def missing_trainer() -> str:
         version = "of unknown version"
     reason = judge(version).remark if not judge(version).usable else f"open_clip {version} is installed"
     if importlib.util.find_spec("training") is not None:
-        reason += "; its trainer is the package `training`, which is not patched"
+        reason += "; its trainer is the package `training`, which has to be named"
+        return f"{reason}: python -m rankloss_open_clip --trainer training.main"
     else:
         reason += ", but its trainer, open_clip_train, is not"
     return f"{reason}: {INSTALL}"

@@ -33,6 +33,33 @@ class Entries(NamedTuple):
         return reduce(operator.add, self.terms.values())
 
 
+class LoggedTerms(dict[str, Tensor]):
+    """The terms of a loss together with what is logged but not trained.
+
+    open_clip 3.x and sentence-transformers add up ``values()`` and log ``items()``; the first therefore
+    leaves the metrics out.
+
+    Args:
+        terms: The loss terms.
+        metrics: What is logged beside them.
+    """
+
+    def __init__(self, terms: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
+        super().__init__({**terms, **metrics})
+        self._metrics = frozenset(metrics)
+
+    def values(self) -> Any:
+        """The loss terms only."""
+        return self._split(False).values()
+
+    def copy(self) -> LoggedTerms:
+        """The same terms and metrics, still told apart."""
+        return LoggedTerms(self._split(False), self._split(True))
+
+    def _split(self, metrics: bool) -> dict[str, Tensor]:
+        return {key: value for key, value in self.items() if (key in self._metrics) == metrics}
+
+
 def call_alone(criterion: nn.Module, call: Call, **inputs: Any) -> Mapping[str, Tensor]:  # noqa: ARG001
     """Call a loss, and log nothing beside its own entries."""
     entries: Mapping[str, Tensor] = criterion(**inputs, output_dict=True)

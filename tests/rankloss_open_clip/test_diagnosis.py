@@ -80,7 +80,7 @@ def test_trainer_of_an_old_release_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(importlib.metadata, "version", lambda name: {"open_clip_torch": "2.24.0"}[name])
     expected = (
         "open_clip 2.24.0 is older than 2.26.1, the oldest that --loss is for; its trainer is the package "
-        "`training`, which is not patched: pip install 'open_clip_torch[training]>=3.0'"
+        "`training`, which has to be named: python -m rankloss_open_clip --trainer training.main"
     )
     assert doctor.diagnose() == [f"{expected}."]
     with pytest.raises(SystemExit) as exit_:

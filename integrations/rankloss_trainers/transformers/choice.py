@@ -40,21 +40,8 @@ def defaults(entry: LossEntry) -> dict[str, Any]:
 
 
 def base_of(*, sigmoid: bool, gather: rankloss.Gather) -> nn.Module:
-    """The loss that the model was made for.
-
-    Raises:
-        ValueError: It is a sigmoid loss, which this version of rankloss does not have.
-    """
-    if not sigmoid:
-        return rankloss.ClipLoss(gather=gather)
-    siglip = getattr(rankloss, "SigLipLoss", None)
-    if siglip is None:
-        raise ValueError(
-            f"the model has a logit_bias, which a softmax loss does not train, and rankloss "
-            f"{rankloss.__version__} has no SigLipLoss"
-        )
-    base: nn.Module = siglip(gather=gather)
-    return base
+    """The loss that the model was made for."""
+    return rankloss.SigLipLoss(gather=gather) if sigmoid else rankloss.ClipLoss(gather=gather)
 
 
 def own(module: nn.Module, given: Mapping[str, Any] | None) -> Choice:

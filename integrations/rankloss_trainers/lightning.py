@@ -1,0 +1,104 @@
+"""For Lightning: a callback that tells the losses in a LightningModule where training stands.
+
+Example::
+
+trainer = lightning.Trainer(max_epochs=3, callbacks=[Progress()])
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from lightning.pytorch import Callback
+from torch import nn
+
+from rankloss.options import check_choice, check_count
+from rankloss_trainers.clock import tell
+
+__all__ = ["Progress"]
+
+
+class Progress(Callback):
+    """Tells every loss in the module where training stands, also in a resumed run.
+
+    A loss of rankloss may be built in the module's ``__init__``: with the default ``gather=None`` it reads
+    rank and world size when it is first called, by which time Lightning has started the processes. λ is set
+    before the sanity validation too, though ``validation_step`` had better use the loss's ``base``, which
+    does not grow with λ.
+
+    Args:
+        unit: ``"step"`` calls ``set_progress(step, total_steps)`` before each batch, with the optimizer step
+            that it is for; ``"epoch"`` calls ``set_epoch(epoch, epochs)`` before each epoch. Both count
+            from 1.
+        total_steps: The optimizer steps of the run, where the trainer cannot know them (a dataset without a
+            length and no ``max_steps``). Later steps stay at the last. None asks the trainer.
+
+    Raises:
+        ValueError: for another unit, and for ``total_steps`` below 1; when training begins, if the run has no
+            known end, if no part of the module can be told, or if several optimizers step, whose steps the
+            trainer counts together.
+
+    Example:
+        >>> Progress(unit="batch")
+        Traceback (most recent call last):
+        ValueError: unit must be one of 'step', 'epoch'; got 'batch'
+    """
+
+    def __init__(self, unit: Literal["step", "epoch"] = "step", *, total_steps: int | None = None) -> None:
+        check_choice("unit", unit, ("step", "epoch"))
+        self.unit = unit
+        self.total_steps = None if total_steps is None else check_count("total_steps", total_steps)
+        self._losses = nn.ModuleList()
+        self._end = 0
+
+    def on_sanity_check_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Before the first λ the module is validated."""
+        self._start(trainer, pl_module)
+        self._tell(trainer)
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Find the losses, and the end of the run."""
+        self._start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ARG002
+        """For losses that go by epochs."""
+        if self.unit == "epoch":
+            self._tell(trainer)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Before each batch; accumulated batches are for the same step."""
+        if self.unit == "step":
+            self._tell(trainer)
+
+    def _start(self, trainer: Any, pl_module: nn.Module) -> None:
+        method = {"step": "set_progress", "epoch": "set_epoch"}[self.unit]
+        # A part of its own: the module is searched once, not at each step.
+        self._losses = nn.ModuleList(
+            part for part in pl_module.modules() if part is not pl_module and hasattr(part, method)
+        )
+        if not self._losses:
+            raise ValueError(f"no part of {type(pl_module).__name__} has the method {method}")
+        if self.unit == "epoch":
+            end = trainer.max_epochs
+            if end is None or end < 1:
+                raise ValueError(f"unit='epoch' needs a Trainer with max_epochs; got max_epochs={end!r}")
+            self._end = end
+            return
+        if len(trainer.optimizers) > 1:
+            raise ValueError(
+                f"the trainer counts the steps of {len(trainer.optimizers)} optimizers together; call "
+                "set_progress(step, total_steps) in training_step instead"
+            )
+        end = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
+        if math.isinf(end) or end < 1:  # -1 stands for no limit
+            raise ValueError(
+                "the run has no known end: give the Trainer max_steps, or Progress its total_steps"
+            )
+        self._end = int(end)
+
+    def _tell(self, trainer: Any) -> None:
+        if self.unit == "step":
+            tell(self._losses, "set_progress", min(trainer.global_step + 1, self._end), self._end)
+        else:
+            tell(self._losses, "set_epoch", min(trainer.current_epoch + 1, self._end), self._end)

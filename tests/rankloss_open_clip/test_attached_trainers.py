@@ -1,0 +1,319 @@
+"""Trainers that are laid out like open_clip's before 2.26: ``attach()``, and the runner's ``--trainer``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from trainer_runs import OFF, OFFICIAL, STEPS, Run, Runs, Trainer, assert_equal_training
+
+import rankloss_open_clip
+from rankloss import schedules
+from rankloss_open_clip import __main__ as runner
+from rankloss_open_clip.logged_terms import TrainerLoss
+from rankloss_open_clip.versions import judge
+
+TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
+BY_NAME = ("-m", "rankloss_open_clip", "--trainer", "training.main")
+BY_HAND = (
+    "-c",
+    "import sys, rankloss_open_clip, training.main\n"
+    "rankloss_open_clip.attach(training.main, 'create_loss')\n"
+    "training.main.main(sys.argv[1:])",
+)
+
+
+# --- the installed trainer under its former name --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def former(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PYTHONPATH with the installed trainer as the package ``training``."""
+    spec = importlib.util.find_spec("open_clip_train")
+    assert spec is not None
+    assert spec.origin is not None
+    directory = tmp_path_factory.mktemp("former")
+    shutil.copytree(Path(spec.origin).parent, directory / "training")
+    for file in (directory / "training").glob("*.py"):
+        file.write_text(file.read_text().replace("open_clip_train", "training"))
+    return os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.mark.parametrize("command", [BY_NAME, BY_HAND], ids=["runner", "attach"])
+def test_attached_trainer_trains_what_the_plugin_trains(
+    trainer: Trainer, runs: Runs, former: str, command: tuple[str, ...]
+) -> None:
+    name = f"attached {len(command)}"
+    run = trainer.run(name, "--epochs", "3", *OFFICIAL, command=command, PYTHONPATH=former, **OFF)
+    assert run.returncode == 0, run.output[-4000:]
+    assert_equal_training(runs["--loss rankclip"], run)
+    assert run.timeless_log == runs["--loss rankclip"].timeless_log
+
+
+def test_attached_trainer_without_loss_is_stock(trainer: Trainer, runs: Runs, former: str) -> None:
+    run = trainer.run("attached stock", "--epochs", "3", command=BY_NAME, PYTHONPATH=former, **OFF)
+    assert_equal_training(runs["stock"], run)
+    assert run.params.keys() == runs["stock"].params.keys()
+
+
+# --- the layout -----------------------------------------------------------------------------------------
+
+
+FORK = """
+import argparse
+import torch
+from torch.nn.functional import cross_entropy
+
+FEATURES = torch.eye(4), torch.eye(4)[[1, 0, 3, 2]]
+
+class ClipLoss(torch.nn.Module):
+    def forward(self, image_features, text_features, logit_scale, output_dict=False):
+        logits = logit_scale * image_features @ text_features.T
+        loss = cross_entropy(logits, torch.arange(len(logits)))
+        return {"contrastive_loss": loss} if output_dict else loss
+
+def create_loss(args):
+    return ClipLoss()
+
+def parse_args(args):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--epochs", type=int, default=4)
+    return parser.parse_args(args)
+
+def train_one_epoch(model, data, loss, epoch, args):  # by position, for a scalar
+    return loss(*FEATURES, torch.tensor(2.0)).item()
+"""
+
+
+@pytest.fixture
+def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A fork of one file."""
+    (tmp_path / "fork.py").write_text(FORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("fork")
+    del sys.modules["fork"]
+
+
+def data() -> dict[str, Any]:
+    return {"train": types.SimpleNamespace(dataloader=types.SimpleNamespace(num_batches=1))}
+
+
+def test_fork_that_calls_by_position_gets_a_scalar(fork: Any) -> None:
+    rankloss_open_clip.attach(fork)
+    rankloss_open_clip.attach(fork)  # a second time changes nothing
+    args = fork.parse_args(["--loss", "rankclip", "--rankclip-schedule", "linear"])
+    loss = fork.create_loss(args)
+    assert isinstance(loss, TrainerLoss)
+    values = [fork.train_one_epoch(None, data(), loss, epoch, args) for epoch in range(4)]
+    assert values[0] == pytest.approx(fork.ClipLoss()(*fork.FEATURES, 2.0).item())
+    steps = [b - a for a, b in itertools.pairwise(values)]
+    assert steps == pytest.approx([steps[0]] * 3, rel=1e-4), "λ grows linearly"
+    assert steps[0] > 0.01
+
+
+def test_fork_without_loss_is_left_alone(fork: Any) -> None:
+    rankloss_open_clip.attach(fork)
+    args = fork.parse_args(["--epochs", "2"])
+    assert vars(args) == {"model": "ViT-B-32", "epochs": 2}
+    assert type(fork.create_loss(args)) is fork.ClipLoss
+
+
+def test_function_of_another_name_builds_the_loss(fork: Any) -> None:
+    fork.build_criterion = fork.create_loss
+    del fork.create_loss
+    rankloss_open_clip.attach(fork, "build_criterion")
+    assert isinstance(fork.build_criterion(fork.parse_args(["--loss", "cyclip"])), TrainerLoss)
+
+
+def test_factory_that_calls_an_attached_one_gives_one_loss(fork: Any) -> None:
+    rankloss_open_clip.attach(fork)
+    inner = fork.create_loss
+    fork.outer = lambda args: inner(args)
+    rankloss_open_clip.attach(fork, "outer")
+    loss = fork.outer(fork.parse_args(["--loss", "rankclip"]))
+    assert isinstance(loss, TrainerLoss)
+    assert not any(isinstance(part, TrainerLoss) for part in loss.criterion.modules())
+
+
+@pytest.mark.parametrize("missing", ["create_loss", "parse_args", "train_one_epoch"])
+def test_trainer_without_one_of_the_functions_is_not_patched(fork: Any, missing: str) -> None:
+    delattr(fork, missing)
+    before = dict(vars(fork))
+    with pytest.raises(AttributeError, match=f"fork has no function {missing}"):
+        rankloss_open_clip.attach(fork)
+    assert vars(fork) == before
+
+
+def test_trainer_of_another_layout_is_not_patched(fork: Any) -> None:
+    before = dict(vars(fork))
+    for name, other, message in (
+        ("create_loss", lambda options: None, "fork.create_loss has no parameter args"),
+        (
+            "train_one_epoch",
+            lambda loader, args: None,
+            "train_one_epoch has unknown parameters: loader, args",
+        ),
+        ("argparse", None, "fork does not use argparse's ArgumentParser"),
+    ):
+        setattr(fork, name, other)
+        with pytest.raises((TypeError, AttributeError), match=message):
+            rankloss_open_clip.attach(fork)
+        setattr(fork, name, before[name])
+        assert vars(fork) == before
+
+
+def test_second_caption_needs_the_readers_of_training_data(
+    fork: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rankloss_open_clip.attach(fork)
+    with pytest.raises(SystemExit):
+        fork.parse_args(["--loss", "alip", "--alip-caption-key", "synthetic"])
+    assert "did not reach fork.get_csv_dataset, fork.get_wds_dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--trainer"], "--trainer needs the name of a module, as training.main"),
+        (
+            ["--trainer", "no_such_trainer.main"],
+            "--trainer no_such_trainer.main: there is no module no_such_trainer",
+        ),
+        (
+            ["--trainer=json", "--epochs", "1"],
+            "json is not laid out like open_clip's trainer: json has no function",
+        ),
+    ],
+)
+def test_runner_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["rankloss_open_clip", *argv])
+    with pytest.raises(SystemExit, match=message):
+        runner.main()
+
+
+def test_runner_hands_on_the_arguments(monkeypatch: pytest.MonkeyPatch, fork: Any) -> None:
+    seen: list[Any] = []
+    fork.__file__ = "fork.py"
+    fork.main = lambda argv: seen.append((argv, list(sys.argv)))
+    monkeypatch.setattr(sys, "argv", ["rankloss_open_clip", "--trainer", "fork", "--epochs", "1"])
+    runner.main()
+    fork.main = lambda: seen.append(list(sys.argv))
+    monkeypatch.setattr(sys, "argv", ["rankloss_open_clip", "--trainer=fork", "--epochs", "1"])
+    runner.main()
+    command = ["fork.py", "--epochs", "1"]
+    assert seen == [(command[1:], command), command]
+
+
+@pytest.mark.parametrize("version", ["2.16.1", "2.24.0", "3.3.0"])
+def test_tested_version_of_an_attached_trainer_gets_no_remark(version: str) -> None:
+    assert judge(version, attached=True).remark == ""
+
+
+@pytest.mark.parametrize("version", ["2.0.2", "2.20.0"])
+def test_other_old_version_is_tried_with_a_remark(version: str) -> None:
+    verdict = judge(version, attached=True)
+    assert verdict.usable
+    assert verdict.remark == (
+        f"open_clip {version}: an attached trainer is tested with 2.16.1 and 2.24.0, and tried with this"
+    )
+
+
+# --- the former releases themselves ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["2.16.1", "2.24.0"])
+def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A release of open_clip_torch in a folder of its own, before the installed one on PYTHONPATH."""
+    directory = tmp_path_factory.mktemp("release")
+    wanted = f"open_clip_torch=={request.param}"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(directory),
+        wanted,
+    ]
+    subprocess.run(command, check=True, timeout=300)
+    return request.param, os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))
+
+
+def run_release(
+    trainer: Trainer, release: tuple[str, str], name: str, *options: str, stock: bool = False
+) -> Run:
+    version, path = release
+    configs = trainer.directory / "former-configs"
+    configs.mkdir(exist_ok=True)
+    config = json.loads((trainer.directory / "tiny" / "open_clip_config.json").read_text())["model_cfg"]
+    config["text_cfg"]["context_length"] = 77  # the tokenizer of 2.16 has no other
+    (configs / "tiny-former.json").write_text(json.dumps(config))
+    module = ["training.main"] if stock else ["rankloss_open_clip", "--trainer", "training.main"]
+    script = (
+        "import open_clip, runpy, sys\n"
+        f"open_clip.add_model_config({str(configs)!r})\n"
+        f"sys.argv[1:1] = {module[1:]!r}\n"
+        f"runpy.run_module({module[0]!r}, run_name='__main__', alter_sys=True)"
+    )
+    arguments = trainer.arguments(f"{version} {name}", "--model", "tiny-former", *options)
+    at = arguments.index("--device")
+    del arguments[at : at + 2]  # such releases take what there is
+    done = trainer.python("-c", script, *arguments, PYTHONPATH=path, **OFF)
+    assert done.returncode == 0, done.output[-4000:]
+    return Run(done.returncode, done.output, trainer.directory / "logs" / f"{version} {name}")
+
+
+@pytest.fixture
+def numpy_learning_rates() -> Iterator[None]:
+    """Former releases save the learning rate as NumPy's number, which torch.load has to be told of."""
+    number = np.float64(0)
+    kinds = [number.__reduce__()[0], np.dtype, type(number.dtype)]
+    with torch.serialization.safe_globals(kinds):
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("numpy_learning_rates")
+def test_former_release_trains(trainer: Trainer, release: tuple[str, str]) -> None:
+    stock = run_release(trainer, release, "stock", "--epochs", "2", stock=True)
+    plain = run_release(trainer, release, "plain", "--epochs", "2")
+    assert_equal_training(stock, plain, epochs=(1, 2))
+    run = run_release(trainer, release, "rankclip", "--epochs", "2", *OFFICIAL)
+    assert f"open_clip {release[0]}" in run.log
+    assert "tried with this" not in run.log
+    assert_equal_training(stock, run, epochs=(1,))  # at λ = 0
+    assert not torch.equal(stock.epoch(2)["visual.proj"], run.epoch(2)["visual.proj"])
+    expected = {step: schedules.official(step // STEPS + 1, 2) for step in range(2 * STEPS)}
+    assert run.scalars["rank_lambda"] == expected
+    for step, loss in run.scalars["loss"].items():
+        assert loss == pytest.approx(sum(run.scalars[term][step] for term in TERMS), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_former_release_counts_steps_under_accumulation(trainer: Trainer, release: tuple[str, str]) -> None:
+    options = ["--loss", "rankclip", "--rankclip-schedule", "linear", "--rankclip-schedule-unit", "step"]
+    run = run_release(trainer, release, "accumulation", "--epochs", "2", *options, "--accum-freq", "2")
+    assert run.scalars["rank_lambda"] == pytest.approx({step: step / 3 for step in range(4)})
+
+
+@pytest.mark.slow
+def test_former_release_reads_a_second_caption(trainer: Trainer, release: tuple[str, str]) -> None:
+    options = ["--loss", "alip", "--alip-caption-key", "title", "--epochs", "1"]
+    run = run_release(trainer, release, "alip", *options)
+    assert len(run.scalars["loss"]) == STEPS

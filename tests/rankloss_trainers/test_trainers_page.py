@@ -1,0 +1,231 @@
+"""The code of docs/trainers-more.md, executed with the trainers it is for."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+import rankloss
+from process_pool import Pools
+
+PAGE = Path(__file__).parents[2] / "docs" / "trainers-more.md"
+CHECKOUT = os.environ.get("RANKLOSS_OPEN_CLIP_CHECKOUT", "")
+EPOCHS, PAIRS = 2, 32
+
+
+def block(section: str, number: int = 0) -> str:
+    """A Python block of a section of the page."""
+    (text,) = re.findall(
+        rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE
+    )
+    return str(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[number])
+
+
+def needs(package: str) -> Any:
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+class Towers(nn.Module):
+    def __init__(self, *, returns_scale: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(6, 4), nn.Linear(5, 4)
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.returns_scale = returns_scale
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+        features = F.normalize(self.image(images)), F.normalize(self.text(texts))
+        return (*features, self.logit_scale.exp()) if self.returns_scale else features
+
+
+def pairs() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(
+        torch.randn(PAIRS, 6, generator=generator), torch.randn(PAIRS, 5, generator=generator)
+    )
+
+
+def weights(model: nn.Module) -> list[float]:
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+
+
+def moved(model: nn.Module) -> float:
+    return math.dist(weights(model), weights(Towers(returns_scale=True)))
+
+
+def test_examples_with_a_prompt_run() -> None:
+    failures, count = doctest.testfile(str(PAGE), module_relative=False)
+    assert count == 5
+    assert failures == 0
+
+
+@needs("sentence_transformers")
+def test_sentence_transformers(tmp_path: Path) -> None:
+    tiny = importlib.import_module("tiny_sentences")
+    arguments = tiny.SentenceTransformerTrainingArguments(
+        str(tmp_path / "out"),
+        **{
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_steps": 1,
+        },
+        **{"max_steps": 4, "dataloader_pin_memory": False},
+    )
+    names = {"model": tiny.tiny(tmp_path), "args": arguments, "pairs": tiny.pairs()}
+    exec(block("sentence-transformers"), names)
+    lines = [line for line in names["trainer"].state.log_history if "loss" in line]
+    expected = [rankloss.schedules.rankclip(step, 4) for step in range(1, 5)]
+    assert [line["rank_lambda"] for line in lines] == pytest.approx(expected, abs=1e-4)
+
+
+@needs("lightning")
+@pytest.mark.filterwarnings("ignore")  # lightning's own
+def test_lightning(tmp_path: Path) -> None:
+    options = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+    }
+    names: dict[str, Any] = {
+        "torch": torch,
+        "model": Towers(returns_scale=True),
+        "batches": DataLoader(pairs(), 16),
+        "validation_batches": DataLoader(pairs(), 16),
+        "options": {**options, "default_root_dir": tmp_path},
+    }
+    exec(block("Lightning"), names)
+    logged = names["trainer"].logged_metrics
+    assert logged["rank_lambda"] == 2
+    assert logged.keys() >= {"contrastive_loss", "cross_modal_loss", "in_modal_loss", "val_loss"}
+    assert moved(names["model"]) > 0.01
+
+
+def own_loop(rank: int, world_size: int) -> list[float]:
+    """The page's loop; each process has its share of the batches of one."""
+    model: nn.Module = Towers(returns_scale=True)
+    if world_size > 1:
+        model = DistributedDataParallel(model)
+    batches = [tuple(x.chunk(world_size)[rank] for x in batch) for batch in DataLoader(pairs(), 16)] * EPOCHS
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names = {"model": model, "batches": batches, "optimizer": optimizer, "total_steps": len(batches)}
+    exec(block("An own loop, with DDP"), names)
+    assert names["criterion"].schedule_value == 2
+    return weights(model)
+
+
+def test_own_loop_in_two_processes_is_the_one_in_one(pools: Pools) -> None:
+    alone = own_loop(0, 1)
+    assert math.dist(alone, weights(Towers(returns_scale=True))) > 0.01
+    for ended in pools[2].run(own_loop):
+        assert ended == pytest.approx(alone, rel=1e-4, abs=1e-6)
+
+
+def accelerated(batch_size: str, result: str) -> None:
+    model = Towers(returns_scale=False)
+    names = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "batches": DataLoader(pairs(), int(batch_size)),
+        "epochs": EPOCHS,
+    }
+    exec(block("accelerate"), names)
+    assert names["criterion"].schedule_value == 2
+    if names["accelerator"].is_main_process:
+        Path(result).write_text(json.dumps(weights(model)))
+
+
+@needs("accelerate")
+def test_accelerate_in_two_processes_is_the_one_in_one(tmp_path: Path) -> None:
+    ended = []
+    for processes in (1, 2):
+        result = tmp_path / f"{processes}.json"
+        run("accelerated", str(16 // processes), str(result), processes=processes)
+        ended.append(json.loads(result.read_text()))
+    assert math.dist(ended[0], weights(Towers(returns_scale=True))) > 0.01
+    assert ended[1] == pytest.approx(ended[0], rel=1e-4, abs=1e-6)
+
+
+def test_forks_script_is_the_one_that_the_trainers_are_tested_with() -> None:
+    tests = (PAGE.parents[1] / "tests/rankloss_open_clip/test_attached_trainers.py").read_text()
+    (by_hand,) = re.findall(r"^BY_HAND = (\(.*?^\))", tests, re.DOTALL | re.MULTILINE)
+    assert block("open_clip before 2.26, and its forks").strip() == eval(by_hand)[1]
+
+
+def test_class_for_a_trainer_that_wants_a_scalar() -> None:
+    names: dict[str, Any] = {}
+    exec(block("open_clip before 2.26, and its forks", 1), names)
+    loss = names["RankLoss"](local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1)
+    loss.set_progress(2, 3)
+    model = Towers(returns_scale=True)
+    with torch.no_grad():
+        features = model(*pairs()[:8])
+        assert loss(*features).shape == ()
+        assert loss(*features) > rankloss.ClipLoss()(*features)
+
+
+class Model(nn.Module):
+    """Towers with the output of open_clip's models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = Towers(returns_scale=True)
+
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        names = ("image_features", "text_features", "logit_scale")
+        return dict(zip(names, self.towers(image, text), strict=True))
+
+
+def task(result: str) -> None:
+    images, texts = pairs()[:8]
+    names: dict[str, Any] = {"model": Model(), "images": images, "texts": texts, "step": 3, "total_steps": 4}
+    exec(block("Tasks of open_clip's main branch"), names)
+    assert all(p.grad is not None for p in names["model"].parameters())
+    Path(result).write_text(json.dumps({name: value.item() for name, value in names["losses"].items()}))
+
+
+@pytest.mark.skipif(
+    not CHECKOUT, reason="RANKLOSS_OPEN_CLIP_CHECKOUT names no checkout of open_clip's main branch"
+)
+def test_task_of_the_main_branch(tmp_path: Path) -> None:
+    run("task", str(tmp_path / "losses.json"), path=str(Path(CHECKOUT, "src")))
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    total = losses.pop("loss")
+    assert set(losses) == {"contrastive_loss", "cross_modal_loss", "in_modal_loss"}
+    assert total == pytest.approx(sum(losses.values()))
+
+
+def run(*arguments: str, processes: int = 1, path: str = "") -> None:
+    """Call a function of this file in processes of its own, started by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
+    paths = [path, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    done = subprocess.run(
+        [sys.executable, *launcher, __file__, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+if __name__ == "__main__":
+    {"accelerated": accelerated, "task": task}[sys.argv[1]](*sys.argv[2:])

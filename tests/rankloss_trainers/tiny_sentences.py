@@ -1,0 +1,103 @@
+"""A tiny sentence-transformers model of random weights, and trainings of it, also in several processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+
+from rankloss_trainers.sentence_transformers import Progress
+
+WORDS = [f"word{i}" for i in range(40)]
+datasets.disable_progress_bars()
+
+
+def tiny(directory: Path, *, dropout: float = 0.0) -> SentenceTransformer:
+    """A Bert of one layer."""
+    path = directory / "bert"
+    if not path.exists():
+        path.mkdir(parents=True)
+        (path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+        transformers.BertTokenizer(str(path / "vocab.txt")).save_pretrained(path)
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            **{"vocab_size": 45, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+            **{"intermediate_size": 16, "max_position_embeddings": 16},
+            **{"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout},
+        )
+        transformers.BertModel(config).save_pretrained(path)
+    transformer = Transformer(str(path))
+    return SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu")
+
+
+def pairs(number: int = 32) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 40, (number, 2, 5), generator=generator).tolist()
+    texts = [[" ".join(WORDS[i] for i in ids[: 2 + n % 4]) for ids in row] for n, row in enumerate(rows)]
+    return datasets.Dataset.from_dict({"image": [a for a, _ in texts], "text": [b for _, b in texts]})
+
+
+class Trainer(SentenceTransformerTrainer):
+    """Takes the pairs as they come."""
+
+    def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> Any:
+        return torch.utils.data.BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
+
+
+def train(
+    directory: Path, loss: nn.Module, model: nn.Module, *, resume: str | None = None, **given: Any
+) -> Trainer:
+    keywords = {name: given.pop(name) for name in ("eval_dataset", "train_dataset") if name in given}
+    arguments = {
+        **{"output_dir": str(directory), "use_cpu": True, "report_to": "none", "disable_tqdm": True},
+        **{"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "num_train_epochs": 2},
+        **{"logging_steps": 1, "learning_rate": 1e-3, "seed": 0, "dataloader_pin_memory": False},
+        **{"save_strategy": "no", "optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant"},
+        **given,
+    }
+    keywords.setdefault("train_dataset", pairs())
+    trainer = Trainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(**arguments),
+        loss=loss,
+        callbacks=[Progress(loss)],
+        **keywords,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def run_as_a_process(directory: str, batch_size: str, loss_name: str) -> None:
+    from rankloss_trainers import sentence_transformers as ours
+
+    model = tiny(Path(directory))
+    options = {"mini_batch_size": 3} if loss_name.startswith("Cached") else {}
+    loss = getattr(ours, loss_name)(model, schedule="linear", learn_scale=True, **options)
+    trainer = train(
+        Path(directory), loss, model, per_device_train_batch_size=int(batch_size), learning_rate=0.01
+    )
+    if trainer.is_world_process_zero():
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        result = [lines, weights(trainer.model).tolist(), loss.logit_scale.item()]
+        Path(directory, "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_as_a_process(*sys.argv[1:])
