@@ -115,7 +115,7 @@ def test_tensors_on_two_devices_are_named_and_never_a_number(lists: str) -> None
 
 @pytest.mark.parametrize("scale", ["ten", None, [1.0, 2.0]])
 def test_a_scale_that_is_no_number_is_shown(scale) -> None:
-    with pytest.raises(TypeError, match="logit_scale must be a number or a torch.Tensor; got "):
+    with pytest.raises(TypeError, match=r"logit_scale must be a number or a torch.Tensor; got "):
         Batch.of(torch.eye(2), torch.eye(2), scale)
 
 

@@ -13,20 +13,9 @@ if importlib.util.find_spec("transformers") is None or importlib.util.find_spec(
 
 from tiny_transformers import Pairs, arguments, siglip, steps, train, weights
 
-import rankloss
 from rankloss_trainers.transformers import ContrastiveTrainer
 
-HAS_SIGLIP = hasattr(rankloss, "SigLipLoss")
-needs_siglip = pytest.mark.skipif(not HAS_SIGLIP, reason="rankloss has no SigLipLoss")
 
-
-def test_without_a_sigmoid_loss_the_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(rankloss, "SigLipLoss", raising=False)
-    with pytest.raises(ValueError, match="has a logit_bias, which a softmax loss does not train"):
-        ContrastiveTrainer(model=siglip(), args=arguments(tmp_path))
-
-
-@needs_siglip
 def test_base_is_the_models_own_loss(tmp_path: Path) -> None:
     pairs = Pairs(16)
     trainer = train(tmp_path, model=siglip(), pairs=pairs, eval_dataset=pairs, eval_on_start=True)
@@ -41,7 +30,6 @@ def test_base_is_the_models_own_loss(tmp_path: Path) -> None:
     assert steps(trainer)[-1]["cross_modal_loss"] > 0
 
 
-@needs_siglip
 def test_scale_and_bias_are_trained(tmp_path: Path) -> None:
     trainer = train(tmp_path, model=siglip(), max_steps=2, optim="sgd", max_grad_norm=0)
     before = siglip()
@@ -50,7 +38,6 @@ def test_scale_and_bias_are_trained(tmp_path: Path) -> None:
     assert torch.isfinite(weights(trainer)).all()
 
 
-@needs_siglip
 def test_softmax_loss_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="alip does not work with a model that has a logit_bias"):
         ContrastiveTrainer(
