@@ -30,8 +30,8 @@ TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 BY_NAME = ("-m", "rankloss_open_clip", "--trainer", "training.main")
 BY_HAND = (
     "-c",
-    "import sys, rankloss_open_clip, training.main\n"
-    "rankloss_open_clip.attach(training.main, 'create_loss')\n"
+    "import sys, rankloss_open_clip, training.main\n\n"
+    'rankloss_open_clip.attach(training.main, "create_loss")\n'
     "training.main.main(sys.argv[1:])",
 )
 
