@@ -76,8 +76,8 @@ test-open_clip-%:
 test-transformers-%:
 	$(PYTHON) -m venv $(VENV)-transformers-$*
 	$(VENV)-transformers-$*/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-transformers-$*/bin/python -m pip install --quiet --editable '.[test]' 'transformers==$*'
-	$(VENV)-transformers-$*/bin/python -m pytest -W default tests/rankloss_trainers $(PYTEST_ARGS)
+	$(VENV)-transformers-$*/bin/python -m pip install --quiet --editable '.[transformers]' pytest hypothesis 'transformers==$*'
+	$(VENV)-transformers-$*/bin/python -m pytest -W default $(wildcard tests/rankloss_trainers/test_transformers*.py) $(PYTEST_ARGS)
 
 ## The integration on a checkout of open_clip's main branch, which no registry has: CHECKOUT=…/open_clip.
 test-main: $(VENV)/.dev

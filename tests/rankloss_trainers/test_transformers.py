@@ -54,6 +54,18 @@ def test_log_holds_the_terms_and_the_schedule_of_optimizer_steps(tmp_path: Path,
     assert lines[-1]["cross_modal_loss"] > 0
 
 
+def test_tensorboard_shows_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    lines = steps(train(tmp_path, report_to="tensorboard"))
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = accumulator.EventAccumulator(str(file))
+    events.Reload()
+    for name in (*TERMS, *METRICS):
+        shown = [event.value for event in events.Scalars(f"train/{name}")]
+        assert shown == pytest.approx([line[name] for line in lines], rel=1e-6)
+
+
 def test_first_step_is_the_step_of_an_own_loop(tmp_path: Path) -> None:
     trainer = train(tmp_path, max_steps=1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0)
     model, batch = clip(), [Pairs()[i] for i in range(8)]
