@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import interpreter  # noqa: F401  -- before a test imports Triton, through a compiler of torch's
 from process_pool import Pool, Pools
 
 # Examples are drawn from the test's own name, so that a red run is red again. A deadline would time the
