@@ -8,7 +8,7 @@ much as comes out. A kernel of ours moves what :mod:`rankloss.kernels.traffic` c
 from __future__ import annotations
 
 import argparse
-import inspect
+import itertools
 import json
 import sys
 from collections import Counter
@@ -206,88 +206,19 @@ def with_library(rows: int, items: int, **options: Any) -> Callable[..., Tensor]
     """RankClipLoss of some of the rows of a batch, as a process of several computes it."""
     if rows < items:
         where = {"local_loss": True, "gather_with_grad": True, "rank": 0, "world_size": items // rows}
-        if "gather" in inspect.signature(rankloss.RankClipLoss).parameters:
-            options["gather"] = rankloss.Gather(**where)  # type: ignore[attr-defined]
-        else:
-            options.update(where)
+        options["gather"] = rankloss.Gather(**where)
     loss = rankloss.RankClipLoss(schedule="constant", **options)
     return lambda v, t, everyone_v, everyone_t, s: loss(v, t, s, gathered=(everyone_v, everyone_t))
-
-
-class _Pass(torch.autograd.Function):
-    """The four lists with the kernel, for as long as no loss calls it.
-
-    The matrices with the same items stand one below the other, A = [V; T]·Tᵀ over B = [T; V]·Vᵀ: S above X,
-    R above I. Then the rows of A are ranked by those of B and the other way round, two launches do for the
-    four lists, and the features of all items are read once for two of them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, t: Tensor, all_v: Tensor, all_t: Tensor, s: Tensor, bins: int) -> Tensor:
-        n, method = len(v), {"method": "bin", "bins": bins} if bins else {}
-        beta = s.new_ones(2 * n)
-        alpha = torch.cat([s.new_ones(n), s.new_zeros(n)])  # X and I carry no cross-entropy
-        anchors = torch.cat([v, t]), torch.cat([t, v])
-        items = all_t, all_v
-        cosines = [q @ k.T for q, k in zip(anchors, items, strict=True)]
-        total, by_scale = torch.zeros_like(s), torch.zeros_like(s)
-        by_anchors, by_items = [], []
-        for k in (0, 1):
-            cross_entropy, nll, slopes = kernels.evaluate_rows(
-                cosines[k],
-                cosines[1 - k],
-                s,
-                beta,
-                alpha=alpha,
-                anchors=n,
-                **method,  # type: ignore[arg-type]
-            )
-            assert cross_entropy is not None
-            assert slopes is not None
-            total += (nll + alpha * cross_entropy).sum()
-            by_anchor = slopes @ items[k]
-            by_scale += (by_anchor * anchors[k]).sum()
-            by_anchors.append(by_anchor * s)
-            by_items.append(slopes.T @ (anchors[k] * s))
-        gradients = [by_anchors[0][:n] + by_anchors[1][n:], by_anchors[0][n:] + by_anchors[1][:n]]
-        ctx.save_for_backward(*gradients, by_items[1], by_items[0], by_scale)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
-        return (*(g * upstream for g in ctx.saved_tensors), None)
 
 
 def measure(rows: int, items: int, dim: int, bins: int | None = None) -> dict[str, Any]:
     """Counts of every implementation, by its name."""
     found: dict[str, Any] = {"rows": rows, "items": items, "dim": dim}
     options = {} if bins is None else {"bins": bins}
-    has_kernels = "kernel" in _option_names()
-    for method in ("sort", "bin"):
-        torch_only = {"kernel": "torch"} if has_kernels else {}
-        call = with_library(rows, items, method=method, **torch_only, **options)
-        found[f"torch-{method}"] = count(call, features(rows, items, dim), rows, items)
-    for method in ("sort", "bin"):
-        if has_kernels:
-            call = with_library(rows, items, method=method, kernel="triton", **options)
-        else:
-            call = _with_script(bins or 2048 if method == "bin" else 0)
-        found[f"triton-{method}"] = count(call, features(rows, items, dim), rows, items)
-        found[f"triton-{method}"]["called_by"] = "rankloss" if has_kernels else "this script"
+    for kernel, method in itertools.product(("torch", "triton"), ("sort", "bin")):
+        call = with_library(rows, items, method=method, kernel=kernel, **options)
+        found[f"{kernel}-{method}"] = count(call, features(rows, items, dim), rows, items)
     return found
-
-
-def _with_script(bins: int) -> Callable[..., Tensor]:
-    def call(v: Tensor, t: Tensor, all_v: Tensor, all_t: Tensor, s: Tensor) -> Tensor:
-        loss: Tensor = _Pass.apply(v, t, all_v, all_t, s, bins)
-        return loss
-
-    return call
-
-
-def _option_names() -> set[str]:
-    options = getattr(rankloss, "RankOptions", None)
-    return set(inspect.signature(options).parameters) if options is not None else set()
 
 
 NAMES = ("torch-sort", "torch-bin", "triton-sort", "triton-bin")

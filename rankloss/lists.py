@@ -14,7 +14,8 @@ ranking's NLL is the cross-entropy from p = softmax(y) to softmax(x), and its gr
 
 The sums are plain ones, in float64, of worths that are shifted into its range. This is several times faster
 than sums in log space, and as exact, as long as the worths of one list do not span more than float64 holds;
-where they do, the definition (:mod:`rankloss.likelihood`) and autograd take over.
+where they do, the definition (:mod:`rankloss.likelihood`) and autograd take over. Where the plan's kernel is
+``"triton"``, ranked lists are evaluated by :mod:`rankloss.kernels` instead.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankloss import kernels
 from rankloss.batch import other_items
 from rankloss.likelihood import (
     list_terms,
@@ -55,6 +57,7 @@ class Block(NamedTuple):
         beta: weight of the ranking's NLL, likewise; None leaves it out.
         reference: the cosines that the lists are ranked by, ``[n, N]``; None without beta.
         first_equal: ``[N]``, the first item equal to item j, whose reference counts; None where no two are.
+        first_row: the first row's k; the next row's is the next.
         shuffle: ``[N]`` under ``ties="random"``; else None.
     """
 
@@ -65,6 +68,7 @@ class Block(NamedTuple):
     beta: Tensor | None
     reference: Tensor | None = None
     first_equal: Tensor | None = None
+    first_row: int = 0
     shuffle: Tensor | None = None
 
     def rows(self, rows: slice) -> Block:
@@ -75,6 +79,7 @@ class Block(NamedTuple):
             alpha=self.alpha if self.alpha is None or self.alpha.dim() == 0 else self.alpha[rows],
             beta=self.beta if self.beta is None or self.beta.dim() == 0 else self.beta[rows],
             reference=None if self.reference is None else self.reference[rows],
+            first_row=self.first_row + rows.start,
         )
 
 
@@ -97,10 +102,39 @@ def evaluate(block: Block, options: RankOptions, plan: Plan, *, with_gradient: b
     """Values, and the gradient where it is wanted, of a block of lists, some of its rows at a time."""
     if block.alpha is None and block.beta is None:
         return Evaluated(None, None, None)
+    if plan.kernel == "triton" and block.beta is not None:
+        return _evaluate_in_kernel(block, options, with_gradient)
     if block.reference is not None and block.first_equal is not None:
         block = block._replace(reference=block.reference[:, block.first_equal], first_equal=None)
     evaluate_lists = _evaluate if options.diagonal or block.reference is None else _evaluate_others
     return evaluate_lists(block, options, plan, with_gradient)
+
+
+def _evaluate_in_kernel(block: Block, options: RankOptions, with_gradient: bool) -> Evaluated:
+    assert block.reference is not None
+    assert block.beta is not None
+    return Evaluated(
+        *kernels.evaluate_rows(
+            block.cosines,
+            block.reference,
+            block.scale,
+            _by_row(block.beta),
+            alpha=None if block.alpha is None else _by_row(block.alpha),
+            first_row=block.first_row,
+            first_equal=block.first_equal,
+            method=options.method,
+            bins=options.bins,
+            top_k=options.top_k,
+            discount=options.discount,
+            diagonal=options.diagonal,
+            mean=options.reduction == "mean",
+            gradient=with_gradient,
+        )
+    )
+
+
+def _by_row(weight: Tensor) -> Tensor:
+    return weight if weight.dim() == 0 else weight.squeeze(-1)
 
 
 def _evaluate(block: Block, options: RankOptions, plan: Plan, with_gradient: bool) -> Evaluated:

@@ -19,10 +19,13 @@ from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
+from rankloss import kernels
+
 __all__ = [
     "OPTION_NAMES",
     "Discount",
     "FixedReference",
+    "KernelOption",
     "ListsOption",
     "Method",
     "Model",
@@ -47,6 +50,7 @@ Discount = Literal["log"]
 Reduction = Literal["mean", "sum", "none"]
 FixedReference = Literal["image", "text"]
 Method = Literal["sort", "bin"]
+KernelOption = Literal["auto", "torch", "triton"]
 
 
 _LARGEST_COUNT = 2**31 - 1
@@ -104,6 +108,10 @@ class RankOptions:
         chunk_size: rows multiplied out at a time; None chooses from the sizes and the device.
         memory_budget: bytes that matrices of the whole batch may take to save products, see
             :class:`Plan`; None is 64 MiB on a CPU and 1 GiB elsewhere.
+        kernel: ``"torch"``: torch's own operations. ``"triton"``: one fused kernel per block of lists
+            (:mod:`rankloss.kernels`), in float32; where it does not serve, computing raises a ValueError that
+            says why. ``"auto"``: the kernel on CUDA where it serves, else torch's operations; the plan says
+            which, and why.
 
     Raises:
         ValueError: for a value that is not among the choices or below its bound, or options that exclude each
@@ -145,6 +153,9 @@ class RankOptions:
         at_most=2**63 - 1,
         none="64 MiB on a CPU, 1 GiB elsewhere",
     )
+    kernel: KernelOption = _option(
+        "auto", "fused kernels of Triton on CUDA where they serve, or never, or always"
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -164,6 +175,8 @@ class RankOptions:
             raise ValueError(
                 f"reference_scale={self.reference_scale!r} has no part in a ranking; it needs model='top_one'"
             )
+        if self.kernel == "triton" and (reason := kernels.why_not_options(self)) is not None:
+            raise ValueError(f"kernel='triton' does not serve these options: {reason}")
 
     def _check_top_one(self) -> None:
         excluded = {"worth": "exp", "ties": "shared", "discount": None, "top_k": None, "method": "sort"}
@@ -228,7 +241,14 @@ class RankOptions:
         *,
         has_teacher: bool = False,
     ) -> Plan:
-        """How row lists of these sizes are computed, see :func:`choose_plan`."""
+        """How row lists of these sizes are computed, see :func:`choose_plan`.
+
+        Raises:
+            ValueError: for ``kernel="triton"`` where it does not serve; the message says why.
+        """
+        why_no_kernel = self._why_no_kernel(anchors, items, device, dtype)
+        if self.kernel == "triton" and why_no_kernel is not None:
+            raise ValueError(f"kernel='triton' does not serve here: {why_no_kernel}")
         return choose_plan(
             anchors,
             items,
@@ -237,7 +257,18 @@ class RankOptions:
             has_teacher=has_teacher,
             chunk_size=self.chunk_size,
             memory_budget=self.memory_budget,
+            why_no_kernel=why_no_kernel,
         )
+
+    def _why_no_kernel(
+        self, anchors: int, items: int, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        if self.kernel == "torch":
+            return "kernel='torch'"
+        reason = kernels.why_not(self, device, dtype, anchors, items)
+        if reason is None and self.kernel == "auto" and device.type != "cuda":
+            return "kernel='auto' does not use Triton's interpreter"
+        return reason
 
 
 OPTION_NAMES = tuple(option.name for option in fields(RankOptions))
@@ -260,6 +291,7 @@ class RankOptionsDict(TypedDict, total=False):
     bins: int
     chunk_size: int | None
     memory_budget: int | None
+    kernel: KernelOption
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
@@ -382,6 +414,9 @@ class Plan:
             with the teacher's.
         shares_reference: whether the similarities of a teacher are shared likewise: two products of N×N×D'
             in place of four.
+        kernel: what ranks and sums the lists: ``"torch"``'s operations, or the fused kernel in ``"triton"``,
+            which takes all rows of a chunk at once.
+        why_no_kernel: why it is not the fused kernel; None where it is.
     """
 
     name: Literal["rows", "shared"]
@@ -389,6 +424,8 @@ class Plan:
     ranked_size: int
     slice_size: int
     matrix_bytes: int
+    kernel: Literal["torch", "triton"]
+    why_no_kernel: str | None
     shares_reference: bool = False
 
 
@@ -401,6 +438,7 @@ def choose_plan(
     has_teacher: bool = False,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    why_no_kernel: str | None = "kernel='torch'",
 ) -> Plan:
     """Choose a plan.
 
@@ -413,11 +451,12 @@ def choose_plan(
         chunk_size: anchors of one product; None chooses from the sizes and the device.
         memory_budget: bytes that matrices of the whole batch may take; None is 64 MiB on a CPU and 1 GiB
             elsewhere.
+        why_no_kernel: why the fused kernel is not taken; None where it is.
 
     Example:
         >>> plan = choose_plan(4096, 4096, torch.device("cpu"), torch.float32)
-        >>> plan.name, plan.chunk_size, plan.slice_size, plan.matrix_bytes
-        ('shared', 256, 64, 67108864)
+        >>> plan.name, plan.chunk_size, plan.ranked_size, plan.slice_size, plan.matrix_bytes
+        ('shared', 256, 256, 64, 67108864)
         >>> choose_plan(8192, 8192, torch.device("cpu"), torch.float32).name
         'rows'
     """
@@ -432,8 +471,16 @@ def choose_plan(
     # The student's first, which saves six products of a pass; the teacher's saves two.
     with_reference = matrix_bytes + matrix_bytes // 2
     shares_reference = shares and has_teacher and with_reference <= _budget(memory_budget, device)
-    kept = with_reference if shares_reference else matrix_bytes if shares else 0
-    return Plan(name, chunk_size, ranked_size, slice_size, kept, shares_reference)
+    return Plan(
+        name=name,
+        chunk_size=chunk_size,
+        ranked_size=ranked_size,
+        slice_size=slice_size,
+        matrix_bytes=with_reference if shares_reference else matrix_bytes if shares else 0,
+        kernel="torch" if why_no_kernel is not None else "triton",
+        why_no_kernel=why_no_kernel,
+        shares_reference=shares_reference,
+    )
 
 
 def _budget(memory_budget: int | None, device: torch.device) -> int:

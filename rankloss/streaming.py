@@ -124,6 +124,7 @@ def _stream_term(
                 beta,
                 None if beta is None else ranked_by[side],
                 None if references is None else references[side].first_equal,
+                batch.first_row + rows.start,
                 None if shuffles is None else shuffles[MATRICES.index(matrices[side].name)],
             )
             found = evaluate(block, options, plan, with_gradient=with_gradient)

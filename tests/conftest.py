@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -9,16 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from devices import DEVICE
+import interpreter  # noqa: F401  -- before a test imports Triton, through a compiler of torch's
 from process_pool import Pool, Pools
-
-if DEVICE.type == "cpu" and importlib.util.find_spec("triton") is not None:
-    # Triton decides when a function is decorated whether it is interpreted, its own library included. So this
-    # comes before any test imports torch's compiler, which imports Triton.
-    os.environ["TRITON_INTERPRET"] = "1"
-    for name in ("sorted_rows", "binned_rows"):
-        importlib.import_module(f"rankloss.kernels.device.{name}")
-    del os.environ["TRITON_INTERPRET"]
 
 # Examples are drawn from the test's own name, so that a red run is red again. A deadline would time the
 # machine, not us.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
+from interpreter import few_examples, interpreted, needs_triton
 from memory import saved_bytes
 from rankloss import Gather, RankConsistency, dense, likelihood, operator, plackett_luce_nll, reference
 from rankloss.batch import Batch as Features
@@ -68,10 +70,23 @@ def dense_row_lists(term: str, v: Tensor, t: Tensor, s: Tensor, reduction: str, 
 )
 @pytest.mark.parametrize("key", VECTORS)
 def test_row_lists_match_the_vectors_in_value_and_gradient(key: str, dtype, tolerances, chunk_size) -> None:
+    assert_match_the_vectors(key, dtype, tolerances, chunk_size=chunk_size)
+
+
+@needs_triton
+@pytest.mark.parametrize("key", [key for key, case in VECTORS.items() if case["N"] < 10])
+def test_row_lists_of_the_fused_kernels_match_the_vectors(key: str) -> None:
+    with interpreted():
+        assert_match_the_vectors(key, torch.float32, (1e-5, 1e-4), chunk_size=4, kernel="triton")
+
+
+def assert_match_the_vectors(
+    key: str, dtype: torch.dtype, tolerances: tuple[float, float], **options
+) -> None:
     case, (value_tolerance, gradient_tolerance) = VECTORS[key], tolerances
     v, t, _ = vector_batch(case).leaves(dtype)
     log_scale = torch.tensor(math.log(case["scale"]), dtype=dtype, requires_grad=True)
-    loss = RankConsistency(chunk_size=chunk_size)(v, t, log_scale.exp(), output_dict=True)
+    loss = RankConsistency(**options)(v, t, log_scale.exp(), output_dict=True)
     for term in TERMS:
         assert relative_error(loss[f"{term}_loss"], case["row_mean"][term]) < value_tolerance
     expected = case["row_mean_gradient"]
@@ -201,13 +216,20 @@ def test_structural_ties_of_a_batch_list_are_exact_in_float32(n: int, duplicates
 
 @pytest.mark.parametrize("n", [7, 17, 65])
 @pytest.mark.parametrize("chunk_size", [1, 2, None])
-def test_duplicates_tie_exactly_whatever_the_products_rounding(n: int, chunk_size: int | None) -> None:
+@pytest.mark.parametrize("kernel", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_duplicates_tie_exactly_whatever_the_products_rounding(
+    n: int, chunk_size: int | None, kernel: str
+) -> None:
     # A matrix product rounds the columns of equal items differently where they fall on a kernel's edge.
+    if kernel == "triton" and (n > 17 or chunk_size == 1):
+        pytest.skip("slow in Triton's interpreter")
     batch = random_batch(n, n, 5, 10.0, duplicates=3)
     v, t, s = batch.leaves(torch.float32)
     for ours, theirs in TERMS.values():
         expected = theirs(batch.image.numpy(), batch.text.numpy(), batch.scale)
-        assert relative_error(ours(v, t, s, chunk_size=chunk_size), expected) < 1e-5
+        with interpreted() if kernel == "triton" else contextlib.nullcontext():
+            value = ours(v, t, s, chunk_size=chunk_size, kernel=kernel)
+        assert relative_error(value, expected) < 1e-5
 
 
 @given(batch=batches(), choices=choices_of_lists)
@@ -252,24 +274,24 @@ def test_without_the_diagonal_a_pair_of_its_own_says_nothing() -> None:
 # --- streaming --------------------------------------------------------------------------------------------
 
 
-@terms
-@given(
-    batch=batches(),
-    likelihood=likelihoods,
-    reduction=reductions,
-    chunk_size=st.none() | st.integers(1, 14),
-    budget=st.sampled_from([None, 0]),
-    choices=choices_of_lists,
+streams = st.fixed_dictionaries(
+    {
+        "reduction": reductions,
+        "chunk_size": st.none() | st.integers(1, 14),
+        "memory_budget": st.sampled_from([None, 0]),
+    }
 )
+
+
+@terms
+@given(batch=batches(), likelihood=likelihoods, stream=streams, choices=choices_of_lists)
 def test_streaming_equals_plain_in_value_and_in_every_gradient(
-    term, batch: Batch, likelihood, reduction, chunk_size, budget, choices
+    term, batch: Batch, likelihood, stream, choices
 ) -> None:
     v, t, s = batch.leaves()
     likelihood = likelihood | choices
-    plain = dense_row_lists(term, v, t, s, reduction, likelihood)
-    streaming = TERMS[term][0](
-        v, t, s, reduction=reduction, chunk_size=chunk_size, memory_budget=budget, **likelihood
-    )
+    plain = dense_row_lists(term, v, t, s, stream["reduction"], likelihood)
+    streaming = TERMS[term][0](v, t, s, **stream, **likelihood)
     torch.testing.assert_close(streaming, plain, rtol=1e-10, atol=1e-10)
     inputs = (v, t, s) if likelihood["worth"] == "exp" else (v, t)
     upstream = upstream_for(plain)
@@ -279,6 +301,33 @@ def test_streaming_equals_plain_in_value_and_in_every_gradient(
     )
     for actual, expected in zip(gradients(streaming, inputs, upstream), expected_gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@needs_triton
+@terms
+@few_examples(4)
+@given(
+    batch=batches(max_n=5),
+    likelihood=likelihoods.map(lambda x: x | {"worth": "exp"}),
+    stream=streams,
+    choices=choices_of_lists,
+)
+def test_streaming_through_the_fused_kernels_equals_plain_in_float64(
+    term, batch: Batch, likelihood, stream, choices
+) -> None:
+    inputs = batch.leaves(torch.float32)
+    exact = tuple(x.detach().double().requires_grad_() for x in inputs)
+    likelihood = likelihood | choices
+    plain = dense_row_lists(term, *exact, stream["reduction"], likelihood)
+    with interpreted():
+        streaming = TERMS[term][0](*inputs, kernel="triton", **stream, **likelihood)
+    upstream = upstream_for(plain)
+    wanted = torch.autograd.grad(plain, exact, upstream, allow_unused=True, materialize_grads=True)
+    with interpreted():  # reduction="none" computes its gradient here
+        found = gradients(streaming, inputs, upstream)
+    assert (streaming.double() - plain).norm() <= 1e-5 * plain.norm().clamp_min(1.0)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a.double() - b).norm() <= 1e-4 * b.norm().clamp_min(1.0)
 
 
 @terms

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from batches import Batch, batches, gradients, random_batch
 from fake_cuda import fake_cuda
+from interpreter import few_examples, interpreted, needs_triton
 from rankloss import ClipLoss, RankClipLoss, RankConsistency, dense, operator
 from rankloss import options as options_module
 from rankloss.batch import Batch as Features
@@ -30,43 +32,58 @@ def plain(v: Tensor, t: Tensor, s: Tensor, options: RankOptions) -> list[Tensor]
     return [w * x for w, x in zip(WEIGHTS, values, strict=True)]
 
 
-@given(
-    batch=batches(),
-    method=st.sampled_from(["sort", "bin"]),
-    budget=st.sampled_from([0, None]),
-    chunk_size=st.none() | st.integers(1, 9),
-    discount=st.sampled_from([None, "log"]),
-    top_k=st.none() | st.integers(1, 9),
-    diagonal=st.sampled_from([True, False]),
-    fixed_reference=st.sampled_from([None, "image", "text"]),
-    upstream=st.sampled_from([(2.5, 2.5, 2.5), (1.0, -2.0, 0.5), (0.0, 1.5, 0.0)]),
+engines = st.fixed_dictionaries(
+    {
+        "method": st.sampled_from(["sort", "bin"]),
+        "memory_budget": st.sampled_from([0, None]),
+        "chunk_size": st.none() | st.integers(1, 9),
+        "discount": st.sampled_from([None, "log"]),
+        "top_k": st.none() | st.integers(1, 9),
+        "diagonal": st.sampled_from([True, False]),
+        "fixed_reference": st.sampled_from([None, "image", "text"]),
+    }
 )
-def test_every_engine_and_plan_equals_the_plain_terms(
-    batch: Batch, method, budget, chunk_size, discount, top_k, diagonal, fixed_reference, upstream
+upstreams = st.sampled_from([(2.5, 2.5, 2.5), (1.0, -2.0, 0.5), (0.0, 1.5, 0.0)])
+
+
+def in_float64(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.detach().double().requires_grad_() for x in inputs)
+
+
+def assert_agree(found: Iterable[Tensor], wanted: Iterable[Tensor], tolerance: float) -> None:
+    """Tensor by tensor; the tolerance is relative to a tensor's norm, or to 1 where that is larger."""
+    for a, b in zip(found, wanted, strict=True):
+        assert (a.double() - b).norm() <= tolerance * b.norm().clamp_min(1.0)
+
+
+def assert_equal_to_the_plain_terms(
+    batch: Batch, options: RankOptions, upstream, dtype: torch.dtype, tolerances: tuple[float, float]
 ) -> None:
-    options = RankOptions(
-        discount=discount,
-        top_k=top_k,
-        diagonal=diagonal,
-        fixed_reference=fixed_reference,
-        method=method,
-        bins=9,
-        chunk_size=chunk_size,
-        memory_budget=budget,
-    )
-    inputs = v, t, s = batch.leaves()
-    terms = operator.row_lists(Features.of(v, t, s), options, WEIGHTS, (True, True, True))
-    expected = plain(v, t, s, options)
-    for a, b in zip(terms, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    if upstream[1] == 0:
-        del terms
-        return
+    """In value and in every gradient, against autograd in float64 at the same features."""
+    inputs = batch.leaves(dtype)
+    exact = in_float64(inputs)
+    terms = operator.row_lists(Features.of(*inputs), options, WEIGHTS, (True, True, True))
+    expected = plain(*exact, options)
+    assert_agree(terms, expected, tolerances[0])
     found, wanted = (
         sum(u * x for u, x in zip(upstream, values, strict=True)) for values in (terms, expected)
     )
-    for a, b in zip(gradients(found, inputs, 1.0), gradients(wanted, inputs, 1.0), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+    assert_agree(gradients(found, inputs, 1.0), gradients(wanted, exact, 1.0), tolerances[1])
+
+
+@given(batch=batches(), engine=engines, upstream=upstreams)
+def test_every_engine_and_plan_equals_the_plain_terms(batch: Batch, engine, upstream) -> None:
+    options = RankOptions(bins=9, **engine)
+    assert_equal_to_the_plain_terms(batch, options, upstream, torch.float64, (1e-10, 1e-9))
+
+
+@needs_triton
+@few_examples(5)
+@given(batch=batches(max_n=5), engine=engines, upstream=upstreams)
+def test_the_fused_kernels_equal_the_plain_terms(batch: Batch, engine, upstream) -> None:
+    options = RankOptions(bins=9, kernel="triton", **engine)
+    with interpreted():
+        assert_equal_to_the_plain_terms(batch, options, upstream, torch.float32, (1e-5, 1e-4))
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "bin"}, {"diagonal": False}, {"memory_budget": 0}])
@@ -98,28 +115,43 @@ def test_a_term_that_is_not_used_has_no_part_in_the_gradient(used: tuple[int, ..
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-@given(
-    batch=batches(min_n=4),
-    method=st.sampled_from(["sort", "bin"]),
-    diagonal=st.booleans(),
-    chunk_size=st.none() | st.integers(1, 5),
+shares = st.fixed_dictionaries(
+    {
+        "method": st.sampled_from(["sort", "bin"]),
+        "diagonal": st.booleans(),
+        "chunk_size": st.none() | st.integers(1, 5),
+    }
 )
-def test_a_share_of_the_anchors_has_the_values_that_it_has_in_the_whole(
-    batch: Batch, method, diagonal, chunk_size
+
+
+def assert_a_share_is_that_of_the_whole(
+    batch: Batch, options: RankOptions, dtype: torch.dtype, tolerances: tuple[float, float]
 ) -> None:
-    """What a process computes with ``local_loss``: its own rows, whose place among the items it knows."""
-    v, t, s = batch.leaves()
-    options = RankOptions(method=method, bins=9, reduction="none", diagonal=diagonal, chunk_size=chunk_size)
+    v, t, s = batch.leaves(dtype)
     whole = operator.row_lists(Features.of(v, t, s), options, WEIGHTS, (False, True, True))
     share = slice(1, 3)
     embeddings = Features.of(v, t, s, image_anchors=v[share], text_anchors=t[share], first_row=1)
     values = operator.row_lists(embeddings, options, WEIGHTS, (False, True, True))
-    for a, b in zip(values[1:], whole[1:], strict=True):
-        torch.testing.assert_close(a, b[share], rtol=1e-10, atol=1e-10)
+    assert_agree(values[1:], [x[share] for x in whole[1:]], tolerances[0])
     found = torch.autograd.grad(values[1].sum() - 2 * values[2].sum(), (v, t, s))
     expected = torch.autograd.grad(whole[1][share].sum() - 2 * whole[2][share].sum(), (v, t, s))
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    assert_agree(found, expected, tolerances[1])
+
+
+@given(batch=batches(min_n=4), lists=shares)
+def test_a_share_of_the_anchors_has_the_values_that_it_has_in_the_whole(batch: Batch, lists) -> None:
+    """What a process computes with ``local_loss``: its own rows, whose place among the items it knows."""
+    options = RankOptions(bins=9, reduction="none", **lists)
+    assert_a_share_is_that_of_the_whole(batch, options, torch.float64, (1e-10, 1e-10))
+
+
+@needs_triton
+@few_examples(2)
+@given(batch=batches(min_n=4, max_n=5), lists=shares)
+def test_a_share_has_the_same_values_by_the_fused_kernels(batch: Batch, lists) -> None:
+    options = RankOptions(bins=9, reduction="none", kernel="triton", **lists)
+    with interpreted():
+        assert_a_share_is_that_of_the_whole(batch, options, torch.float32, (1e-5, 1e-4))
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:])
@@ -255,8 +287,11 @@ LISTS += [{"ties": "random"}, {"reduction": "sum", "fixed_reference": "text"}, {
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("lists", LISTS)
 @pytest.mark.parametrize("scale", ["number", "tensor"])
-def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(likelihood, lists, scale: str) -> None:
-    options = RankOptions(bins=32, chunk_size=16, **lists, **likelihood)
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
+def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(
+    likelihood, lists, scale: str, kernel: str
+) -> None:
+    options = RankOptions(bins=32, chunk_size=16, kernel=kernel, **lists, **likelihood)
     with fake_cuda() as copies:
         v, t = (torch.empty(32, 8, device="cuda") for _ in range(2))
         features = Features.of(v, t, 10.0 if scale == "number" else torch.empty((), device="cuda"))

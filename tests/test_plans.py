@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from batches import random_batch
 from rankloss import Gather, RankClipLoss, RankConsistency, operator, streaming
+from rankloss.kernels import rows
 from rankloss.options import choose_plan
 
 CPU = torch.device("cpu")
@@ -57,6 +58,59 @@ def test_the_module_says_which_plan_runs() -> None:
     assert RankConsistency(lists="batch").plan(64) is None
     local = RankConsistency(gather=Gather(rank=0, world_size=4))
     assert (local.plan(4096).name, local.plan(512).chunk_size) == ("rows", 128)
+
+
+@pytest.fixture
+def with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(rows, "_has_triton", lambda: True)
+
+
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize(
+    ("options", "device", "dtype", "reason"),
+    [
+        ({}, "cuda", torch.float32, None),
+        ({"method": "bin", "top_k": 3, "discount": "log", "diagonal": False}, "cuda", torch.bfloat16, None),
+        ({"kernel": "triton"}, "cuda", torch.float32, None),
+        ({}, "cpu", torch.float32, "the kernels run on CUDA, not on cpu"),
+        ({}, "cuda", torch.float64, "the kernels compute in float32, not in float64"),
+        ({"worth": "shifted"}, "cuda", torch.float32, "worth='shifted' has no kernel"),
+        ({"ties": "random"}, "cuda", torch.float32, "ties='random' has no kernel"),
+        ({"kernel": "torch"}, "cuda", torch.float32, "kernel='torch'"),
+    ],
+    ids=str,
+)
+def test_the_plan_says_which_kernel_is_taken_and_why_not_the_fused_one(
+    options: dict, device: str, dtype: torch.dtype, reason: str | None
+) -> None:
+    plan = RankConsistency(**options).plan(64, device, dtype)
+    assert (plan.kernel, plan.why_no_kernel) == ("triton" if reason is None else "torch", reason)
+
+
+def test_without_triton_the_kernel_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_has_triton", lambda: False)
+    assert RankConsistency().plan(64, "cuda").why_no_kernel == "Triton is not installed"
+
+
+def test_the_interpreter_is_taken_where_it_is_asked_for_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_has_triton", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert RankConsistency(kernel="triton").plan(64).kernel == "triton"
+    assert RankConsistency().plan(64).why_no_kernel == "kernel='auto' does not use Triton's interpreter"
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_a_kernel_that_is_asked_for_and_does_not_serve_is_an_error_that_says_why() -> None:
+    v = torch.nn.functional.normalize(torch.randn(4, 3), dim=-1)
+    criterion = RankConsistency(kernel="triton")
+    for ask in (lambda: criterion(v, v, 10.0), lambda: criterion.plan(4)):
+        with pytest.raises(ValueError, match=r"kernel='triton' .* the kernels run on CUDA, not on cpu"):
+            ask()
+    for options in ({"worth": "identity"}, {"lists": "batch"}, {"ties": "random"}):
+        name, value = next(iter(options.items()))
+        with pytest.raises(ValueError, match=f"kernel='triton' .* {name}='{value}' has no kernel"):
+            RankConsistency(kernel="triton", **options)
 
 
 def test_the_plan_that_is_named_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ kernels take CPU tensors, which is how they are tested without a GPU.
 
 from rankloss.kernels.rows import evaluate_rows as evaluate_rows
 from rankloss.kernels.rows import why_not as why_not
+from rankloss.kernels.rows import why_not_options as why_not_options
 from rankloss.kernels.traffic import Traffic as Traffic
 from rankloss.kernels.traffic import traffic as traffic
 
-__all__ = ["Traffic", "evaluate_rows", "traffic", "why_not"]
+__all__ = ["Traffic", "evaluate_rows", "traffic", "why_not", "why_not_options"]

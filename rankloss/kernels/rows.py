@@ -15,7 +15,16 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CACHE", "LARGEST_LIST", "Launch", "RankedLists", "choose_launch", "evaluate_rows", "why_not"]
+__all__ = [
+    "CACHE",
+    "LARGEST_LIST",
+    "Launch",
+    "RankedLists",
+    "choose_launch",
+    "evaluate_rows",
+    "why_not",
+    "why_not_options",
+]
 
 LARGEST_LIST = 2**17
 """The most items of a list, and the most bins: sums of integers in the kernels are made for no more."""
@@ -36,6 +45,10 @@ _INTERPRETED_BLOCK = 128  # small, so that short lists have several blocks in th
 
 class RankedLists(Protocol):
     """The options that decide whether the kernels serve; :class:`rankloss.options.RankOptions` has them."""
+
+    @property
+    def model(self) -> str:
+        """``"plackett_luce"`` or ``"top_one"``."""
 
     @property
     def lists(self) -> str:
@@ -72,22 +85,19 @@ def why_not(options: RankedLists, device: torch.device, dtype: torch.dtype, n: i
 
     Example:
         >>> from types import SimpleNamespace
-        >>> options = SimpleNamespace(lists="row", worth="shifted", ties="shared", method="sort", bins=2048)
+        >>> options = SimpleNamespace(
+        ...     model="plackett_luce", lists="row", worth="shifted", ties="shared", method="sort", bins=640
+        ... )
         >>> why_not(options, torch.device("cuda"), torch.float32, 1024, 8192)
         "worth='shifted' has no kernel"
     """
-    if options.lists != "row":
-        return f"lists={options.lists!r} has no kernel"
-    if options.worth != "exp":
-        return f"worth={options.worth!r} has no kernel"
-    if options.ties != "shared":
-        return f"ties={options.ties!r} has no kernel"
+    reason = why_not_options(options)
+    if reason is not None:
+        return reason
     if dtype != torch.float32:
         return f"the kernels compute in float32, not in {str(dtype).removeprefix('torch.')}"
     if n < 1 or not 2 <= N <= LARGEST_LIST:
         return f"the kernels take lists of 2 to {LARGEST_LIST:,} items; these have {N:,}"
-    if options.method == "bin" and options.bins > LARGEST_LIST:
-        return f"the kernels take up to {LARGEST_LIST:,} bins, not {options.bins:,}"
     if not _has_triton():
         return "Triton is not installed"
     if interpreted():
@@ -98,6 +108,21 @@ def why_not(options: RankedLists, device: torch.device, dtype: torch.dtype, n: i
         )
     if device.type != "cuda":
         return f"the kernels run on CUDA, not on {device.type}"
+    return None
+
+
+def why_not_options(options: RankedLists) -> str | None:
+    """Why the kernels do not serve some options, whatever the sizes and the device; None where they do."""
+    if options.model != "plackett_luce":
+        return f"model={options.model!r} has no kernel"
+    if options.lists != "row":
+        return f"lists={options.lists!r} has no kernel"
+    if options.worth != "exp":
+        return f"worth={options.worth!r} has no kernel"
+    if options.ties != "shared":
+        return f"ties={options.ties!r} has no kernel"
+    if options.method == "bin" and options.bins > LARGEST_LIST:
+        return f"the kernels take up to {LARGEST_LIST:,} bins, not {options.bins:,}"
     return None
 
 
@@ -126,6 +151,7 @@ def evaluate_rows(
     top_k: int | None = None,
     discount: Literal["log"] | None = None,
     diagonal: bool = True,
+    mean: bool = False,
     gradient: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     r"""Cross-entropy, Plackett–Luce NLL and the gradient of their weighted sum, for a block of rows.
@@ -154,14 +180,13 @@ def evaluate_rows(
             of several matrices one below the other; None where it holds those of one.
         first_equal: ``[N]``, integer: y_q is read at ``first_equal[q]``, the first item equal to q, so that
             equal items are tied whatever the rounding of their cosines. None where no two are equal.
-        method: ``"sort"``: the exact order of y. ``"bin"``: items in one bin are tied. All bins but the last
-            divide the range [l, h] of the row's items without its own pair,
-            b_q = ⌊(y_q − l)·(bins − 1) / (h − l)⌋, clamped to [0, bins − 2]; the last bin holds what is
-            above h: the own pair, which as a rule stands far above the others.
+        method: ``"sort"``: the exact order of y. ``"bin"``: the items of a bin of
+            :func:`rankloss.ranking.quantize` are tied.
         bins: their number, at least 2.
         top_k: see :func:`rankloss.plackett_luce_nll`.
         discount: likewise.
         diagonal: whether the own column is an item of the ranked list; it is always one of the cross-entropy.
+        mean: whether every row's NLL, and with it β, is divided by the row's Σ_p μ_p.
         gradient: whether it is wanted.
 
     Returns:
@@ -190,7 +215,7 @@ def evaluate_rows(
         raise ValueError(f"top_k must be at least 1; got {top_k}")
     cross_entropy, nll, slopes = torch.ops.rankloss.evaluate_rows(
         cosines, reference, scale, beta, alpha, first_equal, first_row, anchors,
-        bins if method == "bin" else 0, top_k or 0, discount is not None, diagonal, gradient,
+        bins if method == "bin" else 0, top_k or 0, discount is not None, diagonal, mean, gradient,
     )  # fmt: skip
     return cross_entropy if alpha is not None else None, nll, slopes if gradient else None
 
@@ -305,7 +330,7 @@ def _processors_and_cache(device: torch.device) -> tuple[int, int]:
     mutates_args=(),
     schema="(Tensor cosines, Tensor reference, Tensor scale, Tensor beta, Tensor? alpha, "
     "Tensor? first_equal, int first_row, int anchors, int bins, int top_k, bool discount, bool diagonal, "
-    "bool gradient) -> (Tensor, Tensor, Tensor)",
+    "bool mean, bool gradient) -> (Tensor, Tensor, Tensor)",
 )
 def _evaluate_rows(
     cosines: Tensor,
@@ -320,6 +345,7 @@ def _evaluate_rows(
     top_k: int,
     discount: bool,
     diagonal: bool,
+    mean: bool,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, N = cosines.shape
@@ -339,7 +365,7 @@ def _evaluate_rows(
     tensors = (cosines, reference, first_equal, slopes, cross_entropy, nll, *scratch, scale, alpha, beta)
     sizes = (
         n, N, first_row, anchors, cosines.stride(0), reference.stride(0),
-        int(alpha is not None and alpha.dim() == 1), int(beta.dim() == 1), top_k or N, bins or N,
+        0 if alpha is None else _stride(alpha), _stride(beta), top_k or N, bins or N,
     )  # fmt: skip
     options = {
         "BLOCK": launch.block,
@@ -349,6 +375,7 @@ def _evaluate_rows(
         "DIAGONAL": diagonal,
         "WEIGHS": discount or top_k > 0,
         "DISCOUNT": discount,
+        "MEAN": mean,
         "num_warps": launch.warps,
         "num_stages": 1,
         "enable_fp_fusion": True,
@@ -366,6 +393,10 @@ def _evaluate_rows(
     return cross_entropy, nll, slopes
 
 
+def _stride(weight: Tensor) -> int:
+    return weight.stride(0) if weight.dim() else 0
+
+
 @_evaluate_rows.register_fake
 def _evaluate_rows_fake(
     cosines: Tensor,
@@ -380,6 +411,7 @@ def _evaluate_rows_fake(
     _top_k: int,
     _discount: bool,
     _diagonal: bool,
+    _mean: bool,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(cosines, alpha, gradient)

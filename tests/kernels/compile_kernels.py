@@ -38,6 +38,7 @@ def compile_kernel(bins: int, N: int, plain: bool, capability: int) -> dict[str,
         "DIAGONAL": plain,
         "WEIGHS": not plain,
         "DISCOUNT": not plain,
+        "MEAN": True,
     }
     names = kernel.arg_names
     kinds = {**dict.fromkeys(FLOATS, "*fp32"), **POINTERS, **dict.fromkeys(constants, "constexpr")}

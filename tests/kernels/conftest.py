@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterator
 
 import pytest
 
-from devices import DEVICE
+from interpreter import HAS_TRITON, interpreted
 
-if importlib.util.find_spec("triton") is None:
+if not HAS_TRITON:
     collect_ignore = ["test_evaluate_rows.py", "test_compilation.py", "test_kernel_traffic.py"]
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    if DEVICE.type == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+def _interpreted() -> Iterator[None]:
+    with interpreted():
+        yield

@@ -13,8 +13,9 @@ from devices import DEVICE
 from rankloss import plackett_luce_nll
 from rankloss.batch import first_occurrence
 from rankloss.kernels import evaluate_rows
+from rankloss.ranking import quantize
 
-__all__ = ["Lists", "bins_over_others", "random_lists"]
+__all__ = ["Lists", "random_lists", "sums_of_weights"]
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,29 @@ class Lists:
         return cross_entropy, nll, gradient
 
     def expected(
-        self, *, method: str = "sort", bins: int = 2048, diagonal: bool = True, **options: Any
+        self,
+        *,
+        method: str = "sort",
+        bins: int = 2048,
+        diagonal: bool = True,
+        mean: bool = False,
+        **options: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """CE, NLL and gradient in float64, by autograd, from the same float32 cosines."""
         n, N = self.cosines.shape
         own = torch.arange(self.first_row, self.first_row + n)
         x = (self.cosines.double() * self.scale).requires_grad_()
         y = self.reference if self.first_equal is None else self.reference[:, self.first_equal.long()]
-        if method == "bin":
-            y = bins_over_others(y, own, bins)
         cross_entropy = F.cross_entropy(x, own, reduction="none")
         listed, length = torch.ones(n, N, dtype=torch.bool), N
         if not diagonal:
             listed, length = listed.scatter_(1, own[:, None], False), N - 1
-        nll = plackett_luce_nll(x[listed].view(n, length), y[listed].view(n, length), **options)
+        x_listed, y_listed = (z[listed].view(n, length) for z in (x, y))
+        if method == "bin":
+            y_listed = quantize(y_listed, bins)
+        nll = plackett_luce_nll(x_listed, y_listed, **options)
+        if mean:
+            nll = nll / sums_of_weights(y_listed, **options)
         alpha = torch.zeros(()) if self.alpha is None else self.alpha
         beta = torch.ones(()) if self.beta is None else self.beta
         total = (alpha.double() * cross_entropy + beta.double() * nll).sum()
@@ -75,16 +85,13 @@ class Lists:
         return cross_entropy.detach(), nll.detach(), gradient
 
 
-def bins_over_others(reference: Tensor, own: Tensor, bins: int) -> Tensor:
-    """The bins of the docstring of ``evaluate_rows``, written once more."""
-    others = torch.ones_like(reference, dtype=torch.bool).scatter_(1, own[:, None], False)
-    found = torch.empty_like(reference, dtype=torch.int64)
-    for row, keep, into in zip(reference, others, found, strict=True):
-        lowest, highest = row[keep].min(), row[keep].max()
-        extent = (highest - lowest).clamp_min(torch.finfo(row.dtype).tiny)
-        inside = ((row.clamp(lowest, highest) - lowest) / extent * (bins - 1)).long().clamp(0, bins - 2)
-        into.copy_(torch.where(row > highest, bins - 1, inside))
-    return found
+def sums_of_weights(reference: Tensor, top_k: int | None = None, discount: str | None = None) -> Tensor:
+    """Σ_p μ_p of every list, by the definition: ``[n]`` in float64."""
+    rank = 1 + (reference[:, None, :] > reference[:, :, None]).sum(-1)  # tied items share the best
+    mu = torch.ones_like(rank, dtype=torch.float64)
+    if discount == "log":
+        mu = 1 / (1 + rank.double()).log()
+    return torch.where(rank <= (top_k or reference.shape[1]), mu, 0).sum(-1)
 
 
 def random_lists(

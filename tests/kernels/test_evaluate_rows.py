@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_lists import Lists, bins_over_others, random_lists
+from kernel_lists import Lists, random_lists
 from torch import Tensor
 
 from batches import relative_error
 from rankloss.kernels import evaluate_rows, rows
+from rankloss.ranking import quantize
 
 METHODS = [{"method": "sort"}, {"method": "bin", "bins": 40}]
 OPTIONS: list[dict[str, Any]] = [
@@ -20,6 +21,11 @@ OPTIONS: list[dict[str, Any]] = [
     {"discount": "log"},
     {"diagonal": False},
     {"diagonal": False, "top_k": 3, "discount": "log"},
+]
+MEANS: list[dict[str, Any]] = [
+    {"mean": True},
+    {"mean": True, "discount": "log", "top_k": 5},
+    {"mean": True, "diagonal": False, "discount": "log"},
 ]
 
 
@@ -36,7 +42,7 @@ def assert_agrees(lists: Lists, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=["sort", "bin"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, *MEANS], ids=str)
 @pytest.mark.parametrize("scale", [14.3, 100.0])
 def test_agrees_with_float64_at_clips_scales(
     scale: float, options: dict[str, Any], method: dict[str, Any]
@@ -84,7 +90,7 @@ def all_equal(N: int) -> Tensor:
 
 
 def outlier(N: int) -> Tensor:
-    return torch.cat([torch.linspace(0, 1e-6, N - 1), torch.ones(1)])[None]
+    return torch.cat([-torch.ones(1), torch.linspace(0, 1e-6, N - 1)])[None]
 
 
 def two_clusters(N: int) -> Tensor:
@@ -96,15 +102,13 @@ def test_rows_with_deep_buckets_are_merged_and_exact(make: Any) -> None:
     N = 210
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
     lists = random_lists(1, N, 100.0).replace(reference=make(N)[:, order].contiguous())
-    assert deepest_bucket(lists.reference, lists.first_row) > rows._DEEPEST
+    assert deepest_bucket(lists.reference) > rows._DEEPEST
     for options in ({}, {"top_k": 9, "diagonal": False}):
         assert_agrees(lists, **options)
 
 
-def deepest_bucket(reference: Tensor, own: int) -> int:
-    return int(
-        bins_over_others(reference, torch.tensor([own]), reference.shape[1]).flatten().bincount().max()
-    )
+def deepest_bucket(reference: Tensor) -> int:
+    return int(quantize(reference, reference.shape[1]).flatten().bincount().max())
 
 
 @pytest.mark.parametrize("options", [{}, {"diagonal": False, "discount": "log"}], ids=str)
@@ -145,6 +149,30 @@ def test_a_row_that_is_not_finite_is_nan_and_no_other(method: dict[str, Any], wh
         assert part is not None
         assert part[1].isnan().all()
         assert torch.equal(part[[0, 2]], whole[[0, 2]])
+
+
+def ties_of_the_best() -> Tensor:
+    return torch.tensor([[0.9, 0.1, 0.9, 0.3, 0.2, 0.7, 0.1, 0.9]])
+
+
+def own_pair_in_the_middle() -> Tensor:
+    return torch.tensor([[0.4, 0.1, -0.5, 0.30001, 0.2, 0.7, 0.3, 0.65]])
+
+
+@pytest.mark.parametrize("make", [ties_of_the_best, own_pair_in_the_middle, lambda: all_equal(8)])
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("first_row", [0, 5])
+def test_items_share_a_bin_of_the_kernel_exactly_where_quantize_says_so(
+    make: Any, diagonal: bool, first_row: int
+) -> None:
+    """With equal scores the gradient says of every item with which others it is tied."""
+    reference = make()
+    lists = Lists(torch.zeros_like(reference), reference, 1.0, first_row)
+    _, _, slopes = lists.run(method="bin", bins=5, diagonal=diagonal)
+    assert slopes is not None
+    listed = [q for q in range(8) if diagonal or q != first_row]
+    slope, bins = slopes[0, listed], quantize(reference[0, listed], 5)
+    assert torch.equal(slope[:, None] == slope, bins[:, None] == bins)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=["sort", "bin"])

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_lists import bins_over_others, random_lists
+from kernel_lists import random_lists
 
 from devices import DEVICE
 from rankloss.kernels import evaluate_rows, traffic
+from rankloss.ranking import quantize
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="counted in Triton's interpreter")
 
@@ -46,7 +47,7 @@ def test_bytes_are_those_of_the_loads_and_stores(bins: int, moved: list[tuple[in
     n, N = 3, 150
     lists = random_lists(n, N, 14.3, weights=False)
     x, y = lists.cosines, lists.reference
-    mates = bucket_mates(y, lists.first_row)
+    mates = bucket_mates(y)
     options = {"method": "bin", "bins": bins} if bins else {}
     one = torch.ones(())
     _, _, gradient = evaluate_rows(x, y, one, one, first_row=lists.first_row, **options)  # type: ignore[arg-type]
@@ -67,10 +68,9 @@ def test_bytes_are_those_of_the_loads_and_stores(bins: int, moved: list[tuple[in
     assert found["scratch"] - scalars == counted.scratch
 
 
-def bucket_mates(reference: torch.Tensor, first_row: int) -> float:
+def bucket_mates(reference: torch.Tensor) -> float:
     n, N = reference.shape
-    own = torch.arange(first_row, first_row + n)
-    buckets = bins_over_others(reference, own, N)
+    buckets = quantize(reference, N)
     depths = torch.zeros(n, N).scatter_add_(1, buckets, torch.ones(n, N))
     return float(depths.square().sum() / (n * N))
 

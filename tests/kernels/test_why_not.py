@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from rankloss.kernels import rows, why_not
 
-SERVED = {"lists": "row", "worth": "exp", "ties": "shared", "method": "sort", "bins": 2048}
+SERVED = {
+    "model": "plackett_luce",
+    "lists": "row",
+    "worth": "exp",
+    "ties": "shared",
+    "method": "sort",
+    "bins": 2048,
+}
 
 
 def ask(

@@ -73,9 +73,12 @@ def collect_bins(
 @triton.jit
 def sum_bins_upwards(largest, count, total, log_c, weight, M, top_k, bins,
                      BLOCK: tl.constexpr, WEIGHS: tl.constexpr, DISCOUNT: tl.constexpr):  # fmt: skip
-    """Write log C and μ of every bin; the last log C, and Σ n·μ·log C."""
+    """Write log C and μ of every bin; the last log C, Σ n·μ·log C and Σ n·μ."""
     j = tl.arange(0, BLOCK)
     terms = tl.zeros([BLOCK], tl.float32)
+    total_mu = M.to(tl.float32)
+    if WEIGHS:
+        total_mu = tl.full([], 0.0, tl.float32)
     below = tl.full([], 0, tl.int32)
     m0 = tl.full([], NONE, tl.float32)
     w0 = tl.full([], 0.0, tl.float32)
@@ -93,12 +96,13 @@ def sum_bins_upwards(largest, count, total, log_c, weight, M, top_k, bins,
             mu = weight_of_rank(rank, top_k, DISCOUNT)
             below += tl.sum(members, 0)
             tl.store(weight + c + j, mu, mask=inside)
+            total_mu += tl.sum(members.to(tl.float32) * mu, 0)
             terms += tl.where(members > 0, members.to(tl.float32) * mu * log_sum, 0.0)
         else:
             terms += members.to(tl.float32) * log_sum
         tl.store(log_c + c + j, log_sum, mask=inside)
         m0, w0 = at(j, m, BLOCK - 1), at(j, w, BLOCK - 1)
-    return log_of(m0, w0), tl.sum(terms, 0)
+    return log_of(m0, w0), tl.sum(terms, 0), total_mu
 
 
 @triton.jit
@@ -127,6 +131,7 @@ def binned_rows(
     n, N, first_row, anchors, x_stride, y_stride, alpha_stride, beta_stride, top_k, bins,
     BLOCK: tl.constexpr, HAS_EQUAL: tl.constexpr, HAS_ALPHA: tl.constexpr,
     HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr, DISCOUNT: tl.constexpr,
+    MEAN: tl.constexpr,
 ):  # fmt: skip
     """CE, NLL and gradient of every row; see :func:`rankloss.kernels.evaluate_rows`.
 
@@ -146,13 +151,13 @@ def binned_rows(
         x = X + row.to(tl.int64) * x_stride
         y = Y + row.to(tl.int64) * y_stride
         own = first_row + row % anchors
-        top, low, high, finite = survey(x, y, EQUAL, own, N, s, BLOCK, HAS_EQUAL)
+        top, low, high, finite = survey(x, y, EQUAL, own, N, s, BLOCK, HAS_EQUAL, DIAGONAL)
         if finite != 0:
             collect_bins(
                 x, y, EQUAL, own, N, s, top, low, high, largest, count, total, bins,
                 BLOCK, HAS_EQUAL, DIAGONAL,
             )  # fmt: skip
-            log_sum, denominators = sum_bins_upwards(
+            log_sum, denominators, total_mu = sum_bins_upwards(
                 largest, count, total, log_u, weight, M, top_k, bins, BLOCK, WEIGHS, DISCOUNT
             )
             tl.debug_barrier()
@@ -167,6 +172,8 @@ def binned_rows(
                     log_sum = log_of(m, w)
                 tl.store(CE + row, log_sum - own_score)
             beta = tl.load(BETA + row * beta_stride).to(tl.float32)
+            if MEAN:
+                beta /= total_mu
             scores = tl.zeros([BLOCK], tl.float32)
             for c in range(0, N, BLOCK):
                 inside = c + j < N
@@ -185,7 +192,10 @@ def binned_rows(
                     if HAS_ALPHA:
                         slope += alpha * (tl.exp(score - log_sum) - (c + j == own).to(tl.float32))
                     tl.store(GRADIENT + row.to(tl.int64) * N + c + j, slope, mask=inside)
-            tl.store(NLL + row, denominators - tl.sum(scores, 0))
+            nll = denominators - tl.sum(scores, 0)
+            if MEAN:
+                nll /= total_mu
+            tl.store(NLL + row, nll)
         else:
             tl.store(NLL + row, float("nan"))
             if HAS_ALPHA:

@@ -42,36 +42,49 @@ def reference_at(y, equal, column, inside, HAS_EQUAL: tl.constexpr):
 
 
 @triton.jit
-def survey(x, y, equal, own, N, s, BLOCK: tl.constexpr, HAS_EQUAL: tl.constexpr):
-    """Largest cosine of a row, range of the reference without the own pair, whether everything is finite."""
+def survey(
+    x, y, equal, own, N, s, BLOCK: tl.constexpr, HAS_EQUAL: tl.constexpr, DIAGONAL: tl.constexpr
+):  # fmt: skip
+    """Largest cosine of a row, range of its list's reference, whether everything is finite.
+
+    The range is that of the items below the best, or of all where all are tied.
+    """
     j = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], -LARGEST, tl.float32)
     low = tl.full([BLOCK], LARGEST, tl.float32)
+    best = tl.full([BLOCK], -LARGEST, tl.float32)
     high = tl.full([BLOCK], -LARGEST, tl.float32)
     finite = tl.full([BLOCK], 1, tl.int32)
     for c in range(0, N, BLOCK):
         inside = c + j < N
-        other = inside & (c + j != own)
+        listed = inside
+        if not DIAGONAL:
+            listed = inside & (c + j != own)
         cosine = tl.load(x + c + j, mask=inside, other=0.0)
         value = reference_at(y, equal, c + j, inside, HAS_EQUAL)
         # A comparison with NaN is false.
         small = (tl.abs(cosine) < LARGEST) & (tl.abs(cosine * s) < LARGEST) & (tl.abs(value) < LARGEST)
         finite = tl.where(small, finite, 0)
         top = tl.maximum(top, tl.where(inside, cosine, -LARGEST))
-        low = tl.minimum(low, tl.where(other, value, LARGEST))
-        high = tl.maximum(high, tl.where(other, value, -LARGEST))
-    return tl.max(top, 0), tl.min(low, 0), tl.max(high, 0), tl.min(finite, 0)
+        low = tl.minimum(low, tl.where(listed, value, LARGEST))
+        value = tl.where(listed, value, -LARGEST)
+        # The best so far is below the best only where it is not the best any more.
+        high = tl.maximum(high, tl.where(value == best, -LARGEST, tl.minimum(value, best)))
+        best = tl.maximum(best, value)
+    highest = tl.max(best, 0)
+    second = tl.max(tl.where(best < highest, best, high), 0)
+    lowest = tl.min(low, 0)
+    return tl.max(top, 0), lowest, tl.where(highest > lowest, second, highest), tl.min(finite, 0)
 
 
 @triton.jit
 def division_of(value, low, high, divisions):
     """The division of [low, high] that holds a value; one more, the last, is above the range.
 
-    It never decreases with the value. The own pair, which is no part of the range, falls into the last
-    division where it is above all others, and else where its value belongs.
+    It never decreases with the value, and is that of :func:`rankloss.ranking.quantize`.
     """
     extent = tl.maximum(high - low, 1.1754944e-38)
-    # Clamped before the division, which would overflow for an own pair far outside a narrow range.
+    # Clamped before the division, which would overflow for a best item far above a narrow range.
     part = tl.div_rn(tl.minimum(tl.maximum(value - low, 0.0), extent), extent) * (divisions - 1)
     part = tl.minimum(part, (divisions - 2).to(tl.float32))
     return tl.where(value > high, divisions - 1, part.to(tl.int32))

@@ -212,9 +212,12 @@ def sum_upwards(ranked, log_c, M, BLOCK: tl.constexpr):
 def sum_downwards(
     ranked, last, log_c, M, top_k, BLOCK: tl.constexpr, WEIGHS: tl.constexpr, DISCOUNT: tl.constexpr
 ):
-    """Replace the score of every place by log Σ_{q ≥ p} μ_q / C_q; the NLL."""
+    """Replace the score of every place by log Σ_{q ≥ p} μ_q / C_q; the NLL, and Σ μ."""
     j = tl.arange(0, BLOCK)
     terms = tl.zeros([BLOCK], tl.float32)
+    total_mu = M.to(tl.float32)
+    if WEIGHS:
+        total_mu = tl.full([], 0.0, tl.float32)
     m0 = tl.full([], NONE, tl.float32)
     w0 = tl.full([], 0.0, tl.float32)
     blocks = tl.cdiv(M, BLOCK)
@@ -227,12 +230,13 @@ def sum_downwards(
         mu = inside.to(tl.float32)
         if WEIGHS:
             mu *= weight_of_rank(M - end, top_k, DISCOUNT)
+            total_mu += tl.sum(mu, 0)
         terms += mu * (denominator - score)
         m, w = tl.associative_scan((tl.where(mu > 0, -denominator, NONE), mu), 0, joined, reverse=True)
         m, w = joined(m, w, m0, w0)
         tl.store(ranked + c + j, log_of(m, w), mask=inside)
         m0, w0 = at(j, m, 0), at(j, w, 0)
-    return tl.sum(terms, 0)
+    return tl.sum(terms, 0), total_mu
 
 
 @triton.jit(do_not_specialize=["n", "first_row", "anchors", "top_k"])
@@ -241,6 +245,7 @@ def sorted_rows(
     n, N, first_row, anchors, x_stride, y_stride, alpha_stride, beta_stride, top_k, buckets,
     BLOCK: tl.constexpr, DEEPEST: tl.constexpr, HAS_EQUAL: tl.constexpr, HAS_ALPHA: tl.constexpr,
     HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr, DISCOUNT: tl.constexpr,
+    MEAN: tl.constexpr,
 ):  # fmt: skip
     """CE, NLL and gradient of every row; see :func:`rankloss.kernels.evaluate_rows`.
 
@@ -259,7 +264,7 @@ def sorted_rows(
         x = X + row.to(tl.int64) * x_stride
         y = Y + row.to(tl.int64) * y_stride
         own = first_row + row % anchors
-        top, low, high, finite = survey(x, y, EQUAL, own, N, s, BLOCK, HAS_EQUAL)
+        top, low, high, finite = survey(x, y, EQUAL, own, N, s, BLOCK, HAS_EQUAL, DIAGONAL)
         if finite != 0:
             deepest = fill_buckets(
                 y, EQUAL, own, N, low, high, keys, items, first, start, buckets,
@@ -277,7 +282,12 @@ def sorted_rows(
             tl.debug_barrier()
             total = sum_upwards(ranked, keys, M, BLOCK)  # the keys have served
             tl.debug_barrier()
-            tl.store(NLL + row, sum_downwards(ranked, last, keys, M, top_k, BLOCK, WEIGHS, DISCOUNT))
+            nll, total_mu = sum_downwards(ranked, last, keys, M, top_k, BLOCK, WEIGHS, DISCOUNT)
+            beta = tl.load(BETA + row * beta_stride).to(tl.float32)
+            if MEAN:
+                nll /= total_mu
+                beta /= total_mu
+            tl.store(NLL + row, nll)
             tl.debug_barrier()
             alpha = tl.full([], 0.0, tl.float32)
             if HAS_ALPHA:
@@ -288,7 +298,6 @@ def sorted_rows(
                     total = log_of(m, w)
                 tl.store(CE + row, total - own_score)
             if HAS_GRADIENT:
-                beta = tl.load(BETA + row * beta_stride).to(tl.float32)
                 for c in range(0, N, BLOCK):
                     inside = c + j < N
                     listed = inside
