@@ -28,8 +28,15 @@ $(VENV)/.dev: pyproject.toml examples/pyproject.toml | $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable examples
 	touch $@
 
-.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main fuzz lint typecheck bench docs \
-	pictures release-check clean
+$(VENV)/.docs: pyproject.toml | $(VENV)/.base
+	$(BIN)/python -m pip install --quiet --editable '.[docs,plots]'
+	touch $@
+
+$(VENV)/.release: pyproject.toml | $(VENV)/.base
+	$(BIN)/python -m pip install --quiet 'build>=1.2' 'twine>=6'
+	touch $@
+
+## Train a small CLIP on OpenMoji with --loss rankclip, evaluate it and draw.
 demo: $(VENV)/.examples
 	$(BIN)/python examples/openmoji/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
 
