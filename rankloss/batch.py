@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rankloss.ranking import group_bounds
+from rankloss.ranking import first_of_group
 
 __all__ = [
     "MATRICES",
@@ -226,7 +226,7 @@ class Batch:
     @property
     def own(self) -> Tensor:
         """``[n]``: the column of every anchor's own pair."""
-        return self.first_row + torch.arange(self.anchors, device=self.image.device)
+        return torch.arange(self.first_row, self.first_row + self.anchors, device=self.image.device)
 
     def matrices(self, term: Term) -> tuple[Matrix, Matrix]:
         """The two matrices that a term compares: S and R, or I and X."""
@@ -465,8 +465,8 @@ def first_occurrence(features: Tensor) -> Tensor:
     looks = may_look_at(features)
     for salt in range(_ROUNDS if looks else _ROUNDS_UNSEEN):
         hashes, order = row_hashes(features, salt).sort(stable=True)  # stable: a group's first is its least
-        first, _ = group_bounds(hashes)
-        candidate = torch.empty_like(order).scatter_(0, order, order.gather(0, first))
+        of_first = order.gather(0, first_of_group(hashes))
+        candidate = torch.empty_like(order).scatter_(0, order, of_first)
         same = (features[candidate] == features).all(-1)
         # Equal rows have one candidate, and so are confirmed all or none.
         found = torch.minimum(found, candidate.where(same, found))
@@ -485,13 +485,14 @@ def row_hashes(features: Tensor, salt: int = 0) -> Tensor:
     bits = features.detach().contiguous().view(_BITS[features.dtype])
     bits = bits.masked_fill(bits == torch.iinfo(bits.dtype).min, 0)  # −0.0 equals 0.0
     if bits.dtype == torch.int32:
-        bits = F.pad(bits, (0, bits.shape[1] % 2)).view(torch.int64)
+        bits = (F.pad(bits, (0, 1)) if bits.shape[1] % 2 else bits).view(torch.int64)
     return _mix(bits + _column_numbers(bits.shape[1], salt, bits.device)).sum(-1)
 
 
 def _column_numbers(count: int, salt: int, device: torch.device) -> Tensor:
-    """A well-mixed 64-bit integer per column."""
-    return _mix(torch.arange(1 + salt * count, 1 + (salt + 1) * count, device=device) * -7046029254386353131)
+    """A 64-bit integer per column; their differences are other ones for every salt."""
+    step = -7046029254386353131 + salt * 2363566994553305962
+    return torch.arange(1, count + 1, device=device) * step
 
 
 def _mix(h: Tensor) -> Tensor:

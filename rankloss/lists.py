@@ -37,7 +37,7 @@ from rankloss.likelihood import (
     top_one_probabilities,
 )
 from rankloss.options import Plan, RankOptions
-from rankloss.ranking import Ranking, rankings, slices
+from rankloss.ranking import Ranking, extremes, rankings, slices
 
 __all__ = ["Block", "Evaluated", "evaluate"]
 
@@ -196,9 +196,8 @@ def _worths(block: Block, options: RankOptions) -> _Worths | None:
     if block.beta is None:  # a softmax: what is lost beside the largest worth is less than a rounding
         highest = scores.amax(-1, keepdim=True)
         return _Worths((scores - highest).exp_(), scores, highest)
-    # Not aminmax, which on a CPU takes ten times as long as the two together.
-    lowest, highest = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
-    span, shift = highest - lowest, (highest + lowest) / 2
+    lowest, highest = extremes(scores)
+    span, shift = highest - lowest, torch.lerp(lowest, highest, 0.5)
     if scores.device.type == "cpu":
         largest = span.amax().item()
         if scores.dtype == torch.float32 and largest <= 2 * _REACH[torch.float32]:
@@ -206,8 +205,8 @@ def _worths(block: Block, options: RankOptions) -> _Worths | None:
         if not largest <= 2 * _REACH[torch.float64]:  # also where there is a NaN
             return None
     else:
-        shift = shift.where(span <= 2 * _REACH[torch.float64], torch.nan)
-    return _Worths((scores.double() - shift).exp_(), scores, shift)
+        shift = shift.masked_fill(span > 2 * _REACH[torch.float64], torch.nan)
+    return _Worths((scores - shift.double()).exp_(), scores, shift)
 
 
 _Values: TypeAlias = tuple[Tensor | None, Tensor | None]
@@ -239,7 +238,9 @@ def _by_sums(
         nll = ranking.log_denominators(denominators, narrow=w.dtype == torch.float32)
         # C is summed from shifted worths, so every −μ·ℓ becomes μ·(shift − ℓ).
         if mu is None:
-            nll = nll + (shift * log_w.shape[-1] - log_w.sum(-1, keepdim=True).double()).squeeze(-1)
+            nll = nll - log_w.sum(-1)
+            if isinstance(shift, Tensor):
+                nll.add_(shift.squeeze(-1), alpha=log_w.shape[-1])
         else:
             nll = nll + (mu * (shift - log_w)).sum(-1, dtype=torch.float64)
         if options.reduction == "mean":

@@ -110,8 +110,8 @@ class RankOptions:
             :class:`Plan`; None is 64 MiB on a CPU and 1 GiB elsewhere.
         kernel: ``"torch"``: torch's own operations. ``"triton"``: one fused kernel per block of lists
             (:mod:`rankloss.kernels`), in float32; where it does not serve, computing raises a ValueError that
-            says why. ``"auto"``: the kernel on CUDA where it serves, else torch's operations; the plan says
-            which, and why.
+            says why. ``"auto"``: torch's operations, until the kernels have been measured on a card. The plan
+            says which, and why.
 
     Raises:
         ValueError: for a value that is not among the choices or below its bound, or options that exclude each
@@ -154,7 +154,7 @@ class RankOptions:
         none="64 MiB on a CPU, 1 GiB elsewhere",
     )
     kernel: KernelOption = _option(
-        "auto", "fused kernels of Triton on CUDA where they serve, or never, or always"
+        "auto", "fused kernels of Triton on CUDA: triton; torch's operations: torch, and so far auto"
     )
 
     def __post_init__(self) -> None:
@@ -266,8 +266,8 @@ class RankOptions:
         if self.kernel == "torch":
             return "kernel='torch'"
         reason = kernels.why_not(self, device, dtype, anchors, items)
-        if reason is None and self.kernel == "auto" and device.type != "cuda":
-            return "kernel='auto' does not use Triton's interpreter"
+        if reason is None and self.kernel == "auto":
+            return "kernel='auto' takes torch's operations until the kernels have run on a card"
         return reason
 
 

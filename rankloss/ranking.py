@@ -30,11 +30,14 @@ __all__ = [
     "Selected",
     "Sorted",
     "ascending",
+    "extremes",
+    "first_of_group",
     "group_bounds",
     "quantize",
     "random_shuffle",
     "rankings",
     "running_sum",
+    "running_sum_in_place",
     "shuffled_order",
     "slices",
     "weights_of_ranks",
@@ -92,13 +95,16 @@ class Sorted:
     def __init__(self, order: Tensor, ordered: Tensor | None, options: RankOptions) -> None:
         """``ordered`` holds the sorted references, which show the ties; None where no items count as tied."""
         self._order = order
-        self._tied: Tensor | slice | None = None  # which lists have ties, and the bounds of their groups
+        self._tied: Tensor | slice | None = None  # which lists have ties, and where: [tied lists, N − 1]
         if ordered is not None:
-            self._tied, self._first, self._last = _tie_groups(ordered)
-        n = order.shape[-1]
-        self.mu = weights_of_ranks(torch.arange(n, 0, -1, device=order.device), options, torch.float64)
-        if self.mu is not None:  # tied items share their best rank
-            self.mu = self._at_last(self.mu.expand(order.shape).contiguous())
+            self._tied, self._equals_next = _ties(ordered)
+        self.mu: Tensor | None = None
+        if options.weighs_ranks:
+            best_first = torch.arange(1, order.shape[-1] + 1, device=order.device)
+            mu = weights_of_ranks(best_first, options, torch.float64)
+            assert mu is not None
+            self._mu_best_first = self._of_best_tied(mu.expand(order.shape).contiguous())
+            self.mu = self._mu_best_first.flip(-1)
 
     @property
     def total_mu(self) -> Tensor | int:
@@ -106,13 +112,13 @@ class Sorted:
         return self._order.shape[-1] if self.mu is None else self.mu.sum(-1, keepdim=True)
 
     def denominators(self, worths: Tensor) -> Tensor:
-        """C by slot, float64, for worths ``[n, N]``."""
-        return self._at_last(running_sum(worths.gather(-1, self._order)))
+        """C by slot, float64, for worths ``[n, N]``; the best slot comes first."""
+        return self._of_best_tied(running_sum(worths.gather(-1, self._order)).flip(-1))
 
     def log_denominators(self, denominators: Tensor, *, narrow: bool) -> Tensor:
         """Σ_p μ_p·log C_p of every list; ``narrow`` says that float32 would hold every C_p."""
         if self.mu is not None:
-            return (denominators.log() * self.mu).sum(-1)
+            return (denominators.log() * self._mu_best_first).sum(-1)
         quarter = denominators.shape[-1] // 4
         if not narrow or quarter == 0:
             return denominators.log().sum(-1)
@@ -124,21 +130,36 @@ class Sorted:
 
     def suffix(self, denominators: Tensor) -> Tensor:
         """U by slot."""
-        shares = denominators.reciprocal() if self.mu is None else self.mu / denominators
-        sums = _suffix_sum(shares)
-        if self._tied is not None:
-            sums[self._tied] = sums[self._tied].gather(-1, self._first)
-        return sums
+        shares = denominators.reciprocal() if self.mu is None else self._mu_best_first / denominators
+        sums = running_sum_in_place(shares).flip(-1)
+        if self._tied is None:
+            return sums
+        # U never increases from slot to slot, so its smallest so far is that of a group's first.
+        part = sums[self._tied]
+        part[..., 1:].masked_fill_(self._equals_next, torch.inf)
+        return self._put(sums, part.cummin(-1).values)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
         """What a slot holds, for every item of the list in its own place."""
         by_slot = by_slot.expand(self._order.shape)
         return torch.empty_like(by_slot).scatter_(-1, self._order, by_slot)
 
-    def _at_last(self, by_slot: Tensor) -> Tensor:
-        """What the last slot of every slot's tie group holds, in place."""
-        if self._tied is not None:
-            by_slot[self._tied] = by_slot[self._tied].gather(-1, self._last)
+    def _of_best_tied(self, best_first: Tensor) -> Tensor:
+        """What the best slot of every slot's tie group holds, of C or μ, which fall from the best on.
+
+        The tensor is used up.
+        """
+        if self._tied is None:
+            return best_first
+        part = best_first[self._tied]
+        part[..., 1:].masked_fill_(self._equals_next.flip(-1), torch.inf)
+        return self._put(best_first, part.cummin(-1).values)
+
+    def _put(self, by_slot: Tensor, of_tied: Tensor) -> Tensor:
+        """The slots of the lists with ties replaced."""
+        if isinstance(self._tied, slice):  # all of them
+            return of_tied
+        by_slot[self._tied] = of_tied
         return by_slot
 
 
@@ -153,7 +174,7 @@ class Binned:
         self._bins = options.bins
         self._index = quantize(reference, options.bins)
         count = reference.new_zeros(*reference.shape[:-1], self._bins)
-        self._count = count.scatter_add_(-1, self._index, torch.ones_like(reference))
+        self._count = count.scatter_add_(-1, self._index, reference.new_ones(()).expand_as(reference))
         self.mu: Tensor | None = None
         if options.weighs_ranks:
             above = reference.shape[-1] - running_sum(self._count)  # items in better bins
@@ -176,7 +197,7 @@ class Binned:
 
     def suffix(self, denominators: Tensor) -> Tensor:
         """U by slot."""
-        return _suffix_sum(self._weight / denominators)
+        return running_sum_in_place((self._weight / denominators).flip(-1)).flip(-1)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
         """What a slot holds, for every item of the list in its own place."""
@@ -230,7 +251,7 @@ class Selected:
 
     def suffix(self, denominators: Tensor) -> Tensor:
         """U by slot."""
-        sums = _suffix_sum(self._weight / denominators)
+        sums = running_sum_in_place((self._weight / denominators).flip(-1)).flip(-1)
         return torch.cat([sums[..., :1], sums[..., 1:].gather(-1, self._first)], -1)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
@@ -279,14 +300,25 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
         >>> quantize(torch.tensor([0.1, 0.5, 0.45, 0.9]), bins=4).tolist()
         [0, 2, 2, 3]
     """
-    lowest, highest = reference.amin(-1, keepdim=True), reference.amax(-1, keepdim=True)
-    is_best = (reference == highest).logical_and_(highest > lowest)
+    reference = reference.detach()
+    lowest, highest = extremes(reference)
+    # In a list whose items are all tied, none is the best.
+    is_best = reference == highest.masked_fill(highest == lowest, torch.nan)
     second = reference.masked_fill(is_best, -torch.inf).amax(-1, keepdim=True)
     tiny = torch.finfo(reference.dtype).tiny  # a list whose other items are all tied has no range
     extent = (second - lowest).clamp_min(tiny)
-    # Clamped on both sides of the conversion: before it, what int64 does not hold, and after it, NaN.
-    index = (reference - lowest).div_(extent).mul_(bins - 1).clamp_(max=bins - 2).long().clamp_(min=0)
-    return torch.where(is_best, bins - 1, index)
+    place = (reference - lowest).div_(extent).mul_(bins - 1)
+    # Before the conversion, which does not hold infinity and NaN: of these two, fmin takes the number.
+    place = torch.fmin(place, place.new_full((), bins - 2), out=place)
+    return place.masked_fill_(is_best, bins - 1).long()
+
+
+def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest entry of every list, ``[..., 1]``."""
+    if x.device.type == "cpu":  # where aminmax takes ten times as long as the two together
+        return x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    least, largest = x.aminmax(dim=-1, keepdim=True)
+    return least, largest
 
 
 def random_shuffle(n: int, device: torch.device, options: RankOptions) -> Tensor | None:
@@ -320,19 +352,25 @@ def group_bounds(sorted_values: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.arange(n, device=sorted_values.device)
     edge = torch.ones_like(sorted_values[..., :1], dtype=torch.bool)
     change = sorted_values[..., 1:] != sorted_values[..., :-1]
-    starts, ends = torch.cat([edge, change], -1), torch.cat([change, edge], -1)
-    first = torch.where(starts, index, 0).cummax(-1).values
-    last = torch.where(ends, index, n).flip(-1).cummin(-1).values.flip(-1)
-    return first, last
+    last = torch.where(torch.cat([change, edge], -1), index, n).flip(-1).cummin(-1).values.flip(-1)
+    return first_of_group(sorted_values), last
 
 
-def _tie_groups(ordered: Tensor) -> tuple[Tensor | slice | None, Tensor, Tensor]:
-    """Which of some sorted lists have ties, and the bounds of their groups; None where none has."""
+def first_of_group(sorted_values: Tensor) -> Tensor:
+    """The first of :func:`group_bounds` alone."""
+    changes = (sorted_values[..., 1:] != sorted_values[..., :-1]).long()
+    index = torch.arange(1, sorted_values.shape[-1], device=sorted_values.device)
+    return F.pad(changes.mul_(index), (1, 0)).cummax(-1).values
+
+
+def _ties(ordered: Tensor) -> tuple[Tensor | slice | None, Tensor]:
+    """Which of some sorted lists have ties, and which of their items equal the next; None where none has."""
+    equals_next = ordered[..., 1:] == ordered[..., :-1]
     if ordered.device.type != "cpu":  # to look which lists have ties would wait for the device
-        return slice(None), *group_bounds(ordered)
+        return slice(None), equals_next
     # A row of float32 cosines has a tie by accident now and then, most have none.
-    tied = (ordered[..., 1:] == ordered[..., :-1]).any(-1).nonzero().squeeze(-1)
-    return tied if len(tied) else None, *group_bounds(ordered[tied])
+    tied = equals_next.any(-1).nonzero().squeeze(-1)
+    return tied if len(tied) else None, equals_next[tied]
 
 
 # --- running sums -----------------------------------------------------------------------------------------
@@ -349,9 +387,9 @@ def running_sum(x: Tensor) -> Tensor:
     return _running_sum_in_blocks(x.double()) if _needs_blocks(x) else x.cumsum(-1, dtype=torch.float64)
 
 
-def _suffix_sum(x: Tensor) -> Tensor:
-    x = x.flip(-1)
-    return (_running_sum_in_blocks(x) if _needs_blocks(x) else x.cumsum_(-1)).flip(-1)
+def running_sum_in_place(x: Tensor) -> Tensor:
+    """The same for float64 that is not needed any more."""
+    return _running_sum_in_blocks(x) if _needs_blocks(x) else x.cumsum_(-1)
 
 
 def _needs_blocks(x: Tensor) -> bool:

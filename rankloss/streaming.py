@@ -80,9 +80,10 @@ def stream(
             of_terms = None, weights.in_modal
             _stream_term("in_modal", batch, options, plan, of_terms, (None, values[2]), shuffles, sums)
     *features, scale = sums
+    factor = unit * batch.scale if options.worth == "exp" else unit
     for gradient in features:
         if gradient is not None:
-            gradient *= unit * batch.scale if options.worth == "exp" else unit
+            gradient *= factor
     if scale is not None:
         scale *= unit
     return values, sums
@@ -130,7 +131,7 @@ def _stream_term(
             found = evaluate(block, options, plan, with_gradient=with_gradient)
             for value, part, weight in zip(values, found[:2], (0.5, share), strict=True):
                 if value is not None and part is not None:
-                    value[rows] += weight * part
+                    value[rows].add_(part, alpha=weight)
             if with_gradient:
                 products.give(side, rows, cosines[side], found.gradient)
 

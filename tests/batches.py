@@ -93,4 +93,8 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 def gradients(value: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor | float) -> list[Tensor]:
     """Gradients by all inputs under a given upstream gradient; an input that gets none is a failure."""
-    return list(torch.autograd.grad(value, inputs, torch.as_tensor(upstream).to(value).expand_as(value)))
+    return list(
+        torch.autograd.grad(
+            value, inputs, torch.as_tensor(upstream, dtype=value.dtype, device=value.device).expand_as(value)
+        )
+    )

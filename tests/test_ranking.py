@@ -145,13 +145,16 @@ def test_selected_lists_are_the_sorted_ones(values: list[int], k: int, discount,
     found = []
     for ranking in (Sorted(order, y.gather(-1, order), options), Selected(y, options)):
         denominators = ranking.denominators(w)
+        by_slot = (
+            denominators.flip(-1) if isinstance(ranking, Sorted) else denominators
+        )  # there the best first
         found.append(
             [
                 ranking.total_mu,
                 ranking.of_items(ranking.mu),
                 ranking.log_denominators(denominators, narrow=False),
                 ranking.of_items(ranking.suffix(denominators)),
-                ranking.of_items(denominators) * (ranking.of_items(ranking.mu) > 0),
+                ranking.of_items(by_slot) * (ranking.of_items(ranking.mu) > 0),
             ]
         )
     for a, b in zip(*found, strict=True):
