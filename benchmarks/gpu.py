@@ -95,7 +95,7 @@ class Bench(NamedTuple):
 
 def implementations() -> dict[str, dict[str, Any]]:
     """Options of the loss by the name of what computes it."""
-    # A dry run has the kernels in a section of their own, since Triton's interpreter takes minutes for a loss.
+    # A dry run has the kernels in a section of their own: in the interpreter a loss takes minutes.
     engines = ("torch", "triton") if torch.cuda.is_available() else ("torch",)
     return {
         f"{engine}-{method}": {"method": method, "kernel": engine}
