@@ -261,8 +261,10 @@ def run_as_a_process(directory: str, batch_size: str) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # no process leaves while another still needs it
         torch.distributed.destroy_process_group()
+        os._exit(0)  # gloo's threads can keep an interpreter from ending
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None:
     results = []
     for processes in (1, 2):

@@ -83,6 +83,7 @@ def test_without_loss_the_script_is_bit_equal_to_itself(tmp_path: Path) -> None:
     assert "contrastive_loss" not in history(through)[0]
 
 
+@pytest.mark.slow
 def test_two_processes_contrast_the_whole_batch(tmp_path: Path) -> None:
     given = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "do_eval": False}
     loss = ("--loss", "rankclip", "--rankclip-schedule", "constant")
