@@ -111,7 +111,7 @@ def in_one_process(world_size: int, local_loss: bool, gather_with_grad: bool, se
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_a4_averaged_gradients_follow_the_flags_rules(
+def test_averaged_gradients_follow_the_flags_rules(
     pool: Pool, local_loss: bool, gather_with_grad: bool
 ) -> None:
     results = pool.run(one_step, flags(local_loss, gather_with_grad))
@@ -120,7 +120,7 @@ def test_a4_averaged_gradients_follow_the_flags_rules(
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_a4_averaged_gradients_against_the_single_process_ones(
+def test_averaged_gradients_against_the_single_process_ones(
     pool: Pool, local_loss: bool, gather_with_grad: bool
 ) -> None:
     actual = pool.run(one_step, flags(local_loss, gather_with_grad))[0]
@@ -162,7 +162,7 @@ def one_step_of_half_the_ranks(rank: int, world_size: int, options: dict[str, bo
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_a4_group_other_than_the_default_trains_on_its_own(
+def test_group_other_than_the_default_trains_on_its_own(
     pool: Pool, local_loss: bool, gather_with_grad: bool
 ) -> None:
     results = pool.run(one_step_of_half_the_ranks, flags(local_loss, gather_with_grad))
@@ -172,7 +172,7 @@ def test_a4_group_other_than_the_default_trains_on_its_own(
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_a4_one_process_under_ddp_is_one_without_a_group(
+def test_one_process_under_ddp_is_one_without_a_group(
     pools: Pools, local_loss: bool, gather_with_grad: bool
 ) -> None:
     (under_ddp,) = pools[1].run(one_step, flags(local_loss, gather_with_grad))
@@ -180,7 +180,7 @@ def test_a4_one_process_under_ddp_is_one_without_a_group(
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), [(False, False), *EXACT])
-def test_a4_rank_to_base_ratio_is_the_same_for_every_world_size(
+def test_rank_to_base_ratio_is_the_same_for_every_world_size(
     pools: Pools, local_loss: bool, gather_with_grad: bool
 ) -> None:
     def ratios(results: Results) -> list[float]:
@@ -196,7 +196,7 @@ def test_a4_rank_to_base_ratio_is_the_same_for_every_world_size(
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_a5_accumulation_gives_towers_the_big_batch_and_the_scale_k_times(
+def test_accumulation_gives_towers_the_big_batch_and_the_scale_k_times(
     pools: Pools, local_loss: bool, gather_with_grad: bool
 ) -> None:
     for world_size, micro_batches in ((1, 2), (1, 4), (2, 2), (2, 3), (3, 2)):
@@ -230,7 +230,7 @@ def train(rank: int, world_size: int, options: dict[str, bool]) -> Results:
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), EXACT)
-def test_a4_training_ends_at_the_single_process_weights(
+def test_training_ends_at_the_single_process_weights(
     pool: Pool, local_loss: bool, gather_with_grad: bool
 ) -> None:
     expected = train(0, 1, {})

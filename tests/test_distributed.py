@@ -143,7 +143,7 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_a4_value_in_float32_is_the_single_process_one(
+def test_value_in_float32_is_the_single_process_one(
     pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
     value, *_ = ddp(pool.run(shard, loss, flags(local_loss, gather_with_grad), torch.float32))
@@ -152,7 +152,7 @@ def test_a4_value_in_float32_is_the_single_process_one(
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_a4_value_and_gradients_follow_the_flags_rules(
+def test_value_and_gradients_follow_the_flags_rules(
     pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
     w = pool.world_size
@@ -164,7 +164,7 @@ def test_a4_value_and_gradients_follow_the_flags_rules(
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), EXACT)
-def test_a4_with_gather_with_grad_value_and_gradients_are_the_single_process_ones(
+def test_with_gather_with_grad_value_and_gradients_are_the_single_process_ones(
     pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
     actual = ddp(pool.run(shard, loss, flags(local_loss, gather_with_grad)))
@@ -172,14 +172,14 @@ def test_a4_with_gather_with_grad_value_and_gradients_are_the_single_process_one
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a4_with_neither_flag_towers_get_one_over_w_and_the_scale_the_whole(pool: Pool, loss: str) -> None:
+def test_with_neither_flag_towers_get_one_over_w_and_the_scale_the_whole(pool: Pool, loss: str) -> None:
     value, dv, dt, ds = single(pool.world_size, loss)
     actual = ddp(pool.run(shard, loss, flags(False, False)))
     assert_equal(actual, [value, dv / pool.world_size, dt / pool.world_size, ds])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a4_with_local_loss_alone_value_and_scale_are_exact_and_towers_are_not(pool: Pool, loss: str) -> None:
+def test_with_local_loss_alone_value_and_scale_are_exact_and_towers_are_not(pool: Pool, loss: str) -> None:
     expected = single(pool.world_size, loss)
     value, dv, dt, ds = ddp(pool.run(shard, loss, flags(True, False)))
     assert_equal([value, ds], [expected[0], expected[3]])
@@ -263,7 +263,7 @@ def accumulate(
 
 @pytest.mark.parametrize("micro_batches", [2, 4])
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_a5_accumulation_gives_towers_the_big_batch_and_the_scale_k_times(
+def test_accumulation_gives_towers_the_big_batch_and_the_scale_k_times(
     pool: Pool, local_loss: bool, gather_with_grad: bool, micro_batches: int
 ) -> None:
     results = pool.run(accumulate, "rank_clip", flags(local_loss, gather_with_grad), micro_batches)
@@ -272,7 +272,7 @@ def test_a5_accumulation_gives_towers_the_big_batch_and_the_scale_k_times(
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4])
-def test_a5_accumulation_in_one_process(micro_batches: int) -> None:
+def test_accumulation_in_one_process(micro_batches: int) -> None:
     for loss in LOSSES:
         (value, dv, dt, ds), accumulated = accumulate(0, 1, loss, {}, micro_batches)
         assert_equal(accumulated, [value, dv, dt, micro_batches * ds])
@@ -562,7 +562,7 @@ def warnings(rank: int, world_size: int, loss: str, options: dict[str, Any]) -> 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
 @pytest.mark.parametrize("loss", ["rank", "rank_clip"])
-def test_a4_local_loss_without_gather_with_grad_is_warned_of_once(
+def test_local_loss_without_gather_with_grad_is_warned_of_once(
     pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
     first, *others = pool.run(warnings, loss, flags(local_loss, gather_with_grad))
@@ -655,7 +655,7 @@ def open_clips_and_ours(rank: int, world_size: int, options: dict[str, bool]) ->
 
 @pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="needs open_clip")
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_a4_clip_loss_is_open_clips_under_every_flag(
+def test_clip_loss_is_open_clips_under_every_flag(
     pool: Pool, local_loss: bool, gather_with_grad: bool
 ) -> None:
     for theirs, ours in pool.run(
