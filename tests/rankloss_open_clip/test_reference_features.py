@@ -378,7 +378,7 @@ def student(trainer: Trainer, run: Run) -> tuple[dict[str, np.ndarray[Any, Any]]
     directory = trainer.directory
     weights = torch.load(run.directory / "checkpoints/epoch_1.pt", map_location="cpu", weights_only=True)
     clip, _, preprocess = open_clip.create_model_and_transforms(
-        f"local-dir:{directory / 'tiny'}", load_weights=False
+        f"local-dir:{directory / 'tiny'}", load_weights=False, output_dict=True
     )
     clip.load_state_dict({k.removeprefix("module."): x for k, x in weights["state_dict"].items()})
     clip.eval()
