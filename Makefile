@@ -107,7 +107,7 @@ typecheck: $(VENV)/.dev
 	$(BIN)/mypy
 
 ## Time and memory of the losses against open_clip's ClipLoss and the naive rank loss: tables, plots and whether the
-## targets are met, in outputs/bench (about 20 minutes on 2 cores). SCALING_ARGS=--largest adds N = 32,768.
+## targets are met, in outputs/bench (about 25 minutes on 2 cores). SCALING_ARGS=--largest adds N = 32,768.
 bench: $(VENV)/.dev
 	mkdir -p $(BENCH_OUTPUT)
 	$(BIN)/python -m pytest benchmarks -p no:cacheprovider -o testpaths=benchmarks -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds --benchmark-json=$(BENCH_OUTPUT)/pytest-benchmark.json $(BENCH_ARGS)

@@ -133,7 +133,7 @@ def test_preset_ranks_by_the_two_best_of_the_teacher(runs: Runs) -> None:
     assert "lambda scale 64 cross-modal and 64 in-modal" in run.log
     assert "lists row, best 2 of each, ranked by the teacher" in run.log
     (first, *_), whole = assert_trains(run), runs["ranked by the teacher alone"].train_lines()[0]
-    assert first["Contrastive_loss"] == whole["Contrastive_loss"]
+    assert first["Contrastive_loss"] == pytest.approx(whole["Contrastive_loss"], rel=1e-4)
     assert "Distill_loss" not in first
     for term in RANK_TERMS:
         raw = term.replace("_loss", "_raw")

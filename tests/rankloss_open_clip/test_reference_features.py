@@ -20,9 +20,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from open_clip_train.params import parse_args
-from PIL import Image
+from teacher_features import TEACHER, stored, student, unit_rows
 from torch import Tensor, nn
-from trainer_runs import SAMPLES, TORCHRUN, WHOLE_SET, Run, Runs, Trainer
+from trainer_runs import SAMPLES, TORCHRUN, WHOLE_SET, Runs, Trainer
 
 from rankloss import reference
 from rankloss_open_clip import command_line
@@ -31,22 +31,6 @@ from rankloss_open_clip.reference_features import IN_SAMPLES, NAMES, ReferenceFe
 
 OPTION = "--rankclip-reference-features"
 CONTEXT = 9
-
-
-def unit_rows(rows: int, dimension: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    features = np.random.default_rng(seed).standard_normal((rows, dimension)).astype(np.float32)
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
-
-
-def stored(path: Path, **arrays: np.ndarray[Any, Any]) -> str:
-    """A directory of arrays, or with the suffix ``.npz`` a file."""
-    if path.suffix == ".npz":
-        np.savez(path, **arrays)
-    else:
-        path.mkdir()
-        for name, array in arrays.items():
-            np.save(path / f"{name}.npy", array)
-    return str(path)
 
 
 def npy(array: Any) -> bytes:
@@ -320,8 +304,6 @@ def test_features_join_the_output_of_the_model(tmp_path: Path, named: bool, comp
 
 # --- the trainer ----------------------------------------------------------------------------------------
 
-TEACHER = {name: unit_rows(SAMPLES, 7, seed) for seed, name in enumerate(NAMES)}
-
 
 @pytest.fixture(scope="module")
 def runs_with_features(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
@@ -371,24 +353,6 @@ def with_features(trainer: Trainer, directory: Path) -> list[str]:
                     info.size = len(content)
                     shard.addfile(info, io.BytesIO(content))
     return [x.replace(str(trainer.directory), str(directory)) for x in trainer.webdataset]
-
-
-def student(trainer: Trainer, run: Run) -> tuple[dict[str, np.ndarray[Any, Any]], float]:
-    """The features of all pairs, by row, and the scale at the second and last step of a run."""
-    directory = trainer.directory
-    weights = torch.load(run.directory / "checkpoints/epoch_1.pt", map_location="cpu", weights_only=True)
-    clip, _, preprocess = open_clip.create_model_and_transforms(
-        f"local-dir:{directory / 'tiny'}", load_weights=False, output_dict=True
-    )
-    clip.load_state_dict({k.removeprefix("module."): x for k, x in weights["state_dict"].items()})
-    clip.eval()
-    rows = [line.split("\t") for line in (directory / "data.csv").read_text().splitlines()[1:]]
-    images = torch.stack([preprocess(Image.open(file)) for file, _ in rows])
-    tokens = open_clip.get_tokenizer(f"local-dir:{directory / 'tiny'}")([title for _, title in rows])
-    with torch.no_grad():
-        output = clip(images, tokens)
-    features = {name: output[name].double().numpy() for name in NAMES}
-    return features, output["logit_scale"].item()
 
 
 @pytest.mark.parametrize("name", ["csv", "accumulation, a worker", "webdataset", "two processes"])

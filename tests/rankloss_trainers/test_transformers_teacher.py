@@ -8,35 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
 
 if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
     pytest.skip("transformers or accelerate is not installed", allow_module_level=True)
 
-from tiny_transformers import Pairs, clip, siglip, steps, train, weights
+from tiny_transformers import Pairs, Taught, clip, siglip, steps, train, weights
 
 import rankloss
 from rankloss import reference, schedules
-
-TEACHER = {"image": "reference_image_features", "text": "reference_text_features"}
-
-
-class Taught(Pairs):
-    """Pairs with a teacher's features of another dimension."""
-
-    def __init__(self, *modalities: str) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.features = {
-            column: normalize(torch.randn(len(self), 6, generator=generator), dim=-1)
-            for modality, column in TEACHER.items()
-            if modality in modalities
-        }
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {**super().__getitem__(i), **{name: x[i] for name, x in self.features.items()}}
-
 
 ONE_STEP = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "max_steps": 1}
 
