@@ -305,6 +305,9 @@ def test_features_join_the_output_of_the_model(tmp_path: Path, named: bool, comp
 # --- the trainer ----------------------------------------------------------------------------------------
 
 
+TOP = ["--rankclip-top-k", "4"]
+
+
 @pytest.fixture(scope="module")
 def runs_with_features(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     directory = tmp_path_factory.mktemp("teacher")
@@ -315,7 +318,7 @@ def runs_with_features(trainer: Trainer, tmp_path_factory: pytest.TempPathFactor
 
     def add(name: str, where: str, *options: str, **keywords: Any) -> None:
         start = trainer.run if keywords else trainer.call
-        table.add(name, start, f"features, {name}", *WHOLE_SET, OPTION, where, *options, **keywords)
+        table.add(name, start, f"features, {name}", *WHOLE_SET, *TOP, OPTION, where, *options, **keywords)
 
     add("csv", both)
     add(
@@ -364,17 +367,19 @@ def test_every_pair_is_ranked_by_its_own_row(trainer: Trainer, runs_with_feature
     teacher = {f"reference_{key}": value for key, value in TEACHER.items()}
     shown = run.scalars
     for term, oracle in (("cross_modal", reference.cross_modal), ("in_modal", reference.in_modal)):
-        expected = oracle(**features, logit_scale=scale, **teacher)
+        expected = oracle(**features, logit_scale=scale, **teacher, top_k=4)
         assert shown[f"{term}_raw"][1] == pytest.approx(expected, rel=1e-4), term
-        own = oracle(**features, logit_scale=scale)
-        assert abs(own / expected - 1) > 1e-2, "the comparison above could not fail"
+        others = {key: np.roll(rows, 1, axis=0) for key, rows in teacher.items()}
+        for wrong in ({}, others):
+            value = oracle(**features, logit_scale=scale, **wrong, top_k=4)
+            assert abs(value / expected - 1) > 1e-3, "the comparison above could not fail"
 
 
 def test_texts_alone_rank_the_images_and_the_texts(trainer: Trainer, runs_with_features: Runs) -> None:
     run = runs_with_features["texts"]
     features, scale = student(trainer, run)
     expected = reference.in_modal(
-        **features, logit_scale=scale, reference_text_features=TEACHER["text_features"]
+        **features, logit_scale=scale, reference_text_features=TEACHER["text_features"], top_k=4
     )
     assert run.scalars["in_modal_raw"][1] == pytest.approx(expected, rel=0.02)  # bf16 features
     assert "cross_modal_raw" not in run.scalars
