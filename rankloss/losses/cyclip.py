@@ -155,5 +155,5 @@ def _in(anchors: _Moments, items: _Moments) -> Tensor:
 
 
 def _not_negative(squares: Tensor) -> Tensor:
-    """``squares`` without what rounding left below 0, and with its gradient, which is right to rounding there."""
+    """``squares`` without what rounding left below 0; the gradient, right to rounding there too, stays."""
     return squares - squares.detach().clamp_max(0)
