@@ -16,7 +16,7 @@ from naive import naive_rank_terms
 from rankloss import ClipLoss, Gather, RankClipLoss, RankConsistency, SigLipLoss
 from rankloss_trainers import catalog
 
-__all__ = ["BIAS", "LOSSES", "SCALE", "D", "Loss", "batch"]
+__all__ = ["BIAS", "LOSSES", "SCALE", "D", "Distilled", "Loss", "batch"]
 
 Loss = Callable[..., Tensor]
 
