@@ -43,6 +43,7 @@ def refuse(where: str, args: Any) -> str | None:
                 f"{where} is read by row number, which a webdataset's samples do not have; put the features "
                 f"into the samples and give one of {', '.join(IN_SAMPLES)}"
             )
+        opened.cache_clear()  # of an earlier run in this process
         try:
             opened(where)
         except (OSError, ValueError) as error:
