@@ -103,7 +103,7 @@ def _stream_term(
 
     ``weights`` and ``values`` are those of the cross-entropy and of the rank term; ``sums`` are gradients.
     """
-    matrices = batch.matrices(term)
+    matrices = batch.matrices(term, are_references=weights[1] is not None and not batch.has_teacher)
     into = _targets(term, batch, sums, options)
     with_gradient = any(x is not None for target in into for x in target)
     products = (MirroredProducts if plan.name == "shared" else Products)(matrices, into)
