@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankloss.batch import may_look_at
 from rankloss.options import Plan, RankOptions
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "Sorted",
     "ascending",
     "extremes",
-    "first_of_group",
     "group_bounds",
     "quantize",
     "random_shuffle",
@@ -86,39 +86,66 @@ _FEW = 8  # top_k is few in a list of this many times as many items
 
 
 class Sorted:
-    """Lists in the exact order of their references; one slot per item.
+    """Lists in the exact order of their references; one slot per item, which is arranged by slot.
+
+    Of tied items the last slot has the weight of all, and the others have none: its C is that of the whole
+    group, and all of them see its share of U.
 
     Attributes:
-        mu: ``[n, N]``, μ by slot; None where all are 1.
+        mu: ``[n, N]`` or ``[N]``, μ by slot; None where all are 1.
     """
 
     def __init__(self, order: Tensor, ordered: Tensor | None, options: RankOptions) -> None:
         """``ordered`` holds the sorted references, which show the ties; None where no items count as tied."""
         self._order = order
-        self._tied: Tensor | slice | None = None  # which lists have ties, and where: [tied lists, N − 1]
-        if ordered is not None:
-            self._tied, self._equals_next = _ties(ordered)
-        self.mu: Tensor | None = None
-        if options.weighs_ranks:
-            best_first = torch.arange(1, order.shape[-1] + 1, device=order.device)
-            mu = weights_of_ranks(best_first, options, torch.float64)
-            assert mu is not None
-            self._mu_best_first = self._of_best_tied(mu.expand(order.shape).contiguous())
-            self.mu = self._mu_best_first.flip(-1)
+        rank = torch.arange(order.shape[-1], 0, -1, device=order.device)
+        self.mu = self._mu = weights_of_ranks(rank, options, torch.float64)
+        self._tied: Tensor | slice | None = None  # which lists have ties
+        if ordered is None:
+            return
+        self._tied = _lists_with_ties(ordered)
+        if self._tied is None:
+            return
+        of_tied = ordered[self._tied]
+        self._dtype = ordered.dtype
+        self._sizes = _group_sizes(of_tied)  # [tied lists, N]
+        if self._mu is not None:
+            last = torch.searchsorted(of_tied, of_tied, right=True) - 1
+            self.mu = self._mu.expand(order.shape).contiguous()
+            self.mu[self._tied] = self._mu[last]
 
     @property
     def total_mu(self) -> Tensor | int:
-        """Σ_p μ_p of every list, ``[n, 1]``."""
+        """Σ_p μ_p of every list, ``[n, 1]`` or ``[1]``."""
         return self._order.shape[-1] if self.mu is None else self.mu.sum(-1, keepdim=True)
 
+    def arrange(self, x: Tensor) -> Tensor:
+        """What items have, ``[n, N]``, in the order of their slots."""
+        return x.gather(-1, self._order)
+
     def denominators(self, worths: Tensor) -> Tensor:
-        """C by slot, float64, for worths ``[n, N]``; the best slot comes first."""
-        return self._of_best_tied(running_sum(worths.gather(-1, self._order)).flip(-1))
+        """C by slot, float64, for arranged worths; the last is the sum of all."""
+        return running_sum(worths)
 
     def log_denominators(self, denominators: Tensor, *, narrow: bool) -> Tensor:
         """Σ_p μ_p·log C_p of every list; ``narrow`` says that float32 would hold every C_p."""
-        if self.mu is not None:
-            return (denominators.log() * self._mu_best_first).sum(-1)
+        if isinstance(self._tied, slice):  # all lists
+            return self._weighted_logs(denominators)
+        if self._mu is not None:
+            total = denominators.log() @ self._mu
+        else:
+            total = self._sum_of_logs(denominators, narrow)
+        if self._tied is not None:
+            total[self._tied] = self._weighted_logs(denominators[self._tied])
+        return total
+
+    def _weighted_logs(self, denominators: Tensor) -> Tensor:
+        if self._mu is not None:
+            return denominators.log().mul_(self._sizes) @ self._mu
+        logs = denominators.new_empty(denominators.shape, dtype=self._dtype)
+        return torch.log(denominators, out=logs).mul_(self._sizes).sum(-1, dtype=torch.float64)
+
+    def _sum_of_logs(self, denominators: Tensor, narrow: bool) -> Tensor:
         quarter = denominators.shape[-1] // 4
         if not narrow or quarter == 0:
             return denominators.log().sum(-1)
@@ -129,41 +156,40 @@ class Sorted:
         return product.log_().sum(-1) + denominators[..., 4 * quarter :].log().sum(-1)
 
     def suffix(self, denominators: Tensor) -> Tensor:
-        """U by slot."""
-        shares = denominators.reciprocal() if self.mu is None else self._mu_best_first / denominators
-        sums = running_sum_in_place(shares).flip(-1)
-        if self._tied is None:
-            return sums
-        # U never increases from slot to slot, so its smallest so far is that of a group's first.
-        part = sums[self._tied]
-        part[..., 1:].masked_fill_(self._equals_next, torch.inf)
-        return self._put(sums, part.cummin(-1).values)
+        """U by slot; the denominators are used up."""
+        if isinstance(self._tied, slice):
+            shares = torch.div(self._sizes, denominators, out=denominators)
+        else:
+            shares = denominators.reciprocal_()
+            if self._tied is not None:
+                shares[self._tied] *= self._sizes
+        if self._mu is not None:
+            shares *= self._mu
+        return running_sum_in_place(shares.flip(-1)).flip(-1)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
-        """What a slot holds, for every item of the list in its own place."""
-        by_slot = by_slot.expand(self._order.shape)
-        return torch.empty_like(by_slot).scatter_(-1, self._order, by_slot)
-
-    def _of_best_tied(self, best_first: Tensor) -> Tensor:
-        """What the best slot of every slot's tie group holds, of C or μ, which fall from the best on.
-
-        The tensor is used up.
-        """
-        if self._tied is None:
-            return best_first
-        part = best_first[self._tied]
-        part[..., 1:].masked_fill_(self._equals_next.flip(-1), torch.inf)
-        return self._put(best_first, part.cummin(-1).values)
-
-    def _put(self, by_slot: Tensor, of_tied: Tensor) -> Tensor:
-        """The slots of the lists with ties replaced."""
-        if isinstance(self._tied, slice):  # all of them
-            return of_tied
-        by_slot[self._tied] = of_tied
+        """What a slot holds, for every arranged item."""
         return by_slot
 
+    def restore(self, arranged: Tensor, out: Tensor) -> None:
+        """Write what arranged items have in the order of the list."""
+        out.scatter_(-1, self._order, arranged)
 
-class Binned:
+
+class _AsListed:
+    """Rankings whose items stay in the order of the list."""
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """The same."""
+        return x
+
+    def restore(self, arranged: Tensor, out: Tensor) -> None:
+        """Nothing, where the arranged items have been written there."""
+        if arranged is not out:
+            out.copy_(arranged)
+
+
+class Binned(_AsListed):
     """Lists ranked by the bins of their references (:func:`quantize`); one slot per bin, its items tied.
 
     Attributes:
@@ -187,7 +213,7 @@ class Binned:
         return self._index.shape[-1] if self.mu is None else self._weight.sum(-1, keepdim=True)
 
     def denominators(self, worths: Tensor) -> Tensor:
-        """C by slot, float64, for worths ``[n, N]``."""
+        """C by slot, float64, for worths ``[n, N]``; the last is the sum of all."""
         of_bins = worths.new_zeros(*worths.shape[:-1], self._bins)
         return running_sum(of_bins.scatter_add_(-1, self._index, worths))
 
@@ -204,7 +230,7 @@ class Binned:
         return by_slot.gather(-1, self._index)
 
 
-class Selected:
+class Selected(_AsListed):
     """Lists of which the ``top_k`` best items count: a slot for each of those, after one for all others.
 
     The items that are tied with the last of them count too, however many they are: of those beyond ``top_k``
@@ -353,24 +379,26 @@ def group_bounds(sorted_values: Tensor) -> tuple[Tensor, Tensor]:
     edge = torch.ones_like(sorted_values[..., :1], dtype=torch.bool)
     change = sorted_values[..., 1:] != sorted_values[..., :-1]
     last = torch.where(torch.cat([change, edge], -1), index, n).flip(-1).cummin(-1).values.flip(-1)
-    return first_of_group(sorted_values), last
+    first = torch.where(torch.cat([edge, change], -1), index, 0).cummax(-1).values
+    return first, last
 
 
-def first_of_group(sorted_values: Tensor) -> Tensor:
-    """The first of :func:`group_bounds` alone."""
-    changes = (sorted_values[..., 1:] != sorted_values[..., :-1]).long()
-    index = torch.arange(1, sorted_values.shape[-1], device=sorted_values.device)
-    return F.pad(changes.mul_(index), (1, 0)).cummax(-1).values
-
-
-def _ties(ordered: Tensor) -> tuple[Tensor | slice | None, Tensor]:
-    """Which of some sorted lists have ties, and which of their items equal the next; None where none has."""
-    equals_next = ordered[..., 1:] == ordered[..., :-1]
-    if ordered.device.type != "cpu":  # to look which lists have ties would wait for the device
-        return slice(None), equals_next
+def _lists_with_ties(ordered: Tensor) -> Tensor | slice | None:
+    """Which of some sorted lists have ties: None where none has, all where it would cost a wait to know."""
+    if not may_look_at(ordered):
+        return slice(None)
     # A row of float32 cosines has a tie by accident now and then, most have none.
-    tied = equals_next.any(-1).nonzero().squeeze(-1)
-    return tied if len(tied) else None, equals_next[tied]
+    tied = (ordered[..., 1:] == ordered[..., :-1]).any(-1).nonzero().squeeze(-1)
+    return tied if len(tied) else None
+
+
+def _group_sizes(ordered: Tensor) -> Tensor:
+    """At the last of every run of equal values how many they are, elsewhere 0; int32."""
+    first = torch.searchsorted(ordered, ordered, out_int32=True)
+    sizes = torch.empty_like(first)
+    torch.sub(first[..., 1:], first[..., :-1], out=sizes[..., :-1])
+    sizes[..., -1] = ordered.shape[-1] - first[..., -1]
+    return sizes
 
 
 # --- running sums -----------------------------------------------------------------------------------------
