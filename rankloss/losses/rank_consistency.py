@@ -42,7 +42,7 @@ class RankConsistency(GatheringLoss):
     in = ½[C(I | Y') + C(X | Y')], and the cross-modal term has to have the weight 0.
 
     Row lists are computed in chunks of rows, value and gradient together, so memory grows linearly with N
-    (beyond ``memory_budget``). Similarities, order and sums are float32 at least, under autocast too.
+    (beyond the budget). Similarities, order and sums are float32 at least, under autocast too.
 
     Args:
         cross_modal: weight of the cross-modal term; 0 leaves it out of the computation.
@@ -236,7 +236,7 @@ class RankConsistency(GatheringLoss):
         """How a global batch of n pairs is computed; None for ``lists="batch"``, which holds whole matrices.
 
         Example:
-            >>> RankConsistency().plan(1024).name, RankConsistency(memory_budget=0).plan(1024).name
+            >>> RankConsistency().plan(1024).name, RankConsistency().plan(8192).name
             ('shared', 'rows')
         """
         if self.options.lists == "batch":
