@@ -82,6 +82,23 @@ class Block(NamedTuple):
             first_row=self.first_row + rows.start,
         )
 
+    def exact_reference(self, out: Tensor | None = None) -> Tensor:
+        """The reference, in which equal items are tied exactly; in ``out``, where that is given."""
+        assert self.reference is not None
+        if self.first_equal is not None:
+            return torch.index_select(self.reference, -1, self.first_equal, out=out)
+        return self.reference if out is None else out.copy_(self.reference)
+
+    def above(self, other: Block, cosines: Tensor) -> Block:
+        """Both blocks one above the other; ``cosines``, ``[2·n, N]``, are those of both."""
+        reference = None
+        if self.reference is not None:
+            reference = torch.empty_like(cosines)
+            for block, out in zip((self, other), reference.view(2, *self.cosines.shape), strict=True):
+                block.exact_reference(out)
+        alpha, beta = (x if x is None or x.dim() == 0 else torch.cat([x, x]) for x in (self.alpha, self.beta))
+        return Block(cosines, self.own.repeat(2), self.scale, alpha, beta, reference)
+
 
 class Evaluated(NamedTuple):
     """What a block's lists come to.
@@ -97,6 +114,11 @@ class Evaluated(NamedTuple):
     nll: Tensor | None
     gradient: Tensor | None
 
+    def halves(self) -> tuple[Evaluated, Evaluated]:
+        """The two blocks of :meth:`Block.above`."""
+        first, second = zip(*((None, None) if x is None else x.chunk(2) for x in self), strict=True)
+        return Evaluated(*first), Evaluated(*second)
+
 
 def evaluate(block: Block, options: RankOptions, plan: Plan, *, with_gradient: bool) -> Evaluated:
     """Values, and the gradient where it is wanted, of a block of lists, some of its rows at a time."""
@@ -105,7 +127,7 @@ def evaluate(block: Block, options: RankOptions, plan: Plan, *, with_gradient: b
     if plan.kernel == "triton" and block.beta is not None:
         return _evaluate_in_kernel(block, options, with_gradient)
     if block.reference is not None and block.first_equal is not None:
-        block = block._replace(reference=block.reference[:, block.first_equal], first_equal=None)
+        block = block._replace(reference=block.exact_reference(), first_equal=None)
     evaluate_lists = _evaluate if options.diagonal or block.reference is None else _evaluate_others
     return evaluate_lists(block, options, plan, with_gradient)
 

@@ -41,13 +41,18 @@ class Products:
     ) -> None:
         self._matrices, self._into = matrices, into
 
-    def take(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """The cosines of some rows of both matrices."""
-        first = self._rows_of(0, rows)
-        return first, first if self._matrices[1] is self._matrices[0] else self._rows_of(1, rows)
+    def take(self, rows: slice) -> Tensor:
+        """The cosines of some rows of both matrices, ``[2, n, N]``."""
+        first, second = self._matrices
+        is_one = second is first
+        anchors = first.anchors[rows]
+        pair = anchors.new_empty(1 if is_one else 2, len(anchors), len(first.items))
+        for side, out in enumerate(pair):
+            self._write(side, rows, out)
+        return pair.expand(2, -1, -1)
 
-    def _rows_of(self, side: int, rows: slice) -> Tensor:
-        return self._matrices[side].anchors[rows] @ self._matrices[side].items.T
+    def _write(self, side: int, rows: slice, out: Tensor) -> None:
+        torch.mm(self._matrices[side].anchors[rows], self._matrices[side].items.T, out=out)
 
     def give(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
         """Add the gradient by some rows of one of them; None is zero. It may end before the last items."""
@@ -57,7 +62,7 @@ class Products:
         anchors, items = matrix.anchors[rows], matrix.items[: gradient.shape[-1]]
         if into.anchors is not None:
             by_anchor = gradient @ items
-            into.anchors[rows] += by_anchor
+            into.anchors[rows].add_(by_anchor)
             if into.scale is not None:
                 into.scale.add_((by_anchor * anchors).sum())
         elif into.scale is not None:
@@ -86,15 +91,13 @@ class MirroredProducts(Products):
         # The mirror image of S is R, and that of I or X the matrix itself.
         self._mirror = (1, 0) if matrices[0].name == "S" else (0, 1)
 
-    def _rows_of(self, side: int, rows: slice) -> Tensor:
+    def _write(self, side: int, rows: slice, out: Tensor) -> None:
         """Products from the diagonal on, and before it mirror images."""
         anchors, items = self._matrices[side].anchors[rows], self._matrices[side].items
-        cosines = anchors.new_empty(len(anchors), len(items))
         for columns, mirror in self._cosines[self._mirror[side]].release(rows):
-            cosines[:, columns] = mirror
-        torch.mm(anchors, items[rows.start :].T, out=cosines[:, rows.start :])
-        self._cosines[side].keep(rows, cosines)
-        return cosines
+            out[:, columns] = mirror
+        torch.mm(anchors, items[rows.start :].T, out=out[:, rows.start :])
+        self._cosines[side].keep(rows, out)
 
     def give(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
         """Add the gradient by some rows."""
