@@ -51,7 +51,7 @@ class Block(NamedTuple):
 
     Attributes:
         cosines: the similarities c, ``[n, N]``.
-        own: ``[n]``, the column k of every row's own pair.
+        own: ``[n]``, the column k of every row's own pair; None where it counts for nothing.
         scale: s, ``[]``.
         alpha: weight of the cross-entropy, ``[]`` or ``[n, 1]``; None leaves it out.
         beta: weight of the ranking's NLL, likewise; None leaves it out.
@@ -59,10 +59,11 @@ class Block(NamedTuple):
         first_equal: ``[N]``, the first item equal to item j, whose reference counts; None where no two are.
         first_row: the first row's k; the next row's is the next.
         shuffle: ``[N]`` under ``ties="random"``; else None.
+        owns_reference: whether nobody else reads the reference, so that the gradient may take its place.
     """
 
     cosines: Tensor
-    own: Tensor
+    own: Tensor | None
     scale: Tensor
     alpha: Tensor | None
     beta: Tensor | None
@@ -70,12 +71,13 @@ class Block(NamedTuple):
     first_equal: Tensor | None = None
     first_row: int = 0
     shuffle: Tensor | None = None
+    owns_reference: bool = False
 
     def rows(self, rows: slice) -> Block:
         """The same for some of the rows."""
         return self._replace(
             cosines=self.cosines[rows],
-            own=self.own[rows],
+            own=None if self.own is None else self.own[rows],
             alpha=self.alpha if self.alpha is None or self.alpha.dim() == 0 else self.alpha[rows],
             beta=self.beta if self.beta is None or self.beta.dim() == 0 else self.beta[rows],
             reference=None if self.reference is None else self.reference[rows],
@@ -97,7 +99,10 @@ class Block(NamedTuple):
             for block, out in zip((self, other), reference.view(2, *self.cosines.shape), strict=True):
                 block.exact_reference(out)
         alpha, beta = (x if x is None or x.dim() == 0 else torch.cat([x, x]) for x in (self.alpha, self.beta))
-        return Block(cosines, self.own.repeat(2), self.scale, alpha, beta, reference)
+        return Block(
+            cosines, None if self.own is None else self.own.repeat(2), self.scale, alpha, beta, reference,
+            owns_reference=reference is not None,
+        )  # fmt: skip
 
 
 class Evaluated(NamedTuple):
@@ -127,7 +132,7 @@ def evaluate(block: Block, options: RankOptions, plan: Plan, *, with_gradient: b
     if plan.kernel == "triton" and block.beta is not None:
         return _evaluate_in_kernel(block, options, with_gradient)
     if block.reference is not None and block.first_equal is not None:
-        block = block._replace(reference=block.exact_reference(), first_equal=None)
+        block = block._replace(reference=block.exact_reference(), first_equal=None, owns_reference=True)
     evaluate_lists = _evaluate if options.diagonal or block.reference is None else _evaluate_others
     return evaluate_lists(block, options, plan, with_gradient)
 
@@ -160,16 +165,15 @@ def _by_row(weight: Tensor) -> Tensor:
 
 
 def _evaluate(block: Block, options: RankOptions, plan: Plan, with_gradient: bool) -> Evaluated:
-    gradient = torch.empty_like(block.cosines) if with_gradient else None
+    gradient: Tensor | None = None
+    if with_gradient:
+        # A row's reference has served once the row is ranked.
+        gradient = block.reference if block.owns_reference else torch.empty_like(block.cosines)
     values = []
     for rows, ranking in _ranked(block, options, plan):
         part, out = block.rows(rows), None if gradient is None else gradient[rows]
-        cosines = part.cosines if ranking is None else ranking.arrange(part.cosines)
-        worths = _worths(part, cosines, options)
-        if worths is None:
-            values.append(_by_definition(part, options, out))
-        else:
-            values.append(_by_sums(part, cosines, worths, ranking, options, out))
+        by_sums = _by_sums(part, ranking, options, out)
+        values.append(_by_definition(part, options, out) if by_sums is None else by_sums)
     cross_entropy, nll = (None if x[0] is None else _joined(x) for x in zip(*values, strict=True))
     return Evaluated(cross_entropy, nll, gradient)
 
@@ -187,11 +191,15 @@ def _ranked(block: Block, options: RankOptions, plan: Plan) -> Iterator[tuple[sl
 def _evaluate_others(block: Block, options: RankOptions, plan: Plan, with_gradient: bool) -> Evaluated:
     """With ``diagonal=False``: the cross-entropy is of all items, the lists are of all but the own pair."""
     assert block.reference is not None
-    of_all = block._replace(beta=None, reference=None)
+    assert block.own is not None
+    of_all = block._replace(beta=None, reference=None, owns_reference=False)
     cross_entropy, _, gradient = evaluate(of_all, options, plan, with_gradient=with_gradient)
     others = other_items(block.own, block.cosines.shape[-1])
     of_others = block._replace(
-        cosines=block.cosines.gather(-1, others), reference=block.reference.gather(-1, others), alpha=None
+        cosines=block.cosines.gather(-1, others),
+        reference=block.reference.gather(-1, others),
+        alpha=None,
+        owns_reference=True,
     )
     _, nll, by_others = _evaluate(of_others, options, plan, with_gradient)
     if by_others is not None:
@@ -233,7 +241,7 @@ def _worths(block: Block, cosines: Tensor, options: RankOptions) -> _Worths | No
         values = (1 + cosines) / 2 if options.worth == "shifted" else cosines
         return _Worths(values.masked_fill(log.isnan(), torch.nan), 0.0, log)
     if block.beta is not None and not may_look_at(cosines):
-        lowest, highest = (x.double() * block.scale for x in extremes(cosines))
+        lowest, highest = torch.stack(extremes(cosines)).double() * block.scale
         shift = torch.lerp(lowest, highest, 0.5)
         shift = shift.masked_fill(highest - lowest > 2 * _REACH[torch.float64], torch.nan)
         return _Worths(torch.addcmul(-shift, cosines, block.scale).exp_(), shift, None)
@@ -255,14 +263,13 @@ _Values: TypeAlias = tuple[Tensor | None, Tensor | None]
 
 
 def _by_sums(
-    block: Block,
-    cosines: Tensor,
-    worths: _Worths,
-    ranking: Ranking | None,
-    options: RankOptions,
-    out: Tensor | None,
-) -> _Values:
-    """CE and NLL; the gradient is written to ``out``. Cosines and worths are in the order of the ranking."""
+    block: Block, ranking: Ranking | None, options: RankOptions, out: Tensor | None
+) -> _Values | None:
+    """CE and NLL; the gradient is written to ``out``. None where float64 does not hold the worths."""
+    cosines = block.cosines if ranking is None else ranking.arrange(block.cosines)
+    worths = _worths(block, cosines, options)
+    if worths is None:
+        return None
     w, shift = worths.values, worths.shift
     alpha, beta = block.alpha, block.beta
     cross_entropy = nll = mu = None
@@ -270,6 +277,7 @@ def _by_sums(
     total = w.sum(-1, keepdim=True, dtype=torch.float64) if denominators is None else denominators[..., -1:]
     bracket: Tensor | None = None
     if alpha is not None:
+        assert block.own is not None
         own = block.cosines.gather(-1, block.own[:, None])
         own = (own.double() if worths.log is None else own) * block.scale  # as the worths are made
         cross_entropy = (total.log() + shift - own).squeeze(-1)
@@ -283,20 +291,24 @@ def _by_sums(
     elif beta is not None:
         assert ranking is not None
         assert denominators is not None
-        nll = ranking.log_denominators(denominators, narrow=w.dtype == torch.float32)
         # C is summed from shifted worths, so every −μ·ℓ becomes μ·(shift − ℓ).
         if ranking.mu is None:
-            nll = nll - worths.sum_of_log(cosines, block.scale)
+            nll = -worths.sum_of_log(cosines, block.scale).double()
             if isinstance(shift, Tensor):
                 nll.add_(shift.squeeze(-1), alpha=cosines.shape[-1])
         else:
             mu = ranking.of_items(ranking.mu).to(w.dtype)
-            nll = nll + (mu * worths.below_shift(cosines, block.scale)).sum(-1, dtype=torch.float64)
+            nll = (mu * worths.below_shift(cosines, block.scale)).sum(-1, dtype=torch.float64)
+        del cosines, worths  # what follows takes most of the memory
+        nll += ranking.log_denominators(denominators, narrow=w.dtype == torch.float32)
         if options.reduction == "mean":
             nll = (nll[:, None] / ranking.total_mu).squeeze(-1)
             beta = beta / ranking.total_mu
         if out is not None:
-            suffix = ranking.suffix(denominators)
+            shares = ranking.shares(denominators)
+            del denominators, total
+            suffix = ranking.suffix(shares)
+            del shares
             by_slot = (
                 suffix.mul_(beta) if bracket is None else torch.addcmul(bracket, suffix, beta, out=suffix)
             )
@@ -329,6 +341,7 @@ def _write_gradient(
     if ranking is not None:
         ranking.restore(arranged, out)
     if block.alpha is not None:
+        assert block.own is not None
         own = block.own[:, None]
         out.scatter_(-1, own, out.gather(-1, own) - block.alpha.to(out.dtype))
     slope = log_worth_slope(block.cosines, options.worth)
@@ -343,6 +356,7 @@ def _by_definition(block: Block, options: RankOptions, out: Tensor | None) -> _V
     def values(x: Tensor) -> tuple[Tensor, ...]:
         found = []
         if block.alpha is not None:
+            assert block.own is not None
             found.append(F.cross_entropy(x, block.own, reduction="none"))
         if block.reference is not None:
             found.append(list_terms(x, block.reference, block.scale, options, block.shuffle).sum(-1))

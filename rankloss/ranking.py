@@ -79,7 +79,10 @@ def rankings(
             ordered, order = None, shuffled_order(reference[block], shuffle)
         for part in slices(len(order), plan.slice_size):
             rows = slice(block.start + part.start, block.start + part.stop)
-            yield rows, Sorted(order[part], None if ordered is None else ordered[part], options)
+            ranking = Sorted(order[part], None if ordered is None else ordered[part], options)
+            if part.stop == len(order):
+                del ordered  # before the sums, which take most of the memory
+            yield rows, ranking
 
 
 _FEW = 8  # top_k is few in a list of this many times as many items
@@ -98,7 +101,7 @@ class Sorted:
     def __init__(self, order: Tensor, ordered: Tensor | None, options: RankOptions) -> None:
         """``ordered`` holds the sorted references, which show the ties; None where no items count as tied."""
         self._order = order
-        rank = torch.arange(order.shape[-1], 0, -1, device=order.device)
+        rank = torch.arange(order.shape[-1], 0, -1, device=order.device) if options.weighs_ranks else order
         self.mu = self._mu = weights_of_ranks(rank, options, torch.float64)
         self._tied: Tensor | slice | None = None  # which lists have ties
         if ordered is None:
@@ -142,8 +145,7 @@ class Sorted:
     def _weighted_logs(self, denominators: Tensor) -> Tensor:
         if self._mu is not None:
             return denominators.log().mul_(self._sizes) @ self._mu
-        logs = denominators.new_empty(denominators.shape, dtype=self._dtype)
-        return torch.log(denominators, out=logs).mul_(self._sizes).sum(-1, dtype=torch.float64)
+        return _sum_of_logs_in(self._dtype, denominators, self._sizes)
 
     def _sum_of_logs(self, denominators: Tensor, narrow: bool) -> Tensor:
         quarter = denominators.shape[-1] // 4
@@ -155,17 +157,22 @@ class Sorted:
             product *= denominators[..., k * quarter : (k + 1) * quarter]
         return product.log_().sum(-1) + denominators[..., 4 * quarter :].log().sum(-1)
 
-    def suffix(self, denominators: Tensor) -> Tensor:
-        """U by slot; the denominators are used up."""
+    def shares(self, denominators: Tensor) -> Tensor:
+        """The summands of U by slot, the best first. The denominators are used up, and the ties with them."""
         if isinstance(self._tied, slice):
             shares = torch.div(self._sizes, denominators, out=denominators)
+            del self._sizes
         else:
             shares = denominators.reciprocal_()
             if self._tied is not None:
                 shares[self._tied] *= self._sizes
         if self._mu is not None:
             shares *= self._mu
-        return running_sum_in_place(shares.flip(-1)).flip(-1)
+        return shares.flip(-1)
+
+    def suffix(self, shares: Tensor) -> Tensor:
+        """U by slot; the shares are used up."""
+        return running_sum_in_place(shares).flip(-1)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
         """What a slot holds, for every arranged item."""
@@ -199,8 +206,10 @@ class Binned(_AsListed):
     def __init__(self, reference: Tensor, options: RankOptions) -> None:
         self._bins = options.bins
         self._index = quantize(reference, options.bins)
-        count = reference.new_zeros(*reference.shape[:-1], self._bins)
-        self._count = count.scatter_add_(-1, self._index, reference.new_ones(()).expand_as(reference))
+        shape = (*reference.shape[:-1], self._bins)
+        count = torch.zeros(shape, dtype=reference.dtype, device=reference.device)
+        one = torch.ones((), dtype=reference.dtype, device=reference.device)
+        self._count = count.scatter_add_(-1, self._index, one.expand_as(reference))
         self.mu: Tensor | None = None
         if options.weighs_ranks:
             above = reference.shape[-1] - running_sum(self._count)  # items in better bins
@@ -214,16 +223,22 @@ class Binned(_AsListed):
 
     def denominators(self, worths: Tensor) -> Tensor:
         """C by slot, float64, for worths ``[n, N]``; the last is the sum of all."""
-        of_bins = worths.new_zeros(*worths.shape[:-1], self._bins)
-        return running_sum(of_bins.scatter_add_(-1, self._index, worths))
+        shape = (*worths.shape[:-1], self._bins)
+        of_bins = torch.zeros(shape, dtype=worths.dtype, device=worths.device)
+        return running_sum_in_place(of_bins.scatter_add_(-1, self._index, worths).double())
 
     def log_denominators(self, denominators: Tensor, *, narrow: bool) -> Tensor:  # noqa: ARG002
         """Σ_p μ_p·log C_p of every list; bin 0 is never empty, so no C is 0."""
-        return (denominators.log() * self._weight).sum(-1)
+        is_narrow = self.mu is None and not may_look_at(denominators)
+        return _sum_of_logs_in(self._count.dtype if is_narrow else torch.float64, denominators, self._weight)
 
-    def suffix(self, denominators: Tensor) -> Tensor:
-        """U by slot."""
-        return running_sum_in_place((self._weight / denominators).flip(-1)).flip(-1)
+    def shares(self, denominators: Tensor) -> Tensor:
+        """The summands of U by slot, the best first."""
+        return (self._weight / denominators).flip(-1)
+
+    def suffix(self, shares: Tensor) -> Tensor:
+        """U by slot; the shares are used up."""
+        return running_sum_in_place(shares).flip(-1)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
         """What a slot holds, for every item of the list in its own place."""
@@ -275,9 +290,13 @@ class Selected(_AsListed):
         """Σ_p μ_p·log C_p of every list."""
         return (denominators.log() * self._weight).sum(-1)
 
-    def suffix(self, denominators: Tensor) -> Tensor:
-        """U by slot."""
-        sums = running_sum_in_place((self._weight / denominators).flip(-1)).flip(-1)
+    def shares(self, denominators: Tensor) -> Tensor:
+        """The summands of U by slot, the best first."""
+        return (self._weight / denominators).flip(-1)
+
+    def suffix(self, shares: Tensor) -> Tensor:
+        """U by slot; the shares are used up."""
+        sums = running_sum_in_place(shares).flip(-1)
         return torch.cat([sums[..., :1], sums[..., 1:].gather(-1, self._first)], -1)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
@@ -285,6 +304,12 @@ class Selected(_AsListed):
         by_slot = by_slot.expand(self.mu.shape)
         of_rest = torch.where(self._counts, by_slot[..., 1:2], by_slot[..., :1])
         return of_rest.scatter_(-1, self._order, by_slot[..., 1:])
+
+
+def _sum_of_logs_in(dtype: torch.dtype, denominators: Tensor, weights: Tensor) -> Tensor:
+    """Σ weight·log C of every list, the logarithms rounded to a dtype, which may be that of the scores."""
+    logs = torch.log(denominators, out=denominators.new_empty(denominators.shape, dtype=dtype))
+    return logs.mul_(weights).sum(-1, dtype=torch.float64)
 
 
 Ranking: TypeAlias = Sorted | Binned | Selected
@@ -335,7 +360,8 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
     extent = (second - lowest).clamp_min(tiny)
     place = (reference - lowest).div_(extent).mul_(bins - 1)
     # Before the conversion, which does not hold infinity and NaN: of these two, fmin takes the number.
-    place = torch.fmin(place, place.new_full((), bins - 2), out=place)
+    last = torch.full((), bins - 2, dtype=place.dtype, device=place.device)
+    place = torch.fmin(place, last, out=place)
     return place.masked_fill_(is_best, bins - 1).long()
 
 

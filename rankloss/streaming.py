@@ -12,6 +12,7 @@ and X the in-modal one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -116,17 +117,19 @@ def _stream_term(
     teacher = None
     if references is not None and batch.has_teacher:
         teacher = (MirroredProducts if plan.shares_reference else Products)(references)
-    own = batch.own
+    own = batch.own if weights[0] is not None or not options.diagonal else None
     alpha = _shared(weights[0], 0.5)
     betas = [_shared(weights[1], share) for share in dict.fromkeys(options.directions)]
     joins = len(betas) == 1 and _joins(plan, shuffles, batch)
+    if joins:
+        plan = replace(plan, ranked_size=2 * plan.chunk_size, slice_size=2 * plan.chunk_size)
     for rows in slices(batch.anchors, plan.chunk_size):
         cosines = products.take(rows)
         ranked_by = cosines if teacher is None else teacher.take(rows)
         blocks = [
             Block(
                 cosines[side],
-                own[rows],
+                None if own is None else own[rows],
                 batch.scale,
                 _of_rows(alpha, rows),
                 _of_rows(betas[side % len(betas)], rows),
