@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import Batch, arithmetic_dtype
+from rankloss.batch import arithmetic_dtype
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.functional import weighted_terms
 from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
@@ -125,30 +125,13 @@ class ClipLoss(GatheringLoss):
             with torch.no_grad():  # the dtype depends on autocast's rules; one pair shows it
                 pair = image_features[:1], text_features[:1]
                 dtype = _whole(_ONE_PROCESS, *pair, pair, logit_scale, logit_bias).dtype
-            loss = self._streamed(image_features, text_features, gathered, logit_scale)
+            batch = self.batch_of(gathered, image_features, text_features, logit_scale)
+            weights = torch.ones(3, dtype=torch.float64, device=images.device)
+            loss, *_ = weighted_terms(
+                batch, self._options, weights, contrastive=True, cross_modal=False, in_modal=False
+            )
             loss = (loss + without_effect(logit_bias)).to(dtype)
         return {"contrastive_loss": loss} if output_dict else loss
-
-    def _streamed(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        gathered: Gathered,
-        logit_scale: Tensor | float,
-    ) -> Tensor:
-        local = self.gather.anchors_are_local
-        batch = Batch.of(
-            *gathered,
-            logit_scale,
-            image_anchors=image_features if local else None,
-            text_anchors=text_features if local else None,
-            first_row=self.gather.first_row(len(image_features)),
-        )
-        weights = torch.ones(3, dtype=torch.float64, device=batch.image.device)
-        loss, *_ = weighted_terms(
-            batch, self._options, weights, contrastive=True, cross_modal=False, in_modal=False
-        )
-        return loss
 
     def extra_repr(self) -> str:
         """The options that are not at their defaults."""
