@@ -470,14 +470,13 @@ def _first_equal(*features: Tensor) -> list[Tensor | None]:
     found: list[Tensor | None] = [None] * len(features)
     unsettled = list(range(len(features)))
     for salt in range(_ROUNDS if looks else 1):
-        hashes = torch.stack([row_hashes(features[k], salt) for k in unsettled])
-        ordered, order = hashes.sort(stable=True)  # stable: a group's first is its least
+        of_salt = {k: row_hashes(features[k], salt) for k in unsettled}
         if looks:
-            has_groups = (ordered[:, 1:] == ordered[:, :-1]).any(-1).tolist()
-            unsettled = [k for k, has in zip(unsettled, has_groups, strict=True) if has]
-            ordered, order, hashes = ordered[has_groups], order[has_groups], hashes[has_groups]
-            if not unsettled:
-                break
+            of_salt = {k: h for k, h in of_salt.items() if len(h.unique()) < len(h)}
+        if not of_salt:
+            break
+        unsettled, hashes = list(of_salt), torch.stack(list(of_salt.values()))
+        ordered, order = hashes.sort(stable=True)  # stable: a group's first is its least
         candidates = order.gather(-1, torch.searchsorted(ordered, hashes))
         for k, candidate in zip(tuple(unsettled), candidates, strict=True):
             same = (features[k][candidate] == features[k]).all(-1)
@@ -486,8 +485,6 @@ def _first_equal(*features: Tensor) -> list[Tensor | None]:
             found[k] = first if before is None else torch.minimum(first, before)
             if looks and bool(same.all()):
                 unsettled.remove(k)
-        if not unsettled:
-            break
     return found
 
 

@@ -20,7 +20,7 @@ where they do, the definition (:mod:`rankloss.likelihood`) and autograd take ove
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -178,7 +178,7 @@ def _evaluate(block: Block, options: RankOptions, plan: Plan, with_gradient: boo
     return Evaluated(cross_entropy, nll, gradient)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -11,7 +11,7 @@ and X the in-modal one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rankloss.batch import MATRICES, Batch, Inputs, Term, anchors_and_items, full_precision
-from rankloss.lists import Block, evaluate
+from rankloss.lists import Block, Evaluated, evaluate
 from rankloss.options import Plan, RankOptions
 from rankloss.products import MirroredProducts, Products, Target
 from rankloss.ranking import slices
@@ -126,31 +126,36 @@ def _stream_term(
     for rows in slices(batch.anchors, plan.chunk_size):
         cosines = products.take(rows)
         ranked_by = cosines if teacher is None else teacher.take(rows)
-        blocks = [
-            Block(
-                cosines[side],
-                None if own is None else own[rows],
-                batch.scale,
-                _of_rows(alpha, rows),
-                _of_rows(betas[side % len(betas)], rows),
-                None if references is None else ranked_by[1 - side if teacher is None else side],
-                None if references is None else references[side].first_equal,
-                batch.first_row + rows.start,
-                None if shuffles is None else shuffles[MATRICES.index(matrices[side].name)],
+        blocks = []
+        for side in (0, 1):
+            beta = _of_rows(betas[side % len(betas)], rows)
+            reference = None if references is None or beta is None else references[side]
+            blocks.append(
+                Block(
+                    cosines[side],
+                    None if own is None else own[rows],
+                    batch.scale,
+                    _of_rows(alpha, rows),
+                    beta,
+                    None if reference is None else ranked_by[1 - side if teacher is None else side],
+                    None if reference is None else reference.first_equal,
+                    batch.first_row + rows.start,
+                    None if shuffles is None else shuffles[MATRICES.index(matrices[side].name)],
+                )
             )
-            for side in (0, 1)
-        ]
+        found: Iterable[Evaluated] = (
+            evaluate(block, options, plan, with_gradient=with_gradient) for block in blocks
+        )
         if joins:
             both = blocks[0].above(blocks[1], cosines.flatten(0, 1))
             found = evaluate(both, options, plan, with_gradient=with_gradient).halves()
-        else:
-            found = (evaluate(block, options, plan, with_gradient=with_gradient) for block in blocks)
         for side, of_side in enumerate(found):
             for value, part, share in zip(values, of_side[:2], (0.5, options.directions[side]), strict=True):
                 if value is not None and part is not None:
                     value[rows].add_(part, alpha=share)
             if with_gradient:
                 products.give(side, rows, cosines[side], of_side.gradient)
+            del of_side  # before the other side has a gradient
 
 
 def _joins(plan: Plan, shuffles: Tensor | None, batch: Batch) -> bool:
