@@ -15,10 +15,13 @@ import time
 from pathlib import Path
 
 import pytest
+from clip_evaluation import metrics
 from examples_common import page, tables, terminal, trainer
 from examples_common.trainer import Job, Log, LossNotAttachedError, TrainingError
 from hypothesis import given
 from hypothesis import strategies as st
+from icons_data import labels, names
+from miniature_paper import captions, wording
 from rich.console import Console
 
 import rankloss
@@ -232,8 +235,9 @@ def test_the_examples_use_public_names_only():
 # --- tables and pages ---
 
 
-def test_examples_in_docstrings():
-    found = doctest.testmod(tables)
+@pytest.mark.parametrize("module", [captions, labels, metrics, names, tables, wording])
+def test_examples_in_docstrings(module):
+    found = doctest.testmod(module)
     assert found.attempted > 0
     assert found.failed == 0
 
@@ -243,6 +247,6 @@ def test_a_table_keeps_every_cell_as_it_is(rows):
     text = tables.markdown(["x", "y", "z"], rows, right=2)
     cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines()[2:]]
     assert [[cell.strip().replace("\\|", "|") for cell in row] for row in cells] == rows
-    seen = page.html([text], title="t")
+    seen = page.html(text, title="t")
     assert seen.count("<tr>") == 1 + len(rows)
     assert seen.count('scope="row"') == len(rows)

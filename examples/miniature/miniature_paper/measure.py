@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from clip_evaluation import metrics, probe
 from clip_evaluation.geometry import geometry
-from clip_evaluation.metrics import CLASS_KS
 from clip_evaluation.model import ClipModel
 from icons_data.load import Icons, Items, LabelledSet, load
 from PIL import Image
@@ -36,7 +35,6 @@ from .search.trials import TEST, VALIDATION, Attempt
 _GEOMETRY_ITEMS = 2048
 _GEOMETRY_ANCHORS = 512
 _HEAT_MAPS_OF_EACH = 3  # pictures in black, and as many in colour
-_TOP_1 = (1,)
 
 
 @dataclasses.dataclass
@@ -47,31 +45,12 @@ class Measured:
     chance: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # what guessing would score
     items: dict[str, int] = dataclasses.field(default_factory=dict)  # how many each task was measured on
 
-    def add(self, task: str, items: int, scores: dict[str, float], chance: dict[str, float]) -> None:
-        """Add the scores of one task on one data set."""
-        self.metrics[task] = {name: round(value, 4) for name, value in scores.items()}
-        self.chance[task] = {name: round(value, 4) for name, value in chance.items()}
-        self.items[task] = items
-
-    def add_retrieval(self, task: str, images: Tensor, texts: Tensor, image_of: Tensor) -> None:
-        """Add R@k in both directions."""
-        scores = metrics.retrieval(images, texts, image_of)
-        guess = metrics.retrieval_chance(len(images), image_of)
-        flat = (
-            {f"{way} R@{k}": value for way, at in recall.items() for k, value in at.items()}
-            for recall in (scores, guess)
+    def add(self, task: str, items: int, scored: metrics.Scored) -> None:
+        """Add the scores of one task on one data set, and what guessing would score."""
+        self.metrics[task], self.chance[task] = (
+            {name: round(pair[i], 4) for name, pair in scored.items()} for i in (0, 1)
         )
-        self.add(task, len(images), *flat)
-
-    def add_classes(self, task: str, scores: Tensor, items: Items, ks: Sequence[int] = CLASS_KS) -> None:
-        """Add top-k accuracy, and the mean per class unless top-1 is all that is wanted."""
-        labels = torch.from_numpy(items.labels)
-        found, guess = metrics.accuracy_at_k(scores, labels, ks), metrics.chance(scores.shape[1], ks)
-        top, chance = ({f"top-{k}": value for k, value in at.items()} for at in (found, guess))
-        if ks != _TOP_1:
-            top["mean per class"] = metrics.mean_per_class_accuracy(scores, labels)
-            chance["mean per class"] = guess[1]
-        self.add(task, len(labels), top, chance)
+        self.items[task] = items
 
 
 class Embeddings:
@@ -146,16 +125,19 @@ def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) ->
     texts = {}
     for name, (index, captions, image_of) in searched.items():
         texts[name] = model.text_features(captions)
-        found.add_retrieval(f"retrieval/{name}", normalize(embeddings(index), dim=-1), texts[name], image_of)
+        recall = metrics.named_recall(normalize(embeddings(index), dim=-1), texts[name], image_of)
+        found.add(f"retrieval/{name}", len(index), recall)
     index, _, image_of = searched["test"]
     first = torch.tensor([True, *(image_of[1:] != image_of[:-1]).tolist()])
     images, first_texts = normalize(embeddings(index), dim=-1), texts["test"][first]
     shape = geometry(images[:_GEOMETRY_ITEMS], first_texts[:_GEOMETRY_ITEMS], max_anchors=_GEOMETRY_ANCHORS)
     shape["logit_scale"] = model.logit_scale
-    found.add("geometry/test", min(len(index), _GEOMETRY_ITEMS), shape, {})
+    found.metrics["geometry/test"] = {key: round(value, 4) for key, value in shape.items()}
+    found.chance["geometry/test"], found.items["geometry/test"] = {}, min(len(index), _GEOMETRY_ITEMS)
     for name, one in icons.labelled.items():
         items = classified[name]
-        found.add_classes(f"zero-shot/{name}", embeddings.zero_shot(one, items), items)
+        scores, labels = embeddings.zero_shot(one, items), torch.from_numpy(items.labels)
+        found.add(f"zero-shot/{name}", len(labels), metrics.named_accuracy(scores, labels))
         if name in probes:
             train, validation = probes[name]
             result = probe.linear_probe(
@@ -166,7 +148,7 @@ def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) ->
                 classes=len(one.classes),
                 strengths=preset.probe_strengths,
             )
-            found.add_classes(f"probe/{name}", result.scores, items)
+            found.add(f"probe/{name}", len(labels), metrics.named_accuracy(result.scores, labels))
     content = dataclasses.asdict(found)
     if figures:
         chosen = slice(preset.umap_pairs)  # the order of the items is random
@@ -195,10 +177,11 @@ def measure_side(model: ClipModel, icons: Icons, preset: Preset, side: str) -> d
     images, texts = normalize(embeddings(index), dim=-1), model.text_features(captions)
     if not (torch.isfinite(images).all() and torch.isfinite(texts).all()):
         return {**dataclasses.asdict(found), "diverged": True}
-    found.add_retrieval("retrieval", images, texts, image_of)
+    found.add("retrieval", len(index), metrics.named_recall(images, texts, image_of))
     for name, one in sets.items():
         items = classified[name]
-        found.add_classes(f"zero-shot/{name}", embeddings.zero_shot(one, items), items, _TOP_1)
+        scores, labels = embeddings.zero_shot(one, items), torch.from_numpy(items.labels)
+        found.add(f"zero-shot/{name}", len(labels), metrics.named_accuracy(scores, labels, (1,)))
     return {**dataclasses.asdict(found), "diverged": False}
 
 
