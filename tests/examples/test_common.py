@@ -161,18 +161,6 @@ def test_cancelling_waits_until_every_run_has_cleaned_up():
     assert cleaned == RUNS[:3]
 
 
-def test_every_run_leaves_a_line():
-    async def work(one, report):
-        if one == RUNS[1]:
-            raise TrainingError("it said [no]")
-
-    console = quiet()
-    run_all(RUNS[:2], work, 1, console)
-    text = console.file.getvalue()
-    assert "1/2  run 0  0 s" in text
-    assert "2/2  run 1  failed: it said [no]" in text
-
-
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_a_signal_ends_the_children(tmp_path, sent):
     """From the signal to the exit status, with a child that would sleep for a minute."""

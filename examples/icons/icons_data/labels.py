@@ -66,6 +66,6 @@ def build(icons: Sequence[Icon], sides: Sequence[str]) -> list[Labelled]:
         chosen = {
             side: [(p, column[c]) for p, c in rows if c in column and sides[p] == side] for side in SIDES
         }
-        index, label = ({side: [pair[i] for pair in of] for side, of in chosen.items()} for i in (0, 1))
-        made.append(Labelled(name, source.get("shift", ""), classes, index, label))
+        index, numbers = ({side: [pair[i] for pair in of] for side, of in chosen.items()} for i in (0, 1))
+        made.append(Labelled(name, source.get("shift", ""), classes, index, numbers))
     return made

@@ -86,7 +86,7 @@ def draw(collection: Collection, paper: Paper) -> dict[str, Picture]:
 
 def picture(alt: str, figure_of: Callable[[Theme], Figure], *, colours: int | None = _COLOURS) -> Picture:
     """Draw a figure for light and for dark backgrounds, with at most so many colours."""
-    pngs = []
+    pngs: list[bytes] = []
     for theme in (LIGHT, DARK):
         raw, small = io.BytesIO(), io.BytesIO()
         with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **theme.settings()}):
@@ -97,7 +97,7 @@ def picture(alt: str, figure_of: Callable[[Theme], Figure], *, colours: int | No
                 shown = shown.quantize(colours, dither=Image.Dither.NONE)
             shown.save(small, format="PNG", optimize=True, dpi=(_DPI, _DPI))
         pngs.append(small.getvalue())
-    return Picture(*pngs, alt)
+    return Picture(pngs[0], pngs[1], alt)
 
 
 # --- Figure 3 ---

@@ -62,12 +62,12 @@ class Measure:
 
     def of(self, values: Mapping[str, Mapping[str, Any]]) -> float | None:
         """Read it from a record's ``metrics`` or ``chance``; None if an entry is missing."""
-        found = [values.get(task, {}).get(metric) for task, metric in self.entries]
+        found: list[Any] = [values.get(task, {}).get(metric) for task, metric in self.entries]
         return sum(found) / len(found) if found and None not in found else None
 
     def items(self, items: Mapping[str, int]) -> int | None:
         """Count the held-out items behind it, given a record's ``items``; None if that was not recorded."""
-        found = [items.get(task) for task in dict.fromkeys(task for task, _ in self.entries)]
+        found: list[Any] = [items.get(task) for task in dict.fromkeys(task for task, _ in self.entries)]
         return sum(found) if found and None not in found else None
 
 

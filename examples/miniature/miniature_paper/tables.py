@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from . import scores, statistics
 from .collection import Collection, Exhibited
@@ -158,7 +159,7 @@ class _Draft:
         """Add one of our rows."""
         cells = tuple(cells)
         measure, *others = dict.fromkeys(cell.measure for cell in cells if cell is not None)
-        known = {}
+        known: dict[str, Any] = {}
         if not others:
             chance = self._shown.chance(measure) if measure.percent else None
             known = {"items": self._shown.items(measure), "chance": chance}
@@ -312,9 +313,9 @@ def _figure4(collection: Collection, key: str, quoted: Quoted) -> _Draft:
     lines = {line.name: line for line in quoted.series if line.panel == "size"}
     for i, x in enumerate(lines[REFERENCE].x):
         base = lines[REFERENCE].y[i]
-        cells = [_read_off(lines[s].y[i], quoted, base if s != REFERENCE else None) for s in losses]
+        read = (_read_off(lines[s].y[i], quoted, base if s != REFERENCE else None) for s in losses)
         blank = [None] * (len(columns) - len(losses))
-        draft.quote("ImageNet1K top-1", f"{x:,}", [*cells, *blank])
+        draft.quote("ImageNet1K top-1", f"{x:,}", [*read, *blank])
     return draft
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _CONSTANTS = {
 
 def fill(template: str, **values: Any) -> str:
     """Fill in one of the templates beside this file."""
-    filters = {
+    filters: dict[str, Callable[..., Any]] = {
         "signed": signed,
         "difference": difference_text,
         "p": p_text,
