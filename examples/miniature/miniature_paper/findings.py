@@ -72,8 +72,15 @@ class Tally:
 
 def text(exhibit: Exhibit) -> str:
     """Say what there is of an exhibit, what follows from it, and what the paper has, in Markdown."""
-    tally = Tally(exhibit.comparisons)
-    return fill("findings.md", exhibit=exhibit, tally=tally, above=_above_its_clip(exhibit))
+    return fill(
+        "findings.md",
+        exhibit=exhibit,
+        missing=[f"{name} ({seeds_text(have, want)})" for name, have, want in exhibit.seeds if have < want],
+        counts=[want for *_, want in exhibit.seeds if want],
+        unplanned=[name for name, _, want in exhibit.seeds if not want],
+        tally=Tally(exhibit.comparisons),
+        above=_above_its_clip(exhibit),
+    )
 
 
 def summary(exhibit: Exhibit) -> list[str]:

@@ -36,7 +36,6 @@ def fill(template: str, **values: Any) -> str:
         "p": p_text,
         "verdict": statistics.verdict,
         "span": span_text,
-        "seeds": seeds_text,
         "some": some_text,
     }
     return page.fill(_TEMPLATES / template, filters, **_CONSTANTS, **values)
