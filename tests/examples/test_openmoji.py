@@ -605,6 +605,21 @@ def test_clip_and_rankclip_are_the_default():
     assert command.parse(["--epochs", "1", "--loss", "rankclip"]).loss == ["rankclip"]
 
 
+@pytest.mark.parametrize(
+    ("loss", "kept"),
+    [
+        ("clip", ["--lr", "1"]),
+        ("rankclip", ["--rankclip-lists", "row", "--lr", "1"]),
+        ("rankclip-in", ["--rankclip-lists", "row", "--lr", "1"]),
+        ("cyclip", ["--lr", "1", "--cyclip-lambda-in=2"]),
+        ("clip-streamed", ["--lr", "1", "--streamed-memory-budget", "9"]),
+    ],
+)
+def test_options_of_a_loss_go_to_its_runs_only(loss, kept):
+    given = ["--rankclip-lists", "row", "--lr", "1", "--cyclip-lambda-in=2", "--streamed-memory-budget", "9"]
+    assert list(train.arguments_for(loss, given)) == kept
+
+
 def test_trainer_arguments_follow_two_dashes(capsys):
     args = command.parse(["--loss", "clip", "rankclip", "--", "--lr", "5e-4"])
     assert args.loss == ["clip", "rankclip"]

@@ -16,7 +16,7 @@ import rankloss
 
 from . import agreement, data, draw, evaluate, progress, report
 from .progress import Forecast
-from .train import Run, read_scalars, side_by_side, train_all
+from .train import Run, arguments_for, read_scalars, side_by_side, train_all
 
 _MODEL = Path(__file__).resolve().parents[1] / "model"
 
@@ -43,8 +43,9 @@ def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
     place_model(_MODEL, root / "model")
 
     console.rule("2/4  Training, by open_clip's own command")
+    pairs = folder.relative_to(root).as_posix()
     runs = [
-        Run(root, folder.relative_to(root).as_posix(), loss, args.seed, args.epochs, device, args.extra)
+        Run(root, pairs, loss, args.seed, args.epochs, device, arguments_for(loss, args.extra))
         for loss in args.loss
     ]
     _train(runs, device, console, forecast)

@@ -105,7 +105,8 @@ class _Remaining(ProgressColumn):
     max_refresh = 0.5
 
     def render(self, task: Task) -> Text:
-        return Text("about " + clock_time(task.fields["forecast"].remaining) + " left")
+        remaining = task.fields["forecast"].remaining
+        return Text(f"about {clock_time(remaining)} left" if remaining else "")
 
 
 class _Bar(Progress):

@@ -16,6 +16,8 @@ from typing import Any
 from examples_common import trainer
 from examples_common.trainer import Job, Log, TrainingError
 
+from rankloss_trainers.catalog import PREFIXES
+
 # Some pictures in grey, since the line art of the evaluation has no colour.
 AUGMENTATION = ("scale=(0.5,1.0)", "gray_scale_prob=0.1")
 _LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d \| (?P<level>\w+) \| (?P<text>.*)$")
@@ -136,6 +138,23 @@ class Run:
         )
         marker = {"settings": self.settings(), "threads": threads, "seconds": round(trained.seconds, 1)}
         (self.folder / _DONE).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+
+
+def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
+    """Return those of the trainer's arguments that a run with this loss takes: no other loss's options.
+
+    Example:
+        >>> arguments_for("clip", ["--lr", "5e-4", "--rankclip-schedule", "cosine"])
+        ('--lr', '5e-4')
+    """
+    kept, keep = [], True
+    for word in arguments:
+        if word.startswith("--"):
+            owner = next((prefix for prefix in PREFIXES if word.startswith(f"--{prefix}-")), None)
+            keep = owner is None or owner in loss.split("-")
+        if keep:
+            kept.append(word)
+    return tuple(kept)
 
 
 def cores() -> int:
