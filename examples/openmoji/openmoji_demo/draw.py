@@ -90,7 +90,7 @@ def draw(
 def _draw_rankings(area: Any, names: Sequence[str], agreement: Agreement, picture: Image.Image) -> None:
     concept = agreement.labels[agreement.anchor]
     averages = "; ".join(
-        f"{name} {by_set[TRAINING]:.2f} and {by_set[HELD_OUT]:.2f}"
+        f"{name} {by_set[TRAINING]:.3f} and {by_set[HELD_OUT]:.3f}"
         for name, by_set in agreement.averages.items()
         if name in names
     )

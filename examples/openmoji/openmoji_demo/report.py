@@ -106,8 +106,9 @@ def _apart(block: Block, first: str, last: str) -> str:
     ahead = sum(round(difference, 1) > 0 for difference in differences.values())
     name, _, prefix = _HEADS[task]
     return (
-        f"{last} is ahead of {first} on {ahead} of {len(differences)} scores in colour; they are furthest apart "
-        f"in {name} {prefix}{k}, {largest:+.1f} points. One training of each is no evidence for either."
+        f"{last} is ahead of {first} on {ahead} of {len(differences)} scores in colour. "
+        f"They are furthest apart in {name} {prefix}{k}, {largest:+.1f} points. "
+        "One training of each is no evidence for either."
     )
 
 
