@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from trainer_runs import OFF, OFFICIAL, STEPS, TORCHRUN, Run, Runs, Trainer
-from wandb_files import wandb_scalars
 
 from rankloss import schedules
+from wandb_files import wandb_scalars
 
 CHECKOUT = os.environ.get("RANKLOSS_OPEN_CLIP_CHECKOUT", "")
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
