@@ -12,7 +12,7 @@ TRANSFORMERS_VERSIONS ?= 4.51.3 5.24.0
 # The lower bounds of pyproject.toml's dependencies, which a test compares with these.
 LOWEST := torch==2.6.0 numpy==1.24.0
 
-.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main test-gpu fuzz lint typecheck bench \
+.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main test-run-clip test-gpu fuzz lint typecheck bench \
 	bench-gpu docs pictures release-check clean
 
 $(VENV)/.base:
@@ -89,6 +89,10 @@ test-transformers-%:
 ## The integration on a checkout of open_clip's main branch, which no registry has: CHECKOUT=…/open_clip.
 test-main: $(VENV)/.dev
 	RANKLOSS_OPEN_CLIP_CHECKOUT=$(CHECKOUT) $(BIN)/python -m pytest tests/rankloss_open_clip/test_main_branch.py tests/rankloss_trainers/test_trainers_page.py $(PYTEST_ARGS)
+
+## transformers' own run_clip.py, from a checkout, which no registry has: CHECKOUT=…/transformers.
+test-run-clip: $(VENV)/.dev
+	RANKLOSS_TRANSFORMERS_CHECKOUT=$(CHECKOUT) $(BIN)/python -m pytest tests/rankloss_trainers/test_transformers_example.py $(PYTEST_ARGS)
 
 ## Random options and data against the NumPy reference for FUZZ_MINUTES; then the worst errors by option, or a finding.
 fuzz: $(VENV)/.dev

@@ -17,7 +17,7 @@ from torch import Tensor
 if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
     pytest.skip("transformers or accelerate is not installed", allow_module_level=True)
 
-from tiny_transformers import METRICS, TERMS, Pairs, clip, steps, train, weights
+from tiny_transformers import METRICS, TERMS, Pairs, clip, leave, steps, train, weights
 
 import rankloss
 from process_pool import Pools
@@ -94,9 +94,8 @@ def run_as_a_process(directory: str, batch_size: str) -> None:
     if trainer.is_world_process_zero():
         lines = [{name: line[name] for name in (*TERMS, "loss")} for line in steps(trainer)]
         Path(directory, "result.json").write_text(json.dumps(lines))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    del trainer, model
+    leave()
 
 
 @pytest.mark.slow
