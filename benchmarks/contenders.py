@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +21,22 @@ Loss = Callable[..., Tensor]
 
 D, SCALE, BIAS = 512, 1 / 0.07, -10.0
 
-# ClipLoss and SigLipLoss are open_clip's; streamed, they are ours as beyond their memory budget.
+STREAMED: Any = {"memory_budget": 0}
+
+# ClipLoss and SigLipLoss are open_clip's; streamed, they are ours as beyond their budget.
 # RankClipLoss around its own base takes CLIP's loss from the same pass over the rows as the rank terms.
 LOSSES: dict[str, Callable[[], Loss]] = {
     "ClipLoss": OpenClipLoss,
-    "ClipLoss streamed": lambda: ClipLoss(memory_budget=0),
+    "ClipLoss streamed": lambda: ClipLoss(**STREAMED),
     "SigLipLoss": lambda: partial(OpenClipSigLipLoss(), logit_bias=BIAS),
-    "SigLipLoss streamed": lambda: partial(SigLipLoss(memory_budget=0), logit_bias=BIAS),
+    "SigLipLoss streamed": lambda: partial(SigLipLoss(**STREAMED), logit_bias=BIAS),
     "naive terms": lambda: naive_rank_terms,
     "RankConsistency sort": RankConsistency,
     "RankConsistency bin": lambda: RankConsistency(method="bin"),
     "RankClipLoss sort": lambda: RankClipLoss(schedule="constant"),
     "RankClipLoss bin": lambda: RankClipLoss(schedule="constant", method="bin"),
-    "RankClipLoss sort, rows": lambda: RankClipLoss(schedule="constant", memory_budget=0),
-    "RankClipLoss bin, rows": lambda: RankClipLoss(schedule="constant", method="bin", memory_budget=0),
+    "RankClipLoss sort, rows": lambda: RankClipLoss(schedule="constant", **STREAMED),
+    "RankClipLoss bin, rows": lambda: RankClipLoss(schedule="constant", method="bin", **STREAMED),
 }
 
 

@@ -3,7 +3,7 @@ r"""The one pass over a batch's rows that gives CLIP's loss, both rank terms and
 The pass walks over chunks of anchors. For each it forms the chunk's similarities, takes values and gradient
 of every list at once (:mod:`rankloss.lists`), and adds the gradient to those of the embeddings
 (:mod:`rankloss.products`); the chunk's matrices are then dropped. Memory therefore grows with N, apart from
-what the plan ``shared`` keeps to save products, up to ``memory_budget``.
+what the plan ``shared`` keeps to save products, up to its budget.
 
 One gradient by the scores serves all terms: S and R carry CLIP's cross-entropy and the cross-modal term, I
 and X the in-modal one.

@@ -15,20 +15,13 @@ from torch import nn
 import rankloss
 from rankloss import schedules
 from rankloss.distributed import Gather
-from rankloss.options import RankOptions, choices_of
+from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, StreamingOptionsDict, choices_of
 from rankloss_trainers.catalog import LossEntry, Option, Options, count, count_type, number_type, weight
 from rankloss_trainers.logging import RankClipLog, alip_log
 
 # --- RankCLIP -------------------------------------------------------------------------------------------
 
 _HIDDEN = ("reduction",)  # a value per anchor cannot be added to the base, and a sum is a mean times a weight
-_METAVARS = {
-    "reference_scale": "X",
-    "top_k": "K",
-    "bins": "B",
-    "chunk_size": "ROWS",
-    "memory_budget": "BYTES",
-}
 _RANK_FIELDS = tuple(field for field in dataclasses.fields(RankOptions) if field.name not in _HIDDEN)
 
 
@@ -45,7 +38,7 @@ def _rank_option(field: dataclasses.Field[Any]) -> Option:
     if not spellings:
         bounds = field.metadata["bounds"]
         type_ = number_type(**bounds) if "above" in bounds else count_type(**bounds)
-        keywords = {"type": type_, "metavar": _METAVARS.get(field.name, "N")}
+        keywords = {"type": type_, "metavar": field.metadata["unit"]}
         return Option(name, field.default, help_, keywords, none)
     default = next(text for text, value in spellings.items() if value == field.default)
     return Option(name, default, help_, {"choices": tuple(spellings)})
@@ -55,6 +48,11 @@ def _rank_options(options: Options) -> dict[str, Any]:
     """The keywords of :class:`RankOptions`, from what was typed; values as Python has them are taken too."""
     values = {field.name: options[field.name] for field in _RANK_FIELDS}
     return {name: _spellings(name).get(value, value) for name, value in values.items()}
+
+
+def _streaming(options: Options) -> StreamingOptionsDict:
+    """Those of them that any streamed loss has."""
+    return {name: options[name] for name in STREAMING_OPTION_NAMES}  # type: ignore[return-value]
 
 
 _RANKCLIP_OPTIONS = (
@@ -96,7 +94,7 @@ def _build_rankclip(base: nn.Module, options: Options, gather: Gather) -> ranklo
         # One list of the whole batch is exact on every process, and so are a base's own rows.
         gather = dataclasses.replace(gather, local_loss=False)
     if type(base) is rankloss.ClipLoss:
-        base = rankloss.ClipLoss(gather=base.gather, memory_budget=options["memory_budget"])
+        base = rankloss.ClipLoss(gather=base.gather, **_streaming(options))
     return rankloss.RankClipLoss(
         base,
         schedule=options["schedule"],
@@ -259,7 +257,9 @@ ALIP = LossEntry(
 
 # --- CLIP's and SigLIP's own, in linear memory ------------------------------------------------------------
 
-_STREAMED_OPTIONS = tuple(_rank_option(field) for field in _RANK_FIELDS if field.name == "memory_budget")
+_STREAMED_OPTIONS = tuple(
+    _rank_option(field) for field in _RANK_FIELDS if field.name in STREAMING_OPTION_NAMES
+)
 
 
 def _streamed(
@@ -272,14 +272,15 @@ def _streamed(
             raise ValueError(
                 f"{name} computes what {replaced[0]} does, but the trainer trains with {type(base).__name__}"
             )
-        return loss(gather=gather, memory_budget=options["memory_budget"])
+        return loss(gather=gather, **_streaming(options))
 
     return build
 
 
 def _describe_streamed(options: Options, _: float) -> str:
-    budget = options["memory_budget"]
-    return "memory budget " + ("of the device" if budget is None else f"{budget:,} bytes")
+    rows, budget = (options[name] for name in STREAMING_OPTION_NAMES)
+    given = "" if rows is None else f"{rows:,} rows at a time, "
+    return f"{given}memory budget " + ("of the device" if budget is None else f"{budget:,} bytes")
 
 
 CLIP_STREAMED = LossEntry(
