@@ -407,8 +407,9 @@ def _literals(hint: Any) -> tuple[Any, ...]:
     return (None, *literals) if literals and type(None) in parts else literals
 
 
-# Looked up once: a compiler that traces RankOptions stops at typing's functions and at caches.
+# Looked up once: a compiler that traces RankOptions stops at typing's functions, at caches and at metadata.
 _CHOICES = {name: _literals(hint) for name, hint in typing.get_type_hints(RankOptions).items()}
+_BOUNDS: dict[str, Any] = {option.name: option.metadata["bounds"] for option in fields(RankOptions)}
 
 
 def _checked(option: Field[Any], value: Any) -> Any:
@@ -418,9 +419,10 @@ def _checked(option: Field[Any], value: Any) -> Any:
         return value
     if value is None and option.default is None:
         return None
-    if option.metadata["bounds"] is _POSITIVE:
+    bounds = _BOUNDS[option.name]
+    if bounds is _POSITIVE:
         return _check_positive(option.name, value)
-    return check_count(option.name, value, **option.metadata["bounds"])
+    return check_count(option.name, value, **bounds)
 
 
 def _check_positive(name: str, value: Any) -> float:

@@ -106,19 +106,15 @@ def why_not(options: RankedLists, device: torch.device, dtype: torch.dtype, n: i
         return f"the kernels compute in float32, not in {str(dtype).removeprefix('torch.')}"
     if n < 1 or not 2 <= N <= LARGEST_LIST:
         return f"the kernels take lists of 2 to {LARGEST_LIST:,} items; these have {N:,}"
+    if not interpreted() and device.type != "cuda":
+        return f"the kernels run on CUDA, not on {device.type}"
     triton = triton_version()
     if triton is None:
         return "Triton is not installed"
     if TorchVersion(triton) < EARLIEST_TRITON:
         return f"the kernels need Triton {EARLIEST_TRITON} or later; {triton} is installed"
-    if interpreted():
-        return (
-            None
-            if device.type in ("cpu", "meta")
-            else f"TRITON_INTERPRET=1 takes CPU tensors, not {device.type}"
-        )
-    if device.type != "cuda":
-        return f"the kernels run on CUDA, not on {device.type}"
+    if interpreted() and device.type not in ("cpu", "meta"):
+        return f"TRITON_INTERPRET=1 takes CPU tensors, not {device.type}"
     return None
 
 
