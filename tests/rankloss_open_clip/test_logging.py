@@ -18,7 +18,6 @@ from scipy.stats import kendalltau
 from torch import Tensor
 from torch.nn.functional import normalize
 from trainer_runs import STEPS, Run, Runs, Trainer
-from wandb_files import wandb_scalars
 
 from process_pool import Pools
 from rankloss import RankClipLoss, RankConsistency, schedules
@@ -26,6 +25,7 @@ from rankloss_open_clip.logged_terms import LoggedTerms, TrainerLoss
 from rankloss_trainers.charts import AgreementCharts
 from rankloss_trainers.clock import Position
 from rankloss_trainers.logging import RankClipLog
+from wandb_files import wandb_scalars
 
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw", "cross_modal_tau", "in_modal_tau"]
