@@ -424,7 +424,7 @@ def _labels(case: Case) -> Iterator[tuple[str, str]]:
 def _bounds(case: Case, dtype: torch.dtype) -> tuple[float, float]:
     value, gradient = BOUNDS[dtype]
     if case.options.get("model") == "top_one":
-        # Its p follow the values of both lists and not an order: there a cosine's rounding counts by the scale.
+        # p follows the values of the lists, not their order: the rounding of a cosine counts by the scale.
         scale = max(case.scale, case.options["reference_scale"] or 0.0)
         value = max(value, 2 * scale * torch.finfo(dtype).eps)
     return value, gradient
