@@ -385,7 +385,7 @@ def _training(original: Callable[..., Any]) -> Callable[..., Any]:
             loss = given["loss"] if state is None else getattr(state.task, "loss", None)
             epoch = given["epoch"] if state is None else state.epoch
             optimizer = (given if state is None else vars(state)).get("optimizer")
-            start_epoch(loss, epoch, given["data"], options, optimizer)
+            start_epoch(loss, epoch, given["data"], options, optimizer, given.get("tb_writer"))
             companion = getattr(given["data"]["train"], _COMPANION, None)
             if companion is not None:
                 from rankloss_open_clip.companions import split_features

@@ -17,9 +17,9 @@ import pytest
 import torch
 from teacher_features import TEACHER, stored, student
 from trainer_runs import OFF, OFFICIAL, SAMPLES, STEPS, TORCHRUN, WHOLE_SET, Run, Runs, Trainer
-from wandb_files import wandb_scalars
 
 from rankloss import reference, schedules
+from wandb_files import wandb_scalars
 
 CHECKOUT = os.environ.get("RANKLOSS_OPEN_CLIP_CHECKOUT", "")
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from dataclasses import dataclass, field
@@ -92,10 +93,11 @@ def main() -> None:
     if training_args.do_eval:
         trainer.save_metrics("eval", trainer.evaluate())
     assert transformers.utils.hub.constants.HF_HUB_CACHE == "/set/by/the/script"
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # the trainer's DDP must not outlive the process group, see tiny_transformers.leave
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

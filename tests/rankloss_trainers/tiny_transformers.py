@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,18 @@ def train(directory: Path, *, model: nn.Module | None = None, pairs: Any = None,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def leave() -> None:
+    """End the process group of a process that has let its trainer go.
+
+    DDP's reducer must not be the last that holds the group. It destroys it with the GIL held and waits for
+    gloo's threads, while one of them may wait for the GIL to let the tensor of the last collective go.
+    """
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # no process leaves while another still needs it
+        torch.distributed.destroy_process_group()
 
 
 def steps(trainer: Any) -> list[dict[str, float]]:
