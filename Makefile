@@ -9,11 +9,13 @@ FUZZ_MINUTES ?= 10
 GPU_OUTPUT ?= outputs/gpu
 OPEN_CLIP_VERSIONS ?= 3.0.0 3.3.0
 TRANSFORMERS_VERSIONS ?= 4.51.3 5.24.0
+SENTENCE_TRANSFORMERS_VERSIONS ?= 6.2.0
+LIGHTNING_VERSIONS ?= 2.4.0 2.6.6
 # The lower bounds of pyproject.toml's dependencies, which a test compares with these.
 LOWEST := torch==2.6.0 numpy==1.24.0
 
-.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main test-gpu fuzz lint typecheck bench \
-	bench-gpu docs pictures release-check clean
+.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main test-run-clip test-gpu fuzz \
+	lint typecheck bench bench-gpu docs links pictures release-check clean
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +23,7 @@ $(VENV)/.base:
 	touch $@
 
 $(VENV)/.examples: pyproject.toml examples/pyproject.toml | $(VENV)/.base
+	@echo "Installing the examples into $(VENV): a minute or two."
 	$(BIN)/python -m pip install --quiet --editable '.[examples]' --editable examples
 	touch $@
 
@@ -36,7 +39,7 @@ $(VENV)/.release: pyproject.toml | $(VENV)/.base
 	$(BIN)/python -m pip install --quiet 'build>=1.2' 'twine>=6'
 	touch $@
 
-## Train a small CLIP on OpenMoji with --loss rankclip, evaluate it and draw.
+## Train a small CLIP on OpenMoji with --loss clip and --loss rankclip side by side, evaluate both and draw.
 demo: $(VENV)/.examples
 	$(BIN)/python examples/openmoji/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
 
@@ -65,10 +68,12 @@ test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 	$(ON_ALL_CORES) HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m 'not slow' $(WORKERS) $(PYTEST_ARGS)
 
-## The core on the lowest torch and NumPy, and the integrations on the lowest and the newest supported open_clip and
-## transformers, each in an environment of its own.
+## The core on the lowest torch and NumPy, and the integrations on the lowest and the newest supported version of each
+## trainer, each in an environment of its own.
 test-matrix: test-lowest $(addprefix test-open_clip-,$(OPEN_CLIP_VERSIONS))
 test-matrix: $(addprefix test-transformers-,$(TRANSFORMERS_VERSIONS))
+test-matrix: $(addprefix test-sentence-transformers-,$(SENTENCE_TRANSFORMERS_VERSIONS))
+test-matrix: $(addprefix test-lightning-,$(LIGHTNING_VERSIONS))
 
 # With Python 3.10 or 3.11, the only ones that this NumPy has wheels for, and with the pip that they bring.
 .PHONY: test-lowest
@@ -83,16 +88,30 @@ test-open_clip-%:
 	$(VENV)-open_clip-$*/bin/python -m pip install --quiet --editable '.[test]' 'open_clip_torch[training]==$*'
 	$(VENV)-open_clip-$*/bin/python -m pytest tests/rankloss_open_clip tests/test_losses.py tests/test_distributed.py $(PYTEST_ARGS)
 
-# Older releases warn of what newer ones of torch and NumPy deprecate.
+# An extra with one version of its trainer. Older releases warn of what newer ones of torch and NumPy deprecate.
+define test_trainer
+	$(PYTHON) -m venv $(VENV)-$(1)-$*
+	$(VENV)-$(1)-$*/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-$(1)-$*/bin/python -m pip install --quiet --editable '.[$(1)]' pytest hypothesis '$(1)==$*'
+	$(VENV)-$(1)-$*/bin/python -m pytest -W default $(wildcard tests/rankloss_trainers/$(2)) $(PYTEST_ARGS)
+endef
+
 test-transformers-%:
-	$(PYTHON) -m venv $(VENV)-transformers-$*
-	$(VENV)-transformers-$*/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-transformers-$*/bin/python -m pip install --quiet --editable '.[transformers]' pytest hypothesis 'transformers==$*'
-	$(VENV)-transformers-$*/bin/python -m pytest -W default $(wildcard tests/rankloss_trainers/test_transformers*.py) $(PYTEST_ARGS)
+	$(call test_trainer,transformers,test_transformers*.py)
+
+test-sentence-transformers-%:
+	$(call test_trainer,sentence-transformers,test_sentence_transformers.py)
+
+test-lightning-%:
+	$(call test_trainer,lightning,test_lightning.py)
 
 ## The integration on a checkout of open_clip's main branch, which no registry has: CHECKOUT=…/open_clip.
 test-main: $(VENV)/.dev
 	RANKLOSS_OPEN_CLIP_CHECKOUT=$(CHECKOUT) $(BIN)/python -m pytest tests/rankloss_open_clip/test_main_branch.py tests/rankloss_trainers/test_trainers_page.py $(PYTEST_ARGS)
+
+## transformers' own run_clip.py, from a checkout, which no registry has: CHECKOUT=…/transformers.
+test-run-clip: $(VENV)/.dev
+	RANKLOSS_TRANSFORMERS_CHECKOUT=$(CHECKOUT) $(BIN)/python -m pytest tests/rankloss_trainers/test_transformers_example.py $(PYTEST_ARGS)
 
 ## Random options and data against the NumPy reference for FUZZ_MINUTES; then the worst errors by option, or a finding.
 fuzz: $(VENV)/.dev
@@ -111,7 +130,7 @@ typecheck: $(VENV)/.dev
 	$(BIN)/mypy
 
 ## Time and memory of the losses against open_clip's ClipLoss and the naive rank loss: tables, plots and whether the
-## targets are met, in outputs/bench (about 20 minutes on 2 cores). SCALING_ARGS=--largest adds N = 32,768.
+## targets are met, in outputs/bench (about 25 minutes on 2 cores). SCALING_ARGS=--largest adds N = 32,768.
 bench: $(VENV)/.dev
 	mkdir -p $(BENCH_OUTPUT)
 	$(BIN)/python -m pytest benchmarks -p no:cacheprovider -o testpaths=benchmarks -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds --benchmark-json=$(BENCH_OUTPUT)/pytest-benchmark.json $(BENCH_ARGS)
@@ -129,6 +148,10 @@ docs: $(VENV)/.docs docs/vendor/katex
 	$(BIN)/python -m doctest $(wildcard docs/*.md)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+## Request every external link of the documents; says which are broken, and which cannot be reached from here.
+links:
+	$(PYTHON) tools/check_links.py
+
 # Renders the formulas; the site has its own copy.
 docs/vendor/katex:
 	mkdir -p docs/vendor
@@ -137,7 +160,7 @@ docs/vendor/katex:
 	cd docs/vendor/package && mv LICENSE dist/katex.min.js dist/katex.min.css dist/fonts ../katex
 	rm -r docs/vendor/package docs/vendor/katex/fonts/*.ttf docs/vendor/katex/fonts/*.woff
 
-## The pictures in docs/assets, from code, docs/performance.md's table and a record of the demo.
+## The pictures in docs/assets, from code, docs/performance.md's table and a copy of the demo's agreement.json.
 pictures: $(VENV)/.docs
 	$(BIN)/python tools/pictures
 

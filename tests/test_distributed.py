@@ -6,8 +6,9 @@ import importlib.util
 import itertools
 import logging
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -544,20 +545,31 @@ def test_nan_of_one_rank_is_seen_by_all(pools: Pools, local_loss: bool, gather_w
     assert all(map(math.isnan, pools[2].run(not_finite, flags(local_loss, gather_with_grad))))
 
 
-def warnings(rank: int, world_size: int, loss: str, options: dict[str, Any]) -> list[str]:
+def logged(call: Callable[[], object], level: int) -> list[str]:
+    """What rankloss logs during a call."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
     logger = logging.getLogger("rankloss")
+    former = logger.level
     logger.addHandler(handler)
+    logger.setLevel(level)
     try:
+        call()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(former)
+    return [record.getMessage() for record in records]
+
+
+def warnings(rank: int, world_size: int, loss: str, options: dict[str, Any]) -> list[str]:
+    def train() -> None:
         v, t, s = batch(N_PER_RANK)
         criterion = module(loss, **options)
         for _ in range(2):
             criterion(v, t, s)
-    finally:
-        logger.removeHandler(handler)
-    return [record.getMessage() for record in records if record.levelno >= logging.WARNING]
+
+    return logged(train, logging.WARNING)
 
 
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
@@ -572,6 +584,23 @@ def test_local_loss_without_gather_with_grad_is_warned_of_once(
     else:
         assert first == []
     assert others == [[]] * (pool.world_size - 1)
+
+
+def remarks_on_a_ramp(
+    rank: int, world_size: int, epochs: int, gather: Gather | Literal[False] | None
+) -> list[str]:
+    return logged(lambda: RankClipLoss(gather=gather).set_epoch(1, epochs), logging.INFO)
+
+
+@pytest.mark.parametrize("gather", [None, False])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_ramp_of_few_epochs_is_remarked_on_by_the_first_process_alone(
+    pools: Pools, epochs: int, gather: Gather | Literal[False] | None
+) -> None:
+    first, second = pools[2].run(remarks_on_a_ramp, epochs, gather)
+    (remark,) = first
+    assert remark.startswith(f"epochs={epochs} ")
+    assert second == []
 
 
 def calls_of_a_step(

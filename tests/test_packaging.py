@@ -51,3 +51,24 @@ def test_lowest_environment_of_the_matrix_has_the_lower_bounds() -> None:
     bounds = dict(requirement.split(">=") for requirement in PROJECT["dependencies"])
     (tested,) = re.findall(r"^LOWEST := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert dict(pin.split("==") for pin in tested.split()) == {name: f"{v}.0" for name, v in bounds.items()}
+
+
+@pytest.mark.parametrize(
+    ("extra", "distribution"),
+    [
+        ("open-clip", "open_clip_torch"),
+        ("transformers", "transformers"),
+        ("sentence-transformers", "sentence-transformers"),
+        ("lightning", "lightning"),
+    ],
+)
+def test_matrix_begins_with_the_lowest_version_of_each_extra(extra: str, distribution: str) -> None:
+    variable = distribution.removesuffix("_torch").replace("-", "_").upper()
+    makefile = (ROOT / "Makefile").read_text()
+    (versions,) = re.findall(rf"^{variable}_VERSIONS \?= (.*)$", makefile, re.MULTILINE)
+    (bound,) = (
+        match[1]
+        for requirement in EXTRAS[extra]
+        if (match := re.match(rf"{distribution}(?:\[\w+\])?>=([\d.]+)", requirement))
+    )
+    assert f"{versions.split()[0]}.".startswith(f"{bound}.")

@@ -38,7 +38,8 @@ TRAINERS = (
         ("open_clip_torch",),
         "open-clip",
         "rankloss_open_clip.doctor:diagnose",
-        "python -m open_clip_train.main ... --loss rankclip",
+        "python -m open_clip_train.main ... --loss rankclip; for a trainer laid out as before 2.26, "
+        "python -m rankloss_open_clip --trainer training.main ... --loss rankclip",
     ),
     Trainer(
         "transformers",
@@ -53,16 +54,23 @@ TRAINERS = (
         ("sentence-transformers",),
         "sentence-transformers",
         "rankloss_trainers.sentence_transformers",
-        "rankloss_trainers.sentence_transformers.RankClipLoss(model)",
+        "loss = rankloss_trainers.sentence_transformers.RankClipLoss(model), and "
+        "callbacks=[rankloss_trainers.sentence_transformers.Progress(loss)]",
     ),
     Trainer(
         "Lightning",
         ("lightning", "pytorch-lightning"),
         "lightning",
         "rankloss_trainers.lightning",
-        "Trainer(callbacks=[rankloss_trainers.lightning.Progress()])",
+        "rankloss.RankClipLoss() in the module, and callbacks=[rankloss_trainers.lightning.Progress()]",
     ),
-    Trainer("accelerate", ("accelerate",), "", "rankloss", "rankloss.RankClipLoss() in the loop"),
+    Trainer(
+        "accelerate",
+        ("accelerate",),
+        "",
+        "rankloss",
+        "rankloss.RankClipLoss() in the loop, and its set_progress(step, total_steps) before each step",
+    ),
 )
 """The trainers, in the order of the report."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from rankloss import schedules
-from rankloss.distributed import Gathered, GatherOption
+from rankloss.distributed import Gathered, GatherOption, is_first_process
 from rankloss.functional import check_references
 from rankloss.losses.clip import without_effect
 from rankloss.losses.composition import Base, base_entries, check_base, combined, shares_gathering
@@ -277,6 +277,8 @@ class RankClipLoss(nn.Module):
         if self._has_remarked or epochs > 3:
             return
         self._has_remarked = True
+        if not is_first_process():
+            return
         if epochs == 1:
             _log.info("epochs=1 has no ramp: the schedule is evaluated per step, from set_progress()")
         elif self.schedule in _BUILT_IN:

@@ -123,6 +123,20 @@ def test_range_is_that_of_the_extra(
     assert range_of(extra, distribution) == range_
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("open_clip", "python -m rankloss_open_clip --trainer training.main "),
+        ("sentence-transformers", "callbacks=[rankloss_trainers.sentence_transformers.Progress(loss)]"),
+        ("Lightning", "callbacks=[rankloss_trainers.lightning.Progress()]"),
+        ("accelerate", "set_progress(step, total_steps)"),
+    ],
+)
+def test_report_says_how_the_loss_learns_where_training_stands(name: str, said: str) -> None:
+    (known,) = [known for known in doctor.TRAINERS if known.name == name]
+    assert said in known.use
+
+
 def test_every_trainers_extra_exists() -> None:
     extras = importlib.metadata.metadata("rankloss").get_all("Provides-Extra") or []
     for known in doctor.TRAINERS:

@@ -15,13 +15,13 @@ if importlib.util.find_spec("transformers") is None or importlib.util.find_spec(
     pytest.skip("transformers or accelerate is not installed", allow_module_level=True)
 
 import transformers
-from tiny_transformers import Pairs, arguments, clip, steps
+from tiny_transformers import Pairs, Taught, arguments, clip, steps
 
 from rankloss import schedules
 from rankloss_trainers.transformers import ContrastiveTrainer, LossArguments
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "trainers.md"
-CLASS, ARGUMENTS, FINE_TUNING = re.findall(
+CLASS, ARGUMENTS, TEACHER, FINE_TUNING = re.findall(
     r"^```python\n(.*?)^```$", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE
 )
 
@@ -36,6 +36,7 @@ def run(tmp_path: Path, example: str) -> Any:
         "args": arguments(tmp_path, max_steps=2),
         "pairs": Pairs(16),
         "held_out": Pairs(8),
+        "taught_pairs": Taught("image", "text"),
     }
     exec(example, names)
     return names["trainer"]
@@ -54,6 +55,12 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert trainer.driven_loss.criterion.consistency.options.top_k == 3
 
 
+def test_teacher(tmp_path: Path) -> None:
+    trainer = run(tmp_path, TEACHER)
+    trainer.train()
+    assert trainer.driven_loss.criterion.consistency.options.top_k == 2
+
+
 def test_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     trainer = run(tmp_path, FINE_TUNING)
@@ -64,6 +71,15 @@ def test_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_document_names_tests_that_exist() -> None:
     names = set(re.findall(r"`(test_\w+)`", DOCUMENT.read_text()))
-    source = "\n".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    source = "\n".join(path.read_text() for path in DOCUMENT.parents[1].glob("tests/**/test_*.py"))
     assert names
     assert [name for name in names if f"def {name}(" not in source] == []
+
+
+def test_every_trainer_has_a_test_that_trains() -> None:
+    table, _ = DOCUMENT.read_text().split("## Hugging Face's Trainer", 1)
+    rows = [
+        line for line in table.splitlines() if line.startswith("| ") and not line.startswith("| trainer |")
+    ]
+    assert len(rows) == 8
+    assert all(re.search(r"`test_\w+`", row.rstrip("| ").rpartition("|")[2]) for row in rows)

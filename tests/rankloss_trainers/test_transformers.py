@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -28,6 +30,7 @@ from tiny_transformers import (
     chinese_clip,
     clip,
     dual_encoder,
+    leave,
     steps,
     train,
     weights,
@@ -64,6 +67,24 @@ def test_tensorboard_shows_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in (*TERMS, *METRICS):
         shown = [event.value for event in events.Scalars(f"train/{name}")]
         assert shown == pytest.approx([line[name] for line in lines], rel=1e-6)
+
+
+def test_wandb_shows_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    from wandb_files import wandb_scalars
+
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    options = {"schedule": "linear", "agreement_every": 1}
+    trainer = train(tmp_path, loss="rankclip", loss_options=options, report_to="wandb", max_steps=4)
+    run = wandb.run.id
+    wandb.finish()
+    shown = wandb_scalars(tmp_path, run)
+    taus = ["cross_modal_tau", "in_modal_tau"]
+    for name in (*TERMS, *METRICS, *taus):
+        values = list(shown[f"train/{name}"].values())
+        assert values == pytest.approx([line[name] for line in steps(trainer)], rel=1e-6), name
+    assert list(shown["train/rank_lambda"].values()) == pytest.approx([0, 1 / 3, 2 / 3, 1], rel=1e-6)
 
 
 def test_first_step_is_the_step_of_an_own_loop(tmp_path: Path) -> None:
@@ -168,9 +189,9 @@ def test_schedule_per_epoch(tmp_path: Path) -> None:
         ({"loss": "alip"}, ValueError, "alip needs a second caption"),
         ({"loss": "siglip-streamed"}, ValueError, "siglip-streamed needs a model that has a logit_bias"),
         (
-            {"loss_options": {"reference": "teacher"}},
+            {"loss_options": {"reference_features": "samples"}},
             ValueError,
-            "rankclip ranks by a teacher's features, which this trainer does not have",
+            "reference_features belongs to open_clip's trainer; here a teacher's features are the columns",
         ),
         ({"loss": nn.Identity(), "loss_options": {"top_k": 3}}, TypeError, "the module has its own"),
         ({"compute_loss_func": print}, ValueError, "compute_loss_func is ignored by this trainer"),
@@ -251,37 +272,75 @@ def test_mixin_serves_a_trainer_of_ones_own(tmp_path: Path) -> None:
 # --- several processes ----------------------------------------------------------------------------------
 
 
-def run_as_a_process(directory: str, batch_size: str) -> None:
+class Plain(InOrder, transformers.Trainer):
+    """The Trainer with the model's own loss."""
+
+
+def plainly(directory: Path, **options: Any) -> Plain:
+    def collate(pairs: list[dict[str, Tensor]]) -> dict[str, Any]:
+        return {
+            **{name: torch.stack([pair[name] for pair in pairs]) for name in pairs[0]},
+            "return_loss": True,
+        }
+
+    trainer = Plain(
+        model=clip(), args=arguments(directory, **options), train_dataset=Pairs(), data_collator=collate
+    )
+    trainer.train()
+    return trainer
+
+
+def run_as_a_process(directory: str, batch_size: str, kind: str) -> None:
+    faulthandler.dump_traceback_later(500, exit=True)  # a process that does not end says where it stands
     # SGD, whose steps are proportional to gradients: AdamW's would be signs of rounding errors as well.
     options = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0, "num_train_epochs": 1}
-    trainer = train(Path(directory), per_device_train_batch_size=int(batch_size), **options)
-    if trainer.is_world_process_zero():
-        lines = [{name: line[name] for name in (*TERMS, "loss")} for line in steps(trainer)]
-        Path(directory, "result.json").write_text(json.dumps([lines, weights(trainer).tolist()]))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # no process leaves while another still needs it
-        torch.distributed.destroy_process_group()
-        os._exit(0)  # gloo's threads can keep an interpreter from ending
+    trainer: Any = {"ours": train, "plain": plainly}[kind](
+        Path(directory), per_device_train_batch_size=int(batch_size), **options
+    )
+    lines = [{name: line.get(name) for name in (*TERMS, "loss")} for line in steps(trainer)]
+    rank, result = trainer.args.process_index, [lines, weights(trainer).tolist(), threads()]
+    Path(directory, f"{rank}.json").write_text(json.dumps(result))
+    del trainer
+    leave()
+
+
+def threads() -> list[str]:
+    """The threads of this process, Python's and others, by their names in the kernel; none outside Linux."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return sorted([*names, *(thread.name for thread in threading.enumerate())])
+
+
+def processes(directory: Path, number: int, kind: str = "ours") -> list[Any]:
+    """What each process has seen of a training on batches of 16 pairs in all."""
+    directory = directory / f"{kind}-{number}"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "--"]
+    command = [sys.executable, *launcher, __file__, str(directory), str(16 // number), kind]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(number)]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return processes(tmp_path_factory.mktemp("ours"), 2)
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None:
-    results = []
-    for processes in (1, 2):
-        directory = tmp_path / str(processes)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
-        command = [sys.executable, *launcher, __file__, str(directory), str(16 // processes)]
-        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-        done = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        results.append(json.loads((directory / "result.json").read_text()))
-    (whole, whole_weights), (two, two_weights) = results
+def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path, two_processes: list[Any]) -> None:
+    ((whole, whole_weights, _),) = processes(tmp_path, 1)
+    (two, two_weights, _), _ = two_processes
     assert len(whole) == len(two) == 2
     for a, b in zip(two, whole, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
     torch.testing.assert_close(torch.tensor(two_weights), torch.tensor(whole_weights), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_loss_leaves_no_thread_that_would_keep_a_process(tmp_path: Path, two_processes: list[Any]) -> None:
+    for (*_, ours), (*_, plain) in zip(two_processes, processes(tmp_path, 2, "plain"), strict=True):
+        assert ours == plain
 
 
 if __name__ == "__main__":

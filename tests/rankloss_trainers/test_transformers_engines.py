@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
     pytest.skip("transformers or accelerate is not installed", allow_module_level=True)
 
-from tiny_transformers import METRICS, TERMS, Pairs, clip, steps, train, weights
+import transformers
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from tiny_transformers import METRICS, TERMS, Pairs, clip, leave, steps, train, weights
 
 import rankloss
 from process_pool import Pools
@@ -76,45 +79,80 @@ def test_sharded_model_has_the_gradients_of_the_whole_batch(pools: Pools) -> Non
             torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-# --- DeepSpeed ------------------------------------------------------------------------------------------
+# --- engines of several processes -----------------------------------------------------------------------
 
 
-def run_as_a_process(directory: str, batch_size: str) -> None:
+def zero_2() -> dict[str, Any]:
+    settings = {
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
+    return {"deepspeed": settings}
+
+
+def fsdp_2() -> dict[str, Any]:
+    """FSDP, which accelerate starts on accelerators only: here it is told that it runs on some."""
+    create = transformers.Trainer.create_accelerator_and_postprocess
+
+    def create_sharding(trainer: Any) -> None:
+        create(trainer)
+        state = trainer.accelerator.state
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+        trainer.is_fsdp_enabled = True
+
+    transformers.Trainer.create_accelerator_and_postprocess = create_sharding  # type: ignore[method-assign]
+    return {}
+
+
+def run_as_a_process(engine: str, directory: str, batch_size: str) -> None:
     given: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "max_steps": 3}
     if "WORLD_SIZE" in os.environ:
-        given["deepspeed"] = {
-            "zero_optimization": {"stage": 2},
-            "zero_allow_untested_optimizer": True,
-            "gradient_clipping": 0.0,
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-        }
-    model = one_dimensional_scale()  # DeepSpeed cannot broadcast a scalar
+        given.update({"zero_2": zero_2, "fsdp_2": fsdp_2}[engine]())
+    model = one_dimensional_scale()  # neither engine takes a scalar
+    model.get_input_embeddings = lambda: None  # accelerate asks for them, and CLIPModel refuses
     trainer = train(Path(directory), model=model, per_device_train_batch_size=int(batch_size), **given)
+    if "WORLD_SIZE" in os.environ and engine == "fsdp_2":
+        assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
     if trainer.is_world_process_zero():
         lines = [{name: line[name] for name in (*TERMS, "loss")} for line in steps(trainer)]
         Path(directory, "result.json").write_text(json.dumps(lines))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    del trainer, model
+    leave()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-def test_zero_stage_2_trains_as_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(
+            "zero_2",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+            ),
+        ),
+        "fsdp_2",
+    ],
+)
+def test_engine_of_two_processes_trains_as_one_process(tmp_path: Path, engine: str) -> None:
     tests = Path(__file__).parents[1]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(tests)}
     results = []
     for processes in (1, 2):
         directory = tmp_path / str(processes)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-        command = [sys.executable, *launcher[: 6 * (processes > 1)], __file__, str(directory)]
+        command = [sys.executable, *launcher[: 6 * (processes > 1)], __file__, engine, str(directory)]
         done = subprocess.run(
             [*command, str(16 // processes)], env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr[-4000:]
         results.append(json.loads((directory / "result.json").read_text()))
     whole, two = results
+    assert len(whole) == 3
+    assert whole[-1]["loss"] < whole[0]["contrastive_loss"]
     for a, b in zip(two, whole, strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
@@ -69,6 +71,24 @@ class Pairs(Dataset[dict[str, Tensor]]):
         return {"pixel_values": self.images[i], "input_ids": self.texts[i], "attention_mask": torch.ones(8)}
 
 
+class Taught(Pairs):
+    """Pairs with a teacher's features of another dimension."""
+
+    def __init__(self, *modalities: str) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.features = {
+            f"reference_{modality}_features": F.normalize(
+                torch.randn(len(self), 6, generator=generator), dim=-1
+            )
+            for modality in ("image", "text")
+            if modality in modalities
+        }
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {**super().__getitem__(i), **{name: x[i] for name, x in self.features.items()}}
+
+
 class InOrder:
     """A Trainer that takes the pairs as they come."""
 
@@ -104,6 +124,18 @@ def train(directory: Path, *, model: nn.Module | None = None, pairs: Any = None,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def leave() -> None:
+    """End the process group of a process that has let its trainer go.
+
+    DDP's reducer must not be the last that holds the group. It destroys it with the GIL held and waits for
+    gloo's threads, while one of them may wait for the GIL to let the tensor of the last collective go.
+    """
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # no process leaves while another still needs it
+        torch.distributed.destroy_process_group()
 
 
 def steps(trainer: Any) -> list[dict[str, float]]:
