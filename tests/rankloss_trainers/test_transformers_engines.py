@@ -138,8 +138,8 @@ def run_as_a_process(engine: str, directory: str, batch_size: str) -> None:
     ],
 )
 def test_engine_of_two_processes_trains_as_one_process(tmp_path: Path, engine: str) -> None:
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(tests)}
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
     results = []
     for processes in (1, 2):
         directory = tmp_path / str(processes)
