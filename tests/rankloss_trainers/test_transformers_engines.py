@@ -113,7 +113,8 @@ def run_as_a_process(engine: str, directory: str, batch_size: str) -> None:
     if "WORLD_SIZE" in os.environ:
         given.update({"zero_2": zero_2, "fsdp_2": fsdp_2}[engine]())
     model = one_dimensional_scale()  # neither engine takes a scalar
-    model.get_input_embeddings = lambda: None  # accelerate asks for them, and CLIPModel refuses
+    if engine == "fsdp_2":
+        model.get_input_embeddings = lambda: None  # accelerate asks for them, and CLIPModel refuses
     trainer = train(Path(directory), model=model, per_device_train_batch_size=int(batch_size), **given)
     if "WORLD_SIZE" in os.environ and engine == "fsdp_2":
         assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
