@@ -14,8 +14,8 @@ LIGHTNING_VERSIONS ?= 2.4.0 2.6.6
 # The lower bounds of pyproject.toml's dependencies, which a test compares with these.
 LOWEST := torch==2.6.0 numpy==1.24.0
 
-.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main test-run-clip test-gpu fuzz lint typecheck bench \
-	bench-gpu docs pictures release-check clean
+.PHONY: demo miniature miniature-full miniature-search test test-slow test-matrix test-main test-run-clip test-gpu fuzz \
+	lint typecheck bench bench-gpu docs links pictures release-check clean
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,7 @@ $(VENV)/.base:
 	touch $@
 
 $(VENV)/.examples: pyproject.toml examples/pyproject.toml | $(VENV)/.base
+	@echo "Installing the examples into $(VENV): a minute or two."
 	$(BIN)/python -m pip install --quiet --editable '.[examples]' --editable examples
 	touch $@
 
@@ -38,7 +39,7 @@ $(VENV)/.release: pyproject.toml | $(VENV)/.base
 	$(BIN)/python -m pip install --quiet 'build>=1.2' 'twine>=6'
 	touch $@
 
-## Train a small CLIP on OpenMoji with --loss rankclip, evaluate it and draw.
+## Train a small CLIP on OpenMoji with --loss clip and --loss rankclip side by side, evaluate both and draw.
 demo: $(VENV)/.examples
 	$(BIN)/python examples/openmoji/run.py --output $(DEMO_OUTPUT) $(DEMO_ARGS)
 
@@ -129,7 +130,7 @@ typecheck: $(VENV)/.dev
 	$(BIN)/mypy
 
 ## Time and memory of the losses against open_clip's ClipLoss and the naive rank loss: tables, plots and whether the
-## targets are met, in outputs/bench (about 20 minutes on 2 cores). SCALING_ARGS=--largest adds N = 32,768.
+## targets are met, in outputs/bench (about 25 minutes on 2 cores). SCALING_ARGS=--largest adds N = 32,768.
 bench: $(VENV)/.dev
 	mkdir -p $(BENCH_OUTPUT)
 	$(BIN)/python -m pytest benchmarks -p no:cacheprovider -o testpaths=benchmarks -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds --benchmark-json=$(BENCH_OUTPUT)/pytest-benchmark.json $(BENCH_ARGS)
@@ -147,6 +148,10 @@ docs: $(VENV)/.docs docs/vendor/katex
 	$(BIN)/python -m doctest $(wildcard docs/*.md)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+## Request every external link of the documents; says which are broken, and which cannot be reached from here.
+links:
+	$(PYTHON) tools/check_links.py
+
 # Renders the formulas; the site has its own copy.
 docs/vendor/katex:
 	mkdir -p docs/vendor
@@ -155,7 +160,7 @@ docs/vendor/katex:
 	cd docs/vendor/package && mv LICENSE dist/katex.min.js dist/katex.min.css dist/fonts ../katex
 	rm -r docs/vendor/package docs/vendor/katex/fonts/*.ttf docs/vendor/katex/fonts/*.woff
 
-## The pictures in docs/assets, from code, docs/performance.md's table and a record of the demo.
+## The pictures in docs/assets, from code, docs/performance.md's table and a copy of the demo's agreement.json.
 pictures: $(VENV)/.docs
 	$(BIN)/python tools/pictures
 

@@ -6,12 +6,12 @@ Run it as ``python examples/openmoji/run.py --output outputs/openmoji``; see the
 import sys
 import warnings
 
-try:
-    from openmoji_demo.command import main
-except ModuleNotFoundError as error:
-    sys.exit(f"This example needs the module {error.name!r}: pip install -e '.[examples]' -e examples")
-
 if __name__ == "__main__":
     # The trainer's dependencies warn about each other's age, which does not concern a reader.
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    sys.exit(main())
+    try:
+        from openmoji_demo.command import main
+
+        sys.exit(main())
+    except ModuleNotFoundError as error:
+        sys.exit(f"This example needs the module {error.name!r}: pip install -e '.[examples]' -e examples")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 from collections.abc import Mapping
@@ -13,12 +14,14 @@ from torch import nn
 
 import rankloss
 from rankloss_open_clip import checkpoints
-from rankloss_open_clip.command_line import gather_of
+from rankloss_open_clip.command_line import distils, gather_of
 from rankloss_open_clip.logged_terms import TrainerLoss
 from rankloss_open_clip.versions import imported, judge
 from rankloss_trainers import catalog, state
+from rankloss_trainers.charts import AgreementCharts, Tracker
 from rankloss_trainers.clock import Position
 from rankloss_trainers.driven_loss import call_alone
+from rankloss_trainers.logging import RankClipLog
 
 _logger = logging.getLogger("rankloss_open_clip")
 
@@ -44,6 +47,9 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     loaded = candidate.load()
     entry, options = loaded.taking(args), catalog.option_values(name, loaded, args)
     gather = gather_of(args)
+    if distils(args) and not entry.keeps_distillation(options):
+        # What the trainer would train with if it had no teacher; it refuses to distil CoCa.
+        base = SigLipLoss() if getattr(args, "siglip", False) else open_clip.ClipLoss()
     criterion = entry.build(base if loaded.is_former else _shareable(base, gather), options, gather)
     if not isinstance(criterion, nn.Module):
         raise TypeError(f"--loss {name}: {candidate.reference} must build a module, got {criterion!r}")
@@ -57,7 +63,9 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     loss = TrainerLoss(
         criterion,
         sums_every_value=sums_every_value,
-        uses_teacher=entry.uses_teacher(options),
+        # Features that come with the data have the names of the loss already.
+        uses_teacher=entry.uses_teacher(options) and entry.reference_features(options) is None,
+        keeps_distillation=entry.keeps_distillation(options),
         unit=entry.unit if isinstance(entry.unit, str) else entry.unit(options, args.epochs),
         first_call=entry.first_call,
         evaluate=call_alone if entry.log is None else entry.log(options),
@@ -67,7 +75,14 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     return loss
 
 
-def start_epoch(loss: object, epoch: int, data: Mapping[str, Any], args: Any, optimizer: Any = None) -> None:
+def start_epoch(
+    loss: object,
+    epoch: int,
+    data: Mapping[str, Any],
+    args: Any,
+    optimizer: Any = None,
+    writer: Any = None,
+) -> None:
     """Tell the loss that an epoch begins; before the first of a run, see to its state.
 
     Args:
@@ -76,6 +91,7 @@ def start_epoch(loss: object, epoch: int, data: Mapping[str, Any], args: Any, op
         data: The trainer's data, by split.
         args: The trainer's arguments.
         optimizer: The trainer's optimizer, whose checkpoints carry the state of the loss.
+        writer: The trainer's writer of TensorBoard events, where it has one.
 
     Raises:
         RuntimeError: The run asks for a loss of the catalogue and trains with another.
@@ -94,6 +110,21 @@ def start_epoch(loss: object, epoch: int, data: Mapping[str, Any], args: Any, op
     accum_freq = getattr(args, "accum_freq", 1)  # forks of early releases have no such option
     steps = max(1, data["train"].dataloader.num_batches // accum_freq)
     loss.start_epoch(Position(epoch=epoch, epochs=args.epochs, steps=steps, accum_freq=accum_freq))
+    if isinstance(loss.evaluate, RankClipLog) and loss.evaluate.agreement_every is not None:
+        if loss.evaluate.charts is None:
+            loss.evaluate.charts = AgreementCharts(_trackers(args, writer))
+        loss.evaluate.charts.due(epoch * steps, f"epoch {epoch + 1}, first batch")
+
+
+def _trackers(args: Any, writer: Any) -> list[Tracker]:
+    """What the trainer reports to, on the process that reports."""
+    trackers: list[Tracker] = []
+    if writer is not None:
+        trackers.append(writer.add_figure)
+    if getattr(args, "wandb", False) and getattr(args, "rank", 0) == 0:
+        wandb = importlib.import_module("wandb")
+        trackers.append(lambda name, figure, step: wandb.log({name: wandb.Image(figure)}, step=step))
+    return trackers
 
 
 def _shareable(base: nn.Module, gather: rankloss.Gather) -> nn.Module:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import rankloss
+from rankloss_trainers.charts import AgreementCharts
 from rankloss_trainers.clock import Call
 
 _RANK_TERMS = ("cross_modal", "in_modal")
@@ -36,9 +37,11 @@ class RankClipLog:
     Attributes:
         agreement_every: Measure the batch's rank agreement at every so many optimizer steps, the first of an
             epoch among them; None never does.
+        charts: Draws the rankings of the batch that is measured, when a chart is due.
     """
 
     agreement_every: int | None = None
+    charts: AgreementCharts | None = None
     _agreement: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(
@@ -81,6 +84,8 @@ class RankClipLog:
                 entries[f"{name}_loss"] = zero
         if measures and gathered is not None:
             self._agreement = _agreement(*gathered)
+            if self.charts is not None:
+                self.charts.draw(*gathered)
         return {**entries, **self._agreement}
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import hashlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +18,10 @@ import pytest
 import torch
 from clip_evaluation import metrics
 from examples_common.trainer import LossNotAttachedError, TrainingError
-from openmoji_demo import command, data, draw, evaluate, report, train
+from openmoji_demo import agreement, command, data, draw, evaluate, progress, report, train
 from PIL import Image
 from rich.console import Console
+from scipy.stats import kendalltau
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "openmoji"
 
@@ -242,23 +246,42 @@ def blocks(built):
     ]
 
 
-def test_the_table_has_n_chance_and_the_untrained_row(blocks, tmp_path):
+@pytest.fixture
+def taus():
+    """Two models' agreement on four training concepts and three others."""
+    lists = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([4.0, 2.0, 3.0, 1.0])
+    return agreement.Agreement(
+        averages={
+            name: {agreement.TRAINING: tau, agreement.HELD_OUT: 0.0625}
+            for name, tau in (("CLIP", 0.25), ("RankCLIP", 0.5))
+        },
+        concepts={agreement.TRAINING: 4, agreement.HELD_OUT: 3},
+        anchor=0,
+        labels=["apple", "banana", "cherry", "a date, which is a long name"],
+        scores={"CLIP": lists, "RankCLIP": lists},
+    )
+
+
+def test_the_table_has_n_chance_and_the_untrained_row(blocks, taus, tmp_path):
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in report.markdown(blocks).splitlines()
+        for line in report.markdown(blocks, taus).splitlines()
         if line.startswith("|")
     ][2:]
-    assert [row[0] for row in rows] == [
+    assert [row[0] for row in rows[:8]] == [
         "**Colour, n = 270**", report.CHANCE, report.KNN, "RankCLIP",
         "**Line art, n = 254**", report.CHANCE, report.KNN, "RankCLIP",
     ]  # fmt: skip
     assert rows[1][1:] == ["0.4/1.9/3.7", "0.4/1.9/3.7", "1.2/3.5/5.9", "11.1/33.3/55.6"]
-    report.save(blocks, {"seed": 0}, tmp_path)
+    assert rows[8] == ["method", "4 training concepts", "3 held-out concepts"]
+    assert rows[10:] == [["CLIP", "0.250", "0.062"], ["RankCLIP", "0.500", "0.062"]]
+    report.save(blocks, taus, {"seed": 0}, tmp_path)
     stored = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert stored["results"][0]["rows"]["RankCLIP"]["image_to_text"]["1"] == 20.0
     out = io.StringIO()
-    report.show(blocks, Console(file=out, width=80))
+    report.show(blocks, taus, Console(file=out, width=80))
     assert "11.1/33.3/55.6" in out.getvalue()
+    assert "0.500" in out.getvalue()
     assert "…" not in out.getvalue()
 
 
@@ -269,6 +292,146 @@ def test_notes_follow_the_numbers(blocks):
         for task in ("image_to_text", "text_to_image"):
             block.rows["RankCLIP"][task] = dict.fromkeys(metrics.RETRIEVAL_KS, 99.0)
     assert {report.knn_ahead(block, "RankCLIP") for block in blocks} == {(0, 6)}
+
+
+def test_two_models_are_compared_and_nothing_is_claimed(blocks):
+    assert not any("One training" in line for line in report.notes(blocks))
+    rows = blocks[0].rows
+    rows["CLIP"] = {
+        task: {k: score + 1.0 for k, score in rows["RankCLIP"][task].items()} for task in rows["RankCLIP"]
+    }
+    rows["RankCLIP"]["group"][3] = 25.0
+    order = (report.CHANCE, report.KNN, "CLIP", "RankCLIP")
+    block = dataclasses.replace(blocks[0], rows={name: rows[name] for name in order})
+    blocks[1].rows["CLIP"] = blocks[1].rows["RankCLIP"]
+    (line,) = (line for line in report.notes([block, blocks[1]]) if "One training" in line)
+    assert "RankCLIP is ahead of CLIP on 1 of 12 scores" in line
+    assert "group top-3, +4.0 points" in line
+    assert "no evidence" in line
+
+
+# --- agreement ---
+
+
+def test_the_agreement_is_that_of_the_features_and_the_pair_is_a_typical_one():
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(n):
+        return torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=-1)
+
+    features = {(model, n): (unit(n), unit(n)) for model in ("CLIP", "RankCLIP") for n in (30, 7)}
+
+    class Model:
+        def __init__(self, name):
+            self.name = name
+
+        def features(self, images, captions):
+            return features[self.name, len(images)]
+
+    pairs = {n: evaluate.Pairs([f"concept {i}" for i in range(n)], [None] * n, [""] * n) for n in (30, 7)}
+    measured = agreement.measure({name: Model(name) for name in ("CLIP", "RankCLIP")}, pairs[30], pairs[7])
+    distances = torch.zeros(30)
+    for name in ("CLIP", "RankCLIP"):
+        for key, n in ((agreement.TRAINING, 30), (agreement.HELD_OUT, 7)):
+            v, t = (x.double().numpy() for x in features[name, n])
+            taus = [kendalltau(v[i] @ t.T, t[i] @ v.T).statistic for i in range(n)]
+            assert measured.averages[name][key] == pytest.approx(np.mean(taus))
+            if n == 30:
+                distances += (torch.tensor(taus) - np.mean(taus)).square()
+        v, t = features[name, 30]
+        torch.testing.assert_close(measured.scores[name][0], t @ v[measured.anchor])
+        torch.testing.assert_close(measured.scores[name][1], v @ t[measured.anchor])
+    assert measured.anchor == int(distances.argmin())
+    assert measured.concepts == {agreement.TRAINING: 30, agreement.HELD_OUT: 7}
+
+
+def test_pairs_are_the_first_picture_of_every_concept(built):
+    table = built / "data/split0/train_emojis.csv"
+    rows = data.read_table(table)
+    pairs = evaluate.load_pairs(built, table)
+    first = {}
+    for row in rows:
+        first.setdefault(row["concept"], row)
+    assert len(first) < len(rows)
+    assert sorted(pairs.names) == sorted(row["name"] for row in first.values())
+    captions = {row["name"]: row["title"] for row in first.values()}
+    assert [captions[name] for name in pairs.names] == pairs.captions
+
+
+# --- progress ---
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_the_bar_moves_before_anything_is_reported_and_the_time_left_counts_down():
+    clock = Clock()
+    forecast = progress.Forecast({"a": 10.0, "b": 50.0}, clock)
+    assert (forecast.share, forecast.remaining) == (0.0, 60.0)
+    clock.now += 3
+    assert forecast.share == pytest.approx(3 / 60)
+    assert forecast.remaining == pytest.approx(57)
+
+
+@pytest.mark.parametrize("slower", [0.5, 1.0, 3.0])
+def test_the_time_left_follows_the_machine(slower):
+    clock = Clock()
+    forecast = progress.Forecast(
+        {"start": 10.0, "skipped": 500.0, "train": 100.0, "end": 20.0, "done": 0.0}, clock
+    )
+    clock.now += 10 * slower
+    forecast.begin("train")
+    shares = [forecast.share]
+    for percent in range(1, 101):
+        clock.now += slower
+        forecast.report(percent / 100)
+        shares.append(forecast.share)
+        if percent >= 20:
+            assert forecast.remaining == pytest.approx(slower * (100 - percent + 20), rel=0.15)
+    forecast.begin("end")
+    clock.now += 20 * slower
+    assert forecast.remaining == pytest.approx(0, abs=4)  # three seconds stand for the expectation
+    forecast.begin("done")
+    assert forecast.remaining == 0
+    shares.append(forecast.share)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+def test_a_loop_is_a_stage():
+    clock = Clock()
+    forecast = progress.Forecast({"start": 1.0, "loop": 4.0}, clock)
+    seen = []
+    for item in forecast.track("abcd", 4, "loop"):
+        clock.now += 1
+        seen.append((item, forecast.stage))
+    assert seen == [(letter, "loop") for letter in "abcd"]
+    assert forecast.remaining == pytest.approx(0, abs=0.1)
+
+
+def test_trainings_side_by_side_are_expected_to_take_the_time_of_one():
+    one, two, in_turn = (
+        progress.expected(6, trainings, cores)[progress.TRAINING]
+        for trainings, cores in ((1, 2), (2, 2), (2, 1))
+    )
+    assert one < two < in_turn
+    assert in_turn == 2 * two
+
+
+def test_the_bar_shows_stage_and_time_left():
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=True)
+    clock = Clock()
+    with progress.bar(console, progress.Forecast({"Training": 100.0}, clock)):
+        clock.now += 25
+    assert "Training" in out.getvalue()
+    assert "25 %" in out.getvalue()
+    assert "about 1:15 left" in out.getvalue()
+    assert [progress.clock_time(s) for s in (5, 65, 605, 3661)] == ["0:05", "1:05", "10:05", "1:01:01"]
 
 
 # --- training ---
@@ -293,15 +456,90 @@ def trainer(built, monkeypatch):
     return make
 
 
+def _train(*runs, jobs=1, warnings=None):
+    shares = []
+    warn = [].append if warnings is None else warnings.append
+    asyncio.run(train.train_all(runs, jobs=jobs, threads=1, on_share=shares.append, warn=warn))
+    return shares
+
+
 def test_a_run_is_complete_when_it_trained_its_loss(trainer):
     run = trainer("Contrastive_loss: 5.2 (5.2) Loss: 5.2 (5.2)", checkpoint=True)
     with pytest.raises(LossNotAttachedError):
-        run.train(Console(file=io.StringIO()))
+        _train(run)
     assert not run.is_complete()
     run = trainer("Contrastive_loss: 5.2 (5.2) Cross_modal_loss: 0 (0) Loss: 5.2 (5.2)", checkpoint=True)
-    run.train(Console(file=io.StringIO()))
+    assert _train(run) == [pytest.approx(128 / 5372)]
     assert run.is_complete()
-    assert run.seconds >= 0
+    assert run.record()["seconds"] >= 0
+    assert run.record()["threads"] == 1
+
+
+@pytest.fixture
+def runs(built, monkeypatch):
+    """Runs of two losses whose trainers are scripts; each is given what it does beside logging a step."""
+    (built / "model").mkdir(exist_ok=True)
+    (built / "model" / "open_clip_config.json").write_text("{}", encoding="utf-8")
+    pair = [train.Run(built, "data/split0", loss, 5, 1, "cpu") for loss in ("clip", "rankclip")]
+
+    def command(run, deeds):
+        line = (
+            "2026-01-01,00:00:00 | INFO | Train Epoch: 0 [5372/5372 (100%)] "
+            "Contrastive_loss: 5.2 (5.2) Cross_modal_loss: 0 (0) Loss: 5.2 (5.2)"
+        )
+        script = (
+            "import time, sys; from pathlib import Path; "
+            f"here, other = Path({str(run.folder)!r}), Path({str(pair[run.loss == 'clip'].folder)!r}); "
+            f"p = Path({str(run.checkpoint)!r}); p.parent.mkdir(parents=True, exist_ok=True); "
+            f"(here / 'started').touch(); print({line!r})\n{deeds[run.loss]}\np.touch()"
+        )
+        return [sys.executable, "-c", script]
+
+    def make(**deeds):
+        for run in pair:
+            shutil.rmtree(run.folder, ignore_errors=True)
+        monkeypatch.setattr(train.Run, "command", lambda self: command(self, deeds))
+        return pair
+
+    return make
+
+
+_WAIT = "while not (other / 'started').exists(): time.sleep(0.01)"
+
+
+def test_two_runs_train_at_the_same_time(runs):
+    # Each waits for the other to begin: one after the other they would never end.
+    pair = runs(clip=_WAIT, rankclip=_WAIT)
+    assert sorted(_train(*pair, jobs=2)) == [0.5, 1.0]
+    assert all(run.is_complete() for run in pair)
+
+
+def test_in_turn_no_two_runs_train_at_the_same_time(runs):
+    pair = runs(clip="assert not (other / 'started').exists()", rankclip="")
+    assert _train(*pair, jobs=1) == [0.5, 1.0]
+    assert all(run.is_complete() for run in pair)
+
+
+def test_a_run_that_fails_ends_the_other(runs):
+    pair = runs(clip=_WAIT + "\nsys.exit(3)", rankclip="time.sleep(600)")
+    with pytest.raises(TrainingError, match="status 3"):
+        _train(*pair, jobs=2)
+    assert not any(run.is_complete() for run in pair)
+
+
+def test_warnings_of_the_trainer_are_passed_on_with_the_loss(runs):
+    warnings = []
+    pair = runs(clip="print('2026-01-01,00:00:00 | WARNING | beware')", rankclip="")
+    _train(*pair, warnings=warnings)
+    assert warnings == ["clip: beware"]
+
+
+def test_cores_are_shared_out(monkeypatch):
+    monkeypatch.setattr(train, "cores", lambda: 2)
+    assert train.side_by_side(1, "cpu") == (1, 2)
+    assert train.side_by_side(2, "cpu") == (2, 1)
+    assert train.side_by_side(3, "cpu") == (2, 1)
+    assert train.side_by_side(2, "cuda") == (1, None)
 
 
 def test_a_run_with_other_settings_is_never_overwritten(trainer):
@@ -326,7 +564,7 @@ def test_the_loss_is_passed_on_verbatim_and_the_model_path_is_relative(built):
 # --- picture and command line ---
 
 
-def test_the_picture_shows_hits_and_misses_alike(built, tmp_path):
+def test_the_picture_shows_hits_and_misses_alike(built, taus, tmp_path):
     similarity = torch.eye(20)
     similarity[10:] = -similarity[10:]  # the right caption comes last
     chosen = draw.choose_queries(similarity)
@@ -339,12 +577,47 @@ def test_the_picture_shows_hits_and_misses_alike(built, tmp_path):
     )
     points = [(0, 2.0), (10, 1.0), (19, 0.5)]
     curves = {f"train/{key}": points for key in (*draw._CURVES, "rank_lambda")}
-    path = tmp_path / "picture.png"
-    draw.draw(
-        path, title="RankCLIP", test_set=test_set, similarity=scores, curves={"RankCLIP": curves}, epochs=2
-    )
-    with Image.open(path) as image:
-        assert min(image.size) > 800
+    for names in (["RankCLIP"], ["CLIP", "cyclip", "RankCLIP"]):
+        path = tmp_path / f"{len(names)}.png"
+        draw.draw(
+            path,
+            agreement=dataclasses.replace(taus, scores=dict.fromkeys(names, taus.scores["CLIP"])),
+            picture=test_set.images[0],
+            test_set=test_set,
+            similarities=dict.fromkeys(names, scores),
+            curves=dict.fromkeys(names, curves),
+            epochs=2,
+        )
+        with Image.open(path) as image:
+            assert min(image.size) > 800
+
+
+def test_a_query_that_one_of_two_models_finds_is_a_hit():
+    finds, misses = torch.eye(20), -torch.eye(20)
+    half = torch.cat((torch.eye(20)[:3], -torch.eye(20)[3:]))
+    assert sum(i < 3 for i in draw.choose_queries(half, misses)) == 3
+    assert draw.choose_queries(half, misses) == draw.choose_queries(misses, half)
+    assert len(draw.choose_queries(finds, misses)) == draw.QUERIES
+
+
+def test_clip_and_rankclip_are_the_default():
+    assert command.parse([]).loss == ["clip", "rankclip"]
+    assert command.parse(["--epochs", "1", "--loss", "rankclip"]).loss == ["rankclip"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "kept"),
+    [
+        ("clip", ["--lr", "1"]),
+        ("rankclip", ["--rankclip-lists", "row", "--lr", "1"]),
+        ("rankclip-in", ["--rankclip-lists", "row", "--lr", "1"]),
+        ("cyclip", ["--lr", "1", "--cyclip-lambda-in=2"]),
+        ("clip-streamed", ["--lr", "1", "--streamed-memory-budget", "9"]),
+    ],
+)
+def test_options_of_a_loss_go_to_its_runs_only(loss, kept):
+    given = ["--rankclip-lists", "row", "--lr", "1", "--cyclip-lambda-in=2", "--streamed-memory-budget", "9"]
+    assert list(train.arguments_for(loss, given)) == kept
 
 
 def test_trainer_arguments_follow_two_dashes(capsys):
@@ -360,7 +633,7 @@ def test_missing_packages_are_named():
     script = f"""
 import runpy, sys
 sys.modules["clip_evaluation.metrics"] = None
-runpy.run_path({str(EXAMPLE / "run.py")!r})
+runpy.run_path({str(EXAMPLE / "run.py")!r}, run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1

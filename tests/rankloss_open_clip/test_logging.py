@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from agreement_processes import check_agreement
+from PIL import Image
 from scipy.stats import kendalltau
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -18,6 +22,7 @@ from trainer_runs import STEPS, Run, Runs, Trainer
 from process_pool import Pools
 from rankloss import RankClipLoss, RankConsistency, schedules
 from rankloss_open_clip.logged_terms import LoggedTerms, TrainerLoss
+from rankloss_trainers.charts import AgreementCharts
 from rankloss_trainers.clock import Position
 from rankloss_trainers.logging import RankClipLog
 from wandb_files import wandb_scalars
@@ -74,6 +79,20 @@ def test_agreement_is_held_between_measurements(run: Run) -> None:
         assert (by_epoch[:, :EVERY] == by_epoch[:, :1]).all()
         measured = by_epoch[:, [0, EVERY]]
         assert len(np.unique(measured)) == measured.size
+
+
+def test_tensorboard_and_wandb_have_a_chart_of_every_epoch(runs: Runs, run: Run, trainer: Trainer) -> None:
+    charts = run.images["train/agreement"]
+    assert list(charts) == [epoch * STEPS for epoch in range(EPOCHS)]
+    assert len(set(charts.values())) == EPOCHS
+    for chart in charts.values():
+        assert min(Image.open(io.BytesIO(chart)).size) > 200
+    (wandb,) = trainer.directory.glob("wandb/offline-run-*/run-agreement.wandb")
+    paths = wandb_scalars(trainer.directory, "agreement")["train/agreement/path"]
+    assert list(paths) == list(charts)
+    assert len(set(paths.values())) == EPOCHS
+    assert all((wandb.parent / "files" / str(path)).is_file() for path in paths.values())
+    assert not runs["--loss rankclip"].images
 
 
 def test_run_does_not_depend_on_what_it_logs(runs: Runs, run: Run) -> None:
@@ -199,3 +218,97 @@ def test_agreement_is_that_of_the_batch_of_all_processes(pools: Pools) -> None:
     v, t = whole["image_features"].double(), whole["text_features"].double()
     expected = {"cross_modal_tau": mean_tau(v @ t.T, t @ v.T), "in_modal_tau": mean_tau(v @ v.T, t @ t.T)}
     pools[2].run(check_agreement, whole, expected)
+
+
+# --- charts ---
+
+
+def charted_loss(*trackers: Callable[..., None]) -> tuple[TrainerLoss, AgreementCharts]:
+    loss, charts = trainer_loss(agreement_every=2), AgreementCharts(trackers)
+    loss.evaluate.charts = charts
+    loss.start_epoch(at(1))
+    return loss, charts
+
+
+def test_a_chart_shows_the_first_pair_s_rankings_once_it_is_due() -> None:
+    pytest.importorskip("matplotlib")
+    stored: list[tuple[str, Any, int]] = []
+    loss, charts = charted_loss(lambda *chart: stored.append(chart))
+    loss(**features())
+    assert not stored
+    charts.due(9, "epoch 2")
+    loss(**features())  # of a step at which nothing is measured
+    assert not stored
+    inputs = features(seed=3)
+    for _ in range(3):
+        loss(**inputs)
+    ((name, figure, step),) = stored
+    assert (name, step) == ("train/agreement", 9)
+    v, t = inputs["image_features"].detach().numpy(), inputs["text_features"].detach().numpy()
+    tau = kendalltau(t @ v[0], v @ t[0]).statistic
+    assert figure.axes[0].get_title() == f"epoch 2\nKendall τ = {tau:.2f}"
+    assert {f"pair {i}" for i in range(1, 8)} <= {
+        text.get_text().rpartition("  ")[0] for text in figure.axes[0].texts
+    }
+
+
+def test_of_a_large_batch_the_first_pairs_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    plots = pytest.importorskip("rankloss.plots")
+    shown: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        plots, "slope_chart", lambda v, t, labels, **_: shown.append((len(v), len(t), len(labels)))
+    )
+    charts = AgreementCharts([lambda *_: None])
+    charts.due(0, "")
+    charts.draw(torch.eye(1500), torch.eye(1500))
+    assert shown == [(1024, 1024, 1024)]
+
+
+def test_without_matplotlib_one_warning_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "rankloss.plots", raising=False)
+    monkeypatch.delattr("rankloss.plots", raising=False)
+    loss, charts = charted_loss(lambda *_: pytest.fail("nothing can be stored"))
+    with caplog.at_level(logging.WARNING):
+        for epoch in range(3):
+            charts.due(epoch, "")
+            for _ in range(2):
+                shown = loss(**features(), output_dict=True)
+    assert [record.message for record in caplog.records] == [
+        "The rank agreement is logged without a chart, which needs matplotlib: pip install 'rankloss[plots]'"
+    ]
+    assert abs(shown["cross_modal_tau"]) <= 1
+
+
+def test_a_tracker_that_fails_ends_the_charts_and_not_the_training(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+
+    def full(*_: Any) -> None:
+        raise OSError("disk full")
+
+    loss, charts = charted_loss(full)
+    inputs, alone = features(), features()
+    for epoch in range(3):
+        charts.due(epoch, "")
+        loss(**inputs).backward()
+        loss.criterion(**alone).backward()
+        loss(**features())
+    assert [record.message for record in caplog.records] == [
+        "No more charts of the rank agreement: disk full"
+    ]
+    assert all(torch.equal(value.grad, alone[name].grad) for name, value in inputs.items())
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_have_a_chart(broken: float, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+    stored: list[Any] = []
+    charts = AgreementCharts([lambda _, figure, __: stored.append(figure)])
+    charts.due(0, "")
+    charts.draw(torch.full((4, 3), broken), torch.eye(4, 3))
+    assert not caplog.records
+    assert "no ranking" in stored[0].axes[0].get_title()

@@ -70,20 +70,31 @@ class Run(Process):
         return dict(line.split(": ", 1) for line in lines if ": " in line)
 
     @cached_property
-    def scalars(self) -> dict[str, dict[int, float]]:
-        """The scalars in TensorBoard's file: tag → step → value."""
+    def _events(self) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tensorboard's own
             accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
-
+            everything = {"scalars": 0, "images": 0}
             events = accumulator.EventAccumulator(
-                str(self.directory / "tensorboard"), size_guidance={"scalars": 0}
+                str(self.directory / "tensorboard"), size_guidance=everything
             )
-            events.Reload()
-            return {
-                tag.removeprefix("train/"): {event.step: event.value for event in events.Scalars(tag)}
-                for tag in events.Tags()["scalars"]
-            }
+            return events.Reload()
+
+    @cached_property
+    def scalars(self) -> dict[str, dict[int, float]]:
+        """The scalars in TensorBoard's file: tag → step → value."""
+        return {
+            tag.removeprefix("train/"): {event.step: event.value for event in self._events.Scalars(tag)}
+            for tag in self._events.Tags()["scalars"]
+        }
+
+    @cached_property
+    def images(self) -> dict[str, dict[int, bytes]]:
+        """The pictures in TensorBoard's file: tag → step → PNG."""
+        return {
+            tag: {event.step: event.encoded_image_string for event in self._events.Images(tag)}
+            for tag in self._events.Tags()["images"]
+        }
 
     @cached_property
     def timeless_log(self) -> list[str]:

@@ -11,8 +11,7 @@ from style import WIDTH, Colors
 
 from rankloss import plots
 
-RECORD = Path(__file__).parents[2] / "docs/assets/agreement.json"
-MODELS = {"clip": "CLIP", "rankclip": "RankCLIP"}
+RECORD = Path(__file__).parents[2] / "docs/assets/agreement.json"  # a copy of what the demo wrote
 
 
 def draw(_: Colors) -> Figure:
@@ -20,14 +19,14 @@ def draw(_: Colors) -> Figure:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     labels = [label if len(label) <= 22 else label[:20].rstrip() + " …" for label in record["labels"]]
     figure = Figure(figsize=(WIDTH, 7.4), layout="constrained")
-    for axes, (loss, title) in zip(figure.subplots(2, 1), MODELS.items(), strict=True):
+    for axes, (model, lists) in zip(figure.subplots(2, 1), record["scores"].items(), strict=True):
         plots.compare_rankings(
-            *(torch.tensor(scores) for scores in record["scores"][loss]),
+            *map(torch.tensor, lists),
             labels,
             own=record["anchor"],
             names=("by the picture", "by its caption"),
             items=10,
-            title=title,
+            title=model,
             axes=axes,
         )
     return figure

@@ -1,23 +1,18 @@
-"""The command behind ``run.py``: data, training, evaluation and picture; finished stages are skipped."""
+"""The command behind ``run.py``: its arguments, and the bar that stands over all stages."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from examples_common.terminal import positive, say, status_of, tracker
-from examples_common.trainer import place_model
+from examples_common.terminal import positive, status_of
 from rich.console import Console
 
-from . import data, draw, evaluate, report
-from .train import Run, read_scalars
+from .progress import Forecast, bar, expected
+from .train import cores
 
-_MODEL = Path(__file__).resolve().parents[1] / "model"
 # What the demo itself decides or reads back: passing these on would contradict it.
 _OWNED = (
     "--loss", "--seed", "--epochs", "--device", "--model", "--train-data", "--logs", "--name", "--report-to",
@@ -40,11 +35,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--loss",
         nargs="+",
-        default=["rankclip"],
-        help="passed to the trainer as it is; several are trained one after the other and share the table, "
-        "for instance: --loss clip rankclip (default: rankclip)",
+        default=["clip", "rankclip"],
+        help="passed to the trainer as they are; as many are trained side by side as there are cores "
+        "(default: clip rankclip)",
     )
-    add("--epochs", type=positive, default=8, help="default: %(default)s")
+    add("--epochs", type=positive, default=6, help="default: %(default)s")
     add("--seed", type=int, default=0, help="the trainer's seed (default: %(default)s)")
     add("--split", type=int, default=0, help="which concepts are held out (default: %(default)s)")
     add("--device", help="cpu or cuda (default: a GPU if there is one)")
@@ -64,73 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(args: argparse.Namespace, console: Console) -> int:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    root: Path = args.output.resolve()
-    folder = root / "data" / f"split{args.split}"
-    root.mkdir(parents=True, exist_ok=True)
+    forecast = Forecast(expected(args.epochs, len(args.loss), cores()))
+    with bar(console, forecast):
+        from . import demo  # torch and the like take seconds to import: the bar moves before that
 
-    console.rule("1/4  Data")
-    if data.is_complete(folder, args.split):
-        say(console, f"Complete already: {folder}")
-    else:
-        counts = data.build(folder, root=root, split=args.split, track=tracker(console))["counts"]
-        say(
-            console,
-            f"{counts['train_rows']} captions of {counts['train_images']} pictures "
-            f"({counts['train_concepts']} concepts) to train on, "
-            f"{counts['test_concepts']} held-out concepts: {folder}",
-        )
-    say(console, "Emojis by OpenMoji, CC BY-SA 4.0; see ATTRIBUTION.md there.", "dim")
-    place_model(_MODEL, root / "model")
-
-    console.rule("2/4  Training, by open_clip's own command")
-    runs = [
-        Run(root, folder.relative_to(root).as_posix(), loss, args.seed, args.epochs, device, args.extra)
-        for loss in args.loss
-    ]
-    for run in runs:
-        if run.is_complete():
-            say(console, f"Complete already: {run.folder}")
-        else:
-            run.train(console)
-            say(console, f"Trained {run.loss} in {run.seconds:.0f} s on {device}.")
-
-    console.rule("3/4  Evaluation on held-out concepts")
-    started = time.monotonic()
-    methods: dict[str, Any] = {report.KNN: evaluate.load_pixel_knn(root, folder)}
-    for run in runs:
-        methods[report.label_of(run.loss)] = evaluate.ClipModel(root / "model", run.checkpoint, device)
-    blocks, similarities, test_sets = [], {}, {}
-    for style in evaluate.STYLES:
-        test_set = test_sets[style] = evaluate.load_test_set(root, folder, style)
-        rows = {report.CHANCE: evaluate.chance_scores(test_set)}
-        for name, method in methods.items():
-            rows[name], similarities[style, name] = evaluate.score(method, test_set)
-        classes = (len(test_set.subgroup_classes), len(test_set.group_classes))
-        blocks.append(report.Block(style, len(test_set.images), *classes, rows))
-    report.show(blocks, console)
-    conditions = {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "split": args.split,
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "runs": {run.loss: {"seconds": run.seconds, "command": run.command()[1:]} for run in runs},
-    }
-    report.save(blocks, conditions, root)
-    say(console, f"Evaluated in {time.monotonic() - started:.0f} s.")
-
-    console.rule("4/4  Picture")
-    label = report.label_of(runs[-1].loss)
-    draw.draw(
-        root / "openmoji.png",
-        title=label,
-        test_set=test_sets["color"],
-        similarity=similarities["color", label],
-        curves={report.label_of(run.loss): read_scalars(run.folder) for run in runs},
-        epochs=args.epochs,
-    )
-    for name in ("openmoji.png", "results.md", "results.json"):
-        say(console, f"Wrote {root / name}")
+        demo.run(args, console, forecast)
     return 0

@@ -1,4 +1,4 @@
-"""Draws the model's answers for some held-out emojis, and its training curves."""
+"""Draws two rankings of the same concepts, the answers for held-out emojis, and the training curves."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
+from rankloss import plots
+
+from .agreement import HELD_OUT, TRAINING, Agreement
 from .evaluate import TestSet
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-
-QUERIES = 8
+QUERIES = 6
 TOP = 5
+_CONCEPTS = 10
 _GREEN, _GREY, _INK = "#1b7f3b", "#6b6b6b", "#222222"
 _CURVES = {
     "loss": ("total", _INK, "-"),
@@ -29,12 +31,16 @@ _CURVES = {
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
-def choose_queries(similarity: torch.Tensor, seed: int = 0) -> list[int]:
-    """Draw queries at random, as many with the right caption among the first five as without.
+def choose_queries(*similarities: torch.Tensor, seed: int = 0) -> list[int]:
+    """Draw queries at random: as many that a model finds among its first five as that none does.
 
     Where there are too few of one kind, the other fills up.
+
+    Args:
+        similarities: The models' picture × caption scores.
+        seed: Of the draw.
     """
-    found = [_rank(scores, right) <= TOP for right, scores in enumerate(similarity)]
+    found = [any(_rank(scores[i], i) <= TOP for scores in similarities) for i in range(len(similarities[0]))]
     order = list(range(len(found)))
     random.Random(seed).shuffle(order)
     hits = [i for i in order if found[i]]
@@ -47,78 +53,119 @@ def choose_queries(similarity: torch.Tensor, seed: int = 0) -> list[int]:
 def draw(
     path: Path,
     *,
-    title: str,
+    agreement: Agreement,
+    picture: Image.Image,
     test_set: TestSet,
-    similarity: torch.Tensor,
+    similarities: Mapping[str, torch.Tensor],
     curves: Mapping[str, Curves],
     epochs: int,
 ) -> None:
-    """Save the picture.
+    """Save the picture; of more than two models, it shows the first and the last.
 
     Args:
         path: The PNG to write.
-        title: Name of the model whose answers are shown.
+        agreement: The rankings of one training concept under each model.
+        picture: That concept's picture.
         test_set: The held-out emojis in colour.
-        similarity: That model's picture × caption scores.
-        curves: TensorBoard scalars of each trained run by its label, the model shown last.
+        similarities: Each model's picture × caption scores.
+        curves: TensorBoard scalars of each model.
         epochs: Number of epochs that the curves span.
     """
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(15, 8.6), layout="constrained")
-    answers, training = figure.subfigures(1, 2, width_ratios=(2.15, 1), wspace=0.03)
-    _draw_answers(answers, title, test_set, similarity)
-    _draw_curves(training, curves, epochs)
-    figure.supxlabel(
-        "Emojis: OpenMoji, CC BY-SA 4.0, drawn as pixels; this picture is under the same licence.",
-        fontsize=8,
-        color=_GREY,
+    names = list(dict.fromkeys([next(iter(similarities)), next(reversed(similarities))]))
+    settings = {"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False}
+    with mpl.rc_context({**mpl.rcParamsDefault, **settings}):
+        figure = Figure(figsize=(9.6, 15.5), layout="constrained")
+        rankings, answers, training = figure.subfigures(3, 1, height_ratios=(4.4, 8.2, 3.1), hspace=0.02)
+        _draw_rankings(rankings, names, agreement, picture)
+        _draw_answers(answers, test_set, {name: similarities[name] for name in names})
+        _draw_curves(training, {name: curves[name] for name in names}, epochs)
+        figure.supxlabel(
+            "Emojis: OpenMoji, CC BY-SA 4.0, drawn as pixels; this picture is under the same licence.",
+            fontsize=8.5,
+            color=_GREY,
+        )
+        figure.savefig(path, dpi=120, facecolor="white")
+
+
+def _draw_rankings(area: Any, names: Sequence[str], agreement: Agreement, picture: Image.Image) -> None:
+    concept = agreement.labels[agreement.anchor]
+    averages = "; ".join(
+        f"{name} {by_set[TRAINING]:.3f} and {by_set[HELD_OUT]:.3f}"
+        for name, by_set in agreement.averages.items()
+        if name in names
     )
-    figure.savefig(path, dpi=130, facecolor="white")
-    plt.close(figure)
-
-
-def _draw_answers(area: Any, title: str, test_set: TestSet, similarity: torch.Tensor) -> None:
-    chosen = choose_queries(similarity)
-    rows = (len(chosen) + 1) // 2
-    found = sum(_rank(similarity[query], query) <= TOP for query in chosen)
     area.suptitle(
-        f"{title}: the {TOP} nearest of {len(test_set.captions)} captions for emojis never seen in training\n"
-        f"Drawn at random: {found} with the right caption (green) among the {TOP}, "
-        f"{len(chosen) - found} without (its place is shown below)",
+        f"How the picture and the caption of “{concept}” rank the {agreement.concepts[TRAINING]:,} training "
+        "concepts\n"
+        "Beside the names: ranks. Shown are the picture's first ten; a parallel line is agreement.\n"
+        f"Average τ of all training concepts, and of those never seen: {averages}.",
         fontsize=11,
         x=0.02,
         ha="left",
     )
-    grid = area.subplots(rows, 4, width_ratios=(0.8, 2.6, 0.8, 2.6), squeeze=False)
+    axes = area.subplots(1, len(names), squeeze=False)[0]
+    for axis, name in zip(axes, names, strict=True):
+        plots.compare_rankings(
+            *agreement.scores[name],
+            [_shorten(label, 20) for label in agreement.labels],
+            own=agreement.anchor,
+            names=("by the picture", "by its caption"),
+            items=_CONCEPTS,
+            title=name,
+            axes=axis,
+        )
+    corner = area.add_axes((0.89, 0.8, 0.09, 0.19))
+    corner.imshow(picture, interpolation="nearest")
+    corner.axis("off")
+
+
+def _draw_answers(area: Any, test_set: TestSet, similarities: Mapping[str, torch.Tensor]) -> None:
+    chosen = choose_queries(*similarities.values())
+    found = sum(any(_rank(scores[q], q) <= TOP for scores in similarities.values()) for q in chosen)
+    area.suptitle(
+        f"The {TOP} nearest of {len(test_set.captions)} captions for emojis never seen in training\n"
+        f"Drawn at random: {found} with the right caption (green) among the {TOP} of a model, "
+        f"{len(chosen) - found} without (its place is shown below).",
+        fontsize=11,
+        x=0.02,
+        ha="left",
+    )
+    grid = area.subplots(
+        len(chosen), 1 + len(similarities), width_ratios=(0.62, *[2.6] * len(similarities)), squeeze=False
+    )
     for axis in grid.flat:
         axis.axis("off")
-    for position, query in enumerate(chosen):
-        column, row = divmod(position, rows)
-        picture, text = grid[row, 2 * column], grid[row, 2 * column + 1]
-        picture.imshow(test_set.images[query], interpolation="nearest")
-        text.set(xlim=(0, 1), ylim=(0, 1))
-        scores = similarity[query]
-        order = scores.argsort(descending=True, stable=True)[:TOP].tolist()
-        lines = [(0.9 - 0.155 * place, place + 1, caption) for place, caption in enumerate(order)]
-        if query not in order:
-            lines.append((0.9 - 0.155 * TOP - 0.03, _rank(scores, query), query))
-        for height, place, caption in lines:
-            style = {"color": _GREEN if caption == query else _INK, "fontsize": 9}
-            if caption == query and query in order:
-                style["weight"] = "bold"
-            text.text(0.0, height, f"{place}  {_shorten(test_set.captions[caption])}", **style)
+    for axis, name in zip(grid[0, 1:], similarities, strict=True):
+        axis.set_title(name, loc="left", weight="bold")
+    for row, query in zip(grid, chosen, strict=True):
+        row[0].imshow(test_set.images[query], interpolation="nearest")
+        for axis, similarity in zip(row[1:], similarities.values(), strict=True):
+            axis.set(xlim=(0, 1), ylim=(0, 1))
+            _write_answers(axis, test_set.captions, similarity[query], query)
+
+
+def _write_answers(axis: Any, captions: Sequence[str], scores: torch.Tensor, query: int) -> None:
+    order = scores.argsort(descending=True, stable=True)[:TOP].tolist()
+    lines = [(0.92 - 0.17 * place, place + 1, caption) for place, caption in enumerate(order)]
+    if query not in order:
+        lines.append((0.92 - 0.17 * TOP, _rank(scores, query), query))
+    for height, place, caption in lines:
+        style = {"color": _GREEN if caption == query else _INK, "fontsize": 9.5}
+        if caption == query and query in order:
+            style["weight"] = "bold"
+        axis.text(0.0, height, f"{place}  {_shorten(captions[caption], 46)}", va="center", **style)
 
 
 def _rank(scores: torch.Tensor, right: int) -> int:
     return int((scores > scores[right]).sum()) + 1
 
 
-def _shorten(caption: str, width: int = 52) -> str:
+def _shorten(caption: str, width: int) -> str:
     return textwrap.shorten(caption, width, placeholder=" …").replace(", …", " …")
 
 
 def _draw_curves(area: Any, curves: Mapping[str, Curves], epochs: int) -> None:
-    losses, lambdas = area.subplots(2, 1, height_ratios=(2.2, 1), sharex=True)
+    losses, lambdas = area.subplots(1, 2, width_ratios=(1.7, 1))
     shown = list(curves)[-1]
     # The trainer logs the last step of every epoch, so the last point closes the last epoch.
     steps_per_epoch = (curves[shown]["train/loss"][-1][0] + 1) / epochs
@@ -138,8 +185,8 @@ def _draw_curves(area: Any, curves: Mapping[str, Curves], epochs: int) -> None:
             )
     losses.set_ylim(bottom=0)
     losses.set_ylabel("training loss, nats")
-    losses.set_title(f"Training curves of {shown}, from TensorBoard", loc="left", fontsize=11)
-    losses.legend(frameon=False)
+    losses.set_xlabel("epoch")
+    losses.legend(frameon=False, fontsize=9)
     losses.grid(alpha=0.25)
     points = curves[shown].get("train/rank_lambda")
     if points:

@@ -59,6 +59,23 @@ def load_test_set(root: Path, folder: Path, style: str) -> TestSet:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """One picture with one caption per concept."""
+
+    names: list[str]
+    images: list[Image.Image]
+    captions: list[str]
+
+
+def load_pairs(root: Path, table: Path) -> Pairs:
+    """Read the first picture of every concept in a table of a build."""
+    first = {row["concept"]: row for row in reversed(data.read_table(table))}
+    rows = list(first.values())[::-1]
+    images = _open_all(root, [row["filepath"] for row in rows])
+    return Pairs([row["name"] for row in rows], images, [row["title"] for row in rows])
+
+
 def load_pixel_knn(root: Path, folder: Path) -> PixelKNN:
     """Index the training pictures of a build for the untrained baseline."""
     rows = data.read_table(folder / "train_emojis.csv")
@@ -94,9 +111,16 @@ class ClipModel:
         features, _ = self._model.image_features([(self._model.preprocess(image), None) for image in images])
         return normalize(features, dim=-1)
 
+    def features(
+        self, images: Sequence[Image.Image], captions: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the unit-norm features of the pictures and of the captions."""
+        return self._image_features(images), self._model.text_features(captions)
+
     def caption_scores(self, images: Sequence[Image.Image], captions: Sequence[str]) -> torch.Tensor:
         """Return the cosine of every picture with every caption."""
-        return self._image_features(images) @ self._model.text_features(captions).T
+        image_features, text_features = self.features(images, captions)
+        return image_features @ text_features.T
 
     def class_scores(
         self,

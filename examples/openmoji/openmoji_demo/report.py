@@ -13,6 +13,7 @@ from examples_common import tables
 from examples_common.terminal import say
 from rich.console import Console
 
+from .agreement import HELD_OUT, TRAINING, Agreement
 from .evaluate import TASKS, Scores
 
 _HEADS = {
@@ -24,6 +25,7 @@ _HEADS = {
 _STYLES = {"color": "Colour", "line": "Line art"}
 _LABELS = {"clip": "CLIP", "rankclip": "RankCLIP"}
 _TITLE = "Held-out emojis, percent"
+_TAU_TITLE = "Kendall's τ between a picture's ranking of the concepts and its caption's"
 
 CHANCE = "chance"
 KNN = "untrained pixel kNN"
@@ -78,6 +80,8 @@ def notes(blocks: Sequence[Block]) -> list[str]:
         lines.append(f"{name} against chance, in colour: {'; '.join(ratios)}.")
     if trained:
         lines.append(_against_knn(blocks, trained))
+    if len(trained) > 1:
+        lines.append(_apart(colour, trained[0], trained[-1]))
     errors = [f"±{metrics.standard_error(level, colour.n):.1f} points at {level} %" for level in (10, 35)]
     lines.append(
         f"Standard error of one number (binomial, n = {colour.n}): {', '.join(errors)}. This is one split "
@@ -89,6 +93,23 @@ def notes(blocks: Sequence[Block]) -> list[str]:
         "Zero-shot means emojis never seen, of classes whose names occur in training captions."
     )
     return lines
+
+
+def _apart(block: Block, first: str, last: str) -> str:
+    """Say how far two models are apart, and what does not follow."""
+    differences = {
+        (task, k): block.rows[last][task][k] - block.rows[first][task][k]
+        for task in TASKS
+        for k in block.rows[last][task]
+    }
+    (task, k), largest = max(differences.items(), key=lambda item: abs(item[1]))
+    ahead = sum(round(difference, 1) > 0 for difference in differences.values())
+    name, _, prefix = _HEADS[task]
+    return (
+        f"{last} is ahead of {first} on {ahead} of {len(differences)} scores in colour. "
+        f"They are furthest apart in {name} {prefix}{k}, {largest:+.1f} points. "
+        "One training of each is no evidence for either."
+    )
 
 
 def knn_ahead(block: Block, name: str) -> tuple[int, int]:
@@ -110,28 +131,43 @@ def _against_knn(blocks: Sequence[Block], trained: Sequence[str]) -> str:
     return f"Untrained pixel kNN beats the trained model on retrieval scores: {'; '.join(parts)}."
 
 
-def show(blocks: Sequence[Block], console: Console) -> None:
-    """Print the table and the notes."""
+def _tau_head(agreement: Agreement) -> list[str]:
+    return ["method", *(f"{agreement.concepts[key]:,} {key} concepts" for key in (TRAINING, HELD_OUT))]
+
+
+def _tau_rows(agreement: Agreement) -> list[list[str]]:
+    return [
+        [name, *(f"{by_set[key]:.3f}" for key in (TRAINING, HELD_OUT))]
+        for name, by_set in agreement.averages.items()
+    ]
+
+
+def show(blocks: Sequence[Block], agreement: Agreement, console: Console) -> None:
+    """Print the tables and the notes."""
     rows = [row for block in blocks for row in ([block.title], *block.cells())]
     tables.show(console, _head("\n"), rows, right=len(TASKS), title=_TITLE)
+    tables.show(console, _tau_head(agreement), _tau_rows(agreement), right=2, title=_TAU_TITLE)
     for line in notes(blocks):
         say(console, f"• {line}")
 
 
-def markdown(blocks: Sequence[Block]) -> str:
-    """Return the table and the notes as Markdown."""
+def markdown(blocks: Sequence[Block], agreement: Agreement) -> str:
+    """Return the tables and the notes as Markdown."""
     blank = [""] * len(TASKS)
     rows = [row for block in blocks for row in ([f"**{block.title}**", *blank], *block.cells())]
     table = tables.markdown(_head(" "), rows, right=len(TASKS))
-    return "\n".join([f"# {_TITLE}", "", table, "", *[f"- {line}" for line in notes(blocks)], ""])
+    taus = tables.markdown(_tau_head(agreement), _tau_rows(agreement), right=2)
+    lines = [f"- {line}" for line in notes(blocks)]
+    return "\n".join([f"# {_TITLE}", "", table, "", f"{_TAU_TITLE}:", "", taus, "", *lines, ""])
 
 
-def save(blocks: Sequence[Block], conditions: dict[str, Any], folder: Path) -> None:
+def save(blocks: Sequence[Block], agreement: Agreement, conditions: dict[str, Any], folder: Path) -> None:
     """Write ``results.md`` and ``results.json``."""
-    (folder / "results.md").write_text(markdown(blocks), encoding="utf-8")
+    (folder / "results.md").write_text(markdown(blocks, agreement), encoding="utf-8")
     results = {
         "conditions": conditions,
         "results": [dataclasses.asdict(block) for block in blocks],
+        "tau": agreement.averages,
         "notes": notes(blocks),
     }
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""One training of the demo: its recipe, and whether it was finished earlier."""
+"""The trainings of the demo: their recipe, whether one was finished earlier, and several side by side."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from examples_common import trainer
-from examples_common.terminal import bars, say
 from examples_common.trainer import Job, Log, TrainingError
-from rich.console import Console
+
+from rankloss_trainers.catalog import PREFIXES
 
 # Some pictures in grey, since the line art of the evaluation has no colour.
 AUGMENTATION = ("scale=(0.5,1.0)", "gray_scale_prob=0.1")
 _LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d \| (?P<level>\w+) \| (?P<text>.*)$")
-_SHOWN = ("Train Epoch:", "Loss:")
 _DONE = "complete.json"
 
 
@@ -51,10 +51,10 @@ class Run:
         """The weights after the last epoch."""
         return trainer.checkpoint_of(self.folder, self.epochs)
 
-    @property
-    def seconds(self) -> float:
-        """How long the complete run took."""
-        return float(json.loads((self.folder / _DONE).read_text(encoding="utf-8"))["seconds"])
+    def record(self) -> dict[str, Any]:
+        """Return how long the complete run took, in seconds, and with how many threads."""
+        stored = json.loads((self.folder / _DONE).read_text(encoding="utf-8"))
+        return {key: stored.get(key) for key in ("seconds", "threads")}
 
     def job(self) -> Job:
         """Return what the trainer is started with."""
@@ -75,6 +75,10 @@ class Run:
         more = ("--report-to", "tensorboard", "--log-every-n-steps", "10", *self.extra)
         table = f"{self.data}/train.csv"
         return self.job().command(table, self.name, device=self.device, workers=workers, more=more)
+
+    def shown_command(self) -> str:
+        """Return it as one would type it."""
+        return shlex.join(["python", *self.command()[1:]]).replace("\t", "\\t")
 
     def settings(self) -> dict[str, Any]:
         """Return what makes two runs the same run."""
@@ -102,31 +106,108 @@ class Run:
             )
         return True
 
-    def train(self, console: Console) -> None:
-        """Train, showing the trainer's own lines and a bar.
+    @property
+    def log(self) -> Path:
+        """The trainer's own log."""
+        return self.folder / "out.log"
+
+    async def train(
+        self, threads: int | None, on_share: Callable[[float], None], warn: Callable[[str], None]
+    ) -> None:
+        """Train, leaving the trainer's lines to its log.
+
+        Args:
+            threads: How many; None leaves it to torch.
+            on_share: Told how much of the training is done, at every logged step.
+            warn: Given the trainer's warnings.
 
         Raises:
             LossNotAttachedError: If the first logged step shows plain CLIP instead of the requested loss.
             TrainingError: If the trainer fails or leaves no checkpoint.
         """
-        command = self.command()
-        say(console, f"$ cd {self.root}", "dim")
-        say(console, "$ " + shlex.join(["python", *command[1:]]).replace("\t", "\\t"), "dim")
-        with bars(console) as progress:
-            bar = progress.add_task(f"Training {self.loss}", total=1.0)
 
-            def show(line: str, log: Log) -> None:
-                progress.update(bar, completed=log.share)
-                # The parameters and the printed model are two hundred lines; out.log has them.
-                entry = _LOG_LINE.match(line)
-                if entry and (entry["level"] != "INFO" or entry["text"].startswith(_SHOWN)):
-                    say(console, entry["text"])
+        def read(line: str, log: Log) -> None:
+            if log.share:
+                on_share(log.share)
+            entry = _LOG_LINE.match(line)
+            if entry and entry["level"] != "INFO":
+                warn(f"{self.loss}: {entry['text']}")
 
-            trained = asyncio.run(
-                trainer.train(self.job(), command, self.folder, root=self.root, on_line=show)
-            )
-        marker = {"settings": self.settings(), "seconds": round(trained.seconds, 1)}
+        trained = await trainer.train(
+            self.job(), self.command(), self.folder, root=self.root, threads=threads, on_line=read
+        )
+        marker = {"settings": self.settings(), "threads": threads, "seconds": round(trained.seconds, 1)}
         (self.folder / _DONE).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+
+
+def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
+    """Return those of the trainer's arguments that a run with this loss takes: no other loss's options.
+
+    Example:
+        >>> arguments_for("clip", ["--lr", "5e-4", "--rankclip-schedule", "cosine"])
+        ('--lr', '5e-4')
+    """
+    kept, keep = [], True
+    for word in arguments:
+        if word.startswith("--"):
+            owner = next((prefix for prefix in PREFIXES if word.startswith(f"--{prefix}-")), None)
+            keep = owner is None or owner in loss.split("-")
+        if keep:
+            kept.append(word)
+    return tuple(kept)
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def side_by_side(count: int, device: str) -> tuple[int, int | None]:
+    """Return how many of so many trainings run at a time, and with how many threads each."""
+    if device != "cpu":
+        return 1, None
+    jobs = min(count, cores())
+    return jobs, cores() // jobs
+
+
+async def train_all(
+    runs: Sequence[Run],
+    *,
+    jobs: int,
+    threads: int | None,
+    on_share: Callable[[float], None],
+    warn: Callable[[str], None],
+) -> None:
+    """Train several models, ``jobs`` at a time; the first that fails ends the others.
+
+    Args:
+        runs: What is trained.
+        jobs: Trainings at a time.
+        threads: Threads of each; None leaves it to torch.
+        on_share: Told how much of all trainings is done, at every logged step of any.
+        warn: Given the trainers' warnings.
+    """
+    slots, shares = asyncio.Semaphore(jobs), dict.fromkeys(runs, 0.0)
+
+    async def one(run: Run) -> None:
+        def report(share: float) -> None:
+            shares[run] = share
+            on_share(sum(shares.values()) / len(shares))
+
+        async with slots:
+            await run.train(threads, report, warn)
+
+    tasks = [asyncio.create_task(one(run)) for run in runs]
+    try:
+        # Not gather, which does not wait for the others to end their processes.
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in tasks:
+        if not task.cancelled():
+            task.result()
 
 
 def read_scalars(run_folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -1,0 +1,74 @@
+"""How far a picture and its caption rank the concepts alike, and the pair whose rankings are drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankloss.metrics import kendall_tau, rank_agreement
+
+from .evaluate import ClipModel, Pairs
+
+TRAINING, HELD_OUT = "training", "held-out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Kendall's τ of every model, and one pair's rankings.
+
+    The pair is a training concept: the one whose τ, under all models, are nearest to the averages.
+    """
+
+    averages: Mapping[str, Mapping[str, float]]  # by model, on the training and on the held-out concepts
+    concepts: Mapping[str, int]  # how many
+    anchor: int
+    labels: Sequence[str]  # names of the training concepts
+    scores: Mapping[str, tuple[Tensor, Tensor]]  # by model: those of the picture, and of its caption
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        record: dict[str, Any] = {
+            "averages": {
+                name: {key: round(tau, 4) for key, tau in by_set.items()}
+                for name, by_set in self.averages.items()
+            },
+            "concepts": self.concepts,
+            "anchor": self.anchor,
+            "labels": self.labels,
+            "scores": {
+                name: [[round(score, 5) for score in scores.tolist()] for scores in lists]
+                for name, lists in self.scores.items()
+            },
+        }
+        path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def measure(models: Mapping[str, ClipModel], training: Pairs, held_out: Pairs) -> Agreement:
+    """Compare the rankings of all pictures with those of their captions, under every model."""
+    averages: dict[str, dict[str, float]] = {}
+    lists: dict[str, tuple[Tensor, Tensor]] = {}
+    distance = torch.zeros(len(training.names), dtype=torch.float64)
+    for name, model in models.items():
+        v, t = model.features(training.images, training.captions)
+        averages[name] = {
+            TRAINING: rank_agreement(v, t)["cross_modal_tau"].item(),
+            HELD_OUT: rank_agreement(*model.features(held_out.images, held_out.captions))[
+                "cross_modal_tau"
+            ].item(),
+        }
+        lists[name] = (v @ t.T, t @ v.T)
+        distance += (kendall_tau(*lists[name]) - averages[name][TRAINING]).square()
+    anchor = int(distance.nan_to_num(torch.inf).argmin())
+    return Agreement(
+        averages=averages,
+        concepts={TRAINING: len(training.names), HELD_OUT: len(held_out.names)},
+        anchor=anchor,
+        labels=training.names,
+        scores={name: (first[anchor], second[anchor]) for name, (first, second) in lists.items()},
+    )

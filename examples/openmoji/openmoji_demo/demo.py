@@ -1,0 +1,125 @@
+"""The demo's stages: data, trainings, evaluation and picture; finished ones are skipped."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import torch
+from examples_common.terminal import say
+from examples_common.trainer import place_model
+from rich.console import Console
+
+import rankloss
+
+from . import agreement, data, draw, evaluate, progress, report
+from .progress import Forecast
+from .train import Run, arguments_for, read_scalars, side_by_side, train_all
+
+_MODEL = Path(__file__).resolve().parents[1] / "model"
+
+
+def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
+    """Go through all progress."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    root: Path = args.output.resolve()
+    folder = root / "data" / f"split{args.split}"
+    root.mkdir(parents=True, exist_ok=True)
+
+    console.rule("1/4  Data")
+    if data.is_complete(folder, args.split):
+        say(console, f"Complete already: {folder}")
+    else:
+        counts = data.build(folder, root=root, split=args.split, track=forecast.track)["counts"]
+        say(
+            console,
+            f"{counts['train_rows']} captions of {counts['train_images']} pictures "
+            f"({counts['train_concepts']} concepts) to train on, "
+            f"{counts['test_concepts']} held-out concepts: {folder}",
+        )
+    say(console, "Emojis by OpenMoji, CC BY-SA 4.0; see ATTRIBUTION.md there.", "dim")
+    place_model(_MODEL, root / "model")
+
+    console.rule("2/4  Training, by open_clip's own command")
+    pairs = folder.relative_to(root).as_posix()
+    runs = [
+        Run(root, pairs, loss, args.seed, args.epochs, device, arguments_for(loss, args.extra))
+        for loss in args.loss
+    ]
+    _train(runs, device, console, forecast)
+
+    console.rule("3/4  Evaluation on held-out concepts")
+    forecast.begin(progress.EVALUATION)
+    models = {
+        report.label_of(run.loss): evaluate.ClipModel(root / "model", run.checkpoint, device) for run in runs
+    }
+    methods: dict[str, Any] = {report.KNN: evaluate.load_pixel_knn(root, folder), **models}
+    blocks, similarities, test_sets = [], {}, {}
+    for number, style in enumerate(evaluate.STYLES):
+        test_set = test_sets[style] = evaluate.load_test_set(root, folder, style)
+        rows = {report.CHANCE: evaluate.chance_scores(test_set)}
+        for name, method in methods.items():
+            rows[name], similarities[style, name] = evaluate.score(method, test_set)
+        classes = (len(test_set.subgroup_classes), len(test_set.group_classes))
+        blocks.append(report.Block(style, len(test_set.images), *classes, rows))
+        forecast.report((number + 1) / (len(evaluate.STYLES) + 1))
+    training = evaluate.load_pairs(root, folder / "train_emojis.csv")
+    rankings = agreement.measure(models, training, evaluate.load_pairs(root, folder / "test.csv"))
+    report.show(blocks, rankings, console)
+    conditions = {
+        "device": device,
+        "torch": torch.__version__,
+        "rankloss": rankloss.__version__,
+        "split": args.split,
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "runs": {run.loss: {**run.record(), "command": run.command()[1:]} for run in runs},
+    }
+    report.save(blocks, rankings, conditions, root)
+    rankings.save(root / "agreement.json")
+
+    console.rule("4/4  Picture")
+    forecast.begin(progress.PICTURE)
+    draw.draw(
+        root / "openmoji.png",
+        agreement=rankings,
+        picture=training.images[rankings.anchor],
+        test_set=test_sets["color"],
+        similarities={name: similarities["color", name] for name in models},
+        curves={report.label_of(run.loss): read_scalars(run.folder) for run in runs},
+        epochs=args.epochs,
+    )
+    forecast.begin(progress.DONE)
+    for name in ("openmoji.png", "results.md", "results.json", "agreement.json"):
+        say(console, f"Wrote {root / name}")
+
+
+def _train(runs: list[Run], device: str, console: Console, forecast: Forecast) -> None:
+    todo = []
+    for run in runs:
+        if run.is_complete():
+            say(console, f"Complete already: {run.folder}")
+        else:
+            todo.append(run)
+            say(console, f"$ cd {run.root} && {run.shown_command()}", "dim")
+            say(console, f"Log: {run.log}")
+    if not todo:
+        return
+    jobs, threads = side_by_side(len(todo), device)
+    forecast.begin(progress.TRAINER_START)
+
+    def on_share(share: float) -> None:
+        if forecast.stage != progress.TRAINING:
+            forecast.begin(progress.TRAINING)
+        forecast.report(share)
+
+    def warn(text: str) -> None:
+        say(console, text, "yellow")
+
+    asyncio.run(train_all(todo, jobs=jobs, threads=threads, on_share=on_share, warn=warn))
+    for run in todo:
+        record = run.record()
+        by = "" if threads is None else f" with {threads} thread{'s' if threads > 1 else ''}"
+        say(console, f"Trained {run.loss} in {record['seconds']:.0f} s on {device}{by}.")

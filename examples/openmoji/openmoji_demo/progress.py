@@ -1,0 +1,144 @@
+"""One bar for the whole demo, and how much time is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+STARTING, TRAINER_START, TRAINING = "Starting", "Starting the trainer", "Training"
+EVALUATION, PICTURE, DONE = "Evaluating", "Drawing the picture", "Done"
+
+# Seconds on one core.
+_EXPECTED = {
+    STARTING: 8.0,
+    "Drawing in colour": 8.0,
+    "Drawing line art": 8.0,
+    TRAINER_START: 10.0,
+    TRAINING: 35.0,  # an epoch
+    EVALUATION: 20.0,
+    PICTURE: 4.0,
+    DONE: 0.0,
+}
+
+_PRIOR_SECONDS = 3.0  # at the expected pace, that count beside what was measured
+_PRIOR_SHARE = 0.01  # of a stage
+
+
+def expected(epochs: int, trainings: int, cores: int) -> dict[str, float]:
+    """Return the seconds that every stage is expected to take."""
+    at_once = min(trainings, cores)
+    # Side by side the trainings share nothing; the threads of one of them gain less the more they are.
+    training = epochs * _EXPECTED[TRAINING] * trainings / at_once / (cores / at_once) ** 0.5
+    return {**_EXPECTED, TRAINING: training}
+
+
+class Forecast:
+    """How much time is left, from what every stage is expected to take and from what was seen so far.
+
+    A machine that is slower than expected is slower in what is left too. Within a stage that reports its
+    share, its own pace soon outweighs the expectation.
+
+    Args:
+        expected: Seconds per stage, in order; a stage that never begins is skipped.
+        clock: Seconds since any moment.
+    """
+
+    def __init__(self, expected: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
+        self._expected = dict(expected)
+        self._clock = clock
+        self._started = self._began = self._reported = clock()
+        self.stage = next(iter(self._expected))
+        self._share = 0.0  # of the present stage
+        self._finished = 0.0  # expected seconds of the stages that were done
+        self._spent = 0.0  # and the seconds that they took
+        self._shown = 0.0
+
+    def begin(self, stage: str) -> None:
+        """The stage before ends, and this one begins."""
+        now = self._clock()
+        self._finished += self._expected[self.stage]
+        self._spent += now - self._began
+        self.stage, self._began, self._reported, self._share = stage, now, now, 0.0
+
+    def report(self, share: float) -> None:
+        """So much of the present stage is done."""
+        self._share, self._reported = share, self._clock()
+
+    def track(self, items: Iterable[Any], length: int, stage: str) -> Iterator[Any]:
+        """A loop that is a stage of its own; see :data:`examples_common.terminal.Track`."""
+        self.begin(stage)
+        for number, item in enumerate(items, 1):
+            yield item
+            self.report(number / length)
+
+    @property
+    def pace(self) -> float:
+        """How many times longer everything takes than expected."""
+        spent = self._spent + self._reported - self._began
+        planned = self._finished + self._share * self._expected[self.stage]
+        return (spent + _PRIOR_SECONDS) / (planned + _PRIOR_SECONDS)
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until everything is done."""
+        stages = list(self._expected)
+        later = sum(self._expected[stage] for stage in stages[stages.index(self.stage) + 1 :])
+        prior = self.pace * self._expected[self.stage]
+        whole = (self._reported - self._began + _PRIOR_SHARE * prior) / (self._share + _PRIOR_SHARE)
+        return max(0.0, whole - (self._clock() - self._began)) + self.pace * later
+
+    @property
+    def share(self) -> float:
+        """How much of everything is done; it never falls."""
+        elapsed, remaining = self._clock() - self._started, self.remaining
+        self._shown = max(self._shown, elapsed / (elapsed + remaining) if elapsed else 0.0)
+        return self._shown
+
+
+class _Remaining(ProgressColumn):
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        remaining = task.fields["forecast"].remaining
+        return Text(f"about {clock_time(remaining)} left" if remaining else "")
+
+
+class _Bar(Progress):
+    """Moves by the clock, between two reports too."""
+
+    def get_renderables(self) -> Iterable[Any]:
+        """What is drawn, ten times a second."""
+        for task in self.tasks:
+            forecast = task.fields["forecast"]
+            self.update(task.id, completed=forecast.share, description=forecast.stage)
+        yield from super().get_renderables()
+
+
+def clock_time(seconds: float) -> str:
+    """Return minutes and seconds.
+
+    Example:
+        >>> clock_time(312.7)
+        '5:12'
+    """
+    return str(timedelta(seconds=int(seconds))).removeprefix("0:").removeprefix("0")
+
+
+def bar(console: Console, forecast: Forecast) -> Progress:
+    """Return the bar of a forecast, to be entered; it moves until it is left."""
+    progress = _Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        _Remaining(),
+        console=console,
+    )
+    progress.add_task("", total=1.0, forecast=forecast)
+    return progress
