@@ -53,14 +53,18 @@ miniature-full: $(VENV)/.examples
 miniature-search: $(VENV)/.examples
 	$(BIN)/python examples/miniature/search.py --preset full --confirm --output $(MINIATURE_OUTPUT) $(SEARCH_ARGS)
 
+# One worker per core, and one thread in each: most tests compute too little to share.
+ON_ALL_CORES := OMP_NUM_THREADS=1
+WORKERS ?= -n auto --dist loadfile
+
 ## The test suite without its slow part.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(ON_ALL_CORES) $(BIN)/python -m pytest -m 'not slow' $(WORKERS) $(PYTEST_ARGS)
 
 ## The slow part (trainings under torchrun, installations), then every property on 2,000 random examples.
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
-	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(ON_ALL_CORES) HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m 'not slow' $(WORKERS) $(PYTEST_ARGS)
 
 ## The core on the lowest torch and NumPy, and the integrations on the lowest and the newest supported open_clip and
 ## transformers, each in an environment of its own.
@@ -72,7 +76,7 @@ test-matrix: $(addprefix test-transformers-,$(TRANSFORMERS_VERSIONS))
 test-lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --editable '.[test]' $(LOWEST)
-	$(VENV)-lowest/bin/python -m pytest tests/test_*.py $(wildcard tests/conditions) rankloss README.md $(PYTEST_ARGS)
+	$(ON_ALL_CORES) $(VENV)-lowest/bin/python -m pytest tests/test_*.py $(wildcard tests/conditions) rankloss README.md $(WORKERS) $(PYTEST_ARGS)
 
 test-open_clip-%:
 	$(PYTHON) -m venv $(VENV)-open_clip-$*
@@ -108,7 +112,7 @@ typecheck: $(VENV)/.dev
 	$(BIN)/mypy
 
 ## Time and memory of the losses against open_clip's ClipLoss and the naive rank loss: tables, plots and whether the
-## targets are met, in outputs/bench (about 20 minutes on 2 cores). SCALING_ARGS=--largest adds N = 32,768.
+## targets are met, in outputs/bench (about 25 minutes on 2 cores). SCALING_ARGS=--largest adds N = 32,768.
 bench: $(VENV)/.dev
 	mkdir -p $(BENCH_OUTPUT)
 	$(BIN)/python -m pytest benchmarks -p no:cacheprovider -o testpaths=benchmarks -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds --benchmark-json=$(BENCH_OUTPUT)/pytest-benchmark.json $(BENCH_ARGS)

@@ -14,7 +14,7 @@ from contenders import SCALE, D
 from naive import list_nll
 from rankloss.likelihood import nll_terms
 from rankloss.lists import Block, evaluate
-from rankloss.options import RankOptions, choose_plan
+from rankloss.options import RankOptions
 from rankloss.ranking import ascending
 
 LISTS, ITEMS, BINS = 256, 4096, 640
@@ -32,7 +32,7 @@ def similarities() -> tuple[Tensor, Tensor]:
 
 def streamed(cosines: Tensor, reference: Tensor, method: str) -> tuple[Tensor, Tensor]:
     """As the pass over the rows does it: a slice at a time that fits a core's cache."""
-    plan = choose_plan(LISTS, ITEMS, cosines.device, cosines.dtype)
+    plan = OPTIONS[method].plan(LISTS, ITEMS, cosines.device, cosines.dtype)
     block = Block(cosines, torch.arange(LISTS), torch.tensor(SCALE), None, torch.ones(()), reference)
     _, value, gradient = evaluate(block, OPTIONS[method], plan, with_gradient=True)
     assert value is not None

@@ -22,7 +22,7 @@ import rankloss
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # where a script finds what they share
 
-from contenders import LOSSES, batch
+from contenders import LOSSES, Distilled, batch
 from memory import saved_bytes
 
 __all__ = ["Times", "conditions", "in_fresh_process", "in_turns", "measure_memory", "measure_time"]
@@ -98,6 +98,8 @@ def measure_memory(name: str, n: int, d: int, threads: int) -> dict[str, float |
     loss = LOSSES[name]()
     loss(*batch(_WARM_UP, d)).backward()
     inputs = batch(n, d)
+    if isinstance(loss, Distilled):
+        loss.prepare(n, d)
     gc.collect()
     before = _reset_peak()
     started = time.perf_counter()

@@ -70,6 +70,7 @@ def targets(points: Iterable[Point], step: Mapping[str, float] | None) -> list[T
     at = {(p.loss, p.n): p for p in points}
     naive, clip = "naive terms", "ClipLoss"
     sort, binned, fused = "RankConsistency sort", "RankConsistency bin", "RankClipLoss bin"
+    distill = "rankclip-distill"
 
     def seconds(above: str, below: str, n: int = 4096) -> float | None:
         a, b = at.get((above, n)), at.get((below, n))
@@ -84,10 +85,14 @@ def targets(points: Iterable[Point], step: Mapping[str, float] | None) -> list[T
         Target("naive / sort, added memory, N = 4,096", added((naive, 4096), (sort, 4096)), True, 12),
         Target("naive / bin, time, N = 4,096", seconds(naive, binned), True, 5),
         Target("RankClipLoss bin / ClipLoss, time, N = 4,096", seconds(fused, clip), False, 4),
+        Target(f"{distill} / ClipLoss, time, N = 4,096", seconds(distill, clip), False, 2.5),
     ]
     for loss in ("ClipLoss", "SigLipLoss"):
         streamed = f"{loss} streamed"
-        rows.append(Target(f"{streamed} / {loss}, time, N = 4,096", seconds(streamed, loss), False, 1.3))
+        both = [n for _, n in at if n > 4096 and seconds(streamed, loss, n) is not None]
+        for n in (4096, *([max(both)] if both else [])):  # the second: where open_clip's just fits
+            value = seconds(streamed, loss, n)
+            rows.append(Target(f"{streamed} / {loss}, time, N = {n:,}", value, False, 1.3))
         largest = at.get((streamed, 32768))
         memory = None if largest is None or largest.added_bytes is None else largest.added_bytes / _GIB
         rows.append(Target(f"{streamed}, added memory, N = 32,768", memory, False, 1, "{:.2f} GiB"))

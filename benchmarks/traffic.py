@@ -42,6 +42,7 @@ _KINDS = {
                      "scalar_tensor", "new_zeros", "new_ones", "new_full"),
 }  # fmt: skip
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
+_FACTORIES = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 _ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
@@ -155,6 +156,8 @@ def _footprint(x: Tensor) -> int:
 def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Sequence[Tensor]) -> int:
     """Bytes that an operation reads and writes."""
     name = func.overloadpacket.__name__.rstrip("_")
+    if name in _FACTORIES:  # which take an operand for its shape
+        return sum(map(_footprint, outputs))
     arguments = func._schema.arguments
     given = [(arguments[k], value) for k, value in enumerate(args)]
     given += [(argument, kwargs[argument.name]) for argument in arguments if argument.name in kwargs]

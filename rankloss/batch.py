@@ -25,8 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rankloss.ranking import first_of_group
-
 __all__ = [
     "MATRICES",
     "Batch",
@@ -158,7 +156,7 @@ class Batch:
     home: torch.device | None = None
     reference_image: Tensor | None = None
     reference_text: Tensor | None = None
-    _first_equal: dict[str, Tensor | None] = field(
+    _first_equal: dict[tuple[str, ...], list[Tensor | None]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -228,11 +226,14 @@ class Batch:
         """``[n]``: the column of every anchor's own pair."""
         return torch.arange(self.first_row, self.first_row + self.anchors, device=self.image.device)
 
-    def matrices(self, term: Term) -> tuple[Matrix, Matrix]:
-        """The two matrices that a term compares: S and R, or I and X."""
+    def matrices(self, term: Term, *, are_references: bool = True) -> tuple[Matrix, Matrix]:
+        """The two matrices that a term compares: S and R, or I and X.
+
+        Without ``are_references`` no lists are ranked by them, and equal items are not looked for.
+        """
         are_local = self.image_anchors is not None
         (images, items_1), (texts, items_2) = anchors_and_items(term, self.inputs, are_local)
-        v, t = self._equal("image", self.image), self._equal("text", self.text)
+        v, t = self._equal("image", "text") if are_references else (None, None)
         if term == "cross_modal":
             return Matrix("S", images, items_1, t), Matrix("R", texts, items_2, v)
         return Matrix("I", images, items_1, v), Matrix("X", texts, items_2, t)
@@ -247,23 +248,23 @@ class Batch:
             return matrices[1], matrices[0]
         rows = slice(self.first_row, self.first_row + self.anchors)
         v, t = self.reference_image, self.reference_text
-        if term == "cross_modal":
-            assert v is not None
-            assert t is not None
-            of_v, of_t = self._equal("reference_image", v), self._equal("reference_text", t)
-            return Matrix("S", v[rows], t, of_t), Matrix("R", t[rows], v, of_v)
-        of_images = None if v is None else Matrix("I", v[rows], v, self._equal("reference_image", v))
-        of_texts = None if t is None else Matrix("X", t[rows], t, self._equal("reference_text", t))
-        by_first, by_second = of_images or of_texts, of_texts or of_images
-        assert by_first is not None
-        assert by_second is not None
-        return by_first, by_second
+        if v is not None and t is not None:
+            of_v, of_t = self._equal("reference_image", "reference_text")
+            if term == "cross_modal":
+                return Matrix("S", v[rows], t, of_t), Matrix("R", t[rows], v, of_v)
+            return Matrix("I", v[rows], v, of_v), Matrix("X", t[rows], t, of_t)
+        name: Literal["I", "X"] = "I" if t is None else "X"
+        of_one = v if t is None else t
+        assert of_one is not None
+        (equal,) = self._equal("reference_image" if t is None else "reference_text")
+        by_one = Matrix(name, of_one[rows], of_one, equal)
+        return by_one, by_one
 
-    def _equal(self, name: str, features: Tensor) -> Tensor | None:
+    def _equal(self, *names: str) -> list[Tensor | None]:
         # Not a cached_property: up to Python 3.11 that takes a lock, where a compiler would stop.
-        if name not in self._first_equal:
-            self._first_equal[name] = _first_equal(features)
-        return self._first_equal[name]
+        if names not in self._first_equal:
+            self._first_equal[names] = _first_equal(*(getattr(self, name) for name in names))
+        return self._first_equal[names]
 
     @property
     def nan_unless_finite(self) -> Tensor:
@@ -274,8 +275,8 @@ class Batch:
 
 def nan_unless_finite(*features: Tensor | None) -> Tensor:
     """1 if all features are finite, else NaN; multiplying by it makes the loss NaN."""
-    finite = [x.detach().isfinite().all() for x in features if x is not None]
-    return torch.where(functools.reduce(torch.logical_and, finite), 1.0, math.nan)
+    largest = [torch.linalg.vector_norm(x.detach(), math.inf) for x in features if x is not None]
+    return torch.stack(largest).mul(0).sum() + 1
 
 
 def anchors_and_items(term: Term, of: Inputs, are_local: bool) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
@@ -422,7 +423,7 @@ def _scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _ROUNDS = 4  # of hashing, where rows that differ have had one hash
-_ROUNDS_UNSEEN = 2  # where it cannot be seen whether they have
+_FIRST_FACTOR = 1.3247179572447460  # squared, that of a first column: any number without a pattern
 
 
 def other_items(own: Tensor, n: int) -> Tensor:
@@ -436,19 +437,10 @@ def other_items(own: Tensor, n: int) -> Tensor:
     return column + (column >= own[:, None])
 
 
-def _first_equal(features: Tensor) -> Tensor | None:
-    """:func:`first_occurrence`, or None where no two rows are equal and knowing it costs no wait."""
-    if may_look_at(features) and len(row_hashes(features).unique()) == len(features):
-        return None
-    return first_occurrence(features)
-
-
 def first_occurrence(features: Tensor) -> Tensor:
     """Index of the first row that equals row i, for every i.
 
-    It is i itself where the row is the first of its kind. Rows are compared through a 64-bit hash, and each
-    match is confirmed on the values themselves; where rows that differ have one hash, another hash is tried.
-    Memory is O(N·D), an accelerator's host waits for nothing, and a row that holds NaN equals no row.
+    It is i itself where the row is the first of its kind. A row that holds NaN equals no row.
 
     Args:
         features: ``[N, D]``, float32 or float64.
@@ -460,43 +452,54 @@ def first_occurrence(features: Tensor) -> Tensor:
         >>> first_occurrence(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])).tolist()
         [0, 1, 0]
     """
-    features = features.detach()
-    found = torch.arange(len(features), device=features.device)
-    looks = may_look_at(features)
-    for salt in range(_ROUNDS if looks else _ROUNDS_UNSEEN):
-        hashes, order = row_hashes(features, salt).sort(stable=True)  # stable: a group's first is its least
-        of_first = order.gather(0, first_of_group(hashes))
-        candidate = torch.empty_like(order).scatter_(0, order, of_first)
-        same = (features[candidate] == features).all(-1)
-        # Equal rows have one candidate, and so are confirmed all or none.
-        found = torch.minimum(found, candidate.where(same, found))
-        if looks and bool(same.all()):
+    (found,) = _first_equal(features)
+    return torch.arange(len(features), device=features.device) if found is None else found
+
+
+def _first_equal(*features: Tensor) -> list[Tensor | None]:
+    """:func:`first_occurrence` of several matrices; None where no two rows are equal and a look tells so.
+
+    Rows are compared through a 64-bit hash, and each match is confirmed on the values themselves, so rows
+    that differ never count as equal. Where rows that differ have one hash, which is to be expected once in
+    some 10⁹ batches, those behind the first might miss their equals; if a look is free, it is tried again
+    with another hash. Memory is O(N·D), and an accelerator's host waits for nothing.
+    """
+    features = tuple(x.detach() for x in features)
+    own = torch.arange(len(features[0]), device=features[0].device)
+    looks = may_look_at(features[0])
+    found: list[Tensor | None] = [None] * len(features)
+    unsettled = list(range(len(features)))
+    for salt in range(_ROUNDS if looks else 1):
+        of_salt = {k: row_hashes(features[k], salt) for k in unsettled}
+        if looks:
+            of_salt = {k: h for k, h in of_salt.items() if len(h.unique()) < len(h)}
+        if not of_salt:
             break
+        unsettled, hashes = list(of_salt), torch.stack(list(of_salt.values()))
+        ordered, order = hashes.sort(stable=True)  # stable: a group's first is its least
+        candidates = order.gather(-1, torch.searchsorted(ordered, hashes))
+        for k, candidate in zip(tuple(unsettled), candidates, strict=True):
+            same = (features[k][candidate] == features[k]).all(-1)
+            # Equal rows have one candidate, and so are confirmed all or none.
+            first, before = torch.where(same, candidate, own), found[k]
+            found[k] = first if before is None else torch.minimum(first, before)
+            if looks and bool(same.all()):
+                unsettled.remove(k)
     return found
 
 
 def row_hashes(features: Tensor, salt: int = 0) -> Tensor:
     """A 64-bit hash of every row, ``[N]``; equal rows have equal ones, different salts different hashes.
 
-    The bits of the entries, two float32 at a time, are mixed column by column and then summed in wrapping
-    integer arithmetic, which gives one value whatever the order of summation. No step is arithmetic on
-    floating-point numbers, where a flushed subnormal would depend on the thread.
+    The bits of the entries, 32 at a time and read as integers, are multiplied by a number of their column in
+    float64, and the bits of the products are summed in wrapping integer arithmetic, which gives one value
+    whatever the order of summation. No step is arithmetic on the entries themselves, where a flushed
+    subnormal would depend on the thread.
     """
     bits = features.detach().contiguous().view(_BITS[features.dtype])
-    bits = bits.masked_fill(bits == torch.iinfo(bits.dtype).min, 0)  # −0.0 equals 0.0
-    if bits.dtype == torch.int32:
-        bits = (F.pad(bits, (0, 1)) if bits.shape[1] % 2 else bits).view(torch.int64)
-    return _mix(bits + _column_numbers(bits.shape[1], salt, bits.device)).sum(-1)
-
-
-def _column_numbers(count: int, salt: int, device: torch.device) -> Tensor:
-    """A 64-bit integer per column; their differences are other ones for every salt."""
-    step = -7046029254386353131 + salt * 2363566994553305962
-    return torch.arange(1, count + 1, device=device) * step
-
-
-def _mix(h: Tensor) -> Tensor:
-    """64-bit integers mixed, so that every bit of a result depends on every bit of ``h``; in place."""
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        h = h.bitwise_xor_(h >> shift).mul_(factor)
-    return h.bitwise_xor_(h >> 31)
+    negative_zero = torch.iinfo(bits.dtype).min
+    words = F.threshold(bits, negative_zero, 0).view(torch.int32)  # −0.0 equals 0.0
+    # Roots, since no small multiples of them add up to the same; none is a multiple of another.
+    columns = torch.arange(words.shape[1], dtype=torch.float64, device=words.device)
+    factors = columns.add_(_FIRST_FACTOR + words.shape[1] * salt).sqrt_()
+    return (words * factors).view(torch.int64).sum(-1)

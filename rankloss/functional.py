@@ -32,6 +32,8 @@ from rankloss.ranking import random_shuffle
 
 __all__ = ["check_references", "cross_modal", "in_modal", "plackett_luce_nll", "weighted_terms"]
 
+_TERMS: tuple[Term, ...] = get_args(Term)  # a compiler stops at the call
+
 
 def plackett_luce_nll(
     scores: Tensor,
@@ -185,7 +187,7 @@ def weighted_terms(
         weights = weights * batch.nan_unless_finite
         zero = image.new_zeros(n if options.reduction == "none" else ())
         values = (image.new_zeros(()),)
-        for term, is_wanted, weight in zip(get_args(Term), wanted[1:], weights[1:].unbind(), strict=True):
+        for term, is_wanted, weight in zip(_TERMS, wanted[1:], weights[1:].unbind(), strict=True):
             if not is_wanted:
                 values = (*values, zero)
                 continue
@@ -275,5 +277,5 @@ def _term(
         reference_text=reference_text_features,
     )
     weights = torch.ones(3, dtype=torch.float64, device=batch.image.device)
-    wanted = {name: name == term for name in get_args(Term)}
-    return weighted_terms(batch, checked, weights, **wanted)[1 + get_args(Term).index(term)]
+    wanted = {name: name == term for name in _TERMS}
+    return weighted_terms(batch, checked, weights, **wanted)[1 + _TERMS.index(term)]

@@ -23,6 +23,7 @@ from rankloss import kernels
 
 __all__ = [
     "OPTION_NAMES",
+    "STREAMING_OPTION_NAMES",
     "Discount",
     "FixedReference",
     "KernelOption",
@@ -30,16 +31,17 @@ __all__ = [
     "Method",
     "Model",
     "Plan",
+    "Precision",
     "RankOptions",
     "RankOptionsDict",
     "Reduction",
+    "StreamingOptionsDict",
     "Ties",
     "Worth",
     "check_choice",
     "check_count",
     "check_names",
     "choices_of",
-    "choose_plan",
 ]
 
 ListsOption = Literal["row", "batch"]
@@ -51,6 +53,7 @@ Reduction = Literal["mean", "sum", "none"]
 FixedReference = Literal["image", "text"]
 Method = Literal["sort", "bin"]
 KernelOption = Literal["auto", "torch", "triton"]
+Precision = Literal["default", "exact-order"]
 
 
 _LARGEST_COUNT = 2**31 - 1
@@ -58,18 +61,22 @@ _POSITIVE = {"above": 0.0}  # bounds of a number, beside those of a count
 
 
 def _option(
-    default: Any, help: str, *, at_least: int = 1, at_most: int = _LARGEST_COUNT, none: str = ""
+    default: Any,
+    help: str,
+    *,
+    at_least: int = 1,
+    at_most: int = _LARGEST_COUNT,
+    none: str = "",
+    unit: str = "N",
 ) -> Any:
-    """A field with its bounds and what a command line shows of it; ``none`` says what None means."""
-    return field(
-        default=default,
-        metadata={"help": help, "bounds": {"at_least": at_least, "at_most": at_most}, "none": none},
-    )
+    """A field with its bounds and what a command line shows: what None means, and the unit of a number."""
+    bounds = {"at_least": at_least, "at_most": at_most}
+    return field(default=default, metadata={"help": help, "bounds": bounds, "none": none, "unit": unit})
 
 
 def _positive_option(default: float | None, help: str, *, none: str) -> Any:
     """A field that is a positive number."""
-    return field(default=default, metadata={"help": help, "bounds": _POSITIVE, "none": none})
+    return field(default=default, metadata={"help": help, "bounds": _POSITIVE, "none": none, "unit": "X"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +119,11 @@ class RankOptions:
             (:mod:`rankloss.kernels`), in float32; where it does not serve, computing raises a ValueError that
             says why. ``"auto"``: torch's operations, until the kernels have been measured on a card. The plan
             says which, and why.
+        precision: of the products that give the similarities of float32 features on an accelerator.
+            ``"default"``: what torch is set to; where it may take TF32, as open_clip's trainer lets it, about
+            8 % of neighbouring items change places. ``"exact-order"``: the order of float32 whatever torch is
+            set to, by products of the features' upper and lower bits, at three times the cost of the
+            similarities' products; those of the gradients follow torch.
 
     Raises:
         ValueError: for a value that is not among the choices or below its bound, or options that exclude each
@@ -133,18 +145,19 @@ class RankOptions:
     worth: Worth = _option("exp", "worth of an item: exp of the logit, (1 + cosine)/2, or the cosine")
     ties: Ties = _option("shared", "equal reference scores share one denominator, or are shuffled")
     discount: Discount | None = _option(None, "weight of a rank: 1/log(1 + rank)", none="1")
-    top_k: int | None = _option(None, "count only the best ranks of each list", none="all")
+    top_k: int | None = _option(None, "count only the best ranks of each list", none="all", unit="K")
     reduction: Reduction = _option("mean", "how the lists' values are put together")
     diagonal: bool = _option(True, "whether an anchor's own pair is an item of its lists")
     fixed_reference: FixedReference | None = _option(
         None, "the modality whose rankings are a fixed reference for the other's", none="neither"
     )
     method: Method = _option("sort", "rank a list by its exact order, or faster by bins of the reference")
-    bins: int = _option(640, "number of bins of method bin", at_least=2, at_most=2**24)
+    bins: int = _option(640, "number of bins of method bin", at_least=2, at_most=2**24, unit="B")
     chunk_size: int | None = _option(
         None,
         "rows computed at a time: less memory, same result",
         none="from the sizes and the device",
+        unit="ROWS",
     )
     memory_budget: int | None = _option(
         None,
@@ -152,9 +165,14 @@ class RankOptions:
         at_least=0,
         at_most=2**63 - 1,
         none="64 MiB on a CPU, 1 GiB elsewhere",
+        unit="BYTES",
     )
     kernel: KernelOption = _option(
         "auto", "fused kernels of Triton on CUDA: triton; torch's operations: torch, and so far auto"
+    )
+
+    precision: Precision = _option(
+        "default", "similarities as torch's products are set, or in the order of float32 under TF32 too"
     )
 
     def __post_init__(self) -> None:
@@ -162,6 +180,10 @@ class RankOptions:
             object.__setattr__(self, option.name, _checked(option, getattr(self, option.name)))
         if self.method == "bin" and self.lists == "batch":
             raise ValueError("method='bin' ranks row lists; lists='batch' needs method='sort'")
+        if self.precision == "exact-order" and self.lists == "batch":
+            raise ValueError(
+                "precision='exact-order' serves row lists; lists='batch' takes precision='default'"
+            )
         if self.method == "bin" and self.ties == "random":
             raise ValueError("method='bin' ties the items of a bin; ties='random' needs method='sort'")
         if not self.diagonal and self.ties == "random":
@@ -229,8 +251,17 @@ class RankOptions:
         return {"mean": 1 / anchors, "sum": items / anchors, "none": 1.0}[self.reduction]
 
     def fits(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether a matrix of the whole batch is within ``memory_budget``."""
-        return rows * columns * dtype.itemsize <= _budget(self.memory_budget, device)
+        """Whether a matrix of the whole batch is within the budget."""
+        return rows * columns * dtype.itemsize <= self._budget(device)
+
+    def _budget(self, device: torch.device) -> int:
+        given = self.memory_budget
+        return _BUDGET.get(device.type, _BUDGET_ELSEWHERE) if given is None else given
+
+    @property
+    def streaming(self) -> StreamingOptionsDict:
+        """The options that any streamed loss has."""
+        return {name: getattr(self, name) for name in STREAMING_OPTION_NAMES}  # type: ignore[return-value]
 
     def plan(
         self,
@@ -241,23 +272,46 @@ class RankOptions:
         *,
         has_teacher: bool = False,
     ) -> Plan:
-        """How row lists of these sizes are computed, see :func:`choose_plan`.
+        """How row lists of these sizes are computed.
+
+        Args:
+            anchors: how many rows have lists here.
+            items: the length of a list.
+            device: where the features are.
+            dtype: of the arithmetic.
+            has_teacher: whether the lists are ranked by a teacher's features.
 
         Raises:
             ValueError: for ``kernel="triton"`` where it does not serve; the message says why.
+
+        Example:
+            >>> plan = RankOptions().plan(4096, 4096, torch.device("cpu"), torch.float32)
+            >>> plan.name, plan.chunk_size, plan.ranked_size, plan.slice_size, plan.matrix_bytes
+            ('shared', 256, 256, 64, 67108864)
+            >>> RankOptions().plan(8192, 8192, torch.device("cpu"), torch.float32).name
+            'rows'
         """
         why_no_kernel = self._why_no_kernel(anchors, items, device, dtype)
         if self.kernel == "triton" and why_no_kernel is not None:
             raise ValueError(f"kernel='triton' does not serve here: {why_no_kernel}")
-        return choose_plan(
-            anchors,
-            items,
-            device,
-            dtype,
-            has_teacher=has_teacher,
-            chunk_size=self.chunk_size,
-            memory_budget=self.memory_budget,
+        chunk_size = self.chunk_size or max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // items)
+        chunk_size = min(chunk_size, anchors)
+        ranked_size = max(1, min(chunk_size, _RANKED.get(device.type, _CHUNK_ELSEWHERE) // items))
+        slice_size = max(1, min(ranked_size, _SLICE.get(device.type, _CHUNK_ELSEWHERE) // items))
+        matrix_bytes, budget = items * items * dtype.itemsize, self._budget(device)
+        shares = anchors == items and matrix_bytes <= budget
+        # The student's first, which saves six products of a pass; the teacher's saves two.
+        with_reference = matrix_bytes + matrix_bytes // 2
+        shares_reference = shares and has_teacher and with_reference <= budget
+        return Plan(
+            name="shared" if shares else "rows",
+            chunk_size=chunk_size,
+            ranked_size=ranked_size,
+            slice_size=slice_size,
+            matrix_bytes=with_reference if shares_reference else matrix_bytes if shares else 0,
+            kernel="torch" if why_no_kernel is not None else "triton",
             why_no_kernel=why_no_kernel,
+            shares_reference=shares_reference,
         )
 
     def _why_no_kernel(
@@ -274,7 +328,14 @@ class RankOptions:
 OPTION_NAMES = tuple(option.name for option in fields(RankOptions))
 
 
-class RankOptionsDict(TypedDict, total=False):
+class StreamingOptionsDict(TypedDict, total=False):
+    """The fields of :class:`RankOptions` that any streamed loss has."""
+
+    chunk_size: int | None
+    memory_budget: int | None
+
+
+class RankOptionsDict(StreamingOptionsDict, total=False):
     """The fields of :class:`RankOptions`, for type checkers and completion."""
 
     lists: ListsOption
@@ -289,9 +350,11 @@ class RankOptionsDict(TypedDict, total=False):
     fixed_reference: FixedReference | None
     method: Method
     bins: int
-    chunk_size: int | None
-    memory_budget: int | None
     kernel: KernelOption
+    precision: Precision
+
+
+STREAMING_OPTION_NAMES = tuple(StreamingOptionsDict.__annotations__)
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
@@ -360,8 +423,9 @@ def _literals(hint: Any) -> tuple[Any, ...]:
     return (None, *literals) if literals and type(None) in parts else literals
 
 
-# Looked up once: a compiler that traces RankOptions stops at typing's functions and at caches.
+# Looked up once: a compiler that traces RankOptions stops at typing's functions, at caches and at metadata.
 _CHOICES = {name: _literals(hint) for name, hint in typing.get_type_hints(RankOptions).items()}
+_BOUNDS: dict[str, Any] = {option.name: option.metadata["bounds"] for option in fields(RankOptions)}
 
 
 def _checked(option: Field[Any], value: Any) -> Any:
@@ -371,9 +435,10 @@ def _checked(option: Field[Any], value: Any) -> Any:
         return value
     if value is None and option.default is None:
         return None
-    if option.metadata["bounds"] is _POSITIVE:
+    bounds = _BOUNDS[option.name]
+    if bounds is _POSITIVE:
         return _check_positive(option.name, value)
-    return check_count(option.name, value, **option.metadata["bounds"])
+    return check_count(option.name, value, **bounds)
 
 
 def _check_positive(name: str, value: Any) -> float:
@@ -427,61 +492,3 @@ class Plan:
     kernel: Literal["torch", "triton"]
     why_no_kernel: str | None
     shares_reference: bool = False
-
-
-def choose_plan(
-    anchors: int,
-    items: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    has_teacher: bool = False,
-    chunk_size: int | None = None,
-    memory_budget: int | None = None,
-    why_no_kernel: str | None = "kernel='torch'",
-) -> Plan:
-    """Choose a plan.
-
-    Args:
-        anchors: how many rows have lists here.
-        items: the length of a list.
-        device: where the features are.
-        dtype: of the arithmetic.
-        has_teacher: whether the lists are ranked by a teacher's features.
-        chunk_size: anchors of one product; None chooses from the sizes and the device.
-        memory_budget: bytes that matrices of the whole batch may take; None is 64 MiB on a CPU and 1 GiB
-            elsewhere.
-        why_no_kernel: why the fused kernel is not taken; None where it is.
-
-    Example:
-        >>> plan = choose_plan(4096, 4096, torch.device("cpu"), torch.float32)
-        >>> plan.name, plan.chunk_size, plan.ranked_size, plan.slice_size, plan.matrix_bytes
-        ('shared', 256, 256, 64, 67108864)
-        >>> choose_plan(8192, 8192, torch.device("cpu"), torch.float32).name
-        'rows'
-    """
-    if chunk_size is None:
-        chunk_size = max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // items)
-    chunk_size = min(chunk_size, anchors)
-    ranked_size = max(1, min(chunk_size, _RANKED.get(device.type, _CHUNK_ELSEWHERE) // items))
-    slice_size = max(1, min(ranked_size, _SLICE.get(device.type, _CHUNK_ELSEWHERE) // items))
-    matrix_bytes = items * items * dtype.itemsize
-    shares = anchors == items and matrix_bytes <= _budget(memory_budget, device)
-    name: Literal["rows", "shared"] = "shared" if shares else "rows"
-    # The student's first, which saves six products of a pass; the teacher's saves two.
-    with_reference = matrix_bytes + matrix_bytes // 2
-    shares_reference = shares and has_teacher and with_reference <= _budget(memory_budget, device)
-    return Plan(
-        name=name,
-        chunk_size=chunk_size,
-        ranked_size=ranked_size,
-        slice_size=slice_size,
-        matrix_bytes=with_reference if shares_reference else matrix_bytes if shares else 0,
-        kernel="torch" if why_no_kernel is not None else "triton",
-        why_no_kernel=why_no_kernel,
-        shares_reference=shares_reference,
-    )
-
-
-def _budget(memory_budget: int | None, device: torch.device) -> int:
-    return _BUDGET.get(device.type, _BUDGET_ELSEWHERE) if memory_budget is None else memory_budget

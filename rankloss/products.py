@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rankloss.batch import Matrix
+from rankloss.options import Precision
 
-__all__ = ["MirroredProducts", "Products", "Target"]
+__all__ = ["MirroredProducts", "Products", "Target", "factors_for_tf32"]
 
 
 class Target(NamedTuple):
@@ -37,17 +38,30 @@ class Products:
     """
 
     def __init__(
-        self, matrices: tuple[Matrix, Matrix], into: tuple[Target, Target] = (_NOWHERE, _NOWHERE)
+        self,
+        matrices: tuple[Matrix, Matrix],
+        into: tuple[Target, Target] = (_NOWHERE, _NOWHERE),
+        *,
+        precision: Precision = "default",
     ) -> None:
         self._matrices, self._into = matrices, into
+        self._factors = tuple((matrix.anchors, matrix.items) for matrix in matrices)
+        if precision == "exact-order" and may_round(matrices[0].items):
+            self._factors = tuple(factors_for_tf32(*factors) for factors in self._factors)
 
-    def take(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """The cosines of some rows of both matrices."""
-        first = self._rows_of(0, rows)
-        return first, first if self._matrices[1] is self._matrices[0] else self._rows_of(1, rows)
+    def take(self, rows: slice) -> Tensor:
+        """The cosines of some rows of both matrices, ``[2, n, N]``."""
+        first, second = self._matrices
+        is_one = second is first
+        anchors = first.anchors[rows]
+        pair = anchors.new_empty(1 if is_one else 2, len(anchors), len(first.items))
+        for side, out in enumerate(pair):
+            self._write(side, rows, out)
+        return pair.expand(2, -1, -1)
 
-    def _rows_of(self, side: int, rows: slice) -> Tensor:
-        return self._matrices[side].anchors[rows] @ self._matrices[side].items.T
+    def _write(self, side: int, rows: slice, out: Tensor) -> None:
+        anchors, items = self._factors[side]
+        torch.mm(anchors[rows], items.T, out=out)
 
     def give(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
         """Add the gradient by some rows of one of them; None is zero. It may end before the last items."""
@@ -57,7 +71,7 @@ class Products:
         anchors, items = matrix.anchors[rows], matrix.items[: gradient.shape[-1]]
         if into.anchors is not None:
             by_anchor = gradient @ items
-            into.anchors[rows] += by_anchor
+            into.anchors[rows].add_(by_anchor)
             if into.scale is not None:
                 into.scale.add_((by_anchor * anchors).sum())
         elif into.scale is not None:
@@ -78,23 +92,25 @@ class MirroredProducts(Products):
     """
 
     def __init__(
-        self, matrices: tuple[Matrix, Matrix], into: tuple[Target, Target] = (_NOWHERE, _NOWHERE)
+        self,
+        matrices: tuple[Matrix, Matrix],
+        into: tuple[Target, Target] = (_NOWHERE, _NOWHERE),
+        *,
+        precision: Precision = "default",
     ) -> None:
-        super().__init__(matrices, into)
+        super().__init__(matrices, into, precision=precision)
         self._cosines = _Kept(), _Kept()
         self._gradients = _Kept(), _Kept()
         # The mirror image of S is R, and that of I or X the matrix itself.
         self._mirror = (1, 0) if matrices[0].name == "S" else (0, 1)
 
-    def _rows_of(self, side: int, rows: slice) -> Tensor:
+    def _write(self, side: int, rows: slice, out: Tensor) -> None:
         """Products from the diagonal on, and before it mirror images."""
-        anchors, items = self._matrices[side].anchors[rows], self._matrices[side].items
-        cosines = anchors.new_empty(len(anchors), len(items))
+        anchors, items = self._factors[side]
         for columns, mirror in self._cosines[self._mirror[side]].release(rows):
-            cosines[:, columns] = mirror
-        torch.mm(anchors, items[rows.start :].T, out=cosines[:, rows.start :])
-        self._cosines[side].keep(rows, cosines)
-        return cosines
+            out[:, columns] = mirror
+        torch.mm(anchors[rows], items[rows.start :].T, out=out[:, rows.start :])
+        self._cosines[side].keep(rows, out)
 
     def give(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
         """Add the gradient by some rows."""
@@ -108,6 +124,34 @@ class MirroredProducts(Products):
         for columns, mirror in mirrors:
             gradient[:, columns] += mirror
         super().give(side, rows, cosines, gradient[:, : rows.stop])
+
+
+def may_round(features: Tensor) -> bool:
+    """Whether products of these features may be of numbers with fewer bits, as TF32 has."""
+    return features.dtype == torch.float32 and features.device.type != "cpu"
+
+
+def factors_for_tf32(anchors: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices ``[·, 3·D]`` whose product is A·Bᵀ to within float32's rounding when it is taken in TF32.
+
+    A feature's 24 significant bits are divided, x = h + l, into the nearest number h that TF32 has, of 11
+    bits, and the rest l, of 12 bits and a sign. Then A·Bᵀ = H·H'ᵀ + L·H'ᵀ + H·L'ᵀ but for 2⁻²⁴ of a summand,
+    in which TF32 rounds l, and L·L'ᵀ is left out. No setting of torch's is changed, which other threads and
+    compiled graphs would see.
+
+    Example:
+        >>> a, b = torch.tensor([[1 + 2.0**-15]]), torch.tensor([[1.0]])
+        >>> left, right = factors_for_tf32(a, b)
+        >>> left.tolist(), right.tolist(), torch.equal(left @ right.T, a @ b.T)
+        ([[1.0, 3.0517578125e-05, 1.0]], [[1.0, 1.0, 0.0]], True)
+    """
+    (high, low), (high_2, low_2) = _halves(anchors), _halves(items)
+    return torch.cat([high, low, high], -1), torch.cat([high_2, high_2, low_2], -1)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    high = (x.view(torch.int32) + 2**12).bitwise_and_(-(2**13)).view(torch.float32)
+    return high, x - high
 
 
 class _Kept:

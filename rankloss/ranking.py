@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankloss.batch import may_look_at
 from rankloss.options import Plan, RankOptions
 
 __all__ = [
@@ -31,7 +32,6 @@ __all__ = [
     "Sorted",
     "ascending",
     "extremes",
-    "first_of_group",
     "group_bounds",
     "quantize",
     "random_shuffle",
@@ -79,46 +79,75 @@ def rankings(
             ordered, order = None, shuffled_order(reference[block], shuffle)
         for part in slices(len(order), plan.slice_size):
             rows = slice(block.start + part.start, block.start + part.stop)
-            yield rows, Sorted(order[part], None if ordered is None else ordered[part], options)
+            ranking = Sorted(order[part], None if ordered is None else ordered[part], options)
+            if part.stop == len(order):
+                del ordered  # before the sums, which take most of the memory
+            yield rows, ranking
 
 
 _FEW = 8  # top_k is few in a list of this many times as many items
 
 
 class Sorted:
-    """Lists in the exact order of their references; one slot per item.
+    """Lists in the exact order of their references; one slot per item, which is arranged by slot.
+
+    Of tied items the last slot has the weight of all, and the others have none: its C is that of the whole
+    group, and all of them see its share of U.
 
     Attributes:
-        mu: ``[n, N]``, μ by slot; None where all are 1.
+        mu: ``[n, N]`` or ``[N]``, μ by slot; None where all are 1.
     """
 
     def __init__(self, order: Tensor, ordered: Tensor | None, options: RankOptions) -> None:
         """``ordered`` holds the sorted references, which show the ties; None where no items count as tied."""
         self._order = order
-        self._tied: Tensor | slice | None = None  # which lists have ties, and where: [tied lists, N − 1]
-        if ordered is not None:
-            self._tied, self._equals_next = _ties(ordered)
-        self.mu: Tensor | None = None
-        if options.weighs_ranks:
-            best_first = torch.arange(1, order.shape[-1] + 1, device=order.device)
-            mu = weights_of_ranks(best_first, options, torch.float64)
-            assert mu is not None
-            self._mu_best_first = self._of_best_tied(mu.expand(order.shape).contiguous())
-            self.mu = self._mu_best_first.flip(-1)
+        rank = torch.arange(order.shape[-1], 0, -1, device=order.device) if options.weighs_ranks else order
+        self.mu = self._mu = weights_of_ranks(rank, options, torch.float64)
+        self._tied: Tensor | slice | None = None  # which lists have ties
+        if ordered is None:
+            return
+        self._tied = _lists_with_ties(ordered)
+        if self._tied is None:
+            return
+        of_tied = ordered[self._tied]
+        self._dtype = ordered.dtype
+        self._sizes = _group_sizes(of_tied)  # [tied lists, N]
+        if self._mu is not None:
+            last = torch.searchsorted(of_tied, of_tied, right=True) - 1
+            self.mu = self._mu.expand(order.shape).contiguous()
+            self.mu[self._tied] = self._mu[last]
 
     @property
     def total_mu(self) -> Tensor | int:
-        """Σ_p μ_p of every list, ``[n, 1]``."""
+        """Σ_p μ_p of every list, ``[n, 1]`` or ``[1]``."""
         return self._order.shape[-1] if self.mu is None else self.mu.sum(-1, keepdim=True)
 
+    def arrange(self, x: Tensor) -> Tensor:
+        """What items have, ``[n, N]``, in the order of their slots."""
+        return x.gather(-1, self._order)
+
     def denominators(self, worths: Tensor) -> Tensor:
-        """C by slot, float64, for worths ``[n, N]``; the best slot comes first."""
-        return self._of_best_tied(running_sum(worths.gather(-1, self._order)).flip(-1))
+        """C by slot, float64, for arranged worths; the last is the sum of all."""
+        return running_sum(worths)
 
     def log_denominators(self, denominators: Tensor, *, narrow: bool) -> Tensor:
         """Σ_p μ_p·log C_p of every list; ``narrow`` says that float32 would hold every C_p."""
-        if self.mu is not None:
-            return (denominators.log() * self._mu_best_first).sum(-1)
+        if isinstance(self._tied, slice):  # all lists
+            return self._weighted_logs(denominators)
+        if self._mu is not None:
+            total = denominators.log() @ self._mu
+        else:
+            total = self._sum_of_logs(denominators, narrow)
+        if self._tied is not None:
+            total[self._tied] = self._weighted_logs(denominators[self._tied])
+        return total
+
+    def _weighted_logs(self, denominators: Tensor) -> Tensor:
+        if self._mu is not None:
+            return denominators.log().mul_(self._sizes) @ self._mu
+        return _sum_of_logs_in(self._dtype, denominators, self._sizes)
+
+    def _sum_of_logs(self, denominators: Tensor, narrow: bool) -> Tensor:
         quarter = denominators.shape[-1] // 4
         if not narrow or quarter == 0:
             return denominators.log().sum(-1)
@@ -128,42 +157,46 @@ class Sorted:
             product *= denominators[..., k * quarter : (k + 1) * quarter]
         return product.log_().sum(-1) + denominators[..., 4 * quarter :].log().sum(-1)
 
-    def suffix(self, denominators: Tensor) -> Tensor:
-        """U by slot."""
-        shares = denominators.reciprocal() if self.mu is None else self._mu_best_first / denominators
-        sums = running_sum_in_place(shares).flip(-1)
-        if self._tied is None:
-            return sums
-        # U never increases from slot to slot, so its smallest so far is that of a group's first.
-        part = sums[self._tied]
-        part[..., 1:].masked_fill_(self._equals_next, torch.inf)
-        return self._put(sums, part.cummin(-1).values)
+    def shares(self, denominators: Tensor) -> Tensor:
+        """The summands of U by slot, the best first. The denominators are used up, and the ties with them."""
+        if isinstance(self._tied, slice):
+            shares = torch.div(self._sizes, denominators, out=denominators)
+            del self._sizes
+        else:
+            shares = denominators.reciprocal_()
+            if self._tied is not None:
+                shares[self._tied] *= self._sizes
+        if self._mu is not None:
+            shares *= self._mu
+        return shares.flip(-1)
+
+    def suffix(self, shares: Tensor) -> Tensor:
+        """U by slot; the shares are used up."""
+        return running_sum_in_place(shares).flip(-1)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
-        """What a slot holds, for every item of the list in its own place."""
-        by_slot = by_slot.expand(self._order.shape)
-        return torch.empty_like(by_slot).scatter_(-1, self._order, by_slot)
-
-    def _of_best_tied(self, best_first: Tensor) -> Tensor:
-        """What the best slot of every slot's tie group holds, of C or μ, which fall from the best on.
-
-        The tensor is used up.
-        """
-        if self._tied is None:
-            return best_first
-        part = best_first[self._tied]
-        part[..., 1:].masked_fill_(self._equals_next.flip(-1), torch.inf)
-        return self._put(best_first, part.cummin(-1).values)
-
-    def _put(self, by_slot: Tensor, of_tied: Tensor) -> Tensor:
-        """The slots of the lists with ties replaced."""
-        if isinstance(self._tied, slice):  # all of them
-            return of_tied
-        by_slot[self._tied] = of_tied
+        """What a slot holds, for every arranged item."""
         return by_slot
 
+    def restore(self, arranged: Tensor, out: Tensor) -> None:
+        """Write what arranged items have in the order of the list."""
+        out.scatter_(-1, self._order, arranged)
 
-class Binned:
+
+class _AsListed:
+    """Rankings whose items stay in the order of the list."""
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """The same."""
+        return x
+
+    def restore(self, arranged: Tensor, out: Tensor) -> None:
+        """Nothing, where the arranged items have been written there."""
+        if arranged is not out:
+            out.copy_(arranged)
+
+
+class Binned(_AsListed):
     """Lists ranked by the bins of their references (:func:`quantize`); one slot per bin, its items tied.
 
     Attributes:
@@ -173,8 +206,10 @@ class Binned:
     def __init__(self, reference: Tensor, options: RankOptions) -> None:
         self._bins = options.bins
         self._index = quantize(reference, options.bins)
-        count = reference.new_zeros(*reference.shape[:-1], self._bins)
-        self._count = count.scatter_add_(-1, self._index, reference.new_ones(()).expand_as(reference))
+        shape = (*reference.shape[:-1], self._bins)
+        count = torch.zeros(shape, dtype=reference.dtype, device=reference.device)
+        one = torch.ones((), dtype=reference.dtype, device=reference.device)
+        self._count = count.scatter_add_(-1, self._index, one.expand_as(reference))
         self.mu: Tensor | None = None
         if options.weighs_ranks:
             above = reference.shape[-1] - running_sum(self._count)  # items in better bins
@@ -187,24 +222,30 @@ class Binned:
         return self._index.shape[-1] if self.mu is None else self._weight.sum(-1, keepdim=True)
 
     def denominators(self, worths: Tensor) -> Tensor:
-        """C by slot, float64, for worths ``[n, N]``."""
-        of_bins = worths.new_zeros(*worths.shape[:-1], self._bins)
-        return running_sum(of_bins.scatter_add_(-1, self._index, worths))
+        """C by slot, float64, for worths ``[n, N]``; the last is the sum of all."""
+        shape = (*worths.shape[:-1], self._bins)
+        of_bins = torch.zeros(shape, dtype=worths.dtype, device=worths.device)
+        return running_sum_in_place(of_bins.scatter_add_(-1, self._index, worths).double())
 
     def log_denominators(self, denominators: Tensor, *, narrow: bool) -> Tensor:  # noqa: ARG002
         """Σ_p μ_p·log C_p of every list; bin 0 is never empty, so no C is 0."""
-        return (denominators.log() * self._weight).sum(-1)
+        is_narrow = self.mu is None and not may_look_at(denominators)
+        return _sum_of_logs_in(self._count.dtype if is_narrow else torch.float64, denominators, self._weight)
 
-    def suffix(self, denominators: Tensor) -> Tensor:
-        """U by slot."""
-        return running_sum_in_place((self._weight / denominators).flip(-1)).flip(-1)
+    def shares(self, denominators: Tensor) -> Tensor:
+        """The summands of U by slot, the best first."""
+        return (self._weight / denominators).flip(-1)
+
+    def suffix(self, shares: Tensor) -> Tensor:
+        """U by slot; the shares are used up."""
+        return running_sum_in_place(shares).flip(-1)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
         """What a slot holds, for every item of the list in its own place."""
         return by_slot.gather(-1, self._index)
 
 
-class Selected:
+class Selected(_AsListed):
     """Lists of which the ``top_k`` best items count: a slot for each of those, after one for all others.
 
     The items that are tied with the last of them count too, however many they are: of those beyond ``top_k``
@@ -249,9 +290,13 @@ class Selected:
         """Σ_p μ_p·log C_p of every list."""
         return (denominators.log() * self._weight).sum(-1)
 
-    def suffix(self, denominators: Tensor) -> Tensor:
-        """U by slot."""
-        sums = running_sum_in_place((self._weight / denominators).flip(-1)).flip(-1)
+    def shares(self, denominators: Tensor) -> Tensor:
+        """The summands of U by slot, the best first."""
+        return (self._weight / denominators).flip(-1)
+
+    def suffix(self, shares: Tensor) -> Tensor:
+        """U by slot; the shares are used up."""
+        sums = running_sum_in_place(shares).flip(-1)
         return torch.cat([sums[..., :1], sums[..., 1:].gather(-1, self._first)], -1)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
@@ -259,6 +304,12 @@ class Selected:
         by_slot = by_slot.expand(self.mu.shape)
         of_rest = torch.where(self._counts, by_slot[..., 1:2], by_slot[..., :1])
         return of_rest.scatter_(-1, self._order, by_slot[..., 1:])
+
+
+def _sum_of_logs_in(dtype: torch.dtype, denominators: Tensor, weights: Tensor) -> Tensor:
+    """Σ weight·log C of every list, the logarithms rounded to a dtype, which may be that of the scores."""
+    logs = torch.log(denominators, out=denominators.new_empty(denominators.shape, dtype=dtype))
+    return logs.mul_(weights).sum(-1, dtype=torch.float64)
 
 
 Ranking: TypeAlias = Sorted | Binned | Selected
@@ -309,7 +360,8 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
     extent = (second - lowest).clamp_min(tiny)
     place = (reference - lowest).div_(extent).mul_(bins - 1)
     # Before the conversion, which does not hold infinity and NaN: of these two, fmin takes the number.
-    place = torch.fmin(place, place.new_full((), bins - 2), out=place)
+    last = torch.full((), bins - 2, dtype=place.dtype, device=place.device)
+    place = torch.fmin(place, last, out=place)
     return place.masked_fill_(is_best, bins - 1).long()
 
 
@@ -353,24 +405,26 @@ def group_bounds(sorted_values: Tensor) -> tuple[Tensor, Tensor]:
     edge = torch.ones_like(sorted_values[..., :1], dtype=torch.bool)
     change = sorted_values[..., 1:] != sorted_values[..., :-1]
     last = torch.where(torch.cat([change, edge], -1), index, n).flip(-1).cummin(-1).values.flip(-1)
-    return first_of_group(sorted_values), last
+    first = torch.where(torch.cat([edge, change], -1), index, 0).cummax(-1).values
+    return first, last
 
 
-def first_of_group(sorted_values: Tensor) -> Tensor:
-    """The first of :func:`group_bounds` alone."""
-    changes = (sorted_values[..., 1:] != sorted_values[..., :-1]).long()
-    index = torch.arange(1, sorted_values.shape[-1], device=sorted_values.device)
-    return F.pad(changes.mul_(index), (1, 0)).cummax(-1).values
-
-
-def _ties(ordered: Tensor) -> tuple[Tensor | slice | None, Tensor]:
-    """Which of some sorted lists have ties, and which of their items equal the next; None where none has."""
-    equals_next = ordered[..., 1:] == ordered[..., :-1]
-    if ordered.device.type != "cpu":  # to look which lists have ties would wait for the device
-        return slice(None), equals_next
+def _lists_with_ties(ordered: Tensor) -> Tensor | slice | None:
+    """Which of some sorted lists have ties: None where none has, all where it would cost a wait to know."""
+    if not may_look_at(ordered):
+        return slice(None)
     # A row of float32 cosines has a tie by accident now and then, most have none.
-    tied = equals_next.any(-1).nonzero().squeeze(-1)
-    return tied if len(tied) else None, equals_next[tied]
+    tied = (ordered[..., 1:] == ordered[..., :-1]).any(-1).nonzero().squeeze(-1)
+    return tied if len(tied) else None
+
+
+def _group_sizes(ordered: Tensor) -> Tensor:
+    """At the last of every run of equal values how many they are, elsewhere 0; int32."""
+    first = torch.searchsorted(ordered, ordered, out_int32=True)
+    sizes = torch.empty_like(first)
+    torch.sub(first[..., 1:], first[..., :-1], out=sizes[..., :-1])
+    sizes[..., -1] = ordered.shape[-1] - first[..., -1]
+    return sizes
 
 
 # --- running sums -----------------------------------------------------------------------------------------

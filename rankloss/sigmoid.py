@@ -15,7 +15,7 @@ memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +28,21 @@ from rankloss.batch import (
     nan_unless_finite,
     refuse_forward_mode,
 )
-from rankloss.options import choose_plan
+from rankloss.options import RankOptions
 from rankloss.ranking import slices
 
-__all__ = ["Pairs", "pair_sigmoid", "plain", "stream"]
+__all__ = ["pair_sigmoid", "plain", "stream"]
 
 _LINEAR_FROM = 40.0  # from where log(1 + e^y) is y in float64
 
 
 def pair_sigmoid(
-    images: Tensor, texts: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float, first_row: int
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    first_row: int,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """L of ``[n, D]`` images and ``[N, D]`` texts, in float32, or in float64 if either is that.
 
@@ -47,6 +52,7 @@ def pair_sigmoid(
         logit_scale: s, one number.
         logit_bias: b, one number.
         first_row: the column of the first image's own text; those of the others follow it.
+        chunk_size: images multiplied out at a time; None chooses from the sizes and the device.
 
     Raises:
         RuntimeError: in forward-mode differentiation.
@@ -59,26 +65,16 @@ def pair_sigmoid(
         x = x.reshape(()) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
         return x.to(device, non_blocking=True).to(dtype)
 
-    inputs = Pairs(
-        images.to(device).to(dtype), texts.to(device).to(dtype), scalar(logit_scale), scalar(logit_bias)
-    )
+    features = (x.to(device).to(dtype) for x in (images, texts))
+    inputs = (*features, scalar(logit_scale), scalar(logit_bias))
     refuse_forward_mode(*inputs)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
-    value: Tensor = torch.ops.rankloss.pair_sigmoid(*inputs, first_row, wanted)[0]
+    value: Tensor = torch.ops.rankloss.pair_sigmoid(*inputs, first_row, wanted, chunk_size)[0]
     return value.to(home)
 
 
-class Pairs(NamedTuple):
-    """What L is differentiated by, or one thing for each: n images, N texts, s and b."""
-
-    images: Tensor
-    texts: Tensor
-    scale: Tensor
-    bias: Tensor
-
-
-def plain(inputs: Pairs, first_row: int) -> Tensor:
-    """L from the whole matrix, differentiable any number of times, whatever autocast asks for."""
+def plain(inputs: Sequence[Tensor], first_row: int) -> Tensor:
+    """L of n images, N texts, s and b from the whole matrix, differentiable any number of times."""
     images, texts, scale, bias = inputs
     x = scale * Matrix("S", images, texts, None).cosines() + bias
     own = first_row + torch.arange(len(images), device=images.device)
@@ -87,7 +83,7 @@ def plain(inputs: Pairs, first_row: int) -> Tensor:
 
 
 def stream(
-    inputs: Pairs, first_row: int, wanted: Sequence[bool], chunk_size: int
+    inputs: Sequence[Tensor], first_row: int, wanted: Sequence[bool], chunk_size: int
 ) -> tuple[Tensor, list[Tensor]]:
     """L, and its gradient by each of the inputs; an empty tensor for one that is not wanted."""
     images, texts, scale, bias = inputs
@@ -128,39 +124,39 @@ def stream(
 @torch.library.custom_op(
     "rankloss::pair_sigmoid",
     mutates_args=(),
-    schema="(Tensor images, Tensor texts, Tensor scale, Tensor bias, int first_row, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor images, Tensor texts, Tensor scale, Tensor bias, int first_row, bool[] wanted, "
+    "int? chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    *tensors, first_row, wanted = arguments
-    inputs = Pairs(*tensors)
-    plan = choose_plan(len(inputs.images), len(inputs.texts), inputs.images.device, inputs.images.dtype)
+    *inputs, first_row, wanted, chunk_size = arguments
+    images, texts = inputs[:2]
+    plan = RankOptions(chunk_size=chunk_size).plan(len(images), len(texts), images.device, images.dtype)
     value, gradients = stream(inputs, first_row, wanted, plan.chunk_size)
     return value, *gradients
 
 
 @_forward.register_fake
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, _, wanted = arguments
+    *inputs, _, wanted, _ = arguments
     gradients = (torch.empty_like(x) if w else x.new_empty(0) for x, w in zip(inputs, wanted, strict=True))
     return inputs[0].new_empty(()), *gradients
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.first_row, ctx.wanted = inputs
+    *tensors, ctx.first_row, ctx.wanted, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    n_inputs = len(Pairs._fields)
-    inputs, gradients = Pairs(*ctx.saved_tensors[:n_inputs]), ctx.saved_tensors[n_inputs:]
+    inputs, gradients = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
     if torch.is_grad_enabled():  # create_graph=True
         by = [x for x, w in zip(inputs, ctx.wanted, strict=True) if w]
         with full_precision(upstream.device):
             value = plain(inputs, ctx.first_row)
             found = iter(torch.autograd.grad(value, by, upstream, create_graph=True))
-        return *(next(found) if w else None for w in ctx.wanted), None, None
-    return *(upstream * x if w else None for x, w in zip(gradients, ctx.wanted, strict=True)), None, None
+        return *(next(found) if w else None for w in ctx.wanted), None, None, None
+    scaled = (upstream * x if w else None for x, w in zip(gradients, ctx.wanted, strict=True))
+    return *scaled, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep_for_backward)

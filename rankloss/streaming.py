@@ -3,7 +3,7 @@ r"""The one pass over a batch's rows that gives CLIP's loss, both rank terms and
 The pass walks over chunks of anchors. For each it forms the chunk's similarities, takes values and gradient
 of every list at once (:mod:`rankloss.lists`), and adds the gradient to those of the embeddings
 (:mod:`rankloss.products`); the chunk's matrices are then dropped. Memory therefore grows with N, apart from
-what the plan ``shared`` keeps to save products, up to ``memory_budget``.
+what the plan ``shared`` keeps to save products, up to its budget.
 
 One gradient by the scores serves all terms: S and R carry CLIP's cross-entropy and the cross-modal term, I
 and X the in-modal one.
@@ -11,19 +11,23 @@ and X the in-modal one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankloss.batch import MATRICES, Batch, Inputs, Term, anchors_and_items, full_precision
-from rankloss.lists import Block, evaluate
+from rankloss.lists import Block, Evaluated, evaluate
 from rankloss.options import Plan, RankOptions
 from rankloss.products import MirroredProducts, Products, Target
 from rankloss.ranking import slices
 
 __all__ = ["Terms", "stream"]
+
+_FEW = {"cpu": 2**17}  # entries of a block: below, operations cost more to start than to carry out
+_FEW_ELSEWHERE = 2**21
 
 
 class Terms(NamedTuple):
@@ -57,21 +61,23 @@ def stream(
         The values per anchor, ``[n]`` in float64, the two directions of a term together, and the gradients of
         Σ weights·values; None where there is no weight, or no gradient is wanted.
     """
-    n, device = batch.anchors, batch.image.device
-    values = Terms(
-        *(None if w is None else torch.zeros(n, dtype=torch.float64, device=device) for w in weights)
-    )
+    device = batch.image.device
     sums = Inputs(
         *(
             None if x is None or not is_wanted else torch.zeros_like(x)
             for x, is_wanted in zip(batch.inputs, wanted or (False,) * len(batch.inputs), strict=True)
         )
     )
-    if all(w is None for w in weights):
-        return values, sums
+    given = [w for w in weights if w is not None]
+    if not given:
+        return weights, sums
+    zeros = iter(torch.zeros(len(given), batch.anchors, dtype=torch.float64, device=device))
+    values = Terms(*(None if w is None else next(zeros) for w in weights))
     # The largest weight is left to the end: beside worths far apart, small ones would round to zero.
-    unit = _largest(weights)
-    weights = Terms(*(None if w is None else w / unit for w in weights))
+    stacked = torch.stack(given)
+    unit = stacked.abs().amax().clamp_min(torch.finfo(stacked.dtype).tiny)  # where all are 0
+    relative = iter(stacked / unit)
+    weights = Terms(*(None if w is None else next(relative) for w in weights))
     with full_precision(device):
         if weights.contrastive is not None or weights.cross_modal is not None:
             of_terms = weights.contrastive, weights.cross_modal
@@ -103,53 +109,72 @@ def _stream_term(
 
     ``weights`` and ``values`` are those of the cross-entropy and of the rank term; ``sums`` are gradients.
     """
-    matrices = batch.matrices(term)
+    matrices = batch.matrices(term, are_references=weights[1] is not None and not batch.has_teacher)
     into = _targets(term, batch, sums, options)
     with_gradient = any(x is not None for target in into for x in target)
-    products = (MirroredProducts if plan.name == "shared" else Products)(matrices, into)
+    precision = options.precision
+    products = (MirroredProducts if plan.name == "shared" else Products)(matrices, into, precision=precision)
     references = None if weights[1] is None else batch.references(term, matrices)
     teacher = None
     if references is not None and batch.has_teacher:
-        teacher = (MirroredProducts if plan.shares_reference else Products)(references)
-    own = batch.own
+        teacher = (MirroredProducts if plan.shares_reference else Products)(references, precision=precision)
+    own = batch.own if weights[0] is not None or not options.diagonal else None
+    alpha = _shared(weights[0], 0.5)
+    betas = [_shared(weights[1], share) for share in dict.fromkeys(options.directions)]
+    joins = len(betas) == 1 and _joins(plan, shuffles, batch)
+    if joins:
+        plan = replace(plan, ranked_size=2 * plan.chunk_size, slice_size=2 * plan.chunk_size)
     for rows in slices(batch.anchors, plan.chunk_size):
         cosines = products.take(rows)
-        ranked_by = cosines[::-1] if teacher is None else teacher.take(rows)
-        for side, share in enumerate(options.directions):
-            alpha, beta = _of_rows(weights[0], rows, 0.5), _of_rows(weights[1], rows, share)
-            block = Block(
-                cosines[side],
-                own[rows],
-                batch.scale,
-                alpha,
-                beta,
-                None if beta is None else ranked_by[side],
-                None if references is None else references[side].first_equal,
-                batch.first_row + rows.start,
-                None if shuffles is None else shuffles[MATRICES.index(matrices[side].name)],
+        ranked_by = cosines if teacher is None else teacher.take(rows)
+        blocks = []
+        for side in (0, 1):
+            beta = _of_rows(betas[side % len(betas)], rows)
+            reference = None if references is None or beta is None else references[side]
+            blocks.append(
+                Block(
+                    cosines[side],
+                    None if own is None else own[rows],
+                    batch.scale,
+                    _of_rows(alpha, rows),
+                    beta,
+                    None if reference is None else ranked_by[1 - side if teacher is None else side],
+                    None if reference is None else reference.first_equal,
+                    batch.first_row + rows.start,
+                    None if shuffles is None else shuffles[MATRICES.index(matrices[side].name)],
+                )
             )
-            found = evaluate(block, options, plan, with_gradient=with_gradient)
-            for value, part, weight in zip(values, found[:2], (0.5, share), strict=True):
+        found: Iterable[Evaluated] = (
+            evaluate(block, options, plan, with_gradient=with_gradient) for block in blocks
+        )
+        if joins:
+            both = blocks[0].above(blocks[1], cosines.flatten(0, 1))
+            found = evaluate(both, options, plan, with_gradient=with_gradient).halves()
+        for side, of_side in enumerate(found):
+            for value, part, share in zip(values, of_side[:2], (0.5, options.directions[side]), strict=True):
                 if value is not None and part is not None:
-                    value[rows].add_(part, alpha=weight)
+                    value[rows].add_(part, alpha=share)
             if with_gradient:
-                products.give(side, rows, cosines[side], found.gradient)
+                products.give(side, rows, cosines[side], of_side.gradient)
+            del of_side  # before the other side has a gradient
 
 
-def _of_rows(weight: Tensor | None, rows: slice, share: float) -> Tensor | None:
-    """What one direction's values weigh in a block of rows, ``[]`` or ``[rows, 1]``; None for nothing."""
-    if weight is None or share == 0:
-        return None
-    return weight * share if weight.dim() == 0 else weight[rows, None] * share
+def _joins(plan: Plan, shuffles: Tensor | None, batch: Batch) -> bool:
+    """Whether the lists of both matrices are evaluated at once, which takes half as many operations."""
+    few = _FEW.get(batch.image.device.type, _FEW_ELSEWHERE)
+    return plan.kernel == "torch" and shuffles is None and plan.chunk_size * len(batch.image) <= few
+
+
+def _shared(weight: Tensor | None, share: float) -> Tensor | None:
+    """What one direction's values weigh, ``[]`` or ``[n]``; None for nothing."""
+    return None if weight is None or share == 0 else weight * share
+
+
+def _of_rows(weight: Tensor | None, rows: slice) -> Tensor | None:
+    return weight if weight is None or weight.dim() == 0 else weight[rows, None]
 
 
 def _targets(term: Term, batch: Batch, sums: Inputs, options: RankOptions) -> tuple[Target, Target]:
     scale = sums.scale if options.worth == "exp" else None  # the other worths do not depend on it
     first, second = anchors_and_items(term, sums, batch.image_anchors is not None)
     return Target(*first, scale), Target(*second, scale)
-
-
-def _largest(weights: Terms) -> Tensor:
-    """The largest of the weights by size, or 1 where all are 0."""
-    largest = torch.stack([w.abs().amax() for w in weights if w is not None]).amax()
-    return largest.where(largest > 0, 1.0)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from hypothesis import Phase, settings
+from torch.torch_version import TorchVersion
 
 from devices import DEVICE
+from rankloss.kernels.rows import EARLIEST_TRITON, triton_version
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON = TorchVersion(triton_version() or "0")
+# Triton before 3.7 does what NumPy warns of since 1.25, and refuses since 2.4.
+HAS_TRITON = _TRITON >= EARLIEST_TRITON if TorchVersion(np.__version__) < "1.25" else _TRITON >= "3.7"
 
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton that interprets the kernels")
 
 if HAS_TRITON and DEVICE.type == "cpu":
     # Triton decides when a function is decorated whether it is interpreted, its own library included.

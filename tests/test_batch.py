@@ -26,7 +26,7 @@ def test_a_row_with_nan_equals_no_row() -> None:
 
 
 def test_rows_whose_hashes_collide_are_still_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "_mix", torch.zeros_like)
+    monkeypatch.setattr(batch, "row_hashes", lambda x, salt=0: torch.zeros(len(x), dtype=torch.int64))
     assert first_occurrence(torch.tensor([[1.0], [2.0], [1.0]])).tolist() == [0, 1, 0]
 
 
@@ -59,14 +59,23 @@ def test_minus_x_x_x(dtype: torch.dtype) -> None:
     assert first_occurrence(torch.stack([-x, x, x])).tolist() == [0, 1, 1]
 
 
-@pytest.mark.parametrize("looks", [True, False])
-def test_rows_after_a_collision_still_tie_with_their_equals(looks: bool, monkeypatch) -> None:
+@pytest.mark.parametrize(("looks", "expected"), [(True, [0, 1, 1, 0, 4, 4]), (False, [0, 1, 2, 0, 4, 5])])
+def test_rows_after_a_collision_tie_with_their_equals_if_a_look_is_free_and_never_with_others(
+    looks: bool, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = batch.row_hashes
     # In the first round all rows collide.
     monkeypatch.setattr(batch, "row_hashes", lambda x, salt=0: original(x, salt) * (salt > 0))
     monkeypatch.setattr(batch, "may_look_at", lambda x: looks)
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [3.0, 4.0], [1.0, 2.0], [5.0, 6.0], [5.0, 6.0]])
-    assert first_occurrence(x).tolist() == [0, 1, 1, 0, 4, 4]
+    assert first_occurrence(x).tolist() == expected
+
+
+def test_without_a_look_equal_rows_tie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "may_look_at", lambda x: False)
+    x = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    x[2000:] = x[:1000]
+    assert torch.equal(first_occurrence(x), torch.cat([torch.arange(2000), torch.arange(1000)]))
 
 
 def test_subnormal_entries_hash_the_same_whether_or_not_they_are_flushed() -> None:

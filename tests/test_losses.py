@@ -344,6 +344,12 @@ def called(name: str, v: object, t: object, s: object, **options: object) -> Ten
             {"metod": "bin"},
             "RankClipLoss got an unexpected option 'metod'; did you mean 'method'?",
         ),
+        (
+            ClipLoss,
+            {"chunksize": 1},
+            "ClipLoss got an unexpected option 'chunksize'; did you mean 'chunk_size'",
+        ),
+        (SigLipLoss, {"bins": 1}, "SigLipLoss got an unexpected option 'bins'"),
         (RankConsistency, {"metod": 1}, "RankConsistency got an unexpected option 'metod'; did you mean"),
         (RankClipLoss, {"lamda_in": 1.0}, "unexpected option 'lamda_in'; did you mean 'lambda_in'?"),
         (CyClipLoss, {"lambda_cros": 1.0}, "CyClipLoss got an unexpected option 'lambda_cros'; did you mean"),

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from batches import random_batch
 from rankloss import Gather, RankClipLoss, RankConsistency, operator, streaming
 from rankloss.kernels import rows
-from rankloss.options import choose_plan
+from rankloss.options import RankOptions
 
 CPU = torch.device("cpu")
 
@@ -27,15 +27,8 @@ def test_a_plan_keeps_its_limits(
     n: int, share: int, budget: int | None, chunk_size: int | None, has_teacher: bool
 ) -> None:
     anchors = max(1, n // share)
-    plan = choose_plan(
-        anchors,
-        n,
-        CPU,
-        torch.float32,
-        chunk_size=chunk_size,
-        memory_budget=budget,
-        has_teacher=has_teacher,
-    )
+    options = RankOptions(chunk_size=chunk_size, memory_budget=budget)
+    plan = options.plan(anchors, n, CPU, torch.float32, has_teacher=has_teacher)
     limit = 64 * 2**20 if budget is None else budget
     assert plan.matrix_bytes <= limit
     assert (plan.name == "shared") == (anchors == n and 4 * n * n <= limit)
@@ -46,7 +39,9 @@ def test_a_plan_keeps_its_limits(
 
 
 def test_memory_of_a_chunk_grows_no_faster_than_n() -> None:
-    elements = [choose_plan(n, n, CPU, torch.float32).chunk_size * n for n in (8192, 16384, 32768, 65536)]
+    elements = [
+        RankOptions().plan(n, n, CPU, torch.float32).chunk_size * n for n in (8192, 16384, 32768, 65536)
+    ]
     assert all(b <= 2 * a for a, b in itertools.pairwise(elements))
 
 
@@ -66,7 +61,7 @@ UNPROVEN = "kernel='auto' takes torch's operations until the kernels have run on
 @pytest.fixture
 def with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(rows, "_has_triton", lambda: True)
+    monkeypatch.setattr(rows, "triton_version", lambda: "3.7.0")
 
 
 @pytest.mark.usefixtures("with_triton")
@@ -97,12 +92,12 @@ def test_the_plan_says_which_kernel_is_taken_and_why_not_the_fused_one(
 
 
 def test_without_triton_the_kernel_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "_has_triton", lambda: False)
+    monkeypatch.setattr(rows, "triton_version", lambda: None)
     assert RankConsistency().plan(64, "cuda").why_no_kernel == "Triton is not installed"
 
 
 def test_the_interpreter_is_taken_where_it_is_asked_for_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "_has_triton", lambda: True)
+    monkeypatch.setattr(rows, "triton_version", lambda: "3.7.0")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert RankConsistency(kernel="triton").plan(64).kernel == "triton"
     assert RankConsistency().plan(64).why_no_kernel == UNPROVEN

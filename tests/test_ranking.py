@@ -144,17 +144,22 @@ def test_selected_lists_are_the_sorted_ones(values: list[int], k: int, discount,
     order = y.argsort(-1)
     found = []
     for ranking in (Sorted(order, y.gather(-1, order), options), Selected(y, options)):
-        denominators = ranking.denominators(w)
-        by_slot = (
-            denominators.flip(-1) if isinstance(ranking, Sorted) else denominators
-        )  # there the best first
+
+        def in_order_of_list(by_slot: Tensor, ranking=ranking) -> Tensor:
+            listed = torch.empty_like(y)
+            ranking.restore(ranking.of_items(by_slot).expand(y.shape), listed)
+            return listed
+
+        denominators = ranking.denominators(ranking.arrange(w))
+        nll = ranking.log_denominators(denominators, narrow=False)
+        total = denominators[:, -1].clone()
         found.append(
             [
-                ranking.total_mu,
-                ranking.of_items(ranking.mu),
-                ranking.log_denominators(denominators, narrow=False),
-                ranking.of_items(ranking.suffix(denominators)),
-                ranking.of_items(by_slot) * (ranking.of_items(ranking.mu) > 0),
+                ranking.total_mu.expand(2, 1),
+                in_order_of_list(ranking.mu),
+                nll,
+                total,
+                in_order_of_list(ranking.suffix(ranking.shares(denominators))),
             ]
         )
     for a, b in zip(*found, strict=True):

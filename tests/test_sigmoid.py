@@ -14,15 +14,15 @@ from torch import Tensor
 from batches import Batch, batches, gradients, random_batch
 from fake_cuda import fake_cuda
 from oracle import siglip as formula
-from rankloss.sigmoid import Pairs, pair_sigmoid, plain, stream
+from rankloss.sigmoid import pair_sigmoid, plain, stream
 
 BIASES = [-10.0, 0.0, 3.0]
 
 
-def leaves(batch: Batch, bias: float, share: slice = slice(None)) -> Pairs:
+def leaves(batch: Batch, bias: float, share: slice = slice(None)) -> tuple[Tensor, ...]:
     v, t, s = batch.leaves()
     b = torch.tensor(bias, dtype=torch.float64, requires_grad=True)
-    return Pairs(v.detach()[share].requires_grad_(), t, s, b)
+    return v.detach()[share].requires_grad_(), t, s, b
 
 
 @given(batch=batches(min_n=4), bias=st.sampled_from(BIASES), chunk=st.integers(1, 13), share=st.booleans())
@@ -97,7 +97,7 @@ def test_the_operator_keeps_the_contract_of_torch_library() -> None:
     for wanted in ([True] * 4, [True, False, False, True]):
         torch.library.opcheck(
             torch.ops.rankloss.pair_sigmoid.default,
-            (*inputs, 1, wanted),
+            (*inputs, 1, wanted, None),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )
 
@@ -110,7 +110,7 @@ def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(scalars: s
         value = pair_sigmoid(v, t, s, b, 0)
         assert value.device == v.device
         # In a fake mode an operator runs its shape function: what it does itself is called by hand.
-        inputs = Pairs(v, t, *(torch.empty((), device="cuda") for _ in range(2)))
+        inputs = (v, t, *(torch.empty((), device="cuda") for _ in range(2)))
         value, found = stream(inputs, 0, [True] * 4, 7)
         assert [x.shape for x in (value, *found)] == [(), (32, 8), (32, 8), (), ()]
         assert copies.found == []

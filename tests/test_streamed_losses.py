@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from batches import Batch, batches, gradients, random_batch
 from memory import LiveBytes, saved_bytes
 from oracle import siglip
 from rankloss import ClipLoss, CyClipLoss, Gather, RankClipLoss, SigLipLoss, losses, reference
-from rankloss import options as options_module
 
 MIB = 2**20
 
@@ -41,11 +39,6 @@ both = pytest.mark.parametrize("name", LOSSES)
 
 def inputs_of(batch: Batch, dtype: torch.dtype = torch.float64, bias: float = -7.5) -> tuple[Tensor, ...]:
     return (*batch.leaves(dtype), torch.tensor(bias, dtype=dtype, requires_grad=True))
-
-
-def in_chunks_of(rows: int, items: int) -> Any:
-    """The plan's chunks made so small that a small batch has several."""
-    return mock.patch.multiple(options_module, _CHUNK={"cpu": rows * items}, _FEWEST_ROWS=1)
 
 
 def open_clips(name: str, **options: Any) -> nn.Module:
@@ -70,9 +63,8 @@ def assert_same(
 def test_value_and_all_gradients_are_the_formulas(name: str, batch: Batch, chunk: int, bias: float) -> None:
     loss, formula = LOSSES[name]
     inputs = inputs_of(batch, bias=bias)
-    with in_chunks_of(chunk, len(batch.image)):
-        value = loss(memory_budget=0)(*inputs)
-        assert_same(value, formula(*inputs), inputs, 1e-10, 1e-11)
+    value = loss(memory_budget=0, chunk_size=chunk)(*inputs)
+    assert_same(value, formula(*inputs), inputs, 1e-10, 1e-11)
 
 
 @both
@@ -80,9 +72,7 @@ def test_value_and_all_gradients_are_the_formulas(name: str, batch: Batch, chunk
 def test_small_chunks_of_a_larger_batch_at_any_scale(name: str, scale: float) -> None:
     loss, formula = LOSSES[name]
     inputs = inputs_of(random_batch(0, 101, 6, scale, duplicates=5))
-    with in_chunks_of(7, 101):
-        assert options_module.choose_plan(101, 101, torch.device("cpu"), torch.float64).chunk_size == 7
-        value = loss(memory_budget=0)(*inputs)
+    value = loss(memory_budget=0, chunk_size=7)(*inputs)
     assert_same(value, formula(*inputs), inputs, 1e-10, 1e-11)
 
 
@@ -289,6 +279,17 @@ def test_bytes_that_live_are_seen_within_the_budget(name: str) -> None:
     with LiveBytes() as live:
         LOSSES[name][0]()(*inputs).backward()
     assert 3 * 4 * n**2 < live.peak < 10 * 4 * n**2
+
+
+@both
+def test_smaller_chunks_hold_less(name: str) -> None:
+    inputs = inputs_of(random_batch(0, 1024, 4, 10.0), torch.float32)
+    peaks = []
+    for chunk_size in (1, 64):
+        with LiveBytes() as live:
+            LOSSES[name][0](memory_budget=0, chunk_size=chunk_size)(*inputs).backward()
+        peaks.append(live.peak)
+    assert 4 * peaks[0] < peaks[1]
 
 
 def test_rank_terms_over_siglip_hold_no_matrix_either() -> None:

@@ -20,6 +20,7 @@ from rankloss_trainers.command_line import add_options, by_prefix, misplaced, wi
 
 if TYPE_CHECKING:
     from rankloss.distributed import Gather
+    from rankloss_open_clip.companions import Companion
 
 _logger = logging.getLogger("rankloss_open_clip")
 
@@ -40,14 +41,27 @@ def requested(args: Any) -> str | None:
     return name if name is not None and _known(name) else None
 
 
-def caption_key(args: Any) -> str | None:
-    """The key of the second caption that the loss asked for needs; None for a loss without one."""
+def companion_of(args: Any) -> Companion | None:
+    """What has to come with every training text for the loss asked for; None for a loss of pairs alone."""
     name = requested(args)
-    return None if name is None else _caption_key(name, catalog.candidates()[name].load(), args)
+    if name is None:
+        return None
+    caption, features = _in_the_data(name, catalog.candidates()[name].load(), args)
+    if caption is not None:
+        from rankloss_open_clip.captions import SecondCaption
+
+        return SecondCaption(caption)
+    if features is not None:
+        from rankloss_open_clip.reference_features import ReferenceFeatures
+
+        return ReferenceFeatures(features)
+    return None
 
 
-def _caption_key(name: str, entry: LossEntry, args: Any) -> str | None:
-    return entry.taking(args).caption_key(catalog.option_values(name, entry, args))
+def _in_the_data(name: str, entry: LossEntry, args: Any) -> tuple[str | None, str | None]:
+    """Where the second caption and a teacher's features are in the training data; None where not needed."""
+    entry, options = entry.taking(args), catalog.option_values(name, entry, args)
+    return entry.caption_key(options), entry.reference_features(options)
 
 
 def gather_of(args: Any, *, rows: bool = True) -> Gather:
@@ -76,8 +90,8 @@ def _known(name: str) -> bool:
 class TrainerParser(argparse.ArgumentParser):
     """The trainer's parser, with the groups of the plug-in added just before it parses."""
 
-    def unpatched(self, *, captions: bool) -> list[str]:
-        """The trainer's functions that the loss depends on and that are not patched."""
+    def unpatched(self, *, data: bool) -> list[str]:
+        """The trainer's functions that the loss depends on, its data too or not, and that are not patched."""
         raise NotImplementedError
 
     def verdict(self, version: str) -> versions.Verdict:
@@ -202,7 +216,7 @@ def _complete(parser: TrainerParser, args: Any, entries: dict[str, LossEntry]) -
     reason = _reason_against(name, wanted, args)
     if reason is not None:
         parser.error(f"argument {reason if reason.startswith('--') else f'--loss: {reason}'}")
-    missing = parser.unpatched(captions=_caption_key(name, wanted, args) is not None)
+    missing = parser.unpatched(data=_in_the_data(name, wanted, args) != (None, None))
     if missing:
         parser.error(f"argument --loss: rankloss_open_clip did not reach {', '.join(missing)}")
 
@@ -217,16 +231,30 @@ def _reason_against(name: str, loaded: LossEntry, args: Any) -> str | None:
     reason = entry.refuse(options, gather_of(args))
     if reason is not None:
         return with_flag(name, loaded, reason)
-    if entry.uses_teacher(options) and not _distils(args):
-        return f"{name} ranks by a teacher: name it with --distill-model and --distill-pretrained"
-    if entry.caption_key(options) is None:
+    caption, features = _in_the_data(name, loaded, args)
+    if caption is not None and features is not None:
+        return f"{name} needs a second caption and a teacher's features, of which a text can have one"
+    if features is not None:
+        from rankloss_open_clip import reference_features
+
+        if distils(args):
+            reason = "excludes --distill-model, which is a teacher too"
+        else:
+            reason = reference_features.refuse(features, args)
+        return None if reason is None else with_flag(name, loaded, f"reference_features: {reason}")
+    if entry.uses_teacher(options) and not distils(args):
+        return (
+            f"{name} ranks by a teacher: name it with --distill-model and --distill-pretrained, or give its "
+            "features"
+        )
+    if caption is None:
         return None
     from rankloss_open_clip import captions
 
     return captions.refuse(args)
 
 
-def _distils(args: Any) -> bool:
+def distils(args: Any) -> bool:
     """Whether the trainer has a teacher, which it decides by both of its arguments."""
     return None not in (getattr(args, "distill_model", None), getattr(args, "distill_pretrained", None))
 

@@ -17,7 +17,8 @@ class TrainerLoss(DrivenLoss):
         criterion: The loss, see :class:`rankloss_trainers.catalog.LossEntry`.
         sums_every_value: Whether the trainer adds up all values of the returned dict, whatever their keys.
         uses_teacher: Whether the loss is given the features of the trainer's teacher under its own names.
-            The trainer's own loss gets them under the trainer's, ``dist_image_features`` and so on.
+        keeps_distillation: Whether the base is given them, under the trainer's names (``dist_image_features``
+            and so on), where the trainer has a teacher.
         **driven: ``unit``, ``first_call`` and ``evaluate`` of
             :class:`rankloss_trainers.driven_loss.DrivenLoss`.
     """
@@ -28,11 +29,13 @@ class TrainerLoss(DrivenLoss):
         *,
         sums_every_value: bool = True,
         uses_teacher: bool = False,
+        keeps_distillation: bool = True,
         **driven: Any,
     ) -> None:
         super().__init__(criterion, **driven)
         self.sums_every_value = sums_every_value
         self.uses_teacher = uses_teacher
+        self.keeps_distillation = keeps_distillation
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
@@ -50,6 +53,8 @@ class TrainerLoss(DrivenLoss):
         if self.uses_teacher:
             for name in ("image_features", "text_features"):
                 base_inputs[f"reference_{name}"] = base_inputs[f"dist_{name}"]
+        if not self.keeps_distillation:
+            base_inputs = {name: x for name, x in base_inputs.items() if not name.startswith("dist_")}
         entries: Entries = super().forward(image_features, text_features, logit_scale, **base_inputs)
         if not output_dict:
             return entries.total

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
-_PATCHED = "_rankloss_open_clip_patched"
+    from rankloss_open_clip.companions import Companion
 
-# What every loss depends on, and what only a loss with a second caption depends on.
+_PATCHED = "_rankloss_open_clip_patched"
+_COMPANION = "_rankloss_open_clip_companion"  # of the training data, where the loss needs one
+
+# What every loss depends on, and what only a loss depends on that needs more of the data than pairs.
 _PATCHED_NAMES = {
     "open_clip.factory": ("create_loss", "create_task"),
     "open_clip": ("create_loss", "create_task"),
@@ -33,7 +36,7 @@ _PATCHED_NAMES = {
     "open_clip_train.legacy_main": ("create_loss", "parse_args", "train_one_epoch", "pt_load"),
     "open_clip_train.file_utils": ("pt_load",),
 }
-_CAPTION_NAMES = {"open_clip_train.data": ("get_csv_dataset", "get_wds_dataset")}
+_DATA_NAMES = {"open_clip_train.data": ("get_csv_dataset", "get_wds_dataset")}
 
 
 def patch_factory(module: ModuleType) -> None:
@@ -90,9 +93,9 @@ def _check_train_one_epoch(module: ModuleType) -> None:
 
 
 def patch_data(module: ModuleType) -> None:
-    """Let the readers of training data join the second caption that a loss needs to the first.
+    """Let the readers of training data join what a loss needs of them to the captions.
 
-    A module without them is left alone: only a loss with a second caption needs them, see :func:`unpatched`.
+    A module without them is left alone: few losses need more than pairs, see :func:`unpatched`.
 
     Args:
         module: ``open_clip_train.data``.
@@ -147,12 +150,12 @@ def _parser_of(module: ModuleType, create_loss: str) -> type[PatchedParser]:
     class AttachedParser(PatchedParser):
         """The parser of an attached trainer."""
 
-        def unpatched(self, *, captions: bool) -> list[str]:
+        def unpatched(self, *, data: bool) -> list[str]:
             """The functions of this trainer that are not patched."""
             needed = [(module, name) for name in (create_loss, "parse_args", "train_one_epoch")]
-            if captions:
-                data = _home(module, "get_data")
-                needed += [(data, name) for name in _CAPTION_NAMES["open_clip_train.data"]]
+            if data:
+                readers = _home(module, "get_data")
+                needed += [(readers, name) for name in _DATA_NAMES["open_clip_train.data"]]
             return [
                 f"{where.__name__}.{name}"
                 for where, name in needed
@@ -171,13 +174,13 @@ def _home(module: ModuleType, name: str) -> ModuleType:
     return sys.modules.get(getattr(getattr(module, name, None), "__module__", ""), module)
 
 
-def unpatched(*, captions: bool = False) -> list[str]:
+def unpatched(*, data: bool = False) -> list[str]:
     """Functions of open_clip that are loaded, that ``--loss`` depends on, and that are not patched.
 
     Args:
-        captions: Whether the loss depends on a second caption too.
+        data: Whether the loss depends on the readers of training data too.
     """
-    names = {**_PATCHED_NAMES, **_CAPTION_NAMES} if captions else _PATCHED_NAMES
+    names = {**_PATCHED_NAMES, **_DATA_NAMES} if data else _PATCHED_NAMES
     return [
         f"{name}.{attribute}"
         for name, attributes in names.items()
@@ -277,9 +280,9 @@ def _parser_name(module: ModuleType) -> str | None:
 class PatchedParser(command_line.TrainerParser):
     """The trainer's parser, which knows what of the trainer is patched."""
 
-    def unpatched(self, *, captions: bool) -> list[str]:
+    def unpatched(self, *, data: bool) -> list[str]:
         """See :func:`unpatched`."""
-        return unpatched(captions=captions)
+        return unpatched(data=data)
 
 
 def _parsing(
@@ -309,14 +312,15 @@ def _reading_csv(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def get_csv_dataset(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        options, key = bound.arguments["args"], _caption_key(bound.arguments)
-        if key is None:
+        options, companion = bound.arguments["args"], _companion(bound.arguments)
+        if companion is None:
             return original(*args, **kwargs)
-        from rankloss_open_clip.captions import PairTokenizer, join_csv
+        from rankloss_open_clip.companions import JoinedTokenizer, join_csv
 
-        bound.arguments["tokenizer"] = PairTokenizer(bound.arguments["tokenizer"])
+        bound.arguments["tokenizer"] = JoinedTokenizer(bound.arguments["tokenizer"], companion)
         info = original(*bound.args, **bound.kwargs)
-        join_csv(info.dataloader.dataset, options.train_data, options.csv_separator, key)
+        join_csv(info.dataloader.dataset, options.train_data, options.csv_separator, companion)
+        setattr(info, _COMPANION, companion)
         return info
 
     return get_csv_dataset
@@ -327,28 +331,30 @@ def _reading_shards(module: ModuleType, original: Callable[..., Any]) -> Callabl
 
     def get_wds_dataset(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        options, key = bound.arguments["args"], _caption_key(bound.arguments)
-        if key is None:
+        options, companion = bound.arguments["args"], _companion(bound.arguments)
+        if companion is None:
             return original(*args, **kwargs)
-        from rankloss_open_clip.captions import JoinedSamples, PairTokenizer
+        from rankloss_open_clip.companions import JoinedSamples, JoinedTokenizer
 
-        bound.arguments["tokenizer"] = PairTokenizer(bound.arguments["tokenizer"])
+        bound.arguments["tokenizer"] = JoinedTokenizer(bound.arguments["tokenizer"], companion)
         # The pipeline is built inside the call, so the reader is replaced during it.
         read = module.tarfile_to_samples_nothrow
         vars(module)["tarfile_to_samples_nothrow"] = JoinedSamples(
-            read, key, getattr(options, "text_key", None) or "txt"
+            read, companion, getattr(options, "text_key", None) or "txt"
         )
         try:
-            return original(*bound.args, **bound.kwargs)
+            info = original(*bound.args, **bound.kwargs)
         finally:
             vars(module)["tarfile_to_samples_nothrow"] = read
+        setattr(info, _COMPANION, companion)
+        return info
 
     return get_wds_dataset
 
 
-def _caption_key(given: dict[str, Any]) -> str | None:
-    """The key of the second caption, for training data."""
-    return command_line.caption_key(given["args"]) if given["is_train"] else None
+def _companion(given: dict[str, Any]) -> Companion | None:
+    """What comes with the texts of training data."""
+    return command_line.companion_of(given["args"]) if given["is_train"] else None
 
 
 def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -380,10 +386,11 @@ def _training(original: Callable[..., Any]) -> Callable[..., Any]:
             epoch = given["epoch"] if state is None else state.epoch
             optimizer = (given if state is None else vars(state)).get("optimizer")
             start_epoch(loss, epoch, given["data"], options, optimizer, given.get("tb_writer"))
-            if command_line.caption_key(options) is not None:
-                from rankloss_open_clip.captions import split_features
+            companion = getattr(given["data"]["train"], _COMPANION, None)
+            if companion is not None:
+                from rankloss_open_clip.companions import split_features
 
-                split_features(given["model"] if state is None else state.task.trainable_module)
+                split_features(given["model"] if state is None else state.task.trainable_module, companion)
         return original(*args, **kwargs)
 
     return train_one_epoch

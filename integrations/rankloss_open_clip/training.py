@@ -14,7 +14,7 @@ from torch import nn
 
 import rankloss
 from rankloss_open_clip import checkpoints
-from rankloss_open_clip.command_line import gather_of
+from rankloss_open_clip.command_line import distils, gather_of
 from rankloss_open_clip.logged_terms import TrainerLoss
 from rankloss_open_clip.versions import imported, judge
 from rankloss_trainers import catalog, state
@@ -47,6 +47,9 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     loaded = candidate.load()
     entry, options = loaded.taking(args), catalog.option_values(name, loaded, args)
     gather = gather_of(args)
+    if distils(args) and not entry.keeps_distillation(options):
+        # What the trainer would train with if it had no teacher; it refuses to distil CoCa.
+        base = SigLipLoss() if getattr(args, "siglip", False) else open_clip.ClipLoss()
     criterion = entry.build(base if loaded.is_former else _shareable(base, gather), options, gather)
     if not isinstance(criterion, nn.Module):
         raise TypeError(f"--loss {name}: {candidate.reference} must build a module, got {criterion!r}")
@@ -60,7 +63,9 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     loss = TrainerLoss(
         criterion,
         sums_every_value=sums_every_value,
-        uses_teacher=entry.uses_teacher(options),
+        # Features that come with the data have the names of the loss already.
+        uses_teacher=entry.uses_teacher(options) and entry.reference_features(options) is None,
+        keeps_distillation=entry.keeps_distillation(options),
         unit=entry.unit if isinstance(entry.unit, str) else entry.unit(options, args.epochs),
         first_call=entry.first_call,
         evaluate=call_alone if entry.log is None else entry.log(options),

@@ -31,6 +31,7 @@ BUILT_IN = {
     "rankclip": "rankloss_trainers.own_losses:RANKCLIP",
     "rankclip-cross": "rankloss_trainers.own_losses:RANKCLIP_CROSS",
     "rankclip-in": "rankloss_trainers.own_losses:RANKCLIP_IN",
+    "rankclip-distill": "rankloss_trainers.own_losses:RANKCLIP_DISTILL",
     "cyclip": "rankloss_trainers.own_losses:CYCLIP",
     "alip": "rankloss_trainers.own_losses:ALIP",
     "clip-streamed": "rankloss_trainers.own_losses:CLIP_STREAMED",
@@ -147,7 +148,11 @@ class LossEntry:
         caption_key: ``options → key`` of a second caption in the training data, or None. The module is then
             called with ``caption_features`` too.
         uses_teacher: ``options →`` whether it ranks by a teacher. The module is then called with
-            ``reference_image_features`` and ``reference_text_features`` too.
+            ``reference_image_features`` and ``reference_text_features`` too, or with one of the two.
+        reference_features: ``options →`` where the teacher's features are read from, or None for those of the
+            teacher that the trainer has.
+        keeps_distillation: ``options →`` whether the distillation term of a trainer that has a teacher stays
+            in the base.
         no_sigmoid: Why the loss does not work where the trainer's own is a sigmoid loss; empty if it does.
         only_sigmoid: Why the loss works only where the trainer's own is a sigmoid loss; empty if it does not
             depend on that.
@@ -165,6 +170,8 @@ class LossEntry:
     first_call: str = ""
     caption_key: Callable[..., str | None] = lambda *_: None
     uses_teacher: Callable[..., bool] = lambda *_: False
+    reference_features: Callable[..., str | None] = lambda *_: None
+    keeps_distillation: Callable[..., bool] = lambda *_: True
     no_sigmoid: str = ""
     only_sigmoid: str = ""
     log: Callable[[Options], Callable[..., Any]] | None = None
@@ -193,6 +200,8 @@ class LossEntry:
             unit=self.unit if isinstance(self.unit, str) else lambda *_: self.unit(args),  # type: ignore[operator]
             caption_key=lambda *_: self.caption_key(args),
             uses_teacher=lambda *_: self.uses_teacher(args),
+            reference_features=lambda *_: self.reference_features(args),
+            keeps_distillation=lambda *_: self.keeps_distillation(args),
         )
 
 

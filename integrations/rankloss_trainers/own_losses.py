@@ -15,20 +15,13 @@ from torch import nn
 import rankloss
 from rankloss import schedules
 from rankloss.distributed import Gather
-from rankloss.options import RankOptions, choices_of
+from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, StreamingOptionsDict, choices_of
 from rankloss_trainers.catalog import LossEntry, Option, Options, count, count_type, number_type, weight
 from rankloss_trainers.logging import RankClipLog, alip_log
 
 # --- RankCLIP -------------------------------------------------------------------------------------------
 
 _HIDDEN = ("reduction",)  # a value per anchor cannot be added to the base, and a sum is a mean times a weight
-_METAVARS = {
-    "reference_scale": "X",
-    "top_k": "K",
-    "bins": "B",
-    "chunk_size": "ROWS",
-    "memory_budget": "BYTES",
-}
 _RANK_FIELDS = tuple(field for field in dataclasses.fields(RankOptions) if field.name not in _HIDDEN)
 
 
@@ -45,7 +38,7 @@ def _rank_option(field: dataclasses.Field[Any]) -> Option:
     if not spellings:
         bounds = field.metadata["bounds"]
         type_ = number_type(**bounds) if "above" in bounds else count_type(**bounds)
-        keywords = {"type": type_, "metavar": _METAVARS.get(field.name, "N")}
+        keywords = {"type": type_, "metavar": field.metadata["unit"]}
         return Option(name, field.default, help_, keywords, none)
     default = next(text for text, value in spellings.items() if value == field.default)
     return Option(name, default, help_, {"choices": tuple(spellings)})
@@ -55,6 +48,11 @@ def _rank_options(options: Options) -> dict[str, Any]:
     """The keywords of :class:`RankOptions`, from what was typed; values as Python has them are taken too."""
     values = {field.name: options[field.name] for field in _RANK_FIELDS}
     return {name: _spellings(name).get(value, value) for name, value in values.items()}
+
+
+def _streaming(options: Options) -> StreamingOptionsDict:
+    """Those of them that any streamed loss has."""
+    return {name: options[name] for name in STREAMING_OPTION_NAMES}  # type: ignore[return-value]
 
 
 _RANKCLIP_OPTIONS = (
@@ -77,9 +75,24 @@ _RANKCLIP_OPTIONS = (
     Option(
         "reference",
         "own",
-        "whose rankings the lists are held against: the batch's own, or those of the teacher that the "
-        "trainer distils from",
+        "whose rankings the lists are held against: the batch's own, or a teacher's, which the trainer "
+        "distils from or whose features come with the data",
         {"choices": ("own", "teacher")},
+    ),
+    Option(
+        "reference-features",
+        None,
+        "rank by a teacher's precomputed features: a directory or .npz file of image_features and "
+        "text_features, or one of them, a row per row of the CSV file; with a webdataset the word samples "
+        "(or samples:image, samples:text), for members of these names in each sample",
+        {"metavar": "PATH"},
+        "none",
+    ),
+    Option(
+        "distill-loss",
+        "include",
+        "whether a trainer that distils from a teacher keeps its own distillation term beside the rank terms",
+        {"choices": ("include", "exclude")},
     ),
     Option(
         "agreement-every",
@@ -96,7 +109,7 @@ def _build_rankclip(base: nn.Module, options: Options, gather: Gather) -> ranklo
         # One list of the whole batch is exact on every process, and so are a base's own rows.
         gather = dataclasses.replace(gather, local_loss=False)
     if type(base) is rankloss.ClipLoss:
-        base = rankloss.ClipLoss(gather=base.gather, memory_budget=options["memory_budget"])
+        base = rankloss.ClipLoss(gather=base.gather, **_streaming(options))
     return rankloss.RankClipLoss(
         base,
         schedule=options["schedule"],
@@ -105,6 +118,10 @@ def _build_rankclip(base: nn.Module, options: Options, gather: Gather) -> ranklo
         gather=gather,
         **_rank_options(options),
     )
+
+
+def _has_teacher(options: Options) -> bool:
+    return options["reference"] == "teacher" or options["reference_features"] is not None
 
 
 def _rankclip_unit(options: Options, epochs: float) -> str:
@@ -117,10 +134,12 @@ def _rankclip_unit(options: Options, epochs: float) -> str:
 def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
     if options["lists"] == "batch" and gather.local_loss and not gather.gather_with_grad:
         return "lists: batch needs the whole batch on every process, not the local loss without its gradient"
-    if options["reference"] == "own" and options["reference_scale"] is not None:
+    if not _has_teacher(options) and options["reference_scale"] is not None:
         return "reference_scale: multiplies a teacher's similarities, not the batch's own"
-    if options["reference"] == "teacher" and options["fixed_reference"] not in (None, "none"):
+    if _has_teacher(options) and options["fixed_reference"] not in (None, "none"):
         return "fixed_reference: fixes one of the batch's own rankings, not a teacher's"
+    if not _has_teacher(options) and options["distill_loss"] == "exclude":
+        return "distill_loss: exclude leaves a teacher without a use where the lists are not ranked by it"
     try:
         _build_rankclip(nn.Identity(), options, gather)
     except ValueError as error:  # what the library itself refuses
@@ -135,8 +154,12 @@ def _describe_rankclip(options: Options, epochs: float) -> str:
         f"{options['lambda_cross']:g} cross-modal and {options['lambda_in']:g} in-modal, lists "
         f"{options['lists']}"
     )
-    if options["reference"] == "teacher":
+    if options["top_k"] is not None:
+        text += f", best {options['top_k']} of each"
+    if _has_teacher(options):
         text += ", ranked by the teacher"
+        if options["reference_features"] is not None:
+            text += f"'s features in {options['reference_features']}"
     if unit != options["schedule_unit"]:
         text += " (one epoch has no ramp over epochs, so the schedule goes by optimizer steps)"
     return text
@@ -150,9 +173,19 @@ RANKCLIP = LossEntry(
     refuse=_refuse_rankclip,
     describe=_describe_rankclip,
     unit=_rankclip_unit,
-    uses_teacher=lambda options: options["reference"] == "teacher",
+    uses_teacher=_has_teacher,
+    reference_features=lambda options: options["reference_features"],
+    keeps_distillation=lambda options: options["distill_loss"] == "include",
     log=lambda options: RankClipLog(options["agreement_every"]),
 )
+
+
+def _with_defaults(**defaults: Any) -> tuple[Option, ...]:
+    """RankCLIP's options with some other defaults."""
+    return tuple(
+        dataclasses.replace(option, default=defaults.get(option.key, option.default))
+        for option in _RANKCLIP_OPTIONS
+    )
 
 
 def _without(term: str) -> LossEntry:
@@ -168,16 +201,23 @@ def _without(term: str) -> LossEntry:
     return dataclasses.replace(
         RANKCLIP,
         help=f"rankclip without its {term}-modal term: the ablation RankCLIP^{kept[0].upper()}",
-        options=tuple(
-            dataclasses.replace(option, default=0.0) if option.key == key else option
-            for option in _RANKCLIP_OPTIONS
-        ),
+        options=_with_defaults(**{key: 0.0}),
         refuse=refuse,
     )
 
 
 RANKCLIP_CROSS = _without("in")
 RANKCLIP_IN = _without("cross")
+
+# The best of the settings that were tried, all of them with the recipe's ramp.
+RANKCLIP_DISTILL = dataclasses.replace(
+    RANKCLIP,
+    help="the trainer's own plus the ranking terms held against a teacher's two best ranks: rankclip with "
+    "reference teacher, top-k 2, lambda-cross 64, lambda-in 64, distill-loss exclude",
+    options=_with_defaults(
+        reference="teacher", top_k=2, lambda_cross=64.0, lambda_in=64.0, distill_loss="exclude"
+    ),
+)
 
 
 # --- CyCLIP ---------------------------------------------------------------------------------------------
@@ -259,7 +299,9 @@ ALIP = LossEntry(
 
 # --- CLIP's and SigLIP's own, in linear memory ------------------------------------------------------------
 
-_STREAMED_OPTIONS = tuple(_rank_option(field) for field in _RANK_FIELDS if field.name == "memory_budget")
+_STREAMED_OPTIONS = tuple(
+    _rank_option(field) for field in _RANK_FIELDS if field.name in STREAMING_OPTION_NAMES
+)
 
 
 def _streamed(
@@ -272,14 +314,15 @@ def _streamed(
             raise ValueError(
                 f"{name} computes what {replaced[0]} does, but the trainer trains with {type(base).__name__}"
             )
-        return loss(gather=gather, memory_budget=options["memory_budget"])
+        return loss(gather=gather, **_streaming(options))
 
     return build
 
 
 def _describe_streamed(options: Options, _: float) -> str:
-    budget = options["memory_budget"]
-    return "memory budget " + ("of the device" if budget is None else f"{budget:,} bytes")
+    rows, budget = (options[name] for name in STREAMING_OPTION_NAMES)
+    given = "" if rows is None else f"{rows:,} rows at a time, "
+    return f"{given}memory budget " + ("of the device" if budget is None else f"{budget:,} bytes")
 
 
 CLIP_STREAMED = LossEntry(

@@ -6,7 +6,9 @@ blocks of cosines and the gradient exist.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import operator
 import os
@@ -14,20 +16,26 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 __all__ = [
     "CACHE",
+    "EARLIEST_TRITON",
     "LARGEST_LIST",
     "Launch",
     "RankedLists",
     "choose_launch",
     "evaluate_rows",
+    "triton_version",
     "why_not",
     "why_not_options",
 ]
 
 LARGEST_LIST = 2**17
 """The most items of a list, and the most bins: sums of integers in the kernels are made for no more."""
+
+EARLIEST_TRITON = "3.4"
+"""In the interpreter of earlier ones the kernels corrupt memory."""
 
 CACHE = 50 * 2**20
 """Bytes of the last cache where a GPU's own is not known: an H100's."""
@@ -98,16 +106,15 @@ def why_not(options: RankedLists, device: torch.device, dtype: torch.dtype, n: i
         return f"the kernels compute in float32, not in {str(dtype).removeprefix('torch.')}"
     if n < 1 or not 2 <= N <= LARGEST_LIST:
         return f"the kernels take lists of 2 to {LARGEST_LIST:,} items; these have {N:,}"
-    if not _has_triton():
-        return "Triton is not installed"
-    if interpreted():
-        return (
-            None
-            if device.type in ("cpu", "meta")
-            else f"TRITON_INTERPRET=1 takes CPU tensors, not {device.type}"
-        )
-    if device.type != "cuda":
+    if not interpreted() and device.type != "cuda":
         return f"the kernels run on CUDA, not on {device.type}"
+    triton = triton_version()
+    if triton is None:
+        return "Triton is not installed"
+    if TorchVersion(triton) < EARLIEST_TRITON:
+        return f"the kernels need Triton {EARLIEST_TRITON} or later; {triton} is installed"
+    if interpreted() and device.type not in ("cpu", "meta"):
+        return f"TRITON_INTERPRET=1 takes CPU tensors, not {device.type}"
     return None
 
 
@@ -132,8 +139,14 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def triton_version() -> str | None:
+    """The version of the Triton that is installed, None without one; it is not imported."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for distribution in ("triton", "pytorch-triton", "triton-windows"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return None
 
 
 def evaluate_rows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -150,24 +150,27 @@ class AlipLoss(GatheringLoss):
         # Both captions in one collective.
         images, captions = self.gather(image_features, torch.stack([text_features, caption_features], dim=1))
         texts, synthetic = captions.unbind(1)
-        weights = self._weights(
+        text_weights, caption_weights = self._weights(
             images, texts, synthetic, self.training if update_histories is None else update_histories
         )
 
-        def part(own: Tensor, everyone: Tensor, pair: Tensor) -> Tensor:
+        def part(own: Tensor, everyone: Tensor, weights: Tensor) -> Tensor:
             logits, rows = pair_logits(
                 self.gather, image_features, own, (images, everyone), logit_scale, logit_bias
             )
             nll = F.cross_entropy(logits[0], rows, reduction="none")
             nll = (nll + F.cross_entropy(logits[1], rows, reduction="none")) / 2
-            return (nll * (weights.sample * pair)[rows]).mean()
+            return (nll * weights[rows]).mean()
 
-        raw = {"contrastive_loss": part(text_features, texts, weights.text)}
-        caption = {"caption_contrastive_loss": part(caption_features, synthetic, weights.caption)}
+        raw = {"contrastive_loss": part(text_features, texts, text_weights)}
+        caption = {"caption_contrastive_loss": part(caption_features, synthetic, caption_weights)}
         return combined(raw, caption, output_dict)
 
     @torch.no_grad()
-    def _weights(self, images: Tensor, texts: Tensor, captions: Tensor, update: bool) -> _Weights:
+    def _weights(
+        self, images: Tensor, texts: Tensor, captions: Tensor, update: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The weights of the raw and of the caption pairs, ``[N]`` each."""
         dtype = arithmetic_dtype(images)
         # Detached too: no_grad alone leaves forward-mode tangents in place.
         v, t, c = (x.detach().to(dtype) for x in (images, texts, captions))
@@ -179,11 +182,9 @@ class AlipLoss(GatheringLoss):
             self.histories.copy_(torch.where(mean.isfinite(), moved, self.histories))
         sample, text, caption = (cosines - self.histories.to(dtype)[:, None]).unbind(0)
         gate = torch.exp(self.gamma_sample * sample)
-        return _Weights(
-            gate.clamp_max(1),
-            torch.where(gate < 1, torch.exp(self.gamma_pair * text), 1.0),
-            torch.where(gate < 1, torch.exp(self.gamma_pair * caption), 1.0),
-        )
+        pairs = (torch.where(gate < 1, torch.exp(self.gamma_pair * x), 1.0) for x in (text, caption))
+        of_text, of_caption = (gate.clamp_max(1) * pair for pair in pairs)
+        return of_text, of_caption
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AlipLoss:
         # What to(), half(), to_empty() and so on do to a buffer. The device is fn's choice, the dtype is not.
@@ -210,14 +211,6 @@ class AlipLoss(GatheringLoss):
 
 def _history_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-class _Weights(NamedTuple):
-    """``[N]`` each."""
-
-    sample: Tensor
-    text: Tensor
-    caption: Tensor
 
 
 def _check_captions(caption_features: Tensor, text_features: Tensor) -> None:

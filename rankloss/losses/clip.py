@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import Batch, arithmetic_dtype
+from rankloss.batch import arithmetic_dtype
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.functional import weighted_terms
 from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
-from rankloss.options import RankOptions
+from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, StreamingOptionsDict, check_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["ClipLoss", "pair_logits", "without_effect"]
 
@@ -22,7 +27,7 @@ class ClipLoss(GatheringLoss):
     there, with open_clip's defaults: ``ClipLoss(local_loss=True)`` is a loss of one process. Where none is
     given, ``gather`` holds.
 
-    Memory: up to ``memory_budget`` the loss is open_clip's formula, with the same bits. A batch whose logits
+    Memory: up to its budget the loss is open_clip's formula, with the same bits. A batch whose logits
     take more is computed in chunks of rows, value and gradient together, and equals it to the rounding of
     float32: O(N·D) is kept for the backward pass and O(chunk·N) is held during the forward pass. The dtype of
     the result is the same on both sides.
@@ -36,8 +41,7 @@ class ClipLoss(GatheringLoss):
         use_horovod: must be false; open_clip's argument.
         gather: how features of other processes are gathered. None: from the default process group, if one of
             more than one process is initialised, exactly. False: not at all. Else a :class:`rankloss.Gather`.
-        memory_budget: bytes that matrices of the whole batch may take, as in :class:`rankloss.RankOptions`;
-            None is 64 MiB on a CPU and 1 GiB elsewhere.
+        **options: ``chunk_size`` and ``memory_budget``, see :class:`rankloss.RankOptions`.
 
     Shapes:
         ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; ``logit_scale``: the multiplier s
@@ -72,8 +76,9 @@ class ClipLoss(GatheringLoss):
         use_horovod: bool | None = None,
         *,
         gather: GatherOption = None,
-        memory_budget: int | None = None,
+        **options: Unpack[StreamingOptionsDict],
     ) -> None:
+        check_names(type(self), options, STREAMING_OPTION_NAMES)
         if use_horovod:
             raise ValueError(f"use_horovod is not supported; got {use_horovod!r}")
         super().__init__(
@@ -87,7 +92,7 @@ class ClipLoss(GatheringLoss):
                 world_size=world_size,
             )
         )
-        self._options = RankOptions(memory_budget=memory_budget)
+        self._options = RankOptions(**options)
 
     def forward(
         self,
@@ -120,33 +125,16 @@ class ClipLoss(GatheringLoss):
             with torch.no_grad():  # the dtype depends on autocast's rules; one pair shows it
                 pair = image_features[:1], text_features[:1]
                 dtype = _whole(_ONE_PROCESS, *pair, pair, logit_scale, logit_bias).dtype
-            loss = self._streamed(image_features, text_features, gathered, logit_scale)
+            batch = self.batch_of(gathered, image_features, text_features, logit_scale)
+            weights = torch.ones(3, dtype=torch.float64, device=images.device)
+            loss, *_ = weighted_terms(
+                batch, self._options, weights, contrastive=True, cross_modal=False, in_modal=False
+            )
             loss = (loss + without_effect(logit_bias)).to(dtype)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _streamed(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        gathered: Gathered,
-        logit_scale: Tensor | float,
-    ) -> Tensor:
-        local = self.gather.anchors_are_local
-        batch = Batch.of(
-            *gathered,
-            logit_scale,
-            image_anchors=image_features if local else None,
-            text_anchors=text_features if local else None,
-            first_row=self.gather.first_row(len(image_features)),
-        )
-        weights = torch.ones(3, dtype=torch.float64, device=batch.image.device)
-        loss, *_ = weighted_terms(
-            batch, self._options, weights, contrastive=True, cross_modal=False, in_modal=False
-        )
-        return loss
-
     def extra_repr(self) -> str:
-        """The memory budget, if it is not the default."""
+        """The options that are not at their defaults."""
         return ", ".join(f"{name}={value!r}" for name, value in self._options.changed.items())
 
 

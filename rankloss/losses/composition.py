@@ -13,6 +13,7 @@ from torch import Tensor
 from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.losses.clip import ClipLoss
+from rankloss.options import StreamingOptionsDict
 
 __all__ = ["Base", "base_entries", "check_base", "combined", "shares_gathering"]
 
@@ -20,14 +21,14 @@ Base: TypeAlias = Callable[..., Any]
 """A module or function with the forward convention of open_clip's losses, including ``output_dict``."""
 
 
-def check_base(base: Base | None, gather: Gather, memory_budget: int | None = None) -> Base:
-    """``base``, or for None CLIP's loss gathered in the same way and with the same budget.
+def check_base(base: Base | None, gather: Gather, streaming: StreamingOptionsDict | None = None) -> Base:
+    """``base``, or for None CLIP's loss gathered and streamed in the same way.
 
     Raises:
         ValueError: for a base that cannot be called.
     """
     if base is None:
-        return ClipLoss(gather=gather, memory_budget=memory_budget)
+        return ClipLoss(gather=gather, **(streaming or {}))
     if not callable(base) or isinstance(base, type):
         hint = (
             f"; did you mean schedule={base!r}?" if isinstance(base, str) and base in schedules.NAMES else ""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankloss.batch import check_features, check_reference_features, check_scale
-from rankloss.distributed import Gather, GatherOption
+from rankloss.batch import Batch, check_features, check_reference_features, check_scale
+from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.losses.weights import is_capturing, is_plain
 
 __all__ = ["GatheringLoss", "InputWarning", "gather_of_open_clip"]
@@ -57,6 +57,36 @@ class GatheringLoss(nn.Module):
         if not torch.compiler.is_compiling() and not self._has_looked:
             features = {"image_features": image_features, "text_features": text_features, **given}
             self._has_looked = _look(features, logit_scale)
+
+    def batch_of(
+        self,
+        gathered: Gathered,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        reference_image: Tensor | None = None,
+        reference_text: Tensor | None = None,
+    ) -> Batch:
+        """The whole batch, with this process's own features as the anchors where only they have lists.
+
+        Args:
+            gathered: ``self.gather(image_features, text_features)``.
+            image_features: ``[N, D]``, this process's own.
+            text_features: likewise.
+            logit_scale: the multiplier s.
+            reference_image: a teacher's features of the whole batch.
+            reference_text: likewise.
+        """
+        local = self.gather.anchors_are_local
+        return Batch.of(
+            *gathered,
+            logit_scale,
+            image_anchors=image_features if local else None,
+            text_anchors=text_features if local else None,
+            first_row=self.gather.first_row(len(image_features)),
+            reference_image=reference_image,
+            reference_text=reference_text,
+        )
 
 
 def gather_of_open_clip(

@@ -113,7 +113,7 @@ class RankClipLoss(nn.Module):
             gather=gather,
             **options,
         )
-        self.base = check_base(base, self.consistency.gather, self.consistency.options.memory_budget)
+        self.base = check_base(base, self.consistency.gather, self.consistency.options.streaming)
         if not callable(schedule):
             schedule = schedules.by_name(schedule)
         self.schedule = schedule

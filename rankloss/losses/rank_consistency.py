@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from rankloss.batch import Batch, arithmetic_dtype
+from rankloss.batch import arithmetic_dtype
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.functional import check_references, weighted_terms
 from rankloss.losses.gathering import GatheringLoss
@@ -42,7 +42,7 @@ class RankConsistency(GatheringLoss):
     in = ½[C(I | Y') + C(X | Y')], and the cross-modal term has to have the weight 0.
 
     Row lists are computed in chunks of rows, value and gradient together, so memory grows linearly with N
-    (beyond ``memory_budget``). Similarities, order and sums are float32 at least, under autocast too.
+    (beyond the budget). Similarities, order and sums are float32 at least, under autocast too.
 
     Args:
         cross_modal: weight of the cross-modal term; 0 leaves it out of the computation.
@@ -201,23 +201,11 @@ class RankConsistency(GatheringLoss):
         if not contrastive and not cross_modal and not in_modal:
             zero = image_features.new_zeros((), dtype=arithmetic_dtype(image_features, text_features))
             return zero, zero, zero
-        images, texts = self.gather(image_features, text_features) if gathered is None else gathered
-        local = self.gather.anchors_are_local
-        reference_image, reference_text = self.gather.constants(
-            reference_image_features, reference_text_features
-        )
-        batch = Batch.of(
-            images,
-            texts,
-            logit_scale,
-            image_anchors=image_features if local else None,
-            text_anchors=text_features if local else None,
-            first_row=self.gather.first_row(len(image_features)),
-            reference_image=reference_image,
-            reference_text=reference_text,
-        )
+        if gathered is None:
+            gathered = self.gather(image_features, text_features)
+        references = self.gather.constants(reference_image_features, reference_text_features)
         return weighted_terms(
-            batch,
+            self.batch_of(gathered, image_features, text_features, logit_scale, *references),
             self.options,
             weights,
             contrastive=contrastive,
@@ -236,7 +224,7 @@ class RankConsistency(GatheringLoss):
         """How a global batch of n pairs is computed; None for ``lists="batch"``, which holds whole matrices.
 
         Example:
-            >>> RankConsistency().plan(1024).name, RankConsistency(memory_budget=0).plan(1024).name
+            >>> RankConsistency().plan(1024).name, RankConsistency().plan(8192).name
             ('shared', 'rows')
         """
         if self.options.lists == "batch":

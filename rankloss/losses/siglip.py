@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,8 +11,17 @@ from torch import Tensor
 from rankloss.batch import arithmetic_dtype, check_device, kind_of, nan_unless_finite
 from rankloss.distributed import GatherOption
 from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
-from rankloss.options import RankOptions, check_choice
+from rankloss.options import (
+    STREAMING_OPTION_NAMES,
+    RankOptions,
+    StreamingOptionsDict,
+    check_choice,
+    check_names,
+)
 from rankloss.sigmoid import pair_sigmoid
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["SigLipLoss"]
 
@@ -24,7 +35,7 @@ class SigLipLoss(GatheringLoss):
     there, with open_clip's defaults: ``SigLipLoss(dist_impl="gather")`` is a loss of one process. Where none
     is given, ``gather`` holds.
 
-    Memory: up to ``memory_budget`` the loss is open_clip's formula, with the same bits in one process. A
+    Memory: up to its budget the loss is open_clip's formula, with the same bits in one process. A
     batch whose logits take more is computed in chunks of images, value and gradient together, and equals it
     to the rounding of float32: O(N·D) is kept for the backward pass and O(chunk·N) is held during the forward
     pass. The dtype of the result is the same on both sides.
@@ -42,8 +53,7 @@ class SigLipLoss(GatheringLoss):
             texts. They give one value, up to rounding; here texts are gathered whichever is named.
         gather: how features of other processes are gathered. None: from the default process group, if one of
             more than one process is initialised, exactly. False: not at all. Else a :class:`rankloss.Gather`.
-        memory_budget: bytes that matrices of the whole batch may take, as in :class:`rankloss.RankOptions`;
-            None is 64 MiB on a CPU and 1 GiB elsewhere.
+        **options: ``chunk_size`` and ``memory_budget``, see :class:`rankloss.RankOptions`.
 
     Shapes:
         ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; ``logit_scale``: the multiplier s
@@ -75,8 +85,9 @@ class SigLipLoss(GatheringLoss):
         dist_impl: str | None = None,
         *,
         gather: GatherOption = None,
-        memory_budget: int | None = None,
+        **options: Unpack[StreamingOptionsDict],
     ) -> None:
+        check_names(type(self), options, STREAMING_OPTION_NAMES)
         check_choice("dist_impl", dist_impl, (None, "bidir", "shift", "reduce", "gather"))
         super().__init__(
             gather_of_open_clip(
@@ -87,7 +98,7 @@ class SigLipLoss(GatheringLoss):
                 world_size=world_size,
             )
         )
-        self._options = RankOptions(memory_budget=memory_budget)
+        self._options = RankOptions(**options)
 
     def forward(
         self,
@@ -120,11 +131,12 @@ class SigLipLoss(GatheringLoss):
             with torch.no_grad():  # the dtype depends on autocast's rules; one pair shows it
                 dtype = _whole(images[:1], texts[:1], logit_scale, logit_bias, 0).dtype
             bias = 0.0 if logit_bias is None else logit_bias
-            loss = pair_sigmoid(images, texts, logit_scale, bias, first_row).to(dtype)
+            chunk_size = self._options.chunk_size
+            loss = pair_sigmoid(images, texts, logit_scale, bias, first_row, chunk_size).to(dtype)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
-        """The memory budget, if it is not the default."""
+        """The options that are not at their defaults."""
         return ", ".join(f"{name}={value!r}" for name, value in self._options.changed.items())
 
 

@@ -42,6 +42,7 @@ def points() -> list[Point]:
             Point("RankConsistency sort", n, 4.0 * time, 4.5 * time, 50 * memory * MIB, saved_bytes=MIB),
             Point("RankConsistency bin", n, None if n > 4096 else 2.5 * time, 2.0, 60 * memory * MIB),
             Point("RankClipLoss bin", n, 3.0 * time, 3.0 * time, 60 * memory * MIB),
+            Point("rankclip-distill", n, 2.6 * time, 2.6 * time, 60 * memory * MIB),
         ]
         if n <= 4096:
             made.append(Point("naive terms", n, 12.0 * time, 12.0 * time, 700 * memory**2 * MIB))
@@ -75,6 +76,8 @@ def test_targets_are_judged_by_their_own_side() -> None:
     assert judged["RankConsistency bin, added memory, N = 16,384 / 8,192"] == (pytest.approx(2.0), True)
     assert judged["RankConsistency sort, whole process, N = 32,768"] == (None, None)
     assert judged["ClipLoss streamed / ClipLoss, time, N = 4,096"] == (pytest.approx(1.2), True)
+    assert judged["ClipLoss streamed / ClipLoss, time, N = 16,384"] == (pytest.approx(1.2), True)
+    assert judged["rankclip-distill / ClipLoss, time, N = 4,096"] == (pytest.approx(2.6), False)
     assert judged["SigLipLoss streamed / SigLipLoss, time, N = 4,096"] == (None, None)
     assert judged["ClipLoss streamed, added memory, N = 32,768"] == (None, None)
     assert judged["demo's step, --loss rankclip / --loss clip"] == (1.05, False)
@@ -184,7 +187,7 @@ def test_distributed_script_measures_every_world_size(tmp_path: Path) -> None:
 def test_scaling_script_measures_every_loss(tmp_path: Path) -> None:
     run("scaling.py", "--quick", "--output", str(tmp_path))
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert len({(p["loss"], p["n"]) for p in found["points"]}) == len(found["points"]) == 10
+    assert len({(p["loss"], p["n"]) for p in found["points"]}) == len(found["points"]) == 18
     for p in found["points"]:
         assert p["seconds"] > 0
         assert p["peak_bytes"] > p["added_bytes"] >= 0

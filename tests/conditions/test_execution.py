@@ -312,6 +312,7 @@ def test_threads(subject: Subject) -> None:
 
 def in_worker(names: list[str]) -> dict[str, Result | str]:
     """What a forked worker finds; it does not see how its parent's subjects fail."""
+    torch.set_num_threads(1)  # as a DataLoader's worker does: OpenMP's threads do not survive a fork
     found: dict[str, Result | str] = {}
     for subject in SUBJECTS:
         if subject.name in names:

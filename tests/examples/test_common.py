@@ -15,10 +15,13 @@ import time
 from pathlib import Path
 
 import pytest
+from clip_evaluation import metrics
 from examples_common import page, tables, terminal, trainer
 from examples_common.trainer import Job, Log, LossNotAttachedError, TrainingError
 from hypothesis import given
 from hypothesis import strategies as st
+from icons_data import labels, names
+from miniature_paper import captions, wording
 from rich.console import Console
 
 import rankloss
@@ -158,18 +161,6 @@ def test_cancelling_waits_until_every_run_has_cleaned_up():
     assert cleaned == RUNS[:3]
 
 
-def test_every_run_leaves_a_line():
-    async def work(one, report):
-        if one == RUNS[1]:
-            raise TrainingError("it said [no]")
-
-    console = quiet()
-    run_all(RUNS[:2], work, 1, console)
-    text = console.file.getvalue()
-    assert "1/2  run 0  0 s" in text
-    assert "2/2  run 1  failed: it said [no]" in text
-
-
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_a_signal_ends_the_children(tmp_path, sent):
     """From the signal to the exit status, with a child that would sleep for a minute."""
@@ -232,8 +223,9 @@ def test_the_examples_use_public_names_only():
 # --- tables and pages ---
 
 
-def test_examples_in_docstrings():
-    found = doctest.testmod(tables)
+@pytest.mark.parametrize("module", [captions, labels, metrics, names, tables, wording])
+def test_examples_in_docstrings(module):
+    found = doctest.testmod(module)
     assert found.attempted > 0
     assert found.failed == 0
 
@@ -243,6 +235,6 @@ def test_a_table_keeps_every_cell_as_it_is(rows):
     text = tables.markdown(["x", "y", "z"], rows, right=2)
     cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines()[2:]]
     assert [[cell.strip().replace("\\|", "|") for cell in row] for row in cells] == rows
-    seen = page.html([text], title="t")
+    seen = page.html(text, title="t")
     assert seen.count("<tr>") == 1 + len(rows)
     assert seen.count('scope="row"') == len(rows)

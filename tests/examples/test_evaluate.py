@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import io
 import itertools
 import json
@@ -14,29 +13,20 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from clip_evaluation import command, datasets, geometry, metrics, pixel_knn, probe, report
+from clip_evaluation import command, datasets, geometry, metrics, pixel_knn, probe
 from clip_evaluation.model import ClipModel
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from sklearn.preprocessing import StandardScaler
 from torch.nn.functional import normalize
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
-import rankloss
-
 
 def _features(*shape, seed=0):
     return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
-def test_examples_in_docstrings():
-    found = doctest.testmod(metrics, extraglobs={"torch": torch})
-    assert found.attempted > 0
-    assert found.failed == 0
 
 
 # --- retrieval ---
@@ -99,13 +89,9 @@ def test_retrieval_with_several_captions_is_what_torchmetrics_counts(block, monk
     assert metrics.recall_at_k(matrix.T, right=right.T) == pytest.approx(found["text_to_image"])
 
 
-def test_retrieval_without_a_map_takes_pairs():
-    images, texts = _features(12, 4), _features(12, 4, seed=1)
-    assert metrics.retrieval(images, texts) == metrics.retrieval(images, texts, torch.arange(12))
-    assert metrics.retrieval(images, texts)["image_to_text"] == metrics.recall_at_k(images @ texts.T)
-
-
-def test_retrieval_refuses_what_does_not_fit():
+def test_retrieval_refuses_what_does_not_fit_and_takes_pairs_without_a_map():
+    pairs = _features(12, 4), _features(12, 4, seed=1)
+    assert metrics.retrieval(*pairs) == metrics.retrieval(*pairs, torch.arange(12))
     images, texts = _features(3, 4), _features(5, 4)
     with pytest.raises(ValueError, match="5 captions with 3 images"):
         metrics.retrieval(images, texts)
@@ -256,15 +242,6 @@ def test_geometry_of_pairs_that_coincide():
     distance = torch.pdist(v.double()).square()
     assert found["uniformity_image"] == pytest.approx(distance.mul(-2).exp().mean().log().item(), abs=1e-6)
     assert found["cross_modal_tau"] == found["in_modal_rho"] == pytest.approx(1.0)
-
-
-def test_geometry_is_that_of_the_library():
-    v, t = _features(30, 6), _features(30, 6, seed=1)
-    found = geometry.geometry(v, t, max_anchors=None)
-    assert found["modality_gap"] == rankloss.metrics.modality_gap(v, t).item()
-    assert {k: v for k, v in found.items() if k.endswith(("tau", "rho"))} == {
-        k: x.item() for k, x in rankloss.metrics.rank_agreement(v, t).items()
-    }
 
 
 # --- data ---
@@ -601,15 +578,3 @@ def test_templates(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a {}\n\nthe {}\n")
     assert command.templates(str(path), None) == ["a {}", "the {}"]
-
-
-def test_the_table_shows_errors_and_chance_of_percentages_only():
-    out = io.StringIO()
-    rows = [
-        report.Result("mdi", "zero-shot", "top-1", 10.0, 270, 2.0),
-        report.Result("mdi", "geometry", "modality_gap", 0.5, 270, percent=False),
-    ]
-    report.show(rows, Console(file=out, width=100))
-    lines = [line.split() for line in out.getvalue().splitlines() if line.strip()]
-    assert ["mdi", "zero-shot", "top-1", "10.00", "1.83", "2.00", "270"] in lines
-    assert ["geometry", "modality_gap", "0.5", "270"] in [line[-4:] for line in lines]

@@ -1,4 +1,4 @@
-"""The paper in miniature, end to end on made-up icons: interrupted, resumed, reported."""
+"""The miniature's commands: their arguments, and one end to end: interrupted, resumed, reported."""
 
 from __future__ import annotations
 
@@ -11,11 +11,48 @@ from pathlib import Path
 
 import pytest
 from miniature_icons import write_icons
+from miniature_paper import command
 from miniature_paper.records import read_lines
+from miniature_paper.search import command as search
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "miniature"
 # Four models: CLIP and RankCLIP on both backbones.
 ARGUMENTS = ("--only", "table4", "--seeds", "1", "--jobs", "2", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (command.main, ["--seeds", "0"]),
+        (command.main, ["--jobs", "-1"]),
+        (command.main, ["--only", "table9"]),
+        (command.main, ["--device", "tpu"]),
+        (command.main, ["--presets", "full"]),
+        (search.main, ["--jobs", "0"]),
+        (search.main, ["--again"]),
+        (search.main, ["--report-only", "--confirm"]),
+        (search.main, ["--trial", "recipe"]),
+    ],
+)
+def test_bad_arguments_are_named(capsys, main, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("main", [command.main, search.main])
+def test_nothing_to_report_is_an_error(tmp_path, capsys, main):
+    assert main(["--report-only", "--output", str(tmp_path)]) == 1
+    assert "holds no record" in capsys.readouterr().out
+
+
+def test_the_full_records_are_those_of_the_repository(tmp_path):
+    args = command.parse(["--preset", "full", "--output", str(tmp_path)])
+    assert args.results == EXAMPLE / "results" / "full"
+    args = command.parse(["--output", str(tmp_path)])
+    assert args.preset == "quick"
+    assert {tmp_path} <= {*args.results.parents} & {*args.report.parents}
 
 
 def _start(folder, *more):

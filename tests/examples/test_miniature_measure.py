@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import dataclasses
-import doctest
 import io
 import json
 
@@ -13,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from clip_evaluation.model import ClipModel
-from icons_data.load import load
+from icons_data.load import LabelledSet, load
 from miniature_icons import write_icons
 from miniature_paper import captions, data, grid, measure
 from miniature_paper.grid import PRESETS, plan
 from miniature_paper.heat_maps import heat_map
+from miniature_paper.search.trials import TEST, VALIDATION
 from PIL import Image
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -26,18 +26,7 @@ def _no_track(items, length, what):
     return items
 
 
-@pytest.fixture(scope="module")
-def icons(tmp_path_factory):
-    return load(write_icons(tmp_path_factory.mktemp("icons") / "built"))
-
-
 # --- synthetic captions ---
-
-
-def test_examples_in_docstrings():
-    found = doctest.testmod(captions)
-    assert found.attempted > 0
-    assert found.failed == 0
 
 
 def _square(colour, low=8, high=24):
@@ -194,12 +183,6 @@ PRESET = dataclasses.replace(
 )
 
 
-@pytest.fixture(scope="module", params=["resnet", "vit"])
-def model(request):
-    torch.manual_seed(0)
-    return ClipModel(f"local-dir:{grid.model_folder(request.param)}")
-
-
 def test_everything_is_measured(icons, model):
     found = measure.measure(model, icons, PRESET, figures=False)
     tasks = {
@@ -239,16 +222,18 @@ def test_retrieval_is_that_of_the_models_own_preprocessing(icons, model):
     assert similarity.shape == (20, 25)
 
 
-def test_pictures_are_encoded_once_and_found_again(icons, model):
-    embeddings = measure.Embeddings(model, icons)
-    embeddings.encode([np.array([5, 3]), np.array([3, 90])])
-    apart = measure.Embeddings(model, icons)
-    apart.encode([np.array([90])])
-    torch.testing.assert_close(
-        embeddings(np.array([90, 3]))[0], apart(np.array([90]))[0], atol=1e-5, rtol=1e-4
+def test_pictures_are_encoded_once_and_found_again(icons, model, monkeypatch):
+    apart = measure.Embeddings(model, icons)(np.array([90]))[0]
+    embeddings, encoded = measure.Embeddings(model, icons), []
+    image_features = model.image_features
+    monkeypatch.setattr(
+        model, "image_features", lambda images: encoded.extend(i for _, i in images) or image_features(images)
     )
-    with pytest.raises(KeyError, match="picture 4 was not encoded"):
-        embeddings(np.array([3, 4]))
+    three = embeddings(np.array([5, 3, 5]))
+    assert (three[0] == three[2]).all()
+    torch.testing.assert_close(embeddings(np.array([90, 3]))[0], apart, atol=1e-5, rtol=1e-4)
+    assert (embeddings(np.array([3]))[0] == three[1]).all()
+    assert encoded == [3, 5, 90]
 
 
 def test_the_figures_are_small_and_complete(icons, model):
@@ -280,3 +265,64 @@ def test_only_the_first_seed_of_each_loss_is_shown():
         shown = [s for s in plan(preset) if measure.is_shown(s)]
         assert [s.loss for s in shown] == list(grid.LOSSES)
         assert {(s.seed, s.backbone, s.pairs) for s in shown} == {(0, "resnet", preset.pairs)}
+
+
+# --- one side only, for the search ---
+
+
+class _Untouched:
+    """Icons of which the test side may not be asked for, in any way."""
+
+    def __init__(self, icons, side=VALIDATION):
+        self._icons, self._side = icons, side
+        self.images = icons.images
+        self.labelled = {name: self._labelled(one) for name, one in icons.labelled.items()}
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the search asked for {name}")
+
+    def retrieval(self, name="test"):
+        assert name == self._side
+        return self._icons.retrieval(name)
+
+    def _labelled(self, one):
+        allowed = self._side
+
+        class Guarded(LabelledSet):
+            def side(self, side):
+                assert side == allowed
+                return super().side(side)
+
+        guarded = object.__new__(Guarded)
+        guarded.__dict__.update(one.__dict__)
+        return guarded
+
+
+def test_the_search_never_looks_at_the_test_side(icons, model):
+    found = measure.measure_side(model, _Untouched(icons), PRESET, VALIDATION)
+    for part in ("metrics", "chance", "items"):
+        assert found[part].keys() == {"retrieval", "zero-shot/mdi"}
+    assert not found["diverged"]
+    json.dumps(found, allow_nan=False)
+    with pytest.raises(AssertionError):  # the guard guards
+        measure.measure_side(model, _Untouched(icons), PRESET, TEST)
+    with pytest.raises(ValueError, match="side: must be validation or test, got 'train'"):
+        measure.measure_side(model, icons, PRESET, "train")
+
+
+def test_the_test_side_is_measured_as_in_the_tables(icons, model):
+    found = measure.measure_side(model, _Untouched(icons, TEST), PRESET, TEST)
+    table = measure.measure(model, icons, PRESET, figures=False)
+    for part in ("metrics", "chance"):
+        assert found[part]["retrieval"] == table[part]["retrieval/test"]
+        assert found[part]["zero-shot/mdi"]["top-1"] == table[part]["zero-shot/mdi"]["top-1"]
+    assert found["items"]["retrieval"] == table["items"]["retrieval/test"]
+    assert found["items"]["zero-shot/mdi"] == table["items"]["zero-shot/mdi"]
+
+
+def test_a_model_without_numbers_has_no_scores(icons):
+    broken = ClipModel(f"local-dir:{grid.model_folder('resnet')}")
+    with torch.no_grad():
+        broken.model.text_projection.fill_(float("nan"))
+    found = measure.measure_side(broken, icons, PRESET, VALIDATION)
+    assert found == {"metrics": {}, "chance": {}, "items": {}, "diverged": True}

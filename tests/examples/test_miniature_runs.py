@@ -10,14 +10,15 @@ import os
 import subprocess
 import sys
 
+import miniature_records
 import pytest
 from filelock import FileLock
-from miniature_paper import command, grid, runs
-from miniature_paper.data import Tables
+from miniature_paper import grid, runs
 from miniature_paper.grid import EXHIBITS, LOSSES, PRESETS, Setting, plan, settings_of
 from miniature_paper.options import _EXAMPLE as EXAMPLE
-from miniature_paper.records import Store, append_lines, read_lines
+from miniature_paper.records import Store, read_lines
 from miniature_paper.runs import Machine, Workshop, key_of
+from miniature_paper.search import trials
 from miniature_paper.search.trials import Attempt
 from rich.console import Console
 
@@ -115,18 +116,25 @@ def test_finished_records_keep_their_names(preset, digest):
     assert done.stdout.strip() == "True"
 
 
-def test_a_key_follows_data_architecture_and_arguments(monkeypatch):
-    setting = plan(PRESETS["quick"])[0]
-    keys = {key_of(setting, "data"), key_of(setting, "other data")}
+@pytest.mark.parametrize(
+    ("run", "module"),
+    [
+        (plan(PRESETS["quick"])[0], grid),
+        (trials.attempt(trials.SEARCHES["full"], trials.TRIALS[2], 1, 10, trials.TEST), trials),
+    ],
+    ids=("setting", "attempt"),
+)
+def test_a_key_follows_data_architecture_and_arguments(run, module, monkeypatch):
+    keys = {key_of(run, "data"), key_of(run, "other"), key_of(dataclasses.replace(run, seed=11), "data")}
     for target, name, value in (
         (runs, "model_config", lambda _: {"model_cfg": {}}),
-        (Setting, "job", lambda self: grid.Job("clip", 1, "m", ("--lr", "1"))),
-        (grid, "MEASURES", 2),
+        (type(run), "job", lambda self: grid.Job("clip", 1, "m", ("--lr", "1"))),
+        (module, "MEASURES", 99),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, value)
-            keys.add(key_of(setting, "data"))
-    assert len(keys) == 5
+            keys.add(key_of(run, "data"))
+    assert len(keys) == 6
 
 
 @pytest.mark.parametrize(
@@ -263,13 +271,6 @@ def test_processes_append_side_by_side(tmp_path):
     assert len({line.get("key") for line in lines}) == len(lines)
 
 
-def test_appending_sees_what_is_there(tmp_path):
-    path = tmp_path / "lines.jsonl"
-    for _ in range(3):
-        append_lines(path, lambda lines: [{"number": len(lines)}])
-    assert [line["number"] for line in read_lines(path)[0]] == [0, 1, 2]
-
-
 def test_records_are_found_by_setting_and_doubles_are_left_out(tmp_path):
     store = Store(tmp_path)
     first, second, stranger = _SETTINGS[0], _SETTINGS[1], plan(PRESETS["full"])[0]
@@ -294,9 +295,7 @@ def workshop(tmp_path, monkeypatch):
         return _record(run)
 
     monkeypatch.setattr(Workshop, "_record", make)
-    sizes = PRESETS["quick"].sizes
-    tables = Tables(dict.fromkeys(sizes, "t"), dict.fromkeys(sizes, "d"))
-    return Workshop(tmp_path, tmp_path, tables, Store(tmp_path / "results"), Machine("cpu", 2, 0, 1))
+    return miniature_records.workshop(tmp_path, tmp_path / "results")
 
 
 def test_what_is_there_is_not_made_again(workshop):
@@ -329,37 +328,3 @@ def test_a_gpu_is_fed_by_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
     machine = Machine.of("cuda")
     assert (machine.jobs, machine.workers, machine.threads) == (4, 3, None)
-
-
-# --- the command ---
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--seeds", "0"], "--seeds"),
-        (["--jobs", "-1"], "--jobs"),
-        (["--only", "table9"], "--only"),
-        (["--device", "tpu"], "--device"),
-        (["--presets", "full"], "--presets"),
-    ],
-)
-def test_bad_arguments_are_named(capsys, arguments, said):
-    with pytest.raises(SystemExit) as stopped:
-        command.main(arguments)
-    assert stopped.value.code == 2
-    assert said in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_the_full_records_are_those_of_the_repository(tmp_path):
-    args = command.parse(["--preset", "full", "--output", str(tmp_path)])
-    assert args.results == EXAMPLE / "results" / "full"
-    args = command.parse(["--output", str(tmp_path)])
-    assert args.preset == "quick"
-    assert tmp_path in args.results.parents
-    assert tmp_path in args.report.parents
-
-
-def test_nothing_to_report_is_an_error(tmp_path, capsys):
-    assert command.main(["--report-only", "--output", str(tmp_path)]) == 1
-    assert "holds no record of the quick preset" in capsys.readouterr().out

@@ -48,13 +48,6 @@ def test_what_has_no_mean_is_refused(values):
         estimate(values)
 
 
-def test_the_interval_covers_the_mean_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    trials = 2000
-    hits = sum(abs(e.mean - 7) <= e.half_width for e in map(estimate, rng.normal(7, 2, (trials, 5))))
-    assert hits / trials == pytest.approx(0.95, abs=3 * (0.95 * 0.05 / trials) ** 0.5)
-
-
 # --- paired tests ---
 
 
@@ -69,15 +62,6 @@ def test_the_paired_difference_is_scipys(pairs):
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=1e-6)
 
 
-@given(st.lists(st.tuples(scores, scores), min_size=3, max_size=8))
-def test_the_test_and_the_interval_say_the_same(pairs):
-    values, reference = zip(*pairs, strict=True)
-    assume(spread(np.subtract(values, reference)))
-    found = paired_difference(by_seed(values), by_seed(reference))
-    assume(abs(found.p - 0.05) > 1e-9)
-    assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
-
-
 @given(st.dictionaries(st.integers(0, 9), scores), st.dictionaries(st.integers(0, 9), scores), st.randoms())
 def test_only_common_seeds_are_paired_in_any_order(values, reference, random):
     found = paired_difference(values, reference)
@@ -90,15 +74,6 @@ def test_only_common_seeds_are_paired_in_any_order(values, reference, random):
     shuffled = list(values.items())
     random.shuffle(shuffled)
     assert paired_difference(dict(shuffled), reference) == found
-
-
-@given(st.lists(st.tuples(scores, scores), min_size=1, max_size=8))
-def test_exchanging_the_two_changes_the_sign_only(pairs):
-    values, reference = map(by_seed, zip(*pairs, strict=True))
-    there, back = paired_difference(values, reference), paired_difference(reference, values)
-    assert back.mean == pytest.approx(-there.mean)
-    assert back.half_width == pytest.approx(there.half_width)
-    assert back.p == pytest.approx(there.p)
 
 
 # --- many tests ---
@@ -137,30 +112,24 @@ def test_the_family_wise_error_stays_below_the_level():
     assert false / families <= 0.05 + 3 * (0.05 * 0.95 / families) ** 0.5
 
 
-def test_large_differences_are_found():
-    rng = np.random.default_rng(2)
-    clip = by_seed(rng.normal(10, 1, 5))
-    family = {
-        i: paired_difference({s: v + 2 + rng.normal(0, 0.2) for s, v in clip.items()}, clip)
-        for i in range(45)
-    }
-    assert all(verdict(d) == "better" for d in correct(family).values())
-
-
 # --- verdicts ---
 
 
-def test_verdicts():
-    def of(mean, adjusted, n=5, p=0.001):
-        return verdict(Difference(mean, 0.5, n, p, adjusted))
-
-    assert of(1.0, 0.04) == "better"
-    assert of(-1.0, 0.04) == "worse"
-    assert of(1.0, 0.05) == "not told apart"
-    assert of(1.0, None, p=None) == "not told apart"
-    assert of(1.0, 0.001, n=2) == "too few seeds"
-    assert verdict(None) == "too few seeds"
-    assert verdict(Difference(-1.0, 0.5, 5, 0.001, 0.001), above="larger", below="smaller") == "smaller"
+@pytest.mark.parametrize(
+    ("difference", "said"),
+    [
+        (Difference(1.0, 0.5, 5, 0.001, 0.04), "better"),
+        (Difference(-1.0, 0.5, 5, 0.001, 0.04), "worse"),
+        (Difference(1.0, 0.5, 5, 0.001, 0.05), "not told apart"),
+        (Difference(1.0, 0.5, 5, None, None), "not told apart"),
+        (Difference(1.0, 0.5, 2, 0.001, 0.001), "too few seeds"),
+        (None, "too few seeds"),
+    ],
+)
+def test_verdicts(difference, said):
+    assert verdict(difference) == said
+    words = {"better": "larger", "worse": "smaller"}
+    assert verdict(difference, above="larger", below="smaller") == words.get(said, said)
 
 
 @given(st.lists(st.lists(st.tuples(scores, scores), min_size=1, max_size=6), min_size=1, max_size=6))

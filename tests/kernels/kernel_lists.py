@@ -33,6 +33,12 @@ class Lists:
     def replace(self, **changes: Any) -> Lists:
         return replace(self, **changes)
 
+    @property
+    def rounding(self) -> float:
+        """Four roundings (2⁻²⁴ each) of a score that differs from its row's largest by the whole span."""
+        span = self.cosines.amax(-1) - self.cosines.amin(-1)
+        return float(span.max()) * self.scale * 2.0**-22
+
     def run(self, **options: Any) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """What the kernel gives, on the CPU."""
 

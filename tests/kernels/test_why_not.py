@@ -31,7 +31,7 @@ def ask(
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(rows, "_has_triton", lambda: True)
+    monkeypatch.setattr(rows, "triton_version", lambda: "3.7.0")
 
 
 @pytest.mark.usefixtures("compiled")
@@ -72,12 +72,17 @@ def test_a_launch_has_a_program_and_no_more_than_rows(n: int, N: int, bins: int)
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "_has_triton", lambda: False)
+    monkeypatch.setattr(rows, "triton_version", lambda: None)
     assert ask() == "Triton is not installed"
+    monkeypatch.setattr(rows, "triton_version", lambda: "3.2.0+git1")
+    assert ask() == "the kernels need Triton 3.4 or later; 3.2.0+git1 is installed"
+    for version in ("3.4.0", "3.10.0"):
+        monkeypatch.setattr(rows, "triton_version", lambda version=version: version)
+        assert ask(device="cpu") is None
 
 
 def test_the_interpreter_takes_cpu_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "_has_triton", lambda: True)
+    monkeypatch.setattr(rows, "triton_version", lambda: "3.7.0")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ask(device="cpu") is None
     assert ask(device="cuda") == "TRITON_INTERPRET=1 takes CPU tensors, not cuda"

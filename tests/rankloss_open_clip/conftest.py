@@ -88,7 +88,10 @@ def runs(trainer: Trainer, broken_plugin: dict[str, str]) -> Iterator[Runs]:
     call("coca", *two, *rankclip, "--model", f"local-dir:{trainer.directory}/tiny-coca")
     teacher = ["--distill-model", f"local-dir:{trainer.directory}/tiny", "--distill-pretrained", "none"]
     call("distill", *two, *rankclip, *teacher)
-    call("ranked by the teacher", *two, *rankclip, *teacher, "--rankclip-reference", "teacher")
+    by_teacher = [*teacher, "--rankclip-reference", "teacher"]
+    call("ranked by the teacher", *two, *rankclip, *by_teacher)
+    call("ranked by the teacher alone", *two, *rankclip, *by_teacher, "--rankclip-distill-loss", "exclude")
+    call("rankclip-distill", *two, "--loss", "rankclip-distill", *teacher)
     call("grad checkpointing", *two, *rankclip, "--grad-checkpointing")
     call("lock image", *two, *rankclip, "--lock-image")
     if LOCKS_TEXT:

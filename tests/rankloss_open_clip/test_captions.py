@@ -17,8 +17,22 @@ import torch
 from open_clip_train.params import parse_args
 from torch import Tensor, nn
 
-from rankloss_open_clip import command_line
-from rankloss_open_clip.captions import JoinedSamples, PairTokenizer, join_csv, split_features
+from rankloss_open_clip import command_line, companions
+from rankloss_open_clip.captions import SecondCaption
+from rankloss_open_clip.companions import JoinedTokenizer
+
+
+def join_csv(dataset: Any, path: str, separator: str, key: str) -> None:
+    companions.join_csv(dataset, path, separator, SecondCaption(key))
+
+
+def joined_samples(read: Any, key: str, text_key: str = "txt") -> companions.JoinedSamples:
+    return companions.JoinedSamples(read, SecondCaption(key), text_key)
+
+
+def split_features(model: nn.Module) -> None:
+    companions.split_features(model, SecondCaption("syn"))
+
 
 # --- reading --------------------------------------------------------------------------------------------
 
@@ -34,7 +48,7 @@ def shard(*samples: dict[str, Any]) -> Any:
     return read
 
 
-def texts(reader: JoinedSamples, text_key: str = "txt") -> list[bytes | None]:
+def texts(reader: companions.JoinedSamples, text_key: str = "txt") -> list[bytes | None]:
     return [sample.get(text_key) for sample in reader("source", handler="handler")]
 
 
@@ -42,7 +56,7 @@ def test_text_file_is_joined_to_the_caption() -> None:
     read = shard(
         {"txt": b"raw \xc3\xa9", "syn.txt": b"made\x1fup"}, {"txt": b"left out"}, {"syn.txt": b"dropped"}
     )
-    assert texts(JoinedSamples(read, "Syn.TXT")) == ["raw é\x1fmade up".encode()]
+    assert texts(joined_samples(read, "Syn.TXT")) == ["raw é\x1fmade up".encode()]
 
 
 def test_field_of_the_json_is_joined_to_the_caption() -> None:
@@ -53,12 +67,12 @@ def test_field_of_the_json_is_joined_to_the_caption() -> None:
         {"txt": b"f"},
         {"txt": b"g", "json": b'{"blip": 7}'},
     )
-    assert texts(JoinedSamples(read, "json:blip")) == [b"a\x1fb", b"g\x1f7"]
+    assert texts(joined_samples(read, "json:blip")) == [b"a\x1fb", b"g\x1f7"]
 
 
 def test_first_caption_is_the_one_the_trainer_prefers() -> None:
     read = shard({"caption": b"a", "syn": b"b"}, {"txt": b"c", "caption": b"d", "syn": b"e"})
-    samples = list(JoinedSamples(read, "syn", "txt;caption")("source", handler="handler"))
+    samples = list(joined_samples(read, "syn", "txt;caption")("source", handler="handler"))
     assert samples[0]["caption"] == b"a\x1fb"
     assert (samples[1]["txt"], samples[1]["caption"]) == (b"c\x1fe", b"d")
 
@@ -71,13 +85,13 @@ def test_wrong_key_is_an_error_that_shows_a_sample(count: int) -> None:
         f"none of {shown} samples has a second caption 'syn'; the last one, '{shown - 1}', has jpg, txt, json"
     )
     with pytest.raises(ValueError, match=message):
-        texts(JoinedSamples(read, "syn"))
+        texts(joined_samples(read, "syn"))
 
 
 def test_late_second_captions_are_no_error() -> None:
     read = shard(*[{"txt": b"a"}] * 99, {"txt": b"a", "syn": b"b"}, *[{"txt": b"a"}] * 200)
-    assert texts(JoinedSamples(read, "syn")) == [b"a\x1fb"]
-    assert texts(JoinedSamples(shard(), "syn")) == []
+    assert texts(joined_samples(read, "syn")) == [b"a\x1fb"]
+    assert texts(joined_samples(shard(), "syn")) == []
 
 
 def csv(path: Path, text: str) -> tuple[Any, str]:
@@ -114,7 +128,7 @@ def test_missing_captions_are_named(tmp_path: Path, text: str, message: str) -> 
 
 def test_pair_tokenizer_is_the_tokenizer_of_each() -> None:
     tokenizer = open_clip.SimpleTokenizer(context_length=12)
-    pairs = PairTokenizer(tokenizer)
+    pairs = JoinedTokenizer(tokenizer, SecondCaption("syn"))
     tokens = pairs(["a cat\x1fa small animal", "\x1fa dog"])
     assert tokens.shape == (2, 2, 12)
     assert torch.equal(tokens[:, 0], tokenizer(["a cat", ""]))
@@ -124,7 +138,7 @@ def test_pair_tokenizer_is_the_tokenizer_of_each() -> None:
     assert pairs.context_length == 12
     for other in (copy.deepcopy(pairs), pickle.loads(pickle.dumps(pairs))):
         assert torch.equal(other("a\x1fb"), pairs("a\x1fb"))
-    with pytest.raises(ValueError, match=r"two joined captions, got 1: \['only one'\]"):
+    with pytest.raises(ValueError, match=r"joined with a second caption 'syn', got 1 parts: \['only one'\]"):
         pairs(["a\x1fb", "only one"])
 
 
@@ -252,5 +266,5 @@ def test_compiled_model_gives_the_same() -> None:
 
 
 def test_namespace_of_arguments_without_a_loss_needs_no_captions() -> None:
-    assert command_line.caption_key(SimpleNamespace()) is None
-    assert command_line.caption_key(parse_args(["--loss", "cyclip"])) is None
+    assert command_line.companion_of(SimpleNamespace()) is None
+    assert command_line.companion_of(parse_args(["--loss", "cyclip"])) is None

@@ -31,7 +31,7 @@ def test_help_shows_the_group(processes: Processes) -> None:
     assert done.returncode == 0
     assert "loss (rankloss):" in done.output
     assert f"--loss {{clip,{','.join(catalog.BUILT_IN)}}}" in done.output
-    assert "--loss rankclip, rankclip-cross, rankclip-in:" in done.output
+    assert "--loss rankclip, rankclip-cross, rankclip-in, rankclip-distill:" in done.output
     assert f"--rankclip-schedule {{{','.join(schedules.NAMES)}}}" in done.output
     for name in catalog.BUILT_IN:
         entry = catalog.candidates()[name].load()
@@ -124,6 +124,10 @@ def test_ambiguous_abbreviation_is_refused(capsys: pytest.CaptureFixture[str]) -
             "rankclip ranks by a teacher: name it with --distill-model and --distill-pretrained",
         ),
         (["--rankclip-reference-scale", "2"], "--rankclip-reference-scale: "),
+        (
+            ["--rankclip-distill-loss", "exclude"],
+            "--rankclip-distill-loss: exclude leaves a teacher without a use",
+        ),
         (["--rankclip-model", "top_one", "--rankclip-top-k", "2"], "model='top_one' weighs all items"),
         (["--rankclip-weight", "1"], "unrecognized arguments: --rankclip-weight"),
     ],
@@ -258,7 +262,7 @@ def test_log_remarks_once_on_a_version_that_was_not_tested(
 def test_unpatched_trainer_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patches, "unpatched", lambda captions: ["open_clip_train.train.train_one_epoch"])
+    monkeypatch.setattr(patches, "unpatched", lambda data: ["open_clip_train.train.train_one_epoch"])
     assert "did not reach open_clip_train.train.train_one_epoch" in refused(capsys, *RANKCLIP)
 
 

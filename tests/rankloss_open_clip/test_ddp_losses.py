@@ -16,6 +16,7 @@ import rankloss
 from batches import random_batch, relative_error
 from collectives import Collectives
 from process_pool import Pool, Pools
+from rankloss import reference
 from rankloss_trainers.clock import Position
 
 N, D, SCALE = 24, 6, 10.0  # the whole batch, on however many processes
@@ -257,22 +258,64 @@ def test_local_loss_without_gather_with_grad_is_warned_of_once(
         assert first == []
 
 
-def ranked_by_the_teacher(rank: int, world_size: int) -> list[Tensor]:
-    argv = [*RANKCLIP, "--rankclip-reference", "teacher", *options(True, True)]
-    loss = built(rank, world_size, "DistillClipLoss", argv)
+TEACHER = ["--rankclip-reference", "teacher"]
+PRESET = ["--loss", "rankclip-distill", "--rankclip-schedule", "constant"]
+PRESET_WEIGHTS = dict.fromkeys(RANK_TERMS, 64 / 16)
+RANKED_BY_THE_TEACHER = {
+    "beside its distillation": ("DistillClipLoss", [*RANKCLIP, *TEACHER], WEIGHTS, {}),
+    "alone": ("ClipLoss", [*RANKCLIP, *TEACHER, "--rankclip-distill-loss", "exclude"], WEIGHTS, {}),
+    "preset": ("ClipLoss", PRESET, PRESET_WEIGHTS, {"top_k": 2}),
+    "preset with distillation": (
+        "DistillClipLoss",
+        [*PRESET, "--rankclip-distill-loss", "include"],
+        PRESET_WEIGHTS,
+        {"top_k": 2},
+    ),
+    "preset of a sigmoid loss": ("SigLipLoss", [*PRESET, "--siglip"], PRESET_WEIGHTS, {"top_k": 2}),
+}
+
+
+def ranked_by_the_teacher(rank: int, world_size: int, name: str) -> Terms:
+    base, argv, *_ = RANKED_BY_THE_TEACHER[name]
+    args = parse_args([*argv, *BASES["DistillClipLoss"], *options(True, True)])
+    args.rank, args.world_size, args.distill = rank, world_size, True
+    loss = open_clip.create_loss(args)
+    assert type(loss.criterion.base).__name__ == base
+    loss.start_epoch(Position(epoch=0, epochs=args.epochs, steps=1, accum_freq=1))
     whole = inputs("DistillClipLoss", torch.float64)
+    if base == "SigLipLoss":
+        whole["logit_bias"] = torch.tensor(-3.0, dtype=torch.float64)
     own = {k: x.chunk(world_size)[rank] if x.dim() else x for k, x in whole.items()}
+    by = (whole["image_features"], whole["text_features"], whole["logit_scale"])
     entries = loss(**own, output_dict=True)
-    return [entries[term].detach() for term in RANK_TERMS]
+    losses = {key: value for key, value in entries.items() if key.endswith("_loss")}
+    return {key: [value.detach(), *_gradients(value, by)] for key, value in losses.items()}
 
 
-def test_teachers_features_reach_the_rank_terms_from_every_process(pools: Pools) -> None:
+@pytest.mark.parametrize("name", RANKED_BY_THE_TEACHER)
+def test_teachers_features_reach_the_rank_terms_from_every_process(pools: Pools, name: str) -> None:
+    base, _, weights, rank_options = RANKED_BY_THE_TEACHER[name]
     whole = inputs("DistillClipLoss", torch.float64)
     teacher = {f"reference_{k}_features": whole.pop(f"dist_{k}_features") for k in ("image", "text")}
     del whole["dist_logit_scale"]
-    weights = {k.removesuffix("_loss"): w for k, w in WEIGHTS.items()}
-    expected = rankloss.RankConsistency(**weights)(**whole, **teacher, output_dict=True)
-    own = rankloss.RankConsistency(**weights)(**whole, output_dict=True)
-    for found, term in zip(zip(*pools[2].run(ranked_by_the_teacher), strict=True), RANK_TERMS, strict=True):
-        assert relative_error(torch.stack(found).mean(), expected[term]) < 1e-10
+    by = tuple(whole.values())
+    results = pools[2].run(ranked_by_the_teacher, name)
+    found = {
+        key: [torch.stack(x).mean(0) for x in zip(*(r[key] for r in results), strict=True)]
+        for key in results[0]
+    }
+    assert ("distill_loss" in found) is (base == "DistillClipLoss")
+    criterion = rankloss.RankConsistency(
+        **{k.removesuffix("_loss"): w for k, w in weights.items()}, **rank_options, gather=False
+    )
+    expected, own = criterion(**whole, **teacher, output_dict=True), criterion(**whole, output_dict=True)
+    of_base = rankloss.SigLipLoss if base == "SigLipLoss" else rankloss.ClipLoss
+    bias = {"logit_bias": -3.0} if base == "SigLipLoss" else {}
+    expected["contrastive_loss"] = of_base(gather=False)(**whole, **bias)
+    arrays = {k: x.detach().numpy() for k, x in {**whole, **teacher}.items()}
+    for term, oracle in zip(RANK_TERMS, (reference.cross_modal, reference.in_modal), strict=True):
+        value = weights[term] * oracle(**arrays, **rank_options)
+        assert expected[term].item() == pytest.approx(value, rel=1e-10)
         assert relative_error(own[term], expected[term]) > 1e-2
+    for key, value in expected.items():
+        assert_equal(found[key], [value.detach(), *_gradients(value, by)])

@@ -115,6 +115,32 @@ def test_lists_are_ranked_by_the_teacher_that_the_trainer_distils_from(runs: Run
     assert all(abs(first[term] / own[term] - 1) > 1e-3 for term in RANK_TERMS)
 
 
+def test_teacher_can_rank_without_the_trainers_distillation(runs: Runs) -> None:
+    run, beside = runs["ranked by the teacher alone"], runs["ranked by the teacher"].train_lines()[0]
+    assert "on ClipLoss, schedule rankclip per epoch over 2" in run.log
+    assert "ranked by the teacher" in run.log
+    first, *_ = assert_trains(run)
+    assert "Distill_loss" not in first
+    assert [first[term] for term in RANK_TERMS] == pytest.approx(
+        [beside[term] for term in RANK_TERMS], rel=1e-4
+    )
+    assert first["Loss"] == pytest.approx(beside["Loss"] - beside["Distill_loss"], rel=1e-4)
+
+
+def test_preset_ranks_by_the_two_best_of_the_teacher(runs: Runs) -> None:
+    run = runs["rankclip-distill"]
+    assert "Loss: rankclip-distill (rankloss" in run.log
+    assert "lambda scale 64 cross-modal and 64 in-modal" in run.log
+    assert "lists row, best 2 of each, ranked by the teacher" in run.log
+    (first, *_), whole = assert_trains(run), runs["ranked by the teacher alone"].train_lines()[0]
+    assert first["Contrastive_loss"] == pytest.approx(whole["Contrastive_loss"], rel=1e-4)
+    assert "Distill_loss" not in first
+    for term in RANK_TERMS:
+        raw = term.replace("_loss", "_raw")
+        assert first[term] == pytest.approx(schedules.rankclip(1, 2) * 64 / 16 * first[raw], rel=1e-3)
+        assert abs(first[raw] / whole[raw] - 1) > 1e-2
+
+
 @pytest.mark.parametrize(
     ("name", "locked"),
     [("lock image", "image"), pytest.param("lock text", "text", marks=NEEDS_TEXT_LOCK)],

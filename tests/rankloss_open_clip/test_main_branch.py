@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainer_runs import OFF, OFFICIAL, STEPS, TORCHRUN, Run, Runs, Trainer
+from teacher_features import TEACHER, stored, student
+from trainer_runs import OFF, OFFICIAL, SAMPLES, STEPS, TORCHRUN, WHOLE_SET, Run, Runs, Trainer
 from wandb_files import wandb_scalars
 
-from rankloss import schedules
+from rankloss import reference, schedules
 
 CHECKOUT = os.environ.get("RANKLOSS_OPEN_CLIP_CHECKOUT", "")
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
@@ -83,6 +84,47 @@ def main_runs(trainer: Trainer, path: str) -> Iterator[Runs]:
             add(f"{strategy} per {unit}", *options, command=("-c", COMPILED))
     yield table
     table.close()
+
+
+@pytest.fixture(scope="module")
+def teacher_runs(trainer: Trainer, path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    table = Runs()
+
+    def add(name: str, *options: str) -> None:
+        table.add(name, trainer.run, f"main, {name}", *options, PYTHONPATH=path)
+
+    distil = ["--distill-model", f"local-dir:{trainer.directory}/tiny", "--distill-pretrained", "none"]
+    by_teacher = [*WHOLE_SET, *distil, "--rankclip-reference", "teacher"]
+    add("beside", *by_teacher)
+    add("alone", *by_teacher, "--rankclip-distill-loss", "exclude")
+    add("preset", *WHOLE_SET, *distil, "--loss", "rankclip-distill")
+    features = stored(tmp_path_factory.mktemp("teacher") / "both", **TEACHER)
+    halves = ["--batch-size", str(SAMPLES // 2), "--accum-freq", "2"]
+    add("features", *WHOLE_SET, "--rankclip-reference-features", features, *halves)
+    yield table
+    table.close()
+
+
+def test_teacher_ranks_beside_its_distillation_and_without(teacher_runs: Runs) -> None:
+    beside, alone, preset = (teacher_runs[name].scalars for name in ("beside", "alone", "preset"))
+    assert "on DistillClipLoss" in teacher_runs["beside"].log
+    for scalars, terms in ((beside, [*TERMS, "distill_loss"]), (alone, TERMS), (preset, TERMS)):
+        assert {key for key in scalars if key.endswith("_loss")} == set(terms)
+        assert scalars["loss"][0] == pytest.approx(sum(scalars[term][0] for term in terms), rel=1e-6)
+    for raw in ("cross_modal_raw", "in_modal_raw"):
+        assert alone[raw][0] == pytest.approx(beside[raw][0], rel=1e-5)
+        assert abs(preset[raw][0] / alone[raw][0] - 1) > 1e-2, "the two best alone"
+    weight = schedules.rankclip(1, 2) * 64 / 16
+    assert preset["in_modal_loss"][0] == pytest.approx(weight * preset["in_modal_raw"][0], rel=1e-5)
+
+
+def test_precomputed_features_rank_on_the_main_branch(trainer: Trainer, teacher_runs: Runs) -> None:
+    run = teacher_runs["features"]
+    features, scale = student(trainer, run)
+    teacher = {f"reference_{key}": value for key, value in TEACHER.items()}
+    for term, oracle in (("cross_modal", reference.cross_modal), ("in_modal", reference.in_modal)):
+        expected = oracle(**features, logit_scale=scale, **teacher)
+        assert run.scalars[f"{term}_raw"][1] == pytest.approx(expected, rel=1e-4), term
 
 
 def linear(unit: str, steps: int = STEPS) -> dict[int, float]:

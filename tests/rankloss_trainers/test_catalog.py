@@ -109,7 +109,8 @@ FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name not i
 
 
 def test_every_option_of_the_rank_terms_can_be_typed_but_those_without_a_use() -> None:
-    own = {"schedule", "schedule_unit", "lambda_cross", "lambda_in", "reference", "agreement_every"}
+    own = {"schedule", "schedule_unit", "lambda_cross", "lambda_in", "agreement_every"}
+    own |= {"reference", "reference_features", "distill_loss"}
     keys = {option.key for option in RANKCLIP.options}
     assert keys - own == {field.name for field in FIELDS}
     assert keys >= own
@@ -165,6 +166,31 @@ def test_teacher_is_asked_for_by_an_option_and_has_a_scale_of_its_own() -> None:
     for bad in ("0", "-1", "nan", "x"):
         with pytest.raises(argparse.ArgumentError, match="must be a finite number above 0, got"):
             parsed("--rankclip-reference-scale", bad)
+
+
+def test_preset_of_a_teacher_is_rankclip_with_other_defaults() -> None:
+    preset = catalog.candidates()["rankclip-distill"].load()
+    options = catalog.option_values("rankclip-distill", preset, argparse.Namespace())
+    changed = {key: value for key, value in options.items() if value != parsed()[key]}
+    weights = dict.fromkeys(("lambda_cross", "lambda_in"), 64.0)
+    assert changed == {"reference": "teacher", "top_k": 2, "distill_loss": "exclude", **weights}
+    loss = preset.build(nn.Identity(), options, ALONE)
+    assert loss.consistency.options == RankOptions(top_k=2)
+    assert preset.uses_teacher(options)
+    assert not preset.keeps_distillation(options)
+    loss.set_epoch(3, 3)
+    assert loss.rank_weights == {"cross_modal": 8.0, "in_modal": 8.0}
+
+
+def test_features_of_a_teacher_are_a_teacher() -> None:
+    features = parsed("--rankclip-reference-features", "teacher")
+    assert RANKCLIP.uses_teacher(features)
+    assert RANKCLIP.reference_features(features) == "teacher"
+    assert RANKCLIP.reference_features(parsed()) is None
+    assert "ranked by the teacher's features in teacher" in RANKCLIP.describe(features, 3)
+    excluded = parsed("--rankclip-distill-loss", "exclude")
+    assert RANKCLIP.refuse(excluded, ALONE).startswith("distill_loss: exclude leaves a teacher")
+    assert RANKCLIP.refuse({**excluded, "reference": "teacher"}, ALONE) is None
 
 
 @pytest.mark.parametrize(

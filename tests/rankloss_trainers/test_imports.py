@@ -26,10 +26,11 @@ LAZY_DOORS = {
     # This package costs nothing until it is used.
     ("rankloss_open_clip", "rankloss_open_clip.patches"),
     # A run without --loss does not load what needs torch's modules.
-    ("rankloss_open_clip.patches", "rankloss_open_clip.captions"),
+    ("rankloss_open_clip.patches", "rankloss_open_clip.companions"),
     ("rankloss_open_clip.patches", "rankloss_open_clip.checkpoints"),
     ("rankloss_open_clip.patches", "rankloss_open_clip.training"),
     ("rankloss_open_clip.command_line", "rankloss_open_clip.captions"),
+    ("rankloss_open_clip.command_line", "rankloss_open_clip.reference_features"),
     # A script without --loss runs as it is, and the script imports transformers before these do.
     ("rankloss_trainers.transformers.__main__", "rankloss_trainers.transformers.choice"),
     ("rankloss_trainers.transformers.__main__", "rankloss_trainers.transformers.trainer"),

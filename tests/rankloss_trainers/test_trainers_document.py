@@ -15,13 +15,13 @@ if importlib.util.find_spec("transformers") is None or importlib.util.find_spec(
     pytest.skip("transformers or accelerate is not installed", allow_module_level=True)
 
 import transformers
-from tiny_transformers import Pairs, arguments, clip, steps
+from tiny_transformers import Pairs, Taught, arguments, clip, steps
 
 from rankloss import schedules
 from rankloss_trainers.transformers import ContrastiveTrainer, LossArguments
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "trainers.md"
-CLASS, ARGUMENTS, FINE_TUNING = re.findall(
+CLASS, ARGUMENTS, TEACHER, FINE_TUNING = re.findall(
     r"^```python\n(.*?)^```$", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE
 )
 
@@ -36,6 +36,7 @@ def run(tmp_path: Path, example: str) -> Any:
         "args": arguments(tmp_path, max_steps=2),
         "pairs": Pairs(16),
         "held_out": Pairs(8),
+        "taught_pairs": Taught("image", "text"),
     }
     exec(example, names)
     return names["trainer"]
@@ -52,6 +53,12 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example = f"from transformers import TrainingArguments as transformers_arguments\n{example}"
     trainer = run(tmp_path, example)
     assert trainer.driven_loss.criterion.consistency.options.top_k == 3
+
+
+def test_teacher(tmp_path: Path) -> None:
+    trainer = run(tmp_path, TEACHER)
+    trainer.train()
+    assert trainer.driven_loss.criterion.consistency.options.top_k == 2
 
 
 def test_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,9 +168,9 @@ def test_schedule_per_epoch(tmp_path: Path) -> None:
         ({"loss": "alip"}, ValueError, "alip needs a second caption"),
         ({"loss": "siglip-streamed"}, ValueError, "siglip-streamed needs a model that has a logit_bias"),
         (
-            {"loss_options": {"reference": "teacher"}},
+            {"loss_options": {"reference_features": "samples"}},
             ValueError,
-            "rankclip ranks by a teacher's features, which this trainer does not have",
+            "reference_features belongs to open_clip's trainer; here a teacher's features are the columns",
         ),
         ({"loss": nn.Identity(), "loss_options": {"top_k": 3}}, TypeError, "the module has its own"),
         ({"compute_loss_func": print}, ValueError, "compute_loss_func is ignored by this trainer"),

@@ -84,9 +84,17 @@ def test_without_loss_the_script_is_bit_equal_to_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_contrast_the_whole_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ("--loss", "rankclip"),
+        # The script's columns of a teacher's features, of the texts alone.
+        ("--loss", "rankclip-distill", "--rankclip-lambda-cross", "0", "--more_columns", "True"),
+    ],
+)
+def test_two_processes_contrast_the_whole_batch(tmp_path: Path, loss: tuple[str, ...]) -> None:
     given = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "do_eval": False}
-    loss = ("--loss", "rankclip", "--rankclip-schedule", "constant")
+    loss = (*loss, "--rankclip-schedule", "constant")
     whole = history(trained(tmp_path / "1", *loss, per_device_train_batch_size=16, **given))
     two = history(trained(tmp_path / "2", *loss, launcher=(*TORCHRUN, *RUNNER), **given))
     assert len(whole) == len(two) == 4

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
@@ -67,6 +68,24 @@ class Pairs(Dataset[dict[str, Tensor]]):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         i %= self.distinct
         return {"pixel_values": self.images[i], "input_ids": self.texts[i], "attention_mask": torch.ones(8)}
+
+
+class Taught(Pairs):
+    """Pairs with a teacher's features of another dimension."""
+
+    def __init__(self, *modalities: str) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.features = {
+            f"reference_{modality}_features": F.normalize(
+                torch.randn(len(self), 6, generator=generator), dim=-1
+            )
+            for modality in ("image", "text")
+            if modality in modalities
+        }
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {**super().__getitem__(i), **{name: x[i] for name, x in self.features.items()}}
 
 
 class InOrder:

@@ -1,18 +1,24 @@
-"""A report as Markdown, and as one HTML page that needs nothing else."""
+"""A report: Markdown out of a template, and one HTML page that needs nothing else."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import html as escaping
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
-from markdown_it.token import Token
+
+from .tables import Rows, markdown
 
 _CSS = Path(__file__).with_name("page.css")
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_REGION = '<div class="scroll" role="region" aria-label="table" tabindex="0">'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,47 +30,70 @@ class Picture:
     alt: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Details:
-    """Markdown that is folded up in the HTML page and left out of the Markdown."""
-
-    summary: str
-    text: str
+@functools.cache
+def _templates(folder: Path) -> Environment:
+    loader = FileSystemLoader(folder)
+    return Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
 
 
-Block = str | Details
+def fill(template: Path, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
+    """Fill in a Jinja template of Markdown; every paragraph and list item of it becomes one line.
+
+    ``rows | table(head, right)`` is a table. Texts from elsewhere have to be escaped by ``plain``, which is
+    :func:`plain`: Markdown may contain HTML.
+    """
+    environment = _templates(template.parent)
+    environment.filters.update({"plain": plain, "table": _table, **filters})
+    text = environment.get_template(template.name).render(values)
+    blocks = (block.strip() for block in re.split(r"\n\s*\n", text))
+    lines = (b if b.startswith(("|", "<")) else re.sub(r"\s*\n\s*(?!- )| {2,}", " ", b) for b in blocks if b)
+    return "\n\n".join(lines) + "\n"
 
 
-def markdown(blocks: Sequence[Block]) -> str:
-    """Return the blocks as one Markdown text."""
-    return "\n\n".join(block for block in blocks if isinstance(block, str)) + "\n"
+def _table(rows: Rows, head: Sequence[str], right: int = 0) -> str:
+    return markdown(head, rows, right=right)
+
+
+def plain(text: object) -> str:
+    """Escape what would be HTML."""
+    return escaping.escape(str(text), quote=False)
 
 
 def html(
-    blocks: Sequence[Block],
+    text: str,
     *,
     title: str,
     pictures: Mapping[str, Picture] | None = None,
     marks: Mapping[str, tuple[str, str]] | None = None,
 ) -> str:
-    """Return the blocks as a page.
+    """Return Markdown as a page.
 
     Args:
-        blocks: The content.
+        text: The content.
         title: The page's title.
         pictures: By the paths that the Markdown names.
         marks: Signs with their style and what they are called when the page is read aloud.
     """
-    parts = []
-    for block in blocks:
-        if isinstance(block, str):
-            parts.append(_rendered(block, pictures or {}))
-        else:
-            summary = f"<summary>{escaping.escape(block.summary)}</summary>"
-            parts.append(f"<details>{summary}\n{_rendered(block.text, {})}</details>\n")
-    body = "".join(parts)
+
+    def embedded(image: re.Match[str]) -> str:
+        picture = (pictures or {})[image["path"]]
+        light, dark = (
+            f"data:image/png;base64,{base64.b64encode(p).decode()}" for p in (picture.light, picture.dark)
+        )
+        return (
+            '<span class="scroll" role="region" aria-label="figure" tabindex="0"><picture>'
+            f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+            f'<img src="{light}" alt="{image["alt"]}"></picture></span>'
+        )
+
+    body = MarkdownIt("commonmark").enable("table").render(text)
+    body = re.sub(r"<h(\d)>(.*?)</h", lambda found: f'<h{found[1]} id="{_id(found[2])}">{found[2]}</h', body)
+    body = re.sub(r"<th(?=[ >])", '<th scope="col"', body)
+    body = re.sub(r"(<tr>\n)<td(.*?)</td>", r'\1<th scope="row"\2</th>', body)  # the first cell of a row
+    body = body.replace("<table>", f"{_REGION}\n<table>").replace("</table>", "</table>\n</div>")
     for sign, (style, said) in (marks or {}).items():
         body = body.replace(sign, f'<span class="{style}" role="img" aria-label="{said}">{sign}</span>')
+    body = re.sub(r'<img src="(?P<path>[^"]*)" alt="(?P<alt>[^"]*)" />', embedded, body)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -79,44 +108,5 @@ def anchor(heading: str) -> str:
     return "".join(c for c in heading.lower() if c.isalnum() or c in " -_").replace(" ", "-")
 
 
-def _rendered(text: str, pictures: Mapping[str, Picture]) -> str:
-    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
-    tokens = parser.parse(text)
-    in_body, first = False, False
-    for number, token in enumerate(tokens):
-        if token.type == "heading_open":
-            token.attrSet("id", anchor(tokens[number + 1].content))
-        elif token.type == "th_open":
-            token.attrSet("scope", "col")
-        elif token.type in ("tbody_open", "tbody_close"):
-            in_body = token.type == "tbody_open"
-        elif token.type == "tr_open":
-            first = in_body
-        elif token.type in ("td_open", "td_close") and first:  # the first cell is its row's heading
-            token.tag = "th"
-            if token.type == "td_open":
-                token.attrSet("scope", "row")
-            else:
-                first = False
-        for child in token.children or ():
-            _embed(child, pictures)
-    rendered: str = parser.renderer.render(tokens, parser.options, {})
-    region = '<div class="scroll" role="region" aria-label="table" tabindex="0">'
-    rendered = rendered.replace("<table>", f"{region}\n<table>").replace("</table>", "</table>\n</div>")
-    return rendered.replace("&lt;br&gt;", "<br>")  # two lines in a cell, the only HTML that our Markdown has
-
-
-def _embed(token: Token, pictures: Mapping[str, Picture]) -> None:
-    """Put a picture into the page instead of a link to it."""
-    if token.type != "image" or str(token.attrs["src"]) not in pictures:
-        return
-    picture = pictures[str(token.attrs["src"])]
-    light, dark = (
-        f"data:image/png;base64,{base64.b64encode(p).decode()}" for p in (picture.light, picture.dark)
-    )
-    token.type, token.children = "html_inline", None
-    token.content = (
-        '<span class="scroll" role="region" aria-label="figure" tabindex="0"><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escaping.escape(picture.alt)}"></picture></span>'
-    )
+def _id(heading: str) -> str:
+    return anchor(escaping.unescape(re.sub(r"<[^>]*>", "", heading)))

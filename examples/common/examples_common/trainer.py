@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -39,23 +40,11 @@ def recipe(
     loss: str, *, epochs: int, batch_size: int, warmup: int, seed: int, augmentation: Sequence[str]
 ) -> list[str]:
     """Return the trainer's arguments that every example shares; the result depends on each of them."""
-    # fmt: off
-    return [
-        "--loss", loss,
-        "--epochs", str(epochs),
-        "--batch-size", str(batch_size),
-        "--lr", "1e-3",
-        "--wd", "0.1",
-        "--beta1", "0.9",
-        "--beta2", "0.98",
-        "--eps", "1e-6",
-        "--warmup", str(warmup),
-        "--grad-clip-norm", "1",
-        "--precision", "fp32",
-        "--aug-cfg", *augmentation,
-        "--seed", str(seed),
-    ]
-    # fmt: on
+    return shlex.split(
+        f"--loss {loss} --epochs {epochs} --batch-size {batch_size} --lr 1e-3 --wd 0.1 --beta1 0.9 "
+        f"--beta2 0.98 --eps 1e-6 --warmup {warmup} --grad-clip-norm 1 --precision fp32 "
+        f"--aug-cfg {shlex.join(augmentation)} --seed {seed}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,9 +119,10 @@ class Evaluation:
         if data.classes is None:
             raise ValueError(f"{data.name} does not name its classes: give --class-names")
         classifier = self._model.classifier(data.classes, templates(self._args.templates, data.templates))
-        scores, labels = normalize(features, dim=-1) @ classifier, torch.tensor(targets)
-        mean = metrics.mean_per_class_accuracy(scores, labels)
-        return _accuracies(data.name, "zero-shot", metrics.accuracy_at_k(scores, labels), mean, scores)
+        scores = normalize(features, dim=-1) @ classifier
+        return _results(
+            data.name, "zero-shot", metrics.named_accuracy(scores, torch.tensor(targets)), len(scores)
+        )
 
     def _probe(self, source: str, data: ImageSet, features: Tensor, targets: list[int]) -> list[Result]:
         args = self._args
@@ -137,7 +138,7 @@ class Evaluation:
         found = probe.linear_probe(train, test, *validation, classes=classes)
         edge = ", an end of the range tried" if found.at_edge else ""
         return [
-            *_accuracies(data.name, "probe", found.accuracy, found.mean_per_class, found.scores),
+            *_results(data.name, "probe", metrics.named_accuracy(found.scores, test[1]), len(found.scores)),
             Result(data.name, "probe", f"strength C{edge}", found.strength, len(train[1]), percent=False),
         ]
 
@@ -149,13 +150,9 @@ class Evaluation:
         images, encoded = normalize(features, dim=-1), self._model.text_features(texts)
         results = []
         if "retrieval" in tasks:
-            guess = metrics.retrieval_chance(len(images), image_of)
-            for task, recall in metrics.retrieval(images, encoded, image_of).items():
-                n = len(images) if task == "image_to_text" else len(texts)
-                results += [
-                    Result(data.name, "retrieval", f"{task} R@{k}", value, n, guess[task][k])
-                    for k, value in recall.items()
-                ]
+            for name, scored in metrics.named_recall(images, encoded, image_of).items():
+                n = len(images) if name.startswith("image_to_text") else len(texts)
+                results += _results(data.name, "retrieval", {name: scored}, n)
         if "geometry" in tasks:
             first = torch.tensor([True, *(image_of[1:] != image_of[:-1]).tolist()])
             measured = {**geometry(images, encoded[first]), "logit_scale": self._model.logit_scale}
@@ -166,11 +163,8 @@ class Evaluation:
         return results
 
 
-def _accuracies(data: str, task: str, top: dict[int, float], mean: float, scores: Tensor) -> list[Result]:
-    n, classes = scores.shape
-    guess = metrics.chance(classes, metrics.CLASS_KS)
-    rows = [Result(data, task, f"top-{k}", value, n, guess[k]) for k, value in top.items()]
-    return [*rows, Result(data, task, "mean per class", mean, n, guess[1])]
+def _results(data: str, task: str, scored: metrics.Scored, n: int) -> list[Result]:
+    return [Result(data, task, name, value, n, guess) for name, (value, guess) in scored.items()]
 
 
 def templates(given: str | None, of_data: list[str] | None) -> list[str]:

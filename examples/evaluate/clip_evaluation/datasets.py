@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import io
 import json
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision import datasets as torchvision_datasets
@@ -178,23 +178,19 @@ def _imagenet(folders: Sequence[str]) -> list[str]:
 
 
 def _table(path: Path, columns: Columns, transform: Transform) -> ImageSet:
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter=columns.separator)
-        rows = list(reader)
-        heads = list(reader.fieldnames or ())
-    wanted = columns.label if columns.label in heads else columns.caption
+    table = pd.read_csv(path, sep=columns.separator, dtype=str, na_filter=False)
+    wanted = columns.label if columns.label in table else columns.caption
     for column in (columns.image, wanted):
-        if column not in heads:
-            raise ValueError(f"{path}: no column {column!r} among {', '.join(heads)} (wrong separator?)")
-    if not rows:
+        if column not in table:
+            raise ValueError(f"{path}: no column {column!r} among {', '.join(table)} (wrong separator?)")
+    if table.empty:
         raise ValueError(f"{path} holds no rows")
     if wanted == columns.label:
-        classes = sorted({row[wanted] for row in rows})
-        items = [(path.parent / row[columns.image], classes.index(row[wanted])) for row in rows]
-        return ImageSet(_name(path), _Files(items, transform), False, classes)
-    captions: dict[str, list[str]] = {}
-    for row in rows:
-        captions.setdefault(row[columns.image], []).append(row[wanted])
+        labels, classes = pd.factorize(table[wanted], sort=True)
+        targets = zip(table[columns.image], labels.tolist(), strict=True)
+        items = [(path.parent / name, label) for name, label in targets]
+        return ImageSet(_name(path), _Files(items, transform), False, list(classes))
+    captions = table.groupby(columns.image, sort=False)[wanted].agg(list)
     items = [(path.parent / name, texts) for name, texts in captions.items()]
     return ImageSet(_name(path), _Files(items, transform), True)
 

@@ -12,6 +12,8 @@ from torchmetrics.functional.classification import multiclass_accuracy
 RETRIEVAL_KS = (1, 5, 10)
 CLASS_KS = (1, 3, 5)
 
+Scored = dict[str, tuple[float, float]]  # by the score's name, the score and what guessing would give
+
 _BLOCK = 2**24  # elements of a block of the similarity matrix
 
 
@@ -182,6 +184,24 @@ def retrieval_chance(
             missed *= ((captions - own - place) / (captions - place)).clamp(min=0)
         to_text[k] = 100 * (1 - missed).mean().item()
     return {"image_to_text": to_text, "text_to_image": chance(images, ks)}
+
+
+def named_recall(image_features: Tensor, text_features: Tensor, image_of: Tensor) -> Scored:
+    """Return :func:`retrieval` and its chance by names such as ``image_to_text R@5``."""
+    found = retrieval(image_features, text_features, image_of)
+    guess = retrieval_chance(len(image_features), image_of)
+    return {f"{way} R@{k}": (value, guess[way][k]) for way, of in found.items() for k, value in of.items()}
+
+
+def named_accuracy(scores: Tensor, labels: Tensor, ks: Sequence[int] = CLASS_KS) -> Scored:
+    """Return top-k accuracy and, unless only top-1 is wanted, the mean per class, by name and with chance."""
+    guess = chance(scores.shape[1], ks)
+    found = {f"top-{k}": (value, guess[k]) for k, value in accuracy_at_k(scores, labels, ks).items()}
+    return (
+        found
+        if ks == (1,)
+        else {**found, "mean per class": (mean_per_class_accuracy(scores, labels), guess[1])}
+    )
 
 
 def standard_error(percent: float, n: int) -> float:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,35 +18,19 @@ from .split import SHIFTS
 ALIKE_LIMITS = (8, 16)
 
 
-@dataclasses.dataclass(frozen=True)
-class RetrievalRow:
-    """Retrieval on one block."""
-
-    block: str
-    images: int  # number of pictures, one per concept
-    captions: int  # number of captions
-    chance: dict[str, dict[int, float]]  # R@k of guessing, both ways
-    knn: dict[str, dict[int, float]]  # R@k of the nearest training pictures' words
-    alike: dict[int, float]  # share of the pictures whose nearest training picture is closer than each limit
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassRow:
-    """Classification on one labelled set."""
-
-    name: str
-    shift: str  # its shift, or nothing
-    classes: int  # number of classes
-    items: dict[str, int]  # number of pictures on each side
-    chance: dict[int, float]  # top-k accuracy of guessing
-    majority: float  # top-1 accuracy of the class that is most frequent in training
-    knn: dict[int, float]  # top-k accuracy of the nearest training pictures' votes
+Row = dict[str, Any]
 
 
 def retrieval(
     records: Sequence[Record], thumbnails: np.ndarray, ranges: dict[str, tuple[int, int]]
-) -> list[RetrievalRow]:
-    """Score guessing and raw pixels on the retrieval of held-out concepts, in trained sets and shifts."""
+) -> list[Row]:
+    """Score guessing and raw pixels on the retrieval of held-out concepts, in trained sets and shifts.
+
+    Returns:
+        For every block its numbers of ``images`` and ``captions``, R@k of guessing (``chance``) and of the
+        nearest training pictures' words (``knn``), and the share of the pictures whose nearest training
+        picture is closer than each limit (``alike``).
+    """
     start, stop = ranges["train"]
     texts = [record.caption for record in records[start:stop]]
     blocks = [b for b in ("validation", "test", *(f"{shift}/test" for shift in SHIFTS)) if b in ranges]
@@ -64,7 +48,7 @@ def retrieval(
         scores = pixel_knn.caption_scores(neighbours[part], texts, captions)
         right = image_of == torch.arange(len(items)).unsqueeze(1)
         rows.append(
-            RetrievalRow(
+            Row(
                 block=block,
                 images=len(items),
                 captions=len(captions),
@@ -79,8 +63,14 @@ def retrieval(
     return rows
 
 
-def classification(labelled: Sequence[Labelled], thumbnails: np.ndarray) -> list[ClassRow]:
-    """Score guessing and raw pixels on the held-out concepts of the labelled sets."""
+def classification(labelled: Sequence[Labelled], thumbnails: np.ndarray) -> list[Row]:
+    """Score guessing and raw pixels on the held-out concepts of the labelled sets.
+
+    Returns:
+        For every set its ``shift``, its number of ``classes``, the ``items`` of each side, top-k accuracy of
+        guessing (``chance``) and of the nearest training pictures' votes (``knn``), and top-1 of the class
+        that is most frequent in training (``majority``).
+    """
     rows = []
     for one in labelled:
         train, test = (np.array(one.label[side]) for side in ("train", "test"))
@@ -89,7 +79,7 @@ def classification(labelled: Sequence[Labelled], thumbnails: np.ndarray) -> list
         )
         most = Counter(train.tolist()).most_common(1)[0][0]
         rows.append(
-            ClassRow(
+            Row(
                 name=one.name,
                 shift=one.shift,
                 classes=len(one.classes),

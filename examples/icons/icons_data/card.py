@@ -6,9 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from examples_common.page import fill
 from examples_common.tables import markdown
 
-from .baseline import ALIKE_LIMITS, ClassRow, RetrievalRow
+from .baseline import ALIKE_LIMITS, Row
 from .draw import SIZE, THUMBNAIL
 from .labels import SOURCES
 from .package import LICENCES, PACKAGE, RESERVED, IconSet
@@ -21,7 +22,6 @@ _CHANGES = (
     "it names no colour. The captions are the icons' names, rewritten. Every picture stays under the licence "
     "of its set: pass this file on with them."
 )
-_TASKS = ("image_to_text", "text_to_image")
 
 
 def attributions(sets: Sequence[IconSet], records: Sequence[Record], version: str) -> str:
@@ -52,97 +52,67 @@ def data_card(
     records: Sequence[Record],
     ranges: Mapping[str, tuple[int, int]],
     counts: Mapping[str, int],
-    retrieval: Sequence[RetrievalRow],
-    classification: Sequence[ClassRow],
+    retrieval: Sequence[Row],
+    classification: Sequence[Row],
 ) -> str:
     """Return what a user has to know about the data, with the numbers of this very build."""
     reasons: dict[str, list[str]] = defaultdict(list)
     for prefix, reason in left_out.items():
         reasons[reason].append(prefix)
-    return _TEMPLATE.read_text(encoding="utf-8").format(
+    licence = {one.prefix: one.licence for one in sets}
+    pictures, number = Counter(licence[record.set] for record in records), Counter(licence.values())
+    searched, classes = [], []
+    for row in retrieval:
+        scores = [
+            of[task] for of in (row["chance"], row["knn"]) for task in ("image_to_text", "text_to_image")
+        ]
+        shares = (f"{share:.1f} %" for share in row["alike"].values())
+        numbers = map(_number, (row["images"], row["captions"]))
+        searched.append([row["block"], *numbers, *map(_scores, scores), *shares])
+    for row in classification:
+        name = f"{row['name']} (shift {row['shift']})" if row["shift"] else row["name"]
+        items = (_number(row["items"][side]) for side in SIDES)
+        scores = [_scores(row["chance"]), f"{row['majority']:.1f}", _scores(row["knn"])]
+        classes.append([name, f"{row['classes']}", *items, *scores])
+    return fill(
+        _TEMPLATE,
+        {"number": _number, "code": _code},
         seed=seed,
         package=PACKAGE,
         version=version,
-        pictures=len(records),
         size=SIZE,
         thumbnail=THUMBNAIL,
-        sets=len(sets),
-        parts=_parts(records, ranges),
-        shifts=markdown(["shift", "sets"], [[name, _code(prefixes)] for name, prefixes in SHIFTS.items()]),
-        reserved=_code(RESERVED),
-        of_a_shift=_code(OF_A_SHIFT),
-        licences=_licences(sets, records),
-        unused="\n".join(f"- {reason}: {_code(sorted(names))}" for reason, names in sorted(reasons.items())),
+        sets=sets,
+        records=records,
+        parts=[_part(name, records[start:stop]) for name, (start, stop) in ranges.items()],
+        shifts=[[name, _code(prefixes)] for name, prefixes in SHIFTS.items()],
+        reserved=RESERVED,
+        of_a_shift=OF_A_SHIFT,
+        licences=[[name, f"{number[name]}", _number(pictures[name])] for name in LICENCES if number[name]],
+        left_out=reasons,
         counts=counts,
         same_drawing=SAME_DRAWING,
         alike=ALIKE,
-        limits=" and ".join(map(str, ALIKE_LIMITS)),
-        retrieval=_retrieval(retrieval),
-        classes=_classes(classification),
-        sources="; ".join(f"{row.name}: {_code(SOURCES[row.name].sets)}" for row in classification),
+        limits=ALIKE_LIMITS,
+        retrieval=searched,
+        classes=classes,
+        sources={row["name"]: SOURCES[row["name"]]["sets"] for row in classification},
     )
 
 
-def _numbers(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return markdown(head, rows, right=len(head) - 1)
+def _part(name: str, part: Sequence[Record]) -> list[str]:
+    concepts, captions = ({getattr(record, of) for record in part} for of in ("concept", "caption"))
+    searched, coloured = sum(record.retrieval for record in part), sum(record.palette for record in part)
+    return [name, *map(_number, (len(part), len(concepts), len(captions), searched, coloured))]
+
+
+def _number(n: int) -> str:
+    return f"{n:,}"
 
 
 def _code(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def _parts(records: Sequence[Record], ranges: Mapping[str, tuple[int, int]]) -> str:
-    rows = []
-    for name, (start, stop) in ranges.items():
-        part = records[start:stop]
-        counts = (
-            len(part),
-            len({record.concept for record in part}),
-            len({record.caption for record in part}),
-            sum(record.retrieval for record in part),
-            sum(record.palette for record in part),
-        )
-        rows.append([name, *(f"{count:,}" for count in counts)])
-    head = ("part", "pictures", "concepts", "captions", "retrieval items", "from colour sets")
-    return _numbers(head, rows)
-
-
-def _licences(sets: Sequence[IconSet], records: Sequence[Record]) -> str:
-    licence = {one.prefix: one.licence for one in sets}
-    pictures = Counter(licence[record.set] for record in records)
-    number = Counter(licence.values())
-    rows = [(name, f"{number[name]}", f"{pictures[name]:,}") for name in LICENCES if number[name]]
-    return _numbers(("licence", "sets", "pictures"), rows)
-
-
 def _scores(values: Mapping[int, float]) -> str:
     return "/".join(f"{value:.1f}" if value >= 1 else f"{value:.2f}" for value in values.values())
-
-
-def _retrieval(rows: Sequence[RetrievalRow]) -> str:
-    head = (
-        "R@1/5/10", "pictures", "captions", "chance → text", "chance → image", "pixel kNN → text",
-        "pixel kNN → image", *(f"nearest < {limit}" for limit in ALIKE_LIMITS),
-    )  # fmt: skip
-    cells = [
-        (
-            row.block, f"{row.images:,}", f"{row.captions:,}",
-            *(_scores(row.chance[task]) for task in _TASKS), *(_scores(row.knn[task]) for task in _TASKS),
-            *(f"{row.alike[limit]:.1f} %" for limit in ALIKE_LIMITS),
-        )
-        for row in rows
-    ]  # fmt: skip
-    return _numbers(head, cells)
-
-
-def _classes(rows: Sequence[ClassRow]) -> str:
-    head = ("top-1/3/5", "classes", "train", "validation", "test", "chance", "majority top-1", "pixel kNN")
-    cells = [
-        (
-            f"{row.name}{f' (shift {row.shift})' if row.shift else ''}", f"{row.classes}",
-            *(f"{row.items[side]:,}" for side in SIDES),
-            _scores(row.chance), f"{row.majority:.1f}", _scores(row.knn),
-        )
-        for row in rows
-    ]  # fmt: skip
-    return _numbers(head, cells)

@@ -39,7 +39,7 @@ def recipe() -> str:
     """Return a fingerprint of the source, by which a build of an older recipe is recognised."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.iterdir()):
-        if path.suffix in (".py", ".md"):
+        if path.suffix in (".py", ".md", ".yaml"):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

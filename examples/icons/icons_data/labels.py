@@ -6,45 +6,17 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from .package import Icon
+from .sets import SETS
 from .split import SIDES
 
 # Prompts of zero-shot classification; the training texts are made with the same ones.
 TEMPLATES = ("{}", "an icon of {}", "{} icon", "a pictogram of {}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a labelled set comes from."""
-
-    sets: tuple[str, ...]  # icon sets that share one list of categories
-    shift: str = ""  # the shift they belong to, if they are never trained on
-
-
-SOURCES: dict[str, Source] = {
-    "emoji": Source(("fluent-emoji-flat", "fluent-emoji-high-contrast", "twemoji")),
-    "health": Source(("healthicons",)),
-    "icon-park": Source(("icon-park", "icon-park-outline", "icon-park-solid", "icon-park-twotone")),
-    "iconmind": Source(("iconmind",)),
-    "material-symbols": Source(("material-symbols",)),
-    "mdi": Source(("mdi",)),
-    "remix": Source(("ri",)),
-    "solar": Source(("solar",)),
-    "streamline": Source(("streamline", "streamline-color")),
-    "ultimate": Source(("streamline-ultimate", "streamline-ultimate-color")),
-    "noto": Source(("noto",), "noto"),
-    "emojione": Source(("emojione",), "emojione"),
-    "pixel": Source(("streamline-pixel",), "pixel-art"),
-    "freehand": Source(("streamline-freehand", "streamline-freehand-color"), "hand-drawn"),
-}
-_EMOJI_SETS = ("emoji", "noto", "emojione")
-# Categories that say nothing about what an icon shows.
-_VAGUE = {
-    "abstract", "action", "actions", "activities", "android", "base", "content", "general", "interface",
-    "interface essential", "life", "like", "newicons", "objects", "operate", "others", "other", "parts",
-    "symbols", "system", "ui", "ui actions",
-}  # fmt: skip
+SOURCES: dict[str, dict[str, Any]] = SETS["labelled"]
 _MIN_TRAIN, _MIN_TEST = 8, 4
 
 
@@ -81,9 +53,9 @@ def build(icons: Sequence[Icon], sides: Sequence[str]) -> list[Labelled]:
     for name, source in SOURCES.items():
         rows: list[tuple[int, str]] = []
         for position, icon in enumerate(icons):
-            if icon.set in source.sets and len(icon.categories) == 1:
+            if icon.set in source["sets"] and len(icon.categories) == 1:
                 label = class_name(icon.categories[0])
-                if name in _EMOJI_SETS or label not in _VAGUE:
+                if name in SETS["labelled_emojis"] or label not in SETS["vague_categories"]:
                     rows.append((position, label))
         train = Counter(label for position, label in rows if sides[position] == "train")
         test = Counter(label for position, label in rows if sides[position] == "test")
@@ -94,6 +66,6 @@ def build(icons: Sequence[Icon], sides: Sequence[str]) -> list[Labelled]:
         chosen = {
             side: [(p, column[c]) for p, c in rows if c in column and sides[p] == side] for side in SIDES
         }
-        index, label = ({side: [pair[i] for pair in of] for side, of in chosen.items()} for i in (0, 1))
-        made.append(Labelled(name, source.shift, classes, index, label))
+        index, numbers = ({side: [pair[i] for pair in of] for side, of in chosen.items()} for i in (0, 1))
+        made.append(Labelled(name, source.get("shift", ""), classes, index, numbers))
     return made

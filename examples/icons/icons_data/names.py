@@ -13,32 +13,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
-# Words that say how an icon is drawn, in one spelling.
-_STYLES = {
-    "outline": "outline", "outlined": "outline", "stroke": "outline",
-    "filled": "filled", "fill": "filled", "solid": "solid", "bold": "bold",
-    "duotone": "duotone", "twotone": "duotone", "linear": "line", "rounded": "rounded", "broken": "broken",
-}  # fmt: skip
-# Unambiguous ones: they count as style even if no other variant of the icon exists.
-_ALWAYS = {"outline", "outlined", "filled", "duotone", "twotone", "rounded"}
-# Style words of sets that use them without declaring them. Elsewhere they are meant literally: traffic-light.
-_UNDECLARED: dict[str, tuple[str, ...]] = {
-    "clarity": ("line", "solid", "outline"),
-    "dinkie-icons": ("small", "filled"),
-    "fluent-mdl2": ("mirrored",),
-    "garden": ("fill", "stroke"),
-    "ic": ("baseline", "outline", "round", "sharp", "twotone"),
-    "lets-icons": ("light", "duotone", "line", "fill"),
-    "nrk": ("expressive", "active"),
-    "ooui": ("ltr", "rtl"),
-    "osmic": ("10", "14"),
-    "pixelarticons": ("sharp", "solid"),
-    "stash": ("duotone", "light", "solid"),
-    "wi": ("alt",),
-}
-_PREFIXES: dict[str, tuple[str, ...]] = {"ion": ("ios", "md"), "medical-icon": ("i",)}
-_NEUTRAL = {"", "regular", "baseline", "ltr", "rtl", "mirrored", "active", "ios", "md", "i"}
-_ONE_LETTER_OUTLINE = {"fa", "uiw", "vaadin", "vs"}  # there a final -o means outline
+from .sets import SETS
+
+_STYLES: dict[str, str] = SETS["styles"]
+_ALWAYS = set(SETS["always_styles"])
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _COUNT = re.compile(r"\d{1,3}|" + "|".join(_NUMBERS))
 _SIZE = re.compile(r"\d+px|\d+x")
@@ -81,8 +59,8 @@ class Namer:
         self._prefix = prefix
         self._emoji = emoji
         declared = {word for suffix in suffixes for word in suffix.split("-") if word}
-        self._declared = declared | set(_UNDECLARED.get(prefix, ()))
-        self._heads = {word for word in prefixes if word} | set(_PREFIXES.get(prefix, ()))
+        self._declared = declared | set(SETS["undeclared_styles"].get(prefix, ()))
+        self._heads = {word for word in prefixes if word} | set(SETS["undeclared_prefixes"].get(prefix, ()))
         split = [self._split(name) for name in names]
         self._variants = Counter(stem for stem, _ in split)
         runs: dict[tuple[str, ...], set[int]] = defaultdict(set)
@@ -102,7 +80,7 @@ class Namer:
             words = words[:-1]
         if not words or len(words) > _MAX_WORDS or not re.search("[a-z]", "".join(words)):
             return None
-        style = " ".join(dict.fromkeys(_STYLES.get(s, s) for s in styles if s not in _NEUTRAL))
+        style = " ".join(dict.fromkeys(_STYLES.get(s, s) for s in styles if s not in SETS["neutral_styles"]))
         return Name(" ".join(words), style, concept_of(words, emoji=self._emoji))
 
     def _split(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -119,7 +97,7 @@ class Namer:
                 pass
             elif last in self._declared or last in _STYLES:
                 tail.append(last)
-            elif last == "o" and self._prefix in _ONE_LETTER_OUTLINE:
+            elif last == "o" and self._prefix in SETS["one_letter_outline"]:
                 tail.append("outline")
             elif last == "tone" and words[-2] == "two" and len(words) > 2:
                 tail.append("duotone")

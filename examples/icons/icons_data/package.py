@@ -14,37 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from .names import Namer, has_skin_tone
+from .sets import SETS
 
 PACKAGE = "@iconify/json"
 VERSION = "2.2.535"  # the figures in the README are of this version
 
-# SPDX identifiers of licences that let pictures be used, changed and passed on if their authors are named.
-LICENCES = ("MIT", "Apache-2.0", "ISC", "OFL-1.1", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0")
-
-# Never part of anything: kept for measurements that this data has not seen.
-RESERVED = ("noto-v1", "fxemoji")
-# Logos, flags and file types: their names are proper names or codes, not descriptions.
-_PROPER_NAMES = (
-    "academicons", "cif", "circle-flags", "devicon-line", "devicon-original", "fa-brands", "fa6-brands",
-    "fa7-brands", "flag", "flagpack", "il",
-)  # fmt: skip
-# Earlier editions, lighter weights and copies of other sets: the same drawings under the same names.
-_TWINS = (
-    "bx", "bxs", "fa-regular", "fa-solid", "fa6-regular", "fa6-solid", "famicons", "material-symbols-light",
-    "mono-icons", "pepicons", "streamline-guidance",
-)  # fmt: skip
-_RUN_TOGETHER = ("whh",)  # names without any hyphens: circledribbble
-_CATEGORY_OF_LOGOS = ("Logos", "Programming")
-_NOT_LOGOS = ("codicon",)  # of those categories, but pictograms
+LICENCES, RESERVED = SETS["licences"], SETS["reserved"]
 _ANIMATED = "Contains Animations"  # the first frame may be empty
 
-_EMOJI_SETS = ("fluent-emoji",)  # emoji by name, though the package does not say so
-_LOGO_WORDS = {"brand", "brands", "logo", "logos", "wordmark", "bxl"}
 _PROPER_CATEGORY = re.compile(r"\b(brands?|logos?|flags?|social media|social network)\b", re.IGNORECASE)
 _COUNTRY_FLAG = re.compile(r"flag-(for-)?(flag-)?")
-_ALIASES_ARE_CODES = ("wi",)  # owm-day-321
-# Sets and categories from which the names of brands are read, to leave them out of all sets.
-_BRAND_SETS = ("fa7-brands", "bxl", "cib", "streamline-logos", "simple-icons", "devicon")
 _BRAND_PREFIX = re.compile(r"(?:brand|logo)-(.+)")
 
 
@@ -124,13 +103,14 @@ def reason_to_leave_out(prefix: str, data: Mapping[str, Any]) -> str | None:
     """Say why a set is not used, or None if it is."""
     info = data["info"]
     spdx = (info.get("license") or {}).get("spdx", "none")
+    logos = info.get("category") in SETS["categories_of_logos"] and prefix not in SETS["not_logos"]
     rules = (
         (prefix in RESERVED, "reserved"),
         (spdx not in LICENCES, f"licence {spdx}"),
-        (info.get("category") in _CATEGORY_OF_LOGOS and prefix not in _NOT_LOGOS, "logos or file types"),
-        (prefix in _PROPER_NAMES, "proper names or codes"),
-        (prefix in _TWINS, "another edition of a set that is used"),
-        (prefix in _RUN_TOGETHER, "names are not split into words"),
+        (logos, "logos or file types"),
+        (prefix in SETS["proper_names"], "proper names or codes"),
+        (prefix in SETS["twins"], "another edition of a set that is used"),
+        (prefix in SETS["run_together"], "names are not split into words"),
         (_ANIMATED in info.get("tags", ()), "animated"),
         (not data["icons"], "empty"),
     )
@@ -149,7 +129,7 @@ def describe(prefix: str, data: Mapping[str, Any]) -> IconSet:
         licence=licence.get("spdx", "none"),
         licence_url=licence.get("url", ""),
         palette=bool(info.get("palette", False)),
-        emoji=info.get("category") == "Emoji" or prefix in _EMOJI_SETS,
+        emoji=info.get("category") == "Emoji" or prefix in SETS["emoji_sets"],
     )
 
 
@@ -163,7 +143,7 @@ def brand_names(sets: Mapping[str, Mapping[str, Any]]) -> set[str]:
     plain: set[str] = set()
     for prefix, data in sets.items():
         for name in data["icons"]:
-            if prefix in _BRAND_SETS:
+            if prefix in SETS["brand_sets"]:
                 lists[prefix].add(name)
             elif match := _BRAND_PREFIX.fullmatch(name):
                 lists[prefix].add(match[1])
@@ -199,7 +179,7 @@ def icons_of(
         for name in members:
             categories[name].append(" ".join(category.split()))
     aliases: dict[str, list[str]] = defaultdict(list)
-    if prefix not in _ALIASES_ARE_CODES:
+    if prefix not in SETS["aliases_are_codes"]:
         for name, alias in data.get("aliases", {}).items():
             if set(alias) == {"parent"}:  # not turned or mirrored
                 aliases[alias["parent"]].append(name)
@@ -209,7 +189,7 @@ def icons_of(
         words = set(name.split("-"))
         if (
             drawing.get("hidden")
-            or words & _LOGO_WORDS
+            or not words.isdisjoint(SETS["logo_words"])
             or any(_PROPER_CATEGORY.search(category) for category in categories[name])
             or (about.emoji and (has_skin_tone(name) or _COUNTRY_FLAG.match(name)))
         ):

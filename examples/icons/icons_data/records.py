@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+import pandas as pd
 
 from .labels import TEMPLATES
 from .package import Icon
 from .split import SHIFTS, SIDES, Split, shift_of
 
-_SEPARATOR = "|"  # of synonyms and categories in the table
+# In the table, the entries of these columns are separated, and these are 0 or 1.
+_SEPARATOR, _LISTS, _FLAGS = "|", ("synonyms", "categories"), ("retrieval", "palette")
 _STYLED = 0.5
 
 
@@ -111,41 +112,17 @@ def _shuffled(icon: Icon, seed: int) -> str:
 
 def write_table(path: Path, records: Sequence[Record]) -> None:
     """Write the records as a table with a heading."""
-    fields = [field.name for field in dataclasses.fields(Record)]
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(fields)
-        for record in records:
-            writer.writerow(_cell(getattr(record, field)) for field in fields)
-
-
-def _cell(value: object) -> object:
-    if isinstance(value, tuple):
-        return _SEPARATOR.join(value)
-    return int(value) if isinstance(value, bool) else value
+    table = pd.DataFrame(map(vars, records))
+    for name in _LISTS:
+        table[name] = table[name].map(_SEPARATOR.join)
+    table.astype(dict.fromkeys(_FLAGS, int)).to_csv(path, index=False, lineterminator="\n")
 
 
 def read_table(path: Path) -> list[Record]:
     """Read what :func:`write_table` wrote."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            Record(**{field: _READ.get(field, str)(cell) for field, cell in row.items()})
-            for row in csv.DictReader(file)
-        ]
-
-
-def _tuple(cell: str) -> tuple[str, ...]:
-    return tuple(cell.split(_SEPARATOR)) if cell else ()
-
-
-def _flag(cell: str) -> bool:
-    return cell == "1"
-
-
-_READ: dict[str, Callable[[str], Any]] = {
-    "index": int,
-    "synonyms": _tuple,
-    "categories": _tuple,
-    "retrieval": _flag,
-    "palette": _flag,
-}
+    table = pd.read_csv(path, dtype=str, na_filter=False).astype({"index": int})
+    for name in _LISTS:
+        table[name] = [tuple(cell.split(_SEPARATOR)) if cell else () for cell in table[name]]
+    for name in _FLAGS:
+        table[name] = table[name] == "1"
+    return [Record(*row) for row in zip(*(table[name].tolist() for name in table), strict=True)]

@@ -18,19 +18,12 @@ from scipy.spatial import cKDTree
 
 from .names import concept_of
 from .package import Icon
+from .sets import SETS
 
 SIDES = ("train", "validation", "test")
 
-# Whole looks that are never trained on, and vendors of colour emojis that are not.
-SHIFTS: dict[str, tuple[str, ...]] = {
-    "pixel-art": ("dinkie-icons", "memory", "pixel", "pixelarticons", "streamline-pixel"),
-    "hand-drawn": ("pepicons-pencil", "streamline-freehand", "streamline-freehand-color"),
-    "silhouette": ("game-icons",),
-    "noto": ("noto",),
-    "emojione": ("emojione",),
-}
-# Drawn by a held-out vendor, so not trained on; without colours, so not a shift of its own.
-OF_A_SHIFT = ("emojione-monotone",)
+SHIFTS: dict[str, list[str]] = SETS["shifts"]
+OF_A_SHIFT: list[str] = SETS["of_a_shift"]
 
 VALIDATION = 0.05
 TEST = 0.15

@@ -15,13 +15,8 @@ Record = Mapping[str, Any]
 Value = TypeVar("Value")
 
 
-def model_of(setting: Setting) -> Setting:
-    """Return what the settings of all seeds of a model have in common: the one with seed 0."""
-    return dataclasses.replace(setting, seed=0)
-
-
 class Collection:
-    """Records by model and seed.
+    """Records by setting.
 
     Args:
         records: Records, as the store has them; those that are not planned are counted and left alone.
@@ -37,61 +32,50 @@ class Collection:
         if strangers:
             raise ValueError(f"planned: {strangers[0]} is not of the preset {preset.name}")
         self.preset = preset
-        self.planned = list(dict.fromkeys(planned))
-        self.seeds = sorted({setting.seed for setting in self.planned})
-        wanted = set(self.planned)
-        self._records: dict[Setting, Record] = {}
-        self.unplanned = 0
+        self.planned = dict.fromkeys(planned)
+        found: dict[Setting, Record] = {}
         for record in records:
             setting = Setting(**record["setting"])
-            if setting not in wanted:
-                self.unplanned += 1
-            elif setting in self._records:
+            if setting in found:
                 raise ValueError(f"records: {setting.name} is there twice")
-            else:
-                self._records[setting] = record
-
-    @property
-    def records(self) -> list[Record]:
-        """The records that are planned, in the plan's order."""
-        return [self._records[setting] for setting in self.planned if setting in self._records]
+            found[setting] = record
+        # In the plan's order.
+        self.records = {setting: found[setting] for setting in self.planned if setting in found}
+        self.unplanned = len(found) - len(self.records)
 
     @property
     def tasks(self) -> set[str]:
         """Every task that some record has, such as ``zero-shot/mdi``; all tasks before the first record."""
-        if not self._records:
-            return set(scores.TASKS)
-        return {task for record in self._records.values() for task in record["metrics"]}
+        found = {task for record in self.records.values() for task in record["metrics"]}
+        return found or set(scores.TASKS)
 
     def sets(self, task: str) -> list[str]:
         """Return the labelled sets that were measured in ``zero-shot`` or ``probe``, by name."""
         return [name for name in scores.LABELLED_SETS if f"{task}/{name}" in self.tasks]
 
-    def record(self, setting: Setting) -> Record | None:
-        """Return one model's record, if it is there."""
-        return self._records.get(setting)
-
     def exhibit(self, name: str) -> Exhibited:
         """Return the models of one table or figure."""
-        return Exhibited(self, grid.settings_of(self.preset, name, self.seeds))
+        seeds = sorted({setting.seed for setting in self.planned})
+        return Exhibited(self, grid.settings_of(self.preset, name, seeds))
 
 
 class Exhibited:
-    """The models of one exhibit, each with the seeds that this exhibit is planned with."""
+    """The models of one exhibit, each with the seeds that this exhibit is planned with.
+
+    A model is named by its setting with seed 0. A plan may hold a part of an exhibit: its other models are
+    there, without any planned seed.
+    """
 
     def __init__(self, collection: Collection, settings: Sequence[Setting]) -> None:
-        self._collection = collection
-        # A plan may hold a part of an exhibit: its other models are there, without any planned seed.
-        wanted = set(collection.planned)
         self._settings: dict[Setting, list[Setting]] = {}
         for setting in settings:
-            own = self._settings.setdefault(model_of(setting), [])
-            own += [setting] if setting in wanted else []
-
-    @property
-    def models(self) -> list[Setting]:
-        """The models, in the grid's order."""
-        return list(self._settings)
+            own = self._settings.setdefault(dataclasses.replace(setting, seed=0), [])
+            own += [setting] if setting in collection.planned else []
+        self._records = {
+            model: {s.seed: collection.records[s] for s in own if s in collection.records}
+            for model, own in self._settings.items()
+        }
+        self.models = list(self._settings)  # in the grid's order
 
     def planned(self, model: Setting) -> int:
         """Return how many seeds a model is to have here; none if it is not part of the plan."""
@@ -99,17 +83,12 @@ class Exhibited:
 
     def trained(self, model: Setting) -> int:
         """Return how many of them it has."""
-        return sum(self._collection.record(setting) is not None for setting in self._settings[model])
+        return len(self._records[model])
 
     def values(self, model: Setting, measure: Measure) -> dict[int, float]:
         """Return a measure by seed."""
-        found = {}
-        for setting in self._settings[model]:
-            record = self._collection.record(setting)
-            value = None if record is None else measure.of(record["metrics"])
-            if value is not None:
-                found[setting.seed] = value
-        return found
+        found = {seed: measure.of(record["metrics"]) for seed, record in self._records[model].items()}
+        return {seed: value for seed, value in found.items() if value is not None}
 
     def estimate(self, model: Setting, measure: Measure) -> Estimate | None:
         """Return a measure's mean over the seeds; None without any."""
@@ -130,6 +109,5 @@ class Exhibited:
 
     def _first(self, read: Callable[[Record], Value | None]) -> Value | None:
         """Return what the first record that knows it says: it is the same for every model."""
-        settings = (setting for own in self._settings.values() for setting in own)
-        records = (record for setting in settings if (record := self._collection.record(setting)) is not None)
-        return next((value for record in records if (value := read(record)) is not None), None)
+        found = (read(record) for own in self._records.values() for record in own.values())
+        return next((value for value in found if value is not None), None)

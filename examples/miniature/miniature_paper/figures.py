@@ -26,6 +26,7 @@ from .grid import Setting
 from .paper import Paper, Quoted
 from .scores import LOSS_NAMES, Measure
 from .tables import REFERENCE, TERM_NAMES, shift_measure, size_measures, sweep_measures, sweep_of
+from .wording import fill
 
 _DPI = 150
 _COLOURS = 256  # of a PNG of lines and flat areas
@@ -58,7 +59,8 @@ class Theme:
         return _STYLE | {name: colour for colour, names in of.items() for name in names}
 
 
-Drawer = Callable[[Collection, Quoted, Theme], Figure]
+# What ``templates/alt.md`` says of a figure to those who cannot see it, and how it is drawn.
+Drawing = tuple[dict[str, Any], Callable[[Theme], Figure]]
 # Okabe and Ito's blue and vermilion: told apart by every kind of colour vision.
 LIGHT = Theme("#ffffff", "#1c1e21", "#8a8f98", "#0072b2", "#d55e00", "#f1f1ee")
 DARK = Theme("#16181c", "#e6e7e9", "#7d838c", "#56b4e9", "#ff9d5c", "#22252b")
@@ -67,66 +69,65 @@ DARK = Theme("#16181c", "#e6e7e9", "#7d838c", "#56b4e9", "#ff9d5c", "#22252b")
 def draw(collection: Collection, paper: Paper) -> dict[str, Picture]:
     """Draw every figure for which there is something to show, by the names of ``grid.EXHIBITS``."""
     drawn = {}
-    for key, (figure_of, alt_of) in _FIGURES.items():
-        alt = alt_of(collection)
-        if alt is not None:
-            light, dark = (_png(figure_of, collection, paper.exhibits[key], t) for t in (LIGHT, DARK))
-            drawn[key] = Picture(light, dark, alt)
+    for key, drawing_of in {
+        "figure3": _sweep,
+        "figure4": _sizes,
+        "figure6": _umaps,
+        "figure7": _heat,
+    }.items():
+        drawing = drawing_of(collection, paper.exhibits[key])
+        if drawing is not None:
+            said, figure_of = drawing
+            # Heat maps have more colours than a palette holds.
+            colours = None if key == "figure7" else _COLOURS
+            drawn[key] = picture(fill("alt.md", key=key, **said).strip(), figure_of, colours=colours)
     return drawn
 
 
-def _png(figure_of: Drawer, collection: Collection, quoted: Quoted, theme: Theme) -> bytes:
-    raw = io.BytesIO()
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **theme.settings()}):
-        figure_of(collection, quoted, theme).savefig(raw, format="png", dpi=_DPI)
-    small = io.BytesIO()
-    with Image.open(raw) as image:
-        picture = image.convert("RGB")
-        if figure_of is not _heat:
-            picture = picture.quantize(_COLOURS, dither=Image.Dither.NONE)
-        picture.save(small, format="PNG", optimize=True, dpi=(_DPI, _DPI))
-    return small.getvalue()
+def picture(alt: str, figure_of: Callable[[Theme], Figure], *, colours: int | None = _COLOURS) -> Picture:
+    """Draw a figure for light and for dark backgrounds, with at most so many colours."""
+    pngs: list[bytes] = []
+    for theme in (LIGHT, DARK):
+        raw, small = io.BytesIO(), io.BytesIO()
+        with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **theme.settings()}):
+            figure_of(theme).savefig(raw, format="png", dpi=_DPI)
+        with Image.open(raw) as image:
+            shown = image.convert("RGB")
+            if colours is not None:
+                shown = shown.quantize(colours, dither=Image.Dither.NONE)
+            shown.save(small, format="PNG", optimize=True, dpi=(_DPI, _DPI))
+        pngs.append(small.getvalue())
+    return Picture(pngs[0], pngs[1], alt)
 
 
 # --- Figure 3 ---
 
 
-def _sweep_alt(collection: Collection) -> str | None:
-    shown = collection.exhibit("figure3")
-    if not _has_any(shown, sweep_measures(collection)):
-        return None
-    spans = [_span(shown, measure) for measure in sweep_measures(collection)]
-    return (
-        f"Six panels. Left λ₁ of the cross-modal term, right λ₂ of the in-modal term. Above ours: "
-        f"{'; '.join(spans)}; CLIP is drawn as a band. Below the paper's two lines for λ from 1 to 3. "
-        "The table has the same numbers."
-    )
-
-
-def _sweep(collection: Collection, quoted: Quoted, theme: Theme) -> Figure:
-    shown = collection.exhibit("figure3")
-    plotted = sweep_measures(collection)
-    figure = Figure(figsize=(_WIDTH, 8.2), layout="constrained")
-    axes = figure.subplots(len(plotted) + 1, len(TERM_NAMES), sharey="row")
+def _sweep(collection: Collection, quoted: Quoted) -> Drawing | None:
+    shown, plotted = collection.exhibit("figure3"), sweep_measures(collection)
     clip = next(m for m in shown.models if m.loss == REFERENCE)
-    for column, (term, name) in enumerate(TERM_NAMES.items()):
-        models = sweep_of(shown.models, term)
-        for row, measure in enumerate(plotted):
-            axis = axes[row, column]
-            _band(axis, shown, clip, measure, theme)
-            _line(axis, shown, models, range(len(models)), measure, theme.rank, "RankCLIP")
-            axis.set_xticks(range(len(models)), [f"{getattr(m, term):g}" for m in models])
-            axis.set_xlim(-0.4, len(models) - 0.6)
-            axis.grid(axis="y")
-            if column == 0:
-                axis.set_ylabel(f"{measure.group},\n{measure.label} (%)")
-            if row == 0:
-                axis.set_title(name)
-        _quoted_lines(axes[-1, column], quoted, term, theme)
-        axes[-1, column].set_xlabel(name.partition(",")[0])
-    axes[0, 0].legend(loc="best")
-    axes[-1, 0].set_ylabel("%")
-    return figure
+
+    def figure_of(theme: Theme) -> Figure:
+        figure = Figure(figsize=(_WIDTH, 8.2), layout="constrained")
+        axes = figure.subplots(len(plotted) + 1, len(TERM_NAMES), sharey="row")
+        for column, (term, name) in enumerate(TERM_NAMES.items()):
+            models = sweep_of(shown.models, term)
+            for axis, measure in zip(axes[:, column], plotted, strict=False):
+                _band(axis, shown, clip, measure, theme)
+                _line(axis, shown, models, range(len(models)), measure, theme.rank, "RankCLIP")
+                axis.set_xticks(range(len(models)), [f"{getattr(m, term):g}" for m in models])
+                axis.set_xlim(-0.4, len(models) - 0.6)
+                axis.grid(axis="y")
+                axes[plotted.index(measure), 0].set_ylabel(f"{measure.group},\n{measure.label} (%)")
+            axes[0, column].set_title(name)
+            _quoted_lines(axes[-1, column], quoted, term, theme)
+            axes[-1, column].set_xlabel(name.partition(",")[0])
+        axes[0, 0].legend(loc="best")
+        axes[-1, 0].set_ylabel("%")
+        return figure
+
+    spans = _spans(shown, plotted)
+    return ({"spans": spans}, figure_of) if spans else None
 
 
 def _quoted_lines(axis: Axes, quoted: Quoted, term: str, theme: Theme) -> None:
@@ -147,42 +148,40 @@ def _quoted_lines(axis: Axes, quoted: Quoted, term: str, theme: Theme) -> None:
 # --- Figure 4 ---
 
 
-def _sizes_alt(collection: Collection) -> str | None:
+def _sizes(collection: Collection, quoted: Quoted) -> Drawing | None:
     shown = collection.exhibit("figure4")
-    if not _has_any(shown, size_measures(collection)):
-        return None
     sizes = sorted({m.pairs for m in shown.models})
-    spans = [_span(shown, measure) for measure in size_measures(collection)]
-    return (
-        f"Four panels. CLIP and RankCLIP at {sizes[0]:,} to {sizes[-1]:,} training pairs, on a logarithmic "
-        f"axis: {'; '.join(spans)}. The last panel has the paper's lines for 500,000 to 15 million pairs. "
-        "The table has the same numbers."
-    )
-
-
-def _sizes(collection: Collection, quoted: Quoted, theme: Theme) -> Figure:
-    shown = collection.exhibit("figure4")
     zero_shot, retrieval = sweep_measures(collection)
-    figure = Figure(figsize=(_WIDTH, 6.6), layout="constrained")
-    axes = figure.subplots(2, 2).ravel()
-    for axis, measure in zip(axes, (zero_shot, retrieval), strict=False):
-        _size_axis(axis, sorted({m.pairs for m in shown.models}))
-        for (loss, colour), shift in zip(_two(theme), (0.97, 1.03), strict=True):  # side by side
-            models = sorted((m for m in shown.models if m.loss == loss), key=lambda m: m.pairs)
-            _line(axis, shown, models, [m.pairs * shift for m in models], measure, colour, LOSS_NAMES[loss])
-        axis.set_title(measure.name, fontsize=9)
+
+    def figure_of(theme: Theme) -> Figure:
+        figure = Figure(figsize=(_WIDTH, 6.6), layout="constrained")
+        axes = figure.subplots(2, 2).ravel()
+        for axis, measure in zip(axes, (zero_shot, retrieval), strict=False):
+            _size_axis(axis, sizes)
+            for (loss, colour), shift in zip(_two(theme), (0.97, 1.03), strict=True):  # side by side
+                models = _by_size(shown, loss)
+                positions = [m.pairs * shift for m in models]
+                _line(axis, shown, models, positions, measure, colour, LOSS_NAMES[loss])
+            axis.set_title(measure.name, fontsize=9)
+            axis.set_ylabel("%")
+        _robustness(axes[2], shown, zero_shot, shift_measure(collection), theme)
+        axis = axes[3]
+        axis.set_facecolor(theme.quoted)
+        axis.set_title(f"The paper's {quoted.source}: ImageNet1K top-1", fontsize=9)
+        for line in (s for s in quoted.series if s.panel == "size"):
+            colour = dict(_two(theme))[line.name]
+            axis.plot(line.x, line.y, marker="o", color=colour, markersize=4, label=LOSS_NAMES[line.name])
+            _size_axis(axis, [int(x) for x in line.x if x is not None])
         axis.set_ylabel("%")
-    _robustness(axes[2], shown, zero_shot, shift_measure(collection), theme)
-    axis = axes[3]
-    axis.set_facecolor(theme.quoted)
-    axis.set_title(f"The paper's {quoted.source}: ImageNet1K top-1", fontsize=9)
-    for line in (s for s in quoted.series if s.panel == "size"):
-        colour = dict(_two(theme))[line.name]
-        axis.plot(line.x, line.y, marker="o", color=colour, markersize=4, label=LOSS_NAMES[line.name])
-        _size_axis(axis, [int(x) for x in line.x if x is not None])
-    axis.set_ylabel("%")
-    axes[0].legend(loc="best")
-    return figure
+        axes[0].legend(loc="best")
+        return figure
+
+    spans = _spans(shown, size_measures(collection))
+    return ({"spans": spans, "sizes": sizes}, figure_of) if spans else None
+
+
+def _by_size(shown: Exhibited, loss: str) -> list[Setting]:
+    return sorted((m for m in shown.models if m.loss == loss), key=lambda m: m.pairs)
 
 
 def _robustness(axis: Axes, shown: Exhibited, plain: Measure, shifted: Measure | None, theme: Theme) -> None:
@@ -194,7 +193,7 @@ def _robustness(axis: Axes, shown: Exhibited, plain: Measure, shifted: Measure |
     axis.set_ylabel(f"{shifted.group},\n{shifted.label} (%)", fontsize=8.5)
     for (loss, colour), mark in zip(_two(theme), ("o", "^"), strict=True):
         points = []
-        for model in sorted((m for m in shown.models if m.loss == loss), key=lambda m: m.pairs):
+        for model in _by_size(shown, loss):
             x, y = shown.estimate(model, plain), shown.estimate(model, shifted)
             if x is not None and y is not None:
                 points.append((x.mean, y.mean))
@@ -224,49 +223,39 @@ def _short(n: int) -> str:
 def _pictured(collection: Collection, key: str, part: str) -> list[tuple[Setting, dict[str, Any]]]:
     found = []
     for model in collection.exhibit(key).models:
-        record = collection.record(model)
+        record = collection.records.get(model)
         if record is not None and part in record.get("figures", {}):
             found.append((model, record["figures"][part]))
     return found
 
 
-def _gap(collection: Collection, model: Setting) -> float | None:
-    record = collection.record(model)
-    return None if record is None else record["metrics"].get("geometry/test", {}).get("modality_gap")
+def _umaps(collection: Collection, quoted: Quoted) -> Drawing | None:  # noqa: ARG001
+    shown = [
+        (
+            LOSS_NAMES[model.loss],
+            points,
+            collection.records[model]["metrics"]["geometry/test"]["modality_gap"],
+        )
+        for model, points in _pictured(collection, "figure6", "umap")
+    ]
 
-
-def _umap_alt(collection: Collection) -> str | None:
-    shown = _pictured(collection, "figure6", "umap")
-    if not shown:
-        return None
-    known = ((LOSS_NAMES[model.loss], _gap(collection, model)) for model, _ in shown)
-    gaps = [f"{name} {gap:.2f}" for name, gap in known if gap is not None]
-    return (
-        f"For each of {len(shown)} models a UMAP of {len(shown[0][1]['image'])} held-out pairs: points of "
-        "pictures and texts, a line from each picture to its text, density contours, and above them both "
-        f"densities and medians along the first dimension. Modality gap of the seed drawn: {', '.join(gaps)}."
-    )
-
-
-def _umaps(collection: Collection, quoted: Quoted, theme: Theme) -> Figure:  # noqa: ARG001
-    shown = _pictured(collection, "figure6", "umap")
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(_WIDTH, 3.5 * rows), layout="constrained")
-    cells = figure.add_gridspec(rows, columns)
-    for number, (model, points) in enumerate(shown):
-        cell = cells[divmod(number, columns)]
-        inner = cell.subgridspec(2, 1, height_ratios=[1, 4], hspace=0)
-        axis = figure.add_subplot(inner[1])
-        above = figure.add_subplot(inner[0], sharex=axis)
-        _scatter(axis, above, points, theme)
-        gap = _gap(collection, model)
-        above.set_title(LOSS_NAMES[model.loss], fontsize=9)
-        if gap is not None:
+    def figure_of(theme: Theme) -> Figure:
+        columns = min(3, len(shown))
+        rows = -(-len(shown) // columns)
+        figure = Figure(figsize=(_WIDTH, 3.5 * rows), layout="constrained")
+        cells = figure.add_gridspec(rows, columns)
+        for number, (name, points, gap) in enumerate(shown):
+            inner = cells[divmod(number, columns)].subgridspec(2, 1, height_ratios=[1, 4], hspace=0)
+            axis = figure.add_subplot(inner[1])
+            above = figure.add_subplot(inner[0], sharex=axis)
+            _scatter(axis, above, points, theme)
+            above.set_title(name, fontsize=9)
             axis.set_xlabel(f"modality gap {gap:.2f}", fontsize=8.5)
-        if number == 0:
-            axis.legend(loc="best", handletextpad=0.1, fontsize=8, markerscale=2)
-    return figure
+            if number == 0:
+                axis.legend(loc="best", handletextpad=0.1, fontsize=8, markerscale=2)
+        return figure
+
+    return ({"shown": shown}, figure_of) if shown else None
 
 
 def _scatter(axis: Axes, above: Axes, points: dict[str, Any], theme: Theme) -> None:
@@ -325,36 +314,28 @@ def _kde(points: np.ndarray) -> gaussian_kde | None:
 # --- Figure 7 ---
 
 
-def _heat_alt(collection: Collection) -> str | None:
-    shown = _pictured(collection, "figure7", "heat_maps")
-    if not shown:
-        return None
-    texts = ", ".join(f"“{one['text']}”" for one in shown[0][1])
-    return (
-        f"A grid: a row for each of the pictures {texts}; first the picture, then the heat map of "
-        f"{', '.join(LOSS_NAMES[model.loss] for model, _ in shown)}. Red: covering the place lowers the "
-        "cosine of picture and text; blue: it raises it."
-    )
+def _heat(collection: Collection, quoted: Quoted) -> Drawing | None:  # noqa: ARG001
+    shown = [(LOSS_NAMES[m.loss], maps) for m, maps in _pictured(collection, "figure7", "heat_maps")]
 
+    def figure_of(theme: Theme) -> Figure:  # noqa: ARG001
+        first = shown[0][1]
+        figure = Figure(figsize=(_WIDTH, 0.5 + 1.28 * len(first)), layout="constrained")
+        axes = figure.subplots(len(first), len(shown) + 1, squeeze=False)
+        for row, one in enumerate(first):
+            picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(one["image"]))).convert("RGB"))
+            _show(axes[row, 0], picture)
+            axes[row, 0].set_xlabel("\n".join(textwrap.wrap(one["text"], 18)[:2]), fontsize=7.5)
+            for axis, (_, maps) in zip(axes[row, 1:], shown, strict=True):
+                cells = np.array(maps[row]["map"], dtype=float)
+                _show(axis, picture)
+                _overlay(axis, cells, picture.shape[:2])
+                axis.set_xlabel(f"± {np.abs(cells).max():.2g}", fontsize=7.5)
+        for axis, name in zip(axes[0], ["picture", *(name for name, _ in shown)], strict=True):
+            wrapped = textwrap.wrap(name, 14, break_on_hyphens=False)
+            axis.set_title("\n".join(wrapped), fontsize=8, loc="center")
+        return figure
 
-def _heat(collection: Collection, quoted: Quoted, theme: Theme) -> Figure:  # noqa: ARG001
-    shown = _pictured(collection, "figure7", "heat_maps")
-    rows, columns = len(shown[0][1]), len(shown) + 1
-    figure = Figure(figsize=(_WIDTH, 0.5 + 1.28 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for row in range(rows):
-        first = shown[0][1][row]
-        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(first["image"]))).convert("RGB"))
-        _show(axes[row, 0], picture)
-        axes[row, 0].set_xlabel("\n".join(textwrap.wrap(first["text"], 18)[:2]), fontsize=7.5)
-        for column, (_, maps) in enumerate(shown, start=1):
-            cells = np.array(maps[row]["map"], dtype=float)
-            _show(axes[row, column], picture)
-            _overlay(axes[row, column], cells, picture.shape[:2])
-            axes[row, column].set_xlabel(f"± {np.abs(cells).max():.2g}", fontsize=7.5)
-    for axis, name in zip(axes[0], ["picture", *(LOSS_NAMES[m.loss] for m, _ in shown)], strict=True):
-        axis.set_title("\n".join(textwrap.wrap(name, 14, break_on_hyphens=False)), fontsize=8, loc="center")
-    return figure
+    return ({"shown": shown}, figure_of) if shown else None
 
 
 def _show(axis: Axes, picture: np.ndarray) -> None:
@@ -381,15 +362,11 @@ def _two(theme: Theme) -> list[tuple[str, str]]:
     return [("clip", theme.clip), ("rankclip", theme.rank)]
 
 
-def _has_any(shown: Exhibited, plotted: Sequence[Measure]) -> bool:
-    return any(shown.values(model, measure) for model in shown.models for measure in plotted)
-
-
-def _span(shown: Exhibited, measure: Measure) -> str:
-    means = [e.mean for m in shown.models if (e := shown.estimate(m, measure)) is not None]
-    if not means:
-        return f"{measure.name}, nothing yet"
-    return f"{measure.name}, {min(means):.1f} to {max(means):.1f} %"
+def _spans(shown: Exhibited, plotted: Sequence[Measure]) -> str | None:
+    """Say where the means of every measure lie; None without any."""
+    found = {m.name: [e.mean for one in shown.models if (e := shown.estimate(one, m))] for m in plotted}
+    said = (f"{min(ms):.1f} to {max(ms):.1f} %" if ms else "nothing yet" for ms in found.values())
+    return "; ".join(map(", ".join, zip(found, said, strict=True))) if any(found.values()) else None
 
 
 def _line(
@@ -429,11 +406,3 @@ def _band(axis: Axes, shown: Exhibited, clip: Setting, measure: Measure, theme: 
     if estimate is not None:
         axis.axhline(estimate.mean, color=theme.clip, lw=1.2, ls="--", label="CLIP")
         axis.axhspan(estimate.low, estimate.high, color=theme.clip, alpha=0.15, lw=0)
-
-
-_FIGURES: dict[str, tuple[Drawer, Callable[[Collection], str | None]]] = {
-    "figure3": (_sweep, _sweep_alt),
-    "figure4": (_sizes, _sizes_alt),
-    "figure6": (_umaps, _umap_alt),
-    "figure7": (_heat, _heat_alt),
-}

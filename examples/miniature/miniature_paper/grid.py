@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from examples_common.trainer import Job, recipe
 
 LOSSES = ("clip", "cyclip", "alip", "rankclip", "rankclip-cross", "rankclip-in")
@@ -148,103 +149,39 @@ class Preset:
         return self.steps * self.batch_size // pairs
 
 
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            name="full",
-            note="",
-            steps=1120,
-            batch_size=256,
-            warmup=200,
-            sizes=(8960, 17920, 35840, 71680, 143360),
-            pairs=71680,
-            seeds=5,
-            sweep_seeds=3,
-            lambdas=(0.0, 0.25, 1.0, 4.0, 16.0),
-            retrieval_items=10_000,
-            class_items=10_000,
-            probe_items=2000,
-            probe_strengths=(1e-4, 1e-3, 1e-2, 1e-1),
-            umap_pairs=300,
-        ),
-        Preset(
-            name="quick",
-            note="This is the quick preset, a smoke test of the whole path, with trainings of a few seconds: "
-            "its numbers say nothing about the losses.",
-            steps=32,
-            batch_size=128,
-            warmup=8,
-            sizes=(512, 1024, 2048, 4096),
-            pairs=2048,
-            seeds=2,
-            sweep_seeds=2,
-            lambdas=(0.0, 1.0, 16.0),
-            retrieval_items=500,
-            class_items=200,
-            probe_items=200,
-            probe_strengths=(1e-3, 1e-1),
-            umap_pairs=100,
-        ),
-    )
-}
+def _presets() -> dict[str, Preset]:
+    content = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
+    return {
+        name: Preset(name, **{key: tuple(v) if isinstance(v, list) else v for key, v in entries.items()})
+        for name, entries in content.items()
+    }
 
 
-def _setting(preset: Preset, loss: str, seed: int, **changes: Any) -> Setting:
-    cross, inside = _WEIGHTS.get(loss, (0.0, 0.0))
-    setting = Setting(loss, "resnet", preset.pairs, cross, inside, seed, preset.name)
-    return dataclasses.replace(setting, **changes)
-
-
-def _every_loss(preset: Preset, seed: int) -> list[Setting]:
-    return [_setting(preset, loss, seed) for loss in LOSSES]
-
-
-def _shown(preset: Preset, seed: int) -> list[Setting]:
-    return _every_loss(preset, seed) if seed == 0 else []
-
-
-def _both_backbones(preset: Preset, seed: int) -> list[Setting]:
-    losses = ("clip", "rankclip")
-    return [_setting(preset, loss, seed, backbone=backbone) for backbone in BACKBONES for loss in losses]
-
-
-def _sizes(preset: Preset, seed: int) -> list[Setting]:
-    losses = ("clip", "rankclip")
-    return [_setting(preset, loss, seed, pairs=pairs) for pairs in preset.sizes for loss in losses]
-
-
-def _sweep(preset: Preset, seed: int) -> list[Setting]:
-    if seed >= preset.sweep_seeds:
-        return []
-    weights = [(x, 1.0) for x in preset.lambdas] + [(1.0, x) for x in preset.lambdas]
-    return [
-        _setting(preset, "clip", seed),
-        *(
-            _setting(preset, loss_name(cross, inside, "clip"), seed, lambda_cross=cross, lambda_in=inside)
-            for cross, inside in weights
-        ),
-    ]
-
-
-_OF_EXHIBIT: dict[str, Callable[[Preset, int], list[Setting]]] = {
-    "table1": _every_loss,
-    "table2": _every_loss,
-    "table3": _every_loss,
-    "table4": _both_backbones,
-    "figure3": _sweep,
-    "figure4": _sizes,
-    "figure6": _shown,
-    "figure7": _shown,
-}
+PRESETS = _presets()
 
 
 def settings_of(preset: Preset, exhibit: str, seeds: Iterable[int]) -> list[Setting]:
     """Return the settings that one exhibit shows, seed by seed."""
-    if exhibit not in _OF_EXHIBIT:
+    if exhibit not in EXHIBITS:
         raise ValueError(f"exhibit: must be one of {', '.join(EXHIBITS)}, got {exhibit!r}")
-    found = [setting for seed in seeds for setting in _OF_EXHIBIT[exhibit](preset, seed)]
-    return list(dict.fromkeys(found))
+
+    def model(loss: str, **changes: Any) -> Setting:
+        setting = Setting(loss, "resnet", preset.pairs, *_WEIGHTS.get(loss, (0.0, 0.0)), 0, preset.name)
+        return dataclasses.replace(setting, **changes)
+
+    if exhibit == "table4":
+        models = [model(loss, backbone=backbone) for backbone in BACKBONES for loss in ("clip", "rankclip")]
+    elif exhibit == "figure3":
+        weights = [(x, 1.0) for x in preset.lambdas] + [(1.0, x) for x in preset.lambdas]
+        swept = (model(loss_name(c, i, "clip"), lambda_cross=c, lambda_in=i) for c, i in weights)
+        models = [model("clip"), *swept]
+    elif exhibit == "figure4":
+        models = [model(loss, pairs=pairs) for pairs in preset.sizes for loss in ("clip", "rankclip")]
+    else:
+        models = [model(loss) for loss in LOSSES]
+    limit = {"figure3": preset.sweep_seeds, "figure6": 1, "figure7": 1}.get(exhibit)
+    shown = [seed for seed in seeds if limit is None or seed < limit]
+    return list(dict.fromkeys(dataclasses.replace(one, seed=seed) for seed in shown for one in models))
 
 
 def plan(
@@ -258,10 +195,10 @@ def plan(
     """
     seeds = range(preset.seeds) if seeds is None else seeds
     wanted = [s for seed in seeds for exhibit in exhibits for s in settings_of(preset, exhibit, [seed])]
-    base = [s for seed in seeds for s in _every_loss(preset, seed)]
+    base = settings_of(preset, "table1", seeds)
     return list(dict.fromkeys([*(s for s in base if s in wanted), *wanted]))
 
 
 def is_shown(setting: Setting) -> bool:
     """Say whether Figures 6 and 7 show this very model, so that its pictures are kept."""
-    return setting in _shown(PRESETS[setting.preset], 0)
+    return setting in settings_of(PRESETS[setting.preset], "figure6", [0])

@@ -12,7 +12,7 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from clip_evaluation import metrics, probe
 from clip_evaluation.geometry import geometry
-from clip_evaluation.metrics import CLASS_KS
 from clip_evaluation.model import ClipModel
 from icons_data.load import Icons, Items, LabelledSet, load
 from PIL import Image
@@ -36,7 +35,6 @@ from .search.trials import TEST, VALIDATION, Attempt
 _GEOMETRY_ITEMS = 2048
 _GEOMETRY_ANCHORS = 512
 _HEAT_MAPS_OF_EACH = 3  # pictures in black, and as many in colour
-_TOP_1 = (1,)
 
 
 @dataclasses.dataclass
@@ -47,31 +45,12 @@ class Measured:
     chance: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # what guessing would score
     items: dict[str, int] = dataclasses.field(default_factory=dict)  # how many each task was measured on
 
-    def add(self, task: str, items: int, scores: dict[str, float], chance: dict[str, float]) -> None:
-        """Add the scores of one task on one data set."""
-        self.metrics[task] = {name: round(value, 4) for name, value in scores.items()}
-        self.chance[task] = {name: round(value, 4) for name, value in chance.items()}
-        self.items[task] = items
-
-    def add_retrieval(self, task: str, images: Tensor, texts: Tensor, image_of: Tensor) -> None:
-        """Add R@k in both directions."""
-        scores = metrics.retrieval(images, texts, image_of)
-        guess = metrics.retrieval_chance(len(images), image_of)
-        flat = (
-            {f"{way} R@{k}": value for way, at in recall.items() for k, value in at.items()}
-            for recall in (scores, guess)
+    def add(self, task: str, items: int, scored: metrics.Scored) -> None:
+        """Add the scores of one task on one data set, and what guessing would score."""
+        self.metrics[task], self.chance[task] = (
+            {name: round(pair[i], 4) for name, pair in scored.items()} for i in (0, 1)
         )
-        self.add(task, len(images), *flat)
-
-    def add_classes(self, task: str, scores: Tensor, items: Items, ks: Sequence[int] = CLASS_KS) -> None:
-        """Add top-k accuracy, and the mean per class unless top-1 is all that is wanted."""
-        labels = torch.from_numpy(items.labels)
-        found, guess = metrics.accuracy_at_k(scores, labels, ks), metrics.chance(scores.shape[1], ks)
-        top, chance = ({f"top-{k}": value for k, value in at.items()} for at in (found, guess))
-        if ks != _TOP_1:
-            top["mean per class"] = metrics.mean_per_class_accuracy(scores, labels)
-            chance["mean per class"] = guess[1]
-        self.add(task, len(labels), top, chance)
+        self.items[task] = items
 
 
 class Embeddings:
@@ -83,18 +62,14 @@ class Embeddings:
         self._row = np.full(len(icons.images), -1, dtype=np.int64)
         self._features = torch.empty(0)
 
-    def encode(self, index: Iterable[np.ndarray]) -> None:
-        """Encode all these pictures, given by their records' numbers."""
-        wanted = np.unique(np.concatenate(list(index)))
-        self._features, _ = self.model.image_features(_Pictures(self._icons.images, wanted, self.model))
-        self._row[wanted] = np.arange(len(wanted))
-
     def __call__(self, index: np.ndarray) -> Tensor:
-        """Return the features, not normalised, of pictures that were encoded."""
-        rows = self._row[index]
-        if (rows < 0).any():
-            raise KeyError(f"picture {int(index[rows.argmin()])} was not encoded")
-        return self._features[torch.from_numpy(rows)]
+        """Return the features, not normalised, of pictures that are given by their records' numbers."""
+        new = np.unique(index[self._row[index] < 0])
+        if len(new):
+            features, _ = self.model.image_features(_Pictures(self._icons.images, new, self.model))
+            self._row[new] = len(self._features) + np.arange(len(new))
+            self._features = torch.cat([self._features, features])
+        return self._features[torch.from_numpy(self._row[index])]
 
     def zero_shot(self, one: LabelledSet, items: Items) -> Tensor:
         """Return the cosine of each item with each class of its set."""
@@ -125,55 +100,37 @@ def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) ->
     Returns:
         ``metrics``, ``chance``, ``items``, and with ``figures`` what the figures show.
     """
-    found = Measured()
-    blocks = {"test": "test", **{shift: f"{shift}/test" for shift in icons.shifts}}
-    searched = {name: searched_items(icons, block, preset.retrieval_items) for name, block in blocks.items()}
-    probes = {
-        name: (
-            first_items(one.train, preset.probe_items),
-            first_items(one.validation, preset.probe_items // 2),
-        )
-        for name, one in icons.labelled.items()
-        if not one.shift
-    }
-    classified = {name: first_items(one.test, preset.class_items) for name, one in icons.labelled.items()}
-    embeddings = Embeddings(model, icons)
-    embeddings.encode(
-        [index for index, _, _ in searched.values()]
-        + [items.index for items in classified.values()]
-        + [items.index for pair in probes.values() for items in pair]
-    )
-    texts = {}
-    for name, (index, captions, image_of) in searched.items():
-        texts[name] = model.text_features(captions)
-        found.add_retrieval(f"retrieval/{name}", normalize(embeddings(index), dim=-1), texts[name], image_of)
-    index, _, image_of = searched["test"]
-    first = torch.tensor([True, *(image_of[1:] != image_of[:-1]).tolist()])
-    images, first_texts = normalize(embeddings(index), dim=-1), texts["test"][first]
-    shape = geometry(images[:_GEOMETRY_ITEMS], first_texts[:_GEOMETRY_ITEMS], max_anchors=_GEOMETRY_ANCHORS)
+    found, embeddings = Measured(), Embeddings(model, icons)
+    pairs = {}
+    for name in ("test", *icons.shifts):
+        block = name if name == "test" else f"{name}/test"
+        index, captions, image_of = searched_items(icons, block, preset.retrieval_items)
+        images, texts = normalize(embeddings(index), dim=-1), model.text_features(captions)
+        found.add(f"retrieval/{name}", len(index), metrics.named_recall(images, texts, image_of))
+        first = torch.tensor([True, *(image_of[1:] != image_of[:-1]).tolist()])
+        pairs[name] = images[:_GEOMETRY_ITEMS], texts[first][:_GEOMETRY_ITEMS]
+    shape = geometry(*pairs["test"], max_anchors=_GEOMETRY_ANCHORS)
     shape["logit_scale"] = model.logit_scale
-    found.add("geometry/test", min(len(index), _GEOMETRY_ITEMS), shape, {})
+    found.metrics["geometry/test"] = {key: round(value, 4) for key, value in shape.items()}
+    found.chance["geometry/test"], found.items["geometry/test"] = {}, len(pairs["test"][0])
     for name, one in icons.labelled.items():
-        items = classified[name]
-        found.add_classes(f"zero-shot/{name}", embeddings.zero_shot(one, items), items)
-        if name in probes:
-            train, validation = probes[name]
+        items = first_items(one.test, preset.class_items)
+        scores, labels = embeddings.zero_shot(one, items), torch.from_numpy(items.labels)
+        found.add(f"zero-shot/{name}", len(labels), metrics.named_accuracy(scores, labels))
+        if not one.shift:
+            train = first_items(one.train, preset.probe_items)
+            validation = first_items(one.validation, preset.probe_items // 2)
             result = probe.linear_probe(
-                *(
-                    (embeddings(part.index), torch.from_numpy(part.labels))
-                    for part in (train, items, validation)
-                ),
+                *((embeddings(p.index), torch.from_numpy(p.labels)) for p in (train, items, validation)),
                 classes=len(one.classes),
                 strengths=preset.probe_strengths,
             )
-            found.add_classes(f"probe/{name}", result.scores, items)
+            found.add(f"probe/{name}", len(labels), metrics.named_accuracy(result.scores, labels))
     content = dataclasses.asdict(found)
     if figures:
-        chosen = slice(preset.umap_pairs)  # the order of the items is random
-        content["figures"] = {
-            "umap": umap_points(images[chosen], first_texts[chosen]),
-            "heat_maps": heat_maps(model, icons),
-        }
+        # The order of the items is random.
+        umap = umap_points(*(features[: preset.umap_pairs] for features in pairs["test"]))
+        content["figures"] = {"umap": umap, "heat_maps": heat_maps(model, icons)}
     return content
 
 
@@ -189,16 +146,15 @@ def measure_side(model: ClipModel, icons: Icons, preset: Preset, side: str) -> d
     found = Measured()
     index, captions, image_of = searched_items(icons, side, preset.retrieval_items)
     sets = {name: one for name, one in icons.labelled.items() if not one.shift}
-    classified = {name: first_items(one.side(side), preset.class_items) for name, one in sets.items()}
     embeddings = Embeddings(model, icons)
-    embeddings.encode([index, *(items.index for items in classified.values())])
     images, texts = normalize(embeddings(index), dim=-1), model.text_features(captions)
     if not (torch.isfinite(images).all() and torch.isfinite(texts).all()):
         return {**dataclasses.asdict(found), "diverged": True}
-    found.add_retrieval("retrieval", images, texts, image_of)
+    found.add("retrieval", len(index), metrics.named_recall(images, texts, image_of))
     for name, one in sets.items():
-        items = classified[name]
-        found.add_classes(f"zero-shot/{name}", embeddings.zero_shot(one, items), items, _TOP_1)
+        items = first_items(one.side(side), preset.class_items)
+        scores, labels = embeddings.zero_shot(one, items), torch.from_numpy(items.labels)
+        found.add(f"zero-shot/{name}", len(labels), metrics.named_accuracy(scores, labels, (1,)))
     return {**dataclasses.asdict(found), "diverged": False}
 
 

@@ -15,46 +15,23 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from examples_common import trainer
 from examples_common.terminal import Report, run_all, say
-from examples_common.trainer import Job
 from filelock import FileLock, Timeout
 from rich.console import Console
 
 from .data import Tables
-from .grid import model_config
+from .grid import Setting, model_config
 from .records import Record, Store
+from .search.trials import Attempt
 
 _PACKAGES = {"open_clip": "open_clip_torch", "torch": "torch", "numpy": "numpy", "rankloss": "rankloss"}
 
 
-class Run(Protocol):
-    """A dataclass that says what one model is trained with and how it is measured."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        """A short name for people."""
-
-    @property
-    def backbone(self) -> str:
-        """The model folder."""
-
-    @property
-    def pairs(self) -> int:
-        """Number of training pairs."""
-
-    def job(self) -> Job:
-        """Return what the trainer is started with."""
-
-    def measured(self) -> dict[str, Any]:
-        """Return what measuring depends on, for the fingerprint."""
-
-
-AnyRun = TypeVar("AnyRun", bound=Run)
+Run = Setting | Attempt  # what one model is trained with and how it is measured
+AnyRun = TypeVar("AnyRun", Setting, Attempt)
 
 
 class MeasuringError(RuntimeError):

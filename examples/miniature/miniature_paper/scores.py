@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from icons_data import split
+from icons_data.labels import SOURCES
+
 LOSS_NAMES = {
     "clip": "CLIP",
     "cyclip": "CyCLIP",
@@ -17,17 +20,11 @@ LOSS_NAMES = {
 BACKBONE_NAMES = {"resnet": "ResNet", "vit": "ViT"}
 
 # The labelled sets of examples/icons whose styles are trained on: the ten sets.
-LABELLED_SETS = (
-    "emoji", "health", "icon-park", "iconmind", "material-symbols", "mdi", "remix", "solar", "streamline",
-    "ultimate",
-)  # fmt: skip
+LABELLED_SETS = tuple(name for name, source in SOURCES.items() if "shift" not in source)
 # Every shift, with its labelled set; the silhouettes have no categories, so no classes to recognise.
 SHIFTS = {
-    "pixel-art": "pixel",
-    "hand-drawn": "freehand",
-    "silhouette": None,
-    "noto": "noto",
-    "emojione": "emojione",
+    shift: next((name for name, source in SOURCES.items() if source.get("shift") == shift), None)
+    for shift in split.SHIFTS
 }
 SHIFT_NAMES = {
     "pixel-art": "Pixel art",
@@ -44,8 +41,6 @@ TASKS = (
     *(f"{task}/{name}" for task in ("zero-shot", "probe") for name in LABELLED_SETS),
     *(f"zero-shot/{labelled}" for labelled in SHIFTS.values() if labelled),
 )
-BOTH_WAYS = "both ways"
-_DIRECTIONS = ("image_to_text", "text_to_image")
 DIRECTION_NAMES = {"image_to_text": "Image → text", "text_to_image": "Text → image"}
 TOPS = ("top-1", "top-3", "top-5")
 RECALLS = ("R@1", "R@5", "R@10")
@@ -67,17 +62,13 @@ class Measure:
 
     def of(self, values: Mapping[str, Mapping[str, Any]]) -> float | None:
         """Read it from a record's ``metrics`` or ``chance``; None if an entry is missing."""
-        found = [values.get(task, {}).get(metric) for task, metric in self.entries]
-        if not found or any(value is None for value in found):
-            return None
-        return sum(found) / len(found)
+        found: list[Any] = [values.get(task, {}).get(metric) for task, metric in self.entries]
+        return sum(found) / len(found) if found and None not in found else None
 
     def items(self, items: Mapping[str, int]) -> int | None:
         """Count the held-out items behind it, given a record's ``items``; None if that was not recorded."""
-        found = [items.get(task) for task in dict.fromkeys(task for task, _ in self.entries)]
-        if not found or any(n is None for n in found):
-            return None
-        return sum(found)
+        found: list[Any] = [items.get(task) for task in dict.fromkeys(task for task, _ in self.entries)]
+        return sum(found) if found and None not in found else None
 
 
 def zero_shot(sets: Sequence[str]) -> list[Measure]:
@@ -89,16 +80,16 @@ def zero_shot(sets: Sequence[str]) -> list[Measure]:
 def retrieval() -> list[Measure]:
     """Recall in both directions among the held-out concepts."""
     return [
-        Measure(DIRECTION_NAMES[direction], recall, (("retrieval/test", f"{direction} {recall}"),))
-        for direction in _DIRECTIONS
+        Measure(name, recall, (("retrieval/test", f"{direction} {recall}"),))
+        for direction, name in DIRECTION_NAMES.items()
         for recall in RECALLS
     ]
 
 
 def retrieval_both_ways(recall: str, where: str = "test", group: str = "Retrieval") -> Measure:
     """The mean of a recall in both directions, as the paper's Figure 3 has it."""
-    entries = tuple((f"retrieval/{where}", f"{direction} {recall}") for direction in _DIRECTIONS)
-    return Measure(group, f"{recall}, {BOTH_WAYS}", entries)
+    entries = tuple((f"retrieval/{where}", f"{direction} {recall}") for direction in DIRECTION_NAMES)
+    return Measure(group, f"{recall}, both ways", entries)
 
 
 def shifts(tasks: Sequence[str]) -> list[Measure]:

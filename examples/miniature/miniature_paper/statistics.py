@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy import stats
@@ -89,9 +89,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(found.mean, found.half_width, found.n)
 
 
-def paired_difference(
-    values: Mapping[Hashable, float], reference: Mapping[Hashable, float]
-) -> Difference | None:
+def paired_difference(values: Mapping[Any, float], reference: Mapping[Any, float]) -> Difference | None:
     """Return the mean difference over the seeds that both have, not yet corrected; None without any.
 
     Args:

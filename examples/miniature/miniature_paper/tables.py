@@ -3,28 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from . import grid, scores, statistics
+from . import scores, statistics
 from .collection import Collection, Exhibited
 from .grid import Setting
 from .paper import Paper, Quoted
 from .scores import BACKBONE_NAMES, LOSS_NAMES, Measure
 from .statistics import Difference, Estimate
+from .wording import difference_text, mark, mean_text, signed
 
 REFERENCE = "clip"
 TERM_NAMES = {"lambda_cross": "λ₁, of the cross-modal term", "lambda_in": "λ₂, of the in-modal term"}
+TITLES = {
+    "table1": "Zero-shot and retrieval",
+    "table2": "Styles and vendors never trained on",
+    "table3": "Linear probes",
+    "table4": "Two backbones",
+    "figure3": "How much the weights of the terms matter",
+    "figure4": "How much the number of training pairs matters",
+    "figure6": "Both modalities, and the gap between them",
+    "figure7": "Where a text is seen",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One of our numbers."""
+    """One of our numbers, and its difference to a reference; every difference may be spoken of."""
 
-    estimate: Estimate | None  # None where nothing is trained, or the cell shows a difference only
-    difference: Difference | None  # to the reference, corrected within the exhibit
+    subject: str  # the model, such as RankCLIP
+    measure: Measure
     planned: int  # number of seeds
-    digits: int = 2
-    compared: bool = True  # False for the reference itself
+    estimate: Estimate | None = None  # None where nothing is trained, or only the difference is shown
+    reference: str = ""  # what it is compared with, such as CLIP; nothing for the reference itself
+    difference: Difference | None = None  # corrected within the exhibit; None while it cannot be formed
+
+    @property
+    def digits(self) -> int:
+        """How many decimal places are shown."""
+        return 2 if self.measure.percent else 3
+
+    def __str__(self) -> str:
+        """The mean and, below it, the marked difference."""
+        mean = mean_text(self.estimate, self.planned, self.digits)
+        if not self.reference or (self.difference is None and self.estimate is None):
+            return mean
+        change = f"{difference_text(self.difference, self.digits)} {mark(self.difference)}".strip()
+        return change if self.estimate is None else f"{mean}<br>{change}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,43 +62,24 @@ class QuotedCell:
     digits: int = 2
     approximate: bool = False  # measured on a plot
 
+    def __str__(self) -> str:
+        """The number and the change, in italics."""
+        if self.value is None:
+            return "*not available to us*"
+        change = "" if self.difference is None else f" ({signed(self.difference, self.digits)})"
+        return f"*{'≈ ' if self.approximate else ''}{self.value:.{self.digits}f}{change}*"
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A row: a cell for every column, None where it has no meaning."""
 
+    section: str
     label: str
     cells: tuple[Cell | QuotedCell | None, ...]
+    quoted: bool = False  # whether it is the paper's
     items: int | None = None  # number of held-out items
     chance: float | None = None  # what guessing scores
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """Rows with a common title."""
-
-    title: str
-    rows: tuple[Row, ...]
-    quoted: bool = False  # whether they are the paper's
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """A column's label, and the label it shares with its neighbours."""
-
-    label: str
-    group: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """A difference that the text may speak of."""
-
-    subject: str  # such as RankCLIP
-    reference: str  # such as CLIP
-    measure: str  # such as "Image → text, R@1"
-    difference: Difference | None  # corrected; None while it cannot be formed
-    percent: bool = True  # in percentage points, where more is better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,197 +87,151 @@ class Exhibit:
     """A table or figure of the paper, and ours."""
 
     key: str  # in grid.EXHIBITS
-    number: str  # its name in the paper
     title: str
-    columns: tuple[Column, ...]
-    sections: tuple[Section, ...]  # the paper's last
-    comparisons: tuple[Comparison, ...]  # everything that is tested: one family
+    columns: tuple[tuple[str, str], ...]  # a label shared with neighbours, or nothing, and each one's own
+    rows: tuple[Row, ...]  # the paper's last
     seeds: tuple[tuple[str, int, int], ...]  # name, trained seeds and planned seeds of every model
     quoted: Quoted
-    items: tuple[int, ...] = ()  # numbers of held-out items behind its measures
-    corner: str = "measure"  # what the rows are
+    items: tuple[int, ...]  # numbers of held-out items behind its measures
+    corner: str  # what the rows are
 
     @property
-    def empty(self) -> bool:
-        """Whether none of its models is there."""
-        return not any(trained for _, trained, _ in self.seeds)
+    def number(self) -> str:
+        """Its name in the paper."""
+        return f"{self.key[:-1].title()} {self.key[-1]}"
 
-    def has(self, name: str) -> bool:
-        """Say whether a row knows its ``chance`` or its ``items``."""
-        return any(getattr(row, name) is not None for section in self.sections for row in section.rows)
+    @property
+    def comparisons(self) -> tuple[Cell, ...]:
+        """Everything that is tested: one family."""
+        cells = (cell for row in self.rows for cell in row.cells)
+        return tuple(dict.fromkeys(cell for cell in cells if isinstance(cell, Cell) and cell.reference))
 
-
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """A cell to fill in."""
-
-    model: Setting
-    measure: Measure
-    reference: Setting | None  # what the difference is taken to
-    mean: bool = True  # show the mean beside the difference
-
-
-_Rows = Sequence[tuple[str, Sequence[_Wanted | None]]]  # label and cells of each
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many models are there, and how many are planned."""
+        return sum(trained for _, trained, _ in self.seeds), sum(planned for *_, planned in self.seeds)
 
 
 def build(collection: Collection, paper: Paper) -> list[Exhibit]:
     """Make every exhibit out of the records there are."""
-    builders: dict[str, Callable[[Collection, Quoted], Exhibit]] = {
-        "table1": _table1,
-        "table2": _table2,
-        "table3": _table3,
-        "table4": _table4,
-        "figure3": _figure3,
-        "figure4": _figure4,
-        "figure6": _figure6,
-        "figure7": _figure7,
-    }
-    return [builders[key](collection, paper.exhibits[key]) for key in grid.EXHIBITS]
+    builders = {"figure3": _figure3, "figure4": _figure4}
+    return [
+        builders.get(key, _measured)(collection, key, quoted).finished(key, quoted)
+        for key, quoted in paper.exhibits.items()
+    ]
 
 
-def _exhibit(
-    shown: Exhibited,
-    quoted: Quoted,
-    heading: tuple[str, str],
-    names: dict[Setting, str],
-    columns: Sequence[Column],
-    ours: Sequence[tuple[str, _Rows]],
-    papers: Sequence[Section],
-    *,
-    called: Callable[[Setting], str] | None = None,
-    corner: str = "measure",
-) -> Exhibit:
-    """Fill in the cells and correct their differences together.
+class _Draft:
+    """An exhibit whose differences are not yet corrected.
 
     Args:
         shown: The models.
-        quoted: The paper's exhibit.
-        heading: Number and title.
-        names: What the models are called.
+        names: What they are called.
         columns: The columns.
-        ours: Title and rows of each section.
-        papers: The paper's sections.
-        called: What a reference is called, if not by its name.
         corner: What the rows are.
+        called: What references are called, if not by their names.
     """
-    called = called or names.__getitem__
-    wanted = [cell for _, rows in ours for _, cells in rows for cell in cells if cell is not None]
-    compared = {
-        (cell.model, cell.reference, cell.measure): shown.difference(cell.model, cell.reference, cell.measure)
-        for cell in wanted
-        if cell.reference is not None
-    }
-    corrected = statistics.correct({key: d for key, d in compared.items() if d is not None})
 
-    def fill(cell: _Wanted | None) -> Cell | None:
-        if cell is None:
-            return None
-        return Cell(
-            shown.estimate(cell.model, cell.measure) if cell.mean else None,
-            corrected.get((cell.model, cell.reference, cell.measure)),
-            shown.planned(cell.model),
-            digits=2 if cell.measure.percent else 3,
-            compared=cell.reference is not None,
-        )
+    def __init__(
+        self,
+        shown: Exhibited,
+        names: Mapping[Setting, str],
+        columns: Iterable[tuple[str, str]],
+        corner: str = "measure",
+        called: Mapping[Setting, str] | None = None,
+    ) -> None:
+        self._shown, self._names, self._called = shown, names, {**names, **(called or {})}
+        self._columns, self._corner, self._rows = tuple(columns), corner, list[Row]()
 
-    def row(label: str, cells: Sequence[_Wanted | None]) -> Row:
+    def cell(
+        self, model: Setting, measure: Measure, reference: Setting | None = None, *, mean: bool = True
+    ) -> Cell:
+        """Return one number; ``mean`` says whether it is shown beside its difference."""
+        found = Cell(self._names[model], measure, self._shown.planned(model))
+        if mean:
+            found = dataclasses.replace(found, estimate=self._shown.estimate(model, measure))
+        if reference in (None, model):
+            return found
+        difference = self._shown.difference(model, reference, measure)
+        return dataclasses.replace(found, reference=self._called[reference], difference=difference)
+
+    def add(self, section: str, label: str, cells: Iterable[Cell | None]) -> None:
+        """Add one of our rows."""
+        cells = tuple(cells)
         measure, *others = dict.fromkeys(cell.measure for cell in cells if cell is not None)
-        filled = tuple(fill(cell) for cell in cells)
-        if others:
-            return Row(label, filled)
-        return Row(label, filled, shown.items(measure), shown.chance(measure) if measure.percent else None)
+        known: dict[str, Any] = {}
+        if not others:
+            chance = self._shown.chance(measure) if measure.percent else None
+            known = {"items": self._shown.items(measure), "chance": chance}
+        self._rows.append(Row(section, label, cells, **known))
 
-    sections = [Section(title, tuple(row(label, cells) for label, cells in rows)) for title, rows in ours]
-    items = (shown.items(measure) for measure in dict.fromkeys(cell.measure for cell in wanted))
-    number, title = heading
-    return Exhibit(
-        key=number.lower().replace(" ", ""),
-        number=number,
-        title=title,
-        columns=tuple(columns),
-        sections=(*sections, *papers),
-        comparisons=tuple(
-            Comparison(
-                names[model],
-                called(reference),
-                measure.name,
-                corrected.get((model, reference, measure)),
-                measure.percent,
-            )
-            for model, reference, measure in compared
-        ),
-        seeds=tuple((names[m], shown.trained(m), shown.planned(m)) for m in shown.models),
-        quoted=quoted,
-        items=tuple(n for n in items if n is not None),
-        corner=corner,
-    )
+    def quote(self, section: str, label: str, cells: Iterable[QuotedCell | None]) -> None:
+        """Add one of the paper's rows."""
+        self._rows.append(Row(section, label, tuple(cells), quoted=True))
+
+    def finished(self, key: str, quoted: Quoted) -> Exhibit:
+        """Return the exhibit with its differences corrected together."""
+        shown = self._shown
+        cells = dict.fromkeys(c for row in self._rows for c in row.cells if isinstance(c, Cell))
+        corrected = statistics.correct({c: c.difference for c in cells if c.difference is not None})
+        done = {c: dataclasses.replace(c, difference=difference) for c, difference in corrected.items()}
+        rows = (dataclasses.replace(r, cells=tuple(done.get(c, c) for c in r.cells)) for r in self._rows)
+        items = (shown.items(measure) for measure in dict.fromkeys(c.measure for c in cells))
+        return Exhibit(
+            key,
+            TITLES[key],
+            self._columns,
+            tuple(rows),
+            tuple((self._names[m], shown.trained(m), shown.planned(m)) for m in shown.models),
+            quoted,
+            tuple(n for n in items if n is not None),
+            self._corner,
+        )
 
 
 # --- rows of measures, columns of models ---
 
-
-def _table1(collection: Collection, quoted: Quoted) -> Exhibit:
-    rows = [*scores.zero_shot(collection.sets("zero-shot")), *scores.retrieval()]
-    return _of_losses(collection.exhibit("table1"), quoted, ("Table 1", "Zero-shot and retrieval"), rows)
-
-
-def _table2(collection: Collection, quoted: Quoted) -> Exhibit:
-    heading = ("Table 2", "Styles and vendors never trained on")
-    return _of_losses(collection.exhibit("table2"), quoted, heading, scores.shifts(collection.tasks))
-
-
-def _table3(collection: Collection, quoted: Quoted) -> Exhibit:
-    rows = scores.probes(collection.sets("probe"))
-    return _of_losses(collection.exhibit("table3"), quoted, ("Table 3", "Linear probes"), rows)
-
-
-def _figure6(collection: Collection, quoted: Quoted) -> Exhibit:
-    # The picture shows one seed; the numbers below it are of all seeds of the same models.
-    heading = ("Figure 6", "Both modalities, and the gap between them")
-    return _of_losses(collection.exhibit("table1"), quoted, heading, scores.geometry())
-
-
-def _of_losses(
-    shown: Exhibited, quoted: Quoted, heading: tuple[str, str], measures: Sequence[Measure]
-) -> Exhibit:
-    names = {model: LOSS_NAMES[model.loss] for model in shown.models}
-    reference = _loss(shown.models, REFERENCE)
-    papers = _quoted_rows(quoted, [m.loss for m in shown.models], lambda _: REFERENCE)
-    ours = _measured(shown.models, measures, lambda _: reference)
-    return _exhibit(shown, quoted, heading, names, [Column(name) for name in names.values()], ours, papers)
-
-
-def _table4(collection: Collection, quoted: Quoted) -> Exhibit:
-    measures = [
-        *scores.zero_shot(collection.sets("zero-shot")),
+_MEASURES: dict[str, Callable[[Collection], list[Measure]]] = {
+    "table1": lambda found: [*scores.zero_shot(found.sets("zero-shot")), *scores.retrieval()],
+    "table2": lambda found: scores.shifts(found.tasks),
+    "table3": lambda found: scores.probes(found.sets("probe")),
+    "table4": lambda found: [
+        *scores.zero_shot(found.sets("zero-shot")),
         *scores.retrieval(),
-        *scores.mean_probe(collection.sets("probe")),
-    ]
-    shown = collection.exhibit("table4")
-    names = {m: f"{LOSS_NAMES[m.loss]} ({BACKBONE_NAMES[m.backbone]})" for m in shown.models}
-    columns = [Column(LOSS_NAMES[m.loss], BACKBONE_NAMES[m.backbone]) for m in shown.models]
-    keys = [f"{m.backbone}/{m.loss}" for m in shown.models]
-    papers = _quoted_rows(quoted, keys, lambda key: f"{key.partition('/')[0]}/{REFERENCE}")
-
-    def reference(model: Setting) -> Setting:
-        return _loss([m for m in shown.models if m.backbone == model.backbone], REFERENCE)
-
-    ours = _measured(shown.models, measures, reference)
-    return _exhibit(shown, quoted, ("Table 4", "Two backbones"), names, columns, ours, papers)
+        *scores.mean_probe(found.sets("probe")),
+    ],
+    "figure6": lambda _: scores.geometry(),
+    "figure7": lambda _: [],
+}
 
 
-def _measured(
-    models: Sequence[Setting], measures: Sequence[Measure], reference_of: Callable[[Setting], Setting]
-) -> list[tuple[str, _Rows]]:
-    def row(measure: Measure) -> tuple[str, Sequence[_Wanted]]:
-        references = {model: reference_of(model) for model in models}
-        return measure.label, [
-            _Wanted(model, measure, reference if reference != model else None)
-            for model, reference in references.items()
-        ]
+def _measured(collection: Collection, key: str, quoted: Quoted) -> _Draft:
+    # Figure 6 shows one seed; the numbers below it are of all seeds of the same models.
+    shown = collection.exhibit("table1" if key == "figure6" else key)
+    models, both = shown.models, key == "table4"
+    columns = [(BACKBONE_NAMES[m.backbone] if both else "", LOSS_NAMES[m.loss]) for m in models]
+    names = {
+        m: f"{label} ({group})" if group else label for m, (group, label) in zip(models, columns, strict=True)
+    }
+    clips = {m.backbone: m for m in models if m.loss == REFERENCE}
+    draft = _Draft(shown, names, columns)
+    for measure in _MEASURES[key](collection):
+        draft.add(measure.group, measure.label, (draft.cell(m, measure, clips[m.backbone]) for m in models))
 
-    groups = dict.fromkeys(measure.group for measure in measures)
-    return [(group, [row(measure) for measure in measures if measure.group == group]) for group in groups]
+    printed = [value for row in quoted.rows for value in row.values.values() if value is not None]
+    digits = max((len(f"{value!r}".partition(".")[2]) for value in printed), default=2)
+
+    def quoted_cell(values: Mapping[str, float | None], model: Setting) -> QuotedCell | None:
+        prefix = f"{model.backbone}/" if both else ""
+        if prefix + model.loss not in values:  # the paper's table has no such entry
+            return None
+        value, reference = values[prefix + model.loss], values.get(prefix + REFERENCE)
+        compared = value is not None and reference is not None and model.loss != REFERENCE
+        return QuotedCell(value, value - reference if compared else None, digits, quoted.read_off is not None)
+
+    for row in quoted.rows:
+        draft.quote(row.group, row.measure, (quoted_cell(row.values, model) for model in models))
+    return draft
 
 
 # --- figures with axes ---
@@ -308,213 +269,56 @@ def size_measures(collection: Collection) -> list[Measure]:
     return [*sweep_measures(collection), *([shift] if shift else [])]
 
 
-def _figure3(collection: Collection, quoted: Quoted) -> Exhibit:
-    shown = collection.exhibit("figure3")
-    plotted = sweep_measures(collection)
-    clip = _loss(shown.models, REFERENCE)
-    default = next(m for m in shown.models if (m.lambda_cross, m.lambda_in) == (1.0, 1.0))
-    names = {
-        m: "CLIP" if m == clip else f"λ₁ = {m.lambda_cross:g}, λ₂ = {m.lambda_in:g}" for m in shown.models
-    }
+def _figure3(collection: Collection, key: str, quoted: Quoted) -> _Draft:
+    shown, plotted = collection.exhibit(key), sweep_measures(collection)
+    clip = next(m for m in shown.models if m.loss == REFERENCE)
+    recipe = next(m for m in shown.models if (m.lambda_cross, m.lambda_in) == (1.0, 1.0))
+    names = {m: f"λ₁ = {m.lambda_cross:g}, λ₂ = {m.lambda_in:g}" for m in shown.models} | {clip: "CLIP"}
+    columns = [(m.name, label) for m in plotted for label in ("mean, difference to CLIP", "to λ = 1")]
+    draft = _Draft(shown, names, columns, "λ", {recipe: "the recipe's λ₁ = λ₂ = 1"})
 
-    def cells(model: Setting) -> list[_Wanted | None]:
-        found: list[_Wanted | None] = []
+    def add(section: str, label: str, model: Setting) -> None:
+        cells: list[Cell | None] = []
         for measure in plotted:
-            found.append(_Wanted(model, measure, clip if model != clip else None))
-            other = model not in (clip, default)
-            found.append(_Wanted(model, measure, default, mean=False) if other else None)
-        return found
+            other = model not in (clip, recipe)
+            cells.append(draft.cell(model, measure, clip))
+            cells.append(draft.cell(model, measure, recipe, mean=False) if other else None)
+        draft.add(section, label, cells)
 
-    ours: list[tuple[str, _Rows]] = [
-        (
-            f"{name}; the other one is 1",
-            [(f"{getattr(m, term):g}", cells(m)) for m in sweep_of(shown.models, term)],
-        )
-        for term, name in TERM_NAMES.items()
-    ]
-    ours.append(("Without rank terms", [("CLIP", cells(clip))]))
-    papers = []
     for term, name in TERM_NAMES.items():
-        lines = [s for s in quoted.series if s.panel == term]
-        rows = tuple(
-            Row(f"{x:g}", tuple(c for line in lines for c in (_read_off(line.y[i], quoted), None)))
-            for i, x in enumerate(lines[0].x)
-            if x is not None
-        )
-        title = f"{name.partition(',')[0]}: {lines[0].name}; {lines[1].name}"
-        papers.append(Section(title, rows, quoted=True))
-    scheduled = tuple(c for s in quoted.series if s.panel == "scheduled" for c in (QuotedCell(s.y[0]), None))
-    papers.append(Section("λ by the schedule", (Row("RankCLIP", scheduled),), quoted=True))
-    heads = ("mean, difference to CLIP", "to λ = 1")
-    return _exhibit(
-        shown,
-        quoted,
-        ("Figure 3", "How much the weights of the terms matter"),
-        names,
-        [Column(label, measure.name) for measure in plotted for label in heads],
-        ours,
-        papers,
-        called=lambda reference: names[clip] if reference == clip else "the recipe's λ₁ = λ₂ = 1",
-        corner="λ",
-    )
+        for model in sweep_of(shown.models, term):
+            add(f"{name}; the other one is 1", f"{getattr(model, term):g}", model)
+    add("Without rank terms", "CLIP", clip)
+    for term, name in TERM_NAMES.items():
+        lines = [line for line in quoted.series if line.panel == term]
+        section = f"{name.partition(',')[0]}: {lines[0].name}; {lines[1].name}"
+        for x, *ys in zip(lines[0].x, *(line.y for line in lines), strict=True):
+            draft.quote(section, f"{x:g}", (c for y in ys for c in (_read_off(y, quoted), None)))
+    levels = [line.y[0] for line in quoted.series if line.panel == "scheduled"]
+    draft.quote("λ by the schedule", "RankCLIP", (c for y in levels for c in (QuotedCell(y), None)))
+    return draft
 
 
-def _figure4(collection: Collection, quoted: Quoted) -> Exhibit:
-    shown = collection.exhibit("figure4")
+def _figure4(collection: Collection, key: str, quoted: Quoted) -> _Draft:
+    shown, plotted = collection.exhibit(key), size_measures(collection)
     losses = list(dict.fromkeys(m.loss for m in shown.models))
-    plotted = size_measures(collection)
     at = {(m.pairs, m.loss): m for m in shown.models}
-
-    def cells(pairs: int) -> list[_Wanted | None]:
+    names = {m: f"{LOSS_NAMES[m.loss]} at {m.pairs:,} pairs" for m in shown.models}
+    columns = [(measure.name, LOSS_NAMES[loss]) for measure in plotted for loss in losses]
+    draft = _Draft(shown, names, columns, "pairs", {m: "CLIP" for m in shown.models if m.loss == REFERENCE})
+    for pairs in sorted({m.pairs for m in shown.models}):
         clip = at[pairs, REFERENCE]
-        return [
-            _Wanted(at[pairs, loss], measure, clip if loss != REFERENCE else None)
-            for measure in plotted
-            for loss in losses
-        ]
-
-    lines = {s.name: s for s in quoted.series if s.panel == "size"}
-    clips = lines[REFERENCE]
-    blank = (None,) * (len(losses) * (len(plotted) - 1))
-
-    def quoted_cells(i: int) -> list[QuotedCell]:
-        base = clips.y[i]
-        return [_read_off(lines[loss].y[i], quoted, base if loss != REFERENCE else None) for loss in losses]
-
-    papers = tuple(Row(f"{x:,}", (*quoted_cells(i), *blank)) for i, x in enumerate(clips.x))
-    return _exhibit(
-        shown,
-        quoted,
-        ("Figure 4", "How much the number of training pairs matters"),
-        {m: f"{LOSS_NAMES[m.loss]} at {m.pairs:,} pairs" for m in shown.models},
-        [Column(LOSS_NAMES[loss], measure.name) for measure in plotted for loss in losses],
-        [
-            (
-                "Training pairs",
-                [(f"{pairs:,}", cells(pairs)) for pairs in sorted({m.pairs for m in shown.models})],
-            )
-        ],
-        [Section("ImageNet1K top-1", papers, quoted=True)],
-        called=lambda _: "CLIP",
-        corner="pairs",
-    )
-
-
-def _figure7(collection: Collection, quoted: Quoted) -> Exhibit:
-    shown = collection.exhibit("figure7")
-    names = {m: LOSS_NAMES[m.loss] for m in shown.models}
-    return _exhibit(shown, quoted, ("Figure 7", "Where a text is seen"), names, [], [], [])
-
-
-# --- parts ---
-
-
-def _loss(models: Sequence[Setting], loss: str) -> Setting:
-    return next(model for model in models if model.loss == loss)
+        cells = (draft.cell(at[pairs, loss], measure, clip) for measure in plotted for loss in losses)
+        draft.add("Training pairs", f"{pairs:,}", cells)
+    lines = {line.name: line for line in quoted.series if line.panel == "size"}
+    for i, x in enumerate(lines[REFERENCE].x):
+        base = lines[REFERENCE].y[i]
+        read = (_read_off(lines[s].y[i], quoted, base if s != REFERENCE else None) for s in losses)
+        blank = [None] * (len(columns) - len(losses))
+        draft.quote("ImageNet1K top-1", f"{x:,}", [*read, *blank])
+    return draft
 
 
 def _read_off(value: float, quoted: Quoted, reference: float | None = None) -> QuotedCell:
     difference = None if reference is None else value - reference
     return QuotedCell(value, difference, digits=1, approximate=quoted.read_off is not None)
-
-
-def _quoted_rows(
-    quoted: Quoted, keys: Sequence[str], reference_of: Callable[[str], str]
-) -> tuple[Section, ...]:
-    """Return the paper's rows in our columns."""
-    printed = [v for row in quoted.rows for v in row.values.values() if v is not None]
-    digits = max((len(f"{v!r}".partition(".")[2]) for v in printed), default=2)
-
-    def cell(values: dict[str, float | None], key: str) -> QuotedCell | None:
-        if key not in values:  # the paper's table has no such entry
-            return None
-        value, reference = values.get(key), values.get(reference_of(key))
-        compared = value is not None and reference is not None and key != reference_of(key)
-        difference = value - reference if compared else None
-        return QuotedCell(value, difference, digits, approximate=quoted.read_off is not None)
-
-    def rows(group: str) -> tuple[Row, ...]:
-        own = [row for row in quoted.rows if row.group == group]
-        return tuple(Row(row.measure, tuple(cell(row.values, key) for key in keys)) for row in own)
-
-    groups = dict.fromkeys(row.group for row in quoted.rows)
-    return tuple(Section(group, rows(group), quoted=True) for group in groups)
-
-
-# --- how a cell reads ---
-
-
-def seeds_text(n: int, planned: int) -> str:
-    """``5`` where all are there, else ``3 of 5``."""
-    return f"{n}" if n == planned else f"{n} of {planned}"
-
-
-def mean_text(estimate: Estimate | None, planned: int, digits: int = 2) -> str:
-    """Mean, half of the interval, seeds; a dash for what is not there.
-
-    Example:
-        >>> mean_text(Estimate(12.34, 0.5, 3), 5), mean_text(Estimate(12.34, None, 1), 1), mean_text(None, 5)
-        ('12.34 ± 0.50 (3 of 5)', '12.34 ± – (1)', '–')
-    """
-    if estimate is None:
-        return "–"
-    mean = f"{estimate.mean:.{digits}f}".replace("-", "−")
-    return f"{mean} ± {_half(estimate, digits)} ({seeds_text(estimate.n, planned)})"
-
-
-def difference_text(difference: Difference | None, digits: int = 2) -> str:
-    """Mean difference with sign, and half of its interval."""
-    if difference is None:
-        return "–"
-    return f"{signed(difference.mean, digits)} ± {_half(difference, digits)}"
-
-
-def _half(estimate: Estimate, digits: int) -> str:
-    return "–" if estimate.half_width is None else f"{estimate.half_width:.{digits}f}"
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """Show a number with its sign, a true minus, and no sign for what rounds to nothing.
-
-    Example:
-        >>> signed(-0.126), signed(0.4, 1), signed(-0.001)
-        ('−0.13', '+0.4', '0.00')
-    """
-    text = f"{value:+.{digits}f}"
-    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
-
-
-MARKS = {
-    "above": "▲",
-    "below": "▼",
-    "above before": "△",
-    "below before": "▽",
-    statistics.NOT_TOLD_APART: "≈",
-    statistics.TOO_FEW_SEEDS: "·",
-}
-
-
-def mark(difference: Difference | None) -> str:
-    """The sign of what may be said: filled after the correction, open only before it."""
-    if difference is None:
-        return ""
-    said = statistics.verdict(difference, above="above", below="below")
-    if said == statistics.NOT_TOLD_APART and difference.nominal:
-        said = "above before" if difference.mean > 0 else "below before"
-    return MARKS[said]
-
-
-def cell_text(cell: Cell | QuotedCell | None) -> str:
-    """A cell in Markdown: the paper's in italics, ours as the mean and, below it, the marked difference."""
-    if cell is None:
-        return ""
-    if isinstance(cell, QuotedCell):
-        if cell.value is None:
-            return "*not available to us*"
-        change = "" if cell.difference is None else f" ({signed(cell.difference, cell.digits)})"
-        return f"*{'≈ ' if cell.approximate else ''}{cell.value:.{cell.digits}f}{change}*"
-    mean = mean_text(cell.estimate, cell.planned, cell.digits)
-    if not cell.compared or (cell.difference is None and cell.estimate is None):
-        return mean
-    change = f"{difference_text(cell.difference, cell.digits)} {mark(cell.difference)}".strip()
-    return change if cell.estimate is None else f"{mean}<br>{change}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from rankloss_trainers import catalog
 from rankloss_trainers.catalog import LossEntry
 from rankloss_trainers.driven_loss import DrivenLoss, call_alone
 from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.transformers.embeddings import REFERENCES
 
 _logger = logging.getLogger("rankloss_trainers")
 
@@ -26,11 +27,33 @@ class Choice:
         name: The name in the catalogue, or the class of a module of one's own.
         loss: The loss.
         captions: The prefix of the columns of a second caption; None for a loss without one.
+        uses_teacher: Whether it ranks by a teacher, whose features are columns of the batch; None for a
+            module, which takes them or not.
     """
 
     name: str
     loss: DrivenLoss
     captions: str | None = None
+    uses_teacher: bool | None = None
+
+    def check_references(self, references: Collection[str], columns: Iterable[str]) -> None:
+        """Raise a ValueError unless a training batch has a teacher's features just where they are ranked by.
+
+        Args:
+            references: The columns of a teacher's features that the batch has.
+            columns: Its other columns.
+        """
+        if self.uses_teacher and not references:
+            raise ValueError(
+                f"{self.name} ranks by a teacher, but the batch has none of the columns "
+                f"{', '.join(REFERENCES)}, got {', '.join(columns)}; the Trainer drops columns that the "
+                "model does not know unless remove_unused_columns=False"
+            )
+        if references and self.uses_teacher is False:
+            raise ValueError(
+                f"the batch has {', '.join(references)}, but {self.name} does not rank by a teacher: set its "
+                "option reference to 'teacher', or drop the columns"
+            )
 
 
 def defaults(entry: LossEntry) -> dict[str, Any]:
@@ -93,8 +116,11 @@ def named(
         reason = f"{name} does not work with a model that has a logit_bias: {entry.no_sigmoid}"
     if reason is None and entry.only_sigmoid and not sigmoid:
         reason = f"{name} needs a model that has a logit_bias: {entry.only_sigmoid}"
-    if reason is None and entry.uses_teacher(options):
-        reason = f"{name} ranks by a teacher's features, which this trainer does not have"
+    if reason is None and entry.reference_features(options) is not None:
+        reason = (
+            "reference_features belongs to open_clip's trainer; here a teacher's features are the columns "
+            f"{' and '.join(REFERENCES)} of the batch, and reference is 'teacher'"
+        )
     if reason is not None:
         raise ValueError(reason)
     if announce:
@@ -107,4 +133,4 @@ def named(
         first_call=entry.first_call,
         evaluate=call_alone if entry.log is None else entry.log(options),
     )
-    return Choice(name, loss, entry.caption_key(options))
+    return Choice(name, loss, entry.caption_key(options), entry.uses_teacher(options))

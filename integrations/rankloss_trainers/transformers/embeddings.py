@@ -106,3 +106,15 @@ def with_captions(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def without_captions(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The batch without the columns of the second caption."""
     return {name: value for name, value in inputs.items() if not name.startswith(f"{prefix}_")}
+
+
+# --- a teacher's features of each pair ------------------------------------------------------------------
+
+REFERENCES = ("reference_image_features", "reference_text_features")
+"""The columns of a teacher's features, ``[N, D']``: what losses call them, too."""
+
+
+def without_references(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The batch without the columns of a teacher's features, and these columns."""
+    references = {name: inputs[name] for name in REFERENCES if name in inputs}
+    return {name: value for name, value in inputs.items() if name not in REFERENCES}, references

@@ -50,7 +50,10 @@ class ContrastiveTrainerMixin:
             whose ``base``, if it has one, is what evaluation gives.
         loss_options: Options of the named loss, by their names without prefix; see ``LossEntry.options``.
             ALIP's ``caption_key`` is the prefix of the second caption's columns: ``caption`` for
-            ``caption_input_ids`` beside ``input_ids``.
+            ``caption_input_ids`` beside ``input_ids``. With ``{"reference": "teacher"}``, and in
+            ``rankclip-distill``, the lists are ranked by a teacher, whose features of each pair are the
+            columns ``reference_image_features`` and ``reference_text_features``, or one of them. The model is
+            not given them, and evaluation does not need them.
         gather: The :class:`rankloss.Gather` of the run; None for the default process group, exactly.
         **kwargs: What the Trainer takes.
 
@@ -119,6 +122,7 @@ class ContrastiveTrainerMixin:
         trainer: Any = self
         # The model's own loss is of this process alone, and would be computed for nothing.
         inputs = {name: value for name, value in inputs.items() if name != "return_loss"}
+        inputs, references = embeddings.without_references(inputs)
         captions = self.chosen_loss.captions
         if captions is not None:
             select = embeddings.with_captions if model.training else embeddings.without_captions
@@ -132,7 +136,8 @@ class ContrastiveTrainerMixin:
         if embeddings.has_bias(whole):
             features["logit_bias"] = embeddings.logit_bias(whole)
         if model.training:
-            entries: Entries = self.driven_loss(**features)
+            self.chosen_loss.check_references(references, inputs)
+            entries: Entries = self.driven_loss(**features, **references)
             self._means.add(entries)
             loss = entries.total
         else:

@@ -65,7 +65,8 @@ def collect_bins(
         q = division_of(reference_at(y, equal, c + j, inside, HAS_EQUAL), low, high, bins)
         score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
         key = tl.load(largest + q, mask=inside, other=0)
-        worth = tl.exp(score - ordered_bits(key).to(tl.float32, bitcast=True))
+        # Above 0 only past the row's end, where no integer would hold the worth.
+        worth = tl.exp(tl.minimum(score - ordered_bits(key).to(tl.float32, bitcast=True), 0.0))
         tl.atomic_add(total + q, (worth * PER_ONE).to(tl.int64), mask=inside, sem="relaxed")
     tl.debug_barrier()
 

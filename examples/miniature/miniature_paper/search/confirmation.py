@@ -13,9 +13,9 @@ from typing import Any
 from miniature_paper.records import append_lines, read_lines
 from miniature_paper.statistics import Difference, correct, paired_difference
 
-from .ladder import Find, Records, Standing, stand
-from .objective import OBJECTIVE, SCORES
-from .trials import RECIPE, TEST, Attempt, Round, Search, Trial, attempt, attempts
+from .ladder import Find, Standing, stand
+from .objective import OBJECTIVE
+from .trials import RECIPE, TEST, Attempt, Round, Search, Trial, attempts
 
 WITH_CLIP = "the setting less plain CLIP"
 RECIPE_WITH_CLIP = "the recipe less plain CLIP"
@@ -57,6 +57,11 @@ class Confirmation:
     primary: Difference | None = None
     # Every other difference, by what is compared and by score, corrected together.
     others: dict[tuple[str, str], Difference] = dataclasses.field(default_factory=dict)
+
+    @property
+    def against_recipe(self) -> Difference | None:
+        """The winner's difference to the recipe in the objective, if there is one."""
+        return self.others.get((WITH_RECIPE, OBJECTIVE))
 
 
 class Declarations:
@@ -140,22 +145,9 @@ def confirm(search: Search, declaration: Declaration, find: Find) -> Confirmatio
     }
     if declaration.trial != RECIPE:
         family |= {(RECIPE_WITH_CLIP, name): d for name, d in recipe.differences.items()}
-        if mine.differences and recipe.differences:
-            family |= _between(search, declaration, records)
+        # Is it the better model, whatever plain CLIP does at its batch size?
+        both = {name: (mine.values[name], recipe.values[name]) for name in mine.values if recipe.values}
+        between = {(WITH_RECIPE, name): paired_difference(*pair) for name, pair in both.items()}
+        family |= {pair: difference for pair, difference in between.items() if difference is not None}
     alone = correct({name: d for name, d in mine.differences.items() if name == OBJECTIVE})
     return Confirmation(declaration, 0, tuple(standings), alone.get(OBJECTIVE), correct(family))
-
-
-def _between(search: Search, declaration: Declaration, records: Records) -> dict[tuple[str, str], Difference]:
-    """The winner less the recipe: is it the better model, whatever plain CLIP does at its batch size?"""
-    found = {}
-    for name, score in SCORES.items():
-        values: list[dict[Any, float]] = []
-        for trial in (declaration.trial, RECIPE):
-            values.append({})
-            for seed in declaration.seeds:
-                values[-1][seed] = score(records[attempt(search, trial, declaration.epochs, seed, TEST)])
-        difference = paired_difference(*values)
-        assert difference is not None  # they have the same seeds
-        found[WITH_RECIPE, name] = difference
-    return found

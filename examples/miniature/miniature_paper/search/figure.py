@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 
-import matplotlib
 from examples_common.page import Picture
 from matplotlib.figure import Figure
 
-from miniature_paper.figures import DARK, LIGHT, Theme
+from miniature_paper.figures import Theme, picture
 
-from .ladder import Standing, Step
+from .ladder import Step
 from .objective import OBJECTIVE
 
 _WIDTH, _ROW, _HEAD = 8.4, 0.2, 0.75
@@ -20,36 +18,19 @@ _WIDTH, _ROW, _HEAD = 8.4, 0.2, 0.75
 
 def draw(steps: Sequence[Step]) -> Picture | None:
     """Draw the finished rounds; None if there is none."""
-    finished = [step for step in steps if not step.missing]
-    shown = [[s for s in step.standings if s.differences] for step in finished]
-    if not any(shown):
-        return None
-    sizes = [max(len(standings), 1) for standings in shown]
-    light, dark = (_png(finished, shown, sizes, theme) for theme in (LIGHT, DARK))
-    return Picture(light, dark, "Every trial's mean difference to plain CLIP, round by round.")
+    shown = [(step, [s for s in step.standings if s.differences]) for step in steps if not step.missing]
+    sizes = [max(len(standings), 1) for _, standings in shown]
 
-
-def _png(
-    finished: Sequence[Step], shown: Sequence[Sequence[Standing]], sizes: Sequence[int], theme: Theme
-) -> bytes:
-    file = io.BytesIO()
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **theme.settings()}):
+    def figure_of(theme: Theme) -> Figure:
         height = sum(sizes) * _ROW + len(sizes) * _HEAD
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = figure.subplots(len(shown), 1, squeeze=False, sharex=True, height_ratios=sizes)[:, 0]
-        for number, (axis, step, standings) in enumerate(zip(axes, finished, shown, strict=True), start=1):
+        for number, (axis, (step, standings)) in enumerate(zip(axes, shown, strict=True), start=1):
             for row, standing in enumerate(standings):
                 difference = standing.differences[OBJECTIVE]
-                kept = standing.trial in step.kept
-                axis.errorbar(
-                    difference.mean,
-                    row,
-                    xerr=difference.half_width or 0.0,
-                    fmt="o",
-                    markersize=4,
-                    lw=1.2,
-                    color=theme.rank if kept else theme.muted,
-                )
+                looks = {"fmt": "o", "markersize": 4, "lw": 1.2}
+                colour = theme.rank if standing.trial in step.kept else theme.muted
+                axis.errorbar(difference.mean, row, xerr=difference.half_width or 0.0, color=colour, **looks)
             axis.set_yticks(range(len(standings)), [_label(standing.trial.name) for standing in standings])
             for label in axis.get_yticklabels():
                 if "\n" in label.get_text():
@@ -59,8 +40,11 @@ def _png(
             axis.grid(axis="x")
             axis.set_title(f"Round {number}: {len(standings)} settings")
         axes[-1].set_xlabel("objective less plain CLIP's (points, validation side)")
-        figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
+        return figure
+
+    if not any(standings for _, standings in shown):
+        return None
+    return picture("Every trial's mean difference to plain CLIP, round by round.", figure_of)
 
 
 def _label(name: str) -> str:

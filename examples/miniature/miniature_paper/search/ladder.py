@@ -23,6 +23,7 @@ class Standing:
     """A trial after a round."""
 
     trial: Trial
+    values: dict[str, dict[int, float]]  # every score by seed; empty if it diverged
     levels: dict[str, Estimate]  # its own mean of every score; empty if it diverged
     reference: dict[str, Estimate]  # plain CLIP's
     differences: dict[str, Difference]  # paired, to plain CLIP; empty if it diverged
@@ -61,19 +62,23 @@ def stand(search: Search, trials: Sequence[Trial], one: Round, side: str, record
         )
         if any(diverged(record) for record in theirs.values()):
             raise ValueError(f"plain CLIP, which {trial.name} is compared with, diverged")
-        levels, others, differences = {}, {}, {}
-        lost = any(diverged(record) for record in ours.values())
-        for name, score in SCORES.items():
-            base = {seed: score(record) for seed, record in theirs.items()}
-            others[name] = estimate(list(base.values()))
-            if not lost:
-                values = {seed: score(record) for seed, record in ours.items()}
-                levels[name] = estimate(list(values.values()))
-                difference = paired_difference(values, base)
-                assert difference is not None  # they have the same seeds
-                differences[name] = difference
-        found.append(Standing(trial, levels, others, differences))
+        base = _scores(theirs)
+        values = {} if any(diverged(record) for record in ours.values()) else _scores(ours)
+        differences = {name: paired_difference(of, base[name]) for name, of in values.items()}
+        found.append(
+            Standing(
+                trial,
+                values,
+                {name: estimate(list(of.values())) for name, of in values.items()},
+                {name: estimate(list(of.values())) for name, of in base.items()},
+                {name: d for name, d in differences.items() if d is not None},  # they have the same seeds
+            )
+        )
     return sorted(found, key=lambda standing: (-standing.worth, standing.trial.name))
+
+
+def _scores(records: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    return {name: {seed: score(of) for seed, of in records.items()} for name, score in SCORES.items()}
 
 
 def helped(standings: Sequence[Standing]) -> list[Trial]:

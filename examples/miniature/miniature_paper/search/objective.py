@@ -1,4 +1,7 @@
-"""What the search maximises, fixed before its first training, and the other scores that it reports."""
+"""What the search maximises, fixed before its first training, and the other scores that it reports.
+
+``templates/search.md``, the report, says why it is this objective.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,6 @@ from typing import Any
 Record = Mapping[str, Any]
 Score = Callable[[Record], float]
 OBJECTIVE = "objective"
-# The report quotes it.
-DEFINITION = """\
-**The objective**, in points: half of it is the recall at 10 among the held-out concepts (the mean of both
-directions), half the zero-shot top-1 accuracy over all labelled pictures of the ten sets. A setting's worth
-is the mean over seeds of its objective less plain CLIP's at the same batch size and with the same seed.
-
-Why it is this one:
-
-- Recall and zero-shot accuracy are what the paper reports first; both are percentages of a similar level
-  here, so an equal share of each lets none of them decide alone. R@10 and not R@1, because among thousands of
-  concepts R@1 of so small a model rests on few hits.
-- Every labelled picture counts the same, not every set: the smallest set has 32 pictures on the validation
-  side, where one picture would move a mean over ten sets by 0.3 points. Table 1's mean over the sets is
-  reported beside it.
-- Settings are ordered by the mean difference and not by that in units of its standard error: from three or
-  four seeds the error itself is so uncertain that such an order prefers settings whose seeds happen to agree.
-  Every difference is shown with its interval."""
 
 
 def recall_at_10(record: Record) -> float:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 
+import yaml
 from examples_common.trainer import Job
 
 from miniature_paper import grid
@@ -64,39 +66,12 @@ class Trial:
         )
 
 
-def _lambdas(cross: str, inside: str) -> tuple[tuple[str, str], ...]:
-    return ((f"{_OWN}lambda-cross", cross), (f"{_OWN}lambda-in", inside))
-
-
-RECIPE = Trial("recipe", "none")
-# One factor at a time around the recipe. Not among them is the worth "identity", the formula as printed: it
-# has no value as soon as one cosine of a batch is negative, which is so from the first step on. A schedule
-# that is not the paper's or the authors' ends in 1, not 2: it is another course of half the weight.
-TRIALS = (
-    RECIPE,
-    Trial("lambda-x0.25", "weight", _lambdas("0.25", "0.25")),
-    Trial("lambda-x4", "weight", _lambdas("4", "4")),
-    Trial("lambda-x16", "weight", _lambdas("16", "16")),
-    Trial("cross-only", "weight", _lambdas("1", "0")),
-    Trial("in-only", "weight", _lambdas("0", "1")),
-    Trial("cross-x4", "weight", _lambdas("4", "1")),
-    Trial("in-x4", "weight", _lambdas("1", "4")),
-    Trial("one-list", "lists", ((f"{_OWN}lists", "batch"),)),
-    Trial("top-10", "top-k", ((f"{_OWN}top-k", "10"),)),
-    Trial("top-50", "top-k", ((f"{_OWN}top-k", "50"),)),
-    Trial("log-discount", "discount", ((f"{_OWN}discount", "log"),)),
-    Trial("shifted-worth", "worth", ((f"{_OWN}worth", "shifted"),)),
-    Trial("no-diagonal", "diagonal", ((f"{_OWN}diagonal", "exclude"),)),
-    Trial("follow-image", "reference", ((f"{_OWN}fixed-reference", "image"),)),
-    Trial("follow-text", "reference", ((f"{_OWN}fixed-reference", "text"),)),
-    Trial("official-ramp", "schedule", ((f"{_OWN}schedule", "official"),)),
-    Trial("no-ramp", "schedule", ((f"{_OWN}schedule", "constant"),)),
-    Trial("linear-ramp", "schedule", ((f"{_OWN}schedule", "linear"),)),
-    Trial("cosine-ramp", "schedule", ((f"{_OWN}schedule", "cosine"),)),
-    Trial("batch-128", "batch size", ((_BATCH, "128"),)),
-    Trial("batch-512", "batch size", ((_BATCH, "512"),)),
-    Trial("batch-1024", "batch size", ((_BATCH, "1024"),)),
+_CONTENT = yaml.safe_load(Path(__file__).with_name("searches.yaml").read_text(encoding="utf-8"))
+TRIALS = tuple(
+    Trial(name, entries.pop("factor"), tuple(entries.items()))
+    for name, entries in _CONTENT.pop("trials").items()
 )
+RECIPE = TRIALS[0]
 VALIDATION, TEST = "validation", "test"
 
 
@@ -240,32 +215,12 @@ def combine(helped: Sequence[Trial], limit: int) -> list[Trial]:
     return found
 
 
-def _some(*names: str) -> tuple[Trial, ...]:
-    return tuple(trial for trial in TRIALS if trial.name in names)
+def _search(
+    name: str, note: str, rounds: list[Any], confirmation: Any, combined: int, trials: Any = None
+) -> Search:
+    chosen = tuple(trial for trial in TRIALS if trials is None or trial.name in trials)
+    *ladder, last = (Round(**{**one, "seeds": tuple(one["seeds"])}) for one in (*rounds, confirmation))
+    return Search(name, note, chosen, tuple(ladder), combined, last)
 
 
-SEARCHES = {
-    search.name: search
-    for search in (
-        Search(
-            name="full",
-            note="The rounds and the confirmation were made smaller while the first two rounds were trained, "
-            "for the time they take: the number of rounds and of settings that go on during round 1, the "
-            "seeds of round 2 and of the confirmation early in round 2. No score had been looked at; which "
-            "settings had reached round 2 was partly known by then, from the names of its trainings.",
-            trials=TRIALS,
-            rounds=(Round(epochs=1, seeds=(10, 11), keep=4), Round(epochs=2, seeds=(20, 21), keep=1)),
-            combined=2,
-            confirmation=Round(epochs=4, seeds=tuple(range(100, 105)), keep=1),
-        ),
-        Search(
-            name="quick",
-            note="This is the quick search, a smoke test of the whole path, with trainings of a few seconds: "
-            "what it finds says nothing about the losses.",
-            trials=_some("recipe", "lambda-x16", "one-list", "no-diagonal", "batch-512"),
-            rounds=(Round(1, (10,), 2), Round(1, (20, 21), 2), Round(2, (30, 31), 1)),
-            combined=2,
-            confirmation=Round(2, (100, 101, 102), 1),
-        ),
-    )
-}
+SEARCHES = {name: _search(name, **entries) for name, entries in _CONTENT.items()}

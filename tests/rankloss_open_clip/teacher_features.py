@@ -1,0 +1,51 @@
+"""A teacher's features of the trainer's 64 pairs, and the student's at a step of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from trainer_runs import SAMPLES, Run, Trainer
+
+from rankloss_open_clip.reference_features import NAMES
+
+
+def unit_rows(rows: int, dimension: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    features = np.random.default_rng(seed).standard_normal((rows, dimension)).astype(np.float32)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def stored(path: Path, **arrays: np.ndarray[Any, Any]) -> str:
+    """A directory of arrays, or with the suffix ``.npz`` a file."""
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        path.mkdir()
+        for name, array in arrays.items():
+            np.save(path / f"{name}.npy", array)
+    return str(path)
+
+
+TEACHER = {name: unit_rows(SAMPLES, 7, seed) for seed, name in enumerate(NAMES)}
+
+
+def student(trainer: Trainer, run: Run) -> tuple[dict[str, np.ndarray[Any, Any]], float]:
+    """The features of all pairs, by row, and the scale at the second and last step of a run."""
+    directory = trainer.directory
+    weights = torch.load(run.directory / "checkpoints/epoch_1.pt", map_location="cpu", weights_only=True)
+    clip, _, preprocess = open_clip.create_model_and_transforms(
+        f"local-dir:{directory / 'tiny'}", load_weights=False, output_dict=True
+    )
+    clip.load_state_dict({k.removeprefix("module."): x for k, x in weights["state_dict"].items()})
+    clip.eval()
+    rows = [line.split("\t") for line in (directory / "data.csv").read_text().splitlines()[1:]]
+    images = torch.stack([preprocess(Image.open(file)) for file, _ in rows])
+    tokens = open_clip.get_tokenizer(f"local-dir:{directory / 'tiny'}")([title for _, title in rows])
+    with torch.no_grad():
+        output = clip(images, tokens)
+    features = {name: output[name].double().numpy() for name in NAMES}
+    return features, output["logit_scale"].item()
