@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from miniature_paper import statistics
+from miniature_paper import statistics, wording
 from miniature_paper.statistics import Difference, correct, estimate, paired_difference, verdict
 from scipy import stats
 from statsmodels.stats.weightstats import DescrStatsW
@@ -24,42 +24,25 @@ def spread(values):
     return np.ptp(values) > 1e-6
 
 
-# --- intervals ---
-
-
-@given(st.lists(scores, min_size=2, max_size=12))
-def test_the_interval_is_the_t_interval(values):
-    found = estimate(values)
-    low, high = DescrStatsW(values).tconfint_mean(0.05)
-    assert found.n == len(values)
-    assert found.mean == pytest.approx(np.mean(values))
-    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
-
-
-def test_one_seed_has_no_interval():
+@pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
+def test_what_has_no_mean_is_refused_and_one_seed_has_no_interval(values):
+    with pytest.raises(ValueError, match=r"^values: "):
+        estimate(values)
     found = estimate([12.5])
     assert (found.mean, found.half_width, found.n) == (12.5, None, 1)
     assert found.low == found.high == 12.5
 
 
-@pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
-def test_what_has_no_mean_is_refused(values):
-    with pytest.raises(ValueError, match=r"^values: "):
-        estimate(values)
-
-
-# --- paired tests ---
-
-
 @given(st.lists(st.tuples(scores, scores), min_size=2, max_size=10))
-def test_the_paired_difference_is_scipys(pairs):
+def test_the_paired_difference_is_scipys_and_its_interval_the_t_interval(pairs):
     values, reference = map(np.array, zip(*pairs, strict=True))
     assume(spread(values - reference))
     found = paired_difference(by_seed(values), by_seed(reference))
-    theirs = stats.ttest_rel(values, reference)
-    interval = theirs.confidence_interval(0.95)
-    assert found.p == pytest.approx(theirs.pvalue, rel=1e-6, abs=1e-12)
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=1e-6)
+    assert found.p == pytest.approx(stats.ttest_rel(values, reference).pvalue, rel=1e-6, abs=1e-12)
+    interval = DescrStatsW(values - reference).tconfint_mean(0.05)
+    assert (found.low, found.high) == pytest.approx(interval, abs=1e-6)
+    alone = estimate(values - reference)
+    assert (alone.mean, alone.low, alone.high, alone.n) == (found.mean, found.low, found.high, len(pairs))
 
 
 @given(st.dictionaries(st.integers(0, 9), scores), st.dictionaries(st.integers(0, 9), scores), st.randoms())
@@ -100,36 +83,25 @@ def test_what_cannot_be_tested_costs_the_others_nothing():
     assert corrected["flat"].adjusted is None
 
 
-def test_the_family_wise_error_stays_below_the_level():
-    """As in Table 1: all differences share the reference's noise, and nothing differs."""
-    rng = np.random.default_rng(1)
-    families, false = 200, 0
-    for _ in range(families):
-        clip = by_seed(rng.normal(10, 1, 5))
-        others = rng.normal(10, 1, (12, 5))
-        family = {i: paired_difference(by_seed(row), clip) for i, row in enumerate(others)}
-        false += any(d.established for d in correct(family).values())
-    assert false / families <= 0.05 + 3 * (0.05 * 0.95 / families) ** 0.5
-
-
 # --- verdicts ---
 
 
 @pytest.mark.parametrize(
-    ("difference", "said"),
+    ("difference", "said", "mark"),
     [
-        (Difference(1.0, 0.5, 5, 0.001, 0.04), "better"),
-        (Difference(-1.0, 0.5, 5, 0.001, 0.04), "worse"),
-        (Difference(1.0, 0.5, 5, 0.001, 0.05), "not told apart"),
-        (Difference(1.0, 0.5, 5, None, None), "not told apart"),
-        (Difference(1.0, 0.5, 2, 0.001, 0.001), "too few seeds"),
-        (None, "too few seeds"),
+        (Difference(1.0, 0.5, 5, 0.001, 0.04), "better", "▲"),
+        (Difference(-1.0, 0.5, 5, 0.001, 0.04), "worse", "▼"),
+        (Difference(1.0, 0.5, 5, 0.001, 0.05), "not told apart", "△"),
+        (Difference(-1.0, 0.5, 5, 0.04, 0.4), "not told apart", "▽"),
+        (Difference(1.0, 2.0, 5, 0.3, 1.0), "not told apart", "≈"),
+        (Difference(1.0, 0.5, 5, None, None), "not told apart", "≈"),
+        (Difference(1.0, 0.5, 2, 0.001, 0.001), "too few seeds", "·"),
+        (None, "too few seeds", ""),
     ],
 )
-def test_verdicts(difference, said):
+def test_verdicts_and_their_marks(difference, said, mark):
     assert verdict(difference) == said
-    words = {"better": "larger", "worse": "smaller"}
-    assert verdict(difference, above="larger", below="smaller") == words.get(said, said)
+    assert wording.mark(difference) == mark
 
 
 @given(st.lists(st.lists(st.tuples(scores, scores), min_size=1, max_size=6), min_size=1, max_size=6))

@@ -62,8 +62,8 @@ def mean_text(estimate: Estimate | None, planned: int, digits: int = 2) -> str:
     """Mean, half of the interval, seeds; a dash for what is not there.
 
     Example:
-        >>> mean_text(Estimate(12.34, 0.5, 3), 5), mean_text(Estimate(12.34, None, 1), 1), mean_text(None, 5)
-        ('12.34 ± 0.50 (3 of 5)', '12.34 ± – (1)', '–')
+        >>> mean_text(Estimate(-12.34, 0.5, 3), 5), mean_text(Estimate(12.34, None, 1), 1), mean_text(None, 5)
+        ('−12.34 ± 0.50 (3 of 5)', '12.34 ± – (1)', '–')
     """
     if estimate is None:
         return "–"
