@@ -153,14 +153,6 @@ def test_a_cell_says_how_many_of_its_seeds_are_there(records, seeds, text):
     assert (found in findings.Tally(table.comparisons).tested) == (seeds >= 3)
 
 
-def test_nothing_at_all(records):
-    for exhibit in exhibits([]).values():
-        assert exhibit.counts[0] == 0
-        assert findings.text(exhibit).count("\n\n") == 1  # what is missing, and the paper's
-        ours = [c for row in exhibit.rows if not row.quoted for c in row.cells if c is not None]
-        assert all(c.estimate is None and c.difference is None for c in ours)
-
-
 def test_a_set_that_one_model_lacks_leaves_its_mean_out(records):
     without = [dict(r) for r in records]
     without[0] = {

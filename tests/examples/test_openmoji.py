@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from clip_evaluation import metrics
-from examples_common.trainer import LossNotAttachedError, TrainingError
+from examples_common.trainer import TrainingError
 from openmoji_demo import agreement, command, data, draw, evaluate, progress, report, train
 from PIL import Image
 from rich.console import Console
@@ -75,13 +75,12 @@ def test_concept_merges_variants_only(name, concept):
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_no_concept_is_on_both_sides(emojis, number):
     split = data.split_by_concept(emojis, number)
-    train_concepts = {e.concept for e in split.train}
-    test_concepts = [e.concept for e in split.test]
-    assert train_concepts.isdisjoint(test_concepts)
-    assert len(set(test_concepts)) == len(test_concepts)
-    assert {e.concept for e in split.dropped} <= set(test_concepts)
-    assert {e.hexcode for e in split.train}.isdisjoint(e.hexcode for e in (*split.test, *split.dropped))
-    assert len(split.train) + len(split.test) + len(split.dropped) == len(emojis)
+    train, test, dropped = ([e.concept for e in part] for part in (split.train, split.test, split.dropped))
+    assert not {*train} & {*test}
+    assert len({*test}) == len(test)
+    assert {*dropped} <= {*test}
+    assert {e.hexcode for e in (*split.train, *split.test, *split.dropped)} == {e.hexcode for e in emojis}
+    assert len(train) + len(test) + len(dropped) == len(emojis)
 
 
 def test_no_gender_variant_of_a_held_out_emoji_is_trained_on(split):
@@ -95,11 +94,6 @@ def test_no_gender_variant_of_a_held_out_emoji_is_trained_on(split):
     assert professions.isdisjoint(base(e.hexcode) for e in split.train if "-200D-" in e.hexcode)
 
 
-def test_splits_are_deterministic_and_differ(emojis, split):
-    assert data.split_by_concept(emojis, 0) == split
-    assert {e.concept for e in data.split_by_concept(emojis, 1).test} != {e.concept for e in split.test}
-
-
 def test_counts_are_those_of_the_readme(split):
     readme = (EXAMPLE / "README.md").read_text(encoding="utf-8")
     counts = split.counts()
@@ -109,13 +103,15 @@ def test_counts_are_those_of_the_readme(split):
     assert all(f"{counts[key]:,}" in readme for key in stated)
 
 
-def test_captions(split):
-    emoji = split.train[0]
-    assert data.train_captions(emoji) == data.train_captions(emoji)
-    assert len(data.train_captions(emoji)) == data.CAPTIONS_PER_IMAGE
-    assert any(emoji.name in caption for caption in data.train_captions(emoji))
-    words = {emoji.name, *emoji.tags, emoji.subgroup, emoji.group}
-    assert all(any(word in caption for word in words) for caption in data.train_captions(emoji))
+def test_captions_and_split_depend_on_the_seed_only(emojis, split):
+    assert data.split_by_concept(emojis, 0) == split
+    assert {e.concept for e in data.split_by_concept(emojis, 1).test} != {e.concept for e in split.test}
+    for emoji in split.train[::50]:
+        captions = data.train_captions(emoji)
+        assert data.train_captions(emoji) == captions
+        assert len(captions) == data.CAPTIONS_PER_IMAGE
+        words = {emoji.name, *emoji.tags, emoji.subgroup, emoji.group}
+        assert all(any(word in caption for word in words) for caption in captions)
     held_out = [data.held_out_caption(e) for e in split.test]
     assert len(set(held_out)) == len(held_out)
 
@@ -123,19 +119,12 @@ def test_captions(split):
 # --- pictures ---
 
 
-def test_line_art_keeps_line_groups_only():
-    svg = (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72">'
-        '<g id="color"><path d="M0 0"/></g><g id="skin"/><g id="hair"/><g id="color-foreground"/>'
-        '<g id="line"><g id="inner"><path d="M1 1"/></g></g><g id="line-supplement"/></svg>'
-    )
-    kept = data.line_art(svg)
-    assert re.findall(r'id="([^"]+)"', kept) == ["line", "inner", "line-supplement"]
-
-
-def test_line_art_of_an_apple_is_grey_and_not_empty():
-    colour = np.asarray(data.rasterise(data.read_svg("1F34E"))).astype(int)
-    line = np.asarray(data.rasterise(data.line_art(data.read_svg("1F34E")))).astype(int)
+def test_line_art_of_an_apple_is_its_line_groups_grey_and_not_empty():
+    svg = data.read_svg("1F34E")
+    layers = [set(re.findall(r'<g id="([a-z]+)', text)) for text in (svg, data.line_art(svg))]
+    assert "color" in layers[0]
+    assert layers[1] == {"line"}
+    colour, line = (np.asarray(data.rasterise(text)).astype(int) for text in (svg, data.line_art(svg)))
     assert colour.shape == line.shape == (data.IMAGE_SIZE, data.IMAGE_SIZE, 3)
     assert np.ptp(colour, axis=2).max() > 100
     assert np.ptp(line, axis=2).max() == 0
@@ -166,27 +155,24 @@ def test_build_is_complete_attributed_and_leaks_nothing(built):
     assert "All emojis designed by OpenMoji" in attribution
     assert "CC BY-SA 4.0" in attribution
 
-    train_rows = data.read_table(folder / "train.csv")
-    test_rows = data.read_table(folder / "test.csv")
-    assert list(train_rows[0]) == ["filepath", "title"]
-    assert all((built / row["filepath"]).is_file() for row in train_rows)
-    assert all((built / row["line_filepath"]).is_file() for row in test_rows)
-    assert {r["filepath"] for r in train_rows}.isdisjoint(r["filepath"] for r in test_rows)
-    assert {r["title"] for r in train_rows}.isdisjoint(r["title"] for r in test_rows)
-
-    def pixels(rows):
-        images = evaluate._open_all(built, sorted({row["filepath"] for row in rows}))
-        return {hashlib.sha256(image.tobytes()).digest() for image in images}
-
-    assert pixels(train_rows).isdisjoint(pixels(test_rows))
+    train, test = (data.read_table(folder / name) for name in ("train.csv", "test.csv"))
+    assert list(train) == ["filepath", "title"]
+    assert all((built / path).is_file() for path in [*train["filepath"], *test["line_filepath"]])
+    for column in train:
+        assert not {*train[column]} & {*test[column]}
+    pixels = [
+        {image.tobytes() for image in evaluate.open_all(built, {*table["filepath"]})}
+        for table in (train, test)
+    ]
+    assert not pixels[0] & pixels[1]
 
 
 def test_line_drawings_that_look_alike_are_left_out(built):
     # Coloured circles and squares have one line drawing each.
     folder = built / "data" / "split0"
     rows = data.read_table(folder / "test.csv")
-    unique = [row for row in rows if row["line_is_unique"] == "1"]
-    assert any(row["subgroup"] == "geometric" and row["line_is_unique"] == "0" for row in rows)
+    unique = rows[rows["line_is_unique"] == "1"]
+    assert "geometric" in {*rows.drop(unique.index)["subgroup"]}
     assert len(evaluate.load_test_set(built, folder, "color").images) == len(rows)
     assert len(evaluate.load_test_set(built, folder, "line").images) == len(unique) < len(rows)
 
@@ -204,110 +190,88 @@ def test_a_failed_build_leaves_nothing(few, tmp_path, monkeypatch):
 # --- scores ---
 
 
-def _flat(colour):
-    return Image.new("RGB", (4, 4), colour)
-
-
-def test_pixel_knn_lends_the_words_and_classes_of_the_nearest_pictures():
-    baseline = evaluate.PixelKNN(
-        [_flat("red"), _flat((250, 0, 0)), _flat("blue"), _flat((0, 0, 250))],
-        ["cherry, fruit", "apple, fruit", "whale, sea", "fish, sea"],
-        ["fruit", "fruit", "marine", "marine"],
-        ["food", "food", "animals", "animals"],
-        k=2,
-    )
-    queries = [_flat((252, 0, 0)), _flat((0, 0, 252))]
-    scores = baseline.caption_scores(queries, ["strawberry, fruit", "dolphin, sea"])
-    assert metrics.recall_at_k(scores, (1,)) == {1: 100.0}
-    assert scores[0, 1] == scores[1, 0] == 0
-    votes = baseline.class_scores(queries, "group", ["animals", "food"])
-    assert votes.argmax(dim=1).tolist() == [1, 0]
-    assert votes.floor().tolist() == [[0, 2], [2, 0]]
-
-
 # --- table ---
-
-
-@pytest.fixture
-def blocks(built):
-    def rows(n, knn, clip):
-        ks, cs = metrics.RETRIEVAL_KS, metrics.CLASS_KS
-
-        def scores(value):
-            return {task: dict.fromkeys(ks if "to" in task else cs, value) for task in evaluate.TASKS}
-
-        guess = {task: metrics.chance(n, ks) for task in ("image_to_text", "text_to_image")}
-        guess |= {"subgroup": metrics.chance(85, cs), "group": metrics.chance(9, cs)}
-        return {report.CHANCE: guess, report.KNN: scores(knn), "RankCLIP": scores(clip)}
-
-    return [
-        report.Block("color", 270, 85, 9, rows(270, 30.0, 20.0)),
-        report.Block("line", 254, 85, 9, rows(254, 5.0, 6.0)),
-    ]
 
 
 @pytest.fixture
 def taus():
     """Two models' agreement on four training concepts and three others."""
     lists = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([4.0, 2.0, 3.0, 1.0])
-    return agreement.Agreement(
-        averages={
-            name: {agreement.TRAINING: tau, agreement.HELD_OUT: 0.0625}
-            for name, tau in (("CLIP", 0.25), ("RankCLIP", 0.5))
-        },
-        concepts={agreement.TRAINING: 4, agreement.HELD_OUT: 3},
-        anchor=0,
-        labels=["apple", "banana", "cherry", "a date, which is a long name"],
-        scores={"CLIP": lists, "RankCLIP": lists},
-    )
+    averages = {
+        name: {agreement.TRAINING: tau, agreement.HELD_OUT: 0.0625}
+        for name, tau in (("CLIP", 0.25), ("RankCLIP", 0.5))
+    }
+    concepts = {agreement.TRAINING: 4, agreement.HELD_OUT: 3}
+    labels = ["apple", "banana", "cherry", "a date, which is a long name"]
+    return agreement.Agreement(averages, concepts, 0, labels, dict.fromkeys(averages, lists))
 
 
-def test_the_table_has_n_chance_and_the_untrained_row(blocks, taus, tmp_path):
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in report.markdown(blocks, taus).splitlines()
-        if line.startswith("|")
-    ][2:]
-    assert [row[0] for row in rows[:8]] == [
-        "**Colour, n = 270**", report.CHANCE, report.KNN, "RankCLIP",
-        "**Line art, n = 254**", report.CHANCE, report.KNN, "RankCLIP",
-    ]  # fmt: skip
-    assert rows[1][1:] == ["0.4/1.9/3.7", "0.4/1.9/3.7", "1.2/3.5/5.9", "11.1/33.3/55.6"]
-    assert rows[8] == ["method", "4 training concepts", "3 held-out concepts"]
-    assert rows[10:] == [["CLIP", "0.250", "0.062"], ["RankCLIP", "0.500", "0.062"]]
-    report.save(blocks, taus, {"seed": 0}, tmp_path)
+@pytest.fixture(scope="module")
+def scored(built):
+    """The scores of the two baselines on the held-out pictures in colour, and the pictures."""
+    folder = built / "data" / "split0"
+    shown = evaluate.load_test_set(built, folder, "color")
+    knn = evaluate.PixelKNN(evaluate.load_pictures(built, folder / "train_emojis.csv"))
+    return shown, evaluate.chance_scores(shown), evaluate.score(knn, shown)[0]
+
+
+def test_pixel_knn_is_far_above_chance(scored):
+    _, chance, knn = scored
+    for task, scores in knn.items():
+        assert sum(scores.values()) > sum(chance[task].values())
+        assert scores.keys() == chance[task].keys()
+        assert list(scores.values()) == sorted(scores.values())
+
+
+@pytest.fixture
+def block(scored):
+    """A block with two models whose scores are the baseline's, moved by points."""
+    shown, chance, knn = scored
+    sizes = [len(shown.classes[level]) for level in evaluate.LEVELS]
+
+    def make(**points):
+        moved = {
+            name: {task: {k: score + more for k, score in of.items()} for task, of in knn.items()}
+            for name, more in points.items()
+        }
+        rows = {report.CHANCE: chance, report.KNN: knn, **moved}
+        return report.Block("color", len(shown.images), *sizes, rows)
+
+    return make
+
+
+def test_the_table_has_every_score_in_all_its_forms(block, taus, scored, tmp_path):
+    made = block(CLIP=1.0, RankCLIP=-1.0)
+    lines = [line for line in report.markdown([made], taus).splitlines() if line.startswith("|")]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[0] for row in table[3:7]] == list(made.rows)
+    for row, scores in zip(table[3:7], made.rows.values(), strict=True):
+        assert row[1:] == ["/".join(f"{v:.1f}" for v in scores[task].values()) for task in evaluate.TASKS]
+    assert table[7] == ["method", "4 training concepts", "3 held-out concepts"]
+    assert table[9:] == [["CLIP", "0.250", "0.062"], ["RankCLIP", "0.500", "0.062"]]
+    report.save([made], taus, {"seed": 0}, tmp_path)
     stored = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert stored["results"][0]["rows"]["RankCLIP"]["image_to_text"]["1"] == 20.0
+    assert stored["results"][0]["rows"]["CLIP"]["group"]["1"] == pytest.approx(scored[2]["group"][1] + 1)
     out = io.StringIO()
-    report.show(blocks, taus, Console(file=out, width=80))
-    assert "11.1/33.3/55.6" in out.getvalue()
-    assert "0.500" in out.getvalue()
+    report.show([made], taus, Console(file=out, width=80))
+    assert {"0.500", *table[3][1:]} <= set(out.getvalue().split())
     assert "…" not in out.getvalue()
 
 
-def test_notes_follow_the_numbers(blocks):
-    assert [report.knn_ahead(block, "RankCLIP") for block in blocks] == [(6, 6), (0, 6)]
-    assert "54× at R@1" in " ".join(report.notes(blocks))
-    for block in blocks:
-        for task in ("image_to_text", "text_to_image"):
-            block.rows["RankCLIP"][task] = dict.fromkeys(metrics.RETRIEVAL_KS, 99.0)
-    assert {report.knn_ahead(block, "RankCLIP") for block in blocks} == {(0, 6)}
-
-
-def test_two_models_are_compared_and_nothing_is_claimed(blocks):
-    assert not any("One training" in line for line in report.notes(blocks))
-    rows = blocks[0].rows
-    rows["CLIP"] = {
-        task: {k: score + 1.0 for k, score in rows["RankCLIP"][task].items()} for task in rows["RankCLIP"]
-    }
-    rows["RankCLIP"]["group"][3] = 25.0
-    order = (report.CHANCE, report.KNN, "CLIP", "RankCLIP")
-    block = dataclasses.replace(blocks[0], rows={name: rows[name] for name in order})
-    blocks[1].rows["CLIP"] = blocks[1].rows["RankCLIP"]
-    (line,) = (line for line in report.notes([block, blocks[1]]) if "One training" in line)
-    assert "RankCLIP is ahead of CLIP on 1 of 12 scores" in line
-    assert "group top-3, +4.0 points" in line
-    assert "no evidence" in line
+def test_notes_follow_the_numbers(block):
+    alone = block(RankCLIP=-1.0)
+    assert report.knn_ahead(alone, "RankCLIP") == (6, 6)
+    assert report.apart(alone) is None
+    both = block(CLIP=1.0, RankCLIP=0.0)
+    assert [report.knn_ahead(both, name) for name in ("CLIP", "RankCLIP")] == [(0, 6)] * 2
+    both.rows["RankCLIP"]["group"][3] += 5.0
+    found = report.apart(both)
+    assert (found["ahead"], found["scores"], found["where"]) == (1, 12, "group top-3")
+    assert found["points"] == pytest.approx(4.0)
+    assert [len(report.notes([made])) for made in (alone, both)] == [4, 6]
+    own, chance = (both.rows[name]["image_to_text"][1] for name in ("CLIP", report.CHANCE))
+    assert f"image → text {own / chance:.0f}× at R@1" in report.notes([both])[0]
+    assert "RankCLIP is ahead of CLIP on 1 of 12 scores" in report.notes([both])[3]
 
 
 # --- agreement ---
@@ -325,10 +289,13 @@ def test_the_agreement_is_that_of_the_features_and_the_pair_is_a_typical_one():
         def __init__(self, name):
             self.name = name
 
-        def features(self, images, captions):
-            return features[self.name, len(images)]
+        def features(self, shown):
+            return features[self.name, len(shown.images)]
 
-    pairs = {n: evaluate.Pairs([f"concept {i}" for i in range(n)], [None] * n, [""] * n) for n in (30, 7)}
+    pairs = {
+        n: evaluate.Pictures([None] * n, pd.DataFrame({"name": [f"concept {i}" for i in range(n)]}))
+        for n in (30, 7)
+    }
     measured = agreement.measure({name: Model(name) for name in ("CLIP", "RankCLIP")}, pairs[30], pairs[7])
     distances = torch.zeros(30)
     for name in ("CLIP", "RankCLIP"):
@@ -347,15 +314,12 @@ def test_the_agreement_is_that_of_the_features_and_the_pair_is_a_typical_one():
 
 def test_pairs_are_the_first_picture_of_every_concept(built):
     table = built / "data/split0/train_emojis.csv"
-    rows = data.read_table(table)
-    pairs = evaluate.load_pairs(built, table)
+    every, pairs = (evaluate.load_pictures(built, table, once=once) for once in (False, True))
     first = {}
-    for row in rows:
-        first.setdefault(row["concept"], row)
-    assert len(first) < len(rows)
-    assert sorted(pairs.names) == sorted(row["name"] for row in first.values())
-    captions = {row["name"]: row["title"] for row in first.values()}
-    assert [captions[name] for name in pairs.names] == pairs.captions
+    for concept, caption, image in zip(every.rows["concept"], every.captions, every.images, strict=True):
+        first.setdefault(concept, (caption, image))
+    assert len(first) < len(every.images)
+    assert list(first.values()) == list(zip(pairs.captions, pairs.images, strict=True))
 
 
 # --- progress ---
@@ -368,25 +332,19 @@ class Clock:
         return self.now
 
 
-def test_the_bar_moves_before_anything_is_reported_and_the_time_left_counts_down():
-    clock = Clock()
-    forecast = progress.Forecast({"a": 10.0, "b": 50.0}, clock)
-    assert (forecast.share, forecast.remaining) == (0.0, 60.0)
-    clock.now += 3
-    assert forecast.share == pytest.approx(3 / 60)
-    assert forecast.remaining == pytest.approx(57)
-
-
 @pytest.mark.parametrize("slower", [0.5, 1.0, 3.0])
 def test_the_time_left_follows_the_machine(slower):
     clock = Clock()
     forecast = progress.Forecast(
         {"start": 10.0, "skipped": 500.0, "train": 100.0, "end": 20.0, "done": 0.0}, clock
     )
-    clock.now += 10 * slower
-    forecast.begin("train")
+    assert (forecast.share, forecast.remaining) == (0.0, 630.0)
+    clock.now += 3  # the bar moves before anything is reported
+    assert (forecast.share, forecast.remaining) == pytest.approx((3 / 630, 627))
+    clock.now += 10 * slower - 3
     shares = [forecast.share]
-    for percent in range(1, 101):
+    for percent, _ in enumerate(forecast.track(range(100), 100, "train"), 1):
+        assert forecast.stage == "train"
         clock.now += slower
         forecast.report(percent / 100)
         shares.append(forecast.share)
@@ -402,26 +360,6 @@ def test_the_time_left_follows_the_machine(slower):
     assert shares[-1] == 1
 
 
-def test_a_loop_is_a_stage():
-    clock = Clock()
-    forecast = progress.Forecast({"start": 1.0, "loop": 4.0}, clock)
-    seen = []
-    for item in forecast.track("abcd", 4, "loop"):
-        clock.now += 1
-        seen.append((item, forecast.stage))
-    assert seen == [(letter, "loop") for letter in "abcd"]
-    assert forecast.remaining == pytest.approx(0, abs=0.1)
-
-
-def test_trainings_side_by_side_are_expected_to_take_the_time_of_one():
-    one, two, in_turn = (
-        progress.expected(6, trainings, cores)[progress.TRAINING]
-        for trainings, cores in ((1, 2), (2, 2), (2, 1))
-    )
-    assert one < two < in_turn
-    assert in_turn == 2 * two
-
-
 def test_the_bar_shows_stage_and_time_left():
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=True)
@@ -431,29 +369,9 @@ def test_the_bar_shows_stage_and_time_left():
     assert "Training" in out.getvalue()
     assert "25 %" in out.getvalue()
     assert "about 1:15 left" in out.getvalue()
-    assert [progress.clock_time(s) for s in (5, 65, 605, 3661)] == ["0:05", "1:05", "10:05", "1:01:01"]
 
 
 # --- training ---
-
-
-@pytest.fixture
-def trainer(built, monkeypatch):
-    """A run whose trainer is a script that logs like open_clip's; the plug-in's term is a parameter."""
-    (built / "model").mkdir(exist_ok=True)
-    (built / "model" / "open_clip_config.json").write_text("{}", encoding="utf-8")
-
-    def make(terms, *, checkpoint=False):
-        run = train.Run(built, "data/split0", "rankclip", 0, 1, "cpu")
-        line = "2026-01-01,00:00:00 | INFO | Train Epoch: 0 [ 128/5372 (2%)] LR: 0.1 " + terms
-        script = f"print({line!r})"
-        if checkpoint:
-            script += f"; from pathlib import Path; p = Path({str(run.checkpoint)!r})"
-            script += "; p.parent.mkdir(parents=True); p.touch()"
-        monkeypatch.setattr(train.Run, "command", lambda self: [sys.executable, "-c", script])
-        return run
-
-    return make
 
 
 def _train(*runs, jobs=1, warnings=None):
@@ -461,18 +379,6 @@ def _train(*runs, jobs=1, warnings=None):
     warn = [].append if warnings is None else warnings.append
     asyncio.run(train.train_all(runs, jobs=jobs, threads=1, on_share=shares.append, warn=warn))
     return shares
-
-
-def test_a_run_is_complete_when_it_trained_its_loss(trainer):
-    run = trainer("Contrastive_loss: 5.2 (5.2) Loss: 5.2 (5.2)", checkpoint=True)
-    with pytest.raises(LossNotAttachedError):
-        _train(run)
-    assert not run.is_complete()
-    run = trainer("Contrastive_loss: 5.2 (5.2) Cross_modal_loss: 0 (0) Loss: 5.2 (5.2)", checkpoint=True)
-    assert _train(run) == [pytest.approx(128 / 5372)]
-    assert run.is_complete()
-    assert run.record()["seconds"] >= 0
-    assert run.record()["threads"] == 1
 
 
 @pytest.fixture
@@ -514,10 +420,16 @@ def test_two_runs_train_at_the_same_time(runs):
     assert all(run.is_complete() for run in pair)
 
 
-def test_in_turn_no_two_runs_train_at_the_same_time(runs):
+def test_in_turn_no_two_runs_train_at_the_same_time_and_none_is_overwritten(runs):
     pair = runs(clip="assert not (other / 'started').exists()", rankclip="")
     assert _train(*pair, jobs=1) == [0.5, 1.0]
-    assert all(run.is_complete() for run in pair)
+    for run in pair:
+        assert run.is_complete()
+        assert run.record()["seconds"] >= 0
+        assert run.record()["threads"] == 1
+    (run.root / "model" / "open_clip_config.json").write_text('{"embed_dim": 8}', encoding="utf-8")
+    with pytest.raises(TrainingError, match="other settings"):
+        run.is_complete()
 
 
 def test_a_run_that_fails_ends_the_other(runs):
@@ -542,25 +454,6 @@ def test_cores_are_shared_out(monkeypatch):
     assert train.side_by_side(2, "cuda") == (1, None)
 
 
-def test_a_run_with_other_settings_is_never_overwritten(trainer):
-    run = trainer("")
-    run.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    run.checkpoint.touch()
-    (run.folder / "complete.json").write_text(json.dumps({"settings": run.settings()}), encoding="utf-8")
-    assert run.is_complete()
-    (run.folder / "complete.json").write_text(json.dumps({"settings": {}}), encoding="utf-8")
-    with pytest.raises(TrainingError, match="other settings"):
-        run.is_complete()
-
-
-def test_the_loss_is_passed_on_verbatim_and_the_model_path_is_relative(built):
-    line = train.Run(built, "data/split0", "rankclip", 3, 2, "cpu", ("--rankclip-lists", "row")).command()
-    assert line[1:3] == ["-m", "open_clip_train.main"]
-    assert line[line.index("--loss") + 1] == "rankclip"
-    assert line[line.index("--model") + 1] == "local-dir:model"
-    assert line[-2:] == ["--rankclip-lists", "row"]
-
-
 # --- picture and command line ---
 
 
@@ -570,6 +463,10 @@ def test_the_picture_shows_hits_and_misses_alike(built, taus, tmp_path):
     chosen = draw.choose_queries(similarity)
     assert sum(i < 10 for i in chosen) == sum(i >= 10 for i in chosen) == draw.QUERIES // 2
     assert len(draw.choose_queries(torch.eye(20))) == draw.QUERIES
+    # What one of two models finds is a hit.
+    three = torch.cat((torch.eye(20)[:3], -torch.eye(20)[3:]))
+    assert draw.choose_queries(three, -torch.eye(20)) == draw.choose_queries(-torch.eye(20), three)
+    assert sum(i < 3 for i in draw.choose_queries(three, -torch.eye(20))) == 3
 
     test_set = evaluate.load_test_set(built, built / "data" / "split0", "color")
     scores = torch.rand(
@@ -592,19 +489,6 @@ def test_the_picture_shows_hits_and_misses_alike(built, taus, tmp_path):
             assert min(image.size) > 800
 
 
-def test_a_query_that_one_of_two_models_finds_is_a_hit():
-    finds, misses = torch.eye(20), -torch.eye(20)
-    half = torch.cat((torch.eye(20)[:3], -torch.eye(20)[3:]))
-    assert sum(i < 3 for i in draw.choose_queries(half, misses)) == 3
-    assert draw.choose_queries(half, misses) == draw.choose_queries(misses, half)
-    assert len(draw.choose_queries(finds, misses)) == draw.QUERIES
-
-
-def test_clip_and_rankclip_are_the_default():
-    assert command.parse([]).loss == ["clip", "rankclip"]
-    assert command.parse(["--epochs", "1", "--loss", "rankclip"]).loss == ["rankclip"]
-
-
 @pytest.mark.parametrize(
     ("loss", "kept"),
     [
@@ -621,9 +505,11 @@ def test_options_of_a_loss_go_to_its_runs_only(loss, kept):
 
 
 def test_trainer_arguments_follow_two_dashes(capsys):
-    args = command.parse(["--loss", "clip", "rankclip", "--", "--lr", "5e-4"])
-    assert args.loss == ["clip", "rankclip"]
-    assert args.extra == ("--lr", "5e-4")
+    assert command.parse([]).loss == ["clip", "rankclip"]
+    args = command.parse(["--loss", "rankclip", "--", "--lr", "5e-4"])
+    assert args.loss == ["rankclip"]
+    run = train.Run(Path(), "data/split0", "rankclip", 3, 2, "cpu", args.extra)
+    assert run.command()[-2:] == ["--lr", "5e-4"]  # verbatim, and last
     with pytest.raises(SystemExit):
         command.parse(["--", "--loss=clip"])
     assert "--loss after --" in capsys.readouterr().err

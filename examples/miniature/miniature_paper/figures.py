@@ -7,6 +7,7 @@ import dataclasses
 import io
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -34,12 +35,7 @@ _WIDTH = 8.4
 _PAPER = ("figure.facecolor", "savefig.facecolor", "axes.facecolor")
 _INK = ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color")
 _MUTED = ("axes.edgecolor", "grid.color")
-_STYLE = {
-    "axes.titlesize": 10, "axes.titlelocation": "left", "axes.labelsize": 9, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.axisbelow": True, "grid.alpha": 0.25, "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5, "legend.fontsize": 8.5, "legend.frameon": False, "font.family": "DejaVu Sans",
-    "font.size": 9,
-}  # fmt: skip
+_STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Theme:
     def settings(self) -> dict[str, Any]:
         """Return them as matplotlib's settings."""
         of = {self.paper: _PAPER, self.ink: _INK, self.muted: _MUTED}
-        return _STYLE | {name: colour for colour, names in of.items() for name in names}
+        return {name: colour for colour, names in of.items() for name in names}
 
 
 # What ``templates/alt.md`` says of a figure to those who cannot see it, and how it is drawn.
@@ -89,7 +85,7 @@ def picture(alt: str, figure_of: Callable[[Theme], Figure], *, colours: int | No
     pngs: list[bytes] = []
     for theme in (LIGHT, DARK):
         raw, small = io.BytesIO(), io.BytesIO()
-        with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **theme.settings()}):
+        with matplotlib.rc_context({"backend": "agg", **theme.settings()}, _STYLE):
             figure_of(theme).savefig(raw, format="png", dpi=_DPI)
         with Image.open(raw) as image:
             shown = image.convert("RGB")

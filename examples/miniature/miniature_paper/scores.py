@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from icons_data import split
 from icons_data.labels import SOURCES
 
-LOSS_NAMES = {
-    "clip": "CLIP",
-    "cyclip": "CyCLIP",
-    "alip": "ALIP",
-    "rankclip": "RankCLIP",
-    "rankclip-cross": "RankCLIP, cross-modal only",
-    "rankclip-in": "RankCLIP, in-modal only",
-}
-BACKBONE_NAMES = {"resnet": "ResNet", "vit": "ViT"}
+# What people call what records and settings name.
+NAMES = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
+LOSS_NAMES, BACKBONE_NAMES = NAMES["losses"], NAMES["backbones"]
 
 # The labelled sets of examples/icons whose styles are trained on: the ten sets.
 LABELLED_SETS = tuple(name for name, source in SOURCES.items() if "shift" not in source)
@@ -25,13 +21,6 @@ LABELLED_SETS = tuple(name for name, source in SOURCES.items() if "shift" not in
 SHIFTS = {
     shift: next((name for name, source in SOURCES.items() if source.get("shift") == shift), None)
     for shift in split.SHIFTS
-}
-SHIFT_NAMES = {
-    "pixel-art": "Pixel art",
-    "hand-drawn": "Hand-drawn icons",
-    "silhouette": "Silhouettes",
-    "noto": "Emojis by Noto",
-    "emojione": "Emojis by EmojiOne",
 }
 # Every task that a record may have.
 TASKS = (
@@ -41,7 +30,6 @@ TASKS = (
     *(f"{task}/{name}" for task in ("zero-shot", "probe") for name in LABELLED_SETS),
     *(f"zero-shot/{labelled}" for labelled in SHIFTS.values() if labelled),
 )
-DIRECTION_NAMES = {"image_to_text": "Image → text", "text_to_image": "Text → image"}
 TOPS = ("top-1", "top-3", "top-5")
 RECALLS = ("R@1", "R@5", "R@10")
 
@@ -81,14 +69,14 @@ def retrieval() -> list[Measure]:
     """Recall in both directions among the held-out concepts."""
     return [
         Measure(name, recall, (("retrieval/test", f"{direction} {recall}"),))
-        for direction, name in DIRECTION_NAMES.items()
+        for direction, name in NAMES["directions"].items()
         for recall in RECALLS
     ]
 
 
 def retrieval_both_ways(recall: str, where: str = "test", group: str = "Retrieval") -> Measure:
     """The mean of a recall in both directions, as the paper's Figure 3 has it."""
-    entries = tuple((f"retrieval/{where}", f"{direction} {recall}") for direction in DIRECTION_NAMES)
+    entries = tuple((f"retrieval/{where}", f"{direction} {recall}") for direction in NAMES["directions"])
     return Measure(group, f"{recall}, both ways", entries)
 
 
@@ -96,7 +84,7 @@ def shifts(tasks: Sequence[str]) -> list[Measure]:
     """Zero-shot accuracy and recall under every shift, as far as records have the tasks."""
     found = []
     for shift, labelled in SHIFTS.items():
-        name = SHIFT_NAMES[shift]
+        name = NAMES["shifts"][shift]
         if f"zero-shot/{labelled}" in tasks:
             found += [Measure(name, f"zero-shot {top}", ((f"zero-shot/{labelled}", top),)) for top in TOPS]
         if f"retrieval/{shift}" in tasks:
@@ -118,14 +106,7 @@ def mean_probe(sets: Sequence[str]) -> list[Measure]:
 
 def geometry() -> list[Measure]:
     """The modality gap and its relatives, as rankloss.metrics defines them."""
-    names = {
-        "modality_gap": "modality gap",
-        "alignment": "alignment",
-        "uniformity_cross": "uniformity across modalities",
-        "cross_modal_tau": "rank agreement, cross-modal (τ)",
-        "in_modal_tau": "rank agreement, in-modal (τ)",
-        "logit_scale": "logit scale",
-    }
     return [
-        Measure("Embeddings", label, (("geometry/test", key),), percent=False) for key, label in names.items()
+        Measure("Embeddings", label, (("geometry/test", key),), percent=False)
+        for key, label in NAMES["geometry"].items()
     ]

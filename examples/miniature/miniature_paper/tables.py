@@ -10,22 +10,12 @@ from . import scores, statistics
 from .collection import Collection, Exhibited
 from .grid import Setting
 from .paper import Paper, Quoted
-from .scores import BACKBONE_NAMES, LOSS_NAMES, Measure
+from .scores import BACKBONE_NAMES, LOSS_NAMES, NAMES, Measure
 from .statistics import Difference, Estimate
 from .wording import difference_text, mark, mean_text, signed
 
 REFERENCE = "clip"
 TERM_NAMES = {"lambda_cross": "λ₁, of the cross-modal term", "lambda_in": "λ₂, of the in-modal term"}
-TITLES = {
-    "table1": "Zero-shot and retrieval",
-    "table2": "Styles and vendors never trained on",
-    "table3": "Linear probes",
-    "table4": "Two backbones",
-    "figure3": "How much the weights of the terms matter",
-    "figure4": "How much the number of training pairs matters",
-    "figure6": "Both modalities, and the gap between them",
-    "figure7": "Where a text is seen",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +169,7 @@ class _Draft:
         items = (shown.items(measure) for measure in dict.fromkeys(c.measure for c in cells))
         return Exhibit(
             key,
-            TITLES[key],
+            NAMES["exhibits"][key],
             self._columns,
             tuple(rows),
             tuple((self._names[m], shown.trained(m), shown.planned(m)) for m in shown.models),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankloss.metrics import kendall_tau, rank_agreement
 
-from .evaluate import ClipModel, Pairs
+from .evaluate import ClipModel, Pictures
 
 TRAINING, HELD_OUT = "training", "held-out"
 
@@ -49,26 +49,24 @@ class Agreement:
         path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def measure(models: Mapping[str, ClipModel], training: Pairs, held_out: Pairs) -> Agreement:
+def measure(models: Mapping[str, ClipModel], training: Pictures, held_out: Pictures) -> Agreement:
     """Compare the rankings of all pictures with those of their captions, under every model."""
     averages: dict[str, dict[str, float]] = {}
     lists: dict[str, tuple[Tensor, Tensor]] = {}
-    distance = torch.zeros(len(training.names), dtype=torch.float64)
+    distance = torch.zeros(len(training.images), dtype=torch.float64)
     for name, model in models.items():
-        v, t = model.features(training.images, training.captions)
+        v, t = model.features(training)
         averages[name] = {
-            TRAINING: rank_agreement(v, t)["cross_modal_tau"].item(),
-            HELD_OUT: rank_agreement(*model.features(held_out.images, held_out.captions))[
-                "cross_modal_tau"
-            ].item(),
+            key: rank_agreement(*features)["cross_modal_tau"].item()
+            for key, features in ((TRAINING, (v, t)), (HELD_OUT, model.features(held_out)))
         }
         lists[name] = (v @ t.T, t @ v.T)
         distance += (kendall_tau(*lists[name]) - averages[name][TRAINING]).square()
     anchor = int(distance.nan_to_num(torch.inf).argmin())
     return Agreement(
         averages=averages,
-        concepts={TRAINING: len(training.names), HELD_OUT: len(held_out.names)},
+        concepts={TRAINING: len(training.images), HELD_OUT: len(held_out.images)},
         anchor=anchor,
-        labels=training.names,
+        labels=training.rows["name"].tolist(),
         scores={name: (first[anchor], second[anchor]) for name, (first, second) in lists.items()},
     )

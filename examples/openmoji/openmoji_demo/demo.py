@@ -55,18 +55,21 @@ def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
     models = {
         report.label_of(run.loss): evaluate.ClipModel(root / "model", run.checkpoint, device) for run in runs
     }
-    methods: dict[str, Any] = {report.KNN: evaluate.load_pixel_knn(root, folder), **models}
+    emojis = evaluate.load_pictures(root, folder / "train_emojis.csv")
+    methods: dict[str, Any] = {report.KNN: evaluate.PixelKNN(emojis), **models}
     blocks, similarities, test_sets = [], {}, {}
     for number, style in enumerate(evaluate.STYLES):
         test_set = test_sets[style] = evaluate.load_test_set(root, folder, style)
         rows = {report.CHANCE: evaluate.chance_scores(test_set)}
         for name, method in methods.items():
             rows[name], similarities[style, name] = evaluate.score(method, test_set)
-        classes = (len(test_set.subgroup_classes), len(test_set.group_classes))
+        classes = (len(test_set.classes[level]) for level in evaluate.LEVELS)
         blocks.append(report.Block(style, len(test_set.images), *classes, rows))
         forecast.report((number + 1) / (len(evaluate.STYLES) + 1))
-    training = evaluate.load_pairs(root, folder / "train_emojis.csv")
-    rankings = agreement.measure(models, training, evaluate.load_pairs(root, folder / "test.csv"))
+    training, held_out = (
+        evaluate.load_pictures(root, folder / name, once=True) for name in ("train_emojis.csv", "test.csv")
+    )
+    rankings = agreement.measure(models, training, held_out)
     report.show(blocks, rankings, console)
     conditions = {
         "device": device,

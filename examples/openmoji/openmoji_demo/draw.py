@@ -183,22 +183,17 @@ def _draw_curves(area: Any, curves: Mapping[str, Curves], epochs: int) -> None:
                 linewidth=1.4,
                 label=f"{label}: {name}" if len(curves) > 1 else name,
             )
-    losses.set_ylim(bottom=0)
-    losses.set_ylabel("training loss, nats")
-    losses.set_xlabel("epoch")
     losses.legend(frameon=False, fontsize=9)
-    losses.grid(alpha=0.25)
     points = curves[shown].get("train/rank_lambda")
     if points:
         lambdas.plot(*_by_epoch(points, steps_per_epoch), color="#b3202a")
-        lambdas.set_ylim(bottom=0)
     else:
-        lambdas.text(
-            0.5, 0.5, "no ranking terms, so no λ", ha="center", transform=lambdas.transAxes, color=_GREY
-        )
-    lambdas.set_ylabel("λ, weight of the rank terms")
-    lambdas.set_xlabel("epoch")
-    lambdas.grid(alpha=0.25)
+        where = {"ha": "center", "transform": lambdas.transAxes}
+        lambdas.text(0.5, 0.5, "no ranking terms, so no λ", color=_GREY, **where)
+    for axis, label in ((losses, "training loss, nats"), (lambdas, "λ, weight of the rank terms")):
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
 
 
 def _by_epoch(points: Sequence[tuple[int, float]], steps_per_epoch: float) -> tuple[list[float], list[float]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_evaluation import metrics
-from examples_common import tables
+from examples_common import page, tables
 from examples_common.terminal import say
 from rich.console import Console
 
@@ -51,6 +51,11 @@ class Block:
         """The heading of the block, with n."""
         return f"{_STYLES[self.style]}, n = {self.n}"
 
+    @property
+    def trained(self) -> list[str]:
+        """The methods that are models."""
+        return [name for name in self.rows if name not in (CHANCE, KNN)]
+
     def cells(self) -> list[list[str]]:
         """Return the rows as text."""
         return [[name, *(_cell(scores[task]) for task in TASKS)] for name, scores in self.rows.items()]
@@ -65,51 +70,23 @@ def _head(separator: str) -> list[str]:
     return ["method", *(f"{name}{separator}{prefix}{ks}" for name, prefix, ks in parts)]
 
 
-def notes(blocks: Sequence[Block]) -> list[str]:
-    """Say in plain words what the numbers show and what they cannot show."""
-    lines = []
-    colour = blocks[0]
-    trained = [name for name in colour.rows if name not in (CHANCE, KNN)]
-    for name in trained:
-        own, chance = colour.rows[name], colour.rows[CHANCE]
-        ratios = (
-            f"{task.replace('_to_', ' → ')} "
-            + ", ".join(f"{own[task][k] / chance[task][k]:.0f}× at R@{k}" for k in (1, 10))
-            for task in ("image_to_text", "text_to_image")
-        )
-        lines.append(f"{name} against chance, in colour: {'; '.join(ratios)}.")
-    if trained:
-        lines.append(_against_knn(blocks, trained))
-    if len(trained) > 1:
-        lines.append(_apart(colour, trained[0], trained[-1]))
-    errors = [f"±{metrics.standard_error(level, colour.n):.1f} points at {level} %" for level in (10, 35)]
-    lines.append(
-        f"Standard error of one number (binomial, n = {colour.n}): {', '.join(errors)}. This is one split "
-        "and one training seed: it cannot separate losses that differ by less than about 3 points."
-    )
-    lines.append(
-        "Pixel kNN compares raw pixels with the training pictures; the words of their captions rank the "
-        "captions, and their classes vote. It needs those labels; zero-shot uses the class's name only. "
-        "Zero-shot means emojis never seen, of classes whose names occur in training captions."
-    )
-    return lines
-
-
-def _apart(block: Block, first: str, last: str) -> str:
-    """Say how far two models are apart, and what does not follow."""
-    differences = {
-        (task, k): block.rows[last][task][k] - block.rows[first][task][k]
-        for task in TASKS
-        for k in block.rows[last][task]
-    }
+def apart(block: Block) -> dict[str, Any] | None:
+    """Compare the last model with the first one, score by score; None if there is only one."""
+    if len(block.trained) < 2:
+        return None
+    first, last = block.trained[0], block.trained[-1]
+    scores, others = block.rows[last], block.rows[first]
+    differences = {(task, k): scores[task][k] - others[task][k] for task in TASKS for k in scores[task]}
     (task, k), largest = max(differences.items(), key=lambda item: abs(item[1]))
-    ahead = sum(round(difference, 1) > 0 for difference in differences.values())
     name, _, prefix = _HEADS[task]
-    return (
-        f"{last} is ahead of {first} on {ahead} of {len(differences)} scores in colour. "
-        f"They are furthest apart in {name} {prefix}{k}, {largest:+.1f} points. "
-        "One training of each is no evidence for either."
-    )
+    return {
+        "first": first,
+        "last": last,
+        "ahead": sum(round(difference, 1) > 0 for difference in differences.values()),
+        "scores": len(differences),
+        "where": f"{name} {prefix}{k}",
+        "points": largest,
+    }
 
 
 def knn_ahead(block: Block, name: str) -> tuple[int, int]:
@@ -120,15 +97,6 @@ def knn_ahead(block: Block, name: str) -> tuple[int, int]:
         for k in metrics.RETRIEVAL_KS
     ]
     return sum(round(knn, 1) > round(value, 1) for knn, value in pairs), len(pairs)
-
-
-def _against_knn(blocks: Sequence[Block], trained: Sequence[str]) -> str:
-    where = {"color": "in colour", "line": "on line art"}
-    counts = {(name, block.style): knn_ahead(block, name) for block in blocks for name in trained}
-    if not any(ahead for ahead, _ in counts.values()):
-        return "Untrained pixel kNN beats the trained models on none of the retrieval scores."
-    parts = (f"{name} {where[style]} on {ahead} of {n}" for (name, style), (ahead, n) in counts.items())
-    return f"Untrained pixel kNN beats the trained model on retrieval scores: {'; '.join(parts)}."
 
 
 def _tau_head(agreement: Agreement) -> list[str]:
@@ -149,6 +117,22 @@ def show(blocks: Sequence[Block], agreement: Agreement, console: Console) -> Non
     tables.show(console, _tau_head(agreement), _tau_rows(agreement), right=2, title=_TAU_TITLE)
     for line in notes(blocks):
         say(console, f"• {line}")
+
+
+def notes(blocks: Sequence[Block]) -> list[str]:
+    """Say in plain words what the numbers show and what they cannot show."""
+    colour = blocks[0]
+    text = page.fill(
+        Path(__file__).with_name("notes.md"),
+        {},
+        blocks=blocks,
+        colour=colour,
+        chance=colour.rows[CHANCE],
+        ahead={(name, block.style): knn_ahead(block, name) for block in blocks for name in block.trained},
+        apart=apart(colour),
+        errors={level: metrics.standard_error(level, colour.n) for level in (10, 35)},
+    )
+    return [line.removeprefix("- ") for line in text.splitlines() if line]
 
 
 def markdown(blocks: Sequence[Block], agreement: Agreement) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import hashlib
 import json
@@ -14,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from examples_common import trainer
+from examples_common.terminal import Report, run_all
 from examples_common.trainer import Job, Log, TrainingError
+from rich.console import Console
 
 from rankloss_trainers.catalog import PREFIXES
 
@@ -187,27 +188,16 @@ async def train_all(
         on_share: Told how much of all trainings is done, at every logged step of any.
         warn: Given the trainers' warnings.
     """
-    slots, shares = asyncio.Semaphore(jobs), dict.fromkeys(runs, 0.0)
+    shares = dict.fromkeys(runs, 0.0)
 
-    async def one(run: Run) -> None:
-        def report(share: float) -> None:
+    async def one(run: Run, report: Report) -> None:  # noqa: ARG001 (one bar stands over all stages)
+        def told(share: float) -> None:
             shares[run] = share
             on_share(sum(shares.values()) / len(shares))
 
-        async with slots:
-            await run.train(threads, report, warn)
+        await run.train(threads, told, warn)
 
-    tasks = [asyncio.create_task(one(run)) for run in runs]
-    try:
-        # Not gather, which does not wait for the others to end their processes.
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in tasks:
-        if not task.cancelled():
-            task.result()
+    await run_all(runs, one, jobs=jobs, console=Console(quiet=True), expected=())
 
 
 def read_scalars(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
