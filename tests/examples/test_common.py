@@ -8,6 +8,7 @@ import doctest
 import importlib
 import io
 import os
+import pkgutil
 import re
 import signal
 import subprocess
@@ -217,7 +218,11 @@ def test_the_examples_use_public_names_only():
     ours = {name for name in used if name.split(".")[0].startswith("rankloss")}
     assert ours
     for module, _, name in (name.rpartition(".") for name in ours - {"rankloss"}):
-        assert name in importlib.import_module(module).__all__, (module, name)
+        owner = importlib.import_module(module)
+        modules = {found.name for found in pkgutil.iter_modules(getattr(owner, "__path__", ()))}
+        public = {*getattr(owner, "__all__", vars(owner)), *modules}
+        assert name in public, (module, name)
+        assert not any(part.startswith("_") for part in (*module.split("."), name)), (module, name)
 
 
 # --- tables and pages ---
