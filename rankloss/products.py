@@ -40,9 +40,8 @@ class Products:
     def __init__(
         self,
         matrices: tuple[Matrix, Matrix],
-        into: tuple[Target, Target] = (_NOWHERE, _NOWHERE),
-        *,
         precision: Precision = "default",
+        into: tuple[Target, Target] = (_NOWHERE, _NOWHERE),
     ) -> None:
         self._matrices, self._into = matrices, into
         self._factors = tuple((matrix.anchors, matrix.items) for matrix in matrices)
@@ -94,11 +93,10 @@ class MirroredProducts(Products):
     def __init__(
         self,
         matrices: tuple[Matrix, Matrix],
-        into: tuple[Target, Target] = (_NOWHERE, _NOWHERE),
-        *,
         precision: Precision = "default",
+        into: tuple[Target, Target] = (_NOWHERE, _NOWHERE),
     ) -> None:
-        super().__init__(matrices, into, precision=precision)
+        super().__init__(matrices, precision, into)
         self._cosines = _Kept(), _Kept()
         self._gradients = _Kept(), _Kept()
         # The mirror image of S is R, and that of I or X the matrix itself.

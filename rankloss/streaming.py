@@ -112,12 +112,12 @@ def _stream_term(
     matrices = batch.matrices(term, are_references=weights[1] is not None and not batch.has_teacher)
     into = _targets(term, batch, sums, options)
     with_gradient = any(x is not None for target in into for x in target)
-    precision = options.precision
-    products = (MirroredProducts if plan.name == "shared" else Products)(matrices, into, precision=precision)
+    products = (MirroredProducts if plan.name == "shared" else Products)(matrices, options.precision, into)
     references = None if weights[1] is None else batch.references(term, matrices)
     teacher = None
     if references is not None and batch.has_teacher:
-        teacher = (MirroredProducts if plan.shares_reference else Products)(references, precision=precision)
+        kind = MirroredProducts if plan.shares_reference else Products
+        teacher = kind(references, options.precision)
     own = batch.own if weights[0] is not None or not options.diagonal else None
     alpha = _shared(weights[0], 0.5)
     betas = [_shared(weights[1], share) for share in dict.fromkeys(options.directions)]

@@ -281,7 +281,12 @@ LISTS = [
     {"method": method, "memory_budget": budget, "diagonal": diagonal}
     for method, budget, diagonal in itertools.product(["sort", "bin"], [0, None], [True, False])
 ]
-LISTS += [{"ties": "random"}, {"reduction": "sum", "fixed_reference": "text"}, {"reduction": "none"}]
+LISTS += [
+    {"ties": "random"},
+    {"reduction": "sum", "fixed_reference": "text"},
+    {"reduction": "none"},
+    {"precision": "exact-order"},
+]
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import asyncio
 import doctest
+import importlib
 import io
 import os
+import pkgutil
 import re
 import signal
 import subprocess
@@ -23,8 +25,6 @@ from hypothesis import strategies as st
 from icons_data import labels, names
 from miniature_paper import captions, wording
 from rich.console import Console
-
-import rankloss
 
 JOB = Job("rankclip", 4, "model", ("--loss", "rankclip"))
 
@@ -216,8 +216,13 @@ def test_the_examples_use_public_names_only():
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 used |= {f"{node.module}.{alias.name}" for alias in node.names}
     ours = {name for name in used if name.split(".")[0].startswith("rankloss")}
-    assert ours <= {f"rankloss.{name}" for name in rankloss.__all__} | {"rankloss"}
     assert ours
+    for module, _, name in (name.rpartition(".") for name in ours - {"rankloss"}):
+        owner = importlib.import_module(module)
+        modules = {found.name for found in pkgutil.iter_modules(getattr(owner, "__path__", ()))}
+        public = {*getattr(owner, "__all__", vars(owner)), *modules}
+        assert name in public, (module, name)
+        assert not any(part.startswith("_") for part in (*module.split("."), name)), (module, name)
 
 
 # --- tables and pages ---

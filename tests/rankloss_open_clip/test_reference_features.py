@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import re
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,7 @@ def test_what_cannot_work_is_a_usage_error(capsys: pytest.CaptureFixture[str], t
 # --- from the reader to the model's output ---------------------------------------------------------------
 
 
+@functools.cache
 def tokenizer() -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer(context_length=CONTEXT)
 
@@ -123,7 +126,6 @@ def tokenizer() -> open_clip.SimpleTokenizer:
     data=st.data(),
 )
 def test_tokens_and_features_come_back_as_they_were(
-    tmp_path_factory: pytest.TempPathFactory,
     rows: int,
     dimension: int,
     names: tuple[str, ...],
@@ -137,14 +139,21 @@ def test_tokens_and_features_come_back_as_they_were(
         )
         for name in names
     }
-    companion = ReferenceFeatures(stored(tmp_path_factory.mktemp("features") / "x", **arrays))
+    with tempfile.TemporaryDirectory() as directory:
+        check_round_trip(ReferenceFeatures(stored(Path(directory, "x"), **arrays)), arrays, data)
+
+
+def check_round_trip(
+    companion: ReferenceFeatures, arrays: dict[str, np.ndarray[Any, Any]], data: st.DataObject
+) -> None:
+    rows, dimension = next(iter(arrays.values())).shape
     captions = [f"picture {i}" for i in range(rows)]
     texts = [f"{a}\x1f{b}" for a, b in zip(captions, companion.of_rows("data.csv", ",", rows), strict=True)]
     joined = JoinedTokenizer(tokenizer(), companion)
     order = data.draw(st.permutations(range(rows)))
     tokens, taken = companion.take_off(joined([texts[i] for i in order]))
     assert torch.equal(tokens, tokenizer()([captions[i] for i in order]))
-    assert list(taken) == [f"reference_{name}" for name in names]
+    assert list(taken) == [f"reference_{name}" for name in arrays]
     for name, array in arrays.items():
         features = taken[f"reference_{name}"]
         assert features.dtype == torch.float32
