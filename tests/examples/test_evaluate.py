@@ -232,13 +232,16 @@ def test_geometry_of_pairs_that_coincide():
 # --- data ---
 
 
-def _picture(colour, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (32, 32), colour).save(path)
+def _pictures(folder, **colours):
+    """Write small pictures; ``__`` in a name is a slash."""
+    for name, colour in colours.items():
+        path = folder / f"{name.replace('__', '/')}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), colour).save(path)
 
 
-def _colour(image):
-    return image.convert("RGB").getpixel((0, 0))
+def _load(source, split="test", **options):
+    return datasets.load(str(source), split, lambda image: image.convert("RGB").getpixel((0, 0)), **options)
 
 
 def _items(found):
@@ -246,87 +249,71 @@ def _items(found):
 
 
 def test_folders_named_by_number_are_in_the_order_of_the_numbers(tmp_path):
-    for number in (0, 2, 10):
-        _picture((number, 0, 0), tmp_path / str(number) / "a.png")
+    _pictures(tmp_path, **{f"{number}__a": (number, 0, 0) for number in (0, 2, 10)})
     (tmp_path / "2" / "notes.txt").write_text("no picture")
-    found = datasets.load(str(tmp_path), "test", _colour, class_names="imagenet")
+    found = _load(tmp_path, class_names="imagenet")
     assert _items(found) == [((0, 0, 0), 0), ((2, 0, 0), 1), ((10, 0, 0), 2)]
     assert found.classes == [open_clip.IMAGENET_CLASSNAMES[i] for i in (0, 2, 10)]
     assert not found.retrieval
 
 
 def test_some_of_imagenets_classes_are_named(tmp_path):
-    for name in ("n01443537", "n01484850"):  # goldfish, great white shark: two of ImageNet-R
-        _picture("red", tmp_path / "val" / name / "a.jpeg")
-    found = datasets.load(str(tmp_path), "val", _colour, class_names="imagenet")
-    assert found.classes == ["goldfish", "great white shark"]
-    _picture("red", tmp_path / "val" / "n99999999" / "a.png")
+    _pictures(tmp_path / "val", n01443537__a="red", n01484850__a="red")  # two classes of ImageNet-R
+    assert _load(tmp_path, "val", class_names="imagenet").classes == ["goldfish", "great white shark"]
+    _pictures(tmp_path / "val", n99999999__a="red")
     with pytest.raises(ValueError, match="n99999999 is none of ImageNet's"):
-        datasets.load(str(tmp_path), "val", _colour, class_names="imagenet")
+        _load(tmp_path, "val", class_names="imagenet")
 
 
 def test_folders_have_names_of_their_own_or_those_of_a_file(tmp_path):
-    for name in ("big_cat", "ant"):
-        _picture("red", tmp_path / "data" / name / "a.png")
-    source = str(tmp_path / "data")
-    assert datasets.load(source, "test", _colour).classes == ["ant", "big cat"]
-    names = tmp_path / "names.txt"
+    source, names = tmp_path / "data", tmp_path / "names.txt"
+    _pictures(source, big_cat__a="red", ant__a="red")
+    assert _load(source).classes == ["ant", "big cat"]
     names.write_text("an ant\na tiger\n")
-    assert datasets.load(source, "test", _colour, class_names=str(names)).classes == ["an ant", "a tiger"]
+    assert _load(source, class_names=str(names)).classes == ["an ant", "a tiger"]
     names.write_text("an ant\n")
-    with pytest.raises(ValueError, match="1 lines for 2 class folders"):
-        datasets.load(source, "test", _colour, class_names=str(names))
-    with pytest.raises(ValueError, match="must be named n01440764 or 0"):
-        datasets.load(source, "test", _colour, class_names="imagenet")
+    for named, said in ((names, "1 lines for 2 class folders"), ("imagenet", "must be named n01440764 or 0")):
+        with pytest.raises(ValueError, match=said):
+            _load(source, class_names=str(named))
     with pytest.raises(ValueError, match="no folders of images"):
-        datasets.load(str(tmp_path / "data" / "ant"), "test", _colour)
+        _load(source / "ant")
     with pytest.raises(FileNotFoundError, match="no such data"):
-        datasets.load(str(tmp_path / "nothing"), "test", _colour)
+        _load(tmp_path / "nothing")
 
 
 def test_a_table_gives_every_image_once_with_all_its_captions(tmp_path):
-    for name in ("a", "b"):
-        _picture({"a": "red", "b": "blue"}[name], tmp_path / "img" / f"{name}.png")
+    _pictures(tmp_path, img__a="red", img__b="blue")
     table = tmp_path / "pairs.csv"
     table.write_text("filepath\ttitle\nimg/a.png\tone\nimg/b.png\ttwo\nimg/a.png\tthree, again\n")
-    found = datasets.load(str(table), "test", _colour)
+    found = _load(table)
     assert found.retrieval
     assert _items(found) == [((255, 0, 0), ["one", "three, again"]), ((0, 0, 255), ["two"])]
     with pytest.raises(ValueError, match="no column 'image' among filepath, title"):
-        datasets.load(str(table), "test", _colour, columns=datasets.Columns(image="image"))
+        _load(table, columns=datasets.Columns(image="image"))
 
 
 def test_a_table_with_labels_is_for_classification(tmp_path):
-    for name in ("a", "b"):
-        _picture("red", tmp_path / f"{name}.png")
+    _pictures(tmp_path, a="red", b="red")
     table = tmp_path / "labels.csv"
     table.write_text("image,kind\na.png,zebra\nb.png,ant\n")
-    columns = datasets.Columns(image="image", label="kind", separator=",")
-    found = datasets.load(str(table), "test", _colour, columns=columns)
+    found = _load(table, columns=datasets.Columns(image="image", label="kind", separator=","))
     assert found.classes == ["ant", "zebra"]
     assert [target for _, target in _items(found)] == [1, 0]
 
 
 def test_cocos_captions(tmp_path):
-    for i in range(3):
-        _picture((i, 0, 0), tmp_path / "val" / f"{i}.jpg")
-    content = {
-        "images": [{"id": 7 + i, "file_name": f"{i}.jpg"} for i in range(3)],
-        "annotations": [
-            {"id": 20 - i, "image_id": 7 + (i == 6), "caption": f"caption {20 - i} "} for i in range(7)
-        ],
-    }
+    _pictures(tmp_path / "val", **{f"{i}": (i, 0, 0) for i in range(3)})
+    images = [{"id": 7 + i, "file_name": f"{i}.png"} for i in range(3)]
+    notes = [{"id": 20 - i, "image_id": 7 + (i == 6), "caption": f"caption {20 - i} "} for i in range(7)]
     path = tmp_path / "captions.json"
-    path.write_text(json.dumps(content))
-    found = datasets.load(str(path), "test", lambda image: image.size, image_folder=tmp_path / "val")
+    path.write_text(json.dumps({"images": images, "annotations": notes}))
     # Five captions at most, in the order of their numbers; an image without any is no query.
-    assert [target for _, target in _items(found)] == [
-        [f"caption {i}" for i in range(15, 20)],
-        ["caption 14"],
-    ]
+    first = [f"caption {i}" for i in range(15, 20)]
+    found = _load(path, image_folder=tmp_path / "val")
+    assert _items(found) == [((0, 0, 0), first), ((1, 0, 0), ["caption 14"])]
     path.write_text("{}")
     with pytest.raises(ValueError, match="images and annotations"):
-        datasets.load(str(path), "test", _colour)
+        _load(path)
 
 
 def _shard(path, samples):
@@ -362,37 +349,36 @@ def shards(tmp_path):
 
 
 def test_clip_benchmarks_layout(shards):
-    found = datasets.load(str(shards.classes), "test", _colour)
+    found = _load(shards.classes)
     colours = [*shards.colours[12::2], *shards.colours[13::2]]
     assert list(found.images) == [(c, c[0] // 128) for c in colours]
     assert (found.name, found.retrieval, found.classes) == ("colours", False, ["dark", "light"])
     assert found.templates == ["a {c} patch", "the colour {c}"]
-    found = datasets.load(str(shards.texts), "test", _colour)
+    found = _load(shards.texts)
     assert found.retrieval
-    assert [len(captions) for _, captions in found.images] == [1, 2] * 12
+    assert list(found.images) == [(c, _captions(i, c)) for i, c in enumerate(shards.colours)]
     assert datasets.has_split(str(shards.classes), "train")
     assert not datasets.has_split(str(shards.classes), "validation")
     (shards.classes / "test" / "1.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"nshards.txt says 2, but there is no .*1\.tar"):
-        datasets.load(str(shards.classes), "test", _colour)
+        _load(shards.classes)
     (shards.texts / "dataset_type.txt").write_text("multilabel\n")
     with pytest.raises(ValueError, match="multilabel is not supported"):
-        datasets.load(str(shards.texts), "test", _colour)
+        _load(shards.texts)
 
 
 def test_torchvisions_sets(tmp_path):
     for split in ("train", "valid", "test"):
-        for name in ("negative", "positive"):
-            _picture("red", tmp_path / "rendered-sst2" / split / name / "a.png")
-    found = datasets.load("torchvision:RenderedSST2", "validation", _colour, root=tmp_path)
+        _pictures(tmp_path / "rendered-sst2" / split, negative__a="red", positive__a="red")
+    found = _load("torchvision:RenderedSST2", "validation", root=tmp_path)
     assert _items(found) == [((255, 0, 0), 0), ((255, 0, 0), 1)]
     assert found.classes == ["negative", "positive"]
     assert datasets.has_split("torchvision:RenderedSST2", "validation")
     assert not datasets.has_split("torchvision:CIFAR10", "validation")
     with pytest.raises(ValueError, match="no split 'validation'; there are train, test"):
-        datasets.load("torchvision:CIFAR10", "validation", _colour, root=tmp_path)
+        _load("torchvision:CIFAR10", "validation", root=tmp_path)
     with pytest.raises(ValueError, match="torchvision:MNIST is not supported"):
-        datasets.load("torchvision:MNIST", "test", _colour, root=tmp_path)
+        _load("torchvision:MNIST", root=tmp_path)
 
 
 # --- the model and the command ---
@@ -411,16 +397,14 @@ _CONFIG = {
 def trained(tmp_path_factory):
     """An architecture, and a checkpoint as open_clip's trainer saves it."""
     folder = tmp_path_factory.mktemp("model")
-    (folder / "arch").mkdir()
-    (folder / "arch" / "open_clip_config.json").write_text(json.dumps(_CONFIG))
+    (folder / "open_clip_config.json").write_text(json.dumps(_CONFIG))
+    name, checkpoint = f"local-dir:{folder}", folder / "epoch_3.pt"
     torch.manual_seed(1)
-    model = open_clip.create_model(f"local-dir:{folder / 'arch'}")
+    model = open_clip.create_model(name).eval()
     model.logit_scale.data.fill_(math.log(23.0))
-    state = {f"module.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"epoch": 3, "name": "run", "state_dict": state, "optimizer": {}}, folder / "epoch_3.pt")
-    return SimpleNamespace(
-        name=f"local-dir:{folder / 'arch'}", checkpoint=folder / "epoch_3.pt", model=model.eval()
-    )
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"epoch": 3, "name": "run", "state_dict": state, "optimizer": {}}, checkpoint)
+    return SimpleNamespace(name=name, checkpoint=checkpoint, model=model)
 
 
 @pytest.fixture(scope="module")
