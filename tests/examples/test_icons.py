@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import webdataset
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
@@ -35,53 +36,38 @@ def _drawing(key: str) -> str:
     return f'<g fill="currentColor">{"".join(bars)}</g>'
 
 
-def _set(prefix, names, spdx="MIT", category="General", bodies=(), info=(), **more):
-    about = {"name": f"Set {prefix}", "license": {"spdx": spdx}, "category": category, **dict(info)}
-    about["author"] = {"name": f"Maker of {prefix}", "url": f"https://example.org/{prefix}"}
-    drawings = {name: _drawing(f"{prefix}/{name}") for name in names} | dict(bodies)
-    icons = {name: {"body": body} for name, body in drawings.items()}
-    return {"prefix": prefix, "info": about, "icons": icons, "width": 24, "height": 24, **more}
+def _set(prefix, names, spdx="MIT", category="General", palette=False, tags=(), redrawn=None, **more):
+    names = list(_expanded(names))
+    info = {"name": f"Set {prefix}", "category": category, "palette": palette, "tags": tags}
+    info["author"] = {"name": f"Maker of {prefix}", "url": f"https://example.org/{prefix}"}
+    info["license"] = {"spdx": spdx}
+    drawings = {name: f"{prefix}/{name}" for name in names}
+    drawings |= {name: f"mdi/{other}" for name, other in (redrawn or {}).items()}
+    icons = {name: {"body": _drawing(key)} for name, key in drawings.items()}
+    return {"prefix": prefix, "info": info, "icons": icons, "width": 24, "height": 24, **more}
 
 
-ANIMALS, TOOLS, FACES = (
-    [f"{kind}{a}{b}" for a in "bcdfghjk" for b in "aeiou"] for kind in ("animal", "tool", "face")
-)
-# Emojis whose concept has no gender, and the same names in a set in which it has one.
-WOMEN = [f"woman-{name}" for name in FACES[:20]]
-BIN = _drawing("mdi/trash")
-EMOJI = {"category": "Emoji", "info": {"palette": True}}
-SETS = {
-    "mdi": {
-        "names": [*ANIMALS, *TOOLS, "trash", "lock-open", "acme"],
-        "spdx": "Apache-2.0",
-        "categories": {"Animal / Pet": ANIMALS, "Tools": TOOLS, "Brand / Logo": ["acme"]},
-        "aliases": {
-            "rubbish": {"parent": "trash"},
-            "hsart": {"parent": "trash", "hFlip": True},
-            "lock-shackle": {"parent": "lock-open"},
-        },
-    },
-    "tabler": {
-        "names": [*(f"{name}-outline" for name in (*ANIMALS, *TOOLS)), "bin", "lock-unlocked", "brand-acme"],
-        "bodies": {"bin": BIN},
-    },
-    "lucide": {"names": ["trash-2", *ANIMALS[:5], *WOMEN], "spdx": "ISC", "bodies": {"trash-2": BIN}},
-    "pixel": {"names": [*ANIMALS, *FACES], "spdx": "CC-BY-4.0"},
-    "noto": {"names": [*FACES, "flag-for-france", "waving-hand-dark-skin-tone"], **EMOJI},
-    "twemoji": {"names": [*FACES, *WOMEN], "spdx": "CC-BY-4.0", **EMOJI},
-    "noto-v1": {"names": ["reserved-thing", *FACES], **EMOJI},
-    "fxemoji": {"names": ["reserved-other"]},
-    "emojione-monotone": {"names": FACES, "category": "Emoji"},
-    "freeware": {"names": ["forbidden-thing"], "spdx": "CC-BY-NC-4.0"},
-    "copyleft": {"names": ["forbidden-other"], "spdx": "GPL-3.0"},
-    "simple-icons": {"names": ["acme", "umbrella"], "category": "Logos", "spdx": "CC0-1.0"},
-    "moving": {"names": ["spinner"], "info": {"tags": ["Contains Animations"]}},
+FAMILIES = {
+    kind.upper(): [f"{kind[:-1]}{a}{b}" for a in "bcdfghjk" for b in "aeiou"]
+    for kind in ("animals", "tools", "faces")
 }
+FAMILIES["WOMEN"] = [f"woman-{name}" for name in FAMILIES["FACES"][:20]]
+SETS = yaml.safe_load(Path(__file__).with_name("icons.yaml").read_text(encoding="utf-8"))
 USED = {"mdi", "tabler", "lucide", "pixel", "noto", "twemoji"}
 
 
+def _expanded(names):
+    for name in names:
+        family, _, style = name.partition("-")
+        members = FAMILIES.get(family, [name])
+        yield from (f"{member}-{style}" if style and family in FAMILIES else member for member in members)
+
+
 def _sets():
-    return {prefix: _set(prefix, **one) for prefix, one in SETS.items()}
+    sets = {prefix: _set(prefix, **one) for prefix, one in SETS.items()}
+    categories = sets["mdi"]["categories"]
+    categories |= {category: list(_expanded(names)) for category, names in categories.items()}
+    return sets
 
 
 def _pack(folder, sets):
@@ -223,7 +209,7 @@ def test_icons_of_a_set():
 
 
 def test_flags_and_skin_tones_of_emojis_are_left_out():
-    assert {icon.name for icon in package.icons_of("noto", _sets()["noto"])} == set(FACES)
+    assert {icon.name for icon in package.icons_of("noto", _sets()["noto"])} == set(FAMILIES["FACES"])
 
 
 def test_a_wide_icon_is_centred_in_a_square():
