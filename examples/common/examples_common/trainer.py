@@ -68,10 +68,11 @@ class Job:
             more: Further arguments; they come last and take precedence.
         """
         # A relative path: open_clip reads meaning into a model path that contains "vit" or "coca".
+        model, table, name = map(shlex.quote, (f"local-dir:{self.model}", table, name))
         words = (
-            f"-m open_clip_train.main --model local-dir:{self.model} --train-data {shlex.quote(table)} "
+            f"-m open_clip_train.main --model {model} --train-data {table} "
             f"--dataset-type csv --csv-separator '\t' {shlex.join(self.arguments)} --device {device} "
-            f"--workers {workers} --logs runs --name {shlex.quote(name)} --save-frequency 0"
+            f"--workers {workers} --logs runs --name {name} --save-frequency 0"
         )
         return [sys.executable, *shlex.split(words), *more]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -93,20 +93,18 @@ def retrieval(
     if image_of.shape != (captions,) or not ((image_of >= 0) & (image_of < images)).all():
         raise ValueError(f"image_of: expected {captions} numbers of images below {images}")
     image_of = image_of.to(image_features.device)
-    every_image = torch.arange(images, device=image_features.device)
-    every_caption = torch.arange(captions, device=image_features.device)
-    to_text = [
-        _hits(image_features[part] @ text_features.T, image_of == part.unsqueeze(1), ks)
-        for part in _blocks(every_image, captions)
-    ]
-    to_image = [
-        _hits(text_features[part] @ image_features.T, image_of[part].unsqueeze(1) == every_image, ks)
-        for part in _blocks(every_caption, images)
-    ]
-    return {
-        "image_to_text": _percent(torch.cat(to_text), ks),
-        "text_to_image": _percent(torch.cat(to_image), ks),
+    own = torch.arange(images, device=image_features.device)
+    ways = {
+        "image_to_text": (image_features, own, text_features, image_of),
+        "text_to_image": (text_features, image_of, image_features, own),
     }
+    found = {}
+    for way, (queries, query_of, candidates, candidate_of) in ways.items():
+        rows = max(1, _BLOCK // max(1, len(candidates)))
+        blocks = zip(queries.split(rows), query_of.split(rows), strict=True)
+        hits = [_hits(query @ candidates.T, of.unsqueeze(1) == candidate_of, ks) for query, of in blocks]
+        found[way] = _percent(torch.cat(hits), ks)
+    return found
 
 
 def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
@@ -125,10 +123,6 @@ def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
     # The tied columns have what remains of the first k places: as many draws without replacement.
     places = (torch.tensor(ks) - above.cpu()).numpy().clip(0, tied)
     return torch.from_numpy(1 - hypergeom.pmf(0, tied, right_tied, places))
-
-
-def _blocks(rows: Tensor, columns: int) -> Iterator[Tensor]:
-    yield from rows.split(max(1, _BLOCK // max(1, columns)))
 
 
 def _percent(hits: Tensor, ks: Sequence[int]) -> dict[int, float]:

@@ -75,20 +75,9 @@ class LabelledSet:
         index = np.array(self._index[side], dtype=np.int64)
         return Items(self._images[index], np.array(self._label[side], dtype=np.int64), index)
 
-    @property
-    def train(self) -> Items:
-        """What a probe is trained on: concepts of the training side."""
-        return self.side("train")
-
-    @property
-    def validation(self) -> Items:
-        """What a probe's regularisation is chosen on."""
-        return self.side("validation")
-
-    @property
-    def test(self) -> Items:
-        """Held-out concepts: for zero-shot classification and the probe's score."""
-        return self.side("test")
+    train = property(lambda self: self.side("train"), doc="What a probe is trained on: trained concepts.")
+    validation = property(lambda self: self.side("validation"), doc="What its regularisation is chosen on.")
+    test = property(lambda self: self.side("test"), doc="Held-out concepts, which zero-shot and probe score.")
 
 
 class Icons:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .names import Namer, has_skin_tone
+from .names import Name, Namer, has_skin_tone
 from .sets import SETS
 
 PACKAGE = "@iconify/json"
@@ -42,14 +42,11 @@ class IconSet:
 
 
 @dataclasses.dataclass(frozen=True)
-class Icon:
+class Icon(Name):
     """One drawing with its words."""
 
     set: str  # the prefix of its set
     name: str  # in that set
-    caption: str  # the name's words, without style, size and numbering
-    style: str  # words for how it is drawn, or nothing
-    concept: str  # what the split goes by; see names.concept_of
     synonyms: tuple[tuple[str, str], ...]  # captions of its other names, with the concept of each
     categories: tuple[str, ...]  # of its set
     svg: str  # the drawing, in a square
@@ -195,11 +192,9 @@ def icons_of(
             if other is not None and other.caption not in (parsed.caption, *brands):
                 synonyms[other.caption] = other.concept
         icon = Icon(
+            **vars(parsed),
             set=prefix,
             name=name,
-            caption=parsed.caption,
-            style=parsed.style,
-            concept=parsed.concept,
             synonyms=tuple(sorted(synonyms.items())),
             categories=tuple(categories[name]),
             svg=square_svg(data, drawing),
