@@ -100,6 +100,7 @@ def test_what_cannot_be_tested_costs_the_others_nothing():
     assert corrected["flat"].adjusted is None
 
 
+@pytest.mark.slow
 def test_the_family_wise_error_stays_below_the_level():
     """As in Table 1: all differences share the reference's noise, and nothing differs."""
     rng = np.random.default_rng(1)
