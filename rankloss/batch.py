@@ -275,8 +275,9 @@ class Batch:
 
 def nan_unless_finite(*features: Tensor | None) -> Tensor:
     """1 if all features are finite, else NaN; multiplying by it makes the loss NaN."""
-    largest = [torch.linalg.vector_norm(x.detach(), math.inf) for x in features if x is not None]
-    return torch.stack(largest).mul(0).sum() + 1
+    largest = (torch.linalg.vector_norm(x.detach(), math.inf) for x in features if x is not None)
+    zero_or_nan: Tensor = functools.reduce(torch.add, (x * 0 for x in largest))
+    return zero_or_nan + 1
 
 
 def anchors_and_items(term: Term, of: Inputs, are_local: bool) -> tuple[tuple[Any, Any], tuple[Any, Any]]:

@@ -37,7 +37,7 @@ from rankloss.likelihood import (
     top_one_probabilities,
 )
 from rankloss.options import Plan, RankOptions
-from rankloss.ranking import Ranking, Sorted, extremes, rankings, slices
+from rankloss.ranking import Ranking, extremes, rankings, slices
 
 __all__ = ["Block", "Evaluated", "evaluate"]
 
@@ -266,7 +266,8 @@ def _by_sums(
     block: Block, ranking: Ranking | None, options: RankOptions, out: Tensor | None
 ) -> _Values | None:
     """CE and NLL; the gradient is written to ``out``. None where float64 does not hold the worths."""
-    cosines = block.cosines if ranking is None else ranking.arrange(block.cosines)
+    order = None if ranking is None else ranking.order
+    cosines = block.cosines if order is None else block.cosines.gather(-1, order)
     worths = _worths(block, cosines, options)
     if worths is None:
         return None
@@ -318,7 +319,7 @@ def _by_sums(
         share = None
     if out is not None:
         assert bracket is not None
-        _write_gradient(block, w, bracket.to(w.dtype), share, ranking, options, out)
+        _write_gradient(block, w, bracket.to(w.dtype), share, order, options, out)
     return cross_entropy, nll
 
 
@@ -327,19 +328,18 @@ def _write_gradient(
     worths: Tensor,
     bracket: Tensor,
     share: Tensor | None,
-    ranking: Ranking | None,
+    order: Tensor | None,
     options: RankOptions,
     out: Tensor,
 ) -> None:
-    """w·bracket + share, in the order of the list, less α at the own pair."""
-    is_arranged = isinstance(ranking, Sorted)
-    arranged = torch.empty_like(out) if is_arranged else out
+    """w·bracket + share, written back from the order of the ranking, less α at the own pair."""
+    arranged = out if order is None else torch.empty_like(out)
     if share is None:
         torch.mul(worths, bracket, out=arranged)
     else:
         torch.addcmul(share, worths, bracket, out=arranged)
-    if ranking is not None:
-        ranking.restore(arranged, out)
+    if order is not None:
+        out.scatter_(-1, order, arranged)
     if block.alpha is not None:
         assert block.own is not None
         own = block.own[:, None]

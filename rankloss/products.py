@@ -9,7 +9,7 @@ the factor s is left to the end of the pass.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -97,24 +97,24 @@ class MirroredProducts(Products):
         into: tuple[Target, Target] = (_NOWHERE, _NOWHERE),
     ) -> None:
         super().__init__(matrices, precision, into)
-        self._cosines = _Kept(), _Kept()
-        self._gradients = _Kept(), _Kept()
+        self._cosines: tuple[_Kept, _Kept] = ({}, {})
+        self._gradients: tuple[_Kept, _Kept] = ({}, {})
         # The mirror image of S is R, and that of I or X the matrix itself.
         self._mirror = (1, 0) if matrices[0].name == "S" else (0, 1)
 
     def _write(self, side: int, rows: slice, out: Tensor) -> None:
         """Products from the diagonal on, and before it mirror images."""
         anchors, items = self._factors[side]
-        for columns, mirror in self._cosines[self._mirror[side]].release(rows):
+        for columns, mirror in _release(self._cosines[self._mirror[side]], rows):
             out[:, columns] = mirror
         torch.mm(anchors[rows], items[rows.start :].T, out=out[:, rows.start :])
-        self._cosines[side].keep(rows, out)
+        _keep(self._cosines[side], rows, out)
 
     def give(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
         """Add the gradient by some rows."""
-        mirrors = self._gradients[self._mirror[side]].release(rows)
+        mirrors = _release(self._gradients[self._mirror[side]], rows)
         if gradient is not None:
-            self._gradients[side].keep(rows, gradient)
+            _keep(self._gradients[side], rows, gradient)
         elif mirrors:  # the other side has a gradient, this one has none in any of its blocks
             gradient = torch.zeros_like(cosines)
         else:
@@ -152,19 +152,18 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return high, x - high
 
 
-class _Kept:
-    """What stands above a matrix's diagonal, until the rows reach its mirror image."""
+# What stands above a matrix's diagonal, by the first of the rows that reach its mirror image.
+_Kept: TypeAlias = dict[int, list[tuple[slice, Tensor]]]
 
-    def __init__(self) -> None:
-        self._blocks: dict[int, list[tuple[slice, Tensor]]] = {}  # by the first of the rows to come
 
-    def keep(self, rows: slice, block: Tensor) -> None:
-        """Keep the columns after the block's own rows, as copies that can be freed one after the other."""
-        size = rows.stop - rows.start
-        for start in range(rows.stop, block.shape[-1], size):
-            later = block[:, start : start + size].clone()
-            self._blocks.setdefault(start, []).append((rows, later))
+def _keep(kept: _Kept, rows: slice, block: Tensor) -> None:
+    """Keep the columns after the block's own rows, as copies that can be freed one after the other."""
+    size = rows.stop - rows.start
+    for start in range(rows.stop, block.shape[-1], size):
+        later = block[:, start : start + size].clone()
+        kept.setdefault(start, []).append((rows, later))
 
-    def release(self, rows: slice) -> list[tuple[slice, Tensor]]:
-        """What was kept for these rows: their columns, and the mirror image that stands there."""
-        return [(columns, block.T) for columns, block in self._blocks.pop(rows.start, ())]
+
+def _release(kept: _Kept, rows: slice) -> list[tuple[slice, Tensor]]:
+    """What was kept for these rows: their columns, and the mirror image that stands there."""
+    return [(columns, block.T) for columns, block in kept.pop(rows.start, ())]

@@ -89,18 +89,19 @@ _FEW = 8  # top_k is few in a list of this many times as many items
 
 
 class Sorted:
-    """Lists in the exact order of their references; one slot per item, which is arranged by slot.
+    """Lists in the exact order of their references; one slot per item.
 
     Of tied items the last slot has the weight of all, and the others have none: its C is that of the whole
     group, and all of them see its share of U.
 
     Attributes:
+        order: ``[n, N]``, the item of every slot. Sums are taken of items in this order, "arranged".
         mu: ``[n, N]`` or ``[N]``, μ by slot; None where all are 1.
     """
 
     def __init__(self, order: Tensor, ordered: Tensor | None, options: RankOptions) -> None:
         """``ordered`` holds the sorted references, which show the ties; None where no items count as tied."""
-        self._order = order
+        self.order = order
         rank = torch.arange(order.shape[-1], 0, -1, device=order.device) if options.weighs_ranks else order
         self.mu = self._mu = weights_of_ranks(rank, options, torch.float64)
         self._tied: Tensor | slice | None = None  # which lists have ties
@@ -120,11 +121,7 @@ class Sorted:
     @property
     def total_mu(self) -> Tensor | int:
         """Σ_p μ_p of every list, ``[n, 1]`` or ``[1]``."""
-        return self._order.shape[-1] if self.mu is None else self.mu.sum(-1, keepdim=True)
-
-    def arrange(self, x: Tensor) -> Tensor:
-        """What items have, ``[n, N]``, in the order of their slots."""
-        return x.gather(-1, self._order)
+        return self.order.shape[-1] if self.mu is None else self.mu.sum(-1, keepdim=True)
 
     def denominators(self, worths: Tensor) -> Tensor:
         """C by slot, float64, for arranged worths; the last is the sum of all."""
@@ -178,30 +175,16 @@ class Sorted:
         """What a slot holds, for every arranged item."""
         return by_slot
 
-    def restore(self, arranged: Tensor, out: Tensor) -> None:
-        """Write what arranged items have in the order of the list."""
-        out.scatter_(-1, self._order, arranged)
 
-
-class _AsListed:
-    """Rankings whose items stay in the order of the list."""
-
-    def arrange(self, x: Tensor) -> Tensor:
-        """The same."""
-        return x
-
-    def restore(self, arranged: Tensor, out: Tensor) -> None:
-        """Nothing, where the arranged items have been written there."""
-        if arranged is not out:
-            out.copy_(arranged)
-
-
-class Binned(_AsListed):
+class Binned:
     """Lists ranked by the bins of their references (:func:`quantize`); one slot per bin, its items tied.
 
     Attributes:
+        order: None: items stay in the order of the list.
         mu: ``[n, bins]``, μ by slot; None where all are 1.
     """
+
+    order = None
 
     def __init__(self, reference: Tensor, options: RankOptions) -> None:
         self._bins = options.bins
@@ -245,7 +228,7 @@ class Binned(_AsListed):
         return by_slot.gather(-1, self._index)
 
 
-class Selected(_AsListed):
+class Selected:
     """Lists of which the ``top_k`` best items count: a slot for each of those, after one for all others.
 
     The items that are tied with the last of them count too, however many they are: of those beyond ``top_k``
@@ -253,8 +236,11 @@ class Selected(_AsListed):
     values.
 
     Attributes:
+        order: None: items stay in the order of the list.
         mu: ``[n, 1 + top_k]``, μ by slot.
     """
+
+    order = None
 
     def __init__(self, reference: Tensor, options: RankOptions) -> None:
         assert options.top_k is not None

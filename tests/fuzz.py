@@ -141,9 +141,9 @@ def cases(draw: st.DrawFn) -> Case:
             "method": draw(st.sampled_from(["sort", "bin"])) if shared and row and is_ranked else "sort",
             "chunk_size": draw(st.sampled_from([None, 1, 2, 5])),
             "memory_budget": draw(st.sampled_from([None, 0, 300])),
-            "kernel": draw(
-                st.sampled_from(["auto", "torch"])
-            ),  # "triton": in tests/kernels and in the core's
+            # "triton": in tests/kernels and in the core's.
+            "kernel": draw(st.sampled_from(["auto", "torch"])),
+            "precision": draw(st.sampled_from(["default", "exact-order"])) if row else "default",
         }
         if options["method"] == "bin":
             options["bins"] = draw(st.sampled_from([2, 3, 17, 640]))

@@ -60,9 +60,9 @@ def test_a_weight_of_zero_leaves_the_term_out_of_the_computation(monkeypatch: py
     computed: list[str] = []
     original = Features.matrices
 
-    def spy(batch, term):
+    def spy(batch, term, **settings):
         computed.append(term)
-        return original(batch, term)
+        return original(batch, term, **settings)
 
     monkeypatch.setattr(Features, "matrices", spy)
     for weights, expected in (

@@ -147,7 +147,7 @@ def test_the_shared_plan_keeps_no_more_than_it_says(
             super().give(*arguments)
             of_term = made[-2:] if has_teacher else made[-1:]
             waiting = [w for products in of_term for w in (*products._cosines, *products._gradients)]
-            blocks = [block for w in waiting for of in w._blocks.values() for _, block in of]
+            blocks = [block for w in waiting for of in w.values() for _, block in of]
             kept.append(sum(block.untyped_storage().nbytes() for block in blocks))
 
     monkeypatch.setattr(streaming, "MirroredProducts", Watched)

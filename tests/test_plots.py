@@ -42,7 +42,7 @@ def rankings(v: Tensor, t: Tensor, anchor: int, term: plots.Term) -> tuple[np.nd
     """The anchor's ranks of all concepts by its picture and by its caption, and τ, from SciPy."""
     s, r, i, x = v @ t.T, t @ v.T, v @ v.T, t @ t.T
     a, b = (m[anchor].numpy() for m in ((s, r) if term == "cross_modal" else (i, x)))
-    left, right = (scipy.stats.rankdata(-scores, method="min") for scores in (a, b))
+    left, right = (scipy.stats.rankdata(-scores, method="min").astype(int) for scores in (a, b))
     return left, right, scipy.stats.kendalltau(a, b).statistic
 
 

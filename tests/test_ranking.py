@@ -146,11 +146,13 @@ def test_selected_lists_are_the_sorted_ones(values: list[int], k: int, discount,
     for ranking in (Sorted(order, y.gather(-1, order), options), Selected(y, options)):
 
         def in_order_of_list(by_slot: Tensor, ranking=ranking) -> Tensor:
-            listed = torch.empty_like(y)
-            ranking.restore(ranking.of_items(by_slot).expand(y.shape), listed)
-            return listed
+            of_items = ranking.of_items(by_slot).expand(y.shape)
+            if ranking.order is None:
+                return of_items
+            return torch.empty_like(y).scatter_(-1, ranking.order, of_items)
 
-        denominators = ranking.denominators(ranking.arrange(w))
+        arranged = w if ranking.order is None else w.gather(-1, ranking.order)
+        denominators = ranking.denominators(arranged)
         nll = ranking.log_denominators(denominators, narrow=False)
         total = denominators[:, -1].clone()
         found.append(

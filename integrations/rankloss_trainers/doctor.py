@@ -23,6 +23,7 @@ class Trainer:
         extra: rankloss's extra, whose range of versions is what is tested.
         plugin: The module of the plug-in, ``module:function`` where a function returns the problems.
         use: How a loss gets into it.
+        needs: Distributions without which it does not train, though it can be installed without them.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Trainer:
     extra: str
     plugin: str
     use: str
+    needs: tuple[str, ...] = ()
 
 
 TRAINERS = (
@@ -48,6 +50,7 @@ TRAINERS = (
         "rankloss_trainers.transformers.trainer",
         "rankloss_trainers.transformers.ContrastiveTrainer(model, args, loss='rankclip'), or "
         "python -m rankloss_trainers.transformers SCRIPT ... --loss rankclip",
+        ("accelerate",),
     ),
     Trainer(
         "sentence-transformers",
@@ -56,6 +59,7 @@ TRAINERS = (
         "rankloss_trainers.sentence_transformers",
         "loss = rankloss_trainers.sentence_transformers.RankClipLoss(model), and "
         "callbacks=[rankloss_trainers.sentence_transformers.Progress(loss)]",
+        ("accelerate", "datasets"),
     ),
     Trainer(
         "Lightning",
@@ -97,13 +101,16 @@ def main() -> int:
 def examined(trainer: Trainer) -> tuple[bool, list[str]]:
     """Whether an installed trainer will honour a loss, and what to print of it.
 
-    A trainer that is not installed has no problem.
+    A trainer that is not installed has no problem, nor has one that others brought and that cannot train yet.
     """
     found = {name: version for name in trainer.distributions if (version := _version(name))}
+    install = f": pip install 'rankloss[{trainer.extra}]'" if trainer.extra else ""
     if not found:
-        extra = f": pip install 'rankloss[{trainer.extra}]'" if trainer.extra else ""
-        return True, [f"{trainer.name}: not installed{extra}"]
+        return True, [f"{trainer.name}: not installed{install}"]
     name, version = next(iter(found.items()))
+    missing = [needed for needed in trainer.needs if not _version(needed)]
+    if missing:
+        return True, [f"{trainer.name} {version}: not ready to train without {', '.join(missing)}{install}"]
     problems = _problems(trainer.plugin)
     tested = range_of(trainer.extra, name)
     remark = "" if in_range(version, tested) else f" (tested with {tested})"

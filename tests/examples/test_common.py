@@ -8,11 +8,13 @@ import doctest
 import importlib
 import io
 import os
+import pkgutil
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -26,10 +28,6 @@ from miniature_paper import captions, wording
 from rich.console import Console
 
 JOB = Job("rankclip", 4, "model", ("--loss", "rankclip"))
-
-
-def quiet():
-    return Console(file=io.StringIO(), width=200)
 
 
 # --- the trainer ---
@@ -84,20 +82,13 @@ def test_a_trainer_that_fails_is_quoted(tmp_path, lines, status, checkpoint):
 # --- the queue ---
 
 
-class Run(str):
-    """A run that is told apart by its name."""
-
-    @property
-    def name(self):
-        return str(self)
-
-
+Run = namedtuple("Run", "name")
 RUNS = [Run(f"run {i}") for i in range(12)]
 
 
-def run_all(runs, work, jobs, console=None):
-    queue = terminal.run_all(runs, work, jobs=jobs, console=console or quiet(), expected=(TrainingError,))
-    return asyncio.run(queue)
+def run_all(runs, work, jobs):
+    console = Console(file=io.StringIO(), width=200)
+    return terminal.run_all(runs, work, jobs=jobs, console=console, expected=(TrainingError,))
 
 
 @given(jobs=st.integers(1, 5), runs=st.integers(0, 12), bad=st.sets(st.sampled_from(RUNS)))
@@ -115,7 +106,7 @@ def test_every_run_is_done_in_order_and_failures_stop_nothing(jobs, runs, bad):
         if one in bad:
             raise TrainingError("no")
 
-    failed = run_all(RUNS[:runs], work, jobs)
+    failed = asyncio.run(run_all(RUNS[:runs], work, jobs))
     assert order == RUNS[:runs]
     assert most == min(jobs, runs)
     assert set(failed) == bad & set(RUNS[:runs])
@@ -134,7 +125,7 @@ def test_a_bug_ends_everything():
             ended.append(one)
 
     with pytest.raises(ZeroDivisionError):
-        run_all(RUNS[:5], work, 2)
+        asyncio.run(run_all(RUNS[:5], work, 2))
     assert ended == [RUNS[1]]
 
 
@@ -149,8 +140,7 @@ def test_cancelling_waits_until_every_run_has_cleaned_up():
             cleaned.append(one)
 
     async def main():
-        queue = terminal.run_all(RUNS[:6], work, jobs=3, console=quiet(), expected=())
-        task = asyncio.create_task(queue)
+        task = asyncio.create_task(run_all(RUNS[:6], work, 3))
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -176,7 +166,7 @@ async def work(run, report):
     await trainer.follow([sys.executable, "-c", {child!r}], print, cwd=Path("."), threads=1)
 
 def command(console):
-    runs = [type("Run", (str,), {{"name": "one"}})("one")]
+    runs = [Path("one")]
     asyncio.run(terminal.run_all(runs, work, jobs=1, console=console, expected=()))
     return 0
 
@@ -217,7 +207,11 @@ def test_the_examples_use_public_names_only():
     ours = {name for name in used if name.split(".")[0].startswith("rankloss")}
     assert ours
     for module, _, name in (name.rpartition(".") for name in ours - {"rankloss"}):
-        assert name in importlib.import_module(module).__all__, (module, name)
+        owner = importlib.import_module(module)
+        modules = {found.name for found in pkgutil.iter_modules(getattr(owner, "__path__", ()))}
+        public = {*getattr(owner, "__all__", vars(owner)), *modules}
+        assert name in public, (module, name)
+        assert not any(part.startswith("_") for part in (*module.split("."), name)), (module, name)
 
 
 # --- tables and pages ---

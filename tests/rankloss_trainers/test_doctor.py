@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib.metadata
 import importlib.util
@@ -71,6 +72,17 @@ def test_missing_trainer_is_no_problem(installed: dict[str, str]) -> None:
         True,
         ["Trainer: not installed: pip install 'rankloss[transformers]'"],
     )
+
+
+def test_trainer_that_cannot_train_yet_says_what_it_lacks(installed: dict[str, str]) -> None:
+    needy = dataclasses.replace(trainer(), needs=("accelerate",))
+    installed["transformers"] = "5.1.0"
+    assert examined(needy) == (
+        True,
+        ["Trainer 5.1.0: not ready to train without accelerate: pip install 'rankloss[transformers]'"],
+    )
+    installed["accelerate"] = "1.15.0"
+    assert examined(needy) == (True, ["Trainer 5.1.0: yes, like this"])
 
 
 def test_plugin_that_cannot_be_imported_is_a_problem(installed: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 AT_MOST = 5
+IMPORTED = {"ContrastiveTrainer", "LossArguments"}  # by the examples before, or by the text
 METHODS = {"set_progress", "set_epoch", "schedule_value"}  # only losses of rankloss have them
 
 
@@ -27,7 +28,7 @@ def examples() -> list[tuple[str, str]]:
 def glue(code: str) -> set[int]:
     """The lines that import from rankloss, name what is imported, derive from it, or call its methods."""
     tree = ast.parse(code)
-    names: set[str] = set()
+    names = set(IMPORTED)
     lines: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -51,7 +52,7 @@ def named(node: ast.AST, names: set[str]) -> bool:
 
 
 def test_pages_have_an_example_for_each_trainer() -> None:
-    assert len(examples()) == 10
+    assert len(examples()) >= 10
 
 
 @pytest.mark.parametrize(("place", "code"), examples(), ids=[place for place, _ in examples()])

@@ -211,6 +211,7 @@ def run_as_a_process(directory: str, processes: str) -> None:
         Path(directory, f"{count}.json").write_text(json.dumps([lambdas(module), weights(module).tolist()]))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     results = []

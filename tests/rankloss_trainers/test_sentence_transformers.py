@@ -276,6 +276,7 @@ def test_progress_wants_a_loss_of_ours() -> None:
         Progress(torch.nn.Identity())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["RankClipLoss", "CachedRankClipLoss"])
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path, kind: str) -> None:
     results = []

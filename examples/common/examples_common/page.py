@@ -16,8 +16,6 @@ from markdown_it import MarkdownIt
 
 from .tables import Rows, markdown
 
-_CSS = Path(__file__).with_name("page.css")
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _REGION = '<div class="scroll" role="region" aria-label="table" tabindex="0">'
 
 
@@ -32,8 +30,11 @@ class Picture:
 
 @functools.cache
 def _templates(folder: Path) -> Environment:
-    loader = FileSystemLoader(folder)
-    return Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(folder), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters.update(plain=plain, table=_table, base64=lambda png: base64.b64encode(png).decode())
+    return environment
 
 
 def fill(template: Path, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
@@ -43,7 +44,7 @@ def fill(template: Path, filters: Mapping[str, Callable[..., Any]], **values: An
     :func:`plain`: Markdown may contain HTML.
     """
     environment = _templates(template.parent)
-    environment.filters.update({"plain": plain, "table": _table, **filters})
+    environment.filters.update(filters)
     text = environment.get_template(template.name).render(values)
     blocks = (block.strip() for block in re.split(r"\n\s*\n", text))
     lines = (b if b.startswith(("|", "<")) else re.sub(r"\s*\n\s*(?!- )| {2,}", " ", b) for b in blocks if b)
@@ -74,17 +75,11 @@ def html(
         pictures: By the paths that the Markdown names.
         marks: Signs with their style and what they are called when the page is read aloud.
     """
+    environment = _templates(Path(__file__).parent)
+    figure = environment.get_template("figure.html")
 
     def embedded(image: re.Match[str]) -> str:
-        picture = (pictures or {})[image["path"]]
-        light, dark = (
-            f"data:image/png;base64,{base64.b64encode(p).decode()}" for p in (picture.light, picture.dark)
-        )
-        return (
-            '<span class="scroll" role="region" aria-label="figure" tabindex="0"><picture>'
-            f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{image["alt"]}"></picture></span>'
-        )
+        return figure.render(picture=(pictures or {})[image["path"]], alt=image["alt"])
 
     body = MarkdownIt("commonmark").enable("table").render(text)
     body = re.sub(r"<h(\d)>(.*?)</h", lambda found: f'<h{found[1]} id="{_id(found[2])}">{found[2]}</h', body)
@@ -94,13 +89,7 @@ def html(
     for sign, (style, said) in (marks or {}).items():
         body = body.replace(sign, f'<span class="{style}" role="img" aria-label="{said}">{sign}</span>')
     body = re.sub(r'<img src="(?P<path>[^"]*)" alt="(?P<alt>[^"]*)" />', embedded, body)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f"<title>{escaping.escape(title)}</title>\n<style>\n{_CSS.read_text(encoding='utf-8')}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
-    )
+    return environment.get_template("page.html").render(title=title, body=body)
 
 
 def anchor(heading: str) -> str:

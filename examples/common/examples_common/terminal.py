@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import signal
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
@@ -89,7 +89,7 @@ async def run_all(
     """
     if jobs < 1:
         raise ValueError(f"jobs: must be at least 1, got {jobs}")
-    waiting, failed = deque(runs), {}
+    waiting, finished, failed = iter(runs), itertools.count(1), {}
     shares: dict[Any, float] = {}  # of every run that has started
     with bars(console) as progress:
         total = progress.add_task("All runs", total=len(runs))
@@ -110,19 +110,20 @@ async def run_all(
                 outcome = f"failed: {error}"
             report("done", 1.0)
             progress.remove_task(bar)
-            number = len(runs) - len(waiting) - len(progress.tasks) + 1
-            say(console, f"{number}/{len(runs)}  {run.name}  {outcome}", "red" if run in failed else "")
+            say(
+                console,
+                f"{next(finished)}/{len(runs)}  {run.name}  {outcome}",
+                "red" if run in failed else "",
+            )
 
         async def worker() -> None:
-            while waiting:
-                await one(waiting.popleft())
+            for run in waiting:
+                await one(run)
 
         workers = [asyncio.create_task(worker()) for _ in range(min(jobs, len(runs)))]
         with contextlib.suppress(NotImplementedError, ValueError):  # Windows, or not in the main thread
-            main = asyncio.current_task()
-            asyncio.get_running_loop().add_signal_handler(
-                signal.SIGTERM, main.cancel if main else lambda: None
-            )
+            cancel = asyncio.current_task().cancel
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, cancel)
         try:
             # Not gather: once one worker is cancelled it cancels the others again, while their children end.
             if workers:

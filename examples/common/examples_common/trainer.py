@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import os
 import re
@@ -12,7 +11,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 PLAIN_CLIP = "clip"
@@ -68,23 +67,14 @@ class Job:
             workers: Processes that read images; 0 reads them in the trainer itself.
             more: Further arguments; they come last and take precedence.
         """
-        # fmt: off
-        return [
-            sys.executable, "-m", "open_clip_train.main",
-            # A relative path: open_clip reads meaning into a model path that contains "vit" or "coca".
-            "--model", f"local-dir:{self.model}",
-            "--train-data", table,
-            "--dataset-type", "csv",
-            "--csv-separator", "\t",
-            *self.arguments,
-            "--device", device,
-            "--workers", str(workers),
-            "--logs", "runs",
-            "--name", name,
-            "--save-frequency", "0",
-            *more,
-        ]
-        # fmt: on
+        # A relative path: open_clip reads meaning into a model path that contains "vit" or "coca".
+        model, table, name = map(shlex.quote, (f"local-dir:{self.model}", table, name))
+        words = (
+            f"-m open_clip_train.main --model {model} --train-data {table} "
+            f"--dataset-type csv --csv-separator '\t' {shlex.join(self.arguments)} --device {device} "
+            f"--workers {workers} --logs runs --name {name} --save-frequency 0"
+        )
+        return [sys.executable, *shlex.split(words), *more]
 
 
 def place_model(source: Path, folder: Path) -> None:
@@ -129,9 +119,7 @@ class Trained:
 
     checkpoint: Path
     seconds: float
-    first: dict[
-        str, float
-    ]  # loss terms of the first step; one seed gives every loss the same contrastive one
+    first: dict[str, float]  # terms of the first step; one seed gives every loss the same contrastive one
     last: dict[str, float]
 
 
@@ -188,18 +176,6 @@ async def follow(
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if threads is not None:
         env |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    async with _child(command, cwd, env) as process:
-        assert process.stdout is not None
-        async for raw in process.stdout:
-            read(raw.decode(errors="replace").rstrip())
-        return await process.wait()
-
-
-@contextlib.asynccontextmanager
-async def _child(
-    command: Sequence[str], cwd: Path, env: dict[str, str]
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Start a process that never outlives the block."""
     process = await asyncio.create_subprocess_exec(
         *command,
         cwd=cwd,
@@ -210,10 +186,13 @@ async def _child(
         limit=2**20,
         start_new_session=True,  # Ctrl-C reaches the parent only, which ends its children in order
     )
+    assert process.stdout is not None
     try:
-        yield process
+        async for raw in process.stdout:
+            read(raw.decode(errors="replace").rstrip())
+        return await process.wait()
     finally:
-        if process.returncode is None:
+        if process.returncode is None:  # the process does not outlive this call
             process.terminate()
             try:
                 await asyncio.wait_for(process.wait(), timeout=10)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,35 +95,21 @@ class Evaluation:
     def _load(self, source: str, split: str) -> ImageSet:
         args = self._args
         columns = (args.csv_image_key, args.csv_caption_key, args.csv_label_key, args.csv_separator)
-        return datasets.load(
-            source,
-            split,
-            self._model.preprocess,
-            class_names=args.class_names,
-            columns=datasets.Columns(*columns),
-            image_folder=args.image_folder,
-            root=args.root,
-            download=args.download,
-        )
+        options = {name: getattr(args, name) for name in ("class_names", "image_folder", "root", "download")}
+        read = datasets.Columns(*columns)
+        return datasets.load(source, split, self._model.preprocess, columns=read, **options)
 
     def _encode(self, data: ImageSet) -> tuple[Tensor, list[Any]]:
-        def progress(batches: Iterable[Any]) -> Iterable[Any]:
-            try:
-                total = len(batches)  # type: ignore[arg-type]
-            except TypeError:  # shards do not say how much is in them
-                total = None
-            return track(batches, description=data.name, total=total, console=self._console)
-
-        return self._model.image_features(data.images, progress=progress)
+        bar = partial(track, description=data.name, console=self._console)
+        return self._model.image_features(data.images, progress=bar)
 
     def _zero_shot(self, data: ImageSet, features: Tensor, targets: list[int]) -> list[Result]:
         if data.classes is None:
             raise ValueError(f"{data.name} does not name its classes: give --class-names")
         classifier = self._model.classifier(data.classes, templates(self._args.templates, data.templates))
         scores = normalize(features, dim=-1) @ classifier
-        return _results(
-            data.name, "zero-shot", metrics.named_accuracy(scores, torch.tensor(targets)), len(scores)
-        )
+        scored = metrics.named_accuracy(scores, torch.tensor(targets))
+        return _results(data.name, "zero-shot", scored, len(scores))
 
     def _probe(self, source: str, data: ImageSet, features: Tensor, targets: list[int]) -> list[Result]:
         args = self._args
@@ -184,24 +171,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     started = time.monotonic()
-    model = ClipModel(
-        args.model,
-        pretrained=args.pretrained,
-        checkpoint=args.checkpoint,
-        device=device,
-        precision=args.precision,
-        batch_size=args.batch_size,
-        workers=args.workers,
-    )
+    options = ("pretrained", "checkpoint", "device", "precision", "batch_size", "workers")
+    model = ClipModel(args.model, **{name: getattr(args, name) for name in options})
     evaluation = Evaluation(model, args, console)
     results = [result for source in args.data for result in evaluation.run(source)]
     report.show(results, console)
     if args.output is not None:
         conditions = {
             **{name: str(value) for name, value in vars(args).items() if value is not None},
-            "device": device,
             "torch": torch.__version__,
             "seconds": round(time.monotonic() - started, 1),
         }

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision import datasets as torchvision_datasets
@@ -20,7 +20,6 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 Transform = Callable[[Image.Image], Any]
 
 _TORCHVISION = "torchvision:"
-_WORDNET = re.compile(r"n\d{8}")
 _KINDS = ("webp", "png", "jpg", "jpeg")  # of images in shards
 _COCO_CAPTIONS = 5  # per image, the usual protocol
 
@@ -30,9 +29,7 @@ class ImageSet:
     """One split of a data set."""
 
     name: str
-    images: Dataset[
-        Any
-    ]  # pairs of a transformed image and its target: a class's number, or a list of captions
+    images: Dataset[Any]  # transformed images with their targets: a class's number, or a list of captions
     retrieval: bool  # whether the targets are captions
     classes: list[str] | None = None  # their names, where they are known
     templates: list[str] | None = None  # the prompts that come with the data
@@ -161,17 +158,14 @@ def _imagenet(folders: Sequence[str]) -> list[str]:
     from open_clip import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
-    if all(_WORDNET.fullmatch(name) for name in folders):
-        position = {label: number for number, label in enumerate(ImageNetInfo("imagenet-1k").label_names())}
-        unknown = [name for name in folders if name not in position]
-        if unknown:
-            raise ValueError(f"class_names: {unknown[0]} is none of ImageNet's 1,000 classes")
-        return [IMAGENET_CLASSNAMES[position[name]] for name in folders]
-    if [name for name in folders if not name.isdigit() or int(name) >= len(IMAGENET_CLASSNAMES)]:
-        raise ValueError(
-            f"class_names: folders must be named n01440764 or 0 to be ImageNet's, not {folders[0]!r}"
-        )
-    return [IMAGENET_CLASSNAMES[int(name)] for name in folders]
+    position = {label: number for number, label in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    position |= {str(number): number for number in position.values()}
+    keys = [str(int(name)) if name.isdigit() else name for name in folders]
+    for name in keys:
+        if name not in position:
+            named = "folders must be named n01440764 or 0"
+            raise ValueError(f"class_names: {name} is none of ImageNet's 1,000 classes; {named}")
+    return [IMAGENET_CLASSNAMES[position[key]] for key in keys]
 
 
 # --- tables and captions ---
@@ -199,13 +193,12 @@ def _coco(path: Path, folder: Path, transform: Transform) -> ImageSet:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not {"images", "annotations"} <= set(content):
         raise ValueError(f"{path}: COCO's captions have images and annotations, not {', '.join(content)}")
-    captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
-    for annotation in sorted(content["annotations"], key=lambda one: int(one["id"])):
-        captions[annotation["image_id"]].append(annotation["caption"].strip())
+    table = pd.DataFrame(content["annotations"]).sort_values("id")
+    captions = table["caption"].str.strip().groupby(table["image_id"]).agg(list)
     items = [
         (folder / image["file_name"], captions[image["id"]][:_COCO_CAPTIONS])
         for image in content["images"]
-        if captions[image["id"]]
+        if image["id"] in captions
     ]
     return ImageSet(_name(path), _Files(items, transform), True)
 
@@ -262,33 +255,15 @@ def _lines(path: Path) -> list[str] | None:
 
 # --- torchvision ---
 
-_Options = dict[str, Any]
-_TRAIN_FLAG: dict[str, _Options] = {"train": {"train": True}, "test": {"train": False}}
-_TRAIN_TEST: dict[str, _Options] = {"train": {"split": "train"}, "test": {"split": "test"}}
-_THREE: dict[str, _Options] = {**_TRAIN_TEST, "validation": {"split": "val"}}
-_TRAINVAL: dict[str, _Options] = {"train": {"split": "trainval"}, "test": {"split": "test"}}
-_SETS: dict[str, dict[str, _Options]] = {
-    "CIFAR10": _TRAIN_FLAG,
-    "CIFAR100": _TRAIN_FLAG,
-    "DTD": _THREE,
-    "FGVCAircraft": _THREE,
-    "Flowers102": _THREE,
-    "Food101": _TRAIN_TEST,
-    "GTSRB": _TRAIN_TEST,
-    "OxfordIIITPet": _TRAINVAL,
-    "RenderedSST2": _THREE,
-    "STL10": _TRAIN_TEST,
-    "SVHN": _TRAIN_TEST,
-    "StanfordCars": _TRAIN_TEST,
-}
-# What torchvision does not name, or names otherwise than by words.
-_NAMES = {"RenderedSST2": ["negative", "positive"], "SVHN": [str(digit) for digit in range(10)]}
+_SETS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("torchvision.yaml").read_text(encoding="utf-8")
+)
 
 
-def _splits(name: str) -> dict[str, _Options]:
+def _splits(name: str) -> dict[str, Any]:
     if name not in _SETS:
         raise ValueError(f"torchvision:{name} is not supported; there are {', '.join(_SETS)}")
-    return _SETS[name]
+    return _SETS[name]["splits"]
 
 
 def _torchvision(name: str, split: str, transform: Transform, root: Path, download: bool) -> ImageSet:
@@ -298,5 +273,5 @@ def _torchvision(name: str, split: str, transform: Transform, root: Path, downlo
     made = getattr(torchvision_datasets, name)(
         str(root), transform=transform, download=download, **splits[split]
     )
-    names = _NAMES.get(name) or getattr(made, "classes", None)
+    names = _SETS[name].get("classes") or getattr(made, "classes", None)
     return ImageSet(name, made, False, [str(one).replace("_", " ") for one in names] if names else None)

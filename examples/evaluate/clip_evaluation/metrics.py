@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from scipy.stats import hypergeom
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
@@ -91,20 +93,18 @@ def retrieval(
     if image_of.shape != (captions,) or not ((image_of >= 0) & (image_of < images)).all():
         raise ValueError(f"image_of: expected {captions} numbers of images below {images}")
     image_of = image_of.to(image_features.device)
-    every_image = torch.arange(images, device=image_features.device)
-    every_caption = torch.arange(captions, device=image_features.device)
-    to_text = [
-        _hits(image_features[part] @ text_features.T, image_of == part.unsqueeze(1), ks)
-        for part in _blocks(every_image, captions)
-    ]
-    to_image = [
-        _hits(text_features[part] @ image_features.T, image_of[part].unsqueeze(1) == every_image, ks)
-        for part in _blocks(every_caption, images)
-    ]
-    return {
-        "image_to_text": _percent(torch.cat(to_text), ks),
-        "text_to_image": _percent(torch.cat(to_image), ks),
+    own = torch.arange(images, device=image_features.device)
+    ways = {
+        "image_to_text": (image_features, own, text_features, image_of),
+        "text_to_image": (text_features, image_of, image_features, own),
     }
+    found = {}
+    for way, (queries, query_of, candidates, candidate_of) in ways.items():
+        rows = max(1, _BLOCK // max(1, len(candidates)))
+        blocks = zip(queries.split(rows), query_of.split(rows), strict=True)
+        hits = [_hits(query @ candidates.T, of.unsqueeze(1) == candidate_of, ks) for query, of in blocks]
+        found[way] = _percent(torch.cat(hits), ks)
+    return found
 
 
 def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
@@ -115,22 +115,14 @@ def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
         query = int((~right.any(dim=1)).nonzero()[0])
         raise ValueError(f"query {query}: has no right answer among the columns")
     best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
-    above = (scores > best).sum(dim=1)
-    tied = (scores == best).sum(dim=1).double()
-    right_tied = ((scores == best) & right).sum(dim=1).double()
-    # In a random order of the tied columns the first j are wrong with probability ∏ (wrong − i)/(tied − i).
-    missed = torch.ones(len(scores), dtype=torch.float64, device=scores.device)
-    columns = {}
-    for k in range(1, max(ks) + 1):
-        place = k - 1 - above  # how many of the tied columns come before this place
-        factor = ((tied - right_tied - place) / (tied - place).clamp(min=1)).clamp(0, 1)
-        missed = torch.where(place >= 0, missed * factor, missed)
-        columns[k] = 1 - missed
-    return torch.stack([columns[k] for k in ks], dim=1)
-
-
-def _blocks(rows: Tensor, columns: int) -> Iterator[Tensor]:
-    yield from rows.split(max(1, _BLOCK // max(1, columns)))
+    above = (scores > best).sum(dim=1, keepdim=True)
+    ties = scores == best
+    tied, right_tied = (
+        count.sum(dim=1, keepdim=True).numpy() for count in (ties.cpu(), (ties & right).cpu())
+    )
+    # The tied columns have what remains of the first k places: as many draws without replacement.
+    places = (torch.tensor(ks) - above.cpu()).numpy().clip(0, tied)
+    return torch.from_numpy(1 - hypergeom.pmf(0, tied, right_tied, places))
 
 
 def _percent(hits: Tensor, ks: Sequence[int]) -> dict[int, float]:
@@ -175,14 +167,10 @@ def retrieval_chance(
     images: int, image_of: Tensor, ks: Sequence[int] = RETRIEVAL_KS
 ) -> dict[str, dict[int, float]]:
     """Return what a random order scores at :func:`retrieval`."""
-    captions = len(image_of)
-    own = torch.bincount(image_of, minlength=images).double()
-    to_text = {}
-    for k in ks:
-        missed = torch.ones_like(own)
-        for place in range(min(k, captions)):
-            missed *= ((captions - own - place) / (captions - place)).clamp(min=0)
-        to_text[k] = 100 * (1 - missed).mean().item()
+    own = torch.bincount(image_of, minlength=images).unsqueeze(1).numpy()
+    places = np.minimum(ks, len(image_of))
+    found = 100 * (1 - hypergeom.pmf(0, len(image_of), own, places)).mean(axis=0)
+    to_text = dict(zip(ks, found.tolist(), strict=True))
     return {"image_to_text": to_text, "text_to_image": chance(images, ks)}
 
 
@@ -197,11 +185,9 @@ def named_accuracy(scores: Tensor, labels: Tensor, ks: Sequence[int] = CLASS_KS)
     """Return top-k accuracy and, unless only top-1 is wanted, the mean per class, by name and with chance."""
     guess = chance(scores.shape[1], ks)
     found = {f"top-{k}": (value, guess[k]) for k, value in accuracy_at_k(scores, labels, ks).items()}
-    return (
-        found
-        if ks == (1,)
-        else {**found, "mean per class": (mean_per_class_accuracy(scores, labels), guess[1])}
-    )
+    if ks != (1,):
+        found["mean per class"] = (mean_per_class_accuracy(scores, labels), guess[1])
+    return found
 
 
 def standard_error(percent: float, n: int) -> float:

@@ -13,8 +13,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from .metrics import CLASS_KS, accuracy_at_k, mean_per_class_accuracy
-
 # Inverse strengths, as scikit-learn counts them, for features of variance one.
 STRENGTHS = tuple(10.0**exponent for exponent in (-5, -4, -3, -2, -1, 0, 1))
 _HELD_OUT = 0.2
@@ -23,13 +21,11 @@ _PROBE = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What a linear probe scored on the test items, in percent."""
+    """What a linear probe found, and its scores of the test items."""
 
-    accuracy: dict[int, float]  # top-k
-    mean_per_class: float  # top-1, averaged over classes
     strength: float  # the inverse regularisation strength that was chosen
     at_edge: bool  # whether that was the first or last one tried, so that a better one may lie beyond
-    validation: dict[float, float]  # top-1 accuracy on the validation items for every strength
+    validation: dict[float, float]  # top-1 accuracy on the validation items for every strength, in percent
     scores: Tensor  # [N, classes]: class probabilities
 
 
@@ -40,7 +36,6 @@ def linear_probe(
     *,
     classes: int,
     strengths: Sequence[float] = STRENGTHS,
-    ks: Sequence[int] = CLASS_KS,
     seed: int = 0,
 ) -> Probe:
     """Train logistic regression on features and score it.
@@ -55,7 +50,6 @@ def linear_probe(
         validation: The items that choose the strength; by default a fifth of the training items.
         classes: Number of classes; the labels are below it.
         strengths: The strengths to try.
-        ks: The cut-offs of the accuracy.
         seed: Selects the fifth that is held out where there is no validation split.
 
     Raises:
@@ -67,7 +61,7 @@ def linear_probe(
     if not strengths:
         raise ValueError("strengths: none given")
     x, y = _arrays("train", train, classes)
-    test_x, test_y = _arrays("test", test, classes)
+    test_x, _ = _arrays("test", test, classes)
     if validation is None:
         counts = np.bincount(y, minlength=classes)
         stratify = y if counts[counts > 0].min() > 1 and len(y) * _HELD_OUT >= (counts > 0).sum() else None
@@ -87,10 +81,7 @@ def linear_probe(
     best, model = search.best_params_["logisticregression__C"], search.best_estimator_
     scores = np.zeros((len(test_x), classes))
     scores[:, model.classes_] = model.predict_proba(test_x)
-    labels = torch.from_numpy(test_y)
     return Probe(
-        accuracy=accuracy_at_k(torch.from_numpy(scores), labels, ks),
-        mean_per_class=mean_per_class_accuracy(torch.from_numpy(scores), labels),
         strength=best,
         at_edge=len(tried) > 1 and best in (min(tried), max(tried)),
         validation=tried,

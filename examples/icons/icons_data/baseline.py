@@ -34,18 +34,15 @@ def retrieval(
     start, stop = ranges["train"]
     texts = [record.caption for record in records[start:stop]]
     blocks = [b for b in ("validation", "test", *(f"{shift}/test" for shift in SHIFTS)) if b in ranges]
-    chosen = {b: [r for r in records[slice(*ranges[b])] if r.retrieval] for b in blocks}
-    queries = np.array([r.index for b in blocks for r in chosen[b]])
-    distances, neighbours = pixel_knn.nearest(thumbnails[start:stop], thumbnails[queries])
-    rms = distances[:, 0] / np.sqrt(THUMBNAIL * THUMBNAIL * 3)
-    rows, at = [], 0
+    rows = []
     for block in blocks:
-        items = chosen[block]
-        part = slice(at, at + len(items))
-        at += len(items)
+        items = [record for record in records[slice(*ranges[block])] if record.retrieval]
+        queries = thumbnails[[record.index for record in items]]
+        distances, neighbours = pixel_knn.nearest(thumbnails[start:stop], queries)
+        rms = distances[:, 0] / np.sqrt(THUMBNAIL * THUMBNAIL * 3)
         captions = [caption for record in items for caption in record.captions]
         image_of = torch.tensor([i for i, record in enumerate(items) for _ in record.captions])
-        scores = pixel_knn.caption_scores(neighbours[part], texts, captions)
+        scores = pixel_knn.caption_scores(neighbours, texts, captions)
         right = image_of == torch.arange(len(items)).unsqueeze(1)
         rows.append(
             Row(
@@ -57,7 +54,7 @@ def retrieval(
                     "image_to_text": metrics.recall_at_k(scores, right=right),
                     "text_to_image": metrics.recall_at_k(scores.T, right=right.T),
                 },
-                alike={limit: 100 * float((rms[part] < limit).mean()) for limit in ALIKE_LIMITS},
+                alike={limit: 100 * float((rms < limit).mean()) for limit in ALIKE_LIMITS},
             )
         )
     return rows

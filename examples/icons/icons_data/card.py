@@ -3,45 +3,51 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from examples_common.page import fill
-from examples_common.tables import markdown
 
 from .baseline import ALIKE_LIMITS, Row
 from .draw import SIZE, THUMBNAIL
 from .labels import SOURCES
-from .package import LICENCES, PACKAGE, RESERVED, IconSet
+from .package import LICENCES, PACKAGE, IconSet
 from .records import Record
-from .split import ALIKE, OF_A_SHIFT, SAME_DRAWING, SHIFTS, SIDES
+from .sets import SETS
+from .split import ALIKE, SAME_DRAWING
 
-_TEMPLATE = Path(__file__).with_name("data_card.md")
-_CHANGES = (
-    f"Changes: each icon was drawn as {SIZE} × {SIZE} pixels on white, centred in a square, in black where "
-    "it names no colour. The captions are the icons' names, rewritten. Every picture stays under the licence "
-    "of its set: pass this file on with them."
-)
+
+def _number(n: int) -> str:
+    return f"{n:,}"
+
+
+def _scores(values: Mapping[int, float]) -> str:
+    return "/".join(f"{value:.1f}" if value >= 1 else f"{value:.2f}" for value in values.values())
+
+
+def _fill(template: str, **values: Any) -> str:
+    filters = {"number": _number, "code": lambda names: ", ".join(map("`{}`".format, names))}
+    return fill(Path(__file__).with_name(template), filters, package=PACKAGE, size=SIZE, **values)
 
 
 def attributions(sets: Sequence[IconSet], records: Sequence[Record], version: str) -> str:
     """Return whom the pictures are from, as their licences ask."""
+
+    def link(text: str, url: str) -> str:
+        return f"[{text}]({url})" if url else text
+
     used = Counter(record.set for record in records)
     rows = [
         [
-            f"{_link(one.title, one.url)} (`{one.prefix}`)",
+            f"{link(one.title, one.url)} (`{one.prefix}`)",
             one.authors,
-            f"{used[one.prefix]:,}",
-            _link(one.licence, one.licence_url),
+            _number(used[one.prefix]),
+            link(one.licence, one.licence_url),
         ]
         for one in sets
     ]
-    made = f"The pictures in this folder were made from these icon sets, as packaged in {PACKAGE} {version}."
-    return f"# Attributions\n\n{made}\n{_CHANGES}\n\n{markdown(['set', 'by', 'pictures', 'licence'], rows)}\n"
-
-
-def _link(text: str, url: str) -> str:
-    return f"[{text}]({url})" if url else text
+    return _fill("attributions.md", version=version, sets=rows)
 
 
 def data_card(
@@ -61,33 +67,34 @@ def data_card(
         reasons[reason].append(prefix)
     licence = {one.prefix: one.licence for one in sets}
     pictures, number = Counter(licence[record.set] for record in records), Counter(licence.values())
-    searched, classes = [], []
-    for row in retrieval:
-        scores = [
-            of[task] for of in (row["chance"], row["knn"]) for task in ("image_to_text", "text_to_image")
+    searched = [
+        [
+            row["block"],
+            *map(_number, (row["images"], row["captions"])),
+            *map(_scores, (*row["chance"].values(), *row["knn"].values())),
+            *(f"{share:.1f} %" for share in row["alike"].values()),
         ]
-        shares = (f"{share:.1f} %" for share in row["alike"].values())
-        numbers = map(_number, (row["images"], row["captions"]))
-        searched.append([row["block"], *numbers, *map(_scores, scores), *shares])
-    for row in classification:
-        name = f"{row['name']} (shift {row['shift']})" if row["shift"] else row["name"]
-        items = (_number(row["items"][side]) for side in SIDES)
-        scores = [_scores(row["chance"]), f"{row['majority']:.1f}", _scores(row["knn"])]
-        classes.append([name, f"{row['classes']}", *items, *scores])
-    return fill(
-        _TEMPLATE,
-        {"number": _number, "code": _code},
+        for row in retrieval
+    ]
+    classes = [
+        [
+            f"{row['name']} (shift {row['shift']})" if row["shift"] else row["name"],
+            *map(_number, (row["classes"], *row["items"].values())),
+            _scores(row["chance"]),
+            f"{row['majority']:.1f}",
+            _scores(row["knn"]),
+        ]
+        for row in classification
+    ]
+    return _fill(
+        "data_card.md",
         seed=seed,
-        package=PACKAGE,
         version=version,
-        size=SIZE,
         thumbnail=THUMBNAIL,
         sets=sets,
         records=records,
         parts=[_part(name, records[start:stop]) for name, (start, stop) in ranges.items()],
-        shifts=[[name, _code(prefixes)] for name, prefixes in SHIFTS.items()],
-        reserved=RESERVED,
-        of_a_shift=OF_A_SHIFT,
+        known=SETS,
         licences=[[name, f"{number[name]}", _number(pictures[name])] for name in LICENCES if number[name]],
         left_out=reasons,
         counts=counts,
@@ -104,15 +111,3 @@ def _part(name: str, part: Sequence[Record]) -> list[str]:
     concepts, captions = ({getattr(record, of) for record in part} for of in ("concept", "caption"))
     searched, coloured = sum(record.retrieval for record in part), sum(record.palette for record in part)
     return [name, *map(_number, (len(part), len(concepts), len(captions), searched, coloured))]
-
-
-def _number(n: int) -> str:
-    return f"{n:,}"
-
-
-def _code(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def _scores(values: Mapping[int, float]) -> str:
-    return "/".join(f"{value:.1f}" if value >= 1 else f"{value:.2f}" for value in values.values())

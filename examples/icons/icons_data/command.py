@@ -35,13 +35,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def recipe() -> str:
-    """Return a fingerprint of the source, by which a build of an older recipe is recognised."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.iterdir()):
-        if path.suffix in (".py", ".md", ".yaml"):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def digest(*paths: Path) -> str:
+    """Return the SHA-256 of files, one after the other."""
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def identity(tarball: Path, seed: int) -> dict[str, Any]:
+    """Return what tells one build from another: the seed, this package's source, and the tarball."""
+    source = Path(__file__).parent
+    files = sorted(path for path in source.iterdir() if path.suffix in (".py", ".md", ".yaml"))
+    return {"seed": seed, "recipe": digest(*files)[:16], "tarball": digest(tarball)}
 
 
 def build(
@@ -65,12 +71,8 @@ def build(
         track: Wraps loops in progress bars.
     """
     version, packaged = package.read(tarball)
-    left_out = {
-        prefix: reason
-        for prefix, data in packaged.items()
-        if (reason := package.reason_to_leave_out(prefix, data))
-    }
-    left_out |= {prefix: "of a vendor that is held out" for prefix in split.OF_A_SHIFT if prefix in packaged}
+    reasons = {prefix: package.reason_to_leave_out(prefix, data) for prefix, data in packaged.items()}
+    left_out = {prefix: reason for prefix, reason in reasons.items() if reason}
     brands = package.brand_names(packaged)
     chosen = [prefix for prefix in packaged if prefix not in left_out]
     icons = [
@@ -87,12 +89,11 @@ def build(
     labelled = labels.build([icons[position] for position in order], [row.side for row in rows])
     sets = [one for one in sets if any(row.set == one.prefix for row in rows)]
 
+    sides = {side: rows[slice(*ranges[side])] for side in split.SIDES if side in ranges}
     manifest = {
         "package": f"{package.PACKAGE} {version}",
-        "seed": seed,
+        **identity(tarball, seed),
         "png": png,
-        "recipe": recipe(),
-        "tarball": _digest(tarball),
         "ranges": ranges,
         "labelled": [one.name for one in labelled],
         "counts": parts.counts,
@@ -102,10 +103,10 @@ def build(
         write.images(work / "images.npy", pngs, track)
         records.write_table(work / "records.csv", rows)
         write.labels(work / "labels", labelled)
-        write.shards(work / "shards", rows, pngs, ranges, track)
+        write.shards(work / "shards", sides, pngs, track)
         write.benchmark(work / "benchmark", rows, pngs, labelled, track)
         if png:
-            write.files(work, rows, pngs, ranges, track)
+            write.files(work, sides, pngs, track)
         attributions = card.attributions(sets, rows, version)
         (work / "ATTRIBUTIONS.md").write_text(attributions, encoding="utf-8")
         for _ in track(["pixels"], 1, "Untrained baseline"):
@@ -125,22 +126,13 @@ def build(
     return manifest
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def is_complete(output: Path, tarball: Path, *, seed: int, png: bool) -> bool:
     """Say whether ``output`` holds this very build already."""
     path = output / "manifest.json"
     if not path.is_file():
         return False
     stored = json.loads(path.read_text(encoding="utf-8"))
-    wanted = {"seed": seed, "recipe": recipe(), "tarball": _digest(tarball)}
-    return all(stored[key] == value for key, value in wanted.items()) and (stored["png"] or not png)
+    return identity(tarball, seed).items() <= stored.items() and (stored["png"] or not png)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,23 +23,14 @@ def rasterise(svg: str, size: int = SIZE) -> bytes:
     """Draw an SVG on white, in black where it names no colour, and return a PNG."""
     import resvg_py
 
-    return bytes(
-        resvg_py.svg_to_bytes(
-            svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
-        )
-    )
+    options = {"width": size, "height": size, "background": "white", "skip_system_fonts": True}
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, **options))
 
 
-def pixels(png: bytes) -> np.ndarray:
-    """Decode a PNG: ``uint8 [height, width, 3]``."""
+def pixels(png: bytes, *, averaged: int = 1) -> np.ndarray:
+    """Decode a PNG, ``uint8 [height, width, 3]``, and average its squares of ``averaged`` pixels a side."""
     with Image.open(io.BytesIO(png)) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def thumbnail(png: bytes) -> np.ndarray:
-    """Decode a PNG and average it: ``uint8 [16, 16, 3]``."""
-    with Image.open(io.BytesIO(png)) as image:
-        return np.asarray(image.convert("RGB").reduce(SIZE // THUMBNAIL))
+        return np.asarray(image.convert("RGB").reduce(averaged))
 
 
 def draw_all(
@@ -71,4 +62,4 @@ def draw_all(
 
 def _draw_many(svgs: Sequence[str], size: int = SIZE) -> tuple[list[bytes], np.ndarray]:
     pngs = [rasterise(svg, size) for svg in svgs]
-    return pngs, np.stack([thumbnail(png) for png in pngs])
+    return pngs, np.stack([pixels(png, averaged=SIZE // THUMBNAIL) for png in pngs])

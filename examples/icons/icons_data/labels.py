@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+
+import pandas as pd
 
 from .package import Icon
 from .sets import SETS
@@ -14,7 +15,6 @@ from .split import SIDES
 
 # Prompts of zero-shot classification; the training texts are made with the same ones.
 TEMPLATES = ("{}", "an icon of {}", "{} icon", "a pictogram of {}")
-
 
 SOURCES: dict[str, dict[str, Any]] = SETS["labelled"]
 _MIN_TRAIN, _MIN_TEST = 8, 4
@@ -29,6 +29,7 @@ class Labelled:
     classes: list[str]
     index: dict[str, list[int]]  # for every side, the records
     label: dict[str, list[int]]  # for every side, the class of every record
+    templates: tuple[str, ...] = TEMPLATES  # prompts with one {} each
 
 
 def class_name(category: str) -> str:
@@ -49,23 +50,19 @@ def build(icons: Sequence[Icon], sides: Sequence[str]) -> list[Labelled]:
     Icons with several categories are left out, since only one answer would count as right, and so are classes
     with few icons on either side.
     """
+    labels = [class_name(icon.categories[0]) if len(icon.categories) == 1 else None for icon in icons]
+    every = pd.DataFrame({"set": [icon.set for icon in icons], "side": sides, "label": labels}).dropna()
     made = []
     for name, source in SOURCES.items():
-        rows: list[tuple[int, str]] = []
-        for position, icon in enumerate(icons):
-            if icon.set in source["sets"] and len(icon.categories) == 1:
-                label = class_name(icon.categories[0])
-                if name in SETS["labelled_emojis"] or label not in SETS["vague_categories"]:
-                    rows.append((position, label))
-        train = Counter(label for position, label in rows if sides[position] == "train")
-        test = Counter(label for position, label in rows if sides[position] == "test")
-        classes = sorted(c for c in train if train[c] >= _MIN_TRAIN and test[c] >= _MIN_TEST)
+        rows = every[every["set"].isin(source["sets"])]
+        if name not in SETS["labelled_emojis"]:
+            rows = rows[~rows["label"].isin(SETS["vague_categories"])]
+        counts = pd.crosstab(rows["label"], rows["side"]).reindex(columns=SIDES, fill_value=0)
+        classes = counts.index[(counts["train"] >= _MIN_TRAIN) & (counts["test"] >= _MIN_TEST)].tolist()
         if len(classes) < 2:
             continue
-        column = {label: number for number, label in enumerate(classes)}
-        chosen = {
-            side: [(p, column[c]) for p, c in rows if c in column and sides[p] == side] for side in SIDES
-        }
-        index, numbers = ({side: [pair[i] for pair in of] for side, of in chosen.items()} for i in (0, 1))
-        made.append(Labelled(name, source.get("shift", ""), classes, index, numbers))
+        of = {side: rows[rows["label"].isin(classes) & (rows["side"] == side)] for side in SIDES}
+        index = {side: part.index.tolist() for side, part in of.items()}
+        label = {side: part["label"].map(classes.index).tolist() for side, part in of.items()}
+        made.append(Labelled(name, source.get("shift", ""), classes, index, label))
     return made

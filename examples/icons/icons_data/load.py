@@ -75,20 +75,9 @@ class LabelledSet:
         index = np.array(self._index[side], dtype=np.int64)
         return Items(self._images[index], np.array(self._label[side], dtype=np.int64), index)
 
-    @property
-    def train(self) -> Items:
-        """What a probe is trained on: concepts of the training side."""
-        return self.side("train")
-
-    @property
-    def validation(self) -> Items:
-        """What a probe's regularisation is chosen on."""
-        return self.side("validation")
-
-    @property
-    def test(self) -> Items:
-        """Held-out concepts: for zero-shot classification and the probe's score."""
-        return self.side("test")
+    train = property(lambda self: self.side("train"), doc="What a probe is trained on: trained concepts.")
+    validation = property(lambda self: self.side("validation"), doc="What its regularisation is chosen on.")
+    test = property(lambda self: self.side("test"), doc="Held-out concepts, which zero-shot and probe score.")
 
 
 class Icons:
@@ -103,11 +92,11 @@ class Icons:
         self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self.images: np.ndarray = np.load(folder / "images.npy", mmap_mode="r")
         self.records = read_table(folder / "records.csv")
-        stored = (
-            json.loads((folder / "labels" / f"{name}.json").read_text(encoding="utf-8"))
-            for name in self.manifest["labelled"]
-        )
-        self.labelled = {one["name"]: LabelledSet(self.images, one) for one in stored}
+        paths = {name: folder / "labels" / f"{name}.json" for name in self.manifest["labelled"]}
+        self.labelled = {
+            name: LabelledSet(self.images, json.loads(path.read_text(encoding="utf-8")))
+            for name, path in paths.items()
+        }
 
     @property
     def shifts(self) -> list[str]:
@@ -128,13 +117,9 @@ class Icons:
         if not chosen:
             raise ValueError(f"{name!r} holds no retrieval items: shifts have them in their test part only")
         index = np.array([record.index for record in chosen], dtype=np.int64)
-        captions = [(i, caption) for i, record in enumerate(chosen) for caption in record.captions]
-        return Retrieval(
-            images=self.images[index],
-            captions=[caption for _, caption in captions],
-            image_of=np.array([i for i, _ in captions], dtype=np.int64),
-            index=index,
-        )
+        captions = [caption for record in chosen for caption in record.captions]
+        image_of = np.repeat(np.arange(len(chosen)), [len(record.captions) for record in chosen])
+        return Retrieval(self.images[index], captions, image_of, index)
 
 
 def load(folder: str | Path) -> Icons:

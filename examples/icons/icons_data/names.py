@@ -73,7 +73,7 @@ class Namer:
     def __call__(self, name: str) -> Name | None:
         """Return what ``name`` says, or None if it is no caption: no letters, or far too many words."""
         words, styles = self._split(name)
-        if self._variants[words] < 2 and not _all_unambiguous(styles):
+        if self._variants[words] < 2 and not _ALWAYS.issuperset(styles):
             words, styles = _words(name), ()
         words = self._unnumber(self._unglue(words))
         while len(words) > 1 and words[-1] in _FILLERS:
@@ -130,10 +130,6 @@ def _number(word: str) -> int:
     return int(word) if word.isdigit() else _NUMBERS.index(word) + 1
 
 
-def _all_unambiguous(styles: Iterable[str]) -> bool:
-    return all(style in _ALWAYS for style in styles)
-
-
 def _words(name: str) -> tuple[str, ...]:
     return tuple(word for word in re.split(r"[-_\s]+", name.lower()) if word)
 
@@ -153,8 +149,7 @@ def concept_of(words: Iterable[str], *, emoji: bool = False) -> str:
         >>> concept_of(["woman", "health", "worker"], emoji=True)
         'health worker'
     """
-    every = list(words)
-    kept = list(every)
+    kept = list(words)
     while len(kept) > 1 and (_COUNT.fullmatch(kept[-1]) or kept[-1] in _FILLERS):
         kept.pop()
     plain = [word for word in kept if word not in _FILLERS and word not in _ALWAYS]

@@ -8,12 +8,12 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .names import Namer, has_skin_tone
+from .names import Name, Namer, has_skin_tone
 from .sets import SETS
 
 PACKAGE = "@iconify/json"
@@ -42,14 +42,11 @@ class IconSet:
 
 
 @dataclasses.dataclass(frozen=True)
-class Icon:
+class Icon(Name):
     """One drawing with its words."""
 
     set: str  # the prefix of its set
     name: str  # in that set
-    caption: str  # the name's words, without style, size and numbering
-    style: str  # words for how it is drawn, or nothing
-    concept: str  # what the split goes by; see names.concept_of
     synonyms: tuple[tuple[str, str], ...]  # captions of its other names, with the concept of each
     categories: tuple[str, ...]  # of its set
     svg: str  # the drawing, in a square
@@ -84,19 +81,12 @@ def read(tarball: Path) -> tuple[str, dict[str, dict[str, Any]]]:
         for member in archive:
             path = Path(member.name)
             if path.parts[1:] == ("package.json",):
-                version = str(_json(archive, member)["version"])
+                version = str(json.load(archive.extractfile(member))["version"])
             elif path.parts[1:-1] == ("json",) and path.suffix == ".json":
-                sets[path.stem] = _json(archive, member)
+                sets[path.stem] = json.load(archive.extractfile(member))
     if not sets:
         raise ValueError(f"{tarball} holds no icon sets (no json/*.json in its top folder)")
     return version, dict(sorted(sets.items()))
-
-
-def _json(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
-    file = archive.extractfile(member)
-    if file is None:
-        raise ValueError(f"{member.name} is not a file")
-    return json.load(file)
 
 
 def reason_to_leave_out(prefix: str, data: Mapping[str, Any]) -> str | None:
@@ -106,6 +96,7 @@ def reason_to_leave_out(prefix: str, data: Mapping[str, Any]) -> str | None:
     logos = info.get("category") in SETS["categories_of_logos"] and prefix not in SETS["not_logos"]
     rules = (
         (prefix in RESERVED, "reserved"),
+        (prefix in SETS["of_a_shift"], "of a vendor that is held out"),
         (spdx not in LICENCES, f"licence {spdx}"),
         (logos, "logos or file types"),
         (prefix in SETS["proper_names"], "proper names or codes"),
@@ -152,12 +143,10 @@ def brand_names(sets: Mapping[str, Mapping[str, Any]]) -> set[str]:
                 lists[prefix].update(names)
         if describe(prefix, data).emoji and prefix not in RESERVED:
             plain.update(word for name in data["icons"] for word in name.split("-"))
-    counts: dict[str, int] = defaultdict(int)
+    counts: Counter[str] = Counter()
     for prefix, names in lists.items():
         namer = Namer(prefix, names)
-        found = {parsed.caption for name in names if (parsed := namer(name)) is not None}
-        for caption in found:
-            counts[caption] += 1
+        counts.update({parsed.caption for name in names if (parsed := namer(name)) is not None})
     return {caption for caption, n in counts.items() if n >= 2 and not plain.issuperset(caption.split())}
 
 
@@ -203,11 +192,9 @@ def icons_of(
             if other is not None and other.caption not in (parsed.caption, *brands):
                 synonyms[other.caption] = other.concept
         icon = Icon(
+            **vars(parsed),
             set=prefix,
             name=name,
-            caption=parsed.caption,
-            style=parsed.style,
-            concept=parsed.concept,
             synonyms=tuple(sorted(synonyms.items())),
             categories=tuple(categories[name]),
             svg=square_svg(data, drawing),

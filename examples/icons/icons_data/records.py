@@ -64,28 +64,21 @@ def make(
         The records; for each of them the position of its icon; and the range of each block, named
         ``train`` for a trained set, ``noto/train`` for a shift.
     """
-    blocks = [f"{shift}/{side}" if shift else side for shift in ("", *SHIFTS) for side in SIDES]
-
-    def block(position: int) -> str:
-        shift, side = shift_of(icons[position].set), split.side[split.group[position]]
-        return f"{shift}/{side}" if shift else side
-
-    rank = {name: number for number, name in enumerate(blocks)}
-    order = sorted(split.kept, key=lambda position: (rank[block(position)], _shuffled(icons[position], seed)))
+    blocks = [(shift, side) for shift in ("", *SHIFTS) for side in SIDES]
+    block = {p: (shift_of(icons[p].set), split.side[split.group[p]]) for p in split.kept}
+    order = sorted(split.kept, key=lambda p: (blocks.index(block[p]), _shuffled(icons[p], seed)))
     records: list[Record] = []
     ranges: dict[str, tuple[int, int]] = {}
     represented: set[tuple[str, str]] = set()
     for index, position in enumerate(order):
-        icon, name, group = icons[position], block(position), split.group[position]
+        icon, group, (shift, side) = icons[position], split.group[position], block[position]
+        name = f"{shift}/{side}" if shift else side
         first, _ = ranges.get(name, (index, index))
         ranges[name] = (first, index + 1)
-        side, shift = split.side[group], shift_of(icon.set)
         # One picture for each concept, so that no query has two right answers. Shifts are for the end only.
-        retrieval = (name, group) not in represented and (
-            side == "test" or (side == "validation" and not shift)
-        )
-        if retrieval:
-            represented.add((name, group))
+        searched = ("test",) if shift else ("validation", "test")
+        retrieval = side in searched and (name, group) not in represented
+        represented.add((name, group))
         records.append(
             Record(
                 index=index,

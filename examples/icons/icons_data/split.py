@@ -23,7 +23,6 @@ from .sets import SETS
 SIDES = ("train", "validation", "test")
 
 SHIFTS: dict[str, list[str]] = SETS["shifts"]
-OF_A_SHIFT: list[str] = SETS["of_a_shift"]
 
 VALIDATION = 0.05
 TEST = 0.15
@@ -136,24 +135,20 @@ def _named(concepts: Sequence[str], groups: DisjointSet) -> list[str]:
 
 
 def _sides(icons: Sequence[Icon], group: Sequence[str], seed: int) -> dict[str, str]:
-    members: dict[str, set[str]] = defaultdict(set)
-    trained: dict[str, bool] = defaultdict(bool)
-    emoji: dict[str, bool] = defaultdict(bool)
+    members: dict[str, list[Icon]] = defaultdict(list)
     for icon, name in zip(icons, group, strict=True):
-        members[name].add(icon.concept)
-        trained[name] |= not shift_of(icon.set)
-        emoji[name] |= icon.set in (*SHIFTS["noto"], *SHIFTS["emojione"])
-    side = {}
-    for name, concepts in members.items():
-        draw = _draw(f"{seed}/{name}")
-        if len(concepts) > _HUB:
-            side[name] = "train"
-            continue
-        test = TEST_OF_EMOJIS if emoji[name] else TEST
-        if not trained[name]:
-            test = TEST_OF_SHIFTS
-        side[name] = "test" if draw < test else "validation" if draw < test + VALIDATION else "train"
-    return side
+        members[name].append(icon)
+    return {name: _side(of, _draw(f"{seed}/{name}")) for name, of in members.items()}
+
+
+def _side(icons: Sequence[Icon], draw: float) -> str:
+    if len({icon.concept for icon in icons}) > _HUB:
+        return "train"
+    shifts = {shift_of(prefix) for prefix in {icon.set for icon in icons}}
+    test = TEST_OF_EMOJIS if shifts & {"noto", "emojione"} else TEST
+    if "" not in shifts:
+        test = TEST_OF_SHIFTS
+    return "test" if draw < test else "validation" if draw < test + VALIDATION else "train"
 
 
 def _draw(text: str) -> float:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import webdataset
 from examples_common.terminal import Track
 
 from .draw import SIZE, pixels
-from .labels import TEMPLATES, Labelled
+from .labels import Labelled
 from .records import Record
 from .split import SIDES
 
 SHARD = 10_000  # samples in a shard
 _FOLDER = 1_000  # files in a folder
+# A fixed time and owner make builds reproducible byte for byte.
+_TAR = {"encoder": False, "mtime": 0, "user": "", "group": ""}
 
 
 def images(path: Path, pngs: Sequence[bytes], track: Track) -> None:
@@ -32,37 +36,17 @@ def labels(folder: Path, labelled: Sequence[Labelled]) -> None:
     """Write each labelled set as JSON."""
     folder.mkdir()
     for one in labelled:
-        content = {
-            "name": one.name,
-            "shift": one.shift,
-            "classes": one.classes,
-            "templates": TEMPLATES,
-            "index": one.index,
-            "label": one.label,
-        }
-        (folder / f"{one.name}.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+        (folder / f"{one.name}.json").write_text(json.dumps(vars(one)) + "\n", encoding="utf-8")
 
 
-def shards(
-    folder: Path,
-    records: Sequence[Record],
-    pngs: Sequence[bytes],
-    ranges: Mapping[str, tuple[int, int]],
-    track: Track,
-) -> None:
+def shards(folder: Path, sides: Mapping[str, Sequence[Record]], pngs: Sequence[bytes], track: Track) -> None:
     """Write the trained sets' sides as webdataset shards of PNGs and texts, such as ``train-0000.tar``."""
     folder.mkdir()
-    for side in SIDES:
-        start, stop = ranges.get(side, (0, 0))
-        for number, first in enumerate(
-            track(range(start, stop, SHARD), -(-(stop - start) // SHARD), f"Shards: {side}")
-        ):
-            with _tar(folder / f"{side}-{number:04d}.tar") as tar:
-                for record in records[first : min(first + SHARD, stop)]:
-                    text = record.text if side == "train" else record.caption
-                    tar.write(
-                        {"__key__": f"{record.index:08d}", "png": pngs[record.index], "txt": text.encode()}
-                    )
+    for side, records in sides.items():
+        names = str(folder / f"{side}-%04d.tar")
+        with webdataset.ShardWriter(names, maxcount=SHARD, maxsize=math.inf, verbose=0, **_TAR) as writer:
+            for record in track(records, len(records), f"Shards: {side}"):
+                writer.write(_sample(record, pngs, txt=_text(record)))
 
 
 def benchmark(
@@ -73,52 +57,45 @@ def benchmark(
     for shift, side in track(list(blocks), len(blocks), "Retrieval sets"):
         name = folder / f"retrieval{'-' + shift if shift else ''}"
         chosen = [r for r in records if r.retrieval and (r.shift, r.side) == (shift, side)]
-        _split(name, side, [(r, {"txt": "\n".join(r.captions).encode()}) for r in chosen], pngs)
+        _split(name / side, [_sample(r, pngs, txt="\n".join(r.captions)) for r in chosen])
         (name / "dataset_type.txt").write_text("retrieval\n", encoding="utf-8")
     for one in track(labelled, len(labelled), "Labelled sets"):
         name = folder / one.name
         for side in SIDES:
             pairs = zip(one.index[side], one.label[side], strict=True)
-            _split(name, side, [(records[i], {"cls": str(label).encode()}) for i, label in pairs], pngs)
+            _split(name / side, [_sample(records[i], pngs, cls=str(label)) for i, label in pairs])
         (name / "classnames.txt").write_text("\n".join(one.classes) + "\n", encoding="utf-8")
-        prompts = "\n".join(template.replace("{}", "{c}") for template in TEMPLATES)
+        prompts = "\n".join(template.replace("{}", "{c}") for template in one.templates)
         (name / "zeroshot_classification_templates.txt").write_text(prompts + "\n", encoding="utf-8")
 
 
-def _split(
-    folder: Path, side: str, samples: Sequence[tuple[Record, dict[str, bytes]]], pngs: Sequence[bytes]
-) -> None:
-    (folder / side).mkdir(parents=True)
-    with _tar(folder / side / "0.tar") as tar:
-        for record, target in samples:
-            tar.write({"__key__": f"{record.index:08d}", "png": pngs[record.index], **target})
-    (folder / side / "nshards.txt").write_text("1\n", encoding="utf-8")
+def _split(folder: Path, samples: Sequence[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True)
+    with webdataset.TarWriter(str(folder / "0.tar"), **_TAR) as tar:
+        for sample in samples:
+            tar.write(sample)
+    (folder / "nshards.txt").write_text("1\n", encoding="utf-8")
 
 
-def _tar(path: Path) -> webdataset.TarWriter:
-    # A fixed time and owner make builds reproducible byte for byte.
-    return webdataset.TarWriter(str(path), encoder=False, mtime=0, user="", group="")
+def _sample(record: Record, pngs: Sequence[bytes], **target: str) -> dict[str, Any]:
+    texts = {kind: text.encode() for kind, text in target.items()}
+    return {"__key__": f"{record.index:08d}", "png": pngs[record.index], **texts}
 
 
-def files(
-    folder: Path,
-    records: Sequence[Record],
-    pngs: Sequence[bytes],
-    ranges: Mapping[str, tuple[int, int]],
-    track: Track,
-) -> None:
+def _text(record: Record) -> str:
+    return record.text if record.side == "train" else record.caption
+
+
+def files(folder: Path, sides: Mapping[str, Sequence[Record]], pngs: Sequence[bytes], track: Track) -> None:
     """Write the trained sets' sides as PNG files, and for each side a table of paths and texts.
 
     The tables are what open_clip's ``--dataset-type csv`` reads: ``filepath`` and ``title``, separated by
     tabs, with paths relative to ``folder``.
     """
-    for side in SIDES:
-        start, stop = ranges.get(side, (0, 0))
-        with (folder / f"{side}.csv").open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file, delimiter="\t", lineterminator="\n")
-            table.writerow(("filepath", "title"))
-            for record in track(records[start:stop], stop - start, f"Files: {side}"):
-                path = Path("png") / f"{record.index // _FOLDER:04d}" / f"{record.index:08d}.png"
-                (folder / path.parent).mkdir(parents=True, exist_ok=True)
-                (folder / path).write_bytes(pngs[record.index])
-                table.writerow((path.as_posix(), record.text if side == "train" else record.caption))
+    for side, records in sides.items():
+        paths = [f"png/{record.index // _FOLDER:04d}/{record.index:08d}.png" for record in records]
+        for path, record in zip(paths, track(records, len(records), f"Files: {side}"), strict=True):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(pngs[record.index])
+        table = pd.DataFrame({"filepath": paths, "title": list(map(_text, records))})
+        table.to_csv(folder / f"{side}.csv", sep="\t", index=False, lineterminator="\n")
