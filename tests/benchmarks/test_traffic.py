@@ -114,3 +114,25 @@ print(json.dumps(found))
         "peak": 2 * f4,
         "device": ["cuda:0", True, "cuda"],
     }
+
+
+def test_a_teachers_two_best_move_no_more_than_bins() -> None:
+    code = """
+import rankloss, torch, traffic
+n, dim = 4096, 512
+names = ("reference_image_features", "reference_text_features")
+teacher = {name: torch.empty(n, dim, device="meta") for name in names}
+loss = rankloss.RankClipLoss(schedule="constant", top_k=2, kernel="torch")
+calls = (
+    lambda v, t, _v, _t, s: loss(v, t, s, **teacher),
+    traffic.with_library(n, n, method="bin", kernel="torch"),
+)
+for call in calls:
+    print(traffic.count(call, traffic.features(n, n, dim), n, n)["bytes_per_element"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    of_teacher, of_bins = map(float, done.stdout.split())
+    assert 12 < of_teacher <= of_bins
