@@ -54,5 +54,5 @@ def test_links_of_the_package_are_absolute_and_lead_to_the_same() -> None:
 
 def test_readme_says_the_demos_minutes_once_and_fits_a_screen_and_a_half() -> None:
     assert README.count("minutes") == 1
-    assert "about 7 minutes on 2 cores, set-up included" in " ".join(README.split())
+    assert "about 5 minutes on 2 cores, set-up included" in " ".join(README.split())
     assert len(README.split()) < 900
