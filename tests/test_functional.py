@@ -693,7 +693,7 @@ def test_features_that_are_not_unit_norm_are_computed_as_they_are(
     np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use
 @pytest.mark.parametrize("lists", ["row", "batch"])
 def test_forward_mode_differentiation_is_refused(lists: str) -> None:
     v, t, s = (x.detach() for x in random_batch(0, 6, 4, 10.0).leaves())

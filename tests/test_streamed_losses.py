@@ -197,7 +197,7 @@ def test_it_can_be_differentiated_again(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use
 @both
 def test_forward_mode_is_refused_and_not_zero(name: str) -> None:
     v, t, s, b = (x.detach() for x in inputs_of(random_batch(0, 6, 4, 10.0)))

@@ -36,7 +36,7 @@ pytestmark = [
     # Zero rows are not unit-norm, and of that a loss may warn.
     pytest.mark.filterwarnings("ignore:.*norm"),
     # torch's own forward mode is made with it.
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script"),
     # vmap says of some operators that it takes them one by one.
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
 ]
