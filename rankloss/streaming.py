@@ -144,12 +144,12 @@ def _stream_term(
                     None if shuffles is None else shuffles[MATRICES.index(matrices[side].name)],
                 )
             )
-        found: Iterable[Evaluated] = (
-            evaluate(block, options, plan, with_gradient=with_gradient) for block in blocks
-        )
+        found: Iterable[Evaluated]
         if joins:
             both = blocks[0].above(blocks[1], cosines.flatten(0, 1))
             found = evaluate(both, options, plan, with_gradient=with_gradient).halves()
+        else:  # one after the other, so that one gradient is held at a time
+            found = (evaluate(block, options, plan, with_gradient=with_gradient) for block in blocks)
         for side, of_side in enumerate(found):
             for value, part, share in zip(values, of_side[:2], (0.5, options.directions[side]), strict=True):
                 if value is not None and part is not None:

@@ -27,6 +27,19 @@ def saved_bytes(forward: Callable[[], object]) -> int:
     return sum(storages.values())
 
 
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that operations make while it is entered, as long as they live.
 

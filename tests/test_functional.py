@@ -12,12 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
 from interpreter import few_examples, interpreted, needs_triton
-from memory import saved_bytes
+from memory import LargestTensor, saved_bytes
 from rankloss import Gather, RankConsistency, dense, likelihood, operator, plackett_luce_nll, reference
 from rankloss.batch import Batch as Features
 from rankloss.functional import cross_modal, in_modal
@@ -392,19 +390,6 @@ def test_what_forward_keeps_for_backward_grows_linearly_in_n() -> None:
     assert small > 0
     assert large <= 4.05 * small
     assert large < 256 * 256 * 4  # less than one N×N matrix
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
-        return result
 
 
 @pytest.mark.parametrize("method", ["sort", "bin"])

@@ -12,12 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from batches import Batch, batches, gradients, random_batch, relative_error, unit_rows
 from fake_cuda import fake_cuda
-from memory import saved_bytes
+from memory import LargestTensor, saved_bytes
 from process_pool import Pool
 from rankloss import (
     Gather,
@@ -352,19 +350,6 @@ def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(options) -
             )
             operator._run(call, *call.unpacked([torch.empty_like(x) for x in found]), wanted)
         assert copies.found == []
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
-        return result
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"model": "top_one"}, {"method": "bin", "bins": 16}])

@@ -188,11 +188,11 @@ def machine() -> list[str]:
     import torch
 
     import rankloss
+    from rankloss.kernels.rows import triton_version
 
-    triton = _version("triton") or _version("pytorch-triton")
     lines = [
         f"rankloss {rankloss.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
-        f"Triton: {triton or 'not installed'}",
+        f"Triton: {triton_version() or 'not installed'}",
     ]
     devices = ["cpu"]
     if torch.cuda.is_available():
