@@ -15,7 +15,7 @@ import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -104,19 +104,19 @@ class Sorted:
         self.order = order
         rank = torch.arange(order.shape[-1], 0, -1, device=order.device) if options.weighs_ranks else order
         self.mu = self._mu = weights_of_ranks(rank, options, torch.float64)
-        self._tied: Tensor | slice | None = None  # which lists have ties
+        self._sizes: Tensor | None = None  # [n, N], of the groups; None where the ties are looked up
+        self._ties: _Ties | None = None
         if ordered is None:
             return
-        self._tied = _lists_with_ties(ordered)
-        if self._tied is None:
+        if may_look_at(ordered):
+            self._ties = _Ties.of(ordered)
+            if self._ties is not None and self._mu is not None:
+                self.mu = self._ties.share(self._mu.expand(order.shape))
             return
-        of_tied = ordered[self._tied]
         self._dtype = ordered.dtype
-        self._sizes = _group_sizes(of_tied)  # [tied lists, N]
+        self._sizes = _group_sizes(ordered)
         if self._mu is not None:
-            last = torch.searchsorted(of_tied, of_tied, right=True) - 1
-            self.mu = self._mu.expand(order.shape).contiguous()
-            self.mu[self._tied] = self._mu[last]
+            self.mu = self._mu[torch.searchsorted(ordered, ordered, right=True) - 1]
 
     @property
     def total_mu(self) -> Tensor | int:
@@ -129,20 +129,19 @@ class Sorted:
 
     def log_denominators(self, denominators: Tensor, *, narrow: bool) -> Tensor:
         """Σ_p μ_p·log C_p of every list; ``narrow`` says that float32 would hold every C_p."""
-        if isinstance(self._tied, slice):  # all lists
-            return self._weighted_logs(denominators)
+        if self._sizes is not None:
+            if self._mu is not None:
+                return denominators.log().mul_(self._sizes) @ self._mu
+            return _sum_of_logs_in(self._dtype, denominators, self._sizes)
         if self._mu is not None:
             total = denominators.log() @ self._mu
         else:
             total = self._sum_of_logs(denominators, narrow)
-        if self._tied is not None:
-            total[self._tied] = self._weighted_logs(denominators[self._tied])
+        if self._ties is not None:
+            list_, slot, size = self._ties
+            surplus = denominators[list_, slot].log() * (size - 1)
+            total.index_add_(0, list_, surplus if self._mu is None else surplus * self._mu[slot])
         return total
-
-    def _weighted_logs(self, denominators: Tensor) -> Tensor:
-        if self._mu is not None:
-            return denominators.log().mul_(self._sizes) @ self._mu
-        return _sum_of_logs_in(self._dtype, denominators, self._sizes)
 
     def _sum_of_logs(self, denominators: Tensor, narrow: bool) -> Tensor:
         quarter = denominators.shape[-1] // 4
@@ -156,13 +155,14 @@ class Sorted:
 
     def shares(self, denominators: Tensor) -> Tensor:
         """The summands of U by slot, the best first. The denominators are used up, and the ties with them."""
-        if isinstance(self._tied, slice):
+        if self._sizes is not None:
             shares = torch.div(self._sizes, denominators, out=denominators)
             del self._sizes
         else:
             shares = denominators.reciprocal_()
-            if self._tied is not None:
-                shares[self._tied] *= self._sizes
+            if self._ties is not None:
+                list_, slot, size = self._ties
+                shares[list_, slot] *= size
         if self._mu is not None:
             shares *= self._mu
         return shares.flip(-1)
@@ -341,14 +341,13 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
     lowest, highest = extremes(reference)
     # In a list whose items are all tied, none is the best.
     is_best = reference == highest.masked_fill(highest == lowest, torch.nan)
-    second = reference.masked_fill(is_best, -torch.inf).amax(-1, keepdim=True)
+    second = torch.where(is_best, -torch.inf, reference).amax(-1, keepdim=True)
     tiny = torch.finfo(reference.dtype).tiny  # a list whose other items are all tied has no range
     extent = (second - lowest).clamp_min(tiny)
     place = (reference - lowest).div_(extent).mul_(bins - 1)
-    # Before the conversion, which does not hold infinity and NaN: of these two, fmin takes the number.
-    last = torch.full((), bins - 2, dtype=place.dtype, device=place.device)
-    place = torch.fmin(place, last, out=place)
-    return place.masked_fill_(is_best, bins - 1).long()
+    # Before the conversion, which does not hold infinity and NaN.
+    place.clamp_(max=bins - 2).nan_to_num_(nan=bins - 2)
+    return torch.where(is_best, bins - 1, place).long()
 
 
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -395,13 +394,44 @@ def group_bounds(sorted_values: Tensor) -> tuple[Tensor, Tensor]:
     return first, last
 
 
-def _lists_with_ties(ordered: Tensor) -> Tensor | slice | None:
-    """Which of some sorted lists have ties: None where none has, all where it would cost a wait to know."""
-    if not may_look_at(ordered):
-        return slice(None)
-    # A row of float32 cosines has a tie by accident now and then, most have none.
-    tied = (ordered[..., 1:] == ordered[..., :-1]).any(-1).nonzero().squeeze(-1)
-    return tied if len(tied) else None
+class _Ties(NamedTuple):
+    """The slots of sorted lists that hold tied items; a list of float32 cosines has few, by accident.
+
+    Attributes:
+        list: ``[slots]``, the list of every such slot.
+        slot: ``[slots]``, its place in the list.
+        size: ``[slots]``, how many items are tied, at the last slot of every group, and 0 at the others.
+    """
+
+    list: Tensor
+    slot: Tensor
+    size: Tensor
+
+    @classmethod
+    def of(cls, ordered: Tensor) -> _Ties | None:
+        """The ties of lists ``[n, N]``; None where there are none."""
+        list_, slot = (ordered[:, 1:] == ordered[:, :-1]).nonzero(as_tuple=True)
+        if len(slot) == 0:
+            return None
+        # These slots hold the same as the next one: each run of them is a group without its last slot.
+        is_last = torch.ones_like(slot, dtype=torch.bool)
+        torch.logical_or(list_[1:] != list_[:-1], slot[1:] != slot[:-1] + 1, out=is_last[:-1])
+        end = is_last.nonzero().squeeze(-1)
+        size = end.diff(prepend=end.new_full((1,), -1)) + 1
+        return cls(
+            torch.cat([list_, list_[end]]),
+            torch.cat([slot, slot[end] + 1]),
+            torch.cat([torch.zeros_like(slot), size]),
+        )
+
+    def share(self, mu: Tensor) -> Tensor:
+        """μ by slot, ``[n, N]``, every group's being that of its last slot."""
+        is_last = self.size > 0
+        groups = self.size[is_last]
+        last = self.slot[is_last].repeat_interleave(groups - 1)
+        mu = mu.clone(memory_format=torch.contiguous_format)
+        mu[self.list[~is_last], self.slot[~is_last]] = mu[self.list[~is_last], last]
+        return mu
 
 
 def _group_sizes(ordered: Tensor) -> Tensor:
