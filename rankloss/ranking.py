@@ -313,12 +313,13 @@ def weights_of_ranks(rank: Tensor, options: RankOptions, dtype: torch.dtype) -> 
 def quantize(reference: Tensor, bins: int) -> Tensor:
     r"""The bin of every item, counted from 0 for the worst.
 
-        b_q = min(⌊(y_q − min y) · (bins − 1) / (y″ − min y)⌋, bins − 2),   bins − 1 where y_q = max y,
+        b_q = min(⌊(y_q − min y) / width⌋, bins − 2),   bins − 1 where y_q = max y,
 
-    with y″ the largest y below the maximum. The best item has the last bin for itself, since as a rule it is
-    the anchor's own pair, which stands far above all others; the other bins divide the range of the rest
-    evenly. An item's bin never decreases with its y: a list that is ranked by b differs from one ranked by y
-    only in that the items of one bin are tied. Its NLL is the larger one, by no more than
+    with width = (y″ − min y) / (bins − 1) and y″ the largest y below the maximum. The best item has the last
+    bin for itself, since as a rule it is the anchor's own pair, which stands far above all others; the other
+    bins divide the range of the rest evenly. An item's bin never decreases with its y: a list that is ranked
+    by b differs from one ranked by y only in that the items of one bin are tied. Its NLL is the larger one,
+    by no more than
 
         0 ≤ NLL(x | b) − NLL(x | y) ≤ Σ_k (n_k − 1) · log[(B_k + Σw) / (B_k + min w)],
 
@@ -339,15 +340,16 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
     """
     reference = reference.detach()
     lowest, highest = extremes(reference)
-    # In a list whose items are all tied, none is the best.
-    is_best = reference == highest.masked_fill(highest == lowest, torch.nan)
-    second = torch.where(is_best, -torch.inf, reference).amax(-1, keepdim=True)
-    tiny = torch.finfo(reference.dtype).tiny  # a list whose other items are all tied has no range
-    extent = (second - lowest).clamp_min(tiny)
-    place = (reference - lowest).div_(extent).mul_(bins - 1)
-    # Before the conversion, which does not hold infinity and NaN.
-    place.clamp_(max=bins - 2).nan_to_num_(nan=bins - 2)
-    return torch.where(is_best, bins - 1, place).long()
+    limits = torch.finfo(reference.dtype)
+    lowest.clamp_(limits.min, limits.max)  # of infinities no difference is taken
+    # The best items are no other items, and NaN, and what is beside it, is neither.
+    is_other = reference < highest
+    last = highest.gt_(lowest).mul_(bins - 1)  # but 0 in a list whose items are all tied
+    second = torch.where(is_other, reference, lowest).amax(-1, keepdim=True)
+    # A list whose other items are all tied has no range.
+    width = (second - lowest).div_(bins - 1).clamp_(limits.tiny, limits.max)
+    place = (reference - lowest).div_(width).clamp_(0, bins - 2)
+    return torch.where(is_other, place, last).long()
 
 
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -215,7 +215,7 @@ def _quantized(y: Tensor, bins: int) -> Tensor:
         if len(others) == 0:
             bins_of_lists.append(torch.zeros_like(of_list, dtype=torch.long))
             continue
-        extent = (others.max() - others.min()).clamp_min(torch.finfo(y.dtype).tiny)
-        place = ((of_list - others.min()) / extent * (bins - 1)).clamp(max=bins - 2).long()
+        width = ((others.max() - others.min()) / (bins - 1)).clamp_min(torch.finfo(y.dtype).tiny)
+        place = ((of_list - others.min()) / width).clamp(max=bins - 2).long()
         bins_of_lists.append(place.where(of_list < of_list.max(), torch.tensor(bins - 1)))
     return torch.stack(bins_of_lists).view(y.shape)

@@ -83,9 +83,9 @@ def division_of(value, low, high, divisions):
 
     It never decreases with the value, and is that of :func:`rankloss.ranking.quantize`.
     """
-    extent = tl.maximum(high - low, 1.1754944e-38)
+    width = tl.maximum(tl.div_rn(high - low, (divisions - 1).to(tl.float32)), 1.1754944e-38)
     # Clamped before the division, which would overflow for a best item far above a narrow range.
-    part = tl.div_rn(tl.minimum(tl.maximum(value - low, 0.0), extent), extent) * (divisions - 1)
+    part = tl.div_rn(tl.maximum(tl.minimum(value, high) - low, 0.0), width)
     part = tl.minimum(part, (divisions - 2).to(tl.float32))
     return tl.where(value > high, divisions - 1, part.to(tl.int32))
 
