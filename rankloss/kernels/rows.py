@@ -158,6 +158,7 @@ def evaluate_rows(
     alpha: Tensor | None = None,
     first_row: int = 0,
     anchors: int | None = None,
+    opposite: bool = False,
     first_equal: Tensor | None = None,
     method: Literal["sort", "bin"] = "sort",
     bins: int = 2048,
@@ -191,8 +192,12 @@ def evaluate_rows(
         first_row: the first row's own column; the next row's is the next.
         anchors: after how many rows the own columns begin again at ``first_row``, where the block holds rows
             of several matrices one below the other; None where it holds those of one.
+        opposite: whether the lists of the first matrix are ranked by the rows of the last one in
+            ``reference``, those of the second by the last but one, and so on. ``reference`` may then be
+            ``cosines`` itself, which is read once for both.
         first_equal: ``[N]``, integer: y_q is read at ``first_equal[q]``, the first item equal to q, so that
             equal items are tied whatever the rounding of their cosines. None where no two are equal.
+            ``[k, N]``: one for the first of k equal parts of the matrices, one for the second, and so on.
         method: ``"sort"``: the exact order of y. ``"bin"``: the items of a bin of
             :func:`rankloss.ranking.quantize` are tied.
         bins: their number, at least 2.
@@ -217,6 +222,7 @@ def evaluate_rows(
     """
     n, N = _check_rows(cosines, reference)
     anchors = _check_anchors(n, N, first_row, anchors)
+    _check_first_equal(first_equal, n // anchors if n else 1, N)
     _check_tensors(cosines, n, N, scale=scale, beta=beta, alpha=alpha, first_equal=first_equal)
     if method not in ("sort", "bin"):
         raise ValueError(f"method must be one of 'sort', 'bin'; got {method!r}")
@@ -227,7 +233,7 @@ def evaluate_rows(
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1; got {top_k}")
     cross_entropy, nll, slopes = torch.ops.rankloss.evaluate_rows(
-        cosines, reference, scale, beta, alpha, first_equal, first_row, anchors,
+        cosines, reference, scale, beta, alpha, first_equal, first_row, anchors, opposite,
         bins if method == "bin" else 0, top_k or 0, discount is not None, diagonal, mean, gradient,
     )  # fmt: skip
     return cross_entropy if alpha is not None else None, nll, slopes if gradient else None
@@ -261,8 +267,20 @@ def _check_anchors(n: int, N: int, first_row: int, anchors: int | None) -> int:
     return anchors
 
 
+def _check_first_equal(first_equal: Tensor | None, matrices: int, N: int) -> None:
+    if first_equal is None or first_equal.dim() < 2:
+        return
+    if first_equal.shape[1:] != (N,) or not len(first_equal) or matrices % len(first_equal):
+        raise ValueError(
+            f"first_equal must have shape [k, {N}], where k divides the number of matrices, {matrices}; "
+            f"got {tuple(first_equal.shape)}"
+        )
+
+
 def _check_tensors(cosines: Tensor, n: int, N: int, **tensors: Tensor | None) -> None:
-    shapes = {"scale": ((),), "first_equal": ((N,),)}
+    equal = tensors.get("first_equal")
+    of_equal = (N,) if equal is None or equal.dim() < 2 else tuple(equal.shape)
+    shapes: dict[str, tuple[tuple[int, ...], ...]] = {"scale": ((),), "first_equal": (of_equal,)}
     for name, x in tensors.items():
         if x is None:
             continue
@@ -342,7 +360,7 @@ def _processors_and_cache(device: torch.device) -> tuple[int, int]:
     "rankloss::evaluate_rows",
     mutates_args=(),
     schema="(Tensor cosines, Tensor reference, Tensor scale, Tensor beta, Tensor? alpha, "
-    "Tensor? first_equal, int first_row, int anchors, int bins, int top_k, bool discount, bool diagonal, "
+    "Tensor? first_equal, int first_row, int anchors, bool opposite, int bins, int top_k, bool discount, bool diagonal, "
     "bool mean, bool gradient) -> (Tensor, Tensor, Tensor)",
 )
 def _evaluate_rows(
@@ -354,6 +372,7 @@ def _evaluate_rows(
     first_equal: Tensor | None,
     first_row: int,
     anchors: int,
+    opposite: bool,
     bins: int,
     top_k: int,
     discount: bool,
@@ -375,14 +394,16 @@ def _evaluate_rows(
         )
         if size
     ]
+    lists_per_equal = n // anchors // (1 if first_equal is None else first_equal.numel() // N)
     tensors = (cosines, reference, first_equal, slopes, cross_entropy, nll, *scratch, scale, alpha, beta)
     sizes = (
-        n, N, first_row, anchors, cosines.stride(0), reference.stride(0),
+        n, N, first_row, anchors, lists_per_equal, cosines.stride(0), reference.stride(0),
         0 if alpha is None else _stride(alpha), _stride(beta), top_k or N, bins or N,
     )  # fmt: skip
     options = {
         "BLOCK": launch.block,
         "HAS_EQUAL": first_equal is not None,
+        "OPPOSITE": opposite,
         "HAS_ALPHA": alpha is not None,
         "HAS_GRADIENT": gradient,
         "DIAGONAL": diagonal,
@@ -420,6 +441,7 @@ def _evaluate_rows_fake(
     _first_equal: Tensor | None,
     _first_row: int,
     _anchors: int,
+    _opposite: bool,
     _bins: int,
     _top_k: int,
     _discount: bool,

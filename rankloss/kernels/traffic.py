@@ -19,8 +19,9 @@ the gradient (1·N); twelve passes over bins.
 
 A program works on one row at a time, so only x and y of that row and the scratch are read again. Where those
 of all programs fit into the GPU's last cache, memory sees each of x, y and the gradient once, 12 bytes per
-element. With the product that writes x (4 bytes; each matrix is the x of one list) and the two products that
-read the gradient (8), a list then costs 24 bytes per element.
+element; and 8 where both matrices of a pair are in one launch, in which the row that is x of one list is y of
+another one, next to it. With the product that writes x (4 bytes) and the two products that read the gradient
+(8), a list then costs 20 bytes per element.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def traffic(
     cache: int = CACHE,
     index_bytes: int = 0,
     mates: float = 3.0,
+    own_reference: bool = False,
 ) -> Traffic:
     """Count a launch for n rows of N items that writes a gradient.
 
@@ -83,6 +85,7 @@ def traffic(
         cache: bytes of its last cache.
         index_bytes: of an entry of ``first_equal``; 0 without one.
         mates: depth of an item's bucket, averaged over the items.
+        own_reference: whether the reference is made of the rows of the cosines, those of the other matrix.
 
     Example:
         >>> moved = traffic(1024, 8192)
@@ -97,7 +100,7 @@ def traffic(
         reference=n * (4 + index_bytes) * passes * N,
         gradient=n * 4 * N,
         scratch=n * 4 * scratch,
-        once=n * 12 * N,
+        once=n * (8 if own_reference else 12) * N,
         kept=launch.programs * 8 * N + launch.scratch_bytes,
         allocated=launch.scratch_bytes,
     )

@@ -18,6 +18,7 @@ from rankloss.kernels.device.pieces import (
     division_of,
     fill_with_nan,
     joined,
+    list_of,
     log_of,
     reference_at,
     survey,
@@ -126,11 +127,11 @@ def sum_bins_downwards(count, log_c, weight, bins, BLOCK: tl.constexpr, WEIGHS: 
         m0, w0 = at(j, m, 0), at(j, w, 0)
 
 
-@triton.jit(do_not_specialize=["n", "first_row", "anchors", "top_k"])
+@triton.jit(do_not_specialize=["n", "first_row", "anchors", "lists_per_equal", "top_k"])
 def binned_rows(
     X, Y, EQUAL, GRADIENT, CE, NLL, FLOATS, INTS, TOTALS, scale, ALPHA, BETA,
-    n, N, first_row, anchors, x_stride, y_stride, alpha_stride, beta_stride, top_k, bins,
-    BLOCK: tl.constexpr, HAS_EQUAL: tl.constexpr, HAS_ALPHA: tl.constexpr,
+    n, N, first_row, anchors, lists_per_equal, x_stride, y_stride, alpha_stride, beta_stride, top_k, bins,
+    BLOCK: tl.constexpr, HAS_EQUAL: tl.constexpr, OPPOSITE: tl.constexpr, HAS_ALPHA: tl.constexpr,
     HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr, DISCOUNT: tl.constexpr,
     MEAN: tl.constexpr,
 ):  # fmt: skip
@@ -147,15 +148,19 @@ def binned_rows(
     s = tl.load(scale).to(tl.float32)
     j = tl.arange(0, BLOCK)
     M = N if DIAGONAL else N - 1
-    row = tl.program_id(0)
-    while row < n:  # not a range, whose variable is a plain int in the interpreter
-        x = X + row.to(tl.int64) * x_stride
-        y = Y + row.to(tl.int64) * y_stride
-        own = first_row + row % anchors
-        top, low, high, finite = survey(x, y, EQUAL, own, N, s, BLOCK, HAS_EQUAL, DIAGONAL)
+    visit = tl.program_id(0)
+    while visit < n:  # not a range, whose variable is a plain int in the interpreter
+        matrix, anchor, row, ranked_by = list_of(visit, n, anchors, OPPOSITE)
+        x = X + row * x_stride
+        y = Y + ranked_by * y_stride
+        own = first_row + anchor
+        equal = EQUAL
+        if HAS_EQUAL:
+            equal = EQUAL + matrix // lists_per_equal * N
+        top, low, high, finite = survey(x, y, equal, own, N, s, BLOCK, HAS_EQUAL, DIAGONAL)
         if finite != 0:
             collect_bins(
-                x, y, EQUAL, own, N, s, top, low, high, largest, count, total, bins,
+                x, y, equal, own, N, s, top, low, high, largest, count, total, bins,
                 BLOCK, HAS_EQUAL, DIAGONAL,
             )  # fmt: skip
             log_sum, denominators, total_mu = sum_bins_upwards(
@@ -182,7 +187,7 @@ def binned_rows(
                 if not DIAGONAL:
                     listed = inside & (c + j != own)
                 score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
-                q = division_of(reference_at(y, EQUAL, c + j, listed, HAS_EQUAL), low, high, bins)
+                q = division_of(reference_at(y, equal, c + j, listed, HAS_EQUAL), low, high, bins)
                 mu = listed.to(tl.float32)
                 if WEIGHS:
                     mu *= tl.load(weight + q, mask=listed, other=0.0)
@@ -192,7 +197,7 @@ def binned_rows(
                     slope = beta * (share - mu)
                     if HAS_ALPHA:
                         slope += alpha * (tl.exp(score - log_sum) - (c + j == own).to(tl.float32))
-                    tl.store(GRADIENT + row.to(tl.int64) * N + c + j, slope, mask=inside)
+                    tl.store(GRADIENT + row * N + c + j, slope, mask=inside)
             nll = denominators - tl.sum(scores, 0)
             if MEAN:
                 nll /= total_mu
@@ -202,6 +207,6 @@ def binned_rows(
             if HAS_ALPHA:
                 tl.store(CE + row, float("nan"))
             if HAS_GRADIENT:
-                fill_with_nan(GRADIENT + row.to(tl.int64) * N, N, BLOCK)
+                fill_with_nan(GRADIENT + row * N, N, BLOCK)
         tl.debug_barrier()  # the next row uses the same scratch
-        row += tl.num_programs(0)
+        visit += tl.num_programs(0)

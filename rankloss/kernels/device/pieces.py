@@ -28,6 +28,22 @@ def log_of(m, w):
 
 
 @triton.jit
+def list_of(visit, n, anchors, OPPOSITE: tl.constexpr):
+    """What the programs take as number so-and-so: the matrix, the anchor in it, and two rows of the block.
+
+    The rows are the list's own and that of its reference. The lists of one anchor come one after the other,
+    since they read the same rows: those are in the cache when the next program wants them.
+    """
+    matrices = n // anchors
+    matrix, anchor = visit % matrices, visit // matrices
+    row = matrix * anchors + anchor
+    ranked_by = row
+    if OPPOSITE:
+        ranked_by = n - (matrix + 1) * anchors + anchor
+    return matrix, anchor, row.to(tl.int64), ranked_by.to(tl.int64)
+
+
+@triton.jit
 def at(index, x, place):
     """The entry of a block at one place."""
     return tl.sum(tl.where(index == place, x, tl.zeros_like(x)), 0)

@@ -26,6 +26,7 @@ from rankloss.kernels.device.pieces import (
     division_of,
     fill_with_nan,
     joined,
+    list_of,
     log_of,
     reference_at,
     survey,
@@ -239,12 +240,12 @@ def sum_downwards(
     return tl.sum(terms, 0), total_mu
 
 
-@triton.jit(do_not_specialize=["n", "first_row", "anchors", "top_k"])
+@triton.jit(do_not_specialize=["n", "first_row", "anchors", "lists_per_equal", "top_k"])
 def sorted_rows(
     X, Y, EQUAL, GRADIENT, CE, NLL, FLOATS, INTS, scale, ALPHA, BETA,
-    n, N, first_row, anchors, x_stride, y_stride, alpha_stride, beta_stride, top_k, buckets,
-    BLOCK: tl.constexpr, DEEPEST: tl.constexpr, HAS_EQUAL: tl.constexpr, HAS_ALPHA: tl.constexpr,
-    HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr, DISCOUNT: tl.constexpr,
+    n, N, first_row, anchors, lists_per_equal, x_stride, y_stride, alpha_stride, beta_stride, top_k, buckets,
+    BLOCK: tl.constexpr, DEEPEST: tl.constexpr, HAS_EQUAL: tl.constexpr, OPPOSITE: tl.constexpr,
+    HAS_ALPHA: tl.constexpr, HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr, DISCOUNT: tl.constexpr,
     MEAN: tl.constexpr,
 ):  # fmt: skip
     """CE, NLL and gradient of every row; see :func:`rankloss.kernels.evaluate_rows`.
@@ -259,15 +260,19 @@ def sorted_rows(
     s = tl.load(scale).to(tl.float32)
     j = tl.arange(0, BLOCK)
     M = N if DIAGONAL else N - 1
-    row = tl.program_id(0)
-    while row < n:  # not a range, whose variable is a plain int in the interpreter
-        x = X + row.to(tl.int64) * x_stride
-        y = Y + row.to(tl.int64) * y_stride
-        own = first_row + row % anchors
-        top, low, high, finite = survey(x, y, EQUAL, own, N, s, BLOCK, HAS_EQUAL, DIAGONAL)
+    visit = tl.program_id(0)
+    while visit < n:  # not a range, whose variable is a plain int in the interpreter
+        matrix, anchor, row, ranked_by = list_of(visit, n, anchors, OPPOSITE)
+        x = X + row * x_stride
+        y = Y + ranked_by * y_stride
+        own = first_row + anchor
+        equal = EQUAL
+        if HAS_EQUAL:
+            equal = EQUAL + matrix // lists_per_equal * N
+        top, low, high, finite = survey(x, y, equal, own, N, s, BLOCK, HAS_EQUAL, DIAGONAL)
         if finite != 0:
             deepest = fill_buckets(
-                y, EQUAL, own, N, low, high, keys, items, first, start, buckets,
+                y, equal, own, N, low, high, keys, items, first, start, buckets,
                 BLOCK, HAS_EQUAL, DIAGONAL,
             )  # fmt: skip
             if deepest <= DEEPEST:
@@ -313,12 +318,12 @@ def sorted_rows(
                     slope = beta * (tl.exp(score + log_u) - mu)
                     if HAS_ALPHA:
                         slope += alpha * (tl.exp(score - total) - (c + j == own).to(tl.float32))
-                    tl.store(GRADIENT + row.to(tl.int64) * N + c + j, slope, mask=inside)
+                    tl.store(GRADIENT + row * N + c + j, slope, mask=inside)
         else:
             tl.store(NLL + row, float("nan"))
             if HAS_ALPHA:
                 tl.store(CE + row, float("nan"))
             if HAS_GRADIENT:
-                fill_with_nan(GRADIENT + row.to(tl.int64) * N, N, BLOCK)
+                fill_with_nan(GRADIENT + row * N, N, BLOCK)
         tl.debug_barrier()  # the next row uses the same scratch
-        row += tl.num_programs(0)
+        visit += tl.num_programs(0)
