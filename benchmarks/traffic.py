@@ -120,12 +120,13 @@ class Count(TorchDispatchMode):
             return
         names = [argument.name for argument in func._schema.arguments]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        n, items = given["cosines"].shape
-        index = given["first_equal"]
+        x, y, index = given["cosines"], given["reference"], given["first_equal"]
+        n, items = x.shape
         moved = kernels.traffic(
             n, items, bins=given["bins"], processors=PROCESSORS, cache=CACHE,
             index_bytes=0 if index is None else index.element_size(),
-            own_reference=given["cosines"].untyped_storage()._cdata == given["reference"].untyped_storage()._cdata,
+            matrices=n // given["anchors"],
+            opposite=given["opposite"] and x.untyped_storage()._cdata == y.untyped_storage()._cdata,
         )  # fmt: skip
         self._track(out)
         self.peak = max(self.peak, sum(self._sizes.values()) + moved.allocated)

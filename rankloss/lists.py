@@ -86,7 +86,8 @@ class Block(NamedTuple):
 
     def own_entries(self, x: Tensor) -> Tensor:
         """A view of the entries of the own pairs, ``[matrices, n / matrices]``."""
-        return x.unflatten(0, (self.matrices, -1)).diagonal(self.first_row, 1, 2)
+        entries: Tensor = x.unflatten(0, (self.matrices, -1)).diagonal(self.first_row, 1, 2)
+        return entries
 
     def rows(self, rows: slice) -> Block:
         """The same for some of the rows."""
@@ -115,7 +116,7 @@ class Block(NamedTuple):
             else:
                 equal = self.first_equal
                 if equal.dim() > 1:
-                    equal = equal[k * len(equal) // self.matrices]
+                    equal = equal[2 * k // self.matrices]
                 torch.index_select(source, -1, equal, out=place)
         return self._replace(reference=reference, first_equal=None, opposite=False, owns_reference=True)
 

@@ -276,7 +276,7 @@ def _shared(weight: Tensor | None, share: float) -> Tensor | None:
 
 
 def _by_list(weights: Sequence[Tensor | None], rows: slice) -> Tensor | None:
-    """What the lists of some rows weigh, by matrix: ``[]`` where it is the same for all, else ``[lists, 1]``."""
+    """What the lists of some rows of all matrices weigh: ``[]`` if that is one value, else ``[lists, 1]``."""
     known = next((w for w in weights if w is not None), None)
     if known is None or (known.dim() == 0 and all(w is known for w in weights)):
         return known

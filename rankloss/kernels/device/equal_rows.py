@@ -1,4 +1,4 @@
-"""The kernels that find equal rows of features: one reads them once, the other where two rows may be equal."""
+"""The kernels that find equal rows of features: one reads all of them, the other those that may be equal."""
 
 from __future__ import annotations
 

@@ -28,19 +28,23 @@ def log_of(m, w):
 
 
 @triton.jit
-def list_of(visit, n, anchors, OPPOSITE: tl.constexpr):
-    """What the programs take as number so-and-so: the matrix, the anchor in it, and two rows of the block.
-
-    The rows are the list's own and that of its reference. The lists of one anchor come one after the other,
-    since they read the same rows: those are in the cache when the next program wants them.
-    """
-    matrices = n // anchors
-    matrix, anchor = visit % matrices, visit // matrices
-    row = matrix * anchors + anchor
-    ranked_by = row
+def reference_row(row, anchor, n, anchors, OPPOSITE: tl.constexpr):
+    """The row of the block that ranks the list of a row: the same, or that of the opposite matrix."""
     if OPPOSITE:
-        ranked_by = n - (matrix + 1) * anchors + anchor
-    return matrix, anchor, row.to(tl.int64), ranked_by.to(tl.int64)
+        row = n - anchors + 2 * anchor - row
+    return row
+
+
+@triton.jit
+def next_row(row, ranked_by, n, anchors, OPPOSITE: tl.constexpr):
+    """The row of the same anchor that comes next.
+
+    Two lists that rank each other follow one another, since they read the same two rows: the second time
+    those are in the cache.
+    """
+    if OPPOSITE:
+        return tl.where(row < n // 2, ranked_by, ranked_by + anchors)
+    return row + anchors
 
 
 @triton.jit
