@@ -49,7 +49,10 @@ class Products:
         self._matrices, self._into = matrices, into
         self._factors = tuple((matrix.anchors, matrix.items) for matrix in matrices)
         if precision == "exact-order" and may_round(matrices[0].items):
-            self._factors = tuple(factors_for_tf32(*factors) for factors in self._factors)
+            first, last = (factors_for_tf32(*self._factors[k]) for k in (0, -1))
+            # X and I are made of the features of S and R.
+            between = ((last[0], first[1]), (first[0], last[1])) if len(matrices) == 4 else ()
+            self._factors = (first, *between, last)
 
     def take(self, rows: slice) -> Tensor:
         """The cosines of some rows of all matrices, ``[matrices, n, N]``."""

@@ -82,7 +82,7 @@ def stream(
         )
     )
     if not given:
-        return values, sums, batch.scale.double()
+        return values, sums, torch.ones((), dtype=torch.float64, device=device)
     # The largest weight is left to the end: beside worths far apart, small ones would round to zero.
     stacked = torch.stack(given)
     largest = torch.linalg.vector_norm(stacked, math.inf)

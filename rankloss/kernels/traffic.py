@@ -19,9 +19,9 @@ the gradient (1·N); twelve passes over bins.
 
 A program works on one row at a time, so only x and y of that row and the scratch are read again. Where those
 of all programs fit into the GPU's last cache, memory sees each of x, y and the gradient once, 12 bytes per
-element; and 8 where both matrices of a pair are in one launch, in which a program takes the two lists that rank
-each other one after the other: x of one is y of the other. With the product that writes x (4 bytes) and the two products that read the gradient
-(8), a list then costs 20 bytes per element.
+element. Where both matrices of a pair are in one launch it is 8: a program takes the two lists that rank each
+other one after the other, and x of one is y of the other. With the product that writes x (4 bytes) and the
+two products that read the gradient (8), a list then costs 20 bytes per element.
 """
 
 from __future__ import annotations
