@@ -33,7 +33,7 @@ def similarities() -> tuple[Tensor, Tensor]:
 def streamed(cosines: Tensor, reference: Tensor, method: str) -> tuple[Tensor, Tensor]:
     """As the pass over the rows does it: a slice at a time that fits a core's cache."""
     plan = OPTIONS[method].plan(LISTS, ITEMS, cosines.device, cosines.dtype)
-    block = Block(cosines, torch.arange(LISTS), torch.tensor(SCALE), None, torch.ones(()), reference)
+    block = Block(cosines, torch.tensor(SCALE), None, torch.ones(()), reference)
     _, value, gradient = evaluate(block, OPTIONS[method], plan, with_gradient=True)
     assert value is not None
     assert gradient is not None

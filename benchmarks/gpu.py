@@ -30,6 +30,7 @@ import rankloss
 from gpu_report import write_report
 from naive import naive_rank_terms
 from rankloss import kernels
+from rankloss.ranking import quantize
 from traffic import with_library
 
 LIMIT = 530  # seconds for everything
@@ -173,7 +174,7 @@ def agreement(bench: Bench, x: Tensor, y: Tensor, method: Any) -> dict[str, Any]
     assert again[2] is not None
     scores = (x.double() * SCALE).requires_grad_()
     own = torch.arange(len(x), device=x.device)
-    reference = y if method == "sort" else bins_over_others(y, own, bins)
+    reference = y if method == "sort" else quantize(y, bins)
     expected = rankloss.plackett_luce_nll(scores, reference)
     total = expected + F.cross_entropy(scores, own, reduction="none")
     (gradient,) = torch.autograd.grad(total.sum(), scores)
@@ -183,16 +184,6 @@ def agreement(bench: Bench, x: Tensor, y: Tensor, method: Any) -> dict[str, Any]
         "gradient": float((slopes - gradient).norm() / gradient.norm()),
         "same_bits_twice": torch.equal(nll, again[1]) and torch.equal(slopes, again[2]),
     }
-
-
-def bins_over_others(y: Tensor, own: Tensor, bins: int) -> Tensor:
-    """The bins that the kernel's docstring describes."""
-    mine = F.one_hot(own, y.shape[1]).bool()
-    low = y.masked_fill(mine, torch.inf).amin(-1, keepdim=True)
-    high = y.masked_fill(mine, -torch.inf).amax(-1, keepdim=True)
-    extent = (high - low).clamp_min(torch.finfo(y.dtype).tiny)
-    inside = ((y.clamp(low, high) - low) / extent * (bins - 1)).long().clamp_max(bins - 2)
-    return torch.where(y > high, bins - 1, inside)
 
 
 def waits(bench: Bench) -> dict[str, Any]:

@@ -41,6 +41,7 @@ _KINDS = {
                      "arange", "copy", "clone", "_to_copy", "flip", "cat", "stack", "randperm",
                      "scalar_tensor", "new_zeros", "new_ones", "new_full"),
 }  # fmt: skip
+_KERNELS = ("evaluate_rows", "hash_rows", "confirm_equals")
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
 _FACTORIES = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 _ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -88,7 +89,7 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if func.namespace == "rankloss" and name != "evaluate_rows":
+        if func.namespace == "rankloss" and name not in _KERNELS:
             with torch._C._EnableTorchFunction(), AsCuda(), self:  # off while an operator is dispatched
                 return OPDEFS[f"rankloss::{name}"]._init_fn(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
@@ -113,13 +114,19 @@ class Count(TorchDispatchMode):
         self.bytes[kind] += moved
 
     def _add_kernel(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        if func.overloadpacket.__name__ != "evaluate_rows":  # no two rows of a batch without data are equal
+            self._track([out])
+            self._add("kernel", kernels.feature_bytes(func.overloadpacket.__name__, args[0]))
+            return
         names = [argument.name for argument in func._schema.arguments]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        n, items = given["cosines"].shape
-        index = given["first_equal"]
+        x, y, index = given["cosines"], given["reference"], given["first_equal"]
+        n, items = x.shape
         moved = kernels.traffic(
             n, items, bins=given["bins"], processors=PROCESSORS, cache=CACHE,
             index_bytes=0 if index is None else index.element_size(),
+            matrices=n // given["anchors"],
+            opposite=given["opposite"] and x.untyped_storage()._cdata == y.untyped_storage()._cdata,
         )  # fmt: skip
         self._track(out)
         self.peak = max(self.peak, sum(self._sizes.values()) + moved.allocated)
@@ -178,6 +185,7 @@ def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Sequ
     writes = sum(map(_footprint, written or outputs))
     # mul_ reads what it writes; copy_, fill_ and an out= do not.
     in_place = bool(written) and name not in ("copy", "fill", "zero") and "out" not in kwargs
+    in_place = in_place and kwargs.get("beta") != 0
     return sum(map(_footprint, read)) + writes * (2 if in_place else 1)
 
 

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from rankloss import kernels
+
 __all__ = [
     "MATRICES",
     "Batch",
@@ -226,19 +228,24 @@ class Batch:
         """``[n]``: the column of every anchor's own pair."""
         return torch.arange(self.first_row, self.first_row + self.anchors, device=self.image.device)
 
-    def matrices(self, term: Term, *, are_references: bool = True) -> tuple[Matrix, Matrix]:
+    def matrices(
+        self, term: Term, *, are_references: bool = True, in_kernel: bool = False
+    ) -> tuple[Matrix, Matrix]:
         """The two matrices that a term compares: S and R, or I and X.
 
-        Without ``are_references`` no lists are ranked by them, and equal items are not looked for.
+        Without ``are_references`` no lists are ranked by them, and equal items are not looked for;
+        ``in_kernel`` says that :mod:`rankloss.kernels` serves, and looks for them there.
         """
         are_local = self.image_anchors is not None
         (images, items_1), (texts, items_2) = anchors_and_items(term, self.inputs, are_local)
-        v, t = self._equal("image", "text") if are_references else (None, None)
+        v, t = self._equal("image", "text", in_kernel=in_kernel) if are_references else (None, None)
         if term == "cross_modal":
             return Matrix("S", images, items_1, t), Matrix("R", texts, items_2, v)
         return Matrix("I", images, items_1, v), Matrix("X", texts, items_2, t)
 
-    def references(self, term: Term, matrices: tuple[Matrix, Matrix]) -> tuple[Matrix, Matrix]:
+    def references(
+        self, term: Term, matrices: tuple[Matrix, Matrix], *, in_kernel: bool = False
+    ) -> tuple[Matrix, Matrix]:
         """What the lists of a term's two matrices are ranked by: each by the other, or by a teacher.
 
         A teacher ranks S by its own S' and R by R', I by I' and X by X'. With the features of one modality
@@ -249,35 +256,35 @@ class Batch:
         rows = slice(self.first_row, self.first_row + self.anchors)
         v, t = self.reference_image, self.reference_text
         if v is not None and t is not None:
-            of_v, of_t = self._equal("reference_image", "reference_text")
+            of_v, of_t = self._equal("reference_image", "reference_text", in_kernel=in_kernel)
             if term == "cross_modal":
                 return Matrix("S", v[rows], t, of_t), Matrix("R", t[rows], v, of_v)
             return Matrix("I", v[rows], v, of_v), Matrix("X", t[rows], t, of_t)
         name: Literal["I", "X"] = "I" if t is None else "X"
         of_one = v if t is None else t
         assert of_one is not None
-        (equal,) = self._equal("reference_image" if t is None else "reference_text")
+        (equal,) = self._equal("reference_image" if t is None else "reference_text", in_kernel=in_kernel)
         by_one = Matrix(name, of_one[rows], of_one, equal)
         return by_one, by_one
 
-    def _equal(self, *names: str) -> list[Tensor | None]:
+    def _equal(self, *names: str, in_kernel: bool) -> list[Tensor | None]:
         # Not a cached_property: up to Python 3.11 that takes a lock, where a compiler would stop.
         if names not in self._first_equal:
-            self._first_equal[names] = _first_equal(*(getattr(self, name) for name in names))
+            features = [getattr(self, name) for name in names]
+            find = _first_equal_in_kernel if in_kernel else _first_equal
+            self._first_equal[names] = find(*features)
         return self._first_equal[names]
 
-    @property
-    def nan_unless_finite(self) -> Tensor:
-        """1 if all features are finite, else NaN; multiplying by it makes the loss NaN."""
-        given = (self.image, self.text, self.reference_image, self.reference_text)
-        return nan_unless_finite(*given).to(self.image.dtype)
+    def nan_unless_finite(self, weights: Tensor) -> Tensor:
+        """The weights if all features are finite, else NaN, which makes the loss NaN."""
+        return nan_unless_finite(weights, self.image, self.text, self.reference_image, self.reference_text)
 
 
-def nan_unless_finite(*features: Tensor | None) -> Tensor:
-    """1 if all features are finite, else NaN; multiplying by it makes the loss NaN."""
+def nan_unless_finite(weights: Tensor, *features: Tensor | None) -> Tensor:
+    """The weights if all features are finite, else NaN, which makes the loss NaN."""
     largest = (torch.linalg.vector_norm(x.detach(), math.inf) for x in features if x is not None)
-    zero_or_nan: Tensor = functools.reduce(torch.add, (x * 0 for x in largest))
-    return zero_or_nan + 1
+    # 0 · ∞ and 0 · NaN are NaN.
+    return torch.addcmul(weights, weights, functools.reduce(torch.maximum, largest), value=0)
 
 
 def anchors_and_items(term: Term, of: Inputs, are_local: bool) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
@@ -487,6 +494,14 @@ def _first_equal(*features: Tensor) -> list[Tensor | None]:
             if looks and bool(same.all()):
                 unsettled.remove(k)
     return found
+
+
+def _first_equal_in_kernel(*features: Tensor) -> list[Tensor | None]:
+    """The same on a GPU, from one pass over float32 features, with one hash."""
+    hashes = torch.stack([kernels.hash_rows(x) for x in features])
+    ordered, order = hashes.sort(stable=True)
+    candidates = order.gather(-1, torch.searchsorted(ordered, hashes))
+    return [kernels.confirm_equals(x, candidate) for x, candidate in zip(features, candidates, strict=True)]
 
 
 def row_hashes(features: Tensor, salt: int = 0) -> Tensor:

@@ -184,7 +184,7 @@ def weighted_terms(
         values = row_lists(batch, options, weights, wanted, shuffles)
     else:
         assert not contrastive
-        weights = weights * batch.nan_unless_finite
+        weights = batch.nan_unless_finite(weights)
         zero = image.new_zeros(n if options.reduction == "none" else ())
         values = (image.new_zeros(()),)
         for term, is_wanted, weight in zip(_TERMS, wanted[1:], weights[1:].unbind(), strict=True):

@@ -47,23 +47,25 @@ _REACH = {torch.float32: 70.0, torch.float64: 680.0}
 
 
 class Block(NamedTuple):
-    """Some rows of one matrix, and all that their values and gradient depend on.
+    """Some rows of one matrix, or of several, and all that their values and gradient depend on.
 
     Attributes:
         cosines: the similarities c, ``[n, N]``.
-        own: ``[n]``, the column k of every row's own pair; None where it counts for nothing.
         scale: s, ``[]``.
         alpha: weight of the cross-entropy, ``[]`` or ``[n, 1]``; None leaves it out.
         beta: weight of the ranking's NLL, likewise; None leaves it out.
         reference: the cosines that the lists are ranked by, ``[n, N]``; None without beta.
         first_equal: ``[N]``, the first item equal to item j, whose reference counts; None where no two are.
-        first_row: the first row's k; the next row's is the next.
+            ``[2, N]``: one for the references of the first half of the lists, one for those of the second.
+        first_row: the column k of the first row's own pair; the next row's is the next.
         shuffle: ``[N]`` under ``ties="random"``; else None.
+        matrices: how many the rows belong to, the same rows of each, one matrix below the other.
+        opposite: whether the lists of the first matrix are ranked by what stands in the place of the last
+            one in the reference, those of the second by the last but one, and so on.
         owns_reference: whether nobody else reads the reference, so that the gradient may take its place.
     """
 
     cosines: Tensor
-    own: Tensor | None
     scale: Tensor
     alpha: Tensor | None
     beta: Tensor | None
@@ -71,38 +73,52 @@ class Block(NamedTuple):
     first_equal: Tensor | None = None
     first_row: int = 0
     shuffle: Tensor | None = None
+    matrices: int = 1
+    opposite: bool = False
     owns_reference: bool = False
+
+    @property
+    def own(self) -> Tensor:
+        """``[n]``: the column k of every row's own pair."""
+        anchors = len(self.cosines) // self.matrices
+        own = torch.arange(self.first_row, self.first_row + anchors, device=self.cosines.device)
+        return own if self.matrices == 1 else own.repeat(self.matrices)
+
+    def own_entries(self, x: Tensor) -> Tensor:
+        """A view of the entries of the own pairs, ``[matrices, n / matrices]``."""
+        entries: Tensor = x.unflatten(0, (self.matrices, -1)).diagonal(self.first_row, 1, 2)
+        return entries
 
     def rows(self, rows: slice) -> Block:
         """The same for some of the rows."""
+        if rows.stop - rows.start == len(self.cosines):
+            return self
+        assert self.matrices == 1
         return self._replace(
             cosines=self.cosines[rows],
-            own=None if self.own is None else self.own[rows],
             alpha=self.alpha if self.alpha is None or self.alpha.dim() == 0 else self.alpha[rows],
             beta=self.beta if self.beta is None or self.beta.dim() == 0 else self.beta[rows],
             reference=None if self.reference is None else self.reference[rows],
             first_row=self.first_row + rows.start,
         )
 
-    def exact_reference(self, out: Tensor | None = None) -> Tensor:
-        """The reference, in which equal items are tied exactly; in ``out``, where that is given."""
-        assert self.reference is not None
-        if self.first_equal is not None:
-            return torch.index_select(self.reference, -1, self.first_equal, out=out)
-        return self.reference if out is None else out.copy_(self.reference)
-
-    def above(self, other: Block, cosines: Tensor) -> Block:
-        """Both blocks one above the other; ``cosines``, ``[2·n, N]``, are those of both."""
-        reference = None
-        if self.reference is not None:
-            reference = torch.empty_like(cosines)
-            for block, out in zip((self, other), reference.view(2, *self.cosines.shape), strict=True):
-                block.exact_reference(out)
-        alpha, beta = (x if x is None or x.dim() == 0 else torch.cat([x, x]) for x in (self.alpha, self.beta))
-        return Block(
-            cosines, None if self.own is None else self.own.repeat(2), self.scale, alpha, beta, reference,
-            owns_reference=reference is not None,
-        )  # fmt: skip
+    def with_exact_reference(self) -> Block:
+        """The same with a reference, row by row, in which equal items are tied exactly."""
+        if self.reference is None or (self.first_equal is None and not self.opposite):
+            return self
+        sources = self.reference.unflatten(0, (self.matrices, -1))
+        reference = torch.empty_like(self.cosines)
+        places = reference.view(sources.shape)
+        for k, place in enumerate(places):
+            source = sources[self.matrices - 1 - k if self.opposite else k]
+            if self.first_equal is None:
+                place.copy_(source)
+            else:
+                equal = self.first_equal
+                if equal.dim() > 1:
+                    equal = equal[2 * k // self.matrices]
+                torch.index_select(source, -1, equal, out=place)
+        return self._replace(reference=reference, first_equal=None, opposite=False, owns_reference=True)
 
 
 class Evaluated(NamedTuple):
@@ -119,11 +135,6 @@ class Evaluated(NamedTuple):
     nll: Tensor | None
     gradient: Tensor | None
 
-    def halves(self) -> tuple[Evaluated, Evaluated]:
-        """The two blocks of :meth:`Block.above`."""
-        first, second = zip(*((None, None) if x is None else x.chunk(2) for x in self), strict=True)
-        return Evaluated(*first), Evaluated(*second)
-
 
 def evaluate(block: Block, options: RankOptions, plan: Plan, *, with_gradient: bool) -> Evaluated:
     """Values, and the gradient where it is wanted, of a block of lists, some of its rows at a time."""
@@ -131,8 +142,7 @@ def evaluate(block: Block, options: RankOptions, plan: Plan, *, with_gradient: b
         return Evaluated(None, None, None)
     if plan.kernel == "triton" and block.beta is not None:
         return _evaluate_in_kernel(block, options, with_gradient)
-    if block.reference is not None and block.first_equal is not None:
-        block = block._replace(reference=block.exact_reference(), first_equal=None, owns_reference=True)
+    block = block.with_exact_reference()
     evaluate_lists = _evaluate if options.diagonal or block.reference is None else _evaluate_others
     return evaluate_lists(block, options, plan, with_gradient)
 
@@ -148,6 +158,8 @@ def _evaluate_in_kernel(block: Block, options: RankOptions, with_gradient: bool)
             _by_row(block.beta),
             alpha=None if block.alpha is None else _by_row(block.alpha),
             first_row=block.first_row,
+            anchors=len(block.cosines) // block.matrices,
+            opposite=block.opposite,
             first_equal=block.first_equal,
             method=options.method,
             bins=options.bins,
@@ -191,7 +203,6 @@ def _ranked(block: Block, options: RankOptions, plan: Plan) -> Iterator[tuple[sl
 def _evaluate_others(block: Block, options: RankOptions, plan: Plan, with_gradient: bool) -> Evaluated:
     """With ``diagonal=False``: the cross-entropy is of all items, the lists are of all but the own pair."""
     assert block.reference is not None
-    assert block.own is not None
     of_all = block._replace(beta=None, reference=None, owns_reference=False)
     cross_entropy, _, gradient = evaluate(of_all, options, plan, with_gradient=with_gradient)
     others = other_items(block.own, block.cosines.shape[-1])
@@ -209,24 +220,28 @@ def _evaluate_others(block: Block, options: RankOptions, plan: Plan, with_gradie
 
 
 class _Worths(NamedTuple):
-    """Worths w = values · e^shift of a block of lists."""
+    """Worths w of a block of lists, as values = w · e^lift."""
 
     values: Tensor
-    shift: Tensor | float
+    lift: Tensor | float
     log: Tensor | None  # ℓ = log w; None where it is s·c and is not kept
 
-    def below_shift(self, cosines: Tensor, scale: Tensor) -> Tensor:
-        """The differences shift − ℓ."""
+    def log_of(self, cosines: Tensor, scale: Tensor) -> Tensor:
+        """The logarithms ℓ + lift of the values; all items' in the order of the worths."""
         if self.log is not None:
-            return self.shift - self.log
-        assert isinstance(self.shift, Tensor)
-        return torch.addcmul(self.shift, cosines, scale, value=-1)
+            return self.log + self.lift
+        assert isinstance(self.lift, Tensor)
+        return torch.addcmul(self.lift, cosines, scale)
 
-    def sum_of_log(self, cosines: Tensor, scale: Tensor) -> Tensor:
-        """Σ ℓ of every list."""
+    def sum_of_logs(self, cosines: Tensor, scale: Tensor) -> Tensor:
+        """Their sums by list."""
         if self.log is not None:
-            return self.log.sum(-1)
-        return cosines.sum(-1, dtype=self.values.dtype) * scale
+            total = self.log.sum(-1).double()
+        else:
+            total = cosines.sum(-1, dtype=self.values.dtype) * scale
+        if isinstance(self.lift, Tensor):
+            total.add_(self.lift.squeeze(-1), alpha=cosines.shape[-1])
+        return total
 
 
 def _worths(block: Block, cosines: Tensor, options: RankOptions) -> _Worths | None:
@@ -241,22 +256,23 @@ def _worths(block: Block, cosines: Tensor, options: RankOptions) -> _Worths | No
         values = (1 + cosines) / 2 if options.worth == "shifted" else cosines
         return _Worths(values.masked_fill(log.isnan(), torch.nan), 0.0, log)
     if block.beta is not None and not may_look_at(cosines):
-        lowest, highest = torch.stack(extremes(cosines)).double() * block.scale
-        shift = torch.lerp(lowest, highest, 0.5)
-        shift = shift.masked_fill(highest - lowest > 2 * _REACH[torch.float64], torch.nan)
-        return _Worths(torch.addcmul(-shift, cosines, block.scale).exp_(), shift, None)
+        lowest, highest = extremes(cosines)
+        middle = torch.lerp(lowest, highest, 0.5).neg_()
+        lift = torch.mul(middle, block.scale, out=middle.new_empty(middle.shape, dtype=torch.float64))
+        lift.masked_fill_(highest.sub_(lowest).mul_(block.scale) > 2 * _REACH[torch.float64], torch.nan)
+        return _Worths(torch.addcmul(lift, cosines, block.scale).exp_(), lift, None)
     scores = cosines * block.scale
     if block.beta is None:  # a softmax: what is lost beside the largest worth is less than a rounding
-        highest = scores.amax(-1, keepdim=True)
-        return _Worths((scores - highest).exp_(), highest, scores)
+        lift = scores.amax(-1, keepdim=True).neg_()
+        return _Worths((scores + lift).exp_(), lift, scores)
     lowest, highest = extremes(scores)
-    shift = torch.lerp(lowest, highest, 0.5)
+    lift = torch.lerp(lowest, highest, 0.5).neg_()
     largest = (highest - lowest).amax().item()
     if scores.dtype == torch.float32 and largest <= 2 * _REACH[torch.float32]:
-        return _Worths((scores - shift).exp_(), shift, scores)
+        return _Worths((scores + lift).exp_(), lift, scores)
     if not largest <= 2 * _REACH[torch.float64]:  # also where there is a NaN
         return None
-    return _Worths((scores - shift.double()).exp_(), shift, scores)
+    return _Worths((scores + lift.double()).exp_(), lift, scores)
 
 
 _Values: TypeAlias = tuple[Tensor | None, Tensor | None]
@@ -271,50 +287,55 @@ def _by_sums(
     worths = _worths(block, cosines, options)
     if worths is None:
         return None
-    w, shift = worths.values, worths.shift
+    w, lift = worths.values, worths.lift
     alpha, beta = block.alpha, block.beta
     cross_entropy = nll = mu = None
     denominators = None if ranking is None else ranking.denominators(w)
     total = w.sum(-1, keepdim=True, dtype=torch.float64) if denominators is None else denominators[..., -1:]
     bracket: Tensor | None = None
     if alpha is not None:
-        assert block.own is not None
-        own = block.cosines.gather(-1, block.own[:, None])
-        own = (own.double() if worths.log is None else own) * block.scale  # as the worths are made
-        cross_entropy = (total.log() + shift - own).squeeze(-1)
+        assert isinstance(lift, Tensor)
+        own, log_total = block.own_entries(block.cosines), total.log()
+        if worths.log is None:  # as the worths are made
+            own = torch.addcmul(lift.view(own.shape), own, block.scale)
+        else:
+            log_total, own = log_total.sub_(lift), own * block.scale
+        cross_entropy = (log_total.view(own.shape) - own).flatten()
         bracket = alpha / total
     if beta is not None and options.model == "top_one":
         assert block.reference is not None
         p = top_one_probabilities(block.reference, block.scale, options)
-        nll = (p * (total.log() + worths.below_shift(cosines, block.scale))).sum(-1)
+        nll = (p * (total.log() - worths.log_of(cosines, block.scale))).sum(-1)
         bracket = beta / total if bracket is None else bracket + beta / total
         share: Tensor | None = -beta.to(p.dtype) * p
     elif beta is not None:
         assert ranking is not None
         assert denominators is not None
-        # C is summed from shifted worths, so every −μ·ℓ becomes μ·(shift − ℓ).
+        # C is summed of lifted worths, so every ℓ is lifted as well.
         if ranking.mu is None:
-            nll = -worths.sum_of_log(cosines, block.scale).double()
-            if isinstance(shift, Tensor):
-                nll.add_(shift.squeeze(-1), alpha=cosines.shape[-1])
+            logs = worths.sum_of_logs(cosines, block.scale)
         else:
             mu = ranking.of_items(ranking.mu).to(w.dtype)
-            nll = (mu * worths.below_shift(cosines, block.scale)).sum(-1, dtype=torch.float64)
+            logs = (mu * worths.log_of(cosines, block.scale)).sum(-1, dtype=torch.float64)
         del cosines, worths  # what follows takes most of the memory
-        nll += ranking.log_denominators(denominators, narrow=w.dtype == torch.float32)
+        nll = ranking.log_denominators(denominators, narrow=w.dtype == torch.float32).sub_(logs)
         if options.reduction == "mean":
-            nll = (nll[:, None] / ranking.total_mu).squeeze(-1)
-            beta = beta / ranking.total_mu
+            total_mu = ranking.total_mu
+            nll /= total_mu.squeeze(-1) if isinstance(total_mu, Tensor) else total_mu
+            minus_beta = beta / -total_mu
+        else:
+            minus_beta = -beta
         if out is not None:
             shares = ranking.shares(denominators)
             del denominators, total
             suffix = ranking.suffix(shares)
             del shares
-            by_slot = (
-                suffix.mul_(beta) if bracket is None else torch.addcmul(bracket, suffix, beta, out=suffix)
-            )
+            if bracket is None:
+                by_slot = suffix.mul_(-minus_beta)
+            else:
+                by_slot = torch.addcmul(bracket, suffix, minus_beta, value=-1, out=suffix)
             bracket = ranking.of_items(by_slot.to(w.dtype))
-        share = -beta.to(w.dtype) if mu is None else -beta.to(w.dtype) * mu
+        share = minus_beta.to(w.dtype) if mu is None else minus_beta.to(w.dtype) * mu
     else:
         share = None
     if out is not None:
@@ -341,9 +362,8 @@ def _write_gradient(
     if order is not None:
         out.scatter_(-1, order, arranged)
     if block.alpha is not None:
-        assert block.own is not None
-        own = block.own[:, None]
-        out.scatter_(-1, own, out.gather(-1, own) - block.alpha.to(out.dtype))
+        own = block.own_entries(out)
+        own.sub_(block.alpha if block.alpha.dim() == 0 else block.alpha.view(own.shape))
     slope = log_worth_slope(block.cosines, options.worth)
     if slope is not None:
         out *= slope
@@ -356,7 +376,6 @@ def _by_definition(block: Block, options: RankOptions, out: Tensor | None) -> _V
     def values(x: Tensor) -> tuple[Tensor, ...]:
         found = []
         if block.alpha is not None:
-            assert block.own is not None
             found.append(F.cross_entropy(x, block.own, reduction="none"))
         if block.reference is not None:
             found.append(list_terms(x, block.reference, block.scale, options, block.shuffle).sum(-1))

@@ -13,6 +13,7 @@ Forward-mode differentiation is refused where the batch is made, since it would 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -122,41 +123,47 @@ class _Call(NamedTuple):
             reference_text=self.reference_text,
         )
         of_rank = self.parsed.anchor_weight(self.anchors, len(self.image))
-        weights = self.weights * batch.nan_unless_finite
-        of_terms = []
-        for k, share in enumerate((1 / self.anchors, of_rank, of_rank)):
-            weight = weights[k] * share if self.terms[k] else None
-            if upstream is not None and weight is not None:
-                g = upstream[k]
-                weight = None if g is None else g.double() * weight
-            of_terms.append(weight)
+        weights = batch.nan_unless_finite(self.weights)
+        shares = 1 / self.anchors, of_rank, of_rank
+        by_share = {share: weights * share for share in shares}  # as a rule they have one and the same
+        of_terms: list[Tensor | None] = []
+        for k, share in enumerate(shares):
+            g = None if upstream is None else upstream[k]
+            if not self.terms[k] or (upstream is not None and g is None):
+                of_terms.append(None)
+            else:
+                weight = by_share[share][k]
+                of_terms.append(weight if g is None else g.double() * weight)
         return batch, Terms(*of_terms)
 
 
 @torch.library.custom_op(
     "rankloss::row_lists",
     mutates_args=(),
-    schema=f"({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_INPUTS}, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = _Call(*arguments)
     batch, weights = call.unpacked()
-    values, sums = _run(call, batch, weights, () if call.per_anchor else call.wanted)
+    values, sums, factor = _run(call, batch, weights, () if call.per_anchor else call.wanted)
+    remaining = iter(values if call.per_anchor else values.sum(-1))
     terms = []
-    for value, weight in zip(values, weights, strict=True):
-        if value is None or weight is None:
+    for weight in weights:
+        if weight is None:
             terms.append(batch.image.new_zeros(call.anchors if call.per_anchor else ()))
         else:
-            weighted = value * weight
-            terms.append((weighted if call.per_anchor else weighted.sum()).to(batch.image.dtype))
-    return (*terms, *sums)
+            value = next(remaining)
+            terms.append(torch.mul(value, weight, out=batch.image.new_empty(value.shape)))
+    return (*terms, *sums, factor)
 
 
 @_forward.register_fake
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     call = _Call(*arguments)
     values = (call.image.new_empty((call.anchors,) if call.per_anchor else ()) for _ in Terms._fields)
-    return (*values, *_run_fake(call, () if call.per_anchor else call.wanted))
+    factor = call.image.new_empty((), dtype=torch.float64)
+    return (*values, *_run_fake(call, () if call.per_anchor else call.wanted), factor)
 
 
 @torch.library.custom_op(
@@ -171,9 +178,18 @@ def _backward(
     call = _Call(*arguments)
     given = [g for g, is_wanted in zip(upstream, call.terms, strict=True) if is_wanted]
     common = _common(given) if sums else None
-    if common is not None:
-        return tuple(x * common if w else x.clone() for x, w in zip(sums, call.wanted, strict=True))
-    return _run(call, *call.unpacked(upstream), call.wanted)[1]
+    if common is None:
+        _, found, factor = _run(call, *call.unpacked(upstream), call.wanted)
+        for x in found[:-1]:
+            x *= factor
+        return found
+    *by_features, by_scale, factor = sums
+    factor = factor * common
+    by_inputs = ((x, factor) for x in by_features), ((by_scale, common),)
+    return tuple(
+        x * by if w else torch.empty_like(x)
+        for (x, by), w in zip(itertools.chain(*by_inputs), call.wanted, strict=True)
+    )
 
 
 @_backward.register_fake
@@ -228,12 +244,12 @@ def _differentiable_gradients(upstream: Sequence[Tensor | None], call: _Call) ->
 
 def _run(
     call: _Call, batch: Batch, weights: Terms, wanted: Sequence[bool]
-) -> tuple[Terms, tuple[Tensor, ...]]:
-    """Values per anchor, and gradients in the order of the inputs, empty where none is wanted."""
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """What :func:`rankloss.streaming.stream` gives, with empty gradients where none is wanted."""
     options, image = call.parsed, call.image
     plan = options.plan(call.anchors, len(image), image.device, image.dtype, has_teacher=batch.has_teacher)
-    values, sums = stream(batch, options, plan, weights, call.shuffles, wanted)
-    return values, tuple(image.new_empty(0) if x is None else x for x in sums)
+    values, sums, factor = stream(batch, options, plan, weights, call.shuffles, wanted)
+    return values, tuple(image.new_empty(0) if x is None else x for x in sums), factor
 
 
 def _run_fake(call: _Call, wanted: Sequence[bool]) -> tuple[Tensor, ...]:

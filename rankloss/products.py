@@ -9,6 +9,7 @@ the factor s is left to the end of the pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -34,29 +35,39 @@ _NOWHERE = Target(None, None, None)
 class Products:
     """Blocks of rows, multiplied out when they are taken; their gradients go to the embeddings at once.
 
+    Two matrices, or all four in the order S, X, I, R: those with the same items, whose anchors then are one
+    below the other, are one product, and all features are read half as often.
     The matrices of a teacher's features take no gradient, and the two may be one and the same.
     """
 
     def __init__(
         self,
-        matrices: tuple[Matrix, Matrix],
+        matrices: Sequence[Matrix],
         precision: Precision = "default",
-        into: tuple[Target, Target] = (_NOWHERE, _NOWHERE),
+        into: Sequence[Target] = (_NOWHERE, _NOWHERE),
     ) -> None:
         self._matrices, self._into = matrices, into
         self._factors = tuple((matrix.anchors, matrix.items) for matrix in matrices)
         if precision == "exact-order" and may_round(matrices[0].items):
-            self._factors = tuple(factors_for_tf32(*factors) for factors in self._factors)
+            first, last = (factors_for_tf32(*self._factors[k]) for k in (0, -1))
+            # X and I are made of the features of S and R.
+            between = ((last[0], first[1]), (first[0], last[1])) if len(matrices) == 4 else ()
+            self._factors = (first, *between, last)
 
     def take(self, rows: slice) -> Tensor:
-        """The cosines of some rows of both matrices, ``[2, n, N]``."""
-        first, second = self._matrices
-        is_one = second is first
+        """The cosines of some rows of all matrices, ``[matrices, n, N]``."""
+        first, *others = self._matrices
+        is_one = all(matrix is first for matrix in others)
         anchors = first.anchors[rows]
-        pair = anchors.new_empty(1 if is_one else 2, len(anchors), len(first.items))
-        for side, out in enumerate(pair):
-            self._write(side, rows, out)
-        return pair.expand(2, -1, -1)
+        block = anchors.new_empty(1 if is_one else 1 + len(others), len(anchors), len(first.items))
+        if len(block) == 4:
+            both = torch.cat([self._factors[0][0][rows], self._factors[1][0][rows]])
+            for side in (0, 2):
+                torch.mm(both, self._factors[side][1].T, out=block[side : side + 2].flatten(0, 1))
+        else:
+            for side, out in enumerate(block):
+                self._write(side, rows, out)
+        return block.expand(len(self._matrices), -1, -1)
 
     def _write(self, side: int, rows: slice, out: Tensor) -> None:
         anchors, items = self._factors[side]
@@ -78,6 +89,33 @@ class Products:
         if into.items is not None:
             into.items[: len(items)].addmm_(gradient.T, anchors)
 
+    def give_all(self, rows: slice, gradient: Tensor) -> None:
+        """Add the gradient by some rows of all four matrices, ``[4, n, N]``; blocks of rows come in order.
+
+        What is written for the first time is not read, so the sums need not be zeros before.
+        """
+        anchors = torch.cat([matrix.anchors[rows] for matrix in self._matrices[:2]])
+        by_anchor: Tensor | None = None
+        needs_anchors = any(x is not None for into in self._into[:2] for x in (into.anchors, into.scale))
+        for side in (0, 2):
+            half, items = gradient[side : side + 2].flatten(0, 1), self._matrices[side].items
+            if (by_items := self._into[side].items) is not None:
+                by_items.addmm_(half.T, anchors, beta=1 if rows.start else 0)
+            if needs_anchors:
+                by_anchor = half @ items if by_anchor is None else by_anchor.addmm_(half, items)
+        if by_anchor is None:
+            return
+        sums_of_items = [into.items for into in self._into]
+        for into, part in zip(self._into, by_anchor.chunk(2), strict=False):
+            if into.anchors is None:
+                continue
+            if any(into.anchors is x for x in sums_of_items):
+                into.anchors[rows] += part
+            else:
+                into.anchors[rows] = part
+        if (by_scale := self._into[0].scale) is not None:
+            by_scale += by_anchor.mul_(anchors).sum()
+
 
 class MirroredProducts(Products):
     """Entries that are one and the same product are multiplied out, and differentiated, once.
@@ -92,9 +130,9 @@ class MirroredProducts(Products):
 
     def __init__(
         self,
-        matrices: tuple[Matrix, Matrix],
+        matrices: Sequence[Matrix],
         precision: Precision = "default",
-        into: tuple[Target, Target] = (_NOWHERE, _NOWHERE),
+        into: Sequence[Target] = (_NOWHERE, _NOWHERE),
     ) -> None:
         super().__init__(matrices, precision, into)
         self._cosines: tuple[_Kept, _Kept] = ({}, {})

@@ -293,9 +293,13 @@ class Selected:
 
 
 def _sum_of_logs_in(dtype: torch.dtype, denominators: Tensor, weights: Tensor) -> Tensor:
-    """Σ weight·log C of every list, the logarithms rounded to a dtype, which may be that of the scores."""
-    logs = torch.log(denominators, out=denominators.new_empty(denominators.shape, dtype=dtype))
-    return logs.mul_(weights).sum(-1, dtype=torch.float64)
+    """Σ weight·log C of every list, the summands rounded to a dtype, which may be that of the scores."""
+    terms = denominators.new_empty(denominators.shape, dtype=dtype)
+    if may_look_at(denominators):  # a CPU has vector instructions for the logarithm alone
+        torch.log(denominators, out=terms).mul_(weights)
+    else:
+        torch.xlogy(weights, denominators, out=terms)
+    return terms.sum(-1, dtype=torch.float64)
 
 
 Ranking: TypeAlias = Sorted | Binned | Selected

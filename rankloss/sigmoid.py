@@ -111,7 +111,7 @@ def stream(
                 by_texts.addmm_(gradient.T, anchors)
             if wanted[3]:
                 by_bias += gradient.sum(dtype=torch.float64)
-    share = nan_unless_finite(images, texts).double() / len(images)
+    share = nan_unless_finite(value.new_full((), 1 / len(images)), images, texts)
     for sums in (by_images, by_texts):
         sums *= share * scale
     by_numbers = (

@@ -11,23 +11,29 @@ and X the in-modal one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from rankloss.batch import MATRICES, Batch, Inputs, Term, anchors_and_items, full_precision
-from rankloss.lists import Block, Evaluated, evaluate
+from rankloss.batch import MATRICES, Batch, Inputs, Matrix, Term, anchors_and_items, full_precision
+from rankloss.lists import Block, evaluate
 from rankloss.options import Plan, RankOptions
 from rankloss.products import MirroredProducts, Products, Target
 from rankloss.ranking import slices
 
 __all__ = ["Terms", "stream"]
 
-_FEW = {"cpu": 2**17}  # entries of a block: below, operations cost more to start than to carry out
-_FEW_ELSEWHERE = 2**21
+# Entries of all lists of a block: below, operations cost more to start than to carry out.
+_FEW = {"cpu": 2**18}
+_FEW_ELSEWHERE = 2**22
+
+_T = TypeVar("_T")
+
+_RANK_TERMS: tuple[Term, Term] = ("cross_modal", "in_modal")
 
 
 class Terms(NamedTuple):
@@ -45,7 +51,7 @@ def stream(
     weights: Terms,
     shuffles: Tensor | None = None,
     wanted: Sequence[bool] = (),
-) -> tuple[Terms, Inputs]:
+) -> tuple[Tensor, Inputs, Tensor]:
     """Values and gradients of the terms that have a weight.
 
     Args:
@@ -58,120 +64,227 @@ def stream(
         wanted: for which of the batch's inputs a gradient is wanted; empty for none.
 
     Returns:
-        The values per anchor, ``[n]`` in float64, the two directions of a term together, and the gradients of
-        Σ weights·values; None where there is no weight, or no gradient is wanted.
+        The values per anchor of those terms, ``[terms, n]`` in float64, the two directions of a term
+        together; the gradients of Σ weights·values, None where none is wanted; and a factor, ``[]`` in
+        float64, by which all gradients but that by the scale have still to be multiplied, so that whoever
+        multiplies them anyway does so once.
     """
     device = batch.image.device
+    given = [w for w in weights if w is not None]
+    values = torch.zeros(len(given), batch.anchors, dtype=torch.float64, device=device)
+    all_at_once = _at_once(_RANK_TERMS, batch, options, plan, weights, shuffles)
     sums = Inputs(
         *(
-            None if x is None or not is_wanted else torch.zeros_like(x)
+            None
+            if x is None or not is_wanted
+            else (torch.empty_like if all_at_once and x.dim() else torch.zeros_like)(x)
             for x, is_wanted in zip(batch.inputs, wanted or (False,) * len(batch.inputs), strict=True)
         )
     )
-    given = [w for w in weights if w is not None]
     if not given:
-        return weights, sums
-    zeros = iter(torch.zeros(len(given), batch.anchors, dtype=torch.float64, device=device))
-    values = Terms(*(None if w is None else next(zeros) for w in weights))
+        return values, sums, torch.ones((), dtype=torch.float64, device=device)
     # The largest weight is left to the end: beside worths far apart, small ones would round to zero.
     stacked = torch.stack(given)
-    unit = stacked.abs().amax().clamp_min(torch.finfo(stacked.dtype).tiny)  # where all are 0
-    relative = iter(stacked / unit)
-    weights = Terms(*(None if w is None else next(relative) for w in weights))
+    largest = torch.linalg.vector_norm(stacked, math.inf)
+    unit = largest.clamp_min_(torch.finfo(stacked.dtype).tiny)  # where all are 0
+    halves = iter((stacked / unit).mul_(0.5))  # a term is the mean of its two directions
+    weights = Terms(*(None if w is None else next(halves) for w in weights))
+    of_terms = iter(values)
+    found = Terms(*(None if w is None else next(of_terms) for w in weights))
     with full_precision(device):
-        if weights.contrastive is not None or weights.cross_modal is not None:
-            of_terms = weights.contrastive, weights.cross_modal
-            _stream_term("cross_modal", batch, options, plan, of_terms, values[:2], shuffles, sums)
-        if weights.in_modal is not None:
-            of_terms = None, weights.in_modal
-            _stream_term("in_modal", batch, options, plan, of_terms, (None, values[2]), shuffles, sums)
-    *features, scale = sums
-    factor = unit * batch.scale if options.worth == "exp" else unit
-    for gradient in features:
-        if gradient is not None:
-            gradient *= factor
-    if scale is not None:
-        scale *= unit
-    return values, sums
+        if all_at_once:
+            _stream_at_once(_RANK_TERMS, batch, options, plan, weights, found, sums)
+        else:
+            for term in _RANK_TERMS:
+                if all(w is None for w in _of_term(term, weights)):
+                    continue
+                if _at_once((term,), batch, options, plan, weights, shuffles):
+                    _stream_at_once((term,), batch, options, plan, weights, found, sums)
+                else:
+                    _stream_by_side(term, batch, options, plan, weights, found, shuffles, sums)
+    if sums.scale is not None:
+        sums.scale.mul_(unit)
+    return values, sums, unit * batch.scale if options.worth == "exp" else unit
 
 
-def _stream_term(
+def _of_term(term: Term, of: Terms) -> tuple[Tensor | None, Tensor | None]:
+    """What belongs to the cross-entropy and to the ranking of the two matrices that a term compares."""
+    return (of.contrastive, of.cross_modal) if term == "cross_modal" else (None, of.in_modal)
+
+
+def _at_once(
+    terms: Sequence[Term],
+    batch: Batch,
+    options: RankOptions,
+    plan: Plan,
+    weights: Terms,
+    shuffles: Tensor | None,
+) -> bool:
+    """Whether the lists of all matrices of these terms are evaluated in one go, a chunk of rows at a time.
+
+    That takes fewer operations, and the kernel then reads each cosine once. The lists of one matrix after
+    the other need one gradient at a time.
+    """
+    are_ranked = all(_of_term(term, weights)[1] is not None for term in terms)
+    if shuffles is not None or options.fixed_reference is not None or not (are_ranked or len(terms) == 1):
+        return False
+    if plan.name == "shared" and plan.chunk_size < batch.anchors:  # products wait for their mirror images
+        return False
+    if plan.kernel == "triton":
+        return are_ranked
+    few = _FEW.get(batch.image.device.type, _FEW_ELSEWHERE)
+    return 2 * len(terms) * plan.chunk_size * len(batch.image) <= few
+
+
+def _stream_at_once(
+    terms: Sequence[Term],
+    batch: Batch,
+    options: RankOptions,
+    plan: Plan,
+    weights: Terms,
+    values: Terms,
+    sums: Inputs,
+) -> None:
+    """Write the values and add the gradients of the rows of S and R, of I and X, or of S, X, I and R.
+
+    In this order the first matrix is compared with the last, and the second with the last but one.
+    """
+    pairs = [_pair(term, batch, plan, weights) for term in terms]
+    matrices = _arranged([pair for pair, _ in pairs])
+    into = _arranged([_targets(term, batch, sums, options) for term in terms])
+    with_gradient = any(x is not None for target in into for x in target)
+    products = Products(matrices, options.precision, into)
+    is_ranked = all(references is not None for _, references in pairs)
+    references = _arranged([references for _, references in pairs if references is not None])
+    teacher = Products(references, options.precision) if is_ranked and batch.has_teacher else None
+    of_matrices = [_of_term("cross_modal" if m.name in "SR" else "in_modal", weights) for m in matrices]
+    first_equal = _both(references[0].first_equal, references[-1].first_equal) if is_ranked else None
+    for rows in slices(batch.anchors, plan.chunk_size):
+        cosines = products.take(rows)
+        reference = cosines if teacher is None else teacher.take(rows)
+        count = len(matrices) * cosines.shape[1]
+        block = Block(
+            cosines.flatten(0, 1),
+            batch.scale,
+            _by_list([alpha for alpha, _ in of_matrices], rows),
+            _by_list([beta for _, beta in of_matrices], rows),
+            reference.flatten(0, 1) if is_ranked else None,
+            first_equal,
+            batch.first_row + rows.start,
+            matrices=len(matrices),
+            opposite=is_ranked and teacher is None,
+        )
+        whole = replace(plan, ranked_size=count, slice_size=count)
+        found = evaluate(block, options, whole, with_gradient=with_gradient)
+        for term in terms:
+            lists = (
+                slice(1, 3)
+                if term == "in_modal" and len(terms) == 2
+                else slice(None, None, len(matrices) - 1)
+            )
+            for value, part in zip(_of_term(term, values), found[:2], strict=True):
+                if value is not None and part is not None:
+                    by_list = part.unflatten(0, (len(matrices), -1))[lists]
+                    torch.mean(by_list, 0, dtype=torch.float64, out=value[rows])
+        if found.gradient is not None:
+            gradient = found.gradient.view(cosines.shape)
+            if len(terms) == 2:
+                products.give_all(rows, gradient)
+            else:
+                for side in (0, 1):
+                    products.give(side, rows, cosines[side], gradient[side])
+
+
+def _stream_by_side(
     term: Term,
     batch: Batch,
     options: RankOptions,
     plan: Plan,
-    weights: tuple[Tensor | None, Tensor | None],
-    values: tuple[Tensor | None, Tensor | None],
+    weights: Terms,
+    values: Terms,
     shuffles: Tensor | None,
     sums: Inputs,
 ) -> None:
-    """Add the values and gradients of the rows of S and R, or of I and X.
-
-    ``weights`` and ``values`` are those of the cross-entropy and of the rank term; ``sums`` are gradients.
-    """
-    matrices = batch.matrices(term, are_references=weights[1] is not None and not batch.has_teacher)
+    """Add the values and gradients of the rows of S and R, or of I and X, the two one after the other."""
+    matrices, references = _pair(term, batch, plan, weights)
     into = _targets(term, batch, sums, options)
     with_gradient = any(x is not None for target in into for x in target)
     products = (MirroredProducts if plan.name == "shared" else Products)(matrices, options.precision, into)
-    references = None if weights[1] is None else batch.references(term, matrices)
     teacher = None
     if references is not None and batch.has_teacher:
         kind = MirroredProducts if plan.shares_reference else Products
         teacher = kind(references, options.precision)
-    own = batch.own if weights[0] is not None or not options.diagonal else None
-    alpha = _shared(weights[0], 0.5)
-    betas = [_shared(weights[1], share) for share in dict.fromkeys(options.directions)]
-    joins = len(betas) == 1 and _joins(plan, shuffles, batch)
-    if joins:
-        plan = replace(plan, ranked_size=2 * plan.chunk_size, slice_size=2 * plan.chunk_size)
+    alpha, of_ranks = _of_term(term, weights)
+    betas = [_shared(of_ranks, share) for share in dict.fromkeys(options.directions)]
     for rows in slices(batch.anchors, plan.chunk_size):
         cosines = products.take(rows)
         ranked_by = cosines if teacher is None else teacher.take(rows)
-        blocks = []
         for side in (0, 1):
-            beta = _of_rows(betas[side % len(betas)], rows)
+            beta = _by_list([betas[side % len(betas)]], rows)
             reference = None if references is None or beta is None else references[side]
-            blocks.append(
-                Block(
-                    cosines[side],
-                    None if own is None else own[rows],
-                    batch.scale,
-                    _of_rows(alpha, rows),
-                    beta,
-                    None if reference is None else ranked_by[1 - side if teacher is None else side],
-                    None if reference is None else reference.first_equal,
-                    batch.first_row + rows.start,
-                    None if shuffles is None else shuffles[MATRICES.index(matrices[side].name)],
-                )
+            block = Block(
+                cosines[side],
+                batch.scale,
+                _by_list([alpha], rows),
+                beta,
+                None if reference is None else ranked_by[1 - side if teacher is None else side],
+                None if reference is None else reference.first_equal,
+                batch.first_row + rows.start,
+                None if shuffles is None else shuffles[MATRICES.index(matrices[side].name)],
             )
-        found: Iterable[Evaluated]
-        if joins:
-            both = blocks[0].above(blocks[1], cosines.flatten(0, 1))
-            found = evaluate(both, options, plan, with_gradient=with_gradient).halves()
-        else:  # one after the other, so that one gradient is held at a time
-            found = (evaluate(block, options, plan, with_gradient=with_gradient) for block in blocks)
-        for side, of_side in enumerate(found):
-            for value, part, share in zip(values, of_side[:2], (0.5, options.directions[side]), strict=True):
+            found = evaluate(block, options, plan, with_gradient=with_gradient)
+            shares = 0.5, options.directions[side]
+            for value, part, share in zip(_of_term(term, values), found[:2], shares, strict=True):
                 if value is not None and part is not None:
                     value[rows].add_(part, alpha=share)
             if with_gradient:
-                products.give(side, rows, cosines[side], of_side.gradient)
-            del of_side  # before the other side has a gradient
+                products.give(side, rows, cosines[side], found.gradient)
+            del found  # before the other side has a gradient
 
 
-def _joins(plan: Plan, shuffles: Tensor | None, batch: Batch) -> bool:
-    """Whether the lists of both matrices are evaluated at once, which takes half as many operations."""
-    few = _FEW.get(batch.image.device.type, _FEW_ELSEWHERE)
-    return plan.kernel == "torch" and shuffles is None and plan.chunk_size * len(batch.image) <= few
+def _pair(
+    term: Term, batch: Batch, plan: Plan, weights: Terms
+) -> tuple[tuple[Matrix, Matrix], tuple[Matrix, Matrix] | None]:
+    """The two matrices that a term compares, and what their lists are ranked by; None if by nothing."""
+    is_ranked, in_kernel = _of_term(term, weights)[1] is not None, plan.kernel == "triton"
+    matrices = batch.matrices(term, are_references=is_ranked and not batch.has_teacher, in_kernel=in_kernel)
+    return matrices, batch.references(term, matrices, in_kernel=in_kernel) if is_ranked else None
+
+
+def _arranged(pairs: Sequence[tuple[_T, _T]]) -> list[_T]:
+    """What belongs to S and R, to I and X, or to S, X, I and R."""
+    if len(pairs) < 2:
+        return [x for pair in pairs for x in pair]
+    (s, r), (i, x) = pairs
+    return [s, x, i, r]
+
+
+def _both(first: Tensor | None, last: Tensor | None) -> Tensor | None:
+    """``[2, N]``: the first equal items of either half of the references; None where no two are equal."""
+    known = first if first is not None else last
+    if known is None:
+        return None
+    own = torch.arange(len(known), device=known.device) if first is None or last is None else known
+    return torch.stack([own if x is None else x for x in (first, last)])
 
 
 def _shared(weight: Tensor | None, share: float) -> Tensor | None:
-    """What one direction's values weigh, ``[]`` or ``[n]``; None for nothing."""
-    return None if weight is None or share == 0 else weight * share
+    """What one direction's values weigh, of the weight that each has where they share equally."""
+    if weight is None or share == 0:
+        return None
+    return weight if share == 0.5 else weight * (2 * share)
 
 
-def _of_rows(weight: Tensor | None, rows: slice) -> Tensor | None:
-    return weight if weight is None or weight.dim() == 0 else weight[rows, None]
+def _by_list(weights: Sequence[Tensor | None], rows: slice) -> Tensor | None:
+    """What the lists of some rows of all matrices weigh: ``[]`` if that is one value, else ``[lists, 1]``."""
+    known = next((w for w in weights if w is not None), None)
+    if known is None or (known.dim() == 0 and all(w is known for w in weights)):
+        return known
+    zero = known if all(w is not None for w in weights) else torch.zeros_like(known)
+    stacked = torch.stack([zero if w is None else w for w in weights])
+    if known.dim() == 0:
+        return stacked.repeat_interleave(rows.stop - rows.start)[:, None]
+    return stacked[:, rows].reshape(-1, 1)
 
 
 def _targets(term: Term, batch: Batch, sums: Inputs, options: RankOptions) -> tuple[Target, Target]:

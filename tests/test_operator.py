@@ -319,7 +319,7 @@ def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(
             wanted,
             options.encoded,
         )
-        of_terms, sums = operator._run(call, *call.unpacked([torch.empty_like(x) for x in terms]), wanted)
+        of_terms, sums, _ = operator._run(call, *call.unpacked([torch.empty_like(x) for x in terms]), wanted)
         assert all(x.shape == (32,) for x in of_terms if x is not None)
         assert [x.numel() for x in sums] == [256, 256, 0, 0, 1]
         assert copies.found == []

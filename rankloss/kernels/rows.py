@@ -158,6 +158,7 @@ def evaluate_rows(
     alpha: Tensor | None = None,
     first_row: int = 0,
     anchors: int | None = None,
+    opposite: bool = False,
     first_equal: Tensor | None = None,
     method: Literal["sort", "bin"] = "sort",
     bins: int = 2048,
@@ -191,8 +192,12 @@ def evaluate_rows(
         first_row: the first row's own column; the next row's is the next.
         anchors: after how many rows the own columns begin again at ``first_row``, where the block holds rows
             of several matrices one below the other; None where it holds those of one.
+        opposite: whether the lists of the first matrix are ranked by the rows of the last one in
+            ``reference``, those of the second by the last but one, and so on. ``reference`` may then be
+            ``cosines`` itself, and each row is then read once for both of its lists.
         first_equal: ``[N]``, integer: y_q is read at ``first_equal[q]``, the first item equal to q, so that
             equal items are tied whatever the rounding of their cosines. None where no two are equal.
+            ``[2, N]``: one for the first half of the rows, one for the second.
         method: ``"sort"``: the exact order of y. ``"bin"``: the items of a bin of
             :func:`rankloss.ranking.quantize` are tied.
         bins: their number, at least 2.
@@ -217,6 +222,11 @@ def evaluate_rows(
     """
     n, N = _check_rows(cosines, reference)
     anchors = _check_anchors(n, N, first_row, anchors)
+    matrices = n // anchors if n else 2
+    if matrices % 2 and (opposite or (first_equal is not None and first_equal.dim() > 1)):
+        raise ValueError(
+            f"opposite, and first_equal of shape [2, N], need an even number of matrices; got {matrices}"
+        )
     _check_tensors(cosines, n, N, scale=scale, beta=beta, alpha=alpha, first_equal=first_equal)
     if method not in ("sort", "bin"):
         raise ValueError(f"method must be one of 'sort', 'bin'; got {method!r}")
@@ -227,7 +237,7 @@ def evaluate_rows(
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1; got {top_k}")
     cross_entropy, nll, slopes = torch.ops.rankloss.evaluate_rows(
-        cosines, reference, scale, beta, alpha, first_equal, first_row, anchors,
+        cosines, reference, scale, beta, alpha, first_equal, first_row, anchors, opposite,
         bins if method == "bin" else 0, top_k or 0, discount is not None, diagonal, mean, gradient,
     )  # fmt: skip
     return cross_entropy if alpha is not None else None, nll, slopes if gradient else None
@@ -262,7 +272,7 @@ def _check_anchors(n: int, N: int, first_row: int, anchors: int | None) -> int:
 
 
 def _check_tensors(cosines: Tensor, n: int, N: int, **tensors: Tensor | None) -> None:
-    shapes = {"scale": ((),), "first_equal": ((N,),)}
+    shapes: dict[str, tuple[tuple[int, ...], ...]] = {"scale": ((),), "first_equal": ((N,), (2, N))}
     for name, x in tensors.items():
         if x is None:
             continue
@@ -281,7 +291,7 @@ class Launch(NamedTuple):
     """The shape of a launch.
 
     Attributes:
-        programs: how many run; each takes every so many-th row.
+        programs: how many run; each takes every so many-th anchor, and all of its lists.
         block: entries of a row that a program works on at a time.
         warps: of a program.
         floats: entries of float32 scratch per program.
@@ -303,7 +313,7 @@ class Launch(NamedTuple):
 
 
 def choose_launch(n: int, N: int, bins: int, processors: int, cache: int = CACHE) -> Launch:
-    """The launch for n rows of N items.
+    """The launch for n anchors with lists of N items.
 
     ``bins`` is 0 for the exact order; ``processors`` is the GPU's multiprocessors, 0 for the interpreter;
     ``cache`` the bytes of its last cache. Up to half of the multiprocessors stay without a program where what
@@ -342,8 +352,8 @@ def _processors_and_cache(device: torch.device) -> tuple[int, int]:
     "rankloss::evaluate_rows",
     mutates_args=(),
     schema="(Tensor cosines, Tensor reference, Tensor scale, Tensor beta, Tensor? alpha, "
-    "Tensor? first_equal, int first_row, int anchors, int bins, int top_k, bool discount, bool diagonal, "
-    "bool mean, bool gradient) -> (Tensor, Tensor, Tensor)",
+    "Tensor? first_equal, int first_row, int anchors, bool opposite, int bins, int top_k, bool discount, "
+    "bool diagonal, bool mean, bool gradient) -> (Tensor, Tensor, Tensor)",
 )
 def _evaluate_rows(
     cosines: Tensor,
@@ -354,6 +364,7 @@ def _evaluate_rows(
     first_equal: Tensor | None,
     first_row: int,
     anchors: int,
+    opposite: bool,
     bins: int,
     top_k: int,
     discount: bool,
@@ -365,7 +376,9 @@ def _evaluate_rows(
     cross_entropy, nll, slopes = _outputs(cosines, alpha, gradient)
     if n == 0:
         return cross_entropy, nll, slopes
-    launch = choose_launch(n, N, bins, *_processors_and_cache(cosines.device))
+    launch = choose_launch(anchors, N, bins, *_processors_and_cache(cosines.device))
+    if first_equal is not None:
+        first_equal = first_equal.contiguous()
     scratch = [
         cosines.new_empty(launch.programs * size, dtype=dtype)
         for size, dtype in (
@@ -375,14 +388,16 @@ def _evaluate_rows(
         )
         if size
     ]
+    equal_step = 0 if first_equal is None or first_equal.dim() == 1 else N
     tensors = (cosines, reference, first_equal, slopes, cross_entropy, nll, *scratch, scale, alpha, beta)
     sizes = (
-        n, N, first_row, anchors, cosines.stride(0), reference.stride(0),
+        n, N, first_row, anchors, equal_step, cosines.stride(0), reference.stride(0),
         0 if alpha is None else _stride(alpha), _stride(beta), top_k or N, bins or N,
     )  # fmt: skip
     options = {
         "BLOCK": launch.block,
         "HAS_EQUAL": first_equal is not None,
+        "OPPOSITE": opposite,
         "HAS_ALPHA": alpha is not None,
         "HAS_GRADIENT": gradient,
         "DIAGONAL": diagonal,
@@ -420,6 +435,7 @@ def _evaluate_rows_fake(
     _first_equal: Tensor | None,
     _first_row: int,
     _anchors: int,
+    _opposite: bool,
     _bins: int,
     _top_k: int,
     _discount: bool,

@@ -19,8 +19,9 @@ the gradient (1·N); twelve passes over bins.
 
 A program works on one row at a time, so only x and y of that row and the scratch are read again. Where those
 of all programs fit into the GPU's last cache, memory sees each of x, y and the gradient once, 12 bytes per
-element. With the product that writes x (4 bytes; each matrix is the x of one list) and the two products that
-read the gradient (8), a list then costs 24 bytes per element.
+element. Where both matrices of a pair are in one launch it is 8: a program takes the two lists that rank each
+other one after the other, and x of one is y of the other. With the product that writes x (4 bytes) and the
+two products that read the gradient (8), a list then costs 20 bytes per element.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def traffic(
     cache: int = CACHE,
     index_bytes: int = 0,
     mates: float = 3.0,
+    matrices: int = 1,
+    opposite: bool = False,
 ) -> Traffic:
     """Count a launch for n rows of N items that writes a gradient.
 
@@ -83,13 +86,15 @@ def traffic(
         cache: bytes of its last cache.
         index_bytes: of an entry of ``first_equal``; 0 without one.
         mates: depth of an item's bucket, averaged over the items.
+        matrices: how many the rows belong to.
+        opposite: whether the reference is the cosines, those of the opposite matrix.
 
     Example:
         >>> moved = traffic(1024, 8192)
         >>> moved.once / (1024 * 8192), moved.from_memory(cache=50 * 2**20) == moved.once
         (12.0, True)
     """
-    launch = choose_launch(n, N, bins, processors, cache)
+    launch = choose_launch(n // matrices, N, bins, processors, cache)
     passes = 4 if bins else 3
     scratch = 10 * N + 12 * bins if bins else 25 * N + round(mates * N) + 3
     return Traffic(
@@ -97,7 +102,7 @@ def traffic(
         reference=n * (4 + index_bytes) * passes * N,
         gradient=n * 4 * N,
         scratch=n * 4 * scratch,
-        once=n * 12 * N,
+        once=n * (8 if opposite else 12) * N,
         kept=launch.programs * 8 * N + launch.scratch_bytes,
         allocated=launch.scratch_bytes,
     )

@@ -157,7 +157,7 @@ def _whole(
     own = first_row + torch.arange(len(images), device=images.device)
     labels = 2 * (own[:, None] == torch.arange(len(texts), device=images.device)).to(images.dtype) - 1
     loss = -F.logsigmoid(labels * logits).sum() / len(images)
-    return loss * nan_unless_finite(images, texts).to(loss.dtype)
+    return nan_unless_finite(loss, images, texts).to(loss.dtype)
 
 
 def _check_bias(logit_bias: Tensor | float | None, features: Tensor) -> None:

@@ -9,7 +9,12 @@ import pytest
 from interpreter import HAS_TRITON, interpreted
 
 if not HAS_TRITON:
-    collect_ignore = ["test_evaluate_rows.py", "test_compilation.py", "test_kernel_traffic.py"]
+    collect_ignore = [
+        "test_evaluate_rows.py",
+        "test_compilation.py",
+        "test_equal_rows.py",
+        "test_kernel_traffic.py",
+    ]
 
 
 @pytest.fixture(autouse=True)

@@ -218,6 +218,29 @@ def test_rows_of_two_matrices_one_below_the_other(method: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("method", METHODS, ids=["sort", "bin"])
+def test_matrices_that_rank_each_other(method: dict[str, Any]) -> None:
+    """Of four the first and the last, the second and the third; equal items are those of either half."""
+    n, N = 3, 40
+    outer, inner = (random_lists(n, N, 14.3, seed=seed, duplicates=4) for seed in (0, 1))
+    blocks = (outer.cosines, inner.cosines, inner.reference, outer.reference)
+    repeats = torch.arange(N).remainder(N - 4), torch.arange(N)
+    alone = [
+        outer.replace(cosines=x, reference=y, first_equal=repeats[k // 2])
+        for k, (x, y) in enumerate(zip(blocks, reversed(blocks), strict=True))
+    ]
+    whole = torch.cat(blocks)
+    together = outer.replace(
+        cosines=whole,
+        reference=whole,
+        first_equal=torch.stack(repeats),
+        alpha=outer.alpha.repeat(4),  # type: ignore[union-attr]
+    )
+    parts = zip(*(lists.run(**method) for lists in alone), strict=True)
+    for found, part in zip(together.run(**method, anchors=n, opposite=True), parts, strict=True):
+        assert torch.equal(found, torch.cat(part))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["sort", "bin"])
 def test_values_alone_are_those_with_the_gradient(method: dict[str, Any]) -> None:
     lists = random_lists(2, 30, 14.3)
     cross_entropy, nll, _ = lists.run(**method)
@@ -239,6 +262,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"first_equal": torch.zeros(4)}, "first_equal must be integer"),
     ({"first_equal": torch.zeros(3, dtype=torch.int64)}, r"first_equal must have shape \[4\]"),
     ({"first_row": 3}, "first_row must be from 0 to 2, .* got 3"),
+    ({"opposite": True}, r"opposite, .* need an even number of matrices; got 1"),
+    ({"first_equal": torch.zeros(2, 4, dtype=torch.int64)}, r"first_equal of shape \[2, N\], need an even"),
     ({"anchors": 3}, "anchors must divide the number of rows, 2; got 3"),
     ({"method": "merge"}, "method must be one of 'sort', 'bin'; got 'merge'"),
     ({"method": "bin", "bins": 1}, "bins must be from 2"),

@@ -11,7 +11,7 @@ import torch
 from kernel_lists import random_lists
 
 from devices import DEVICE
-from rankloss.kernels import evaluate_rows, traffic
+from rankloss.kernels import confirm_equals, evaluate_rows, feature_bytes, hash_rows, traffic
 from rankloss.ranking import quantize
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="counted in Triton's interpreter")
@@ -68,6 +68,21 @@ def test_bytes_are_those_of_the_loads_and_stores(bins: int, moved: list[tuple[in
     assert found["scratch"] - scalars == counted.scratch
 
 
+@pytest.mark.parametrize("width", [5, 300])
+def test_features_are_read_once_and_equal_ones_again(width: int, moved: list[tuple[int, int]]) -> None:
+    x = torch.randn(70, width)
+    x[[3, 69]] = x[[0, 0]]
+    candidates = torch.arange(70)
+    candidates[[3, 69]] = 0
+    for name, call in (
+        ("hash_rows", lambda: hash_rows(x)),
+        ("confirm_equals", lambda: confirm_equals(x, candidates)),
+    ):
+        call()
+        assert sum(size for _, size in moved) == feature_bytes(name, x, others=2)
+        moved.clear()
+
+
 def bucket_mates(reference: torch.Tensor) -> float:
     n, N = reference.shape
     buckets = quantize(reference, N)
@@ -80,5 +95,7 @@ def test_long_lists_pass_the_cache_more_than_once() -> None:
     assert traffic(1024, 8192).from_memory(cache) == 12 * 1024 * 8192
     assert traffic(1024, 32_768, bins=2048).from_memory(cache) == 12 * 1024 * 32_768
     assert traffic(1024, 16_384).from_memory(cache) == 12 * 1024 * 16_384  # with fewer programs
+    both = traffic(2 * 1024, 8192, matrices=2, opposite=True)  # x of one list is y of the next
+    assert both.from_memory(cache) == 8 * 2 * 1024 * 8192
     for long in (traffic(1024, 65_536), traffic(1024, 131_072, bins=2048)):
         assert long.from_memory(cache) == long.issued > long.once

@@ -19,7 +19,9 @@ from rankloss.kernels.device.pieces import (
     fill_with_nan,
     joined,
     log_of,
+    next_row,
     reference_at,
+    reference_row,
     survey,
     weight_of_rank,
 )
@@ -126,11 +128,11 @@ def sum_bins_downwards(count, log_c, weight, bins, BLOCK: tl.constexpr, WEIGHS: 
         m0, w0 = at(j, m, 0), at(j, w, 0)
 
 
-@triton.jit(do_not_specialize=["n", "first_row", "anchors", "top_k"])
+@triton.jit(do_not_specialize=["n", "first_row", "anchors", "equal_step", "top_k"])
 def binned_rows(
     X, Y, EQUAL, GRADIENT, CE, NLL, FLOATS, INTS, TOTALS, scale, ALPHA, BETA,
-    n, N, first_row, anchors, x_stride, y_stride, alpha_stride, beta_stride, top_k, bins,
-    BLOCK: tl.constexpr, HAS_EQUAL: tl.constexpr, HAS_ALPHA: tl.constexpr,
+    n, N, first_row, anchors, equal_step, x_stride, y_stride, alpha_stride, beta_stride, top_k, bins,
+    BLOCK: tl.constexpr, HAS_EQUAL: tl.constexpr, OPPOSITE: tl.constexpr, HAS_ALPHA: tl.constexpr,
     HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr, DISCOUNT: tl.constexpr,
     MEAN: tl.constexpr,
 ):  # fmt: skip
@@ -147,61 +149,69 @@ def binned_rows(
     s = tl.load(scale).to(tl.float32)
     j = tl.arange(0, BLOCK)
     M = N if DIAGONAL else N - 1
-    row = tl.program_id(0)
-    while row < n:  # not a range, whose variable is a plain int in the interpreter
-        x = X + row.to(tl.int64) * x_stride
-        y = Y + row.to(tl.int64) * y_stride
-        own = first_row + row % anchors
-        top, low, high, finite = survey(x, y, EQUAL, own, N, s, BLOCK, HAS_EQUAL, DIAGONAL)
-        if finite != 0:
-            collect_bins(
-                x, y, EQUAL, own, N, s, top, low, high, largest, count, total, bins,
-                BLOCK, HAS_EQUAL, DIAGONAL,
-            )  # fmt: skip
-            log_sum, denominators, total_mu = sum_bins_upwards(
-                largest, count, total, log_u, weight, M, top_k, bins, BLOCK, WEIGHS, DISCOUNT
-            )
-            tl.debug_barrier()
-            sum_bins_downwards(count, log_u, weight, bins, BLOCK, WEIGHS)
-            tl.debug_barrier()
-            alpha = tl.full([], 0.0, tl.float32)
-            if HAS_ALPHA:
-                alpha = tl.load(ALPHA + row * alpha_stride).to(tl.float32)
-                own_score = (tl.load(x + own) - top) * s
-                if not DIAGONAL:
-                    m, w = joined(log_sum, 1.0, own_score, 1.0)
-                    log_sum = log_of(m, w)
-                tl.store(CE + row, log_sum - own_score)
-            beta = tl.load(BETA + row * beta_stride).to(tl.float32)
-            if MEAN:
-                beta /= total_mu
-            scores = tl.zeros([BLOCK], tl.float32)
-            for c in range(0, N, BLOCK):
-                inside = c + j < N
-                listed = inside
-                if not DIAGONAL:
-                    listed = inside & (c + j != own)
-                score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
-                q = division_of(reference_at(y, EQUAL, c + j, listed, HAS_EQUAL), low, high, bins)
-                mu = listed.to(tl.float32)
-                if WEIGHS:
-                    mu *= tl.load(weight + q, mask=listed, other=0.0)
-                scores += tl.where(listed, mu * score, 0.0)
+    anchor = tl.program_id(0)
+    while anchor < anchors:  # not a range, whose variable is a plain int in the interpreter
+        own = first_row + anchor
+        row, rows_left = anchor, n
+        while rows_left > 0:
+            ranked_by = reference_row(row, anchor, n, anchors, OPPOSITE)
+            x = X + row.to(tl.int64) * x_stride
+            y = Y + ranked_by.to(tl.int64) * y_stride
+            equal = EQUAL
+            if HAS_EQUAL:
+                equal = EQUAL + tl.where(row < n // 2, 0, equal_step)
+            top, low, high, finite = survey(x, y, equal, own, N, s, BLOCK, HAS_EQUAL, DIAGONAL)
+            if finite != 0:
+                collect_bins(
+                    x, y, equal, own, N, s, top, low, high, largest, count, total, bins,
+                    BLOCK, HAS_EQUAL, DIAGONAL,
+                )  # fmt: skip
+                log_sum, denominators, total_mu = sum_bins_upwards(
+                    largest, count, total, log_u, weight, M, top_k, bins, BLOCK, WEIGHS, DISCOUNT
+                )
+                tl.debug_barrier()
+                sum_bins_downwards(count, log_u, weight, bins, BLOCK, WEIGHS)
+                tl.debug_barrier()
+                alpha = tl.full([], 0.0, tl.float32)
+                if HAS_ALPHA:
+                    alpha = tl.load(ALPHA + row * alpha_stride).to(tl.float32)
+                    own_score = (tl.load(x + own) - top) * s
+                    if not DIAGONAL:
+                        m, w = joined(log_sum, 1.0, own_score, 1.0)
+                        log_sum = log_of(m, w)
+                    tl.store(CE + row, log_sum - own_score)
+                beta = tl.load(BETA + row * beta_stride).to(tl.float32)
+                if MEAN:
+                    beta /= total_mu
+                scores = tl.zeros([BLOCK], tl.float32)
+                for c in range(0, N, BLOCK):
+                    inside = c + j < N
+                    listed = inside
+                    if not DIAGONAL:
+                        listed = inside & (c + j != own)
+                    score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
+                    q = division_of(reference_at(y, equal, c + j, listed, HAS_EQUAL), low, high, bins)
+                    mu = listed.to(tl.float32)
+                    if WEIGHS:
+                        mu *= tl.load(weight + q, mask=listed, other=0.0)
+                    scores += tl.where(listed, mu * score, 0.0)
+                    if HAS_GRADIENT:
+                        share = tl.exp(score + tl.load(log_u + q, mask=listed, other=NONE))
+                        slope = beta * (share - mu)
+                        if HAS_ALPHA:
+                            slope += alpha * (tl.exp(score - log_sum) - (c + j == own).to(tl.float32))
+                        tl.store(GRADIENT + row.to(tl.int64) * N + c + j, slope, mask=inside)
+                nll = denominators - tl.sum(scores, 0)
+                if MEAN:
+                    nll /= total_mu
+                tl.store(NLL + row, nll)
+            else:
+                tl.store(NLL + row, float("nan"))
+                if HAS_ALPHA:
+                    tl.store(CE + row, float("nan"))
                 if HAS_GRADIENT:
-                    share = tl.exp(score + tl.load(log_u + q, mask=listed, other=NONE))
-                    slope = beta * (share - mu)
-                    if HAS_ALPHA:
-                        slope += alpha * (tl.exp(score - log_sum) - (c + j == own).to(tl.float32))
-                    tl.store(GRADIENT + row.to(tl.int64) * N + c + j, slope, mask=inside)
-            nll = denominators - tl.sum(scores, 0)
-            if MEAN:
-                nll /= total_mu
-            tl.store(NLL + row, nll)
-        else:
-            tl.store(NLL + row, float("nan"))
-            if HAS_ALPHA:
-                tl.store(CE + row, float("nan"))
-            if HAS_GRADIENT:
-                fill_with_nan(GRADIENT + row.to(tl.int64) * N, N, BLOCK)
-        tl.debug_barrier()  # the next row uses the same scratch
-        row += tl.num_programs(0)
+                    fill_with_nan(GRADIENT + row.to(tl.int64) * N, N, BLOCK)
+            tl.debug_barrier()  # the next row uses the same scratch
+            row = next_row(row, ranked_by, n, anchors, OPPOSITE)
+            rows_left -= anchors
+        anchor += tl.num_programs(0)

@@ -28,6 +28,26 @@ def log_of(m, w):
 
 
 @triton.jit
+def reference_row(row, anchor, n, anchors, OPPOSITE: tl.constexpr):
+    """The row of the block that ranks the list of a row: the same, or that of the opposite matrix."""
+    if OPPOSITE:
+        row = n - anchors + 2 * anchor - row
+    return row
+
+
+@triton.jit
+def next_row(row, ranked_by, n, anchors, OPPOSITE: tl.constexpr):
+    """The row of the same anchor that comes next.
+
+    Two lists that rank each other follow one another, since they read the same two rows: the second time
+    those are in the cache.
+    """
+    if OPPOSITE:
+        return tl.where(row < n // 2, ranked_by, ranked_by + anchors)
+    return row + anchors
+
+
+@triton.jit
 def at(index, x, place):
     """The entry of a block at one place."""
     return tl.sum(tl.where(index == place, x, tl.zeros_like(x)), 0)

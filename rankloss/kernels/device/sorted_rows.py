@@ -27,7 +27,9 @@ from rankloss.kernels.device.pieces import (
     fill_with_nan,
     joined,
     log_of,
+    next_row,
     reference_at,
+    reference_row,
     survey,
     weight_of_rank,
 )
@@ -239,13 +241,13 @@ def sum_downwards(
     return tl.sum(terms, 0), total_mu
 
 
-@triton.jit(do_not_specialize=["n", "first_row", "anchors", "top_k"])
+@triton.jit(do_not_specialize=["n", "first_row", "anchors", "equal_step", "top_k"])
 def sorted_rows(
     X, Y, EQUAL, GRADIENT, CE, NLL, FLOATS, INTS, scale, ALPHA, BETA,
-    n, N, first_row, anchors, x_stride, y_stride, alpha_stride, beta_stride, top_k, buckets,
-    BLOCK: tl.constexpr, DEEPEST: tl.constexpr, HAS_EQUAL: tl.constexpr, HAS_ALPHA: tl.constexpr,
-    HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr, DISCOUNT: tl.constexpr,
-    MEAN: tl.constexpr,
+    n, N, first_row, anchors, equal_step, x_stride, y_stride, alpha_stride, beta_stride, top_k, buckets,
+    BLOCK: tl.constexpr, DEEPEST: tl.constexpr, HAS_EQUAL: tl.constexpr, OPPOSITE: tl.constexpr,
+    HAS_ALPHA: tl.constexpr, HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr,
+    DISCOUNT: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """CE, NLL and gradient of every row; see :func:`rankloss.kernels.evaluate_rows`.
 
@@ -259,66 +261,74 @@ def sorted_rows(
     s = tl.load(scale).to(tl.float32)
     j = tl.arange(0, BLOCK)
     M = N if DIAGONAL else N - 1
-    row = tl.program_id(0)
-    while row < n:  # not a range, whose variable is a plain int in the interpreter
-        x = X + row.to(tl.int64) * x_stride
-        y = Y + row.to(tl.int64) * y_stride
-        own = first_row + row % anchors
-        top, low, high, finite = survey(x, y, EQUAL, own, N, s, BLOCK, HAS_EQUAL, DIAGONAL)
-        if finite != 0:
-            deepest = fill_buckets(
-                y, EQUAL, own, N, low, high, keys, items, first, start, buckets,
-                BLOCK, HAS_EQUAL, DIAGONAL,
-            )  # fmt: skip
-            if deepest <= DEEPEST:
-                rank_by_comparing(
-                    x, top, s, low, high, keys, items, first, last, ranked, start, buckets, M, BLOCK
-                )
-            else:
-                rank_by_merging(
-                    x, top, s, low, high, keys, items, first, last, ranked, start, buckets, N, M,
-                    deepest, BLOCK,
+    anchor = tl.program_id(0)
+    while anchor < anchors:  # not a range, whose variable is a plain int in the interpreter
+        own = first_row + anchor
+        row, rows_left = anchor, n
+        while rows_left > 0:
+            ranked_by = reference_row(row, anchor, n, anchors, OPPOSITE)
+            x = X + row.to(tl.int64) * x_stride
+            y = Y + ranked_by.to(tl.int64) * y_stride
+            equal = EQUAL
+            if HAS_EQUAL:
+                equal = EQUAL + tl.where(row < n // 2, 0, equal_step)
+            top, low, high, finite = survey(x, y, equal, own, N, s, BLOCK, HAS_EQUAL, DIAGONAL)
+            if finite != 0:
+                deepest = fill_buckets(
+                    y, equal, own, N, low, high, keys, items, first, start, buckets,
+                    BLOCK, HAS_EQUAL, DIAGONAL,
                 )  # fmt: skip
-            tl.debug_barrier()
-            total = sum_upwards(ranked, keys, M, BLOCK)  # the keys have served
-            tl.debug_barrier()
-            nll, total_mu = sum_downwards(ranked, last, keys, M, top_k, BLOCK, WEIGHS, DISCOUNT)
-            beta = tl.load(BETA + row * beta_stride).to(tl.float32)
-            if MEAN:
-                nll /= total_mu
-                beta /= total_mu
-            tl.store(NLL + row, nll)
-            tl.debug_barrier()
-            alpha = tl.full([], 0.0, tl.float32)
-            if HAS_ALPHA:
-                alpha = tl.load(ALPHA + row * alpha_stride).to(tl.float32)
-                own_score = (tl.load(x + own) - top) * s
-                if not DIAGONAL:
-                    m, w = joined(total, 1.0, own_score, 1.0)
-                    total = log_of(m, w)
-                tl.store(CE + row, total - own_score)
-            if HAS_GRADIENT:
-                for c in range(0, N, BLOCK):
-                    inside = c + j < N
-                    listed = inside
+                if deepest <= DEEPEST:
+                    rank_by_comparing(
+                        x, top, s, low, high, keys, items, first, last, ranked, start, buckets, M, BLOCK
+                    )
+                else:
+                    rank_by_merging(
+                        x, top, s, low, high, keys, items, first, last, ranked, start, buckets, N, M,
+                        deepest, BLOCK,
+                    )  # fmt: skip
+                tl.debug_barrier()
+                total = sum_upwards(ranked, keys, M, BLOCK)  # the keys have served
+                tl.debug_barrier()
+                nll, total_mu = sum_downwards(ranked, last, keys, M, top_k, BLOCK, WEIGHS, DISCOUNT)
+                beta = tl.load(BETA + row * beta_stride).to(tl.float32)
+                if MEAN:
+                    nll /= total_mu
+                    beta /= total_mu
+                tl.store(NLL + row, nll)
+                tl.debug_barrier()
+                alpha = tl.full([], 0.0, tl.float32)
+                if HAS_ALPHA:
+                    alpha = tl.load(ALPHA + row * alpha_stride).to(tl.float32)
+                    own_score = (tl.load(x + own) - top) * s
                     if not DIAGONAL:
-                        listed = inside & (c + j != own)
-                    score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
-                    begin = tl.load(first + c + j, mask=listed, other=0)
-                    mu = listed.to(tl.float32)
-                    if WEIGHS:
-                        end = tl.load(last + begin, mask=listed, other=0)
-                        mu *= weight_of_rank(M - end, top_k, DISCOUNT)
-                    log_u = tl.load(ranked + begin, mask=listed, other=NONE)
-                    slope = beta * (tl.exp(score + log_u) - mu)
-                    if HAS_ALPHA:
-                        slope += alpha * (tl.exp(score - total) - (c + j == own).to(tl.float32))
-                    tl.store(GRADIENT + row.to(tl.int64) * N + c + j, slope, mask=inside)
-        else:
-            tl.store(NLL + row, float("nan"))
-            if HAS_ALPHA:
-                tl.store(CE + row, float("nan"))
-            if HAS_GRADIENT:
-                fill_with_nan(GRADIENT + row.to(tl.int64) * N, N, BLOCK)
-        tl.debug_barrier()  # the next row uses the same scratch
-        row += tl.num_programs(0)
+                        m, w = joined(total, 1.0, own_score, 1.0)
+                        total = log_of(m, w)
+                    tl.store(CE + row, total - own_score)
+                if HAS_GRADIENT:
+                    for c in range(0, N, BLOCK):
+                        inside = c + j < N
+                        listed = inside
+                        if not DIAGONAL:
+                            listed = inside & (c + j != own)
+                        score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
+                        begin = tl.load(first + c + j, mask=listed, other=0)
+                        mu = listed.to(tl.float32)
+                        if WEIGHS:
+                            end = tl.load(last + begin, mask=listed, other=0)
+                            mu *= weight_of_rank(M - end, top_k, DISCOUNT)
+                        log_u = tl.load(ranked + begin, mask=listed, other=NONE)
+                        slope = beta * (tl.exp(score + log_u) - mu)
+                        if HAS_ALPHA:
+                            slope += alpha * (tl.exp(score - total) - (c + j == own).to(tl.float32))
+                        tl.store(GRADIENT + row.to(tl.int64) * N + c + j, slope, mask=inside)
+            else:
+                tl.store(NLL + row, float("nan"))
+                if HAS_ALPHA:
+                    tl.store(CE + row, float("nan"))
+                if HAS_GRADIENT:
+                    fill_with_nan(GRADIENT + row.to(tl.int64) * N, N, BLOCK)
+            tl.debug_barrier()  # the next row uses the same scratch
+            row = next_row(row, ranked_by, n, anchors, OPPOSITE)
+            rows_left -= anchors
+        anchor += tl.num_programs(0)

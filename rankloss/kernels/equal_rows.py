@@ -1,0 +1,88 @@
+"""Equal rows of features on a GPU: the Python side of the two kernels that find them.
+
+In torch's operations a hash of every row takes 28 bytes per entry, and the comparison with a candidate 18.
+Here it is 4 for the hash, and 8 for the comparison of those rows that have another candidate than themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankloss.kernels.rows import interpreted
+
+__all__ = ["confirm_equals", "feature_bytes", "hash_rows"]
+
+_ROWS, _COLUMNS, _WARPS = 8, 256, 8
+_INTERPRETED_ROWS = 64  # fewer programs, each of which is interpreted
+
+
+def hash_rows(features: Tensor) -> Tensor:
+    """A hash of every row, as :func:`rankloss.batch.row_hashes` makes it: ``[N]`` of float32 ``[N, D]``.
+
+    Example:
+        >>> hash_rows(torch.zeros(3, 8, device="meta")).shape  # on a GPU the same call computes
+        torch.Size([3])
+    """
+    hashes: Tensor = torch.ops.rankloss.hash_rows(features.detach().contiguous())
+    return hashes
+
+
+def confirm_equals(features: Tensor, candidates: Tensor) -> Tensor:
+    """``candidates[i]`` where that row equals row i in every value, else i: ``[N]``.
+
+    Example:
+        >>> x, candidates = torch.zeros(3, 8, device="meta"), torch.zeros(3, dtype=torch.int64, device="meta")
+        >>> confirm_equals(x, candidates).shape
+        torch.Size([3])
+    """
+    first: Tensor = torch.ops.rankloss.confirm_equals(features.detach().contiguous(), candidates.contiguous())
+    return first
+
+
+def feature_bytes(name: str, features: Tensor, others: int = 0) -> int:
+    """What ``"hash_rows"`` or ``"confirm_equals"`` moves; ``others`` rows have another candidate."""
+    n, width = features.shape
+    return n * (4 * width + 8) if name == "hash_rows" else n * 16 + others * 8 * width
+
+
+@torch.library.custom_op("rankloss::hash_rows", mutates_args=(), schema="(Tensor features) -> Tensor")
+def _hash_rows(features: Tensor) -> Tensor:
+    hashes = torch.empty(len(features), dtype=torch.int64, device=features.device)
+    if len(features):
+        from rankloss.kernels.device.equal_rows import hash_rows as kernel
+
+        with torch.cuda.device_of(features):
+            kernel[_grid(features)](features.view(torch.int32), hashes, *features.shape, **_options())
+    return hashes
+
+
+@_hash_rows.register_fake
+def _hash_rows_fake(features: Tensor) -> Tensor:
+    return features.new_empty(len(features), dtype=torch.int64)
+
+
+@torch.library.custom_op(
+    "rankloss::confirm_equals", mutates_args=(), schema="(Tensor features, Tensor candidates) -> Tensor"
+)
+def _confirm_equals(features: Tensor, candidates: Tensor) -> Tensor:
+    first = torch.empty_like(candidates)
+    if len(features):
+        from rankloss.kernels.device.equal_rows import confirm_equals as kernel
+
+        with torch.cuda.device_of(features):
+            kernel[_grid(features)](features, candidates, first, *features.shape, **_options())
+    return first
+
+
+@_confirm_equals.register_fake
+def _confirm_equals_fake(_features: Tensor, candidates: Tensor) -> Tensor:
+    return torch.empty_like(candidates)
+
+
+def _options() -> dict[str, int]:
+    return {"ROWS": _INTERPRETED_ROWS if interpreted() else _ROWS, "COLUMNS": _COLUMNS, "num_warps": _WARPS}
+
+
+def _grid(features: Tensor) -> tuple[int]:
+    return (-(-len(features) // _options()["ROWS"]),)
