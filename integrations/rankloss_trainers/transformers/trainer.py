@@ -39,7 +39,8 @@ class ContrastiveTrainerMixin:
     - Each process's pairs are contrasted with those of all processes, exactly under DDP's averaging.
     - The loss is a mean over the pairs of a forward pass. With gradient accumulation the means are averaged,
       and pairs are contrasted within a micro-batch only.
-    - A model with a ``logit_bias`` (SigLIP) is trained with the sigmoid loss, others with CLIP's.
+    - A model with a ``logit_bias`` (SigLIP) is trained with the sigmoid loss, others with CLIP's: ALIGN too,
+      whose own loss smooths its labels.
     - Evaluation gives the base loss without the rank terms, which does not grow with λ; so
       ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
     - The log shows each term, λ, and what else the loss gives, averaged since the last line.
