@@ -18,7 +18,7 @@ from rankloss_open_clip.command_line import distils, gather_of
 from rankloss_open_clip.logged_terms import TrainerLoss
 from rankloss_open_clip.versions import imported, judge
 from rankloss_trainers import catalog, state
-from rankloss_trainers.charts import AgreementCharts, Tracker
+from rankloss_trainers.charts import AgreementCharts, Tracker, picture
 from rankloss_trainers.clock import Position
 from rankloss_trainers.driven_loss import call_alone
 from rankloss_trainers.logging import RankClipLog
@@ -123,7 +123,7 @@ def _trackers(args: Any, writer: Any) -> list[Tracker]:
         trackers.append(writer.add_figure)
     if getattr(args, "wandb", False) and getattr(args, "rank", 0) == 0:
         wandb = importlib.import_module("wandb")
-        trackers.append(lambda name, figure, step: wandb.log({name: wandb.Image(figure)}, step=step))
+        trackers.append(lambda name, figure, step: wandb.log({name: wandb.Image(picture(figure))}, step=step))
     return trackers
 
 

@@ -90,6 +90,64 @@ def test_wandb_shows_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         values = list(shown[f"train/{name}"].values())
         assert values == pytest.approx([line[name] for line in steps(trainer)], rel=1e-6), name
     assert list(shown["train/rank_lambda"].values()) == pytest.approx([0, 1 / 3, 2 / 3, 1], rel=1e-6)
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    charts = shown["train/agreement/path"]
+    assert [shown["train/global_step"][step] for step in charts] == [1]
+    (path,) = charts.values()
+    assert len(list(tmp_path.glob(f"wandb/offline-run-*/files/{path}"))) == 1
+
+
+def charts_of(directory: Path) -> dict[int, bytes]:
+    """The charts of the rank agreement in the one events file below a directory: step → PNG."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (file,) = directory.rglob("events.out.tfevents.*")
+    events = accumulator.EventAccumulator(str(file), size_guidance={"images": 0})
+    events.Reload()
+    names = events.Tags()["images"]
+    return {
+        event.step: event.encoded_image_string for name in names for event in events.Images("train/agreement")
+    }
+
+
+def test_tensorboard_has_a_chart_of_each_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    titles = []
+    draw = rankloss.plots.slope_chart
+
+    def slope_chart(v: Tensor, t: Tensor, *args: Any, **options: Any) -> Any:
+        titles.append(options["title"])
+        assert v.shape == t.shape == (8, 8)
+        return draw(v, t, *args, **options)
+
+    monkeypatch.setattr(rankloss.plots, "slope_chart", slope_chart)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    options = {"loss": "rankclip", "loss_options": {"agreement_every": 3}}
+    train(tmp_path, report_to="tensorboard", num_train_epochs=3, **options)
+    charts = charts_of(tmp_path)
+    # Epochs of four steps, measured at 1, 4, 7 and 10.
+    assert titles == ["epoch 1, step 1", "epoch 2, step 7", "epoch 3, step 10"]
+    assert list(charts) == [1, 7, 10]
+    assert len(set(charts.values())) == 3
+    assert all(chart.startswith(b"\x89PNG") for chart in charts.values())
+
+
+def test_writer_that_fails_ends_the_charts_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(SummaryWriter, "add_figure", full)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    options = {"loss": "rankclip", "loss_options": {"agreement_every": 1}}
+    assert len(steps(train(tmp_path, report_to="tensorboard", **options))) == 8
+    (record,) = [x for x in caplog.records if x.name == "rankloss_trainers" and x.levelname == "WARNING"]
+    assert record.getMessage() == "No more charts of the rank agreement: disk full"
 
 
 def test_first_step_is_the_step_of_an_own_loop(tmp_path: Path) -> None:
@@ -265,6 +323,9 @@ def test_scale_is_the_multiplier() -> None:
     assert torch.equal(logit_scale(Model(logit_scale=torch.tensor(2.0))), torch.tensor(2.0).exp())
     assert logit_scale(Model(logit_scale=torch.zeros(1))).shape == ()
     assert logit_scale(Model(temperature=torch.tensor(0.25))) == 4
+    limited = Model(logit_scale=torch.tensor(9.0))
+    limited.max_log_logit_scale = 2.0
+    assert torch.equal(logit_scale(limited), torch.tensor(2.0).exp())
     with pytest.raises(ValueError, match="logit_scale has 0 elements on this process: ZeRO stage 3"):
         logit_scale(Model(logit_scale=torch.zeros(0)))
 
