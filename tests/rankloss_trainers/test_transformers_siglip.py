@@ -43,6 +43,15 @@ def test_scale_and_bias_are_trained(tmp_path: Path, build: Any, data: Any) -> No
     assert torch.isfinite(weights(trainer)).all()
 
 
+def test_streamed_loss_is_the_models_own(tmp_path: Path) -> None:
+    pairs = Pairs(8)
+    batch = [pairs[i] for i in range(8)]
+    inputs = {name: torch.stack([pair[name] for pair in batch]) for name in batch[0]}
+    (line,) = steps(train(tmp_path, model=siglip(), pairs=pairs, loss="siglip-streamed", max_steps=1))
+    own = siglip()(**inputs, return_loss=True).loss.item()
+    assert line["contrastive_loss"] == pytest.approx(own, rel=1e-5)
+
+
 def test_softmax_loss_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="alip does not work with a model that has a logit_bias"):
         ContrastiveTrainer(
