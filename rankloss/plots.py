@@ -1,7 +1,8 @@
 """Pictures of what ranking consistency is about. Needs matplotlib: ``pip install "rankloss[plots]"``.
 
 Nothing in the package imports this module, and it draws without pyplot: no window, no global state. The
-figures can be given to TensorBoard's ``add_figure`` and to ``wandb.Image``.
+figures can be given to TensorBoard's ``add_figure`` and, once ``matplotlib.pyplot`` is imported, to
+``wandb.Image``.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import open_clip
-from open_clip.loss import SigLipLoss
 from torch import nn
 
 import rankloss
@@ -18,12 +17,15 @@ from rankloss_open_clip.command_line import distils, gather_of
 from rankloss_open_clip.logged_terms import TrainerLoss
 from rankloss_open_clip.versions import imported, judge
 from rankloss_trainers import catalog, state
-from rankloss_trainers.charts import AgreementCharts, Tracker
+from rankloss_trainers.charts import AgreementCharts, Tracker, picture
 from rankloss_trainers.clock import Position
 from rankloss_trainers.driven_loss import call_alone
 from rankloss_trainers.logging import RankClipLog
 
 _logger = logging.getLogger("rankloss_open_clip")
+
+# Early releases, to which a trainer may be attached, have no such loss.
+_SigLipLoss: Any = getattr(open_clip.loss, "SigLipLoss", None)
 
 
 def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> TrainerLoss:
@@ -49,7 +51,7 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     gather = gather_of(args)
     if distils(args) and not entry.keeps_distillation(options):
         # What the trainer would train with if it had no teacher; it refuses to distil CoCa.
-        base = SigLipLoss() if getattr(args, "siglip", False) else open_clip.ClipLoss()
+        base = _SigLipLoss() if getattr(args, "siglip", False) else open_clip.ClipLoss()
     criterion = entry.build(base if loaded.is_former else _shareable(base, gather), options, gather)
     if not isinstance(criterion, nn.Module):
         raise TypeError(f"--loss {name}: {candidate.reference} must build a module, got {criterion!r}")
@@ -123,7 +125,7 @@ def _trackers(args: Any, writer: Any) -> list[Tracker]:
         trackers.append(writer.add_figure)
     if getattr(args, "wandb", False) and getattr(args, "rank", 0) == 0:
         wandb = importlib.import_module("wandb")
-        trackers.append(lambda name, figure, step: wandb.log({name: wandb.Image(figure)}, step=step))
+        trackers.append(lambda name, figure, step: wandb.log({name: wandb.Image(picture(figure))}, step=step))
     return trackers
 
 
@@ -135,7 +137,7 @@ def _shareable(base: nn.Module, gather: rankloss.Gather) -> nn.Module:
     """
     if type(base) is open_clip.ClipLoss:
         return rankloss.ClipLoss(gather=gather)
-    return rankloss.SigLipLoss(gather=gather) if type(base) is SigLipLoss else base
+    return rankloss.SigLipLoss(gather=gather) if type(base) is _SigLipLoss else base
 
 
 def _check_forward(name: str, base: nn.Module) -> None:

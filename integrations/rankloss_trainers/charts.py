@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -20,6 +21,15 @@ NAME = "train/agreement"
 _PAIRS = 1024  # at most: the chart's copies of the features stay small beside a training
 
 _logger = logging.getLogger("rankloss_trainers")
+
+
+def picture(figure: Figure) -> Any:
+    """A figure as ``wandb.Image`` takes it; figures themselves it takes only once pyplot is imported."""
+    from PIL import Image  # comes with matplotlib
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return Image.open(file)
 
 
 class AgreementCharts:

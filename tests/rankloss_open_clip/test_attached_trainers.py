@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from trainer_runs import OFF, OFFICIAL, STEPS, Run, Runs, Trainer, assert_equal_training
 
+import rankloss
 import rankloss_open_clip
 from rankloss import schedules
 from rankloss_open_clip import __main__ as runner
@@ -230,6 +232,21 @@ def test_other_old_version_is_tried_with_a_remark(version: str) -> None:
     assert verdict.remark == (
         f"open_clip {version}: an attached trainer is tested with 2.16.1 and 2.24.0, and tried with this"
     )
+
+
+def test_early_release_has_no_sigmoid_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankloss_open_clip import training
+
+    monkeypatch.delattr("open_clip.loss.SigLipLoss")
+    spec = importlib.util.spec_from_file_location("early", training.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    early = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(early)
+    gather = rankloss.Gather()
+    assert isinstance(early._shareable(open_clip.ClipLoss(), gather), rankloss.ClipLoss)
+    other = torch.nn.Identity()
+    assert early._shareable(other, gather) is other
 
 
 # --- the former releases themselves ---------------------------------------------------------------------

@@ -202,7 +202,10 @@ def test_epoch_at_lambda_zero_is_bit_equal_to_stock(main_runs: Runs) -> None:
 def test_tensorboard_and_wandb_agree_on_names_and_values(main_runs: Runs, trainer: Trainer) -> None:
     run = main_runs["single"]
     wandb = wandb_scalars(trainer.directory, "main single")
-    assert {f"train/{name}" for name in run.scalars} == {key for key in wandb if key.startswith("train/")}
+    chart = "train/agreement"
+    scalars = {key for key in wandb if key.startswith("train/") and not key.startswith(f"{chart}/")}
+    assert {f"train/{name}" for name in run.scalars} == scalars
+    assert list(run.images[chart]) == list(wandb[f"{chart}/path"]) == [e * STEPS for e in range(EPOCHS)]
     for name in (*TERMS, *METRICS, "loss"):
         for shown in (name, f"{name}_epoch_avg"):
             values = {step: np.float32(value) for step, value in wandb[f"train/{shown}"].items()}

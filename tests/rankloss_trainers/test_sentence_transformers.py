@@ -111,6 +111,15 @@ def test_cached_loss_is_the_plain_one(bert: Path, mini_batch_size: int, output_d
     torch.testing.assert_close(cached_gradient, plain_gradient, rtol=1e-8, atol=1e-10)
 
 
+def test_cached_loss_embeds_a_mini_batch_at_a_time(bert: Path) -> None:
+    model = tiny(bert)
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]["input_ids"])))
+    loss = at(CachedRankClipLoss(model, mini_batch_size=3), step=2)
+    sum(loss(columns(model, 8), None).values()).backward()
+    assert rows == [3, 3, 2] * 4  # both columns, without gradients and again with them
+
+
 def test_cached_loss_repeats_the_dropout_of_its_first_pass(bert: Path) -> None:
     model = tiny(bert, dropout=0.3).train()
     loss = at(

@@ -36,6 +36,27 @@ def chinese_clip() -> nn.Module:
     return transformers.ChineseCLIPModel(config)
 
 
+def alt_clip() -> nn.Module:
+    torch.manual_seed(0)
+    text = {**TEXT, "max_position_embeddings": 12, "project_dim": 8}  # positions begin after the padding's
+    config = transformers.AltCLIPConfig(text_config=text, vision_config=VISION, projection_dim=8)
+    return transformers.AltCLIPModel(config)
+
+
+def align() -> nn.Module:
+    torch.manual_seed(0)
+    stages = {
+        name: [number]
+        for name, number in (
+            *(("kernel_sizes", 3), ("in_channels", 16), ("out_channels", 16), ("strides", 1)),
+            *(("num_block_repeats", 1), ("expand_ratios", 1)),
+        )
+    }
+    sizes = {"image_size": 16, "hidden_dim": 8, "width_coefficient": 0.25, "depth_coefficient": 0.25}
+    config = transformers.AlignConfig(text_config=TEXT, vision_config={**sizes, **stages}, projection_dim=8)
+    return transformers.AlignModel(config)
+
+
 def dual_encoder() -> nn.Module:
     torch.manual_seed(0)
     vision = transformers.ViTConfig(**VISION)
@@ -51,6 +72,15 @@ def siglip() -> nn.Module:
         text_config={**TEXT, "projection_size": 16}, vision_config={**VISION, "vision_use_head": True}
     )
     return transformers.SiglipModel(config)
+
+
+def siglip2() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.Siglip2Config(
+        text_config={**TEXT, "projection_size": 16},
+        vision_config={**TOWER, "num_patches": 4, "patch_size": 8},
+    )
+    return transformers.Siglip2Model(config)
 
 
 class Pairs(Dataset[dict[str, Tensor]]):
@@ -69,6 +99,16 @@ class Pairs(Dataset[dict[str, Tensor]]):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         i %= self.distinct
         return {"pixel_values": self.images[i], "input_ids": self.texts[i], "attention_mask": torch.ones(8)}
+
+
+class Patches(Pairs):
+    """Pairs whose images are patches, as SigLIP 2 takes them."""
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        pair = super().__getitem__(i)
+        patches = F.unfold(pair["pixel_values"], 8, stride=8).T
+        shape = {"pixel_attention_mask": torch.ones(4).long(), "spatial_shapes": torch.tensor([2, 2])}
+        return {**pair, "pixel_values": patches, **shape}
 
 
 class Taught(Pairs):

@@ -34,6 +34,9 @@ def logit_scale(model: Any) -> Tensor:
     if name is None:
         raise ValueError(f"{type(model).__name__} has neither a logit_scale nor a temperature")
     scale = _whole(model, name)
+    limit = getattr(model, "max_log_logit_scale", None)  # AIMv2's, which its own loss applies as well
+    if name == "logit_scale" and limit is not None:
+        scale = scale.clamp(0.0, limit)
     return scale.exp() if name == "logit_scale" else 1 / scale
 
 

@@ -19,7 +19,9 @@ from rankloss.losses import base_entries
 from rankloss_trainers import state as loss_state
 from rankloss_trainers.clock import tell
 from rankloss_trainers.driven_loss import DrivenLoss, Entries
+from rankloss_trainers.logging import RankClipLog
 from rankloss_trainers.transformers import choice, embeddings
+from rankloss_trainers.transformers.charts import ChartOfEachEpoch
 
 __all__ = ["STATE_FILE", "ContrastiveTrainer", "ContrastiveTrainerMixin"]
 
@@ -39,10 +41,12 @@ class ContrastiveTrainerMixin:
     - Each process's pairs are contrasted with those of all processes, exactly under DDP's averaging.
     - The loss is a mean over the pairs of a forward pass. With gradient accumulation the means are averaged,
       and pairs are contrasted within a micro-batch only.
-    - A model with a ``logit_bias`` (SigLIP) is trained with the sigmoid loss, others with CLIP's.
+    - A model with a ``logit_bias`` (SigLIP) is trained with the sigmoid loss, others with CLIP's: ALIGN too,
+      whose own loss smooths its labels.
     - Evaluation gives the base loss without the rank terms, which does not grow with λ; so
       ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
-    - The log shows each term, λ, and what else the loss gives, averaged since the last line.
+    - The log shows each term, λ, and what else the loss gives, averaged since the last line. With the option
+      ``agreement_every`` TensorBoard and W&B get a chart of the rank agreement per epoch.
 
     Args:
         *args: What the Trainer takes.
@@ -99,6 +103,9 @@ class ContrastiveTrainerMixin:
         trainer.add_callback(_Progress(self.driven_loss))
         if loss_state.has_state(self.driven_loss.criterion):
             trainer.add_callback(_Saving(chosen))
+        log = self.driven_loss.evaluate
+        if isinstance(log, RankClipLog) and log.agreement_every is not None:
+            trainer.add_callback(ChartOfEachEpoch(log, trainer.callback_handler))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, and give a resumed run the state of its loss back."""
