@@ -72,3 +72,8 @@ def test_matrix_begins_with_the_lowest_version_of_each_extra(extra: str, distrib
         if (match := re.match(rf"{distribution}(?:\[\w+\])?>=([\d.]+)", requirement))
     )
     assert f"{versions.split()[0]}.".startswith(f"{bound}.")
+
+
+def test_citation_has_the_version_of_the_package() -> None:
+    (version,) = re.findall(r'^__version__ = "(.*)"$', (ROOT / "rankloss/_version.py").read_text(), re.MULTILINE)
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
