@@ -74,7 +74,7 @@ def slope_chart(
         >>> v = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1)
         >>> figure = slope_chart(v, v, ["cat", "dog", "fox", "car", "bus"], anchor=0)
         >>> figure.axes[0].get_title()
-        'Kendall τ = 1.00'
+        'Kendall τ = 1.000'
     """
     lists = _rows(image_features, text_features, anchor, term)
     names = ("by the picture", "by its caption")
@@ -115,7 +115,7 @@ def compare_rankings(
     Example:
         >>> figure = compare_rankings(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([3.0, 1.0, 2.0]), "abc")
         >>> figure.axes[0].get_title()
-        'Kendall τ = 0.33'
+        'Kendall τ = 0.333'
     """
     if first.shape != second.shape or first.dim() != 1 or len(first) < 2:
         raise ValueError(
@@ -134,7 +134,7 @@ def compare_rankings(
         width = 1.8 + 2 * letter * (max(map(len, texts.values())) + 6)
         figure = Figure(figsize=(width, 0.8 + 0.32 * len(shown)), layout="constrained")
         axes = figure.add_subplot()
-    heading = f"Kendall τ = {tau:.2f}" if math.isfinite(tau) else "Kendall τ: no ranking"
+    heading = f"Kendall τ = {tau:.3f}" if math.isfinite(tau) else "Kendall τ: no ranking"
     axes.set_title(heading if title is None else f"{title}\n{heading}")
     for x, name, side in zip((0, 1), names, ("right", "left"), strict=True):
         axes.text(x, -1, name, ha=side, va="center", style="italic")

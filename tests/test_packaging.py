@@ -72,3 +72,8 @@ def test_matrix_begins_with_the_lowest_version_of_each_extra(extra: str, distrib
         if (match := re.match(rf"{distribution}(?:\[\w+\])?>=([\d.]+)", requirement))
     )
     assert f"{versions.split()[0]}.".startswith(f"{bound}.")
+
+
+def test_citation_has_the_version_of_the_package() -> None:
+    version = (ROOT / "rankloss/_version.py").read_text().split('"')[-2]
+    assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)

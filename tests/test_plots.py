@@ -55,7 +55,7 @@ def test_chart_shows_the_ranks(batch: tuple[int, int, bool], term: plots.Term, i
     left, right, tau = rankings(v, t, n - 1, term)
     shown = left.argsort(kind="stable")[:items].tolist()
     (axes,) = figure.axes
-    assert axes.get_title() == ("Kendall τ: no ranking" if np.isnan(tau) else f"Kendall τ = {tau:.2f}")
+    assert axes.get_title() == ("Kendall τ: no ranking" if np.isnan(tau) else f"Kendall τ = {tau:.3f}")
 
     def side(x: float) -> dict[float, tuple[str, str]]:
         texts = [text for text in axes.texts if text.get_position()[0] == x]
@@ -85,7 +85,7 @@ def test_chart_shows_the_ranks(batch: tuple[int, int, bool], term: plots.Term, i
 def test_heading_has_the_title_and_tau_of_the_whole_lists() -> None:
     v, t = features(20, 1)
     figure = plots.slope_chart(v, t, [str(k) for k in range(20)], 3, items=4, title="A model")
-    assert figure.axes[0].get_title() == f"A model\nKendall τ = {rankings(v, t, 3, 'cross_modal')[2]:.2f}"
+    assert figure.axes[0].get_title() == f"A model\nKendall τ = {rankings(v, t, 3, 'cross_modal')[2]:.3f}"
 
 
 def test_lists_that_rank_nothing_are_said_to() -> None:

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 KATEX = ROOT / "docs/vendor/katex"
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")  # public CI has the latter
+DRIVER = shutil.which("chromedriver")
 PHONE, LAPTOP = (390, 844), (1280, 800)
 
 
@@ -36,11 +37,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not KATEX.exists():
         if shutil.which("npm") is None:
             pytest.skip("npm is needed to fetch KaTeX")
-        subprocess.run(["make", "docs/vendor/katex"], cwd=ROOT, check=True, timeout=300)
+        subprocess.run(["make", "docs/vendor/katex"], cwd=ROOT, check=True, timeout=900)
     directory = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(directory)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-4000:]
     return directory
 

@@ -246,7 +246,7 @@ def test_a_chart_shows_the_first_pair_s_rankings_once_it_is_due() -> None:
     assert (name, step) == ("train/agreement", 9)
     v, t = inputs["image_features"].detach().numpy(), inputs["text_features"].detach().numpy()
     tau = kendalltau(t @ v[0], v @ t[0]).statistic
-    assert figure.axes[0].get_title() == f"epoch 2\nKendall τ = {tau:.2f}"
+    assert figure.axes[0].get_title() == f"epoch 2\nKendall τ = {tau:.3f}"
     assert {f"pair {i}" for i in range(1, 8)} <= {
         text.get_text().rpartition("  ")[0] for text in figure.axes[0].texts
     }

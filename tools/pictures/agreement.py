@@ -19,6 +19,7 @@ def draw(_: Colors) -> Figure:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     labels = [label if len(label) <= 22 else label[:20].rstrip() + " …" for label in record["labels"]]
     figure = Figure(figsize=(WIDTH, 7.4), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.05)  # or the second title touches the first chart
     for axes, (model, lists) in zip(figure.subplots(2, 1), record["scores"].items(), strict=True):
         plots.compare_rankings(
             *map(torch.tensor, lists),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from style import WIDTH, Colors
+from style import SMALL, WIDTH, Colors
 
 TABLE = Path(__file__).parents[2] / "docs/performance.md"
 BARS_AT = 4096
@@ -66,11 +67,12 @@ def _figures(text: str) -> dict[str, dict[int, float]]:
 def draw_bars(colors: Colors) -> Figure:
     """A bar per loss for time and for memory, at one batch size."""
     figures = measured()
-    figure = Figure(figsize=(WIDTH, 4.8), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    figure.get_layout_engine().set(hspace=0.06)  # or the second title touches the first panel's bars
     panels = figure.subplots(2, 1)
     _bars(panels[0], figures.time, "forward and backward, seconds", colors, lambda x: f"{x:.2f} s")
     _bars(panels[1], figures.memory, "added memory, MiB", colors, lambda x: f"{x:,.0f} MiB")
-    figure.supxlabel(_conditions(figures.conditions, BARS_AT), fontsize=8.5)
+    figure.supxlabel(_conditions(f"N = {BARS_AT:,}; {figures.conditions}"), fontsize=SMALL)
     return figure
 
 
@@ -80,7 +82,7 @@ def _bars(axes: Axes, values: dict[str, dict[int, float]], title: str, colors: C
     axes.barh(range(len(NAMES)), heights, color=[looks[name] for name in NAMES], height=0.66)
     for y, height in enumerate(heights):
         axes.text(height + 0.012 * max(heights), y, number(height), va="center")
-    axes.set_yticks(range(len(NAMES)), list(NAMES.values()), fontsize=9.5)
+    axes.set_yticks(range(len(NAMES)), list(NAMES.values()), fontsize=SMALL)
     axes.set(xlim=(0, 1.17 * max(heights)), xticks=[])
     axes.spines["bottom"].set_visible(False)
     axes.invert_yaxis()
@@ -108,8 +110,8 @@ def draw_scaling(colors: Colors) -> Figure:
         axes.minorticks_off()
         axes.grid(axis="y")
         axes.set_axisbelow(True)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=9.5)
-    figure.supxlabel(_conditions(figures.conditions), fontsize=8.5)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=SMALL)
+    figure.supxlabel(_conditions(figures.conditions), fontsize=SMALL)
     return figure
 
 
@@ -117,9 +119,6 @@ def _colors(colors: Colors) -> dict[str, str]:
     return dict(zip(NAMES, (colors.other, colors.bad, colors.ours_too, colors.ours), strict=True))
 
 
-def _conditions(conditions: str, n: int | None = None) -> str:
-    """The line above the table, in two lines of about equal length."""
-    text = conditions.rstrip(".") if n is None else f"N = {n:,}; {conditions.rstrip('.')}"
-    parts = text.split("; ")
-    middle = min(range(1, len(parts)), key=lambda k: abs(len("; ".join(parts[:k])) - len(text) / 2))
-    return "; ".join(parts[:middle]) + "\n" + "; ".join(parts[middle:])
+def _conditions(conditions: str) -> str:
+    """The line above the table, in lines that fit the picture."""
+    return textwrap.fill(conditions.rstrip("."), 72)

@@ -11,6 +11,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 WIDTH = 6.4  # inches; with letters of 10 points and more, it can be read on a phone
+SMALL = 10  # points
 
 
 @dataclass(frozen=True)

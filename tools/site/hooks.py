@@ -75,15 +75,14 @@ def _themed_picture(match: re.Match[str]) -> str:
 
 def _rank_options() -> str:
     """The table of all options of the rank terms."""
-    lines = ["| option | values | default | what it does |", "|---|---|---|---|"]
+    lines = ["| option | values | what it does |", "|---|---|---|"]
     for option in dataclasses.fields(RankOptions):
-        choices = choices_of(option.name)
-        values = ", ".join(f"`{choice!r}`" for choice in choices) or "a whole number"
-        default = f"`{option.default!r}`"
-        if option.metadata["none"]:
-            default += f" ({option.metadata['none']})"
-            values += "" if choices else ", or `None`"
-        lines.append(f"| `{option.name}` | {values} | {default} | {option.metadata['help']} |")
+        none = f" ({option.metadata['none']})" if option.metadata["none"] else ""
+        values = [f"`{option.default!r}`{none}, the default"]
+        values += [f"`{choice!r}`" for choice in choices_of(option.name) if choice != option.default]
+        if not choices_of(option.name):
+            values.append("a positive number" if option.metadata["unit"] == "X" else "a whole number")
+        lines.append(f"| `{option.name}` | {'; '.join(values)} | {option.metadata['help']} |")
     return "\n".join(lines)
 
 

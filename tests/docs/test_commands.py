@@ -1,0 +1,86 @@
+"""The commands that the documents print: their targets, files and options exist."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "examples").glob("*/README.md"),
+]
+
+
+def commands() -> list[str]:
+    """Every line of a console block, without its prompt and comment; continued lines are one."""
+    found = set()
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        for block in re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found |= {" ".join(shlex.split(line.removeprefix("$ "), comments=True)) for line in lines}
+    return sorted(found - {""})
+
+
+def programs() -> dict[str, set[str]]:
+    """The options that the documents give to every Python program: a file, or ``-m MODULE``."""
+    options: dict[str, set[str]] = {}
+    for command in commands():
+        module = re.search(r"-m (open_clip_train\.main|rankloss\S+)(.*)", command)
+        file = re.match(r"python (\w\S+\.py)(.*)", command)
+        if match := module or file:
+            name = f"-m {match[1]}" if module else match[1]
+            given = match[2].partition(" -- ")[0].partition("|")[0]
+            options.setdefault(name, set()).update(re.findall(r" (--[a-z][\w-]*)", given))
+    return options
+
+
+@functools.cache
+def help_of(program: str) -> str:
+    environment = {**os.environ, "COLUMNS": "500", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *program.split(), "--help"]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=600
+    )
+    return result.stdout
+
+
+def test_commands_of_every_kind_are_found() -> None:
+    kinds = {command.split()[0] for command in commands()}
+    assert {"pip", "make", "python", "torchrun", "accelerate", "DATA=/data/cc3m/train.csv"} <= kinds
+    assert len(programs()) >= 10
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command.startswith("make ")])
+def test_make_knows_the_target(command: str) -> None:
+    subprocess.run(["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, check=True)
+
+
+def test_files_of_the_commands_exist() -> None:
+    named = {word for command in commands() for word in re.findall(r"\b\w[\w/.-]*\.(?:py|sh)\b", command)}
+    assert len(named) >= 10
+    elsewhere = {"run_clip.py"}  # transformers' own
+    assert {name for name in named - elsewhere if not (ROOT / name).exists()} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", programs())
+def test_program_knows_the_options(program: str) -> None:
+    for package in ("open_clip_train", "transformers", "sklearn", "resvg_py"):
+        pytest.importorskip(package)
+    text = help_of(program)
+    if program.startswith("-m rankloss"):  # they add to the command line of what they run
+        text += help_of("-m open_clip_train.main")
+    # Of the package that docs/composition.md shows, and of the runner itself, which shows the trainer's help.
+    not_in_a_help = {"--uniform-weight", "--trainer"}
+    missing = {o for o in programs()[program] if not re.search(rf"{o}(?![\w-])", text)}
+    assert missing <= not_in_a_help
