@@ -1,10 +1,6 @@
-"""The paper in miniature: train every loss on icons, measure, and write the report.
-
-Run it as ``python examples/miniature/run.py``; see the README beside this file.
-"""
+"""Train every loss on icons, measure, and write the report: see the README beside this file."""
 
 import sys
-import warnings
 
 try:
     from miniature_paper.command import main
@@ -12,6 +8,4 @@ except ModuleNotFoundError as error:
     sys.exit(f"This example needs the module {error.name!r}: pip install -e '.[examples]' -e examples")
 
 if __name__ == "__main__":
-    # The trainer's dependencies warn about each other's age, which does not concern a reader.
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
     sys.exit(main())

@@ -1,10 +1,6 @@
-"""Search for the setting in which the rank terms help most, and confirm it once.
-
-Run it as ``python examples/miniature/search.py``; see the README beside this file.
-"""
+"""Search for the setting in which the rank terms help most: see the README beside this file."""
 
 import sys
-import warnings
 
 try:
     from miniature_paper.search.command import main
@@ -12,6 +8,4 @@ except ModuleNotFoundError as error:
     sys.exit(f"This example needs the module {error.name!r}: pip install -e '.[examples]' -e examples")
 
 if __name__ == "__main__":
-    # The trainer's dependencies warn about each other's age, which does not concern a reader.
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
     sys.exit(main())

@@ -1,7 +1,5 @@
 """What the examples share: the trainer's guard, the queue of runs, tables and pages."""
 
-from __future__ import annotations
-
 import ast
 import asyncio
 import doctest
@@ -166,8 +164,7 @@ async def work(run, report):
     await trainer.follow([sys.executable, "-c", {child!r}], print, cwd=Path("."), threads=1)
 
 def command(console):
-    runs = [Path("one")]
-    asyncio.run(terminal.run_all(runs, work, jobs=1, console=console, expected=()))
+    asyncio.run(terminal.run_all([Path("one")], work, jobs=1, console=console, expected=()))
     return 0
 
 sys.exit(terminal.status_of(command))

@@ -1,7 +1,5 @@
 """A report: Markdown out of a template, and one HTML page that needs nothing else."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import functools
@@ -69,11 +67,8 @@ def html(
 ) -> str:
     """Return Markdown as a page.
 
-    Args:
-        text: The content.
-        title: The page's title.
-        pictures: By the paths that the Markdown names.
-        marks: Signs with their style and what they are called when the page is read aloud.
+    ``pictures`` go by the paths that the Markdown names; ``marks`` are signs, their styles, and what they are
+    called when the page is read aloud.
     """
     environment = _templates(Path(__file__).parent)
     figure = environment.get_template("figure.html")

@@ -1,7 +1,5 @@
 """The labelled sets: categories that icon sets give their icons, as classes to recognise."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -9,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from . import SETS
 from .package import Icon
-from .sets import SETS
 from .split import SIDES
 
 # Prompts of zero-shot classification; the training texts are made with the same ones.
@@ -29,7 +27,7 @@ class Labelled:
     classes: list[str]
     index: dict[str, list[int]]  # for every side, the records
     label: dict[str, list[int]]  # for every side, the class of every record
-    templates: tuple[str, ...] = TEMPLATES  # prompts with one {} each
+    templates: Sequence[str] = TEMPLATES  # prompts with one {} each
 
 
 def class_name(category: str) -> str:

@@ -5,8 +5,6 @@ one drawing names of both (aliases), and where two drawings of them look alike: 
 "target" are one picture, whatever they are called. So no picture of one side has a twin on another.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections import defaultdict
@@ -16,9 +14,9 @@ import numpy as np
 from scipy.cluster.hierarchy import DisjointSet
 from scipy.spatial import cKDTree
 
+from . import SETS
 from .names import concept_of
 from .package import Icon
-from .sets import SETS
 
 SIDES = ("train", "validation", "test")
 
@@ -52,29 +50,23 @@ def shift_of(prefix: str) -> str:
 
 
 def split(icons: Sequence[Icon], thumbnails: np.ndarray, *, seed: int = 0) -> Split:
-    """Put every icon on a side, and drop repeated drawings.
+    """Put every icon on a side, and drop repeated drawings; other seeds hold out other concepts.
 
-    Args:
-        icons: All icons.
-        thumbnails: Their averaged pictures, ``uint8 [N, 16, 16, 3]``.
-        seed: Other seeds hold out other concepts.
+    ``thumbnails`` are averaged pictures, ``uint8 [N, 16, 16, 3]``.
     """
     ink = (thumbnails < 250).any(axis=-1).mean(axis=(1, 2))
     drawn = ink >= _BLANK
     pairs = alike_pairs(thumbnails)
     groups = DisjointSet()
-
-    def join(a: str, b: str) -> None:
-        for concept in (a, b):
-            groups.add(concept)  # has no effect on a known one
-        groups.merge(a, b)
-
     for icon in icons:
         # What is one concept among emojis, a woman and a man walking, may be two in another set.
-        join(icon.concept, concept_of(icon.caption.split()))
+        words = [(icon.concept, concept_of(icon.caption.split()))]
         for caption, concept in icon.synonyms:
-            join(icon.concept, concept)
-            join(concept, concept_of(caption.split()))
+            words += [(icon.concept, concept), (concept, concept_of(caption.split()))]
+        for pair in words:
+            for concept in pair:
+                groups.add(concept)  # has no effect on a known one
+            groups.merge(*pair)
     by_name = [groups[icon.concept] for icon in icons]
     joined = 0
     for a, b in pairs.tolist():
@@ -107,16 +99,13 @@ def alike_pairs(thumbnails: np.ndarray, limit: float = ALIKE) -> np.ndarray:
     mean = sample.mean(axis=0)
     _, vectors = np.linalg.eigh(np.cov((sample - mean).T) if len(sample) > 1 else np.eye(flat.shape[1]))
     directions = vectors[:, -_DIRECTIONS:]
-    reduced = np.concatenate(
-        [(part - mean) @ directions for part in np.array_split(flat, max(1, len(flat) // 10_000))]
-    )
+    parts = np.array_split(flat, max(1, len(flat) // 10_000))
+    reduced = np.concatenate([(part - mean) @ directions for part in parts])
     radius = limit * np.sqrt(flat.shape[1])
     candidates = cKDTree(reduced).query_pairs(radius, output_type="ndarray")
     candidates = candidates[np.lexsort((candidates[:, 1], candidates[:, 0]))]
-    close = [
-        _distance(flat[part[:, 0]], flat[part[:, 1]]) < limit
-        for part in np.array_split(candidates, max(1, len(candidates) // 50_000))
-    ]
+    pairs = np.array_split(candidates, max(1, len(candidates) // 50_000))
+    close = [_distance(flat[part[:, 0]], flat[part[:, 1]]) < limit for part in pairs]
     return candidates[np.concatenate(close)]
 
 
@@ -138,22 +127,19 @@ def _sides(icons: Sequence[Icon], group: Sequence[str], seed: int) -> dict[str, 
     members: dict[str, list[Icon]] = defaultdict(list)
     for icon, name in zip(icons, group, strict=True):
         members[name].append(icon)
-    return {name: _side(of, _draw(f"{seed}/{name}")) for name, of in members.items()}
+    return {name: _side(of, f"{seed}/{name}") for name, of in members.items()}
 
 
-def _side(icons: Sequence[Icon], draw: float) -> str:
+def _side(icons: Sequence[Icon], name: str) -> str:
     if len({icon.concept for icon in icons}) > _HUB:
         return "train"
     shifts = {shift_of(prefix) for prefix in {icon.set for icon in icons}}
     test = TEST_OF_EMOJIS if shifts & {"noto", "emojione"} else TEST
     if "" not in shifts:
         test = TEST_OF_SHIFTS
+    # A number in [0, 1) that depends on the name only.
+    draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     return "test" if draw < test else "validation" if draw < test + VALIDATION else "train"
-
-
-def _draw(text: str) -> float:
-    """Return a number in [0, 1) that depends on ``text`` only."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _distinct(icons: Sequence[Icon], thumbnails: np.ndarray, positions: Sequence[int]) -> list[int]:
@@ -170,8 +156,8 @@ def _distinct(icons: Sequence[Icon], thumbnails: np.ndarray, positions: Sequence
     for candidates in same.values():
         chosen: list[int] = []
         for position in candidates:
-            others = thumbnails[chosen]
-            if not chosen or _distance(others, thumbnails[position][None]).min() >= SAME_DRAWING:
+            near = _distance(thumbnails[chosen], thumbnails[position][None])
+            if near.min(initial=SAME_DRAWING) >= SAME_DRAWING:
                 chosen.append(position)
         kept.extend(chosen)
     return sorted(kept)

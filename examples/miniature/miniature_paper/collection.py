@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from . import grid, scores
 from .grid import Setting
@@ -12,16 +12,10 @@ from .scores import Measure
 from .statistics import Difference, Estimate, estimate, paired_difference
 
 Record = Mapping[str, Any]
-Value = TypeVar("Value")
 
 
 class Collection:
-    """Records by setting.
-
-    Args:
-        records: Records, as the store has them; those that are not planned are counted and left alone.
-        preset: The preset that the report is about.
-        planned: Every setting that is to be trained.
+    """The records of what is planned by setting; others are counted and left alone.
 
     Raises:
         ValueError: If two records are of one setting, or a planned setting is of another preset.
@@ -100,14 +94,11 @@ class Exhibited:
         return paired_difference(self.values(model, measure), self.values(reference, measure))
 
     def chance(self, measure: Measure) -> float | None:
-        """Return what guessing scores."""
-        return self._first(lambda record: measure.of(record["chance"]))
+        """Return what guessing scores: the same for every model whose record knows it."""
+        found = (measure.of(record["chance"]) for own in self._records.values() for record in own.values())
+        return next((value for value in found if value is not None), None)
 
     def items(self, measure: Measure) -> int | None:
-        """Return the number of held-out items behind a measure."""
-        return self._first(lambda record: measure.items(record["items"]))
-
-    def _first(self, read: Callable[[Record], Value | None]) -> Value | None:
-        """Return what the first record that knows it says: it is the same for every model."""
-        found = (read(record) for own in self._records.values() for record in own.values())
+        """Return the number of held-out items behind a measure, likewise."""
+        found = (measure.items(record["items"]) for own in self._records.values() for record in own.values())
         return next((value for value in found if value is not None), None)

@@ -1,7 +1,6 @@
 """Records → ``report.md`` with its figures, and ``report.html``, one page that needs nothing else."""
 
-from __future__ import annotations
-
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ from examples_common.tables import markdown as table
 from . import figures, findings, paper, tables
 from .collection import Collection, Record
 from .grid import Preset, Setting
-from .tables import Exhibit
-from .wording import MARKS, difference_text, fill, mark, p_text
+from .tables import Cell, Exhibit
+from .wording import MARKS, fill
 
 SEARCH = "search.md"
 _SAID = {  # the marks, read aloud
@@ -37,13 +36,7 @@ def write(
 ) -> Path:
     """Write the report and return the path of ``report.html``; ``report.md`` and ``figures/`` are beside it.
 
-    Args:
-        records: The records there are; those that are not planned are left alone.
-        folder: Where to; an earlier report is replaced.
-        preset: The preset that they are of.
-        planned: Every setting that is to be trained.
-        command: The command that makes this report.
-        notes: What else the reader has to know, such as records that are damaged.
+    ``command`` is what makes this report; ``notes`` are what else the reader has to know.
 
     Raises:
         ValueError: If nothing is planned, a planned setting is of another preset, or a record is there twice.
@@ -115,41 +108,22 @@ def conditions(records: Iterable[Record]) -> list[list[str]]:
     return rows
 
 
-def _tests(exhibit: Exhibit) -> list[list[str]]:
-    by_p = sorted(
-        findings.Tally(exhibit.comparisons).tested,
-        key=lambda c: (c.difference.p is None, c.difference.p or 0.0),
-    )
-    return [
-        [
-            c.measure.name,
-            c.subject,
-            c.reference,
-            f"{difference_text(c.difference, c.digits)} {mark(c.difference)}",
-            f"{c.difference.n}",
-            p_text(c.difference.p),
-            p_text(c.difference.adjusted),
-        ]
-        for c in by_p
-    ]
+def _tests(exhibit: Exhibit) -> list[Cell]:
+    """Return everything that is tested, the smallest p first."""
+    tested = findings.Tally(exhibit.comparisons).tested
+    return sorted(tested, key=lambda cell: (cell.difference.p is None, cell.difference.p or 0.0))
 
 
 def _numbers(exhibit: Exhibit) -> str:
     labels = [f"{group}: {label}" if group else label for group, label in exhibit.columns]
     shown = {"chance": "{:.2f}", "items": "{:,}"}
     extra = [name for name in shown if any(getattr(row, name) is not None for row in exhibit.rows)]
-    rows, title = [], ""
-    for row in exhibit.rows:
-        found = f"*The paper's: {row.section}*" if row.quoted else f"**{row.section}**"
-        if found != title:
-            title = found
-            rows.append([title, *[""] * len([*labels, *extra])])
-        known = [(shown[name], getattr(row, name)) for name in extra]
-        rows.append(
-            [
-                f"*{row.label}*" if row.quoted else row.label,
-                *("" if cell is None else str(cell) for cell in row.cells),
-                *("" if value is None else form.format(value) for form, value in known),
-            ]
-        )
-    return table([exhibit.corner, *labels, *extra], rows, right=len([*labels, *extra])) if rows else ""
+    rows, width = [], len(labels) + len(extra)
+    for title, of in itertools.groupby(exhibit.rows, lambda row: (row.quoted, row.section)):
+        rows.append([("*The paper's: {}*" if title[0] else "**{}**").format(title[1]), *[""] * width])
+        for row in of:
+            cells = ["" if cell is None else str(cell) for cell in row.cells]
+            known = ((shown[name], getattr(row, name)) for name in extra)
+            cells += ["" if value is None else form.format(value) for form, value in known]
+            rows.append([f"*{row.label}*" if row.quoted else row.label, *cells])
+    return table([exhibit.corner, *labels, *extra], rows, right=width) if rows else ""

@@ -1,15 +1,12 @@
 """How numbers read, and the reports' templates, which use it."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from examples_common import page
 
 from . import statistics
-from .statistics import ALPHA, CONFIDENCE, MIN_SEEDS, Difference, Estimate
+from .statistics import ALPHA, CONFIDENCE, MIN_SEEDS, Difference, Estimate, verdict
 
 MARKS = {
     "above": "▲",
@@ -20,42 +17,18 @@ MARKS = {
     statistics.TOO_FEW_SEEDS: "·",
 }
 _TEMPLATES = Path(__file__).with_name("templates")
-_CONSTANTS = {
-    "marks": MARKS,
-    "alpha": ALPHA,
-    "confidence": f"{100 * CONFIDENCE:.0f} %",
-    "min_seeds": MIN_SEEDS,
-}
+_CONSTANTS = {"alpha": ALPHA, "confidence": f"{100 * CONFIDENCE:.0f} %", "min_seeds": MIN_SEEDS}
 
 
 def fill(template: str, **values: Any) -> str:
     """Fill in one of the templates beside this file."""
-    filters: dict[str, Callable[..., Any]] = {
-        "signed": signed,
-        "difference": difference_text,
-        "p": p_text,
-        "verdict": statistics.verdict,
-        "span": span_text,
-        "some": some_text,
-    }
-    return page.fill(_TEMPLATES / template, filters, **_CONSTANTS, **values)
+    filters = {"signed": signed, "difference": difference_text, "p": p_text, "mark": mark, "verdict": verdict}
+    return page.fill(_TEMPLATES / template, filters, marks=MARKS, **_CONSTANTS, **values)
 
 
 def seeds_text(n: int, planned: int) -> str:
     """``5`` where all are there, else ``3 of 5``."""
     return f"{n}" if n == planned else f"{n} of {planned}"
-
-
-def span_text(numbers: list[int]) -> str:
-    """``5`` where all are equal, else ``3 to 5``."""
-    least, most = min(numbers), max(numbers)
-    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
-
-
-def some_text(names: list[str], limit: int = 4) -> str:
-    """The first names; the others are counted."""
-    rest = f" and {len(names) - limit} more models" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
 
 
 def mean_text(estimate: Estimate | None, planned: int, digits: int = 2) -> str:
@@ -107,7 +80,7 @@ def mark(difference: Difference | None) -> str:
     """The sign of what may be said: filled after the correction, open only before it."""
     if difference is None:
         return ""
-    said = statistics.verdict(difference, above="above", below="below")
+    said = verdict(difference, above="above", below="below")
     if said == statistics.NOT_TOLD_APART and difference.nominal:
         said = "above before" if difference.mean > 0 else "below before"
     return MARKS[said]

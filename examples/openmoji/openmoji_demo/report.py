@@ -1,7 +1,5 @@
 """One table of all methods, for the console, as Markdown and as JSON, and what may be read from it."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -16,11 +14,11 @@ from rich.console import Console
 from .agreement import HELD_OUT, TRAINING, Agreement
 from .evaluate import TASKS, Scores
 
-_HEADS = {
-    "image_to_text": ("image → text", metrics.RETRIEVAL_KS, "R@"),
-    "text_to_image": ("text → image", metrics.RETRIEVAL_KS, "R@"),
-    "subgroup": ("sub-group", metrics.CLASS_KS, "top-"),
-    "group": ("group", metrics.CLASS_KS, "top-"),
+_HEADS = {  # of the columns, with what stands before a cut-off
+    "image_to_text": ("image → text", "R@"),
+    "text_to_image": ("text → image", "R@"),
+    "subgroup": ("sub-group", "top-"),
+    "group": ("group", "top-"),
 }
 _STYLES = {"color": "Colour", "line": "Line art"}
 _LABELS = {"clip": "CLIP", "rankclip": "RankCLIP"}
@@ -58,16 +56,15 @@ class Block:
 
     def cells(self) -> list[list[str]]:
         """Return the rows as text."""
-        return [[name, *(_cell(scores[task]) for task in TASKS)] for name, scores in self.rows.items()]
+        return [
+            [name, *("/".join(f"{value:.1f}" for value in scores[task].values()) for task in TASKS)]
+            for name, scores in self.rows.items()
+        ]
 
-
-def _cell(values: dict[int, float]) -> str:
-    return "/".join(f"{value:.1f}" for value in values.values())
-
-
-def _head(separator: str) -> list[str]:
-    parts = ((name, prefix, "/".join(map(str, ks))) for name, ks, prefix in (_HEADS[task] for task in TASKS))
-    return ["method", *(f"{name}{separator}{prefix}{ks}" for name, prefix, ks in parts)]
+    def head(self, separator: str) -> list[str]:
+        """Return what stands above them."""
+        cutoffs = {task: "/".join(map(str, scores)) for task, scores in self.rows[CHANCE].items()}
+        return ["method", *(separator.join([name, p + cutoffs[t]]) for t, (name, p) in _HEADS.items())]
 
 
 def apart(block: Block) -> dict[str, Any] | None:
@@ -75,46 +72,41 @@ def apart(block: Block) -> dict[str, Any] | None:
     if len(block.trained) < 2:
         return None
     first, last = block.trained[0], block.trained[-1]
-    scores, others = block.rows[last], block.rows[first]
-    differences = {(task, k): scores[task][k] - others[task][k] for task in TASKS for k in scores[task]}
+    scores, others = (_flat(block.rows[name]) for name in (last, first))
+    differences = {key: value - others[key] for key, value in scores.items()}
     (task, k), largest = max(differences.items(), key=lambda item: abs(item[1]))
-    name, _, prefix = _HEADS[task]
     return {
         "first": first,
         "last": last,
         "ahead": sum(round(difference, 1) > 0 for difference in differences.values()),
         "scores": len(differences),
-        "where": f"{name} {prefix}{k}",
+        "where": f"{' '.join(_HEADS[task])}{k}",
         "points": largest,
     }
 
 
+def _flat(scores: Scores) -> dict[tuple[str, int], float]:
+    return {(task, k): value for task, of in scores.items() for k, value in of.items()}
+
+
 def knn_ahead(block: Block, name: str) -> tuple[int, int]:
     """Return on how many retrieval scores the untrained baseline is ahead of a method, and of how many."""
-    pairs = [
-        (block.rows[KNN][task][k], block.rows[name][task][k])
-        for task in ("image_to_text", "text_to_image")
-        for k in metrics.RETRIEVAL_KS
-    ]
-    return sum(round(knn, 1) > round(value, 1) for knn, value in pairs), len(pairs)
+    knn, own = (_flat(block.rows[method]) for method in (KNN, name))
+    ahead = [round(knn[key], 1) > round(own[key], 1) for key in own if _HEADS[key[0]][1] == "R@"]
+    return sum(ahead), len(ahead)
 
 
-def _tau_head(agreement: Agreement) -> list[str]:
-    return ["method", *(f"{agreement.concepts[key]:,} {key} concepts" for key in (TRAINING, HELD_OUT))]
-
-
-def _tau_rows(agreement: Agreement) -> list[list[str]]:
-    return [
-        [name, *(f"{by_set[key]:.3f}" for key in (TRAINING, HELD_OUT))]
-        for name, by_set in agreement.averages.items()
-    ]
+def _taus(agreement: Agreement) -> tuple[list[str], list[list[str]]]:
+    keys = (TRAINING, HELD_OUT)
+    rows = [[name, *(f"{tau[key]:.3f}" for key in keys)] for name, tau in agreement.averages.items()]
+    return ["method", *(f"{agreement.concepts[key]:,} {key} concepts" for key in keys)], rows
 
 
 def show(blocks: Sequence[Block], agreement: Agreement, console: Console) -> None:
     """Print the tables and the notes."""
     rows = [row for block in blocks for row in ([block.title], *block.cells())]
-    tables.show(console, _head("\n"), rows, right=len(TASKS), title=_TITLE)
-    tables.show(console, _tau_head(agreement), _tau_rows(agreement), right=2, title=_TAU_TITLE)
+    tables.show(console, blocks[0].head("\n"), rows, right=len(TASKS), title=_TITLE)
+    tables.show(console, *_taus(agreement), right=2, title=_TAU_TITLE)
     for line in notes(blocks):
         say(console, f"• {line}")
 
@@ -139,8 +131,8 @@ def markdown(blocks: Sequence[Block], agreement: Agreement) -> str:
     """Return the tables and the notes as Markdown."""
     blank = [""] * len(TASKS)
     rows = [row for block in blocks for row in ([f"**{block.title}**", *blank], *block.cells())]
-    table = tables.markdown(_head(" "), rows, right=len(TASKS))
-    taus = tables.markdown(_tau_head(agreement), _tau_rows(agreement), right=2)
+    table = tables.markdown(blocks[0].head(" "), rows, right=len(TASKS))
+    taus = tables.markdown(*_taus(agreement), right=2)
     lines = [f"- {line}" for line in notes(blocks)]
     return "\n".join([f"# {_TITLE}", "", table, "", f"{_TAU_TITLE}:", "", taus, "", *lines, ""])
 
