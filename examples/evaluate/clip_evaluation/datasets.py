@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import webdataset
 import yaml
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from webdataset.tariterators import group_by_keys, tar_file_iterator
+from torchvision.datasets.folder import ImageFolder, default_loader
 
 Transform = Callable[[Image.Image], Any]
 
 _TORCHVISION = "torchvision:"
-_KINDS = ("webp", "png", "jpg", "jpeg")  # of images in shards
 _COCO_CAPTIONS = 5  # per image, the usual protocol
 
 
@@ -102,39 +100,36 @@ class _Files(Dataset[Any]):
     """Image files and a target for each."""
 
     def __init__(self, items: Sequence[tuple[Path, Any]], transform: Transform) -> None:
-        self._items = items
-        self._transform = transform
+        self._items, self._transform = items, transform
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         path, target = self._items[index]
-        with Image.open(path) as image:
-            return self._transform(image), target
+        return self._transform(default_loader(str(path))), target
 
 
 # --- folders ---
 
 
+class _Classes(ImageFolder):
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        # ImageNetV2 names its folders by number, and 10 does not come before 2.
+        names = sorted((p.name for p in Path(directory).iterdir() if p.is_dir()), key=_natural)
+        return names, {name: number for number, name in enumerate(names)}
+
+
 def _folder(path: Path, split: str, transform: Transform, class_names: str | None) -> ImageSet:
     top = path / split if (path / split).is_dir() else path
-    # ImageNetV2 names its folders by number, and 10 does not come before 2.
-    folders = sorted((p for p in top.iterdir() if p.is_dir()), key=_natural)
-    items = [
-        (file, number)
-        for number, folder in enumerate(folders)
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in IMG_EXTENSIONS
-    ]
-    if not items:
+    images = _Classes(str(top), transform, allow_empty=True)
+    if not len(images):
         raise ValueError(f"{top} holds no folders of images, and no {split}/nshards.txt")
-    names = [folder.name for folder in folders]
-    return ImageSet(_name(path), _Files(items, transform), False, _class_names(names, class_names))
+    return ImageSet(_name(path), images, False, _class_names(images.classes, class_names))
 
 
-def _natural(path: Path) -> tuple[int, str]:
-    return (int(path.name), "") if path.name.isdigit() else (-1, path.name)
+def _natural(name: str) -> tuple[int, str]:
+    return (int(name), "") if name.isdigit() else (-1, name)
 
 
 def _name(path: Path) -> str:
@@ -148,8 +143,9 @@ def _class_names(folders: Sequence[str], class_names: str | None) -> list[str]:
         return _imagenet(folders)
     names = Path(class_names).read_text(encoding="utf-8").splitlines()
     if len(names) != len(folders):
-        counts = f"{len(names)} lines for {len(folders)} class folders"
-        raise ValueError(f"class_names: {class_names} has {counts}")
+        raise ValueError(
+            f"class_names: {class_names} has {len(names)} lines for {len(folders)} class folders"
+        )
     return [name.strip() for name in names]
 
 
@@ -163,8 +159,8 @@ def _imagenet(folders: Sequence[str]) -> list[str]:
     keys = [str(int(name)) if name.isdigit() else name for name in folders]
     for name in keys:
         if name not in position:
-            named = "folders must be named n01440764 or 0"
-            raise ValueError(f"class_names: {name} is none of ImageNet's 1,000 classes; {named}")
+            known = "ImageNet's 1,000 classes; folders must be named n01440764 or 0"
+            raise ValueError(f"class_names: {name} is none of {known}")
     return [IMAGENET_CLASSNAMES[position[key]] for key in keys]
 
 
@@ -180,13 +176,14 @@ def _table(path: Path, columns: Columns, transform: Transform) -> ImageSet:
     if table.empty:
         raise ValueError(f"{path} holds no rows")
     if wanted == columns.label:
-        labels, classes = pd.factorize(table[wanted], sort=True)
-        targets = zip(table[columns.image], labels.tolist(), strict=True)
-        items = [(path.parent / name, label) for name, label in targets]
-        return ImageSet(_name(path), _Files(items, transform), False, list(classes))
-    captions = table.groupby(columns.image, sort=False)[wanted].agg(list)
-    items = [(path.parent / name, texts) for name, texts in captions.items()]
-    return ImageSet(_name(path), _Files(items, transform), True)
+        labels, names = pd.factorize(table[wanted], sort=True)
+        classes, targets = list(names), pd.Series(labels, table[columns.image])
+    else:
+        classes, targets = None, table.groupby(columns.image, sort=False)[wanted].agg(list)
+    items = [
+        (path.parent / name, target) for name, target in zip(targets.index, targets.tolist(), strict=True)
+    ]
+    return ImageSet(_name(path), _Files(items, transform), classes is None, classes)
 
 
 def _coco(path: Path, folder: Path, transform: Transform) -> ImageSet:
@@ -206,29 +203,6 @@ def _coco(path: Path, folder: Path, transform: Transform) -> ImageSet:
 # --- CLIP_benchmark's webdataset layout ---
 
 
-class _Shards(IterableDataset[Any]):
-    def __init__(self, shards: Sequence[Path], transform: Transform, key: str) -> None:
-        self._shards, self._transform, self._key = shards, transform, key
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        worker = get_worker_info()
-        for shard in self._shards[worker.id :: worker.num_workers] if worker else self._shards:
-            with shard.open("rb") as stream:
-                files = ({**file, "__url__": str(shard)} for file in tar_file_iterator(stream))
-                yield from map(self._item, group_by_keys(files))
-
-    def _item(self, sample: dict[str, Any]) -> tuple[Any, Any]:
-        kind = next((kind for kind in _KINDS if kind in sample), None)
-        if kind is None or self._key not in sample:
-            names = ", ".join(name for name in sample if not name.startswith("__"))
-            where = f"{sample['__url__']}: {sample['__key__']}"
-            raise ValueError(f"{where} has no image or no .{self._key}, but {names}")
-        with Image.open(io.BytesIO(sample[kind])) as image:
-            pixels = self._transform(image)
-        text = sample[self._key].decode()
-        return pixels, text.splitlines() if self._key == "txt" else int(text)
-
-
 def _webdataset(path: Path, split: str, transform: Transform) -> ImageSet:
     number = int((path / split / "nshards.txt").read_text(encoding="utf-8"))
     shards = [path / split / f"{shard}.tar" for shard in range(number)]
@@ -238,19 +212,24 @@ def _webdataset(path: Path, split: str, transform: Transform) -> ImageSet:
     kind = (_lines(path / "dataset_type.txt") or ["classification"])[0].lower()
     if kind not in ("classification", "retrieval"):
         raise ValueError(f"{path / 'dataset_type.txt'}: {kind} is not supported")
-    return ImageSet(
-        _name(path),
-        _Shards(shards, transform, "txt" if kind == "retrieval" else "cls"),
-        kind == "retrieval",
-        _lines(path / "classnames.txt"),
-        _lines(path / "zeroshot_classification_templates.txt"),
+    retrieval = kind == "retrieval"
+    samples = webdataset.DataPipeline(
+        webdataset.SimpleShardList([str(shard.resolve()) for shard in shards]),
+        webdataset.split_by_worker,
+        webdataset.tarfile_to_samples(),
+        webdataset.decode("pil"),
+        webdataset.to_tuple("webp;png;jpg;jpeg", "txt" if retrieval else "cls"),
+        webdataset.map_tuple(transform, str.splitlines if retrieval else int),
     )
+    classes, templates = (
+        _lines(path / f"{name}.txt") for name in ("classnames", "zeroshot_classification_templates")
+    )
+    return ImageSet(_name(path), samples, retrieval, classes, templates)
 
 
 def _lines(path: Path) -> list[str] | None:
-    if not path.is_file():
-        return None
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
+    return lines and [line.strip() for line in lines if line.strip()]
 
 
 # --- torchvision ---
@@ -270,8 +249,7 @@ def _torchvision(name: str, split: str, transform: Transform, root: Path, downlo
     splits = _splits(name)
     if split not in splits:
         raise ValueError(f"torchvision:{name} has no split {split!r}; there are {', '.join(splits)}")
-    made = getattr(torchvision_datasets, name)(
-        str(root), transform=transform, download=download, **splits[split]
-    )
+    options = {"transform": transform, "download": download, **splits[split]}
+    made = getattr(torchvision_datasets, name)(str(root), **options)
     names = _SETS[name].get("classes") or getattr(made, "classes", None)
     return ImageSet(name, made, False, [str(one).replace("_", " ") for one in names] if names else None)

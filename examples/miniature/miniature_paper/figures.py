@@ -6,7 +6,7 @@ import base64
 import dataclasses
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,28 @@ import numpy as np
 from examples_common.page import Picture
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgb
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from PIL import Image
-from scipy.ndimage import zoom
 from scipy.stats import gaussian_kde
 
 from .collection import Collection, Exhibited
 from .grid import Setting
 from .paper import Paper, Quoted
 from .scores import LOSS_NAMES, Measure
+from .statistics import Estimate
 from .tables import REFERENCE, TERM_NAMES, shift_measure, size_measures, sweep_measures, sweep_of
 from .wording import fill
 
 _DPI = 150
 _COLOURS = 256  # of a PNG of lines and flat areas
 _WIDTH = 8.4
-_PAPER = ("figure.facecolor", "savefig.facecolor", "axes.facecolor")
-_INK = ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color")
-_MUTED = ("axes.edgecolor", "grid.color")
+_RC = {  # the settings that take a theme's colours
+    "paper": ("figure.facecolor", "savefig.facecolor", "axes.facecolor"),
+    "ink": ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color"),
+    "muted": ("axes.edgecolor", "grid.color"),
+}
 _STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
@@ -51,8 +53,7 @@ class Theme:
 
     def settings(self) -> dict[str, Any]:
         """Return them as matplotlib's settings."""
-        of = {self.paper: _PAPER, self.ink: _INK, self.muted: _MUTED}
-        return {name: colour for colour, names in of.items() for name in names}
+        return {name: getattr(self, part) for part, names in _RC.items() for name in names}
 
 
 # What ``templates/alt.md`` says of a figure to those who cannot see it, and how it is drawn.
@@ -65,18 +66,11 @@ DARK = Theme("#16181c", "#e6e7e9", "#7d838c", "#56b4e9", "#ff9d5c", "#22252b")
 def draw(collection: Collection, paper: Paper) -> dict[str, Picture]:
     """Draw every figure for which there is something to show, by the names of ``grid.EXHIBITS``."""
     drawn = {}
-    for key, drawing_of in {
-        "figure3": _sweep,
-        "figure4": _sizes,
-        "figure6": _umaps,
-        "figure7": _heat,
-    }.items():
-        drawing = drawing_of(collection, paper.exhibits[key])
-        if drawing is not None:
-            said, figure_of = drawing
+    for key, of in {"figure3": _sweep, "figure4": _sizes, "figure6": _umaps, "figure7": _heat}.items():
+        if drawing := of(collection, paper.exhibits[key]):
             # Heat maps have more colours than a palette holds.
             colours = None if key == "figure7" else _COLOURS
-            drawn[key] = picture(fill("alt.md", key=key, **said).strip(), figure_of, colours=colours)
+            drawn[key] = picture(fill("alt.md", key=key, **drawing[0]).strip(), drawing[1], colours=colours)
     return drawn
 
 
@@ -109,12 +103,16 @@ def _sweep(collection: Collection, quoted: Quoted) -> Drawing | None:
         for column, (term, name) in enumerate(TERM_NAMES.items()):
             models = sweep_of(shown.models, term)
             for axis, measure in zip(axes[:, column], plotted, strict=False):
-                _band(axis, shown, clip, measure, theme)
-                _line(axis, shown, models, range(len(models)), measure, theme.rank, "RankCLIP")
+                if level := shown.estimate(clip, measure):
+                    axis.axhline(level.mean, color=theme.clip, lw=1.2, ls="--", label="CLIP")
+                    axis.axhspan(level.low, level.high, color=theme.clip, alpha=0.15, lw=0)
+                _line(
+                    axis, shown, {m: float(x) for x, m in enumerate(models)}, measure, theme.rank, "RankCLIP"
+                )
                 axis.set_xticks(range(len(models)), [f"{getattr(m, term):g}" for m in models])
                 axis.set_xlim(-0.4, len(models) - 0.6)
                 axis.grid(axis="y")
-                axes[plotted.index(measure), 0].set_ylabel(f"{measure.group},\n{measure.label} (%)")
+                axis.set_ylabel("" if column else f"{measure.group},\n{measure.label} (%)")
             axes[0, column].set_title(name)
             _quoted_lines(axes[-1, column], quoted, term, theme)
             axes[-1, column].set_xlabel(name.partition(",")[0])
@@ -148,28 +146,28 @@ def _sizes(collection: Collection, quoted: Quoted) -> Drawing | None:
     shown = collection.exhibit("figure4")
     sizes = sorted({m.pairs for m in shown.models})
     zero_shot, retrieval = sweep_measures(collection)
+    shifted = shift_measure(collection)
 
     def figure_of(theme: Theme) -> Figure:
         figure = Figure(figsize=(_WIDTH, 6.6), layout="constrained")
-        axes = figure.subplots(2, 2).ravel()
-        for axis, measure in zip(axes, (zero_shot, retrieval), strict=False):
+        first, second, third, last = figure.subplots(2, 2).flat
+        colours = {"clip": theme.clip, "rankclip": theme.rank}
+        for axis, measure in ((first, zero_shot), (second, retrieval)):
             _size_axis(axis, sizes)
-            for (loss, colour), shift in zip(_two(theme), (0.97, 1.03), strict=True):  # side by side
-                models = _by_size(shown, loss)
-                positions = [m.pairs * shift for m in models]
-                _line(axis, shown, models, positions, measure, colour, LOSS_NAMES[loss])
+            for (loss, colour), shift in zip(colours.items(), (0.97, 1.03), strict=True):  # side by side
+                positions = {m: m.pairs * shift for m in _by_size(shown, loss)}
+                _line(axis, shown, positions, measure, colour, LOSS_NAMES[loss])
             axis.set_title(measure.name, fontsize=9)
             axis.set_ylabel("%")
-        _robustness(axes[2], shown, zero_shot, shift_measure(collection), theme)
-        axis = axes[3]
-        axis.set_facecolor(theme.quoted)
-        axis.set_title(f"The paper's {quoted.source}: ImageNet1K top-1", fontsize=9)
+        first.legend(loc="best")
+        _robustness(third, shown, zero_shot, shifted, colours)
+        last.set_facecolor(theme.quoted)
+        last.set_title(f"The paper's {quoted.source}: ImageNet1K top-1", fontsize=9)
         for line in (s for s in quoted.series if s.panel == "size"):
-            colour = dict(_two(theme))[line.name]
-            axis.plot(line.x, line.y, marker="o", color=colour, markersize=4, label=LOSS_NAMES[line.name])
-            _size_axis(axis, [int(x) for x in line.x if x is not None])
-        axis.set_ylabel("%")
-        axes[0].legend(loc="best")
+            looks = {"marker": "o", "color": colours[line.name], "markersize": 4}
+            last.plot(line.x, line.y, label=LOSS_NAMES[line.name], **looks)
+            _size_axis(last, [int(x) for x in line.x if x is not None])
+        last.set_ylabel("%")
         return figure
 
     spans = _spans(shown, size_measures(collection))
@@ -180,23 +178,21 @@ def _by_size(shown: Exhibited, loss: str) -> list[Setting]:
     return sorted((m for m in shown.models if m.loss == loss), key=lambda m: m.pairs)
 
 
-def _robustness(axis: Axes, shown: Exhibited, plain: Measure, shifted: Measure | None, theme: Theme) -> None:
+def _robustness(
+    axis: Axes, shown: Exhibited, plain: Measure, shifted: Measure | None, colours: Mapping[str, str]
+) -> None:
     """Accuracy under shift against accuracy without: a point above the other's line would be robustness."""
     axis.set_title("Under shift against without, one point per size", fontsize=9)
     axis.set_xlabel(f"{plain.name} (%)", fontsize=8.5)
     if shifted is None:
         return
     axis.set_ylabel(f"{shifted.group},\n{shifted.label} (%)", fontsize=8.5)
-    for (loss, colour), mark in zip(_two(theme), ("o", "^"), strict=True):
-        points = []
-        for model in _by_size(shown, loss):
-            x, y = shown.estimate(model, plain), shown.estimate(model, shifted)
-            if x is not None and y is not None:
-                points.append((x.mean, y.mean))
-                looks = {"color": colour, "lw": 1, "alpha": 0.6}
-                axis.errorbar(x.mean, y.mean, xerr=x.half_width, yerr=y.half_width, **looks)
-        if points:
-            axis.plot(*zip(*points, strict=True), marker=mark, markersize=5, lw=0.8, ls=":", color=colour)
+    for (loss, colour), mark in zip(colours.items(), ("o", "^"), strict=True):
+        both = [[shown.estimate(m, measure) for measure in (plain, shifted)] for m in _by_size(shown, loss)]
+        if points := [pair for pair in both if None not in pair]:
+            (xs, x_halves), (ys, y_halves) = map(_intervals, zip(*points, strict=True))
+            looks = {"fmt": f"{mark}:", "markersize": 5, "lw": 0.8, "elinewidth": 1, "alpha": 0.8}
+            axis.errorbar(xs, ys, y_halves, x_halves, color=colour, **looks)
     axis.grid()
 
 
@@ -217,22 +213,14 @@ def _short(n: int) -> str:
 
 
 def _pictured(collection: Collection, key: str, part: str) -> list[tuple[Setting, dict[str, Any]]]:
-    found = []
-    for model in collection.exhibit(key).models:
-        record = collection.records.get(model)
-        if record is not None and part in record.get("figures", {}):
-            found.append((model, record["figures"][part]))
-    return found
+    records = ((model, collection.records.get(model, {})) for model in collection.exhibit(key).models)
+    return [(model, of["figures"][part]) for model, of in records if part in of.get("figures", {})]
 
 
 def _umaps(collection: Collection, quoted: Quoted) -> Drawing | None:  # noqa: ARG001
     shown = [
-        (
-            LOSS_NAMES[model.loss],
-            points,
-            collection.records[model]["metrics"]["geometry/test"]["modality_gap"],
-        )
-        for model, points in _pictured(collection, "figure6", "umap")
+        (LOSS_NAMES[m.loss], points, collection.records[m]["metrics"]["geometry/test"]["modality_gap"])
+        for m, points in _pictured(collection, "figure6", "umap")
     ]
 
     def figure_of(theme: Theme) -> Figure:
@@ -242,8 +230,7 @@ def _umaps(collection: Collection, quoted: Quoted) -> Drawing | None:  # noqa: A
         cells = figure.add_gridspec(rows, columns)
         for number, (name, points, gap) in enumerate(shown):
             inner = cells[divmod(number, columns)].subgridspec(2, 1, height_ratios=[1, 4], hspace=0)
-            axis = figure.add_subplot(inner[1])
-            above = figure.add_subplot(inner[0], sharex=axis)
+            above, axis = inner.subplots(sharex=True)
             _scatter(axis, above, points, theme)
             above.set_title(name, fontsize=9)
             axis.set_xlabel(f"modality gap {gap:.2f}", fontsize=8.5)
@@ -258,41 +245,35 @@ def _scatter(axis: Axes, above: Axes, points: dict[str, Any], theme: Theme) -> N
     images, texts = np.array(points["image"], dtype=float), np.array(points["text"], dtype=float)
     links = LineCollection(np.stack([images, texts], axis=1), colors=theme.muted, linewidths=0.4, alpha=0.35)
     axis.add_collection(links)
-    for cloud, colour, mark, label in (
-        (images, theme.rank, "o", "pictures"),
-        (texts, theme.clip, "s", "texts"),
-    ):
+    clouds = ((images, theme.rank, "o", "pictures"), (texts, theme.clip, "s", "texts"))
+    for cloud, colour, mark, label in clouds:
         axis.scatter(*cloud.T, s=5, color=colour, marker=mark, linewidths=0, alpha=0.8, label=label)
+    axis.margins(0.06)
+    axis.autoscale_view()
+    axis.autoscale(False)  # contours and densities reach beyond the points
+    above.autoscale(False, axis="x")
+    for cloud, colour, *_ in clouds:
         _contours(axis, cloud, colour)
         _density(above, cloud[:, 0], colour)
-    both = np.concatenate([images, texts])
-    margin = 0.06 * np.ptp(both, axis=0)
-    axis.set_xlim(*(both[:, 0].min() - margin[0], both[:, 0].max() + margin[0]))
-    axis.set_ylim(*(both[:, 1].min() - margin[1], both[:, 1].max() + margin[1]))
     above.set_ylim(bottom=0)
     for part in (axis, above):
-        part.set_xticks([])
-        part.set_yticks([])
-    for side in ("left", "bottom"):
-        above.spines[side].set_visible(False)
+        part.set(xticks=[], yticks=[])
+    above.spines[["left", "bottom"]].set_visible(False)
 
 
 def _contours(axis: Axes, cloud: np.ndarray, colour: str) -> None:
-    density = _kde(cloud.T)
-    if density is None:
-        return
-    low, high = cloud.min(0), cloud.max(0)
-    margin = 0.25 * (high - low)
-    xs, ys = (np.linspace(low[i] - margin[i], high[i] + margin[i], 60) for i in (0, 1))
-    values = density(np.array([v.ravel() for v in np.meshgrid(xs, ys)])).reshape(60, 60)
-    # Lines around a quarter, a half and three quarters of the points.
-    levels = np.unique(np.quantile(density(cloud.T), [0.25, 0.5, 0.75]))
-    axis.contour(xs, ys, values, levels=levels, colors=[colour], linewidths=0.9)
+    if density := _kde(cloud.T):
+        margin = 0.25 * np.ptp(cloud, axis=0)
+        (left, bottom), (right, top) = cloud.min(0) - margin, cloud.max(0) + margin
+        grid = np.mgrid[left:right:60j, bottom:top:60j]
+        # Lines around a quarter, a half and three quarters of the points.
+        levels = np.unique(np.quantile(density(cloud.T), [0.25, 0.5, 0.75]))
+        values = density(grid.reshape(2, -1)).reshape(60, 60)
+        axis.contour(*grid, values, levels=levels, colors=[colour], linewidths=0.9)
 
 
 def _density(axis: Axes, values: np.ndarray, colour: str) -> None:
-    density = _kde(values)
-    if density is not None:
+    if density := _kde(values):
         spread = 0.25 * np.ptp(values)
         xs = np.linspace(values.min() - spread, values.max() + spread, 120)
         axis.fill_between(xs, density(xs), color=colour, alpha=0.25, lw=0)
@@ -335,27 +316,20 @@ def _heat(collection: Collection, quoted: Quoted) -> Drawing | None:  # noqa: AR
 
 
 def _show(axis: Axes, picture: np.ndarray) -> None:
-    axis.imshow(picture, extent=(0, picture.shape[1], picture.shape[0], 0), interpolation="nearest")
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.imshow(picture, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
     axis.spines[:].set(visible=True, linewidth=0.5)
 
 
 def _overlay(axis: Axes, cells: np.ndarray, shape: tuple[int, ...]) -> None:
     """Red where covering hurts, blue where it helps, as strong as the effect in this map's own range."""
-    fine = zoom(cells, [2 * side / n for side, n in zip(shape, cells.shape, strict=True)], order=1)
-    strength = fine / max(float(np.abs(cells).max()), 1e-12)
-    rgba = np.empty((*strength.shape, 4))
-    rgba[..., :3] = np.where(strength[..., None] > 0, to_rgb("#e02b1d"), to_rgb("#1f6fd6"))
-    rgba[..., 3] = 0.8 * np.abs(strength)
-    axis.imshow(rgba, extent=(0, shape[1], shape[0], 0), interpolation="nearest")
+    strength = np.abs(cells) / max(float(np.abs(cells).max()), 1e-12)
+    colours = {"cmap": ListedColormap(["#1f6fd6", "#e02b1d"]), "vmin": -1e-12, "vmax": 1e-12}
+    extent = (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5)
+    axis.imshow(cells, alpha=0.8 * strength, extent=extent, interpolation="bilinear", **colours)
 
 
 # --- parts ---
-
-
-def _two(theme: Theme) -> list[tuple[str, str]]:
-    return [("clip", theme.clip), ("rankclip", theme.rank)]
 
 
 def _spans(shown: Exhibited, plotted: Sequence[Measure]) -> str | None:
@@ -365,40 +339,25 @@ def _spans(shown: Exhibited, plotted: Sequence[Measure]) -> str | None:
     return "; ".join(map(", ".join, zip(found, said, strict=True))) if any(found.values()) else None
 
 
+def _intervals(estimates: Iterable[Estimate]) -> tuple[list[float], list[float]]:
+    """Return means, and halves of the intervals: nothing where one seed has none."""
+    found = list(estimates)
+    return [e.mean for e in found], [e.half_width or 0.0 for e in found]
+
+
 def _line(
-    axis: Axes,
-    shown: Exhibited,
-    models: Sequence[Setting],
-    positions: Sequence[float],
-    measure: Measure,
-    colour: str,
-    label: str,
+    axis: Axes, shown: Exhibited, at: Mapping[Setting, float], measure: Measure, colour: str, label: str
 ) -> None:
     """Means with their intervals, hollow where seeds are missing; beside them every seed as a small point."""
     beside = (lambda x: x * 1.07) if axis.get_xscale() == "log" else (lambda x: x + 0.12)
-    xs, means, halves, missing = [], [], [], []
-    for x, model in zip(positions, models, strict=True):
-        estimate = shown.estimate(model, measure)
-        if estimate is None:
-            continue
-        xs.append(x)
-        means.append(estimate.mean)
-        halves.append(estimate.half_width or 0.0)
-        if estimate.n < shown.planned(model):
-            missing.append((x, estimate.mean))
+    found = {m: e for m in at if (e := shown.estimate(m, measure))}
+    for model in found:
         values = list(shown.values(model, measure).values())
-        axis.plot([beside(x)] * len(values), values, ".", color=colour, markersize=4, alpha=0.6)
-    if xs:
-        axis.errorbar(
-            xs, means, halves, color=colour, marker="o", markersize=4.5, lw=1.4, capsize=3, label=label
-        )
-    for x, mean in missing:
-        face = axis.get_facecolor()
-        axis.plot(x, mean, "o", markersize=4.5, markeredgecolor=colour, markerfacecolor=face, zorder=5)
-
-
-def _band(axis: Axes, shown: Exhibited, clip: Setting, measure: Measure, theme: Theme) -> None:
-    estimate = shown.estimate(clip, measure)
-    if estimate is not None:
-        axis.axhline(estimate.mean, color=theme.clip, lw=1.2, ls="--", label="CLIP")
-        axis.axhspan(estimate.low, estimate.high, color=theme.clip, alpha=0.15, lw=0)
+        axis.plot([beside(at[model])] * len(values), values, ".", color=colour, markersize=4, alpha=0.6)
+    if found:
+        xs, (means, halves) = [at[m] for m in found], _intervals(found.values())
+        looks = {"color": colour, "marker": "o", "markersize": 4.5, "lw": 1.4, "capsize": 3}
+        axis.errorbar(xs, means, halves, label=label, **looks)
+        paper = axis.get_facecolor()
+        faces = [paper if e.n < shown.planned(m) else colour for m, e in found.items()]
+        axis.scatter(xs, means, 20, faces, edgecolors=colour, zorder=5)

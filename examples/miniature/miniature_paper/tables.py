@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from . import scores, statistics
 from .collection import Collection, Exhibited
@@ -111,71 +110,57 @@ def build(collection: Collection, paper: Paper) -> list[Exhibit]:
     ]
 
 
+@dataclasses.dataclass(frozen=True)
 class _Draft:
-    """An exhibit whose differences are not yet corrected.
+    """An exhibit whose differences are not yet corrected."""
 
-    Args:
-        shown: The models.
-        names: What they are called.
-        columns: The columns.
-        corner: What the rows are.
-        called: What references are called, if not by their names.
-    """
-
-    def __init__(
-        self,
-        shown: Exhibited,
-        names: Mapping[Setting, str],
-        columns: Iterable[tuple[str, str]],
-        corner: str = "measure",
-        called: Mapping[Setting, str] | None = None,
-    ) -> None:
-        self._shown, self._names, self._called = shown, names, {**names, **(called or {})}
-        self._columns, self._corner, self._rows = tuple(columns), corner, list[Row]()
+    shown: Exhibited
+    names: Mapping[Setting, str]
+    columns: list[tuple[str, str]]
+    corner: str = "measure"  # what the rows are
+    called: Mapping[Setting, str] = dataclasses.field(default_factory=dict)  # references with other names
+    rows: list[Row] = dataclasses.field(default_factory=list)
 
     def cell(
         self, model: Setting, measure: Measure, reference: Setting | None = None, *, mean: bool = True
     ) -> Cell:
         """Return one number; ``mean`` says whether it is shown beside its difference."""
-        found = Cell(self._names[model], measure, self._shown.planned(model))
-        if mean:
-            found = dataclasses.replace(found, estimate=self._shown.estimate(model, measure))
-        if reference in (None, model):
+        estimate = self.shown.estimate(model, measure) if mean else None
+        found = Cell(self.names[model], measure, self.shown.planned(model), estimate)
+        if reference is None or reference == model:
             return found
-        difference = self._shown.difference(model, reference, measure)
-        return dataclasses.replace(found, reference=self._called[reference], difference=difference)
+        difference = self.shown.difference(model, reference, measure)
+        called = self.called.get(reference, self.names[reference])
+        return dataclasses.replace(found, reference=called, difference=difference)
 
     def add(self, section: str, label: str, cells: Iterable[Cell | None]) -> None:
         """Add one of our rows."""
         cells = tuple(cells)
         measure, *others = dict.fromkeys(cell.measure for cell in cells if cell is not None)
-        known: dict[str, Any] = {}
-        if not others:
-            chance = self._shown.chance(measure) if measure.percent else None
-            known = {"items": self._shown.items(measure), "chance": chance}
-        self._rows.append(Row(section, label, cells, **known))
+        items = None if others else self.shown.items(measure)
+        chance = None if others or not measure.percent else self.shown.chance(measure)
+        self.rows.append(Row(section, label, cells, items=items, chance=chance))
 
     def quote(self, section: str, label: str, cells: Iterable[QuotedCell | None]) -> None:
         """Add one of the paper's rows."""
-        self._rows.append(Row(section, label, tuple(cells), quoted=True))
+        self.rows.append(Row(section, label, tuple(cells), quoted=True))
 
     def finished(self, key: str, quoted: Quoted) -> Exhibit:
         """Return the exhibit with its differences corrected together."""
-        shown = self._shown
-        cells = dict.fromkeys(c for row in self._rows for c in row.cells if isinstance(c, Cell))
+        cells = dict.fromkeys(c for row in self.rows for c in row.cells if isinstance(c, Cell))
         corrected = statistics.correct({c: c.difference for c in cells if c.difference is not None})
         done = {c: dataclasses.replace(c, difference=difference) for c, difference in corrected.items()}
-        rows = (dataclasses.replace(r, cells=tuple(done.get(c, c) for c in r.cells)) for r in self._rows)
-        items = (shown.items(measure) for measure in dict.fromkeys(c.measure for c in cells))
+        rows = (dataclasses.replace(r, cells=tuple(done.get(c, c) for c in r.cells)) for r in self.rows)
+        items = (self.shown.items(measure) for measure in dict.fromkeys(c.measure for c in cells))
         return Exhibit(
             key,
             NAMES["exhibits"][key],
-            self._columns,
+            tuple(self.columns),
             tuple(rows),
-            tuple((self._names[m], shown.trained(m), shown.planned(m)) for m in shown.models),
+            tuple((self.names[m], self.shown.trained(m), self.shown.planned(m)) for m in self.shown.models),
             quoted,
             tuple(n for n in items if n is not None),
-            self._corner,
+            self.corner,
         )
 
 
@@ -215,9 +200,9 @@ def _measured(collection: Collection, key: str, quoted: Quoted) -> _Draft:
         prefix = f"{model.backbone}/" if both else ""
         if prefix + model.loss not in values:  # the paper's table has no such entry
             return None
-        value, reference = values[prefix + model.loss], values.get(prefix + REFERENCE)
-        compared = value is not None and reference is not None and model.loss != REFERENCE
-        return QuotedCell(value, value - reference if compared else None, digits, quoted.read_off is not None)
+        value = values[prefix + model.loss]
+        reference = None if model.loss == REFERENCE else values.get(prefix + REFERENCE)
+        return _quoted(value, quoted, reference, digits)
 
     for row in quoted.rows:
         draft.quote(row.group, row.measure, (quoted_cell(row.values, model) for model in models))
@@ -228,12 +213,7 @@ def _measured(collection: Collection, key: str, quoted: Quoted) -> _Draft:
 
 
 def sweep_of(models: Iterable[Setting], term: str) -> list[Setting]:
-    """Return the models in which one term's λ varies and the other's is 1, by λ.
-
-    Args:
-        models: The models of Figure 3.
-        term: ``lambda_cross`` or ``lambda_in``.
-    """
+    """Return the models of Figure 3 in which the λ of ``term`` varies and the other one is 1, by λ."""
     other = {"lambda_cross": "lambda_in", "lambda_in": "lambda_cross"}[term]
     swept = [m for m in models if m.loss != REFERENCE and getattr(m, other) == 1.0]
     return sorted(swept, key=lambda m: getattr(m, term))
@@ -283,7 +263,7 @@ def _figure3(collection: Collection, key: str, quoted: Quoted) -> _Draft:
         lines = [line for line in quoted.series if line.panel == term]
         section = f"{name.partition(',')[0]}: {lines[0].name}; {lines[1].name}"
         for x, *ys in zip(lines[0].x, *(line.y for line in lines), strict=True):
-            draft.quote(section, f"{x:g}", (c for y in ys for c in (_read_off(y, quoted), None)))
+            draft.quote(section, f"{x:g}", (c for y in ys for c in (_quoted(y, quoted), None)))
     levels = [line.y[0] for line in quoted.series if line.panel == "scheduled"]
     draft.quote("λ by the schedule", "RankCLIP", (c for y in levels for c in (QuotedCell(y), None)))
     return draft
@@ -303,12 +283,14 @@ def _figure4(collection: Collection, key: str, quoted: Quoted) -> _Draft:
     lines = {line.name: line for line in quoted.series if line.panel == "size"}
     for i, x in enumerate(lines[REFERENCE].x):
         base = lines[REFERENCE].y[i]
-        read = (_read_off(lines[s].y[i], quoted, base if s != REFERENCE else None) for s in losses)
+        read = (_quoted(lines[s].y[i], quoted, base if s != REFERENCE else None) for s in losses)
         blank = [None] * (len(columns) - len(losses))
         draft.quote("ImageNet1K top-1", f"{x:,}", [*read, *blank])
     return draft
 
 
-def _read_off(value: float, quoted: Quoted, reference: float | None = None) -> QuotedCell:
-    difference = None if reference is None else value - reference
-    return QuotedCell(value, difference, digits=1, approximate=quoted.read_off is not None)
+def _quoted(
+    value: float | None, quoted: Quoted, reference: float | None = None, digits: int = 1
+) -> QuotedCell:
+    difference = None if value is None or reference is None else value - reference
+    return QuotedCell(value, difference, digits, approximate=quoted.read_off is not None)

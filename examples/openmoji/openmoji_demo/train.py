@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,14 +58,8 @@ class Run:
 
     def job(self) -> Job:
         """Return what the trainer is started with."""
-        recipe = trainer.recipe(
-            self.loss,
-            epochs=self.epochs,
-            batch_size=128,
-            warmup=30,
-            seed=self.seed,
-            augmentation=AUGMENTATION,
-        )
+        numbers = {"epochs": self.epochs, "batch_size": 128, "warmup": 30, "seed": self.seed}
+        recipe = trainer.recipe(self.loss, **numbers, augmentation=AUGMENTATION)
         return Job(self.loss, self.epochs, "model", tuple(recipe))
 
     def command(self) -> list[str]:
@@ -76,10 +69,6 @@ class Run:
         more = ("--report-to", "tensorboard", "--log-every-n-steps", "10", *self.extra)
         table = f"{self.data}/train.csv"
         return self.job().command(table, self.name, device=self.device, workers=workers, more=more)
-
-    def shown_command(self) -> str:
-        """Return it as one would type it."""
-        return shlex.join(["python", *self.command()[1:]]).replace("\t", "\\t")
 
     def settings(self) -> dict[str, Any]:
         """Return what makes two runs the same run."""
@@ -107,24 +96,13 @@ class Run:
             )
         return True
 
-    @property
-    def log(self) -> Path:
-        """The trainer's own log."""
-        return self.folder / "out.log"
-
     async def train(
         self, threads: int | None, on_share: Callable[[float], None], warn: Callable[[str], None]
     ) -> None:
-        """Train, leaving the trainer's lines to its log.
-
-        Args:
-            threads: How many; None leaves it to torch.
-            on_share: Told how much of the training is done, at every logged step.
-            warn: Given the trainer's warnings.
+        """Train with so many threads; report the share that is done, and pass on the trainer's warnings.
 
         Raises:
-            LossNotAttachedError: If the first logged step shows plain CLIP instead of the requested loss.
-            TrainingError: If the trainer fails or leaves no checkpoint.
+            TrainingError: If the trainer fails, trains another loss or leaves no checkpoint.
         """
 
         def read(line: str, log: Log) -> None:
@@ -181,12 +159,7 @@ async def train_all(
 ) -> None:
     """Train several models, ``jobs`` at a time; the first that fails ends the others.
 
-    Args:
-        runs: What is trained.
-        jobs: Trainings at a time.
-        threads: Threads of each; None leaves it to torch.
-        on_share: Told how much of all trainings is done, at every logged step of any.
-        warn: Given the trainers' warnings.
+    ``on_share`` is told how much of all trainings is done, ``warn`` the trainers' warnings.
     """
     shares = dict.fromkeys(runs, 0.0)
 
