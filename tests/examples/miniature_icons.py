@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import random
 from pathlib import Path
 
 import numpy as np
-from icons_data.labels import TEMPLATES
+from icons_data import labels, write
 from icons_data.records import Record, write_table
 
 ADJECTIVES = ("big", "small", "left", "right", "open", "round", "double", "broken")
 NOUNS = ("arrow", "heart", "house", "cloud", "lock", "star", "tree", "wheel")
 CLASSES = ("shapes", "things")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the fingerprint of every file of a build, whatever its cache."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts)
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def drawing(key: str, colour: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
@@ -29,50 +37,36 @@ def write_icons(folder: Path, *, train: int = 96, validation: int = 8, test: int
     """Write what ``icons_data.load.load`` reads: one trained set, one shift, a labelled set of each."""
     folder.mkdir(parents=True)
     records, images, ranges = [], [], {}
-    for shift in ("", "noto"):
-        for side, count in (("train", train), ("validation", validation), ("test", test)):
-            start = len(records)
-            for number in range(count):
-                index = len(records)
-                rng = random.Random(f"{shift}/{side}/{number}")
-                words = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
-                colour = (200, 40, 40) if number % 2 else (0, 0, 0)
-                images.append(drawing(f"{shift}/{side}/{number}", colour))
-                records.append(
-                    Record(
-                        index=index,
-                        set=shift or "mdi",
-                        name=f"icon-{index}",
-                        caption=words,
-                        text=f"an icon of {words}",
-                        style="outline" if number % 3 == 0 else "",
-                        concept=f"{words} {side}",
-                        synonyms=(f"other {words}",) if number % 4 == 0 and side == "test" else (),
-                        categories=(CLASSES[number % 2],),
-                        side=side,
-                        shift=shift,
-                        retrieval=side == "test" or (side == "validation" and not shift),
-                        palette=bool(number % 2),
-                    )
+    counts = {"train": train, "validation": validation, "test": test}
+    for shift, side in itertools.product(("", "noto"), counts):
+        start = len(records)
+        for number in range(counts[side]):
+            index, key = len(records), f"{shift}/{side}/{number}"
+            rng = random.Random(key)
+            words = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+            images.append(drawing(key, (200, 40, 40) if number % 2 else (0, 0, 0)))
+            records.append(
+                Record(
+                    index=index,
+                    set=shift or "mdi",
+                    name=f"icon-{index}",
+                    caption=words,
+                    text=f"an icon of {words}",
+                    style="outline" if number % 3 == 0 else "",
+                    concept=f"{words} {side}",
+                    synonyms=(f"other {words}",) if number % 4 == 0 and side == "test" else (),
+                    categories=(CLASSES[number % 2],),
+                    side=side,
+                    shift=shift,
+                    retrieval=side == "test" or (side == "validation" and not shift),
+                    palette=bool(number % 2),
                 )
-            ranges[f"{shift}/{side}" if shift else side] = (start, len(records))
+            )
+        ranges[f"{shift}/{side}" if shift else side] = (start, len(records))
     np.save(folder / "images.npy", np.stack(images))
     write_table(folder / "records.csv", records)
-    (folder / "labels").mkdir()
-    for name, shift in (("mdi", ""), ("noto", "noto")):
-        chosen = {
-            side: [r for r in records if r.shift == shift and r.side == side]
-            for side in ("train", "validation", "test")
-        }
-        content = {
-            "name": name,
-            "shift": shift,
-            "classes": list(CLASSES),
-            "templates": TEMPLATES,
-            "index": {side: [r.index for r in of] for side, of in chosen.items()},
-            "label": {side: [CLASSES.index(r.categories[0]) for r in of] for side, of in chosen.items()},
-        }
-        (folder / "labels" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    manifest = {"ranges": ranges, "labelled": ["mdi", "noto"], "tarball": "0" * 64}
+    labelled = labels.build(records, [record.side for record in records])
+    write.labels(folder / "labels", labelled)
+    manifest = {"ranges": ranges, "labelled": [one.name for one in labelled], "tarball": "0" * 64}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder

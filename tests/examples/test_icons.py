@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import random
 import re
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from icons_data import baseline, command, draw, labels, load, package, records, split, write
 from icons_data.names import Namer, concept_of, has_skin_tone
+from miniature_icons import digests
 
 # --- a small package ---
 
@@ -291,17 +291,12 @@ def test_blank_drawings_are_left_out():
 # --- the build ---
 
 
-def _digests(folder):
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts)
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
 def test_two_builds_are_byte_equal_and_a_complete_one_is_recognised(built, tarball, tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "_MIN_TRAIN", 3)
     monkeypatch.setattr(labels, "_MIN_TEST", 1)
     argv = ["--output", str(tmp_path), "--tarball", str(tarball), "--workers", "2", "--png"]
     assert command.main(argv) == 0
-    assert _digests(tmp_path) == _digests(built)
+    assert digests(tmp_path) == digests(built)
     written = (tmp_path / "records.csv").stat().st_mtime_ns
     assert command.main(argv) == 0
     assert (tmp_path / "records.csv").stat().st_mtime_ns == written
