@@ -44,16 +44,14 @@ def retrieval(
         image_of = torch.tensor([i for i, record in enumerate(items) for _ in record.captions])
         scores = pixel_knn.caption_scores(neighbours, texts, captions)
         right = image_of == torch.arange(len(items)).unsqueeze(1)
+        scored = (metrics.recall_at_k(scores, right=right), metrics.recall_at_k(scores.T, right=right.T))
         rows.append(
             Row(
                 block=block,
                 images=len(items),
                 captions=len(captions),
                 chance=metrics.retrieval_chance(len(items), image_of),
-                knn={
-                    "image_to_text": metrics.recall_at_k(scores, right=right),
-                    "text_to_image": metrics.recall_at_k(scores.T, right=right.T),
-                },
+                knn=dict(zip(("image_to_text", "text_to_image"), scored, strict=True)),
                 alike={limit: 100 * float((rms < limit).mean()) for limit in ALIKE_LIMITS},
             )
         )

@@ -19,11 +19,11 @@ THUMBNAIL = 16
 _CHUNK = 256
 
 
-def rasterise(svg: str, size: int = SIZE) -> bytes:
+def rasterise(svg: str) -> bytes:
     """Draw an SVG on white, in black where it names no colour, and return a PNG."""
     import resvg_py
 
-    options = {"width": size, "height": size, "background": "white", "skip_system_fonts": True}
+    options = {"width": SIZE, "height": SIZE, "background": "white", "skip_system_fonts": True}
     return bytes(resvg_py.svg_to_bytes(svg_string=svg, **options))
 
 
@@ -42,14 +42,8 @@ def draw_all(
 ) -> tuple[list[bytes], np.ndarray]:
     """Return the PNG of every icon, in order, and their thumbnails, ``uint8 [N, 16, 16, 3]``.
 
-    What is drawn is kept in ``cache``, some drawings of one set at a time: an interrupted build resumes, and
-    changed drawings are drawn again.
-
-    Args:
-        icons: Sorted by set.
-        cache: Folder for what is drawn.
-        workers: Number of processes.
-        track: Wraps the loop over the drawings in a progress bar.
+    The icons are sorted by set. What is drawn is kept in ``cache``, some drawings of one set at a time: an
+    interrupted build resumes, and changed drawings are drawn again.
     """
     sets = ([icon.svg for icon in of] for _, of in itertools.groupby(icons, key=lambda icon: icon.set))
     chunks = (svgs[i : i + _CHUNK] for svgs in sets for i in range(0, len(svgs), _CHUNK))
@@ -60,6 +54,6 @@ def draw_all(
     return list(pngs), np.stack(thumbnails)
 
 
-def _draw_many(svgs: Sequence[str], size: int = SIZE) -> tuple[list[bytes], np.ndarray]:
-    pngs = [rasterise(svg, size) for svg in svgs]
+def _draw_many(svgs: Sequence[str]) -> tuple[list[bytes], np.ndarray]:
+    pngs = list(map(rasterise, svgs))
     return pngs, np.stack([pixels(png, averaged=SIZE // THUMBNAIL) for png in pngs])

@@ -29,7 +29,7 @@ class Labelled:
     classes: list[str]
     index: dict[str, list[int]]  # for every side, the records
     label: dict[str, list[int]]  # for every side, the class of every record
-    templates: tuple[str, ...] = TEMPLATES  # prompts with one {} each
+    templates: Sequence[str] = TEMPLATES  # prompts with one {} each
 
 
 def class_name(category: str) -> str:

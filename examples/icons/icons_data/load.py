@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .labels import Labelled
 from .records import Record, read_table
 
 
@@ -57,23 +58,21 @@ class Items:
     labels: np.ndarray  # int64 [n]: the class of each
     index: np.ndarray  # the records' numbers
 
+    def first(self, limit: int) -> Items:
+        """Return the first ones; their order is random, so they are a random sample."""
+        return Items(self.images[:limit], self.labels[:limit], self.index[:limit])
 
-class LabelledSet:
+
+@dataclasses.dataclass(frozen=True)
+class LabelledSet(Labelled):
     """A labelled set for zero-shot classification and probes."""
 
-    def __init__(self, images: np.ndarray, stored: dict[str, Any]) -> None:
-        self.name: str = stored["name"]
-        self.shift: str = stored["shift"]  # the one it belongs to, or an empty string
-        self.classes: list[str] = stored["classes"]
-        self.templates: list[str] = stored["templates"]  # prompts with one {} each
-        self._images = images
-        self._index: dict[str, list[int]] = stored["index"]
-        self._label: dict[str, list[int]] = stored["label"]
+    images: np.ndarray = dataclasses.field(kw_only=True)  # of the whole build
 
     def side(self, side: str) -> Items:
         """Return the pictures and labels of ``train``, ``validation`` or ``test``."""
-        index = np.array(self._index[side], dtype=np.int64)
-        return Items(self._images[index], np.array(self._label[side], dtype=np.int64), index)
+        index, labels = (np.array(numbers[side], dtype=np.int64) for numbers in (self.index, self.label))
+        return Items(self.images[index], labels, index)
 
     train = property(lambda self: self.side("train"), doc="What a probe is trained on: trained concepts.")
     validation = property(lambda self: self.side("validation"), doc="What its regularisation is chosen on.")
@@ -92,10 +91,10 @@ class Icons:
         self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self.images: np.ndarray = np.load(folder / "images.npy", mmap_mode="r")
         self.records = read_table(folder / "records.csv")
-        paths = {name: folder / "labels" / f"{name}.json" for name in self.manifest["labelled"]}
+        stored = ((name, folder / "labels" / f"{name}.json") for name in self.manifest["labelled"])
         self.labelled = {
-            name: LabelledSet(self.images, json.loads(path.read_text(encoding="utf-8")))
-            for name, path in paths.items()
+            name: LabelledSet(**json.loads(path.read_text(encoding="utf-8")), images=self.images)
+            for name, path in stored
         }
 
     @property

@@ -163,15 +163,13 @@ def icons_of(
     namer = Namer(
         prefix, names, suffixes=data.get("suffixes", ()), prefixes=data.get("prefixes", ()), emoji=about.emoji
     )
-    categories: dict[str, list[str]] = defaultdict(list)
+    categories, aliases = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
     for category, members in data.get("categories", {}).items():
         for name in members:
             categories[name].append(" ".join(category.split()))
-    aliases: dict[str, list[str]] = defaultdict(list)
-    if prefix not in SETS["aliases_are_codes"]:
-        for name, alias in data.get("aliases", {}).items():
-            if set(alias) == {"parent"}:  # not turned or mirrored
-                aliases[alias["parent"]].append(name)
+    for name, alias in data.get("aliases", {}).items():
+        if set(alias) == {"parent"} and prefix not in SETS["aliases_are_codes"]:  # not turned or mirrored
+            aliases[alias["parent"]].append(name)
 
     best: dict[tuple[str, str], tuple[int, Icon]] = {}
     for name, drawing in names.items():
@@ -186,11 +184,8 @@ def icons_of(
         parsed = namer(name)
         if parsed is None or parsed.caption in brands:
             continue
-        synonyms = {}
-        for alias in aliases[name]:
-            other = namer(alias)
-            if other is not None and other.caption not in (parsed.caption, *brands):
-                synonyms[other.caption] = other.concept
+        others = filter(None, map(namer, aliases[name]))
+        synonyms = {o.caption: o.concept for o in others if o.caption not in (parsed.caption, *brands)}
         icon = Icon(
             **vars(parsed),
             set=prefix,
@@ -199,9 +194,8 @@ def icons_of(
             categories=tuple(categories[name]),
             svg=square_svg(data, drawing),
         )
-        distance = min(
-            (abs(int(size) - 24) for size in re.findall(r"(?:^|-)(\d{2})(?:-|px|$)", name)), default=0
-        )
+        sizes = re.findall(r"(?:^|-)(\d{2})(?:-|px|$)", name)
+        distance = min((abs(int(size) - 24) for size in sizes), default=0)
         key = (parsed.caption, parsed.style)
         if key not in best or distance < best[key][0]:
             best[key] = (distance, icon)
@@ -210,10 +204,8 @@ def icons_of(
 
 def square_svg(data: Mapping[str, Any], drawing: Mapping[str, Any]) -> str:
     """Return an icon as a document: its body in the middle of a square view box, as Iconify's format says."""
-    left, top, width, height = (
-        float(drawing.get(key, data.get(key, default)))
-        for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
-    )
+    defaults = {"left": 0, "top": 0, "width": 16, "height": 16}
+    left, top, width, height = (float({**defaults, **data, **drawing}[key]) for key in defaults)
     side = max(width, height)
     view = f"{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}"
     return (

@@ -79,21 +79,18 @@ def make(
         searched = ("test",) if shift else ("validation", "test")
         retrieval = side in searched and (name, group) not in represented
         represented.add((name, group))
+        said = {of: getattr(icon, of) for of in ("set", "name", "caption", "style", "categories")}
         records.append(
             Record(
                 index=index,
-                set=icon.set,
-                name=icon.name,
-                caption=icon.caption,
                 text=training_text(icon, seed),
-                style=icon.style,
                 concept=group,
                 synonyms=tuple(caption for caption, _ in icon.synonyms),
-                categories=icon.categories,
                 side=side,
                 shift=shift,
                 retrieval=retrieval,
                 palette=palettes[icon.set],
+                **said,
             )
         )
     return records, order, ranges

@@ -63,18 +63,15 @@ def split(icons: Sequence[Icon], thumbnails: np.ndarray, *, seed: int = 0) -> Sp
     drawn = ink >= _BLANK
     pairs = alike_pairs(thumbnails)
     groups = DisjointSet()
-
-    def join(a: str, b: str) -> None:
-        for concept in (a, b):
-            groups.add(concept)  # has no effect on a known one
-        groups.merge(a, b)
-
     for icon in icons:
         # What is one concept among emojis, a woman and a man walking, may be two in another set.
-        join(icon.concept, concept_of(icon.caption.split()))
+        words = [(icon.concept, concept_of(icon.caption.split()))]
         for caption, concept in icon.synonyms:
-            join(icon.concept, concept)
-            join(concept, concept_of(caption.split()))
+            words += [(icon.concept, concept), (concept, concept_of(caption.split()))]
+        for pair in words:
+            for concept in pair:
+                groups.add(concept)  # has no effect on a known one
+            groups.merge(*pair)
     by_name = [groups[icon.concept] for icon in icons]
     joined = 0
     for a, b in pairs.tolist():
@@ -107,16 +104,13 @@ def alike_pairs(thumbnails: np.ndarray, limit: float = ALIKE) -> np.ndarray:
     mean = sample.mean(axis=0)
     _, vectors = np.linalg.eigh(np.cov((sample - mean).T) if len(sample) > 1 else np.eye(flat.shape[1]))
     directions = vectors[:, -_DIRECTIONS:]
-    reduced = np.concatenate(
-        [(part - mean) @ directions for part in np.array_split(flat, max(1, len(flat) // 10_000))]
-    )
+    parts = np.array_split(flat, max(1, len(flat) // 10_000))
+    reduced = np.concatenate([(part - mean) @ directions for part in parts])
     radius = limit * np.sqrt(flat.shape[1])
     candidates = cKDTree(reduced).query_pairs(radius, output_type="ndarray")
     candidates = candidates[np.lexsort((candidates[:, 1], candidates[:, 0]))]
-    close = [
-        _distance(flat[part[:, 0]], flat[part[:, 1]]) < limit
-        for part in np.array_split(candidates, max(1, len(candidates) // 50_000))
-    ]
+    pairs = np.array_split(candidates, max(1, len(candidates) // 50_000))
+    close = [_distance(flat[part[:, 0]], flat[part[:, 1]]) < limit for part in pairs]
     return candidates[np.concatenate(close)]
 
 

@@ -10,14 +10,8 @@ from .statistics import ALPHA, BETTER, NOT_TOLD_APART, TOO_FEW_SEEDS, WORSE, ver
 from .tables import Cell, Exhibit, QuotedCell
 from .wording import fill, seeds_text
 
-SUMMARY_HEAD = (
-    "models × seeds",
-    "tests",
-    "better",
-    "worse",
-    f"p < {ALPHA:.2g} uncorrected",
-    "expected by chance",
-)
+_UNCORRECTED = f"p < {ALPHA:.2g} uncorrected"
+SUMMARY_HEAD = ("models × seeds", "tests", "better", "worse", _UNCORRECTED, "expected by chance")
 
 
 @dataclasses.dataclass(frozen=True)

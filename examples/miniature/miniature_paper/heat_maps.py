@@ -33,8 +33,8 @@ def heat_map(
         image: ``[3, H, W]``, preprocessed.
         text_features: ``[D]``.
         paper: The value of an empty pixel after preprocessing.
-        window: Side of the window.
-        stride: Steps by which it is moved.
+        window: Side of the window, which is moved by steps of ``stride``.
+        stride: Side of a cell of the map.
 
     Returns:
         ``[H/stride, W/stride]``: each cell is the mean fall over the windows that cover it.
@@ -49,13 +49,8 @@ def heat_map(
     def similarity(images: Tensor) -> Tensor:
         return cosine_similarity(model.encode_image(images), text_features[None], dim=-1)
 
-    channels = len(image)
-    falls = Occlusion(similarity).attribute(
-        image[None],
-        sliding_window_shapes=(channels, window, window),
-        strides=(channels, stride, stride),
-        baselines=paper,
-        perturbations_per_eval=_AT_ONCE,
-    )
+    options = {"baselines": paper, "perturbations_per_eval": _AT_ONCE}
+    shape, steps = ((len(image), side, side) for side in (window, stride))
+    falls = Occlusion(similarity).attribute(image[None], shape, steps, **options)
     # The map is constant within a cell of stride × stride pixels.
     return falls[0, 0, ::stride, ::stride]

@@ -12,7 +12,8 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from clip_evaluation import metrics, probe
 from clip_evaluation.geometry import geometry
 from clip_evaluation.model import ClipModel
 from icons_data.load import Icons, Items, LabelledSet, load
+from icons_data.records import Record
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -57,8 +59,7 @@ class Embeddings:
     """Encodes pictures once, however many tasks use them."""
 
     def __init__(self, model: ClipModel, icons: Icons) -> None:
-        self.model = model
-        self._icons = icons
+        self.model, self._images = model, icons.images
         self._row = np.full(len(icons.images), -1, dtype=np.int64)
         self._features = torch.empty(0)
 
@@ -66,7 +67,8 @@ class Embeddings:
         """Return the features, not normalised, of pictures that are given by their records' numbers."""
         new = np.unique(index[self._row[index] < 0])
         if len(new):
-            features, _ = self.model.image_features(_Pictures(self._icons.images, new, self.model))
+            pictures = [(self.model.preprocess(small(self._images[i])), int(i)) for i in new]
+            features, _ = self.model.image_features(pictures)
             self._row[new] = len(self._features) + np.arange(len(new))
             self._features = torch.cat([self._features, features])
         return self._features[torch.from_numpy(self._row[index])]
@@ -76,29 +78,11 @@ class Embeddings:
         return normalize(self(items.index), dim=-1) @ self.model.classifier(one.classes, one.templates)
 
 
-class _Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    def __init__(self, images: np.ndarray, index: np.ndarray, model: ClipModel) -> None:
-        self._images, self._index, self._preprocess = images, index, model.preprocess
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        index = int(self._index[number])
-        return self._preprocess(small(self._images[index])), index
-
-
 def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) -> dict[str, Any]:
     """Measure a model of the grid on the test side.
 
-    Args:
-        model: The model.
-        icons: The data.
-        preset: How much is measured.
-        figures: Whether Figures 6 and 7 show this model.
-
     Returns:
-        ``metrics``, ``chance``, ``items``, and with ``figures`` what the figures show.
+        ``metrics``, ``chance``, ``items``, and with ``figures`` what Figures 6 and 7 show of this model.
     """
     found, embeddings = Measured(), Embeddings(model, icons)
     pairs = {}
@@ -114,12 +98,12 @@ def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) ->
     found.metrics["geometry/test"] = {key: round(value, 4) for key, value in shape.items()}
     found.chance["geometry/test"], found.items["geometry/test"] = {}, len(pairs["test"][0])
     for name, one in icons.labelled.items():
-        items = first_items(one.test, preset.class_items)
+        items = one.test.first(preset.class_items)
         scores, labels = embeddings.zero_shot(one, items), torch.from_numpy(items.labels)
         found.add(f"zero-shot/{name}", len(labels), metrics.named_accuracy(scores, labels))
         if not one.shift:
-            train = first_items(one.train, preset.probe_items)
-            validation = first_items(one.validation, preset.probe_items // 2)
+            train = one.train.first(preset.probe_items)
+            validation = one.validation.first(preset.probe_items // 2)
             result = probe.linear_probe(
                 *((embeddings(p.index), torch.from_numpy(p.labels)) for p in (train, items, validation)),
                 classes=len(one.classes),
@@ -152,7 +136,7 @@ def measure_side(model: ClipModel, icons: Icons, preset: Preset, side: str) -> d
         return {**dataclasses.asdict(found), "diverged": True}
     found.add("retrieval", len(index), metrics.named_recall(images, texts, image_of))
     for name, one in sets.items():
-        items = first_items(one.side(side), preset.class_items)
+        items = one.side(side).first(preset.class_items)
         scores, labels = embeddings.zero_shot(one, items), torch.from_numpy(items.labels)
         found.add(f"zero-shot/{name}", len(labels), metrics.named_accuracy(scores, labels, (1,)))
     return {**dataclasses.asdict(found), "diverged": False}
@@ -166,21 +150,8 @@ def searched_items(icons: Icons, block: str, limit: int) -> tuple[np.ndarray, li
     return data.index[:limit], captions, torch.from_numpy(data.image_of[kept])
 
 
-def first_items(items: Items, limit: int) -> Items:
-    """Return the first items; their order is random, so they are a random sample."""
-    return Items(items.images[:limit], items.labels[:limit], items.index[:limit])
-
-
 def umap_points(images: Tensor, texts: Tensor) -> dict[str, list[list[float]]]:
-    """Return two-dimensional points of both modalities, embedded together by their cosines.
-
-    Args:
-        images: ``[N, D]``, unit-norm.
-        texts: ``[N, D]``, unit-norm; row i belongs to image i.
-
-    Returns:
-        ``image`` and ``text``: N points each.
-    """
+    """Return two-dimensional points of N unit-norm images and of their texts, embedded by their cosines."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # umap warns about its own seed and its compiler
         from umap import UMAP
@@ -188,9 +159,8 @@ def umap_points(images: Tensor, texts: Tensor) -> dict[str, list[list[float]]]:
         both = torch.cat([images, texts]).numpy()
         neighbours = min(15, len(both) - 1)
         umap = UMAP(n_neighbors=neighbours, metric="cosine", random_state=0, n_jobs=1)
-        points = umap.fit_transform(both)
-    rows = [[round(float(x), 3), round(float(y), 3)] for x, y in points]
-    return {"image": rows[: len(images)], "text": rows[len(images) :]}
+        points = umap.fit_transform(both).astype(float).round(3).tolist()
+    return {"image": points[: len(images)], "text": points[len(images) :]}
 
 
 def heat_maps(model: ClipModel, icons: Icons) -> list[dict[str, Any]]:
@@ -203,27 +173,17 @@ def heat_maps(model: ClipModel, icons: Icons) -> list[dict[str, Any]]:
         cells = heat_map(model.model, model.preprocess(image).to(model.device), text, paper=paper)
         png = io.BytesIO()
         image.save(png, format="PNG")
-        found.append(
-            {
-                "image": base64.b64encode(png.getvalue()).decode(),
-                "text": record.caption,
-                "map": [[round(value, 4) for value in row] for row in cells.cpu().tolist()],
-            }
-        )
+        rows = cells.cpu().double().numpy().round(4).tolist()
+        shown = base64.b64encode(png.getvalue()).decode()
+        found.append({"image": shown, "text": record.caption, "map": rows})
     return found
 
 
-def _mapped(icons: Icons) -> Sequence[Any]:
-    """Return the first held-out pictures in black and in colour whose captions have two words or more."""
-    chosen = []
+def _mapped(icons: Icons) -> Iterator[Record]:
+    """Yield the first held-out pictures in black and in colour whose captions have two words or more."""
+    fitting = [r for r in icons.part("test").records if r.retrieval and " " in r.caption]
     for palette in (False, True):
-        fitting = (
-            record
-            for record in icons.part("test").records
-            if record.retrieval and record.palette == palette and " " in record.caption
-        )
-        chosen += [record for record, _ in zip(fitting, range(_HEAT_MAPS_OF_EACH), strict=False)]
-    return chosen
+        yield from islice((r for r in fitting if r.palette == palette), _HEAT_MAPS_OF_EACH)
 
 
 def main(job: Path) -> None:

@@ -48,11 +48,7 @@ def complete_options(parser: argparse.ArgumentParser, args: argparse.Namespace, 
 def prepare(args: argparse.Namespace, sizes: Sequence[int], console: Console) -> Workshop:
     """Build the icons and write the pairs, if they are missing, and return where models are made.
 
-    Args:
-        args: The options.
-        sizes: Numbers of training pairs. Both commands pass all sizes of the preset, so that they share the
-            pictures on the disk.
-        console: Where progress is shown.
+    Both commands pass all sizes of the preset, so that they share the pictures on the disk.
 
     Raises:
         ValueError: If a GPU is requested and there is none.

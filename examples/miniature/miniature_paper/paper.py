@@ -24,8 +24,8 @@ class QuotedSeries:
 
     panel: str
     name: str
-    x: tuple[float | None, ...]  # None for a level without a position
-    y: tuple[float, ...]
+    x: list[float | None]  # None for a level without a position
+    y: list[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +51,12 @@ class Paper:
     exhibits: dict[str, Quoted]  # by the names of grid.EXHIBITS
 
 
-def load(path: Path = FILE) -> Paper:
+def load() -> Paper:
     """Read the numbers."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(FILE.read_text(encoding="utf-8"))
     exhibits = {}
     for name, found in content["exhibits"].items():
         rows = tuple(QuotedRow(**row) for row in found.pop("rows", ()))
-        series = tuple(
-            QuotedSeries(s["panel"], s["name"], tuple(s["x"]), tuple(s["y"])) for s in found.pop("series", ())
-        )
+        series = tuple(QuotedSeries(**line) for line in found.pop("series", ()))
         exhibits[name] = Quoted(**found, rows=rows, series=series)
     return Paper(**content["paper"], reading=content["reading"], exhibits=exhibits)

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,7 @@ class Store:
     def save(self, key: str, record: Record) -> None:
         """Append a record, unless another process has finished the same run in the meantime."""
         conditions = record.get("conditions", {})
-        text = json.dumps(conditions, sort_keys=True)
-        name = hashlib.sha256(text.encode()).hexdigest()[:8]
+        name = hashlib.sha256(_text(conditions).encode()).hexdigest()[:8]
 
         def new(lines: list[Record]) -> Iterable[Record]:
             if any(line.get("key") == key for line in lines):
@@ -88,15 +88,12 @@ class Store:
         A report is made of these, so the data need not be there. Two records of one setting were made from
         different data or by different arguments; a report would mix them, so both are left out.
         """
-        wanted = [json.dumps(dataclasses.asdict(setting), sort_keys=True) for setting in settings]
         records, damaged = self._records()
-        odd = list(damaged)
-        keys: dict[str, list[str]] = {}
+        found, odd, keys = [], list(damaged), defaultdict[str, list[str]](list)
         for key, record in records.items():
-            keys.setdefault(json.dumps(record["setting"], sort_keys=True), []).append(key)
-        found = []
-        for setting in dict.fromkeys(wanted):
-            same = keys.get(setting, [])
+            keys[_text(record["setting"])].append(key)
+        for wanted in dict.fromkeys(_text(dataclasses.asdict(setting)) for setting in settings):
+            same = keys[wanted]
             if len(same) == 1:
                 found.append(records[same[0]])
             elif same:
@@ -126,3 +123,7 @@ class Store:
             record = {**line, "conditions": conditions[line["conditions"]]}
             records.setdefault(record.pop("key"), record)
         return records, damaged
+
+
+def _text(content: Record) -> str:
+    return json.dumps(content, sort_keys=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -116,40 +117,25 @@ def conditions(records: Iterable[Record]) -> list[list[str]]:
 
 
 def _tests(exhibit: Exhibit) -> list[list[str]]:
-    by_p = sorted(
-        findings.Tally(exhibit.comparisons).tested,
-        key=lambda c: (c.difference.p is None, c.difference.p or 0.0),
-    )
-    return [
-        [
-            c.measure.name,
-            c.subject,
-            c.reference,
-            f"{difference_text(c.difference, c.digits)} {mark(c.difference)}",
-            f"{c.difference.n}",
-            p_text(c.difference.p),
-            p_text(c.difference.adjusted),
-        ]
-        for c in by_p
-    ]
+    tested = findings.Tally(exhibit.comparisons).tested
+    rows = []
+    for c in sorted(tested, key=lambda c: (c.difference.p is None, c.difference.p or 0.0)):
+        change = f"{difference_text(c.difference, c.digits)} {mark(c.difference)}"
+        p, adjusted = p_text(c.difference.p), p_text(c.difference.adjusted)
+        rows.append([c.measure.name, c.subject, c.reference, change, f"{c.difference.n}", p, adjusted])
+    return rows
 
 
 def _numbers(exhibit: Exhibit) -> str:
     labels = [f"{group}: {label}" if group else label for group, label in exhibit.columns]
     shown = {"chance": "{:.2f}", "items": "{:,}"}
     extra = [name for name in shown if any(getattr(row, name) is not None for row in exhibit.rows)]
-    rows, title = [], ""
-    for row in exhibit.rows:
-        found = f"*The paper's: {row.section}*" if row.quoted else f"**{row.section}**"
-        if found != title:
-            title = found
-            rows.append([title, *[""] * len([*labels, *extra])])
-        known = [(shown[name], getattr(row, name)) for name in extra]
-        rows.append(
-            [
-                f"*{row.label}*" if row.quoted else row.label,
-                *("" if cell is None else str(cell) for cell in row.cells),
-                *("" if value is None else form.format(value) for form, value in known),
-            ]
-        )
-    return table([exhibit.corner, *labels, *extra], rows, right=len([*labels, *extra])) if rows else ""
+    rows, width = [], len(labels) + len(extra)
+    for title, of in itertools.groupby(exhibit.rows, lambda row: (row.quoted, row.section)):
+        rows.append([("*The paper's: {}*" if title[0] else "**{}**").format(title[1]), *[""] * width])
+        for row in of:
+            cells = ["" if cell is None else str(cell) for cell in row.cells]
+            known = ((shown[name], getattr(row, name)) for name in extra)
+            cells += ["" if value is None else form.format(value) for form, value in known]
+            rows.append([f"*{row.label}*" if row.quoted else row.label, *cells])
+    return table([exhibit.corner, *labels, *extra], rows, right=width) if rows else ""

@@ -94,14 +94,16 @@ def shifts(tasks: Sequence[str]) -> list[Measure]:
 
 def probes(sets: Sequence[str]) -> list[Measure]:
     """Linear-probe accuracy of every labelled set, and the mean."""
-    each = [Measure("Linear probe", s, ((f"probe/{s}", "top-1"),)) for s in sets]
-    return [*each, *mean_probe(sets)]
+    return [*(_probe(s, [s]) for s in sets), *mean_probe(sets)]
 
 
 def mean_probe(sets: Sequence[str]) -> list[Measure]:
     """The mean linear-probe accuracy; nothing where there is no set."""
-    entries = tuple((f"probe/{s}", "top-1") for s in sets)
-    return [Measure("Linear probe", f"mean of {len(sets)} sets", entries)] if sets else []
+    return [_probe(f"mean of {len(sets)} sets", sets)] if sets else []
+
+
+def _probe(label: str, sets: Sequence[str]) -> Measure:
+    return Measure("Linear probe", label, tuple((f"probe/{name}", "top-1") for name in sets))
 
 
 def geometry() -> list[Measure]:

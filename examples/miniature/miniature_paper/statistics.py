@@ -90,12 +90,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(values: Mapping[Any, float], reference: Mapping[Any, float]) -> Difference | None:
-    """Return the mean difference over the seeds that both have, not yet corrected; None without any.
-
-    Args:
-        values: Value by seed.
-        reference: The reference's value by seed.
-    """
+    """Return the mean difference over the seeds that both have, not yet corrected; None without any."""
     # Sorted, so that the last digits do not depend on the order of the records.
     common = sorted(set(values) & set(reference), key=repr)
     return _tested([values[seed] - reference[seed] for seed in common]) if common else None
@@ -107,24 +102,15 @@ def correct(family: Mapping[Key, Difference]) -> dict[Key, Difference]:
     A difference with fewer than MIN_SEEDS seeds claims nothing, so it is not part of the family.
     """
     tested = {key: d.p for key, d in family.items() if d.p is not None and d.n >= MIN_SEEDS}
-    adjusted = (
-        dict(zip(tested, multipletests(list(tested.values()), method="holm")[1], strict=True))
-        if tested
-        else {}
-    )
-    return {
-        key: dataclasses.replace(d, adjusted=float(adjusted[key]) if key in adjusted else None)
-        for key, d in family.items()
-    }
+    holm = multipletests(list(tested.values()), method="holm")[1].tolist() if tested else []
+    adjusted = dict(zip(tested, holm, strict=True))
+    return {key: dataclasses.replace(d, adjusted=adjusted.get(key)) for key, d in family.items()}
 
 
 def verdict(difference: Difference | None, *, above: str = BETTER, below: str = WORSE) -> str:
     """Return what may be said of a corrected difference; None is nothing to compare.
 
-    Args:
-        difference: The difference, as :func:`correct` returns it.
-        above: The word for an established positive difference.
-        below: The word for an established negative difference.
+    ``above`` and ``below`` are the words for established differences of either sign.
     """
     if difference is None or difference.n < MIN_SEEDS:
         return TOO_FEW_SEEDS

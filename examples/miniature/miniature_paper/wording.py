@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,14 @@ _CONSTANTS = {
 
 def fill(template: str, **values: Any) -> str:
     """Fill in one of the templates beside this file."""
-    filters: dict[str, Callable[..., Any]] = {
+    texts = {
         "signed": signed,
         "difference": difference_text,
         "p": p_text,
-        "verdict": statistics.verdict,
         "span": span_text,
         "some": some_text,
     }
-    return page.fill(_TEMPLATES / template, filters, **_CONSTANTS, **values)
+    return page.fill(_TEMPLATES / template, {**texts, "verdict": statistics.verdict}, **_CONSTANTS, **values)
 
 
 def seeds_text(n: int, planned: int) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +32,11 @@ class Agreement:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        record: dict[str, Any] = {
+        record = dataclasses.asdict(self) | {
             "averages": {
                 name: {key: round(tau, 4) for key, tau in by_set.items()}
                 for name, by_set in self.averages.items()
             },
-            "concepts": self.concepts,
-            "anchor": self.anchor,
-            "labels": self.labels,
             "scores": {
                 name: [[round(score, 5) for score in scores.tolist()] for scores in lists]
                 for name, lists in self.scores.items()

@@ -21,6 +21,7 @@ from .evaluate import TestSet
 QUERIES = 6
 TOP = 5
 _CONCEPTS = 10
+_TITLE: dict[str, Any] = {"fontsize": 11, "x": 0.02, "ha": "left"}
 _GREEN, _GREY, _INK = "#1b7f3b", "#6b6b6b", "#222222"
 _CURVES = {
     "loss": ("total", _INK, "-"),
@@ -31,22 +32,19 @@ _CURVES = {
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
-def choose_queries(*similarities: torch.Tensor, seed: int = 0) -> list[int]:
+def choose_queries(*similarities: torch.Tensor) -> list[int]:
     """Draw queries at random: as many that a model finds among its first five as that none does.
 
     Where there are too few of one kind, the other fills up.
 
     Args:
         similarities: The models' picture × caption scores.
-        seed: Of the draw.
     """
     found = [any(_rank(scores[i], i) <= TOP for scores in similarities) for i in range(len(similarities[0]))]
     order = list(range(len(found)))
-    random.Random(seed).shuffle(order)
-    hits = [i for i in order if found[i]]
-    misses = [i for i in order if not found[i]]
-    half = QUERIES // 2
-    chosen = hits[: max(half, QUERIES - len(misses))]
+    random.Random(0).shuffle(order)
+    hits, misses = ([i for i in order if found[i] == hit] for hit in (True, False))
+    chosen = hits[: max(QUERIES // 2, QUERIES - len(misses))]
     return chosen + misses[: QUERIES - len(chosen)]
 
 
@@ -79,29 +77,21 @@ def draw(
         _draw_rankings(rankings, names, agreement, picture)
         _draw_answers(answers, test_set, {name: similarities[name] for name in names})
         _draw_curves(training, {name: curves[name] for name in names}, epochs)
-        figure.supxlabel(
-            "Emojis: OpenMoji, CC BY-SA 4.0, drawn as pixels; this picture is under the same licence.",
-            fontsize=8.5,
-            color=_GREY,
-        )
+        licence = "Emojis: OpenMoji, CC BY-SA 4.0, drawn as pixels; this picture is under the same licence."
+        figure.supxlabel(licence, fontsize=8.5, color=_GREY)
         figure.savefig(path, dpi=120, facecolor="white")
 
 
 def _draw_rankings(area: Any, names: Sequence[str], agreement: Agreement, picture: Image.Image) -> None:
     concept = agreement.labels[agreement.anchor]
-    averages = "; ".join(
-        f"{name} {by_set[TRAINING]:.3f} and {by_set[HELD_OUT]:.3f}"
-        for name, by_set in agreement.averages.items()
-        if name in names
-    )
+    taus = ((name, agreement.averages[name]) for name in names)
+    averages = "; ".join(f"{name} {tau[TRAINING]:.3f} and {tau[HELD_OUT]:.3f}" for name, tau in taus)
     area.suptitle(
         f"How the picture and the caption of “{concept}” rank the {agreement.concepts[TRAINING]:,} training "
         "concepts\n"
         "Beside the names: ranks. Shown are the picture's first ten; a parallel line is agreement.\n"
         f"Average τ of all training concepts, and of those never seen: {averages}.",
-        fontsize=11,
-        x=0.02,
-        ha="left",
+        **_TITLE,
     )
     axes = area.subplots(1, len(names), squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):
@@ -126,13 +116,10 @@ def _draw_answers(area: Any, test_set: TestSet, similarities: Mapping[str, torch
         f"The {TOP} nearest of {len(test_set.captions)} captions for emojis never seen in training\n"
         f"Drawn at random: {found} with the right caption (green) among the {TOP} of a model, "
         f"{len(chosen) - found} without (its place is shown below).",
-        fontsize=11,
-        x=0.02,
-        ha="left",
+        **_TITLE,
     )
-    grid = area.subplots(
-        len(chosen), 1 + len(similarities), width_ratios=(0.62, *[2.6] * len(similarities)), squeeze=False
-    )
+    widths = (0.62, *[2.6] * len(similarities))
+    grid = area.subplots(len(chosen), len(widths), width_ratios=widths, squeeze=False)
     for axis in grid.flat:
         axis.axis("off")
     for axis, name in zip(grid[0, 1:], similarities, strict=True):
@@ -146,14 +133,15 @@ def _draw_answers(area: Any, test_set: TestSet, similarities: Mapping[str, torch
 
 def _write_answers(axis: Any, captions: Sequence[str], scores: torch.Tensor, query: int) -> None:
     order = scores.argsort(descending=True, stable=True)[:TOP].tolist()
-    lines = [(0.92 - 0.17 * place, place + 1, caption) for place, caption in enumerate(order)]
+    lines = list(enumerate(order, start=1))
     if query not in order:
-        lines.append((0.92 - 0.17 * TOP, _rank(scores, query), query))
-    for height, place, caption in lines:
-        style = {"color": _GREEN if caption == query else _INK, "fontsize": 9.5}
-        if caption == query and query in order:
-            style["weight"] = "bold"
-        axis.text(0.0, height, f"{place}  {_shorten(captions[caption], 46)}", va="center", **style)
+        lines.append((_rank(scores, query), query))
+    for line, (place, caption) in enumerate(lines):
+        colour, weight = _INK, "normal"
+        if caption == query:
+            colour, weight = _GREEN, "bold" if query in order else "normal"
+        text = f"{place}  {_shorten(captions[caption], 46)}"
+        axis.text(0.0, 0.92 - 0.17 * line, text, va="center", fontsize=9.5, color=colour, weight=weight)
 
 
 def _rank(scores: torch.Tensor, right: int) -> int:
@@ -176,13 +164,9 @@ def _draw_curves(area: Any, curves: Mapping[str, Curves], epochs: int) -> None:
                 continue
             if key == "loss" and "train/cross_modal_loss" not in scalars:
                 continue
-            losses.plot(
-                *_by_epoch(points, steps_per_epoch),
-                color=colour,
-                linestyle=style if label == shown else ":",
-                linewidth=1.4,
-                label=f"{label}: {name}" if len(curves) > 1 else name,
-            )
+            looks = {"color": colour, "linestyle": style if label == shown else ":", "linewidth": 1.4}
+            said = f"{label}: {name}" if len(curves) > 1 else name
+            losses.plot(*_by_epoch(points, steps_per_epoch), label=said, **looks)
     losses.legend(frameon=False, fontsize=9)
     points = curves[shown].get("train/rank_lambda")
     if points:

@@ -27,7 +27,6 @@ _EXPECTED = {
 }
 
 _PRIOR_SECONDS = 3.0  # at the expected pace, that count beside what was measured
-_PRIOR_SHARE = 0.01  # of a stage
 
 
 def expected(epochs: int, trainings: int, cores: int) -> dict[str, float]:
@@ -41,8 +40,7 @@ def expected(epochs: int, trainings: int, cores: int) -> dict[str, float]:
 class Forecast:
     """How much time is left, from what every stage is expected to take and from what was seen so far.
 
-    A machine that is slower than expected is slower in what is left too. Within a stage that reports its
-    share, its own pace soon outweighs the expectation.
+    A machine that is slower than expected is slower in what is left too.
 
     Args:
         expected: Seconds per stage, in order; a stage that never begins is skipped.
@@ -50,25 +48,20 @@ class Forecast:
     """
 
     def __init__(self, expected: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
-        self._expected = dict(expected)
-        self._clock = clock
-        self._started = self._began = self._reported = clock()
+        self._expected, self._clock = dict(expected), clock
+        self._started = self._reported = clock()
         self.stage = next(iter(self._expected))
-        self._share = 0.0  # of the present stage
-        self._finished = 0.0  # expected seconds of the stages that were done
-        self._spent = 0.0  # and the seconds that they took
+        self._finished = self._done = 0.0  # expected seconds: of the stages before, and of all that is done
         self._shown = 0.0
 
     def begin(self, stage: str) -> None:
         """The stage before ends, and this one begins."""
-        now = self._clock()
-        self._finished += self._expected[self.stage]
-        self._spent += now - self._began
-        self.stage, self._began, self._reported, self._share = stage, now, now, 0.0
+        self.report(1.0)
+        self.stage, self._finished = stage, self._done
 
     def report(self, share: float) -> None:
         """So much of the present stage is done."""
-        self._share, self._reported = share, self._clock()
+        self._done, self._reported = self._finished + share * self._expected[self.stage], self._clock()
 
     def track(self, items: Iterable[Any], length: int, stage: str) -> Iterator[Any]:
         """A loop that is a stage of its own; see :data:`examples_common.terminal.Track`."""
@@ -78,20 +71,13 @@ class Forecast:
             self.report(number / length)
 
     @property
-    def pace(self) -> float:
-        """How many times longer everything takes than expected."""
-        spent = self._spent + self._reported - self._began
-        planned = self._finished + self._share * self._expected[self.stage]
-        return (spent + _PRIOR_SECONDS) / (planned + _PRIOR_SECONDS)
-
-    @property
     def remaining(self) -> float:
         """Seconds until everything is done."""
         stages = list(self._expected)
-        later = sum(self._expected[stage] for stage in stages[stages.index(self.stage) + 1 :])
-        prior = self.pace * self._expected[self.stage]
-        whole = (self._reported - self._began + _PRIOR_SHARE * prior) / (self._share + _PRIOR_SHARE)
-        return max(0.0, whole - (self._clock() - self._began)) + self.pace * later
+        left = self._finished - self._done
+        left += sum(self._expected[stage] for stage in stages[stages.index(self.stage) :])
+        pace = (self._reported - self._started + _PRIOR_SECONDS) / (self._done + _PRIOR_SECONDS)
+        return max(0.0, pace * left - (self._clock() - self._reported))
 
     @property
     def share(self) -> float:
