@@ -69,11 +69,8 @@ def html(
 ) -> str:
     """Return Markdown as a page.
 
-    Args:
-        text: The content.
-        title: The page's title.
-        pictures: By the paths that the Markdown names.
-        marks: Signs with their style and what they are called when the page is read aloud.
+    ``pictures`` go by the paths that the Markdown names; ``marks`` are signs, the style of each, and what it is
+    called when the page is read aloud.
     """
     environment = _templates(Path(__file__).parent)
     figure = environment.get_template("figure.html")

@@ -82,10 +82,7 @@ async def run_all(
         work: Does one run and reports its stage and the share done.
         jobs: Number of runs at a time.
         console: Where the bars are shown; every finished run also leaves a line there.
-        expected: Errors that fail a run. Any other error cancels the remaining runs and is raised.
-
-    Returns:
-        The errors of the runs that failed.
+        expected: Errors that fail a run and are returned. Any other cancels the remaining runs and is raised.
     """
     if jobs < 1:
         raise ValueError(f"jobs: must be at least 1, got {jobs}")
@@ -110,11 +107,8 @@ async def run_all(
                 outcome = f"failed: {error}"
             report("done", 1.0)
             progress.remove_task(bar)
-            say(
-                console,
-                f"{next(finished)}/{len(runs)}  {run.name}  {outcome}",
-                "red" if run in failed else "",
-            )
+            line = f"{next(finished)}/{len(runs)}  {run.name}  {outcome}"
+            say(console, line, "red" if run in failed else "")
 
         async def worker() -> None:
             for run in waiting:

@@ -60,12 +60,8 @@ class Job:
     ) -> list[str]:
         """Return the trainer's command line.
 
-        Args:
-            table: The table of pairs, relative to where the trainer is started.
-            name: The run's folder below ``runs``.
-            device: ``cpu`` or ``cuda``.
-            workers: Processes that read images; 0 reads them in the trainer itself.
-            more: Further arguments; they come last and take precedence.
+        The table's path is relative to where the trainer is started, and ``name`` is the run's folder below
+        ``runs``. More arguments come last and take precedence. Without workers the trainer reads the images.
         """
         # A relative path: open_clip reads meaning into a model path that contains "vit" or "coca".
         model, table, name = map(shlex.quote, (f"local-dir:{self.model}", table, name))
@@ -137,15 +133,10 @@ async def train(
     threads: int | None = None,
     on_line: Callable[[str, Log], None] | None = None,
 ) -> Trained:
-    """Train one model; cancelling ends the trainer.
+    """Train one model with a command that is started in ``root``; cancelling ends the trainer.
 
-    Args:
-        job: What is trained.
-        command: Its command line.
-        folder: Where the trainer writes; an earlier, unfinished run there is replaced.
-        root: Where the trainer is started.
-        threads: Number of threads; None leaves it to torch.
-        on_line: Called with every line of output and the log read so far.
+    What an earlier, unfinished run left in ``folder``, where the trainer writes, is replaced. ``on_line`` is
+    called with every line of output and the log read so far; without ``threads`` their number is torch's.
 
     Raises:
         LossNotAttachedError: If plain CLIP was trained in place of another loss.
@@ -161,11 +152,10 @@ async def train(
 
     code = await follow(command, read, cwd=root, threads=threads)
     if code != 0 or not checkpoint.is_file() or not log.first:
-        raise TrainingError(
-            f"open_clip's trainer ended with status {code}, {'a' if checkpoint.is_file() else 'no'} final "
-            f"checkpoint and {'some' if log.first else 'no'} logged steps. Its last lines:\n"
-            + "\n".join(log.tail)
-        )
+        left = f"{'a' if checkpoint.is_file() else 'no'} final checkpoint"
+        logged = f"{'some' if log.first else 'no'} logged steps"
+        said = f"open_clip's trainer ended with status {code}, {left} and {logged}. Its last lines:"
+        raise TrainingError("\n".join([said, *log.tail]))
     return Trained(checkpoint, time.monotonic() - started, log.first, log.last)
 
 

@@ -70,9 +70,7 @@ class Evaluation:
     """One model, evaluated on one data set after the other."""
 
     def __init__(self, model: ClipModel, args: argparse.Namespace, console: Console) -> None:
-        self._model = model
-        self._args = args
-        self._console = console
+        self._model, self._args, self._console = model, args, console
 
     def run(self, source: str) -> list[Result]:
         """Evaluate on one data set.
@@ -94,10 +92,10 @@ class Evaluation:
 
     def _load(self, source: str, split: str) -> ImageSet:
         args = self._args
-        columns = (args.csv_image_key, args.csv_caption_key, args.csv_label_key, args.csv_separator)
+        keys = (args.csv_image_key, args.csv_caption_key, args.csv_label_key, args.csv_separator)
         options = {name: getattr(args, name) for name in ("class_names", "image_folder", "root", "download")}
-        read = datasets.Columns(*columns)
-        return datasets.load(source, split, self._model.preprocess, columns=read, **options)
+        columns = datasets.Columns(*keys)
+        return datasets.load(source, split, self._model.preprocess, columns=columns, **options)
 
     def _encode(self, data: ImageSet) -> tuple[Tensor, list[Any]]:
         bar = partial(track, description=data.name, console=self._console)

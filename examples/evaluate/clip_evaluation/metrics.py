@@ -40,14 +40,13 @@ def recall_at_k(
         >>> recall_at_k(torch.tensor([[0.9, 0.1], [0.8, 0.5]]), (1, 2))
         {1: 50.0, 2: 100.0}
     """
+    shape = tuple(similarity.shape)
     if right is None:
-        if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1]:
-            raise ValueError(f"similarity: expected a square matrix, got shape {tuple(similarity.shape)}")
+        if similarity.ndim != 2 or shape[0] != shape[1]:
+            raise ValueError(f"similarity: expected a square matrix, got shape {shape}")
         right = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     elif similarity.ndim != 2 or right.shape != similarity.shape:
-        raise ValueError(
-            f"right: expected the shape of similarity, {tuple(similarity.shape)}, got {tuple(right.shape)}"
-        )
+        raise ValueError(f"right: expected the shape of similarity, {shape}, got {tuple(right.shape)}")
     return _percent(_hits(similarity, right, ks), ks)
 
 
@@ -117,9 +116,7 @@ def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
     best = scores.masked_fill(~right, -math.inf).amax(dim=1, keepdim=True)
     above = (scores > best).sum(dim=1, keepdim=True)
     ties = scores == best
-    tied, right_tied = (
-        count.sum(dim=1, keepdim=True).numpy() for count in (ties.cpu(), (ties & right).cpu())
-    )
+    tied, right_tied = (count.sum(dim=1, keepdim=True).cpu().numpy() for count in (ties, ties & right))
     # The tied columns have what remains of the first k places: as many draws without replacement.
     places = (torch.tensor(ks) - above.cpu()).numpy().clip(0, tied)
     return torch.from_numpy(1 - hypergeom.pmf(0, tied, right_tied, places))
@@ -138,13 +135,9 @@ def accuracy_at_k(scores: Tensor, labels: Tensor, ks: Sequence[int] = CLASS_KS) 
     """
     if not scores.isfinite().all():
         raise ValueError("scores: hold NaN or infinity (did training diverge?)")
-    classes = scores.shape[1]
-
-    def accuracy(k: int) -> float:
-        options = {"num_classes": classes, "top_k": min(k, classes), "average": "micro"}
-        return 100 * multiclass_accuracy(scores, labels, **options).item()
-
-    return {k: accuracy(k) for k in ks}
+    options = {"num_classes": scores.shape[1], "average": "micro"}
+    top = {k: multiclass_accuracy(scores, labels, top_k=min(k, scores.shape[1]), **options) for k in ks}
+    return {k: 100 * value.item() for k, value in top.items()}
 
 
 def mean_per_class_accuracy(scores: Tensor, labels: Tensor) -> float:

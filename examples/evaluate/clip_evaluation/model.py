@@ -60,11 +60,9 @@ class ClipModel:
             logging.disable(previous)
         if checkpoint is not None:
             open_clip.load_checkpoint(model, str(checkpoint), device=device)
-        self.model = model.eval()
-        self.device = device
+        self.model, self.device = model.eval(), device
         self._input_dtype = open_clip.get_input_dtype(precision)
-        self._batch_size = batch_size
-        self._workers = workers
+        self._loading = {"batch_size": batch_size, "num_workers": workers, "collate_fn": _collate}
 
     @property
     def logit_scale(self) -> float:
@@ -85,9 +83,7 @@ class ClipModel:
         Returns:
             ``[N, D]``, float32, as the model projects them, not normalised; and the second items, as a list.
         """
-        loader = DataLoader(
-            images, batch_size=self._batch_size, num_workers=self._workers, collate_fn=_collate
-        )
+        loader = DataLoader(images, **self._loading)
         features, targets = [], []
         for pixels, others in progress(loader):
             encoded = self.model.encode_image(pixels.to(self.device, self._input_dtype))
@@ -109,16 +105,11 @@ class ClipModel:
     def classifier(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Return open_clip's zero-shot classifier, ``[D, classes]``: the mean of each class's prompts.
 
-        Args:
-            classes: The names.
-            templates: Prompts with ``{}`` or ``{c}``, as CLIP_benchmark writes it, where the name goes.
+        In a template, the name goes to ``{}``, or to ``{c}`` as CLIP_benchmark writes it.
         """
+        prompts = list(map(_prompt, templates))
         weights: Tensor = open_clip.build_zero_shot_classifier(
-            self.model,
-            self.tokenizer,
-            classnames=classes,
-            templates=[_prompt(template) for template in templates],
-            device=self.device,
+            self.model, self.tokenizer, classnames=classes, templates=prompts, device=self.device
         )
         return weights.float().cpu()
 

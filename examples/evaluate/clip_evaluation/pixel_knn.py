@@ -27,10 +27,7 @@ def caption_scores(
 ) -> torch.Tensor:
     """Return how well each candidate fits each query: TF-IDF cosine with the captions of its neighbours.
 
-    Args:
-        neighbours: Positions of training pictures, ``[Q, k]``.
-        captions: The caption of every training picture.
-        candidates: The captions to choose from.
+    ``neighbours`` are positions among the training captions, ``[Q, k]``.
     """
     # Inverse document frequency: that two pictures share "kimono" says more than that they share "face".
     vectorizer = TfidfVectorizer(binary=True)
@@ -46,12 +43,10 @@ def class_scores(
     labels: Sequence[str] | np.ndarray,
     queries: np.ndarray,
     classes: Sequence[str] | np.ndarray,
-    *,
-    k: int = NEIGHBOURS,
 ) -> torch.Tensor:
     """Return the neighbours' votes for each class; ties go to the class with the nearest picture."""
     labels = np.asarray(labels)
-    _, neighbours = nearest(images, queries, k)
+    _, neighbours = nearest(images, queries)
     columns = []
     for name in classes:
         members = images[labels == name]

@@ -81,21 +81,15 @@ def linear_probe(
     best, model = search.best_params_["logisticregression__C"], search.best_estimator_
     scores = np.zeros((len(test_x), classes))
     scores[:, model.classes_] = model.predict_proba(test_x)
-    return Probe(
-        strength=best,
-        at_edge=len(tried) > 1 and best in (min(tried), max(tried)),
-        validation=tried,
-        scores=torch.from_numpy(scores),
-    )
+    at_edge = len(tried) > 1 and best in (min(tried), max(tried))
+    return Probe(best, at_edge, tried, torch.from_numpy(scores))
 
 
 def _arrays(name: str, data: tuple[Tensor, Tensor], classes: int) -> tuple[np.ndarray, np.ndarray]:
     features, labels = data
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(features):
-        raise ValueError(
-            f"{name}: expected features [N, D] and labels [N], got "
-            f"{tuple(features.shape)} and {tuple(labels.shape)}"
-        )
+        got = f"{tuple(features.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"{name}: expected features [N, D] and labels [N], got {got}")
     if not features.isfinite().all():
         raise ValueError(f"{name}: the features hold NaN or infinity (did training diverge?)")
     if not ((labels >= 0) & (labels < classes)).all():

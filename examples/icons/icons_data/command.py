@@ -35,19 +35,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def digest(*paths: Path) -> str:
-    """Return the SHA-256 of files, one after the other."""
-    found = hashlib.sha256()
-    for path in paths:
-        found.update(path.read_bytes())
-    return found.hexdigest()
-
-
 def identity(tarball: Path, seed: int) -> dict[str, Any]:
     """Return what tells one build from another: the seed, this package's source, and the tarball."""
-    source = Path(__file__).parent
-    files = sorted(path for path in source.iterdir() if path.suffix in (".py", ".md", ".yaml"))
-    return {"seed": seed, "recipe": digest(*files)[:16], "tarball": digest(tarball)}
+    source = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".md", ".yaml"))
+    recipe, content = (hashlib.sha256(b"".join(p.read_bytes() for p in of)) for of in (source, [tarball]))
+    return {"seed": seed, "recipe": recipe.hexdigest()[:16], "tarball": content.hexdigest()}
 
 
 def build(
@@ -61,14 +53,8 @@ def build(
 ) -> dict[str, Any]:
     """Build the data set and return its manifest.
 
-    Args:
-        output: The folder; it is complete once it holds ``manifest.json``. Drawings are kept in its
-            ``cache``; the rest of an older build is replaced.
-        tarball: The package.
-        seed: Selects the concepts that are held out.
-        workers: Number of processes that draw.
-        png: Whether to write PNG files and tables of their paths as well.
-        track: Wraps loops in progress bars.
+    The folder is complete once it holds ``manifest.json``. Drawings are kept in its ``cache``; the rest of an
+    older build is replaced.
     """
     version, packaged = package.read(tarball)
     reasons = {prefix: package.reason_to_leave_out(prefix, data) for prefix, data in packaged.items()}
@@ -90,14 +76,13 @@ def build(
     sets = [one for one in sets if any(row.set == one.prefix for row in rows)]
 
     sides = {side: rows[slice(*ranges[side])] for side in split.SIDES if side in ranges}
-    manifest = {
+    made = {
         "package": f"{package.PACKAGE} {version}",
         **identity(tarball, seed),
         "png": png,
         "ranges": ranges,
-        "labelled": [one.name for one in labelled],
-        "counts": parts.counts,
     }
+    manifest = {**made, "labelled": [one.name for one in labelled], "counts": parts.counts}
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as temporary:
         work = Path(temporary)
         write.images(work / "images.npy", pngs, track)
@@ -129,9 +114,7 @@ def build(
 def is_complete(output: Path, tarball: Path, *, seed: int, png: bool) -> bool:
     """Say whether ``output`` holds this very build already."""
     path = output / "manifest.json"
-    if not path.is_file():
-        return False
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return identity(tarball, seed).items() <= stored.items() and (stored["png"] or not png)
 
 

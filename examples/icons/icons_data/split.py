@@ -52,12 +52,9 @@ def shift_of(prefix: str) -> str:
 
 
 def split(icons: Sequence[Icon], thumbnails: np.ndarray, *, seed: int = 0) -> Split:
-    """Put every icon on a side, and drop repeated drawings.
+    """Put every icon on a side, and drop repeated drawings; other seeds hold out other concepts.
 
-    Args:
-        icons: All icons.
-        thumbnails: Their averaged pictures, ``uint8 [N, 16, 16, 3]``.
-        seed: Other seeds hold out other concepts.
+    ``thumbnails`` are averaged pictures, ``uint8 [N, 16, 16, 3]``.
     """
     ink = (thumbnails < 250).any(axis=-1).mean(axis=(1, 2))
     drawn = ink >= _BLANK

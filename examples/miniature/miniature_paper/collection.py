@@ -16,12 +16,7 @@ Value = TypeVar("Value")
 
 
 class Collection:
-    """Records by setting.
-
-    Args:
-        records: Records, as the store has them; those that are not planned are counted and left alone.
-        preset: The preset that the report is about.
-        planned: Every setting that is to be trained.
+    """The records of what is planned by setting; others are counted and left alone.
 
     Raises:
         ValueError: If two records are of one setting, or a planned setting is of another preset.

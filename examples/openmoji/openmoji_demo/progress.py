@@ -38,13 +38,9 @@ def expected(epochs: int, trainings: int, cores: int) -> dict[str, float]:
 
 
 class Forecast:
-    """How much time is left, from what every stage is expected to take and from what was seen so far.
+    """How much time is left, from the seconds that every stage is expected to take and from what was seen.
 
-    A machine that is slower than expected is slower in what is left too.
-
-    Args:
-        expected: Seconds per stage, in order; a stage that never begins is skipped.
-        clock: Seconds since any moment.
+    A machine that is slower than expected is slower in what is left, too. A stage may be skipped.
     """
 
     def __init__(self, expected: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
