@@ -166,8 +166,7 @@ async def work(run, report):
     await trainer.follow([sys.executable, "-c", {child!r}], print, cwd=Path("."), threads=1)
 
 def command(console):
-    runs = [Path("one")]
-    asyncio.run(terminal.run_all(runs, work, jobs=1, console=console, expected=()))
+    asyncio.run(terminal.run_all([Path("one")], work, jobs=1, console=console, expected=()))
     return 0
 
 sys.exit(terminal.status_of(command))

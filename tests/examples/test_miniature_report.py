@@ -84,11 +84,10 @@ class Page(html.parser.HTMLParser):
 
 def test_the_page_is_well_formed_and_needs_nothing_else(written):
     page = Page(written[1])
+    allowed = ("data:image/png;base64,", "#", "https://arxiv.org/")
     for tag, attrs in page.elements:
-        for name in ("src", "srcset", "href", "data", "action"):
-            if name in attrs:
-                allowed = ("data:image/png;base64,", "#", "https://arxiv.org/")
-                assert attrs[name].startswith(allowed), (tag, name)
+        for name in attrs.keys() & {"src", "srcset", "href", "data", "action"}:
+            assert attrs[name].startswith(allowed), (tag, name)
     assert not {"script", "link", "iframe", "object", "b", "i"} & {tag for tag, _ in page.elements}
     assert "url(" not in written[1]
     assert any("default-src 'none'" in attrs.get("content", "") for attrs in page.of("meta"))
@@ -132,11 +131,8 @@ def test_the_markdown_names_its_figures_and_its_links_lead_to_its_headings(writt
     folder, _, text = written
     named = set(re.findall(r"\]\((figures/[^)]+)\)", text))
     assert named == {f"figures/{path.name}" for path in (folder / "figures").iterdir()}
-    headings = {
-        re.sub(r"[^\w\- ]", "", line[3:].lower()).replace(" ", "-")
-        for line in text.splitlines()
-        if line.startswith("## ")
-    }
+    headings = (line[3:].lower() for line in text.splitlines() if line.startswith("## "))
+    headings = {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
     links = set(re.findall(r"\]\(#([^)]+)\)", text))
     assert len(links) == len(grid.EXHIBITS)
     assert links <= headings

@@ -16,14 +16,6 @@ scores = st.integers(0, 10_000).map(lambda n: n / 100)
 p_values = st.lists(st.floats(0, 1), min_size=1, max_size=40)
 
 
-def by_seed(values):
-    return dict(enumerate(values))
-
-
-def spread(values):
-    return np.ptp(values) > 1e-6
-
-
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
 def test_what_has_no_mean_is_refused_and_one_seed_has_no_interval(values):
     with pytest.raises(ValueError, match=r"^values: "):
@@ -36,8 +28,8 @@ def test_what_has_no_mean_is_refused_and_one_seed_has_no_interval(values):
 @given(st.lists(st.tuples(scores, scores), min_size=2, max_size=10))
 def test_the_paired_difference_is_scipys_and_its_interval_the_t_interval(pairs):
     values, reference = map(np.array, zip(*pairs, strict=True))
-    assume(spread(values - reference))
-    found = paired_difference(by_seed(values), by_seed(reference))
+    assume(np.ptp(values - reference) > 1e-6)
+    found = paired_difference(dict(enumerate(values)), dict(enumerate(reference)))
     assert found.p == pytest.approx(stats.ttest_rel(values, reference).pvalue, rel=1e-6, abs=1e-12)
     interval = DescrStatsW(values - reference).tconfint_mean(0.05)
     assert (found.low, found.high) == pytest.approx(interval, abs=1e-6)
@@ -74,13 +66,9 @@ def test_holm_steps_down_from_the_smallest(values):
 
 
 def test_what_cannot_be_tested_costs_the_others_nothing():
-    good = Difference(1.0, 0.1, 5, p=0.01)
-    few = Difference(1.0, 0.1, 2, p=0.04)
-    flat = Difference(1.0, 0.0, 5, p=None)
-    corrected = correct({"good": good, "few": few, "flat": flat})
-    assert corrected["good"].adjusted == 0.01
-    assert corrected["few"].adjusted is None
-    assert corrected["flat"].adjusted is None
+    good, few = Difference(1.0, 0.1, 5, p=0.01), Difference(1.0, 0.1, 2, p=0.04)
+    corrected = correct({"good": good, "few": few, "flat": Difference(1.0, 0.0, 5, p=None)})
+    assert [d.adjusted for d in corrected.values()] == [0.01, None, None]
 
 
 # --- verdicts ---
@@ -109,7 +97,7 @@ def test_nothing_is_claimed_whose_interval_holds_zero(rows):
     family = {}
     for number, pairs in enumerate(rows):
         values, reference = zip(*pairs, strict=True)
-        family[number] = paired_difference(by_seed(values), by_seed(reference))
+        family[number] = paired_difference(dict(enumerate(values)), dict(enumerate(reference)))
     for difference in correct(family).values():
         said = verdict(difference)
         if said in ("better", "worse"):

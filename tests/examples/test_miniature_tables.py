@@ -86,9 +86,8 @@ def test_a_cell_is_what_scipy_makes_of_the_records(
 
 def test_the_sweep_uses_its_own_seeds_and_compares_with_clip_and_with_the_recipe(records, complete):
     def both_ways(metrics):
-        return np.mean(
-            [metrics["retrieval/test"][f"{way} R@1"] for way in ("image_to_text", "text_to_image")]
-        )
+        ways = ("image_to_text", "text_to_image")
+        return np.mean([metrics["retrieval/test"][f"{way} R@1"] for way in ways])
 
     section = f"{tables.TERM_NAMES['lambda_cross']}; the other one is 1"
     seeds = FULL.sweep_seeds
@@ -154,11 +153,8 @@ def test_a_cell_says_how_many_of_its_seeds_are_there(records, seeds, text):
 
 
 def test_a_set_that_one_model_lacks_leaves_its_mean_out(records):
-    without = [dict(r) for r in records]
-    without[0] = {
-        **without[0],
-        "metrics": {k: v for k, v in without[0]["metrics"].items() if k != "probe/mdi"},
-    }
+    metrics = {task: of for task, of in records[0]["metrics"].items() if task != "probe/mdi"}
+    without = [{**records[0], "metrics": metrics}, *records[1:]]
     name = scores.LOSS_NAMES[without[0]["setting"]["loss"]]
     table = exhibits(without)["table3"]
     assert cell(table, "Linear probe", "mean of 10 sets", name).estimate.n == FULL.seeds - 1
@@ -196,12 +192,6 @@ def compared(difference, label="R@1", percent=True):
     return Cell("RankCLIP", Measure("Image → text", label, (), percent), 5, None, "CLIP", difference)
 
 
-def said_of(complete, *cells):
-    return findings.text(
-        dataclasses.replace(complete["table1"], rows=(Row("", "", cells, quoted=False),), columns=())
-    )
-
-
 differences = st.builds(
     Difference, st.floats(-5, 5), st.floats(0.01, 3), st.integers(1, 6), st.floats(1e-6, 1)
 )
@@ -211,15 +201,15 @@ differences = st.builds(
 def test_the_text_names_nothing_that_is_not_established(complete, family, percent):
     corrected = correct(dict(enumerate(family)))
     cells = [compared(d, f"measure{i:02d}", percent) for i, d in corrected.items()]
-    text = said_of(complete, *cells)
+    rows = (Row("", "", tuple(cells), quoted=False),)
+    text = findings.text(dataclasses.replace(complete["table1"], rows=rows, columns=()))
     above = {c.measure.label for c in cells if c.difference.established and c.difference.mean > 0}
     below = {c.measure.label for c in cells if c.difference.established and c.difference.mean < 0}
     named = set(re.findall(r"measure\d\d", text))
     assert named <= above | below
     assert len(named) == min(4, len(above)) + min(4, len(below))
-    for word, found in zip(
-        ("better", "worse") if percent else ("higher", "lower"), (above, below), strict=True
-    ):
+    words = ("better", "worse") if percent else ("higher", "lower")
+    for word, found in zip(words, (above, below), strict=True):
         assert (f"RankCLIP is {word} than CLIP" in text) == bool(found)
 
 

@@ -69,7 +69,7 @@ def html(
 ) -> str:
     """Return Markdown as a page.
 
-    ``pictures`` go by the paths that the Markdown names; ``marks`` are signs, the style of each, and what it is
+    ``pictures`` go by the paths that the Markdown names; ``marks`` are signs, their styles, and what they are
     called when the page is read aloud.
     """
     environment = _templates(Path(__file__).parent)

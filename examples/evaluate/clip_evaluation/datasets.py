@@ -122,8 +122,8 @@ class _Classes(ImageFolder):
 
 def _folder(path: Path, split: str, transform: Transform, class_names: str | None) -> ImageSet:
     top = path / split if (path / split).is_dir() else path
-    images = _Classes(str(top), transform, allow_empty=True)
-    if not len(images):
+    found = any(map(Path.is_dir, top.iterdir()))
+    if not found or not len(images := _Classes(str(top), transform, allow_empty=True)):
         raise ValueError(f"{top} holds no folders of images, and no {split}/nshards.txt")
     return ImageSet(_name(path), images, False, _class_names(images.classes, class_names))
 

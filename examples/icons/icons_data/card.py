@@ -37,29 +37,21 @@ def attributions(sets: Sequence[IconSet], records: Sequence[Record], version: st
     def link(text: str, url: str) -> str:
         return f"[{text}]({url})" if url else text
 
-    used = Counter(record.set for record in records)
-    rows = [
-        [
-            f"{link(one.title, one.url)} (`{one.prefix}`)",
-            one.authors,
-            _number(used[one.prefix]),
-            link(one.licence, one.licence_url),
-        ]
-        for one in sets
-    ]
+    used, rows = Counter(record.set for record in records), []
+    for one in sets:
+        name = f"{link(one.title, one.url)} (`{one.prefix}`)"
+        rows.append([name, one.authors, _number(used[one.prefix]), link(one.licence, one.licence_url)])
     return _fill("attributions.md", version=version, sets=rows)
 
 
 def data_card(
-    version: str,
-    seed: int,
     sets: Sequence[IconSet],
     left_out: Mapping[str, str],
     records: Sequence[Record],
     ranges: Mapping[str, tuple[int, int]],
-    counts: Mapping[str, int],
     retrieval: Sequence[Row],
     classification: Sequence[Row],
+    **values: Any,
 ) -> str:
     """Return what a user has to know about the data, with the numbers of this very build."""
     reasons: dict[str, list[str]] = defaultdict(list)
@@ -88,8 +80,7 @@ def data_card(
     ]
     return _fill(
         "data_card.md",
-        seed=seed,
-        version=version,
+        **values,
         thumbnail=THUMBNAIL,
         sets=sets,
         records=records,
@@ -97,7 +88,6 @@ def data_card(
         known=SETS,
         licences=[[name, f"{number[name]}", _number(pictures[name])] for name in LICENCES if number[name]],
         left_out=reasons,
-        counts=counts,
         same_drawing=SAME_DRAWING,
         alike=ALIKE,
         limits=ALIKE_LIMITS,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 from .sets import SETS
 
@@ -56,19 +56,17 @@ class Namer:
         prefixes: Collection[str] = (),
         emoji: bool = False,
     ) -> None:
-        self._prefix = prefix
-        self._emoji = emoji
-        declared = {word for suffix in suffixes for word in suffix.split("-") if word}
-        self._declared = declared | set(SETS["undeclared_styles"].get(prefix, ()))
+        self._prefix, self._emoji = prefix, emoji
+        self._declared = {word for suffix in suffixes for word in suffix.split("-") if word}
+        self._declared |= set(SETS["undeclared_styles"].get(prefix, ()))
         self._heads = {word for word in prefixes if word} | set(SETS["undeclared_prefixes"].get(prefix, ()))
         split = [self._split(name) for name in names]
         self._variants = Counter(stem for stem, _ in split)
-        runs: dict[tuple[str, ...], set[int]] = defaultdict(set)
+        self._runs = defaultdict[tuple[str, ...], set[int]](set)
         for stem, _ in split:
             for words in {stem, self._unglue(stem)}:
                 if len(words) > 1 and _COUNT.fullmatch(words[-1]):
-                    runs[words[:-1]].add(_number(words[-1]))
-        self._runs: Mapping[tuple[str, ...], set[int]] = runs
+                    self._runs[words[:-1]].add(_number(words[-1]))
 
     def __call__(self, name: str) -> Name | None:
         """Return what ``name`` says, or None if it is no caption: no letters, or far too many words."""
@@ -85,12 +83,8 @@ class Namer:
 
     def _split(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Strip style and size words from both ends."""
-        words = list(_words(name))
-        styles: list[str] = []
-        if len(words) > 1 and words[0] in self._heads:
-            styles.append(words[0])
-            del words[0]
-        tail: list[str] = []
+        words, tail = list(_words(name)), list[str]()
+        styles = [words.pop(0)] if len(words) > 1 and words[0] in self._heads else []
         while len(words) > 1:
             last = words[-1]
             if _SIZE.fullmatch(last) or (last.isdigit() and last in self._declared):

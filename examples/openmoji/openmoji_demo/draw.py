@@ -57,7 +57,7 @@ def draw(
 ) -> None:
     """Save the picture; of more than two models, it shows the first and the last.
 
-    It has the rankings of one training concept with its ``picture``, answers for the held-out emojis in colour
+    It has the rankings of one training concept with its ``picture``, answers for held-out emojis in colour
     by the picture × caption ``similarities``, and TensorBoard's scalars over the epochs.
     """
     names = list(dict.fromkeys([next(iter(similarities)), next(reversed(similarities))]))

@@ -8,8 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 STARTING, TRAINER_START, TRAINING = "Starting", "Starting the trainer", "Training"
 EVALUATION, PICTURE, DONE = "Evaluating", "Drawing the picture", "Done"
@@ -83,14 +82,6 @@ class Forecast:
         return self._shown
 
 
-class _Remaining(ProgressColumn):
-    max_refresh = 0.5
-
-    def render(self, task: Task) -> Text:
-        remaining = task.fields["forecast"].remaining
-        return Text(f"about {clock_time(remaining)} left" if remaining else "")
-
-
 class _Bar(Progress):
     """Moves by the clock, between two reports too."""
 
@@ -98,7 +89,8 @@ class _Bar(Progress):
         """What is drawn, ten times a second."""
         for task in self.tasks:
             forecast = task.fields["forecast"]
-            self.update(task.id, completed=forecast.share, description=forecast.stage)
+            left = f"about {clock_time(forecast.remaining)} left" if forecast.remaining else ""
+            self.update(task.id, completed=forecast.share, description=forecast.stage, left=left)
         yield from super().get_renderables()
 
 
@@ -114,13 +106,8 @@ def clock_time(seconds: float) -> str:
 
 def bar(console: Console, forecast: Forecast) -> Progress:
     """Return the bar of a forecast, to be entered; it moves until it is left."""
-    progress = _Bar(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        _Remaining(),
-        console=console,
-    )
-    progress.add_task("", total=1.0, forecast=forecast)
+    texts = ("{task.description}", "{task.percentage:>3.0f} %", "{task.fields[left]}")
+    stage, share, left = (TextColumn(text, markup=False) for text in texts)
+    progress = _Bar(stage, BarColumn(), share, TimeElapsedColumn(), left, console=console)
+    progress.add_task("", total=1.0, forecast=forecast, left="")
     return progress

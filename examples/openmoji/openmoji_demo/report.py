@@ -74,8 +74,8 @@ def apart(block: Block) -> dict[str, Any] | None:
     if len(block.trained) < 2:
         return None
     first, last = block.trained[0], block.trained[-1]
-    scores, others = block.rows[last], block.rows[first]
-    differences = {(task, k): scores[task][k] - others[task][k] for task in TASKS for k in scores[task]}
+    scores, others = (_flat(block.rows[name]) for name in (last, first))
+    differences = {key: value - others[key] for key, value in scores.items()}
     (task, k), largest = max(differences.items(), key=lambda item: abs(item[1]))
     return {
         "first": first,
@@ -87,29 +87,28 @@ def apart(block: Block) -> dict[str, Any] | None:
     }
 
 
+def _flat(scores: Scores) -> dict[tuple[str, int], float]:
+    return {(task, k): value for task, of in scores.items() for k, value in of.items()}
+
+
 def knn_ahead(block: Block, name: str) -> tuple[int, int]:
     """Return on how many retrieval scores the untrained baseline is ahead of a method, and of how many."""
-    tasks = [task for task, (_, prefix) in _HEADS.items() if prefix == "R@"]
-    ours, theirs = ([round(v, 1) for t in tasks for v in block.rows[m][t].values()] for m in (KNN, name))
-    return sum(knn > value for knn, value in zip(ours, theirs, strict=True)), len(ours)
+    knn, own = (_flat(block.rows[method]) for method in (KNN, name))
+    ahead = [round(knn[key], 1) > round(own[key], 1) for key in own if _HEADS[key[0]][1] == "R@"]
+    return sum(ahead), len(ahead)
 
 
-def _tau_head(agreement: Agreement) -> list[str]:
-    return ["method", *(f"{agreement.concepts[key]:,} {key} concepts" for key in (TRAINING, HELD_OUT))]
-
-
-def _tau_rows(agreement: Agreement) -> list[list[str]]:
-    return [
-        [name, *(f"{by_set[key]:.3f}" for key in (TRAINING, HELD_OUT))]
-        for name, by_set in agreement.averages.items()
-    ]
+def _taus(agreement: Agreement) -> tuple[list[str], list[list[str]]]:
+    keys = (TRAINING, HELD_OUT)
+    rows = [[name, *(f"{tau[key]:.3f}" for key in keys)] for name, tau in agreement.averages.items()]
+    return ["method", *(f"{agreement.concepts[key]:,} {key} concepts" for key in keys)], rows
 
 
 def show(blocks: Sequence[Block], agreement: Agreement, console: Console) -> None:
     """Print the tables and the notes."""
     rows = [row for block in blocks for row in ([block.title], *block.cells())]
     tables.show(console, blocks[0].head("\n"), rows, right=len(TASKS), title=_TITLE)
-    tables.show(console, _tau_head(agreement), _tau_rows(agreement), right=2, title=_TAU_TITLE)
+    tables.show(console, *_taus(agreement), right=2, title=_TAU_TITLE)
     for line in notes(blocks):
         say(console, f"• {line}")
 
@@ -135,7 +134,7 @@ def markdown(blocks: Sequence[Block], agreement: Agreement) -> str:
     blank = [""] * len(TASKS)
     rows = [row for block in blocks for row in ([f"**{block.title}**", *blank], *block.cells())]
     table = tables.markdown(blocks[0].head(" "), rows, right=len(TASKS))
-    taus = tables.markdown(_tau_head(agreement), _tau_rows(agreement), right=2)
+    taus = tables.markdown(*_taus(agreement), right=2)
     lines = [f"- {line}" for line in notes(blocks)]
     return "\n".join([f"# {_TITLE}", "", table, "", f"{_TAU_TITLE}:", "", taus, "", *lines, ""])
 
