@@ -17,6 +17,7 @@ from clip_evaluation import command, datasets, geometry, metrics, pixel_knn, pro
 from clip_evaluation.model import ClipModel
 from hypothesis import given
 from hypothesis import strategies as st
+from miniature_paper.grid import model_folder
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import recall_score, top_k_accuracy_score
@@ -379,22 +380,11 @@ def test_torchvisions_sets(tmp_path):
 
 # --- the model and the command ---
 
-_CONFIG = {
-    "model_cfg": {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    },
-    "preprocess_cfg": {},
-}
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """An architecture, and a checkpoint as open_clip's trainer saves it."""
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "open_clip_config.json").write_text(json.dumps(_CONFIG))
-    name, checkpoint = f"local-dir:{folder}", folder / "epoch_3.pt"
+    name, checkpoint = f"local-dir:{model_folder('vit')}", tmp_path_factory.mktemp("model") / "epoch_3.pt"
     torch.manual_seed(1)
     model = open_clip.create_model(name).eval()
     model.logit_scale.data.fill_(math.log(23.0))

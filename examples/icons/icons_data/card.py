@@ -9,12 +9,12 @@ from typing import Any
 
 from examples_common.page import fill
 
+from . import SETS
 from .baseline import ALIKE_LIMITS, Row
 from .draw import SIZE, THUMBNAIL
 from .labels import SOURCES
 from .package import LICENCES, PACKAGE, IconSet
 from .records import Record
-from .sets import SETS
 from .split import ALIKE, SAME_DRAWING
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from . import SETS
 from .package import Icon
-from .sets import SETS
 from .split import SIDES
 
 # Prompts of zero-shot classification; the training texts are made with the same ones.

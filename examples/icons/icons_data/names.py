@@ -13,7 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 
-from .sets import SETS
+from . import SETS
 
 _STYLES: dict[str, str] = SETS["styles"]
 _ALWAYS = set(SETS["always_styles"])

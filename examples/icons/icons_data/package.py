@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from . import SETS
 from .names import Name, Namer, has_skin_tone
-from .sets import SETS
 
 PACKAGE = "@iconify/json"
 VERSION = "2.2.535"  # the figures in the README are of this version

@@ -64,36 +64,24 @@ def make(
         The records; for each of them the position of its icon; and the range of each block, named
         ``train`` for a trained set, ``noto/train`` for a shift.
     """
-    blocks = [(shift, side) for shift in ("", *SHIFTS) for side in SIDES]
-    block = {p: (shift_of(icons[p].set), split.side[split.group[p]]) for p in split.kept}
-    order = sorted(split.kept, key=lambda p: (blocks.index(block[p]), _shuffled(icons[p], seed)))
-    records: list[Record] = []
-    ranges: dict[str, tuple[int, int]] = {}
-    represented: set[tuple[str, str]] = set()
-    for index, position in enumerate(order):
-        icon, group, (shift, side) = icons[position], split.group[position], block[position]
-        name = f"{shift}/{side}" if shift else side
-        first, _ = ranges.get(name, (index, index))
-        ranges[name] = (first, index + 1)
-        # One picture for each concept, so that no query has two right answers. Shifts are for the end only.
-        searched = ("test",) if shift else ("validation", "test")
-        retrieval = side in searched and (name, group) not in represented
-        represented.add((name, group))
-        said = {of: getattr(icon, of) for of in ("set", "name", "caption", "style", "categories")}
-        records.append(
-            Record(
-                index=index,
-                text=training_text(icon, seed),
-                concept=group,
-                synonyms=tuple(caption for caption, _ in icon.synonyms),
-                side=side,
-                shift=shift,
-                retrieval=retrieval,
-                palette=palettes[icon.set],
-                **said,
-            )
-        )
-    return records, order, ranges
+    blocks = [f"{shift}/{side}".strip("/") for shift in ("", *SHIFTS) for side in SIDES]
+    table = pd.DataFrame(map(vars, icons)).drop(columns="svg")
+    table["text"] = [training_text(icon, seed) for icon in icons]
+    table["synonyms"] = [tuple(caption for caption, _ in icon.synonyms) for icon in icons]
+    table["concept"] = split.group
+    table["side"], table["shift"] = table["concept"].map(split.side), table["set"].map(shift_of)
+    table["palette"] = table["set"].map(palettes)
+    table["block"] = pd.Categorical((table["shift"] + "/" + table["side"]).str.strip("/"), blocks)
+    table["place"] = [_shuffled(icon, seed) for icon in icons]
+    table = table.loc[split.kept].sort_values(["block", "place"])
+    # One picture for each concept, so that no query has two right answers. Shifts are for the end only.
+    searched = table["block"].isin(["validation", *(block for block in blocks if block.endswith("test"))])
+    table["retrieval"] = searched & ~table.duplicated(["block", "concept"])
+    sizes = table.groupby("block", observed=True).size()
+    ranges = {block: (int(stop - sizes[block]), int(stop)) for block, stop in sizes.cumsum().items()}
+    order = table.index.tolist()
+    rows = table.drop(columns=["block", "place"]).assign(index=range(len(table))).to_dict("records")
+    return [Record(**row) for row in rows], order, ranges
 
 
 def _shuffled(icon: Icon, seed: int) -> str:

@@ -16,9 +16,9 @@ import numpy as np
 from scipy.cluster.hierarchy import DisjointSet
 from scipy.spatial import cKDTree
 
+from . import SETS
 from .names import concept_of
 from .package import Icon
-from .sets import SETS
 
 SIDES = ("train", "validation", "test")
 
@@ -129,22 +129,19 @@ def _sides(icons: Sequence[Icon], group: Sequence[str], seed: int) -> dict[str, 
     members: dict[str, list[Icon]] = defaultdict(list)
     for icon, name in zip(icons, group, strict=True):
         members[name].append(icon)
-    return {name: _side(of, _draw(f"{seed}/{name}")) for name, of in members.items()}
+    return {name: _side(of, f"{seed}/{name}") for name, of in members.items()}
 
 
-def _side(icons: Sequence[Icon], draw: float) -> str:
+def _side(icons: Sequence[Icon], name: str) -> str:
     if len({icon.concept for icon in icons}) > _HUB:
         return "train"
     shifts = {shift_of(prefix) for prefix in {icon.set for icon in icons}}
     test = TEST_OF_EMOJIS if shifts & {"noto", "emojione"} else TEST
     if "" not in shifts:
         test = TEST_OF_SHIFTS
+    # A number in [0, 1) that depends on the name only.
+    draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     return "test" if draw < test else "validation" if draw < test + VALIDATION else "train"
-
-
-def _draw(text: str) -> float:
-    """Return a number in [0, 1) that depends on ``text`` only."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _distinct(icons: Sequence[Icon], thumbnails: np.ndarray, positions: Sequence[int]) -> list[int]:
@@ -161,8 +158,8 @@ def _distinct(icons: Sequence[Icon], thumbnails: np.ndarray, positions: Sequence
     for candidates in same.values():
         chosen: list[int] = []
         for position in candidates:
-            others = thumbnails[chosen]
-            if not chosen or _distance(others, thumbnails[position][None]).min() >= SAME_DRAWING:
+            near = _distance(thumbnails[chosen], thumbnails[position][None])
+            if near.min(initial=SAME_DRAWING) >= SAME_DRAWING:
                 chosen.append(position)
         kept.extend(chosen)
     return sorted(kept)

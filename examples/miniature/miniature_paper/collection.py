@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from . import grid, scores
 from .grid import Setting
@@ -12,7 +12,6 @@ from .scores import Measure
 from .statistics import Difference, Estimate, estimate, paired_difference
 
 Record = Mapping[str, Any]
-Value = TypeVar("Value")
 
 
 class Collection:
@@ -30,10 +29,8 @@ class Collection:
         self.planned = dict.fromkeys(planned)
         found: dict[Setting, Record] = {}
         for record in records:
-            setting = Setting(**record["setting"])
-            if setting in found:
+            if found.setdefault(setting := Setting(**record["setting"]), record) is not record:
                 raise ValueError(f"records: {setting.name} is there twice")
-            found[setting] = record
         # In the plan's order.
         self.records = {setting: found[setting] for setting in self.planned if setting in found}
         self.unplanned = len(found) - len(self.records)
@@ -95,14 +92,11 @@ class Exhibited:
         return paired_difference(self.values(model, measure), self.values(reference, measure))
 
     def chance(self, measure: Measure) -> float | None:
-        """Return what guessing scores."""
-        return self._first(lambda record: measure.of(record["chance"]))
+        """Return what guessing scores: the same for every model whose record knows it."""
+        found = (measure.of(record["chance"]) for own in self._records.values() for record in own.values())
+        return next((value for value in found if value is not None), None)
 
     def items(self, measure: Measure) -> int | None:
-        """Return the number of held-out items behind a measure."""
-        return self._first(lambda record: measure.items(record["items"]))
-
-    def _first(self, read: Callable[[Record], Value | None]) -> Value | None:
-        """Return what the first record that knows it says: it is the same for every model."""
-        found = (read(record) for own in self._records.values() for record in own.values())
+        """Return the number of held-out items behind a measure, likewise."""
+        found = (measure.items(record["items"]) for own in self._records.values() for record in own.values())
         return next((value for value in found if value is not None), None)

@@ -30,27 +30,19 @@ class Tally:
 
     def __init__(self, comparisons: Sequence[Cell]) -> None:
         self.all = comparisons
-        by_verdict: dict[str, list[Cell]] = {BETTER: [], WORSE: [], NOT_TOLD_APART: [], TOO_FEW_SEEDS: []}
-        for cell in comparisons:
-            by_verdict[verdict(cell.difference)].append(cell)
-        self.above, self.below, self.undecided, self.untested = by_verdict.values()
+        self.above, self.below, self.undecided, self.untested = (
+            [cell for cell in comparisons if verdict(cell.difference) == said]
+            for said in (BETTER, WORSE, NOT_TOLD_APART, TOO_FEW_SEEDS)
+        )
+        self.established = self.above + self.below
         self.tested = [cell for cell in comparisons if cell not in self.untested]
         # Would pass as the only test there is, established or not.
         self.nominal = [cell for cell in self.tested if cell.difference.nominal]
         # How many would pass alone, on average, if nothing differed, however they depend on each other.
         self.expected = ALPHA * len(self.tested)
-
-    @property
-    def established(self) -> list[Cell]:
-        """Both kinds of established differences."""
-        return self.above + self.below
-
-    @property
-    def width(self) -> float | None:
-        """The median half width of the intervals that decide nothing, in points."""
-        widths = [c.difference.half_width for c in self.undecided if c.measure.percent]
-        known = [width for width in widths if width]
-        return median(known) if known else None
+        # The median half width of the intervals that decide nothing, in points.
+        widths = (c.difference.half_width for c in self.undecided if c.measure.percent)
+        self.width = median(known) if (known := [width for width in widths if width]) else None
 
     def claims(self) -> Iterator[Claim]:
         """Sort what is established by model."""

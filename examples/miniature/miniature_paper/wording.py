@@ -33,8 +33,6 @@ def fill(template: str, **values: Any) -> str:
         "signed": signed,
         "difference": difference_text,
         "p": p_text,
-        "span": span_text,
-        "some": some_text,
     }
     return page.fill(_TEMPLATES / template, {**texts, "verdict": statistics.verdict}, **_CONSTANTS, **values)
 
@@ -42,18 +40,6 @@ def fill(template: str, **values: Any) -> str:
 def seeds_text(n: int, planned: int) -> str:
     """``5`` where all are there, else ``3 of 5``."""
     return f"{n}" if n == planned else f"{n} of {planned}"
-
-
-def span_text(numbers: list[int]) -> str:
-    """``5`` where all are equal, else ``3 to 5``."""
-    least, most = min(numbers), max(numbers)
-    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
-
-
-def some_text(names: list[str], limit: int = 4) -> str:
-    """The first names; the others are counted."""
-    rest = f" and {len(names) - limit} more models" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
 
 
 def mean_text(estimate: Estimate | None, planned: int, digits: int = 2) -> str:

@@ -24,7 +24,7 @@ _MODEL = Path(__file__).resolve().parents[1] / "model"
 
 
 def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
-    """Go through all progress."""
+    """Go through all stages."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     root: Path = args.output.resolve()
     folder = root / "data" / f"split{args.split}"
