@@ -1,7 +1,5 @@
 """Leaves this folder out where the examples are not installed: ``pip install -e '.[dev]' -e examples``."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 import pytest

@@ -1,7 +1,5 @@
 """A finished build of the icons, small and made up: for what only reads one."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

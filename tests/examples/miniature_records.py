@@ -1,7 +1,5 @@
 """Records of the miniature's schema for its tests: the committed ones with noise in place of a training."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 

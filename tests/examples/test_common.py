@@ -1,7 +1,5 @@
 """What the examples share: the trainer's guard, the queue of runs, tables and pages."""
 
-from __future__ import annotations
-
 import ast
 import asyncio
 import doctest

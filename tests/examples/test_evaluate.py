@@ -1,7 +1,5 @@
 """The evaluation example: metrics against other ways to count, probes, readers of data, the command line."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import json

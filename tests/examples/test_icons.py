@@ -1,7 +1,5 @@
 """The icons example: names, sets that may be used, the split, the files that are written, the loader."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import random

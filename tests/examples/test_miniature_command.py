@@ -1,7 +1,5 @@
 """The miniature's commands: their arguments, and one end to end: interrupted, resumed, reported."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import signal

@@ -1,7 +1,5 @@
 """The paper in miniature: the pairs that are trained on, and what is measured of a model."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import io

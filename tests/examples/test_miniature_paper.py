@@ -1,7 +1,5 @@
 """The paper's numbers, transcribed: they have to agree wherever the paper says a thing twice."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """The miniature's report: both forms of it and its figures, on records that are made up."""
 
-from __future__ import annotations
-
 import html.parser
 import io
 import random

@@ -1,7 +1,5 @@
 """The search for a stronger setting: what is tried, who continues, what is looked at, what may be said."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import itertools

@@ -1,7 +1,5 @@
 """The miniature's statistics against other ways to compute them, and by simulation."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import assume, given

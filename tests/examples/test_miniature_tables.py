@@ -1,7 +1,5 @@
 """The miniature's tables and what is said of them, on records that are made up."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

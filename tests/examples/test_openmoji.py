@@ -1,7 +1,5 @@
 """The emoji example: split, pictures, baseline, scores, and what counts as the same run."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import io

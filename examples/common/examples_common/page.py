@@ -1,7 +1,5 @@
 """A report: Markdown out of a template, and one HTML page that needs nothing else."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """One table, as Markdown for files and as text for a terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """What the examples' commands share: messages, exit statuses, progress bars, and a queue of runs."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

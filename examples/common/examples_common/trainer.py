@@ -1,7 +1,5 @@
 """Starts open_clip's unmodified training command, follows its log, and checks which loss it trained."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import os

@@ -1,7 +1,5 @@
 """The command behind ``run.py``: evaluate one model on one data set after the other."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Sequence

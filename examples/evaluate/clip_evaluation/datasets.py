@@ -1,7 +1,5 @@
 """Data to evaluate on: folders, tables, COCO's captions, CLIP_benchmark's shards, torchvision's sets."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Sequence

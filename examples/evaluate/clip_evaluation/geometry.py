@@ -1,7 +1,5 @@
 """The shape of the embedding space: alignment, uniformity, modality gap, and how rankings agree."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from rankloss import metrics

@@ -1,7 +1,5 @@
 """Retrieval and classification scores, in percent, and what guessing would give."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Any model that open_clip can build, as a source of unit-norm features."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path

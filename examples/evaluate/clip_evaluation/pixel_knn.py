@@ -1,7 +1,5 @@
 """The baseline that learns nothing: the most similar training pictures, pixel by pixel, lend their words."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

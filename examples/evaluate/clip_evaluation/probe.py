@@ -1,7 +1,5 @@
 """The linear probe: logistic regression on frozen features, regularised by a validation split."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

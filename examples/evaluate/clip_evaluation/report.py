@@ -1,7 +1,5 @@
 """Results as a table for people and as JSON for programs."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Scores guessing and raw pixels, the baselines of every trained model."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any

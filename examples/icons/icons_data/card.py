@@ -1,7 +1,5 @@
 """The data card and the attributions, filled in with the numbers of a build."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path

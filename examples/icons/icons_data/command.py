@@ -1,7 +1,5 @@
 """The command behind ``build.py``, and the build itself."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Draws icons as small pictures, in parallel, with a cache."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from collections.abc import Sequence

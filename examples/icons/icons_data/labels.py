@@ -1,7 +1,5 @@
 """The labelled sets: categories that icon sets give their icons, as classes to recognise."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ the words for style and size is the caption; without numbering as well, whatever
 their number, it is the concept.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """Reads the icon sets of npm's ``@iconify/json`` and chooses the ones to use."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """The records: one line per picture, in the order in which the pictures are stored."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import random

@@ -5,8 +5,6 @@ one drawing names of both (aliases), and where two drawings of them look alike: 
 "target" are one picture, whatever they are called. So no picture of one side has a twin on another.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Writes the pictures and tables that trainers and evaluations read."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

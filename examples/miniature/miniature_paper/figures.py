@@ -1,7 +1,5 @@
 """Figures 3, 4, 6 and 7, in a light and a dark version, as small PNGs."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import io

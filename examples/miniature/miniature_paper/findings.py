@@ -1,7 +1,5 @@
 """What the data support, in words, and what they do not: generated from the verdicts, and never more."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from statistics import median

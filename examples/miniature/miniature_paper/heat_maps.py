@@ -4,8 +4,6 @@ Gradients and attention look different in a ResNet and a transformer, so their m
 occlusion only asks for the similarity, and is the same method for every model.
 """
 
-from __future__ import annotations
-
 import torch
 from captum.attr import Occlusion
 from torch import Tensor

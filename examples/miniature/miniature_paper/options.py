@@ -1,7 +1,5 @@
 """The options that the miniature's two commands share, and what they prepare."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

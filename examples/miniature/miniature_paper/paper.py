@@ -1,7 +1,5 @@
 """The paper's own numbers, as far as they could be read, and their sources."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -4,8 +4,6 @@ Versions and hardware are the same for many records, so each such set of conditi
 a record names it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

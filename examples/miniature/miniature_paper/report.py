@@ -1,7 +1,5 @@
 """Records → ``report.md`` with its figures, and ``report.html``, one page that needs nothing else."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

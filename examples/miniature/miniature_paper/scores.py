@@ -1,7 +1,5 @@
 """What is read out of a record: every row of the exhibits, and its name for people."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Everything is about the variation between training seeds. The held-out items are
 an interval says where the mean over more seeds would be, not what other items would give.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """The exhibits' numbers: every cell with its interval, its paired difference, and the paper's beside it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 

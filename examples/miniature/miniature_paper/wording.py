@@ -1,7 +1,5 @@
 """How numbers read, and the reports' templates, which use it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

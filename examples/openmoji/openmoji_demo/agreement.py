@@ -1,7 +1,5 @@
 """How far a picture and its caption rank the concepts alike, and the pair whose rankings are drawn."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The command behind ``run.py``: its arguments, and the bar that stands over all stages."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

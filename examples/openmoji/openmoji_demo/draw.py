@@ -1,7 +1,5 @@
 """Draws two rankings of the same concepts, the answers for held-out emojis, and the training curves."""
 
-from __future__ import annotations
-
 import random
 import textwrap
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Held-out retrieval and zero-shot classification of one trained model or of the pixel baseline."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path

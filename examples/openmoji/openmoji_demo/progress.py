@@ -1,7 +1,5 @@
 """One bar for the whole demo, and how much time is left."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """One table of all methods, for the console, as Markdown and as JSON, and what may be read from it."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The trainings of the demo: their recipe, whether one was finished earlier, and several side by side."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
