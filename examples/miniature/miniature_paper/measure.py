@@ -4,6 +4,8 @@
 another one. It is a process of its own, so that it has threads of its own.
 """
 
+from __future__ import annotations
+
 import base64
 import dataclasses
 import io
