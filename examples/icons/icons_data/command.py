@@ -95,8 +95,8 @@ def build(
         for _ in track(["pixels"], 1, "Untrained baseline"):
             retrieval = baseline.retrieval(rows, thumbnails, ranges)
             classification = baseline.classification(labelled, thumbnails)
-        values = {"version": version, "seed": seed, "counts": parts.counts}
-        text = card.data_card(sets, left_out, rows, ranges, retrieval, classification, **values)
+        values = {"version": version, "seed": seed, "counts": parts.counts, "retrieval": retrieval}
+        text = card.data_card(sets, left_out, rows, ranges, classification, **values)
         (work / "DATA_CARD.md").write_text(text, encoding="utf-8")
         (output / "manifest.json").unlink(missing_ok=True)
         for path in sorted(work.iterdir()):

@@ -13,8 +13,8 @@ from examples_common.tables import markdown as table
 from . import figures, findings, paper, tables
 from .collection import Collection, Record
 from .grid import Preset, Setting
-from .tables import Exhibit
-from .wording import MARKS, difference_text, fill, mark, p_text
+from .tables import Cell, Exhibit
+from .wording import MARKS, fill
 
 SEARCH = "search.md"
 _SAID = {  # the marks, read aloud
@@ -108,14 +108,10 @@ def conditions(records: Iterable[Record]) -> list[list[str]]:
     return rows
 
 
-def _tests(exhibit: Exhibit) -> list[list[str]]:
+def _tests(exhibit: Exhibit) -> list[Cell]:
+    """Return everything that is tested, the smallest p first."""
     tested = findings.Tally(exhibit.comparisons).tested
-    rows = []
-    for c in sorted(tested, key=lambda c: (c.difference.p is None, c.difference.p or 0.0)):
-        change = f"{difference_text(c.difference, c.digits)} {mark(c.difference)}"
-        p, adjusted = p_text(c.difference.p), p_text(c.difference.adjusted)
-        rows.append([c.measure.name, c.subject, c.reference, change, f"{c.difference.n}", p, adjusted])
-    return rows
+    return sorted(tested, key=lambda cell: (cell.difference.p is None, cell.difference.p or 0.0))
 
 
 def _numbers(exhibit: Exhibit) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from examples_common import page
 
 from . import statistics
-from .statistics import ALPHA, CONFIDENCE, MIN_SEEDS, Difference, Estimate
+from .statistics import ALPHA, CONFIDENCE, MIN_SEEDS, Difference, Estimate, verdict
 
 MARKS = {
     "above": "▲",
@@ -17,22 +17,13 @@ MARKS = {
     statistics.TOO_FEW_SEEDS: "·",
 }
 _TEMPLATES = Path(__file__).with_name("templates")
-_CONSTANTS = {
-    "marks": MARKS,
-    "alpha": ALPHA,
-    "confidence": f"{100 * CONFIDENCE:.0f} %",
-    "min_seeds": MIN_SEEDS,
-}
+_CONSTANTS = {"alpha": ALPHA, "confidence": f"{100 * CONFIDENCE:.0f} %", "min_seeds": MIN_SEEDS}
 
 
 def fill(template: str, **values: Any) -> str:
     """Fill in one of the templates beside this file."""
-    texts = {
-        "signed": signed,
-        "difference": difference_text,
-        "p": p_text,
-    }
-    return page.fill(_TEMPLATES / template, {**texts, "verdict": statistics.verdict}, **_CONSTANTS, **values)
+    filters = {"signed": signed, "difference": difference_text, "p": p_text, "mark": mark, "verdict": verdict}
+    return page.fill(_TEMPLATES / template, filters, marks=MARKS, **_CONSTANTS, **values)
 
 
 def seeds_text(n: int, planned: int) -> str:
@@ -89,7 +80,7 @@ def mark(difference: Difference | None) -> str:
     """The sign of what may be said: filled after the correction, open only before it."""
     if difference is None:
         return ""
-    said = statistics.verdict(difference, above="above", below="below")
+    said = verdict(difference, above="above", below="below")
     if said == statistics.NOT_TOLD_APART and difference.nominal:
         said = "above before" if difference.mean > 0 else "below before"
     return MARKS[said]
