@@ -1,8 +1,4 @@
-"""Evaluate any CLIP-like model of open_clip: zero-shot, retrieval, linear probe, geometry.
-
-``python examples/evaluate/run.py --model ViT-B-32 --checkpoint epoch_32.pt --data FOLDER``; see the README
-beside this file.
-"""
+"""Evaluate any CLIP-like model of open_clip: see the README beside this file."""
 
 import sys
 

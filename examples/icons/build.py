@@ -1,7 +1,4 @@
-"""Build the icons data set: pictures of icons and their names, split by concept.
-
-Run it as ``python examples/icons/build.py --output outputs/icons``; see the README beside this file.
-"""
+"""Build pictures of icons and their names, split by concept: see the README beside this file."""
 
 import sys
 

@@ -1,7 +1,4 @@
-"""The paper in miniature: train every loss on icons, measure, and write the report.
-
-Run it as ``python examples/miniature/run.py``; see the README beside this file.
-"""
+"""Train every loss on icons, measure, and write the report: see the README beside this file."""
 
 import sys
 

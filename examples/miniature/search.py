@@ -1,7 +1,4 @@
-"""Search for the setting in which the rank terms help most, and confirm it once.
-
-Run it as ``python examples/miniature/search.py``; see the README beside this file.
-"""
+"""Search for the setting in which the rank terms help most: see the README beside this file."""
 
 import sys
 

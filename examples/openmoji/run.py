@@ -1,7 +1,4 @@
-"""RankCLIP on emojis: build the data, train with open_clip's own command, evaluate, draw.
-
-Run it as ``python examples/openmoji/run.py --output outputs/openmoji``; see the README beside this file.
-"""
+"""Train a small CLIP on emojis and evaluate it on others: see the README beside this file."""
 
 import sys
 import warnings

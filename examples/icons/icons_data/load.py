@@ -1,10 +1,4 @@
-"""Loads a finished build: pictures, captions and labels as arrays.
-
->>> data = load("outputs/icons")                                          # doctest: +SKIP
->>> data.part("train").images[:256], data.part("train").texts[:256]       # doctest: +SKIP
->>> data.retrieval("test").images, data.retrieval("noto/test").captions   # doctest: +SKIP
->>> data.labelled["mdi"].test.labels, data.labelled["mdi"].classes        # doctest: +SKIP
-"""
+"""Loads a finished build: pictures, captions and labels as arrays. The README shows how it is used."""
 
 from __future__ import annotations
 

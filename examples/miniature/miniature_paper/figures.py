@@ -330,11 +330,10 @@ def _overlay(axis: Axes, cells: np.ndarray, shape: tuple[int, ...]) -> None:
 # --- parts ---
 
 
-def _spans(shown: Exhibited, plotted: Sequence[Measure]) -> str | None:
-    """Say where the means of every measure lie; None without any."""
+def _spans(shown: Exhibited, plotted: Sequence[Measure]) -> dict[str, list[float]]:
+    """Return the means of every measure; nothing without any."""
     found = {m.name: [e.mean for one in shown.models if (e := shown.estimate(one, m))] for m in plotted}
-    said = (f"{min(ms):.1f} to {max(ms):.1f} %" if ms else "nothing yet" for ms in found.values())
-    return "; ".join(map(", ".join, zip(found, said, strict=True))) if any(found.values()) else None
+    return found if any(found.values()) else {}
 
 
 def _intervals(estimates: Iterable[Estimate]) -> tuple[list[float], list[float]]:
