@@ -213,7 +213,7 @@ def test_what_is_drawn_is_kept_and_a_changed_drawing_is_drawn_anew(tmp_path, mon
         assert np.abs(small - exact).max() <= 0.5
 
     asked = []
-    monkeypatch.setattr(draw, "rasterise", lambda svg, size: asked.append(svg) or pngs[0])
+    monkeypatch.setattr(draw, "rasterise", lambda svg: asked.append(svg) or pngs[0])
     again, same = draw.draw_all(icons, tmp_path, workers=1)
     assert again == pngs
     assert (same == thumbnails).all()

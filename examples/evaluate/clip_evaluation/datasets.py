@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
 from torchvision.datasets.folder import ImageFolder, default_loader
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 Transform = Callable[[Image.Image], Any]
 
@@ -201,6 +202,12 @@ def _coco(path: Path, folder: Path, transform: Transform) -> ImageSet:
 # --- CLIP_benchmark's webdataset layout ---
 
 
+def _samples(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        with Path(shard["url"]).open("rb") as stream:  # what webdataset opens itself stays open
+            yield from group_by_keys(tar_file_expander([{**shard, "stream": stream}]))
+
+
 def _webdataset(path: Path, split: str, transform: Transform) -> ImageSet:
     number = int((path / split / "nshards.txt").read_text(encoding="utf-8"))
     shards = [path / split / f"{shard}.tar" for shard in range(number)]
@@ -214,7 +221,7 @@ def _webdataset(path: Path, split: str, transform: Transform) -> ImageSet:
     samples = webdataset.DataPipeline(
         webdataset.SimpleShardList([str(shard.resolve()) for shard in shards]),
         webdataset.split_by_worker,
-        webdataset.tarfile_to_samples(),
+        _samples,
         webdataset.decode("pil"),
         webdataset.to_tuple("webp;png;jpg;jpeg", "txt" if retrieval else "cls"),
         webdataset.map_tuple(transform, str.splitlines if retrieval else int),
