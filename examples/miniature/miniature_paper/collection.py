@@ -29,8 +29,10 @@ class Collection:
         self.planned = dict.fromkeys(planned)
         found: dict[Setting, Record] = {}
         for record in records:
-            if found.setdefault(setting := Setting(**record["setting"]), record) is not record:
+            setting = Setting(**record["setting"])
+            if setting in found:
                 raise ValueError(f"records: {setting.name} is there twice")
+            found[setting] = record
         # In the plan's order.
         self.records = {setting: found[setting] for setting in self.planned if setting in found}
         self.unplanned = len(found) - len(self.records)
