@@ -111,6 +111,7 @@ class Workshop:
     store: Store
     machine: Machine
     keep_checkpoints: bool = False  # keep weights and log of runs that succeeded
+    teacher: str | None = None  # folder of a model that others' rankings are compared with
 
     def key(self, run: Run) -> str:
         """Return the key of a run's record."""
@@ -176,6 +177,7 @@ class Workshop:
             "checkpoint": str(trained.checkpoint),
             "icons": str(self.icons),
             "device": machine.device,
+            "teacher": self.teacher,
         }
         measured = await self._measured(todo, folder)
         seconds = {"training": trained.seconds, "measuring": time.monotonic() - started}
