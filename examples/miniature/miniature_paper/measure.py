@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -224,6 +225,14 @@ def _mapped(icons: Icons) -> Iterator[Record]:
         yield from islice((r for r in fitting if r.palette == palette), _HEAT_MAPS_OF_EACH)
 
 
+def _fingerprint(model: ClipModel) -> str:
+    """Name a model by its weights: the same arguments give other bits on another machine."""
+    digest = hashlib.sha256()
+    for value in model.model.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def main(job: Path) -> None:
     """Do what a job file says."""
     todo = json.loads(job.read_text(encoding="utf-8"))
@@ -237,6 +246,7 @@ def main(job: Path) -> None:
             name = todo["teacher"]
             teacher = ClipModel(f"local-dir:{name}", device=todo["device"]) if name else None
             found = measure(model, icons, preset, figures=False, teacher=teacher)
+            found["teacher"] = teacher and _fingerprint(teacher)
             found["diverged"] = not math.isfinite(found["metrics"]["geometry/test"]["alignment"])
         else:
             found = measure_side(model, icons, preset, attempt.side)

@@ -1,4 +1,4 @@
-"""Studies: arms with equally many tries each, the best of each confirmed once, by a plan that is fixed before.
+"""Studies: arms with equally many tries each, the best of each confirmed once, by a plan fixed before.
 
 An arm is a search of its own. What a study adds: all arms are confirmed with the same seeds, their tests are
 corrected together, and nothing is concluded before every planned record is there.
