@@ -236,7 +236,7 @@ def test_the_teacher_s_report_names_what_is_established(tmp_path):
     text = _page(tmp_path, TEACHER, _find(effects={strong: 2.0}))
     assert re.search(r"\*\*Above plain CLIP in the objective.*: `top-ranks`\.\*\*", text)
     assert "**Above `distillation`, the trainer's own: `top-ranks`.**" in text
-    assert f"`{strong}` (confirmed)" in text
+    assert f"`{strong}` (chosen)" in text
     assert "Agreement with the teacher, in-modal (τ)" in text
     assert (tmp_path / "figures" / "teacher.png").stat().st_size > 1000
     assert "**No arm is confirmed" in _page(tmp_path, TEACHER, _find(noise=1.0))

@@ -54,6 +54,9 @@ def write(study: Study, folder: Path, *, find: Find, command: str) -> Path:
     teachers = {record["teacher"] for record in records if record.get("teacher")}
     if study.teacher:
         facts.append(["teachers", ", ".join(f"weights {name}" for name in sorted(teachers)) or "none yet"])
+        for record in find([study.teacher]).values():
+            own = ", ".join(f"{name} {score(record):.2f}" for name, score in SCORES.items())
+            facts.append(["the teacher itself", own])
     drawing = forest(_rows(found), f"difference in {study.score} (points, test side)") if found else None
     (folder / "figures" / f"{study.name}.png").unlink(missing_ok=True)
     return write_page(
