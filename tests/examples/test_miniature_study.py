@@ -318,6 +318,14 @@ def test_agreement_with_a_teacher():
     assert mirrored["cross_modal_tau"] == pytest.approx(tau, abs=1e-6)
 
 
+def test_a_model_ranks_the_held_out_pairs_as_itself(icons, model):
+    found = measure.measure(model, icons, QUICK.grid, figures=False, teacher=model)
+    assert found["metrics"]["teacher/test"] == pytest.approx(
+        {"cross_modal_tau": 1.0, "in_modal_tau": 1.0}, abs=0.01
+    )
+    assert found["items"]["teacher/test"] == found["items"]["geometry/test"]
+
+
 @pytest.mark.slow
 def test_a_teacher_is_trained_and_its_students_by_the_real_trainer(tmp_path):
     write_icons(tmp_path / "icons", train=4200, validation=40, test=60)
