@@ -128,6 +128,9 @@ class Workshop:
         todo = [run for run in runs if run not in there]
         console.rule(f"{title}, {self.machine.jobs} at a time on {self.machine.device}")
         say(console, f"{len(runs)} models, {len(there)} of them finished already")
+        outdated = len(self.store.of(todo)[0])
+        if outdated:
+            say(console, f"{outdated} records are of other data or arguments: these are made again", "yellow")
         expected = (trainer.TrainingError, MeasuringError, OSError)
         queue = run_all(todo, self.make, jobs=self.machine.jobs, console=console, expected=expected)
         failed = asyncio.run(queue)

@@ -230,7 +230,7 @@ class Outcome:
     """A confirmation of all arms."""
 
     values: dict[str, dict[int, Mapping[str, Any]]]  # records by arm and seed; plain CLIP is an arm, too
-    lost: tuple[str, ...]  # arms in which a model diverged
+    lost: tuple[str, ...]  # arms in which a model diverged: they are in no comparison
     tests: dict[tuple[str, str], Difference]  # in the study's score, by arm and what it is compared with
 
 
@@ -245,8 +245,6 @@ def outcome(study: Study, winners: Mapping[str, Trial], find: Find) -> Outcome |
     for one in wanted:
         values[names[one.trial]][one.seed] = records[one]
     lost = tuple(arm for arm, of in values.items() if any(diverged(record) for record in of.values()))
-    if REFERENCE in lost:
-        raise ValueError("plain CLIP, which every arm is compared with, diverged")
     pairs = [(arm, REFERENCE) for arm in winners]
     if study.rival:
         pairs += [(arm, study.rival) for arm in winners if arm != study.rival]

@@ -159,13 +159,11 @@ def _secondary(study: Study, found: Outcome) -> str:
     def value(measure: Measure) -> Any:
         return lambda record: measure.of(record["metrics"])
 
-    family = {
-        (m, arm): d
-        for m in shown
-        for arm in arms
-        if arm != REFERENCE and (d := compared(found.values, (arm, REFERENCE), value(m))) is not None
+    against_clip = [arm for arm in arms if arm != REFERENCE and REFERENCE in arms]
+    differences = {
+        (m, arm): compared(found.values, (arm, REFERENCE), value(m)) for m in shown for arm in against_clip
     }
-    family = correct(family)
+    family = correct({key: d for key, d in differences.items() if d is not None})
 
     def cell(m: Measure, arm: str) -> str:
         digits = 2 if m.percent else 4
