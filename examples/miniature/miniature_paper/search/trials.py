@@ -20,10 +20,7 @@ from miniature_paper.grid import BY_STEP, trained_model, training_recipe
 
 BACKBONE = "resnet"
 LOSS, REFERENCE = "rankclip", "clip"
-OBJECTIVE, RECALL = (
-    "objective",
-    "R@10, both ways",
-)  # names of scores of ``objective.py``
+OBJECTIVE, RECALL = "objective", "R@10, both ways"  # scores of ``objective.py``
 MEASURES = 1  # raise it whenever the search measures something else: older records are then made again
 _BATCH = "--batch-size"
 # Releases before 0.2 took the mean of a list over all N items, also where fewer of them count, or count for
