@@ -8,11 +8,13 @@ import itertools
 import json
 import multiprocessing
 import os
+import types
 
 import miniature_records
 import pytest
 from filelock import FileLock
 from miniature_paper import grid, runs
+from miniature_paper.data import evaluation_digest
 from miniature_paper.grid import EXHIBITS, LOSSES, PRESETS, Setting, plan, settings_of
 from miniature_paper.options import _EXAMPLE as EXAMPLE
 from miniature_paper.records import Store, read_lines
@@ -111,6 +113,30 @@ def test_a_key_follows_data_architecture_and_arguments(run, module, monkeypatch)
             patch.setattr(target, name, value)
             keys.add(key_of(run, "data"))
     assert len(keys) == 6
+
+
+def test_the_fingerprint_of_the_data_is_that_of_the_records_whatever_wrote_the_files(tmp_path):
+    """Records are found by it: files that say the same in another order must not make all of them again."""
+    said = {
+        "name": "mdi",
+        "shift": "",
+        "classes": ["é"],
+        "templates": ["a {}"],
+        "index": {"test": [3]},
+        "label": {},
+    }
+    first = json.dumps(said) + "\n"
+    expected = hashlib.sha256(f"tarball{'a,b'}{first}".encode()).hexdigest()
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "records.csv").write_text("a,b")
+    icons = types.SimpleNamespace(manifest={"tarball": "tarball", "labelled": ["mdi"]}, folder=tmp_path)
+    for content, same in (
+        (said, True),
+        (dict(reversed(said.items())), True),
+        ({**said, "classes": ["e"]}, False),
+    ):
+        (tmp_path / "labels" / "mdi.json").write_text(json.dumps(content, indent=1))
+        assert (evaluation_digest(icons) == expected) == same
 
 
 @pytest.mark.parametrize(
@@ -271,6 +297,15 @@ def test_what_is_there_is_not_made_again(workshop):
     assert workshop.do("more", _SETTINGS[:5], Console(quiet=True))
     assert workshop.store.path.read_bytes().startswith(before)
     assert list(workshop.find(_SETTINGS)) == _SETTINGS[:5]
+
+
+def test_records_of_other_data_are_made_again_and_it_says_so(workshop, capsys):
+    assert workshop.do("some", _SETTINGS[:3], Console())
+    assert "of other data" not in capsys.readouterr().out
+    tables = dataclasses.replace(workshop.tables, digests=dict.fromkeys(workshop.tables.digests, "other"))
+    other = dataclasses.replace(workshop, tables=tables)
+    assert other.do("again", _SETTINGS[:5], Console())
+    assert "3 records are of other data or arguments" in capsys.readouterr().out
 
 
 def test_a_run_of_another_process_is_left_to_it(workshop):

@@ -62,6 +62,10 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     return run
 
 
+def taught(name: str) -> bool:
+    return name.endswith("-distill")
+
+
 def trainer_arguments(words: list[str]) -> list[str]:
     return words[words.index("open_clip_train.main") + 1 :]
 
@@ -78,7 +82,10 @@ def row_of_the_readme(name: str) -> list[str]:
 @pytest.mark.parametrize(("name", "launch"), COMMANDS)
 def test_trainer_parses_the_command_as_it_stands(command: Command, name: str, launch: str) -> None:
     args = parse_args(trainer_arguments(command(name, launch)))
-    assert args.loss == "rankclip"
+    assert args.loss == ("rankclip-distill" if taught(name) else "rankclip")
+    assert taught(name) == ((args.distill_model, args.distill_pretrained) != (None, None))
+    if taught(name):
+        assert args.distill_pretrained in open_clip.list_pretrained_tags_by_model(args.distill_model)
     assert args.rankclip_schedule == "rankclip"
     assert args.model in open_clip.list_models()
     assert args.name == name
@@ -215,6 +222,8 @@ def started(command: Command, trainer: Trainer, tiny_data: dict[str, str]) -> di
             **{"--batch-size": str(PAIRS // accum_freq), "--epochs": "1"},
             **{"--logs": str(logs), "--name": f"{name} {launch}"},
         }
+        if taught(name):
+            tiny |= {"--distill-model": tiny["--model"], "--distill-pretrained": "none"}
         extra = [word for option in tiny.items() for word in option]
         commands.append(trainer_arguments(command(name, launch, *extra, **data)))
     done = trainer.python("-c", START, json.dumps(commands))

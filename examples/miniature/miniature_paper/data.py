@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from .captions import synthetic_caption
 SIZE = 32
 COLUMNS = ("filepath", "title", "synthetic")
 _FOLDER = 1000  # files in a folder
+# What a labelled set is, in the order in which it is fingerprinted, whatever the order in its file.
+_LABELS = ("name", "shift", "classes", "templates", "index", "label")
 _ICONS = Path(__file__).resolve().parents[2] / "icons"
 
 
@@ -97,7 +100,8 @@ def evaluation_digest(icons: Icons) -> str:
     digest = hashlib.sha256(icons.manifest["tarball"].encode())
     digest.update((icons.folder / "records.csv").read_bytes())
     for name in icons.manifest["labelled"]:
-        digest.update((icons.folder / "labels" / f"{name}.json").read_bytes())
+        labels = json.loads((icons.folder / "labels" / f"{name}.json").read_text(encoding="utf-8"))
+        digest.update((json.dumps({key: labels[key] for key in _LABELS}) + "\n").encode())
     return digest.hexdigest()
 
 

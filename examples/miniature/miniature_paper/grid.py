@@ -25,7 +25,8 @@ AUGMENTATION = ("scale=(0.6,1.0)",)
 BY_STEP = ("--rankclip-schedule-unit", "step")
 
 _MODELS = Path(__file__).resolve().parents[1] / "models"
-_FOLDERS = {"resnet": "resnet", "vit": "transformer"}  # open_clip reads meaning into "vit" in a path
+# open_clip reads meaning into "vit" in a path. The teacher is no backbone of the grid.
+_FOLDERS = {"resnet": "resnet", "vit": "transformer", "teacher": "teacher"}
 _WEIGHTS = {"rankclip": (1.0, 1.0), "rankclip-cross": (1.0, 0.0), "rankclip-in": (0.0, 1.0)}
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import io
 import json
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -28,9 +30,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from rankloss.metrics import kendall_tau
+
 from .data import SIZE, small
 from .grid import PRESETS, Preset, Setting, is_shown
 from .heat_maps import heat_map
+from .search.study import SIZES
 from .search.trials import TEST, VALIDATION, Attempt
 
 # All pairs of all held-out pictures would take half of the time that measuring takes.
@@ -78,8 +83,10 @@ class Embeddings:
         return normalize(self(items.index), dim=-1) @ self.model.classifier(one.classes, one.templates)
 
 
-def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) -> dict[str, Any]:
-    """Measure a model of the grid on the test side.
+def measure(
+    model: ClipModel, icons: Icons, preset: Preset, *, figures: bool, teacher: ClipModel | None = None
+) -> dict[str, Any]:
+    """Measure a model on the test side with everything, and how far it ranks as ``teacher`` does.
 
     Returns:
         ``metrics``, ``chance``, ``items``, and with ``figures`` what Figures 6 and 7 show of this model.
@@ -97,6 +104,13 @@ def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) ->
     shape["logit_scale"] = model.logit_scale
     found.metrics["geometry/test"] = {key: round(value, 4) for key, value in shape.items()}
     found.chance["geometry/test"], found.items["geometry/test"] = {}, len(pairs["test"][0])
+    if teacher is not None:
+        index, captions, image_of = searched_items(icons, "test", len(pairs["test"][0]))
+        own = np.unique(image_of.numpy(), return_index=True)[1]  # each picture's first caption
+        theirs = Embeddings(teacher, icons)(index), teacher.text_features([captions[i] for i in own])
+        scores = teacher_agreement(pairs["test"], (normalize(theirs[0], dim=-1), theirs[1]))
+        found.metrics["teacher/test"] = {key: round(value, 4) for key, value in scores.items()}
+        found.chance["teacher/test"], found.items["teacher/test"] = {}, len(index)
     for name, one in icons.labelled.items():
         items = one.test.first(preset.class_items)
         scores, labels = embeddings.zero_shot(one, items), torch.from_numpy(items.labels)
@@ -116,6 +130,31 @@ def measure(model: ClipModel, icons: Icons, preset: Preset, *, figures: bool) ->
         umap = umap_points(*(features[: preset.umap_pairs] for features in pairs["test"]))
         content["figures"] = {"umap": umap, "heat_maps": heat_maps(model, icons)}
     return content
+
+
+def teacher_agreement(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], anchors: int = _GEOMETRY_ANCHORS
+) -> dict[str, float]:
+    """Return how far a student ranks the same pairs as its teacher does: Kendall's τ-b, the mean over lists.
+
+    Args:
+        student: Unit-norm features of images and texts, ``[N, D]`` each, row i of both being a pair.
+        teacher: The same pairs' features, ``[N, D']`` each.
+        anchors: So many evenly spaced pairs' lists are compared.
+
+    Returns:
+        ``cross_modal_tau``, of images' lists of texts and texts' lists of images, and ``in_modal_tau``.
+    """
+    rows = torch.linspace(0, len(student[0]) - 1, min(anchors, len(student[0]))).round().long()
+
+    def tau(anchor: int, items: int) -> float:
+        mine, theirs = (of[anchor][rows] @ of[items].T for of in (student, teacher))
+        return float(kendall_tau(mine, theirs).nanmean())
+
+    return {
+        "cross_modal_tau": (tau(0, 1) + tau(1, 0)) / 2,
+        "in_modal_tau": (tau(0, 0) + tau(1, 1)) / 2,
+    }
 
 
 def measure_side(model: ClipModel, icons: Icons, preset: Preset, side: str) -> dict[str, Any]:
@@ -186,6 +225,14 @@ def _mapped(icons: Icons) -> Iterator[Record]:
         yield from islice((r for r in fitting if r.palette == palette), _HEAT_MAPS_OF_EACH)
 
 
+def _fingerprint(model: ClipModel) -> str:
+    """Name a model by its weights: the same arguments give other bits on another machine."""
+    digest = hashlib.sha256()
+    for value in model.model.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def main(job: Path) -> None:
     """Do what a job file says."""
     todo = json.loads(job.read_text(encoding="utf-8"))
@@ -193,7 +240,16 @@ def main(job: Path) -> None:
     icons = load(todo["icons"])
     if "side" in todo["setting"]:
         attempt = Attempt.of_record(todo["setting"])
-        found = measure_side(model, icons, PRESETS[attempt.preset], attempt.side)
+        preset = SIZES[attempt.preset].preset
+        finite = all(bool(torch.isfinite(value).all()) for value in model.model.state_dict().values())
+        if attempt.whole and finite:
+            name = todo["teacher"]
+            teacher = ClipModel(f"local-dir:{name}", device=todo["device"]) if name else None
+            found = measure(model, icons, preset, figures=False, teacher=teacher)
+            found["teacher"] = teacher and _fingerprint(teacher)
+            found["diverged"] = not math.isfinite(found["metrics"]["geometry/test"]["alignment"])
+        else:
+            found = measure_side(model, icons, preset, attempt.side)
     else:
         setting = Setting(**todo["setting"])
         found = measure(model, icons, PRESETS[setting.preset], figures=is_shown(setting))

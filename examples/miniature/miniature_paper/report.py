@@ -74,13 +74,24 @@ def write(
     )
 
 
-def write_page(folder: Path, name: str, title: str, pictures: Mapping[str, Picture], **values: Any) -> Path:
-    """Fill in a template, write its Markdown, its page and its figures, and return the page's path."""
+def write_page(
+    folder: Path,
+    name: str,
+    title: str,
+    pictures: Mapping[str, Picture],
+    template: str | None = None,
+    **values: Any,
+) -> Path:
+    """Fill in a template, by default that of the page's name, write its Markdown, its page and its figures.
+
+    Returns:
+        The page's path.
+    """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for key, picture in pictures.items():
         (folder / "figures" / f"{key}.png").write_bytes(picture.light)
     embedded = {f"figures/{key}.png": picture for key, picture in pictures.items()}
-    text, longer = (fill(name, page=form, pictures=pictures, **values) for form in (False, True))
+    text, longer = (fill(template or name, page=form, pictures=pictures, **values) for form in (False, True))
     (folder / name).write_text(text, encoding="utf-8")
     path = (folder / name).with_suffix(".html")
     path.write_text(page.html(longer, title=title, pictures=embedded, marks=_SAID), encoding="utf-8")

@@ -111,6 +111,7 @@ class Workshop:
     store: Store
     machine: Machine
     keep_checkpoints: bool = False  # keep weights and log of runs that succeeded
+    teacher: str | None = None  # folder of a model that others' rankings are compared with
 
     def key(self, run: Run) -> str:
         """Return the key of a run's record."""
@@ -127,6 +128,9 @@ class Workshop:
         todo = [run for run in runs if run not in there]
         console.rule(f"{title}, {self.machine.jobs} at a time on {self.machine.device}")
         say(console, f"{len(runs)} models, {len(there)} of them finished already")
+        outdated = len(self.store.of(todo)[0])
+        if outdated:
+            say(console, f"{outdated} records are of other data or arguments: these are made again", "yellow")
         expected = (trainer.TrainingError, MeasuringError, OSError)
         queue = run_all(todo, self.make, jobs=self.machine.jobs, console=console, expected=expected)
         failed = asyncio.run(queue)
@@ -176,6 +180,7 @@ class Workshop:
             "checkpoint": str(trained.checkpoint),
             "icons": str(self.icons),
             "device": machine.device,
+            "teacher": self.teacher,
         }
         measured = await self._measured(todo, folder)
         seconds = {"training": trained.seconds, "measuring": time.monotonic() - started}

@@ -15,7 +15,7 @@ from miniature_paper.statistics import Difference, correct, paired_difference
 
 from .ladder import Find, Standing, stand
 from .objective import OBJECTIVE
-from .trials import RECIPE, TEST, Attempt, Round, Search, Trial, attempts
+from .trials import LOSS, RECIPE, TEST, Attempt, Round, Search, Trial, attempts
 
 WITH_CLIP = "the setting less plain CLIP"
 RECIPE_WITH_CLIP = "the recipe less plain CLIP"
@@ -35,14 +35,13 @@ class Declaration:
     epochs: int
     seeds: tuple[int, ...]
 
-    @property
-    def trials(self) -> tuple[Trial, ...]:
-        """What is compared with plain CLIP."""
-        return tuple(dict.fromkeys([self.trial, RECIPE]))
+    def trials(self, search: Search) -> tuple[Trial, ...]:
+        """Return what is compared with plain CLIP."""
+        return tuple(dict.fromkeys([self.trial, *search.recipe]))
 
     def attempts(self, search: Search) -> list[Attempt]:
         """Return the trainings it takes."""
-        return attempts(search, self.trials, self.epochs, self.seeds, TEST)
+        return attempts(search, self.trials(search), self.epochs, self.seeds, TEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Declarations:
     def _parsed(self, number: int, line: dict[str, Any]) -> Declaration:
         try:
             changes = tuple((flag, value) for flag, value in line["changes"])
-            trial = Trial(line["trial"], line["factor"], changes)
+            trial = Trial(line["trial"], line["factor"], changes, line.get("loss", LOSS))
             one = Declaration(line["number"], trial, line["epochs"], tuple(line["seeds"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self._path}, line {number}: no declaration: {error!r}") from error
@@ -124,7 +123,7 @@ class Declarations:
             "changes": trial.changes,
             "epochs": one.epochs,
             "seeds": one.seeds,
-        }
+        } | ({} if trial.loss == LOSS else {"loss": trial.loss})
         append_lines(self._path, lambda lines: [line] if len(lines) == len(earlier) else [])
         return self.all()[number - 1]
 
@@ -137,7 +136,7 @@ def confirm(search: Search, declaration: Declaration, find: Find) -> Confirmatio
     if missing:
         return Confirmation(declaration, missing)
     size = Round(declaration.epochs, declaration.seeds, 1)
-    standings = stand(search, declaration.trials, size, TEST, records)
+    standings = stand(search, declaration.trials(search), size, TEST, records)
     by_trial = {standing.trial: standing for standing in standings}
     mine, recipe = by_trial[declaration.trial], by_trial[RECIPE]
     family: dict[tuple[str, str], Difference] = {

@@ -98,8 +98,8 @@ def helped(standings: Sequence[Standing]) -> list[Trial]:
 def climb(search: Search, find: Find) -> list[Step]:
     """Return the rounds as far as the records reach; the last one is to be done next, or has the winner.
 
-    The recipe goes through every round, even when it is not among the best: a stronger setting is one that
-    is stronger than the recipe.
+    In a search around the recipe, that goes through every round, even when it is not among the best: a
+    stronger setting is one that is stronger than the recipe.
     """
     steps: list[Step] = []
     trials = search.trials
@@ -112,8 +112,8 @@ def climb(search: Search, find: Find) -> list[Step]:
         steps.append(Step(one, tuple(trials), tuple(needed), missing, standings, kept))
         if missing:
             break
-        new = combine(helped(standings), search.combined) if number == 0 else []
-        trials = tuple(dict.fromkeys([RECIPE, *kept, *new]))
+        new = combine(helped(standings), search.combined) if number == 0 and search.combined else []
+        trials = tuple(dict.fromkeys([*search.recipe, *kept, *new]))
     return steps
 
 
@@ -123,6 +123,8 @@ def winner(search: Search, steps: Sequence[Step]) -> Trial | None:
     Raises:
         ValueError: If every trial of the last round diverged.
     """
+    if not search.rounds:
+        return search.trials[0]
     if len(steps) < len(search.rounds) or steps[-1].missing:
         return None
     if not steps[-1].kept:

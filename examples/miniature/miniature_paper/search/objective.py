@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from miniature_paper.scores import SHIFTS
+
+from .trials import OBJECTIVE, RECALL
+
 Record = Mapping[str, Any]
 Score = Callable[[Record], float]
-OBJECTIVE = "objective"
 
 
 def recall_at_10(record: Record) -> float:
     """R@10, the mean of both directions."""
-    found = record["metrics"]["retrieval"]
+    metrics = record["metrics"]
+    found = metrics["retrieval"] if "retrieval" in metrics else metrics["retrieval/test"]
     return (found["image_to_text R@10"] + found["text_to_image R@10"]) / 2
 
 
@@ -43,15 +47,14 @@ def diverged(record: Record) -> bool:
 
 
 def _sets(record: Record) -> dict[str, float]:
-    return {
-        task: scores["top-1"] for task, scores in record["metrics"].items() if task.startswith("zero-shot/")
-    }
+    found = {task: of for task, of in record["metrics"].items() if task.startswith("zero-shot/")}
+    return {task: of["top-1"] for task, of in found.items() if task.partition("/")[2] not in SHIFTS.values()}
 
 
 # The objective first, then its parts, then what is reported beside it.
 SCORES: dict[str, Score] = {
     OBJECTIVE: objective,
-    "R@10, both ways": recall_at_10,
+    RECALL: recall_at_10,
     "zero-shot top-1, all pictures": zero_shot,
     "zero-shot top-1, mean of sets": zero_shot_of_sets,
 }

@@ -20,8 +20,8 @@ from miniature_paper.grid import BY_STEP, trained_model, training_recipe
 
 BACKBONE = "resnet"
 LOSS, REFERENCE = "rankclip", "clip"
+OBJECTIVE, RECALL = "objective", "R@10, both ways"  # scores of ``objective.py``
 MEASURES = 1  # raise it whenever the search measures something else: older records are then made again
-_OWN = "--rankclip-"
 _BATCH = "--batch-size"
 # Releases before 0.2 took the mean of a list over all N items, also where fewer of them count, or count for
 # less: with these options the rank terms weighed less there.
@@ -35,6 +35,7 @@ class Trial:
     name: str
     factor: str  # what it varies; levels of one factor exclude each other
     changes: tuple[tuple[str, str], ...] = ()  # the trainer's arguments that differ from the recipe's
+    loss: str = LOSS
 
     @property
     def command(self) -> str:
@@ -44,7 +45,7 @@ class Trial:
     @property
     def shared(self) -> tuple[tuple[str, str], ...]:
         """The changes that plain CLIP is trained with, too."""
-        return tuple(change for change in self.changes if not change[0].startswith(_OWN))
+        return tuple(change for change in self.changes if change[0] == _BATCH)
 
     @property
     def counts_fewer(self) -> bool:
@@ -85,10 +86,23 @@ class Round:
 
 
 @dataclasses.dataclass(frozen=True)
+class Size:
+    """What attempts of one name have in common."""
+
+    preset: grid.Preset  # whose pairs, batch size and limits they have
+    whole: bool = False  # whether the test side is measured with everything that the grid measures
+    teacher: str | None = None  # the model whose rankings the measured ones are compared with
+
+
+# Studies add theirs.
+SIZES = {name: Size(preset) for name, preset in grid.PRESETS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
 class Search:
     """A size of the search."""
 
-    name: str  # also that of the grid's preset whose pairs, batch size and limits it has
+    name: str  # of one of the sizes
     note: str  # what the report says about it
     trials: tuple[Trial, ...]  # what the first round tries, the recipe among them
     rounds: tuple[Round, ...]
@@ -96,18 +110,28 @@ class Search:
     confirmation: Round  # of the first confirmation; a second one would take the seeds after it
 
     def __post_init__(self) -> None:
-        if RECIPE not in self.trials or len({trial.name for trial in self.trials}) < len(self.trials):
-            raise ValueError("trials: the recipe must be among them, and every name once")
-        if self.rounds[-1].keep != 1 or any(a.keep < b.keep for a, b in pairwise(self.rounds)):
+        if self.combined and RECIPE not in self.trials:
+            raise ValueError("trials: the recipe must be among them")
+        if len({trial.name for trial in self.trials}) < len(self.trials):
+            raise ValueError("trials: every name once")
+        if len(self.trials) > 1 and not self.rounds:
+            raise ValueError("rounds: several trials need at least one")
+        kept = [one.keep for one in self.rounds]
+        if (kept and kept[-1] != 1) or any(a < b for a, b in pairwise(kept)):
             raise ValueError("rounds: none may keep more trials than the one before, the last one keeps 1")
         seeds = [seed for one in (*self.rounds, self.confirmation) for seed in one.seeds]
         if len(set(seeds)) < len(seeds) or max(seeds) != self.confirmation.seeds[-1]:
             raise ValueError("rounds, confirmation: no seed may serve twice, the confirmation's come last")
 
     @property
+    def recipe(self) -> tuple[Trial, ...]:
+        """The recipe, where it goes through every round: a search around it combines what helped."""
+        return (RECIPE,) if self.combined else ()
+
+    @property
     def grid(self) -> grid.Preset:
         """The preset of the grid."""
-        return grid.PRESETS[self.name]
+        return SIZES[self.name].preset
 
     def confirmation_seeds(self, number: int) -> tuple[int, ...]:
         """Return the seeds of the ``number``-th confirmation, counted from 1: always fresh ones."""
@@ -125,7 +149,7 @@ class Attempt:
     epochs: int
     seed: int
     side: str  # validation or test
-    preset: str  # the search's name, which fixes everything else
+    preset: str  # the size's name, which fixes everything else
     backbone: str = BACKBONE
 
     @classmethod
@@ -137,17 +161,22 @@ class Attempt:
     @property
     def pairs(self) -> int:
         """Number of training pairs."""
-        return grid.PRESETS[self.preset].pairs
+        return SIZES[self.preset].preset.pairs
 
     @property
     def batch_size(self) -> int:
         """Pairs in a batch."""
-        return int(dict(self.changes).get(_BATCH, grid.PRESETS[self.preset].batch_size))
+        return int(dict(self.changes).get(_BATCH, SIZES[self.preset].preset.batch_size))
 
     @property
     def steps(self) -> int:
         """Optimizer steps: whatever the batch size, the same pairs are seen."""
         return self.pairs // self.batch_size * self.epochs
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything is measured that the grid measures."""
+        return SIZES[self.preset].whole and self.side == TEST
 
     @property
     def name(self) -> str:
@@ -156,25 +185,28 @@ class Attempt:
 
     def job(self) -> Job:
         """Return what the trainer is started with."""
-        preset = grid.PRESETS[self.preset]
+        preset = SIZES[self.preset].preset
         # The same share of the steps as in the grid.
         warmup = round(self.steps * preset.warmup / preset.steps)
         words = training_recipe(self.loss, self.epochs, self.batch_size, warmup, self.seed)
-        if self.loss == LOSS:
+        if self.loss.startswith(LOSS):
             words += BY_STEP
         words += [word for change in self.changes if change[0] != _BATCH for word in change]
         return Job(self.loss, self.epochs, trained_model(self.backbone), tuple(words))
 
     def measured(self) -> dict[str, Any]:
         """Return what measuring depends on, for the fingerprint."""
-        preset = grid.PRESETS[self.preset]
-        limits = {"retrieval_items": preset.retrieval_items, "class_items": preset.class_items}
-        return {"version": MEASURES, **limits}
+        size = SIZES[self.preset]
+        limits = {name: getattr(size.preset, name) for name in ("retrieval_items", "class_items")}
+        if not self.whole:
+            return {"version": MEASURES, **limits}
+        limits |= {name: getattr(size.preset, name) for name in ("probe_items", "probe_strengths")}
+        return {"version": [MEASURES, grid.MEASURES], **limits, "teacher": size.teacher}
 
 
 def attempt(search: Search, trial: Trial, epochs: int, seed: int, side: str) -> Attempt:
     """Return one training of a trial."""
-    return Attempt(trial.name, LOSS, trial.changes, epochs, seed, side, search.name)
+    return Attempt(trial.name, trial.loss, trial.changes, epochs, seed, side, search.name)
 
 
 def reference(search: Search, trial: Trial, epochs: int, seed: int, side: str) -> Attempt:

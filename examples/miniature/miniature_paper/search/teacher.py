@@ -1,0 +1,84 @@
+"""A study's teacher: its training, and the forms of it that the trainer of its students reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from clip_evaluation.model import ClipModel
+from examples_common.trainer import checkpoint_of, place_model
+from rich.console import Console
+
+from miniature_paper.grid import model_folder
+from miniature_paper.records import Store
+from miniature_paper.runs import Workshop
+
+from .study import Study, teacher_folder
+
+_WEIGHTS = "open_clip_pytorch_model.bin"  # what open_clip looks for in a local-dir: model
+
+
+def prepare_teacher(study: Study, workshop: Workshop, console: Console) -> bool:
+    """Train the teacher, if its weights are not here, and write every form of it that a try names.
+
+    Its record is kept beside the weights as well: on another machine it is trained again, and the records of
+    its students' confirmation say by a fingerprint of the weights which one they had.
+
+    Returns:
+        Whether it is there; it is not if the training failed, or another process is doing it.
+    """
+    teacher = study.teacher
+    assert teacher is not None
+    folder = workshop.output / teacher_folder(teacher)
+    place_model(model_folder(teacher.backbone), workshop.output / teacher.job().model)
+    if not (folder / _WEIGHTS).is_file():
+        run = workshop.output / "runs" / workshop.key(teacher)
+        checkpoint = checkpoint_of(run, teacher.epochs)
+        if not checkpoint.is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # a record without its weights
+        local = dataclasses.replace(workshop, store=Store(folder), keep_checkpoints=True, teacher=None)
+        if not local.do("The teacher", [teacher], console):
+            return False
+        _place(folder, _state(checkpoint))
+        shutil.rmtree(run)
+    (record,) = Store(folder).of([teacher])[0]
+    workshop.store.save(workshop.key(teacher), record)
+    flags = [dict(trial.changes) for search in study.arms.values() for trial in search.trials]
+    for name in {found["--distill-model"].partition(":")[2] for found in flags if "--distill-model" in found}:
+        base, _, factor = name.partition("@")
+        if factor and not (workshop.output / name / _WEIGHTS).is_file():
+            state = torch.load(workshop.output / base / _WEIGHTS, weights_only=True)
+            state["logit_scale"] = state["logit_scale"] + math.log(float(factor))
+            _place(workshop.output / name, state)
+    for name in {
+        of["--rankclip-reference-features"] for of in flags if "--rankclip-reference-features" in of
+    }:
+        if not (workshop.output / name).is_file():
+            _write_texts(workshop.output / name, workshop.output / workshop.tables.tables[study.grid.pairs])
+    return True
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _place(folder: Path, state: dict[str, Any]) -> None:
+    place_model(model_folder("teacher"), folder)
+    torch.save(state, folder / f".{_WEIGHTS}")
+    (folder / f".{_WEIGHTS}").rename(folder / _WEIGHTS)  # whole, or not there
+
+
+def _write_texts(path: Path, table: Path) -> None:
+    """Write the teacher's features of every text of a table, in its order."""
+    texts = pd.read_csv(table, sep="\t", keep_default_na=False)["title"].tolist()
+    features = ClipModel(f"local-dir:{path.parent}").text_features(texts)
+    partial = path.with_name(f".{path.name}")
+    np.savez(partial, text_features=features.numpy())
+    partial.rename(path)
