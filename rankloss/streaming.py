@@ -177,15 +177,11 @@ def _stream_at_once(
         whole = replace(plan, ranked_size=count, slice_size=count)
         found = evaluate(block, options, whole, with_gradient=with_gradient)
         for term in terms:
-            lists = (
-                slice(1, 3)
-                if term == "in_modal" and len(terms) == 2
-                else slice(None, None, len(matrices) - 1)
-            )
+            sides = _sides(term, len(matrices))
             for value, part in zip(_of_term(term, values), found[:2], strict=True):
                 if value is not None and part is not None:
-                    by_list = part.unflatten(0, (len(matrices), -1))[lists]
-                    torch.mean(by_list, 0, dtype=torch.float64, out=value[rows])
+                    by_side = part.unflatten(0, (len(matrices), -1))[sides]
+                    torch.mean(by_side, 0, dtype=torch.float64, out=value[rows])
         if found.gradient is not None:
             gradient = found.gradient.view(cosines.shape)
             if len(terms) == 2:
@@ -257,6 +253,11 @@ def _arranged(pairs: Sequence[tuple[_T, _T]]) -> list[_T]:
         return [x for pair in pairs for x in pair]
     (s, r), (i, x) = pairs
     return [s, x, i, r]
+
+
+def _sides(term: Term, matrices: int) -> slice:
+    """Where a term's two matrices are: of S, X, I and R the outer two or the inner two."""
+    return slice(1, 3) if matrices == 4 and term == "in_modal" else slice(None, None, matrices - 1)
 
 
 def _both(first: Tensor | None, last: Tensor | None) -> Tensor | None:
