@@ -7,12 +7,14 @@ import importlib
 import io
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +46,8 @@ OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 # process that has imported it.
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["open_clip_train.main"])
+# Starting a process asks every other one for its exit code, which two threads cannot read at once.
+_asking = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -192,12 +196,15 @@ class Trainer:
         """Call the trainer's ``main`` in a process forked from one that has imported it."""
         output = self.directory / f"{name}.txt"
         process = _forks.Process(target=_train, args=(self.arguments(name, *options), str(output), seeds))
-        process.start()
-        process.join(TIMEOUT)
-        if process.exitcode is None:
+        with _asking:
+            process.start()
+        multiprocessing.connection.wait([process.sentinel], TIMEOUT)
+        with _asking:
+            code = process.exitcode
+        if code is None:
             process.kill()
             raise TimeoutError(f"{name}: {output.read_text()[-4000:]}")
-        return Run(process.exitcode, output.read_text(), self.directory / "logs" / name)
+        return Run(code, output.read_text(), self.directory / "logs" / name)
 
     def run(self, name: str, *options: str, command: tuple[str, ...] = (), **environment: str) -> Run:
         """Run the command, or another way to start the trainer, in a fresh interpreter."""
@@ -291,6 +298,6 @@ class Runs(Processes):
     def __getitem__(self, name: str) -> Run:
         run = super().__getitem__(name)
         assert isinstance(run, Run)
-        assert run.returncode == 0, run.output[-4000:]
+        assert run.returncode == 0, f"exit code {run.returncode}: {run.output[-4000:]}"
         assert "Experiment already exists" not in run.output, name  # of which the trainer makes no failure
         return run
