@@ -153,6 +153,7 @@ def accelerated(batch_size: str, result: str) -> None:
         Path(result).write_text(json.dumps(weights(model)))
 
 
+@pytest.mark.slow
 @needs("accelerate")
 def test_accelerate_in_two_processes_is_the_one_in_one(tmp_path: Path) -> None:
     ended = []
