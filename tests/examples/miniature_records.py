@@ -1,5 +1,6 @@
 """Records of the miniature's schema for its tests: the committed ones with noise in place of a training."""
 
+import asyncio
 import dataclasses
 import hashlib
 
@@ -8,7 +9,7 @@ from miniature_paper import grid
 from miniature_paper.data import Tables
 from miniature_paper.options import _EXAMPLE as EXAMPLE
 from miniature_paper.records import Store
-from miniature_paper.runs import Machine, Workshop
+from miniature_paper.runs import Machine, MeasuringError, Workshop
 
 _COMMITTED, _ = Store(EXAMPLE / "results" / "full").of(grid.plan(grid.PRESETS["full"]))
 _FIRST = _COMMITTED[0]
@@ -62,6 +63,23 @@ def workshop(output, results):
     sizes = {pairs for preset in grid.PRESETS.values() for pairs in preset.sizes}
     tables = Tables(dict.fromkeys(sizes, "t"), dict.fromkeys(sizes, "d"))
     return Workshop(output, output, tables, Store(results), Machine("cpu", 2, 0, 1))
+
+
+def fake_trainings(monkeypatch, command, record):
+    """Give a command records in place of trainings; returns what was made, and the names that are to fail."""
+    made, broken = [], set()
+
+    async def make(self, one, key, report):
+        report("training", 0.5)
+        await asyncio.sleep(0)
+        if one.name in broken:
+            raise MeasuringError("out of luck")
+        made.append(one)
+        return record(one)
+
+    monkeypatch.setattr(Workshop, "_record", make)
+    monkeypatch.setattr(command, "prepare", lambda args, sizes, console: workshop(args.output, args.results))
+    return made, broken
 
 
 def _rng(key):

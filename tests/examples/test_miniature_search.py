@@ -1,6 +1,5 @@
 """The search for a stronger setting: what is tried, who continues, what is looked at, what may be said."""
 
-import asyncio
 import dataclasses
 import itertools
 import random
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from miniature_icons import write_icons
 from miniature_paper import grid, runs, wording
 from miniature_paper.records import Store
-from miniature_paper.runs import Workshop, key_of
+from miniature_paper.runs import key_of
 from miniature_paper.search import command, objective, report
 from miniature_paper.search.confirmation import WITH_CLIP, Declarations, SecondConfirmationError, confirm
 from miniature_paper.search.ladder import climb, helped, stand, tried, winner
@@ -32,7 +31,7 @@ from miniature_paper.search.trials import (
     combine,
     reference,
 )
-from miniature_records import workshop
+from miniature_records import fake_trainings
 from scipy import stats
 
 import rankloss
@@ -384,21 +383,8 @@ def test_old_records_of_such_settings_are_pointed_out(tmp_path, no_picture):
 
 
 @pytest.fixture
-def faked(monkeypatch, tmp_path):
-    """The command without trainings: each is a record by chance. Gives what was made, and what is to fail."""
-    made, broken = [], set()
-
-    async def make(self, one, key, report):
-        report("training", 0.5)
-        await asyncio.sleep(0)
-        if one.name in broken:
-            raise runs.MeasuringError("out of luck")
-        made.append(one)
-        return _record(one)
-
-    monkeypatch.setattr(Workshop, "_record", make)
-    monkeypatch.setattr(command, "prepare", lambda args, sizes, console: workshop(args.output, args.results))
-    return made, broken
+def faked(monkeypatch):
+    return fake_trainings(monkeypatch, command, _record)
 
 
 def test_the_command_searches_and_confirms(faked, tmp_path, capsys):

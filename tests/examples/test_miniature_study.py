@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import random
@@ -14,15 +13,15 @@ import open_clip_train.main
 import pytest
 import torch
 from miniature_icons import write_icons
-from miniature_paper import measure, runs
+from miniature_paper import measure
 from miniature_paper.records import Store
-from miniature_paper.runs import Workshop, key_of
+from miniature_paper.runs import key_of
 from miniature_paper.search import study, study_command, study_report
 from miniature_paper.search.confirmation import SecondConfirmationError
 from miniature_paper.search.objective import SCORES
 from miniature_paper.search.study import SIZE_NAMES, STUDIES, Spread, load
 from miniature_paper.search.trials import REFERENCE, TEST, VALIDATION, Attempt
-from miniature_records import workshop
+from miniature_records import fake_trainings
 from scipy import stats
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "miniature"
@@ -253,22 +252,8 @@ def test_the_teacher_s_report_names_what_is_established(tmp_path):
 
 @pytest.fixture
 def faked(monkeypatch):
-    """The command without trainings: each is a record by chance. Gives what was made, and what is to fail."""
-    made, broken = [], set()
-
-    async def make(self, one, key, report):
-        await asyncio.sleep(0)
-        if one.name in broken:
-            raise runs.MeasuringError("out of luck")
-        made.append(one)
-        return _record(one)
-
-    monkeypatch.setattr(Workshop, "_record", make)
-    monkeypatch.setattr(
-        study_command, "prepare", lambda args, sizes, console: workshop(args.output, args.results)
-    )
     monkeypatch.setattr(study_command, "prepare_teacher", lambda *_: True)
-    return made, broken
+    return fake_trainings(monkeypatch, study_command, _record)
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -294,7 +279,7 @@ def test_the_command_goes_on_after_a_failure_and_repeats_nothing(faked, tmp_path
 def test_another_winner_after_the_confirmation_began_is_refused(faked, tmp_path):
     assert study_command.main(["teacher", "--output", str(tmp_path)]) == 0
     results = tmp_path / "quick" / "results" / "teacher"
-    now = study.standing(QUICK, lambda needed: study_command.stored(Store(results), needed))
+    now = study.standing(QUICK, study_command.finished(results))
     other = next(t for t in QUICK.arms["top-ranks"].trials if t != now.winners["top-ranks"])
     changed = dataclasses.replace(now, winners={**now.winners, "top-ranks": other})
     with pytest.raises(SecondConfirmationError, match=other.name):

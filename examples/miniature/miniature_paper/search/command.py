@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 from examples_common.terminal import say, status_of
 from rich.console import Console
@@ -14,7 +14,7 @@ from miniature_paper.records import Record, Store
 
 from . import report
 from .confirmation import Declarations, confirm
-from .ladder import climb, winner
+from .ladder import Find, climb, winner
 from .trials import SEARCHES, Attempt, Search
 
 
@@ -49,30 +49,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status_of(lambda console: _run(args, SEARCHES[args.preset], console))
 
 
-def stored(store: Store, attempts: Sequence[Attempt]) -> dict[Attempt, Record]:
-    """Return records by their settings alone, for a report where the data need not be there.
+def finished(results: Path) -> Find:
+    """Return what finds records by their settings alone, for a report where the data need not be there.
 
     Raises:
-        ValueError: If two are of one setting, or one is damaged: a ladder on half of the records may lead
-            elsewhere.
+        RuntimeError: If there is no record. What finds raises a ValueError if two records are of one setting,
+            or one is damaged: a ladder on half of the records may lead elsewhere.
     """
-    records, odd = store.of(attempts)
-    if odd:
-        raise ValueError("\n".join(odd))
-    return {Attempt.of_record(record["setting"]): record for record in records}
+    store = Store(results)
+    if not store.path.is_file():
+        raise RuntimeError(f"{results} holds no record: nothing to report")
+
+    def find(attempts: Sequence[Attempt]) -> dict[Attempt, Record]:
+        records, odd = store.of(attempts)
+        if odd:
+            raise ValueError("\n".join(odd))
+        return {Attempt.of_record(record["setting"]): record for record in records}
+
+    return find
 
 
 def _run(args: argparse.Namespace, search: Search, console: Console) -> int:
     declarations = Declarations(args.results)
     done = True
     if args.report_only:
-        store = Store(args.results)
-        if not store.path.is_file():
-            raise RuntimeError(f"{args.results} holds no record: nothing to report")
-
-        def find(attempts: Sequence[Attempt]) -> Any:
-            return stored(store, attempts)
-
+        find = finished(args.results)
         steps = climb(search, find)
     else:
         workshop = prepare(args, search.grid.sizes, console)

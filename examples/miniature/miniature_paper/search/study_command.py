@@ -5,19 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from examples_common.terminal import say, status_of
 from rich.console import Console
 
 from miniature_paper.options import add_options, complete_options, prepare
-from miniature_paper.records import Store
 
 from . import study_report
-from .command import stored
+from .command import finished
 from .study import SIZE_NAMES, STUDIES, Study, declare, load, needed, standing, teacher_folder
 from .teacher import prepare_teacher
-from .trials import Attempt
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -44,12 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, study: Study, console: Console) -> int:
     done = True
     if args.report_only:
-        store = Store(args.results)
-        if not store.path.is_file():
-            raise RuntimeError(f"{args.results} holds no record: nothing to report")
-
-        def find(attempts: Sequence[Attempt]) -> Any:
-            return stored(store, attempts)
+        find = finished(args.results)
     else:
         workshop = prepare(args, study.grid.sizes, console)
         if study.teacher is not None:
