@@ -66,6 +66,11 @@ class Matrix(NamedTuple):
     items: Tensor  # [N, D]
     first_equal: Tensor | None  # [N]: the first item equal to item j; None where no two are equal
 
+    @property
+    def term(self) -> Term:
+        """The term that compares it."""
+        return "cross_modal" if self.name in "SR" else "in_modal"
+
     def cosines(self) -> Tensor:
         """All of them: ``[n, N]``, differentiable any number of times, whatever autocast asks for."""
         cosines: Tensor = _product(self.anchors, self.items.T)

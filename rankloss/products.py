@@ -73,8 +73,23 @@ class Products:
         anchors, items = self._factors[side]
         torch.mm(anchors[rows], items.T, out=out)
 
-    def give(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
-        """Add the gradient by some rows of one of them; None is zero. It may end before the last items."""
+    def give(self, sides: slice, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
+        """Add the gradient by some rows of some of them, ``[matrices, n, N]`` in one; None is zero.
+
+        Given that of all four at once, it does not read what it writes for the first time, so the sums need
+        not be zeros before. Blocks of rows come in order.
+        """
+        first, count = sides.start, sides.stop - sides.start
+        if count == 4:
+            if gradient is not None:
+                self._give_all(rows, gradient.view(cosines.shape))
+            return
+        parts = [None] * count if gradient is None else gradient.view(cosines.shape)
+        for side, (block, part) in enumerate(zip(cosines, parts, strict=True), start=first):
+            self._give(side, rows, block, part)
+
+    def _give(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
+        """Add that of one of them, which may end before the last items."""
         if gradient is None:
             return
         matrix, into = self._matrices[side], self._into[side]
@@ -89,11 +104,7 @@ class Products:
         if into.items is not None:
             into.items[: len(items)].addmm_(gradient.T, anchors)
 
-    def give_all(self, rows: slice, gradient: Tensor) -> None:
-        """Add the gradient by some rows of all four matrices, ``[4, n, N]``; blocks of rows come in order.
-
-        What is written for the first time is not read, so the sums need not be zeros before.
-        """
+    def _give_all(self, rows: slice, gradient: Tensor) -> None:
         anchors = torch.cat([matrix.anchors[rows] for matrix in self._matrices[:2]])
         by_anchor: Tensor | None = None
         needs_anchors = any(x is not None for into in self._into[:2] for x in (into.anchors, into.scale))
@@ -148,7 +159,7 @@ class MirroredProducts(Products):
         torch.mm(anchors[rows], items[rows.start :].T, out=out[:, rows.start :])
         _keep(self._cosines[side], rows, out)
 
-    def give(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
+    def _give(self, side: int, rows: slice, cosines: Tensor, gradient: Tensor | None) -> None:
         """Add the gradient by some rows."""
         mirrors = _release(self._gradients[self._mirror[side]], rows)
         if gradient is not None:
@@ -159,7 +170,7 @@ class MirroredProducts(Products):
             return
         for columns, mirror in mirrors:
             gradient[:, columns] += mirror
-        super().give(side, rows, cosines, gradient[:, : rows.stop])
+        super()._give(side, rows, cosines, gradient[:, : rows.stop])
 
 
 def may_round(features: Tensor) -> bool:

@@ -71,7 +71,9 @@ def stream(
     """
     device = batch.image.device
     given = [w for w in weights if w is not None]
-    values = torch.zeros(len(given), batch.anchors, dtype=torch.float64, device=device)
+    # Each term's values in both directions, multiplied by their shares; with one direction the other stays 0.
+    new = torch.empty if options.fixed_reference is None else torch.zeros
+    values = new(len(given), 2, batch.anchors, dtype=torch.float64, device=device)
     all_at_once = _at_once(_RANK_TERMS, batch, options, plan, weights, shuffles)
     sums = Inputs(
         *(
@@ -82,7 +84,7 @@ def stream(
         )
     )
     if not given:
-        return values, sums, torch.ones((), dtype=torch.float64, device=device)
+        return values.sum(1), sums, torch.ones((), dtype=torch.float64, device=device)
     # The largest weight is left to the end: beside worths far apart, small ones would round to zero.
     stacked = torch.stack(given)
     largest = torch.linalg.vector_norm(stacked, math.inf)
@@ -91,20 +93,15 @@ def stream(
     weights = Terms(*(None if w is None else next(halves) for w in weights))
     of_terms = iter(values)
     found = Terms(*(None if w is None else next(of_terms) for w in weights))
+    walks: list[Sequence[Term]] = [_RANK_TERMS] if all_at_once else [(term,) for term in _RANK_TERMS]
     with full_precision(device):
-        if all_at_once:
-            _stream_at_once(_RANK_TERMS, batch, options, plan, weights, found, sums)
-        else:
-            for term in _RANK_TERMS:
-                if all(w is None for w in _of_term(term, weights)):
-                    continue
-                if _at_once((term,), batch, options, plan, weights, shuffles):
-                    _stream_at_once((term,), batch, options, plan, weights, found, sums)
-                else:
-                    _stream_by_side(term, batch, options, plan, weights, found, shuffles, sums)
+        for terms in walks:
+            if any(w is not None for term in terms for w in _of_term(term, weights)):
+                at_once = all_at_once or _at_once(terms, batch, options, plan, weights, shuffles)
+                _walk(terms, batch, options, plan, weights, shuffles, found, sums, at_once=at_once)
     if sums.scale is not None:
         sums.scale.mul_(unit)
-    return values, sums, unit * batch.scale if options.worth == "exp" else unit
+    return values.sum(1), sums, unit * batch.scale if options.worth == "exp" else unit
 
 
 def _of_term(term: Term, of: Terms) -> tuple[Tensor | None, Tensor | None]:
@@ -136,106 +133,71 @@ def _at_once(
     return 2 * len(terms) * plan.chunk_size * len(batch.image) <= few
 
 
-def _stream_at_once(
+def _walk(
     terms: Sequence[Term],
     batch: Batch,
     options: RankOptions,
     plan: Plan,
     weights: Terms,
+    shuffles: Tensor | None,
     values: Terms,
     sums: Inputs,
+    *,
+    at_once: bool,
 ) -> None:
     """Write the values and add the gradients of the rows of S and R, of I and X, or of S, X, I and R.
 
-    In this order the first matrix is compared with the last, and the second with the last but one.
+    In this order the first matrix is compared with the last, the second with the last but one, and lists of
+    images and of texts alternate. The lists of a chunk of rows make one block if ``at_once``, else one by
+    matrix.
     """
     pairs = [_pair(term, batch, plan, weights) for term in terms]
     matrices = _arranged([pair for pair, _ in pairs])
+    references = _arranged([pair for _, pair in pairs if pair is not None])
     into = _arranged([_targets(term, batch, sums, options) for term in terms])
     with_gradient = any(x is not None for target in into for x in target)
-    products = Products(matrices, options.precision, into)
-    is_ranked = all(references is not None for _, references in pairs)
-    references = _arranged([references for _, references in pairs if references is not None])
-    teacher = Products(references, options.precision) if is_ranked and batch.has_teacher else None
-    of_matrices = [_of_term("cross_modal" if m.name in "SR" else "in_modal", weights) for m in matrices]
-    first_equal = _both(references[0].first_equal, references[-1].first_equal) if is_ranked else None
-    for rows in slices(batch.anchors, plan.chunk_size):
-        cosines = products.take(rows)
-        reference = cosines if teacher is None else teacher.take(rows)
-        count = len(matrices) * cosines.shape[1]
-        block = Block(
-            cosines.flatten(0, 1),
-            batch.scale,
-            _by_list([alpha for alpha, _ in of_matrices], rows),
-            _by_list([beta for _, beta in of_matrices], rows),
-            reference.flatten(0, 1) if is_ranked else None,
-            first_equal,
-            batch.first_row + rows.start,
-            matrices=len(matrices),
-            opposite=is_ranked and teacher is None,
-        )
-        whole = replace(plan, ranked_size=count, slice_size=count)
-        found = evaluate(block, options, whole, with_gradient=with_gradient)
-        for term in terms:
-            sides = _sides(term, len(matrices))
-            for value, part in zip(_of_term(term, values), found[:2], strict=True):
-                if value is not None and part is not None:
-                    by_side = part.unflatten(0, (len(matrices), -1))[sides]
-                    torch.mean(by_side, 0, dtype=torch.float64, out=value[rows])
-        if found.gradient is not None:
-            gradient = found.gradient.view(cosines.shape)
-            if len(terms) == 2:
-                products.give_all(rows, gradient)
-            else:
-                for side in (0, 1):
-                    products.give(side, rows, cosines[side], gradient[side])
-
-
-def _stream_by_side(
-    term: Term,
-    batch: Batch,
-    options: RankOptions,
-    plan: Plan,
-    weights: Terms,
-    values: Terms,
-    shuffles: Tensor | None,
-    sums: Inputs,
-) -> None:
-    """Add the values and gradients of the rows of S and R, or of I and X, the two one after the other."""
-    matrices, references = _pair(term, batch, plan, weights)
-    into = _targets(term, batch, sums, options)
-    with_gradient = any(x is not None for target in into for x in target)
-    products = (MirroredProducts if plan.name == "shared" else Products)(matrices, options.precision, into)
+    mirrored = plan.name == "shared" and not at_once
+    products = (MirroredProducts if mirrored else Products)(matrices, options.precision, into)
     teacher = None
-    if references is not None and batch.has_teacher:
-        kind = MirroredProducts if plan.shares_reference else Products
+    if references and batch.has_teacher:
+        kind = MirroredProducts if mirrored and plan.shares_reference else Products
         teacher = kind(references, options.precision)
-    alpha, of_ranks = _of_term(term, weights)
-    betas = [_shared(of_ranks, share) for share in dict.fromkeys(options.directions)]
+    alphas = [_of_term(matrix.term, weights)[0] for matrix in matrices]
+    betas = _ranking_weights(matrices, weights, options)
+    count = len(matrices)
+    step = count if at_once else 1
+    first_equal = [_first_equal(references[k : k + step]) for k in range(0, count, step)]
     for rows in slices(batch.anchors, plan.chunk_size):
         cosines = products.take(rows)
         ranked_by = cosines if teacher is None else teacher.take(rows)
-        for side in (0, 1):
-            beta = _by_list([betas[side % len(betas)]], rows)
-            reference = None if references is None or beta is None else references[side]
+        for k, equal in zip(range(0, count, step), first_equal, strict=True):
+            mine = slice(k, k + step)
+            beta = _by_list(betas[mine], rows)
+            theirs = slice(count - k - step, count - k) if teacher is None else mine
             block = Block(
-                cosines[side],
+                cosines[mine].flatten(0, 1),
                 batch.scale,
-                _by_list([alpha], rows),
+                _by_list(alphas[mine], rows),
                 beta,
-                None if reference is None else ranked_by[1 - side if teacher is None else side],
-                None if reference is None else reference.first_equal,
+                None if beta is None else ranked_by[theirs].flatten(0, 1),
+                None if beta is None else equal,
                 batch.first_row + rows.start,
-                None if shuffles is None else shuffles[MATRICES.index(matrices[side].name)],
+                None if shuffles is None else shuffles[MATRICES.index(matrices[k].name)],
+                matrices=step,
+                opposite=step > 1 and beta is not None and teacher is None,
             )
-            found = evaluate(block, options, plan, with_gradient=with_gradient)
-            shares = 0.5, options.directions[side]
-            for value, part, share in zip(_of_term(term, values), found[:2], shares, strict=True):
-                if value is not None and part is not None:
-                    value[rows].add_(part, alpha=share)
-            if with_gradient:
-                products.give(side, rows, cosines[side], found.gradient)
-            del found  # before the other side has a gradient
+            size = len(block.cosines)
+            whole = replace(plan, ranked_size=size, slice_size=size) if at_once else plan
+            found = evaluate(block, options, whole, with_gradient=with_gradient)
+            for term in terms:
+                places = _places(term, matrices[mine])
+                shares = 0.5, options.directions[k % 2]
+                for value, part, share in zip(_of_term(term, values), found[:2], shares, strict=True):
+                    if value is not None and part is not None:
+                        part = part.unflatten(0, (step, -1))[places]
+                        torch.mul(part, share, out=value[k : k + len(part), rows])
+            products.give(mine, rows, cosines[mine], found.gradient)
+            del found  # before the other matrices have a gradient
 
 
 def _pair(
@@ -255,25 +217,33 @@ def _arranged(pairs: Sequence[tuple[_T, _T]]) -> list[_T]:
     return [s, x, i, r]
 
 
-def _sides(term: Term, matrices: int) -> slice:
-    """Where a term's two matrices are: of S, X, I and R the outer two or the inner two."""
-    return slice(1, 3) if matrices == 4 and term == "in_modal" else slice(None, None, matrices - 1)
+def _places(term: Term, matrices: Sequence[Matrix]) -> slice:
+    """Where a term's matrices, one or two, are among these."""
+    first, *others = (k for k, matrix in enumerate(matrices) if matrix.term == term)
+    last = others[0] if others else first
+    return slice(first, last + 1, max(last - first, 1))
 
 
-def _both(first: Tensor | None, last: Tensor | None) -> Tensor | None:
-    """``[2, N]``: the first equal items of either half of the references; None where no two are equal."""
-    known = first if first is not None else last
-    if known is None:
-        return None
-    own = torch.arange(len(known), device=known.device) if first is None or last is None else known
-    return torch.stack([own if x is None else x for x in (first, last)])
+def _first_equal(references: Sequence[Matrix]) -> Tensor | None:
+    """The first equal items of one reference, ``[N]``, or of the two halves of several, ``[2, N]``."""
+    found = [reference.first_equal for reference in references[:: max(len(references) - 1, 1)]]
+    known = next((x for x in found if x is not None), None)
+    if known is None or len(found) == 1:
+        return known
+    own = torch.arange(len(known), device=known.device) if any(x is None for x in found) else known
+    return torch.stack([own if x is None else x for x in found])
 
 
-def _shared(weight: Tensor | None, share: float) -> Tensor | None:
-    """What one direction's values weigh, of the weight that each has where they share equally."""
-    if weight is None or share == 0:
-        return None
-    return weight if share == 0.5 else weight * (2 * share)
+def _ranking_weights(matrices: Sequence[Matrix], weights: Terms, options: RankOptions) -> list[Tensor | None]:
+    """What the lists of every matrix weigh; None where they are not ranked."""
+    found: list[Tensor | None] = []
+    for matrix, share in zip(matrices, options.directions * 2, strict=False):
+        weight = _of_term(matrix.term, weights)[1]
+        if weight is None or share == 0:
+            found.append(None)
+        else:  # what one direction weighs, of the weight that each has where they share equally
+            found.append(weight if share == 0.5 else weight * (2 * share))
+    return found
 
 
 def _by_list(weights: Sequence[Tensor | None], rows: slice) -> Tensor | None:
