@@ -15,7 +15,7 @@ LIGHTNING_VERSIONS ?= 2.4.0 2.6.6
 LOWEST := torch==2.6.0 numpy==1.24.0
 
 .PHONY: demo miniature miniature-full miniature-search miniature-question miniature-teacher test test-slow test-matrix test-main test-run-clip test-gpu fuzz \
-	lint typecheck bench bench-gpu docs links pictures release-check clean
+	lint typecheck bench bench-gpu docs links pictures notebooks release-check clean
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
@@ -173,6 +173,10 @@ docs/vendor/katex:
 ## The pictures in docs/assets, from code, docs/performance.md's table and a copy of the demo's agreement.json.
 pictures: $(VENV)/.docs
 	$(BIN)/python tools/pictures
+
+## Run the notebooks and store what they show, over $(DEMO_OUTPUT); NOTEBOOKS=openmoji runs one of them.
+notebooks: $(VENV)/.dev
+	OPENMOJI_OUTPUT=$(abspath $(DEMO_OUTPUT)) $(BIN)/python tools/run_notebooks.py $(NOTEBOOKS)
 
 ## Build what a release would publish; install, import and uninstall it in fresh environments, once per extra.
 release-check: $(VENV)/.release

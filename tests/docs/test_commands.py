@@ -21,13 +21,17 @@ DOCUMENTS = [
 
 
 def commands() -> list[str]:
-    """Every line of a console block, without its prompt and comment; continued lines are one."""
+    """Every command of a console block, without its prompt and comment; continued lines are one.
+
+    Where lines have a prompt, those without one are what was printed.
+    """
     found = set()
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         for block in re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             lines = block.replace("\\\n", " ").splitlines()
-            found |= {" ".join(shlex.split(line.removeprefix("$ "), comments=True)) for line in lines}
+            prompted = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+            found |= {" ".join(shlex.split(line, comments=True)) for line in prompted or lines}
     return sorted(found - {""})
 
 

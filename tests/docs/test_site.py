@@ -145,9 +145,10 @@ def test_theme_follows_the_choice_of_the_reader(address: str, browser: Any) -> N
     for theme in ("light", "dark"):
         media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        browser.get(f"{address}/method/")
+        browser.get(address)
         browser.execute_script("localStorage.clear()")
-        browser.get(f"{address}/method/")
-        pictures = browser.execute_script(shown)
-        assert len(pictures) == 3
-        assert all(f"-{theme}.svg" in picture for picture in pictures)
+        for page, count in (("", 2), ("method/", 3)):
+            browser.get(f"{address}/{page}")
+            pictures = browser.execute_script(shown)
+            assert len(pictures) == count
+            assert all(f"-{theme}.svg" in picture for picture in pictures)

@@ -7,17 +7,18 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from style import SMALL, WIDTH, Colors
+from style import NARROW, SMALL, WIDTH, Colors
 
 TABLE = Path(__file__).parents[2] / "docs/performance.md"
-BARS_AT = 4096
+BARS_AT = (1024, 2048, 4096)
 NAMES = {  # of the table, and in the pictures
-    "ClipLoss": "CLIP's loss,\nopen_clip",
-    "naive terms": "rank terms,\nwritten naively",
-    "RankConsistency sort": "rank terms,\nrankloss, sorted",
-    "RankClipLoss bin": "CLIP's loss + rank\nterms, rankloss, bins",
+    "ClipLoss": "CLIP's loss, open_clip",
+    "naive terms": "rank terms, written naively",
+    "RankConsistency sort": "rank terms, rankloss, sorted",
+    "RankClipLoss bin": "CLIP's loss + rank terms, rankloss, bins",
 }
 
 
@@ -65,28 +66,30 @@ def _figures(text: str) -> dict[str, dict[int, float]]:
 
 
 def draw_bars(colors: Colors) -> Figure:
-    """A bar per loss for time and for memory, at one batch size."""
+    """Time and memory against the batch size: per size a bar for each loss."""
     figures = measured()
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
-    figure.get_layout_engine().set(hspace=0.06)  # or the second title touches the first panel's bars
-    panels = figure.subplots(2, 1)
-    _bars(panels[0], figures.time, "forward and backward, seconds", colors, lambda x: f"{x:.2f} s")
-    _bars(panels[1], figures.memory, "added memory, MiB", colors, lambda x: f"{x:,.0f} MiB")
-    figure.supxlabel(_conditions(f"N = {BARS_AT:,}; {figures.conditions}"), fontsize=SMALL)
+    figure = Figure(figsize=(NARROW, 3.75), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    _bars(panels[0], figures.time, "forward and backward, s", colors, "{:.2f}")
+    _bars(panels[1], figures.memory, "added memory, MiB", colors, "{:,.0f}")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", fontsize=SMALL)
+    figure.supxlabel(_conditions(figures.conditions, 62), fontsize=9)
     return figure
 
 
-def _bars(axes: Axes, values: dict[str, dict[int, float]], title: str, colors: Colors, number) -> None:  # type: ignore[no-untyped-def]
+def _bars(axes: Axes, values: dict[str, dict[int, float]], title: str, colors: Colors, number: str) -> None:
     looks = _colors(colors)
-    heights = [values[name][BARS_AT] for name in NAMES]
-    axes.barh(range(len(NAMES)), heights, color=[looks[name] for name in NAMES], height=0.66)
-    for y, height in enumerate(heights):
-        axes.text(height + 0.012 * max(heights), y, number(height), va="center")
-    axes.set_yticks(range(len(NAMES)), list(NAMES.values()), fontsize=SMALL)
-    axes.set(xlim=(0, 1.17 * max(heights)), xticks=[])
+    groups = np.arange(len(BARS_AT)) * (len(NAMES) + 0.8)
+    widest = max(values[name][n] for name in NAMES for n in BARS_AT)
+    for k, (name, label) in enumerate(NAMES.items()):
+        lengths = [values[name][n] for n in BARS_AT]
+        axes.barh(groups + k, lengths, color=looks[name], height=0.86, label=label)
+        for y, length in zip(groups + k, lengths, strict=True):
+            axes.text(length + 0.02 * widest, y, number.format(length), va="center", fontsize=9)
+    axes.set_yticks(groups + (len(NAMES) - 1) / 2, [f"N = {n:,}" for n in BARS_AT], fontsize=SMALL)
+    axes.set(xlim=(0, 1.3 * widest), ylim=(groups[-1] + len(NAMES) - 0.5, -0.5), xticks=[])
     axes.spines["bottom"].set_visible(False)
-    axes.invert_yaxis()
-    axes.set_title(title, loc="left")
+    axes.set_title(title, loc="left", fontsize=SMALL)
 
 
 def draw_scaling(colors: Colors) -> Figure:
@@ -101,9 +104,7 @@ def draw_scaling(colors: Colors) -> Figure:
     ):
         for name, label in NAMES.items():
             points = values[name]
-            axes.plot(
-                points.keys(), points.values(), "o-", color=looks[name], ms=4, label=label.replace("\n", " ")
-            )
+            axes.plot(points.keys(), points.values(), "o-", color=looks[name], ms=4, label=label)
         axes.set(xscale="log", yscale="log", xlabel="pairs in the batch, N")
         axes.set_title(title, loc="left", fontsize=10.5)
         axes.set_xticks([512, 2048, 8192, 32768], ["512", "2k", "8k", "32k"])
@@ -111,7 +112,7 @@ def draw_scaling(colors: Colors) -> Figure:
         axes.grid(axis="y")
         axes.set_axisbelow(True)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=SMALL)
-    figure.supxlabel(_conditions(figures.conditions), fontsize=SMALL)
+    figure.supxlabel(_conditions(figures.conditions, 72), fontsize=SMALL)
     return figure
 
 
@@ -119,6 +120,7 @@ def _colors(colors: Colors) -> dict[str, str]:
     return dict(zip(NAMES, (colors.other, colors.bad, colors.ours_too, colors.ours), strict=True))
 
 
-def _conditions(conditions: str) -> str:
+def _conditions(conditions: str, letters: int) -> str:
     """The line above the table, in lines that fit the picture."""
-    return textwrap.fill(conditions.rstrip("."), 72)
+    unbroken = conditions.rstrip(".").replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+    return textwrap.fill(unbroken, letters)

@@ -6,12 +6,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from style import SMALL, WIDTH, Colors
+from style import NARROW, SMALL, Colors
 
 CONCEPTS = ("cat", "dog", "fox", "bird", "car", "bus", "bike", "boat")
 ANCHOR = 0
 SHOWN = 6
-HEIGHT = 4.8  # inches
+HEIGHT = 3.85  # inches
 
 # An illustration, not data: how alike concepts are, with what the pictures and the captions each get wrong.
 LIKENESS = np.array(
@@ -46,26 +46,26 @@ def draw(colors: Colors) -> Figure:
         "I": "pictures rank\npictures",
         "X": "captions rank\ncaptions",
     }
-    figure = Figure(figsize=(WIDTH, HEIGHT))
+    figure = Figure(figsize=(NARROW, HEIGHT))
     for k, (name, matrix) in enumerate(matrices.items()):
-        left = (0.01, 0.25, 0.53, 0.77)[k]
-        axes = figure.add_axes((left, 1 - 2.03 / HEIGHT, 0.22, 1.4 / HEIGHT))
+        left = (0.0, 0.245, 0.515, 0.76)[k]
+        axes = figure.add_axes((left, 1 - 1.55 / HEIGHT, 0.24, 1.0 / HEIGHT))
         axes.imshow(matrix, cmap=colors.heat, vmin=0.1, vmax=1.15)
         row = Rectangle((-0.5, ANCHOR - 0.5), len(v), 1, fill=False, edgecolor=colors.mark, lw=2.4)
         row.set_clip_on(False)
         axes.add_patch(row)
         axes.axis("off")
-        axes.set_title(f"{name} = {formulas[name]}", fontsize=11, pad=5)
+        axes.set_title(f"{name} = {formulas[name]}", fontsize=SMALL, pad=4)
         axes.text(0.5, -0.05, says[name], transform=axes.transAxes, ha="center", va="top", fontsize=SMALL)
     for middle, (first, second), term in (
-        (0.24, "SR", "cross-modal term"),
-        (0.76, "IX", "in-modal term"),
+        (0.2425, "SR", "cross-modal term"),
+        (0.7575, "IX", "in-modal term"),
     ):
-        figure.text(middle, 1 - 0.22 / HEIGHT, term, ha="center", fontsize=13, weight="bold")
-        axes = figure.add_axes((middle - 0.115, 0.42 / HEIGHT, 0.23, 1.8 / HEIGHT))
+        figure.text(middle, 1 - 0.2 / HEIGHT, term, ha="center", fontsize=12, weight="bold")
+        axes = figure.add_axes((middle - 0.09, 0.36 / HEIGHT, 0.18, 1.5 / HEIGHT))
         _slopes(axes, matrices[first][ANCHOR], matrices[second][ANCHOR], (first, second), colors)
         value = f"½·[C({first} | {second}) + C({second} | {first})]"
-        figure.text(middle, 0.1 / HEIGHT, value, ha="center", fontsize=12)
+        figure.text(middle, 0.1 / HEIGHT, value, ha="center", fontsize=11)
     return figure
 
 

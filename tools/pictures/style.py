@@ -11,6 +11,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 WIDTH = 6.4  # inches; with letters of 10 points and more, it can be read on a phone
+NARROW = 4.8  # inches; of the README's pictures, which text flows around
 SMALL = 10  # points
 
 

@@ -27,7 +27,7 @@ _DOCTEST_FENCE = re.compile(r"^```python\n(?=>>>)", re.MULTILINE)
 _BADGES = re.compile(r"<!-- badges -->.*?<!-- /badges -->\n", re.DOTALL)
 _THEMED_PICTURE = re.compile(
     r'<picture>\s*<source [^>]*srcset="(?P<dark>[^"]+)">\s*<img alt="(?P<alt>[^"]+)" src="(?P<light>[^"]+)"'
-    r"[^>]*>\s*</picture>"
+    r"(?P<layout>[^>]*)>\s*</picture>"
 )
 
 log = logging.getLogger("mkdocs.hooks.links")
@@ -70,7 +70,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
 def _themed_picture(match: re.Match[str]) -> str:
     """A picture of two themes follows the reader's system in the repository, and the page's theme here."""
-    return "\n".join(f"![{match['alt']}]({match[theme]}#gh-{theme}-mode-only)" for theme in ("light", "dark"))
+    layout = f"{{{match['layout']} }}" if match["layout"].strip() else ""
+    return "\n".join(
+        f"![{match['alt']}]({match[theme]}#gh-{theme}-mode-only){layout}" for theme in ("light", "dark")
+    )
 
 
 def _rank_options() -> str:
