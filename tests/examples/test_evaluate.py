@@ -15,6 +15,7 @@ from clip_evaluation import command, datasets, geometry, metrics, pixel_knn, pro
 from clip_evaluation.model import ClipModel
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
 from miniature_paper.grid import model_folder
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -40,15 +41,16 @@ def _in_every_order(similarity, right, k):
     return 100 * np.mean(hits)
 
 
-@given(st.data(), st.integers(1, 6))
-def test_recall_shares_places_among_ties(data, k):
-    rows, columns = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 5))
-    numbers = st.lists(st.integers(0, 2), min_size=columns, max_size=columns)
-    similarity = torch.tensor([data.draw(numbers) for _ in range(rows)]).float()
-    answers = st.lists(st.booleans(), min_size=columns, max_size=columns).filter(any)
-    right = torch.tensor([data.draw(answers) for _ in range(rows)])
-    found = metrics.recall_at_k(similarity, (k,), right=right)[k]
-    assert found == pytest.approx(_in_every_order(similarity, right, k), abs=1e-9)
+@given(st.data(), st.integers(1, 3), st.integers(0, 2), st.integers(1, 6))
+def test_recall_shares_places_among_ties(data, images, more, k):
+    own = torch.tensor([*range(images), *(data.draw(st.integers(0, images - 1)) for _ in range(more))])
+    similarity = torch.tensor(
+        data.draw(st_numpy.arrays(float, (images, len(own)), elements=st.integers(0, 2)))
+    )
+    right = own == torch.arange(images).unsqueeze(1)
+    found = metrics.recall(similarity, own, ks=(k,))
+    assert found["image_to_text"][k] == pytest.approx(_in_every_order(similarity, right, k), abs=1e-9)
+    assert found["text_to_image"][k] == pytest.approx(_in_every_order(similarity.T, right.T, k), abs=1e-9)
 
 
 @pytest.mark.parametrize("block", [2**24, 40])
@@ -59,8 +61,8 @@ def test_retrieval_with_several_captions_is_what_torchmetrics_counts(block, monk
     found = metrics.retrieval(images, texts, image_of)
     assert metrics.retrieval(images, texts[:17]) == metrics.retrieval(images, texts[:17], torch.arange(17))
     matrix, right = images @ texts.T, image_of == torch.arange(17).unsqueeze(1)
+    assert metrics.recall(matrix, image_of) == found
     for task, scores, answers in (("image_to_text", matrix, right), ("text_to_image", matrix.T, right.T)):
-        assert metrics.recall_at_k(scores, right=answers) == pytest.approx(found[task])
         for k in metrics.RETRIEVAL_KS:
             hits = [retrieval_hit_rate(*row, top_k=k) for row in zip(scores, answers, strict=True)]
             assert found[task][k] == pytest.approx(100 * torch.stack(hits).mean().item(), abs=1e-4)
@@ -176,15 +178,13 @@ def test_probe_scores_classes_that_training_lacks():
 # --- what is refused ---
 
 _NAN = torch.full((2, 2), torch.nan)
-_UNANSWERED = torch.tensor([[True, False], [False, False]])
 _IMAGES, _TEXTS, _OF = _features(3, 4), _features(5, 4), torch.tensor([0, 1, 1, 1, 0])
 _X, _Y = _clusters(20)
 REFUSED = {
     "scores: hold NaN": lambda: metrics.accuracy_at_k(_NAN, torch.tensor([0, 1])),
-    "similarity: holds NaN": lambda: metrics.recall_at_k(_NAN),
-    r"shape \(2, 3\)": lambda: metrics.recall_at_k(torch.zeros(2, 3)),
-    r"right: .*\(2, 3\), got \(2, 2\)": lambda: metrics.recall_at_k(torch.zeros(2, 3), right=_UNANSWERED),
-    "query 1: has no right answer": lambda: metrics.recall_at_k(torch.zeros(2, 2), right=_UNANSWERED),
+    "similarity: holds NaN": lambda: metrics.recall(_NAN),
+    "3 captions with 2 images": lambda: metrics.recall(torch.zeros(2, 3)),
+    "query 1: has no right answer": lambda: metrics.recall(torch.zeros(2, 2), torch.tensor([0, 0])),
     "query 2: has no right answer": lambda: metrics.retrieval(_IMAGES, _TEXTS, _OF),
     "5 captions with 3 images": lambda: metrics.retrieval(_IMAGES, _TEXTS),
     "numbers of images below 3": lambda: metrics.retrieval(_IMAGES, _TEXTS, _OF * 3),
@@ -280,14 +280,14 @@ def test_a_table_gives_every_image_once_with_all_its_captions(tmp_path):
     assert found.retrieval
     assert _items(found) == [((255, 0, 0), ["one", "three, again"]), ((0, 0, 255), ["two"])]
     with pytest.raises(ValueError, match="no column 'image' among filepath, title"):
-        _load(table, columns=datasets.Columns(image="image"))
+        _load(table, csv_image_key="image")
 
 
 def test_a_table_with_labels_is_for_classification(tmp_path):
     _pictures(tmp_path, a="red", b="red")
     table = tmp_path / "labels.csv"
     table.write_text("image,kind\na.png,zebra\nb.png,ant\n")
-    found = _load(table, columns=datasets.Columns(image="image", label="kind", separator=","))
+    found = _load(table, csv_image_key="image", csv_label_key="kind", csv_separator=",")
     assert found.classes == ["ant", "zebra"]
     assert [target for _, target in _items(found)] == [1, 0]
 

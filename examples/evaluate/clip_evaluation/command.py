@@ -89,11 +89,10 @@ class Evaluation:
         return zero_shot + (self._probe(source, data, features, targets) if "probe" in tasks else [])
 
     def _load(self, source: str, split: str) -> ImageSet:
-        args = self._args
-        keys = (args.csv_image_key, args.csv_caption_key, args.csv_label_key, args.csv_separator)
-        options = {name: getattr(args, name) for name in ("class_names", "image_folder", "root", "download")}
-        columns = datasets.Columns(*keys)
-        return datasets.load(source, split, self._model.preprocess, columns=columns, **options)
+        names = ("class_names", "image_folder", "root", "download")
+        columns = ("csv_image_key", "csv_caption_key", "csv_label_key", "csv_separator")
+        options = {name: getattr(self._args, name) for name in (*names, *columns)}
+        return datasets.load(source, split, self._model.preprocess, **options)
 
     def _encode(self, data: ImageSet) -> tuple[Tensor, list[Any]]:
         bar = partial(track, description=data.name, console=self._console)
@@ -162,8 +161,7 @@ def templates(given: str | None, of_data: list[str] | None) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, print a table and write JSON."""
-    args = parse(argv)
-    return status_of(lambda console: _run(args, console))
+    return status_of(partial(_run, parse(argv)))
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:

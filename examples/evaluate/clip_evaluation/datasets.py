@@ -32,26 +32,16 @@ class ImageSet:
     templates: list[str] | None = None  # the prompts that come with the data
 
 
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """How to read a table: open_clip's defaults."""
-
-    image: str = "filepath"  # paths relative to the table
-    caption: str = "title"  # an image may have several lines
-    label: str = "label"  # if there is such a column, the table is for classification
-    separator: str = "\t"
-
-
 def load(
     source: str,
     split: str,
     transform: Transform,
     *,
     class_names: str | None = None,
-    columns: Columns | None = None,
     image_folder: Path | None = None,
     root: Path = Path("data"),
     download: bool = False,
+    **columns: str,
 ) -> ImageSet:
     """Open one split of a data set.
 
@@ -60,13 +50,13 @@ def load(
             hold these), a table (``.csv``, ``.tsv``), COCO's captions (``.json``), or ``torchvision:NAME``.
         split: Such as ``test``. Ignored for a single table or a folder of classes without splits.
         transform: A model's preprocessing.
-        class_names: ``imagenet`` for open_clip's names of ImageNet's classes, or a file with one name a line
-            in the order of the sorted class folders. By default the names of the folders, or those that come
-            with the data.
-        columns: How to read a table.
+        class_names: ``imagenet`` for open_clip's names of ImageNet's classes, or a file with one name per
+            line in the order of the sorted class folders. By default the names of the folders, or those that
+            come with the data.
         image_folder: Where the images of COCO's captions are; the folder of the file by default.
         root: Where torchvision keeps its data.
         download: Whether torchvision may fetch it.
+        **columns: ``csv_image_key``, ``csv_caption_key``, ``csv_label_key`` and ``csv_separator`` of a table.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
@@ -81,7 +71,7 @@ def load(
         if path.suffix == ".json":
             return _coco(path, image_folder or path.parent, transform)
         if path.suffix in (".csv", ".tsv"):
-            return _table(path, columns or Columns(), transform)
+            return _table(path, transform, **columns)
         raise ValueError(f"{source}: a file must be a table (.csv, .tsv) or COCO's captions (.json)")
     if (path / split / "nshards.txt").is_file():
         return _webdataset(path, split, transform)
@@ -166,22 +156,28 @@ def _imagenet(folders: Sequence[str]) -> list[str]:
 # --- tables and captions ---
 
 
-def _table(path: Path, columns: Columns, transform: Transform) -> ImageSet:
-    table = pd.read_csv(path, sep=columns.separator, dtype=str, na_filter=False)
-    wanted = columns.label if columns.label in table else columns.caption
-    for column in (columns.image, wanted):
+def _table(
+    path: Path,
+    transform: Transform,
+    *,
+    csv_image_key: str = "filepath",
+    csv_caption_key: str = "title",
+    csv_label_key: str = "label",
+    csv_separator: str = "\t",
+) -> ImageSet:
+    table = pd.read_csv(path, sep=csv_separator, dtype=str, na_filter=False)
+    wanted = csv_label_key if csv_label_key in table else csv_caption_key
+    for column in (csv_image_key, wanted):
         if column not in table:
             raise ValueError(f"{path}: no column {column!r} among {', '.join(table)} (wrong separator?)")
     if table.empty:
         raise ValueError(f"{path} holds no rows")
-    if wanted == columns.label:
+    if wanted == csv_label_key:
         labels, names = pd.factorize(table[wanted], sort=True)
-        classes, targets = list(names), pd.Series(labels, table[columns.image])
+        classes, targets = list(names), pd.Series(labels, table[csv_image_key])
     else:
-        classes, targets = None, table.groupby(columns.image, sort=False)[wanted].agg(list)
-    items = [
-        (path.parent / name, target) for name, target in zip(targets.index, targets.tolist(), strict=True)
-    ]
+        classes, targets = None, table.groupby(csv_image_key, sort=False)[wanted].agg(list)
+    items = [(path.parent / str(name), target) for name, target in targets.items()]
     return ImageSet(_name(path), _Files(items, transform), classes is None, classes)
 
 

@@ -17,10 +17,7 @@ TRAINING, HELD_OUT = "training", "held-out"
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Kendall's τ of every model, and one pair's rankings.
-
-    The pair is a training concept: the one whose τ, under all models, are nearest to the averages.
-    """
+    """Kendall's τ of every model, and the rankings of the training pair with τ nearest to the averages."""
 
     averages: Mapping[str, Mapping[str, float]]  # by model, on the training and on the held-out concepts
     concepts: Mapping[str, int]  # how many
@@ -30,17 +27,11 @@ class Agreement:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        record = dataclasses.asdict(self) | {
-            "averages": {
-                name: {key: round(tau, 4) for key, tau in by_set.items()}
-                for name, by_set in self.averages.items()
-            },
-            "scores": {
-                name: [[round(score, 5) for score in scores.tolist()] for scores in lists]
-                for name, lists in self.scores.items()
-            },
+        rounded = {
+            name: [x.double().numpy().round(5).tolist() for x in of] for name, of in self.scores.items()
         }
-        path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps({**vars(self), "scores": rounded}, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
 
 
 def measure(models: Mapping[str, ClipModel], training: Pictures, held_out: Pictures) -> Agreement:

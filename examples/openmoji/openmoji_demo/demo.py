@@ -15,13 +15,13 @@ from rich.console import Console
 import rankloss
 
 from . import agreement, data, draw, evaluate, progress, report
-from .progress import Forecast
+from .progress import Stages
 from .train import Run, arguments_for, read_scalars, side_by_side, train_all
 
 _MODEL = Path(__file__).resolve().parents[1] / "model"
 
 
-def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
+def run(args: argparse.Namespace, console: Console, stages: Stages) -> None:
     """Go through all stages."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     root: Path = args.output.resolve()
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
     if data.is_complete(folder, args.split):
         say(console, f"Complete already: {folder}")
     else:
-        counts = data.build(folder, root=root, split=args.split, track=forecast.track)["counts"]
+        counts = data.build(folder, root=root, split=args.split, track=stages.track)["counts"]
         say(
             console,
             f"{counts['train_rows']} captions of {counts['train_images']} pictures "
@@ -48,12 +48,15 @@ def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
         Run(root, pairs, loss, args.seed, args.epochs, device, arguments_for(loss, args.extra))
         for loss in args.loss
     ]
-    _train(runs, device, console, forecast)
+    _train(runs, device, console, stages)
 
     console.rule("3/4  Evaluation on held-out concepts")
-    forecast.begin(progress.EVALUATION)
+    stages.begin(progress.EVALUATION)
     models = {
-        report.label_of(run.loss): evaluate.ClipModel(root / "model", run.checkpoint, device) for run in runs
+        report.label_of(run.loss): evaluate.ClipModel(
+            f"local-dir:{root / 'model'}", checkpoint=run.checkpoint, device=device
+        )
+        for run in runs
     }
     emojis = evaluate.load_pictures(root, folder / "train_emojis.csv")
     methods: dict[str, Any] = {report.KNN: evaluate.PixelKNN(emojis), **models}
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
             rows[name], similarities[style, name] = evaluate.score(method, test_set)
         classes = (len(test_set.classes[level]) for level in evaluate.LEVELS)
         blocks.append(report.Block(style, len(test_set.images), *classes, rows))
-        forecast.report((number + 1) / (len(evaluate.STYLES) + 1))
+        stages.report((number + 1) / (len(evaluate.STYLES) + 1))
     tables = (folder / name for name in ("train_emojis.csv", "test.csv"))
     training, held_out = (evaluate.load_pictures(root, table, once=True) for table in tables)
     rankings = agreement.measure(models, training, held_out)
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
     rankings.save(root / "agreement.json")
 
     console.rule("4/4  Picture")
-    forecast.begin(progress.PICTURE)
+    stages.begin(progress.PICTURE)
     draw.draw(
         root / "openmoji.png",
         agreement=rankings,
@@ -93,12 +96,12 @@ def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
         curves={report.label_of(run.loss): read_scalars(run.folder) for run in runs},
         epochs=args.epochs,
     )
-    forecast.begin(progress.DONE)
+    stages.report(1.0)
     for name in ("openmoji.png", "results.md", "results.json", "agreement.json"):
         say(console, f"Wrote {root / name}")
 
 
-def _train(runs: list[Run], device: str, console: Console, forecast: Forecast) -> None:
+def _train(runs: list[Run], device: str, console: Console, stages: Stages) -> None:
     todo = []
     for run in runs:
         if run.is_complete():
@@ -111,18 +114,9 @@ def _train(runs: list[Run], device: str, console: Console, forecast: Forecast) -
     if not todo:
         return
     jobs, threads = side_by_side(len(todo), device)
-    forecast.begin(progress.TRAINER_START)
-
-    def on_share(share: float) -> None:
-        if forecast.stage != progress.TRAINING:
-            forecast.begin(progress.TRAINING)
-        forecast.report(share)
-
-    asyncio.run(
-        train_all(
-            todo, jobs=jobs, threads=threads, on_share=on_share, warn=partial(say, console, style="yellow")
-        )
-    )
+    stages.begin(progress.TRAINING)
+    warn = partial(say, console, style="yellow")
+    asyncio.run(train_all(todo, jobs=jobs, threads=threads, on_share=stages.report, warn=warn))
     for run in todo:
         record = run.record()
         by = "" if threads is None else f" with {threads} thread{'s' if threads > 1 else ''}"

@@ -72,10 +72,7 @@ def open_all(root: Path, paths: Iterable[str]) -> list[Image.Image]:
 
 
 class ClipModel(model.ClipModel):
-    """A checkpoint of the trainer, of the architecture in a folder."""
-
-    def __init__(self, folder: Path, checkpoint: Path, device: str) -> None:
-        super().__init__(f"local-dir:{folder}", checkpoint=checkpoint, device=device)
+    """A trained model."""
 
     def features(self, shown: Pictures) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the unit-norm features of the pictures and of the captions."""
@@ -113,11 +110,8 @@ def _pixels(pictures: Pictures) -> np.ndarray:
 def score(method: ClipModel | PixelKNN, test_set: TestSet) -> tuple[Scores, torch.Tensor]:
     """Return a method's score at each task and cut-off, and the picture × caption matrix they came from."""
     similarity, by_level = method.scores(test_set)
-    recall = map(metrics.recall_at_k, (similarity, similarity.T))
-    scores: Scores = dict(zip(("image_to_text", "text_to_image"), recall, strict=True))
-    for level, columns in by_level.items():
-        scores[level] = metrics.accuracy_at_k(columns, test_set.labels(level))
-    return scores, similarity
+    levels = {k: metrics.accuracy_at_k(columns, test_set.labels(k)) for k, columns in by_level.items()}
+    return {**metrics.recall(similarity), **levels}, similarity
 
 
 def chance_scores(test_set: TestSet) -> Scores:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from examples_common import trainer
 from examples_common.terminal import Report, run_all
 from examples_common.trainer import Job, Log, TrainingError
+from joblib import cpu_count
 from rich.console import Console
 
 from rankloss_trainers.catalog import PREFIXES
@@ -63,7 +63,7 @@ class Run:
     def command(self) -> list[str]:
         """Return the trainer's command line."""
         # Pictures this small are read faster than two cores can train on them; a GPU needs helpers.
-        workers = min(8, max(1, (os.cpu_count() or 2) - 1)) if self.device.startswith("cuda") else 0
+        workers = min(8, max(1, cpu_count() - 1)) if self.device.startswith("cuda") else 0
         more = ("--report-to", "tensorboard", "--log-every-n-steps", "10", *self.extra)
         table = f"{self.data}/train.csv"
         return self.job().command(table, self.name, device=self.device, workers=workers, more=more)
@@ -134,17 +134,12 @@ def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def side_by_side(count: int, device: str) -> tuple[int, int | None]:
     """Return how many of so many trainings run at a time, and with how many threads each."""
     if device != "cpu":
         return 1, None
-    jobs = min(count, cores())
-    return jobs, cores() // jobs
+    jobs = min(count, cpu_count())
+    return jobs, cpu_count() // jobs
 
 
 async def train_all(
