@@ -262,7 +262,7 @@ def test_folders_have_names_of_their_own_or_those_of_a_file(tmp_path):
     assert _load(source, class_names=str(names)).classes == ["an ant", "a tiger"]
     names.write_text("an ant\n")
     for where, named, said in (
-        (source, str(names), "1 lines for 2 class folders"),
+        (source, str(names), "1 lines for 2 folders"),
         (source, "imagenet", "ant is none of ImageNet's .* must be named n01440764 or 0"),
         (source / "ant", None, "no folders of images"),
     ):

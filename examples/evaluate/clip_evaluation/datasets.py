@@ -49,7 +49,7 @@ def load(
         source: A folder in CLIP_benchmark's webdataset layout, a folder of class folders (or of splits that
             hold these), a table (``.csv``, ``.tsv``), COCO's captions (``.json``), or ``torchvision:NAME``.
         split: Such as ``test``. Ignored for a single table or a folder of classes without splits.
-        transform: A model's preprocessing.
+        transform: The model's preprocessing.
         class_names: ``imagenet`` for open_clip's names of ImageNet's classes, or a file with one name per
             line in the order of the sorted class folders. By default the names of the folders, or those that
             come with the data.
@@ -111,8 +111,8 @@ class _Classes(ImageFolder):
 
 def _folder(path: Path, split: str, transform: Transform, class_names: str | None) -> ImageSet:
     top = path / split if (path / split).is_dir() else path
-    found = any(map(Path.is_dir, top.iterdir()))
-    if not found or not len(images := _Classes(str(top), transform, allow_empty=True)):
+    is_of_classes = any(map(Path.is_dir, top.iterdir()))
+    if not is_of_classes or not len(images := _Classes(str(top), transform, allow_empty=True)):
         raise ValueError(f"{top} holds no folders of images, and no {split}/nshards.txt")
     return ImageSet(_name(path), images, False, _class_names(images.classes, class_names))
 
@@ -132,9 +132,7 @@ def _class_names(folders: Sequence[str], class_names: str | None) -> list[str]:
         return _imagenet(folders)
     names = Path(class_names).read_text(encoding="utf-8").splitlines()
     if len(names) != len(folders):
-        raise ValueError(
-            f"class_names: {class_names} has {len(names)} lines for {len(folders)} class folders"
-        )
+        raise ValueError(f"class_names: {class_names} has {len(names)} lines for {len(folders)} folders")
     return [name.strip() for name in names]
 
 
@@ -146,10 +144,9 @@ def _imagenet(folders: Sequence[str]) -> list[str]:
     position = {label: number for number, label in enumerate(ImageNetInfo("imagenet-1k").label_names())}
     position |= {str(number): number for number in position.values()}
     keys = [str(int(name)) if name.isdigit() else name for name in folders]
-    for name in keys:
-        if name not in position:
-            known = "ImageNet's 1,000 classes; folders must be named n01440764 or 0"
-            raise ValueError(f"class_names: {name} is none of {known}")
+    if unknown := [name for name in keys if name not in position]:
+        known = "ImageNet's 1,000 classes; folders must be named n01440764 or 0"
+        raise ValueError(f"class_names: {unknown[0]} is none of {known}")
     return [IMAGENET_CLASSNAMES[position[key]] for key in keys]
 
 

@@ -17,14 +17,7 @@ _TEXTS = 256
 class ClipModel:
     """A model of open_clip with its preprocessing and tokenizer.
 
-    Args:
-        name: An architecture, ``local-dir:FOLDER`` or ``hf-hub:NAME``.
-        pretrained: A tag or a file of weights.
-        checkpoint: A checkpoint of open_clip's trainer; instead of ``pretrained``.
-        device: Where to run it.
-        precision: One of open_clip's.
-        batch_size: Images encoded at once.
-        workers: Processes that read and prepare images.
+    ``name``, ``pretrained`` and ``precision`` are as for open_clip; ``checkpoint`` is one of its trainer's.
 
     Raises:
         ValueError: If neither weights nor ``local-dir:`` or ``hf-hub:`` is given: the model would be random.

@@ -35,14 +35,10 @@ class Name:
 
 
 class Namer:
-    """Reads the names of one icon set.
+    """Reads the names of one icon set, given all of them, and the styles that it declares.
 
-    Args:
-        prefix: The set's prefix, such as ``mdi``.
-        names: All names of the set: a word is taken for a style where the icon exists in another style too.
-        suffixes: The style suffixes that the set declares, such as ``24-filled``.
-        prefixes: The style prefixes that it declares.
-        emoji: Whether the names are those of emojis, whose variants for gender are one concept.
+    A word is taken for a style where the icon exists in another style too. An ``emoji``'s variants for gender
+    are one concept.
     """
 
     def __init__(

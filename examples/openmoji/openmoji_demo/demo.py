@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, console: Console, stages: Stages) -> None:
         "split": args.split,
         "seed": args.seed,
         "epochs": args.epochs,
-        "runs": {run.loss: {**run.record(), "command": run.command()[1:]} for run in runs},
+        "runs": {run.loss: run.record() for run in runs},
     }
     report.save(blocks, rankings, conditions, root)
     rankings.save(root / "agreement.json")

@@ -50,9 +50,9 @@ class Run:
         return trainer.checkpoint_of(self.folder, self.epochs)
 
     def record(self) -> dict[str, Any]:
-        """Return how long the complete run took, in seconds, and with how many threads."""
-        stored = json.loads((self.folder / _DONE).read_text(encoding="utf-8"))
-        return {key: stored.get(key) for key in ("seconds", "threads")}
+        """Return what the complete run was trained with: its settings, the seconds it took, the threads."""
+        stored: dict[str, Any] = json.loads((self.folder / _DONE).read_text(encoding="utf-8"))
+        return stored
 
     def job(self) -> Job:
         """Return what the trainer is started with."""
@@ -70,13 +70,9 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """Return what makes two runs the same run."""
-        architecture = (self.root / "model" / "open_clip_config.json").read_text(encoding="utf-8")
-        table = (self.root / self.data / "train.csv").read_bytes()
-        return {
-            "command": self.command()[1:],
-            "model": json.loads(architecture),
-            "train_data": hashlib.sha256(table).hexdigest()[:16],
-        }
+        model = json.loads((self.root / "model" / "open_clip_config.json").read_text(encoding="utf-8"))
+        table = hashlib.sha256((self.root / self.data / "train.csv").read_bytes()).hexdigest()
+        return {"command": self.command()[1:], "model": model, "train_data": table[:16]}
 
     def is_complete(self) -> bool:
         """Say whether this run was finished earlier with the same settings.
@@ -84,10 +80,9 @@ class Run:
         Raises:
             TrainingError: If it was finished with other ones. Nothing trained is ever overwritten.
         """
-        marker = self.folder / _DONE
-        if not marker.is_file() or not self.checkpoint.is_file():
+        if not (self.folder / _DONE).is_file() or not self.checkpoint.is_file():
             return False
-        if json.loads(marker.read_text(encoding="utf-8"))["settings"] != self.settings():
+        if self.record()["settings"] != self.settings():
             raise TrainingError(
                 f"{self.folder} was trained with other settings (data, model or arguments after --): "
                 "delete that folder or choose another --output"
@@ -150,10 +145,7 @@ async def train_all(
     on_share: Callable[[float], None],
     warn: Callable[[str], None],
 ) -> None:
-    """Train several models, ``jobs`` at a time; the first that fails ends the others.
-
-    ``on_share`` is told how much of all trainings is done, ``warn`` the trainers' warnings.
-    """
+    """Train several models, ``jobs`` at a time; the first that fails ends the others."""
     shares = dict.fromkeys(runs, 0.0)
 
     async def one(run: Run, report: Report) -> None:  # noqa: ARG001 (one bar stands over all stages)
