@@ -18,7 +18,7 @@ import yaml
 from examples_common import terminal
 from examples_common.trainer import TrainingError
 from miniature_icons import digests
-from openmoji_demo import agreement, command, data, draw, evaluate, progress, report, train
+from openmoji_demo import command, data, draw, evaluate, progress, report, train
 from PIL import Image
 from rich.console import Console
 from scipy.stats import kendalltau
@@ -171,11 +171,11 @@ def test_a_failed_build_leaves_nothing(few, tmp_path, monkeypatch):
 def taus():
     """Two models' agreement on four training concepts and three others."""
     lists = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([4.0, 2.0, 3.0, 1.0])
-    concepts = {agreement.TRAINING: 4, agreement.HELD_OUT: 3}
+    concepts = {evaluate.TRAINING: 4, evaluate.HELD_OUT: 3}
     taus = {"CLIP": 0.25, "RankCLIP": 0.5}
-    averages = {m: {agreement.TRAINING: tau, agreement.HELD_OUT: 0.0625} for m, tau in taus.items()}
+    averages = {m: {evaluate.TRAINING: tau, evaluate.HELD_OUT: 0.0625} for m, tau in taus.items()}
     labels = ["apple", "banana", "cherry", "a date, which is a long name"]
-    return agreement.Agreement(averages, concepts, 0, labels, dict.fromkeys(averages, lists))
+    return evaluate.Agreement(averages, concepts, 0, labels, dict.fromkeys(averages, lists))
 
 
 @pytest.fixture(scope="module")
@@ -265,10 +265,10 @@ def test_the_agreement_is_that_of_the_features_and_the_pair_is_a_typical_one():
         n: evaluate.Pictures([None] * n, pd.DataFrame({"name": [f"concept {i}" for i in range(n)]}))
         for n in (30, 7)
     }
-    measured = agreement.measure({m: Model(m) for m in ("CLIP", "RankCLIP")}, pairs[30], pairs[7])
+    measured = evaluate.measure_agreement({m: Model(m) for m in ("CLIP", "RankCLIP")}, pairs[30], pairs[7])
     distances = torch.zeros(30)
     for name in ("CLIP", "RankCLIP"):
-        for key, n in ((agreement.TRAINING, 30), (agreement.HELD_OUT, 7)):
+        for key, n in ((evaluate.TRAINING, 30), (evaluate.HELD_OUT, 7)):
             v, t = (x.double().numpy() for x in features[name, n])
             taus = [kendalltau(v[i] @ t.T, t[i] @ v.T).statistic for i in range(n)]
             assert measured.averages[name][key] == pytest.approx(np.mean(taus))
@@ -278,7 +278,7 @@ def test_the_agreement_is_that_of_the_features_and_the_pair_is_a_typical_one():
         torch.testing.assert_close(measured.scores[name][0], t @ v[measured.anchor])
         torch.testing.assert_close(measured.scores[name][1], v @ t[measured.anchor])
     assert measured.anchor == int(distances.argmin())
-    assert measured.concepts == {agreement.TRAINING: 30, agreement.HELD_OUT: 7}
+    assert measured.concepts == {evaluate.TRAINING: 30, evaluate.HELD_OUT: 7}
 
 
 def test_pairs_are_the_first_picture_of_every_concept(built):

@@ -14,7 +14,7 @@ from typing import Any
 from examples_common.terminal import Track, positive, say, status_of, tracker
 from rich.console import Console
 
-from . import baseline, card, draw, labels, package, records, split, write
+from . import baseline, draw, labels, package, records, split, write
 
 RECIPE = "6fac31794a9b392d"  # names what a build writes: change it whenever that changes
 
@@ -73,8 +73,6 @@ def build(
     rows, order, ranges = records.make(icons, parts, {one.prefix: one.palette for one in sets}, seed=seed)
     pngs, thumbnails = [pngs[position] for position in order], thumbnails[order]
     labelled = labels.build([icons[position] for position in order], [row.side for row in rows])
-    sets = [one for one in sets if any(row.set == one.prefix for row in rows)]
-
     sides = {side: rows[slice(*ranges[side])] for side in split.SIDES if side in ranges}
     manifest = {
         "package": f"{package.PACKAGE} {version}",
@@ -93,14 +91,12 @@ def build(
         write.benchmark(work / "benchmark", rows, pngs, labelled, track)
         if png:
             write.files(work, sides, pngs, track)
-        attributions = card.attributions(sets, rows, version)
-        (work / "ATTRIBUTIONS.md").write_text(attributions, encoding="utf-8")
         for _ in track(["pixels"], 1, "Untrained baseline"):
             retrieval = baseline.retrieval(rows, thumbnails, ranges)
             classification = baseline.classification(labelled, thumbnails)
         values = {"version": version, "seed": seed, "counts": parts.counts, "retrieval": retrieval}
-        text = card.data_card(sets, left_out, rows, ranges, classification, **values)
-        (work / "DATA_CARD.md").write_text(text, encoding="utf-8")
+        values["parts"] = {name: rows[start:stop] for name, (start, stop) in ranges.items()}
+        write.documents(work, sets, left_out, rows, classification, **values)
         (output / "manifest.json").unlink(missing_ok=True)
         for path in sorted(work.iterdir()):
             target = output / path.name

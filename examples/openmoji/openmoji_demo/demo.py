@@ -14,7 +14,7 @@ from rich.console import Console
 
 import rankloss
 
-from . import agreement, data, draw, evaluate, progress, report
+from . import data, draw, evaluate, progress, report
 from .progress import Stages
 from .train import Run, arguments_for, read_scalars, side_by_side, train_all
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, console: Console, stages: Stages) -> None:
         stages.report((number + 1) / (len(evaluate.STYLES) + 1))
     tables = (folder / name for name in ("train_emojis.csv", "test.csv"))
     training, held_out = (evaluate.load_pictures(root, table, once=True) for table in tables)
-    rankings = agreement.measure(models, training, held_out)
+    rankings = evaluate.measure_agreement(models, training, held_out)
     report.show(blocks, rankings, console)
     conditions = {
         "device": device,

@@ -13,8 +13,7 @@ from PIL import Image
 
 from rankloss import plots
 
-from .agreement import HELD_OUT, TRAINING, Agreement
-from .evaluate import TestSet
+from .evaluate import HELD_OUT, TRAINING, Agreement, TestSet
 
 QUERIES = 6
 TOP = 5

@@ -12,8 +12,7 @@ from examples_common import page, tables
 from examples_common.terminal import say
 from rich.console import Console
 
-from .agreement import HELD_OUT, TRAINING, Agreement
-from .evaluate import TASKS, Scores
+from .evaluate import HELD_OUT, TASKS, TRAINING, Agreement, Scores
 
 _HEADS = {  # of the columns, with what stands before a cut-off
     "image_to_text": ("image → text", "R@"),
