@@ -29,9 +29,6 @@ def _features(*shape, seed=0):
     return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-# --- retrieval ---
-
-
 def _in_every_order(similarity, right, k):
     """R@k, averaged over all orders of the columns, of a ranking that leaves ties as it found them."""
     hits = []
@@ -83,9 +80,6 @@ def test_chance_and_standard_error():
     assert metrics.standard_error(10, 270) == pytest.approx(1.8257, abs=1e-3)
 
 
-# --- classification ---
-
-
 def test_accuracies_are_what_scikit_learn_counts():
     scores = torch.randn(200, 7, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(6, (200,), generator=torch.Generator().manual_seed(1))  # class 6 does not occur
@@ -94,9 +88,6 @@ def test_accuracies_are_what_scikit_learn_counts():
         assert value == pytest.approx(100 * expected, abs=1e-4)
     expected = recall_score(labels, scores.argmax(dim=1), labels=range(6), average="macro")
     assert metrics.mean_per_class_accuracy(scores, labels) == pytest.approx(100 * expected)
-
-
-# --- the baseline ---
 
 
 def test_pixel_knn_finds_neighbours_and_lends_their_words():
@@ -124,9 +115,6 @@ def test_pixel_knn_votes():
             tie_break = 1 / (2 + query[labels == label].min())
             assert row[label] == pytest.approx((first == label).sum() + tie_break)
         assert row[3] == 0
-
-
-# --- probe ---
 
 
 def _clusters(n, *, classes=4, noise=1.0, seed=0):
@@ -175,8 +163,6 @@ def test_probe_scores_classes_that_training_lacks():
     assert not found.at_edge
 
 
-# --- what is refused ---
-
 _NAN = torch.full((2, 2), torch.nan)
 _IMAGES, _TEXTS, _OF = _features(3, 4), _features(5, 4), torch.tensor([0, 1, 1, 1, 0])
 _X, _Y = _clusters(20)
@@ -207,9 +193,6 @@ def test_what_cannot_be_measured_is_refused(said):
         REFUSED[said]()
 
 
-# --- geometry ---
-
-
 def test_geometry_of_pairs_that_coincide():
     v = _features(30, 6)
     found = geometry.geometry(v, v)
@@ -218,9 +201,6 @@ def test_geometry_of_pairs_that_coincide():
     distance = torch.pdist(v.double()).square()
     assert found["uniformity_image"] == pytest.approx(distance.mul(-2).exp().mean().log().item(), abs=1e-6)
     assert found["cross_modal_tau"] == found["in_modal_rho"] == pytest.approx(1.0)
-
-
-# --- data ---
 
 
 def _pictures(folder, **colours):
@@ -376,9 +356,6 @@ def test_torchvisions_sets(tmp_path):
         _load("torchvision:MNIST", root=tmp_path)
 
 
-# --- the model and the command ---
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """An architecture, and a checkpoint as open_clip's trainer saves it."""
@@ -436,19 +413,15 @@ def evaluated(trained, tmp_path, capsys):
     return run
 
 
-@pytest.fixture
-def encode(loaded):
-    """Encodes pictures of one colour each."""
-    return lambda colours: loaded.image_features(
-        [(loaded.preprocess(Image.new("RGB", (32, 32), c)), c[0] // 128) for c in colours]
-    )
+def _encoded(model, source, split="test"):
+    return model.image_features(datasets.load(str(source), split, model.preprocess).images)
 
 
-def test_zero_shot_and_probe_on_the_command_line(evaluated, encode, loaded, shards):
+def test_zero_shot_and_probe_on_the_command_line(evaluated, loaded, shards):
     status, _, found = evaluated(shards.classes, "--tasks", "zero-shot", "probe")
     assert status == 0
-    sides = ([*shards.colours[:12:2], *shards.colours[1:12:2]], shards.colours[12:])
-    train, test = ((x, torch.tensor(labels)) for x, labels in map(encode, sides))
+    sides = (_encoded(loaded, shards.classes, split) for split in ("train", "test"))
+    train, test = ((x, torch.tensor(labels)) for x, labels in sides)
     classifier = loaded.classifier(["dark", "light"], ["a {c} patch", "the colour {c}"])
     expected = metrics.accuracy_at_k(normalize(test[0], dim=-1) @ classifier, test[1])[1]
     top = found["zero-shot", "top-1"]
@@ -458,11 +431,11 @@ def test_zero_shot_and_probe_on_the_command_line(evaluated, encode, loaded, shar
     assert expected.strength in {row["value"] for (_, name), row in found.items() if "strength" in name}
 
 
-def test_retrieval_and_geometry_on_the_command_line(evaluated, encode, loaded, shards):
+def test_retrieval_and_geometry_on_the_command_line(evaluated, loaded, shards):
     status, _, found = evaluated(shards.texts, "--caption-prefix", "a photo of ")
     assert status == 0
-    images = normalize(encode(shards.colours)[0], dim=-1)
-    captions = [_captions(i, c) for i, c in enumerate(shards.colours)]
+    features, captions = _encoded(loaded, shards.texts)
+    images = normalize(features, dim=-1)
     texts = loaded.text_features([f"a photo of {caption}" for own in captions for caption in own])
     image_of = torch.tensor([i for i, own in enumerate(captions) for _ in own])
     for task, recall in metrics.retrieval(images, texts, image_of).items():

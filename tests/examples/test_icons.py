@@ -21,8 +21,6 @@ from icons_data import baseline, command, draw, labels, load, package, records, 
 from icons_data.names import Namer, concept_of, has_skin_tone
 from miniature_icons import digests
 
-# --- a small package ---
-
 
 def _drawing(key: str) -> str:
     """A body that nothing else looks like: eight bars, drawn from the key."""
@@ -103,9 +101,6 @@ def data(built):
     return load.load(built)
 
 
-# --- names ---
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_caption_and_style(name):
     suffixes = {"24-filled": "24", "bold-duotone": "", "light": ""}
@@ -136,9 +131,6 @@ def test_concept_of_emojis_has_no_gender():
 def test_skin_tones():
     toned = ["wave-medium-dark-skin-tone", "wave-dark", "person-light-skin-tone-bald", "man-tone3"]
     assert [name for name in (*toned, "wave", "flashlight", "light-bulb") if has_skin_tone(name)] == toned
-
-
-# --- which sets and icons are used ---
 
 
 def test_sets_that_may_not_be_used_are_left_out_and_the_reason_is_given():
@@ -198,9 +190,6 @@ def test_a_tarball_of_something_else_is_refused(tmp_path):
         package.read(_pack(tmp_path, {}))
 
 
-# --- drawing ---
-
-
 def _icons(names, prefix="mdi"):
     return list(package.icons_of(prefix, _set(prefix, names)))
 
@@ -221,9 +210,6 @@ def test_what_is_drawn_is_kept_and_a_changed_drawing_is_drawn_anew(tmp_path, mon
     changed = dataclasses.replace(icons[2], svg=icons[0].svg)
     draw.draw_all([*icons[:2], changed], tmp_path, workers=1)
     assert asked == [changed.svg]
-
-
-# --- split ---
 
 
 _THUMBNAILS = st.tuples(st.integers(2, 12), st.just(4), st.just(4), st.just(3))
@@ -286,9 +272,6 @@ def test_blank_drawings_are_left_out():
     made = split.split(_icons(["ant", "bee", "cat"]), thumbnails)
     assert (made.kept, made.counts["blank"]) == ([0], 2)
     assert made.group == ["ant", "bee", "cat"]  # two blanks are not alike
-
-
-# --- the build ---
 
 
 def test_two_builds_are_byte_equal_and_a_complete_one_is_recognised(built, tarball, tmp_path):
@@ -456,9 +439,6 @@ def test_tables_name_files_that_are_there(built, data):
 def test_the_table_of_records_is_read_back_as_it_was(data, tmp_path):
     records.write_table(tmp_path / "records.csv", data.records)
     assert records.read_table(tmp_path / "records.csv") == data.records
-
-
-# --- the baseline ---
 
 
 def test_raw_pixels_find_what_they_have_seen():

@@ -49,9 +49,6 @@ def built(few, tmp_path_factory):
     return root
 
 
-# --- concepts and split ---
-
-
 CONCEPTS = yaml.safe_load(Path(__file__).with_name("emoji_concepts.yaml").read_text(encoding="utf-8"))
 
 
@@ -103,9 +100,6 @@ def test_captions_and_split_depend_on_the_seed_only(emojis, split):
     assert len(set(held_out)) == len(held_out)
 
 
-# --- pictures ---
-
-
 def test_line_art_of_an_apple_is_its_line_groups_grey_and_not_empty():
     svg = data.read_svg("1F34E")
     layers = [set(re.findall(r'<g id="([a-z]+)', text)) for text in (svg, data.line_art(svg))]
@@ -116,9 +110,6 @@ def test_line_art_of_an_apple_is_its_line_groups_grey_and_not_empty():
     assert np.ptp(colour, axis=2).max() > 100
     assert np.ptp(line, axis=2).max() == 0
     assert 0.02 < (line < 128).mean() < 0.5
-
-
-# --- build ---
 
 
 def test_two_builds_are_byte_equal(built, few, tmp_path):
@@ -162,9 +153,6 @@ def test_a_failed_build_leaves_nothing(few, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         data.build(tmp_path / "data" / "split0", root=tmp_path, emojis=few)
     assert list((tmp_path / "data").iterdir()) == []
-
-
-# --- table ---
 
 
 @pytest.fixture
@@ -246,9 +234,6 @@ def test_notes_follow_the_numbers(block):
     assert "RankCLIP is ahead of CLIP on 1 of 12 scores" in report.notes([both])[3]
 
 
-# --- agreement ---
-
-
 def test_the_agreement_is_that_of_the_features_and_the_pair_is_a_typical_one():
     generator = torch.Generator().manual_seed(0)
 
@@ -291,9 +276,6 @@ def test_pairs_are_the_first_picture_of_every_concept(built):
     assert list(first.values()) == list(zip(pairs.captions, pairs.images, strict=True))
 
 
-# --- progress ---
-
-
 @pytest.mark.parametrize("slower", [0.5, 1.0, 3.0])
 def test_the_time_left_follows_the_machine(slower):
     now, bars = 100.0, terminal.bars(Console(file=io.StringIO()))
@@ -310,9 +292,6 @@ def test_the_time_left_follows_the_machine(slower):
                 assert bar.time_remaining == pytest.approx(slower * (100 - done + 20), abs=2)
                 assert bar.percentage == pytest.approx(100 * (10 + done) / 130)
     assert (bar.percentage, bar.time_remaining) == (100, 0)
-
-
-# --- training ---
 
 
 @pytest.fixture
@@ -364,9 +343,6 @@ def test_cores_are_shared_out(monkeypatch):
     monkeypatch.setattr(train, "cpu_count", lambda: 2)
     shared = [train.side_by_side(*of) for of in ((1, "cpu"), (2, "cpu"), (3, "cpu"), (2, "cuda"))]
     assert shared == [(1, 2), (2, 1), (2, 1), (1, None)]
-
-
-# --- picture and command line ---
 
 
 def test_the_picture_shows_hits_and_misses_alike(built, taus, tmp_path):

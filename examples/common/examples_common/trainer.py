@@ -9,28 +9,20 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PLAIN_CLIP = "clip"
+_NOT_ATTACHED = """\
+Without the plug-in open_clip reads --loss as an abbreviation of --loss-dist-impl and trains plain CLIP.
+Reinstall the plug-in (pip install -e '.[examples]'), make sure that TORCH_DEVICE_BACKEND_AUTOLOAD is not 0, and
+run python -m rankloss_open_clip.doctor"""
 _STEP = re.compile(r"Train Epoch: (?P<epoch>\d+) \[\s*(?P<seen>\d+)/(?P<total>\d+) ")
 _TERM = re.compile(r"\b(\w+_loss): (\S+)", re.IGNORECASE)
 
 
 class TrainingError(RuntimeError):
     """The trainer failed, or trained something else."""
-
-
-class LossNotAttachedError(TrainingError):
-    """The trainer ran without the plug-in and would have trained plain CLIP under another name."""
-
-    def __init__(self, loss: str, terms: Collection[str]) -> None:
-        super().__init__(
-            f"--loss {loss} was not honoured: the only loss terms logged are {', '.join(terms) or 'none'}.\n"
-            "Without the plug-in open_clip reads --loss as an abbreviation of --loss-dist-impl and trains "
-            "plain CLIP.\nReinstall the plug-in (pip install -e '.[examples]'), make sure that "
-            "TORCH_DEVICE_BACKEND_AUTOLOAD is not 0, and run\npython -m rankloss_open_clip.doctor"
-        )
 
 
 def recipe(
@@ -91,8 +83,8 @@ class Log:
         """Take in a line and return whether it reports a step.
 
         Raises:
-            LossNotAttachedError: If the first logged step shows plain CLIP's term only. The trainer's log of
-                its arguments would prove nothing: without the plug-in it takes ``--loss`` for another option.
+            TrainingError: If the first logged step shows plain CLIP's term only. The trainer's log of its
+                arguments would prove nothing: without the plug-in it takes ``--loss`` for another option.
         """
         self.tail.append(line)
         step = _STEP.search(line)
@@ -101,7 +93,9 @@ class Log:
         self.last = {name.lower(): float(value) for name, value in _TERM.findall(line)}
         if not self.first:
             if self._job.loss != PLAIN_CLIP and not self.last.keys() - {"contrastive_loss"}:
-                raise LossNotAttachedError(self._job.loss, self.last)
+                logged = ", ".join(self.last) or "none"
+                said = f"--loss {self._job.loss} was not honoured: the only loss terms logged are {logged}."
+                raise TrainingError(f"{said}\n{_NOT_ATTACHED}")
             self.first = self.last
         self.share = (int(step["epoch"]) + int(step["seen"]) / int(step["total"])) / self._job.epochs
         return True
@@ -137,8 +131,7 @@ async def train(
     called with every line of output and the log read so far; without ``threads`` their number is torch's.
 
     Raises:
-        LossNotAttachedError: If plain CLIP was trained in place of another loss.
-        TrainingError: If the trainer fails or leaves no checkpoint.
+        TrainingError: If the trainer fails, trains another loss or leaves no checkpoint.
     """
     shutil.rmtree(folder, ignore_errors=True)
     checkpoint, log, started = checkpoint_of(folder, job.epochs), Log(job), time.monotonic()

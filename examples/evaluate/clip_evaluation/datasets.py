@@ -99,9 +99,6 @@ class _Files(Dataset[Any]):
         return self._transform(default_loader(str(path))), target
 
 
-# --- folders ---
-
-
 class _Classes(ImageFolder):
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         # ImageNetV2 names its folders by number, and 10 does not come before 2.
@@ -150,9 +147,6 @@ def _imagenet(folders: Sequence[str]) -> list[str]:
     return [IMAGENET_CLASSNAMES[position[key]] for key in keys]
 
 
-# --- tables and captions ---
-
-
 def _table(
     path: Path,
     transform: Transform,
@@ -192,9 +186,6 @@ def _coco(path: Path, folder: Path, transform: Transform) -> ImageSet:
     return ImageSet(_name(path), _Files(items, transform), True)
 
 
-# --- CLIP_benchmark's webdataset layout ---
-
-
 def _samples(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for shard in shards:
         with Path(shard["url"]).open("rb") as stream:  # what webdataset opens itself stays open
@@ -229,8 +220,6 @@ def _lines(path: Path) -> list[str] | None:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
     return lines and [line.strip() for line in lines if line.strip()]
 
-
-# --- torchvision ---
 
 _SETS: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("torchvision.yaml").read_text(encoding="utf-8")

@@ -138,9 +138,8 @@ class Agreement:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        scores = {
-            name: torch.stack(of).double().numpy().round(5).tolist() for name, of in self.scores.items()
-        }
+        lists = {name: torch.stack(of).double().numpy().round(5) for name, of in self.scores.items()}
+        scores = {name: both.tolist() for name, both in lists.items()}
         text = json.dumps({**vars(self), "scores": scores}, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8")
 
