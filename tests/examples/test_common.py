@@ -21,7 +21,7 @@ from examples_common import page, tables, terminal, trainer
 from examples_common.trainer import Job, Log, TrainingError
 from hypothesis import given
 from hypothesis import strategies as st
-from icons_data import labels, names
+from icons_data import labels
 from miniature_paper import captions, wording
 from rich.console import Console
 
@@ -37,9 +37,10 @@ RANKED = line(1, 50, 100, "Contrastive_loss: 3.5 (3.6) Cross_modal_loss: 0.25 (0
 
 
 def test_the_log_tells_progress_and_terms():
-    log = Log(JOB)
-    assert not log.read("2026-01-01,00:00:00 | INFO | Start epoch 0")
-    assert log.read(RANKED)
+    log = Log(JOB, Path())
+    log.read("2026-01-01,00:00:00 | INFO | Start epoch 0")
+    assert (log.share, log.last) == (0, {})
+    log.read(RANKED)
     assert log.share == pytest.approx(1.5 / 4)
     assert log.first == log.last == {"contrastive_loss": 3.5, "cross_modal_loss": 0.25}
     assert len(log.tail) == 2
@@ -205,7 +206,7 @@ def test_the_examples_use_public_names_only():
         assert not any(part.startswith("_") for part in (*module.split("."), name)), (module, name)
 
 
-@pytest.mark.parametrize("module", [captions, labels, metrics, names, tables, wording])
+@pytest.mark.parametrize("module", [captions, labels, metrics, wording])
 def test_examples_in_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted > 0

@@ -1,6 +1,5 @@
 """The evaluation example: metrics against other ways to count, probes, readers of data, the command line."""
 
-import io
 import itertools
 import json
 import math
@@ -215,15 +214,11 @@ def _load(source, split="test", **options):
     return datasets.load(str(source), split, lambda image: image.convert("RGB").getpixel((0, 0)), **options)
 
 
-def _items(found):
-    return [found.images[i] for i in range(len(found.images))]
-
-
 def test_folders_named_by_number_are_in_the_order_of_the_numbers(tmp_path):
     _pictures(tmp_path, **{f"{number}__a": (number, 0, 0) for number in (0, 2, 10)})
     (tmp_path / "2" / "notes.txt").write_text("no picture")
     found = _load(tmp_path, class_names="imagenet")
-    assert sorted(_items(found)) == [((0, 0, 0), 0), ((2, 0, 0), 1), ((10, 0, 0), 2)]
+    assert sorted(found.images) == [((0, 0, 0), 0), ((2, 0, 0), 1), ((10, 0, 0), 2)]
     assert found.classes == [open_clip.IMAGENET_CLASSNAMES[i] for i in (0, 2, 10)]
     assert not found.retrieval
 
@@ -258,7 +253,7 @@ def test_a_table_gives_every_image_once_with_all_its_captions(tmp_path):
     table.write_text("filepath\ttitle\nimg/a.png\tone\nimg/b.png\ttwo\nimg/a.png\tthree, again\n")
     found = _load(table)
     assert found.retrieval
-    assert _items(found) == [((255, 0, 0), ["one", "three, again"]), ((0, 0, 255), ["two"])]
+    assert list(found.images) == [((255, 0, 0), ["one", "three, again"]), ((0, 0, 255), ["two"])]
     with pytest.raises(ValueError, match="no column 'image' among filepath, title"):
         _load(table, csv_image_key="image")
 
@@ -269,7 +264,7 @@ def test_a_table_with_labels_is_for_classification(tmp_path):
     table.write_text("image,kind\na.png,zebra\nb.png,ant\n")
     found = _load(table, csv_image_key="image", csv_label_key="kind", csv_separator=",")
     assert found.classes == ["ant", "zebra"]
-    assert [target for _, target in _items(found)] == [1, 0]
+    assert [target for _, target in list(found.images)] == [1, 0]
 
 
 def test_cocos_captions(tmp_path):
@@ -281,7 +276,7 @@ def test_cocos_captions(tmp_path):
     # Five captions at most, in the order of their numbers; an image without any is no query.
     first = [f"caption {i}" for i in range(15, 20)]
     found = _load(path, image_folder=tmp_path / "val")
-    assert _items(found) == [((0, 0, 0), first), ((1, 0, 0), ["caption 14"])]
+    assert list(found.images) == [((0, 0, 0), first), ((1, 0, 0), ["caption 14"])]
     path.write_text("{}")
     with pytest.raises(ValueError, match="images and annotations"):
         _load(path)
@@ -289,11 +284,9 @@ def test_cocos_captions(tmp_path):
 
 def _shard(path, samples):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with webdataset.TarWriter(str(path), encoder=False) as tar:
+    with webdataset.TarWriter(str(path)) as tar:
         for number, (colour, target) in enumerate(samples):
-            png = io.BytesIO()
-            Image.new("RGB", (32, 32), colour).save(png, "PNG")
-            tar.write({"__key__": f"s{number}", "png": png.getvalue(), **target})
+            tar.write({"__key__": f"s{number}", "png": Image.new("RGB", (32, 32), colour), **target})
 
 
 def _captions(i, colour):
@@ -307,9 +300,9 @@ def shards(tmp_path):
     top, texts = tmp_path / "colours", tmp_path / "texts"
     for split, part in (("train", colours[:12]), ("test", colours[12:])):
         for shard in (0, 1):
-            samples = [(c, {"cls": str(c[0] // 128).encode()}) for c in part[shard::2]]
+            samples = [(c, {"cls": c[0] // 128}) for c in part[shard::2]]
             _shard(top / split / f"{shard}.tar", samples)
-    samples = [(c, {"txt": "\n".join(_captions(i, c)).encode()}) for i, c in enumerate(colours)]
+    samples = [(c, {"txt": "\n".join(_captions(i, c))}) for i, c in enumerate(colours)]
     _shard(texts / "test" / "0.tar", samples)
     for path, text in (
         (top / "train" / "nshards.txt", "2\n"),
@@ -346,7 +339,7 @@ def test_torchvisions_sets(tmp_path):
     for split in ("train", "valid", "test"):
         _pictures(tmp_path / "rendered-sst2" / split, negative__a="red", positive__a="red")
     found = _load("torchvision:RenderedSST2", "validation", root=tmp_path)
-    assert _items(found) == [((255, 0, 0), 0), ((255, 0, 0), 1)]
+    assert list(found.images) == [((255, 0, 0), 0), ((255, 0, 0), 1)]
     assert found.classes == ["negative", "positive"]
     assert datasets.has_split("torchvision:RenderedSST2", "validation")
     assert not datasets.has_split("torchvision:CIFAR10", "validation")

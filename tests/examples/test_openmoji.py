@@ -1,6 +1,5 @@
 """The emoji example: split, pictures, baseline, scores, and what counts as the same run."""
 
-import asyncio
 import dataclasses
 import io
 import json
@@ -8,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +171,7 @@ def scored(built):
     """The scores of the two baselines on the held-out pictures in colour, and the pictures."""
     folder = built / "data" / "split0"
     shown = evaluate.load_test_set(built, folder, "color")
-    knn = evaluate.PixelKNN(evaluate.load_pictures(built, folder / "train_emojis.csv"))
+    knn = partial(evaluate.knn_scores, evaluate.load_pictures(built, folder / "train_emojis.csv"))
     return shown, evaluate.chance_scores(shown), evaluate.score(knn, shown)[0]
 
 
@@ -235,12 +235,9 @@ def test_notes_follow_the_numbers(block):
 
 
 def test_the_agreement_is_that_of_the_features_and_the_pair_is_a_typical_one():
-    generator = torch.Generator().manual_seed(0)
-
-    def unit(n):
-        return torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=-1)
-
-    features = {(model, n): (unit(n), unit(n)) for model in ("CLIP", "RankCLIP") for n in (30, 7)}
+    torch.manual_seed(0)
+    of = [(model, n) for model in ("CLIP", "RankCLIP") for n in (30, 7)]
+    features = {one: torch.nn.functional.normalize(torch.randn(2, one[1], 8), dim=-1) for one in of}
 
     class Model(str):
         def features(self, shown):
@@ -312,8 +309,9 @@ def runs(built, monkeypatch):
             return [sys.executable, "-c", script]
 
         monkeypatch.setattr(train.Run, "command", command)
+        monkeypatch.setattr(train, "side_by_side", lambda count, device: (jobs, 1))
         shares, warnings = [], []
-        asyncio.run(train.train_all(pair, jobs=jobs, threads=1, on_share=shares.append, warn=warnings.append))
+        train.train_all(pair, "cpu", shares.append, warnings.append)
         return shares, warnings
 
     return pair, make
@@ -358,7 +356,7 @@ def test_the_picture_shows_hits_and_misses_alike(built, taus, tmp_path):
 
     test_set = evaluate.load_test_set(built, built / "data" / "split0", "color")
     scores = torch.rand(2 * [len(test_set.images)], generator=torch.Generator().manual_seed(0))
-    points = [(0, 2.0), (10, 1.0), (19, 0.5)]
+    points = pd.Series({0: 2.0, 10: 1.0, 19: 0.5})
     curves = {f"train/{key}": points for key in (*draw._CURVES, "rank_lambda")}
     for names in (["RankCLIP"], ["CLIP", "cyclip", "RankCLIP"]):
         path = tmp_path / f"{len(names)}.png"

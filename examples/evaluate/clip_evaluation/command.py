@@ -98,11 +98,7 @@ class Evaluation:
         self._model, self._args, self._console = model, args, console
 
     def run(self, source: str) -> list[Result]:
-        """Evaluate on one data set.
-
-        Raises:
-            ValueError: If a requested task does not fit the data.
-        """
+        """Evaluate on one data set."""
         data = self._load(source, self._args.split)
         tasks = self._args.tasks or (("retrieval", "geometry") if data.retrieval else ("zero-shot",))
         unfit = [task for task in tasks if (task in _FOR_CLASSES) == data.retrieval]

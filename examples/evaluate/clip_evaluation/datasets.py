@@ -51,16 +51,11 @@ def load(
         split: Such as ``test``. Ignored for a single table or a folder of classes without splits.
         transform: The model's preprocessing.
         class_names: ``imagenet`` for open_clip's names of ImageNet's classes, or a file with one name per
-            line in the order of the sorted class folders. By default the names of the folders, or those that
-            come with the data.
+            line for the sorted class folders. By default the names of the folders.
         image_folder: Where the images of COCO's captions are; the folder of the file by default.
         root: Where torchvision keeps its data.
         download: Whether torchvision may fetch it.
         **columns: ``csv_image_key``, ``csv_caption_key``, ``csv_label_key`` and ``csv_separator`` of a table.
-
-    Raises:
-        FileNotFoundError: If there is no such file or folder.
-        ValueError: If it is none of the kinds above, or the class names do not fit.
     """
     if source.startswith(_TORCHVISION):
         return _torchvision(source.removeprefix(_TORCHVISION), split, transform, root, download)
@@ -102,7 +97,8 @@ class _Files(Dataset[Any]):
 class _Classes(ImageFolder):
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         # ImageNetV2 names its folders by number, and 10 does not come before 2.
-        names = sorted((p.name for p in Path(directory).iterdir() if p.is_dir()), key=_natural)
+        names = [path.name for path in Path(directory).iterdir() if path.is_dir()]
+        names.sort(key=lambda name: (int(name), "") if name.isdigit() else (-1, name))
         return names, {name: number for number, name in enumerate(names)}
 
 
@@ -112,10 +108,6 @@ def _folder(path: Path, split: str, transform: Transform, class_names: str | Non
     if not is_of_classes or not len(images := _Classes(str(top), transform, allow_empty=True)):
         raise ValueError(f"{top} holds no folders of images, and no {split}/nshards.txt")
     return ImageSet(_name(path), images, False, _class_names(images.classes, class_names))
-
-
-def _natural(name: str) -> tuple[int, str]:
-    return (int(name), "") if name.isdigit() else (-1, name)
 
 
 def _name(path: Path) -> str:

@@ -26,20 +26,15 @@ def recall(similarity: Tensor, image_of: Tensor | None = None, *, ks: Sequence[i
     right one in the first k. Scores that are often equal, such as a nearest-neighbour vote, therefore gain
     nothing from the order of the answers.
 
-    Args:
-        similarity: ``[I, C]``.
-        image_of: ``[C]``, the image of every caption; by default caption i belongs to image i.
-        ks: The cut-offs.
-
-    Returns:
-        ``image_to_text`` and ``text_to_image``: R@k in percent.
+    ``similarity`` is ``[I, C]``, and ``image_of``, ``[C]``, the image of every caption; by default caption i
+    belongs to image i.
 
     Raises:
         ValueError: For an ``image_of`` that does not fit, an image without a caption, NaN or infinity.
 
     Example:
-        >>> recall(torch.tensor([[0.9, 0.1], [0.8, 0.5]]), ks=(1, 2))["image_to_text"]
-        {1: 50.0, 2: 100.0}
+        >>> recall(torch.tensor([[0.9, 0.1], [0.8, 0.5]]), ks=(1, 2))
+        {'image_to_text': {1: 50.0, 2: 100.0}, 'text_to_image': {1: 100.0, 2: 100.0}}
     """
     return _recall(similarity.__getitem__, similarity.T.__getitem__, tuple(similarity.shape), image_of, ks)
 
@@ -51,13 +46,7 @@ def retrieval(
     *,
     ks: Sequence[int] = RETRIEVAL_KS,
 ) -> Recall:
-    """Return :func:`recall` of unit-norm features, ``[I, D]`` and ``[C, D]``, by blocks of their products.
-
-    Example:
-        >>> image, text = torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
-        >>> retrieval(image, text, torch.tensor([0, 0, 1]), ks=(1,))["image_to_text"]
-        {1: 75.0}
-    """
+    """Return :func:`recall` of unit-norm features, ``[I, D]`` and ``[C, D]``, by blocks of their products."""
     shapes = tuple(image_features.shape), tuple(text_features.shape)
     if not len(shapes[0]) == len(shapes[1]) == 2 or shapes[0][1] != shapes[1][1]:
         raise ValueError(
@@ -131,12 +120,7 @@ def accuracy_at_k(scores: Tensor, labels: Tensor, ks: Sequence[int] = CLASS_KS) 
 
 
 def mean_per_class_accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Return top-1 accuracy averaged over the classes that occur among ``labels``.
-
-    Example:
-        >>> mean_per_class_accuracy(torch.eye(2)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1]))
-        50.0
-    """
+    """Return top-1 accuracy averaged over the classes that occur among ``labels``."""
     right = (scores.argmax(dim=1) == labels).double()
     return 100 * torch.stack([right[labels == label].mean() for label in labels.unique()]).mean().item()
 

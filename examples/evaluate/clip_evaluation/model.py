@@ -18,9 +18,6 @@ class ClipModel:
     """A model of open_clip with its preprocessing and tokenizer.
 
     ``name``, ``pretrained`` and ``precision`` are as for open_clip; ``checkpoint`` is one of its trainer's.
-
-    Raises:
-        ValueError: If neither weights nor ``local-dir:`` or ``hf-hub:`` is given: the model would be random.
     """
 
     def __init__(

@@ -41,9 +41,6 @@ def linear_probe(
     on the validation items (by default a fifth of the training items) is taken, the stronger regularisation
     among equals; the probe is then trained again on training and validation items together.
 
-    Raises:
-        ValueError: For labels that do not fit, a single class in training, NaN or infinity in the features.
-
     References:
         "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021, appendix A.3.
     """

@@ -1,5 +1,6 @@
 """Scores guessing and raw pixels, the baselines of every trained model."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ def classification(labelled: Sequence[Labelled], thumbnails: np.ndarray) -> list
         votes = pixel_knn.class_scores(
             thumbnails[one.index["train"]], train, thumbnails[one.index["test"]], np.arange(len(one.classes))
         )
-        most = np.bincount(train).argmax()
+        most = Counter(train.tolist()).most_common(1)[0][0]
         rows.append(
             Row(
                 name=one.name,

@@ -129,14 +129,7 @@ def _singular(word: str) -> str:
 
 
 def concept_of(words: Iterable[str], *, emoji: bool = False) -> str:
-    """Return the concept that the words of a name stand for.
-
-    Example:
-        >>> concept_of(["arrow", "up", "circles", "2"]) == concept_of(["circle", "arrow", "up"])
-        True
-        >>> concept_of(["woman", "health", "worker"], emoji=True)
-        'health worker'
-    """
+    """Return the concept of a name's words, such as ``arrow circle up`` for ``arrow up circles 2``."""
     kept = list(words)
     while len(kept) > 1 and (_COUNT.fullmatch(kept[-1]) or kept[-1] in _FILLERS):
         kept.pop()

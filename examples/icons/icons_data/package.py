@@ -51,11 +51,7 @@ class Icon(Name):
 
 
 def fetch(folder: Path, version: str = VERSION) -> Path:
-    """Download the package with npm, unless ``folder`` has it already, and return the tarball.
-
-    Raises:
-        RuntimeError: If npm is missing or fails.
-    """
+    """Download the package with npm, unless ``folder`` has it already, and return the tarball."""
     tarball = folder / f"iconify-json-{version}.tgz"
     if tarball.is_file():
         return tarball

@@ -81,9 +81,7 @@ class Split:
             "train_images": len(self.train),
             "train_rows": len(self.train) * CAPTIONS_PER_IMAGE,
             "test_concepts": len(self.test),
-            "dropped_variants": len(self.dropped),
             "test_subgroups": len({e.subgroup for e in self.test}),
-            "test_groups": len({e.group for e in self.test}),
         }
 
 

@@ -1,11 +1,9 @@
 """The demo's stages: data, trainings, evaluation and picture; finished ones are skipped."""
 
 import argparse
-import asyncio
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from examples_common.terminal import say
@@ -16,7 +14,7 @@ import rankloss
 
 from . import data, draw, evaluate, progress, report
 from .progress import Stages
-from .train import Run, arguments_for, read_scalars, side_by_side, train_all
+from .train import Run, arguments_for, read_scalars, train_all
 
 _MODEL = Path(__file__).resolve().parents[1] / "model"
 
@@ -52,14 +50,11 @@ def run(args: argparse.Namespace, console: Console, stages: Stages) -> None:
 
     console.rule("3/4  Evaluation on held-out concepts")
     stages.begin(progress.EVALUATION)
-    models = {
-        report.label_of(run.loss): evaluate.ClipModel(
-            f"local-dir:{root / 'model'}", checkpoint=run.checkpoint, device=device
-        )
-        for run in runs
-    }
+    load = partial(evaluate.ClipModel, f"local-dir:{root / 'model'}", device=device)
+    models = {report.label_of(run.loss): load(checkpoint=run.checkpoint) for run in runs}
     emojis = evaluate.load_pictures(root, folder / "train_emojis.csv")
-    methods: dict[str, Any] = {report.KNN: evaluate.PixelKNN(emojis), **models}
+    methods: dict[str, evaluate.Method] = {report.KNN: partial(evaluate.knn_scores, emojis)}
+    methods |= {name: model.scores for name, model in models.items()}
     blocks, similarities, test_sets = [], {}, {}
     for number, style in enumerate(evaluate.STYLES):
         test_set = test_sets[style] = evaluate.load_test_set(root, folder, style)
@@ -113,11 +108,9 @@ def _train(runs: list[Run], device: str, console: Console, stages: Stages) -> No
             say(console, f"Log: {run.folder / 'out.log'}")
     if not todo:
         return
-    jobs, threads = side_by_side(len(todo), device)
     stages.begin(progress.TRAINING)
-    warn = partial(say, console, style="yellow")
-    asyncio.run(train_all(todo, jobs=jobs, threads=threads, on_share=stages.report, warn=warn))
+    train_all(todo, device, stages.report, warn=partial(say, console, style="yellow"))
     for run in todo:
         record = run.record()
-        by = "" if threads is None else f" with {threads} thread{'s' if threads > 1 else ''}"
+        by = f", threads: {record['threads']}" if record["threads"] else ""
         say(console, f"Trained {run.loss} in {record['seconds']:.0f} s on {device}{by}.")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -91,30 +91,27 @@ class ClipModel(model.ClipModel):
         return images @ texts.T, {level: images @ classes for level, classes in prompts.items()}
 
 
-class PixelKNN:
-    """The baseline that learns nothing; see :mod:`clip_evaluation.pixel_knn`."""
+Method = Callable[[TestSet], tuple[Tensor, dict[str, Tensor]]]
 
-    def __init__(self, training: Pictures) -> None:
-        self._pixels, self._training = _pixels(training), training
 
-    def scores(self, shown: TestSet) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return how well captions fit pictures, by neighbours' words, and their votes for classes."""
-        pixels, rows = _pixels(shown), self._training.rows
-        _, neighbours = pixel_knn.nearest(self._pixels, pixels)
-        votes = {
-            level: pixel_knn.class_scores(self._pixels, rows[level], pixels, names)
-            for level, names in shown.classes.items()
-        }
-        return pixel_knn.caption_scores(neighbours, self._training.captions, shown.captions), votes
+def knn_scores(training: Pictures, shown: TestSet) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the same for the baseline that learns nothing: see :mod:`clip_evaluation.pixel_knn`."""
+    seen, pixels = _pixels(training), _pixels(shown)
+    _, neighbours = pixel_knn.nearest(seen, pixels)
+    votes = {
+        level: pixel_knn.class_scores(seen, training.rows[level], pixels, names)
+        for level, names in shown.classes.items()
+    }
+    return pixel_knn.caption_scores(neighbours, training.captions, shown.captions), votes
 
 
 def _pixels(pictures: Pictures) -> np.ndarray:
     return np.stack([np.asarray(image) for image in pictures.images])
 
 
-def score(method: ClipModel | PixelKNN, test_set: TestSet) -> tuple[Scores, Tensor]:
+def score(method: Method, test_set: TestSet) -> tuple[Scores, Tensor]:
     """Return a method's score at each task and cut-off, and the picture × caption matrix they came from."""
-    similarity, by_level = method.scores(test_set)
+    similarity, by_level = method(test_set)
     levels = {k: metrics.accuracy_at_k(columns, test_set.labels(k)) for k, columns in by_level.items()}
     return {**metrics.recall(similarity), **levels}, similarity
 

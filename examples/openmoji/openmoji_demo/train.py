@@ -1,5 +1,6 @@
 """The trainings of the demo: their recipe, whether one was finished earlier, and several side by side."""
 
+import asyncio
 import dataclasses
 import hashlib
 import json
@@ -8,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from examples_common import trainer
 from examples_common.terminal import Report, run_all
 from examples_common.trainer import Job, Log, TrainingError
@@ -92,11 +94,7 @@ class Run:
     async def train(
         self, threads: int | None, on_share: Callable[[float], None], warn: Callable[[str], None]
     ) -> None:
-        """Train with so many threads; report the share that is done, and pass on the trainer's warnings.
-
-        Raises:
-            TrainingError: If the trainer fails, trains another loss or leaves no checkpoint.
-        """
+        """Train with so many threads; report the share that is done, and pass on the trainer's warnings."""
 
         def read(line: str, log: Log) -> None:
             if log.share:
@@ -113,12 +111,7 @@ class Run:
 
 
 def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
-    """Return those of the trainer's arguments that a run with this loss takes: no other loss's options.
-
-    Example:
-        >>> arguments_for("clip", ["--lr", "5e-4", "--rankclip-schedule", "cosine"])
-        ('--lr', '5e-4')
-    """
+    """Return those of the trainer's arguments that a run with this loss takes: no other loss's options."""
     kept, keep = [], True
     for word in arguments:
         if word.startswith("--"):
@@ -137,15 +130,11 @@ def side_by_side(count: int, device: str) -> tuple[int, int | None]:
     return jobs, cpu_count() // jobs
 
 
-async def train_all(
-    runs: Sequence[Run],
-    *,
-    jobs: int,
-    threads: int | None,
-    on_share: Callable[[float], None],
-    warn: Callable[[str], None],
+def train_all(
+    runs: Sequence[Run], device: str, on_share: Callable[[float], None], warn: Callable[[str], None]
 ) -> None:
-    """Train several models, ``jobs`` at a time; the first that fails ends the others."""
+    """Train several models, and report the share of all that is done; the first to fail ends the others."""
+    jobs, threads = side_by_side(len(runs), device)
     shares = dict.fromkeys(runs, 0.0)
 
     async def one(run: Run, report: Report) -> None:  # noqa: ARG001 (one bar stands over all stages)
@@ -155,13 +144,14 @@ async def train_all(
 
         await run.train(threads, told, warn)
 
-    await run_all(runs, one, jobs=jobs, console=Console(quiet=True), expected=())
+    asyncio.run(run_all(runs, one, jobs=jobs, console=Console(quiet=True), expected=()))
 
 
-def read_scalars(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read a run's curves from its TensorBoard event files: step and value by tag."""
+def read_scalars(run_folder: Path) -> dict[str, pd.Series]:
+    """Read a run's curves from its TensorBoard event files: values over steps, by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    tags = events.Tags()["scalars"]
+    return {tag: pd.Series({e.step: e.value for e in events.Scalars(tag)}) for tag in tags}
