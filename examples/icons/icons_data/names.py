@@ -21,7 +21,7 @@ _SIZE = re.compile(r"\d+px|\d+x")
 _GLUED = re.compile(r"([a-z]{3,})(\d{1,2})")
 _FILLERS = {"alt", "alternate", "variant"}
 _GENDERS = {"man", "woman", "men", "women", "boy", "girl", "person", "people", "mr", "mrs", "mx"}
-_SKIN_TONE = re.compile(r"-(medium-)?(light|dark|medium)(-skin-tone(-|$)|$)|-tone-?\d|skin-tone")
+SKIN_TONE = re.compile(r"-(medium-)?(light|dark|medium)(-skin-tone(-|$)|$)|-tone-?\d|skin-tone")  # of emojis
 _MAX_WORDS = 12
 
 
@@ -137,8 +137,3 @@ def concept_of(words: Iterable[str], *, emoji: bool = False) -> str:
     if emoji:
         plain = [word for word in plain if word not in _GENDERS]
     return " ".join(sorted({_singular(word) for word in plain or kept}))
-
-
-def has_skin_tone(name: str) -> bool:
-    """Say whether an emoji's name is that of a variant for one skin tone."""
-    return bool(_SKIN_TONE.search(name))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import SETS
-from .names import Name, Namer, has_skin_tone
+from .names import SKIN_TONE, Name, Namer
 
 PACKAGE = "@iconify/json"
 VERSION = "2.2.535"  # the figures in the README are of this version
@@ -172,7 +172,7 @@ def icons_of(
             drawing.get("hidden")
             or not words.isdisjoint(SETS["logo_words"])
             or any(_PROPER_CATEGORY.search(category) for category in categories[name])
-            or (about.emoji and (has_skin_tone(name) or _COUNTRY_FLAG.match(name)))
+            or (about.emoji and (SKIN_TONE.search(name) or _COUNTRY_FLAG.match(name)))
         ):
             continue
         parsed = namer(name)
