@@ -394,9 +394,10 @@ def test_trainer_arguments_follow_two_dashes(capsys):
     assert args.loss == ["rankclip"]
     run = train.Run(Path(), "data/split0", "rankclip", 3, 2, "cpu", args.extra)
     assert run.command()[-2:] == ["--lr", "5e-4"]  # verbatim, and last
-    with pytest.raises(SystemExit):
-        command.parse(["--", "--loss=clip"])
-    assert "--loss after --" in capsys.readouterr().err
+    for mistake, said in ((["--", "--loss=clip"], "--loss after --"), (["--epochs", "2", "clip"], ": clip")):
+        with pytest.raises(SystemExit):
+            command.parse(mistake)
+        assert said in capsys.readouterr().err
 
 
 def test_missing_packages_are_named():

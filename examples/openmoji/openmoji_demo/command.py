@@ -37,6 +37,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", help="cpu or cuda (default: a GPU if there is one)")
     add("extra", nargs="*", metavar="-- …", help="passed to open_clip's trainer, for instance: -- --lr 5e-4")
     args = parser.parse_args(argv)
+    if args.extra and not args.extra[0].startswith("-"):
+        parser.error(f"unrecognized argument: {args.extra[0]}")
     for name in (given.split("=")[0] for given in args.extra):
         if name in _OWNED:
             parser.error(f"{name} after --: give it before --, or leave it to the demo")
