@@ -1,14 +1,13 @@
 """The emoji example: split, pictures, baseline, scores, and what counts as the same run."""
 
-import asyncio
 import dataclasses
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from examples_common import terminal
 from examples_common.trainer import TrainingError
 from miniature_icons import digests
-from openmoji_demo import agreement, command, data, draw, evaluate, progress, report, train
+from openmoji_demo import command, data, draw, evaluate, progress, report, train
 from PIL import Image
 from rich.console import Console
 from scipy.stats import kendalltau
@@ -47,9 +47,6 @@ def built(few, tmp_path_factory):
     root = tmp_path_factory.mktemp("openmoji")
     data.build(root / "data" / "split0", root=root, emojis=few)
     return root
-
-
-# --- concepts and split ---
 
 
 CONCEPTS = yaml.safe_load(Path(__file__).with_name("emoji_concepts.yaml").read_text(encoding="utf-8"))
@@ -103,9 +100,6 @@ def test_captions_and_split_depend_on_the_seed_only(emojis, split):
     assert len(set(held_out)) == len(held_out)
 
 
-# --- pictures ---
-
-
 def test_line_art_of_an_apple_is_its_line_groups_grey_and_not_empty():
     svg = data.read_svg("1F34E")
     layers = [set(re.findall(r'<g id="([a-z]+)', text)) for text in (svg, data.line_art(svg))]
@@ -116,9 +110,6 @@ def test_line_art_of_an_apple_is_its_line_groups_grey_and_not_empty():
     assert np.ptp(colour, axis=2).max() > 100
     assert np.ptp(line, axis=2).max() == 0
     assert 0.02 < (line < 128).mean() < 0.5
-
-
-# --- build ---
 
 
 def test_two_builds_are_byte_equal(built, few, tmp_path):
@@ -164,18 +155,15 @@ def test_a_failed_build_leaves_nothing(few, tmp_path, monkeypatch):
     assert list((tmp_path / "data").iterdir()) == []
 
 
-# --- table ---
-
-
 @pytest.fixture
 def taus():
     """Two models' agreement on four training concepts and three others."""
     lists = torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([4.0, 2.0, 3.0, 1.0])
-    concepts = {agreement.TRAINING: 4, agreement.HELD_OUT: 3}
+    concepts = {evaluate.TRAINING: 4, evaluate.HELD_OUT: 3}
     taus = {"CLIP": 0.25, "RankCLIP": 0.5}
-    averages = {m: {agreement.TRAINING: tau, agreement.HELD_OUT: 0.0625} for m, tau in taus.items()}
+    averages = {m: {evaluate.TRAINING: tau, evaluate.HELD_OUT: 0.0625} for m, tau in taus.items()}
     labels = ["apple", "banana", "cherry", "a date, which is a long name"]
-    return agreement.Agreement(averages, concepts, 0, labels, dict.fromkeys(averages, lists))
+    return evaluate.Agreement(averages, concepts, 0, labels, dict.fromkeys(averages, lists))
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +171,7 @@ def scored(built):
     """The scores of the two baselines on the held-out pictures in colour, and the pictures."""
     folder = built / "data" / "split0"
     shown = evaluate.load_test_set(built, folder, "color")
-    knn = evaluate.PixelKNN(evaluate.load_pictures(built, folder / "train_emojis.csv"))
+    knn = partial(evaluate.knn_scores, evaluate.load_pictures(built, folder / "train_emojis.csv"))
     return shown, evaluate.chance_scores(shown), evaluate.score(knn, shown)[0]
 
 
@@ -246,16 +234,10 @@ def test_notes_follow_the_numbers(block):
     assert "RankCLIP is ahead of CLIP on 1 of 12 scores" in report.notes([both])[3]
 
 
-# --- agreement ---
-
-
 def test_the_agreement_is_that_of_the_features_and_the_pair_is_a_typical_one():
-    generator = torch.Generator().manual_seed(0)
-
-    def unit(n):
-        return torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=-1)
-
-    features = {(model, n): (unit(n), unit(n)) for model in ("CLIP", "RankCLIP") for n in (30, 7)}
+    torch.manual_seed(0)
+    of = [(model, n) for model in ("CLIP", "RankCLIP") for n in (30, 7)]
+    features = {one: torch.nn.functional.normalize(torch.randn(2, one[1], 8), dim=-1) for one in of}
 
     class Model(str):
         def features(self, shown):
@@ -265,10 +247,10 @@ def test_the_agreement_is_that_of_the_features_and_the_pair_is_a_typical_one():
         n: evaluate.Pictures([None] * n, pd.DataFrame({"name": [f"concept {i}" for i in range(n)]}))
         for n in (30, 7)
     }
-    measured = agreement.measure({m: Model(m) for m in ("CLIP", "RankCLIP")}, pairs[30], pairs[7])
+    measured = evaluate.measure_agreement({m: Model(m) for m in ("CLIP", "RankCLIP")}, pairs[30], pairs[7])
     distances = torch.zeros(30)
     for name in ("CLIP", "RankCLIP"):
-        for key, n in ((agreement.TRAINING, 30), (agreement.HELD_OUT, 7)):
+        for key, n in ((evaluate.TRAINING, 30), (evaluate.HELD_OUT, 7)):
             v, t = (x.double().numpy() for x in features[name, n])
             taus = [kendalltau(v[i] @ t.T, t[i] @ v.T).statistic for i in range(n)]
             assert measured.averages[name][key] == pytest.approx(np.mean(taus))
@@ -278,7 +260,7 @@ def test_the_agreement_is_that_of_the_features_and_the_pair_is_a_typical_one():
         torch.testing.assert_close(measured.scores[name][0], t @ v[measured.anchor])
         torch.testing.assert_close(measured.scores[name][1], v @ t[measured.anchor])
     assert measured.anchor == int(distances.argmin())
-    assert measured.concepts == {agreement.TRAINING: 30, agreement.HELD_OUT: 7}
+    assert measured.concepts == {evaluate.TRAINING: 30, evaluate.HELD_OUT: 7}
 
 
 def test_pairs_are_the_first_picture_of_every_concept(built):
@@ -291,56 +273,22 @@ def test_pairs_are_the_first_picture_of_every_concept(built):
     assert list(first.values()) == list(zip(pairs.captions, pairs.images, strict=True))
 
 
-# --- progress ---
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.mark.parametrize("slower", [0.5, 1.0, 3.0])
 def test_the_time_left_follows_the_machine(slower):
-    clock = Clock()
-    forecast = progress.Forecast(
-        {"start": 10.0, "skipped": 500.0, "train": 100.0, "end": 20.0, "done": 0.0}, clock
-    )
-    assert (forecast.share, forecast.remaining) == (0.0, 630.0)
-    clock.now += 3  # the bar moves before anything is reported
-    assert (forecast.share, forecast.remaining) == pytest.approx((3 / 630, 627))
-    clock.now += 10 * slower - 3
-    shares = [forecast.share]
-    for percent, _ in enumerate(forecast.track(range(100), 100, "train"), 1):
-        assert forecast.stage == "train"
-        clock.now += slower
-        forecast.report(percent / 100)
-        shares.append(forecast.share)
-        if percent >= 20:
-            assert forecast.remaining == pytest.approx(slower * (100 - percent + 20), rel=0.15)
-    forecast.begin("end")
-    clock.now += 20 * slower
-    assert forecast.remaining == pytest.approx(0, abs=4)  # three seconds stand for the expectation
-    forecast.begin("done")
-    assert forecast.remaining == 0
-    shares.append(forecast.share)
-    assert shares == sorted(shares)
-    assert shares[-1] == 1
-
-
-def test_the_bar_shows_stage_and_time_left():
-    out = io.StringIO()
-    console = Console(file=out, width=100, force_terminal=True)
-    clock = Clock()
-    with progress.bar(console, progress.Forecast({"Training": 100.0}, clock)):
-        clock.now += 25
-    assert "Training" in out.getvalue()
-    assert "25 %" in out.getvalue()
-    assert "about 1:15 left" in out.getvalue()
-
-
-# --- training ---
+    now, bars = 100.0, terminal.bars(Console(file=io.StringIO()))
+    bars.get_time = lambda: now
+    stages = progress.Stages({"start": 10.0, "skipped": 500.0, "train": 100.0, "end": 20.0}, bars)
+    (bar,) = bars.tasks
+    assert (bar.description, bar.total) == ("start", 630)
+    now += 10 * slower
+    for stage, seconds in (("train", 100), ("end", 20)):
+        for done, _ in enumerate(stages.track(range(seconds), seconds, stage)):
+            assert bar.description == stage
+            now += slower
+            if stage == "train" and done > 1:
+                assert bar.time_remaining == pytest.approx(slower * (100 - done + 20), abs=2)
+                assert bar.percentage == pytest.approx(100 * (10 + done) / 130)
+    assert (bar.percentage, bar.time_remaining) == (100, 0)
 
 
 @pytest.fixture
@@ -351,41 +299,27 @@ def runs(built, monkeypatch):
     pair = [train.Run(built, "data/split0", loss, 5, 1, "cpu") for loss in ("clip", "rankclip")]
     step = "Train Epoch: 0 [5372/5372 (100%)] Contrastive_loss: 5.2 (5.2) Cross_modal_loss: 0 (0)"
 
-    def command(run, deeds):
-        script = (
-            "import time, sys; from pathlib import Path; "
-            f"here, other = Path({str(run.folder)!r}), Path({str(pair[run.loss == 'clip'].folder)!r}); "
-            f"p = Path({str(run.checkpoint)!r}); p.parent.mkdir(parents=True, exist_ok=True); "
-            f"(here / 'started').touch(); print({step!r})\n{deeds[run.loss]}\np.touch()"
-        )
-        return [sys.executable, "-c", script]
-
     def make(jobs, **deeds):
-        for run in pair:
-            shutil.rmtree(run.folder, ignore_errors=True)
-        monkeypatch.setattr(train.Run, "command", lambda self: command(self, deeds))
+        def command(run):
+            script = (
+                "import pathlib, sys, time\n"
+                f"p = pathlib.Path({str(run.checkpoint)!r}); p.parent.mkdir(parents=True)\n"
+                f"print({step!r}); {deeds[run.loss]}; p.touch()"
+            )
+            return [sys.executable, "-c", script]
+
+        monkeypatch.setattr(train.Run, "command", command)
+        monkeypatch.setattr(train, "side_by_side", lambda count, device: (jobs, 1))
         shares, warnings = [], []
-        asyncio.run(train.train_all(pair, jobs=jobs, threads=1, on_share=shares.append, warn=warnings.append))
+        train.train_all(pair, "cpu", shares.append, warnings.append)
         return shares, warnings
 
     return pair, make
 
 
-_WAIT = "while not (other / 'started').exists(): time.sleep(0.01)"
-
-
-def test_two_runs_train_at_the_same_time(runs):
-    # Each waits for the other to begin: one after the other they would never end.
+def test_finished_runs_are_recognised_and_not_overwritten(runs):
     pair, make = runs
-    shares, _ = make(2, clip=_WAIT, rankclip=_WAIT)
-    assert sorted(shares) == [0.5, 1.0]
-    assert all(run.is_complete() for run in pair)
-
-
-def test_in_turn_no_two_runs_train_at_the_same_time_and_none_is_overwritten(runs):
-    pair, make = runs
-    warning = "print('2026-01-01,00:00:00 | WARNING | beware')"
-    said = make(1, clip=f"assert not (other / 'started').exists(); {warning}", rankclip="")
+    said = make(1, clip="print('2026-01-01,00:00:00 | WARNING | beware')", rankclip="pass")
     assert said == ([0.5, 0.5, 1.0], ["clip: beware"])
     for run in pair:
         assert run.is_complete()
@@ -399,17 +333,14 @@ def test_in_turn_no_two_runs_train_at_the_same_time_and_none_is_overwritten(runs
 def test_a_run_that_fails_ends_the_other(runs):
     pair, make = runs
     with pytest.raises(TrainingError, match="status 3"):
-        make(2, clip=_WAIT + "\nsys.exit(3)", rankclip="time.sleep(600)")
+        make(2, clip="sys.exit(3)", rankclip="time.sleep(600)")
     assert not any(run.is_complete() for run in pair)
 
 
 def test_cores_are_shared_out(monkeypatch):
-    monkeypatch.setattr(train, "cores", lambda: 2)
+    monkeypatch.setattr(train, "cpu_count", lambda: 2)
     shared = [train.side_by_side(*of) for of in ((1, "cpu"), (2, "cpu"), (3, "cpu"), (2, "cuda"))]
     assert shared == [(1, 2), (2, 1), (2, 1), (1, None)]
-
-
-# --- picture and command line ---
 
 
 def test_the_picture_shows_hits_and_misses_alike(built, taus, tmp_path):
@@ -425,7 +356,7 @@ def test_the_picture_shows_hits_and_misses_alike(built, taus, tmp_path):
 
     test_set = evaluate.load_test_set(built, built / "data" / "split0", "color")
     scores = torch.rand(2 * [len(test_set.images)], generator=torch.Generator().manual_seed(0))
-    points = [(0, 2.0), (10, 1.0), (19, 0.5)]
+    points = pd.Series({0: 2.0, 10: 1.0, 19: 0.5})
     curves = {f"train/{key}": points for key in (*draw._CURVES, "rank_lambda")}
     for names in (["RankCLIP"], ["CLIP", "cyclip", "RankCLIP"]):
         path = tmp_path / f"{len(names)}.png"
@@ -463,9 +394,10 @@ def test_trainer_arguments_follow_two_dashes(capsys):
     assert args.loss == ["rankclip"]
     run = train.Run(Path(), "data/split0", "rankclip", 3, 2, "cpu", args.extra)
     assert run.command()[-2:] == ["--lr", "5e-4"]  # verbatim, and last
-    with pytest.raises(SystemExit):
-        command.parse(["--", "--loss=clip"])
-    assert "--loss after --" in capsys.readouterr().err
+    for mistake, said in ((["--", "--loss=clip"], "--loss after --"), (["--epochs", "2", "clip"], ": clip")):
+        with pytest.raises(SystemExit):
+            command.parse(mistake)
+        assert said in capsys.readouterr().err
 
 
 def test_missing_packages_are_named():

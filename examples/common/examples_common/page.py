@@ -5,14 +5,14 @@ import dataclasses
 import functools
 import html as escaping
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
-from .tables import Rows, markdown
+from .tables import markdown
 
 _REGION = '<div class="scroll" role="region" aria-label="table" tabindex="0">'
 
@@ -31,7 +31,11 @@ def _templates(folder: Path) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(folder), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    environment.filters.update(plain=plain, table=_table, base64=lambda png: base64.b64encode(png).decode())
+    environment.filters.update(
+        plain=plain,
+        table=lambda rows, head, right=0: markdown(head, rows, right=right),
+        base64=lambda png: base64.b64encode(png).decode(),
+    )
     return environment
 
 
@@ -47,10 +51,6 @@ def fill(template: Path, filters: Mapping[str, Callable[..., Any]], **values: An
     blocks = (block.strip() for block in re.split(r"\n\s*\n", text))
     lines = (b if b.startswith(("|", "<")) else re.sub(r"\s*\n\s*(?!- )| {2,}", " ", b) for b in blocks if b)
     return "\n\n".join(lines) + "\n"
-
-
-def _table(rows: Rows, head: Sequence[str], right: int = 0) -> str:
-    return markdown(head, rows, right=right)
 
 
 def plain(text: object) -> str:

@@ -11,14 +11,7 @@ Rows = Sequence[Sequence[str]]
 
 
 def markdown(head: Sequence[str], rows: Rows, *, right: int = 0) -> str:
-    r"""Return a table in Markdown, the last ``right`` columns aligned to the right.
-
-    Example:
-        >>> print(markdown(["a|b", "n"], [["x", "1"]], right=1))
-        | a\|b   |   n |
-        |:-------|----:|
-        | x      |   1 |
-    """
+    """Return a table in Markdown, the last ``right`` columns aligned to the right."""
     cells = [[_escaped(cell) for cell in row] for row in rows]
     frame = pd.DataFrame(cells, columns=pd.Index([_escaped(cell) for cell in head], dtype=object))
     align = ["left"] * (len(head) - right) + ["right"] * right

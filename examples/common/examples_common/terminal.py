@@ -72,15 +72,9 @@ async def run_all(
 ) -> dict[Any, Exception]:
     """Do every run in the given order, ``jobs`` at a time, with a bar for each and one for all of them.
 
-    A run that fails does not stop the others. Cancelling, also by SIGTERM, cancels every run and waits until
-    each has cleaned up.
-
-    Args:
-        runs: What to do: hashable objects with a ``name``.
-        work: Does one run and reports its stage and the share done.
-        jobs: Number of runs at a time.
-        console: Where the bars are shown; every finished run also leaves a line there.
-        expected: Errors that fail a run and are returned. Any other cancels the remaining runs and is raised.
+    Runs are hashable and have a ``name``. One that fails with an ``expected`` error, which is returned, does
+    not stop the others; any other error cancels these and is raised. Cancelling, also by SIGTERM, cancels
+    every run and waits until each has cleaned up.
     """
     if jobs < 1:
         raise ValueError(f"jobs: must be at least 1, got {jobs}")

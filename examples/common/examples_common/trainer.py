@@ -9,28 +9,19 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-PLAIN_CLIP = "clip"
+_NOT_ATTACHED = """\
+Without the plug-in open_clip reads --loss as an abbreviation of --loss-dist-impl and trains plain CLIP.
+Reinstall the plug-in (pip install -e '.[examples]'), make sure that TORCH_DEVICE_BACKEND_AUTOLOAD
+is not 0, and run python -m rankloss_open_clip.doctor"""
 _STEP = re.compile(r"Train Epoch: (?P<epoch>\d+) \[\s*(?P<seen>\d+)/(?P<total>\d+) ")
 _TERM = re.compile(r"\b(\w+_loss): (\S+)", re.IGNORECASE)
 
 
 class TrainingError(RuntimeError):
     """The trainer failed, or trained something else."""
-
-
-class LossNotAttachedError(TrainingError):
-    """The trainer ran without the plug-in and would have trained plain CLIP under another name."""
-
-    def __init__(self, loss: str, terms: Collection[str]) -> None:
-        super().__init__(
-            f"--loss {loss} was not honoured: the only loss terms logged are {', '.join(terms) or 'none'}.\n"
-            "Without the plug-in open_clip reads --loss as an abbreviation of --loss-dist-impl and trains "
-            "plain CLIP.\nReinstall the plug-in (pip install -e '.[examples]'), make sure that "
-            "TORCH_DEVICE_BACKEND_AUTOLOAD is not 0, and run\npython -m rankloss_open_clip.doctor"
-        )
 
 
 def recipe(
@@ -80,41 +71,30 @@ def place_model(source: Path, folder: Path) -> None:
 class Log:
     """Reads the trainer's output line by line and stops a run that trains plain CLIP instead of its loss."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, folder: Path) -> None:
         self._job = job
+        self.checkpoint = checkpoint_of(folder, job.epochs)
         self.share = 0.0  # of the training that is done
+        self.seconds = 0.0  # that it took
         self.tail: deque[str] = deque(maxlen=30)
-        self.first: dict[str, float] = {}  # loss terms of the first logged step
-        self.last: dict[str, float] = {}  # and of the latest one
+        self.last: dict[str, float] = {}  # terms of the latest step
+        self.first = self.last  # and of the first one: one seed gives every loss the same contrastive one
 
-    def read(self, line: str) -> bool:
-        """Take in a line and return whether it reports a step.
-
-        Raises:
-            LossNotAttachedError: If the first logged step shows plain CLIP's term only. The trainer's log of
-                its arguments would prove nothing: without the plug-in it takes ``--loss`` for another option.
-        """
+    def read(self, line: str) -> None:
+        """Take in a line."""
         self.tail.append(line)
         step = _STEP.search(line)
         if step is None:
-            return False
+            return
         self.last = {name.lower(): float(value) for name, value in _TERM.findall(line)}
         if not self.first:
-            if self._job.loss != PLAIN_CLIP and not self.last.keys() - {"contrastive_loss"}:
-                raise LossNotAttachedError(self._job.loss, self.last)
+            # The trainer's log of its arguments proves nothing: without the plug-in --loss is another option.
+            if self._job.loss != "clip" and not self.last.keys() - {"contrastive_loss"}:
+                logged = ", ".join(self.last) or "none"
+                said = f"--loss {self._job.loss} was not honoured: the only loss terms logged are {logged}."
+                raise TrainingError(f"{said}\n{_NOT_ATTACHED}")
             self.first = self.last
         self.share = (int(step["epoch"]) + int(step["seen"]) / int(step["total"])) / self._job.epochs
-        return True
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A finished training."""
-
-    checkpoint: Path
-    seconds: float
-    first: dict[str, float]  # terms of the first step; one seed gives every loss the same contrastive one
-    last: dict[str, float]
 
 
 def checkpoint_of(folder: Path, epochs: int) -> Path:
@@ -130,18 +110,14 @@ async def train(
     root: Path,
     threads: int | None = None,
     on_line: Callable[[str, Log], None] | None = None,
-) -> Trained:
+) -> Log:
     """Train one model with a command that is started in ``root``; cancelling ends the trainer.
 
     What an earlier, unfinished run left in ``folder``, where the trainer writes, is replaced. ``on_line`` is
     called with every line of output and the log read so far; without ``threads`` their number is torch's.
-
-    Raises:
-        LossNotAttachedError: If plain CLIP was trained in place of another loss.
-        TrainingError: If the trainer fails or leaves no checkpoint.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    checkpoint, log, started = checkpoint_of(folder, job.epochs), Log(job), time.monotonic()
+    log, started = Log(job, folder), time.monotonic()
 
     def read(line: str) -> None:
         log.read(line)
@@ -149,12 +125,13 @@ async def train(
             on_line(line, log)
 
     code = await follow(command, read, cwd=root, threads=threads)
-    if code != 0 or not checkpoint.is_file() or not log.first:
-        left = f"{'a' if checkpoint.is_file() else 'no'} final checkpoint"
+    log.seconds = time.monotonic() - started
+    if code != 0 or not log.checkpoint.is_file() or not log.first:
+        left = f"{'a' if log.checkpoint.is_file() else 'no'} final checkpoint"
         logged = f"{'some' if log.first else 'no'} logged steps"
         said = f"open_clip's trainer ended with status {code}, {left} and {logged}. Its last lines:"
         raise TrainingError("\n".join([said, *log.tail]))
-    return Trained(checkpoint, time.monotonic() - started, log.first, log.last)
+    return log
 
 
 async def follow(

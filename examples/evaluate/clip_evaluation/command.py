@@ -1,25 +1,28 @@
 """The command behind ``run.py``: evaluate one model on one data set after the other."""
 
 import argparse
+import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from examples_common import tables
 from examples_common.terminal import say, status_of
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from . import datasets, metrics, probe, report
+from . import datasets, metrics, probe
 from .datasets import ImageSet
 from .geometry import geometry
 from .model import ClipModel
-from .report import Result
 
 TASKS = ("zero-shot", "probe", "retrieval", "geometry")
 _FOR_CLASSES = ("zero-shot", "probe")
@@ -64,6 +67,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One measurement."""
+
+    data: str
+    task: str  # zero-shot, probe, retrieval or geometry
+    metric: str  # such as top-1 or image_to_text R@5
+    value: float
+    n: int  # number of items
+    chance: float | None = None  # what guessing would score, where that means something
+    percent: bool = True  # whether the value is a share of the items
+
+    @property
+    def error(self) -> float | None:
+        """Binomial standard error of a percentage; it holds for independent items."""
+        return metrics.standard_error(self.value, self.n) if self.percent else None
+
+    def cells(self) -> list[str]:
+        """Return metric, value, standard error, chance and number of items as text."""
+        value = f"{self.value:.2f}" if self.percent else f"{self.value:.4g}"
+        optional = ("" if x is None else f"{x:.2f}" for x in (self.error, self.chance))
+        return [self.metric, value, *optional, f"{self.n:,}"]
+
+
 class Evaluation:
     """One model, evaluated on one data set after the other."""
 
@@ -71,11 +98,7 @@ class Evaluation:
         self._model, self._args, self._console = model, args, console
 
     def run(self, source: str) -> list[Result]:
-        """Evaluate on one data set.
-
-        Raises:
-            ValueError: If a requested task does not fit the data.
-        """
+        """Evaluate on one data set."""
         data = self._load(source, self._args.split)
         tasks = self._args.tasks or (("retrieval", "geometry") if data.retrieval else ("zero-shot",))
         unfit = [task for task in tasks if (task in _FOR_CLASSES) == data.retrieval]
@@ -89,11 +112,10 @@ class Evaluation:
         return zero_shot + (self._probe(source, data, features, targets) if "probe" in tasks else [])
 
     def _load(self, source: str, split: str) -> ImageSet:
-        args = self._args
-        keys = (args.csv_image_key, args.csv_caption_key, args.csv_label_key, args.csv_separator)
-        options = {name: getattr(args, name) for name in ("class_names", "image_folder", "root", "download")}
-        columns = datasets.Columns(*keys)
-        return datasets.load(source, split, self._model.preprocess, columns=columns, **options)
+        names = ("class_names", "image_folder", "root", "download")
+        columns = ("csv_image_key", "csv_caption_key", "csv_label_key", "csv_separator")
+        options = {name: getattr(self._args, name) for name in (*names, *columns)}
+        return datasets.load(source, split, self._model.preprocess, **options)
 
     def _encode(self, data: ImageSet) -> tuple[Tensor, list[Any]]:
         bar = partial(track, description=data.name, console=self._console)
@@ -150,6 +172,23 @@ def _results(data: str, task: str, scored: metrics.Scored, n: int) -> list[Resul
     return [Result(data, task, name, value, n, guess) for name, (value, guess) in scored.items()]
 
 
+def show(results: Sequence[Result], console: Console) -> None:
+    """Print the table."""
+    rows = []
+    for (data, task), of_task in groupby(results, key=lambda result: (result.data, result.task)):
+        first, *others = of_task
+        rows += [[data, task, *first.cells()], *(["", "", *result.cells()] for result in others)]
+    tables.show(console, ["data", "task", "metric", "value", "± SE", "chance", "n"], rows, right=4)
+
+
+def save(path: Path, results: Sequence[Result], conditions: dict[str, Any]) -> None:
+    """Write results and conditions as JSON."""
+    rows = [{**dataclasses.asdict(result), "standard_error": result.error} for result in results]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"conditions": conditions, "results": rows}, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
 def templates(given: str | None, of_data: list[str] | None) -> list[str]:
     """Return the prompts of ``--templates``, or those that come with the data."""
     if given is None and of_data:
@@ -162,8 +201,7 @@ def templates(given: str | None, of_data: list[str] | None) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, print a table and write JSON."""
-    args = parse(argv)
-    return status_of(lambda console: _run(args, console))
+    return status_of(partial(_run, parse(argv)))
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
@@ -173,13 +211,13 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     model = ClipModel(args.model, **{name: getattr(args, name) for name in options})
     evaluation = Evaluation(model, args, console)
     results = [result for source in args.data for result in evaluation.run(source)]
-    report.show(results, console)
+    show(results, console)
     if args.output is not None:
         conditions = {
             **{name: str(value) for name, value in vars(args).items() if value is not None},
             "torch": torch.__version__,
             "seconds": round(time.monotonic() - started, 1),
         }
-        report.save(args.output, results, conditions)
+        save(args.output, results, conditions)
         say(console, f"Wrote {args.output}")
     return 0

@@ -32,26 +32,16 @@ class ImageSet:
     templates: list[str] | None = None  # the prompts that come with the data
 
 
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """How to read a table: open_clip's defaults."""
-
-    image: str = "filepath"  # paths relative to the table
-    caption: str = "title"  # an image may have several lines
-    label: str = "label"  # if there is such a column, the table is for classification
-    separator: str = "\t"
-
-
 def load(
     source: str,
     split: str,
     transform: Transform,
     *,
     class_names: str | None = None,
-    columns: Columns | None = None,
     image_folder: Path | None = None,
     root: Path = Path("data"),
     download: bool = False,
+    **columns: str,
 ) -> ImageSet:
     """Open one split of a data set.
 
@@ -59,18 +49,13 @@ def load(
         source: A folder in CLIP_benchmark's webdataset layout, a folder of class folders (or of splits that
             hold these), a table (``.csv``, ``.tsv``), COCO's captions (``.json``), or ``torchvision:NAME``.
         split: Such as ``test``. Ignored for a single table or a folder of classes without splits.
-        transform: A model's preprocessing.
-        class_names: ``imagenet`` for open_clip's names of ImageNet's classes, or a file with one name a line
-            in the order of the sorted class folders. By default the names of the folders, or those that come
-            with the data.
-        columns: How to read a table.
+        transform: The model's preprocessing.
+        class_names: ``imagenet`` for open_clip's names of ImageNet's classes, or a file with one name per
+            line for the sorted class folders. By default the names of the folders.
         image_folder: Where the images of COCO's captions are; the folder of the file by default.
         root: Where torchvision keeps its data.
         download: Whether torchvision may fetch it.
-
-    Raises:
-        FileNotFoundError: If there is no such file or folder.
-        ValueError: If it is none of the kinds above, or the class names do not fit.
+        **columns: ``csv_image_key``, ``csv_caption_key``, ``csv_label_key`` and ``csv_separator`` of a table.
     """
     if source.startswith(_TORCHVISION):
         return _torchvision(source.removeprefix(_TORCHVISION), split, transform, root, download)
@@ -81,7 +66,7 @@ def load(
         if path.suffix == ".json":
             return _coco(path, image_folder or path.parent, transform)
         if path.suffix in (".csv", ".tsv"):
-            return _table(path, columns or Columns(), transform)
+            return _table(path, transform, **columns)
         raise ValueError(f"{source}: a file must be a table (.csv, .tsv) or COCO's captions (.json)")
     if (path / split / "nshards.txt").is_file():
         return _webdataset(path, split, transform)
@@ -109,26 +94,20 @@ class _Files(Dataset[Any]):
         return self._transform(default_loader(str(path))), target
 
 
-# --- folders ---
-
-
 class _Classes(ImageFolder):
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         # ImageNetV2 names its folders by number, and 10 does not come before 2.
-        names = sorted((p.name for p in Path(directory).iterdir() if p.is_dir()), key=_natural)
+        names = [path.name for path in Path(directory).iterdir() if path.is_dir()]
+        names.sort(key=lambda name: (int(name), "") if name.isdigit() else (-1, name))
         return names, {name: number for number, name in enumerate(names)}
 
 
 def _folder(path: Path, split: str, transform: Transform, class_names: str | None) -> ImageSet:
     top = path / split if (path / split).is_dir() else path
-    found = any(map(Path.is_dir, top.iterdir()))
-    if not found or not len(images := _Classes(str(top), transform, allow_empty=True)):
+    is_of_classes = any(map(Path.is_dir, top.iterdir()))
+    if not is_of_classes or not len(images := _Classes(str(top), transform, allow_empty=True)):
         raise ValueError(f"{top} holds no folders of images, and no {split}/nshards.txt")
     return ImageSet(_name(path), images, False, _class_names(images.classes, class_names))
-
-
-def _natural(name: str) -> tuple[int, str]:
-    return (int(name), "") if name.isdigit() else (-1, name)
 
 
 def _name(path: Path) -> str:
@@ -142,9 +121,7 @@ def _class_names(folders: Sequence[str], class_names: str | None) -> list[str]:
         return _imagenet(folders)
     names = Path(class_names).read_text(encoding="utf-8").splitlines()
     if len(names) != len(folders):
-        raise ValueError(
-            f"class_names: {class_names} has {len(names)} lines for {len(folders)} class folders"
-        )
+        raise ValueError(f"class_names: {class_names} has {len(names)} lines for {len(folders)} folders")
     return [name.strip() for name in names]
 
 
@@ -156,32 +133,34 @@ def _imagenet(folders: Sequence[str]) -> list[str]:
     position = {label: number for number, label in enumerate(ImageNetInfo("imagenet-1k").label_names())}
     position |= {str(number): number for number in position.values()}
     keys = [str(int(name)) if name.isdigit() else name for name in folders]
-    for name in keys:
-        if name not in position:
-            known = "ImageNet's 1,000 classes; folders must be named n01440764 or 0"
-            raise ValueError(f"class_names: {name} is none of {known}")
+    if unknown := [name for name in keys if name not in position]:
+        known = "ImageNet's 1,000 classes; folders must be named n01440764 or 0"
+        raise ValueError(f"class_names: {unknown[0]} is none of {known}")
     return [IMAGENET_CLASSNAMES[position[key]] for key in keys]
 
 
-# --- tables and captions ---
-
-
-def _table(path: Path, columns: Columns, transform: Transform) -> ImageSet:
-    table = pd.read_csv(path, sep=columns.separator, dtype=str, na_filter=False)
-    wanted = columns.label if columns.label in table else columns.caption
-    for column in (columns.image, wanted):
+def _table(
+    path: Path,
+    transform: Transform,
+    *,
+    csv_image_key: str = "filepath",
+    csv_caption_key: str = "title",
+    csv_label_key: str = "label",
+    csv_separator: str = "\t",
+) -> ImageSet:
+    table = pd.read_csv(path, sep=csv_separator, dtype=str, na_filter=False)
+    wanted = csv_label_key if csv_label_key in table else csv_caption_key
+    for column in (csv_image_key, wanted):
         if column not in table:
             raise ValueError(f"{path}: no column {column!r} among {', '.join(table)} (wrong separator?)")
     if table.empty:
         raise ValueError(f"{path} holds no rows")
-    if wanted == columns.label:
+    if wanted == csv_label_key:
         labels, names = pd.factorize(table[wanted], sort=True)
-        classes, targets = list(names), pd.Series(labels, table[columns.image])
+        classes, targets = list(names), pd.Series(labels, table[csv_image_key])
     else:
-        classes, targets = None, table.groupby(columns.image, sort=False)[wanted].agg(list)
-    items = [
-        (path.parent / name, target) for name, target in zip(targets.index, targets.tolist(), strict=True)
-    ]
+        classes, targets = None, table.groupby(csv_image_key, sort=False)[wanted].agg(list)
+    items = [(path.parent / str(name), target) for name, target in targets.items()]
     return ImageSet(_name(path), _Files(items, transform), classes is None, classes)
 
 
@@ -197,9 +176,6 @@ def _coco(path: Path, folder: Path, transform: Transform) -> ImageSet:
         if image["id"] in captions
     ]
     return ImageSet(_name(path), _Files(items, transform), True)
-
-
-# --- CLIP_benchmark's webdataset layout ---
 
 
 def _samples(shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -236,8 +212,6 @@ def _lines(path: Path) -> list[str] | None:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
     return lines and [line.strip() for line in lines if line.strip()]
 
-
-# --- torchvision ---
 
 _SETS: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("torchvision.yaml").read_text(encoding="utf-8")

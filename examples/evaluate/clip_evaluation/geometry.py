@@ -10,16 +10,9 @@ MAX_ANCHORS = 1024
 def geometry(
     image_features: Tensor, text_features: Tensor, *, max_anchors: int | None = MAX_ANCHORS
 ) -> dict[str, float]:
-    """Measure the embeddings of pairs.
+    """Return what :mod:`rankloss.metrics` says of unit-norm pairs, ``[N, D]`` each.
 
-    Args:
-        image_features: ``[N, D]``, unit-norm.
-        text_features: ``[N, D]``, unit-norm; row i belongs to image i.
-        max_anchors: Rows for which the rankings are compared; all of them if None.
-
-    Returns:
-        ``alignment``, ``uniformity_image``, ``uniformity_text``, ``uniformity_cross``, ``modality_gap`` and
-        the entries of :func:`rankloss.metrics.rank_agreement`, as :mod:`rankloss.metrics` defines them.
+    The rankings are compared for ``max_anchors`` rows, or for all of them if None.
     """
     values = {
         "alignment": metrics.alignment(image_features, text_features),

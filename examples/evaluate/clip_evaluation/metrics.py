@@ -1,7 +1,7 @@
 """Retrieval and classification scores, in percent, and what guessing would give."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,40 +12,31 @@ from torchmetrics.functional.classification import multiclass_accuracy
 RETRIEVAL_KS = (1, 5, 10)
 CLASS_KS = (1, 3, 5)
 
+Recall = dict[str, dict[int, float]]  # by direction and cut-off, in percent
 Scored = dict[str, tuple[float, float]]  # by the score's name, the score and what guessing would give
 
 _BLOCK = 2**24  # elements of a block of the similarity matrix
 
 
-def recall_at_k(
-    similarity: Tensor, ks: Sequence[int] = RETRIEVAL_KS, *, right: Tensor | None = None
-) -> dict[int, float]:
-    """Return R@k: how often a right column is among the k best of its row.
+def recall(similarity: Tensor, image_of: Tensor | None = None, *, ks: Sequence[int] = RETRIEVAL_KS) -> Recall:
+    """Return R@k both ways, given how well every image fits every caption.
 
-    Columns that tie with the best right one share its places: a query counts by the chance that a random
-    order of the tied ones puts a right one in the first k. Scores that are often equal, such as a
-    nearest-neighbour vote, therefore gain nothing from the order of the columns.
+    An image counts once, by the best of its captions; every caption is a query. Answers that tie with the
+    best right one share its places: a query counts by the chance that a random order of the tied ones puts a
+    right one in the first k. Scores that are often equal, such as a nearest-neighbour vote, therefore gain
+    nothing from the order of the answers.
 
-    Args:
-        similarity: ``[Q, C]``, one row per query, one column per candidate.
-        ks: The cut-offs.
-        right: ``bool [Q, C]``, the right columns of each row; by default column i for row i.
+    ``similarity`` is ``[I, C]``, and ``image_of``, ``[C]``, the image of every caption; by default caption i
+    belongs to image i.
 
     Raises:
-        ValueError: For shapes that do not fit, a row without a right column, NaN or infinity.
+        ValueError: For an ``image_of`` that does not fit, an image without a caption, NaN or infinity.
 
     Example:
-        >>> recall_at_k(torch.tensor([[0.9, 0.1], [0.8, 0.5]]), (1, 2))
-        {1: 50.0, 2: 100.0}
+        >>> recall(torch.tensor([[0.9, 0.1], [0.8, 0.5]]), ks=(1, 2))
+        {'image_to_text': {1: 50.0, 2: 100.0}, 'text_to_image': {1: 100.0, 2: 100.0}}
     """
-    shape = tuple(similarity.shape)
-    if right is None:
-        if similarity.ndim != 2 or shape[0] != shape[1]:
-            raise ValueError(f"similarity: expected a square matrix, got shape {shape}")
-        right = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    elif similarity.ndim != 2 or right.shape != similarity.shape:
-        raise ValueError(f"right: expected the shape of similarity, {shape}, got {tuple(right.shape)}")
-    return _percent(_hits(similarity, right, ks), ks)
+    return _recall(similarity.__getitem__, similarity.T.__getitem__, tuple(similarity.shape), image_of, ks)
 
 
 def retrieval(
@@ -54,53 +45,46 @@ def retrieval(
     image_of: Tensor | None = None,
     *,
     ks: Sequence[int] = RETRIEVAL_KS,
-) -> dict[str, dict[int, float]]:
-    """Return R@k of image → text and text → image, each image having one or several captions.
-
-    An image counts once, by the best of its captions; every caption is a query. The similarity matrix is
-    processed in blocks.
-
-    Args:
-        image_features: ``[I, D]``, unit-norm, every image once.
-        text_features: ``[C, D]``, unit-norm.
-        image_of: ``[C]``, the image of every caption; by default caption i belongs to image i.
-        ks: The cut-offs.
-
-    Returns:
-        ``image_to_text`` and ``text_to_image``: R@k in percent.
-
-    Raises:
-        ValueError: For features that do not fit each other or ``image_of``, an image without a caption, NaN.
-
-    Example:
-        >>> image, text = torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
-        >>> retrieval(image, text, torch.tensor([0, 0, 1]), ks=(1,))["image_to_text"]
-        {1: 75.0}
-    """
+) -> Recall:
+    """Return :func:`recall` of unit-norm features, ``[I, D]`` and ``[C, D]``, by blocks of their products."""
     shapes = tuple(image_features.shape), tuple(text_features.shape)
     if not len(shapes[0]) == len(shapes[1]) == 2 or shapes[0][1] != shapes[1][1]:
         raise ValueError(
             f"image_features and text_features: expected [I, D] and [C, D], got {shapes[0]} and {shapes[1]}"
         )
-    images, captions = len(image_features), len(text_features)
+    return _recall(
+        lambda images: image_features[images] @ text_features.T,
+        lambda texts: text_features[texts] @ image_features.T,
+        (len(image_features), len(text_features)),
+        image_of,
+        ks,
+    )
+
+
+def _recall(
+    of_images: Callable[[slice], Tensor],
+    of_texts: Callable[[slice], Tensor],
+    shape: tuple[int, int],
+    image_of: Tensor | None,
+    ks: Sequence[int],
+) -> Recall:
+    images, captions = shape
     if image_of is None:
         if images != captions:
             raise ValueError(f"image_of: needed to match {captions} captions with {images} images")
         image_of = torch.arange(images)
     if image_of.shape != (captions,) or not ((image_of >= 0) & (image_of < images)).all():
         raise ValueError(f"image_of: expected {captions} numbers of images below {images}")
-    image_of = image_of.to(image_features.device)
-    own = torch.arange(images, device=image_features.device)
-    ways = {
-        "image_to_text": (image_features, own, text_features, image_of),
-        "text_to_image": (text_features, image_of, image_features, own),
-    }
+    own = torch.arange(images, device=image_of.device)
     found = {}
-    for way, (queries, query_of, candidates, candidate_of) in ways.items():
-        rows = max(1, _BLOCK // max(1, len(candidates)))
-        blocks = zip(queries.split(rows), query_of.split(rows), strict=True)
-        hits = [_hits(query @ candidates.T, of.unsqueeze(1) == candidate_of, ks) for query, of in blocks]
-        found[way] = _percent(torch.cat(hits), ks)
+    for way, scores, query_of, answer_of in (
+        ("image_to_text", of_images, own, image_of),
+        ("text_to_image", of_texts, image_of, own),
+    ):
+        size = max(1, _BLOCK // max(1, len(answer_of)))
+        blocks = [slice(start, start + size) for start in range(0, len(query_of), size)]
+        hits = [_hits(scores(rows), query_of[rows].unsqueeze(1) == answer_of, ks) for rows in blocks]
+        found[way] = dict(zip(ks, (100 * torch.cat(hits).mean(dim=0)).tolist(), strict=True))
     return found
 
 
@@ -108,6 +92,7 @@ def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
     """Return for every row and cut-off the chance that a right column is among the first k."""
     if not scores.isfinite().all():
         raise ValueError("similarity: holds NaN or infinity (did training diverge?)")
+    right = right.to(scores.device)
     if not right.any(dim=1).all():
         query = int((~right.any(dim=1)).nonzero()[0])
         raise ValueError(f"query {query}: has no right answer among the columns")
@@ -118,10 +103,6 @@ def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
     # The tied columns have what remains of the first k places: as many draws without replacement.
     places = (torch.tensor(ks) - above.cpu()).numpy().clip(0, tied)
     return torch.from_numpy(1 - hypergeom.pmf(0, tied, right_tied, places))
-
-
-def _percent(hits: Tensor, ks: Sequence[int]) -> dict[int, float]:
-    return dict(zip(ks, (100 * hits.mean(dim=0)).tolist(), strict=True))
 
 
 def accuracy_at_k(scores: Tensor, labels: Tensor, ks: Sequence[int] = CLASS_KS) -> dict[int, float]:
@@ -139,12 +120,7 @@ def accuracy_at_k(scores: Tensor, labels: Tensor, ks: Sequence[int] = CLASS_KS) 
 
 
 def mean_per_class_accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Return top-1 accuracy averaged over the classes that occur among ``labels``.
-
-    Example:
-        >>> mean_per_class_accuracy(torch.eye(2)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1]))
-        50.0
-    """
+    """Return top-1 accuracy averaged over the classes that occur among ``labels``."""
     right = (scores.argmax(dim=1) == labels).double()
     return 100 * torch.stack([right[labels == label].mean() for label in labels.unique()]).mean().item()
 
@@ -154,10 +130,8 @@ def chance(n: int, ks: Sequence[int]) -> dict[int, float]:
     return {k: 100 * min(k / n, 1.0) for k in ks}
 
 
-def retrieval_chance(
-    images: int, image_of: Tensor, ks: Sequence[int] = RETRIEVAL_KS
-) -> dict[str, dict[int, float]]:
-    """Return what a random order scores at :func:`retrieval`."""
+def retrieval_chance(images: int, image_of: Tensor, ks: Sequence[int] = RETRIEVAL_KS) -> Recall:
+    """Return what a random order scores at :func:`recall`."""
     own = torch.bincount(image_of, minlength=images).unsqueeze(1).numpy()
     places = np.minimum(ks, len(image_of))
     found = 100 * (1 - hypergeom.pmf(0, len(image_of), own, places)).mean(axis=0)

@@ -17,17 +17,7 @@ _TEXTS = 256
 class ClipModel:
     """A model of open_clip with its preprocessing and tokenizer.
 
-    Args:
-        name: An architecture, ``local-dir:FOLDER`` or ``hf-hub:NAME``, as for open_clip.
-        pretrained: A tag or a file of weights, as for open_clip.
-        checkpoint: A checkpoint of open_clip's trainer; instead of ``pretrained``.
-        device: Where to run it.
-        precision: As for open_clip.
-        batch_size: Images encoded at once.
-        workers: Processes that read and prepare images.
-
-    Raises:
-        ValueError: If neither weights nor ``local-dir:`` or ``hf-hub:`` is given: the model would be random.
+    ``name``, ``pretrained`` and ``precision`` are as for open_clip; ``checkpoint`` is one of its trainer's.
     """
 
     def __init__(
@@ -71,19 +61,13 @@ class ClipModel:
     def image_features(
         self, images: Any, *, progress: Callable[[Any], Any] = iter
     ) -> tuple[Tensor, list[Any]]:
-        """Encode a dataset of preprocessed images.
-
-        Args:
-            images: A map-style or iterable dataset of pairs: what :attr:`preprocess` made of an image, and
-                anything.
-            progress: Wraps the loop over batches.
+        """Encode a dataset of pairs: an image as :attr:`preprocess` returns it, and anything.
 
         Returns:
             ``[N, D]``, float32, as the model projects them, not normalised; and the second items, as a list.
         """
-        loader = DataLoader(images, **self._loading)
         features, targets = [], []
-        for pixels, others in progress(loader):
+        for pixels, others in progress(DataLoader(images, **self._loading)):
             encoded = self.model.encode_image(pixels.to(self.device, self._input_dtype))
             features.append(encoded.float().cpu())
             targets.extend(others)

@@ -34,24 +34,12 @@ def linear_probe(
     *,
     classes: int,
     strengths: Sequence[float] = STRENGTHS,
-    seed: int = 0,
 ) -> Probe:
-    """Train logistic regression on features and score it.
+    """Train logistic regression on features ``[N, D]`` with labels ``[N]``, and score the test items.
 
-    The features are standardised, so the same strengths suit every model. The strength with the best
-    validation accuracy is taken, the stronger regularisation among equals; the probe is then trained again on
-    training and validation items together.
-
-    Args:
-        train: Features ``[N, D]`` and labels ``[N]``.
-        test: The items to score.
-        validation: The items that choose the strength; by default a fifth of the training items.
-        classes: Number of classes; the labels are below it.
-        strengths: The strengths to try.
-        seed: Selects the fifth that is held out where there is no validation split.
-
-    Raises:
-        ValueError: For labels that do not fit, a single class in training, NaN or infinity in the features.
+    The features are standardised, so the same strengths suit every model. The strength with the best accuracy
+    on the validation items (by default a fifth of the training items) is taken, the stronger regularisation
+    among equals; the probe is then trained again on training and validation items together.
 
     References:
         "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021, appendix A.3.
@@ -63,7 +51,7 @@ def linear_probe(
     if validation is None:
         counts = np.bincount(y, minlength=classes)
         stratify = y if counts[counts > 0].min() > 1 and len(y) * _HELD_OUT >= (counts > 0).sum() else None
-        options = {"test_size": _HELD_OUT, "random_state": seed, "stratify": stratify}
+        options = {"test_size": _HELD_OUT, "random_state": 0, "stratify": stratify}
         x, held_x, y, held_y = train_test_split(x, y, **options)
     else:
         held_x, held_y = _arrays("validation", validation, classes)

@@ -14,8 +14,6 @@ from .records import Record
 from .split import SHIFTS
 
 ALIKE_LIMITS = (8, 16)
-
-
 Row = dict[str, Any]
 
 
@@ -24,10 +22,7 @@ def retrieval(
 ) -> list[Row]:
     """Score guessing and raw pixels on the retrieval of held-out concepts, in trained sets and shifts.
 
-    Returns:
-        For every block its numbers of ``images`` and ``captions``, R@k of guessing (``chance``) and of the
-        nearest training pictures' words (``knn``), and the share of the pictures whose nearest training
-        picture is closer than each limit (``alike``).
+    ``alike`` is the share of the pictures whose nearest training picture is closer than each limit.
     """
     start, stop = ranges["train"]
     texts = [record.caption for record in records[start:stop]]
@@ -41,15 +36,13 @@ def retrieval(
         captions = [caption for record in items for caption in record.captions]
         image_of = torch.tensor([i for i, record in enumerate(items) for _ in record.captions])
         scores = pixel_knn.caption_scores(neighbours, texts, captions)
-        right = image_of == torch.arange(len(items)).unsqueeze(1)
-        scored = (metrics.recall_at_k(scores, right=right), metrics.recall_at_k(scores.T, right=right.T))
         rows.append(
             Row(
                 block=block,
                 images=len(items),
                 captions=len(captions),
                 chance=metrics.retrieval_chance(len(items), image_of),
-                knn=dict(zip(("image_to_text", "text_to_image"), scored, strict=True)),
+                knn=metrics.recall(scores, image_of),
                 alike={limit: 100 * float((rms < limit).mean()) for limit in ALIKE_LIMITS},
             )
         )
@@ -59,10 +52,7 @@ def retrieval(
 def classification(labelled: Sequence[Labelled], thumbnails: np.ndarray) -> list[Row]:
     """Score guessing and raw pixels on the held-out concepts of the labelled sets.
 
-    Returns:
-        For every set its ``shift``, its number of ``classes``, the ``items`` of each side, top-k accuracy of
-        guessing (``chance``) and of the nearest training pictures' votes (``knn``), and top-1 of the class
-        that is most frequent in training (``majority``).
+    ``majority`` is top-1 of the class that is most frequent in training.
     """
     rows = []
     for one in labelled:

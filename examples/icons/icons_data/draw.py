@@ -7,6 +7,7 @@ from pathlib import Path
 
 import joblib
 import numpy as np
+import resvg_py
 from examples_common.terminal import Track
 from PIL import Image
 
@@ -19,8 +20,6 @@ _CHUNK = 256
 
 def rasterise(svg: str) -> bytes:
     """Draw an SVG on white, in black where it names no colour, and return a PNG."""
-    import resvg_py
-
     options = {"width": SIZE, "height": SIZE, "background": "white", "skip_system_fonts": True}
     return bytes(resvg_py.svg_to_bytes(svg_string=svg, **options))
 

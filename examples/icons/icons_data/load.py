@@ -24,11 +24,6 @@ class Part:
     records: list[Record]
 
     @property
-    def captions(self) -> list[str]:
-        """The plain caption of every picture."""
-        return [record.caption for record in self.records]
-
-    @property
     def texts(self) -> list[str]:
         """The training text of every picture: the caption in a template, at times with the style."""
         return [record.text for record in self.records]

@@ -21,7 +21,7 @@ _SIZE = re.compile(r"\d+px|\d+x")
 _GLUED = re.compile(r"([a-z]{3,})(\d{1,2})")
 _FILLERS = {"alt", "alternate", "variant"}
 _GENDERS = {"man", "woman", "men", "women", "boy", "girl", "person", "people", "mr", "mrs", "mx"}
-_SKIN_TONE = re.compile(r"-(medium-)?(light|dark|medium)(-skin-tone(-|$)|$)|-tone-?\d|skin-tone")
+SKIN_TONE = re.compile(r"-(medium-)?(light|dark|medium)(-skin-tone(-|$)|$)|-tone-?\d|skin-tone")  # of emojis
 _MAX_WORDS = 12
 
 
@@ -35,14 +35,10 @@ class Name:
 
 
 class Namer:
-    """Reads the names of one icon set.
+    """Reads the names of one icon set, given all of them, and the styles that it declares.
 
-    Args:
-        prefix: The set's prefix, such as ``mdi``.
-        names: All names of the set: a word is taken for a style where the icon exists in another style too.
-        suffixes: The style suffixes that the set declares, such as ``24-filled``.
-        prefixes: The style prefixes that it declares.
-        emoji: Whether the names are those of emojis, whose variants for gender are one concept.
+    A word is taken for a style where the icon exists in another style too. An ``emoji``'s variants for gender
+    are one concept.
     """
 
     def __init__(
@@ -133,14 +129,7 @@ def _singular(word: str) -> str:
 
 
 def concept_of(words: Iterable[str], *, emoji: bool = False) -> str:
-    """Return the concept that the words of a name stand for.
-
-    Example:
-        >>> concept_of(["arrow", "up", "circles", "2"]) == concept_of(["circle", "arrow", "up"])
-        True
-        >>> concept_of(["woman", "health", "worker"], emoji=True)
-        'health worker'
-    """
+    """Return the concept of a name's words, such as ``arrow circle up`` for ``arrow up circles 2``."""
     kept = list(words)
     while len(kept) > 1 and (_COUNT.fullmatch(kept[-1]) or kept[-1] in _FILLERS):
         kept.pop()
@@ -148,8 +137,3 @@ def concept_of(words: Iterable[str], *, emoji: bool = False) -> str:
     if emoji:
         plain = [word for word in plain if word not in _GENDERS]
     return " ".join(sorted({_singular(word) for word in plain or kept}))
-
-
-def has_skin_tone(name: str) -> bool:
-    """Say whether an emoji's name is that of a variant for one skin tone."""
-    return bool(_SKIN_TONE.search(name))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import SETS
-from .names import Name, Namer, has_skin_tone
+from .names import SKIN_TONE, Name, Namer
 
 PACKAGE = "@iconify/json"
 VERSION = "2.2.535"  # the figures in the README are of this version
@@ -51,11 +51,7 @@ class Icon(Name):
 
 
 def fetch(folder: Path, version: str = VERSION) -> Path:
-    """Download the package with npm, unless ``folder`` has it already, and return the tarball.
-
-    Raises:
-        RuntimeError: If npm is missing or fails.
-    """
+    """Download the package with npm, unless ``folder`` has it already, and return the tarball."""
     tarball = folder / f"iconify-json-{version}.tgz"
     if tarball.is_file():
         return tarball
@@ -176,7 +172,7 @@ def icons_of(
             drawing.get("hidden")
             or not words.isdisjoint(SETS["logo_words"])
             or any(_PROPER_CATEGORY.search(category) for category in categories[name])
-            or (about.emoji and (has_skin_tone(name) or _COUNTRY_FLAG.match(name)))
+            or (about.emoji and (SKIN_TONE.search(name) or _COUNTRY_FLAG.match(name)))
         ):
             continue
         parsed = namer(name)

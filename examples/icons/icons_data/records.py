@@ -56,11 +56,8 @@ def make(
     """Put the icons that are kept into the order in which they are stored.
 
     The trained sets come first, one side after the other, then the shifts in the same way; within each
-    such block the order is random, so that its first n pictures are a random sample.
-
-    Returns:
-        The records; for each of them the position of its icon; and the range of each block, named
-        ``train`` for a trained set, ``noto/train`` for a shift.
+    such block the order is random, so that its first n pictures are a random sample. Also returned are the
+    position of each record's icon, and the range of each block, such as ``train`` and ``noto/train``.
     """
     blocks = [f"{shift}/{side}".strip("/") for shift in ("", *SHIFTS) for side in SIDES]
     table = pd.DataFrame(map(vars, icons)).drop(columns="svg")
@@ -70,7 +67,8 @@ def make(
     table["side"], table["shift"] = table["concept"].map(split.side), table["set"].map(shift_of)
     table["palette"] = table["set"].map(palettes)
     table["block"] = pd.Categorical((table["shift"] + "/" + table["side"]).str.strip("/"), blocks)
-    table["place"] = [_shuffled(icon, seed) for icon in icons]
+    keys = (f"{seed}/{icon.set}/{icon.name}" for icon in icons)
+    table["place"] = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
     table = table.loc[split.kept].sort_values(["block", "place"])
     # One picture for each concept, so that no query has two right answers. Shifts are for the end only.
     searched = table["block"].isin(["validation", *(block for block in blocks if block.endswith("test"))])
@@ -80,10 +78,6 @@ def make(
     order = table.index.tolist()
     rows = table.drop(columns=["block", "place"]).assign(index=range(len(table))).to_dict("records")
     return [Record(**row) for row in rows], order, ranges
-
-
-def _shuffled(icon: Icon, seed: int) -> str:
-    return hashlib.sha256(f"{seed}/{icon.set}/{icon.name}".encode()).hexdigest()
 
 
 def write_table(path: Path, records: Sequence[Record]) -> None:

@@ -8,9 +8,10 @@ one drawing names of both (aliases), and where two drawings of them look alike: 
 import dataclasses
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import pandas as pd
 from scipy.cluster.hierarchy import DisjointSet
 from scipy.spatial import cKDTree
 
@@ -74,7 +75,7 @@ def split(icons: Sequence[Icon], thumbnails: np.ndarray, *, seed: int = 0) -> Sp
         if drawn[a] and drawn[b]:
             groups.merge(icons[a].concept, icons[b].concept)
     group = _named([icon.concept for icon in icons], groups)
-    side = _sides(icons, group, seed)
+    side = {name: _side(of, f"{seed}/{name}") for name, of in pd.Series(icons).groupby(group)}
     kept = _distinct(icons, thumbnails, np.flatnonzero(drawn).tolist())
     counts = {
         "drawn": len(icons),
@@ -123,14 +124,7 @@ def _named(concepts: Sequence[str], groups: DisjointSet) -> list[str]:
     return [first[groups[concept]] for concept in concepts]
 
 
-def _sides(icons: Sequence[Icon], group: Sequence[str], seed: int) -> dict[str, str]:
-    members: dict[str, list[Icon]] = defaultdict(list)
-    for icon, name in zip(icons, group, strict=True):
-        members[name].append(icon)
-    return {name: _side(of, f"{seed}/{name}") for name, of in members.items()}
-
-
-def _side(icons: Sequence[Icon], name: str) -> str:
+def _side(icons: Iterable[Icon], name: str) -> str:
     if len({icon.concept for icon in icons}) > _HUB:
         return "train"
     shifts = {shift_of(prefix) for prefix in {icon.set for icon in icons}}

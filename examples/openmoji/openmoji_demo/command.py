@@ -1,15 +1,15 @@
-"""The command behind ``run.py``: its arguments, and the bar that stands over all stages."""
+"""The command behind ``run.py``: its arguments, and the bar over all stages."""
 
 import argparse
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from examples_common.terminal import positive, status_of
+from examples_common.terminal import bars, positive, status_of
+from joblib import cpu_count
 from rich.console import Console
 
-from .progress import Forecast, bar, expected
-from .train import cores
+from .progress import Stages, expected
 
 # What the demo itself decides or reads back: passing these on would contradict it.
 _OWNED = (
@@ -19,14 +19,8 @@ _OWNED = (
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    extra: list[str] = []
-    if "--" in arguments:
-        at = arguments.index("--")
-        arguments, extra = arguments[:at], arguments[at + 1 :]
     parser = argparse.ArgumentParser(
         description="Train a small CLIP on OpenMoji with a ranking loss, and evaluate it on held-out emojis.",
-        epilog="Everything after -- is passed to open_clip's trainer, for instance: -- --lr 5e-4",
     )
     add = parser.add_argument
     add("--output", type=Path, default=Path("outputs/openmoji"), help="folder for everything")
@@ -41,25 +35,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="the trainer's seed (default: %(default)s)")
     add("--split", type=int, default=0, help="which concepts are held out (default: %(default)s)")
     add("--device", help="cpu or cuda (default: a GPU if there is one)")
-    args = parser.parse_args(arguments)
-    for given in extra:
-        if given.split("=")[0] in _OWNED:
-            parser.error(f"{given.split('=')[0]} after --: give it before --, or leave it to the demo")
+    add("extra", nargs="*", metavar="-- …", help="passed to open_clip's trainer, for instance: -- --lr 5e-4")
+    args = parser.parse_args(argv)
+    if args.extra and not args.extra[0].startswith("-"):
+        parser.error(f"unrecognized argument: {args.extra[0]}")
+    for name in (given.split("=")[0] for given in args.extra):
+        if name in _OWNED:
+            parser.error(f"{name} after --: give it before --, or leave it to the demo")
     args.loss = list(dict.fromkeys(args.loss))
-    args.extra = tuple(extra)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo."""
-    args = parse(argv)
-    return status_of(lambda console: _demo(args, console))
+    return status_of(partial(_demo, parse(argv)))
 
 
 def _demo(args: argparse.Namespace, console: Console) -> int:
-    forecast = Forecast(expected(args.epochs, len(args.loss), cores()))
-    with bar(console, forecast):
-        from . import demo  # torch and the like take seconds to import: the bar moves before that
+    with bars(console) as shown:
+        stages = Stages(expected(args.epochs, len(args.loss), cpu_count()), shown)
+        from . import demo  # torch and the like take seconds to import: the bar is there before that
 
-        demo.run(args, console, forecast)
+        demo.run(args, console, stages)
     return 0

@@ -1,11 +1,9 @@
 """The demo's stages: data, trainings, evaluation and picture; finished ones are skipped."""
 
 import argparse
-import asyncio
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from examples_common.terminal import say
@@ -14,14 +12,14 @@ from rich.console import Console
 
 import rankloss
 
-from . import agreement, data, draw, evaluate, progress, report
-from .progress import Forecast
-from .train import Run, arguments_for, read_scalars, side_by_side, train_all
+from . import data, draw, evaluate, progress, report
+from .progress import Stages
+from .train import Run, arguments_for, read_scalars, train_all
 
 _MODEL = Path(__file__).resolve().parents[1] / "model"
 
 
-def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
+def run(args: argparse.Namespace, console: Console, stages: Stages) -> None:
     """Go through all stages."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     root: Path = args.output.resolve()
@@ -32,7 +30,7 @@ def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
     if data.is_complete(folder, args.split):
         say(console, f"Complete already: {folder}")
     else:
-        counts = data.build(folder, root=root, split=args.split, track=forecast.track)["counts"]
+        counts = data.build(folder, root=root, split=args.split, track=stages.track)["counts"]
         say(
             console,
             f"{counts['train_rows']} captions of {counts['train_images']} pictures "
@@ -48,15 +46,15 @@ def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
         Run(root, pairs, loss, args.seed, args.epochs, device, arguments_for(loss, args.extra))
         for loss in args.loss
     ]
-    _train(runs, device, console, forecast)
+    _train(runs, device, console, stages)
 
     console.rule("3/4  Evaluation on held-out concepts")
-    forecast.begin(progress.EVALUATION)
-    models = {
-        report.label_of(run.loss): evaluate.ClipModel(root / "model", run.checkpoint, device) for run in runs
-    }
+    stages.begin(progress.EVALUATION)
+    load = partial(evaluate.ClipModel, f"local-dir:{root / 'model'}", device=device)
+    models = {report.label_of(run.loss): load(checkpoint=run.checkpoint) for run in runs}
     emojis = evaluate.load_pictures(root, folder / "train_emojis.csv")
-    methods: dict[str, Any] = {report.KNN: evaluate.PixelKNN(emojis), **models}
+    methods: dict[str, evaluate.Method] = {report.KNN: partial(evaluate.knn_scores, emojis)}
+    methods |= {name: model.scores for name, model in models.items()}
     blocks, similarities, test_sets = [], {}, {}
     for number, style in enumerate(evaluate.STYLES):
         test_set = test_sets[style] = evaluate.load_test_set(root, folder, style)
@@ -65,10 +63,10 @@ def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
             rows[name], similarities[style, name] = evaluate.score(method, test_set)
         classes = (len(test_set.classes[level]) for level in evaluate.LEVELS)
         blocks.append(report.Block(style, len(test_set.images), *classes, rows))
-        forecast.report((number + 1) / (len(evaluate.STYLES) + 1))
+        stages.report((number + 1) / (len(evaluate.STYLES) + 1))
     tables = (folder / name for name in ("train_emojis.csv", "test.csv"))
     training, held_out = (evaluate.load_pictures(root, table, once=True) for table in tables)
-    rankings = agreement.measure(models, training, held_out)
+    rankings = evaluate.measure_agreement(models, training, held_out)
     report.show(blocks, rankings, console)
     conditions = {
         "device": device,
@@ -77,13 +75,13 @@ def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
         "split": args.split,
         "seed": args.seed,
         "epochs": args.epochs,
-        "runs": {run.loss: {**run.record(), "command": run.command()[1:]} for run in runs},
+        "runs": {run.loss: run.record() for run in runs},
     }
     report.save(blocks, rankings, conditions, root)
     rankings.save(root / "agreement.json")
 
     console.rule("4/4  Picture")
-    forecast.begin(progress.PICTURE)
+    stages.begin(progress.PICTURE)
     draw.draw(
         root / "openmoji.png",
         agreement=rankings,
@@ -93,12 +91,12 @@ def run(args: argparse.Namespace, console: Console, forecast: Forecast) -> None:
         curves={report.label_of(run.loss): read_scalars(run.folder) for run in runs},
         epochs=args.epochs,
     )
-    forecast.begin(progress.DONE)
+    stages.report(1.0)
     for name in ("openmoji.png", "results.md", "results.json", "agreement.json"):
         say(console, f"Wrote {root / name}")
 
 
-def _train(runs: list[Run], device: str, console: Console, forecast: Forecast) -> None:
+def _train(runs: list[Run], device: str, console: Console, stages: Stages) -> None:
     todo = []
     for run in runs:
         if run.is_complete():
@@ -110,20 +108,9 @@ def _train(runs: list[Run], device: str, console: Console, forecast: Forecast) -
             say(console, f"Log: {run.folder / 'out.log'}")
     if not todo:
         return
-    jobs, threads = side_by_side(len(todo), device)
-    forecast.begin(progress.TRAINER_START)
-
-    def on_share(share: float) -> None:
-        if forecast.stage != progress.TRAINING:
-            forecast.begin(progress.TRAINING)
-        forecast.report(share)
-
-    asyncio.run(
-        train_all(
-            todo, jobs=jobs, threads=threads, on_share=on_share, warn=partial(say, console, style="yellow")
-        )
-    )
+    stages.begin(progress.TRAINING)
+    train_all(todo, device, stages.report, warn=partial(say, console, style="yellow"))
     for run in todo:
         record = run.record()
-        by = "" if threads is None else f" with {threads} thread{'s' if threads > 1 else ''}"
+        by = f", threads: {record['threads']}" if record["threads"] else ""
         say(console, f"Trained {run.loss} in {record['seconds']:.0f} s on {device}{by}.")

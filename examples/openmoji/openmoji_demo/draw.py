@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from rankloss import plots
 
-from .agreement import HELD_OUT, TRAINING, Agreement
-from .evaluate import TestSet
+from .evaluate import HELD_OUT, TRAINING, Agreement, TestSet
 
 QUERIES = 6
 TOP = 5
@@ -27,7 +27,7 @@ _CURVES = {
     "cross_modal_loss": ("cross-modal rank term, weighted by λ", "#e07a1f", "-"),
     "in_modal_loss": ("in-modal rank term, weighted by λ", "#7b4fa3", "--"),
 }
-Curves = Mapping[str, Sequence[tuple[int, float]]]
+Curves = Mapping[str, pd.Series]
 
 
 def choose_queries(*similarities: torch.Tensor) -> list[int]:
@@ -145,21 +145,21 @@ def _draw_curves(area: Any, curves: Mapping[str, Curves], epochs: int) -> None:
     losses, lambdas = area.subplots(1, 2, width_ratios=(1.7, 1))
     shown = list(curves)[-1]
     # The trainer logs the last step of every epoch, so the last point closes the last epoch.
-    steps_per_epoch = (curves[shown]["train/loss"][-1][0] + 1) / epochs
+    steps_per_epoch = (curves[shown]["train/loss"].index[-1] + 1) / epochs
     for label, scalars in curves.items():
         for key, (name, colour, style) in _CURVES.items():
             points = scalars.get(f"train/{key}")
-            if not points or (label != shown and key != "contrastive_loss"):
+            if points is None or (label != shown and key != "contrastive_loss"):
                 continue
             if key == "loss" and "train/cross_modal_loss" not in scalars:
                 continue
             looks = {"color": colour, "linestyle": style if label == shown else ":", "linewidth": 1.4}
             said = f"{label}: {name}" if len(curves) > 1 else name
-            losses.plot(*_by_epoch(points, steps_per_epoch), label=said, **looks)
+            losses.plot(points.index / steps_per_epoch, points, label=said, **looks)
     losses.legend(frameon=False, fontsize=9)
     points = curves[shown].get("train/rank_lambda")
-    if points:
-        lambdas.plot(*_by_epoch(points, steps_per_epoch), color="#b3202a")
+    if points is not None:
+        lambdas.plot(points.index / steps_per_epoch, points, color="#b3202a")
     else:
         where = {"ha": "center", "transform": lambdas.transAxes}
         lambdas.text(0.5, 0.5, "no ranking terms, so no λ", color=_GREY, **where)
@@ -167,7 +167,3 @@ def _draw_curves(area: Any, curves: Mapping[str, Curves], epochs: int) -> None:
         axis.set(xlabel="epoch", ylabel=label)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
-
-
-def _by_epoch(points: Sequence[tuple[int, float]], steps_per_epoch: float) -> tuple[list[float], list[float]]:
-    return [step / steps_per_epoch for step, _ in points], [value for _, value in points]

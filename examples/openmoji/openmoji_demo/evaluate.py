@@ -1,7 +1,8 @@
-"""Held-out retrieval and zero-shot classification of one trained model or of the pixel baseline."""
+"""Retrieval and classification of held-out emojis, and how far a picture and its caption rank alike."""
 
 import dataclasses
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,17 @@ import pandas as pd
 import torch
 from clip_evaluation import metrics, model, pixel_knn
 from PIL import Image
+from torch import Tensor
 from torch.nn.functional import normalize
+
+from rankloss.metrics import kendall_tau, rank_agreement
 
 from . import data
 
 STYLES = ("color", "line")
 LEVELS = ("subgroup", "group")
 TASKS = ("image_to_text", "text_to_image", *LEVELS)
+TRAINING, HELD_OUT = "training", "held-out"
 Scores = dict[str, dict[int, float]]
 
 
@@ -38,7 +43,7 @@ class TestSet(Pictures):
 
     classes: dict[str, list[str]]  # to choose from, by level, in the order of the score columns
 
-    def labels(self, level: str) -> torch.Tensor:
+    def labels(self, level: str) -> Tensor:
         """Return the right column of every picture."""
         return torch.tensor([self.classes[level].index(name) for name in self.rows[level]])
 
@@ -72,52 +77,43 @@ def open_all(root: Path, paths: Iterable[str]) -> list[Image.Image]:
 
 
 class ClipModel(model.ClipModel):
-    """A checkpoint of the trainer, of the architecture in a folder."""
+    """A trained model."""
 
-    def __init__(self, folder: Path, checkpoint: Path, device: str) -> None:
-        super().__init__(f"local-dir:{folder}", checkpoint=checkpoint, device=device)
-
-    def features(self, shown: Pictures) -> tuple[torch.Tensor, torch.Tensor]:
+    def features(self, shown: Pictures) -> tuple[Tensor, Tensor]:
         """Return the unit-norm features of the pictures and of the captions."""
         features, _ = self.image_features([(self.preprocess(image), None) for image in shown.images])
         return normalize(features, dim=-1), self.text_features(shown.captions)
 
-    def scores(self, shown: TestSet) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def scores(self, shown: TestSet) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the cosine of every picture with every caption, and with every class of each level."""
         images, texts = self.features(shown)
         prompts = {level: self.classifier(names, data.TEMPLATES) for level, names in shown.classes.items()}
         return images @ texts.T, {level: images @ classes for level, classes in prompts.items()}
 
 
-class PixelKNN:
-    """The baseline that learns nothing; see :mod:`clip_evaluation.pixel_knn`."""
+Method = Callable[[TestSet], tuple[Tensor, dict[str, Tensor]]]
 
-    def __init__(self, training: Pictures) -> None:
-        self._pixels, self._training = _pixels(training), training
 
-    def scores(self, shown: TestSet) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return how well captions fit pictures, by neighbours' words, and their votes for classes."""
-        pixels, rows = _pixels(shown), self._training.rows
-        _, neighbours = pixel_knn.nearest(self._pixels, pixels)
-        votes = {
-            level: pixel_knn.class_scores(self._pixels, rows[level], pixels, names)
-            for level, names in shown.classes.items()
-        }
-        return pixel_knn.caption_scores(neighbours, self._training.captions, shown.captions), votes
+def knn_scores(training: Pictures, shown: TestSet) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the same for the baseline that learns nothing: see :mod:`clip_evaluation.pixel_knn`."""
+    seen, pixels = _pixels(training), _pixels(shown)
+    _, neighbours = pixel_knn.nearest(seen, pixels)
+    votes = {
+        level: pixel_knn.class_scores(seen, training.rows[level], pixels, names)
+        for level, names in shown.classes.items()
+    }
+    return pixel_knn.caption_scores(neighbours, training.captions, shown.captions), votes
 
 
 def _pixels(pictures: Pictures) -> np.ndarray:
     return np.stack([np.asarray(image) for image in pictures.images])
 
 
-def score(method: ClipModel | PixelKNN, test_set: TestSet) -> tuple[Scores, torch.Tensor]:
+def score(method: Method, test_set: TestSet) -> tuple[Scores, Tensor]:
     """Return a method's score at each task and cut-off, and the picture × caption matrix they came from."""
-    similarity, by_level = method.scores(test_set)
-    recall = map(metrics.recall_at_k, (similarity, similarity.T))
-    scores: Scores = dict(zip(("image_to_text", "text_to_image"), recall, strict=True))
-    for level, columns in by_level.items():
-        scores[level] = metrics.accuracy_at_k(columns, test_set.labels(level))
-    return scores, similarity
+    similarity, by_level = method(test_set)
+    levels = {k: metrics.accuracy_at_k(columns, test_set.labels(k)) for k, columns in by_level.items()}
+    return {**metrics.recall(similarity), **levels}, similarity
 
 
 def chance_scores(test_set: TestSet) -> Scores:
@@ -125,3 +121,44 @@ def chance_scores(test_set: TestSet) -> Scores:
     recall = metrics.chance(len(test_set.images), metrics.RETRIEVAL_KS)
     levels = {k: metrics.chance(len(v), metrics.CLASS_KS) for k, v in test_set.classes.items()}
     return {"image_to_text": recall, "text_to_image": recall, **levels}
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Kendall's τ of every model, and the rankings of the training pair with τ nearest to the averages."""
+
+    averages: Mapping[str, Mapping[str, float]]  # by model, on the training and on the held-out concepts
+    concepts: Mapping[str, int]  # how many
+    anchor: int
+    labels: Sequence[str]  # names of the training concepts
+    scores: Mapping[str, tuple[Tensor, Tensor]]  # by model: those of the picture, and of its caption
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        lists = {name: torch.stack(of).double().numpy().round(5) for name, of in self.scores.items()}
+        scores = {name: both.tolist() for name, both in lists.items()}
+        text = json.dumps({**vars(self), "scores": scores}, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+
+def measure_agreement(models: Mapping[str, ClipModel], training: Pictures, held_out: Pictures) -> Agreement:
+    """Compare the rankings of all pictures with those of their captions, under every model."""
+    averages: dict[str, dict[str, float]] = {}
+    lists: dict[str, tuple[Tensor, Tensor]] = {}
+    distance = torch.zeros(len(training.images), dtype=torch.float64)
+    for name, one in models.items():
+        v, t = one.features(training)
+        averages[name] = {
+            key: rank_agreement(*features)["cross_modal_tau"].item()
+            for key, features in ((TRAINING, (v, t)), (HELD_OUT, one.features(held_out)))
+        }
+        lists[name] = (v @ t.T, t @ v.T)
+        distance += (kendall_tau(*lists[name]) - averages[name][TRAINING]).square()
+    anchor = int(distance.nan_to_num(torch.inf).argmin())
+    return Agreement(
+        averages=averages,
+        concepts={TRAINING: len(training.images), HELD_OUT: len(held_out.images)},
+        anchor=anchor,
+        labels=training.rows["name"].tolist(),
+        scores={name: (first[anchor], second[anchor]) for name, (first, second) in lists.items()},
+    )

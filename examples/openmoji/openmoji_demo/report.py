@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from clip_evaluation import metrics
 from examples_common import page, tables
 from examples_common.terminal import say
 from rich.console import Console
 
-from .agreement import HELD_OUT, TRAINING, Agreement
-from .evaluate import TASKS, Scores
+from .evaluate import HELD_OUT, TASKS, TRAINING, Agreement, Scores
 
 _HEADS = {  # of the columns, with what stands before a cut-off
     "image_to_text": ("image → text", "R@"),
@@ -67,33 +67,29 @@ class Block:
         return ["method", *(separator.join([name, p + cutoffs[t]]) for t, (name, p) in _HEADS.items())]
 
 
+def _flat(scores: Scores) -> pd.Series:
+    """Return the scores by their names, such as ``image → text R@5``."""
+    return pd.Series(
+        {" ".join(_HEADS[task]) + str(k): v for task, of in scores.items() for k, v in of.items()}
+    )
+
+
 def apart(block: Block) -> dict[str, Any] | None:
     """Compare the last model with the first one, score by score; None if there is only one."""
     if len(block.trained) < 2:
         return None
     first, last = block.trained[0], block.trained[-1]
-    scores, others = (_flat(block.rows[name]) for name in (last, first))
-    differences = {key: value - others[key] for key, value in scores.items()}
-    (task, k), largest = max(differences.items(), key=lambda item: abs(item[1]))
-    return {
-        "first": first,
-        "last": last,
-        "ahead": sum(round(difference, 1) > 0 for difference in differences.values()),
-        "scores": len(differences),
-        "where": f"{' '.join(_HEADS[task])}{k}",
-        "points": largest,
-    }
-
-
-def _flat(scores: Scores) -> dict[tuple[str, int], float]:
-    return {(task, k): value for task, of in scores.items() for k, value in of.items()}
+    difference = _flat(block.rows[last]) - _flat(block.rows[first])
+    where = difference.abs().idxmax()
+    ahead = int((difference.round(1) > 0).sum())
+    compared = {"first": first, "last": last, "ahead": ahead, "scores": len(difference)}
+    return {**compared, "where": where, "points": difference[where]}
 
 
 def knn_ahead(block: Block, name: str) -> tuple[int, int]:
     """Return on how many retrieval scores the untrained baseline is ahead of a method, and of how many."""
-    knn, own = (_flat(block.rows[method]) for method in (KNN, name))
-    ahead = [round(knn[key], 1) > round(own[key], 1) for key in own if _HEADS[key[0]][1] == "R@"]
-    return sum(ahead), len(ahead)
+    knn, own = (_flat(block.rows[method]).filter(like="R@").round(1) for method in (KNN, name))
+    return int((knn > own).sum()), len(own)
 
 
 def _taus(agreement: Agreement) -> tuple[list[str], list[list[str]]]:

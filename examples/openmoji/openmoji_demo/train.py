@@ -1,17 +1,19 @@
 """The trainings of the demo: their recipe, whether one was finished earlier, and several side by side."""
 
+import asyncio
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from examples_common import trainer
 from examples_common.terminal import Report, run_all
 from examples_common.trainer import Job, Log, TrainingError
+from joblib import cpu_count
 from rich.console import Console
 
 from rankloss_trainers.catalog import PREFIXES
@@ -50,9 +52,9 @@ class Run:
         return trainer.checkpoint_of(self.folder, self.epochs)
 
     def record(self) -> dict[str, Any]:
-        """Return how long the complete run took, in seconds, and with how many threads."""
-        stored = json.loads((self.folder / _DONE).read_text(encoding="utf-8"))
-        return {key: stored.get(key) for key in ("seconds", "threads")}
+        """Return what the complete run was trained with: its settings, the seconds it took, the threads."""
+        stored: dict[str, Any] = json.loads((self.folder / _DONE).read_text(encoding="utf-8"))
+        return stored
 
     def job(self) -> Job:
         """Return what the trainer is started with."""
@@ -63,20 +65,16 @@ class Run:
     def command(self) -> list[str]:
         """Return the trainer's command line."""
         # Pictures this small are read faster than two cores can train on them; a GPU needs helpers.
-        workers = min(8, max(1, (os.cpu_count() or 2) - 1)) if self.device.startswith("cuda") else 0
+        workers = min(8, max(1, cpu_count() - 1)) if self.device.startswith("cuda") else 0
         more = ("--report-to", "tensorboard", "--log-every-n-steps", "10", *self.extra)
         table = f"{self.data}/train.csv"
         return self.job().command(table, self.name, device=self.device, workers=workers, more=more)
 
     def settings(self) -> dict[str, Any]:
         """Return what makes two runs the same run."""
-        architecture = (self.root / "model" / "open_clip_config.json").read_text(encoding="utf-8")
-        table = (self.root / self.data / "train.csv").read_bytes()
-        return {
-            "command": self.command()[1:],
-            "model": json.loads(architecture),
-            "train_data": hashlib.sha256(table).hexdigest()[:16],
-        }
+        model = json.loads((self.root / "model" / "open_clip_config.json").read_text(encoding="utf-8"))
+        table = hashlib.sha256((self.root / self.data / "train.csv").read_bytes()).hexdigest()
+        return {"command": self.command()[1:], "model": model, "train_data": table[:16]}
 
     def is_complete(self) -> bool:
         """Say whether this run was finished earlier with the same settings.
@@ -84,10 +82,9 @@ class Run:
         Raises:
             TrainingError: If it was finished with other ones. Nothing trained is ever overwritten.
         """
-        marker = self.folder / _DONE
-        if not marker.is_file() or not self.checkpoint.is_file():
+        if not (self.folder / _DONE).is_file() or not self.checkpoint.is_file():
             return False
-        if json.loads(marker.read_text(encoding="utf-8"))["settings"] != self.settings():
+        if self.record()["settings"] != self.settings():
             raise TrainingError(
                 f"{self.folder} was trained with other settings (data, model or arguments after --): "
                 "delete that folder or choose another --output"
@@ -97,11 +94,7 @@ class Run:
     async def train(
         self, threads: int | None, on_share: Callable[[float], None], warn: Callable[[str], None]
     ) -> None:
-        """Train with so many threads; report the share that is done, and pass on the trainer's warnings.
-
-        Raises:
-            TrainingError: If the trainer fails, trains another loss or leaves no checkpoint.
-        """
+        """Train with so many threads; report the share that is done, and pass on the trainer's warnings."""
 
         def read(line: str, log: Log) -> None:
             if log.share:
@@ -118,12 +111,7 @@ class Run:
 
 
 def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
-    """Return those of the trainer's arguments that a run with this loss takes: no other loss's options.
-
-    Example:
-        >>> arguments_for("clip", ["--lr", "5e-4", "--rankclip-schedule", "cosine"])
-        ('--lr', '5e-4')
-    """
+    """Return those of the trainer's arguments that a run with this loss takes: no other loss's options."""
     kept, keep = [], True
     for word in arguments:
         if word.startswith("--"):
@@ -134,31 +122,19 @@ def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def side_by_side(count: int, device: str) -> tuple[int, int | None]:
     """Return how many of so many trainings run at a time, and with how many threads each."""
     if device != "cpu":
         return 1, None
-    jobs = min(count, cores())
-    return jobs, cores() // jobs
+    jobs = min(count, cpu_count())
+    return jobs, cpu_count() // jobs
 
 
-async def train_all(
-    runs: Sequence[Run],
-    *,
-    jobs: int,
-    threads: int | None,
-    on_share: Callable[[float], None],
-    warn: Callable[[str], None],
+def train_all(
+    runs: Sequence[Run], device: str, on_share: Callable[[float], None], warn: Callable[[str], None]
 ) -> None:
-    """Train several models, ``jobs`` at a time; the first that fails ends the others.
-
-    ``on_share`` is told how much of all trainings is done, ``warn`` the trainers' warnings.
-    """
+    """Train several models, and report the share of all that is done; the first to fail ends the others."""
+    jobs, threads = side_by_side(len(runs), device)
     shares = dict.fromkeys(runs, 0.0)
 
     async def one(run: Run, report: Report) -> None:  # noqa: ARG001 (one bar stands over all stages)
@@ -168,13 +144,14 @@ async def train_all(
 
         await run.train(threads, told, warn)
 
-    await run_all(runs, one, jobs=jobs, console=Console(quiet=True), expected=())
+    asyncio.run(run_all(runs, one, jobs=jobs, console=Console(quiet=True), expected=()))
 
 
-def read_scalars(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read a run's curves from its TensorBoard event files: step and value by tag."""
+def read_scalars(run_folder: Path) -> dict[str, pd.Series]:
+    """Read a run's curves from its TensorBoard event files: values over steps, by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    tags = events.Tags()["scalars"]
+    return {tag: pd.Series({e.step: e.value for e in events.Scalars(tag)}) for tag in tags}
