@@ -170,11 +170,6 @@ def test_a_search_beside_the_report_is_linked(tmp_path, no_figures):
     assert f"({report.SEARCH})" in write(tmp_path, everything()[:2])[1]
 
 
-def test_a_report_without_a_plan_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="planned: at least one"):
-        report.write([], tmp_path, preset=FULL, planned=[], command="")
-
-
 # --- the figures ---
 
 

@@ -98,7 +98,7 @@ def test_finished_records_keep_their_names(preset, digest):
     ("run", "module"),
     [
         (plan(PRESETS["quick"])[0], grid),
-        (trials.attempt(trials.SEARCHES["full"], trials.TRIALS[2], 1, 10, trials.TEST), trials),
+        (Attempt("one", "rankclip", (), 1, 10, trials.TEST, "full"), trials),
     ],
     ids=("setting", "attempt"),
 )
@@ -117,14 +117,8 @@ def test_a_key_follows_data_architecture_and_arguments(run, module, monkeypatch)
 
 def test_the_fingerprint_of_the_data_is_that_of_the_records_whatever_wrote_the_files(tmp_path):
     """Records are found by it: files that say the same in another order must not make all of them again."""
-    said = {
-        "name": "mdi",
-        "shift": "",
-        "classes": ["é"],
-        "templates": ["a {}"],
-        "index": {"test": [3]},
-        "label": {},
-    }
+    said = {"name": "mdi", "shift": "", "classes": ["é"], "templates": ["a {}"]}
+    said |= {"index": {"test": [3]}, "label": {}}
     first = json.dumps(said) + "\n"
     expected = hashlib.sha256(f"tarball{'a,b'}{first}".encode()).hexdigest()
     (tmp_path / "labels").mkdir()

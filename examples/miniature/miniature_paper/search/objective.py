@@ -1,19 +1,14 @@
-"""What the search maximises, fixed before its first training, and the other scores that it reports.
+"""What the rounds maximise, fixed before the first training, and the other scores that they report.
 
-``templates/search.md``, the report, says why it is this objective.
+``templates/objective.md``, a part of the report, says why it is this objective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
+from miniature_paper.collection import Record, Score
 from miniature_paper.scores import SHIFTS
 
-from .trials import OBJECTIVE, RECALL
-
-Record = Mapping[str, Any]
-Score = Callable[[Record], float]
+OBJECTIVE, RECALL = "objective", "R@10, both ways"
 
 
 def recall_at_10(record: Record) -> float:
@@ -39,11 +34,6 @@ def zero_shot_of_sets(record: Record) -> float:
 def objective(record: Record) -> float:
     """What is maximised."""
     return (recall_at_10(record) + zero_shot(record)) / 2
-
-
-def diverged(record: Record) -> bool:
-    """Whether the training ended in a model that has no numbers."""
-    return bool(record["diverged"])
 
 
 def _sets(record: Record) -> dict[str, float]:
