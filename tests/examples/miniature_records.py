@@ -20,12 +20,7 @@ _FIRST = _COMMITTED[0]
 def record(setting, *, effect=0.0, noise=0.4, points=60, pictures=2):
     """A record whose scores are noise that seeds share, noise of its own, and ``effect`` where not CLIP's.
 
-    Args:
-        setting: What it is the record of.
-        effect: Points that every loss but CLIP has more in every score.
-        noise: Standard deviation of what every model has of its own.
-        points: Pairs in the picture of the embeddings, if the runner keeps one of this model.
-        pictures: Pictures with heat maps, likewise.
+    Where the runner keeps a model's figures, it has so many ``points`` and ``pictures`` of committed ones.
     """
     own, shared = _rng(setting), _rng((setting.seed, setting.backbone))
     bonus = 0.0 if setting.loss == "clip" else effect
@@ -61,14 +56,9 @@ def records(settings, **options):
 
 
 def study_record(one, *, effects=None, noise=0.1, lost=(), salt=""):
-    """A record of a study's training: what its seed gives, noise of its own, and its try's effect.
+    """A record of a study's training: what its seed gives, noise of its own (``salt`` varies it), effects.
 
-    Args:
-        one: What it is the record of.
-        effects: Points by the try's name, or by the side and the name, such as ``test recipe``.
-        noise: Standard deviation of what every model has of its own, in the objective.
-        lost: The names of the tries that diverge.
-        salt: Makes it other noise.
+    Effects are by the try's name, or by the side and the name: ``test recipe``. Tries in ``lost`` diverge.
     """
     own, shared = random.Random(f"{salt}{one.name}"), random.Random(one.seed)
     level = 20 + shared.gauss(0, 1) + own.gauss(0, noise)

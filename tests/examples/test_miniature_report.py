@@ -46,8 +46,8 @@ def drawn(coarse):
     return figures.draw(Collection(everything(), FULL, PLAN), paper.load())
 
 
-# What there is: everything, what an interrupted run leaves, one model, nothing.
-@pytest.fixture(scope="module", params=[len(PLAN), 17, 1, 0])
+# What there is: everything, what an interrupted run leaves, one model.
+@pytest.fixture(scope="module", params=[len(PLAN), 17, 1])
 def written(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     return folder, *write(folder, everything()[: request.param], notes=["a.json & <i>b.json</i>"])

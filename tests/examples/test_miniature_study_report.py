@@ -13,7 +13,7 @@ from miniature_paper.search import command, report
 from miniature_paper.search.confirmation import needed
 from miniature_paper.search.ladder import progress
 from miniature_paper.search.study import SETTING, STUDIES, load
-from miniature_paper.search.trials import REFERENCE, TEST, VALIDATION, Attempt, teacher_folder
+from miniature_paper.search.trials import PLANS, REFERENCE, TEST, VALIDATION, Attempt, teacher_folder
 from miniature_records import fake_trainings, study_record, study_records
 
 import rankloss
@@ -182,7 +182,10 @@ def test_another_winner_after_the_confirmation_began_and_doubled_records_are_ref
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["search", "teacher"])
-def test_a_study_is_trained_by_the_real_trainer_and_measured(tmp_path, name):
+def test_a_study_is_trained_by_the_real_trainer_and_measured(tmp_path, monkeypatch, name):
+    few = {"tries": ["recipe", "batch-512"], "rounds": [{"epochs": 1, "seeds": [10], "keep": 1}]}
+    few |= {"size": {"preset": "quick"}, "confirmation": {"epochs": 1, "seeds": [100]}}
+    monkeypatch.setitem(PLANS["search"], "quick", few)
     write_icons(tmp_path / "icons", train=4200, validation=40, test=60)
     folders = ["--output", str(tmp_path / "out"), "--icons", str(tmp_path / "icons")]
     line, one = [name, *folders, "--device", "cpu"], load(name, "quick")

@@ -46,9 +46,8 @@ class Collection:
 
     @property
     def tasks(self) -> set[str]:
-        """Every task that some record has, such as ``zero-shot/mdi``; all tasks before the first record."""
-        found = {task for record in self.records.values() for task in record["metrics"]}
-        return found or set(scores.TASKS)
+        """Every task that some record has, such as ``zero-shot/mdi``."""
+        return {task for record in self.records.values() for task in record["metrics"]}
 
     def sets(self, task: str) -> list[str]:
         """Return the labelled sets that were measured in ``zero-shot`` or ``probe``, by name."""

@@ -83,14 +83,14 @@ class Measurement:
         images = normalize(self.features(data.index[:limit]), dim=-1)
         return images, self.model.text_features(captions), torch.from_numpy(data.image_of[kept])
 
-    def classify(self, name: str, side: str, *ks: Sequence[int]) -> tuple[Items, Tensor]:
+    def classify(self, name: str, side: str, ks: Sequence[int] = metrics.CLASS_KS) -> tuple[Items, Tensor]:
         """Add the zero-shot accuracy on a labelled set, and return its items and labels."""
         one = self._icons.labelled[name]
         items = one.side(side).first(self._preset.class_items)
         labels = torch.from_numpy(items.labels)
         classes = self.model.classifier(one.classes, one.templates)
         scores = normalize(self.features(items.index), dim=-1) @ classes
-        self.add(f"zero-shot/{name}", len(labels), metrics.named_accuracy(scores, labels, *ks))
+        self.add(f"zero-shot/{name}", len(labels), metrics.named_accuracy(scores, labels, ks))
         return items, labels
 
 
@@ -141,15 +141,10 @@ def _first_pairs(images: Tensor, texts: Tensor, image_of: Tensor) -> tuple[Tenso
 def teacher_agreement(
     student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], anchors: int = _GEOMETRY_ANCHORS
 ) -> dict[str, float]:
-    """Return how far a student ranks the same pairs as its teacher does: Kendall's τ-b, the mean over lists.
+    """Return how far a student ranks N pairs as its teacher does: Kendall's τ-b, the mean over lists.
 
-    Args:
-        student: Unit-norm features of images and texts, ``[N, D]`` each, row i of both being a pair.
-        teacher: The same pairs' features, ``[N, D']`` each.
-        anchors: So many evenly spaced pairs' lists are compared.
-
-    Returns:
-        ``cross_modal_tau``, of images' lists of texts and texts' lists of images, and ``in_modal_tau``.
+    Each comes as the unit-norm features of images and of texts, ``[N, D]``, row i of both being a pair. The
+    lists are those of so many evenly spaced ``anchors``, of the other modality and of their own.
     """
     rows = torch.linspace(0, len(student[0]) - 1, min(anchors, len(student[0]))).round().long()
 

@@ -20,14 +20,6 @@ SHIFTS = {
     shift: next((name for name, source in SOURCES.items() if source.get("shift") == shift), None)
     for shift in split.SHIFTS
 }
-# Every task that a record may have.
-TASKS = (
-    "retrieval/test",
-    "geometry/test",
-    *(f"retrieval/{shift}" for shift in SHIFTS),
-    *(f"{task}/{name}" for task in ("zero-shot", "probe") for name in LABELLED_SETS),
-    *(f"zero-shot/{labelled}" for labelled in SHIFTS.values() if labelled),
-)
 TOPS = ("top-1", "top-3", "top-5")
 RECALLS = ("R@1", "R@5", "R@10")
 

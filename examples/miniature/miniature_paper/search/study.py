@@ -23,18 +23,7 @@ from miniature_paper.records import Store
 from miniature_paper.statistics import ALPHA
 
 from .objective import RECALL, SCORES
-from .trials import (
-    LOSS,
-    PLANS,
-    RECIPE,
-    REFERENCE,
-    SIZES,
-    TEST,
-    Attempt,
-    Trial,
-    size_name,
-    teacher_folder,
-)
+from .trials import LOSS, PLANS, RECIPE, REFERENCE, SIZES, TEST, Attempt, Trial, size_name, teacher_folder
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 STUDIES = tuple(PLANS)
