@@ -13,12 +13,12 @@ import types
 import miniature_records
 import pytest
 from filelock import FileLock
-from miniature_paper import grid, runs
+from miniature_paper import grid, options, runs
 from miniature_paper.data import evaluation_digest
 from miniature_paper.grid import EXHIBITS, LOSSES, PRESETS, Setting, plan, settings_of
 from miniature_paper.options import _EXAMPLE as EXAMPLE
 from miniature_paper.records import Store, read_lines
-from miniature_paper.runs import Machine, Workshop, key_of
+from miniature_paper.runs import Machine, key_of
 from miniature_paper.search import trials
 from miniature_paper.search.trials import Attempt
 from rich.console import Console
@@ -277,11 +277,7 @@ def test_records_are_found_by_setting_and_doubles_are_left_out(tmp_path):
 
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):
-    async def make(self, run, key, report):
-        report("training", 0.5)
-        return _record(run)
-
-    monkeypatch.setattr(Workshop, "_record", make)
+    miniature_records.fake_trainings(monkeypatch, options, _record)
     return miniature_records.workshop(tmp_path, tmp_path / "results")
 
 

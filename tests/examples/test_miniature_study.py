@@ -32,10 +32,6 @@ TRIALS = SEARCH.arms[SETTING]
 BY_NAME = {trial.name: trial for trial in TRIALS}
 
 
-def nothing(needed):
-    return {}
-
-
 # --- plans ---
 
 
@@ -89,7 +85,7 @@ def test_the_preregistration_says_what_the_command_does():
     assert f"**{len(seeds)}**, {seeds[0]} to {seeds[-1]}," in text
     assert f"**{QUESTION.spread.deviation:.3f}**" in text
     assert len(seeds) == QUESTION.spread.seeds >= 16
-    attempts = needed(QUESTION, progress(QUESTION, nothing).winners)
+    attempts = needed(QUESTION, progress(QUESTION, lambda _: {}).winners)
     assert f"all {len(attempts)} models" in text
     assert (QUESTION.score, QUESTION.arms["rankclip"][0].changes) == ("R@10, both ways", ())
     size = QUESTION.grid
@@ -273,8 +269,7 @@ def test_differences_are_paired_by_seed_and_batch_size():
     found = {s.trial: s for s in stand(SEARCH, [RECIPE, trial], one, records)}
     for which, clip in ((RECIPE, "clip"), (trial, "clip-batch-size-512")):
         values = [
-            [objective.objective(records[a]) for a in wanted if a.trial == name]
-            for name in (which.name, clip)
+            [SCORES[OBJECTIVE](records[a]) for a in wanted if a.trial == name] for name in (which.name, clip)
         ]
         test = stats.ttest_rel(*values)
         difference = found[which].differences[OBJECTIVE]
@@ -292,12 +287,12 @@ def test_the_objective_is_half_recall_and_half_zero_shot():
     record = {"metrics": {"retrieval": recall, **classes}, "items": items}
     assert objective.recall_at_10(record) == 12
     assert objective.zero_shot(record) == pytest.approx((30 * 30 + 10 * 10) / 40)  # not of the shift
-    assert objective.zero_shot_of_sets(record) == 20
-    assert objective.objective(record) == pytest.approx((12 + 25) / 2)
+    assert SCORES["zero-shot top-1, mean of sets"](record) == 20
+    assert SCORES[OBJECTIVE](record) == pytest.approx((12 + 25) / 2)
 
 
 def test_what_is_due_is_a_round_of_every_arm_and_plain_clip_once():
-    due = progress(TEACHER, nothing).due
+    due = progress(TEACHER, lambda _: {}).due
     assert len(due) == sum(map(len, TEACHER.arms.values())) + 1
     assert sum(one.trial == REFERENCE for one in due) == 1
 

@@ -87,7 +87,8 @@ def test_the_teachers_report_names_what_is_established(tmp_path):
 
 
 def test_the_searchs_report_names_every_setting(tmp_path, no_picture):
-    text, trials = page(tmp_path, SEARCH, study_records()), progress(SEARCH, study_records()).tried
+    text, steps = page(tmp_path, SEARCH, study_records()), progress(SEARCH, study_records()).steps[SETTING]
+    trials = {trial for step in steps for trial in step.trials}
     assert len(trials) > len(BY_NAME)
     assert f"the best of {len(trials)} settings" in text
     assert all(f"| `{trial.name}`" in text for trial in trials)

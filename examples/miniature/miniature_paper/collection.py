@@ -71,12 +71,11 @@ class Exhibited(Compared):
         for setting in settings:
             own = self._settings.setdefault(dataclasses.replace(setting, seed=0), [])
             own += [setting] if setting in collection.planned else []
-        super().__init__(
-            {
-                model: {s.seed: collection.records[s] for s in own if s in collection.records}
-                for model, own in self._settings.items()
-            }
-        )
+        records = {
+            model: {s.seed: collection.records[s] for s in own if s in collection.records}
+            for model, own in self._settings.items()
+        }
+        super().__init__(records)
         self.models = list(self._settings)  # in the grid's order
 
     def planned(self, model: Setting) -> int:

@@ -43,10 +43,6 @@ class Measure:
         found: list[Any] = [record[part].get(task, {}).get(metric) for task, metric in self.entries]
         return sum(found) / len(found) if found and None not in found else None
 
-    def chance(self, record: Mapping[str, Any]) -> float | None:
-        """Return what guessing scores; None if that was not recorded."""
-        return self(record, "chance")
-
     def items(self, record: Mapping[str, Any]) -> int | None:
         """Count the held-out items behind it; None if that was not recorded."""
         found = [record["items"].get(task) for task in dict.fromkeys(task for task, _ in self.entries)]

@@ -137,7 +137,7 @@ class Exhibit:
         cells = tuple(cells)
         measure, *others = dict.fromkeys(cell.measure for cell in cells if cell is not None)
         items = None if others else self.shown.first(measure.items)
-        chance = None if others or not measure.percent else self.shown.first(measure.chance)
+        chance = None if others or not measure.percent else self.shown.first(lambda r: measure(r, "chance"))
         self.rows.append(Row(section, label, cells, items=items, chance=chance))
 
     def quote(self, section: str, label: str, cells: Iterable[QuotedCell | None]) -> None:

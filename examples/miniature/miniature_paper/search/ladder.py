@@ -90,11 +90,7 @@ def stand(study: Study, trials: Sequence[Trial], one: Round, records: Records) -
 
 
 def helped(standings: Sequence[Standing]) -> list[Trial]:
-    """Return the best level of every factor that did better than the recipe, the most helpful first.
-
-    Args:
-        standings: The first round's, the best first.
-    """
+    """Return the best level of every factor that did better than the recipe, the most helpful first."""
     recipe = next(standing for standing in standings if standing.trial == RECIPE)
     best: dict[str, Trial] = {}
     for standing in standings:
@@ -147,12 +143,6 @@ class Progress:
     def due(self) -> list[Attempt]:
         """The trainings that are missing in the rounds that every arm is in; those that arms share once."""
         return list(dict.fromkeys(one for of in self.steps.values() if of for one in of[-1].missing))
-
-    @property
-    def tried(self) -> list[Trial]:
-        """Every setting that was tried in any round."""
-        steps = (step for of in self.steps.values() for step in of)
-        return list(dict.fromkeys(trial for step in steps for trial in step.trials))
 
 
 def progress(study: Study, find: Find) -> Progress:

@@ -38,12 +38,13 @@ def write(study: Study, folder: Path, *, find: Find, command: str) -> Path:
     over = len(now.winners) == len(study.arms)
     wanted = needed(study, now.winners) if over else []
     found = outcome(study, now.winners, find) if over else None
-    settings = list(dict.fromkeys([*chain(*study.arms.values()), *now.tried]))
     # Every round that has begun, with the arms that are in it.
     rounds = [
         [of[number] for of in now.steps.values() if len(of) > number] for number in range(len(study.rounds))
     ]
     rounds = [steps for steps in rounds if steps]
+    tried = (trial for step in chain(*rounds) for trial in step.trials)
+    settings = list(dict.fromkeys(chain(*study.arms.values(), tried)))
     records = find(list(dict.fromkeys([*(one for step in chain(*rounds) for one in step.attempts), *wanted])))
     for name in ("", "-rounds"):
         (folder / "figures" / f"{study.name}{name}.png").unlink(missing_ok=True)
