@@ -53,7 +53,7 @@ miniature-full: $(VENV)/.examples
 
 ## Search for the setting in which the rank terms help most, and confirm it once (2.5 hours on 2 cores).
 miniature-search: $(VENV)/.examples
-	$(BIN)/python examples/miniature/search.py --preset full --confirm --output $(MINIATURE_OUTPUT) $(SEARCH_ARGS)
+	$(BIN)/python examples/miniature/study.py search --preset full --output $(MINIATURE_OUTPUT) $(SEARCH_ARGS)
 
 ## Does RankCLIP help? 38 trainings with fresh seeds, as examples/miniature/preregistration.md says; resumable (about
 ## 4 core-hours: 1,120 steps of 0.29 s, then half a minute to measure).

@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from miniature_paper.search.study_command import main
+    from miniature_paper.search.command import main
 except ModuleNotFoundError as error:
     sys.exit(f"This example needs the module {error.name!r}: pip install -e '.[examples]' -e examples")
 

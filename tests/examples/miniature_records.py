@@ -3,13 +3,15 @@
 import asyncio
 import dataclasses
 import hashlib
+import random
 
 import numpy as np
+from examples_common.trainer import TrainingError
 from miniature_paper import grid
 from miniature_paper.data import Tables
 from miniature_paper.options import _EXAMPLE as EXAMPLE
 from miniature_paper.records import Store
-from miniature_paper.runs import Machine, MeasuringError, Workshop
+from miniature_paper.runs import Machine, Workshop
 
 _COMMITTED, _ = Store(EXAMPLE / "results" / "full").of(grid.plan(grid.PRESETS["full"]))
 _FIRST = _COMMITTED[0]
@@ -18,12 +20,7 @@ _FIRST = _COMMITTED[0]
 def record(setting, *, effect=0.0, noise=0.4, points=60, pictures=2):
     """A record whose scores are noise that seeds share, noise of its own, and ``effect`` where not CLIP's.
 
-    Args:
-        setting: What it is the record of.
-        effect: Points that every loss but CLIP has more in every score.
-        noise: Standard deviation of what every model has of its own.
-        points: Pairs in the picture of the embeddings, if the runner keeps one of this model.
-        pictures: Pictures with heat maps, likewise.
+    Where the runner keeps a model's figures, it has so many ``points`` and ``pictures`` of committed ones.
     """
     own, shared = _rng(setting), _rng((setting.seed, setting.backbone))
     bonus = 0.0 if setting.loss == "clip" else effect
@@ -58,6 +55,42 @@ def records(settings, **options):
     return [record(setting, **options) for setting in settings]
 
 
+def study_record(one, *, effects=None, noise=0.1, lost=(), salt=""):
+    """A record of a study's training: what its seed gives, noise of its own (``salt`` varies it), effects.
+
+    Effects are by the try's name, or by the side and the name: ``test recipe``. Tries in ``lost`` diverge.
+    """
+    own, shared = random.Random(f"{salt}{one.name}"), random.Random(one.seed)
+    level = 20 + shared.gauss(0, 1) + own.gauss(0, noise)
+    level += sum((effects or {}).get(name, 0.0) for name in (one.trial, f"{one.side} {one.trial}"))
+    tilt = own.gauss(0, noise)
+    ways = ("image_to_text", "text_to_image")
+    metrics = {
+        "retrieval/test" if one.whole else "retrieval": {
+            f"{way} R@{k}": level + tilt for way in ways for k in (1, 5, 10)
+        },
+        **{f"zero-shot/{name}": {"top-1": level - tilt} for name in ("mdi", "solar")},
+    }
+    if one.whole:
+        metrics["zero-shot/noto"] = {"top-1": 99.0}
+        metrics["teacher/test"] = {"cross_modal_tau": 0.1, "in_modal_tau": 0.2}
+    diverged = one.trial in lost
+    return {
+        "setting": dataclasses.asdict(one),
+        "metrics": {} if diverged else metrics,
+        "items": dict.fromkeys(metrics, 100),
+        "chance": {},
+        "diverged": diverged,
+        "seconds": {"training": 100.0},
+        "conditions": {"cpu": "A", "rankloss": "0.2.0"},
+    }
+
+
+def study_records(missing=(), **options):
+    """What finds such a record of every training but those with a name in ``missing``."""
+    return lambda needed: {one: study_record(one, **options) for one in needed if one.name not in missing}
+
+
 def workshop(output, results):
     """A workshop whose data are not there: for runs that are made up, too."""
     sizes = {pairs for preset in grid.PRESETS.values() for pairs in preset.sizes}
@@ -65,7 +98,7 @@ def workshop(output, results):
     return Workshop(output, output, tables, Store(results), Machine("cpu", 2, 0, 1))
 
 
-def fake_trainings(monkeypatch, command, record):
+def fake_trainings(monkeypatch, command, record=study_record):
     """Give a command records in place of trainings; returns what was made, and the names that are to fail."""
     made, broken = [], set()
 
@@ -73,7 +106,7 @@ def fake_trainings(monkeypatch, command, record):
         report("training", 0.5)
         await asyncio.sleep(0)
         if one.name in broken:
-            raise MeasuringError("out of luck")
+            raise TrainingError("out of luck")
         made.append(one)
         return record(one)
 

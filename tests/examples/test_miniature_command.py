@@ -12,7 +12,7 @@ import pytest
 from miniature_icons import write_icons
 from miniature_paper import command
 from miniature_paper.records import read_lines
-from miniature_paper.search import command as search
+from miniature_paper.search import command as studies
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "miniature"
 # Four models: CLIP and RankCLIP on both backbones.
@@ -27,10 +27,11 @@ ARGUMENTS = ("--only", "table4", "--seeds", "1", "--jobs", "2", "--device", "cpu
         (command.main, ["--only", "table9"]),
         (command.main, ["--device", "tpu"]),
         (command.main, ["--presets", "full"]),
-        (search.main, ["--jobs", "0"]),
-        (search.main, ["--again"]),
-        (search.main, ["--report-only", "--confirm"]),
-        (search.main, ["--trial", "recipe"]),
+        (studies.main, ["answer"]),
+        (studies.main, ["--jobs", "0", "search"]),
+        (studies.main, ["--trial", "recipe", "search"]),  # nothing of a plan can be set
+        (studies.main, ["--seeds", "3", "question"]),
+        (studies.main, ["--confirm", "teacher"]),
     ],
 )
 def test_bad_arguments_are_named(capsys, main, arguments):
@@ -40,9 +41,9 @@ def test_bad_arguments_are_named(capsys, main, arguments):
     assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("main", [command.main, search.main])
-def test_nothing_to_report_is_an_error(tmp_path, capsys, main):
-    assert main(["--report-only", "--output", str(tmp_path)]) == 1
+@pytest.mark.parametrize(("main", "arguments"), [(command.main, []), (studies.main, ["search"])])
+def test_nothing_to_report_is_an_error(tmp_path, capsys, main, arguments):
+    assert main([*arguments, "--report-only", "--output", str(tmp_path)]) == 1
     assert "holds no record" in capsys.readouterr().out
 
 

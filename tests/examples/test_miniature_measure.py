@@ -13,11 +13,11 @@ import torch
 from clip_evaluation.model import ClipModel
 from icons_data.load import load
 from miniature_icons import write_icons
-from miniature_paper import captions, data, grid, measure
+from miniature_paper import captions, data, grid, heat_maps, measure
 from miniature_paper.grid import PRESETS, plan
-from miniature_paper.heat_maps import heat_map
 from miniature_paper.search.trials import TEST, VALIDATION
 from PIL import Image
+from scipy import stats
 from torch.nn.functional import cosine_similarity, normalize
 
 
@@ -108,8 +108,8 @@ class _Tower(torch.nn.Module):
         return torch.tanh(images.flatten(1) @ self.weight / 30)
 
 
-@pytest.mark.parametrize(("window", "stride"), [(8, 4), (4, 4), (8, 2), (16, 4)])
-def test_a_heat_map_is_the_mean_fall_over_the_windows_on_a_pixel(window, stride):
+def test_a_heat_map_is_the_mean_fall_over_the_windows_on_a_pixel():
+    window, stride = heat_maps.WINDOW, heat_maps.STRIDE
     model, generator = _Tower(), torch.Generator().manual_seed(1)
     image = torch.rand(3, 16, 16, generator=generator, dtype=torch.float64)
     text = torch.randn(5, generator=generator, dtype=torch.float64)
@@ -121,13 +121,11 @@ def test_a_heat_map_is_the_mean_fall_over_the_windows_on_a_pixel(window, stride)
         hidden[place] = 1.0
         total[place] += whole - cosine_similarity(model.encode_image(hidden[None])[0], text, dim=0)
         count[place] += 1
-    found = heat_map(model, image, text, paper=1.0, window=window, stride=stride)
+    found = heat_maps.heat_map(model, image, text, paper=1.0)
     expected = (total / count)[::stride, ::stride]
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
     spread = (total / count).unfold(0, stride, stride).unfold(1, stride, stride)
     assert (spread.amax((-1, -2)) - spread.amin((-1, -2))).max() < 1e-12  # one value in a cell
-    with pytest.raises(ValueError, match=f"window, stride: {window + 1} and {stride} do not tile 16 × 16"):
-        heat_map(model, image, text, window=window + 1, stride=stride)
 
 
 # --- measuring ---
@@ -170,8 +168,8 @@ def test_retrieval_is_that_of_the_models_own_preprocessing(icons, model):
 
 
 def test_pictures_are_encoded_once_and_found_again(icons, model, monkeypatch):
-    apart = measure.Embeddings(model, icons)(np.array([90]))[0]
-    embeddings, encoded = measure.Embeddings(model, icons), []
+    apart = measure.Measurement(model, icons, PRESET).features(np.array([90]))[0]
+    embeddings, encoded = measure.Measurement(model, icons, PRESET).features, []
     image_features = model.image_features
 
     def spy(images):
@@ -237,3 +235,26 @@ def test_a_model_without_numbers_has_no_scores(icons):
         broken.model.text_projection.fill_(float("nan"))
     found = measure.measure_side(broken, icons, PRESET, VALIDATION)
     assert found == {"metrics": {}, "chance": {}, "items": {}, "diverged": True}
+
+
+# --- agreement with a teacher ---
+
+
+def test_agreement_with_a_teacher():
+    torch.manual_seed(0)
+    v, t = (normalize(torch.randn(40, 8), dim=-1) for _ in range(2))
+    same = measure.teacher_agreement((v, t), (v, t))
+    assert same == pytest.approx({"cross_modal_tau": 1.0, "in_modal_tau": 1.0})
+    against = measure.teacher_agreement((v, t), (-v, t))
+    assert against["cross_modal_tau"] == pytest.approx(-1.0)
+    assert against["in_modal_tau"] == pytest.approx(1.0)
+    tau = np.mean([stats.kendalltau(a, b).statistic for a, b in zip((v @ t.T), (t @ v.T), strict=True)])
+    mirrored = measure.teacher_agreement((v, t), (t, v))
+    assert mirrored["cross_modal_tau"] == pytest.approx(tau, abs=1e-6)
+
+
+def test_a_model_ranks_the_held_out_pairs_as_itself(icons, model):
+    found = measure.measure(model, icons, PRESET, figures=False, teacher=model)
+    agreement = found["metrics"]["teacher/test"]
+    assert agreement == pytest.approx({"cross_modal_tau": 1.0, "in_modal_tau": 1.0}, abs=0.01)
+    assert found["items"]["teacher/test"] == found["items"]["geometry/test"]

@@ -46,8 +46,8 @@ def drawn(coarse):
     return figures.draw(Collection(everything(), FULL, PLAN), paper.load())
 
 
-# What there is: everything, what an interrupted run leaves, one model, nothing.
-@pytest.fixture(scope="module", params=[len(PLAN), 17, 1, 0])
+# What there is: everything, what an interrupted run leaves, one model.
+@pytest.fixture(scope="module", params=[len(PLAN), 17, 1])
 def written(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     return folder, *write(folder, everything()[: request.param], notes=["a.json & <i>b.json</i>"])
@@ -168,11 +168,6 @@ def test_a_search_beside_the_report_is_linked(tmp_path, no_figures):
     assert report.SEARCH not in write(tmp_path, everything()[:2])[1]
     (tmp_path / report.SEARCH).write_text("# A stronger setting\n", encoding="utf-8")
     assert f"({report.SEARCH})" in write(tmp_path, everything()[:2])[1]
-
-
-def test_a_report_without_a_plan_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="planned: at least one"):
-        report.write([], tmp_path, preset=FULL, planned=[], command="")
 
 
 # --- the figures ---

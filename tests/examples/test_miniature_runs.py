@@ -13,12 +13,12 @@ import types
 import miniature_records
 import pytest
 from filelock import FileLock
-from miniature_paper import grid, runs
+from miniature_paper import grid, options, runs
 from miniature_paper.data import evaluation_digest
 from miniature_paper.grid import EXHIBITS, LOSSES, PRESETS, Setting, plan, settings_of
 from miniature_paper.options import _EXAMPLE as EXAMPLE
 from miniature_paper.records import Store, read_lines
-from miniature_paper.runs import Machine, Workshop, key_of
+from miniature_paper.runs import Machine, key_of
 from miniature_paper.search import trials
 from miniature_paper.search.trials import Attempt
 from rich.console import Console
@@ -98,7 +98,7 @@ def test_finished_records_keep_their_names(preset, digest):
     ("run", "module"),
     [
         (plan(PRESETS["quick"])[0], grid),
-        (trials.attempt(trials.SEARCHES["full"], trials.TRIALS[2], 1, 10, trials.TEST), trials),
+        (Attempt("one", "rankclip", (), 1, 10, trials.TEST, "full"), trials),
     ],
     ids=("setting", "attempt"),
 )
@@ -117,14 +117,8 @@ def test_a_key_follows_data_architecture_and_arguments(run, module, monkeypatch)
 
 def test_the_fingerprint_of_the_data_is_that_of_the_records_whatever_wrote_the_files(tmp_path):
     """Records are found by it: files that say the same in another order must not make all of them again."""
-    said = {
-        "name": "mdi",
-        "shift": "",
-        "classes": ["é"],
-        "templates": ["a {}"],
-        "index": {"test": [3]},
-        "label": {},
-    }
+    said = {"name": "mdi", "shift": "", "classes": ["é"], "templates": ["a {}"]}
+    said |= {"index": {"test": [3]}, "label": {}}
     first = json.dumps(said) + "\n"
     expected = hashlib.sha256(f"tarball{'a,b'}{first}".encode()).hexdigest()
     (tmp_path / "labels").mkdir()
@@ -283,11 +277,7 @@ def test_records_are_found_by_setting_and_doubles_are_left_out(tmp_path):
 
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):
-    async def make(self, run, key, report):
-        report("training", 0.5)
-        return _record(run)
-
-    monkeypatch.setattr(Workshop, "_record", make)
+    miniature_records.fake_trainings(monkeypatch, options, _record)
     return miniature_records.workshop(tmp_path, tmp_path / "results")
 
 

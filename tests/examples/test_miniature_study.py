@@ -1,66 +1,70 @@
-"""Studies: plans that are fixed, arms with equally many tries, a teacher, and what may be concluded."""
-
-from __future__ import annotations
+"""Studies: plans that are fixed, who continues, what is looked at once, and what is compared."""
 
 import dataclasses
+import itertools
 import json
 import random
-import re
 from pathlib import Path
 
 import numpy as np
 import open_clip_train.main
 import pytest
-import torch
-from miniature_icons import write_icons
-from miniature_paper import measure
-from miniature_paper.records import Store
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from miniature_paper import grid
+from miniature_paper.options import _EXAMPLE as EXAMPLE
 from miniature_paper.runs import key_of
-from miniature_paper.search import study, study_command, study_report
-from miniature_paper.search.confirmation import SecondConfirmationError
-from miniature_paper.search.objective import SCORES
-from miniature_paper.search.study import SIZE_NAMES, STUDIES, Spread, load
-from miniature_paper.search.trials import REFERENCE, TEST, VALIDATION, Attempt
-from miniature_records import fake_trainings
+from miniature_paper.search import objective, study, trials
+from miniature_paper.search.confirmation import SecondConfirmationError, declare, needed, outcome
+from miniature_paper.search.ladder import climb, helped, progress, stand, winner
+from miniature_paper.search.objective import OBJECTIVE, SCORES
+from miniature_paper.search.study import SETTING, STUDIES, Round, Spread, load
+from miniature_paper.search.trials import RECIPE, REFERENCE, SIZE_NAMES, TEST, VALIDATION, combine
+from miniature_records import study_records
+from open_clip_train.params import parse_args
 from scipy import stats
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "miniature"
-QUESTION, TEACHER, QUICK = load("question", "full"), load("teacher", "full"), load("teacher", "quick")
+SEARCH, QUESTION, TEACHER = (load(name, "full") for name in ("search", "question", "teacher"))
+QUICK = load("search", "quick")
 EVERY = [load(name, size) for name in STUDIES for size in SIZE_NAMES]
-
-
-def _record(one, effects=None, noise=0.1, lost=()):
-    """A record whose scores are what its seed gives, noise of its own, and its trial's effect."""
-    level = 20 + random.Random(one.seed).gauss(0, 1) + random.Random(one.name).gauss(0, noise)
-    level += (effects or {}).get(one.trial, 0.0)
-    ways = ("image_to_text", "text_to_image")
-    recall = {f"{way} R@{k}": level for way in ways for k in (1, 5, 10)}
-    metrics = {"retrieval/test" if one.whole else "retrieval": recall, "zero-shot/mdi": {"top-1": level}}
-    if one.whole:
-        metrics |= {
-            "zero-shot/noto": {"top-1": 99.0},
-            "teacher/test": {"cross_modal_tau": 0.1, "in_modal_tau": 0.2},
-        }
-    return {
-        "setting": dataclasses.asdict(one),
-        "metrics": metrics,
-        "items": dict.fromkeys(metrics, 100),
-        "chance": {},
-        "diverged": one.trial in lost,
-        "seconds": {"training": 100.0},
-        "conditions": {"cpu": "A"},
-    }
-
-
-def _find(**options):
-    return lambda needed: {one: _record(one, **options) for one in needed}
-
-
-def _nothing(needed):
-    return {}
+every = pytest.mark.parametrize("one", EVERY, ids=lambda one: f"{one.name}-{one.size}")
+TRIALS = SEARCH.arms[SETTING]
+BY_NAME = {trial.name: trial for trial in TRIALS}
 
 
 # --- plans ---
+
+
+@every
+def test_arms_have_equally_many_tries_and_seeds_serve_once(one):
+    tries = [trial.name for of in one.arms.values() for trial in of]
+    assert len(set(tries)) == len(tries) == len(one.arms) * len(next(iter(one.arms.values())))
+    seeds = [seed for part in (*one.rounds, one.confirmation) for seed in part.seeds]
+    seeds += [one.teacher.seed] if one.teacher else []
+    seeds += range(one.grid.seeds)  # those of the tables, which were looked at
+    assert len(set(seeds)) == len(seeds)
+    if one.name == "teacher" and one.size == "full":
+        assert len(one.confirmation.seeds) >= 8
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes", "said"),
+    [
+        (QUICK, {"rounds": (Round(1, (10,), 2), Round(2, (10,), 1))}, "no seed may serve twice"),
+        (QUICK, {"arms": {SETTING: TRIALS[1:]}}, "arms: the recipe must be among the tries"),
+        (QUICK, {"rounds": (Round(1, (10,), 2),)}, "rounds: none may keep more"),
+        (QUICK, {"rounds": ()}, "rounds: several tries need at least one"),
+        (QUICK, {"arms": {SETTING: (*TRIALS, RECIPE)}}, "arms: every name once"),
+        (
+            TEACHER,
+            {"arms": {"one": TRIALS[:1], "two": TRIALS[1:3]}},
+            "every arm must have equally many tries",
+        ),
+    ],
+)
+def test_a_plan_that_would_mislead_is_refused(plan, changes, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(plan, **changes)
 
 
 def test_the_number_of_seeds_follows_from_the_spread():
@@ -81,9 +85,9 @@ def test_the_preregistration_says_what_the_command_does():
     assert f"**{len(seeds)}**, {seeds[0]} to {seeds[-1]}," in text
     assert f"**{QUESTION.spread.deviation:.3f}**" in text
     assert len(seeds) == QUESTION.spread.seeds >= 16
-    attempts = study.needed(QUESTION, study.standing(QUESTION, _nothing).winners)
+    attempts = needed(QUESTION, progress(QUESTION, lambda _: {}).winners)
     assert f"all {len(attempts)} models" in text
-    assert (QUESTION.score, QUESTION.arms["rankclip"].trials[0].changes) == ("R@10, both ways", ())
+    assert (QUESTION.score, QUESTION.arms["rankclip"][0].changes) == ("R@10, both ways", ())
     size = QUESTION.grid
     assert f"pairs ({size.pairs:,}), steps ({size.steps:,} of {size.batch_size})" in text
 
@@ -93,264 +97,304 @@ def test_a_plan_whose_records_are_gone_is_refused():
         study.earlier_spread((77,), (), 0.2, 0.9)
 
 
-@pytest.mark.parametrize("one", EVERY, ids=lambda one: f"{one.name}-{one.size}")
-def test_arms_have_equally_many_tries_and_seeds_serve_once(one):
-    assert len({len(search.trials) for search in one.arms.values()}) == 1
-    names = [trial.name for search in one.arms.values() for trial in search.trials]
-    assert len(set(names)) == len(names)
-    seeds = [
-        seed for part in (*next(iter(one.arms.values())).rounds, one.confirmation) for seed in part.seeds
+def test_levels_of_one_factor_are_not_combined():
+    with pytest.raises(ValueError, match="lambda-x4 and lambda-x16 change the same argument"):
+        BY_NAME["lambda-x4"] + BY_NAME["lambda-x16"]
+    found = combine([BY_NAME[name] for name in ("top-10", "batch-512", "no-diagonal", "one-list")], 3)
+    assert [trial.name for trial in found] == [
+        "batch-512+no-diagonal",
+        "batch-512+top-10",
+        "no-diagonal+top-10",
+        "batch-512+no-diagonal+top-10",
+        "batch-512+no-diagonal+one-list+top-10",
     ]
-    seeds += [one.teacher.seed] if one.teacher else []
-    assert len(set(seeds)) == len(seeds)
-    if one.name == "teacher" and one.size == "full":
-        assert len(one.confirmation.seeds) >= 8
+    clip = SEARCH.reference(found[-1], SEARCH.rounds[0], 0, VALIDATION)
+    assert clip.changes == (("--batch-size", "512"),)
+    assert combine([BY_NAME["top-10"]], 3) == []
 
 
-def test_unequal_arms_are_refused(monkeypatch):
-    arms = {"one": {"a": {}}, "two": {"a": {}, "b": {"--rankclip-top-k": "2"}}}
-    monkeypatch.setitem(study._CONTENT, "teacher", {**study._CONTENT["teacher"], "arms": arms})
-    with pytest.raises(ValueError, match="every arm must have equally many tries"):
-        load("teacher", "full")
+# --- trainings ---
+
+FOUR_EPOCHS = Round(4, (7,))
 
 
-def test_the_trainer_takes_every_try(tmp_path, monkeypatch):
-    """Parsed where the teacher's files are; and its loss is built."""
-    from open_clip_train.params import parse_args
-
-    monkeypatch.chdir(tmp_path)
-    texts = Path(study.teacher_folder(TEACHER.teacher)) / f"texts-{TEACHER.grid.pairs}.npz"
-    texts.parent.mkdir(parents=True)
-    np.savez(texts, text_features=np.eye(4, dtype=np.float32))
-    for arm, search in TEACHER.arms.items():
-        for trial in search.trials:
-            one = study.attempts(search, [trial], 2, [910], VALIDATION)[1]
-            args = parse_args(one.job().command("pairs.csv", "name", device="cpu", workers=0)[3:])
-            args.rank, args.world_size, args.distill = 0, 1, args.distill_model is not None
-            assert args.distill == (arm not in ("own-ranks", "teachers-texts"))
-            loss = open_clip_train.main.create_loss(args)
-            assert (type(loss).__name__ == "DistillClipLoss") == (arm == "distillation")
+def parsed(attempt):
+    return parse_args(attempt.job().command("pairs.csv", "name", device="cpu", workers=0)[3:])
 
 
-def test_keys_follow_the_teacher():
-    first = study.attempts(QUICK.arms["top-ranks"], QUICK.arms["top-ranks"].trials, 1, [2000], TEST)
-    other = dataclasses.replace(QUICK.teacher, epochs=2)
-    assert study.teacher_folder(other) != study.teacher_folder(QUICK.teacher)
-    before = [key_of(one, "data") for one in first]
-    size = study.SIZES["teacher-quick"]
-    try:
-        study.SIZES["teacher-quick"] = dataclasses.replace(size, teacher="another")
-        assert not {key_of(one, "data") for one in first} & {
-            *before
-        }  # CLIP's agreement with it is measured, too
-    finally:
-        study.SIZES["teacher-quick"] = size
+def loss_of(args):
+    """Build the loss as the trainer does."""
+    args.rank, args.world_size, args.distill = 0, 1, args.distill_model is not None  # what its main sets
+    return open_clip_train.main.create_loss(args)
 
 
-# --- selection and outcome ---
-
-
-def test_every_arm_selects_its_best_try_and_all_are_confirmed_with_the_same_seeds():
-    best = {arm: search.trials[-1].name for arm, search in TEACHER.arms.items()}
-    find = _find(effects=dict.fromkeys(best.values(), 3.0))
-    now = study.standing(TEACHER, find)
-    assert {arm: trial.name for arm, trial in now.winners.items()} == best
-    assert not now.due
-    wanted = study.needed(TEACHER, now.winners)
-    assert len(wanted) == len(set(wanted)) == (len(best) + 1) * len(TEACHER.confirmation.seeds)
-    assert {one.side for one in wanted} == {TEST}
-    sides = {a.side for steps in now.steps.values() for step in steps for a in step.attempts}
-    assert sides == {VALIDATION}
-
-
-def test_what_is_due_is_a_round_of_every_arm_and_plain_clip_once():
-    due = study.standing(TEACHER, _nothing).due
-    tries = sum(len(search.trials) for search in TEACHER.arms.values())
-    assert len(due) == tries + 1
-    assert sum(one.trial == REFERENCE for one in due) == 1
-
-
-def _winners(one):
-    return {arm: search.trials[0] for arm, search in one.arms.items()}
-
-
-def test_the_outcome_is_the_paired_test_of_the_study_s_score():
-    winners, find = _winners(QUESTION), _find(effects={"rankclip-recipe": 0.3})
-    found = study.outcome(QUESTION, winners, find)
-    records = find(study.needed(QUESTION, winners))
-    by_seed = {(one.trial, one.seed): SCORES[QUESTION.score](record) for one, record in records.items()}
-    pairs = [(by_seed["rankclip-recipe", s], by_seed[REFERENCE, s]) for s in QUESTION.confirmation.seeds]
-    test = stats.ttest_rel(*zip(*pairs, strict=True))
-    d = found.tests["rankclip", REFERENCE]
-    assert (d.p, d.mean) == pytest.approx((test.pvalue, np.mean([a - b for a, b in pairs])))
-    assert d.adjusted == d.p
-
-
-def test_nothing_is_concluded_while_a_record_is_missing_and_a_lost_arm_is_in_no_test():
-    winners = _winners(TEACHER)
-    assert study.outcome(TEACHER, winners, lambda needed: dict(list(_find()(needed).items())[:-1])) is None
-    name = winners["top-one"].name
-    found = study.outcome(TEACHER, winners, _find(lost=(name,)))
-    assert found.lost == ("top-one",)
-    assert not any("top-one" in pair for pair in found.tests)
-    assert len(found.tests) == (len(winners) - 1) + (len(winners) - 2)
-
-
-# --- the report ---
-
-
-@pytest.fixture
-def no_picture(monkeypatch):
-    monkeypatch.setattr(study_report, "forest", lambda rows, label: None)
-
-
-def _page(folder, one, find):
-    return (
-        study_report.write(one, folder, find=find, command="c").with_suffix(".md").read_text(encoding="utf-8")
-    )
+def test_the_trainer_takes_every_combination_of_two():
+    for one, other in itertools.combinations(TRIALS[1:], 2):
+        if one.factor != other.factor:
+            loss_of(parsed(SEARCH.attempt(one + other, FOUR_EPOCHS, 0, VALIDATION)))
 
 
 @pytest.mark.parametrize(
-    ("effect", "noise", "said"),
-    [
-        (0.5, 0.1, "Confirmed"),
-        (-0.5, 0.1, "Refuted"),
-        (0.0, 1.0, "Bounded"),
-        (None, 0.1, "Nothing is concluded"),
-    ],
+    ("one", "trial"),
+    [(one, trial) for one in (SEARCH, QUESTION, TEACHER) for tries in one.arms.values() for trial in tries],
+    ids=lambda value: value.name,
 )
-def test_the_question_is_answered_by_its_interval_alone(tmp_path, no_picture, effect, noise, said):
-    whole = _find(effects={"rankclip-recipe": effect or 0.0}, noise=noise)
-    find = whole if effect is not None else lambda needed: dict(list(whole(needed).items())[:-1])
-    text = _page(tmp_path, QUESTION, find)
-    assert re.findall(r"\*\*(Confirmed|Refuted|Bounded|Nothing is concluded|No answer)", text) == [said]
-    assert ("points (95 % interval" in text) == (effect is not None)
-    assert f"which asks for {len(QUESTION.confirmation.seeds)}" in text
+def test_the_trainer_takes_every_try(one, trial, tmp_path, monkeypatch):
+    """Parsed where the teacher's files are; and its loss is built."""
+    monkeypatch.chdir(tmp_path)
+    texts = Path(trials.teacher_folder(TEACHER.teacher)) / f"texts-{TEACHER.grid.pairs}.npz"
+    texts.parent.mkdir(parents=True)
+    np.savez(texts, text_features=np.eye(4, dtype=np.float32))
+    attempt = one.attempt(trial, FOUR_EPOCHS, 7, VALIDATION)
+    args = parsed(attempt)
+    for flag, value in trial.changes:
+        taken = getattr(args, flag.lstrip("-").replace("-", "_"))
+        assert taken == type(taken)(value)
+    assert (args.loss, args.seed, args.epochs, args.batch_size) == (trial.loss, 7, 4, attempt.batch_size)
+    assert trial.loss == "clip" or args.rankclip_schedule_unit == "step"
+    loss = loss_of(args)
+    assert args.distill == (one == TEACHER and trial.factor not in ("own-ranks", "teachers-texts"))
+    assert (type(loss).__name__ == "DistillClipLoss") == (trial.factor == "distillation")
+    base = parsed(one.reference(trial, FOUR_EPOCHS, 7, VALIDATION))
+    assert (base.loss, base.seed, base.epochs) == ("clip", 7, 4)
+    assert (base.batch_size, base.warmup) == (args.batch_size, args.warmup)
 
 
-@pytest.mark.parametrize("lost", ["rankclip-recipe", REFERENCE])
-def test_a_model_that_diverged_leaves_the_question_open(tmp_path, no_picture, lost):
-    text = _page(tmp_path, QUESTION, _find(lost=(lost,)))
-    assert "**No answer: a model diverged.**" in text
-    assert "points (95 % interval" not in text
+def test_the_recipe_is_plain_rankclip_as_the_grid_trains_it():
+    preset = grid.PRESETS["full"]
+    plain = grid.Setting("rankclip", "resnet", preset.pairs, 1.0, 1.0, 3, "full")
+    assert vars(parsed(SEARCH.attempt(RECIPE, FOUR_EPOCHS, 3, TEST))) == vars(parsed(plain))
+    clip = dataclasses.replace(plain, loss="clip", lambda_cross=0.0, lambda_in=0.0)
+    assert SEARCH.reference(RECIPE, FOUR_EPOCHS, 3, TEST).job() == clip.job()
 
 
-def test_the_teacher_s_report_names_what_is_established(tmp_path):
-    strong = TEACHER.arms["top-ranks"].trials[1].name
-    text = _page(tmp_path, TEACHER, _find(effects={strong: 2.0}))
-    assert re.search(r"\*\*Above plain CLIP in the objective.*: `top-ranks`\.\*\*", text)
-    assert "**Above `distillation`, the trainer's own: `top-ranks`.**" in text
-    assert f"`{strong}` (chosen)" in text
-    assert "Agreement with the teacher, in-modal (τ)" in text
-    assert (tmp_path / "figures" / "teacher.png").stat().st_size > 1000
-    assert "**No arm is confirmed" in _page(tmp_path, TEACHER, _find(noise=1.0))
-    assert "the tries are being selected" in _page(tmp_path, TEACHER, _nothing)
+@every
+def test_every_batch_size_sees_the_same_pairs(one):
+    for trial, part in itertools.product(itertools.chain(*one.arms.values()), one.rounds):
+        found = one.attempt(trial, part, 0, VALIDATION)
+        assert found.steps * found.batch_size == found.pairs * part.epochs
+        assert 0 < round(found.steps * one.grid.warmup / one.grid.steps) < found.steps
 
 
-# --- the command ---
-
-
-@pytest.fixture
-def faked(monkeypatch):
-    monkeypatch.setattr(study_command, "prepare_teacher", lambda *_: True)
-    return fake_trainings(monkeypatch, study_command, _record)
-
-
-@pytest.mark.parametrize("name", STUDIES)
-def test_the_command_goes_on_after_a_failure_and_repeats_nothing(faked, tmp_path, capsys, name):
-    made, broken = faked
-    line = [name, "--output", str(tmp_path)]
-    one = load(name, "quick")
-    last = study.needed(one, _winners(one))[0]  # plain CLIP's first confirmation
-    broken.add(last.name)
-    assert study_command.main(line) == 1
-    text = tmp_path / "quick" / "report" / f"{name}.md"
-    assert "Nothing is concluded yet: 1 of" in text.read_text(encoding="utf-8")
-    assert "out of luck" in capsys.readouterr().out
-    broken.clear()
-    before = len(made)
-    assert study_command.main(line) == 0
-    assert made[before:] == [last]
-    assert study_command.main([*line, "--report-only"]) == 0
-    assert len(made) == before + 1 == len(set(made))
-    assert "Nothing is concluded" not in text.read_text(encoding="utf-8")
-
-
-def test_another_winner_after_the_confirmation_began_is_refused(faked, tmp_path):
-    assert study_command.main(["teacher", "--output", str(tmp_path)]) == 0
-    results = tmp_path / "quick" / "results" / "teacher"
-    now = study.standing(QUICK, study_command.finished(results))
-    other = next(t for t in QUICK.arms["top-ranks"].trials if t != now.winners["top-ranks"])
-    changed = dataclasses.replace(now, winners={**now.winners, "top-ranks": other})
-    with pytest.raises(SecondConfirmationError, match=other.name):
-        study.declare(QUICK, changed, results, _nothing)
-    assert study.declare(QUICK, now, results, _nothing) == now.winners
-
-
-@pytest.mark.parametrize("arguments", [["answer"], ["question", "--seeds", "3"], ["teacher", "--confirm"]])
-def test_nothing_of_a_plan_can_be_set(capsys, arguments):
-    with pytest.raises(SystemExit) as stopped:
-        study_command.main(arguments)
-    assert stopped.value.code == 2
-    assert arguments[-1 if len(arguments) == 1 else 1] in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_agreement_with_a_teacher():
-    torch.manual_seed(0)
-    v, t = (torch.nn.functional.normalize(torch.randn(40, 8), dim=-1) for _ in range(2))
-    same = measure.teacher_agreement((v, t), (v, t))
-    assert same == pytest.approx({"cross_modal_tau": 1.0, "in_modal_tau": 1.0})
-    against = measure.teacher_agreement((v, t), (-v, t))
-    assert against["cross_modal_tau"] == pytest.approx(-1.0)
-    assert against["in_modal_tau"] == pytest.approx(1.0)
-    tau = np.mean([stats.kendalltau(a, b).statistic for a, b in zip((v @ t.T), (t @ v.T), strict=True)])
-    mirrored = measure.teacher_agreement((v, t), (t, v))
-    assert mirrored["cross_modal_tau"] == pytest.approx(tau, abs=1e-6)
-
-
-def test_a_model_ranks_the_held_out_pairs_as_itself(icons, model):
-    found = measure.measure(model, icons, QUICK.grid, figures=False, teacher=model)
-    assert found["metrics"]["teacher/test"] == pytest.approx(
-        {"cross_modal_tau": 1.0, "in_modal_tau": 1.0}, abs=0.01
+def test_keys_follow_the_teacher(monkeypatch):
+    quick = load("teacher", "quick")
+    attempts = quick.attempts(quick.arms["top-ranks"], quick.confirmation, TEST)
+    other = dataclasses.replace(quick.teacher, epochs=2)
+    assert trials.teacher_folder(other) != trials.teacher_folder(quick.teacher)
+    before = {key_of(one, "data") for one in attempts}
+    monkeypatch.setitem(
+        trials.SIZES, "teacher-quick", dataclasses.replace(trials.SIZES["teacher-quick"], teacher=other)
     )
-    assert found["items"]["teacher/test"] == found["items"]["geometry/test"]
+    assert not {key_of(one, "data") for one in attempts} & before  # CLIP's agreement with it is measured, too
 
 
-@pytest.mark.slow
-def test_a_teacher_is_trained_and_its_students_by_the_real_trainer(tmp_path):
-    write_icons(tmp_path / "icons", train=4200, validation=40, test=60)
-    line = [
-        "teacher",
-        "--output",
-        str(tmp_path / "out"),
-        "--icons",
-        str(tmp_path / "icons"),
-        "--device",
-        "cpu",
-    ]
-    assert study_command.main(line) == 0
-    store = Store(tmp_path / "out" / "quick" / "results" / "teacher")
-    now = study.standing(QUICK, lambda needed: study_command.stored(store, needed))
-    records = study_command.stored(store, study.needed(QUICK, now.winners))
-    assert len({record["teacher"] for record in records.values()}) == 1
-    for one, record in records.items():
-        assert Attempt.of_record(record["setting"]) == one
-        assert not record["diverged"]
-        assert -1 <= record["metrics"]["teacher/test"]["in_modal_tau"] <= 1
-        # What makes an arm: the teacher took part.
-        terms = set(record["training"]["first"])
-        assert ("distill_loss" in terms) == (one.loss == "clip" and one.trial != REFERENCE)
-        assert ("in_modal_loss" in terms) == one.loss.startswith("rankclip")
-    (teacher,) = store.of([QUICK.teacher])[0]
-    assert teacher["metrics"]["retrieval/test"]
-    folder = tmp_path / "out" / study.teacher_folder(QUICK.teacher)
-    weights = {
-        name: torch.load(Path(f"{folder}{name}") / "open_clip_pytorch_model.bin", weights_only=True)
-        for name in ("", "@0.25")
-    }
-    scale = {name: float(state["logit_scale"].exp()) for name, state in weights.items()}
-    assert scale["@0.25"] == pytest.approx(scale[""] / 4, rel=1e-5)
-    before = store.path.read_bytes()
-    assert study_command.main(line) == 0
-    assert store.path.read_bytes() == before
-    assert json.loads(before.splitlines()[-1])
+# --- the rounds ---
+
+SMALL = dataclasses.replace(
+    QUICK,
+    arms={SETTING: TRIALS[:9]},
+    rounds=(Round(1, (10, 11), 3), Round(1, (20, 21), 2), Round(2, (30, 31, 32), 1)),
+)
+
+
+def by_chance(seed, lost=()):
+    """Records by chance, in an order by chance; ``lost`` names tries that diverge."""
+
+    def find(needed):
+        made = list(study_records(noise=1.0, lost=lost, salt=seed)(needed).items())
+        random.Random(seed).shuffle(made)
+        return dict(made)
+
+    return find
+
+
+@given(seed=st.integers(0, 10**6), lost=st.sets(st.sampled_from([t.name for t in TRIALS[1:9]]), max_size=4))
+def test_the_winner_is_not_below_what_it_beat(seed, lost):
+    steps = climb(SMALL, SETTING, by_chance(seed, lost))
+    best = winner(SMALL, SETTING, steps)
+    assert best.name not in lost
+    worth = {standing.trial: standing.worth for standing in steps[-1].standings}
+    assert worth[best] == max(worth.values())
+    for before, after in itertools.pairwise(steps):
+        assert len(before.kept) == before.round.keep
+        left = min(s.worth for s in before.standings if s.trial in before.kept)
+        assert all(s.worth <= left for s in before.standings if s.trial not in before.kept)
+        assert {RECIPE, *before.kept} <= set(after.trials)
+    assert all(RECIPE in step.trials for step in steps)
+    assert {one.side for step in steps for one in step.attempts} == {VALIDATION}
+
+
+@given(seed=st.integers(0, 10**6), order=st.randoms())
+def test_the_order_of_settings_and_records_makes_no_difference(seed, order):
+    shuffled = list(SMALL.arms[SETTING])
+    order.shuffle(shuffled)
+    find, other = by_chance(seed), dataclasses.replace(SMALL, arms={SETTING: tuple(shuffled)})
+    first = climb(SMALL, SETTING, find)
+    second = climb(other, SETTING, lambda needed: dict(reversed(find(needed).items())))
+    assert [step.standings for step in first] == [step.standings for step in second]
+
+
+@given(seed=st.integers(0, 10**6), at_a_time=st.integers(1, 25))
+@settings(max_examples=25)
+def test_it_goes_on_from_what_there_is(seed, at_a_time):
+    there, made, whole = {}, [], by_chance(seed)
+
+    def find(needed):
+        return {one: there[one] for one in needed if one in there}
+
+    while due := (now := progress(SMALL, find)).due:
+        assert now.winners == {}
+        assert now.steps[SETTING][-1].standings == ()
+        made += due[:at_a_time]
+        there.update(whole(due[:at_a_time]))
+    assert len(set(made)) == len(made)
+    assert now == progress(SMALL, whole)
+
+
+def test_what_helped_is_the_best_level_of_each_factor_above_the_recipe():
+    effects = {"recipe": 1, "lambda-x4": 4, "lambda-x16": 3, "top-10": 2, "one-list": 0.5}
+    tried = [BY_NAME[name] for name in effects]
+    one = Round(1, (0, 1))
+    records = study_records(effects=effects, noise=0)(SEARCH.attempts(tried, one, VALIDATION))
+    standings = stand(SEARCH, tried, one, records)
+    assert [s.worth for s in standings] == pytest.approx([4, 3, 2, 1, 0.5])
+    assert [trial.name for trial in helped(standings)] == ["lambda-x4", "top-10"]
+
+
+def test_differences_are_paired_by_seed_and_batch_size():
+    trial, one = BY_NAME["batch-512"], Round(1, (0, 1, 2, 3))
+    wanted = SEARCH.attempts([RECIPE, trial], one, VALIDATION)
+    records = study_records()(wanted)
+    assert len({key_of(a, "data") for a in records}) == 16
+    found = {s.trial: s for s in stand(SEARCH, [RECIPE, trial], one, records)}
+    for which, clip in ((RECIPE, "clip"), (trial, "clip-batch-size-512")):
+        values = [
+            [SCORES[OBJECTIVE](records[a]) for a in wanted if a.trial == name] for name in (which.name, clip)
+        ]
+        test = stats.ttest_rel(*values)
+        difference = found[which].differences[OBJECTIVE]
+        assert difference.p == pytest.approx(test.pvalue)
+        assert (difference.low, difference.high) == pytest.approx(tuple(test.confidence_interval()))
+        assert found[which].clip.mean == pytest.approx(np.mean(values[1]))
+    with pytest.raises(ValueError, match=r"plain CLIP, which \S+ is compared with, diverged"):
+        stand(SEARCH, [RECIPE, trial], one, study_records(lost=("clip",))(wanted))
+
+
+def test_the_objective_is_half_recall_and_half_zero_shot():
+    recall = {"image_to_text R@10": 10.0, "text_to_image R@10": 14.0, "image_to_text R@1": 99.0}
+    classes = {"zero-shot/a": {"top-1": 30.0}, "zero-shot/b": {"top-1": 10.0}, "zero-shot/noto": {"top-1": 9}}
+    items = {"retrieval": 7, "zero-shot/a": 30, "zero-shot/b": 10, "zero-shot/noto": 50}
+    record = {"metrics": {"retrieval": recall, **classes}, "items": items}
+    assert objective.recall_at_10(record) == 12
+    assert objective.zero_shot(record) == pytest.approx((30 * 30 + 10 * 10) / 40)  # not of the shift
+    assert SCORES["zero-shot top-1, mean of sets"](record) == 20
+    assert SCORES[OBJECTIVE](record) == pytest.approx((12 + 25) / 2)
+
+
+def test_what_is_due_is_a_round_of_every_arm_and_plain_clip_once():
+    due = progress(TEACHER, lambda _: {}).due
+    assert len(due) == sum(map(len, TEACHER.arms.values())) + 1
+    assert sum(one.trial == REFERENCE for one in due) == 1
+
+
+def test_every_arm_selects_its_best_try_and_all_are_confirmed_with_the_same_seeds():
+    best = {arm: tries[-1].name for arm, tries in TEACHER.arms.items()}
+    now = progress(TEACHER, study_records(effects=dict.fromkeys(best.values(), 3.0)))
+    assert {arm: trial.name for arm, trial in now.winners.items()} == best
+    assert not now.due
+    wanted = needed(TEACHER, now.winners)
+    assert len(wanted) == len(set(wanted)) == (len(best) + 1) * len(TEACHER.confirmation.seeds)
+    assert {one.side for one in wanted} == {TEST}
+    assert {a.side for steps in now.steps.values() for step in steps for a in step.attempts} == {VALIDATION}
+
+
+# --- the confirmation ---
+
+ONE, OTHER = TRIALS[2], TRIALS[8]
+
+
+def test_the_recipe_goes_along_with_what_is_confirmed():
+    wanted = needed(SEARCH, {SETTING: ONE})
+    assert {one.side for one in wanted} == {TEST}
+    assert {one.trial for one in wanted} == {"clip", "recipe", ONE.name}
+    assert {one.trial for one in needed(SEARCH, {SETTING: RECIPE})} == {"clip", "recipe"}
+
+
+def test_a_second_confirmation_is_refused(tmp_path):
+    declare(QUICK, {SETTING: OTHER}, tmp_path, record=False)  # as long as nothing is recorded
+    for _ in range(2):
+        declare(QUICK, {SETTING: ONE}, tmp_path, record=True)
+    path = tmp_path / SETTING / "confirmations.jsonl"
+    before = path.read_bytes()
+    longer = dataclasses.replace(QUICK, confirmation=Round(2, (100, 101, 102, 103)))
+    for plan, trial in ((QUICK, OTHER), (longer, ONE), (QUICK, dataclasses.replace(ONE, loss="clip"))):
+        for record in (True, False):
+            with pytest.raises(SecondConfirmationError, match=f"confirm {ONE.name}, .* {trial.name} by"):
+                declare(plan, {SETTING: trial}, tmp_path, record=record)
+    assert path.read_bytes() == before
+    del (line := json.loads(before))["loss"]
+    path.write_text(json.dumps({**line, "number": 1}) + "\n")  # as earlier releases wrote it
+    declare(QUICK, {SETTING: ONE}, tmp_path, record=True)
+
+
+def test_what_the_repository_declares_is_what_its_records_lead_to():
+    find = study_records()  # the rounds' records lead elsewhere
+    with pytest.raises(SecondConfirmationError, match="was used to confirm batch-128"):
+        declare(SEARCH, progress(SEARCH, find).winners, study.RESULTS / "search", record=False)
+    declare(SEARCH, {SETTING: BY_NAME["batch-128"]}, study.RESULTS / "search", record=False)
+
+
+@pytest.mark.parametrize("text", ["x\n", "{}\n", "[]\n", '{"number": 2}\n', '{"trial": "a"}\n'])
+def test_a_damaged_or_second_declaration_stops_everything(tmp_path, text):
+    declare(QUICK, {SETTING: ONE}, tmp_path, record=True)
+    path = tmp_path / SETTING / "confirmations.jsonl"
+    path.write_text(path.read_text() + text)
+    with pytest.raises(ValueError, match=r"confirmations\.jsonl: one line is needed"):
+        declare(QUICK, {SETTING: ONE}, tmp_path, record=True)
+
+
+@pytest.mark.parametrize("one", [SEARCH, QUESTION, TEACHER], ids=lambda one: one.name)
+def test_the_outcome_is_the_paired_test_of_the_studys_score(one):
+    """Of all of them for the arms; what includes the recipe that goes along is secondary."""
+    winners = {arm: tries[-1] for arm, tries in one.arms.items()}
+    names = {arm: trial.name for arm, trial in winners.items()} | {"recipe": "recipe"}
+    find = study_records(effects={"rankclip-recipe": 0.3})
+    found = outcome(one, winners, find)
+    records = find(needed(one, winners))
+    others = [*one.arms, *one.along]
+    pairs = {(arm, REFERENCE) for arm in others} | {(arm, one.rival) for arm in others if one.rival}
+    pairs -= {(one.rival, one.rival)}
+    assert found.tests.keys() == {pair for pair in pairs if "recipe" not in pair}
+
+    def expected(arm, other, score):
+        trial = winners.get(arm, RECIPE)
+        clip = one.reference(trial, one.confirmation, 0, TEST).trial
+        by_seed = {(a.trial, a.seed): score(record) for a, record in records.items()}
+        base = clip if other == REFERENCE else names[other]
+        both = [(by_seed[names[arm], s], by_seed[base, s]) for s in one.confirmation.seeds]
+        return stats.ttest_rel(*zip(*both, strict=True)).pvalue, np.mean([a - b for a, b in both])
+
+    for pair, d in found.tests.items():
+        assert (d.p, d.mean) == pytest.approx(expected(*pair, SCORES[one.score]))
+        assert d.adjusted == d.p if len(found.tests) == 1 else d.adjusted >= d.p
+    if one == SEARCH:
+        assert found.others.keys() | {((SETTING, REFERENCE), OBJECTIVE)} == set(
+            itertools.product(pairs, SCORES)
+        )
+        for (pair, name), d in found.others.items():
+            assert (d.p, d.mean) == pytest.approx(expected(*pair, SCORES[name]))
+    assert all(d.adjusted is None or d.adjusted >= d.p for d in found.others.values())
+
+
+def test_the_recipe_is_not_compared_with_itself():
+    found = outcome(SEARCH, {SETTING: RECIPE}, study_records())
+    assert {pair for pair, _ in found.others} == {(SETTING, REFERENCE)}
+
+
+def test_nothing_is_concluded_while_a_record_is_missing_and_a_lost_arm_is_in_no_test():
+    winners = {arm: tries[0] for arm, tries in TEACHER.arms.items()}
+    assert outcome(TEACHER, winners, study_records(missing=["test-8ep-clip-seed2007"])) is None
+    found = outcome(TEACHER, winners, study_records(lost=(winners["top-one"].name,)))
+    assert found.comparison.lost == ["top-one"]
+    assert not any("top-one" in pair for pair in found.tests)
+    assert len(found.tests) == (len(winners) - 1) + (len(winners) - 2)

@@ -3,45 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from . import grid, scores
 from .grid import Setting
-from .scores import Measure
 from .statistics import Difference, Estimate, estimate, paired_difference
 
 Record = Mapping[str, Any]
+Score = Callable[[Record], float | None]
+Value = TypeVar("Value")
+
+
+class Compared:
+    """Records by name and by seed: means over the seeds, and differences that are paired by them."""
+
+    def __init__(self, records: Mapping[Any, Mapping[int, Record]]) -> None:
+        self.records = records
+
+    def values(self, name: Any, score: Score) -> dict[int, float]:
+        """Return a score by seed, where a record has it."""
+        found = {seed: score(record) for seed, record in self.records[name].items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def estimate(self, name: Any, score: Score) -> Estimate | None:
+        """Return a score's mean over the seeds; None without any."""
+        values = self.values(name, score)
+        return estimate(list(values.values())) if values else None
+
+    def difference(self, name: Any, other: Any, score: Score) -> Difference | None:
+        """Return the paired difference between two; None if they share no seed."""
+        return paired_difference(self.values(name, score), self.values(other, score))
 
 
 class Collection:
-    """The records of what is planned by setting; others are counted and left alone.
-
-    Raises:
-        ValueError: If two records are of one setting, or a planned setting is of another preset.
-    """
+    """The records of what is planned by setting, in the plan's order; others are left alone."""
 
     def __init__(self, records: Sequence[Record], preset: grid.Preset, planned: Sequence[Setting]) -> None:
-        strangers = [s.name for s in planned if s.preset != preset.name]
-        if strangers:
-            raise ValueError(f"planned: {strangers[0]} is not of the preset {preset.name}")
-        self.preset = preset
-        self.planned = dict.fromkeys(planned)
-        found: dict[Setting, Record] = {}
-        for record in records:
-            setting = Setting(**record["setting"])
-            if setting in found:
-                raise ValueError(f"records: {setting.name} is there twice")
-            found[setting] = record
-        # In the plan's order.
+        self.preset, self.planned = preset, dict.fromkeys(planned)
+        found = {Setting(**record["setting"]): record for record in records}
         self.records = {setting: found[setting] for setting in self.planned if setting in found}
-        self.unplanned = len(found) - len(self.records)
 
     @property
     def tasks(self) -> set[str]:
-        """Every task that some record has, such as ``zero-shot/mdi``; all tasks before the first record."""
-        found = {task for record in self.records.values() for task in record["metrics"]}
-        return found or set(scores.TASKS)
+        """Every task that some record has, such as ``zero-shot/mdi``."""
+        return {task for record in self.records.values() for task in record["metrics"]}
 
     def sets(self, task: str) -> list[str]:
         """Return the labelled sets that were measured in ``zero-shot`` or ``probe``, by name."""
@@ -53,7 +59,7 @@ class Collection:
         return Exhibited(self, grid.settings_of(self.preset, name, seeds))
 
 
-class Exhibited:
+class Exhibited(Compared):
     """The models of one exhibit, each with the seeds that this exhibit is planned with.
 
     A model is named by its setting with seed 0. A plan may hold a part of an exhibit: its other models are
@@ -65,10 +71,11 @@ class Exhibited:
         for setting in settings:
             own = self._settings.setdefault(dataclasses.replace(setting, seed=0), [])
             own += [setting] if setting in collection.planned else []
-        self._records = {
+        records = {
             model: {s.seed: collection.records[s] for s in own if s in collection.records}
             for model, own in self._settings.items()
         }
+        super().__init__(records)
         self.models = list(self._settings)  # in the grid's order
 
     def planned(self, model: Setting) -> int:
@@ -77,28 +84,9 @@ class Exhibited:
 
     def trained(self, model: Setting) -> int:
         """Return how many of them it has."""
-        return len(self._records[model])
+        return len(self.records[model])
 
-    def values(self, model: Setting, measure: Measure) -> dict[int, float]:
-        """Return a measure by seed."""
-        found = {seed: measure.of(record["metrics"]) for seed, record in self._records[model].items()}
-        return {seed: value for seed, value in found.items() if value is not None}
-
-    def estimate(self, model: Setting, measure: Measure) -> Estimate | None:
-        """Return a measure's mean over the seeds; None without any."""
-        values = self.values(model, measure)
-        return estimate(list(values.values())) if values else None
-
-    def difference(self, model: Setting, reference: Setting, measure: Measure) -> Difference | None:
-        """Return the paired difference between two models; None if they share no seed."""
-        return paired_difference(self.values(model, measure), self.values(reference, measure))
-
-    def chance(self, measure: Measure) -> float | None:
-        """Return what guessing scores: the same for every model whose record knows it."""
-        found = (measure.of(record["chance"]) for own in self._records.values() for record in own.values())
-        return next((value for value in found if value is not None), None)
-
-    def items(self, measure: Measure) -> int | None:
-        """Return the number of held-out items behind a measure, likewise."""
-        found = (measure.items(record["items"]) for own in self._records.values() for record in own.values())
+    def first(self, read: Callable[[Record], Value | None]) -> Value | None:
+        """Return what all records say that know it, such as chance and items; None if none does."""
+        found = (read(record) for own in self.records.values() for record in own.values())
         return next((value for value in found if value is not None), None)

@@ -1,14 +1,13 @@
 """Figures 3, 4, 6 and 7, in a light and a dark version, as small PNGs."""
 
 import base64
-import dataclasses
 import io
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from examples_common.page import Picture
 from matplotlib.axes import Axes
@@ -31,35 +30,11 @@ from .wording import fill
 _DPI = 150
 _COLOURS = 256  # of a PNG of lines and flat areas
 _WIDTH = 8.4
-_RC = {  # the settings that take a theme's colours
-    "paper": ("figure.facecolor", "savefig.facecolor", "axes.facecolor"),
-    "ink": ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color"),
-    "muted": ("axes.edgecolor", "grid.color"),
-}
-_STYLE = Path(__file__).with_name("figures.mplstyle")
-
-
-@dataclasses.dataclass(frozen=True)
-class Theme:
-    """Colours for a light or a dark background."""
-
-    paper: str  # background
-    ink: str  # text and axes
-    muted: str  # grid, links and what is secondary
-    clip: str  # CLIP's lines, and the texts' points
-    rank: str  # RankCLIP's lines, and the pictures' points
-    quoted: str  # background of what is the paper's
-
-    def settings(self) -> dict[str, Any]:
-        """Return them as matplotlib's settings."""
-        return {name: getattr(self, part) for part, names in _RC.items() for name in names}
-
+_STYLES = tuple(Path(__file__).with_name(f"{name}.mplstyle") for name in ("figures", "light", "dark"))
+CLIP, RANK, MUTED, INK, QUOTED = (f"C{number}" for number in range(5))  # colours of both styles
 
 # What ``templates/alt.md`` says of a figure to those who cannot see it, and how it is drawn.
-Drawing = tuple[dict[str, Any], Callable[[Theme], Figure]]
-# Okabe and Ito's blue and vermilion: told apart by every kind of colour vision.
-LIGHT = Theme("#ffffff", "#1c1e21", "#8a8f98", "#0072b2", "#d55e00", "#f1f1ee")
-DARK = Theme("#16181c", "#e6e7e9", "#7d838c", "#56b4e9", "#ff9d5c", "#22252b")
+Drawing = tuple[dict[str, Any], Callable[[], Figure]]
 
 
 def draw(collection: Collection, paper: Paper) -> dict[str, Picture]:
@@ -73,13 +48,13 @@ def draw(collection: Collection, paper: Paper) -> dict[str, Picture]:
     return drawn
 
 
-def picture(alt: str, figure_of: Callable[[Theme], Figure], *, colours: int | None = _COLOURS) -> Picture:
+def picture(alt: str, figure_of: Callable[[], Figure], *, colours: int | None = _COLOURS) -> Picture:
     """Draw a figure for light and for dark backgrounds, with at most so many colours."""
     pngs: list[bytes] = []
-    for theme in (LIGHT, DARK):
+    for style in _STYLES[1:]:
         raw, small = io.BytesIO(), io.BytesIO()
-        with matplotlib.rc_context({"backend": "agg", **theme.settings()}, _STYLE):
-            figure_of(theme).savefig(raw, format="png", dpi=_DPI)
+        with matplotlib.style.context([_STYLES[0], style]):
+            figure_of().savefig(raw, format="png", dpi=_DPI)
         with Image.open(raw) as image:
             shown = image.convert("RGB")
             if colours is not None:
@@ -96,24 +71,22 @@ def _sweep(collection: Collection, quoted: Quoted) -> Drawing | None:
     shown, plotted = collection.exhibit("figure3"), sweep_measures(collection)
     clip = next(m for m in shown.models if m.loss == REFERENCE)
 
-    def figure_of(theme: Theme) -> Figure:
+    def figure_of() -> Figure:
         figure = Figure(figsize=(_WIDTH, 8.2), layout="constrained")
         axes = figure.subplots(len(plotted) + 1, len(TERM_NAMES), sharey="row")
         for column, (term, name) in enumerate(TERM_NAMES.items()):
             models = sweep_of(shown.models, term)
             for axis, measure in zip(axes[:, column], plotted, strict=False):
                 if level := shown.estimate(clip, measure):
-                    axis.axhline(level.mean, color=theme.clip, lw=1.2, ls="--", label="CLIP")
-                    axis.axhspan(level.low, level.high, color=theme.clip, alpha=0.15, lw=0)
-                _line(
-                    axis, shown, {m: float(x) for x, m in enumerate(models)}, measure, theme.rank, "RankCLIP"
-                )
+                    axis.axhline(level.mean, color=CLIP, lw=1.2, ls="--", label="CLIP")
+                    axis.axhspan(level.low, level.high, color=CLIP, alpha=0.15, lw=0)
+                _line(axis, shown, {m: float(x) for x, m in enumerate(models)}, measure, RANK, "RankCLIP")
                 axis.set_xticks(range(len(models)), [f"{getattr(m, term):g}" for m in models])
                 axis.set_xlim(-0.4, len(models) - 0.6)
                 axis.grid(axis="y")
                 axis.set_ylabel("" if column else f"{measure.group},\n{measure.label} (%)")
             axes[0, column].set_title(name)
-            _quoted_lines(axes[-1, column], quoted, term, theme)
+            _quoted_lines(axes[-1, column], quoted, term)
             axes[-1, column].set_xlabel(name.partition(",")[0])
         axes[0, 0].legend(loc="best")
         axes[-1, 0].set_ylabel("%")
@@ -123,15 +96,15 @@ def _sweep(collection: Collection, quoted: Quoted) -> Drawing | None:
     return ({"spans": spans}, figure_of) if spans else None
 
 
-def _quoted_lines(axis: Axes, quoted: Quoted, term: str, theme: Theme) -> None:
-    axis.set_facecolor(theme.quoted)
+def _quoted_lines(axis: Axes, quoted: Quoted, term: str) -> None:
+    axis.set_facecolor(QUOTED)
     axis.set_title(f"The paper's {quoted.source}: {quoted.setting}", fontsize=8.5)
     lines = [s for s in quoted.series if s.panel == term]
     levels = {s.name: s.y[0] for s in quoted.series if s.panel == "scheduled"}
     for line, style, mark in zip(lines, ("-", "--"), ("^", "s"), strict=True):
-        looks = {"marker": mark, "color": theme.ink, "lw": 1.2, "markersize": 4.5}
+        looks = {"marker": mark, "color": INK, "lw": 1.2, "markersize": 4.5}
         axis.plot(line.x, line.y, style, label=line.name, **looks)
-        axis.axhline(levels[line.name], color=theme.muted, lw=0.9, ls=":")
+        axis.axhline(levels[line.name], color=MUTED, lw=0.9, ls=":")
     axis.set_xticks(lines[0].x)
     axis.grid(axis="y")
     axis.set_ylim(bottom=0)
@@ -147,10 +120,10 @@ def _sizes(collection: Collection, quoted: Quoted) -> Drawing | None:
     zero_shot, retrieval = sweep_measures(collection)
     shifted = shift_measure(collection)
 
-    def figure_of(theme: Theme) -> Figure:
+    def figure_of() -> Figure:
         figure = Figure(figsize=(_WIDTH, 6.6), layout="constrained")
         first, second, third, last = figure.subplots(2, 2).flat
-        colours = {"clip": theme.clip, "rankclip": theme.rank}
+        colours = {"clip": CLIP, "rankclip": RANK}
         for axis, measure in ((first, zero_shot), (second, retrieval)):
             _size_axis(axis, sizes)
             for (loss, colour), shift in zip(colours.items(), (0.97, 1.03), strict=True):  # side by side
@@ -160,7 +133,7 @@ def _sizes(collection: Collection, quoted: Quoted) -> Drawing | None:
             axis.set_ylabel("%")
         first.legend(loc="best")
         _robustness(third, shown, zero_shot, shifted, colours)
-        last.set_facecolor(theme.quoted)
+        last.set_facecolor(QUOTED)
         last.set_title(f"The paper's {quoted.source}: ImageNet1K top-1", fontsize=9)
         for line in (s for s in quoted.series if s.panel == "size"):
             looks = {"marker": "o", "color": colours[line.name], "markersize": 4}
@@ -222,7 +195,7 @@ def _umaps(collection: Collection, quoted: Quoted) -> Drawing | None:  # noqa: A
         for m, points in _pictured(collection, "figure6", "umap")
     ]
 
-    def figure_of(theme: Theme) -> Figure:
+    def figure_of() -> Figure:
         columns = min(3, len(shown))
         rows = -(-len(shown) // columns)
         figure = Figure(figsize=(_WIDTH, 3.5 * rows), layout="constrained")
@@ -230,7 +203,7 @@ def _umaps(collection: Collection, quoted: Quoted) -> Drawing | None:  # noqa: A
         for number, (name, points, gap) in enumerate(shown):
             inner = cells[divmod(number, columns)].subgridspec(2, 1, height_ratios=[1, 4], hspace=0)
             above, axis = inner.subplots(sharex=True)
-            _scatter(axis, above, points, theme)
+            _scatter(axis, above, points)
             above.set_title(name, fontsize=9)
             axis.set_xlabel(f"modality gap {gap:.2f}", fontsize=8.5)
             if number == 0:
@@ -240,11 +213,11 @@ def _umaps(collection: Collection, quoted: Quoted) -> Drawing | None:  # noqa: A
     return ({"shown": shown}, figure_of) if shown else None
 
 
-def _scatter(axis: Axes, above: Axes, points: dict[str, Any], theme: Theme) -> None:
+def _scatter(axis: Axes, above: Axes, points: dict[str, Any]) -> None:
     images, texts = np.array(points["image"], dtype=float), np.array(points["text"], dtype=float)
-    links = LineCollection(np.stack([images, texts], axis=1), colors=theme.muted, linewidths=0.4, alpha=0.35)
+    links = LineCollection(np.stack([images, texts], axis=1), colors=MUTED, linewidths=0.4, alpha=0.35)
     axis.add_collection(links)
-    clouds = ((images, theme.rank, "o", "pictures"), (texts, theme.clip, "s", "texts"))
+    clouds = ((images, RANK, "o", "pictures"), (texts, CLIP, "s", "texts"))
     for cloud, colour, mark, label in clouds:
         axis.scatter(*cloud.T, s=5, color=colour, marker=mark, linewidths=0, alpha=0.8, label=label)
     axis.margins(0.06)
@@ -293,7 +266,7 @@ def _kde(points: np.ndarray) -> gaussian_kde | None:
 def _heat(collection: Collection, quoted: Quoted) -> Drawing | None:  # noqa: ARG001
     shown = [(LOSS_NAMES[m.loss], maps) for m, maps in _pictured(collection, "figure7", "heat_maps")]
 
-    def figure_of(theme: Theme) -> Figure:  # noqa: ARG001
+    def figure_of() -> Figure:
         first = shown[0][1]
         figure = Figure(figsize=(_WIDTH, 0.5 + 1.28 * len(first)), layout="constrained")
         axes = figure.subplots(len(first), len(shown) + 1, squeeze=False)

@@ -1,6 +1,5 @@
 """What the data support, in words, and what they do not: generated from the verdicts, and never more."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from statistics import median
 
@@ -10,17 +9,6 @@ from .wording import fill, seeds_text
 
 _UNCORRECTED = f"p < {ALPHA:.2g} uncorrected"
 SUMMARY_HEAD = ("models × seeds", "tests", "better", "worse", _UNCORRECTED, "expected by chance")
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """A model's established differences of one sign."""
-
-    subject: str
-    word: str  # better, worse, higher or lower
-    reference: str
-    tested: int  # how many of its differences were tested
-    cells: list[Cell]  # the largest first
 
 
 class Tally:
@@ -42,16 +30,18 @@ class Tally:
         widths = (c.difference.half_width for c in self.undecided if c.measure.percent)
         self.width = median(known) if (known := [width for width in widths if width]) else None
 
-    def claims(self) -> Iterator[Claim]:
-        """Sort what is established by model."""
+    def claims(self) -> Iterator[tuple[str, int, list[Cell]]]:
+        """Yield every model's established differences of one sign, the largest first.
+
+        Beside them are what they say, and how many of its differences were tested.
+        """
         for pair in dict.fromkeys((c.subject, c.reference) for c in self.established):
             tested = sum((c.subject, c.reference) == pair for c in self.tested)
             for cells, percent_word, word in ((self.above, BETTER, "higher"), (self.below, WORSE, "lower")):
                 own = [c for c in cells if (c.subject, c.reference) == pair]
                 own.sort(key=lambda c: -abs(c.difference.mean))
                 if own:
-                    said = percent_word if own[0].measure.percent else word
-                    yield Claim(pair[0], said, pair[1], tested, own)
+                    yield percent_word if own[0].measure.percent else word, tested, own
 
 
 def text(exhibit: Exhibit) -> str:

@@ -9,21 +9,13 @@ from captum.attr import Occlusion
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-WINDOW = 8
-STRIDE = 4
+WINDOW = 8  # side of the window
+STRIDE = 4  # by so many pixels it is moved
 _AT_ONCE = 64
 
 
 @torch.no_grad()
-def heat_map(
-    model: torch.nn.Module,
-    image: Tensor,
-    text_features: Tensor,
-    *,
-    paper: float = 1.0,
-    window: int = WINDOW,
-    stride: int = STRIDE,
-) -> Tensor:
+def heat_map(model: torch.nn.Module, image: Tensor, text_features: Tensor, *, paper: float) -> Tensor:
     """Return how much the cosine of image and text falls when a window of paper covers a part of the image.
 
     Args:
@@ -31,21 +23,13 @@ def heat_map(
         image: ``[3, H, W]``, preprocessed.
         text_features: ``[D]``.
         paper: The value of an empty pixel after preprocessing.
-        window: Side of the window, which is moved by steps of ``stride``.
-        stride: Side of a cell of the map, whose value is the mean fall over the windows that cover it.
-
-    Raises:
-        ValueError: If the windows do not tile the image in steps.
     """
-    height, width = image.shape[-2:]
-    if height % stride or width % stride or window % stride or window > min(height, width):
-        raise ValueError(f"window, stride: {window} and {stride} do not tile {height} × {width} pixels")
 
     def similarity(images: Tensor) -> Tensor:
         return cosine_similarity(model.encode_image(images), text_features[None], dim=-1)
 
     options = {"baselines": paper, "perturbations_per_eval": _AT_ONCE}
-    shape, steps = ((len(image), side, side) for side in (window, stride))
+    shape, steps = ((len(image), side, side) for side in (WINDOW, STRIDE))
     falls = Occlusion(similarity).attribute(image[None], shape, steps, **options)
-    # The map is constant within a cell of stride × stride pixels.
-    return falls[0, 0, ::stride, ::stride]
+    # Constant within a cell of STRIDE × STRIDE pixels: the mean fall over the windows that cover it.
+    return falls[0, 0, ::STRIDE, ::STRIDE]

@@ -7,14 +7,13 @@ another one. It is a process of its own, so that it has threads of its own.
 from __future__ import annotations
 
 import base64
-import dataclasses
 import hashlib
 import io
 import json
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from clip_evaluation import metrics, probe
 from clip_evaluation.geometry import geometry
 from clip_evaluation.model import ClipModel
-from icons_data.load import Icons, Items, LabelledSet, load
+from icons_data.load import Icons, Items, load
 from icons_data.records import Record
 from PIL import Image
 from torch import Tensor
@@ -35,8 +34,7 @@ from rankloss.metrics import kendall_tau
 from .data import SIZE, small
 from .grid import PRESETS, Preset, Setting, is_shown
 from .heat_maps import heat_map
-from .search.study import SIZES
-from .search.trials import TEST, VALIDATION, Attempt
+from .search.trials import SIZES, TEST, VALIDATION, Attempt
 
 # All pairs of all held-out pictures would take half of the time that measuring takes.
 _GEOMETRY_ITEMS = 2048
@@ -44,43 +42,56 @@ _GEOMETRY_ANCHORS = 512
 _HEAT_MAPS_OF_EACH = 3  # pictures in black, and as many in colour
 
 
-@dataclasses.dataclass
-class Measured:
+class Measurement:
     """What is measured of one model: scores by ``TASK/DATA`` and by the score's name."""
 
-    metrics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    chance: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # what guessing would score
-    items: dict[str, int] = dataclasses.field(default_factory=dict)  # how many each task was measured on
-
-    def add(self, task: str, items: int, scored: metrics.Scored) -> None:
-        """Add the scores of one task on one data set, and what guessing would score."""
-        self.metrics[task], self.chance[task] = (
-            {name: round(pair[i], 4) for name, pair in scored.items()} for i in (0, 1)
-        )
-        self.items[task] = items
-
-
-class Embeddings:
-    """Encodes pictures once, however many tasks use them."""
-
-    def __init__(self, model: ClipModel, icons: Icons) -> None:
-        self.model, self._images = model, icons.images
+    def __init__(self, model: ClipModel, icons: Icons, preset: Preset) -> None:
+        self.model, self._icons, self._preset = model, icons, preset
+        self.metrics: dict[str, dict[str, float]] = {}
+        self.chance: dict[str, dict[str, float]] = {}  # what guessing would score
+        self.items: dict[str, int] = {}  # how many each task was measured on
         self._row = np.full(len(icons.images), -1, dtype=np.int64)
         self._features = torch.empty(0)
 
-    def __call__(self, index: np.ndarray) -> Tensor:
-        """Return the features, not normalised, of pictures that are given by their records' numbers."""
+    def content(self) -> dict[str, Any]:
+        """Return it as a record has it."""
+        return {"metrics": self.metrics, "chance": self.chance, "items": self.items}
+
+    def add(self, task: str, items: int, scored: Mapping[str, float | tuple[float, float]]) -> None:
+        """Add a task's scores, each alone or with what guessing would score."""
+        found = {name: of if isinstance(of, tuple) else (of,) for name, of in scored.items()}
+        self.metrics[task] = {name: round(of[0], 4) for name, of in found.items()}
+        self.chance[task] = {name: round(of[1], 4) for name, of in found.items() if len(of) > 1}
+        self.items[task] = items
+
+    def features(self, index: np.ndarray) -> Tensor:
+        """Return the features, not normalised, of pictures by their records' numbers; encodes each once."""
         new = np.unique(index[self._row[index] < 0])
         if len(new):
-            pictures = [(self.model.preprocess(small(self._images[i])), int(i)) for i in new]
+            pictures = [(self.model.preprocess(small(self._icons.images[i])), int(i)) for i in new]
             features, _ = self.model.image_features(pictures)
             self._row[new] = len(self._features) + np.arange(len(new))
             self._features = torch.cat([self._features, features])
         return self._features[torch.from_numpy(self._row[index])]
 
-    def zero_shot(self, one: LabelledSet, items: Items) -> Tensor:
-        """Return the cosine of each item with each class of its set."""
-        return normalize(self(items.index), dim=-1) @ self.model.classifier(one.classes, one.templates)
+    def retrieved(self, block: str, limit: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the unit-norm features of a block's pictures and captions, and each caption's picture."""
+        data = self._icons.retrieval(block)
+        limit = self._preset.retrieval_items if limit is None else limit
+        kept = data.image_of < limit
+        captions = [caption for caption, keep in zip(data.captions, kept, strict=True) if keep]
+        images = normalize(self.features(data.index[:limit]), dim=-1)
+        return images, self.model.text_features(captions), torch.from_numpy(data.image_of[kept])
+
+    def classify(self, name: str, side: str, ks: Sequence[int] = metrics.CLASS_KS) -> tuple[Items, Tensor]:
+        """Add the zero-shot accuracy on a labelled set, and return its items and labels."""
+        one = self._icons.labelled[name]
+        items = one.side(side).first(self._preset.class_items)
+        labels = torch.from_numpy(items.labels)
+        classes = self.model.classifier(one.classes, one.templates)
+        scores = normalize(self.features(items.index), dim=-1) @ classes
+        self.add(f"zero-shot/{name}", len(labels), metrics.named_accuracy(scores, labels, ks))
+        return items, labels
 
 
 def measure(
@@ -91,59 +102,49 @@ def measure(
     Returns:
         ``metrics``, ``chance``, ``items``, and with ``figures`` what Figures 6 and 7 show of this model.
     """
-    found, embeddings = Measured(), Embeddings(model, icons)
-    pairs = {}
-    for name in ("test", *icons.shifts):
-        block = name if name == "test" else f"{name}/test"
-        index, captions, image_of = searched_items(icons, block, preset.retrieval_items)
-        images, texts = normalize(embeddings(index), dim=-1), model.text_features(captions)
-        found.add(f"retrieval/{name}", len(index), metrics.named_recall(images, texts, image_of))
-        first = torch.tensor([True, *(image_of[1:] != image_of[:-1]).tolist()])
-        pairs[name] = images[:_GEOMETRY_ITEMS], texts[first][:_GEOMETRY_ITEMS]
-    shape = geometry(*pairs["test"], max_anchors=_GEOMETRY_ANCHORS)
-    shape["logit_scale"] = model.logit_scale
-    found.metrics["geometry/test"] = {key: round(value, 4) for key, value in shape.items()}
-    found.chance["geometry/test"], found.items["geometry/test"] = {}, len(pairs["test"][0])
+    found = Measurement(model, icons, preset)
+    for name in (TEST, *icons.shifts):
+        block = found.retrieved(name if name == TEST else f"{name}/{TEST}")
+        found.add(f"retrieval/{name}", len(block[0]), metrics.named_recall(*block))
+        if name == TEST:
+            pairs = _first_pairs(*block)
+    shape = geometry(*pairs, max_anchors=_GEOMETRY_ANCHORS)
+    found.add("geometry/test", len(pairs[0]), {**shape, "logit_scale": model.logit_scale})
     if teacher is not None:
-        index, captions, image_of = searched_items(icons, "test", len(pairs["test"][0]))
-        own = np.unique(image_of.numpy(), return_index=True)[1]  # each picture's first caption
-        theirs = Embeddings(teacher, icons)(index), teacher.text_features([captions[i] for i in own])
-        scores = teacher_agreement(pairs["test"], (normalize(theirs[0], dim=-1), theirs[1]))
-        found.metrics["teacher/test"] = {key: round(value, 4) for key, value in scores.items()}
-        found.chance["teacher/test"], found.items["teacher/test"] = {}, len(index)
+        theirs = Measurement(teacher, icons, preset).retrieved(TEST, len(pairs[0]))
+        found.add("teacher/test", len(pairs[0]), teacher_agreement(pairs, _first_pairs(*theirs)))
     for name, one in icons.labelled.items():
-        items = one.test.first(preset.class_items)
-        scores, labels = embeddings.zero_shot(one, items), torch.from_numpy(items.labels)
-        found.add(f"zero-shot/{name}", len(labels), metrics.named_accuracy(scores, labels))
+        items, labels = found.classify(name, TEST)
         if not one.shift:
             train = one.train.first(preset.probe_items)
             validation = one.validation.first(preset.probe_items // 2)
             result = probe.linear_probe(
-                *((embeddings(p.index), torch.from_numpy(p.labels)) for p in (train, items, validation)),
+                *((found.features(p.index), torch.from_numpy(p.labels)) for p in (train, items, validation)),
                 classes=len(one.classes),
                 strengths=preset.probe_strengths,
             )
             found.add(f"probe/{name}", len(labels), metrics.named_accuracy(result.scores, labels))
-    content = dataclasses.asdict(found)
+    content = found.content()
     if figures:
         # The order of the items is random.
-        umap = umap_points(*(features[: preset.umap_pairs] for features in pairs["test"]))
+        umap = umap_points(*(features[: preset.umap_pairs] for features in pairs))
         content["figures"] = {"umap": umap, "heat_maps": heat_maps(model, icons)}
     return content
+
+
+def _first_pairs(images: Tensor, texts: Tensor, image_of: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first pictures' features, and those of each one's first caption."""
+    first = torch.tensor([True, *(image_of[1:] != image_of[:-1]).tolist()])
+    return images[:_GEOMETRY_ITEMS], texts[first][:_GEOMETRY_ITEMS]
 
 
 def teacher_agreement(
     student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], anchors: int = _GEOMETRY_ANCHORS
 ) -> dict[str, float]:
-    """Return how far a student ranks the same pairs as its teacher does: Kendall's τ-b, the mean over lists.
+    """Return how far a student ranks N pairs as its teacher does: Kendall's τ-b, the mean over lists.
 
-    Args:
-        student: Unit-norm features of images and texts, ``[N, D]`` each, row i of both being a pair.
-        teacher: The same pairs' features, ``[N, D']`` each.
-        anchors: So many evenly spaced pairs' lists are compared.
-
-    Returns:
-        ``cross_modal_tau``, of images' lists of texts and texts' lists of images, and ``in_modal_tau``.
+    Each comes as the unit-norm features of images and of texts, ``[N, D]``, row i of both being a pair. The
+    lists are those of so many evenly spaced ``anchors``, of the other modality and of their own.
     """
     rows = torch.linspace(0, len(student[0]) - 1, min(anchors, len(student[0]))).round().long()
 
@@ -166,27 +167,15 @@ def measure_side(model: ClipModel, icons: Icons, preset: Preset, side: str) -> d
     """
     if side not in (VALIDATION, TEST):
         raise ValueError(f"side: must be {VALIDATION} or {TEST}, got {side!r}")
-    found = Measured()
-    index, captions, image_of = searched_items(icons, side, preset.retrieval_items)
-    sets = {name: one for name, one in icons.labelled.items() if not one.shift}
-    embeddings = Embeddings(model, icons)
-    images, texts = normalize(embeddings(index), dim=-1), model.text_features(captions)
-    if not (torch.isfinite(images).all() and torch.isfinite(texts).all()):
-        return {**dataclasses.asdict(found), "diverged": True}
-    found.add("retrieval", len(index), metrics.named_recall(images, texts, image_of))
-    for name, one in sets.items():
-        items = one.side(side).first(preset.class_items)
-        scores, labels = embeddings.zero_shot(one, items), torch.from_numpy(items.labels)
-        found.add(f"zero-shot/{name}", len(labels), metrics.named_accuracy(scores, labels, (1,)))
-    return {**dataclasses.asdict(found), "diverged": False}
-
-
-def searched_items(icons: Icons, block: str, limit: int) -> tuple[np.ndarray, list[str], Tensor]:
-    """Return at most ``limit`` pictures of a block, their captions, and the picture of each caption."""
-    data = icons.retrieval(block)
-    kept = data.image_of < limit
-    captions = [caption for caption, keep in zip(data.captions, kept, strict=True) if keep]
-    return data.index[:limit], captions, torch.from_numpy(data.image_of[kept])
+    found = Measurement(model, icons, preset)
+    images, texts, image_of = found.retrieved(side)
+    diverged = not (torch.isfinite(images).all() and torch.isfinite(texts).all())
+    if not diverged:
+        found.add("retrieval", len(images), metrics.named_recall(images, texts, image_of))
+        for name, one in icons.labelled.items():
+            if not one.shift:
+                found.classify(name, side, (1,))
+    return {**found.content(), "diverged": diverged}
 
 
 def umap_points(images: Tensor, texts: Tensor) -> dict[str, list[list[float]]]:

@@ -60,11 +60,10 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "records.jsonl"
-        self._read: tuple[tuple[int, int], dict[str, Record], list[str]] | None = None
 
     def load(self, key: str) -> Record | None:
         """Return a record, or None if there is none."""
-        return self._records()[0].get(key)
+        return self.read()[0].get(key)
 
     def save(self, key: str, record: Record) -> None:
         """Append a record, unless another process has finished the same run in the meantime."""
@@ -86,7 +85,7 @@ class Store:
         A report is made of these, so the data need not be there. Two records of one setting were made from
         different data or by different arguments; a report would mix them, so both are left out.
         """
-        records, damaged = self._records()
+        records, damaged = self.read()
         found, odd, keys = [], list(damaged), defaultdict[str, list[str]](list)
         for key, record in records.items():
             keys[_text(record["setting"])].append(key)
@@ -98,17 +97,8 @@ class Store:
                 odd.append(f"{' and '.join(same)} are of one setting and left out: delete the outdated line")
         return found, odd
 
-    def _records(self) -> tuple[dict[str, Record], list[str]]:
-        try:
-            status = self.path.stat()
-        except FileNotFoundError:
-            return {}, []
-        version = (status.st_mtime_ns, status.st_size)
-        if self._read is None or self._read[0] != version:
-            self._read = (version, *self._parsed())
-        return self._read[1:]
-
-    def _parsed(self) -> tuple[dict[str, Record], list[str]]:
+    def read(self) -> tuple[dict[str, Record], list[str]]:
+        """Return all records by their keys, and a sentence for each line that is damaged."""
         lines, damaged = read_lines(self.path)
         conditions = {one["conditions_id"]: one["conditions"] for one in lines if "conditions_id" in one}
         records: dict[str, Record] = {}

@@ -37,12 +37,7 @@ def write(
     """Write the report and return the path of ``report.html``; ``report.md`` and ``figures/`` are beside it.
 
     ``command`` is what makes this report; ``notes`` are what else the reader has to know.
-
-    Raises:
-        ValueError: If nothing is planned, a planned setting is of another preset, or a record is there twice.
     """
-    if not planned:
-        raise ValueError("planned: at least one setting is needed, got none")
     collection, quoted = Collection(records, preset, planned), paper.load()
     pictures = figures.draw(collection, quoted)
     exhibits, found = tables.build(collection, quoted), list(collection.records.values())
@@ -51,9 +46,6 @@ def write(
     anchors = [page.anchor(f"{e.number}: {e.title}") for e in exhibits]
     links = [f"[{e.number}](#{name}) {e.title}" for e, name in zip(exhibits, anchors, strict=True)]
     short = [[link, *findings.summary(e)] for link, e in zip(links, exhibits, strict=True)]
-    notes = [preset.note, *notes]
-    if collection.unplanned:
-        notes.append(f"Left out, as they are not part of this plan: {collection.unplanned} records.")
     for old in (folder / "figures").glob("figure?.png"):
         old.unlink()
     return write_page(
@@ -65,7 +57,7 @@ def write(
         paper=quoted,
         there=len(found),
         planned=len(collection.planned),
-        notes=[note for note in notes if note],
+        notes=[note for note in (preset.note, *notes) if note],
         facts=table(["", ""], [*facts, *conditions(found)]),
         short=table(["exhibit", *findings.SUMMARY_HEAD], short, right=len(findings.SUMMARY_HEAD)),
         # The search's report is written by a command of its own.
@@ -101,10 +93,7 @@ def write_page(
 def _time(records: Sequence[Record]) -> str:
     hours = [sum(record["seconds"].values()) / 3600 for record in records]
     spent = f"{sum(hours):.1f} hours of training and measuring, summed over the models"
-    jobs = [record["conditions"].get("jobs") for record in records]
-    if not all(jobs):
-        return spent
-    # Several models run side by side.
+    jobs = [record["conditions"]["jobs"] for record in records]  # so many run side by side
     return f"{spent}, in about {sum(h / n for h, n in zip(hours, jobs, strict=True)):.1f} hours"
 
 

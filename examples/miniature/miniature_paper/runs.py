@@ -34,10 +34,6 @@ Run = Setting | Attempt  # what one model is trained with and how it is measured
 AnyRun = TypeVar("AnyRun", Setting, Attempt)
 
 
-class MeasuringError(RuntimeError):
-    """The measuring process failed."""
-
-
 def key_of(run: Run, data: str) -> str:
     """Return a record's key: the run's name and a fingerprint of everything that determines its numbers.
 
@@ -119,8 +115,8 @@ class Workshop:
 
     def find(self, runs: Iterable[AnyRun]) -> dict[AnyRun, Record]:
         """Return the records there are of these runs, made from the same data by the same arguments."""
-        found = {run: self.store.load(self.key(run)) for run in runs}
-        return {run: record for run, record in found.items() if record is not None}
+        records, _ = self.store.read()
+        return {run: records[key] for run in runs if (key := self.key(run)) in records}
 
     def do(self, title: str, runs: Sequence[AnyRun], console: Console) -> bool:
         """Train and measure the runs without a record, and return whether all have one now."""
@@ -131,7 +127,7 @@ class Workshop:
         outdated = len(self.store.of(todo)[0])
         if outdated:
             say(console, f"{outdated} records are of other data or arguments: these are made again", "yellow")
-        expected = (trainer.TrainingError, MeasuringError, OSError)
+        expected = (trainer.TrainingError, OSError)
         queue = run_all(todo, self.make, jobs=self.machine.jobs, console=console, expected=expected)
         failed = asyncio.run(queue)
         for said, missing in (
@@ -146,8 +142,7 @@ class Workshop:
         """Train and measure a model, and store its record, unless another process is doing so or has done it.
 
         Raises:
-            TrainingError: If the trainer failed or trained another loss.
-            MeasuringError: If measuring failed.
+            TrainingError: If the trainer failed or trained another loss, or measuring failed.
         """
         key = self.key(run)
         (self.output / "locks").mkdir(exist_ok=True)
@@ -202,6 +197,8 @@ class Workshop:
         command = [sys.executable, "-m", "miniature_paper.measure", str(job)]
         code = await trainer.follow(command, tail.append, cwd=self.output, threads=self.machine.threads)
         if code != 0 or not result.is_file():
-            raise MeasuringError(f"measuring ended with status {code}. Its last lines:\n" + "\n".join(tail))
+            raise trainer.TrainingError(
+                f"measuring ended with status {code}. Its last lines:\n" + "\n".join(tail)
+            )
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return found

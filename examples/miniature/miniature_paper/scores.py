@@ -20,14 +20,6 @@ SHIFTS = {
     shift: next((name for name, source in SOURCES.items() if source.get("shift") == shift), None)
     for shift in split.SHIFTS
 }
-# Every task that a record may have.
-TASKS = (
-    "retrieval/test",
-    "geometry/test",
-    *(f"retrieval/{shift}" for shift in SHIFTS),
-    *(f"{task}/{name}" for task in ("zero-shot", "probe") for name in LABELLED_SETS),
-    *(f"zero-shot/{labelled}" for labelled in SHIFTS.values() if labelled),
-)
 TOPS = ("top-1", "top-3", "top-5")
 RECALLS = ("R@1", "R@5", "R@10")
 
@@ -46,14 +38,14 @@ class Measure:
         """Group and label in one."""
         return f"{self.group}, {self.label}"
 
-    def of(self, values: Mapping[str, Mapping[str, Any]]) -> float | None:
+    def __call__(self, record: Mapping[str, Any], part: str = "metrics") -> float | None:
         """Read it from a record's ``metrics`` or ``chance``; None if an entry is missing."""
-        found: list[Any] = [values.get(task, {}).get(metric) for task, metric in self.entries]
+        found: list[Any] = [record[part].get(task, {}).get(metric) for task, metric in self.entries]
         return sum(found) / len(found) if found and None not in found else None
 
-    def items(self, items: Mapping[str, int]) -> int | None:
-        """Count the held-out items behind it, given a record's ``items``; None if that was not recorded."""
-        found: list[Any] = [items.get(task) for task in dict.fromkeys(task for task, _ in self.entries)]
+    def items(self, record: Mapping[str, Any]) -> int | None:
+        """Count the held-out items behind it; None if that was not recorded."""
+        found = [record["items"].get(task) for task in dict.fromkeys(task for task, _ in self.entries)]
         return sum(found) if found and None not in found else None
 
 

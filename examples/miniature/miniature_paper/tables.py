@@ -1,7 +1,9 @@
 """The exhibits' numbers: every cell with its interval, its paired difference, and the paper's beside it."""
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from . import scores, statistics
 from .collection import Collection, Exhibited
@@ -74,13 +76,18 @@ class Exhibit:
     """A table or figure of the paper, and ours."""
 
     key: str  # in grid.EXHIBITS
-    title: str
-    columns: tuple[tuple[str, str], ...]  # a label shared with neighbours, or nothing, and each one's own
-    rows: tuple[Row, ...]  # the paper's last
-    seeds: tuple[tuple[str, int, int], ...]  # name, trained seeds and planned seeds of every model
     quoted: Quoted
-    items: tuple[int, ...]  # numbers of held-out items behind its measures
-    corner: str  # what the rows are
+    shown: Exhibited
+    names: Mapping[Setting, str]  # of its models
+    columns: Sequence[tuple[str, str]]  # a label shared with neighbours, or nothing, and each one's own
+    corner: str = "measure"  # what the rows are
+    called: Mapping[Setting, str] = dataclasses.field(default_factory=dict)  # references with other names
+    rows: list[Row] = dataclasses.field(default_factory=list)  # the paper's last
+
+    @property
+    def title(self) -> str:
+        """What it shows."""
+        return str(NAMES["exhibits"][self.key])
 
     @property
     def number(self) -> str:
@@ -88,36 +95,30 @@ class Exhibit:
         return f"{self.key[:-1].title()} {self.key[-1]}"
 
     @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Our numbers."""
+        return tuple(dict.fromkeys(c for row in self.rows for c in row.cells if isinstance(c, Cell)))
+
+    @property
     def comparisons(self) -> tuple[Cell, ...]:
         """Everything that is tested: one family."""
-        cells = (cell for row in self.rows for cell in row.cells)
-        return tuple(dict.fromkeys(cell for cell in cells if isinstance(cell, Cell) and cell.reference))
+        return tuple(cell for cell in self.cells if cell.reference)
+
+    @property
+    def seeds(self) -> list[tuple[str, int, int]]:
+        """Name, trained seeds and planned seeds of every model."""
+        return [(self.names[m], self.shown.trained(m), self.shown.planned(m)) for m in self.shown.models]
 
     @property
     def counts(self) -> tuple[int, int]:
         """How many models are there, and how many are planned."""
         return sum(trained for _, trained, _ in self.seeds), sum(planned for *_, planned in self.seeds)
 
-
-def build(collection: Collection, paper: Paper) -> list[Exhibit]:
-    """Make every exhibit out of the records there are."""
-    builders = {"figure3": _figure3, "figure4": _figure4}
-    return [
-        builders.get(key, _measured)(collection, key, quoted).finished(key, quoted)
-        for key, quoted in paper.exhibits.items()
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Draft:
-    """An exhibit whose differences are not yet corrected."""
-
-    shown: Exhibited
-    names: Mapping[Setting, str]
-    columns: list[tuple[str, str]]
-    corner: str = "measure"  # what the rows are
-    called: Mapping[Setting, str] = dataclasses.field(default_factory=dict)  # references with other names
-    rows: list[Row] = dataclasses.field(default_factory=list)
+    @property
+    def items(self) -> list[int]:
+        """Numbers of held-out items behind its measures."""
+        found = (self.shown.first(m.items) for m in dict.fromkeys(cell.measure for cell in self.cells))
+        return [n for n in found if n is not None]
 
     def cell(
         self, model: Setting, measure: Measure, reference: Setting | None = None, *, mean: bool = True
@@ -135,31 +136,29 @@ class _Draft:
         """Add one of our rows."""
         cells = tuple(cells)
         measure, *others = dict.fromkeys(cell.measure for cell in cells if cell is not None)
-        items = None if others else self.shown.items(measure)
-        chance = None if others or not measure.percent else self.shown.chance(measure)
+        items = None if others else self.shown.first(measure.items)
+        chance = None if others or not measure.percent else self.shown.first(lambda r: measure(r, "chance"))
         self.rows.append(Row(section, label, cells, items=items, chance=chance))
 
     def quote(self, section: str, label: str, cells: Iterable[QuotedCell | None]) -> None:
         """Add one of the paper's rows."""
         self.rows.append(Row(section, label, tuple(cells), quoted=True))
 
-    def finished(self, key: str, quoted: Quoted) -> Exhibit:
-        """Return the exhibit with its differences corrected together."""
-        cells = dict.fromkeys(c for row in self.rows for c in row.cells if isinstance(c, Cell))
-        corrected = statistics.correct({c: c.difference for c in cells if c.difference is not None})
-        done = {c: dataclasses.replace(c, difference=difference) for c, difference in corrected.items()}
+    def corrected(self) -> Exhibit:
+        """Return it with its differences corrected together."""
+        family = statistics.correct({c: c.difference for c in self.cells if c.difference is not None})
+        done = {c: dataclasses.replace(c, difference=difference) for c, difference in family.items()}
         rows = (dataclasses.replace(r, cells=tuple(done.get(c, c) for c in r.cells)) for r in self.rows)
-        items = (self.shown.items(measure) for measure in dict.fromkeys(c.measure for c in cells))
-        return Exhibit(
-            key,
-            NAMES["exhibits"][key],
-            tuple(self.columns),
-            tuple(rows),
-            tuple((self.names[m], self.shown.trained(m), self.shown.planned(m)) for m in self.shown.models),
-            quoted,
-            tuple(n for n in items if n is not None),
-            self.corner,
-        )
+        return dataclasses.replace(self, rows=list(rows))
+
+
+def build(collection: Collection, paper: Paper) -> list[Exhibit]:
+    """Make every exhibit out of the records there are."""
+    builders = {"figure3": _figure3, "figure4": _figure4}
+    return [
+        builders.get(key, _measured)(collection, key, quoted).corrected()
+        for key, quoted in paper.exhibits.items()
+    ]
 
 
 # --- rows of measures, columns of models ---
@@ -178,7 +177,7 @@ _MEASURES: dict[str, Callable[[Collection], list[Measure]]] = {
 }
 
 
-def _measured(collection: Collection, key: str, quoted: Quoted) -> _Draft:
+def _measured(collection: Collection, key: str, quoted: Quoted) -> Exhibit:
     # Figure 6 shows one seed; the numbers below it are of all seeds of the same models.
     shown = collection.exhibit("table1" if key == "figure6" else key)
     models, both = shown.models, key == "table4"
@@ -187,9 +186,9 @@ def _measured(collection: Collection, key: str, quoted: Quoted) -> _Draft:
         m: f"{label} ({group})" if group else label for m, (group, label) in zip(models, columns, strict=True)
     }
     clips = {m.backbone: m for m in models if m.loss == REFERENCE}
-    draft = _Draft(shown, names, columns)
+    made = Exhibit(key, quoted, shown, names, columns)
     for measure in _MEASURES[key](collection):
-        draft.add(measure.group, measure.label, (draft.cell(m, measure, clips[m.backbone]) for m in models))
+        made.add(measure.group, measure.label, (made.cell(m, measure, clips[m.backbone]) for m in models))
 
     printed = [value for row in quoted.rows for value in row.values.values() if value is not None]
     digits = max((len(f"{value!r}".partition(".")[2]) for value in printed), default=2)
@@ -203,8 +202,8 @@ def _measured(collection: Collection, key: str, quoted: Quoted) -> _Draft:
         return _quoted(value, quoted, reference, digits)
 
     for row in quoted.rows:
-        draft.quote(row.group, row.measure, (quoted_cell(row.values, model) for model in models))
-    return draft
+        made.quote(row.group, row.measure, (quoted_cell(row.values, model) for model in models))
+    return made
 
 
 # --- figures with axes ---
@@ -237,21 +236,21 @@ def size_measures(collection: Collection) -> list[Measure]:
     return [*sweep_measures(collection), *([shift] if shift else [])]
 
 
-def _figure3(collection: Collection, key: str, quoted: Quoted) -> _Draft:
+def _figure3(collection: Collection, key: str, quoted: Quoted) -> Exhibit:
     shown, plotted = collection.exhibit(key), sweep_measures(collection)
     clip = next(m for m in shown.models if m.loss == REFERENCE)
     recipe = next(m for m in shown.models if (m.lambda_cross, m.lambda_in) == (1.0, 1.0))
     names = {m: f"λ₁ = {m.lambda_cross:g}, λ₂ = {m.lambda_in:g}" for m in shown.models} | {clip: "CLIP"}
     columns = [(m.name, label) for m in plotted for label in ("mean, difference to CLIP", "to λ = 1")]
-    draft = _Draft(shown, names, columns, "λ", {recipe: "the recipe's λ₁ = λ₂ = 1"})
+    made = Exhibit(key, quoted, shown, names, columns, "λ", {recipe: "the recipe's λ₁ = λ₂ = 1"})
 
     def add(section: str, label: str, model: Setting) -> None:
         cells: list[Cell | None] = []
         for measure in plotted:
             other = model not in (clip, recipe)
-            cells.append(draft.cell(model, measure, clip))
-            cells.append(draft.cell(model, measure, recipe, mean=False) if other else None)
-        draft.add(section, label, cells)
+            cells.append(made.cell(model, measure, clip))
+            cells.append(made.cell(model, measure, recipe, mean=False) if other else None)
+        made.add(section, label, cells)
 
     for term, name in TERM_NAMES.items():
         for model in sweep_of(shown.models, term):
@@ -261,30 +260,32 @@ def _figure3(collection: Collection, key: str, quoted: Quoted) -> _Draft:
         lines = [line for line in quoted.series if line.panel == term]
         section = f"{name.partition(',')[0]}: {lines[0].name}; {lines[1].name}"
         for x, *ys in zip(lines[0].x, *(line.y for line in lines), strict=True):
-            draft.quote(section, f"{x:g}", (c for y in ys for c in (_quoted(y, quoted), None)))
+            made.quote(section, f"{x:g}", (c for y in ys for c in (_quoted(y, quoted), None)))
     levels = [line.y[0] for line in quoted.series if line.panel == "scheduled"]
-    draft.quote("λ by the schedule", "RankCLIP", (c for y in levels for c in (QuotedCell(y), None)))
-    return draft
+    made.quote("λ by the schedule", "RankCLIP", (c for y in levels for c in (QuotedCell(y), None)))
+    return made
 
 
-def _figure4(collection: Collection, key: str, quoted: Quoted) -> _Draft:
+def _figure4(collection: Collection, key: str, quoted: Quoted) -> Exhibit:
     shown, plotted = collection.exhibit(key), size_measures(collection)
     losses = list(dict.fromkeys(m.loss for m in shown.models))
     at = {(m.pairs, m.loss): m for m in shown.models}
     names = {m: f"{LOSS_NAMES[m.loss]} at {m.pairs:,} pairs" for m in shown.models}
     columns = [(measure.name, LOSS_NAMES[loss]) for measure in plotted for loss in losses]
-    draft = _Draft(shown, names, columns, "pairs", {m: "CLIP" for m in shown.models if m.loss == REFERENCE})
+    made = Exhibit(
+        key, quoted, shown, names, columns, "pairs", {m: "CLIP" for m in shown.models if m.loss == REFERENCE}
+    )
     for pairs in sorted({m.pairs for m in shown.models}):
         clip = at[pairs, REFERENCE]
-        cells = (draft.cell(at[pairs, loss], measure, clip) for measure in plotted for loss in losses)
-        draft.add("Training pairs", f"{pairs:,}", cells)
+        cells = (made.cell(at[pairs, loss], measure, clip) for measure in plotted for loss in losses)
+        made.add("Training pairs", f"{pairs:,}", cells)
     lines = {line.name: line for line in quoted.series if line.panel == "size"}
     for i, x in enumerate(lines[REFERENCE].x):
         base = lines[REFERENCE].y[i]
         read = (_quoted(lines[s].y[i], quoted, base if s != REFERENCE else None) for s in losses)
         blank = [None] * (len(columns) - len(losses))
-        draft.quote("ImageNet1K top-1", f"{x:,}", [*read, *blank])
-    return draft
+        made.quote("ImageNet1K top-1", f"{x:,}", [*read, *blank])
+    return made
 
 
 def _quoted(

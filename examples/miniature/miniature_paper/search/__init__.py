@@ -1,1 +1,1 @@
-"""The search for a setting in which the rank terms help most: on the validation side, confirmed once."""
+"""Comparisons that are fixed before their first training: the engine behind ``study.py``."""

@@ -1,8 +1,9 @@
-"""The command behind ``search.py``: do the rounds that are missing, confirm once, and write the report."""
+"""The command behind ``study.py``: do the trainings that are missing, and report what may be said."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,40 +14,32 @@ from miniature_paper.options import add_options, complete_options, prepare
 from miniature_paper.records import Record, Store
 
 from . import report
-from .confirmation import Declarations, confirm
-from .ladder import Find, climb, winner
-from .trials import SEARCHES, Attempt, Search
+from .confirmation import declare, needed
+from .ladder import Find, progress
+from .study import STUDIES, Study, load
+from .teacher import prepare_teacher
+from .trials import SIZE_NAMES, Attempt, teacher_folder
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(
-        description="Search on the validation side for the setting in which RankCLIP's terms help most, "
-        "by successive halving, and confirm the winner once on the test side. Finished trainings are kept, "
-        "so an interrupted command is simply repeated.",
+        description="A comparison fixed before its first training: choose the best try of every arm on "
+        "the validation side, confirm them once on the test side. Finished trainings are kept, so an "
+        "interrupted command is simply repeated.",
         allow_abbrev=False,
     )
-    add_options(parser, tuple(SEARCHES))
-    add = parser.add_argument
-    add("--confirm", action="store_true", help="confirm the winner on the test side; possible once")
-    add(
-        "--again",
-        action="store_true",
-        help="with --confirm: confirm once more, with other seeds; the report says so",
-    )
+    parser.add_argument("study", choices=STUDIES, help="which one")
+    add_options(parser, SIZE_NAMES)
     args = parser.parse_args(argv)
-    complete_options(parser, args, records="search")
-    if args.again and not args.confirm:
-        parser.error("argument --again: only with --confirm")
-    if args.report_only and args.confirm:
-        parser.error("argument --report-only: not with --confirm, which trains")
+    complete_options(parser, args, records=args.study)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do the rounds that are missing, confirm the winner on request, and write the report."""
+    """Train what is missing and write the report."""
     args = parse(argv)
-    return status_of(lambda console: _run(args, SEARCHES[args.preset], console))
+    return status_of(lambda console: _run(args, load(args.study, args.preset), console))
 
 
 def finished(results: Path) -> Find:
@@ -69,28 +62,25 @@ def finished(results: Path) -> Find:
     return find
 
 
-def _run(args: argparse.Namespace, search: Search, console: Console) -> int:
-    declarations = Declarations(args.results)
+def _run(args: argparse.Namespace, study: Study, console: Console) -> int:
     done = True
     if args.report_only:
         find = finished(args.results)
-        steps = climb(search, find)
+        declare(study, progress(study, find).winners, args.results, record=False)
     else:
-        workshop = prepare(args, search.grid.sizes, console)
+        workshop = prepare(args, study.grid.sizes, console)
+        if study.teacher is not None:
+            workshop = dataclasses.replace(workshop, teacher=teacher_folder(study.teacher))
+            done = prepare_teacher(study, workshop, console)
         find = workshop.find
-        steps = climb(search, find)
-        while steps[-1].missing and done:
-            title = f"Round {len(steps)} of {len(search.rounds)}: {len(steps[-1].trials)} settings"
-            done = workshop.do(title, steps[-1].attempts, console)
-            steps = climb(search, find)
-        best = winner(search, steps)
-        if best is not None and args.confirm:
-            one = declarations.declare(search, best, find, again=args.again)
-            title = f"Confirmation {one.number} of {one.trial.name}, on the test side"
-            done = workshop.do(title, one.attempts(search), console)
+        while done and (due := progress(study, find).due):
+            done = workshop.do(f"{study.title}: a round on the validation side", due, console)
+        if done:
+            winners = progress(study, find).winners
+            declare(study, winners, args.results, record=True)
+            title = f"{study.title}: confirmation on the test side"
+            done = workshop.do(title, needed(study, winners), console)
     console.rule("Report")
-    confirmations = [confirm(search, one, find) for one in declarations.all()]
-    confirmed = " --confirm" if confirmations else ""
-    command = f"python examples/miniature/search.py --preset {search.name}{confirmed}"
-    say(console, str(report.write(search, steps, confirmations, args.report, find=find, command=command)))
+    command = f"python examples/miniature/study.py {study.name} --preset {study.size}"
+    say(console, str(report.write(study, args.report, find=find, command=command)))
     return 0 if done else 1

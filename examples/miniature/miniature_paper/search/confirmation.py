@@ -1,152 +1,124 @@
-"""The one look at the test side: the winner and the recipe against plain CLIP, with fresh seeds.
+"""The one look at the test side: every arm's winner against plain CLIP, with fresh seeds.
 
-The setting to confirm is recorded before its first training. From then on another one is refused, so that the
-test side cannot be used to choose. Whoever insists gets fresh seeds, and the report says so.
+What is confirmed is recorded before its first training. From then on another winner is refused, so that the
+test side cannot be used to choose. Nothing is concluded before every planned record is there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from miniature_paper import scores
+from miniature_paper.collection import Score
 from miniature_paper.records import append_lines, read_lines
-from miniature_paper.statistics import Difference, correct, paired_difference
+from miniature_paper.statistics import Difference, correct
 
-from .ladder import Find, Standing, stand
-from .objective import OBJECTIVE
-from .trials import LOSS, RECIPE, TEST, Attempt, Round, Search, Trial, attempts
+from .ladder import Comparison, Find
+from .objective import RECALL, SCORES
+from .study import Study
+from .trials import LOSS, RECIPE, REFERENCE, TEST, Attempt, Trial
 
-WITH_CLIP = "the setting less plain CLIP"
-RECIPE_WITH_CLIP = "the recipe less plain CLIP"
-WITH_RECIPE = "the setting less the recipe"
+Pair = tuple[str, str]  # of arms, or of an arm and plain CLIP
+Key = TypeVar("Key")
+_AGREEMENT = tuple(
+    scores.Measure("Agreement with the teacher", label, (("teacher/test", key),), percent=False)
+    for key, label in (("cross_modal_tau", "cross-modal (τ)"), ("in_modal_tau", "in-modal (τ)"))
+)
 
 
 class SecondConfirmationError(RuntimeError):
     """The test side has been used already."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Declaration:
-    """What is to be confirmed, as it was recorded."""
+def declare(study: Study, winners: Mapping[str, Trial], results: Path, *, record: bool) -> None:
+    """Compare the winners with what is recorded as confirmed; with ``record``, record those that are not.
 
-    number: int  # of the confirmation, from 1
-    trial: Trial
-    epochs: int
-    seeds: tuple[int, ...]
-
-    def trials(self, search: Search) -> tuple[Trial, ...]:
-        """Return what is compared with plain CLIP."""
-        return tuple(dict.fromkeys([self.trial, *search.recipe]))
-
-    def attempts(self, search: Search) -> list[Attempt]:
-        """Return the trainings it takes."""
-        return attempts(search, self.trials(search), self.epochs, self.seeds, TEST)
-
-
-@dataclasses.dataclass(frozen=True)
-class Confirmation:
-    """A confirmation and its result."""
-
-    declaration: Declaration
-    missing: int  # number of trainings without a record
-    standings: tuple[Standing, ...] = ()  # the winner and the recipe; empty as long as something is missing
-    # The winner's difference to plain CLIP in the objective: the one test that counts, so it is not corrected
-    # for the others. None if it diverged.
-    primary: Difference | None = None
-    # Every other difference, by what is compared and by score, corrected together.
-    others: dict[tuple[str, str], Difference] = dataclasses.field(default_factory=dict)
-
-    @property
-    def against_recipe(self) -> Difference | None:
-        """The winner's difference to the recipe in the objective, if there is one."""
-        return self.others.get((WITH_RECIPE, OBJECTIVE))
-
-
-class Declarations:
-    """The declarations on disk, one line each, beside the search's records."""
-
-    def __init__(self, results: Path) -> None:
-        self._path = results / "confirmations.jsonl"
-
-    def all(self) -> list[Declaration]:
-        """Return them in order.
-
-        Raises:
-            ValueError: If one is missing or damaged: then nobody knows how often the test side was used.
-        """
-        lines, damaged = read_lines(self._path)
-        if damaged:
-            raise ValueError("\n".join(damaged))
-        return [self._parsed(number, line) for number, line in enumerate(lines, start=1)]
-
-    def _parsed(self, number: int, line: dict[str, Any]) -> Declaration:
-        try:
-            changes = tuple((flag, value) for flag, value in line["changes"])
-            trial = Trial(line["trial"], line["factor"], changes, line.get("loss", LOSS))
-            one = Declaration(line["number"], trial, line["epochs"], tuple(line["seeds"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self._path}, line {number}: no declaration: {error!r}") from error
-        if one.number != number:
-            raise ValueError(f"{self._path}: declaration {number} is missing")
-        return one
-
-    def declare(self, search: Search, trial: Trial, find: Find, *, again: bool = False) -> Declaration:
-        """Record what is to be confirmed, or return the declaration of the same setting.
-
-        Args:
-            search: The search.
-            trial: The winner.
-            find: Returns the records of trainings.
-            again: Allow a further confirmation, once an earlier one of the same setting is finished.
-
-        Raises:
-            SecondConfirmationError: If another setting was declared, and ``again`` is not given.
-        """
-        earlier = self.all()
-        if earlier:
-            last = earlier[-1]
-            needed = last.attempts(search)
-            if last.trial == trial and (not again or len(find(needed)) < len(needed)):
-                return last
-            if not again:
+    Raises:
+        SecondConfirmationError: If another try of an arm, or another plan, was recorded.
+        ValueError: If a file is damaged: then nobody knows what the test side was used for.
+    """
+    one = study.confirmation
+    for arm, trial in winners.items():
+        own = dataclasses.asdict(trial) | {"trial": trial.name, "epochs": one.epochs, "seeds": one.seeds}
+        plan = json.loads(json.dumps({key: value for key, value in own.items() if key != "name"}))
+        path = results / arm / "confirmations.jsonl"
+        if record and not read_lines(path)[1]:
+            append_lines(path, lambda lines, plan=plan: [] if lines else [plan])
+        lines, damaged = read_lines(path)
+        if damaged or len(lines) > 1 or not all("trial" in line for line in lines):
+            raise ValueError("\n".join([f"{path}: one line is needed, that of the winner", *damaged]))
+        for line in lines:
+            there = {"loss": LOSS, **line}
+            if there != {**there, **plan}:
                 raise SecondConfirmationError(
-                    f"the test side was used to confirm {last.trial.name}; confirming {trial.name} as well "
-                    "would be choosing by it. --again does it with other seeds, and the report will say so"
+                    f"the test side was used to confirm {line['trial']}, as {path} says; "
+                    f"confirming {trial.name} by another plan would be choosing by it"
                 )
-        number = len(earlier) + 1
-        one = Declaration(number, trial, search.confirmation.epochs, search.confirmation_seeds(number))
-        line = {
-            "number": number,
-            "trial": trial.name,
-            "factor": trial.factor,
-            "changes": trial.changes,
-            "epochs": one.epochs,
-            "seeds": one.seeds,
-        } | ({} if trial.loss == LOSS else {"loss": trial.loss})
-        append_lines(self._path, lambda lines: [line] if len(lines) == len(earlier) else [])
-        return self.all()[number - 1]
 
 
-def confirm(search: Search, declaration: Declaration, find: Find) -> Confirmation:
-    """Return a confirmation's result, as far as its records are there."""
-    needed = declaration.attempts(search)
-    records = find(needed)
-    missing = sum(a not in records for a in needed)
-    if missing:
-        return Confirmation(declaration, missing)
-    size = Round(declaration.epochs, declaration.seeds, 1)
-    standings = stand(search, declaration.trials(search), size, TEST, records)
-    by_trial = {standing.trial: standing for standing in standings}
-    mine, recipe = by_trial[declaration.trial], by_trial[RECIPE]
-    family: dict[tuple[str, str], Difference] = {
-        (WITH_CLIP, name): d for name, d in mine.differences.items() if name != OBJECTIVE
+def compared(study: Study, winners: Mapping[str, Trial]) -> dict[str, Trial]:
+    """Return what is confirmed, by name: the winners, and the recipe where it goes along."""
+    return {**winners, **({} if RECIPE in winners.values() else study.along)}
+
+
+def needed(study: Study, winners: Mapping[str, Trial]) -> list[Attempt]:
+    """Return the trainings of the confirmation, seed by seed."""
+    return study.attempts(compared(study, winners).values(), study.confirmation, TEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A confirmation of all arms."""
+
+    comparison: Comparison
+    tests: dict[Pair, Difference]  # those that count, in the study's score, corrected together
+    others: dict[tuple[Pair, str], Difference]  # in every other measure, by its name, corrected together
+    measures: list[scores.Measure]  # these, where everything is measured; else they are objective.SCORES
+
+
+def outcome(study: Study, winners: Mapping[str, Trial], find: Find) -> Outcome | None:
+    """Return the comparison of the arms; None as long as a record is missing.
+
+    The recipe that goes along is no arm, so its comparisons are not among the tests that count.
+    """
+    wanted = needed(study, winners)
+    records = find(wanted)
+    if any(one not in records for one in wanted):
+        return None
+    trials = compared(study, winners)
+    comparison = Comparison(study, trials, study.confirmation, TEST, records)
+    pairs = [(name, REFERENCE) for name in trials]
+    if study.rival in trials:
+        pairs += [(name, study.rival) for name in trials if name != study.rival]
+    counted = [pair for pair in pairs if not {*pair} & {*study.along}]
+    measures = _measures(study, comparison) if study.whole else []
+    tests = {pair: comparison.difference(*pair, SCORES[study.score]) for pair in counted}
+    read: dict[str, Score] = {one.name: one for one in measures} or SCORES
+    others = {
+        (pair, name): comparison.difference(*pair, score)
+        for pair in (pairs[: len(winners)] if study.whole else pairs)
+        for name, score in read.items()
+        if study.whole or name != study.score or pair not in counted
     }
-    if declaration.trial != RECIPE:
-        family |= {(RECIPE_WITH_CLIP, name): d for name, d in recipe.differences.items()}
-        # Is it the better model, whatever plain CLIP does at its batch size?
-        both = {name: (mine.values[name], recipe.values[name]) for name in mine.values if recipe.values}
-        between = {(WITH_RECIPE, name): paired_difference(*pair) for name, pair in both.items()}
-        family |= {pair: difference for pair, difference in between.items() if difference is not None}
-    alone = correct({name: d for name, d in mine.differences.items() if name == OBJECTIVE})
-    return Confirmation(declaration, 0, tuple(standings), alone.get(OBJECTIVE), correct(family))
+    return Outcome(comparison, _corrected(tests), _corrected(others), measures)
+
+
+def _corrected(family: Mapping[Key, Difference | None]) -> dict[Key, Difference]:
+    return correct({key: difference for key, difference in family.items() if difference is not None})
+
+
+def _measures(study: Study, comparison: Comparison) -> list[scores.Measure]:
+    """Return everything that all models were measured by, but what the tests that count are about."""
+    kept = [of for name, of in comparison.records.items() if name not in comparison.lost]
+    records = [record for of in kept for record in of.values()]
+    tasks = sorted(set.intersection(*(set(record["metrics"]) for record in records))) if records else []
+    sets = [name for name in scores.LABELLED_SETS if f"zero-shot/{name}" in tasks]
+    probed = [name for name in scores.LABELLED_SETS if f"probe/{name}" in tasks]
+    found = [*map(scores.retrieval_both_ways, scores.RECALLS), *scores.zero_shot(sets), *scores.shifts(tasks)]
+    found += [*scores.mean_probe(probed), *scores.geometry(), *_AGREEMENT]
+    tested = scores.retrieval_both_ways("R@10") if study.score == RECALL else None
+    return [m for m in found if m != tested and all(m(one) is not None for one in records)]

@@ -1,6 +1,6 @@
-"""Successive halving: from the records to the trials that continue, and the trainings that are missing.
+"""Successive halving: from the records to the tries that continue, and the trainings that are missing.
 
-Nothing here trains or draws a random number: the same records lead to the same winner.
+Nothing here trains or draws a random number: the same records lead to the same winners.
 """
 
 from __future__ import annotations
@@ -9,84 +9,88 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from miniature_paper.statistics import Difference, Estimate, estimate, paired_difference
+from miniature_paper.collection import Compared, Score
+from miniature_paper.statistics import Difference, Estimate
 
-from .objective import OBJECTIVE, SCORES, diverged
-from .trials import RECIPE, VALIDATION, Attempt, Round, Search, Trial, attempt, attempts, combine, reference
+from .objective import OBJECTIVE, SCORES
+from .study import Round, Study
+from .trials import RECIPE, REFERENCE, VALIDATION, Attempt, Trial, combine
 
 Records = Mapping[Attempt, Mapping[str, Any]]
 Find = Callable[[Sequence[Attempt]], Records]
 
 
+class Comparison(Compared):
+    """Records of tries, by the names they have here, and of the plain CLIP that each is compared with."""
+
+    def __init__(
+        self, study: Study, trials: Mapping[str, Trial], one: Round, side: str, records: Records
+    ) -> None:
+        self.trials = trials
+        self.clip = {name: study.reference(trial, one, 0, side).trial for name, trial in trials.items()}
+        found: dict[str, dict[int, Mapping[str, Any]]] = {name: {} for name in self.clip.values()}
+        for name, trial in trials.items():
+            found[name] = {seed: records[study.attempt(trial, one, seed, side)] for seed in one.seeds}
+            for seed in one.seeds:
+                found[self.clip[name]][seed] = records[study.reference(trial, one, seed, side)]
+        super().__init__(found)
+        # What a model diverged of is in no comparison.
+        self.lost = [name for name, of in found.items() if any(one["diverged"] for one in of.values())]
+
+    def difference(self, name: str, other: str, score: Score) -> Difference | None:
+        """Return the paired difference to another one, or to a try's own plain CLIP; None if one is lost."""
+        pair = name, self.clip[name] if other == REFERENCE else other
+        return None if {*pair} & {*self.lost} else super().difference(*pair, score)
+
+
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """A trial after a round."""
+    """A try after a round."""
 
     trial: Trial
-    values: dict[str, dict[int, float]]  # every score by seed; empty if it diverged
-    levels: dict[str, Estimate]  # its own mean of every score; empty if it diverged
-    reference: dict[str, Estimate]  # plain CLIP's
-    differences: dict[str, Difference]  # paired, to plain CLIP; empty if it diverged
+    clip: Estimate  # plain CLIP's objective
+    differences: dict[str, Difference]  # to plain CLIP in every score; empty if it diverged
 
     @property
     def worth(self) -> float:
-        """What trials are ordered by; one that diverged is below every other."""
+        """What tries are ordered by; one that diverged is below every other."""
         return self.differences[OBJECTIVE].mean if self.differences else float("-inf")
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One round of the search."""
+    """An arm in a round."""
 
     round: Round
     trials: tuple[Trial, ...]
     attempts: tuple[Attempt, ...]  # the trainings it needs
     missing: tuple[Attempt, ...]  # those without a record
     standings: tuple[Standing, ...]  # the best first; empty as long as something is missing
-    kept: tuple[Trial, ...]  # the trials that continue
+    kept: tuple[Trial, ...]  # the tries that continue
 
 
-def stand(search: Search, trials: Sequence[Trial], one: Round, side: str, records: Records) -> list[Standing]:
-    """Compare trials with plain CLIP, seed by seed, and return them with the best one first.
+def stand(study: Study, trials: Sequence[Trial], one: Round, records: Records) -> list[Standing]:
+    """Compare tries with plain CLIP, seed by seed, and return them with the best one first.
 
-    Equal ones are ordered by name, so the order of trials and records makes no difference.
+    Equal ones are ordered by name, so the order of tries and records makes no difference.
 
     Raises:
         ValueError: If plain CLIP diverged: then nothing can be compared with it.
     """
+    comparison = Comparison(study, {trial.name: trial for trial in trials}, one, VALIDATION, records)
     found = []
     for trial in trials:
-        ours, theirs = (
-            {seed: records[make(search, trial, one.epochs, seed, side)] for seed in one.seeds}
-            for make in (attempt, reference)
-        )
-        if any(diverged(record) for record in theirs.values()):
+        clip = comparison.clip[trial.name]
+        if clip in comparison.lost:
             raise ValueError(f"plain CLIP, which {trial.name} is compared with, diverged")
-        base = _scores(theirs)
-        values = {} if any(diverged(record) for record in ours.values()) else _scores(ours)
-        differences = {name: paired_difference(of, base[name]) for name, of in values.items()}
-        found.append(
-            Standing(
-                trial,
-                values,
-                {name: estimate(list(of.values())) for name, of in values.items()},
-                {name: estimate(list(of.values())) for name, of in base.items()},
-                {name: d for name, d in differences.items() if d is not None},  # they have the same seeds
-            )
-        )
+        differences = {s: comparison.difference(trial.name, REFERENCE, score) for s, score in SCORES.items()}
+        known = {name: d for name, d in differences.items() if d is not None}
+        found.append(Standing(trial, comparison.estimate(clip, SCORES[OBJECTIVE]), known))
     return sorted(found, key=lambda standing: (-standing.worth, standing.trial.name))
 
 
-def _scores(records: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    return {name: {seed: score(of) for seed, of in records.items()} for name, score in SCORES.items()}
-
-
 def helped(standings: Sequence[Standing]) -> list[Trial]:
-    """Return the best level of every factor that did better than the recipe, the most helpful first.
-
-    Args:
-        standings: The first round's, the best first.
-    """
+    """Return the best level of every factor that did better than the recipe, the most helpful first."""
     recipe = next(standing for standing in standings if standing.trial == RECIPE)
     best: dict[str, Trial] = {}
     for standing in standings:
@@ -95,43 +99,54 @@ def helped(standings: Sequence[Standing]) -> list[Trial]:
     return list(best.values())
 
 
-def climb(search: Search, find: Find) -> list[Step]:
-    """Return the rounds as far as the records reach; the last one is to be done next, or has the winner.
-
-    In a search around the recipe, that goes through every round, even when it is not among the best: a
-    stronger setting is one that is stronger than the recipe.
-    """
+def climb(study: Study, arm: str, find: Find) -> list[Step]:
+    """Return an arm's rounds as far as the records reach; the last is to be done next, or has the winner."""
     steps: list[Step] = []
-    trials = search.trials
-    for number, one in enumerate(search.rounds):
-        needed = attempts(search, trials, one.epochs, one.seeds, VALIDATION)
+    trials = study.arms[arm]
+    for number, one in enumerate(study.rounds):
+        needed = study.attempts(trials, one, VALIDATION)
         records = find(needed)
         missing = tuple(a for a in needed if a not in records)
-        standings = () if missing else tuple(stand(search, trials, one, VALIDATION, records))
+        standings = () if missing else tuple(stand(study, trials, one, records))
         kept = tuple(standing.trial for standing in standings[: one.keep] if standing.differences)
-        steps.append(Step(one, tuple(trials), tuple(needed), missing, standings, kept))
+        steps.append(Step(one, trials, tuple(needed), missing, standings, kept))
         if missing:
             break
-        new = combine(helped(standings), search.combined) if number == 0 and search.combined else []
-        trials = tuple(dict.fromkeys([*search.recipe, *kept, *new]))
+        new = combine(helped(standings), study.combined) if number == 0 and study.combined else []
+        trials = tuple(dict.fromkeys([*study.along.values(), *kept, *new]))
     return steps
 
 
-def winner(search: Search, steps: Sequence[Step]) -> Trial | None:
-    """Return the winner, or None as long as the search is not over.
+def winner(study: Study, arm: str, steps: Sequence[Step]) -> Trial | None:
+    """Return an arm's winner, or None as long as its rounds are not over.
 
     Raises:
-        ValueError: If every trial of the last round diverged.
+        ValueError: If every try of the last round diverged.
     """
-    if not search.rounds:
-        return search.trials[0]
-    if len(steps) < len(search.rounds) or steps[-1].missing:
+    if not study.rounds:
+        return study.arms[arm][0]
+    if len(steps) < len(study.rounds) or steps[-1].missing:
         return None
     if not steps[-1].kept:
-        raise ValueError("every trial of the last round diverged: there is no winner")
+        raise ValueError(f"{arm}: every try of the last round diverged, so there is no winner")
     return steps[-1].kept[0]
 
 
-def tried(steps: Sequence[Step]) -> list[Trial]:
-    """Return every setting that was tried in any round."""
-    return list(dict.fromkeys(trial for step in steps for trial in step.trials))
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a study is."""
+
+    steps: dict[str, list[Step]]  # the rounds of every arm
+    winners: dict[str, Trial]  # of the arms whose rounds are over
+
+    @property
+    def due(self) -> list[Attempt]:
+        """The trainings that are missing in the rounds that every arm is in; those that arms share once."""
+        return list(dict.fromkeys(one for of in self.steps.values() if of for one in of[-1].missing))
+
+
+def progress(study: Study, find: Find) -> Progress:
+    """Return the arms' rounds and winners, as far as the records reach."""
+    steps = {arm: climb(study, arm, find) for arm in study.arms}
+    winners = {arm: winner(study, arm, of) for arm, of in steps.items()}
+    return Progress(steps, {arm: trial for arm, trial in winners.items() if trial is not None})

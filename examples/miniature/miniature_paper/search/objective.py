@@ -1,19 +1,16 @@
-"""What the search maximises, fixed before its first training, and the other scores that it reports.
+"""What the rounds maximise, fixed before the first training, and the other scores that they report.
 
-``templates/search.md``, the report, says why it is this objective.
+``templates/objective.md``, a part of the report, says why it is this objective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from statistics import fmean
 
+from miniature_paper.collection import Record, Score
 from miniature_paper.scores import SHIFTS
 
-from .trials import OBJECTIVE, RECALL
-
-Record = Mapping[str, Any]
-Score = Callable[[Record], float]
+OBJECTIVE, RECALL = "objective", "R@10, both ways"
 
 
 def recall_at_10(record: Record) -> float:
@@ -30,22 +27,6 @@ def zero_shot(record: Record) -> float:
     return sum(items[name] * score for name, score in sets.items()) / sum(items.values())
 
 
-def zero_shot_of_sets(record: Record) -> float:
-    """Top-1, the mean of the sets, as in Table 1."""
-    sets = _sets(record)
-    return sum(sets.values()) / len(sets)
-
-
-def objective(record: Record) -> float:
-    """What is maximised."""
-    return (recall_at_10(record) + zero_shot(record)) / 2
-
-
-def diverged(record: Record) -> bool:
-    """Whether the training ended in a model that has no numbers."""
-    return bool(record["diverged"])
-
-
 def _sets(record: Record) -> dict[str, float]:
     found = {task: of for task, of in record["metrics"].items() if task.startswith("zero-shot/")}
     return {task: of["top-1"] for task, of in found.items() if task.partition("/")[2] not in SHIFTS.values()}
@@ -53,8 +34,8 @@ def _sets(record: Record) -> dict[str, float]:
 
 # The objective first, then its parts, then what is reported beside it.
 SCORES: dict[str, Score] = {
-    OBJECTIVE: objective,
+    OBJECTIVE: lambda record: (recall_at_10(record) + zero_shot(record)) / 2,
     RECALL: recall_at_10,
     "zero-shot top-1, all pictures": zero_shot,
-    "zero-shot top-1, mean of sets": zero_shot_of_sets,
+    "zero-shot top-1, mean of sets": lambda record: fmean(_sets(record).values()),  # as in Table 1
 }

@@ -1,134 +1,228 @@
-"""Records → ``search.md``: every round, every trial, the confirmation, and what they show.
+"""Records → a study's report: every try, every round, the confirmation, and what they show.
 
-The sentences are those of ``templates/search.md``; they claim nothing that an interval does not support.
+The sentences are those of ``templates/study.md``; they claim nothing that an interval does not support.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from statistics import median
 
 import numpy as np
+from examples_common.page import Picture
 from examples_common.tables import markdown as table
+from matplotlib.figure import Figure
 
+from miniature_paper.figures import CLIP, MUTED, RANK, picture
 from miniature_paper.report import conditions, write_page
-from miniature_paper.statistics import Difference, Estimate
+from miniature_paper.statistics import Difference
 from miniature_paper.wording import difference_text, mark, mean_text, p_text
 
-from . import figure
-from .confirmation import WITH_CLIP, Confirmation
-from .ladder import Find, Standing, Step, tried, winner
+from .confirmation import Outcome, needed, outcome
+from .ladder import Find, Records, Standing, Step, progress
 from .objective import OBJECTIVE, SCORES
-from .trials import LOSS, RECIPE, Search, Trial
+from .study import Study
+from .trials import LOSS, RECIPE, REFERENCE, Trial
+
+_WIDTH, _ROW, _HEAD = 8.4, 0.2, 0.75
+
+Panel = Mapping[str, tuple[Difference, bool]]  # by name; whether it is coloured
 
 
-def write(
-    search: Search,
-    steps: Sequence[Step],
-    confirmations: Sequence[Confirmation],
-    folder: Path,
-    *,
-    find: Find,
-    command: str,
-) -> Path:
-    """Write the report with its picture, and return the path of its HTML page.
+def write(study: Study, folder: Path, *, find: Find, command: str) -> Path:
+    """Write the report with its pictures, as far as the records reach, and return its page's path."""
+    now = progress(study, find)
+    over = len(now.winners) == len(study.arms)
+    wanted = needed(study, now.winners) if over else []
+    found = outcome(study, now.winners, find) if over else None
+    # Every round that has begun, with the arms that are in it.
+    rounds = [
+        [of[number] for of in now.steps.values() if len(of) > number] for number in range(len(study.rounds))
+    ]
+    rounds = [steps for steps in rounds if steps]
+    tried = (trial for step in chain(*rounds) for trial in step.trials)
+    settings = list(dict.fromkeys(chain(*study.arms.values(), tried)))
+    records = find(list(dict.fromkeys([*(one for step in chain(*rounds) for one in step.attempts), *wanted])))
+    for name in ("", "-rounds"):
+        (folder / "figures" / f"{study.name}{name}.png").unlink(missing_ok=True)
+    return write_page(
+        folder,
+        f"{study.name}.md",
+        study.title,
+        _pictures(study, rounds, found),
+        "study.md",
+        study=study,
+        settings=settings,
+        winners=now.winners,
+        over=over,
+        due=len(now.due),
+        missing=len(wanted) - len(find(wanted)),
+        planned=len(wanted),
+        found=found,
+        recipe=RECIPE,
+        reference=REFERENCE,
+        loss=LOSS,
+        lighter=lighter_weights(study, records),
+        facts=table(["", ""], _facts(study, settings, records, find, command)),
+        rounds=[(steps, _standings(steps)) for steps in rounds],
+        levels=_levels(found) if found else None,
+        tests=_tests(study, found) if found else None,
+        secondary=_secondary(found) if found and found.measures else None,
+    )
 
-    Args:
-        search: The search.
-        steps: Its rounds, as far as they are.
-        confirmations: The confirmations, in order.
-        folder: Where to; an earlier report is replaced.
-        find: Returns the records of trainings.
-        command: The command that makes this report.
-    """
-    settings, picture = tried(steps), figure.draw(steps)
-    needed = [a for step in steps for a in step.attempts]
-    needed += [a for c in confirmations for a in c.declaration.attempts(search)]
-    records = list(find(needed).values())
-    hours = sum(sum(record["seconds"].values()) for record in records) / 3600
+
+def _facts(
+    study: Study, settings: Sequence[Trial], records: Records, find: Find, command: str
+) -> list[list[str]]:
+    hours = sum(sum(record["seconds"].values()) for record in records.values()) / 3600
     facts = [
         ["command", f"`{command}`"],
         ["settings tried", str(len(settings))],
         ["trainings", f"{len(records)}, {hours:.1f} hours summed over them"],
     ]
-    rows = [[f"`{s.name}`", s.factor, f"`{s.command}`" if s.changes else "nothing"] for s in settings]
-    (folder / "figures" / "search.png").unlink(missing_ok=True)
-    return write_page(
-        folder,
-        "search.md",
-        f"A stronger setting: {search.name}",
-        {"search": picture} if picture else {},
-        search=search,
-        steps=[(step, _round(step)) for step in steps],
-        last=steps[-1],
-        best=winner(search, steps),
-        confirmations=[(c, _levels(c), _tests(c)) for c in confirmations],
-        recipe=RECIPE,
-        loss=LOSS,
-        settings=settings,
-        lighter=lighter_weights(search, steps, find),
-        facts=table(["", ""], [*facts, *conditions(records)]),
-        settings_table=table(["setting", "varies", "changes"], rows),
-    )
+    if study.teacher:
+        names = sorted({record["teacher"] for record in records.values() if record.get("teacher")})
+        facts.append(["teachers", ", ".join(f"weights {name}" for name in names) or "none yet"])
+        for record in find([study.teacher]).values():
+            own = ", ".join(f"{name} {score(record):.2f}" for name, score in SCORES.items())
+            facts.append(["the teacher itself", own])
+    return [*facts, *conditions(records.values())]
 
 
-def lighter_weights(search: Search, steps: Sequence[Step], find: Find) -> dict[str, float]:
-    """Return Σμ/N of trials with records of releases before 0.2 in which not all items count the same.
+def lighter_weights(study: Study, records: Records) -> dict[str, float]:
+    """Return Σμ/N of the tries in which items count less than in full, with records of releases before 0.2.
 
     Those releases divided a list's loss by its N items instead of by Σμ, the number of items that count.
     """
-    trials = {trial.name: trial for trial in tried(steps) if trial.counts_fewer}
-    attempts = [a for step in steps for a in step.attempts if a.trial in trials]
-    records = find(attempts).items()
-    old = {a.trial for a, record in records if record["conditions"].get("rankloss", "").startswith("0.1.")}
-    return {name: weight(search, trial) for name, trial in trials.items() if name in old}
+    old = (a for a, record in records.items() if record["conditions"].get("rankloss", "").startswith("0.1."))
+    found = {a.trial: weight(study, dict(a.changes)) for a in old}
+    return {name: share for name, share in found.items() if share < 1}
 
 
-def weight(search: Search, trial: Trial) -> float:
-    """Return Σμ/N of a trial's lists: the share of the weight that a division by N leaves."""
-    changes = dict(trial.changes)
-    n = int(changes.get("--batch-size", search.grid.batch_size))
+def weight(study: Study, changes: Mapping[str, str]) -> float:
+    """Return Σμ/N of the lists of a try with these changes: what a division by N leaves of its weight."""
+    n = int(changes.get("--batch-size", study.grid.batch_size))
     rank = np.arange(1, n + 1)
     mu = 1 / np.log1p(rank) if changes.get("--rankclip-discount") == "log" else np.ones(n)
     return float(mu[: int(changes.get("--rankclip-top-k", n))].sum() / n)
 
 
-def _round(step: Step) -> str:
-    last = step.round.keep == 1
+def _pictures(study: Study, rounds: Sequence[Sequence[Step]], found: Outcome | None) -> dict[str, Picture]:
+    panels = {}
+    for number, steps in enumerate(rounds, start=1):
+        kept = [trial for step in steps for trial in step.kept]
+        rows = {s.trial.name: s for step in steps for s in step.standings if s.differences}
+        if rows:
+            shown = {name: (s.differences[OBJECTIVE], s.trial in kept) for name, s in rows.items()}
+            panels[f"Round {number}: {len(rows)} settings"] = shown
+    drawn = {
+        f"{study.name}-rounds": draw(
+            panels,
+            "Every setting's mean difference to plain CLIP, round by round.",
+            "objective less plain CLIP's (points, validation side)",
+        )
+    }
+    if found:
+        pairs = {**found.tests, **{pair: d for (pair, s), d in found.others.items() if s == study.score}}
+        rows = {f"{_less(pair)} (n = {d.n})": (d, d.established) for pair, d in pairs.items()}
+        alt, label = "Every comparison's mean difference with its interval.", "points, test side"
+        drawn[study.name] = draw({"": rows}, alt, f"difference in {study.score} ({label})")
+    return {name: picture for name, picture in drawn.items() if picture}
+
+
+def _less(pair: tuple[str, str]) -> str:
+    return f"{pair[0]} less {'plain CLIP' if pair[1] == REFERENCE else pair[1]}"
+
+
+def _standings(steps: Sequence[Step]) -> str:
+    last = steps[0].round.keep == 1
+    kept = [trial for step in steps for trial in step.kept]
 
     def continues(trial: Trial) -> str:
-        if trial in step.kept:
-            return "yes"
-        return "always" if trial == RECIPE and not last else "no"
+        return "yes" if trial in kept else "always" if trial == RECIPE and not last else "no"
 
     def row(one: Standing) -> list[str]:
         diverged = ["diverged", *[""] * (len(SCORES) - 1)]
         differences = [difference_text(one.differences[s]) for s in SCORES] if one.differences else diverged
-        return [f"`{one.trial.name}`", *differences, _mean(one.reference[OBJECTIVE]), continues(one.trial)]
+        return [f"`{one.trial.name}`", *differences, mean_text(one.clip, one.clip.n), continues(one.trial)]
 
     head = ["setting", *SCORES, "CLIP's objective", "wins" if last else "continues"]
-    return table(head, [row(standing) for standing in step.standings], right=len(head) - 1)
+    rows = [row(one) for step in steps for one in step.standings]
+    return table(head, rows, right=len(head) - 1) if rows else ""
 
 
-def _mean(found: Estimate) -> str:
-    return mean_text(found, found.n)
+def _levels(found: Outcome) -> str:
+    rows, compared = [], found.comparison
+    for name, records in compared.records.items():
+        label = f"`{compared.trials[name].name if name in compared.trials else name}`"
+        if name in compared.lost:
+            rows.append([label, *["diverged"] * len(SCORES), ""])
+            continue
+        means = [compared.estimate(name, score) for score in SCORES.values()]
+        seconds = median(record["seconds"]["training"] for record in records.values())
+        rows.append([label, *(mean_text(one, len(records)) for one in means), f"{seconds:.0f}"])
+    return table(["", *SCORES, "seconds"], rows, right=len(SCORES) + 1)
 
 
-def _levels(confirmation: Confirmation) -> str:
-    def cells(of: Mapping[str, Estimate]) -> list[str]:
-        return [_mean(of[name]) if of else "diverged" for name in SCORES]
+def _tests(study: Study, found: Outcome) -> str:
+    """The tests that count, and where these are few everything else below them."""
 
-    standings = confirmation.standings
-    rows = [[f"`{s.trial.name}`", *cells(s.levels)] for s in standings]
-    rows += [[f"plain CLIP, for `{s.trial.name}`", *cells(s.reference)] for s in standings]
-    return table(["", *SCORES], rows, right=len(SCORES))
+    def row(pair: tuple[str, str], score: str, d: Difference, corrected: str) -> list[str]:
+        return [_less(pair), score, difference_text(d), str(d.n), p_text(d.p), corrected, mark(d)]
+
+    alone = len(found.tests) == 1
+    tests = [(pair, study.score, d) for pair, d in found.tests.items()]
+    rows = [row(*one, "the test" if alone else p_text(one[2].adjusted)) for one in tests]
+    if not found.measures:
+        rows += [row(*names, d, p_text(d.adjusted)) for names, d in found.others.items()]
+    return table(["compared", "score", "difference", "seeds", "p", "corrected", ""], rows, right=5)
 
 
-def _tests(confirmation: Confirmation) -> str:
-    def row(pair: str, name: str, d: Difference, corrected: str) -> list[str]:
-        return [pair, name, difference_text(d), p_text(d.p), corrected, mark(d)]
+def _secondary(found: Outcome) -> str:
+    """Everything else that was measured, with the differences to plain CLIP."""
+    names = [name for name in found.comparison.records if name not in found.comparison.lost]
+    rows = []
+    for measure in found.measures:
+        digits, cells = 2 if measure.percent else 4, []
+        for name in names:
+            mean = found.comparison.estimate(name, measure)
+            d = found.others.get(((name, REFERENCE), measure.name))
+            change = "" if d is None else f"<br>{difference_text(d, digits)} {mark(d)}"
+            cells.append(mean_text(mean, mean.n, digits) + change)
+        rows.append([measure.name, *cells])
+    return table(["measure", *names], rows, right=len(names))
 
-    primary = confirmation.primary
-    rows = [] if primary is None else [row(WITH_CLIP, OBJECTIVE, primary, "the test")]
-    rows += [row(*names, d, p_text(d.adjusted)) for names, d in confirmation.others.items()]
-    return table(["compared", "score", "difference", "p", "corrected", ""], rows, right=4)
+
+def draw(panels: Mapping[str, Panel], alt: str, label: str) -> Picture | None:
+    """Draw panels by their titles, with a label of the axis; None where no panel has a row."""
+    sizes = [max(len(panel), 2) for panel in panels.values()]
+
+    def figure_of() -> Figure:
+        height = sum(sizes) * _ROW + len(sizes) * _HEAD
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=sizes)[:, 0]
+        for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+            for row, (one, coloured) in enumerate(panel.values()):
+                colour = RANK if coloured else MUTED
+                looks = {"fmt": "o", "markersize": 4, "lw": 1.2, "color": colour}
+                axis.errorbar(one.mean, row, xerr=one.half_width or 0.0, **looks)
+            axis.set_yticks(range(len(panel)), [_lines(name) for name in panel])
+            for name in axis.get_yticklabels():
+                name.set_fontsize(6 if "\n" in name.get_text() else None)
+            axis.set_ylim(len(panel) - 0.5, -0.5)
+            axis.axvline(0.0, color=CLIP, lw=1, ls="--")
+            axis.grid(axis="x")
+            axis.set_title(title)
+        axes[-1].set_xlabel(label)
+        return figure
+
+    return picture(alt, figure_of) if any(panels.values()) else None
+
+
+def _lines(name: str) -> str:
+    """A name; one of many factors takes lines, or it would leave no room for the intervals."""
+    lines = textwrap.wrap(name.replace("+", "+ "), width=42, break_on_hyphens=False)
+    return "\n".join(line.replace("+ ", "+") for line in lines)

@@ -1,48 +1,42 @@
-"""Studies: arms with equally many tries each, the best of each confirmed once, by a plan fixed before.
+"""Studies: comparisons whose plan, in ``studies.yaml``, is fixed before the first training.
 
-An arm is a search of its own. What a study adds: all arms are confirmed with the same seeds, their tests are
-corrected together, and nothing is concluded before every planned record is there.
+A study has arms with equally many tries each. The tries of an arm go through rounds on the validation side;
+the best one of every arm is confirmed once on the test side, all of them with the same seeds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
+import numpy as np
 from statsmodels.stats.power import TTestPower
 
 from miniature_paper import grid
-from miniature_paper.grid import Setting, model_config
+from miniature_paper.grid import Setting
 from miniature_paper.records import Store
-from miniature_paper.statistics import ALPHA, Difference, correct, paired_difference
+from miniature_paper.statistics import ALPHA
 
-from .confirmation import Declarations
-from .ladder import Find, Step, climb, winner
-from .objective import SCORES, diverged
-from .trials import (
-    LOSS,
-    RECALL,
-    RECIPE,
-    REFERENCE,
-    SIZES,
-    TEST,
-    Attempt,
-    Round,
-    Search,
-    Size,
-    Trial,
-    attempts,
-)
+from .objective import RECALL, SCORES
+from .trials import LOSS, PLANS, RECIPE, REFERENCE, SIZES, TEST, Attempt, Trial, size_name, teacher_folder
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
-_CONTENT = yaml.safe_load(Path(__file__).with_name("studies.yaml").read_text(encoding="utf-8"))
+STUDIES = tuple(PLANS)
+SETTING = "setting"  # the arm of a study whose tries all compete
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """What the tries are trained with at a time."""
+
+    epochs: int
+    seeds: tuple[int, ...]  # no two rounds share one
+    keep: int = 1  # how many tries of an arm continue; after the last round, the winner alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +46,57 @@ class Study:
     name: str
     size: str  # full or quick
     title: str
-    arms: dict[str, Search]  # by name; all have the same rounds and confirmation
-    score: str  # what the tests that count are about, one of objective.SCORES
-    rival: str | None  # an arm that every other is compared with, as well as with plain CLIP
+    grid: grid.Preset  # pairs, batch size and limits
+    whole: bool  # whether the test side is measured with everything that the grid measures
     teacher: Attempt | None  # a model that is trained first, and whose rankings some arms follow
-    spread: Spread | None  # what the number of seeds was computed from
+    arms: dict[str, tuple[Trial, ...]]  # the tries by the arm's name
+    rounds: tuple[Round, ...]
+    confirmation: Round
+    score: str  # what the tests that count are about, one of objective.SCORES
+    rival: str | None = None  # what every other arm is compared with, as well as with plain CLIP
+    # So many factors that helped in the first round are combined, around the recipe, which goes through every
+    # round: a stronger setting is one that is stronger than the recipe. None are combined if it is 0.
+    combined: int = 0
+    spread: Spread | None = None  # what the number of seeds was computed from
+    note: str = ""  # what the report says about it
+
+    def __post_init__(self) -> None:
+        tries = list(chain(*self.arms.values()))
+        if len({len(of) for of in self.arms.values()}) != 1:
+            raise ValueError("arms: every arm must have equally many tries")
+        if len({trial.name for trial in tries}) < len(tries):
+            raise ValueError("arms: every name once")
+        if self.combined and RECIPE not in tries:
+            raise ValueError("arms: the recipe must be among the tries")
+        if len(tries) > len(self.arms) and not self.rounds:
+            raise ValueError("rounds: several tries need at least one")
+        kept = [one.keep for one in self.rounds]
+        if (kept and kept[-1] != 1) or any(a < b for a, b in pairwise(kept)):
+            raise ValueError("rounds: none may keep more tries than the one before, the last one keeps 1")
+        seeds = [seed for one in (*self.rounds, self.confirmation) for seed in one.seeds]
+        seeds += [self.teacher.seed] if self.teacher else []
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("rounds, confirmation: no seed may serve twice")
 
     @property
-    def confirmation(self) -> Round:
-        """How the winners are confirmed."""
-        return next(iter(self.arms.values())).confirmation
+    def along(self) -> dict[str, Trial]:
+        """The recipe, where it goes through every round and the confirmation."""
+        return {RECIPE.name: RECIPE} if self.combined else {}
 
-    @property
-    def grid(self) -> grid.Preset:
-        """Pairs, batch size and limits."""
-        return next(iter(self.arms.values())).grid
+    def attempt(self, trial: Trial, one: Round, seed: int, side: str) -> Attempt:
+        """Return one training of a try."""
+        return Attempt(trial.name, trial.loss, trial.changes, one.epochs, seed, side, self.grid.name)
+
+    def reference(self, trial: Trial, one: Round, seed: int, side: str) -> Attempt:
+        """Return the training of plain CLIP that it is compared with."""
+        name = "-".join([REFERENCE, *(f"{flag.strip('-')}-{value}" for flag, value in trial.shared)])
+        return Attempt(name, REFERENCE, trial.shared, one.epochs, seed, side, self.grid.name)
+
+    def attempts(self, trials: Iterable[Trial], one: Round, side: str) -> list[Attempt]:
+        """Return every training that a comparison of these tries needs, seed by seed, plain CLIP first."""
+        trials, makers = list(trials), (self.reference, self.attempt)
+        made = (make(t, one, seed, side) for seed in one.seeds for make in makers for t in trials)
+        return list(dict.fromkeys(made))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +110,7 @@ class Spread:
     @property
     def deviation(self) -> float:
         """The standard deviation of the earlier differences."""
-        mean = sum(self.differences) / len(self.differences)
-        return math.sqrt(sum((x - mean) ** 2 for x in self.differences) / (len(self.differences) - 1))
+        return float(np.std(self.differences, ddof=1))
 
     @property
     def seeds(self) -> int:
@@ -108,8 +137,8 @@ def earlier_spread(
         return [Setting(loss, "resnet", full.pairs, x, x, seed, "full") for loss, x in weights.items()]
 
     def tried(seed: int) -> list[Any]:
-        names = {LOSS: RECIPE.name, REFERENCE: REFERENCE}
-        return [Attempt(names[loss], loss, (), full.epochs(full.pairs), seed, TEST, "full") for loss in names]
+        search = load("search", "full")
+        return [make(RECIPE, search.confirmation, seed, TEST) for make in (search.attempt, search.reference)]
 
     differences = []
     for folder, seeds, pair in (("full", grid_seeds, settings), ("search", search_seeds, tried)):
@@ -122,137 +151,50 @@ def earlier_spread(
     return Spread(tuple(differences), difference, power)
 
 
-def teacher_folder(teacher: Attempt) -> str:
-    """Return the teacher's folder below the output: its name follows from everything that trains it."""
-    job = teacher.job()
-    content = [model_config(teacher.backbone), job.arguments, teacher.pairs]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
-    return f"teachers/{teacher.name}-{digest}"
-
-
-def _register(name: str, size: str) -> tuple[str, Attempt | None]:
-    """Add a study's sizes, by which its records are read; return the size's name and the teacher."""
-    own, label, teacher = _CONTENT[name][size], f"{name}-{size}", None
-    preset = grid.PRESETS[own["size"]["preset"]]
-    if "teacher" in own:
-        spec = own["teacher"]
-        # Trained like its students, on more pairs and for longer; measured like them.
-        taught = f"{label}-teacher"
-        SIZES[taught] = Size(dataclasses.replace(preset, name=taught, pairs=spec["pairs"]), whole=True)
-        teacher = Attempt("teacher", REFERENCE, (), spec["epochs"], spec["seed"], TEST, taught, "teacher")
-    pairs, folder = own["size"]["pairs"], teacher_folder(teacher) if teacher else None
-    SIZES[label] = Size(dataclasses.replace(preset, name=label, pairs=pairs), whole=True, teacher=folder)
-    return label, teacher
-
-
 def load(name: str, size: str) -> Study:
     """Return a study as ``studies.yaml`` has it.
 
     Raises:
-        ValueError: If the arms do not have equally many tries.
+        ValueError: If its plan would mislead, by unequal arms or by seeds that serve twice.
     """
-    content = _CONTENT[name]
-    own, (label, teacher) = content[size], _register(name, size)
-    folder = SIZES[label].teacher
-    filled = {"{teacher}": folder or "", "{texts}": f"{folder}/texts-{own['size']['pairs']}.npz"}
+    content, own, common = PLANS[name], PLANS[name][size], SIZES[size_name(name, size)]
+    compete = "factors" in content
+    groups, wanted = content["factors" if compete else "arms"], own.get("tries")
+    teacher = teacher_folder(common.teacher) if common.teacher else ""
+    filled = {"{teacher}": teacher, "{texts}": f"{teacher}/texts-{own['size'].get('pairs')}.npz"}
 
-    def trial(arm: str, title: str, entries: Mapping[str, str]) -> Trial:
+    def trial(group: str, title: str, entries: dict[str, str]) -> Trial:
         changes = [(flag, value) for flag, value in entries.items() if flag != "loss"]
         for word, meant in filled.items():
             changes = [(flag, value.replace(word, meant)) for flag, value in changes]
-        return Trial(f"{arm}-{title}", arm, tuple(changes), entries.get("loss", LOSS))
+        return Trial(
+            title if compete else f"{group}-{title}", group, tuple(changes), entries.get("loss", LOSS)
+        )
 
+    arms = {
+        group: tuple(trial(group, *one) for one in groups[group].items() if not wanted or one[0] in wanted)
+        for group in own.get("arms", groups)
+    }
+    if compete:
+        arms = {SETTING: tuple(chain(*arms.values()))}
     seeds, spread = own["confirmation"]["seeds"], None
     if isinstance(seeds, dict):
         earlier = tuple(seeds["grid"]), tuple(seeds["search"])
         spread = earlier_spread(*earlier, seeds["difference"], seeds["power"])
         seeds = range(seeds["first"], seeds["first"] + spread.seeds)
-    rounds = tuple(Round(one["epochs"], tuple(one["seeds"]), one["keep"]) for one in own["rounds"])
-    confirmation = Round(own["confirmation"]["epochs"], tuple(seeds), 1)
-    arms = {}
-    for arm in own.get("arms", content["arms"]):
-        tries = list(content["arms"][arm].items())[: own.get("tries")]
-        arms[arm] = Search(label, "", tuple(trial(arm, *one) for one in tries), rounds, 0, confirmation)
-    if len({len(search.trials) for search in arms.values()}) != 1:
-        raise ValueError(f"{name}: every arm must have equally many tries")
-    return Study(name, size, content["title"], arms, content["score"], content.get("rival"), teacher, spread)
-
-
-STUDIES = tuple(_CONTENT)
-SIZE_NAMES = ("full", "quick")
-for _name in STUDIES:
-    for _size in SIZE_NAMES:
-        _register(_name, _size)
-
-
-@dataclasses.dataclass(frozen=True)
-class Standing:
-    """How far a study is."""
-
-    steps: dict[str, list[Step]]  # the rounds of every arm
-    winners: dict[str, Trial | None]
-
-    @property
-    def due(self) -> list[Attempt]:
-        """The trainings of the rounds that every arm is in; those that arms share once."""
-        missing = (steps[-1].missing for steps in self.steps.values() if steps)
-        return list(dict.fromkeys(one for of in missing for one in of))
-
-
-def standing(study: Study, find: Find) -> Standing:
-    """Return the arms' rounds and winners, as far as the records reach."""
-    steps = {arm: climb(search, find) for arm, search in study.arms.items()}
-    return Standing(steps, {arm: winner(study.arms[arm], found) for arm, found in steps.items()})
-
-
-def declare(study: Study, found: Standing, results: Path, find: Find) -> dict[str, Trial]:
-    """Record what is confirmed, before its first training; another winner later on is refused.
-
-    Raises:
-        SecondConfirmationError: If another try of an arm was declared.
-    """
-    declared = {}
-    for arm, best in found.winners.items():
-        assert best is not None
-        declared[arm] = Declarations(results / arm).declare(study.arms[arm], best, find).trial
-    return declared
-
-
-def needed(study: Study, winners: Mapping[str, Trial]) -> list[Attempt]:
-    """Return the trainings of the confirmation, seed by seed."""
-    first = next(iter(study.arms.values()))
-    one = study.confirmation
-    return attempts(first, list(winners.values()), one.epochs, one.seeds, TEST)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """A confirmation of all arms."""
-
-    values: dict[str, dict[int, Mapping[str, Any]]]  # records by arm and seed; plain CLIP is an arm, too
-    lost: tuple[str, ...]  # arms in which a model diverged: they are in no comparison
-    tests: dict[tuple[str, str], Difference]  # in the study's score, by arm and what it is compared with
-
-
-def outcome(study: Study, winners: Mapping[str, Trial], find: Find) -> Outcome | None:
-    """Return the comparison of the arms; None as long as a record is missing."""
-    wanted = needed(study, winners)
-    records = find(wanted)
-    if any(a not in records for a in wanted):
-        return None
-    names = {REFERENCE: REFERENCE, **{trial.name: arm for arm, trial in winners.items()}}
-    values: dict[str, dict[int, Mapping[str, Any]]] = {arm: {} for arm in (REFERENCE, *winners)}
-    for one in wanted:
-        values[names[one.trial]][one.seed] = records[one]
-    lost = tuple(arm for arm, of in values.items() if any(diverged(record) for record in of.values()))
-    pairs = [(arm, REFERENCE) for arm in winners]
-    if study.rival:
-        pairs += [(arm, study.rival) for arm in winners if arm != study.rival]
-    kept = [pair for pair in pairs if not {*pair} & {*lost}]
-    tests = {pair: compared(values, pair, SCORES[study.score]) for pair in kept}
-    return Outcome(values, lost, correct({pair: d for pair, d in tests.items() if d is not None}))
-
-
-def compared(values: Mapping[str, Mapping[int, Any]], pair: tuple[str, str], score: Any) -> Difference | None:
-    """Return the paired difference between two arms in a score."""
-    return paired_difference(*({seed: score(record) for seed, record in values[arm].items()} for arm in pair))
+    return Study(
+        name,
+        size,
+        content["title"],
+        grid=common.preset,
+        whole=common.whole,
+        teacher=common.teacher,
+        arms=arms,
+        rounds=tuple(Round(one["epochs"], tuple(one["seeds"]), one["keep"]) for one in own["rounds"]),
+        confirmation=Round(own["confirmation"]["epochs"], tuple(seeds)),
+        score=content["score"],
+        rival=content.get("rival"),
+        combined=content.get("combined", 0),
+        spread=spread,
+        note=own.get("note", ""),
+    )

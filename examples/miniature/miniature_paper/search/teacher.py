@@ -19,7 +19,8 @@ from miniature_paper.grid import model_folder
 from miniature_paper.records import Store
 from miniature_paper.runs import Workshop
 
-from .study import Study, teacher_folder
+from .study import Study
+from .trials import teacher_folder
 
 _WEIGHTS = "open_clip_pytorch_model.bin"  # what open_clip looks for in a local-dir: model
 
@@ -45,28 +46,23 @@ def prepare_teacher(study: Study, workshop: Workshop, console: Console) -> bool:
         local = dataclasses.replace(workshop, store=Store(folder), keep_checkpoints=True, teacher=None)
         if not local.do("The teacher", [teacher], console):
             return False
-        _place(folder, _state(checkpoint))
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        _place(folder, {name.removeprefix("module."): value for name, value in state.items()})
         shutil.rmtree(run)
     (record,) = Store(folder).of([teacher])[0]
     workshop.store.save(workshop.key(teacher), record)
-    flags = [dict(trial.changes) for search in study.arms.values() for trial in search.trials]
+    flags = [dict(trial.changes) for tries in study.arms.values() for trial in tries]
     for name in {found["--distill-model"].partition(":")[2] for found in flags if "--distill-model" in found}:
         base, _, factor = name.partition("@")
         if factor and not (workshop.output / name / _WEIGHTS).is_file():
             state = torch.load(workshop.output / base / _WEIGHTS, weights_only=True)
             state["logit_scale"] = state["logit_scale"] + math.log(float(factor))
             _place(workshop.output / name, state)
-    for name in {
-        of["--rankclip-reference-features"] for of in flags if "--rankclip-reference-features" in of
-    }:
+    side = "--rankclip-reference-features"
+    for name in {found[side] for found in flags if side in found}:
         if not (workshop.output / name).is_file():
             _write_texts(workshop.output / name, workshop.output / workshop.tables.tables[study.grid.pairs])
     return True
-
-
-def _state(checkpoint: Path) -> dict[str, Any]:
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def _place(folder: Path, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What is tried: the settings, the rounds they go through, and the single trainings these consist of.
+"""What is tried: settings, and the single trainings in which they are.
 
 A trial is the recipe with some of the trainer's arguments changed. It is compared with plain CLIP that has
 the same changes as far as they concern CLIP, which is the batch size.
@@ -7,8 +7,12 @@ the same changes as far as they concern CLIP, which is the batch size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations, pairwise
+import functools
+import hashlib
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +20,13 @@ import yaml
 from examples_common.trainer import Job
 
 from miniature_paper import grid
-from miniature_paper.grid import BY_STEP, trained_model, training_recipe
+from miniature_paper.grid import BY_STEP, model_config, trained_model, training_recipe
 
 BACKBONE = "resnet"
 LOSS, REFERENCE = "rankclip", "clip"
-OBJECTIVE, RECALL = "objective", "R@10, both ways"  # scores of ``objective.py``
-MEASURES = 1  # raise it whenever the search measures something else: older records are then made again
+VALIDATION, TEST = "validation", "test"
+MEASURES = 1  # raise it whenever something else is measured: older records are then made again
 _BATCH = "--batch-size"
-# Releases before 0.2 took the mean of a list over all N items, also where fewer of them count, or count for
-# less: with these options the rank terms weighed less there.
-_COUNTING = ("--rankclip-top-k", "--rankclip-discount")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,6 @@ class Trial:
         """The changes that plain CLIP is trained with, too."""
         return tuple(change for change in self.changes if change[0] == _BATCH)
 
-    @property
-    def counts_fewer(self) -> bool:
-        """Whether a list's items do not all count the same: with a top-k or a discount."""
-        return any(flag in _COUNTING for flag, _ in self.changes)
-
     def __add__(self, other: Trial) -> Trial:
         """Both settings at once.
 
@@ -67,22 +63,7 @@ class Trial:
         )
 
 
-_CONTENT = yaml.safe_load(Path(__file__).with_name("searches.yaml").read_text(encoding="utf-8"))
-TRIALS = tuple(
-    Trial(name, entries.pop("factor"), tuple(entries.items()))
-    for name, entries in _CONTENT.pop("trials").items()
-)
-RECIPE = TRIALS[0]
-VALIDATION, TEST = "validation", "test"
-
-
-@dataclasses.dataclass(frozen=True)
-class Round:
-    """One rung of the ladder."""
-
-    epochs: int
-    seeds: tuple[int, ...]  # no two rounds share one
-    keep: int  # how many trials continue; after the last round, the winner alone
+RECIPE = Trial("recipe", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,52 +72,7 @@ class Size:
 
     preset: grid.Preset  # whose pairs, batch size and limits they have
     whole: bool = False  # whether the test side is measured with everything that the grid measures
-    teacher: str | None = None  # the model whose rankings the measured ones are compared with
-
-
-# Studies add theirs.
-SIZES = {name: Size(preset) for name, preset in grid.PRESETS.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Search:
-    """A size of the search."""
-
-    name: str  # of one of the sizes
-    note: str  # what the report says about it
-    trials: tuple[Trial, ...]  # what the first round tries, the recipe among them
-    rounds: tuple[Round, ...]
-    combined: int  # after the first round, so many factors are combined
-    confirmation: Round  # of the first confirmation; a second one would take the seeds after it
-
-    def __post_init__(self) -> None:
-        if self.combined and RECIPE not in self.trials:
-            raise ValueError("trials: the recipe must be among them")
-        if len({trial.name for trial in self.trials}) < len(self.trials):
-            raise ValueError("trials: every name once")
-        if len(self.trials) > 1 and not self.rounds:
-            raise ValueError("rounds: several trials need at least one")
-        kept = [one.keep for one in self.rounds]
-        if (kept and kept[-1] != 1) or any(a < b for a, b in pairwise(kept)):
-            raise ValueError("rounds: none may keep more trials than the one before, the last one keeps 1")
-        seeds = [seed for one in (*self.rounds, self.confirmation) for seed in one.seeds]
-        if len(set(seeds)) < len(seeds) or max(seeds) != self.confirmation.seeds[-1]:
-            raise ValueError("rounds, confirmation: no seed may serve twice, the confirmation's come last")
-
-    @property
-    def recipe(self) -> tuple[Trial, ...]:
-        """The recipe, where it goes through every round: a search around it combines what helped."""
-        return (RECIPE,) if self.combined else ()
-
-    @property
-    def grid(self) -> grid.Preset:
-        """The preset of the grid."""
-        return SIZES[self.name].preset
-
-    def confirmation_seeds(self, number: int) -> tuple[int, ...]:
-        """Return the seeds of the ``number``-th confirmation, counted from 1: always fresh ones."""
-        first = self.confirmation.seeds
-        return tuple(seed + (number - 1) * len(first) for seed in first)
+    teacher: Attempt | None = None  # the model whose rankings the measured ones are compared with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,32 +137,15 @@ class Attempt:
         if not self.whole:
             return {"version": MEASURES, **limits}
         limits |= {name: getattr(size.preset, name) for name in ("probe_items", "probe_strengths")}
-        return {"version": [MEASURES, grid.MEASURES], **limits, "teacher": size.teacher}
+        teacher = teacher_folder(size.teacher) if size.teacher else None
+        return {"version": [MEASURES, grid.MEASURES], **limits, "teacher": teacher}
 
 
-def attempt(search: Search, trial: Trial, epochs: int, seed: int, side: str) -> Attempt:
-    """Return one training of a trial."""
-    return Attempt(trial.name, trial.loss, trial.changes, epochs, seed, side, search.name)
-
-
-def reference(search: Search, trial: Trial, epochs: int, seed: int, side: str) -> Attempt:
-    """Return the training of plain CLIP that it is compared with."""
-    name = "-".join([REFERENCE, *(f"{flag.strip('-')}-{value}" for flag, value in trial.shared)])
-    return Attempt(name, REFERENCE, trial.shared, epochs, seed, side, search.name)
-
-
-def attempts(
-    search: Search, trials: Iterable[Trial], epochs: int, seeds: Sequence[int], side: str
-) -> list[Attempt]:
-    """Return every training that a comparison of these trials needs, seed by seed, plain CLIP first."""
-    trials = list(trials)
-    made = [
-        make(search, trial, epochs, seed, side)
-        for seed in seeds
-        for make in (reference, attempt)
-        for trial in trials
-    ]
-    return list(dict.fromkeys(made))
+def teacher_folder(teacher: Attempt) -> str:
+    """Return the teacher's folder below the output: its name follows from everything that trains it."""
+    content = [model_config(teacher.backbone), teacher.job().arguments, teacher.pairs]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+    return f"teachers/{teacher.name}-{digest}"
 
 
 def combine(helped: Sequence[Trial], limit: int) -> list[Trial]:
@@ -238,21 +157,38 @@ def combine(helped: Sequence[Trial], limit: int) -> list[Trial]:
     groups = [group for size in range(2, len(first) + 1) for group in combinations(first, size)]
     if len(helped) > limit:
         groups.append(tuple(sorted(helped, key=lambda trial: trial.name)))
-    found = []
-    for group in groups:
-        whole = group[0]
-        for trial in group[1:]:
-            whole = whole + trial
-        found.append(whole)
-    return found
+    return [functools.reduce(operator.add, group) for group in groups]
 
 
-def _search(
-    name: str, note: str, rounds: list[Any], confirmation: Any, combined: int, trials: Any = None
-) -> Search:
-    chosen = tuple(trial for trial in TRIALS if trials is None or trial.name in trials)
-    *ladder, last = (Round(**{**one, "seeds": tuple(one["seeds"])}) for one in (*rounds, confirmation))
-    return Search(name, note, chosen, tuple(ladder), combined, last)
+PLANS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("studies.yaml").read_text(encoding="utf-8")
+)
+SIZE_NAMES = ("full", "quick")
 
 
-SEARCHES = {name: _search(name, **entries) for name, entries in _CONTENT.items()}
+def size_name(study: str, size: str) -> str:
+    """Return the name in :data:`SIZES` of a study's size."""
+    own = PLANS[study][size]["size"]
+    return f"{study}-{size}" if "pairs" in own else str(own["preset"])
+
+
+def _sizes() -> dict[str, Size]:
+    sizes = {name: Size(preset) for name, preset in grid.PRESETS.items()}
+    for study in PLANS:
+        for size in SIZE_NAMES:
+            own, label, teacher = PLANS[study][size], size_name(study, size), None
+            if label in sizes:
+                continue
+            preset = grid.PRESETS[own["size"]["preset"]]
+            if spec := own.get("teacher"):
+                # Trained like its students, on more pairs and for longer; measured like them.
+                taught = f"{label}-teacher"
+                sizes[taught] = Size(dataclasses.replace(preset, name=taught, pairs=spec["pairs"]), True)
+                budget = spec["epochs"], spec["seed"]
+                teacher = Attempt("teacher", REFERENCE, (), *budget, TEST, taught, "teacher")
+            preset = dataclasses.replace(preset, name=label, pairs=own["size"]["pairs"])
+            sizes[label] = Size(preset, whole=True, teacher=teacher)
+    return sizes
+
+
+SIZES = _sizes()
