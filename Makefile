@@ -80,10 +80,14 @@ test-slow: $(VENV)/.dev
 
 ## The core on the lowest torch and NumPy, and the integrations on the lowest and the newest supported version of each
 ## trainer, each in an environment of its own.
-test-matrix: test-lowest $(addprefix test-open_clip-,$(OPEN_CLIP_VERSIONS))
-test-matrix: $(addprefix test-transformers-,$(TRANSFORMERS_VERSIONS))
-test-matrix: $(addprefix test-sentence-transformers-,$(SENTENCE_TRANSFORMERS_VERSIONS))
-test-matrix: $(addprefix test-lightning-,$(LIGHTNING_VERSIONS))
+test-matrix: test-lowest test-versions-open_clip test-versions-transformers
+test-matrix: test-versions-sentence-transformers test-versions-lightning
+
+.PHONY: test-versions-open_clip test-versions-transformers test-versions-sentence-transformers test-versions-lightning
+test-versions-open_clip: $(addprefix test-open_clip-,$(OPEN_CLIP_VERSIONS))
+test-versions-transformers: $(addprefix test-transformers-,$(TRANSFORMERS_VERSIONS))
+test-versions-sentence-transformers: $(addprefix test-sentence-transformers-,$(SENTENCE_TRANSFORMERS_VERSIONS))
+test-versions-lightning: $(addprefix test-lightning-,$(LIGHTNING_VERSIONS))
 
 # With Python 3.10 or 3.11, the only ones that this NumPy has wheels for, and with the pip that they bring.
 .PHONY: test-lowest

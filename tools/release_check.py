@@ -8,7 +8,9 @@ uninstalled. The first check that fails ends the run with an error.
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +45,20 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
     if result.returncode:
         raise CheckError(f"{' '.join(arguments)}\n{result.stdout}{result.stderr}")
     return result.stdout
+
+
+def check_tag(tag: str, source: str, changelog: str) -> None:
+    """Compare a tag with the version's source and with the headings of the change log."""
+    version = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)[1]  # type: ignore[index]
+    if tag != f"v{version}":
+        raise CheckError(
+            f"the tag is {tag}, but rankloss/_version.py is {version}: tag v{version}, or change the file"
+        )
+    if not re.search(rf"^## \[{re.escape(version)}\], \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE):
+        raise CheckError(
+            f"CHANGELOG.md has no section for {version} with a date: turn its heading `## [Unreleased]` into "
+            f"`## [{version}], {datetime.date.today()}` (CONTRIBUTING.md, How to release)"
+        )
 
 
 def build() -> tuple[Path, Path]:
@@ -106,12 +122,11 @@ def main() -> None:
     parser.add_argument("--extras", nargs="*", help="extras to install, in place of all of them")
     options = parser.parse_args()
 
+    if options.tag is not None:  # first, as nothing has to be built for it
+        changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+        check_tag(options.tag, (ROOT / "rankloss/_version.py").read_text(encoding="utf-8"), changelog)
     _, wheel = build()
     version, extras, files = contents(wheel)
-    if options.tag not in (None, f"v{version}"):
-        raise CheckError(f"the tag is {options.tag}, but the version is {version}")
-    if f"## [{version}]" not in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8") and options.tag:
-        raise CheckError(f"CHANGELOG.md has no section [{version}]")
     for extra in (None, *(extras if options.extras is None else options.extras)):
         with tempfile.TemporaryDirectory() as directory:
             check_installation(version, files, extra, Path(directory).resolve() / "environment")

@@ -16,6 +16,7 @@ import sys
 from rankloss_open_clip import bootstrap
 from rankloss_open_clip.versions import INSTALL, judge, missing_trainer
 from rankloss_trainers import catalog
+from rankloss_trainers.console import readers_may_leave
 
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _OPTIONAL = ("open_clip_train.legacy_train",)  # open_clip 3.x has no such module
@@ -69,6 +70,7 @@ def diagnose() -> list[str]:
     return problems
 
 
+@readers_may_leave()
 def main() -> int:
     """Print the answer in plain words and return the exit code."""
     problems = diagnose()

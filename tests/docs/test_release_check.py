@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import zipfile
 from pathlib import Path
 
@@ -54,3 +55,25 @@ def test_a_wheel_is_read(tmp_path: Path) -> None:
 def test_a_command_that_fails_is_shown_with_what_it_said() -> None:
     with pytest.raises(release_check.CheckError, match=r"no-such-option(.|\n)*unknown option"):
         release_check.run("python3", "--no-such-option")
+
+
+SOURCE = (ROOT / "rankloss/_version.py").read_text()
+VERSION = SOURCE.split('"')[-2]
+
+
+def test_tag_of_a_release_with_its_section_is_accepted() -> None:
+    release_check.check_tag(f"v{VERSION}", SOURCE, f"# Changelog\n\n## [{VERSION}], 2026-12-01\n\n- New.\n")
+
+
+@pytest.mark.parametrize("tag", [VERSION, "v9.9.9", f"v{VERSION}.1"])
+def test_tag_of_another_version_is_refused(tag: str) -> None:
+    with pytest.raises(release_check.CheckError, match=rf"{tag}, but .*: tag v{VERSION}, or"):
+        release_check.check_tag(tag, SOURCE, f"## [{VERSION}], 2026-12-01\n")
+
+
+@pytest.mark.parametrize("heading", ["[Unreleased]", f"[{VERSION}], not published", f"[{VERSION}]"])
+def test_section_without_version_and_date_is_refused_with_what_to_write(heading: str) -> None:
+    with pytest.raises(release_check.CheckError) as caught:
+        release_check.check_tag(f"v{VERSION}", SOURCE, f"## {heading}\n")
+    (written,) = re.findall(rf"into `(## \[{VERSION}\].*)`", str(caught.value))
+    release_check.check_tag(f"v{VERSION}", SOURCE, f"{written}\n")

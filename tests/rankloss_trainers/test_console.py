@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -65,3 +66,36 @@ def test_list_loads_no_trainer() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGPIPE")
+@pytest.mark.parametrize(
+    ("command", "unbuffered"),
+    [
+        ("rankloss_trainers.console losses", ""),
+        ("rankloss_trainers.console losses", "1"),
+        ("rankloss_trainers.console --help", ""),
+        ("rankloss_open_clip.doctor", ""),
+    ],
+)
+def test_reader_that_leaves_ends_it_without_a_word(command: str, unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    arguments = [sys.executable, "-m", *command.split()]
+    try:
+        done = subprocess.run(arguments, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_what_else_fails_is_raised(capsys: pytest.CaptureFixture[str]) -> None:
+    @console.readers_may_leave()
+    def command() -> None:
+        print("begun")
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        command()
+    assert capsys.readouterr().out == "begun\n"
