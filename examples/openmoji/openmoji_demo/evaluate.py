@@ -12,6 +12,7 @@ from clip_evaluation import metrics, model, pixel_knn
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
+from torchvision.datasets.folder import default_loader
 
 from rankloss.metrics import kendall_tau, rank_agreement
 
@@ -69,11 +70,7 @@ def load_pictures(root: Path, table: Path, *, once: bool = False) -> Pictures:
 
 def open_all(root: Path, paths: Iterable[str]) -> list[Image.Image]:
     """Read pictures."""
-    images = []
-    for path in paths:
-        with Image.open(root / path) as image:
-            images.append(image.convert("RGB"))
-    return images
+    return [default_loader(str(root / path)) for path in paths]
 
 
 class ClipModel(model.ClipModel):
