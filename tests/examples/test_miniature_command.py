@@ -29,8 +29,8 @@ ARGUMENTS = ("--only", "table4", "--seeds", "1", "--jobs", "2", "--device", "cpu
         (command.main, ["--presets", "full"]),
         (studies.main, ["answer"]),
         (studies.main, ["--jobs", "0", "search"]),
-        (studies.main, ["--trial", "recipe", "search"]),  # nothing of a plan can be set
-        (studies.main, ["--seeds", "3", "question"]),
+        (studies.main, ["--trial=recipe", "search"]),  # nothing of a plan can be set
+        (studies.main, ["--seeds=3", "question"]),
         (studies.main, ["--confirm", "teacher"]),
     ],
 )
