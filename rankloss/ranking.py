@@ -15,7 +15,7 @@ import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -109,9 +109,9 @@ class Sorted:
         if ordered is None:
             return
         if may_look_at(ordered):
-            self._ties = _Ties.of(ordered)
+            self._ties = _ties_of(ordered)
             if self._ties is not None and self._mu is not None:
-                self.mu = self._ties.share(self._mu.expand(order.shape))
+                self.mu = _shared_by_ties(self._mu.expand(order.shape), self._ties)
             return
         self._dtype = ordered.dtype
         self._sizes = _group_sizes(ordered)
@@ -400,44 +400,36 @@ def group_bounds(sorted_values: Tensor) -> tuple[Tensor, Tensor]:
     return first, last
 
 
-class _Ties(NamedTuple):
-    """The slots of sorted lists that hold tied items; a list of float32 cosines has few, by accident.
+# The slots of sorted lists that hold tied items; a list of float32 cosines has few, by accident. Of every such
+# slot, ``[slots]``: its list, its place there, and how many items are tied: at the last of a group, else 0.
+_Ties: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
-    Attributes:
-        list: ``[slots]``, the list of every such slot.
-        slot: ``[slots]``, its place in the list.
-        size: ``[slots]``, how many items are tied, at the last slot of every group, and 0 at the others.
-    """
 
-    list: Tensor
-    slot: Tensor
-    size: Tensor
+def _ties_of(ordered: Tensor) -> _Ties | None:
+    """The ties of lists ``[n, N]``; None where there are none."""
+    list_, slot = (ordered[:, 1:] == ordered[:, :-1]).nonzero(as_tuple=True)
+    if len(slot) == 0:
+        return None
+    # These slots hold the same as the next one: each run of them is a group without its last slot.
+    is_last = torch.ones_like(slot, dtype=torch.bool)
+    torch.logical_or(list_[1:] != list_[:-1], slot[1:] != slot[:-1] + 1, out=is_last[:-1])
+    end = is_last.nonzero().squeeze(-1)
+    size = end.diff(prepend=end.new_full((1,), -1)) + 1
+    return (
+        torch.cat([list_, list_[end]]),
+        torch.cat([slot, slot[end] + 1]),
+        torch.cat([torch.zeros_like(slot), size]),
+    )
 
-    @classmethod
-    def of(cls, ordered: Tensor) -> _Ties | None:
-        """The ties of lists ``[n, N]``; None where there are none."""
-        list_, slot = (ordered[:, 1:] == ordered[:, :-1]).nonzero(as_tuple=True)
-        if len(slot) == 0:
-            return None
-        # These slots hold the same as the next one: each run of them is a group without its last slot.
-        is_last = torch.ones_like(slot, dtype=torch.bool)
-        torch.logical_or(list_[1:] != list_[:-1], slot[1:] != slot[:-1] + 1, out=is_last[:-1])
-        end = is_last.nonzero().squeeze(-1)
-        size = end.diff(prepend=end.new_full((1,), -1)) + 1
-        return cls(
-            torch.cat([list_, list_[end]]),
-            torch.cat([slot, slot[end] + 1]),
-            torch.cat([torch.zeros_like(slot), size]),
-        )
 
-    def share(self, mu: Tensor) -> Tensor:
-        """μ by slot, ``[n, N]``, every group's being that of its last slot."""
-        is_last = self.size > 0
-        groups = self.size[is_last]
-        last = self.slot[is_last].repeat_interleave(groups - 1)
-        mu = mu.clone(memory_format=torch.contiguous_format)
-        mu[self.list[~is_last], self.slot[~is_last]] = mu[self.list[~is_last], last]
-        return mu
+def _shared_by_ties(mu: Tensor, ties: _Ties) -> Tensor:
+    """μ by slot, ``[n, N]``, every group's being that of its last slot."""
+    list_, slot, size = ties
+    is_last = size > 0
+    last = slot[is_last].repeat_interleave(size[is_last] - 1)
+    mu = mu.clone(memory_format=torch.contiguous_format)
+    mu[list_[~is_last], slot[~is_last]] = mu[list_[~is_last], last]
+    return mu
 
 
 def _group_sizes(ordered: Tensor) -> Tensor:
