@@ -400,7 +400,7 @@ def group_bounds(sorted_values: Tensor) -> tuple[Tensor, Tensor]:
     return first, last
 
 
-# The slots of sorted lists that hold tied items; a list of float32 cosines has few, by accident. Of every such
+# The slots of sorted lists that hold tied items; a list of float32 cosines has few, by accident. Of each such
 # slot, ``[slots]``: its list, its place there, and how many items are tied: at the last of a group, else 0.
 _Ties: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
