@@ -166,7 +166,8 @@ def _walk(
     betas = _ranking_weights(matrices, weights, options)
     count = len(matrices)
     step = count if at_once else 1
-    first_equal = [_first_equal(references[k : k + step]) for k in range(0, count, step)]
+    first_equal = [_equal_items(references[k : k + step]) for k in range(0, count, step)]
+    places = [_places(term, matrices[:step]) for term in terms]  # in every block alike
     for rows in slices(batch.anchors, plan.chunk_size):
         cosines = products.take(rows)
         ranked_by = cosines if teacher is None else teacher.take(rows)
@@ -189,12 +190,11 @@ def _walk(
             size = len(block.cosines)
             whole = replace(plan, ranked_size=size, slice_size=size) if at_once else plan
             found = evaluate(block, options, whole, with_gradient=with_gradient)
-            for term in terms:
-                places = _places(term, matrices[mine])
-                shares = 0.5, options.directions[k % 2]
+            shares = 0.5, options.directions[k % 2]
+            for term, place in zip(terms, places, strict=True):
                 for value, part, share in zip(_of_term(term, values), found[:2], shares, strict=True):
                     if value is not None and part is not None:
-                        part = part.unflatten(0, (step, -1))[places]
+                        part = part.unflatten(0, (step, -1))[place]
                         torch.mul(part, share, out=value[k : k + len(part), rows])
             products.give(mine, rows, cosines[mine], found.gradient)
             del found  # before the other matrices have a gradient
@@ -224,7 +224,7 @@ def _places(term: Term, matrices: Sequence[Matrix]) -> slice:
     return slice(first, last + 1, max(last - first, 1))
 
 
-def _first_equal(references: Sequence[Matrix]) -> Tensor | None:
+def _equal_items(references: Sequence[Matrix]) -> Tensor | None:
     """The first equal items of one reference, ``[N]``, or of the two halves of several, ``[2, N]``."""
     found = [reference.first_equal for reference in references[:: max(len(references) - 1, 1)]]
     known = next((x for x in found if x is not None), None)
