@@ -129,14 +129,14 @@ class Workshop:
             say(console, f"{outdated} records are of other data or arguments: these are made again", "yellow")
         expected = (trainer.TrainingError, OSError)
         queue = run_all(todo, self.make, jobs=self.machine.jobs, console=console, expected=expected)
-        failed = asyncio.run(queue)
+        failed, there = asyncio.run(queue), self.find(runs)
         for said, missing in (
             ("Failed", list(failed)),
-            ("Left to another process", [run for run in todo if run not in failed and not self.find([run])]),
+            ("Left to another process", [run for run in todo if run not in failed and run not in there]),
         ):
             if missing:
                 say(console, f"{said}: {', '.join(run.name for run in missing)}", "bold red")
-        return len(self.find(runs)) == len(runs)
+        return len(there) == len(runs)
 
     async def make(self, run: Run, report: Report) -> None:
         """Train and measure a model, and store its record, unless another process is doing so or has done it.

@@ -73,13 +73,12 @@ def _run(args: argparse.Namespace, study: Study, console: Console) -> int:
             workshop = dataclasses.replace(workshop, teacher=teacher_folder(study.teacher))
             done = prepare_teacher(study, workshop, console)
         find = workshop.find
-        while done and (due := progress(study, find).due):
-            done = workshop.do(f"{study.title}: a round on the validation side", due, console)
+        while done and (now := progress(study, find)).due:
+            done = workshop.do(f"{study.title}: a round on the validation side", now.due, console)
         if done:
-            winners = progress(study, find).winners
-            declare(study, winners, args.results, record=True)
+            declare(study, now.winners, args.results, record=True)
             title = f"{study.title}: confirmation on the test side"
-            done = workshop.do(title, needed(study, winners), console)
+            done = workshop.do(title, needed(study, now.winners), console)
     console.rule("Report")
     command = f"python examples/miniature/study.py {study.name} --preset {study.size}"
     say(console, str(report.write(study, args.report, find=find, command=command)))
