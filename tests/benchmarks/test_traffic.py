@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,18 @@ def test_counts_do_not_grow(size: tuple[int, int], tmp_path: Path) -> None:
         assert sum(counted["launches_by_kind"].values()) == counted["launches"]
         # Once over the rows, and twice over the features of each modality.
         assert counted["launches_by_kind"].get("kernel", 0) == (5 if name.startswith("triton") else 0)
+
+
+def test_it_says_why_the_kernels_cannot_be_counted() -> None:
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "traffic.py", "--rows", "8", "--items", "8"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "cannot be counted here: TRITON_INTERPRET=1 takes CPU tensors" in done.stderr
 
 
 def test_operations_move_what_they_read_and_write() -> None:
