@@ -222,12 +222,11 @@ def with_library(rows: int, items: int, **options: Any) -> Callable[..., Tensor]
     return lambda v, t, everyone_v, everyone_t, s: loss(v, t, s, gathered=(everyone_v, everyone_t))
 
 
-def measure(rows: int, items: int, dim: int, bins: int | None = None) -> dict[str, Any]:
+def measure(rows: int, items: int, dim: int, bins: int) -> dict[str, Any]:
     """Counts of every implementation, by its name."""
     found: dict[str, Any] = {"rows": rows, "items": items, "dim": dim}
-    options = {} if bins is None else {"bins": bins}
     for kernel, method in itertools.product(("torch", "triton"), ("sort", "bin")):
-        call = with_library(rows, items, method=method, kernel=kernel, **options)
+        call = with_library(rows, items, method=method, kernel=kernel, bins=bins)
         found[f"{kernel}-{method}"] = count(call, features(rows, items, dim), rows, items)
     return found
 
@@ -250,12 +249,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=1024, help="of one process (default: %(default)s)")
     parser.add_argument("--items", type=int, default=8192, help="pairs of the batch (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=512, help="default: %(default)s")
-    parser.add_argument("--bins", type=int, help="of method bin (default: the library's)")
+    bins = rankloss.RankOptions().bins
+    parser.add_argument("--bins", type=int, default=bins, help="of method bin (default: %(default)s)")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON there, or print it")
     args = parser.parse_args(argv)
     if args.rows < 1 or args.items < 2 or args.items % args.rows:
         parser.error(f"--items must be a multiple of --rows; got {args.items} and {args.rows}")
-    options = rankloss.RankOptions() if args.bins is None else rankloss.RankOptions(bins=args.bins)
+    options = rankloss.RankOptions(method="bin", bins=args.bins)
     reason = kernels.why_not(options, _CUDA, torch.float32, args.rows, args.items)
     if reason is not None:
         parser.error(f"the kernels cannot be counted here: {reason}")
