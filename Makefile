@@ -14,7 +14,7 @@ LIGHTNING_VERSIONS ?= 2.4.0 2.6.6
 # The lower bounds of pyproject.toml's dependencies, which a test compares with these.
 LOWEST := torch==2.6.0 numpy==1.24.0
 
-.PHONY: demo miniature miniature-full miniature-search miniature-question miniature-teacher test test-slow test-matrix test-main test-run-clip test-gpu fuzz \
+.PHONY: demo miniature miniature-full miniature-search miniature-question miniature-teacher miniature-all test test-slow test-matrix test-main test-run-clip test-gpu fuzz \
 	lint typecheck bench bench-gpu docs links pictures notebooks release-check clean
 
 $(VENV)/.base:
@@ -64,6 +64,9 @@ miniature-question: $(VENV)/.examples
 ## eight arms, 72 to confirm; resumable (about 14 core-hours: 110,000 steps of 0.3 to 0.4 s, 4,480 of the teacher's).
 miniature-teacher: $(VENV)/.examples
 	$(BIN)/python examples/miniature/study.py teacher --preset full --output $(MINIATURE_OUTPUT) $(TEACHER_ARGS)
+
+## Everything that docs/evidence.md rests on; it resumes whatever is unfinished, and only reports what is finished.
+miniature-all: miniature-question miniature-teacher miniature-full miniature-search
 
 # One worker per core, and one thread in each: most tests compute too little to share.
 ON_ALL_CORES := OMP_NUM_THREADS=1

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "tools/pictures"
-NAMES = {"agreement", "cost", "method", "scaling", "schedules"}
+NAMES = {"agreement", "cost", "effect", "evidence", "method", "scaling", "schedules"}
 
 
 def draw(output: Path) -> dict[str, bytes]:
@@ -41,7 +41,7 @@ def test_every_picture_is_committed_in_both_themes_and_shown_in_a_document() -> 
     assert {file for file in files if f"assets/{file}" in text} == files
 
 
-def test_figures_of_the_pictures_are_the_tables() -> None:
+def test_figures_of_time_and_memory_are_the_tables() -> None:
     script = (
         f"import sys, json, dataclasses; sys.path.insert(0, {str(TOOLS)!r}); import cost; "
         "print(json.dumps(dataclasses.asdict(cost.measured())))"
@@ -61,3 +61,24 @@ def test_figures_of_the_pictures_are_the_tables() -> None:
             for n, value in shown.items():
                 number = re.split(r"[* (]", cells[n])[0]
                 assert float(number.replace(",", "")) == value
+
+
+def test_comparisons_of_the_forest_plot_are_the_reports() -> None:
+    """A row of the table in docs/evidence.md has its numbers from the report that it links to."""
+    script = (
+        f"import sys, json, dataclasses; sys.path.insert(0, {str(TOOLS)!r}); import forest; "
+        "print(json.dumps([dataclasses.asdict(row) for row in forest.comparisons()]))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    rows = json.loads(result.stdout)
+    document = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+    table = document.partition("<!-- comparisons -->\n")[2].partition("<!-- /comparisons -->")[0]
+    lines = table.strip().splitlines()[2:]
+    assert len(rows) == len(lines) > 0
+    for row, line in zip(rows, lines, strict=True):
+        report = (ROOT / "docs" / re.findall(r"\]\(([^)]+)\)", line)[0]).read_text(encoding="utf-8")
+        assert report.startswith(f"# {row['study']}\n")
+        difference = line.split(" | ")[3]
+        there = [one for one in report.splitlines() if row["score"] in one and difference in one]
+        assert there, line
+        assert any(f" {row['seeds']} |" in one or f"({row['seeds']})" in one for one in there), line

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import agreement
 import cost
+import forest
 import method
 import schedules
 import style
@@ -17,6 +18,8 @@ PICTURES = {
     "cost": cost.draw_bars,
     "scaling": cost.draw_scaling,
     "agreement": agreement.draw,
+    "evidence": forest.draw,
+    "effect": forest.draw_first,
 }
 
 

@@ -115,9 +115,8 @@ def _pictures(study: Study, rounds: Sequence[Sequence[Step]], found: Outcome | N
     for number, steps in enumerate(rounds, start=1):
         kept = [trial for step in steps for trial in step.kept]
         rows = {s.trial.name: s for step in steps for s in step.standings if s.differences}
-        if rows:
-            shown = {name: (s.differences[OBJECTIVE], s.trial in kept) for name, s in rows.items()}
-            panels[f"Round {number}: {len(rows)} settings"] = shown
+        shown = {name: (s.differences[OBJECTIVE], s.trial in kept) for name, s in rows.items()}
+        panels[f"Round {number}: {len(rows)} settings"] = shown
     drawn = {
         f"{study.name}-rounds": draw(
             panels,
@@ -128,8 +127,10 @@ def _pictures(study: Study, rounds: Sequence[Sequence[Step]], found: Outcome | N
     if found:
         pairs = {**found.tests, **{pair: d for (pair, s), d in found.others.items() if s == study.score}}
         rows = {f"{_less(pair)} (n = {d.n})": (d, d.established) for pair, d in pairs.items()}
-        alt, label = "Every comparison's mean difference with its interval.", "points, test side"
-        drawn[study.name] = draw({"": rows}, alt, f"difference in {study.score} ({label})")
+        shares = [measure.name for measure in found.measures if measure.percent and len(found.tests) == 1]
+        beside = {name: (d, d.established) for (_, name), d in found.others.items() if name in shares}
+        panels = {f"{study.score}, test side": rows, "What is secondary": beside}
+        drawn[study.name] = draw(panels, "Every comparison with its interval.", "difference in points")
     return {name: picture for name, picture in drawn.items() if picture}
 
 
@@ -197,7 +198,8 @@ def _secondary(found: Outcome) -> str:
 
 
 def draw(panels: Mapping[str, Panel], alt: str, label: str) -> Picture | None:
-    """Draw panels by their titles, with a label of the axis; None where no panel has a row."""
+    """Draw panels by their titles, with a label of the axis, but for empty ones; None without any."""
+    panels = {title: panel for title, panel in panels.items() if panel}
     sizes = [max(len(panel), 2) for panel in panels.values()]
 
     def figure_of() -> Figure:
@@ -219,7 +221,7 @@ def draw(panels: Mapping[str, Panel], alt: str, label: str) -> Picture | None:
         axes[-1].set_xlabel(label)
         return figure
 
-    return picture(alt, figure_of) if any(panels.values()) else None
+    return picture(alt, figure_of) if panels else None
 
 
 def _lines(name: str) -> str:
