@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,16 @@ def draw(output: Path) -> dict[str, bytes]:
     command = [sys.executable, "-W", "error", str(TOOLS), "--output", str(output)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     return {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+def data_of(module: str, expression: str) -> Any:
+    """What a module of the tool draws from; in a process of its own, where its neighbours can be imported."""
+    script = (
+        f"import sys, json, dataclasses; sys.path.insert(0, {str(TOOLS)!r}); import {module}; "
+        f"print(json.dumps({expression}))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
 
 
 def test_pictures_are_the_same_every_time_and_fit_a_page(tmp_path: Path) -> None:
@@ -42,12 +53,7 @@ def test_every_picture_is_committed_in_both_themes_and_shown_in_a_document() -> 
 
 
 def test_figures_of_time_and_memory_are_the_tables() -> None:
-    script = (
-        f"import sys, json, dataclasses; sys.path.insert(0, {str(TOOLS)!r}); import cost; "
-        "print(json.dumps(dataclasses.asdict(cost.measured())))"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    measured = json.loads(result.stdout)
+    measured = data_of("cost", "dataclasses.asdict(cost.measured())")
     document = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     assert f"<!-- bench:scaling -->\n{measured['conditions']}\n" in document
     time, memory = document.split("**Added memory, MiB**")
@@ -65,12 +71,7 @@ def test_figures_of_time_and_memory_are_the_tables() -> None:
 
 def test_comparisons_of_the_forest_plot_are_the_reports() -> None:
     """A row of the table in docs/evidence.md has its numbers from the report that it links to."""
-    script = (
-        f"import sys, json, dataclasses; sys.path.insert(0, {str(TOOLS)!r}); import forest; "
-        "print(json.dumps([dataclasses.asdict(row) for row in forest.comparisons()]))"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    rows = json.loads(result.stdout)
+    rows = data_of("forest", "[dataclasses.asdict(row) for row in forest.comparisons()]")
     document = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
     table = document.partition("<!-- comparisons -->\n")[2].partition("<!-- /comparisons -->")[0]
     lines = table.strip().splitlines()[2:]
