@@ -57,3 +57,15 @@ def test_readme_says_the_demos_minutes_once_and_is_short() -> None:
     assert "about 5 minutes on 2 cores, set-up included" in " ".join(README.split())
     assert len(README.split()) < 800
     assert "$$" not in README  # the page of a package registry does not draw TeX
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/evidence.md"])
+def test_answer_to_the_question_is_the_reports(path: str) -> None:
+    text = " ".join((ROOT / path).read_text(encoding="utf-8").split())
+    report = (ROOT / "examples/miniature/report/question.md").read_text(encoding="utf-8")
+    low, high, seeds = re.findall(r"interval \+([\d.]+) to \+([\d.]+), (\d+) seeds\), paired", report)[0]
+    clip, ours = (re.findall(rf"^\| `{name}` .*", report, re.M)[0] for name in ("clip", "rankclip-recipe"))
+    before, after = (line.split("|")[3].split(" ±")[0].strip() for line in (clip, ours))
+    assert f"from {before} to {after}" in text
+    assert f"{low} to {high}" in text
+    assert f"{seeds} pairs of seeds" in text
