@@ -55,8 +55,8 @@ miniature-full: $(VENV)/.examples
 miniature-search: $(VENV)/.examples
 	$(BIN)/python examples/miniature/study.py search --preset full --output $(MINIATURE_OUTPUT) $(SEARCH_ARGS)
 
-## Does RankCLIP help? 38 trainings with fresh seeds, as examples/miniature/preregistration.md says; resumable (about
-## 4 core-hours: 1,120 steps of 0.29 s, then half a minute to measure).
+## Does RankCLIP help? 38 trainings with fresh seeds, as examples/miniature/preregistration.md says; resumable (5
+## core-hours on an idle machine: 1,120 steps of 0.3 to 0.4 s, then half a minute to measure).
 miniature-question: $(VENV)/.examples
 	$(BIN)/python examples/miniature/study.py question --preset full --output $(MINIATURE_OUTPUT) $(QUESTION_ARGS)
 

@@ -85,7 +85,7 @@ def _facts(
     ]
     if study.teacher:
         names = sorted({record["teacher"] for record in records.values() if record.get("teacher")})
-        facts.append(["teachers", ", ".join(f"weights {name}" for name in names) or "none yet"])
+        facts.append(["teachers' weights", ", ".join(names) or "named by records of the confirmation"])
         for record in find([study.teacher]).values():
             own = ", ".join(f"{name} {score(record):.2f}" for name, score in SCORES.items())
             facts.append(["the teacher itself", own])
