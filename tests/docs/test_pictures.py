@@ -77,9 +77,9 @@ def test_comparisons_of_the_forest_plot_are_the_reports() -> None:
     lines = table.strip().splitlines()[2:]
     assert len(rows) == len(lines) > 0
     for row, line in zip(rows, lines, strict=True):
-        report = (ROOT / "docs" / re.findall(r"\]\(([^)]+)\)", line)[0]).read_text(encoding="utf-8")
+        report = (ROOT / "docs" / row["report"]).read_text(encoding="utf-8")
         assert report.startswith(f"# {row['study']}\n")
-        difference = line.split(" | ")[3]
+        difference = f"{row['mean']:+.2f} ± {row['half_width']:.2f}".replace("-", "−")
         there = [one for one in report.splitlines() if row["score"] in one and difference in one]
         assert there, line
         assert any(f" {row['seeds']} |" in one or f"({row['seeds']})" in one for one in there), line

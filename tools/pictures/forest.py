@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from style import NARROW, SMALL, WIDTH, Colors
 
 DOCUMENT = Path(__file__).parents[2] / "docs/evidence.md"
+_LINK = re.compile(r"\[(.+)\]\((.+)\)")
 _NUMBERS = re.compile(r"([+−]?[\d.]+) ± ([\d.]+)")
 
 
@@ -18,6 +19,7 @@ class Compared:
     """A row of the table: a mean paired difference in points, and half of its 95 % interval."""
 
     study: str
+    report: str  # the study's, seen from the document
     name: str
     score: str
     mean: float
@@ -30,7 +32,7 @@ def comparisons(document: Path = DOCUMENT) -> list[Compared]:
     """Return the table's rows.
 
     Raises:
-        ValueError: If a row has no difference with an interval.
+        ValueError: If a row has no link to a report, or no difference with an interval.
     """
     (section,) = re.findall(
         r"<!-- comparisons -->\n(.*?)<!-- /comparisons -->", document.read_text(encoding="utf-8"), re.DOTALL
@@ -38,12 +40,12 @@ def comparisons(document: Path = DOCUMENT) -> list[Compared]:
     found = []
     for line in re.findall(r"^\|.*\|$", section, re.M)[2:]:
         study, name, score, difference, seeds, role = (cell.strip() for cell in line.strip("|").split("|"))
-        numbers = _NUMBERS.fullmatch(difference)
-        if numbers is None:
-            raise ValueError(f"{document}: {difference!r} is no difference with an interval")
+        link, numbers = _LINK.fullmatch(study), _NUMBERS.fullmatch(difference)
+        if link is None or numbers is None:
+            raise ValueError(f"{document}: no [study](report), or no difference ± half an interval: {line}")
         mean, half_width = (float(number.replace("−", "-")) for number in numbers.groups())
-        plain = re.sub(r"\[([^]]+)\]\([^)]*\)|`([^`]+)`", r"\1\2", f"{study}|{name}").split("|")
-        found.append(Compared(*plain, score, mean, half_width, int(seeds), role == "test"))
+        name = name.replace("`", "")
+        found.append(Compared(*link.groups(), name, score, mean, half_width, int(seeds), role == "test"))
     return found
 
 
