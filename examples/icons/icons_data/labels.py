@@ -37,8 +37,7 @@ def class_name(category: str) -> str:
         >>> class_name("FoodDrink"), class_name("Account / User"), class_name("Animals & Nature")
         ('food drink', 'account and user', 'animals and nature')
     """
-    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", category)
-    text = re.sub(r"\s*[/&+]\s*", " and ", text)
+    text = re.sub(r"\s*[/&+]\s*", " and ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", category))
     return " ".join(text.replace("-", " ").lower().split())
 
 

@@ -194,8 +194,7 @@ def plan(
     """
     seeds = range(preset.seeds) if seeds is None else seeds
     wanted = [s for seed in seeds for exhibit in exhibits for s in settings_of(preset, exhibit, [seed])]
-    base = settings_of(preset, "table1", seeds)
-    return list(dict.fromkeys([*(s for s in base if s in wanted), *wanted]))
+    return list(dict.fromkeys([*(s for s in settings_of(preset, "table1", seeds) if s in wanted), *wanted]))
 
 
 def is_shown(setting: Setting) -> bool:

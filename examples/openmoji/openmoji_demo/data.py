@@ -212,8 +212,7 @@ def line_art(svg: str) -> str:
 def rasterise(svg: str) -> Image.Image:
     """Draw an SVG on white."""
     options = {"width": IMAGE_SIZE, "height": IMAGE_SIZE, "background": "white", "skip_system_fonts": True}
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, **options))
-    return Image.open(io.BytesIO(png)).convert("RGB")
+    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, **options)))).convert("RGB")
 
 
 def read_table(path: Path) -> pd.DataFrame:
