@@ -77,6 +77,7 @@ def study_record(one, *, effects=None, noise=0.1, lost=(), salt=""):
     diverged = one.trial in lost
     return {
         "setting": dataclasses.asdict(one),
+        "teacher": "B" if one.seed > 2005 else "A" if one.whole else None,
         "metrics": {} if diverged else metrics,
         "items": dict.fromkeys(metrics, 100),
         "chance": {},

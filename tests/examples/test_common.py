@@ -201,8 +201,7 @@ def test_the_examples_use_public_names_only():
     for module, _, name in (name.rpartition(".") for name in ours - {"rankloss"}):
         owner = importlib.import_module(module)
         modules = {found.name for found in pkgutil.iter_modules(getattr(owner, "__path__", ()))}
-        public = {*getattr(owner, "__all__", vars(owner)), *modules}
-        assert name in public, (module, name)
+        assert name in {*getattr(owner, "__all__", vars(owner)), *modules}, (module, name)
         assert not any(part.startswith("_") for part in (*module.split("."), name)), (module, name)
 
 

@@ -180,8 +180,7 @@ def test_the_figures_of_a_whole_report_are_small(monkeypatch):
     assert set(drawn) == {"figure3", "figure4", "figure6", "figure7"}
     # The files, and both versions once more in the page, in base64.
     files = sum(len(p.light) for p in drawn.values())
-    embedded = sum(len(p.light) + len(p.dark) for p in drawn.values()) * 4 / 3
-    assert files + embedded < LIMIT
+    assert files + sum(len(p.light) + len(p.dark) for p in drawn.values()) * 4 / 3 < LIMIT
 
 
 def test_dark_figures_are_dark_and_the_alternative_texts_hold_the_numbers(drawn):

@@ -161,8 +161,7 @@ def test_the_trainer_takes_every_try(one, trial, tmp_path, monkeypatch):
 
 
 def test_the_recipe_is_plain_rankclip_as_the_grid_trains_it():
-    preset = grid.PRESETS["full"]
-    plain = grid.Setting("rankclip", "resnet", preset.pairs, 1.0, 1.0, 3, "full")
+    plain = grid.Setting("rankclip", "resnet", grid.PRESETS["full"].pairs, 1.0, 1.0, 3, "full")
     assert vars(parsed(SEARCH.attempt(RECIPE, FOUR_EPOCHS, 3, TEST))) == vars(parsed(plain))
     clip = dataclasses.replace(plain, loss="clip", lambda_cross=0.0, lambda_in=0.0)
     assert SEARCH.reference(RECIPE, FOUR_EPOCHS, 3, TEST).job() == clip.job()

@@ -79,6 +79,8 @@ def test_the_teachers_report_names_what_is_established(tmp_path):
     assert "**Above `distillation`, the trainer's own: `top-ranks`.**" in text
     assert f"`{strong}` (chosen)" in text
     assert "Agreement with the teacher, in-modal (τ)" in text
+    for name, seeds in (("A", "2000, 2001, 2002, 2003, 2004, 2005"), ("B", "2006, 2007")):
+        assert re.search(rf"\| taught by weights {name} +\| seeds {seeds} +\|", text)
     for name in ("teacher.png", "teacher-rounds.png"):
         assert (tmp_path / "figures" / name).stat().st_size > 1000
     assert "**No arm is confirmed" in page(tmp_path, TEACHER, study_records(noise=1.0))

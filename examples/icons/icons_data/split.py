@@ -55,8 +55,7 @@ def split(icons: Sequence[Icon], thumbnails: np.ndarray, *, seed: int = 0) -> Sp
 
     ``thumbnails`` are averaged pictures, ``uint8 [N, 16, 16, 3]``.
     """
-    ink = (thumbnails < 250).any(axis=-1).mean(axis=(1, 2))
-    drawn = ink >= _BLANK
+    drawn = (thumbnails < 250).any(axis=-1).mean(axis=(1, 2)) >= _BLANK
     pairs = alike_pairs(thumbnails)
     groups = DisjointSet()
     for icon in icons:

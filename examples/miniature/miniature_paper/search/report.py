@@ -84,8 +84,10 @@ def _facts(
         ["trainings", f"{len(records)}, {hours:.1f} hours summed over them"],
     ]
     if study.teacher:
-        names = sorted({record["teacher"] for record in records.values() if record.get("teacher")})
-        facts.append(["teachers' weights", ", ".join(names) or "named by records of the confirmation"])
+        taught = [(record["teacher"], one.seed) for one, record in records.items() if record.get("teacher")]
+        for name in sorted({name for name, _ in taught}):
+            seeds = sorted({seed for of, seed in taught if of == name})
+            facts.append([f"taught by weights {name}", f"seeds {', '.join(map(str, seeds))}"])
         for record in find([study.teacher]).values():
             own = ", ".join(f"{name} {score(record):.2f}" for name, score in SCORES.items())
             facts.append(["the teacher itself", own])
