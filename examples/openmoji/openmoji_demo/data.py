@@ -212,7 +212,8 @@ def line_art(svg: str) -> str:
 def rasterise(svg: str) -> Image.Image:
     """Draw an SVG on white."""
     options = {"width": IMAGE_SIZE, "height": IMAGE_SIZE, "background": "white", "skip_system_fonts": True}
-    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, **options)))).convert("RGB")
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, **options))
+    return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 def read_table(path: Path) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from statistics import median
 
@@ -84,10 +84,9 @@ def _facts(
         ["trainings", f"{len(records)}, {hours:.1f} hours summed over them"],
     ]
     if study.teacher:
-        taught = [(record["teacher"], one.seed) for one, record in records.items() if record.get("teacher")]
-        for name in sorted({name for name, _ in taught}):
-            seeds = sorted({seed for of, seed in taught if of == name})
-            facts.append([f"taught by weights {name}", f"seeds {', '.join(map(str, seeds))}"])
+        taught = {(record["teacher"], one.seed) for one, record in records.items() if record.get("teacher")}
+        for name, pairs in groupby(sorted(taught), key=lambda pair: pair[0]):
+            facts.append([f"taught by weights {name}", f"seeds {', '.join(str(seed) for _, seed in pairs)}"])
         for record in find([study.teacher]).values():
             own = ", ".join(f"{name} {score(record):.2f}" for name, score in SCORES.items())
             facts.append(["the teacher itself", own])
