@@ -83,3 +83,16 @@ def test_comparisons_of_the_forest_plot_are_the_reports() -> None:
         there = [one for one in report.splitlines() if row["score"] in one and difference in one]
         assert there, line
         assert any(f" {row['seeds']} |" in one or f"({row['seeds']})" in one for one in there), line
+
+
+def test_comparisons_of_one_study_share_a_scale_that_holds_them_all() -> None:
+    rows = (("a", "CLIP", 5.0), ("b", "CLIP", 4.0), ("a", "distillation", -2.0))
+    made = ", ".join(
+        f"forest.Compared('study', 'report', '{name}', '{other}', 'R@10', {mean}, 0.5, 8, True)"
+        for name, other, mean in rows
+    )
+    drawn = f"forest._draw([{made}], __import__('style').THEMES['light'], 6.4)"
+    panels = data_of("forest", f"[(*a.dataLim.intervalx, *a.get_xlim()) for a in {drawn}.axes]")
+    assert [panel[:2] for panel in panels] == [[0, 5.5], [-2.5, 0]]
+    assert panels[0][2:] == panels[1][2:]
+    assert all(left <= low and high <= right for low, high, left, right in panels)

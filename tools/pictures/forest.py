@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from style import NARROW, SMALL, WIDTH, Colors
 
@@ -21,6 +22,7 @@ class Compared:
     study: str
     report: str  # the study's, seen from the document
     name: str
+    other: str  # what it is compared with
     score: str
     mean: float
     half_width: float
@@ -44,8 +46,11 @@ def comparisons(document: Path = DOCUMENT) -> list[Compared]:
         if link is None or numbers is None:
             raise ValueError(f"{document}: no [study](report), or no difference ± half an interval: {line}")
         mean, half_width = (float(number.replace("−", "-")) for number in numbers.groups())
-        name = name.replace("`", "")
-        found.append(Compared(*link.groups(), name, score, mean, half_width, int(seeds), role == "test"))
+        name, _, other = name.replace("`", "").partition(" less ")
+        other = other.removeprefix("plain ")
+        found.append(
+            Compared(*link.groups(), name, other, score, mean, half_width, int(seeds), role == "test")
+        )
     return found
 
 
@@ -61,30 +66,39 @@ def draw_first(colors: Colors) -> Figure:
 
 
 def _draw(rows: list[Compared], colors: Colors, width: float) -> Figure:
-    """One row per comparison; the tests that count are filled and coloured."""
-    studies: dict[str, list[Compared]] = {}
+    """A panel for every study and what it compares with; those of one study have one scale."""
+    grouped: dict[tuple[str, str], list[Compared]] = {}
     for row in rows:
-        studies.setdefault(row.study, []).append(row)
-    sizes = [len(of) for of in studies.values()]
-    figure = Figure(figsize=(width, 0.7 + 0.25 * sum(sizes) + 0.45 * len(sizes)), layout="constrained")
-    panels = figure.subplots(len(studies), 1, sharex=True, squeeze=False, height_ratios=sizes)[:, 0]
-    for axes, (study, of) in zip(panels, studies.items(), strict=True):
-        for y, row in enumerate(of):
-            color = colors.ours if row.tested else colors.other
-            looks = {"color": color, "mfc": color if row.tested else "none"}
-            axes.errorbar(row.mean, y, xerr=row.half_width, fmt="o", ms=5, lw=1.6, **looks)
-        # What all rows of a study share stands in its title.
-        named = [(row.name.replace(" less plain ", " − ").replace(" less ", " − "), row.score) for row in of]
-        common = [words[0] for words in zip(*named, strict=True) if len(set(words)) == 1]
-        labels = [", ".join(word for word in words if word not in common) for words in named]
-        axes.set_title(f"{study} ({', '.join(common)})" if common else study, loc="right", fontsize=SMALL)
+        grouped.setdefault((row.study, row.other), []).append(row)
+    sizes = [len(of) for of in grouped.values()]
+    figure = Figure(figsize=(width, 0.5 + 0.25 * sum(sizes) + 0.6 * len(sizes)), layout="constrained")
+    places = figure.add_gridspec(len(sizes), 1, height_ratios=sizes)
+    first_of: dict[str, Axes] = {}
+    for place, ((study, other), of) in zip(places, grouped.items(), strict=True):
+        axes = figure.add_subplot(place, sharex=first_of.get(study))
+        first_of.setdefault(study, axes)
+        _fill(axes, of, colors)
+        # What all rows share stands in the title.
+        named = [(row.name, row.score) for row in of]
+        name, score = (words[0] if len(set(words)) == 1 else "" for words in zip(*named, strict=True))
+        labels = [", ".join(word for word in words if word not in (name, score)) for words in named]
         counted = [f"{label} ({row.seeds})" for label, row in zip(labels, of, strict=True)]
         axes.set_yticks(range(len(of)), counted, fontsize=SMALL)
-        axes.set_ylim(len(of) - 0.5, -0.5)
-        axes.axvline(0, color=colors.text, lw=1, ls="--")
-        axes.grid(axis="x")
-        axes.set_axisbelow(True)
+        shared = ", ".join(word for word in (f"{name or '…'} − {other}", score) if word)
+        axes.set_title(f"{study} ({shared})", loc="right", fontsize=SMALL)
     figure.supxlabel(
         "points, 95 % interval (seeds); filled: the tests that count", fontsize=SMALL, color=colors.text
     )
     return figure
+
+
+def _fill(axes: Axes, rows: list[Compared], colors: Colors) -> None:
+    """One line per comparison; the tests that count are filled and coloured."""
+    for y, row in enumerate(rows):
+        color = colors.ours if row.tested else colors.other
+        looks = {"color": color, "mfc": color if row.tested else "none"}
+        axes.errorbar(row.mean, y, xerr=row.half_width, fmt="o", ms=5, lw=1.6, **looks)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.axvline(0, color=colors.text, lw=1, ls="--")
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
