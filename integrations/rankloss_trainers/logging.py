@@ -35,8 +35,8 @@ class RankClipLog:
     All of it uses one gathering.
 
     Attributes:
-        agreement_every: Measure the batch's rank agreement at every so many optimizer steps, the first of an
-            epoch among them; None never does.
+        agreement_every: Measure the batch's rank agreement at every so many optimizer steps, counted from the
+            start of an epoch, or of the run where the trainer announces each step; None never does.
         charts: Draws the rankings of the batch that is measured, when a chart is due.
     """
 

@@ -161,7 +161,7 @@ def evaluate_rows(
     opposite: bool = False,
     first_equal: Tensor | None = None,
     method: Literal["sort", "bin"] = "sort",
-    bins: int = 2048,
+    bins: int = 640,
     top_k: int | None = None,
     discount: Literal["log"] | None = None,
     diagonal: bool = True,

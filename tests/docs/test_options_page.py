@@ -1,4 +1,4 @@
-"""The site's table of options says what the options take."""
+"""The table in docs/options.md says what the options take."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ import pytest
 
 from rankloss.options import RankOptions, choices_of
 
-SPEC = importlib.util.spec_from_file_location("hooks", Path(__file__).parents[2] / "tools/site/hooks.py")
+TOOL = Path(__file__).parents[2] / "tools/options_table.py"
+SPEC = importlib.util.spec_from_file_location("options_table", TOOL)
 assert SPEC is not None
 assert SPEC.loader is not None
-hooks = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(hooks)
+tool = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(tool)
 
 ROWS = dict(
     zip(
         (option.name for option in dataclasses.fields(RankOptions)),
-        hooks._rank_options().splitlines()[2:],
+        tool.table().splitlines()[2:],
         strict=True,
     )
 )
+
+
+def test_document_has_the_table() -> None:
+    (shown,) = tool.SECTION.findall(tool.DOCUMENT.read_text(encoding="utf-8"))
+    assert shown == tool.table(), "python tools/options_table.py writes it"
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -127,7 +127,7 @@ def own_loop(rank: int, world_size: int) -> list[float]:
     batches = [tuple(x.chunk(world_size)[rank] for x in batch) for batch in DataLoader(pairs(), 16)] * EPOCHS
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     names = {"model": model, "batches": batches, "optimizer": optimizer, "total_steps": len(batches)}
-    exec(block("An own loop, with DDP"), names)
+    exec(block("Your own loop, with DDP"), names)
     assert names["criterion"].schedule_value == 2
     return weights(model)
 

@@ -6,15 +6,12 @@ live at the root. Here such links lead to the repository's own site; a file that
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import posixpath
 import re
 import sys
 from pathlib import Path
 from typing import Any
-
-from rankloss.options import RankOptions, choices_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -46,7 +43,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
     markdown = _BADGES.sub("", markdown)
     markdown = _THEMED_PICTURE.sub(_themed_picture, markdown)
-    markdown = markdown.replace("<!-- rank-options -->", _rank_options())
 
     def resolve(match: re.Match[str]) -> str:
         opening, target, fragment, closing = match.groups()
@@ -74,19 +70,6 @@ def _themed_picture(match: re.Match[str]) -> str:
     return "\n".join(
         f"![{match['alt']}]({match[theme]}#gh-{theme}-mode-only){layout}" for theme in ("light", "dark")
     )
-
-
-def _rank_options() -> str:
-    """The table of all options of the rank terms."""
-    lines = ["| option | values | what it does |", "|---|---|---|"]
-    for option in dataclasses.fields(RankOptions):
-        none = f" ({option.metadata['none']})" if option.metadata["none"] else ""
-        values = [f"`{option.default!r}`{none}, the default"]
-        values += [f"`{choice!r}`" for choice in choices_of(option.name) if choice != option.default]
-        if not choices_of(option.name):
-            values.append("a positive number" if option.metadata["unit"] == "X" else "a whole number")
-        lines.append(f"| `{option.name}` | {'; '.join(values)} | {option.metadata['help']} |")
-    return "\n".join(lines)
 
 
 def _pages(config: Any) -> set[str]:
