@@ -20,9 +20,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from rankloss import kernels
@@ -37,9 +39,11 @@ __all__ = [
     "arithmetic_dtype",
     "check_device",
     "check_features",
+    "check_is_number",
     "check_is_tensor",
     "check_reference_features",
     "check_scale",
+    "dtype_of_numbers",
     "first_occurrence",
     "full_precision",
     "kind_of",
@@ -281,15 +285,18 @@ class Batch:
         return self._first_equal[names]
 
     def nan_unless_finite(self, weights: Tensor) -> Tensor:
-        """The weights if all features are finite, else NaN, which makes the loss NaN."""
+        """The weights if all features and their products are finite, else NaN, which makes the loss NaN."""
         return nan_unless_finite(weights, self.image, self.text, self.reference_image, self.reference_text)
 
 
 def nan_unless_finite(weights: Tensor, *features: Tensor | None) -> Tensor:
-    """The weights if all features are finite, else NaN, which makes the loss NaN."""
-    largest = (torch.linalg.vector_norm(x.detach(), math.inf) for x in features if x is not None)
+    """The weights if all features, and their products, are finite, else NaN, which makes the loss NaN."""
+    given = (x.detach() for x in features if x is not None)
+    # No row is longer than √D times the largest entry, and no product larger than the square of that.
+    lengths = (torch.linalg.vector_norm(x, math.inf) * math.sqrt(x.shape[1]) for x in given)
+    longest = functools.reduce(torch.maximum, lengths)
     # 0 · ∞ and 0 · NaN are NaN.
-    return torch.addcmul(weights, weights, functools.reduce(torch.maximum, largest), value=0)
+    return torch.addcmul(weights, weights, longest.square(), value=0)
 
 
 def anchors_and_items(term: Term, of: Inputs, are_local: bool) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
@@ -307,6 +314,11 @@ def arithmetic_dtype(*features: Tensor) -> torch.dtype:
     """Float32, or float64 if any of the features is that."""
     dtypes = (x.dtype for x in features)
     return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def dtype_of_numbers(device: torch.device) -> torch.dtype:
+    """What numbers beside features are kept in: float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: int = 2) -> None:
@@ -365,6 +377,12 @@ def check_is_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor; got {kind_of(value)}")
 
 
+def check_is_number(name: str, value: object) -> None:
+    """Raise a TypeError that names the argument unless it is a tensor or a number of Python's or NumPy's."""
+    if not isinstance(value, (Tensor, float, int, np.number)):
+        raise TypeError(f"{name} must be a float or a torch.Tensor; got {kind_of(value)}")
+
+
 def kind_of(value: object) -> str:
     """The type of a value, as an error message shows it."""
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
@@ -390,26 +408,26 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
 def may_look_at(x: Tensor) -> bool:
     """Whether Python may branch on a value.
 
-    On an accelerator this would synchronise every step; under torch.compile it would break the graph.
+    On an accelerator this would synchronise every step; under torch.compile it would break the graph; a fake
+    tensor has no value.
     """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
 def check_scale(logit_scale: Tensor | float, features: Tensor) -> None:
     """Raise an error unless the scale is one positive number; its value is looked at where that is free.
 
     Raises:
-        TypeError: for what is neither a number nor a tensor.
+        TypeError: as :func:`check_is_number`.
         ValueError: for all else.
     """
+    check_is_number("logit_scale", logit_scale)
     if isinstance(logit_scale, Tensor):
-        if logit_scale.numel() != 1:
+        if logit_scale.numel() != 1 or logit_scale.dim() > 2:  # more would not broadcast with features
             raise ValueError(f"logit_scale must be one number; got shape {tuple(logit_scale.shape)}")
         if logit_scale.is_meta and not features.is_meta:
             raise ValueError(f"logit_scale must be on {features.device}, as image_features; got meta")
         value = _value_of(logit_scale) if may_look_at(logit_scale) else None
-    elif isinstance(logit_scale, (str, bytes)) or not hasattr(logit_scale, "__float__"):
-        raise TypeError(f"logit_scale must be a number or a torch.Tensor; got {kind_of(logit_scale)}")
     else:
         value = None if torch.compiler.is_compiling() else float(logit_scale)
     if value is not None and value <= 0:
@@ -429,7 +447,7 @@ def _scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
     if isinstance(logit_scale, Tensor):
         return logit_scale.reshape(())
     # Filled in on the device: to copy a number to it would make the host wait.
-    return torch.full((), logit_scale, dtype=arithmetic_dtype(features), device=features.device)
+    return torch.full((), logit_scale, dtype=dtype_of_numbers(features.device), device=features.device)
 
 
 # --- equal rows -------------------------------------------------------------------------------------------

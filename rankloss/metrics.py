@@ -69,7 +69,7 @@ def spearman_rho(x: Tensor, y: Tensor) -> Tensor:
         0.8
     """
     _check_lists(x, y)
-    a, b = ((below + ties / 2).double() for below, ties in (_ranks(x), _ranks(y)))
+    a, b = (below.double() + ties.double() / 2 for below, ties in (_ranks(x), _ranks(y)))
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
     rho = (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
     return torch.where(_has_nan(x, y), math.nan, rho)
@@ -107,7 +107,7 @@ def rank_agreement(
         raise ValueError(f"max_anchors must be at least 1; got {max_anchors!r}")
     count = n if max_anchors is None else min(n, max_anchors)
     equal_v, equal_t = first_occurrence(v), first_occurrence(t)
-    anchors = torch.linspace(0, n - 1, count, device=v.device).round().long()
+    anchors = torch.linspace(0, n - 1, count, dtype=v.dtype, device=v.device).round().long()
     measures = {"tau": kendall_tau, "rho": spearman_rho}
     values: dict[str, list[Tensor]] = {
         f"{term}_{m}": [] for term in ("cross_modal", "in_modal") for m in measures

@@ -206,7 +206,12 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-    call, sums = _Call(*ctx.saved_tensors[:_N_TENSORS], *ctx.settings), ctx.saved_tensors[_N_TENSORS:]
+    saved = ctx.saved_tensors  # once: each look unpacks them, for hooks and checkpoints to see
+    call, sums = _Call(*saved[:_N_TENSORS], *ctx.settings), saved[_N_TENSORS:]
+    needed = ctx.needs_input_grad[: len(Inputs._fields)]
+    if any(n and not w for n, w in zip(needed, call.wanted, strict=True)):
+        # Under torch.vmap and in an exported graph no tensor said so when the loss was called.
+        call, sums = call._replace(wanted=list(needed)), ()
     of_terms = list(upstream[:_N_TERMS])
     if torch.is_grad_enabled():  # create_graph=True
         gradients = _differentiable_gradients(of_terms, call)
@@ -221,6 +226,10 @@ _forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 def _differentiable_gradients(upstream: Sequence[Tensor | None], call: _Call) -> list[Tensor | None]:
     """Gradients that carry a graph of their own."""
+    # By aliases: one input may be computed of another, as gathered features are of the local ones, and what
+    # flows along that path is the outer graph's to add.
+    aliases = Inputs(*(None if x is None else x.view_as(x) for x in call.inputs))
+    call = call._replace(**aliases._asdict())
     options = call.parsed
     batch, weights = call.unpacked()
     values, given = [], []
@@ -238,7 +247,7 @@ def _differentiable_gradients(upstream: Sequence[Tensor | None], call: _Call) ->
             values.append(value if call.per_anchor else value.sum())
             given.append(g)
         by = [x for x, w in zip(call.inputs, call.wanted, strict=True) if x is not None and w]
-        gradients = iter(torch.autograd.grad(values, by, given, create_graph=True, allow_unused=True))
+        gradients = iter(torch.autograd.grad(values, by, given, create_graph=True, materialize_grads=True))
     return [next(gradients) if w else None for w in call.wanted]
 
 

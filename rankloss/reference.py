@@ -45,7 +45,9 @@ def plackett_luce_nll(
         6
     """
     _check_list(worth, discount, top_k)
-    x, y = np.asarray(scores, np.float64), np.asarray(reference, np.float64)
+    x, y = np.asarray(scores, np.float64), np.asarray(reference)
+    if y.dtype.kind == "f":  # integers keep theirs: float64 has not all of them
+        y = y.astype(np.float64)
     if x.shape != y.shape or x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(
             "scores and reference must have one shape [..., N] with N >= 1; "
@@ -53,6 +55,8 @@ def plackett_luce_nll(
         )
     lists = [
         sum(_terms(a, b, worth, discount, top_k)[0])
+        if not (np.isnan(a).any() or np.isnan(b).any())
+        else math.nan
         for a, b in zip(x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1]), strict=True)
     ]
     return np.array(lists).reshape(x.shape[:-1])
@@ -308,6 +312,12 @@ def _top_one_terms(x: Array, y: Array) -> tuple[list[float], list[float]]:
 
 
 def _log_worth(x: Array, worth: str) -> Array:
+    floor = {"exp": -math.inf, "shifted": -1.0, "identity": 0.0}[worth]
+    if x.min() <= floor and np.isfinite(x).all():
+        raise ValueError(
+            f"worth={worth!r} needs scores above {floor:g}, where their logarithm exists; "
+            f"the smallest is {x.min():g}"
+        )
     if worth == "shifted":
         return np.log((1 + x) / 2)
     return x if worth == "exp" else np.log(x)

@@ -143,19 +143,26 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.first_row, ctx.wanted, _ = inputs
+    *tensors, ctx.first_row, ctx.wanted, ctx.chunk_size = inputs
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    inputs, gradients = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    saved = ctx.saved_tensors  # once: each look unpacks them, for hooks and checkpoints to see
+    inputs, gradients = saved[:4], saved[4:]
+    needed = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled():  # create_graph=True
-        by = [x for x, w in zip(inputs, ctx.wanted, strict=True) if w]
+        # By aliases: one input may be computed of another, and that path is the outer graph's to add.
+        inputs = [x.view_as(x) for x in inputs]
+        by = [x for x, n in zip(inputs, needed, strict=True) if n]
         with full_precision(upstream.device):
             value = plain(inputs, ctx.first_row)
             found = iter(torch.autograd.grad(value, by, upstream, create_graph=True))
-        return *(next(found) if w else None for w in ctx.wanted), None, None, None
-    scaled = (upstream * x if w else None for x, w in zip(gradients, ctx.wanted, strict=True))
+        return *(next(found) if n else None for n in needed), None, None, None
+    if any(n and not w for n, w in zip(needed, ctx.wanted, strict=True)):
+        # Under torch.vmap and in an exported graph no tensor said so when the loss was called.
+        _, *gradients = torch.ops.rankloss.pair_sigmoid(*inputs, ctx.first_row, list(needed), ctx.chunk_size)
+    scaled = (upstream * x if n else None for x, n in zip(gradients, needed, strict=True))
     return *scaled, None, None, None
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from decimal import Decimal
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -124,8 +127,20 @@ def test_tensors_on_two_devices_are_named_and_never_a_number(lists: str) -> None
 
 @pytest.mark.parametrize("scale", ["ten", None, [1.0, 2.0]])
 def test_a_scale_that_is_no_number_is_shown(scale) -> None:
-    with pytest.raises(TypeError, match=r"logit_scale must be a number or a torch.Tensor; got "):
+    with pytest.raises(TypeError, match=r"logit_scale must be a float or a torch.Tensor; got "):
         Batch.of(torch.eye(2), torch.eye(2), scale)
+
+
+@pytest.mark.parametrize("scale", [Fraction(10), Decimal(10), np.array(10.0)])
+def test_a_number_that_torch_does_not_multiply_by_is_refused(scale) -> None:
+    with pytest.raises(TypeError, match=r"logit_scale must be a float or a torch.Tensor; got \w+\.\w+"):
+        Batch.of(torch.eye(2), torch.eye(2), scale)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_scale_that_is_a_number_has_the_digits_of_the_wider_features(dtypes) -> None:
+    v, t = (torch.eye(2, dtype=dtype) for dtype in dtypes)
+    assert Batch.of(v, t, 1 / 0.07).scale.item() == 1 / 0.07
 
 
 def test_on_mps_which_has_no_float64_the_cpu_computes() -> None:

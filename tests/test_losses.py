@@ -314,6 +314,58 @@ def test_bad_options_are_named_and_shown(options, message: str) -> None:
         RankClipLoss(temperature=1.0)
 
 
+@pytest.mark.parametrize("epoch", [1, 2])  # of the official schedule, whose first λ is 0
+@pytest.mark.parametrize("name", ["reference_image_feature", "caption_features", "foo"])
+def test_inputs_that_nothing_takes_are_refused_whatever_lambda_is(name: str, epoch: int) -> None:
+    v, t, s = features()
+    loss = RankClipLoss(schedule="official")
+    loss.set_epoch(epoch, 4)
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        loss(v, t, s, **{name: t})
+
+
+def test_hooks_of_the_base_run_whatever_lambda_is() -> None:
+    v, t, s = features()
+    loss = RankClipLoss(schedule="official")
+    loss.base.register_forward_hook(lambda module, inputs, output: {k: 3 * x for k, x in output.items()})
+    for epoch in (1, 2):
+        loss.set_epoch(epoch, 4)
+        assert torch.equal(loss(v, t, s, output_dict=True)["contrastive_loss"], 3 * ClipLoss()(v, t, s))
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (RankConsistency(), "cross_modal"),
+        (RankConsistency(), "in_modal"),
+        (RankClipLoss(), "lambda_cross"),
+        (RankClipLoss(), "lambda_in"),
+        (RankClipLoss(), "normalizer"),
+    ],
+)
+def test_weights_cannot_be_set_where_nothing_would_read_them(loss: torch.nn.Module, name: str) -> None:
+    shown = repr(loss)
+    with pytest.raises(AttributeError, match=f"{name} cannot be changed once {type(loss).__name__} is built"):
+        setattr(loss, name, 5.0)
+    assert repr(loss) == shown
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (RankConsistency, "in_modal"),
+        (RankClipLoss, "lambda_cross"),
+        (RankClipLoss, "normalizer"),
+        (CyClipLoss, "lambda_in"),
+        (AlipLoss, "gamma_pair"),
+    ],
+)
+def test_weight_that_would_be_learned_is_refused(owner: type, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is a number and takes no gradient"):
+        owner(**{name: torch.nn.Parameter(torch.tensor(0.5))})
+    assert getattr(owner(**{name: torch.tensor(0.5)}), name) == 0.5
+
+
 # --- what every loss takes and refuses --------------------------------------------------------------------
 
 MODULES = {
@@ -428,9 +480,10 @@ def test_bad_inputs_are_named_whatever_lambda_is(name: str) -> None:
         ((v, t, -1.0), r"logit_scale must be positive \(it is the multiplier, not its log\); got -1"),
         ((v, t, -s), "logit_scale must be positive"),
         ((v, t, 0), "logit_scale must be positive"),
-        ((v, t, None), "logit_scale must be a number or a torch.Tensor; got NoneType"),
-        ((v, t, "10"), "logit_scale must be a number or a torch.Tensor; got str"),
+        ((v, t, None), "logit_scale must be a float or a torch.Tensor; got NoneType"),
+        ((v, t, "10"), "logit_scale must be a float or a torch.Tensor; got str"),
         ((v, t, v), r"logit_scale must be one number; got shape \(6, 4\)"),
+        ((v, t, s.view(1, 1, 1)), r"logit_scale must be one number; got shape \(1, 1, 1\)"),
     ):
         with pytest.raises(TypeError if "torch.Tensor;" in message else ValueError, match=message):
             called(name, *bad)

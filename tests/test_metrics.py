@@ -72,6 +72,18 @@ def test_equal_modalities_agree_perfectly_and_a_sample_of_anchors_is_taken_when_
     assert sampled["in_modal_tau"].item() == pytest.approx(ends.mean().item(), abs=1e-12)
 
 
+def test_sample_of_anchors_does_not_depend_on_the_default_dtype() -> None:
+    batch = random_batch(0, 300, 8, 1.0)
+    expected = metrics.rank_agreement(batch.image, batch.text, max_anchors=77)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = metrics.rank_agreement(batch.image, batch.text, max_anchors=77)
+    finally:
+        torch.set_default_dtype(default)
+    assert found == expected
+
+
 @pytest.mark.parametrize("n", [7, 17, 65])
 def test_equal_items_are_tied_whatever_the_products_rounding(n: int) -> None:
     batch = random_batch(n, n, 5, 1.0, duplicates=3)

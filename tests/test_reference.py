@@ -60,6 +60,17 @@ def test_bad_options_are_named(options, message: str) -> None:
         reference.in_modal(np.eye(2), np.eye(2), **options)
 
 
+def test_lists_are_what_rankloss_makes_of_them() -> None:
+    with pytest.raises(ValueError, match=r"worth='identity' needs scores above 0, .* the smallest is -0.1"):
+        reference.plackett_luce_nll([0.3, -0.1], [1.0, 2.0], worth="identity")
+    with pytest.raises(ValueError, match=r"worth='shifted' needs scores above -1, .* the smallest is -1"):
+        reference.plackett_luce_nll([0.3, -1.0], [1.0, 2.0], worth="shifted")
+    lists = [[0.0, 0.0], [1.0, 2.0]], [[math.nan, 1.0], [1.0, 2.0]]
+    assert np.isnan(reference.plackett_luce_nll(*lists)).tolist() == [True, False]
+    order = np.array([2**53, 2**53 + 1])  # one number in float64
+    assert reference.plackett_luce_nll([0.0, 1.0], order) == pytest.approx(math.log1p(math.exp(-1)))
+
+
 def test_mean_of_a_list_written_out_by_hand() -> None:
     # Of three orthogonal pairs each list has one winner and two tied others: ranks 1, 2, 2.
     mu = [1 / math.log(2), 1 / math.log(3), 1 / math.log(3)]

@@ -362,8 +362,8 @@ def test_a_bias_that_is_not_one_number_is_refused(budget: int | None) -> None:
         (torch.zeros(6), ValueError, "logit_bias must be one number; got shape (6,)"),
         (torch.zeros(1, device="meta"), ValueError, "logit_bias must be on the device of image_features"),
         (torch.zeros((), device="meta"), ValueError, "logit_bias must be on the device of image_features"),
-        ("-10", TypeError, "logit_bias must be a number or a torch.Tensor; got str"),
-        ([-10.0], TypeError, "logit_bias must be a number or a torch.Tensor; got list"),
+        ("-10", TypeError, "logit_bias must be a float or a torch.Tensor; got str"),
+        ([-10.0], TypeError, "logit_bias must be a float or a torch.Tensor; got list"),
     ):
         with pytest.raises(error, match=re.escape(message)):
             SigLipLoss(memory_budget=budget)(v, t, s, bias)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import arithmetic_dtype
+from rankloss.batch import arithmetic_dtype, dtype_of_numbers
 from rankloss.distributed import GatherOption
 from rankloss.losses.clip import pair_logits
 from rankloss.losses.composition import combined
@@ -41,6 +41,7 @@ class AlipLoss(GatheringLoss):
     The histories move once per training step. By default each call in training mode is a step. A trainer that
     calls the loss several times for one step (gradient accumulation) passes ``update_histories=True`` in one
     of the calls and False in the others. A batch mean that is not finite leaves its history unchanged.
+    Activation checkpointing around the loss would compute each call, and so move the histories, twice.
 
     Args:
         gamma_sample: γ_s, how steeply a sample's weight falls with the similarity of its two captions.
@@ -119,7 +120,7 @@ class AlipLoss(GatheringLoss):
                 device = torch.device("cpu")
         # Not an inference tensor: those cannot be updated outside inference mode.
         with torch.inference_mode(False):
-            return torch.full((3,), self.initial_history, dtype=_history_dtype(device), device=device)
+            return torch.full((3,), self.initial_history, dtype=dtype_of_numbers(device), device=device)
 
     def forward(
         self,
@@ -199,7 +200,7 @@ class AlipLoss(GatheringLoss):
         if histories.is_meta and device.type != "meta":
             self.histories = self._initial_histories(device)
         else:
-            self.histories = histories.to(device, _history_dtype(device))
+            self.histories = histories.to(device, dtype_of_numbers(device))
         return self
 
     def extra_repr(self) -> str:
@@ -207,10 +208,6 @@ class AlipLoss(GatheringLoss):
         return (
             f"gamma_sample={self.gamma_sample:g}, gamma_pair={self.gamma_pair:g}, momentum={self.momentum:g}"
         )
-
-
-def _history_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _check_captions(caption_features: Tensor, text_features: Tensor) -> None:

@@ -15,7 +15,7 @@ from rankloss.distributed import Gather
 from rankloss.losses.clip import ClipLoss
 from rankloss.options import StreamingOptionsDict
 
-__all__ = ["Base", "base_entries", "check_base", "combined", "shares_gathering"]
+__all__ = ["Base", "base_entries", "check_base", "combined", "has_hooks", "shares_gathering"]
 
 Base: TypeAlias = Callable[..., Any]
 """A module or function with the forward convention of open_clip's losses, including ``output_dict``."""
@@ -40,6 +40,12 @@ def check_base(base: Base | None, gather: Gather, streaming: StreamingOptionsDic
 def shares_gathering(base: Base, gather: Gather) -> bool:
     """Whether a base is CLIP's loss of what ``gather`` gives, so that one gathering serves both."""
     return type(base) is ClipLoss and base.gather.matches(gather)
+
+
+def has_hooks(base: Base) -> bool:
+    """Whether a base has hooks, which run only where it is called."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return any(getattr(base, kind, None) for kind in kinds)
 
 
 def base_entries(

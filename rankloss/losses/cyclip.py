@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from rankloss.batch import arithmetic_dtype
+from rankloss.batch import arithmetic_dtype, full_precision
 from rankloss.distributed import Gathered, GatherOption
 from rankloss.losses.composition import Base, base_entries, check_base, combined, shares_gathering
 from rankloss.losses.gathering import GatheringLoss
@@ -115,7 +115,7 @@ class CyClipLoss(GatheringLoss):
         zero = image_features.new_zeros((), dtype=dtype)
         if self.lambda_cross == 0 and self.lambda_in == 0:
             return zero, zero
-        with torch.autocast(image_features.device.type, enabled=False):
+        with full_precision(image_features.device):
             anchors = items = _moments(*gathered)
             n = len(gathered[0])
             if self.gather.anchors_are_local:

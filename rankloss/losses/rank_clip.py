@@ -12,9 +12,16 @@ from rankloss import schedules
 from rankloss.distributed import Gathered, GatherOption, is_first_process
 from rankloss.functional import check_references
 from rankloss.losses.clip import without_effect
-from rankloss.losses.composition import Base, base_entries, check_base, combined, shares_gathering
+from rankloss.losses.composition import (
+    Base,
+    base_entries,
+    check_base,
+    combined,
+    has_hooks,
+    shares_gathering,
+)
 from rankloss.losses.rank_consistency import RankConsistency
-from rankloss.losses.weights import TermWeights, as_number, check_weight, is_capturing
+from rankloss.losses.weights import FixedWeights, TermWeights, as_number, check_weight, is_capturing
 from rankloss.options import OPTION_NAMES, check_count, check_names
 from rankloss.schedules import Schedule
 
@@ -28,15 +35,15 @@ __all__ = ["RankClipLoss"]
 _log = logging.getLogger(__name__)
 
 
-class RankClipLoss(nn.Module):
+class RankClipLoss(FixedWeights, nn.Module):
     r"""RankCLIP: ``L_base + λ1·cross + λ2·in``, with λ growing over training.
 
         λ1 = schedule(i, n) · lambda_cross · normalizer,   λ2 = schedule(i, n) · lambda_in · normalizer
 
     cross and in are the terms of :class:`RankConsistency`, ranked by a teacher where its features are given.
-    Tell the loss where training stands, once per
-    epoch with :meth:`set_epoch` or once per step with :meth:`set_progress`; the later call counts. λ is a
-    pure function of their arguments: the loss has no state for a checkpoint.
+    Tell the loss where training stands, once per epoch with :meth:`set_epoch` or once per step with
+    :meth:`set_progress`; the later call counts. λ is a pure function of their arguments: the loss has no
+    state for a checkpoint.
 
     λ is kept as numbers, and as a tensor beside the features that follows them in place. So a compiled
     forward is not compiled again when λ moves (only once, when λ leaves 0), and a CUDA graph that captured
@@ -84,6 +91,8 @@ class RankClipLoss(nn.Module):
         ['contrastive_loss', 'cross_modal_loss', 'in_modal_loss']
     """
 
+    _fixed = frozenset({"lambda_cross", "lambda_in", "normalizer"})
+
     def __init__(
         self,
         base: Base | None = None,
@@ -108,8 +117,8 @@ class RankClipLoss(nn.Module):
         self.lambda_in = check_weight("lambda_in", lambda_in)
         # A term that the run leaves out for good has the weight 0 there too.
         self.consistency = RankConsistency(
-            cross_modal=float(lambda_cross != 0),
-            in_modal=float(lambda_in != 0),
+            cross_modal=float(self.lambda_cross != 0),
+            in_modal=float(self.lambda_in != 0),
             gather=gather,
             **options,
         )
@@ -218,7 +227,8 @@ class RankClipLoss(nn.Module):
         # A graph that is captured while λ is 0 must be able to follow it.
         is_on = self.normalizer != 0 and (not self._is_zero or is_capturing(image_features.device))
         cross_modal, in_modal = self.lambda_cross != 0 and is_on, self.lambda_in != 0 and is_on
-        fused = self._fuses and (cross_modal or in_modal)
+        # What only a base could take goes to the base, which refuses what it does not know.
+        fused = self._fuses and (cross_modal or in_modal) and not base_inputs
         entries: dict[str, Tensor] = {}
         if not fused:
             if gathered is not None and shares_gathering(self.base, self.consistency.gather):
@@ -261,6 +271,7 @@ class RankClipLoss(nn.Module):
             options.lists == "row"
             and options.worth == "exp"
             and shares_gathering(self.base, self.consistency.gather)
+            and not has_hooks(self.base)
         )
 
     def _set(self, value: float) -> None:

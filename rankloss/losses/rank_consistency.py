@@ -12,7 +12,7 @@ from rankloss.batch import arithmetic_dtype
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.functional import check_references, weighted_terms
 from rankloss.losses.gathering import GatheringLoss
-from rankloss.losses.weights import TermWeights, check_weight
+from rankloss.losses.weights import FixedWeights, TermWeights, check_weight
 from rankloss.options import OPTION_NAMES, Plan, RankOptions, check_names
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ __all__ = ["RankConsistency"]
 _log = logging.getLogger(__name__)
 
 
-class RankConsistency(GatheringLoss):
+class RankConsistency(FixedWeights, GatheringLoss):
     r"""RankCLIP's two rank terms: ``cross_modal · cross + in_modal · in``.
 
     With V, T the image and text features, S = s·V·Tᵀ, R = Sᵀ, I = s·V·Vᵀ, X = s·T·Tᵀ,
@@ -45,7 +45,8 @@ class RankConsistency(GatheringLoss):
     (beyond the budget). Similarities, order and sums are float32 at least, under autocast too.
 
     Args:
-        cross_modal: weight of the cross-modal term; 0 leaves it out of the computation.
+        cross_modal: weight of the cross-modal term, a number; 0 leaves it out of the computation. It cannot
+            be changed later.
         in_modal: weight of the in-modal term, likewise.
         gather: how features of other processes are gathered. None: from the default process group, if one of
             more than one process is initialised, exactly. False: not at all. Else a :class:`rankloss.Gather`.
@@ -81,6 +82,8 @@ class RankConsistency(GatheringLoss):
         0.812
     """
 
+    _fixed = frozenset({"cross_modal", "in_modal"})
+
     def __init__(
         self,
         *,
@@ -102,7 +105,7 @@ class RankConsistency(GatheringLoss):
         self.cross_modal = check_weight("cross_modal", cross_modal)
         self.in_modal = check_weight("in_modal", in_modal)
         self.options = rank_options
-        self._weights = TermWeights(1.0, cross_modal, in_modal)
+        self._weights = TermWeights(1.0, self.cross_modal, self.in_modal)
         if self.gather.local_loss and not self.gather.gather_with_grad:
             rank, world_size = self.gather.place
             if world_size > 1 and rank == 0:

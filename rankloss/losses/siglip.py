@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import arithmetic_dtype, check_device, kind_of, nan_unless_finite
+from rankloss.batch import arithmetic_dtype, check_device, check_is_number, nan_unless_finite
 from rankloss.distributed import GatherOption
 from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
 from rankloss.options import (
@@ -149,7 +149,8 @@ def _whole(
 ) -> Tensor:
     """The formula; the order of operations and the dtypes are open_clip's, so the bits are too.
 
-    Only an infinite feature gives another value, NaN; the sigmoid loss of it could be a number.
+    Only where a feature, or a product, is infinite another value is given, NaN: the sigmoid loss of it could
+    be a number.
     """
     logits = logit_scale * images @ texts.T
     if logit_bias is not None:
@@ -166,7 +167,5 @@ def _check_bias(logit_bias: Tensor | float | None, features: Tensor) -> None:
             raise ValueError(f"logit_bias must be one number; got shape {tuple(logit_bias.shape)}")
         if not (logit_bias.dim() == 0 and logit_bias.device.type == "cpu"):  # torch takes such one anywhere
             check_device("logit_bias", logit_bias, features)
-    elif logit_bias is not None and (
-        isinstance(logit_bias, (str, bytes)) or not hasattr(logit_bias, "__float__")
-    ):
-        raise TypeError(f"logit_bias must be a number or a torch.Tensor; got {kind_of(logit_bias)}")
+    elif logit_bias is not None:
+        check_is_number("logit_bias", logit_bias)

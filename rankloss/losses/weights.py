@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TermWeights", "as_number", "check_weight", "is_capturing", "is_plain"]
+from rankloss.batch import dtype_of_numbers
+
+__all__ = ["FixedWeights", "TermWeights", "as_number", "check_weight", "is_capturing", "is_plain"]
 
 
 def check_weight(name: str, value: float) -> float:
-    """``value``, or a ValueError that names the argument unless it is a finite number of at least 0."""
+    """``value`` as a float, or a ValueError that names the argument unless it is finite and at least 0."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} is a number and takes no gradient; got a tensor that requires one")
     number = as_number(value)
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} must be finite and >= 0; got {value!r}")
-    return value
+    return number
 
 
 def as_number(value: Any) -> float:
     """``value`` as a float; NaN for what is not a number."""
     try:
         return math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last for a meta tensor
         return math.nan
+
+
+class FixedWeights:
+    """A module whose weights are read while it is built: to set one later is an error, not without effect."""
+
+    _fixed: ClassVar[frozenset[str]]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._fixed and name in self.__dict__:
+            raise AttributeError(
+                f"{name} cannot be changed once {type(self).__name__} is built; build another"
+            )
+        super().__setattr__(name, value)
 
 
 class TermWeights:
@@ -73,7 +90,7 @@ class TermWeights:
             # A tensor made in a compiled graph is the graph's own. This one is a constant, which is right
             # until the next set(): that makes the tensor, and the graph is compiled once more.
             self._wanted = device
-            return torch.tensor(self.values, dtype=_dtype(device), device=device)
+            return torch.tensor(self.values, dtype=dtype_of_numbers(device), device=device)
         if is_capturing(device):
             raise RuntimeError(
                 f"call the loss once on {device} before capturing a CUDA graph, as torch's warm-up does, so "
@@ -91,7 +108,7 @@ class TermWeights:
         return tensor
 
     def _made(self, device: torch.device) -> Tensor:
-        tensor = torch.empty(len(self.values), dtype=_dtype(device), device=device)
+        tensor = torch.empty(len(self.values), dtype=dtype_of_numbers(device), device=device)
         _fill(tensor, self.values)
         return tensor
 
@@ -115,10 +132,6 @@ def is_capturing(device: torch.device) -> bool:
         and not torch.compiler.is_compiling()
         and torch.cuda.is_current_stream_capturing()
     )
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _fill(tensor: Tensor, values: tuple[float, ...]) -> None:

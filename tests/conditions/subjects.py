@@ -103,14 +103,18 @@ def upstream_of(value: Tensor) -> Tensor:
 
 
 def differentiated(
-    value: Tensor, inputs: Inputs, wanted: tuple[str, ...], upstream: Tensor | None = None
+    value: Tensor,
+    inputs: Inputs,
+    wanted: tuple[str, ...],
+    upstream: Tensor | None = None,
+    create_graph: bool = False,
 ) -> Result:
     """The value and its gradients; an input without one is an error."""
     if not wanted:
         return Result(value, {})
     upstream = upstream_of(value) if upstream is None else upstream
-    found = torch.autograd.grad(value, [inputs[k] for k in wanted], upstream)
-    return Result(value.detach(), dict(zip(wanted, found, strict=True)))
+    found = torch.autograd.grad(value, [inputs[k] for k in wanted], upstream, create_graph=create_graph)
+    return Result(value.detach(), {k: g.detach() for k, g in zip(wanted, found, strict=True)})
 
 
 def run(

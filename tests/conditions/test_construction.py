@@ -23,6 +23,7 @@ from subjects import (
     tolerances,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 every = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 modules = pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.is_module], ids=str)
@@ -241,3 +242,16 @@ def test_a_scale_that_is_a_number_follows_the_features(subject: Subject, surroun
         value = built(**{**inputs, "logit_scale": float(inputs["logit_scale"])})
     assert value.dtype == torch.float32
     assert_right(Result(value, {}), owed, tolerances(subject, torch.float32))
+
+
+@pytest.mark.parametrize("fake", [False, True])
+@every
+def test_features_without_values_give_a_value_of_the_same_shape(subject: Subject, fake: bool) -> None:
+    inputs, built = subject.pick(data(), torch.float32), subject.started()
+    if subject.is_module and not fake:
+        built.to("meta")
+    owed = expected(subject, inputs, ()).value
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
+    with mode, right_or_refused("(?i)meta|data.dependent|local_scalar_dense"):
+        value = built(**{k: torch.empty_like(x) if fake else x.to("meta") for k, x in inputs.items()})
+        assert value.shape == owed.shape

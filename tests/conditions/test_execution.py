@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from subjects import (
 )
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from process_pool import TIMEOUT
 
@@ -167,6 +169,71 @@ def test_second_derivatives_with_and_without_autocast(
     assert_right(found, owed, bounds)
 
 
+# --- graphs -----------------------------------------------------------------------------------------------
+
+
+def coupled(inputs: Inputs, wanted: tuple[str, ...]) -> Inputs:
+    """The inputs, those after the first that takes a gradient computed of it."""
+    first, *others = wanted
+    shift = 0.01 * inputs[first].mean()
+    return {k: x + shift if k in others else x for k, x in inputs.items()}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@differentiable
+def test_inputs_that_are_computed_of_one_another(subject: Subject, create_graph: bool) -> None:
+    inputs, wanted = subject.pick(data("equal rows")), subject.differentiable
+    results = []
+    for function in (subject.oracle, subject.started()):
+        assert function is not None
+        taken = leaves(inputs, wanted)
+        value = function(**coupled(taken, wanted))
+        results.append(differentiated(value, taken, wanted, create_graph=create_graph))
+    assert_right(results[1], results[0])
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@differentiable
+def test_a_hook_of_an_input_runs_once(subject: Subject, create_graph: bool) -> None:
+    taken, runs = (
+        leaves(subject.pick(data()), subject.differentiable),
+        dict.fromkeys(subject.differentiable, 0),
+    )
+
+    def hooked(name: str) -> Tensor:
+        def hook(_: Tensor) -> None:
+            runs[name] += 1
+
+        x = taken[name].clone()
+        x.register_hook(hook)
+        return x
+
+    value = subject.started()(**taken | {name: hooked(name) for name in runs})
+    torch.autograd.grad(value, [taken[name] for name in runs], upstream_of(value), create_graph=create_graph)
+    assert set(runs.values()) == {1}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@differentiable
+def test_inside_an_activation_checkpoint(subject: Subject, use_reentrant: bool) -> None:
+    inputs, built = subject.pick(data("equal rows")), subject.started()
+    if subject.is_module:
+        built.eval()  # a forward pass that is repeated would move a state once more
+
+    def in_order(*x: Tensor) -> Tensor:
+        value: Tensor = built(**dict(zip(inputs, x, strict=True)))
+        return value
+
+    results = []
+    for forward in (in_order, functools.partial(checkpoint, in_order, use_reentrant=use_reentrant)):
+        taken = leaves(inputs, subject.differentiable)
+        value = forward(*taken.values())
+        value.backward(upstream_of(value))  # what is reentrant knows no autograd.grad
+        gradients = {k: taken[k].grad for k in subject.differentiable}
+        results.append(Result(value.detach(), gradients))
+    assert_right(results[1], results[0], (0.0, 0.0))
+
+
 # --- compilers and transforms -----------------------------------------------------------------------------
 
 # One subject for each way to a value, since compilations are what takes time here.
@@ -285,9 +352,14 @@ def test_vmap(subject: Subject, dtype: torch.dtype) -> None:
     if subject.is_module:
         built.eval()  # a state of one batch after the other is none that vmap could give
     with right_or_refused(REFUSED + r"|data.dependent|\.item\(\)|in.?place|batched tensor"):
-        found = torch.func.vmap(lambda inputs: built(**inputs))(stacked)
-        one_by_one = torch.stack([built(**inputs) for inputs in batches])
-        assert_right(Result(found, {}), Result(one_by_one, {}), tolerances(subject, dtype))
+        together, one_by_one = (leaves(stacked, subject.differentiable) for _ in range(2))
+        found = torch.func.vmap(lambda inputs: built(**inputs))(together)
+        owed = torch.stack([built(**{k: x[i] for k, x in one_by_one.items()}) for i in range(len(batches))])
+        assert_right(
+            differentiated(found, together, subject.differentiable),
+            differentiated(owed, one_by_one, subject.differentiable),
+            tolerances(subject, dtype),
+        )
 
 
 # --- threads and processes --------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ def share(
     dtype: torch.dtype,
     build: Callable[[Subject], Any] | None = None,
     bad: float | None = None,
+    create_graph: bool = False,
 ) -> Found:
     """What one process of several gets of its share; a value per pair is weighted as the whole batch's is."""
     subject = BY_NAME[name]
@@ -65,7 +66,7 @@ def share(
     if value.dim():
         whole = upstream_of(value.new_empty(world_size * len(value)))
         upstream = world_size * whole.chunk(world_size)[rank]
-    found = differentiated(value, inputs, subject.differentiable, upstream)
+    found = differentiated(value, inputs, subject.differentiable, upstream, create_graph)
     return found.value, found.gradients
 
 
@@ -104,6 +105,12 @@ def alone(rank: int, world_size: int, name: str, dtype: torch.dtype) -> Found:
 def test_two_processes_have_the_loss_of_the_whole_batch(pools: Pools, name: str, dtype: torch.dtype) -> None:
     found = averaged(pools[2].run(share, name, dtype))
     assert_right(found, whole(name, dtype), tolerances(BY_NAME[name], dtype))
+
+
+@modules
+def test_two_processes_have_its_gradient_where_that_is_to_be_differentiated(pools: Pools, name: str) -> None:
+    found = averaged(pools[2].run(share, name, torch.float64, None, None, True))
+    assert_right(found, whole(name, torch.float64))
 
 
 def build_local(subject: Subject) -> Any:

@@ -139,6 +139,18 @@ def test_a_feature_that_is_not_finite_makes_the_value_nan(
             assert value.isnan(), f"{bad} in {name} gives {value}"
 
 
+@pytest.mark.parametrize("factor", [1e20, 1e30])
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.differentiates], ids=str)
+def test_products_that_overflow_give_no_plausible_number(subject: Subject, factor: float) -> None:
+    for name in subject.inputs:
+        if name not in ("logit_scale", "logit_bias"):
+            inputs = subject.pick(data(), torch.float32)
+            inputs[name] = inputs[name] * factor
+            value = run(subject, inputs).value
+            if value.isfinite().all():
+                assert_right(Result(value, {}), expected(subject, inputs, ()), (1e-4, 0))
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.T.contiguous().T if x.dim() == 2 else x,
     "every second row": lambda x: x.repeat_interleave(2, 0)[::2] if x.dim() else x,
