@@ -11,6 +11,7 @@ import math
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 
 from rankloss.options import check_choice, check_count
@@ -31,13 +32,14 @@ class Progress(Callback):
         unit: ``"step"`` calls ``set_progress(step, total_steps)`` before each batch, with the optimizer step
             that it is for; ``"epoch"`` calls ``set_epoch(epoch, epochs)`` before each epoch. Both count
             from 1.
-        total_steps: The optimizer steps of the run, where the trainer cannot know them (a dataset without a
-            length and no ``max_steps``). Later steps stay at the last. None asks the trainer.
+        total_steps: The optimizer steps of the run, where the trainer does not know them: a dataset without
+            a length, manual optimization or a ``GradientAccumulationScheduler``, unless ``max_steps`` alone
+            ends the run. Later steps stay at the last. None asks the trainer.
 
     Raises:
-        ValueError: for another unit, and for ``total_steps`` below 1; when training begins, if the run has no
-            known end, if no part of the module can be told, or if several optimizers step, whose steps the
-            trainer counts together.
+        ValueError: for another unit, and for ``total_steps`` below 1; when training begins, if the trainer
+            does not know the run's steps, if no part of the module can be told, or if several optimizers
+            step, whose steps the trainer counts together.
 
     Example:
         >>> Progress(unit="batch")
@@ -90,7 +92,7 @@ class Progress(Callback):
                 f"the trainer counts the steps of {len(trainer.optimizers)} optimizers together; call "
                 "set_progress(step, total_steps) in training_step instead"
             )
-        end = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
+        end = _steps(trainer, pl_module) if self.total_steps is None else self.total_steps
         if math.isinf(end) or end < 1:  # -1 stands for no limit
             raise ValueError(
                 "the run has no known end: give the Trainer max_steps, or Progress its total_steps"
@@ -102,3 +104,19 @@ class Progress(Callback):
             tell(self._losses, "set_progress", min(trainer.global_step + 1, self._end), self._end)
         else:
             tell(self._losses, "set_epoch", min(trainer.current_epoch + 1, self._end), self._end)
+
+
+def _steps(trainer: Any, pl_module: nn.Module) -> float:
+    """The optimizer steps of the run, from the trainer's estimate where that is exact."""
+    accumulates = any(
+        isinstance(callback, GradientAccumulationScheduler) and callback.going_to_accumulate_grad_batches()
+        for callback in trainer.callbacks
+    )
+    # The estimate divides batches by trainer.accumulate_grad_batches, unless max_steps alone ends the run.
+    if trainer.max_epochs != -1 and (accumulates or not pl_module.automatic_optimization):
+        cause = "a GradientAccumulationScheduler" if accumulates else "manual optimization"
+        raise ValueError(
+            f"with {cause} the trainer does not know how many optimizer steps an epoch has: "
+            "give Progress its total_steps"
+        )
+    return float(trainer.estimated_stepping_batches)

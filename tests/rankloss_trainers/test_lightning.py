@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ if importlib.util.find_spec("lightning") is None:
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # lightning's own
     import lightning
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
     from rankloss_trainers.lightning import Progress
 
@@ -84,6 +85,7 @@ def fit(
     data: Any = None,
     progress: Any = None,
     resume: Any = None,
+    callbacks: Sequence[lightning.Callback] = (),
     **given: Any,
 ) -> lightning.Trainer:
     options = {"max_epochs": 2, "accelerator": "cpu", "devices": 1, "logger": False, **given}
@@ -91,7 +93,7 @@ def fit(
         default_root_dir=directory,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Progress() if progress is None else progress],
+        callbacks=[Progress() if progress is None else progress, *callbacks],
         enable_checkpointing=False,
         **options,
     )
@@ -167,6 +169,51 @@ def test_run_without_a_known_end_is_refused_unless_its_steps_are_given(tmp_path:
     assert lambdas(counted) == [schedules.linear(step, 6) for step in range(1, 7)]
     with pytest.raises(ValueError, match="unit='epoch' needs a Trainer with max_epochs; got max_epochs=-1"):
         fit(tmp_path, Module(), max_epochs=-1, max_steps=6, progress=Progress("epoch"))
+
+
+class Manual(Module):
+    """Accumulates two batches by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], index: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(batch, index) / 2)
+        if index % 2 == 1:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_steps_that_the_trainer_does_not_know_have_to_be_given(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"with manual optimization .* give Progress its total_steps"):
+        fit(tmp_path, Manual())
+    known = [schedules.linear(step, 4) for step in (1, 1, 2, 2, 3, 3, 4, 4)]
+    for options in ({"progress": Progress(total_steps=4)}, {"max_epochs": -1, "max_steps": 4}):
+        module = Manual()
+        assert fit(tmp_path, module, **options).global_step == 4
+        assert lambdas(module) == known
+
+
+@pytest.mark.parametrize(
+    ("scheduling", "of_batches"),
+    [({0: 2}, [1, 1, 2, 2, 3, 3, 4, 4]), ({0: 1, 1: 2}, [1, 2, 3, 4, 5, 5, 6, 6])],
+)
+def test_scheduled_accumulation_needs_total_steps(
+    tmp_path: Path, scheduling: dict[int, int], of_batches: list[int]
+) -> None:
+    scheduler = GradientAccumulationScheduler(scheduling)
+    with pytest.raises(
+        ValueError, match=r"with a GradientAccumulationScheduler .* give Progress its total_steps"
+    ):
+        fit(tmp_path, Module(), callbacks=[scheduler])
+    module, total_steps = Module(), of_batches[-1]
+    fit(tmp_path, module, progress=Progress(total_steps=total_steps), callbacks=[scheduler])
+    assert lambdas(module) == [schedules.linear(step, total_steps) for step in of_batches]
+    plain = Module()
+    fit(tmp_path, plain, callbacks=[GradientAccumulationScheduler({0: 1})])
+    assert lambdas(plain) == [schedules.linear(step, 8) for step in range(1, 9)]
 
 
 def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
