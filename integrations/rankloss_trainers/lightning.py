@@ -60,8 +60,9 @@ class Progress(Callback):
         self._tell(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Find the losses, and the end of the run."""
+        """Before the first epoch; a run that resumes within one gets no ``on_train_epoch_start`` for it."""
         self._start(trainer, pl_module)
+        self._tell(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ARG002
         """For losses that go by epochs."""

@@ -25,7 +25,7 @@ if importlib.util.find_spec("lightning") is None:
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # lightning's own
     import lightning
-    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
     from rankloss_trainers.lightning import Progress
 
@@ -88,13 +88,13 @@ def fit(
     callbacks: Sequence[lightning.Callback] = (),
     **given: Any,
 ) -> lightning.Trainer:
-    options = {"max_epochs": 2, "accelerator": "cpu", "devices": 1, "logger": False, **given}
+    options = {"max_epochs": 2, "accelerator": "cpu", "devices": 1, "logger": False}
+    options |= {"enable_checkpointing": False, **given}
     trainer = lightning.Trainer(
         default_root_dir=directory,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[Progress() if progress is None else progress, *callbacks],
-        enable_checkpointing=False,
         **options,
     )
     loader = DataLoader(pairs() if data is None else data, batch_size)
@@ -148,6 +148,18 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, unit: Any) -> None
     fit(tmp_path, resumed, progress=Progress(unit), max_epochs=3, resume=tmp_path / "one.ckpt")
     assert lambdas(resumed) == lambdas(whole)[4:]
     assert torch.equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_run_resumed_within_an_epoch_goes_on_where_it_was(tmp_path: Path, step: int) -> None:
+    """After its last batch, and in its middle. (Lightning 2.4 repeats the batch before the checkpoint.)"""
+    whole, resumed = Module(), Module()
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=step, save_top_k=-1, filename="{step}")
+    options = {"max_epochs": 3, "enable_checkpointing": True}
+    fit(tmp_path, whole, progress=Progress("epoch"), callbacks=[saving], **options)
+    fit(tmp_path, resumed, progress=Progress("epoch"), max_epochs=3, resume=tmp_path / f"step={step}.ckpt")
+    left = 12 - step
+    assert lambdas(resumed)[-left:] == lambdas(whole)[-left:]
 
 
 class _Stopping(Progress):
