@@ -176,7 +176,7 @@ class RankClipLoss(nn.Module):
             self.logit_scale.clamp_(*map(math.log, self.scale_limits))
 
 
-class CachedRankClipLoss(CachedLossMixin, RankClipLoss):
+class CachedRankClipLoss(RankClipLoss):
     """:class:`RankClipLoss` of any batch size, in the memory of one mini-batch (GradCache).
 
     The batch is embedded in mini-batches without gradients; the loss of the whole batch gives the gradients
@@ -196,6 +196,8 @@ class CachedRankClipLoss(CachedLossMixin, RankClipLoss):
         "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021.
     """
 
+    uses_gradient_cache = True  # MatryoshkaLoss then decorates calculate_loss
+
     def __init__(self, model: nn.Module, *, mini_batch_size: int = 32, **options: Any) -> None:
         if has_static_embedding_input(model):
             raise ValueError(
@@ -205,17 +207,17 @@ class CachedRankClipLoss(CachedLossMixin, RankClipLoss):
             raise ValueError(f"mini_batch_size must be at least 1; got {mini_batch_size!r}")
         super().__init__(model, **options)
         self.mini_batch_size = mini_batch_size
-        self._calculated: list[tuple[Entries, Tensor | None]] = []
+        self._calculated: list[Entries] = []
 
     def forward(self, sentence_features: Columns, labels: Tensor | None = None) -> Any:
         """As :meth:`RankClipLoss.forward`."""
         if self.training and torch.is_grad_enabled():
             self._limit_the_scale()
         self._calculated = []
-        total: Tensor = self.forward_cached(_two(sentence_features), labels)
-        for _, gradient in self._calculated:
-            if gradient is not None:  # adds 0 to the value, and the scale's gradient to the graph
-                total = total + gradient * (self.logit_scale - self.logit_scale.detach())
+        grad_cache = _GradCache(self)
+        total: Tensor = grad_cache.forward_cached(_two(sentence_features), labels)
+        if grad_cache.value.requires_grad:  # adds 0, and the gradient of the scale, which GradCache detaches
+            total = total + (grad_cache.value - grad_cache.value.detach())
         if not self.output_dict:
             return total
         if len(self._calculated) != 1:
@@ -223,7 +225,7 @@ class CachedRankClipLoss(CachedLossMixin, RankClipLoss):
                 f"the loss was calculated {len(self._calculated)} times: inside of another loss, give "
                 "output_dict=False"
             )
-        ((terms, metrics), _) = self._calculated[0]
+        ((terms, metrics),) = self._calculated
         if torch.is_grad_enabled():
             name = next(iter(terms))
             terms = {**terms, name: terms[name] + (total - total.detach())}  # the gradient is the total's
@@ -237,15 +239,17 @@ class CachedRankClipLoss(CachedLossMixin, RankClipLoss):
         with_backward: bool = False,
     ) -> Tensor:
         """The loss of embeddings that come in mini-batches; what GradCache asks of a loss."""
-        # The scale's own gradient has to wait for the trainer's backward pass, and for its factors.
         log_scale = self.logit_scale.detach().requires_grad_(self.learns_scale and with_backward)
         terms, metrics = self._entries([torch.cat(column) for column in reps], log_scale)
         total = Entries(terms, metrics).total
         if with_backward:
             total.backward()
-        entries = Entries({name: term.detach() for name, term in terms.items()}, metrics)
-        self._calculated.append((entries, log_scale.grad))
-        return total.detach() if with_backward else total
+            total = total.detach()
+        if log_scale.grad is not None:
+            # Its backward pass is the trainer's, so that the factors of trainer and MatryoshkaLoss apply.
+            total = total + log_scale.grad * (self.logit_scale - self.logit_scale.detach())
+        self._calculated.append(Entries({name: term.detach() for name, term in terms.items()}, metrics))
+        return total
 
     def get_config_dict(self) -> dict[str, Any]:
         """What a model card says of the loss."""
@@ -262,6 +266,21 @@ class CachedRankClipLoss(CachedLossMixin, RankClipLoss):
     year={{2021}}
 }}
 """
+
+
+class _GradCache(CachedLossMixin):
+    """GradCache's forward pass, which detaches the value of the loss; here it is kept."""
+
+    value: Tensor
+
+    def __init__(self, loss: CachedRankClipLoss) -> None:
+        self.model, self.mini_batch_size = loss.model, loss.mini_batch_size
+        self._calculate_loss = loss.calculate_loss  # as a MatryoshkaLoss may have decorated it
+
+    def calculate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss's own."""
+        self.value = self._calculate_loss(*args, **kwargs)
+        return self.value
 
 
 class Progress(TrainerCallback):

@@ -219,6 +219,21 @@ def test_wrapped_loss_gives_a_scalar(tmp_path: Path, bert: Path) -> None:
         loss(columns(model), None)
 
 
+@pytest.mark.parametrize("matryoshka_weights", [[1, 1], [1, 0.25], [3, 0.0]])
+def test_matryoshka_weights_reach_the_scale(bert: Path, matryoshka_weights: list[float]) -> None:
+    results = []
+    for kind, more in ((RankClipLoss, {}), (CachedRankClipLoss, {"mini_batch_size": 3})):
+        model = tiny(bert).double()
+        inner = kind(model, learn_scale=True, output_dict=False, **more).double()
+        value = at(MatryoshkaLoss(model, inner, [16, 4], matryoshka_weights), step=2)(columns(model), None)
+        (0.37 * value).backward()
+        gradients = [p.grad.flatten() for p in inner.parameters() if p.grad is not None]
+        results.append((value.detach(), inner.logit_scale.grad, torch.cat(gradients)))
+    for plain, cached in zip(*results, strict=True):
+        assert plain.norm() > 0.01
+        torch.testing.assert_close(cached, plain, rtol=1e-8, atol=1e-10)
+
+
 def test_model_card_has_configuration_and_citation(tmp_path: Path, bert: Path) -> None:
     model = tiny(bert)
     loss = CachedRankClipLoss(model, mini_batch_size=4, top_k=5, base=rankloss.CyClipLoss())
