@@ -8,6 +8,7 @@ It takes the loss, and the callback that tells it where training stands::
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -26,6 +27,8 @@ from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms
 from rankloss_trainers.logging import RankClipLog
 
 __all__ = ["CachedRankClipLoss", "Progress", "RankClipLoss"]
+
+_logger = logging.getLogger("rankloss_trainers")
 
 _LARGEST_SCALE = 100.0  # CLIP's own limit of a learnable scale
 
@@ -287,13 +290,14 @@ class Progress(TrainerCallback):
     """Tells losses where a sentence-transformers (or transformers) Trainer stands, at each optimizer step.
 
     A learnable scale is no part of the model, so checkpoints do not have it: the callback keeps it in the
-    trainer's own state, and gives it back to a resumed run.
+    trainer's own state, gives it back to a resumed run, and logs a warning if the checkpoint has none.
 
     Args:
         *losses: The losses that the trainer was given, or losses that hold them.
 
     Raises:
-        ValueError: None of the losses is rankloss's.
+        ValueError: None of the losses is rankloss's; when training begins, if another ``Progress`` of the
+            trainer also has a loss that learns its scale.
     """
 
     def __init__(self, *losses: nn.Module) -> None:
@@ -303,29 +307,46 @@ class Progress(TrainerCallback):
             raise ValueError(f"losses must hold a RankClipLoss or CachedRankClipLoss; got {given}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Give a resumed run its scales."""
-        kept = state.stateful_callbacks.get(_KEY)
-        if kept is None or state.global_step == 0:
+        """Restore the scales of a resumed run, and put them into every checkpoint."""
+        learning = [loss for loss in self._losses if loss.learns_scale]
+        if not learning:
             return
-        for loss, scale in zip(self._losses, kept["attributes"]["logit_scales"], strict=True):
-            if loss.learns_scale:
+        kept = state.stateful_callbacks.get(_KEY)
+        if isinstance(kept, _Scales):
+            raise ValueError("give all losses that learn their scale to one Progress: Progress(loss, other)")
+        if kept is not None:
+            for loss, scale in zip(learning, kept["attributes"]["logit_scales"], strict=True):
                 nn.init.constant_(loss.logit_scale, scale)
+        elif state.global_step > 0:
+            _logger.warning(
+                "The checkpoint of step %d holds no learned scale: it starts anew at %s",
+                state.global_step,
+                ", ".join(f"{loss.logit_scale.exp().item():g}" for loss in learning),
+            )
+        state.stateful_callbacks[_KEY] = _Scales(learning)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Once per optimizer step."""
         for loss in self._losses:
             loss.driven_loss.clock.start_step(state.global_step + 1, state.max_steps)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Keep the scales in a checkpoint that is about to be written."""
-        if control.should_save:  # else reading them would wait for the device
-            scales = [loss.logit_scale.item() for loss in self._losses]
-            state.stateful_callbacks[_KEY] = {"args": {}, "attributes": {"logit_scales": scales}}
-
-    on_epoch_end = on_step_end
-
 
 _KEY = "rankloss_trainers.sentence_transformers.Progress"
+
+
+class _Scales:
+    """The learned scales as an entry of the trainer's state, read when the trainer writes it.
+
+    An ``ExportableState`` would not do: with ``restore_callback_states_from_checkpoint`` the trainer calls
+    its class with arguments from JSON, which cannot hold the losses.
+    """
+
+    def __init__(self, losses: list[RankClipLoss]) -> None:
+        self._losses = losses
+
+    def __deepcopy__(self, memo: Any) -> dict[str, Any]:
+        """The entry that is written: the trainer's state is copied by ``dataclasses.asdict`` first."""
+        return {"args": {}, "attributes": {"logit_scales": [x.logit_scale.item() for x in self._losses]}}
 
 
 def _two(sentence_features: Columns) -> list[dict[str, Tensor]]:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ if importlib.util.find_spec("sentence_transformers") is None or importlib.util.f
     pytest.skip("sentence-transformers[train] is not installed", allow_module_level=True)
 
 import datasets
+import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -174,8 +176,11 @@ def test_accumulated_batches_are_averaged(tmp_path: Path, bert: Path, kind: Any)
     torch.testing.assert_close(ended[1], ended[0], rtol=1e-4, atol=1e-5)
 
 
-def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, bert: Path) -> None:
-    given = {"save_strategy": "epoch", "num_train_epochs": 3, "optim": "adamw_torch"}
+@pytest.mark.parametrize("save_strategy", ["epoch", "best"])
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, bert: Path, save_strategy: str) -> None:
+    given = {"save_strategy": save_strategy, "num_train_epochs": 3, "optim": "adamw_torch"}
+    given |= {"eval_strategy": "epoch", "eval_dataset": pairs(8), "metric_for_best_model": "loss"}
+    given["restore_callback_states_from_checkpoint"] = True
     ended, lambdas = [], []
     for resume in (None, str(tmp_path / "checkpoint-4")):
         model = tiny(bert)
@@ -187,6 +192,39 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, bert: Path) -> Non
         assert abs(loss.logit_scale.item() - math.log(20)) > 1e-3
     assert torch.equal(*ended)
     assert lambdas[0] == lambdas[1]
+
+
+class _Terminated(transformers.TrainerCallback):
+    """What SIGTERM does after its grace period."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            signal.getsignal(signal.SIGTERM).__self__.is_checkpoint_requested = True
+
+
+def test_checkpoint_at_sigterm_has_the_learned_scale(tmp_path: Path, bert: Path) -> None:
+    ended = []
+    jit = {"enable_jit_checkpoint": True, "callbacks": [_Terminated()]}
+    for given in ({}, jit, {"resume": str(tmp_path / "checkpoint-3")}):
+        model = tiny(bert)
+        loss = RankClipLoss(model, learn_scale=True)
+        train(tmp_path, loss, model, learning_rate=0.01, **given)
+        ended.append(weights(loss))
+    whole, _, resumed = ended
+    assert torch.equal(resumed, whole)
+
+
+def test_checkpoint_without_the_learned_scale_is_reported(
+    tmp_path: Path, bert: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny(bert)
+    train(tmp_path, RankClipLoss(model), model, save_strategy="epoch", save_only_model=True)
+    model = tiny(bert)
+    loss = RankClipLoss(model, learn_scale=True)
+    train(tmp_path / "fresh", loss, model, max_steps=1, learning_rate=0.0)
+    assert not caplog.records
+    train(tmp_path, loss, model, resume=str(tmp_path / "checkpoint-4"), num_train_epochs=1)
+    assert caplog.messages == ["The checkpoint of step 4 holds no learned scale: it starts anew at 20"]
 
 
 @BOTH
@@ -298,6 +336,14 @@ def test_progress_wants_a_loss_of_ours() -> None:
         ValueError, match="losses must hold a RankClipLoss or CachedRankClipLoss; got Identity"
     ):
         Progress(torch.nn.Identity())
+
+
+def test_learned_scales_want_one_progress(tmp_path: Path, bert: Path) -> None:
+    model = tiny(bert)
+    loss, other = (RankClipLoss(model, learn_scale=True) for _ in range(2))
+    train(tmp_path, loss, model, callbacks=[Progress(RankClipLoss(model))], max_steps=1)
+    with pytest.raises(ValueError, match=r"to one Progress: Progress\(loss, other\)"):
+        train(tmp_path, loss, model, callbacks=[Progress(other)])
 
 
 @pytest.mark.slow

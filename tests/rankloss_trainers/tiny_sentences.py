@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,13 @@ class Trainer(SentenceTransformerTrainer):
 
 
 def train(
-    directory: Path, loss: nn.Module, model: nn.Module, *, resume: str | None = None, **given: Any
+    directory: Path,
+    loss: nn.Module,
+    model: nn.Module,
+    *,
+    resume: str | None = None,
+    callbacks: Sequence[transformers.TrainerCallback] = (),
+    **given: Any,
 ) -> Trainer:
     keywords = {name: given.pop(name) for name in ("eval_dataset", "train_dataset") if name in given}
     arguments = {
@@ -73,7 +80,7 @@ def train(
         model=model,
         args=SentenceTransformerTrainingArguments(**arguments),
         loss=loss,
-        callbacks=[Progress(loss)],
+        callbacks=[Progress(loss), *callbacks],
         **keywords,
     )
     trainer.train(resume_from_checkpoint=resume)
