@@ -11,7 +11,7 @@ import math
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from torch import nn
 
 from rankloss.options import check_choice, check_count
@@ -33,8 +33,9 @@ class Progress(Callback):
             that it is for; ``"epoch"`` calls ``set_epoch(epoch, epochs)`` before each epoch. Both count
             from 1.
         total_steps: The optimizer steps of the run, where the trainer does not know them: a dataset without
-            a length, manual optimization or a ``GradientAccumulationScheduler``, unless ``max_steps`` alone
-            ends the run. Later steps stay at the last. None asks the trainer.
+            a length, manual optimization, a ``GradientAccumulationScheduler``, or
+            ``StochasticWeightAveraging`` of a module with batch norm, unless ``max_steps`` alone ends the
+            run. Later steps stay at the last. None asks the trainer.
 
     Raises:
         ValueError: for another unit, and for ``total_steps`` below 1; when training begins, if the trainer
@@ -107,17 +108,18 @@ class Progress(Callback):
             tell(self._losses, "set_epoch", min(trainer.current_epoch + 1, self._end), self._end)
 
 
-def _steps(trainer: Any, pl_module: nn.Module) -> float:
+def _steps(trainer: Any, pl_module: Any) -> float:
     """The optimizer steps of the run, from the trainer's estimate where that is exact."""
-    accumulates = any(
-        isinstance(callback, GradientAccumulationScheduler) and callback.going_to_accumulate_grad_batches()
-        for callback in trainer.callbacks
-    )
+    cause = "" if pl_module.automatic_optimization else "manual optimization"
+    for each in trainer.callbacks:
+        if isinstance(each, GradientAccumulationScheduler) and each.going_to_accumulate_grad_batches():
+            cause = "a GradientAccumulationScheduler"
+        elif isinstance(each, StochasticWeightAveraging) and each.pl_module_contains_batch_norm(pl_module):
+            cause = "StochasticWeightAveraging and batch norm"  # adds an epoch without steps
     # The estimate divides batches by trainer.accumulate_grad_batches, unless max_steps alone ends the run.
-    if trainer.max_epochs != -1 and (accumulates or not pl_module.automatic_optimization):
-        cause = "a GradientAccumulationScheduler" if accumulates else "manual optimization"
+    if cause and trainer.max_epochs != -1:
         raise ValueError(
-            f"with {cause} the trainer does not know how many optimizer steps an epoch has: "
+            f"with {cause} the trainer does not know how many optimizer steps the run has: "
             "give Progress its total_steps"
         )
     return float(trainer.estimated_stepping_batches)

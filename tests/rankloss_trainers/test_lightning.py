@@ -25,7 +25,11 @@ if importlib.util.find_spec("lightning") is None:
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # lightning's own
     import lightning
-    from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+    from lightning.pytorch.callbacks import (
+        GradientAccumulationScheduler,
+        ModelCheckpoint,
+        StochasticWeightAveraging,
+    )
 
     from rankloss_trainers.lightning import Progress
 
@@ -226,6 +230,25 @@ def test_scheduled_accumulation_needs_total_steps(
     plain = Module()
     fit(tmp_path, plain, callbacks=[GradientAccumulationScheduler({0: 1})])
     assert lambdas(plain) == [schedules.linear(step, 8) for step in range(1, 9)]
+
+
+class Normed(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+
+
+def test_epoch_without_steps_after_weight_averaging_needs_total_steps(tmp_path: Path) -> None:
+    def averaging() -> lightning.Callback:
+        return StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+
+    with pytest.raises(ValueError, match=r"with StochasticWeightAveraging .* give Progress its total_steps"):
+        fit(tmp_path, Normed(), callbacks=[averaging()])
+    normed, plain = Normed(), Module()
+    fit(tmp_path, normed, progress=Progress(total_steps=8), callbacks=[averaging()])
+    fit(tmp_path, plain, callbacks=[averaging()])
+    assert lambdas(plain) == [schedules.linear(step, 8) for step in range(1, 9)]
+    assert lambdas(normed) == [*lambdas(plain), 1, 1, 1, 1]
 
 
 def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
