@@ -285,18 +285,16 @@ class Batch:
         return self._first_equal[names]
 
     def nan_unless_finite(self, weights: Tensor) -> Tensor:
-        """The weights if all features and their products are finite, else NaN, which makes the loss NaN."""
+        """The weights if all features are finite and no product can overflow, else NaN."""
         return nan_unless_finite(weights, self.image, self.text, self.reference_image, self.reference_text)
 
 
 def nan_unless_finite(weights: Tensor, *features: Tensor | None) -> Tensor:
-    """The weights if all features, and their products, are finite, else NaN, which makes the loss NaN."""
-    given = (x.detach() for x in features if x is not None)
-    # No row is longer than √D times the largest entry, and no product larger than the square of that.
-    lengths = (torch.linalg.vector_norm(x, math.inf) * math.sqrt(x.shape[1]) for x in given)
-    longest = functools.reduce(torch.maximum, lengths)
-    # 0 · ∞ and 0 · NaN are NaN.
-    return torch.addcmul(weights, weights, longest.square(), value=0)
+    """The weights if all features are finite and no product can overflow, else NaN, as the loss is then."""
+    norms = (torch.linalg.vector_norm(x.detach(), math.inf) for x in features if x is not None)
+    largest = functools.reduce(torch.maximum, norms)
+    # The cube overflows before D·largest² does. 0 · ∞ and 0 · NaN are NaN.
+    return torch.addcmul(weights, weights, largest**3, value=0)
 
 
 def anchors_and_items(term: Term, of: Inputs, are_local: bool) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
