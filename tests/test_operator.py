@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from batches import Batch, batches, gradients, random_batch
 from fake_cuda import fake_cuda
 from interpreter import few_examples, interpreted, needs_triton
-from rankloss import ClipLoss, RankClipLoss, RankConsistency, dense, operator
+from rankloss import ClipLoss, RankClipLoss, RankConsistency, SigLipLoss, dense, operator
 from rankloss import options as options_module
 from rankloss.batch import Batch as Features
 from rankloss.functional import weighted_terms
@@ -242,6 +242,18 @@ def test_differentiates_inside_a_compiled_graph() -> None:
     expected = gradients(loss(*inputs), inputs, 2.5)
     for a, b in zip(gradients(compiled(*inputs), inputs, 2.5), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", [RankConsistency(), ClipLoss(memory_budget=0), SigLipLoss(memory_budget=0)])
+def test_an_exported_graph_differentiates_by_what_takes_a_gradient_where_it_runs(
+    loss: torch.nn.Module,
+) -> None:
+    inputs = random_batch(2, 7, 4, 10.0).leaves()
+    exported = torch.export.export(loss, tuple(x.detach() for x in inputs)).module()
+    for wanted in (inputs, inputs[1:2]):
+        found = torch.autograd.grad(-1.3 * exported(*inputs), wanted)
+        owed = torch.autograd.grad(-1.3 * loss(*inputs), wanted)
+        assert_agree(found, owed, 1e-12)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
