@@ -60,13 +60,23 @@ def _has(model: Any, name: str) -> bool:
 
 def _whole(model: Any, name: str) -> Tensor:
     parameter = getattr(model, name)
-    whole: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    whole: Tensor = _gathered(parameter) if hasattr(parameter, "full_tensor") else parameter
     if whole.numel() != 1:
         raise ValueError(
             f"{name} has {whole.numel()} elements on this process: ZeRO stage 3 and FSDP with flat "
             "parameters do not show it outside the forward pass; use ZeRO stage 2 or FSDP version 2"
         )
     return whole.reshape(())
+
+
+def _gathered(parameter: Any) -> Tensor:
+    from torch.distributed.tensor import Partial
+
+    # The gradient is that of this process's share of the batch. Where FSDP has resharded the parameter by
+    # now, nothing else averages it, and torch would assume that it is the same on every process.
+    mean = tuple(Partial("avg") for _ in parameter.placements)
+    whole: Tensor = parameter.full_tensor(grad_placements=mean)
+    return whole
 
 
 # --- a second caption of each image ---------------------------------------------------------------------
