@@ -138,7 +138,8 @@ class LossEntry:
         prefix: What the options begin with; empty for the name of the loss.
         refuse: ``(options, gather) → reason`` why the loss cannot work with these, or None. Called before
             anything is built. A reason about one option begins with its key.
-        describe: ``(options, epochs) → text`` for the line in the log that says what a run trains with.
+        describe: ``(options, epochs) → text`` for the line in the log that says what a run trains with. The
+            epochs of a run are infinity, here and for ``unit``, where its data have no length.
         unit: ``"epoch"`` or ``"step"``, or ``(options, epochs) →`` one of them. Every part of the module that
             has the method is told where training stands: ``set_epoch(epoch, epochs)`` at the start of each
             epoch, or ``set_progress(step, total_steps)`` before each optimizer step; both count from 1.

@@ -104,10 +104,14 @@ def tell(loss: nn.Module, method: str, now: int, end: int) -> None:
     A method of that name that cannot take the two numbers, or can do without the second, is another protocol
     (a sampler's ``set_epoch(epoch)``, say) and is left alone.
     """
-    for part in loss.modules():
-        told = getattr(part, method, None)
-        if callable(told) and _needs_two(told):
-            told(now, end)
+    for told in listeners(loss, method):
+        told(now, end)
+
+
+def listeners(loss: nn.Module, method: str) -> list[Callable[[int, int], None]]:
+    """The methods that :func:`tell` calls."""
+    methods = [getattr(part, method, None) for part in loss.modules()]
+    return [told for told in methods if callable(told) and _needs_two(told)]
 
 
 def _needs_two(function: Callable[..., Any]) -> bool:

@@ -7,6 +7,7 @@ choices, bounds, default and help stand there, and only there.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -149,10 +150,10 @@ def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
 
 def _describe_rankclip(options: Options, epochs: float) -> str:
     unit = _rankclip_unit(options, epochs)
+    span = f" over {epochs:g} epoch(s)" if math.isfinite(epochs) else ""
     text = (
-        f"schedule {options['schedule']} per {unit} over {epochs:g} epoch(s), lambda scale "
-        f"{options['lambda_cross']:g} cross-modal and {options['lambda_in']:g} in-modal, lists "
-        f"{options['lists']}"
+        f"schedule {options['schedule']} per {unit}{span}, lambda scale {options['lambda_cross']:g} "
+        f"cross-modal and {options['lambda_in']:g} in-modal, lists {options['lists']}"
     )
     if options["top_k"] is not None:
         text += f", best {options['top_k']} of each"

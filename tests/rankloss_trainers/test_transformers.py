@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -264,6 +265,68 @@ def test_schedule_per_epoch(tmp_path: Path) -> None:
     options = {"schedule": "linear", "schedule_unit": "epoch"}
     lines = steps(train(tmp_path, loss="rankclip", loss_options=options, num_train_epochs=3))
     assert [line["rank_lambda"] for line in lines] == [0] * 4 + [0.5] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("ignored", [1, 2, 5])
+def test_epochs_are_those_that_the_trainer_trains(
+    tmp_path: Path, ignored: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``max_steps`` overrides ``num_train_epochs``; the 32 pairs are four steps."""
+    caplog.set_level("INFO", logger="rankloss_trainers")
+    options = {"schedule": "linear", "schedule_unit": "epoch"}
+    given = {"loss_options": options, "num_train_epochs": ignored}
+    lines = steps(train(tmp_path, max_steps=11, **given))
+    assert [line["rank_lambda"] for line in lines] == [0] * 4 + [0.5] * 4 + [1] * 3
+    assert "schedule linear per epoch over 3 epoch(s)" in caplog.text
+    lines = steps(train(tmp_path, max_steps=3, **given))
+    assert [line["rank_lambda"] for line in lines] == [0, 0.5, 1], "one epoch goes by steps"
+    assert "schedule linear per step over 1 epoch(s)" in caplog.text
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
+    """Pairs without a length."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return map(Pairs().__getitem__, range(32))
+
+
+def test_data_without_a_length_have_no_number_of_epochs(tmp_path: Path) -> None:
+    by_steps, by_epochs = (
+        {"pairs": Stream(), "max_steps": 6, "loss_options": {"schedule": "linear", "schedule_unit": unit}}
+        for unit in ("step", "epoch")
+    )
+    lines = steps(train(tmp_path, **by_steps))
+    assert [line["rank_lambda"] for line in lines] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    with pytest.raises(
+        ValueError, match=r"rankclip goes by epochs \(schedule_unit 'epoch'\), but training data"
+    ):
+        train(tmp_path, **by_epochs)
+    # The catalogue has it go by epochs, but it does not ask for them.
+    assert len(steps(train(tmp_path, pairs=Stream(), max_steps=2, loss="cyclip"))) == 2
+
+
+class Told(rankloss.ClipLoss):
+    """CLIP's loss, which logs where training stands."""
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        self.epoch, self.epochs = epoch, epochs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        entries = super().forward(*args, **kwargs)
+        return {**entries, "epoch_seen": torch.tensor(self.epoch), "epochs": torch.tensor(self.epochs)}
+
+
+TOLD = catalog.LossEntry(build=lambda base, options, gather: Told(gather=gather))
+
+
+def test_loss_of_another_package_is_told_the_epochs_of_the_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(catalog.BUILT_IN, "told", f"{__name__}:TOLD")
+    lines = steps(train(tmp_path, loss="told", max_steps=6, num_train_epochs=9))
+    assert [(line["epoch_seen"], line["epochs"]) for line in lines] == [(1, 2)] * 4 + [(2, 2)] * 2
+    with pytest.raises(ValueError, match="told goes by epochs"):
+        train(tmp_path, loss="told", max_steps=6, pairs=Stream())
 
 
 @pytest.mark.parametrize(

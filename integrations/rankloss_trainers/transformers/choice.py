@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 import rankloss
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import LossEntry
+from rankloss_trainers.clock import listeners
 from rankloss_trainers.driven_loss import DrivenLoss, call_alone
 from rankloss_trainers.logging import RankClipLog
 from rankloss_trainers.transformers.embeddings import REFERENCES
@@ -29,12 +31,37 @@ class Choice:
         captions: The prefix of the columns of a second caption; None for a loss without one.
         uses_teacher: Whether it ranks by a teacher, whose features are columns of the batch; None for a
             module, which takes them or not.
+        unit: What its clock goes by in a run of so many epochs, ``"epoch"`` or ``"step"``.
+        describe: What is trained in a run of so many epochs, for the log; empty for a module.
     """
 
     name: str
     loss: DrivenLoss
     captions: str | None = None
     uses_teacher: bool | None = None
+    unit: Callable[[float], str] = lambda _: "step"
+    describe: Callable[[float], str] = lambda _: ""
+
+    def start(self, epochs: float, *, announce: bool) -> None:
+        """A run begins.
+
+        Args:
+            epochs: Its epochs; infinity where the data have no length.
+            announce: Whether this process logs what is trained.
+
+        Raises:
+            ValueError: The loss goes by epochs, and their number is not known.
+        """
+        clock = self.loss.clock
+        clock.unit = self.unit(epochs)
+        if clock.unit == "epoch" and math.isinf(epochs) and listeners(self.loss.criterion, "set_epoch"):
+            raise ValueError(
+                f"{self.name} goes by epochs (schedule_unit 'epoch'), but training data without a length "
+                "have no known number of epochs; go by steps (schedule_unit 'step')"
+            )
+        text = self.describe(epochs)
+        if announce and text:
+            _logger.info("Loss: %s", text)
 
     def check_references(self, references: Collection[str], columns: Iterable[str]) -> None:
         """Raise a ValueError unless a training batch has a teacher's features just where they are ranked by.
@@ -72,7 +99,7 @@ def own(module: nn.Module, given: Mapping[str, Any] | None) -> Choice:
     if given:
         raise TypeError("loss_options belong to a loss that is given by its name; the module has its own")
     evaluate = RankClipLog() if isinstance(module, rankloss.RankClipLoss) else call_alone
-    return Choice(type(module).__name__, DrivenLoss(module, unit="step", evaluate=evaluate))
+    return Choice(type(module).__name__, DrivenLoss(module, evaluate=evaluate))
 
 
 def named(
@@ -81,9 +108,7 @@ def named(
     base: nn.Module,
     gather: rankloss.Gather,
     *,
-    epochs: float,
     sigmoid: bool = False,
-    announce: bool = False,
 ) -> Choice:
     """A loss of the catalogue.
 
@@ -92,9 +117,7 @@ def named(
         given: Options by their keys; the others have their :func:`defaults`.
         base: The loss that the model was made for.
         gather: How the batches of other processes are seen.
-        epochs: Epochs of the run.
         sigmoid: Whether the base is a sigmoid loss.
-        announce: Whether this process logs what is trained.
 
     Raises:
         TypeError: An option does not exist.
@@ -123,14 +146,18 @@ def named(
         )
     if reason is not None:
         raise ValueError(reason)
-    if announce:
-        package = found[name].package or f"rankloss {rankloss.__version__}"
-        text = entry.describe(options, epochs)
-        _logger.info("Loss: %s (%s)%s", name, package, text and f", {text}")
     loss = DrivenLoss(
         entry.build(base, options, gather),
-        unit=entry.unit if isinstance(entry.unit, str) else entry.unit(options, epochs),
         first_call=entry.first_call,
         evaluate=call_alone if entry.log is None else entry.log(options),
     )
-    return Choice(name, loss, entry.caption_key(options), entry.uses_teacher(options))
+    package = found[name].package or f"rankloss {rankloss.__version__}"
+
+    def unit(epochs: float) -> str:
+        return entry.unit if isinstance(entry.unit, str) else entry.unit(options, epochs)
+
+    def describe(epochs: float) -> str:
+        text = entry.describe(options, epochs)
+        return f"{name} ({package})" + (text and f", {text}")
+
+    return Choice(name, loss, entry.caption_key(options), entry.uses_teacher(options), unit, describe)

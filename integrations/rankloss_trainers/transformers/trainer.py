@@ -12,13 +12,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, has_length
 
 import rankloss
 from rankloss.losses import base_entries
 from rankloss_trainers import state as loss_state
 from rankloss_trainers.clock import tell
-from rankloss_trainers.driven_loss import DrivenLoss, Entries
+from rankloss_trainers.driven_loss import Entries
 from rankloss_trainers.logging import RankClipLog
 from rankloss_trainers.transformers import choice, embeddings
 from rankloss_trainers.transformers.charts import ChartOfEachEpoch
@@ -36,8 +36,9 @@ class ContrastiveTrainerMixin:
 
     Put it before the Trainer: ``class MyTrainer(ContrastiveTrainerMixin, transformers.Trainer)``.
 
-    - λ follows the optimizer steps, ``global_step`` of ``max_steps``, and is right after a resume. What a
-      loss remembers (ALIP's histories) is in the checkpoints.
+    - λ follows the optimizer steps, ``global_step`` of ``max_steps``, and is right after a resume. With the
+      option ``schedule_unit="epoch"`` it follows the epochs, as many as the Trainer trains. What a loss
+      remembers (ALIP's histories) is in the checkpoints.
     - Each process's pairs are contrasted with those of all processes, exactly under DDP's averaging.
     - The loss is a mean over the pairs of a forward pass. With gradient accumulation the means are averaged,
       and pairs are contrasted within a micro-batch only.
@@ -65,7 +66,7 @@ class ContrastiveTrainerMixin:
         TypeError: for an option that the loss does not have.
         ValueError: for options that cannot work, and for a set-up that would train something else:
             DataParallel, ZeRO stage 3, FSDP with flat parameters, a ``compute_loss_func``, or a model without
-            a scale.
+            a scale. In ``train``, for a loss that goes by epochs on data without a length.
     """
 
     # The loss is a mean over a micro-batch, which the Trainer has to divide by the accumulated batches.
@@ -89,10 +90,7 @@ class ContrastiveTrainerMixin:
         sigmoid = embeddings.has_bias(trainer.model)
         base = choice.base_of(sigmoid=sigmoid, gather=gather)
         if isinstance(loss, str):
-            epochs, first = trainer.args.num_train_epochs, trainer.args.process_index == 0
-            chosen = choice.named(
-                loss, loss_options, base, gather, epochs=epochs, sigmoid=sigmoid, announce=first
-            )
+            chosen = choice.named(loss, loss_options, base, gather, sigmoid=sigmoid)
         else:
             chosen = choice.own(loss, loss_options)
         self.chosen_loss = chosen
@@ -100,7 +98,7 @@ class ContrastiveTrainerMixin:
         own_base = getattr(self.driven_loss.criterion, "base", None)
         self.evaluation_loss = base if own_base is None else own_base
         self._means = _Means()
-        trainer.add_callback(_Progress(self.driven_loss))
+        trainer.add_callback(_Progress(chosen))
         if loss_state.has_state(self.driven_loss.criterion):
             trainer.add_callback(_Saving(chosen))
         log = self.driven_loss.evaluate
@@ -177,13 +175,19 @@ class ContrastiveTrainer(ContrastiveTrainerMixin, transformers.Trainer):
 class _Progress(TrainerCallback):
     """Tells the loss where the Trainer stands."""
 
-    def __init__(self, loss: DrivenLoss) -> None:
-        self.loss = loss
+    def __init__(self, chosen: choice.Choice) -> None:
+        self.chosen = chosen
+        self.loss = chosen.loss
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Only now is the number of epochs known: ``max_steps`` and the data have a say in it."""
+        epochs = state.num_train_epochs if has_length(kwargs["train_dataloader"]) else math.inf
+        self.chosen.start(epochs, announce=state.is_world_process_zero)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """For losses that go by epochs."""
         if self.loss.clock.unit == "epoch":
-            epochs = math.ceil(args.num_train_epochs)
+            epochs = state.num_train_epochs
             tell(self.loss.criterion, "set_epoch", min(int(state.epoch) + 1, epochs), epochs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
