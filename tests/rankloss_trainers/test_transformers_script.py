@@ -138,6 +138,13 @@ def test_other_arguments_reach_the_script_in_order() -> None:
     assert rest == ["--a", "-1", "x", "--b=--loss", "--lo", "y"]
 
 
+def test_options_like_those_of_a_loss_are_the_scripts_without_one_and_after_two_dashes() -> None:
+    argv = ["--streamed-data", "x", "--rankclip_top_k", "3"]
+    assert parse(argv) == (None, {}, argv)
+    behind = ["--loss", "cyclip", "--cyclip-lambda-in", "1", "--", "--rankclip-top_k", "3"]
+    assert parse(behind) == ("cyclip", {"lambda_in": 1.0}, ["--", "--rankclip-top_k", "3"])
+
+
 def test_arguments_without_a_loss_are_untouched() -> None:
     argv = ["--a", "--", "--los", "-x"]
     assert parse(argv) == (None, {}, argv)
@@ -157,6 +164,17 @@ def test_arguments_without_a_loss_are_untouched() -> None:
         ),
         (["--loss", "alip"], "--alip-caption-key"),
         (["--loss"], "--loss: expected one argument"),
+        *(
+            (["--loss", loss, typed, "3"], f"{typed.partition('=')[0]}: there is no such option{meant}\n")
+            for loss in ("rankclip", "cyclip", "clip")
+            for typed, meant in (
+                ("--rankclip-lamda-in", r", did you mean --rankclip-lambda-in\?"),
+                ("--rankclip-lambda_in", r", did you mean --rankclip-lambda-in\?"),
+                ("--rankclip_lambda_in", r", did you mean --rankclip-lambda-in\?"),
+                ("--rankclip-sched=linear", r", did you mean --rankclip-schedule\?"),
+                ("--alip-zzzzzzzzzzzzzzzzz", ""),
+            )
+        ),
     ],
 )
 def test_wrong_options_are_refused_before_the_script_runs(

@@ -2,8 +2,12 @@
 
 The script builds ``transformers.Trainer``, or a class derived from it. It finds a
 :class:`~rankloss_trainers.transformers.ContrastiveTrainer` under that name, and sees its command line without
-``--loss`` and the options that belong to it. Without ``--loss`` it runs as it is. ``torchrun`` and
-``accelerate launch`` start it as ``-m rankloss_trainers.transformers SCRIPT …``.
+``--loss`` and the options that belong to it. ``torchrun`` and ``accelerate launch`` start it as
+``-m rankloss_trainers.transformers SCRIPT …``.
+
+With ``--loss`` a misspelt option of a loss (``--rankclip-lamda-in``) is an error, as the script might ignore
+it; what comes after ``--`` is the script's. Without ``--loss`` the script runs as it is, and only the options
+that a loss has are refused.
 
 With ``--loss`` torch is loaded before the script, but transformers is not: what the script puts into the
 environment for it (``HF_HOME``, ``HF_ENDPOINT``) still counts.
@@ -12,7 +16,9 @@ environment for it (``HF_HOME``, ``HF_ENDPOINT``) still counts.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
+import itertools
 import os
 import runpy
 import sys
@@ -22,8 +28,10 @@ from types import ModuleType
 from typing import Any
 
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import TRAINERS_OWN, LossEntry, dest
+from rankloss_trainers.catalog import TRAINERS_OWN, LossEntry, dest, flag
 from rankloss_trainers.command_line import add_options, by_prefix, misplaced, with_flag
+
+_OURS = tuple(f"--{prefix}-" for prefix in catalog.PREFIXES)
 
 
 def main() -> None:
@@ -55,8 +63,7 @@ def parse(argv: list[str]) -> tuple[str | None, dict[str, Any], list[str]]:
         The name of the loss, None for the script's own; the options that were given, by their keys; and the
         script's arguments.
     """
-    ours = ("--loss", *(f"--{prefix}-" for prefix in catalog.PREFIXES))
-    if not any(argument.startswith(ours) for argument in argv):
+    if not any(argument.startswith(("--loss", *_OURS)) for argument in argv):
         return None, {}, argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--loss")
@@ -69,6 +76,8 @@ def parse(argv: list[str]) -> tuple[str | None, dict[str, Any], list[str]]:
         known = ", ".join((TRAINERS_OWN, *catalog.candidates()))
         parser.error(f"argument --loss: must be one of {known}, got {name!r}")
     wrong = misplaced(name, entries, args)
+    if not wrong and args.loss is not None:
+        wrong = unknown(rest, entries)
     if wrong:
         parser.error(wrong)
     if name is None:
@@ -81,6 +90,18 @@ def parse(argv: list[str]) -> tuple[str | None, dict[str, Any], list[str]]:
         reason = with_flag(name, entry, reason)
         parser.error(f"argument {reason if reason.startswith('--') else f'--loss: {reason}'}")
     return name, options, rest
+
+
+def unknown(rest: list[str], entries: Mapping[str, LossEntry]) -> str:
+    """What is wrong with arguments that are left over and look like options of a loss; empty if none does."""
+    known = [flag(name, entry, option) for name, entry in entries.items() for option in entry.options]
+    for argument in itertools.takewhile(lambda argument: argument != "--", rest):
+        typed = argument.partition("=")[0]
+        spelt = typed.replace("_", "-")  # as HfArgumentParser would take it, too
+        if spelt.startswith(_OURS):
+            near = difflib.get_close_matches(spelt, known, n=1)
+            return f"{typed}: there is no such option" + (f", did you mean {near[0]}?" if near else "")
+    return ""
 
 
 def _entries(asked: str | None) -> dict[str, LossEntry]:
