@@ -19,7 +19,7 @@ from rankloss_open_clip.versions import imported, judge
 from rankloss_trainers import catalog, state
 from rankloss_trainers.charts import AgreementCharts, Tracker, picture
 from rankloss_trainers.clock import Position
-from rankloss_trainers.driven_loss import call_alone
+from rankloss_trainers.driven_loss import call_alone, check_has_no_parameters
 from rankloss_trainers.logging import RankClipLog
 
 _logger = logging.getLogger("rankloss_open_clip")
@@ -55,11 +55,7 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     criterion = entry.build(base if loaded.is_former else _shareable(base, gather), options, gather)
     if not isinstance(criterion, nn.Module):
         raise TypeError(f"--loss {name}: {candidate.reference} must build a module, got {criterion!r}")
-    if any(parameter.requires_grad for parameter in criterion.parameters()):
-        raise ValueError(
-            f"--loss {name}: {type(criterion).__name__} has parameters, which the trainer's optimizer does "
-            "not know and would never train"
-        )
+    check_has_no_parameters(f"--loss {name}", criterion)
     if state.has_state(criterion):
         criterion.to(args.device)
     loss = TrainerLoss(

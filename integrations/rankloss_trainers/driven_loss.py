@@ -66,6 +66,20 @@ def call_alone(criterion: nn.Module, call: Call, **inputs: Any) -> Mapping[str, 
     return entries
 
 
+def check_has_no_parameters(what: str, criterion: nn.Module) -> None:
+    """Raise a ValueError for a loss whose parameters no optimizer would know.
+
+    Args:
+        what: What the error begins with.
+        criterion: The loss.
+    """
+    if any(parameter.requires_grad for parameter in criterion.parameters()):
+        raise ValueError(
+            f"{what}: {type(criterion).__name__} has parameters, which the trainer's optimizer does not know "
+            "and would never train"
+        )
+
+
 class DrivenLoss(nn.Module):
     """A loss of the catalogue with its clock.
 

@@ -319,6 +319,17 @@ class Told(rankloss.ClipLoss):
 TOLD = catalog.LossEntry(build=lambda base, options, gather: Told(gather=gather))
 
 
+LEARNABLE = catalog.LossEntry(build=lambda base, options, gather: nn.Linear(2, 2))
+
+
+def test_loss_of_another_package_with_parameters_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(catalog.BUILT_IN, "learnable", f"{__name__}:LEARNABLE")
+    with pytest.raises(ValueError, match="loss 'learnable': Linear has parameters, which the trainer's"):
+        ContrastiveTrainer(model=clip(), args=arguments(tmp_path), loss="learnable")
+
+
 def test_loss_of_another_package_is_told_the_epochs_of_the_trainer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,7 +353,21 @@ def test_loss_of_another_package_is_told_the_epochs_of_the_trainer(
             ValueError,
             "reference_features belongs to open_clip's trainer; here a teacher's features are the columns",
         ),
-        ({"loss": nn.Identity(), "loss_options": {"top_k": 3}}, TypeError, "the module has its own"),
+        (
+            {"loss": nn.Identity(), "loss_options": {"top_k": 3}},
+            TypeError,
+            "loss_options is for a loss that is given by its name; the module has its own",
+        ),
+        (
+            {"loss": rankloss.ClipLoss(), "gather": rankloss.Gather(local_loss=False)},
+            TypeError,
+            "gather is for a loss that is given by its name; the module has its own",
+        ),
+        (
+            {"loss": rankloss.CyClipLoss(nn.Linear(2, 2))},
+            ValueError,
+            "loss: CyClipLoss has parameters, which the trainer's optimizer does not know",
+        ),
         ({"compute_loss_func": print}, ValueError, "compute_loss_func is ignored by this trainer"),
         ({"model": nn.Linear(2, 2)}, ValueError, "Linear has neither a logit_scale nor a temperature"),
     ],

@@ -14,7 +14,7 @@ import rankloss
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import LossEntry
 from rankloss_trainers.clock import listeners
-from rankloss_trainers.driven_loss import DrivenLoss, call_alone
+from rankloss_trainers.driven_loss import DrivenLoss, call_alone, check_has_no_parameters
 from rankloss_trainers.logging import RankClipLog
 from rankloss_trainers.transformers.embeddings import REFERENCES
 
@@ -94,10 +94,21 @@ def base_of(*, sigmoid: bool, gather: rankloss.Gather) -> nn.Module:
     return rankloss.SigLipLoss(gather=gather) if sigmoid else rankloss.ClipLoss(gather=gather)
 
 
-def own(module: nn.Module, given: Mapping[str, Any] | None) -> Choice:
-    """A module of one's own."""
-    if given:
-        raise TypeError("loss_options belong to a loss that is given by its name; the module has its own")
+def own(module: nn.Module, **given: Any) -> Choice:
+    """A module of one's own.
+
+    Args:
+        module: The loss.
+        **given: What was given that only a named loss can have.
+
+    Raises:
+        TypeError: Something was.
+        ValueError: The module has parameters.
+    """
+    for name, value in given.items():
+        if value:
+            raise TypeError(f"{name} is for a loss that is given by its name; the module has its own")
+    check_has_no_parameters("loss", module)
     evaluate = RankClipLog() if isinstance(module, rankloss.RankClipLoss) else call_alone
     return Choice(type(module).__name__, DrivenLoss(module, evaluate=evaluate))
 
@@ -121,7 +132,7 @@ def named(
 
     Raises:
         TypeError: An option does not exist.
-        ValueError: The loss does not exist, or cannot work like this.
+        ValueError: The loss does not exist, cannot work like this, or has parameters.
     """
     found = catalog.candidates()
     if name not in found:
@@ -146,8 +157,10 @@ def named(
         )
     if reason is not None:
         raise ValueError(reason)
+    criterion = entry.build(base, options, gather)
+    check_has_no_parameters(f"loss {name!r}", criterion)
     loss = DrivenLoss(
-        entry.build(base, options, gather),
+        criterion,
         first_call=entry.first_call,
         evaluate=call_alone if entry.log is None else entry.log(options),
     )

@@ -59,14 +59,17 @@ class ContrastiveTrainerMixin:
             ``rankclip-distill``, the lists are ranked by a teacher, whose features of each pair are the
             columns ``reference_image_features`` and ``reference_text_features``, or one of them. The model is
             not given them, and evaluation does not need them.
-        gather: The :class:`rankloss.Gather` of the run; None for the default process group, exactly.
+        gather: The :class:`rankloss.Gather` of the run, for a named loss; None for the default process group,
+            exactly.
         **kwargs: What the Trainer takes.
 
     Raises:
-        TypeError: for an option that the loss does not have.
+        TypeError: for an option that the loss does not have, and for ``loss_options`` or ``gather`` beside a
+            module.
         ValueError: for options that cannot work, and for a set-up that would train something else:
-            DataParallel, ZeRO stage 3, FSDP with flat parameters, a ``compute_loss_func``, or a model without
-            a scale. In ``train``, for a loss that goes by epochs on data without a length.
+            DataParallel, ZeRO stage 3, FSDP with flat parameters, a ``compute_loss_func``, a model without a
+            scale, or a loss with parameters, which the Trainer's optimizer does not know. In ``train``, for a
+            loss that goes by epochs on data without a length.
     """
 
     # The loss is a mean over a micro-batch, which the Trainer has to divide by the accumulated batches.
@@ -86,13 +89,13 @@ class ContrastiveTrainerMixin:
         # Releases without loss_is_scaled_for_ga divide by the accumulated batches unless this is set.
         trainer.model_accepts_loss_kwargs = False
         trainer.label_names = []  # the pairs are the labels; else evaluation would give no loss
-        gather = rankloss.Gather() if gather is None else gather
+        gather_of_run = rankloss.Gather() if gather is None else gather
         sigmoid = embeddings.has_bias(trainer.model)
-        base = choice.base_of(sigmoid=sigmoid, gather=gather)
+        base = choice.base_of(sigmoid=sigmoid, gather=gather_of_run)
         if isinstance(loss, str):
-            chosen = choice.named(loss, loss_options, base, gather, sigmoid=sigmoid)
+            chosen = choice.named(loss, loss_options, base, gather_of_run, sigmoid=sigmoid)
         else:
-            chosen = choice.own(loss, loss_options)
+            chosen = choice.own(loss, loss_options=loss_options, gather=gather)
         self.chosen_loss = chosen
         self.driven_loss = chosen.loss.to(trainer.args.device)
         own_base = getattr(self.driven_loss.criterion, "base", None)
