@@ -212,6 +212,35 @@ def test_evaluation_is_the_base_loss_whatever_lambda_is(tmp_path: Path, model: A
     assert evaluated[-1] == pytest.approx(base_loss(trainer.model), rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_model_that_stays_in_one_mode_is_trained_and_evaluated_like_any(tmp_path: Path, mode: bool) -> None:
+    class Fixed(transformers.CLIPModel):  # without dropout, so that the mode changes no number
+        def train(self, _: bool = True) -> Any:
+            return super().train(mode)
+
+    given = {"max_steps": 4, "eval_dataset": Pairs(8), "eval_strategy": "steps", "eval_steps": 1}
+    fixed = clip()
+    fixed.__class__ = Fixed
+    fixed.train()
+    kept, usual = (train(tmp_path, model=model, **given) for model in (fixed, clip()))
+    assert fixed.training is mode
+    assert torch.equal(weights(kept), weights(usual))
+    for a, b in zip(kept.state.log_history, usual.state.log_history, strict=True):
+        names = {*TERMS, *METRICS, "loss", "eval_loss"} & b.keys()
+        assert {name: a.get(name) for name in names} == {name: b[name] for name in names}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, reentrant: bool) -> None:
+    model: Any = clip()
+    name = "activation_checkpointing_enable"  # what newer releases call it
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    checkpointed, plain = train(tmp_path, model=model, max_steps=2), train(tmp_path, max_steps=2)
+    assert torch.equal(weights(checkpointed), weights(plain))
+    assert steps(checkpointed)[-1]["cross_modal_loss"] > 0
+
+
 def test_best_model_is_chosen_by_the_base_loss(tmp_path: Path) -> None:
     given = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     trainer = train(tmp_path, eval_dataset=Pairs(16), num_train_epochs=3, **given)

@@ -44,8 +44,8 @@ class ContrastiveTrainerMixin:
       and pairs are contrasted within a micro-batch only.
     - A model with a ``logit_bias`` (SigLIP) is trained with the sigmoid loss, others with CLIP's: ALIGN too,
       whose own loss smooths its labels.
-    - Evaluation gives the base loss without the rank terms, which does not grow with λ; so
-      ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
+    - Evaluation, or any call without gradients, gives the base loss without the rank terms, which does not
+      grow with λ; so ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
     - The log shows each term, λ, and what else the loss gives, averaged since the last line. With the option
       ``agreement_every`` TensorBoard and W&B get a chart of the rank agreement per epoch.
 
@@ -126,24 +126,25 @@ class ContrastiveTrainerMixin:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,  # noqa: ARG002 (counts labels, which pairs do not have)
     ) -> Any:
-        """The loss of a batch; in evaluation the base loss."""
+        """The loss of a batch; without gradients, as in evaluation, the base loss."""
         trainer: Any = self
+        trains = torch.is_grad_enabled()  # a model may keep itself in evaluation mode
         # The model's own loss is of this process alone, and would be computed for nothing.
         inputs = {name: value for name, value in inputs.items() if name != "return_loss"}
         inputs, references = embeddings.without_references(inputs)
         captions = self.chosen_loss.captions
         if captions is not None:
-            select = embeddings.with_captions if model.training else embeddings.without_captions
+            select = embeddings.with_captions if trains else embeddings.without_captions
             inputs = select(inputs, captions)
         outputs = model(**inputs)
         features: dict[str, Any] = dict(embeddings.features_of(outputs))
-        if captions is not None and model.training:
+        if captions is not None and trains:
             features["text_features"], features["caption_features"] = features["text_features"].chunk(2)
         whole = trainer.accelerator.unwrap_model(model)
         features["logit_scale"] = embeddings.logit_scale(whole)
         if embeddings.has_bias(whole):
             features["logit_bias"] = embeddings.logit_bias(whole)
-        if model.training:
+        if trains:
             self.chosen_loss.check_references(references, inputs)
             entries: Entries = self.driven_loss(**features, **references)
             self._means.add(entries)
