@@ -30,19 +30,25 @@ class RankClipLog:
     - ``cross_modal_tau``, ``in_modal_tau``: with ``agreement_every``, Kendall's τ of the image's ranking
       with its text's (:func:`rankloss.metrics.rank_agreement`), over the batch of all processes, from at
       most 256 of its rows. Between two measurements they keep the last value: a gap, or a NaN, would spoil
-      a trainer's averages, and the processes must log the same names at every step.
+      a trainer's averages, and the processes must log the same names at every step. The first step that a
+      process takes is therefore measured, wherever a resumed run begins.
 
     All of it uses one gathering.
 
     Attributes:
         agreement_every: Measure the batch's rank agreement at every so many optimizer steps, counted from the
-            start of an epoch, or of the run where the trainer announces each step; None never does.
+            start of an epoch, or of the run where the trainer announces each step, and at the first step that
+            the process takes; None never does.
         charts: Draws the rankings of the batch that is measured, when a chart is due.
     """
 
     agreement_every: int | None = None
     charts: AgreementCharts | None = None
     _agreement: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def next_measured(self, step: int) -> int:
+        """The first step from ``step`` on that is measured, counted from 0."""
+        return step + -step % (self.agreement_every or 1) if self._agreement else step
 
     def __call__(
         self,
@@ -58,7 +64,9 @@ class RankClipLog:
     ) -> Mapping[str, Tensor]:
         """Call the loss."""
         weights = _weights(criterion)
-        measures = call.first and self.agreement_every is not None and call.step % self.agreement_every == 0
+        measures = (
+            self.agreement_every is not None and call.first and self.next_measured(call.step) == call.step
+        )
         gathered = None
         if weights or measures:
             gathered = criterion.consistency.gather(image_features, text_features)

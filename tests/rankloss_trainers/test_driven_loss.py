@@ -79,6 +79,21 @@ def test_rankclip_is_what_it_is_alone(step: int) -> None:
     assert all(torch.equal(x.grad, y.grad) for x, y in zip(driven, alone, strict=True))
 
 
+@pytest.mark.parametrize("resumed_at", range(1, 5))
+def test_agreement_is_measured_at_the_first_step_and_then_at_every_so_many(resumed_at: int) -> None:
+    loss = DrivenLoss(rankloss.RankClipLoss(schedule="constant"), evaluate=RankClipLog(agreement_every=3))
+    measured, last = [], None
+    for step in range(resumed_at, 9):
+        loss.clock.start_step(step, 9)
+        for _ in range(2):  # accumulated
+            pair = normalize(torch.randn(2, 6, 4), dim=-1)
+            tau = loss(*pair, torch.tensor(8.0)).metrics["cross_modal_tau"].item()
+            if tau != last:
+                measured.append(step)
+            last = tau
+    assert measured == [step for step in range(resumed_at, 9) if step == resumed_at or step % 3 == 1]
+
+
 @pytest.mark.parametrize("step", [1, 2])  # λ = 0, ½
 @pytest.mark.parametrize("names", [("image", "text"), ("text",)])
 def test_raw_terms_are_ranked_by_the_teacher_that_is_given(step: int, names: tuple[str, ...]) -> None:

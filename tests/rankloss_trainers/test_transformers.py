@@ -133,6 +133,15 @@ def test_tensorboard_has_a_chart_of_each_epoch(tmp_path: Path, monkeypatch: pyte
     assert all(chart.startswith(b"\x89PNG") for chart in charts.values())
 
 
+def test_chart_of_a_resumed_run_is_of_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rankloss.plots")
+    train(tmp_path, save_strategy="steps", save_steps=6, num_train_epochs=3)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    given = {"resume": str(tmp_path / "checkpoint-6"), "report_to": "tensorboard", "num_train_epochs": 3}
+    train(tmp_path / "resumed", loss_options={"agreement_every": 4}, **given)
+    assert list(charts_of(tmp_path)) == [7, 9]
+
+
 def test_writer_that_fails_ends_the_charts_and_not_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -184,6 +193,25 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert torch.equal(weights(resumed), weights(whole))
     shown = [line["rank_lambda"] for line in steps(resumed)]
     assert shown == [line["rank_lambda"] for line in steps(whole)]
+
+
+def test_resumed_run_measures_the_agreement_at_its_first_step(tmp_path: Path) -> None:
+    """Measured at steps 1, 5, 9, …; the checkpoint is of step 6."""
+
+    def resumed(every: int, logging_steps: int) -> dict[int, float]:
+        given = {"loss_options": {"agreement_every": every}, "logging_steps": logging_steps}
+        directory = tmp_path / f"{every}-{logging_steps}"
+        given.update(num_train_epochs=3, save_strategy="steps", save_steps=6)
+        train(directory, **given)
+        lines = steps(train(directory, resume=str(directory / "checkpoint-6"), **given))
+        return {line["step"]: line["cross_modal_tau"] for line in lines if line["step"] > 6}
+
+    each = resumed(every=1, logging_steps=1)
+    assert each[7] != each[9]
+    held = {7: each[7], 8: each[7], 9: each[9], 10: each[9], 11: each[9], 12: each[9]}
+    assert resumed(every=4, logging_steps=1) == held
+    means = {9: sum(held[step] for step in (7, 8, 9)) / 3, 12: each[9]}
+    assert resumed(every=4, logging_steps=3) == pytest.approx(means, rel=1e-6)
 
 
 @MODELS

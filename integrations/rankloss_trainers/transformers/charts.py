@@ -33,8 +33,7 @@ class ChartOfEachEpoch(TrainerCallback):
         if self.log.charts is None:
             trackers = self._trackers() if state.is_world_process_zero else []
             self.log.charts = AgreementCharts(trackers)
-        done, every = state.global_step, self.log.agreement_every or 1
-        step = done + -done % every + 1  # the next that is measured, counted from 1 as in the log
+        step = self.log.next_measured(state.global_step) + 1  # counted from 1, as in the log
         self.log.charts.due(step, f"epoch {int(state.epoch) + 1}, step {step}")
 
     def _trackers(self) -> list[Tracker]:
