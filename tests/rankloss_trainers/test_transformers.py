@@ -195,6 +195,16 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert shown == [line["rank_lambda"] for line in steps(whole)]
 
 
+def test_second_training_logs_its_own_steps_alone(tmp_path: Path) -> None:
+    """Of five steps the last two come after the last line of the log."""
+    trainer = train(tmp_path, max_steps=5, logging_steps=3)
+    trainer.train()
+    (line,) = steps(trainer)
+    assert line["step"] == 3
+    assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), rel=1e-4)
+    assert line["rank_lambda"] == pytest.approx(sum(schedules.linear(i, 5) for i in (1, 2, 3)) / 3, rel=1e-6)
+
+
 def test_resumed_run_measures_the_agreement_at_its_first_step(tmp_path: Path) -> None:
     """Measured at steps 1, 5, 9, …; the checkpoint is of step 6."""
 

@@ -101,7 +101,7 @@ class ContrastiveTrainerMixin:
         own_base = getattr(self.driven_loss.criterion, "base", None)
         self.evaluation_loss = base if own_base is None else own_base
         self._means = _Means()
-        trainer.add_callback(_Progress(chosen))
+        trainer.add_callback(_Progress(chosen, self._means))
         if loss_state.has_state(self.driven_loss.criterion):
             trainer.add_callback(_Saving(chosen))
         log = self.driven_loss.evaluate
@@ -177,15 +177,17 @@ class ContrastiveTrainer(ContrastiveTrainerMixin, transformers.Trainer):
 
 
 class _Progress(TrainerCallback):
-    """Tells the loss where the Trainer stands."""
+    """Tells the loss, and what is logged of it, where the Trainer stands."""
 
-    def __init__(self, chosen: choice.Choice) -> None:
+    def __init__(self, chosen: choice.Choice, means: _Means) -> None:
         self.chosen = chosen
         self.loss = chosen.loss
+        self.means = means
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Only now is the number of epochs known: ``max_steps`` and the data have a say in it."""
         epochs = state.num_train_epochs if has_length(kwargs["train_dataloader"]) else math.inf
+        self.means.clear()
         self.chosen.start(epochs, announce=state.is_world_process_zero)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -229,6 +231,10 @@ class _Means:
     """Means of a loss's entries since the last line of the log."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
         self._sums: dict[str, Tensor] = {}
         self._calls = 0
 
@@ -246,8 +252,9 @@ class _Means:
             return {}
         means = torch.stack(list(self._sums.values())) / self._calls
         values = accelerator.reduce(means, reduction="mean").tolist()
-        names, self._sums, self._calls = list(self._sums), {}, 0
-        return dict(zip(names, values, strict=True))
+        taken = dict(zip(self._sums, values, strict=True))
+        self.clear()
+        return taken
 
 
 def _refuse(trainer: Any) -> None:
