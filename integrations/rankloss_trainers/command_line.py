@@ -7,11 +7,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rankloss_trainers.catalog import LossEntry, dest, flag
+from rankloss_trainers.catalog import LossEntry, Options, dest, flag
 
 
-def add_options(parser: argparse.ArgumentParser, names: list[str], entry: LossEntry) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, names: list[str], entry: LossEntry, defaults: Options | None = None
+) -> None:
     """Add the options that the losses ``names`` share; each is absent unless it is given.
+
+    Args:
+        parser: The parser.
+        names: The losses.
+        entry: The entry of the first of them.
+        defaults: The trainer's defaults, for ``--help``; None for those of the entry.
 
     Raises:
         argparse.ArgumentError: The parser has such an option.
@@ -20,12 +28,12 @@ def add_options(parser: argparse.ArgumentParser, names: list[str], entry: LossEn
         return
     group = parser.add_argument_group(f"--loss {', '.join(names)}")
     for option in entry.options:
-        default = option.unset if option.default is None else option.default
+        default = option.default if defaults is None else defaults[option.key]
         group.add_argument(
             flag(names[0], entry, option),
             dest=dest(names[0], entry, option),
             default=argparse.SUPPRESS,
-            help=f"{option.help} (default: {default})",
+            help=f"{option.help} (default: {option.unset if default is None else default})",
             **option.keywords,
         )
 

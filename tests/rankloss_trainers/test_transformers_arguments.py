@@ -100,6 +100,7 @@ def test_help_shows_the_default_of_every_option(capsys: pytest.CaptureFixture[st
     text = " ".join(capsys.readouterr().out.split())
     assert "multiplies lambda in the in-modal term; 1.0 if not given" in text
     assert "count only the best ranks of each list; all if not given" in text
+    assert "a run of one epoch has no ramp over epochs and goes by steps; step if not given" in text
 
 
 def test_arguments_build_a_trainer(tmp_path: Path) -> None:

@@ -188,6 +188,9 @@ def test_wrong_options_are_refused_before_the_script_runs(
 def test_help_is_the_runners_before_the_script() -> None:
     done = subprocess.run([sys.executable, *RUNNER, "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "--rankclip-lambda-in" in done.stdout
+    text = " ".join(done.stdout.split())
+    assert "--rankclip-lambda-in" in text
+    assert "a run of one epoch has no ramp over epochs and goes by steps (default: step)" in text
+    assert "count only the best ranks of each list (default: all)" in text
     done = subprocess.run([sys.executable, *RUNNER, "--loss", "rankclip"], capture_output=True, text=True)
     assert done.returncode == 2

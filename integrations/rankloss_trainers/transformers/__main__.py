@@ -112,6 +112,8 @@ def _entries(asked: str | None) -> dict[str, LossEntry]:
 
 
 def _parser(entries: Mapping[str, LossEntry]) -> argparse.ArgumentParser:
+    from rankloss_trainers.transformers import choice
+
     parser = argparse.ArgumentParser(
         prog="python -m rankloss_trainers.transformers",
         usage="%(prog)s SCRIPT [the script's arguments] [--loss NAME [its options]]",
@@ -123,15 +125,16 @@ def _parser(entries: Mapping[str, LossEntry]) -> argparse.ArgumentParser:
     said += [f"{name}: {entry.help}" for name, entry in entries.items()]
     parser.add_argument("--loss", help="; ".join(said).replace("%", "%%"))
     for names in by_prefix(entries).values():
-        add_options(parser, names, entries[names[0]])
+        entry = entries[names[0]]
+        add_options(parser, names, entry, choice.defaults(entry))
     return parser
 
 
 def _reason_against(entry: LossEntry, given: Mapping[str, Any]) -> str | None:
     import rankloss
-    from rankloss_trainers.transformers.choice import defaults
+    from rankloss_trainers.transformers import choice
 
-    return entry.refuse({**defaults(entry), **given}, rankloss.Gather(rank=0, world_size=1))
+    return entry.refuse({**choice.defaults(entry), **given}, rankloss.Gather(rank=0, world_size=1))
 
 
 # --- attaching ------------------------------------------------------------------------------------------

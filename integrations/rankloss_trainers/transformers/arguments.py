@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import LossEntry, Option, dest
 from rankloss_trainers.command_line import misplaced
+from rankloss_trainers.transformers import choice
 
 __all__ = ["LossArguments", "loss_arguments"]
 
@@ -62,8 +63,9 @@ def loss_arguments(*names: str) -> Any:
     loss = dataclasses.field(default=names[0], metadata={"help": "the loss to train with"})
     fields: dict[str, Any] = {"loss": ("loss", Literal[names], loss)}
     for name, entry in entries.items():
+        defaults = choice.defaults(entry)
         for option in entry.options:
-            field = dataclasses.field(default=None, metadata={"help": _help(option)})
+            field = dataclasses.field(default=None, metadata={"help": _help(option, defaults[option.key])})
             key = dest(name, entry, option)
             fields.setdefault(key, (key, _type(option) | None, field))
     return dataclasses.make_dataclass(
@@ -78,9 +80,9 @@ def loss_arguments(*names: str) -> Any:
     )
 
 
-def _help(option: Option) -> str:
-    default = option.unset if option.default is None else option.default
-    return f"{option.help}; {default} if not given".replace("%", "%%")
+def _help(option: Option, default: Any) -> str:
+    shown = option.unset if default is None else default
+    return f"{option.help}; {shown} if not given".replace("%", "%%")
 
 
 def _type(option: Option) -> Any:
