@@ -109,8 +109,9 @@ def _build_rankclip(base: nn.Module, options: Options, gather: Gather) -> ranklo
     if options["lists"] == "batch" and gather.gather_with_grad:
         # One list of the whole batch is exact on every process, and so are a base's own rows.
         gather = dataclasses.replace(gather, local_loss=False)
-    if type(base) is rankloss.ClipLoss:
-        base = rankloss.ClipLoss(gather=base.gather, **_streaming(options))
+    for streamed in (rankloss.ClipLoss, rankloss.SigLipLoss):
+        if isinstance(base, streamed) and type(base) is streamed:  # a subclass has arguments of its own
+            base = streamed(gather=base.gather, **_streaming(options))
     return rankloss.RankClipLoss(
         base,
         schedule=options["schedule"],

@@ -378,10 +378,12 @@ def test_terms_stand_on_the_trainers_loss_as_rankloss_has_it(how: str) -> None:
         assert type(loss.criterion.base) is ours
 
 
-def test_base_of_rankclip_has_its_budget() -> None:
-    args = ready(parse_args(["--loss", "rankclip", "--rankclip-memory-budget", "5"]))
-    loss = build_loss(open_clip.create_loss(namespace()), args, sums_every_value=True)
-    assert repr(loss.criterion.base) == "ClipLoss(memory_budget=5)"
+@pytest.mark.parametrize("options", [[], ["--siglip"]])
+def test_base_of_rankclip_has_its_budget(options: list[str]) -> None:
+    args = ready(parse_args(["--loss", "rankclip", "--rankclip-memory-budget", "5", *options]))
+    loss = build_loss(open_clip.create_loss(namespace(*options)), args, sums_every_value=True)
+    ours = rankloss.SigLipLoss if options else rankloss.ClipLoss
+    assert repr(loss.criterion.base) == f"{ours.__name__}(memory_budget=5)"
 
 
 def test_streamed_losses_replace_what_they_compute_and_nothing_else() -> None:

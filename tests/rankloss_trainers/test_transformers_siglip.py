@@ -12,7 +12,7 @@ import torch
 if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
     pytest.skip("transformers or accelerate is not installed", allow_module_level=True)
 
-from tiny_transformers import Pairs, Patches, arguments, siglip, siglip2, steps, train, weights
+from tiny_transformers import Pairs, Patches, arguments, clip, siglip, siglip2, steps, train, weights
 
 from rankloss_trainers.transformers import ContrastiveTrainer
 
@@ -50,6 +50,17 @@ def test_streamed_loss_is_the_models_own(tmp_path: Path) -> None:
     (line,) = steps(train(tmp_path, model=siglip(), pairs=pairs, loss="siglip-streamed", max_steps=1))
     own = siglip()(**inputs, return_loss=True).loss.item()
     assert line["contrastive_loss"] == pytest.approx(own, rel=1e-5)
+
+
+def test_budget_is_that_of_the_base_too(tmp_path: Path) -> None:
+    given = {"args": arguments(tmp_path), "loss_options": {"memory_budget": 5}}
+    for model, base in ((clip(), "ClipLoss"), (siglip(), "SigLipLoss")):
+        trainer = ContrastiveTrainer(model=model, **given)
+        assert repr(trainer.driven_loss.criterion.base) == f"{base}(memory_budget=5)"
+    pairs = Pairs(8)
+    inputs = {name: torch.stack([pairs[i][name] for i in range(8)]) for name in pairs[0]}
+    own = siglip().eval()(**inputs, return_loss=True).loss.item()
+    assert trainer.evaluate(pairs)["eval_loss"] == pytest.approx(own, rel=1e-5)
 
 
 def test_softmax_loss_is_refused(tmp_path: Path) -> None:
