@@ -247,6 +247,14 @@ def _reason_against(name: str, loaded: LossEntry, args: Any) -> str | None:
             f"{name} ranks by a teacher: name it with --distill-model and --distill-pretrained, or give its "
             "features"
         )
+    if getattr(args, "siglip", False) and distils(args) and entry.keeps_distillation(options):
+        if entry.uses_teacher(options) and "distill_loss" in options:
+            reason = "must be exclude with --siglip, whose bias the trainer's distillation loss does not take"
+            return with_flag(name, loaded, f"distill_loss: {reason}")
+        return (
+            f"{name} does not work with --siglip and --distill-model: the trainer's distillation loss does "
+            "not take a bias"
+        )
     if caption is None:
         return None
     from rankloss_open_clip import captions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from rankloss_open_clip import bootstrap, command_line, patches, training
 from rankloss_trainers import catalog
 
 RANKCLIP = ["--loss", "rankclip"]
+SIGMOID_STUDENT = ["--siglip", "--distill-model", "RN50", "--distill-pretrained", "x"]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -128,6 +130,11 @@ def test_ambiguous_abbreviation_is_refused(capsys: pytest.CaptureFixture[str]) -
             ["--rankclip-distill-loss", "exclude"],
             "--rankclip-distill-loss: exclude leaves a teacher without a use",
         ),
+        (
+            [*SIGMOID_STUDENT, "--rankclip-reference", "teacher"],
+            "--rankclip-distill-loss: must be exclude with --siglip, whose bias the trainer's distillation",
+        ),
+        (SIGMOID_STUDENT, "--loss: rankclip does not work with --siglip and --distill-model: the trainer's"),
         (["--rankclip-model", "top_one", "--rankclip-top-k", "2"], "model='top_one' weighs all items"),
         (["--rankclip-weight", "1"], "unrecognized arguments: --rankclip-weight"),
     ],
@@ -136,6 +143,25 @@ def test_what_cannot_work_is_refused(
     capsys: pytest.CaptureFixture[str], argv: list[str], message: str
 ) -> None:
     assert message in refused(capsys, *RANKCLIP, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "works"),
+    [
+        ([*RANKCLIP, "--rankclip-reference", "teacher", "--rankclip-distill-loss", "exclude"], True),
+        (["--loss", "rankclip-distill"], True),
+        (["--loss", "rankclip-distill", "--rankclip-distill-loss", "include"], False),
+        (["--loss", "cyclip"], False),
+    ],
+)
+def test_sigmoid_student_is_taught_where_the_trainers_distillation_is_left_out(
+    capsys: pytest.CaptureFixture[str], argv: list[str], works: bool
+) -> None:
+    assert "logit_bias" not in inspect.signature(open_clip.loss.DistillClipLoss.forward).parameters
+    if works:
+        assert parse_args([*argv, *SIGMOID_STUDENT]).siglip
+    else:
+        assert "the trainer's distillation loss" in refused(capsys, *argv, *SIGMOID_STUDENT)
 
 
 @pytest.mark.parametrize("loss_argument", [[], ["--loss", "clip"]])
