@@ -135,6 +135,7 @@ def test_tensorboard_has_a_chart_of_each_epoch(tmp_path: Path, monkeypatch: pyte
 
 def test_chart_of_a_resumed_run_is_of_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rankloss.plots")
+    pytest.importorskip("tensorboard")
     train(tmp_path, save_strategy="steps", save_steps=6, num_train_epochs=3)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     given = {"resume": str(tmp_path / "checkpoint-6"), "report_to": "tensorboard", "num_train_epochs": 3}

@@ -77,7 +77,7 @@ def parse(argv: list[str]) -> tuple[str | None, dict[str, Any], list[str]]:
         parser.error(f"argument --loss: must be one of {known}, got {name!r}")
     wrong = misplaced(name, entries, args)
     if not wrong and args.loss is not None:
-        wrong = unknown(rest, entries)
+        wrong = _misspelt(rest, entries)
     if wrong:
         parser.error(wrong)
     if name is None:
@@ -90,18 +90,6 @@ def parse(argv: list[str]) -> tuple[str | None, dict[str, Any], list[str]]:
         reason = with_flag(name, entry, reason)
         parser.error(f"argument {reason if reason.startswith('--') else f'--loss: {reason}'}")
     return name, options, rest
-
-
-def unknown(rest: list[str], entries: Mapping[str, LossEntry]) -> str:
-    """What is wrong with arguments that are left over and look like options of a loss; empty if none does."""
-    known = [flag(name, entry, option) for name, entry in entries.items() for option in entry.options]
-    for argument in itertools.takewhile(lambda argument: argument != "--", rest):
-        typed = argument.partition("=")[0]
-        spelt = typed.replace("_", "-")  # as HfArgumentParser would take it, too
-        if spelt.startswith(_OURS):
-            near = difflib.get_close_matches(spelt, known, n=1)
-            return f"{typed}: there is no such option" + (f", did you mean {near[0]}?" if near else "")
-    return ""
 
 
 def _entries(asked: str | None) -> dict[str, LossEntry]:
@@ -128,6 +116,18 @@ def _parser(entries: Mapping[str, LossEntry]) -> argparse.ArgumentParser:
         entry = entries[names[0]]
         add_options(parser, names, entry, choice.defaults(entry))
     return parser
+
+
+def _misspelt(rest: list[str], entries: Mapping[str, LossEntry]) -> str:
+    """What is wrong with arguments that are left over and look like options of a loss; empty if none does."""
+    known = [flag(name, entry, option) for name, entry in entries.items() for option in entry.options]
+    for argument in itertools.takewhile(lambda argument: argument != "--", rest):
+        typed = argument.partition("=")[0]
+        spelt = typed.replace("_", "-")  # as HfArgumentParser would take it, too
+        if spelt.startswith(_OURS):
+            near = difflib.get_close_matches(spelt, known, n=1)
+            return f"{typed}: there is no such option" + (f", did you mean {near[0]}?" if near else "")
+    return ""
 
 
 def _reason_against(entry: LossEntry, given: Mapping[str, Any]) -> str | None:

@@ -43,10 +43,10 @@ class Choice:
     describe: Callable[[float], str] = lambda _: ""
 
     def start(self, epochs: float, *, announce: bool) -> None:
-        """A run begins.
+        """Begin a run: decide what the clock goes by, and log what is trained.
 
         Args:
-            epochs: Its epochs; infinity where the data have no length.
+            epochs: Epochs of the run; infinity where its data have no length.
             announce: Whether this process logs what is trained.
 
         Raises:
