@@ -53,13 +53,11 @@ def plackett_luce_nll(
             "scores and reference must have one shape [..., N] with N >= 1; "
             f"got scores {x.shape} and reference {y.shape}"
         )
-    lists = [
-        sum(_terms(a, b, worth, discount, top_k)[0])
-        if not (np.isnan(a).any() or np.isnan(b).any())
-        else math.nan
-        for a, b in zip(x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1]), strict=True)
-    ]
-    return np.array(lists).reshape(x.shape[:-1])
+    values = []
+    for a, b in zip(x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1]), strict=True):
+        has_nan = np.isnan(a).any() or np.isnan(b).any()
+        values.append(math.nan if has_nan else sum(_terms(a, b, worth, discount, top_k)[0]))
+    return np.array(values).reshape(x.shape[:-1])
 
 
 def cross_modal(

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batches import VECTORS, Batch, batches, random_batch, vector_batch
+from defaults import default_dtype
 from rankloss import metrics
 
 pair_of_lists = st.integers(2, 40).flatmap(
@@ -75,12 +76,8 @@ def test_equal_modalities_agree_perfectly_and_a_sample_of_anchors_is_taken_when_
 def test_sample_of_anchors_does_not_depend_on_the_default_dtype() -> None:
     batch = random_batch(0, 300, 8, 1.0)
     expected = metrics.rank_agreement(batch.image, batch.text, max_anchors=77)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         found = metrics.rank_agreement(batch.image, batch.text, max_anchors=77)
-    finally:
-        torch.set_default_dtype(default)
     assert found == expected
 
 

@@ -109,9 +109,8 @@ def _build_rankclip(base: nn.Module, options: Options, gather: Gather) -> ranklo
     if options["lists"] == "batch" and gather.gather_with_grad:
         # One list of the whole batch is exact on every process, and so are a base's own rows.
         gather = dataclasses.replace(gather, local_loss=False)
-    for streamed in (rankloss.ClipLoss, rankloss.SigLipLoss):
-        if isinstance(base, streamed) and type(base) is streamed:  # a subclass has arguments of its own
-            base = streamed(gather=base.gather, **_streaming(options))
+    if type(base) is rankloss.ClipLoss or type(base) is rankloss.SigLipLoss:  # a subclass has other arguments
+        base = type(base)(gather=base.gather, **_streaming(options))
     return rankloss.RankClipLoss(
         base,
         schedule=options["schedule"],

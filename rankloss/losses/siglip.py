@@ -149,8 +149,8 @@ def _whole(
 ) -> Tensor:
     """The formula; the order of operations and the dtypes are open_clip's, so the bits are too.
 
-    Only where a feature, or a product, is infinite another value is given, NaN: the sigmoid loss of it could
-    be a number.
+    Only where a feature is infinite, or a product could be, another value is given, NaN: the sigmoid loss of
+    it could be a number.
     """
     logits = logit_scale * images @ texts.T
     if logit_bias is not None:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +24,8 @@ from subjects import (
 )
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from defaults import default_device, default_dtype
 
 every = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 modules = pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.is_module], ids=str)
@@ -170,25 +172,6 @@ def test_features_on_two_devices_are_an_error(subject: Subject) -> None:
 
 
 # --- surroundings -----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
