@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +19,11 @@ if importlib.util.find_spec("sentence_transformers") is None or importlib.util.f
     pytest.skip("sentence-transformers[train] is not installed", allow_module_level=True)
 
 import datasets
-import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_sentences import WORDS, pairs, tiny, train, weights
+from tiny_transformers import Terminated
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -194,17 +193,9 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, bert: Path, save_s
     assert lambdas[0] == lambdas[1]
 
 
-class _Terminated(transformers.TrainerCallback):
-    """What SIGTERM does after its grace period."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 3:
-            signal.getsignal(signal.SIGTERM).__self__.is_checkpoint_requested = True
-
-
 def test_checkpoint_at_sigterm_has_the_learned_scale(tmp_path: Path, bert: Path) -> None:
     ended = []
-    jit = {"enable_jit_checkpoint": True, "callbacks": [_Terminated()]}
+    jit = {"enable_jit_checkpoint": True, "callbacks": [Terminated()]}
     for given in ({}, jit, {"resume": str(tmp_path / "checkpoint-3")}):
         model = tiny(bert)
         loss = RankClipLoss(model, learn_scale=True)

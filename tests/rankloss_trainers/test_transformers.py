@@ -302,6 +302,20 @@ def test_module_of_ones_own_is_a_loss(tmp_path: Path) -> None:
     assert trainer.evaluation_loss is loss.base
 
 
+def test_entry_that_comes_only_sometimes_is_averaged_over_the_calls_that_gave_it(tmp_path: Path) -> None:
+    class Sometimes(rankloss.ClipLoss):
+        calls = 0
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            entries = super().forward(*args, **kwargs)
+            extra = {} if self.calls % 2 else {"of_even_calls": torch.tensor(float(self.calls))}
+            return {**entries, **extra}
+
+    lines = steps(train(tmp_path, loss=Sometimes(), max_steps=6, logging_steps=3))
+    assert [line["of_even_calls"] for line in lines] == [2, (4 + 6) / 2]
+
+
 def test_named_loss_with_options(tmp_path: Path) -> None:
     options = {"lambda_in": 0.0, "diagonal": False, "discount": "log", "agreement_every": 2}
     trainer = train(tmp_path, loss="rankclip", loss_options=options, num_train_epochs=0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
     pytest.skip("transformers or accelerate is not installed", allow_module_level=True)
 
-from tiny_transformers import Pairs, clip, steps, train, weights
+import transformers
+from tiny_transformers import Pairs, Terminated, clip, steps, train, weights
+from transformers.trainer_utils import HPSearchBackend
 
 import rankloss
 from rankloss_trainers.transformers.embeddings import with_captions
@@ -63,6 +66,28 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, last: bool) -> Non
     histories = resumed.driven_loss.criterion.histories
     assert torch.equal(histories, whole.driven_loss.criterion.histories)
     assert torch.equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.TrainingArguments, "enable_jit_checkpoint"),
+    reason="this transformers makes no checkpoint at SIGTERM",
+)
+def test_checkpoint_at_sigterm_has_the_state(tmp_path: Path) -> None:
+    jit = {"enable_jit_checkpoint": True, "callbacks": [Terminated()]}
+    whole, _, resumed = (
+        train(tmp_path, pairs=TwoCaptions(), **ALIP, **given)
+        for given in ({}, jit, {"resume": str(tmp_path / "checkpoint-3")})
+    )
+    histories = (trainer.driven_loss.criterion.histories for trainer in (resumed, whole))
+    assert torch.equal(*histories)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_trials_of_a_search_have_the_state_in_their_directories(tmp_path: Path) -> None:
+    trainer = train(tmp_path, pairs=TwoCaptions(), max_steps=1, **ALIP)
+    trainer.hp_search_backend = HPSearchBackend.OPTUNA
+    trainer._save_checkpoint(trainer.model, trial=SimpleNamespace(number=7))
+    assert (tmp_path / "run-7" / "checkpoint-1" / STATE_FILE).exists()
 
 
 def test_checkpoint_without_the_state_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, has_length
 
 import rankloss
 from rankloss.losses import base_entries
@@ -102,8 +103,6 @@ class ContrastiveTrainerMixin:
         self.evaluation_loss = base if own_base is None else own_base
         self._means = _Means()
         trainer.add_callback(_Progress(chosen, self._means))
-        if loss_state.has_state(self.driven_loss.criterion):
-            trainer.add_callback(_Saving(chosen))
         log = self.driven_loss.evaluate
         if isinstance(log, RankClipLog) and log.agreement_every is not None:
             trainer.add_callback(ChartOfEachEpoch(log, trainer.callback_handler))
@@ -164,6 +163,16 @@ class ContrastiveTrainerMixin:
             logs.update(self._means.take(trainer.accelerator))
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
+    # A callback's on_save would miss the checkpoint at SIGTERM, and the directories of a search's trials.
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        criterion = self.driven_loss.criterion
+        if trainer.args.should_save and loss_state.has_state(criterion):
+            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+            path = Path(trainer._get_output_dir(trial=trial), checkpoint, STATE_FILE)
+            torch.save(loss_state.saved(self.chosen_loss.name, criterion), path)
+
     def _evaluated(self, features: dict[str, Any]) -> Tensor:
         images: Tensor = features["image_features"]
         if len(images) == 1 and rankloss.Gather().place[1] == 1:
@@ -201,19 +210,6 @@ class _Progress(TrainerCallback):
         self.loss.clock.start_step(state.global_step + 1, state.max_steps)
 
 
-class _Saving(TrainerCallback):
-    """Puts the state of a loss into the Trainer's checkpoints."""
-
-    def __init__(self, chosen: choice.Choice) -> None:
-        self.chosen = chosen
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """After the checkpoint of this step is written."""
-        if args.should_save:
-            path = Path(args.output_dir, f"checkpoint-{state.global_step}", STATE_FILE)
-            torch.save(loss_state.saved(self.chosen.name, self.chosen.loss.criterion), path)
-
-
 def _restore(chosen: choice.Choice, checkpoint: Path) -> None:
     path = checkpoint / STATE_FILE
     saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
@@ -228,7 +224,7 @@ def _restore(chosen: choice.Choice, checkpoint: Path) -> None:
 
 
 class _Means:
-    """Means of a loss's entries since the last line of the log."""
+    """Means of a loss's entries since the last line of the log, each over the calls that gave it."""
 
     def __init__(self) -> None:
         self.clear()
@@ -236,21 +232,21 @@ class _Means:
     def clear(self) -> None:
         """Begin anew."""
         self._sums: dict[str, Tensor] = {}
-        self._calls = 0
+        self._calls: Counter[str] = Counter()
 
     def add(self, entries: Entries) -> None:
         """Take the entries of one call, without waiting for the device."""
-        self._calls += 1
         for name, value in {**entries.terms, **entries.metrics}.items():
             sum_ = self._sums.get(name)
             value = value.detach().float()
             self._sums[name] = value if sum_ is None else sum_ + value
+            self._calls[name] += 1
 
     def take(self, accelerator: Any) -> dict[str, float]:
         """The means over all processes, and begin anew; every process has to call it."""
-        if not self._calls:
+        if not self._sums:
             return {}
-        means = torch.stack(list(self._sums.values())) / self._calls
+        means = torch.stack([sum_ / self._calls[name] for name, sum_ in self._sums.items()])
         values = accelerator.reduce(means, reduction="mean").tolist()
         taken = dict(zip(self._sums, values, strict=True))
         self.clear()
