@@ -87,7 +87,9 @@ class Progress(Callback):
             end = trainer.max_epochs
             if end is None or end < 1:
                 raise ValueError(f"unit='epoch' needs a Trainer with max_epochs; got max_epochs={end!r}")
-            self._end = end
+            averaging = (each for each in trainer.callbacks if isinstance(each, StochasticWeightAveraging))
+            # swa_end is the last epoch that takes steps; with batch norm there is one after it.
+            self._end = min([end, *(each.swa_end + 1 for each in averaging)])
             return
         if len(trainer.optimizers) > 1:
             raise ValueError(

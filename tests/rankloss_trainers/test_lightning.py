@@ -249,6 +249,9 @@ def test_epoch_without_steps_after_weight_averaging_needs_total_steps(tmp_path: 
     fit(tmp_path, plain, callbacks=[averaging()])
     assert lambdas(plain) == [schedules.linear(step, 8) for step in range(1, 9)]
     assert lambdas(normed) == [*lambdas(plain), 1, 1, 1, 1]
+    by_epochs = Normed()
+    fit(tmp_path, by_epochs, progress=Progress("epoch"), callbacks=[averaging()])
+    assert lambdas(by_epochs) == [schedules.linear(min(epoch, 2), 2) for epoch in (1, 2, 3) for _ in range(4)]
 
 
 def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
