@@ -210,13 +210,13 @@ def _without(term: str) -> LossEntry:
 RANKCLIP_CROSS = _without("in")
 RANKCLIP_IN = _without("cross")
 
-# The best of the settings that were tried, all of them with the recipe's ramp.
+# What the miniature confirmed (docs/evidence.md), with the recipe's ramp.
 RANKCLIP_DISTILL = dataclasses.replace(
     RANKCLIP,
-    help="the trainer's own plus the ranking terms held against a teacher's two best ranks: rankclip with "
-    "reference teacher, top-k 2, lambda-cross 64, lambda-in 64, distill-loss exclude",
+    help="the trainer's own plus the ranking terms held against a teacher's eight best ranks: rankclip with "
+    "reference teacher, top-k 8, lambda-cross 64, lambda-in 64, distill-loss exclude",
     options=_with_defaults(
-        reference="teacher", top_k=2, lambda_cross=64.0, lambda_in=64.0, distill_loss="exclude"
+        reference="teacher", top_k=8, lambda_cross=64.0, lambda_in=64.0, distill_loss="exclude"
     ),
 )
 

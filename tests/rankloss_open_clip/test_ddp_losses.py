@@ -264,14 +264,14 @@ PRESET_WEIGHTS = dict.fromkeys(RANK_TERMS, 64 / 16)
 RANKED_BY_THE_TEACHER = {
     "beside its distillation": ("DistillClipLoss", [*RANKCLIP, *TEACHER], WEIGHTS, {}),
     "alone": ("ClipLoss", [*RANKCLIP, *TEACHER, "--rankclip-distill-loss", "exclude"], WEIGHTS, {}),
-    "preset": ("ClipLoss", PRESET, PRESET_WEIGHTS, {"top_k": 2}),
+    "preset": ("ClipLoss", PRESET, PRESET_WEIGHTS, {"top_k": 8}),
     "preset with distillation": (
         "DistillClipLoss",
         [*PRESET, "--rankclip-distill-loss", "include"],
         PRESET_WEIGHTS,
-        {"top_k": 2},
+        {"top_k": 8},
     ),
-    "preset of a sigmoid loss": ("SigLipLoss", [*PRESET, "--siglip"], PRESET_WEIGHTS, {"top_k": 2}),
+    "preset of a sigmoid loss": ("SigLipLoss", [*PRESET, "--siglip"], PRESET_WEIGHTS, {"top_k": 8}),
 }
 
 

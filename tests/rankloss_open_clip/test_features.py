@@ -127,11 +127,11 @@ def test_teacher_can_rank_without_the_trainers_distillation(runs: Runs) -> None:
     assert first["Loss"] == pytest.approx(beside["Loss"] - beside["Distill_loss"], rel=1e-4)
 
 
-def test_preset_ranks_by_the_two_best_of_the_teacher(runs: Runs) -> None:
+def test_preset_ranks_by_the_eight_best_of_the_teacher(runs: Runs) -> None:
     run = runs["rankclip-distill"]
     assert "Loss: rankclip-distill (rankloss" in run.log
     assert "lambda scale 64 cross-modal and 64 in-modal" in run.log
-    assert "lists row, best 2 of each, ranked by the teacher" in run.log
+    assert "lists row, best 8 of each, ranked by the teacher" in run.log
     (first, *_), whole = assert_trains(run), runs["ranked by the teacher alone"].train_lines()[0]
     assert first["Contrastive_loss"] == pytest.approx(whole["Contrastive_loss"], rel=1e-4)
     assert "Distill_loss" not in first

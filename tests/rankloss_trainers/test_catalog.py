@@ -173,9 +173,9 @@ def test_preset_of_a_teacher_is_rankclip_with_other_defaults() -> None:
     options = catalog.option_values("rankclip-distill", preset, argparse.Namespace())
     changed = {key: value for key, value in options.items() if value != parsed()[key]}
     weights = dict.fromkeys(("lambda_cross", "lambda_in"), 64.0)
-    assert changed == {"reference": "teacher", "top_k": 2, "distill_loss": "exclude", **weights}
+    assert changed == {"reference": "teacher", "top_k": 8, "distill_loss": "exclude", **weights}
     loss = preset.build(nn.Identity(), options, ALONE)
-    assert loss.consistency.options == RankOptions(top_k=2)
+    assert loss.consistency.options == RankOptions(top_k=8)
     assert preset.uses_teacher(options)
     assert not preset.keeps_distillation(options)
     loss.set_epoch(3, 3)

@@ -31,7 +31,7 @@ ONE_STEP = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0,
         (
             ("image", "text"),
             {"loss": "rankclip-distill", "loss_options": {"schedule": "constant"}},
-            {"lambda_cross": 64.0, "lambda_in": 64.0, "top_k": 2},
+            {"lambda_cross": 64.0, "lambda_in": 64.0, "top_k": 8},
         ),
         (
             ("text",),
@@ -39,7 +39,7 @@ ONE_STEP = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0,
                 "loss": "rankclip-distill",
                 "loss_options": {"schedule": "constant", "lambda_cross": 0.0, "lambda_in": 2.0},
             },
-            {"lambda_cross": 0.0, "lambda_in": 2.0, "top_k": 2},
+            {"lambda_cross": 0.0, "lambda_in": 2.0, "top_k": 8},
         ),
     ],
 )
@@ -47,8 +47,8 @@ def test_first_step_is_the_step_of_an_own_loop(
     tmp_path: Path, modalities: tuple[str, ...], given: Any, expected: Any
 ) -> None:
     pairs = Taught(*modalities)
-    trainer = train(tmp_path, pairs=pairs, **given, **ONE_STEP)
-    batch = [pairs[i] for i in range(8)]
+    trainer = train(tmp_path, pairs=pairs, per_device_train_batch_size=16, **given, **ONE_STEP)
+    batch = [pairs[i] for i in range(16)]  # more than the best eight
     inputs = {name: torch.stack([pair[name] for pair in batch]) for name in batch[0]}
     teacher = {name: inputs.pop(name) for name in pairs.features}
     model = clip()
