@@ -69,3 +69,20 @@ def test_answer_to_the_question_is_the_reports(path: str) -> None:
     assert f"from {before} to {after}" in text
     assert f"{low} to {high}" in text
     assert f"{seeds} pairs of seeds" in text
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/evidence.md", "examples/miniature/README.md"])
+def test_effect_of_a_teacher_is_the_reports(path: str) -> None:
+    text = " ".join((ROOT / path).read_text(encoding="utf-8").split())
+    report = (ROOT / "examples/miniature/report/teacher.md").read_text(encoding="utf-8")
+    confirmation = report.partition("## The confirmation")[2]
+
+    def recall(arm: str) -> tuple[str, str]:
+        (cell,) = re.findall(rf"^\| `{arm}[^|]*\|[^|]*\| +([^|]*?) +\|", confirmation, re.M)
+        mean, seeds = re.findall(r"([\d.]+) ± [\d.]+ \((\d+)\)", cell)[0]
+        return mean, seeds
+
+    (before, seeds), (after, _), (distilled, _) = map(recall, ("clip", "top-ranks", "distillation"))
+    assert f"from {before} to {after}" in text
+    assert f"distillation to {distilled}" in text
+    assert f"{seeds} seeds" in text

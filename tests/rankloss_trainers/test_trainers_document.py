@@ -58,7 +58,7 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_teacher(tmp_path: Path) -> None:
     trainer = run(tmp_path, TEACHER)
     trainer.train()
-    assert trainer.driven_loss.criterion.consistency.options.top_k == 2
+    assert trainer.driven_loss.criterion.consistency.options.top_k == 8
 
 
 def test_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
