@@ -238,10 +238,11 @@ class Normed(Module):
         self.image = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
 
 
-def test_epoch_without_steps_after_weight_averaging_needs_total_steps(tmp_path: Path) -> None:
-    def averaging() -> lightning.Callback:
-        return StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+def averaging() -> lightning.Callback:
+    return StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
 
+
+def test_epoch_without_steps_after_weight_averaging_needs_total_steps(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"with StochasticWeightAveraging .* give Progress its total_steps"):
         fit(tmp_path, Normed(), callbacks=[averaging()])
     normed, plain = Normed(), Module()
@@ -249,9 +250,12 @@ def test_epoch_without_steps_after_weight_averaging_needs_total_steps(tmp_path: 
     fit(tmp_path, plain, callbacks=[averaging()])
     assert lambdas(plain) == [schedules.linear(step, 8) for step in range(1, 9)]
     assert lambdas(normed) == [*lambdas(plain), 1, 1, 1, 1]
-    by_epochs = Normed()
-    fit(tmp_path, by_epochs, progress=Progress("epoch"), callbacks=[averaging()])
-    assert lambdas(by_epochs) == [schedules.linear(min(epoch, 2), 2) for epoch in (1, 2, 3) for _ in range(4)]
+
+
+def test_epoch_without_steps_after_weight_averaging_is_not_counted(tmp_path: Path) -> None:
+    module = Normed()
+    fit(tmp_path, module, progress=Progress("epoch"), callbacks=[averaging()])
+    assert lambdas(module) == [schedules.linear(min(epoch, 2), 2) for epoch in (1, 2, 3) for _ in range(4)]
 
 
 def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def train(directory: Path, *, model: nn.Module | None = None, pairs: Any = None,
 
 
 class Terminated(transformers.TrainerCallback):
-    """What SIGTERM does to the third step after its grace period."""
+    """What SIGTERM does after its grace period, here at the third step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 3:
