@@ -29,7 +29,6 @@ from .search.trials import Attempt
 
 _PACKAGES = {"open_clip": "open_clip_torch", "torch": "torch", "numpy": "numpy", "rankloss": "rankloss"}
 
-
 Run = Setting | Attempt  # what one model is trained with and how it is measured
 AnyRun = TypeVar("AnyRun", Setting, Attempt)
 

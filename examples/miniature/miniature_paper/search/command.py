@@ -14,7 +14,7 @@ from miniature_paper.options import add_options, complete_options, prepare
 from miniature_paper.records import Record, Store
 
 from . import report
-from .confirmation import declare, needed
+from .confirmation import declare, needed, outcome
 from .ladder import Find, progress
 from .study import STUDIES, Study, load
 from .teacher import prepare_teacher
@@ -69,10 +69,12 @@ def _run(args: argparse.Namespace, study: Study, console: Console) -> int:
         declare(study, progress(study, find).winners, args.results, record=False)
     else:
         workshop = prepare(args, study.grid.sizes, console)
+        find = workshop.find
         if study.teacher is not None:
             workshop = dataclasses.replace(workshop, teacher=teacher_folder(study.teacher))
-            done = prepare_teacher(study, workshop, console)
-        find = workshop.find
+            there = progress(study, find)
+            if there.due or outcome(study, there.winners, find) is None:
+                done = prepare_teacher(study, workshop, console)
         while done and (now := progress(study, find)).due:
             done = workshop.do(f"{study.title}: a round on the validation side", now.due, console)
         if done:
