@@ -73,7 +73,8 @@ def save_with(optimizer: Any, loss: nn.Module, name: str, *, sharded: bool = Fal
     """
     if not state.has_state(loss):
         return
-    if sharded or not hasattr(optimizer, "register_state_dict_post_hook"):
+    # A wrapper that is an Optimizer by name alone (timm's Lookahead) has the method and not what it needs.
+    if sharded or not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
         _logger.warning(
             "--loss %s has a state that %s does not save: a resumed run starts it anew",
             name,

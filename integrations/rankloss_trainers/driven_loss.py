@@ -32,6 +32,32 @@ class Entries(NamedTuple):
         """The sum of the terms."""
         return reduce(operator.add, self.terms.values())
 
+    @classmethod
+    def of(cls, loss: object, entries: Mapping[str, Tensor]) -> Entries:
+        """Tell the terms from the metrics, by their names.
+
+        Args:
+            loss: What gave them, for the errors.
+            entries: All of them.
+
+        Raises:
+            ValueError: There is no term, or an entry takes a gradient that nobody would see.
+        """
+        name_of_loss = getattr(loss, "__name__", type(loss).__name__)
+        terms = {name: value for name, value in entries.items() if name.endswith("_loss")}
+        if not terms:
+            raise ValueError(
+                f"{name_of_loss} gives no term to train: no name ends in _loss, got {', '.join(entries)}"
+            )
+        metrics = {name: value for name, value in entries.items() if name not in terms}
+        for name, value in metrics.items():
+            if value.requires_grad:
+                raise ValueError(
+                    f"{name_of_loss} gives {name!r} with a gradient, and what is trained are the entries "
+                    f"whose names end in _loss: call it {name}_loss, or detach it if it is only logged"
+                )
+        return cls(terms, metrics)
+
 
 class LoggedTerms(dict[str, Tensor]):
     """The terms of a loss together with what is logged but not trained.
@@ -66,18 +92,20 @@ def call_alone(criterion: nn.Module, call: Call, **inputs: Any) -> Mapping[str, 
     return entries
 
 
-def check_has_no_parameters(what: str, criterion: nn.Module) -> None:
-    """Raise a ValueError for a loss whose parameters no optimizer would know.
+def check_has_no_parameters(
+    what: str,
+    criterion: nn.Module,
+    why: str = "the trainer's optimizer does not know and would never train",
+) -> None:
+    """Raise a ValueError for a loss whose parameters would not be trained as they should.
 
     Args:
         what: What the error begins with.
         criterion: The loss.
+        why: What the trainer does not do with them.
     """
     if any(parameter.requires_grad for parameter in criterion.parameters()):
-        raise ValueError(
-            f"{what}: {type(criterion).__name__} has parameters, which the trainer's optimizer does not know "
-            "and would never train"
-        )
+        raise ValueError(f"{what}: {type(criterion).__name__} has parameters, which {why}")
 
 
 class DrivenLoss(nn.Module):
@@ -123,7 +151,7 @@ class DrivenLoss(nn.Module):
 
         Raises:
             RuntimeError: The trainer has announced neither an epoch nor a step.
-            ValueError: The loss gives no term.
+            ValueError: As :meth:`Entries.of`.
         """
         call = self.clock.advance()
         if self.first_call:
@@ -137,10 +165,4 @@ class DrivenLoss(nn.Module):
             logit_scale=logit_scale,
             **inputs,
         )
-        terms = {name: value for name, value in entries.items() if name.endswith("_loss")}
-        if not terms:
-            raise ValueError(
-                f"{type(self.criterion).__name__} gives no term to train: no name ends in _loss, got "
-                f"{', '.join(entries)}"
-            )
-        return Entries(terms, {name: x.detach() for name, x in entries.items() if name not in terms})
+        return Entries.of(self.criterion, entries)

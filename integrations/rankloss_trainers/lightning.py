@@ -30,17 +30,18 @@ class Progress(Callback):
 
     Args:
         unit: ``"step"`` calls ``set_progress(step, total_steps)`` before each batch, with the optimizer step
-            that it is for; ``"epoch"`` calls ``set_epoch(epoch, epochs)`` before each epoch. Both count
-            from 1.
+            that it is for; ``"epoch"`` calls ``set_epoch(epoch, epochs)`` before each epoch, as many as
+            ``max_epochs`` and ``max_steps`` let the run have. Both count from 1.
         total_steps: The optimizer steps of the run, where the trainer does not know them: a dataset without
             a length, manual optimization, a ``GradientAccumulationScheduler``, or
             ``StochasticWeightAveraging`` of a module with batch norm, unless ``max_steps`` alone ends the
             run. Later steps stay at the last. None asks the trainer.
 
     Raises:
-        ValueError: for another unit, and for ``total_steps`` below 1; when training begins, if the trainer
-            does not know the run's steps, if no part of the module can be told, or if several optimizers
-            step, whose steps the trainer counts together.
+        ValueError: for another unit, and for ``total_steps`` below 1 or beside ``unit="epoch"``; when
+            training begins, if the trainer does not know the run's steps, if no part of the module can be
+            told, or if several optimizers step, whose steps the trainer counts together.
+        RuntimeError: in training, under manual optimization, for steps that the trainer does not count.
 
     Example:
         >>> Progress(unit="batch")
@@ -52,8 +53,11 @@ class Progress(Callback):
         check_choice("unit", unit, ("step", "epoch"))
         self.unit = unit
         self.total_steps = None if total_steps is None else check_count("total_steps", total_steps)
+        if unit == "epoch" and total_steps is not None:
+            raise ValueError(f"total_steps is for unit='step'; got total_steps={total_steps!r}, unit='epoch'")
         self._losses = nn.ModuleList()
         self._end = 0
+        self._has_stepped = False  # under manual optimization
 
     def on_sanity_check_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Before the first λ the module is validated."""
@@ -64,6 +68,13 @@ class Progress(Callback):
         """Before the first epoch; a run that resumes within one gets no ``on_train_epoch_start`` for it."""
         self._start(trainer, pl_module)
         self._tell(trainer)
+        self._has_stepped, self._first_step = False, trainer.global_step
+        if not pl_module.automatic_optimization:
+            for optimizer in trainer.optimizers:
+                optimizer.register_step_post_hook(self._on_step)
+
+    def _on_step(self, *_: Any) -> None:
+        self._has_stepped = True
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ARG002
         """For losses that go by epochs."""
@@ -73,6 +84,11 @@ class Progress(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Before each batch; accumulated batches are for the same step."""
         if self.unit == "step":
+            if self._has_stepped and trainer.global_step == self._first_step:
+                raise RuntimeError(
+                    "an optimizer has stepped, and the trainer did not count it: with manual optimization, "
+                    "step what self.optimizers() gives, and not with use_pl_optimizer=False"
+                )
             self._tell(trainer)
 
     def _start(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -89,7 +105,10 @@ class Progress(Callback):
                 raise ValueError(f"unit='epoch' needs a Trainer with max_epochs; got max_epochs={end!r}")
             averaging = (each for each in trainer.callbacks if isinstance(each, StochasticWeightAveraging))
             # swa_end is the last epoch that takes steps; with batch norm there is one after it.
-            self._end = min([end, *(each.swa_end + 1 for each in averaging)])
+            ends = [end, *(each.swa_end + 1 for each in averaging)]
+            if trainer.max_steps != -1:
+                ends.append(_epochs(trainer, pl_module))
+            self._end = min(ends)
             return
         if len(trainer.optimizers) > 1:
             raise ValueError(
@@ -108,6 +127,15 @@ class Progress(Callback):
             tell(self._losses, "set_progress", min(trainer.global_step + 1, self._end), self._end)
         else:
             tell(self._losses, "set_epoch", min(trainer.current_epoch + 1, self._end), self._end)
+
+
+def _epochs(trainer: Any, pl_module: Any) -> int:
+    """The epochs of a run that ``max_steps`` may end."""
+    steps, batches = _steps(trainer, pl_module), trainer.num_training_batches
+    if math.isinf(batches):
+        raise ValueError("with max_steps, unit='epoch' needs data with a length; use unit='step'")
+    steps_per_epoch: int = math.ceil(batches / trainer.accumulate_grad_batches)
+    return max(1, math.ceil(steps / steps_per_epoch))
 
 
 def _steps(trainer: Any, pl_module: Any) -> float:

@@ -45,10 +45,18 @@ class RankClipLog:
     agreement_every: int | None = None
     charts: AgreementCharts | None = None
     _agreement: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _measured: int | None = field(default=None, init=False, repr=False)  # the step that it is of
 
     def next_measured(self, step: int) -> int:
-        """The first step from ``step`` on that is measured, counted from 0."""
-        return step + -step % (self.agreement_every or 1) if self._agreement else step
+        """The first step from ``step`` on that is measured, counted from 0.
+
+        It is a multiple of ``agreement_every``; or ``step`` itself, where none was measured since the last
+        multiple, because the loss was not called for it.
+        """
+        every = self.agreement_every or 1
+        if self._measured is None or step // every != self._measured // every:
+            return step
+        return step + -step % every
 
     def __call__(
         self,
@@ -82,16 +90,17 @@ class RankClipLog:
         entries: dict[str, Tensor] = dict(criterion(**inputs, **base_inputs))
         entries["rank_lambda"] = torch.full((), criterion.schedule_value, device=image_features.device)
         if any(weights.values()):
-            entries.update({f"{name}_raw": entries[f"{name}_loss"] / w for name, w in weights.items()})
+            raw = {name: entries[f"{name}_loss"].detach() / weight for name, weight in weights.items()}
+            entries.update({f"{name}_raw": value for name, value in raw.items()})
         elif weights:
-            raw = _untrained_terms(criterion.consistency, inputs)
-            entries.update({f"{name}_raw": raw[f"{name}_loss"] for name in weights})
+            terms = _untrained_terms(criterion.consistency, inputs)
+            entries.update({f"{name}_raw": terms[f"{name}_loss"] for name in weights})
             for name in weights:
                 # They look like the terms that later take their place: a compiled trainer sees no change.
                 zero = torch.zeros_like(entries[f"{name}_loss"], requires_grad=torch.is_grad_enabled())
                 entries[f"{name}_loss"] = zero
         if measures and gathered is not None:
-            self._agreement = _agreement(*gathered)
+            self._agreement, self._measured = _agreement(*gathered), call.step
             if self.charts is not None:
                 self.charts.draw(*gathered)
         return {**entries, **self._agreement}

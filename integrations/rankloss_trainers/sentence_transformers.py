@@ -18,12 +18,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback
 
 import rankloss
 from rankloss.losses import base_entries
 from rankloss.options import RankOptions
-from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms
+from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms, check_has_no_parameters
 from rankloss_trainers.logging import RankClipLog
 
 __all__ = ["CachedRankClipLoss", "Progress", "RankClipLoss"]
@@ -67,9 +68,9 @@ class RankClipLoss(nn.Module):
         The embeddings are ``[N, D]`` per column and process; all entries are scalars.
 
     Raises:
-        ValueError: for a scale that is not positive, and as :class:`rankloss.RankClipLoss`; in ``forward``
-            unless there are two columns, and for a training batch of one pair
-            (set ``dataloader_drop_last=True``).
+        ValueError: for a scale that is not positive, a base with parameters, and as
+            :class:`rankloss.RankClipLoss`; in ``forward`` unless there are two columns, and for a training
+            batch of one pair (set ``dataloader_drop_last=True``).
         RuntimeError: in ``forward``, if :class:`Progress` does not tell the loss where training stands.
 
     References:
@@ -101,8 +102,13 @@ class RankClipLoss(nn.Module):
         self.driven_loss = DrivenLoss(
             rankloss.RankClipLoss(**options), unit="step", evaluate=RankClipLog(agreement_every)
         )
-        if options.get("schedule") == "constant":
-            self.driven_loss.clock.start_step(1, 1)
+        check_has_no_parameters(
+            type(self).__name__,
+            self.driven_loss.criterion,
+            "the trainer would neither average over its processes nor keep in its checkpoints",
+        )
+        if options.get("schedule") == "constant" and agreement_every is None:
+            self.driven_loss.clock.start_step(1, 1)  # it needs nobody to tell it the step
 
     def forward(self, sentence_features: Columns, labels: Tensor | None = None) -> Any:
         """The loss of a batch.
@@ -164,7 +170,8 @@ class RankClipLoss(nn.Module):
         if not torch.is_grad_enabled():
             if len(images) < criterion.consistency.gather.min_pairs:
                 return Entries({"contrastive_loss": images.new_zeros(())}, {})  # a softmax of one class
-            return Entries(base_entries(criterion.base, **features), {})
+            terms, _ = Entries.of(criterion.base, base_entries(criterion.base, **features))
+            return Entries(terms, {})
         if not self.driven_loss.clock.started:
             raise RuntimeError(
                 f"{type(self).__name__} does not know where training stands: give the trainer "
@@ -297,7 +304,8 @@ class Progress(TrainerCallback):
 
     Raises:
         ValueError: None of the losses is rankloss's; when training begins, if another ``Progress`` of the
-            trainer also has a loss that learns its scale.
+            trainer also has a loss that learns its scale, and for several datasets on several processes,
+            unless the losses have ``gather=False``.
     """
 
     def __init__(self, *losses: nn.Module) -> None:
@@ -308,6 +316,8 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Restore the scales of a resumed run, and put them into every checkpoint."""
+        if isinstance(getattr(kwargs.get("train_dataloader"), "dataset", None), ConcatDataset):
+            self._check_gathers_nothing()
         learning = [loss for loss in self._losses if loss.learns_scale]
         if not learning:
             return
@@ -324,6 +334,16 @@ class Progress(TrainerCallback):
                 ", ".join(f"{loss.logit_scale.exp().item():g}" for loss in learning),
             )
         state.stateful_callbacks[_KEY] = _Scales(learning)
+
+    def _check_gathers_nothing(self) -> None:
+        for loss in self._losses:
+            criterion: Any = loss.driven_loss.criterion
+            if criterion.consistency.gather.place[1] > 1:
+                raise ValueError(
+                    "at one step each process has a batch of another dataset, and the loss would contrast "
+                    "them with each other, or wait for a process that calls another loss: with several "
+                    "datasets on several processes give each loss gather=False"
+                )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Once per optimizer step."""

@@ -143,8 +143,16 @@ def test_runs_of_one_process_share_no_state(tmp_path: Any) -> None:
     assert histories(1, paths[0]) == [1, 1, 1], "what was kept is forgotten when a run begins"
 
 
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer by name alone, as timm's Lookahead is: it skips the constructor."""
+
+    def __init__(self) -> None:
+        self.param_groups = []
+
+
 def test_what_cannot_save_it_warns(caplog: pytest.LogCaptureFixture) -> None:
-    start_epoch(loss(), 0, DATA, arguments(), object())
+    for each in (object(), Wrapper()):
+        start_epoch(loss(), 0, DATA, arguments(), each)
     sharded = optimizer()
     start_epoch(loss(), 0, DATA, arguments(fsdp=True), sharded)
     assert not sharded._optimizer_state_dict_post_hooks
@@ -152,5 +160,5 @@ def test_what_cannot_save_it_warns(caplog: pytest.LogCaptureFixture) -> None:
     texts = [record.message for record in caplog.records]
     assert texts == [
         f"--loss alip has a state that {what} does not save: a resumed run starts it anew"
-        for what in ("object", "--fsdp")
+        for what in ("object", "Wrapper", "--fsdp")
     ]

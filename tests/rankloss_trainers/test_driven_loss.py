@@ -35,14 +35,13 @@ class Named(nn.Module):
 
 def test_terms_are_told_from_metrics_by_their_names() -> None:
     x = torch.tensor(2.0, requires_grad=True)
-    criterion = Named(a_loss=3 * x, depth=5 * x, b_loss=x * x)
+    criterion = Named(a_loss=3 * x, depth=5 * x.detach(), b_loss=x * x)
     loss = DrivenLoss(criterion, first_call="first")
     loss.clock.start_step(1, 9)
     image_features, text_features = features()
     terms, metrics = entries = loss(image_features, text_features, torch.tensor(4.0), logit_bias=None)
     assert terms == {"a_loss": 6, "b_loss": 4}
     assert metrics == {"depth": 10}
-    assert not metrics["depth"].requires_grad
     entries.total.backward()
     assert x.grad == 7
     (seen,) = criterion.seen
@@ -57,6 +56,18 @@ def test_loss_without_a_term_is_an_error() -> None:
     loss = DrivenLoss(Named(depth=torch.tensor(1.0)))
     loss.clock.start_step(1, 9)
     with pytest.raises(ValueError, match="Named gives no term to train: no name ends in _loss, got depth"):
+        loss(*features(), torch.tensor(4.0))
+
+
+def test_entry_with_a_gradient_and_another_name_is_an_error() -> None:
+    """A base that calls its loss ``itc`` would be shown and not trained, beside rank terms that are."""
+
+    def base(image_features: Tensor, text_features: Tensor, **_: Any) -> dict[str, Tensor]:
+        return {"itc": (image_features - text_features).square().mean()}
+
+    loss = DrivenLoss(rankloss.RankClipLoss(base, schedule="constant"), evaluate=RankClipLog())
+    loss.clock.start_step(1, 9)
+    with pytest.raises(ValueError, match=r"RankClipLoss gives 'itc' with a gradient.* call it itc_loss, or"):
         loss(*features(), torch.tensor(4.0))
 
 
@@ -92,6 +103,22 @@ def test_agreement_is_measured_at_the_first_step_and_then_at_every_so_many(resum
                 measured.append(step)
             last = tau
     assert measured == [step for step in range(resumed_at, 9) if step == resumed_at or step % 3 == 1]
+
+
+def test_agreement_is_measured_where_a_loss_is_called_for_some_steps_only() -> None:
+    """One of several losses, which take turns."""
+    log = RankClipLog(agreement_every=4)
+    loss = DrivenLoss(rankloss.RankClipLoss(schedule="constant"), evaluate=log)
+    measured: list[int] = []
+    for step in range(2, 14, 2):
+        loss.clock.start_step(step, 13)
+        expected = log.next_measured(step - 1)
+        before = log._measured
+        loss(*normalize(torch.randn(2, 6, 4), dim=-1), torch.tensor(8.0))
+        if log._measured != before:
+            measured.append(step)
+        assert (expected == step - 1) == (log._measured != before)
+    assert measured == [2, 6, 10]
 
 
 @pytest.mark.parametrize("step", [1, 2])  # λ = 0, ½

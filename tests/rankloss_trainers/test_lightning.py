@@ -142,6 +142,19 @@ def test_epochs_are_counted_where_that_is_asked_for(tmp_path: Path) -> None:
     assert lambdas(module) == [0] * 4 + [0.5] * 4 + [1] * 4
 
 
+@pytest.mark.parametrize(("given", "epochs"), [({}, 3), ({"accumulate_grad_batches": 2}, 5)])
+def test_epochs_are_those_that_max_steps_lets_the_run_have(
+    tmp_path: Path, given: dict[str, int], epochs: int
+) -> None:
+    module = Module()
+    fit(tmp_path, module, progress=Progress("epoch"), max_epochs=100, max_steps=10, **given)
+    expected = [schedules.linear(epoch, epochs) for epoch in range(1, epochs + 1) for _ in range(4)]
+    assert lambdas(module) == expected[: len(lambdas(module))]
+    assert lambdas(module)[-1] == 1
+    with pytest.raises(ValueError, match="with max_steps, unit='epoch' needs data with a length"):
+        fit(tmp_path, Module(), data=Stream(), progress=Progress("epoch"), max_steps=10)
+
+
 @pytest.mark.parametrize("unit", ["step", "epoch"])
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, unit: Any) -> None:
     whole = Module()
@@ -210,6 +223,17 @@ def test_steps_that_the_trainer_does_not_know_have_to_be_given(tmp_path: Path) -
         module = Manual()
         assert fit(tmp_path, module, **options).global_step == 4
         assert lambdas(module) == known
+
+
+def test_steps_that_the_trainer_does_not_count_are_an_error(tmp_path: Path) -> None:
+    class Raw(Manual):
+        def optimizers(self, use_pl_optimizer: bool = False) -> Any:
+            return super().optimizers(use_pl_optimizer)
+
+    module = Raw()
+    with pytest.raises(RuntimeError, match=r"an optimizer has stepped.* not with use_pl_optimizer=False"):
+        fit(tmp_path, module, progress=Progress(total_steps=4))
+    assert len(module.seen) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,13 +20,18 @@ if importlib.util.find_spec("sentence_transformers") is None or importlib.util.f
     pytest.skip("sentence-transformers[train] is not installed", allow_module_level=True)
 
 import datasets
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_sentences import WORDS, pairs, tiny, train, weights
 from tiny_transformers import Terminated
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.utils.data import ConcatDataset
 
 import rankloss
 from rankloss import schedules
@@ -235,6 +241,60 @@ def test_evaluation_is_the_base_loss_whatever_lambda_is(tmp_path: Path, bert: Pa
     assert evaluated[-1]["eval_loss"] == pytest.approx(total / 17, rel=1e-4)
 
 
+def test_metrics_of_a_base_are_no_part_of_the_evaluation(tmp_path: Path, bert: Path) -> None:
+    class Reporting(rankloss.ClipLoss):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return {**super().forward(*args, **kwargs), "hits": torch.tensor(100.0)}
+
+    model = tiny(bert)
+    losses = []
+    for base in (rankloss.ClipLoss(), Reporting()):
+        loss = RankClipLoss(model, base=base, schedule="linear")
+        trainer = train(tmp_path, loss, model, eval_dataset=pairs(), max_steps=1, learning_rate=0.0)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == losses[1]
+
+
+@BOTH
+def test_several_datasets_on_several_processes_do_not_gather(bert: Path, kind: Any) -> None:
+    """Each process has a batch of another one at the same step."""
+    model = tiny(bert)
+    several, single = (SimpleNamespace(dataset=x) for x in (ConcatDataset([pairs(), pairs()]), pairs()))
+    state = SimpleNamespace(stateful_callbacks={}, global_step=0)
+    gathers = Progress(kind(model, gather=rankloss.Gather(rank=0, world_size=2)))
+    with pytest.raises(ValueError, match=r"with several datasets on several processes .* gather=False"):
+        gathers.on_train_begin(None, state, None, train_dataloader=several)
+    gathers.on_train_begin(None, state, None, train_dataloader=single)
+    Progress(kind(model, gather=False)).on_train_begin(None, state, None, train_dataloader=several)
+
+
+def test_several_datasets_take_turns(tmp_path: Path, bert: Path) -> None:
+    model = tiny(bert)
+    losses = {name: RankClipLoss(model, schedule="linear", agreement_every=2) for name in "ab"}
+    sets = {name: pairs(16) for name in losses}
+    trainer = SentenceTransformerTrainer(
+        model,
+        SentenceTransformerTrainingArguments(
+            str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+            per_device_train_batch_size=8,
+            num_train_epochs=1,
+            save_strategy="no",
+            multi_dataset_batch_sampler="round_robin",
+        ),
+        datasets.DatasetDict(sets),
+        loss=losses,
+        callbacks=[Progress(*losses.values())],
+    )
+    trainer.train()
+    expected = pytest.approx([schedules.linear(i, 4) for i in range(1, 5)], abs=1e-4)
+    assert [line["rank_lambda"] for line in steps(trainer)] == expected
+    assert [loss.driven_loss.evaluate._measured for loss in losses.values()] == [2, 3]
+
+
 def test_wrapped_loss_gives_a_scalar(tmp_path: Path, bert: Path) -> None:
     for kind in (RankClipLoss, CachedRankClipLoss):
         model = tiny(bert)
@@ -285,6 +345,8 @@ def test_without_progress_the_loss_says_what_is_missing(bert: Path, kind: Any) -
     ):
         kind(model)(columns(model), None)
     assert sum(kind(model, schedule="constant")(columns(model), None).values()) > 0
+    with pytest.raises(RuntimeError, match="does not know where training stands"):
+        kind(model, schedule="constant", agreement_every=2)(columns(model), None)
 
 
 @BOTH
@@ -302,6 +364,7 @@ def test_two_columns_are_asked_for(bert: Path, kind: Any, count: int) -> None:
         (RankClipLoss, {"scale": 0.0}, "scale must be positive and finite; got 0.0"),
         (RankClipLoss, {"scale": math.nan}, "scale must be positive and finite; got nan"),
         (RankClipLoss, {"lists": "column"}, "lists must be"),
+        (RankClipLoss, {"base": torch.nn.Linear(2, 2)}, "has parameters, which the trainer would neither"),
         (CachedRankClipLoss, {"mini_batch_size": 0}, "mini_batch_size must be at least 1; got 0"),
     ],
 )

@@ -302,6 +302,48 @@ def test_module_of_ones_own_is_a_loss(tmp_path: Path) -> None:
     assert trainer.evaluation_loss is loss.base
 
 
+@pytest.mark.parametrize(
+    "nested",
+    [
+        lambda base: rankloss.RankClipLoss(rankloss.CyClipLoss(base), schedule="linear"),
+        lambda base: rankloss.CyClipLoss(rankloss.RankClipLoss(base, schedule="linear")),
+    ],
+)
+def test_evaluation_is_of_what_stands_below_the_rank_terms_without_its_metrics(
+    tmp_path: Path, nested: Any
+) -> None:
+    class Reporting(rankloss.ClipLoss):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return {**super().forward(*args, **kwargs), "hits": torch.tensor(100.0)}
+
+    given = {"eval_dataset": Pairs(8), "eval_strategy": "epoch", "eval_on_start": True, "learning_rate": 0.0}
+    trainers = (train(tmp_path, loss=nested(base), **given) for base in (rankloss.ClipLoss(), Reporting()))
+    plain, reporting = (
+        [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+        for trainer in trainers
+    )
+    assert plain == reporting == [plain[0]] * 3
+
+
+def test_labels_of_a_script_reach_its_metrics(tmp_path: Path) -> None:
+    class Labelled(transformers.CLIPModel):
+        def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    class Numbered(Pairs):
+        def __getitem__(self, i: int) -> dict[str, Tensor]:
+            return {**super().__getitem__(i), "labels": torch.tensor(i)}
+
+    model: Any = clip()
+    model.__class__ = Labelled
+    seen: list[Any] = []
+    given = {"label_names": ["labels"], "max_steps": 1, "eval_dataset": Numbered(16), "pairs": Numbered()}
+    keywords = {"compute_metrics": lambda results: seen.extend(results.label_ids) or {}}
+    trainer = train(tmp_path, model=model, **given, **keywords)
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert seen == list(range(16))
+
+
 def test_entry_that_comes_only_sometimes_is_averaged_over_the_calls_that_gave_it(tmp_path: Path) -> None:
     class Sometimes(rankloss.ClipLoss):
         calls = 0
@@ -363,6 +405,16 @@ def test_epochs_are_those_that_the_trainer_trains(
     lines = steps(train(tmp_path, max_steps=3, **given))
     assert [line["rank_lambda"] for line in lines] == [0, 0.5, 1], "one epoch goes by steps"
     assert "schedule linear per step over 1 epoch(s)" in caplog.text
+
+
+def test_epoch_that_a_callback_ends_is_an_epoch(tmp_path: Path) -> None:
+    class Halving(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_epoch_stop = state.global_step % 2 == 0
+
+    options = {"schedule": "linear", "schedule_unit": "epoch"}
+    lines = steps(train(tmp_path, loss_options=options, num_train_epochs=3, callbacks=[Halving()]))
+    assert [line["rank_lambda"] for line in lines] == [0, 0, 0.5, 0.5, 1, 1]
 
 
 class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):

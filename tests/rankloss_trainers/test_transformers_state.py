@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ if importlib.util.find_spec("transformers") is None or importlib.util.find_spec(
     pytest.skip("transformers or accelerate is not installed", allow_module_level=True)
 
 import transformers
-from tiny_transformers import Pairs, Terminated, clip, steps, train, weights
+from tiny_transformers import Pairs, Terminated, Trainer, arguments, clip, steps, train, weights
 from transformers.trainer_utils import HPSearchBackend
 
 import rankloss
@@ -121,3 +122,37 @@ def test_missing_captions_are_named(tmp_path: Path) -> None:
         with_captions({"input_ids": torch.ones(2, 4), "caption_input_ids": torch.ones(2, 3)}, "caption")
     with pytest.raises(ValueError, match=r"caption_x must have the shape .* beside None"):
         with_captions({"input_ids": torch.ones(2, 4), "caption_x": torch.ones(2, 3)}, "caption")
+
+
+def test_columns_of_the_second_caption_are_not_dropped_as_unused(tmp_path: Path) -> None:
+    given = {"pairs": TwoCaptions(), "max_steps": 2, **ALIP}
+    kept, dropping = (train(tmp_path, remove_unused_columns=drops, **given) for drops in (False, True))
+    assert torch.equal(weights(dropping), weights(kept))
+
+
+def test_model_that_is_made_anew_is_not_given_the_state_of_the_last(tmp_path: Path) -> None:
+    trainer = Trainer(
+        model_init=clip, args=arguments(tmp_path, max_steps=3), train_dataset=TwoCaptions(), **ALIP
+    )
+    results = []
+    for _ in range(2):
+        trainer.train()
+        results.append((steps(trainer), trainer.driven_loss.criterion.histories.clone()))
+    (first, histories), (second, others) = results
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
+    assert torch.equal(histories, others)
+
+
+def test_state_is_there_before_a_checkpoint_is_pushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def push(_: Any, folder: str) -> None:
+        seen.append(Path(folder, STATE_FILE).exists())
+
+    monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", push)
+    trainer = train(tmp_path, pairs=TwoCaptions(), max_steps=1, **ALIP)
+    trainer.args.push_to_hub = True
+    trainer._save_checkpoint(trainer.model, trial=None)
+    assert seen == [True]

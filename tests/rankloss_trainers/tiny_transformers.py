@@ -156,7 +156,7 @@ def arguments(directory: Path, **changes: Any) -> TrainingArguments:
 
 
 def train(directory: Path, *, model: nn.Module | None = None, pairs: Any = None, **given: Any) -> Trainer:
-    names = {"loss", "loss_options", "gather", "eval_dataset", "callbacks"}
+    names = {"loss", "loss_options", "gather", "eval_dataset", "callbacks", "compute_metrics"}
     keywords = {name: given.pop(name) for name in names & given.keys()}
     resume = given.pop("resume", None)
     keywords.setdefault("loss_options", {"schedule": "linear"} if "loss" not in keywords else None)

@@ -73,8 +73,7 @@ class Choice:
         if self.uses_teacher and not references:
             raise ValueError(
                 f"{self.name} ranks by a teacher, but the batch has none of the columns "
-                f"{', '.join(REFERENCES)}, got {', '.join(columns)}; the Trainer drops columns that the "
-                "model does not know unless remove_unused_columns=False"
+                f"{', '.join(REFERENCES)}, got {', '.join(columns)}"
             )
         if references and self.uses_teacher is False:
             raise ValueError(

@@ -109,10 +109,7 @@ def with_captions(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
             )
         plain[name.removeprefix(f"{prefix}_")] = torch.cat([first, captions])
     if len(plain) == len(inputs):
-        raise ValueError(
-            f"no column of the batch begins with {prefix}_, got {', '.join(inputs)}; the Trainer drops "
-            "columns that the model does not know unless remove_unused_columns=False"
-        )
+        raise ValueError(f"no column of the batch begins with {prefix}_, got {', '.join(inputs)}")
     return plain
 
 

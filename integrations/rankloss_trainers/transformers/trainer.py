@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ class ContrastiveTrainerMixin:
         _refuse(trainer)
         # Releases without loss_is_scaled_for_ga divide by the accumulated batches unless this is set.
         trainer.model_accepts_loss_kwargs = False
-        trainer.label_names = []  # the pairs are the labels; else evaluation would give no loss
+        if trainer.args.label_names is None:
+            trainer.label_names = []  # the pairs are the labels; else evaluation would give no loss
         gather_of_run = rankloss.Gather() if gather is None else gather
         sigmoid = embeddings.has_bias(trainer.model)
         base = choice.base_of(sigmoid=sigmoid, gather=gather_of_run)
@@ -99,8 +101,9 @@ class ContrastiveTrainerMixin:
             chosen = choice.own(loss, loss_options=loss_options, gather=gather)
         self.chosen_loss = chosen
         self.driven_loss = chosen.loss.to(trainer.args.device)
-        own_base = getattr(self.driven_loss.criterion, "base", None)
+        own_base = _without_rank_terms(self.driven_loss.criterion)
         self.evaluation_loss = base if own_base is None else own_base
+        self._first_state = deepcopy(self.driven_loss.criterion.state_dict())
         self._means = _Means()
         trainer.add_callback(_Progress(chosen, self._means))
         log = self.driven_loss.evaluate
@@ -110,6 +113,8 @@ class ContrastiveTrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, and give a resumed run the state of its loss back."""
         trainer: Any = self
+        if trainer.model_init is not None:  # a model that is made anew, as in the trials of a search
+            self.driven_loss.criterion.load_state_dict(self._first_state)
         if resume_from_checkpoint and loss_state.has_state(self.driven_loss.criterion):
             path: Any = resume_from_checkpoint
             if path is True:
@@ -167,18 +172,35 @@ class ContrastiveTrainerMixin:
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
         trainer: Any = self
+        checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        self._save_state(Path(trainer._get_output_dir(trial=trial), checkpoint))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._save_state(Path(checkpoint_folder))  # before what is above uploads the folder
+        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+    def _save_state(self, checkpoint: Path) -> None:
+        trainer: Any = self
         criterion = self.driven_loss.criterion
         if trainer.args.should_save and loss_state.has_state(criterion):
-            checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-            path = Path(trainer._get_output_dir(trial=trial), checkpoint, STATE_FILE)
-            torch.save(loss_state.saved(self.chosen_loss.name, criterion), path)
+            torch.save(loss_state.saved(self.chosen_loss.name, criterion), checkpoint / STATE_FILE)
 
     def _evaluated(self, features: dict[str, Any]) -> Tensor:
         images: Tensor = features["image_features"]
         if len(images) == 1 and rankloss.Gather().place[1] == 1:
             return images.new_zeros(())  # one pair has nothing to be told from
         entries = base_entries(self.evaluation_loss, **features)
-        return Entries(entries, {}).total
+        return Entries.of(self.evaluation_loss, entries).total
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        trainer: Any = self
+        columns, captions = trainer._signature_columns, self.chosen_loss.captions
+        # What the loss takes and the model does not, which would be dropped as unused.
+        of_loss = [] if captions is None else [f"{captions}_{name}" for name in columns]
+        if self.chosen_loss.uses_teacher is not False:
+            of_loss += embeddings.REFERENCES
+        trainer._signature_columns = list(dict.fromkeys([*columns, *of_loss]))
 
 
 class ContrastiveTrainer(ContrastiveTrainerMixin, transformers.Trainer):
@@ -192,22 +214,36 @@ class _Progress(TrainerCallback):
         self.chosen = chosen
         self.loss = chosen.loss
         self.means = means
+        self._epoch: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Only now is the number of epochs known: ``max_steps`` and the data have a say in it."""
         epochs = state.num_train_epochs if has_length(kwargs["train_dataloader"]) else math.inf
+        self._epoch = None
         self.means.clear()
         self.chosen.start(epochs, announce=state.is_world_process_zero)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """For losses that go by epochs."""
+        # Counted: an epoch that a callback ended leaves a fraction.
+        self._epoch = int(state.epoch) if self._epoch is None else self._epoch + 1
         if self.loss.clock.unit == "epoch":
             epochs = state.num_train_epochs
-            tell(self.loss.criterion, "set_epoch", min(int(state.epoch) + 1, epochs), epochs)
+            tell(self.loss.criterion, "set_epoch", min(self._epoch + 1, epochs), epochs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Once per optimizer step."""
         self.loss.clock.start_step(state.global_step + 1, state.max_steps)
+
+
+def _without_rank_terms(criterion: nn.Module) -> nn.Module | None:
+    """The base that a loss stands on, below every RankCLIP, whose terms grow; None for a loss without one."""
+    base = getattr(criterion, "base", None)
+    while isinstance(base, nn.Module) and hasattr(base, "base"):
+        if not any(isinstance(part, rankloss.RankClipLoss) for part in base.modules()):
+            break
+        base = base.base
+    return base
 
 
 def _restore(chosen: choice.Choice, checkpoint: Path) -> None:
