@@ -37,6 +37,7 @@ __all__ = [
     "Term",
     "anchors_and_items",
     "arithmetic_dtype",
+    "check_bias",
     "check_device",
     "check_features",
     "check_is_number",
@@ -430,6 +431,22 @@ def check_scale(logit_scale: Tensor | float, features: Tensor) -> None:
         value = None if torch.compiler.is_compiling() else float(logit_scale)
     if value is not None and value <= 0:
         raise ValueError(f"logit_scale must be positive (it is the multiplier, not its log); got {value:g}")
+
+
+def check_bias(logit_bias: Tensor | float | None, features: Tensor) -> None:
+    """Raise an error unless the bias is one number, or None.
+
+    Raises:
+        TypeError: as :func:`check_is_number`.
+        ValueError: for a tensor of several numbers, or on another device.
+    """
+    if isinstance(logit_bias, Tensor):
+        if logit_bias.numel() != 1:
+            raise ValueError(f"logit_bias must be one number; got shape {tuple(logit_bias.shape)}")
+        if not (logit_bias.dim() == 0 and logit_bias.device.type == "cpu"):  # torch takes such one anywhere
+            check_device("logit_bias", logit_bias, features)
+    elif logit_bias is not None:
+        check_is_number("logit_bias", logit_bias)
 
 
 def _value_of(x: Tensor) -> float | None:

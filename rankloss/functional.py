@@ -185,11 +185,10 @@ def weighted_terms(
     else:
         assert not contrastive
         weights = batch.nan_unless_finite(weights)
-        zero = image.new_zeros(n if options.reduction == "none" else ())
         values = (image.new_zeros(()),)
         for term, is_wanted, weight in zip(_TERMS, wanted[1:], weights[1:].unbind(), strict=True):
             if not is_wanted:
-                values = (*values, zero)
+                values = (*values, image.new_zeros(n if options.reduction == "none" else ()))
                 continue
             value = dense.batch_list_nll(batch, term, options)
             value = value if options.reduction == "none" else value.sum()

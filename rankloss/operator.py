@@ -243,10 +243,15 @@ def _differentiable_gradients(upstream: Sequence[Tensor | None], call: _Call) ->
                 value = dense.row_lists_nll(batch, "cross_modal", options, call.shuffles)
             else:
                 value = dense.row_lists_nll(batch, "in_modal", options, call.shuffles)
+            if not value.requires_grad:
+                continue  # with a fixed reference, where nothing but that takes a gradient
             value = value * weight.to(value.dtype)
             values.append(value if call.per_anchor else value.sum())
             given.append(g)
         by = [x for x, w in zip(call.inputs, call.wanted, strict=True) if x is not None and w]
+        if not values:
+            pairs = zip(call.inputs, call.wanted, strict=True)
+            return [torch.zeros_like(x) if x is not None and w else None for x, w in pairs]
         gradients = iter(torch.autograd.grad(values, by, given, create_graph=True, materialize_grads=True))
     return [next(gradients) if w else None for w in call.wanted]
 

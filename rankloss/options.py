@@ -104,7 +104,8 @@ class RankOptions:
         top_k: None or the number of best-ranked positions that count, likewise.
         reduction: ``"mean"``: nats per counted item, averaged over the lists: every list is divided by its
             Σ_p μ_p, which is its number of items without ``discount`` and ``top_k``. ``"sum"``: the plain sum
-            of the lists. ``"none"``: one value per anchor, ``[N]``; they add up to ``"sum"``.
+            of the lists. ``"none"``: one value per anchor of this process, which add up to ``"sum"``, over
+            all processes where each has its own anchors (``local_loss``).
         diagonal: whether an anchor's own pair (in the in-modal term the anchor itself) is an item of its
             lists. It is in the paper; the contrastive loss ranks it first in any case.
         fixed_reference: ``"text"``: the texts' rankings are a fixed reference, cross = C(S | R) and

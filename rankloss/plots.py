@@ -18,6 +18,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from rankloss.batch import first_occurrence
 from rankloss.metrics import kendall_tau
 
 __all__ = ["Term", "compare_rankings", "slope_chart"]
@@ -167,13 +168,15 @@ def _rows(image_features: Tensor, text_features: Tensor, anchor: int, term: Term
         raise ValueError(f"term must be one of {', '.join(map(repr, get_args(Term)))}; got {term!r}")
     v, t = image_features.detach().double(), text_features.detach().double()
     left, right = (t, v) if term == "cross_modal" else (v, t)
-    return left @ v[anchor], right @ t[anchor]
+    # A product may round equal rows differently, and break their tie.
+    first, second = left @ v[anchor], right @ t[anchor]
+    return first[first_occurrence(left)], second[first_occurrence(right)]
 
 
 def _ranks(scores: Tensor) -> Tensor:
     """Ranks from 1, the largest score first; equal scores share the best rank."""
-    descending = (-scores).sort().values
-    return torch.searchsorted(descending, -scores) + 1
+    negated = -scores.double()  # unsigned integers would wrap
+    return torch.searchsorted(negated.sort().values, negated) + 1
 
 
 def _neutral() -> tuple[float, float, float, float]:

@@ -27,7 +27,7 @@ def rankclip(i: int, n: int) -> float:
         >>> [rankclip(i, 11) for i in (1, 4, 7, 11)]
         [0.2, 1.1, 2.0, 2.0]
     """
-    _check(i, n)
+    i, n = _checked(i, n)
     return 2.0 if n == 1 else min(max((3 * i - 1) / (n - 1), 0.0), 2.0)
 
 
@@ -48,7 +48,7 @@ def constant(i: int, n: int) -> float:
         >>> constant(3, 10)
         1.0
     """
-    _check(i, n)
+    _checked(i, n)
     return 1.0
 
 
@@ -92,11 +92,12 @@ def by_name(name: str) -> Schedule:
     return _BY_NAME[name]
 
 
-def _check(i: int, n: int) -> None:
+def _checked(i: int, n: int) -> tuple[int, int]:
     if not (isinstance(i, Integral) and isinstance(n, Integral) and 1 <= i <= n):
         raise ValueError(f"a schedule needs integers 1 <= i <= n; got i={i!r}, n={n!r}")
+    return int(i), int(n)  # NumPy's small integers would wrap
 
 
 def _progress(i: int, n: int) -> float:
-    _check(i, n)
+    i, n = _checked(i, n)
     return 1.0 if n == 1 else (i - 1) / (n - 1)

@@ -222,6 +222,17 @@ def test_a_single_epoch_is_ramped_by_step_and_the_log_says_so(caplog: pytest.Log
     assert loss.schedule_value == schedules.rankclip(1, 50)
 
 
+def test_a_single_epoch_does_not_keep_the_lambda_of_an_earlier_run() -> None:
+    loss = RankClipLoss()
+    loss.set_epoch(10, 10)
+    loss.set_epoch(1, 1)
+    with pytest.raises(RuntimeError, match="call set_progress"):
+        _ = loss.schedule_value
+    loss.set_progress(3, 4)
+    loss.set_epoch(1, 1)  # at the start of an epoch in whose middle the step was told
+    assert loss.schedule_value == schedules.rankclip(3, 4)
+
+
 def test_a_function_is_a_schedule_and_its_values_are_checked() -> None:
     loss = RankClipLoss(schedule=lambda i, n: 0.1 * i + n)
     loss.set_epoch(2, 3)
@@ -322,6 +333,17 @@ def test_inputs_that_nothing_takes_are_refused_whatever_lambda_is(name: str, epo
     loss.set_epoch(epoch, 4)
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
         loss(v, t, s, **{name: t})
+
+
+def test_forward_that_was_set_on_the_base_is_called_whatever_lambda_is() -> None:
+    loss = RankClipLoss(schedule="linear")
+    own = loss.base.forward
+    loss.base.forward = lambda **inputs: {"contrastive_loss": 2 * own(**inputs)["contrastive_loss"]}
+    v, t, s = features()
+    for epoch in (1, 2):
+        loss.set_epoch(epoch, 2)
+        entries = loss(v, t, s, output_dict=True)
+        assert entries["contrastive_loss"].item() == pytest.approx(2 * ClipLoss()(v, t, s).item(), rel=1e-6)
 
 
 def test_hooks_of_the_base_run_whatever_lambda_is() -> None:
@@ -530,6 +552,48 @@ def test_parameter_that_holds_the_log_of_the_scale_is_warned_of(name: str) -> No
         called(name, v, t, nn.Parameter(s.detach().log()))
     called(name, v, t, s.detach().log())  # a scale as good as another
     called(name, v, t, nn.Parameter(s.detach()))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ClipLoss(),
+        ClipLoss(memory_budget=0),
+        SigLipLoss(),
+        AlipLoss(),
+        RankClipLoss(schedule="constant"),
+        RankClipLoss(schedule="constant", lambda_cross=0.0, lambda_in=0.0),
+    ],
+)
+def test_bias_that_is_not_one_number_is_refused(loss: nn.Module) -> None:
+    v, t, s = features()
+    more = {"caption_features": t} if isinstance(loss, AlipLoss) else {}
+    with pytest.raises(ValueError, match=r"logit_bias must be one number; got shape \(6,\)"):
+        loss(v, t, s, logit_bias=torch.randn(6), **more)
+
+
+def test_gathered_features_are_as_many_as_the_loss_would_gather() -> None:
+    v, t, s = features()
+    for loss in (
+        ClipLoss(local_loss=True),
+        ClipLoss(memory_budget=0),
+        RankConsistency(),
+        RankClipLoss(schedule="constant"),
+    ):
+        with pytest.raises(ValueError, match=r"gathered must be .* 6 rows of both; got 12 and 6"):
+            loss(v, t, s, gathered=(torch.cat([v, v]), t))
+        assert torch.equal(loss(v, t, s, gathered=(v, t)), loss(v, t, s))
+
+
+@pytest.mark.parametrize("lists", ["row", "batch"])
+def test_entries_share_no_memory(lists: str) -> None:
+    v, t, s = features()
+    ranks = RankConsistency(cross_modal=0.0, in_modal=0.0, lists=lists)
+    schedule = RankClipLoss(schedule="official", lists=lists)
+    schedule.set_epoch(1, 3)
+    for loss in (ranks, schedule, CyClipLoss(lambda_cross=0.0, lambda_in=0.0)):
+        entries = loss(v, t, s, output_dict=True)
+        assert len({x.data_ptr() for x in entries.values()}) == len(entries)
 
 
 @pytest.mark.parametrize("bias", [-10.0, -10, torch.tensor(-10.0), torch.tensor([-10.0])], ids=repr)

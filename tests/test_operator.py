@@ -373,3 +373,23 @@ def test_weights_are_read_when_the_terms_are_computed_and_a_graph_follows_them(l
     weights.copy_(torch.tensor([1.0, 0.5, 3.0]))
     for value, one, weight in zip(compiled(weights), ones, (0.5, 3.0), strict=True):
         torch.testing.assert_close(value.detach(), weight * one, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("memory_budget", [0, None])
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_fixed_reference_alone_has_no_gradient_and_can_be_differentiated_again(
+    name: str, memory_budget: int | None
+) -> None:
+    """Its rankings are fixed, so what flows to it are its similarities as scores, and those may be absent."""
+    v, t, s = random_batch(0, 6, 4, 10.0).leaves()
+    only = (t if name == "text" else v).requires_grad_()
+    other = (v if name == "text" else t).detach()
+    pair = (other, only) if name == "text" else (only, other)
+    loss = RankConsistency(fixed_reference=name, memory_budget=memory_budget)
+    entries = loss(*pair, s.detach(), output_dict=True)
+    for term in entries.values():
+        first, second = (
+            torch.autograd.grad(1.7 * term, only, create_graph=again, retain_graph=True, allow_unused=True)[0]
+            for again in (False, True)
+        )
+        torch.testing.assert_close(second.detach(), first, rtol=1e-4, atol=1e-6)

@@ -46,6 +46,25 @@ def rankings(v: Tensor, t: Tensor, anchor: int, term: plots.Term) -> tuple[np.nd
     return left, right, scipy.stats.kendalltau(a, b).statistic
 
 
+@given(st.integers(8, 70), st.integers(2, 70), st.integers(0, 2**16), terms)
+def test_equal_items_are_tied_however_a_product_rounds(n: int, d: int, seed: int, term: plots.Term) -> None:
+    v, t = torch.randn(2, n, d, generator=torch.Generator().manual_seed(seed))
+    t[1:] = t[1].clone()
+    left, right = plots._rows(v, t, 0, term)
+    of_texts = left if term == "cross_modal" else right
+    assert (of_texts[1:] == of_texts[1]).all()
+
+
+def test_unsigned_scores_do_not_wrap() -> None:
+    scores = torch.tensor([0, 1, 2, 3], dtype=torch.uint8)
+    texts = drawn(plots.compare_rankings(scores, scores.flip(0), "abcd"))
+    assert {"d  1", "1  a"} <= texts
+
+
+def drawn(figure: Figure) -> set[str]:
+    return {text.get_text() for text in figure.axes[0].texts}
+
+
 @given(batches, terms, st.integers(2, 30))
 def test_chart_shows_the_ranks(batch: tuple[int, int, bool], term: plots.Term, items: int) -> None:
     v, t = features(*batch)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,3 +66,9 @@ def test_an_unknown_name_is_refused() -> None:
     for name in ("step", 3, None, ["rankclip"]):
         with pytest.raises(ValueError, match=r"schedule must be one of 'rankclip', .*; got "):
             schedules.by_name(name)
+
+
+def test_small_integers_do_not_wrap() -> None:
+    for name in schedules.NAMES:
+        schedule = schedules.by_name(name)
+        assert schedule(np.uint8(100), np.uint8(200)) == schedule(100, 200)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import arithmetic_dtype, dtype_of_numbers
+from rankloss.batch import arithmetic_dtype, check_bias, dtype_of_numbers
 from rankloss.distributed import GatherOption
 from rankloss.losses.clip import pair_logits
 from rankloss.losses.composition import combined
@@ -145,6 +145,7 @@ class AlipLoss(GatheringLoss):
             update_histories: whether this call moves the histories; None: in training mode.
         """
         self.check_inputs(image_features, text_features, logit_scale)
+        check_bias(logit_bias, image_features)
         _check_captions(caption_features, text_features)
         if self.histories.is_meta and not image_features.is_meta:
             raise RuntimeError("histories are on the meta device and have no values: call to_empty() first")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import arithmetic_dtype
+from rankloss.batch import arithmetic_dtype, check_bias
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.functional import weighted_terms
 from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
@@ -28,9 +28,10 @@ class ClipLoss(GatheringLoss):
     given, ``gather`` holds.
 
     Memory: up to its budget the loss is open_clip's formula, with the same bits. A batch whose logits
-    take more is computed in chunks of rows, value and gradient together, and equals it to the rounding of
-    float32: O(N·D) is kept for the backward pass and O(chunk·N) is held during the forward pass. The dtype of
-    the result is the same on both sides.
+    take more is computed in chunks of rows, value and gradient together, in float32 at least; it differs from
+    the formula by rounding, that of half precision where the formula's logits are half. O(N·D) is kept for
+    the backward pass and O(chunk·N) is held during the forward pass. The dtype of the result is the same on
+    both sides.
 
     Args:
         local_loss: compute only this process's rows; open_clip's argument, its default is False.
@@ -47,13 +48,13 @@ class ClipLoss(GatheringLoss):
         ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; ``logit_scale``: the multiplier s
         itself, not its logarithm, a number or a tensor of one element. The result is a scalar in nats, in the
         dtype in which torch computes the cross-entropy of the logits, or with ``output_dict=True``
-        ``{"contrastive_loss": …}``. A ``logit_bias`` is added to all logits and changes nothing.
+        ``{"contrastive_loss": …}``. A ``logit_bias``, one number, is added to all logits and changes nothing.
 
     Raises:
         ValueError: for open_clip's arguments beside ``gather``, or a negative budget; in ``forward`` for
             features that are not two floating-point matrices of one shape with at least two rows in the whole
-            batch, or a scale that is not positive (not checked on an accelerator, where reading it would
-            wait).
+            batch, a scale that is not positive (not checked on an accelerator, where reading it would wait),
+            a bias that is not one number, or a ``gathered`` of another number of pairs.
         RuntimeError: in forward-mode differentiation beyond the budget.
 
     References:
@@ -114,9 +115,8 @@ class ClipLoss(GatheringLoss):
             gathered: ``self.gather(image_features, text_features)``, from a caller that has it already.
         """
         self.check_inputs(image_features, text_features, logit_scale)
-        if gathered is None:
-            gathered = self.gather(image_features, text_features)
-        images, texts = gathered
+        check_bias(logit_bias, image_features)
+        gathered = images, texts = self.whole_batch(image_features, text_features, gathered)
         rows = len(image_features if self.gather.anchors_are_local else images)
         dtype = arithmetic_dtype(image_features, text_features)
         if self._options.fits(rows, len(texts), images.device, dtype):

@@ -15,7 +15,7 @@ from rankloss.distributed import Gather
 from rankloss.losses.clip import ClipLoss
 from rankloss.options import StreamingOptionsDict
 
-__all__ = ["Base", "base_entries", "check_base", "combined", "has_hooks", "shares_gathering"]
+__all__ = ["Base", "base_entries", "check_base", "combined", "must_be_called", "shares_gathering"]
 
 Base: TypeAlias = Callable[..., Any]
 """A module or function with the forward convention of open_clip's losses, including ``output_dict``."""
@@ -42,10 +42,10 @@ def shares_gathering(base: Base, gather: Gather) -> bool:
     return type(base) is ClipLoss and base.gather.matches(gather)
 
 
-def has_hooks(base: Base) -> bool:
-    """Whether a base has hooks, which run only where it is called."""
+def must_be_called(base: Base) -> bool:
+    """Whether a base has hooks, or a ``forward`` that was set on it, which run only where it is called."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return any(getattr(base, kind, None) for kind in kinds)
+    return any(vars(base).get(name) for name in (*kinds, "forward"))
 
 
 def base_entries(

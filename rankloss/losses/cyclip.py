@@ -114,7 +114,7 @@ class CyClipLoss(GatheringLoss):
         dtype = arithmetic_dtype(image_features, text_features)
         zero = image_features.new_zeros((), dtype=dtype)
         if self.lambda_cross == 0 and self.lambda_in == 0:
-            return zero, zero
+            return zero, zero.clone()
         with full_precision(image_features.device):
             anchors = items = _moments(*gathered)
             n = len(gathered[0])

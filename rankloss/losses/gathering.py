@@ -58,6 +58,24 @@ class GatheringLoss(nn.Module):
             features = {"image_features": image_features, "text_features": text_features, **given}
             self._has_looked = _look(features, logit_scale)
 
+    def whole_batch(
+        self, image_features: Tensor, text_features: Tensor, gathered: Gathered | None = None
+    ) -> Gathered:
+        """The features of all processes: ``gathered``, from a caller that has them already, or gathered now.
+
+        Raises:
+            ValueError: where ``gathered`` is not as many pairs as this loss's own gathering would give.
+        """
+        if gathered is None:
+            return self.gather(image_features, text_features)
+        n, rows = len(image_features) * self.gather.place[1], [len(x) for x in gathered]
+        if rows != [n, n]:
+            raise ValueError(
+                "gathered must be what the loss's own gather(image_features, text_features) gives, "
+                f"{n} rows of both; got {' and '.join(map(str, rows))}"
+            )
+        return gathered
+
     def batch_of(
         self,
         gathered: Gathered,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from rankloss import schedules
+from rankloss.batch import check_bias
 from rankloss.distributed import Gathered, GatherOption, is_first_process
 from rankloss.functional import check_references
 from rankloss.losses.clip import without_effect
@@ -17,7 +18,7 @@ from rankloss.losses.composition import (
     base_entries,
     check_base,
     combined,
-    has_hooks,
+    must_be_called,
     shares_gathering,
 )
 from rankloss.losses.rank_consistency import RankConsistency
@@ -128,6 +129,7 @@ class RankClipLoss(FixedWeights, nn.Module):
         self.schedule = schedule
         self.normalizer = check_weight("normalizer", normalizer)
         self._missing: str | None = "set_epoch(epoch, epochs) or set_progress(step, total_steps)"
+        self._goes_by_epochs = False  # whether λ is of an epoch
         self._has_remarked = False
         self._weights = TermWeights(1.0, 0.0, 0.0)
         self._schedule_value = 0.0
@@ -173,13 +175,15 @@ class RankClipLoss(FixedWeights, nn.Module):
         if self.schedule is not schedules.constant:
             self._remark_on_a_short_ramp(epochs)
             if epochs == 1:
-                if self._missing is not None:
+                # λ of an earlier run's epochs is not this run's.
+                if self._missing is not None or self._goes_by_epochs:
                     self._missing = (
                         "set_progress(step, total_steps), since one epoch has no ramp of its own and the "
                         "schedule is evaluated per step"
                     )
                 return
         self._set(self.schedule(epoch, epochs))
+        self._goes_by_epochs = True
 
     def set_progress(self, step: int, total_steps: int) -> None:
         """Evaluate the schedule at step ``step`` of ``total_steps``, counted from 1.
@@ -189,6 +193,7 @@ class RankClipLoss(FixedWeights, nn.Module):
         """
         step, total_steps = _checked_position("step", step, "total_steps", total_steps)
         self._set(self.schedule(step, total_steps))
+        self._goes_by_epochs = False
 
     def forward(
         self,
@@ -230,7 +235,9 @@ class RankClipLoss(FixedWeights, nn.Module):
         # What only a base could take goes to the base, which refuses what it does not know.
         fused = self._fuses and (cross_modal or in_modal) and not base_inputs
         entries: dict[str, Tensor] = {}
-        if not fused:
+        if fused:
+            check_bias(logit_bias, image_features)
+        else:
             if gathered is not None and shares_gathering(self.base, self.consistency.gather):
                 base_inputs["gathered"] = gathered
             entries = base_entries(
@@ -271,7 +278,7 @@ class RankClipLoss(FixedWeights, nn.Module):
             options.lists == "row"
             and options.worth == "exp"
             and shares_gathering(self.base, self.consistency.gather)
-            and not has_hooks(self.base)
+            and not must_be_called(self.base)
         )
 
     def _set(self, value: float) -> None:

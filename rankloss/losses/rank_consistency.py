@@ -203,9 +203,8 @@ class RankConsistency(FixedWeights, GatheringLoss):
         """
         if not contrastive and not cross_modal and not in_modal:
             zero = image_features.new_zeros((), dtype=arithmetic_dtype(image_features, text_features))
-            return zero, zero, zero
-        if gathered is None:
-            gathered = self.gather(image_features, text_features)
+            return zero, zero.clone(), zero.clone()
+        gathered = self.whole_batch(image_features, text_features, gathered)
         references = self.gather.constants(reference_image_features, reference_text_features)
         return weighted_terms(
             self.batch_of(gathered, image_features, text_features, logit_scale, *references),

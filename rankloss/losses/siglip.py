@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import arithmetic_dtype, check_device, check_is_number, nan_unless_finite
+from rankloss.batch import arithmetic_dtype, check_bias, nan_unless_finite
 from rankloss.distributed import GatherOption
 from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
 from rankloss.options import (
@@ -36,9 +36,10 @@ class SigLipLoss(GatheringLoss):
     is given, ``gather`` holds.
 
     Memory: up to its budget the loss is open_clip's formula, with the same bits in one process. A
-    batch whose logits take more is computed in chunks of images, value and gradient together, and equals it
-    to the rounding of float32: O(N·D) is kept for the backward pass and O(chunk·N) is held during the forward
-    pass. The dtype of the result is the same on both sides.
+    batch whose logits take more is computed in chunks of images, value and gradient together, in float32 at
+    least; it differs from the formula by rounding, that of half precision where the formula's logits are
+    half. O(N·D) is kept for the backward pass and O(chunk·N) is held during the forward pass. The dtype of
+    the result is the same on both sides.
 
     Several processes: open_clip's loss of a process is the sum over its own images and all texts, divided by
     the number of its own images. So is this one with both flags of ``gather``, and DDP's average is the loss,
@@ -118,7 +119,7 @@ class SigLipLoss(GatheringLoss):
             output_dict: return a dict.
         """
         self.check_inputs(image_features, text_features, logit_scale)
-        _check_bias(logit_bias, image_features)
+        check_bias(logit_bias, image_features)
         gather = self.gather
         # An image is a row, a text is not: its own gradient has to come through the gathering.
         images = image_features if gather.anchors_are_local else gather.items(image_features)
@@ -159,13 +160,3 @@ def _whole(
     labels = 2 * (own[:, None] == torch.arange(len(texts), device=images.device)).to(images.dtype) - 1
     loss = -F.logsigmoid(labels * logits).sum() / len(images)
     return nan_unless_finite(loss, images, texts).to(loss.dtype)
-
-
-def _check_bias(logit_bias: Tensor | float | None, features: Tensor) -> None:
-    if isinstance(logit_bias, Tensor):
-        if logit_bias.numel() != 1:
-            raise ValueError(f"logit_bias must be one number; got shape {tuple(logit_bias.shape)}")
-        if not (logit_bias.dim() == 0 and logit_bias.device.type == "cpu"):  # torch takes such one anywhere
-            check_device("logit_bias", logit_bias, features)
-    elif logit_bias is not None:
-        check_is_number("logit_bias", logit_bias)
