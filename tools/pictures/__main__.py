@@ -19,6 +19,7 @@ PICTURES = {
     "scaling": cost.draw_scaling,
     "agreement": agreement.draw,
     "evidence": forest.draw,
+    "miniature": forest.draw_miniature,
     "effect": forest.draw_first,
 }
 

@@ -1,4 +1,4 @@
-"""Every comparison with its interval, from the table in docs/evidence.md."""
+"""Every comparison with its interval, from the tables in docs/evidence.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NUMBERS = re.compile(r"([+−]?[\d.]+) ± ([\d.]+)")
 
 @dataclass(frozen=True)
 class Compared:
-    """A row of the table: a mean paired difference in points, and half of its 95 % interval."""
+    """A row of a table: a mean paired difference in points, and half of its 95 % interval."""
 
     study: str
     report: str  # the study's, seen from the document
@@ -30,14 +30,14 @@ class Compared:
     tested: bool  # one of the tests that the study was made for
 
 
-def comparisons(document: Path = DOCUMENT) -> list[Compared]:
-    """Return the table's rows.
+def comparisons(table: str = "comparisons", document: Path = DOCUMENT) -> list[Compared]:
+    """Return the rows of the table between the markers of that name.
 
     Raises:
         ValueError: If a row has no link to a report, or no difference with an interval.
     """
     (section,) = re.findall(
-        r"<!-- comparisons -->\n(.*?)<!-- /comparisons -->", document.read_text(encoding="utf-8"), re.DOTALL
+        rf"<!-- {table} -->\n(.*?)<!-- /{table} -->", document.read_text(encoding="utf-8"), re.DOTALL
     )
     found = []
     for line in re.findall(r"^\|.*\|$", section, re.M)[2:]:
@@ -55,12 +55,17 @@ def comparisons(document: Path = DOCUMENT) -> list[Compared]:
 
 
 def draw(colors: Colors) -> Figure:
-    """All comparisons, under the names of their studies."""
+    """The comparisons of the studies, under their names."""
     return _draw(comparisons(), colors, WIDTH)
 
 
+def draw_miniature(colors: Colors) -> Figure:
+    """Those of the paper in miniature."""
+    return _draw(comparisons("miniature"), colors, WIDTH)
+
+
 def draw_first(colors: Colors) -> Figure:
-    """Those of the first study in the table."""
+    """Those of the first study."""
     rows = comparisons()
     return _draw([row for row in rows if row.study == rows[0].study], colors, NARROW)
 
