@@ -308,21 +308,25 @@ def test_terms_are_told_from_metrics_by_their_names() -> None:
     entries = {
         "a_loss": torch.tensor(1.0, requires_grad=True),
         "b_loss": torch.tensor(0.5),
-        "depth": torch.tensor(7.0, requires_grad=True) * 1,
+        "depth": torch.tensor(7.0),
     }
     for sums_every_value in (True, False):
         loss = TrainerLoss(Recorder(entries), unit="epoch", sums_every_value=sums_every_value)
         loss.start_epoch(Position(epoch=0, epochs=1, steps=1, accum_freq=1))
         given = loss(**features(), output_dict=True)
         assert list(given) == ["a_loss", "b_loss", "depth"]
-        assert not given["depth"].requires_grad
         assert (type(given) is LoggedTerms) == sums_every_value
         assert len(given.values()) == (2 if sums_every_value else 3)
         assert loss(**features()) == 1.5
-    silent = TrainerLoss(Recorder({"depth": torch.tensor(1.0)}), unit="epoch")
-    silent.start_epoch(Position(epoch=0, epochs=1, steps=1, accum_freq=1))
-    with pytest.raises(ValueError, match="Recorder gives no term to train: no name ends in _loss, got depth"):
-        silent(**features(), output_dict=True)
+    for more, message in (
+        ({}, "Recorder gives no term to train: no name ends in _loss, got depth"),
+        ({"a_loss": entries["a_loss"]}, r"Recorder gives 'depth' with a gradient, .* call it depth_loss, or"),
+    ):
+        depth = torch.tensor(7.0, requires_grad=bool(more)) * 1
+        silent = TrainerLoss(Recorder({"depth": depth, **more}), unit="epoch")
+        silent.start_epoch(Position(epoch=0, epochs=1, steps=1, accum_freq=1))
+        with pytest.raises(ValueError, match=message):
+            silent(**features(), output_dict=True)
 
 
 def test_what_is_no_loss_is_refused(register: Register) -> None:
