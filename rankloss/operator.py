@@ -249,10 +249,12 @@ def _differentiable_gradients(upstream: Sequence[Tensor | None], call: _Call) ->
             values.append(value if call.per_anchor else value.sum())
             given.append(g)
         by = [x for x, w in zip(call.inputs, call.wanted, strict=True) if x is not None and w]
-        if not values:
-            pairs = zip(call.inputs, call.wanted, strict=True)
-            return [torch.zeros_like(x) if x is not None and w else None for x, w in pairs]
-        gradients = iter(torch.autograd.grad(values, by, given, create_graph=True, materialize_grads=True))
+        found = (
+            torch.autograd.grad(values, by, given, create_graph=True, materialize_grads=True)
+            if values
+            else map(torch.zeros_like, by)
+        )
+    gradients = iter(found)
     return [next(gradients) if w else None for w in call.wanted]
 
 
