@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from rankloss import dense
-from rankloss.batch import MATRICES, Batch, Term, check_device, check_is_tensor, refuse_forward_mode
+from rankloss.batch import MATRICES, Batch, Term
+from rankloss.checks import check_device, check_is_tensor, refuse_forward_mode
 from rankloss.likelihood import nll_terms
 from rankloss.operator import row_lists
 from rankloss.options import Discount, RankOptions, Ties, Worth

@@ -19,8 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from rankloss.batch import may_look_at
 from rankloss.options import RankOptions, Worth
+from rankloss.precision import may_look_at
 from rankloss.ranking import group_bounds, quantize, shuffled_order, weights_of_ranks
 
 __all__ = [

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss import kernels
-from rankloss.batch import may_look_at, other_items
+from rankloss.batch import other_items
 from rankloss.likelihood import (
     list_terms,
     log_worth,
@@ -37,6 +37,7 @@ from rankloss.likelihood import (
     top_one_probabilities,
 )
 from rankloss.options import Plan, RankOptions
+from rankloss.precision import may_look_at
 from rankloss.ranking import Ranking, extremes, rankings, slices
 
 __all__ = ["Block", "Evaluated", "evaluate"]

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from rankloss.batch import first_occurrence
+from rankloss.equal_rows import first_occurrence
 
 __all__ = ["alignment", "kendall_tau", "modality_gap", "rank_agreement", "spearman_rho", "uniformity"]
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from rankloss import dense
-from rankloss.batch import Batch, Inputs, full_precision
+from rankloss.batch import Batch, Inputs
 from rankloss.options import RankOptions
+from rankloss.precision import full_precision
 from rankloss.streaming import Terms, stream
 
 __all__ = ["row_lists"]

@@ -18,7 +18,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from rankloss.batch import first_occurrence
+from rankloss.equal_rows import first_occurrence
 from rankloss.metrics import kendall_tau
 
 __all__ = ["Term", "compare_rankings", "slope_chart"]

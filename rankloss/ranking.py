@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import may_look_at
 from rankloss.options import Plan, RankOptions
+from rankloss.precision import may_look_at
 
 __all__ = [
     "Binned",

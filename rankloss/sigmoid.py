@@ -21,14 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import (
-    Matrix,
-    arithmetic_dtype,
-    full_precision,
-    nan_unless_finite,
-    refuse_forward_mode,
-)
+from rankloss.batch import Matrix
+from rankloss.checks import refuse_forward_mode
 from rankloss.options import RankOptions
+from rankloss.precision import arithmetic_dtype, full_precision, nan_unless_finite
 from rankloss.ranking import slices
 
 __all__ = ["pair_sigmoid", "plain", "stream"]

@@ -19,9 +19,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from rankloss.batch import MATRICES, Batch, Inputs, Matrix, Term, anchors_and_items, full_precision
+from rankloss.batch import MATRICES, Batch, Inputs, Matrix, Term, anchors_and_items
 from rankloss.lists import Block, evaluate
 from rankloss.options import Plan, RankOptions
+from rankloss.precision import full_precision
 from rankloss.products import MirroredProducts, Products, Target
 from rankloss.ranking import slices
 

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from batches import random_batch
 from fake_cuda import fake_cuda
-from rankloss import batch
-from rankloss.batch import Batch, check_features, first_occurrence, row_hashes
+from rankloss import equal_rows
+from rankloss.batch import Batch
+from rankloss.checks import check_features
+from rankloss.equal_rows import first_occurrence, row_hashes
 from rankloss.functional import weighted_terms
 from rankloss.options import RankOptions
 
@@ -29,7 +31,7 @@ def test_a_row_with_nan_equals_no_row() -> None:
 
 
 def test_rows_whose_hashes_collide_are_still_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "row_hashes", lambda x, salt=0: torch.zeros(len(x), dtype=torch.int64))
+    monkeypatch.setattr(equal_rows, "row_hashes", lambda x, salt=0: torch.zeros(len(x), dtype=torch.int64))
     assert first_occurrence(torch.tensor([[1.0], [2.0], [1.0]])).tolist() == [0, 1, 0]
 
 
@@ -66,16 +68,16 @@ def test_minus_x_x_x(dtype: torch.dtype) -> None:
 def test_rows_after_a_collision_tie_with_their_equals_if_a_look_is_free_and_never_with_others(
     looks: bool, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = batch.row_hashes
+    original = equal_rows.row_hashes
     # In the first round all rows collide.
-    monkeypatch.setattr(batch, "row_hashes", lambda x, salt=0: original(x, salt) * (salt > 0))
-    monkeypatch.setattr(batch, "may_look_at", lambda x: looks)
+    monkeypatch.setattr(equal_rows, "row_hashes", lambda x, salt=0: original(x, salt) * (salt > 0))
+    monkeypatch.setattr(equal_rows, "may_look_at", lambda x: looks)
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [3.0, 4.0], [1.0, 2.0], [5.0, 6.0], [5.0, 6.0]])
     assert first_occurrence(x).tolist() == expected
 
 
 def test_without_a_look_equal_rows_tie(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "may_look_at", lambda x: False)
+    monkeypatch.setattr(equal_rows, "may_look_at", lambda x: False)
     x = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     x[2000:] = x[:1000]
     assert torch.equal(first_occurrence(x), torch.cat([torch.arange(2000), torch.arange(1000)]))

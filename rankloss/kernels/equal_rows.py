@@ -18,7 +18,7 @@ _INTERPRETED_ROWS = 64  # fewer programs, each of which is interpreted
 
 
 def hash_rows(features: Tensor) -> Tensor:
-    """A hash of every row, as :func:`rankloss.batch.row_hashes` makes it: ``[N]`` of float32 ``[N, D]``.
+    """A hash of every row, as :func:`rankloss.equal_rows.row_hashes` makes it: ``[N]`` of float32 ``[N, D]``.
 
     Example:
         >>> hash_rows(torch.zeros(3, 8, device="meta")).shape  # on a GPU the same call computes

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import arithmetic_dtype, check_bias, dtype_of_numbers
+from rankloss.checks import check_bias
 from rankloss.distributed import GatherOption
 from rankloss.losses.clip import pair_logits
 from rankloss.losses.composition import combined
 from rankloss.losses.gathering import GatheringLoss
 from rankloss.losses.weights import as_number, check_weight
 from rankloss.options import check_names
+from rankloss.precision import arithmetic_dtype, dtype_of_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Never

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import arithmetic_dtype, check_bias
+from rankloss.checks import check_bias
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.functional import weighted_terms
 from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
 from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, StreamingOptionsDict, check_names
+from rankloss.precision import arithmetic_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

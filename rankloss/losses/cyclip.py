@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from rankloss.batch import arithmetic_dtype, full_precision
 from rankloss.distributed import Gathered, GatherOption
 from rankloss.losses.composition import Base, base_entries, check_base, combined, shares_gathering
 from rankloss.losses.gathering import GatheringLoss
 from rankloss.losses.weights import check_weight
 from rankloss.options import check_names
+from rankloss.precision import arithmetic_dtype, full_precision
 
 if TYPE_CHECKING:
     from typing_extensions import Never

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankloss.batch import Batch, check_features, check_reference_features, check_scale
+from rankloss.batch import Batch
+from rankloss.checks import check_features, check_reference_features, check_scale
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.losses.weights import is_capturing, is_plain
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from rankloss import schedules
-from rankloss.batch import check_bias
+from rankloss.checks import check_bias
 from rankloss.distributed import Gathered, GatherOption, is_first_process
 from rankloss.functional import check_references
 from rankloss.losses.clip import without_effect

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from rankloss.batch import arithmetic_dtype
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.functional import check_references, weighted_terms
 from rankloss.losses.gathering import GatheringLoss
 from rankloss.losses.weights import FixedWeights, TermWeights, check_weight
 from rankloss.options import OPTION_NAMES, Plan, RankOptions, check_names
+from rankloss.precision import arithmetic_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

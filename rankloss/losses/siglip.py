@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import arithmetic_dtype, check_bias, nan_unless_finite
+from rankloss.checks import check_bias
 from rankloss.distributed import GatherOption
 from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
 from rankloss.options import (
@@ -18,6 +18,7 @@ from rankloss.options import (
     check_choice,
     check_names,
 )
+from rankloss.precision import arithmetic_dtype, nan_unless_finite
 from rankloss.sigmoid import pair_sigmoid
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rankloss.batch import dtype_of_numbers
+from rankloss.precision import dtype_of_numbers
 
 __all__ = ["FixedWeights", "TermWeights", "as_number", "check_weight", "is_capturing", "is_plain"]
 

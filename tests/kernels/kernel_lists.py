@@ -11,7 +11,7 @@ from torch import Tensor
 
 from devices import DEVICE
 from rankloss import plackett_luce_nll
-from rankloss.batch import first_occurrence
+from rankloss.equal_rows import first_occurrence
 from rankloss.kernels import evaluate_rows
 from rankloss.ranking import quantize
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from devices import DEVICE
 from rankloss import kernels
-from rankloss.batch import _first_equal_in_kernel
+from rankloss.equal_rows import first_equal_in_kernel
 
 ENTRIES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.25, math.nan, math.inf])
 
 
 def first_equal(features: Tensor) -> list[int]:
-    (found,) = _first_equal_in_kernel(features.to(DEVICE))
+    (found,) = first_equal_in_kernel(features.to(DEVICE))
     assert found is not None
     return found.tolist()
 

@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 
 NEGATIVE_ZERO = tl.constexpr(-(2**31))
-FIRST_FACTOR = tl.constexpr(1.3247179572447460)  # that of rankloss.batch.row_hashes
+FIRST_FACTOR = tl.constexpr(1.3247179572447460)  # that of rankloss.equal_rows.row_hashes
 
 
 @triton.jit
 def hash_rows(WORDS, HASHES, n, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Hashes as :func:`rankloss.batch.row_hashes` makes them: sums of integers, the same in any order."""
+    """The hashes of :func:`rankloss.equal_rows.row_hashes`: sums of integers, the same in any order."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)
     rows = WORDS + i.to(tl.int64)[:, None] * width

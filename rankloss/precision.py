@@ -1,0 +1,49 @@
+"""In which precision losses compute, and what they may ask of a value while they do."""
+
+from __future__ import annotations
+
+import functools
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = ["arithmetic_dtype", "dtype_of_numbers", "full_precision", "may_look_at", "nan_unless_finite"]
+
+
+def arithmetic_dtype(*features: Tensor) -> torch.dtype:
+    """Float32, or float64 if any of the features is that."""
+    dtypes = (x.dtype for x in features)
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def dtype_of_numbers(device: torch.device) -> torch.dtype:
+    """What numbers beside features are kept in: float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Outside any autocast region, which would turn products into half precision."""
+    if device.type == "meta":  # computes nothing, and knows no autocast
+        return nullcontext()
+    return torch.autocast(device_type=device.type, enabled=False)
+
+
+def may_look_at(x: Tensor) -> bool:
+    """Whether Python may branch on a value.
+
+    On an accelerator this would synchronise every step; under torch.compile it would break the graph; a fake
+    tensor has no value.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+
+
+def nan_unless_finite(weights: Tensor, *features: Tensor | None) -> Tensor:
+    """The weights if all features are finite and no product can overflow, else NaN, as the loss is then."""
+    norms = (torch.linalg.vector_norm(x.detach(), math.inf) for x in features if x is not None)
+    largest = functools.reduce(torch.maximum, norms)
+    # The cube overflows before D·largest² does. 0 · ∞ and 0 · NaN are NaN.
+    return torch.addcmul(weights, weights, largest**3, value=0)

@@ -1,0 +1,173 @@
+"""Mutation testing: one small fault at a time in a copy of the project, and the share that the tests notice.
+
+    python tools/mutants.py --count 40 FILE … -- TEST …
+
+A fault is a comparison, an arithmetic operation, a condition or a constant that is changed. The seed decides
+which are drawn. The output folder keeps a line per mutant, so that an interrupted run goes on. The report
+ends with the survivors, of which some change nothing that can be seen, and the share of those killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_OPPOSITES: dict[type[ast.AST], type[ast.AST]] = {}
+for _a, _b in (
+    (ast.Lt, ast.LtE),
+    (ast.Gt, ast.GtE),
+    (ast.Eq, ast.NotEq),
+    (ast.Is, ast.IsNot),
+    (ast.Add, ast.Sub),
+    (ast.Mult, ast.Div),
+    (ast.And, ast.Or),
+):
+    _OPPOSITES |= {_a: _b, _b: _a}
+
+_LEFT_OUT = ("annotation", "returns", "decorator_list", "exc", "msg")  # messages and types are not arithmetic
+_IGNORED = (
+    ".git",
+    ".venv*",
+    "outputs",
+    "results",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+    "vendor",
+    "site",
+)
+
+
+def sites(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that can be changed, always in the same order."""
+    hidden = {
+        id(node)
+        for parent in ast.walk(tree)
+        for name in _LEFT_OUT
+        for part in _as_list(getattr(parent, name, None))
+        for node in ast.walk(part)
+    }
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        operator = getattr(node, "op", None) or next(iter(getattr(node, "ops", ())), None)
+        is_number = isinstance(node, ast.Constant) and type(node.value) in (int, float, bool)
+        if type(operator) in _OPPOSITES or is_number or isinstance(node, (ast.If, ast.IfExp)):
+            yield node
+
+
+def _as_list(part: object) -> list[ast.AST]:
+    parts = part if isinstance(part, list) else [part]
+    return [x for x in parts if isinstance(x, ast.AST)]
+
+
+def mutate(node: ast.AST) -> None:
+    """Change one node in place."""
+    if isinstance(node, (ast.If, ast.IfExp)):
+        node.test = ast.UnaryOp(ast.Not(), node.test)
+    elif isinstance(node, ast.Constant):
+        value = node.value
+        assert isinstance(value, (bool, int, float))
+        node.value = (
+            (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2
+        )
+    elif isinstance(node, ast.Compare):
+        node.ops[0] = _OPPOSITES[type(node.ops[0])]()  # type: ignore[call-overload]
+    else:
+        node.op = _OPPOSITES[type(node.op)]()  # type: ignore[attr-defined]
+
+
+def run(file: str, number: int, tests: list[str], tree: Path) -> dict[str, object]:
+    """Test one mutant in a copy of the project at ``tree``."""
+    shutil.rmtree(tree, ignore_errors=True)
+    shutil.copytree(".", tree, ignore=shutil.ignore_patterns(*_IGNORED))
+    module = ast.parse(Path(file).read_text())
+    node = list(sites(module))[number]
+    line, before = getattr(node, "lineno", 0), _shown(node)
+    mutate(node)
+    after = _shown(node)
+    (tree / file).write_text(ast.unparse(ast.fix_missing_locations(module)))
+    path = os.pathsep.join(str(tree / folder) for folder in (".", "integrations", "tests"))
+    command = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
+        output, code = done.stdout.splitlines(), done.returncode
+    except subprocess.TimeoutExpired:
+        output, code = ["ERROR it does not end"], 1
+    if code not in (0, 1, 2):  # 1: a test failed; 2: a module that cannot be imported
+        raise SystemExit("\n".join(output[-20:]))
+    failed = next((text for text in output if text.startswith(("FAILED", "ERROR"))), "")
+    return {
+        "file": file,
+        "site": number,
+        "line": line,
+        "before": before,
+        "after": after,
+        "killed": code != 0,
+        "by": failed[:160],
+        "seconds": round(time.monotonic() - started),
+    }
+
+
+def _shown(node: ast.AST) -> str:
+    shown = node.test if isinstance(node, (ast.If, ast.IfExp)) else node
+    return ast.unparse(shown)[:90]
+
+
+def main() -> None:
+    """Draw mutants, run those that have no line yet, and report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("outputs/mutants"))
+    parser.add_argument("files", nargs="+", help="files to change; after -- the tests to run")
+    given = sys.argv[1:]
+    border = given.index("--") if "--" in given else len(given)
+    tests, args = given[border + 1 :], parser.parse_args(given[:border])
+    args.output.mkdir(parents=True, exist_ok=True)
+    log = args.output / "mutants.jsonl"
+    known = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
+    done = {(record["file"], record["site"]): record for record in known}
+    pool = [
+        (file, k)
+        for file in sorted(args.files)
+        for k in range(len(list(sites(ast.parse(Path(file).read_text())))))
+    ]
+    random.Random(args.seed).shuffle(pool)
+    drawn = pool[: args.count]
+    for file, number in drawn:
+        if (file, number) not in done:
+            done[file, number] = record = run(file, number, tests, (args.output / "tree").resolve())
+            with log.open("a") as lines:
+                lines.write(json.dumps(record) + "\n")
+    for key in drawn:
+        record = done[key]
+        if not record["killed"]:
+            print(f"survived: {record['file']}:{record['line']}  {record['before']}  →  {record['after']}")
+    killed = sum(done[key]["killed"] for key in drawn)
+    print(
+        f"{killed} of {len(drawn)} mutants killed ({killed / max(len(drawn), 1):.0%}), of {len(pool)} places"
+    )
+
+
+if __name__ == "__main__":
+    main()
