@@ -9,20 +9,22 @@ kernels take CPU tensors, which is how they are tested without a GPU.
 
 from rankloss.kernels.equal_rows import confirm_equals as confirm_equals
 from rankloss.kernels.equal_rows import feature_bytes as feature_bytes
+from rankloss.kernels.equal_rows import first_equal as first_equal
 from rankloss.kernels.equal_rows import hash_rows as hash_rows
+from rankloss.kernels.rows import evaluate as evaluate
 from rankloss.kernels.rows import evaluate_rows as evaluate_rows
 from rankloss.kernels.rows import why_not as why_not
-from rankloss.kernels.rows import why_not_options as why_not_options
 from rankloss.kernels.traffic import Traffic as Traffic
 from rankloss.kernels.traffic import traffic as traffic
 
 __all__ = [
     "Traffic",
     "confirm_equals",
+    "evaluate",
     "evaluate_rows",
     "feature_bytes",
+    "first_equal",
     "hash_rows",
     "traffic",
     "why_not",
-    "why_not_options",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,8 @@ from rankloss.checks import check_bias
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.functional import weighted_terms
 from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
-from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, StreamingOptionsDict, check_names
+from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, check_names
 from rankloss.precision import arithmetic_dtype
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["ClipLoss", "pair_logits", "without_effect"]
 
@@ -78,7 +75,7 @@ class ClipLoss(GatheringLoss):
         use_horovod: bool | None = None,
         *,
         gather: GatherOption = None,
-        **options: Unpack[StreamingOptionsDict],
+        **options: Any,
     ) -> None:
         check_names(type(self), options, STREAMING_OPTION_NAMES)
         if use_horovod:

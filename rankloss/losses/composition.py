@@ -13,7 +13,6 @@ from torch import Tensor
 from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.losses.clip import ClipLoss
-from rankloss.options import StreamingOptionsDict
 
 __all__ = ["Base", "base_entries", "check_base", "combined", "must_be_called", "shares_gathering"]
 
@@ -21,7 +20,7 @@ Base: TypeAlias = Callable[..., Any]
 """A module or function with the forward convention of open_clip's losses, including ``output_dict``."""
 
 
-def check_base(base: Base | None, gather: Gather, streaming: StreamingOptionsDict | None = None) -> Base:
+def check_base(base: Base | None, gather: Gather, streaming: dict[str, Any] | None = None) -> Base:
     """``base``, or for None CLIP's loss gathered and streamed in the same way.
 
     Raises:

@@ -100,8 +100,7 @@ class GatheringLoss(nn.Module):
         return Batch.of(
             *gathered,
             logit_scale,
-            image_anchors=image_features if local else None,
-            text_anchors=text_features if local else None,
+            anchors=(image_features, text_features) if local else None,
             first_row=self.gather.first_row(len(image_features)),
             reference_image=reference_image,
             reference_text=reference_text,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,11 +25,6 @@ from rankloss.losses.rank_consistency import RankConsistency
 from rankloss.losses.weights import FixedWeights, TermWeights, as_number, check_weight, is_capturing
 from rankloss.options import OPTION_NAMES, check_count, check_names
 from rankloss.schedules import Schedule
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from rankloss.options import RankOptionsDict
 
 __all__ = ["RankClipLoss"]
 
@@ -103,7 +98,7 @@ class RankClipLoss(FixedWeights, nn.Module):
         lambda_in: float = 1.0,
         normalizer: float = 1 / 16,
         gather: GatherOption = None,
-        **options: Unpack[RankOptionsDict],
+        **options: Any,
     ) -> None:
         super().__init__()
         for name in ("cross_modal", "in_modal"):
@@ -273,10 +268,8 @@ class RankClipLoss(FixedWeights, nn.Module):
     @property
     def _fuses(self) -> bool:
         """Whether the base is CLIP's loss of the same rows, which the rank terms' pass gives as well."""
-        options = self.consistency.options
         return (
-            options.lists == "row"
-            and options.worth == "exp"
+            not self.consistency.options.is_dense
             and shares_gathering(self.base, self.consistency.gather)
             and not must_be_called(self.base)
         )

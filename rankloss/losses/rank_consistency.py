@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,13 +12,9 @@ from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.functional import check_references, weighted_terms
 from rankloss.losses.gathering import GatheringLoss
 from rankloss.losses.weights import FixedWeights, TermWeights, check_weight
-from rankloss.options import OPTION_NAMES, Plan, RankOptions, check_names
+from rankloss.options import OPTION_NAMES, RankOptions, check_count, check_names
+from rankloss.plans import Plan, make_plan
 from rankloss.precision import arithmetic_dtype
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from rankloss.options import RankOptionsDict
 
 __all__ = ["RankConsistency"]
 
@@ -90,7 +86,7 @@ class RankConsistency(FixedWeights, GatheringLoss):
         cross_modal: float = 1.0,
         in_modal: float = 1.0,
         gather: GatherOption = None,
-        **options: Unpack[RankOptionsDict],
+        **options: Any,
     ) -> None:
         check_names(type(self), options, OPTION_NAMES)
         rank_options = RankOptions(**options)
@@ -215,25 +211,17 @@ class RankConsistency(FixedWeights, GatheringLoss):
             in_modal=in_modal,
         )
 
-    def plan(
-        self,
-        n: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        *,
-        has_teacher: bool = False,
-    ) -> Plan | None:
-        """How a global batch of n pairs is computed; None for ``lists="batch"``, which holds whole matrices.
+    def plan(self, n: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Plan:
+        """How a global batch of n pairs is computed.
 
         Example:
-            >>> RankConsistency().plan(1024).name, RankConsistency().plan(8192).name
-            ('shared', 'rows')
+            >>> RankConsistency().plan(1024).name, RankConsistency(lists="batch").plan(1024).name
+            ('rows', 'dense')
         """
-        if self.options.lists == "batch":
-            return None
+        n = check_count("n", n, at_least=2)
         anchors = n // self.gather.place[1] if self.gather.anchors_are_local else n
         dtype = torch.promote_types(dtype, torch.float32)
-        return self.options.plan(anchors, n, torch.device(device), dtype, has_teacher=has_teacher)
+        return make_plan(self.options, anchors, n, torch.device(device), dtype)
 
     def extra_repr(self) -> str:
         """The weights and every option that is not at its default."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +14,11 @@ from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
 from rankloss.options import (
     STREAMING_OPTION_NAMES,
     RankOptions,
-    StreamingOptionsDict,
     check_choice,
     check_names,
 )
 from rankloss.precision import arithmetic_dtype, nan_unless_finite
 from rankloss.sigmoid import pair_sigmoid
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["SigLipLoss"]
 
@@ -87,7 +83,7 @@ class SigLipLoss(GatheringLoss):
         dist_impl: str | None = None,
         *,
         gather: GatherOption = None,
-        **options: Unpack[StreamingOptionsDict],
+        **options: Any,
     ) -> None:
         check_names(type(self), options, STREAMING_OPTION_NAMES)
         check_choice("dist_impl", dist_impl, (None, "bidir", "shift", "reduce", "gather"))
