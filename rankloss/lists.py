@@ -155,7 +155,7 @@ def _evaluate_lists(
     lowest, highest = extremes(c)
     lift = torch.lerp(lowest, highest, 0.5).double().mul_(-scale)
     lift.masked_fill_(highest.sub_(lowest).mul_(scale) > _SPAN, torch.nan)
-    x = c.double().mul_(scale).add_(lift)
+    x = torch.addcmul(lift, c, scale)
     counted, items = (None, c.shape[-1]) if ranking is None else (ranking.counted, ranking.items)
     scores = (x if counted is None else x * counted).sum(-1, keepdim=True)
     w = x.exp_()
