@@ -179,7 +179,7 @@ def _evaluate_lists(
     elif beta is not None:
         assert reference is not None
         p = top_one_probabilities(reference, scale, options)
-        nll = (p * (log_sums - c.double().mul_(scale))).sum(-1)
+        nll = (p * torch.addcmul(log_sums, c, scale, value=-1)).sum(-1)
         bracket = beta / total if bracket is None else bracket + beta / total
         share = beta * p
     if out is not None:
