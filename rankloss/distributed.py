@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rankloss.checks import can_be_read, kind_of
 from rankloss.options import check_choice, check_count
 
 __all__ = ["Gather", "GatherOption", "Gathered", "all_gather"]
@@ -132,10 +134,67 @@ def is_first_process() -> bool:
 
 
 def _world_size(group: Any) -> int:
-    # Outside the group, new_group() returns a sentinel instead of a ProcessGroup.
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"group must be a process group that this process belongs to; got {group!r}")
+    _check_group(group)
     return dist.get_world_size(group)
+
+
+def _check_group(group: Any) -> None:
+    # Outside the group, new_group() returns a sentinel instead of a ProcessGroup.
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise ValueError(f"group must be a process group that this process belongs to; got {group!r}")
+
+
+# --- what the processes bring -------------------------------------------------------------------------------
+
+_DESCRIPTION_BYTES = 1023  # odd, as no tensor of features is: gloo fails where it meets one
+
+_agreed: WeakKeyDictionary[Any, set[bytes]] = WeakKeyDictionary()
+"""By process group: the descriptions that all of its processes had at the same call."""
+
+
+def _check_agreement(group: Any, features: Mapping[str, Any], flags: str) -> None:
+    tensors = [x for x in features.values() if isinstance(x, Tensor)]
+    if not tensors or not can_be_read(tensors[0]):
+        return
+    lines = [f"{name} {_description(x)}" for name, x in features.items() if x is not None]
+    own = "\n".join([*lines, f"gather {flags}"]).encode()[:_DESCRIPTION_BYTES]
+    agreed = _agreed.setdefault(dist.group.WORLD if group is None else group, set())
+    if own in agreed:
+        return
+    padded = torch.zeros(1, _DESCRIPTION_BYTES, dtype=torch.uint8)
+    padded[0, : len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+    try:
+        gathered = _gather(padded.to(tensors[0].device), group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"this process brings for the first time {', '.join(lines)}; the others were to compare it with "
+            "what they bring, and did not: all have to change at the same call"
+        ) from error
+    everyone = [bytes(row).rstrip(b"\0") for row in gathered.tolist()]
+    if any(other != own for other in everyone):
+        raise ValueError(
+            "all processes must give features of the same names, dtypes and shapes; "
+            + _differences([other.decode(errors="replace") for other in everyone])
+        )
+    agreed.add(own)
+
+
+def _description(x: Any) -> str:
+    return f"{x.dtype} {list(x.shape)}".removeprefix("torch.") if isinstance(x, Tensor) else kind_of(x)
+
+
+def _differences(everyone: Sequence[str]) -> str:
+    """Which rank differs in what: "x is float32 [4, 6] on rank 0, not given on rank 1"."""
+    by_rank = [dict(line.split(" ", 1) for line in text.splitlines()) for text in everyone]
+    differences = []
+    for name in dict.fromkeys(name for of_rank in by_rank for name in of_rank):
+        ranks: dict[str, list[int]] = {}
+        for rank, of_rank in enumerate(by_rank):
+            ranks.setdefault(of_rank.get(name, "not given"), []).append(rank)
+        if len(ranks) > 1:
+            shown = ((kind, ", ".join(map(str, r[:4])) + ", …" * (len(r) > 4)) for kind, r in ranks.items())
+            differences.append(f"{name} is " + ", ".join(f"{kind} on rank {which}" for kind, which in shown))
+    return "; ".join(differences)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +221,8 @@ class Gather:
     Raises:
         ValueError: for a flag that is not a bool, a rank or size that is not an integer, unless
             0 ≤ rank < world_size, and where they are not this process's rank in the group and the group's
-            size; for the default group at the first call, since it may be initialised later.
+            size; for the default group at the first call, since it may be initialised later; for a group
+            that is no process group, or one that this process does not belong to.
 
     Example:
         >>> Gather(local_loss=False).place  # no process group: rank 0 of 1
@@ -186,6 +246,7 @@ class Gather:
             raise ValueError(
                 f"rank must be in [0, world_size); got rank={self.rank!r}, world_size={self.world_size!r}"
             )
+        _check_group(self.group)
         if self.group is not None:
             _ = self.place
 
@@ -246,12 +307,43 @@ class Gather:
         """Whether both see the same features in the same way, so that one gathering serves both."""
         return self == other or self.place[1] == other.place[1] == 1
 
+    def check_agreement(self, **features: Tensor | None) -> None:
+        """Raise the same ValueError on every process unless all bring features of one kind.
+
+        Called before anything is gathered, by whoever gathers, with all features of the call by name,
+        a teacher's among them, and None where one is not given. A description of them (names, dtypes, shapes,
+        and the flags) is compared by one collective of a fixed size the first time that the group meets it;
+        the same description is not compared again, by any loss of the group, so that later batches cost
+        nothing.
+
+        Why nobody waits for nobody: every process of the group gives the same sequence of calls. As long as
+        all descriptions were the same at every call, all processes have compared the same ones, and meet in
+        the collective or pass it together. The first call is always compared, whatever each process
+        brings. What is seen by all at once can also change at any later call: the new description is new
+        to all, and is compared. What cannot be seen is a later change on some of the processes alone, to or
+        from something that the others still bring and have compared: the one waits in this collective and
+        the others in another. Its size is one that no features have, so gloo fails at once, on all of them
+        and on the one with what it brings; NCCL waits until its timeout. No number comes of it in either.
+        A comparison at every call, which would find it, would cost an accelerator a wait per step.
+
+        A compiled or captured graph compares nothing.
+
+        Raises:
+            ValueError: where the processes differ: which rank brings what.
+            RuntimeError: where the others are not at this collective, and the backend notices.
+        """
+        if self.place[1] > 1 and _initialized():
+            flags = f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}"
+            _check_agreement(self.group, features, flags)
+
     def __call__(self, image_features: Tensor, text_features: Tensor) -> Gathered:
         """The features of all processes, image and text, in the order of the ranks.
 
         Raises:
             RuntimeError: for several processes without a process group.
+            ValueError: where the processes bring features of different kinds, see :meth:`check_agreement`.
         """
+        self.check_agreement(image_features=image_features, text_features=text_features)
         return self.items(image_features), self.items(text_features)
 
     def items(self, features: Tensor, *, are_anchors: bool = True) -> Tensor:
@@ -285,6 +377,9 @@ class Gather:
     def constants(self, *features: Tensor | None) -> list[Tensor | None]:
         """Features ``[n, D_k]`` of all processes, without a gradient, in one gathering; None stays None."""
         given = [x.detach() for x in features if x is not None]
+        if not torch.compiler.is_compiling():
+            # A tensor of inference mode could not be saved for a backward pass; a copy made outside it can.
+            given = [x.clone() if x.is_inference() else x for x in given]
         if given and self.place[1] > 1:
             dtype = functools.reduce(torch.promote_types, (x.dtype for x in given))
             gathered = _gather(torch.cat([x.to(dtype) for x in given], 1), self.group)
