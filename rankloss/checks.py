@@ -256,7 +256,7 @@ def look_at_scale(name: str, scale: Tensor | float, features: Tensor) -> bool:
     beside unit-norm ``features``, where no model trains with a scale that small.
     """
     is_parameter = isinstance(scale, nn.Parameter)
-    if isinstance(scale, Tensor) and not can_be_read(scale):
+    if not (can_be_read(features) and (not isinstance(scale, Tensor) or can_be_read(scale))):
         return False
     if isinstance(scale, Tensor) and scale.requires_grad and not is_parameter:
         return True

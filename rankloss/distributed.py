@@ -146,31 +146,26 @@ def _check_group(group: Any) -> None:
 
 # --- what the processes bring -------------------------------------------------------------------------------
 
-_DESCRIPTION_BYTES = 1023  # odd, as no tensor of features is: gloo fails where it meets one
+_DESCRIPTION_BYTES = 1023  # odd, as no tensor of features is: backends that look at sizes refuse to mix them
 
-_agreed: WeakKeyDictionary[Any, set[bytes]] = WeakKeyDictionary()
-"""By process group: the descriptions that all of its processes had at the same call."""
+_agreed: WeakKeyDictionary[Any, WeakKeyDictionary[Any, set[bytes]]] = WeakKeyDictionary()
+"""By process group and caller: the descriptions that all processes had at the same call."""
 
 
-def _check_agreement(group: Any, features: Mapping[str, Any], flags: str) -> None:
+def _check_agreement(gather: Gather, owner: object, features: Mapping[str, Any]) -> None:
     tensors = [x for x in features.values() if isinstance(x, Tensor)]
     if not tensors or not can_be_read(tensors[0]):
         return
+    group = dist.group.WORLD if gather.group is None else gather.group
+    agreed = _agreed.setdefault(group, WeakKeyDictionary()).setdefault(owner, set())
     lines = [f"{name} {_description(x)}" for name, x in features.items() if x is not None]
-    own = "\n".join([*lines, f"gather {flags}"]).encode()[:_DESCRIPTION_BYTES]
-    agreed = _agreed.setdefault(dist.group.WORLD if group is None else group, set())
+    lines.append(f"gather local_loss={gather.local_loss}, gather_with_grad={gather.gather_with_grad}")
+    own = "\n".join(lines).encode()[:_DESCRIPTION_BYTES]
     if own in agreed:
         return
-    padded = torch.zeros(1, _DESCRIPTION_BYTES, dtype=torch.uint8)
-    padded[0, : len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-    try:
-        gathered = _gather(padded.to(tensors[0].device), group)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"this process brings for the first time {', '.join(lines)}; the others were to compare it with "
-            "what they bring, and did not: all have to change at the same call"
-        ) from error
-    everyone = [bytes(row).rstrip(b"\0") for row in gathered.tolist()]
+    padded = own.ljust(_DESCRIPTION_BYTES, b"\0")
+    row = torch.frombuffer(bytearray(padded), dtype=torch.uint8)[None].to(tensors[0].device)
+    everyone = [bytes(x).rstrip(b"\0") for x in _gather(row, gather.group).tolist()]
     if any(other != own for other in everyone):
         raise ValueError(
             "all processes must give features of the same names, dtypes and shapes; "
@@ -307,34 +302,39 @@ class Gather:
         """Whether both see the same features in the same way, so that one gathering serves both."""
         return self == other or self.place[1] == other.place[1] == 1
 
-    def check_agreement(self, **features: Tensor | None) -> None:
+    def check_agreement(self, owner: object, **features: Tensor | None) -> None:
         """Raise the same ValueError on every process unless all bring features of one kind.
 
-        Called before anything is gathered, by whoever gathers, with all features of the call by name,
-        a teacher's among them, and None where one is not given. A description of them (names, dtypes, shapes,
-        and the flags) is compared by one collective of a fixed size the first time that the group meets it;
-        the same description is not compared again, by any loss of the group, so that later batches cost
-        nothing.
+        Whoever gathers calls this before anything is gathered, with all features of the call by name, a
+        teacher's among them, and None where one is not given. A description of them (names, dtypes, shapes,
+        and the flags) is compared by one collective of a fixed size when ``owner``, the loss that gathers,
+        meets it for the first time in this process group. It is not compared again, so later batches cost
+        what they would without the check.
 
-        Why nobody waits for nobody: every process of the group gives the same sequence of calls. As long as
-        all descriptions were the same at every call, all processes have compared the same ones, and meet in
-        the collective or pass it together. The first call is always compared, whatever each process
-        brings. What is seen by all at once can also change at any later call: the new description is new
-        to all, and is compared. What cannot be seen is a later change on some of the processes alone, to or
-        from something that the others still bring and have compared: the one waits in this collective and
-        the others in another. Its size is one that no features have, so gloo fails at once, on all of them
-        and on the one with what it brings; NCCL waits until its timeout. No number comes of it in either.
-        A comparison at every call, which would find it, would cost an accelerator a wait per step.
+        No process waits for one that does not come as long as all run the same program. Every process makes
+        the same sequence of calls. The first call of an owner is compared on all of them, whatever each one
+        brings. While all descriptions of an owner have been equal call by call, all processes remember the
+        same ones, so a batch that changes everywhere at once, as the last one of an epoch does, is new
+        everywhere and compared everywhere. After an error nothing is remembered, and the next call is
+        compared again.
+
+        What this cannot see is a later change on some processes alone while the others bring what was
+        compared before: the former enter this collective and the latter the next one. No wrong number comes
+        of it: no tensor of features has as many bytes as a description, at which gloo fails at once and NCCL
+        waits until its timeout. To see it by name, every call would have to be compared, which costs an
+        accelerator a wait per step.
 
         A compiled or captured graph compares nothing.
 
+        Args:
+            owner: who gathers; anything that weak references can be made to.
+            **features: by name.
+
         Raises:
-            ValueError: where the processes differ: which rank brings what.
-            RuntimeError: where the others are not at this collective, and the backend notices.
+            ValueError: where the processes differ; it says which rank brings what.
         """
         if self.place[1] > 1 and _initialized():
-            flags = f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}"
-            _check_agreement(self.group, features, flags)
+            _check_agreement(self, owner, features)
 
     def __call__(self, image_features: Tensor, text_features: Tensor) -> Gathered:
         """The features of all processes, image and text, in the order of the ranks.
@@ -343,7 +343,7 @@ class Gather:
             RuntimeError: for several processes without a process group.
             ValueError: where the processes bring features of different kinds, see :meth:`check_agreement`.
         """
-        self.check_agreement(image_features=image_features, text_features=text_features)
+        self.check_agreement(Gather, image_features=image_features, text_features=text_features)
         return self.items(image_features), self.items(text_features)
 
     def items(self, features: Tensor, *, are_anchors: bool = True) -> Tensor:

@@ -56,20 +56,23 @@ class GatheringLoss(nn.Module):
         accelerator once; a look is left for a later call while a graph is compiled or captured. Before
         anything else the processes of the gathering compare what they bring.
         """
-        self.gather.check_agreement(image_features=image_features, text_features=text_features, **references)
+        self.gather.check_agreement(
+            self, image_features=image_features, text_features=text_features, **references
+        )
         min_pairs = min(self.gather.min_pairs, self._min_pairs)
         check_features(image_features, text_features, min_pairs=min_pairs)
         check_scale(logit_scale, image_features)
-        looked_at = set(self._looked_at)
+        # Not asked for while compiling: the graph would depend on it.
+        looked_at = set() if torch.compiler.is_compiling() else set(self._looked_at)
         for name, x in references.items():
             if x is not None and check_teacher(name, x, image_features, first_look=name not in looked_at):
                 looked_at.add(name)
+        for name, x in (("image_features", image_features), ("text_features", text_features)):
+            if name not in looked_at and look_at_rows(name, x):
+                looked_at.add(name)
+        if "logit_scale" not in looked_at and look_at_scale("logit_scale", logit_scale, image_features):
+            looked_at.add("logit_scale")
         if not torch.compiler.is_compiling():
-            for name, x in (("image_features", image_features), ("text_features", text_features)):
-                if name not in looked_at and look_at_rows(name, x):
-                    looked_at.add(name)
-            if "logit_scale" not in looked_at and look_at_scale("logit_scale", logit_scale, image_features):
-                looked_at.add("logit_scale")
             self._looked_at = frozenset(looked_at)
 
     def whole_batch(
