@@ -166,8 +166,8 @@ class RankClipLoss(FixedWeights, nn.Module):
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Evaluate the schedule at epoch ``epoch`` of ``epochs``, counted from 1.
 
-        A single epoch has no ramp. With ``epochs=1`` the schedule is therefore not evaluated, whatever
-        function it is, and λ has to come from :meth:`set_progress` (unless the schedule is ``"constant"``).
+        With ``epochs=1`` there is no ramp: the schedule is not evaluated, whatever function it is, and λ has
+        to come from :meth:`set_progress` (unless the schedule is ``"constant"``).
 
         Raises:
             ValueError: unless both are integers and 1 ≤ epoch ≤ epochs.
@@ -182,10 +182,7 @@ class RankClipLoss(FixedWeights, nn.Module):
             if epochs == 1:
                 # λ of an earlier run's epochs is not this run's.
                 if self._missing is not None or self._goes_by_epochs:
-                    self._missing = (
-                        "set_progress(step, total_steps), since one epoch has no ramp of its own and the "
-                        "schedule is evaluated per step"
-                    )
+                    self._missing = "set_progress(step, total_steps), as epochs=1 has no ramp"
                 return
         self._set_value(self.schedule(epoch, epochs))
         self._missing, self._goes_by_epochs = None, True
