@@ -155,7 +155,10 @@ def _evaluate_lists(
     lowest, highest = extremes(c)
     lift = torch.lerp(lowest, highest, 0.5).double().mul_(-scale)
     lift.masked_fill_(highest.sub_(lowest).mul_(scale) > _SPAN, torch.nan)
-    w = torch.addcmul(lift, c, scale).exp_()  # e^(x + lift)
+    x = torch.addcmul(lift, c, scale)
+    counted, items = (None, c.shape[-1]) if ranking is None else (ranking.counted, ranking.items)
+    scores = (x if counted is None else x * counted).sum(-1, keepdim=True)
+    w = x.exp_()
     C = None if ranking is None else ranking.denominators(w)
     total = w.sum(-1, keepdim=True) if C is None else C[..., -1:].clone()
     log_sums = total.log().sub_(lift)
@@ -164,11 +167,8 @@ def _evaluate_lists(
     if ranking is not None:
         assert beta is not None
         assert C is not None
-        counted, items = ranking.counted, ranking.items
         divisor = items if options.reduction == "mean" else 1
-        scores = (c if counted is None else c * counted).sum(-1, keepdim=True, dtype=torch.float64)
-        logs = ranking.weigh(C.log()).sum(-1, keepdim=True)
-        nll = logs.addcmul_(scores, scale, value=-1).sub_(lift * items).div_(divisor).squeeze(-1)
+        nll = ranking.weigh(C.log()).sum(-1, keepdim=True).sub_(scores).div_(divisor).squeeze(-1)
         if out is not None:
             share = beta / divisor
             by_slot = ranking.weigh(torch.div(share, C, out=C))

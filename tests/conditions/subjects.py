@@ -369,10 +369,11 @@ KINDS = ("plain", "equal rows", "negated rows", "sign codes", "zero rows", "spar
 def _data(kind: str) -> Inputs:
     v, t = _features(kind)
     cosines = oracle.exact_products(v, t)
+    of_teacher = "plain" if kind == "zero rows" else kind  # a teacher's row of zeros is refused
     return {
         "image_features": v,
         "text_features": t,
-        **{name: F.pad(x, (0, 4)) for name, x in zip(TEACHER, _features(kind, seed=8), strict=True)},
+        **{name: F.pad(x, (0, 4)) for name, x in zip(TEACHER, _features(of_teacher, seed=8), strict=True)},
         "logit_scale": torch.tensor(SCALE, dtype=torch.float64),
         "logit_bias": torch.tensor(BIAS, dtype=torch.float64),
         "scores": SCALE * cosines,
