@@ -24,6 +24,7 @@ LAZY_DOORS = {
     # Every `import torch` loads the bootstrap: it imports only what the standard library has.
     ("rankloss_open_clip.bootstrap", "rankloss_open_clip.names"),
     ("rankloss_open_clip.bootstrap", "rankloss_open_clip.patches"),
+    ("rankloss_open_clip.bootstrap", "rankloss_trainers.import_hook"),
     # This package costs nothing until it is used.
     ("rankloss_open_clip", "rankloss_open_clip.patches"),
     # A run without --loss does not load what needs torch's modules.
