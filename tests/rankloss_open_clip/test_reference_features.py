@@ -98,7 +98,7 @@ def test_what_cannot_work_is_a_usage_error(capsys: pytest.CaptureFixture[str], t
         (["samples:text", "--train-data", "pairs.csv"], f"{OPTION}: samples:text names members"),
         (
             ["samples", "--dataset-type", "synthetic"],
-            "--dataset-type synthetic has no row of precomputed features",
+            "--dataset-type synthetic has no second caption, and no row of precomputed features",
         ),
         ([file, "--model", "coca_ViT-B-32"], "rankclip does not work with CoCa"),
         ([file, "--torchscript"], "rankclip does not work with --torchscript"),

@@ -181,14 +181,6 @@ def test_two_registrations_of_one_object_are_one(register: Register) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (
-            "--loss rankclip-cross --rankclip-lambda-in 1",
-            "-lambda-in: rankclip-cross has no in-modal term, got 1",
-        ),
-        (
-            "--loss rankclip-in --rankclip-lambda-cross 2",
-            "-cross: rankclip-in has no cross-modal term, got 2",
-        ),
         ("--loss rankclip-in --rankclip-lists batch --local-loss", "--rankclip-lists: batch needs the whole"),
         ("--loss cyclip --horovod", "--loss: cyclip does not work with --horovod, use torchrun"),
         ("--loss cyclip --cyclip-lambda-in -1", "--cyclip-lambda-in: must be a finite number of at least 0"),
@@ -229,8 +221,6 @@ def test_ablations_are_rankclip_without_a_term() -> None:
         assert (args.rankclip_lambda_cross, args.rankclip_lambda_in) == lambdas
         loss = build_loss(Base(), ready(args), sums_every_value=True).criterion
         assert (loss.lambda_cross, loss.lambda_in) == lambdas
-    # An option that agrees with the name is accepted.
-    assert parse_args(["--loss", "rankclip-cross", "--rankclip-lambda-in", "0"]).rankclip_lambda_in == 0
 
 
 LAYOUT = {"local_loss": True, "gather_with_grad": True}
