@@ -39,7 +39,7 @@ TRAINERS = (
         "open_clip",
         ("open_clip_torch",),
         "open-clip",
-        "rankloss_open_clip.doctor:diagnose",
+        "rankloss_open_clip.diagnosis:problems",
         "python -m open_clip_train.main ... --loss rankclip; for a trainer laid out as before 2.26, "
         "python -m rankloss_open_clip --trainer training.main ... --loss rankclip",
     ),
@@ -84,7 +84,7 @@ def main() -> int:
     if importlib.util.find_spec("torch") is None:
         print("torch is not installed: pip install torch")
         return 1
-    for line in (*machine(), *peculiarities()):
+    for line in (*machine(), *environment_warnings()):
         print(line)
     healthy = True
     for trainer in TRAINERS:
@@ -208,7 +208,7 @@ def machine() -> list[str]:
     return lines
 
 
-def peculiarities() -> list[str]:
+def environment_warnings() -> list[str]:
     """What in this process changes results, or keeps plug-ins from being loaded; empty if nothing does."""
     import torch
 
