@@ -17,6 +17,7 @@ from rankloss_open_clip.names import DIST_IMPLS
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import BUILT_IN, TRAINERS_OWN, LossEntry, Options, dest
 from rankloss_trainers.command_line import add_options, by_prefix, misplaced, with_flag
+from rankloss_trainers.refusals import reason_against
 
 if TYPE_CHECKING:
     from rankloss.distributed import Gather
@@ -125,9 +126,7 @@ class TrainerParser(argparse.ArgumentParser):
     def _add_groups(self, names: list[str], entries: dict[str, LossEntry], asked: str | None) -> None:
         if "--loss" in self._option_string_actions:
             if asked in names:
-                self.error(
-                    f"argument --loss: this trainer has one of its own, {asked} cannot be used"
-                )
+                self.error(f"argument --loss: this trainer has one of its own, {asked} cannot be used")
             return
         said = {TRAINERS_OWN: "the trainer's own loss (default)"}
         said.update({name: entries[name].help for name in names if name in entries and entries[name].help})
@@ -183,66 +182,38 @@ def _never(*_: Any) -> Any:
     raise AssertionError("a loss that only --help has seen")
 
 
-def _reason_against(name: str, loaded: LossEntry, args: Any) -> str | None:
+def _reason_against(name: str, entry: LossEntry, args: Any) -> str | None:
     """Why the loss cannot work with the trainer's arguments; a reason about one option begins with it."""
-    if getattr(args, "horovod", False):
-        return f"{name} does not work with --horovod, use torchrun"
-    if _is_generative(args):
-        return f"{name} compares images with texts, but {args.model} is trained to generate"
-    if loaded.no_sigmoid and getattr(args, "siglip", False):
-        return f"{name} does not work with --siglip: {loaded.no_sigmoid}"
-    if loaded.only_sigmoid and not getattr(args, "siglip", False):
-        return f"{name} needs --siglip: {loaded.only_sigmoid}"
-    entry, options = loaded, catalog.option_values(name, loaded, args)
-    reason = entry.refuse(options, gather_of(args))
-    if reason is not None:
-        return with_flag(name, loaded, reason)
-    caption, features = entry.caption_key(options), entry.reference_features(options)
-    if caption is not None and features is not None:
-        return f"{name} needs a second caption and a teacher's features, of which a text can have one"
-    if features is not None:
+    options = catalog.option_values(name, entry, args)
+    reason = reason_against(name, entry, options, gather_of(args), conditions_of(args))
+    features = entry.reference_features(options)
+    if reason is None and features is not None:
         from rankloss_open_clip import reference_features
 
-        if distils(args):
-            reason = "excludes --distill-model, which is a teacher too"
-        else:
-            reason = reference_features.refuse(features, two_widths=_has_no_cross_term(options))
-        if reason is not None:
-            return with_flag(name, loaded, f"reference_features: {reason}")
-        return _reason_against_companion("row of precomputed features", args)
-    if entry.uses_teacher(options) and not distils(args):
-        return (
-            f"{name} ranks by a teacher: name it with --distill-model and --distill-pretrained, or give its "
-            "features"
-        )
-    if getattr(args, "siglip", False) and distils(args) and entry.keeps_distillation(options):
-        if entry.uses_teacher(options) and "distill_loss" in options:
-            reason = "must be exclude with --siglip, whose bias the trainer's distillation loss does not take"
-            return with_flag(name, loaded, f"distill_loss: {reason}")
-        return (
-            f"{name} does not work with --siglip and --distill-model: the trainer's distillation loss does "
-            "not take a bias"
-        )
-    if caption is None:
-        return None
-    if distils(args):
-        return f"{name} does not work with --distill-model: the teacher takes one caption per image"
-    return _reason_against_companion("second caption", args)
+        reason = reference_features.refuse(features, two_widths=_has_no_cross_term(options))
+        reason = reason and f"reference_features: {reason}"
+    return None if reason is None else with_flag(name, entry, reason)
 
 
-def _reason_against_companion(companion: str, args: Any) -> str | None:
-    """Why the trainer's arguments rule out what comes with the texts, or None."""
-    if getattr(args, "dataset_type", None) == "synthetic":
-        return f"--dataset-type synthetic has no {companion}"
-    if "coca" in args.model.lower():
-        return f"{args.loss} does not work with CoCa, whose decoder reads the tokens of the batch itself"
-    if getattr(args, "torchscript", False):
-        return f"{args.loss} does not work with --torchscript: a compiled model takes no {companion}"
+def conditions_of(args: Any) -> dict[str, str]:
+    """The conditions of :mod:`rankloss_trainers.refusals` that hold in a run, in the command line's words."""
+    model, sigmoid = getattr(args, "model", ""), getattr(args, "siglip", False)
     # Options of open_clip's later trainer.
-    for option in ("json_text_key", "variable_text"):
-        if getattr(args, option, None):
-            return f"{args.loss} does not work with --{option.replace('_', '-')}"
-    return None
+    texts = [f"--{x.replace('_', '-')}" for x in ("json_text_key", "variable_text") if getattr(args, x, None)]
+    synthetic = getattr(args, "dataset_type", None) == "synthetic"
+    words = {
+        "horovod": "--horovod" if getattr(args, "horovod", False) else "",
+        "generative": model if _is_generative(args) else "",
+        "sigmoid": "--siglip" if sigmoid else "",
+        "softmax": "" if sigmoid else "--siglip",
+        "distills": "--distill-model" if distils(args) else "",
+        "no_teacher": "" if distils(args) else "--distill-model and --distill-pretrained",
+        "synthetic": "--dataset-type synthetic" if synthetic else "",
+        "coca": model if "coca" in model.lower() else "",
+        "torchscript": "--torchscript" if getattr(args, "torchscript", False) else "",
+        "other_texts": ", ".join(texts),
+    }
+    return {condition: said for condition, said in words.items() if said}
 
 
 def distils(args: Any) -> bool:

@@ -19,8 +19,9 @@ from rankloss_open_clip.versions import imported, remark
 from rankloss_trainers import catalog, state
 from rankloss_trainers.charts import AgreementCharts, Tracker, picture
 from rankloss_trainers.clock import Position
-from rankloss_trainers.driven_loss import call_alone, check_has_no_parameters
+from rankloss_trainers.driven_loss import call_alone
 from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.refusals import check_criterion
 
 _logger = logging.getLogger("rankloss_open_clip")
 
@@ -52,10 +53,7 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     if distils(args) and not entry.keeps_distillation(options):
         # What the trainer would train with if it had no teacher; it refuses to distil CoCa.
         base = _SigLipLoss() if getattr(args, "siglip", False) else open_clip.ClipLoss()
-    criterion = entry.build(_shareable(base, gather), options, gather)
-    if not isinstance(criterion, nn.Module):
-        raise TypeError(f"--loss {name}: {candidate.reference} must build a module, got {criterion!r}")
-    check_has_no_parameters(f"--loss {name}", criterion)
+    criterion = check_criterion(f"--loss {name}", entry.build(_shareable(base, gather), options, gather))
     if state.has_state(criterion):
         criterion.to(args.device)
     loss = TrainerLoss(
