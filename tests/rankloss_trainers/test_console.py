@@ -75,7 +75,6 @@ def test_list_loads_no_trainer() -> None:
         ("rankloss_trainers.console losses", ""),
         ("rankloss_trainers.console losses", "1"),
         ("rankloss_trainers.console --help", ""),
-        ("rankloss_open_clip.doctor", ""),
     ],
 )
 def test_reader_that_leaves_ends_it_without_a_word(command: str, unbuffered: str) -> None:
