@@ -1,4 +1,4 @@
-"""Called by torch when it is imported: waits for open_clip's trainer, and attaches to it once it is loaded.
+"""Called by torch when it is imported: waits for open_clip's trainer, and patches it once it is loaded.
 
 torch loads the entry points of the group ``torch.backends`` each time it is imported, in every program of the
 environment. This module therefore imports the standard library only, does next to nothing, and never raises.
@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 
 _PARAMS = "open_clip_train.params"
 
-SEAMS = {
-    "open_clip.factory": "patch_factory",
-    _PARAMS: "patch_params",
-    "open_clip_train.train": "patch_train",
-    "open_clip_train.legacy_train": "patch_train",
-    "open_clip_train.data": "patch_data",
-    "open_clip_train.file_utils": "patch_file_utils",
-}
-"""The modules to patch, and the function of :mod:`rankloss_open_clip.patches` that patches each."""
+SEAMS = (
+    "open_clip.factory",
+    _PARAMS,
+    "open_clip_train.train",
+    "open_clip_train.legacy_train",
+    "open_clip_train.data",
+    "open_clip_train.file_utils",
+)
+"""The modules to patch."""
+
+OPTIONAL = ("open_clip_train.legacy_train",)
+"""Those of them that open_clip 3.x does not have."""
 
 failures: dict[str, Exception] = {}
 """Modules that were loaded but could not be patched, with what went wrong."""
@@ -58,12 +61,12 @@ def attached() -> bool:
 
 
 def patch(module: ModuleType) -> None:
-    """Run the patch of a loaded module, and keep what went wrong instead of raising it."""
+    """Patch a loaded module of :data:`SEAMS`, and keep what went wrong instead of raising it."""
     name = module.__name__
     try:
         from rankloss_open_clip import patches
 
-        getattr(patches, SEAMS[name])(module)
+        patches.patch(module)
     except Exception as error:
         failures[name] = error
     else:
@@ -103,7 +106,7 @@ def _report(argv: Iterable[str]) -> None:
     if asks_for_loss(argv):
         raise ImportError(
             f"--loss was given, but rankloss_open_clip could not attach to open_clip's trainer ({reasons}). "
-            "Run `python -m rankloss_open_clip.doctor` for advice, or leave --loss away to train without it."
+            "Run `rankloss doctor` for advice, or leave --loss away to train without it."
         ) from next(iter(failures.values()))
     import logging
 

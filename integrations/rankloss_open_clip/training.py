@@ -15,7 +15,7 @@ import rankloss
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.command_line import distils, gather_of
 from rankloss_open_clip.logged_terms import TrainerLoss
-from rankloss_open_clip.versions import imported, judge
+from rankloss_open_clip.versions import imported, remark
 from rankloss_trainers import catalog, state
 from rankloss_trainers.charts import AgreementCharts, Tracker, picture
 from rankloss_trainers.clock import Position
@@ -94,7 +94,7 @@ def start_epoch(
     if not isinstance(loss, TrainerLoss):
         raise RuntimeError(
             f"--loss {args.loss} was given, but the trainer trains with {type(loss).__name__}; "
-            "run `python -m rankloss_open_clip.doctor` for advice"
+            "run `rankloss doctor` for advice"
         )
     if not loss.clock.started:
         resumed_from = getattr(args, "resume", None)
@@ -155,10 +155,8 @@ def _log_start(candidate: catalog.Candidate, loss: TrainerLoss, base: nn.Module,
         f"{text}, " if text else "",
         imported(),
     )
-    # A release that is too old for anything else came here by an attached trainer.
-    remark = judge(imported(), attached=True).remark
-    if remark:
-        _logger.warning(remark)
+    if remark(imported()):
+        _logger.warning(remark(imported()))
 
 
 def _stands_on(loss: nn.Module, base: nn.Module) -> bool:

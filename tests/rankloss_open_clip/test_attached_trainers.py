@@ -26,7 +26,6 @@ import rankloss_open_clip
 from rankloss import schedules
 from rankloss_open_clip import __main__ as runner
 from rankloss_open_clip.logged_terms import TrainerLoss
-from rankloss_open_clip.versions import judge
 
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 BY_NAME = ("-m", "rankloss_open_clip", "--trainer", "training.main")
@@ -54,6 +53,7 @@ def former(tmp_path_factory: pytest.TempPathFactory) -> str:
     return os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [BY_NAME, BY_HAND], ids=["runner", "attach"])
 def test_attached_trainer_trains_what_the_plugin_trains(
     trainer: Trainer, runs: Runs, former: str, command: tuple[str, ...]
@@ -65,6 +65,7 @@ def test_attached_trainer_trains_what_the_plugin_trains(
     assert run.timeless_log == runs["--loss rankclip"].timeless_log
 
 
+@pytest.mark.slow
 def test_attached_trainer_without_loss_is_stock(trainer: Trainer, runs: Runs, former: str) -> None:
     run = trainer.run("attached stock", "--epochs", "3", command=BY_NAME, PYTHONPATH=former, **OFF)
     assert_equal_training(runs["stock"], run)
@@ -218,20 +219,6 @@ def test_runner_hands_on_the_arguments(monkeypatch: pytest.MonkeyPatch, fork: An
     runner.main()
     command = ["fork.py", "--epochs", "1"]
     assert seen == [(command[1:], command), command]
-
-
-@pytest.mark.parametrize("version", ["2.16.1", "2.24.0", "3.3.0"])
-def test_tested_version_of_an_attached_trainer_gets_no_remark(version: str) -> None:
-    assert judge(version, attached=True).remark == ""
-
-
-@pytest.mark.parametrize("version", ["2.0.2", "2.20.0"])
-def test_other_old_version_is_tried_with_a_remark(version: str) -> None:
-    verdict = judge(version, attached=True)
-    assert verdict.usable
-    assert verdict.remark == (
-        f"open_clip {version}: an attached trainer is tested with 2.16.1 and 2.24.0, and tried with this"
-    )
 
 
 def test_early_release_has_no_sigmoid_loss(monkeypatch: pytest.MonkeyPatch) -> None:

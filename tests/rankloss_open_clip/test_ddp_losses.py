@@ -132,36 +132,23 @@ def test_terms_follow_the_flags_as_clip_loss_does(
         assert_equal(actual[name], [value, *torch.autograd.grad(value, batch)])
 
 
-@pytest.mark.parametrize("dist_impl", DIST_IMPLS)
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_beside_siglip_the_rank_terms_are_exact_whatever_the_flags(
-    pool: Pool, local_loss: bool, gather_with_grad: bool, dist_impl: str
-) -> None:
-    argv = [*options(local_loss, gather_with_grad), "--loss-dist-impl", dist_impl]
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(
+            ["--loss-dist-impl", impl, *options(*flags)]
+            for impl, flags in zip(DIST_IMPLS, FLAGS, strict=True)
+        ),
+        ["--rankclip-lists", "batch"],
+    ],
+    ids=" ".join,
+)
+def test_beside_siglip_the_rank_terms_are_exact_whatever_the_flags(pool: Pool, argv: list[str]) -> None:
     actual = averaged(pool.run(terms, "SigLipLoss", argv))
     whole, _ = terms(0, 1, "SigLipLoss", argv)
     assert {"contrastive_loss", *RANK_TERMS} <= whole.keys() == actual.keys()
     for name in whole:
         assert_equal(actual[name], whole[name])
-
-
-def test_batch_lists_beside_siglip_are_exact(pool: Pool) -> None:
-    argv = ["--rankclip-lists", "batch"]
-    actual, (whole, _) = averaged(pool.run(terms, "SigLipLoss", argv)), terms(0, 1, "SigLipLoss", argv)
-    for name in whole:
-        assert_equal(actual[name], whole[name])
-
-
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_values_in_float32_are_the_single_process_ones(
-    pool: Pool, base: str, local_loss: bool, gather_with_grad: bool
-) -> None:
-    argv = options(local_loss, gather_with_grad)
-    actual = averaged(pool.run(terms, base, argv, torch.float32))
-    whole, _ = terms(0, 1, base, argv, torch.float32)
-    for name, (value, *_) in whole.items():
-        assert relative_error(actual[name][0], value) < 1e-6
 
 
 def accumulated(rank: int, world_size: int, base: str, argv: list[str], micro_batches: int) -> list[Tensor]:
@@ -183,7 +170,7 @@ def accumulated(rank: int, world_size: int, base: str, argv: list[str], micro_ba
 
 
 @pytest.mark.parametrize("base", ["ClipLoss", "CoCaLoss", "SigLipLoss"])  # the trainer refuses distillation
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_accumulation_gives_towers_the_big_batch_and_the_scale_k_times(
     pools: Pools, base: str, world_size: int
 ) -> None:
@@ -221,10 +208,12 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
+@pytest.mark.parametrize(
+    ("step", "local_loss", "gather_with_grad"),
+    [(step, *flags) for step, flags in zip(STEPS, [*FLAGS, FLAGS[-1]], strict=True)],
+)
 def test_step_with_clips_own_loss_gathers_each_modality_once(
-    pool: Pool, local_loss: bool, gather_with_grad: bool, step: str
+    pool: Pool, step: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
     argv = [*options(local_loss, gather_with_grad), *STEPS[step]]
     for forward, backward in pool.run(calls_of_a_step, argv):
@@ -244,13 +233,13 @@ def warnings(rank: int, world_size: int, base: str, argv: list[str]) -> list[str
     return [record.getMessage() for record in records]
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", ["ClipLoss", "SigLipLoss"])
 @pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
 def test_local_loss_without_gather_with_grad_is_warned_of_once(
-    pool: Pool, base: str, local_loss: bool, gather_with_grad: bool
+    pools: Pools, base: str, local_loss: bool, gather_with_grad: bool
 ) -> None:
-    first, *others = pool.run(warnings, base, options(local_loss, gather_with_grad))
-    assert others == [[]] * (pool.world_size - 1)
+    first, *others = pools[2].run(warnings, base, options(local_loss, gather_with_grad))
+    assert others == [[]]
     if local_loss and not gather_with_grad and base != "SigLipLoss":
         assert len(first) == 1
         assert "local_loss without gather_with_grad" in first[0]

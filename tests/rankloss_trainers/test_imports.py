@@ -32,13 +32,13 @@ LAZY_DOORS = {
     ("rankloss_open_clip.patches", "rankloss_open_clip.companions"),
     ("rankloss_open_clip.patches", "rankloss_open_clip.checkpoints"),
     ("rankloss_open_clip.patches", "rankloss_open_clip.training"),
-    ("rankloss_open_clip.command_line", "rankloss_open_clip.captions"),
+    ("rankloss_open_clip.command_line", "rankloss_open_clip.companions"),
     ("rankloss_open_clip.command_line", "rankloss_open_clip.reference_features"),
     # A script without --loss runs as it is, and the script imports transformers before these do.
     ("rankloss_trainers.transformers.__main__", "rankloss_trainers.transformers.choice"),
     ("rankloss_trainers.transformers.__main__", "rankloss_trainers.transformers.trainer"),
-    # The doctor reports patches that cannot be imported.
-    ("rankloss_open_clip.doctor", "rankloss_open_clip.patches"),
+    # The diagnosis reports patches that cannot be imported.
+    ("rankloss_open_clip.diagnosis", "rankloss_open_clip.patches"),
 }
 
 
