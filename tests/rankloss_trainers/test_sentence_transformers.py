@@ -28,7 +28,6 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tiny_sentences import WORDS, pairs, tiny, train, trained, weights
-from tiny_transformers import Terminated
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils.data import ConcatDataset
@@ -97,11 +96,11 @@ def test_run_trains_as_an_own_loop_and_logs_the_terms_and_the_schedule(
 @pytest.mark.parametrize("mini_batch_size", [1, 3, 100])
 @pytest.mark.parametrize("wrapping", [None, [1, 1], [1, 0.25], [3, 0.0]])  # MatryoshkaLoss, its weights
 def test_cached_loss_is_the_plain_one(bert: Path, mini_batch_size: int, wrapping: list[float] | None) -> None:
-    """With a learnable scale, and the upstream gradient that accumulation or a scaler would give."""
+    """Under the upstream gradient that accumulation or a scaler would give."""
     results = []
     for kind, more in ((RankClipLoss, {}), (CachedRankClipLoss, {"mini_batch_size": mini_batch_size})):
         model = tiny(bert).double()
-        loss: Any = kind(model, learn_scale=True, output_dict=wrapping is None, **more).double()
+        loss: Any = kind(model, output_dict=wrapping is None, **more).double()
         if wrapping is not None:
             loss = MatryoshkaLoss(model, loss, [16, 4], wrapping)
         shown = at(loss, step=2)(columns(model), None)
@@ -151,67 +150,30 @@ def test_columns_may_come_in_either_order(bert: Path, kind: Any) -> None:
 
 
 @BOTH
-def test_scale_is_learned_within_its_limits(tmp_path: Path, bert: Path, kind: Any) -> None:
-    model = tiny(bert)
-    loss = kind(model, learn_scale=True, scale=99.9)
-    train(tmp_path, loss, model, learning_rate=0.0, max_steps=1)
-    assert loss.logit_scale.exp().item() == pytest.approx(99.9)
-    with torch.no_grad():
-        loss.logit_scale += 1
-    at(loss, step=1)(columns(model), None)
-    assert loss.logit_scale.exp().item() == pytest.approx(100)
-    assert kind(model, scale=200.0, learn_scale=True).scale_limits == (1.0, 200.0)
-    assert [name for name, _ in kind(model).named_parameters() if not name.startswith("model.")] == []
-
-
-@BOTH
 def test_accumulated_batches_are_averaged(tmp_path: Path, bert: Path, kind: Any) -> None:
-    """Three times the same batch: three accumulated are one, for the model and for the scale."""
+    """Three times the same batch: three accumulated are one."""
     ended = []
     for count in (1, 3):
         model = tiny(bert)
-        loss = kind(model, schedule="linear", learn_scale=True)
+        loss = kind(model, schedule="linear")
         repeated = datasets.concatenate_datasets([pairs(8)] * 6)
         options = {"max_steps": 2, "gradient_accumulation_steps": count, "learning_rate": 0.01}
         trainer = train(tmp_path / str(count), loss, model, train_dataset=repeated, **options)
         assert [line["rank_lambda"] for line in steps(trainer)] == [0, 1]
-        ended.append(weights(loss))
+        ended.append(weights(model))
     torch.testing.assert_close(ended[1], ended[0], rtol=1e-4, atol=1e-5)
 
 
-def test_resumed_run_is_the_uninterrupted_one(
-    tmp_path: Path, bert: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """From a checkpoint of an epoch, and from one at SIGTERM."""
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, bert: Path) -> None:
     given = {"save_strategy": "epoch", "num_train_epochs": 3, "optim": "adamw_torch"}
-    given["restore_callback_states_from_checkpoint"] = True
-    jit = {"enable_jit_checkpoint": True, "callbacks": [Terminated()]}
     ended, lambdas = [], []
-    for more in ({}, {"resume": "checkpoint-4"}, jit, {"resume": "checkpoint-3"}):
+    for resume in (None, str(tmp_path / "checkpoint-4")):
         model = tiny(bert)
-        loss = RankClipLoss(model, learn_scale=True)
-        if "resume" in more:
-            more = {"resume": str(tmp_path / str(more["resume"]))}
-        trainer = train(tmp_path, loss, model, **given, **more)
-        ended.append(weights(loss))
+        trainer = train(tmp_path, RankClipLoss(model), model, resume=resume, **given)
+        ended.append(weights(model))
         lambdas.append([line["rank_lambda"] for line in steps(trainer)])
-        assert abs(loss.logit_scale.item() - math.log(20)) > 1e-3
-    assert torch.equal(ended[0], ended[1])
-    assert torch.equal(ended[0], ended[3])
-    assert lambdas[0] == lambdas[1] == lambdas[3]
-    assert not caplog.records
-
-
-def test_checkpoint_without_the_learned_scale_is_reported(
-    tmp_path: Path, bert: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = tiny(bert)
-    train(tmp_path, RankClipLoss(model), model, save_strategy="epoch", save_only_model=True)
-    model = tiny(bert)
-    loss = RankClipLoss(model, learn_scale=True)
-    train(tmp_path, loss, model, resume=str(tmp_path / "checkpoint-4"), num_train_epochs=1)
-    (message,) = caplog.messages
-    assert "step 4 holds no learned scale" in message
+    assert torch.equal(*ended)
+    assert lambdas[0] == lambdas[1]
 
 
 @BOTH
@@ -331,20 +293,10 @@ def test_static_embedding_trains_with_the_plain_loss_and_is_refused_by_the_cache
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(["[UNK]", *WORDS])}, unk_token="[UNK]"))
     torch.manual_seed(0)
     model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu")
-    with pytest.raises(
-        ValueError, match="StaticEmbedding cannot be split into mini-batches; use RankClipLoss"
-    ):
+    with pytest.raises(ValueError, match="StaticEmbedding"):
         CachedRankClipLoss(model)
     lines = steps(train(tmp_path, RankClipLoss(model), model, learning_rate=0.1))
     assert lines[-1]["contrastive_loss"] < lines[0]["contrastive_loss"] + 1
-
-
-def test_learned_scales_want_one_progress(tmp_path: Path, bert: Path) -> None:
-    model = tiny(bert)
-    loss, other = (RankClipLoss(model, learn_scale=True) for _ in range(2))
-    train(tmp_path, loss, model, callbacks=[Progress(RankClipLoss(model))], max_steps=1)
-    with pytest.raises(ValueError, match=r"to one Progress: Progress\(loss, other\)"):
-        train(tmp_path, loss, model, callbacks=[Progress(other)])
 
 
 @pytest.mark.slow
@@ -361,7 +313,5 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None
         for a, b in zip(two["lines"], whole["lines"], strict=True):
             for name in ("loss", *TERMS):
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=2e-4)
-        assert two["scale"] == pytest.approx(whole["scale"], abs=1e-6)
-        assert abs(whole["scale"] - math.log(20)) > 1e-4
         expected = torch.tensor(whole["weights"])
         torch.testing.assert_close(torch.tensor(two["weights"]), expected, rtol=1e-3, atol=1e-5)

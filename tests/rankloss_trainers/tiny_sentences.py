@@ -98,10 +98,10 @@ def trained(directory: Path, kind: str, batch_size: int) -> dict[str, Any]:
 
     model = tiny(directory)
     options = {"mini_batch_size": 3} if kind.startswith("Cached") else {}
-    loss = getattr(ours, kind)(model, schedule="linear", learn_scale=True, **options)
+    loss = getattr(ours, kind)(model, schedule="linear", **options)
     trainer = train(directory, loss, model, per_device_train_batch_size=batch_size, learning_rate=0.01)
     lines = [line for line in trainer.state.log_history if "loss" in line]
-    return {"lines": lines, "weights": weights(trainer.model).tolist(), "scale": loss.logit_scale.item()}
+    return {"lines": lines, "weights": weights(trainer.model).tolist()}
 
 
 if __name__ == "__main__":
