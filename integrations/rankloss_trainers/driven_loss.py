@@ -1,4 +1,4 @@
-"""A loss that is driven by a clock, and tells what it trains from what it logs."""
+"""A loss with a clock, which separates loss terms from metrics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Entries(NamedTuple):
 
     @classmethod
     def of(cls, loss: object, entries: Mapping[str, Tensor]) -> Entries:
-        """Tell the terms from the metrics, by their names.
+        """Separate the terms from the metrics, by their names.
 
         Args:
             loss: What gave them, for the errors.
@@ -79,7 +79,7 @@ class LoggedTerms(dict[str, Tensor]):
         return self._split(False).values()
 
     def copy(self) -> LoggedTerms:
-        """The same terms and metrics, still told apart."""
+        """The same terms and metrics."""
         return LoggedTerms(self._split(False), self._split(True))
 
     def _split(self, metrics: bool) -> dict[str, Tensor]:

@@ -36,9 +36,7 @@ FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name not i
 def test_every_option_of_the_rank_terms_can_be_typed_but_those_without_a_use() -> None:
     own = {"schedule", "schedule_unit", "lambda_cross", "lambda_in", "agreement_every"}
     own |= {"reference", "reference_features", "distill_loss"}
-    keys = {option.key for option in RANKCLIP.options}
-    assert keys - own == {field.name for field in FIELDS}
-    assert keys >= own
+    assert {option.key for option in RANKCLIP.options} == own | {field.name for field in FIELDS}
 
 
 def parsed(*argv: str) -> dict[str, Any]:
@@ -74,23 +72,28 @@ def test_what_is_typed_is_what_the_library_gets(data: st.DataObject) -> None:
     assert loss.consistency.options == RankOptions(**{field.name: value})
 
 
-def test_teacher_is_asked_for_by_an_option_and_has_a_scale_of_its_own() -> None:
-    typed = ("--rankclip-model", "top_one", "--rankclip-reference-scale", "2.5")
-    options = parsed(*typed, "--rankclip-reference", "teacher")
-    loss = RANKCLIP.build(nn.Identity(), options, ALONE)
-    assert loss.consistency.options == RankOptions(model="top_one", reference_scale=2.5)
-    assert RANKCLIP.uses_teacher(options)
-    assert RANKCLIP.refuse(options, ALONE) is None
-    assert "ranked by the teacher" in RANKCLIP.describe(options, 3)
-    own = parsed()
-    assert not RANKCLIP.uses_teacher(own)
-    assert "teacher" not in RANKCLIP.describe(own, 3)
-    assert RANKCLIP.refuse(parsed(*typed), ALONE).startswith("reference_scale: multiplies a teacher's")
-    fixed = parsed("--rankclip-fixed-reference", "text", "--rankclip-reference", "teacher")
-    assert RANKCLIP.refuse(fixed, ALONE).startswith("fixed_reference: fixes one of the batch's own")
-    for bad in ("0", "-1", "nan", "x"):
-        with pytest.raises(argparse.ArgumentError, match="must be a finite number above 0, got"):
-            parsed("--rankclip-reference-scale", bad)
+SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
+
+
+@pytest.mark.parametrize(
+    ("typed", "refused", "described"),
+    [
+        ("", None, "lists row"),
+        (f"{SCALED} --rankclip-reference teacher", None, "ranked by the teacher"),
+        (f"{SCALED} --rankclip-reference-features t", None, "ranked by the teacher's features in t"),
+        ("--rankclip-reference teacher --rankclip-distill-loss exclude", None, "ranked by the teacher"),
+        (SCALED, "reference_scale", ""),
+        ("--rankclip-reference teacher --rankclip-fixed-reference text", "fixed_reference", ""),
+        ("--rankclip-distill-loss exclude", "distill_loss", ""),
+        ("--rankclip-lists batch --rankclip-diagonal exclude --rankclip-ties random", "diagonal", ""),
+    ],
+)
+def test_teacher_is_asked_for_by_an_option(typed: str, refused: str | None, described: str) -> None:
+    options = parsed(*typed.split())
+    assert RANKCLIP.uses_teacher(options) == ("teacher" in typed or "-features" in typed)
+    reason = RANKCLIP.refuse(options, ALONE)
+    assert (reason is None) if refused is None else reason.startswith(refused)
+    assert described in RANKCLIP.describe(options, 3)
 
 
 def test_preset_of_a_teacher_is_rankclip_with_other_defaults() -> None:
@@ -100,22 +103,9 @@ def test_preset_of_a_teacher_is_rankclip_with_other_defaults() -> None:
     weights = dict.fromkeys(("lambda_cross", "lambda_in"), 64.0)
     assert changed == {"reference": "teacher", "top_k": 8, "distill_loss": "exclude", **weights}
     loss = preset.build(nn.Identity(), options, ALONE)
-    assert loss.consistency.options == RankOptions(top_k=8)
-    assert preset.uses_teacher(options)
-    assert not preset.keeps_distillation(options)
     loss.set_epoch(3, 3)
     assert loss.rank_weights == {"cross_modal": 8.0, "in_modal": 8.0}
-
-
-def test_features_of_a_teacher_are_a_teacher() -> None:
-    features = parsed("--rankclip-reference-features", "teacher")
-    assert RANKCLIP.uses_teacher(features)
-    assert RANKCLIP.reference_features(features) == "teacher"
-    assert RANKCLIP.reference_features(parsed()) is None
-    assert "ranked by the teacher's features in teacher" in RANKCLIP.describe(features, 3)
-    excluded = parsed("--rankclip-distill-loss", "exclude")
-    assert RANKCLIP.refuse(excluded, ALONE).startswith("distill_loss: exclude leaves a teacher")
-    assert RANKCLIP.refuse({**excluded, "reference": "teacher"}, ALONE) is None
+    assert not preset.keeps_distillation(options)
 
 
 @pytest.mark.parametrize(
