@@ -12,9 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
 from rankloss import (
@@ -28,9 +25,6 @@ from rankloss import (
     schedules,
 )
 from rankloss.batch import Batch as Features
-from rankloss.losses import rank_clip
-from rankloss.losses import weights as term_weights
-from rankloss.losses.weights import TermWeights
 from rankloss_baselines import AlipLoss, CyClipLoss
 
 
@@ -478,7 +472,7 @@ def test_clip_loss_takes_open_clips_arguments_or_gather() -> None:
     assert ClipLoss(local_loss=True, rank=1, world_size=2).gather == Gather(
         gather_with_grad=False, rank=1, world_size=2
     )
-    with pytest.raises(ValueError, match="gather stands for open_clip's arguments; got it beside local_loss"):
+    with pytest.raises(ValueError, match="pass gather= or open_clip's arguments, not both local_loss"):
         ClipLoss(local_loss=True, gather=False)
     with pytest.raises(ValueError, match="use_horovod is not supported"):
         ClipLoss(use_horovod=True)
@@ -571,7 +565,7 @@ def test_gathered_features_are_as_many_as_the_loss_would_gather() -> None:
         RankConsistency(),
         RankClipLoss(schedule="constant"),
     ):
-        with pytest.raises(ValueError, match=r"gathered must be .* 6 rows of both; got 12 and 6"):
+        with pytest.raises(ValueError, match=r"gathered images must be .*got torch.float64 of "):
             loss(v, t, s, gathered=(torch.cat([v, v]), t))
         assert torch.equal(loss(v, t, s, gathered=(v, t)), loss(v, t, s))
 
@@ -721,83 +715,3 @@ def test_losses_are_right_wherever_they_are_built_and_however_they_are_moved(
         assert torch.equal(value, wanted)
         for a, b in zip(gradients(value, inputs, -1.3), gradients(wanted, inputs, -1.3), strict=True):
             assert torch.equal(a, b)
-
-
-def test_lambda_moves_in_place_and_not_under_a_pending_backward() -> None:
-    loss, inputs = RankClipLoss(normalizer=1.0), features()
-    loss.set_epoch(1, 10)
-    place = loss._weights.beside(inputs[0])
-    value = loss(*inputs)
-    expected = gradients(loss(*inputs), inputs, 2.0)
-    with torch.inference_mode():
-        loss.set_epoch(10, 10)
-    assert loss._weights.beside(inputs[0]) is place
-    assert place.tolist() == [1.0, 2.0, 2.0]
-    for a, b in zip(gradients(value, inputs, 2.0), expected, strict=True):
-        assert torch.equal(a, b)
-
-
-def test_graph_that_is_captured_at_lambda_zero_computes_the_terms(monkeypatch: pytest.MonkeyPatch) -> None:
-    loss, inputs = RankClipLoss(schedule="official", lambda_in=0.0), features()
-    loss.set_epoch(1, 10)
-    assert not loss(*inputs, output_dict=True)["cross_modal_loss"].requires_grad
-    monkeypatch.setattr(rank_clip, "is_capturing", lambda _: True)
-    computed: list[str] = []
-    original = loss.consistency.weighted_terms
-
-    def spy(*args: object, **wanted: object) -> object:
-        computed.extend(name for name in ("cross_modal", "in_modal") if wanted[name])
-        return original(*args, **wanted)
-
-    monkeypatch.setattr(loss.consistency, "weighted_terms", spy)
-    entries = loss(*inputs, output_dict=True)
-    assert computed == ["cross_modal"]  # the in-modal term's weight can never leave 0
-    assert entries["cross_modal_loss"].requires_grad
-    assert entries["cross_modal_loss"] == 0
-    torch.testing.assert_close(loss(*inputs), ClipLoss()(*inputs), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("recorded_at", [1, 2])  # where λ is 0, and where it is not
-def test_recorded_graph_follows_lambda(monkeypatch: pytest.MonkeyPatch, recorded_at: int) -> None:
-    v, t, _ = (x.detach() for x in features())
-    loss = RankClipLoss(schedule="linear")
-    loss.set_epoch(recorded_at, 5)
-    loss(v, t, 10.0)
-    with monkeypatch.context() as capturing:
-        capturing.setattr(rank_clip, "is_capturing", lambda _: True)
-        graph = make_fx(lambda v, t: loss(v, t, 10.0))(v, t)
-    for epoch in (1, 2, 5, 3):
-        loss.set_epoch(epoch, 5)
-        torch.testing.assert_close(graph(v, t), loss(v, t, 10.0), rtol=1e-12, atol=0)
-
-
-def test_weights_are_placed_before_a_capture_and_never_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    loss = RankClipLoss(schedule="constant")
-    elsewhere = torch.ones(6, 4, device="meta")
-    monkeypatch.setattr(term_weights, "is_capturing", lambda _: True)
-    assert loss._weights.beside(torch.ones(6, 4)).tolist() == [1.0, 1 / 16, 1 / 16]
-    with pytest.raises(RuntimeError, match="call the loss once on meta before capturing a CUDA graph"):
-        loss._weights.beside(elsewhere)
-    monkeypatch.undo()
-    place = loss._weights.beside(elsewhere)
-    assert loss._weights.beside(elsewhere) is place
-
-
-def test_compiled_before_anything_ran_on_the_device_it_is_compiled_once_more() -> None:
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    lambdas = TermWeights(1.0, 2.0)
-    lambdas._tensors.clear()  # as on a device where the loss was never called
-    compiled = torch.compile(lambda x: lambdas.beside(x) * x.sum(), backend=counter, fullgraph=True)
-    for value in (2.0, 3.0, 4.0, 5.0):
-        assert compiled(torch.ones(3)).tolist() == [3.0, 3 * value]
-        lambdas.set(1.0, value + 1)
-    assert counter.frame_count == 2
-
-
-def test_fake_features_leave_no_fake_weights_behind() -> None:
-    loss = RankConsistency(cross_modal=0.5)
-    with FakeTensorMode() as mode:
-        fake = mode.from_tensor(torch.ones(6, 4))
-        assert loss._weights.beside(fake).shape == (3,)
-    assert type(loss._weights.beside(torch.ones(6, 4))) is Tensor

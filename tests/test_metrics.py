@@ -138,7 +138,7 @@ def test_mismatched_features_are_refused(measure) -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_anchors must be at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"max_anchors must be .*; got 0"):
         metrics.rank_agreement(torch.eye(3), torch.eye(3), max_anchors=0)
     with pytest.raises(ValueError, match=r"at least two rows; got shape \(1, 3\)"):
         metrics.uniformity(torch.eye(3)[:1])

@@ -8,6 +8,7 @@ the loss is given, :func:`check_base`, :func:`base_entries`, :func:`shares_gathe
 which a loss stands on another, and :func:`check_weight`.
 """
 
+from rankloss.checks import InputWarning as InputWarning
 from rankloss.losses.clip import ClipLoss as ClipLoss
 from rankloss.losses.composition import Base as Base
 from rankloss.losses.composition import base_entries as base_entries
@@ -15,7 +16,6 @@ from rankloss.losses.composition import check_base as check_base
 from rankloss.losses.composition import combined as combined
 from rankloss.losses.composition import shares_gathering as shares_gathering
 from rankloss.losses.gathering import GatheringLoss as GatheringLoss
-from rankloss.losses.gathering import InputWarning as InputWarning
 from rankloss.losses.rank_clip import RankClipLoss as RankClipLoss
 from rankloss.losses.rank_consistency import RankConsistency as RankConsistency
 from rankloss.losses.siglip import SigLipLoss as SigLipLoss
