@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 import rankloss
 from rankloss.losses import base_entries
-from rankloss.options import RankOptions
+from rankloss.options import check_count
 from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms
 from rankloss_trainers.logging import RankClipLog
 from rankloss_trainers.refusals import check_criterion, refuse_run
@@ -89,8 +89,10 @@ class RankClipLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale must be positive and finite; got {scale!r}")
+        if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale must be a positive and finite number; got {scale!r}")
+        if agreement_every is not None:
+            check_count("agreement_every", agreement_every)
         self.model = model
         self.scale_limits = min(scale, 1.0), max(scale, _LARGEST_SCALE)
         log_scale = torch.tensor(math.log(scale))
@@ -140,16 +142,13 @@ class RankClipLoss(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """What a model card says of the loss."""
         criterion: Any = self.driven_loss.criterion
-        schedule = criterion.schedule
-        default, options = RankOptions(), criterion.consistency.options
-        changed = {name: value for name, value in vars(options).items() if value != getattr(default, name)}
         return {
             "scale": round(self.logit_scale.exp().item(), 6),
             "learn_scale": self.learns_scale,
             "base": type(criterion.base).__name__,
-            "schedule": getattr(schedule, "__name__", repr(schedule)),
+            "schedule": getattr(criterion.schedule, "__name__", repr(criterion.schedule)),
             **{name: getattr(criterion, name) for name in ("lambda_cross", "lambda_in", "normalizer")},
-            **changed,
+            **criterion.consistency.options.changed,
         }
 
     @property
@@ -212,12 +211,11 @@ class CachedRankClipLoss(RankClipLoss):
     def __init__(self, model: nn.Module, *, mini_batch_size: int = 32, **options: Any) -> None:
         if has_static_embedding_input(model):
             raise ValueError(
-                "the inputs of a StaticEmbedding cannot be split into mini-batches; use RankClipLoss"
+                "model begins with a StaticEmbedding, whose inputs cannot be split into mini-batches; "
+                "use RankClipLoss"
             )
-        if mini_batch_size < 1:
-            raise ValueError(f"mini_batch_size must be at least 1; got {mini_batch_size!r}")
         super().__init__(model, **options)
-        self.mini_batch_size = mini_batch_size
+        self.mini_batch_size = check_count("mini_batch_size", mini_batch_size)
         self._calculated: list[Entries] = []
 
     def forward(self, sentence_features: Columns, labels: Tensor | None = None) -> Any:
@@ -266,18 +264,6 @@ class CachedRankClipLoss(RankClipLoss):
         """What a model card says of the loss."""
         return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}
 
-    @property
-    def citation(self) -> str:
-        """BibTeX for model cards."""
-        return f"""{super().citation}
-@inproceedings{{gradcache2021,
-    title={{Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup}},
-    author={{{{The GradCache authors}}}},
-    booktitle={{Workshop on Representation Learning for NLP (RepL4NLP)}},
-    year={{2021}}
-}}
-"""
-
 
 class _GradCache(CachedLossMixin):
     """GradCache's forward pass, which detaches the value of the loss; here it is kept."""
@@ -317,8 +303,10 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Restore the scales of a resumed run, and put them into every checkpoint."""
-        if isinstance(getattr(kwargs.get("train_dataloader"), "dataset", None), ConcatDataset):
-            self._check_gathers_nothing()
+        criteria: list[Any] = [loss.driven_loss.criterion for loss in self._losses]
+        several = isinstance(getattr(kwargs.get("train_dataloader"), "dataset", None), ConcatDataset)
+        if several and any(each.consistency.gather.place[1] > 1 for each in criteria):
+            refuse_run({"several_datasets": ""})
         learning = [loss for loss in self._losses if loss.learns_scale]
         if not learning:
             return
@@ -335,12 +323,6 @@ class Progress(TrainerCallback):
                 ", ".join(f"{loss.logit_scale.exp().item():g}" for loss in learning),
             )
         state.stateful_callbacks[_KEY] = _Scales(learning)
-
-    def _check_gathers_nothing(self) -> None:
-        for loss in self._losses:
-            criterion: Any = loss.driven_loss.criterion
-            if criterion.consistency.gather.place[1] > 1:
-                refuse_run({"several_datasets": ""})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Once per optimizer step."""
@@ -369,7 +351,9 @@ class _Scales:
 def _two(sentence_features: Columns) -> list[dict[str, Tensor]]:
     columns = list(sentence_features)
     if len(columns) != 2:
-        raise ValueError(f"the dataset must have two columns of pairs; got {len(columns)}")
+        raise ValueError(
+            f"sentence_features must be the two columns of a dataset of pairs; got {len(columns)}"
+        )
     return columns
 
 

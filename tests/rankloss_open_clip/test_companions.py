@@ -250,7 +250,7 @@ def test_what_cannot_work_is_a_usage_error(capsys: pytest.CaptureFixture[str], t
         (f"{file} --distill-model RN50 --distill-pretrained x", f"{OPTION}: excludes --distill-model"),
         (f"{tmp_path}/none", f"{OPTION}: {tmp_path}/none is neither a directory nor an .npz file"),
         (two, "lambda_cross=0, on the command line --rankclip-lambda-cross 0"),
-        (f"{file} --dataset-type synthetic", "synthetic has no row of precomputed features"),
+        (f"{file} --dataset-type synthetic", "no row of precomputed features"),
         (f"{file} --model coca_ViT-B-32", "rankclip does not work with CoCa"),
         (f"{file} --torchscript", "rankclip does not work with --torchscript"),
         (f"{file} --rankclip-fixed-reference text", "--rankclip-fixed-reference: "),
