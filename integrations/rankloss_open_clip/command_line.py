@@ -65,19 +65,18 @@ def _has_no_cross_term(options: Options) -> bool:
     return options.get("lambda_cross") == 0
 
 
-def gather_of(args: Any, *, rows: bool = True) -> Gather:
+def gather_of(args: Any) -> Gather:
     """How the trainer's arguments let a loss see the batches of other processes.
 
     Args:
         args: The trainer's arguments. Until the trainer has completed them there is one process.
-        rows: Whether the loss can be computed for a process's own rows alone.
     """
     from rankloss.distributed import Gather
 
     # The sigmoid loss is exact in every layout, whatever the flags say, and so must its companions be.
     sigmoid = getattr(args, "siglip", False)
     return Gather(
-        local_loss=rows if sigmoid else getattr(args, "local_loss", False),
+        local_loss=sigmoid or getattr(args, "local_loss", False),
         gather_with_grad=sigmoid or getattr(args, "gather_with_grad", False),
         rank=getattr(args, "rank", 0),
         world_size=getattr(args, "world_size", 1),

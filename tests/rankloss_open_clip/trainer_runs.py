@@ -224,11 +224,13 @@ class Trainer:
         *options: str,
         processes: int = 1,
         epochs: EpochSeeds | None = None,
+        alone: bool = False,
         **environment: str,
     ) -> Run:
         """Call the trainer's ``main`` in processes forked from one that has imported it.
 
         Several find each other by the variables that torchrun sets; when one fails, the others are killed.
+        ``alone`` says that the options are the whole command line.
         """
         output = self.directory / f"{name}.txt"
         environment = {"OMP_NUM_THREADS": "1", **environment}
@@ -239,7 +241,8 @@ class Trainer:
         started = []
         for rank in range(processes):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            given = (self.arguments(name, *options), str(output), epochs, {**environment, **ranks})
+            argv = list(options) if alone else self.arguments(name, *options)
+            given = (argv, str(output), epochs, {**environment, **ranks})
             process = _forks.Process(target=_train, args=given)
             process.start()
             started.append(process)
