@@ -5,6 +5,7 @@ Each function or object here is an ``evaluate`` of :class:`rankloss_trainers.dri
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,36 +59,18 @@ class RankClipLog:
             return step
         return step + -step % every
 
-    def __call__(
-        self,
-        criterion: rankloss.RankClipLoss,
-        call: Call,
-        *,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        reference_image_features: Tensor | None = None,
-        reference_text_features: Tensor | None = None,
-        **base_inputs: Any,
-    ) -> Mapping[str, Tensor]:
+    def __call__(self, criterion: rankloss.RankClipLoss, call: Call, **inputs: Any) -> Mapping[str, Tensor]:
         """Call the loss."""
+        image_features: Tensor = inputs["image_features"]
         weights = _weights(criterion)
         measures = (
             self.agreement_every is not None and call.first and self.next_measured(call.step) == call.step
         )
         gathered = None
         if weights or measures:
-            gathered = criterion.consistency.gather(image_features, text_features)
-        inputs: dict[str, Any] = {
-            "image_features": image_features,
-            "text_features": text_features,
-            "logit_scale": logit_scale,
-            "gathered": gathered,
-            "reference_image_features": reference_image_features,
-            "reference_text_features": reference_text_features,
-            "output_dict": True,
-        }
-        entries: dict[str, Tensor] = dict(criterion(**inputs, **base_inputs))
+            gathered = criterion.consistency.gather(image_features, inputs["text_features"])
+        inputs = {**inputs, "gathered": gathered, "output_dict": True}
+        entries: dict[str, Tensor] = dict(criterion(**inputs))
         entries["rank_lambda"] = torch.full((), criterion.schedule_value, device=image_features.device)
         if any(weights.values()):
             raw = {name: entries[f"{name}_loss"].detach() / weight for name, weight in weights.items()}
@@ -114,6 +97,8 @@ def _weights(criterion: rankloss.RankClipLoss) -> dict[str, float]:
 
 @torch.no_grad()
 def _untrained_terms(consistency: rankloss.RankConsistency, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    taken = inspect.signature(consistency.forward).parameters
+    inputs = {name: value for name, value in inputs.items() if name in taken}  # the rest is the base's
     device = inputs["image_features"].device
     # Random ties must not move the generator by which the run's data are shuffled.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
