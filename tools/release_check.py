@@ -87,7 +87,7 @@ def modules_of(extra: str | None, files: set[str]) -> list[str]:
     if extra is None:
         return ["rankloss"]
     name = extra.replace("-", "_")
-    candidates = (f"rankloss/{name}", f"rankloss_trainers/{name}", f"rankloss_{name}/doctor")
+    candidates = (f"rankloss/{name}", f"rankloss_trainers/{name}", f"rankloss_{name}/diagnosis")
     return ["rankloss"] + [path.replace("/", ".") for path in candidates if f"{path}.py" in files]
 
 

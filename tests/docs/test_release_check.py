@@ -19,7 +19,7 @@ SPEC.loader.exec_module(release_check)
 FILES = {
     "rankloss/__init__.py",
     "rankloss/plots.py",
-    "rankloss_open_clip/doctor.py",
+    "rankloss_open_clip/diagnosis.py",
     "rankloss_trainers/sentence_transformers.py",
 }
 
@@ -30,7 +30,7 @@ FILES = {
         (None, ["rankloss"]),
         ("dev", ["rankloss"]),
         ("plots", ["rankloss", "rankloss.plots"]),
-        ("open-clip", ["rankloss", "rankloss_open_clip.doctor"]),
+        ("open-clip", ["rankloss", "rankloss_open_clip.diagnosis"]),
         ("sentence-transformers", ["rankloss", "rankloss_trainers.sentence_transformers"]),
     ],
 )
