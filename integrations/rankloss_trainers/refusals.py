@@ -68,7 +68,7 @@ TABLE = {
     # A teacher.
     "features": {
         "columns": "reference_features belongs to open_clip's trainer; here a teacher's features are the "
-        "columns {columns} of the batch, and reference is 'teacher'",
+        "columns {columns} of the batch",
         "distills": "reference_features: excludes {distills}, which is a teacher too",
     },
     "teacher": {

@@ -10,7 +10,7 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 AT_MOST = 5
-IMPORTED = {"ContrastiveTrainer", "LossArguments"}  # by the examples before, or by the text
+IMPORTED = {"ContrastiveTrainer", "LossOptions"}  # by the examples before, or by the text
 METHODS = {"set_progress", "set_epoch", "schedule_value"}  # only losses of rankloss have them
 
 

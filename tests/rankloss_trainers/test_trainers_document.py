@@ -15,10 +15,10 @@ if importlib.util.find_spec("transformers") is None or importlib.util.find_spec(
     pytest.skip("transformers or accelerate is not installed", allow_module_level=True)
 
 import transformers
-from tiny_transformers import Pairs, Taught, arguments, clip, steps
+from tiny_transformers import Pairs, arguments, clip, lines
 
 from rankloss import schedules
-from rankloss_trainers.transformers import ContrastiveTrainer, LossArguments
+from rankloss_trainers.transformers import ContrastiveTrainer, LossOptions
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "trainers.md"
 CLASS, ARGUMENTS, TEACHER, FINE_TUNING = re.findall(
@@ -29,21 +29,21 @@ CLASS, ARGUMENTS, TEACHER, FINE_TUNING = re.findall(
 def run(tmp_path: Path, example: str) -> Any:
     names = {
         "ContrastiveTrainer": ContrastiveTrainer,
-        "LossArguments": LossArguments,
+        "LossOptions": LossOptions,
         "HfArgumentParser": transformers.HfArgumentParser,
         "TrainingArguments": functools.partial(transformers.TrainingArguments, use_cpu=True),
         "model": clip(),
         "args": arguments(tmp_path, max_steps=2),
         "pairs": Pairs(16),
         "held_out": Pairs(8),
-        "taught_pairs": Taught("image", "text"),
+        "taught_pairs": Pairs(32, "image", "text"),
     }
     exec(example, names)
     return names["trainer"]
 
 
 def test_class(tmp_path: Path) -> None:
-    assert steps(run(tmp_path, CLASS))[-1]["in_modal_loss"] > 0
+    assert lines(run(tmp_path, CLASS))[-1]["in_modal_loss"] > 0
 
 
 def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
