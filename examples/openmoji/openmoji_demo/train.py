@@ -5,13 +5,12 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from examples_common import trainer
-from examples_common.terminal import Report, run_all
+from examples_common.terminal import Report, run_all, say
 from examples_common.trainer import Job, Log, TrainingError
 from joblib import cpu_count
 from rich.console import Console
@@ -20,7 +19,11 @@ from rankloss_trainers.catalog import PREFIXES
 
 # Some pictures in grey, since the line art of the evaluation has no colour.
 AUGMENTATION = ("scale=(0.5,1.0)", "gray_scale_prob=0.1")
-_LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d \| (?P<level>\w+) \| (?P<text>.*)$")
+# A warning of the trainer, but not that the model starts from random weights, as it should here.
+_WARNING = re.compile(
+    r"^\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d \| (?:WARNING|ERROR|CRITICAL) \| "
+    r"(?!.*(?:no CLIP weights found|No pretrained weights loaded))(?P<text>.*)$"
+)
 _DONE = "complete.json"
 
 
@@ -91,17 +94,13 @@ class Run:
             )
         return True
 
-    async def train(
-        self, threads: int | None, on_share: Callable[[float], None], warn: Callable[[str], None]
-    ) -> None:
+    async def train(self, threads: int | None, report: Report, console: Console) -> None:
         """Train with so many threads; report the share that is done, and pass on the trainer's warnings."""
 
         def read(line: str, log: Log) -> None:
-            if log.share:
-                on_share(log.share)
-            entry = _LOG_LINE.match(line)
-            if entry and entry["level"] != "INFO":
-                warn(f"{self.loss}: {entry['text']}")
+            report("training", log.share)
+            if warning := _WARNING.match(line):
+                say(console, f"{self.loss}: {warning['text']}", "yellow")
 
         trained = await trainer.train(
             self.job(), self.command(), self.folder, root=self.root, threads=threads, on_line=read
@@ -130,28 +129,11 @@ def side_by_side(count: int, device: str) -> tuple[int, int | None]:
     return jobs, cpu_count() // jobs
 
 
-def train_all(
-    runs: Sequence[Run], device: str, on_share: Callable[[float], None], warn: Callable[[str], None]
-) -> None:
-    """Train several models, and report the share of all that is done; the first to fail ends the others."""
+def train_all(runs: Sequence[Run], device: str, console: Console) -> None:
+    """Train several models; the first to fail ends the others."""
     jobs, threads = side_by_side(len(runs), device)
-    shares = dict.fromkeys(runs, 0.0)
 
-    async def one(run: Run, report: Report) -> None:  # noqa: ARG001 (one bar stands over all stages)
-        def told(share: float) -> None:
-            shares[run] = share
-            on_share(sum(shares.values()) / len(shares))
+    async def one(run: Run, report: Report) -> None:
+        await run.train(threads, report, console)
 
-        await run.train(threads, told, warn)
-
-    asyncio.run(run_all(runs, one, jobs=jobs, console=Console(quiet=True), expected=()))
-
-
-def read_scalars(run_folder: Path) -> dict[str, pd.Series]:
-    """Read a run's curves from its TensorBoard event files: values over steps, by tag."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run_folder / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    return {tag: pd.Series({e.step: e.value for e in events.Scalars(tag)}) for tag in tags}
+    asyncio.run(run_all(runs, one, jobs=jobs, console=console, expected=()))

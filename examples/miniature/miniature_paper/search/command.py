@@ -11,7 +11,7 @@ from examples_common.terminal import say, status_of
 from rich.console import Console
 
 from miniature_paper.options import add_options, complete_options, prepare
-from miniature_paper.records import Record, Store
+from miniature_paper.records import Store
 
 from . import report
 from .confirmation import declare, needed, outcome
@@ -46,20 +46,12 @@ def finished(results: Path) -> Find:
     """Return what finds records by their settings alone, for a report where the data need not be there.
 
     Raises:
-        RuntimeError: If there is no record. What finds raises a ValueError if two records are of one setting,
-            or one is damaged: a ladder on half of the records may lead elsewhere.
+        RuntimeError: If there is no record.
     """
     store = Store(results)
     if not store.path.is_file():
         raise RuntimeError(f"{results} holds no record: nothing to report")
-
-    def find(attempts: Sequence[Attempt]) -> dict[Attempt, Record]:
-        records, odd = store.of(attempts)
-        if odd:
-            raise ValueError("\n".join(odd))
-        return {Attempt.of_record(record["setting"]): record for record in records}
-
-    return find
+    return lambda attempts: {Attempt.of_record(one["setting"]): one for one in store.of(attempts)}
 
 
 def _run(args: argparse.Namespace, study: Study, console: Console) -> int:

@@ -46,11 +46,11 @@ def declare(study: Study, winners: Mapping[str, Trial], results: Path, *, record
         own = dataclasses.asdict(trial) | {"trial": trial.name, "epochs": one.epochs, "seeds": one.seeds}
         plan = json.loads(json.dumps({key: value for key, value in own.items() if key != "name"}))
         path = results / arm / "confirmations.jsonl"
-        if record and not read_lines(path)[1]:
+        if record:
             append_lines(path, lambda lines, plan=plan: [] if lines else [plan])
-        lines, damaged = read_lines(path)
-        if damaged or len(lines) > 1 or not all("trial" in line for line in lines):
-            raise ValueError("\n".join([f"{path}: one line is needed, that of the winner", *damaged]))
+        lines = read_lines(path)
+        if len(lines) > 1 or not all("trial" in line for line in lines):
+            raise ValueError(f"{path}: one line is needed, that of the winner")
         for line in lines:
             there = {"loss": LOSS, **line}
             if there != {**there, **plan}:

@@ -11,7 +11,6 @@ from itertools import chain, groupby
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 from examples_common.page import Picture
 from examples_common.tables import markdown as table
 from matplotlib.figure import Figure
@@ -65,7 +64,6 @@ def write(study: Study, folder: Path, *, find: Find, command: str) -> Path:
         recipe=RECIPE,
         reference=REFERENCE,
         loss=LOSS,
-        lighter=lighter_weights(study, records),
         facts=table(["", ""], _facts(study, settings, records, find, command)),
         rounds=[(steps, _standings(steps)) for steps in rounds],
         levels=_levels(found) if found else None,
@@ -91,24 +89,6 @@ def _facts(
             own = ", ".join(f"{name} {score(record):.2f}" for name, score in SCORES.items())
             facts.append(["the teacher itself", own])
     return [*facts, *conditions(records.values())]
-
-
-def lighter_weights(study: Study, records: Records) -> dict[str, float]:
-    """Return Σμ/N of the tries in which items count less than in full, with records of releases before 0.2.
-
-    Those releases divided a list's loss by its N items instead of by Σμ, the number of items that count.
-    """
-    old = (a for a, record in records.items() if record["conditions"].get("rankloss", "").startswith("0.1."))
-    found = {a.trial: weight(study, dict(a.changes)) for a in old}
-    return {name: share for name, share in found.items() if share < 1}
-
-
-def weight(study: Study, changes: Mapping[str, str]) -> float:
-    """Return Σμ/N of the lists of a try with these changes: what a division by N leaves of its weight."""
-    n = int(changes.get("--batch-size", study.grid.batch_size))
-    rank = np.arange(1, n + 1)
-    mu = 1 / np.log1p(rank) if changes.get("--rankclip-discount") == "log" else np.ones(n)
-    return float(mu[: int(changes.get("--rankclip-top-k", n))].sum() / n)
 
 
 def _pictures(study: Study, rounds: Sequence[Sequence[Step]], found: Outcome | None) -> dict[str, Picture]:

@@ -49,7 +49,7 @@ def prepare_teacher(study: Study, workshop: Workshop, console: Console) -> bool:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         _place(folder, {name.removeprefix("module."): value for name, value in state.items()})
         shutil.rmtree(run)
-    (record,) = Store(folder).of([teacher])[0]
+    (record,) = Store(folder).of([teacher])
     workshop.store.save(workshop.key(teacher), record)
     flags = [dict(trial.changes) for tries in study.arms.values() for trial in tries]
     for name in {found["--distill-model"].partition(":")[2] for found in flags if "--distill-model" in found}:
