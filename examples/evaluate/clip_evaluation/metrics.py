@@ -47,11 +47,6 @@ def retrieval(
     ks: Sequence[int] = RETRIEVAL_KS,
 ) -> Recall:
     """Return :func:`recall` of unit-norm features, ``[I, D]`` and ``[C, D]``, by blocks of their products."""
-    shapes = tuple(image_features.shape), tuple(text_features.shape)
-    if not len(shapes[0]) == len(shapes[1]) == 2 or shapes[0][1] != shapes[1][1]:
-        raise ValueError(
-            f"image_features and text_features: expected [I, D] and [C, D], got {shapes[0]} and {shapes[1]}"
-        )
     return _recall(
         lambda images: image_features[images] @ text_features.T,
         lambda texts: text_features[texts] @ image_features.T,

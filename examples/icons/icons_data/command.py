@@ -55,8 +55,7 @@ def build(
     """
     version, packaged = package.read(tarball)
     reasons = {prefix: package.reason_to_leave_out(prefix, data) for prefix, data in packaged.items()}
-    left_out = {prefix: reason for prefix, reason in reasons.items() if reason}
-    chosen = [prefix for prefix in packaged if prefix not in left_out]
+    chosen = [prefix for prefix, reason in reasons.items() if reason is None]
     brands = package.brand_names(packaged)
     icons = [
         icon
@@ -77,6 +76,7 @@ def build(
         "ranges": ranges,
         "labelled": [one.name for one in labelled],
         "counts": parts.counts,
+        "left_out": {prefix: reason for prefix, reason in reasons.items() if reason},
     }
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as temporary:
         work = Path(temporary)
@@ -85,9 +85,7 @@ def build(
         write.labels(work / "labels", labelled)
         write.shards(work / "shards", sides, pngs, track)
         write.benchmark(work / "benchmark", rows, pngs, labelled, track)
-        values = {"version": version, "seed": seed, "counts": parts.counts}
-        values["parts"] = {name: rows[start:stop] for name, (start, stop) in ranges.items()}
-        write.documents(work, sets, left_out, rows, labelled, **values)
+        write.attributions(work, version, sets, rows)
         (output / "manifest.json").unlink(missing_ok=True)
         for path in sorted(work.iterdir()):
             target = output / path.name

@@ -42,7 +42,7 @@ class Split:
     kept: list[int]  # positions of the icons that are used
     group: list[str]  # for every icon, the group of its concept
     side: dict[str, str]  # for every group: train, validation or test
-    counts: dict[str, int]  # what was left out, and what was joined, for the data card
+    counts: dict[str, int]  # what was left out, and what was joined
 
 
 def shift_of(prefix: str) -> str:

@@ -1,8 +1,8 @@
-"""Writes the pictures and tables that trainers and evaluations read, and the documents beside them."""
+"""Writes the pictures and tables that trainers and evaluations read, and whom they are from."""
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ import webdataset
 from examples_common.page import fill
 from examples_common.terminal import Track
 
-from . import SETS
-from .draw import SIZE, THUMBNAIL, pixels
-from .labels import SOURCES, Labelled
-from .package import LICENCES, PACKAGE, IconSet
+from .draw import SIZE, pixels
+from .labels import Labelled
+from .package import PACKAGE, IconSet
 from .records import Record
-from .split import ALIKE, SAME_DRAWING, SIDES
+from .split import SIDES
 
 SHARD = 10_000  # samples in a shard
 # A fixed time and owner make builds reproducible byte for byte.
@@ -86,44 +85,10 @@ def _text(record: Record) -> str:
     return record.text if record.side == "train" else record.caption
 
 
-def documents(
-    folder: Path,
-    sets: Sequence[IconSet],
-    left_out: Mapping[str, str],
-    records: Sequence[Record],
-    labelled: Sequence[Labelled],
-    **values: Any,
-) -> None:
-    """Write whom the pictures are from, as their licences ask, and what a user has to know about the data."""
+def attributions(folder: Path, version: str, sets: Sequence[IconSet], records: Sequence[Record]) -> None:
+    """Write whom the pictures are from, as their licences ask."""
     used = Counter(record.set for record in records)
-    sets = [one for one in sets if used[one.prefix]]
-    licence = {one.prefix: one.licence for one in sets}
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for prefix, reason in left_out.items():
-        reasons[reason].append(prefix)
-    values |= {
-        "package": PACKAGE,
-        "size": SIZE,
-        "thumbnail": THUMBNAIL,
-        "sets": sets,
-        "used": used,
-        "records": records,
-        "known": SETS,
-        "licences": [name for name in LICENCES if name in licence.values()],
-        "sets_of": Counter(licence.values()),
-        "pictures_of": Counter(licence[record.set] for record in records),
-        "left_out": reasons,
-        "same_drawing": SAME_DRAWING,
-        "alike": ALIKE,
-        "labelled": labelled,
-        "sources": {one.name: SOURCES[one.name]["sets"] for one in labelled},
-    }
-    filters = {
-        "number": "{:,}".format,
-        "code": lambda names: ", ".join(map("`{}`".format, names)),
-        "cell": lambda text: text.replace("|", "\\|"),
-        "distinct": lambda records, name: len({getattr(record, name) for record in records}),
-    }
-    for name in ("attributions", "data_card"):
-        text = fill(Path(__file__).with_name(f"{name}.md"), filters, **values)
-        (folder / f"{name.upper()}.md").write_text(text, encoding="utf-8")
+    values = {"package": f"{PACKAGE} {version}", "size": SIZE, "sets": sets, "used": used}
+    filters = {"number": "{:,}".format, "cell": lambda text: text.replace("|", "\\|")}
+    text = fill(Path(__file__).with_name("attributions.md"), filters, **values)
+    (folder / "ATTRIBUTIONS.md").write_text(text, encoding="utf-8")

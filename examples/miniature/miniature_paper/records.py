@@ -59,10 +59,6 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "records.jsonl"
 
-    def load(self, key: str) -> Record | None:
-        """Return a record, or None if there is none."""
-        return self.read().get(key)
-
     def save(self, key: str, record: Record) -> None:
         """Append a record, unless another process has finished the same run in the meantime."""
         conditions = record.get("conditions", {})

@@ -14,15 +14,9 @@ from . import figures, findings, paper, tables
 from .collection import Collection, Record
 from .grid import Preset, Setting
 from .tables import Cell, Exhibit
-from .wording import MARKS, fill
+from .wording import fill
 
 SEARCH = "search.md"
-_SAID = {  # the marks, read aloud
-    MARKS["above"]: ("above", "above the reference after the correction"),
-    MARKS["below"]: ("below", "below the reference after the correction"),
-    MARKS["above before"]: ("before", "above the reference only before the correction"),
-    MARKS["below before"]: ("before", "below the reference only before the correction"),
-}
 
 
 def write(
@@ -79,12 +73,12 @@ def write_page(
     """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for key, picture in pictures.items():
-        (folder / "figures" / f"{key}.png").write_bytes(picture.light)
+        (folder / "figures" / f"{key}.png").write_bytes(picture.png)
     embedded = {f"figures/{key}.png": picture for key, picture in pictures.items()}
     text, longer = (fill(template or name, page=form, pictures=pictures, **values) for form in (False, True))
     (folder / name).write_text(text, encoding="utf-8")
     path = (folder / name).with_suffix(".html")
-    path.write_text(page.html(longer, title=title, pictures=embedded, marks=_SAID), encoding="utf-8")
+    path.write_text(page.html(longer, title=title, pictures=embedded), encoding="utf-8")
     return path
 
 

@@ -140,7 +140,7 @@ class Workshop:
         (self.output / "locks").mkdir(exist_ok=True)
         try:
             with FileLock(self.output / "locks" / key, timeout=0):
-                if self.store.load(key) is None:
+                if key not in self.store.read():
                     self.store.save(key, await self._record(run, key, report))
         except Timeout:
             return
