@@ -4,7 +4,7 @@ import sys
 import warnings
 
 if __name__ == "__main__":
-    # The trainer's dependencies warn about each other's age, which does not concern a reader.
+    # Deprecations between the trainer's dependencies are of no use to a reader of the demo.
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     from openmoji_demo.command import main  # needs: pip install -e '.[examples]' -e examples
 

@@ -111,7 +111,7 @@ async def run_all(
             cancel = asyncio.current_task().cancel
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, cancel)
         try:
-            # Not gather: once one worker is cancelled it cancels the others again, while their children end.
+            # Not gather, which on cancellation cancels the workers again while their children shut down.
             if workers:
                 await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
         finally:

@@ -95,7 +95,7 @@ def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
     above = (scores > best).sum(dim=1, keepdim=True)
     ties = scores == best
     tied, right_tied = (count.sum(dim=1, keepdim=True).cpu().numpy() for count in (ties, ties & right))
-    # The tied columns have what remains of the first k places: as many draws without replacement.
+    # The tied columns share what remains of the first k places, drawn without replacement.
     places = (torch.tensor(ks) - above.cpu()).numpy().clip(0, tied)
     return torch.from_numpy(1 - hypergeom.pmf(0, tied, right_tied, places))
 

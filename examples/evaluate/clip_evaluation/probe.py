@@ -34,8 +34,8 @@ def linear_probe(
         "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021, appendix A.3.
     """
     x, y = (torch.cat(both).double().numpy() for both in zip(train, validation, strict=True))
-    parts = np.repeat([-1, 0], [len(train[1]), len(validation[1])])  # always trained on, held out
-    # Among equals the first is taken, so the strongest regularisation; then it is trained on both parts.
+    parts = np.repeat([-1, 0], [len(train[1]), len(validation[1])])  # −1: trained on; 0: held out
+    # The first of equally good strengths is the strongest regularisation. The best is refitted on both parts.
     search = GridSearchCV(_PROBE, {"logisticregression__C": sorted(strengths)}, cv=PredefinedSplit(parts))
     search.fit(x, y.astype(int))
     scores = np.zeros((len(test), classes))

@@ -34,7 +34,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def identity(tarball: Path, seed: int) -> dict[str, Any]:
-    """Return what tells one build from another: the seed, this package's source, and the tarball."""
+    """Return what identifies a build: the seed, this package's source, and the tarball."""
     source = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".md", ".yaml"))
     recipe, content = (hashlib.sha256(b"".join(p.read_bytes() for p in of)) for of in (source, [tarball]))
     return {"seed": seed, "recipe": recipe.hexdigest()[:16], "tarball": content.hexdigest()}

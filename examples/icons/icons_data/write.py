@@ -1,4 +1,4 @@
-"""Writes the pictures and tables that trainers and evaluations read, and whom they are from."""
+"""Writes the pictures and tables for trainers and evaluations, and the attributions."""
 
 import json
 import math
@@ -86,7 +86,7 @@ def _text(record: Record) -> str:
 
 
 def attributions(folder: Path, version: str, sets: Sequence[IconSet], records: Sequence[Record]) -> None:
-    """Write whom the pictures are from, as their licences ask."""
+    """Write the attributions that the licences require."""
     used = Counter(record.set for record in records)
     values = {"package": f"{PACKAGE} {version}", "size": SIZE, "sets": sets, "used": used}
     filters = {"number": "{:,}".format, "cell": lambda text: text.replace("|", "\\|")}

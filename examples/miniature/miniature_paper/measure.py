@@ -35,7 +35,7 @@ from .grid import PRESETS, Preset, Setting, is_shown
 from .heat_maps import heat_map
 from .search.trials import SIZES, TEST, Attempt
 
-# All pairs of all held-out pictures would take half of the time that measuring takes.
+# With all held-out pictures, the geometry would take half of the measuring time.
 _GEOMETRY_ITEMS = 2048
 _GEOMETRY_ANCHORS = 512
 _HEAT_MAPS_OF_EACH = 3  # pictures in black, and as many in colour
@@ -125,7 +125,7 @@ def measure(
             found.add(f"probe/{name}", len(labels), metrics.named_accuracy(probed, labels))
     content = found.content()
     if figures:
-        # The order of the items is random.
+        # The items are in random order.
         umap = umap_points(*(features[: preset.umap_pairs] for features in pairs))
         content["figures"] = {"umap": umap, "heat_maps": heat_maps(model, icons)}
     return content

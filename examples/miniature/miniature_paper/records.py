@@ -47,7 +47,7 @@ def append_lines(path: Path, new: Callable[[list[Record]], Iterable[Record]]) ->
         )
         with path.open("ab+") as file:
             file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # half a line of a writer that was killed
+            file.truncate(file.read().rfind(b"\n") + 1)  # drop the partial line of a writer that was killed
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())

@@ -85,7 +85,7 @@ def write_page(
 def _time(records: Sequence[Record]) -> str:
     hours = [sum(record["seconds"].values()) / 3600 for record in records]
     spent = f"{sum(hours):.1f} hours of training and measuring, summed over the models"
-    jobs = [record["conditions"]["jobs"] for record in records]  # so many run side by side
+    jobs = [record["conditions"]["jobs"] for record in records]  # runs at a time
     return f"{spent}, in about {sum(h / n for h, n in zip(hours, jobs, strict=True)):.1f} hours"
 
 

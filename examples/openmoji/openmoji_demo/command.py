@@ -7,7 +7,7 @@ from pathlib import Path
 from examples_common.terminal import positive, status_of
 from rich.console import Console
 
-# What the demo itself decides or reads back: passing these on would contradict it.
+# Set by the demo itself, so they cannot be passed on.
 _OWNED = (
     "--loss", "--seed", "--epochs", "--device", "--model", "--train-data", "--logs", "--name", "--report-to",
 )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from examples_common.terminal import say, tracker
 from examples_common.trainer import place_model
 from rich.console import Console
+from rich.markdown import Markdown
 
 import rankloss
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     tables = (folder / name for name in ("train_emojis.csv", "test.csv"))
     training, held_out = (evaluate.load_pictures(root, table, once=True) for table in tables)
     rankings = evaluate.measure_agreement(models, training, held_out)
-    report.show(blocks, rankings, console)
+    console.print(Markdown(report.markdown(blocks, rankings)))
     conditions = {
         "device": device,
         "torch": torch.__version__,

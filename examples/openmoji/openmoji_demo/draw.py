@@ -23,9 +23,9 @@ _GREEN, _GREY, _INK = "#1b7f3b", "#6b6b6b", "#222222"
 
 
 def choose_queries(*similarities: torch.Tensor) -> list[int]:
-    """Draw queries at random: as many that a model finds among its first five as that none does.
+    """Draw queries at random, half of them found among the first five by some model, half by none.
 
-    The scores are those of pictures × captions. Where there are too few of one kind, the other fills up.
+    The scores are pictures × captions. Where one kind is too rare, the other fills up.
     """
     found = [any(_rank(scores[i], i) <= TOP for scores in similarities) for i in range(len(similarities[0]))]
     order = list(range(len(found)))

@@ -19,7 +19,7 @@ from rankloss_trainers.catalog import PREFIXES
 
 # Some pictures in grey, since the line art of the evaluation has no colour.
 AUGMENTATION = ("scale=(0.5,1.0)", "gray_scale_prob=0.1")
-# A warning of the trainer, but not that the model starts from random weights, as it should here.
+# The trainer's warnings, except that the model starts from random weights, which is intended here.
 _WARNING = re.compile(
     r"^\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d \| (?:WARNING|ERROR|CRITICAL) \| "
     r"(?!.*(?:no CLIP weights found|No pretrained weights loaded))(?P<text>.*)$"
@@ -60,21 +60,21 @@ class Run:
         return stored
 
     def job(self) -> Job:
-        """Return what the trainer is started with."""
+        """Return the training job."""
         numbers = {"epochs": self.epochs, "batch_size": 128, "warmup": 30, "seed": self.seed}
         recipe = trainer.recipe(self.loss, **numbers, augmentation=AUGMENTATION)
         return Job(self.loss, self.epochs, "model", tuple(recipe))
 
     def command(self) -> list[str]:
         """Return the trainer's command line."""
-        # Pictures this small are read faster than two cores can train on them; a GPU needs helpers.
+        # On a CPU, reading such small pictures is no bottleneck; a GPU needs worker processes.
         workers = min(8, max(1, cpu_count() - 1)) if self.device.startswith("cuda") else 0
         more = ("--report-to", "tensorboard", "--log-every-n-steps", "10", *self.extra)
         table = f"{self.data}/train.csv"
         return self.job().command(table, self.name, device=self.device, workers=workers, more=more)
 
     def settings(self) -> dict[str, Any]:
-        """Return what makes two runs the same run."""
+        """Return what identifies a run."""
         model = json.loads((self.root / "model" / "open_clip_config.json").read_text(encoding="utf-8"))
         table = hashlib.sha256((self.root / self.data / "train.csv").read_bytes()).hexdigest()
         return {"command": self.command()[1:], "model": model, "train_data": table[:16]}
@@ -110,7 +110,7 @@ class Run:
 
 
 def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
-    """Return those of the trainer's arguments that a run with this loss takes: no other loss's options."""
+    """Return the trainer's arguments that apply to this loss: other losses' options are dropped."""
     kept, keep = [], True
     for word in arguments:
         if word.startswith("--"):

@@ -1,4 +1,4 @@
-"""The command behind ``study.py``: do the trainings that are missing, and report what may be said."""
+"""The command behind ``study.py``: train what is missing, and write the report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def finished(results: Path) -> Find:
-    """Return what finds records by their settings alone, for a report where the data need not be there.
+    """Return a function that finds records by their settings alone, so that a report needs no data.
 
     Raises:
         RuntimeError: If there is no record.

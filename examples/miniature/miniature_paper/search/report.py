@@ -37,7 +37,7 @@ def write(study: Study, folder: Path, *, find: Find, command: str) -> Path:
     over = len(now.winners) == len(study.arms)
     wanted = needed(study, now.winners) if over else []
     found = outcome(study, now.winners, find) if over else None
-    # Every round that has begun, with the arms that are in it.
+    # The rounds that have begun, each with its arms.
     rounds = [
         [of[number] for of in now.steps.values() if len(of) > number] for number in range(len(study.rounds))
     ]
@@ -150,7 +150,7 @@ def _levels(found: Outcome) -> str:
 
 
 def _tests(study: Study, found: Outcome) -> str:
-    """The tests that count, and where these are few everything else below them."""
+    """The primary tests and, unless everything was measured, the secondary ones."""
 
     def row(pair: tuple[str, str], score: str, d: Difference, corrected: str) -> list[str]:
         return [_less(pair), score, difference_text(d), str(d.n), p_text(d.p), corrected, mark(d)]
@@ -179,7 +179,7 @@ def _secondary(found: Outcome) -> str:
 
 
 def draw(panels: Mapping[str, Panel], alt: str, label: str) -> Picture | None:
-    """Draw panels by their titles, with a label of the axis, but for empty ones; None without any."""
+    """Draw the panels that are not empty under their titles; None if all are empty."""
     panels = {title: panel for title, panel in panels.items() if panel}
     sizes = [max(len(panel), 2) for panel in panels.values()]
 
@@ -206,6 +206,6 @@ def draw(panels: Mapping[str, Panel], alt: str, label: str) -> Picture | None:
 
 
 def _lines(name: str) -> str:
-    """A name; one of many factors takes lines, or it would leave no room for the intervals."""
+    """Wrap the name of a combination of factors, to leave room for the intervals."""
     lines = textwrap.wrap(name.replace("+", "+ "), width=42, break_on_hyphens=False)
     return "\n".join(line.replace("+ ", "+") for line in lines)

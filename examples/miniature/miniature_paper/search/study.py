@@ -35,7 +35,7 @@ class Round:
     """What the tries are trained with at a time."""
 
     epochs: int
-    seeds: tuple[int, ...]  # no two rounds share one
+    seeds: tuple[int, ...]  # disjoint between rounds
     keep: int = 1  # how many tries of an arm continue; after the last round, the winner alone
 
 
@@ -52,7 +52,7 @@ class Study:
     arms: dict[str, tuple[Trial, ...]]  # the tries by the arm's name
     rounds: tuple[Round, ...]
     confirmation: Round
-    score: str  # what the tests that count are about, one of objective.SCORES
+    score: str  # what the primary tests compare, one of objective.SCORES
     rival: str | None = None  # what every other arm is compared with, as well as with plain CLIP
     # So many factors that helped in the first round are combined, around the recipe, which goes through every
     # round: a stronger setting is one that is stronger than the recipe. None are combined if it is 0.
@@ -87,7 +87,7 @@ class Spread:
     """How many seeds a difference takes, given earlier paired differences between the same two losses."""
 
     differences: tuple[float, ...]
-    difference: float  # to be told from zero
+    difference: float  # to be detected
     power: float
 
     @property
