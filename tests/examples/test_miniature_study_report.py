@@ -38,7 +38,9 @@ VERDICTS = r"\*\*(Confirmed|Refuted|Bounded|Nothing is concluded|No answer)"
 
 
 @pytest.mark.parametrize(
-    ("one", "name"), [(QUESTION, "rankclip-recipe"), (SEARCH, "in-x4")], ids=["question", "search"]
+    ("one", "name"),
+    [(QUESTION, "rankclip-recipe"), pytest.param(SEARCH, "in-x4", marks=pytest.mark.slow)],
+    ids=["question", "search"],
 )
 @pytest.mark.parametrize(
     ("effect", "noise", "said"),
@@ -94,7 +96,9 @@ def faked(monkeypatch):
     return fake_trainings(monkeypatch, command)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "question" else pytest.mark.slow) for name in STUDIES]
+)
 def test_the_command_goes_on_after_a_failure_and_repeats_nothing(faked, tmp_path, capsys, monkeypatch, name):
     made, broken = faked
     line, one = [name, "--output", str(tmp_path)], load(name, "quick")

@@ -15,7 +15,7 @@ from examples_common.trainer import Job, Log, TrainingError
 from joblib import cpu_count
 from rich.console import Console
 
-from rankloss_trainers.catalog import PREFIXES
+from rankloss_trainers.catalog import candidates
 
 # Some pictures in grey, since the line art of the evaluation has no colour.
 AUGMENTATION = ("scale=(0.5,1.0)", "gray_scale_prob=0.1")
@@ -111,11 +111,12 @@ class Run:
 
 def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
     """Return the trainer's arguments that apply to this loss: other losses' options are dropped."""
+    prefixes = {name: one.load().prefix or name for name, one in candidates().items()}
     kept, keep = [], True
     for word in arguments:
         if word.startswith("--"):
-            owner = next((prefix for prefix in PREFIXES if word.startswith(f"--{prefix}-")), None)
-            keep = owner is None or owner in loss.split("-")
+            owners = [name for name, prefix in prefixes.items() if word.startswith(f"--{prefix}-")]
+            keep = not owners or loss in owners
         if keep:
             kept.append(word)
     return tuple(kept)
