@@ -7,18 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rankloss_open_clip import companions
 from rankloss_open_clip.companions import Companion, as_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-
-def refuse(args: Any) -> str | None:
-    """Why the trainer's arguments rule out a second caption, or None."""
-    if getattr(args, "distill_model", None) and getattr(args, "distill_pretrained", None):
-        return f"{args.loss} does not work with --distill-model: the teacher takes one caption per image"
-    return companions.refuse("second caption", args)
 
 
 class SecondCaption(Companion):

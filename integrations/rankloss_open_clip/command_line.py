@@ -17,6 +17,7 @@ from rankloss_open_clip.names import BASE_LOSS, DIST_IMPLS, asks_for_loss
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import BUILT_IN, TRAINERS_OWN, LossEntry, dest, flag
 from rankloss_trainers.command_line import add_options, by_prefix, misplaced, with_flag
+from rankloss_trainers.refusals import reason_against
 
 if TYPE_CHECKING:
     from rankloss.distributed import Gather
@@ -60,7 +61,7 @@ def companion_of(args: Any) -> Companion | None:
 
 def _in_the_data(name: str, entry: LossEntry, args: Any) -> tuple[str | None, str | None]:
     """Where the second caption and a teacher's features are in the training data; None where not needed."""
-    entry, options = entry.taking(args), catalog.option_values(name, entry, args)
+    options = catalog.option_values(name, entry, args)
     return entry.caption_key(options), entry.reference_features(options)
 
 
@@ -207,12 +208,6 @@ def _complete(parser: TrainerParser, args: Any, entries: dict[str, LossEntry]) -
     verdict = parser.verdict(versions.imported())
     if not verdict.usable:
         parser.error(f"argument --loss: {verdict.remark}")
-    if getattr(args, "horovod", False):
-        parser.error(f"argument --loss: {name} does not work with --horovod, use torchrun")
-    if _is_generative(args):
-        parser.error(
-            f"argument --loss: {name} compares images with texts, but {args.model} is trained to generate"
-        )
     reason = _reason_against(name, wanted, args)
     if reason is not None:
         parser.error(f"argument {reason if reason.startswith('--') else f'--loss: {reason}'}")
@@ -221,45 +216,38 @@ def _complete(parser: TrainerParser, args: Any, entries: dict[str, LossEntry]) -
         parser.error(f"argument --loss: rankloss_open_clip did not reach {', '.join(missing)}")
 
 
-def _reason_against(name: str, loaded: LossEntry, args: Any) -> str | None:
+def _reason_against(name: str, entry: LossEntry, args: Any) -> str | None:
     """Why the loss cannot work with the trainer's arguments; a reason about one option begins with it."""
-    if loaded.no_sigmoid and getattr(args, "siglip", False):
-        return f"{name} does not work with --siglip: {loaded.no_sigmoid}"
-    if loaded.only_sigmoid and not getattr(args, "siglip", False):
-        return f"{name} needs --siglip: {loaded.only_sigmoid}"
-    entry, options = loaded.taking(args), catalog.option_values(name, loaded, args)
-    reason = entry.refuse(options, gather_of(args))
-    if reason is not None:
-        return with_flag(name, loaded, reason)
-    caption, features = _in_the_data(name, loaded, args)
-    if caption is not None and features is not None:
-        return f"{name} needs a second caption and a teacher's features, of which a text can have one"
-    if features is not None:
+    options = catalog.option_values(name, entry, args)
+    reason = reason_against(name, entry, options, gather_of(args), conditions_of(args))
+    features = entry.reference_features(options)
+    if reason is None and features is not None:
         from rankloss_open_clip import reference_features
 
-        if distils(args):
-            reason = "excludes --distill-model, which is a teacher too"
-        else:
-            reason = reference_features.refuse(features, args)
-        return None if reason is None else with_flag(name, loaded, f"reference_features: {reason}")
-    if entry.uses_teacher(options) and not distils(args):
-        return (
-            f"{name} ranks by a teacher: name it with --distill-model and --distill-pretrained, or give its "
-            "features"
-        )
-    if getattr(args, "siglip", False) and distils(args) and entry.keeps_distillation(options):
-        if entry.uses_teacher(options) and "distill_loss" in options:
-            reason = "must be exclude with --siglip, whose bias the trainer's distillation loss does not take"
-            return with_flag(name, loaded, f"distill_loss: {reason}")
-        return (
-            f"{name} does not work with --siglip and --distill-model: the trainer's distillation loss does "
-            "not take a bias"
-        )
-    if caption is None:
-        return None
-    from rankloss_open_clip import captions
+        reason = reference_features.refuse(features, args)
+        reason = reason and f"reference_features: {reason}"
+    return None if reason is None else with_flag(name, entry, reason)
 
-    return captions.refuse(args)
+
+def conditions_of(args: Any) -> dict[str, str]:
+    """The conditions of :mod:`rankloss_trainers.refusals` that hold in a run, in the command line's words."""
+    model, sigmoid = getattr(args, "model", ""), getattr(args, "siglip", False)
+    # Options of open_clip's later trainer.
+    texts = [f"--{x.replace('_', '-')}" for x in ("json_text_key", "variable_text") if getattr(args, x, None)]
+    synthetic = getattr(args, "dataset_type", None) == "synthetic"
+    words = {
+        "horovod": "--horovod" if getattr(args, "horovod", False) else "",
+        "generative": model if _is_generative(args) else "",
+        "sigmoid": "--siglip" if sigmoid else "",
+        "softmax": "" if sigmoid else "--siglip",
+        "distills": "--distill-model" if distils(args) else "",
+        "no_teacher": "" if distils(args) else "--distill-model and --distill-pretrained",
+        "synthetic": "--dataset-type synthetic" if synthetic else "",
+        "coca": model if "coca" in model.lower() else "",
+        "torchscript": "--torchscript" if getattr(args, "torchscript", False) else "",
+        "other_texts": ", ".join(texts),
+    }
+    return {condition: said for condition, said in words.items() if said}
 
 
 def distils(args: Any) -> bool:

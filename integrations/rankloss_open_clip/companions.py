@@ -74,21 +74,6 @@ class Companion(ABC):
         return {**output, **taken}
 
 
-def refuse(companion: str, args: Any) -> str | None:
-    """Why the trainer's arguments rule out a companion of this name, or None."""
-    if getattr(args, "dataset_type", None) == "synthetic":
-        return f"--dataset-type synthetic has no {companion}"
-    if "coca" in args.model.lower():
-        return f"{args.loss} does not work with CoCa, whose decoder reads the tokens of the batch itself"
-    if getattr(args, "torchscript", False):
-        return f"{args.loss} does not work with --torchscript: a compiled model takes no {companion}"
-    # Options of open_clip's later trainer.
-    for option in ("json_text_key", "variable_text"):
-        if getattr(args, option, None):
-            return f"{args.loss} does not work with --{option.replace('_', '-')}"
-    return None
-
-
 # --- reading --------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-PREFIXES = ("rankclip", "cyclip", "alip", "streamed")
+PREFIXES = ("rankclip", "streamed")
 """What the options of rankloss's own losses begin with: :data:`rankloss_trainers.catalog.PREFIXES`."""
 
 BASE_LOSS = "rankclip_base_loss"

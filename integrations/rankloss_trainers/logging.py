@@ -1,4 +1,4 @@
-"""What is logged of rankloss's own losses beside their terms: λ, raw terms, agreement, histories.
+"""What is logged of rankloss's own losses beside their terms: λ, raw terms, agreement.
 
 Each function or object here is an ``evaluate`` of :class:`rankloss_trainers.driven_loss.DrivenLoss`.
 """
@@ -125,14 +125,3 @@ def _untrained_terms(consistency: rankloss.RankConsistency, inputs: dict[str, An
 def _agreement(images: Tensor, texts: Tensor) -> dict[str, Tensor]:
     agreement = rankloss.metrics.rank_agreement(images, texts, max_anchors=_AGREEMENT_ANCHORS)
     return {f"{name}_tau": agreement[f"{name}_tau"].float() for name in _RANK_TERMS}
-
-
-def alip_log(criterion: rankloss.AlipLoss, call: Call, **inputs: Any) -> Mapping[str, Tensor]:
-    """The terms of ALIP, and the moving averages of its three cosines.
-
-    They are of the two captions, and of the image with each. They move in the first call for a step.
-    """
-    terms: Mapping[str, Tensor] = criterion(**inputs, update_histories=call.first, output_dict=True)
-    names = ("alip_text_caption", "alip_image_text", "alip_image_caption")
-    histories = criterion.histories.to(torch.float32, copy=True).unbind()
-    return {**terms, **dict(zip(names, histories, strict=True))}

@@ -24,8 +24,9 @@ from transformers import TrainerCallback
 import rankloss
 from rankloss.losses import base_entries
 from rankloss.options import RankOptions
-from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms, check_has_no_parameters
+from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms
 from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.refusals import check_criterion, refuse_run
 
 __all__ = ["CachedRankClipLoss", "Progress", "RankClipLoss"]
 
@@ -102,7 +103,7 @@ class RankClipLoss(nn.Module):
         self.driven_loss = DrivenLoss(
             rankloss.RankClipLoss(**options), unit="step", evaluate=RankClipLog(agreement_every)
         )
-        check_has_no_parameters(
+        check_criterion(
             type(self).__name__,
             self.driven_loss.criterion,
             "the trainer would neither average over its processes nor keep in its checkpoints",
@@ -339,11 +340,7 @@ class Progress(TrainerCallback):
         for loss in self._losses:
             criterion: Any = loss.driven_loss.criterion
             if criterion.consistency.gather.place[1] > 1:
-                raise ValueError(
-                    "at one step each process has a batch of another dataset, and the loss would contrast "
-                    "them with each other, or wait for a process that calls another loss: with several "
-                    "datasets on several processes give each loss gather=False"
-                )
+                refuse_run({"several_datasets": ""})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Once per optimizer step."""

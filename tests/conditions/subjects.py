@@ -256,17 +256,6 @@ def siglip(name: str, **options: Any) -> Subject:
     )
 
 
-def _reference_cyclip(image_features: Any, text_features: Any, logit_scale: Any) -> Any:
-    pair = (image_features, text_features)
-    cyclic = reference.cyclic_cross_modal(*pair) + reference.cyclic_in_modal(*pair)
-    return _reference_clip(*pair, logit_scale) + cyclic / 4
-
-
-def _reference_alip(image_features: Any, text_features: Any, caption_features: Any, logit_scale: Any) -> Any:
-    step = reference.alip(image_features, text_features, caption_features, float(logit_scale))
-    return step["text"] + step["caption"]
-
-
 def _reference_term(term: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return lambda image_features, text_features, logit_scale: term(
         image_features, text_features, float(logit_scale), **options
@@ -346,16 +335,6 @@ SUBJECTS = [
         _rank_clip(oracle.clip, functools.partial(oracle.rank_terms, lists="batch"), RANK_FACTOR),
         half=True,
     ),
-    Subject(
-        "RankClipLoss[over CyClipLoss]",
-        "RankClipLoss",
-        lambda **layout: rankloss.RankClipLoss(
-            rankloss.CyClipLoss(**layout), normalizer=RANK_FACTOR, **layout
-        ),
-        _rank_clip(_reference_cyclip, rank_terms("row").reference, RANK_FACTOR),
-        _rank_clip(oracle.cyclip, oracle.rank_terms, RANK_FACTOR),
-        half=True,
-    ),
     Subject("ClipLoss", "ClipLoss", rankloss.ClipLoss, _reference_clip, oracle.clip, half=True),
     Subject(
         "ClipLoss[streamed]",
@@ -367,17 +346,6 @@ SUBJECTS = [
     ),
     siglip("SigLipLoss"),
     siglip("SigLipLoss[streamed]", memory_budget=0),
-    Subject("CyClipLoss", "CyClipLoss", rankloss.CyClipLoss, _reference_cyclip, oracle.cyclip, half=True),
-    Subject(
-        "AlipLoss",
-        "AlipLoss",
-        rankloss.AlipLoss,
-        _reference_alip,
-        oracle.alip,
-        inputs=(*PAIR, "caption_features", "logit_scale"),
-        differentiable=(*PAIR, "caption_features", "logit_scale"),
-        half=True,
-    ),
     Subject(
         "cross_modal",
         "functional.cross_modal",

@@ -242,8 +242,6 @@ COMPILED = (
     "RankConsistency[batch]",
     "RankClipLoss",
     "ClipLoss",
-    "CyClipLoss",
-    "AlipLoss",
     "cross_modal",
     "plackett_luce_nll",
     "all_gather",

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from rankloss import AlipLoss, CyClipLoss
+from rankloss_baselines import AlipLoss, CyClipLoss
+from rankloss_baselines.entries import alip_log
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.logged_terms import TrainerLoss
 from rankloss_open_clip.training import start_epoch
-from rankloss_trainers.logging import alip_log
 
 DATA = {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=4))}
 

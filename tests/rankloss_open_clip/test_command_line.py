@@ -32,11 +32,11 @@ def test_help_shows_the_group(processes: Processes) -> None:
     done = processes["help"]
     assert done.returncode == 0
     assert "loss (rankloss):" in done.output
-    assert f"--loss {{clip,{','.join(catalog.BUILT_IN)}}}" in done.output
+    assert f"--loss {{clip,{','.join(catalog.candidates())}}}" in done.output
     assert "--loss rankclip, rankclip-cross, rankclip-in, rankclip-distill:" in done.output
     assert f"--rankclip-schedule {{{','.join(schedules.NAMES)}}}" in done.output
-    for name in catalog.BUILT_IN:
-        entry = catalog.candidates()[name].load()
+    for name, candidate in catalog.candidates().items():
+        entry = candidate.load()
         assert f"{name}: {entry.help}" in " ".join(done.output.split())
         for option in entry.options:
             assert catalog.flag(name, entry, option) in done.output
@@ -132,7 +132,7 @@ def test_ambiguous_abbreviation_is_refused(capsys: pytest.CaptureFixture[str]) -
         ),
         (
             [*SIGMOID_STUDENT, "--rankclip-reference", "teacher"],
-            "--rankclip-distill-loss: must be exclude with --siglip, whose bias the trainer's distillation",
+            "--rankclip-distill-loss: --siglip requires exclude",
         ),
         (SIGMOID_STUDENT, "--loss: rankclip does not work with --siglip and --distill-model: the trainer's"),
         (["--rankclip-model", "top_one", "--rankclip-top-k", "2"], "model='top_one' weighs all items"),

@@ -1,11 +1,9 @@
-"""The catalogue: entries of both signatures, entry points of both groups, and options from one place."""
+"""The catalogue: what it finds, and options from one place."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,85 +16,12 @@ from rankloss.distributed import Gather
 from rankloss.options import RankOptions, choices_of
 from rankloss_open_clip import names
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import LossEntry, Option
 
 ALONE = Gather(local_loss=False, gather_with_grad=False, rank=0, world_size=1)
-TODAY = LossEntry(
-    build=lambda base, options, gather: (base, options, gather),
-    options=(Option("deep-end", 3, "how deep"),),
-    refuse=lambda options, gather: f"deep_end: {options['deep_end']} {gather.local_loss}",
-    describe=lambda options, epochs: f"{options['deep_end']} {epochs}",
-    unit=lambda options, epochs: "step" if epochs == 1 else "epoch",
-    caption_key=lambda options: f"key {options['deep_end']}",
-)
-FORMER = LossEntry(
-    build=lambda base, args: (base, args.mine_deep_end),
-    options=TODAY.options,
-    refuse=lambda args: f"--mine-deep-end: {args.mine_deep_end}",
-    describe=lambda args: f"{args.mine_deep_end} {args.epochs}",
-    unit=lambda args: "step" if args.epochs == 1 else "epoch",
-    caption_key=lambda args: f"key {args.mine_deep_end}",
-)
-
-
-def test_entries_of_both_signatures_say_the_same() -> None:
-    args = SimpleNamespace(mine_deep_end=5, epochs=1)
-    said = []
-    for loaded in (TODAY, FORMER):
-        entry, options = loaded.taking(args), catalog.option_values("mine", loaded, args)
-        assert options == {"deep_end": 5}
-        said.append((entry.describe(options, 1), entry.unit(options, 1), entry.caption_key(options)))
-        assert entry.refuse(options, ALONE)
-    assert said == [("5 1", "step", "key 5")] * 2
-    assert TODAY.taking(args).build("base", {"deep_end": 5}, ALONE) == ("base", {"deep_end": 5}, ALONE)
-    assert FORMER.taking(args).build("base", {"deep_end": 5}, ALONE) == ("base", 5)
-    assert (FORMER.is_former, TODAY.is_former) == (True, False)
-
-
-class Optional:
-    def __init__(self, base: Any, args: Any, extra: Any = None) -> None: ...
-
-
-@pytest.mark.parametrize(
-    ("build", "is_former"),
-    [
-        (lambda base, args: base, True),
-        (lambda *args: args, True),
-        (Optional, True),
-        (lambda base, options, gather: base, False),
-        (lambda base, options, *, gather: base, False),
-        (rankloss.RankClipLoss, False),
-    ],
-)
-def test_signature_tells_a_former_entry(build: Any, is_former: bool) -> None:
-    assert LossEntry(build=build).is_former is is_former
-
-
-def test_defaults_of_a_former_entry_say_nothing() -> None:
-    entry = LossEntry(build=lambda base, args: base).taking(SimpleNamespace())
-    assert entry.refuse({}, ALONE) is entry.caption_key({}) is None
-    assert (entry.describe({}, 3), entry.unit) == ("", "epoch")
-
-
-def test_both_groups_of_entry_points_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    groups = {"rankloss.losses": ("new", "TODAY"), "rankloss_open_clip.losses": ("old", "FORMER")}
-
-    class Point(importlib.metadata.EntryPoint):
-        dist: Any = SimpleNamespace(name="p", version="1.0")
-
-    def entry_points(group: str) -> list[Point]:
-        name, target = groups[group]
-        return [Point(name, f"{__name__}:{target}", group)]
-
-    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
-    found = catalog.candidates()
-    assert list(found) == [*catalog.BUILT_IN, "new", "old"]
-    assert found["new"].load() is TODAY
-    assert found["old"].load() is FORMER
 
 
 def test_names_of_the_bootstrap_are_the_catalogues() -> None:
-    assert names.PREFIXES == catalog.PREFIXES == ("rankclip", "cyclip", "alip", "streamed")
+    assert names.PREFIXES == catalog.PREFIXES == ("rankclip", "streamed")
 
 
 # --- options from RankOptions ---------------------------------------------------------------------------
@@ -197,8 +122,8 @@ def test_features_of_a_teacher_are_a_teacher() -> None:
     "gather", [ALONE, dataclasses.replace(ALONE, local_loss=True, gather_with_grad=True)]
 )
 def test_every_own_loss_is_built_by_its_defaults(gather: Gather) -> None:
-    for name in catalog.BUILT_IN:
-        entry = catalog.candidates()[name].load()
+    for name, candidate in catalog.candidates().items():
+        entry = candidate.load()
         options = {option.key: option.default for option in entry.options}
         if name == "alip":
             assert entry.refuse(options, gather) is not None

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rankloss
+from rankloss_baselines import CyClipLoss
 from rankloss_trainers.clock import Call, Clock, Position, tell
 
 
@@ -98,7 +99,7 @@ def fail(*_: Any) -> None:
     ],
 )
 def test_other_protocols_are_left_alone(foreign: Any) -> None:
-    loss = rankloss.CyClipLoss(rankloss.RankClipLoss(nn.Sequential(Foreign(foreign)), schedule="linear"))
+    loss = CyClipLoss(rankloss.RankClipLoss(nn.Sequential(Foreign(foreign)), schedule="linear"))
     tell(loss, "set_epoch", 2, 3)
     assert loss.base.schedule_value == 0.5
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import rankloss
+import rankloss_baselines
+from rankloss_baselines.entries import alip_log
 from rankloss_trainers.clock import Position
 from rankloss_trainers.driven_loss import DrivenLoss
-from rankloss_trainers.logging import RankClipLog, alip_log
+from rankloss_trainers.logging import RankClipLog
 
 
 def features(count: int = 2) -> list[Tensor]:
@@ -36,7 +38,7 @@ class Named(nn.Module):
 def test_terms_are_told_from_metrics_by_their_names() -> None:
     x = torch.tensor(2.0, requires_grad=True)
     criterion = Named(a_loss=3 * x, depth=5 * x.detach(), b_loss=x * x)
-    loss = DrivenLoss(criterion, first_call="first")
+    loss = DrivenLoss(criterion)
     loss.clock.start_step(1, 9)
     image_features, text_features = features()
     terms, metrics = entries = loss(image_features, text_features, torch.tensor(4.0), logit_bias=None)
@@ -47,9 +49,7 @@ def test_terms_are_told_from_metrics_by_their_names() -> None:
     (seen,) = criterion.seen
     assert seen.pop("image_features") is image_features
     assert seen.pop("text_features") is text_features
-    assert seen == {"logit_scale": 4, "logit_bias": None, "first": True, "output_dict": True}
-    loss(*features(), torch.tensor(4.0))
-    assert criterion.seen[1]["first"] is False
+    assert seen == {"logit_scale": 4, "logit_bias": None, "output_dict": True}
 
 
 def test_loss_without_a_term_is_an_error() -> None:
@@ -140,7 +140,7 @@ def test_raw_terms_are_ranked_by_the_teacher_that_is_given(step: int, names: tup
 
 
 def test_histories_move_in_the_first_call_of_a_step_only() -> None:
-    loss = DrivenLoss(rankloss.AlipLoss(momentum=0.5), evaluate=alip_log)
+    loss = DrivenLoss(rankloss_baselines.AlipLoss(momentum=0.5), evaluate=alip_log)
     image_features, text_features, caption_features = features(3)
     scale = torch.tensor(8.0)
     seen = []

@@ -34,6 +34,7 @@ from tokenizers.models import WordLevel
 from torch.utils.data import ConcatDataset
 
 import rankloss
+import rankloss_baselines
 from rankloss import schedules
 from rankloss_trainers.sentence_transformers import CachedRankClipLoss, Progress, RankClipLoss
 
@@ -325,7 +326,7 @@ def test_matryoshka_weights_reach_the_scale(bert: Path, matryoshka_weights: list
 
 def test_model_card_has_configuration_and_citation(tmp_path: Path, bert: Path) -> None:
     model = tiny(bert)
-    loss = CachedRankClipLoss(model, mini_batch_size=4, top_k=5, base=rankloss.CyClipLoss())
+    loss = CachedRankClipLoss(model, mini_batch_size=4, top_k=5, base=rankloss_baselines.CyClipLoss())
     config = loss.get_config_dict()
     assert config == json.loads(json.dumps(config))
     assert {"scale": 20, "base": "CyClipLoss", "schedule": "rankclip", "top_k": 5}.items() <= config.items()

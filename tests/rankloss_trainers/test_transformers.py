@@ -41,6 +41,7 @@ from tiny_transformers import (
 )
 
 import rankloss
+import rankloss_baselines
 from rankloss import schedules
 from rankloss_trainers import catalog
 from rankloss_trainers.transformers import ContrastiveTrainer, ContrastiveTrainerMixin
@@ -294,7 +295,7 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
 
 
 def test_module_of_ones_own_is_a_loss(tmp_path: Path) -> None:
-    loss = rankloss.RankClipLoss(rankloss.CyClipLoss(), schedule="constant", top_k=3)
+    loss = rankloss.RankClipLoss(rankloss_baselines.CyClipLoss(), schedule="constant", top_k=3)
     trainer = train(tmp_path, loss=loss, max_steps=1, eval_dataset=Pairs(8))
     (line,) = steps(trainer)
     assert {*TERMS, "cyclic_cross_modal_loss", "cyclic_in_modal_loss", "rank_lambda"} <= line.keys()
@@ -305,8 +306,8 @@ def test_module_of_ones_own_is_a_loss(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "nested",
     [
-        lambda base: rankloss.RankClipLoss(rankloss.CyClipLoss(base), schedule="linear"),
-        lambda base: rankloss.CyClipLoss(rankloss.RankClipLoss(base, schedule="linear")),
+        lambda base: rankloss.RankClipLoss(rankloss_baselines.CyClipLoss(base), schedule="linear"),
+        lambda base: rankloss_baselines.CyClipLoss(rankloss.RankClipLoss(base, schedule="linear")),
     ],
 )
 def test_evaluation_is_of_what_stands_below_the_rank_terms_without_its_metrics(
@@ -498,7 +499,7 @@ def test_loss_of_another_package_is_told_the_epochs_of_the_trainer(
             "gather is for a loss that is given by its name; the module has its own",
         ),
         (
-            {"loss": rankloss.CyClipLoss(nn.Linear(2, 2))},
+            {"loss": rankloss_baselines.CyClipLoss(nn.Linear(2, 2))},
             ValueError,
             "loss: CyClipLoss has parameters, which the trainer's optimizer does not know",
         ),

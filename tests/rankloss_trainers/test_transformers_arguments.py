@@ -31,7 +31,7 @@ def parsed(*argv: str, type_: Any = LossArguments) -> Any:
 def test_every_option_of_the_catalogue_is_a_field() -> None:
     fields = {field.name for field in dataclasses.fields(LossArguments)}
     found = catalog.candidates()
-    entries = {name: found[name].load() for name in catalog.BUILT_IN}
+    entries = {name: candidate.load() for name, candidate in found.items()}
     assert fields == {
         "loss",
         *(dest(name, entry, option) for name, entry in entries.items() for option in entry.options),

@@ -18,7 +18,7 @@ import transformers
 from tiny_transformers import Pairs, Terminated, Trainer, arguments, clip, steps, train, weights
 from transformers.trainer_utils import HPSearchBackend
 
-import rankloss
+import rankloss_baselines
 from rankloss_trainers.transformers.embeddings import with_captions
 from rankloss_trainers.transformers.trainer import STATE_FILE
 
@@ -41,7 +41,7 @@ def test_first_step_is_the_step_of_an_own_loop(tmp_path: Path) -> None:
     model = clip()
     first = model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
     second = model(input_ids=inputs["caption_input_ids"], pixel_values=inputs["pixel_values"])
-    loss = rankloss.AlipLoss(initial_history=0.0)
+    loss = rankloss_baselines.AlipLoss(initial_history=0.0)
     loss(
         first.image_embeds,
         first.text_embeds,

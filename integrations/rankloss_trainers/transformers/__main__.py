@@ -31,8 +31,6 @@ from rankloss_trainers import catalog
 from rankloss_trainers.catalog import TRAINERS_OWN, LossEntry, dest, flag
 from rankloss_trainers.command_line import add_options, by_prefix, misplaced, with_flag
 
-_OURS = tuple(f"--{prefix}-" for prefix in catalog.PREFIXES)
-
 
 def main() -> None:
     """Run the script with what the command line says of the loss."""
@@ -63,7 +61,8 @@ def parse(argv: list[str]) -> tuple[str | None, dict[str, Any], list[str]]:
         The name of the loss, None for the script's own; the options that were given, by their keys; and the
         script's arguments.
     """
-    if not any(argument.startswith(("--loss", *_OURS)) for argument in argv):
+    ours = tuple(f"--{prefix}-" for prefix in catalog.PREFIXES)
+    if not any(argument.startswith(("--loss", *ours)) for argument in argv):
         return None, {}, argv
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--loss")
@@ -121,10 +120,11 @@ def _parser(entries: Mapping[str, LossEntry]) -> argparse.ArgumentParser:
 def _misspelt(rest: list[str], entries: Mapping[str, LossEntry]) -> str:
     """What is wrong with arguments that are left over and look like options of a loss; empty if none does."""
     known = [flag(name, entry, option) for name, entry in entries.items() for option in entry.options]
+    ours = tuple(f"--{prefix}-" for prefix in by_prefix(entries))
     for argument in itertools.takewhile(lambda argument: argument != "--", rest):
         typed = argument.partition("=")[0]
         spelt = typed.replace("_", "-")  # as HfArgumentParser would take it, too
-        if spelt.startswith(_OURS):
+        if spelt.startswith(ours):
             near = difflib.get_close_matches(spelt, known, n=1)
             return f"{typed}: there is no such option" + (f", did you mean {near[0]}?" if near else "")
     return ""

@@ -105,8 +105,14 @@ def _checked(name: str, option: Option, value: Any) -> Any:
         raise ValueError(f"{name} {error}") from error
 
 
-LossArguments = loss_arguments(*catalog.BUILT_IN)
-"""Options of rankloss's own losses, for ``HfArgumentParser((LossArguments, TrainingArguments))``.
+LossArguments = loss_arguments(
+    *(
+        name
+        for name, found in catalog.candidates().items()
+        if found.package.partition(" ")[0] in ("", "rankloss")
+    )
+)
+"""Options of rankloss's losses and baselines, for ``HfArgumentParser((LossArguments, TrainingArguments))``.
 
 ``ContrastiveTrainer(model, training_arguments, …, **loss_arguments.keywords())`` takes what was given.
 """

@@ -14,8 +14,9 @@ import rankloss
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import LossEntry
 from rankloss_trainers.clock import listeners
-from rankloss_trainers.driven_loss import DrivenLoss, call_alone, check_has_no_parameters
+from rankloss_trainers.driven_loss import DrivenLoss, call_alone
 from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.refusals import check_criterion, reason_against
 from rankloss_trainers.transformers.embeddings import REFERENCES
 
 _logger = logging.getLogger("rankloss_trainers")
@@ -93,6 +94,16 @@ def base_of(*, sigmoid: bool, gather: rankloss.Gather) -> nn.Module:
     return rankloss.SigLipLoss(gather=gather) if sigmoid else rankloss.ClipLoss(gather=gather)
 
 
+def conditions_of(*, sigmoid: bool) -> dict[str, str]:
+    """What holds in a run, as :mod:`rankloss_trainers.refusals` calls it.
+
+    Args:
+        sigmoid: Whether the model's own loss is a sigmoid loss.
+    """
+    kind = "sigmoid" if sigmoid else "softmax"
+    return {kind: "a model that has a logit_bias", "columns": " and ".join(REFERENCES)}
+
+
 def own(module: nn.Module, **given: Any) -> Choice:
     """A module of one's own.
 
@@ -107,7 +118,7 @@ def own(module: nn.Module, **given: Any) -> Choice:
     for name, value in given.items():
         if value:
             raise TypeError(f"{name} is for a loss that is given by its name; the module has its own")
-    check_has_no_parameters("loss", module)
+    check_criterion("loss", module)
     evaluate = RankClipLog() if isinstance(module, rankloss.RankClipLoss) else call_alone
     return Choice(type(module).__name__, DrivenLoss(module, evaluate=evaluate))
 
@@ -137,32 +148,16 @@ def named(
     if name not in found:
         raise ValueError(f"loss must be one of {', '.join(map(repr, found))}, or a module; got {name!r}")
     entry = found[name].load()
-    if entry.is_former:
-        raise ValueError(f"{name} ({found[name].package}) is written for open_clip's arguments alone")
     options = defaults(entry)
     unknown = (given or {}).keys() - options.keys()
     if unknown:
         raise TypeError(f"{name} has no option {sorted(unknown)[0]!r}; it has {', '.join(options)}")
     options.update(given or {})
-    reason = entry.refuse(options, gather)
-    if reason is None and sigmoid and entry.no_sigmoid:
-        reason = f"{name} does not work with a model that has a logit_bias: {entry.no_sigmoid}"
-    if reason is None and entry.only_sigmoid and not sigmoid:
-        reason = f"{name} needs a model that has a logit_bias: {entry.only_sigmoid}"
-    if reason is None and entry.reference_features(options) is not None:
-        reason = (
-            "reference_features belongs to open_clip's trainer; here a teacher's features are the columns "
-            f"{' and '.join(REFERENCES)} of the batch, and reference is 'teacher'"
-        )
+    reason = reason_against(name, entry, options, gather, conditions_of(sigmoid=sigmoid))
     if reason is not None:
         raise ValueError(reason)
-    criterion = entry.build(base, options, gather)
-    check_has_no_parameters(f"loss {name!r}", criterion)
-    loss = DrivenLoss(
-        criterion,
-        first_call=entry.first_call,
-        evaluate=call_alone if entry.log is None else entry.log(options),
-    )
+    criterion = check_criterion(f"loss {name!r}", entry.build(base, options, gather))
+    loss = DrivenLoss(criterion, evaluate=call_alone if entry.log is None else entry.log(options))
     package = found[name].package or f"rankloss {rankloss.__version__}"
 
     def unit(epochs: float) -> str:

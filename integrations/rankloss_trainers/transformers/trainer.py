@@ -22,6 +22,7 @@ from rankloss_trainers import state as loss_state
 from rankloss_trainers.clock import tell
 from rankloss_trainers.driven_loss import Entries
 from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.refusals import refuse_run
 from rankloss_trainers.transformers import choice, embeddings
 from rankloss_trainers.transformers.charts import ChartOfEachEpoch
 
@@ -291,23 +292,14 @@ class _Means:
 
 def _refuse(trainer: Any) -> None:
     """Raise for what would train something else than what was asked for."""
-    if getattr(trainer, "compute_loss_func", None) is not None:
-        raise ValueError("compute_loss_func is ignored by this trainer; give the loss as `loss`")
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            f"DataParallel over {trainer.args.n_gpu} GPUs contrasts each GPU's pairs alone; "
-            "start the script with torchrun or accelerate launch"
-        )
     shards = trainer.accelerator.state
     deepspeed, fsdp = (getattr(shards, f"{name}_plugin", None) for name in ("deepspeed", "fsdp"))
-    if deepspeed is not None and deepspeed.zero_stage == 3:
-        raise ValueError(
-            "DeepSpeed's ZeRO stage 3 does not show the model's logit_scale outside the forward pass; "
-            "use stage 2"
-        )
-    if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
-        raise ValueError(
-            "FSDP version 1 does not show the model's logit_scale outside the forward pass; "
-            'use version 2: fsdp_config={"version": 2}'
-        )
+    held = {
+        "compute_loss_func": getattr(trainer, "compute_loss_func", None) is not None,
+        "data_parallel": trainer.args.n_gpu > 1,
+        "zero_3": deepspeed is not None and deepspeed.zero_stage == 3,
+        "fsdp_1": fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1,
+    }
+    words = {"data_parallel": str(trainer.args.n_gpu)}
+    refuse_run({name: words.get(name, name) for name, holds in held.items() if holds})
     embeddings.logit_scale(trainer.model)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rankloss.distributed import Gathered, GatherOption
-from rankloss.losses.composition import Base, base_entries, check_base, combined, shares_gathering
-from rankloss.losses.gathering import GatheringLoss
-from rankloss.losses.weights import check_weight
-from rankloss.options import check_names
-from rankloss.precision import arithmetic_dtype, full_precision
-
-if TYPE_CHECKING:
-    from typing_extensions import Never
+from rankloss.losses import (
+    Base,
+    GatheringLoss,
+    base_entries,
+    check_base,
+    check_weight,
+    combined,
+    shares_gathering,
+)
 
 __all__ = ["CyClipLoss"]
 
-_Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
+_Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
 class CyClipLoss(GatheringLoss):
@@ -29,15 +30,16 @@ class CyClipLoss(GatheringLoss):
 
         cross = (1/N)·Σ_ij (v_i·t_j − v_j·t_i)²,   in = (1/N)·Σ_ij (v_i·v_j − t_i·t_j)².
 
-    Both compare cosines, without the scale. As squared Frobenius norms they are computed from D×D moments of
-    the features: no N×N matrix is held, and the arithmetic grows linearly with N.
+    Both compare cosines, without the scale. As squared Frobenius norms they are computed from N×N products,
+    or from D×D moments of the features where these are smaller: memory is that of the smaller side, and from
+    D pairs on the arithmetic grows linearly with N.
 
     Args:
         base: the loss that the terms are added to: a module or function with the forward convention of
             open_clip's losses, including ``output_dict``; it may also return a plain scalar. None:
-            :class:`ClipLoss`.
-        lambda_cross: weight of the cross-modal term; 0 leaves it out of the computation.
-        lambda_in: weight of the in-modal term, likewise.
+            :class:`rankloss.ClipLoss`.
+        lambda_cross: weight of the cross-modal term.
+        lambda_in: weight of the in-modal term.
         gather: how features of other processes are gathered, for the terms and for the base that None builds.
             None: from the default process group, if one of more than one process is initialised, exactly.
             False: not at all. Else a :class:`rankloss.Gather`.
@@ -52,7 +54,6 @@ class CyClipLoss(GatheringLoss):
         ValueError: for a weight that is negative or not finite; in ``forward`` for features that are not two
             floating-point matrices of one shape with at least two rows in the whole batch, a scale that is
             not positive, or a base that has entries of the same names.
-        TypeError: for an argument that does not exist.
 
     References:
         "CyCLIP: Cyclic Contrastive Language-Image Pretraining", NeurIPS 2022.
@@ -71,9 +72,7 @@ class CyClipLoss(GatheringLoss):
         lambda_cross: float = 0.25,
         lambda_in: float = 0.25,
         gather: GatherOption = None,
-        **unexpected: Never,
     ) -> None:
-        check_names(type(self), unexpected)
         super().__init__(gather)
         self.base = check_base(base, self.gather)
         self.lambda_cross = check_weight("lambda_cross", lambda_cross)
@@ -104,54 +103,57 @@ class CyClipLoss(GatheringLoss):
         return combined(entries, own, output_dict)
 
     def terms(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Both terms without their weights; one whose weight is 0 is a zero, and not computed."""
+        """Both terms without their weights."""
         self.check_inputs(image_features, text_features, logit_scale=1.0)
         return self._terms(image_features, text_features, self.gather(image_features, text_features))
 
     def _terms(
         self, image_features: Tensor, text_features: Tensor, gathered: Gathered
     ) -> tuple[Tensor, Tensor]:
-        dtype = arithmetic_dtype(image_features, text_features)
-        zero = image_features.new_zeros((), dtype=dtype)
-        if self.lambda_cross == 0 and self.lambda_in == 0:
-            return zero, zero.clone()
-        with full_precision(image_features.device):
-            anchors = items = _moments(*gathered)
-            n = len(gathered[0])
-            if self.gather.anchors_are_local:
-                anchors, n = _moments(image_features, text_features), len(image_features)
-            return (
-                (_cross(anchors, items) / n).to(dtype).to(zero.device) if self.lambda_cross != 0 else zero,
-                (_in(anchors, items) / n).to(dtype).to(zero.device) if self.lambda_in != 0 else zero,
-            )
+        dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+        anchors = items = _in_float64(*gathered)
+        if self.gather.anchors_are_local:
+            anchors = _in_float64(image_features, text_features)
+        n, d = anchors[0].shape
+        squares = _by_products if n * len(items[0]) < d * d else _by_moments
+        cross, in_ = (
+            (sum_ / n).to(image_features.device, torch.promote_types(dtype, torch.float32))
+            for sum_ in squares(anchors, items)
+        )
+        return cross, in_
 
     def extra_repr(self) -> str:
         """The weights."""
         return f"lambda_cross={self.lambda_cross:g}, lambda_in={self.lambda_in:g}"
 
 
-def _moments(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """VᵀV, TᵀT and VᵀT, which determine the terms, ``[D, D]`` each.
+def _in_float64(image: Tensor, text: Tensor) -> _Pair:
+    """The features as the terms, small differences of large norms, need them.
 
-    In float64, because the terms are small differences of large norms. Relative errors of the value where the
-    compared cosines differ by 1e-2 and by 1e-4: float32 moments 1e-3 and 1, a direct sum of squares in
-    float32 6e-8 and 4e-6, float64 moments 8e-13 and 2e-8.
+    Relative errors of the value where the compared cosines differ by 1e-2 and by 1e-4: float32 moments 1e-3
+    and 1, a direct sum of squares in float32 6e-8 and 4e-6, float64 moments 8e-13 and 2e-8.
     """
     device = "cpu" if image.device.type == "mps" else image.device  # MPS has no float64
-    v, t = image.to(device, torch.float64), text.to(device, torch.float64)
+    return image.to(device, torch.float64), text.to(device, torch.float64)
+
+
+def _by_products(anchors: _Pair, items: _Pair) -> _Pair:
+    """``Σ_ij (v_i·t_j − t_i·v_j)²`` and ``Σ_ij (v_i·v_j − t_i·t_j)²`` of the anchors i and the items j."""
+    (v, t), (w, u) = anchors, items
+    return (v @ u.T - t @ w.T).square().sum(), (v @ w.T - t @ u.T).square().sum()
+
+
+def _by_moments(anchors: _Pair, items: _Pair) -> _Pair:
+    """The same from VᵀV, TᵀT and VᵀT, ``[D, D]`` each, of the anchors and of the items."""
+    vv, tt, vt = of_anchors = _moments(*anchors)
+    ww, uu, wu = of_anchors if items is anchors else _moments(*items)
+    cross = (vv * uu).sum() + (tt * ww).sum() - 2 * (vt * wu.T).sum()
+    in_ = (vv * ww).sum() + (tt * uu).sum() - 2 * (vt * wu).sum()
+    return _not_negative(cross), _not_negative(in_)
+
+
+def _moments(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return v.T @ v, t.T @ t, v.T @ t
-
-
-def _cross(anchors: _Moments, items: _Moments) -> Tensor:
-    """``Σ_ij (v_i·t_j − t_i·v_j)²``, i over the anchors and j over the items."""
-    (vv, tt, vt), (ww, uu, wu) = anchors, items
-    return _not_negative((vv * uu).sum() + (tt * ww).sum() - 2 * (vt * wu.T).sum())
-
-
-def _in(anchors: _Moments, items: _Moments) -> Tensor:
-    """``Σ_ij (v_i·v_j − t_i·t_j)²``, likewise."""
-    (vv, tt, vt), (ww, uu, wu) = anchors, items
-    return _not_negative((vv * ww).sum() + (tt * uu).sum() - 2 * (vt * wu).sum())
 
 
 def _not_negative(squares: Tensor) -> Tensor:
