@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from miniature_paper import grid
 from miniature_paper.options import _EXAMPLE as EXAMPLE
 from miniature_paper.runs import key_of
-from miniature_paper.search import study, trials
-from miniature_paper.search.command import finished
+from miniature_paper.search import trials
 from miniature_paper.search.confirmation import SecondConfirmationError, declare, needed, outcome
 from miniature_paper.search.ladder import climb, progress, stand, winner
 from miniature_paper.search.objective import OBJECTIVE, SCORES
@@ -198,17 +197,6 @@ def test_a_second_confirmation_is_refused(tmp_path):
             with pytest.raises(SecondConfirmationError, match=f"confirm {ONE.name}, .* {trial.name} by"):
                 declare(plan, {SETTING: trial}, tmp_path, record=record)
     assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("one", [SEARCH, QUESTION, TEACHER], ids=lambda one: one.name)
-def test_what_the_repository_declares_is_what_its_records_lead_to(one):
-    results = study.RESULTS / one.name
-    winners = progress(one, finished(results)).winners
-    assert winners.keys() == one.arms.keys()
-    declare(one, winners, results, record=False)
-    if one == SEARCH:
-        with pytest.raises(SecondConfirmationError, match="was used to confirm batch-128"):
-            declare(one, {SETTING: BY_NAME["top-10"]}, results, record=False)
 
 
 @pytest.mark.parametrize("text", ["x\n", "{}\n", '{"trial": "a"}\n'])
