@@ -125,7 +125,7 @@ _NAN = torch.full((2, 2), torch.nan)
 REFUSED = {
     "scores: hold NaN": lambda: metrics.accuracy_at_k(_NAN, torch.tensor([0, 1])),
     "similarity: holds NaN": lambda: metrics.recall(_NAN),
-    "3 captions with 2 images": lambda: metrics.recall(torch.zeros(2, 3)),
+    "image_of: expected 3 numbers of images below 2": lambda: metrics.recall(torch.zeros(2, 3)),
     "query 1: has no right answer": lambda: metrics.recall(torch.zeros(2, 2), torch.tensor([0, 0])),
     "numbers of images below 2": lambda: metrics.recall(torch.zeros(2, 2), torch.tensor([0, 2])),
     "checkpoint: .* random weights": lambda: ClipModel("RN50"),

@@ -64,10 +64,7 @@ def _recall(
     ks: Sequence[int],
 ) -> Recall:
     images, captions = shape
-    if image_of is None:
-        if images != captions:
-            raise ValueError(f"image_of: needed to match {captions} captions with {images} images")
-        image_of = torch.arange(images)
+    image_of = torch.arange(images) if image_of is None else image_of
     if image_of.shape != (captions,) or not ((image_of >= 0) & (image_of < images)).all():
         raise ValueError(f"image_of: expected {captions} numbers of images below {images}")
     own = torch.arange(images, device=image_of.device)

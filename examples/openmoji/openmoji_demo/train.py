@@ -95,7 +95,7 @@ class Run:
         return True
 
     async def train(self, threads: int | None, report: Report, console: Console) -> None:
-        """Train with so many threads; report the share that is done, and pass on the trainer's warnings."""
+        """Train, report the share that is done, and pass on the trainer's warnings."""
 
         def read(line: str, log: Log) -> None:
             report("training", log.share)
@@ -123,7 +123,7 @@ def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
 
 
 def side_by_side(count: int, device: str) -> tuple[int, int | None]:
-    """Return how many of so many trainings run at a time, and with how many threads each."""
+    """Return how many trainings run at a time, and with how many threads each."""
     if device != "cpu":
         return 1, None
     jobs = min(count, cpu_count())
