@@ -51,7 +51,9 @@ def finished(results: Path) -> Find:
     store = Store(results)
     if not store.path.is_file():
         raise RuntimeError(f"{results} holds no record: nothing to report")
-    return lambda attempts: {Attempt.of_record(one["setting"]): one for one in store.of(attempts)}
+    there = [Attempt.of_record(record["setting"]) for record in store.read().values()]
+    records = dict(zip(dict.fromkeys(there), store.of(there), strict=True))
+    return lambda attempts: {attempt: records[attempt] for attempt in attempts if attempt in records}
 
 
 def _run(args: argparse.Namespace, study: Study, console: Console) -> int:
