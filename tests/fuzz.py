@@ -1,4 +1,4 @@
-"""Random options and data against the NumPy reference, for as long as it is given: ``make fuzz``.
+"""Random options and data against the NumPy reference, for as long as it is given.
 
 Every example is computed in float64 and in float32: the value against :mod:`rankloss.reference`, the gradient
 of every input against dense autograd (:mod:`oracle`), under an upstream gradient that is not 1. At the end
