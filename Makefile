@@ -86,7 +86,7 @@ docs/vendor/katex:
 ## N = 32,768. A jump in the table of costs ends it with an error.
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/scaling.py --output $(BENCH_OUTPUT) $(SCALING_ARGS)
-	$(BIN)/python benchmarks/small_batches.py --output $(BENCH_OUTPUT)
+	$(BIN)/python benchmarks/scaling.py --output $(BENCH_OUTPUT)/small --threads 1 --n 32 256 512 --losses ClipLoss RankClipLoss
 	$(BIN)/python benchmarks/bin_error.py --output $(BENCH_OUTPUT)
 	$(BIN)/python benchmarks/distributed.py --output $(BENCH_OUTPUT)
 	$(BIN)/python benchmarks/costs.py --output $(BENCH_OUTPUT)

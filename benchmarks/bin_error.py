@@ -7,10 +7,8 @@ Independent features, and pairs that agree; an early and a late scale of CLIP's.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor
 from contenders import SCALE, D, batch
 from measure import conditions, in_turns
 from rankloss import RankConsistency
-from scaling_report import fill, markdown_table, save
+from report import benchmark, markdown_table, parser_of, under
 
 SIZES = (1024, 4096)
 BINS = (256, 512, 640, 1024, 2048)
@@ -65,7 +63,6 @@ def times(n: int, d: int, bins: Sequence[int], rounds: int) -> list[float]:
 
 
 def report(results: dict[str, Any]) -> str:
-    c, bins = results["conditions"], results["bins"]
     rows = [
         [f"{e['features']}, N = {e['n']:,}, s = {e['s']:.3g}", *(f"{100 * x:.2f} %" for x in e["errors"])]
         for e in results["errors"]
@@ -74,45 +71,31 @@ def report(results: dict[str, Any]) -> str:
         [f"time, N = {x['n']:,}, as a share of sort's", *(f"{r:.2f}" for r in x["ratios"])]
         for x in results["times"]
     ]
-    head = ["bins =", *(f"{b:,}" for b in bins)]
-    return (
-        f"Relative difference of the gradient by both features from that of the exact order. {c['cpu']}, "
-        f"{c['threads']} threads, torch {c['torch']}, rankloss {c['rankloss']}, D = {c['d']}, float32; "
-        f"{c['date']}.\n\n{markdown_table(head, rows)}\n"
-    )
+    table = markdown_table(["bins =", *(f"{b:,}" for b in results["bins"])], rows)
+    about = "Relative difference of the gradient by both features from that of the exact order."
+    return f"{about} {under(results['conditions'])}\n\n{table}\n"
 
 
-def measure(sizes: Sequence[int], d: int, bins: Sequence[int], rounds: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    sizes, d, bins = ((32,), 8, (4, 64)) if args.quick else (SIZES, D, BINS)
     found = [
         {"features": name, "n": n, "s": s, "errors": errors(make, n, d, s, bins)}
         for n in sizes
         for name, make in FEATURES.items()
         for s in SCALES
     ]
+    ratios = [{"n": n, "ratios": times(n, d, bins, rounds=1 if args.quick else 5)} for n in sizes]
     return {
         "conditions": conditions(threads=torch.get_num_threads(), d=d),
         "bins": list(bins),
         "errors": found,
-        "times": [{"n": n, "ratios": times(n, d, bins, rounds)} for n in sizes],
+        "times": ratios,
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it works")
-    parser.add_argument("--results", type=Path, help="measure nothing: report this bin_error.json again")
-    parser.add_argument("--write", type=Path, help="also fill the table into this file, between its markers")
-    args = parser.parse_args(argv)
-    if args.results:
-        results = json.loads(args.results.read_text(encoding="utf-8"))
-    else:
-        results = measure((32,), 8, (4, 64), 1) if args.quick else measure(SIZES, D, BINS, rounds=5)
-    text = report(results)
-    save(args.output, "bin_error", results, text)
-    if args.write:
-        fill(args.write, "bins", text)
-    print(text)
+    args = parser_of(__doc__).parse_args(argv)
+    benchmark(args, "bins", measure, report, ("bin_error.json", "bin_error.md"))
     return 0
 
 

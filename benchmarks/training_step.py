@@ -17,7 +17,7 @@ from measure import Times, in_turns
 from naive import naive_rank_terms
 from rankloss_trainers.clock import Position
 
-__all__ = ["BATCH", "LOSSES", "measure_steps", "training_steps"]
+__all__ = ["measure_steps"]
 
 BATCH = 128
 LOSSES = ("--loss clip", "--loss rankclip", "naive")
