@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import guarantees
 import notebooks
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     if notebook.exists():
         markdown = notebooks.to_markdown(notebook, notebook.name)
 
-    markdown = _BADGES.sub("", markdown)
+    markdown = _BADGES.sub("", markdown).replace("<!-- guarantees -->", guarantees.page())
     markdown = _THEMED_PICTURE.sub(_themed_picture, markdown)
 
     def resolve(match: re.Match[str]) -> str:
