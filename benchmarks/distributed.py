@@ -28,22 +28,11 @@ from collectives import Collectives
 from process_pool import Pools
 
 WORLD_SIZES = (1, 2, 4)
-PROJECTED_TO = (256, 65536)  # W, N
-PRODUCTS = 12  # of n×N×D: the similarities of four kinds of lists, and for each the gradients by both factors
-_MIB = 2**20
 
 
-def cost(n: int, d: int, world_size: int, local_loss: bool = True, itemsize: int = 4) -> dict[str, float]:
-    """What a process computes and sends in a step, by the formula of docs/performance.md."""
-    share = (world_size - 1) / world_size
-    features = 2 * n * d * itemsize  # of both modalities, all processes
-    rows = n / world_size if local_loss else n
-    return {
-        "rows": rows,
-        "flops": PRODUCTS * 2 * rows * n * d,
-        "forward_bytes": share * features,
-        "backward_bytes": 2 * share * features,
-    }
+def sent_bytes(n: int, d: int, world_size: int) -> float:
+    """What a process sends in a step, by docs/performance.md: forward, and twice that backward."""
+    return 3 * (world_size - 1) / world_size * 2 * n * d * 4
 
 
 def measure_rank(
@@ -91,26 +80,17 @@ def report(results: dict[str, Any]) -> str:
     ]  # fmt: skip
     rows = []
     for r in results["runs"]:
-        formula = cost(c["n"], c["d"], r["world_size"], r["local_loss"])
-        sent = formula["forward_bytes"] + formula["backward_bytes"]
-        mebibytes = (r["gathered_bytes"], r["reduced_bytes"], r["sent_bytes"], sent)
-        seconds = (r["seconds"], r["processor_seconds"])
-        cells = [f"{x / _MIB:.2f}" for x in mebibytes] + [f"{x:.3g}" for x in seconds]
-        rows.append(
-            [str(r["world_size"]), "yes" if r["local_loss"] else "no", f"{formula['rows']:,.0f}", *cells]
-        )
-    w, large = PROJECTED_TO
-    far = cost(large, D, w)
-    return "\n\n".join(
-        [
-            f"RankClipLoss, method={c['method']!r}, N = {c['n']:,} in all, gather_with_grad, W gloo "
-            f"processes of one thread. Per process and step; seconds are the slowest process's. {under(c)}",
-            markdown_table(head, rows),
-            f"On paper, by the same formula: W = {w}, N = {large:,}, D = {D}, float32, both flags: "
-            f"{far['rows']:,.0f} rows, {far['flops'] / 1e12:.2f} TFLOP in products, "
-            f"{far['forward_bytes'] / _MIB:,.0f} MiB sent forward and "
-            f"{far['backward_bytes'] / _MIB:,.0f} MiB backward.\n",
+        sent = sent_bytes(c["n"], c["d"], r["world_size"])
+        mebibytes = [
+            f"{x / 2**20:.2f}" for x in (r["gathered_bytes"], r["reduced_bytes"], r["sent_bytes"], sent)
         ]
+        seconds = [f"{x:.3g}" for x in (r["seconds"], r["processor_seconds"])]
+        anchors = c["n"] // r["world_size"] if r["local_loss"] else c["n"]
+        rows.append([str(r["world_size"]), str(r["local_loss"]), f"{anchors:,}", *mebibytes, *seconds])
+    return (
+        f"RankClipLoss, method={c['method']!r}, N = {c['n']:,} in all, gather_with_grad, W gloo processes of "
+        f"one thread. Per process and step; seconds are the slowest process's. {under(c)}\n\n"
+        f"{markdown_table(head, rows)}\n"
     )
 
 

@@ -165,29 +165,9 @@ def training_step(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def operations(bench: Bench) -> dict[str, Any]:
-    """The twelve operations that take most of the time"""
-    from torch.profiler import ProfilerActivity, profile
-
-    on_card = bench.device.type == "cuda"
-    activity = ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU
-    spent = "self_device_time_total" if on_card else "self_cpu_time_total"
-    rows, items = bench.sizes((1024, 8192))[0]
-    found: dict[str, Any] = {}
-    for name, engine in implementations().items():
-        run = step(with_library(rows, items, **engine), bench.features(rows, items))
-        run()
-        with profile(activities=[activity]) as profiler:
-            run()
-        for e in sorted(profiler.key_averages(), key=lambda e: -getattr(e, spent))[:12]:
-            found[f"{name}: {e.key}"] = {"microseconds": getattr(e, spent), "calls": e.count}
-    return found
-
-
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "costs": costs,
     "training_step": training_step,
-    "operations": operations,
 }
 
 

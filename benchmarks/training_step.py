@@ -9,35 +9,17 @@ from pathlib import Path
 
 import open_clip
 import torch
-from open_clip.loss import ClipLoss
 from open_clip_train.params import parse_args
 from torch import Tensor, nn
 
 from measure import Times, in_turns
-from naive import naive_rank_terms
 from rankloss_trainers.clock import Position
 
 __all__ = ["measure_steps"]
 
 BATCH = 128
-LOSSES = ("--loss clip", "--loss rankclip", "naive")
+LOSSES = ("--loss clip", "--loss rankclip")
 _MODEL = Path(__file__).resolve().parents[1] / "examples" / "openmoji" / "model" / "open_clip_config.json"
-_NORMALIZER = 1 / 16  # of RankCLIP's recipe
-
-
-class NaiveRankClip(nn.Module):
-    """open_clip's ClipLoss and the naive rank terms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.base = ClipLoss()
-
-    def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool = False
-    ) -> dict[str, Tensor]:
-        terms = self.base(image_features, text_features, logit_scale, output_dict=output_dict)
-        terms["rank_loss"] = _NORMALIZER * naive_rank_terms(image_features, text_features, logit_scale)
-        return dict(terms)
 
 
 def training_steps() -> dict[str, Callable[[], None]]:
@@ -51,8 +33,6 @@ def training_steps() -> dict[str, Callable[[], None]]:
 
 
 def _loss(name: str) -> nn.Module:
-    if name == "naive":
-        return NaiveRankClip()
     args = parse_args(name.split())
     args.rank, args.world_size, args.distill = 0, 1, False
     loss = open_clip.create_loss(args)

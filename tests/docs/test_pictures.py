@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "tools/pictures"
-NAMES = {"agreement", "cost", "effect", "evidence", "method", "miniature", "scaling", "schedules"}
+NAMES = {"agreement", "cost", "effect", "evidence", "method", "miniature", "schedules"}
 
 
 def draw(output: Path) -> dict[str, bytes]:

@@ -16,7 +16,6 @@ PICTURES = {
     "method": method.draw,
     "schedules": schedules.draw,
     "cost": cost.draw_bars,
-    "scaling": cost.draw_scaling,
     "agreement": agreement.draw,
     "evidence": forest.draw,
     "miniature": forest.draw_miniature,

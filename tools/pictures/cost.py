@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from style import NARROW, SMALL, WIDTH, Colors
+from style import NARROW, SMALL, Colors
 
 TABLE = Path(__file__).parents[2] / "docs/performance.md"
 BARS_AT = (1024, 2048, 4096)
@@ -90,30 +90,6 @@ def _bars(axes: Axes, values: dict[str, dict[int, float]], title: str, colors: C
     axes.set(xlim=(0, 1.3 * widest), ylim=(groups[-1] + len(NAMES) - 0.5, -0.5), xticks=[])
     axes.spines["bottom"].set_visible(False)
     axes.set_title(title, loc="left", fontsize=SMALL)
-
-
-def draw_scaling(colors: Colors) -> Figure:
-    """Time and memory against the batch size, in logarithmic scales."""
-    figures = measured()
-    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    looks = _colors(colors)
-    for axes, values, title in (
-        (panels[0], figures.time, "forward and backward, s"),
-        (panels[1], figures.memory, "added memory, MiB"),
-    ):
-        for name, label in NAMES.items():
-            points = values[name]
-            axes.plot(points.keys(), points.values(), "o-", color=looks[name], ms=4, label=label)
-        axes.set(xscale="log", yscale="log", xlabel="pairs in the batch, N")
-        axes.set_title(title, loc="left", fontsize=10.5)
-        axes.set_xticks([512, 2048, 8192, 32768], ["512", "2k", "8k", "32k"])
-        axes.minorticks_off()
-        axes.grid(axis="y")
-        axes.set_axisbelow(True)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=SMALL)
-    figure.supxlabel(_conditions(figures.conditions, 72), fontsize=SMALL)
-    return figure
 
 
 def _colors(colors: Colors) -> dict[str, str]:
