@@ -8,12 +8,10 @@ those of the clock. Writes ``distributed.json`` and ``distributed.md``.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -45,45 +43,32 @@ def measure_rank(
     criterion = RankClipLoss(schedule="constant", method=method, gather=Gather(local_loss=local_loss))
     with Collectives() as calls:
         criterion(v, t, s).backward()
-    clock, processor, sent = [], [], []
+    clock, processor = [], []
     for _ in range(rounds):
         dist.barrier()
-        before = time.perf_counter(), time.process_time(), _written()
+        before = time.perf_counter(), time.process_time()
         criterion(v, t, s).backward()
-        after = time.perf_counter(), time.process_time(), _written()
-        for kept, x, y in zip((clock, processor, sent), before, after, strict=True):
-            kept.append(y - x)
+        clock.append(time.perf_counter() - before[0])
+        processor.append(time.process_time() - before[1])
     return {
         "gathered_bytes": calls.filled["allgather"],
         "reduced_bytes": calls.filled["allreduce"],
-        "sent_bytes": statistics.median(sent),
         "seconds": statistics.median(clock),
         "processor_seconds": statistics.median(processor),
     }
-
-
-def _written() -> float:
-    """Bytes that this process has written so far, to sockets too; NaN where nobody counts."""
-    try:
-        lines = Path("/proc/self/io").read_text().splitlines()
-    except OSError:
-        return math.nan
-    return float(dict(line.split(": ") for line in lines)["wchar"])
 
 
 def report(results: dict[str, Any]) -> str:
     """The Markdown that a run leaves, from the content of its ``distributed.json``."""
     c = results["conditions"]
     head = [
-        "W", "local_loss", "rows", "gathered MiB", "reduced MiB", "sent MiB, counted", "sent MiB, formula",
+        "W", "local_loss", "rows", "gathered MiB", "reduced MiB", "sent MiB, formula",
         "seconds", "CPU seconds",
     ]  # fmt: skip
     rows = []
     for r in results["runs"]:
         sent = sent_bytes(c["n"], c["d"], r["world_size"])
-        mebibytes = [
-            f"{x / 2**20:.2f}" for x in (r["gathered_bytes"], r["reduced_bytes"], r["sent_bytes"], sent)
-        ]
+        mebibytes = [f"{x / 2**20:.2f}" for x in (r["gathered_bytes"], r["reduced_bytes"], sent)]
         seconds = [f"{x:.3g}" for x in (r["seconds"], r["processor_seconds"])]
         anchors = c["n"] // r["world_size"] if r["local_loss"] else c["n"]
         rows.append([str(r["world_size"]), str(r["local_loss"]), f"{anchors:,}", *mebibytes, *seconds])

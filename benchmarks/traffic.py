@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import rankloss
 from kernel_traffic import feature_bytes, traffic
 from rankloss import kernels
+from report import markdown_table
 
 CACHE, PROCESSORS = 50 * 2**20, 132  # an H100's
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
@@ -220,17 +221,16 @@ def measure(rows: int, items: int, dim: int, bins: int) -> dict[str, Any]:
     return found
 
 
-NAMES = ("torch-sort", "torch-bin", "triton-sort", "triton-bin")
-
-
 def table(found: dict[str, Any]) -> str:
     """The counts as Markdown."""
-    lines = ["| | bytes per element and list | launches | peak MiB |", "|---|---|---|---|"]
-    for name in NAMES:
-        entry = found[name]
-        counts = entry["bytes_per_element"], entry["launches"], entry["peak_mib"]
-        lines.append(f"| {name} | " + " | ".join(f"{x:,.0f}" for x in counts) + " |")
-    return "\n".join(lines)
+    columns = {
+        "bytes per element and list": "bytes_per_element",
+        "launches": "launches",
+        "peak MiB": "peak_mib",
+    }
+    counted = {name: entry for name, entry in found.items() if isinstance(entry, dict)}
+    rows = [[name, *(f"{entry[of]:,.0f}" for of in columns.values())] for name, entry in counted.items()]
+    return markdown_table(["", *columns], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

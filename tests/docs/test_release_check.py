@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
+from tools_folder import ROOT, tool
 
-ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("release_check", ROOT / "tools/release_check.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-release_check = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(release_check)
+release_check = tool("release_check.py")
 
 
 def test_every_extra_of_a_trainer_has_to_import_a_module_of_the_project() -> None:

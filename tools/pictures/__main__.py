@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import agreement
@@ -18,8 +19,8 @@ PICTURES = {
     "cost": cost.draw_bars,
     "agreement": agreement.draw,
     "evidence": forest.draw,
-    "miniature": forest.draw_miniature,
-    "effect": forest.draw_first,
+    "miniature": partial(forest.draw, table="miniature"),
+    "effect": partial(forest.draw, first=True),
 }
 
 
