@@ -25,6 +25,7 @@ import rankloss
 from naive import naive_rank_terms
 from report import fill, markdown_table
 from traffic import with_library
+from training_step import step_of
 
 LIMIT = 530  # seconds for everything
 SIZES = ((1024, 1024), (1024, 8192), (4096, 4096), (1024, 32768), (16384, 16384), (1024, 65536))
@@ -140,26 +141,18 @@ def training_step(bench: Bench) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for model_name, batch in {"tiny": 4}.items() if bench.dry else MODELS.items():
-        torch.manual_seed(0)
-        model = open_clip.CLIP(**TINY) if bench.dry else open_clip.create_model(model_name, pretrained=None)
-        model = model.to(bench.device)
+        if bench.dry:
+            model: Any = open_clip.CLIP(**TINY, output_dict=True)
+        else:
+            model = open_clip.create_model(model_name, pretrained=None, output_dict=True)
         size = 64 if bench.dry else 224
-        inputs = [
-            torch.randn(batch, 3, size, size, device=bench.device),
-            torch.randint(1, 49407, (batch, 77), device=bench.device),
-        ]
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        images = torch.randn(batch, 3, size, size, device=bench.device)
+        texts = torch.randint(1, 49407, (batch, 77), device=bench.device)
         losses: dict[str, Any] = {"clip": open_clip.ClipLoss()}
         for name, engine in implementations().items():
             losses[f"rankclip {name}"] = rankloss.RankClipLoss(schedule="constant", **engine)
         for name, loss in losses.items():
-
-            def run(model: Any = model, loss: Any = loss, inputs: Any = inputs, by: Any = optimizer) -> None:
-                by.zero_grad(set_to_none=True)
-                with torch.autocast(bench.device.type, torch.bfloat16):
-                    loss(*model(*inputs)[:3]).backward()
-                by.step()
-
+            run = step_of(model.to(bench.device), loss, images, texts, torch.bfloat16)
             key = f"{model_name} --loss {name}"
             found[key] = {"skipped": "no time left"} if bench.left < 8 else bench.timed(run, most=3.0)
     return found

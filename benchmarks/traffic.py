@@ -223,14 +223,10 @@ def measure(rows: int, items: int, dim: int, bins: int) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """The counts as Markdown."""
-    columns = {
-        "bytes per element and list": "bytes_per_element",
-        "launches": "launches",
-        "peak MiB": "peak_mib",
-    }
-    counted = {name: entry for name, entry in found.items() if isinstance(entry, dict)}
-    rows = [[name, *(f"{entry[of]:,.0f}" for of in columns.values())] for name, entry in counted.items()]
-    return markdown_table(["", *columns], rows)
+    counted = [(name, entry) for name, entry in found.items() if isinstance(entry, dict)]
+    columns = ("bytes_per_element", "launches", "peak_mib")
+    rows = [[name, *(f"{entry[column]:,.0f}" for column in columns)] for name, entry in counted]
+    return markdown_table(["", "bytes per element and list", "launches", "peak MiB"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from measure import Times, in_turns
 from rankloss_trainers.clock import Position
 
-__all__ = ["measure_steps"]
+__all__ = ["measure_steps", "step_of"]
 
 BATCH = 128
 LOSSES = ("--loss clip", "--loss rankclip")
@@ -29,7 +29,11 @@ def training_steps() -> dict[str, Callable[[], None]]:
     size, text = config["vision_cfg"]["image_size"], config["text_cfg"]
     images = torch.rand(BATCH, 3, size, size, generator=generator) * 2 - 1
     texts = torch.randint(1, text["vocab_size"], (BATCH, text["context_length"]), generator=generator)
-    return {name: _step(_loss(name), config, images, texts) for name in LOSSES}
+    made = {}
+    for name in LOSSES:
+        torch.manual_seed(0)
+        made[name] = step_of(open_clip.CLIP(**config, output_dict=True).train(), _loss(name), images, texts)
+    return made
 
 
 def _loss(name: str) -> nn.Module:
@@ -41,9 +45,10 @@ def _loss(name: str) -> nn.Module:
     return loss
 
 
-def _step(loss: nn.Module, config: dict[str, object], images: Tensor, texts: Tensor) -> Callable[[], None]:
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**config, output_dict=True).train()
+def step_of(
+    model: nn.Module, loss: nn.Module, images: Tensor, texts: Tensor, dtype: torch.dtype | None = None
+) -> Callable[[], None]:
+    """A step as open_clip's trainer makes it, under autocast if a dtype is given."""
     decayed, others = [], []
     for name, p in model.named_parameters():  # as open_clip_train.main divides them
         is_other = p.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
@@ -53,7 +58,8 @@ def _step(loss: nn.Module, config: dict[str, object], images: Tensor, texts: Ten
 
     def step() -> None:
         optimizer.zero_grad()
-        terms = loss(**model(images, texts), output_dict=True)
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            terms = loss(**model(images, texts), output_dict=True)
         torch.stack(list(terms.values())).sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
