@@ -24,15 +24,9 @@ KATEX = ROOT / "docs/vendor/katex"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")  # public CI has the latter
 DRIVER = shutil.which("chromedriver")
 FLAGS = [
-    "headless",
-    "no-sandbox",
-    "disable-gpu",
-    "disable-quic",
-    "no-first-run",
-    "disable-background-networking",
-    "disable-component-update",
-    "disable-sync",
-]
+    "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+    "disable-component-update", "disable-sync",
+]  # fmt: skip
 PHONE, LAPTOP = (390, 844), (1280, 800)
 
 
