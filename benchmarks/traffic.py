@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 import rankloss
 from kernel_traffic import feature_bytes, traffic
 from rankloss import kernels
+from rankloss.operators import IMPLEMENTATIONS
 from report import markdown_table
 
 CACHE, PROCESSORS = 50 * 2**20, 132  # an H100's
@@ -81,7 +81,7 @@ class Count(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "rankloss" and name not in _KERNELS:
             with torch._C._EnableTorchFunction(), AsCuda(), self:  # off while an operator is dispatched
-                return OPDEFS[f"rankloss::{name}"]._init_fn(*args, **kwargs)
+                return IMPLEMENTATIONS[name](*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # counted by what it is made of
                 return func.decompose(*args, **kwargs)

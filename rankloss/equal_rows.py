@@ -12,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss import kernels
 from rankloss.precision import may_look_at
 
-__all__ = ["first_equal", "first_equal_in_kernel", "first_occurrence", "row_hashes"]
+__all__ = ["first_equal", "first_occurrence", "row_hashes"]
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
-_ROUNDS = 4  # of hashing, where rows that differ have had one hash
 _FIRST_FACTOR = 1.3247179572447460  # squared, that of a first column: any number without a pattern
 
 
@@ -37,52 +35,31 @@ def first_occurrence(features: Tensor) -> Tensor:
         >>> first_occurrence(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])).tolist()
         [0, 1, 0]
     """
-    (found,) = first_equal(features)
+    found = first_equal(features)
     return torch.arange(len(features), device=features.device) if found is None else found
 
 
-def first_equal(*features: Tensor) -> list[Tensor | None]:
-    """:func:`first_occurrence` of several matrices; None where no two rows are equal and a look tells so.
+def first_equal(features: Tensor) -> Tensor | None:
+    """:func:`first_occurrence`; None where no two rows are equal and a look tells so.
 
     Rows are compared through a 64-bit hash, and each match is confirmed on the values themselves, so rows
     that differ never count as equal. Where rows that differ have one hash, which is to be expected once in
-    some 10⁹ batches, those behind the first might miss their equals; if a look is free, it is tried again
-    with another hash. Memory is O(N·D), and an accelerator's host waits for nothing.
+    some 10⁹ batches, those behind the first may miss their equals. Memory is O(N·D), and an accelerator's
+    host waits for nothing.
     """
-    features = tuple(x.detach() for x in features)
-    own = torch.arange(len(features[0]), device=features[0].device)
-    looks = may_look_at(features[0])
-    found: list[Tensor | None] = [None] * len(features)
-    unsettled = list(range(len(features)))
-    for salt in range(_ROUNDS if looks else 1):
-        of_salt = {k: row_hashes(features[k], salt) for k in unsettled}
-        if looks:
-            of_salt = {k: h for k, h in of_salt.items() if len(h.unique()) < len(h)}
-        if not of_salt:
-            break
-        unsettled, hashes = list(of_salt), torch.stack(list(of_salt.values()))
-        ordered, order = hashes.sort(stable=True)  # stable: a group's first is its least
-        candidates = order.gather(-1, torch.searchsorted(ordered, hashes))
-        for k, candidate in zip(tuple(unsettled), candidates, strict=True):
-            same = (features[k][candidate] == features[k]).all(-1)
-            # Equal rows have one candidate, and so are confirmed all or none.
-            first, before = torch.where(same, candidate, own), found[k]
-            found[k] = first if before is None else torch.minimum(first, before)
-            if looks and bool(same.all()):
-                unsettled.remove(k)
-    return found
+    features = features.detach()
+    hashes = row_hashes(features)
+    ordered, order = hashes.sort(stable=True)  # stable: a group's first is its least
+    if may_look_at(features) and not bool((ordered[1:] == ordered[:-1]).any()):
+        return None
+    candidate = order[torch.searchsorted(ordered, hashes)]
+    same = (features[candidate] == features).all(-1)  # equal rows have one candidate
+    own = torch.arange(len(features), device=features.device)
+    return torch.where(same, candidate, own)
 
 
-def first_equal_in_kernel(*features: Tensor) -> list[Tensor | None]:
-    """The same on a GPU, from one pass over float32 features, with one hash."""
-    hashes = torch.stack([kernels.hash_rows(x) for x in features])
-    ordered, order = hashes.sort(stable=True)
-    candidates = order.gather(-1, torch.searchsorted(ordered, hashes))
-    return [kernels.confirm_equals(x, candidate) for x, candidate in zip(features, candidates, strict=True)]
-
-
-def row_hashes(features: Tensor, salt: int = 0) -> Tensor:
-    """A 64-bit hash of every row, ``[N]``; equal rows have equal ones, different salts different hashes.
+def row_hashes(features: Tensor) -> Tensor:
+    """A 64-bit hash of every row, ``[N]``; equal rows have equal ones.
 
     The bits of the entries, 32 at a time and read as integers, are multiplied by a number of their column in
     float64, and the bits of the products are summed in wrapping integer arithmetic, which gives one value
@@ -94,5 +71,5 @@ def row_hashes(features: Tensor, salt: int = 0) -> Tensor:
     words = F.threshold(bits, negative_zero, 0).view(torch.int32)  # −0.0 equals 0.0
     # Roots, since no small multiples of them add up to the same; none is a multiple of another.
     columns = torch.arange(words.shape[1], dtype=torch.float64, device=words.device)
-    factors = columns.add_(_FIRST_FACTOR + words.shape[1] * salt).sqrt_()
+    factors = columns.add_(_FIRST_FACTOR).sqrt_()
     return (words * factors).view(torch.int64).sum(-1)

@@ -18,22 +18,23 @@ and where TF32 products are allowed, it differs from float64's by up to some 1e-
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rankloss import dense
-from rankloss.batch import MATRICES, Batch, Term
+from rankloss.batch import Batch, Term
 from rankloss.checks import check_device, check_is_tensor, refuse_forward_mode
-from rankloss.likelihood import nll_terms
 from rankloss.operator import row_lists
 from rankloss.options import Discount, RankOptions, Ties, Worth
-from rankloss.ranking import random_shuffle
+from rankloss.plans import make_plan
+from rankloss.precision import nan_unless_finite
+
+_TERMS = ("contrastive", "cross_modal", "in_modal")
 
 __all__ = ["check_references", "cross_modal", "in_modal", "plackett_luce_nll", "weighted_terms"]
-
-_TERMS: tuple[Term, ...] = get_args(Term)  # a compiler stops at the call
 
 
 def plackett_luce_nll(
@@ -100,8 +101,7 @@ def plackett_luce_nll(
     # torch's forward mode of logcumsumexp loses all precision where scores span many nats.
     refuse_forward_mode(scores)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    shuffle = random_shuffle(scores.shape[-1], scores.device, options)
-    return nll_terms(scores, reference.detach(), options, shuffle).sum(-1)
+    return dense.nll_terms(scores, reference.detach(), options).sum(-1)
 
 
 def check_references(
@@ -178,24 +178,21 @@ def weighted_terms(
     if weights.device.type == "meta" and image.device.type != "meta":
         raise ValueError(f"weights must be on {image.device}, as the features; got meta")
     weights = weights.detach().to(image.device, non_blocking=True).double()
-    n, wanted = len(image), (contrastive, cross_modal, in_modal)
-    if options.lists == "row":
-        drawn = [random_shuffle(n, image.device, options) for _ in MATRICES]
-        shuffles = torch.stack([x for x in drawn if x is not None]) if options.ties == "random" else None
-        values = row_lists(batch, options, weights, wanted, shuffles)
-    else:
-        assert not contrastive
-        weights = batch.nan_unless_finite(weights)
-        values = (image.new_zeros(()),)
-        for term, is_wanted, weight in zip(_TERMS, wanted[1:], weights[1:].unbind(), strict=True):
-            if not is_wanted:
-                values = (*values, image.new_zeros(n if options.reduction == "none" else ()))
-                continue
-            value = dense.batch_list_nll(batch, term, options)
-            value = value if options.reduction == "none" else value.sum()
-            values = (*values, value * weight.to(value.dtype))
+    wanted = (contrastive, cross_modal, in_modal)
+    values = (_dense_terms if options.is_dense else row_lists)(batch, options, weights, wanted)
     a, b, c = values if batch.home is None else (x.to(batch.home) for x in values)
     return a, b, c
+
+
+def _dense_terms(
+    batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[bool]
+) -> Sequence[Tensor]:
+    """The weighted terms of options that do not stream."""
+    if options.kernel == "triton":  # the plan says why it does not serve
+        make_plan(options, batch.anchors, len(batch.image), batch.image.device, batch.image.dtype)
+    dense.check_memory(batch, options)
+    features = (batch.image, batch.text, batch.reference_image, batch.reference_text)
+    return dense.terms(batch, options, nan_unless_finite(weights, *features), wanted)
 
 
 def cross_modal(
@@ -278,4 +275,4 @@ def _term(
     )
     weights = torch.ones(3, dtype=torch.float64, device=batch.image.device)
     wanted = {name: name == term for name in _TERMS}
-    return weighted_terms(batch, checked, weights, **wanted)[1 + _TERMS.index(term)]
+    return weighted_terms(batch, checked, weights, **wanted)[_TERMS.index(term)]

@@ -1,20 +1,14 @@
 """Row lists as an operator of torch's: the streaming pass with its autograd, opaque to a compiler.
 
-``rankloss::row_lists`` computes the weighted terms and, where a gradient is wanted, the gradient of their sum
-in the same pass; what is kept for the backward pass are the embeddings and that gradient, in O(N·D).
-
-The backward pass gets one upstream value per term. As a rule they are one and the same, since a loss is the
-sum of its terms, and the gradient is multiplied by it. Where they differ, or a term is not used, or every
-anchor has an upstream value of its own (``reduction="none"``), the backward pass walks over the rows once
-more. A backward pass that is itself to be differentiated (``create_graph=True``) goes through
-:mod:`rankloss.dense` and takes quadratic memory.
-Forward-mode differentiation is refused where the batch is made, since it would find no derivative here.
+What is kept for the backward pass are the features and the gradient of the terms' weighted sum, in O(N·D).
+The backward pass multiplies it by the upstream value, which as a rule is one for all terms, since a loss is
+the sum of its terms; where they have different ones, the pass is run once more. A backward pass that is
+itself to be differentiated (``create_graph=True``) goes through :mod:`rankloss.dense`.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,59 +16,48 @@ from torch import Tensor
 
 from rankloss import dense
 from rankloss.batch import Batch, Inputs
+from rankloss.operators import register
 from rankloss.options import RankOptions
-from rankloss.precision import full_precision
-from rankloss.streaming import Terms, stream
+from rankloss.plans import make_plan
+from rankloss.precision import full_precision, may_look_at, nan_unless_finite
+from rankloss.streaming import stream
 
 __all__ = ["row_lists"]
 
-_INPUTS = "Tensor image, Tensor text, Tensor? image_anchors, Tensor? text_anchors, Tensor scale"
-_SETTINGS = (
-    "Tensor weights, Tensor? shuffles, Tensor? reference_image, Tensor? reference_text, "
-    "int first_row, bool[] terms, bool[] wanted, str options"
-)
-_N_TERMS, _N_TENSORS = len(Terms._fields), 9
-
 
 def row_lists(
-    batch: Batch,
-    options: RankOptions,
-    weights: Tensor,
-    terms: Sequence[bool],
-    shuffles: Tensor | None = None,
+    batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """The weighted terms: CLIP's cross-entropy, the cross-modal and the in-modal one.
+    """CLIP's cross-entropy, the cross-modal and the in-modal term, each times its weight.
 
     Args:
         batch: the features.
         options: of the rank terms.
-        weights: ``[3]``, float64, on the device of the features; what each term is multiplied by. A compiled
-            or captured graph follows it, since it is a tensor. It takes no gradient.
-        terms: which of them are wanted; the others are zero.
-        shuffles: ``[4, N]`` under ``ties="random"``, for the lists of S, R, I and X; else None.
+        weights: ``[3]``, float64, on the device of the features. A compiled graph follows them, since they
+        are
+            a tensor; they take no gradient.
+        wanted: which of the terms are; the others are zero.
 
     Returns:
-        Scalars, or ``[n]`` each with ``reduction="none"``.
+        Three scalars in the batch's dtype.
     """
-    inputs = batch.inputs
-    grad_enabled = torch.is_grad_enabled()
-    wanted = [grad_enabled and x is not None and x.requires_grad for x in inputs]
-    outputs: tuple[Tensor, ...] = torch.ops.rankloss.row_lists(
-        *inputs,
-        weights,
-        shuffles,
-        batch.reference_image,
-        batch.reference_text,
-        batch.first_row,
-        list(terms),
-        wanted,
-        options.encoded,
+    tensors = (*batch.inputs, weights, batch.reference_image, batch.reference_text)
+    by = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in batch.inputs]
+    terms: tuple[Tensor, ...] = _RowLists.apply(  # type: ignore[no-untyped-call]
+        *tensors, batch.first_row, list(wanted), by, options.encoded
     )
-    return outputs[:_N_TERMS]
+    return terms
+
+
+_N_TERMS, _N_TENSORS = 3, len(Inputs._fields) + 3
+_ARGUMENTS = (
+    "Tensor image, Tensor text, Tensor? image_anchors, Tensor? text_anchors, Tensor scale, Tensor weights, "
+    "Tensor? reference_image, Tensor? reference_text, int first_row, bool[] terms, bool[] by, str options"
+)
 
 
 class _Call(NamedTuple):
-    """The arguments that both operators share, in the order of their schemas."""
+    """The arguments of the operator."""
 
     image: Tensor
     text: Tensor
@@ -82,209 +65,171 @@ class _Call(NamedTuple):
     text_anchors: Tensor | None
     scale: Tensor
     weights: Tensor
-    shuffles: Tensor | None
     reference_image: Tensor | None
     reference_text: Tensor | None
     first_row: int
     terms: Sequence[bool]
-    wanted: Sequence[bool]
+    by: Sequence[bool]
     options: str
+
+    @property
+    def batch(self) -> Batch:
+        features = self.image, self.text, self.scale, self.image_anchors, self.text_anchors
+        return Batch(*features, self.first_row, self.reference_image, self.reference_text)
 
     @property
     def inputs(self) -> Inputs:
         return Inputs(self.image, self.text, self.image_anchors, self.text_anchors, self.scale)
 
-    @property
-    def parsed(self) -> RankOptions:
-        return RankOptions.decode(self.options)
+    def of(self, inputs: Iterable[Tensor | None]) -> _Call:
+        """The same of other inputs."""
+        image, text, image_anchors, text_anchors, scale = inputs
+        assert image is not None
+        assert text is not None
+        assert scale is not None
+        return _Call(image, text, image_anchors, text_anchors, scale, *self[len(Inputs._fields) :])  # type: ignore[arg-type]
 
-    @property
-    def per_anchor(self) -> bool:
-        """Whether every anchor has a value of its own, and an upstream value that is not known yet."""
-        return self.parsed.reduction == "none"
-
-    @property
-    def anchors(self) -> int:
-        return (self.image if self.image_anchors is None else self.image_anchors).shape[0]
-
-    def unpacked(self, upstream: Sequence[Tensor | None] | None = None) -> tuple[Batch, Terms]:
-        """The batch, and what an anchor's value counts in each term.
-
-        It is ``[]``, or with an upstream value per anchor ``[n]``; None for a term that is not wanted, or has
-        no upstream value. Where a feature is not finite it is NaN.
-        """
-        batch = Batch(
-            self.image,
-            self.text,
-            self.scale,
-            self.image_anchors,
-            self.text_anchors,
-            self.first_row,
-            reference_image=self.reference_image,
-            reference_text=self.reference_text,
-        )
-        of_rank = self.parsed.anchor_weight(self.anchors, len(self.image))
-        weights = batch.nan_unless_finite(self.weights)
-        shares = 1 / self.anchors, of_rank, of_rank
-        by_share = {share: weights * share for share in shares}  # as a rule they have one and the same
-        of_terms: list[Tensor | None] = []
-        for k, share in enumerate(shares):
-            g = None if upstream is None else upstream[k]
-            if not self.terms[k] or (upstream is not None and g is None):
-                of_terms.append(None)
-            else:
-                weight = by_share[share][k]
-                of_terms.append(weight if g is None else g.double() * weight)
-        return batch, Terms(*of_terms)
+    def finite_weights(self, batch: Batch) -> Tensor:
+        """The weights: NaN where a feature is not finite, as the loss is then."""
+        features = (batch.image, batch.text, batch.reference_image, batch.reference_text)
+        return nan_unless_finite(self.weights, *features)
 
 
-@torch.library.custom_op(
-    "rankloss::row_lists",
-    mutates_args=(),
-    schema=f"({_INPUTS}, {_SETTINGS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+def _run(*arguments: Any) -> list[Tensor]:
+    """The three terms, then the gradients of their sum by the inputs, empty where none is wanted."""
     call = _Call(*arguments)
-    batch, weights = call.unpacked()
-    values, sums, factor = _run(call, batch, weights, () if call.per_anchor else call.wanted)
-    remaining = iter(values if call.per_anchor else values.sum(-1))
-    terms = []
-    for weight in weights:
-        if weight is None:
-            terms.append(batch.image.new_zeros(call.anchors if call.per_anchor else ()))
-        else:
-            value = next(remaining)
-            terms.append(torch.mul(value, weight, out=batch.image.new_empty(value.shape)))
-    return (*terms, *sums, factor)
+    batch, options, image = call.batch, RankOptions.decode(call.options), call.image
+    plan = make_plan(options, batch.anchors, len(image), image.device, image.dtype)
+    values, sums = stream(batch, options, plan, call.finite_weights(batch), call.terms, call.by)
+    gradients = []
+    for name in Inputs._fields:
+        gradient = sums.get(name, image.new_empty(0))
+        gradients.append(gradient if name == "scale" else gradient.mul_(batch.scale))
+    # Copies, since what an operator returns may not be views of one another.
+    return [*map(torch.clone, values.to(image.dtype)), *gradients]
 
 
-@_forward.register_fake
-def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+def _run_fake(*arguments: Any) -> list[Tensor]:
     call = _Call(*arguments)
-    values = (call.image.new_empty((call.anchors,) if call.per_anchor else ()) for _ in Terms._fields)
-    factor = call.image.new_empty((), dtype=torch.float64)
-    return (*values, *_run_fake(call, () if call.per_anchor else call.wanted), factor)
+    return [*(call.image.new_empty(()) for _ in range(_N_TERMS)), *_gradients_fake(call)]
 
 
-@torch.library.custom_op(
-    "rankloss::row_lists_backward",
-    mutates_args=(),
-    schema=f"(Tensor?[] upstream, Tensor[] sums, {_INPUTS}, {_SETTINGS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
 def _backward(
-    upstream: Sequence[Tensor | None], sums: Sequence[Tensor], *arguments: Any
-) -> tuple[Tensor, ...]:
+    upstream: Sequence[Tensor | None], gradients: Sequence[Tensor], *arguments: Any
+) -> list[Tensor]:
+    """The gradients under an upstream value per term, given those of the sum."""
     call = _Call(*arguments)
     given = [g for g, is_wanted in zip(upstream, call.terms, strict=True) if is_wanted]
-    common = _common(given) if sums else None
-    if common is None:
-        _, found, factor = _run(call, *call.unpacked(upstream), call.wanted)
-        for x in found[:-1]:
-            x *= factor
-        return found
-    *by_features, by_scale, factor = sums
-    factor = factor * common
-    by_inputs = ((x, factor) for x in by_features), ((by_scale, common),)
-    return tuple(
-        x * by if w else torch.empty_like(x)
-        for (x, by), w in zip(itertools.chain(*by_inputs), call.wanted, strict=True)
-    )
+    common = _common(given)
+    if common is not None:
+        return [common * x for x in gradients]
+    zero = call.weights.new_zeros(())
+    by_term = torch.stack([zero if g is None else g.to(zero.dtype) for g in upstream])
+    _, _, _, *found = _run(*call._replace(weights=call.weights * by_term))
+    return found
 
 
-@_backward.register_fake
-def _backward_fake(_upstream: Any, _sums: Any, *arguments: Any) -> tuple[Tensor, ...]:
-    call = _Call(*arguments)
-    return _run_fake(call, call.wanted)
+def _backward_fake(_upstream: Any, _gradients: Any, *arguments: Any) -> list[Tensor]:
+    return _gradients_fake(_Call(*arguments))
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    sums = () if _Call(*inputs).per_anchor else output[_N_TERMS:]
-    ctx.save_for_backward(*inputs[:_N_TENSORS], *sums)
-    ctx.settings = inputs[_N_TENSORS:]
-
-
-def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # once: each look unpacks them, for hooks and checkpoints to see
-    call, sums = _Call(*saved[:_N_TENSORS], *ctx.settings), saved[_N_TENSORS:]
-    needed = ctx.needs_input_grad[: len(Inputs._fields)]
-    if any(n and not w for n, w in zip(needed, call.wanted, strict=True)):
-        # Under torch.vmap and in an exported graph no tensor said so when the loss was called.
-        call, sums = call._replace(wanted=list(needed)), ()
-    of_terms = list(upstream[:_N_TERMS])
-    if torch.is_grad_enabled():  # create_graph=True
-        gradients = _differentiable_gradients(of_terms, call)
-    else:
-        found = torch.ops.rankloss.row_lists_backward(of_terms, list(sums), *call)
-        gradients = [g if w else None for g, w in zip(found, call.wanted, strict=True)]
-    return (*gradients, *(None,) * (len(call) - len(gradients)))
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
-
-
-def _differentiable_gradients(upstream: Sequence[Tensor | None], call: _Call) -> list[Tensor | None]:
-    """Gradients that carry a graph of their own."""
-    # By aliases: one input may be computed of another, as gathered features are of the local ones, and what
-    # flows along that path is the outer graph's to add.
-    aliases = Inputs(*(None if x is None else x.view_as(x) for x in call.inputs))
-    call = call._replace(**aliases._asdict())
-    options = call.parsed
-    batch, weights = call.unpacked()
-    values, given = [], []
-    with full_precision(call.image.device):
-        for name, weight, g in zip(Terms._fields, weights, upstream, strict=True):
-            if weight is None or g is None:
-                continue
-            if name == "contrastive":
-                value = dense.row_lists_cross_entropy(batch)
-            elif name == "cross_modal":
-                value = dense.row_lists_nll(batch, "cross_modal", options, call.shuffles)
-            else:
-                value = dense.row_lists_nll(batch, "in_modal", options, call.shuffles)
-            if not value.requires_grad:
-                continue  # with a fixed reference, where nothing but that takes a gradient
-            value = value * weight.to(value.dtype)
-            values.append(value if call.per_anchor else value.sum())
-            given.append(g)
-        by = [x for x, w in zip(call.inputs, call.wanted, strict=True) if x is not None and w]
-        found = (
-            torch.autograd.grad(values, by, given, create_graph=True, materialize_grads=True)
-            if values
-            else map(torch.zeros_like, by)
-        )
-    gradients = iter(found)
-    return [next(gradients) if w else None for w in call.wanted]
-
-
-def _run(
-    call: _Call, batch: Batch, weights: Terms, wanted: Sequence[bool]
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """What :func:`rankloss.streaming.stream` gives, with empty gradients where none is wanted."""
-    options, image = call.parsed, call.image
-    plan = options.plan(call.anchors, len(image), image.device, image.dtype, has_teacher=batch.has_teacher)
-    values, sums, factor = stream(batch, options, plan, weights, call.shuffles, wanted)
-    return values, tuple(image.new_empty(0) if x is None else x for x in sums), factor
-
-
-def _run_fake(call: _Call, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    """The shapes of the gradients."""
-    return tuple(
+def _gradients_fake(call: _Call) -> list[Tensor]:
+    return [
         torch.empty_like(x) if x is not None and w else call.image.new_empty(0)
-        for x, w in zip(call.inputs, wanted or [False] * len(call.inputs), strict=True)
-    )
+        for x, w in zip(call.inputs, call.by, strict=True)
+    ]
 
 
 def _common(upstream: Sequence[Tensor | None]) -> Tensor | None:
     """The upstream value that all terms share; None where they do not, or knowing it would cost a wait."""
     first, *others = upstream
-    if first is None or any(g is None for g in others):
-        return None
     for g in others:
-        assert g is not None
-        same = g.data_ptr() == first.data_ptr() or (first.device.type == "cpu" and torch.equal(g, first))
-        if not same:
+        if first is None or g is None:
+            return None
+        if g.data_ptr() != first.data_ptr() and not (may_look_at(g) and torch.equal(g, first)):
             return None
     return first
+
+
+register("row_lists", f"({_ARGUMENTS}) -> Tensor[]", _run, _run_fake)
+register(
+    "row_lists_backward",
+    f"(Tensor?[] upstream, Tensor[] gradients, {_ARGUMENTS}) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+
+
+class _RowLists(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        call = _Call(*arguments)
+        found = torch.ops.rankloss.row_lists(*arguments)
+        if may_look_at(call.image) and _spans_too_far(call, found[:_N_TERMS]):
+            found = _by_definition(call)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arguments[:_N_TENSORS], *found[_N_TERMS:])
+        ctx.settings = arguments[_N_TENSORS:]
+        return tuple(found[:_N_TERMS])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: each look unpacks them, for hooks and checkpoints to see
+        call = _Call(*saved[:_N_TENSORS], *ctx.settings)
+        if torch.is_grad_enabled():  # create_graph=True
+            found = _differentiable_gradients(upstream, call)
+        else:
+            found = torch.ops.rankloss.row_lists_backward(list(upstream), list(saved[_N_TENSORS:]), *call)
+        gradients = [g if w else None for g, w in zip(found, call.by, strict=True)]
+        return (*gradients, *(None,) * (len(call) - len(gradients)))
+
+
+# --- by definition ----------------------------------------------------------------------------------------
+
+
+def _spans_too_far(call: _Call, terms: Sequence[Tensor]) -> bool:
+    """Whether terms are NaN though all features are finite: scores too far apart for float64 sums."""
+    if not bool(torch.stack(list(terms)).isnan().any()):
+        return False
+    return bool(call.finite_weights(call.batch).isfinite().all())
+
+
+def _values_by_definition(call: _Call) -> list[Tensor]:
+    batch = call.batch
+    options = RankOptions.decode(call.options)
+    return dense.terms(batch, options, call.finite_weights(batch), call.terms)
+
+
+def _by_definition(call: _Call) -> list[Tensor]:
+    with torch.enable_grad():
+        call = call.of(
+            None if x is None else x.detach().requires_grad_(w)
+            for x, w in zip(call.inputs, call.by, strict=True)
+        )
+        values = _values_by_definition(call)
+        gradients = _gradients(values, [None] * len(values), call, create_graph=False)
+    return [*(x.detach() for x in values), *gradients]
+
+
+def _differentiable_gradients(upstream: Sequence[Tensor | None], call: _Call) -> list[Tensor]:
+    """Gradients that carry a graph of their own."""
+    # By aliases: one input may be computed of another, as gathered features are of the local ones, and what
+    # flows along that path is the outer graph's to add.
+    call = call.of(None if x is None else x.view_as(x) for x in call.inputs)
+    with full_precision(call.image.device):
+        return _gradients(_values_by_definition(call), upstream, call, create_graph=True)
+
+
+def _gradients(
+    values: Sequence[Tensor], upstream: Sequence[Tensor | None], call: _Call, *, create_graph: bool
+) -> list[Tensor]:
+    given = [(x, g) for x, g in zip(values, upstream, strict=True) if x.requires_grad]
+    if create_graph:
+        given = [(x, g) for x, g in given if g is not None]
+    by = [x for x, w in zip(call.inputs, call.by, strict=True) if x is not None and w]
+    found: Iterable[Tensor] = map(torch.zeros_like, by)
+    if by and given:
+        outputs, grads = zip(*given, strict=True)
+        found = torch.autograd.grad(outputs, by, grads, create_graph=create_graph, materialize_grads=True)
+    remaining = iter(found)
+    return [next(remaining) if w else call.image.new_empty(0) for w in call.by]

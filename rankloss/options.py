@@ -1,7 +1,7 @@
-"""Every option of the rank terms, once, with its type, default, choices, bounds and meaning; and the plan.
+"""Every option of the rank terms, once, with its type, default, choices, bounds and meaning.
 
-Constructors take the options as ``**options: Unpack[RankOptionsDict]`` and hand them to :class:`RankOptions`,
-which checks them; command lines and other trainers' argument classes are generated from its fields.
+Constructors take the options as ``**options`` and hand them to :class:`RankOptions`, which checks them;
+command lines and other trainers' argument classes are generated from its fields.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import math
 import operator
 import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal, TypedDict, get_args
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 
 import torch
-
-from rankloss import kernels
 
 __all__ = [
     "OPTION_NAMES",
@@ -30,12 +28,8 @@ __all__ = [
     "ListsOption",
     "Method",
     "Model",
-    "Plan",
-    "Precision",
     "RankOptions",
-    "RankOptionsDict",
     "Reduction",
-    "StreamingOptionsDict",
     "Ties",
     "Worth",
     "check_choice",
@@ -53,10 +47,11 @@ Reduction = Literal["mean", "sum", "none"]
 FixedReference = Literal["image", "text"]
 Method = Literal["sort", "bin"]
 KernelOption = Literal["auto", "torch", "triton"]
-Precision = Literal["default", "exact-order"]
 
 
 _LARGEST_COUNT = 2**31 - 1
+_BUDGET, _BUDGET_ELSEWHERE = {"cpu": 2**26}, 2**30  # bytes
+_BINS = 640
 _POSITIVE = {"above": 0.0}  # bounds of a number, beside those of a count
 
 
@@ -114,17 +109,14 @@ class RankOptions:
             reference (:func:`rankloss.ranking.quantize`), faster; the items of a bin are tied.
         bins: the number of bins.
         chunk_size: rows multiplied out at a time; None chooses from the sizes and the device.
-        memory_budget: bytes that matrices of the whole batch may take to save products, see
-            :class:`Plan`; None is 64 MiB on a CPU and 1 GiB elsewhere.
+        memory_budget: bytes that one matrix of the whole batch may take; up to it CLIP's and SigLIP's losses
+        on
+            their own are torch's formula, and beyond it they stream like the rank terms. None is 64 MiB on a
+            CPU and 1 GiB elsewhere.
         kernel: ``"torch"``: torch's own operations. ``"triton"``: one fused kernel per block of lists
             (:mod:`rankloss.kernels`), in float32; where it does not serve, computing raises a ValueError that
             says why. ``"auto"``: torch's operations, until the kernels have been measured on a card. The plan
             says which, and why.
-        precision: of the products that give the similarities of float32 features on an accelerator.
-            ``"default"``: what torch is set to; where it may take TF32, as open_clip's trainer lets it, about
-            8 % of neighbouring items change places. ``"exact-order"``: the order of float32 whatever torch is
-            set to, by products of the features' upper and lower bits, at three times the cost of the
-            similarities' products; those of the gradients follow torch.
 
     Raises:
         ValueError: for a value that is not among the choices or below its bound, or options that exclude each
@@ -153,7 +145,7 @@ class RankOptions:
         None, "the modality whose rankings are a fixed reference for the other's", none="neither"
     )
     method: Method = _option("sort", "rank a list by its exact order, or faster by bins of the reference")
-    bins: int = _option(640, "number of bins of method bin", at_least=2, at_most=2**24, unit="B")
+    bins: int = _option(_BINS, "number of bins of method bin", at_least=2, at_most=2**24, unit="B")
     chunk_size: int | None = _option(
         None,
         "rows computed at a time: less memory, same result",
@@ -162,7 +154,7 @@ class RankOptions:
     )
     memory_budget: int | None = _option(
         None,
-        "bytes that matrices of the whole batch may take to save products: more memory, same result",
+        "bytes that a matrix of the whole batch may take before CLIP's own loss streams, too",
         at_least=0,
         at_most=2**63 - 1,
         none="64 MiB on a CPU, 1 GiB elsewhere",
@@ -172,34 +164,21 @@ class RankOptions:
         "auto", "fused kernels of Triton on CUDA: triton; torch's operations: torch, and so far auto"
     )
 
-    precision: Precision = _option(
-        "default", "similarities as torch's products are set, or in the order of float32 under TF32 too"
-    )
-
     def __post_init__(self) -> None:
         for option in fields(self):
             object.__setattr__(self, option.name, _checked(option, getattr(self, option.name)))
+        if self.method == "sort" and self.bins != _BINS:
+            raise ValueError(f"bins={self.bins!r} only applies to method='bin'; got method='sort'")
         if self.method == "bin" and self.lists == "batch":
             raise ValueError("method='bin' ranks row lists; lists='batch' needs method='sort'")
-        if self.precision == "exact-order" and self.lists == "batch":
-            raise ValueError(
-                "precision='exact-order' serves row lists; lists='batch' takes precision='default'"
-            )
         if self.method == "bin" and self.ties == "random":
             raise ValueError("method='bin' ties the items of a bin; ties='random' needs method='sort'")
         if not self.diagonal and self.ties == "random":
-            raise ValueError(
-                "diagonal=False makes lists of other items for every anchor, which ties='random' "
-                "does not shuffle; it needs ties='shared'"
-            )
+            raise ValueError("diagonal=False is incompatible with ties='random'; it needs ties='shared'")
         if self.model == "top_one":
             self._check_top_one()
         elif self.reference_scale is not None:
-            raise ValueError(
-                f"reference_scale={self.reference_scale!r} has no part in a ranking; it needs model='top_one'"
-            )
-        if self.kernel == "triton" and (reason := kernels.why_not_options(self)) is not None:
-            raise ValueError(f"kernel='triton' does not serve these options: {reason}")
+            raise ValueError(f"reference_scale={self.reference_scale!r} only applies to model='top_one'")
 
     def _check_top_one(self) -> None:
         excluded = {"worth": "exp", "ties": "shared", "discount": None, "top_k": None, "method": "sort"}
@@ -218,6 +197,10 @@ class RankOptions:
         """The options that are not at their defaults."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
+    def replaced(self, **changes: Any) -> RankOptions:
+        """The same with some options changed."""
+        return replace(self, **changes)
+
     @property
     def encoded(self) -> str:
         """All options as text: what an operator of a compiled graph can be given.
@@ -233,14 +216,18 @@ class RankOptions:
         return RankOptions(**ast.literal_eval("{" + encoded + "}"))
 
     @property
+    def is_dense(self) -> bool:
+        """Whether the terms are computed from whole matrices of N×N, by :mod:`rankloss.dense`.
+
+        Row lists of worth ``exp`` with shared ties are computed in linear memory.
+        """
+        streamed = {"lists": "row", "worth": "exp", "ties": "shared", "discount": None}
+        return self.reduction == "none" or any(getattr(self, k) != v for k, v in streamed.items())
+
+    @property
     def weighs_ranks(self) -> bool:
         """Whether any rank's μ is not 1."""
         return self.discount is not None or self.top_k is not None
-
-    @property
-    def bins_or_none(self) -> int | None:
-        """The number of bins that lists are ranked by; None for their exact order."""
-        return self.bins if self.method == "bin" else None
 
     @property
     def directions(self) -> tuple[float, float]:
@@ -253,109 +240,22 @@ class RankOptions:
 
     def fits(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a matrix of the whole batch is within the budget."""
-        return rows * columns * dtype.itemsize <= self._budget(device)
-
-    def _budget(self, device: torch.device) -> int:
-        given = self.memory_budget
-        return _BUDGET.get(device.type, _BUDGET_ELSEWHERE) if given is None else given
+        budget = self.memory_budget
+        if budget is None:
+            budget = _BUDGET.get(device.type, _BUDGET_ELSEWHERE)
+        return rows * columns * dtype.itemsize <= budget
 
     @property
-    def streaming(self) -> StreamingOptionsDict:
+    def streaming(self) -> dict[str, Any]:
         """The options that any streamed loss has."""
-        return {name: getattr(self, name) for name in STREAMING_OPTION_NAMES}  # type: ignore[return-value]
-
-    def plan(
-        self,
-        anchors: int,
-        items: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        has_teacher: bool = False,
-    ) -> Plan:
-        """How row lists of these sizes are computed.
-
-        Args:
-            anchors: how many rows have lists here.
-            items: the length of a list.
-            device: where the features are.
-            dtype: of the arithmetic.
-            has_teacher: whether the lists are ranked by a teacher's features.
-
-        Raises:
-            ValueError: for ``kernel="triton"`` where it does not serve; the message says why.
-
-        Example:
-            >>> plan = RankOptions().plan(4096, 4096, torch.device("cpu"), torch.float32)
-            >>> plan.name, plan.chunk_size, plan.ranked_size, plan.slice_size, plan.matrix_bytes
-            ('shared', 256, 256, 64, 67108864)
-            >>> RankOptions().plan(8192, 8192, torch.device("cpu"), torch.float32).name
-            'rows'
-        """
-        why_no_kernel = self._why_no_kernel(anchors, items, device, dtype)
-        if self.kernel == "triton" and why_no_kernel is not None:
-            raise ValueError(f"kernel='triton' does not serve here: {why_no_kernel}")
-        chunk_size = self.chunk_size or max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // items)
-        chunk_size = min(chunk_size, anchors)
-        ranked_size = max(1, min(chunk_size, _RANKED.get(device.type, _CHUNK_ELSEWHERE) // items))
-        slice_size = max(1, min(ranked_size, _SLICE.get(device.type, _CHUNK_ELSEWHERE) // items))
-        matrix_bytes, budget = items * items * dtype.itemsize, self._budget(device)
-        shares = anchors == items and matrix_bytes <= budget
-        # The student's first, which saves six products of a pass; the teacher's saves two.
-        with_reference = matrix_bytes + matrix_bytes // 2
-        shares_reference = shares and has_teacher and with_reference <= budget
-        return Plan(
-            name="shared" if shares else "rows",
-            chunk_size=chunk_size,
-            ranked_size=ranked_size,
-            slice_size=slice_size,
-            matrix_bytes=with_reference if shares_reference else matrix_bytes if shares else 0,
-            kernel="torch" if why_no_kernel is not None else "triton",
-            why_no_kernel=why_no_kernel,
-            shares_reference=shares_reference,
-        )
-
-    def _why_no_kernel(
-        self, anchors: int, items: int, device: torch.device, dtype: torch.dtype
-    ) -> str | None:
-        if self.kernel == "torch":
-            return "kernel='torch'"
-        reason = kernels.why_not(self, device, dtype, anchors, items)
-        if reason is None and self.kernel == "auto":
-            return "kernel='auto' takes torch's operations until the kernels have run on a card"
-        return reason
+        return {name: getattr(self, name) for name in STREAMING_OPTION_NAMES}
 
 
 OPTION_NAMES = tuple(option.name for option in fields(RankOptions))
 
 
-class StreamingOptionsDict(TypedDict, total=False):
-    """The fields of :class:`RankOptions` that any streamed loss has."""
-
-    chunk_size: int | None
-    memory_budget: int | None
-
-
-class RankOptionsDict(StreamingOptionsDict, total=False):
-    """The fields of :class:`RankOptions`, for type checkers and completion."""
-
-    lists: ListsOption
-    model: Model
-    reference_scale: float | None
-    worth: Worth
-    ties: Ties
-    discount: Discount | None
-    top_k: int | None
-    reduction: Reduction
-    diagonal: bool
-    fixed_reference: FixedReference | None
-    method: Method
-    bins: int
-    kernel: KernelOption
-    precision: Precision
-
-
-STREAMING_OPTION_NAMES = tuple(StreamingOptionsDict.__annotations__)
+STREAMING_OPTION_NAMES = ("chunk_size", "memory_budget")
+"""Those that any streamed loss has."""
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
@@ -443,6 +343,8 @@ def _checked(option: Field[Any], value: Any) -> Any:
 
 
 def _check_positive(name: str, value: Any) -> float:
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise ValueError(f"{name} is a number and takes no gradient; got a tensor that requires one")
     try:
         number = math.nan if isinstance(value, (str, bytes, bool)) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -450,46 +352,3 @@ def _check_positive(name: str, value: Any) -> float:
     if not 0 < number < math.inf:
         raise ValueError(f"{name} must be a positive number; got {value!r}")
     return number
-
-
-# --- the plan ---------------------------------------------------------------------------------------------
-
-_MIB = 2**20
-_BUDGET = {"cpu": 64 * _MIB}
-_BUDGET_ELSEWHERE = 1024 * _MIB
-_CHUNK = {"cpu": 2**20}  # elements of one block of similarities that is multiplied out at once
-_CHUNK_ELSEWHERE = 2**24
-_FEWEST_ROWS = 128  # below it, reading and writing the gradients costs more than the product itself
-_RANKED = {"cpu": 2**20}  # elements that are ranked at once: long enough to keep the cores busy
-_SLICE = {"cpu": 2**18}  # elements that the running sums take at once: what a core's cache serves
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How row lists are computed; it follows from the sizes, the device and the options.
-
-    Attributes:
-        name: ``"rows"``: each chunk of rows is discarded once processed; twelve products of N×N×D in all,
-            four for the similarities and eight for the gradients. ``"shared"``: the product of two embeddings
-            that stands both in S and in R, or twice in I or X, is made once and kept until the rows reach its
-            mirror image, and so is its gradient: six products.
-        chunk_size: anchors of one product.
-        ranked_size: anchors whose lists are ranked at once.
-        slice_size: anchors whose running sums are taken at once.
-        matrix_bytes: the most that is kept of whole matrices: 0, as much as one of N×N, or half as much more
-            with the teacher's.
-        shares_reference: whether the similarities of a teacher are shared likewise: two products of N×N×D'
-            in place of four.
-        kernel: what ranks and sums the lists: ``"torch"``'s operations, or the fused kernel in ``"triton"``,
-            which takes all rows of a chunk at once.
-        why_no_kernel: why it is not the fused kernel; None where it is.
-    """
-
-    name: Literal["rows", "shared"]
-    chunk_size: int
-    ranked_size: int
-    slice_size: int
-    matrix_bytes: int
-    kernel: Literal["torch", "triton"]
-    why_no_kernel: str | None
-    shares_reference: bool = False

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss.batch import Matrix
-from rankloss.checks import refuse_forward_mode
+from rankloss.operators import register
 from rankloss.options import RankOptions
+from rankloss.plans import make_plan
 from rankloss.precision import arithmetic_dtype, full_precision, nan_unless_finite
 from rankloss.ranking import slices
 
@@ -49,9 +50,6 @@ def pair_sigmoid(
         logit_bias: b, one number.
         first_row: the column of the first image's own text; those of the others follow it.
         chunk_size: images multiplied out at a time; None chooses from the sizes and the device.
-
-    Raises:
-        RuntimeError: in forward-mode differentiation.
     """
     dtype, home = arithmetic_dtype(images, texts), images.device
     device = torch.device("cpu") if home.type == "mps" else home  # MPS has no float64
@@ -63,16 +61,15 @@ def pair_sigmoid(
 
     features = (x.to(device).to(dtype) for x in (images, texts))
     inputs = (*features, scalar(logit_scale), scalar(logit_bias))
-    refuse_forward_mode(*inputs)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
-    value: Tensor = torch.ops.rankloss.pair_sigmoid(*inputs, first_row, wanted, chunk_size)[0]
+    value: Tensor = _PairSigmoid.apply(*inputs, first_row, wanted, chunk_size)  # type: ignore[no-untyped-call]
     return value.to(home)
 
 
 def plain(inputs: Sequence[Tensor], first_row: int) -> Tensor:
     """L of n images, N texts, s and b from the whole matrix, differentiable any number of times."""
     images, texts, scale, bias = inputs
-    x = scale * Matrix("S", images, texts, None).cosines() + bias
+    x = scale * Matrix("S", images, texts, ("image", "text")).cosines() + bias
     own = first_row + torch.arange(len(images), device=images.device)
     y = torch.where(own[:, None] == torch.arange(len(texts), device=images.device), -x, x)
     return -F.logsigmoid(-y).sum() / len(images)
@@ -117,49 +114,49 @@ def stream(
     return (share * value).to(images.dtype), [by_images, by_texts, *by_numbers]
 
 
-@torch.library.custom_op(
-    "rankloss::pair_sigmoid",
-    mutates_args=(),
-    schema="(Tensor images, Tensor texts, Tensor scale, Tensor bias, int first_row, bool[] wanted, "
-    "int? chunk_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+def _run(*arguments: Any) -> list[Tensor]:
+    """L, then its gradients by the inputs."""
     *inputs, first_row, wanted, chunk_size = arguments
     images, texts = inputs[:2]
-    plan = RankOptions(chunk_size=chunk_size).plan(len(images), len(texts), images.device, images.dtype)
+    plan = make_plan(RankOptions(chunk_size=chunk_size), len(images), len(texts), images.device, images.dtype)
     value, gradients = stream(inputs, first_row, wanted, plan.chunk_size)
-    return value, *gradients
+    return [value, *gradients]
 
 
-@_forward.register_fake
-def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+def _run_fake(*arguments: Any) -> list[Tensor]:
     *inputs, _, wanted, _ = arguments
     gradients = (torch.empty_like(x) if w else x.new_empty(0) for x, w in zip(inputs, wanted, strict=True))
-    return inputs[0].new_empty(()), *gradients
+    return [inputs[0].new_empty(()), *gradients]
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.first_row, ctx.wanted, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+register(
+    "pair_sigmoid",
+    "(Tensor images, Tensor texts, Tensor scale, Tensor bias, int first_row, bool[] wanted, int? chunk_size) "
+    "-> Tensor[]",
+    _run,
+    _run_fake,
+)
 
 
-def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # once: each look unpacks them, for hooks and checkpoints to see
-    inputs, gradients = saved[:4], saved[4:]
-    needed = ctx.needs_input_grad[:4]
-    if torch.is_grad_enabled():  # create_graph=True
-        # By aliases: one input may be computed of another, and that path is the outer graph's to add.
-        inputs = [x.view_as(x) for x in inputs]
-        by = [x for x, n in zip(inputs, needed, strict=True) if n]
-        with full_precision(upstream.device):
-            value = plain(inputs, ctx.first_row)
-            found = iter(torch.autograd.grad(value, by, upstream, create_graph=True))
-        return *(next(found) if n else None for n in needed), None, None, None
-    if any(n and not w for n, w in zip(needed, ctx.wanted, strict=True)):
-        # Under torch.vmap and in an exported graph no tensor said so when the loss was called.
-        _, *gradients = torch.ops.rankloss.pair_sigmoid(*inputs, ctx.first_row, list(needed), ctx.chunk_size)
-    scaled = (upstream * x if n else None for x, n in zip(gradients, needed, strict=True))
-    return *scaled, None, None, None
+class _PairSigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        value, *gradients = torch.ops.rankloss.pair_sigmoid(*arguments)
+        ctx.save_for_backward(*arguments[:4], *gradients)
+        ctx.first_row, ctx.wanted, _ = arguments[4:]
+        result: Tensor = value
+        return result
 
-
-_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: each look unpacks them, for hooks and checkpoints to see
+        if torch.is_grad_enabled():  # create_graph=True
+            # By aliases: one input may be computed of another, and that path is the outer graph's to add.
+            inputs = [x.view_as(x) for x in saved[:4]]
+            by = [x for x, w in zip(inputs, ctx.wanted, strict=True) if w]
+            with full_precision(upstream[0].device):
+                value = plain(inputs, ctx.first_row)
+                found = iter(torch.autograd.grad(value, by, upstream, create_graph=True))
+            return *(next(found) if w else None for w in ctx.wanted), None, None, None
+        gradients = (upstream[0] * x if w else None for x, w in zip(saved[4:], ctx.wanted, strict=True))
+        return *gradients, None, None, None

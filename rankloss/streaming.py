@@ -1,9 +1,10 @@
-r"""The one pass over a batch's rows that gives CLIP's loss, both rank terms and all their gradients.
+r"""The pass over a batch's rows that gives CLIP's loss, both rank terms and their gradients.
 
-The pass walks over chunks of anchors. For each it forms the chunk's similarities, takes values and gradient
-of every list at once (:mod:`rankloss.lists`), and adds the gradient to those of the embeddings
-(:mod:`rankloss.products`); the chunk's matrices are then dropped. Memory therefore grows with N, apart from
-what the plan ``shared`` keeps to save products, up to its budget.
+It walks over chunks of anchors. For each it forms the chunk's similarities, takes values and gradient of
+every list (:mod:`rankloss.lists`) and adds the gradient to those of the features; the chunk's matrices are
+then dropped. With G the gradient by the scores s·C of a matrix, C = Q·Kᵀ (anchors Q, items K),
+
+    ∂Q = s·G·K,   ∂K = s·Gᵀ·Q,   ∂s = Σ G∘C = Σ (G·K)∘Q.
 
 One gradient by the scores serves all terms: S and R carry CLIP's cross-entropy and the cross-modal term, I
 and X the in-modal one.
@@ -11,255 +12,182 @@ and X the in-modal one.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple, TypeVar
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from rankloss.batch import MATRICES, Batch, Inputs, Matrix, Term, anchors_and_items
-from rankloss.lists import Block, evaluate
-from rankloss.options import Plan, RankOptions
+from rankloss import kernels, lists
+from rankloss.batch import Batch, Inputs, Matrix, Term, matrices_of
+from rankloss.options import RankOptions
+from rankloss.plans import Plan
 from rankloss.precision import full_precision
-from rankloss.products import MirroredProducts, Products, Target
 from rankloss.ranking import slices
 
-__all__ = ["Terms", "stream"]
-
-# Entries of all lists of a block: below, operations cost more to start than to carry out.
-_FEW = {"cpu": 2**18}
-_FEW_ELSEWHERE = 2**22
-
-_T = TypeVar("_T")
-
-_RANK_TERMS: tuple[Term, Term] = ("cross_modal", "in_modal")
+__all__ = ["stream"]
 
 
-class Terms(NamedTuple):
-    """One thing for each term; None where a term is left out."""
+_Finder = Callable[[Tensor], Tensor | None]
 
-    contrastive: Tensor | None
-    cross_modal: Tensor | None
-    in_modal: Tensor | None
+
+class _Group(NamedTuple):
+    """Matrices whose lists are evaluated together, and what each weighs; the weights are ``[matrices]``."""
+
+    matrices: list[Matrix]
+    references: list[Matrix]
+    alpha: Tensor | None
+    beta: Tensor | None
+
+    @property
+    def terms(self) -> list[int]:
+        """The place of each matrix's rank term among the three terms."""
+        return [1 if matrix.name in "SR" else 2 for matrix in self.matrices]
 
 
 def stream(
     batch: Batch,
     options: RankOptions,
     plan: Plan,
-    weights: Terms,
-    shuffles: Tensor | None = None,
-    wanted: Sequence[bool] = (),
-) -> tuple[Tensor, Inputs, Tensor]:
-    """Values and gradients of the terms that have a weight.
+    weights: Tensor,
+    wanted: Sequence[bool],
+    by: Sequence[bool],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """CLIP's cross-entropy, the cross-modal and the in-modal term, each times its weight; their gradients.
+
+    Where one chunk holds all rows, R is the transpose of S, and I and X are their own: the gradients by two
+    entries that are one product are added before they are multiplied out: seven products in place of twelve.
 
     Args:
         batch: the features.
         options: of the rank terms.
         plan: how the pass is computed.
-        weights: what an anchor's value counts in the total, ``[]`` or ``[n]`` in float64, by term. The
-            contrastive term needs the worth ``exp``.
-        shuffles: ``[4, N]`` under ``ties="random"``, for the lists of S, R, I and X; else None.
-        wanted: for which of the batch's inputs a gradient is wanted; empty for none.
+        weights: of the terms, ``[3]`` in float64.
+        wanted: which of the terms are; the others stay zero.
+        by: by which of the batch's inputs a gradient is wanted.
 
     Returns:
-        The values per anchor of those terms, ``[terms, n]`` in float64, the two directions of a term
-        together; the gradients of Σ weights·values, None where none is wanted; and a factor, ``[]`` in
-        float64, by which all gradients but that by the scale have still to be multiplied, so that whoever
-        multiplies them anyway does so once.
+        The terms, ``[3]``; the gradients of their sum by the fields of the batch, those by features without
+        the factor s.
     """
-    device = batch.image.device
-    given = [w for w in weights if w is not None]
-    # Each term's values in both directions, multiplied by their shares; with one direction the other stays 0.
-    new = torch.empty if options.fixed_reference is None else torch.zeros
-    values = new(len(given), 2, batch.anchors, dtype=torch.float64, device=device)
-    all_at_once = _at_once(_RANK_TERMS, batch, options, plan, weights, shuffles)
-    sums = Inputs(
-        *(
-            None
-            if x is None or not is_wanted
-            else (torch.empty_like if all_at_once and x.dim() else torch.zeros_like)(x)
-            for x, is_wanted in zip(batch.inputs, wanted or (False,) * len(batch.inputs), strict=True)
-        )
-    )
-    if not given:
-        return values.sum(1), sums, torch.ones((), dtype=torch.float64, device=device)
-    # The largest weight is left to the end: beside worths far apart, small ones would round to zero.
-    stacked = torch.stack(given)
-    largest = torch.linalg.vector_norm(stacked, math.inf)
-    unit = largest.clamp_min_(torch.finfo(stacked.dtype).tiny)  # where all are 0
-    halves = iter((stacked / unit).mul_(0.5))  # a term is the mean of its two directions
-    weights = Terms(*(None if w is None else next(halves) for w in weights))
-    of_terms = iter(values)
-    found = Terms(*(None if w is None else next(of_terms) for w in weights))
-    walks: list[Sequence[Term]] = [_RANK_TERMS] if all_at_once else [(term,) for term in _RANK_TERMS]
-    with full_precision(device):
-        for terms in walks:
-            if any(w is not None for term in terms for w in _of_term(term, weights)):
-                at_once = all_at_once or _at_once(terms, batch, options, plan, weights, shuffles)
-                _walk(terms, batch, options, plan, weights, shuffles, found, sums, at_once=at_once)
-    if sums.scale is not None:
-        sums.scale.mul_(unit)
-    return values.sum(1), sums, unit * batch.scale if options.worth == "exp" else unit
+    engine = kernels if plan.kernel == "triton" else lists
+    values = weights.new_zeros(3)
+    sums = {
+        name: torch.zeros_like(x)
+        for name, x, is_wanted in zip(Inputs._fields, batch.inputs, by, strict=True)
+        if x is not None and is_wanted
+    }
+    is_whole = plan.chunk_size == len(batch.image) and batch.image_anchors is None
+    groups = _groups(batch, options, weights, wanted)
+    with full_precision(batch.image.device):
+        for rows in slices(batch.anchors, plan.chunk_size):
+            for group in groups:
+                block = _block(batch, group, rows, is_whole, engine.first_equal)
+                found = engine.evaluate(block, options, plan.lists_at_once, with_gradient=bool(sums))
+                if group.alpha is not None and found.cross_entropy is not None:
+                    values[0] += group.alpha @ found.cross_entropy.sum(-1)
+                if group.beta is not None and found.nll is not None:
+                    for place, value in zip(group.terms, group.beta * found.nll.sum(-1), strict=True):
+                        values[place] += value
+                if found.gradient is not None:
+                    add = _add_whole_gradient if is_whole else _add_gradient
+                    add(sums, group.matrices, rows, block.cosines, found.gradient)
+    return values, sums
 
 
-def _of_term(term: Term, of: Terms) -> tuple[Tensor | None, Tensor | None]:
-    """What belongs to the cross-entropy and to the ranking of the two matrices that a term compares."""
-    return (of.contrastive, of.cross_modal) if term == "cross_modal" else (None, of.in_modal)
+def _groups(batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[bool]) -> list[_Group]:
+    """What is evaluated together: everything, except lists that are ranked beside lists that are not."""
+    contrastive, *ranked = wanted
+    terms: list[Term] = [term for term, w in zip(get_args(Term), ranked, strict=True) if w]
+    both = matrices_of("cross_modal")
+    halves = (weights * (0.5 / batch.anchors)).unbind()  # a term is the mean of its two directions
+    groups = []
+    names = matrices_of(*terms) if terms else ()
+    if names:
+        share = options.anchor_weight(batch.anchors, len(batch.image)) * batch.anchors
+        of_images, of_texts = (2 * share * direction for direction in options.directions)
+        matrices = batch.matrices(names)
+        group = _Group(matrices, batch.references(names), None, None)
+        shares = [of_images if name in "SI" else of_texts for name in names]
+        beta = torch.stack([halves[term] * x for term, x in zip(group.terms, shares, strict=True)])
+        groups.append(group._replace(beta=beta))
+    if contrastive:
+        if not set(both) <= set(names):
+            names = both
+            groups.append(_Group(batch.matrices(names), [], None, None))
+        none = torch.zeros_like(halves[0])
+        alpha = torch.stack([halves[0] if name in both else none for name in names])
+        groups[-1] = groups[-1]._replace(alpha=alpha)
+    return groups
 
 
-def _at_once(
-    terms: Sequence[Term],
-    batch: Batch,
-    options: RankOptions,
-    plan: Plan,
-    weights: Terms,
-    shuffles: Tensor | None,
-) -> bool:
-    """Whether the lists of all matrices of these terms are evaluated in one go, a chunk of rows at a time.
-
-    That takes fewer operations, and the kernel then reads each cosine once. The lists of one matrix after
-    the other need one gradient at a time.
-    """
-    are_ranked = all(_of_term(term, weights)[1] is not None for term in terms)
-    if shuffles is not None or options.fixed_reference is not None or not (are_ranked or len(terms) == 1):
-        return False
-    if plan.name == "shared" and plan.chunk_size < batch.anchors:  # products wait for their mirror images
-        return False
-    if plan.kernel == "triton":
-        return are_ranked
-    few = _FEW.get(batch.image.device.type, _FEW_ELSEWHERE)
-    return 2 * len(terms) * plan.chunk_size * len(batch.image) <= few
+def _block(batch: Batch, group: _Group, rows: slice, is_whole: bool, first_equal: _Finder) -> lists.Block:
+    equal = tuple(batch.first_equal(matrix, first_equal) for matrix in group.references)
+    reference = None
+    if group.references and batch.has_teacher:
+        reference = _cosines(group.references, rows, is_whole)
+    cosines = _cosines(group.matrices, rows, is_whole)
+    first_row = batch.first_row + rows.start
+    return lists.Block(cosines, batch.scale, group.alpha, group.beta, reference, equal, first_row)
 
 
-def _walk(
-    terms: Sequence[Term],
-    batch: Batch,
-    options: RankOptions,
-    plan: Plan,
-    weights: Terms,
-    shuffles: Tensor | None,
-    values: Terms,
-    sums: Inputs,
-    *,
-    at_once: bool,
+def _cosines(matrices: Sequence[Matrix], rows: slice, is_whole: bool) -> Tensor:
+    """``[matrices, n, N]``, some rows of each."""
+    first = matrices[0]
+    out = first.anchors.new_empty(len(matrices), rows.stop - rows.start, len(first.items))
+    for start, group in _by_items(matrices):
+        if is_whole and group[-1].name == "R":
+            out[-1].copy_(out[0].T)  # S
+            group = group[:-1]
+        if group:
+            cosines = out[start : start + len(group)].flatten(0, 1)
+            torch.mm(_anchors(group, rows), group[0].items.T, out=cosines)
+    return out
+
+
+def _by_items(matrices: Sequence[Matrix]) -> Iterator[tuple[int, list[Matrix]]]:
+    """Matrices of the same items, which make one product, and the place of the first."""
+    start = 0
+    for _, group in itertools.groupby(matrices, lambda matrix: matrix.factors[1]):
+        same = list(group)
+        yield start, same
+        start += len(same)
+
+
+def _anchors(matrices: Sequence[Matrix], rows: slice) -> Tensor:
+    parts = [matrix.anchors[rows] for matrix in matrices]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _add_gradient(
+    sums: dict[str, Tensor], matrices: Sequence[Matrix], rows: slice, _: Tensor, gradients: Tensor
 ) -> None:
-    """Write the values and add the gradients of the rows of S and R, of I and X, or of S, X, I and R.
-
-    In this order the first matrix is compared with the last, the second with the last but one, and lists of
-    images and of texts alternate. The lists of a chunk of rows make one block if ``at_once``, else one by
-    matrix.
-    """
-    pairs = [_pair(term, batch, plan, weights) for term in terms]
-    matrices = _arranged([pair for pair, _ in pairs])
-    references = _arranged([pair for _, pair in pairs if pair is not None])
-    into = _arranged([_targets(term, batch, sums, options) for term in terms])
-    with_gradient = any(x is not None for target in into for x in target)
-    mirrored = plan.name == "shared" and not at_once
-    products = (MirroredProducts if mirrored else Products)(matrices, options.precision, into)
-    teacher = None
-    if references and batch.has_teacher:
-        kind = MirroredProducts if mirrored and plan.shares_reference else Products
-        teacher = kind(references, options.precision)
-    alphas = [_of_term(matrix.term, weights)[0] for matrix in matrices]
-    betas = _ranking_weights(matrices, weights, options)
-    count = len(matrices)
-    step = count if at_once else 1
-    first_equal = [_equal_items(references[k : k + step]) for k in range(0, count, step)]
-    places = [_places(term, matrices[:step]) for term in terms]  # in every block alike
-    for rows in slices(batch.anchors, plan.chunk_size):
-        cosines = products.take(rows)
-        ranked_by = cosines if teacher is None else teacher.take(rows)
-        for k, equal in zip(range(0, count, step), first_equal, strict=True):
-            mine = slice(k, k + step)
-            beta = _by_list(betas[mine], rows)
-            theirs = slice(count - k - step, count - k) if teacher is None else mine
-            block = Block(
-                cosines[mine].flatten(0, 1),
-                batch.scale,
-                _by_list(alphas[mine], rows),
-                beta,
-                None if beta is None else ranked_by[theirs].flatten(0, 1),
-                None if beta is None else equal,
-                batch.first_row + rows.start,
-                None if shuffles is None else shuffles[MATRICES.index(matrices[k].name)],
-                matrices=step,
-                opposite=step > 1 and beta is not None and teacher is None,
-            )
-            size = len(block.cosines)
-            whole = replace(plan, ranked_size=size, slice_size=size) if at_once else plan
-            found = evaluate(block, options, whole, with_gradient=with_gradient)
-            shares = 0.5, options.directions[k % 2]
-            for term, place in zip(terms, places, strict=True):
-                for value, part, share in zip(_of_term(term, values), found[:2], shares, strict=True):
-                    if value is not None and part is not None:
-                        part = part.unflatten(0, (step, -1))[place]
-                        torch.mul(part, share, out=value[k : k + len(part), rows])
-            products.give(mine, rows, cosines[mine], found.gradient)
-            del found  # before the other matrices have a gradient
+    for start, group in _by_items(matrices):
+        gradient = gradients[start : start + len(group)].flatten(0, 1)
+        anchors = _anchors(group, rows)
+        if "scale" in sums or any(matrix.factors[0] in sums for matrix in group):
+            by_anchors = gradient @ group[0].items
+            for matrix, part in zip(group, by_anchors.chunk(len(group)), strict=True):
+                if matrix.factors[0] in sums:
+                    sums[matrix.factors[0]][rows] += part
+            if "scale" in sums:
+                sums["scale"] += by_anchors.mul_(anchors).sum()
+        if group[0].factors[1] in sums:
+            sums[group[0].factors[1]].addmm_(gradient.T, anchors)
 
 
-def _pair(
-    term: Term, batch: Batch, plan: Plan, weights: Terms
-) -> tuple[tuple[Matrix, Matrix], tuple[Matrix, Matrix] | None]:
-    """The two matrices that a term compares, and what their lists are ranked by; None if by nothing."""
-    is_ranked, in_kernel = _of_term(term, weights)[1] is not None, plan.kernel == "triton"
-    matrices = batch.matrices(term, are_references=is_ranked and not batch.has_teacher, in_kernel=in_kernel)
-    return matrices, batch.references(term, matrices, in_kernel=in_kernel) if is_ranked else None
-
-
-def _arranged(pairs: Sequence[tuple[_T, _T]]) -> list[_T]:
-    """What belongs to S and R, to I and X, or to S, X, I and R."""
-    if len(pairs) < 2:
-        return [x for pair in pairs for x in pair]
-    (s, r), (i, x) = pairs
-    return [s, x, i, r]
-
-
-def _places(term: Term, matrices: Sequence[Matrix]) -> slice:
-    """Where a term's matrices, one or two, are among these."""
-    first, *others = (k for k, matrix in enumerate(matrices) if matrix.term == term)
-    last = others[0] if others else first
-    return slice(first, last + 1, max(last - first, 1))
-
-
-def _equal_items(references: Sequence[Matrix]) -> Tensor | None:
-    """The first equal items of one reference, ``[N]``, or of the two halves of several, ``[2, N]``."""
-    found = [reference.first_equal for reference in references[:: max(len(references) - 1, 1)]]
-    known = next((x for x in found if x is not None), None)
-    if known is None or len(found) == 1:
-        return known
-    own = torch.arange(len(known), device=known.device) if any(x is None for x in found) else known
-    return torch.stack([own if x is None else x for x in found])
-
-
-def _ranking_weights(matrices: Sequence[Matrix], weights: Terms, options: RankOptions) -> list[Tensor | None]:
-    """What the lists of every matrix weigh; None where they are not ranked."""
-    found: list[Tensor | None] = []
-    for matrix, share in zip(matrices, options.directions * 2, strict=False):
-        weight = _of_term(matrix.term, weights)[1]
-        if weight is None or share == 0:
-            found.append(None)
-        else:  # what one direction weighs, of the weight that each has where they share equally
-            found.append(weight if share == 0.5 else weight * (2 * share))
-    return found
-
-
-def _by_list(weights: Sequence[Tensor | None], rows: slice) -> Tensor | None:
-    """What the lists of some rows of all matrices weigh: ``[]`` if that is one value, else ``[lists, 1]``."""
-    known = next((w for w in weights if w is not None), None)
-    if known is None or (known.dim() == 0 and all(w is known for w in weights)):
-        return known
-    zero = known if all(w is not None for w in weights) else torch.zeros_like(known)
-    stacked = torch.stack([zero if w is None else w for w in weights])
-    if known.dim() == 0:
-        return stacked.repeat_interleave(rows.stop - rows.start)[:, None]
-    return stacked[:, rows].reshape(-1, 1)
-
-
-def _targets(term: Term, batch: Batch, sums: Inputs, options: RankOptions) -> tuple[Target, Target]:
-    scale = sums.scale if options.worth == "exp" else None  # the other worths do not depend on it
-    first, second = anchors_and_items(term, sums, batch.image_anchors is not None)
-    return Target(*first, scale), Target(*second, scale)
+def _add_whole_gradient(
+    sums: dict[str, Tensor], matrices: Sequence[Matrix], _: slice, cosines: Tensor, gradients: Tensor
+) -> None:
+    if "scale" in sums:
+        sums["scale"] += (gradients * cosines).sum()
+    for matrix, gradient in zip(matrices, gradients, strict=True):
+        if matrix.name == "R":
+            continue
+        of_anchors, of_items = matrix.factors
+        both = gradient + (gradients[-1] if matrix.name == "S" else gradient).T
+        if of_anchors in sums:
+            sums[of_anchors].addmm_(both, matrix.items)
+        if of_items != of_anchors and of_items in sums:
+            sums[of_items].addmm_(both.T, matrix.anchors)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from rankloss.operators import IMPLEMENTATIONS
 
 
 def saved_bytes(forward: Callable[[], object]) -> int:
@@ -61,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
         before = {StorageWeakRef(x.untyped_storage()) for x in _tensors((args, kwargs))}
         if func.namespace == "rankloss":
             with self:
-                result = OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+                result = IMPLEMENTATIONS[func.overloadpacket.__name__](*args, **(kwargs or {}))
         else:
             result = func(*args, **(kwargs or {}))
         for x in _tensors(result):

@@ -16,7 +16,7 @@ from torch import nn
 import rankloss
 from rankloss import schedules
 from rankloss.distributed import Gather
-from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, StreamingOptionsDict, choices_of
+from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, choices_of
 from rankloss_trainers.catalog import LossEntry, Option, Options, count, count_type, number_type, weight
 from rankloss_trainers.logging import RankClipLog, alip_log
 
@@ -51,9 +51,9 @@ def _rank_options(options: Options) -> dict[str, Any]:
     return {name: _spellings(name).get(value, value) for name, value in values.items()}
 
 
-def _streaming(options: Options) -> StreamingOptionsDict:
+def _streaming(options: Options) -> dict[str, Any]:
     """Those of them that any streamed loss has."""
-    return {name: options[name] for name in STREAMING_OPTION_NAMES}  # type: ignore[return-value]
+    return {name: options[name] for name in STREAMING_OPTION_NAMES}
 
 
 _RANKCLIP_OPTIONS = (

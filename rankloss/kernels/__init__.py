@@ -8,15 +8,17 @@ without a GPU.
 """
 
 from rankloss.kernels.equal_rows import confirm_equals as confirm_equals
+from rankloss.kernels.equal_rows import first_equal as first_equal
 from rankloss.kernels.equal_rows import hash_rows as hash_rows
+from rankloss.kernels.rows import evaluate as evaluate
 from rankloss.kernels.rows import evaluate_rows as evaluate_rows
 from rankloss.kernels.rows import why_not as why_not
-from rankloss.kernels.rows import why_not_options as why_not_options
 
 __all__ = [
     "confirm_equals",
+    "evaluate",
     "evaluate_rows",
+    "first_equal",
     "hash_rows",
     "why_not",
-    "why_not_options",
 ]

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from rankloss.kernels.rows import interpreted
+from rankloss.operators import register
 
-__all__ = ["confirm_equals", "hash_rows"]
+__all__ = ["confirm_equals", "first_equal", "hash_rows"]
 
 _ROWS, _COLUMNS, _WARPS = 8, 256, 8
 _INTERPRETED_ROWS = 64  # fewer programs, each of which is interpreted
+
+
+def first_equal(features: Tensor) -> Tensor:
+    """What :func:`rankloss.equal_rows.first_equal` gives, from one pass over float32 features; never None."""
+    hashes = hash_rows(features)
+    ordered, order = hashes.sort(stable=True)
+    return confirm_equals(features, order[torch.searchsorted(ordered, hashes)])
 
 
 def hash_rows(features: Tensor) -> Tensor:
@@ -40,7 +48,6 @@ def confirm_equals(features: Tensor, candidates: Tensor) -> Tensor:
     return first
 
 
-@torch.library.custom_op("rankloss::hash_rows", mutates_args=(), schema="(Tensor features) -> Tensor")
 def _hash_rows(features: Tensor) -> Tensor:
     hashes = torch.empty(len(features), dtype=torch.int64, device=features.device)
     if len(features):
@@ -51,14 +58,10 @@ def _hash_rows(features: Tensor) -> Tensor:
     return hashes
 
 
-@_hash_rows.register_fake
 def _hash_rows_fake(features: Tensor) -> Tensor:
     return features.new_empty(len(features), dtype=torch.int64)
 
 
-@torch.library.custom_op(
-    "rankloss::confirm_equals", mutates_args=(), schema="(Tensor features, Tensor candidates) -> Tensor"
-)
 def _confirm_equals(features: Tensor, candidates: Tensor) -> Tensor:
     first = torch.empty_like(candidates)
     if len(features):
@@ -69,7 +72,6 @@ def _confirm_equals(features: Tensor, candidates: Tensor) -> Tensor:
     return first
 
 
-@_confirm_equals.register_fake
 def _confirm_equals_fake(_features: Tensor, candidates: Tensor) -> Tensor:
     return torch.empty_like(candidates)
 
@@ -80,3 +82,9 @@ def _options() -> dict[str, int]:
 
 def _grid(features: Tensor) -> tuple[int]:
     return (-(-len(features) // _options()["ROWS"]),)
+
+
+register("hash_rows", "(Tensor features) -> Tensor", _hash_rows, _hash_rows_fake)
+register(
+    "confirm_equals", "(Tensor features, Tensor candidates) -> Tensor", _confirm_equals, _confirm_equals_fake
+)

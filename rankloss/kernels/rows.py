@@ -12,23 +12,27 @@ import importlib.metadata
 import importlib.util
 import operator
 import os
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
+
+from rankloss import lists
+from rankloss.lists import Block, Evaluated
+from rankloss.operators import register
+from rankloss.options import RankOptions
 
 __all__ = [
     "CACHE",
     "EARLIEST_TRITON",
     "LARGEST_LIST",
     "Launch",
-    "RankedLists",
     "choose_launch",
+    "evaluate",
     "evaluate_rows",
     "triton_version",
     "why_not",
-    "why_not_options",
 ]
 
 LARGEST_LIST = 2**17
@@ -51,35 +55,7 @@ _BLOCK_OF_BIN, _BLOCK_OF_SHORT_BIN, _PER_WARP_OF_BIN = 2048, 1024, 128
 _INTERPRETED_BLOCK = 128  # small, so that short lists have several blocks in the tests as well
 
 
-class RankedLists(Protocol):
-    """The options that decide whether the kernels serve; :class:`rankloss.options.RankOptions` has them."""
-
-    @property
-    def model(self) -> str:
-        """``"plackett_luce"`` or ``"top_one"``."""
-
-    @property
-    def lists(self) -> str:
-        """``"row"`` or ``"batch"``."""
-
-    @property
-    def worth(self) -> str:
-        """``"exp"``, ``"shifted"`` or ``"identity"``."""
-
-    @property
-    def ties(self) -> str:
-        """``"shared"`` or ``"random"``."""
-
-    @property
-    def method(self) -> str:
-        """``"sort"`` or ``"bin"``."""
-
-    @property
-    def bins(self) -> int:
-        """The number of bins of method ``"bin"``."""
-
-
-def why_not(options: RankedLists, device: torch.device, dtype: torch.dtype, n: int, N: int) -> str | None:
+def why_not(options: RankOptions, device: torch.device, dtype: torch.dtype, n: int, N: int) -> str | None:
     """Why the kernels do not serve a case; None where they do.
 
     Nothing is imported, launched or copied to find out.
@@ -92,16 +68,15 @@ def why_not(options: RankedLists, device: torch.device, dtype: torch.dtype, n: i
         N: items of each list.
 
     Example:
-        >>> from types import SimpleNamespace
-        >>> options = SimpleNamespace(
-        ...     model="plackett_luce", lists="row", worth="shifted", ties="shared", method="sort", bins=640
-        ... )
-        >>> why_not(options, torch.device("cuda"), torch.float32, 1024, 8192)
-        "worth='shifted' has no kernel"
+        >>> why_not(RankOptions(model="top_one"), torch.device("cuda"), torch.float32, 1024, 8192)
+        "model='top_one' has no kernel"
     """
-    reason = why_not_options(options)
-    if reason is not None:
-        return reason
+    if options.is_dense:
+        return f"{options!r} is computed from whole matrices"
+    if options.model != "plackett_luce":
+        return f"model={options.model!r} has no kernel"
+    if options.method == "bin" and options.bins > LARGEST_LIST:
+        return f"the kernels take up to {LARGEST_LIST:,} bins, not {options.bins:,}"
     if dtype != torch.float32:
         return f"the kernels compute in float32, not in {str(dtype).removeprefix('torch.')}"
     if n < 1 or not 2 <= N <= LARGEST_LIST:
@@ -115,21 +90,6 @@ def why_not(options: RankedLists, device: torch.device, dtype: torch.dtype, n: i
         return f"the kernels need Triton {EARLIEST_TRITON} or later; {triton} is installed"
     if interpreted() and device.type not in ("cpu", "meta"):
         return f"TRITON_INTERPRET=1 takes CPU tensors, not {device.type}"
-    return None
-
-
-def why_not_options(options: RankedLists) -> str | None:
-    """Why the kernels do not serve some options, whatever the sizes and the device; None where they do."""
-    if options.model != "plackett_luce":
-        return f"model={options.model!r} has no kernel"
-    if options.lists != "row":
-        return f"lists={options.lists!r} has no kernel"
-    if options.worth != "exp":
-        return f"worth={options.worth!r} has no kernel"
-    if options.ties != "shared":
-        return f"ties={options.ties!r} has no kernel"
-    if options.method == "bin" and options.bins > LARGEST_LIST:
-        return f"the kernels take up to {LARGEST_LIST:,} bins, not {options.bins:,}"
     return None
 
 
@@ -149,6 +109,39 @@ def triton_version() -> str | None:
     return None
 
 
+def evaluate(block: Block, options: RankOptions, _: int, *, with_gradient: bool) -> Evaluated:
+    """What :func:`rankloss.lists.evaluate` gives, in one launch; lists that are not ranked stay there."""
+    if block.beta is None:
+        return lists.evaluate(block, options, len(block.cosines[0]), with_gradient=with_gradient)
+    matrices, n, _N = block.cosines.shape
+    alpha, beta = (None if w is None else w.repeat_interleave(n) for w in (block.alpha, block.beta))
+    of_first, of_last = block.first_equal[0], block.first_equal[-1]
+    assert beta is not None
+    cross_entropy, nll, gradient = evaluate_rows(
+        block.cosines.flatten(0, 1),
+        (block.cosines if block.reference is None else block.reference).flatten(0, 1),
+        block.scale,
+        beta,
+        alpha=alpha,
+        first_row=block.first_row,
+        anchors=n,
+        opposite=block.reference is None,
+        first_equal=None if of_first is None or of_last is None else torch.stack([of_first, of_last]),
+        method=options.method,
+        bins=options.bins,
+        top_k=options.top_k,
+        diagonal=options.diagonal,
+        mean=options.reduction == "mean",
+        gradient=with_gradient,
+    )
+    shape = (matrices, n)
+    return Evaluated(
+        None if cross_entropy is None else cross_entropy.view(shape).double(),
+        nll.view(shape).double(),
+        None if gradient is None else gradient.view(block.cosines.shape),
+    )
+
+
 def evaluate_rows(
     cosines: Tensor,
     reference: Tensor,
@@ -163,15 +156,13 @@ def evaluate_rows(
     method: Literal["sort", "bin"] = "sort",
     bins: int = 640,
     top_k: int | None = None,
-    discount: Literal["log"] | None = None,
     diagonal: bool = True,
     mean: bool = False,
     gradient: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     r"""Cross-entropy, Plackett–Luce NLL and the gradient of their weighted sum, for a block of rows.
 
-    With x = s·c a row's scores, k its own column, y its reference and μ as in
-    :func:`rankloss.plackett_luce_nll`,
+    With x = s·c a row's scores, k its own column, y its reference and μ 1 for the items that count, else 0,
 
         CE = log Σ_q e^{x_q} − x_k,   NLL = Σ_p μ_p·(log C_p − x_p),   C_p = Σ_{q : y_q ≤ y_p} e^{x_q},
 
@@ -202,7 +193,6 @@ def evaluate_rows(
             :func:`rankloss.ranking.quantize` are tied.
         bins: their number, at least 2.
         top_k: see :func:`rankloss.plackett_luce_nll`.
-        discount: likewise.
         diagonal: whether the own column is an item of the ranked list; it is always one of the cross-entropy.
         mean: whether every row's NLL, and with it β, is divided by the row's Σ_p μ_p.
         gradient: whether it is wanted.
@@ -232,13 +222,11 @@ def evaluate_rows(
         raise ValueError(f"method must be one of 'sort', 'bin'; got {method!r}")
     if method == "bin" and not 2 <= bins <= LARGEST_LIST:
         raise ValueError(f"bins must be from 2 to {LARGEST_LIST:,}; got {bins}")
-    if discount not in (None, "log"):
-        raise ValueError(f"discount must be one of None, 'log'; got {discount!r}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1; got {top_k}")
     cross_entropy, nll, slopes = torch.ops.rankloss.evaluate_rows(
         cosines, reference, scale, beta, alpha, first_equal, first_row, anchors, opposite,
-        bins if method == "bin" else 0, top_k or 0, discount is not None, diagonal, mean, gradient,
+        bins if method == "bin" else 0, top_k or 0, diagonal, mean, gradient,
     )  # fmt: skip
     return cross_entropy if alpha is not None else None, nll, slopes if gradient else None
 
@@ -348,13 +336,6 @@ def _processors_and_cache(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, getattr(properties, "L2_cache_size", CACHE)
 
 
-@torch.library.custom_op(
-    "rankloss::evaluate_rows",
-    mutates_args=(),
-    schema="(Tensor cosines, Tensor reference, Tensor scale, Tensor beta, Tensor? alpha, "
-    "Tensor? first_equal, int first_row, int anchors, bool opposite, int bins, int top_k, bool discount, "
-    "bool diagonal, bool mean, bool gradient) -> (Tensor, Tensor, Tensor)",
-)
 def _evaluate_rows(
     cosines: Tensor,
     reference: Tensor,
@@ -367,7 +348,6 @@ def _evaluate_rows(
     opposite: bool,
     bins: int,
     top_k: int,
-    discount: bool,
     diagonal: bool,
     mean: bool,
     gradient: bool,
@@ -401,8 +381,7 @@ def _evaluate_rows(
         "HAS_ALPHA": alpha is not None,
         "HAS_GRADIENT": gradient,
         "DIAGONAL": diagonal,
-        "WEIGHS": discount or top_k > 0,
-        "DISCOUNT": discount,
+        "WEIGHS": top_k > 0,
         "MEAN": mean,
         "num_warps": launch.warps,
         "num_stages": 1,
@@ -425,25 +404,8 @@ def _stride(weight: Tensor) -> int:
     return weight.stride(0) if weight.dim() else 0
 
 
-@_evaluate_rows.register_fake
-def _evaluate_rows_fake(
-    cosines: Tensor,
-    _reference: Tensor,
-    _scale: Tensor,
-    _beta: Tensor,
-    alpha: Tensor | None,
-    _first_equal: Tensor | None,
-    _first_row: int,
-    _anchors: int,
-    _opposite: bool,
-    _bins: int,
-    _top_k: int,
-    _discount: bool,
-    _diagonal: bool,
-    _mean: bool,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(cosines, alpha, gradient)
+def _evaluate_rows_fake(cosines: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(cosines, rest[3], rest[-1])
 
 
 def _outputs(cosines: Tensor, alpha: Tensor | None, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -453,3 +415,11 @@ def _outputs(cosines: Tensor, alpha: Tensor | None, gradient: bool) -> tuple[Ten
         cosines.new_empty(n),
         cosines.new_empty((n, N) if gradient else (0, 0)),
     )
+
+
+_SCHEMA = (
+    "(Tensor cosines, Tensor reference, Tensor scale, Tensor beta, Tensor? alpha, Tensor? first_equal, "
+    "int first_row, int anchors, bool opposite, int bins, int top_k, bool diagonal, bool mean, "
+    "bool gradient) -> (Tensor, Tensor, Tensor)"
+)
+register("evaluate_rows", _SCHEMA, _evaluate_rows, _evaluate_rows_fake)

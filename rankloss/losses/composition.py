@@ -13,7 +13,6 @@ from torch import Tensor
 from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.losses.clip import ClipLoss
-from rankloss.options import StreamingOptionsDict
 
 __all__ = ["Base", "base_entries", "check_base", "combined", "must_be_called", "shares_gathering"]
 
@@ -21,7 +20,7 @@ Base: TypeAlias = Callable[..., Any]
 """A module or function with the forward convention of open_clip's losses, including ``output_dict``."""
 
 
-def check_base(base: Base | None, gather: Gather, streaming: StreamingOptionsDict | None = None) -> Base:
+def check_base(base: Base | None, gather: Gather, streaming: dict[str, Any] | None = None) -> Base:
     """``base``, or for None CLIP's loss gathered and streamed in the same way.
 
     Raises:
@@ -70,6 +69,9 @@ def base_entries(
         The entries of the base's dict; a plain scalar becomes ``{"contrastive_loss": …}``. Values in half
         precision become float32, the dtype of the terms that are added to them.
 
+    Raises:
+        ValueError: for an entry of several values: the terms would be added to each of them.
+
     Example:
         >>> import rankloss, torch
         >>> v = torch.eye(2)
@@ -86,12 +88,16 @@ def base_entries(
         **base_inputs,
     )
     entries = base_output if isinstance(base_output, Mapping) else {"contrastive_loss": base_output}
-    return {name: _in_full_precision(value) for name, value in entries.items()}
+    return {name: _checked_entry(name, value) for name, value in entries.items()}
 
 
-def _in_full_precision(value: Tensor) -> Tensor:
+def _checked_entry(name: str, value: Tensor) -> Tensor:
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         return value
+    if value.numel() != 1:
+        raise ValueError(
+            f"base must give one value per entry, reduced over the batch; {name} has {tuple(value.shape)}"
+        )
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 

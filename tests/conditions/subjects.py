@@ -491,11 +491,12 @@ KINDS = ("plain", "equal rows", "negated rows", "sign codes", "zero rows", "spar
 def _data(kind: str) -> Inputs:
     v, t, c = _features(kind)
     cosines = oracle.exact_products(v, t)
+    of_teacher = "plain" if kind == "zero rows" else kind  # a teacher's row of zeros is refused
     return {
         "image_features": v,
         "text_features": t,
         "caption_features": c,
-        **{name: F.pad(x, (0, 4)) for name, x in zip(TEACHER, _features(kind, seed=8), strict=False)},
+        **{name: F.pad(x, (0, 4)) for name, x in zip(TEACHER, _features(of_teacher, seed=8), strict=False)},
         "logit_scale": torch.tensor(SCALE, dtype=torch.float64),
         "logit_bias": torch.tensor(BIAS, dtype=torch.float64),
         "scores": SCALE * cosines,

@@ -130,6 +130,10 @@ def test_a_feature_that_is_not_finite_makes_the_value_nan(
             continue  # the promise is about features; and only worth exp depends on the scale
         inputs = subject.pick(data(), dtype)
         inputs[name][(2,) * inputs[name].dim()] = bad
+        if name.startswith("reference_"):
+            with pytest.raises(ValueError, match=f"{name} must be finite"):  # a defect of the data
+                run(subject, inputs)
+            continue
         value = run(subject, inputs).value
         if not subject.differentiates:
             assert not value.isfinite().all(), f"{bad} in {name} gives {value}"

@@ -75,7 +75,7 @@ def collect_bins(
 
 @triton.jit
 def sum_bins_upwards(largest, count, total, log_c, weight, M, top_k, bins,
-                     BLOCK: tl.constexpr, WEIGHS: tl.constexpr, DISCOUNT: tl.constexpr):  # fmt: skip
+                     BLOCK: tl.constexpr, WEIGHS: tl.constexpr):  # fmt: skip
     """Write log C and μ of every bin; the last log C, Σ n·μ·log C and Σ n·μ."""
     j = tl.arange(0, BLOCK)
     terms = tl.zeros([BLOCK], tl.float32)
@@ -96,7 +96,7 @@ def sum_bins_upwards(largest, count, total, log_c, weight, M, top_k, bins,
         log_sum = log_of(m, w)
         if WEIGHS:
             rank = M - (below + tl.cumsum(members, 0)) + 1  # the best of the bin's, which all of them share
-            mu = weight_of_rank(rank, top_k, DISCOUNT)
+            mu = weight_of_rank(rank, top_k)
             below += tl.sum(members, 0)
             tl.store(weight + c + j, mu, mask=inside)
             total_mu += tl.sum(members.to(tl.float32) * mu, 0)
@@ -133,7 +133,7 @@ def binned_rows(
     X, Y, EQUAL, GRADIENT, CE, NLL, FLOATS, INTS, TOTALS, scale, ALPHA, BETA,
     n, N, first_row, anchors, equal_step, x_stride, y_stride, alpha_stride, beta_stride, top_k, bins,
     BLOCK: tl.constexpr, HAS_EQUAL: tl.constexpr, OPPOSITE: tl.constexpr, HAS_ALPHA: tl.constexpr,
-    HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr, DISCOUNT: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr,
     MEAN: tl.constexpr,
 ):  # fmt: skip
     """CE, NLL and gradient of every row; see :func:`rankloss.kernels.evaluate_rows`.
@@ -167,7 +167,7 @@ def binned_rows(
                     BLOCK, HAS_EQUAL, DIAGONAL,
                 )  # fmt: skip
                 log_sum, denominators, total_mu = sum_bins_upwards(
-                    largest, count, total, log_u, weight, M, top_k, bins, BLOCK, WEIGHS, DISCOUNT
+                    largest, count, total, log_u, weight, M, top_k, bins, BLOCK, WEIGHS
                 )
                 tl.debug_barrier()
                 sum_bins_downwards(count, log_u, weight, bins, BLOCK, WEIGHS)

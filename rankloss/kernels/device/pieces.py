@@ -111,12 +111,9 @@ def division_of(value, low, high, divisions):
 
 
 @triton.jit
-def weight_of_rank(rank, top_k, DISCOUNT: tl.constexpr):
-    """μ of an item of this rank; 1 is the best."""
-    weight = tl.full(rank.shape, 1.0, tl.float32)
-    if DISCOUNT:
-        weight = 1.0 / tl.log(1.0 + rank.to(tl.float32))
-    return tl.where(rank <= top_k, weight, 0.0)
+def weight_of_rank(rank, top_k):
+    """1 for an item whose rank counts, else 0; the best has rank 1."""
+    return tl.where(rank <= top_k, 1.0, 0.0)
 
 
 @triton.jit

@@ -211,9 +211,7 @@ def sum_upwards(ranked, log_c, M, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sum_downwards(
-    ranked, last, log_c, M, top_k, BLOCK: tl.constexpr, WEIGHS: tl.constexpr, DISCOUNT: tl.constexpr
-):
+def sum_downwards(ranked, last, log_c, M, top_k, BLOCK: tl.constexpr, WEIGHS: tl.constexpr):
     """Replace the score of every place by log Σ_{q ≥ p} μ_q / C_q; the NLL, and Σ μ."""
     j = tl.arange(0, BLOCK)
     terms = tl.zeros([BLOCK], tl.float32)
@@ -231,7 +229,7 @@ def sum_downwards(
         score = tl.load(ranked + c + j, mask=inside, other=0.0)
         mu = inside.to(tl.float32)
         if WEIGHS:
-            mu *= weight_of_rank(M - end, top_k, DISCOUNT)
+            mu *= weight_of_rank(M - end, top_k)
             total_mu += tl.sum(mu, 0)
         terms += mu * (denominator - score)
         m, w = tl.associative_scan((tl.where(mu > 0, -denominator, NONE), mu), 0, joined, reverse=True)
@@ -247,7 +245,7 @@ def sorted_rows(
     n, N, first_row, anchors, equal_step, x_stride, y_stride, alpha_stride, beta_stride, top_k, buckets,
     BLOCK: tl.constexpr, DEEPEST: tl.constexpr, HAS_EQUAL: tl.constexpr, OPPOSITE: tl.constexpr,
     HAS_ALPHA: tl.constexpr, HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr,
-    DISCOUNT: tl.constexpr, MEAN: tl.constexpr,
+    MEAN: tl.constexpr,
 ):  # fmt: skip
     """CE, NLL and gradient of every row; see :func:`rankloss.kernels.evaluate_rows`.
 
@@ -290,7 +288,7 @@ def sorted_rows(
                 tl.debug_barrier()
                 total = sum_upwards(ranked, keys, M, BLOCK)  # the keys have served
                 tl.debug_barrier()
-                nll, total_mu = sum_downwards(ranked, last, keys, M, top_k, BLOCK, WEIGHS, DISCOUNT)
+                nll, total_mu = sum_downwards(ranked, last, keys, M, top_k, BLOCK, WEIGHS)
                 beta = tl.load(BETA + row * beta_stride).to(tl.float32)
                 if MEAN:
                     nll /= total_mu
@@ -316,7 +314,7 @@ def sorted_rows(
                         mu = listed.to(tl.float32)
                         if WEIGHS:
                             end = tl.load(last + begin, mask=listed, other=0)
-                            mu *= weight_of_rank(M - end, top_k, DISCOUNT)
+                            mu *= weight_of_rank(M - end, top_k)
                         log_u = tl.load(ranked + begin, mask=listed, other=NONE)
                         slope = beta * (tl.exp(score + log_u) - mu)
                         if HAS_ALPHA:

@@ -1,0 +1,89 @@
+"""How a batch is computed: what follows from the options, the sizes and the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from rankloss import kernels
+from rankloss.options import RankOptions
+
+__all__ = ["Plan", "make_plan"]
+
+_CHUNK, _CHUNK_ELSEWHERE = (
+    {"cpu": 2**19},
+    2**24,
+)  # entries of one matrix's rows that are multiplied out at once
+_FEWEST_ROWS = 128  # below it, reading and writing the gradients costs more than the product itself
+_LISTS, _LISTS_ELSEWHERE = (
+    {"cpu": 2**18},
+    2**24,
+)  # entries of lists that are evaluated at once: a core's cache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch is computed.
+
+    Attributes:
+        name: ``"rows"``: in chunks of rows, each of which is discarded once processed; memory grows with N.
+            ``"dense"``: as whole matrices of N×N, which is how options are computed that do not stream.
+        chunk_size: anchors of one product; under ``"dense"`` all of them.
+        lists_at_once: how many lists are ranked and summed at once.
+        kernel: what ranks and sums the lists: ``"torch"``'s operations, or the fused kernel in ``"triton"``.
+        why_no_kernel: why it is not the fused kernel; None where it is.
+    """
+
+    name: Literal["rows", "dense"]
+    chunk_size: int
+    lists_at_once: int
+    kernel: Literal["torch", "triton"]
+    why_no_kernel: str | None
+
+
+def make_plan(
+    options: RankOptions, anchors: int, items: int, device: torch.device, dtype: torch.dtype
+) -> Plan:
+    """How lists of these sizes are computed.
+
+    Args:
+        options: of the rank terms.
+        anchors: how many rows have lists here.
+        items: the length of a list.
+        device: where the features are.
+        dtype: of the arithmetic.
+
+    Raises:
+        ValueError: for ``kernel="triton"`` where it does not serve; the message says why.
+
+    Example:
+        >>> plan = make_plan(RankOptions(), 4096, 4096, torch.device("cpu"), torch.float32)
+        >>> plan.name, plan.chunk_size, plan.lists_at_once, plan.kernel
+        ('rows', 128, 64, 'torch')
+        >>> make_plan(RankOptions(lists="batch"), 64, 64, torch.device("cpu"), torch.float32).name
+        'dense'
+    """
+    why_no_kernel = _why_no_kernel(options, anchors, items, device, dtype)
+    if options.kernel == "triton" and why_no_kernel is not None:
+        raise ValueError(f"kernel='triton' does not serve here: {why_no_kernel}")
+    chunk_size = options.chunk_size or max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // items)
+    return Plan(
+        name="dense" if options.is_dense else "rows",
+        chunk_size=anchors if options.is_dense else min(chunk_size, anchors),
+        lists_at_once=max(1, _LISTS.get(device.type, _LISTS_ELSEWHERE) // items),
+        kernel="torch" if why_no_kernel is not None else "triton",
+        why_no_kernel=why_no_kernel,
+    )
+
+
+def _why_no_kernel(
+    options: RankOptions, anchors: int, items: int, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    if options.kernel == "torch":
+        return "kernel='torch'"
+    reason = kernels.why_not(options, device, dtype, anchors, items)
+    if reason is None and options.kernel == "auto":
+        return "kernel='auto' takes torch's operations until the kernels have run on a card"
+    return reason
