@@ -28,9 +28,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from rankloss.kernels.rows import CACHE, choose_launch
 
-__all__ = ["Traffic", "traffic"]
+__all__ = ["Traffic", "feature_bytes", "traffic"]
 
 
 class Traffic(NamedTuple):
@@ -106,3 +108,9 @@ def traffic(
         kept=launch.programs * 8 * N + launch.scratch_bytes,
         allocated=launch.scratch_bytes,
     )
+
+
+def feature_bytes(name: str, features: Tensor, others: int = 0) -> int:
+    """What ``"hash_rows"`` or ``"confirm_equals"`` moves; ``others`` rows have another candidate."""
+    n, width = features.shape
+    return n * (4 * width + 8) if name == "hash_rows" else n * 16 + others * 8 * width
