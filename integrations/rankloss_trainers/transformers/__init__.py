@@ -22,10 +22,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankloss_trainers.transformers.arguments import LossOptions as LossOptions
     from rankloss_trainers.transformers.trainer import ContrastiveTrainer as ContrastiveTrainer
+    from rankloss_trainers.transformers.trainer import ContrastiveTrainerMixin as ContrastiveTrainerMixin
 
-_MODULES = {"ContrastiveTrainer": "trainer", "LossOptions": "arguments"}
+_MODULES = {
+    "ContrastiveTrainer": "trainer",
+    "ContrastiveTrainerMixin": "trainer",
+    "LossOptions": "arguments",
+}
 
-__all__ = ["ContrastiveTrainer", "LossOptions"]
+__all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin", "LossOptions"]
 
 
 # A script that `python -m` runs may set environment variables before it imports transformers, so running it

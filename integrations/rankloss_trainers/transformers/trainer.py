@@ -26,7 +26,7 @@ from rankloss_trainers.refusals import refuse_run
 from rankloss_trainers.transformers import choice, embeddings, teacher
 from rankloss_trainers.transformers.charts import ChartOfEachEpoch
 
-__all__ = ["ContrastiveTrainer"]
+__all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
 
 _STATE = "rankloss"  # the key in a checkpoint's trainer_state.json, among the states of callbacks
 
@@ -36,7 +36,7 @@ _logger = logging.getLogger("rankloss_trainers")
 class ContrastiveTrainer(transformers.Trainer):
     """``transformers.Trainer`` with a loss of rankloss's catalogue.
 
-    For a Trainer of one's own, put it before that: ``class Mine(ContrastiveTrainer, MyTrainer)``.
+    For a Trainer of one's own, put it before that: ``class Mine(ContrastiveTrainerMixin, MyTrainer)``.
 
     - λ follows the optimizer steps, ``global_step`` of ``max_steps``, and is right after a resume. With the
       option ``schedule_unit="epoch"`` it follows the epochs, as many as the Trainer trains. What a loss
@@ -284,3 +284,7 @@ def _conditions(trainer: Any) -> dict[str, str]:
         "fsdp_1": fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1,
     }
     return {name: str(trainer.args.n_gpu) for name, holds in held.items() if holds}
+
+
+ContrastiveTrainerMixin = ContrastiveTrainer
+"""The same class, to stand before a Trainer of one's own: ``class Mine(ContrastiveTrainerMixin, MyTrainer)``."""
