@@ -202,6 +202,7 @@ def calls_of_a_step(rank: int, world_size: int, argv: list[str]) -> tuple[dict[s
     outputs = inputs("ClipLoss", torch.float64)
     shares = {name: x.chunk(world_size)[rank] if x.dim() else x for name, x in outputs.items()}
     loss = built(rank, world_size, "ClipLoss", argv)
+    loss(**shares, output_dict=True)  # the first compares what the processes bring
     with Collectives() as forward:
         total = sum(loss(**shares, output_dict=True).values())
     with Collectives() as backward:
