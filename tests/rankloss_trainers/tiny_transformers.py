@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import TrainingArguments
 
-from rankloss_trainers.transformers import ContrastiveTrainer
+from rankloss_trainers.transformers import ContrastiveTrainerMixin
 
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw"]
@@ -107,7 +107,7 @@ class Theirs(transformers.Trainer):
         return SequentialSampler(range(len(self.train_dataset)))
 
 
-class InOrder(ContrastiveTrainer, Theirs):
+class InOrder(ContrastiveTrainerMixin, Theirs):
     pass
 
 

@@ -287,4 +287,4 @@ def _conditions(trainer: Any) -> dict[str, str]:
 
 
 ContrastiveTrainerMixin = ContrastiveTrainer
-"""The same class, to stand before a Trainer of one's own: ``class Mine(ContrastiveTrainerMixin, MyTrainer)``."""
+"""The same class, before a Trainer of one's own: ``class Mine(ContrastiveTrainerMixin, MyTrainer)``."""
