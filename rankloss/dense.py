@@ -30,6 +30,8 @@ from rankloss.ranking import quantize
 __all__ = ["check_memory", "cross_entropy", "nll_terms", "rank_term", "terms"]
 
 _COPIES = 12  # of a matrix, in float32 and as indices, that the definition holds for its backward pass
+# Asked for once: a compiler cannot trace it.
+_HOST_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 # --- one list ---------------------------------------------------------------------------------------------
@@ -210,9 +212,7 @@ def check_memory(batch: Batch, options: RankOptions) -> None:
     """Raise a ValueError where the whole matrices would not fit into the device's memory."""
     n, items, device = batch.anchors, len(batch.image), batch.image.device
     if device.type == "cpu":
-        total = (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-        )
+        total = _HOST_BYTES
     elif device.type == "cuda" and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(device).total_memory
     else:
