@@ -105,7 +105,8 @@ def _run(*arguments: Any) -> list[Tensor]:
     for name in Inputs._fields:
         gradient = sums.get(name, image.new_empty(0))
         gradients.append(gradient if name == "scale" else gradient.mul_(batch.scale))
-    return [*values.to(image.dtype).unbind(), *gradients]
+    # Copies: what an operator returns shares no memory.
+    return [*(x.clone() for x in values.to(image.dtype).unbind()), *gradients]
 
 
 def _run_fake(*arguments: Any) -> list[Tensor]:
@@ -164,7 +165,8 @@ class _RowLists(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         call = _Call(*arguments)
         found = torch.ops.rankloss.row_lists(*arguments)
-        if may_look_at(call.image) and _spans_too_far(call, found[:_N_TERMS]):
+        ctx.spans_too_far = may_look_at(call.image) and _spans_too_far(call, found[:_N_TERMS])
+        if ctx.spans_too_far:
             found = _by_definition(call)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*arguments[:_N_TENSORS], *found[_N_TERMS:])
@@ -177,6 +179,9 @@ class _RowLists(torch.autograd.Function):
         call = _Call(*saved[:_N_TENSORS], *ctx.settings)
         if torch.is_grad_enabled():  # create_graph=True
             found = _differentiable_gradients(upstream, call)
+        elif ctx.spans_too_far:
+            with torch.enable_grad():
+                found = [x.detach() for x in _differentiable_gradients(upstream, call)]
         else:
             found = torch.ops.rankloss.row_lists_backward(list(upstream), list(saved[_N_TENSORS:]), *call)
         gradients = [g if w else None for g, w in zip(found, call.by, strict=True)]
