@@ -91,7 +91,7 @@ def test_tensors_on_two_devices_are_never_a_number() -> None:
     weights = torch.ones(3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"image_anchors .*cpu.*meta"):
         Batch.of(v, t, s, anchors=(v.to(META), t))
-    with pytest.raises(ValueError, match="weights .*meta"):
+    with pytest.raises(ValueError, match=r"weights .*meta"):
         weighted_terms(Batch.of(v, t, s), RankOptions(), weights.to(META))
     for options in (RankOptions(), RankOptions(lists="batch")):
         of_meta = weighted_terms(Batch.of(v.to(META), t.to(META), s), options, weights)

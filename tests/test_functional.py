@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -224,7 +225,7 @@ def test_more_bins_come_closer_to_the_exact_order() -> None:
     for bins in (64, 512, 4096, 32768):
         found = value_and_gradients(inputs, method="bin", bins=bins)[1:3]
         errors.append(relative_error(torch.cat([g.flatten() for g in found]), exact))
-    assert all(b < a / 2 for a, b in zip(errors, errors[1:], strict=False)), errors
+    assert all(b < a / 2 for a, b in itertools.pairwise(errors)), errors
     assert errors[-1] < 1e-3
 
 
