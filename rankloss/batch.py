@@ -255,8 +255,8 @@ class Batch:
 
 def _constant(x: Tensor) -> Tensor:
     """Without a graph; a copy where they were made in inference mode, since autograd keeps no such tensor."""
-    is_copied = torch.compiler.is_compiling() or x.is_inference()  # a compiler cannot ask
-    return x.detach().clone() if is_copied else x.detach()
+    # A compiler cannot ask.
+    return x.detach().clone() if torch.compiler.is_compiling() or x.is_inference() else x.detach()
 
 
 def _scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:

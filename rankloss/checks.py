@@ -2,24 +2,59 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from rankloss.precision import may_look_at
 
 __all__ = [
+    "InputWarning",
+    "can_be_read",
     "check_bias",
     "check_device",
     "check_features",
     "check_is_number",
     "check_is_tensor",
+    "check_matrix",
     "check_reference_features",
     "check_scale",
+    "check_teacher",
     "kind_of",
+    "look_at_rows",
+    "look_at_scale",
     "refuse_forward_mode",
 ]
+
+
+class InputWarning(UserWarning):
+    """An input is suspicious, and used unchanged."""
+
+
+def check_matrix(name: str, x: object) -> None:
+    """Raise an error that names the argument unless it is a dense floating ``[N, D]`` with D at least 1.
+
+    Raises:
+        TypeError: for what is no tensor.
+        ValueError: for all else.
+    """
+    check_is_tensor(name, x)
+    assert isinstance(x, Tensor)
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor; got layout {x.layout}")
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have shape [N, D]; got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point; got {x.dtype}")
+    if x.dtype.itemsize < 2:
+        raise ValueError(f"{name} must be floating point of at least 16 bits; got {x.dtype}")
+    if x.shape[1] < 1:
+        raise ValueError(f"{name} must have at least one column; got shape {tuple(x.shape)}")
 
 
 def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: int = 2) -> None:
@@ -32,17 +67,13 @@ def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: 
         ValueError: for all else.
     """
     for name, features in (("image_features", image_features), ("text_features", text_features)):
-        check_is_tensor(name, features)
-        if features.dim() != 2:
-            raise ValueError(f"{name} must have shape [N, D]; got {tuple(features.shape)}")
-        if not features.is_floating_point():
-            raise ValueError(f"{name} must be floating point; got {features.dtype}")
+        check_matrix(name, features)
     if image_features.shape != text_features.shape:
         raise ValueError(
             "image_features and text_features must have one shape [N, D]; "
             f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
         )
-    if image_features.shape[0] < min_pairs or image_features.shape[1] < 1:
+    if image_features.shape[0] < min_pairs:
         pairs = "one pair" if min_pairs == 1 else "two pairs"
         raise ValueError(
             f"image_features and text_features must hold at least {pairs}; "
@@ -51,22 +82,113 @@ def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: 
     check_device("text_features", text_features, image_features)
 
 
+# --- a teacher's features ---------------------------------------------------------------------------------
+
+
+def check_teacher(
+    name: str, features: Tensor, image_features: Tensor | None = None, *, first_look: bool = True
+) -> bool:
+    """Raise an error that names the argument unless a teacher can have given these features.
+
+    Every entry point that takes a teacher's features, as a loss's argument, a file or a column, calls this.
+    They must be a dense floating matrix of finite values without a row of zeros, and eight rows or more must
+    not all be equal: that is what a file that is half filled, or filled with one row, looks like. Values are
+    looked at where that is free (on a CPU), and elsewhere at the first look, which waits for the accelerator.
+
+    Args:
+        name: of the argument.
+        features: ``[N, D']``.
+        image_features: the features of the same pairs, whose number of rows and device must be the same; None
+            where they are not known yet.
+        first_look: whether the argument comes for the first time. Only then values on an accelerator are
+            looked at, and norms that are not 1 are warned of.
+
+    Returns:
+        Whether values were looked at: not so while a graph is compiled or captured, and where there are none.
+
+    Raises:
+        TypeError: for what is no tensor.
+        ValueError: for all else.
+
+    Example:
+        >>> check_teacher("reference_text_features", torch.eye(4))
+        True
+    """
+    check_matrix(name, features)
+    if image_features is not None:
+        check_reference_features(name, features, image_features)
+    if not first_look and not may_look_at(features):
+        return False
+    return look_at_rows(name, features, is_teacher=True, warns=first_look)
+
+
 def check_reference_features(name: str, reference: Tensor, image_features: Tensor) -> None:
-    """Raise an error that names the argument unless it is floating ``[N, D']``, on the features' device.
+    """The part of :func:`check_teacher` that is free on every device: floating ``[N, D']``, on the device.
 
     Raises:
         TypeError: for what is no tensor.
         ValueError: for all else.
     """
     check_is_tensor(name, reference)
-    if reference.dim() != 2 or reference.shape[0] != len(image_features) or reference.shape[1] < 1:
+    if reference.dim() != 2 or reference.shape[0] != len(image_features):
         raise ValueError(
             f"{name} must have shape [N, D'] with one row per pair, N = {len(image_features)}; "
             f"got {tuple(reference.shape)}"
         )
-    if not reference.is_floating_point():
-        raise ValueError(f"{name} must be floating point; got {reference.dtype}")
+    check_matrix(name, reference)
     check_device(name, reference, image_features)
+
+
+_UNIT = 0.01  # how far a norm may be from 1
+_FEWEST_THAT_DIFFER = 8  # fewer may be pairs of one caption
+
+
+def look_at_rows(name: str, x: Tensor, *, is_teacher: bool = False, warns: bool = True) -> bool:
+    """Read what the rows of ``[N, D]`` are like; False where no value can be read.
+
+    Raises:
+        ValueError: for a teacher's rows that are not finite, are zero, or are all the same.
+    """
+    if not can_be_read(x) or not len(x):
+        return False
+    x = x.detach()
+    norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    all_equal = (x == x[0]).all() if is_teacher and len(x) >= _FEWEST_THAT_DIFFER else norms.new_zeros(())
+    try:
+        least, most, all_equal = torch.stack([*norms.aminmax(), all_equal.to(norms.dtype)]).tolist()
+    except RuntimeError:  # no value to read, as under vmap
+        return False
+    if is_teacher:
+        if not math.isfinite(most):
+            row = int((~norms.isfinite()).long().argmax())
+            raise ValueError(f"{name} must be finite; row {row} has norm {norms[row].item():g}")
+        if least == 0:
+            rows = (norms == 0).nonzero().flatten().tolist()
+            raise ValueError(
+                f"{name} must not have rows of zeros, which rank nothing; got {len(rows)} of {len(x)}, the "
+                f"first is row {rows[0]}. A file that is filled in part looks like this"
+            )
+        if all_equal:
+            raise ValueError(f"{name} must not be one row {len(x)} times, which ranks nothing")
+    off = max(abs(least - 1), abs(most - 1))
+    if warns and _UNIT < off < math.inf:  # a student's infinities and NaN show in the loss
+        warnings.warn(
+            f"{name} should be unit-norm, as CLIP models return them; norms are off by up to {off:.4g}. "
+            "The loss is computed of the features as they are",
+            InputWarning,
+            stacklevel=1,  # one place for all losses, so that Python shows an equal text once
+        )
+    return True
+
+
+def can_be_read(x: Tensor) -> bool:
+    """Whether a value may be asked for, even if that waits: not while a graph is compiled or captured."""
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+# --- other arguments ---------------------------------------------------------------------------------------
 
 
 def check_is_tensor(name: str, value: object) -> None:
@@ -123,6 +245,43 @@ def check_scale(logit_scale: Tensor | float, features: Tensor) -> None:
         raise ValueError(f"logit_scale must be positive (it is the multiplier, not its log); got {value:g}")
 
 
+_LARGEST_LOG = 5.0  # CLIP clamps the logarithm at log 100 = 4.6052
+
+
+def look_at_scale(name: str, scale: Tensor | float, features: Tensor) -> bool:
+    """Warn of a scale that looks like its logarithm; False where its value cannot be read.
+
+    CLIP models keep the logarithm of the scale in a parameter, and clamp it at log 100. A parameter of at
+    most 5 is warned of; so is another number above 1 and at most 5 that was not computed from a parameter,
+    beside unit-norm ``features``, where no model trains with a scale that small.
+    """
+    is_parameter = isinstance(scale, nn.Parameter)
+    if not (can_be_read(features) and (not isinstance(scale, Tensor) or can_be_read(scale))):
+        return False
+    if isinstance(scale, Tensor) and scale.requires_grad and not is_parameter:
+        return True
+    value = _value_of(scale) if isinstance(scale, Tensor) else float(scale)
+    if value is None:
+        return False
+    if value < _LARGEST_LOG and (is_parameter or (value > 1 and _are_unit(features))):
+        kind = "a parameter of value" if is_parameter else "only"
+        warnings.warn(
+            f"{name} is {kind} {value:.4g}. CLIP models keep the logarithm of the scale in their parameter; "
+            f"the loss takes the scale itself, {name}.exp()",
+            InputWarning,
+            stacklevel=1,
+        )
+    return True
+
+
+def _are_unit(features: Tensor) -> bool:
+    norms = torch.linalg.vector_norm(features.detach().float(), dim=-1)
+    try:
+        return bool((norms - 1).abs().amax() < _UNIT)
+    except RuntimeError:
+        return False
+
+
 def check_bias(logit_bias: Tensor | float | None, features: Tensor) -> None:
     """Raise an error unless the bias is one number, or None.
 
@@ -131,7 +290,7 @@ def check_bias(logit_bias: Tensor | float | None, features: Tensor) -> None:
         ValueError: for a tensor of several numbers, or on another device.
     """
     if isinstance(logit_bias, Tensor):
-        if logit_bias.numel() != 1:
+        if logit_bias.numel() != 1 or logit_bias.dim() > 2:  # more would not broadcast with logits
             raise ValueError(f"logit_bias must be one number; got shape {tuple(logit_bias.shape)}")
         if not (logit_bias.dim() == 0 and logit_bias.device.type == "cpu"):  # torch takes such one anywhere
             check_device("logit_bias", logit_bias, features)

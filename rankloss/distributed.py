@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rankloss.checks import can_be_read, kind_of
 from rankloss.options import check_choice, check_count
 
 __all__ = ["Gather", "GatherOption", "Gathered", "all_gather"]
@@ -132,10 +134,62 @@ def is_first_process() -> bool:
 
 
 def _world_size(group: Any) -> int:
-    # Outside the group, new_group() returns a sentinel instead of a ProcessGroup.
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"group must be a process group that this process belongs to; got {group!r}")
+    _check_group(group)
     return dist.get_world_size(group)
+
+
+def _check_group(group: Any) -> None:
+    # Outside the group, new_group() returns a sentinel instead of a ProcessGroup.
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise ValueError(f"group must be a process group that this process belongs to; got {group!r}")
+
+
+# --- what the processes bring -------------------------------------------------------------------------------
+
+_DESCRIPTION_BYTES = 1023  # odd, as no tensor of features is: backends that look at sizes refuse to mix them
+
+_agreed: WeakKeyDictionary[Any, WeakKeyDictionary[Any, set[bytes]]] = WeakKeyDictionary()
+"""By process group and caller: the descriptions that all processes had at the same call."""
+
+
+def _check_agreement(gather: Gather, owner: object, features: Mapping[str, Any]) -> None:
+    tensors = [x for x in features.values() if isinstance(x, Tensor)]
+    if not tensors or not can_be_read(tensors[0]):
+        return
+    group = dist.group.WORLD if gather.group is None else gather.group
+    agreed = _agreed.setdefault(group, WeakKeyDictionary()).setdefault(owner, set())
+    lines = [f"{name} {_description(x)}" for name, x in features.items() if x is not None]
+    lines.append(f"gather local_loss={gather.local_loss}, gather_with_grad={gather.gather_with_grad}")
+    own = "\n".join(lines).encode()[:_DESCRIPTION_BYTES]
+    if own in agreed:
+        return
+    padded = own.ljust(_DESCRIPTION_BYTES, b"\0")
+    row = torch.frombuffer(bytearray(padded), dtype=torch.uint8)[None].to(tensors[0].device)
+    everyone = [bytes(x).rstrip(b"\0") for x in _gather(row, gather.group).tolist()]
+    if any(other != own for other in everyone):
+        raise ValueError(
+            "all processes must give features of the same names, dtypes and shapes; "
+            + _differences([other.decode(errors="replace") for other in everyone])
+        )
+    agreed.add(own)
+
+
+def _description(x: Any) -> str:
+    return f"{x.dtype} {list(x.shape)}".removeprefix("torch.") if isinstance(x, Tensor) else kind_of(x)
+
+
+def _differences(everyone: Sequence[str]) -> str:
+    """Which rank differs in what: "x is float32 [4, 6] on rank 0, not given on rank 1"."""
+    by_rank = [dict(line.split(" ", 1) for line in text.splitlines()) for text in everyone]
+    differences = []
+    for name in dict.fromkeys(name for of_rank in by_rank for name in of_rank):
+        ranks: dict[str, list[int]] = {}
+        for rank, of_rank in enumerate(by_rank):
+            ranks.setdefault(of_rank.get(name, "not given"), []).append(rank)
+        if len(ranks) > 1:
+            shown = ((kind, ", ".join(map(str, r[:4])) + ", …" * (len(r) > 4)) for kind, r in ranks.items())
+            differences.append(f"{name} is " + ", ".join(f"{kind} on rank {which}" for kind, which in shown))
+    return "; ".join(differences)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +216,8 @@ class Gather:
     Raises:
         ValueError: for a flag that is not a bool, a rank or size that is not an integer, unless
             0 ≤ rank < world_size, and where they are not this process's rank in the group and the group's
-            size; for the default group at the first call, since it may be initialised later.
+            size; for the default group at the first call, since it may be initialised later; for a group
+            that is no process group, or one that this process does not belong to.
 
     Example:
         >>> Gather(local_loss=False).place  # no process group: rank 0 of 1
@@ -186,6 +241,7 @@ class Gather:
             raise ValueError(
                 f"rank must be in [0, world_size); got rank={self.rank!r}, world_size={self.world_size!r}"
             )
+        _check_group(self.group)
         if self.group is not None:
             _ = self.place
 
@@ -246,12 +302,48 @@ class Gather:
         """Whether both see the same features in the same way, so that one gathering serves both."""
         return self == other or self.place[1] == other.place[1] == 1
 
+    def check_agreement(self, owner: object, **features: Tensor | None) -> None:
+        """Raise the same ValueError on every process unless all bring features of one kind.
+
+        Whoever gathers calls this before anything is gathered, with all features of the call by name, a
+        teacher's among them, and None where one is not given. A description of them (names, dtypes, shapes,
+        and the flags) is compared by one collective of a fixed size when ``owner``, the loss that gathers,
+        meets it for the first time in this process group. It is not compared again, so later batches cost
+        what they would without the check.
+
+        No process waits for one that does not come as long as all run the same program. Every process makes
+        the same sequence of calls. The first call of an owner is compared on all of them, whatever each one
+        brings. While all descriptions of an owner have been equal call by call, all processes remember the
+        same ones, so a batch that changes everywhere at once, as the last one of an epoch does, is new
+        everywhere and compared everywhere. After an error nothing is remembered, and the next call is
+        compared again.
+
+        What this cannot see is a later change on some processes alone while the others bring what was
+        compared before: the former enter this collective and the latter the next one. No wrong number comes
+        of it: no tensor of features has as many bytes as a description, at which gloo fails at once and NCCL
+        waits until its timeout. To see it by name, every call would have to be compared, which costs an
+        accelerator a wait per step.
+
+        A compiled or captured graph compares nothing.
+
+        Args:
+            owner: who gathers; anything that weak references can be made to.
+            **features: by name.
+
+        Raises:
+            ValueError: where the processes differ; it says which rank brings what.
+        """
+        if self.place[1] > 1 and _initialized():
+            _check_agreement(self, owner, features)
+
     def __call__(self, image_features: Tensor, text_features: Tensor) -> Gathered:
         """The features of all processes, image and text, in the order of the ranks.
 
         Raises:
             RuntimeError: for several processes without a process group.
+            ValueError: where the processes bring features of different kinds, see :meth:`check_agreement`.
         """
+        self.check_agreement(Gather, image_features=image_features, text_features=text_features)
         return self.items(image_features), self.items(text_features)
 
     def items(self, features: Tensor, *, are_anchors: bool = True) -> Tensor:
@@ -285,6 +377,9 @@ class Gather:
     def constants(self, *features: Tensor | None) -> list[Tensor | None]:
         """Features ``[n, D_k]`` of all processes, without a gradient, in one gathering; None stays None."""
         given = [x.detach() for x in features if x is not None]
+        if not torch.compiler.is_compiling():
+            # A tensor of inference mode could not be saved for a backward pass; a copy made outside it can.
+            given = [x.clone() if x.is_inference() else x for x in given]
         if given and self.place[1] > 1:
             dtype = functools.reduce(torch.promote_types, (x.dtype for x in given))
             gathered = _gather(torch.cat([x.to(dtype) for x in given], 1), self.group)

@@ -194,83 +194,50 @@ def _dense_terms(
 
 
 def cross_modal(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float = 1.0,
-    *,
-    reference_image_features: Tensor | None = None,
-    reference_text_features: Tensor | None = None,
-    **options: Any,
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **options: Any
 ) -> Tensor:
     """``½[C(S | R) + C(R | S)]``: the image's ranking of the texts against the text's ranking of the images.
 
-    With a teacher's features of both modalities it is ``½[C(S | S') + C(R | R')]``.
-    Arguments, shapes and errors as in :class:`rankloss.RankConsistency`.
+    With a teacher's features of both modalities, ``reference_image_features=`` and
+    ``reference_text_features=``, it is ``½[C(S | S') + C(R | R')]``. Arguments, shapes and errors as in
+    :class:`rankloss.RankConsistency`.
 
     Example:
         >>> v = torch.eye(3)
         >>> round(cross_modal(v, v, 10.0).item(), 4)  # perfect pairs; the two wrong items of a list are tied
         0.4621
     """
-    return _term(
-        "cross_modal",
-        image_features,
-        text_features,
-        logit_scale,
-        reference_image_features,
-        reference_text_features,
-        options,
-    )
+    return _term("cross_modal", (image_features, text_features, logit_scale), **options)
 
 
 def in_modal(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float = 1.0,
-    *,
-    reference_image_features: Tensor | None = None,
-    reference_text_features: Tensor | None = None,
-    **options: Any,
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **options: Any
 ) -> Tensor:
     """``½[C(I | X) + C(X | I)]``: the ranking of the images among themselves against that of their texts.
 
     With a teacher's features of both modalities it is ``½[C(I | I') + C(X | X')]``, and with those of one,
-    whose matrix is Y', ``½[C(I | Y') + C(X | Y')]``. Arguments, shapes and errors as in
-    :class:`rankloss.RankConsistency`.
+    whose matrix is Y', ``½[C(I | Y') + C(X | Y')]``. Arguments as of :func:`cross_modal`.
 
     Example:
         >>> v = torch.eye(3)
         >>> round(in_modal(v, v, 10.0).item(), 4)
         0.4621
     """
-    return _term(
-        "in_modal",
-        image_features,
-        text_features,
-        logit_scale,
-        reference_image_features,
-        reference_text_features,
-        options,
-    )
+    return _term("in_modal", (image_features, text_features, logit_scale), **options)
 
 
 def _term(
     term: Term,
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    reference_image_features: Tensor | None,
-    reference_text_features: Tensor | None,
-    options: dict[str, Any],
+    inputs: tuple[Tensor, Tensor, Tensor | float],
+    *,
+    reference_image_features: Tensor | None = None,
+    reference_text_features: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     checked = RankOptions(**options)
     batch = Batch.of(
-        image_features,
-        text_features,
-        logit_scale,
-        reference_image=reference_image_features,
-        reference_text=reference_text_features,
+        *inputs, reference_image=reference_image_features, reference_text=reference_text_features
     )
-    weights = torch.ones(3, dtype=torch.float64, device=batch.image.device)
+    weights = torch.ones(3, dtype=torch.float64, device="cpu")
     wanted = {name: name == term for name in _TERMS}
     return weighted_terms(batch, checked, weights, **wanted)[_TERMS.index(term)]

@@ -102,13 +102,16 @@ def evaluate(block: Block, options: RankOptions, lists_at_once: int, *, with_gra
 
 def _exact_reference(block: Block) -> Tensor:
     """``[matrices, n, N]``, equal items tied exactly, whatever the rounding of their cosines."""
-    if block.reference is not None and all(equal is None for equal in block.first_equal):
-        return block.reference
-    source = block.cosines.flip(0) if block.reference is None else block.reference.clone()
-    for matrix, equal in zip(source, block.first_equal, strict=True):
-        if equal is not None:
-            matrix.copy_(matrix[:, equal])
-    return source
+    if all(equal is None for equal in block.first_equal):
+        return block.cosines.flip(0) if block.reference is None else block.reference
+    source = reversed(block.cosines.unbind()) if block.reference is None else block.reference
+    exact = torch.empty_like(block.cosines)
+    for matrix, equal, out in zip(source, block.first_equal, exact, strict=True):
+        if equal is None:
+            out.copy_(matrix)
+        else:
+            torch.index_select(matrix, -1, equal, out=out)
+    return exact
 
 
 def _without_own(
@@ -152,7 +155,10 @@ def _evaluate_lists(
     lowest, highest = extremes(c)
     lift = torch.lerp(lowest, highest, 0.5).double().mul_(-scale)
     lift.masked_fill_(highest.sub_(lowest).mul_(scale) > _SPAN, torch.nan)
-    w = torch.addcmul(lift, c, scale).exp_()  # e^(x + lift)
+    x = torch.addcmul(lift, c, scale)
+    counted, items = (None, c.shape[-1]) if ranking is None else (ranking.counted, ranking.items)
+    scores = (x if counted is None else x * counted).sum(-1, keepdim=True)
+    w = x.exp_()
     C = None if ranking is None else ranking.denominators(w)
     total = w.sum(-1, keepdim=True) if C is None else C[..., -1:].clone()
     log_sums = total.log().sub_(lift)
@@ -161,15 +167,14 @@ def _evaluate_lists(
     if ranking is not None:
         assert beta is not None
         assert C is not None
-        counted, items = ranking.counted, ranking.items
         divisor = items if options.reduction == "mean" else 1
-        scores = (c if counted is None else c * counted).sum(-1, keepdim=True, dtype=torch.float64)
-        logs = ranking.weigh(C.log()).sum(-1, keepdim=True)
-        nll = logs.addcmul_(scores, scale, value=-1).sub_(lift * items).div_(divisor).squeeze(-1)
+        nll = ranking.weigh(C.log()).sum(-1, keepdim=True).sub_(scores).div_(divisor).squeeze(-1)
         if out is not None:
             share = beta / divisor
-            by_slot = ranking.weigh(C.reciprocal_()).flip(-1).cumsum_(-1).flip(-1).mul_(share)
-            bracket = ranking.of_items(by_slot if bracket is None else by_slot.add_(bracket))
+            by_slot = ranking.weigh(torch.div(share, C, out=C))
+            if bracket is not None:
+                by_slot[..., -1:] += bracket  # every item's sum runs over the last slot
+            bracket = ranking.of_items(by_slot.flip(-1).cumsum_(-1).flip(-1))
             share = share if counted is None else share * counted
     elif beta is not None:
         assert reference is not None
@@ -179,11 +184,10 @@ def _evaluate_lists(
         share = beta * p
     if out is not None:
         assert bracket is not None
-        slopes = w.mul_(bracket) if share is None else w.mul_(bracket).sub_(share)
-        if order is None:
-            out.copy_(slopes)
-        else:
-            out.scatter_(-1, order, slopes.to(out.dtype))
+        share = total.new_zeros(()) if share is None else share
+        slopes = torch.addcmul(-share, w, bracket, out=out if order is None else torch.empty_like(out))
+        if order is not None:
+            out.scatter_(-1, order, slopes)
     return log_sums.squeeze(-1), nll
 
 

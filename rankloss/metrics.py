@@ -10,7 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from rankloss.checks import check_is_tensor
 from rankloss.equal_rows import first_occurrence
+from rankloss.options import check_count
 
 __all__ = ["alignment", "kendall_tau", "modality_gap", "rank_agreement", "spearman_rho", "uniformity"]
 
@@ -103,9 +105,7 @@ def rank_agreement(
     """
     v, t = _pair(image_features, text_features)
     n = len(v)
-    if max_anchors is not None and max_anchors < 1:
-        raise ValueError(f"max_anchors must be at least 1; got {max_anchors!r}")
-    count = n if max_anchors is None else min(n, max_anchors)
+    count = n if max_anchors is None else min(n, check_count("max_anchors", max_anchors))
     equal_v, equal_t = first_occurrence(v), first_occurrence(t)
     anchors = torch.linspace(0, n - 1, count, dtype=v.dtype, device=v.device).round().long()
     measures = {"tau": kendall_tau, "rho": spearman_rho}
@@ -191,6 +191,8 @@ def uniformity(image_features: Tensor, text_features: Tensor | None = None) -> T
 
 
 def _pair(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    check_is_tensor("image_features", image_features)
+    check_is_tensor("text_features", text_features)
     if image_features.shape != text_features.shape or image_features.dim() != 2 or not len(image_features):
         raise ValueError(
             "image_features and text_features must have one shape [N, D]; "
@@ -200,6 +202,8 @@ def _pair(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor
 
 
 def _check_lists(x: Tensor, y: Tensor) -> None:
+    check_is_tensor("x", x)
+    check_is_tensor("y", y)
     if x.shape != y.shape or x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x and y must have one shape [..., N]; got {tuple(x.shape)} and {tuple(y.shape)}")
 

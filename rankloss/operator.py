@@ -105,8 +105,8 @@ def _run(*arguments: Any) -> list[Tensor]:
     for name in Inputs._fields:
         gradient = sums.get(name, image.new_empty(0))
         gradients.append(gradient if name == "scale" else gradient.mul_(batch.scale))
-    # Copies: what an operator returns shares no memory.
-    return [*(x.clone() for x in values.to(image.dtype).unbind()), *gradients]
+    # Copies, since what an operator returns may not be views of one another.
+    return [*map(torch.clone, values.to(image.dtype)), *gradients]
 
 
 def _run_fake(*arguments: Any) -> list[Tensor]:

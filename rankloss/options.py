@@ -343,6 +343,8 @@ def _checked(option: Field[Any], value: Any) -> Any:
 
 
 def _check_positive(name: str, value: Any) -> float:
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise ValueError(f"{name} is a number and takes no gradient; got a tensor that requires one")
     try:
         number = math.nan if isinstance(value, (str, bytes, bool)) else float(value)
     except (TypeError, ValueError, OverflowError):

@@ -18,8 +18,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from rankloss.checks import check_is_tensor
 from rankloss.equal_rows import first_occurrence
 from rankloss.metrics import kendall_tau
+from rankloss.options import check_choice, check_count
 
 __all__ = ["Term", "compare_rankings", "slope_chart"]
 
@@ -118,6 +120,8 @@ def compare_rankings(
         >>> figure.axes[0].get_title()
         'Kendall τ = 0.333'
     """
+    check_is_tensor("first", first)
+    check_is_tensor("second", second)
     if first.shape != second.shape or first.dim() != 1 or len(first) < 2:
         raise ValueError(
             "first and second must have one shape [N], N >= 2; "
@@ -125,8 +129,7 @@ def compare_rankings(
         )
     if len(labels) != len(first):
         raise ValueError(f"labels must have one name per item, {len(first)}; got {len(labels)}")
-    if items < 2:
-        raise ValueError(f"items must be at least 2; got {items!r}")
+    items = check_count("items", items, at_least=2)
     left, right, tau = _ranks(first), _ranks(second), kendall_tau(first, second).item()
     shown = left.argsort(stable=True)[:items]
     texts = {item: _text(labels[item]) for item in shown.tolist()}
@@ -155,17 +158,15 @@ def compare_rankings(
 
 def _rows(image_features: Tensor, text_features: Tensor, anchor: int, term: Term) -> tuple[Tensor, Tensor]:
     """The anchor's row of S and of R, or of I and of X."""
+    check_is_tensor("image_features", image_features)
+    check_is_tensor("text_features", text_features)
     if image_features.shape != text_features.shape or image_features.dim() != 2 or len(image_features) < 2:
         raise ValueError(
             "image_features and text_features must have one shape [N, D], N >= 2; "
             f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
         )
-    if not 0 <= anchor < len(image_features):
-        raise ValueError(
-            f"anchor must be a row of the features, 0 to {len(image_features) - 1}; got {anchor!r}"
-        )
-    if term not in get_args(Term):
-        raise ValueError(f"term must be one of {', '.join(map(repr, get_args(Term)))}; got {term!r}")
+    anchor = check_count("anchor", anchor, at_least=0, at_most=len(image_features) - 1)
+    check_choice("term", term, get_args(Term))
     v, t = image_features.detach().double(), text_features.detach().double()
     left, right = (t, v) if term == "cross_modal" else (v, t)
     # A product may round equal rows differently, and break their tie.

@@ -73,13 +73,15 @@ class Sorted:
     def __init__(self, reference: Tensor) -> None:
         ordered, self.order = ascending(reference)
         self.items: int | Tensor = reference.shape[-1]
-        self._tied: slice | Tensor = slice(None)
+        self._tied: Tensor | None = None  # all lists
         self._sizes: Tensor | None = None
         if may_look_at(ordered):  # few lists of float32 cosines hold a tie
-            self._tied = (ordered[:, 1:] == ordered[:, :-1]).any(-1).nonzero().squeeze(-1)
+            gaps = ordered[:, 1:] - ordered[:, :-1]
+            self._tied = (F.pad(gaps, (0, 1), value=1.0).amin(-1) == 0).nonzero().squeeze(-1)
             if len(self._tied) == 0:
                 return
-        self._sizes = _group_sizes(ordered[self._tied])
+            ordered = ordered[self._tied]
+        self._sizes = _group_sizes(ordered)
 
     def denominators(self, worths: Tensor) -> Tensor:
         """C by slot for worths in the order of the slots; the last is the sum of all. The worths stay."""
@@ -87,8 +89,11 @@ class Sorted:
 
     def weigh(self, by_slot: Tensor) -> Tensor:
         """``by_slot`` in place times the number of items that each slot stands for."""
-        if self._sizes is not None:
-            by_slot[self._tied] *= self._sizes
+        if self._sizes is None:
+            return by_slot
+        if self._tied is None:
+            return by_slot.mul_(self._sizes)
+        by_slot[self._tied] *= self._sizes
         return by_slot
 
     def of_items(self, by_slot: Tensor) -> Tensor:

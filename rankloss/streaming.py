@@ -12,7 +12,8 @@ and X the in-modal one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, get_args
 
 import torch
@@ -135,28 +136,45 @@ def _cosines(matrices: Sequence[Matrix], rows: slice, is_whole: bool) -> Tensor:
     """``[matrices, n, N]``, some rows of each."""
     first = matrices[0]
     out = first.anchors.new_empty(len(matrices), rows.stop - rows.start, len(first.items))
-    for matrix, cosines in zip(matrices, out, strict=True):
-        if matrix.name == "R" and is_whole:
-            cosines.copy_(out[0].T)  # S
-        else:
-            torch.mm(matrix.anchors[rows], matrix.items.T, out=cosines)
+    for start, group in _by_items(matrices):
+        if is_whole and group[-1].name == "R":
+            out[-1].copy_(out[0].T)  # S
+            group = group[:-1]
+        if group:
+            cosines = out[start : start + len(group)].flatten(0, 1)
+            torch.mm(_anchors(group, rows), group[0].items.T, out=cosines)
     return out
+
+
+def _by_items(matrices: Sequence[Matrix]) -> Iterator[tuple[int, list[Matrix]]]:
+    """Matrices of the same items, which make one product, and the place of the first."""
+    start = 0
+    for _, group in itertools.groupby(matrices, lambda matrix: matrix.factors[1]):
+        same = list(group)
+        yield start, same
+        start += len(same)
+
+
+def _anchors(matrices: Sequence[Matrix], rows: slice) -> Tensor:
+    parts = [matrix.anchors[rows] for matrix in matrices]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _add_gradient(
     sums: dict[str, Tensor], matrices: Sequence[Matrix], rows: slice, _: Tensor, gradients: Tensor
 ) -> None:
-    for matrix, gradient in zip(matrices, gradients, strict=True):
-        of_anchors, of_items = matrix.factors
-        anchors = matrix.anchors[rows]
-        if of_anchors in sums or "scale" in sums:
-            by_anchors = gradient @ matrix.items
-            if of_anchors in sums:
-                sums[of_anchors][rows] += by_anchors
+    for start, group in _by_items(matrices):
+        gradient = gradients[start : start + len(group)].flatten(0, 1)
+        anchors = _anchors(group, rows)
+        if "scale" in sums or any(matrix.factors[0] in sums for matrix in group):
+            by_anchors = gradient @ group[0].items
+            for matrix, part in zip(group, by_anchors.chunk(len(group)), strict=True):
+                if matrix.factors[0] in sums:
+                    sums[matrix.factors[0]][rows] += part
             if "scale" in sums:
                 sums["scale"] += by_anchors.mul_(anchors).sum()
-        if of_items in sums:
-            sums[of_items].addmm_(gradient.T, anchors)
+        if group[0].factors[1] in sums:
+            sums[group[0].factors[1]].addmm_(gradient.T, anchors)
 
 
 def _add_whole_gradient(

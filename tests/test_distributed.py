@@ -2,464 +2,334 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import logging
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import one_process
-from batches import gradients, random_batch, relative_error
+from batches import random_batch
 from collectives import Collectives
-from process_pool import Pool, Pools
-from rankloss import ClipLoss, Gather, RankClipLoss, RankConsistency, distributed
+from oracle import siglip
+from process_pool import Pools
+from rankloss import ClipLoss, Gather, RankClipLoss, RankConsistency, SigLipLoss, distributed
 from rankloss.distributed import all_gather
 
-N_PER_RANK, D, SCALE = 4, 6, 10.0
-LOSSES = ["cross", "in", "clip", "rank_clip"]
+N, D, SCALE = 4, 6, 10.0  # pairs of a process
+
+Values = list[Tensor]  # a value, then its gradients by images, texts, scale and bias
+
+
+# --- the losses, and what they owe ------------------------------------------------------------------------
+
+
+def siglip_of(view: one_process.View, bias: Tensor) -> Tensor:
+    # A text has no row that would carry its gradient: a process's own texts always have one.
+    first, n = view.first, len(view.text_anchors)
+    texts = torch.cat([view.text[:first], view.text_anchors, view.text[first + n :]])
+    return siglip(view.image_anchors, texts, view.scale, bias, first)
+
+
+def rank_clip(base: Callable[..., nn.Module] = ClipLoss, **options: Any) -> nn.Module:
+    return RankClipLoss(base(**options), schedule="constant", normalizer=1.0, **options)
+
+
+Rank = functools.partial(RankConsistency, chunk_size=3)
+LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
+    "clip": (ClipLoss, lambda view, bias: one_process.clip(view) + 0 * bias),
+    "clip, streamed": (
+        functools.partial(ClipLoss, memory_budget=0),
+        lambda view, bias: one_process.clip(view) + 0 * bias,
+    ),
+    "siglip": (SigLipLoss, siglip_of),
+    "siglip, streamed": (functools.partial(SigLipLoss, memory_budget=0), siglip_of),
+    "cross": (functools.partial(Rank, in_modal=0), lambda view, bias: one_process.cross(view)),
+    "in": (functools.partial(Rank, cross_modal=0), lambda view, bias: one_process.in_(view)),
+    "rank_clip": (rank_clip, lambda view, bias: one_process.rank_clip(view)),
+    "rank_clip over siglip": (
+        functools.partial(rank_clip, SigLipLoss),
+        lambda view, bias: siglip_of(view, bias) + one_process.rank_terms(view),
+    ),
+}
 FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad
-EXACT = [(False, True), (True, True)]
+LAYOUTS = [*FLAGS, "default", "group"]
 
 
-def gather_and_differentiate(rank: int, world_size: int) -> tuple[list[list[float]], list[list[float]]]:
-    x = torch.full((2, 1), float(rank), requires_grad=True)
-    y = all_gather(x)
-    # Every rank weighs the whole by another factor: the gradient has to add them up.
-    ((rank + 1) * torch.arange(1, 2 * world_size + 1.0)[:, None] * y).sum().backward()
-    return y.tolist(), x.grad.tolist()
+def leaves(world_size: int, dtype: torch.dtype = torch.float64, **batch: Any) -> tuple[Tensor, ...]:
+    """Features of the whole batch, scale and bias."""
+    given = random_batch(batch.pop("seed", 0), N * world_size, D, SCALE, **batch)
+    return (*given.leaves(dtype), torch.tensor(-2.0, dtype=dtype, requires_grad=True))
 
 
-def test_all_gather_concatenates_and_sums_the_gradients_of_all_ranks(pool: Pool) -> None:
-    w = pool.world_size
-    total = sum(range(1, w + 1))
-    for rank, (gathered, gradient) in enumerate(pool.run(gather_and_differentiate)):
-        assert gathered == [[float(r)] for r in range(w) for _ in range(2)]
-        assert gradient == [[total * (2.0 * rank + 1)], [total * (2.0 * rank + 2)]]
+def own(rank: int, world_size: int, *whole: Tensor) -> Values:
+    """This rank's share of each."""
+    return [x.chunk(world_size)[rank] for x in whole]
 
 
-def differentiate_twice(rank: int, world_size: int) -> list[float]:
-    x = torch.tensor([1.0 + rank, 0.5], dtype=torch.float64, requires_grad=True)
-    loss = (rank + 1) * all_gather(x).pow(3).sum()
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    gradient.pow(2).sum().backward()
-    return x.grad.tolist()
+def called(loss: nn.Module, v: Tensor, t: Tensor, s: Tensor, b: Tensor, **more: Any) -> Tensor:
+    takes_bias = not isinstance(loss, RankConsistency)
+    return loss(v, t, s, **({"logit_bias": b} if takes_bias else {}), **more)
 
 
-def test_all_gather_is_differentiated_twice(pool: Pool) -> None:
-    total = sum(range(1, pool.world_size + 1))  # Σ_w L_w = total·Σ x³, its gradient's square 9·total²·x⁴
-    for rank, second in enumerate(pool.run(differentiate_twice)):
-        assert second == pytest.approx([36 * total**2 * x**3 for x in (1.0 + rank, 0.5)])
+def differentiated(value: Tensor, inputs: tuple[Tensor, ...]) -> Values:
+    found = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+    return [value.detach(), *found]
 
 
-def differentiate_in_half_precision(rank: int, world_size: int) -> tuple[torch.dtype, list[float]]:
-    x = torch.zeros(6, dtype=torch.bfloat16, requires_grad=True)
-    y = all_gather(x)
-    one_is_large = torch.arange(len(y)) % world_size == rank
-    (y * torch.where(one_is_large, 256.0, 1.0).bfloat16()).sum().backward()
-    return x.grad.dtype, x.grad.tolist()
-
-
-def test_gradients_in_half_precision_are_summed_in_float32(pools: Pools) -> None:
-    # 256 + 1 is 256 in bfloat16, so (256 + 1) + 1 would be 256 as well.
-    assert pools[3].run(differentiate_in_half_precision) == [(torch.bfloat16, [258.0] * 6)] * 3
-
-
-def parity_group(rank: int, world_size: int) -> Any:
-    """This process's group, of two, the even and the odd ranks: its ranks are not the default group's."""
-    groups = [dist.new_group(list(range(parity, world_size, 2))) for parity in (0, 1)]
-    return groups[rank % 2]
-
-
-def gather_in_groups(rank: int, world_size: int) -> tuple[bool, list[list[float]], list[list[float]]]:
-    group = parity_group(rank, world_size)
-    x = torch.full((1, 1), float(rank), requires_grad=True)
-    y = all_gather(x, group)
-    ((rank + 1) * y).sum().backward()
-    return y is x, y.tolist(), x.grad.tolist()
-
-
-def test_all_gather_takes_a_group_and_one_process_gets_its_own_tensor(pool: Pool) -> None:
-    for rank, (is_own, gathered, gradient) in enumerate(pool.run(gather_in_groups)):
-        members = range(rank % 2, pool.world_size, 2)
-        assert gathered == [[float(r)] for r in members]
-        assert gradient == [[float(sum(r + 1 for r in members))]]
-        assert is_own == (len(members) == 1)
-
-
-def module(loss: str, **options: Any) -> torch.nn.Module:
-    if loss == "clip":
-        return ClipLoss(**options)
-    if loss == "rank_clip":
-        return RankClipLoss(schedule="constant", normalizer=1.0, **options)
-    return RankConsistency(cross_modal=loss != "in", in_modal=loss != "cross", chunk_size=3, **options)
-
-
-def batch(
-    size: int, dtype: torch.dtype = torch.float64, seed: int = 0, duplicates: int = 2
-) -> tuple[Tensor, Tensor, Tensor]:
-    return random_batch(seed, size, D, SCALE, duplicates=duplicates).leaves(dtype)
-
-
-def shard(
-    rank: int,
-    world_size: int,
-    loss: str,
-    options: dict[str, Any],
-    dtype: torch.dtype = torch.float64,
-    duplicates: int = 2,
-) -> list[Tensor]:
-    """Value and gradients of this rank, which has its share of the batch."""
-    v, t, s = batch(N_PER_RANK * world_size, dtype, duplicates=duplicates)
-    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    value = module(loss, **options)(v[own], t[own], s)
-    return [value.detach(), *gradients(value, (v, t, s), 1.0)]
-
-
-def flags(local_loss: bool, gather_with_grad: bool, **options: Any) -> dict[str, Any]:
-    return {"gather": Gather(local_loss=local_loss, gather_with_grad=gather_with_grad), **options}
-
-
-def ddp(results: list[list[Tensor]]) -> list[Tensor]:
-    """What DDP makes of the ranks' gradients: their mean."""
+def averaged(results: list[Values]) -> Values:
+    """What DDP makes of the ranks' values."""
     return [torch.stack(x).mean(0) for x in zip(*results, strict=True)]
 
 
-def single(world_size: int, loss: str, dtype: torch.dtype = torch.float64, **options: Any) -> list[Tensor]:
-    inputs = batch(N_PER_RANK * world_size, dtype)
-    value = module(loss, **options)(*inputs)
-    return [value.detach(), *gradients(value, inputs, 1.0)]
+def assert_same(actual: Values, expected: Values, rtol: float = 1e-10) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol / 100)
 
 
-def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
-    for a, e in zip(actual, expected, strict=True):
-        assert relative_error(a, e) < tolerance
+def expected_of(
+    loss: str, inputs: tuple[Tensor, ...], world_size: int, flags: tuple[bool, bool] = (True, True)
+) -> Values:
+    *features, bias = inputs
+    oracle = functools.partial(LOSSES[loss][1], bias=bias)
+    return differentiated(one_process.mean_loss(oracle, tuple(features), world_size, *flags), inputs)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_value_in_float32_is_the_single_process_one(
-    pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
-) -> None:
-    value, *_ = ddp(pool.run(shard, loss, flags(local_loss, gather_with_grad), torch.float32))
-    assert relative_error(value, single(pool.world_size, loss, torch.float32)[0]) < 1e-6
+# --- the table --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_value_and_gradients_follow_the_flags_rules(
-    pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
-) -> None:
-    w = pool.world_size
-    inputs = batch(N_PER_RANK * w, duplicates=0)
-    value = one_process.mean_loss(one_process.LOSSES[loss], inputs, w, local_loss, gather_with_grad)
-    results = pool.run(shard, loss, flags(local_loss, gather_with_grad), torch.float64, 0)
-    assert_equal(ddp(results), [value, *gradients(value, inputs, 1.0)])
+def parity_group(rank: int, world_size: int) -> Any:
+    """This process's group, the even or the odd ranks: its ranks are not the default group's."""
+    groups = [dist.new_group(list(range(parity, world_size, 2))) for parity in range(min(2, world_size))]
+    return groups[rank % 2]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), EXACT)
-def test_with_gather_with_grad_value_and_gradients_are_the_single_process_ones(
-    pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
-) -> None:
-    actual = ddp(pool.run(shard, loss, flags(local_loss, gather_with_grad)))
-    assert_equal(actual, single(pool.world_size, loss))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_with_neither_flag_towers_get_one_over_w_and_the_scale_the_whole(pool: Pool, loss: str) -> None:
-    value, dv, dt, ds = single(pool.world_size, loss)
-    actual = ddp(pool.run(shard, loss, flags(False, False)))
-    assert_equal(actual, [value, dv / pool.world_size, dt / pool.world_size, ds])
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_with_local_loss_alone_value_and_scale_are_exact_and_towers_are_not(pool: Pool, loss: str) -> None:
-    expected = single(pool.world_size, loss)
-    value, dv, dt, ds = ddp(pool.run(shard, loss, flags(True, False)))
-    assert_equal([value, ds], [expected[0], expected[3]])
-    for actual, exact in ((dv, expected[1]), (dt, expected[2])):
-        assert 0.05 < relative_error(actual, exact) < 1.5
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"top_k": 3, "discount": "log"}, {"worth": "shifted"}, {"reduction": "sum"}],
-    ids=lambda options: "-".join(options),
-)
-def test_every_option_shards_exactly(pool: Pool, options: dict[str, Any]) -> None:
-    actual = ddp(pool.run(shard, "rank", flags(True, True, **options)))
-    assert_equal(actual, single(pool.world_size, "rank", **options))
-
-
-@pytest.mark.parametrize("gather_with_grad", [False, True])
-def test_batch_list_is_whole_on_every_rank(pool: Pool, gather_with_grad: bool) -> None:
-    value, dv, dt, ds = single(pool.world_size, "rank", lists="batch")
-    share = 1 if gather_with_grad else pool.world_size
-    results = pool.run(shard, "rank", flags(False, gather_with_grad, lists="batch"))
-    assert_equal(ddp(results), [value, dv / share, dt / share, ds])
-    assert all(torch.equal(value_of_rank, results[0][0]) for value_of_rank, *_ in results)
-
-
-def one_pair(rank: int, world_size: int, loss: str) -> list[Tensor]:
-    v, t, s = batch(world_size, duplicates=0)
-    own = slice(rank, rank + 1)
-    value = module(loss, **flags(True, True))(v[own], t[own], s)
-    return [value.detach(), *gradients(value, (v, t, s), 1.0)]
-
-
-def test_one_pair_per_process_is_a_batch_of_w(pool: Pool) -> None:
-    inputs = batch(pool.world_size, duplicates=0)
-    for loss in ("rank", "rank_clip"):
-        value = module(loss)(*inputs)
-        assert_equal(ddp(pool.run(one_pair, loss)), [value, *gradients(value, inputs, 1.0)])
-
-
-def per_anchor(rank: int, world_size: int) -> list[Tensor]:
-    v, t, s = batch(N_PER_RANK * world_size)
-    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    values = RankConsistency(**flags(True, True, reduction="none"))(v[own], t[own], s)
-    weights = torch.arange(1.0, len(v) + 1, dtype=torch.float64)[own]
-    return [values.detach(), *gradients(values, (v, t, s), weights)]
-
-
-def test_reduction_none_is_a_value_per_local_anchor(pool: Pool) -> None:
-    inputs = batch(N_PER_RANK * pool.world_size)
-    values = RankConsistency(reduction="none")(*inputs)
-    weights = torch.arange(1.0, len(values) + 1, dtype=torch.float64)
-    results = pool.run(per_anchor)
-    assert_equal([torch.cat([values for values, *_ in results])], [values])
-    summed = [torch.stack(x).sum(0) for x in list(zip(*results, strict=True))[1:]]
-    assert_equal(summed, gradients(values, inputs, weights))
-
-
-def accumulate(
-    rank: int, world_size: int, loss: str, options: dict[str, Any], micro_batches: int
-) -> list[list[Tensor]]:
-    """The gradient in one pass, and as open_clip's trainer accumulates it: one micro-batch after another has
-    a graph, and the others are the constants that a first pass left.
-    """
-    v, t, s = batch(N_PER_RANK * world_size)
-    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    criterion = module(loss, **options)
-    value = criterion(v[own], t[own], s)
-    whole = [value.detach(), *gradients(value, (v, t, s), 1.0)]
-    accumulated = []
-    for j in range(micro_batches):
-        v_j, t_j = (
-            torch.cat([x if i == j else x.detach() for i, x in enumerate(f[own].chunk(micro_batches))])
-            for f in (v, t)
-        )
-        value = criterion(v_j, t_j, s)
-        accumulated.append([value.detach(), *gradients(value, (v, t, s), 1.0)])
-    sums = [torch.stack(x).sum(0) for x in zip(*accumulated, strict=True)]
-    return [whole, [sums[0] / micro_batches, *sums[1:]]]
-
-
-@pytest.mark.parametrize("micro_batches", [2, 4])
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_accumulation_gives_towers_the_big_batch_and_the_scale_k_times(
-    pool: Pool, local_loss: bool, gather_with_grad: bool, micro_batches: int
-) -> None:
-    results = pool.run(accumulate, "rank_clip", flags(local_loss, gather_with_grad), micro_batches)
-    value, dv, dt, ds = ddp([whole for whole, _ in results])
-    assert_equal(ddp([sums for _, sums in results]), [value, dv, dt, micro_batches * ds])
-
-
-@pytest.mark.parametrize("micro_batches", [2, 4])
-def test_accumulation_in_one_process(micro_batches: int) -> None:
-    for loss in LOSSES:
-        (value, dv, dt, ds), accumulated = accumulate(0, 1, loss, {}, micro_batches)
-        assert_equal(accumulated, [value, dv, dt, micro_batches * ds])
-
-
-def shard_of_group(
-    rank: int, world_size: int, loss: str, local_loss: bool, gather_with_grad: bool
-) -> list[Tensor]:
-    """As :func:`shard`; the even and the odd ranks have a batch each and know nothing of each other."""
+def of_this_rank(rank: int, world_size: int) -> dict[Any, Values]:
+    """Every loss under every layout: what this rank, with its share of the batch, makes of it."""
     group = parity_group(rank, world_size)
-    size, position = dist.get_world_size(group), dist.get_rank(group)
-    v, t, s = batch(N_PER_RANK * size, seed=rank % 2, duplicates=0)
-    own = slice(position * N_PER_RANK, (position + 1) * N_PER_RANK)
-    gather = Gather(local_loss=local_loss, gather_with_grad=gather_with_grad, group=group)
-    value = module(loss, gather=gather)(v[own], t[own], s)
-    return [value.detach(), *gradients(value, (v, t, s), 1.0)]
+    found = {}
+    for loss, layout in itertools.product(LOSSES, LAYOUTS):
+        place, inputs, gather = (rank, world_size), leaves(world_size), None
+        if layout == "group":
+            place = dist.get_rank(group), dist.get_world_size(group)
+            inputs, gather = leaves(place[1], seed=rank % 2), Gather(group=group)
+        elif layout != "default":
+            gather = Gather(local_loss=layout[0], gather_with_grad=layout[1])
+        value = called(LOSSES[loss][0](gather=gather), *own(*place, *inputs[:2]), *inputs[2:])
+        found[loss, layout] = differentiated(value, inputs)
+    return found
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def table(request: pytest.FixtureRequest, pools: Pools) -> list[dict[Any, Values]]:
+    """By rank, for each number of processes."""
+    return pools[request.param].run(of_this_rank)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_losses_take_a_group_and_look_no_further(
-    pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
+@pytest.mark.parametrize("flags", [*FLAGS, "default"])
+def test_value_and_gradients_follow_the_flags_rules(table: list[Any], loss: str, flags: Any) -> None:
+    w = len(table)
+    actual = averaged([of_rank[loss, flags] for of_rank in table])
+    local_loss, gather_with_grad = (True, True) if flags == "default" else flags
+    assert_same(actual, expected_of(loss, leaves(w), w, (local_loss, gather_with_grad)))
+    whole = expected_of(loss, leaves(w), 1)
+    assert_same([actual[0], *actual[3:]], [whole[0], *whole[3:]])  # the scale's gradient is always exact
+    if gather_with_grad:
+        assert_same(actual, whole)
+    elif not local_loss and "siglip" not in loss:
+        assert_same(actual[1:3], [x / w for x in whole[1:3]])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_take_a_group_and_look_no_further(table: list[Any], loss: str) -> None:
+    for parity, of_group in enumerate((table[::2], table[1::2])):
+        if of_group:
+            actual = averaged([of_rank[loss, "group"] for of_rank in of_group])
+            assert_same(actual, expected_of(loss, leaves(len(of_group), seed=parity), 1))
+
+
+TEACHER = ("reference_image_features", "reference_text_features")
+SHARDED = {
+    "equal rows": {},
+    "top_k": {"top_k": 3},
+    "sum": {"reduction": "sum"},
+    "no diagonal": {"diagonal": False, "fixed_reference": "text"},
+    "top_one": {"model": "top_one"},
+    "batch list": {"lists": "batch"},
+    "teacher": {"teacher": TEACHER},
+    "teacher of texts": {"teacher": TEACHER[1:], "cross_modal": 0.0},
+    "one pair": {"pairs": 1},
+    "float32": {"dtype": torch.float32},
+}
+
+
+def of_options(rank: int, world_size: int) -> dict[str, tuple[Values, Values]]:
+    """This rank's values of its share, beside those of one process that has the whole batch."""
+    found = {}
+    for name, options in SHARDED.items():
+        options = dict(options)
+        pairs, dtype = options.pop("pairs", N), options.pop("dtype", torch.float64)
+        inputs = leaves(world_size, dtype, duplicates=2)
+        inputs = (*(x[: pairs * world_size] for x in inputs[:2]), *inputs[2:])
+        wide = random_batch(1, pairs * world_size, 9, 1.0, duplicates=1)
+        teacher = dict(zip(TEACHER, (wide.image, wide.text), strict=True))
+        teacher = {k: teacher[k] for k in options.pop("teacher", ())}
+        results = []
+        for gather in (None, False):
+            place = (0, 1) if gather is False else (rank, world_size)
+            of_teacher = {k: own(*place, x)[0] for k, x in teacher.items()}
+            loss = Rank(gather=gather, **options)
+            value = called(loss, *own(*place, *inputs[:2]), *inputs[2:], **of_teacher)
+            results.append(differentiated(value, inputs))
+        found[name] = tuple(results)
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def of_all_options(request: pytest.FixtureRequest, pools: Pools) -> list[dict[str, Any]]:
+    return pools[request.param].run(of_options)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_every_option_shards_exactly(of_all_options: list[dict[str, Any]], name: str) -> None:
+    actual = averaged([of_rank[name][0] for of_rank in of_all_options])
+    assert_same(actual, of_all_options[0][name][1], 1e-5 if name == "float32" else 1e-10)
+
+
+def per_anchor(rank: int, world_size: int) -> tuple[Tensor, Values]:
+    inputs = leaves(world_size)
+    values = RankConsistency(reduction="none")(*own(rank, world_size, *inputs[:2]), inputs[2])
+    weights = torch.arange(1.0, N * world_size + 1).chunk(world_size)[rank]
+    return values, differentiated((values * weights).sum(), inputs)
+
+
+def test_reduction_none_is_a_value_per_local_anchor(pools: Pools) -> None:
+    results = pools[3].run(per_anchor)
+    inputs = leaves(3)
+    values = RankConsistency(reduction="none")(*inputs[:3])
+    expected = differentiated((values * torch.arange(1.0, 3 * N + 1)).sum(), inputs)
+    assert_same([torch.cat([values for values, _ in results])], [values.detach()])
+    assert_same([torch.stack(x).sum(0) for x in zip(*(r for _, r in results), strict=True)], expected)
+
+
+def accumulated(rank: int, world_size: int, flags: tuple[bool, bool], micro_batches: int) -> list[Values]:
+    """In one pass, and as open_clip's trainer accumulates: one micro-batch after another has a graph."""
+    inputs = v, t, s, _ = leaves(world_size)
+    loss = rank_clip(gather=Gather(local_loss=flags[0], gather_with_grad=flags[1]))
+    mine = own(rank, world_size, v, t)
+    sums = []
+    for j in range(micro_batches):
+        chunks = ([x if i == j else x.detach() for i, x in enumerate(f.chunk(micro_batches))] for f in mine)
+        sums.append(differentiated(loss(*map(torch.cat, chunks), s), inputs))
+    return [differentiated(loss(*mine, s), inputs), [torch.stack(x).sum(0) for x in zip(*sums, strict=True)]]
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+@pytest.mark.parametrize("flags", FLAGS)
+def test_accumulation_gives_towers_the_big_batch_and_the_scale_k_times(
+    pools: Pools, flags: tuple[bool, bool], micro_batches: int
 ) -> None:
-    results = pool.run(shard_of_group, loss, local_loss, gather_with_grad)
-    for parity in (0, 1):
-        of_group = results[parity::2]
-        w = len(of_group)
-        inputs = batch(N_PER_RANK * w, seed=parity, duplicates=0)
-        value = one_process.mean_loss(one_process.LOSSES[loss], inputs, w, local_loss, gather_with_grad)
-        assert_equal(ddp(of_group), [value, *gradients(value, inputs, 1.0)])
+    k = micro_batches
+    for (value, dv, dt, ds, db), sums in pools[2].run(accumulated, flags, k):
+        assert_same(sums, [k * value, dv, dt, k * ds, db])
 
 
-def alone(rank: int, world_size: int) -> list[Any]:
-    """With world_size=1: values, and the number of collective calls."""
-    results: list[Any] = []
-    inputs = batch(N_PER_RANK)
-    with Collectives() as calls:
-        for loss in LOSSES:
-            value = module(loss, gather=Gather(rank=0, world_size=1))(*inputs)
-            results.append([value.detach(), *gradients(value, inputs, 1.0)])
-        if world_size == 1:
-            value = RankConsistency(gather=Gather(group=dist.group.WORLD))(*inputs)
-            results.append([value.detach(), *gradients(value, inputs, 1.0)])
-    return [results, sum(calls.counts.values()), all_gather(inputs[0]) is inputs[0]]
+# --- the collectives --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_world_size_one_gathers_nothing_though_a_group_is_initialised(pools: Pools, world_size: int) -> None:
-    for results, calls, is_own in pools[world_size].run(alone):
-        for actual, loss in zip(results, [*LOSSES, "rank"], strict=False):
-            assert_equal(actual, single(1, loss))
-        assert len(results) == (5 if world_size == 1 else 4)
-        assert calls == 0
-        assert is_own == (world_size == 1)
+def gatherings(rank: int, world_size: int) -> dict[str, Any]:
+    x = torch.tensor([[1.0 + rank], [0.5]], dtype=torch.float64, requires_grad=True)
+    y = all_gather(x)
+    # Every rank weighs the whole by another factor: the gradient has to add them up.
+    weights = (rank + 1) * torch.arange(1, len(y) + 1.0)[:, None]
+    (first,) = torch.autograd.grad((weights * y).sum(), x)
+    (once,) = torch.autograd.grad((rank + 1) * all_gather(x).pow(3).sum(), x, create_graph=True)
+    (twice,) = torch.autograd.grad(once.pow(2).sum(), x)
+    half = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
+    one_is_large = torch.where(torch.arange(2 * world_size) % world_size == rank, 256.0, 1.0).bfloat16()
+    (of_half,) = torch.autograd.grad((all_gather(half) * one_is_large).sum(), half)
+    group = parity_group(rank, world_size)
+    of_group = all_gather(x[:1], group)
+    is_own = all_gather(x, group) is x
+    return {"y": y, "first": first, "twice": twice, "half": of_half, "group": of_group, "is_own": is_own}
 
 
-def with_gather(rank: int, world_size: int, criterion: torch.nn.Module) -> tuple[list[Tensor], int]:
-    """Of a loss that was built elsewhere, where there was no process group."""
-    v, t, s = batch(N_PER_RANK * world_size)
-    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    with Collectives() as calls:
-        value = criterion(v[own], t[own], s)
-    return [value.detach(), *gradients(value, (v, t, s), 1.0)], sum(calls.counts.values())
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_all_gather_concatenates_and_its_gradient_adds_up(pools: Pools, world_size: int) -> None:
+    total = sum(range(1, world_size + 1))
+    for rank, found in enumerate(pools[world_size].run(gatherings)):
+        members = range(rank % 2, world_size, 2)
+        assert found["y"].flatten().tolist() == [x for r in range(world_size) for x in (1.0 + r, 0.5)]
+        assert found["first"].flatten().tolist() == [total * (2.0 * rank + 1), total * (2.0 * rank + 2)]
+        # Σ_w L_w = total·Σ x³; the square of its gradient is 9·total²·x⁴.
+        second = [36 * total**2 * x**3 for x in (1.0 + rank, 0.5)]
+        assert found["twice"].flatten().tolist() == pytest.approx(second)
+        # 256 + 1 is 256 in bfloat16; the sum of three is taken in float32.
+        assert found["half"].dtype == torch.bfloat16
+        assert world_size != 3 or found["half"].tolist() == [258.0] * 2
+        assert found["group"].flatten().tolist() == [1.0 + r for r in members]
+        assert found["is_own"] == (len(members) == 1)
 
 
-@pytest.mark.parametrize(
-    ("loss", "options"),
-    [*((loss, {}) for loss in LOSSES), ("rank", {"lists": "batch"}), ("rank_clip", {"lists": "batch"})],
-)
-def test_default_is_the_whole_default_group_exactly(pool: Pool, loss: str, options: dict[str, Any]) -> None:
-    results = pool.run(with_gather, module(loss, **options))
-    assert_equal(ddp([values for values, _ in results]), single(pool.world_size, loss, **options))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_without_gathering_each_process_has_its_own_pairs(pools: Pools, loss: str) -> None:
-    for rank, (values, calls) in enumerate(pools[2].run(with_gather, module(loss, gather=False))):
-        inputs = batch(2 * N_PER_RANK)
-        own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-        expected = module(loss)(inputs[0][own], inputs[1][own], inputs[2])
-        assert_equal(values, [expected.detach(), *gradients(expected, inputs, 1.0)])
-        assert calls == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"gather_with_grad": "no"}, "gather_with_grad must be one of True, False; got 'no'"),
-        ({"local_loss": 1}, "local_loss must be one of True, False; got 1"),
-        ({"world_size": 2.5}, "world_size must be an integer of at least 1; got 2.5"),
-        ({"world_size": 0}, "world_size must be an integer of at least 1; got 0"),
-        ({"rank": "0"}, "rank must be an integer of at least 0; got '0'"),
-        ({"rank": -1}, "rank must be an integer of at least 0; got -1"),
-        ({"rank": 2, "world_size": 2}, r"rank must be in \[0, world_size\); got rank=2, world_size=2"),
-        ({"group": "gloo"}, None),
-    ],
-)
-def test_gather_refuses_what_it_cannot_be(options: dict[str, Any], message: str | None) -> None:
-    if message is None:  # without a process group there is nothing to compare it with
-        assert Gather(**options).place == (0, 1)
-        return
-    with pytest.raises(ValueError, match=message):
-        Gather(**options)
-
-
-def test_gather_is_read_when_it_is_needed() -> None:
-    assert Gather() == Gather.of(None)
-    assert Gather().place == Gather.of(False).place == (0, 1)
-    assert Gather(rank=1, world_size=4).place == (1, 4)
-    v, t, _ = (x.detach() for x in batch(4))
-    assert Gather()(v, t)[0] is v
-    for unready in (Gather(rank=1, world_size=4), Gather(rank=1), Gather(world_size=2)):
-        with pytest.raises(RuntimeError, match=r"needs torch\.distributed\.init_process_group"):
-            unready(v, t)
-
-
-def open_clips_keywords(rank: int, world_size: int) -> list[tuple[tuple[int, int], float, float]]:
-    v, t, s = batch(N_PER_RANK)
-    v = v * (1 if rank else -1)
-    whole = ClipLoss(gather=Gather(local_loss=False, gather_with_grad=False))
-    given = [
-        {"local_loss": False},
-        {"gather_with_grad": True},
-        {"local_loss": True, "gather_with_grad": True},
-        {"cache_labels": True},
-        {"world_size": 1},
-        {"rank": rank, "world_size": world_size},
-    ]
-    return [
-        (loss.gather.place, loss(v, t, s).item(), whole(v, t, s).item())
-        for loss in (ClipLoss(**g) for g in given)
-    ]
-
-
-def test_open_clips_keywords_have_open_clips_defaults(pools: Pools) -> None:
-    for rank, results in enumerate(pools[2].run(open_clips_keywords)):
-        for place, value, whole in results[:-1]:
-            assert place == (0, 1)
-            assert abs(value - whole) > 1e-3
-        place, value, whole = results[-1]
-        assert place == (rank, 2)
-        assert value == pytest.approx(whole, rel=1e-12)
-
-
-def in_one_tensor(rank: int, world_size: int, loss: str, options: dict[str, Any], dtype: torch.dtype) -> Any:
-    """As :func:`shard`, by the collectives of one tensor; with their counts and the bytes that they fill."""
-    distributed._TENSOR_BACKENDS = frozenset({"gloo"})
+def counted(rank: int, world_size: int, built: dict[str, nn.Module], backend: bool = False) -> dict[str, Any]:
+    """Collectives of a second step, forward and backward, with the bytes that they fill, and its values."""
+    found = {}
+    former = distributed._TENSOR_BACKENDS
+    if backend:
+        distributed._TENSOR_BACKENDS = frozenset({"gloo"})
     try:
-        v, t, s = batch(N_PER_RANK * world_size, dtype)
-        own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-        with Collectives() as forward:
-            value = module(loss, **options)(v[own], t[own], s)
-        with Collectives() as backward:
-            found = gradients(value, (v, t, s), 1.0)
-        return [value.detach(), *found], dict(forward.filled), dict(backward.counts)
+        for name, loss in built.items():
+            inputs = leaves(world_size)
+            mine = own(rank, world_size, *inputs[:2])
+            called(loss, *mine, *inputs[2:])  # the first compares what the processes bring
+            with Collectives() as forward:
+                value = called(loss, *mine, *inputs[2:])
+            with Collectives() as backward:
+                values = differentiated(value, inputs)
+            found[name] = values, dict(forward.counts), forward.filled.total(), dict(backward.counts)
     finally:
-        distributed._TENSOR_BACKENDS = frozenset({"nccl"})
+        distributed._TENSOR_BACKENDS = former
+    return found
 
 
-ONE_TENSOR = pytest.mark.skipif(
-    not hasattr(dist, "all_gather_single"), reason="this version's gloo does not reduce into one tensor"
+@pytest.mark.parametrize("flags", FLAGS)
+def test_a_step_gathers_each_modality_once(pools: Pools, flags: tuple[bool, bool]) -> None:
+    gather = Gather(local_loss=flags[0], gather_with_grad=flags[1])
+    built = {
+        name: make(gather=gather) for name, (make, _) in LOSSES.items() if name != "rank_clip over siglip"
+    }
+    one_modality = 2 * N * D * 8
+    for of_rank in pools[2].run(counted, built):
+        for name, (_, forward, filled, backward) in of_rank.items():
+            gathered = 1 if "siglip" in name and flags[0] else 2  # its texts alone
+            assert forward == {"allgather": gathered}, name
+            assert filled == gathered * one_modality, name
+            assert backward == ({"allreduce": gathered} if flags[1] else {}), name
+
+
+@pytest.mark.skipif(
+    not hasattr(dist, "all_gather_single"), reason="this gloo does not reduce into one tensor"
 )
-
-
-@ONE_TENSOR
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_collectives_of_one_tensor_give_the_same(
-    pools: Pools, loss: str, local_loss: bool, gather_with_grad: bool
-) -> None:
-    for world_size in (2, 3):
-        options = flags(local_loss, gather_with_grad)
-        expected = pools[world_size].run(shard, loss, options)
-        results = pools[world_size].run(in_one_tensor, loss, options, torch.float64)
-        for (values, forward, backward), of_rank in zip(results, expected, strict=True):
-            assert_equal(values, of_rank, 1e-14)
-            assert list(forward.values()) == [2 * world_size * N_PER_RANK * D * 8]
-            assert all("reduce_scatter" in name for name in backward)
-            assert sum(backward.values()) == (2 if gather_with_grad else 0)
-
-
-@ONE_TENSOR
-def test_half_precision_is_gathered_as_it_is(pools: Pools) -> None:
-    for values, forward, _ in pools[2].run(in_one_tensor, "rank", flags(True, True), torch.bfloat16):
-        assert list(forward.values()) == [2 * 2 * N_PER_RANK * D * 2]
-        assert [x.dtype for x in values] == [torch.float32, *[torch.bfloat16] * 3]
+@pytest.mark.parametrize("flags", FLAGS)
+def test_collectives_of_one_tensor_give_the_same(pools: Pools, flags: tuple[bool, bool]) -> None:
+    gather = Gather(local_loss=flags[0], gather_with_grad=flags[1])
+    built = {name: LOSSES[name][0](gather=gather) for name in ("clip", "rank_clip")}
+    plain, in_one = (pools[3].run(counted, built, one_tensor) for one_tensor in (False, True))
+    for expected, of_rank in zip(plain, in_one, strict=True):
+        for name, (values, _, filled, backward) in of_rank.items():
+            assert_same(values, expected[name][0], 1e-14)
+            assert filled == 2 * 3 * N * D * 8
+            assert all("reduce_scatter" in call for call in backward)
+            assert sum(backward.values()) == (2 if flags[1] else 0)
 
 
 @pytest.mark.parametrize(
@@ -483,8 +353,242 @@ def test_collectives_are_chosen_by_the_backend_of_the_device(
     assert distributed._has_tensor_collectives(features, None) is expected
 
 
+def alone(rank: int, world_size: int, built: dict[str, nn.Module]) -> dict[str, Any]:
+    found = {}
+    for name, loss in built.items():
+        inputs = leaves(world_size)
+        with Collectives() as calls:
+            value = called(loss, *own(rank, world_size, *inputs[:2]), *inputs[2:])
+        found[name] = differentiated(value, inputs), sum(calls.counts.values())
+    return found
+
+
+@pytest.mark.parametrize("gather", [False, Gather(rank=0, world_size=1)])
+def test_without_gathering_each_process_has_its_own_pairs(pools: Pools, gather: Any) -> None:
+    built = {name: make(gather=gather) for name, (make, _) in LOSSES.items()}
+    for rank, found in enumerate(pools[2].run(alone, built)):
+        for name, (values, calls) in found.items():
+            inputs = leaves(2)
+            value = called(LOSSES[name][0](gather=False), *own(rank, 2, *inputs[:2]), *inputs[2:])
+            assert_same(values, differentiated(value, inputs))
+            assert calls == 0
+
+
+def shared_and_separate(rank: int, world_size: int, flags: tuple[bool, bool], lambda_: float) -> Any:
+    """Two losses of what is gathered once, beside the same of what each has gathered for itself."""
+    inputs = v, t, s, _ = leaves(world_size)
+    gather = Gather(local_loss=flags[0], gather_with_grad=flags[1])
+    losses = RankClipLoss(schedule=lambda i, n: lambda_, gather=gather), RankConsistency(gather=gather)
+    losses[0].set_epoch(1, epochs=2)
+    mine = own(rank, world_size, v, t)
+    gather(*mine)  # the first compares what the processes bring
+    separate = sum(loss(*mine, s) for loss in losses)
+    with Collectives() as calls:
+        gathered = gather(*mine)
+        shared = sum(loss(*mine, s, gathered=gathered) for loss in losses)
+    return dict(calls.counts), [differentiated(x, inputs) for x in (shared, separate)]
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 1.0])  # at 0 the base computes for itself
+@pytest.mark.parametrize("flags", FLAGS)
+def test_one_gathering_serves_several_losses(pools: Pools, flags: tuple[bool, bool], lambda_: float) -> None:
+    for counts, (shared, separate) in pools[2].run(shared_and_separate, flags, lambda_):
+        assert counts == {"allgather": 2}
+        assert_same(shared, separate, 1e-14)
+
+
+def compiled(rank: int, world_size: int, loss: str) -> list[Values]:
+    inputs = leaves(world_size)
+    eager = LOSSES[loss][0]()
+    mine = own(rank, world_size, *inputs[:2])
+    torch._dynamo.reset()
+    losses = (eager, torch.compile(eager, backend="eager"))
+    return [differentiated(f(*mine, *inputs[2:]), inputs) for f in losses]
+
+
+@pytest.mark.parametrize("loss", ["clip", "clip, streamed", "siglip, streamed", "rank_clip"])
+def test_compiled_loss_gathers_as_the_eager_one(pools: Pools, loss: str) -> None:
+    for eager, through_dynamo in pools[2].run(compiled, loss):
+        assert_same(through_dynamo, eager)
+
+
+# --- open_clip's losses -----------------------------------------------------------------------------------
+
+
+def beside_open_clip(rank: int, world_size: int) -> list[tuple[str, Values, Values]]:
+    from open_clip import loss as open_clip
+
+    place = {"rank": rank, "world_size": world_size}
+    pairs = []
+    for local_loss, gather_with_grad in FLAGS:
+        flags = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+        pairs.append((f"clip {flags}", open_clip.ClipLoss(**place, **flags), ClipLoss(**place, **flags)))
+    for how, budget in itertools.product(("bidir", "shift", "reduce", "gather"), (0, None)):
+        options = {**place, "dist_impl": how}
+        ours = SigLipLoss(**options, memory_budget=budget)
+        pairs.append((f"siglip {how} {budget}", open_clip.SigLipLoss(**options), ours))
+    inputs = leaves(world_size)
+    mine = own(rank, world_size, *inputs[:2])
+    return [
+        (name, *(differentiated(called(loss, *mine, *inputs[2:]), inputs) for loss in both))
+        for name, *both in pairs
+    ]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="needs open_clip")
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_clip_and_siglip_are_open_clips_process_by_process(pools: Pools, world_size: int) -> None:
+    """Before DDP averages: the value, and the gradient that each process gets for the batch."""
+    for of_rank in pools[world_size].run(beside_open_clip):
+        for name, theirs, ours in of_rank:
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def open_clips_keywords(rank: int, world_size: int) -> list[tuple[int, int]]:
+    given = [{"local_loss": False}, {"gather_with_grad": True}, {"cache_labels": True}, {"world_size": 1}]
+    return [
+        ClipLoss(**options).gather.place for options in (*given, {"rank": rank, "world_size": world_size})
+    ]
+
+
+def test_open_clips_keywords_have_open_clips_defaults(pools: Pools) -> None:
+    for rank, places in enumerate(pools[2].run(open_clips_keywords)):
+        assert places == [(0, 1)] * 4 + [(rank, 2)]
+
+
+# --- processes that disagree ------------------------------------------------------------------------------
+
+
+def disagreement(rank: int, world_size: int, kind: str) -> list[str]:
+    """The error of a loss that meets the others for the first time, and what the next batch gives."""
+    teacher: dict[str, Tensor] = {}
+    rows, width, dtype, options = 4, 6, torch.float32, {}
+    if kind == "name":
+        options["cross_modal"] = 0.0
+        teacher = {TEACHER[rank % 2]: torch.eye(4)}
+    elif kind == "a teacher on one process only" and rank == 1:
+        teacher = dict.fromkeys(TEACHER, torch.eye(4))
+    elif kind == "count":
+        rows = 4 + rank
+    elif kind == "dtype":
+        dtype = torch.float16 if rank else torch.bfloat16
+    elif kind == "shape":
+        rows, width = (6, 4) if rank else (4, 6)
+    elif kind == "flags":
+        options["gather"] = Gather(gather_with_grad=rank == 0)
+    v, t = torch.nn.functional.normalize(torch.randn(2, rows, width), dim=-1).to(dtype)
+    messages = []
+    for _ in range(2):
+        try:
+            RankConsistency(**options)(v, t, 10.0, **teacher)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("name", TEACHER),
+        ("a teacher on one process only", ("reference_text_features is not given on rank 0",)),
+        ("count", ("image_features is float32 [4, 6] on rank 0, float32 [5, 6] on rank 1",)),
+        ("dtype", ("text_features is bfloat16 [4, 6] on rank 0, float16 [4, 6] on rank 1",)),
+        ("shape", ("image_features is float32 [4, 6] on rank 0, float32 [6, 4] on rank 1",)),
+        ("flags", ("gather_with_grad=True on rank 0", "gather_with_grad=False on rank 1")),
+    ],
+)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_that_disagree_all_get_the_same_error(
+    pools: Pools, world_size: int, kind: str, names: tuple[str, ...]
+) -> None:
+    results = pools[world_size].run(disagreement, kind)
+    assert all(messages == results[0] for messages in results)
+    first, again = results[0]
+    assert first == again  # nothing was taken as agreed
+    for name in names:
+        assert name in first
+
+
+def batches_that_change(rank: int, world_size: int) -> list[int]:
+    losses = RankConsistency(), RankConsistency()
+    counts = []
+    for loss, rows in ((losses[0], 5), (losses[0], 5), (losses[0], 3), (losses[0], 5), (losses[1], 5)):
+        v, t = torch.nn.functional.normalize(torch.randn(2, rows, D), dim=-1)
+        with Collectives() as calls:
+            loss(v, t, 10.0)
+        counts.append(calls.counts["allgather"])
+    return counts
+
+
+def test_a_loss_compares_each_kind_of_batch_once(pools: Pools) -> None:
+    assert pools[2].run(batches_that_change) == [[3, 2, 3, 2, 3]] * 2
+
+
+# --- what else processes must not get wrong ----------------------------------------------------------------
+
+
+def gathered_wrongly(rank: int, world_size: int) -> list[str]:
+    v, t, s, _ = leaves(world_size)
+    loss = RankConsistency()
+    mine = own(rank, world_size, v, t)
+    images, texts = loss.gather(*mine)
+    wrong = {
+        "swapped": (texts, images),
+        "of other ranks": (images.flip(0), texts),
+        "without gradients": (images.detach(), texts),
+        "of another dtype": (images.float(), texts),
+        "too few": (images[:N], texts),
+    }
+    messages = []
+    for gathered in wrong.values():
+        try:
+            loss(*mine, s, gathered=gathered)
+            messages.append("accepted")
+        except ValueError as error:
+            messages.append(str(error))
+    with torch.no_grad():
+        loss(*mine, s, gathered=(images.detach(), texts.detach()))
+    return messages
+
+
+def test_gathered_features_are_what_the_loss_would_gather(pools: Pools) -> None:
+    for messages in pools[2].run(gathered_wrongly):
+        assert all(message.startswith("gathered images must") for message in messages), messages
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gather_with_grad": "no"},
+        {"local_loss": 1},
+        {"world_size": 2.5},
+        {"world_size": 0},
+        {"rank": "0"},
+        {"rank": -1},
+        {"rank": 2, "world_size": 2},
+        {"group": "gloo"},
+    ],
+)
+def test_gather_refuses_what_it_cannot_be(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Gather(**options)
+
+
+def test_gather_is_read_when_it_is_needed() -> None:
+    assert Gather() == Gather.of(None)
+    assert Gather().place == Gather.of(False).place == (0, 1)
+    assert Gather(rank=1, world_size=4).place == (1, 4)
+    v, t, s, b = (x.detach() for x in leaves(1))
+    assert Gather()(v, t)[0] is v
+    for unready in (Gather(rank=1, world_size=4), Gather(rank=1), Gather(world_size=2)):
+        for loss, _ in LOSSES.values():
+            with pytest.raises(RuntimeError, match=r"needs torch\.distributed\.init_process_group"):
+                called(loss(gather=unready), v, t, s, b)
+
+
 def refusals(rank: int, world_size: int) -> list[str]:
-    v, t, s = batch(N_PER_RANK)
+    v, t, s, _ = leaves(1)
     other = dist.new_group([world_size - 1])  # a group of one, which the other ranks do not belong to
     whole = dist.group.WORLD
     attempts = [
@@ -492,7 +596,6 @@ def refusals(rank: int, world_size: int) -> list[str]:
         lambda: ClipLoss(rank=rank, world_size=world_size + 1)(v, t, s),
         lambda: Gather(rank=0, world_size=1, group=whole),
         lambda: Gather(rank=(rank + 1) % world_size, world_size=world_size, group=whole),
-        lambda: Gather(rank=0, world_size=2, group="gloo"),
         lambda: all_gather(v, "gloo"),
         *([] if rank == world_size - 1 else [lambda: Gather(group=other), lambda: all_gather(v, other)]),
     ]
@@ -507,187 +610,61 @@ def refusals(rank: int, world_size: int) -> list[str]:
 
 
 def test_rank_and_world_size_that_are_not_the_groups_are_refused(pools: Pools) -> None:
-    outsider, member = pools[2].run(refusals)
-    mine = "this process has rank {} of 2 in its process group; got rank={}, world_size={}"
-    no_group = "group must be a process group that this process belongs to; got "
-    for rank, messages in enumerate((outsider, member)):
-        assert messages[:6] == [
-            mine.format(rank, 1 - rank, 2),
-            mine.format(rank, rank, 3),
-            mine.format(rank, 0, 1),
-            mine.format(rank, 1 - rank, 2),
-            no_group + "'gloo'",
-            no_group + "'gloo'",
+    for rank, messages in enumerate(pools[2].run(refusals)):
+        mine = f"this process has rank {rank} of 2 in its process group; got rank="
+        assert all(message.startswith(mine) for message in messages[:4]), messages
+        assert all("group must be a process group that" in message for message in messages[4:]), messages
+
+
+def not_finite(rank: int, world_size: int) -> list[float]:
+    found = []
+    for local_loss, gather_with_grad in FLAGS:
+        gather = Gather(local_loss=local_loss, gather_with_grad=gather_with_grad)
+        v, t, s, b = (x.detach() for x in leaves(1))
+        if rank == 0:
+            v[0, 0] = math.nan
+        found += [
+            called(make(gather=gather), v, t, s, b).item()
+            for name, (make, _) in LOSSES.items()
+            if name not in ("siglip", "siglip, streamed")  # of its own images alone
         ]
-    assert all(message.startswith(no_group) for message in outsider[6:])
-    assert (len(outsider), len(member)) == (8, 6)
+    return found
 
 
-def test_without_a_process_group_one_process_works_and_several_are_refused() -> None:
-    x = torch.ones(2, 3)
-    assert all_gather(x) is x
-    v, t, s = random_batch(0, 4, 3, 10.0).leaves()
-    assert RankConsistency(**flags(True, True))(v, t, s).item() == RankConsistency()(v, t, s).item()
-    for loss in LOSSES:
-        with pytest.raises(RuntimeError, match=r"world_size=2 needs torch\.distributed.init_process_group"):
-            module(loss, gather=Gather(rank=0, world_size=2))(v, t, s)
+def test_nan_of_one_rank_is_seen_by_all(pools: Pools) -> None:
+    for found in pools[2].run(not_finite):
+        assert all(map(math.isnan, found))
 
 
-def not_finite(rank: int, world_size: int, options: dict[str, Any]) -> float:
-    v, t, s = (x.detach() for x in batch(N_PER_RANK))
-    if rank == 0:
-        v[0, 0] = math.nan
-    return module("rank", **options)(v, t, s).item()
-
-
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_nan_of_one_rank_is_seen_by_all(pools: Pools, local_loss: bool, gather_with_grad: bool) -> None:
-    assert all(map(math.isnan, pools[2].run(not_finite, flags(local_loss, gather_with_grad))))
-
-
-def logged(call: Callable[[], object], level: int) -> list[str]:
-    """What rankloss logs during a call."""
+def remarks(rank: int, world_size: int) -> list[str]:
+    """What rankloss logs where a loss is built and trained."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
     logger = logging.getLogger("rankloss")
     former = logger.level
     logger.addHandler(handler)
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)
     try:
-        call()
+        v, t, s, _ = leaves(1)
+        for local_loss, gather_with_grad in FLAGS:
+            gather = Gather(local_loss=local_loss, gather_with_grad=gather_with_grad)
+            loss = RankConsistency(gather=gather)
+            for _ in range(2):
+                loss(v, t, s)
+        for epochs, gather in ((1, None), (2, False)):
+            RankClipLoss(gather=gather).set_epoch(1, epochs)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(former)
     return [record.getMessage() for record in records]
 
 
-def warnings(rank: int, world_size: int, loss: str, options: dict[str, Any]) -> list[str]:
-    def train() -> None:
-        v, t, s = batch(N_PER_RANK)
-        criterion = module(loss, **options)
-        for _ in range(2):
-            criterion(v, t, s)
-
-    return logged(train, logging.WARNING)
-
-
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-@pytest.mark.parametrize("loss", ["rank", "rank_clip"])
-def test_local_loss_without_gather_with_grad_is_warned_of_once(
-    pool: Pool, loss: str, local_loss: bool, gather_with_grad: bool
-) -> None:
-    first, *others = pool.run(warnings, loss, flags(local_loss, gather_with_grad))
-    if local_loss and not gather_with_grad:
-        assert len(first) == 1
-        assert "local_loss without gather_with_grad" in first[0]
-    else:
-        assert first == []
-    assert others == [[]] * (pool.world_size - 1)
-
-
-def remarks_on_a_ramp(
-    rank: int, world_size: int, epochs: int, gather: Gather | Literal[False] | None
-) -> list[str]:
-    return logged(lambda: RankClipLoss(gather=gather).set_epoch(1, epochs), logging.INFO)
-
-
-@pytest.mark.parametrize("gather", [None, False])
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_ramp_of_few_epochs_is_remarked_on_by_the_first_process_alone(
-    pools: Pools, epochs: int, gather: Gather | Literal[False] | None
-) -> None:
-    first, second = pools[2].run(remarks_on_a_ramp, epochs, gather)
-    (remark,) = first
-    assert remark.startswith(f"epochs={epochs} ")
-    assert second == []
-
-
-def calls_of_a_step(
-    rank: int, world_size: int, loss: str, options: dict[str, Any]
-) -> tuple[dict[str, int], dict[str, int]]:
-    v, t, s = batch(N_PER_RANK)
-    criterion = module(loss, **options)
-    with Collectives() as forward:
-        value = criterion(v, t, s)
-    with Collectives() as backward:
-        value.backward()
-    return dict(forward.counts), dict(backward.counts)
-
-
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-@pytest.mark.parametrize("loss", ["rank", "rank_clip"])  # the second with CLIP's own loss, of one pass
-def test_step_gathers_each_modality_once(
-    pools: Pools, loss: str, local_loss: bool, gather_with_grad: bool
-) -> None:
-    for forward, backward in pools[2].run(calls_of_a_step, loss, flags(local_loss, gather_with_grad)):
-        assert forward == {"allgather": 2}
-        assert backward == ({"allreduce": 2} if gather_with_grad else {})
-
-
-def of_one_gathering(
-    rank: int, world_size: int, options: dict[str, Any], lambda_: float
-) -> tuple[dict[str, int], list[list[Tensor]]]:
-    """Two losses of what is gathered once, beside the same of what each has gathered for itself."""
-    v, t, s = batch(N_PER_RANK * world_size)
-    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    losses = RankClipLoss(schedule=lambda i, n: lambda_, **options), RankConsistency(**options)
-    losses[0].set_epoch(1, epochs=2)
-    with Collectives() as calls:
-        gathered = losses[1].gather(v[own], t[own])
-        shared = sum(loss(v[own], t[own], s, gathered=gathered) for loss in losses)
-    separate = sum(loss(v[own], t[own], s) for loss in losses)
-    return dict(calls.counts), [[x.detach(), *gradients(x, (v, t, s), -1.3)] for x in (shared, separate)]
-
-
-@pytest.mark.parametrize("lambda_", [0.0, 1.0])  # at 0 the base computes for itself
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_one_gathering_serves_several_losses(
-    pools: Pools, local_loss: bool, gather_with_grad: bool, lambda_: float
-) -> None:
-    results = pools[2].run(of_one_gathering, flags(local_loss, gather_with_grad), lambda_)
-    for counts, (shared, separate) in results:
-        assert counts == {"allgather": 2}
-        assert_equal(shared, separate, 1e-14)
-
-
-def compiled(rank: int, world_size: int, options: dict[str, Any]) -> list[list[Tensor]]:
-    v, t, s = batch(N_PER_RANK * world_size)
-    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    eager = module("rank_clip", **options)
-    results = []
-    for criterion in (eager, torch.compile(eager, backend="eager")):
-        value = criterion(v[own], t[own], s)
-        results.append([value.detach(), *gradients(value, (v, t, s), 1.0)])
-    return results
-
-
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), [(True, True), (False, False)])
-def test_compiled_loss_gathers_as_the_eager_one(
-    pools: Pools, local_loss: bool, gather_with_grad: bool
-) -> None:
-    for eager, through_dynamo in pools[2].run(compiled, flags(local_loss, gather_with_grad)):
-        assert_equal(through_dynamo, eager)
-
-
-def open_clips_and_ours(rank: int, world_size: int, options: dict[str, bool]) -> list[list[Tensor]]:
-    from open_clip.loss import ClipLoss as OpenClipLoss
-
-    v, t, s = batch(N_PER_RANK * world_size)
-    own = slice(rank * N_PER_RANK, (rank + 1) * N_PER_RANK)
-    results = []
-    for loss in (OpenClipLoss, ClipLoss):
-        value = loss(rank=rank, world_size=world_size, **options)(v[own], t[own], s)
-        results.append([value.detach(), *gradients(value, (v, t, s), 1.0)])
-    return results
-
-
-@pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="needs open_clip")
-@pytest.mark.parametrize(("local_loss", "gather_with_grad"), FLAGS)
-def test_clip_loss_is_open_clips_under_every_flag(
-    pool: Pool, local_loss: bool, gather_with_grad: bool
-) -> None:
-    for theirs, ours in pool.run(
-        open_clips_and_ours, {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
-    ):
-        assert_equal(ours, theirs)
+def test_the_first_process_alone_warns_once(pools: Pools) -> None:
+    first, *others = pools[3].run(remarks)
+    assert [message.split(":")[0].split(" ")[0] for message in first] == [
+        "local_loss",
+        "epochs=1",
+        "epochs=2",
+    ]
+    assert others == [[], []]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,30 +150,32 @@ def test_features_of_a_training_step_are_taken_and_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "error", "named"),
     [
-        ({"image_features": torch.ones(3, 2)}, r"one shape \[N, D\].*got \(3, 2\) and \(4, 2\)"),
-        ({"anchor": 4}, "anchor must be a row of the features, 0 to 3; got 4"),
-        ({"anchor": -1}, "anchor must be a row"),
-        ({"term": "both"}, "term must be one of 'cross_modal', 'in_modal'; got 'both'"),
-        ({"labels": list("abc")}, "labels must have one name per item, 4; got 3"),
-        ({"items": 1}, "items must be at least 2; got 1"),
+        ({"image_features": torch.ones(3, 2)}, ValueError, r"one shape \[N, D\].*got \(3, 2\) and \(4, 2\)"),
+        ({"image_features": [[1.0, 0.0]] * 4}, TypeError, "image_features must be a torch.Tensor; got list"),
+        *(({"anchor": bad}, ValueError, "anchor must be") for bad in (4, -1, 1.5)),
+        ({"term": "both"}, ValueError, "term must be one of 'cross_modal', 'in_modal'; got 'both'"),
+        ({"labels": list("abc")}, ValueError, "labels must have one name per item, 4; got 3"),
+        *(({"items": bad}, ValueError, "items must be") for bad in (1, 2.5)),
     ],
 )
-def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:
-    arguments = {
+def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], named: str) -> None:
+    good = {
         "image_features": torch.eye(4, 2),
         "text_features": torch.eye(4, 2),
-        "labels": list("abcd"),
+        "labels": "abcd",
         "anchor": 0,
     }
-    with pytest.raises(ValueError, match=message):
-        plots.slope_chart(**{**arguments, **change})  # type: ignore[arg-type]
+    with pytest.raises(error, match=named):
+        plots.slope_chart(**{**good, **change})
 
 
 def test_scores_that_are_no_two_lists_are_named() -> None:
     with pytest.raises(ValueError, match=r"one shape \[N\], N >= 2; got \(3,\) and \(2,\)"):
         plots.compare_rankings(torch.ones(3), torch.ones(2), "abc")
+    with pytest.raises(TypeError, match="second must be a"):
+        plots.compare_rankings(torch.ones(3), [1.0, 2.0, 3.0], "abc")  # type: ignore[arg-type]
 
 
 def test_tensorboard_and_wandb_take_the_figure(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 from rankloss import schedules
 
+ENDS = {"rankclip": 2.0, "official": 2.0, "constant": 1.0, "linear": 1.0, "cosine": 1.0}
+every = pytest.mark.parametrize("name", ENDS)
+
 
 @st.composite
 def positions(draw: st.DrawFn) -> tuple[int, int]:
@@ -23,52 +26,43 @@ def test_rankclip_is_the_papers_formula(position: tuple[int, int]) -> None:
     assert schedules.rankclip(i, n) == pytest.approx(expected, rel=1e-15)
 
 
-@pytest.mark.parametrize(("i", "expected"), [(1, 0.0), (2, 0.047619), (22, 1.0), (43, 2.0), (64, 2.0)])
-def test_official_is_what_the_authors_code_computes_over_64_epochs(i: int, expected: float) -> None:
-    assert schedules.official(i, 64) == pytest.approx(expected, abs=1e-6)
-
-
-def test_official_over_ten_epochs() -> None:
+def test_official_is_what_the_authors_code_computes() -> None:
+    for i, expected in [(1, 0.0), (2, 0.047619), (22, 1.0), (43, 2.0), (64, 2.0)]:
+        assert schedules.official(i, 64) == pytest.approx(expected, abs=1e-6)
     values = [schedules.official(i, 10) for i in range(1, 11)]
     assert values == pytest.approx([0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2, 2, 2, 2])
 
 
-@pytest.mark.parametrize("name", schedules.NAMES)
+@every
 @given(position=positions())
 def test_every_schedule_is_finite_never_negative_and_never_falls(
     name: str, position: tuple[int, int]
 ) -> None:
     schedule, (i, n) = schedules.by_name(name), position
-    value = schedule(i, n)
-    assert math.isfinite(value)
-    assert value >= 0
-    assert value <= schedule(min(i + 1, n), n)
+    assert 0 <= schedule(i, n) <= schedule(min(i + 1, n), n) < math.inf
 
 
-@pytest.mark.parametrize(
-    ("name", "end"), [("rankclip", 2), ("official", 2), ("constant", 1), ("linear", 1), ("cosine", 1)]
-)
-def test_every_schedule_ends_at_its_end_value_also_where_there_is_one_step_only(
-    name: str, end: float
-) -> None:
-    for n in (1, 2, 10):
-        assert schedules.by_name(name)(n, n) == pytest.approx(end, rel=1e-15)
+@every
+@pytest.mark.parametrize("n", [1, 2, 10])
+def test_every_schedule_ends_at_its_end_value_also_where_there_is_one_step_only(name: str, n: int) -> None:
+    assert schedules.by_name(name)(n, n) == pytest.approx(ENDS[name], rel=1e-15)
 
 
-@pytest.mark.parametrize("name", schedules.NAMES)
+@every
 @pytest.mark.parametrize(("i", "n"), [(0, 5), (6, 5), (-1, 5), (1, 0), (1.5, 5), (1, 5.0), ("1", 5)])
 def test_positions_outside_training_are_refused(name: str, i: int, n: int) -> None:
-    with pytest.raises(ValueError, match=f"integers 1 <= i <= n; got i={i!r}, n={n!r}"):
+    with pytest.raises(ValueError, match=f"i={i!r}, n={n!r}"):
         schedules.by_name(name)(i, n)
 
 
-def test_an_unknown_name_is_refused() -> None:
-    for name in ("step", 3, None, ["rankclip"]):
-        with pytest.raises(ValueError, match=r"schedule must be one of 'rankclip', .*; got "):
-            schedules.by_name(name)
+@pytest.mark.parametrize("name", ["step", 3, None, ["rankclip"]])
+def test_an_unknown_name_is_refused(name: object) -> None:
+    with pytest.raises(ValueError, match="schedule must be one of"):
+        schedules.by_name(name)  # type: ignore[arg-type]
 
 
-def test_small_integers_do_not_wrap() -> None:
-    for name in schedules.NAMES:
-        schedule = schedules.by_name(name)
-        assert schedule(np.uint8(100), np.uint8(200)) == schedule(100, 200)
+@every
+def test_small_integers_do_not_wrap(name: str) -> None:
+    schedule = schedules.by_name(name)
+    assert schedule(np.uint8(100), np.uint8(200)) == schedule(100, 200)
+    assert set(ENDS) == set(schedules.NAMES)

@@ -146,7 +146,7 @@ class Products(TorchDispatchMode):
         (8, (False, False, True), (0, 1, 4), 6, 2),
         (32, (True, True, True), (4,), 3, 3),  # the scale alone takes no product where all rows are there
         (8, (True, True, True), (4,), 8, 4),
-        (8, (True, True, True), (0,), 8, 4),  # image anchors of S and I, image items of R and I
+        (8, (True, True, True), (0,), 10, 4),  # anchors beside the image's own where they have the same items
         (8, (True, True, True), (), 4, 4),
     ],
 )

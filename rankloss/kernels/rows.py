@@ -136,8 +136,8 @@ def evaluate(block: Block, options: RankOptions, _: int, *, with_gradient: bool)
     )
     shape = (matrices, n)
     return Evaluated(
-        None if cross_entropy is None else cross_entropy.view(shape),
-        nll.view(shape),
+        None if cross_entropy is None else cross_entropy.view(shape).double(),
+        nll.view(shape).double(),
         None if gradient is None else gradient.view(block.cosines.shape),
     )
 

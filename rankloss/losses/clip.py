@@ -11,14 +11,12 @@ from torch import Tensor
 from rankloss.checks import check_bias
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.functional import weighted_terms
-from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
-from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, check_names
-from rankloss.precision import arithmetic_dtype
+from rankloss.losses.gathering import StreamedLoss, gather_of_open_clip
 
 __all__ = ["ClipLoss", "pair_logits", "without_effect"]
 
 
-class ClipLoss(GatheringLoss):
+class ClipLoss(StreamedLoss):
     r"""CLIP's symmetric InfoNCE: ``½[CE(s·V·Tᵀ) + CE(s·T·Vᵀ)]``, the target of row i being i.
 
     It takes the arguments of open_clip's ClipLoss. Where any of them is given, they all mean what they mean
@@ -50,9 +48,9 @@ class ClipLoss(GatheringLoss):
 
     Raises:
         ValueError: for open_clip's arguments beside ``gather``, or a negative budget; in ``forward`` for
-            features that are not two floating-point matrices of one shape with at least two rows in the whole
-            batch, a scale that is not positive (not checked on an accelerator, where reading it would wait),
-            a bias that is not one number, or a ``gathered`` of another number of pairs.
+            features that are not two floating-point matrices of one shape with at least one row, a scale that
+            is not positive (not checked on an accelerator, where reading it would wait), a bias that is not
+            one number, or a ``gathered`` that is not what this loss's own gathering gives.
         RuntimeError: in forward-mode differentiation beyond the budget.
 
     References:
@@ -77,7 +75,6 @@ class ClipLoss(GatheringLoss):
         gather: GatherOption = None,
         **options: Any,
     ) -> None:
-        check_names(type(self), options, STREAMING_OPTION_NAMES)
         if use_horovod:
             raise ValueError(f"use_horovod is not supported; got {use_horovod!r}")
         super().__init__(
@@ -89,9 +86,9 @@ class ClipLoss(GatheringLoss):
                 gather_with_grad=gather_with_grad,
                 rank=rank,
                 world_size=world_size,
-            )
+            ),
+            options,
         )
-        self._options = RankOptions(**options)
 
     def forward(
         self,
@@ -116,24 +113,19 @@ class ClipLoss(GatheringLoss):
         check_bias(logit_bias, image_features)
         gathered = images, texts = self.whole_batch(image_features, text_features, gathered)
         rows = len(image_features if self.gather.anchors_are_local else images)
-        dtype = arithmetic_dtype(image_features, text_features)
-        if self._options.fits(rows, len(texts), images.device, dtype):
+        if self.fits(rows, images, texts):
             loss = _whole(self.gather, image_features, text_features, gathered, logit_scale, logit_bias)
         else:
             with torch.no_grad():  # the dtype depends on autocast's rules; one pair shows it
                 pair = image_features[:1], text_features[:1]
                 dtype = _whole(_ONE_PROCESS, *pair, pair, logit_scale, logit_bias).dtype
             batch = self.batch_of(gathered, image_features, text_features, logit_scale)
-            weights = torch.ones(3, dtype=torch.float64, device=images.device)
+            weights = torch.ones(3, dtype=torch.float64, device="cpu")
             loss, *_ = weighted_terms(
                 batch, self._options, weights, contrastive=True, cross_modal=False, in_modal=False
             )
             loss = (loss + without_effect(logit_bias)).to(dtype)
         return {"contrastive_loss": loss} if output_dict else loss
-
-    def extra_repr(self) -> str:
-        """The options that are not at their defaults."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._options.changed.items())
 
 
 def _whole(

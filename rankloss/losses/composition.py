@@ -69,6 +69,9 @@ def base_entries(
         The entries of the base's dict; a plain scalar becomes ``{"contrastive_loss": …}``. Values in half
         precision become float32, the dtype of the terms that are added to them.
 
+    Raises:
+        ValueError: for an entry of several values: the terms would be added to each of them.
+
     Example:
         >>> import rankloss, torch
         >>> v = torch.eye(2)
@@ -85,12 +88,16 @@ def base_entries(
         **base_inputs,
     )
     entries = base_output if isinstance(base_output, Mapping) else {"contrastive_loss": base_output}
-    return {name: _in_full_precision(value) for name, value in entries.items()}
+    return {name: _checked_entry(name, value) for name, value in entries.items()}
 
 
-def _in_full_precision(value: Tensor) -> Tensor:
+def _checked_entry(name: str, value: Tensor) -> Tensor:
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         return value
+    if value.numel() != 1:
+        raise ValueError(
+            f"base must give one value per entry, reduced over the batch; {name} has {tuple(value.shape)}"
+        )
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 

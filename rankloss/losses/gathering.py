@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import math
-import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rankloss.batch import Batch
-from rankloss.checks import check_features, check_reference_features, check_scale
+from rankloss.checks import (
+    check_device,
+    check_features,
+    check_matrix,
+    check_scale,
+    check_teacher,
+    kind_of,
+    look_at_rows,
+    look_at_scale,
+)
 from rankloss.distributed import Gather, Gathered, GatherOption
-from rankloss.losses.weights import is_capturing, is_plain
+from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, check_names
+from rankloss.precision import arithmetic_dtype, may_look_at
 
-__all__ = ["GatheringLoss", "InputWarning", "gather_of_open_clip"]
-
-_LARGEST_LOG_SCALE = math.log(100)  # where CLIP clamps its logit_scale
-
-
-class InputWarning(UserWarning):
-    """An input is computed as it is, though it is probably not what was meant."""
+__all__ = ["GatheringLoss", "StreamedLoss", "gather_of_open_clip"]
 
 
 class GatheringLoss(nn.Module):
@@ -31,10 +33,13 @@ class GatheringLoss(nn.Module):
             is initialised at the call, with both flags. False: the pairs of this process only.
     """
 
+    _min_pairs: ClassVar[int] = 2
+    """The pairs that the whole batch must have: a list needs two items."""
+
     def __init__(self, gather: GatherOption = None) -> None:
         super().__init__()
         self.gather = Gather.of(gather)
-        self._has_looked = False
+        self._looked_at: frozenset[str] = frozenset()  # the arguments whose values were looked at
 
     def check_inputs(
         self,
@@ -43,21 +48,32 @@ class GatheringLoss(nn.Module):
         logit_scale: Tensor | float,
         **references: Tensor | None,
     ) -> None:
-        """Raise an error that names a wrong input; at the first call, warn of a suspicious one.
+        """Raise an error that names a wrong input; warn of a suspicious one.
 
-        ``references`` are features of the same pairs that take no gradient, where they are given.
+        ``references`` are a teacher's features of the same pairs, where they are given.
 
-        The first call computes the norms of the features and the value of the scale, which waits for an
-        accelerator once. It is left for a later call while a graph is compiled or captured.
+        The values of an argument are looked at the first time that it is given, which waits for an
+        accelerator once; a look is left for a later call while a graph is compiled or captured. Before
+        anything else the processes of the gathering compare what they bring.
         """
-        check_features(image_features, text_features, min_pairs=self.gather.min_pairs)
+        self.gather.check_agreement(
+            self, image_features=image_features, text_features=text_features, **references
+        )
+        min_pairs = min(self.gather.min_pairs, self._min_pairs)
+        check_features(image_features, text_features, min_pairs=min_pairs)
         check_scale(logit_scale, image_features)
-        given = {name: x for name, x in references.items() if x is not None}
-        for name, x in given.items():
-            check_reference_features(name, x, image_features)
-        if not torch.compiler.is_compiling() and not self._has_looked:
-            features = {"image_features": image_features, "text_features": text_features, **given}
-            self._has_looked = _look(features, logit_scale)
+        # Not asked for while compiling: the graph would depend on it.
+        looked_at = set() if torch.compiler.is_compiling() else set(self._looked_at)
+        for name, x in references.items():
+            if x is not None and check_teacher(name, x, image_features, first_look=name not in looked_at):
+                looked_at.add(name)
+        for name, x in (("image_features", image_features), ("text_features", text_features)):
+            if name not in looked_at and look_at_rows(name, x):
+                looked_at.add(name)
+        if "logit_scale" not in looked_at and look_at_scale("logit_scale", logit_scale, image_features):
+            looked_at.add("logit_scale")
+        if not torch.compiler.is_compiling():
+            self._looked_at = frozenset(looked_at)
 
     def whole_batch(
         self, image_features: Tensor, text_features: Tensor, gathered: Gathered | None = None
@@ -65,17 +81,45 @@ class GatheringLoss(nn.Module):
         """The features of all processes: ``gathered``, from a caller that has them already, or gathered now.
 
         Raises:
-            ValueError: where ``gathered`` is not as many pairs as this loss's own gathering would give.
+            TypeError, ValueError: where ``gathered`` is not what this loss's own gathering would give.
         """
         if gathered is None:
-            return self.gather(image_features, text_features)
-        n, rows = len(image_features) * self.gather.place[1], [len(x) for x in gathered]
-        if rows != [n, n]:
-            raise ValueError(
-                "gathered must be what the loss's own gather(image_features, text_features) gives, "
-                f"{n} rows of both; got {' and '.join(map(str, rows))}"
+            return self.gather.items(image_features), self.gather.items(text_features)
+        if not isinstance(gathered, (tuple, list)) or len(gathered) != 2:
+            raise TypeError(
+                "gathered must be the pair that gather(image_features, text_features) gives; "
+                f"got {kind_of(gathered)}"
             )
-        return gathered
+        for name, x, own in zip(("images", "texts"), gathered, (image_features, text_features), strict=True):
+            self._check_gathered(f"gathered {name}", x, own)
+        return gathered[0], gathered[1]
+
+    def _check_gathered(self, name: str, x: Tensor, own: Tensor) -> None:
+        rank, world_size = self.gather.place
+        check_matrix(name, x)
+        check_device(name, x, own)
+        shape = (len(own) * world_size, own.shape[1])
+        if x.shape != shape or x.dtype != own.dtype:
+            raise ValueError(
+                f"{name} must be what the loss's own gather(image_features, text_features) gives, "
+                f"{own.dtype} of {shape}; got {x.dtype} of {tuple(x.shape)}"
+            )
+        if world_size == 1:
+            if x is not own:
+                raise ValueError(f"{name} must be the features themselves in one process; got another tensor")
+            return
+        carries = own.requires_grad and (self.gather.gather_with_grad or not self.gather.local_loss)
+        if torch.is_grad_enabled() and x.requires_grad != carries:
+            raise ValueError(
+                f"{name} must {'' if carries else 'not '}require a gradient, as gather() of these features "
+                f"gives it with {self.gather!r}"
+            )
+        if may_look_at(x):
+            there = x.detach()[rank * len(own) : (rank + 1) * len(own)]
+            if not torch.allclose(there, own.detach(), rtol=0, atol=0, equal_nan=True):
+                raise ValueError(
+                    f"{name} must hold this process's features as chunk {rank}; got others there"
+                )
 
     def batch_of(
         self,
@@ -107,6 +151,31 @@ class GatheringLoss(nn.Module):
         )
 
 
+class StreamedLoss(GatheringLoss):
+    """A loss of all pairs: the formula where its logits are within a budget, else a pass over chunks of rows.
+
+    Args:
+        gather: as in :class:`GatheringLoss`.
+        options: ``chunk_size`` and ``memory_budget``, see :class:`rankloss.RankOptions`.
+    """
+
+    _min_pairs = 1  # open_clip's losses give a number for a single pair
+
+    def __init__(self, gather: GatherOption, options: dict[str, Any]) -> None:
+        check_names(type(self), options, STREAMING_OPTION_NAMES)
+        super().__init__(gather)
+        self._options = RankOptions(**options)
+
+    def fits(self, rows: int, images: Tensor, texts: Tensor) -> bool:
+        """Whether the logits of ``rows`` and all texts are within the budget."""
+        dtype = arithmetic_dtype(images, texts)
+        return len(texts) == 1 or self._options.fits(rows, len(texts), images.device, dtype)
+
+    def extra_repr(self) -> str:
+        """The options that are not at their defaults."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._options.changed.items())
+
+
 def gather_of_open_clip(
     gather: GatherOption, defaults: dict[str, Any], *, without_effect: dict[str, Any], **layout: Any
 ) -> GatherOption:
@@ -125,40 +194,7 @@ def gather_of_open_clip(
     if not given:
         return gather
     if gather is not None:
-        raise ValueError(f"gather stands for open_clip's arguments; got it beside {', '.join(given)}")
+        raise ValueError(
+            f"pass gather= or open_clip's arguments, not both; got gather beside {', '.join(given)}"
+        )
     return Gather(**{**defaults, **{name: x for name, x in given.items() if name in layout}})
-
-
-def _look(features: dict[str, Tensor], logit_scale: Tensor | float) -> bool:
-    """Warn of features that are not unit-norm and of a log in place of the scale; False if unreadable."""
-    for name, x in features.items():
-        if not is_plain(x) or is_capturing(x.device):
-            return False
-        off = _value((x.detach().float().norm(dim=-1) - 1).abs().amax())
-        if off is None:
-            return False
-        if 0.01 < off < math.inf:  # infinities and NaN show in the loss
-            warnings.warn(
-                f"{name} should be unit-norm, as CLIP models return them; norms are off by up to {off:.4g}. "
-                "The loss is computed of the features as they are",
-                InputWarning,
-                stacklevel=1,  # one place for all losses, so that Python shows an equal text once
-            )
-    if isinstance(logit_scale, nn.Parameter):
-        value = _value(logit_scale)
-        if value is not None and value <= _LARGEST_LOG_SCALE:
-            warnings.warn(
-                f"logit_scale is a parameter of value {value:.4g}. CLIP models keep the logarithm of the "
-                "scale in theirs; the loss takes the scale itself, logit_scale.exp()",
-                InputWarning,
-                stacklevel=1,
-            )
-    return True
-
-
-def _value(x: Tensor) -> float | None:
-    """The value of a scalar; None where there is none to read (on the meta device, under vmap)."""
-    try:
-        return float(x.item())
-    except RuntimeError:
-        return None

@@ -6,12 +6,12 @@ import logging
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rankloss import schedules
 from rankloss.checks import check_bias
 from rankloss.distributed import Gathered, GatherOption, is_first_process
-from rankloss.functional import check_references
 from rankloss.losses.clip import without_effect
 from rankloss.losses.composition import (
     Base,
@@ -22,7 +22,7 @@ from rankloss.losses.composition import (
     shares_gathering,
 )
 from rankloss.losses.rank_consistency import RankConsistency
-from rankloss.losses.weights import FixedWeights, TermWeights, as_number, check_weight, is_capturing
+from rankloss.losses.weights import FixedWeights, as_number, check_weight
 from rankloss.options import OPTION_NAMES, check_count, check_names
 from rankloss.schedules import Schedule
 
@@ -41,10 +41,9 @@ class RankClipLoss(FixedWeights, nn.Module):
     :meth:`set_progress`; the later call counts. λ is a pure function of their arguments: the loss has no
     state for a checkpoint.
 
-    λ is kept as numbers, and as a tensor beside the features that follows them in place. So a compiled
-    forward is not compiled again when λ moves (only once, when λ leaves 0), and a CUDA graph that captured
-    the loss follows λ. Such a graph computes the rank terms even if λ is 0 at the capture. The loss has to be
-    called once before the capture, as in torch's own warm-up.
+    λ enters each forward pass as a small tensor, a copy made at that call. So a loss that is still to be
+    differentiated keeps its λ, and a compiled forward is not compiled again when λ moves (only once, when λ
+    leaves 0). A CUDA graph would keep the λ of its capture; torch refuses to capture the copy to the device.
 
     Args:
         base: the loss that the rank terms are added to: a module or function with the forward convention of
@@ -87,7 +86,7 @@ class RankClipLoss(FixedWeights, nn.Module):
         ['contrastive_loss', 'cross_modal_loss', 'in_modal_loss']
     """
 
-    _fixed = frozenset({"lambda_cross", "lambda_in", "normalizer"})
+    _fixed = frozenset({"lambda_cross", "lambda_in", "normalizer", "schedule"})
 
     def __init__(
         self,
@@ -126,11 +125,13 @@ class RankClipLoss(FixedWeights, nn.Module):
         self._missing: str | None = "set_epoch(epoch, epochs) or set_progress(step, total_steps)"
         self._goes_by_epochs = False  # whether λ is of an epoch
         self._has_remarked = False
-        self._weights = TermWeights(1.0, 0.0, 0.0)
         self._schedule_value = 0.0
         self._is_zero = True  # a bool beside the number: a compiled forward depends on its value
+        self._weights: Tensor  # of the three terms; a compiled forward takes it as an input
+        self._set_value(0.0)
         if self.schedule is schedules.constant:
-            self._set(1.0)
+            self._missing = None
+            self._set_value(1.0)
 
     @property
     def schedule_value(self) -> float:
@@ -154,31 +155,32 @@ class RankClipLoss(FixedWeights, nn.Module):
             {'cross_modal': 0.0625, 'in_modal': 0.03125}
         """
         self._check_progress()
-        _, cross_modal, in_modal = self._weights.values
-        return {"cross_modal": cross_modal, "in_modal": in_modal}
+        weight = self._schedule_value * self.normalizer
+        return {"cross_modal": weight * self.lambda_cross, "in_modal": weight * self.lambda_in}
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Evaluate the schedule at epoch ``epoch`` of ``epochs``, counted from 1.
 
-        A single epoch has no ramp. With ``epochs=1`` the schedule is therefore not evaluated, whatever
-        function it is, and λ has to come from :meth:`set_progress` (unless the schedule is ``"constant"``).
+        With ``epochs=1`` there is no ramp: the schedule is not evaluated, whatever function it is, and λ has
+        to come from :meth:`set_progress` (unless the schedule is ``"constant"``).
 
         Raises:
             ValueError: unless both are integers and 1 ≤ epoch ≤ epochs.
         """
+        if torch.compiler.is_compiling():
+            # Outside of the graph, where an epoch that changes would be a constant.
+            torch.compiler.disable(RankClipLoss.set_epoch)(self, epoch, epochs)
+            return
         epoch, epochs = _checked_position("epoch", epoch, "epochs", epochs)
         if self.schedule is not schedules.constant:
             self._remark_on_a_short_ramp(epochs)
             if epochs == 1:
                 # λ of an earlier run's epochs is not this run's.
                 if self._missing is not None or self._goes_by_epochs:
-                    self._missing = (
-                        "set_progress(step, total_steps), since one epoch has no ramp of its own and the "
-                        "schedule is evaluated per step"
-                    )
+                    self._missing = "set_progress(step, total_steps), as epochs=1 has no ramp"
                 return
-        self._set(self.schedule(epoch, epochs))
-        self._goes_by_epochs = True
+        self._set_value(self.schedule(epoch, epochs))
+        self._missing, self._goes_by_epochs = None, True
 
     def set_progress(self, step: int, total_steps: int) -> None:
         """Evaluate the schedule at step ``step`` of ``total_steps``, counted from 1.
@@ -186,9 +188,12 @@ class RankClipLoss(FixedWeights, nn.Module):
         Raises:
             ValueError: unless both are integers and 1 ≤ step ≤ total_steps.
         """
+        if torch.compiler.is_compiling():
+            torch.compiler.disable(RankClipLoss.set_progress)(self, step, total_steps)
+            return
         step, total_steps = _checked_position("step", step, "total_steps", total_steps)
-        self._set(self.schedule(step, total_steps))
-        self._goes_by_epochs = False
+        self._set_value(self.schedule(step, total_steps))
+        self._missing, self._goes_by_epochs = None, False
 
     def forward(
         self,
@@ -198,8 +203,6 @@ class RankClipLoss(FixedWeights, nn.Module):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         gathered: Gathered | None = None,
-        reference_image_features: Tensor | None = None,
-        reference_text_features: Tensor | None = None,
         **base_inputs: Any,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` its summands.
@@ -212,23 +215,17 @@ class RankClipLoss(FixedWeights, nn.Module):
             output_dict: return the summands by name instead of their sum.
             gathered: ``self.consistency.gather(image_features, text_features)``, from a caller that has it
                 already; it serves a base that is CLIP's loss of the same rows, too.
-            reference_image_features: ``[N, D']``, a teacher's, for the rank terms; see
-                :class:`RankConsistency`.
-            reference_text_features: ``[N, D']``, likewise.
-            **base_inputs: passed on to the base.
+            **base_inputs: ``reference_image_features`` and ``reference_text_features``, ``[N, D']`` each, a
+                teacher's, for the rank terms, see :class:`RankConsistency`; what is left is passed on to the
+                base.
         """
         self._check_progress()
-        teacher = {
-            "reference_image_features": reference_image_features,
-            "reference_text_features": reference_text_features,
-        }
+        teacher = {name: base_inputs.pop(name, None) for name in _TEACHER}
         self.consistency.check_inputs(image_features, text_features, logit_scale, **teacher)
-        check_references(self.consistency.options, cross_modal=self.consistency.cross_modal != 0, **teacher)
-        # A graph that is captured while λ is 0 must be able to follow it.
-        is_on = self.normalizer != 0 and (not self._is_zero or is_capturing(image_features.device))
-        cross_modal, in_modal = self.lambda_cross != 0 and is_on, self.lambda_in != 0 and is_on
+        is_on = self.normalizer != 0 and not self._is_zero
+        wanted = {"cross_modal": self.lambda_cross != 0 and is_on, "in_modal": self.lambda_in != 0 and is_on}
         # What only a base could take goes to the base, which refuses what it does not know.
-        fused = self._fuses and (cross_modal or in_modal) and not base_inputs
+        fused = self._fuses and any(wanted.values()) and not base_inputs
         entries: dict[str, Tensor] = {}
         if fused:
             check_bias(logit_bias, image_features)
@@ -239,17 +236,11 @@ class RankClipLoss(FixedWeights, nn.Module):
                 self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
             )
         contrastive, cross, in_ = self.consistency.weighted_terms(
-            image_features,
-            text_features,
-            logit_scale,
-            # A clone, because λ may be set again before this loss is differentiated.
-            self._weights.beside(image_features).clone(),
-            contrastive=fused,
-            cross_modal=cross_modal,
-            in_modal=in_modal,
-            gathered=gathered,
-            reference_image_features=reference_image_features,
-            reference_text_features=reference_text_features,
+            (image_features, text_features, logit_scale),
+            self._weights.clone(),  # an inference tensor could not be saved for the backward pass
+            {"contrastive": fused, **wanted},
+            gathered,
+            teacher,
         )
         if fused:
             entries["contrastive_loss"] = contrastive + without_effect(logit_bias)
@@ -274,15 +265,17 @@ class RankClipLoss(FixedWeights, nn.Module):
             and not must_be_called(self.base)
         )
 
-    def _set(self, value: float) -> None:
+    def _set_value(self, value: float) -> None:
         number = as_number(value)
         if not (math.isfinite(number) and number >= 0):
             raise ValueError(f"schedule must give finite values >= 0; got {value!r}")
         weight = number * self.normalizer
         self._schedule_value = number
-        self._weights.set(1.0, weight * self.lambda_cross, weight * self.lambda_in)
+        # A new tensor, so that a shallow copy of this module keeps its own. Wherever a default device or a
+        # context points, it is on the CPU: it has values before the module leaves the meta device.
+        weights = [1.0, weight * self.lambda_cross, weight * self.lambda_in]
+        self._weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
         self._is_zero = number == 0
-        self._missing = None
 
     def _remark_on_a_short_ramp(self, epochs: int) -> None:
         if self._has_remarked or epochs > 3:
@@ -305,6 +298,7 @@ class RankClipLoss(FixedWeights, nn.Module):
             raise RuntimeError(f"RankClipLoss does not know where training stands: call {self._missing}")
 
 
+_TEACHER = ("reference_image_features", "reference_text_features")
 _BUILT_IN = tuple(schedules.by_name(name) for name in schedules.NAMES)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal, overload
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rankloss.checks import can_be_read, look_at_scale
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.functional import check_references, weighted_terms
 from rankloss.losses.gathering import GatheringLoss
-from rankloss.losses.weights import FixedWeights, TermWeights, check_weight
+from rankloss.losses.weights import FixedWeights, check_weight
 from rankloss.options import OPTION_NAMES, RankOptions, check_count, check_names
 from rankloss.plans import Plan, make_plan
-from rankloss.precision import arithmetic_dtype
+from rankloss.precision import arithmetic_dtype, nan_unless_finite
 
 __all__ = ["RankConsistency"]
 
@@ -101,7 +103,6 @@ class RankConsistency(FixedWeights, GatheringLoss):
         self.cross_modal = check_weight("cross_modal", cross_modal)
         self.in_modal = check_weight("in_modal", in_modal)
         self.options = rank_options
-        self._weights = TermWeights(1.0, self.cross_modal, self.in_modal)
         if self.gather.local_loss and not self.gather.gather_with_grad:
             rank, world_size = self.gather.place
             if world_size > 1 and rank == 0:
@@ -110,30 +111,6 @@ class RankConsistency(FixedWeights, GatheringLoss):
                     "of the whole batch; set both flags"
                 )
 
-    @overload
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float = ...,
-        *,
-        output_dict: Literal[False] = ...,
-        gathered: Gathered | None = ...,
-        reference_image_features: Tensor | None = ...,
-        reference_text_features: Tensor | None = ...,
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float = ...,
-        *,
-        output_dict: Literal[True],
-        gathered: Gathered | None = ...,
-        reference_image_features: Tensor | None = ...,
-        reference_text_features: Tensor | None = ...,
-    ) -> dict[str, Tensor]: ...
     def forward(
         self,
         image_features: Tensor,
@@ -163,56 +140,63 @@ class RankConsistency(FixedWeights, GatheringLoss):
             "reference_text_features": reference_text_features,
         }
         self.check_inputs(image_features, text_features, logit_scale, **teacher)
-        check_references(self.options, cross_modal=self.cross_modal != 0, **teacher)
         _, cross, in_ = self.weighted_terms(
-            image_features,
-            text_features,
-            logit_scale,
-            self._weights.beside(image_features),
-            cross_modal=self.cross_modal != 0,
-            in_modal=self.in_modal != 0,
-            gathered=gathered,
-            reference_image_features=reference_image_features,
-            reference_text_features=reference_text_features,
+            (image_features, text_features, logit_scale),
+            torch.tensor([1.0, self.cross_modal, self.in_modal], dtype=torch.float64, device="cpu"),
+            {"cross_modal": self.cross_modal != 0, "in_modal": self.in_modal != 0},
+            gathered,
+            teacher,
         )
         return {"cross_modal_loss": cross, "in_modal_loss": in_} if output_dict else cross + in_
 
-    def weighted_terms(
+    def check_inputs(
         self,
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
+        **references: Tensor | None,
+    ) -> None:
+        """As any loss does, and whether a teacher's features fit the options and the terms."""
+        super().check_inputs(image_features, text_features, logit_scale, **references)
+        check_references(self.options, cross_modal=self.cross_modal != 0, **references)
+        scale, teacher = self.options.reference_scale, [x for x in references.values() if x is not None]
+        if scale is not None and "reference_scale" not in self._looked_at and can_be_read(teacher[0]):
+            look_at_scale("reference_scale", scale, teacher[0])
+            self._looked_at |= {"reference_scale"}
+
+    def weighted_terms(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor | float],
         weights: Tensor,
-        *,
-        contrastive: bool = False,
-        cross_modal: bool = True,
-        in_modal: bool = True,
-        gathered: Gathered | None = None,
-        reference_image_features: Tensor | None = None,
-        reference_text_features: Tensor | None = None,
+        wanted: Mapping[str, bool],
+        gathered: Gathered | None,
+        teacher: Mapping[str, Tensor | None],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """CLIP's cross-entropy and the two rank terms times ``weights``, from one gathering and one pass.
 
-        The inputs are those that :meth:`check_inputs` and :func:`rankloss.functional.check_references` have
-        checked. A term that is not wanted is zero and not computed. The last three arguments are as in
-        :meth:`forward`. See :func:`rankloss.functional.weighted_terms`.
+        Args:
+            inputs: image features, text features and scale, which :meth:`check_inputs` has checked.
+            weights: ``[3]``, float64, of the three terms.
+            wanted: by name, whether a term (``contrastive``, ``cross_modal``, ``in_modal``) is wanted; one
+                that is not is zero and not computed.
+            gathered: as in :meth:`forward`.
+            teacher: the teacher's features by name, image and text, or None for each.
         """
-        if not contrastive and not cross_modal and not in_modal:
+        image_features, text_features, logit_scale = inputs
+        if not any(wanted.values()):
             zero = image_features.new_zeros((), dtype=arithmetic_dtype(image_features, text_features))
+            zero = nan_unless_finite(zero, image_features, text_features)
             return zero, zero.clone(), zero.clone()
         gathered = self.whole_batch(image_features, text_features, gathered)
-        references = self.gather.constants(reference_image_features, reference_text_features)
-        return weighted_terms(
-            self.batch_of(gathered, image_features, text_features, logit_scale, *references),
-            self.options,
-            weights,
-            contrastive=contrastive,
-            cross_modal=cross_modal,
-            in_modal=in_modal,
-        )
+        references = self.gather.constants(*teacher.values())
+        batch = self.batch_of(gathered, image_features, text_features, logit_scale, *references)
+        return weighted_terms(batch, self.options, weights, **wanted)
 
     def plan(self, n: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Plan:
         """How a global batch of n pairs is computed.
+
+        Raises:
+            ValueError: unless n is an integer of at least 2.
 
         Example:
             >>> RankConsistency().plan(1024).name, RankConsistency(lists="batch").plan(1024).name

@@ -10,20 +10,15 @@ from torch import Tensor
 
 from rankloss.checks import check_bias
 from rankloss.distributed import GatherOption
-from rankloss.losses.gathering import GatheringLoss, gather_of_open_clip
-from rankloss.options import (
-    STREAMING_OPTION_NAMES,
-    RankOptions,
-    check_choice,
-    check_names,
-)
-from rankloss.precision import arithmetic_dtype, nan_unless_finite
+from rankloss.losses.gathering import StreamedLoss, gather_of_open_clip
+from rankloss.options import check_choice
+from rankloss.precision import nan_unless_finite
 from rankloss.sigmoid import pair_sigmoid
 
 __all__ = ["SigLipLoss"]
 
 
-class SigLipLoss(GatheringLoss):
+class SigLipLoss(StreamedLoss):
     r"""SigLIP's loss: every pair of an image and a text is a decision of its own, whether they match.
 
         L = −(1/N)·Σ_ij log σ(z_ij·(s·v_i·t_j + b)),   z_ij = 1 where i = j, else −1
@@ -62,8 +57,8 @@ class SigLipLoss(GatheringLoss):
     Raises:
         ValueError: for open_clip's arguments beside ``gather``, an unknown ``dist_impl``, or a negative
             budget; in ``forward`` for features that are not two floating-point matrices of one shape with at
-            least two rows in the whole batch, a bias that is not one number, or a scale that is not one
-            positive number (its sign is not checked on an accelerator, where reading it would wait).
+            least one row, a bias that is not one number, or a scale that is not one positive number (its
+            sign is not checked on an accelerator, where reading it would wait).
         RuntimeError: in forward-mode differentiation beyond the budget.
 
     References:
@@ -85,7 +80,6 @@ class SigLipLoss(GatheringLoss):
         gather: GatherOption = None,
         **options: Any,
     ) -> None:
-        check_names(type(self), options, STREAMING_OPTION_NAMES)
         check_choice("dist_impl", dist_impl, (None, "bidir", "shift", "reduce", "gather"))
         super().__init__(
             gather_of_open_clip(
@@ -94,9 +88,9 @@ class SigLipLoss(GatheringLoss):
                 without_effect={"cache_labels": cache_labels, "dist_impl": dist_impl},
                 rank=rank,
                 world_size=world_size,
-            )
+            ),
+            options,
         )
-        self._options = RankOptions(**options)
 
     def forward(
         self,
@@ -122,8 +116,7 @@ class SigLipLoss(GatheringLoss):
         images = image_features if gather.anchors_are_local else gather.items(image_features)
         texts = gather.items(text_features, are_anchors=False)
         first_row = gather.first_row(len(image_features))
-        dtype = arithmetic_dtype(image_features, text_features)
-        if self._options.fits(len(images), len(texts), images.device, dtype):
+        if self.fits(len(images), images, texts):
             loss = _whole(images, texts, logit_scale, logit_bias, first_row)
         else:
             with torch.no_grad():  # the dtype depends on autocast's rules; one pair shows it
@@ -132,10 +125,6 @@ class SigLipLoss(GatheringLoss):
             chunk_size = self._options.chunk_size
             loss = pair_sigmoid(images, texts, logit_scale, bias, first_row, chunk_size).to(dtype)
         return {"contrastive_loss": loss} if output_dict else loss
-
-    def extra_repr(self) -> str:
-        """The options that are not at their defaults."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._options.changed.items())
 
 
 def _whole(

@@ -1,0 +1,432 @@
+"""Every subject under every condition, one at a time: the value and gradients that it owes, or an error.
+
+A condition is a row of a table: how a subject is built, how its inputs lie in memory, or what surrounds the
+call. What no trainer uses (forward mode, vmap) has to be right or an error, never a wrong number.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import types
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
+
+import pytest
+import torch
+from subjects import (
+    EPOCHS,
+    KINDS,
+    NO_SUBJECTS,
+    SUBJECTS,
+    TEACHER,
+    Inputs,
+    Result,
+    Subject,
+    assert_right,
+    data,
+    differentiated,
+    expected,
+    leaves,
+    run,
+    tolerances,
+    upstream_of,
+)
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import rankloss
+from defaults import default_device, default_dtype
+
+pytestmark = [
+    # Zero rows are not unit-norm, and of that a loss may warn.
+    pytest.mark.filterwarnings("ignore:.*norm"),
+    # torch's own forward mode is made with it.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script"),
+]
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+every = pytest.mark.parametrize("subject", SUBJECTS, ids=str)
+differentiable = pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.differentiates], ids=str)
+modules = pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.is_module], ids=str)
+
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+# --- the subjects -----------------------------------------------------------------------------------------
+
+
+def public_names() -> set[str]:
+    """``rankloss.__all__``; for a module, the functions and classes that are not at the top as well."""
+    names, modules = set(), set()
+    for name in rankloss.__all__:
+        is_module = isinstance(getattr(rankloss, name), types.ModuleType) and name not in NO_SUBJECTS
+        (modules if is_module else names).add(name)
+    at_the_top = [getattr(rankloss, name) for name in names]
+    for name in modules:
+        module = getattr(rankloss, name)
+        for part in module.__all__:
+            value = getattr(module, part)
+            is_alias = isinstance(value, types.GenericAlias)
+            is_callable = isinstance(value, types.FunctionType | type) and not is_alias
+            if is_callable and not any(value is other for other in at_the_top):
+                names.add(f"{name}.{part}")
+    return names
+
+
+def test_every_public_name_is_a_subject_or_is_none_for_a_reason() -> None:
+    covered = {subject.covers for subject in SUBJECTS}
+    assert covered | NO_SUBJECTS.keys() == public_names()
+
+
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.oracle and s.reference], ids=str)
+def test_both_oracles_agree(subject: Subject) -> None:
+    assert subject.reference is not None
+    for kind in KINDS:
+        inputs = subject.pick(data(kind))
+        found = subject.reference(**{k: x.numpy() for k, x in inputs.items()})
+        torch.testing.assert_close(
+            expected(subject, inputs, ()).value, torch.as_tensor(found, dtype=F64), rtol=1e-12, atol=1e-12
+        )
+
+
+# --- the inputs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@every
+def test_value_and_gradients_are_right(subject: Subject, kind: str) -> None:
+    for dtype in (F64, F32, *((BF16, F16) if kind == "sign codes" else ())):
+        inputs = subject.pick(data(kind), dtype)
+        assert_right(run(subject, inputs), expected(subject, inputs), tolerances(subject, dtype))
+
+
+@differentiable
+def test_an_input_may_be_the_only_one_with_a_gradient(subject: Subject) -> None:
+    inputs = subject.pick(data("equal rows"))
+    owed = expected(subject, inputs)
+    for name in subject.differentiable:
+        alone = run(subject, inputs, wanted=(name,))
+        assert_right(alone, Result(owed.value, {name: owed.gradients[name]}))
+
+
+@every
+def test_a_feature_that_is_not_finite_makes_the_value_nan(subject: Subject) -> None:
+    """Value and, where it is differentiated, the gradients: an optimiser's scaler looks at these."""
+    for name in subject.inputs:
+        for bad in (math.nan, math.inf, -math.inf):
+            is_number = name in ("logit_scale", "logit_bias")
+            if math.isinf(bad) and (is_number or "image_features" not in subject.inputs):
+                continue  # the promise is about features; of a list, infinity is an item like others
+            inputs = subject.pick(data(), F32)
+            inputs[name][(2,) * inputs[name].dim()] = bad
+            if name in TEACHER:  # whose features are data
+                with pytest.raises(ValueError, match=f"{name} must be finite"):
+                    run(subject, inputs)
+                continue
+            found = run(subject, inputs)
+            value = found.value if found.value.dim() == 0 or not subject.differentiates else found.value[2]
+            assert not value.isfinite().all(), f"{bad} in {name} gives {value}"
+            for of, gradient in found.gradients.items():
+                if subject.name != "all_gather":
+                    assert gradient.isnan().any(), f"{bad} in {name}: the gradient of {of}"
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.T.contiguous().T if x.dim() == 2 else x,
+    "every second row": lambda x: x.repeat_interleave(2, 0)[::2] if x.dim() else x,
+    "columns of a wider matrix": lambda x: torch.cat([x, x + 1], -1)[..., : x.shape[-1]] if x.dim() else x,
+    "not at the start of its storage": lambda x: torch.cat([x.new_zeros(3), x.flatten()])[3:].view(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@every
+def test_strides_do_not_matter(subject: Subject, layout: str) -> None:
+    inputs = {k: LAYOUTS[layout](x) for k, x in subject.pick(data("equal rows"), F32).items()}
+    assert_right(run(subject, inputs), expected(subject, inputs), tolerances(subject, F32))
+
+
+@differentiable
+def test_rows_that_are_one_row_in_memory_are_right(subject: Subject) -> None:
+    inputs, name = subject.pick(data(), F32), subject.inputs[0]
+    inputs[name] = inputs[name][:1].expand_as(inputs[name])
+    assert_right(run(subject, inputs), expected(subject, inputs), tolerances(subject, F32))
+
+
+@every
+def test_inputs_of_two_dtypes_are_right_or_refused(subject: Subject) -> None:
+    for name in subject.inputs:
+        inputs = {k: x.to(F64 if k == name else F32) for k, x in subject.pick(data()).items()}
+        with right_or_error():
+            assert_right(run(subject, inputs), expected(subject, inputs), tolerances(subject, F32))
+
+
+@contextmanager
+def right_or_error() -> Iterator[None]:
+    """Lets any error pass but a failed assertion: what is inside holds, or a user sees that it does not."""
+    with suppress(ValueError, TypeError, RuntimeError, NotImplementedError):
+        yield
+
+
+# --- how a loss is built ----------------------------------------------------------------------------------
+
+
+def on_meta(subject: Subject) -> nn.Module:
+    with torch.device("meta"):
+        return subject.build()
+
+
+def loaded(module: nn.Module, state: dict[str, Any], **options: Any) -> nn.Module:
+    module.load_state_dict(state, **options)
+    return module
+
+
+def saved(module: nn.Module) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def built_in(subject: Subject, context: AbstractContextManager[Any]) -> Any:
+    with context:
+        return subject.build()
+
+
+def called(subject: Subject) -> nn.Module:
+    """A loss with a call behind it, elsewhere in training."""
+    module = subject.build()
+    if hasattr(module, "set_epoch"):
+        module.set_epoch(EPOCHS, EPOCHS)
+    run(subject, subject.pick(data("sparse")), module)
+    return module
+
+
+CONSTRUCTIONS: dict[str, Callable[[Subject], nn.Module]] = {
+    "meta, to_empty": lambda subject: on_meta(subject).to_empty(device="cpu"),
+    "meta, load by assignment": lambda s: loaded(on_meta(s), s.build().state_dict(), assign=True),
+    "meta, deepcopy, to_empty": lambda subject: copy.deepcopy(on_meta(subject)).to_empty(device="cpu"),
+    "to meta, to_empty": lambda subject: called(subject).to("meta").to_empty(device="cpu"),
+    "to bfloat16": lambda subject: called(subject).bfloat16(),
+    "deepcopy": lambda subject: copy.deepcopy(called(subject)),
+    "pickle": lambda subject: pickle.loads(pickle.dumps(called(subject))),
+    "state_dict": lambda subject: loaded(subject.build(), saved(called(subject))),
+    "default device meta": lambda subject: built_in(subject, default_device("meta")),
+    "default dtype bfloat16": lambda subject: built_in(subject, default_dtype(BF16)),
+    "inference mode": lambda subject: built_in(subject, torch.inference_mode()),
+}
+
+
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+@modules
+def test_a_loss_is_right_however_it_came_about(subject: Subject, construction: str) -> None:
+    module = subject.started(CONSTRUCTIONS[construction](subject))
+    inputs = subject.pick(data("equal rows"), F32)
+    assert_right(run(subject, inputs, module), expected(subject, inputs), tolerances(subject, F32))
+
+
+@modules
+def test_a_copy_is_on_its_own(subject: Subject) -> None:
+    """What happens to the copy does not change the original, which stays where it is in training."""
+    original = subject.started()
+    duplicate = copy.deepcopy(original)
+    if hasattr(duplicate, "set_epoch"):
+        duplicate.set_epoch(EPOCHS, EPOCHS)
+    inputs = subject.pick(data("equal rows"))
+    run(subject, inputs, duplicate)
+    assert_right(run(subject, inputs, original), expected(subject, inputs))
+
+
+# --- what surrounds the call ------------------------------------------------------------------------------
+
+
+@contextmanager
+def flush_to_zero() -> Iterator[None]:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor knows no flushing")
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # torch.empty is then filled with NaN
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def autocast(dtype: torch.dtype) -> Context:
+    return lambda: torch.autocast("cpu", dtype)
+
+
+SURROUNDINGS: dict[str, tuple[Context, Context, torch.dtype | None]] = {
+    "flush to zero": (flush_to_zero, flush_to_zero, None),
+    "deterministic algorithms": (deterministic, deterministic, None),
+    "torch.device(meta)": (lambda: torch.device("meta"), nullcontext, None),
+    "default device meta": (lambda: default_device("meta"), nullcontext, None),
+    "default dtype float64": (lambda: default_dtype(F64), lambda: default_dtype(F64), None),
+    "autocast of the forward pass": (autocast(BF16), nullcontext, BF16),
+    "autocast of the backward pass": (nullcontext, autocast(BF16), BF16),
+    "autocast of both": (autocast(F16), autocast(F16), F16),
+}
+"""What is around the forward pass, around the backward pass, and the dtype that autocast asks for."""
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+@every
+def test_surroundings_do_not_matter(subject: Subject, name: str) -> None:
+    around_forward, around_backward, half = SURROUNDINGS[name]
+    for kind in ("equal rows", "sparse"):
+        inputs = leaves(subject.pick(data(kind), F32), subject.differentiable)
+        owed, built = expected(subject, inputs), subject.started()
+        with around_forward():
+            value = built(**inputs)
+        upstream = upstream_of(value)
+        with around_backward():
+            found = differentiated(value, inputs, subject.differentiable, upstream)
+        assert_right(found, owed, tolerances(subject, F32, half))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@every
+def test_without_a_graph(subject: Subject, mode: Context) -> None:
+    """The value alone, and the next call of the same loss has its gradients again."""
+    inputs, built = subject.pick(data("equal rows"), F32), subject.started()
+    owed = expected(subject, inputs)
+    with mode():
+        value = built(**leaves(inputs, subject.differentiable))
+        made_inside = built(**{k: x.clone() for k, x in inputs.items()})
+    for found in (value, made_inside):
+        assert not found.requires_grad or subject.name == "all_gather"  # one process gets its own tensor
+        assert_right(Result(found, {}), Result(owed.value, {}), tolerances(subject, F32))
+    assert_right(run(subject, inputs, built), owed, tolerances(subject, F32))
+
+
+def test_a_teacher_may_come_from_inference_mode() -> None:
+    subject = next(s for s in SUBJECTS if set(TEACHER) <= set(s.inputs))
+    inputs = subject.pick(data("equal rows"))
+    with torch.inference_mode():
+        teacher = {name: inputs[name].clone() for name in TEACHER}
+    student = leaves({k: x for k, x in inputs.items() if k not in TEACHER}, subject.differentiable)
+    torch._dynamo.reset()
+    for built in (subject.build(), torch.compile(subject.build(), backend="aot_eager", fullgraph=True)):
+        found = differentiated(built(**student, **teacher), student, subject.differentiable)
+        assert_right(found, expected(subject, inputs))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@differentiable
+def test_inside_an_activation_checkpoint(subject: Subject, use_reentrant: bool) -> None:
+    inputs, built = subject.pick(data("equal rows")), subject.started()
+
+    def in_order(*x: Tensor) -> Tensor:
+        value: Tensor = built(**dict(zip(inputs, x, strict=True)))
+        return value
+
+    taken = leaves(inputs, subject.differentiable)
+    value = checkpoint(in_order, *taken.values(), use_reentrant=use_reentrant)
+    value.backward(upstream_of(value))  # what is reentrant knows no autograd.grad
+    gradients = {k: taken[k].grad for k in subject.differentiable}
+    assert_right(Result(value.detach(), gradients), expected(subject, inputs))
+
+
+@every
+def test_on_the_meta_device_it_has_a_shape_or_says_what_is_missing(subject: Subject) -> None:
+    inputs = subject.pick(data(), F32)
+    there = {k: x.to("meta") for k, x in inputs.items()}
+    with right_or_error():
+        assert subject.started()(**there).shape == expected(subject, inputs, ()).value.shape
+    for name in inputs if len(inputs) > 1 else ():
+        with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=r"(?i)meta|device"):
+            subject.started()(**{**inputs, name: there[name]})
+
+
+# --- derivatives ------------------------------------------------------------------------------------------
+
+
+def second_order(value: Tensor, inputs: Inputs, wanted: tuple[str, ...]) -> Result:
+    """A directional second derivative: the gradients of Σ_k ⟨∂L/∂x_k, u_k⟩, u fixed."""
+    found = torch.autograd.grad(value, [inputs[k] for k in wanted], upstream_of(value), create_graph=True)
+    along = sum((g * upstream_of(g)).sum() for g in found)
+    again = torch.autograd.grad(along, [inputs[k] for k in wanted])
+    return Result(along.detach(), dict(zip(wanted, again, strict=True)))
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize(
+    "subject", [s for s in SUBJECTS if s.differentiates and s.name != "all_gather"], ids=str
+)
+def test_second_derivatives_in_float64_and_under_autocast(subject: Subject, dtype: torch.dtype) -> None:
+    inputs = subject.pick(data("equal rows"), dtype)
+    exact = leaves({k: x.double() for k, x in inputs.items()}, subject.differentiable)
+    assert subject.oracle is not None
+    owed = second_order(subject.oracle(**exact), exact, subject.differentiable)
+    taken = leaves(inputs, subject.differentiable)
+    with torch.autocast("cpu", BF16, enabled=dtype == F32):
+        found = second_order(subject.started()(**taken), taken, subject.differentiable)
+    bounds = {F64: (1e-9, 1e-9), F32: (0.1, 0.1) if subject.half else (2e-4, 2e-4)}[dtype]
+    assert_right(found, owed, bounds)
+
+
+@differentiable
+def test_inputs_may_be_computed_of_one_another(subject: Subject) -> None:
+    first, *others = wanted = subject.differentiable
+
+    def coupled(taken: Inputs) -> Inputs:
+        shift = 0.01 * taken[first].mean()
+        return {k: x + shift if k in others else x for k, x in taken.items()}
+
+    for create_graph in (False, True):
+        results = []
+        for call in (subject.oracle, subject.started()):
+            assert call is not None
+            taken = leaves(subject.pick(data("equal rows")), wanted)
+            results.append(differentiated(call(**coupled(taken)), taken, wanted, create_graph=create_graph))
+        assert_right(results[1], results[0])
+
+
+@differentiable
+def test_forward_mode_and_vmap_give_no_wrong_number(subject: Subject) -> None:
+    inputs, built = subject.pick(data("equal rows")), subject.started()
+    name = subject.differentiable[0]
+    x = inputs[name]
+    tangent = torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x)
+
+    def of_one(x: Tensor) -> Tensor:
+        value = built(**{**inputs, name: x})
+        return (value * upstream_of(value)).sum()
+
+    owed = expected(subject, inputs, (name,))
+    slope = Result((owed.gradients[name] * tangent).sum(), {})
+    with right_or_error():
+        assert_right(Result(torch.func.jvp(of_one, (x,), (tangent,))[1], {}), slope)
+    with right_or_error(), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(of_one(forward_ad.make_dual(x, tangent))).tangent
+        assert found is not None, "no tangent, and no error"
+        assert_right(Result(found, {}), slope)
+    with right_or_error():
+        stacked = torch.stack([x, x.flip(0)])
+        found = torch.func.vmap(of_one)(stacked)
+        assert_right(Result(found, {}), Result(torch.stack([of_one(x) for x in stacked]), {}))
+
+
+# --- a compiler -------------------------------------------------------------------------------------------
+
+COMPILED = ("RankConsistency[batch]", "RankClipLoss", "SigLipLoss[streamed]", "plackett_luce_nll")
+
+
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.name in COMPILED], ids=str)
+def test_a_compiled_full_graph(subject: Subject) -> None:
+    torch._dynamo.reset()
+    inputs = subject.pick(data("equal rows"), F32)
+    compiled = torch.compile(subject.started(), backend="aot_eager", fullgraph=True)
+    assert_right(run(subject, inputs, compiled), expected(subject, inputs), tolerances(subject, F32))
