@@ -123,15 +123,6 @@ def test_a_list_that_spans_more_than_float64_is_nan_and_the_others_are_what_they
     assert_close([x[0, 1] for x in found], [x[0, 1] for x in expected], 1e-11)
 
 
-def test_what_is_below_the_k_best_is_not_lost_beside_them() -> None:
-    cosines = torch.tensor([[1.0, -1.0, -0.9, -1.0, -0.95]], dtype=torch.float64)
-    block = of_one_list(cosines, torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]], dtype=torch.float64), 300.0)
-    options = RankOptions(top_k=2)
-    found = evaluate(block, options, 1, with_gradient=True)
-    assert_close(found, definition(block, options), 1e-12)
-    assert found.nll[0, 0] > 1
-
-
 @pytest.mark.parametrize("scale", [7.0, 700.0])
 def test_top_one_probabilities_are_the_softmax_and_keep_a_shared_rounding_out(scale: float) -> None:
     y = torch.tensor([[0.9, 0.8999, -0.3], [0.1, 0.1, 0.1]], requires_grad=True)

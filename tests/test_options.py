@@ -74,12 +74,6 @@ def test_bounds_are_inclusive(name: str) -> None:
             RankOptions(**beside, **{name: value})
 
 
-@pytest.mark.parametrize("number", [np.float32(2.5), 3, np.int64(3)])
-def test_numbers_of_numpy_are_taken(number) -> None:
-    found = RankOptions(model="top_one", reference_scale=number).reference_scale
-    assert (found, type(found)) == (float(number), float)
-
-
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -99,24 +93,6 @@ def test_numbers_of_numpy_are_taken(number) -> None:
 def test_options_that_exclude_each_other_are_an_error_that_names_one(options, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         RankOptions(**options)
-
-
-@pytest.mark.parametrize(
-    ("options", "is_dense"),
-    [
-        ({}, False),
-        ({"method": "bin", "top_k": 3, "diagonal": False, "fixed_reference": "text"}, False),
-        ({"model": "top_one", "reduction": "sum"}, False),
-        ({"lists": "batch"}, True),
-        ({"worth": "shifted"}, True),
-        ({"worth": "identity"}, True),
-        ({"ties": "random"}, True),
-        ({"discount": "log"}, True),
-        ({"reduction": "none"}, True),
-    ],
-)
-def test_what_does_not_stream_is_dense(options, is_dense: bool) -> None:
-    assert RankOptions(**options).is_dense is is_dense
 
 
 def test_misspelt_option_is_refused() -> None:

@@ -14,17 +14,9 @@ from torch import Tensor
 from batches import assert_close
 from rankloss import plackett_luce_nll, ranking
 from rankloss.options import RankOptions
-from rankloss.ranking import Binned, Selected, Sorted, _sort_rows, ascending, extremes, quantize, rank, slices
+from rankloss.ranking import Binned, Selected, Sorted, _sort_rows, ascending, quantize, rank
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)  # zeros of both signs and subnormals too
-
-
-@given(n=st.integers(0, 20), size=st.integers(1, 25))
-def test_slices_cover_everything_once_and_only_the_last_is_shorter(n: int, size: int) -> None:
-    found = [list(range(n))[s] for s in slices(n, size)]
-    assert [k for part in found for k in part] == list(range(n))
-    assert all(len(x) == size for x in found[:-1])
-    assert all(s.stop - s.start == len(x) for s, x in zip(slices(n, size), found, strict=True))
 
 
 # --- sorting ----------------------------------------------------------------------------------------------
@@ -87,13 +79,6 @@ def test_flushed_subnormals_lose_no_index() -> None:
     assert indices[0, 0] == 4
     assert indices[0, -2:].tolist() == [7, 1]
     assert (values.diff() >= 0).all()
-
-
-@given(hnp.arrays("float32", (3, 5), elements=finite))
-def test_extremes_are_the_least_and_the_largest_of_a_list(rows) -> None:
-    least, largest = extremes(torch.from_numpy(rows))
-    assert least[:, 0].tolist() == rows.min(-1).tolist()
-    assert largest[:, 0].tolist() == rows.max(-1).tolist()
 
 
 # --- the ranking of a list --------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from memory import LargestTensor
 from rankloss import dense
 from rankloss.batch import Batch, Inputs
 from rankloss.options import RankOptions
-from rankloss.plans import Plan, make_plan
+from rankloss.plans import Plan
 from rankloss.streaming import stream
 
 WEIGHTS = torch.tensor([0.8, 1.3, 0.6], dtype=torch.float64, device=DEVICE)
@@ -175,15 +175,3 @@ def test_no_tensor_as_large_as_n_by_n_is_ever_made(options, has_teacher: bool) -
         largest.append(seen.elements)
     assert n * d <= largest[0] <= 4 * n * chunk_size < n * n  # of four matrices
     assert largest[1] >= n * n  # the measurement sees such a tensor where there is one
-
-
-def test_the_plan_that_is_made_for_it_serves() -> None:
-    batch = features_of(random_batch(1, 300, 4, 10.0), None, {})
-    plan = make_plan(RankOptions(), 300, 300, DEVICE, torch.float64)
-    with torch.no_grad():
-        results = [
-            stream(batch, RankOptions(), p, WEIGHTS, (True,) * 3, (True, True, False, False, True))
-            for p in (plan, plan_of(7, 100))
-        ]
-    (values, sums), (expected, wanted) = results
-    assert_close([values, *sums.values()], [expected, *wanted.values()], 1e-10)
