@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss.batch import Batch, Term, matrices_of, other_items
+from rankloss.checks import refuse_forward_mode
 from rankloss.lists import top_one_probabilities
 from rankloss.options import RankOptions, Worth
 from rankloss.precision import may_look_at
@@ -45,7 +46,12 @@ def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions) -> Tensor
         reference: ``[..., N]``, any real dtype.
         options: of the lists. With ``reduction="mean"`` the terms of a list are divided by its Σ_p μ_p. With
             ``ties="random"`` one shuffle, of torch's default generator, serves all lists of the call.
+
+    Raises:
+        RuntimeError: in forward-mode differentiation.
     """
+    # torch's forward mode of logcumsumexp loses all precision where scores span many nats.
+    refuse_forward_mode(scores)
     # A NaN in the reference has no place in the order, so the list has no value.
     ordered_or_nan: Tensor | None = None
     if reference.is_floating_point():
@@ -211,6 +217,8 @@ def _flat_terms(cosines: Tensor, reference: Tensor, batch: Batch, options: RankO
 def check_memory(batch: Batch, options: RankOptions) -> None:
     """Raise a ValueError where the whole matrices would not fit into the device's memory."""
     n, items, device = batch.anchors, len(batch.image), batch.image.device
+    if torch.compiler.is_compiling():  # a compiler cannot ask the system
+        return
     if device.type == "cpu":
         total = _HOST_BYTES
     elif device.type == "cuda" and torch.cuda.is_available():

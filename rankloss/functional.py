@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rankloss import dense
 from rankloss.batch import Batch, Term
-from rankloss.checks import check_device, check_is_tensor, refuse_forward_mode
+from rankloss.checks import check_device, check_is_tensor
 from rankloss.operator import weighted_terms
 from rankloss.options import Discount, RankOptions, Ties, Worth
 
@@ -95,8 +95,6 @@ def plackett_luce_nll(
     if not scores.is_floating_point():
         raise ValueError(f"scores must be floating point; got {scores.dtype}")
     check_device("reference", reference, scores, "scores")
-    # torch's forward mode of logcumsumexp loses all precision where scores span many nats.
-    refuse_forward_mode(scores)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return dense.nll_terms(scores, reference.detach(), options).sum(-1)
 

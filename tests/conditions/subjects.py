@@ -323,7 +323,7 @@ NO_SUBJECTS = {
     "Gather": "how a loss gathers: test_groups has the losses with it",
     "InputWarning": "what a loss warns with",
     "RankOptions": "the options that RankConsistency and RankClipLoss are built with",
-    "functional.check_references": "errors alone: test_teacher has them",
+    "functional.check_references": "errors alone: test_functional has them",
     "functional.cross_modal": "a term of RankConsistency",
     "functional.in_modal": "a term of RankConsistency",
     "functional.weighted_terms": "both terms in one pass: what RankConsistency is made of",
