@@ -31,6 +31,8 @@ from rankloss.ranking import quantize
 __all__ = ["check_memory", "cross_entropy", "nll_terms", "rank_term", "terms"]
 
 _COPIES = 12  # of a matrix, in float32 and as indices, that the definition holds for its backward pass
+# Asked for once: a compiler cannot trace it.
+_HOST_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 # --- one list ---------------------------------------------------------------------------------------------
@@ -218,9 +220,7 @@ def check_memory(batch: Batch, options: RankOptions) -> None:
     if torch.compiler.is_compiling():  # a compiler cannot ask the system
         return
     if device.type == "cpu":
-        total = (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-        )
+        total = _HOST_BYTES
     elif device.type == "cuda" and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(device).total_memory
     else:

@@ -10,7 +10,7 @@ import torch
 from batches import assert_close, random_batch, teacher_of
 from fake_cuda import fake_cuda
 from rankloss.batch import Batch, matrices_of, other_items
-from rankloss.functional import weighted_terms
+from rankloss.operator import weighted_terms
 from rankloss.options import RankOptions
 
 V, T = torch.eye(4, 3), torch.eye(4, 3).flip(0)

@@ -20,8 +20,8 @@ from fake_cuda import fake_cuda
 from memory import saved_bytes
 from rankloss import dense, operator
 from rankloss.batch import Batch
-from rankloss.functional import cross_modal, in_modal, weighted_terms
-from rankloss.operator import row_lists
+from rankloss.functional import cross_modal, in_modal
+from rankloss.operator import row_lists, weighted_terms
 from rankloss.operators import IMPLEMENTATIONS
 from rankloss.options import RankOptions
 

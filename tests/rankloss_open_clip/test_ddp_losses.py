@@ -147,7 +147,7 @@ def test_beside_siglip_the_rank_terms_are_exact_whatever_the_flags(pool: Pool, a
 
 def calls_of_a_step(rank: int, world_size: int, argv: list[str]) -> tuple[dict[str, int], dict[str, int]]:
     loss = built(rank, world_size, "ClipLoss", argv)
-    loss(**shares, output_dict=True)  # the first compares what the processes bring
+    loss(**share(inputs(argv), rank, world_size), output_dict=True)  # the first compares what they bring
     with Collectives() as forward:
         total = sum(loss(**share(inputs(argv), rank, world_size), output_dict=True).values())
     with Collectives() as backward:
