@@ -59,10 +59,8 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "RankConsistency sort": RankConsistency,
     "RankConsistency bin": lambda: RankConsistency(method="bin"),
     "rankclip-distill": Distilled,
-    "RankClipLoss sort": lambda: RankClipLoss(schedule="constant"),
+    "RankClipLoss": lambda: RankClipLoss(schedule="constant"),
     "RankClipLoss bin": lambda: RankClipLoss(schedule="constant", method="bin"),
-    "RankClipLoss sort, rows": lambda: RankClipLoss(schedule="constant", **STREAMED),
-    "RankClipLoss bin, rows": lambda: RankClipLoss(schedule="constant", method="bin", **STREAMED),
 }
 
 

@@ -25,7 +25,15 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # where a s
 from contenders import LOSSES, Distilled, batch
 from memory import saved_bytes
 
-__all__ = ["Times", "conditions", "in_fresh_process", "in_turns", "measure_memory", "measure_time"]
+__all__ = [
+    "Times",
+    "added_bytes",
+    "conditions",
+    "in_fresh_process",
+    "in_turns",
+    "measure_memory",
+    "measure_time",
+]
 
 T = TypeVar("T")
 
@@ -92,7 +100,7 @@ def measure_memory(name: str, n: int, d: int, threads: int) -> dict[str, float |
     Returns:
         ``added_bytes``: peak resident memory above that before the call, with the inputs there and a small
         batch computed. ``peak_bytes``: peak resident memory of the process, torch and inputs included.
-        ``saved_bytes``: what forward keeps for backward. ``seconds``: the time of that one call.
+        ``saved_bytes``: what forward keeps for backward. ``seconds_alone``: the time of that one call.
     """
     torch.set_num_threads(threads)
     loss = LOSSES[name]()
@@ -100,14 +108,20 @@ def measure_memory(name: str, n: int, d: int, threads: int) -> dict[str, float |
     inputs = batch(n, d)
     if isinstance(loss, Distilled):
         loss.prepare(n, d)
-    gc.collect()
-    before = _reset_peak()
     started = time.perf_counter()
-    loss(*inputs).backward()
+    added = added_bytes(lambda: loss(*inputs).backward())
     seconds = time.perf_counter() - started
     peak = _peak()
     saved = saved_bytes(lambda: loss(*inputs)) if n <= _LARGEST_COUNTED else None
-    return {"added_bytes": peak - before, "peak_bytes": peak, "saved_bytes": saved, "seconds": seconds}
+    return {"added_bytes": added, "peak_bytes": peak, "saved_bytes": saved, "seconds_alone": seconds}
+
+
+def added_bytes(call: Callable[[], object]) -> int:
+    """The peak of resident memory during a call, above what was resident before."""
+    gc.collect()
+    before = _reset_peak()
+    call()
+    return _peak() - before
 
 
 def _reset_peak() -> int:

@@ -1,81 +1,176 @@
 """Time and memory of the losses against N, and whether the targets are met: part of ``make bench``.
 
-Writes ``results.json``, ``table.md``, ``scaling_time.png`` and ``scaling_memory.png``. Memory is measured in
-a fresh process for every loss and N. Time is measured for all losses in turns, in one process an N, up to
-N = 4,096; above, for open_clip's losses and ours in their place, as far as theirs fit. Of other losses
-one run takes up to minutes there, and the time is that of the process that measured the memory.
+Writes ``results.json`` and ``table.md``. Memory is measured in a fresh process for every loss and N. Time is
+measured for all losses in turns, in one process an N, up to N = 4,096; above, for open_clip's losses and ours
+in their place, as far as theirs fit. Of other losses one run takes up to minutes there, and the time is that
+of the process that measured the memory.
 
-Two questions alone, in minutes::
+Three questions alone, in minutes::
 
     python benchmarks/scaling.py --n 4096 --losses ClipLoss rankclip-distill
     python benchmarks/scaling.py --n 16384 --losses {ClipLoss,SigLipLoss}{,\\ streamed}
+    python benchmarks/scaling.py --n 32 256 512 --losses ClipLoss RankClipLoss --threads 1
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from contenders import D
 from measure import conditions, in_fresh_process, measure_memory, measure_time
-from scaling_report import Point, fill, plot, report
+from report import benchmark, markdown_table, parser_of, under
 
-LINEAR = ("ClipLoss streamed", "SigLipLoss streamed", "RankConsistency sort", "RankConsistency bin")
-LARGE = ("ClipLoss", "SigLipLoss", *LINEAR)  # at --largest
-LOSSES = (*LARGE, "naive terms", "RankClipLoss bin", "rankclip-distill")
-PAIRS = (("ClipLoss", "ClipLoss streamed"), ("SigLipLoss", "SigLipLoss streamed"))  # in turns at every N
-NAIVE_UP_TO = 4096
-IN_TURNS_UP_TO = 4096
+CLIP, CLIP_STREAMED = "ClipLoss", "ClipLoss streamed"
+SIGLIP, SIGLIP_STREAMED = "SigLipLoss", "SigLipLoss streamed"
+SORT, BIN = "RankConsistency sort", "RankConsistency bin"
+LINEAR = (CLIP_STREAMED, SIGLIP_STREAMED, SORT, BIN)
+LOSSES = (CLIP, SIGLIP, *LINEAR, "naive terms", "RankClipLoss", "RankClipLoss bin", "rankclip-distill")
+PAIRS = ((CLIP, CLIP_STREAMED), (SIGLIP, SIGLIP_STREAMED))  # in turns at every N
+NAIVE_UP_TO = IN_TURNS_UP_TO = 4096
 SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 LARGEST = 32768
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
+_FIT_FROM = 1024  # pairs: below, what does not grow with N counts too much
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="default: %(default)s")
-    parser.add_argument("--n", type=int, nargs="+", default=SIZES, help="default: %(default)s")
-    parser.add_argument(
-        "--losses", nargs="+", choices=LOSSES, default=LOSSES, metavar="LOSS", help="default: all"
-    )
-    parser.add_argument("--largest", action="store_true", help=f"also N = {LARGEST:,}, for what fits")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument(
-        "--memory-limit", type=float, default=8.0, metavar="GIB",
-        help="leave out a point that, quadratically from the last, would add more (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether it works, not how fast")
-    parser.add_argument("--results", type=Path, help="measure nothing: report this results.json again")
-    parser.add_argument("--write", type=Path, help="also fill the table into this file, between its markers")
-    args = parser.parse_args(argv)
-    if min(args.n) < 2:
-        parser.error(f"argument --n: every N must be at least 2; got {min(args.n)}")
-    if args.quick:
-        args.n, args.largest = (32, 64), False
-    return args
+class Point(NamedTuple):
+    """One loss at one N; None where it was not measured."""
+
+    loss: str
+    n: int
+    seconds: float | None = None
+    seconds_alone: float | None = None
+    added_bytes: float | None = None
+    peak_bytes: float | None = None
+    saved_bytes: float | None = None
+
+    @property
+    def any_seconds(self) -> float | None:
+        """In turns with the others where that was done, else alone."""
+        return self.seconds if self.seconds is not None else self.seconds_alone
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = _parse(argv)
-    results = json.loads(args.results.read_text(encoding="utf-8")) if args.results else measure(args)
-    args.output.mkdir(parents=True, exist_ok=True)
-    text = report(results)
-    content = {"results.json": json.dumps(results, indent=2) + "\n", "table.md": text}
-    for name, what in content.items():
-        (args.output / name).write_text(what, encoding="utf-8")
-    plots = plot(results, args.output)
-    if args.write:
-        fill(args.write, "scaling", text)
-    print(text)
-    print("Wrote", *(args.output / name for name in content), *plots, *([args.write] if args.write else []))
-    return 0
+STEP = 128  # pairs of a training step of the demo's
+
+# What a run is to show, set before anything was measured, for 2 CPU cores and D = 512: a quantity of one loss
+# at one N, as a multiple of another's or, where that is None, in GiB.
+TARGETS = [
+    ("naive / sort, time", "seconds", ("naive terms", 4096), (SORT, 4096), ">=", 2.5),
+    ("naive / sort, added memory", "added_bytes", ("naive terms", 4096), (SORT, 4096), ">=", 12),
+    ("naive / bin, time", "seconds", ("naive terms", 4096), (BIN, 4096), ">=", 5),
+    ("RankClipLoss bin / ClipLoss, time", "seconds", ("RankClipLoss bin", 4096), (CLIP, 4096), "<=", 4),
+    ("rankclip-distill / ClipLoss, time", "seconds", ("rankclip-distill", 4096), (CLIP, 4096), "<=", 2.5),
+    (f"{CLIP_STREAMED} / {CLIP}, time", "seconds", (CLIP_STREAMED, 4096), (CLIP, 4096), "<=", 1.3),
+    (f"{CLIP_STREAMED} / {CLIP}, time", "seconds", (CLIP_STREAMED, 16384), (CLIP, 16384), "<=", 1.3),
+    (f"{CLIP_STREAMED}, added memory", "added_bytes", (CLIP_STREAMED, LARGEST), None, "<=", 1),
+    (f"{SIGLIP_STREAMED} / {SIGLIP}, time", "seconds", (SIGLIP_STREAMED, 4096), (SIGLIP, 4096), "<=", 1.3),
+    (f"{SIGLIP_STREAMED} / {SIGLIP}, time", "seconds", (SIGLIP_STREAMED, 16384), (SIGLIP, 16384), "<=", 1.3),
+    (f"{SIGLIP_STREAMED}, added memory", "added_bytes", (SIGLIP_STREAMED, LARGEST), None, "<=", 1),
+    (f"{SORT}, added memory", "added_bytes", (SORT, 16384), (SORT, 8192), "<=", 2.2),
+    (f"{BIN}, added memory", "added_bytes", (BIN, 16384), (BIN, 8192), "<=", 2.2),
+    (f"{SORT}, whole process", "peak_bytes", (SORT, LARGEST), None, "<=", 2),
+    (f"{BIN}, whole process", "peak_bytes", (BIN, LARGEST), None, "<=", 2),
+    ("demo's step, rankclip / clip", "seconds", ("--loss rankclip", STEP), ("--loss clip", STEP), "<=", 1.03),
+]
+ON_ONE_THREAD = [
+    ("RankClipLoss / ClipLoss, time", "seconds", ("RankClipLoss", 32), (CLIP, 32), "<=", 3),
+    ("RankClipLoss / ClipLoss, time", "seconds", ("RankClipLoss", 512), (CLIP, 512), "<=", 2.5),
+]
+
+
+def targets(points: Iterable[Point], threads: int) -> list[list[str]]:
+    """Rows of a table: what is to be shown, the bound, what was measured, whether it is met."""
+    at = {(p.loss, p.n): p for p in points}
+    rows = []
+    for what, of, above, below, side, bound in (*TARGETS, *(ON_ONE_THREAD if threads == 1 else ())):
+        of_other = _GIB if below is None else getattr(at.get(below), of, None)
+        value = ratio(getattr(at.get(above), of, None), of_other)
+        form = "{:.2f} GiB" if below is None else "{:.2f}×"
+        cells = ["not measured", "–"]
+        if value is not None:
+            met = value >= bound if side == ">=" else value <= bound
+            cells = [form.format(value), "yes" if met else "**no**"]
+        n = f"{above[1]:,}" if below is None or below[1] == above[1] else f"{above[1]:,} / {below[1]:,}"
+        bounded = ("at least " if side == ">=" else "at most ") + form.format(bound)
+        rows.append([f"{what}, N = {n}", bounded, *cells])
+    return rows
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else a / b
+
+
+def exponent(ns: Sequence[float], values: Sequence[float | None]) -> float | None:
+    """p of ``values ∝ N^p``, by least squares of the logarithms; None below two points."""
+    kept = [(n, v) for n, v in zip(ns, values, strict=True) if n >= _FIT_FROM and v]
+    if len(kept) < 2:
+        return None
+    n, v = np.log(np.array(kept, dtype=float)).T
+    return float(np.polyfit(n, v, 1)[0])
+
+
+def report(results: dict[str, Any]) -> str:
+    """The Markdown that a run leaves, from the content of its ``results.json``."""
+    points, c = [Point(**p) for p in results["points"]], results["conditions"]
+    parts = [
+        under(c),
+        "**Time of forward and backward, seconds.** Losses at one N ran in turns in one process (median); "
+        "with *, a single run in a process of its own. In brackets: as a multiple of ClipLoss's.",
+        _by_loss(points, lambda p: p.any_seconds, _seconds_cell(points)),
+        "**Added memory, MiB**: the peak during forward and backward above what was resident before, each in "
+        "a fresh process. In brackets: what forward keeps for backward, where it was counted.",
+        _by_loss(points, lambda p: p.added_bytes, _memory_cell),
+        f"p: fitted exponent, ∝ N^p, from N = {_FIT_FROM:,}.",
+    ]
+    steps = (results.get("step") or {"ratio": {}})["ratio"]
+    if steps:
+        parts += [
+            f"**A training step of the demo's model**, batch {STEP}, as a multiple of that with ClipLoss.",
+            markdown_table(["loss", "ratio"], [[name, f"{x:.3f}"] for name, x in steps.items()]),
+        ]
+    judged = targets([*points, *(Point(name, STEP, x) for name, x in steps.items())], c["threads"])
+    parts += ["**Targets**, as measured in this run."]
+    parts += [markdown_table(["what", "target", "measured", "met"], judged)]
+    return "\n\n".join([*parts, *(f"- {note}" for note in results.get("notes", ()))]) + "\n"
+
+
+def _by_loss(
+    points: Sequence[Point], of: Callable[[Point], float | None], cell: Callable[[Point], str]
+) -> str:
+    """A row a loss, a column an N, and the exponent."""
+    ns = sorted({p.n for p in points})
+    at = {(p.loss, p.n): p for p in points}
+    rows = []
+    for loss in dict.fromkeys(p.loss for p in points):
+        values = [None if (loss, n) not in at else of(at[loss, n]) for n in ns]
+        p = exponent(ns, values)
+        cells = ["–" if x is None else cell(at[loss, n]) for n, x in zip(ns, values, strict=True)]
+        rows.append([loss, *cells, "–" if p is None else f"{p:.2f}"])
+    return markdown_table(["N =", *(f"{n:,}" for n in ns), "p"], rows)
+
+
+def _seconds_cell(points: Sequence[Point]) -> Callable[[Point], str]:
+    clip = {p.n: p.seconds for p in points if p.loss == "ClipLoss"}
+
+    def cell(p: Point) -> str:
+        times = ratio(p.seconds, clip.get(p.n))
+        text = f"{p.any_seconds:.3g}" + ("*" if p.seconds is None else "")
+        return text if times is None or p.loss == "ClipLoss" else f"{text} ({times:.1f}×)"
+
+    return cell
+
+
+def _memory_cell(p: Point) -> str:
+    assert p.added_bytes is not None
+    saved = "" if p.saved_bytes is None else f" ({p.saved_bytes / _MIB:.1f})"
+    return f"{p.added_bytes / _MIB:,.1f}{saved}"
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -83,29 +178,30 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     started_under = conditions(threads=args.threads, d=d)
     notes: list[str] = []
     points: dict[tuple[str, int], Point] = {}
-    sizes = [(n, args.losses) for n in sorted(args.n)]
-    if args.largest:
-        sizes.append((LARGEST, [loss for loss in LARGE if loss in args.losses]))
+    sizes = [(n, args.losses) for n in sorted((32, 64) if args.quick else args.n)]
+    if args.largest and not args.quick:
+        sizes.append((LARGEST, [loss for loss in LINEAR if loss in args.losses]))
     for n, losses in sizes:
         for loss in losses:
-            why_not = _reason_to_skip(loss, n, points, args.memory_limit)
-            if why_not:
+            why_not = None
+            if loss == "naive terms" and n > NAIVE_UP_TO:
+                why_not = f"measured up to N = {NAIVE_UP_TO:,} only"
+            else:
+                _say(f"memory of {loss}, N = {n:,}")
+                try:
+                    points[loss, n] = Point(
+                        loss, n, **in_fresh_process(measure_memory, loss, n, d, args.threads)
+                    )
+                except BrokenProcessPool:
+                    why_not = "its process was killed"
+            if why_not is not None:
                 notes.append(f"{loss} at N = {n:,}: left out, {why_not}.")
-                continue
-            _say(f"memory of {loss}, N = {n:,}")
-            try:
-                found = in_fresh_process(measure_memory, loss, n, d, args.threads)
-            except BrokenProcessPool:
-                notes.append(f"{loss} at N = {n:,}: its process was killed.")
-                continue
-            alone = found.pop("seconds")
-            points[loss, n] = Point(loss, n, seconds_alone=alone, **found)
         here = [loss for loss in losses if (loss, n) in points]
         if n > IN_TURNS_UP_TO:
             here = [loss for pair in PAIRS if all(loss in here for loss in pair) for loss in pair]
         if here:
             _say(f"time of {len(here)} losses in turns, N = {n:,}")
-            rounds = 1 if args.quick else max(3, min(15, 15 * 1024 // n))
+            rounds = 1 if args.quick else max(3, min(100, 15 * 1024 // n))
             times = in_fresh_process(measure_time, here, n, d, args.threads, rounds)
             for loss in here:
                 points[loss, n] = points[loss, n]._replace(seconds=times[loss].median)
@@ -113,38 +209,36 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "conditions": started_under,
         "points": [p._asdict() for p in ordered],
-        "step": None if args.quick else _step(args.threads),
+        "step": None if args.quick or args.losses is not LOSSES else _step(args.threads),
         "notes": notes,
     }
 
 
-def _reason_to_skip(loss: str, n: int, points: dict[tuple[str, int], Point], limit: float) -> str | None:
-    if loss == "naive terms" and n > NAIVE_UP_TO:
-        return f"measured up to N = {NAIVE_UP_TO:,} only"
-    earlier = [p for p in points.values() if p.loss == loss and p.n < n and p.added_bytes]
-    if loss in LINEAR or not earlier:
-        return None
-    last = max(earlier, key=lambda p: p.n)
-    assert last.added_bytes is not None
-    expected = last.added_bytes * (n / last.n) ** 2 / _GIB
-    return f"about {expected:.1f} GiB expected, the limit is {limit:g}" if expected > limit else None
-
-
 def _step(threads: int) -> dict[str, Any]:
-    from training_step import LOSSES as STEP_LOSSES
     from training_step import measure_steps
 
     _say("training steps of the demo's model, in turns")
     times = in_fresh_process(measure_steps, threads, 31)
-    clip = times[STEP_LOSSES[0]]
-    return {
-        "seconds": {name: t.median for name, t in times.items()},
-        "ratio": {name: t.ratio_to(clip) for name, t in times.items()},
-    }
+    return {"ratio": {name: t.ratio_to(times["--loss clip"]) for name, t in times.items()}}
 
 
 def _say(what: str) -> None:
     print(f"… {what}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = parser_of(__doc__)
+    parser.add_argument("--n", type=int, nargs="+", default=SIZES, help="default: %(default)s")
+    parser.add_argument(
+        "--losses", nargs="+", choices=LOSSES, default=LOSSES, metavar="LOSS", help="default: all"
+    )
+    parser.add_argument("--largest", action="store_true", help=f"also N = {LARGEST:,}, for what is linear")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    args = parser.parse_args(argv)
+    if min(args.n) < 2:
+        parser.error(f"argument --n: every N must be at least 2; got {min(args.n)}")
+    benchmark(args, "scaling", measure, report, ("results.json", "table.md"))
+    return 0
 
 
 if __name__ == "__main__":

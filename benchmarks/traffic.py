@@ -2,7 +2,7 @@
 
 The loss is called on tensors without data that say they are on CUDA, so that it takes its GPU's way. Each
 operation counts as one launch, and moves what it reads and writes: every operand once, of a gathered one as
-much as comes out. A kernel of ours moves what :mod:`rankloss.kernels.traffic` counts. Nothing here is a time.
+much as comes out. A kernel of ours moves what :mod:`kernel_traffic` counts. Nothing here is a time.
 """
 
 from __future__ import annotations
@@ -18,31 +18,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import rankloss
+from kernel_traffic import feature_bytes, traffic
 from rankloss import kernels
+from rankloss.operators import IMPLEMENTATIONS
+from report import markdown_table
 
 CACHE, PROCESSORS = 50 * 2**20, 132  # an H100's
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
 
-_KINDS = {
-    "product": ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot"),
-    "sort": ("sort", "argsort", "topk"),
-    "scan": ("cumsum", "cummax", "cummin", "cumprod", "logcumsumexp"),
-    "gather or scatter": ("gather", "scatter", "scatter_add", "index", "index_put", "index_select",
-                          "index_add"),
-    "reduction": ("sum", "amin", "amax", "aminmax", "all", "any", "max", "min", "mean", "norm"),
-    "fill or copy": ("zero", "fill", "zeros", "ones", "full", "full_like", "zeros_like", "ones_like",
-                     "arange", "copy", "clone", "_to_copy", "flip", "cat", "stack", "randperm",
-                     "scalar_tensor", "new_zeros", "new_ones", "new_full"),
-}  # fmt: skip
 _KERNELS = ("evaluate_rows", "hash_rows", "confirm_equals")
-_KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
 _FACTORIES = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 _ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
@@ -91,7 +81,7 @@ class Count(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "rankloss" and name not in _KERNELS:
             with torch._C._EnableTorchFunction(), AsCuda(), self:  # off while an operator is dispatched
-                return OPDEFS[f"rankloss::{name}"]._init_fn(*args, **kwargs)
+                return IMPLEMENTATIONS[name](*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # counted by what it is made of
                 return func.decompose(*args, **kwargs)
@@ -106,23 +96,23 @@ class Count(TorchDispatchMode):
             base = name.rstrip("_")
             if base in ("_to_copy", "copy") and on_host:
                 self.host_copies[str(func)] += 1
-            self._add(_KIND_OF.get(base, "elementwise"), _moved(func, args, kwargs, outputs))
+            self._add(base, _moved(func, args, kwargs, outputs))
         return out
 
-    def _add(self, kind: str, moved: int) -> None:
-        self.launches[kind] += 1
-        self.bytes[kind] += moved
+    def _add(self, operation: str, moved: int) -> None:
+        self.launches[operation] += 1
+        self.bytes[operation] += moved
 
     def _add_kernel(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         if func.overloadpacket.__name__ != "evaluate_rows":  # no two rows of a batch without data are equal
             self._track([out])
-            self._add("kernel", kernels.feature_bytes(func.overloadpacket.__name__, args[0]))
+            self._add("kernel", feature_bytes(func.overloadpacket.__name__, args[0]))
             return
         names = [argument.name for argument in func._schema.arguments]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, y, index = given["cosines"], given["reference"], given["first_equal"]
         n, items = x.shape
-        moved = kernels.traffic(
+        moved = traffic(
             n, items, bins=given["bins"], processors=PROCESSORS, cache=CACHE,
             index_bytes=0 if index is None else index.element_size(),
             matrices=n // given["anchors"],
@@ -198,8 +188,8 @@ def count(call: Callable[..., Tensor], inputs: Sequence[Tensor], rows: int, item
         "bytes_per_element": round(sum(counter.bytes.values()) / elements, 1),
         "launches": sum(counter.launches.values()),
         "peak_mib": round(counter.added_peak / 2**20, 1),
-        "bytes_by_kind": {kind: round(b / elements, 1) for kind, b in counter.bytes.most_common()},
-        "launches_by_kind": dict(counter.launches.most_common()),
+        "bytes_by_operation": {name: round(b / elements, 1) for name, b in counter.bytes.most_common()},
+        "launches_by_operation": dict(counter.launches.most_common()),
         "copies_from_or_to_host": sum(counter.host_copies.values()),
     }
 
@@ -231,17 +221,12 @@ def measure(rows: int, items: int, dim: int, bins: int) -> dict[str, Any]:
     return found
 
 
-NAMES = ("torch-sort", "torch-bin", "triton-sort", "triton-bin")
-
-
 def table(found: dict[str, Any]) -> str:
     """The counts as Markdown."""
-    lines = ["| | bytes per element and list | launches | peak MiB |", "|---|---|---|---|"]
-    for name in NAMES:
-        entry = found[name]
-        counts = entry["bytes_per_element"], entry["launches"], entry["peak_mib"]
-        lines.append(f"| {name} | " + " | ".join(f"{x:,.0f}" for x in counts) + " |")
-    return "\n".join(lines)
+    counted = [(name, entry) for name, entry in found.items() if isinstance(entry, dict)]
+    columns = ("bytes_per_element", "launches", "peak_mib")
+    rows = [[name, *(f"{entry[column]:,.0f}" for column in columns)] for name, entry in counted]
+    return markdown_table(["", "bytes per element and list", "launches", "peak MiB"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

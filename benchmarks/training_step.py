@@ -9,35 +9,17 @@ from pathlib import Path
 
 import open_clip
 import torch
-from open_clip.loss import ClipLoss
 from open_clip_train.params import parse_args
 from torch import Tensor, nn
 
 from measure import Times, in_turns
-from naive import naive_rank_terms
 from rankloss_trainers.clock import Position
 
-__all__ = ["BATCH", "LOSSES", "measure_steps", "training_steps"]
+__all__ = ["measure_steps", "step_of"]
 
 BATCH = 128
-LOSSES = ("--loss clip", "--loss rankclip", "naive")
+LOSSES = ("--loss clip", "--loss rankclip")
 _MODEL = Path(__file__).resolve().parents[1] / "examples" / "openmoji" / "model" / "open_clip_config.json"
-_NORMALIZER = 1 / 16  # of RankCLIP's recipe
-
-
-class NaiveRankClip(nn.Module):
-    """open_clip's ClipLoss and the naive rank terms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.base = ClipLoss()
-
-    def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool = False
-    ) -> dict[str, Tensor]:
-        terms = self.base(image_features, text_features, logit_scale, output_dict=output_dict)
-        terms["rank_loss"] = _NORMALIZER * naive_rank_terms(image_features, text_features, logit_scale)
-        return dict(terms)
 
 
 def training_steps() -> dict[str, Callable[[], None]]:
@@ -47,12 +29,14 @@ def training_steps() -> dict[str, Callable[[], None]]:
     size, text = config["vision_cfg"]["image_size"], config["text_cfg"]
     images = torch.rand(BATCH, 3, size, size, generator=generator) * 2 - 1
     texts = torch.randint(1, text["vocab_size"], (BATCH, text["context_length"]), generator=generator)
-    return {name: _step(_loss(name), config, images, texts) for name in LOSSES}
+    made = {}
+    for name in LOSSES:
+        torch.manual_seed(0)
+        made[name] = step_of(open_clip.CLIP(**config, output_dict=True).train(), _loss(name), images, texts)
+    return made
 
 
 def _loss(name: str) -> nn.Module:
-    if name == "naive":
-        return NaiveRankClip()
     args = parse_args(name.split())
     args.rank, args.world_size, args.distill = 0, 1, False
     loss = open_clip.create_loss(args)
@@ -61,9 +45,10 @@ def _loss(name: str) -> nn.Module:
     return loss
 
 
-def _step(loss: nn.Module, config: dict[str, object], images: Tensor, texts: Tensor) -> Callable[[], None]:
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**config, output_dict=True).train()
+def step_of(
+    model: nn.Module, loss: nn.Module, images: Tensor, texts: Tensor, dtype: torch.dtype | None = None
+) -> Callable[[], None]:
+    """A step as open_clip's trainer makes it, under autocast if a dtype is given."""
     decayed, others = [], []
     for name, p in model.named_parameters():  # as open_clip_train.main divides them
         is_other = p.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
@@ -73,7 +58,8 @@ def _step(loss: nn.Module, config: dict[str, object], images: Tensor, texts: Ten
 
     def step() -> None:
         optimizer.zero_grad()
-        terms = loss(**model(images, texts), output_dict=True)
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            terms = loss(**model(images, texts), output_dict=True)
         torch.stack(list(terms.values())).sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

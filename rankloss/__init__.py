@@ -1,9 +1,8 @@
 """Ranking-consistency losses for CLIP training.
 
 The losses are modules (:class:`RankConsistency`, :class:`RankClipLoss`, :class:`ClipLoss`,
-:class:`SigLipLoss`, :class:`CyClipLoss`, :class:`AlipLoss`). :class:`RankOptions` has the options of the rank
-terms, :class:`Gather` says how a batch is spread over processes, and the mathematics of one list is a
-function, :func:`plackett_luce_nll`.
+:class:`SigLipLoss`). :class:`RankOptions` has the options of the rank terms, :class:`Gather` says how a batch
+is spread over processes, and the mathematics of one list is a function, :func:`plackett_luce_nll`.
 """
 
 from rankloss import distributed as distributed
@@ -14,9 +13,7 @@ from rankloss import schedules as schedules
 from rankloss._version import __version__ as __version__
 from rankloss.distributed import Gather as Gather
 from rankloss.functional import plackett_luce_nll as plackett_luce_nll
-from rankloss.losses import AlipLoss as AlipLoss
 from rankloss.losses import ClipLoss as ClipLoss
-from rankloss.losses import CyClipLoss as CyClipLoss
 from rankloss.losses import InputWarning as InputWarning
 from rankloss.losses import RankClipLoss as RankClipLoss
 from rankloss.losses import RankConsistency as RankConsistency
@@ -24,9 +21,7 @@ from rankloss.losses import SigLipLoss as SigLipLoss
 from rankloss.options import RankOptions as RankOptions
 
 __all__ = [
-    "AlipLoss",
     "ClipLoss",
-    "CyClipLoss",
     "Gather",
     "InputWarning",
     "RankClipLoss",

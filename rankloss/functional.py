@@ -18,7 +18,6 @@ and where TF32 products are allowed, it differs from float64's by up to some 1e-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,14 +26,12 @@ from torch import Tensor
 from rankloss import dense
 from rankloss.batch import Batch, Term
 from rankloss.checks import check_device, check_is_tensor, refuse_forward_mode
-from rankloss.operator import row_lists
+from rankloss.operator import weighted_terms
 from rankloss.options import Discount, RankOptions, Ties, Worth
-from rankloss.plans import make_plan
-from rankloss.precision import nan_unless_finite
 
 _TERMS = ("contrastive", "cross_modal", "in_modal")
 
-__all__ = ["check_references", "cross_modal", "in_modal", "plackett_luce_nll", "weighted_terms"]
+__all__ = ["check_references", "cross_modal", "in_modal", "plackett_luce_nll"]
 
 
 def plackett_luce_nll(
@@ -140,139 +137,57 @@ def check_references(
         )
 
 
-def weighted_terms(
-    batch: Batch,
-    options: RankOptions,
-    weights: Tensor,
-    *,
-    contrastive: bool = False,
-    cross_modal: bool = True,
-    in_modal: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """CLIP's cross-entropy and the two rank terms, each times its weight; one that is not wanted is zero.
-
-    An anchor's rank term is the mean of its lists' NLL over the two directions. ``reduction="mean"`` divides
-    each list by its Σ_p μ_p and averages the anchors; ``"sum"`` is N times the average of the anchors' sums,
-    which is the plain sum where every item is an anchor, and keeps the balance between terms where a process
-    holds a share of the anchors only. The cross-entropy is always the mean over the anchors.
-
-    Args:
-        batch: the features.
-        options: of the rank terms.
-        weights: ``[3]``, of the three terms. They stay on their device: a captured or compiled graph follows
-            them when they are changed in place. They take no gradient.
-        contrastive: whether the cross-entropy is wanted; only row lists of worth ``exp`` can carry it.
-        cross_modal: whether the cross-modal term is wanted.
-        in_modal: whether the in-modal term is wanted.
-
-    Raises:
-        ValueError: where a teacher's features do not fit, see :func:`check_references`.
-    """
-    image = batch.image
-    check_references(
-        options,
-        cross_modal=cross_modal,
-        reference_image_features=batch.reference_image,
-        reference_text_features=batch.reference_text,
-    )
-    if weights.device.type == "meta" and image.device.type != "meta":
-        raise ValueError(f"weights must be on {image.device}, as the features; got meta")
-    weights = weights.detach().to(image.device, non_blocking=True).double()
-    wanted = (contrastive, cross_modal, in_modal)
-    values = (_dense_terms if options.is_dense else row_lists)(batch, options, weights, wanted)
-    a, b, c = values if batch.home is None else (x.to(batch.home) for x in values)
-    return a, b, c
-
-
-def _dense_terms(
-    batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[bool]
-) -> Sequence[Tensor]:
-    """The weighted terms of options that do not stream."""
-    if options.kernel == "triton":  # the plan says why it does not serve
-        make_plan(options, batch.anchors, len(batch.image), batch.image.device, batch.image.dtype)
-    dense.check_memory(batch, options)
-    features = (batch.image, batch.text, batch.reference_image, batch.reference_text)
-    return dense.terms(batch, options, nan_unless_finite(weights, *features), wanted)
-
-
 def cross_modal(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float = 1.0,
-    *,
-    reference_image_features: Tensor | None = None,
-    reference_text_features: Tensor | None = None,
-    **options: Any,
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **options: Any
 ) -> Tensor:
     """``½[C(S | R) + C(R | S)]``: the image's ranking of the texts against the text's ranking of the images.
 
-    With a teacher's features of both modalities it is ``½[C(S | S') + C(R | R')]``.
-    Arguments, shapes and errors as in :class:`rankloss.RankConsistency`.
+    With a teacher's features of both modalities, ``reference_image_features=`` and
+    ``reference_text_features=``, it is ``½[C(S | S') + C(R | R')]``. Arguments, shapes and errors as in
+    :class:`rankloss.RankConsistency`.
 
     Example:
         >>> v = torch.eye(3)
         >>> round(cross_modal(v, v, 10.0).item(), 4)  # perfect pairs; the two wrong items of a list are tied
         0.4621
     """
-    return _term(
-        "cross_modal",
-        image_features,
-        text_features,
-        logit_scale,
-        reference_image_features,
-        reference_text_features,
-        options,
-    )
+    return _term("cross_modal", (image_features, text_features, logit_scale), **options)
 
 
 def in_modal(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float = 1.0,
-    *,
-    reference_image_features: Tensor | None = None,
-    reference_text_features: Tensor | None = None,
-    **options: Any,
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **options: Any
 ) -> Tensor:
     """``½[C(I | X) + C(X | I)]``: the ranking of the images among themselves against that of their texts.
 
     With a teacher's features of both modalities it is ``½[C(I | I') + C(X | X')]``, and with those of one,
-    whose matrix is Y', ``½[C(I | Y') + C(X | Y')]``. Arguments, shapes and errors as in
-    :class:`rankloss.RankConsistency`.
+    whose matrix is Y', ``½[C(I | Y') + C(X | Y')]``. Arguments as of :func:`cross_modal`.
 
     Example:
         >>> v = torch.eye(3)
         >>> round(in_modal(v, v, 10.0).item(), 4)
         0.4621
     """
-    return _term(
-        "in_modal",
-        image_features,
-        text_features,
-        logit_scale,
-        reference_image_features,
-        reference_text_features,
-        options,
-    )
+    return _term("in_modal", (image_features, text_features, logit_scale), **options)
 
 
 def _term(
     term: Term,
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    reference_image_features: Tensor | None,
-    reference_text_features: Tensor | None,
-    options: dict[str, Any],
+    inputs: tuple[Tensor, Tensor, Tensor | float],
+    *,
+    reference_image_features: Tensor | None = None,
+    reference_text_features: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     checked = RankOptions(**options)
     batch = Batch.of(
-        image_features,
-        text_features,
-        logit_scale,
-        reference_image=reference_image_features,
-        reference_text=reference_text_features,
+        *inputs, reference_image=reference_image_features, reference_text=reference_text_features
     )
-    weights = torch.ones(3, dtype=torch.float64, device=batch.image.device)
+    check_references(
+        checked,
+        cross_modal=term == "cross_modal",
+        reference_image_features=batch.reference_image,
+        reference_text_features=batch.reference_text,
+    )
+    weights = torch.ones(3, dtype=torch.float64, device="cpu")
     wanted = {name: name == term for name in _TERMS}
     return weighted_terms(batch, checked, weights, **wanted)[_TERMS.index(term)]

@@ -13,11 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
-    "alip",
     "clip",
     "cross_modal",
-    "cyclic_cross_modal",
-    "cyclic_in_modal",
     "in_modal",
     "plackett_luce_nll",
     "siglip",
@@ -149,78 +146,6 @@ def siglip(
     n = len(logits)
     own = np.eye(n, dtype=bool)
     return math.fsum(np.logaddexp(0, np.where(own, -logits, logits)).ravel()) / n
-
-
-def cyclic_cross_modal(image_features: ArrayLike, text_features: ArrayLike) -> float:
-    """CyCLIP's cross-modal term, ``(1/N)·Σ_ij (v_i·t_j − v_j·t_i)²``.
-
-    Example:
-        >>> round(cyclic_cross_modal(np.eye(2), [[0.6, 0.8], [0, 1]]), 4)  # ½ · 2 · 0.8²
-        0.64
-    """
-    cosines = _cosines(image_features, text_features)
-    return math.fsum(((cosines - cosines.T) ** 2).ravel()) / len(cosines)
-
-
-def cyclic_in_modal(image_features: ArrayLike, text_features: ArrayLike) -> float:
-    """CyCLIP's in-modal term, ``(1/N)·Σ_ij (v_i·v_j − t_i·t_j)²``.
-
-    Example:
-        >>> round(cyclic_in_modal(np.eye(2), [[0.6, 0.8], [0, 1]]), 4)  # ½ · 2 · 0.8²
-        0.64
-    """
-    images, texts = _cosines(image_features, image_features), _cosines(text_features, text_features)
-    return math.fsum(((images - texts) ** 2).ravel()) / len(images)
-
-
-def alip(
-    image_features: ArrayLike,
-    text_features: ArrayLike,
-    caption_features: ArrayLike,
-    logit_scale: float = 1.0,
-    *,
-    histories: ArrayLike = (1.0, 1.0, 1.0),
-    gamma_sample: float = 2.0,
-    gamma_pair: float = 2.0,
-    momentum: float = 0.99,
-) -> dict[str, Any]:
-    """One step of ALIP: the histories H, Hʳ, Hᶜ after it, the weights, and the two parts of the loss.
-
-    Arguments as in :class:`rankloss.AlipLoss`; ``histories`` are those before the step.
-
-    Example:
-        >>> step = alip(np.eye(2), np.eye(2), np.eye(2), histories=(0, 0, 0))
-        >>> round(step["text"] + step["caption"], 4)  # all gates open: twice CLIP's
-        0.6265
-    """
-    v, t, c = (np.asarray(x, np.float64) for x in (image_features, text_features, caption_features))
-    s, s_r, s_c = (np.array([math.fsum(p) for p in a * b]) for a, b in ((t, c), (t, v), (c, v)))
-    before = np.asarray(histories, np.float64)
-    h, h_r, h_c = (
-        momentum * b + (1 - momentum) * math.fsum(x) / len(x)
-        for b, x in zip(before, (s, s_r, s_c), strict=True)
-    )
-    gate = np.exp(gamma_sample * (s - h))
-    w_s = np.minimum(1, gate)
-    w_r = np.where(gate < 1, np.exp(gamma_pair * (s_r - h_r)), 1)
-    w_c = np.where(gate < 1, np.exp(gamma_pair * (s_c - h_c)), 1)
-    return {
-        "histories": np.array([h, h_r, h_c]),
-        "weights": np.array([w_s, w_r, w_c]),
-        "text": math.fsum(_nll(v, t, logit_scale) * w_s * w_r) / len(v),
-        "caption": math.fsum(_nll(v, c, logit_scale) * w_s * w_c) / len(v),
-    }
-
-
-def _nll(v: Array, u: Array, s: float) -> Array:
-    """``½[CE_k(s·V·Uᵀ) + CE_k(s·U·Vᵀ)]`` of every pair k."""
-    logits = s * _cosines(v, u)
-    return np.array(
-        [
-            (_log_sum_exp(row) + _log_sum_exp(column)) / 2 - row[k]
-            for k, (row, column) in enumerate(zip(logits, logits.T, strict=True))
-        ]
-    )
 
 
 def _check_list(worth: str, discount: str | None, top_k: int | None) -> None:

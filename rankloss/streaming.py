@@ -13,7 +13,7 @@ and X the in-modal one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, get_args
 
 import torch
@@ -27,9 +27,6 @@ from rankloss.precision import full_precision
 from rankloss.ranking import slices
 
 __all__ = ["stream"]
-
-
-_Finder = Callable[[Tensor], Tensor | None]
 
 
 class _Group(NamedTuple):
@@ -83,7 +80,16 @@ def stream(
     with full_precision(batch.image.device):
         for rows in slices(batch.anchors, plan.chunk_size):
             for group in groups:
-                block = _block(batch, group, rows, is_whole, engine.first_equal)
+                by_teacher = group.references and batch.has_teacher
+                block = lists.Block(
+                    cosines=_cosines(group.matrices, rows, is_whole),
+                    scale=batch.scale,
+                    alpha=group.alpha,
+                    beta=group.beta,
+                    reference=_cosines(group.references, rows, is_whole) if by_teacher else None,
+                    first_equal=tuple(batch.first_equal(x, engine.first_equal) for x in group.references),
+                    first_row=batch.first_row + rows.start,
+                )
                 found = engine.evaluate(block, options, plan.lists_at_once, with_gradient=bool(sums))
                 if group.alpha is not None and found.cross_entropy is not None:
                     values[0] += group.alpha @ found.cross_entropy.sum(-1)
@@ -120,16 +126,6 @@ def _groups(batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequenc
         alpha = torch.stack([halves[0] if name in both else none for name in names])
         groups[-1] = groups[-1]._replace(alpha=alpha)
     return groups
-
-
-def _block(batch: Batch, group: _Group, rows: slice, is_whole: bool, first_equal: _Finder) -> lists.Block:
-    equal = tuple(batch.first_equal(matrix, first_equal) for matrix in group.references)
-    reference = None
-    if group.references and batch.has_teacher:
-        reference = _cosines(group.references, rows, is_whole)
-    cosines = _cosines(group.matrices, rows, is_whole)
-    first_row = batch.first_row + rows.start
-    return lists.Block(cosines, batch.scale, group.alpha, group.beta, reference, equal, first_row)
 
 
 def _cosines(matrices: Sequence[Matrix], rows: slice, is_whole: bool) -> Tensor:

@@ -158,7 +158,6 @@ def cases(draw: st.DrawFn) -> Case:
         else:
             of_clip = {
                 **of_terms,
-                "base": draw(st.sampled_from(["ClipLoss", "CyClipLoss"])),
                 "schedule": draw(st.sampled_from(schedules.NAMES)),
                 "epoch": draw(st.integers(1, 8)),
                 "normalizer": draw(st.sampled_from([1 / 16, 1.0])),
@@ -199,9 +198,8 @@ def build(case: Case) -> Any:
         return lambda x, y: rankloss.plackett_luce_nll(x, y, **case.options)
     if case.loss == "RankConsistency":
         return rankloss.RankConsistency(**case.options)
-    of_clip = {k: v for k, v in case.of_clip.items() if k not in ("base", "epoch")}
-    base = None if case.of_clip["base"] == "ClipLoss" else rankloss.CyClipLoss()
-    loss = rankloss.RankClipLoss(base, **of_clip, **case.options)
+    of_clip = {k: v for k, v in case.of_clip.items() if k != "epoch"}
+    loss = rankloss.RankClipLoss(**of_clip, **case.options)
     loss.set_epoch(*_epochs(case))
     return loss
 
@@ -257,13 +255,8 @@ def owed(case: Case, inputs: tuple[Tensor, ...]) -> Owed:
                 literal = literal + cross * reference.cross_modal(*arguments, **teacher, **formula)
         one_nat = (cross + within) * {"mean": 1, "sum": case.n**2, "none": case.n**1.5}[formula["reduction"]]
         if case.loss == "RankClipLoss":
-            base = case.of_clip["base"]
-            value = value + (oracle.clip if base == "ClipLoss" else oracle.cyclip)(*wanted)
+            value = value + oracle.clip(*wanted)
             literal = literal + reference.clip(arrays[0], arrays[1], float(arrays[2]))
-            if base == "CyClipLoss":
-                pair = arrays[:2]
-                cyclic = reference.cyclic_cross_modal(*pair) + reference.cyclic_in_modal(*pair)
-                literal = literal + cyclic / 4
             one_nat += 1
         slope = case.scale if formula["worth"] == "exp" else 1.0
     # The reference takes a unit vector's cosine with itself as 1; in float32 that is off by a rounding.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["alip", "clip", "cyclic", "cyclip", "exact_products", "nll", "rank_terms", "siglip", "term"]
+__all__ = ["clip", "cyclic", "exact_products", "nll", "rank_terms", "siglip", "term"]
 
 
 def exact_products(a: Tensor, b: Tensor) -> Tensor:
@@ -146,39 +146,6 @@ def cyclic(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tenso
     v, t = image_features, text_features
     cross, within = v @ t.T - t @ v.T, v @ v.T - t @ t.T
     return cross.square().sum() / len(v), within.square().sum() / len(v)
-
-
-def cyclip(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    lambda_cross: float = 0.25,
-    lambda_in: float = 0.25,
-) -> Tensor:
-    """:class:`rankloss.CyClipLoss` over CLIP's loss."""
-    cross, within = cyclic(image_features, text_features)
-    return clip(image_features, text_features, logit_scale) + lambda_cross * cross + lambda_in * within
-
-
-def alip(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    caption_features: Tensor,
-    *,
-    initial_history: float = 1.0,
-    momentum: float = 0.99,
-    gamma: float = 2.0,
-) -> Tensor:
-    """The first training step of :class:`rankloss.AlipLoss`."""
-    v, t, c = image_features, text_features, caption_features
-    cosines = torch.stack([(t * c).sum(-1), (t * v).sum(-1), (c * v).sum(-1)]).detach()
-    history = momentum * initial_history + (1 - momentum) * cosines.mean(-1, keepdim=True)
-    excess = (gamma * (cosines - history)).exp()
-    text, caption = (torch.where(excess[0] < 1, x, 1.0) for x in excess[1:])
-    sample = excess[0].clamp_max(1)
-    parts = ((t, text), (c, caption))
-    return sum((_pair_nll(v, u, logit_scale) * sample * w).mean() for u, w in parts)  # type: ignore[return-value]
 
 
 def _pair_nll(v: Tensor, u: Tensor, scale: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from rankloss import equal_rows
 from rankloss.batch import Batch
 from rankloss.checks import check_features
 from rankloss.equal_rows import first_occurrence, row_hashes
-from rankloss.functional import weighted_terms
+from rankloss.operator import weighted_terms
 from rankloss.options import RankOptions
 
 

@@ -17,7 +17,7 @@ from interpreter import few_examples, interpreted, needs_triton
 from rankloss import ClipLoss, RankClipLoss, RankConsistency, SigLipLoss, dense, operator
 from rankloss import options as options_module
 from rankloss.batch import Batch as Features
-from rankloss.functional import weighted_terms
+from rankloss.operator import weighted_terms
 from rankloss.options import RankOptions
 
 WEIGHTS = torch.tensor([0.8, 1.3, 0.6], dtype=torch.float64)

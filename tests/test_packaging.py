@@ -23,7 +23,7 @@ def typed_extras() -> list[tuple[str, str]]:
     folders = (".github", "docs", "examples", "integrations", "rankloss", "tests", "tools")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     files = [path for path in files if path.suffix in {".md", ".py", ".sh", ".toml", ".yml"}]
-    files += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml")]
+    files += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "noxfile.py", "pyproject.toml")]
     pattern = re.compile(r"""(?:\brankloss|['"]\.)\[([\w.,-]+)\]""")
     return [
         (path.relative_to(ROOT).as_posix(), extra)
@@ -45,33 +45,6 @@ def test_every_typed_extra_exists_as_it_is_spelt() -> None:
     typed = typed_extras()
     assert {extra for _, extra in typed} >= {"open-clip", "examples", "test", "dev"}
     assert [(path, extra) for path, extra in typed if extra not in EXTRAS] == []
-
-
-def test_lowest_environment_of_the_matrix_has_the_lower_bounds() -> None:
-    bounds = dict(requirement.split(">=") for requirement in PROJECT["dependencies"])
-    (tested,) = re.findall(r"^LOWEST := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert dict(pin.split("==") for pin in tested.split()) == {name: f"{v}.0" for name, v in bounds.items()}
-
-
-@pytest.mark.parametrize(
-    ("extra", "distribution"),
-    [
-        ("open-clip", "open_clip_torch"),
-        ("transformers", "transformers"),
-        ("sentence-transformers", "sentence-transformers"),
-        ("lightning", "lightning"),
-    ],
-)
-def test_matrix_begins_with_the_lowest_version_of_each_extra(extra: str, distribution: str) -> None:
-    variable = distribution.removesuffix("_torch").replace("-", "_").upper()
-    makefile = (ROOT / "Makefile").read_text()
-    (versions,) = re.findall(rf"^{variable}_VERSIONS \?= (.*)$", makefile, re.MULTILINE)
-    (bound,) = (
-        match[1]
-        for requirement in EXTRAS[extra]
-        if (match := re.match(rf"{distribution}(?:\[\w+\])?>=([\d.]+)", requirement))
-    )
-    assert f"{versions.split()[0]}.".startswith(f"{bound}.")
 
 
 def test_citation_has_the_version_of_the_package() -> None:

@@ -19,7 +19,8 @@ from torch.autograd import forward_ad
 from batches import Batch, batches, gradients, random_batch
 from memory import LiveBytes, saved_bytes
 from oracle import siglip
-from rankloss import ClipLoss, CyClipLoss, Gather, RankClipLoss, SigLipLoss, losses, reference
+from rankloss import ClipLoss, Gather, RankClipLoss, SigLipLoss, losses, reference
+from rankloss_baselines import CyClipLoss
 
 MIB = 2**20
 

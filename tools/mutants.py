@@ -1,5 +1,6 @@
 """Mutation testing: one small fault at a time in a copy of the project, and the share that the tests notice.
 
+    make mutants
     python tools/mutants.py --count 40 FILE … -- TEST …
 
 A fault is a comparison, an arithmetic operation, a condition or a constant that is changed. The seed decides
@@ -21,8 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-_OPPOSITES: dict[type[ast.AST], type[ast.AST]] = {}
-for _a, _b in (
+_PAIRS = (
     (ast.Lt, ast.LtE),
     (ast.Gt, ast.GtE),
     (ast.Eq, ast.NotEq),
@@ -30,21 +30,9 @@ for _a, _b in (
     (ast.Add, ast.Sub),
     (ast.Mult, ast.Div),
     (ast.And, ast.Or),
-):
-    _OPPOSITES |= {_a: _b, _b: _a}
-
-_LEFT_OUT = ("annotation", "returns", "decorator_list", "exc", "msg")  # messages and types are not arithmetic
-_IGNORED = (
-    ".git",
-    ".venv*",
-    "outputs",
-    "results",
-    "__pycache__",
-    ".*_cache",
-    ".hypothesis",
-    "vendor",
-    "site",
 )
+_OPPOSITES: dict[type[ast.AST], type[ast.AST]] = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
+_LEFT_OUT = ("annotation", "returns", "decorator_list", "exc", "msg")  # messages and types are not arithmetic
 
 
 def sites(tree: ast.AST) -> Iterator[ast.AST]:
@@ -87,9 +75,13 @@ def mutate(node: ast.AST) -> None:
 
 
 def run(file: str, number: int, tests: list[str], tree: Path) -> dict[str, object]:
-    """Test one mutant in a copy of the project at ``tree``."""
+    """Test one mutant in a copy of the project, as git sees it, at ``tree``."""
     shutil.rmtree(tree, ignore_errors=True)
-    shutil.copytree(".", tree, ignore=shutil.ignore_patterns(*_IGNORED))
+    listed = ["git", "ls-files", "-co", "--exclude-standard", ":!examples", ":!docs/assets"]
+    for path in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines():
+        if os.path.exists(path):
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tree / path)
     module = ast.parse(Path(file).read_text())
     node = list(sites(module))[number]
     line, before = getattr(node, "lineno", 0), _shown(node)
@@ -114,16 +106,8 @@ def run(file: str, number: int, tests: list[str], tree: Path) -> dict[str, objec
     if code not in (0, 1, 2):  # 1: a test failed; 2: a module that cannot be imported
         raise SystemExit("\n".join(output[-20:]))
     failed = next((text for text in output if text.startswith(("FAILED", "ERROR"))), "")
-    return {
-        "file": file,
-        "site": number,
-        "line": line,
-        "before": before,
-        "after": after,
-        "killed": code != 0,
-        "by": failed[:160],
-        "seconds": round(time.monotonic() - started),
-    }
+    found = {"file": file, "site": number, "line": line, "before": before, "after": after}
+    return {**found, "killed": code != 0, "by": failed[:160], "seconds": round(time.monotonic() - started)}
 
 
 def _shown(node: ast.AST) -> str:

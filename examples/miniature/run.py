@@ -2,10 +2,7 @@
 
 import sys
 
-try:
-    from miniature_paper.command import main
-except ModuleNotFoundError as error:
-    sys.exit(f"This example needs the module {error.name!r}: pip install -e '.[examples]' -e examples")
+from miniature_paper.command import main  # needs: pip install -e '.[examples]' -e examples
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,11 +4,8 @@ import sys
 import warnings
 
 if __name__ == "__main__":
-    # The trainer's dependencies warn about each other's age, which does not concern a reader.
+    # Deprecations between the trainer's dependencies are of no use to a reader of the demo.
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    try:
-        from openmoji_demo.command import main
+    from openmoji_demo.command import main  # needs: pip install -e '.[examples]' -e examples
 
-        sys.exit(main())
-    except ModuleNotFoundError as error:
-        sys.exit(f"This example needs the module {error.name!r}: pip install -e '.[examples]' -e examples")
+    sys.exit(main())

@@ -73,13 +73,8 @@ def save_with(optimizer: Any, loss: nn.Module, name: str, *, sharded: bool = Fal
     """
     if not state.has_state(loss):
         return
-    # A wrapper that is an Optimizer by name alone (timm's Lookahead) has the method and not what it needs.
-    if sharded or not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
-        _logger.warning(
-            "--loss %s has a state that %s does not save: a resumed run starts it anew",
-            name,
-            "--fsdp" if sharded else type(optimizer).__name__,
-        )
+    if sharded:
+        _logger.warning("--loss %s has a state that --fsdp does not save: a resumed run starts it anew", name)
         return
 
     def add(_: Any, state_dict: dict[str, Any]) -> Mapping[str, Any]:

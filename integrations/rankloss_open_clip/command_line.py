@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from rankloss_open_clip import versions
-from rankloss_open_clip.names import BASE_LOSS, DIST_IMPLS, asks_for_loss
+from rankloss_open_clip.names import DIST_IMPLS
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import BUILT_IN, TRAINERS_OWN, LossEntry, dest, flag
+from rankloss_trainers.catalog import BUILT_IN, TRAINERS_OWN, LossEntry, Options, dest
 from rankloss_trainers.command_line import add_options, by_prefix, misplaced, with_flag
+from rankloss_trainers.refusals import reason_against
 
 if TYPE_CHECKING:
     from rankloss.distributed import Gather
@@ -35,7 +36,7 @@ def requested(args: Any) -> str | None:
     if swallowed not in (None, *DIST_IMPLS) and _known(swallowed):
         raise RuntimeError(
             f"--loss {swallowed} was read as --loss-dist-impl {swallowed}, by a parser that "
-            "rankloss_open_clip did not reach; run `python -m rankloss_open_clip.doctor` for advice"
+            "rankloss_open_clip did not reach; run `rankloss doctor` for advice"
         )
     name = getattr(args, "loss", None)
     return name if name is not None and _known(name) else None
@@ -46,37 +47,36 @@ def companion_of(args: Any) -> Companion | None:
     name = requested(args)
     if name is None:
         return None
-    caption, features = _in_the_data(name, catalog.candidates()[name].load(), args)
+    entry = catalog.candidates()[name].load()
+    options = catalog.option_values(name, entry, args)
+    caption, features = entry.caption_key(options), entry.reference_features(options)
     if caption is not None:
-        from rankloss_open_clip.captions import SecondCaption
+        from rankloss_open_clip.companions import SecondCaption
 
         return SecondCaption(caption)
     if features is not None:
         from rankloss_open_clip.reference_features import ReferenceFeatures
 
-        return ReferenceFeatures(features)
+        return ReferenceFeatures(features, two_widths=_has_no_cross_term(options))
     return None
 
 
-def _in_the_data(name: str, entry: LossEntry, args: Any) -> tuple[str | None, str | None]:
-    """Where the second caption and a teacher's features are in the training data; None where not needed."""
-    entry, options = entry.taking(args), catalog.option_values(name, entry, args)
-    return entry.caption_key(options), entry.reference_features(options)
+def _has_no_cross_term(options: Options) -> bool:
+    return options.get("lambda_cross") == 0
 
 
-def gather_of(args: Any, *, rows: bool = True) -> Gather:
+def gather_of(args: Any) -> Gather:
     """How the trainer's arguments let a loss see the batches of other processes.
 
     Args:
         args: The trainer's arguments. Until the trainer has completed them there is one process.
-        rows: Whether the loss can be computed for a process's own rows alone.
     """
     from rankloss.distributed import Gather
 
     # The sigmoid loss is exact in every layout, whatever the flags say, and so must its companions be.
     sigmoid = getattr(args, "siglip", False)
     return Gather(
-        local_loss=rows if sigmoid else getattr(args, "local_loss", False),
+        local_loss=sigmoid or getattr(args, "local_loss", False),
         gather_with_grad=sigmoid or getattr(args, "gather_with_grad", False),
         rank=getattr(args, "rank", 0),
         world_size=getattr(args, "world_size", 1),
@@ -90,45 +90,79 @@ def _known(name: str) -> bool:
 class TrainerParser(argparse.ArgumentParser):
     """The trainer's parser, with the groups of the plug-in added just before it parses."""
 
-    def unpatched(self, *, data: bool) -> list[str]:
-        """The trainer's functions that the loss depends on, its data too or not, and that are not patched."""
-        raise NotImplementedError
+    unpatched: Callable[..., list[str]] = staticmethod(lambda **_: [])
+    """``(*, data) → names`` of the trainer's functions that the loss depends on and that are not patched."""
 
-    def verdict(self, version: str) -> versions.Verdict:
-        """The support status of a version of open_clip."""
-        return versions.judge(version)
+    _is_extended = False
 
     # Signature as wide as the overloads of the base class.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Add the groups, parse, then fill in the defaults and refuse what cannot work."""
         argv = sys.argv[1:] if args is None else list(args)
         asked, showing = _asked(argv)
-        try:
-            entries = _own_entries()
-        except Exception as error:
-            if asks_for_loss(argv):
-                self.error(f"argument --loss: rankloss cannot be imported ({_said(error)})")
-            _logger.warning("--loss is not available in this run: rankloss cannot be imported (%s)", error)
-            return super().parse_known_args(argv, namespace)
         known = catalog.candidates()
-        for name in (asked, *known) if showing else (asked,):
-            if name not in known or name in entries:
-                continue
-            try:
-                entries[name] = known[name].load()
-            except Exception as error:  # another package's, which stops only a run that asks for it
-                if name == asked:
-                    self.error(
-                        f"argument --loss: {name} ({known[name].package}) cannot be used: {_said(error)}"
-                    )
-                entries[name] = LossEntry(build=_never, help=f"cannot be used ({_said(error)})")
+        wanted = [name for name in known if showing or name in BUILT_IN or name == asked]
+        entries = {name: self._loaded(known[name], asked) for name in wanted}
         if asked is not None:
             for sentence in catalog.shadowed():
                 _logger.warning("%s", sentence)
-        _add_groups(self, known, entries, asked)
+        if not self._is_extended:  # a parser may parse twice
+            self._is_extended = True
+            self._add_groups(list(known), entries, asked)
         parsed, rest = super().parse_known_args(argv, namespace)
-        _complete(self, parsed, entries)
+        self._complete(parsed, entries)
         return parsed, rest
+
+    def _loaded(self, candidate: catalog.Candidate, asked: str | None) -> LossEntry:
+        try:
+            return candidate.load()
+        except Exception as error:  # another package's, say, which stops only a run that asks for it
+            reason = f"cannot be used: {type(error).__name__}: {error}"
+            if candidate.name == asked:
+                self.error(f"argument --loss: {asked} ({candidate.package or 'rankloss'}) {reason}")
+            return LossEntry(build=_never, help=reason)
+
+    def _add_groups(self, names: list[str], entries: dict[str, LossEntry], asked: str | None) -> None:
+        if "--loss" in self._option_string_actions:
+            if asked in names:
+                self.error(f"argument --loss: this trainer has one of its own, {asked} cannot be used")
+            return
+        said = {TRAINERS_OWN: "the trainer's own loss (default)"}
+        said.update({name: entries[name].help for name in names if name in entries and entries[name].help})
+        self.add_argument_group("loss (rankloss)").add_argument(
+            "--loss",
+            choices=[TRAINERS_OWN, *names],
+            default=argparse.SUPPRESS,
+            help="; ".join(f"{name}: {text}" for name, text in said.items()).replace("%", "%%"),
+        )
+        for group in by_prefix(entries).values():
+            try:
+                add_options(self, group, entries[group[0]])
+            except argparse.ArgumentError as error:  # the trainer, or another loss, has this option
+                if asked in group:
+                    self.error(f"argument --loss: {asked} cannot be used: {error}")
+
+    def _complete(self, args: Any, entries: dict[str, LossEntry]) -> None:
+        name: str | None = getattr(args, "loss", None)
+        if name not in entries:
+            name = None  # the trainer's own
+        wrong = misplaced(name, entries, args)
+        if wrong:
+            self.error(wrong)
+        if name is None:
+            return
+        entry = entries[name]
+        for option in entry.options:
+            if not hasattr(args, dest(name, entry, option)):
+                setattr(args, dest(name, entry, option), option.default)
+        reason = _reason_against(name, entry, args)
+        if reason is not None:
+            self.error(f"argument {reason if reason.startswith('--') else f'--loss: {reason}'}")
+        options = catalog.option_values(name, entry, args)
+        data = entry.caption_key(options) is not None or entry.reference_features(options) is not None
+        missing = self.unpatched(data=data)
+        if missing:
+            self.error(f"argument --loss: rankloss_open_clip did not reach {', '.join(missing)}")
 
 
 def _asked(argv: list[str]) -> tuple[str | None, bool]:
@@ -143,123 +177,42 @@ def _asked(argv: list[str]) -> tuple[str | None, bool]:
     return seen.loss, seen.help
 
 
-def _own_entries() -> dict[str, LossEntry]:
-    known = catalog.candidates()
-    return {name: known[name].load() for name in BUILT_IN}
-
-
 def _never(*_: Any) -> Any:
     raise AssertionError("a loss that only --help has seen")
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _add_groups(
-    parser: argparse.ArgumentParser,
-    known: dict[str, catalog.Candidate],
-    entries: dict[str, LossEntry],
-    asked: str | None,
-) -> None:
-    taken = parser._option_string_actions
-    if flag("rankclip", entries["rankclip"], entries["rankclip"].options[0]) in taken:
-        return  # a parser that parses twice
-    own = taken.get("--loss")
-    names = [TRAINERS_OWN, *known]
-    if own is None:
-        said = {TRAINERS_OWN: "the trainer's own loss (default)"}
-        said.update({name: entries[name].help for name in known if name in entries and entries[name].help})
-        parser.add_argument_group("loss (rankloss)").add_argument(
-            "--loss",
-            choices=names,
-            default=argparse.SUPPRESS,
-            help="; ".join(f"{name}: {text}" for name, text in said.items()).replace("%", "%%"),
-        )
-    else:
-        if own.choices is not None:
-            own.choices = [*own.choices, *(name for name in known if name not in own.choices)]
-        parser.set_defaults(**{BASE_LOSS: own.default})
-    for names in by_prefix(entries).values():
-        try:
-            add_options(parser, names, entries[names[0]])
-        except argparse.ArgumentError as error:  # the trainer, or another loss, has this option
-            if asked in names:
-                parser.error(f"argument --loss: {asked} cannot be used: {error}")
-
-
-def _complete(parser: TrainerParser, args: Any, entries: dict[str, LossEntry]) -> None:
-    name: str | None = getattr(args, "loss", None)
-    if name not in entries:
-        name = None  # the trainer's own
-    wrong = misplaced(name, entries, args)
-    if wrong:
-        parser.error(wrong)
-    if name is None:
-        if hasattr(args, BASE_LOSS):
-            delattr(args, BASE_LOSS)
-        return
-    wanted = entries[name]
-    for option in wanted.options:
-        if not hasattr(args, dest(name, wanted, option)):
-            setattr(args, dest(name, wanted, option), option.default)
-
-    verdict = parser.verdict(versions.imported())
-    if not verdict.usable:
-        parser.error(f"argument --loss: {verdict.remark}")
-    if getattr(args, "horovod", False):
-        parser.error(f"argument --loss: {name} does not work with --horovod, use torchrun")
-    if _is_generative(args):
-        parser.error(
-            f"argument --loss: {name} compares images with texts, but {args.model} is trained to generate"
-        )
-    reason = _reason_against(name, wanted, args)
-    if reason is not None:
-        parser.error(f"argument {reason if reason.startswith('--') else f'--loss: {reason}'}")
-    missing = parser.unpatched(data=_in_the_data(name, wanted, args) != (None, None))
-    if missing:
-        parser.error(f"argument --loss: rankloss_open_clip did not reach {', '.join(missing)}")
-
-
-def _reason_against(name: str, loaded: LossEntry, args: Any) -> str | None:
+def _reason_against(name: str, entry: LossEntry, args: Any) -> str | None:
     """Why the loss cannot work with the trainer's arguments; a reason about one option begins with it."""
-    if loaded.no_sigmoid and getattr(args, "siglip", False):
-        return f"{name} does not work with --siglip: {loaded.no_sigmoid}"
-    if loaded.only_sigmoid and not getattr(args, "siglip", False):
-        return f"{name} needs --siglip: {loaded.only_sigmoid}"
-    entry, options = loaded.taking(args), catalog.option_values(name, loaded, args)
-    reason = entry.refuse(options, gather_of(args))
-    if reason is not None:
-        return with_flag(name, loaded, reason)
-    caption, features = _in_the_data(name, loaded, args)
-    if caption is not None and features is not None:
-        return f"{name} needs a second caption and a teacher's features, of which a text can have one"
-    if features is not None:
+    options = catalog.option_values(name, entry, args)
+    reason = reason_against(name, entry, options, gather_of(args), conditions_of(args))
+    features = entry.reference_features(options)
+    if reason is None and features is not None:
         from rankloss_open_clip import reference_features
 
-        if distils(args):
-            reason = "excludes --distill-model, which is a teacher too"
-        else:
-            reason = reference_features.refuse(features, args)
-        return None if reason is None else with_flag(name, loaded, f"reference_features: {reason}")
-    if entry.uses_teacher(options) and not distils(args):
-        return (
-            f"{name} ranks by a teacher: name it with --distill-model and --distill-pretrained, or give its "
-            "features"
-        )
-    if getattr(args, "siglip", False) and distils(args) and entry.keeps_distillation(options):
-        if entry.uses_teacher(options) and "distill_loss" in options:
-            reason = "must be exclude with --siglip, whose bias the trainer's distillation loss does not take"
-            return with_flag(name, loaded, f"distill_loss: {reason}")
-        return (
-            f"{name} does not work with --siglip and --distill-model: the trainer's distillation loss does "
-            "not take a bias"
-        )
-    if caption is None:
-        return None
-    from rankloss_open_clip import captions
+        reason = reference_features.refuse(features, two_widths=_has_no_cross_term(options))
+        reason = reason and f"reference_features: {reason}"
+    return None if reason is None else with_flag(name, entry, reason)
 
-    return captions.refuse(args)
+
+def conditions_of(args: Any) -> dict[str, str]:
+    """The conditions of :mod:`rankloss_trainers.refusals` that hold in a run, in the command line's words."""
+    model, sigmoid = getattr(args, "model", ""), getattr(args, "siglip", False)
+    # Options of open_clip's later trainer.
+    texts = [f"--{x.replace('_', '-')}" for x in ("json_text_key", "variable_text") if getattr(args, x, None)]
+    synthetic = getattr(args, "dataset_type", None) == "synthetic"
+    words = {
+        "horovod": "--horovod" if getattr(args, "horovod", False) else "",
+        "generative": model if _is_generative(args) else "",
+        "sigmoid": "--siglip" if sigmoid else "",
+        "softmax": "" if sigmoid else "--siglip",
+        "distills": "--distill-model" if distils(args) else "",
+        "no_teacher": "" if distils(args) else "--distill-model and --distill-pretrained",
+        "synthetic": "--dataset-type synthetic" if synthetic else "",
+        "coca": model if "coca" in model.lower() else "",
+        "torchscript": "--torchscript" if getattr(args, "torchscript", False) else "",
+        "other_texts": ", ".join(texts),
+    }
+    return {condition: said for condition, said in words.items() if said}
 
 
 def distils(args: Any) -> bool:

@@ -5,29 +5,30 @@ of that stays; only the values differ:
 
 - The text and its companion are one text, with a separator between, from the moment they are read: the
   column of a CSV file, the text of a webdataset sample.
-- The tokenizer of the training data splits them and gives ``[rows, width]`` integers instead of
-  ``[context]``.
-- A hook in front of the model turns ``[B, rows, width]`` into what the model takes, and one behind it adds
-  the rest to the model's output, from where it reaches the loss. The model is called once, so DDP sees one
-  forward.
+- The tokenizer of the training data splits them, and puts the companion behind the tokens as further
+  integers: ``[n, 1, context + width]`` instead of ``[n, context]``.
+- A hook in front of the model splits ``[B, 1, context + width]`` into what the model takes and the rest, and
+  one behind it adds the rest to the model's output, from where it reaches the loss. The model is called
+  once, so DDP sees one forward.
 
 Validation data, zero-shot prompts and ``encode_text`` have no companion and are not changed. The companions
-are a second caption (:mod:`rankloss_open_clip.captions`) and a teacher's features
-(:mod:`rankloss_open_clip.reference_features`).
+are a second caption and a teacher's precomputed features (:mod:`rankloss_open_clip.reference_features`).
 """
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _SEPARATOR = "\x1f"  # ASCII's own, which no caption contains
-_PATIENCE = 100  # samples without a companion, before the first with one
+_MAX_MISSING = 100  # samples without a companion, before the first with one
 
 _HOOKED = "_rankloss_open_clip_companion"
 
@@ -37,12 +38,11 @@ class Companion(ABC):
 
     Attributes:
         name: What a message calls it.
+        context: The length of a tokenized text.
     """
 
     name: str
-
-    def prepare(self, tokenizer: Any) -> None:  # noqa: B027 (not every companion has something to learn)
-        """Learn from the trainer's tokenizer what :meth:`take_off` depends on."""
+    context: int
 
     @abstractmethod
     def of_rows(self, path: str, separator: str, count: int) -> Sequence[str]:
@@ -62,31 +62,74 @@ class Companion(ABC):
         """The companion of a webdataset sample, as text, or None."""
 
     @abstractmethod
-    def encode(self, tokenize: Callable[[list[str]], Tensor], pairs: list[tuple[str, str]]) -> Tensor:
-        """Texts and their companions as integers, ``[n, rows, width]``."""
+    def encode(self, tokenize: Callable[[list[str]], Tensor], companions: list[str]) -> Tensor:
+        """Companions as integers, ``[n, width]``."""
+
+    def texts(self, tokens: Tensor, companions: Tensor) -> Tensor:  # noqa: ARG002
+        """What the model is called with, of ``[B, context]`` and ``[B, width]``."""
+        return tokens
 
     @abstractmethod
-    def take_off(self, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The model's texts, ``[M, context]``, of ``[B, rows, width]``, and what is to join its output."""
-
-    def share_out(self, output: dict[str, Any], taken: dict[str, Tensor]) -> dict[str, Any]:
-        """The model's output with what was taken off its texts."""
-        return {**output, **taken}
+    def merge(self, output: dict[str, Any], companions: Tensor) -> dict[str, Any]:
+        """The model's output with the companions, ``[B, width]``."""
 
 
-def refuse(companion: str, args: Any) -> str | None:
-    """Why the trainer's arguments rule out a companion of this name, or None."""
-    if getattr(args, "dataset_type", None) == "synthetic":
-        return f"--dataset-type synthetic has no {companion}"
-    if "coca" in args.model.lower():
-        return f"{args.loss} does not work with CoCa, whose decoder reads the tokens of the batch itself"
-    if getattr(args, "torchscript", False):
-        return f"{args.loss} does not work with --torchscript: a compiled model takes no {companion}"
-    # Options of open_clip's later trainer.
-    for option in ("json_text_key", "variable_text"):
-        if getattr(args, option, None):
-            return f"{args.loss} does not work with --{option.replace('_', '-')}"
-    return None
+class SecondCaption(Companion):
+    """A second caption, whose features become ``caption_features`` of the model's output.
+
+    Both captions are encoded in one call.
+
+    Args:
+        key: A column of a CSV file; in a webdataset the extension of a text file, or ``json:FIELD``.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.name = f"second caption {key!r}"
+
+    def of_rows(self, path: str, separator: str, count: int) -> Sequence[str]:  # noqa: ARG002
+        """See :class:`Companion`."""
+        import pandas  # type: ignore[import-untyped]
+
+        columns = list(pandas.read_csv(path, sep=separator, nrows=0).columns)
+        if self.key not in columns:
+            raise ValueError(
+                f"{path} has no column {self.key!r} for the second caption; it has {', '.join(columns)}"
+            )
+        second = pandas.read_csv(path, sep=separator, usecols=[self.key])[self.key]
+        empty = second.isna()
+        if empty.any():
+            raise ValueError(
+                f"{path} has no second caption in {int(empty.sum())} rows: column {self.key!r} is empty, "
+                f"first in row {int(empty.argmax()) + 1}"
+            )
+        captions: list[str] = second.tolist()
+        return captions
+
+    def of_sample(self, sample: dict[str, Any]) -> str | None:
+        """See :class:`Companion`."""
+        kind, _, name = self.key.partition(":")
+        if kind != "json" or not name:
+            second = sample.get(self.key.lower())
+        else:
+            try:
+                second = json.loads(sample["json"])[name]
+            except (KeyError, TypeError, ValueError):
+                second = None
+        return None if second is None else _text(second)
+
+    def encode(self, tokenize: Callable[[list[str]], Tensor], companions: list[str]) -> Tensor:
+        """See :class:`Companion`."""
+        return tokenize(companions)
+
+    def texts(self, tokens: Tensor, companions: Tensor) -> Tensor:
+        """The first captions, then the second ones."""
+        return torch.cat([tokens, companions])
+
+    def merge(self, output: dict[str, Any], companions: Tensor) -> dict[str, Any]:  # noqa: ARG002
+        """The features of both captions, apart."""
+        first, second = output["text_features"].chunk(2)
+        return {**output, "text_features": first, "caption_features": second}
 
 
 # --- reading --------------------------------------------------------------------------------------------
@@ -144,7 +187,7 @@ class JoinedSamples:
                 yield sample
             elif second is None:
                 missing += 1
-                if not found and missing >= _PATIENCE:
+                if not found and missing >= _MAX_MISSING:
                     break
         if missing and not found:
             members = ", ".join(name for name in sample if not name.startswith("__"))
@@ -155,11 +198,10 @@ class JoinedSamples:
 
 
 def _joined(first: Any, second: Any) -> str:
-    return _SEPARATOR.join(as_text(part).replace(_SEPARATOR, " ") for part in (first, second))
+    return _SEPARATOR.join(_text(part).replace(_SEPARATOR, " ") for part in (first, second))
 
 
-def as_text(value: Any) -> str:
-    """A text from what a reader gives for it."""
+def _text(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
@@ -167,19 +209,19 @@ def as_text(value: Any) -> str:
 
 
 class JoinedTokenizer:
-    """The trainer's tokenizer applied to n texts with companions: ``[n, rows, width]``."""
+    """The trainer's tokenizer applied to n texts with companions: ``[n, 1, context + width]``."""
 
     def __init__(self, tokenizer: Any, companion: Companion) -> None:
         self.tokenizer = tokenizer
         self.companion = companion
-        companion.prepare(tokenizer)
+        companion.context = tokenizer([""]).shape[-1]
 
     def __getattr__(self, name: str) -> Any:
         if name == "tokenizer":  # not set yet (copy, pickle): do not look it up in itself
             raise AttributeError(name)
         return getattr(self.tokenizer, name)
 
-    def __call__(self, texts: str | list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, texts: str | list[str]) -> Tensor:
         """Tokenize every text and encode its companion.
 
         Raises:
@@ -192,9 +234,13 @@ class JoinedTokenizer:
                     f"a training text must be joined with a {self.companion.name}, got {len(pair)} parts: "
                     f"{pair!r}"
                 )
-        return self.companion.encode(
-            lambda captions: self.tokenizer(captions, *args, **kwargs), [(a, b) for a, b in pairs]
-        )
+
+        def tokenize(captions: list[str]) -> Tensor:
+            tokens: Tensor = self.tokenizer(captions)
+            return tokens.long()
+
+        captions, companions = (list(column) for column in zip(*pairs, strict=True))
+        return torch.cat([tokenize(captions), self.companion.encode(tokenize, companions)], dim=1)[:, None]
 
 
 # --- the model ------------------------------------------------------------------------------------------
@@ -211,19 +257,20 @@ def split_features(model: nn.Module, companion: Companion) -> None:
         model = inner
     if getattr(model, _HOOKED, False):
         return
-    held: list[dict[str, Tensor]] = []  # what was taken off the texts of the present call
+    held: list[Tensor] = []  # the companions of the present call
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         held.clear()
         text = kwargs.get("text", args[1] if len(args) > 1 else None)
         if not isinstance(text, Tensor) or text.dim() != 3:
             return None
-        text, taken = companion.take_off(text)
-        held.append(taken)
+        tokens, companions = (x.contiguous() for x in text[:, 0].tensor_split([companion.context], dim=1))
+        held.append(companions)
+        text = companion.texts(tokens, companions)
         return (args, {**kwargs, "text": text}) if "text" in kwargs else ((args[0], text, *args[2:]), kwargs)
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG001
-        return companion.share_out(output, held.pop()) if held else None
+        return companion.merge(output, held.pop()) if held else None
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, with_kwargs=True)

@@ -19,8 +19,7 @@ class TrainerLoss(DrivenLoss):
         uses_teacher: Whether the loss is given the features of the trainer's teacher under its own names.
         keeps_distillation: Whether the base is given them, under the trainer's names (``dist_image_features``
             and so on), where the trainer has a teacher.
-        **driven: ``unit``, ``first_call`` and ``evaluate`` of
-            :class:`rankloss_trainers.driven_loss.DrivenLoss`.
+        **driven: ``unit`` and ``evaluate`` of :class:`rankloss_trainers.driven_loss.DrivenLoss`.
     """
 
     def __init__(

@@ -4,11 +4,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-PREFIXES = ("rankclip", "cyclip", "alip", "streamed")
+PREFIXES = ("rankclip", "streamed")
 """What the options of rankloss's own losses begin with: :data:`rankloss_trainers.catalog.PREFIXES`."""
-
-BASE_LOSS = "rankclip_base_loss"
-"""Where the trainer's own ``--loss`` default is kept, should a trainer have such an option."""
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 """The values that the trainer's ``--loss-dist-impl`` is meant to have."""
@@ -20,5 +17,5 @@ def asks_for_loss(argv: "Iterable[str]") -> bool:
     ``--los`` counts: without the plug-in it is read as ``--loss-dist-impl`` too. That option itself does not.
     """
     names = [str(argument).partition("=")[0] for argument in argv]
-    options = tuple(f"--{prefix}" for prefix in PREFIXES)
+    options = tuple(f"--{prefix}-" for prefix in PREFIXES)
     return any(name in ("--los", "--loss") or name.startswith(options) for name in names)

@@ -7,14 +7,13 @@ run without ``--loss``. What needs torch is imported by the first call that need
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import inspect
 import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from rankloss_open_clip import command_line, names, versions
+from rankloss_open_clip import command_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,96 +21,34 @@ if TYPE_CHECKING:
 
     from rankloss_open_clip.companions import Companion
 
+    Original = Callable[..., Any]
+    Act = Callable[[Original, inspect.BoundArguments], Any]
+
 _PATCHED = "_rankloss_open_clip_patched"
 _COMPANION = "_rankloss_open_clip_companion"  # of the training data, where the loss needs one
 
-# What every loss depends on, and what only a loss depends on that needs more of the data than pairs.
-_PATCHED_NAMES = {
-    "open_clip.factory": ("create_loss", "create_task"),
-    "open_clip": ("create_loss", "create_task"),
-    "open_clip_train.params": ("parse_args",),
-    "open_clip_train.train": ("train_one_epoch",),
-    "open_clip_train.legacy_train": ("train_one_epoch",),
-    "open_clip_train.main": ("create_loss", "create_task", "parse_args", "train_one_epoch", "pt_load"),
-    "open_clip_train.legacy_main": ("create_loss", "parse_args", "train_one_epoch", "pt_load"),
-    "open_clip_train.file_utils": ("pt_load",),
-}
-_DATA_NAMES = {"open_clip_train.data": ("get_csv_dataset", "get_wds_dataset")}
 
-
-def patch_factory(module: ModuleType) -> None:
-    """Let ``create_loss``, and ``create_task`` where there is one, wrap the loss they build.
+def patch(module: ModuleType) -> None:
+    """Patch one of the modules that :mod:`rankloss_open_clip.bootstrap` waits for.
 
     Args:
-        module: ``open_clip.factory``.
+        module: The module.
 
     Raises:
-        AttributeError: The module has neither function.
+        AttributeError: A function that every loss depends on is missing, or the parser is not argparse's.
+        TypeError: The parameters of ``train_one_epoch`` name neither the loss and the epoch nor a state.
     """
-    if not hasattr(module, "create_loss") and not hasattr(module, "create_task"):
+    name = module.__name__.rpartition(".")[2]
+    if name == "factory" and not (hasattr(module, "create_loss") or hasattr(module, "create_task")):
         raise AttributeError(f"{module.__name__} has neither create_loss nor create_task")
-    if hasattr(module, "create_loss"):
-        _wrap(module, "create_loss", _creating_loss)
-    if hasattr(module, "create_task"):
-        _wrap(module, "create_task", _creating_task)
-
-
-def patch_params(module: ModuleType) -> None:
-    """Let ``parse_args`` know the options of :mod:`rankloss_open_clip.command_line`.
-
-    Args:
-        module: ``open_clip_train.params``.
-
-    Raises:
-        AttributeError: The module has no ``parse_args``, or takes no parser class from argparse.
-    """
-    if _parser_name(module) is None:
-        raise AttributeError(f"{module.__name__} does not use argparse's ArgumentParser")
-    _wrap(module, "parse_args", functools.partial(_parsing, module, PatchedParser))
-
-
-def patch_train(module: ModuleType) -> None:
-    """Let ``train_one_epoch`` tell the ranking loss which epoch begins.
-
-    Args:
-        module: ``open_clip_train.train`` or ``open_clip_train.legacy_train``.
-
-    Raises:
-        AttributeError: The module has no ``train_one_epoch``.
-        TypeError: Its parameters name neither the loss and the epoch nor a state that holds them.
-    """
-    _check_train_one_epoch(module)
-    _wrap(module, "train_one_epoch", _training)
-
-
-def _check_train_one_epoch(module: ModuleType) -> None:
-    parameters = inspect.signature(module.train_one_epoch).parameters
-    if not {"data", "args"} <= parameters.keys() or not (
-        {"loss", "epoch"} <= parameters.keys() or "state" in parameters
-    ):
-        raise TypeError(f"{module.__name__}.train_one_epoch has unknown parameters: {', '.join(parameters)}")
-
-
-def patch_data(module: ModuleType) -> None:
-    """Let the readers of training data join what a loss needs of them to the captions.
-
-    A module without them is left alone: few losses need more than pairs, see :func:`unpatched`.
-
-    Args:
-        module: ``open_clip_train.data``.
-    """
-    if hasattr(module, "get_csv_dataset"):
-        _wrap(module, "get_csv_dataset", _reading_csv)
-    if hasattr(module, "get_wds_dataset") and hasattr(module, "tarfile_to_samples_nothrow"):
-        _wrap(module, "get_wds_dataset", functools.partial(_reading_shards, module))
-
-
-def patch_file_utils(module: ModuleType) -> None:
-    """Let ``pt_load`` hand the state of a loss in a checkpoint to :mod:`rankloss_open_clip.checkpoints`.
-
-    Args:
-        module: ``open_clip_train.file_utils``.
-    """
+    if name == "params":
+        _check_parser(module)
+        _wrap(module, "parse_args", _parsing(module, missed))
+    if name in ("train", "legacy_train"):
+        _check_train_one_epoch(module)
+    for function, act in _ACTS.items():
+        if hasattr(module, function):
+            _wrap(module, function, _with_loss(act))
     if hasattr(module, "pt_load"):
         _wrap(module, "pt_load", _loading)
 
@@ -134,39 +71,36 @@ def patch_trainer(module: ModuleType, create_loss: str = "create_loss") -> None:
     if "args" not in inspect.signature(getattr(module, create_loss)).parameters:
         raise TypeError(f"{module.__name__}.{create_loss} has no parameter args")
     _check_train_one_epoch(module)
-    params = _home(module, "parse_args")
-    if _parser_name(params) is None:
-        raise AttributeError(f"{params.__name__} does not use argparse's ArgumentParser")
+    params, readers = _home(module, "parse_args"), _home(module, "get_data")
+    _check_parser(params)
 
-    _wrap(module, create_loss, _creating_loss)
-    _wrap(module, "parse_args", functools.partial(_parsing, params, _parser_of(module, create_loss)))
-    _wrap(module, "train_one_epoch", _training)
-    patch_file_utils(module)
-    if hasattr(module, "get_data"):
-        patch_data(_home(module, "get_data"))
+    def unread(*, data: bool) -> list[str]:
+        return [f"{readers.__name__}.{name}" for name in _READERS if data and not _is_patched(readers, name)]
+
+    _wrap(module, create_loss, _with_loss(_create_loss))
+    _wrap(module, "parse_args", _parsing(params, unread))
+    _wrap(module, "train_one_epoch", _with_loss(_train_one_epoch))
+    if hasattr(module, "pt_load"):
+        _wrap(module, "pt_load", _loading)
+    for name in _READERS:
+        if hasattr(readers, name):
+            _wrap(readers, name, _with_loss(_ACTS[name]))
 
 
-def _parser_of(module: ModuleType, create_loss: str) -> type[PatchedParser]:
-    class AttachedParser(PatchedParser):
-        """The parser of an attached trainer."""
+def missed(*, data: bool = True) -> list[str]:
+    """Loaded functions of open_clip and its trainer that ``--loss`` needs, and that are not patched.
 
-        def unpatched(self, *, data: bool) -> list[str]:
-            """The functions of this trainer that are not patched."""
-            needed = [(module, name) for name in (create_loss, "parse_args", "train_one_epoch")]
-            if data:
-                readers = _home(module, "get_data")
-                needed += [(readers, name) for name in _DATA_NAMES["open_clip_train.data"]]
-            return [
-                f"{where.__name__}.{name}"
-                for where, name in needed
-                if not getattr(getattr(where, name, None), _PATCHED, False)
-            ]
-
-        def verdict(self, version: str) -> versions.Verdict:
-            """The layout was recognised, so no version of open_clip is too old."""
-            return versions.judge(version, attached=True)
-
-    return AttachedParser
+    Args:
+        data: Whether the loss needs more of the training data than pairs.
+    """
+    names = [name for name in (*_ACTS, "parse_args", "pt_load") if data or name not in _READERS]
+    return [
+        f"{module}.{name}"
+        for module, loaded in sorted(sys.modules.items())
+        if module in ("open_clip", "open_clip.factory") or module.startswith("open_clip_train.")
+        for name in names
+        if hasattr(loaded, name) and not _is_patched(loaded, name)
+    ]
 
 
 def _home(module: ModuleType, name: str) -> ModuleType:
@@ -174,98 +108,21 @@ def _home(module: ModuleType, name: str) -> ModuleType:
     return sys.modules.get(getattr(getattr(module, name, None), "__module__", ""), module)
 
 
-def unpatched(*, data: bool = False) -> list[str]:
-    """Functions of open_clip that are loaded, that ``--loss`` depends on, and that are not patched.
-
-    Args:
-        data: Whether the loss depends on the readers of training data too.
-    """
-    names = {**_PATCHED_NAMES, **_DATA_NAMES} if data else _PATCHED_NAMES
-    return [
-        f"{name}.{attribute}"
-        for name, attributes in names.items()
-        for attribute in attributes
-        if hasattr(sys.modules.get(name), attribute)
-        and not getattr(getattr(sys.modules[name], attribute), _PATCHED, False)
-    ]
+def _is_patched(module: ModuleType, name: str) -> bool:
+    return getattr(getattr(module, name, None), _PATCHED, False)
 
 
-def _wrap(module: ModuleType, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = getattr(module, name)
-    # The mark sits on the function, not on the module: a reloaded module has new functions to patch.
-    if getattr(original, _PATCHED, False):
-        return
-    replacement = functools.wraps(original)(wrapper(original))
-    setattr(replacement, _PATCHED, True)
-    setattr(module, name, replacement)
-    # Modules that took the function by name before it was patched (attach() called late).
-    for other, attributes in _PATCHED_NAMES.items():
-        if name in attributes and getattr(sys.modules.get(other), name, None) is original:
-            setattr(sys.modules[other], name, replacement)
+def _check_train_one_epoch(module: ModuleType) -> None:
+    parameters = inspect.signature(module.train_one_epoch).parameters
+    if not {"data", "args"} <= parameters.keys() or not (
+        {"loss", "epoch"} <= parameters.keys() or "state" in parameters
+    ):
+        raise TypeError(f"{module.__name__}.train_one_epoch has unknown parameters: {', '.join(parameters)}")
 
 
-def _creating_loss(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    def create_loss(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        options = bound.arguments["args"]
-        if command_line.requested(options) is None:
-            return original(*args, **kwargs)
-        from rankloss_open_clip.training import build_loss
-
-        bound.arguments["args"] = _base_arguments(options)
-        base = original(*bound.args, **bound.kwargs)
-        # This trainer adds up every value of the dict that a loss returns.
-        return build_loss(base, options, sums_every_value=True)
-
-    return create_loss
-
-
-def _creating_task(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    def create_task(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        options = bound.arguments["args"]
-        if command_line.requested(options) is None:
-            return original(*args, **kwargs)
-        from rankloss_open_clip.training import build_loss
-
-        bound.arguments["args"] = _base_arguments(options)
-        task = original(*bound.args, **bound.kwargs)
-        if getattr(task, "loss", None) is None or getattr(task, "primary_key", "image") != "image":
-            raise ValueError(
-                f"--loss {options.loss} needs a task that compares images with texts, got "
-                f"{type(task).__name__}"
-            )
-        _compile_base(task.loss, options)
-        # A task adds up the keys that end in `_loss`, and logs the others.
-        task.loss = build_loss(task.loss, options, sums_every_value=False)
-        return task
-
-    return create_task
-
-
-def _compile_base(base: Any, options: Any) -> None:
-    """Compile the trainer's own loss alone, where it would have been compiled as a part of the task.
-
-    The loss around it is not compiled (see :class:`rankloss_trainers.driven_loss.DrivenLoss`), nor would be
-    what it calls.
-    """
-    strategy = getattr(options, "torchcompile_strategy", None)
-    if getattr(options, "torchcompile", False) and strategy in ("task", "step"):
-        given = {"backend": options.torchcompile_backend, "mode": options.torchcompile_mode}
-        base.compile(**{name: value for name, value in given.items() if value is not None})
-
-
-def _base_arguments(options: Any) -> Any:
-    """The arguments for the factory of the base loss: a ``--loss`` of the trainer's own gets its default."""
-    if not hasattr(options, names.BASE_LOSS):
-        return options
-    options = copy.copy(options)
-    options.loss = getattr(options, names.BASE_LOSS)
-    return options
+def _check_parser(module: ModuleType) -> None:
+    if _parser_name(module) is None:
+        raise AttributeError(f"{module.__name__} does not use argparse's ArgumentParser")
 
 
 def _parser_name(module: ModuleType) -> str | None:
@@ -277,87 +134,69 @@ def _parser_name(module: ModuleType) -> str | None:
     return None
 
 
-class PatchedParser(command_line.TrainerParser):
-    """The trainer's parser, which knows what of the trainer is patched."""
-
-    def unpatched(self, *, data: bool) -> list[str]:
-        """See :func:`unpatched`."""
-        return unpatched(data=data)
+# --- wrapping -------------------------------------------------------------------------------------------
 
 
-def _parsing(
-    module: ModuleType, parser_class: type[PatchedParser], original: Callable[..., Any]
-) -> Callable[..., Any]:
-    def parse_args(*args: Any, **kwargs: Any) -> Any:
-        # The parser is created, filled and used inside the call, so the class is replaced during it.
-        name = _parser_name(module)
-        if name is None:
-            return original(*args, **kwargs)  # a call from within a call
-        replaced = getattr(module, name)
-        replacement: Any = parser_class
-        if name == "argparse":
-            replacement = types.ModuleType("argparse")
-            vars(replacement).update(vars(argparse), ArgumentParser=parser_class)
-        setattr(module, name, replacement)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            setattr(module, name, replaced)
-
-    return parse_args
+def _wrap(module: ModuleType, name: str, wrapper: Callable[[Original], Original]) -> None:
+    original = getattr(module, name)
+    # The mark sits on the function, not on the module: a reloaded module has new functions to patch.
+    if getattr(original, _PATCHED, False):
+        return
+    replacement = functools.wraps(original)(wrapper(original))
+    setattr(replacement, _PATCHED, True)
+    setattr(module, name, replacement)
+    # Modules that took the function by name before it was patched (attach() called late).
+    for other in list(sys.modules.values()):
+        if getattr(other, "__dict__", {}).get(name) is original:
+            setattr(other, name, replacement)
 
 
-def _reading_csv(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
+def _with_loss(act: Act) -> Callable[[Original], Original]:
+    """Call ``act`` in place of a function that takes ``args``, in a run with ``--loss``."""
 
-    def get_csv_dataset(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        options, companion = bound.arguments["args"], _companion(bound.arguments)
-        if companion is None:
-            return original(*args, **kwargs)
-        from rankloss_open_clip.companions import JoinedTokenizer, join_csv
+    def wrapper(original: Original) -> Original:
+        signature = inspect.signature(original)
 
-        bound.arguments["tokenizer"] = JoinedTokenizer(bound.arguments["tokenizer"], companion)
-        info = original(*bound.args, **bound.kwargs)
-        join_csv(info.dataloader.dataset, options.train_data, options.csv_separator, companion)
-        setattr(info, _COMPANION, companion)
-        return info
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            if command_line.requested(bound.arguments["args"]) is None:
+                return original(*args, **kwargs)
+            return act(original, bound)
 
-    return get_csv_dataset
+        return call
+
+    return wrapper
 
 
-def _reading_shards(module: ModuleType, original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
+def _parsing(module: ModuleType, unpatched: Callable[..., list[str]]) -> Callable[[Original], Original]:
+    class Parser(command_line.TrainerParser):
+        """The parser that knows what of this trainer is not patched."""
 
-    def get_wds_dataset(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        options, companion = bound.arguments["args"], _companion(bound.arguments)
-        if companion is None:
-            return original(*args, **kwargs)
-        from rankloss_open_clip.companions import JoinedSamples, JoinedTokenizer
+    Parser.unpatched = staticmethod(unpatched)
 
-        bound.arguments["tokenizer"] = JoinedTokenizer(bound.arguments["tokenizer"], companion)
-        # The pipeline is built inside the call, so the reader is replaced during it.
-        read = module.tarfile_to_samples_nothrow
-        vars(module)["tarfile_to_samples_nothrow"] = JoinedSamples(
-            read, companion, getattr(options, "text_key", None) or "txt"
-        )
-        try:
-            info = original(*bound.args, **bound.kwargs)
-        finally:
-            vars(module)["tarfile_to_samples_nothrow"] = read
-        setattr(info, _COMPANION, companion)
-        return info
+    def wrapper(original: Original) -> Original:
+        def parse_args(*args: Any, **kwargs: Any) -> Any:
+            # The parser is created, filled and used inside the call, so the class is replaced during it.
+            name = _parser_name(module)
+            if name is None:
+                return original(*args, **kwargs)  # a call from within a call
+            replaced = getattr(module, name)
+            replacement: Any = Parser
+            if name == "argparse":
+                replacement = types.ModuleType("argparse")
+                vars(replacement).update(vars(argparse), ArgumentParser=Parser)
+            setattr(module, name, replacement)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                setattr(module, name, replaced)
 
-    return get_wds_dataset
+        return parse_args
 
-
-def _companion(given: dict[str, Any]) -> Companion | None:
-    """What comes with the texts of training data."""
-    return command_line.companion_of(given["args"]) if given["is_train"] else None
+    return wrapper
 
 
-def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
+def _loading(original: Original) -> Original:
     signature = inspect.signature(original)
 
     def pt_load(*args: Any, **kwargs: Any) -> Any:
@@ -371,26 +210,98 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
     return pt_load
 
 
-def _training(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
+# --- what is called in a run with --loss ------------------------------------------------------------------
 
-    def train_one_epoch(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        options = given["args"]
-        if command_line.requested(options) is not None:
-            from rankloss_open_clip.training import start_epoch
 
-            # The state of open_clip's later trainer holds the task, and the task holds model and loss.
-            state = given.get("state")
-            loss = given["loss"] if state is None else getattr(state.task, "loss", None)
-            epoch = given["epoch"] if state is None else state.epoch
-            optimizer = (given if state is None else vars(state)).get("optimizer")
-            start_epoch(loss, epoch, given["data"], options, optimizer, given.get("tb_writer"))
-            companion = getattr(given["data"]["train"], _COMPANION, None)
-            if companion is not None:
-                from rankloss_open_clip.companions import split_features
+def _create_loss(original: Original, bound: inspect.BoundArguments) -> Any:
+    from rankloss_open_clip.training import build_loss
 
-                split_features(given["model"] if state is None else state.task.trainable_module, companion)
-        return original(*args, **kwargs)
+    base = original(*bound.args, **bound.kwargs)
+    # This trainer adds up every value of the dict that a loss returns.
+    return build_loss(base, bound.arguments["args"], sums_every_value=True)
 
-    return train_one_epoch
+
+def _create_task(original: Original, bound: inspect.BoundArguments) -> Any:
+    from rankloss_open_clip.training import build_loss
+
+    options = bound.arguments["args"]
+    task = original(*bound.args, **bound.kwargs)
+    if getattr(task, "loss", None) is None or getattr(task, "primary_key", "image") != "image":
+        raise ValueError(
+            f"--loss {options.loss} needs a task that compares images with texts, got {type(task).__name__}"
+        )
+    if getattr(options, "torchcompile", False) and options.torchcompile_strategy in ("task", "step"):
+        # The loss around the trainer's own is not compiled, and neither would be what it calls.
+        given = {"backend": options.torchcompile_backend, "mode": options.torchcompile_mode}
+        task.loss.compile(**{name: value for name, value in given.items() if value is not None})
+    # A task adds up the keys that end in `_loss`, and logs the others.
+    task.loss = build_loss(task.loss, options, sums_every_value=False)
+    return task
+
+
+def _train_one_epoch(original: Original, bound: inspect.BoundArguments) -> Any:
+    from rankloss_open_clip.companions import split_features
+    from rankloss_open_clip.training import start_epoch
+
+    given = bound.arguments
+    # The state of open_clip's later trainer holds the task, and the task holds model and loss.
+    state = given.get("state")
+    loss = given["loss"] if state is None else getattr(state.task, "loss", None)
+    epoch = given["epoch"] if state is None else state.epoch
+    optimizer = (given if state is None else vars(state)).get("optimizer")
+    start_epoch(loss, epoch, given["data"], given["args"], optimizer, given.get("tb_writer"))
+    companion = getattr(given["data"]["train"], _COMPANION, None)
+    if companion is not None:
+        split_features(given["model"] if state is None else state.task.trainable_module, companion)
+    return original(*bound.args, **bound.kwargs)
+
+
+def _get_csv_dataset(original: Original, bound: inspect.BoundArguments) -> Any:
+    companion = _companion(bound)
+    info = original(*bound.args, **bound.kwargs)
+    if companion is not None:
+        from rankloss_open_clip.companions import join_csv
+
+        options = bound.arguments["args"]
+        join_csv(info.dataloader.dataset, options.train_data, options.csv_separator, companion)
+        setattr(info, _COMPANION, companion)
+    return info
+
+
+def _get_wds_dataset(original: Original, bound: inspect.BoundArguments) -> Any:
+    companion = _companion(bound)
+    if companion is None:
+        return original(*bound.args, **bound.kwargs)
+    from rankloss_open_clip.companions import JoinedSamples
+
+    # The pipeline is built inside the call, so the reader is replaced during it.
+    names: dict[str, Any] = inspect.unwrap(original).__globals__
+    read = names["tarfile_to_samples_nothrow"]
+    text_key = getattr(bound.arguments["args"], "text_key", None) or "txt"
+    names["tarfile_to_samples_nothrow"] = JoinedSamples(read, companion, text_key)
+    try:
+        info = original(*bound.args, **bound.kwargs)
+    finally:
+        names["tarfile_to_samples_nothrow"] = read
+    setattr(info, _COMPANION, companion)
+    return info
+
+
+def _companion(bound: inspect.BoundArguments) -> Companion | None:
+    """What comes with the texts of training data, once the call's tokenizer knows of it."""
+    given = bound.arguments
+    companion = command_line.companion_of(given["args"]) if given["is_train"] else None
+    if companion is not None:
+        from rankloss_open_clip.companions import JoinedTokenizer
+
+        given["tokenizer"] = JoinedTokenizer(given["tokenizer"], companion)
+    return companion
+
+
+_READERS: dict[str, Act] = {"get_csv_dataset": _get_csv_dataset, "get_wds_dataset": _get_wds_dataset}
+_ACTS: dict[str, Act] = {
+    "create_loss": _create_loss,
+    "create_task": _create_task,
+    "train_one_epoch": _train_one_epoch,
+    **_READERS,
+}

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankloss_open_clip import companions
 from rankloss_open_clip.companions import Companion
 
 if TYPE_CHECKING:
@@ -30,25 +29,16 @@ IN_SAMPLES = {"samples": NAMES, "samples:image": NAMES[:1], "samples:text": NAME
 """The values that mean members of a webdataset's samples, and which members."""
 
 
-def refuse(where: str, args: Any) -> str | None:
-    """Why features from there cannot be used with the trainer's arguments, or None."""
-    kind = getattr(args, "dataset_type", None)
-    if kind == "auto":
-        kind = {"tar": "webdataset", "csv": "csv", "tsv": "csv"}.get(str(args.train_data).split(".")[-1])
-    if where in IN_SAMPLES and kind == "csv":
-        return f"{where} names members of a webdataset's samples; rows of a CSV file need a file of features"
-    if where not in IN_SAMPLES:
-        if kind == "webdataset":
-            return (
-                f"{where} is read by row number, which a webdataset's samples do not have; put the features "
-                f"into the samples and give one of {', '.join(IN_SAMPLES)}"
-            )
-        opened.cache_clear()  # of an earlier run in this process
-        try:
-            opened(where)
-        except (OSError, ValueError) as error:
-            return str(error)
-    return companions.refuse("row of precomputed features", args)
+def refuse(where: str, *, two_widths: bool) -> str | None:
+    """Why features from there cannot be used, or None."""
+    if where in IN_SAMPLES:
+        return None
+    opened.cache_clear()  # of an earlier run in this process
+    try:
+        ReferenceFeatures(where, two_widths=two_widths)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 @functools.lru_cache(maxsize=1)
@@ -56,7 +46,7 @@ def opened(path: str) -> Mapping[str, np.ndarray[Any, Any]]:
     """The arrays of a directory, mapped into memory, or those of an ``.npz`` file, read into it.
 
     Raises:
-        ValueError: There are none, or they are not matrices of floating-point numbers of one shape.
+        ValueError: There are none, or they are not matrices of floating-point numbers with as many rows.
         OSError: They cannot be read.
     """
     if Path(path).is_dir():
@@ -77,11 +67,10 @@ def opened(path: str) -> Mapping[str, np.ndarray[Any, Any]]:
                 f"{name} in {path} must be a matrix of floating-point numbers, a row per pair; got "
                 f"{array.dtype} {array.shape}"
             )
-    shapes = {array.shape for array in arrays.values()}
-    if len(shapes) > 1:
+    if len({len(array) for array in arrays.values()}) > 1:
         raise ValueError(
-            f"image_features and text_features in {path} must have one shape (columns of zeros change no "
-            f"similarity); got {' and '.join(str(array.shape) for array in arrays.values())}"
+            f"image_features and text_features in {path} must have a row per pair each; got "
+            f"{' and '.join(str(array.shape) for array in arrays.values())}"
         )
     return arrays
 
@@ -89,29 +78,49 @@ def opened(path: str) -> Mapping[str, np.ndarray[Any, Any]]:
 class ReferenceFeatures(Companion):
     """A teacher's features of the image, the text, or both.
 
-    The integers of a text are its tokens and after them, for each of the features, the bits of its numbers in
-    pairs: ``[n, 1, context + width]``.
+    Behind the tokens of a text are, for each of the features, the bits of its numbers in pairs. Features of
+    an odd width, and the shorter of two, end with zeros, which change no similarity within a modality.
 
     Args:
         where: A path that :func:`opened` takes, or one of :data:`IN_SAMPLES`.
+        two_widths: Whether images and texts may have features of different width, which only the in-modal
+            lists can be ranked by.
+
+    Raises:
+        ValueError: As :func:`opened`, or the widths differ.
+        OSError: As :func:`opened`.
     """
 
     name = "row of precomputed features"
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, *, two_widths: bool = False) -> None:
         self.where = where
+        self.two_widths = two_widths
         self.in_samples = where in IN_SAMPLES
-        self.names = IN_SAMPLES[where] if self.in_samples else tuple(opened(where))
-        self.context: int | None = None
-        self._shape: tuple[int, ...] | None = None
+        if self.in_samples:
+            self.names = IN_SAMPLES[where]
+        else:
+            arrays = opened(where)
+            self.names = tuple(arrays)
+            self._check_widths([array.shape[1] for array in arrays.values()], where)
+        self._lengths: list[int] = []  # of the first sample's features
         if self.in_samples:
             self.name = f"set of {' and '.join(f'{name}.npy' for name in self.names)}"
+
+    def _check_widths(self, widths: list[int], where: str) -> None:
+        if len(set(widths)) > 1 and not self.two_widths:
+            raise ValueError(
+                f"image_features and text_features in {where} must have one width to be compared with each "
+                f"other, got {widths[0]} and {widths[1]}; features of two encoders rank the in-modal lists "
+                "alone: lambda_cross=0, on the command line --rankclip-lambda-cross 0"
+            )
 
     def of_rows(self, path: str, separator: str, count: int) -> Sequence[str]:  # noqa: ARG002
         """The rows' own numbers."""
         if self.in_samples:
             raise ValueError(
-                f"{self.where} names members of a webdataset's samples, but {path} is a CSV file"
+                f"{self.where} names members of a webdataset's samples, but {path} is a CSV file, whose rows "
+                "need a file of features"
             )
         rows = len(next(iter(opened(self.where).values())))
         if rows != count:
@@ -123,47 +132,44 @@ class ReferenceFeatures(Companion):
     def of_sample(self, sample: dict[str, Any]) -> str | None:
         """The members' numbers as text; they are taken out of the sample."""
         if not self.in_samples:
-            raise ValueError(f"{self.where} has rows of a CSV file, but the samples come from a webdataset")
+            raise ValueError(
+                f"{self.where} is read by row number, which a webdataset's samples do not have; put the "
+                f"features into the samples and give one of {', '.join(IN_SAMPLES)}"
+            )
         members = [f"{name}.npy" for name in self.names]
         if not all(member in sample for member in members):
             return None
         # Taken out, or the trainer would decode them for nothing.
         arrays = [np.load(io.BytesIO(sample.pop(member))) for member in members]
-        shapes = [array.shape for array in arrays]
-        self._shape = shapes[0] if self._shape is None else self._shape
-        if len(self._shape) != 1 or any(shape != self._shape for shape in shapes):
+        where = f"sample {sample.get('__key__')!r}"
+        self._lengths = self._lengths or [array.size for array in arrays]
+        if any(array.shape != (length,) for array, length in zip(arrays, self._lengths, strict=True)):
             raise ValueError(
-                f"the features in the samples must be vectors of one length; got {shapes} in "
-                f"{sample.get('__key__')!r} and {self._shape} before"
+                f"the features in the samples must be vectors of one length; got "
+                f"{[array.shape for array in arrays]} in {where} and lengths of {self._lengths} before"
             )
-        features = _checked(np.stack(arrays), f"sample {sample.get('__key__')!r}")
-        return base64.b64encode(features.tobytes()).decode()
+        self._check_widths(self._lengths, where)
+        return " ".join(base64.b64encode(_checked(array, where).tobytes()).decode() for array in arrays)
 
-    def prepare(self, tokenizer: Any) -> None:
-        """The length of a tokenized text."""
-        self.context = tokenizer([""]).shape[-1]
-
-    def encode(self, tokenize: Callable[[list[str]], Tensor], pairs: list[tuple[str, str]]) -> Tensor:
+    def encode(self, tokenize: Callable[[list[str]], Tensor], companions: list[str]) -> Tensor:  # noqa: ARG002
         """See :class:`Companion`."""
-        tokens = tokenize([caption for caption, _ in pairs]).long()
-        bits = np.stack([_bits(self._features(text)) for _, text in pairs])
-        return torch.cat([tokens, torch.from_numpy(bits)], dim=1)[:, None]
+        return torch.from_numpy(np.stack([self._bits(text) for text in companions]))
 
-    def _features(self, text: str) -> np.ndarray[Any, Any]:
-        """One row of each of the features."""
+    def _bits(self, text: str) -> np.ndarray[Any, Any]:
+        """The numbers of one row of each of the features, two to an integer."""
         if self.in_samples:
-            return np.frombuffer(base64.b64decode(text), np.float32).reshape(len(self.names), -1)
-        row = np.stack([array[int(text)] for array in opened(self.where).values()])
-        return _checked(row, f"row {text} of {self.where}, counted from 0,")
+            rows = [np.frombuffer(base64.b64decode(part), np.float32) for part in text.split(" ")]
+        else:
+            where = f"row {text} of {self.where}, counted from 0,"
+            rows = [_checked(array[int(text)], where) for array in opened(self.where).values()]
+        width = max(map(len, rows))
+        width += width % 2
+        return np.concatenate([np.pad(row, (0, width - len(row))) for row in rows]).view(np.int64)
 
-    def take_off(self, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The tokens, and the features by the names that the loss has for them.
-
-        Features of an odd length end with a zero, which changes no similarity.
-        """
-        tokens, bits = text[:, 0, : self.context], text[:, 0, self.context :]
-        features = bits.contiguous().view(torch.float32).unflatten(1, (len(self.names), -1))
-        return tokens.contiguous(), {f"reference_{x}": features[:, i] for i, x in enumerate(self.names)}
+    def merge(self, output: dict[str, Any], companions: Tensor) -> dict[str, Any]:
+        """The output and the features, by the names that the loss has for them."""
+        features = companions.view(torch.float32).unflatten(1, (len(self.names), -1))
+        return {**output, **{f"reference_{name}": features[:, i] for i, name in enumerate(self.names)}}
 
 
 def _checked(features: np.ndarray[Any, Any], where: str) -> np.ndarray[Any, Any]:
@@ -174,9 +180,3 @@ def _checked(features: np.ndarray[Any, Any], where: str) -> np.ndarray[Any, Any]
     if not np.isfinite(features).all():
         raise ValueError(f"{where} has a feature that is not finite")
     return features
-
-
-def _bits(features: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Float32 numbers, two to an integer, ``[k, D]`` → ``[k·⌈D/2⌉]``."""
-    even = np.pad(features, ((0, 0), (0, features.shape[1] % 2)))
-    return np.ascontiguousarray(even).view(np.int64).ravel()

@@ -15,12 +15,13 @@ import rankloss
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.command_line import distils, gather_of
 from rankloss_open_clip.logged_terms import TrainerLoss
-from rankloss_open_clip.versions import imported, judge
+from rankloss_open_clip.versions import imported, remark
 from rankloss_trainers import catalog, state
 from rankloss_trainers.charts import AgreementCharts, Tracker, picture
 from rankloss_trainers.clock import Position
-from rankloss_trainers.driven_loss import call_alone, check_has_no_parameters
+from rankloss_trainers.driven_loss import call_alone
 from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.refusals import check_criterion
 
 _logger = logging.getLogger("rankloss_open_clip")
 
@@ -46,16 +47,13 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     name = args.loss
     _check_forward(name, base)
     candidate = catalog.candidates()[name]
-    loaded = candidate.load()
-    entry, options = loaded.taking(args), catalog.option_values(name, loaded, args)
+    entry = candidate.load()
+    options = catalog.option_values(name, entry, args)
     gather = gather_of(args)
     if distils(args) and not entry.keeps_distillation(options):
         # What the trainer would train with if it had no teacher; it refuses to distil CoCa.
         base = _SigLipLoss() if getattr(args, "siglip", False) else open_clip.ClipLoss()
-    criterion = entry.build(base if loaded.is_former else _shareable(base, gather), options, gather)
-    if not isinstance(criterion, nn.Module):
-        raise TypeError(f"--loss {name}: {candidate.reference} must build a module, got {criterion!r}")
-    check_has_no_parameters(f"--loss {name}", criterion)
+    criterion = check_criterion(f"--loss {name}", entry.build(_shareable(base, gather), options, gather))
     if state.has_state(criterion):
         criterion.to(args.device)
     loss = TrainerLoss(
@@ -65,7 +63,6 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
         uses_teacher=entry.uses_teacher(options) and entry.reference_features(options) is None,
         keeps_distillation=entry.keeps_distillation(options),
         unit=entry.unit if isinstance(entry.unit, str) else entry.unit(options, args.epochs),
-        first_call=entry.first_call,
         evaluate=call_alone if entry.log is None else entry.log(options),
     )
     if getattr(args, "rank", 0) == 0:
@@ -97,7 +94,7 @@ def start_epoch(
     if not isinstance(loss, TrainerLoss):
         raise RuntimeError(
             f"--loss {args.loss} was given, but the trainer trains with {type(loss).__name__}; "
-            "run `python -m rankloss_open_clip.doctor` for advice"
+            "run `rankloss doctor` for advice"
         )
     if not loss.clock.started:
         resumed_from = getattr(args, "resume", None)
@@ -158,10 +155,8 @@ def _log_start(candidate: catalog.Candidate, loss: TrainerLoss, base: nn.Module,
         f"{text}, " if text else "",
         imported(),
     )
-    # A release that is too old for anything else came here by an attached trainer.
-    remark = judge(imported(), attached=True).remark
-    if remark:
-        _logger.warning(remark)
+    if remark(imported()):
+        _logger.warning(remark(imported()))
 
 
 def _stands_on(loss: nn.Module, base: nn.Module) -> bool:

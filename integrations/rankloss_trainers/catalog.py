@@ -13,9 +13,7 @@ affect other runs. Only the standard library is imported here.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.metadata
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,22 +22,17 @@ from typing import Any
 GROUP = "rankloss.losses"
 """The group of the entry points."""
 
-FORMER_GROUP = "rankloss_open_clip.losses"
-"""The group's former name, which is read as well."""
-
 BUILT_IN = {
     "rankclip": "rankloss_trainers.own_losses:RANKCLIP",
     "rankclip-cross": "rankloss_trainers.own_losses:RANKCLIP_CROSS",
     "rankclip-in": "rankloss_trainers.own_losses:RANKCLIP_IN",
     "rankclip-distill": "rankloss_trainers.own_losses:RANKCLIP_DISTILL",
-    "cyclip": "rankloss_trainers.own_losses:CYCLIP",
-    "alip": "rankloss_trainers.own_losses:ALIP",
     "clip-streamed": "rankloss_trainers.own_losses:CLIP_STREAMED",
     "siglip-streamed": "rankloss_trainers.own_losses:SIGLIP_STREAMED",
 }
 """rankloss's own losses."""
 
-PREFIXES = ("rankclip", "cyclip", "alip", "streamed")
+PREFIXES = ("rankclip", "streamed")
 """What the options of rankloss's own losses begin with."""
 
 TRAINERS_OWN = "clip"
@@ -142,10 +135,8 @@ class LossEntry:
             epochs of a run are infinity, here and for ``unit``, where its data have no length.
         unit: ``"epoch"`` or ``"step"``, or ``(options, epochs) →`` one of them. Every part of the module that
             has the method is told where training stands: ``set_epoch(epoch, epochs)`` at the start of each
-            epoch, or ``set_progress(step, total_steps)`` before each optimizer step; both count from 1.
-        first_call: The name of a keyword that the module takes: True in the first call for an optimizer
-            step, False in the others, which gradient accumulation makes on the same features. Empty for
-            none.
+            epoch, or ``set_progress(step, total_steps)`` once before each optimizer step, for which gradient
+            accumulation may make several calls; both count from 1.
         caption_key: ``options → key`` of a second caption in the training data, or None. The module is then
             called with ``caption_features`` too.
         uses_teacher: ``options →`` whether it ranks by a teacher. The module is then called with
@@ -168,7 +159,6 @@ class LossEntry:
     refuse: Callable[..., str | None] = lambda *_: None
     describe: Callable[..., str] = lambda *_: ""
     unit: str | Callable[..., str] = "epoch"
-    first_call: str = ""
     caption_key: Callable[..., str | None] = lambda *_: None
     uses_teacher: Callable[..., bool] = lambda *_: False
     reference_features: Callable[..., str | None] = lambda *_: None
@@ -176,34 +166,6 @@ class LossEntry:
     no_sigmoid: str = ""
     only_sigmoid: str = ""
     log: Callable[[Options], Callable[..., Any]] | None = None
-
-    @property
-    def is_former(self) -> bool:
-        """Whether ``build`` has the former signature ``(base, args)``.
-
-        The other functions of such an entry take the trainer's arguments alone.
-        """
-        try:
-            inspect.signature(self.build).bind(None, None)
-        except (TypeError, ValueError):  # ValueError: a built-in without a signature
-            return False
-        return True
-
-    def taking(self, args: Any) -> LossEntry:
-        """An entry of the former signature as one of today's, for the trainer's arguments ``args``."""
-        if not self.is_former:
-            return self
-        return dataclasses.replace(
-            self,
-            build=lambda base, *_: self.build(base, args),
-            refuse=lambda *_: self.refuse(args),
-            describe=lambda *_: self.describe(args),
-            unit=self.unit if isinstance(self.unit, str) else lambda *_: self.unit(args),  # type: ignore[operator]
-            caption_key=lambda *_: self.caption_key(args),
-            uses_teacher=lambda *_: self.uses_teacher(args),
-            reference_features=lambda *_: self.reference_features(args),
-            keeps_distillation=lambda *_: self.keeps_distillation(args),
-        )
 
 
 def flag(name: str, entry: LossEntry, option: Option) -> str:
@@ -287,6 +249,4 @@ def shadowed() -> list[str]:
 
 
 def _entry_points() -> list[importlib.metadata.EntryPoint]:
-    return [
-        point for group in (GROUP, FORMER_GROUP) for point in importlib.metadata.entry_points(group=group)
-    ]
+    return list(importlib.metadata.entry_points(group=GROUP))

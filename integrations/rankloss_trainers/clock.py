@@ -83,8 +83,8 @@ class Clock:
         """
         if self._step is None:
             raise RuntimeError(
-                "the loss was told of no epoch: call start_epoch(), or start_step(), as the plug-in of a "
-                "trainer does"
+                "call start_epoch() or start_step() first, as a trainer's plug-in does: the loss is not told "
+                "where training stands"
             )
         calls, self._calls = self._calls, self._calls + 1
         position = self._position
@@ -115,13 +115,6 @@ def listeners(loss: nn.Module, method: str) -> list[Callable[[int, int], None]]:
 
 
 def _needs_two(function: Callable[..., Any]) -> bool:
-    signature = inspect.signature(function)
-    return _accepts(signature, 2) and not _accepts(signature, 1)
-
-
-def _accepts(signature: inspect.Signature, arguments: int) -> bool:
-    try:
-        signature.bind(*range(arguments))
-    except TypeError:
-        return False
-    return True
+    parameters = inspect.signature(function).parameters.values()
+    needed = [x for x in parameters if x.default is x.empty and x.kind is not x.VAR_KEYWORD]
+    return len(needed) == 2 and all(x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD) for x in needed)

@@ -10,33 +10,13 @@ no installed trainer has a problem, else 1.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from rankloss_trainers import catalog, doctor
 from rankloss_trainers.catalog import Candidate, LossEntry, flag
 
 
-@contextlib.contextmanager
-def readers_may_leave() -> Iterator[None]:
-    """Ends the process silently once nobody reads what it prints, as in ``rankloss losses | head -1``.
-
-    The exit code is then that of a program which SIGPIPE ends, so that a report cut short does not pass for
-    one with an outcome.
-    """
-    try:
-        try:
-            yield
-        finally:
-            print(end="", flush=True)  # here, where the error can be caught, and not at exit
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
-        sys.exit(128 + 13)
-
-
-@readers_may_leave()
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out what the command line says, and return the exit code."""
     parser = argparse.ArgumentParser(prog="rankloss", description="Losses for CLIP training, in any trainer.")

@@ -1,10 +1,9 @@
-"""Which installed trainers will honour a loss of the catalogue, and what would compute it here."""
+"""``rankloss doctor``: which trainers here will honour a loss of the catalogue, and what would compute it."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -39,7 +38,7 @@ TRAINERS = (
         "open_clip",
         ("open_clip_torch",),
         "open-clip",
-        "rankloss_open_clip.doctor:diagnose",
+        "rankloss_open_clip.diagnosis:problems",
         "python -m open_clip_train.main ... --loss rankclip; for a trainer laid out as before 2.26, "
         "python -m rankloss_open_clip --trainer training.main ... --loss rankclip",
     ),
@@ -81,10 +80,12 @@ TRAINERS = (
 
 def main() -> int:
     """Print the report and return 0 if no installed trainer has a problem, else 1."""
-    if importlib.util.find_spec("torch") is None:
-        print("torch is not installed: pip install torch")
+    try:
+        importlib.import_module("torch")
+    except Exception as error:  # a broken installation raises all kinds
+        print(f"torch cannot be imported: {type(error).__name__}: {error}")
         return 1
-    for line in (*machine(), *peculiarities()):
+    for line in (*machine(), *environment_warnings()):
         print(line)
     healthy = True
     for trainer in TRAINERS:
@@ -111,12 +112,12 @@ def examined(trainer: Trainer) -> tuple[bool, list[str]]:
     missing = [needed for needed in trainer.needs if not _version(needed)]
     if missing:
         return True, [f"{trainer.name} {version}: not ready to train without {', '.join(missing)}{install}"]
+    tested = _range_of(trainer.extra, name)
+    shown = f"{trainer.name} {version}{f' (tested with {tested})' if tested else ''}"
     problems = _problems(trainer.plugin)
-    tested = range_of(trainer.extra, name)
-    remark = "" if in_range(version, tested) else f" (tested with {tested})"
     if problems:
-        return False, [f"{trainer.name} {version}{remark}: no", *(f"- {problem}" for problem in problems)]
-    return True, [f"{trainer.name} {version}{remark}: yes, {trainer.use}"]
+        return False, [f"{shown}: no", *(f"- {problem}" for problem in problems)]
+    return True, [f"{shown}: yes, {trainer.use}"]
 
 
 def _version(distribution: str) -> str:
@@ -136,13 +137,8 @@ def _problems(plugin: str) -> list[str]:
         return [f"{module} cannot be imported: {type(error).__name__}: {error}"]
 
 
-def range_of(extra: str, distribution: str) -> str:
-    """The range of versions that an extra of rankloss asks for; empty if it does not say.
-
-    Example:
-        >>> range_of("no-such-extra", "torch")
-        ''
-    """
+def _range_of(extra: str, distribution: str) -> str:
+    """The range of versions that an extra of rankloss asks for; empty if it does not say."""
     try:
         requirements = importlib.metadata.requires("rankloss") or []
     except importlib.metadata.PackageNotFoundError:
@@ -150,34 +146,10 @@ def range_of(extra: str, distribution: str) -> str:
     for requirement in requirements:
         wanted, _, marker = requirement.partition(";")
         match = re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*(.*)", wanted.strip())
-        named = re.search(r"extra == ['\"]([^'\"]+)", marker)
-        if match and named and named[1] == extra and _normal(match[1]) == _normal(distribution):
+        same = match and re.sub(r"[-_.]+", "-", match[1]) == re.sub(r"[-_.]+", "-", distribution)
+        if match and same and re.search(rf"extra == ['\"]{extra}['\"]", marker):
             return ",".join(sorted(match[2].replace(" ", "").split(","), reverse=True))
     return ""
-
-
-def in_range(version: str, specifiers: str) -> bool:
-    """Whether a version satisfies ``>=`` and ``<``; other specifiers are left to the installer.
-
-    Example:
-        >>> in_range("4.57.6", ">=4.57,<6"), in_range("6.0.0", ">=4.57,<6"), in_range("1.0", "")
-        (True, False, True)
-    """
-    for specifier in filter(None, specifiers.split(",")):
-        match = re.fullmatch(r"(>=|<)([\d.]+)", specifier)
-        if match and (_release(version) >= _release(match[2])) != (match[1] == ">="):
-            return False
-    return True
-
-
-def _release(version: str) -> tuple[int, ...]:
-    numbers = re.match(r"\d+(?:\.\d+)*", version)
-    release = [int(number) for number in numbers[0].split(".")] if numbers else []
-    return tuple((*release, 0, 0, 0)[:3])
-
-
-def _normal(distribution: str) -> str:
-    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 # --- the machine and the process ------------------------------------------------------------------------
@@ -208,7 +180,7 @@ def machine() -> list[str]:
     return lines
 
 
-def peculiarities() -> list[str]:
+def environment_warnings() -> list[str]:
     """What in this process changes results, or keeps plug-ins from being loaded; empty if nothing does."""
     import torch
 

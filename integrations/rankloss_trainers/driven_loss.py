@@ -1,4 +1,4 @@
-"""A loss that is driven by a clock, and tells what it trains from what it logs."""
+"""A loss with a clock, which separates loss terms from metrics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Entries(NamedTuple):
 
     @classmethod
     def of(cls, loss: object, entries: Mapping[str, Tensor]) -> Entries:
-        """Tell the terms from the metrics, by their names.
+        """Separate the terms from the metrics, by their names.
 
         Args:
             loss: What gave them, for the errors.
@@ -79,7 +79,7 @@ class LoggedTerms(dict[str, Tensor]):
         return self._split(False).values()
 
     def copy(self) -> LoggedTerms:
-        """The same terms and metrics, still told apart."""
+        """The same terms and metrics."""
         return LoggedTerms(self._split(False), self._split(True))
 
     def _split(self, metrics: bool) -> dict[str, Tensor]:
@@ -92,29 +92,12 @@ def call_alone(criterion: nn.Module, call: Call, **inputs: Any) -> Mapping[str, 
     return entries
 
 
-def check_has_no_parameters(
-    what: str,
-    criterion: nn.Module,
-    why: str = "the trainer's optimizer does not know and would never train",
-) -> None:
-    """Raise a ValueError for a loss whose parameters would not be trained as they should.
-
-    Args:
-        what: What the error begins with.
-        criterion: The loss.
-        why: What the trainer does not do with them.
-    """
-    if any(parameter.requires_grad for parameter in criterion.parameters()):
-        raise ValueError(f"{what}: {type(criterion).__name__} has parameters, which {why}")
-
-
 class DrivenLoss(nn.Module):
     """A loss of the catalogue with its clock.
 
     Args:
         criterion: The loss, see :class:`rankloss_trainers.catalog.LossEntry`.
         unit: ``"epoch"`` or ``"step"``, see :class:`rankloss_trainers.clock.Clock`.
-        first_call: A keyword of the loss that tells the first call for an optimizer step; empty for none.
         evaluate: What calls the loss.
     """
 
@@ -123,13 +106,11 @@ class DrivenLoss(nn.Module):
         criterion: nn.Module,
         *,
         unit: str = "step",
-        first_call: str = "",
         evaluate: Evaluate = call_alone,
     ) -> None:
         super().__init__()
         self.criterion = criterion
         self.clock = Clock(criterion, unit)
-        self.first_call = first_call
         self.evaluate = evaluate
 
     def start_epoch(self, position: Position) -> None:
@@ -154,8 +135,6 @@ class DrivenLoss(nn.Module):
             ValueError: As :meth:`Entries.of`.
         """
         call = self.clock.advance()
-        if self.first_call:
-            inputs[self.first_call] = call.first
         # Always by name: only the names tell what is a term.
         entries = self.evaluate(
             self.criterion,

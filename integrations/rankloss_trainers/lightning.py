@@ -16,8 +16,11 @@ from torch import nn
 
 from rankloss.options import check_choice, check_count
 from rankloss_trainers.clock import tell
+from rankloss_trainers.refusals import refuse_run
 
 __all__ = ["Progress"]
+
+_METHODS = {"step": "set_progress", "epoch": "set_epoch"}
 
 
 class Progress(Callback):
@@ -29,19 +32,18 @@ class Progress(Callback):
     does not grow with λ.
 
     Args:
-        unit: ``"step"`` calls ``set_progress(step, total_steps)`` before each batch, with the optimizer step
-            that it is for; ``"epoch"`` calls ``set_epoch(epoch, epochs)`` before each epoch, as many as
-            ``max_epochs`` and ``max_steps`` let the run have. Both count from 1.
+        unit: ``"step"`` calls ``set_progress(step, total_steps)`` once before each optimizer step, whose
+            batches may be several; ``"epoch"`` calls ``set_epoch(epoch, epochs)`` before each epoch. Both
+            count from 1.
         total_steps: The optimizer steps of the run, where the trainer does not know them: a dataset without
-            a length, manual optimization, a ``GradientAccumulationScheduler``, or
-            ``StochasticWeightAveraging`` of a module with batch norm, unless ``max_steps`` alone ends the
-            run. Later steps stay at the last. None asks the trainer.
+            a length, a ``GradientAccumulationScheduler`` or ``StochasticWeightAveraging``, unless
+            ``max_steps`` alone ends the run. Later steps stay at the last. None asks the trainer.
 
     Raises:
         ValueError: for another unit, and for ``total_steps`` below 1 or beside ``unit="epoch"``; when
-            training begins, if the trainer does not know the run's steps, if no part of the module can be
-            told, or if several optimizers step, whose steps the trainer counts together.
-        RuntimeError: in training, under manual optimization, for steps that the trainer does not count.
+            training begins, if no part of the module can be told, if the trainer does not know the run's
+            steps (under ``unit="epoch"``, if ``max_epochs`` alone does not end it), and under manual
+            optimization, whose steps the trainer may not count.
 
     Example:
         >>> Progress(unit="batch")
@@ -50,31 +52,31 @@ class Progress(Callback):
     """
 
     def __init__(self, unit: Literal["step", "epoch"] = "step", *, total_steps: int | None = None) -> None:
-        check_choice("unit", unit, ("step", "epoch"))
+        check_choice("unit", unit, tuple(_METHODS))
         self.unit = unit
         self.total_steps = None if total_steps is None else check_count("total_steps", total_steps)
         if unit == "epoch" and total_steps is not None:
             raise ValueError(f"total_steps is for unit='step'; got total_steps={total_steps!r}, unit='epoch'")
         self._losses = nn.ModuleList()
         self._end = 0
-        self._has_stepped = False  # under manual optimization
+        self._told = 0  # an accumulated batch is no step of its own
 
     def on_sanity_check_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Before the first λ the module is validated."""
-        self._start(trainer, pl_module)
-        self._tell(trainer)
+        self.on_train_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Before the first epoch; a run that resumes within one gets no ``on_train_epoch_start`` for it."""
-        self._start(trainer, pl_module)
+        # A part of its own: the module is searched once, not at each step.
+        self._losses = nn.ModuleList(
+            part
+            for part in pl_module.modules()
+            if part is not pl_module and hasattr(part, _METHODS[self.unit])
+        )
+        if not self._losses:
+            raise ValueError(f"no part of {type(pl_module).__name__} has the method {_METHODS[self.unit]}")
+        self._end, self._told = self._end_of(trainer, pl_module), 0
         self._tell(trainer)
-        self._has_stepped, self._first_step = False, trainer.global_step
-        if not pl_module.automatic_optimization:
-            for optimizer in trainer.optimizers:
-                optimizer.register_step_post_hook(self._on_step)
-
-    def _on_step(self, *_: Any) -> None:
-        self._has_stepped = True
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ARG002
         """For losses that go by epochs."""
@@ -84,72 +86,31 @@ class Progress(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Before each batch; accumulated batches are for the same step."""
         if self.unit == "step":
-            if self._has_stepped and trainer.global_step == self._first_step:
-                raise RuntimeError(
-                    "an optimizer has stepped, and the trainer did not count it: with manual optimization, "
-                    "step what self.optimizers() gives, and not with use_pl_optimizer=False"
-                )
             self._tell(trainer)
 
-    def _start(self, trainer: Any, pl_module: nn.Module) -> None:
-        method = {"step": "set_progress", "epoch": "set_epoch"}[self.unit]
-        # A part of its own: the module is searched once, not at each step.
-        self._losses = nn.ModuleList(
-            part for part in pl_module.modules() if part is not pl_module and hasattr(part, method)
-        )
-        if not self._losses:
-            raise ValueError(f"no part of {type(pl_module).__name__} has the method {method}")
+    def _end_of(self, trainer: Any, pl_module: Any) -> int:
+        """The steps, or the epochs, of the run."""
+        if not pl_module.automatic_optimization:
+            refuse_run({"own_steps": "manual optimization"})
+        changing = (GradientAccumulationScheduler, StochasticWeightAveraging)  # each may change the estimate
+        uncounted = [type(each).__name__ for each in trainer.callbacks if isinstance(each, changing)]
+        end: float = trainer.max_epochs if trainer.max_epochs is not None else -1
         if self.unit == "epoch":
-            end = trainer.max_epochs
-            if end is None or end < 1:
-                raise ValueError(f"unit='epoch' needs a Trainer with max_epochs; got max_epochs={end!r}")
-            averaging = (each for each in trainer.callbacks if isinstance(each, StochasticWeightAveraging))
-            # swa_end is the last epoch that takes steps; with batch norm there is one after it.
-            ends = [end, *(each.swa_end + 1 for each in averaging)]
-            if trainer.max_steps != -1:
-                ends.append(_epochs(trainer, pl_module))
-            self._end = min(ends)
-            return
-        if len(trainer.optimizers) > 1:
-            raise ValueError(
-                f"the trainer counts the steps of {len(trainer.optimizers)} optimizers together; call "
-                "set_progress(step, total_steps) in training_step instead"
-            )
-        end = _steps(trainer, pl_module) if self.total_steps is None else self.total_steps
+            if trainer.max_steps != -1 or end < 1 or uncounted:
+                said = [f"max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}", *uncounted]
+                refuse_run({"no_epochs": ", ".join(said)})
+            return int(end)
+        if self.total_steps is not None:
+            return self.total_steps
+        if uncounted and end != -1:
+            refuse_run({"uncounted": uncounted[0]})
+        end = float(trainer.estimated_stepping_batches)
         if math.isinf(end) or end < 1:  # -1 stands for no limit
-            raise ValueError(
-                "the run has no known end: give the Trainer max_steps, or Progress its total_steps"
-            )
-        self._end = int(end)
+            refuse_run({"uncounted": "a run without a known end"})
+        return int(end)
 
     def _tell(self, trainer: Any) -> None:
-        if self.unit == "step":
-            tell(self._losses, "set_progress", min(trainer.global_step + 1, self._end), self._end)
-        else:
-            tell(self._losses, "set_epoch", min(trainer.current_epoch + 1, self._end), self._end)
-
-
-def _epochs(trainer: Any, pl_module: Any) -> int:
-    """The epochs of a run that ``max_steps`` may end."""
-    steps, batches = _steps(trainer, pl_module), trainer.num_training_batches
-    if math.isinf(batches):
-        raise ValueError("with max_steps, unit='epoch' needs data with a length; use unit='step'")
-    steps_per_epoch: int = math.ceil(batches / trainer.accumulate_grad_batches)
-    return max(1, math.ceil(steps / steps_per_epoch))
-
-
-def _steps(trainer: Any, pl_module: Any) -> float:
-    """The optimizer steps of the run, from the trainer's estimate where that is exact."""
-    cause = "" if pl_module.automatic_optimization else "manual optimization"
-    for each in trainer.callbacks:
-        if isinstance(each, GradientAccumulationScheduler) and each.going_to_accumulate_grad_batches():
-            cause = "a GradientAccumulationScheduler"
-        elif isinstance(each, StochasticWeightAveraging) and each.pl_module_contains_batch_norm(pl_module):
-            cause = "StochasticWeightAveraging and batch norm"  # adds an epoch without steps
-    # The estimate divides batches by trainer.accumulate_grad_batches, unless max_steps alone ends the run.
-    if cause and trainer.max_epochs != -1:
-        raise ValueError(
-            f"with {cause} the trainer does not know how many optimizer steps the run has: "
-            "give Progress its total_steps"
-        )
-    return float(trainer.estimated_stepping_batches)
+        now = trainer.global_step if self.unit == "step" else trainer.current_epoch
+        if now + 1 != self._told:
+            self._told = now + 1
+            tell(self._losses, _METHODS[self.unit], min(self._told, self._end), self._end)

@@ -1,10 +1,11 @@
-"""What is logged of rankloss's own losses beside their terms: λ, raw terms, agreement, histories.
+"""What is logged of rankloss's own losses beside their terms: λ, raw terms, agreement.
 
 Each function or object here is an ``evaluate`` of :class:`rankloss_trainers.driven_loss.DrivenLoss`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,36 +59,18 @@ class RankClipLog:
             return step
         return step + -step % every
 
-    def __call__(
-        self,
-        criterion: rankloss.RankClipLoss,
-        call: Call,
-        *,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        reference_image_features: Tensor | None = None,
-        reference_text_features: Tensor | None = None,
-        **base_inputs: Any,
-    ) -> Mapping[str, Tensor]:
+    def __call__(self, criterion: rankloss.RankClipLoss, call: Call, **inputs: Any) -> Mapping[str, Tensor]:
         """Call the loss."""
+        image_features: Tensor = inputs["image_features"]
         weights = _weights(criterion)
         measures = (
             self.agreement_every is not None and call.first and self.next_measured(call.step) == call.step
         )
         gathered = None
         if weights or measures:
-            gathered = criterion.consistency.gather(image_features, text_features)
-        inputs: dict[str, Any] = {
-            "image_features": image_features,
-            "text_features": text_features,
-            "logit_scale": logit_scale,
-            "gathered": gathered,
-            "reference_image_features": reference_image_features,
-            "reference_text_features": reference_text_features,
-            "output_dict": True,
-        }
-        entries: dict[str, Tensor] = dict(criterion(**inputs, **base_inputs))
+            gathered = criterion.consistency.gather(image_features, inputs["text_features"])
+        inputs = {**inputs, "gathered": gathered, "output_dict": True}
+        entries: dict[str, Tensor] = dict(criterion(**inputs))
         entries["rank_lambda"] = torch.full((), criterion.schedule_value, device=image_features.device)
         if any(weights.values()):
             raw = {name: entries[f"{name}_loss"].detach() / weight for name, weight in weights.items()}
@@ -114,6 +97,8 @@ def _weights(criterion: rankloss.RankClipLoss) -> dict[str, float]:
 
 @torch.no_grad()
 def _untrained_terms(consistency: rankloss.RankConsistency, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    taken = inspect.signature(consistency.forward).parameters
+    inputs = {name: value for name, value in inputs.items() if name in taken}  # the rest is the base's
     device = inputs["image_features"].device
     # Random ties must not move the generator by which the run's data are shuffled.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -125,14 +110,3 @@ def _untrained_terms(consistency: rankloss.RankConsistency, inputs: dict[str, An
 def _agreement(images: Tensor, texts: Tensor) -> dict[str, Tensor]:
     agreement = rankloss.metrics.rank_agreement(images, texts, max_anchors=_AGREEMENT_ANCHORS)
     return {f"{name}_tau": agreement[f"{name}_tau"].float() for name in _RANK_TERMS}
-
-
-def alip_log(criterion: rankloss.AlipLoss, call: Call, **inputs: Any) -> Mapping[str, Tensor]:
-    """The terms of ALIP, and the moving averages of its three cosines.
-
-    They are of the two captions, and of the image with each. They move in the first call for a step.
-    """
-    terms: Mapping[str, Tensor] = criterion(**inputs, update_histories=call.first, output_dict=True)
-    names = ("alip_text_caption", "alip_image_text", "alip_image_caption")
-    histories = criterion.histories.to(torch.float32, copy=True).unbind()
-    return {**terms, **dict(zip(names, histories, strict=True))}

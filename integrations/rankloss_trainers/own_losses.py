@@ -18,7 +18,7 @@ from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, choices_of
 from rankloss_trainers.catalog import LossEntry, Option, Options, count, count_type, number_type, weight
-from rankloss_trainers.logging import RankClipLog, alip_log
+from rankloss_trainers.logging import RankClipLog
 
 # --- RankCLIP -------------------------------------------------------------------------------------------
 
@@ -181,120 +181,27 @@ RANKCLIP = LossEntry(
 )
 
 
-def _with_defaults(**defaults: Any) -> tuple[Option, ...]:
-    """RankCLIP's options with some other defaults."""
-    return tuple(
+def _preset(help: str, **defaults: Any) -> LossEntry:
+    """RankCLIP with some other defaults, each of which can be given another value."""
+    options = (
         dataclasses.replace(option, default=defaults.get(option.key, option.default))
         for option in _RANKCLIP_OPTIONS
     )
+    return dataclasses.replace(RANKCLIP, help=help, options=tuple(options))
 
 
-def _without(term: str) -> LossEntry:
-    """RankCLIP without one of its terms."""
-    kept = "in" if term == "cross" else "cross"
-    key = f"lambda_{term}"
-
-    def refuse(options: Options, gather: Gather) -> str | None:
-        if options[key] != 0:
-            return f"{key}: rankclip-{kept} has no {term}-modal term, got {options[key]:g}"
-        return _refuse_rankclip(options, gather)
-
-    return dataclasses.replace(
-        RANKCLIP,
-        help=f"rankclip without its {term}-modal term: the ablation RankCLIP^{kept[0].upper()}",
-        options=_with_defaults(**{key: 0.0}),
-        refuse=refuse,
-    )
-
-
-RANKCLIP_CROSS = _without("in")
-RANKCLIP_IN = _without("cross")
+RANKCLIP_CROSS = _preset("rankclip without its in-modal term: the ablation RankCLIP^C", lambda_in=0.0)
+RANKCLIP_IN = _preset("rankclip without its cross-modal term: the ablation RankCLIP^I", lambda_cross=0.0)
 
 # What the miniature confirmed (docs/evidence.md), with the recipe's ramp.
-RANKCLIP_DISTILL = dataclasses.replace(
-    RANKCLIP,
-    help="the trainer's own plus the ranking terms held against a teacher's eight best ranks: rankclip with "
+RANKCLIP_DISTILL = _preset(
+    "the trainer's own plus the ranking terms held against a teacher's eight best ranks: rankclip with "
     "reference teacher, top-k 8, lambda-cross 64, lambda-in 64, distill-loss exclude",
-    options=_with_defaults(
-        reference="teacher", top_k=8, lambda_cross=64.0, lambda_in=64.0, distill_loss="exclude"
-    ),
-)
-
-
-# --- CyCLIP ---------------------------------------------------------------------------------------------
-
-CYCLIP = LossEntry(
-    build=lambda base, options, gather: rankloss.CyClipLoss(base, **options, gather=gather),
-    help="the trainer's own plus CyCLIP's cyclic consistency terms",
-    options=(
-        Option("lambda-cross", 0.25, "weight of the cross-modal term", {"type": weight, "metavar": "X"}),
-        Option("lambda-in", 0.25, "weight of the in-modal term", {"type": weight, "metavar": "X"}),
-    ),
-    describe=lambda options, _: (
-        f"weights {options['lambda_cross']:g} cross-modal and {options['lambda_in']:g} in-modal"
-    ),
-)
-
-
-# --- ALIP -----------------------------------------------------------------------------------------------
-
-
-def _build_alip(_: nn.Module, options: Options, gather: Gather) -> rankloss.AlipLoss:
-    weights = {key: value for key, value in options.items() if key != "caption_key"}
-    return rankloss.AlipLoss(**weights, gather=gather)
-
-
-def _refuse_alip(options: Options, _: Gather) -> str | None:
-    if options["caption_key"] is None:
-        return "alip needs a second caption of each image: name it with --alip-caption-key"
-    if not 0 <= options["momentum"] <= 1:
-        return f"momentum: must be in [0, 1], got {options['momentum']:g}"
-    return None
-
-
-ALIP = LossEntry(
-    build=_build_alip,
-    help="CLIP's loss on two captions of each image, weighted by how well they fit (ALIP)",
-    options=(
-        Option(
-            "caption-key",
-            None,
-            "where the synthetic caption is: a column of a CSV file; in a webdataset the extension of a text "
-            "file, or json:FIELD; in Hugging Face's Trainer the prefix of its columns",
-            {"metavar": "KEY"},
-            "must be given",
-        ),
-        Option(
-            "gamma-sample",
-            2.0,
-            "how steeply a sample's weight falls with the similarity of its captions",
-            {"type": weight, "metavar": "X"},
-        ),
-        Option(
-            "gamma-pair",
-            2.0,
-            "how steeply a pair's weight changes with its similarity",
-            {"type": weight, "metavar": "X"},
-        ),
-        Option(
-            "momentum", 0.99, "share of the histories that a step keeps", {"type": weight, "metavar": "X"}
-        ),
-        Option(
-            "initial-history",
-            1.0,
-            "where the histories start; 1 closes almost every gate at first",
-            {"type": number_type(), "metavar": "X"},
-        ),
-    ),
-    refuse=_refuse_alip,
-    describe=lambda options, _: (
-        f"second caption {options['caption_key']!r}, gamma {options['gamma_sample']:g} for samples and "
-        f"{options['gamma_pair']:g} for pairs, histories from {options['initial_history']:g} with momentum "
-        f"{options['momentum']:g}"
-    ),
-    caption_key=lambda options: options["caption_key"],
-    no_sigmoid="it weighs the pairs of a softmax loss of its own",
-    log=lambda _: alip_log,
+    reference="teacher",
+    top_k=8,
+    lambda_cross=64.0,
+    lambda_in=64.0,
+    distill_loss="exclude",
 )
 
 

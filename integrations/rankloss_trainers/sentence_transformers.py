@@ -8,13 +8,11 @@ It takes the loss, and the callback that tells it where training stands::
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
 from torch import Tensor, nn
@@ -23,15 +21,12 @@ from transformers import TrainerCallback
 
 import rankloss
 from rankloss.losses import base_entries
-from rankloss.options import RankOptions
-from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms, check_has_no_parameters
+from rankloss.options import check_count
+from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms
 from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.refusals import check_criterion, refuse_run
 
 __all__ = ["CachedRankClipLoss", "Progress", "RankClipLoss"]
-
-_logger = logging.getLogger("rankloss_trainers")
-
-_LARGEST_SCALE = 100.0  # CLIP's own limit of a learnable scale
 
 Columns = Iterable[dict[str, Tensor]]
 
@@ -54,9 +49,6 @@ class RankClipLoss(nn.Module):
     Args:
         model: The ``SentenceTransformer`` that is trained.
         scale: The multiplier of the similarities, 1/temperature.
-        learn_scale: Train the logarithm of the scale, as CLIP does, between 1 and 100 (or as far as ``scale``
-            is beyond). The trainer's optimizer knows the parameters of a loss; :class:`Progress` keeps the
-            value in checkpoints.
         output_dict: Return the terms by name, which the trainer adds up and logs, and with them the λ of the
             schedule and the raw terms, which it only logs. False returns their sum, which a loss that is
             wrapped in another (``MatryoshkaLoss``) has to.
@@ -82,27 +74,22 @@ class RankClipLoss(nn.Module):
         model: nn.Module,
         *,
         scale: float = 20.0,
-        learn_scale: bool = False,
         output_dict: bool = True,
         agreement_every: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale must be positive and finite; got {scale!r}")
+        if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale must be a positive and finite number; got {scale!r}")
+        if agreement_every is not None:
+            check_count("agreement_every", agreement_every)
         self.model = model
-        self.scale_limits = min(scale, 1.0), max(scale, _LARGEST_SCALE)
-        log_scale = torch.tensor(math.log(scale))
-        if learn_scale:
-            self.logit_scale = nn.Parameter(log_scale)
-            self.logit_scale.register_hook(_averaged)
-        else:
-            self.register_buffer("logit_scale", log_scale, persistent=False)
+        self.scale = scale
         self.output_dict = output_dict
         self.driven_loss = DrivenLoss(
             rankloss.RankClipLoss(**options), unit="step", evaluate=RankClipLog(agreement_every)
         )
-        check_has_no_parameters(
+        check_criterion(
             type(self).__name__,
             self.driven_loss.criterion,
             "the trainer would neither average over its processes nor keep in its checkpoints",
@@ -126,29 +113,18 @@ class RankClipLoss(nn.Module):
         labels: Tensor | None = None,  # noqa: ARG002
     ) -> Any:
         """The loss of the two columns' embeddings, ``[N, D]`` each, of any norm."""
-        if self.training and torch.is_grad_enabled():
-            self._limit_the_scale()
-        entries = self._entries(embeddings, self.logit_scale)
+        entries = self._entries(embeddings)
         return LoggedTerms(*entries) if self.output_dict else entries.total
-
-    @property
-    def learns_scale(self) -> bool:
-        """Whether the scale is trained."""
-        return isinstance(self.logit_scale, nn.Parameter)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What a model card says of the loss."""
         criterion: Any = self.driven_loss.criterion
-        schedule = criterion.schedule
-        default, options = RankOptions(), criterion.consistency.options
-        changed = {name: value for name, value in vars(options).items() if value != getattr(default, name)}
         return {
-            "scale": round(self.logit_scale.exp().item(), 6),
-            "learn_scale": self.learns_scale,
+            "scale": self.scale,
             "base": type(criterion.base).__name__,
-            "schedule": getattr(schedule, "__name__", repr(schedule)),
+            "schedule": getattr(criterion.schedule, "__name__", repr(criterion.schedule)),
             **{name: getattr(criterion, name) for name in ("lambda_cross", "lambda_in", "normalizer")},
-            **changed,
+            **criterion.consistency.options.changed,
         }
 
     @property
@@ -163,9 +139,13 @@ class RankClipLoss(nn.Module):
 }
 """
 
-    def _entries(self, embeddings: list[Tensor], log_scale: Tensor) -> Entries:
+    def _entries(self, embeddings: list[Tensor]) -> Entries:
         images, texts = (_normalized(x) for x in embeddings)
-        features = {"image_features": images, "text_features": texts, "logit_scale": log_scale.exp()}
+        features: dict[str, Any] = {
+            "image_features": images,
+            "text_features": texts,
+            "logit_scale": self.scale,
+        }
         criterion: Any = self.driven_loss.criterion
         if not torch.is_grad_enabled():
             if len(images) < criterion.consistency.gather.min_pairs:
@@ -180,13 +160,8 @@ class RankClipLoss(nn.Module):
         entries: Entries = self.driven_loss(**features)
         return entries
 
-    @torch.no_grad()
-    def _limit_the_scale(self) -> None:
-        if self.learns_scale:
-            self.logit_scale.clamp_(*map(math.log, self.scale_limits))
 
-
-class CachedRankClipLoss(RankClipLoss):
+class CachedRankClipLoss(CachedLossMixin, RankClipLoss):
     """:class:`RankClipLoss` of any batch size, in the memory of one mini-batch (GradCache).
 
     The batch is embedded in mini-batches without gradients; the loss of the whole batch gives the gradients
@@ -206,28 +181,20 @@ class CachedRankClipLoss(RankClipLoss):
         "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021.
     """
 
-    uses_gradient_cache = True  # MatryoshkaLoss then decorates calculate_loss
-
     def __init__(self, model: nn.Module, *, mini_batch_size: int = 32, **options: Any) -> None:
         if has_static_embedding_input(model):
             raise ValueError(
-                "the inputs of a StaticEmbedding cannot be split into mini-batches; use RankClipLoss"
+                "model begins with a StaticEmbedding, whose inputs cannot be split into mini-batches; "
+                "use RankClipLoss"
             )
-        if mini_batch_size < 1:
-            raise ValueError(f"mini_batch_size must be at least 1; got {mini_batch_size!r}")
         super().__init__(model, **options)
-        self.mini_batch_size = mini_batch_size
+        self.mini_batch_size = check_count("mini_batch_size", mini_batch_size)
         self._calculated: list[Entries] = []
 
     def forward(self, sentence_features: Columns, labels: Tensor | None = None) -> Any:
         """As :meth:`RankClipLoss.forward`."""
-        if self.training and torch.is_grad_enabled():
-            self._limit_the_scale()
         self._calculated = []
-        grad_cache = _GradCache(self)
-        total: Tensor = grad_cache.forward_cached(_two(sentence_features), labels)
-        if grad_cache.value.requires_grad:  # adds 0, and the gradient of the scale, which GradCache detaches
-            total = total + (grad_cache.value - grad_cache.value.detach())
+        total = self.forward_cached(_two(sentence_features), labels)
         if not self.output_dict:
             return total
         if len(self._calculated) != 1:
@@ -249,63 +216,28 @@ class CachedRankClipLoss(RankClipLoss):
         with_backward: bool = False,
     ) -> Tensor:
         """The loss of embeddings that come in mini-batches; what GradCache asks of a loss."""
-        log_scale = self.logit_scale.detach().requires_grad_(self.learns_scale and with_backward)
-        terms, metrics = self._entries([torch.cat(column) for column in reps], log_scale)
-        total = Entries(terms, metrics).total
+        entries = self._entries([torch.cat(column) for column in reps])
+        total = entries.total
         if with_backward:
             total.backward()
-            total = total.detach()
-        if log_scale.grad is not None:
-            # Its backward pass is the trainer's, so that the factors of trainer and MatryoshkaLoss apply.
-            total = total + log_scale.grad * (self.logit_scale - self.logit_scale.detach())
-        self._calculated.append(Entries({name: term.detach() for name, term in terms.items()}, metrics))
-        return total
+        terms = {name: term.detach() for name, term in entries.terms.items()}
+        self._calculated.append(Entries(terms, entries.metrics))
+        return total.detach()
 
     def get_config_dict(self) -> dict[str, Any]:
         """What a model card says of the loss."""
         return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}
 
-    @property
-    def citation(self) -> str:
-        """BibTeX for model cards."""
-        return f"""{super().citation}
-@inproceedings{{gradcache2021,
-    title={{Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup}},
-    author={{{{The GradCache authors}}}},
-    booktitle={{Workshop on Representation Learning for NLP (RepL4NLP)}},
-    year={{2021}}
-}}
-"""
-
-
-class _GradCache(CachedLossMixin):
-    """GradCache's forward pass, which detaches the value of the loss; here it is kept."""
-
-    value: Tensor
-
-    def __init__(self, loss: CachedRankClipLoss) -> None:
-        self.model, self.mini_batch_size = loss.model, loss.mini_batch_size
-        self._calculate_loss = loss.calculate_loss  # as a MatryoshkaLoss may have decorated it
-
-    def calculate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss's own."""
-        self.value = self._calculate_loss(*args, **kwargs)
-        return self.value
-
 
 class Progress(TrainerCallback):
     """Tells losses where a sentence-transformers (or transformers) Trainer stands, at each optimizer step.
-
-    A learnable scale is no part of the model, so checkpoints do not have it: the callback keeps it in the
-    trainer's own state, gives it back to a resumed run, and logs a warning if the checkpoint has none.
 
     Args:
         *losses: The losses that the trainer was given, or losses that hold them.
 
     Raises:
-        ValueError: None of the losses is rankloss's; when training begins, if another ``Progress`` of the
-            trainer also has a loss that learns its scale, and for several datasets on several processes,
-            unless the losses have ``gather=False``.
+        ValueError: None of the losses is rankloss's; when training begins, for several datasets on several
+            processes, unless the losses have ``gather=False``.
     """
 
     def __init__(self, *losses: nn.Module) -> None:
@@ -315,35 +247,11 @@ class Progress(TrainerCallback):
             raise ValueError(f"losses must hold a RankClipLoss or CachedRankClipLoss; got {given}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Restore the scales of a resumed run, and put them into every checkpoint."""
-        if isinstance(getattr(kwargs.get("train_dataloader"), "dataset", None), ConcatDataset):
-            self._check_gathers_nothing()
-        learning = [loss for loss in self._losses if loss.learns_scale]
-        if not learning:
-            return
-        kept = state.stateful_callbacks.get(_KEY)
-        if isinstance(kept, _Scales):
-            raise ValueError("give all losses that learn their scale to one Progress: Progress(loss, other)")
-        if kept is not None:
-            for loss, scale in zip(learning, kept["attributes"]["logit_scales"], strict=True):
-                nn.init.constant_(loss.logit_scale, scale)
-        elif state.global_step > 0:
-            _logger.warning(
-                "The checkpoint of step %d holds no learned scale: it starts anew at %s",
-                state.global_step,
-                ", ".join(f"{loss.logit_scale.exp().item():g}" for loss in learning),
-            )
-        state.stateful_callbacks[_KEY] = _Scales(learning)
-
-    def _check_gathers_nothing(self) -> None:
-        for loss in self._losses:
-            criterion: Any = loss.driven_loss.criterion
-            if criterion.consistency.gather.place[1] > 1:
-                raise ValueError(
-                    "at one step each process has a batch of another dataset, and the loss would contrast "
-                    "them with each other, or wait for a process that calls another loss: with several "
-                    "datasets on several processes give each loss gather=False"
-                )
+        """Refuse what would contrast one dataset with another."""
+        criteria: list[Any] = [loss.driven_loss.criterion for loss in self._losses]
+        several = isinstance(getattr(kwargs.get("train_dataloader"), "dataset", None), ConcatDataset)
+        if several and any(each.consistency.gather.place[1] > 1 for each in criteria):
+            refuse_run({"several_datasets": ""})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Once per optimizer step."""
@@ -351,39 +259,14 @@ class Progress(TrainerCallback):
             loss.driven_loss.clock.start_step(state.global_step + 1, state.max_steps)
 
 
-_KEY = "rankloss_trainers.sentence_transformers.Progress"
-
-
-class _Scales:
-    """The learned scales as an entry of the trainer's state, read when the trainer writes it.
-
-    An ``ExportableState`` would not do: with ``restore_callback_states_from_checkpoint`` the trainer calls
-    its class with arguments from JSON, which cannot hold the losses.
-    """
-
-    def __init__(self, losses: list[RankClipLoss]) -> None:
-        self._losses = losses
-
-    def __deepcopy__(self, memo: Any) -> dict[str, Any]:
-        """The entry that is written: the trainer's state is copied by ``dataclasses.asdict`` first."""
-        return {"args": {}, "attributes": {"logit_scales": [x.logit_scale.item() for x in self._losses]}}
-
-
 def _two(sentence_features: Columns) -> list[dict[str, Tensor]]:
     columns = list(sentence_features)
     if len(columns) != 2:
-        raise ValueError(f"the dataset must have two columns of pairs; got {len(columns)}")
+        raise ValueError(
+            f"sentence_features must be the two columns of a dataset of pairs; got {len(columns)}"
+        )
     return columns
 
 
 def _normalized(x: Tensor) -> Tensor:
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-
-
-def _averaged(gradient: Tensor) -> Tensor:
-    """The mean over the processes: DDP averages the model's gradients, and the loss is no part of it."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return gradient
-    total = gradient.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -25,7 +26,7 @@ def saved(name: str, loss: nn.Module) -> dict[str, Any]:
 
 
 def restore(name: str, loss: nn.Module, state: Mapping[str, Any] | None) -> str:
-    """Load what :func:`saved` gave.
+    """Load what :func:`saved` gave; a tensor may have become a list of numbers in between.
 
     Returns:
         What was found instead of this loss's state, as the end of a sentence; empty if it was loaded.
@@ -34,5 +35,9 @@ def restore(name: str, loss: nn.Module, state: Mapping[str, Any] | None) -> str:
         return "no state of a loss"
     if state["loss"] != name:
         return f"the state of --loss {state['loss']}"
-    loss.load_state_dict(state["state_dict"])
+    own = loss.state_dict()
+    dtypes = {key: own[key].dtype if key in own else None for key in state["state_dict"]}
+    loss.load_state_dict(
+        {key: torch.as_tensor(x, dtype=dtypes[key]) for key, x in state["state_dict"].items()}
+    )
     return ""

@@ -12,7 +12,7 @@ from torch import Tensor
 from rankloss.kernels.rows import interpreted
 from rankloss.operators import register
 
-__all__ = ["confirm_equals", "feature_bytes", "first_equal", "hash_rows"]
+__all__ = ["confirm_equals", "first_equal", "hash_rows"]
 
 _ROWS, _COLUMNS, _WARPS = 8, 256, 8
 _INTERPRETED_ROWS = 64  # fewer programs, each of which is interpreted
@@ -46,12 +46,6 @@ def confirm_equals(features: Tensor, candidates: Tensor) -> Tensor:
     """
     first: Tensor = torch.ops.rankloss.confirm_equals(features.detach().contiguous(), candidates.contiguous())
     return first
-
-
-def feature_bytes(name: str, features: Tensor, others: int = 0) -> int:
-    """What ``"hash_rows"`` or ``"confirm_equals"`` moves; ``others`` rows have another candidate."""
-    n, width = features.shape
-    return n * (4 * width + 8) if name == "hash_rows" else n * 16 + others * 8 * width
 
 
 def _hash_rows(features: Tensor) -> Tensor:

@@ -2,26 +2,36 @@ r"""The losses as modules. Every one takes ``(image_features, text_features, log
 
 ``logit_scale`` is the multiplier s itself, as CLIP models return it, not its logarithm. Features are expected
 to be unit-norm, as models return them. Nothing here normalises; the first call warns of other features.
+
+For a loss of another package there are :class:`GatheringLoss`, which sees other processes and checks what
+the loss is given, :func:`check_base`, :func:`base_entries`, :func:`shares_gathering` and :func:`combined`, by
+which a loss stands on another, and :func:`check_weight`.
 """
 
 from rankloss.checks import InputWarning as InputWarning
-from rankloss.losses.alip import AlipLoss as AlipLoss
 from rankloss.losses.clip import ClipLoss as ClipLoss
+from rankloss.losses.composition import Base as Base
 from rankloss.losses.composition import base_entries as base_entries
+from rankloss.losses.composition import check_base as check_base
 from rankloss.losses.composition import combined as combined
-from rankloss.losses.cyclip import CyClipLoss as CyClipLoss
+from rankloss.losses.composition import shares_gathering as shares_gathering
+from rankloss.losses.gathering import GatheringLoss as GatheringLoss
 from rankloss.losses.rank_clip import RankClipLoss as RankClipLoss
 from rankloss.losses.rank_consistency import RankConsistency as RankConsistency
 from rankloss.losses.siglip import SigLipLoss as SigLipLoss
+from rankloss.losses.weights import check_weight as check_weight
 
 __all__ = [
-    "AlipLoss",
+    "Base",
     "ClipLoss",
-    "CyClipLoss",
+    "GatheringLoss",
     "InputWarning",
     "RankClipLoss",
     "RankConsistency",
     "SigLipLoss",
     "base_entries",
+    "check_base",
+    "check_weight",
     "combined",
+    "shares_gathering",
 ]

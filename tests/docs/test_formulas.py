@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
+from tools_folder import ROOT, tool
 
-ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("formulas", ROOT / "tools/site/formulas.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-formulas = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(formulas)
+formulas = tool("site/formulas.py")
 
 
 @pytest.mark.parametrize(

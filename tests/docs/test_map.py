@@ -14,7 +14,12 @@ MAP = (
     .partition("<!-- map:")[2]
     .partition("<!-- /map -->")[0]
 )
-FOLDERS = ("rankloss", "integrations/rankloss_trainers", "integrations/rankloss_open_clip")
+FOLDERS = (
+    "rankloss",
+    "integrations/rankloss_trainers",
+    "integrations/rankloss_open_clip",
+    "integrations/rankloss_baselines",
+)
 
 
 def on_the_map(folder: str) -> list[str]:

@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import pytest
+from tools_folder import tool
 
 from rankloss.options import RankOptions, choices_of
 
-TOOL = Path(__file__).parents[2] / "tools/options_table.py"
-SPEC = importlib.util.spec_from_file_location("options_table", TOOL)
-assert SPEC is not None
-assert SPEC.loader is not None
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
-
-ROWS = dict(
-    zip(
-        (option.name for option in dataclasses.fields(RankOptions)),
-        tool.table().splitlines()[2:],
-        strict=True,
-    )
-)
+options_table = tool("options_table.py")
+FIELDS = {option.name: option for option in dataclasses.fields(RankOptions)}
+ROWS = dict(zip(FIELDS, options_table.table().splitlines()[2:], strict=True))
 
 
 def test_document_has_the_table() -> None:
-    (shown,) = tool.SECTION.findall(tool.DOCUMENT.read_text(encoding="utf-8"))
-    assert shown == tool.table(), "python tools/options_table.py writes it"
+    (shown,) = options_table.SECTION.findall(options_table.DOCUMENT.read_text(encoding="utf-8"))
+    assert shown == options_table.table(), "python tools/options_table.py writes it"
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_row_has_the_default_and_every_choice(name: str) -> None:
     _, option, values, meaning, _ = (cell.strip() for cell in ROWS[name].split("|"))
-    default = next(field.default for field in dataclasses.fields(RankOptions) if field.name == name)
+    default = FIELDS[name].default
     assert option == f"`{name}`"
     assert values.startswith(f"`{default!r}`")
     assert all(f"`{choice!r}`" in values for choice in choices_of(name))

@@ -23,6 +23,10 @@ ROOT = Path(__file__).parents[2]
 KATEX = ROOT / "docs/vendor/katex"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")  # public CI has the latter
 DRIVER = shutil.which("chromedriver")
+FLAGS = [
+    "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+    "disable-component-update", "disable-sync",
+]  # fmt: skip
 PHONE, LAPTOP = (390, 844), (1280, 800)
 
 
@@ -66,18 +70,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
+    for flag in FLAGS:
         options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield driver
     driver.quit()
@@ -92,16 +87,20 @@ def errors(browser: Any) -> list[dict[str, Any]]:
     return [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
+def resize(browser: Any, size: tuple[int, int]) -> None:
+    """The page's own size: the window cannot be made as narrow as a phone."""
+    metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
 def test_every_page_is_without_an_error_an_unrendered_formula_or_a_sideways_scroll(
     site: Path, address: str, browser: Any
 ) -> None:
     formulas = {}
     names = pages(site)
     assert {"", "method/", "options/", "api/losses/", "contributing/"} <= set(names)
-    for name, (width, height) in itertools.product(names, (PHONE, LAPTOP)):
-        # The window cannot be made as narrow as a phone; the page in it can.
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    for name, size in itertools.product(names, (PHONE, LAPTOP)):
+        resize(browser, size)
         browser.get(f"{address}/{name}")
         assert errors(browser) == [], name
         text = browser.execute_script("return document.querySelector('article').innerText")
@@ -116,7 +115,7 @@ def test_every_page_is_without_an_error_an_unrendered_formula_or_a_sideways_scro
             .map(i => i.src)"""
         assert browser.execute_script(broken) == [], name
         needed = browser.execute_script("return document.scrollingElement.scrollWidth")
-        assert needed <= width, f"{name} is {needed} pixels wide on a screen of {width}"
+        assert needed <= size[0], f"{name} is {needed} pixels wide on a screen of {size[0]}"
     assert formulas["method/"] >= 10
     assert formulas["api/losses/"] >= 5
     assert formulas["api/functions/"] >= 1
@@ -126,8 +125,7 @@ def test_search_finds_the_method(address: str, browser: Any) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    metrics = {"width": LAPTOP[0], "height": LAPTOP[1], "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    resize(browser, LAPTOP)
     browser.get(address)
     box = browser.find_element(By.CSS_SELECTOR, "input.md-search__input")
     box.click()

@@ -1,9 +1,6 @@
 """The paper in miniature: the pairs that are trained on, and what is measured of a model."""
 
-import base64
 import dataclasses
-import io
-import itertools
 import json
 
 import numpy as np
@@ -13,40 +10,16 @@ import torch
 from clip_evaluation.model import ClipModel
 from icons_data.load import load
 from miniature_icons import write_icons
-from miniature_paper import captions, data, grid, heat_maps, measure
-from miniature_paper.grid import PRESETS, plan
+from miniature_paper import data, grid, measure
+from miniature_paper.grid import PRESETS
 from miniature_paper.search.trials import TEST, VALIDATION
 from PIL import Image
 from scipy import stats
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 
 def _no_track(items, length, what):
     return items
-
-
-# --- synthetic captions ---
-
-
-def _square(colour, low=8, high=24):
-    picture = np.full((32, 32, 3), 255, dtype=np.uint8)
-    picture[low:high, low:high] = colour
-    return picture
-
-
-def test_the_caption_says_what_the_pixels_show():
-    red, black = _square((220, 50, 50)), _square((0, 0, 0))
-    empty = np.full((32, 32, 3), 255, dtype=np.uint8)
-    shown = [captions.colours(one) for one in (red, black, _square((130, 130, 130)), empty)]
-    assert shown == [["red"], ["black"], ["gray"], []]
-    red[8:16, 8:24] = (50, 100, 220)
-    assert sorted(captions.colours(red)) == ["blue", "red"]
-    shares = [captions.fill(_square((0, 0, 0), 16 - half, 16 + half)) for half in (3, 8, 11, 15)]
-    assert shares == ["thin outline", "outline", "half filled", "solid"]
-    said = captions.synthetic_caption(black, "duotone bold", ["Arrows"])
-    assert said == "a symmetric black duotone bold drawing of arrows"
-    black[:, 16:] = 255
-    assert not captions.is_symmetric(black)
 
 
 # --- the pairs ---
@@ -79,53 +52,6 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(icons, tmp_path):
     other = load(write_icons(tmp_path / "other", test=25))
     changed = data.prepare(other, tmp_path / "c", (32,), _no_track)
     assert changed.digests[32] != first.digests[32]
-
-
-def test_an_interrupted_export_leaves_nothing_and_a_finished_one_stays(icons, tmp_path):
-    def interrupted(items, length, what):
-        yield from list(items)[:5]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        data.prepare(icons, tmp_path, (32,), interrupted)
-    assert list((tmp_path / "pairs").iterdir()) == []
-    tables = data.prepare(icons, tmp_path, (32,), _no_track)
-    assert data.prepare(icons, tmp_path, (32,), interrupted) == tables
-
-
-# --- heat maps ---
-
-
-class _Tower(torch.nn.Module):
-    """An encoder with some nonlinearity, in float64 so that two orders of summation agree."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weight = torch.randn(3 * 16 * 16, 5, generator=generator, dtype=torch.float64)
-
-    def encode_image(self, images):
-        return torch.tanh(images.flatten(1) @ self.weight / 30)
-
-
-def test_a_heat_map_is_the_mean_fall_over_the_windows_on_a_pixel():
-    window, stride = heat_maps.WINDOW, heat_maps.STRIDE
-    model, generator = _Tower(), torch.Generator().manual_seed(1)
-    image = torch.rand(3, 16, 16, generator=generator, dtype=torch.float64)
-    text = torch.randn(5, generator=generator, dtype=torch.float64)
-    whole = cosine_similarity(model.encode_image(image[None])[0], text, dim=0)
-    total, count = torch.zeros(2, 16, 16, dtype=torch.float64)
-    for top, left in itertools.product(range(0, 16 - window + 1, stride), repeat=2):
-        place = (..., slice(top, top + window), slice(left, left + window))
-        hidden = image.clone()
-        hidden[place] = 1.0
-        total[place] += whole - cosine_similarity(model.encode_image(hidden[None])[0], text, dim=0)
-        count[place] += 1
-    found = heat_maps.heat_map(model, image, text, paper=1.0)
-    expected = (total / count)[::stride, ::stride]
-    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
-    spread = (total / count).unfold(0, stride, stride).unfold(1, stride, stride)
-    assert (spread.amax((-1, -2)) - spread.amin((-1, -2))).max() < 1e-12  # one value in a cell
 
 
 # --- measuring ---
@@ -167,46 +93,6 @@ def test_retrieval_is_that_of_the_models_own_preprocessing(icons, model):
     assert similarity.shape == (20, 25)
 
 
-def test_pictures_are_encoded_once_and_found_again(icons, model, monkeypatch):
-    apart = measure.Measurement(model, icons, PRESET).features(np.array([90]))[0]
-    embeddings, encoded = measure.Measurement(model, icons, PRESET).features, []
-    image_features = model.image_features
-
-    def spy(images):
-        encoded.extend(i for _, i in images)
-        return image_features(images)
-
-    monkeypatch.setattr(model, "image_features", spy)
-    three = embeddings(np.array([5, 3, 5]))
-    assert (three[0] == three[2]).all()
-    torch.testing.assert_close(embeddings(np.array([90, 3]))[0], apart, atol=1e-5, rtol=1e-4)
-    assert (embeddings(np.array([3]))[0] == three[1]).all()
-    assert encoded == [3, 5, 90]
-
-
-def test_the_figures_are_small_and_complete(icons, model):
-    figures = measure.measure(model, icons, PRESET, figures=True)["figures"]
-    assert [np.shape(figures["umap"][name]) for name in ("image", "text")] == [(10, 2)] * 2
-    assert np.ptp(figures["umap"]["image"], axis=0).min() > 0
-    assert measure.measure(model, icons, PRESET, figures=True)["figures"] == figures
-    maps = figures["heat_maps"]
-    assert len(maps) == 6
-    for shown in maps:
-        assert np.shape(shown["map"]) == (8, 8)
-        assert " " in shown["text"]
-        with Image.open(io.BytesIO(base64.b64decode(shown["image"]))) as image:
-            assert image.size == (32, 32)
-    assert np.abs([shown["map"] for shown in maps]).max() > 0
-    assert len(json.dumps(figures)) < 60_000
-
-
-def test_only_the_first_seed_of_each_loss_is_shown():
-    for preset in PRESETS.values():
-        shown = [s for s in plan(preset) if measure.is_shown(s)]
-        assert [s.loss for s in shown] == list(grid.LOSSES)
-        assert {(s.seed, s.backbone, s.pairs) for s in shown} == {(0, "resnet", preset.pairs)}
-
-
 # --- one side only, for the search ---
 
 
@@ -225,8 +111,6 @@ def test_the_search_never_looks_at_the_test_side(icons, model, tmp_path):
         assert found[part]["retrieval"] == table[part]["retrieval/test"]
     for part in ("metrics", "chance"):
         assert found[part]["zero-shot/mdi"]["top-1"] == table[part]["zero-shot/mdi"]["top-1"]
-    with pytest.raises(ValueError, match="side: must be validation or test, got 'train'"):
-        measure.measure_side(model, icons, PRESET, "train")
 
 
 def test_a_model_without_numbers_has_no_scores(icons):
@@ -251,10 +135,3 @@ def test_agreement_with_a_teacher():
     tau = np.mean([stats.kendalltau(a, b).statistic for a, b in zip((v @ t.T), (t @ v.T), strict=True)])
     mirrored = measure.teacher_agreement((v, t), (t, v))
     assert mirrored["cross_modal_tau"] == pytest.approx(tau, abs=1e-6)
-
-
-def test_a_model_ranks_the_held_out_pairs_as_itself(icons, model):
-    found = measure.measure(model, icons, PRESET, figures=False, teacher=model)
-    agreement = found["metrics"]["teacher/test"]
-    assert agreement == pytest.approx({"cross_modal_tau": 1.0, "in_modal_tau": 1.0}, abs=0.01)
-    assert found["items"]["teacher/test"] == found["items"]["geometry/test"]

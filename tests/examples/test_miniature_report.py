@@ -1,202 +1,214 @@
-"""The miniature's report: both forms of it and its figures, on records that are made up."""
+"""The miniature's report: the paper's numbers, and tables, findings and text from the committed records."""
 
-import html.parser
-import io
+import dataclasses
 import random
 import re
 
-import miniature_records
+import numpy as np
 import pytest
-from miniature_paper import figures, grid, paper, report
+from examples_common.page import Picture
+from hypothesis import given
+from hypothesis import strategies as st
+from miniature_paper import command, figures, findings, grid, paper, report, scores, tables
 from miniature_paper.collection import Collection
-from PIL import Image
+from miniature_paper.options import _EXAMPLE as EXAMPLE
+from miniature_paper.records import Store
+from miniature_paper.scores import Measure
+from miniature_paper.statistics import Difference, correct
+from miniature_paper.tables import Cell, Row
+from scipy import stats
 
+PAPER = paper.load()
 FULL = grid.PRESETS["full"]
 PLAN = grid.plan(FULL)
-COMMAND = 'run.py --note "<b>|</b>"'
-LIMIT = 3_000_000
+RECORDS = Store(EXAMPLE / "results" / "full").of(PLAN)
 
 
-def everything():
-    return miniature_records.records(PLAN, effect=0.8)
-
-
-def write(folder, records, **options):
-    options = {"preset": FULL, "planned": PLAN, "command": COMMAND, **options}
-    page = report.write(records, folder, **options)
-    return page.read_text(encoding="utf-8"), (folder / "report.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def coarse():
-    """Figures as coarse as a stamp, except where their size is tested."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "_DPI", 40)
-        yield
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    """For what is not about them: drawing takes seconds."""
-    monkeypatch.setattr(figures, "draw", lambda *_: {})
+def exhibits(records, planned=PLAN):
+    return {e.key: e for e in tables.build(Collection(records, FULL, planned), PAPER)}
 
 
 @pytest.fixture(scope="module")
-def drawn(coarse):
-    return figures.draw(Collection(everything(), FULL, PLAN), paper.load())
+def complete():
+    return exhibits(RECORDS)
 
 
-# What there is: everything, what an interrupted run leaves, one model.
-@pytest.fixture(scope="module", params=[len(PLAN), 17, 1])
-def written(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    return folder, *write(folder, everything()[: request.param], notes=["a.json & <i>b.json</i>"])
+def cell(exhibit, section, row, column):
+    labels = [label for _, label in exhibit.columns]
+    position = labels.index(column) if isinstance(column, str) else column
+    return next(r for r in exhibit.rows if (r.section, r.label) == (section, row)).cells[position]
 
 
-class Page(html.parser.HTMLParser):
-    """A strict reader: every element is closed by its own end tag."""
-
-    VOID = frozenset(("meta", "img", "source", "br", "link", "input"))
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.elements = [], []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, (tag, self.getpos())
-
-    def of(self, tag):
-        return [attrs for name, attrs in self.elements if name == tag]
+def values(loss, read, **setting):
+    wanted = {"loss": loss, "backbone": "resnet", "pairs": FULL.pairs, **setting}
+    wanted.setdefault("lambda_cross", float(loss in ("rankclip", "rankclip-cross")))
+    wanted.setdefault("lambda_in", float(loss in ("rankclip", "rankclip-in")))
+    found = [r for r in RECORDS if wanted.items() <= r["setting"].items()]
+    return [read(r["metrics"]) for r in sorted(found, key=lambda r: r["setting"]["seed"])]
 
 
-# --- the page ---
+def recall(metrics):
+    return metrics["retrieval/test"]["image_to_text R@5"]
 
 
-def test_the_page_is_well_formed_and_needs_nothing_else(written):
-    page = Page(written[1])
-    allowed = ("data:image/png;base64,", "#", "https://arxiv.org/")
-    for tag, attrs in page.elements:
-        for name in attrs.keys() & {"src", "srcset", "href", "data", "action"}:
-            assert attrs[name].startswith(allowed), (tag, name)
-    assert not {"script", "link", "iframe", "object", "b", "i"} & {tag for tag, _ in page.elements}
-    assert "url(" not in written[1]
-    assert any("default-src 'none'" in attrs.get("content", "") for attrs in page.of("meta"))
-    assert "<b>" not in written[1]  # the command's
-    assert "a.json &amp; &lt;i&gt;" in written[1]
+def mean_top_1(metrics):
+    return np.mean([metrics[f"zero-shot/{s}"]["top-1"] for s in scores.LABELLED_SETS])
 
 
-def test_the_page_can_be_used_without_eyes(written):
-    page = Page(written[1])
-    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
-    assert len(ids) == len(set(ids))
-    assert {a["href"][1:] for a in page.of("a") if a["href"].startswith("#")} <= set(ids)
-    assert all(len(attrs["alt"]) > 40 for attrs in page.of("img"))
-    assert all(attrs["scope"] in ("row", "col") for attrs in page.of("th"))
-    assert all(attrs["aria-label"] for attrs in page.of("span") if attrs.get("role") == "img")
-    assert page.of("html")[0]["lang"] == "en"
+@pytest.mark.parametrize(
+    ("exhibit", "column", "loss", "backbone"),
+    [("table1", 0, "clip", "resnet"), ("table1", 3, "rankclip", "resnet"), ("table4", 3, "rankclip", "vit")],
+)
+@pytest.mark.parametrize(
+    ("section", "row", "read"),
+    [("Image → text", "R@5", recall), ("Zero-shot, mean of 10 sets", "top-1", mean_top_1)],
+)
+def test_a_cell_is_what_scipy_makes_of_the_records(
+    complete, exhibit, column, loss, backbone, section, row, read
+):
+    found = cell(complete[exhibit], section, row, column)
+    own, clip = (np.array(values(name, read, backbone=backbone)) for name in (loss, "clip"))
+    assert found.estimate.n == found.planned == FULL.seeds
+    assert found.estimate.mean == pytest.approx(own.mean())
+    low, high = stats.t.interval(0.95, len(own) - 1, own.mean(), stats.sem(own))
+    assert (found.estimate.low, found.estimate.high) == pytest.approx((low, high))
+    if loss == "clip":
+        assert (found.difference, found.reference) == (None, "")
+    else:
+        assert found.difference.mean == pytest.approx((own - clip).mean())
+        assert found.difference.p == pytest.approx(stats.ttest_rel(own, clip).pvalue)
+        assert found.difference.adjusted >= found.difference.p
 
 
-def test_both_forms_have_the_same_cells(written):
-    page = re.sub(r"<details>.*?</details>", "", written[1], flags=re.S)
-    seen = re.findall(r"<t[hd]\b[^>]*>(.*?)</t[hd]>", page, re.S)
-    lines = [line for line in written[2].splitlines() if line.startswith("|") and not line.startswith("|:")]
-    cells = [cell for line in lines for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-    assert len(cells) == len(seen) > 1000
-
-    def numbers(text):
-        return re.findall(r"[−+]?\d[\d.,]*", re.sub(r"\]\([^)]*\)|<[^>]+>", " ", text))
-
-    assert [numbers(cell) for cell in cells] == [numbers(cell) for cell in seen]
+def test_every_difference_of_an_exhibit_is_corrected_in_its_family(complete):
+    for exhibit in complete.values():
+        shown = [c.difference for row in exhibit.rows if not row.quoted for c in row.cells if c is not None]
+        family = [c.difference for c in exhibit.comparisons]
+        assert {d for d in shown if d is not None} == set(family)
+        again = correct(dict(enumerate(dataclasses.replace(d, adjusted=None) for d in family)))
+        assert family == list(again.values())
 
 
-def test_every_test_is_in_the_page(tmp_path, no_figures):
-    text, _ = write(tmp_path, everything())
-    assert [int(n) for n in re.findall(r"<summary>All (\d+) tests", text)] == [45, 85, 55, 20, 34, 15, 30]
+# --- what is said ---
 
 
-# --- Markdown ---
+def compared(difference, label="R@1", percent=True):
+    return Cell("RankCLIP", Measure("Image → text", label, (), percent), 5, None, "CLIP", difference)
 
 
-def test_the_markdown_names_its_figures_and_its_links_lead_to_its_headings(written):
-    folder, _, text = written
-    named = set(re.findall(r"\]\((figures/[^)]+)\)", text))
-    assert named == {f"figures/{path.name}" for path in (folder / "figures").iterdir()}
-    headings = (line[3:].lower() for line in text.splitlines() if line.startswith("## "))
-    headings = {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
-    links = set(re.findall(r"\]\(#([^)]+)\)", text))
-    assert len(links) == len(grid.EXHIBITS)
-    assert links <= headings
+differences = st.builds(
+    Difference, st.floats(-5, 5), st.floats(0.01, 3), st.integers(1, 6), st.floats(1e-6, 1)
+)
 
 
-def test_it_says_how_much_is_there_and_how_long_it_took(tmp_path, no_figures):
-    records = everything()[:17]
-    records[0]["conditions"]["torch"] = "2.14.0"
-    text = write(tmp_path, records)[1]
+@given(st.lists(differences, min_size=1, max_size=12), st.booleans())
+def test_the_text_names_nothing_that_is_not_established(complete, family, percent):
+    corrected = correct(dict(enumerate(family)))
+    cells = [compared(d, f"measure{i:02d}", percent) for i, d in corrected.items()]
+    rows = (Row("", "", tuple(cells), quoted=False),)
+    text = findings.text(dataclasses.replace(complete["table1"], rows=rows, columns=()))
+    above = {c.measure.label for c in cells if c.difference.established and c.difference.mean > 0}
+    below = {c.measure.label for c in cells if c.difference.established and c.difference.mean < 0}
+    named = set(re.findall(r"measure\d\d", text))
+    assert named <= above | below
+    assert len(named) == min(4, len(above)) + min(4, len(below))
+    words = ("better", "worse") if percent else ("higher", "lower")
+    for word, found in zip(words, (above, below), strict=True):
+        assert (f"RankCLIP is {word} than CLIP" in text) == bool(found)
+
+
+# --- the report ---
+
+
+def write(folder, records):
+    page = report.write(records, folder, preset=FULL, planned=PLAN, command='run.py --note "<b>|</b>"')
+    return page.read_text(encoding="utf-8"), (folder / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Drawing takes seconds, and its bytes depend on matplotlib's version."""
+    monkeypatch.setattr(figures, "picture", lambda alt, figure_of, colours=0: Picture(b"", alt))
+
+
+def test_the_committed_report_follows_from_the_committed_records(tmp_path, undrawn):
+    (tmp_path / report.SEARCH).touch()
+    assert command.main(["--preset", "full", "--report-only", "--report", str(tmp_path)]) == 0
+    committed = EXAMPLE / "report" / "report.md"
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == committed.read_text(encoding="utf-8")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")  # which has every test, too
+    assert [int(n) for n in re.findall(r"<summary>All (\d+) tests", page)] == [45, 85, 55, 20, 34, 15, 30]
+
+
+def test_an_interrupted_run_is_reported_as_far_as_it_is(tmp_path, undrawn):
+    page, text = write(tmp_path, random.Random(0).sample(RECORDS[:17], 17))
     assert f"17 of {len(PLAN)}" in text
     assert "(3 of 5)" in text
-    assert "2.13.0+cpu (16 models), 2.14.0 (1 models)" in text
-    hours = sum(sum(record["seconds"].values()) for record in records) / 3600
-    assert f"{hours:.1f} hours" in text
-    assert f"{hours / 2:.1f} hours" in text  # two at a time
+    assert "<b>" not in page  # the command's
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(re.findall(r'id="([^"]+)"', page))
 
 
-def test_the_order_of_the_records_does_not_matter(tmp_path, no_figures):
-    records = everything()[:17]
-    first = write(tmp_path, records)
-    random.Random(0).shuffle(records)
-    assert write(tmp_path, records) == first
-
-
-def test_figures_that_are_no_longer_there_go(tmp_path):
-    write(tmp_path, everything()[:1])
-    figures_there = [f"figure{n}.png" for n in (3, 4, 6, 7)]
-    assert [p.name for p in sorted((tmp_path / "figures").iterdir())] == figures_there
-    (tmp_path / "figures" / "notes.txt").write_text("mine", encoding="utf-8")
+@pytest.mark.slow
+def test_the_figures_are_small_and_go_when_they_are_no_longer_there(tmp_path):
+    write(tmp_path, RECORDS)
+    drawn = [*(tmp_path / "figures").iterdir()]
+    assert {path.stem for path in drawn} == {"figure3", "figure4", "figure6", "figure7"}
+    assert sum(path.stat().st_size for path in drawn) < 1_200_000
     write(tmp_path, [])
-    assert [p.name for p in (tmp_path / "figures").iterdir()] == ["notes.txt"]
+    assert list((tmp_path / "figures").iterdir()) == []
 
 
-def test_a_search_beside_the_report_is_linked(tmp_path, no_figures):
-    assert report.SEARCH not in write(tmp_path, everything()[:2])[1]
-    (tmp_path / report.SEARCH).write_text("# A stronger setting\n", encoding="utf-8")
-    assert f"({report.SEARCH})" in write(tmp_path, everything()[:2])[1]
+# --- the paper's numbers: they have to agree wherever the paper says a thing twice ---
+
+LOSSES = {*grid.LOSSES, *(f"{backbone}/{loss}" for backbone in grid.BACKBONES for loss in grid.LOSSES)}
 
 
-# --- the figures ---
+COUNTS = {"table1": 36, "table2": 48, "table3": 44, "table4": 40}  # of printed numbers
 
 
-def test_the_figures_of_a_whole_report_are_small(monkeypatch):
-    monkeypatch.setattr(figures, "_DPI", 150)
-    records = [miniature_records.record(s, effect=0.5, points=FULL.umap_pairs, pictures=6) for s in PLAN]
-    drawn = figures.draw(Collection(records, FULL, PLAN), paper.load())
-    assert set(drawn) == {"figure3", "figure4", "figure6", "figure7"}
-    # The files, and both versions once more in the page, in base64.
-    files = sum(len(p.light) for p in drawn.values())
-    assert files + sum(len(p.light) + len(p.dark) for p in drawn.values()) * 4 / 3 < LIMIT
+@pytest.mark.parametrize("key", grid.EXHIBITS)
+def test_an_exhibit_is_complete_and_holds_percentages_of_known_losses(key):
+    quoted = PAPER.exhibits[key]
+    assert re.fullmatch(r"(Table|Figure) \d+", quoted.source)
+    values = [value for found in quoted.rows for value in found.values.values()]
+    assert all(found.values.keys() <= LOSSES for found in quoted.rows)
+    if key in COUNTS:
+        assert (len(values), None in values) == (COUNTS[key], False)
+    values += [y for series in quoted.series for y in series.y]
+    assert all(value is None or 0 < value < 100 for value in values)
+    assert all(len(series.x) == len(series.y) for series in quoted.series)
+    assert (quoted.read_off is not None) == (key in ("figure3", "figure4", "figure6"))
 
 
-def test_dark_figures_are_dark_and_the_alternative_texts_hold_the_numbers(drawn):
-    for picture in drawn.values():
-        light, dark = (Image.open(io.BytesIO(d)).convert("L") for d in (picture.light, picture.dark))
-        assert light.getpixel((0, 0)) > 240
-        assert dark.getpixel((0, 0)) < 40
-    shown = next(r for r in everything() if "figures" in r and r["setting"]["loss"] == "rankclip")
-    assert f"RankCLIP {shown['metrics']['geometry/test']['modality_gap']:.2f}" in drawn["figure6"].alt
-    assert all(f"“{one['text']}”" in drawn["figure7"].alt for one in shown["figures"]["heat_maps"])
+@pytest.mark.parametrize("key", ["table1", "table2", "table4"])
+def test_more_guesses_are_never_worse(key):
+    groups = {}
+    for found in PAPER.exhibits[key].rows:
+        groups.setdefault(found.group, []).append(found.values)
+    for rows in groups.values():
+        for loss in rows[0]:
+            column = [values[loss] for values in rows]
+            assert column == sorted(column), loss
 
 
-def test_embeddings_on_a_line_are_drawn_without_contours():
-    records = everything()[:2]
-    for record in records:
-        points = [[float(i), 2.0 * i] for i in range(20)]
-        record["figures"]["umap"] = {"image": points, "text": points}
-    drawn = figures.draw(Collection(records, FULL, PLAN), paper.load())
-    assert {"figure6", "figure7"} <= set(drawn)
+def test_the_printed_averages_are_those_of_the_printed_sets():
+    *sets, mean = PAPER.exhibits["table3"].rows
+    assert len(sets) == 10
+    for loss, printed in mean.values.items():
+        assert sum(found.values[loss] for found in sets) / 10 == pytest.approx(printed, abs=0.0501)
+
+
+def test_what_figures_share_with_tables_is_equal():
+    assert tuple(PAPER.exhibits) == grid.EXHIBITS
+    values = {
+        (key, row.group, row.measure): row.values for key, of in PAPER.exhibits.items() for row in of.rows
+    }
+    lines = {(key, s.panel, s.name): s.y for key, of in PAPER.exhibits.items() for s in of.series}
+    top = values["table1", "ImageNet1K, zero-shot", "top-1"]["rankclip"]
+    assert lines["figure3", "scheduled", "ImageNet1K top-1"][0] == top
+    ways = [values["table1", f"MS-COCO, {way}", "R@1"] for way in ("image → text", "text → image")]
+    mean = sum(way["rankclip"] for way in ways) / 2
+    assert lines["figure3", "scheduled", "MS-COCO R@1"][0] == pytest.approx(mean)
+    for loss in ("clip", "rankclip"):
+        end = values["table4", "ImageNet1K, zero-shot", "top-1"][f"resnet/{loss}"]
+        assert lines["figure4", "size", loss][-1] == pytest.approx(end, abs=0.1)

@@ -13,7 +13,6 @@ if not HAS_TRITON:
         "test_evaluate.py",
         "test_compilation.py",
         "test_equal_rows.py",
-        "test_kernel_traffic.py",
     ]
 
 

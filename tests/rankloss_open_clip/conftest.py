@@ -1,10 +1,9 @@
-"""Each training run happens once per session; many tests assert on it."""
+"""Each training run happens once per session, when a test first asks for it; many tests assert on it."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,17 +11,7 @@ import pytest
 if importlib.util.find_spec("open_clip_train") is None:
     collect_ignore_glob = ["*.py"]
 else:
-    from trainer_runs import (
-        LOCKS_TEXT,
-        OFF,
-        OFFICIAL,
-        PRECISIONS,
-        SAMPLES,
-        WHOLE_SET,
-        Processes,
-        Runs,
-        Trainer,
-    )
+    from trainer_runs import BOTH, LOCKS_TEXT, OFF, OFFICIAL, PRECISIONS, SAMPLES, WHOLE_SET, Runs, Trainer
 
 
 @pytest.fixture(scope="session")
@@ -46,74 +35,62 @@ def broken_plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def runs(trainer: Trainer, broken_plugin: dict[str, str]) -> Iterator[Runs]:
-    """Every training run that ends well."""
-    import open_clip_train
-
-    main = str(Path(open_clip_train.__file__).parent / "main.py")
-    spawning = (
-        "import multiprocessing, runpy; multiprocessing.set_start_method('spawn')\n"
-        "runpy.run_module('open_clip_train.main', run_name='__main__', alter_sys=True)"
-    )
-    official, three = OFFICIAL, ["--epochs", "3"]
-    rankclip, two = ["--loss", "rankclip"], ["--epochs", "2"]
+def runs(trainer: Trainer) -> Runs:
+    """The training runs that several tests look at."""
     table = Runs()
 
-    def command(name: str, *options: str, **keywords: object) -> None:
-        table.add(name, trainer.run, name, *options, **keywords)
+    def add(name: str, options: list[str] | str, epochs: int = 2, **keywords: object) -> None:
+        start = trainer.run if "command" in keywords or keywords.keys() & OFF.keys() else trainer.call
+        table.add(name, start, name, "--epochs", str(epochs), *options, **keywords)
 
-    def call(name: str, *options: str) -> None:
-        table.add(name, trainer.call, name, *options)
+    rankclip, tiny = ["--loss", "rankclip"], f"local-dir:{trainer.directory / 'tiny'}"
+    # In interpreters of their own: without the plug-in, with it, and by the runner.
+    add("stock", [], 3, **OFF)
+    add("--loss rankclip", OFFICIAL, 3, command=("-m", "open_clip_train.main"))
+    add("runner", ["--loss=rankclip", *OFFICIAL[2:]], 3, command=("-m", "rankloss_open_clip"), **OFF)
 
-    command("stock", *three, **OFF)
-    command("no --loss", *three)
-    command("--loss rankclip", *three, *official)
-    command("runner", *three, "--loss=rankclip", *official[2:], command=("-m", "rankloss_open_clip"), **OFF)
-    command("file path", *three, *official, command=(main,))
-    command("broken plug-in", "--epochs", "1", **broken_plugin)
-    command("spawned worker", "--epochs", "1", *rankclip, "--workers", "1", command=("-c", spawning))
-
-    agreement = ["--rankclip-agreement-every", "3", "--report-to", "wandb,tensorboard"]
-    command("agreement", *three, *official, *agreement, WANDB_MODE="offline", WANDB_SILENT="true")
-
-    call("in process", *three, *official)
-    call("--loss clip", *three, "--loss", "clip")
-    call("forked worker", "--epochs", "1", *rankclip, "--workers", "1")
-    call("one epoch", "--epochs", "1", *rankclip)
-    steps = [*two, *rankclip, "--rankclip-schedule", "linear", "--rankclip-schedule-unit", "step"]
-    call("steps with accumulation", *steps, "--accum-freq", "2")
+    add("no --loss", [], 3)
+    reports = ["--rankclip-agreement-every", "3", "--report-to", "wandb,tensorboard"]
+    add("agreement", [*OFFICIAL, *reports], 3, WANDB_MODE="offline", WANDB_SILENT="true")
+    add("one epoch", [*rankclip, "--skip-scheduler"], 1)
+    steps = ["--rankclip-schedule", "linear", "--rankclip-schedule-unit", "step", "--accum-freq", "2"]
+    add("steps with accumulation", [*rankclip, *steps])
     for precision in PRECISIONS:
-        call(precision, *two, *rankclip, "--precision", precision)
-    call("siglip", *two, *rankclip, "--siglip")
-    call("coca", *two, *rankclip, "--model", f"local-dir:{trainer.directory}/tiny-coca")
-    teacher = ["--distill-model", f"local-dir:{trainer.directory}/tiny", "--distill-pretrained", "none"]
-    call("distill", *two, *rankclip, *teacher)
-    by_teacher = [*teacher, "--rankclip-reference", "teacher"]
-    call("ranked by the teacher", *two, *rankclip, *by_teacher)
-    call("ranked by the teacher alone", *two, *rankclip, *by_teacher, "--rankclip-distill-loss", "exclude")
-    call("rankclip-distill", *two, "--loss", "rankclip-distill", *teacher)
-    call("grad checkpointing", *two, *rankclip, "--grad-checkpointing")
-    call("lock image", *two, *rankclip, "--lock-image")
+        add(precision, [*rankclip, "--precision", precision])
+    add("siglip", [*rankclip, "--siglip"])
+    add("coca", [*rankclip, "--model", f"{tiny}-coca"])
+    teacher = ["--distill-model", tiny, "--distill-pretrained", "none"]
+    add("distill", [*rankclip, *teacher])
+    by_teacher = [*rankclip, *teacher, "--rankclip-reference", "teacher"]
+    add("ranked by the teacher", by_teacher)
+    add("rankclip-distill", ["--loss", "rankclip-distill", *teacher])
+    add("grad checkpointing", [*rankclip, "--grad-checkpointing"])
+    add("lock image", [*rankclip, "--lock-image"])
     if LOCKS_TEXT:
-        call("lock text", *two, *rankclip, "--lock-text", "--lock-text-freeze-layer-norm")
-    call("skip scheduler", *three, *official, "--skip-scheduler")
-    call("synthetic", *two, *rankclip, "--dataset-type", "synthetic", "--train-num-samples", str(SAMPLES))
-    call("csv, whole set", *WHOLE_SET, "--val-data", str(trainer.directory / "data.csv"))
-    call("webdataset, whole set", *WHOLE_SET, *trainer.webdataset)
-    yield table
-    table.close()
+        add("lock text", [*rankclip, "--lock-text", "--lock-text-freeze-layer-norm"])
+    add("synthetic", [*rankclip, "--dataset-type", "synthetic", "--train-num-samples", str(SAMPLES)], 1)
+    add("csv, whole set", [*WHOLE_SET, "--val-data", str(trainer.directory / "data.csv")])
+    add("webdataset, whole set", [*WHOLE_SET, *trainer.webdataset])
 
+    add("cyclip", ["--loss", "cyclip", "--accum-freq", "2"], 1)
+    add("clip-streamed", ["--loss", "clip-streamed"], 3)
+    add("clip-streamed 0", ["--loss", "clip-streamed", "--streamed-memory-budget", "0"], 3)
+    add("stock siglip", ["--siglip"], 3)
+    add("siglip-streamed", ["--loss", "siglip-streamed", "--siglip"], 3)
+    add("siglip-streamed 0", ["--loss", "siglip-streamed", "--siglip", "--streamed-memory-budget", "0"], 3)
 
-@pytest.fixture(scope="session")
-def processes(trainer: Trainer, broken_plugin: dict[str, str]) -> Iterator[Processes]:
-    """Everything else that needs a process of its own."""
-    table = Processes()
-    doctor = ("-m", "rankloss_open_clip.doctor")
-    table.add("doctor", trainer.python, *doctor)
-    table.add("doctor, plug-in off", trainer.python, *doctor, **OFF)
-    table.add("doctor, plug-in broken", trainer.python, *doctor, **broken_plugin)
-    table.add("bad value", trainer.run, "bad value", "--loss", "siglip")
-    table.add("plug-in broken", trainer.run, "plug-in broken", "--loss", "rankclip", **broken_plugin)
-    table.add("help", trainer.python, "-m", "open_clip_train.main", "--help", COLUMNS="200")
-    yield table
-    table.close()
+    pairs, shard = trainer.two_captions()
+    whole = ["--loss", "alip", "--batch-size", str(SAMPLES), "--aug-cfg", "scale=(1.0,1.0)"]
+    alip = [*whole, "--alip-caption-key", "synthetic", "--train-data", pairs]
+    tar = ["--train-data", shard, "--dataset-type", "webdataset", "--train-num-samples", str(SAMPLES)]
+    add("alip", [*alip, "--val-data", pairs], 3)
+    add("alip webdataset", [*whole, "--alip-caption-key", "blip.txt", *tar])
+    add("alip accumulation", [*alip, "--batch-size", "32", "--accum-freq", "2"])
+    halves = ["--batch-size", "16", "--accum-freq", "2", *BOTH]
+    add("alip, two processes, accumulation", [*alip, *halves], processes=2)
+    first = str(trainer.directory / "logs/alip/checkpoints/epoch_1.pt")
+    table.add(
+        "alip resumed",
+        lambda: table["alip"] and trainer.call("alip resumed", "--epochs", "3", *alip, "--resume", first),
+    )
+    return table

@@ -2,23 +2,69 @@
 
 from __future__ import annotations
 
-import inspect
+import importlib.metadata
+import re
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import open_clip.factory
 import pytest
 from open_clip_train.params import parse_args
-from torch import Tensor, nn
-from trainer_runs import Processes
+from stand_ins import Base, ready
+from torch import nn
 
 import rankloss
 from rankloss import schedules
-from rankloss_open_clip import bootstrap, command_line, patches, training
+from rankloss_open_clip import bootstrap, command_line, patches
+from rankloss_open_clip.training import build_loss
 from rankloss_trainers import catalog
+from rankloss_trainers.catalog import LossEntry, Option
 
-RANKCLIP = ["--loss", "rankclip"]
-SIGMOID_STUDENT = ["--siglip", "--distill-model", "RN50", "--distill-pretrained", "x"]
+ALIP = "--loss alip --alip-caption-key synthetic"
+SIGMOID_STUDENT = "--siglip --distill-model RN50 --distill-pretrained x"
+
+# Entry points of other packages refer to these.
+ENTRY = LossEntry(build=lambda base, *_: base, options=(Option("depth", 3, "how deep", {"type": int}),))
+CLASHING = LossEntry(build=lambda base, *_: base, prefix="rankclip")
+TRAINERS = LossEntry(build=lambda base, *_: base, prefix="train", options=(Option("data", "", "taken"),))
+NOTHING = "not callable"
+
+
+def built(base: nn.Module, options: Any, gather: Any) -> nn.Module:
+    """The first line is the help."""
+    return base
+
+
+def number(base: nn.Module, options: Any, gather: Any) -> Any:
+    return 3
+
+
+Register = Callable[..., None]
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Register:
+    """Stand-ins for installed packages: (package, name, object of this module or elsewhere)."""
+
+    class Point(importlib.metadata.EntryPoint):
+        dist: Any = None
+
+    def register(*registrations: tuple[str, str, str]) -> None:
+        points = []
+        for package, name, reference in registrations:
+            value = reference if ":" in reference else f"{__name__}:{reference}"
+            point = Point(name, value, catalog.GROUP)
+            vars(point)["dist"] = SimpleNamespace(name=package, version="1.0")
+            points.append(point)
+        original = importlib.metadata.entry_points
+        monkeypatch.setattr(
+            importlib.metadata,
+            "entry_points",
+            lambda **given: [*original(**given), *(points if given.get("group") == catalog.GROUP else [])],
+        )
+
+    return register
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -28,31 +74,45 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_help_shows_the_group(processes: Processes) -> None:
-    done = processes["help"]
-    assert done.returncode == 0
-    assert "loss (rankloss):" in done.output
-    assert f"--loss {{clip,{','.join(catalog.BUILT_IN)}}}" in done.output
-    assert "--loss rankclip, rankclip-cross, rankclip-in, rankclip-distill:" in done.output
-    assert f"--rankclip-schedule {{{','.join(schedules.NAMES)}}}" in done.output
-    for name in catalog.BUILT_IN:
+def loss_of(command: str, base: nn.Module | None = None) -> Any:
+    args = ready(parse_args([*command.split(), "--device", "cpu"]))
+    return build_loss(Base() if base is None else base, args, sums_every_value=True)
+
+
+def stock(*options: str) -> nn.Module:
+    """The loss of a run without --loss."""
+    loss: nn.Module = open_clip.create_loss(ready(parse_args(list(options))))
+    return loss
+
+
+# --- what is there --------------------------------------------------------------------------------------
+
+
+def test_help_shows_every_loss_with_its_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, register: Register
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100000")  # no word is broken at a hyphen
+    register(("p", "plain", "built"), ("q", "broken", "missing:X"))
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(["--help"])
+    assert exit_.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"--loss {{clip,{','.join(catalog.candidates())}}}" in shown
+    assert {"alip", "cyclip", "broken", "plain", *catalog.BUILT_IN} == catalog.candidates().keys()
+    assert "plain: The first line is the help." in shown
+    assert "broken: cannot be used: ModuleNotFoundError" in shown
+    assert f"--rankclip-schedule {{{','.join(schedules.NAMES)}}}" in shown
+    for name in (*catalog.BUILT_IN, "alip", "cyclip"):
         entry = catalog.candidates()[name].load()
-        assert f"{name}: {entry.help}" in " ".join(done.output.split())
+        assert f"{name}: {entry.help}" in shown
         for option in entry.options:
-            assert catalog.flag(name, entry, option) in done.output
-
-
-def test_unknown_loss_ends_the_command_with_a_usage_error(processes: Processes) -> None:
-    done = processes["bad value"]
-    assert done.returncode == 2
-    assert "argument --loss: invalid choice: 'siglip'" in done.output
+            assert catalog.flag(name, entry, option) in shown
 
 
 @pytest.mark.parametrize("argv", [["--loss", "rankclip"], ["--loss=rankclip"]])
 def test_both_spellings_select_the_loss_and_fill_in_defaults(argv: list[str]) -> None:
     args = parse_args(argv)
-    assert args.loss == "rankclip"
-    assert args.loss_dist_impl is None
+    assert (args.loss, args.loss_dist_impl) == ("rankclip", None)
     entry = catalog.candidates()["rankclip"].load()
     assert {name for name in vars(args) if name.startswith("rankclip_")} == {
         catalog.dest("rankclip", entry, option) for option in entry.options
@@ -63,263 +123,262 @@ def test_both_spellings_select_the_loss_and_fill_in_defaults(argv: list[str]) ->
 def test_arguments_without_loss_are_those_of_the_trainer() -> None:
     args = vars(parse_args([]))
     assert not [name for name in args if name == "loss" or name.startswith(("rankclip", "cyclip", "alip"))]
+    assert vars(parse_args(["--loss", "clip"])) == {**args, "loss": "clip"}
+    for name in ("--loss-d", "--loss-dist-impl"):
+        args = vars(parse_args([name, "gather", "--loss", "rankclip"]))
+        assert (args["loss_dist_impl"], args["loss"]) == ("gather", "rankclip")
 
 
-@pytest.mark.parametrize("abbreviation", ["--loss-d", "--loss-dist-impl"])
-def test_trainers_own_option_keeps_its_meaning(abbreviation: str) -> None:
-    args = parse_args([abbreviation, "gather", *RANKCLIP])
-    assert (args.loss_dist_impl, args.loss) == ("gather", "rankclip")
+def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register: Register) -> None:
+    register(("p", "x", "built"), ("p", "gather", "built"))
+    for name in ("rankclip", "alip", "x"):
+        with pytest.raises(RuntimeError, match=f"was read as --loss-dist-impl {name}"):
+            command_line.requested(SimpleNamespace(loss_dist_impl=name))
+    assert command_line.requested(SimpleNamespace(loss_dist_impl="gather")) is None
 
 
-def test_ambiguous_abbreviation_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "ambiguous option: --los" in refused(capsys, "--los", "rankclip")
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--rankclip-schedule", "steep"], "--rankclip-schedule: invalid choice"),
-        (["--rankclip-schedule-unit", "sample"], "--rankclip-schedule-unit: invalid choice"),
-        (
-            ["--rankclip-lambda-cross", "-1"],
-            "--rankclip-lambda-cross: must be a finite number of at least 0, got '-1'",
-        ),
-        (
-            ["--rankclip-lambda-in", "nan"],
-            "--rankclip-lambda-in: must be a finite number of at least 0, got 'nan'",
-        ),
-        (
-            ["--rankclip-lambda-in", "inf"],
-            "--rankclip-lambda-in: must be a finite number of at least 0, got 'inf'",
-        ),
-        (
-            ["--rankclip-lambda-in", "x"],
-            "--rankclip-lambda-in: must be a finite number of at least 0, got 'x'",
-        ),
-        (["--rankclip-top-k", "0"], "--rankclip-top-k: must be a whole number of at least 1, got '0'"),
-        (
-            ["--rankclip-chunk-size", "1.5"],
-            "--rankclip-chunk-size: must be a whole number of at least 1, got '1.5'",
-        ),
-        (["--rankclip-bins", "1"], "--rankclip-bins: must be a whole number of at least 2, got '1'"),
-        (
-            ["--rankclip-bins", str(2**40)],
-            f"--rankclip-bins: must be at most {2**24}, got '{2**40}'",
-        ),
-        (
-            ["--rankclip-memory-budget", "-1"],
-            "--rankclip-memory-budget: must be a whole number of at least 0, got '-1'",
-        ),
-        (["--rankclip-lists", "all"], "--rankclip-lists: invalid choice"),
-        (["--rankclip-ties", "breslow"], "--rankclip-ties: invalid choice"),
-        (["--rankclip-discount", "exp"], "--rankclip-discount: invalid choice"),
-        (["--rankclip-worth", "square"], "--rankclip-worth: invalid choice"),
-        (["--rankclip-diagonal", "no"], "--rankclip-diagonal: invalid choice"),
-        (
-            ["--rankclip-diagonal", "exclude", "--rankclip-ties", "random"],
-            "--rankclip-diagonal: diagonal=False makes lists of other items",
-        ),
-        (["--horovod"], "--loss: rankclip does not work with --horovod"),
-        (["--rankclip-lists", "batch", "--local-loss"], "--rankclip-lists: batch needs the whole batch"),
-        (
-            ["--rankclip-reference", "teacher"],
-            "rankclip ranks by a teacher: name it with --distill-model and --distill-pretrained",
-        ),
-        (["--rankclip-reference-scale", "2"], "--rankclip-reference-scale: "),
-        (
-            ["--rankclip-distill-loss", "exclude"],
-            "--rankclip-distill-loss: exclude leaves a teacher without a use",
-        ),
-        (
-            [*SIGMOID_STUDENT, "--rankclip-reference", "teacher"],
-            "--rankclip-distill-loss: must be exclude with --siglip, whose bias the trainer's distillation",
-        ),
-        (SIGMOID_STUDENT, "--loss: rankclip does not work with --siglip and --distill-model: the trainer's"),
-        (["--rankclip-model", "top_one", "--rankclip-top-k", "2"], "model='top_one' weighs all items"),
-        (["--rankclip-weight", "1"], "unrecognized arguments: --rankclip-weight"),
-    ],
-)
-def test_what_cannot_work_is_refused(
-    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
-) -> None:
-    assert message in refused(capsys, *RANKCLIP, *argv)
+# --- what is refused ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("argv", "works"),
+    ("command", "message"),
     [
-        ([*RANKCLIP, "--rankclip-reference", "teacher", "--rankclip-distill-loss", "exclude"], True),
-        (["--loss", "rankclip-distill"], True),
-        (["--loss", "rankclip-distill", "--rankclip-distill-loss", "include"], False),
-        (["--loss", "cyclip"], False),
+        ("--los rankclip", "ambiguous option: --los"),
+        ("--loss siglip", "--loss: invalid choice: 'siglip'"),
+        (
+            "--rankclip-top-k 5 --rankclip-lambda-in 1",
+            "--rankclip-lambda-in, --rankclip-top-k: only with --loss",
+        ),
+        ("--loss clip --rankclip-top-k 5", "--rankclip-top-k: only with --loss rankclip"),
+        ("--loss cyclip --rankclip-top-k 3", "--rankclip-top-k: only with --loss rankclip"),
+        ("--cyclip-lambda-in 1", "unrecognized arguments: --cyclip-lambda-in 1"),
+        ("--streamed-memory-budget 0", "only with --loss clip-streamed or siglip-streamed"),
+        ("--loss rankclip --rankclip-schedule steep", "--rankclip-schedule: invalid choice"),
+        ("--loss rankclip --rankclip-lambda-cross -1", "--rankclip-lambda-cross: must be a finite number"),
+        ("--loss rankclip --rankclip-lambda-in nan", "--rankclip-lambda-in: must be a finite number"),
+        ("--loss rankclip --rankclip-top-k 0", "--rankclip-top-k: must be a whole number of at least 1"),
+        ("--loss rankclip --rankclip-chunk-size 1.5", "--rankclip-chunk-size: must be a whole number"),
+        ("--loss rankclip --rankclip-weight 1", "unrecognized arguments: --rankclip-weight"),
+        ("--loss rankclip --horovod", "--loss: rankclip does not work with --horovod"),
+        ("--loss rankclip --rankclip-reference teacher", "--distill-model and --distill-pretrained"),
+        ("--loss rankclip --rankclip-reference-scale 2", "--rankclip-reference-scale: "),
+        ("--loss rankclip --rankclip-distill-loss exclude", "--rankclip-distill-loss: "),
+        (f"--loss rankclip {SIGMOID_STUDENT}", "does not work with --siglip and --distill-model"),
+        (f"--loss cyclip {SIGMOID_STUDENT}", "does not work with --siglip and --distill-model"),
+        (f"--loss rankclip --rankclip-reference teacher {SIGMOID_STUDENT}", "--rankclip-distill-loss: "),
+        ("--loss alip", "--loss: alip needs a second caption of each image: name it with --alip-caption-key"),
+        (f"{ALIP} --alip-momentum 1.5", "--alip-momentum: "),
+        (f"{ALIP} --siglip", "--loss: alip does not work with --siglip"),
+        (f"{ALIP} --distill-model RN50 --distill-pretrained x", "alip does not work with --distill-model"),
+        (f"{ALIP} --model coca_ViT-B-32", "alip does not work with CoCa"),
+        (f"{ALIP} --dataset-type synthetic", "--dataset-type synthetic has no second caption"),
+        (f"{ALIP} --torchscript", "alip does not work with --torchscript"),
+        ("--loss clip-streamed --siglip", "--loss: clip-streamed does not work with --siglip"),
+        ("--loss siglip-streamed", "--loss: siglip-streamed needs --siglip"),
     ],
 )
-def test_sigmoid_student_is_taught_where_the_trainers_distillation_is_left_out(
-    capsys: pytest.CaptureFixture[str], argv: list[str], works: bool
-) -> None:
-    assert "logit_bias" not in inspect.signature(open_clip.loss.DistillClipLoss.forward).parameters
-    if works:
-        assert parse_args([*argv, *SIGMOID_STUDENT]).siglip
-    else:
-        assert "the trainer's distillation loss" in refused(capsys, *argv, *SIGMOID_STUDENT)
-
-
-@pytest.mark.parametrize("loss_argument", [[], ["--loss", "clip"]])
-def test_options_without_the_ranking_loss_are_refused(
-    capsys: pytest.CaptureFixture[str], loss_argument: list[str]
-) -> None:
-    message = refused(capsys, *loss_argument, "--rankclip-top-k", "5", "--rankclip-lambda-in", "1")
-    assert "--rankclip-lambda-in, --rankclip-top-k: only with --loss rankclip" in message
-
-
-def test_what_the_library_refuses_is_a_usage_error(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise ValueError("top_k must be at least 2, got 1")
-
-    monkeypatch.setattr(rankloss, "RankClipLoss", refuse)
-    assert "argument --rankclip-top-k: must be at least 2, got 1" in refused(capsys, *RANKCLIP)
+def test_what_cannot_work_is_refused(capsys: pytest.CaptureFixture[str], command: str, message: str) -> None:
+    assert message in refused(capsys, *command.split())
 
 
 @pytest.mark.parametrize(
-    ("argv", "name", "value"),
+    "command",
     [
-        (["--rankclip-schedule", "cosine"], "schedule", "cosine"),
-        (["--rankclip-lambda-cross", "0.5"], "lambda_cross", 0.5),
-        (["--rankclip-lambda-in", "0"], "lambda_in", 0.0),
-        (["--rankclip-lists", "batch"], "lists", "batch"),
-        (["--rankclip-worth", "shifted"], "worth", "shifted"),
-        (["--rankclip-ties", "random"], "ties", "random"),
-        (["--rankclip-discount", "log"], "discount", "log"),
-        (["--rankclip-discount", "none"], "discount", None),
-        (["--rankclip-top-k", "5"], "top_k", 5),
-        (["--rankclip-diagonal", "exclude"], "diagonal", False),
-        (["--rankclip-fixed-reference", "text"], "fixed_reference", "text"),
-        (["--rankclip-fixed-reference", "none"], "fixed_reference", None),
-        (["--rankclip-chunk-size", "8"], "chunk_size", 8),
-        (["--rankclip-memory-budget", "0"], "memory_budget", 0),
-        (["--rankclip-method", "bin", "--rankclip-bins", "2"], "bins", 2),
-        (["--local-loss"], "local_loss", True),
-        (["--gather-with-grad"], "gather_with_grad", True),
-        (["--siglip"], "gather_with_grad", True),
-        (["--siglip"], "local_loss", True),
-        (["--siglip", "--rankclip-lists", "batch"], "local_loss", False),
-        (["--local-loss", "--gather-with-grad", "--rankclip-lists", "batch"], "local_loss", False),
+        f"--loss rankclip-distill {SIGMOID_STUDENT}",
+        f"--loss rankclip --rankclip-reference teacher --rankclip-distill-loss exclude {SIGMOID_STUDENT}",
     ],
 )
-def test_option_reaches_the_loss(
-    monkeypatch: pytest.MonkeyPatch, argv: list[str], name: str, value: object
-) -> None:
-    args = ready(parse_args([*RANKCLIP, *argv]))
-    built: dict[str, Any] = {}
-
-    class Recorder(nn.Module):
-        def __init__(self, base: nn.Module, **options: Any) -> None:
-            super().__init__()
-            built.update(options, base=base, **vars(options["gather"]))
-
-    monkeypatch.setattr(rankloss, "RankClipLoss", Recorder)
-    base = Base()
-    training.build_loss(base, args, sums_every_value=True)
-    assert built["base"] is base
-    assert {**vars(built["gather"]), **built}[name] == value
-
-
-def test_every_option_is_accepted_by_the_library() -> None:
-    for unit in ("epoch", "step"):
-        args = ready(parse_args([*RANKCLIP, "--rankclip-schedule-unit", unit]))
-        built = training.build_loss(Base(), args, sums_every_value=True)
-        assert built.clock.unit == unit
-        assert isinstance(built.criterion, rankloss.RankClipLoss)
-
-
-def test_broken_library_stops_only_runs_that_ask(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken() -> None:
-        raise ImportError("no rankloss")
-
-    monkeypatch.setattr(command_line, "_own_entries", broken)
-    assert parse_args([]).loss_dist_impl is None
-    assert "--loss is not available in this run" in caplog.text
-    assert "rankloss cannot be imported (ImportError: no rankloss)" in refused(capsys, *RANKCLIP)
-
-
-def test_version_that_is_too_old_is_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(open_clip, "__version__", "2.24.0")
-    assert "argument --loss: open_clip 2.24.0 is older than 2.26.1" in refused(capsys, *RANKCLIP)
-    parse_args([])
+def test_what_can_work_is_not(command: str) -> None:
+    assert parse_args(command.split()).siglip
 
 
 @pytest.mark.parametrize("model", ["naflexgenlip_b16", "local-dir:/models/GenLap"])
 def test_generative_model_is_refused_where_open_clip_has_such_tasks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    argv = [*RANKCLIP, "--model", model]
-    monkeypatch.setattr(open_clip.factory, "create_task", None, raising=False)
-    monkeypatch.setattr(patches, "unpatched", lambda **_: [])
-    assert f"compares images with texts, but {model} is trained to generate" in refused(capsys, *argv)
-    monkeypatch.delattr(open_clip.factory, "create_task")
+    argv = ["--loss", "rankclip", "--model", model]
     assert parse_args(argv).model == model
+    monkeypatch.setattr(open_clip.factory, "create_task", None, raising=False)
+    assert f"compares images with texts, but {model} is trained to generate" in refused(capsys, *argv)
 
 
-def test_loss_that_takes_no_features_is_refused() -> None:
-    args = ready(parse_args(RANKCLIP))
-    with pytest.raises(
-        ValueError,
-        match=r"Identity\.forward takes no image_features, logit_scale, output_dict, text_features",
-    ):
-        training.build_loss(nn.Identity(), args, sums_every_value=False)
-
-
-@pytest.mark.parametrize(("version", "warned"), [("2.32.0", True), ("3.3.0", False), ("4.2.0.dev0", True)])
-def test_log_remarks_once_on_a_version_that_was_not_tested(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str, warned: bool
+def test_trainer_that_was_not_reached_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(open_clip, "__version__", version)
-    training.build_loss(Base(), ready(parse_args(RANKCLIP)), sums_every_value=True)
-    remark = f"open_clip {version}: --loss is tested with 3.0.0 to 3.3.0, and tried with this"
-    assert caplog.messages.count(remark) == warned
+    import open_clip_train.train
 
-
-def test_unpatched_trainer_is_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(patches, "unpatched", lambda data: ["open_clip_train.train.train_one_epoch"])
-    assert "did not reach open_clip_train.train.train_one_epoch" in refused(capsys, *RANKCLIP)
-
-
-def test_failed_patch_is_raised_at_the_command_line(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    with monkeypatch.context() as changed:
+        changed.setattr(open_clip_train.train, "train_one_epoch", lambda data, args: None)
+        assert "did not reach open_clip_train.train.train_one_epoch" in refused(capsys, "--loss", "rankclip")
     monkeypatch.setitem(bootstrap.failures, "open_clip.factory", AttributeError("no create_loss"))
     with pytest.raises(
-        ImportError, match=r"could not attach .*open_clip\.factory: AttributeError: no create_loss"
+        ImportError, match=r"could not attach .*open_clip\.factory: AttributeError: no create"
     ):
         parse_args(["--loss", "clip"])
     parse_args([])
     assert "no create_loss" in caplog.text
 
 
-def test_swallowed_option_is_noticed_by_the_factory() -> None:
-    swallowed = SimpleNamespace(loss_dist_impl="rankclip")
-    with pytest.raises(RuntimeError, match="was read as --loss-dist-impl rankclip"):
-        command_line.requested(swallowed)
+# --- what reaches the loss ------------------------------------------------------------------------------
 
 
-class Base(nn.Module):
-    """A loss with the trainer's calling convention, which the tests here never call."""
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("--rankclip-schedule cosine", {"schedule": schedules.cosine}),
+        ("--rankclip-lambda-cross 0.5 --rankclip-lambda-in 0", {"lambda_cross": 0.5, "lambda_in": 0.0}),
+        ("--rankclip-lists batch --rankclip-worth shifted", {"lists": "batch", "worth": "shifted"}),
+        ("--rankclip-ties random", {"ties": "random"}),
+        ("--rankclip-discount log", {"discount": "log"}),
+        ("--rankclip-discount none --rankclip-top-k 5", {"discount": None, "top_k": 5}),
+        ("--rankclip-diagonal exclude", {"diagonal": False}),
+        ("--rankclip-fixed-reference text", {"fixed_reference": "text"}),
+        ("--rankclip-chunk-size 8 --rankclip-memory-budget 0", {"chunk_size": 8, "memory_budget": 0}),
+        ("--rankclip-method bin --rankclip-bins 2", {"method": "bin", "bins": 2}),
+        ("--loss rankclip-cross", {"lambda_cross": 1.0, "lambda_in": 0.0}),
+        ("--loss rankclip-in", {"lambda_cross": 0.0, "lambda_in": 1.0}),
+        ("", {"local_loss": False, "gather_with_grad": False}),
+        ("--local-loss --gather-with-grad", {"local_loss": True, "gather_with_grad": True}),
+        ("--siglip", {"local_loss": True, "gather_with_grad": True}),
+        ("--siglip --rankclip-lists batch", {"local_loss": False}),
+        ("--local-loss --gather-with-grad --rankclip-lists batch", {"local_loss": False}),
+    ],
+)
+def test_option_reaches_the_loss(command: str, expected: dict[str, Any]) -> None:
+    base = Base()
+    criterion = loss_of(f"--loss rankclip {command}", base).criterion
+    assert criterion.base is base
+    options = criterion.consistency.options
+    of_options = {name: getattr(options, name) for name in expected if hasattr(options, name)}
+    seen = {**vars(criterion), **vars(criterion.consistency.gather), **of_options}
+    seen.update({name: getattr(criterion, name) for name in ("schedule", "lambda_cross", "lambda_in")})
+    assert {name: seen[name] for name in expected} == expected
 
-    def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool
-    ) -> Any:
-        raise NotImplementedError
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("--loss cyclip", {"lambda_cross": 0.25, "lambda_in": 0.25, "local_loss": False}),
+        ("--loss cyclip --cyclip-lambda-cross 1 --local-loss", {"lambda_cross": 1.0, "local_loss": True}),
+        ("--loss cyclip --siglip", {"local_loss": True, "gather_with_grad": True}),
+        (ALIP, {"gamma_sample": 2.0, "gamma_pair": 2.0, "momentum": 0.99, "history": 1.0}),
+        (f"{ALIP} --alip-gamma-sample 1 --alip-initial-history -0.2", {"gamma_sample": 1.0, "history": -0.2}),
+        (f"{ALIP} --local-loss --gather-with-grad", {"local_loss": True, "gather_with_grad": True}),
+    ],
+)
+def test_options_reach_the_other_losses(command: str, expected: dict[str, Any]) -> None:
+    criterion = loss_of(command).criterion
+    seen = {**vars(criterion), **vars(criterion.gather)}
+    if "history" in expected:
+        seen["history"] = pytest.approx(criterion.histories[0].item())
+    assert {name: seen[name] for name in expected} == expected
 
 
-def ready(args: Any) -> Any:
-    """Arguments as the trainer completes them before it creates the loss."""
-    args.rank, args.world_size, args.distill = 0, 1, False
-    return args
+@pytest.mark.parametrize("options", [[], ["--siglip"]])
+def test_terms_stand_on_the_trainers_loss_as_rankloss_has_it(options: list[str]) -> None:
+    ours = rankloss.SigLipLoss if options else rankloss.ClipLoss
+    siglip = " ".join(options)
+    assert type(loss_of(f"--loss cyclip {siglip}", stock(*options)).criterion.base) is ours
+    criterion = loss_of(f"--loss rankclip --rankclip-memory-budget 5 {siglip}", stock(*options)).criterion
+    assert repr(criterion.base) == f"{ours.__name__}(memory_budget=5)"
+    streamed = f"--loss {'siglip' if options else 'clip'}-streamed --streamed-memory-budget 7 {siglip}"
+    assert repr(loss_of(streamed, stock(*options)).criterion) == f"{ours.__name__}(memory_budget=7)"
+    with pytest.raises(ValueError, match="the trainer trains with Base"):
+        loss_of(streamed, Base())
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("--loss cyclip", r"Loss: cyclip \(rankloss.*\) on Base, weights 0.25 cross-modal"),
+        (ALIP, r"Loss: alip \(rankloss.*\) in place of Base, second caption 'synthetic', gamma 2"),
+        ("--loss x", r"Loss: x \(p 1.0\) on Base, open_clip"),
+    ],
+)
+def test_log_names_the_loss_once(
+    register: Register, caplog: pytest.LogCaptureFixture, command: str, said: str
+) -> None:
+    register(("p", "x", "built"))
+    with caplog.at_level("INFO", logger="rankloss_open_clip"):
+        loss_of(command)
+        args = ready(parse_args([*command.split(), "--device", "cpu"]))
+        args.rank, args.world_size = 1, 2  # only the first process says it
+        build_loss(Base(), args, sums_every_value=True)
+    (record,) = caplog.records
+    assert re.search(said, record.message)
+
+
+# --- what other packages register -----------------------------------------------------------------------
+
+
+def test_registered_loss_and_its_options_are_taken(register: Register) -> None:
+    register(("b", "deep", "ENTRY"))
+    assert parse_args(["--loss", "deep"]).deep_depth == 3
+    assert parse_args(["--loss=deep", "--deep-depth", "5"]).deep_depth == 5
+    assert not hasattr(parse_args(["--loss", "cyclip"]), "deep_depth")
+
+
+@pytest.mark.parametrize(
+    ("registrations", "message"),
+    [
+        (
+            [("p", "x", "missing:X")],
+            "x (p 1.0) cannot be used: ModuleNotFoundError: No module named 'missing'",
+        ),
+        ([("p", "x", "NOTHING")], "must be a LossEntry or a function"),
+        ([("p", "x", "CLASHING")], "the prefix 'rankclip' belongs to another loss"),
+        ([("p", "x", "TRAINERS")], "x cannot be used: argument --train-data: conflicting option string"),
+        ([("p", "x", "ENTRY"), ("q", "x", "built")], "x is registered by both p 1.0 and q 1.0"),
+    ],
+)
+def test_what_cannot_be_used_stops_only_runs_that_ask(
+    register: Register,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    registrations: list[tuple[str, str, str]],
+    message: str,
+) -> None:
+    register(*registrations)
+    assert message in refused(capsys, "--loss", "x")
+    for argv in ([], ["--loss", "clip"], ["--loss", "cyclip"]):
+        parse_args(argv)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["rankclip", "clip"])
+def test_own_names_cannot_be_taken(register: Register, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    register(("p", name, "built"))
+    parse_args([])
+    assert not caplog.records
+    parse_args(["--loss", "cyclip"])
+    assert f"{__name__}:built is registered as a loss under the name {name!r}, which is taken" in caplog.text
+
+
+def test_what_is_no_loss_is_refused(register: Register) -> None:
+    register(("p", "x", "built"), ("p", "y", "number"))
+    base = Base()
+    base.weight = nn.Parameter(base.scale.clone())
+    with pytest.raises(ValueError, match="--loss x: Base has parameters"):
+        loss_of("--loss x", base)
+    with pytest.raises(TypeError, match="--loss y must be a module; got 3"):
+        loss_of("--loss y")
+    with pytest.raises(ValueError, match=r"Identity\.forward takes no image_features, logit_scale"):
+        loss_of("--loss rankclip", nn.Identity())
+
+
+def test_trainer_with_a_loss_option_of_its_own_keeps_it(capsys: pytest.CaptureFixture[str]) -> None:
+    module = type(open_clip)("open_clip_train.params")
+    source = (
+        "import argparse\n"
+        "def parse_args(args):\n"
+        "    parser = argparse.ArgumentParser()\n"
+        "    parser.add_argument('--loss', choices=['clip', 'sigmoid'], default='sigmoid')\n"
+        "    return parser.parse_args(args)\n"
+    )
+    exec(source, vars(module))
+    patches.patch(module)
+    assert vars(module.parse_args([])) == {"loss": "sigmoid"}
+    assert vars(module.parse_args(["--loss", "clip"])) == {"loss": "clip"}
+    with pytest.raises(SystemExit):
+        module.parse_args(["--loss", "rankclip"])
+    assert "rankclip cannot be used" in capsys.readouterr().err

@@ -10,15 +10,14 @@ import open_clip
 import open_clip_train.params
 import pytest
 import torch
+from stand_ins import at, features, ready
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
-from torch.nn.functional import normalize
 
 from rankloss import RankClipLoss
 from rankloss_open_clip import patches
 from rankloss_open_clip.logged_terms import TrainerLoss
-from rankloss_trainers.clock import Position
 from rankloss_trainers.logging import RankClipLog
 
 EPOCHS, STEPS = 4, 5
@@ -33,17 +32,6 @@ def _fresh_compiler() -> Iterator[None]:
     counters.clear()
     yield
     torch.compiler.reset()
-
-
-def batch(seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    rows = normalize(torch.randn(2, 6, 4, generator=generator), dim=-1)
-    image_features, text_features = (x.clone().requires_grad_() for x in rows)
-    return {
-        "image_features": image_features,
-        "text_features": text_features,
-        "logit_scale": torch.tensor(9.0, requires_grad=True),
-    }
 
 
 class Step(nn.Module):
@@ -61,9 +49,9 @@ class Step(nn.Module):
 def losses_of_a_run(loss: TrainerLoss, step: Any) -> list[list[float]]:
     rows = []
     for epoch in range(EPOCHS):
-        loss.start_epoch(Position(epoch=epoch, epochs=EPOCHS, steps=STEPS, accum_freq=1))
+        loss.start_epoch(at(epoch, epochs=EPOCHS, steps=STEPS))
         for i in range(STEPS):
-            inputs = batch(epoch * STEPS + i)
+            inputs = features(seed=epoch * STEPS + i)
             losses = step(inputs)
             losses["loss"].backward()
             rows.append(
@@ -72,10 +60,10 @@ def losses_of_a_run(loss: TrainerLoss, step: Any) -> list[list[float]]:
     return rows
 
 
-# The schedules that start at zero include the step from terms that are not trained to terms that are.
-@pytest.mark.parametrize("schedule", ["rankclip", "linear"])
-@pytest.mark.parametrize("unit", ["epoch", "step"])
-@pytest.mark.parametrize("agreement_every", [None, 2])
+# The linear schedule starts at zero: it includes the step from terms that are not trained to terms that are.
+@pytest.mark.parametrize(
+    ("schedule", "unit", "agreement_every"), [("linear", "epoch", None), ("rankclip", "step", 2)]
+)
 def test_lambda_changes_without_a_recompilation(
     schedule: str, unit: str, agreement_every: int | None
 ) -> None:
@@ -107,10 +95,10 @@ def test_recompilation_would_be_noticed() -> None:
     loss = Naive()
     step = torch.compile(Step(loss), backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        step(batch(0))
+        step(features())
         loss.lambda_ = 0.5
         with pytest.raises(torch._dynamo.exc.RecompileError):
-            step(batch(0))
+            step(features())
 
 
 class TrainersOwn(open_clip.ClipLoss):
@@ -124,20 +112,10 @@ class TrainersOwn(open_clip.ClipLoss):
 def test_trainers_own_loss_is_compiled_alone(torchcompile: bool, strategy: str, frames: int) -> None:
     factory = ModuleType("open_clip.factory")
     factory.create_task = lambda args, model: Step(TrainersOwn())  # type: ignore[attr-defined]
-    patches.patch_factory(factory)
-    args = open_clip_train.params.parse_args(["--loss", "rankclip"])
-    counter = CompileCounter()
-    compile_arguments = {"torchcompile_backend": counter, "torchcompile_mode": None}
-    vars(args).update(
-        {
-            "rank": 0,
-            "world_size": 1,
-            "epochs": EPOCHS,
-            "torchcompile_strategy": strategy,
-            **compile_arguments,
-        },
-        torchcompile=torchcompile,
-    )
+    patches.patch(factory)
+    args, counter = ready(open_clip_train.params.parse_args(["--loss", "rankclip"])), CompileCounter()
+    args.epochs, args.torchcompile, args.torchcompile_strategy = EPOCHS, torchcompile, strategy
+    args.torchcompile_backend, args.torchcompile_mode = counter, None
     task = factory.create_task(args, SimpleNamespace())
     assert len(losses_of_a_run(task.loss, task)) == EPOCHS * STEPS
     assert counter.frame_count == frames

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +51,7 @@ def path() -> str:
 
 
 @pytest.fixture(scope="module")
-def main_runs(trainer: Trainer, path: str) -> Iterator[Runs]:
+def main_runs(trainer: Trainer, path: str) -> Runs:
     table = Runs()
 
     def run(name: str, *options: str, command: tuple[str, ...] = (), **environment: str) -> Run:
@@ -82,12 +81,11 @@ def main_runs(trainer: Trainer, path: str) -> Iterator[Runs]:
         for unit, options in (("epoch", LINEAR), ("step", PER_STEP)):
             options = [*options, *compile_options, "--torchcompile-backend", "eager"]
             add(f"{strategy} per {unit}", *options, command=("-c", COMPILED))
-    yield table
-    table.close()
+    return table
 
 
 @pytest.fixture(scope="module")
-def teacher_runs(trainer: Trainer, path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def teacher_runs(trainer: Trainer, path: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     table = Runs()
 
     def add(name: str, *options: str) -> None:
@@ -101,8 +99,7 @@ def teacher_runs(trainer: Trainer, path: str, tmp_path_factory: pytest.TempPathF
     features = stored(tmp_path_factory.mktemp("teacher") / "both", **TEACHER)
     halves = ["--batch-size", str(SAMPLES // 2), "--accum-freq", "2"]
     add("features", *WHOLE_SET, "--rankclip-reference-features", features, *halves)
-    yield table
-    table.close()
+    return table
 
 
 def test_teacher_ranks_beside_its_distillation_and_without(teacher_runs: Runs) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import pickle
 import sys
-from importlib.machinery import PathFinder
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,13 +16,15 @@ import open_clip_train.params
 import open_clip_train.train
 import pytest
 import torch
-from torch import Tensor, nn
-from trainer_runs import Processes, Trainer
+from stand_ins import Base, at, features, loader, ready
+from torch import nn
+from trainer_runs import OFF, Trainer
 
-from rankloss_open_clip import bootstrap, names, patches
+from rankloss_open_clip import __main__ as runner
+from rankloss_open_clip import bootstrap, diagnosis, names, patches
 from rankloss_open_clip.logged_terms import TrainerLoss
 from rankloss_open_clip.training import start_epoch
-from rankloss_trainers.clock import Position
+from rankloss_open_clip.versions import remark
 
 FUNCTIONS = [
     open_clip.factory.create_loss,
@@ -31,69 +33,34 @@ FUNCTIONS = [
 ]
 
 
-def test_bootstrap_imports_only_the_standard_library(trainer: Trainer) -> None:
+# --- what torch's import costs, and what it brings ---------------------------------------------------------
+
+
+def test_import_of_torch_attaches_and_loads_little(trainer: Trainer) -> None:
     script = (
         "import sys; before = set(sys.modules)\n"
         "from rankloss_open_clip import bootstrap; bootstrap.attach()\n"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
-        "print(sorted(new - sys.stdlib_module_names))"
-    )
-    assert trainer.python("-c", script).output.strip() == "['rankloss_open_clip']"
-
-
-def test_bootstrap_costs_less_than_two_milliseconds(trainer: Trainer) -> None:
-    # Every `import torch` pays for it. The minimum of many runs excludes other load on the machine.
-    script = (
-        "import sys, time\n"
-        "def load():\n"
-        "    start = time.process_time()\n"
-        "    from rankloss_open_clip import bootstrap\n"
-        "    bootstrap.attach()\n"
-        "    spent = time.process_time() - start\n"
-        "    del sys.modules['rankloss_open_clip.bootstrap'], sys.modules['rankloss_open_clip']\n"
-        "    sys.meta_path.pop(0)\n"
-        "    return spent\n"
-        "print(min(load() for _ in range(20)))"
-    )
-    here = str(Path(bootstrap.__file__).parents[1])  # -S leaves out what an editable installation adds
-    assert 0 < float(trainer.python("-S", "-c", script, PYTHONPATH=here).output) < 0.002
-
-
-def test_import_of_torch_attaches_and_loads_nothing_else(trainer: Trainer) -> None:
-    script = (
-        "import sys, torch\n"
-        "print([type(finder).__name__ for finder in sys.meta_path].count('SeamFinder'))\n"
+        "print(sorted(new - sys.stdlib_module_names))\n"
+        "import torch\n"
+        "print([type(finder).__name__ for finder in sys.meta_path].count('Finder'))\n"
         "print(sorted(name for name in sys.modules if name.startswith(('rankloss', 'open_clip'))))"
     )
-    count, names = trainer.python("-W", "error", "-c", script).output.strip().splitlines()
-    assert count == "1"
-    assert names == "['rankloss_open_clip', 'rankloss_open_clip.bootstrap']"
+    done = trainer.python("-W", "error", "-c", script)
+    ours = ["rankloss_open_clip", "rankloss_open_clip.bootstrap"]
+    ours += ["rankloss_trainers", "rankloss_trainers.import_hook"]
+    assert done.output.splitlines() == ["['rankloss_open_clip', 'rankloss_trainers']", "1", str(ours)]
 
 
-def test_finder_finds_nothing_where_open_clip_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    finder = bootstrap.SeamFinder()
-    monkeypatch.setattr(sys, "meta_path", [finder])
-    assert not any(finder.find_spec(name) for name in (*bootstrap.SEAMS, "open_clip", "json"))
-
-
-def test_attaching_twice_changes_nothing() -> None:
+def test_everything_is_patched_once_and_attaching_twice_changes_nothing() -> None:
+    importlib.import_module("open_clip_train.main")
     finders = list(sys.meta_path)
     bootstrap.attach()
     assert sys.meta_path == finders
-    assert open_clip.factory.create_loss is FUNCTIONS[0]
+    assert patches.missed() == []
+    assert open_clip.create_loss is open_clip.factory.create_loss is FUNCTIONS[0]
     assert open_clip_train.params.parse_args is FUNCTIONS[1]
     assert open_clip_train.train.train_one_epoch is FUNCTIONS[2]
-
-
-def test_everything_is_patched_once_loaded() -> None:
-    importlib.import_module("open_clip_train.main")
-    assert patches.unpatched() == []
-    assert open_clip.create_loss is open_clip.factory.create_loss
-
-
-def test_function_that_was_missed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_clip_train.train, "train_one_epoch", inspect.unwrap(FUNCTIONS[2]))
-    assert patches.unpatched() == ["open_clip_train.train.train_one_epoch"]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
@@ -103,13 +70,6 @@ def test_patched_function_keeps_source_signature_and_pickle(function: Any) -> No
     assert f"def {function.__name__}(" in inspect.getsource(function)
     assert inspect.signature(function) == inspect.signature(original)
     assert pickle.loads(pickle.dumps(function)) is function
-
-
-def test_module_keeps_its_own_loader() -> None:
-    spec = open_clip_train.train.__spec__
-    assert spec is not None
-    assert not isinstance(spec.loader, bootstrap.SeamLoader)
-    assert open_clip_train.train.__loader__ is spec.loader
 
 
 def test_reloaded_module_is_patched_again() -> None:
@@ -122,64 +82,23 @@ def test_reloaded_module_is_patched_again() -> None:
         module.parse_args = FUNCTIONS[1]  # type: ignore[attr-defined]
 
 
-def test_two_delegating_finders_live_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    package = tmp_path / "open_clip_train"
-    package.mkdir()
-    (package / "train.py").write_text("def train_one_epoch(state, data, args, tb_writer=None): pass\n")
-    executed = []
-
-    class Loader:
-        def __init__(self, loader: Any) -> None:
-            self.loader = loader
-
-        def create_module(self, spec: Any) -> Any:
-            return self.loader.create_module(spec)
-
-        def exec_module(self, module: ModuleType) -> None:
-            self.loader.exec_module(module)
-            executed.append(module.__name__)
-
-    class Other:
-        busy = False
-
-        def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-            if self.busy:
-                return None
-            self.busy = True
-            found = [f.find_spec(name, path, target) for f in sys.meta_path if f is not self]
-            self.busy = False
-            spec: Any = next(spec for spec in found if spec is not None)
-            spec.loader = Loader(spec.loader)
-            return spec
-
-    orders: list[list[Any]] = [
-        [bootstrap.SeamFinder(), Other(), PathFinder],
-        [Other(), bootstrap.SeamFinder(), PathFinder],
-    ]
-    for order in orders:
-        monkeypatch.setattr(sys, "meta_path", order)
-        spec = order[0].find_spec("open_clip_train.train", [str(package)])
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        assert getattr(module.train_one_epoch, patches._PATCHED)
-    assert executed == ["open_clip_train.train"] * 2
+# --- what goes wrong ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("argv", "asks"),
     [
-        (["--loss", "rankclip"], True),
-        (["--loss=rankclip"], True),
-        (["--loss", "clip"], True),
-        (["--los", "rankclip"], True),
-        (["--rankclip-top-k", "3"], True),
-        (["--loss-dist-impl", "rankclip"], False),
-        (["--name", "rankclip", "--local-loss"], False),
-        ([], False),
+        ("--loss rankclip", True),
+        ("--loss=rankclip", True),
+        ("--los rankclip", True),
+        ("--rankclip-top-k 3", True),
+        ("--loss-dist-impl rankclip", False),
+        ("--name rankclip --local-loss", False),
+        ("", False),
     ],
 )
-def test_request_is_read_from_the_command_line(argv: list[str], asks: bool) -> None:
-    assert names.asks_for_loss(argv) is asks
+def test_request_is_read_from_the_command_line(argv: str, asks: bool) -> None:
+    assert names.asks_for_loss(argv.split()) is asks
 
 
 @pytest.mark.parametrize(
@@ -211,60 +130,79 @@ def test_params_without_parse_args_stop_only_a_command_that_asks(monkeypatch: py
         bootstrap.patch(module)
 
 
-def test_trainer_with_a_loss_option_of_its_own_keeps_it() -> None:
-    module = ModuleType("open_clip_train.params")
-    source = (
-        "import argparse\n"
-        "def parse_args(args):\n"
-        "    parser = argparse.ArgumentParser()\n"
-        "    parser.add_argument('--loss', choices=['clip', 'sigmoid'], default='sigmoid')\n"
-        "    parser.add_argument('--epochs', default=2)\n"
-        "    return parser.parse_args(args)\n"
-    )
-    exec(source, vars(module))
-    patches.patch_params(module)
-    assert vars(module.parse_args([])) == {"loss": "sigmoid", "epochs": 2}
-    args = module.parse_args(["--loss", "rankclip"])
-    assert args.loss == "rankclip"
-
-    factory = ModuleType("open_clip.factory")
-    seen: list[str] = []
-
-    def create_loss(args: Any) -> nn.Module:
-        seen.append(args.loss)
-        return Base()
-
-    factory.create_loss = create_loss  # type: ignore[attr-defined]
-    patches.patch_factory(factory)
-    assert isinstance(factory.create_loss(args), TrainerLoss)
-    assert seen == ["sigmoid"]
-
-
-def test_broken_plugin_fails_a_run_that_asks(processes: Processes) -> None:
-    done = processes["plug-in broken"]
+def test_broken_plugin_fails_a_run_that_asks(trainer: Trainer, broken_plugin: dict[str, str]) -> None:
+    done = trainer.run("plug-in broken", "--loss", "rankclip", **broken_plugin)
     assert done.returncode not in (0, 2)
     assert "--loss was given, but rankloss_open_clip could not attach" in done.output
     assert "sabotaged" in done.output
 
 
-def test_doctor_says_yes_where_the_loss_is_honoured(processes: Processes) -> None:
-    done = processes["doctor"]
-    assert (done.returncode, "Yes: " in done.output) == (0, True), done.output
+# --- the diagnosis --------------------------------------------------------------------------------------
 
 
-def test_doctor_reports_the_switched_off_plugin(processes: Processes) -> None:
-    done = processes["doctor, plug-in off"]
-    assert done.returncode == 1
-    assert "No: " in done.output
-    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading plug-ins" in done.output
-    assert "python -m rankloss_open_clip" in done.output
-    assert "trains plain CLIP" in done.output
+def test_nothing_is_wrong_here() -> None:
+    assert diagnosis.problems() == []
+    assert remark(importlib.metadata.version("open_clip_torch")) == ""
 
 
-def test_doctor_reports_a_broken_plugin(processes: Processes) -> None:
-    done = processes["doctor, plug-in broken"]
-    assert done.returncode == 1
-    assert "open_clip.factory could not be patched: OSError: sabotaged" in done.output
+def test_diagnosis_of_an_environment_whose_plugin_is_off(trainer: Trainer) -> None:
+    script = "from rankloss_open_clip.diagnosis import problems; print(*problems(), sep='\\n')"
+    first, second = trainer.python("-c", script, **OFF).output.splitlines()
+    assert first.startswith("TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading plug-ins")
+    assert "python -m rankloss_open_clip" in first
+    assert "trains plain CLIP" in second
+
+
+def test_missing_entry_point_and_failed_patch_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bootstrap.failures, "open_clip.factory", OSError("sabotaged"))
+    monkeypatch.setattr(bootstrap, "attached", lambda: False)
+    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    first, second, _ = diagnosis.problems()
+    assert "its entry point is not registered" in first
+    assert second == "open_clip.factory could not be patched: OSError: sabotaged"
+
+
+@pytest.mark.parametrize(
+    ("there", "advice"),
+    [
+        ([], "pip install 'open_clip_torch"),
+        (["training"], "python -m rankloss_open_clip --trainer training.main"),
+    ],
+)
+def test_missing_trainer_is_named_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, there: list[str], advice: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in there else None)
+    (problem,) = diagnosis.problems()
+    assert problem.startswith("open_clip_train is not installed")
+    assert advice in problem
+    monkeypatch.setattr(sys, "argv", ["rankloss_open_clip"])
+    with pytest.raises(SystemExit, match="open_clip_train is not installed"):
+        runner.main()
+
+
+@pytest.mark.parametrize(
+    "version", ["3.0.0", "3.3.0", "3.3", "3.3.0.post1", "3.3.0+a.dev1", "2.16.1", "2.24.0"]
+)
+def test_tested_version_gets_no_remark(version: str) -> None:
+    assert remark(version) == ""
+
+
+@pytest.mark.parametrize(
+    "version", ["2.0.2", "2.32.0", "3.0.0.dev0", "3.3.0rc1", "3.3.1", "4.2.0.dev0", "main", ""]
+)
+def test_other_version_is_tried_with_a_remark_in_the_log(
+    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = f"open_clip {version}: --loss is tested with 3.0.0 to 3.3.0, and tried with this"
+    assert remark(version) == said
+    monkeypatch.setattr(open_clip, "__version__", version)
+    built()
+    assert caplog.messages.count(said) == 1
+
+
+# --- what the patched functions do ------------------------------------------------------------------------
 
 
 class Task(nn.Module):
@@ -275,38 +213,30 @@ class Task(nn.Module):
         self.loss: nn.Module = Base()
 
 
-class Base(nn.Module):
-    """A loss with the trainer's calling convention."""
-
-    def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool = False
-    ) -> Tensor | dict[str, Tensor]:
-        value = (image_features * text_features).sum() * logit_scale
-        return {"contrastive_loss": value} if output_dict else value
-
-
-def arguments(**changes: Any) -> Any:
-    args = open_clip_train.params.parse_args(["--loss", "rankclip"])
-    vars(args).update({"rank": 0, "world_size": 1, "accum_freq": 1, "epochs": 3, **changes})
+def arguments(*options: str, **changes: Any) -> Any:
+    args = ready(open_clip_train.params.parse_args(["--loss", "rankclip", "--epochs", "3", *options]))
+    vars(args).update(changes)
     return args
 
 
-def features() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    rows = nn.functional.normalize(torch.randn(2, 6, 4, generator=generator), dim=-1)
-    return {"image_features": rows[0], "text_features": rows[1], "logit_scale": torch.tensor(10.0)}
+def factory_with(**functions: Any) -> Any:
+    factory = ModuleType("open_clip.factory")
+    vars(factory).update(functions)
+    patches.patch(factory)
+    return factory
 
 
-def loader(batches: int) -> dict[str, Any]:
-    return {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=batches))}
+def built(*options: str) -> TrainerLoss:
+    loss = factory_with(create_loss=lambda args: Base()).create_loss(arguments(*options))
+    assert isinstance(loss, TrainerLoss)
+    return loss
 
 
 def test_task_api_gets_a_plain_dict_and_its_epochs() -> None:
-    factory, train = ModuleType("open_clip.factory"), ModuleType("open_clip_train.train")
+    train = ModuleType("open_clip_train.train")
     exec("def train_one_epoch(state, data, args, tb_writer=None): return state", vars(train))
-    factory.create_task = lambda args, model, dist_model=None: Task()  # type: ignore[attr-defined]
-    patches.patch_factory(factory)
-    patches.patch_train(train)
+    factory = factory_with(create_task=lambda args, model, dist_model=None: Task())
+    patches.patch(train)
     args = arguments()
     task = factory.create_task(args, model=None)
     state = SimpleNamespace(task=task, epoch=1)
@@ -321,9 +251,7 @@ def test_task_api_gets_a_plain_dict_and_its_epochs() -> None:
 
 
 def test_task_that_compares_nothing_is_refused() -> None:
-    factory = ModuleType("open_clip.factory")
-    factory.create_task = lambda args, model: SimpleNamespace()  # type: ignore[attr-defined]
-    patches.patch_factory(factory)
+    factory = factory_with(create_task=lambda args, model: SimpleNamespace())
     with pytest.raises(ValueError, match="compares images with texts, got SimpleNamespace"):
         factory.create_task(arguments(), None)
 
@@ -333,47 +261,35 @@ def test_other_loss_in_the_trainer_is_an_error() -> None:
         start_epoch(nn.Identity(), 0, loader(4), arguments())
 
 
-def built(**changes: Any) -> TrainerLoss:
-    factory = ModuleType("open_clip.factory")
-    factory.create_loss = lambda args: Base()  # type: ignore[attr-defined]
-    patches.patch_factory(factory)
-    loss = factory.create_loss(arguments(**changes))
-    assert isinstance(loss, TrainerLoss)
-    return loss
-
-
 def test_scalar_form_is_the_sum_of_the_terms() -> None:
     loss = built()
-    loss.start_epoch(Position(epoch=1, epochs=3, steps=4, accum_freq=1))
+    loss.start_epoch(at(1))
     terms = loss(**features(), output_dict=True)
     torch.testing.assert_close(loss(**features()), sum(terms.values()))
-    assert len(terms) == 6
-    assert len(terms.values()) == 3
+    assert (len(terms), len(terms.values())) == (6, 3)
 
 
-@pytest.mark.parametrize("unit", ["epoch", "step"])
-def test_loss_that_was_told_no_epoch_refuses_to_run(unit: str) -> None:
-    with pytest.raises(RuntimeError, match=r"told of no epoch: call start_epoch\(\)"):
-        built(rankclip_schedule_unit=unit)(**features(), output_dict=True)
+LINEAR_STEPS = ("--rankclip-schedule-unit", "step", "--rankclip-schedule", "linear")
 
 
-def test_epoch_that_is_longer_than_announced_stays_at_its_last_step() -> None:
-    loss = built(rankclip_schedule_unit="step", rankclip_schedule="linear")
-    loss.start_epoch(Position(epoch=0, epochs=2, steps=2, accum_freq=1))
+def test_loss_asks_for_its_epoch_and_stays_at_the_last_step_of_a_longer_one() -> None:
+    loss = built(*LINEAR_STEPS)
+    with pytest.raises(RuntimeError, match=r"start_epoch\(\)"):
+        loss(**features(), output_dict=True)
+    loss.start_epoch(at(0, epochs=2, steps=2))
     values = [loss(**features(), output_dict=True)["rank_lambda"].item() for _ in range(3)]
     assert values == pytest.approx([0, 1 / 3, 1 / 3])
 
 
 def test_resumed_run_is_where_the_uninterrupted_one_would_be() -> None:
-    def lambdas(loss: TrainerLoss, epochs: range) -> list[float]:
-        values = []
+    def lambdas(epochs: range) -> list[float]:
+        loss, values = built(*LINEAR_STEPS), []
         for epoch in epochs:
-            loss.start_epoch(Position(epoch=epoch, epochs=3, steps=4, accum_freq=2))
+            loss.start_epoch(at(epoch, accum_freq=2))
             values += [loss(**features(), output_dict=True)["rank_lambda"].item() for _ in range(8)]
         return values
 
-    whole = lambdas(built(rankclip_schedule_unit="step", rankclip_schedule="linear"), range(3))
-    resumed = lambdas(built(rankclip_schedule_unit="step", rankclip_schedule="linear"), range(1, 3))
-    assert resumed == whole[8:]
+    whole = lambdas(range(3))
+    assert lambdas(range(1, 3)) == whole[8:]
     assert whole[::2] == whole[1::2]
     assert len(set(whole)) == 12

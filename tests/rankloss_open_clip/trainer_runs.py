@@ -1,4 +1,4 @@
-"""Real runs of open_clip's trainer, on a tiny model and 64 generated pairs, in processes of their own."""
+"""Real runs of open_clip's trainer, on a tiny model and 64 generated pairs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import multiprocessing.connection
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
-import threading
+import time
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,8 @@ import open_clip
 import torch
 from PIL import Image
 
+import process_pool
+
 SAMPLES = 64
 PRECISIONS = ("fp32", "amp", "amp_bf16", "bf16", "pure_bf16")
 STEPS = 4  # optimizer steps of an epoch, without accumulation
@@ -36,6 +39,7 @@ WHOLE_SET = [  # two epochs of one step each, on the same uncropped pairs in any
     *("--loss", "rankclip", "--epochs", "2", "--batch-size", str(SAMPLES)),
     *("--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)"),
 ]
+BOTH = ["--local-loss", "--gather-with-grad"]
 # 3.0.0 locks the text towers of Hugging Face models only, with any loss.
 LOCKS_TEXT = hasattr(open_clip.CLIP, "lock_text_tower")
 # Followed by a number, and by `--`, which keeps it from taking the trainer's --logs for an option of its own.
@@ -43,11 +47,16 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 # Importing the trainer takes ten times as long as training the tiny model, so most runs are forked from a
-# process that has imported it.
+# process that has imported it, the one that the pools of processes are forked from.
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["open_clip_train.main"])
-# Starting a process asks every other one for its exit code, which two threads cannot read at once.
-_asking = threading.Lock()
+_OF_A_RUN = [
+    "open_clip_train.main",
+    "rankloss_open_clip.training",
+    "torch.utils.tensorboard",
+    "torch._dynamo",
+    "pandas",
+]
+_forks.set_forkserver_preload([*process_pool._PRELOADED, *_OF_A_RUN])
 
 
 @dataclass(frozen=True)
@@ -172,10 +181,27 @@ class Trainer:
             with tarfile.open(self.directory / f"shard-{number}.tar", "w") as shard:
                 for i in range(number, SAMPLES, 2):
                     picture, caption = pairs[i]
-                    shard.add(picture, f"{i:03}.png")
-                    text = tarfile.TarInfo(f"{i:03}.txt")
-                    text.size = len(caption)
-                    shard.addfile(text, io.BytesIO(caption.encode()))
+                    add_sample(shard, f"{i:03}", png=Path(picture).read_bytes(), txt=caption.encode())
+
+    def two_captions(self) -> tuple[str, str]:
+        """The data with a second caption of each picture: as a CSV file and as a shard."""
+        header, *rows = (self.directory / "data.csv").read_text().splitlines()
+        table, shard = self.directory / "two.csv", self.directory / "two.tar"
+        lines = [f"{header}\tsynthetic"]
+        with tarfile.open(shard, "w") as tar:
+            for i, row in enumerate(rows):
+                picture, title = row.split("\t")
+                synthetic = f"there are {i % 7} apples, {i % 5} pears and {i % 3} plums"
+                lines.append(f"{row}\t{synthetic}")
+                add_sample(
+                    tar,
+                    f"{i:04d}",
+                    png=Path(picture).read_bytes(),
+                    txt=title.encode(),
+                    **{"blip.txt": synthetic.encode()},
+                )
+        table.write_text("\n".join(lines) + "\n")
+        return str(table), str(shard)
 
     @property
     def webdataset(self) -> list[str]:
@@ -192,19 +218,36 @@ class Trainer:
             *options,
         ]
 
-    def call(self, name: str, *options: str, seeds: EpochSeeds | None = None) -> Run:
-        """Call the trainer's ``main`` in a process forked from one that has imported it."""
+    def call(
+        self,
+        name: str,
+        *options: str,
+        processes: int = 1,
+        epochs: EpochSeeds | None = None,
+        alone: bool = False,
+        **environment: str,
+    ) -> Run:
+        """Call the trainer's ``main`` in processes forked from one that has imported it.
+
+        Several find each other by the variables that torchrun sets; when one fails, the others are killed.
+        ``alone`` says that the options are the whole command line.
+        """
         output = self.directory / f"{name}.txt"
-        process = _forks.Process(target=_train, args=(self.arguments(name, *options), str(output), seeds))
-        with _asking:
+        environment = {"OMP_NUM_THREADS": "1", **environment}
+        if processes > 1:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = str(free.getsockname()[1])
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+        started = []
+        for rank in range(processes):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            argv = list(options) if alone else self.arguments(name, *options)
+            given = (argv, str(output), epochs, {**environment, **ranks})
+            process = _forks.Process(target=_train, args=given)
             process.start()
-        multiprocessing.connection.wait([process.sentinel], TIMEOUT)
-        with _asking:
-            code = process.exitcode
-        if code is None:
-            process.kill()
-            raise TimeoutError(f"{name}: {output.read_text()[-4000:]}")
-        return Run(code, output.read_text(), self.directory / "logs" / name)
+            started.append(process)
+        codes = _ended(started)
+        return Run(next(filter(None, codes), 0), output.read_text(), self.directory / "logs" / name)
 
     def run(self, name: str, *options: str, command: tuple[str, ...] = (), **environment: str) -> Run:
         """Run the command, or another way to start the trainer, in a fresh interpreter."""
@@ -227,6 +270,28 @@ class Trainer:
         return Process(done.returncode, done.stdout)
 
 
+def add_sample(shard: tarfile.TarFile, key: str, **members: bytes) -> None:
+    """Write a sample of a webdataset, its members by their extensions."""
+    for extension, content in members.items():
+        member = tarfile.TarInfo(f"{key}.{extension}")
+        member.size = len(content)
+        shard.addfile(member, io.BytesIO(content))
+
+
+def _ended(processes: list[Any]) -> list[int]:
+    """The exit codes, the first to fail before those that were killed for it."""
+    end, codes, running = time.monotonic() + TIMEOUT, [], list(processes)
+    while running:
+        ready = multiprocessing.connection.wait([p.sentinel for p in running], end - time.monotonic())
+        ended = [p for p in running if p.sentinel in ready]
+        running = [p for p in running if p not in ended]
+        codes += [p.exitcode for p in ended]
+        if not ready or any(codes):
+            for process in running:
+                process.kill()
+    return codes
+
+
 @dataclass(frozen=True)
 class EpochSeeds:
     """Seeds each epoch by its number, and may kill the process in the middle of one.
@@ -237,6 +302,7 @@ class EpochSeeds:
     """
 
     kill_in_epoch: int | None = None
+    seeds: bool = True
 
     def install(self, trainer: Any) -> None:
         original = trainer.train_one_epoch
@@ -245,8 +311,9 @@ class EpochSeeds:
         def train_one_epoch(
             model: torch.nn.Module, data: Any, loss: torch.nn.Module, epoch: int, *rest: Any, **named: Any
         ) -> Any:
-            trainer.random_seed(epoch)
-            if epoch == self.kill_in_epoch:
+            if self.seeds:
+                trainer.random_seed(epoch)
+            if epoch == self.kill_in_epoch and os.environ.get("RANK", "0") == "0":
                 kill_at_call(loss, 3)
             return original(model, data, loss, epoch, *rest, **named)
 
@@ -264,40 +331,41 @@ def kill_at_call(loss: torch.nn.Module, number: int) -> None:
     loss.register_forward_pre_hook(kill)
 
 
-def _train(argv: list[str], output: str, seeds: EpochSeeds | None) -> None:
-    with open(output, "wb") as file:
+class WithoutDeviceIds(torch.nn.parallel.DistributedDataParallel):
+    """open_clip 3.x passes ``device_ids=[device]``, which DistributedDataParallel refuses for a CPU."""
+
+    def __init__(self, module: torch.nn.Module, device_ids: Any = None, **keywords: Any) -> None:
+        super().__init__(module, **keywords)
+
+
+def _train(argv: list[str], output: str, epochs: EpochSeeds | None, environment: dict[str, str]) -> None:
+    with open(output, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    os.chdir(Path(output).parent)
     torch.set_num_threads(1)
+    if "RANK" in environment:
+        torch.nn.parallel.DistributedDataParallel = WithoutDeviceIds  # type: ignore[misc]
     trainer = importlib.import_module("open_clip_train.main")
-    if seeds is not None:
-        seeds.install(trainer)
+    if epochs is not None:
+        epochs.install(trainer)
     sys.exit(trainer.main(argv))
 
 
-class Processes:
-    """Processes by name; they run two at a time, and asking for one waits for it."""
+class Runs:
+    """Runs by name. Each happens once, when it is first asked for, and has to end well."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(2)
-        self._futures: dict[str, Future[Process]] = {}
+        self._starts: dict[str, Callable[[], Run]] = {}
+        self._done: dict[str, Run] = {}
 
-    def __getitem__(self, name: str) -> Process:
-        return self._futures[name].result()
-
-    def add(self, name: str, function: object, *arguments: str, **keywords: object) -> None:
-        self._futures[name] = self._pool.submit(function, *arguments, **keywords)  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-
-class Runs(Processes):
-    """The runs of the trainer."""
+    def add(self, name: str, start: Callable[..., Run], *arguments: Any, **keywords: Any) -> None:
+        self._starts[name] = functools.partial(start, *arguments, **keywords)
 
     def __getitem__(self, name: str) -> Run:
-        run = super().__getitem__(name)
-        assert isinstance(run, Run)
-        assert run.returncode == 0, f"exit code {run.returncode}: {run.output[-4000:]}"
-        assert "Experiment already exists" not in run.output, name  # of which the trainer makes no failure
-        return run
+        if name not in self._done:
+            run = self._starts[name]()
+            assert run.returncode == 0, run.output[-4000:]
+            self._done[name] = run
+        return self._done[name]

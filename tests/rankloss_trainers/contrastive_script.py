@@ -92,7 +92,8 @@ def main() -> None:
         trainer.save_state()
     if training_args.do_eval:
         trainer.save_metrics("eval", trainer.evaluate())
-    assert transformers.utils.hub.constants.HF_HUB_CACHE == "/set/by/the/script"
+    # In the process of a test transformers had been imported before.
+    assert "pytest" in sys.modules or transformers.utils.hub.constants.HF_HUB_CACHE == "/set/by/the/script"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
-"""The catalogue: entries of both signatures, entry points of both groups, and options from one place."""
+"""The catalogue: what it finds, and options from one place."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,85 +16,12 @@ from rankloss.distributed import Gather
 from rankloss.options import RankOptions, choices_of
 from rankloss_open_clip import names
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import LossEntry, Option
 
 ALONE = Gather(local_loss=False, gather_with_grad=False, rank=0, world_size=1)
-TODAY = LossEntry(
-    build=lambda base, options, gather: (base, options, gather),
-    options=(Option("deep-end", 3, "how deep"),),
-    refuse=lambda options, gather: f"deep_end: {options['deep_end']} {gather.local_loss}",
-    describe=lambda options, epochs: f"{options['deep_end']} {epochs}",
-    unit=lambda options, epochs: "step" if epochs == 1 else "epoch",
-    caption_key=lambda options: f"key {options['deep_end']}",
-)
-FORMER = LossEntry(
-    build=lambda base, args: (base, args.mine_deep_end),
-    options=TODAY.options,
-    refuse=lambda args: f"--mine-deep-end: {args.mine_deep_end}",
-    describe=lambda args: f"{args.mine_deep_end} {args.epochs}",
-    unit=lambda args: "step" if args.epochs == 1 else "epoch",
-    caption_key=lambda args: f"key {args.mine_deep_end}",
-)
-
-
-def test_entries_of_both_signatures_say_the_same() -> None:
-    args = SimpleNamespace(mine_deep_end=5, epochs=1)
-    said = []
-    for loaded in (TODAY, FORMER):
-        entry, options = loaded.taking(args), catalog.option_values("mine", loaded, args)
-        assert options == {"deep_end": 5}
-        said.append((entry.describe(options, 1), entry.unit(options, 1), entry.caption_key(options)))
-        assert entry.refuse(options, ALONE)
-    assert said == [("5 1", "step", "key 5")] * 2
-    assert TODAY.taking(args).build("base", {"deep_end": 5}, ALONE) == ("base", {"deep_end": 5}, ALONE)
-    assert FORMER.taking(args).build("base", {"deep_end": 5}, ALONE) == ("base", 5)
-    assert (FORMER.is_former, TODAY.is_former) == (True, False)
-
-
-class Optional:
-    def __init__(self, base: Any, args: Any, extra: Any = None) -> None: ...
-
-
-@pytest.mark.parametrize(
-    ("build", "is_former"),
-    [
-        (lambda base, args: base, True),
-        (lambda *args: args, True),
-        (Optional, True),
-        (lambda base, options, gather: base, False),
-        (lambda base, options, *, gather: base, False),
-        (rankloss.RankClipLoss, False),
-    ],
-)
-def test_signature_tells_a_former_entry(build: Any, is_former: bool) -> None:
-    assert LossEntry(build=build).is_former is is_former
-
-
-def test_defaults_of_a_former_entry_say_nothing() -> None:
-    entry = LossEntry(build=lambda base, args: base).taking(SimpleNamespace())
-    assert entry.refuse({}, ALONE) is entry.caption_key({}) is None
-    assert (entry.describe({}, 3), entry.unit) == ("", "epoch")
-
-
-def test_both_groups_of_entry_points_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    groups = {"rankloss.losses": ("new", "TODAY"), "rankloss_open_clip.losses": ("old", "FORMER")}
-
-    class Point(importlib.metadata.EntryPoint):
-        dist: Any = SimpleNamespace(name="p", version="1.0")
-
-    def entry_points(group: str) -> list[Point]:
-        name, target = groups[group]
-        return [Point(name, f"{__name__}:{target}", group)]
-
-    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
-    found = catalog.candidates()
-    assert list(found) == [*catalog.BUILT_IN, "new", "old"]
-    assert found["new"].load() is TODAY
-    assert found["old"].load() is FORMER
 
 
 def test_names_of_the_bootstrap_are_the_catalogues() -> None:
-    assert names.PREFIXES == catalog.PREFIXES == ("rankclip", "cyclip", "alip", "streamed")
+    assert names.PREFIXES == catalog.PREFIXES == ("rankclip", "streamed")
 
 
 # --- options from RankOptions ---------------------------------------------------------------------------
@@ -111,9 +36,7 @@ FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name not i
 def test_every_option_of_the_rank_terms_can_be_typed_but_those_without_a_use() -> None:
     own = {"schedule", "schedule_unit", "lambda_cross", "lambda_in", "agreement_every"}
     own |= {"reference", "reference_features", "distill_loss"}
-    keys = {option.key for option in RANKCLIP.options}
-    assert keys - own == {field.name for field in FIELDS}
-    assert keys >= own
+    assert {option.key for option in RANKCLIP.options} == own | {field.name for field in FIELDS}
 
 
 def parsed(*argv: str) -> dict[str, Any]:
@@ -149,23 +72,28 @@ def test_what_is_typed_is_what_the_library_gets(data: st.DataObject) -> None:
     assert loss.consistency.options == RankOptions(**{field.name: value})
 
 
-def test_teacher_is_asked_for_by_an_option_and_has_a_scale_of_its_own() -> None:
-    typed = ("--rankclip-model", "top_one", "--rankclip-reference-scale", "2.5")
-    options = parsed(*typed, "--rankclip-reference", "teacher")
-    loss = RANKCLIP.build(nn.Identity(), options, ALONE)
-    assert loss.consistency.options == RankOptions(model="top_one", reference_scale=2.5)
-    assert RANKCLIP.uses_teacher(options)
-    assert RANKCLIP.refuse(options, ALONE) is None
-    assert "ranked by the teacher" in RANKCLIP.describe(options, 3)
-    own = parsed()
-    assert not RANKCLIP.uses_teacher(own)
-    assert "teacher" not in RANKCLIP.describe(own, 3)
-    assert RANKCLIP.refuse(parsed(*typed), ALONE).startswith("reference_scale: multiplies a teacher's")
-    fixed = parsed("--rankclip-fixed-reference", "text", "--rankclip-reference", "teacher")
-    assert RANKCLIP.refuse(fixed, ALONE).startswith("fixed_reference: fixes one of the batch's own")
-    for bad in ("0", "-1", "nan", "x"):
-        with pytest.raises(argparse.ArgumentError, match="must be a finite number above 0, got"):
-            parsed("--rankclip-reference-scale", bad)
+SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
+
+
+@pytest.mark.parametrize(
+    ("typed", "refused", "described"),
+    [
+        ("", None, "lists row"),
+        (f"{SCALED} --rankclip-reference teacher", None, "ranked by the teacher"),
+        (f"{SCALED} --rankclip-reference-features t", None, "ranked by the teacher's features in t"),
+        ("--rankclip-reference teacher --rankclip-distill-loss exclude", None, "ranked by the teacher"),
+        (SCALED, "reference_scale", ""),
+        ("--rankclip-reference teacher --rankclip-fixed-reference text", "fixed_reference", ""),
+        ("--rankclip-distill-loss exclude", "distill_loss", ""),
+        ("--rankclip-lists batch --rankclip-diagonal exclude --rankclip-ties random", "diagonal", ""),
+    ],
+)
+def test_teacher_is_asked_for_by_an_option(typed: str, refused: str | None, described: str) -> None:
+    options = parsed(*typed.split())
+    assert RANKCLIP.uses_teacher(options) == ("teacher" in typed or "-features" in typed)
+    reason = RANKCLIP.refuse(options, ALONE)
+    assert (reason is None) if refused is None else reason.startswith(refused)
+    assert described in RANKCLIP.describe(options, 3)
 
 
 def test_preset_of_a_teacher_is_rankclip_with_other_defaults() -> None:
@@ -175,30 +103,17 @@ def test_preset_of_a_teacher_is_rankclip_with_other_defaults() -> None:
     weights = dict.fromkeys(("lambda_cross", "lambda_in"), 64.0)
     assert changed == {"reference": "teacher", "top_k": 8, "distill_loss": "exclude", **weights}
     loss = preset.build(nn.Identity(), options, ALONE)
-    assert loss.consistency.options == RankOptions(top_k=8)
-    assert preset.uses_teacher(options)
-    assert not preset.keeps_distillation(options)
     loss.set_epoch(3, 3)
     assert loss.rank_weights == {"cross_modal": 8.0, "in_modal": 8.0}
-
-
-def test_features_of_a_teacher_are_a_teacher() -> None:
-    features = parsed("--rankclip-reference-features", "teacher")
-    assert RANKCLIP.uses_teacher(features)
-    assert RANKCLIP.reference_features(features) == "teacher"
-    assert RANKCLIP.reference_features(parsed()) is None
-    assert "ranked by the teacher's features in teacher" in RANKCLIP.describe(features, 3)
-    excluded = parsed("--rankclip-distill-loss", "exclude")
-    assert RANKCLIP.refuse(excluded, ALONE).startswith("distill_loss: exclude leaves a teacher")
-    assert RANKCLIP.refuse({**excluded, "reference": "teacher"}, ALONE) is None
+    assert not preset.keeps_distillation(options)
 
 
 @pytest.mark.parametrize(
     "gather", [ALONE, dataclasses.replace(ALONE, local_loss=True, gather_with_grad=True)]
 )
 def test_every_own_loss_is_built_by_its_defaults(gather: Gather) -> None:
-    for name in catalog.BUILT_IN:
-        entry = catalog.candidates()[name].load()
+    for name, candidate in catalog.candidates().items():
+        entry = candidate.load()
         options = {option.key: option.default for option in entry.options}
         if name == "alip":
             assert entry.refuse(options, gather) is not None

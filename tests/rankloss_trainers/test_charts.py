@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from typing import Any
 
 import pytest
+import torch
+
+from rankloss_trainers.charts import NAME, AgreementCharts, picture
 
 
-def test_wandb_takes_the_picture_where_nothing_has_imported_pyplot() -> None:
-    for package in ("matplotlib", "wandb"):
-        pytest.importorskip(package)
-    script = """
-import sys, torch, wandb
-from rankloss import plots
-from rankloss_trainers.charts import picture
+def test_a_chart_is_drawn_when_it_is_due(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+    stored: list[tuple[str, Any, int]] = []
+    charts = AgreementCharts([lambda *given: stored.append(given)])
+    pair = torch.eye(4), torch.eye(4)
+    charts.draw(*pair)
+    charts.due(7, "epoch 2")
+    charts.draw(*pair)
+    charts.draw(*pair)
+    ((name, figure, step),) = stored
+    assert (name, step) == (NAME, 7)
+    # An image of PIL's, which W&B takes whatever has been imported.
+    width, height = figure.get_size_inches() * figure.dpi
+    assert picture(figure).size == (int(width), int(height))
+    assert not caplog.records
 
-figure = plots.slope_chart(torch.eye(4), torch.eye(4), list("abcd"), 0)
-image = wandb.Image(picture(figure))
-assert "matplotlib.pyplot" not in sys.modules
-width, height = figure.get_size_inches() * figure.dpi
-print(image.image.size == (int(width), int(height)))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "True", done.stderr
+
+def test_a_chart_that_fails_ends_no_training(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    charts = AgreementCharts([fail])
+    for step in (1, 2):
+        charts.due(step, "")
+        charts.draw(torch.eye(4), torch.eye(4))
+    (record,) = caplog.records
+    assert "disk full" in record.message

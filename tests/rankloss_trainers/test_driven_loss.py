@@ -10,14 +10,26 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import rankloss
+from rankloss_baselines import AlipLoss
+from rankloss_baselines.entries import alip_log
 from rankloss_trainers.clock import Position
 from rankloss_trainers.driven_loss import DrivenLoss
-from rankloss_trainers.logging import RankClipLog, alip_log
+from rankloss_trainers.logging import RankClipLog
+
+SCALE = torch.tensor(8.0)
 
 
-def features(count: int = 2) -> list[Tensor]:
-    rows = normalize(torch.randn(count, 6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+def features(count: int = 2, seed: int = 0) -> list[Tensor]:
+    rows = normalize(torch.randn(count, 6, 4, generator=torch.Generator().manual_seed(seed)), dim=-1)
     return [x.clone().requires_grad_() for x in rows]
+
+
+def ranked(step: int, total_steps: int, log: RankClipLog | None = None, **options: Any) -> DrivenLoss:
+    loss = DrivenLoss(
+        rankloss.RankClipLoss(**{"schedule": "linear", **options}), evaluate=log or RankClipLog()
+    )
+    loss.clock.start_step(step, total_steps)
+    return loss
 
 
 class Named(nn.Module):
@@ -26,127 +38,101 @@ class Named(nn.Module):
     def __init__(self, **entries: Tensor) -> None:
         super().__init__()
         self.entries = entries
-        self.seen: list[dict[str, Any]] = []
+        self.seen: dict[str, Any] = {}
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
-        self.seen.append(inputs)
+        self.seen = inputs
         return self.entries
 
 
 def test_terms_are_told_from_metrics_by_their_names() -> None:
     x = torch.tensor(2.0, requires_grad=True)
     criterion = Named(a_loss=3 * x, depth=5 * x.detach(), b_loss=x * x)
-    loss = DrivenLoss(criterion, first_call="first")
+    loss = DrivenLoss(criterion)
     loss.clock.start_step(1, 9)
     image_features, text_features = features()
-    terms, metrics = entries = loss(image_features, text_features, torch.tensor(4.0), logit_bias=None)
+    terms, metrics = entries = loss(image_features, text_features, SCALE, logit_bias=None)
     assert terms == {"a_loss": 6, "b_loss": 4}
     assert metrics == {"depth": 10}
     entries.total.backward()
     assert x.grad == 7
-    (seen,) = criterion.seen
-    assert seen.pop("image_features") is image_features
-    assert seen.pop("text_features") is text_features
-    assert seen == {"logit_scale": 4, "logit_bias": None, "first": True, "output_dict": True}
-    loss(*features(), torch.tensor(4.0))
-    assert criterion.seen[1]["first"] is False
+    assert criterion.seen.pop("image_features") is image_features
+    assert criterion.seen.pop("text_features") is text_features
+    assert criterion.seen == {"logit_scale": SCALE, "logit_bias": None, "output_dict": True}
 
 
-def test_loss_without_a_term_is_an_error() -> None:
-    loss = DrivenLoss(Named(depth=torch.tensor(1.0)))
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["depth"], "no name ends in _loss, got depth"), (["a_loss", "itc"], "call it itc_loss, or detach it")],
+)
+def test_entries_that_nobody_could_tell_apart_are_refused(names: list[str], message: str) -> None:
+    """A base that calls its loss ``itc`` would be shown and not trained, beside terms that are."""
+    loss = DrivenLoss(Named(**{name: torch.tensor(1.0, requires_grad=True) for name in names}))
     loss.clock.start_step(1, 9)
-    with pytest.raises(ValueError, match="Named gives no term to train: no name ends in _loss, got depth"):
-        loss(*features(), torch.tensor(4.0))
-
-
-def test_entry_with_a_gradient_and_another_name_is_an_error() -> None:
-    """A base that calls its loss ``itc`` would be shown and not trained, beside rank terms that are."""
-
-    def base(image_features: Tensor, text_features: Tensor, **_: Any) -> dict[str, Tensor]:
-        return {"itc": (image_features - text_features).square().mean()}
-
-    loss = DrivenLoss(rankloss.RankClipLoss(base, schedule="constant"), evaluate=RankClipLog())
-    loss.clock.start_step(1, 9)
-    with pytest.raises(ValueError, match=r"RankClipLoss gives 'itc' with a gradient.* call it itc_loss, or"):
-        loss(*features(), torch.tensor(4.0))
+    with pytest.raises(ValueError, match=f"Named.* {message}"):
+        loss(*features(), SCALE)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])  # λ = 0, ½, 1
 def test_rankclip_is_what_it_is_alone(step: int) -> None:
-    criterion = rankloss.RankClipLoss(schedule="linear")
-    loss = DrivenLoss(criterion, evaluate=RankClipLog(agreement_every=1))
-    loss.clock.start_step(step, 3)
+    loss = ranked(step, 3, RankClipLog(agreement_every=1))
     driven, alone = features(), features()
-    scale = torch.tensor(8.0)
-    entries = loss(*driven, scale)
+    entries = loss(*driven, SCALE)
     assert list(entries.metrics) == [
         *("rank_lambda", "cross_modal_raw", "in_modal_raw", "cross_modal_tau", "in_modal_tau")
     ]
     assert entries.metrics["rank_lambda"] == (step - 1) / 2
-    expected = criterion(*alone, scale)
+    expected = loss.criterion(*alone, SCALE)
     assert torch.equal(entries.total, expected)
     (0.3 * entries.total).backward()
     (0.3 * expected).backward()
     assert all(torch.equal(x.grad, y.grad) for x, y in zip(driven, alone, strict=True))
 
 
-@pytest.mark.parametrize("resumed_at", range(1, 5))
-def test_agreement_is_measured_at_the_first_step_and_then_at_every_so_many(resumed_at: int) -> None:
-    loss = DrivenLoss(rankloss.RankClipLoss(schedule="constant"), evaluate=RankClipLog(agreement_every=3))
-    measured, last = [], None
-    for step in range(resumed_at, 9):
-        loss.clock.start_step(step, 9)
-        for _ in range(2):  # accumulated
-            pair = normalize(torch.randn(2, 6, 4), dim=-1)
-            tau = loss(*pair, torch.tensor(8.0)).metrics["cross_modal_tau"].item()
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [(range(first, 9), {first, *range(1, 9, 3)} & {*range(first, 9)}) for first in range(1, 5)]
+    + [(range(2, 14, 2), {2, 4, 8, 10})],  # of several losses, which take turns
+)
+def test_agreement_is_measured_at_the_first_step_and_then_at_every_so_many(
+    steps: range, expected: set[int]
+) -> None:
+    log = RankClipLog(agreement_every=3)
+    loss, measured, last = ranked(1, 14, log), set(), None
+    for step in steps:
+        loss.clock.start_step(step, 14)
+        announced = log.next_measured(step - 1) == step - 1
+        for call in range(2):  # accumulated
+            tau = loss(*features(seed=2 * step + call), SCALE).metrics["cross_modal_tau"].item()
             if tau != last:
-                measured.append(step)
+                measured.add(step)
             last = tau
-    assert measured == [step for step in range(resumed_at, 9) if step == resumed_at or step % 3 == 1]
-
-
-def test_agreement_is_measured_where_a_loss_is_called_for_some_steps_only() -> None:
-    """One of several losses, which take turns."""
-    log = RankClipLog(agreement_every=4)
-    loss = DrivenLoss(rankloss.RankClipLoss(schedule="constant"), evaluate=log)
-    measured: list[int] = []
-    for step in range(2, 14, 2):
-        loss.clock.start_step(step, 13)
-        expected = log.next_measured(step - 1)
-        before = log._measured
-        loss(*normalize(torch.randn(2, 6, 4), dim=-1), torch.tensor(8.0))
-        if log._measured != before:
-            measured.append(step)
-        assert (expected == step - 1) == (log._measured != before)
-    assert measured == [2, 6, 10]
+        assert announced == (step in measured)
+    assert measured == expected
 
 
 @pytest.mark.parametrize("step", [1, 2])  # λ = 0, ½
 @pytest.mark.parametrize("names", [("image", "text"), ("text",)])
 def test_raw_terms_are_ranked_by_the_teacher_that_is_given(step: int, names: tuple[str, ...]) -> None:
-    in_run = {"lambda_cross": float(len(names) == 2)}
-    criterion = rankloss.RankClipLoss(schedule="linear", **in_run)
-    loss = DrivenLoss(criterion, evaluate=RankClipLog())
-    loss.clock.start_step(step, 3)
+    cross = float(len(names) == 2)
+    loss = ranked(step, 3, lambda_cross=cross)
     pair, teacher = features(), features(4)[2:]
     given = {f"reference_{name}_features": x for name, x in zip(names, teacher, strict=False)}
-    entries = loss(*pair, torch.tensor(8.0), **given)
-    raw = rankloss.RankConsistency(cross_modal=in_run["lambda_cross"])
-    expected = raw(*pair, torch.tensor(8.0), output_dict=True, **given)
-    for term in ("cross_modal", "in_modal") if len(names) == 2 else ("in_modal",):
+    entries = loss(*pair, SCALE, **given)
+    expected = rankloss.RankConsistency(cross_modal=cross)(*pair, SCALE, output_dict=True, **given)
+    for term in ("cross_modal", "in_modal") if cross else ("in_modal",):
         torch.testing.assert_close(entries.metrics[f"{term}_raw"], expected[f"{term}_loss"].detach())
         weight = (step - 1) / 2 / 16
         torch.testing.assert_close(entries.terms[f"{term}_loss"], weight * expected[f"{term}_loss"])
 
 
 def test_histories_move_in_the_first_call_of_a_step_only() -> None:
-    loss = DrivenLoss(rankloss.AlipLoss(momentum=0.5), evaluate=alip_log)
-    image_features, text_features, caption_features = features(3)
-    scale = torch.tensor(8.0)
+    loss = DrivenLoss(AlipLoss(momentum=0.5), evaluate=alip_log)
+    v, t, c = features(3)
     seen = []
     loss.start_epoch(Position(epoch=0, epochs=1, steps=2, accum_freq=2))
     for _ in range(4):
-        metrics = loss(image_features, text_features, scale, caption_features=caption_features).metrics
+        metrics = loss(v, t, SCALE, caption_features=c).metrics
         seen.append(metrics["alip_text_caption"].item())
-    mean = (text_features * caption_features).sum(-1).mean().item()
+    mean = (t * c).sum(-1).mean().item()
     assert seen == pytest.approx([(1 + mean) / 2] * 2 + [(1 + 3 * mean) / 4] * 2, rel=1e-6)

@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "rankloss": ROOT / "rankloss",
     "rankloss_trainers": ROOT / "integrations" / "rankloss_trainers",
     "rankloss_open_clip": ROOT / "integrations" / "rankloss_open_clip",
-}
-TRAINERS = ("rankloss_trainers", "rankloss_open_clip")
-
-# Imports inside functions, between modules of the trainer packages. Each is here for the reason beside it.
-LAZY_DOORS = {
-    # Every `import torch` loads the bootstrap: it imports only what the standard library has.
-    ("rankloss_open_clip.bootstrap", "rankloss_open_clip.names"),
-    ("rankloss_open_clip.bootstrap", "rankloss_open_clip.patches"),
-    # This package costs nothing until it is used.
-    ("rankloss_open_clip", "rankloss_open_clip.patches"),
-    # A run without --loss does not load what needs torch's modules.
-    ("rankloss_open_clip.patches", "rankloss_open_clip.companions"),
-    ("rankloss_open_clip.patches", "rankloss_open_clip.checkpoints"),
-    ("rankloss_open_clip.patches", "rankloss_open_clip.training"),
-    ("rankloss_open_clip.command_line", "rankloss_open_clip.captions"),
-    ("rankloss_open_clip.command_line", "rankloss_open_clip.reference_features"),
-    # A script without --loss runs as it is, and the script imports transformers before these do.
-    ("rankloss_trainers.transformers.__main__", "rankloss_trainers.transformers.choice"),
-    ("rankloss_trainers.transformers.__main__", "rankloss_trainers.transformers.trainer"),
-    # The doctor reports patches that cannot be imported.
-    ("rankloss_open_clip.doctor", "rankloss_open_clip.patches"),
+    "rankloss_baselines": ROOT / "integrations" / "rankloss_baselines",
 }
 
 
@@ -49,130 +28,70 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
+ARROWS = {
+    "rankloss": {"rankloss"},
+    "rankloss_trainers": {"rankloss", "rankloss_trainers"},
+    "rankloss_open_clip": {"rankloss", "rankloss_trainers", "rankloss_open_clip"},
+    "rankloss_baselines": {"rankloss", "rankloss_trainers", "rankloss_baselines"},
+}
 
 
-class Imports(ast.NodeVisitor):
-    """The modules of ours that a module imports: when it is loaded, and inside functions."""
-
-    def __init__(self, module: str) -> None:
-        self.module = module
-        self.at_load: set[str] = set()
-        self.in_functions: set[str] = set()
-        self._depth = 0
-
-    def visit_If(self, node: ast.If) -> None:
-        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            return  # not executed
-        self.generic_visit(node)
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        self._depth += 1
-        self.generic_visit(node)
-        self._depth -= 1
-
-    def visit_Import(self, node: ast.Import) -> None:
-        for alias in node.names:
-            self._add(alias.name)
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        assert node.level == 0, f"{self.module} imports relatively"
-        for alias in node.names:
-            self._add(f"{node.module}.{alias.name}", node.module)
-
-    def _add(self, *names: str | None) -> None:
-        for name in names:
-            if name in MODULES:
-                (self.in_functions if self._depth else self.at_load).add(name)
-                return
+def imported(node: ast.AST, *, in_functions: bool) -> set[str]:
+    """The modules of ours that a module imports when it is loaded, and if asked for, inside functions."""
+    found: set[str] = set()
+    for child in ast.iter_child_nodes(node):
+        if (
+            isinstance(child, ast.If)
+            and isinstance(child.test, ast.Name)
+            and child.test.id == "TYPE_CHECKING"
+        ):
+            continue  # not executed
+        if isinstance(child, ast.Import):
+            found |= {alias.name for alias in child.names}
+        elif isinstance(child, ast.ImportFrom):
+            names = {f"{child.module}.{alias.name}" for alias in child.names}
+            found |= {name if name in MODULES else str(child.module) for name in names}
+        elif in_functions or not isinstance(child, ast.FunctionDef):
+            found |= imported(child, in_functions=in_functions)
+    return found & MODULES.keys()
 
 
-def imports(module: str, source: str | None = None) -> Imports:
-    visitor = Imports(module)
-    visitor.visit(ast.parse(MODULES[module].read_text() if source is None else source))
-    return visitor
-
-
-GRAPH = {module: imports(module) for module in MODULES}
-
-
-def circle(arrows: dict[str, set[str]]) -> list[str]:
-    """A circle of imports, or nothing."""
-    done: set[str] = set()
-
-    def walk(module: str, path: list[str]) -> Iterator[list[str]]:
-        if module in path:
-            yield [*path[path.index(module) :], module]
-        elif module not in done:
-            for other in sorted(arrows[module]):
-                yield from walk(other, [*path, module])
-            done.add(module)
-
-    return next((found for module in sorted(arrows) for found in walk(module, [])), [])
+TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
+AT_LOAD = {module: imported(tree, in_functions=False) for module, tree in TREES.items()}
 
 
 def test_no_circle_of_imports() -> None:
-    assert circle({module: seen.at_load for module, seen in GRAPH.items()}) == []
-
-
-def test_no_circle_of_imports_in_the_trainers_even_through_functions() -> None:
-    trainers = {
-        module: {other for other in seen.at_load | seen.in_functions if other.startswith(TRAINERS)}
-        for module, seen in GRAPH.items()
-        if module.startswith(TRAINERS)
-    }
-    assert circle(trainers) == []
+    graph = TopologicalSorter({module: others - {module} for module, others in AT_LOAD.items()})
+    graph.prepare()  # raises a CycleError
 
 
 def test_arrows_point_one_way() -> None:
-    for module, seen in GRAPH.items():
-        targets = {target.partition(".")[0] for target in seen.at_load | seen.in_functions}
+    for module, tree in TREES.items():
         own = module.partition(".")[0]
-        allowed = {"rankloss": {"rankloss"}, "rankloss_trainers": {"rankloss", "rankloss_trainers"}}
-        assert targets <= allowed.get(own, set(PACKAGES)), module
+        targets = {name.partition(".")[0] for name in imported(tree, in_functions=True)}
+        assert targets <= ARROWS[own], module
+    # The walk sees them.
+    assert "rankloss.options" in AT_LOAD["rankloss_trainers.own_losses"]
+    assert "rankloss_trainers.catalog" in AT_LOAD["rankloss_baselines.entries"]
 
 
-def test_lazy_doors_are_those_that_are_declared() -> None:
-    doors = {
-        (module, other)
-        for module, seen in GRAPH.items()
-        for other in seen.in_functions
-        if module.startswith(TRAINERS) and other.startswith(TRAINERS)
-    }
-    assert doors == LAZY_DOORS
+LIGHT = ("rankloss_open_clip", "rankloss_trainers.refusals")  # with the catalogue
+HEAVY = ("rankloss", "rankloss_trainers.own_losses", "rankloss_baselines.entries")
+SCRIPT = f"""
+import importlib, json, sys
+names = "torch open_clip open_clip_train transformers lightning sentence_transformers accelerate".split()
+seen = []
+for packages in ({LIGHT}, {HEAVY}):
+    for package in packages:
+        importlib.import_module(package)
+    seen.append([name for name in names if name in sys.modules])
+from rankloss_trainers import console
+console.main(["losses"])
+seen.append([name for name in names if name in sys.modules])
+print(json.dumps(seen))
+"""
 
 
-@pytest.mark.parametrize(
-    ("source", "at_load", "in_functions"),
-    [
-        ("import rankloss", {"rankloss"}, set()),
-        ("from rankloss import schedules, RankClipLoss", {"rankloss.schedules", "rankloss"}, set()),
-        ("def f():\n    from rankloss_open_clip.names import PREFIXES", set(), {"rankloss_open_clip.names"}),
-        ("if TYPE_CHECKING:\n    import rankloss", set(), set()),
-        ("class A:\n    def f(self):\n        import rankloss_trainers", set(), {"rankloss_trainers"}),
-    ],
-)
-def test_walk_sees_every_kind_of_import(source: str, at_load: set[str], in_functions: set[str]) -> None:
-    seen = imports("rankloss", source)
-    assert (seen.at_load, seen.in_functions) == (at_load, in_functions)
-
-
-def test_walk_sees_a_circle() -> None:
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
-    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
-
-
-@pytest.mark.parametrize("package", [*PACKAGES, "rankloss_trainers.catalog", "rankloss_trainers.own_losses"])
-def test_no_package_loads_a_trainer(package: str) -> None:
-    script = (
-        f"import {package}, sys; names = ('open_clip', 'open_clip_train', 'transformers', 'lightning', "
-        "'sentence_transformers', 'accelerate'); print([name for name in names if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("package", ["rankloss_open_clip", "rankloss_trainers", "rankloss_trainers.catalog"])
-def test_packages_and_catalogue_load_no_torch(package: str) -> None:
-    script = f"import {package}, sys; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+def test_catalogue_loads_no_torch_and_no_loss_a_trainer() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [[], ["torch"], ["torch"]]

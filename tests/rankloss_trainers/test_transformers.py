@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import faulthandler
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
@@ -24,397 +19,224 @@ if importlib.util.find_spec("transformers") is None or importlib.util.find_spec(
 
 import transformers
 from tiny_transformers import (
+    CONFIGS,
     METRICS,
+    SGD,
     TERMS,
-    InOrder,
     Pairs,
-    align,
-    alt_clip,
     arguments,
-    chinese_clip,
+    build,
     clip,
-    dual_encoder,
-    leave,
-    steps,
+    column,
+    lines,
+    own_loop,
     train,
+    trainer,
     weights,
 )
 
 import rankloss
+import rankloss_baselines
 from rankloss import schedules
 from rankloss_trainers import catalog
-from rankloss_trainers.transformers import ContrastiveTrainer, ContrastiveTrainerMixin
-from rankloss_trainers.transformers.embeddings import logit_scale
+from rankloss_trainers.transformers import ContrastiveTrainer
+from rankloss_trainers.transformers.embeddings import logit_scale, with_captions
 
-MODELS = pytest.mark.parametrize("model", [clip, chinese_clip, alt_clip, align, dual_encoder])
+TEACHER = ("image", "text")
+ALIP = {"loss": "alip", "loss_options": {"caption_key": "caption", "initial_history": 0.0}}
 
 
-@MODELS
-def test_log_holds_the_terms_and_the_schedule_of_optimizer_steps(tmp_path: Path, model: Any) -> None:
-    lines = steps(train(tmp_path, model=model()))
-    assert len(lines) == 8
-    for number, line in enumerate(lines, start=1):
-        assert set(line) >= {*TERMS, *METRICS}
-        assert line["rank_lambda"] == pytest.approx(schedules.linear(number, 8), rel=1e-6)
+def linear(**options: Any) -> rankloss.RankClipLoss:
+    return rankloss.RankClipLoss(schedule="linear", **options)
+
+
+# --- what is trained ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "given", "loss"),
+    [
+        ((), {}, linear),
+        ((), {"gradient_accumulation_steps": 3}, linear),
+        ((), {"loss": linear(top_k=3)}, lambda: linear(top_k=3)),
+        ((), {"loss": "cyclip"}, rankloss_baselines.CyClipLoss),
+        # A teacher's columns are ranked by wherever they are given.
+        (TEACHER, {}, linear),
+        (TEACHER, {"loss": linear()}, linear),
+        (TEACHER, {"loss_options": {"schedule": "linear", "reference": "teacher"}}, linear),
+        (
+            TEACHER,
+            {"loss": "rankclip-distill", "loss_options": {"schedule": "linear", "top_k": 4}},
+            lambda: linear(lambda_cross=64.0, lambda_in=64.0, top_k=4),
+        ),
+        (
+            ("text",),
+            {"loss": "rankclip", "loss_options": {"schedule": "linear", "lambda_cross": 0.0}},
+            lambda: linear(lambda_cross=0.0),
+        ),
+        (("caption",), ALIP, lambda: rankloss_baselines.AlipLoss(initial_history=0.0)),
+    ],
+)
+def test_every_step_is_the_step_of_an_own_loop(
+    tmp_path: Path, more: tuple[str, ...], given: dict[str, Any], loss: Callable[[], nn.Module]
+) -> None:
+    pairs, model = Pairs(72, *more), clip()
+    micro_batches = [8] * given.get("gradient_accumulation_steps", 1)
+    expected = own_loop(model, loss(), pairs, micro_batches)
+    trained = train(tmp_path, pairs=pairs, max_steps=3, **SGD, **given)
+    torch.testing.assert_close(weights(trained.model), weights(model), rtol=1e-5, atol=1e-6)
+    for line, terms in zip(lines(trained), expected, strict=True):
+        assert {name: line[name] for name in terms} == pytest.approx(terms, rel=1e-4, abs=1e-6)
+        assert line["loss"] == pytest.approx(sum(terms.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_model_is_trained_and_evaluated_with_its_own_loss(tmp_path: Path, kind: str) -> None:
+    more = ["patches"] if kind == "Siglip2" else []
+    pairs = Pairs(17, *more)  # a last batch of one, which counts 0
+
+    def own_loss(model: Any) -> float:
+        total = 0.0
+        for start in (0, 8):
+            with torch.no_grad():
+                output = model.eval()(**pairs.batch(start, start + 8), return_loss=True)
+            if kind == "Align":  # its own smooths the labels
+                logits, labels = output.logits_per_image, torch.arange(8)
+                cross_entropy = nn.functional.cross_entropy
+                total += 8 * (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)).item() / 2
+            else:
+                total += 8 * output.loss.item()
+        return total
+
+    untrained = build(kind)
+    given = {"eval_dataset": pairs, "eval_on_start": True, "eval_strategy": "epoch", "num_train_epochs": 1}
+    trained = train(tmp_path, model=build(kind), pairs=Pairs(32, *more), **given)
+    first, last = column(trained, "eval_loss")
+    assert first == pytest.approx(own_loss(untrained) / 17, rel=1e-5)
+    assert last == pytest.approx(own_loss(trained.model) / 17, rel=1e-5)
+    for name in {"logit_scale", "logit_bias", "temperature"} & dict(untrained.named_parameters()).keys():
+        assert not torch.equal(getattr(trained.model, name), getattr(untrained, name)), name
+    for line in lines(trained):
         assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), rel=1e-4)
+    assert lines(trained)[-1]["in_modal_loss"] > 0
+
+
+# --- λ, the log and its charts, resuming ------------------------------------------------------------------
+
+
+class Run:
+    """A training of twelve steps in two epochs that logs and saves all it can, and the same run resumed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        given = {"pairs": Pairs(48), "save_strategy": "steps", "save_steps": 5, "num_train_epochs": 2}
+        given.update(eval_dataset=Pairs(8), eval_strategy="epoch", eval_on_start=True)
+        given.update(loss_options={"schedule": "linear", "agreement_every": 4}, loss="rankclip")
+        if importlib.util.find_spec("tensorboard"):
+            given["report_to"] = "tensorboard"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TENSORBOARD_LOGGING_DIR", str(directory / "whole"))
+            self.whole = train(directory, **given)
+            patch.setenv("TENSORBOARD_LOGGING_DIR", str(directory / "rest"))
+            self.rest = train(directory / "again", resume=str(directory / "checkpoint-5"), **given)
+
+    def board(self, part: str) -> Any:
+        """What TensorBoard shows of a part of it."""
+        module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        (file,) = (self.directory / part).rglob("events.out.tfevents.*")
+        events = module.EventAccumulator(str(file), size_guidance={"images": 0})
+        events.Reload()
+        return events
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(tmp_path_factory.mktemp("run"))
+
+
+def test_log_holds_the_terms_and_the_schedule_of_optimizer_steps(run: Run) -> None:
+    assert len(lines(run.whole)) == 12
+    for number, line in enumerate(lines(run.whole), start=1):
+        assert line["rank_lambda"] == pytest.approx(schedules.linear(number, 12), rel=1e-6)
         for term in TERMS[1:]:
             raw = line[term.replace("loss", "raw")]
             assert line[term] == pytest.approx(raw * line["rank_lambda"] / 16, rel=1e-5)
-    assert lines[0]["cross_modal_loss"] == 0
-    assert lines[-1]["cross_modal_loss"] > 0
 
 
-def test_tensorboard_shows_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    lines = steps(train(tmp_path, report_to="tensorboard"))
-    (file,) = tmp_path.rglob("events.out.tfevents.*")
-    events = accumulator.EventAccumulator(str(file))
-    events.Reload()
+def test_resumed_run_is_the_uninterrupted_one(run: Run) -> None:
+    assert torch.equal(weights(run.rest.model), weights(run.whole.model))
     for name in (*TERMS, *METRICS):
-        shown = [event.value for event in events.Scalars(f"train/{name}")]
-        assert shown == pytest.approx([line[name] for line in lines], rel=1e-6)
+        assert column(run.rest, name) == column(run.whole, name)
+
+
+def test_agreement_is_held_between_measurements_and_measured_where_a_run_is_resumed(run: Run) -> None:
+    taus = column(run.whole, "cross_modal_tau")
+    assert taus == [taus[0]] * 4 + [taus[4]] * 4 + [taus[8]] * 4
+    assert len(set(taus)) == 3
+    resumed = column(run.rest, "cross_modal_tau")[5:]
+    assert resumed == [resumed[0]] * 3 + [taus[8]] * 4
+    assert resumed[0] not in taus
+
+
+def test_tensorboard_shows_the_log(run: Run) -> None:
+    for name in (*TERMS, *METRICS):
+        shown = [event.value for event in run.board("whole").Scalars(f"train/{name}")]
+        assert shown == pytest.approx(column(run.whole, name), rel=1e-6)
+
+
+def test_tensorboard_has_a_chart_of_the_first_batch_measured_in_an_epoch(run: Run) -> None:
+    pytest.importorskip("matplotlib")
+    for part, expected in (("whole", [1, 9]), ("rest", [6, 9])):
+        charts = run.board(part).Images("train/agreement")
+        assert [chart.step for chart in charts] == expected
+        assert all(chart.encoded_image_string.startswith(b"\x89PNG") for chart in charts)
 
 
 def test_wandb_shows_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     from wandb_files import wandb_scalars
 
-    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+    settings = {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}
+    for name, value in settings.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     options = {"schedule": "linear", "agreement_every": 1}
-    trainer = train(tmp_path, loss="rankclip", loss_options=options, report_to="wandb", max_steps=4)
+    trained = train(tmp_path, loss="rankclip", loss_options=options, report_to="wandb", max_steps=3)
     run = wandb.run.id
     wandb.teardown()  # the file is whole once the process that writes it has ended
     shown = wandb_scalars(tmp_path, run)
-    taus = ["cross_modal_tau", "in_modal_tau"]
-    for name in (*TERMS, *METRICS, *taus):
-        values = list(shown[f"train/{name}"].values())
-        assert values == pytest.approx([line[name] for line in steps(trainer)], rel=1e-6), name
-    assert list(shown["train/rank_lambda"].values()) == pytest.approx([0, 1 / 3, 2 / 3, 1], rel=1e-6)
-    if importlib.util.find_spec("matplotlib") is None:
-        return
-    charts = shown["train/agreement/path"]
-    assert [shown["train/global_step"][step] for step in charts] == [1]
-    (path,) = charts.values()
-    assert len(list(tmp_path.glob(f"wandb/offline-run-*/files/{path}"))) == 1
+    for name in (*TERMS, *METRICS, "in_modal_tau"):
+        assert [*shown[f"train/{name}"].values()] == pytest.approx(column(trained, name), rel=1e-6), name
+    if importlib.util.find_spec("matplotlib"):
+        charts = shown["train/agreement/path"]
+        assert [shown["train/global_step"][step] for step in charts] == [1]
+        (path,) = charts.values()
+        assert len([*tmp_path.glob(f"wandb/offline-run-*/files/{path}")]) == 1
 
 
-def charts_of(directory: Path) -> dict[int, bytes]:
-    """The charts of the rank agreement in the one events file below a directory: step → PNG."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    (file,) = directory.rglob("events.out.tfevents.*")
-    events = accumulator.EventAccumulator(str(file), size_guidance={"images": 0})
-    events.Reload()
-    names = events.Tags()["images"]
-    return {
-        event.step: event.encoded_image_string for name in names for event in events.Images("train/agreement")
-    }
+class Sometimes(rankloss.ClipLoss):
+    """CLIP's loss, which logs something at every other call."""
+
+    calls = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        extra = {} if self.calls % 2 else {"of_even_calls": torch.tensor(float(self.calls))}
+        return {**super().forward(*args, **kwargs), **extra}
 
 
-def test_tensorboard_has_a_chart_of_each_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plots = pytest.importorskip("rankloss.plots")
-    titles, draw = [], plots.slope_chart
-
-    def slope_chart(v: Tensor, t: Tensor, *args: Any, **options: Any) -> Any:
-        titles.append(options["title"])
-        assert v.shape == t.shape == (8, 8)
-        return draw(v, t, *args, **options)
-
-    monkeypatch.setattr(plots, "slope_chart", slope_chart)
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    options = {"loss": "rankclip", "loss_options": {"agreement_every": 3}}
-    train(tmp_path, report_to="tensorboard", num_train_epochs=3, **options)
-    charts = charts_of(tmp_path)
-    # Epochs of four steps, measured at 1, 4, 7 and 10.
-    assert titles == ["epoch 1, step 1", "epoch 2, step 7", "epoch 3, step 10"]
-    assert list(charts) == [1, 7, 10]
-    assert len(set(charts.values())) == 3
-    assert all(chart.startswith(b"\x89PNG") for chart in charts.values())
-
-
-def test_chart_of_a_resumed_run_is_of_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("rankloss.plots")
-    pytest.importorskip("tensorboard")
-    train(tmp_path, save_strategy="steps", save_steps=6, num_train_epochs=3)
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    given = {"resume": str(tmp_path / "checkpoint-6"), "report_to": "tensorboard", "num_train_epochs": 3}
-    train(tmp_path / "resumed", loss_options={"agreement_every": 4}, **given)
-    assert list(charts_of(tmp_path)) == [7, 9]
-
-
-def test_writer_that_fails_ends_the_charts_and_not_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
-
-    def full(*_: Any) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(SummaryWriter, "add_figure", full)
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    options = {"loss": "rankclip", "loss_options": {"agreement_every": 1}}
-    assert len(steps(train(tmp_path, report_to="tensorboard", **options))) == 8
-    (record,) = [x for x in caplog.records if x.name == "rankloss_trainers" and x.levelname == "WARNING"]
-    assert record.getMessage() == "No more charts of the rank agreement: disk full"
-
-
-def test_first_step_is_the_step_of_an_own_loop(tmp_path: Path) -> None:
-    trainer = train(tmp_path, max_steps=1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0)
-    model, batch = clip(), [Pairs()[i] for i in range(8)]
-    inputs = {name: torch.stack([pair[name] for pair in batch]) for name in batch[0]}
-    outputs = model(**inputs)
-    loss = rankloss.RankClipLoss(schedule="linear")
-    loss.set_progress(1, 1)
-    loss(outputs.image_embeds, outputs.text_embeds, model.logit_scale.exp()).backward()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    optimizer.step()
-    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
-    torch.testing.assert_close(weights(trainer), expected, rtol=1e-6, atol=1e-7)
-
-
-def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
-    """Three times the same batch: three accumulated are one."""
-    options = {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant", "max_steps": 2}
-    pairs = Pairs(48, distinct=8)
-    one = train(tmp_path / "one", pairs=pairs, **options)
-    three = train(tmp_path / "three", pairs=pairs, gradient_accumulation_steps=3, **options)
-    torch.testing.assert_close(weights(three), weights(one), rtol=1e-5, atol=1e-6)
-    assert [line["rank_lambda"] for line in steps(three)] == [0, 1], "λ moves once per optimizer step"
-    for a, b in zip(steps(three), steps(one), strict=True):
-        assert {name: a[name] for name in TERMS} == pytest.approx({name: b[name] for name in TERMS}, rel=1e-4)
-
-
-def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
-    given = {"save_strategy": "epoch", "num_train_epochs": 3}
-    whole = train(tmp_path, **given)
-    resumed = train(tmp_path, resume=str(tmp_path / "checkpoint-4"), **given)
-    assert torch.equal(weights(resumed), weights(whole))
-    shown = [line["rank_lambda"] for line in steps(resumed)]
-    assert shown == [line["rank_lambda"] for line in steps(whole)]
-
-
-def test_second_training_logs_its_own_steps_alone(tmp_path: Path) -> None:
+def test_means_are_of_the_calls_that_gave_an_entry_and_of_one_training(tmp_path: Path) -> None:
     """Of five steps the last two come after the last line of the log."""
-    trainer = train(tmp_path, max_steps=5, logging_steps=3)
-    trainer.train()
-    (line,) = steps(trainer)
-    assert line["step"] == 3
-    assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), rel=1e-4)
-    assert line["rank_lambda"] == pytest.approx(sum(schedules.linear(i, 5) for i in (1, 2, 3)) / 3, rel=1e-6)
+    trained = train(tmp_path, loss=Sometimes(), max_steps=5, logging_steps=3)
+    assert column(trained, "of_even_calls") == [2]
+    trained.train()
+    assert column(trained, "of_even_calls") == [(6 + 8) / 2]
 
 
-def test_resumed_run_measures_the_agreement_at_its_first_step(tmp_path: Path) -> None:
-    """Measured at steps 1, 5, 9, …; the checkpoint is of step 6."""
+class Halving(transformers.TrainerCallback):
+    """Ends an epoch at every second step."""
 
-    def resumed(every: int, logging_steps: int) -> dict[int, float]:
-        given = {"loss_options": {"agreement_every": every}, "logging_steps": logging_steps}
-        directory = tmp_path / f"{every}-{logging_steps}"
-        given.update(num_train_epochs=3, save_strategy="steps", save_steps=6)
-        train(directory, **given)
-        lines = steps(train(directory, resume=str(directory / "checkpoint-6"), **given))
-        return {line["step"]: line["cross_modal_tau"] for line in lines if line["step"] > 6}
-
-    each = resumed(every=1, logging_steps=1)
-    assert each[7] != each[9]
-    held = {7: each[7], 8: each[7], 9: each[9], 10: each[9], 11: each[9], 12: each[9]}
-    assert resumed(every=4, logging_steps=1) == held
-    means = {9: sum(held[step] for step in (7, 8, 9)) / 3, 12: each[9]}
-    assert resumed(every=4, logging_steps=3) == pytest.approx(means, rel=1e-6)
-
-
-@MODELS
-def test_evaluation_is_the_base_loss_whatever_lambda_is(tmp_path: Path, model: Any) -> None:
-    pairs = Pairs(17)  # a last batch of one
-    given = {"eval_dataset": pairs, "eval_strategy": "epoch", "eval_on_start": True}
-    trainer = train(tmp_path, model=model(), **given)
-    evaluated = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-    assert len(evaluated) == 3
-
-    def base_loss(model: nn.Module) -> float:
-        total, labels = 0.0, torch.arange(8)
-        for start in (0, 8):
-            batch = [pairs[i] for i in range(start, start + 8)]
-            inputs = {name: torch.stack([pair[name] for pair in batch]) for name in batch[0]}
-            with torch.no_grad():
-                outputs = model.eval()(**inputs, return_loss=True)
-            logits = outputs.logits_per_image
-            loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)).item() / 2
-            if not isinstance(model, transformers.AlignModel):  # whose own loss smooths the labels
-                assert loss == pytest.approx(outputs.loss.item(), rel=1e-5)
-            total += 8 * loss
-        return total / 17
-
-    assert evaluated[0] == pytest.approx(base_loss(model()), rel=1e-5)
-    assert evaluated[-1] == pytest.approx(base_loss(trainer.model), rel=1e-5)
-
-
-@pytest.mark.parametrize("mode", [True, False])
-def test_model_that_stays_in_one_mode_is_trained_and_evaluated_like_any(tmp_path: Path, mode: bool) -> None:
-    class Fixed(transformers.CLIPModel):  # without dropout, so that the mode changes no number
-        def train(self, _: bool = True) -> Any:
-            return super().train(mode)
-
-    given = {"max_steps": 4, "eval_dataset": Pairs(8), "eval_strategy": "steps", "eval_steps": 1}
-    fixed = clip()
-    fixed.__class__ = Fixed
-    fixed.train()
-    kept, usual = (train(tmp_path, model=model, **given) for model in (fixed, clip()))
-    assert fixed.training is mode
-    assert torch.equal(weights(kept), weights(usual))
-    for a, b in zip(kept.state.log_history, usual.state.log_history, strict=True):
-        names = {*TERMS, *METRICS, "loss", "eval_loss"} & b.keys()
-        assert {name: a.get(name) for name in names} == {name: b[name] for name in names}
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, reentrant: bool) -> None:
-    model: Any = clip()
-    name = "activation_checkpointing_enable"  # what newer releases call it
-    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
-    checkpointed, plain = train(tmp_path, model=model, max_steps=2), train(tmp_path, max_steps=2)
-    assert torch.equal(weights(checkpointed), weights(plain))
-    assert steps(checkpointed)[-1]["cross_modal_loss"] > 0
-
-
-def test_best_model_is_chosen_by_the_base_loss(tmp_path: Path) -> None:
-    given = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
-    trainer = train(tmp_path, eval_dataset=Pairs(16), num_train_epochs=3, **given)
-    evaluated = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-    assert trainer.state.best_metric == min(evaluated)
-
-
-def test_bfloat16_trains(tmp_path: Path) -> None:
-    exact, half = (steps(train(tmp_path / str(bf16), bf16=bf16)) for bf16 in (False, True))
-    assert half[0]["contrastive_loss"] != exact[0]["contrastive_loss"]
-    assert half[0]["contrastive_loss"] == pytest.approx(exact[0]["contrastive_loss"], rel=0.02)
-
-
-def test_module_of_ones_own_is_a_loss(tmp_path: Path) -> None:
-    loss = rankloss.RankClipLoss(rankloss.CyClipLoss(), schedule="constant", top_k=3)
-    trainer = train(tmp_path, loss=loss, max_steps=1, eval_dataset=Pairs(8))
-    (line,) = steps(trainer)
-    assert {*TERMS, "cyclic_cross_modal_loss", "cyclic_in_modal_loss", "rank_lambda"} <= line.keys()
-    assert trainer.driven_loss.criterion is loss
-    assert trainer.evaluation_loss is loss.base
-
-
-@pytest.mark.parametrize(
-    "nested",
-    [
-        lambda base: rankloss.RankClipLoss(rankloss.CyClipLoss(base), schedule="linear"),
-        lambda base: rankloss.CyClipLoss(rankloss.RankClipLoss(base, schedule="linear")),
-    ],
-)
-def test_evaluation_is_of_what_stands_below_the_rank_terms_without_its_metrics(
-    tmp_path: Path, nested: Any
-) -> None:
-    class Reporting(rankloss.ClipLoss):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return {**super().forward(*args, **kwargs), "hits": torch.tensor(100.0)}
-
-    given = {"eval_dataset": Pairs(8), "eval_strategy": "epoch", "eval_on_start": True, "learning_rate": 0.0}
-    trainers = (train(tmp_path, loss=nested(base), **given) for base in (rankloss.ClipLoss(), Reporting()))
-    plain, reporting = (
-        [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-        for trainer in trainers
-    )
-    assert plain == reporting == [plain[0]] * 3
-
-
-def test_labels_of_a_script_reach_its_metrics(tmp_path: Path) -> None:
-    class Labelled(transformers.CLIPModel):
-        def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs)
-
-    class Numbered(Pairs):
-        def __getitem__(self, i: int) -> dict[str, Tensor]:
-            return {**super().__getitem__(i), "labels": torch.tensor(i)}
-
-    model: Any = clip()
-    model.__class__ = Labelled
-    seen: list[Any] = []
-    given = {"label_names": ["labels"], "max_steps": 1, "eval_dataset": Numbered(16), "pairs": Numbered()}
-    keywords = {"compute_metrics": lambda results: seen.extend(results.label_ids) or {}}
-    trainer = train(tmp_path, model=model, **given, **keywords)
-    assert trainer.evaluate()["eval_loss"] > 0
-    assert seen == list(range(16))
-
-
-def test_entry_that_comes_only_sometimes_is_averaged_over_the_calls_that_gave_it(tmp_path: Path) -> None:
-    class Sometimes(rankloss.ClipLoss):
-        calls = 0
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            entries = super().forward(*args, **kwargs)
-            extra = {} if self.calls % 2 else {"of_even_calls": torch.tensor(float(self.calls))}
-            return {**entries, **extra}
-
-    lines = steps(train(tmp_path, loss=Sometimes(), max_steps=6, logging_steps=3))
-    assert [line["of_even_calls"] for line in lines] == [2, (4 + 6) / 2]
-
-
-def test_named_loss_with_options(tmp_path: Path) -> None:
-    options = {"lambda_in": 0.0, "diagonal": False, "discount": "log", "agreement_every": 2}
-    trainer = train(tmp_path, loss="rankclip", loss_options=options, num_train_epochs=0.5)
-    criterion = trainer.driven_loss.criterion
-    assert criterion.consistency.options == rankloss.options.RankOptions(diagonal=False, discount="log")
-    lines = steps(trainer)
-    assert [line["rank_lambda"] for line in lines] == [schedules.rankclip(i, 2) for i in (1, 2)]
-    assert all("in_modal_raw" not in line and "cross_modal_tau" in line for line in lines)
-
-
-# The others need columns of their own, or a bias: they are in the tests of captions, teachers and SigLIP.
-@pytest.mark.parametrize(
-    "name", sorted(catalog.BUILT_IN.keys() - {"alip", "rankclip-distill", "siglip-streamed"})
-)
-def test_losses_of_the_catalogue_train(tmp_path: Path, name: str) -> None:
-    pairs = Pairs(8)
-    batch = [pairs[i] for i in range(8)]
-    inputs = {column: torch.stack([pair[column] for pair in batch]) for column in batch[0]}
-    given = {"optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 0}
-    first, second = steps(train(tmp_path, pairs=pairs, loss=name, max_steps=2, **given))
-    assert first["contrastive_loss"] == pytest.approx(clip()(**inputs, return_loss=True).loss.item())
-    assert second["contrastive_loss"] < first["contrastive_loss"]
-    for line in (first, second):
-        terms = [value for key, value in line.items() if key.endswith("_loss")]
-        assert line["loss"] == pytest.approx(sum(terms), rel=1e-4)
-
-
-def test_schedule_per_epoch(tmp_path: Path) -> None:
-    options = {"schedule": "linear", "schedule_unit": "epoch"}
-    lines = steps(train(tmp_path, loss="rankclip", loss_options=options, num_train_epochs=3))
-    assert [line["rank_lambda"] for line in lines] == [0] * 4 + [0.5] * 4 + [1] * 4
-
-
-@pytest.mark.parametrize("ignored", [1, 2, 5])
-def test_epochs_are_those_that_the_trainer_trains(
-    tmp_path: Path, ignored: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    """``max_steps`` overrides ``num_train_epochs``; the 32 pairs are four steps."""
-    caplog.set_level("INFO", logger="rankloss_trainers")
-    options = {"schedule": "linear", "schedule_unit": "epoch"}
-    given = {"loss_options": options, "num_train_epochs": ignored}
-    lines = steps(train(tmp_path, max_steps=11, **given))
-    assert [line["rank_lambda"] for line in lines] == [0] * 4 + [0.5] * 4 + [1] * 3
-    assert "schedule linear per epoch over 3 epoch(s)" in caplog.text
-    lines = steps(train(tmp_path, max_steps=3, **given))
-    assert [line["rank_lambda"] for line in lines] == [0, 0.5, 1], "one epoch goes by steps"
-    assert "schedule linear per step over 1 epoch(s)" in caplog.text
-
-
-def test_epoch_that_a_callback_ends_is_an_epoch(tmp_path: Path) -> None:
-    class Halving(transformers.TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_epoch_stop = state.global_step % 2 == 0
-
-    options = {"schedule": "linear", "schedule_unit": "epoch"}
-    lines = steps(train(tmp_path, loss_options=options, num_train_epochs=3, callbacks=[Halving()]))
-    assert [line["rank_lambda"] for line in lines] == [0, 0, 0.5, 0.5, 1, 1]
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_epoch_stop = state.global_step % 2 == 0
 
 
 class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
@@ -424,235 +246,309 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         return map(Pairs().__getitem__, range(32))
 
 
-def test_data_without_a_length_have_no_number_of_epochs(tmp_path: Path) -> None:
-    by_steps, by_epochs = (
-        {"pairs": Stream(), "max_steps": 6, "loss_options": {"schedule": "linear", "schedule_unit": unit}}
-        for unit in ("step", "epoch")
-    )
-    lines = steps(train(tmp_path, **by_steps))
-    assert [line["rank_lambda"] for line in lines] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    with pytest.raises(
-        ValueError, match=r"rankclip goes by epochs \(schedule_unit 'epoch'\), but training data"
-    ):
-        train(tmp_path, **by_epochs)
-    # The catalogue has it go by epochs, but it does not ask for them.
-    assert len(steps(train(tmp_path, pairs=Stream(), max_steps=2, loss="cyclip"))) == 2
+@pytest.mark.parametrize(
+    ("unit", "given", "expected"),
+    [
+        ("epoch", {"num_train_epochs": 3}, [0] * 4 + [0.5] * 4 + [1] * 4),
+        # max_steps overrides num_train_epochs.
+        ("epoch", {"max_steps": 11, "num_train_epochs": 1}, [0] * 4 + [0.5] * 4 + [1] * 3),
+        ("epoch", {"max_steps": 11, "num_train_epochs": 5}, [0] * 4 + [0.5] * 4 + [1] * 3),
+        # One epoch has no ramp, and goes by steps.
+        ("epoch", {"max_steps": 3, "num_train_epochs": 5}, [0, 0.5, 1]),
+        ("epoch", {"num_train_epochs": 3, "callbacks": [Halving()]}, [0, 0, 0.5, 0.5, 1, 1]),
+        ("step", {"num_train_epochs": 0.75}, [0, 0.5, 1]),
+        ("step", {"gradient_accumulation_steps": 2, "num_train_epochs": 1}, [0, 1]),
+        ("step", {"pairs": Stream(), "max_steps": 6}, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+    ],
+)
+def test_lambda_follows_what_the_trainer_trains(tmp_path: Path, unit: str, given: Any, expected: Any) -> None:
+    options = {"schedule": "linear", "schedule_unit": unit}
+    trained = train(tmp_path, loss="rankclip", loss_options=options, **given)
+    assert column(trained, "rank_lambda") == pytest.approx(expected)
 
 
 class Told(rankloss.ClipLoss):
     """CLIP's loss, which logs where training stands."""
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        self.epoch, self.epochs = epoch, epochs
+        self.position = {"epoch_seen": torch.tensor(epoch), "epochs": torch.tensor(epochs)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        entries = super().forward(*args, **kwargs)
-        return {**entries, "epoch_seen": torch.tensor(self.epoch), "epochs": torch.tensor(self.epochs)}
+        return {**super().forward(*args, **kwargs), **self.position}
 
 
 TOLD = catalog.LossEntry(build=lambda base, options, gather: Told(gather=gather))
 
 
-LEARNABLE = catalog.LossEntry(build=lambda base, options, gather: nn.Linear(2, 2))
-
-
-def test_loss_of_another_package_with_parameters_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(catalog.BUILT_IN, "learnable", f"{__name__}:LEARNABLE")
-    with pytest.raises(ValueError, match="loss 'learnable': Linear has parameters, which the trainer's"):
-        ContrastiveTrainer(model=clip(), args=arguments(tmp_path), loss="learnable")
-
-
-def test_loss_of_another_package_is_told_the_epochs_of_the_trainer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_of_another_package_is_told_the_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(catalog.BUILT_IN, "told", f"{__name__}:TOLD")
-    lines = steps(train(tmp_path, loss="told", max_steps=6, num_train_epochs=9))
-    assert [(line["epoch_seen"], line["epochs"]) for line in lines] == [(1, 2)] * 4 + [(2, 2)] * 2
+    trained = train(tmp_path, loss="told", max_steps=6, num_train_epochs=9)
+    seen = [*zip(column(trained, "epoch_seen"), column(trained, "epochs"), strict=True)]
+    assert seen == [(1, 2)] * 4 + [(2, 2)] * 2
     with pytest.raises(ValueError, match="told goes by epochs"):
         train(tmp_path, loss="told", max_steps=6, pairs=Stream())
+    # The catalogue has it go by epochs, but it does not ask for them.
+    assert len(lines(train(tmp_path, pairs=Stream(), max_steps=2, loss="cyclip"))) == 2
+
+
+@pytest.mark.parametrize("name", ["rankclip-cross", "rankclip-in", "clip-streamed", "siglip-streamed"])
+def test_other_losses_of_the_catalogue_train_on_the_models_own(tmp_path: Path, name: str) -> None:
+    kind = "Siglip" if name == "siglip-streamed" else "CLIP"
+    first, second = lines(train(tmp_path, model=build(kind), loss=name, max_steps=2, pairs=Pairs(8), **SGD))
+    own = build(kind)(**Pairs(8).batch(), return_loss=True).loss.item()
+    assert first["contrastive_loss"] == pytest.approx(own, rel=1e-5)
+    assert second["contrastive_loss"] < own
+
+
+# --- what changes nothing ---------------------------------------------------------------------------------
+
+
+class Kept(transformers.CLIPModel):
+    """A model that stays in the mode of its class; it has no dropout, so that the mode changes no number."""
+
+    mode = True
+
+    def train(self, _: bool = True) -> Any:
+        return super().train(self.mode)
+
+
+class KeptInEvaluation(Kept):
+    mode = False
+
+
+def kept(kind: type[Kept]) -> Any:
+    model = clip()
+    model.__class__ = kind
+    return model.train()
+
+
+def checkpointed() -> Any:
+    model = clip()
+    name = "activation_checkpointing_enable"  # what newer releases call it
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "tolerance"),
+    [
+        (lambda: kept(Kept), {}, 0),
+        (lambda: kept(KeptInEvaluation), {}, 0),
+        (checkpointed, {}, 0),
+        (clip, {"remove_unused_columns": False}, 0),
+        pytest.param(
+            *(clip, {"torch_compile": True, "torch_compile_backend": "aot_eager"}, 1e-3),
+            marks=pytest.mark.slow,
+        ),
+        (clip, {"bf16": True}, 0.05),
+    ],
+)
+def test_numbers_are_those_of_the_plain_run(
+    tmp_path: Path, plain: dict[str, list[float]], model: Any, given: Any, tolerance: float
+) -> None:
+    trained = train(tmp_path, model=model(), **SHORT, **given)
+    for name, values in plain.items():
+        assert column(trained, name) == pytest.approx(values, rel=tolerance, abs=tolerance), name
+
+
+SHORT: dict[str, Any] = {
+    **{"max_steps": 3, "eval_dataset": Pairs(8), "eval_strategy": "steps", "eval_steps": 1},
+    **SGD,
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    trained = train(tmp_path_factory.mktemp("plain"), **SHORT)
+    return {name: column(trained, name) for name in (*TERMS, *METRICS, "loss", "eval_loss")}
+
+
+# --- what is evaluated ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        lambda base: linear(base=base),
+        lambda base: linear(base=rankloss_baselines.CyClipLoss(base)),
+        lambda base: rankloss_baselines.CyClipLoss(linear(base=base)),
+    ],
+)
+def test_evaluation_is_of_what_stands_below_all_terms_without_its_metrics(
+    tmp_path: Path, nested: Any
+) -> None:
+    pairs = Pairs(8)
+    evaluated = trainer(tmp_path, loss=nested(Sometimes())).evaluate(pairs)["eval_loss"]
+    assert evaluated == pytest.approx(clip()(**pairs.batch(), return_loss=True).loss.item(), rel=1e-5)
+
+
+def test_budget_is_that_of_the_base_too(tmp_path: Path) -> None:
+    for kind, base in (("CLIP", "ClipLoss"), ("Siglip", "SigLipLoss")):
+        built = trainer(tmp_path, model=build(kind), loss="rankclip", loss_options={"memory_budget": 5})
+        assert repr(built.evaluation_loss) == f"{base}(memory_budget=5)"
+
+
+def test_labels_of_a_script_are_kept(tmp_path: Path) -> None:
+    assert trainer(tmp_path).label_names == []
+    assert trainer(tmp_path, label_names=["label"]).label_names == ["label"]
+
+
+# --- what is refused --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"loss": "rankclap"}, ValueError, "loss must be one of 'rankclip', .* got 'rankclap'"),
-        ({"loss_options": {"topk": 3}}, TypeError, "rankclip has no option 'topk'; it has schedule, "),
-        ({"loss_options": {"top_k": 0}}, ValueError, "top_k must be an integer of at least 1; got 0"),
-        ({"loss": "alip"}, ValueError, "alip needs a second caption"),
-        ({"loss": "siglip-streamed"}, ValueError, "siglip-streamed needs a model that has a logit_bias"),
-        (
-            {"loss_options": {"reference_features": "samples"}},
-            ValueError,
-            "reference_features belongs to open_clip's trainer; here a teacher's features are the columns",
-        ),
-        (
-            {"loss": nn.Identity(), "loss_options": {"top_k": 3}},
-            TypeError,
-            "loss_options is for a loss that is given by its name; the module has its own",
-        ),
-        (
-            {"loss": rankloss.ClipLoss(), "gather": rankloss.Gather(local_loss=False)},
-            TypeError,
-            "gather is for a loss that is given by its name; the module has its own",
-        ),
-        (
-            {"loss": rankloss.CyClipLoss(nn.Linear(2, 2))},
-            ValueError,
-            "loss: CyClipLoss has parameters, which the trainer's optimizer does not know",
-        ),
-        ({"compute_loss_func": print}, ValueError, "compute_loss_func is ignored by this trainer"),
-        ({"model": nn.Linear(2, 2)}, ValueError, "Linear has neither a logit_scale nor a temperature"),
+        ({"loss": "rankclap"}, ValueError, "loss must be one of .*'rankclap'"),
+        ({"loss_options": {"topk": 3}}, TypeError, "'topk'"),
+        ({"loss_options": {"top_k": 0}}, ValueError, "top_k"),
+        ({"loss": "alip"}, ValueError, "second caption"),
+        ({**ALIP, "model": build("Siglip")}, ValueError, "alip .*logit_bias"),
+        ({"loss": "siglip-streamed"}, ValueError, "siglip-streamed .*logit_bias"),
+        ({"loss_options": {"reference_features": "samples"}}, ValueError, "reference_features"),
+        ({"loss": nn.Identity(), "loss_options": {"top_k": 3}}, TypeError, "loss_options"),
+        ({"loss": linear(base=nn.Linear(2, 2))}, ValueError, "parameters"),
+        ({"compute_loss_func": print}, ValueError, "compute_loss_func"),
+        ({"model": nn.Linear(2, 2)}, ValueError, "logit_scale"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path: Path, given: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
-        ContrastiveTrainer(**{"model": clip(), "args": arguments(tmp_path), **given})
+        trainer(tmp_path, **{"loss": "rankclip", **given})
 
 
-def test_data_parallel_is_refused(tmp_path: Path) -> None:
-    args = arguments(tmp_path)
-    args._n_gpu = 2
-    with pytest.raises(ValueError, match="DataParallel over 2 GPUs contrasts each GPU's pairs alone"):
-        ContrastiveTrainer(model=clip(), args=args)
-
-
-def test_zero_stage_3_and_flat_parameters_are_refused(tmp_path: Path) -> None:
-    class Sharded(InOrder, transformers.Trainer):
-        plugins: ClassVar[dict[str, Any]] = {}
-
+@pytest.mark.parametrize(
+    ("plugins", "devices", "message"),
+    [
+        ({}, 2, "DataParallel over 2 GPUs"),
+        ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, 1, "ZeRO stage 3"),
+        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, 1, "FSDP version 1"),
+        ({"fsdp_plugin": SimpleNamespace()}, 1, "FSDP version 1"),
+    ],
+)
+def test_engines_that_hide_pairs_or_the_scale_are_refused(
+    tmp_path: Path, plugins: Any, devices: int, message: str
+) -> None:
+    class Sharded(transformers.Trainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.accelerator = SimpleNamespace(state=SimpleNamespace(**self.plugins))
+            self.args._n_gpu = devices
+            self.accelerator = SimpleNamespace(state=SimpleNamespace(**plugins))
 
-    class Trainer(ContrastiveTrainerMixin, Sharded):
+    class Trainer(ContrastiveTrainer, Sharded):
         pass
 
-    for plugins, message in (
-        ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, "ZeRO stage 3 does not show"),
-        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, "FSDP version 1 does not show"),
-        ({"fsdp_plugin": SimpleNamespace()}, "FSDP version 1 does not show"),
-    ):
-        Sharded.plugins = plugins
-        with pytest.raises(ValueError, match=message):
-            Trainer(model=clip(), args=arguments(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        Trainer(model=clip(), args=arguments(tmp_path))
 
 
-def test_output_without_embeddings_is_named(tmp_path: Path) -> None:
-    class Other(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.logit_scale = nn.Parameter(torch.zeros(()))
+class Other(nn.Module):
+    """A model with a scale and without embeddings."""
 
-        def forward(self, pixel_values: Tensor, **_: Any) -> dict[str, Tensor]:
-            return {"logits": pixel_values.sum() * self.logit_scale}
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.zeros(()))
 
-    with pytest.raises(ValueError, match="output has no image_embeds and no text_embeds, got logits"):
-        train(tmp_path, model=Other())
+    def forward(self, pixel_values: Tensor, **_: Any) -> dict[str, Tensor]:
+        return {"logits": pixel_values.sum() * self.logit_scale}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": Other()}, "no image_embeds and no text_embeds, got logits"),
+        ({"pairs": Stream(), "loss_options": {"schedule_unit": "epoch"}}, "schedule_unit"),
+        (ALIP, "no column of the batch begins with caption_, got pixel_values"),
+        ({"pairs": Pairs(9)}, "two pairs"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_are_refused(tmp_path: Path, given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, **{"loss": "rankclip", "max_steps": 2, **given})
+
+
+@pytest.mark.parametrize("name", ["caption_input_ids", "caption_x"])
+def test_second_caption_must_have_the_shape_of_the_first(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must have the shape"):
+        with_captions({"input_ids": torch.ones(2, 4), name: torch.ones(2, 3)}, "caption")
 
 
 def test_scale_is_the_multiplier() -> None:
-    class Model(nn.Module):
-        def __init__(self, **parameters: Tensor) -> None:
-            super().__init__()
-            for name, value in parameters.items():
-                self.register_parameter(name, nn.Parameter(value))
+    def scale(limit: float | None = None, **parameter: Tensor) -> Tensor:
+        return logit_scale(SimpleNamespace(**parameter, max_log_logit_scale=limit))
 
-    assert torch.equal(logit_scale(Model(logit_scale=torch.tensor(2.0))), torch.tensor(2.0).exp())
-    assert logit_scale(Model(logit_scale=torch.zeros(1))).shape == ()
-    assert logit_scale(Model(temperature=torch.tensor(0.25))) == 4
-    limited = Model(logit_scale=torch.tensor(9.0))
-    limited.max_log_logit_scale = 2.0
-    assert torch.equal(logit_scale(limited), torch.tensor(2.0).exp())
-    with pytest.raises(ValueError, match="logit_scale has 0 elements on this process: ZeRO stage 3"):
-        logit_scale(Model(logit_scale=torch.zeros(0)))
+    assert torch.equal(scale(logit_scale=torch.tensor(2.0)), torch.tensor(2.0).exp())
+    assert scale(logit_scale=torch.zeros(1)).shape == ()
+    assert scale(temperature=torch.tensor(0.25)) == 4
+    assert torch.equal(scale(2.0, logit_scale=torch.tensor(9.0)), torch.tensor(2.0).exp())
+    with pytest.raises(ValueError, match="logit_scale has 0 elements on this process"):
+        scale(logit_scale=torch.zeros(0))
 
 
-def test_mixin_serves_a_trainer_of_ones_own(tmp_path: Path) -> None:
-    class Own(ContrastiveTrainerMixin, transformers.Trainer):
-        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            super().log(logs, *args, **kwargs)
-            self.seen = {**getattr(self, "seen", {}), **logs}
-
-    trainer = Own(model=clip(), args=arguments(tmp_path, max_steps=1), train_dataset=Pairs(), loss="cyclip")
-    trainer.train()
-    assert trainer.seen["cyclic_cross_modal_loss"] > 0
+# --- a loss that remembers --------------------------------------------------------------------------------
 
 
-# --- several processes ----------------------------------------------------------------------------------
+class Terminated(transformers.TrainerCallback):
+    """What SIGTERM does after its grace period, here at the third step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        import signal
+
+        if state.global_step == 3:
+            signal.getsignal(signal.SIGTERM).__self__.is_checkpoint_requested = True
 
 
-class Plain(InOrder, transformers.Trainer):
-    """The Trainer with the model's own loss."""
-
-
-def plainly(directory: Path, **options: Any) -> Plain:
-    def collate(pairs: list[dict[str, Tensor]]) -> dict[str, Any]:
-        return {
-            **{name: torch.stack([pair[name] for pair in pairs]) for name in pairs[0]},
-            "return_loss": True,
-        }
-
-    trainer = Plain(
-        model=clip(), args=arguments(directory, **options), train_dataset=Pairs(), data_collator=collate
-    )
-    trainer.train()
-    return trainer
-
-
-def run_as_a_process(directory: str, batch_size: str, kind: str) -> None:
-    faulthandler.dump_traceback_later(500, exit=True)  # a process that does not end says where it stands
-    # SGD, whose steps are proportional to gradients: AdamW's would be signs of rounding errors as well.
-    options = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0, "num_train_epochs": 1}
-    trainer: Any = {"ours": train, "plain": plainly}[kind](
-        Path(directory), per_device_train_batch_size=int(batch_size), **options
-    )
-    lines = [{name: line.get(name) for name in (*TERMS, "loss")} for line in steps(trainer)]
-    rank, result = trainer.args.process_index, [lines, weights(trainer).tolist(), threads()]
-    Path(directory, f"{rank}.json").write_text(json.dumps(result))
-    del trainer
-    leave()
-
-
-def threads() -> list[str]:
-    """The threads of this process, Python's and others, by their names in the kernel; none outside Linux."""
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    return sorted([*names, *(thread.name for thread in threading.enumerate())])
-
-
-def processes(directory: Path, number: int, kind: str = "ours") -> list[Any]:
-    """What each process has seen of a training on batches of 16 pairs in all."""
-    directory = directory / f"{kind}-{number}"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number), "--"]
-    command = [sys.executable, *launcher, __file__, str(directory), str(16 // number), kind]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(number)]
+REMEMBERING = {**ALIP, "pairs": Pairs(32, "caption"), "save_strategy": "epoch"}
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return processes(tmp_path_factory.mktemp("ours"), 2)
+def remembering(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return train(tmp_path_factory.mktemp("alip"), **REMEMBERING)
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path, two_processes: list[Any]) -> None:
-    ((whole, whole_weights, _),) = processes(tmp_path, 1)
-    (two, two_weights, _), _ = two_processes
-    assert len(whole) == len(two) == 2
-    for a, b in zip(two, whole, strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
-    torch.testing.assert_close(torch.tensor(two_weights), torch.tensor(whole_weights), rtol=1e-4, atol=1e-6)
+def histories(trained: Any) -> list[float]:
+    return trained.driven_loss.criterion.histories.tolist()  # type: ignore[no-any-return]
 
 
-@pytest.mark.slow
-def test_loss_leaves_no_thread_that_would_keep_a_process(tmp_path: Path, two_processes: list[Any]) -> None:
-    for (*_, ours), (*_, plain) in zip(two_processes, processes(tmp_path, 2, "plain"), strict=True):
-        assert ours == plain
+@pytest.mark.parametrize("last", [False, True])
+def test_resumed_loss_remembers(tmp_path: Path, remembering: Any, last: bool) -> None:
+    directory = Path(remembering.args.output_dir)
+    checkpoint = directory / ("checkpoint-8" if last else "checkpoint-4")
+    again = train(tmp_path, resume=str(checkpoint), **REMEMBERING)
+    assert histories(again) == histories(remembering)
+    assert torch.equal(weights(again.model), weights(remembering.model))
 
 
-if __name__ == "__main__":
-    run_as_a_process(*sys.argv[1:])
+@pytest.mark.skipif(
+    not hasattr(transformers.TrainingArguments, "enable_jit_checkpoint"),
+    reason="this transformers makes no checkpoint at SIGTERM",
+)
+def test_checkpoint_at_sigterm_has_the_state(tmp_path: Path, remembering: Any) -> None:
+    train(tmp_path, **REMEMBERING, enable_jit_checkpoint=True, callbacks=[Terminated()])
+    again = train(tmp_path, **REMEMBERING, resume=str(tmp_path / "checkpoint-3"))
+    assert histories(again) == histories(remembering)
+
+
+def test_checkpoint_of_another_loss_is_told_of(
+    tmp_path: Path, run: Run, remembering: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(Path(remembering.args.output_dir, "checkpoint-4"), tmp_path / "checkpoint-4")
+    file = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    del state["stateful_callbacks"]["rankloss"]
+    file.write_text(json.dumps(state))
+    train(tmp_path, resume=True, **REMEMBERING)
+    assert "its checkpoint holds no state of a loss: it starts anew" in caplog.text
+    stateless = json.loads((run.directory / "checkpoint-5" / "trainer_state.json").read_text())
+    assert "rankloss" not in stateless["stateful_callbacks"]
+
+
+def test_model_that_is_made_anew_is_not_given_the_state_of_the_last(tmp_path: Path) -> None:
+    given = {name: value for name, value in REMEMBERING.items() if name != "save_strategy"}
+    trials = trainer(tmp_path, model_init=clip, max_steps=3, **given)
+    results = []
+    for _ in range(2):
+        trials.train()
+        results.append((column(trials, "loss"), histories(trials)))
+    assert results[0] == results[1]

@@ -1,7 +1,8 @@
-"""Compilers and sharded models under Hugging Face's Trainer."""
+"""Several processes and sharded models under Hugging Face's Trainer."""
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import json
 import os
@@ -20,45 +21,27 @@ if importlib.util.find_spec("transformers") is None or importlib.util.find_spec(
 
 import transformers
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
-from tiny_transformers import METRICS, TERMS, Pairs, clip, leave, steps, train, weights
+from tiny_transformers import SGD, TERMS, Pairs, clip, leave, lines, own_loop, train
 
 import rankloss
 from process_pool import Pools
 from rankloss_trainers.transformers.embeddings import features_of, logit_scale
 
 
-def test_compiled_model_trains_the_same(tmp_path: Path) -> None:
-    options = {"optim": "sgd", "max_grad_norm": 0, "max_steps": 4, "num_train_epochs": 1}
-    plain, compiled = (
-        train(tmp_path / str(number), **options, **given)
-        for number, given in enumerate(({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}))
-    )
-    torch.testing.assert_close(weights(compiled), weights(plain), rtol=1e-4, atol=1e-5)
-    for a, b in zip(steps(compiled), steps(plain), strict=True):
-        names = (*TERMS, *METRICS, "loss")
-        assert {n: a[n] for n in names} == pytest.approx({n: b[n] for n in names}, rel=1e-3, abs=1e-5)
-
-
-def batch(rows: slice) -> dict[str, Tensor]:
-    pairs = [Pairs(8)[i] for i in range(*rows.indices(8))]
-    return {name: torch.stack([pair[name] for pair in pairs]) for name in pairs[0]}
+def one_dimensional_scale() -> Any:
+    model = clip()  # a scalar cannot be sharded
+    model.logit_scale = torch.nn.Parameter(model.logit_scale.detach().reshape(1))
+    return model
 
 
 def gradients(model: Any, rows: slice) -> dict[str, Tensor]:
     loss = rankloss.RankClipLoss(schedule="constant")
-    features = features_of(model(**batch(rows)))
-    loss(**features, logit_scale=logit_scale(model)).backward()
+    loss(**features_of(model(**Pairs(8).batch(rows.start, rows.stop)), model)).backward()
     return {
         name: parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-
-
-def one_dimensional_scale() -> Any:
-    model = clip()  # a scalar cannot be sharded
-    model.logit_scale = torch.nn.Parameter(model.logit_scale.detach().reshape(1))
-    return model
 
 
 def sharded_gradients(rank: int, world_size: int, reshard: bool | None) -> dict[str, Tensor]:
@@ -74,7 +57,7 @@ def sharded_gradients(rank: int, world_size: int, reshard: bool | None) -> dict[
 # accelerate 1.6 to 1.13 reshards the root as well; by default torch leaves it whole for the backward pass.
 @pytest.mark.parametrize("reshard", [None, True, False])
 def test_sharded_model_has_the_gradients_of_the_whole_batch(pools: Pools, reshard: bool | None) -> None:
-    whole = gradients(one_dimensional_scale(), slice(None))
+    whole = gradients(one_dimensional_scale(), slice(0, 8))
     assert whole["logit_scale"].abs() > 1e-4
     for seen in pools[2].run(sharded_gradients, reshard):
         assert seen.keys() == whole.keys()
@@ -106,7 +89,7 @@ def test_gradient_of_the_scale_is_the_mean_over_the_processes(
         assert seen == (1 + 2) / 2
 
 
-# --- engines of several processes -----------------------------------------------------------------------
+# --- engines of two processes -----------------------------------------------------------------------------
 
 
 def zero_2() -> dict[str, Any]:
@@ -135,55 +118,43 @@ def fsdp_2() -> dict[str, Any]:
     return {}
 
 
-def run_as_a_process(engine: str, directory: str, batch_size: str) -> None:
-    given: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "max_steps": 3}
-    if "WORLD_SIZE" in os.environ:
-        given.update({"zero_2": zero_2, "fsdp_2": fsdp_2}[engine]())
-    model = one_dimensional_scale()  # neither engine takes a scalar
+ENGINES = {"ddp": dict, "zero_2": zero_2, "fsdp_2": fsdp_2}
+
+
+def run_as_a_process(engine: str, file: str) -> None:
+    faulthandler.dump_traceback_later(500, exit=True)  # a process that does not end says where it stands
+    given = {**SGD, "max_steps": 3, "pairs": Pairs(48, "image", "text"), **ENGINES[engine]()}
+    model = clip() if engine == "ddp" else one_dimensional_scale()
     if engine == "fsdp_2":
         model.get_input_embeddings = lambda: None  # accelerate asks for them, and CLIPModel refuses
-    trainer = train(Path(directory), model=model, per_device_train_batch_size=int(batch_size), **given)
-    if "WORLD_SIZE" in os.environ and engine == "fsdp_2":
-        assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
-    if trainer.is_world_process_zero():
-        lines = [{name: line[name] for name in (*TERMS, "loss")} for line in steps(trainer)]
-        Path(directory, "result.json").write_text(json.dumps(lines))
-    del trainer, model
+    trained = train(Path(file).parent, model=model, **given)
+    assert trained.args.world_size == 2
+    if engine == "fsdp_2":
+        assert all(isinstance(parameter, DTensor) for parameter in trained.model.parameters())
+    if trained.is_world_process_zero():
+        Path(file).write_text(json.dumps([{name: line[name] for name in TERMS} for line in lines(trained)]))
+    del trained, model
     leave()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "engine",
-    [
-        pytest.param(
-            "zero_2",
-            marks=pytest.mark.skipif(
-                importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
-            ),
-        ),
-        "fsdp_2",
-    ],
-)
-def test_engine_of_two_processes_trains_as_one_process(tmp_path: Path, engine: str) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_as_an_own_loop_with_the_whole_batch(tmp_path: Path, engine: str) -> None:
+    if engine == "zero_2":
+        pytest.importorskip("deepspeed")
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
-    results = []
-    for processes in (1, 2):
-        directory = tmp_path / str(processes)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-        command = [sys.executable, *launcher[: 6 * (processes > 1)], __file__, engine, str(directory)]
-        # DeepSpeed compiles an extension when it is first started.
-        done = subprocess.run(
-            [*command, str(16 // processes)], env=environment, capture_output=True, text=True, timeout=1200
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        results.append(json.loads((directory / "result.json").read_text()))
-    whole, two = results
-    assert len(whole) == 3
-    assert whole[-1]["loss"] < whole[0]["contrastive_loss"]
-    for a, b in zip(two, whole, strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+    settings = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    command = [sys.executable, *launcher, __file__, engine, str(tmp_path / "terms.json")]
+    # DeepSpeed compiles an extension when it is first started.
+    done = subprocess.run(
+        command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=1200
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    loss = rankloss.RankClipLoss(schedule="linear")
+    expected = own_loop(one_dimensional_scale(), loss, Pairs(48, "image", "text"), [16])
+    for line, terms in zip(json.loads((tmp_path / "terms.json").read_text()), expected, strict=True):
+        assert line == pytest.approx(terms, rel=1e-4, abs=1e-6)
 
 
 if __name__ == "__main__":

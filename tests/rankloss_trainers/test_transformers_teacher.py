@@ -1,8 +1,12 @@
-"""A teacher's features as columns of the batch, in Hugging Face's Trainer."""
+"""A teacher's features as columns of the data, in Hugging Face's Trainer: where they are used, and looked at.
+
+That they are ranked by is one of the steps in ``test_transformers.py``.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,108 +16,97 @@ import torch
 if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
     pytest.skip("transformers or accelerate is not installed", allow_module_level=True)
 
-from tiny_transformers import Pairs, Taught, clip, siglip, steps, train, weights
+from tiny_transformers import Pairs, build, clip, column, lines, train, trainer, weights
 
-import rankloss
-from rankloss import reference, schedules
-
-ONE_STEP = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "max_steps": 1}
+TEACHER = ("image", "text")
 
 
+def taught(rows: slice, value: float, name: str = "reference_text_features") -> Pairs:
+    """Pairs with a teacher of both modalities, in which some rows of one of them are of one number."""
+    pairs = Pairs(32, *TEACHER)
+    pairs.columns[name][rows] = value
+    return pairs
+
+
+def renamed(old: str, new: str) -> Pairs:
+    pairs = Pairs(32, *TEACHER)
+    pairs.columns[new] = pairs.columns.pop(old)
+    return pairs
+
+
+@pytest.mark.parametrize("name", ["reference_image_features", "reference_text_features"])
 @pytest.mark.parametrize(
-    ("modalities", "given", "expected"),
+    ("rows", "value", "message"),
     [
-        (
-            ("image", "text"),
-            {"loss": "rankclip", "loss_options": {"reference": "teacher", "schedule": "constant"}},
-            {},
-        ),
-        (
-            ("image", "text"),
-            {"loss": "rankclip-distill", "loss_options": {"schedule": "constant"}},
-            {"lambda_cross": 64.0, "lambda_in": 64.0, "top_k": 8},
-        ),
-        (
-            ("text",),
-            {
-                "loss": "rankclip-distill",
-                "loss_options": {"schedule": "constant", "lambda_cross": 0.0, "lambda_in": 2.0},
-            },
-            {"lambda_cross": 0.0, "lambda_in": 2.0, "top_k": 8},
-        ),
+        (slice(3, 4), math.nan, "row 3"),
+        (slice(3, 4), math.inf, "row 3"),
+        (slice(3, 4), 0.0, "row 3"),
+        (slice(None), 0.4, "one row"),
     ],
 )
-def test_first_step_is_the_step_of_an_own_loop(
-    tmp_path: Path, modalities: tuple[str, ...], given: Any, expected: Any
+def test_features_that_no_teacher_gives_are_an_error_before_a_weight_changes(
+    tmp_path: Path, name: str, rows: slice, value: float, message: str
 ) -> None:
-    pairs = Taught(*modalities)
-    trainer = train(tmp_path, pairs=pairs, per_device_train_batch_size=16, **given, **ONE_STEP)
-    batch = [pairs[i] for i in range(16)]  # more than the best eight
-    inputs = {name: torch.stack([pair[name] for pair in batch]) for name in batch[0]}
-    teacher = {name: inputs.pop(name) for name in pairs.features}
-    model = clip()
-    output = model(**inputs)
-    features = {"image_features": output.image_embeds, "text_features": output.text_embeds}
-    loss = rankloss.RankClipLoss(schedule="constant", **expected)
-    loss(**features, logit_scale=model.logit_scale.exp(), **teacher).backward()
-    torch.optim.SGD(model.parameters(), lr=1e-2).step()
-    taken = torch.cat([p.detach().flatten() for p in model.parameters()])
-    torch.testing.assert_close(weights(trainer), taken, rtol=1e-5, atol=1e-7)
-    (line,) = steps(trainer)
-    arrays = {name: x.detach().double().numpy() for name, x in {**features, **teacher}.items()}
-    scale, top_k = clip().logit_scale.exp().item(), expected.get("top_k")
-    value = reference.in_modal(**arrays, logit_scale=scale, top_k=top_k)
-    assert line["in_modal_raw"] == pytest.approx(value, rel=1e-5)
+    trained = trainer(tmp_path, pairs=taught(rows, value, name), max_steps=3)
+    with pytest.raises(ValueError, match=rf"{name}\b.*\b{message}\b"):
+        trained.train()
+    assert torch.equal(weights(trained.model), weights(clip()))
 
 
-def test_a_module_of_ones_own_takes_the_columns(tmp_path: Path) -> None:
-    given = {"optim": "sgd", "max_steps": 1}
-    lines = []
-    for pairs in (Taught("image", "text"), Pairs()):
-        loss = rankloss.RankClipLoss(schedule="constant")
-        lines += steps(train(tmp_path, pairs=pairs, loss=loss, **given))
-    by_teacher, own = lines
-    assert by_teacher["contrastive_loss"] == own["contrastive_loss"]
-    assert abs(by_teacher["in_modal_raw"] / own["in_modal_raw"] - 1) > 1e-3
+def test_they_are_looked_at_in_workers_and_not_in_evaluation(tmp_path: Path) -> None:
+    bad = taught(slice(3, 4), math.nan)
+    trained = train(tmp_path, pairs=Pairs(32, *TEACHER), max_steps=1, dataloader_num_workers=1)
+    assert trained.evaluate(bad)["eval_loss"] == trained.evaluate(Pairs())["eval_loss"]
+    with pytest.raises(ValueError, match="reference_text_features"):
+        next(iter(trainer(tmp_path, pairs=bad, dataloader_num_workers=1).get_train_dataloader()))
 
 
-@pytest.mark.parametrize("loss", ["rankclip-distill", rankloss.RankClipLoss(schedule="linear")])
-def test_columns_of_the_teacher_are_not_dropped_as_unused(tmp_path: Path, loss: Any) -> None:
-    given = {"pairs": Taught("image", "text"), "loss": loss, "max_steps": 2}
-    kept, dropping = (steps(train(tmp_path, remove_unused_columns=drops, **given)) for drops in (False, True))
-    assert [line["in_modal_raw"] for line in dropping] == [line["in_modal_raw"] for line in kept]
-
-
-def test_evaluation_does_without_the_teacher(tmp_path: Path) -> None:
-    pairs = Taught("image", "text")
-    for model in (clip(), siglip()):
-        trainer = train(
-            tmp_path, model=model, pairs=pairs, loss="rankclip-distill", max_steps=2, eval_dataset=pairs
-        )
-        assert [line["rank_lambda"] for line in steps(trainer)] == [schedules.rankclip(i, 2) for i in (1, 2)]
-        assert trainer.evaluate()["eval_loss"] == trainer.evaluate(Pairs())["eval_loss"]
-
-
+@pytest.mark.parametrize("removes", [True, False])
 @pytest.mark.parametrize(
-    ("modalities", "given", "message"),
+    ("pairs", "given", "message"),
     [
+        (Pairs(), {"loss": "rankclip-distill"}, "reference_image_features .*pixel_values, input_ids"),
+        (Pairs(), {"loss_options": {"reference": "teacher"}}, "reference_image_features .*pixel_values"),
         (
-            (),
+            renamed("reference_image_features", "reference_img_features"),
             {"loss": "rankclip-distill"},
-            "rankclip-distill ranks by a teacher, but the batch has none of the columns "
-            "reference_image_features, reference_text_features, got pixel_values, input_ids, attention_mask",
+            "have reference_text_features, .*reference_img_features",
         ),
         (
-            ("text",),
-            {"loss": "rankclip"},
-            "the batch has reference_text_features, but rankclip does not rank by a teacher: set its option "
-            "reference to 'teacher'",
+            renamed("reference_image_features", "reference_img_features"),
+            {"loss": "rankclip-distill", "loss_options": {"lambda_cross": 0.0}},
+            "have reference_text_features, .*reference_img_features",
         ),
-        (("image",), {"loss": "rankclip-distill"}, "got reference_image_features alone"),
+        (Pairs(32, "image"), {}, "got reference_image_features alone"),
+        (Pairs(32, "text"), {"loss": "cyclip"}, "reference_text_features, but cyclip"),
+        (Pairs(32, "text"), {"loss": "clip-streamed"}, "reference_text_features, but clip-streamed"),
+        (
+            Pairs(32, *TEACHER),
+            {"loss_options": {"reference": "own"}},
+            "reference_text_features, but rankclip",
+        ),
     ],
 )
-def test_batch_without_what_is_ranked_by_is_an_error(
-    tmp_path: Path, modalities: tuple[str, ...], given: Any, message: str
+def test_columns_that_are_missing_or_of_no_use_are_an_error(
+    tmp_path: Path, pairs: Pairs, given: dict[str, Any], message: str, removes: bool
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        train(tmp_path, pairs=Taught(*modalities), **given)
+        train(tmp_path, pairs=pairs, remove_unused_columns=removes, **{"loss": "rankclip", **given})
+
+
+def test_log_says_by_what_is_ranked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="rankloss_trainers")
+    options = {"schedule": "linear", "lambda_cross": 0.0}
+    train(tmp_path, model=build("Siglip"), pairs=Pairs(32, "text"), loss="rankclip", loss_options=options)
+    said = [record.getMessage() for record in caplog.records if "ranks by a teacher" in record.getMessage()]
+    assert said == ["rankclip ranks by a teacher: reference_text_features"]
+
+
+def test_loss_that_is_not_a_number_is_seen_in_its_terms_alone(tmp_path: Path) -> None:
+    """The Trainer shows the mean of the other losses in its place, unless it is told not to."""
+    pairs = Pairs(8)
+    pairs.columns["pixel_values"][0] = math.nan
+    hidden = train(tmp_path, model=clip(), pairs=pairs, max_steps=1)
+    assert [(line["loss"], math.isnan(line["contrastive_loss"])) for line in lines(hidden)] == [(0.0, True)]
+    shown = train(tmp_path, pairs=pairs, max_steps=1, logging_nan_inf_filter=False)
+    assert math.isnan(column(shown, "loss")[0])

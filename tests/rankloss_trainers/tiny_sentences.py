@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,20 +92,20 @@ def weights(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-def run_as_a_process(directory: str, batch_size: str, loss_name: str) -> None:
+def trained(directory: Path, kind: str, batch_size: int) -> dict[str, Any]:
+    """What a training has come to, to compare numbers of processes."""
     from rankloss_trainers import sentence_transformers as ours
 
-    model = tiny(Path(directory))
-    options = {"mini_batch_size": 3} if loss_name.startswith("Cached") else {}
-    loss = getattr(ours, loss_name)(model, schedule="linear", learn_scale=True, **options)
-    trainer = train(
-        Path(directory), loss, model, per_device_train_batch_size=int(batch_size), learning_rate=0.01
-    )
-    if trainer.is_world_process_zero():
-        lines = [line for line in trainer.state.log_history if "loss" in line]
-        result = [lines, weights(trainer.model).tolist(), loss.logit_scale.item()]
-        Path(directory, "result.json").write_text(json.dumps(result))
+    model = tiny(directory)
+    options = {"mini_batch_size": 3} if kind.startswith("Cached") else {}
+    loss = getattr(ours, kind)(model, schedule="linear", **options)
+    trainer = train(directory, loss, model, per_device_train_batch_size=batch_size, learning_rate=0.01)
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    return {"lines": lines, "weights": weights(trainer.model).tolist()}
 
 
 if __name__ == "__main__":
-    run_as_a_process(*sys.argv[1:])
+    directory = Path(sys.argv[1])
+    results = {kind: trained(directory, kind, 8) for kind in ("RankClipLoss", "CachedRankClipLoss")}
+    if os.environ["RANK"] == "0":
+        (directory / "result.json").write_text(json.dumps(results))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,136 +16,110 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import TrainingArguments
 
-from rankloss_trainers.transformers import ContrastiveTrainer
+from rankloss_trainers.transformers import ContrastiveTrainerMixin
 
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw"]
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT = {**TOWER, "vocab_size": 50, "max_position_embeddings": 8, "eos_token_id": 49, "pad_token_id": 0}
 VISION = {**TOWER, "image_size": 16, "patch_size": 8}
+CONVOLUTIONS = {
+    **{"image_size": 16, "hidden_dim": 8, "width_coefficient": 0.25, "depth_coefficient": 0.25},
+    **{"kernel_sizes": [3], "in_channels": [16], "out_channels": [16], "strides": [1]},
+    **{"num_block_repeats": [1], "expand_ratios": [1]},
+}
+CONFIGS: dict[str, Any] = {
+    "CLIP": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 8},
+    "ChineseCLIP": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 8},
+    "AltCLIP": {  # positions begin after the padding's
+        "text_config": {**TEXT, "max_position_embeddings": 12, "project_dim": 8},
+        **{"vision_config": VISION, "projection_dim": 8},
+    },
+    "Align": {"text_config": TEXT, "vision_config": CONVOLUTIONS, "projection_dim": 8},
+    "VisionTextDualEncoder": {
+        "text_config": {**TEXT, "model_type": "bert"},
+        "vision_config": {**VISION, "model_type": "vit"},
+        "projection_dim": 8,
+    },
+    "Siglip": {
+        "text_config": {**TEXT, "projection_size": 16},
+        "vision_config": {**VISION, "vision_use_head": True},
+    },
+    "Siglip2": {
+        "text_config": {**TEXT, "projection_size": 16},
+        "vision_config": {**TOWER, "num_patches": 4, "patch_size": 8},
+    },
+}
 
 
-def clip() -> nn.Module:
+def build(kind: str) -> Any:
     torch.manual_seed(0)
-    config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8)
-    return transformers.CLIPModel(config)
+    config = getattr(transformers, f"{kind}Config")(**CONFIGS[kind])
+    return getattr(transformers, f"{kind}Model")(config)
 
 
-def chinese_clip() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.ChineseCLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8)
-    return transformers.ChineseCLIPModel(config)
-
-
-def alt_clip() -> nn.Module:
-    torch.manual_seed(0)
-    text = {**TEXT, "max_position_embeddings": 12, "project_dim": 8}  # positions begin after the padding's
-    config = transformers.AltCLIPConfig(text_config=text, vision_config=VISION, projection_dim=8)
-    return transformers.AltCLIPModel(config)
-
-
-def align() -> nn.Module:
-    torch.manual_seed(0)
-    stages = {
-        name: [number]
-        for name, number in (
-            *(("kernel_sizes", 3), ("in_channels", 16), ("out_channels", 16), ("strides", 1)),
-            *(("num_block_repeats", 1), ("expand_ratios", 1)),
-        )
-    }
-    sizes = {"image_size": 16, "hidden_dim": 8, "width_coefficient": 0.25, "depth_coefficient": 0.25}
-    config = transformers.AlignConfig(text_config=TEXT, vision_config={**sizes, **stages}, projection_dim=8)
-    return transformers.AlignModel(config)
-
-
-def dual_encoder() -> nn.Module:
-    torch.manual_seed(0)
-    vision = transformers.ViTConfig(**VISION)
-    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
-        vision, transformers.BertConfig(**TEXT), projection_dim=8
-    )
-    return transformers.VisionTextDualEncoderModel(config)
-
-
-def siglip() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.SiglipConfig(
-        text_config={**TEXT, "projection_size": 16}, vision_config={**VISION, "vision_use_head": True}
-    )
-    return transformers.SiglipModel(config)
-
-
-def siglip2() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.Siglip2Config(
-        text_config={**TEXT, "projection_size": 16},
-        vision_config={**TOWER, "num_patches": 4, "patch_size": 8},
-    )
-    return transformers.Siglip2Model(config)
+def clip() -> Any:
+    return build("CLIP")
 
 
 class Pairs(Dataset[dict[str, Tensor]]):
-    """Generated pairs, the ``repeat``-th time the same ``distinct`` ones."""
+    """Generated pairs, with more columns on request.
 
-    def __init__(self, number: int = 32, distinct: int | None = None) -> None:
-        self.number, self.distinct = number, distinct or number
+    Args:
+        number: How many there are.
+        more: ``image`` and ``text``, a teacher's features of these; ``caption``, a second caption;
+            ``patches``, images as SigLIP 2 takes them.
+    """
+
+    def __init__(self, number: int = 32, *more: str) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(self.distinct, 3, 16, 16, generator=generator)
-        self.texts = torch.randint(1, 48, (self.distinct, 8), generator=generator)
-        self.texts[:, -1] = 49
+        images = torch.randn(number, 3, 16, 16, generator=generator)
+        texts = torch.randint(1, 48, (number, 8), generator=generator)
+        texts[:, -1] = 49
+        mask = torch.ones(number, 8)
+        self.columns = {"pixel_values": images, "input_ids": texts, "attention_mask": mask}
+        for modality in sorted({"image", "text"} & {*more}):  # of another dimension than the model's
+            features = F.normalize(torch.randn(number, 6, generator=generator), dim=-1)
+            self.columns[f"reference_{modality}_features"] = features
+        if "caption" in more:
+            self.columns.update(caption_input_ids=texts.roll(1, 0), caption_attention_mask=mask)
+        if "patches" in more:
+            patches = {"pixel_values": F.unfold(images, 8, stride=8).mT}
+            shapes = torch.tensor([2, 2]).expand(number, 2)
+            self.columns.update(
+                patches, pixel_attention_mask=torch.ones(number, 4).long(), spatial_shapes=shapes
+            )
 
     def __len__(self) -> int:
-        return self.number
+        return len(self.columns["input_ids"])
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        i %= self.distinct
-        return {"pixel_values": self.images[i], "input_ids": self.texts[i], "attention_mask": torch.ones(8)}
+        return {name: column[i] for name, column in self.columns.items()}
+
+    def batch(self, start: int = 0, end: int | None = None) -> dict[str, Tensor]:
+        return {name: column[start:end] for name, column in self.columns.items()}
 
 
-class Patches(Pairs):
-    """Pairs whose images are patches, as SigLIP 2 takes them."""
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        pair = super().__getitem__(i)
-        patches = F.unfold(pair["pixel_values"], 8, stride=8).T
-        shape = {"pixel_attention_mask": torch.ones(4).long(), "spatial_shapes": torch.tensor([2, 2])}
-        return {**pair, "pixel_values": patches, **shape}
-
-
-class Taught(Pairs):
-    """Pairs with a teacher's features of another dimension."""
-
-    def __init__(self, *modalities: str) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.features = {
-            f"reference_{modality}_features": F.normalize(
-                torch.randn(len(self), 6, generator=generator), dim=-1
-            )
-            for modality in ("image", "text")
-            if modality in modalities
-        }
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {**super().__getitem__(i), **{name: x[i] for name, x in self.features.items()}}
-
-
-class InOrder:
-    """A Trainer that takes the pairs as they come."""
+class Theirs(transformers.Trainer):
+    """A Trainer of one's own, which takes the pairs as they come."""
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
-        return SequentialSampler(range(len(self.train_dataset)))  # type: ignore[attr-defined]
+        return SequentialSampler(range(len(self.train_dataset)))
 
 
-class Trainer(InOrder, ContrastiveTrainer):
+class InOrder(ContrastiveTrainerMixin, Theirs):
     pass
+
+
+SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "learning_rate": 1e-2}
+"""Steps proportional to gradients: AdamW's would be signs of rounding errors as well."""
 
 
 def arguments(directory: Path, **changes: Any) -> TrainingArguments:
     given = {
         **{"output_dir": str(directory), "use_cpu": True, "report_to": "none", "disable_tqdm": True},
         **{"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "num_train_epochs": 2},
-        **{"logging_steps": 1, "learning_rate": 1e-2, "remove_unused_columns": False, "seed": 0},
+        **{"logging_steps": 1, "learning_rate": 1e-2, "seed": 0},
         **{"dataloader_pin_memory": False, "save_strategy": "no"},
         **changes,
     }
@@ -155,24 +129,23 @@ def arguments(directory: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**given)
 
 
-def train(directory: Path, *, model: nn.Module | None = None, pairs: Any = None, **given: Any) -> Trainer:
-    names = {"loss", "loss_options", "gather", "eval_dataset", "callbacks", "compute_metrics"}
-    keywords = {name: given.pop(name) for name in names & given.keys()}
-    resume = given.pop("resume", None)
+_KEYWORDS = {"loss", "loss_options", "eval_dataset", "callbacks", "model_init", "compute_loss_func"}
+
+
+def trainer(directory: Path, *, model: Any = None, pairs: Any = None, **given: Any) -> InOrder:
+    """A Trainer of a linear RankCLIP, or of what is given: its own keywords, and training arguments."""
+    keywords = {name: given.pop(name) for name in _KEYWORDS & given.keys()}
     keywords.setdefault("loss_options", {"schedule": "linear"} if "loss" not in keywords else None)
-    trainer = Trainer(
-        model=model or clip(), args=arguments(directory, **given), train_dataset=pairs or Pairs(), **keywords
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
+    if "model_init" not in keywords:
+        keywords["model"] = clip() if model is None else model
+    pairs = Pairs() if pairs is None else pairs
+    return InOrder(args=arguments(directory, **given), train_dataset=pairs, **keywords)
 
 
-class Terminated(transformers.TrainerCallback):
-    """What SIGTERM does after its grace period, here at the third step."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 3:
-            signal.getsignal(signal.SIGTERM).__self__.is_checkpoint_requested = True
+def train(directory: Path, *, resume: Any = None, **given: Any) -> InOrder:
+    trained = trainer(directory, **given)
+    trained.train(resume_from_checkpoint=resume)
+    return trained
 
 
 def leave() -> None:
@@ -187,9 +160,55 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def steps(trainer: Any) -> list[dict[str, float]]:
-    return [line for line in trainer.state.log_history if "loss" in line]
+def lines(trained: Any, key: str = "loss") -> list[dict[str, float]]:
+    """The lines of the log that have an entry."""
+    return [line for line in trained.state.log_history if key in line]
 
 
-def weights(trainer: Any) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+def column(trained: Any, key: str) -> list[float]:
+    """One entry of the log, of all lines that have it."""
+    return [line[key] for line in lines(trained, key)]
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def own_loop(
+    model: Any, loss: nn.Module, pairs: Pairs, micro_batches: Iterable[int], steps: int = 3
+) -> list[dict[str, float]]:
+    """What a loop of one's own does with a loss: at each step a batch, or several whose losses are averaged.
+
+    Args:
+        model: The model, which is trained.
+        loss: The loss.
+        pairs: The pairs, as they come.
+        micro_batches: The sizes of the batches of one step.
+        steps: Optimizer steps.
+
+    Returns:
+        The terms of each step.
+    """
+    optimizer, start, sizes, log = torch.optim.SGD(model.parameters(), lr=1e-2), 0, [*micro_batches], []
+    for step in range(1, steps + 1):
+        if hasattr(loss, "set_progress"):
+            loss.set_progress(step, steps)
+        seen = []
+        for size in sizes:
+            inputs, start = pairs.batch(start, start + size), start + size
+            given = {name: inputs.pop(name) for name in [*inputs] if name.startswith("reference_")}
+            caption = inputs.pop("caption_input_ids", None)
+            inputs.pop("caption_attention_mask", None)
+            output = model(**inputs)
+            if caption is not None:
+                given["caption_features"] = model(**{**inputs, "input_ids": caption}).text_embeds
+            entries = loss(
+                *(output.image_embeds, output.text_embeds, model.logit_scale.exp()), output_dict=True, **given
+            )
+            terms = {name: value for name, value in entries.items() if name.endswith("_loss")}
+            (sum(terms.values()) / len(sizes)).backward()
+            seen.append({name: value.item() for name, value in terms.items()})
+        optimizer.step()
+        optimizer.zero_grad()
+        log.append({name: sum(terms[name] for terms in seen) / len(seen) for name in seen[0]})
+    return log

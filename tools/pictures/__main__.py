@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import agreement
@@ -16,11 +17,10 @@ PICTURES = {
     "method": method.draw,
     "schedules": schedules.draw,
     "cost": cost.draw_bars,
-    "scaling": cost.draw_scaling,
     "agreement": agreement.draw,
     "evidence": forest.draw,
-    "miniature": forest.draw_miniature,
-    "effect": forest.draw_first,
+    "miniature": partial(forest.draw, table="miniature"),
+    "effect": partial(forest.draw, first=True),
 }
 
 

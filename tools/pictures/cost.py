@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from style import NARROW, SMALL, WIDTH, Colors
+from style import NARROW, SMALL, Colors
 
 TABLE = Path(__file__).parents[2] / "docs/performance.md"
 BARS_AT = (1024, 2048, 4096)
@@ -22,105 +21,47 @@ NAMES = {  # of the table, and in the pictures
 }
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The figures of one run: seconds and MiB by loss and batch size, and what they were measured on."""
-
-    conditions: str
-    time: dict[str, dict[int, float]]
-    memory: dict[str, dict[int, float]]
-
-
-def measured(document: Path = TABLE) -> Measured:
-    """The figures in the document.
+def measured(document: Path = TABLE) -> tuple[str, list[dict[str, list[float]]]]:
+    """What was measured on, and of every loss in the pictures the seconds, then the MiB, at ``BARS_AT``.
 
     Raises:
-        ValueError: if a loss of the pictures is not in the document's tables.
+        KeyError: if a loss or a size of the pictures is not in the document's tables.
     """
-    (section,) = re.findall(
-        r"<!-- bench:scaling -->\n(.*?)<!-- /bench:scaling -->",
-        document.read_text(encoding="utf-8"),
-        re.DOTALL,
-    )
-    conditions, _, rest = section.partition("\n")
-    time, memory = (_figures(part) for part in rest.split("**Added memory")[:2])
-    for table in (time, memory):
-        if missing := NAMES.keys() - table.keys():
-            raise ValueError(f"{document} has no figures of {', '.join(sorted(missing))}")
-    return Measured(conditions, time, memory)
+    section = document.read_text(encoding="utf-8").partition("<!-- bench:scaling -->\n")[2]
+    tables: list[dict[str, list[float]]] = []
+    for part in section.split("\n**")[1:3]:
+        rows = [line.strip("| ").split(" | ") for line in re.findall(r"^\|.*\|$", part, re.MULTILINE)]
+        cells = {name: dict(zip(rows[0][1:], of, strict=True)) for name, *of in rows}
+        tables.append({name: [_number(cells[name][f"{n:,}"]) for n in BARS_AT] for name in NAMES})
+    return section.partition("\n")[0], tables
 
 
-def _figures(text: str) -> dict[str, dict[int, float]]:
-    rows = [
-        [cell.strip() for cell in line.strip("| ").split("|")] for line in re.findall(r"^\|.*\|$", text, re.M)
-    ]
-    sizes = [int(cell.replace(",", "")) for cell in rows[0][1:-1]]
-    return {
-        name: {
-            n: float(number[0].replace(",", ""))
-            for n, cell in zip(sizes, cells, strict=False)
-            if (number := re.match(r"[\d,.]+", cell))
-        }
-        for name, *cells in rows[2:]
-    }
+def _number(cell: str) -> float:
+    return float(re.split(r"[* (]", cell)[0].replace(",", ""))
 
 
 def draw_bars(colors: Colors) -> Figure:
     """Time and memory against the batch size: per size a bar for each loss."""
-    figures = measured()
+    conditions, (time, memory) = measured()
     figure = Figure(figsize=(NARROW, 3.75), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    _bars(panels[0], figures.time, "forward and backward, s", colors, "{:.2f}")
-    _bars(panels[1], figures.memory, "added memory, MiB", colors, "{:,.0f}")
+    _bars(panels[0], time, "forward and backward, s", colors, "{:.2f}")
+    _bars(panels[1], memory, "added memory, MiB", colors, "{:,.0f}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", fontsize=SMALL)
-    figure.supxlabel(_conditions(figures.conditions, 62), fontsize=9)
+    unbroken = conditions.rstrip(".").replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+    figure.supxlabel(textwrap.fill(unbroken, 62), fontsize=9)
     return figure
 
 
-def _bars(axes: Axes, values: dict[str, dict[int, float]], title: str, colors: Colors, number: str) -> None:
-    looks = _colors(colors)
+def _bars(axes: Axes, values: dict[str, list[float]], title: str, colors: Colors, number: str) -> None:
+    looks = (colors.other, colors.bad, colors.ours_too, colors.ours)
     groups = np.arange(len(BARS_AT)) * (len(NAMES) + 0.8)
-    widest = max(values[name][n] for name in NAMES for n in BARS_AT)
-    for k, (name, label) in enumerate(NAMES.items()):
-        lengths = [values[name][n] for n in BARS_AT]
-        axes.barh(groups + k, lengths, color=looks[name], height=0.86, label=label)
-        for y, length in zip(groups + k, lengths, strict=True):
+    widest = max(max(values[name]) for name in NAMES)
+    for k, ((name, label), look) in enumerate(zip(NAMES.items(), looks, strict=True)):
+        axes.barh(groups + k, values[name], color=look, height=0.86, label=label)
+        for y, length in zip(groups + k, values[name], strict=True):
             axes.text(length + 0.02 * widest, y, number.format(length), va="center", fontsize=9)
     axes.set_yticks(groups + (len(NAMES) - 1) / 2, [f"N = {n:,}" for n in BARS_AT], fontsize=SMALL)
     axes.set(xlim=(0, 1.3 * widest), ylim=(groups[-1] + len(NAMES) - 0.5, -0.5), xticks=[])
     axes.spines["bottom"].set_visible(False)
     axes.set_title(title, loc="left", fontsize=SMALL)
-
-
-def draw_scaling(colors: Colors) -> Figure:
-    """Time and memory against the batch size, in logarithmic scales."""
-    figures = measured()
-    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    looks = _colors(colors)
-    for axes, values, title in (
-        (panels[0], figures.time, "forward and backward, s"),
-        (panels[1], figures.memory, "added memory, MiB"),
-    ):
-        for name, label in NAMES.items():
-            points = values[name]
-            axes.plot(points.keys(), points.values(), "o-", color=looks[name], ms=4, label=label)
-        axes.set(xscale="log", yscale="log", xlabel="pairs in the batch, N")
-        axes.set_title(title, loc="left", fontsize=10.5)
-        axes.set_xticks([512, 2048, 8192, 32768], ["512", "2k", "8k", "32k"])
-        axes.minorticks_off()
-        axes.grid(axis="y")
-        axes.set_axisbelow(True)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=SMALL)
-    figure.supxlabel(_conditions(figures.conditions, 72), fontsize=SMALL)
-    return figure
-
-
-def _colors(colors: Colors) -> dict[str, str]:
-    return dict(zip(NAMES, (colors.other, colors.bad, colors.ours_too, colors.ours), strict=True))
-
-
-def _conditions(conditions: str, letters: int) -> str:
-    """The line above the table, in lines that fit the picture."""
-    unbroken = conditions.rstrip(".").replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
-    return textwrap.fill(unbroken, letters)

@@ -54,23 +54,14 @@ def comparisons(table: str = "comparisons", document: Path = DOCUMENT) -> list[C
     return found
 
 
-def draw(colors: Colors) -> Figure:
-    """The comparisons of the studies, under their names."""
-    return _draw(comparisons(), colors, WIDTH)
+def draw(colors: Colors, table: str = "comparisons", first: bool = False) -> Figure:
+    """The comparisons of the studies under their names, or for the README those of the first study."""
+    rows = comparisons(table)
+    shown = [row for row in rows if row.study == rows[0].study] if first else rows
+    return draw_rows(shown, colors, NARROW if first else WIDTH)
 
 
-def draw_miniature(colors: Colors) -> Figure:
-    """Those of the paper in miniature."""
-    return _draw(comparisons("miniature"), colors, WIDTH)
-
-
-def draw_first(colors: Colors) -> Figure:
-    """Those of the first study."""
-    rows = comparisons()
-    return _draw([row for row in rows if row.study == rows[0].study], colors, NARROW)
-
-
-def _draw(rows: list[Compared], colors: Colors, width: float) -> Figure:
+def draw_rows(rows: list[Compared], colors: Colors, width: float) -> Figure:
     """A panel for every study and what it compares with; those of one study have one scale."""
     grouped: dict[tuple[str, str], list[Compared]] = {}
     for row in rows:

@@ -7,6 +7,7 @@ in ``½[C(S | R) + C(R | S)]``. :func:`to_tex` makes of each what a mathematical
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _SIGNS = {
     "½": r"\tfrac{1}{2}",
@@ -32,19 +33,7 @@ _SIGNS = {
     "|": r"\mid ",
     "%": r"\%",
 }
-_GREEK = {
-    "α": "alpha",
-    "β": "beta",
-    "γ": "gamma",
-    "λ": "lambda",
-    "μ": "mu",
-    "π": "pi",
-    "ρ": "rho",
-    "σ": "sigma",
-    "τ": "tau",
-    "ℓ": "ell",
-    "Σ": "sum",
-}
+_GREEK = {"λ": "lambda", "ℓ": "ell", "Σ": "sum"}  # the others are called as Unicode calls them
 _OPERATORS = {"log", "exp", "min", "max", "cos", "clip", "softmax"}
 _TOKEN = re.compile(
     r"""(?P<root>√)
@@ -83,9 +72,8 @@ def _line(line: str) -> str:
             name = text.replace("_", r"\_")
             parts.append(rf"\operatorname{{{name}}}" if is_operator else _word(name))
         elif match["greek"]:
-            parts.append(
-                rf"\{_GREEK[match['greek']]} " + (f"_{{{match['index']}}}" if match["index"] else "")
-            )
+            name = _GREEK.get(match["greek"]) or unicodedata.name(match["greek"]).split()[-1].lower()
+            parts.append(rf"\{name} " + (f"_{{{match['index']}}}" if match["index"] else ""))
         else:
             parts.append(_SIGNS.get(text, text))
     return "".join(parts)

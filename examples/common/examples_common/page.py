@@ -14,15 +14,12 @@ from markdown_it import MarkdownIt
 
 from .tables import markdown
 
-_REGION = '<div class="scroll" role="region" aria-label="table" tabindex="0">'
-
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A PNG for light backgrounds, one for dark ones, and what it shows, for those who cannot see it."""
+    """A PNG, and what it shows, for those who cannot see it."""
 
-    light: bytes
-    dark: bytes
+    png: bytes
     alt: str
 
 
@@ -34,7 +31,6 @@ def _templates(folder: Path) -> Environment:
     environment.filters.update(
         plain=plain,
         table=lambda rows, head, right=0: markdown(head, rows, right=right),
-        base64=lambda png: base64.b64encode(png).decode(),
     )
     return environment
 
@@ -58,33 +54,17 @@ def plain(text: object) -> str:
     return escaping.escape(str(text), quote=False)
 
 
-def html(
-    text: str,
-    *,
-    title: str,
-    pictures: Mapping[str, Picture] | None = None,
-    marks: Mapping[str, tuple[str, str]] | None = None,
-) -> str:
-    """Return Markdown as a page.
-
-    ``pictures`` go by the paths that the Markdown names; ``marks`` are signs, their styles, and what they are
-    called when the page is read aloud.
-    """
-    environment = _templates(Path(__file__).parent)
-    figure = environment.get_template("figure.html")
+def html(text: str, *, title: str, pictures: Mapping[str, Picture]) -> str:
+    """Return Markdown as a page that needs nothing else; ``pictures`` go by the paths that it names."""
 
     def embedded(image: re.Match[str]) -> str:
-        return figure.render(picture=(pictures or {})[image["path"]], alt=image["alt"])
+        return f'src="data:image/png;base64,{base64.b64encode(pictures[image[1]].png).decode()}"'
 
     body = MarkdownIt("commonmark").enable("table").render(text)
     body = re.sub(r"<h(\d)>(.*?)</h", lambda found: f'<h{found[1]} id="{_id(found[2])}">{found[2]}</h', body)
-    body = re.sub(r"<th(?=[ >])", '<th scope="col"', body)
-    body = re.sub(r"(<tr>\n)<td(.*?)</td>", r'\1<th scope="row"\2</th>', body)  # the first cell of a row
-    body = body.replace("<table>", f"{_REGION}\n<table>").replace("</table>", "</table>\n</div>")
-    for sign, (style, said) in (marks or {}).items():
-        body = body.replace(sign, f'<span class="{style}" role="img" aria-label="{said}">{sign}</span>')
-    body = re.sub(r'<img src="(?P<path>[^"]*)" alt="(?P<alt>[^"]*)" />', embedded, body)
-    return environment.get_template("page.html").render(title=title, body=body)
+    body = re.sub(r"(<table>.*?</table>)", r'<div class="scroll">\n\1\n</div>', body, flags=re.DOTALL)
+    body = re.sub(r'src="([^"]*)"', embedded, body)
+    return _templates(Path(__file__).parent).get_template("page.html").render(title=title, body=body)
 
 
 def anchor(heading: str) -> str:

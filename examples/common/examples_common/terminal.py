@@ -76,8 +76,6 @@ async def run_all(
     not stop the others; any other error cancels these and is raised. Cancelling, also by SIGTERM, cancels
     every run and waits until each has cleaned up.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs: must be at least 1, got {jobs}")
     waiting, finished, failed = iter(runs), itertools.count(1), {}
     shares: dict[Any, float] = {}  # of every run that has started
     with bars(console) as progress:
@@ -111,7 +109,7 @@ async def run_all(
             cancel = asyncio.current_task().cancel
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, cancel)
         try:
-            # Not gather: once one worker is cancelled it cancels the others again, while their children end.
+            # Not gather, which on cancellation cancels the workers again while their children shut down.
             if workers:
                 await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
         finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 _NOT_ATTACHED = """\
 Without the plug-in open_clip reads --loss as an abbreviation of --loss-dist-impl and trains plain CLIP.
 Reinstall the plug-in (pip install -e '.[examples]'), make sure that TORCH_DEVICE_BACKEND_AUTOLOAD
-is not 0, and run python -m rankloss_open_clip.doctor"""
+is not 0, and run rankloss doctor"""
 _STEP = re.compile(r"Train Epoch: (?P<epoch>\d+) \[\s*(?P<seen>\d+)/(?P<total>\d+) ")
 _TERM = re.compile(r"\b(\w+_loss): (\S+)", re.IGNORECASE)
 
@@ -52,7 +52,7 @@ class Job:
         The table's path is relative to where the trainer is started, and ``name`` is the run's folder below
         ``runs``. More arguments come last and take precedence. Without workers the trainer reads the images.
         """
-        # A relative path: open_clip reads meaning into a model path that contains "vit" or "coca".
+        # A relative path, since open_clip gives "vit" and "coca" anywhere in a model's path a meaning.
         model, table, name = map(shlex.quote, (f"local-dir:{self.model}", table, name))
         words = (
             f"-m open_clip_train.main --model {model} --train-data {table} "
@@ -78,7 +78,7 @@ class Log:
         self.seconds = 0.0  # that it took
         self.tail: deque[str] = deque(maxlen=30)
         self.last: dict[str, float] = {}  # terms of the latest step
-        self.first = self.last  # and of the first one: one seed gives every loss the same contrastive one
+        self.first = self.last  # and of the first; its contrastive term is the same for every loss of a seed
 
     def read(self, line: str) -> None:
         """Take in a line."""
@@ -88,7 +88,7 @@ class Log:
             return
         self.last = {name.lower(): float(value) for name, value in _TERM.findall(line)}
         if not self.first:
-            # The trainer's log of its arguments proves nothing: without the plug-in --loss is another option.
+            # The logged arguments prove nothing: without the plug-in, --loss abbreviates another option.
             if self._job.loss != "clip" and not self.last.keys() - {"contrastive_loss"}:
                 logged = ", ".join(self.last) or "none"
                 said = f"--loss {self._job.loss} was not honoured: the only loss terms logged are {logged}."
@@ -149,7 +149,7 @@ async def follow(
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         limit=2**20,
-        start_new_session=True,  # Ctrl-C reaches the parent only, which ends its children in order
+        start_new_session=True,  # Ctrl-C reaches only the parent, which then terminates its children
     )
     assert process.stdout is not None
     try:
@@ -157,7 +157,7 @@ async def follow(
             read(raw.decode(errors="replace").rstrip())
         return await process.wait()
     finally:
-        if process.returncode is None:  # the process does not outlive this call
+        if process.returncode is None:  # cancelled: the process must not outlive this call
             process.terminate()
             try:
                 await asyncio.wait_for(process.wait(), timeout=10)

@@ -1,1 +1,1 @@
-"""Evaluation of CLIP-like models: the parts behind ``examples/evaluate/run.py``, each of use on its own."""
+"""Evaluation of CLIP-like models: what the examples measure with."""

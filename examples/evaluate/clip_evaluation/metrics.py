@@ -47,11 +47,6 @@ def retrieval(
     ks: Sequence[int] = RETRIEVAL_KS,
 ) -> Recall:
     """Return :func:`recall` of unit-norm features, ``[I, D]`` and ``[C, D]``, by blocks of their products."""
-    shapes = tuple(image_features.shape), tuple(text_features.shape)
-    if not len(shapes[0]) == len(shapes[1]) == 2 or shapes[0][1] != shapes[1][1]:
-        raise ValueError(
-            f"image_features and text_features: expected [I, D] and [C, D], got {shapes[0]} and {shapes[1]}"
-        )
     return _recall(
         lambda images: image_features[images] @ text_features.T,
         lambda texts: text_features[texts] @ image_features.T,
@@ -69,10 +64,7 @@ def _recall(
     ks: Sequence[int],
 ) -> Recall:
     images, captions = shape
-    if image_of is None:
-        if images != captions:
-            raise ValueError(f"image_of: needed to match {captions} captions with {images} images")
-        image_of = torch.arange(images)
+    image_of = torch.arange(images) if image_of is None else image_of
     if image_of.shape != (captions,) or not ((image_of >= 0) & (image_of < images)).all():
         raise ValueError(f"image_of: expected {captions} numbers of images below {images}")
     own = torch.arange(images, device=image_of.device)
@@ -100,7 +92,7 @@ def _hits(scores: Tensor, right: Tensor, ks: Sequence[int]) -> Tensor:
     above = (scores > best).sum(dim=1, keepdim=True)
     ties = scores == best
     tied, right_tied = (count.sum(dim=1, keepdim=True).cpu().numpy() for count in (ties, ties & right))
-    # The tied columns have what remains of the first k places: as many draws without replacement.
+    # The tied columns share what remains of the first k places, drawn without replacement.
     places = (torch.tensor(ks) - above.cpu()).numpy().clip(0, tied)
     return torch.from_numpy(1 - hypergeom.pmf(0, tied, right_tied, places))
 

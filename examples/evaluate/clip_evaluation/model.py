@@ -1,56 +1,38 @@
-"""Any model that open_clip can build, as a source of unit-norm features."""
+"""A model that open_clip can build, as a source of features."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader
 
-_TEXTS = 256
+_AT_ONCE = 256
 
 
 class ClipModel:
     """A model of open_clip with its preprocessing and tokenizer.
 
-    ``name``, ``pretrained`` and ``precision`` are as for open_clip; ``checkpoint`` is one of its trainer's.
+    ``name`` is as for open_clip; ``checkpoint`` is one of its trainer's.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        pretrained: str | None = None,
-        checkpoint: str | Path | None = None,
-        device: str = "cpu",
-        precision: str = "fp32",
-        batch_size: int = 256,
-        workers: int = 0,
-    ) -> None:
-        if pretrained is not None and checkpoint is not None:
-            raise ValueError("pretrained, checkpoint: give one of them")
-        if pretrained is None and checkpoint is None and not name.startswith(("local-dir:", "hf-hub:")):
-            raise ValueError(f"{name} without pretrained or checkpoint has random weights")
+    def __init__(self, name: str, *, checkpoint: str | Path | None = None, device: str = "cpu") -> None:
+        if checkpoint is None and not name.startswith(("local-dir:", "hf-hub:")):
+            raise ValueError(f"checkpoint: without one {name} has random weights")
         # open_clip warns that it built a model without weights; they come from the checkpoint below.
         previous = logging.root.manager.disable
         if checkpoint is not None:
             logging.disable(logging.WARNING)
         try:
-            model, _, self.preprocess = open_clip.create_model_and_transforms(
-                name, pretrained=pretrained, device=device, precision=precision
-            )
+            model, _, self.preprocess = open_clip.create_model_and_transforms(name, device=device)
             self.tokenizer = open_clip.get_tokenizer(name)
         finally:
             logging.disable(previous)
         if checkpoint is not None:
             open_clip.load_checkpoint(model, str(checkpoint), device=device)
         self.model, self.device = model.eval(), device
-        self._input_dtype = open_clip.get_input_dtype(precision)
-        self._loading = {"batch_size": batch_size, "num_workers": workers, "collate_fn": _collate}
 
     @property
     def logit_scale(self) -> float:
@@ -58,49 +40,29 @@ class ClipModel:
         return float(self.model.logit_scale.detach().exp())
 
     @torch.inference_mode()
-    def image_features(
-        self, images: Any, *, progress: Callable[[Any], Any] = iter
-    ) -> tuple[Tensor, list[Any]]:
-        """Encode a dataset of pairs: an image as :attr:`preprocess` returns it, and anything.
-
-        Returns:
-            ``[N, D]``, float32, as the model projects them, not normalised; and the second items, as a list.
-        """
-        features, targets = [], []
-        for pixels, others in progress(DataLoader(images, **self._loading)):
-            encoded = self.model.encode_image(pixels.to(self.device, self._input_dtype))
-            features.append(encoded.float().cpu())
-            targets.extend(others)
-        if not features:
-            raise ValueError("images: the dataset is empty")
-        return torch.cat(features), targets
+    def image_features(self, images: Sequence[Tensor]) -> Tensor:
+        """Return the embeddings of images as :attr:`preprocess` returns them, ``[N, D]``, not normalised."""
+        parts = [
+            self.model.encode_image(torch.stack(images[i : i + _AT_ONCE]).to(self.device)).cpu()
+            for i in range(0, len(images), _AT_ONCE)
+        ]
+        return torch.cat(parts)
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Return unit-norm text embeddings, ``[N, D]``, float32."""
+        """Return unit-norm text embeddings, ``[N, D]``."""
         parts = [
-            self.model.encode_text(self.tokenizer(list(texts[i : i + _TEXTS])).to(self.device))
-            for i in range(0, len(texts), _TEXTS)
+            self.model.encode_text(self.tokenizer(list(texts[i : i + _AT_ONCE])).to(self.device)).cpu()
+            for i in range(0, len(texts), _AT_ONCE)
         ]
-        return normalize(torch.cat(parts).float().cpu(), dim=-1)
+        return normalize(torch.cat(parts), dim=-1)
 
     def classifier(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Return open_clip's zero-shot classifier, ``[D, classes]``: the mean of each class's prompts.
 
-        In a template, the name goes to ``{}``, or to ``{c}`` as CLIP_benchmark writes it.
+        In a template, the name goes to ``{}``.
         """
-        prompts = list(map(_prompt, templates))
         weights: Tensor = open_clip.build_zero_shot_classifier(
-            self.model, self.tokenizer, classnames=classes, templates=prompts, device=self.device
+            self.model, self.tokenizer, classnames=classes, templates=templates, device=self.device
         )
-        return weights.float().cpu()
-
-
-def _prompt(template: str) -> Callable[[str], str]:
-    if "{}" not in template and "{c}" not in template:
-        raise ValueError(f"templates: no {{}} or {{c}} in {template!r}")
-    return lambda name: template.replace("{c}", name).replace("{}", name)
-
-
-def _collate(batch: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:
-    return torch.stack([pixels for pixels, _ in batch]), [other for _, other in batch]
+        return weights.cpu()

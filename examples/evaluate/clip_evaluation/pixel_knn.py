@@ -1,4 +1,4 @@
-"""The baseline that learns nothing: the most similar training pictures, pixel by pixel, lend their words."""
+"""An untrained baseline: captions and classes of the training pictures nearest in pixel space."""
 
 from collections.abc import Sequence
 
@@ -27,12 +27,12 @@ def caption_scores(
 
     ``neighbours`` are positions among the training captions, ``[Q, k]``.
     """
-    # Inverse document frequency: that two pictures share "kimono" says more than that they share "face".
+    # Inverse document frequency: sharing a rare word says more than sharing a common one.
     vectorizer = TfidfVectorizer(binary=True)
     words = vectorizer.fit_transform(captions)
     columns = vectorizer.transform(candidates).T.tocsc()
     scores = sum(words[column] @ columns for column in neighbours.T)
-    # Rounded, so that equal scores are equal whatever the order of summation: they count as ties.
+    # Rounded, so that the order of summation does not break ties.
     return torch.from_numpy(np.asarray(scores.todense()).round(9))
 
 
@@ -54,5 +54,5 @@ def class_scores(
 
 
 def _flat(images: np.ndarray) -> np.ndarray:
-    # Whole numbers in float64: distances are exact, and do not depend on the order of summation.
+    # Whole numbers in float64: distances are exact, whatever the order of summation.
     return np.asarray(images, dtype=np.float64).reshape(len(images), -1)

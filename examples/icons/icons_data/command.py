@@ -14,7 +14,7 @@ from typing import Any
 from examples_common.terminal import Track, positive, say, status_of, tracker
 from rich.console import Console
 
-from . import baseline, draw, labels, package, records, split, write
+from . import draw, labels, package, records, split, write
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -25,10 +25,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, default=Path("outputs/icons"), help="folder for everything")
     add("--tarball", type=Path, help="the package's file; by default npm fetches it into the output")
-    add("--package-version", default=package.VERSION, help="what npm fetches (default: %(default)s)")
     add("--seed", type=int, default=0, help="which concepts are held out (default: %(default)s)")
     add("--workers", type=positive, default=2, help="processes that draw (default: %(default)s)")
-    add("--png", action="store_true", help="also write PNG files and train.csv, validation.csv, test.csv")
     args = parser.parse_args(argv)
     if args.tarball is not None and not args.tarball.is_file():
         parser.error(f"argument --tarball: no such file: {args.tarball}")
@@ -36,7 +34,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def identity(tarball: Path, seed: int) -> dict[str, Any]:
-    """Return what tells one build from another: the seed, this package's source, and the tarball."""
+    """Return what identifies a build: the seed, this package's source, and the tarball."""
     source = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".md", ".yaml"))
     recipe, content = (hashlib.sha256(b"".join(p.read_bytes() for p in of)) for of in (source, [tarball]))
     return {"seed": seed, "recipe": recipe.hexdigest()[:16], "tarball": content.hexdigest()}
@@ -48,7 +46,6 @@ def build(
     *,
     seed: int = 0,
     workers: int = 2,
-    png: bool = False,
     track: Track = lambda items, _length, _what: items,
 ) -> dict[str, Any]:
     """Build the data set and return its manifest.
@@ -58,8 +55,7 @@ def build(
     """
     version, packaged = package.read(tarball)
     reasons = {prefix: package.reason_to_leave_out(prefix, data) for prefix, data in packaged.items()}
-    left_out = {prefix: reason for prefix, reason in reasons.items() if reason}
-    chosen = [prefix for prefix in packaged if prefix not in left_out]
+    chosen = [prefix for prefix, reason in reasons.items() if reason is None]
     brands = package.brand_names(packaged)
     icons = [
         icon
@@ -71,16 +67,16 @@ def build(
     pngs, thumbnails = draw.draw_all(icons, output / "cache", workers=workers, track=track)
     parts = split.split(icons, thumbnails, seed=seed)
     rows, order, ranges = records.make(icons, parts, {one.prefix: one.palette for one in sets}, seed=seed)
-    pngs, thumbnails = [pngs[position] for position in order], thumbnails[order]
+    pngs = [pngs[position] for position in order]
     labelled = labels.build([icons[position] for position in order], [row.side for row in rows])
     sides = {side: rows[slice(*ranges[side])] for side in split.SIDES if side in ranges}
     manifest = {
         "package": f"{package.PACKAGE} {version}",
         **identity(tarball, seed),
-        "png": png,
         "ranges": ranges,
         "labelled": [one.name for one in labelled],
         "counts": parts.counts,
+        "left_out": {prefix: reason for prefix, reason in reasons.items() if reason},
     }
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as temporary:
         work = Path(temporary)
@@ -89,14 +85,7 @@ def build(
         write.labels(work / "labels", labelled)
         write.shards(work / "shards", sides, pngs, track)
         write.benchmark(work / "benchmark", rows, pngs, labelled, track)
-        if png:
-            write.files(work, sides, pngs, track)
-        for _ in track(["pixels"], 1, "Untrained baseline"):
-            retrieval = baseline.retrieval(rows, thumbnails, ranges)
-            classification = baseline.classification(labelled, thumbnails)
-        values = {"version": version, "seed": seed, "counts": parts.counts, "retrieval": retrieval}
-        values["parts"] = {name: rows[start:stop] for name, (start, stop) in ranges.items()}
-        write.documents(work, sets, left_out, rows, classification, **values)
+        write.attributions(work, version, sets, rows)
         (output / "manifest.json").unlink(missing_ok=True)
         for path in sorted(work.iterdir()):
             target = output / path.name
@@ -107,11 +96,11 @@ def build(
     return manifest
 
 
-def is_complete(output: Path, tarball: Path, *, seed: int, png: bool) -> bool:
+def is_complete(output: Path, tarball: Path, *, seed: int) -> bool:
     """Say whether ``output`` holds this very build already."""
     path = output / "manifest.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return identity(tarball, seed).items() <= stored.items() and (stored["png"] or not png)
+    return identity(tarball, seed).items() <= stored.items()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,12 +112,12 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     started = time.monotonic()
     output: Path = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    tarball = args.tarball or package.fetch(output / "cache", args.package_version)
-    if is_complete(output, tarball, seed=args.seed, png=args.png):
+    tarball = args.tarball or package.fetch(output / "cache")
+    if is_complete(output, tarball, seed=args.seed):
         say(console, f"Complete already: {output}")
         return 0
     track = tracker(console)
-    manifest = build(output, tarball, seed=args.seed, workers=args.workers, png=args.png, track=track)
+    manifest = build(output, tarball, seed=args.seed, workers=args.workers, track=track)
     start, stop = manifest["ranges"]["train"]
     made = f"{stop - start:,} pairs to train on, {len(manifest['labelled'])} labelled sets"
     say(console, f"{made}, in {time.monotonic() - started:.0f} s: {output}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import joblib
 import numpy as np
-import resvg_py
+from examples_common.drawing import rasterise
 from examples_common.terminal import Track
 from PIL import Image
 
@@ -16,12 +16,6 @@ from .package import Icon
 SIZE = 64
 THUMBNAIL = 16
 _CHUNK = 256
-
-
-def rasterise(svg: str) -> bytes:
-    """Draw an SVG on white, in black where it names no colour, and return a PNG."""
-    options = {"width": SIZE, "height": SIZE, "background": "white", "skip_system_fonts": True}
-    return bytes(resvg_py.svg_to_bytes(svg_string=svg, **options))
 
 
 def pixels(png: bytes, *, averaged: int = 1) -> np.ndarray:
@@ -52,5 +46,5 @@ def draw_all(
 
 
 def _draw_many(svgs: Sequence[str]) -> tuple[list[bytes], np.ndarray]:
-    pngs = list(map(rasterise, svgs))
+    pngs = [rasterise(svg, SIZE) for svg in svgs]
     return pngs, np.stack([pixels(png, averaged=SIZE // THUMBNAIL) for png in pngs])

@@ -50,9 +50,9 @@ class Icon(Name):
     svg: str  # the drawing, in a square
 
 
-def fetch(folder: Path, version: str = VERSION) -> Path:
+def fetch(folder: Path) -> Path:
     """Download the package with npm, unless ``folder`` has it already, and return the tarball."""
-    tarball = folder / f"iconify-json-{version}.tgz"
+    tarball = folder / f"iconify-json-{VERSION}.tgz"
     if tarball.is_file():
         return tarball
     npm = shutil.which("npm")
@@ -61,10 +61,10 @@ def fetch(folder: Path, version: str = VERSION) -> Path:
             f"npm was not found: install it, or fetch {PACKAGE} in another way and give its file as --tarball"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    command = [npm, "pack", f"{PACKAGE}@{version}", "--ignore-scripts", "--pack-destination", str(folder)]
+    command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--ignore-scripts", "--pack-destination", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not tarball.is_file():
-        raise RuntimeError(f"npm pack {PACKAGE}@{version} failed:\n{done.stderr.strip()}")
+        raise RuntimeError(f"npm pack {PACKAGE}@{VERSION} failed:\n{done.stderr.strip()}")
     return tarball
 
 

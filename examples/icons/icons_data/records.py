@@ -12,7 +12,7 @@ from .labels import TEMPLATES
 from .package import Icon
 from .split import SHIFTS, SIDES, Split, shift_of
 
-# In the table, the entries of these columns are separated, and these are 0 or 1.
+# In the table, list entries are joined by the separator, and flags are 0 or 1.
 _SEPARATOR, _LISTS, _FLAGS = "|", ("synonyms", "categories"), ("retrieval", "palette")
 _STYLED = 0.5
 
@@ -70,7 +70,7 @@ def make(
     keys = (f"{seed}/{icon.set}/{icon.name}" for icon in icons)
     table["place"] = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
     table = table.loc[split.kept].sort_values(["block", "place"])
-    # One picture for each concept, so that no query has two right answers. Shifts are for the end only.
+    # One picture per concept, so that no query has two right answers. Shifts are only tested on.
     searched = table["block"].isin(["validation", *(block for block in blocks if block.endswith("test"))])
     table["retrieval"] = searched & ~table.duplicated(["block", "concept"])
     sizes = table.groupby("block", observed=True).size()

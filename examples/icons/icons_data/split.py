@@ -27,7 +27,7 @@ VALIDATION = 0.05
 TEST = 0.15
 TEST_OF_EMOJIS = 1 / 3  # emojis are few, and two of the shifts consist of them
 TEST_OF_SHIFTS = 1 / 2  # concepts that no trained set has
-_HUB = 100  # larger groups, arrows and plain shapes, are trained on: as a test they would be one item
+_HUB = 100  # larger groups (arrows, plain shapes) are always trained on: in a test they would be one item
 
 ALIKE = 4.0  # root of the mean squared difference of thumbnails, in grey levels of 255
 SAME_DRAWING = 16.0  # the same, for drawings of one caption: sizes, weights, copies
@@ -42,7 +42,7 @@ class Split:
     kept: list[int]  # positions of the icons that are used
     group: list[str]  # for every icon, the group of its concept
     side: dict[str, str]  # for every group: train, validation or test
-    counts: dict[str, int]  # what was left out, and what was joined, for the data card
+    counts: dict[str, int]  # what was left out, and what was joined
 
 
 def shift_of(prefix: str) -> str:
@@ -59,7 +59,7 @@ def split(icons: Sequence[Icon], thumbnails: np.ndarray, *, seed: int = 0) -> Sp
     pairs = alike_pairs(thumbnails)
     groups = DisjointSet()
     for icon in icons:
-        # What is one concept among emojis, a woman and a man walking, may be two in another set.
+        # Among emojis, a woman and a man walking are one concept; in other sets they may be two.
         words = [(icon.concept, concept_of(icon.caption.split()))]
         for caption, concept in icon.synonyms:
             words += [(icon.concept, concept), (concept, concept_of(caption.split()))]

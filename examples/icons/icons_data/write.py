@@ -1,28 +1,24 @@
-"""Writes the pictures and tables that trainers and evaluations read, and the documents beside them."""
+"""Writes the pictures and tables for trainers and evaluations, and the attributions."""
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import webdataset
 from examples_common.page import fill
 from examples_common.terminal import Track
 
-from . import SETS
-from .baseline import ALIKE_LIMITS, Row
-from .draw import SIZE, THUMBNAIL, pixels
-from .labels import SOURCES, Labelled
-from .package import LICENCES, PACKAGE, IconSet
+from .draw import SIZE, pixels
+from .labels import Labelled
+from .package import PACKAGE, IconSet
 from .records import Record
-from .split import ALIKE, SAME_DRAWING, SIDES
+from .split import SIDES
 
 SHARD = 10_000  # samples in a shard
-_FOLDER = 1_000  # files in a folder
 # A fixed time and owner make builds reproducible byte for byte.
 _TAR = {"encoder": False, "mtime": 0, "user": "", "group": ""}
 
@@ -89,65 +85,10 @@ def _text(record: Record) -> str:
     return record.text if record.side == "train" else record.caption
 
 
-def files(folder: Path, sides: Mapping[str, Sequence[Record]], pngs: Sequence[bytes], track: Track) -> None:
-    """Write the trained sets' sides as PNG files, and for each side a table of paths and texts.
-
-    The tables are what open_clip's ``--dataset-type csv`` reads: ``filepath`` and ``title``, separated by
-    tabs, with paths relative to ``folder``.
-    """
-    for side, records in sides.items():
-        paths = [f"png/{record.index // _FOLDER:04d}/{record.index:08d}.png" for record in records]
-        for path, record in zip(paths, track(records, len(records), f"Files: {side}"), strict=True):
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(pngs[record.index])
-        table = pd.DataFrame({"filepath": paths, "title": list(map(_text, records))})
-        table.to_csv(folder / f"{side}.csv", sep="\t", index=False, lineterminator="\n")
-
-
-def documents(
-    folder: Path,
-    sets: Sequence[IconSet],
-    left_out: Mapping[str, str],
-    records: Sequence[Record],
-    classification: Sequence[Row],
-    **values: Any,
-) -> None:
-    """Write whom the pictures are from, as their licences ask, and what a user has to know about the data."""
+def attributions(folder: Path, version: str, sets: Sequence[IconSet], records: Sequence[Record]) -> None:
+    """Write the attributions that the licences require."""
     used = Counter(record.set for record in records)
-    sets = [one for one in sets if used[one.prefix]]
-    licence = {one.prefix: one.licence for one in sets}
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for prefix, reason in left_out.items():
-        reasons[reason].append(prefix)
-    values |= {
-        "package": PACKAGE,
-        "size": SIZE,
-        "thumbnail": THUMBNAIL,
-        "sets": sets,
-        "used": used,
-        "records": records,
-        "known": SETS,
-        "licences": [name for name in LICENCES if name in licence.values()],
-        "sets_of": Counter(licence.values()),
-        "pictures_of": Counter(licence[record.set] for record in records),
-        "left_out": reasons,
-        "same_drawing": SAME_DRAWING,
-        "alike": ALIKE,
-        "limits": ALIKE_LIMITS,
-        "classification": classification,
-        "sources": {row["name"]: SOURCES[row["name"]]["sets"] for row in classification},
-    }
-    filters = {
-        "number": "{:,}".format,
-        "scores": _scores,
-        "code": lambda names: ", ".join(map("`{}`".format, names)),
-        "cell": lambda text: text.replace("|", "\\|"),
-        "distinct": lambda records, name: len({getattr(record, name) for record in records}),
-    }
-    for name in ("attributions", "data_card"):
-        text = fill(Path(__file__).with_name(f"{name}.md"), filters, **values)
-        (folder / f"{name.upper()}.md").write_text(text, encoding="utf-8")
-
-
-def _scores(values: Mapping[int, float]) -> str:
-    return "/".join(f"{value:.1f}" if value >= 1 else f"{value:.2f}" for value in values.values())
+    values = {"package": f"{PACKAGE} {version}", "size": SIZE, "sets": sets, "used": used}
+    filters = {"number": "{:,}".format, "cell": lambda text: text.replace("|", "\\|")}
+    text = fill(Path(__file__).with_name("attributions.md"), filters, **values)
+    (folder / "ATTRIBUTIONS.md").write_text(text, encoding="utf-8")

@@ -30,7 +30,7 @@ _COLOURS = {
 }
 _NAMES = tuple(_COLOURS)
 _VALUES = np.array(list(_COLOURS.values()), dtype=np.int32)
-_SECOND = 0.2  # share of the ink from which a second colour is named
+_SECOND = 0.2  # share of the ink above which a second colour is named
 _SAME_HALVES = 6.0  # mean difference, in grey levels, of halves that count as mirrored
 
 
@@ -43,7 +43,7 @@ def colours(pixels: np.ndarray) -> list[str]:
     ink = pixels[(pixels < _PAPER).any(axis=-1)].astype(np.int32)
     if not len(ink):
         return []
-    if np.ptp(ink, axis=1).max() < 24:  # no colour: grey is only the antialiased edge of a black line
+    if np.ptp(ink, axis=1).max() < 24:  # no colour: grey pixels are the antialiased edge of a black line
         return ["black" if ink.min() < 80 else "gray"]
     nearest = ((ink[:, None] - _VALUES) ** 2).sum(axis=-1).argmin(axis=1)
     share = np.bincount(nearest, minlength=len(_NAMES)) / len(ink)

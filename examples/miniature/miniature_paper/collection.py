@@ -87,6 +87,6 @@ class Exhibited(Compared):
         return len(self.records[model])
 
     def first(self, read: Callable[[Record], Value | None]) -> Value | None:
-        """Return what all records say that know it, such as chance and items; None if none does."""
+        """Return a value that all records agree on, such as chance or items; None if no record has it."""
         found = (read(record) for own in self.records.values() for record in own.values())
         return next((value for value in found if value is not None), None)

@@ -32,7 +32,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="EXHIBIT",
         help=f"train what these need: {', '.join(EXHIBITS)} (default: all)",
     )
-    add("--keep-checkpoints", action="store_true", help="keep weights and logs of runs that are measured")
     args = parser.parse_args(argv)
     complete_options(parser, args, records="full" if args.preset == "full" else "")
     return args
@@ -47,21 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, console: Console) -> int:
     preset = PRESETS[args.preset]
     settings = plan(preset, args.only, range(args.seeds or preset.seeds))
-    done, odd = True, []
+    done = True
     if args.report_only:
-        records, odd = Store(args.results).of(settings)
+        records = Store(args.results).of(settings)
     else:
         workshop = prepare(args, preset.sizes, console)
         done = workshop.do("Training and measuring", settings, console)
         records = list(workshop.find(settings).values())
-    for sentence in odd:
-        say(console, sentence, "yellow")
     console.rule("Report")
     if not records:
         raise RuntimeError(f"{args.results} holds no record of the {preset.name} preset: nothing to report")
-    page = report.write(
-        records, args.report, preset=preset, planned=settings, command=_typed(args), notes=odd
-    )
+    page = report.write(records, args.report, preset=preset, planned=settings, command=_typed(args))
     say(console, f"{len(records)} of {len(settings)} models: {page}")
     return 0 if done else 1
 

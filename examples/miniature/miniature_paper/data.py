@@ -54,15 +54,8 @@ def build_icons(folder: Path) -> None:
 
 
 def small(pixels: np.ndarray) -> Image.Image:
-    """Average a square picture, ``uint8 [S, S, 3]``, down to :data:`SIZE`, the models' input size.
-
-    Raises:
-        ValueError: If S is no multiple of that.
-    """
-    height, width = pixels.shape[:2]
-    if height != width or height % SIZE:
-        raise ValueError(f"pixels: a square of a multiple of {SIZE} is needed, got {height} × {width}")
-    return Image.fromarray(pixels).reduce(height // SIZE)
+    """Average a square picture, ``uint8 [S, S, 3]``, down to :data:`SIZE`, the models' input size."""
+    return Image.fromarray(pixels).reduce(len(pixels) // SIZE)
 
 
 def prepare(icons: Icons, output: Path, sizes: Sequence[int], track: Track) -> Tables:

@@ -1,4 +1,4 @@
-"""Figures 3, 4, 6 and 7, in a light and a dark version, as small PNGs."""
+"""Figures 3, 4, 6 and 7, as small PNGs."""
 
 import base64
 import io
@@ -30,8 +30,8 @@ from .wording import fill
 _DPI = 150
 _COLOURS = 256  # of a PNG of lines and flat areas
 _WIDTH = 8.4
-_STYLES = tuple(Path(__file__).with_name(f"{name}.mplstyle") for name in ("figures", "light", "dark"))
-CLIP, RANK, MUTED, INK, QUOTED = (f"C{number}" for number in range(5))  # colours of both styles
+_STYLE = Path(__file__).with_name("figures.mplstyle")
+CLIP, RANK, MUTED, INK, QUOTED = (f"C{number}" for number in range(5))  # the style's colours
 
 # What ``templates/alt.md`` says of a figure to those who cannot see it, and how it is drawn.
 Drawing = tuple[dict[str, Any], Callable[[], Figure]]
@@ -49,19 +49,16 @@ def draw(collection: Collection, paper: Paper) -> dict[str, Picture]:
 
 
 def picture(alt: str, figure_of: Callable[[], Figure], *, colours: int | None = _COLOURS) -> Picture:
-    """Draw a figure for light and for dark backgrounds, with at most so many colours."""
-    pngs: list[bytes] = []
-    for style in _STYLES[1:]:
-        raw, small = io.BytesIO(), io.BytesIO()
-        with matplotlib.style.context([_STYLES[0], style]):
-            figure_of().savefig(raw, format="png", dpi=_DPI)
-        with Image.open(raw) as image:
-            shown = image.convert("RGB")
-            if colours is not None:
-                shown = shown.quantize(colours, dither=Image.Dither.NONE)
-            shown.save(small, format="PNG", optimize=True, dpi=(_DPI, _DPI))
-        pngs.append(small.getvalue())
-    return Picture(pngs[0], pngs[1], alt)
+    """Draw a figure, with at most so many colours."""
+    raw, small = io.BytesIO(), io.BytesIO()
+    with matplotlib.style.context(_STYLE):
+        figure_of().savefig(raw, format="png", dpi=_DPI)
+    with Image.open(raw) as image:
+        shown = image.convert("RGB")
+        if colours is not None:
+            shown = shown.quantize(colours, dither=Image.Dither.NONE)
+        shown.save(small, format="PNG", optimize=True, dpi=(_DPI, _DPI))
+    return Picture(small.getvalue(), alt)
 
 
 # --- Figure 3 ---

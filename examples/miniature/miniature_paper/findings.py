@@ -1,4 +1,4 @@
-"""What the data support, in words, and what they do not: generated from the verdicts, and never more."""
+"""What the data support, in words, generated from the verdicts alone."""
 
 from collections.abc import Iterator, Sequence
 from statistics import median
@@ -22,9 +22,9 @@ class Tally:
         )
         self.established = self.above + self.below
         self.tested = [cell for cell in comparisons if cell not in self.untested]
-        # Would pass as the only test there is, established or not.
+        # Significant before the correction.
         self.nominal = [cell for cell in self.tested if cell.difference.nominal]
-        # How many would pass alone, on average, if nothing differed, however they depend on each other.
+        # The expected number of these if nothing differed; dependence between the tests does not change it.
         self.expected = ALPHA * len(self.tested)
         # The median half width of the intervals that decide nothing, in points.
         widths = (c.difference.half_width for c in self.undecided if c.measure.percent)
@@ -45,7 +45,7 @@ class Tally:
 
 
 def text(exhibit: Exhibit) -> str:
-    """Say what there is of an exhibit, what follows from it, and what the paper has, in Markdown."""
+    """Summarise an exhibit in Markdown: what was measured, what follows, and the paper's numbers."""
     return fill(
         "findings.md",
         exhibit=exhibit,

@@ -19,13 +19,13 @@ LOSSES = ("clip", "cyclip", "alip", "rankclip", "rankclip-cross", "rankclip-in")
 BACKBONES = ("resnet", "vit")
 # Names of the tables and figures, on the command line and in the report.
 EXHIBITS = ("table1", "table2", "table3", "table4", "figure3", "figure4", "figure6", "figure7")
-MEASURES = 1  # raise it whenever measure.py measures differently: older records are then made again
+MEASURES = 1  # raise it when measure.py measures differently: earlier records are then recomputed
 AUGMENTATION = ("scale=(0.6,1.0)",)
 # λ is set per step, so that its course does not depend on how many epochs a data size takes.
 BY_STEP = ("--rankclip-schedule-unit", "step")
 
 _MODELS = Path(__file__).resolve().parents[1] / "models"
-# open_clip reads meaning into "vit" in a path. The teacher is no backbone of the grid.
+# open_clip gives "vit" in a path a meaning. The teacher is no backbone of the grid.
 _FOLDERS = {"resnet": "resnet", "vit": "transformer", "teacher": "teacher"}
 _WEIGHTS = {"rankclip": (1.0, 1.0), "rankclip-cross": (1.0, 0.0), "rankclip-in": (0.0, 1.0)}
 
@@ -54,16 +54,6 @@ class Setting:
     seed: int  # of initial weights, order of the data and crops: the same ones for every loss
     preset: str
 
-    def __post_init__(self) -> None:
-        for name, choices in (("loss", LOSSES), ("backbone", BACKBONES), ("preset", tuple(PRESETS))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.loss != loss_name(self.lambda_cross, self.lambda_in, self.loss):
-            raise ValueError(
-                f"lambda_cross and lambda_in: {self.loss} with {self.lambda_cross:g} and {self.lambda_in:g} "
-                "is trained by another --loss"
-            )
-
     @property
     def name(self) -> str:
         """A short name for people and records."""
@@ -73,7 +63,7 @@ class Setting:
         return f"{name}-seed{self.seed}"
 
     def job(self) -> Job:
-        """Return what the trainer is started with."""
+        """Return the training job."""
         preset = PRESETS[self.preset]
         epochs = preset.epochs(self.pairs)
         words = training_recipe(self.loss, epochs, preset.batch_size, preset.warmup, self.seed)
@@ -88,7 +78,7 @@ class Setting:
         return Job(self.loss, epochs, trained_model(self.backbone), tuple(words))
 
     def measured(self) -> dict[str, Any]:
-        """Return what measuring depends on, for the fingerprint."""
+        """Return what the measurements depend on, for the fingerprint."""
         limits = ("retrieval_items", "class_items", "probe_items", "probe_strengths", "umap_pairs")
         return {"version": MEASURES, **{name: getattr(PRESETS[self.preset], name) for name in limits}}
 
@@ -123,7 +113,9 @@ class Preset:
 
     name: str
     note: str  # what the report says about it
-    steps: int  # optimizer steps of every run, whatever its data size and loss
+    # Optimizer steps of every run, whatever its data size and loss: a whole number of epochs over each of the
+    # sizes, since the trainer counts in epochs and drops an incomplete last batch.
+    steps: int
     batch_size: int  # also the length of the ranked lists
     warmup: int  # steps over which the learning rate grows
     sizes: tuple[int, ...]  # numbers of training pairs, where they are the subject
@@ -131,19 +123,11 @@ class Preset:
     seeds: int
     sweep_seeds: int  # seeds in the sweep over λ
     lambdas: tuple[float, ...]  # multipliers of λ in the sweep, each with the other one at 1
-    retrieval_items: int  # at most so many held-out pictures are searched among
-    class_items: int  # at most so many held-out pictures of each labelled set are classified
-    probe_items: int  # at most so many training pictures of each labelled set train its probe
+    retrieval_items: int  # upper limit of held-out pictures to search
+    class_items: int  # upper limit of held-out pictures per labelled set
+    probe_items: int  # upper limit of training pictures per labelled set for its probe
     probe_strengths: tuple[float, ...]  # what the probe's regularisation is chosen from
     umap_pairs: int  # pairs in the picture of the embeddings
-
-    def __post_init__(self) -> None:
-        if self.pairs not in self.sizes:
-            raise ValueError(f"pairs: must be one of the sizes, got {self.pairs}")
-        for pairs in self.sizes:
-            # The trainer counts in epochs and drops an incomplete last batch.
-            if pairs % self.batch_size or self.steps * self.batch_size % pairs:
-                raise ValueError(f"sizes: {self.steps} steps are no whole number of epochs over {pairs}")
 
     def epochs(self, pairs: int) -> int:
         """Return how often each of ``pairs`` is seen in the preset's steps."""

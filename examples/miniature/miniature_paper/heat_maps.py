@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 WINDOW = 8  # side of the window
-STRIDE = 4  # by so many pixels it is moved
+STRIDE = 4  # its step
 _AT_ONCE = 64
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from clip_evaluation import metrics, probe
-from clip_evaluation.geometry import geometry
 from clip_evaluation.model import ClipModel
 from icons_data.load import Icons, Items, load
 from icons_data.records import Record
@@ -29,14 +28,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rankloss.metrics import kendall_tau
+from rankloss.metrics import alignment, kendall_tau, modality_gap, rank_agreement, uniformity
 
 from .data import SIZE, small
 from .grid import PRESETS, Preset, Setting, is_shown
 from .heat_maps import heat_map
-from .search.trials import SIZES, TEST, VALIDATION, Attempt
+from .search.trials import SIZES, TEST, Attempt
 
-# All pairs of all held-out pictures would take half of the time that measuring takes.
+# With all held-out pictures, the geometry would take half of the measuring time.
 _GEOMETRY_ITEMS = 2048
 _GEOMETRY_ANCHORS = 512
 _HEAT_MAPS_OF_EACH = 3  # pictures in black, and as many in colour
@@ -68,8 +67,8 @@ class Measurement:
         """Return the features, not normalised, of pictures by their records' numbers; encodes each once."""
         new = np.unique(index[self._row[index] < 0])
         if len(new):
-            pictures = [(self.model.preprocess(small(self._icons.images[i])), int(i)) for i in new]
-            features, _ = self.model.image_features(pictures)
+            pictures = [self.model.preprocess(small(self._icons.images[i])) for i in new]
+            features = self.model.image_features(pictures)
             self._row[new] = len(self._features) + np.arange(len(new))
             self._features = torch.cat([self._features, features])
         return self._features[torch.from_numpy(self._row[index])]
@@ -108,8 +107,7 @@ def measure(
         found.add(f"retrieval/{name}", len(block[0]), metrics.named_recall(*block))
         if name == TEST:
             pairs = _first_pairs(*block)
-    shape = geometry(*pairs, max_anchors=_GEOMETRY_ANCHORS)
-    found.add("geometry/test", len(pairs[0]), {**shape, "logit_scale": model.logit_scale})
+    found.add("geometry/test", len(pairs[0]), {**geometry(*pairs), "logit_scale": model.logit_scale})
     if teacher is not None:
         theirs = Measurement(teacher, icons, preset).retrieved(TEST, len(pairs[0]))
         found.add("teacher/test", len(pairs[0]), teacher_agreement(pairs, _first_pairs(*theirs)))
@@ -118,15 +116,16 @@ def measure(
         if not one.shift:
             train = one.train.first(preset.probe_items)
             validation = one.validation.first(preset.probe_items // 2)
-            result = probe.linear_probe(
-                *((found.features(p.index), torch.from_numpy(p.labels)) for p in (train, items, validation)),
+            probed = probe.linear_probe(
+                *((found.features(p.index), torch.from_numpy(p.labels)) for p in (train, validation)),
+                found.features(items.index),
                 classes=len(one.classes),
                 strengths=preset.probe_strengths,
             )
-            found.add(f"probe/{name}", len(labels), metrics.named_accuracy(result.scores, labels))
+            found.add(f"probe/{name}", len(labels), metrics.named_accuracy(probed, labels))
     content = found.content()
     if figures:
-        # The order of the items is random.
+        # The items are in random order.
         umap = umap_points(*(features[: preset.umap_pairs] for features in pairs))
         content["figures"] = {"umap": umap, "heat_maps": heat_maps(model, icons)}
     return content
@@ -136,6 +135,19 @@ def _first_pairs(images: Tensor, texts: Tensor, image_of: Tensor) -> tuple[Tenso
     """Return the first pictures' features, and those of each one's first caption."""
     first = torch.tensor([True, *(image_of[1:] != image_of[:-1]).tolist()])
     return images[:_GEOMETRY_ITEMS], texts[first][:_GEOMETRY_ITEMS]
+
+
+def geometry(images: Tensor, texts: Tensor) -> dict[str, float]:
+    """Return what :mod:`rankloss.metrics` says of unit-norm pairs, ``[N, D]`` each."""
+    values = {
+        "alignment": alignment(images, texts),
+        "uniformity_image": uniformity(images),
+        "uniformity_text": uniformity(texts),
+        "uniformity_cross": uniformity(images, texts),
+        "modality_gap": modality_gap(images, texts),
+        **rank_agreement(images, texts, max_anchors=_GEOMETRY_ANCHORS),
+    }
+    return {name: value.item() for name, value in values.items()}
 
 
 def teacher_agreement(
@@ -165,8 +177,6 @@ def measure_side(model: ClipModel, icons: Icons, preset: Preset, side: str) -> d
         ``metrics``, ``chance``, ``items``, and ``diverged``: whether the embeddings are not finite; then
         there are no scores.
     """
-    if side not in (VALIDATION, TEST):
-        raise ValueError(f"side: must be {VALIDATION} or {TEST}, got {side!r}")
     found = Measurement(model, icons, preset)
     images, texts, image_of = found.retrieved(side)
     diverged = not (torch.isfinite(images).all() and torch.isfinite(texts).all())

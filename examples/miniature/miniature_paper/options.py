@@ -8,6 +8,7 @@ import torch
 from examples_common.terminal import positive, tracker
 from examples_common.trainer import place_model
 from icons_data.load import load
+from joblib import cpu_count
 from rich.console import Console
 
 from . import data
@@ -22,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser, presets: Sequence[str]) -> None
     """Add the preset, the machine and the folders."""
     add = parser.add_argument
     add("--preset", choices=tuple(presets), default="quick", help="size (default: %(default)s)")
-    add("--jobs", type=positive, help="runs at a time (default: one per core, or as fit a GPU)")
+    add("--jobs", type=positive, help="runs at a time (default: one per core, or one on a GPU)")
     add("--device", help="cpu or cuda (default: a GPU if there is one)")
     add("--output", type=Path, default=Path("outputs/miniature"), help="folder for data and runs")
     add("--icons", type=Path, default=Path("outputs/icons"), help="the icons; built there if missing")
@@ -65,6 +66,5 @@ def prepare(args: argparse.Namespace, sizes: Sequence[int], console: Console) ->
         icons=args.icons,
         tables=tables,
         store=Store(args.results),
-        machine=Machine.of(device, args.jobs),
-        keep_checkpoints=getattr(args, "keep_checkpoints", False),
+        machine=Machine(device, args.jobs or (cpu_count() if device == "cpu" else 1)),
     )

@@ -19,24 +19,22 @@ Record = dict[str, Any]
 _REQUIRED = {"key", "setting", "metrics", "chance", "items"}
 
 
-def read_lines(path: Path) -> tuple[list[Record], list[str]]:
-    """Return a file's lines, and a sentence for each that is damaged.
+def read_lines(path: Path) -> list[Record]:
+    """Return a file's lines.
 
     A last line without its end is one that is being written, or whose writer was killed: it is ignored.
+
+    Raises:
+        ValueError: If another line is damaged.
     """
-    if not path.is_file():
-        return [], []
-    lines, damaged = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    found = []
+    for number, line in enumerate(lines, start=1):
         try:
-            content = json.loads(line)
-            if not isinstance(content, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            damaged.append(f"{path.name}, line {number}, is damaged and left out: {error}")
-        else:
-            lines.append(content)
-    return lines, damaged
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}, is damaged ({error}): delete it") from error
+    return found
 
 
 def append_lines(path: Path, new: Callable[[list[Record]], Iterable[Record]]) -> None:
@@ -45,11 +43,11 @@ def append_lines(path: Path, new: Callable[[list[Record]], Iterable[Record]]) ->
     with FileLock(path.with_name(f".{path.name}.lock")):
         text = "".join(
             json.dumps(line, ensure_ascii=False, separators=(",", ":"), sort_keys=True) + "\n"
-            for line in new(read_lines(path)[0])
+            for line in new(read_lines(path))
         )
         with path.open("ab+") as file:
             file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # half a line of a writer that was killed
+            file.truncate(file.read().rfind(b"\n") + 1)  # drop the partial line of a writer that was killed
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -60,10 +58,6 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "records.jsonl"
-
-    def load(self, key: str) -> Record | None:
-        """Return a record, or None if there is none."""
-        return self.read()[0].get(key)
 
     def save(self, key: str, record: Record) -> None:
         """Append a record, unless another process has finished the same run in the meantime."""
@@ -79,38 +73,36 @@ class Store:
 
         append_lines(self.path, new)
 
-    def of(self, settings: Iterable[Any]) -> tuple[list[Record], list[str]]:
-        """Return the records of these settings, whatever data they were made from, and what is odd.
+    def of(self, settings: Iterable[Any]) -> list[Record]:
+        """Return the records there are of these settings, whatever data they were made from.
 
-        A report is made of these, so the data need not be there. Two records of one setting were made from
-        different data or by different arguments; a report would mix them, so both are left out.
+        A report is made of these, so the data need not be there.
+
+        Raises:
+            ValueError: If two records are of one setting: they were made from different data or by different
+                arguments, and a report would mix them.
         """
-        records, damaged = self.read()
-        found, odd, keys = [], list(damaged), defaultdict[str, list[str]](list)
-        for key, record in records.items():
-            keys[_text(record["setting"])].append(key)
+        found, same = [], defaultdict[str, dict[str, Record]](dict)
+        for key, record in self.read().items():
+            same[_text(record["setting"])][key] = record
         for wanted in dict.fromkeys(_text(dataclasses.asdict(setting)) for setting in settings):
-            same = keys[wanted]
-            if len(same) == 1:
-                found.append(records[same[0]])
-            elif same:
-                odd.append(f"{' and '.join(same)} are of one setting and left out: delete the outdated line")
-        return found, odd
+            if len(same[wanted]) > 1:
+                keys = " and ".join(same[wanted])
+                raise ValueError(f"{self.path}: {keys} are of one setting: delete the outdated line")
+            found += same[wanted].values()
+        return found
 
-    def read(self) -> tuple[dict[str, Record], list[str]]:
-        """Return all records by their keys, and a sentence for each line that is damaged."""
-        lines, damaged = read_lines(self.path)
+    def read(self) -> dict[str, Record]:
+        """Return all records by their keys; of two with one key, the first."""
+        lines = read_lines(self.path)
         conditions = {one["conditions_id"]: one["conditions"] for one in lines if "conditions_id" in one}
         records: dict[str, Record] = {}
-        for line in lines:
-            if "conditions_id" in line:
-                continue
+        for line in (line for line in lines if "conditions_id" not in line):
             if not line.keys() >= _REQUIRED or line.get("conditions") not in conditions:
-                damaged.append(f"{self.path.name}: {line.get('key', 'a line')} is no record and left out")
-                continue
+                raise ValueError(f"{self.path}: {line.get('key', 'a line')} is no record: delete it")
             record = {**line, "conditions": conditions[line["conditions"]]}
             records.setdefault(record.pop("key"), record)
-        return records, damaged
+        return records
 
 
 def _text(content: Record) -> str:

@@ -14,15 +14,9 @@ from . import figures, findings, paper, tables
 from .collection import Collection, Record
 from .grid import Preset, Setting
 from .tables import Cell, Exhibit
-from .wording import MARKS, fill
+from .wording import fill
 
 SEARCH = "search.md"
-_SAID = {  # the marks, read aloud
-    MARKS["above"]: ("above", "above the reference after the correction"),
-    MARKS["below"]: ("below", "below the reference after the correction"),
-    MARKS["above before"]: ("before", "above the reference only before the correction"),
-    MARKS["below before"]: ("before", "below the reference only before the correction"),
-}
 
 
 def write(
@@ -32,11 +26,10 @@ def write(
     preset: Preset,
     planned: Sequence[Setting],
     command: str,
-    notes: Sequence[str] = (),
 ) -> Path:
     """Write the report and return the path of ``report.html``; ``report.md`` and ``figures/`` are beside it.
 
-    ``command`` is what makes this report; ``notes`` are what else the reader has to know.
+    ``command`` is what makes this report.
     """
     collection, quoted = Collection(records, preset, planned), paper.load()
     pictures = figures.draw(collection, quoted)
@@ -57,7 +50,6 @@ def write(
         paper=quoted,
         there=len(found),
         planned=len(collection.planned),
-        notes=[note for note in (preset.note, *notes) if note],
         facts=table(["", ""], [*facts, *conditions(found)]),
         short=table(["exhibit", *findings.SUMMARY_HEAD], short, right=len(findings.SUMMARY_HEAD)),
         # The search's report is written by a command of its own.
@@ -81,19 +73,19 @@ def write_page(
     """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for key, picture in pictures.items():
-        (folder / "figures" / f"{key}.png").write_bytes(picture.light)
+        (folder / "figures" / f"{key}.png").write_bytes(picture.png)
     embedded = {f"figures/{key}.png": picture for key, picture in pictures.items()}
     text, longer = (fill(template or name, page=form, pictures=pictures, **values) for form in (False, True))
     (folder / name).write_text(text, encoding="utf-8")
     path = (folder / name).with_suffix(".html")
-    path.write_text(page.html(longer, title=title, pictures=embedded, marks=_SAID), encoding="utf-8")
+    path.write_text(page.html(longer, title=title, pictures=embedded), encoding="utf-8")
     return path
 
 
 def _time(records: Sequence[Record]) -> str:
     hours = [sum(record["seconds"].values()) / 3600 for record in records]
     spent = f"{sum(hours):.1f} hours of training and measuring, summed over the models"
-    jobs = [record["conditions"]["jobs"] for record in records]  # so many run side by side
+    jobs = [record["conditions"]["jobs"] for record in records]  # runs at a time
     return f"{spent}, in about {sum(h / n for h, n in zip(hours, jobs, strict=True)):.1f} hours"
 
 

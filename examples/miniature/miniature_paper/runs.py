@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from examples_common import trainer
 from examples_common.terminal import Report, run_all, say
 from filelock import FileLock, Timeout
+from joblib import cpu_count
 from rich.console import Console
 
 from .data import Tables
@@ -57,21 +58,16 @@ class Machine:
 
     device: str  # cpu or cuda
     jobs: int  # runs at a time
-    workers: int  # processes that read pictures for each training; 0 reads them in the trainer
-    threads: int | None  # of each run; None leaves it to torch
 
-    @classmethod
-    def of(cls, device: str, jobs: int | None = None) -> Machine:
-        """Plan for all cores: one run of one thread on each, or several runs that share a GPU.
+    @property
+    def threads(self) -> int | None:
+        """Threads of each run; None leaves it to torch."""
+        return 1 if self.device == "cpu" else None
 
-        These small models leave most of a GPU idle, so up to four share it, one per four cores that read and
-        prepare the pictures.
-        """
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if device == "cpu":
-            return cls(device, jobs or cores, 0, 1)
-        jobs = jobs or max(1, min(4, cores // 4))
-        return cls(device, jobs, max(1, cores // jobs - 1), None)
+    @property
+    def workers(self) -> int:
+        """Processes that read pictures for each training; with 0 the trainer reads them itself."""
+        return 0 if self.device == "cpu" else max(1, cpu_count() // self.jobs - 1)
 
     def conditions(self) -> dict[str, Any]:
         """Return versions and hardware, for the record."""
@@ -114,7 +110,7 @@ class Workshop:
 
     def find(self, runs: Iterable[AnyRun]) -> dict[AnyRun, Record]:
         """Return the records there are of these runs, made from the same data by the same arguments."""
-        records, _ = self.store.read()
+        records = self.store.read()
         return {run: records[key] for run in runs if (key := self.key(run)) in records}
 
     def do(self, title: str, runs: Sequence[AnyRun], console: Console) -> bool:
@@ -123,9 +119,6 @@ class Workshop:
         todo = [run for run in runs if run not in there]
         console.rule(f"{title}, {self.machine.jobs} at a time on {self.machine.device}")
         say(console, f"{len(runs)} models, {len(there)} of them finished already")
-        outdated = len(self.store.of(todo)[0])
-        if outdated:
-            say(console, f"{outdated} records are of other data or arguments: these are made again", "yellow")
         expected = (trainer.TrainingError, OSError)
         queue = run_all(todo, self.make, jobs=self.machine.jobs, console=console, expected=expected)
         failed, there = asyncio.run(queue), self.find(runs)
@@ -147,7 +140,7 @@ class Workshop:
         (self.output / "locks").mkdir(exist_ok=True)
         try:
             with FileLock(self.output / "locks" / key, timeout=0):
-                if self.store.load(key) is None:
+                if key not in self.store.read():
                     self.store.save(key, await self._record(run, key, report))
         except Timeout:
             return

@@ -9,7 +9,7 @@ import yaml
 from icons_data import split
 from icons_data.labels import SOURCES
 
-# What people call what records and settings name.
+# Display names of what records and settings name.
 NAMES = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
 LOSS_NAMES, BACKBONE_NAMES = NAMES["losses"], NAMES["backbones"]
 
@@ -31,7 +31,7 @@ class Measure:
     group: str  # such as "Image → text"
     label: str  # its name in the group, such as R@1
     entries: tuple[tuple[str, str], ...]  # task and metric of each entry that is averaged
-    percent: bool = True  # a percentage, of which more is better
+    percent: bool = True  # a percentage; higher is better
 
     @property
     def name(self) -> str:

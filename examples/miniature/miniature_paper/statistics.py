@@ -1,4 +1,4 @@
-"""Seeds to numbers: intervals, paired tests against a reference, and what may be said of a difference.
+"""Seeds to numbers: intervals, paired tests against a reference, and the verdict on a difference.
 
 Everything is about the variation between training seeds. The held-out items are the same for every seed, so
 an interval says where the mean over more seeds would be, not what other items would give.
@@ -15,8 +15,8 @@ from statsmodels.stats.multitest import multipletests
 
 ALPHA = 0.05
 CONFIDENCE = 1 - ALPHA
-# Two seeds have an interval, of one degree of freedom: 12.7 standard errors, all of it resting on the normal
-# distribution. It is shown; nothing is concluded from it.
+# With two seeds the interval is 12.7 standard errors wide (one degree of freedom) and rests on normality
+# alone: it is shown, but nothing is concluded from it.
 MIN_SEEDS = 3
 
 BETTER = "better"
@@ -74,7 +74,7 @@ def _tested(values: Sequence[float]) -> Difference:
     mean, n = float(array.mean()), len(array)
     if n == 1:
         return Difference(mean, None, n)
-    # Differences of percentages carry the rounding of both; a variance of nothing else tests nothing.
+    # A spread that is only rounding error cannot be tested.
     if np.ptp(array) <= 1e-12 * max(1.0, float(np.abs(array).max())):
         return Difference(mean, 0.0, n)
     test = stats.ttest_1samp(array, 0.0)
@@ -90,7 +90,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def paired_difference(values: Mapping[Any, float], reference: Mapping[Any, float]) -> Difference | None:
     """Return the mean difference over the seeds that both have, not yet corrected; None without any."""
-    # Sorted, so that the last digits do not depend on the order of the records.
+    # Sorted, so that rounding does not depend on the order of the records.
     common = sorted(set(values) & set(reference), key=repr)
     return _tested([values[seed] - reference[seed] for seed in common]) if common else None
 
@@ -109,7 +109,7 @@ def correct(family: Mapping[Key, Difference]) -> dict[Key, Difference]:
 
 
 def verdict(difference: Difference | None, *, above: str = BETTER, below: str = WORSE) -> str:
-    """Return what may be said of a corrected difference; None is nothing to compare.
+    """Return the verdict on a corrected difference; None means that there is nothing to compare.
 
     ``above`` and ``below`` are the words for established differences of either sign.
     """

@@ -19,7 +19,7 @@ TERM_NAMES = {"lambda_cross": "λ₁, of the cross-modal term", "lambda_in": "λ
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One of our numbers, and its difference to a reference; every difference may be spoken of."""
+    """One of our numbers, and its difference to a reference."""
 
     subject: str  # the model, such as RankCLIP
     measure: Measure

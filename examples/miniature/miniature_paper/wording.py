@@ -77,7 +77,7 @@ def p_text(p: float | None) -> str:
 
 
 def mark(difference: Difference | None) -> str:
-    """The sign of what may be said: filled after the correction, open only before it."""
+    """Return the sign of a verdict: filled if significant after the correction, open if only before it."""
     if difference is None:
         return ""
     said = verdict(difference, above="above", below="below")

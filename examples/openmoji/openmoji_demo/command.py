@@ -1,17 +1,13 @@
-"""The command behind ``run.py``: its arguments, and the bar over all stages."""
+"""The command behind ``run.py`` and its arguments."""
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from examples_common.terminal import bars, positive, status_of
-from joblib import cpu_count
+from examples_common.terminal import positive, status_of
 from rich.console import Console
 
-from .progress import Stages, expected
-
-# What the demo itself decides or reads back: passing these on would contradict it.
+# Set by the demo itself, so they cannot be passed on.
 _OWNED = (
     "--loss", "--seed", "--epochs", "--device", "--model", "--train-data", "--logs", "--name", "--report-to",
 )  # fmt: skip
@@ -48,13 +44,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo."""
-    return status_of(partial(_demo, parse(argv)))
+    args = parse(argv)
 
+    def run(console: Console) -> int:
+        with console.status("Starting"):
+            from . import demo  # imports torch and more, which takes seconds
+        demo.run(args, console)
+        return 0
 
-def _demo(args: argparse.Namespace, console: Console) -> int:
-    with bars(console) as shown:
-        stages = Stages(expected(args.epochs, len(args.loss), cpu_count()), shown)
-        from . import demo  # torch and the like take seconds to import: the bar is there before that
-
-        demo.run(args, console, stages)
-    return 0
+    return status_of(run)

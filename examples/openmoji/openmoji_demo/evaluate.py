@@ -78,7 +78,7 @@ class ClipModel(model.ClipModel):
 
     def features(self, shown: Pictures) -> tuple[Tensor, Tensor]:
         """Return the unit-norm features of the pictures and of the captions."""
-        features, _ = self.image_features([(self.preprocess(image), None) for image in shown.images])
+        features = self.image_features([self.preprocess(image) for image in shown.images])
         return normalize(features, dim=-1), self.text_features(shown.captions)
 
     def scores(self, shown: TestSet) -> tuple[Tensor, dict[str, Tensor]]:

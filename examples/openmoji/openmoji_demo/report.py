@@ -1,4 +1,4 @@
-"""One table of all methods, for the console, as Markdown and as JSON, and what may be read from it."""
+"""One table of all methods, as Markdown and as JSON, and what may be read from it."""
 
 import dataclasses
 import json
@@ -9,8 +9,6 @@ from typing import Any
 import pandas as pd
 from clip_evaluation import metrics
 from examples_common import page, tables
-from examples_common.terminal import say
-from rich.console import Console
 
 from .evaluate import HELD_OUT, TASKS, TRAINING, Agreement, Scores
 
@@ -61,10 +59,10 @@ class Block:
             for name, scores in self.rows.items()
         ]
 
-    def head(self, separator: str) -> list[str]:
+    def head(self) -> list[str]:
         """Return what stands above them."""
         cutoffs = {task: "/".join(map(str, scores)) for task, scores in self.rows[CHANCE].items()}
-        return ["method", *(separator.join([name, p + cutoffs[t]]) for t, (name, p) in _HEADS.items())]
+        return ["method", *(f"{name} {before}{cutoffs[t]}" for t, (name, before) in _HEADS.items())]
 
 
 def _flat(scores: Scores) -> pd.Series:
@@ -98,15 +96,6 @@ def _taus(agreement: Agreement) -> tuple[list[str], list[list[str]]]:
     return ["method", *(f"{agreement.concepts[key]:,} {key} concepts" for key in keys)], rows
 
 
-def show(blocks: Sequence[Block], agreement: Agreement, console: Console) -> None:
-    """Print the tables and the notes."""
-    rows = [row for block in blocks for row in ([block.title], *block.cells())]
-    tables.show(console, blocks[0].head("\n"), rows, right=len(TASKS), title=_TITLE)
-    tables.show(console, *_taus(agreement), right=2, title=_TAU_TITLE)
-    for line in notes(blocks):
-        say(console, f"• {line}")
-
-
 def notes(blocks: Sequence[Block]) -> list[str]:
     """Say in plain words what the numbers show and what they cannot show."""
     colour = blocks[0]
@@ -127,7 +116,7 @@ def markdown(blocks: Sequence[Block], agreement: Agreement) -> str:
     """Return the tables and the notes as Markdown."""
     blank = [""] * len(TASKS)
     rows = [row for block in blocks for row in ([f"**{block.title}**", *blank], *block.cells())]
-    table = tables.markdown(blocks[0].head(" "), rows, right=len(TASKS))
+    table = tables.markdown(blocks[0].head(), rows, right=len(TASKS))
     taus = tables.markdown(*_taus(agreement), right=2)
     lines = [f"- {line}" for line in notes(blocks)]
     return "\n".join([f"# {_TITLE}", "", table, "", f"{_TAU_TITLE}:", "", taus, "", *lines, ""])

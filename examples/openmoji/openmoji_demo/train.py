@@ -5,22 +5,25 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from examples_common import trainer
-from examples_common.terminal import Report, run_all
+from examples_common.terminal import Report, run_all, say
 from examples_common.trainer import Job, Log, TrainingError
 from joblib import cpu_count
 from rich.console import Console
 
-from rankloss_trainers.catalog import PREFIXES
+from rankloss_trainers.catalog import candidates
 
 # Some pictures in grey, since the line art of the evaluation has no colour.
 AUGMENTATION = ("scale=(0.5,1.0)", "gray_scale_prob=0.1")
-_LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d \| (?P<level>\w+) \| (?P<text>.*)$")
+# The trainer's warnings, except that the model starts from random weights, which is intended here.
+_WARNING = re.compile(
+    r"^\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d \| (?:WARNING|ERROR|CRITICAL) \| "
+    r"(?!.*(?:no CLIP weights found|No pretrained weights loaded))(?P<text>.*)$"
+)
 _DONE = "complete.json"
 
 
@@ -57,21 +60,21 @@ class Run:
         return stored
 
     def job(self) -> Job:
-        """Return what the trainer is started with."""
+        """Return the training job."""
         numbers = {"epochs": self.epochs, "batch_size": 128, "warmup": 30, "seed": self.seed}
         recipe = trainer.recipe(self.loss, **numbers, augmentation=AUGMENTATION)
         return Job(self.loss, self.epochs, "model", tuple(recipe))
 
     def command(self) -> list[str]:
         """Return the trainer's command line."""
-        # Pictures this small are read faster than two cores can train on them; a GPU needs helpers.
+        # On a CPU, reading such small pictures is no bottleneck; a GPU needs worker processes.
         workers = min(8, max(1, cpu_count() - 1)) if self.device.startswith("cuda") else 0
         more = ("--report-to", "tensorboard", "--log-every-n-steps", "10", *self.extra)
         table = f"{self.data}/train.csv"
         return self.job().command(table, self.name, device=self.device, workers=workers, more=more)
 
     def settings(self) -> dict[str, Any]:
-        """Return what makes two runs the same run."""
+        """Return what identifies a run."""
         model = json.loads((self.root / "model" / "open_clip_config.json").read_text(encoding="utf-8"))
         table = hashlib.sha256((self.root / self.data / "train.csv").read_bytes()).hexdigest()
         return {"command": self.command()[1:], "model": model, "train_data": table[:16]}
@@ -91,17 +94,13 @@ class Run:
             )
         return True
 
-    async def train(
-        self, threads: int | None, on_share: Callable[[float], None], warn: Callable[[str], None]
-    ) -> None:
-        """Train with so many threads; report the share that is done, and pass on the trainer's warnings."""
+    async def train(self, threads: int | None, report: Report, console: Console) -> None:
+        """Train, report the share that is done, and pass on the trainer's warnings."""
 
         def read(line: str, log: Log) -> None:
-            if log.share:
-                on_share(log.share)
-            entry = _LOG_LINE.match(line)
-            if entry and entry["level"] != "INFO":
-                warn(f"{self.loss}: {entry['text']}")
+            report("training", log.share)
+            if warning := _WARNING.match(line):
+                say(console, f"{self.loss}: {warning['text']}", "yellow")
 
         trained = await trainer.train(
             self.job(), self.command(), self.folder, root=self.root, threads=threads, on_line=read
@@ -111,47 +110,31 @@ class Run:
 
 
 def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
-    """Return those of the trainer's arguments that a run with this loss takes: no other loss's options."""
+    """Return the trainer's arguments that apply to this loss: other losses' options are dropped."""
+    prefixes = {name: one.load().prefix or name for name, one in candidates().items()}
     kept, keep = [], True
     for word in arguments:
         if word.startswith("--"):
-            owner = next((prefix for prefix in PREFIXES if word.startswith(f"--{prefix}-")), None)
-            keep = owner is None or owner in loss.split("-")
+            owners = [name for name, prefix in prefixes.items() if word.startswith(f"--{prefix}-")]
+            keep = not owners or loss in owners
         if keep:
             kept.append(word)
     return tuple(kept)
 
 
 def side_by_side(count: int, device: str) -> tuple[int, int | None]:
-    """Return how many of so many trainings run at a time, and with how many threads each."""
+    """Return how many trainings run at a time, and with how many threads each."""
     if device != "cpu":
         return 1, None
     jobs = min(count, cpu_count())
     return jobs, cpu_count() // jobs
 
 
-def train_all(
-    runs: Sequence[Run], device: str, on_share: Callable[[float], None], warn: Callable[[str], None]
-) -> None:
-    """Train several models, and report the share of all that is done; the first to fail ends the others."""
+def train_all(runs: Sequence[Run], device: str, console: Console) -> None:
+    """Train several models; the first to fail ends the others."""
     jobs, threads = side_by_side(len(runs), device)
-    shares = dict.fromkeys(runs, 0.0)
 
-    async def one(run: Run, report: Report) -> None:  # noqa: ARG001 (one bar stands over all stages)
-        def told(share: float) -> None:
-            shares[run] = share
-            on_share(sum(shares.values()) / len(shares))
+    async def one(run: Run, report: Report) -> None:
+        await run.train(threads, report, console)
 
-        await run.train(threads, told, warn)
-
-    asyncio.run(run_all(runs, one, jobs=jobs, console=Console(quiet=True), expected=()))
-
-
-def read_scalars(run_folder: Path) -> dict[str, pd.Series]:
-    """Read a run's curves from its TensorBoard event files: values over steps, by tag."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run_folder / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    return {tag: pd.Series({e.step: e.value for e in events.Scalars(tag)}) for tag in tags}
+    asyncio.run(run_all(runs, one, jobs=jobs, console=console, expected=()))

@@ -20,17 +20,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankloss_trainers.transformers.arguments import LossArguments as LossArguments
+    from rankloss_trainers.transformers.arguments import LossOptions as LossOptions
     from rankloss_trainers.transformers.trainer import ContrastiveTrainer as ContrastiveTrainer
     from rankloss_trainers.transformers.trainer import ContrastiveTrainerMixin as ContrastiveTrainerMixin
 
-__all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin", "LossArguments"]
+_MODULES = {
+    "ContrastiveTrainer": "trainer",
+    "ContrastiveTrainerMixin": "trainer",
+    "LossOptions": "arguments",
+}
+
+__all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin", "LossOptions"]
 
 
 # A script that `python -m` runs may set environment variables before it imports transformers, so running it
 # must not import transformers first.
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "arguments" if name == "LossArguments" else "trainer"
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,112 +1,80 @@
-"""The catalogue's options as arguments of ``transformers.HfArgumentParser``."""
+"""``--loss`` and the options of the catalogue's losses, as arguments of a script."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import typing
-from typing import Any, ClassVar, Literal
+from typing import Any
 
+import rankloss
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import LossEntry, Option, dest
-from rankloss_trainers.command_line import misplaced
-from rankloss_trainers.transformers import choice
+from rankloss_trainers.catalog import TRAINERS_OWN, dest
+from rankloss_trainers.command_line import add_options, by_prefix, misplaced, with_flag
+from rankloss_trainers.transformers.choice import defaults
 
-__all__ = ["LossArguments", "loss_arguments"]
+__all__ = ["LossOptions"]
 
-
-class _Arguments:
-    """What :func:`loss_arguments` adds fields to."""
-
-    loss: str
-    entries: ClassVar[dict[str, LossEntry]]
-
-    def keywords(self) -> dict[str, Any]:
-        """The loss as keywords of :class:`rankloss_trainers.transformers.ContrastiveTrainer`.
-
-        Raises:
-            ValueError: An option was given that belongs to another loss, or has a value that it cannot have.
-        """
-        given = argparse.Namespace(**{k: v for k, v in vars(self).items() if v is not None})
-        wrong = misplaced(self.loss, self.entries, given)
-        if wrong:
-            raise ValueError(wrong)
-        entry, options = self.entries[self.loss], {}
-        for option in entry.options:
-            name = dest(self.loss, entry, option)
-            if hasattr(given, name):
-                options[option.key] = _checked(name, option, getattr(given, name))
-        return {"loss": self.loss, "loss_options": options}
+_OURS = ("", "rankloss")  # the package of a loss of the catalogue itself, and of those that come with it
 
 
-def loss_arguments(*names: str) -> Any:
-    """A dataclass with ``loss`` and the options of the named losses, other packages' among them.
-
-    Every option is None unless it is given.
+class LossOptions:
+    """``--loss`` and the options of losses, on a parser of one's own, such as ``HfArgumentParser``.
 
     Args:
-        *names: Losses of the catalogue; the first is the default.
+        parser: The parser. An option that is not given is no attribute of what it parses.
+        *names: Losses of the catalogue, other packages' among them; the first is the default. By default
+            all that come with rankloss.
+
+    Attributes:
+        beginnings: What the options of the losses begin with.
 
     Raises:
         ValueError: There is no such loss.
 
     Example:
-        >>> arguments = loss_arguments("rankclip", "cyclip")(rankclip_lambda_in=0.5)
-        >>> arguments.keywords()
+        >>> parser = argparse.ArgumentParser()
+        >>> options = LossOptions(parser)
+        >>> options.keywords(parser.parse_args(["--rankclip-lambda-in", "0.5"]))
         {'loss': 'rankclip', 'loss_options': {'lambda_in': 0.5}}
     """
-    found = catalog.candidates()
-    unknown = [name for name in names if name not in found]
-    if unknown or not names:
-        raise ValueError(f"names must be among {', '.join(found)}; got {', '.join(unknown) or 'none'}")
-    entries = {name: found[name].load() for name in names}
-    loss = dataclasses.field(default=names[0], metadata={"help": "the loss to train with"})
-    fields: dict[str, Any] = {"loss": ("loss", Literal[names], loss)}
-    for name, entry in entries.items():
-        defaults = choice.defaults(entry)
-        for option in entry.options:
-            field = dataclasses.field(default=None, metadata={"help": _help(option, defaults[option.key])})
-            key = dest(name, entry, option)
-            fields.setdefault(key, (key, _type(option) | None, field))
-    return dataclasses.make_dataclass(
-        "LossArguments",
-        fields.values(),
-        bases=(_Arguments,),
-        namespace={
-            "__doc__": f"Options of --loss {', '.join(names)}.",
-            "__module__": __name__,
-            "entries": entries,
-        },
-    )
 
+    def __init__(self, parser: argparse.ArgumentParser, *names: str) -> None:
+        found = catalog.candidates()
+        names = names or tuple(name for name, x in found.items() if x.package.partition(" ")[0] in _OURS)
+        unknown = [name for name in names if name not in (TRAINERS_OWN, *found)]
+        if unknown:
+            raise ValueError(f"names must be among {', '.join(found)}; got {', '.join(unknown)}")
+        self._entries = {name: found[name].load() for name in names if name != TRAINERS_OWN}
+        said = [f"{name}: {entry.help}" for name, entry in self._entries.items()]
+        help_ = f"{'; '.join(said)} (default: {names[0]})".replace("%", "%%")
+        parser.add_argument("--loss", default=names[0], choices=names, metavar="NAME", help=help_)
+        groups = by_prefix(self._entries)
+        self.beginnings = tuple(f"--{prefix}-" for prefix in groups)
+        for alike in groups.values():
+            entry = self._entries[alike[0]]
+            add_options(parser, alike, entry, defaults(entry))
 
-def _help(option: Option, default: Any) -> str:
-    shown = option.unset if default is None else default
-    return f"{option.help}; {shown} if not given".replace("%", "%%")
+    def keywords(self, args: argparse.Namespace) -> dict[str, Any]:
+        """What was given, as keywords of :class:`rankloss_trainers.transformers.ContrastiveTrainer`.
 
+        Args:
+            args: What the parser gives; for ``HfArgumentParser`` the namespace behind the dataclasses.
 
-def _type(option: Option) -> Any:
-    """The type of an option's values, from what argparse is told of it."""
-    if "choices" in option.keywords:
-        return Literal[tuple(option.keywords["choices"])]
-    if str(option.keywords.get("action", "")).startswith("store_"):
-        return bool
-    convert = option.keywords.get("type", str)
-    return convert if isinstance(convert, type) else typing.get_type_hints(convert).get("return", str)
-
-
-def _checked(name: str, option: Option, value: Any) -> Any:
-    convert = option.keywords.get("type")
-    if convert is None:
-        return value
-    try:
-        return convert(str(value))
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        raise ValueError(f"{name} {error}") from error
-
-
-LossArguments = loss_arguments(*catalog.BUILT_IN)
-"""Options of rankloss's own losses, for ``HfArgumentParser((LossArguments, TrainingArguments))``.
-
-``ContrastiveTrainer(model, training_arguments, …, **loss_arguments.keywords())`` takes what was given.
-"""
+        Raises:
+            ValueError: An option was given that belongs to another loss, or that cannot work.
+        """
+        name = None if args.loss == TRAINERS_OWN else args.loss
+        wrong = misplaced(name, self._entries, args)
+        if wrong:
+            raise ValueError(wrong)
+        if name is None:
+            return {}
+        entry = self._entries[name]
+        names = {option.key: dest(name, entry, option) for option in entry.options}
+        given = {
+            key: getattr(args, attribute) for key, attribute in names.items() if hasattr(args, attribute)
+        }
+        reason = entry.refuse({**defaults(entry), **given}, rankloss.Gather(rank=0, world_size=1))
+        if reason is not None:
+            reason = with_flag(name, entry, reason)
+            raise ValueError(reason if reason.startswith("--") else f"--loss: {reason}")
+        return {"loss": name, "loss_options": given}

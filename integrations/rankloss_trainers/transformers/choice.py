@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import nn
 
 import rankloss
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import LossEntry
+from rankloss_trainers.catalog import LossEntry, Options
 from rankloss_trainers.clock import listeners
-from rankloss_trainers.driven_loss import DrivenLoss, call_alone, check_has_no_parameters
+from rankloss_trainers.driven_loss import DrivenLoss, call_alone
 from rankloss_trainers.logging import RankClipLog
-from rankloss_trainers.transformers.embeddings import REFERENCES
+from rankloss_trainers.refusals import check_criterion, reason_against
+from rankloss_trainers.transformers.teacher import COLUMNS
 
 _logger = logging.getLogger("rankloss_trainers")
 
@@ -28,19 +29,24 @@ class Choice:
     Attributes:
         name: The name in the catalogue, or the class of a module of one's own.
         loss: The loss.
-        captions: The prefix of the columns of a second caption; None for a loss without one.
-        uses_teacher: Whether it ranks by a teacher, whose features are columns of the batch; None for a
-            module, which takes them or not.
-        unit: What its clock goes by in a run of so many epochs, ``"epoch"`` or ``"step"``.
-        describe: What is trained in a run of so many epochs, for the log; empty for a module.
+        entry: Its entry in the catalogue, or what stands for one.
+        options: The values of its options.
+        teacher: Whether it ranks by a teacher, whose features are columns of the batch; None if it does where
+            they are given.
+        package: What registers it; empty for a module.
     """
 
     name: str
     loss: DrivenLoss
-    captions: str | None = None
-    uses_teacher: bool | None = None
-    unit: Callable[[float], str] = lambda _: "step"
-    describe: Callable[[float], str] = lambda _: ""
+    entry: LossEntry
+    options: Options
+    teacher: bool | None
+    package: str = ""
+
+    @property
+    def captions(self) -> str | None:
+        """The prefix of the columns of a second caption; None for a loss without one."""
+        return self.entry.caption_key(self.options)
 
     def start(self, epochs: float, *, announce: bool) -> None:
         """Begin a run: decide what the clock goes by, and log what is trained.
@@ -52,34 +58,16 @@ class Choice:
         Raises:
             ValueError: The loss goes by epochs, and their number is not known.
         """
-        clock = self.loss.clock
-        clock.unit = self.unit(epochs)
+        clock, unit = self.loss.clock, self.entry.unit
+        clock.unit = unit if isinstance(unit, str) else unit(self.options, epochs)
         if clock.unit == "epoch" and math.isinf(epochs) and listeners(self.loss.criterion, "set_epoch"):
             raise ValueError(
                 f"{self.name} goes by epochs (schedule_unit 'epoch'), but training data without a length "
                 "have no known number of epochs; go by steps (schedule_unit 'step')"
             )
-        text = self.describe(epochs)
-        if announce and text:
-            _logger.info("Loss: %s", text)
-
-    def check_references(self, references: Collection[str], columns: Iterable[str]) -> None:
-        """Raise a ValueError unless a training batch has a teacher's features just where they are ranked by.
-
-        Args:
-            references: The columns of a teacher's features that the batch has.
-            columns: Its other columns.
-        """
-        if self.uses_teacher and not references:
-            raise ValueError(
-                f"{self.name} ranks by a teacher, but the batch has none of the columns "
-                f"{', '.join(REFERENCES)}, got {', '.join(columns)}"
-            )
-        if references and self.uses_teacher is False:
-            raise ValueError(
-                f"the batch has {', '.join(references)}, but {self.name} does not rank by a teacher: set its "
-                "option reference to 'teacher', or drop the columns"
-            )
+        if announce and self.package:
+            text = self.entry.describe(self.options, epochs)
+            _logger.info("Loss: %s (%s)%s", self.name, self.package, text and f", {text}")
 
 
 def defaults(entry: LossEntry) -> dict[str, Any]:
@@ -88,88 +76,49 @@ def defaults(entry: LossEntry) -> dict[str, Any]:
     return {**options, "schedule_unit": "step"} if "schedule_unit" in options else options
 
 
-def base_of(*, sigmoid: bool, gather: rankloss.Gather) -> nn.Module:
-    """The loss that the model was made for."""
-    return rankloss.SigLipLoss(gather=gather) if sigmoid else rankloss.ClipLoss(gather=gather)
-
-
-def own(module: nn.Module, **given: Any) -> Choice:
-    """A module of one's own.
+def choose(loss: str | nn.Module, given: Options, base: rankloss.ClipLoss | rankloss.SigLipLoss) -> Choice:
+    """A loss of the catalogue, or a module of one's own.
 
     Args:
-        module: The loss.
-        **given: What was given that only a named loss can have.
-
-    Raises:
-        TypeError: Something was.
-        ValueError: The module has parameters.
-    """
-    for name, value in given.items():
-        if value:
-            raise TypeError(f"{name} is for a loss that is given by its name; the module has its own")
-    check_has_no_parameters("loss", module)
-    evaluate = RankClipLog() if isinstance(module, rankloss.RankClipLoss) else call_alone
-    return Choice(type(module).__name__, DrivenLoss(module, evaluate=evaluate))
-
-
-def named(
-    name: str,
-    given: Mapping[str, Any] | None,
-    base: nn.Module,
-    gather: rankloss.Gather,
-    *,
-    sigmoid: bool = False,
-) -> Choice:
-    """A loss of the catalogue.
-
-    Args:
-        name: The loss.
-        given: Options by their keys; the others have their :func:`defaults`.
+        loss: The name of the loss, or the module.
+        given: Options of a named loss by their keys; the others have their :func:`defaults`.
         base: The loss that the model was made for.
-        gather: How the batches of other processes are seen.
-        sigmoid: Whether the base is a sigmoid loss.
 
     Raises:
-        TypeError: An option does not exist.
+        TypeError: The loss has no such option; a module has none.
         ValueError: The loss does not exist, cannot work like this, or has parameters.
     """
+    if not isinstance(loss, str):
+        if given:
+            raise TypeError("loss_options is for a loss that is given by its name; the module has its own")
+        check_criterion("loss", loss)
+        evaluate = RankClipLog() if isinstance(loss, rankloss.RankClipLoss) else call_alone
+        entry = LossEntry(build=lambda *_: loss, unit="step")
+        return Choice(type(loss).__name__, DrivenLoss(loss, evaluate=evaluate), entry, {}, None)
     found = catalog.candidates()
-    if name not in found:
-        raise ValueError(f"loss must be one of {', '.join(map(repr, found))}, or a module; got {name!r}")
-    entry = found[name].load()
-    if entry.is_former:
-        raise ValueError(f"{name} ({found[name].package}) is written for open_clip's arguments alone")
+    if loss not in found:
+        raise ValueError(f"loss must be one of {', '.join(map(repr, found))}, or a module; got {loss!r}")
+    entry = found[loss].load()
     options = defaults(entry)
-    unknown = (given or {}).keys() - options.keys()
+    unknown = given.keys() - options.keys()
     if unknown:
-        raise TypeError(f"{name} has no option {sorted(unknown)[0]!r}; it has {', '.join(options)}")
-    options.update(given or {})
-    reason = entry.refuse(options, gather)
-    if reason is None and sigmoid and entry.no_sigmoid:
-        reason = f"{name} does not work with a model that has a logit_bias: {entry.no_sigmoid}"
-    if reason is None and entry.only_sigmoid and not sigmoid:
-        reason = f"{name} needs a model that has a logit_bias: {entry.only_sigmoid}"
-    if reason is None and entry.reference_features(options) is not None:
-        reason = (
-            "reference_features belongs to open_clip's trainer; here a teacher's features are the columns "
-            f"{' and '.join(REFERENCES)} of the batch, and reference is 'teacher'"
-        )
+        raise TypeError(f"{loss} has no option {sorted(unknown)[0]!r}; it has {', '.join(options)}")
+    options.update(given)
+    kind = "sigmoid" if isinstance(base, rankloss.SigLipLoss) else "softmax"
+    conditions = {kind: "a model that has a logit_bias", "columns": " and ".join(COLUMNS)}
+    reason = reason_against(loss, entry, options, base.gather, conditions)
     if reason is not None:
         raise ValueError(reason)
-    criterion = entry.build(base, options, gather)
-    check_has_no_parameters(f"loss {name!r}", criterion)
-    loss = DrivenLoss(
-        criterion,
-        first_call=entry.first_call,
-        evaluate=call_alone if entry.log is None else entry.log(options),
-    )
-    package = found[name].package or f"rankloss {rankloss.__version__}"
+    criterion = check_criterion(f"loss {loss!r}", entry.build(base, options, base.gather))
+    driven = DrivenLoss(criterion, evaluate=call_alone if entry.log is None else entry.log(options))
+    package = found[loss].package or f"rankloss {rankloss.__version__}"
+    return Choice(loss, driven, entry, options, _teacher(entry, options, given, criterion), package)
 
-    def unit(epochs: float) -> str:
-        return entry.unit if isinstance(entry.unit, str) else entry.unit(options, epochs)
 
-    def describe(epochs: float) -> str:
-        text = entry.describe(options, epochs)
-        return f"{name} ({package})" + (text and f", {text}")
-
-    return Choice(name, loss, entry.caption_key(options), entry.uses_teacher(options), unit, describe)
+def _teacher(entry: LossEntry, options: Options, given: Options, criterion: nn.Module) -> bool | None:
+    """See :class:`Choice`."""
+    if entry.uses_teacher(options):
+        return True
+    takes_one = any(COLUMNS[0] in inspect.signature(x.forward).parameters for x in criterion.modules())
+    # The batch's own ranking makes way for a teacher's, unless it was asked for.
+    return None if takes_one and "reference" not in given else False

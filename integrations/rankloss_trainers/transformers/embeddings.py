@@ -1,4 +1,4 @@
-"""What a loss needs of a model of transformers: embeddings, scale and bias."""
+"""What a loss needs of a model of transformers, and of its batches: embeddings, scale, bias, captions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from torch import Tensor
 _EMBEDDINGS = {"image_features": "image_embeds", "text_features": "text_embeds"}
 
 
-def features_of(outputs: Any) -> dict[str, Tensor]:
-    """The embeddings of a model's output, by the names that losses have for them.
+def features_of(outputs: Any, model: Any) -> dict[str, Tensor]:
+    """The embeddings of a model's output, its scale, and its bias if it has one, as losses call them.
 
     Raises:
-        ValueError: The output has none.
+        ValueError: The output has no embeddings, or the model no scale.
     """
     missing = [name for name in _EMBEDDINGS.values() if getattr(outputs, name, None) is None]
     if missing:
         given = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
         raise ValueError(f"the model's output has no {' and no '.join(missing)}, got {given}")
-    return {feature: getattr(outputs, name) for feature, name in _EMBEDDINGS.items()}
+    features = {feature: getattr(outputs, name) for feature, name in _EMBEDDINGS.items()}
+    features["logit_scale"] = logit_scale(model)
+    if has_bias(model):
+        features["logit_bias"] = _whole(model, "logit_bias")
+    return features
 
 
 def logit_scale(model: Any) -> Tensor:
@@ -34,10 +38,10 @@ def logit_scale(model: Any) -> Tensor:
     if name is None:
         raise ValueError(f"{type(model).__name__} has neither a logit_scale nor a temperature")
     scale = _whole(model, name)
+    if name == "temperature":
+        return 1 / scale
     limit = getattr(model, "max_log_logit_scale", None)  # AIMv2's, which its own loss applies as well
-    if name == "logit_scale" and limit is not None:
-        scale = scale.clamp(0.0, limit)
-    return scale.exp() if name == "logit_scale" else 1 / scale
+    return (scale if limit is None else scale.clamp(0.0, limit)).exp()
 
 
 def has_bias(model: Any) -> bool:
@@ -45,38 +49,26 @@ def has_bias(model: Any) -> bool:
     return _has(model, "logit_bias")
 
 
-def logit_bias(model: Any) -> Tensor:
-    """The bias that is added to the scaled similarities.
-
-    Raises:
-        ValueError: This process does not hold it whole.
-    """
-    return _whole(model, "logit_bias")
-
-
 def _has(model: Any, name: str) -> bool:
     return isinstance(getattr(model, name, None), Tensor)
 
 
 def _whole(model: Any, name: str) -> Tensor:
-    parameter = getattr(model, name)
-    whole: Tensor = _gathered(parameter) if hasattr(parameter, "full_tensor") else parameter
+    whole: Any = getattr(model, name)
+    if hasattr(whole, "full_tensor"):
+        from torch.distributed.tensor import Partial
+
+        # The gradient is that of this process's share of the batch. Where FSDP has resharded the parameter by
+        # now, nothing else averages it, and torch would assume that it is the same on every process.
+        mean = tuple(Partial("avg") for _ in whole.placements)
+        whole = whole.full_tensor(grad_placements=mean)
     if whole.numel() != 1:
         raise ValueError(
             f"{name} has {whole.numel()} elements on this process: ZeRO stage 3 and FSDP with flat "
             "parameters do not show it outside the forward pass; use ZeRO stage 2 or FSDP version 2"
         )
-    return whole.reshape(())
-
-
-def _gathered(parameter: Any) -> Tensor:
-    from torch.distributed.tensor import Partial
-
-    # The gradient is that of this process's share of the batch. Where FSDP has resharded the parameter by
-    # now, nothing else averages it, and torch would assume that it is the same on every process.
-    mean = tuple(Partial("avg") for _ in parameter.placements)
-    whole: Tensor = parameter.full_tensor(grad_placements=mean)
-    return whole
+    scalar: Tensor = whole.reshape(())
+    return scalar
 
 
 # --- a second caption of each image ---------------------------------------------------------------------
@@ -98,33 +90,20 @@ def with_captions(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         ValueError: There are no such columns, or they are of another length.
     """
     plain = without_captions(inputs, prefix)
-    for name, captions in inputs.items():
-        if name in plain:
-            continue
-        first = plain.get(name.removeprefix(f"{prefix}_"))
+    if len(plain) == len(inputs):
+        raise ValueError(f"no column of the batch begins with {prefix}_, got {', '.join(inputs)}")
+    for name in inputs.keys() - plain.keys():
+        of_first, captions = name.removeprefix(f"{prefix}_"), inputs[name]
+        first = plain.get(of_first)
         if first is None or first.shape != captions.shape:
             raise ValueError(
                 f"{name} must have the shape of the column without the prefix, got {tuple(captions.shape)} "
                 f"beside {None if first is None else tuple(first.shape)}; pad both captions to one length"
             )
-        plain[name.removeprefix(f"{prefix}_")] = torch.cat([first, captions])
-    if len(plain) == len(inputs):
-        raise ValueError(f"no column of the batch begins with {prefix}_, got {', '.join(inputs)}")
+        plain[of_first] = torch.cat([first, captions])
     return plain
 
 
 def without_captions(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The batch without the columns of the second caption."""
     return {name: value for name, value in inputs.items() if not name.startswith(f"{prefix}_")}
-
-
-# --- a teacher's features of each pair ------------------------------------------------------------------
-
-REFERENCES = ("reference_image_features", "reference_text_features")
-"""The columns of a teacher's features, ``[N, D']``: what losses call them, too."""
-
-
-def without_references(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The batch without the columns of a teacher's features, and these columns."""
-    references = {name: inputs[name] for name in REFERENCES if name in inputs}
-    return {name: value for name, value in inputs.items() if name not in REFERENCES}, references

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, has_length
+from transformers.trainer_utils import has_length
 
 import rankloss
 from rankloss.losses import base_entries
@@ -22,21 +22,21 @@ from rankloss_trainers import state as loss_state
 from rankloss_trainers.clock import tell
 from rankloss_trainers.driven_loss import Entries
 from rankloss_trainers.logging import RankClipLog
-from rankloss_trainers.transformers import choice, embeddings
+from rankloss_trainers.refusals import refuse_run
+from rankloss_trainers.transformers import choice, embeddings, teacher
 from rankloss_trainers.transformers.charts import ChartOfEachEpoch
 
-__all__ = ["STATE_FILE", "ContrastiveTrainer", "ContrastiveTrainerMixin"]
+__all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
 
-STATE_FILE = "rankloss.pt"
-"""Where a checkpoint holds the state of the loss, if the loss has one."""
+_STATE = "rankloss"  # the key in a checkpoint's trainer_state.json, among the states of callbacks
 
 _logger = logging.getLogger("rankloss_trainers")
 
 
-class ContrastiveTrainerMixin:
-    """Lets a subclass of ``transformers.Trainer`` train with a loss of rankloss's catalogue.
+class ContrastiveTrainer(transformers.Trainer):
+    """``transformers.Trainer`` with a loss of rankloss's catalogue.
 
-    Put it before the Trainer: ``class MyTrainer(ContrastiveTrainerMixin, transformers.Trainer)``.
+    For a Trainer of one's own, put it before that: ``class Mine(ContrastiveTrainerMixin, MyTrainer)``.
 
     - λ follows the optimizer steps, ``global_step`` of ``max_steps``, and is right after a resume. With the
       option ``schedule_unit="epoch"`` it follows the epochs, as many as the Trainer trains. What a loss
@@ -54,24 +54,22 @@ class ContrastiveTrainerMixin:
     Args:
         *args: What the Trainer takes.
         loss: A loss as the catalogue names it, or a module with the forward convention of open_clip's losses,
-            whose ``base``, if it has one, is what evaluation gives.
+            whose innermost ``base``, if it has one, is what evaluation gives.
         loss_options: Options of the named loss, by their names without prefix; see ``LossEntry.options``.
             ALIP's ``caption_key`` is the prefix of the second caption's columns: ``caption`` for
-            ``caption_input_ids`` beside ``input_ids``. With ``{"reference": "teacher"}``, and in
-            ``rankclip-distill``, the lists are ranked by a teacher, whose features of each pair are the
-            columns ``reference_image_features`` and ``reference_text_features``, or one of them. The model is
-            not given them, and evaluation does not need them.
-        gather: The :class:`rankloss.Gather` of the run, for a named loss; None for the default process group,
-            exactly.
+            ``caption_input_ids`` beside ``input_ids``. With the columns ``reference_image_features`` and
+            ``reference_text_features``, or one of them, the lists are ranked by a teacher, whose features of
+            each pair they hold. The model is not given them, and evaluation does not need them. With
+            ``{"reference": "teacher"}``, and in ``rankclip-distill``, data without them are an error.
         **kwargs: What the Trainer takes.
 
     Raises:
-        TypeError: for an option that the loss does not have, and for ``loss_options`` or ``gather`` beside a
-            module.
+        TypeError: for an option that the loss does not have, and for ``loss_options`` beside a module.
         ValueError: for options that cannot work, and for a set-up that would train something else:
             DataParallel, ZeRO stage 3, FSDP with flat parameters, a ``compute_loss_func``, a model without a
             scale, or a loss with parameters, which the Trainer's optimizer does not know. In ``train``, for a
-            loss that goes by epochs on data without a length.
+            loss that goes by epochs on data without a length, and for a teacher's columns that are missing,
+            hold what is no teacher's, or come with a loss that has no use for them.
     """
 
     # The loss is a mean over a micro-batch, which the Trainer has to divide by the accumulated batches.
@@ -82,46 +80,40 @@ class ContrastiveTrainerMixin:
         *args: Any,
         loss: str | nn.Module = "rankclip",
         loss_options: Mapping[str, Any] | None = None,
-        gather: rankloss.Gather | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        trainer: Any = self
-        _refuse(trainer)
+        refuse_run(_conditions(self))
+        embeddings.logit_scale(self.model)  # an error where there is none
         # Releases without loss_is_scaled_for_ga divide by the accumulated batches unless this is set.
-        trainer.model_accepts_loss_kwargs = False
-        if trainer.args.label_names is None:
-            trainer.label_names = []  # the pairs are the labels; else evaluation would give no loss
-        gather_of_run = rankloss.Gather() if gather is None else gather
-        sigmoid = embeddings.has_bias(trainer.model)
-        base = choice.base_of(sigmoid=sigmoid, gather=gather_of_run)
-        if isinstance(loss, str):
-            chosen = choice.named(loss, loss_options, base, gather_of_run, sigmoid=sigmoid)
-        else:
-            chosen = choice.own(loss, loss_options=loss_options, gather=gather)
+        self.model_accepts_loss_kwargs = False
+        if self.args.label_names is None:
+            self.label_names = []  # the pairs are the labels; else evaluation would give no loss
+        base = rankloss.SigLipLoss() if embeddings.has_bias(self.model) else rankloss.ClipLoss()
+        chosen = choice.choose(loss, loss_options or {}, base)
         self.chosen_loss = chosen
-        self.driven_loss = chosen.loss.to(trainer.args.device)
-        own_base = _without_rank_terms(self.driven_loss.criterion)
-        self.evaluation_loss = base if own_base is None else own_base
-        self._first_state = deepcopy(self.driven_loss.criterion.state_dict())
+        self.driven_loss = chosen.loss.to(self.args.device)
+        innermost = _innermost_base(self.driven_loss.criterion)
+        self.evaluation_loss = base if innermost is None else innermost
+        self._teachers_columns: list[str] | None = None  # those of the last batch
+        self._columns: list[str] = []  # of the data, where the Trainer drops some of them
         self._means = _Means()
-        trainer.add_callback(_Progress(chosen, self._means))
+        self.add_callback(_Progress(chosen, self._means, anew=self.model_init is not None))
         log = self.driven_loss.evaluate
         if isinstance(log, RankClipLog) and log.agreement_every is not None:
-            trainer.add_callback(ChartOfEachEpoch(log, trainer.callback_handler))
+            self.add_callback(ChartOfEachEpoch(log, self.callback_handler))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, and give a resumed run the state of its loss back."""
-        trainer: Any = self
-        if trainer.model_init is not None:  # a model that is made anew, as in the trials of a search
-            self.driven_loss.criterion.load_state_dict(self._first_state)
-        if resume_from_checkpoint and loss_state.has_state(self.driven_loss.criterion):
-            path: Any = resume_from_checkpoint
-            if path is True:
-                path = get_last_checkpoint(trainer.args.output_dir)  # type: ignore[no-untyped-call]
-            if path is not None:  # else the Trainer says what is missing
-                _restore(self.chosen_loss, Path(path))
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches in which a teacher's features have been looked at."""
+        if self.chosen_loss.teacher and self.args.remove_unused_columns:
+            self._columns = teacher.columns_of(self.train_dataset)
+        collate = self.data_collator
+        self.data_collator = functools.partial(teacher.collate_checked, collate)
+        try:
+            loader: DataLoader[Any] = super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+        return loader
 
     def compute_loss(
         self,
@@ -131,93 +123,92 @@ class ContrastiveTrainerMixin:
         num_items_in_batch: Any = None,  # noqa: ARG002 (counts labels, which pairs do not have)
     ) -> Any:
         """The loss of a batch; without gradients, as in evaluation, the base loss."""
-        trainer: Any = self
         trains = torch.is_grad_enabled()  # a model may keep itself in evaluation mode
         # The model's own loss is of this process alone, and would be computed for nothing.
         inputs = {name: value for name, value in inputs.items() if name != "return_loss"}
-        inputs, references = embeddings.without_references(inputs)
+        inputs, references = teacher.split(inputs)
         captions = self.chosen_loss.captions
         if captions is not None:
             select = embeddings.with_captions if trains else embeddings.without_captions
             inputs = select(inputs, captions)
         outputs = model(**inputs)
-        features: dict[str, Any] = dict(embeddings.features_of(outputs))
-        if captions is not None and trains:
-            features["text_features"], features["caption_features"] = features["text_features"].chunk(2)
-        whole = trainer.accelerator.unwrap_model(model)
-        features["logit_scale"] = embeddings.logit_scale(whole)
-        if embeddings.has_bias(whole):
-            features["logit_bias"] = embeddings.logit_bias(whole)
-        if trains:
-            self.chosen_loss.check_references(references, inputs)
+        features: dict[str, Any] = embeddings.features_of(outputs, self.accelerator.unwrap_model(model))
+        if not trains:
+            loss = self._evaluated(features)
+        else:
+            if captions is not None:
+                texts, of_captions = features["text_features"].chunk(2)
+                features.update(text_features=texts, caption_features=of_captions)
+            self._check_teacher(list(references), list(inputs))
             entries: Entries = self.driven_loss(**features, **references)
             self._means.add(entries)
             loss = entries.total
-        else:
-            loss = self._evaluated(features)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Evaluate a batch: the Trainer computes a loss without labels only where the batch asks for it."""
-        return super().prediction_step(model, {**inputs, "return_loss": True}, *args, **kwargs)  # type: ignore[misc]
+        return super().prediction_step(model, {**inputs, "return_loss": True}, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the terms and the metrics of the loss to the lines of training."""
         if "loss" in logs:
-            trainer: Any = self
-            logs.update(self._means.take(trainer.accelerator))
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+            logs.update(self._means.take(self.accelerator))
+        super().log(logs, *args, **kwargs)
 
-    # A callback's on_save would miss the checkpoint at SIGTERM, and the directories of a search's trials.
-    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(model, trial, *args, **kwargs)  # type: ignore[misc]
-        trainer: Any = self
-        checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-        self._save_state(Path(trainer._get_output_dir(trial=trial), checkpoint))
+    # A callback's on_save would miss the checkpoint at SIGTERM.
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        criterion, states = self.driven_loss.criterion, cast("dict[str, Any]", self.state.stateful_callbacks)
+        if loss_state.has_state(criterion):
+            saved = loss_state.saved(self.chosen_loss.name, criterion)
+            states[_STATE] = {**saved, "state_dict": {k: x.tolist() for k, x in saved["state_dict"].items()}}
+        super()._save_checkpoint(*args, **kwargs)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._save_state(Path(checkpoint_folder))  # before what is above uploads the folder
-        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
-
-    def _save_state(self, checkpoint: Path) -> None:
-        trainer: Any = self
-        criterion = self.driven_loss.criterion
-        if trainer.args.should_save and loss_state.has_state(criterion):
-            torch.save(loss_state.saved(self.chosen_loss.name, criterion), checkpoint / STATE_FILE)
+    def _check_teacher(self, found: list[str], others: list[str]) -> None:
+        if found == self._teachers_columns:
+            return
+        others = [column for column in dict.fromkeys([*others, *self._columns]) if column not in found]
+        teacher.check_columns(self.chosen_loss.name, self.chosen_loss.teacher, found, others)
+        self._teachers_columns = found
+        if found and self.is_world_process_zero():
+            _logger.info("%s ranks by a teacher: %s", self.chosen_loss.name, " and ".join(found))
 
     def _evaluated(self, features: dict[str, Any]) -> Tensor:
         images: Tensor = features["image_features"]
         if len(images) == 1 and rankloss.Gather().place[1] == 1:
-            return images.new_zeros(())  # one pair has nothing to be told from
+            return images.new_zeros(())  # a single pair has no negatives
         entries = base_entries(self.evaluation_loss, **features)
         return Entries.of(self.evaluation_loss, entries).total
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        trainer: Any = self
-        columns, captions = trainer._signature_columns, self.chosen_loss.captions
+        super()._set_signature_columns_if_needed()
+        columns, captions = cast("list[str]", self._signature_columns), self.chosen_loss.captions
         # What the loss takes and the model does not, which would be dropped as unused.
-        of_loss = [] if captions is None else [f"{captions}_{name}" for name in columns]
-        if self.chosen_loss.uses_teacher is not False:
-            of_loss += embeddings.REFERENCES
-        trainer._signature_columns = list(dict.fromkeys([*columns, *of_loss]))
-
-
-class ContrastiveTrainer(ContrastiveTrainerMixin, transformers.Trainer):
-    """``transformers.Trainer`` with a loss of rankloss's catalogue, see :class:`ContrastiveTrainerMixin`."""
+        of_captions = [] if captions is None else [f"{captions}_{name}" for name in columns]
+        self._signature_columns: Any = list(dict.fromkeys([*columns, *of_captions, *teacher.COLUMNS]))
 
 
 class _Progress(TrainerCallback):
-    """Tells the loss, and what is logged of it, where the Trainer stands."""
+    """Tells the loss, and what is logged of it, where the Trainer stands.
 
-    def __init__(self, chosen: choice.Choice, means: _Means) -> None:
+    Args:
+        chosen: The loss.
+        means: What is logged of it.
+        anew: Whether every training that is not resumed begins with a new model, as the trials of a search.
+    """
+
+    def __init__(self, chosen: choice.Choice, means: _Means, *, anew: bool) -> None:
         self.chosen = chosen
         self.loss = chosen.loss
         self.means = means
+        self._first_state = deepcopy(self.loss.criterion.state_dict()) if anew else None
         self._epoch: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Only now is the number of epochs known: ``max_steps`` and the data have a say in it."""
+        if state.global_step > 0:
+            _restore(self.chosen, state.stateful_callbacks.get(_STATE))
+        elif self._first_state is not None:
+            self.loss.criterion.load_state_dict(self._first_state)
         epochs = state.num_train_epochs if has_length(kwargs["train_dataloader"]) else math.inf
         self._epoch = None
         self.means.clear()
@@ -236,25 +227,22 @@ class _Progress(TrainerCallback):
         self.loss.clock.start_step(state.global_step + 1, state.max_steps)
 
 
-def _without_rank_terms(criterion: nn.Module) -> nn.Module | None:
-    """The base that a loss stands on, below every RankCLIP, whose terms grow; None for a loss without one."""
+def _innermost_base(criterion: object) -> Any:
+    """The loss at the bottom of a composition, whose value does not grow with λ; None for one without."""
     base = getattr(criterion, "base", None)
-    while isinstance(base, nn.Module) and hasattr(base, "base"):
-        if not any(isinstance(part, rankloss.RankClipLoss) for part in base.modules()):
-            break
-        base = base.base
-    return base
+    below = None if base is None else _innermost_base(base)
+    return base if below is None else below
 
 
-def _restore(chosen: choice.Choice, checkpoint: Path) -> None:
-    path = checkpoint / STATE_FILE
-    saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+def _restore(chosen: choice.Choice, saved: dict[str, Any] | None) -> None:
+    """Give the loss of a resumed run its state back."""
+    if not loss_state.has_state(chosen.loss.criterion):
+        return
     found = loss_state.restore(chosen.name, chosen.loss.criterion, saved)
     if found:
         _logger.warning(
-            "The loss %s has a state that belongs to the run, and %s holds %s: it starts anew",
+            "The loss %s has a state that belongs to the run, and its checkpoint holds %s: it starts anew",
             chosen.name,
-            checkpoint,
             found,
         )
 
@@ -267,47 +255,36 @@ class _Means:
 
     def clear(self) -> None:
         """Begin anew."""
-        self._sums: dict[str, Tensor] = {}
-        self._calls: Counter[str] = Counter()
+        self._sums: dict[str, Tensor] = {}  # of the values, and of their number
 
     def add(self, entries: Entries) -> None:
         """Take the entries of one call, without waiting for the device."""
         for name, value in {**entries.terms, **entries.metrics}.items():
-            sum_ = self._sums.get(name)
-            value = value.detach().float()
-            self._sums[name] = value if sum_ is None else sum_ + value
-            self._calls[name] += 1
+            one = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float)])
+            self._sums[name] = one + self._sums.get(name, 0)
 
     def take(self, accelerator: Any) -> dict[str, float]:
         """The means over all processes, and begin anew; every process has to call it."""
         if not self._sums:
             return {}
-        means = torch.stack([sum_ / self._calls[name] for name, sum_ in self._sums.items()])
-        values = accelerator.reduce(means, reduction="mean").tolist()
-        taken = dict(zip(self._sums, values, strict=True))
+        means = torch.stack([sum_ / number for sum_, number in self._sums.values()])
+        taken = dict(zip(self._sums, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
         self.clear()
         return taken
 
 
-def _refuse(trainer: Any) -> None:
-    """Raise for what would train something else than what was asked for."""
-    if getattr(trainer, "compute_loss_func", None) is not None:
-        raise ValueError("compute_loss_func is ignored by this trainer; give the loss as `loss`")
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            f"DataParallel over {trainer.args.n_gpu} GPUs contrasts each GPU's pairs alone; "
-            "start the script with torchrun or accelerate launch"
-        )
+def _conditions(trainer: Any) -> dict[str, str]:
+    """What keeps a loss from being trained as it should, as :mod:`rankloss_trainers.refusals` calls it."""
     shards = trainer.accelerator.state
     deepspeed, fsdp = (getattr(shards, f"{name}_plugin", None) for name in ("deepspeed", "fsdp"))
-    if deepspeed is not None and deepspeed.zero_stage == 3:
-        raise ValueError(
-            "DeepSpeed's ZeRO stage 3 does not show the model's logit_scale outside the forward pass; "
-            "use stage 2"
-        )
-    if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
-        raise ValueError(
-            "FSDP version 1 does not show the model's logit_scale outside the forward pass; "
-            'use version 2: fsdp_config={"version": 2}'
-        )
-    embeddings.logit_scale(trainer.model)
+    held = {
+        "compute_loss_func": getattr(trainer, "compute_loss_func", None) is not None,
+        "data_parallel": trainer.args.n_gpu > 1,
+        "zero_3": deepspeed is not None and deepspeed.zero_stage == 3,
+        "fsdp_1": fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1,
+    }
+    return {name: str(trainer.args.n_gpu) for name, holds in held.items() if holds}
+
+
+ContrastiveTrainerMixin = ContrastiveTrainer
+"""The same class, before a Trainer of one's own: ``class Mine(ContrastiveTrainerMixin, MyTrainer)``."""

@@ -1,4 +1,4 @@
-"""The command behind ``study.py``: do the trainings that are missing, and report what may be said."""
+"""The command behind ``study.py``: train what is missing, and write the report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from examples_common.terminal import say, status_of
 from rich.console import Console
 
 from miniature_paper.options import add_options, complete_options, prepare
-from miniature_paper.records import Record, Store
+from miniature_paper.records import Store
 
 from . import report
 from .confirmation import declare, needed, outcome
@@ -43,23 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def finished(results: Path) -> Find:
-    """Return what finds records by their settings alone, for a report where the data need not be there.
+    """Return a function that finds records by their settings alone, so that a report needs no data.
 
     Raises:
-        RuntimeError: If there is no record. What finds raises a ValueError if two records are of one setting,
-            or one is damaged: a ladder on half of the records may lead elsewhere.
+        RuntimeError: If there is no record.
     """
     store = Store(results)
     if not store.path.is_file():
         raise RuntimeError(f"{results} holds no record: nothing to report")
-
-    def find(attempts: Sequence[Attempt]) -> dict[Attempt, Record]:
-        records, odd = store.of(attempts)
-        if odd:
-            raise ValueError("\n".join(odd))
-        return {Attempt.of_record(record["setting"]): record for record in records}
-
-    return find
+    there = [Attempt.of_record(record["setting"]) for record in store.read().values()]
+    records = dict(zip(dict.fromkeys(there), store.of(there), strict=True))
+    return lambda attempts: {attempt: records[attempt] for attempt in attempts if attempt in records}
 
 
 def _run(args: argparse.Namespace, study: Study, console: Console) -> int:

@@ -22,7 +22,7 @@ from .objective import RECALL, SCORES
 from .study import Study
 from .trials import LOSS, RECIPE, REFERENCE, TEST, Attempt, Trial
 
-Pair = tuple[str, str]  # of arms, or of an arm and plain CLIP
+Pair = tuple[str, str]  # two arms, or an arm and plain CLIP
 Key = TypeVar("Key")
 _AGREEMENT = tuple(
     scores.Measure("Agreement with the teacher", label, (("teacher/test", key),), percent=False)
@@ -35,22 +35,22 @@ class SecondConfirmationError(RuntimeError):
 
 
 def declare(study: Study, winners: Mapping[str, Trial], results: Path, *, record: bool) -> None:
-    """Compare the winners with what is recorded as confirmed; with ``record``, record those that are not.
+    """Check the winners against the recorded confirmations; with ``record``, record new ones.
 
     Raises:
         SecondConfirmationError: If another try of an arm, or another plan, was recorded.
-        ValueError: If a file is damaged: then nobody knows what the test side was used for.
+        ValueError: If a file is damaged, so that it is unknown what the test side was used for.
     """
     one = study.confirmation
     for arm, trial in winners.items():
         own = dataclasses.asdict(trial) | {"trial": trial.name, "epochs": one.epochs, "seeds": one.seeds}
         plan = json.loads(json.dumps({key: value for key, value in own.items() if key != "name"}))
         path = results / arm / "confirmations.jsonl"
-        if record and not read_lines(path)[1]:
+        if record:
             append_lines(path, lambda lines, plan=plan: [] if lines else [plan])
-        lines, damaged = read_lines(path)
-        if damaged or len(lines) > 1 or not all("trial" in line for line in lines):
-            raise ValueError("\n".join([f"{path}: one line is needed, that of the winner", *damaged]))
+        lines = read_lines(path)
+        if len(lines) > 1 or not all("trial" in line for line in lines):
+            raise ValueError(f"{path}: one line is needed, that of the winner")
         for line in lines:
             there = {"loss": LOSS, **line}
             if there != {**there, **plan}:
@@ -61,7 +61,7 @@ def declare(study: Study, winners: Mapping[str, Trial], results: Path, *, record
 
 
 def compared(study: Study, winners: Mapping[str, Trial]) -> dict[str, Trial]:
-    """Return what is confirmed, by name: the winners, and the recipe where it goes along."""
+    """Return what is confirmed, by name: the winners, and the recipe where it is trained along."""
     return {**winners, **({} if RECIPE in winners.values() else study.along)}
 
 
@@ -75,15 +75,15 @@ class Outcome:
     """A confirmation of all arms."""
 
     comparison: Comparison
-    tests: dict[Pair, Difference]  # those that count, in the study's score, corrected together
-    others: dict[tuple[Pair, str], Difference]  # in every other measure, by its name, corrected together
-    measures: list[scores.Measure]  # these, where everything is measured; else they are objective.SCORES
+    tests: dict[Pair, Difference]  # the primary tests, in the study's score, corrected together
+    others: dict[tuple[Pair, str], Difference]  # the secondary ones, by measure, corrected together
+    measures: list[scores.Measure]  # the secondary measures; empty: objective.SCORES
 
 
 def outcome(study: Study, winners: Mapping[str, Trial], find: Find) -> Outcome | None:
     """Return the comparison of the arms; None as long as a record is missing.
 
-    The recipe that goes along is no arm, so its comparisons are not among the tests that count.
+    The recipe, where it is trained along, is no arm: its comparisons are secondary.
     """
     wanted = needed(study, winners)
     records = find(wanted)
@@ -112,7 +112,7 @@ def _corrected(family: Mapping[Key, Difference | None]) -> dict[Key, Difference]
 
 
 def _measures(study: Study, comparison: Comparison) -> list[scores.Measure]:
-    """Return everything that all models were measured by, but what the tests that count are about."""
+    """Return the measures that all models have, without the one that is tested."""
     kept = [of for name, of in comparison.records.items() if name not in comparison.lost]
     records = [record for of in kept for record in of.values()]
     tasks = sorted(set.intersection(*(set(record["metrics"]) for record in records))) if records else []

@@ -34,7 +34,7 @@ class Comparison(Compared):
             for seed in one.seeds:
                 found[self.clip[name]][seed] = records[study.reference(trial, one, seed, side)]
         super().__init__(found)
-        # What a model diverged of is in no comparison.
+        # Models of which a seed diverged are excluded from every comparison.
         self.lost = [name for name, of in found.items() if any(one["diverged"] for one in of.values())]
 
     def difference(self, name: str, other: str, score: Score) -> Difference | None:

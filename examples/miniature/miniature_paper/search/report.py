@@ -11,7 +11,6 @@ from itertools import chain, groupby
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 from examples_common.page import Picture
 from examples_common.tables import markdown as table
 from matplotlib.figure import Figure
@@ -38,7 +37,7 @@ def write(study: Study, folder: Path, *, find: Find, command: str) -> Path:
     over = len(now.winners) == len(study.arms)
     wanted = needed(study, now.winners) if over else []
     found = outcome(study, now.winners, find) if over else None
-    # Every round that has begun, with the arms that are in it.
+    # The rounds that have begun, each with its arms.
     rounds = [
         [of[number] for of in now.steps.values() if len(of) > number] for number in range(len(study.rounds))
     ]
@@ -65,7 +64,6 @@ def write(study: Study, folder: Path, *, find: Find, command: str) -> Path:
         recipe=RECIPE,
         reference=REFERENCE,
         loss=LOSS,
-        lighter=lighter_weights(study, records),
         facts=table(["", ""], _facts(study, settings, records, find, command)),
         rounds=[(steps, _standings(steps)) for steps in rounds],
         levels=_levels(found) if found else None,
@@ -91,24 +89,6 @@ def _facts(
             own = ", ".join(f"{name} {score(record):.2f}" for name, score in SCORES.items())
             facts.append(["the teacher itself", own])
     return [*facts, *conditions(records.values())]
-
-
-def lighter_weights(study: Study, records: Records) -> dict[str, float]:
-    """Return Σμ/N of the tries in which items count less than in full, with records of releases before 0.2.
-
-    Those releases divided a list's loss by its N items instead of by Σμ, the number of items that count.
-    """
-    old = (a for a, record in records.items() if record["conditions"].get("rankloss", "").startswith("0.1."))
-    found = {a.trial: weight(study, dict(a.changes)) for a in old}
-    return {name: share for name, share in found.items() if share < 1}
-
-
-def weight(study: Study, changes: Mapping[str, str]) -> float:
-    """Return Σμ/N of the lists of a try with these changes: what a division by N leaves of its weight."""
-    n = int(changes.get("--batch-size", study.grid.batch_size))
-    rank = np.arange(1, n + 1)
-    mu = 1 / np.log1p(rank) if changes.get("--rankclip-discount") == "log" else np.ones(n)
-    return float(mu[: int(changes.get("--rankclip-top-k", n))].sum() / n)
 
 
 def _pictures(study: Study, rounds: Sequence[Sequence[Step]], found: Outcome | None) -> dict[str, Picture]:
@@ -170,7 +150,7 @@ def _levels(found: Outcome) -> str:
 
 
 def _tests(study: Study, found: Outcome) -> str:
-    """The tests that count, and where these are few everything else below them."""
+    """The primary tests and, unless everything was measured, the secondary ones."""
 
     def row(pair: tuple[str, str], score: str, d: Difference, corrected: str) -> list[str]:
         return [_less(pair), score, difference_text(d), str(d.n), p_text(d.p), corrected, mark(d)]
@@ -199,7 +179,7 @@ def _secondary(found: Outcome) -> str:
 
 
 def draw(panels: Mapping[str, Panel], alt: str, label: str) -> Picture | None:
-    """Draw panels by their titles, with a label of the axis, but for empty ones; None without any."""
+    """Draw the panels that are not empty under their titles; None if all are empty."""
     panels = {title: panel for title, panel in panels.items() if panel}
     sizes = [max(len(panel), 2) for panel in panels.values()]
 
@@ -226,6 +206,6 @@ def draw(panels: Mapping[str, Panel], alt: str, label: str) -> Picture | None:
 
 
 def _lines(name: str) -> str:
-    """A name; one of many factors takes lines, or it would leave no room for the intervals."""
+    """Wrap the name of a combination of factors, to leave room for the intervals."""
     lines = textwrap.wrap(name.replace("+", "+ "), width=42, break_on_hyphens=False)
     return "\n".join(line.replace("+ ", "+") for line in lines)

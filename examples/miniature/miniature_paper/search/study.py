@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Round:
     """What the tries are trained with at a time."""
 
     epochs: int
-    seeds: tuple[int, ...]  # no two rounds share one
+    seeds: tuple[int, ...]  # disjoint between rounds
     keep: int = 1  # how many tries of an arm continue; after the last round, the winner alone
 
 
@@ -52,31 +52,14 @@ class Study:
     arms: dict[str, tuple[Trial, ...]]  # the tries by the arm's name
     rounds: tuple[Round, ...]
     confirmation: Round
-    score: str  # what the tests that count are about, one of objective.SCORES
+    score: str  # what the primary tests compare, one of objective.SCORES
     rival: str | None = None  # what every other arm is compared with, as well as with plain CLIP
     # So many factors that helped in the first round are combined, around the recipe, which goes through every
     # round: a stronger setting is one that is stronger than the recipe. None are combined if it is 0.
     combined: int = 0
     spread: Spread | None = None  # what the number of seeds was computed from
-    note: str = ""  # what the report says about it
-
-    def __post_init__(self) -> None:
-        tries = list(chain(*self.arms.values()))
-        if len({len(of) for of in self.arms.values()}) != 1:
-            raise ValueError("arms: every arm must have equally many tries")
-        if len({trial.name for trial in tries}) < len(tries):
-            raise ValueError("arms: every name once")
-        if self.combined and RECIPE not in tries:
-            raise ValueError("arms: the recipe must be among the tries")
-        if len(tries) > len(self.arms) and not self.rounds:
-            raise ValueError("rounds: several tries need at least one")
-        kept = [one.keep for one in self.rounds]
-        if (kept and kept[-1] != 1) or any(a < b for a, b in pairwise(kept)):
-            raise ValueError("rounds: none may keep more tries than the one before, the last one keeps 1")
-        seeds = [seed for one in (*self.rounds, self.confirmation) for seed in one.seeds]
-        seeds += [self.teacher.seed] if self.teacher else []
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("rounds, confirmation: no seed may serve twice")
+    note: str = ""  # what the report says about the plan
+    caution: str = ""  # and about the records there are
 
     @property
     def along(self) -> dict[str, Trial]:
@@ -104,7 +87,7 @@ class Spread:
     """How many seeds a difference takes, given earlier paired differences between the same two losses."""
 
     differences: tuple[float, ...]
-    difference: float  # to be told from zero
+    difference: float  # to be detected
     power: float
 
     @property
@@ -144,7 +127,7 @@ def earlier_spread(
     for folder, seeds, pair in (("full", grid_seeds, settings), ("search", search_seeds, tried)):
         store = Store(RESULTS / folder)
         for seed in seeds:
-            records, _ = store.of(pair(seed))
+            records = store.of(pair(seed))
             if len(records) != 2:
                 raise ValueError(f"{store.path}: seed {seed}, which a plan rests on, has no pair of records")
             differences.append(score(records[0]) - score(records[1]))
@@ -152,11 +135,7 @@ def earlier_spread(
 
 
 def load(name: str, size: str) -> Study:
-    """Return a study as ``studies.yaml`` has it.
-
-    Raises:
-        ValueError: If its plan would mislead, by unequal arms or by seeds that serve twice.
-    """
+    """Return a study as ``studies.yaml`` has it."""
     content, own, common = PLANS[name], PLANS[name][size], SIZES[size_name(name, size)]
     compete = "factors" in content
     groups, wanted = content["factors" if compete else "arms"], own.get("tries")
@@ -197,4 +176,5 @@ def load(name: str, size: str) -> Study:
         combined=content.get("combined", 0),
         spread=spread,
         note=own.get("note", ""),
+        caution=own.get("caution", ""),
     )

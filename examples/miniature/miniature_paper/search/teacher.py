@@ -1,4 +1,4 @@
-"""A study's teacher: its training, and the forms of it that the trainer of its students reads."""
+"""A study's teacher: its training, and the variants of it that its students are trained with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WEIGHTS = "open_clip_pytorch_model.bin"  # what open_clip looks for in a local-
 
 
 def prepare_teacher(study: Study, workshop: Workshop, console: Console) -> bool:
-    """Train the teacher, if its weights are not here, and write every form of it that a try names.
+    """Train the teacher if its weights are missing, and write every variant of it that a try names.
 
     Its record is kept beside the weights as well: on another machine it is trained again, and the records of
     its students' confirmation say by a fingerprint of the weights which one they had.
@@ -42,14 +42,14 @@ def prepare_teacher(study: Study, workshop: Workshop, console: Console) -> bool:
         run = workshop.output / "runs" / workshop.key(teacher)
         checkpoint = checkpoint_of(run, teacher.epochs)
         if not checkpoint.is_file():
-            shutil.rmtree(folder, ignore_errors=True)  # a record without its weights
+            shutil.rmtree(folder, ignore_errors=True)  # the record is useless without the weights
         local = dataclasses.replace(workshop, store=Store(folder), keep_checkpoints=True, teacher=None)
         if not local.do("The teacher", [teacher], console):
             return False
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         _place(folder, {name.removeprefix("module."): value for name, value in state.items()})
         shutil.rmtree(run)
-    (record,) = Store(folder).of([teacher])[0]
+    (record,) = Store(folder).of([teacher])
     workshop.store.save(workshop.key(teacher), record)
     flags = [dict(trial.changes) for tries in study.arms.values() for trial in tries]
     for name in {found["--distill-model"].partition(":")[2] for found in flags if "--distill-model" in found}:
@@ -68,7 +68,7 @@ def prepare_teacher(study: Study, workshop: Workshop, console: Console) -> bool:
 def _place(folder: Path, state: dict[str, Any]) -> None:
     place_model(model_folder("teacher"), folder)
     torch.save(state, folder / f".{_WEIGHTS}")
-    (folder / f".{_WEIGHTS}").rename(folder / _WEIGHTS)  # whole, or not there
+    (folder / f".{_WEIGHTS}").rename(folder / _WEIGHTS)  # atomic
 
 
 def _write_texts(path: Path, table: Path) -> None:

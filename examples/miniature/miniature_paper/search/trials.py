@@ -25,7 +25,7 @@ from miniature_paper.grid import BY_STEP, model_config, trained_model, training_
 BACKBONE = "resnet"
 LOSS, REFERENCE = "rankclip", "clip"
 VALIDATION, TEST = "validation", "test"
-MEASURES = 1  # raise it whenever something else is measured: older records are then made again
+MEASURES = 1  # raise it when other things are measured: earlier records are then recomputed
 _BATCH = "--batch-size"
 
 
@@ -120,7 +120,7 @@ class Attempt:
         return f"{self.side}-{self.epochs}ep-{self.trial}-seed{self.seed}"
 
     def job(self) -> Job:
-        """Return what the trainer is started with."""
+        """Return the training job."""
         preset = SIZES[self.preset].preset
         # The same share of the steps as in the grid.
         warmup = round(self.steps * preset.warmup / preset.steps)
@@ -131,7 +131,7 @@ class Attempt:
         return Job(self.loss, self.epochs, trained_model(self.backbone), tuple(words))
 
     def measured(self) -> dict[str, Any]:
-        """Return what measuring depends on, for the fingerprint."""
+        """Return what the measurements depend on, for the fingerprint."""
         size = SIZES[self.preset]
         limits = {name: getattr(size.preset, name) for name in ("retrieval_items", "class_items")}
         if not self.whole:
@@ -142,14 +142,14 @@ class Attempt:
 
 
 def teacher_folder(teacher: Attempt) -> str:
-    """Return the teacher's folder below the output: its name follows from everything that trains it."""
+    """Return the teacher's folder below the output, named by a fingerprint of what it is trained with."""
     content = [model_config(teacher.backbone), teacher.job().arguments, teacher.pairs]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
     return f"teachers/{teacher.name}-{digest}"
 
 
 def combine(helped: Sequence[Trial], limit: int) -> list[Trial]:
-    """Return the combinations of what helped, each of another factor, the most helpful first.
+    """Combine settings of different factors that helped, given the most helpful first.
 
     Every combination of two and more of the first ``limit``, and all of them together if there are more.
     """

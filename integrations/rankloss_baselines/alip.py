@@ -1,0 +1,177 @@
+"""ALIP: CLIP's loss on two captions of each image, every pair weighted by how well it fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloss.distributed import GatherOption
+from rankloss.losses import GatheringLoss, check_weight, combined
+
+__all__ = ["AlipLoss"]
+
+
+class AlipLoss(GatheringLoss):
+    r"""ALIP: ``A(v, t, w_r) + A(v, c, w_c)``, t the raw and c the synthetic caption of image v.
+
+        A(v, u, w) = (1/N)·Σ_k w_s,k · w_k · ½[CE_k(s·V·Uᵀ) + CE_k(s·U·Vᵀ)]
+
+    The weights come from the cosines of the three pairs, measured against their histories H, Hʳ and Hᶜ
+    (exponential moving averages of the batch means, updated before they are used):
+
+        g   = exp(γ_s·(t·c − H)),   w_s = min(1, g),
+        w_r = exp(γ_p·(t·v − Hʳ)),  w_c = exp(γ_p·(c·v − Hᶜ))  where g < 1, else 1.
+
+    They carry no gradient. They are computed from the whole batch, gathered from all processes, which
+    therefore hold the same histories.
+
+    The histories move once per training step. By default each call in training mode is a step. Where a
+    trainer announces its steps by :meth:`set_progress`, the first call after it moves them and further calls
+    for the same step, as gradient accumulation makes them, do not. A batch mean that is not finite leaves its
+    history unchanged. Activation checkpointing around the loss would compute each call, and so move the
+    histories, twice.
+
+    Args:
+        gamma_sample: γ_s, how steeply a sample's weight falls with the similarity of its two captions.
+        gamma_pair: γ_p, how steeply a pair's weight changes with its similarity.
+        momentum: share of a history that an update keeps, in [0, 1].
+        initial_history: where all three histories start. The published 1 closes almost every gate at first,
+            and makes the loss small until the histories have come down.
+        gather: how features of other processes are gathered. None: from the default process group, if one of
+            more than one process is initialised, exactly. False: not at all. Else a :class:`rankloss.Gather`.
+
+    Attributes:
+        histories: H, Hʳ and Hᶜ, ``[3]``: a buffer, and so part of ``state_dict()``. It stays float64 when the
+            module is cast (float32 where a device has no float64): in a short dtype the small steps of a
+            moving average would round to nothing.
+
+    Shapes:
+        ``image_features``, ``text_features`` and ``caption_features``: ``[N, D]``, unit-norm;
+        ``logit_scale``: the multiplier s itself, not its logarithm. The result is a scalar in nats, float32
+        at least. ``output_dict=True`` gives ``contrastive_loss`` (the raw captions) and
+        ``caption_contrastive_loss``, which add up to it. A ``logit_bias``, added to all logits, would change
+        nothing and is not used.
+
+    Raises:
+        ValueError: for a γ that is negative or not finite, a momentum outside [0, 1], or an initial history
+            that is not finite; in ``forward`` for features that are not three floating-point matrices of one
+            shape with at least two rows in the whole batch, or a scale that is not positive.
+
+    References:
+        "ALIP: Adaptive Language-Image Pre-training with Synthetic Caption", ICCV 2023.
+
+    Example:
+        >>> v = torch.eye(2)
+        >>> loss = AlipLoss(initial_history=0.0)
+        >>> round(loss(v, v, logit_scale=1.0, caption_features=v).item(), 4)  # all gates open: twice CLIP's
+        0.6265
+        >>> loss.state_dict()["histories"]
+        tensor([0.0100, 0.0100, 0.0100], dtype=torch.float64)
+    """
+
+    histories: Tensor
+
+    def __init__(
+        self,
+        *,
+        gamma_sample: float = 2.0,
+        gamma_pair: float = 2.0,
+        momentum: float = 0.99,
+        initial_history: float = 1.0,
+        gather: GatherOption = None,
+    ) -> None:
+        super().__init__(gather)
+        self.gamma_sample = check_weight("gamma_sample", gamma_sample)
+        self.gamma_pair = check_weight("gamma_pair", gamma_pair)
+        self.momentum = check_weight("momentum", momentum)
+        if self.momentum > 1:
+            raise ValueError(f"momentum must be in [0, 1]; got {momentum!r}")
+        if not (isinstance(initial_history, (int, float)) and math.isfinite(initial_history)):
+            raise ValueError(f"initial_history must be finite; got {initial_history!r}")
+        self.register_buffer("histories", torch.full((3,), initial_history, dtype=torch.float64))
+        self._steps_are_announced = False
+        self._step_begins = True
+
+    def set_progress(self, step: int, total_steps: int) -> None:  # noqa: ARG002 (a trainer's convention)
+        """A training step begins: the next call in training mode moves the histories, later ones do not."""
+        self._steps_are_announced = self._step_begins = True
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,  # noqa: ARG002
+        output_dict: bool = False,
+        *,
+        caption_features: Tensor,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or with ``output_dict`` its two parts."""
+        self.check_inputs(image_features, text_features, logit_scale)
+        _check_captions(caption_features, text_features)
+        # Both captions in one collective.
+        images, captions = self.gather(image_features, torch.stack([text_features, caption_features], dim=1))
+        texts, synthetic = captions.unbind(1)
+        text_weights, caption_weights = self._weights(images, texts, synthetic)
+        anchors = images, texts, synthetic
+        if self.gather.anchors_are_local:
+            anchors = image_features, text_features, caption_features
+        rows = torch.arange(len(anchors[0]), device=images.device)
+        rows = rows + self.gather.first_row(len(rows))
+
+        def part(own: Tensor, everyone: Tensor, weights: Tensor) -> Tensor:
+            nll = F.cross_entropy(logit_scale * anchors[0] @ everyone.T, rows, reduction="none")
+            nll = nll + F.cross_entropy(logit_scale * own @ images.T, rows, reduction="none")
+            return (nll / 2 * weights[rows]).mean()
+
+        raw = {"contrastive_loss": part(anchors[1], texts, text_weights)}
+        caption = {"caption_contrastive_loss": part(anchors[2], synthetic, caption_weights)}
+        return combined(raw, caption, output_dict)
+
+    @torch.no_grad()
+    def _weights(self, images: Tensor, texts: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights of the raw and of the caption pairs, ``[N]`` each."""
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        v, t, c = (x.to(dtype) for x in (images, texts, captions))
+        cosines = torch.stack([(t * c).sum(-1), (t * v).sum(-1), (c * v).sum(-1)])
+        if self.training and self._step_begins:
+            mean = cosines.mean(-1).to(self.histories.dtype)
+            moved = self.momentum * self.histories + (1 - self.momentum) * mean
+            # A GradScaler skips the step of an overflow; the histories must skip it too.
+            self.histories.copy_(torch.where(mean.isfinite(), moved, self.histories))
+            self._step_begins = not self._steps_are_announced
+        sample, text, caption = (cosines - self.histories.to(dtype)[:, None]).unbind(0)
+        gate = torch.exp(self.gamma_sample * sample)
+        pairs = (torch.where(gate < 1, torch.exp(self.gamma_pair * x), 1.0) for x in (text, caption))
+        of_text, of_caption = (gate.clamp_max(1) * pair for pair in pairs)
+        return of_text, of_caption
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AlipLoss:
+        # What to(), half() and so on do to a buffer. The device is fn's choice, the dtype is not.
+        histories, self.histories = self.histories, self.histories.float()  # a dtype that every device has
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.histories.device
+        self.histories = histories.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        return self
+
+    def extra_repr(self) -> str:
+        """The options of the weights."""
+        return (
+            f"gamma_sample={self.gamma_sample:g}, gamma_pair={self.gamma_pair:g}, momentum={self.momentum:g}"
+        )
+
+
+def _check_captions(captions: Tensor, texts: Tensor) -> None:
+    wanted, got = f"{tuple(texts.shape)} on {texts.device}", type(captions).__name__
+    if isinstance(captions, Tensor):
+        if captions.is_floating_point() and (captions.shape, captions.device) == (texts.shape, texts.device):
+            return
+        got = f"{captions.dtype} of shape {tuple(captions.shape)} on {captions.device}"
+    raise ValueError(
+        f"caption_features must be floating point, of text_features' shape and device, {wanted}; got {got}"
+    )

@@ -1,0 +1,94 @@
+"""CyCLIP and ALIP as the catalogue of ``--loss`` describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankloss.distributed import Gather
+from rankloss_baselines.alip import AlipLoss
+from rankloss_baselines.cyclip import CyClipLoss
+from rankloss_trainers.catalog import LossEntry, Option, Options, number_type, weight
+
+CYCLIP = LossEntry(
+    build=lambda base, options, gather: CyClipLoss(base, **options, gather=gather),
+    help="the trainer's own plus CyCLIP's cyclic consistency terms",
+    options=(
+        Option("lambda-cross", 0.25, "weight of the cross-modal term", {"type": weight, "metavar": "X"}),
+        Option("lambda-in", 0.25, "weight of the in-modal term", {"type": weight, "metavar": "X"}),
+    ),
+    describe=lambda options, _: (
+        f"weights {options['lambda_cross']:g} cross-modal and {options['lambda_in']:g} in-modal"
+    ),
+)
+
+
+def _build_alip(_: Any, options: Options, gather: Gather) -> AlipLoss:
+    weights = {key: value for key, value in options.items() if key != "caption_key"}
+    return AlipLoss(**weights, gather=gather)
+
+
+def _refuse_alip(options: Options, _: Gather) -> str | None:
+    if options["caption_key"] is None:
+        return "alip needs a second caption of each image: name it with --alip-caption-key"
+    if not 0 <= options["momentum"] <= 1:
+        return f"momentum: must be in [0, 1], got {options['momentum']:g}"
+    return None
+
+
+def alip_log(criterion: AlipLoss, _: Any, **inputs: Any) -> Mapping[str, Tensor]:
+    """The terms of ALIP, and its histories: of the two captions, and of the image with each."""
+    terms: Mapping[str, Tensor] = criterion(**inputs, output_dict=True)
+    names = ("alip_text_caption", "alip_image_text", "alip_image_caption")
+    histories = criterion.histories.to(torch.float32, copy=True).unbind()
+    return {**terms, **dict(zip(names, histories, strict=True))}
+
+
+ALIP = LossEntry(
+    build=_build_alip,
+    help="CLIP's loss on two captions of each image, weighted by how well they fit (ALIP)",
+    options=(
+        Option(
+            "caption-key",
+            None,
+            "where the synthetic caption is: a column of a CSV file; in a webdataset the extension of a text "
+            "file, or json:FIELD; in Hugging Face's Trainer the prefix of its columns",
+            {"metavar": "KEY"},
+            "must be given",
+        ),
+        Option(
+            "gamma-sample",
+            2.0,
+            "how steeply a sample's weight falls with the similarity of its captions",
+            {"type": weight, "metavar": "X"},
+        ),
+        Option(
+            "gamma-pair",
+            2.0,
+            "how steeply a pair's weight changes with its similarity",
+            {"type": weight, "metavar": "X"},
+        ),
+        Option(
+            "momentum", 0.99, "share of the histories that a step keeps", {"type": weight, "metavar": "X"}
+        ),
+        Option(
+            "initial-history",
+            1.0,
+            "where the histories start; 1 closes almost every gate at first",
+            {"type": number_type(), "metavar": "X"},
+        ),
+    ),
+    refuse=_refuse_alip,
+    describe=lambda options, _: (
+        f"second caption {options['caption_key']!r}, gamma {options['gamma_sample']:g} for samples and "
+        f"{options['gamma_pair']:g} for pairs, histories from {options['initial_history']:g} with momentum "
+        f"{options['momentum']:g}"
+    ),
+    unit="step",
+    caption_key=lambda options: options["caption_key"],
+    no_sigmoid="it weighs the pairs of a softmax loss of its own",
+    log=lambda _: alip_log,
+)

@@ -1,0 +1,59 @@
+"""What keeps the unmodified ``python -m open_clip_train.main`` from honouring ``--loss``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import sys
+
+from rankloss_open_clip import bootstrap
+from rankloss_open_clip.versions import missing_trainer
+
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+_RUNNER = (
+    "start the training with `python -m rankloss_open_clip` in place of `python -m open_clip_train.main`"
+)
+_TRAP = (
+    "Without the plug-in the trainer takes `--loss rankclip` for an abbreviation of `--loss-dist-impl "
+    "rankclip` and trains plain CLIP, without an error."
+)
+
+
+def problems() -> list[str]:
+    """Import what the trainer imports, and say what is wrong; the cause comes first.
+
+    Returns:
+        A sentence or two per problem; empty if ``--loss`` will be honoured.
+    """
+    missing = missing_trainer()
+    if missing:
+        return [f"{missing}."]
+    importlib.import_module("torch")
+    found = [] if bootstrap.attached() else [_why_not_loaded()]
+    for name in (*bootstrap.SEAMS, "rankloss_open_clip.training"):
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == name in bootstrap.OPTIONAL:
+                continue
+            found.append(f"{name} cannot be imported: {type(error).__name__}: {error}")
+    found += [
+        f"{name} could not be patched: {type(error).__name__}: {error}"
+        for name, error in bootstrap.failures.items()
+    ]
+    if not found:
+        from rankloss_open_clip import patches
+
+        found += [f"{name} is not patched: another import hook loads it first." for name in patches.missed()]
+    return [*found, _TRAP] if found else []
+
+
+def _why_not_loaded() -> str:
+    if os.environ.get(_AUTOLOAD) == "0":
+        return f"{_AUTOLOAD}=0 keeps torch from loading plug-ins. Unset it, or {_RUNNER}."
+    entries = importlib.metadata.entry_points(group="torch.backends")
+    if not any(entry.value == "rankloss_open_clip.bootstrap:attach" for entry in entries):
+        return f"rankloss is not installed here: its entry point is not registered. Install it, or {_RUNNER}."
+    version = getattr(sys.modules["torch"], "__version__", "")
+    return f"torch {version} did not load the plug-in, though it is registered. To go on, {_RUNNER}."

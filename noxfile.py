@@ -1,0 +1,79 @@
+"""The project's tests in other environments than that of ``make test``; ``nox -l`` lists the sessions.
+
+    nox -s lowest                            the core on the lowest torch and NumPy
+    nox -t transformers                      a trainer in its lowest and its newest supported version
+    nox -s "trainer(lightning-2.4.0)"        one version of it
+
+What stands after ``--`` is handed to pytest. Every session has an environment of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = []  # of a plain `nox`: all of them would install many gigabytes
+ROOT = Path(__file__).parent
+
+# The lower bounds of pyproject.toml's dependencies. Only Python 3.10 and 3.11 have wheels of this NumPy.
+LOWEST = {"torch": "2.6.0", "numpy": "1.24.0"}
+
+# The lowest and the newest supported version of each trainer, under the name of its extra.
+TRAINERS = {
+    "open-clip": ["3.0.0", "3.3.0"],
+    "transformers": ["4.51.3", "5.24.0"],
+    "sentence-transformers": ["6.2.0"],
+    "lightning": ["2.4.0", "2.6.6"],
+}
+PACKAGES = {name: name for name in TRAINERS} | {"open-clip": "open_clip_torch[training]"}
+TESTS = {
+    "open-clip": ["rankloss_open_clip", "test_losses.py", "test_distributed.py"],
+    "transformers": ["rankloss_trainers/test_transformers*.py"],
+    "sentence-transformers": ["rankloss_trainers/test_sentence_transformers.py"],
+    "lightning": ["rankloss_trainers/test_lightning.py"],
+}
+VERSIONS = [nox.param(name, version, id=f"{name}-{version}", tags=[name])
+            for name, versions in TRAINERS.items() for version in versions]  # fmt: skip
+
+
+def tests(*patterns: str) -> list[str]:
+    """The tests that match."""
+    return [str(path) for pattern in patterns for path in sorted((ROOT / "tests").glob(pattern))]
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """The core on the lowest torch and NumPy."""
+    session.install("--editable", ".[test]", *(f"{name}=={version}" for name, version in LOWEST.items()))
+    core = [*tests("test_*.py", "conditions"), "rankloss", "README.md"]
+    workers = ["-m", "not slow", "-n", "auto", "--dist", "loadfile"]
+    session.run("pytest", *core, *workers, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+@nox.parametrize(["name", "version"], VERSIONS)
+def trainer(session: nox.Session, name: str, version: str) -> None:
+    """An integration in the lowest and the newest supported version of its trainer."""
+    extra = "test" if name == "open-clip" else name  # the others without each other's dependencies
+    session.install("--editable", f".[{extra}]", "pytest", "hypothesis", f"{PACKAGES[name]}=={version}")
+    # Older releases warn of what newer ones of torch and NumPy deprecate.
+    session.run("pytest", "-W", "default", *tests(*TESTS[name]), *session.posargs)
+
+
+@nox.session
+def main_branch(session: nox.Session) -> None:
+    """What no registry has: RANKLOSS_OPEN_CLIP_CHECKOUT and RANKLOSS_TRANSFORMERS_CHECKOUT name checkouts."""
+    session.install("--editable", ".[test]")
+    files = ("rankloss_open_clip/test_main_branch.py", "rankloss_trainers/test_t*_page.py",
+             "rankloss_trainers/test_transformers_example.py")  # fmt: skip
+    session.run("pytest", *tests(*files), *session.posargs)
+
+
+@nox.session
+def links(session: nox.Session) -> None:
+    """Request every external link of the site that `make docs` built; needs the public web."""
+    session.install("linkchecker>=10.5")
+    # Addresses of this project's own that do not exist before it is published.
+    own = ["--ignore-url=github.com/rankloss", "--ignore-url=rankloss.github.io"]
+    session.run("linkchecker", "--check-extern", *own, "outputs/site/index.html")

@@ -1,0 +1,114 @@
+"""The counted bytes against every load and store that the interpreter carries out."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from devices import DEVICE
+from interpreter import interpreted, needs_triton
+from rankloss.kernels import confirm_equals, evaluate_rows, hash_rows
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from kernel_traffic import feature_bytes, traffic
+
+pytestmark = [needs_triton, pytest.mark.skipif(DEVICE.type != "cpu", reason="counted in the interpreter")]
+
+
+@pytest.fixture(autouse=True)
+def _interpreted() -> Iterator[None]:
+    with interpreted():
+        yield
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """First address and number of bytes of everything that is loaded and stored."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    seen: list[tuple[int, int]] = []
+
+    def watch(name: str, mask_at: int, accesses: int) -> None:
+        inner = getattr(InterpreterBuilder, name)
+
+        def watched(self: Any, *arguments: Any, **keywords: Any) -> Any:
+            pointers = next(a for a in arguments if hasattr(a, "get_element_ty"))
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            active = np.broadcast_to(arguments[mask_at].data, pointers.data.shape)
+            seen.extend((int(address), accesses * size) for address in pointers.data[active])
+            return inner(self, *arguments, **keywords)
+
+        monkeypatch.setattr(InterpreterBuilder, name, watched)
+
+    watch("create_masked_load", 1, 1)
+    watch("create_masked_store", 2, 1)
+    watch("create_atomic_rmw", 3, 2)
+    return seen
+
+
+@pytest.mark.parametrize("bins", [0, 32])
+def test_bytes_are_those_of_the_loads_and_stores(bins: int, moved: list[tuple[int, int]]) -> None:
+    n, N = 3, 150
+    x, y = torch.rand(2, n, N, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"method": "bin", "bins": bins} if bins else {}
+    one = torch.ones(())
+    _, _, gradient = evaluate_rows(x, y, one, one, **options)
+    assert gradient is not None
+    found: Counter[str] = Counter()
+    ranges = {
+        name: range(tensor.data_ptr(), tensor.data_ptr() + 4 * tensor.numel())
+        for name, tensor in {"cosines": x, "reference": y, "gradient": gradient}.items()
+    }
+    for address, size in moved:
+        name = next((name for name, where in ranges.items() if address in where), "scratch")
+        found[name] += size
+    scalars = n * 4 + n * 4 + 2 * 4  # beta and NLL of every row, the scale once per program
+    counted = traffic(n, N, bins=bins, processors=0, mates=bucket_mates(y))
+    assert found["cosines"] == counted.cosines
+    assert found["reference"] == counted.reference
+    assert found["gradient"] == counted.gradient
+    assert abs(found["scratch"] - scalars - counted.scratch) <= 2 * n  # the mates are rounded per row
+
+
+@pytest.mark.parametrize("width", [5, 300])
+def test_features_are_read_once_and_equal_ones_again(width: int, moved: list[tuple[int, int]]) -> None:
+    x = torch.randn(70, width)
+    x[[3, 69]] = x[[0, 0]]
+    candidates = torch.arange(70)
+    candidates[[3, 69]] = 0
+    for name, call in (
+        ("hash_rows", lambda: hash_rows(x)),
+        ("confirm_equals", lambda: confirm_equals(x, candidates)),
+    ):
+        call()
+        assert sum(size for _, size in moved) == feature_bytes(name, x, others=2)
+        moved.clear()
+
+
+def bucket_mates(reference: torch.Tensor) -> float:
+    """Depth of an item's bucket: N of them, one for the best, the others over the range of the rest."""
+    n, N = reference.shape
+    lowest, second = reference.amin(-1, keepdim=True), reference.topk(2).values[:, 1:]
+    buckets = ((reference - lowest) / ((second - lowest) / (N - 1))).clamp(0, N - 2).long()
+    buckets.scatter_(1, reference.argmax(-1, keepdim=True), N - 1)
+    depths = torch.zeros(n, N).scatter_add_(1, buckets, torch.ones(n, N))
+    return float(depths.square().sum() / (n * N))
+
+
+def test_long_lists_pass_the_cache_more_than_once() -> None:
+    cache = 50 * 2**20
+    assert traffic(1024, 8192).from_memory(cache) == 12 * 1024 * 8192
+    assert traffic(1024, 32_768, bins=2048).from_memory(cache) == 12 * 1024 * 32_768
+    assert traffic(1024, 16_384).from_memory(cache) == 12 * 1024 * 16_384  # with fewer programs
+    both = traffic(2 * 1024, 8192, matrices=2, opposite=True)  # x of one list is y of the next
+    assert both.from_memory(cache) == 8 * 2 * 1024 * 8192
+    for long in (traffic(1024, 65_536), traffic(1024, 131_072, bins=2048)):
+        assert long.from_memory(cache) == long.issued > long.once

@@ -1,0 +1,192 @@
+"""The benchmarks' own arithmetic, on made-up measurements, and their scripts, on sizes that say nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("open_clip")
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import bin_error  # noqa: E402
+import costs  # noqa: E402
+import distributed as processes  # noqa: E402
+import gpu  # noqa: E402
+import scaling  # noqa: E402
+from measure import Times, in_turns  # noqa: E402
+from process_pool import Pools  # noqa: E402
+from report import fill  # noqa: E402
+from scaling import Point, exponent  # noqa: E402
+
+CONDITIONS = {
+    "cpu": "A CPU", "cores": 2, "threads": 1, "system": "Linux", "python": "3", "torch": "2", "numpy": "2",
+    "rankloss": "0", "date": "2000-01-01", "d": 512, "load_average": 0.1,
+}  # fmt: skip
+MIB = 2**20
+SHOWN = {  # what the report makes of the points below
+    "naive / sort, time, N = 4,096": "at least 2.50× | 3.00× | yes",
+    "naive / sort, added memory, N = 4,096": "at least 12.00× | 14.00× | yes",
+    "naive / bin, time, N = 4,096": "at least 5.00× | 4.80× | **no**",
+    "RankClipLoss bin / ClipLoss, time, N = 4,096": "at most 4.00× | 3.00× | yes",
+    "RankConsistency bin, added memory, N = 16,384 / 8,192": "at most 2.20× | 2.00× | yes",
+    "RankConsistency sort, whole process, N = 32,768": "at most 2.00 GiB | not measured | –",
+    "ClipLoss streamed / ClipLoss, time, N = 16,384": "at most 1.30× | 1.20× | yes",
+    "SigLipLoss streamed / SigLipLoss, time, N = 4,096": "at most 1.30× | not measured | –",
+    "RankClipLoss / ClipLoss, time, N = 512": "at most 2.50× | 3.00× | **no**",
+    "demo's step, rankclip / clip, N = 128": "at most 1.03× | 1.05× | **no**",
+}
+
+
+def points() -> list[Point]:
+    """Twice as large, the naive terms take 4 times as much of everything, ours twice the memory."""
+    made = []
+    for n in (512, 1024, 2048, 4096, 8192, 16384):
+        time, memory = (n / 4096) ** 2, n / 4096
+        made += [
+            Point("ClipLoss", n, 1.0 * time, 1.0 * time, 100 * memory**2 * MIB),
+            Point("ClipLoss streamed", n, 1.2 * time, 1.2 * time, 20 * memory * MIB),
+            Point("RankConsistency sort", n, 4.0 * time, 4.5 * time, 50 * memory * MIB, saved_bytes=MIB),
+            Point("RankConsistency bin", n, None if n > 4096 else 2.5 * time, 2.0, 60 * memory * MIB),
+            Point("RankClipLoss", n, 3.0 * time, 3.0 * time, 60 * memory * MIB),
+            Point("RankClipLoss bin", n, 3.0 * time, 3.0 * time, 60 * memory * MIB),
+        ]
+        if n <= 4096:
+            made.append(Point("naive terms", n, 12.0 * time, 12.0 * time, 700 * memory**2 * MIB))
+    return made
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
+def test_exponent_is_that_of_a_power_law_over_what_is_large_and_there(p: float) -> None:
+    ns = [64, 1024, 2048, 4096, 16384]
+    assert exponent(ns, [9.0, *(3 * n**p for n in ns[1:3]), None, 3 * 16384**p]) == pytest.approx(p)
+    assert exponent(ns[:3], [1.0, 2.0, None]) is None
+
+
+def test_report_judges_the_targets_and_shows_what_was_not_measured() -> None:
+    step = {"ratio": {"--loss clip": 1.0, "--loss rankclip": 1.05, "naive": 1.2}}
+    dicts = [p._asdict() for p in points()]
+    text = scaling.report({"conditions": CONDITIONS, "points": dicts, "step": step, "notes": ["left out"]})
+    lines = text.splitlines()
+    for what, cells in SHOWN.items():
+        assert f"| {what} | {cells} |" in lines
+    assert "- left out" in lines
+    times, memory = (line for line in lines if line.startswith("| naive terms"))
+    assert times.endswith("| 12 (12.0×) | – | – | 2.00 |")  # N = 8,192 and 16,384 have no point
+    assert memory.endswith("| 700.0 | – | – | 2.00 |")
+    assert "| 2* |" in next(line for line in lines if line.startswith("| RankConsistency bin"))  # no ratio
+
+
+def test_times_of_different_runs_are_no_ratio() -> None:
+    alone = [p._replace(seconds=None) for p in points()]
+    shown = {what: found for what, _, found, _ in scaling.targets(alone, threads=2)}
+    assert shown["naive / sort, time, N = 4,096"] == "not measured"
+    assert shown["naive / sort, added memory, N = 4,096"] == "14.00×"
+    assert "RankClipLoss / ClipLoss, time, N = 512" not in shown  # a target of one thread
+
+
+def test_a_jump_between_neighbours_is_marked() -> None:
+    assert costs.jumps([1.0, 5.0, 26.0, 26.0, math.inf], least=0.1) == [False, False, True, False, True]
+    assert costs.jumps([0.01, 0.4, 30.0, 20.0], least=1.0) == [False, False, True, False]
+
+
+def test_fill_replaces_what_is_between_the_markers_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "doc.md"
+    path.write_text("a\n<!-- bench:x -->\nold\n<!-- /bench:x -->\nb\n")
+    for text in (r"new \1", "newer"):
+        fill(path, "x", text)
+        assert path.read_text() == f"a\n<!-- bench:x -->\n{text}\n<!-- /bench:x -->\nb\n"
+    with pytest.raises(ValueError, match="bench:y"):
+        fill(path, "y", "text")
+
+
+@pytest.mark.parametrize(
+    ("page", "marker"),
+    [("performance", "scaling"), ("performance", "distributed"), ("performance", "bins"), ("gpu", "gpu")],
+)
+def test_the_docs_have_a_place_for_every_table(page: str, marker: str, tmp_path: Path) -> None:
+    copy = tmp_path / "page.md"
+    copy.write_text((ROOT / f"docs/{page}.md").read_text(encoding="utf-8"), encoding="utf-8")
+    fill(copy, marker, "the table")
+    assert "\nthe table\n" in copy.read_text(encoding="utf-8")
+
+
+def test_contenders_take_turns_in_both_orders_and_ratios_are_of_the_rounds() -> None:
+    calls: list[str] = []
+    times = in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=2)
+    assert "".join(calls) == "baabba"
+    assert {name: len(t.seconds) for name, t in times.items()} == {"a": 2, "b": 2}
+    assert Times([1.0, 20.0, 3.0]).ratio_to(Times([0.5, 10.0, 2.0])) == 2.0  # the second was slow for both
+
+
+def test_more_bins_are_closer_to_the_exact_order() -> None:
+    few, many = bin_error.errors("agreeing", 64, 8, 10.0, (4, 256))
+    assert 0 < many < few / 4
+
+
+def test_bytes_of_real_processes_are_those_of_the_formula(pools: Pools) -> None:
+    n, d = 32, 16
+    for world_size, local_loss in ((1, True), (2, True), (2, False)):
+        ranks = pools[world_size].run(processes.measure_rank, n, d, local_loss, "sort", 1)
+        found = processes.slowest(world_size, local_loss, ranks)
+        filled = 2 * n * d * 4 if world_size > 1 else 0
+        assert (found["gathered_bytes"], found["reduced_bytes"]) == (filled, filled)
+        # All that a ring sends of what is gathered once and summed, which takes twice as much.
+        share = (world_size - 1) / world_size
+        assert processes.sent_bytes(n, d, world_size) == share * (filled + 2 * filled)
+
+
+def test_a_section_on_the_gpu_that_fails_leaves_the_others_and_one_that_is_done_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"sort": {"milliseconds": 0.5}}
+    sections = {"bad": lambda bench: {}[bench], "good": lambda _: found}
+    sections["good"].__doc__ = "Good times"
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    for said in ("good: done in", "good: done before"):
+        assert gpu.main(["--dry-run", "--output", str(tmp_path), "--only", "bad", "good"]) == 1
+        out = capsys.readouterr().out
+        assert "bad: FAILED" in out
+        assert said in out
+    assert json.loads((tmp_path / "good.json").read_text()) == found
+    report = (tmp_path / "report.md").read_text()
+    assert "### Good times\n\n|  | milliseconds |\n" in report
+    assert "Not measured: bad." in report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "said", "files"),
+    [
+        ("scaling.py", "| naive terms |", {"results.json", "table.md"}),
+        ("bin_error.py", "| agreeing, N = 32, s = 100 |", {"bin_error.json", "bin_error.md"}),
+        ("distributed.py", "| 4 | False | 32 |", {"distributed.json", "distributed.md"}),
+        ("costs.py", "| chunk_size = | 1 | 2 | 4 |", {"costs.json", "costs.md"}),
+    ],
+)
+def test_script_measures_and_reports_the_same_again(
+    script: str, said: str, files: set[str], tmp_path: Path
+) -> None:
+    def run(*arguments: object) -> str:
+        command = [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode in (0, 1 if script == "costs.py" else 0), done.stderr
+        return done.stdout
+
+    assert said in run("--quick", "--output", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == files
+    results, report = sorted(files)
+    again = run("--results", tmp_path / results, "--output", tmp_path / "again")
+    assert (tmp_path / report).read_text() in again
+
+
+@pytest.mark.slow
+def test_every_section_of_the_gpu_script_runs(tmp_path: Path) -> None:
+    assert gpu.main(["--dry-run", "--output", str(tmp_path)]) == 0
+    assert "Not measured" not in (tmp_path / "report.md").read_text()

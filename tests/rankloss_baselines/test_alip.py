@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import copy
+import io
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from batches import gradients, relative_error, unit_rows
+from rankloss import ClipLoss, RankClipLoss
+from rankloss_baselines import AlipLoss, CyClipLoss, reference
+
+KEYS = ("contrastive_loss", "caption_contrastive_loss")
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def triples(seed: int, n: int, d: int, scale: float, dtype: torch.dtype = torch.float64) -> Inputs:
+    """Unit-norm features of images, raw texts and synthetic captions, and the scale."""
+    rng = np.random.default_rng(seed)
+    rows = [torch.from_numpy(unit_rows(rng, n, d)) for _ in range(3)]
+    tensors = (*rows, torch.tensor(scale, dtype=torch.float64))
+    return tuple(x.to(dtype).requires_grad_() for x in tensors)  # type: ignore[return-value]
+
+
+random_triples = st.builds(
+    triples,
+    st.integers(0, 2**32 - 1),
+    st.integers(2, 10),
+    st.integers(2, 8),
+    st.sampled_from([1.0, 14.0, 100.0]),
+)
+
+
+def call(loss: AlipLoss, inputs: Inputs, **options: Any) -> Any:
+    v, t, c, s = inputs
+    return loss(v, t, s, caption_features=c, **options)
+
+
+def arrays(inputs: Inputs) -> list[np.ndarray]:
+    return [x.detach().numpy() for x in inputs[:3]]
+
+
+# Values of the published code: the recipe of data/vectors.json, the captions drawn third.
+R0, R1 = (0, 6, 4, 10.000000000000002), (1, 64, 16, 1 / 0.07)
+PUBLISHED = {
+    "R0, H=1, step 1": (R0, 1.0, 1, {
+        "histories": (0.994007661253154, 0.987500512357093, 0.988909850448204),
+        "mean weights": (0.360453399271319, 0.118589279460584, 0.174001282034709),
+        "parts": (0.299368457435125, 0.253992792978738),
+        "gradient": 0.485387526165668,
+    }),
+    "R0, H=1, step 2": (R0, 1.0, 2, {
+        "histories": (0.988075245893776, 0.975126019590615, 0.977930602391925),
+        "mean weights": (0.36475558974686, 0.121560863997554, 0.177864346834844),
+        "parts": (0.310532613131939, 0.2627306122853),
+        "gradient": 0.502661528160466,
+    }),
+    "R0, H=0, step 1": (R0, 0.0, 1, {
+        "histories": (0.00400766125315378, -0.00249948764290719, -0.00109014955179645),
+        "mean weights": (0.952557284370538, 0.881203809534855, 0.94774192888312),
+        "parts": (8.38668220144151, 7.25807625327218),
+        "gradient": 10.1854445396349,
+    }),
+    "R1, H=1, step 1": (R1, 1.0, 1, {
+        "histories": (0.989458637171888, 0.989784167069164, 0.990514056321693),
+        "mean weights": (0.140969177517109, 0.145038540275615, 0.169208032491092),
+        "parts": (0.163924845165852, 0.157374771104709),
+        "gradient": 0.0835407451560408,
+    }),
+    "R1, H=0, step 1": (R1, 0.0, 1, {
+        "histories": (-0.000541362828112465, -0.00021583293083633, 0.000514056321692686),
+        "mean weights": (0.805136970453055, 0.9877617739814, 1.10895474784322),
+        "parts": (6.59273048716526, 6.30180614646276),
+        "gradient": 2.82116042404587,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_code(name: str) -> None:
+    recipe, start, steps, expected = PUBLISHED[name]
+    inputs = triples(*recipe)
+    loss, histories = AlipLoss(initial_history=start), np.full(3, start)
+    for _ in range(steps):
+        entries = call(loss, inputs, output_dict=True)
+        oracle = reference.alip(*arrays(inputs), inputs[3].item(), histories=histories)
+        histories = oracle["histories"]
+    assert tuple(entries) == KEYS
+    assert loss.histories.tolist() == pytest.approx(expected["histories"], rel=1e-9)
+    assert [x.item() for x in entries.values()] == pytest.approx(expected["parts"], rel=1e-9)
+    (dv,) = torch.autograd.grad(sum(entries.values()), inputs[0])
+    assert dv.norm().item() == pytest.approx(expected["gradient"], rel=1e-9)
+    # The oracle too, whose weights the published ones are compared with.
+    assert (oracle["text"], oracle["caption"]) == pytest.approx(expected["parts"], rel=1e-9)
+    assert tuple(oracle["weights"].mean(1)) == pytest.approx(expected["mean weights"], rel=1e-9)
+
+
+@given(random_triples, st.sampled_from([0.0, 0.5, 1.0]))
+def test_value_and_gradients_over_steps(inputs: Inputs, start: float) -> None:
+    options = {"gamma_sample": 1.5, "gamma_pair": 3.0, "momentum": 0.7}
+    loss, histories = AlipLoss(initial_history=start, **options), np.full(3, start)
+    v, t, c, s = inputs
+    for _ in range(2):
+        entries = call(loss, inputs, output_dict=True)
+        step = reference.alip(*arrays(inputs), s.item(), histories=histories, **options)
+        histories = step["histories"]
+        np.testing.assert_allclose(loss.histories, histories, rtol=1e-12, atol=1e-14)
+        for entry, name in zip(entries.values(), ("text", "caption"), strict=True):
+            assert entry.item() == pytest.approx(step[name], rel=1e-9, abs=1e-12)
+        # The gradient is that of the weighted likelihoods, the weights being constants.
+        w_s, w_r, w_c = torch.from_numpy(step["weights"]).unbind()
+        expected = torch.zeros((), dtype=torch.float64)
+        for u, w in ((t, w_r), (c, w_c)):
+            logits = s * v @ u.T
+            nll = -(logits.log_softmax(0).diagonal() + logits.log_softmax(1).diagonal()) / 2
+            expected = expected + (nll * w_s * w).sum() / len(v)
+        wanted = gradients(expected, inputs, -1.7)
+        for a, b in zip(gradients(sum(entries.values()), inputs, -1.7), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@given(random_triples, st.randoms(use_true_random=False))
+def test_symmetries(inputs: Inputs, random: Any) -> None:
+    """Open gates give CLIP's loss twice; order changes nothing, nor the scale the histories."""
+    v, t, c, s = inputs
+    # A history of −3 is below every cosine: g > 1 everywhere.
+    open_ = call(AlipLoss(initial_history=-3.0, momentum=1.0), inputs)
+    torch.testing.assert_close(open_, ClipLoss()(v, t, s) + ClipLoss()(v, c, s), rtol=1e-12, atol=1e-14)
+    order = list(range(len(v)))
+    random.shuffle(order)
+    losses = [AlipLoss() for _ in range(3)]
+    value, other = call(losses[0], inputs), call(losses[1], (v[order], t[order], c[order], s))
+    torch.testing.assert_close(value, other, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(losses[0].histories, losses[1].histories, rtol=1e-13, atol=0)
+    call(losses[2], (v, t, c, s + 7))
+    assert torch.equal(losses[0].histories, losses[2].histories)
+
+
+# --- histories ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("announced", "modes", "moves"),
+    [
+        ([], "tttt", "1111"),  # each call in training mode is a step
+        ([], "teet", "1001"),
+        ([0, 2], "tttt", "1010"),  # two calls a step
+        ([0, 0, 2], "ettt", "0110"),  # an evaluation takes nothing from the step, nor does a second word
+        ([1], "tttt", "1100"),  # announced late
+    ],
+)
+def test_histories_move_once_a_training_step(announced: list[int], modes: str, moves: str) -> None:
+    inputs, loss = triples(*R0), AlipLoss()
+    moved = ""
+    for k, mode in enumerate(modes):
+        for step in (step for step in announced if step == k):
+            loss.set_progress(step + 1, 9)
+        before = loss.histories.clone()
+        call(loss.train(mode == "t"), inputs)
+        moved += str(int(not torch.equal(loss.histories, before)))
+    assert moved == moves
+
+
+def test_accumulated_step_is_the_step_of_the_whole_batch() -> None:
+    """What a trainer with gradient accumulation does: K calls, in each the gradient of one chunk."""
+    v, t, c, s = inputs = triples(3, 8, 5, 20.0)
+    whole, accumulated = AlipLoss(), AlipLoss()
+    for step in (1, 2):
+        expected = gradients(call(whole, inputs), (v, t, c), 1.0)
+        got = [torch.zeros_like(x) for x in (v, t, c)]
+        accumulated.set_progress(step, 2)
+        for rows in torch.arange(8).chunk(4):
+            alive = torch.zeros(8, 1, dtype=torch.bool).index_fill(0, rows, True)
+            chunk = [torch.where(alive, x, x.detach()) for x in (v, t, c)]
+            value = call(accumulated, (*chunk, s))
+            got = [a + b for a, b in zip(got, torch.autograd.grad(value, (v, t, c)), strict=True)]
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+        assert torch.equal(whole.histories, accumulated.histories)
+
+
+def test_checkpoint_resumes_the_histories() -> None:
+    batches = [triples(seed, 6, 4, 10.0) for seed in range(4)]
+    whole, first, second = AlipLoss(), AlipLoss(), AlipLoss(initial_history=0.3)
+    values = [call(whole, batch) for batch in batches]
+    for batch in batches[:2]:
+        call(first, batch)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    assert list(second.state_dict()) == ["histories"]
+    for batch, value in zip(batches[2:], values[2:], strict=True):
+        assert torch.equal(call(second, batch), value)
+    assert torch.equal(copy.deepcopy(whole).histories, whole.histories)
+
+
+def test_casting_the_module_does_not_round_the_histories() -> None:
+    loss = AlipLoss()
+    call(loss, triples(*R0))
+    before = loss.histories.clone()
+    for cast in (loss.to(torch.bfloat16), loss.half(), loss.float(), loss.double(), loss.to("cpu")):
+        assert cast is loss
+        assert loss.histories.dtype == torch.float64
+        assert torch.equal(loss.histories, before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_bad_step_shows_in_the_loss_and_not_in_the_histories(value: float) -> None:
+    v, t, c, s = inputs = triples(*R0)
+    bad = v.detach().clone()
+    bad[1, 2] = value
+    loss, spared = AlipLoss(), AlipLoss()
+    assert not call(loss, (bad, t, c, s)).isfinite()
+    call(spared, inputs)
+    assert loss.histories[0] == spared.histories[0]  # text · caption has nothing to do with the image
+    assert loss.histories[1:].tolist() == [1.0, 1.0]
+    assert call(loss, inputs).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    inputs = triples(*R1, dtype)
+    loss = AlipLoss()
+    value = call(loss, inputs)
+    assert value.dtype == torch.float32
+    expected = call(AlipLoss(), tuple(x.detach().double() for x in inputs))  # type: ignore[arg-type]
+    assert relative_error(value, expected) < (1e-5 if dtype == torch.float32 else 0.02)
+    assert loss.histories.dtype == torch.float64
+    assert all(g.isfinite().all() for g in torch.autograd.grad(value, inputs))
+
+
+# --- conventions ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outer", [CyClipLoss, lambda base: RankClipLoss(base, schedule="constant")])
+def test_it_is_a_base(outer: Any) -> None:
+    v, t, c, s = inputs = triples(*R0)
+    loss = outer(AlipLoss())
+    entries = loss(v, t, s, torch.tensor(-10.0), output_dict=True, caption_features=c)
+    assert list(entries)[:2] == list(KEYS)
+    assert len(entries) == 4
+    assert list(loss.state_dict()) == ["base.histories"]
+    torch.testing.assert_close(sum(list(entries.values())[:2]), call(AlipLoss(), inputs), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [
+        ({"gamma_sample": -1.0}, "gamma_sample"),
+        ({"gamma_pair": math.inf}, "gamma_pair"),
+        ({"momentum": 1.5}, "momentum"),
+        ({"momentum": math.nan}, "momentum"),
+        ({"initial_history": math.nan}, "initial_history"),
+        ({"initial_history": "1"}, "initial_history"),
+        ({"gather": True}, "gather"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], argument: str) -> None:
+    with pytest.raises(ValueError, match=argument):
+        AlipLoss(**options)
+    assert "gamma_sample=2, gamma_pair=2, momentum=0.99" in repr(AlipLoss())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda c: c[:5],
+        lambda c: normalize(c[:, :3]),
+        lambda c: c.long(),
+        lambda c: c.to("meta"),
+        lambda c: c.detach().numpy(),
+    ],
+)
+def test_bad_captions_are_named(bad: Any) -> None:
+    v, t, c, s = triples(*R0)
+    with pytest.raises((ValueError, TypeError), match="caption_features"):
+        AlipLoss()(v, t, s, caption_features=bad(c))
+    with pytest.raises(ValueError, match="image_features"):
+        AlipLoss()(v[:1], t[:1], s, caption_features=c[:1])

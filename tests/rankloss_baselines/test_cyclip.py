@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import oracle
+from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
+from rankloss import ClipLoss, RankClipLoss
+from rankloss_baselines import CyClipLoss, reference
+
+KEYS = ("contrastive_loss", "cyclic_cross_modal_loss", "cyclic_in_modal_loss")
+
+
+def direct(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The formulas with their N×N matrices, in float64 and with autograd."""
+    return oracle.cyclic(v.double(), t.double())
+
+
+def close_pair(seed: int, n: int, d: int, noise: float, rotated: bool) -> tuple[Tensor, Tensor]:
+    """Float32 texts that are the images up to noise, or up to noise and a rotation of the whole space."""
+    generator = torch.Generator().manual_seed(seed)
+    v, e = (torch.randn(n, d, generator=generator, dtype=torch.float64) for _ in range(2))
+    turn = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    v = normalize(v + 1, dim=-1)
+    t = normalize((v @ turn if rotated else v) + noise * e / math.sqrt(d), dim=-1)
+    return v.float(), t.float()
+
+
+@pytest.mark.parametrize("key", VECTORS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_vectors(key: str, dtype: torch.dtype, tolerance: float) -> None:
+    case = VECTORS[key]
+    v, t, s = vector_batch(case).leaves(dtype)
+    entries = CyClipLoss()(v, t, s, output_dict=True)
+    assert tuple(entries) == KEYS
+    expected = (case["clip"], *(case["cyclip"][term] / 4 for term in ("cross_modal", "in_modal")))
+    for entry, value in zip(entries.values(), expected, strict=True):
+        assert entry.dtype == dtype
+        assert relative_error(entry, value) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("key", "loss", "gradient"),
+    [
+        ("0:6:4:10", 11.034531717022, 1.43229774788922),
+        ("0:6:4:100", 97.9153143930865, 1.43229774788922),
+        ("1:64:16:14.2857142857142857", 13.0170218419533, 1.08989723986958),
+    ],
+)
+def test_published_code(key: str, loss: float, gradient: float) -> None:
+    v, t, s = vector_batch(VECTORS[key]).leaves()
+    assert CyClipLoss()(v, t, s).item() == pytest.approx(loss, rel=1e-9)
+    cross, in_ = CyClipLoss().terms(v, t)
+    (dv,) = torch.autograd.grad(0.25 * (cross + in_), v)
+    assert dv.norm().item() == pytest.approx(gradient, rel=1e-9)
+
+
+@given(batches(), st.sampled_from([1.0, -2.7]))
+def test_value_and_gradients_are_those_of_the_formula(batch: Batch, upstream: float) -> None:
+    v, t, s = inputs = batch.leaves()
+    loss = CyClipLoss(lambda_cross=0.7, lambda_in=0.3)
+    for term, formula in zip(
+        loss.terms(v, t), (reference.cyclic_cross_modal, reference.cyclic_in_modal), strict=True
+    ):
+        expected = formula(batch.image.numpy(), batch.text.numpy())
+        assert term.item() == pytest.approx(expected, rel=1e-9, abs=1e-13)
+    cross, in_ = direct(v, t)
+    total, expected = loss(v, t, s), ClipLoss()(v, t, s) + 0.7 * cross + 0.3 * in_
+    for a, b in zip(gradients(total, inputs, upstream), gradients(expected, inputs, upstream), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(2, 24), st.sampled_from([1, 0.1, 1e-2, 1e-3])
+)
+def test_float32_is_right_however_close_the_modalities(seed: int, n: int, d: int, noise: float) -> None:
+    for rotated in (False, True):
+        leaves = [x.requires_grad_() for x in close_pair(seed, n, d, noise, rotated)]
+        for actual, expected in zip(CyClipLoss().terms(*leaves), direct(*leaves), strict=True):
+            if expected < 1e-12:  # below what float32 features say of one another
+                continue
+            assert actual.dtype == torch.float32
+            assert relative_error(actual, expected) < 1e-5
+            wanted = torch.autograd.grad(expected, leaves, retain_graph=True)
+            for a, b in zip(torch.autograd.grad(actual, leaves, retain_graph=True), wanted, strict=True):
+                assert relative_error(a, b) < 1e-4
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1e-4, 1e-5]))
+def test_a_value_that_rounds_to_zero_keeps_its_gradient(seed: int, spread: float) -> None:
+    rng = np.random.default_rng(seed)
+    v, t = (rng.standard_normal(4) + spread * rng.standard_normal((5, 4)) for _ in range(2))
+    leaves = [torch.from_numpy(x / np.linalg.norm(x, axis=1, keepdims=True)).requires_grad_() for x in (v, t)]
+    for actual, expected in zip(CyClipLoss().terms(*leaves), direct(*leaves), strict=True):
+        assert actual >= 0
+        for a, b in zip(
+            *(torch.autograd.grad(x, leaves, retain_graph=True) for x in (actual, expected)), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("n", "d"), [(5, 3), (3, 5)])  # from moments, from products
+def test_gradcheck(n: int, d: int) -> None:
+    v, t, s = random_batch(0, n, d, 10.0).leaves()
+    assert torch.autograd.gradcheck(CyClipLoss(), (v, t, s))
+    assert torch.autograd.gradgradcheck(lambda v, t: CyClipLoss().terms(v, t), (v, t))
+
+
+@given(batches(), st.randoms(use_true_random=False))
+def test_symmetries(batch: Batch, random: Any) -> None:
+    """Order, a common rotation and swapped modalities change nothing; equal geometries give 0."""
+    v, t = batch.image, batch.text
+    terms = CyClipLoss().terms
+    expected = torch.stack(terms(v, t))
+    order = list(range(len(v)))
+    random.shuffle(order)
+    turn = torch.linalg.qr(torch.randn(v.shape[1], v.shape[1], dtype=v.dtype)).Q
+    for a, b in ((v[order], t[order]), (v @ turn, t @ turn), (t, v)):
+        torch.testing.assert_close(torch.stack(terms(a, b)), expected, rtol=1e-9, atol=1e-12)
+    # Turning the texts alone leaves the in-modal term as it is.
+    torch.testing.assert_close(terms(v, t @ turn)[1], expected[1], rtol=1e-9, atol=1e-12)
+    for zero in (*terms(v, v), terms(v, v @ turn)[1]):
+        assert 0 <= zero.item() < 1e-12
+
+
+@pytest.mark.parametrize(("n", "d"), [(512, 8), (8, 512)])
+def test_memory_is_that_of_the_smaller_side(n: int, d: int) -> None:
+    v, t, _ = random_batch(0, n, d, 10.0).leaves(torch.float32)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        sum(CyClipLoss().terms(v, t)).backward()
+    assert saved
+    assert max(saved) <= n * d
+
+
+def test_half_precision_features_are_computed_in_full() -> None:
+    v, t, _ = random_batch(0, 32, 16, 10.0).leaves(torch.bfloat16)
+    expected = torch.stack(direct(v.detach(), t.detach())).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.stack(CyClipLoss().terms(v, t))
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+    assert all(g.dtype == torch.bfloat16 for g in torch.autograd.grad(actual.sum(), (v, t)))
+
+
+def test_a_weight_of_zero_adds_nothing() -> None:
+    v, t, s = random_batch(0, 6, 4, 10.0).leaves()
+    loss = CyClipLoss(lambda_cross=0, lambda_in=0)
+    assert tuple(loss(v, t, s, output_dict=True)) == KEYS
+    assert torch.equal(loss(v, t, s), ClipLoss()(v, t, s))
+    assert CyClipLoss(lambda_in=0)(v, t, s, output_dict=True)["cyclic_in_modal_loss"] == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_plausible_number_for_features_that_are_not_finite(value: float) -> None:
+    for which in range(2):
+        v, t, _ = random_batch(0, 6, 4, 10.0).leaves()
+        with torch.no_grad():
+            (v, t)[which][2, 1] = value
+        assert not any(term.isfinite() for term in CyClipLoss().terms(v, t))
+
+
+def test_bases_compose_in_either_order() -> None:
+    v, t, s = random_batch(0, 6, 4, 10.0).leaves()
+    outer = RankClipLoss(CyClipLoss(lambda_in=0.5), schedule="constant")
+    inner = CyClipLoss(RankClipLoss(schedule="constant"), lambda_in=0.5)
+    entries = outer(v, t, s, output_dict=True)
+    assert (
+        set(entries) == set(inner(v, t, s, output_dict=True)) == {*KEYS, "cross_modal_loss", "in_modal_loss"}
+    )
+    torch.testing.assert_close(outer(v, t, s), inner(v, t, s), rtol=1e-12, atol=0)
+
+
+def test_base_gets_its_own_inputs_and_nothing_is_lost_to_a_name() -> None:
+    v, t, s = random_batch(0, 6, 4, 10.0).leaves()
+    seen = {}
+
+    def base(image_features, text_features, logit_scale, output_dict, **inputs):
+        seen.update(inputs)
+        return logit_scale * (image_features * text_features).sum()
+
+    entries = CyClipLoss(base)(v, t, s, torch.tensor(-10.0), output_dict=True, labels=3)
+    assert seen == {"labels": 3, "logit_bias": torch.tensor(-10.0)}
+    torch.testing.assert_close(entries["contrastive_loss"], s * (v * t).sum())
+    with pytest.raises(ValueError, match="cyclic_cross_modal_loss"):
+        CyClipLoss(CyClipLoss())(v, t, s)
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [
+        ({"lambda_cross": -1.0}, "lambda_cross"),
+        ({"lambda_in": math.nan}, "lambda_in"),
+        ({"gather": "no"}, "gather"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], argument: str) -> None:
+    with pytest.raises(ValueError, match=argument):
+        CyClipLoss(**options)
+    assert "lambda_cross=0.25, lambda_in=0.1" in repr(CyClipLoss(lambda_in=0.1))

@@ -1,0 +1,438 @@
+"""What comes with a text: read, sent through the trainer's data path, and taken apart before the model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import open_clip
+import open_clip_train.data
+import pytest
+import torch
+from open_clip_train.params import parse_args
+from PIL import Image
+from teacher_features import stored, unit_rows
+from torch import Tensor, nn
+
+from rankloss_open_clip.command_line import companion_of
+from rankloss_open_clip.companions import (
+    Companion,
+    JoinedSamples,
+    JoinedTokenizer,
+    SecondCaption,
+    join_csv,
+    split_features,
+)
+from rankloss_open_clip.reference_features import IN_SAMPLES, NAMES, ReferenceFeatures, opened
+
+CONTEXT = 9
+OPTION = "--rankclip-reference-features"
+
+
+def npy(array: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@functools.cache
+def tokenizer() -> open_clip.SimpleTokenizer:
+    return open_clip.SimpleTokenizer(context_length=CONTEXT)
+
+
+def taken_apart(companion: Companion, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Tokens and companions, as the hook in front of the model finds them."""
+    joined = JoinedTokenizer(tokenizer(), companion)(texts)
+    assert joined.shape[:2] == (len(texts), 1)
+    assert joined.dtype == torch.int64
+    return joined[:, 0, :CONTEXT], joined[:, 0, CONTEXT:]
+
+
+# --- samples of a webdataset ----------------------------------------------------------------------------
+
+
+def shard(*samples: dict[str, Any]) -> Any:
+    """A reader of what it is called with, as webdataset's readers are."""
+
+    def read(source: str, handler: str) -> Iterator[dict[str, Any]]:
+        assert (source, handler) == ("source", "handler")
+        for i, sample in enumerate(samples):
+            yield {"__key__": str(i), "__url__": "a.tar", "jpg": b"...", **sample}
+
+    return read
+
+
+def read(companion: Companion, *samples: dict[str, Any], text_key: str = "txt") -> list[dict[str, Any]]:
+    return list(JoinedSamples(shard(*samples), companion, text_key)("source", handler="handler"))
+
+
+@pytest.mark.parametrize(
+    ("key", "samples", "texts"),
+    [
+        (
+            "Syn.TXT",
+            [
+                {"txt": b"raw \xc3\xa9", "syn.txt": b"made\x1fup"},
+                {"txt": b"left out"},
+                {"syn.txt": b"dropped"},
+            ],
+            ["raw é\x1fmade up"],
+        ),
+        (
+            "json:blip",
+            [
+                {"txt": b"a", "json": json.dumps({"blip": "b", "url": "u"}).encode()},
+                {"txt": b"c", "json": b'{"other": "d"}'},
+                {"txt": b"e", "json": b"not json"},
+                {"txt": b"f"},
+                {"txt": b"g", "json": b'{"blip": 7}'},
+            ],
+            ["a\x1fb", "g\x1f7"],
+        ),
+        ("syn", [{"txt": b"a"}] * 99 + [{"txt": b"a", "syn": b"b"}] + [{"txt": b"a"}] * 200, ["a\x1fb"]),
+        ("syn", [], []),
+    ],
+)
+def test_second_caption_of_a_sample(key: str, samples: list[dict[str, Any]], texts: list[str]) -> None:
+    assert [sample["txt"].decode() for sample in read(SecondCaption(key), *samples)] == texts
+
+
+def test_first_caption_is_the_one_the_trainer_prefers() -> None:
+    given = ({"caption": b"a", "syn": b"b"}, {"txt": b"c", "caption": b"d", "syn": b"e"})
+    first, second = read(SecondCaption("syn"), *given, text_key="txt;caption")
+    assert first["caption"] == b"a\x1fb"
+    assert (second["txt"], second["caption"]) == (b"c\x1fe", b"d")
+
+
+@pytest.mark.parametrize("count", [1, 100, 1000])
+def test_samples_without_any_companion_are_an_error_that_shows_one(count: int) -> None:
+    shown = min(count, 100)
+    message = f"none of {shown} samples has a second caption 'syn'; the last one, '{shown - 1}', has jpg, txt"
+    with pytest.raises(ValueError, match=message):
+        read(SecondCaption("syn"), *[{"txt": b"a"}] * count)
+    with pytest.raises(ValueError, match=r"has a set of image_features\.npy and text_features\.npy"):
+        read(ReferenceFeatures("samples"), *[{"txt": b"a", "image_features.npy": npy(np.ones(2))}] * count)
+
+
+@pytest.mark.parametrize("where", IN_SAMPLES)
+def test_members_of_the_samples_are_their_features(where: str) -> None:
+    arrays = dict(zip(NAMES, unit_rows(2, 5).astype(np.float16), strict=True))
+    members = {f"{name}.npy": npy(array) for name, array in arrays.items()}
+    companion = ReferenceFeatures(where)
+    (sample,) = read(companion, {"txt": b"left out"}, {"txt": b"caption", **members})
+    # What is not named stays, as every other member does.
+    left = {name for name in sample if name.endswith(".npy")}
+    assert left == {f"{x}.npy" for x in NAMES if x not in companion.names}
+    tokens, companions = taken_apart(companion, [sample["txt"].decode()])
+    assert torch.equal(tokens, tokenizer()("caption"))
+    taken = companion.merge({}, companions)
+    assert list(taken) == [f"reference_{name}" for name in companion.names]
+    for name in companion.names:
+        expected = torch.from_numpy(arrays[name].astype(np.float32))
+        assert torch.equal(taken[f"reference_{name}"][0, :5], expected)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (np.ones(3), r"vectors of one length; got \[\(3,\)\] in sample '1' and lengths of \[2\] before"),
+        (np.ones((1, 2)), r"vectors of one length; got \[\(1, 2\)\]"),
+        (np.array([1, np.nan]), "sample '1' has a feature that is not finite"),
+        (np.array([1, 0]), "sample '1' must have floating-point features; got int64"),
+    ],
+)
+def test_features_of_samples_that_do_not_fit_are_an_error(second: Any, message: str) -> None:
+    samples = ({"txt": b"a", "text_features.npy": npy(array)} for array in (np.ones(2), second))
+    with pytest.raises(ValueError, match=message):
+        read(ReferenceFeatures("samples:text"), *samples)
+
+
+# --- rows of a CSV file ---------------------------------------------------------------------------------
+
+
+def csv(path: Path, text: str) -> tuple[Any, str]:
+    file = path / "data.csv"
+    file.write_text(text)
+    dataset = open_clip_train.data.CsvDataset(str(file), None, "filepath", "title", sep=";")
+    return dataset, str(file)
+
+
+@pytest.mark.parametrize("rows", [2, 1, 3])
+def test_rows_of_features_are_those_of_the_table(tmp_path: Path, rows: int) -> None:
+    dataset, file = csv(tmp_path, "filepath;title\n1.png;a\n2.png;5\n")
+    companion = ReferenceFeatures(stored(tmp_path / "x", text_features=unit_rows(rows, 2)))
+    if rows == 2:
+        join_csv(dataset, file, ";", companion)
+        assert list(dataset.captions) == ["a\x1f0", "5\x1f1"]
+    else:
+        with pytest.raises(ValueError, match=f"row of features per row of {file}, which has 2; got {rows}"):
+            join_csv(dataset, file, ";", companion)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("filepath;title;syn\n1.png;raw;made\n2.png;5;NULL and void\n", ""),
+        ("filepath;title\n1.png;raw\n", "has no column 'syn' for the second caption; it has filepath, title"),
+        (
+            "filepath;title;syn\n1.png;a;b\n2.png;c;\n3.png;d;\n",
+            "in 2 rows: column 'syn' is empty, first in row 2",
+        ),
+    ],
+)
+def test_column_is_joined_to_the_captions(tmp_path: Path, text: str, message: str) -> None:
+    dataset, file = csv(tmp_path, text)
+    if not message:
+        join_csv(dataset, file, ";", SecondCaption("syn"))
+        assert list(dataset.captions) == ["raw\x1fmade", "5\x1fNULL and void"]
+    else:
+        with pytest.raises(ValueError, match=message):
+            join_csv(dataset, file, ";", SecondCaption("syn"))
+
+
+def test_features_of_the_other_kind_of_data_are_an_error(tmp_path: Path) -> None:
+    dataset, file = csv(tmp_path, "filepath;title\n1.png;a\n")
+    with pytest.raises(
+        ValueError, match=f"samples names members of a webdataset's samples, but {file} is a CSV"
+    ):
+        join_csv(dataset, file, ";", ReferenceFeatures("samples"))
+    path = stored(tmp_path / "x", image_features=unit_rows(4, 3))
+    with pytest.raises(
+        ValueError, match=f"{path} is read by row number, which a webdataset's samples do not"
+    ):
+        read(ReferenceFeatures(path), {"txt": b"a"})
+
+
+# --- files of features ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["", ".npz"])
+@pytest.mark.parametrize("names", [NAMES, NAMES[:1], NAMES[1:]])
+def test_arrays_of_a_directory_and_of_a_file(tmp_path: Path, suffix: str, names: tuple[str, ...]) -> None:
+    arrays = {name: unit_rows(5, 3, seed) for seed, name in enumerate(names)}
+    found = opened(stored(tmp_path / f"teacher{suffix}", **arrays))
+    assert tuple(found) == names
+    for name, array in arrays.items():
+        assert np.array_equal(found[name], array)
+        assert isinstance(found[name], np.memmap) is (suffix == "")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": unit_rows(4, 2)}, "has neither image_features nor text_features; it has images.npy"),
+        ({}, "has neither image_features nor text_features; it has nothing"),
+        ({"image_features": np.zeros((4, 2), np.int64)}, r"a matrix of .* got int64 \(4, 2\)"),
+        ({"image_features": np.zeros(4)}, r"a matrix of .* got float64 \(4,\)"),
+        ({"text_features": np.zeros((0, 4))}, r"a matrix of .* got float64 \(0, 4\)"),
+        ({"text_features": np.array([[None]])}, "Python objects in dtype"),
+        (dict(zip(NAMES, (unit_rows(4, 2), unit_rows(3, 2)), strict=True)), r"got \(4, 2\) and \(3, 2\)"),
+        (dict(zip(NAMES, (unit_rows(4, 2), unit_rows(4, 3)), strict=True)), "--rankclip-lambda-cross 0"),
+    ],
+)
+def test_what_is_no_pair_of_matrices_is_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReferenceFeatures(stored(tmp_path / "teacher", **arrays))
+
+
+def test_what_cannot_work_is_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = stored(tmp_path / "teacher", image_features=unit_rows(4, 2), text_features=unit_rows(4, 2))
+    two = stored(tmp_path / "two", image_features=unit_rows(4, 2), text_features=unit_rows(4, 3))
+    for argv, message in (
+        (f"{file} --distill-model RN50 --distill-pretrained x", f"{OPTION}: excludes --distill-model"),
+        (f"{tmp_path}/none", f"{OPTION}: {tmp_path}/none is neither a directory nor an .npz file"),
+        (two, "lambda_cross=0, on the command line --rankclip-lambda-cross 0"),
+        (f"{file} --dataset-type synthetic", "no row of precomputed features"),
+        (f"{file} --model coca_ViT-B-32", "rankclip does not work with CoCa"),
+        (f"{file} --torchscript", "rankclip does not work with --torchscript"),
+        (f"{file} --rankclip-fixed-reference text", "--rankclip-fixed-reference: "),
+    ):
+        with pytest.raises(SystemExit):
+            parse_args(["--loss", "rankclip", OPTION, *argv.split()])
+        assert message in capsys.readouterr().err
+    assert parse_args(["--loss", "rankclip", OPTION, file]).rankclip_reference_features == file
+    args = parse_args(["--loss", "rankclip", OPTION, two, "--rankclip-lambda-cross", "0"])
+    assert isinstance(companion_of(args), ReferenceFeatures)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_feature_that_is_not_finite_is_an_error_that_names_the_row(tmp_path: Path, value: float) -> None:
+    array = unit_rows(4, 3).astype(np.float64)
+    array[2, 1] = value
+    file = stored(tmp_path / "x", image_features=array)
+    joined = JoinedTokenizer(tokenizer(), ReferenceFeatures(file))
+    joined("a\x1f1")
+    with pytest.raises(
+        ValueError, match=f"row 2 of {file}, counted from 0, has a feature that is not finite"
+    ):
+        joined("a\x1f2")
+
+
+# --- from the reader to the model's output ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [
+        {"image_features": 1, "text_features": 1},
+        {"image_features": 7},
+        {"text_features": 6},
+        {"image_features": 4, "text_features": 7},
+        {"image_features": 5, "text_features": 2},
+    ],
+)
+def test_tokens_and_features_come_back_as_they_were(tmp_path: Path, widths: dict[str, int]) -> None:
+    arrays = {name: np.float32(1e-30) * unit_rows(5, width, width) for name, width in widths.items()}
+    next(iter(arrays.values()))[0] = np.finfo(np.float32).max
+    companion = ReferenceFeatures(stored(tmp_path / "x", **arrays), two_widths=True)
+    order = [3, 0, 4, 3]
+    tokens, companions = taken_apart(companion, [f"picture {i}\x1f{i}" for i in order])
+    assert torch.equal(tokens, tokenizer()([f"picture {i}" for i in order]))
+    taken = companion.merge({"image_features": tokens}, companions)
+    assert list(taken) == ["image_features", *(f"reference_{name}" for name in arrays)]
+    for name, array in arrays.items():
+        features, width = taken[f"reference_{name}"], array.shape[1]
+        assert features.dtype == torch.float32
+        assert torch.equal(features[:, :width], torch.from_numpy(array[order]))
+        assert not features[:, width:].any()
+
+
+def test_two_captions_are_tokenized_alike() -> None:
+    pairs = JoinedTokenizer(tokenizer(), SecondCaption("syn"))
+    tokens, second = taken_apart(SecondCaption("syn"), ["a cat\x1fa small animal", "\x1fa dog"])
+    assert torch.equal(tokens, tokenizer()(["a cat", ""]))
+    assert torch.equal(second, tokenizer()(["a small animal", "a dog"]))
+    assert pairs("a cat\x1fa small animal").shape == (1, 1, 2 * CONTEXT)
+    assert pairs.context_length == CONTEXT
+    with pytest.raises(ValueError, match=r"joined with a second caption 'syn', got 1 parts: \['only one'\]"):
+        pairs(["a\x1fb", "only one"])
+
+
+def test_copy_in_another_process_gives_the_same_and_opens_files_itself(tmp_path: Path) -> None:
+    file = stored(tmp_path / "x", text_features=unit_rows(1000, 64))
+    for companion in (ReferenceFeatures(file), SecondCaption("syn")):
+        joined = JoinedTokenizer(tokenizer(), companion)
+        sent = pickle.dumps(joined)
+        assert b"memmap" not in sent
+        for other in (pickle.loads(sent), copy.deepcopy(joined)):
+            assert torch.equal(other("a\x1f7"), joined("a\x1f7"))
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+@pytest.mark.parametrize("loss", [[], ["--loss", "alip", "--alip-caption-key", "syn"]])
+def test_only_training_data_of_a_loss_that_needs_them_have_pairs(
+    tmp_path: Path, is_train: bool, loss: list[str]
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    _, file = csv(tmp_path, f"filepath;title;syn\n{tmp_path}/1.png;raw;made\n")
+    data = ["--train-data", file, "--val-data", file, "--csv-separator", ";", "--batch-size", "1"]
+    args = parse_args([*loss, *data, "--workers", "0"])
+    args.distributed = False
+    info = open_clip_train.data.get_csv_dataset(
+        args, lambda image: image.load(), is_train, tokenizer=tokenizer()
+    )
+    _, tokens = info.dataloader.dataset[0]
+    assert tokens.shape == ((1, 2 * CONTEXT) if is_train and loss else (CONTEXT,))
+
+
+def test_reader_of_shards_is_put_back(tmp_path: Path) -> None:
+    original = open_clip_train.data.tarfile_to_samples_nothrow
+    data = ["--train-data", str(tmp_path / "0.tar")]
+    args = parse_args(["--loss", "alip", "--alip-caption-key", "syn", *data])
+    args.world_size = 1
+    with pytest.raises(RuntimeError, match="number of dataset samples must be specified"):
+        open_clip_train.data.get_wds_dataset(args, None, is_train=True, tokenizer=tokenizer())
+    assert open_clip_train.data.tarfile_to_samples_nothrow is original
+    assert companion_of(SimpleNamespace()) is companion_of(parse_args(["--loss", "rankclip"])) is None
+
+
+# --- the model ------------------------------------------------------------------------------------------
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    tower = {"width": 32, "layers": 1}
+    return open_clip.CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 16, "patch_size": 8, "head_width": 16, **tower},
+        text_cfg={"context_length": CONTEXT, "vocab_size": 49408, "heads": 2, **tower},
+        output_dict=True,
+    ).double()
+
+
+class Wrapped(nn.Module):
+    """What DDP looks like: the model is its ``module``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+IMAGES = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+TITLES = [f"text {i}" for i in range(3)]
+
+
+# The compiler reads .grad of tensors that are not leaves, which warns.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(("named", "wrap"), [(False, "no"), (True, "module"), (True, "compile")])
+def test_companions_join_the_output_of_one_call_of_the_model(tmp_path: Path, named: bool, wrap: str) -> None:
+    arrays = {name: unit_rows(3, 5, seed) for seed, name in enumerate(NAMES)}
+    features = ReferenceFeatures(stored(tmp_path / "x", **arrays))
+    plain, tokens, others = model(), tokenizer()(TITLES), tokenizer()([f"other {i}" for i in range(3)])
+    expected, second = plain(IMAGES, tokens), plain(IMAGES, others)
+    for companion, follow in ((features, "{}"), (SecondCaption("syn"), "other {}")):
+        clip = model()
+        call = {"no": clip, "module": Wrapped(clip)}.get(wrap) or torch.compile(clip, backend="eager")
+        calls: list[int] = []
+        clip.transformer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        texts = JoinedTokenizer(tokenizer(), companion)(
+            [f"{title}\x1f{follow.format(i)}" for i, title in enumerate(TITLES)]
+        )
+        for _ in range(2):
+            split_features(call, companion)
+        output = call(image=IMAGES, text=texts) if named else call(IMAGES, texts)
+        assert len(calls) == 1
+        for name, value in expected.items():
+            torch.testing.assert_close(output[name], value)
+        added = {name: output[name] for name in output if name not in expected}
+        if companion is features:
+            for name, array in arrays.items():
+                found = added.pop(f"reference_{name}")
+                assert torch.equal(found[:, :5], torch.from_numpy(array))
+                assert not found.requires_grad
+        else:
+            torch.testing.assert_close(added.pop("caption_features"), second["text_features"])
+            (output["text_features"].sum() + 3 * output["caption_features"].sum()).backward()
+        assert added == {}
+        # What has no companion passes untouched, after a call that had one.
+        assert list(call(IMAGES, tokens)) == list(expected)
+        assert clip.state_dict().keys() == plain.state_dict().keys()
+        assert torch.equal(clip.encode_text(tokens), plain.encode_text(tokens))
+        torch.compiler.reset()
+    # Gradients flow from both captions into the one text tower.
+    (expected["text_features"].sum() + 3 * second["text_features"].sum()).backward()
+    for (name, a), b in zip(clip.named_parameters(), plain.parameters(), strict=True):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_what_has_no_text_passes_untouched() -> None:
+    clip, plain = model().eval(), model().eval()
+    split_features(clip, SecondCaption("syn"))
+    tokens = tokenizer()(TITLES)
+    for given in ((IMAGES, tokens), (IMAGES, None), (None, tokens), (IMAGES,)):
+        output, expected = clip(*given), plain(*given)
+        assert list(output) == list(expected)
+        for name, value in expected.items():
+            assert value is None or torch.equal(output[name], value), name

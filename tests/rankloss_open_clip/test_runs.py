@@ -1,0 +1,398 @@
+"""Runs of the real trainer: what they train, what they log, and what they leave as it is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import itertools
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from trainer_runs import (
+    BOTH,
+    LOCKS_TEXT,
+    OFFICIAL,
+    PRECISIONS,
+    SAMPLES,
+    STEPS,
+    Run,
+    Runs,
+    Trainer,
+    assert_equal_training,
+)
+
+from rankloss import schedules
+from wandb_files import wandb_scalars
+
+TERMS = ("contrastive_loss", "cross_modal_loss", "in_modal_loss")
+METRICS = ("rank_lambda", "cross_modal_raw", "in_modal_raw")
+TAUS = ("cross_modal_tau", "in_modal_tau")
+CYCLIC = ("contrastive_loss", "cyclic_cross_modal_loss", "cyclic_in_modal_loss")
+ALIP = ("contrastive_loss", "caption_contrastive_loss")
+HISTORIES = ("alip_text_caption", "alip_image_text", "alip_image_caption")
+EPOCHS, EVERY = 3, 3  # of the run called "agreement"
+
+# What each run says at its start, and the terms that it trains.
+ON_CLIP, BY_TEACHER = "on ClipLoss, schedule rankclip per epoch over 2", ", ranked by the teacher"
+STREAMED_0 = ", memory budget 0 bytes"
+TRAINED = {
+    "--loss rankclip": (r"on ClipLoss, schedule official per epoch over 3 epoch\(s\)", TERMS),
+    "agreement": ("on ClipLoss, schedule official", TERMS),
+    "one epoch": (r"schedule rankclip per step .*\(one epoch has no ramp", TERMS),
+    "steps with accumulation": ("schedule linear per step over 2", TERMS),
+    **dict.fromkeys(PRECISIONS, (ON_CLIP, TERMS)),
+    "siglip": ("on SigLipLoss, schedule rankclip per epoch", TERMS),
+    "coca": ("on CoCaLoss, schedule rankclip per epoch", (*TERMS, "caption_loss")),
+    "distill": ("on DistillClipLoss, schedule rankclip per epoch", (*TERMS, "distill_loss")),
+    "ranked by the teacher": (f"on DistillClipLoss, .*{BY_TEACHER}", (*TERMS, "distill_loss")),
+    "rankclip-distill": (
+        f"{ON_CLIP}.* lambda scale 64 cross-modal and 64 in-modal, lists row, best 8 of each{BY_TEACHER}",
+        TERMS,
+    ),
+    "lock image": (ON_CLIP, TERMS),
+    "cyclip": ("on ClipLoss, weights 0.25 cross-modal and 0.25 in-modal", CYCLIC),
+    "clip-streamed": ("on ClipLoss, memory budget of the device", TERMS[:1]),
+    "clip-streamed 0": (f"on ClipLoss{STREAMED_0}", TERMS[:1]),
+    "siglip-streamed 0": (f"on SigLipLoss{STREAMED_0}", TERMS[:1]),
+    "alip": ("in place of ClipLoss, second caption 'synthetic'", ALIP),
+}
+SLOW = {"amp", "bf16", "siglip-streamed", "siglip-streamed 0", "lock text", "webdataset, whole set"}
+SLOW |= {"grad checkpointing", "alip webdataset", "alip accumulation"}
+
+
+def some_slow(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in names]
+
+
+@pytest.mark.parametrize("name", some_slow(*TRAINED))
+def test_run_names_its_loss_and_trains_the_sum_of_its_terms(runs: Runs, name: str) -> None:
+    run = runs[name]
+    start, terms = TRAINED[name]
+    (line,) = re.findall(r"Loss: [a-z].*", run.log)
+    assert re.search(start, line), line
+    assert f"open_clip {importlib.metadata.version('open_clip_torch')}" in line
+    assert run.log.index(line) < run.log.index("Train Epoch")
+    shown = run.scalars
+    assert {key for key in shown if key.endswith("_loss") and "/" not in key} == set(terms)
+    for step, loss in shown["loss"].items():
+        total = np.float32(0)
+        for term in terms:
+            total += np.float32(shown[term][step])
+        assert loss == pytest.approx(total, rel=1e-6)
+    weighted = shown.get("rank_lambda", {})
+    for term, step in itertools.product(terms, shown["loss"]):
+        off = weighted.get(step) == 0 and term in TERMS[1:]
+        assert math.isfinite(shown[term][step])
+        assert (shown[term][step] == 0) is off, (term, step)
+    last = max(int(path.stem.partition("_")[2]) for path in (run.directory / "checkpoints").glob("epoch_*"))
+    assert all(x.isfinite().all() for x in run.epoch(last).values())
+
+
+def test_lines_of_the_log_end_with_the_terms_and_metrics(runs: Runs) -> None:
+    lines = runs["--loss rankclip"].train_lines()
+    assert len(lines) == 3 * STEPS
+    expected = [name.capitalize() for name in (*TERMS, *METRICS, "loss")]
+    assert all(list(line)[-len(expected) :] == expected for line in lines)
+
+
+# --- without --loss, and while λ is 0 ---------------------------------------------------------------------
+
+
+def test_run_without_loss_is_bit_equal_to_one_without_the_plugin(runs: Runs) -> None:
+    stock, run = runs["stock"], runs["no --loss"]
+    assert_equal_training(stock, run)
+    assert stock.scalars.keys() == run.scalars.keys()
+    assert "rankclip" not in run.log.replace(str(run.directory), "")
+    assert stock.params.keys() == run.params.keys()
+    paths = {"name", "log_path", "checkpoint_path", "tensorboard_path"}
+    assert {key for key in stock.params if stock.params[key] != run.params[key]} <= paths
+
+
+def test_epoch_at_lambda_zero_is_bit_equal_to_stock(runs: Runs) -> None:
+    stock, run = runs["stock"], runs["--loss rankclip"]
+    assert_equal_training(stock, run, epochs=(1,))
+    assert not torch.equal(stock.epoch(2)["visual.proj"], run.epoch(2)["visual.proj"]), "λ is 1 there"
+
+
+@pytest.mark.parametrize("name", ["runner", "agreement"])
+def test_every_way_to_start_and_to_log_trains_the_same(runs: Runs, name: str) -> None:
+    plugin, run = runs["--loss rankclip"], runs[name]
+    assert_equal_training(plugin, run)
+    if name == "runner":
+        assert run.timeless_log == plugin.timeless_log
+
+
+def test_params_file_names_the_options_of_the_run(runs: Runs) -> None:
+    params = runs["--loss rankclip"].params
+    expected = {"loss": "rankclip", "rankclip_schedule": "official", "rankclip_lambda_cross": "1.0"}
+    assert params.items() >= {**expected, "rankclip_top_k": "None"}.items()
+
+
+def test_run_prints_no_warning_of_ours(runs: Runs) -> None:
+    def warned(run: Run) -> set[str]:
+        lines = [line for line in run.output.splitlines() if "Warning" in line or "WARNING" in line]
+        return {re.sub(r"^[\d,:-]+ \| ", "", line) for line in lines}
+
+    assert warned(runs["--loss rankclip"]) <= warned(runs["stock"])
+
+
+# --- λ --------------------------------------------------------------------------------------------------
+
+
+def test_lambda_and_raw_terms_explain_the_weighted_ones(runs: Runs) -> None:
+    scalars = runs["agreement"].scalars
+    for term in ("cross_modal", "in_modal"):
+        for step, raw in scalars[f"{term}_raw"].items():
+            lambda_ = schedules.official(step // STEPS + 1, EPOCHS)
+            assert scalars["rank_lambda"][step] == lambda_
+            assert scalars[f"{term}_loss"][step] == pytest.approx(raw * lambda_ / 16, rel=1e-6)
+            assert 0.1 < raw < 10, "shown while λ is 0, too"
+
+
+def test_lambda_of_steps_is_that_of_optimizer_steps(runs: Runs) -> None:
+    expected = {step: schedules.rankclip(step + 1, STEPS) for step in range(STEPS)}
+    assert runs["one epoch"].scalars["rank_lambda"] == pytest.approx(expected)
+    assert len(set(runs["one epoch"].scalars["lr"].values())) == 1, "without the learning rate's schedule"
+    # Two micro-batches a step: the loss is called twice, λ moves once.
+    total = 2 * STEPS // 2
+    expected = {step: schedules.linear(step + 1, total) for step in range(total)}
+    assert runs["steps with accumulation"].scalars["rank_lambda"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("name", "times"), [("fp32", 1), ("one epoch", 0), ("steps with accumulation", 0)])
+def test_short_ramp_over_epochs_is_said_once(runs: Runs, name: str, times: int) -> None:
+    assert runs[name].log.count("is a short ramp") == times
+
+
+# --- the trainer's features -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", some_slow(*PRECISIONS))
+def test_every_precision_trains_in_its_own_numbers(runs: Runs, precision: str) -> None:
+    first, exact = runs[precision].train_lines()[0], runs["fp32"].train_lines()[0]
+    # The first step has the same weights and pairs; eight bits of mantissa give two digits.
+    assert first == pytest.approx(exact, rel=1e-6 if precision == "fp32" else 0.02)
+    assert (first == exact) is (precision == "fp32")
+    half = precision in ("bf16", "pure_bf16")
+    weight = runs[precision].epoch(1)["visual.conv1.weight"]
+    assert weight.dtype == (torch.bfloat16 if half else torch.float32)
+
+
+def test_distillation_ranks_the_student_alone_unless_the_teacher_is_asked_for(runs: Runs) -> None:
+    names = ("fp32", "distill", "ranked by the teacher", "rankclip-distill")
+    own, distilled, beside, preset = (runs[name].train_lines()[0] for name in names)
+    ranks = [term.capitalize() for term in TERMS[1:]]
+    assert [distilled[term] for term in ranks] == [own[term] for term in ranks]
+    assert distilled["Loss"] == pytest.approx(own["Loss"] + distilled["Distill_loss"], rel=1e-4)
+    assert beside["Distill_loss"] == distilled["Distill_loss"]
+    for term in ranks:
+        assert abs(beside[term] / distilled[term] - 1) > 1e-3
+        raw = term.replace("_loss", "_raw")
+        assert abs(preset[raw] / beside[raw] - 1) > 1e-2, "of the eight best alone"
+        assert preset[term] == pytest.approx(schedules.rankclip(1, 2) * 64 / 16 * preset[raw], rel=1e-3)
+
+
+NEEDS_TEXT_LOCK = pytest.mark.skipif(
+    not LOCKS_TEXT, reason="this open_clip locks the text towers of Hugging Face models only"
+)
+
+
+@pytest.mark.parametrize("locked", ["image", pytest.param("text", marks=[NEEDS_TEXT_LOCK, pytest.mark.slow])])
+def test_locked_tower_stays_and_the_other_learns(runs: Runs, locked: str) -> None:
+    before, after = runs[f"lock {locked}"].epoch(1), runs[f"lock {locked}"].epoch(2)
+    towers: dict[str, list[bool]] = {"image": [], "text": []}
+    for key in before:
+        if not key.startswith(("optimizer.", "logit_scale")):
+            tower = "image" if key.startswith("visual.") else "text"
+            towers[tower].append(torch.equal(before[key], after[key]))
+    assert len(towers[locked]) > 10
+    assert all(towers[locked])
+    assert not any(towers[{"image": "text", "text": "image"}[locked]])
+
+
+@pytest.mark.slow
+def test_grad_checkpointing_changes_no_bit(runs: Runs) -> None:
+    assert runs["grad checkpointing"].params["grad_checkpointing"] == "True"
+    assert_equal_training(runs["fp32"], runs["grad checkpointing"], epochs=(1, 2))
+
+
+@pytest.mark.slow
+def test_csv_and_webdataset_train_on_the_same_pairs(runs: Runs) -> None:
+    csv, webdataset = runs["csv, whole set"].train_lines(), runs["webdataset, whole set"].train_lines()
+    assert len(csv) == 2
+    # One batch of the whole set, uncropped: each loader only chooses the order of the sum.
+    for one, other in zip(csv, webdataset, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_validation_loss_stays_plain_clip(runs: Runs) -> None:
+    run = runs["csv, whole set"]
+    # Validated on the pairs it trains on: an epoch ends with what the only step of the next one starts from.
+    after_the_first, _ = map(float, re.findall(r"clip_val_loss: ([\d.]+)", run.log))
+    line = run.train_lines()[1]
+    assert after_the_first == pytest.approx(line["Contrastive_loss"], rel=1e-4)
+    assert line["Loss"] > 1.01 * after_the_first
+
+
+def test_synthetic_data_ties_every_key(runs: Runs) -> None:
+    # One picture and one caption: all permutations of a list are equally likely, so each item costs log N.
+    for line in runs["synthetic"].train_lines():
+        expected = line["Rank_lambda"] / 16 * math.log(SAMPLES // STEPS)
+        assert [line[term.capitalize()] for term in TERMS[1:]] == pytest.approx([expected] * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", some_slow("clip-streamed", "siglip-streamed"))
+def test_streamed_losses_train_as_the_trainers_own(runs: Runs, name: str) -> None:
+    stock = runs["stock" if name == "clip-streamed" else "stock siglip"]
+    assert_equal_training(stock, runs[name])
+    shown = runs[f"{name} 0"].scalars["contrastive_loss"]
+    assert len(shown) == 3 * STEPS
+    assert shown == pytest.approx(stock.scalars["loss"], rel=1e-4)
+
+
+# --- what is logged -------------------------------------------------------------------------------------
+
+
+def test_text_log_tensorboard_and_wandb_show_the_same(runs: Runs, trainer: Trainer) -> None:
+    run = runs["agreement"]
+    wandb = wandb_scalars(trainer.directory, "agreement")
+    lines = run.train_lines()
+    assert len(lines) == EPOCHS * STEPS
+    for name in (*TERMS, *METRICS, *TAUS, "loss"):
+        shown = run.scalars[name]
+        assert list(shown) == list(range(EPOCHS * STEPS)), name
+        assert shown == {step: np.float32(value) for step, value in wandb[f"train/{name}"].items()}, name
+        assert list(shown.values()) == pytest.approx([line[name.capitalize()] for line in lines], rel=1e-4)
+
+
+def test_agreement_is_held_between_measurements(runs: Runs) -> None:
+    for name in TAUS:
+        by_epoch = np.array(list(runs["agreement"].scalars[name].values())).reshape(EPOCHS, STEPS)
+        assert (abs(by_epoch) <= 1).all()
+        assert (by_epoch[:, :EVERY] == by_epoch[:, :1]).all()
+        measured = by_epoch[:, [0, EVERY]]
+        assert len(np.unique(measured)) == measured.size
+
+
+def test_tensorboard_and_wandb_have_a_chart_of_every_epoch(runs: Runs, trainer: Trainer) -> None:
+    charts = runs["agreement"].images["train/agreement"]
+    assert list(charts) == [epoch * STEPS for epoch in range(EPOCHS)]
+    assert len(set(charts.values())) == EPOCHS
+    assert all(min(Image.open(io.BytesIO(chart)).size) > 200 for chart in charts.values())
+    (wandb,) = trainer.directory.glob("wandb/offline-run-*/run-agreement.wandb")
+    paths = wandb_scalars(trainer.directory, "agreement")["train/agreement/path"]
+    assert list(paths) == list(charts)
+    assert len(set(paths.values())) == EPOCHS
+    assert all((wandb.parent / "files" / str(path)).is_file() for path in paths.values())
+    assert not runs["--loss rankclip"].images
+
+
+# --- ALIP: a second caption, and a state ----------------------------------------------------------------
+
+
+def histories(run: Run, epoch: int) -> torch.Tensor:
+    path = run.directory / "checkpoints" / f"epoch_{epoch}.pt"
+    state = torch.load(path, map_location="cpu", weights_only=True)["optimizer"]["rankloss_open_clip"]
+    assert state["loss"] == "alip"
+    value = state["state_dict"]["histories"]
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def test_histories_come_down_once_a_step_and_are_checkpointed(runs: Runs) -> None:
+    run = runs["alip"]
+    assert run.scalars[ALIP[0]][0] != run.scalars[ALIP[1]][0]
+    for i, name in enumerate(HISTORIES):
+        shown = [1.0, *run.scalars[name].values()]
+        assert len(shown) == 4
+        for before, after in itertools.pairwise(shown):
+            mean = (after - 0.99 * before) / 0.01  # of the cosines of one batch
+            assert -1 <= mean < 1
+            assert after < before
+        for epoch in (1, 2, 3):
+            assert histories(run, epoch)[i].item() == pytest.approx(shown[epoch], abs=1e-7)
+
+
+def test_validation_sees_one_caption(runs: Runs) -> None:
+    losses = [float(x) for x in re.findall(r"clip_val_loss: ([\d.]+)", runs["alip"].log)]
+    assert len(losses) == 3
+    assert all(1 < loss < 6 for loss in losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        ("alip webdataset", 1e-3),
+        ("alip accumulation", 1e-2),  # the trainer's own gradient of the scale is twice as large
+    ],
+)
+def test_same_pairs_in_another_way_give_the_same_step(runs: Runs, name: str, tolerance: float) -> None:
+    whole, other = runs["alip"].scalars, runs[name].scalars
+    assert len(runs[name].train_lines()) == 2
+    for key in ("loss", *ALIP, *HISTORIES):
+        assert other[key][0] == pytest.approx(whole[key][0], rel=1e-5), key
+        assert other[key][1] == pytest.approx(whole[key][1], rel=tolerance), key
+
+
+def test_two_processes_that_accumulate_have_the_histories_of_the_whole_batch(runs: Runs) -> None:
+    whole, two = runs["alip"].scalars, runs["alip, two processes, accumulation"].scalars
+    for name in HISTORIES:
+        assert two[name][0] == pytest.approx(whole[name][0], rel=1e-6), name
+        assert two[name][1] == pytest.approx(whole[name][1], rel=1e-3), name
+
+
+def test_resumed_run_goes_on_with_its_histories(runs: Runs) -> None:
+    whole, resumed = runs["alip"], runs["alip resumed"]
+    assert len(resumed.train_lines()) == 2
+    assert "starts anew" not in resumed.log
+    for epoch in (2, 3):
+        torch.testing.assert_close(histories(resumed, epoch), histories(whole, epoch), rtol=1e-6, atol=0)
+    for step in (1, 2):
+        assert resumed.scalars["loss"][step] == pytest.approx(whole.scalars["loss"][step], rel=1e-5)
+
+
+# --- slow -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "processes"),
+    [
+        ("--siglip", 1),
+        ("--model {tiny}-coca --accum-freq 2", 1),
+        ("--distill-model {tiny} --distill-pretrained none", 1),
+        ("--precision amp_bf16 --accum-freq 2", 1),
+        ("--precision pure_bf16", 1),
+        (" ".join(BOTH), 2),
+        ("", 2),
+    ],
+)
+def test_epoch_at_lambda_zero_is_bit_equal_to_stock_with_every_feature(
+    trainer: Trainer, options: str, processes: int
+) -> None:
+    given = options.format(tiny=f"local-dir:{trainer.directory / 'tiny'}").split()
+
+    def train(how: str, *loss: str) -> Run:
+        name = f"lambda zero{options.replace('/', '')} {processes} {how}"
+        run = trainer.call(name, "--epochs", "2", *given, *loss, processes=processes)
+        assert run.returncode == 0, run.output[-4000:]
+        return run
+
+    stock, run = train("stock"), train("rankclip", *OFFICIAL)
+    assert_equal_training(stock, run, epochs=(1,))
+    assert not torch.equal(stock.epoch(2)["visual.proj"], run.epoch(2)["visual.proj"]), "λ is 2 there"
+
+
+@pytest.mark.slow
+def test_compiled_model_trains_the_same(trainer: Trainer, runs: Runs) -> None:
+    run = trainer.call("compiled", "--epochs", "2", "--loss", "rankclip", "--torchcompile")
+    assert run.returncode == 0, run.output[-4000:]
+    assert "Compiling model" in run.log
+    for line, eager in zip(run.train_lines(), runs["fp32"].train_lines(), strict=True):
+        assert line == pytest.approx(eager, rel=1e-3)

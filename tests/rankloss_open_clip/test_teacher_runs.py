@@ -1,0 +1,76 @@
+"""A teacher's precomputed features in runs of the trainer: every pair is ranked by its own row."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from teacher_features import TEACHER, stored, student
+from trainer_runs import SAMPLES, WHOLE_SET, Runs, Trainer, add_sample
+
+from rankloss import reference
+
+OPTION = "--rankclip-reference-features"
+ORACLES = {"cross_modal": reference.cross_modal, "in_modal": reference.in_modal}
+
+
+def shards_with_features(trainer: Trainer, directory: Path) -> list[str]:
+    """The trainer's shards with two more members per sample."""
+    for number in range(2):
+        with (
+            tarfile.open(trainer.directory / f"shard-{number}.tar") as given,
+            tarfile.open(directory / f"shard-{number}.tar", "w") as shard,
+        ):
+            for member in given:
+                shard.addfile(member, given.extractfile(member))
+                key, _, extension = member.name.partition(".")
+                for name, array in TEACHER.items() if extension == "txt" else ():
+                    file = io.BytesIO()
+                    np.save(file, array[int(key)])
+                    add_sample(shard, key, **{f"{name}.npy": file.getvalue()})
+    return [x.replace(str(trainer.directory), str(directory)) for x in trainer.webdataset]
+
+
+@pytest.fixture(scope="module")
+def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    directory = tmp_path_factory.mktemp("teacher")
+    both = stored(directory / "both", **TEACHER)
+    texts = stored(directory / "texts.npz", text_features=TEACHER["text_features"])
+    table, halves = Runs(), ["--batch-size", str(SAMPLES // 2)]
+
+    def add(name: str, where: str, *options: str, processes: int = 1) -> None:
+        given = (f"features, {name}", *WHOLE_SET, "--rankclip-top-k", "4", OPTION, where, *options)
+        table.add(name, trainer.call, *given, processes=processes)
+
+    add("accumulation, a worker", both, *halves, "--accum-freq", "2", "--workers", "1")
+    add("webdataset", "samples", *shards_with_features(trainer, directory))
+    add("two processes", both, *halves, processes=2)
+    add("texts", texts, "--rankclip-lambda-cross", "0", "--precision", "amp_bf16")
+    return table
+
+
+@pytest.mark.parametrize("name", ["accumulation, a worker", "webdataset", "two processes"])
+def test_every_pair_is_ranked_by_its_own_row(trainer: Trainer, taught: Runs, name: str) -> None:
+    run = taught[name]
+    assert "ranked by the teacher's features in" in run.log
+    features, scale = student(trainer, run)
+    teacher = {f"reference_{key}": value for key, value in TEACHER.items()}
+    others = {key: np.roll(rows, 1, axis=0) for key, rows in teacher.items()}
+    for term, oracle in ORACLES.items():
+        expected = oracle(**features, logit_scale=scale, **teacher, top_k=4)
+        assert run.scalars[f"{term}_raw"][1] == pytest.approx(expected, rel=1e-4), term
+        for wrong in ({}, others):
+            value = oracle(**features, logit_scale=scale, **wrong, top_k=4)
+            assert abs(value / expected - 1) > 1e-3, "the comparison above could not fail"
+
+
+def test_texts_alone_rank_the_images_and_the_texts(trainer: Trainer, taught: Runs) -> None:
+    run = taught["texts"]
+    features, scale = student(trainer, run)
+    texts = TEACHER["text_features"]
+    expected = reference.in_modal(**features, logit_scale=scale, reference_text_features=texts, top_k=4)
+    assert run.scalars["in_modal_raw"][1] == pytest.approx(expected, rel=0.02)  # bf16 features
+    assert "cross_modal_raw" not in run.scalars

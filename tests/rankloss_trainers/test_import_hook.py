@@ -1,0 +1,85 @@
+"""The import hook: what it acts on and when, and that nothing else notices it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from rankloss_trainers.import_hook import Finder, Loader, after_import, waits_for
+
+NAME = "module_that_is_waited_for"
+
+
+@pytest.fixture
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was done, in order; the module is importable, and the hook goes with the test."""
+    (tmp_path / f"{NAME}.py").write_text("import sys\nsys.executed.append('executed')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    done: list[str] = []
+    monkeypatch.setattr(sys, "executed", done, raising=False)
+    monkeypatch.delitem(sys.modules, NAME, raising=False)
+    return done
+
+
+def test_module_is_acted_on_when_it_is_loaded_now_and_again(seen: list[str]) -> None:
+    actions = {NAME: lambda module: seen.append(module.__name__)}
+    assert not waits_for(NAME)
+    after_import(actions)
+    after_import(actions)
+    assert waits_for(NAME)
+    assert seen == []
+    module = importlib.import_module(NAME)
+    assert seen == ["executed", NAME]
+    assert not isinstance(module.__loader__, Loader)
+    assert module.__spec__ is not None
+    assert module.__spec__.loader is module.__loader__
+    importlib.reload(module)
+    assert seen == ["executed", NAME] * 2
+    after_import(actions)
+    assert seen[4:] == [NAME]
+
+
+def test_import_raises_what_the_function_raises(seen: list[str]) -> None:
+    def act(module: ModuleType) -> None:
+        raise OSError("sabotaged")
+
+    after_import({NAME: act})
+    with pytest.raises(OSError, match="sabotaged"):
+        importlib.import_module(NAME)
+
+
+def test_module_that_is_not_there_stays_missing(seen: list[str]) -> None:
+    after_import({"no_such_module": lambda module: seen.append(module.__name__)})
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        importlib.import_module("no_such_module")
+    assert importlib.import_module("json") is sys.modules["json"]
+    assert seen == []
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_another_delegating_finder_acts_as_well(seen: list[str], ours_first: bool) -> None:
+    class Other:
+        busy = False
+
+        def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+            if self.busy:
+                return None
+            self.busy = True
+            found = [f.find_spec(name, path, target) for f in sys.meta_path if f is not self]
+            self.busy = False
+            spec: Any = next(spec for spec in found if spec is not None)
+            spec.loader = Loader(spec.loader, lambda module: seen.append("other"))
+            return spec
+
+    ours: Any = Finder({NAME: lambda module: seen.append("ours")})
+    finders: list[Any] = [ours, Other()] if ours_first else [Other(), ours]
+    sys.meta_path[:] = [*finders, PathFinder]
+    importlib.import_module(NAME)
+    assert sorted(seen) == ["executed", "other", "ours"]
