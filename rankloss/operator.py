@@ -210,7 +210,8 @@ class _RowLists(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         call = _Call(*arguments)
-        found = torch.ops.rankloss.row_lists(*arguments)
+        run = torch.ops.rankloss.row_lists if torch.compiler.is_compiling() else _run
+        found = run(*arguments)
         terms, gradients = found[:_N_TERMS], found[_N_TERMS:]
         ctx.is_dense = may_look_at(call.image) and _spans_too_far(call, terms)
         if ctx.is_dense:
@@ -227,7 +228,8 @@ class _RowLists(torch.autograd.Function):
         if ctx.is_dense or torch.is_grad_enabled():  # the latter with create_graph=True
             found = _gradients_by_definition(upstream, call)
         else:
-            found = torch.ops.rankloss.row_lists_backward(list(upstream), list(saved[_N_TENSORS:]), *call)
+            run = torch.ops.rankloss.row_lists_backward if torch.compiler.is_compiling() else _backward
+            found = run(list(upstream), list(saved[_N_TENSORS:]), *call)
         gradients = [g if w else None for g, w in zip(found, call.by, strict=True)]
         return (*gradients, *(None,) * (len(call) - len(gradients)))
 

@@ -91,11 +91,7 @@ def stream(
                     first_row=batch.first_row + rows.start,
                 )
                 found = engine.evaluate(block, options, plan.lists_at_once, with_gradient=bool(sums))
-                if group.alpha is not None and found.cross_entropy is not None:
-                    values[0] += group.alpha @ found.cross_entropy.sum(-1)
-                if group.beta is not None and found.nll is not None:
-                    for place, value in zip(group.terms, group.beta * found.nll.sum(-1), strict=True):
-                        values[place] += value
+                _add_values(values, group, found)
                 if found.gradient is not None:
                     add = _add_whole_gradient if is_whole else _add_gradient
                     add(sums, group.matrices, rows, block.cosines, found.gradient)
@@ -116,7 +112,8 @@ def _groups(batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequenc
         matrices = batch.matrices(names)
         group = _Group(matrices, batch.references(names), None, None)
         shares = [of_images if name in "SI" else of_texts for name in names]
-        beta = torch.stack([halves[term] * x for term, x in zip(group.terms, shares, strict=True)])
+        of_matrices = zip((halves[term] for term in group.terms), shares, strict=True)
+        beta = torch.stack([half if x == 1 else half * x for half, x in of_matrices])
         groups.append(group._replace(beta=beta))
     if contrastive:
         if not set(both) <= set(names):
@@ -126,6 +123,17 @@ def _groups(batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequenc
         alpha = torch.stack([halves[0] if name in both else none for name in names])
         groups[-1] = groups[-1]._replace(alpha=alpha)
     return groups
+
+
+def _add_values(values: Tensor, group: _Group, found: lists.Evaluated) -> None:
+    if group.alpha is not None and found.cross_entropy is not None:
+        values[0] += group.alpha @ found.cross_entropy.sum(-1)
+    if group.beta is not None and found.nll is not None:
+        of_matrices = group.beta * found.nll.sum(-1)
+        # A term's two matrices are the first and the last, the second and the last but one.
+        of_terms = (of_matrices + of_matrices.flip(0))[: len(of_matrices) // 2]
+        first = group.terms[0]
+        values[first : first + len(of_terms)] += of_terms
 
 
 def _cosines(matrices: Sequence[Matrix], rows: slice, is_whole: bool) -> Tensor:
