@@ -317,8 +317,6 @@ SUBJECTS = [
 ]
 
 NO_SUBJECTS = {
-    "AlipLoss": "leaves the core",
-    "CyClipLoss": "leaves the core",
     "__version__": "a string",
     "Gather": "how a loss gathers: test_groups has the losses with it",
     "InputWarning": "what a loss warns with",
