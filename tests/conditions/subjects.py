@@ -324,7 +324,6 @@ NO_SUBJECTS = {
     "functional.check_references": "errors alone: test_teacher has them",
     "functional.cross_modal": "a term of RankConsistency",
     "functional.in_modal": "a term of RankConsistency",
-    "functional.weighted_terms": "both terms in one pass: what RankConsistency is made of",
     "reference": "the oracle",
     "schedules": "numbers in, a number out: no tensor that a condition could touch",
 }
