@@ -111,11 +111,11 @@ class Count(TorchDispatchMode):
         names = [argument.name for argument in func._schema.arguments]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, y, index = given["cosines"], given["reference"], given["first_equal"]
-        n, items = x.shape
+        matrices, n, items = x.shape
         moved = traffic(
-            n, items, bins=given["bins"], processors=PROCESSORS, cache=CACHE,
-            index_bytes=0 if index is None else index.element_size(),
-            matrices=n // given["anchors"],
+            matrices * n, items, bins=given["bins"], processors=PROCESSORS, cache=CACHE,
+            index_bytes=index.element_size(),
+            matrices=matrices,
             opposite=given["opposite"] and x.untyped_storage()._cdata == y.untyped_storage()._cdata,
         )  # fmt: skip
         self._track(out)

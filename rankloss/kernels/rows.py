@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import operator
 import os
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ __all__ = [
     "Launch",
     "choose_launch",
     "evaluate",
-    "evaluate_rows",
     "triton_version",
     "why_not",
 ]
@@ -110,169 +109,53 @@ def triton_version() -> str | None:
 
 
 def evaluate(block: Block, options: RankOptions, _: int, *, with_gradient: bool) -> Evaluated:
-    """What :func:`rankloss.lists.evaluate` gives, in one launch; lists that are not ranked stay there."""
-    if block.beta is None:
-        return lists.evaluate(block, options, len(block.cosines[0]), with_gradient=with_gradient)
-    matrices, n, _N = block.cosines.shape
-    alpha, beta = (None if w is None else w.repeat_interleave(n) for w in (block.alpha, block.beta))
-    of_first, of_last = block.first_equal[0], block.first_equal[-1]
-    assert beta is not None
-    cross_entropy, nll, gradient = evaluate_rows(
-        block.cosines.flatten(0, 1),
-        (block.cosines if block.reference is None else block.reference).flatten(0, 1),
-        block.scale,
-        beta,
-        alpha=alpha,
-        first_row=block.first_row,
-        anchors=n,
-        opposite=block.reference is None,
-        first_equal=None if of_first is None or of_last is None else torch.stack([of_first, of_last]),
-        method=options.method,
-        bins=options.bins,
-        top_k=options.top_k,
-        diagonal=options.diagonal,
-        mean=options.reduction == "mean",
-        gradient=with_gradient,
-    )
-    shape = (matrices, n)
-    return Evaluated(
-        None if cross_entropy is None else cross_entropy.view(shape).double(),
-        nll.view(shape).double(),
-        None if gradient is None else gradient.view(block.cosines.shape),
-    )
+    """What :func:`rankloss.lists.evaluate` gives, in one launch; lists that are not ranked stay there.
 
-
-def evaluate_rows(
-    cosines: Tensor,
-    reference: Tensor,
-    scale: Tensor,
-    beta: Tensor,
-    *,
-    alpha: Tensor | None = None,
-    first_row: int = 0,
-    anchors: int | None = None,
-    opposite: bool = False,
-    first_equal: Tensor | None = None,
-    method: Literal["sort", "bin"] = "sort",
-    bins: int = 640,
-    top_k: int | None = None,
-    diagonal: bool = True,
-    mean: bool = False,
-    gradient: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    r"""Cross-entropy, Plackett–Luce NLL and the gradient of their weighted sum, for a block of rows.
-
-    With x = s·c a row's scores, k its own column, y its reference and μ 1 for the items that count, else 0,
-
-        CE = log Σ_q e^{x_q} − x_k,   NLL = Σ_p μ_p·(log C_p − x_p),   C_p = Σ_{q : y_q ≤ y_p} e^{x_q},
-
-        ∂(α·CE + β·NLL)/∂x_q = α·(e^{x_q} / Σ_p e^{x_p} − [q = k])
-                               + β·(e^{x_q}·Σ_{p : y_p ≥ y_q} μ_p / C_p − μ_q).
-
-    Everything is computed in float32; sums are pairs of a mantissa and an exponent, so that no span of scores
-    overflows or underflows them. The result is the same in every bit from run to run. A row that holds NaN,
-    infinity, or more than 10³⁸, is NaN throughout; other rows are not touched by it. Nothing waits for the
-    device.
+    Scores, order and gradient are in float32; sums are pairs of a mantissa and an exponent, so that no span
+    of scores overflows or underflows them. The result is the same in every bit from run to run. A row that
+    holds NaN, infinity, or more than 10³⁸, is NaN throughout; other rows are not touched by it. Nothing waits
+    for the device.
 
     Args:
-        cosines: ``[n, N]``, float32, c; the columns are contiguous, the rows may be a stride apart.
-        reference: ``[n, N]``, float32, y, likewise.
-        scale: ``[]``, s, on the device.
-        beta: ``[]`` or ``[n]``, floating point, the weight of the NLL.
-        alpha: likewise that of the cross-entropy; None leaves it out.
-        first_row: the first row's own column; the next row's is the next.
-        anchors: after how many rows the own columns begin again at ``first_row``, where the block holds rows
-            of several matrices one below the other; None where it holds those of one.
-        opposite: whether the lists of the first matrix are ranked by the rows of the last one in
-            ``reference``, those of the second by the last but one, and so on. ``reference`` may then be
-            ``cosines`` itself, and each row is then read once for both of its lists.
-        first_equal: ``[N]``, integer: y_q is read at ``first_equal[q]``, the first item equal to q, so that
-            equal items are tied whatever the rounding of their cosines. None where no two are equal.
-            ``[2, N]``: one for the first half of the rows, one for the second.
-        method: ``"sort"``: the exact order of y. ``"bin"``: the items of a bin of
-            :func:`rankloss.ranking.quantize` are tied.
-        bins: their number, at least 2.
-        top_k: see :func:`rankloss.plackett_luce_nll`.
-        diagonal: whether the own column is an item of the ranked list; it is always one of the cross-entropy.
-        mean: whether every row's NLL, and with it β, is divided by the row's Σ_p μ_p.
-        gradient: whether it is wanted.
-
-    Returns:
-        CE ``[n]`` (None without alpha), NLL ``[n]`` and the gradient by x, ``[n, N]`` (None if not wanted).
-
-    Raises:
-        ValueError: for shapes, dtypes, strides or devices other than these; the message names the argument.
+        block: in float32 and contiguous, of two matrices or four; ``first_equal`` holds no None, and is one
+            for the first half of the matrices and one for the second.
+        options: for which :func:`why_not` is None.
+        with_gradient: whether it is wanted.
 
     Example:
-        >>> c = torch.zeros(1, 4, device="meta")  # on a GPU the same call computes
-        >>> one = torch.ones((), device="meta")
-        >>> cross_entropy, nll, gradient = evaluate_rows(c, c, one, one, alpha=one)
-        >>> nll.shape, gradient.shape
-        (torch.Size([1]), torch.Size([1, 4]))
+        >>> c, one = torch.zeros(2, 1, 4, device="meta"), torch.ones(2, device="meta")
+        >>> equal = torch.zeros(4, dtype=torch.int64, device="meta")
+        >>> block = Block(c, one[0], one, one, None, (equal, equal), 0)  # on a GPU the same call computes
+        >>> found = evaluate(block, RankOptions(), 1, with_gradient=True)
+        >>> found.nll.shape, found.gradient.shape
+        (torch.Size([2, 1]), torch.Size([2, 1, 4]))
     """
-    n, N = _check_rows(cosines, reference)
-    anchors = _check_anchors(n, N, first_row, anchors)
-    matrices = n // anchors if n else 2
-    if matrices % 2 and (opposite or (first_equal is not None and first_equal.dim() > 1)):
-        raise ValueError(
-            f"opposite, and first_equal of shape [2, N], need an even number of matrices; got {matrices}"
-        )
-    _check_tensors(cosines, n, N, scale=scale, beta=beta, alpha=alpha, first_equal=first_equal)
-    if method not in ("sort", "bin"):
-        raise ValueError(f"method must be one of 'sort', 'bin'; got {method!r}")
-    if method == "bin" and not 2 <= bins <= LARGEST_LIST:
-        raise ValueError(f"bins must be from 2 to {LARGEST_LIST:,}; got {bins}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1; got {top_k}")
-    cross_entropy, nll, slopes = torch.ops.rankloss.evaluate_rows(
-        cosines, reference, scale, beta, alpha, first_equal, first_row, anchors, opposite,
-        bins if method == "bin" else 0, top_k or 0, diagonal, mean, gradient,
-    )  # fmt: skip
-    return cross_entropy if alpha is not None else None, nll, slopes if gradient else None
-
-
-def _check_rows(cosines: Tensor, reference: Tensor) -> tuple[int, int]:
-    for name, x in (("cosines", cosines), ("reference", reference)):
-        if x.dim() != 2 or x.dtype != torch.float32:
-            raise ValueError(f"{name} must be float32 [n, N]; got {x.dtype} {tuple(x.shape)}")
-        if x.stride(1) != 1:
-            raise ValueError(f"{name} must have contiguous columns; got strides {x.stride()}")
-    if cosines.shape != reference.shape or cosines.device != reference.device:
-        raise ValueError(
-            "cosines and reference must have one shape and device; "
-            f"got {tuple(cosines.shape)} on {cosines.device}, {tuple(reference.shape)} on {reference.device}"
-        )
-    n, N = cosines.shape
-    if not 2 <= N <= LARGEST_LIST:
-        raise ValueError(f"cosines must have 2 to {LARGEST_LIST:,} columns; got {N:,}")
-    return n, N
-
-
-def _check_anchors(n: int, N: int, first_row: int, anchors: int | None) -> int:
-    anchors = n if anchors is None else anchors
-    if n and (anchors < 1 or n % anchors):
-        raise ValueError(f"anchors must divide the number of rows, {n}; got {anchors}")
-    if not 0 <= first_row <= N - anchors:
-        raise ValueError(
-            f"first_row must be from 0 to {N - anchors}, so that own columns exist; got {first_row}"
-        )
-    return anchors
-
-
-def _check_tensors(cosines: Tensor, n: int, N: int, **tensors: Tensor | None) -> None:
-    shapes: dict[str, tuple[tuple[int, ...], ...]] = {"scale": ((),), "first_equal": ((N,), (2, N))}
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        allowed = shapes.get(name, ((), (n,)))
-        if tuple(x.shape) not in allowed or x.device != cosines.device:
-            expected = " or ".join(str(list(shape)) for shape in allowed)
-            raise ValueError(
-                f"{name} must have shape {expected} on {cosines.device}; got {tuple(x.shape)} on {x.device}"
-            )
-        integer = name == "first_equal"
-        if x.is_floating_point() == integer or x.dtype == torch.bool:
-            raise ValueError(f"{name} must be {'integer' if integer else 'floating point'}; got {x.dtype}")
+    if block.beta is None:
+        return lists.evaluate(block, options, len(block.cosines[0]), with_gradient=with_gradient)
+    of_first, of_last = block.first_equal[0], block.first_equal[-1]
+    assert of_first is not None
+    assert of_last is not None
+    call = _Call(
+        block.cosines,
+        block.cosines if block.reference is None else block.reference,
+        block.scale,
+        block.alpha,
+        block.beta,
+        torch.stack([of_first, of_last]),
+        block.first_row,
+        block.reference is None,
+        options.bins if options.method == "bin" else 0,
+        options.top_k or 0,
+        options.diagonal,
+        options.reduction == "mean",
+        with_gradient,
+    )
+    cross_entropy, nll, gradient = torch.ops.rankloss.evaluate_rows(*call)
+    return Evaluated(
+        None if block.alpha is None else cross_entropy.double(),
+        nll.double(),
+        gradient if with_gradient else None,
+    )
 
 
 class Launch(NamedTuple):
@@ -336,31 +219,61 @@ def _processors_and_cache(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, getattr(properties, "L2_cache_size", CACHE)
 
 
-def _evaluate_rows(
-    cosines: Tensor,
-    reference: Tensor,
-    scale: Tensor,
-    beta: Tensor,
-    alpha: Tensor | None,
-    first_equal: Tensor | None,
-    first_row: int,
-    anchors: int,
-    opposite: bool,
-    bins: int,
-    top_k: int,
-    diagonal: bool,
-    mean: bool,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, N = cosines.shape
-    cross_entropy, nll, slopes = _outputs(cosines, alpha, gradient)
-    if n == 0:
-        return cross_entropy, nll, slopes
-    launch = choose_launch(anchors, N, bins, *_processors_and_cache(cosines.device))
-    if first_equal is not None:
-        first_equal = first_equal.contiguous()
+class _Call(NamedTuple):
+    """The arguments of the operator.
+
+    Attributes:
+        cosines: ``[matrices, n, N]``, c.
+        reference: likewise, y.
+        scale: s, ``[]``.
+        alpha: ``[matrices]``, or None.
+        beta: ``[matrices]``.
+        first_equal: ``[2, N]``: y_q is read at ``first_equal[h, q]``, the first item equal to q, in half h of
+            the matrices.
+        first_row: the own column of every matrix's first row; the next row's is the next.
+        opposite: whether the lists of the first matrix are ranked by the rows of the last one in
+            ``reference``, those of the second by the last but one, and so on. ``reference`` is then
+            ``cosines`` itself, and each row is read once for both of its lists.
+        bins: their number; 0 for the exact order.
+        top_k: how many ranks count; 0 for all.
+        diagonal: whether the own column is an item of the ranked list; it is always one of the cross-entropy.
+        mean: whether every row's NLL, and with it β, is divided by the number of items that count.
+        gradient: whether it is wanted.
+    """
+
+    cosines: Tensor
+    reference: Tensor
+    scale: Tensor
+    alpha: Tensor | None
+    beta: Tensor
+    first_equal: Tensor
+    first_row: int
+    opposite: bool
+    bins: int
+    top_k: int
+    diagonal: bool
+    mean: bool
+    gradient: bool
+
+    @property
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is filled: CE and NLL, ``[matrices, n]``, and the gradient; empty where there is none."""
+        shape = self.cosines.shape[:2]
+        return (
+            self.cosines.new_empty((0, 0) if self.alpha is None else shape),
+            self.cosines.new_empty(shape),
+            self.cosines.new_empty(self.cosines.shape if self.gradient else (0, 0, 0)),
+        )
+
+
+def _evaluate_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call(*arguments)
+    matrices, anchors, N = call.cosines.shape
+    cross_entropy, nll, gradient = call.outputs
+    device = call.cosines.device
+    launch = choose_launch(anchors, N, call.bins, *_processors_and_cache(device))
     scratch = [
-        cosines.new_empty(launch.programs * size, dtype=dtype)
+        torch.empty(launch.programs * size, dtype=dtype, device=device)
         for size, dtype in (
             (launch.floats, torch.float32),
             (launch.ints, torch.int32),
@@ -368,28 +281,28 @@ def _evaluate_rows(
         )
         if size
     ]
-    equal_step = 0 if first_equal is None or first_equal.dim() == 1 else N
-    tensors = (cosines, reference, first_equal, slopes, cross_entropy, nll, *scratch, scale, alpha, beta)
-    sizes = (
-        n, N, first_row, anchors, equal_step, cosines.stride(0), reference.stride(0),
-        0 if alpha is None else _stride(alpha), _stride(beta), top_k or N, bins or N,
+    # Of a weight per matrix, since a program finds it by its row.
+    alpha, beta = (None if w is None else w.repeat_interleave(anchors) for w in (call.alpha, call.beta))
+    tensors = (
+        call.cosines, call.reference, call.first_equal, gradient, cross_entropy, nll, *scratch, call.scale,
+        alpha, beta,
     )  # fmt: skip
+    sizes = (matrices * anchors, N, call.first_row, anchors, call.top_k or N, call.bins or N)
     options = {
         "BLOCK": launch.block,
-        "HAS_EQUAL": first_equal is not None,
-        "OPPOSITE": opposite,
+        "OPPOSITE": call.opposite,
         "HAS_ALPHA": alpha is not None,
-        "HAS_GRADIENT": gradient,
-        "DIAGONAL": diagonal,
-        "WEIGHS": top_k > 0,
-        "MEAN": mean,
+        "HAS_GRADIENT": call.gradient,
+        "DIAGONAL": call.diagonal,
+        "WEIGHS": call.top_k > 0,
+        "MEAN": call.mean,
         "num_warps": launch.warps,
         "num_stages": 1,
         "enable_fp_fusion": True,
     }
     # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device_of(cosines):
-        if bins:
+    with torch.cuda.device_of(call.cosines):
+        if call.bins:
             from rankloss.kernels.device.binned_rows import binned_rows
 
             binned_rows[(launch.programs,)](*tensors, *sizes, **options)
@@ -397,29 +310,18 @@ def _evaluate_rows(
             from rankloss.kernels.device.sorted_rows import sorted_rows
 
             sorted_rows[(launch.programs,)](*tensors, *sizes, DEEPEST=_DEEPEST, **options)
-    return cross_entropy, nll, slopes
+    return cross_entropy, nll, gradient
 
 
-def _stride(weight: Tensor) -> int:
-    return weight.stride(0) if weight.dim() else 0
+def _evaluate_rows_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _Call(*arguments).outputs
 
 
-def _evaluate_rows_fake(cosines: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(cosines, rest[3], rest[-1])
-
-
-def _outputs(cosines: Tensor, alpha: Tensor | None, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    n, N = cosines.shape
-    return (
-        cosines.new_empty(0 if alpha is None else n),
-        cosines.new_empty(n),
-        cosines.new_empty((n, N) if gradient else (0, 0)),
-    )
-
-
-_SCHEMA = (
-    "(Tensor cosines, Tensor reference, Tensor scale, Tensor beta, Tensor? alpha, Tensor? first_equal, "
-    "int first_row, int anchors, bool opposite, int bins, int top_k, bool diagonal, bool mean, "
-    "bool gradient) -> (Tensor, Tensor, Tensor)"
+register(
+    "evaluate_rows",
+    "(Tensor cosines, Tensor reference, Tensor scale, Tensor? alpha, Tensor beta, Tensor first_equal, "
+    "int first_row, bool opposite, int bins, int top_k, bool diagonal, bool mean, bool gradient) -> "
+    "(Tensor, Tensor, Tensor)",
+    _evaluate_rows,
+    _evaluate_rows_fake,
 )
-register("evaluate_rows", _SCHEMA, _evaluate_rows, _evaluate_rows_fake)

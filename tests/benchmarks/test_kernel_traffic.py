@@ -14,7 +14,10 @@ import torch
 
 from devices import DEVICE
 from interpreter import interpreted, needs_triton
-from rankloss.kernels import confirm_equals, evaluate_rows, hash_rows
+from rankloss.kernels import evaluate
+from rankloss.kernels.equal_rows import confirm_equals, hash_rows
+from rankloss.lists import Block
+from rankloss.options import RankOptions
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -59,8 +62,9 @@ def test_bytes_are_those_of_the_loads_and_stores(bins: int, moved: list[tuple[in
     n, N = 3, 150
     x, y = torch.rand(2, n, N, generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = {"method": "bin", "bins": bins} if bins else {}
-    one = torch.ones(())
-    _, _, gradient = evaluate_rows(x, y, one, one, **options)
+    one, own = torch.ones(1), torch.arange(N)
+    block = Block(x[None], one[0], None, one, y[None], (own,), 0)
+    gradient = evaluate(block, RankOptions(**options), 1, with_gradient=True).gradient
     assert gradient is not None
     found: Counter[str] = Counter()
     ranges = {
@@ -71,11 +75,15 @@ def test_bytes_are_those_of_the_loads_and_stores(bins: int, moved: list[tuple[in
         name = next((name for name, where in ranges.items() if address in where), "scratch")
         found[name] += size
     scalars = n * 4 + n * 4 + 2 * 4  # beta and NLL of every row, the scale once per program
-    counted = traffic(n, N, bins=bins, processors=0, mates=bucket_mates(y))
+    counted, with_index = (
+        traffic(n, N, bins=bins, processors=0, mates=bucket_mates(y), index_bytes=size) for size in (0, 8)
+    )
     assert found["cosines"] == counted.cosines
     assert found["reference"] == counted.reference
     assert found["gradient"] == counted.gradient
-    assert abs(found["scratch"] - scalars - counted.scratch) <= 2 * n  # the mates are rounded per row
+    of_index = with_index.reference - counted.reference
+    # The mates are rounded per row.
+    assert abs(found["scratch"] - scalars - of_index - counted.scratch) <= 2 * n
 
 
 @pytest.mark.parametrize("width", [5, 300])

@@ -317,8 +317,6 @@ SUBJECTS = [
 ]
 
 NO_SUBJECTS = {
-    "AlipLoss": "leaves the core",
-    "CyClipLoss": "leaves the core",
     "__version__": "a string",
     "Gather": "how a loss gathers: test_groups has the losses with it",
     "InputWarning": "what a loss warns with",
@@ -326,7 +324,6 @@ NO_SUBJECTS = {
     "functional.check_references": "errors alone: test_functional has them",
     "functional.cross_modal": "a term of RankConsistency",
     "functional.in_modal": "a term of RankConsistency",
-    "functional.weighted_terms": "both terms in one pass: what RankConsistency is made of",
     "reference": "the oracle",
     "schedules": "numbers in, a number out: no tensor that a condition could touch",
 }

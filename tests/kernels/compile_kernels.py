@@ -32,13 +32,11 @@ def compile_kernel(bins: int, N: int, plain: bool, capability: int) -> dict[str,
     constants = {
         "BLOCK": launch.block,
         "DEEPEST": 64,
-        "HAS_EQUAL": True,
         "OPPOSITE": True,
         "HAS_ALPHA": True,
         "HAS_GRADIENT": True,
         "DIAGONAL": plain,
         "WEIGHS": not plain,
-        "DISCOUNT": not plain,
         "MEAN": True,
     }
     names = kernel.arg_names

@@ -10,7 +10,7 @@ from interpreter import HAS_TRITON, interpreted
 
 if not HAS_TRITON:
     collect_ignore = [
-        "test_evaluate_rows.py",
+        "test_evaluate.py",
         "test_compilation.py",
         "test_equal_rows.py",
     ]

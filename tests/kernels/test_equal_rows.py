@@ -12,15 +12,13 @@ from torch import Tensor
 
 from devices import DEVICE
 from rankloss import kernels
-from rankloss.equal_rows import first_equal_in_kernel
+from rankloss.kernels.equal_rows import confirm_equals, hash_rows
 
 ENTRIES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.25, math.nan, math.inf])
 
 
 def first_equal(features: Tensor) -> list[int]:
-    (found,) = first_equal_in_kernel(features.to(DEVICE))
-    assert found is not None
-    return found.tolist()
+    return kernels.first_equal(features.to(DEVICE)).tolist()
 
 
 def by_definition(features: Tensor) -> list[int]:
@@ -59,10 +57,10 @@ def test_more_rows_and_columns_than_a_program_takes_at_a_time(width: int) -> Non
 
 def test_rows_with_one_hash_that_differ_are_not_equal() -> None:
     x = torch.tensor([[1.0, 2.0], [1.0, 3.0], [1.0, 2.0]], device=DEVICE)
-    assert kernels.confirm_equals(x, torch.zeros(3, dtype=torch.int64, device=DEVICE)).tolist() == [0, 1, 0]
+    assert confirm_equals(x, torch.zeros(3, dtype=torch.int64, device=DEVICE)).tolist() == [0, 1, 0]
 
 
 def test_an_entry_that_differs_changes_the_hash() -> None:
     x = torch.randn(1, 40, generator=torch.Generator().manual_seed(0)).repeat(41, 1)
     x[range(1, 41), range(40)] *= -1
-    assert len(kernels.hash_rows(x.to(DEVICE)).unique()) == 41
+    assert len(hash_rows(x.to(DEVICE)).unique()) == 41

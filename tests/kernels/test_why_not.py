@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,21 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankloss.kernels import rows, why_not
-
-SERVED = {
-    "model": "plackett_luce",
-    "lists": "row",
-    "worth": "exp",
-    "ties": "shared",
-    "method": "sort",
-    "bins": 2048,
-}
+from rankloss.options import RankOptions
 
 
 def ask(
-    n: int = 64, N: int = 64, device: str = "cuda", dtype: torch.dtype = torch.float32, **changes: Any
+    n: int = 64, N: int = 64, device: str = "cuda", dtype: torch.dtype = torch.float32, **options: Any
 ) -> str | None:
-    return why_not(SimpleNamespace(**{**SERVED, **changes}), torch.device(device), dtype, n, N)
+    return why_not(RankOptions(**options), torch.device(device), dtype, n, N)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def ordered_bits(bits):
 @triton.jit
 def collect_bins(
     x, y, equal, own, N, s, top, low, high, largest, count, total, bins,
-    BLOCK: tl.constexpr, HAS_EQUAL: tl.constexpr, DIAGONAL: tl.constexpr,
+    BLOCK: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """Largest score, number of items and sum of worths of every bin."""
     j = tl.arange(0, BLOCK)
@@ -54,7 +54,7 @@ def collect_bins(
         inside = c + j < N
         if not DIAGONAL:
             inside = inside & (c + j != own)
-        q = division_of(reference_at(y, equal, c + j, inside, HAS_EQUAL), low, high, bins)
+        q = division_of(reference_at(y, equal, c + j, inside), low, high, bins)
         score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
         key = ordered_bits(score.to(tl.int32, bitcast=True))
         tl.atomic_max(largest + q, key, mask=inside, sem="relaxed")
@@ -64,7 +64,7 @@ def collect_bins(
         inside = c + j < N
         if not DIAGONAL:
             inside = inside & (c + j != own)
-        q = division_of(reference_at(y, equal, c + j, inside, HAS_EQUAL), low, high, bins)
+        q = division_of(reference_at(y, equal, c + j, inside), low, high, bins)
         score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
         key = tl.load(largest + q, mask=inside, other=0)
         # Above 0 only past the row's end, where no integer would hold the worth.
@@ -128,15 +128,15 @@ def sum_bins_downwards(count, log_c, weight, bins, BLOCK: tl.constexpr, WEIGHS: 
         m0, w0 = at(j, m, 0), at(j, w, 0)
 
 
-@triton.jit(do_not_specialize=["n", "first_row", "anchors", "equal_step", "top_k"])
+@triton.jit(do_not_specialize=["n", "first_row", "anchors", "top_k"])
 def binned_rows(
     X, Y, EQUAL, GRADIENT, CE, NLL, FLOATS, INTS, TOTALS, scale, ALPHA, BETA,
-    n, N, first_row, anchors, equal_step, x_stride, y_stride, alpha_stride, beta_stride, top_k, bins,
-    BLOCK: tl.constexpr, HAS_EQUAL: tl.constexpr, OPPOSITE: tl.constexpr, HAS_ALPHA: tl.constexpr,
+    n, N, first_row, anchors, top_k, bins,
+    BLOCK: tl.constexpr, OPPOSITE: tl.constexpr, HAS_ALPHA: tl.constexpr,
     HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr,
     MEAN: tl.constexpr,
 ):  # fmt: skip
-    """CE, NLL and gradient of every row; see :func:`rankloss.kernels.evaluate_rows`.
+    """CE, NLL and gradient of every row; see :func:`rankloss.kernels.evaluate`.
 
     A program has scratch of its own for one row: ``FLOATS`` holds 2·bins, ``INTS`` 2·bins, ``TOTALS`` bins.
     """
@@ -155,16 +155,14 @@ def binned_rows(
         row, rows_left = anchor, n
         while rows_left > 0:
             ranked_by = reference_row(row, anchor, n, anchors, OPPOSITE)
-            x = X + row.to(tl.int64) * x_stride
-            y = Y + ranked_by.to(tl.int64) * y_stride
-            equal = EQUAL
-            if HAS_EQUAL:
-                equal = EQUAL + tl.where(row < n // 2, 0, equal_step)
-            top, low, high, finite = survey(x, y, equal, own, N, s, BLOCK, HAS_EQUAL, DIAGONAL)
+            x = X + row.to(tl.int64) * N
+            y = Y + ranked_by.to(tl.int64) * N
+            equal = EQUAL + tl.where(row < n // 2, 0, N)
+            top, low, high, finite = survey(x, y, equal, own, N, s, BLOCK, DIAGONAL)
             if finite != 0:
                 collect_bins(
                     x, y, equal, own, N, s, top, low, high, largest, count, total, bins,
-                    BLOCK, HAS_EQUAL, DIAGONAL,
+                    BLOCK, DIAGONAL,
                 )  # fmt: skip
                 log_sum, denominators, total_mu = sum_bins_upwards(
                     largest, count, total, log_u, weight, M, top_k, bins, BLOCK, WEIGHS
@@ -174,13 +172,13 @@ def binned_rows(
                 tl.debug_barrier()
                 alpha = tl.full([], 0.0, tl.float32)
                 if HAS_ALPHA:
-                    alpha = tl.load(ALPHA + row * alpha_stride).to(tl.float32)
+                    alpha = tl.load(ALPHA + row).to(tl.float32)
                     own_score = (tl.load(x + own) - top) * s
                     if not DIAGONAL:
                         m, w = joined(log_sum, 1.0, own_score, 1.0)
                         log_sum = log_of(m, w)
                     tl.store(CE + row, log_sum - own_score)
-                beta = tl.load(BETA + row * beta_stride).to(tl.float32)
+                beta = tl.load(BETA + row).to(tl.float32)
                 if MEAN:
                     beta /= total_mu
                 scores = tl.zeros([BLOCK], tl.float32)
@@ -190,7 +188,7 @@ def binned_rows(
                     if not DIAGONAL:
                         listed = inside & (c + j != own)
                     score = (tl.load(x + c + j, mask=inside, other=0.0) - top) * s
-                    q = division_of(reference_at(y, equal, c + j, listed, HAS_EQUAL), low, high, bins)
+                    q = division_of(reference_at(y, equal, c + j, listed), low, high, bins)
                     mu = listed.to(tl.float32)
                     if WEIGHS:
                         mu *= tl.load(weight + q, mask=listed, other=0.0)

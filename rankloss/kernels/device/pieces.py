@@ -54,16 +54,15 @@ def at(index, x, place):
 
 
 @triton.jit
-def reference_at(y, equal, column, inside, HAS_EQUAL: tl.constexpr):
-    """The reference of the columns, read at the first equal item where there is an index of those."""
-    if HAS_EQUAL:
-        column = tl.load(equal + column, mask=inside, other=0)
+def reference_at(y, equal, column, inside):
+    """The reference of the columns, each read at the first equal item."""
+    column = tl.load(equal + column, mask=inside, other=0)
     return tl.load(y + column, mask=inside, other=0.0)
 
 
 @triton.jit
 def survey(
-    x, y, equal, own, N, s, BLOCK: tl.constexpr, HAS_EQUAL: tl.constexpr, DIAGONAL: tl.constexpr
+    x, y, equal, own, N, s, BLOCK: tl.constexpr, DIAGONAL: tl.constexpr
 ):  # fmt: skip
     """Largest cosine of a row, range of its list's reference, whether everything is finite.
 
@@ -81,7 +80,7 @@ def survey(
         if not DIAGONAL:
             listed = inside & (c + j != own)
         cosine = tl.load(x + c + j, mask=inside, other=0.0)
-        value = reference_at(y, equal, c + j, inside, HAS_EQUAL)
+        value = reference_at(y, equal, c + j, inside)
         # A comparison with NaN is false.
         small = (tl.abs(cosine) < LARGEST) & (tl.abs(cosine * s) < LARGEST) & (tl.abs(value) < LARGEST)
         finite = tl.where(small, finite, 0)

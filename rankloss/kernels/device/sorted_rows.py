@@ -38,7 +38,7 @@ from rankloss.kernels.device.pieces import (
 @triton.jit
 def fill_buckets(
     y, equal, own, N, low, high, keys, items, slot, start, buckets,
-    BLOCK: tl.constexpr, HAS_EQUAL: tl.constexpr, DIAGONAL: tl.constexpr,
+    BLOCK: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """Write a list's references and columns bucket by bucket; the depth of the deepest bucket.
 
@@ -52,7 +52,7 @@ def fill_buckets(
         inside = c + j < N
         if not DIAGONAL:
             inside = inside & (c + j != own)
-        q = division_of(reference_at(y, equal, c + j, inside, HAS_EQUAL), low, high, buckets)
+        q = division_of(reference_at(y, equal, c + j, inside), low, high, buckets)
         place = tl.atomic_add(start + q, 1, mask=inside, sem="relaxed")
         tl.store(slot + c + j, place, mask=inside)
     tl.debug_barrier()
@@ -68,7 +68,7 @@ def fill_buckets(
         inside = c + j < N
         if not DIAGONAL:
             inside = inside & (c + j != own)
-        value = reference_at(y, equal, c + j, inside, HAS_EQUAL)
+        value = reference_at(y, equal, c + j, inside)
         q = division_of(value, low, high, buckets)
         place = tl.load(start + q, mask=inside, other=0) + tl.load(slot + c + j, mask=inside, other=0)
         tl.store(keys + place, value, mask=inside)
@@ -239,15 +239,15 @@ def sum_downwards(ranked, last, log_c, M, top_k, BLOCK: tl.constexpr, WEIGHS: tl
     return tl.sum(terms, 0), total_mu
 
 
-@triton.jit(do_not_specialize=["n", "first_row", "anchors", "equal_step", "top_k"])
+@triton.jit(do_not_specialize=["n", "first_row", "anchors", "top_k"])
 def sorted_rows(
     X, Y, EQUAL, GRADIENT, CE, NLL, FLOATS, INTS, scale, ALPHA, BETA,
-    n, N, first_row, anchors, equal_step, x_stride, y_stride, alpha_stride, beta_stride, top_k, buckets,
-    BLOCK: tl.constexpr, DEEPEST: tl.constexpr, HAS_EQUAL: tl.constexpr, OPPOSITE: tl.constexpr,
+    n, N, first_row, anchors, top_k, buckets,
+    BLOCK: tl.constexpr, DEEPEST: tl.constexpr, OPPOSITE: tl.constexpr,
     HAS_ALPHA: tl.constexpr, HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr,
     MEAN: tl.constexpr,
 ):  # fmt: skip
-    """CE, NLL and gradient of every row; see :func:`rankloss.kernels.evaluate_rows`.
+    """CE, NLL and gradient of every row; see :func:`rankloss.kernels.evaluate`.
 
     A program has scratch of its own for one row: ``FLOATS`` holds 2·N, ``INTS`` 3·N + buckets + 1.
     """
@@ -265,16 +265,14 @@ def sorted_rows(
         row, rows_left = anchor, n
         while rows_left > 0:
             ranked_by = reference_row(row, anchor, n, anchors, OPPOSITE)
-            x = X + row.to(tl.int64) * x_stride
-            y = Y + ranked_by.to(tl.int64) * y_stride
-            equal = EQUAL
-            if HAS_EQUAL:
-                equal = EQUAL + tl.where(row < n // 2, 0, equal_step)
-            top, low, high, finite = survey(x, y, equal, own, N, s, BLOCK, HAS_EQUAL, DIAGONAL)
+            x = X + row.to(tl.int64) * N
+            y = Y + ranked_by.to(tl.int64) * N
+            equal = EQUAL + tl.where(row < n // 2, 0, N)
+            top, low, high, finite = survey(x, y, equal, own, N, s, BLOCK, DIAGONAL)
             if finite != 0:
                 deepest = fill_buckets(
                     y, equal, own, N, low, high, keys, items, first, start, buckets,
-                    BLOCK, HAS_EQUAL, DIAGONAL,
+                    BLOCK, DIAGONAL,
                 )  # fmt: skip
                 if deepest <= DEEPEST:
                     rank_by_comparing(
@@ -289,7 +287,7 @@ def sorted_rows(
                 total = sum_upwards(ranked, keys, M, BLOCK)  # the keys have served
                 tl.debug_barrier()
                 nll, total_mu = sum_downwards(ranked, last, keys, M, top_k, BLOCK, WEIGHS)
-                beta = tl.load(BETA + row * beta_stride).to(tl.float32)
+                beta = tl.load(BETA + row).to(tl.float32)
                 if MEAN:
                     nll /= total_mu
                     beta /= total_mu
@@ -297,7 +295,7 @@ def sorted_rows(
                 tl.debug_barrier()
                 alpha = tl.full([], 0.0, tl.float32)
                 if HAS_ALPHA:
-                    alpha = tl.load(ALPHA + row * alpha_stride).to(tl.float32)
+                    alpha = tl.load(ALPHA + row).to(tl.float32)
                     own_score = (tl.load(x + own) - top) * s
                     if not DIAGONAL:
                         m, w = joined(total, 1.0, own_score, 1.0)
