@@ -35,7 +35,7 @@ QUICK = {"n": 16, "d": 8}
 
 
 def cost(n: int, d: int, options: dict[str, Any]) -> dict[str, float]:
-    """Of a forward and backward pass: the least CPU time of some, and the peak of memory; in a fresh process."""
+    """Of a forward and backward pass: the least CPU time of some, and the peak memory; in a fresh process."""
     signal.alarm(LIMIT)
     torch.set_num_threads(1)
     criterion, inputs = RankConsistency(**options), batch(n, d)

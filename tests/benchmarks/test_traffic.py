@@ -18,7 +18,7 @@ sys.path.append(str(BENCHMARKS))
 
 import traffic  # noqa: E402
 
-# At 1,024 rows of 8,192 items: bytes per element and list, launches, peak MiB. They may fall, and are lowered then.
+# At 1,024 rows of 8,192 items: bytes per element and list, launches, peak MiB. Where they fall, they are lowered.
 KERNEL_BYTES = 38
 LIMITS = {
     "torch-sort": (340, 199, 1248),
@@ -85,5 +85,5 @@ def test_peak_is_of_what_lives_at_once_on_what_says_that_it_is_cuda() -> None:
         y = x + 1
         assert (str(y.device), y.is_cuda) == ("cuda:0", True)
         del y
-        y = x.double()
+        x.double()
     assert count.added_peak == 2 * F4
