@@ -16,8 +16,6 @@ from naive import naive_rank_terms
 from rankloss import ClipLoss, Gather, RankClipLoss, RankConsistency, SigLipLoss
 from rankloss_trainers import catalog
 
-__all__ = ["BIAS", "LOSSES", "SCALE", "D", "Distilled", "Loss", "batch"]
-
 Loss = Callable[..., Tensor]
 
 D, SCALE, BIAS = 512, 1 / 0.07, -10.0

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from measure import Times, in_turns
 from rankloss_trainers.clock import Position
 
-__all__ = ["measure_steps", "step_of"]
-
 BATCH = 128
 LOSSES = ("--loss clip", "--loss rankclip")
 _MODEL = Path(__file__).resolve().parents[1] / "examples" / "openmoji" / "model" / "open_clip_config.json"

@@ -18,7 +18,7 @@ sys.path.append(str(BENCHMARKS))
 
 import traffic  # noqa: E402
 
-# At 1,024 rows of 8,192 items: bytes per element and list, launches, peak MiB. Where they fall, they are lowered.
+# At 1,024 rows of 8,192 items: bytes per element and list, launches, peak MiB. What falls is lowered here.
 KERNEL_BYTES = 38
 LIMITS = {
     "torch-sort": (340, 199, 1248),
