@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,34 +16,26 @@ from naive import naive_rank_terms
 from rankloss import ClipLoss, Gather, RankClipLoss, RankConsistency, SigLipLoss
 from rankloss_trainers import catalog
 
-__all__ = ["BIAS", "LOSSES", "SCALE", "D", "Distilled", "Loss", "batch"]
-
 Loss = Callable[..., Tensor]
 
 D, SCALE, BIAS = 512, 1 / 0.07, -10.0
+DISTILLED = "rankclip-distill"
 
 
-class Distilled:
-    """``--loss rankclip-distill`` at λ = 64/16, with a teacher's features of any number of pairs at hand."""
+@cache
+def teacher(n: int, d: int) -> dict[str, Tensor]:
+    """A teacher's features of n pairs."""
+    v, t, _ = batch(n, d, seed=1)
+    return {"reference_image_features": v.detach(), "reference_text_features": t.detach()}
 
-    def __init__(self) -> None:
-        preset = catalog.candidates()["rankclip-distill"].load()
-        options = {option.key: option.default for option in preset.options}
-        gather = Gather(rank=0, world_size=1)
-        self.loss = preset.build(ClipLoss(gather=gather), {**options, "schedule": "constant"}, gather)
-        self._teacher: dict[str, Tensor] = {}
 
-    def prepare(self, n: int, d: int) -> None:
-        """Make the teacher's features of n pairs, ahead of what is measured."""
-        v, t, _ = batch(n, d, seed=1)
-        names = ("reference_image_features", "reference_text_features")
-        self._teacher = {name: x.detach() for name, x in zip(names, (v, t), strict=True)}
-
-    def __call__(self, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        if next((len(x) for x in self._teacher.values()), None) != len(v):
-            self.prepare(*v.shape)
-        value: Tensor = self.loss(v, t, s, **self._teacher)
-        return value
+def distilled() -> Loss:
+    """``--loss rankclip-distill`` at λ = 64/16."""
+    preset = catalog.candidates()[DISTILLED].load()
+    options = {option.key: option.default for option in preset.options}
+    gather = Gather(rank=0, world_size=1)
+    loss = preset.build(ClipLoss(gather=gather), {**options, "schedule": "constant"}, gather)
+    return lambda v, t, s: loss(v, t, s, **teacher(*v.shape))
 
 
 STREAMED: Any = {"memory_budget": 0}
@@ -58,7 +50,7 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "naive terms": lambda: naive_rank_terms,
     "RankConsistency sort": RankConsistency,
     "RankConsistency bin": lambda: RankConsistency(method="bin"),
-    "rankclip-distill": Distilled,
+    DISTILLED: distilled,
     "RankClipLoss": lambda: RankClipLoss(schedule="constant"),
     "RankClipLoss bin": lambda: RankClipLoss(schedule="constant", method="bin"),
 }

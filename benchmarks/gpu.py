@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 import traceback
@@ -17,15 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import measure
 import rankloss
 from naive import naive_rank_terms
 from report import fill, markdown_table
 from traffic import with_library
-from training_step import step_of
+from training_step import DEMO, step_of
 
 LIMIT = 530  # seconds for everything
 SIZES = ((1024, 1024), (1024, 8192), (4096, 4096), (1024, 32768), (16384, 16384), (1024, 65536))
@@ -33,11 +34,7 @@ LARGEST = ((65536, 65536), (1024, 131072))
 # From siglip-kernel's own table: an H100, bfloat16, D = 768, forward and backward.
 PUBLISHED = {"siglip-kernel, B = 65,536, D = 768 (published)": {"milliseconds": 48.8, "peak_mib": 1434}}
 MODELS = {"ViT-B-32": 1024, "ViT-B-16": 384}  # of open_clip, and the batch
-TINY: dict[str, Any] = {
-    "vision_cfg": {"layers": 1, "width": 64, "patch_size": 32, "image_size": 64, "head_width": 32},
-    "text_cfg": {"layers": 1, "width": 32, "heads": 2},
-    "embed_dim": 16,
-}
+TINY = {f"local-dir:{DEMO}": 4}
 
 
 class Bench(NamedTuple):
@@ -140,14 +137,11 @@ def training_step(bench: Bench) -> dict[str, Any]:
     import open_clip
 
     found: dict[str, Any] = {}
-    for model_name, batch in {"tiny": 4}.items() if bench.dry else MODELS.items():
-        if bench.dry:
-            model: Any = open_clip.CLIP(**TINY, output_dict=True)
-        else:
-            model = open_clip.create_model(model_name, pretrained=None, output_dict=True)
-        size = 64 if bench.dry else 224
-        images = torch.randn(batch, 3, size, size, device=bench.device)
-        texts = torch.randint(1, 49407, (batch, 77), device=bench.device)
+    for model_name, batch in (TINY if bench.dry else MODELS).items():
+        model = open_clip.create_model(model_name, pretrained=None, output_dict=True)
+        size = np.broadcast_to(model.visual.image_size, 2).tolist()
+        images = torch.randn(batch, 3, *size, device=bench.device)
+        texts = torch.randint(1, model.vocab_size, (batch, model.context_length), device=bench.device)
         losses: dict[str, Any] = {"clip": open_clip.ClipLoss()}
         for name, engine in implementations().items():
             losses[f"rankclip {name}"] = rankloss.RankClipLoss(schedule="constant", **engine)
@@ -171,8 +165,7 @@ def conditions(device: torch.device, dry: bool) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         found |= {"card": properties.name, "GiB": round(properties.total_memory / 2**30, 1)}
         found |= {"processors": properties.multi_processor_count, "CUDA": torch.version.cuda}
-    versions = {"Python": platform.python_version(), "torch": torch.__version__}
-    return {**found, **versions, "rankloss": rankloss.__version__, "date": time.strftime("%Y-%m-%d")}
+    return {**found, **measure.conditions()}
 
 
 def report(folder: Path) -> str:

@@ -32,8 +32,6 @@ from torch import Tensor
 
 from rankloss.kernels.rows import CACHE, choose_launch
 
-__all__ = ["Traffic", "feature_bytes", "traffic"]
-
 
 class Traffic(NamedTuple):
     """Bytes of one launch.

@@ -1,7 +1,8 @@
-"""Time and memory of forward and backward, measured in this process or in a fresh one."""
+"""Time and memory of forward and backward, measured in this process or in a fresh one; memory on Linux."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing as mp
 import os
@@ -22,18 +23,8 @@ import rankloss
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # where a script finds what they share
 
-from contenders import LOSSES, Distilled, batch
+from contenders import DISTILLED, LOSSES, batch, teacher
 from memory import saved_bytes
-
-__all__ = [
-    "Times",
-    "added_bytes",
-    "conditions",
-    "in_fresh_process",
-    "in_turns",
-    "measure_memory",
-    "measure_time",
-]
 
 T = TypeVar("T")
 
@@ -75,11 +66,10 @@ def in_turns(
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
     """``function(*arguments)`` in a process of its own: a memory peak leaves no trace in the next one.
 
-    Where the system can, it is forked from one that has imported what takes long and has computed nothing.
+    It is forked from one that has imported what takes long and has computed nothing.
     """
-    context = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(["torch", "open_clip", "open_clip_train.params", "rankloss"])
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "open_clip", "open_clip_train.params", "rankloss"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -106,12 +96,12 @@ def measure_memory(name: str, n: int, d: int, threads: int) -> dict[str, float |
     loss = LOSSES[name]()
     loss(*batch(_WARM_UP, d)).backward()
     inputs = batch(n, d)
-    if isinstance(loss, Distilled):
-        loss.prepare(n, d)
+    if name == DISTILLED:
+        teacher(n, d)
     started = time.perf_counter()
     added = added_bytes(lambda: loss(*inputs).backward())
     seconds = time.perf_counter() - started
-    peak = _peak()
+    peak = _status("VmHWM")
     saved = saved_bytes(lambda: loss(*inputs)) if n <= _LARGEST_COUNTED else None
     return {"added_bytes": added, "peak_bytes": peak, "saved_bytes": saved, "seconds_alone": seconds}
 
@@ -119,27 +109,12 @@ def measure_memory(name: str, n: int, d: int, threads: int) -> dict[str, float |
 def added_bytes(call: Callable[[], object]) -> int:
     """The peak of resident memory during a call, above what was resident before."""
     gc.collect()
-    before = _reset_peak()
+    if platform.libc_ver()[0] == "glibc":  # what is freed and still resident would hide as much of the peak
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+    before = _status("VmRSS")
     call()
-    return _peak() - before
-
-
-def _reset_peak() -> int:
-    """Set the peak of resident memory back to what is resident now, where the system can; that amount."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return _peak()  # a peak that was reached earlier, if any, hides as much of the next
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    if Path("/proc/self/status").exists():
-        return _status("VmHWM")
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return _status("VmHWM") - before
 
 
 def _status(field: str) -> int:
@@ -160,16 +135,13 @@ def conditions(**settings: Any) -> dict[str, Any]:
         "numpy": np.__version__,
         "rankloss": rankloss.__version__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "load_average": round(os.getloadavg()[0], 1),
         **settings,
     }
 
 
 def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
     return platform.processor() or "unknown"

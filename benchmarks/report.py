@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["benchmark", "fill", "markdown_table", "parser_of", "under"]
-
 
 def parser_of(doc: str, output: str = "outputs/bench") -> argparse.ArgumentParser:
     """The options that every benchmark has."""
@@ -65,9 +63,9 @@ def fill(path: Path, name: str, text: str) -> None:
 
 def under(c: Mapping[str, Any]) -> str:
     """The conditions of a measurement as a sentence."""
-    load = "" if c.get("load_average") is None else f", load average {c['load_average']} at the start"
     return (
-        f"{c['cpu']}, {c['threads']} threads of {c['cores']} cores{load}; {c['system']}, "
+        f"{c['cpu']}, {c['threads']} threads of {c['cores']} cores, load average {c['load_average']} at the "
+        f"start; {c['system']}, "
         f"Python {c['python']}, torch {c['torch']}, NumPy {c['numpy']}, rankloss {c['rankloss']}; "
         f"D = {c['d']}, float32; {c['date']}."
     )

@@ -183,19 +183,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         sizes.append((LARGEST, [loss for loss in LINEAR if loss in args.losses]))
     for n, losses in sizes:
         for loss in losses:
-            why_not = None
             if loss == "naive terms" and n > NAIVE_UP_TO:
-                why_not = f"measured up to N = {NAIVE_UP_TO:,} only"
-            else:
-                _say(f"memory of {loss}, N = {n:,}")
-                try:
-                    points[loss, n] = Point(
-                        loss, n, **in_fresh_process(measure_memory, loss, n, d, args.threads)
-                    )
-                except BrokenProcessPool:
-                    why_not = "its process was killed"
-            if why_not is not None:
-                notes.append(f"{loss} at N = {n:,}: left out, {why_not}.")
+                continue
+            _say(f"memory of {loss}, N = {n:,}")
+            try:
+                found = in_fresh_process(measure_memory, loss, n, d, args.threads)
+                points[loss, n] = Point(loss, n, **found)
+            except BrokenProcessPool:
+                notes.append(f"{loss} at N = {n:,}: left out, its process was killed.")
         here = [loss for loss in losses if (loss, n) in points]
         if n > IN_TURNS_UP_TO:
             here = [loss for pair in PAIRS if all(loss in here for loss in pair) for loss in pair]

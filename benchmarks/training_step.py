@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from measure import Times, in_turns
 from rankloss_trainers.clock import Position
 
-__all__ = ["measure_steps", "step_of"]
-
 BATCH = 128
 LOSSES = ("--loss clip", "--loss rankclip")
-_MODEL = Path(__file__).resolve().parents[1] / "examples" / "openmoji" / "model" / "open_clip_config.json"
+DEMO = Path(__file__).resolve().parents[1] / "examples" / "openmoji" / "model"
 
 
 def training_steps() -> dict[str, Callable[[], None]]:
     """A function a loss; each has a model and an optimizer of its own, and all train on the same batch."""
     generator = torch.Generator().manual_seed(0)
-    config = json.loads(_MODEL.read_text(encoding="utf-8"))["model_cfg"]
+    config = json.loads((DEMO / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
     size, text = config["vision_cfg"]["image_size"], config["text_cfg"]
     images = torch.rand(BATCH, 3, size, size, generator=generator) * 2 - 1
     texts = torch.randint(1, text["vocab_size"], (BATCH, text["context_length"]), generator=generator)

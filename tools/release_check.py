@@ -118,15 +118,13 @@ def main() -> None:
     """Check everything, or stop at the first check that fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tag", help="the release's tag, which has to be v and the version")
-    parser.add_argument("--extras", nargs="*", help="extras to install, in place of all of them")
     options = parser.parse_args()
     source = (ROOT / "rankloss/_version.py").read_text(encoding="utf-8")
     if options.tag is not None:  # first, as nothing has to be built for it
         check_tag(options.tag, source, (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
     build()
     version = version_in(source)
-    extras = check_installation(f"rankloss=={version}", ["rankloss"])
-    for extra in extras if options.extras is None else options.extras:
+    for extra in check_installation(f"rankloss=={version}", ["rankloss"]):
         check_installation(f"rankloss[{extra}]=={version}", ["rankloss", *MODULES.get(extra, [])])
 
 

@@ -20,46 +20,28 @@ import costs  # noqa: E402
 import distributed as processes  # noqa: E402
 import gpu  # noqa: E402
 import scaling  # noqa: E402
-from measure import Times, in_turns  # noqa: E402
+from measure import Times, conditions, in_turns  # noqa: E402
 from process_pool import Pools  # noqa: E402
 from report import fill  # noqa: E402
 from scaling import Point, exponent  # noqa: E402
 
-CONDITIONS = {
-    "cpu": "A CPU", "cores": 2, "threads": 1, "system": "Linux", "python": "3", "torch": "2", "numpy": "2",
-    "rankloss": "0", "date": "2000-01-01", "d": 512, "load_average": 0.1,
-}  # fmt: skip
 MIB = 2**20
-SHOWN = {  # what the report makes of the points below
+POINTS = [
+    Point("ClipLoss", 4096, 1.0, 1.0, 100 * MIB),
+    Point("naive terms", 4096, 12.0, 12.0, 700 * MIB),
+    Point("RankConsistency sort", 4096, 4.0, 4.5, 50 * MIB, saved_bytes=MIB),
+    Point("RankConsistency bin", 4096, 2.5, 2.0, 60 * MIB),
+    Point("RankConsistency bin", 8192, None, 4.0, 120 * MIB),
+    Point("RankConsistency bin", 16384, None, 8.0, 240 * MIB),
+]
+SHOWN = {  # what the report makes of them
     "naive / sort, time, N = 4,096": "at least 2.50× | 3.00× | yes",
     "naive / sort, added memory, N = 4,096": "at least 12.00× | 14.00× | yes",
     "naive / bin, time, N = 4,096": "at least 5.00× | 4.80× | **no**",
-    "RankClipLoss bin / ClipLoss, time, N = 4,096": "at most 4.00× | 3.00× | yes",
     "RankConsistency bin, added memory, N = 16,384 / 8,192": "at most 2.20× | 2.00× | yes",
     "RankConsistency sort, whole process, N = 32,768": "at most 2.00 GiB | not measured | –",
-    "ClipLoss streamed / ClipLoss, time, N = 16,384": "at most 1.30× | 1.20× | yes",
-    "SigLipLoss streamed / SigLipLoss, time, N = 4,096": "at most 1.30× | not measured | –",
-    "RankClipLoss / ClipLoss, time, N = 512": "at most 2.50× | 3.00× | **no**",
     "demo's step, rankclip / clip, N = 128": "at most 1.03× | 1.05× | **no**",
 }
-
-
-def points() -> list[Point]:
-    """Twice as large, the naive terms take 4 times as much of everything, ours twice the memory."""
-    made = []
-    for n in (512, 1024, 2048, 4096, 8192, 16384):
-        time, memory = (n / 4096) ** 2, n / 4096
-        made += [
-            Point("ClipLoss", n, 1.0 * time, 1.0 * time, 100 * memory**2 * MIB),
-            Point("ClipLoss streamed", n, 1.2 * time, 1.2 * time, 20 * memory * MIB),
-            Point("RankConsistency sort", n, 4.0 * time, 4.5 * time, 50 * memory * MIB, saved_bytes=MIB),
-            Point("RankConsistency bin", n, None if n > 4096 else 2.5 * time, 2.0, 60 * memory * MIB),
-            Point("RankClipLoss", n, 3.0 * time, 3.0 * time, 60 * memory * MIB),
-            Point("RankClipLoss bin", n, 3.0 * time, 3.0 * time, 60 * memory * MIB),
-        ]
-        if n <= 4096:
-            made.append(Point("naive terms", n, 12.0 * time, 12.0 * time, 700 * memory**2 * MIB))
-    return made
 
 
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
@@ -70,25 +52,18 @@ def test_exponent_is_that_of_a_power_law_over_what_is_large_and_there(p: float) 
 
 
 def test_report_judges_the_targets_and_shows_what_was_not_measured() -> None:
-    step = {"ratio": {"--loss clip": 1.0, "--loss rankclip": 1.05, "naive": 1.2}}
-    dicts = [p._asdict() for p in points()]
-    text = scaling.report({"conditions": CONDITIONS, "points": dicts, "step": step, "notes": ["left out"]})
-    lines = text.splitlines()
+    results = {
+        "conditions": conditions(threads=2, d=512),
+        "points": [point._asdict() for point in POINTS],
+        "step": {"ratio": {"--loss clip": 1.0, "--loss rankclip": 1.05}},
+        "notes": ["left out"],
+    }
+    lines = scaling.report(results).splitlines()
     for what, cells in SHOWN.items():
         assert f"| {what} | {cells} |" in lines
     assert "- left out" in lines
-    times, memory = (line for line in lines if line.startswith("| naive terms"))
-    assert times.endswith("| 12 (12.0×) | – | – | 2.00 |")  # N = 8,192 and 16,384 have no point
-    assert memory.endswith("| 700.0 | – | – | 2.00 |")
-    assert "| 2* |" in next(line for line in lines if line.startswith("| RankConsistency bin"))  # no ratio
-
-
-def test_times_of_different_runs_are_no_ratio() -> None:
-    alone = [p._replace(seconds=None) for p in points()]
-    shown = {what: found for what, _, found, _ in scaling.targets(alone, threads=2)}
-    assert shown["naive / sort, time, N = 4,096"] == "not measured"
-    assert shown["naive / sort, added memory, N = 4,096"] == "14.00×"
-    assert "RankClipLoss / ClipLoss, time, N = 512" not in shown  # a target of one thread
+    assert "| RankConsistency bin | 2.5 (2.5×) | 4* | 8* | 0.84 |" in lines  # those alone have no ratio
+    assert "| naive terms | 700.0 | – | – | – |" in lines
 
 
 def test_a_jump_between_neighbours_is_marked() -> None:
@@ -106,17 +81,6 @@ def test_fill_replaces_what_is_between_the_markers_and_nothing_else(tmp_path: Pa
         fill(path, "y", "text")
 
 
-@pytest.mark.parametrize(
-    ("page", "marker"),
-    [("performance", "scaling"), ("performance", "distributed"), ("performance", "bins"), ("gpu", "gpu")],
-)
-def test_the_docs_have_a_place_for_every_table(page: str, marker: str, tmp_path: Path) -> None:
-    copy = tmp_path / "page.md"
-    copy.write_text((ROOT / f"docs/{page}.md").read_text(encoding="utf-8"), encoding="utf-8")
-    fill(copy, marker, "the table")
-    assert "\nthe table\n" in copy.read_text(encoding="utf-8")
-
-
 def test_contenders_take_turns_in_both_orders_and_ratios_are_of_the_rounds() -> None:
     calls: list[str] = []
     times = in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=2)
@@ -131,15 +95,11 @@ def test_more_bins_are_closer_to_the_exact_order() -> None:
 
 
 def test_bytes_of_real_processes_are_those_of_the_formula(pools: Pools) -> None:
-    n, d = 32, 16
-    for world_size, local_loss in ((1, True), (2, True), (2, False)):
-        ranks = pools[world_size].run(processes.measure_rank, n, d, local_loss, "sort", 1)
-        found = processes.slowest(world_size, local_loss, ranks)
-        filled = 2 * n * d * 4 if world_size > 1 else 0
-        assert (found["gathered_bytes"], found["reduced_bytes"]) == (filled, filled)
-        # All that a ring sends of what is gathered once and summed, which takes twice as much.
-        share = (world_size - 1) / world_size
-        assert processes.sent_bytes(n, d, world_size) == share * (filled + 2 * filled)
+    n, d, filled = 32, 16, 2 * 32 * 16 * 4
+    found = processes.slowest(2, True, pools[2].run(processes.measure_rank, n, d, True, "sort", 1))
+    assert (found["gathered_bytes"], found["reduced_bytes"]) == (filled, filled)
+    # A ring of W sends (W − 1)/W of what is gathered once and summed, which takes twice as much.
+    assert processes.sent_bytes(n, d, 4) == 3 / 4 * 3 * filled
 
 
 def test_a_section_on_the_gpu_that_fails_leaves_the_others_and_one_that_is_done_is_kept(

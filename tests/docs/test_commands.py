@@ -58,12 +58,6 @@ def help_of(program: str) -> str:
     return result.stdout
 
 
-def test_commands_of_every_kind_are_found() -> None:
-    kinds = {command.split()[0] for command in commands()}
-    assert {"pip", "make", "python", "torchrun", "accelerate", "DATA=/data/cc3m/train.csv"} <= kinds
-    assert len(programs()) >= 10
-
-
 @pytest.mark.parametrize("command", [command for command in commands() if command.startswith("make ")])
 def test_make_knows_the_target(command: str) -> None:
     subprocess.run(["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, check=True)
@@ -79,8 +73,6 @@ def test_files_of_the_commands_exist() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("program", programs())
 def test_program_knows_the_options(program: str) -> None:
-    for package in ("open_clip_train", "transformers", "sklearn", "resvg_py"):
-        pytest.importorskip(package)
     text = help_of(program)
     if program.startswith("-m rankloss"):  # they add to the command line of what they run
         text += help_of("-m open_clip_train.main")

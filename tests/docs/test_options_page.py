@@ -19,16 +19,6 @@ def test_document_has_the_table() -> None:
     assert shown == options_table.table(), "python tools/options_table.py writes it"
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_row_has_the_default_and_every_choice(name: str) -> None:
-    _, option, values, meaning, _ = (cell.strip() for cell in ROWS[name].split("|"))
-    default = FIELDS[name].default
-    assert option == f"`{name}`"
-    assert values.startswith(f"`{default!r}`")
-    assert all(f"`{choice!r}`" in values for choice in choices_of(name))
-    assert meaning
-
-
 @pytest.mark.parametrize("name", [name for name in ROWS if not choices_of(name)])
 def test_kind_of_number_is_the_one_that_the_option_takes(name: str) -> None:
     needed = {"model": "top_one"} if name == "reference_scale" else {}

@@ -52,17 +52,6 @@ def test_every_picture_is_committed_in_both_themes_and_shown_in_a_document() -> 
     assert {file for file in files if f"assets/{file}" in text} == files
 
 
-def test_figures_of_time_and_memory_are_the_tables() -> None:
-    conditions, (time, memory) = data_of("cost", "cost.measured()")
-    document = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    assert f"<!-- bench:scaling -->\n{conditions}\n" in document
-    for name in time:
-        seconds, mebibytes = re.findall(rf"^\| {name} \|.*$", document, re.MULTILINE)
-        assert len(time[name]) == len(memory[name]) == 3
-        assert all(f" {x:.3g}" in seconds for x in time[name])
-        assert all(f" {x:,.1f}" in mebibytes for x in memory[name])
-
-
 @pytest.mark.parametrize("name", ["comparisons", "miniature"])
 def test_comparisons_of_the_forest_plot_are_the_reports(name: str) -> None:
     """A row of a table in docs/evidence.md has its numbers from the report that it links to."""
@@ -80,16 +69,3 @@ def test_comparisons_of_the_forest_plot_are_the_reports(name: str) -> None:
         there = [one for one in report.splitlines() if any(x in one for x in named) and difference in one]
         assert there, line
         assert any(f" {row['seeds']} |" in one or f"({row['seeds']})" in one for one in there), line
-
-
-def test_comparisons_of_one_study_share_a_scale_that_holds_them_all() -> None:
-    rows = (("a", "CLIP", 5.0), ("b", "CLIP", 4.0), ("a", "distillation", -2.0))
-    made = ", ".join(
-        f"forest.Compared('study', 'report', '{name}', '{other}', 'R@10', {mean}, 0.5, 8, True)"
-        for name, other, mean in rows
-    )
-    drawn = f"forest.draw_rows([{made}], __import__('style').THEMES['light'], 6.4)"
-    panels = data_of("forest", f"[(*a.dataLim.intervalx, *a.get_xlim()) for a in {drawn}.axes]")
-    assert [panel[:2] for panel in panels] == [[0, 5.5], [-2.5, 0]]
-    assert panels[0][2:] == panels[1][2:]
-    assert all(left <= low and high <= right for low, high, left, right in panels)

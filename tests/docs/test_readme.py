@@ -45,13 +45,6 @@ def test_links_of_the_package_are_absolute_and_lead_to_the_same() -> None:
     assert re.sub(rf"{SOURCE}/\w+/main/", "", text) == README
 
 
-def test_readme_says_the_demos_minutes_once_and_is_short() -> None:
-    assert README.count("minutes") == 1
-    assert "about 5 minutes on 2 cores, set-up included" in " ".join(README.split())
-    assert len(README.split()) < 800
-    assert "$$" not in README  # the page of a package registry does not draw TeX
-
-
 def recalls(study: str, *settings: str) -> list[str]:
     """R@10 of these settings in a study's confirmation, as its report shows it: ``8.75 ± 0.38 (8)``."""
     report = (ROOT / f"examples/miniature/report/{study}.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The documentation site in a real browser: its pages, its formulas, and its search."""
+"""The documentation site in a real browser: its pages, its formulas and its themes."""
 
 from __future__ import annotations
 
@@ -119,22 +119,6 @@ def test_every_page_is_without_an_error_an_unrendered_formula_or_a_sideways_scro
     assert formulas["method/"] >= 10
     assert formulas["api/losses/"] >= 5
     assert formulas["api/functions/"] >= 1
-
-
-def test_search_finds_the_method(address: str, browser: Any) -> None:
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    resize(browser, LAPTOP)
-    browser.get(address)
-    box = browser.find_element(By.CSS_SELECTOR, "input.md-search__input")
-    box.click()
-    box.send_keys("Plackett")
-    wait = WebDriverWait(browser, 60)
-    found = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, ".md-search-result__item a"))
-    targets = [link.get_attribute("href") for link in found]
-    assert any("/method/" in target for target in targets), targets
-    assert errors(browser) == []
 
 
 def test_theme_follows_the_choice_of_the_reader(address: str, browser: Any) -> None:

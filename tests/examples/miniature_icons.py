@@ -1,6 +1,5 @@
 """A finished build of the icons, small and made up: for what only reads one."""
 
-import hashlib
 import itertools
 import json
 import random
@@ -13,12 +12,6 @@ from icons_data.records import Record, write_table
 ADJECTIVES = ("big", "small", "left", "right", "open", "round", "double", "broken")
 NOUNS = ("arrow", "heart", "house", "cloud", "lock", "star", "tree", "wheel")
 CLASSES = ("shapes", "things")
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Return the fingerprint of every file of a build, whatever its cache."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts)
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def drawing(key: str, colour: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:

@@ -5,15 +5,15 @@ import asyncio
 import doctest
 import importlib
 import io
+import os
 import pkgutil
-import re
 import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 from clip_evaluation import metrics
-from examples_common import page, tables, terminal, trainer
+from examples_common import terminal, trainer
 from examples_common.trainer import Job, TrainingError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,6 +59,28 @@ def test_a_trainer_that_fails_is_quoted(tmp_path, lines, status, checkpoint):
     said = rf"status {status}, {'a' if checkpoint else 'no'} final[\s\S]*{'Train Epoch' * bool(lines)}"
     with pytest.raises(TrainingError, match=said):
         run(tmp_path, "rankclip", *lines, status=status, checkpoint=checkpoint)
+
+
+def test_cancelling_ends_the_trainer(tmp_path):
+    pid = tmp_path / "pid"
+    script = (
+        f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    )
+    work = trainer.train(
+        Job("clip", 1, "model", ()), [sys.executable, "-c", script], tmp_path / "run", root=tmp_path
+    )
+
+    async def cancelled():
+        task = asyncio.create_task(work)
+        while not (pid.exists() and pid.read_text()):
+            await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    assert asyncio.run(cancelled())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 Run = namedtuple("Run", "name")
@@ -133,11 +155,3 @@ def test_examples_in_docstrings(module):
     found = doctest.testmod(module)
     assert found.attempted > 0
     assert found.failed == 0
-
-
-def test_a_table_keeps_every_cell_as_it_is():
-    rows = [["a|b", "", "0.10"], ["−1 ± 2", "a.0", "|"]]
-    text = tables.markdown(["x", "y", "z"], rows, right=2)
-    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines()[2:]]
-    assert [[cell.strip().replace("\\|", "|") for cell in row] for row in cells] == rows
-    assert page.html(text, title="t", pictures={}).count("<tr>") == 1 + len(rows)

@@ -208,15 +208,6 @@ def test_only_what_may_be_used_is_used_and_everybody_is_named(built, data):
     assert not any(record.caption.startswith(("reserved", "forbidden", "acme")) for record in data.records)
 
 
-def test_sides_share_no_concept_no_caption_and_no_drawing(data):
-    concepts, others = {}, {}
-    for record, picture in zip(data.records, data.images, strict=True):
-        assert concepts.setdefault(record.concept, record.side) == record.side
-        for own in (*record.captions, picture.tobytes()):
-            assert others.setdefault(own, record.side) == record.side
-    assert set(concepts.values()) == set(split.SIDES)
-
-
 def test_the_loader_returns_what_was_drawn_and_written(built, data, tmp_path):
     sets = _sets()
     assert data.shifts == ["pixel-art", "noto"]

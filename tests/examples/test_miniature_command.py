@@ -1,21 +1,10 @@
-"""The miniature's commands: their arguments, and one end to end: interrupted, resumed, reported."""
-
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+"""The miniature's commands: nothing to report, and one from real trainings to its report."""
 
 import pytest
 from miniature_icons import write_icons
 from miniature_paper import command
 from miniature_paper.records import Store
 from miniature_paper.search import command as studies
-
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "miniature"
-# Four models: CLIP and RankCLIP on both backbones.
-ARGUMENTS = ("--only", "table4", "--seeds", "1", "--jobs", "2", "--device", "cpu")
 
 
 @pytest.mark.parametrize(("main", "arguments"), [(command.main, []), (studies.main, ["search"])])
@@ -24,52 +13,20 @@ def test_nothing_to_report_is_an_error(tmp_path, capsys, main, arguments):
     assert "holds no record" in capsys.readouterr().out
 
 
-def _start(folder, *more):
-    command = [sys.executable, str(EXAMPLE / "run.py"), "--icons", str(folder / "icons")]
-    return subprocess.Popen(
-        [*command, "--output", str(folder / "out"), *ARGUMENTS, *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # What a shell starts in the background ignores SIGINT, and so does everything below it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def _children(pid):
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
-    rows = [line.split() for line in listed.stdout.splitlines()]
-    return [int(child) for child, parent in rows if int(parent) == pid]
-
-
 @pytest.mark.slow
-def test_it_is_interrupted_resumed_and_reported(tmp_path):
+def test_it_trains_measures_reports_and_repeats_nothing(tmp_path):
+    """Four models: CLIP and RankCLIP on both backbones."""
     write_icons(tmp_path / "icons", train=4200, validation=40, test=120)
     store = Store(tmp_path / "out" / "quick" / "results")
-    first = _start(tmp_path)
-    deadline = time.monotonic() + 600
-    while not (store.read() and _children(first.pid)):
-        assert first.poll() is None, first.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    children = _children(first.pid)
-    first.send_signal(signal.SIGINT)
-    said, _ = first.communicate(timeout=60)
-    assert first.returncode == 130, said
-    assert "Interrupted" in said
-    for child in children:
-        with pytest.raises(ProcessLookupError):
-            os.kill(child, 0)
+    line = f"--icons {tmp_path}/icons --output {tmp_path}/out --only table4 --seeds 1 --jobs 2 --device cpu"
+    html = tmp_path / "out" / "quick" / "report" / "report.html"
+    assert command.main(line.split()) == 0
     there = store.path.read_bytes()
-
-    for more in ((), ("--report-only",)):
-        process = _start(tmp_path, *more)
-        said, _ = process.communicate(timeout=900)
-        assert process.returncode == 0, said
-        html = tmp_path / "out" / "quick" / "report" / "report.html"
-        assert html.stat().st_size > 1000
+    for more in ([], ["--report-only"]):
         html.unlink()
-    assert store.path.read_bytes().startswith(there)
+        assert command.main([*line.split(), *more]) == 0
+        assert html.stat().st_size > 1000
+    assert store.path.read_bytes() == there
     first_steps = {}
     for record in store.read().values():
         setting, figures = record["setting"], record.get("figures", {})

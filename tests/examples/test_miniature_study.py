@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from miniature_paper import grid
 from miniature_paper.options import _EXAMPLE as EXAMPLE
-from miniature_paper.runs import key_of
 from miniature_paper.search import trials
 from miniature_paper.search.confirmation import SecondConfirmationError, declare, needed, outcome
-from miniature_paper.search.ladder import climb, progress, stand, winner
+from miniature_paper.search.ladder import climb, progress, winner
 from miniature_paper.search.objective import OBJECTIVE, SCORES
 from miniature_paper.search.study import SETTING, STUDIES, Round, Spread, load
 from miniature_paper.search.trials import RECIPE, REFERENCE, SIZE_NAMES, TEST, VALIDATION
@@ -159,25 +158,6 @@ def test_the_winner_is_not_below_what_it_beat(seed, lost):
         assert {RECIPE, *before.kept} <= set(after.trials)
     assert all(RECIPE in step.trials for step in steps)
     assert {one.side for step in steps for one in step.attempts} == {VALIDATION}
-
-
-def test_differences_are_paired_by_seed_and_batch_size():
-    trial, one = BY_NAME["batch-512"], Round(1, (0, 1, 2, 3))
-    wanted = SEARCH.attempts([RECIPE, trial], one, VALIDATION)
-    records = study_records()(wanted)
-    assert len({key_of(a, "data") for a in records}) == 16
-    found = {s.trial: s for s in stand(SEARCH, [RECIPE, trial], one, records)}
-    for which, clip in ((RECIPE, "clip"), (trial, "clip-batch-size-512")):
-        values = [
-            [SCORES[OBJECTIVE](records[a]) for a in wanted if a.trial == name] for name in (which.name, clip)
-        ]
-        test = stats.ttest_rel(*values)
-        difference = found[which].differences[OBJECTIVE]
-        assert difference.p == pytest.approx(test.pvalue)
-        assert (difference.low, difference.high) == pytest.approx(tuple(test.confidence_interval()))
-        assert found[which].clip.mean == pytest.approx(np.mean(values[1]))
-    with pytest.raises(ValueError, match=r"plain CLIP, which \S+ is compared with, diverged"):
-        stand(SEARCH, [RECIPE, trial], one, study_records(lost=("clip",))(wanted))
 
 
 # --- the confirmation ---

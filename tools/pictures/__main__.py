@@ -1,4 +1,4 @@
-"""Draws the pictures of the documents, each in a light and in a dark version: ``make pictures``."""
+"""Draws the pictures of the documents, each in a light and in a dark version: ``python tools/pictures``."""
 
 from __future__ import annotations
 

@@ -39,13 +39,8 @@ def draw(colors: Colors) -> Figure:
     """Above the matrices with one anchor's row marked, below the two pairs of rankings that are compared."""
     v, t = embeddings()
     matrices = {"S": v @ t.T, "R": t @ v.T, "I": v @ v.T, "X": t @ t.T}
-    formulas = {"S": "s·V·Tᵀ", "R": "s·T·Vᵀ", "I": "s·V·Vᵀ", "X": "s·T·Tᵀ"}
-    says = {
-        "S": "pictures rank\ncaptions",
-        "R": "captions rank\npictures",
-        "I": "pictures rank\npictures",
-        "X": "captions rank\ncaptions",
-    }
+    factors = {"S": "VT", "R": "TV", "I": "VV", "X": "TT"}
+    nouns = {"V": "pictures", "T": "captions"}
     figure = Figure(figsize=(NARROW, HEIGHT))
     for k, (name, matrix) in enumerate(matrices.items()):
         left = (0.0, 0.245, 0.515, 0.76)[k]
@@ -55,8 +50,10 @@ def draw(colors: Colors) -> Figure:
         row.set_clip_on(False)
         axes.add_patch(row)
         axes.axis("off")
-        axes.set_title(f"{name} = {formulas[name]}", fontsize=SMALL, pad=4)
-        axes.text(0.5, -0.05, says[name], transform=axes.transAxes, ha="center", va="top", fontsize=SMALL)
+        anchors, items = factors[name]
+        axes.set_title(f"{name} = s·{anchors}·{items}ᵀ", fontsize=SMALL, pad=4)
+        says = f"{nouns[anchors]} rank\n{nouns[items]}"
+        axes.text(0.5, -0.05, says, transform=axes.transAxes, ha="center", va="top", fontsize=SMALL)
     for middle, (first, second), term in (
         (0.2425, "SR", "cross-modal term"),
         (0.7575, "IX", "in-modal term"),

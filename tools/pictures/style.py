@@ -64,7 +64,6 @@ def save(draw: Callable[[Colors], Figure], theme: str, path: Path) -> None:
         "axes.labelcolor": colors.text,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.grid": False,
         "grid.color": colors.faint,
         "grid.linewidth": 0.6,
         "text.color": colors.text,
@@ -74,9 +73,7 @@ def save(draw: Callable[[Colors], Figure], theme: str, path: Path) -> None:
         "ytick.major.size": 0,
         "lines.linewidth": 2.2,
         "legend.frameon": False,
-        "svg.fonttype": "path",  # no font is needed to look at it
         "svg.hashsalt": path.stem,
-        "path.simplify": True,
     }
     with mpl.rc_context({**mpl.rcParamsDefault, **settings}):
         figure = draw(colors)
