@@ -32,10 +32,7 @@ SEAMS = (
     "open_clip_train.data",
     "open_clip_train.file_utils",
 )
-"""The modules to patch."""
-
-OPTIONAL = ("open_clip_train.legacy_train",)
-"""Those of them that open_clip 3.x does not have."""
+"""The modules to patch; open_clip 3.x has no ``legacy_train``."""
 
 failures: dict[str, Exception] = {}
 """Modules that were loaded but could not be patched, with what went wrong."""
@@ -80,11 +77,7 @@ def _guard(module: ModuleType) -> None:
     import functools
 
     original: Callable[..., Any] | None = getattr(module, "parse_args", None)
-    if original is None:
-        # There is no function to guard, so check here. Only the trainer itself loads this module.
-        _report(sys.argv[1:])
-        return
-    if getattr(original, _GUARDED, False):
+    if original is None or getattr(original, _GUARDED, False):
         return
 
     @functools.wraps(original)
@@ -100,10 +93,9 @@ def _guard(module: ModuleType) -> None:
 def _report(argv: Iterable[str]) -> None:
     if not failures:
         return
-    from rankloss_open_clip.names import asks_for_loss
-
     reasons = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failures.items())
-    if asks_for_loss(argv):
+    # The trainer's own parser reads both as --loss-dist-impl; the options of a loss it does not know.
+    if {"--los", "--loss"} & {str(argument).partition("=")[0] for argument in argv}:
         raise ImportError(
             f"--loss was given, but rankloss_open_clip could not attach to open_clip's trainer ({reasons}). "
             "Run `rankloss doctor` for advice, or leave --loss away to train without it."

@@ -11,17 +11,18 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rankloss_open_clip.names import DIST_IMPLS
+from rankloss.distributed import Gather
+from rankloss_open_clip.companions import Companion, SecondCaption
+from rankloss_open_clip.reference_features import ReferenceFeatures, refuse
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import BUILT_IN, TRAINERS_OWN, LossEntry, Options, dest
 from rankloss_trainers.command_line import add_options, by_prefix, misplaced, with_flag
 from rankloss_trainers.refusals import reason_against
 
-if TYPE_CHECKING:
-    from rankloss.distributed import Gather
-    from rankloss_open_clip.companions import Companion
+DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
+"""The values that the trainer's ``--loss-dist-impl`` is meant to have."""
 
 _logger = logging.getLogger("rankloss_open_clip")
 
@@ -51,12 +52,8 @@ def companion_of(args: Any) -> Companion | None:
     options = catalog.option_values(name, entry, args)
     caption, features = entry.caption_key(options), entry.reference_features(options)
     if caption is not None:
-        from rankloss_open_clip.companions import SecondCaption
-
         return SecondCaption(caption)
     if features is not None:
-        from rankloss_open_clip.reference_features import ReferenceFeatures
-
         return ReferenceFeatures(features, two_widths=_has_no_cross_term(options))
     return None
 
@@ -71,8 +68,6 @@ def gather_of(args: Any) -> Gather:
     Args:
         args: The trainer's arguments. Until the trainer has completed them there is one process.
     """
-    from rankloss.distributed import Gather
-
     # The sigmoid loss is exact in every layout, whatever the flags say, and so must its companions be.
     sigmoid = getattr(args, "siglip", False)
     return Gather(
@@ -120,7 +115,7 @@ class TrainerParser(argparse.ArgumentParser):
             reason = f"cannot be used: {type(error).__name__}: {error}"
             if candidate.name == asked:
                 self.error(f"argument --loss: {asked} ({candidate.package or 'rankloss'}) {reason}")
-            return LossEntry(build=_never, help=reason)
+            return LossEntry(build=lambda *_: None, help=reason)
 
     def _add_groups(self, names: list[str], entries: dict[str, LossEntry], asked: str | None) -> None:
         if "--loss" in self._option_string_actions:
@@ -152,10 +147,11 @@ class TrainerParser(argparse.ArgumentParser):
         if name is None:
             return
         entry = entries[name]
+        given = {option.key for option in entry.options if hasattr(args, dest(name, entry, option))}
         for option in entry.options:
-            if not hasattr(args, dest(name, entry, option)):
+            if option.key not in given:
                 setattr(args, dest(name, entry, option), option.default)
-        reason = _reason_against(name, entry, args)
+        reason = _reason_against(name, entry, args, given)
         if reason is not None:
             self.error(f"argument {reason if reason.startswith('--') else f'--loss: {reason}'}")
         options = catalog.option_values(name, entry, args)
@@ -177,20 +173,21 @@ def _asked(argv: list[str]) -> tuple[str | None, bool]:
     return seen.loss, seen.help
 
 
-def _never(*_: Any) -> Any:
-    raise AssertionError("a loss that only --help has seen")
+def _reason_against(name: str, entry: LossEntry, args: Any, given: set[str]) -> str | None:
+    """Why the loss cannot work with the trainer's arguments; a reason about one option begins with it.
 
-
-def _reason_against(name: str, entry: LossEntry, args: Any) -> str | None:
-    """Why the loss cannot work with the trainer's arguments; a reason about one option begins with it."""
+    ``given`` are the options that were typed: features make way for nothing, but the default of ``reference``
+    makes way for them.
+    """
     options = catalog.option_values(name, entry, args)
     reason = reason_against(name, entry, options, gather_of(args), conditions_of(args))
     features = entry.reference_features(options)
     if reason is None and features is not None:
-        from rankloss_open_clip import reference_features
-
-        reason = reference_features.refuse(features, two_widths=_has_no_cross_term(options))
-        reason = reason and f"reference_features: {reason}"
+        if "reference" in given and options["reference"] == "own":
+            reason = "reference: own excludes reference_features, which are a teacher's"
+        else:
+            reason = refuse(features, two_widths=_has_no_cross_term(options))
+            reason = reason and f"reference_features: {reason}"
     return None if reason is None else with_flag(name, entry, reason)
 
 
@@ -202,7 +199,6 @@ def conditions_of(args: Any) -> dict[str, str]:
     synthetic = getattr(args, "dataset_type", None) == "synthetic"
     words = {
         "horovod": "--horovod" if getattr(args, "horovod", False) else "",
-        "generative": model if _is_generative(args) else "",
         "sigmoid": "--siglip" if sigmoid else "",
         "softmax": "" if sigmoid else "--siglip",
         "distills": "--distill-model" if distils(args) else "",
@@ -218,12 +214,3 @@ def conditions_of(args: Any) -> dict[str, str]:
 def distils(args: Any) -> bool:
     """Whether the trainer has a teacher, which it decides by both of its arguments."""
     return None not in (getattr(args, "distill_model", None), getattr(args, "distill_pretrained", None))
-
-
-def _is_generative(args: Any) -> bool:
-    """Whether open_clip builds a generative task, which it decides by the model's name."""
-    from open_clip import factory
-
-    name = getattr(args, "model", "").lower()
-    # Releases without tasks have no such models.
-    return hasattr(factory, "create_task") and ("genlip" in name or "genlap" in name)

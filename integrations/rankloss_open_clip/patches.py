@@ -1,7 +1,8 @@
 """The patches that are applied to open_clip's modules after they are loaded.
 
 Each wraps functions by name, once, and keeps their name, signature and source visible. None of them changes a
-run without ``--loss``. What needs torch is imported by the first call that needs it.
+run without ``--loss``. :mod:`rankloss_open_clip.training` imports open_clip itself, so it is imported by the
+first call that needs it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from rankloss_open_clip import command_line
+from rankloss_open_clip import checkpoints, command_line
+from rankloss_open_clip.companions import Companion, JoinedSamples, JoinedTokenizer, join_csv, split_features
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
-
-    from rankloss_open_clip.companions import Companion
 
     Original = Callable[..., Any]
     Act = Callable[[Original, inspect.BoundArguments], Any]
@@ -121,17 +121,8 @@ def _check_train_one_epoch(module: ModuleType) -> None:
 
 
 def _check_parser(module: ModuleType) -> None:
-    if _parser_name(module) is None:
-        raise AttributeError(f"{module.__name__} does not use argparse's ArgumentParser")
-
-
-def _parser_name(module: ModuleType) -> str | None:
-    """The name through which a module reaches argparse's parser class."""
-    if getattr(module, "argparse", None) is argparse:
-        return "argparse"
-    if getattr(module, "ArgumentParser", None) is argparse.ArgumentParser:
-        return "ArgumentParser"
-    return None
+    if getattr(module, "argparse", None) is not argparse:
+        raise AttributeError(f"{module.__name__} does not use argparse")
 
 
 # --- wrapping -------------------------------------------------------------------------------------------
@@ -145,10 +136,6 @@ def _wrap(module: ModuleType, name: str, wrapper: Callable[[Original], Original]
     replacement = functools.wraps(original)(wrapper(original))
     setattr(replacement, _PATCHED, True)
     setattr(module, name, replacement)
-    # Modules that took the function by name before it was patched (attach() called late).
-    for other in list(sys.modules.values()):
-        if getattr(other, "__dict__", {}).get(name) is original:
-            setattr(other, name, replacement)
 
 
 def _with_loss(act: Act) -> Callable[[Original], Original]:
@@ -173,23 +160,18 @@ def _parsing(module: ModuleType, unpatched: Callable[..., list[str]]) -> Callabl
         """The parser that knows what of this trainer is not patched."""
 
     Parser.unpatched = staticmethod(unpatched)
+    with_parser = types.ModuleType("argparse")
+    vars(with_parser).update(vars(argparse), ArgumentParser=Parser)
 
     def wrapper(original: Original) -> Original:
         def parse_args(*args: Any, **kwargs: Any) -> Any:
-            # The parser is created, filled and used inside the call, so the class is replaced during it.
-            name = _parser_name(module)
-            if name is None:
-                return original(*args, **kwargs)  # a call from within a call
-            replaced = getattr(module, name)
-            replacement: Any = Parser
-            if name == "argparse":
-                replacement = types.ModuleType("argparse")
-                vars(replacement).update(vars(argparse), ArgumentParser=Parser)
-            setattr(module, name, replacement)
+            # The parser is created, filled and used inside the call, so the module is replaced during it.
+            names, replaced = vars(module), vars(module)["argparse"]
+            names["argparse"] = with_parser
             try:
                 return original(*args, **kwargs)
             finally:
-                setattr(module, name, replaced)
+                names["argparse"] = replaced
 
         return parse_args
 
@@ -201,10 +183,8 @@ def _loading(original: Original) -> Original:
 
     def pt_load(*args: Any, **kwargs: Any) -> Any:
         checkpoint = original(*args, **kwargs)
-        from rankloss_open_clip.checkpoints import pick_up
-
         path, *_ = signature.bind(*args, **kwargs).arguments.values()
-        pick_up(path, checkpoint)
+        checkpoints.pick_up(path, checkpoint)
         return checkpoint
 
     return pt_load
@@ -240,7 +220,6 @@ def _create_task(original: Original, bound: inspect.BoundArguments) -> Any:
 
 
 def _train_one_epoch(original: Original, bound: inspect.BoundArguments) -> Any:
-    from rankloss_open_clip.companions import split_features
     from rankloss_open_clip.training import start_epoch
 
     given = bound.arguments
@@ -260,8 +239,6 @@ def _get_csv_dataset(original: Original, bound: inspect.BoundArguments) -> Any:
     companion = _companion(bound)
     info = original(*bound.args, **bound.kwargs)
     if companion is not None:
-        from rankloss_open_clip.companions import join_csv
-
         options = bound.arguments["args"]
         join_csv(info.dataloader.dataset, options.train_data, options.csv_separator, companion)
         setattr(info, _COMPANION, companion)
@@ -272,8 +249,6 @@ def _get_wds_dataset(original: Original, bound: inspect.BoundArguments) -> Any:
     companion = _companion(bound)
     if companion is None:
         return original(*bound.args, **bound.kwargs)
-    from rankloss_open_clip.companions import JoinedSamples
-
     # The pipeline is built inside the call, so the reader is replaced during it.
     names: dict[str, Any] = inspect.unwrap(original).__globals__
     read = names["tarfile_to_samples_nothrow"]
@@ -292,8 +267,6 @@ def _companion(bound: inspect.BoundArguments) -> Companion | None:
     given = bound.arguments
     companion = command_line.companion_of(given["args"]) if given["is_train"] else None
     if companion is not None:
-        from rankloss_open_clip.companions import JoinedTokenizer
-
         given["tokenizer"] = JoinedTokenizer(given["tokenizer"], companion)
     return companion
 

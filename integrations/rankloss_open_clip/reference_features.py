@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankloss.checks import check_teacher
 from rankloss_open_clip.companions import Companion
 
 if TYPE_CHECKING:
@@ -29,13 +30,21 @@ IN_SAMPLES = {"samples": NAMES, "samples:image": NAMES[:1], "samples:text": NAME
 """The values that mean members of a webdataset's samples, and which members."""
 
 
+_ROWS = 65_536  # that are looked at together
+
+
 def refuse(where: str, *, two_widths: bool) -> str | None:
-    """Why features from there cannot be used, or None."""
+    """Why features from there cannot be used, or None. All rows of a file are read once."""
     if where in IN_SAMPLES:
         return None
     opened.cache_clear()  # of an earlier run in this process
     try:
         ReferenceFeatures(where, two_widths=two_widths)
+        for name, array in opened(where).items():
+            first = 0
+            for rows in np.array_split(array, max(1, len(array) // _ROWS)):
+                _checked(rows, f"{name} in {where}, counted from row {first},")
+                first += len(rows)
     except (OSError, ValueError) as error:
         return str(error)
     return None
@@ -149,7 +158,8 @@ class ReferenceFeatures(Companion):
                 f"{[array.shape for array in arrays]} in {where} and lengths of {self._lengths} before"
             )
         self._check_widths(self._lengths, where)
-        return " ".join(base64.b64encode(_checked(array, where).tobytes()).decode() for array in arrays)
+        rows = [_checked(array, f"{name} of {where}") for name, array in zip(self.names, arrays, strict=True)]
+        return " ".join(base64.b64encode(row.tobytes()).decode() for row in rows)
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], companions: list[str]) -> Tensor:  # noqa: ARG002
         """See :class:`Companion`."""
@@ -160,8 +170,7 @@ class ReferenceFeatures(Companion):
         if self.in_samples:
             rows = [np.frombuffer(base64.b64decode(part), np.float32) for part in text.split(" ")]
         else:
-            where = f"row {text} of {self.where}, counted from 0,"
-            rows = [_checked(array[int(text)], where) for array in opened(self.where).values()]
+            rows = [array[int(text)].astype(np.float32) for array in opened(self.where).values()]
         width = max(map(len, rows))
         width += width % 2
         return np.concatenate([np.pad(row, (0, width - len(row))) for row in rows]).view(np.int64)
@@ -172,11 +181,15 @@ class ReferenceFeatures(Companion):
         return {**output, **{f"reference_{name}": features[:, i] for i, name in enumerate(self.names)}}
 
 
-def _checked(features: np.ndarray[Any, Any], where: str) -> np.ndarray[Any, Any]:
-    if features.dtype.kind != "f":
-        raise ValueError(f"{where} must have floating-point features; got {features.dtype}")
-    with np.errstate(over="ignore"):
-        features = features.astype(np.float32)
-    if not np.isfinite(features).all():
-        raise ValueError(f"{where} has a feature that is not finite")
-    return features
+def _checked(rows: np.ndarray[Any, Any], where: str) -> np.ndarray[Any, Any]:
+    """The rows, or one of them, as the float32 numbers that reach the loss.
+
+    Raises:
+        ValueError: As :func:`rankloss.checks.check_teacher`.
+    """
+    if rows.dtype.kind != "f":
+        raise ValueError(f"{where} must have floating-point features; got {rows.dtype}")
+    with np.errstate(over="ignore"):  # infinity is what the check looks for
+        rows = np.array(rows, np.float32)
+    check_teacher(where, torch.from_numpy(np.atleast_2d(rows)), first_look=False)
+    return rows

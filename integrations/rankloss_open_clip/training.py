@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 import open_clip
+from open_clip.version import __version__
 from torch import nn
 
 import rankloss
 from rankloss_open_clip import checkpoints
 from rankloss_open_clip.command_line import distils, gather_of
 from rankloss_open_clip.logged_terms import TrainerLoss
-from rankloss_open_clip.versions import imported, remark
+from rankloss_open_clip.versions import remark
 from rankloss_trainers import catalog, state
 from rankloss_trainers.charts import AgreementCharts, Tracker, picture
 from rankloss_trainers.clock import Position
@@ -39,13 +39,11 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
 
     Raises:
         TypeError: The entry builds something else than a module.
-        ValueError: The loss has parameters, or the trainer's own loss does not take the features of images
-            and texts.
+        ValueError: The loss has parameters.
     """
     if isinstance(base, TrainerLoss):  # from a factory within this one
         return base
     name = args.loss
-    _check_forward(name, base)
     candidate = catalog.candidates()[name]
     entry = candidate.load()
     options = catalog.option_values(name, entry, args)
@@ -133,18 +131,6 @@ def _shareable(base: nn.Module, gather: rankloss.Gather) -> nn.Module:
     return rankloss.SigLipLoss(gather=gather) if type(base) is _SigLipLoss else base
 
 
-def _check_forward(name: str, base: nn.Module) -> None:
-    parameters = inspect.signature(base.forward).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    missing = {"image_features", "text_features", "logit_scale", "output_dict"} - parameters.keys()
-    if missing:
-        raise ValueError(
-            f"--loss {name} needs a trainer that compares images with texts, but "
-            f"{type(base).__name__}.forward takes no {', '.join(sorted(missing))}"
-        )
-
-
 def _log_start(candidate: catalog.Candidate, loss: TrainerLoss, base: nn.Module, text: str) -> None:
     _logger.info(
         "Loss: %s (%s) %s %s, %sopen_clip %s",
@@ -153,10 +139,10 @@ def _log_start(candidate: catalog.Candidate, loss: TrainerLoss, base: nn.Module,
         "on" if _stands_on(loss, base) else "in place of",
         type(base).__name__,
         f"{text}, " if text else "",
-        imported(),
+        __version__,
     )
-    if remark(imported()):
-        _logger.warning(remark(imported()))
+    if remark(__version__):
+        _logger.warning(remark(__version__))
 
 
 def _stands_on(loss: nn.Module, base: nn.Module) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import platform
 import re
 from collections.abc import Callable
@@ -67,13 +66,6 @@ TRAINERS = (
         "rankloss_trainers.lightning",
         "rankloss.RankClipLoss() in the module, and callbacks=[rankloss_trainers.lightning.Progress()]",
     ),
-    Trainer(
-        "accelerate",
-        ("accelerate",),
-        "",
-        "rankloss",
-        "rankloss.RankClipLoss() in the loop, and its set_progress(step, total_steps) before each step",
-    ),
 )
 """The trainers, in the order of the report."""
 
@@ -85,7 +77,7 @@ def main() -> int:
     except Exception as error:  # a broken installation raises all kinds
         print(f"torch cannot be imported: {type(error).__name__}: {error}")
         return 1
-    for line in (*machine(), *environment_warnings()):
+    for line in machine():
         print(line)
     healthy = True
     for trainer in TRAINERS:
@@ -105,13 +97,13 @@ def examined(trainer: Trainer) -> tuple[bool, list[str]]:
     A trainer that is not installed has no problem, nor has one that others brought and that cannot train yet.
     """
     found = {name: version for name in trainer.distributions if (version := _version(name))}
-    install = f": pip install 'rankloss[{trainer.extra}]'" if trainer.extra else ""
+    install = f"pip install 'rankloss[{trainer.extra}]'"
     if not found:
-        return True, [f"{trainer.name}: not installed{install}"]
+        return True, [f"{trainer.name}: not installed: {install}"]
     name, version = next(iter(found.items()))
     missing = [needed for needed in trainer.needs if not _version(needed)]
     if missing:
-        return True, [f"{trainer.name} {version}: not ready to train without {', '.join(missing)}{install}"]
+        return True, [f"{trainer.name} {version}: not ready to train without {', '.join(missing)}: {install}"]
     tested = _range_of(trainer.extra, name)
     shown = f"{trainer.name} {version}{f' (tested with {tested})' if tested else ''}"
     problems = _problems(trainer.plugin)
@@ -152,11 +144,11 @@ def _range_of(extra: str, distribution: str) -> str:
     return ""
 
 
-# --- the machine and the process ------------------------------------------------------------------------
+# --- the machine ------------------------------------------------------------------------
 
 
 def machine() -> list[str]:
-    """rankloss, Python, torch, accelerator, Triton, and the kernel that would run."""
+    """rankloss, Python, torch, accelerator, Triton, the kernel that would run, and float32's precision."""
     import torch
 
     import rankloss
@@ -174,27 +166,9 @@ def machine() -> list[str]:
         built = torch.version.cuda or torch.version.hip
         lines.append(f"CUDA: {f'torch is built for {built}, but no GPU is found' if built else 'none'}")
     plan: Any = rankloss.RankConsistency().plan(4096, devices[0])
-    why = getattr(plan, "why_no_kernel", None)
-    kernel = getattr(plan, "kernel", "torch")
-    lines.append(f"kernel for 4,096 pairs on {devices[0]}: {kernel}{f' ({why})' if why else ''}")
-    return lines
-
-
-def environment_warnings() -> list[str]:
-    """What in this process changes results, or keeps plug-ins from being loaded; empty if nothing does."""
-    import torch
-
-    lines = []
-    if (torch.tensor(2.0**-126) * 0.5).item() == 0:
-        lines.append("flush-to-zero is on: numbers below 1.2e-38 become 0")
-    if torch.are_deterministic_algorithms_enabled():
-        mode = "warns" if torch.is_deterministic_algorithms_warn_only_enabled() else "raises"
-        lines.append(f"deterministic algorithms are on: torch {mode} where it has none")
-    if torch.get_float32_matmul_precision() != "highest":
-        precision = torch.get_float32_matmul_precision()
+    why = f" ({plan.why_no_kernel})" if plan.why_no_kernel else ""
+    lines.append(f"kernel for 4,096 pairs on {devices[0]}: {plan.kernel}{why}")
+    precision = torch.get_float32_matmul_precision()  # some containers set it for every process
+    if precision != "highest":
         lines.append(f"float32 products have the precision {precision!r} on a GPU: close ranks may change")
-    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
-        lines.append("TORCH_DEVICE_BACKEND_AUTOLOAD=0: torch loads no plug-ins, open_clip's among them")
-    if torch.get_default_dtype() != torch.float32:
-        lines.append(f"the default dtype is {torch.get_default_dtype()}")
     return lines

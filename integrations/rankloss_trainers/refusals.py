@@ -46,7 +46,6 @@ TABLE = {
     # Runs in which no loss works.
     "": {
         "horovod": "{loss} does not work with {horovod}, use torchrun",
-        "generative": "{loss} compares images with texts, but {generative} is trained to generate",
         "compute_loss_func": "compute_loss_func is ignored by this trainer; give the loss as `loss`",
         "data_parallel": "DataParallel over {data_parallel} GPUs contrasts each GPU's pairs alone; "
         "start the script with torchrun or accelerate launch",

@@ -109,15 +109,12 @@ def test_help_shows_every_loss_with_its_options(
             assert catalog.flag(name, entry, option) in shown
 
 
-@pytest.mark.parametrize("argv", [["--loss", "rankclip"], ["--loss=rankclip"]])
-def test_both_spellings_select_the_loss_and_fill_in_defaults(argv: list[str]) -> None:
-    args = parse_args(argv)
-    assert (args.loss, args.loss_dist_impl) == ("rankclip", None)
+def test_defaults_of_the_loss_asked_for_are_filled_in() -> None:
+    args = parse_args(["--loss=rankclip"])
     entry = catalog.candidates()["rankclip"].load()
-    assert {name for name in vars(args) if name.startswith("rankclip_")} == {
-        catalog.dest("rankclip", entry, option) for option in entry.options
-    }
-    assert not [name for name in vars(args) if name.startswith(("cyclip_", "alip_"))]
+    filled = {catalog.dest("rankclip", entry, option) for option in entry.options}
+    assert set(vars(args)) == {*vars(parse_args([])), "loss", *filled}
+    assert (args.loss, args.loss_dist_impl) == ("rankclip", None)
 
 
 def test_arguments_without_loss_are_those_of_the_trainer() -> None:
@@ -132,7 +129,7 @@ def test_arguments_without_loss_are_those_of_the_trainer() -> None:
 def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register: Register) -> None:
     register(("p", "x", "built"), ("p", "gather", "built"))
     for name in ("rankclip", "alip", "x"):
-        with pytest.raises(RuntimeError, match=f"was read as --loss-dist-impl {name}"):
+        with pytest.raises(RuntimeError, match=f"--loss-dist-impl {name}"):
             command_line.requested(SimpleNamespace(loss_dist_impl=name))
     assert command_line.requested(SimpleNamespace(loss_dist_impl="gather")) is None
 
@@ -141,44 +138,38 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
 
 
 @pytest.mark.parametrize(
-    ("command", "message"),
+    ("command", "named"),
     [
-        ("--los rankclip", "ambiguous option: --los"),
-        ("--loss siglip", "--loss: invalid choice: 'siglip'"),
-        (
-            "--rankclip-top-k 5 --rankclip-lambda-in 1",
-            "--rankclip-lambda-in, --rankclip-top-k: only with --loss",
-        ),
-        ("--loss clip --rankclip-top-k 5", "--rankclip-top-k: only with --loss rankclip"),
-        ("--loss cyclip --rankclip-top-k 3", "--rankclip-top-k: only with --loss rankclip"),
-        ("--cyclip-lambda-in 1", "unrecognized arguments: --cyclip-lambda-in 1"),
-        ("--streamed-memory-budget 0", "only with --loss clip-streamed or siglip-streamed"),
-        ("--loss rankclip --rankclip-schedule steep", "--rankclip-schedule: invalid choice"),
-        ("--loss rankclip --rankclip-lambda-cross -1", "--rankclip-lambda-cross: must be a finite number"),
-        ("--loss rankclip --rankclip-lambda-in nan", "--rankclip-lambda-in: must be a finite number"),
-        ("--loss rankclip --rankclip-top-k 0", "--rankclip-top-k: must be a whole number of at least 1"),
-        ("--loss rankclip --rankclip-chunk-size 1.5", "--rankclip-chunk-size: must be a whole number"),
-        ("--loss rankclip --rankclip-weight 1", "unrecognized arguments: --rankclip-weight"),
-        ("--loss rankclip --horovod", "--loss: rankclip does not work with --horovod"),
-        ("--loss rankclip --rankclip-reference teacher", "--distill-model and --distill-pretrained"),
+        ("--los rankclip", "--los"),
+        ("--loss siglip", "'siglip'"),
+        ("--rankclip-top-k 5 --rankclip-lambda-in 1", "--rankclip-lambda-in, --rankclip-top-k"),
+        ("--loss clip --rankclip-top-k 5", "--rankclip-top-k"),
+        ("--loss cyclip --rankclip-top-k 3", "--rankclip-top-k"),
+        ("--cyclip-lambda-in 1", "--cyclip-lambda-in"),
+        ("--streamed-memory-budget 0", "--streamed-memory-budget"),
+        ("--loss rankclip --rankclip-schedule steep", "--rankclip-schedule"),
+        ("--loss rankclip --rankclip-lambda-cross -1", "--rankclip-lambda-cross"),
+        ("--loss rankclip --rankclip-top-k 0", "--rankclip-top-k"),
+        ("--loss rankclip --rankclip-weight 1", "--rankclip-weight"),
+        ("--loss rankclip --horovod", "--horovod"),
+        ("--loss rankclip --rankclip-reference teacher", "--distill-model"),
         ("--loss rankclip --rankclip-reference-scale 2", "--rankclip-reference-scale: "),
         ("--loss rankclip --rankclip-distill-loss exclude", "--rankclip-distill-loss: "),
-        (f"--loss rankclip {SIGMOID_STUDENT}", "does not work with --siglip and --distill-model"),
-        (f"--loss cyclip {SIGMOID_STUDENT}", "does not work with --siglip and --distill-model"),
+        (f"--loss rankclip {SIGMOID_STUDENT}", "--siglip and --distill-model"),
         (f"--loss rankclip --rankclip-reference teacher {SIGMOID_STUDENT}", "--rankclip-distill-loss: "),
-        ("--loss alip", "--loss: alip needs a second caption of each image: name it with --alip-caption-key"),
+        ("--loss alip", "--alip-caption-key"),
         (f"{ALIP} --alip-momentum 1.5", "--alip-momentum: "),
-        (f"{ALIP} --siglip", "--loss: alip does not work with --siglip"),
-        (f"{ALIP} --distill-model RN50 --distill-pretrained x", "alip does not work with --distill-model"),
-        (f"{ALIP} --model coca_ViT-B-32", "alip does not work with CoCa"),
-        (f"{ALIP} --dataset-type synthetic", "--dataset-type synthetic has no second caption"),
-        (f"{ALIP} --torchscript", "alip does not work with --torchscript"),
-        ("--loss clip-streamed --siglip", "--loss: clip-streamed does not work with --siglip"),
-        ("--loss siglip-streamed", "--loss: siglip-streamed needs --siglip"),
+        (f"{ALIP} --siglip", "--siglip"),
+        (f"{ALIP} --distill-model RN50 --distill-pretrained x", "--distill-model"),
+        (f"{ALIP} --model coca_ViT-B-32", "CoCa"),
+        (f"{ALIP} --dataset-type synthetic", "--dataset-type synthetic"),
+        (f"{ALIP} --torchscript", "--torchscript"),
+        ("--loss clip-streamed --siglip", "--siglip"),
+        ("--loss siglip-streamed", "--siglip"),
     ],
 )
-def test_what_cannot_work_is_refused(capsys: pytest.CaptureFixture[str], command: str, message: str) -> None:
-    assert message in refused(capsys, *command.split())
+def test_what_cannot_work_is_refused(capsys: pytest.CaptureFixture[str], command: str, named: str) -> None:
+    assert named in refused(capsys, *command.split())
 
 
 @pytest.mark.parametrize(
@@ -192,16 +183,6 @@ def test_what_can_work_is_not(command: str) -> None:
     assert parse_args(command.split()).siglip
 
 
-@pytest.mark.parametrize("model", ["naflexgenlip_b16", "local-dir:/models/GenLap"])
-def test_generative_model_is_refused_where_open_clip_has_such_tasks(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str
-) -> None:
-    argv = ["--loss", "rankclip", "--model", model]
-    assert parse_args(argv).model == model
-    monkeypatch.setattr(open_clip.factory, "create_task", None, raising=False)
-    assert f"compares images with texts, but {model} is trained to generate" in refused(capsys, *argv)
-
-
 def test_trainer_that_was_not_reached_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -209,12 +190,11 @@ def test_trainer_that_was_not_reached_is_refused(
 
     with monkeypatch.context() as changed:
         changed.setattr(open_clip_train.train, "train_one_epoch", lambda data, args: None)
-        assert "did not reach open_clip_train.train.train_one_epoch" in refused(capsys, "--loss", "rankclip")
+        assert "open_clip_train.train.train_one_epoch" in refused(capsys, "--loss", "rankclip")
     monkeypatch.setitem(bootstrap.failures, "open_clip.factory", AttributeError("no create_loss"))
-    with pytest.raises(
-        ImportError, match=r"could not attach .*open_clip\.factory: AttributeError: no create"
-    ):
-        parse_args(["--loss", "clip"])
+    for name in ("--loss", "--los"):
+        with pytest.raises(ImportError, match="no create_loss"):
+            parse_args([name, "clip"])
     parse_args([])
     assert "no create_loss" in caplog.text
 
@@ -228,13 +208,8 @@ def test_trainer_that_was_not_reached_is_refused(
         ("--rankclip-schedule cosine", {"schedule": schedules.cosine}),
         ("--rankclip-lambda-cross 0.5 --rankclip-lambda-in 0", {"lambda_cross": 0.5, "lambda_in": 0.0}),
         ("--rankclip-lists batch --rankclip-worth shifted", {"lists": "batch", "worth": "shifted"}),
-        ("--rankclip-ties random", {"ties": "random"}),
-        ("--rankclip-discount log", {"discount": "log"}),
         ("--rankclip-discount none --rankclip-top-k 5", {"discount": None, "top_k": 5}),
-        ("--rankclip-diagonal exclude", {"diagonal": False}),
-        ("--rankclip-fixed-reference text", {"fixed_reference": "text"}),
         ("--rankclip-chunk-size 8 --rankclip-memory-budget 0", {"chunk_size": 8, "memory_budget": 0}),
-        ("--rankclip-method bin --rankclip-bins 2", {"method": "bin", "bins": 2}),
         ("--loss rankclip-cross", {"lambda_cross": 1.0, "lambda_in": 0.0}),
         ("--loss rankclip-in", {"lambda_cross": 0.0, "lambda_in": 1.0}),
         ("", {"local_loss": False, "gather_with_grad": False}),
@@ -321,14 +296,11 @@ def test_registered_loss_and_its_options_are_taken(register: Register) -> None:
 @pytest.mark.parametrize(
     ("registrations", "message"),
     [
-        (
-            [("p", "x", "missing:X")],
-            "x (p 1.0) cannot be used: ModuleNotFoundError: No module named 'missing'",
-        ),
-        ([("p", "x", "NOTHING")], "must be a LossEntry or a function"),
-        ([("p", "x", "CLASHING")], "the prefix 'rankclip' belongs to another loss"),
-        ([("p", "x", "TRAINERS")], "x cannot be used: argument --train-data: conflicting option string"),
-        ([("p", "x", "ENTRY"), ("q", "x", "built")], "x is registered by both p 1.0 and q 1.0"),
+        ([("p", "x", "missing:X")], "No module named 'missing'"),
+        ([("p", "x", "NOTHING")], "LossEntry"),
+        ([("p", "x", "CLASHING")], "'rankclip'"),
+        ([("p", "x", "TRAINERS")], "--train-data"),
+        ([("p", "x", "ENTRY"), ("q", "x", "built")], "both p 1.0 and q 1.0"),
     ],
 )
 def test_what_cannot_be_used_stops_only_runs_that_ask(
@@ -345,25 +317,14 @@ def test_what_cannot_be_used_stops_only_runs_that_ask(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("name", ["rankclip", "clip"])
-def test_own_names_cannot_be_taken(register: Register, caplog: pytest.LogCaptureFixture, name: str) -> None:
-    register(("p", name, "built"))
-    parse_args([])
-    assert not caplog.records
-    parse_args(["--loss", "cyclip"])
-    assert f"{__name__}:built is registered as a loss under the name {name!r}, which is taken" in caplog.text
-
-
 def test_what_is_no_loss_is_refused(register: Register) -> None:
     register(("p", "x", "built"), ("p", "y", "number"))
     base = Base()
     base.weight = nn.Parameter(base.scale.clone())
-    with pytest.raises(ValueError, match="--loss x: Base has parameters"):
+    with pytest.raises(ValueError, match="--loss x"):
         loss_of("--loss x", base)
-    with pytest.raises(TypeError, match="--loss y must be a module; got 3"):
+    with pytest.raises(TypeError, match="--loss y"):
         loss_of("--loss y")
-    with pytest.raises(ValueError, match=r"Identity\.forward takes no image_features, logit_scale"):
-        loss_of("--loss rankclip", nn.Identity())
 
 
 def test_trainer_with_a_loss_option_of_its_own_keeps_it(capsys: pytest.CaptureFixture[str]) -> None:

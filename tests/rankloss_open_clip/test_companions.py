@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from PIL import Image
 from teacher_features import stored, unit_rows
 from torch import Tensor, nn
 
+from rankloss_open_clip import reference_features
 from rankloss_open_clip.command_line import companion_of
 from rankloss_open_clip.companions import (
     Companion,
@@ -31,7 +33,7 @@ from rankloss_open_clip.companions import (
     join_csv,
     split_features,
 )
-from rankloss_open_clip.reference_features import IN_SAMPLES, NAMES, ReferenceFeatures, opened
+from rankloss_open_clip.reference_features import IN_SAMPLES, NAMES, ReferenceFeatures, opened, refuse
 
 CONTEXT = 9
 OPTION = "--rankclip-reference-features"
@@ -112,13 +114,12 @@ def test_first_caption_is_the_one_the_trainer_prefers() -> None:
     assert (second["txt"], second["caption"]) == (b"c\x1fe", b"d")
 
 
-@pytest.mark.parametrize("count", [1, 100, 1000])
+@pytest.mark.parametrize("count", [1, 1000])
 def test_samples_without_any_companion_are_an_error_that_shows_one(count: int) -> None:
     shown = min(count, 100)
-    message = f"none of {shown} samples has a second caption 'syn'; the last one, '{shown - 1}', has jpg, txt"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{shown} samples .*'syn'.* '{shown - 1}', has jpg, txt"):
         read(SecondCaption("syn"), *[{"txt": b"a"}] * count)
-    with pytest.raises(ValueError, match=r"has a set of image_features\.npy and text_features\.npy"):
+    with pytest.raises(ValueError, match=r"image_features\.npy and text_features\.npy"):
         read(ReferenceFeatures("samples"), *[{"txt": b"a", "image_features.npy": npy(np.ones(2))}] * count)
 
 
@@ -143,15 +144,16 @@ def test_members_of_the_samples_are_their_features(where: str) -> None:
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        (np.ones(3), r"vectors of one length; got \[\(3,\)\] in sample '1' and lengths of \[2\] before"),
-        (np.ones((1, 2)), r"vectors of one length; got \[\(1, 2\)\]"),
-        (np.array([1, np.nan]), "sample '1' has a feature that is not finite"),
-        (np.array([1, 0]), "sample '1' must have floating-point features; got int64"),
+        (np.ones(3), r"\(3,\)"),
+        (np.ones((1, 2)), r"\(1, 2\)"),
+        (np.array([1, np.nan]), "nan"),
+        (np.zeros(2), "zeros"),
+        (np.array([1, 0]), "int64"),
     ],
 )
 def test_features_of_samples_that_do_not_fit_are_an_error(second: Any, message: str) -> None:
     samples = ({"txt": b"a", "text_features.npy": npy(array)} for array in (np.ones(2), second))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"(?=.*sample '1').*{message}"):
         read(ReferenceFeatures("samples:text"), *samples)
 
 
@@ -173,7 +175,7 @@ def test_rows_of_features_are_those_of_the_table(tmp_path: Path, rows: int) -> N
         join_csv(dataset, file, ";", companion)
         assert list(dataset.captions) == ["a\x1f0", "5\x1f1"]
     else:
-        with pytest.raises(ValueError, match=f"row of features per row of {file}, which has 2; got {rows}"):
+        with pytest.raises(ValueError, match=f"{file}, which has 2; got {rows}"):
             join_csv(dataset, file, ";", companion)
 
 
@@ -181,11 +183,8 @@ def test_rows_of_features_are_those_of_the_table(tmp_path: Path, rows: int) -> N
     ("text", "message"),
     [
         ("filepath;title;syn\n1.png;raw;made\n2.png;5;NULL and void\n", ""),
-        ("filepath;title\n1.png;raw\n", "has no column 'syn' for the second caption; it has filepath, title"),
-        (
-            "filepath;title;syn\n1.png;a;b\n2.png;c;\n3.png;d;\n",
-            "in 2 rows: column 'syn' is empty, first in row 2",
-        ),
+        ("filepath;title\n1.png;raw\n", "'syn'.* filepath, title"),
+        ("filepath;title;syn\n1.png;a;b\n2.png;c;\n3.png;d;\n", "2 rows: column 'syn' .* row 2"),
     ],
 )
 def test_column_is_joined_to_the_captions(tmp_path: Path, text: str, message: str) -> None:
@@ -200,14 +199,10 @@ def test_column_is_joined_to_the_captions(tmp_path: Path, text: str, message: st
 
 def test_features_of_the_other_kind_of_data_are_an_error(tmp_path: Path) -> None:
     dataset, file = csv(tmp_path, "filepath;title\n1.png;a\n")
-    with pytest.raises(
-        ValueError, match=f"samples names members of a webdataset's samples, but {file} is a CSV"
-    ):
+    with pytest.raises(ValueError, match=file):
         join_csv(dataset, file, ";", ReferenceFeatures("samples"))
     path = stored(tmp_path / "x", image_features=unit_rows(4, 3))
-    with pytest.raises(
-        ValueError, match=f"{path} is read by row number, which a webdataset's samples do not"
-    ):
+    with pytest.raises(ValueError, match=path):
         read(ReferenceFeatures(path), {"txt": b"a"})
 
 
@@ -215,7 +210,7 @@ def test_features_of_the_other_kind_of_data_are_an_error(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("suffix", ["", ".npz"])
-@pytest.mark.parametrize("names", [NAMES, NAMES[:1], NAMES[1:]])
+@pytest.mark.parametrize("names", [NAMES, NAMES[1:]])
 def test_arrays_of_a_directory_and_of_a_file(tmp_path: Path, suffix: str, names: tuple[str, ...]) -> None:
     arrays = {name: unit_rows(5, 3, seed) for seed, name in enumerate(names)}
     found = opened(stored(tmp_path / f"teacher{suffix}", **arrays))
@@ -225,55 +220,66 @@ def test_arrays_of_a_directory_and_of_a_file(tmp_path: Path, suffix: str, names:
         assert isinstance(found[name], np.memmap) is (suffix == "")
 
 
+BOTH = unit_rows(4, 2)
+
+
+def damaged(row: int | slice, value: float, rows: int = 12) -> np.ndarray[Any, Any]:
+    array = unit_rows(rows, 3).astype(np.float64)
+    array[row] = value
+    return array
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": unit_rows(4, 2)}, "has neither image_features nor text_features; it has images.npy"),
-        ({}, "has neither image_features nor text_features; it has nothing"),
-        ({"image_features": np.zeros((4, 2), np.int64)}, r"a matrix of .* got int64 \(4, 2\)"),
-        ({"image_features": np.zeros(4)}, r"a matrix of .* got float64 \(4,\)"),
-        ({"text_features": np.zeros((0, 4))}, r"a matrix of .* got float64 \(0, 4\)"),
-        ({"text_features": np.array([[None]])}, "Python objects in dtype"),
-        (dict(zip(NAMES, (unit_rows(4, 2), unit_rows(3, 2)), strict=True)), r"got \(4, 2\) and \(3, 2\)"),
-        (dict(zip(NAMES, (unit_rows(4, 2), unit_rows(4, 3)), strict=True)), "--rankclip-lambda-cross 0"),
+        ({"images": BOTH}, "image_features nor text_features; it has images.npy"),
+        ({}, "image_features nor text_features; it has nothing"),
+        ({"image_features": np.zeros((4, 2), np.int64)}, r"image_features .* int64 \(4, 2\)"),
+        ({"image_features": np.zeros(4)}, r"image_features .* float64 \(4,\)"),
+        ({"text_features": np.zeros((0, 4))}, r"text_features .* float64 \(0, 4\)"),
+        ({"text_features": np.array([[None]])}, "object"),
+        (dict(zip(NAMES, (BOTH, unit_rows(3, 2)), strict=True)), r"\(4, 2\) and \(3, 2\)"),
+        (dict(zip(NAMES, (BOTH, unit_rows(4, 3)), strict=True)), "--rankclip-lambda-cross 0"),
+        # What no teacher gives.
+        *(({"image_features": damaged(2, x)}, "image_features .*row 2") for x in (np.nan, np.inf, 1e300, 0)),
+        ({"text_features": np.ones((12, 3))}, "text_features .*12 times"),
     ],
 )
-def test_what_is_no_pair_of_matrices_is_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ReferenceFeatures(stored(tmp_path / "teacher", **arrays))
+def test_what_is_no_teachers_features_is_refused(
+    tmp_path: Path, arrays: dict[str, Any], message: str
+) -> None:
+    reason = refuse(stored(tmp_path / "teacher", **arrays), two_widths=False)
+    assert reason is not None
+    assert re.search(message, reason)
+
+
+def test_every_part_of_a_long_file_is_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(reference_features, "_ROWS", 5)
+    file = stored(tmp_path / "x", text_features=damaged(slice(9, None), 0.0, 13))
+    assert "from row 7, must not have rows of zeros" in str(refuse(file, two_widths=False))
+    assert refuse(stored(tmp_path / "y", text_features=unit_rows(13, 3)), two_widths=False) is None
 
 
 def test_what_cannot_work_is_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    file = stored(tmp_path / "teacher", image_features=unit_rows(4, 2), text_features=unit_rows(4, 2))
-    two = stored(tmp_path / "two", image_features=unit_rows(4, 2), text_features=unit_rows(4, 3))
-    for argv, message in (
+    file = stored(tmp_path / "teacher", image_features=BOTH, text_features=BOTH)
+    two = stored(tmp_path / "two", image_features=BOTH, text_features=unit_rows(4, 3))
+    zeros = stored(tmp_path / "zeros", image_features=damaged(2, 0.0))
+    for argv, named in (
         (f"{file} --distill-model RN50 --distill-pretrained x", f"{OPTION}: excludes --distill-model"),
-        (f"{tmp_path}/none", f"{OPTION}: {tmp_path}/none is neither a directory nor an .npz file"),
-        (two, "lambda_cross=0, on the command line --rankclip-lambda-cross 0"),
-        (f"{file} --dataset-type synthetic", "no row of precomputed features"),
-        (f"{file} --model coca_ViT-B-32", "rankclip does not work with CoCa"),
-        (f"{file} --torchscript", "rankclip does not work with --torchscript"),
+        (f"{file} --rankclip-reference own", "--rankclip-reference: "),
+        (f"{tmp_path}/none", f"{OPTION}: {tmp_path}/none"),
+        (two, "--rankclip-lambda-cross 0"),
+        (zeros, f"{OPTION}: image_features in {zeros}"),
+        (f"{file} --dataset-type synthetic", "--dataset-type synthetic"),
+        (f"{file} --model coca_ViT-B-32", "CoCa"),
+        (f"{file} --torchscript", "--torchscript"),
         (f"{file} --rankclip-fixed-reference text", "--rankclip-fixed-reference: "),
     ):
         with pytest.raises(SystemExit):
             parse_args(["--loss", "rankclip", OPTION, *argv.split()])
-        assert message in capsys.readouterr().err
-    assert parse_args(["--loss", "rankclip", OPTION, file]).rankclip_reference_features == file
-    args = parse_args(["--loss", "rankclip", OPTION, two, "--rankclip-lambda-cross", "0"])
-    assert isinstance(companion_of(args), ReferenceFeatures)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
-def test_feature_that_is_not_finite_is_an_error_that_names_the_row(tmp_path: Path, value: float) -> None:
-    array = unit_rows(4, 3).astype(np.float64)
-    array[2, 1] = value
-    file = stored(tmp_path / "x", image_features=array)
-    joined = JoinedTokenizer(tokenizer(), ReferenceFeatures(file))
-    joined("a\x1f1")
-    with pytest.raises(
-        ValueError, match=f"row 2 of {file}, counted from 0, has a feature that is not finite"
-    ):
-        joined("a\x1f2")
+        assert named in capsys.readouterr().err
+    for given in ([file], [file, "--rankclip-reference", "teacher"], [two, "--rankclip-lambda-cross", "0"]):
+        assert isinstance(companion_of(parse_args(["--loss", "rankclip", OPTION, *given])), ReferenceFeatures)
 
 
 # --- from the reader to the model's output ---------------------------------------------------------------
@@ -283,9 +289,7 @@ def test_feature_that_is_not_finite_is_an_error_that_names_the_row(tmp_path: Pat
     "widths",
     [
         {"image_features": 1, "text_features": 1},
-        {"image_features": 7},
         {"text_features": 6},
-        {"image_features": 4, "text_features": 7},
         {"image_features": 5, "text_features": 2},
     ],
 )
@@ -312,7 +316,7 @@ def test_two_captions_are_tokenized_alike() -> None:
     assert torch.equal(second, tokenizer()(["a small animal", "a dog"]))
     assert pairs("a cat\x1fa small animal").shape == (1, 1, 2 * CONTEXT)
     assert pairs.context_length == CONTEXT
-    with pytest.raises(ValueError, match=r"joined with a second caption 'syn', got 1 parts: \['only one'\]"):
+    with pytest.raises(ValueError, match="'only one'"):
         pairs(["a\x1fb", "only one"])
 
 
@@ -416,7 +420,7 @@ def test_companions_join_the_output_of_one_call_of_the_model(tmp_path: Path, nam
             (output["text_features"].sum() + 3 * output["caption_features"].sum()).backward()
         assert added == {}
         # What has no companion passes untouched, after a call that had one.
-        assert list(call(IMAGES, tokens)) == list(expected)
+        assert list(call(IMAGES, tokens)) == list(call(IMAGES)) == list(expected)
         assert clip.state_dict().keys() == plain.state_dict().keys()
         assert torch.equal(clip.encode_text(tokens), plain.encode_text(tokens))
         torch.compiler.reset()
@@ -425,14 +429,3 @@ def test_companions_join_the_output_of_one_call_of_the_model(tmp_path: Path, nam
     for (name, a), b in zip(clip.named_parameters(), plain.parameters(), strict=True):
         if b.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, msg=name)
-
-
-def test_what_has_no_text_passes_untouched() -> None:
-    clip, plain = model().eval(), model().eval()
-    split_features(clip, SecondCaption("syn"))
-    tokens = tokenizer()(TITLES)
-    for given in ((IMAGES, tokens), (IMAGES, None), (None, tokens), (IMAGES,)):
-        output, expected = clip(*given), plain(*given)
-        assert list(output) == list(expected)
-        for name, value in expected.items():
-            assert value is None or torch.equal(output[name], value), name

@@ -15,13 +15,12 @@ import open_clip.factory
 import open_clip_train.params
 import open_clip_train.train
 import pytest
-import torch
 from stand_ins import Base, at, features, loader, ready
 from torch import nn
 from trainer_runs import OFF, Trainer
 
 from rankloss_open_clip import __main__ as runner
-from rankloss_open_clip import bootstrap, diagnosis, names, patches
+from rankloss_open_clip import bootstrap, diagnosis, patches, training
 from rankloss_open_clip.logged_terms import TrainerLoss
 from rankloss_open_clip.training import start_epoch
 from rankloss_open_clip.versions import remark
@@ -86,28 +85,12 @@ def test_reloaded_module_is_patched_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "asks"),
-    [
-        ("--loss rankclip", True),
-        ("--loss=rankclip", True),
-        ("--los rankclip", True),
-        ("--rankclip-top-k 3", True),
-        ("--loss-dist-impl rankclip", False),
-        ("--name rankclip --local-loss", False),
-        ("", False),
-    ],
-)
-def test_request_is_read_from_the_command_line(argv: str, asks: bool) -> None:
-    assert names.asks_for_loss(argv.split()) is asks
-
-
-@pytest.mark.parametrize(
     ("name", "source", "reason"),
     [
-        ("open_clip.factory", "", "neither create_loss nor create_task"),
-        ("open_clip_train.params", "def parse_args(args): pass", "does not use argparse"),
-        ("open_clip_train.train", "", "no attribute 'train_one_epoch'"),
-        ("open_clip_train.train", "def train_one_epoch(trainer): pass", "unknown parameters: trainer"),
+        ("open_clip.factory", "", "create_loss"),
+        ("open_clip_train.params", "def parse_args(args): pass", "argparse"),
+        ("open_clip_train.train", "", "train_one_epoch"),
+        ("open_clip_train.train", "def train_one_epoch(trainer): pass", "trainer"),
     ],
 )
 def test_unknown_layout_is_kept_as_a_failure(
@@ -120,20 +103,9 @@ def test_unknown_layout_is_kept_as_a_failure(
     assert reason in str(bootstrap.failures[name])
 
 
-def test_params_without_parse_args_stop_only_a_command_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "failures", {})
-    module = ModuleType("open_clip_train.params")
-    monkeypatch.setattr(sys, "argv", ["main.py"])
-    bootstrap.patch(module)
-    monkeypatch.setattr(sys, "argv", ["main.py", "--loss", "rankclip"])
-    with pytest.raises(ImportError, match="could not attach"):
-        bootstrap.patch(module)
-
-
 def test_broken_plugin_fails_a_run_that_asks(trainer: Trainer, broken_plugin: dict[str, str]) -> None:
     done = trainer.run("plug-in broken", "--loss", "rankclip", **broken_plugin)
     assert done.returncode not in (0, 2)
-    assert "--loss was given, but rankloss_open_clip could not attach" in done.output
     assert "sabotaged" in done.output
 
 
@@ -148,19 +120,9 @@ def test_nothing_is_wrong_here() -> None:
 def test_diagnosis_of_an_environment_whose_plugin_is_off(trainer: Trainer) -> None:
     script = "from rankloss_open_clip.diagnosis import problems; print(*problems(), sep='\\n')"
     first, second = trainer.python("-c", script, **OFF).output.splitlines()
-    assert first.startswith("TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading plug-ins")
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in first
     assert "python -m rankloss_open_clip" in first
-    assert "trains plain CLIP" in second
-
-
-def test_missing_entry_point_and_failed_patch_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bootstrap.failures, "open_clip.factory", OSError("sabotaged"))
-    monkeypatch.setattr(bootstrap, "attached", lambda: False)
-    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
-    first, second, _ = diagnosis.problems()
-    assert "its entry point is not registered" in first
-    assert second == "open_clip.factory could not be patched: OSError: sabotaged"
+    assert "--loss-dist-impl" in second
 
 
 @pytest.mark.parametrize(
@@ -183,23 +145,19 @@ def test_missing_trainer_is_named_with_what_to_do(
 
 
 @pytest.mark.parametrize(
-    "version", ["3.0.0", "3.3.0", "3.3", "3.3.0.post1", "3.3.0+a.dev1", "2.16.1", "2.24.0"]
+    ("version", "tested"),
+    [
+        *(("2.16.1", True), ("3.0.0", True), ("3.3.0+local", True)),
+        *(("2.32.0", False), ("3.3.0rc1", False), ("4.2.0.dev0", False), ("", False)),
+    ],
 )
-def test_tested_version_gets_no_remark(version: str) -> None:
-    assert remark(version) == ""
-
-
-@pytest.mark.parametrize(
-    "version", ["2.0.2", "2.32.0", "3.0.0.dev0", "3.3.0rc1", "3.3.1", "4.2.0.dev0", "main", ""]
-)
-def test_other_version_is_tried_with_a_remark_in_the_log(
-    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_version_that_is_not_tested_is_tried_with_a_remark_in_the_log(
+    version: str, tested: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    said = f"open_clip {version}: --loss is tested with 3.0.0 to 3.3.0, and tried with this"
-    assert remark(version) == said
-    monkeypatch.setattr(open_clip, "__version__", version)
+    assert bool(remark(version)) is not tested
+    monkeypatch.setattr(training, "__version__", version)
     built()
-    assert caplog.messages.count(said) == 1
+    assert caplog.messages == [remark(version)] * (not tested)
 
 
 # --- what the patched functions do ------------------------------------------------------------------------
@@ -250,35 +208,15 @@ def test_task_api_gets_a_plain_dict_and_its_epochs() -> None:
     assert type(factory.create_task(SimpleNamespace(), model=None).loss) is Base
 
 
-def test_task_that_compares_nothing_is_refused() -> None:
+def test_what_cannot_be_trained_with_a_loss_is_an_error() -> None:
     factory = factory_with(create_task=lambda args, model: SimpleNamespace())
-    with pytest.raises(ValueError, match="compares images with texts, got SimpleNamespace"):
+    with pytest.raises(ValueError, match="SimpleNamespace"):
         factory.create_task(arguments(), None)
-
-
-def test_other_loss_in_the_trainer_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="the trainer trains with Identity"):
+    with pytest.raises(RuntimeError, match="Identity"):
         start_epoch(nn.Identity(), 0, loader(4), arguments())
 
 
-def test_scalar_form_is_the_sum_of_the_terms() -> None:
-    loss = built()
-    loss.start_epoch(at(1))
-    terms = loss(**features(), output_dict=True)
-    torch.testing.assert_close(loss(**features()), sum(terms.values()))
-    assert (len(terms), len(terms.values())) == (6, 3)
-
-
 LINEAR_STEPS = ("--rankclip-schedule-unit", "step", "--rankclip-schedule", "linear")
-
-
-def test_loss_asks_for_its_epoch_and_stays_at_the_last_step_of_a_longer_one() -> None:
-    loss = built(*LINEAR_STEPS)
-    with pytest.raises(RuntimeError, match=r"start_epoch\(\)"):
-        loss(**features(), output_dict=True)
-    loss.start_epoch(at(0, epochs=2, steps=2))
-    values = [loss(**features(), output_dict=True)["rank_lambda"].item() for _ in range(3)]
-    assert values == pytest.approx([0, 1 / 3, 1 / 3])
 
 
 def test_resumed_run_is_where_the_uninterrupted_one_would_be() -> None:

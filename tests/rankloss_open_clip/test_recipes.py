@@ -18,7 +18,7 @@ import torch
 from open_clip_train.params import parse_args
 from PIL import Image
 from torch.distributed.run import parse_args as parse_launcher_args
-from trainer_runs import OFF, Trainer, add_sample
+from trainer_runs import Trainer, add_sample
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 NAMES = sorted(script.stem for script in RECIPES.glob("*.sh"))
@@ -163,14 +163,6 @@ def test_cc3m_images_are_cropped_to_their_centre(command: Command) -> None:
     assert (default(image) - centre(image)).abs().mean() > 0.1, (
         "the control: what the trainer does by default"
     )
-
-
-@pytest.mark.slow
-def test_recipe_without_the_plugin_stops_at_once(command: Command, trainer: Trainer) -> None:
-    arguments = trainer_arguments(command("cc3m-rn50", "1"))
-    done = trainer.python("-m", "open_clip_train.main", *arguments, **OFF)
-    assert done.returncode == 2
-    assert "unrecognized arguments: --rankclip-agreement-every 100" in done.output
 
 
 # --- a step of each ---

@@ -14,14 +14,9 @@ from torch import nn
 import rankloss
 from rankloss.distributed import Gather
 from rankloss.options import RankOptions, choices_of
-from rankloss_open_clip import names
 from rankloss_trainers import catalog
 
 ALONE = Gather(local_loss=False, gather_with_grad=False, rank=0, world_size=1)
-
-
-def test_names_of_the_bootstrap_are_the_catalogues() -> None:
-    assert names.PREFIXES == catalog.PREFIXES == ("rankclip", "streamed")
 
 
 # --- options from RankOptions ---------------------------------------------------------------------------
