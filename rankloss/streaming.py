@@ -70,8 +70,10 @@ def stream(
     """
     engine = kernels if plan.kernel == "triton" else lists
     values = weights.new_zeros(3)
+    # The largest sums, by the items of all processes, are written by their first product.
+    unwritten = set() if batch.image_anchors is None else {"image", "text"}
     sums = {
-        name: torch.zeros_like(x)
+        name: (torch.empty_like if name in unwritten else torch.zeros_like)(x)
         for name, x, is_wanted in zip(Inputs._fields, batch.inputs, by, strict=True)
         if x is not None and is_wanted
     }
@@ -92,9 +94,12 @@ def stream(
                 )
                 found = engine.evaluate(block, options, plan.lists_at_once, with_gradient=bool(sums))
                 _add_values(values, group, found)
-                if found.gradient is not None:
-                    add = _add_whole_gradient if is_whole else _add_gradient
-                    add(sums, group.matrices, rows, block.cosines, found.gradient)
+                if found.gradient is None:
+                    continue
+                if is_whole:
+                    _add_whole_gradient(sums, group.matrices, block.cosines, found.gradient)
+                else:
+                    _add_gradient(sums, unwritten, group.matrices, rows, found.gradient)
     return values, sums
 
 
@@ -165,7 +170,11 @@ def _anchors(matrices: Sequence[Matrix], rows: slice) -> Tensor:
 
 
 def _add_gradient(
-    sums: dict[str, Tensor], matrices: Sequence[Matrix], rows: slice, _: Tensor, gradients: Tensor
+    sums: dict[str, Tensor],
+    unwritten: set[str],
+    matrices: Sequence[Matrix],
+    rows: slice,
+    gradients: Tensor,
 ) -> None:
     for start, group in _by_items(matrices):
         gradient = gradients[start : start + len(group)].flatten(0, 1)
@@ -177,12 +186,14 @@ def _add_gradient(
                     sums[matrix.factors[0]][rows] += part
             if "scale" in sums:
                 sums["scale"] += by_anchors.mul_(anchors).sum()
-        if group[0].factors[1] in sums:
-            sums[group[0].factors[1]].addmm_(gradient.T, anchors)
+        of_items = group[0].factors[1]
+        if of_items in sums:
+            sums[of_items].addmm_(gradient.T, anchors, beta=0 if of_items in unwritten else 1)
+            unwritten.discard(of_items)
 
 
 def _add_whole_gradient(
-    sums: dict[str, Tensor], matrices: Sequence[Matrix], _: slice, cosines: Tensor, gradients: Tensor
+    sums: dict[str, Tensor], matrices: Sequence[Matrix], cosines: Tensor, gradients: Tensor
 ) -> None:
     if "scale" in sums:
         sums["scale"] += (gradients * cosines).sum()
