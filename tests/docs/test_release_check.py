@@ -39,7 +39,7 @@ def test_tag_of_another_version_is_refused(tag: str) -> None:
         release_check.check_tag(tag, SOURCE, f"## [{VERSION}], 2026-12-01\n")
 
 
-@pytest.mark.parametrize("heading", ["[Unreleased]", f"[{VERSION}], not published", f"[{VERSION}]"])
+@pytest.mark.parametrize("heading", ["[Unreleased]", f"[{VERSION}], the first release", f"[{VERSION}]"])
 def test_section_without_version_and_date_is_refused_with_what_to_write(heading: str) -> None:
     with pytest.raises(release_check.CheckError) as caught:
         release_check.check_tag(f"v{VERSION}", SOURCE, f"## {heading}\n")
