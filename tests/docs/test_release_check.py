@@ -16,7 +16,9 @@ def test_every_extra_of_a_trainer_has_to_import_a_module_of_the_project() -> Non
         assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
         for module in modules:
             assert importlib.util.find_spec(module) is not None
-    packages = re.search(r"^packages = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    packages = re.search(
+        r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
+    )[1]
     assert tuple(re.findall(r"(\w+)\"", packages)) == release_check.PACKAGES
 
 
