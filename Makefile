@@ -107,10 +107,12 @@ bench-gpu: $(VENV)/.dev
 
 ## Mutation testing: the share of small faults in these files that these tests notice, and the survivors, in
 ## outputs/mutants (a minute or two each; repeated, the command goes on). MUTANTS_ARGS='--count 100' draws more of them.
-MUTATED := rankloss/lists.py rankloss/ranking.py rankloss/streaming.py rankloss/distributed.py \
+MUTATED := rankloss/dense.py rankloss/lists.py rankloss/ranking.py rankloss/streaming.py rankloss/operator.py \
+	rankloss/distributed.py \
 	integrations/rankloss_trainers/clock.py
-KILLERS := tests/test_ranking.py tests/test_likelihood.py tests/test_functional.py tests/test_losses.py \
-	tests/test_teacher.py tests/test_top_one.py tests/test_distributed.py tests/rankloss_trainers/test_clock.py
+KILLERS := tests/test_dense.py tests/test_lists.py tests/test_ranking.py tests/test_streaming.py \
+	tests/test_operator.py tests/test_batch.py tests/test_functional.py tests/test_losses.py \
+	tests/test_distributed.py tests/rankloss_trainers/test_clock.py
 mutants: $(VENV)/.dev
 	$(BIN)/python tools/mutants.py $(MUTANTS_ARGS) $(MUTATED) -- $(KILLERS)
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss.batch import Batch, Term, matrices_of, other_items
+from rankloss.checks import refuse_forward_mode
 from rankloss.lists import top_one_probabilities
 from rankloss.options import RankOptions, Worth
 from rankloss.precision import may_look_at
@@ -30,6 +31,8 @@ from rankloss.ranking import quantize
 __all__ = ["check_memory", "cross_entropy", "nll_terms", "rank_term", "terms"]
 
 _COPIES = 12  # of a matrix, in float32 and as indices, that the definition holds for its backward pass
+# Asked for once: a compiler cannot trace it.
+_HOST_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 # --- one list ---------------------------------------------------------------------------------------------
@@ -43,7 +46,12 @@ def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions) -> Tensor
         reference: ``[..., N]``, any real dtype.
         options: of the lists. With ``reduction="mean"`` the terms of a list are divided by its Σ_p μ_p. With
             ``ties="random"`` one shuffle, of torch's default generator, serves all lists of the call.
+
+    Raises:
+        RuntimeError: in forward-mode differentiation.
     """
+    # torch's forward mode of logcumsumexp loses all precision where scores span many nats.
+    refuse_forward_mode(scores)
     # A NaN in the reference has no place in the order, so the list has no value.
     ordered_or_nan: Tensor | None = None
     if reference.is_floating_point():
@@ -209,10 +217,10 @@ def _flat_terms(cosines: Tensor, reference: Tensor, batch: Batch, options: RankO
 def check_memory(batch: Batch, options: RankOptions) -> None:
     """Raise a ValueError where the whole matrices would not fit into the device's memory."""
     n, items, device = batch.anchors, len(batch.image), batch.image.device
+    if torch.compiler.is_compiling():  # a compiler cannot ask the system
+        return
     if device.type == "cpu":
-        total = (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-        )
+        total = _HOST_BYTES
     elif device.type == "cuda" and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(device).total_memory
     else:

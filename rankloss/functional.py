@@ -18,7 +18,6 @@ and where TF32 products are allowed, it differs from float64's by up to some 1e-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,15 +25,13 @@ from torch import Tensor
 
 from rankloss import dense
 from rankloss.batch import Batch, Term
-from rankloss.checks import check_device, check_is_tensor, refuse_forward_mode
-from rankloss.operator import row_lists
+from rankloss.checks import check_device, check_is_tensor
+from rankloss.operator import weighted_terms
 from rankloss.options import Discount, RankOptions, Ties, Worth
-from rankloss.plans import make_plan
-from rankloss.precision import nan_unless_finite
 
 _TERMS = ("contrastive", "cross_modal", "in_modal")
 
-__all__ = ["check_references", "cross_modal", "in_modal", "plackett_luce_nll", "weighted_terms"]
+__all__ = ["check_references", "cross_modal", "in_modal", "plackett_luce_nll"]
 
 
 def plackett_luce_nll(
@@ -98,8 +95,6 @@ def plackett_luce_nll(
     if not scores.is_floating_point():
         raise ValueError(f"scores must be floating point; got {scores.dtype}")
     check_device("reference", reference, scores, "scores")
-    # torch's forward mode of logcumsumexp loses all precision where scores span many nats.
-    refuse_forward_mode(scores)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return dense.nll_terms(scores, reference.detach(), options).sum(-1)
 
@@ -138,61 +133,6 @@ def check_references(
             "reference_image_features and reference_text_features must have one dimension in the "
             f"cross-modal term; got {tuple(image.shape)} and {tuple(text.shape)}"
         )
-
-
-def weighted_terms(
-    batch: Batch,
-    options: RankOptions,
-    weights: Tensor,
-    *,
-    contrastive: bool = False,
-    cross_modal: bool = True,
-    in_modal: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """CLIP's cross-entropy and the two rank terms, each times its weight; one that is not wanted is zero.
-
-    An anchor's rank term is the mean of its lists' NLL over the two directions. ``reduction="mean"`` divides
-    each list by its Σ_p μ_p and averages the anchors; ``"sum"`` is N times the average of the anchors' sums,
-    which is the plain sum where every item is an anchor, and keeps the balance between terms where a process
-    holds a share of the anchors only. The cross-entropy is always the mean over the anchors.
-
-    Args:
-        batch: the features.
-        options: of the rank terms.
-        weights: ``[3]``, of the three terms. They stay on their device: a captured or compiled graph follows
-            them when they are changed in place. They take no gradient.
-        contrastive: whether the cross-entropy is wanted; only row lists of worth ``exp`` can carry it.
-        cross_modal: whether the cross-modal term is wanted.
-        in_modal: whether the in-modal term is wanted.
-
-    Raises:
-        ValueError: where a teacher's features do not fit, see :func:`check_references`.
-    """
-    image = batch.image
-    check_references(
-        options,
-        cross_modal=cross_modal,
-        reference_image_features=batch.reference_image,
-        reference_text_features=batch.reference_text,
-    )
-    if weights.device.type == "meta" and image.device.type != "meta":
-        raise ValueError(f"weights must be on {image.device}, as the features; got meta")
-    weights = weights.detach().to(image.device, non_blocking=True).double()
-    wanted = (contrastive, cross_modal, in_modal)
-    values = (_dense_terms if options.is_dense else row_lists)(batch, options, weights, wanted)
-    a, b, c = values if batch.home is None else (x.to(batch.home) for x in values)
-    return a, b, c
-
-
-def _dense_terms(
-    batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[bool]
-) -> Sequence[Tensor]:
-    """The weighted terms of options that do not stream."""
-    if options.kernel == "triton":  # the plan says why it does not serve
-        make_plan(options, batch.anchors, len(batch.image), batch.image.device, batch.image.dtype)
-    dense.check_memory(batch, options)
-    features = (batch.image, batch.text, batch.reference_image, batch.reference_text)
-    return dense.terms(batch, options, nan_unless_finite(weights, *features), wanted)
 
 
 def cross_modal(
@@ -239,6 +179,12 @@ def _term(
     checked = RankOptions(**options)
     batch = Batch.of(
         *inputs, reference_image=reference_image_features, reference_text=reference_text_features
+    )
+    check_references(
+        checked,
+        cross_modal=term == "cross_modal",
+        reference_image_features=batch.reference_image,
+        reference_text_features=batch.reference_text,
     )
     weights = torch.ones(3, dtype=torch.float64, device="cpu")
     wanted = {name: name == term for name in _TERMS}

@@ -90,14 +90,18 @@ def evaluate(block: Block, options: RankOptions, lists_at_once: int, *, with_gra
         assert c is not None
         found.append(_evaluate_lists(c, y, block.scale, weights[0], weights[1], options, out))
     shape = cosines.shape[:2]
-    nll = None if reference is None else torch.cat([x for _, x in found if x is not None]).view(shape)
+    nll = None if reference is None else _joined([x for _, x in found if x is not None]).view(shape)
     if block.alpha is None:
         return Evaluated(None, nll, gradient)
     own = cosines.diagonal(block.first_row, 1, 2)
     if gradient is not None:
         gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha[:, None])
-    log_sums = torch.cat([x for x, _ in found]).view(shape)
+    log_sums = _joined([x for x, _ in found]).view(shape)
     return Evaluated(torch.addcmul(log_sums, own, block.scale, value=-1), nll, gradient)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _exact_reference(block: Block) -> Tensor:

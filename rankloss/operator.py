@@ -22,7 +22,52 @@ from rankloss.plans import make_plan
 from rankloss.precision import full_precision, may_look_at, nan_unless_finite
 from rankloss.streaming import stream
 
-__all__ = ["row_lists"]
+__all__ = ["row_lists", "weighted_terms"]
+
+
+def weighted_terms(
+    batch: Batch,
+    options: RankOptions,
+    weights: Tensor,
+    *,
+    contrastive: bool = False,
+    cross_modal: bool = True,
+    in_modal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CLIP's cross-entropy and the two rank terms, each times its weight; one that is not wanted is zero.
+
+    An anchor's rank term is the mean of its lists' NLL over the two directions. ``reduction="mean"`` divides
+    each list by its Σ_p μ_p and averages the anchors; ``"sum"`` is N times the average of the anchors' sums,
+    which is the plain sum where every item is an anchor, and keeps the balance between terms where a process
+    holds a share of the anchors only. The cross-entropy is always the mean over the anchors.
+
+    Args:
+        batch: the features.
+        options: of the rank terms.
+        weights: ``[3]``, of the three terms, on the CPU or the features' device. They take no gradient.
+        contrastive: whether the cross-entropy is wanted; only row lists of worth ``exp`` can carry it.
+        cross_modal: whether the cross-modal term is wanted.
+        in_modal: whether the in-modal term is wanted.
+    """
+    image = batch.image
+    if weights.device.type == "meta" and image.device.type != "meta":
+        raise ValueError(f"weights must be on {image.device}, as the features; got meta")
+    weights = weights.detach().to(image.device, non_blocking=True).double()
+    wanted = (contrastive, cross_modal, in_modal)
+    values = (_dense_terms if options.is_dense else row_lists)(batch, options, weights, wanted)
+    a, b, c = values if batch.home is None else (x.to(batch.home) for x in values)
+    return a, b, c
+
+
+def _dense_terms(
+    batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[bool]
+) -> Sequence[Tensor]:
+    """The weighted terms of options that do not stream."""
+    if options.kernel == "triton":  # the plan says why it does not serve
+        make_plan(options, batch.anchors, len(batch.image), batch.image.device, batch.image.dtype)
+    dense.check_memory(batch, options)
+    features = (batch.image, batch.text, batch.reference_image, batch.reference_text)
+    return dense.terms(batch, options, nan_unless_finite(weights, *features), wanted)
 
 
 def row_lists(
@@ -95,15 +140,15 @@ class _Call(NamedTuple):
 
 
 def _run(*arguments: Any) -> list[Tensor]:
-    """The three terms, then the gradients of their sum by the inputs, empty where none is wanted."""
+    """The three terms, then the gradients of their sum by the inputs, empty where none is wanted.
+
+    Those by features lack the factor s, which the backward pass multiplies them by anyway.
+    """
     call = _Call(*arguments)
     batch, options, image = call.batch, RankOptions.decode(call.options), call.image
     plan = make_plan(options, batch.anchors, len(image), image.device, image.dtype)
     values, sums = stream(batch, options, plan, call.finite_weights(batch), call.terms, call.by)
-    gradients = []
-    for name in Inputs._fields:
-        gradient = sums.get(name, image.new_empty(0))
-        gradients.append(gradient if name == "scale" else gradient.mul_(batch.scale))
+    gradients = (sums.get(name, image.new_empty(0)) for name in Inputs._fields)
     # Copies, since what an operator returns may not be views of one another.
     return [*map(torch.clone, values.to(image.dtype)), *gradients]
 
@@ -118,14 +163,15 @@ def _backward(
 ) -> list[Tensor]:
     """The gradients under an upstream value per term, given those of the sum."""
     call = _Call(*arguments)
-    given = [g for g, is_wanted in zip(upstream, call.terms, strict=True) if is_wanted]
-    common = _common(given)
-    if common is not None:
-        return [common * x for x in gradients]
-    zero = call.weights.new_zeros(())
-    by_term = torch.stack([zero if g is None else g.to(zero.dtype) for g in upstream])
-    _, _, _, *found = _run(*call._replace(weights=call.weights * by_term))
-    return found
+    factor = _common([g for g, is_wanted in zip(upstream, call.terms, strict=True) if is_wanted])
+    if factor is None:
+        zero = call.weights.new_zeros(())
+        by_term = torch.stack([zero if g is None else g.to(zero.dtype) for g in upstream])
+        _, _, _, *gradients = _run(*call._replace(weights=call.weights * by_term))
+        factor = torch.ones_like(call.scale)
+    of_features = factor * call.scale
+    factors = {"scale": factor}
+    return [x * factors.get(name, of_features) for name, x in zip(Inputs._fields, gradients, strict=True)]
 
 
 def _backward_fake(_upstream: Any, _gradients: Any, *arguments: Any) -> list[Tensor]:
@@ -163,22 +209,26 @@ class _RowLists(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         call = _Call(*arguments)
-        found = torch.ops.rankloss.row_lists(*arguments)
-        if may_look_at(call.image) and _spans_too_far(call, found[:_N_TERMS]):
-            found = _by_definition(call)
+        run = torch.ops.rankloss.row_lists if torch.compiler.is_compiling() else _run
+        found = run(*arguments)
+        terms, gradients = found[:_N_TERMS], found[_N_TERMS:]
+        ctx.is_dense = may_look_at(call.image) and _spans_too_far(call, terms)
+        if ctx.is_dense:
+            terms = _terms_by_definition(call)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arguments[:_N_TENSORS], *found[_N_TERMS:])
+        ctx.save_for_backward(*arguments[:_N_TENSORS], *gradients)
         ctx.settings = arguments[_N_TENSORS:]
-        return tuple(found[:_N_TERMS])
+        return tuple(terms)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: each look unpacks them, for hooks and checkpoints to see
         call = _Call(*saved[:_N_TENSORS], *ctx.settings)
-        if torch.is_grad_enabled():  # create_graph=True
-            found = _differentiable_gradients(upstream, call)
+        if ctx.is_dense or torch.is_grad_enabled():  # the latter with create_graph=True
+            found = _gradients_by_definition(upstream, call)
         else:
-            found = torch.ops.rankloss.row_lists_backward(list(upstream), list(saved[_N_TENSORS:]), *call)
+            run = torch.ops.rankloss.row_lists_backward if torch.compiler.is_compiling() else _backward
+            found = run(list(upstream), list(saved[_N_TENSORS:]), *call)
         gradients = [g if w else None for g, w in zip(found, call.by, strict=True)]
         return (*gradients, *(None,) * (len(call) - len(gradients)))
 
@@ -193,42 +243,24 @@ def _spans_too_far(call: _Call, terms: Sequence[Tensor]) -> bool:
     return bool(call.finite_weights(call.batch).isfinite().all())
 
 
-def _values_by_definition(call: _Call) -> list[Tensor]:
+def _terms_by_definition(call: _Call) -> list[Tensor]:
     batch = call.batch
-    options = RankOptions.decode(call.options)
-    return dense.terms(batch, options, call.finite_weights(batch), call.terms)
+    return dense.terms(batch, RankOptions.decode(call.options), call.finite_weights(batch), call.terms)
 
 
-def _by_definition(call: _Call) -> list[Tensor]:
-    with torch.enable_grad():
-        call = call.of(
-            None if x is None else x.detach().requires_grad_(w)
-            for x, w in zip(call.inputs, call.by, strict=True)
-        )
-        values = _values_by_definition(call)
-        gradients = _gradients(values, [None] * len(values), call, create_graph=False)
-    return [*(x.detach() for x in values), *gradients]
-
-
-def _differentiable_gradients(upstream: Sequence[Tensor | None], call: _Call) -> list[Tensor]:
-    """Gradients that carry a graph of their own."""
+def _gradients_by_definition(upstream: Sequence[Tensor | None], call: _Call) -> list[Tensor]:
+    """With a graph of their own where gradients are enabled."""
+    create_graph = torch.is_grad_enabled()
     # By aliases: one input may be computed of another, as gathered features are of the local ones, and what
     # flows along that path is the outer graph's to add.
-    call = call.of(None if x is None else x.view_as(x) for x in call.inputs)
-    with full_precision(call.image.device):
-        return _gradients(_values_by_definition(call), upstream, call, create_graph=True)
-
-
-def _gradients(
-    values: Sequence[Tensor], upstream: Sequence[Tensor | None], call: _Call, *, create_graph: bool
-) -> list[Tensor]:
-    given = [(x, g) for x, g in zip(values, upstream, strict=True) if x.requires_grad]
-    if create_graph:
-        given = [(x, g) for x, g in given if g is not None]
-    by = [x for x, w in zip(call.inputs, call.by, strict=True) if x is not None and w]
-    found: Iterable[Tensor] = map(torch.zeros_like, by)
-    if by and given:
-        outputs, grads = zip(*given, strict=True)
-        found = torch.autograd.grad(outputs, by, grads, create_graph=create_graph, materialize_grads=True)
+    with torch.enable_grad(), full_precision(call.image.device):
+        call = call.of(None if x is None else x.view_as(x) for x in call.inputs)
+        terms = _terms_by_definition(call)
+        given = [(x, g) for x, g in zip(terms, upstream, strict=True) if x.requires_grad and g is not None]
+        by = [x for x, w in zip(call.inputs, call.by, strict=True) if x is not None and w]
+        found: Iterable[Tensor] = map(torch.zeros_like, by)
+        if given:
+            outputs, grads = zip(*given, strict=True)
+            found = torch.autograd.grad(outputs, by, grads, create_graph=create_graph, materialize_grads=True)
     remaining = iter(found)
     return [next(remaining) if w else call.image.new_empty(0) for w in call.by]

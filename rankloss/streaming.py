@@ -13,7 +13,7 @@ and X the in-modal one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, get_args
 
 import torch
@@ -27,9 +27,6 @@ from rankloss.precision import full_precision
 from rankloss.ranking import slices
 
 __all__ = ["stream"]
-
-
-_Finder = Callable[[Tensor], Tensor | None]
 
 
 class _Group(NamedTuple):
@@ -83,13 +80,18 @@ def stream(
     with full_precision(batch.image.device):
         for rows in slices(batch.anchors, plan.chunk_size):
             for group in groups:
-                block = _block(batch, group, rows, is_whole, engine.first_equal)
+                by_teacher = group.references and batch.has_teacher
+                block = lists.Block(
+                    cosines=_cosines(group.matrices, rows, is_whole),
+                    scale=batch.scale,
+                    alpha=group.alpha,
+                    beta=group.beta,
+                    reference=_cosines(group.references, rows, is_whole) if by_teacher else None,
+                    first_equal=tuple(batch.first_equal(x, engine.first_equal) for x in group.references),
+                    first_row=batch.first_row + rows.start,
+                )
                 found = engine.evaluate(block, options, plan.lists_at_once, with_gradient=bool(sums))
-                if group.alpha is not None and found.cross_entropy is not None:
-                    values[0] += group.alpha @ found.cross_entropy.sum(-1)
-                if group.beta is not None and found.nll is not None:
-                    for place, value in zip(group.terms, group.beta * found.nll.sum(-1), strict=True):
-                        values[place] += value
+                _add_values(values, group, found)
                 if found.gradient is not None:
                     add = _add_whole_gradient if is_whole else _add_gradient
                     add(sums, group.matrices, rows, block.cosines, found.gradient)
@@ -110,7 +112,8 @@ def _groups(batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequenc
         matrices = batch.matrices(names)
         group = _Group(matrices, batch.references(names), None, None)
         shares = [of_images if name in "SI" else of_texts for name in names]
-        beta = torch.stack([halves[term] * x for term, x in zip(group.terms, shares, strict=True)])
+        of_matrices = zip((halves[term] for term in group.terms), shares, strict=True)
+        beta = torch.stack([half if x == 1 else half * x for half, x in of_matrices])
         groups.append(group._replace(beta=beta))
     if contrastive:
         if not set(both) <= set(names):
@@ -122,14 +125,15 @@ def _groups(batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequenc
     return groups
 
 
-def _block(batch: Batch, group: _Group, rows: slice, is_whole: bool, first_equal: _Finder) -> lists.Block:
-    equal = tuple(batch.first_equal(matrix, first_equal) for matrix in group.references)
-    reference = None
-    if group.references and batch.has_teacher:
-        reference = _cosines(group.references, rows, is_whole)
-    cosines = _cosines(group.matrices, rows, is_whole)
-    first_row = batch.first_row + rows.start
-    return lists.Block(cosines, batch.scale, group.alpha, group.beta, reference, equal, first_row)
+def _add_values(values: Tensor, group: _Group, found: lists.Evaluated) -> None:
+    if group.alpha is not None and found.cross_entropy is not None:
+        values[0] += group.alpha @ found.cross_entropy.sum(-1)
+    if group.beta is not None and found.nll is not None:
+        of_matrices = group.beta * found.nll.sum(-1)
+        # A term's two matrices are the first and the last, the second and the last but one.
+        of_terms = (of_matrices + of_matrices.flip(0))[: len(of_matrices) // 2]
+        first = group.terms[0]
+        values[first : first + len(of_terms)] += of_terms
 
 
 def _cosines(matrices: Sequence[Matrix], rows: slice, is_whole: bool) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,29 @@ def vector_batch(case: dict[str, Any]) -> Batch:
     return Batch(torch.from_numpy(image), torch.from_numpy(text), case["scale"])
 
 
+def teacher_of(n: int, d: int = 5, *, seed: int = 7, duplicates: int = 0) -> dict[str, Tensor]:
+    """A teacher's features of another dimension; the last ``duplicates`` rows repeat the first."""
+    rng = np.random.default_rng(seed)
+    features = [unit_rows(rng, n, d) for _ in range(2)]
+    for x in features:
+        x[n - duplicates :] = x[:duplicates]
+    image, text = (torch.from_numpy(x).to(DEVICE) for x in features)
+    return {"reference_image_features": image, "reference_text_features": text}
+
+
 def relative_error(actual: Any, expected: Any) -> float:
     """‖actual − expected‖ / ‖expected‖, in float64."""
     a, b = (torch.as_tensor(x, dtype=torch.float64, device="cpu").detach() for x in (actual, expected))
     assert a.shape == b.shape, (a.shape, b.shape)
     return float((a - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def assert_close(found: Iterable[Any], wanted: Iterable[Any], tolerance: float) -> None:
+    """Tensor by tensor; the tolerance is relative to a tensor's norm, or to 1 where that is less."""
+    for k, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        a, b = (torch.as_tensor(x, dtype=torch.float64, device="cpu").detach() for x in (a, b))
+        assert a.shape == b.shape, (k, a.shape, b.shape)
+        assert (a - b).norm() <= tolerance * b.norm().clamp_min(1.0), (k, a, b)
 
 
 def gradients(value: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor | float) -> list[Tensor]:

@@ -1,178 +1,166 @@
 from __future__ import annotations
 
-from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from batches import random_batch
+from batches import assert_close, random_batch, teacher_of
 from fake_cuda import fake_cuda
-from rankloss import equal_rows
-from rankloss.batch import Batch
-from rankloss.checks import check_features
-from rankloss.equal_rows import first_occurrence, row_hashes
-from rankloss.functional import weighted_terms
+from rankloss.batch import Batch, matrices_of, other_items
+from rankloss.operator import weighted_terms
 from rankloss.options import RankOptions
 
-
-@given(st.lists(st.tuples(*[st.sampled_from([-1.0, -0.0, 0.0, 1.0, 2.0**-20])] * 3), min_size=1, max_size=12))
-def test_first_occurrence_is_the_index_of_the_first_equal_row(rows: list[tuple[float, ...]]) -> None:
-    for dtype in (torch.float32, torch.float64):
-        assert first_occurrence(torch.tensor(rows, dtype=dtype)).tolist() == [rows.index(r) for r in rows]
+V, T = torch.eye(4, 3), torch.eye(4, 3).flip(0)
+META = torch.device("meta")
 
 
-def test_a_row_with_nan_equals_no_row() -> None:
-    x = torch.tensor([[1.0, torch.nan], [1.0, torch.nan], [2.0, 3.0], [2.0, 3.0]])
-    assert first_occurrence(x).tolist() == [0, 1, 2, 2]
-
-
-def test_rows_whose_hashes_collide_are_still_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(equal_rows, "row_hashes", lambda x, salt=0: torch.zeros(len(x), dtype=torch.int64))
-    assert first_occurrence(torch.tensor([[1.0], [2.0], [1.0]])).tolist() == [0, 1, 0]
-
-
-def test_many_random_rows_have_no_false_match_and_all_true_ones() -> None:
-    x = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)).bfloat16().float()
-    x[2000:] = x[:1000]
-    expected = torch.arange(3000)
-    expected[2000:] = torch.arange(1000)
-    assert torch.equal(first_occurrence(x), expected)
-
-
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-
-
-@dtypes
-@given(
-    codes=st.lists(st.integers(0, 2**9 - 1), min_size=1, max_size=40),
-    row=st.lists(st.floats(0.5, 2, width=32), min_size=9, max_size=9),
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ((V, T[:2], 1.0), ValueError, r"image_features and text_features .*\(4, 3\) and \(2, 3\)"),
+        ((V[:1], T[:1], 1.0), ValueError, r"image_features .*\(1, 3\)"),
+        ((V[:, :0], T[:, :0], 1.0), ValueError, r"image_features .*\(4, 0\)"),
+        ((V[0], T[0], 1.0), ValueError, r"image_features .*\(3,\)"),
+        ((V, T[None], 1.0), ValueError, r"text_features .*\(1, 4, 3\)"),
+        ((V.long(), T, 1.0), ValueError, "image_features .*int64"),
+        ((V, T.to(META), 1.0), ValueError, "text_features .*cpu.*meta"),
+        ((V.numpy(), T, 1.0), TypeError, "image_features .*numpy.ndarray"),
+        ((V, [[1.0]], 1.0), TypeError, "text_features .*list"),
+        ((V, T, "ten"), TypeError, "logit_scale .*str"),
+        ((V, T, None), TypeError, "logit_scale"),
+        ((V, T, Fraction(10)), TypeError, "logit_scale .*Fraction"),  # torch does not multiply by one
+        ((V, T, np.array(10.0)), TypeError, "logit_scale .*ndarray"),
+        ((V, T, 0.0), ValueError, "logit_scale .*0"),
+        ((V, T, torch.tensor(-2.5)), ValueError, "logit_scale .*-2.5"),
+        ((V, T, torch.ones(2)), ValueError, r"logit_scale .*\(2,\)"),
+        ((V, T, torch.ones(1, 1, 1)), ValueError, r"logit_scale .*\(1, 1, 1\)"),
+        ((V, T, torch.ones((), device=META)), ValueError, "logit_scale .*meta"),
+    ],
 )
-def test_rows_that_differ_in_signs_alone_are_told_apart(dtype, codes: list[int], row: list[float]) -> None:
-    signs = 1 - 2 * (torch.tensor(codes)[:, None] >> torch.arange(9) & 1)
-    x = signs * torch.tensor(row, dtype=dtype)
-    assert first_occurrence(x).tolist() == [codes.index(c) for c in codes]
-    assert len(row_hashes(x).unique()) == len(set(codes))  # which no collision has to put right
+def test_what_does_not_fit_is_named_and_shown(arguments, error, named: str) -> None:
+    with pytest.raises(error, match=named):
+        Batch.of(*arguments)
 
 
-@dtypes
-def test_minus_x_x_x(dtype: torch.dtype) -> None:
-    x = torch.randn(8, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    assert first_occurrence(torch.stack([-x, x, x])).tolist() == [0, 1, 1]
+@pytest.mark.parametrize("name", ["reference_image", "reference_text"])
+@pytest.mark.parametrize(
+    ("bad", "error", "shown"),
+    [
+        (np.ones((4, 5)), TypeError, "numpy.ndarray"),
+        (torch.ones(3, 5), ValueError, r"N = 4.*\(3, 5\)"),
+        (torch.ones(5), ValueError, r"\(5,\)"),
+        (torch.ones(4, 0), ValueError, r"\(4, 0\)"),
+        (torch.ones(4, 5).long(), ValueError, "int64"),
+        (torch.ones(4, 5, device=META), ValueError, "cpu.*meta"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_named_and_shown(name: str, bad: Any, error, shown: str) -> None:
+    with pytest.raises(error, match=f"{name}_features .*{shown}"):
+        Batch.of(V, T, 1.0, **{name: bad})
 
 
-@pytest.mark.parametrize(("looks", "expected"), [(True, [0, 1, 1, 0, 4, 4]), (False, [0, 1, 2, 0, 4, 5])])
-def test_rows_after_a_collision_tie_with_their_equals_if_a_look_is_free_and_never_with_others(
-    looks: bool, expected: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = equal_rows.row_hashes
-    # In the first round all rows collide.
-    monkeypatch.setattr(equal_rows, "row_hashes", lambda x, salt=0: original(x, salt) * (salt > 0))
-    monkeypatch.setattr(equal_rows, "may_look_at", lambda x: looks)
-    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [3.0, 4.0], [1.0, 2.0], [5.0, 6.0], [5.0, 6.0]])
-    assert first_occurrence(x).tolist() == expected
-
-
-def test_without_a_look_equal_rows_tie(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(equal_rows, "may_look_at", lambda x: False)
-    x = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)).bfloat16().float()
-    x[2000:] = x[:1000]
-    assert torch.equal(first_occurrence(x), torch.cat([torch.arange(2000), torch.arange(1000)]))
-
-
-def test_subnormal_entries_hash_the_same_whether_or_not_they_are_flushed() -> None:
-    x = torch.tensor([[1e-40, 1.0], [1e-40, 1.0], [0.0, 1.0]])
-    plain = row_hashes(x)
-    assert torch.set_flush_denormal(True)
-    try:
-        assert torch.equal(row_hashes(x), plain)
-    finally:
-        torch.set_flush_denormal(False)
-
-
-# --- checks -----------------------------------------------------------------------------------------------
-
-
-def test_what_is_no_tensor_is_named() -> None:
-    with pytest.raises(TypeError, match=r"image_features must be a torch.Tensor; got numpy.ndarray"):
-        check_features(np.ones((3, 4), np.float32), torch.ones(3, 4))
-    with pytest.raises(TypeError, match=r"text_features must be a torch.Tensor; got list"):
-        check_features(torch.ones(3, 4), [[1.0]])
-
-
-@pytest.mark.parametrize("lists", ["row", "batch"])
-def test_tensors_on_two_devices_are_named_and_never_a_number(lists: str) -> None:
+def test_tensors_on_two_devices_are_never_a_number() -> None:
     v, t, s = random_batch(0, 4, 3, 10.0).leaves()
-    options, weights = RankOptions(lists=lists), torch.ones(3, dtype=torch.float64)
-    with pytest.raises(
-        ValueError, match="text_features must be on the device of image_features, cpu; got meta"
-    ):
-        Batch.of(v, t.to("meta"), s)
-    with pytest.raises(ValueError, match=r"text_features .* image_features, meta; got cpu"):
-        Batch.of(v.to("meta"), t, s)
-    with pytest.raises(ValueError, match=r"image_anchors must be on the device .* cpu; got meta"):
-        Batch.of(v, t, s, image_anchors=v.to("meta"), text_anchors=t)
-    with pytest.raises(ValueError, match="logit_scale must be on cpu, as image_features; got meta"):
-        Batch.of(v, t, s.to("meta"))
-    with pytest.raises(ValueError, match="weights must be on cpu, as the features; got meta"):
-        weighted_terms(Batch.of(v, t, s), options, weights.to("meta"))
-    of_meta = weighted_terms(Batch.of(v.to("meta"), t.to("meta"), s), options, weights)
-    assert all(x.is_meta and x.shape == () for x in of_meta)
-    with torch.device("meta"):  # a default device, while the features are real
-        value = weighted_terms(Batch.of(v, t, 10.0), options, weights)
-    for a, b in zip(value, weighted_terms(Batch.of(v, t, s), options, weights), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("scale", ["ten", None, [1.0, 2.0]])
-def test_a_scale_that_is_no_number_is_shown(scale) -> None:
-    with pytest.raises(TypeError, match=r"logit_scale must be a float or a torch.Tensor; got "):
-        Batch.of(torch.eye(2), torch.eye(2), scale)
-
-
-@pytest.mark.parametrize("scale", [Fraction(10), Decimal(10), np.array(10.0)])
-def test_a_number_that_torch_does_not_multiply_by_is_refused(scale) -> None:
-    with pytest.raises(TypeError, match=r"logit_scale must be a float or a torch.Tensor; got \w+\.\w+"):
-        Batch.of(torch.eye(2), torch.eye(2), scale)
+    weights = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"image_anchors .*cpu.*meta"):
+        Batch.of(v, t, s, anchors=(v.to(META), t))
+    with pytest.raises(ValueError, match=r"weights .*meta"):
+        weighted_terms(Batch.of(v, t, s), RankOptions(), weights.to(META))
+    for options in (RankOptions(), RankOptions(lists="batch")):
+        of_meta = weighted_terms(Batch.of(v.to(META), t.to(META), s), options, weights)
+        assert all(x.is_meta and x.shape == () for x in of_meta)
+        with META:  # a default device, while the features are real
+            values = weighted_terms(Batch.of(v, t, 10.0), options, weights)
+        assert_close(values, weighted_terms(Batch.of(v, t, s), options, weights), 0.0)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
-def test_a_scale_that_is_a_number_has_the_digits_of_the_wider_features(dtypes) -> None:
-    v, t = (torch.eye(2, dtype=dtype) for dtype in dtypes)
-    assert Batch.of(v, t, 1 / 0.07).scale.item() == 1 / 0.07
+def test_a_number_as_scale_has_the_digits_of_the_wider_features(dtypes) -> None:
+    batch = Batch.of(*(torch.eye(2, dtype=dtype) for dtype in dtypes), 1 / 0.07)
+    assert batch.scale.item() == 1 / 0.07
+    assert {x.dtype for x in batch.inputs if x is not None} == {torch.float64}
+
+
+def test_a_teacher_has_no_graph_and_may_be_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        teacher = teacher_of(6)
+    inputs = random_batch(0, 6, 4, 10.0).leaves(torch.float32)
+    names = {name.removesuffix("_features"): x.bfloat16() for name, x in teacher.items()}
+    batch = Batch.of(*inputs, **names)
+    assert batch.reference_image is not None
+    assert batch.reference_image.dtype == torch.float32
+    sum(weighted_terms(batch, RankOptions(), torch.ones(3, dtype=torch.float64))).backward()
+    taught = Batch.of(*inputs, reference_image=torch.eye(6).requires_grad_())
+    assert taught.reference_image is not None
+    assert not taught.reference_image.requires_grad
 
 
 def test_on_mps_which_has_no_float64_the_cpu_computes() -> None:
     with fake_cuda():
         v = torch.empty(4, 3, device="mps")
-        features = Batch.of(v, v, 10.0)
-        assert {x.device.type for x in features.inputs if x is not None} == {"cpu"}
-        assert features.home == v.device
+        batch = Batch.of(v, v, 10.0)
+        assert {x.device.type for x in batch.inputs if x is not None} == {"cpu"}
+        assert batch.home == v.device
 
 
-# --- structural ties of a batch list ----------------------------------------------------------------------
+# --- matrices and what they are ranked by -----------------------------------------------------------------
 
 
-def in_modal_reference(x: torch.Tensor) -> torch.Tensor:
-    _, of_texts = Batch.of(x, x, 1.0).matrices("in_modal")
-    return of_texts.symmetric_reference(x @ x.T)
+@pytest.mark.parametrize("is_share", [False, True])
+@pytest.mark.parametrize("given", [(), ("image", "text"), ("image",), ("text",)])
+def test_each_matrix_is_ranked_by_its_partner_or_by_the_teachers_own(is_share: bool, given) -> None:
+    v, t, s = (x.detach() for x in random_batch(0, 6, 4, 10.0).leaves())
+    whole = {
+        name: x for name, x in zip(("image", "text"), teacher_of(6).values(), strict=True) if name in given
+    }
+    teacher = {f"reference_{name}": x for name, x in whole.items()}
+    rows = slice(2, 5) if is_share else slice(0, 6)
+    share: dict[str, Any] = {"anchors": (v[rows], t[rows]), "first_row": 2} if is_share else {}
+    batch = Batch.of(v, t, s, **teacher, **share)
+    assert batch.positives.tolist() == list(range(6))[rows]
+    assert batch.anchors == len(batch.positives)
+    assert batch.has_teacher is bool(given)
+    own = {"S": v @ t.T, "R": t @ v.T, "I": v @ v.T, "X": t @ t.T}
+    by = {"S": own["R"], "R": own["S"], "I": own["X"], "X": own["I"]}
+    if given:
+        f, g = whole[given[0]], whole[given[-1]]
+        if len(given) == 1:
+            del own["S"], own["R"]
+        by = {"S": f @ g.T, "R": g @ f.T, "I": f @ f.T, "X": g @ g.T}
+    names = [name for name in matrices_of("cross_modal", "in_modal") if name in own]
+    for matrices, expected in ((batch.matrices(names), own), (batch.references(names), by)):
+        assert_close([m.cosines() for m in matrices], [expected[name][rows] for name in names], 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_unit_norm_rows_have_one_value_on_the_diagonal(dtype: torch.dtype) -> None:
+def test_structural_ties_of_unit_norm_rows_are_exact(dtype: torch.dtype) -> None:
+    """C_ij = C_ji and N equal diagonal entries: a rounding apart, they would cost about log 2 a pair."""
     x = random_batch(0, 65, 13, 1.0, duplicates=3).text.to(dtype)
-    x = x.to(torch.promote_types(dtype, torch.float32))
-    reference = in_modal_reference(x)
+    batch = Batch.of(x, x, 1.0)
+    (matrix, _) = batch.references(matrices_of("in_modal"))
+    reference = batch.symmetric_reference(matrix, matrix.cosines())
     assert len(reference.diagonal().unique()) == 1
     assert torch.equal(reference, reference.T)
     assert reference[0, -1] == reference[0, 0]  # equal rows
+    assert_close([reference], [matrix.cosines()], 1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
 def test_rows_of_other_norms_rank_by_them() -> None:
-    x = random_batch(0, 6, 5, 1.0).text * torch.tensor([1.0, 1.0, 2.0, 0.5, 1.1, 1.0])[:, None]
-    diagonal = in_modal_reference(x).diagonal()
-    assert diagonal[0] == diagonal[1] == diagonal[5]
-    torch.testing.assert_close(diagonal, x.square().sum(-1), rtol=1e-12, atol=0)
+    x = random_batch(0, 6, 5, 1.0).text * torch.tensor([1.0, 1.0, 2.0, 0.5, 1.02, 1.009])[:, None]
+    batch = Batch.of(x, x, 1.0)
+    (matrix, _) = batch.references(matrices_of("in_modal"))
+    diagonal = batch.symmetric_reference(matrix, matrix.cosines()).diagonal()
+    squares = x.square().sum(-1)
+    assert_close([diagonal], [torch.stack([*squares[[5, 5]], *squares[2:]])], 1e-12)  # 1 % is unit-norm
+    assert diagonal[0] == diagonal[5]
+
+
+def test_other_items_are_all_columns_but_the_own() -> None:
+    own = torch.tensor([0, 2, 3])
+    found = other_items(own, 4)
+    assert found.shape == (3, 3)
+    for k, row in zip(own.tolist(), found.tolist(), strict=True):
+        assert row == [j for j in range(4) if j != k]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rankloss.checks import check_bias
 from rankloss.distributed import Gather, Gathered, GatherOption
-from rankloss.functional import weighted_terms
 from rankloss.losses.gathering import StreamedLoss, gather_of_open_clip
+from rankloss.operator import weighted_terms
 
 __all__ = ["ClipLoss", "pair_logits", "without_effect"]
 

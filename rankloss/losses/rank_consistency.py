@@ -11,9 +11,10 @@ from torch import Tensor
 
 from rankloss.checks import can_be_read, look_at_scale
 from rankloss.distributed import Gather, Gathered, GatherOption
-from rankloss.functional import check_references, weighted_terms
+from rankloss.functional import check_references
 from rankloss.losses.gathering import GatheringLoss
 from rankloss.losses.weights import FixedWeights, check_weight
+from rankloss.operator import weighted_terms
 from rankloss.options import OPTION_NAMES, RankOptions, check_count, check_names
 from rankloss.plans import Plan, make_plan
 from rankloss.precision import arithmetic_dtype, nan_unless_finite

@@ -1,3 +1,5 @@
+"""The definition: Plackett–Luce's own properties, and other libraries' numbers."""
+
 from __future__ import annotations
 
 import itertools
@@ -12,16 +14,15 @@ from hypothesis import strategies as st
 from statsmodels.duration.hazard_regression import PHReg
 from torch import Tensor
 
-from batches import VECTORS, relative_error, vector_batch
-from rankloss import plackett_luce_nll, reference
+from batches import VECTORS, assert_close, random_batch, relative_error, vector_batch
+from rankloss import batch as features
+from rankloss import dense, plackett_luce_nll, reference
+from rankloss.options import RankOptions
 
 finite = st.floats(-50, 50)
+worths = st.sampled_from(["exp", "shifted", "identity"])
 list_options = st.fixed_dictionaries(
-    {
-        "worth": st.sampled_from(["exp", "shifted", "identity"]),
-        "discount": st.sampled_from([None, "log"]),
-        "top_k": st.none() | st.integers(1, 12),
-    }
+    {"worth": worths, "discount": st.sampled_from([None, "log"]), "top_k": st.none() | st.integers(1, 12)}
 )
 
 
@@ -49,63 +50,31 @@ def for_worth(x: Tensor, worth: str) -> Tensor:
 # --- the model's own properties ---------------------------------------------------------------------------
 
 
-@given(st.lists(finite, min_size=1, max_size=6), st.sampled_from(["exp", "shifted", "identity"]))
-def test_probabilities_of_all_rankings_sum_to_one(scores: list[float], worth: str) -> None:
+@given(st.lists(st.integers(-50, 50), min_size=1, max_size=5), worths)
+def test_probabilities_of_all_rankings_sum_to_one_and_the_scores_own_is_the_likeliest(scores, worth) -> None:
     x = for_worth(torch.tensor(scores, dtype=torch.float64), worth)
     references = rankings(len(scores))
     nll = plackett_luce_nll(x.expand_as(references), references, worth=worth)
     assert (-nll).exp().sum().item() == pytest.approx(1, rel=1e-10)
+    if len(set(scores)) == len(scores):
+        own = plackett_luce_nll(x, x, worth=worth).item()
+        assert own <= nll.min().item() + 1e-10 * (1 + abs(nll.min().item()))
 
 
-@given(scored_lists(), finite)
-def test_a_constant_added_to_the_scores_changes_nothing(lists: tuple[Tensor, Tensor], shift: float) -> None:
-    x, y = lists
-    torch.testing.assert_close(
-        plackett_luce_nll(x + shift, y), plackett_luce_nll(x, y), rtol=1e-10, atol=1e-10
-    )
-
-
-@given(scored_lists(), list_options, st.randoms(use_true_random=False))
-def test_permuting_the_items_changes_nothing_ties_included(lists, options, random) -> None:
+@given(scored_lists(), list_options, finite, st.randoms(use_true_random=False))
+def test_only_the_order_of_the_reference_and_differences_of_scores_matter(
+    lists, options, shift, random
+) -> None:
     x, y = for_worth(lists[0], options["worth"]), lists[1]
+    expected = plackett_luce_nll(x, y, **options)
+    assert expected >= -1e-12
+    for increasing in (lambda v: 3 * v - 7, torch.exp, lambda v: v.long()):
+        assert torch.equal(plackett_luce_nll(x, increasing(y), **options), expected)
     order = list(range(len(x)))
     random.shuffle(order)
-    expected = plackett_luce_nll(x, y, **options)
-    torch.testing.assert_close(
-        plackett_luce_nll(x[order], y[order], **options), expected, rtol=1e-12, atol=1e-12
-    )
-
-
-@given(scored_lists(), list_options)
-def test_only_the_order_of_the_reference_matters(lists: tuple[Tensor, Tensor], options) -> None:
-    x, y = for_worth(lists[0], options["worth"]), lists[1]
-    expected = plackett_luce_nll(x, y, **options)
-    for increasing in (lambda v: 3 * v - 7, lambda v: v**3, torch.exp, lambda v: v.long()):
-        assert torch.equal(plackett_luce_nll(x, increasing(y), **options), expected)
-
-
-@given(
-    st.lists(st.integers(-50, 50), min_size=1, max_size=6, unique=True),
-    st.sampled_from(["exp", "shifted", "identity"]),
-)
-def test_of_all_references_the_scores_own_order_has_the_lowest_nll(scores: list[int], worth: str) -> None:
-    x = for_worth(torch.tensor(scores, dtype=torch.float64), worth)
-    references = rankings(len(scores))
-    own = plackett_luce_nll(x, x, worth=worth).item()
-    lowest = plackett_luce_nll(x.expand_as(references), references, worth=worth).min().item()
-    assert own <= lowest + 1e-10 * (1 + abs(lowest))
-
-
-@given(scored_lists(), list_options)
-def test_nll_is_not_negative(lists: tuple[Tensor, Tensor], options) -> None:
-    x, y = for_worth(lists[0], options["worth"]), lists[1]
-    assert plackett_luce_nll(x, y, **options).item() >= -1e-12
-
-
-@given(st.integers(1, 30), finite, st.permutations(range(30)))
-def test_nll_of_equal_scores_is_log_n_factorial(n: int, score: float, y: list[int]) -> None:
-    nll = plackett_luce_nll(torch.full((n,), score, dtype=torch.float64), torch.tensor(y[:n]))
-    assert nll.item() == pytest.approx(math.lgamma(n + 1), rel=1e-12, abs=1e-12)
+    assert_close([plackett_luce_nll(x[order], y[order], **options)], [expected], 1e-12)
+    if options["worth"] == "exp":
+        assert_close([plackett_luce_nll(x + shift, y, **options)], [expected], 1e-10)
 
 
 @given(scored_lists(), st.sampled_from([None, "log"]), st.none() | st.integers(1, 12))
@@ -135,12 +104,11 @@ def test_matches_the_vectors(key: str, dtype: torch.dtype, tolerance: float) -> 
     # Elementwise products, so that the duplicated rows of one case tie exactly.
     dots = {"S": (v[:, None] * t).sum(-1), "I": (v[:, None] * v).sum(-1), "X": (t[:, None] * t).sum(-1)}
     matrices = {k: batch.scale * m for k, m in {**dots, "R": dots["S"].T}.items()}
-    for name, expected in case["plackett_luce"].items():
-        x, y = (matrices[m] for m in name.split("|"))
-        assert relative_error(plackett_luce_nll(x.to(dtype), y), expected) < tolerance, name
-    for name, expected in case["plackett_luce_log_discount"].items():
-        x, y = (matrices[m] for m in name.split("|"))
-        assert relative_error(plackett_luce_nll(x.to(dtype), y, discount="log"), expected) < tolerance, name
+    for discount, values in ((None, "plackett_luce"), ("log", "plackett_luce_log_discount")):
+        for name, expected in case[values].items():
+            x, y = (matrices[m] for m in name.split("|"))
+            found = plackett_luce_nll(x.to(dtype), y, discount=discount)
+            assert relative_error(found, expected) < tolerance, name
 
 
 @given(scored_lists(ties=False, min_n=2, bound=20.0))
@@ -180,9 +148,6 @@ def test_a_reference_of_minus_one_is_a_value_like_any_other() -> None:
     )
 
 
-# --- gradients --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("worth", ["exp", "shifted", "identity"])
 @pytest.mark.parametrize("options", [{}, {"discount": "log", "top_k": 2}], ids=["plain", "discount, top-k"])
 def test_first_and_second_derivatives_are_right(worth: str, options) -> None:
@@ -201,29 +166,12 @@ def test_first_and_second_derivatives_are_right(worth: str, options) -> None:
 
 
 @given(scored_lists())
-def test_top_k_of_all_items_is_no_top_k_and_more_positions_never_cost_less(
-    lists: tuple[Tensor, Tensor],
-) -> None:
+def test_top_k_of_all_items_is_no_top_k_and_more_positions_never_cost_less(lists) -> None:
     x, y = lists
     n = len(x)
     values = [plackett_luce_nll(x, y, top_k=k).item() for k in range(1, n + 1)]
     assert values == sorted(values)
     assert values[-1] == plackett_luce_nll(x, y).item() == plackett_luce_nll(x, y, top_k=n + 5).item()
-
-
-def test_top_1_is_cross_entropy_and_keeps_all_items_tied_for_the_best() -> None:
-    x = torch.tensor([0.2, 1.5, -0.3, 0.9], dtype=torch.float64)
-    nll = plackett_luce_nll(x, torch.tensor([0, 3, 1, 2]), top_k=1)
-    assert nll.item() == pytest.approx(-x.log_softmax(0)[1].item(), rel=1e-14)
-    tied = plackett_luce_nll(x, torch.tensor([0, 3, 1, 3]), top_k=1)
-    assert tied.item() == pytest.approx(-x.log_softmax(0)[[1, 3]].sum().item(), rel=1e-14)
-
-
-def test_discounts_of_tied_items_are_those_of_their_best_rank() -> None:
-    # Ranks 1, 2, 2, 4: μ = 1/log 2, 1/log 3 twice, 1/log 5; equal scores make the denominators 4, 3, 3, 1.
-    nll = plackett_luce_nll(torch.zeros(4, dtype=torch.float64), torch.tensor([9, 5, 5, 1]), discount="log")
-    expected = math.log(4) / math.log(2) + 2 * math.log(3) / math.log(3) + math.log(1) / math.log(5)
-    assert nll.item() == pytest.approx(expected, rel=1e-14)
 
 
 def test_random_ties_pick_one_of_the_orders_and_follow_the_seed() -> None:
@@ -234,35 +182,29 @@ def test_random_ties_pick_one_of_the_orders_and_follow_the_seed() -> None:
     assert {round(v, 8) for v in values} == {3.95713832, 3.32283642}
     torch.manual_seed(0)
     assert [plackett_luce_nll(x, y, ties="random").item() for _ in range(40)] == values
-
-
-@given(scored_lists(ties=False), st.sampled_from([None, "log"]), st.none() | st.integers(1, 12))
-def test_random_ties_equal_shared_ties_where_nothing_is_tied(lists, discount, top_k) -> None:
-    x, y = lists
-    shared, shuffled = (
-        plackett_luce_nll(x, y, ties=t, discount=discount, top_k=top_k) for t in ("shared", "random")
-    )
-    torch.testing.assert_close(shuffled, shared, rtol=1e-12, atol=1e-12)
+    both = plackett_luce_nll(x.expand(2, 4), y.expand(2, 4), ties="random")  # one shuffle for all lists
+    assert both[0] == both[1]
 
 
 # --- shapes, dtypes, bad input ----------------------------------------------------------------------------
 
 
-def test_leading_dimensions_are_lists() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_leading_dimensions_are_lists_and_the_terms_stand_where_the_items_do(reduction: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(2, 3, 5, dtype=torch.float64, generator=generator) for _ in range(2))
     nll = plackett_luce_nll(x, y)
     assert nll.shape == (2, 3)
-    torch.testing.assert_close(nll[1, 2], plackett_luce_nll(x[1, 2], y[1, 2]), rtol=1e-13, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_scores_are_computed_in_float32(dtype: torch.dtype) -> None:
-    x = (100 * torch.randn(64, generator=torch.Generator().manual_seed(0))).to(dtype)
-    y = torch.arange(64)
-    nll = plackett_luce_nll(x, y)
-    assert nll.dtype == torch.float32
-    assert relative_error(nll, reference.plackett_luce_nll(x.double(), y)) < 1e-6
+    assert_close([nll[1, 2]], [plackett_luce_nll(x[1, 2], y[1, 2])], 1e-13)
+    options = RankOptions(top_k=2, discount="log", reduction=reduction)
+    terms = dense.nll_terms(x, y, options)
+    mu = 1 / torch.tensor([2.0, 3.0], dtype=torch.float64).log()
+    for scores, order, found in zip(x.flatten(0, 1), y.flatten(0, 1), terms.flatten(0, 1), strict=True):
+        best_first, expected = order.argsort(descending=True), torch.zeros(5, dtype=torch.float64)
+        for place in range(2):
+            tail = scores[best_first[place:]]
+            expected[best_first[place]] = mu[place] * (tail.logsumexp(0) - tail[0])
+        assert_close([found], [expected / mu.sum() if reduction == "mean" else expected], 1e-12)
 
 
 @pytest.mark.parametrize("where", ["scores", "reference"])
@@ -276,22 +218,60 @@ def test_nan_in_gives_nan_value_and_gradient_in_its_list_only(where: str) -> Non
     assert x.grad.isnan().any(-1).tolist() == [True, False]
 
 
+@pytest.mark.parametrize(("worth", "floor"), [("identity", 0.0), ("shifted", -1.0)])
+@pytest.mark.parametrize("below", [0.0, 0.25])
+def test_a_score_whose_worth_is_not_positive_is_an_error_or_nan(
+    worth: str, floor: float, below: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.tensor([0.5, floor - below, 0.75], requires_grad=True)
+    with pytest.raises(ValueError, match=rf"{worth}.*above {floor:g}.* {floor - below:g}"):
+        plackett_luce_nll(x, torch.arange(3), worth=worth)
+    monkeypatch.setattr(dense, "may_look_at", lambda x: False)  # as on an accelerator
+    nll = plackett_luce_nll(x, torch.arange(3), worth=worth)
+    nll.backward()
+    assert nll.isnan()
+    assert x.grad.isnan().any()
+    above = torch.tensor([0.5, floor + 1e-3, 0.75], dtype=torch.float64)
+    expected = reference.plackett_luce_nll(above, np.arange(3), worth=worth)
+    assert_close([plackett_luce_nll(above, torch.arange(3), worth=worth)], [expected], 1e-12)
+
+
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "named"),
     [
         (lambda x: plackett_luce_nll(x, x[:3]), r"scores \(4,\) and reference \(3,\)"),
-        (lambda x: plackett_luce_nll(x[:0], x[:0]), r"N >= 1; got scores \(0,\)"),
-        (lambda x: plackett_luce_nll(x.sum(), x.sum()), r"got scores \(\)"),
-        (lambda x: plackett_luce_nll(x.long(), x), "scores must be floating point; got torch.int64"),
-        (lambda x: plackett_luce_nll(x, x, worth="softplus"), "worth must be one of 'exp'.*got 'softplus'"),
-        (lambda x: plackett_luce_nll(x, x, ties="efron"), "ties must be one of .*got 'efron'"),
-        (lambda x: plackett_luce_nll(x, x, discount="linear"), "discount must be one of .*got 'linear'"),
-        (lambda x: plackett_luce_nll(x, x, top_k=0), "top_k must be an integer of at least 1; got 0"),
-        (lambda x: plackett_luce_nll(x, x, top_k=2.5), "top_k must be an integer of at least 1; got 2.5"),
-        (lambda x: plackett_luce_nll(x, x, worth="identity"), "above 0, .*the smallest is -0.25"),
-        (lambda x: plackett_luce_nll(4 * x, x, worth="shifted"), "above -1, .*the smallest is -1"),
+        (lambda x: plackett_luce_nll(x[:0], x[:0]), r"scores \(0,\)"),
+        (lambda x: plackett_luce_nll(x.sum(), x.sum()), r"scores \(\)"),
+        (lambda x: plackett_luce_nll(x.long(), x), "scores .*int64"),
+        (lambda x: plackett_luce_nll(x, x.to("meta")), "reference .*cpu.*meta"),
+        (lambda x: plackett_luce_nll(x, x, worth="softplus"), "worth"),
+        (lambda x: plackett_luce_nll(x, x, ties="efron"), "ties"),
+        (lambda x: plackett_luce_nll(x, x, discount="linear"), "discount"),
+        (lambda x: plackett_luce_nll(x, x, top_k=0), "top_k"),
     ],
 )
-def test_bad_input_is_named_and_shown(call, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(torch.tensor([0.5, -0.25, 0.75, 0.1]))
+def test_bad_input_is_named_and_shown(call, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        call(torch.tensor([0.5, 0.25, 0.75, 0.1]))
+    with pytest.raises(TypeError, match="scores"):
+        plackett_luce_nll([0.5], torch.ones(1))
+    with pytest.raises(TypeError, match="reference"):
+        plackett_luce_nll(torch.ones(1), [0.5])
+
+
+# --- the terms of a batch ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"reduction": "sum"}, {"reduction": "mean"}, {"top_k": 2, "diagonal": False}]
+)
+def test_shares_of_the_anchors_average_to_the_whole(options) -> None:
+    """What a process computes with ``local_loss``: its own rows, whose place among the items it knows."""
+    v, t, s = random_batch(0, 6, 4, 10.0, duplicates=2).leaves()
+    weights, checked = torch.ones(3, dtype=torch.float64), RankOptions(**options)
+    whole = dense.terms(features.Batch.of(v, t, s), checked, weights, (True,) * 3)
+    shares = []
+    for rows in (slice(0, 3), slice(3, 6)):
+        batch = features.Batch.of(v, t, s, anchors=(v[rows], t[rows]), first_row=rows.start)
+        shares.append(torch.stack(dense.terms(batch, checked, weights, (True,) * 3)))
+    assert_close(sum(shares) / 2, whole, 1e-12)

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankloss import equal_rows
+from rankloss.equal_rows import first_equal, first_occurrence, row_hashes
+
+dtypes = st.sampled_from([torch.float32, torch.float64])
+
+
+@given(
+    st.lists(st.tuples(*[st.sampled_from([-1.0, -0.0, 0.0, 1.0, 2.0**-20])] * 3), min_size=1, max_size=12),
+    dtypes,
+)
+def test_first_occurrence_is_the_index_of_the_first_equal_row(rows: list, dtype: torch.dtype) -> None:
+    expected = [rows.index(r) for r in rows]
+    x = torch.tensor(rows, dtype=dtype)
+    assert first_occurrence(x).tolist() == expected
+    assert (first_equal(x) is None) == (len(set(expected)) == len(rows))  # where nothing is equal, no work
+
+
+def test_a_row_with_nan_equals_no_row() -> None:
+    x = torch.tensor([[1.0, torch.nan], [1.0, torch.nan], [2.0, 3.0], [2.0, 3.0]])
+    assert first_occurrence(x).tolist() == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_many_random_rows_have_no_false_match_and_all_true_ones(
+    looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no look is free, as on an accelerator."""
+    monkeypatch.setattr(equal_rows, "may_look_at", lambda x: looks)
+    x = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    x[2000:] = x[:1000]
+    assert torch.equal(first_occurrence(x), torch.cat([torch.arange(2000), torch.arange(1000)]))
+
+
+def test_rows_whose_hashes_collide_are_still_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equal_rows, "row_hashes", lambda x: torch.zeros(len(x), dtype=torch.int64))
+    assert first_occurrence(torch.tensor([[1.0], [2.0], [1.0]])).tolist() == [0, 1, 0]
+
+
+@given(
+    codes=st.lists(st.integers(0, 2**9 - 1), min_size=1, max_size=40),
+    row=st.lists(st.floats(0.5, 2, width=32), min_size=9, max_size=9),
+    dtype=dtypes,
+)
+def test_rows_that_differ_in_signs_alone_have_hashes_of_their_own(codes: list[int], row, dtype) -> None:
+    signs = 1 - 2 * (torch.tensor(codes)[:, None] >> torch.arange(9) & 1)
+    x = signs * torch.tensor(row, dtype=dtype)
+    assert first_occurrence(x).tolist() == [codes.index(c) for c in codes]
+    assert len(row_hashes(x).unique()) == len(set(codes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_hold_the_same_entries_elsewhere_have_hashes_of_their_own(dtype: torch.dtype) -> None:
+    row = torch.randn(16, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    shifted = torch.stack(
+        [row.roll(k) for k in range(16)] + [torch.eye(16, dtype=dtype)[k] for k in range(16)]
+    )
+    assert len(row_hashes(shifted).unique()) == 32
+
+
+def test_subnormal_entries_hash_the_same_whether_or_not_they_are_flushed() -> None:
+    x = torch.tensor([[1e-40, 1.0], [1e-40, 1.0], [0.0, 1.0]])
+    plain = row_hashes(x)
+    assert torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(row_hashes(x), plain)
+    finally:
+        torch.set_flush_denormal(False)
+    assert row_hashes(x.t().contiguous().t()).tolist() == plain.tolist()  # wherever the entries lie
