@@ -79,8 +79,7 @@ def row_lists(
         batch: the features.
         options: of the rank terms.
         weights: ``[3]``, float64, on the device of the features. A compiled graph follows them, since they
-        are
-            a tensor; they take no gradient.
+            are a tensor; they take no gradient.
         wanted: which of the terms are; the others are zero.
 
     Returns:

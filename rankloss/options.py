@@ -78,9 +78,12 @@ def _positive_option(default: float | None, help: str, *, none: str) -> Any:
 class RankOptions:
     """Which lists a term is made of, how they are ranked, and how their values are put together.
 
+    Row lists of worth ``exp`` with shared ties, without ``discount`` and ``reduction="none"``, are computed
+    in linear memory; all else is computed from whole matrices of N×N.
+
     Args:
         lists: ``"row"``: N lists of N, one per anchor. ``"batch"``: one list of all N² pairs, the formula as
-            printed in the paper; its memory is quadratic.
+            printed in the paper.
         model: what C(x | y) of a list is. ``"plackett_luce"``: the NLL of the reference's ranking,
             :func:`rankloss.plackett_luce_nll`. ``"top_one"``: the cross-entropy from the softmax of the
             reference's list to that of the scores' list, Σ_q p_q·(log Σ e^x − x_q) with p = softmax(y), the
@@ -110,9 +113,8 @@ class RankOptions:
         bins: the number of bins.
         chunk_size: rows multiplied out at a time; None chooses from the sizes and the device.
         memory_budget: bytes that one matrix of the whole batch may take; up to it CLIP's and SigLIP's losses
-        on
-            their own are torch's formula, and beyond it they stream like the rank terms. None is 64 MiB on a
-            CPU and 1 GiB elsewhere.
+            on their own are torch's formula, and beyond it they stream like the rank terms. None is 64 MiB on
+            a CPU and 1 GiB elsewhere.
         kernel: ``"torch"``: torch's own operations. ``"triton"``: one fused kernel per block of lists
             (:mod:`rankloss.kernels`), in float32; where it does not serve, computing raises a ValueError that
             says why. ``"auto"``: torch's operations, until the kernels have been measured on a card. The plan

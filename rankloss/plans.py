@@ -12,15 +12,10 @@ from rankloss.options import RankOptions
 
 __all__ = ["Plan", "make_plan"]
 
-_CHUNK, _CHUNK_ELSEWHERE = (
-    {"cpu": 2**19},
-    2**24,
-)  # entries of one matrix's rows that are multiplied out at once
+# Entries of one matrix's rows that are multiplied out at once, and of lists that are evaluated at once.
+_CHUNK, _CHUNK_ELSEWHERE = {"cpu": 2**20}, 2**24
+_LISTS, _LISTS_ELSEWHERE = {"cpu": 2**17}, 2**24  # what a core's cache holds
 _FEWEST_ROWS = 128  # below it, reading and writing the gradients costs more than the product itself
-_LISTS, _LISTS_ELSEWHERE = (
-    {"cpu": 2**18},
-    2**24,
-)  # entries of lists that are evaluated at once: a core's cache
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ def make_plan(
     Example:
         >>> plan = make_plan(RankOptions(), 4096, 4096, torch.device("cpu"), torch.float32)
         >>> plan.name, plan.chunk_size, plan.lists_at_once, plan.kernel
-        ('rows', 128, 64, 'torch')
+        ('rows', 256, 32, 'torch')
         >>> make_plan(RankOptions(lists="batch"), 64, 64, torch.device("cpu"), torch.float32).name
         'dense'
     """

@@ -25,7 +25,7 @@ IMPORT_LIMIT = 0.1  # seconds of CPU time, over torch's own import
 
 PACKAGES = ("rankloss", "rankloss_trainers", "rankloss_open_clip", "rankloss_baselines")
 MODULES = {  # what an installation with an extra has to be able to import
-    "open-clip": ["rankloss_open_clip.doctor"],
+    "open-clip": ["rankloss_open_clip.diagnosis"],
     "transformers": ["rankloss_trainers.transformers"],
     "sentence-transformers": ["rankloss_trainers.sentence_transformers"],
     "lightning": ["rankloss_trainers.lightning"],
@@ -69,7 +69,7 @@ def check_tag(tag: str, source: str, changelog: str) -> None:
         )
     if not re.search(rf"^## \[{re.escape(version)}\], \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE):
         raise CheckError(
-            f"CHANGELOG.md has no section for {version} with a date: turn its heading `## [Unreleased]` into "
+            f"CHANGELOG.md has no section for {version} with a date: turn its newest heading into "
             f"`## [{version}], {datetime.date.today()}` (CONTRIBUTING.md, How to release)"
         )
 

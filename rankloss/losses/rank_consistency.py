@@ -40,8 +40,9 @@ class RankConsistency(FixedWeights, GatheringLoss):
     With the features of one modality alone, its matrix Y' ranks the images and the texts,
     in = ½[C(I | Y') + C(X | Y')], and the cross-modal term has to have the weight 0.
 
-    Row lists are computed in chunks of rows, value and gradient together, so memory grows linearly with N
-    (beyond the budget). Similarities, order and sums are float32 at least, under autocast too.
+    Row lists are computed in chunks of rows, value and gradient together, so memory grows linearly with N;
+    :class:`rankloss.RankOptions` says which options are not. Similarities, order and sums are float32 at
+    least, under autocast too.
 
     Args:
         cross_modal: weight of the cross-modal term, a number; 0 leaves it out of the computation. It cannot

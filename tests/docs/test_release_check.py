@@ -16,7 +16,9 @@ def test_every_extra_of_a_trainer_has_to_import_a_module_of_the_project() -> Non
         assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
         for module in modules:
             assert importlib.util.find_spec(module) is not None
-    packages = re.search(r"^packages = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    packages = re.search(
+        r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
+    )[1]
     assert tuple(re.findall(r"(\w+)\"", packages)) == release_check.PACKAGES
 
 
@@ -34,7 +36,7 @@ def test_tag_of_another_version_is_refused(tag: str) -> None:
         release_check.check_tag(tag, SOURCE, f"## [{VERSION}], 2026-12-01\n")
 
 
-@pytest.mark.parametrize("heading", ["[Unreleased]", f"[{VERSION}], not published", f"[{VERSION}]"])
+@pytest.mark.parametrize("heading", ["[Unreleased]", f"[{VERSION}], the first release", f"[{VERSION}]"])
 def test_section_without_version_and_date_is_refused_with_what_to_write(heading: str) -> None:
     with pytest.raises(release_check.CheckError) as caught:
         release_check.check_tag(f"v{VERSION}", SOURCE, f"## {heading}\n")
