@@ -14,7 +14,7 @@ __all__ = ["Plan", "make_plan"]
 
 # Entries of one matrix's rows that are multiplied out at once, and of lists that are evaluated at once.
 _CHUNK, _CHUNK_ELSEWHERE = {"cpu": 2**20}, 2**24
-_LISTS, _LISTS_ELSEWHERE = {"cpu": 2**17}, 2**24  # what a core's cache holds
+_LISTS, _LISTS_ELSEWHERE = {"cpu": 2**17}, 2**23  # what a core's cache holds
 _FEWEST_ROWS = 128  # below it, reading and writing the gradients costs more than the product itself
 
 

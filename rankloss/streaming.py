@@ -81,14 +81,15 @@ def stream(
     groups = _groups(batch, options, weights, wanted)
     with full_precision(batch.image.device):
         for rows in slices(batch.anchors, plan.chunk_size):
+            chunk: _Chunk = {}
             for group in groups:
                 by_teacher = group.references and batch.has_teacher
                 block = lists.Block(
-                    cosines=_cosines(group.matrices, rows, is_whole),
+                    cosines=_cosines(group.matrices, rows, is_whole, chunk),
                     scale=batch.scale,
                     alpha=group.alpha,
                     beta=group.beta,
-                    reference=_cosines(group.references, rows, is_whole) if by_teacher else None,
+                    reference=_cosines(group.references, rows, is_whole, chunk) if by_teacher else None,
                     first_equal=tuple(batch.first_equal(x, engine.first_equal) for x in group.references),
                     first_row=batch.first_row + rows.start,
                 )
@@ -99,7 +100,7 @@ def stream(
                 if is_whole:
                     _add_whole_gradient(sums, group.matrices, block.cosines, found.gradient)
                 else:
-                    _add_gradient(sums, unwritten, group.matrices, rows, found.gradient)
+                    _add_gradient(sums, unwritten, group.matrices, rows, chunk, found.gradient)
     return values, sums
 
 
@@ -141,7 +142,7 @@ def _add_values(values: Tensor, group: _Group, found: lists.Evaluated) -> None:
         values[first : first + len(of_terms)] += of_terms
 
 
-def _cosines(matrices: Sequence[Matrix], rows: slice, is_whole: bool) -> Tensor:
+def _cosines(matrices: Sequence[Matrix], rows: slice, is_whole: bool, chunk: _Chunk) -> Tensor:
     """``[matrices, n, N]``, some rows of each."""
     first = matrices[0]
     out = first.anchors.new_empty(len(matrices), rows.stop - rows.start, len(first.items))
@@ -151,7 +152,7 @@ def _cosines(matrices: Sequence[Matrix], rows: slice, is_whole: bool) -> Tensor:
             group = group[:-1]
         if group:
             cosines = out[start : start + len(group)].flatten(0, 1)
-            torch.mm(_anchors(group, rows), group[0].items.T, out=cosines)
+            torch.mm(_anchors(group, rows, chunk), group[0].items.T, out=cosines)
     return out
 
 
@@ -164,9 +165,16 @@ def _by_items(matrices: Sequence[Matrix]) -> Iterator[tuple[int, list[Matrix]]]:
         start += len(same)
 
 
-def _anchors(matrices: Sequence[Matrix], rows: slice) -> Tensor:
-    parts = [matrix.anchors[rows] for matrix in matrices]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+_Chunk = dict[tuple[str, ...], Tensor]
+"""The anchors of a chunk, one matrix's below the other's, by the fields of the batch that they are."""
+
+
+def _anchors(matrices: Sequence[Matrix], rows: slice, chunk: _Chunk) -> Tensor:
+    fields = tuple(matrix.factors[0] for matrix in matrices)
+    if fields not in chunk:
+        parts = [matrix.anchors[rows] for matrix in matrices]
+        chunk[fields] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return chunk[fields]
 
 
 def _add_gradient(
@@ -174,22 +182,28 @@ def _add_gradient(
     unwritten: set[str],
     matrices: Sequence[Matrix],
     rows: slice,
+    chunk: _Chunk,
     gradients: Tensor,
 ) -> None:
+    by_anchors: _Chunk = {}
     for start, group in _by_items(matrices):
         gradient = gradients[start : start + len(group)].flatten(0, 1)
-        anchors = _anchors(group, rows)
-        if "scale" in sums or any(matrix.factors[0] in sums for matrix in group):
-            by_anchors = gradient @ group[0].items
-            for matrix, part in zip(group, by_anchors.chunk(len(group)), strict=True):
-                if matrix.factors[0] in sums:
-                    sums[matrix.factors[0]][rows] += part
-            if "scale" in sums:
-                sums["scale"] += by_anchors.mul_(anchors).sum()
-        of_items = group[0].factors[1]
+        of_anchors, of_items = tuple(matrix.factors[0] for matrix in group), group[0].factors[1]
+        if "scale" in sums or not sums.keys().isdisjoint(of_anchors):
+            if of_anchors in by_anchors:
+                by_anchors[of_anchors].addmm_(gradient, group[0].items)
+            else:
+                by_anchors[of_anchors] = gradient @ group[0].items
         if of_items in sums:
+            anchors = _anchors(group, rows, chunk)
             sums[of_items].addmm_(gradient.T, anchors, beta=0 if of_items in unwritten else 1)
             unwritten.discard(of_items)
+    for of_anchors, total in by_anchors.items():
+        for name, part in zip(of_anchors, total.chunk(len(of_anchors)), strict=True):
+            if name in sums:
+                sums[name][rows] += part
+        if "scale" in sums:
+            sums["scale"] += total.mul_(chunk[of_anchors]).sum()
 
 
 def _add_whole_gradient(
