@@ -123,16 +123,6 @@ def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def is_first_process() -> bool:
-    """Whether this process is the one that logs: rank 0 of the default process group, or without a group.
-
-    Example:
-        >>> is_first_process()  # no process group
-        True
-    """
-    return not _initialized() or dist.get_rank() == 0
-
-
 def _world_size(group: Any) -> int:
     _check_group(group)
     return dist.get_world_size(group)

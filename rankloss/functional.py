@@ -99,6 +99,12 @@ def plackett_luce_nll(
     return dense.nll_terms(scores, reference.detach(), options).sum(-1)
 
 
+_WITHOUT_CROSS_MODAL = (
+    "give the cross-modal term the weight 0 (cross_modal=0, lambda_cross=0, on a command line "
+    "--rankclip-lambda-cross 0)"
+)
+
+
 def check_references(
     options: RankOptions,
     *,
@@ -126,12 +132,13 @@ def check_references(
     if image is None or text is None:
         raise ValueError(
             "the cross-modal term needs reference_image_features and reference_text_features; got "
-            f"{given} alone, which ranks the in-modal term: give the cross-modal term the weight 0"
+            f"{given} alone, which ranks the in-modal term: {_WITHOUT_CROSS_MODAL}"
         )
     if image.shape[1] != text.shape[1]:
         raise ValueError(
             "reference_image_features and reference_text_features must have one dimension in the "
-            f"cross-modal term; got {tuple(image.shape)} and {tuple(text.shape)}"
+            f"cross-modal term; got {tuple(image.shape)} and {tuple(text.shape)}. Of encoders that share no "
+            f"space {_WITHOUT_CROSS_MODAL}"
         )
 
 

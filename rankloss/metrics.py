@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from rankloss.checks import check_is_tensor
+from rankloss.checks import check_features, check_is_tensor
 from rankloss.equal_rows import first_occurrence
 from rankloss.options import check_count
 
@@ -43,11 +43,11 @@ def kendall_tau(x: Tensor, y: Tensor) -> Tensor:
     """
     _check_lists(x, y)
     n = x.shape[-1]
-    (x_below, x_ties), (y_below, y_ties) = _ranks(x), _ranks(y)
+    (x_below, x_ties), (y_below, y_ties) = map(smaller_and_equal, (x, y))
     both = x_below * n + y_below
     pairs = n * (n - 1) / 2
     x_tied, y_tied = (ties.sum(-1).double() / 2 for ties in (x_ties, y_ties))
-    both_tied = _ranks(both)[1].sum(-1).double() / 2
+    both_tied = smaller_and_equal(both)[1].sum(-1).double() / 2
     discordant = _inversions(both.sort(dim=-1).values % n).double()
     agreement = pairs - x_tied - y_tied + both_tied - 2 * discordant
     tau = agreement / ((pairs - x_tied) * (pairs - y_tied)).sqrt()
@@ -71,7 +71,7 @@ def spearman_rho(x: Tensor, y: Tensor) -> Tensor:
         0.8
     """
     _check_lists(x, y)
-    a, b = (below.double() + ties.double() / 2 for below, ties in (_ranks(x), _ranks(y)))
+    a, b = (below.double() + ties.double() / 2 for below, ties in map(smaller_and_equal, (x, y)))
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
     rho = (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
     return torch.where(_has_nan(x, y), math.nan, rho)
@@ -103,7 +103,7 @@ def rank_agreement(
         >>> rank_agreement(v, v)["in_modal_tau"].item()
         1.0
     """
-    v, t = _pair(image_features, text_features)
+    v, t = checked_pair(image_features, text_features)
     n = len(v)
     count = n if max_anchors is None else min(n, check_count("max_anchors", max_anchors))
     equal_v, equal_t = first_occurrence(v), first_occurrence(t)
@@ -136,7 +136,7 @@ def modality_gap(image_features: Tensor, text_features: Tensor) -> Tensor:
         >>> round(modality_gap(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item(), 4)
         1.4142
     """
-    v, t = _pair(image_features, text_features)
+    v, t = checked_pair(image_features, text_features)
     return (v.mean(0) - t.mean(0)).square().sum().sqrt()
 
 
@@ -151,7 +151,7 @@ def alignment(image_features: Tensor, text_features: Tensor) -> Tensor:
         >>> alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item()
         2.0
     """
-    v, t = _pair(image_features, text_features)
+    v, t = checked_pair(image_features, text_features)
     return (v - t).square().sum(-1).mean()
 
 
@@ -173,12 +173,8 @@ def uniformity(image_features: Tensor, text_features: Tensor | None = None) -> T
         >>> uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).item()
         -8.0
     """
-    x, z = _pair(image_features, image_features if text_features is None else text_features)
+    x, z = checked_pair(image_features, image_features if text_features is None else text_features, 2)
     n = len(x)
-    if n < 2:
-        raise ValueError(
-            f"image_features must hold at least two rows; got shape {tuple(image_features.shape)}"
-        )
     sums = []
     for start in range(0, n, max(1, _BLOCK // n)):
         rows = x[start : start + max(1, _BLOCK // n)]
@@ -190,14 +186,13 @@ def uniformity(image_features: Tensor, text_features: Tensor | None = None) -> T
     return torch.where(finite, value, math.nan)
 
 
-def _pair(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-    check_is_tensor("image_features", image_features)
-    check_is_tensor("text_features", text_features)
-    if image_features.shape != text_features.shape or image_features.dim() != 2 or not len(image_features):
-        raise ValueError(
-            "image_features and text_features must have one shape [N, D]; "
-            f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
-        )
+def checked_pair(image_features: Tensor, text_features: Tensor, min_pairs: int = 1) -> tuple[Tensor, Tensor]:
+    """The features in float64, without a graph.
+
+    Raises:
+        TypeError, ValueError: as :func:`rankloss.checks.check_features`.
+    """
+    check_features(image_features, text_features, min_pairs=min_pairs)
     return image_features.detach().double(), text_features.detach().double()
 
 
@@ -212,7 +207,7 @@ def _has_nan(x: Tensor, y: Tensor) -> Tensor:
     return (x.isnan() | y.isnan()).any(-1)
 
 
-def _ranks(x: Tensor) -> tuple[Tensor, Tensor]:
+def smaller_and_equal(x: Tensor) -> tuple[Tensor, Tensor]:
     """For every item, how many of its list are smaller, and how many others equal it."""
     ordered = x.sort(dim=-1).values.contiguous()
     below = torch.searchsorted(ordered, x.contiguous())

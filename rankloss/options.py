@@ -35,6 +35,7 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_names",
+    "check_weight",
     "choices_of",
 ]
 
@@ -227,11 +228,6 @@ class RankOptions:
         return self.reduction == "none" or any(getattr(self, k) != v for k, v in streamed.items())
 
     @property
-    def weighs_ranks(self) -> bool:
-        """Whether any rank's μ is not 1."""
-        return self.discount is not None or self.top_k is not None
-
-    @property
     def directions(self) -> tuple[float, float]:
         """The weights of a term's two directions: the lists of the images, and those of the texts."""
         return {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[self.fixed_reference]
@@ -283,29 +279,33 @@ def check_count(name: str, value: object, *, at_least: int = 1, at_most: int = _
     return count
 
 
-def check_names(owner: type, given: Iterable[str], known: Iterable[str] = ()) -> None:
+def check_weight(name: str, value: Any, *, above: float | None = None) -> float:
+    """``value`` as a float, or a ValueError that names the argument.
+
+    It must be finite, and greater than ``above``, or without it at least 0.
+    """
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise ValueError(f"{name} is a number and takes no gradient; got a tensor that requires one")
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last for a meta tensor
+        number = math.nan
+    if not (math.isfinite(number) and (number >= 0 if above is None else number > above)):
+        bound = ">= 0" if above is None else f"> {above:g}"
+        raise ValueError(f"{name} must be finite and {bound}; got {value!r}")
+    return number
+
+
+def check_names(owner: type, given: Iterable[str], known: Sequence[str]) -> None:
     """Raise a TypeError that names the class and the argument unless all ``given`` names are ``known``.
 
     It is for constructors with ``**options``, whose unexpected names Python does not refuse by itself.
     """
-    known = frozenset(known)
-    unexpected = [name for name in given if name not in known]
-    if not unexpected:
-        return
-    layout = [name for name in unexpected if name in _LAYOUT]
-    if layout:
-        fields_given = ", ".join(f"{name}=…" for name in layout)
-        raise TypeError(
-            f"{owner.__name__} takes no {layout[0]!r}; pass gather=rankloss.Gather({fields_given})"
-        )
-    parameters = inspect.signature(owner).parameters.values()
-    named = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-    close = difflib.get_close_matches(unexpected[0], [*known, *named], n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise TypeError(f"{owner.__name__} got an unexpected option {unexpected[0]!r}{hint}")
-
-
-_LAYOUT = frozenset({"local_loss", "gather_with_grad", "rank", "world_size", "group"})
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, [*known, *inspect.signature(owner).parameters], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{owner.__name__} got an unexpected option {name!r}{hint}")
 
 
 def choices_of(name: str) -> tuple[Any, ...]:
@@ -339,18 +339,4 @@ def _checked(option: Field[Any], value: Any) -> Any:
     if value is None and option.default is None:
         return None
     bounds = _BOUNDS[option.name]
-    if bounds is _POSITIVE:
-        return _check_positive(option.name, value)
-    return check_count(option.name, value, **bounds)
-
-
-def _check_positive(name: str, value: Any) -> float:
-    if isinstance(value, torch.Tensor) and value.requires_grad:
-        raise ValueError(f"{name} is a number and takes no gradient; got a tensor that requires one")
-    try:
-        number = math.nan if isinstance(value, (str, bytes, bool)) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be a positive number; got {value!r}")
-    return number
+    return (check_weight if bounds is _POSITIVE else check_count)(option.name, value, **bounds)

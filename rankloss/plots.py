@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rankloss.checks import check_is_tensor
 from rankloss.equal_rows import first_occurrence
-from rankloss.metrics import kendall_tau
+from rankloss.metrics import checked_pair, kendall_tau, smaller_and_equal
 from rankloss.options import check_choice, check_count
 
 __all__ = ["Term", "compare_rankings", "slope_chart"]
@@ -158,16 +158,9 @@ def compare_rankings(
 
 def _rows(image_features: Tensor, text_features: Tensor, anchor: int, term: Term) -> tuple[Tensor, Tensor]:
     """The anchor's row of S and of R, or of I and of X."""
-    check_is_tensor("image_features", image_features)
-    check_is_tensor("text_features", text_features)
-    if image_features.shape != text_features.shape or image_features.dim() != 2 or len(image_features) < 2:
-        raise ValueError(
-            "image_features and text_features must have one shape [N, D], N >= 2; "
-            f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
-        )
-    anchor = check_count("anchor", anchor, at_least=0, at_most=len(image_features) - 1)
+    v, t = checked_pair(image_features, text_features, 2)
+    anchor = check_count("anchor", anchor, at_least=0, at_most=len(v) - 1)
     check_choice("term", term, get_args(Term))
-    v, t = image_features.detach().double(), text_features.detach().double()
     left, right = (t, v) if term == "cross_modal" else (v, t)
     # A product may round equal rows differently, and break their tie.
     first, second = left @ v[anchor], right @ t[anchor]
@@ -176,8 +169,7 @@ def _rows(image_features: Tensor, text_features: Tensor, anchor: int, term: Term
 
 def _ranks(scores: Tensor) -> Tensor:
     """Ranks from 1, the largest score first; equal scores share the best rank."""
-    negated = -scores.double()  # unsigned integers would wrap
-    return torch.searchsorted(negated.sort().values, negated) + 1
+    return smaller_and_equal(-scores.double())[0] + 1  # negated, unsigned integers would wrap
 
 
 def _neutral() -> tuple[float, float, float, float]:

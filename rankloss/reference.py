@@ -76,13 +76,11 @@ def cross_modal(
     """
     cosines = _cosines(image_features, text_features)
     references = (cosines.T, cosines)
-    if reference_image_features is not None or reference_text_features is not None:
-        if reference_image_features is None or reference_text_features is None:
-            raise ValueError(
-                "the cross-modal term needs reference_image_features and reference_text_features; got one"
-            )
-        _check_no_fixed_reference(options)
-        of_teacher = _cosines(reference_image_features, reference_text_features)
+    teacher = _given(reference_image_features, reference_text_features, options)
+    if teacher:
+        if len(teacher) == 1:
+            raise ValueError("reference_image_features and reference_text_features go together; got one")
+        of_teacher = _cosines(*teacher)
         references = (of_teacher, of_teacher.T)
     return _term((cosines, cosines.T), references, logit_scale, **options)
 
@@ -112,12 +110,9 @@ def in_modal(
         cosines = _cosines(features, features)
         return _exact_where_equal(cosines, features) if ranks_pairs else cosines
 
-    given = [f for f in (reference_image_features, reference_text_features) if f is not None]
-    if given:
-        _check_no_fixed_reference(options)
-        references = (ranking(given[0]), ranking(given[-1]))
-    else:
-        references = (ranking(text_features), ranking(image_features))
+    ranked_by = _given(reference_image_features, reference_text_features, options)
+    ranked_by = ranked_by or [text_features, image_features]
+    references = (ranking(ranked_by[0]), ranking(ranked_by[-1]))
     return _term((images, texts), references, logit_scale, **options)
 
 
@@ -160,9 +155,12 @@ def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def _check_no_fixed_reference(options: dict[str, Any]) -> None:
-    if options.get("fixed_reference") is not None:
+def _given(image: ArrayLike | None, text: ArrayLike | None, options: dict[str, Any]) -> list[ArrayLike]:
+    """A teacher's features, those that are given."""
+    given = [features for features in (image, text) if features is not None]
+    if given and options.get("fixed_reference") is not None:
         raise ValueError(f"fixed_reference={options['fixed_reference']!r} does not apply beside a teacher")
+    return given
 
 
 def _term(

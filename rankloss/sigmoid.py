@@ -78,13 +78,11 @@ def plain(inputs: Sequence[Tensor], first_row: int) -> Tensor:
 def stream(
     inputs: Sequence[Tensor], first_row: int, wanted: Sequence[bool], chunk_size: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """L, and its gradient by each of the inputs; an empty tensor for one that is not wanted."""
+    """L, and its gradient by each of the inputs, of which those that are not wanted may be zero."""
     images, texts, scale, bias = inputs
-    by_images, by_texts = (
-        torch.zeros_like(x) if w else x.new_empty(0) for x, w in zip(inputs[:2], wanted[:2], strict=True)
-    )
+    by_images, by_texts = torch.zeros_like(images), torch.zeros_like(texts)
     # In float64: these are sums over all chunks.
-    value, by_scale, by_bias = images.new_zeros(3, dtype=torch.float64).unbind()
+    value, by_bias = (images.new_zeros((), dtype=torch.float64) for _ in range(2))
     with full_precision(images.device):
         for rows in slices(len(images), chunk_size):
             anchors, own = images[rows], first_row + rows.start
@@ -95,23 +93,16 @@ def stream(
                 continue
             gradient = y.sigmoid_()
             gradient.diagonal(own).neg_()
-            if wanted[0] or wanted[2]:
-                by_anchors = gradient @ texts
-                by_scale += (by_anchors * anchors).sum(dtype=torch.float64)
-                if wanted[0]:
-                    by_images[rows] = by_anchors
-            if wanted[1]:
+            by_images[rows] = gradient @ texts
+            by_bias += gradient.sum(dtype=torch.float64)
+            if wanted[1]:  # a product more, which a frozen tower spares
                 by_texts.addmm_(gradient.T, anchors)
-            if wanted[3]:
-                by_bias += gradient.sum(dtype=torch.float64)
     share = nan_unless_finite(value.new_full((), 1 / len(images)), images, texts)
+    by_scale = (by_images * images).sum(dtype=torch.float64)
     for sums in (by_images, by_texts):
         sums *= share * scale
-    by_numbers = (
-        (share * x).to(images.dtype) if w else images.new_empty(0)
-        for x, w in zip((by_scale, by_bias), wanted[2:], strict=True)
-    )
-    return (share * value).to(images.dtype), [by_images, by_texts, *by_numbers]
+    value, by_scale, by_bias = ((share * x).to(images.dtype) for x in (value, by_scale, by_bias))
+    return value, [by_images, by_texts, by_scale, by_bias]
 
 
 def _run(*arguments: Any) -> list[Tensor]:
@@ -124,9 +115,8 @@ def _run(*arguments: Any) -> list[Tensor]:
 
 
 def _run_fake(*arguments: Any) -> list[Tensor]:
-    *inputs, _, wanted, _ = arguments
-    gradients = (torch.empty_like(x) if w else x.new_empty(0) for x, w in zip(inputs, wanted, strict=True))
-    return [inputs[0].new_empty(()), *gradients]
+    inputs = arguments[:4]
+    return [inputs[0].new_empty(()), *map(torch.empty_like, inputs)]
 
 
 register(
@@ -143,7 +133,7 @@ class _PairSigmoid(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         value, *gradients = torch.ops.rankloss.pair_sigmoid(*arguments)
         ctx.save_for_backward(*arguments[:4], *gradients)
-        ctx.first_row, ctx.wanted, _ = arguments[4:]
+        ctx.first_row = arguments[4]
         result: Tensor = value
         return result
 
@@ -153,10 +143,10 @@ class _PairSigmoid(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             # By aliases: one input may be computed of another, and that path is the outer graph's to add.
             inputs = [x.view_as(x) for x in saved[:4]]
-            by = [x for x, w in zip(inputs, ctx.wanted, strict=True) if w]
+            wanted = ctx.needs_input_grad[:4]
+            by = [x for x, w in zip(inputs, wanted, strict=True) if w]
             with full_precision(upstream[0].device):
                 value = plain(inputs, ctx.first_row)
                 found = iter(torch.autograd.grad(value, by, upstream, create_graph=True))
-            return *(next(found) if w else None for w in ctx.wanted), None, None, None
-        gradients = (upstream[0] * x if w else None for x, w in zip(saved[4:], ctx.wanted, strict=True))
-        return *gradients, None, None, None
+            return *(next(found) if w else None for w in wanted), None, None, None
+        return *(upstream[0] * x for x in saved[4:]), None, None, None

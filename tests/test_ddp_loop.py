@@ -88,7 +88,7 @@ def assert_equal(actual: Results, expected: Results) -> None:
         assert relative_error(actual[name], expected[name]) < 1e-10, name
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("flags", [*FLAGS, None])
 def test_averaged_gradients_follow_the_flags_rules(pools: Pools, world_size: int, flags: Any) -> None:
     local_loss, gather_with_grad = (True, True) if flags is None else flags

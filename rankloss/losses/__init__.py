@@ -19,7 +19,7 @@ from rankloss.losses.gathering import GatheringLoss as GatheringLoss
 from rankloss.losses.rank_clip import RankClipLoss as RankClipLoss
 from rankloss.losses.rank_consistency import RankConsistency as RankConsistency
 from rankloss.losses.siglip import SigLipLoss as SigLipLoss
-from rankloss.losses.weights import check_weight as check_weight
+from rankloss.options import check_weight as check_weight
 
 __all__ = [
     "Base",

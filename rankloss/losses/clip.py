@@ -13,7 +13,7 @@ from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.losses.gathering import StreamedLoss, gather_of_open_clip
 from rankloss.operator import weighted_terms
 
-__all__ = ["ClipLoss", "pair_logits", "without_effect"]
+__all__ = ["ClipLoss", "without_effect"]
 
 
 class ClipLoss(StreamedLoss):
@@ -80,8 +80,9 @@ class ClipLoss(StreamedLoss):
         super().__init__(
             gather_of_open_clip(
                 gather,
-                {"local_loss": False, "gather_with_grad": False, "rank": 0, "world_size": 1},
-                without_effect={"cache_labels": cache_labels, "use_horovod": use_horovod},
+                _ONE_PROCESS,
+                cache_labels,
+                use_horovod,
                 local_loss=local_loss,
                 gather_with_grad=gather_with_grad,
                 rank=rank,
@@ -136,22 +137,7 @@ def _whole(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None,
 ) -> Tensor:
-    logits, rows = pair_logits(gather, image_features, text_features, gathered, logit_scale, logit_bias)
-    return (F.cross_entropy(logits[0], rows) + F.cross_entropy(logits[1], rows)) / 2
-
-
-def pair_logits(
-    gather: Gather,
-    image_features: Tensor,
-    text_features: Tensor,
-    gathered: Gathered,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float | None,
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """The logits of image → text and text → image, and each row's own column.
-
-    The order of operations is open_clip's, so the bits are too.
-    """
+    """The formula; the order of operations is open_clip's, so the bits are too."""
     images, texts = gathered
     if gather.anchors_are_local or gather.place[1] == 1:
         logits = logit_scale * image_features @ texts.T, logit_scale * text_features @ images.T
@@ -161,14 +147,12 @@ def pair_logits(
     if logit_bias is not None:
         logits = logits[0] + logit_bias, logits[1] + logit_bias
     rows = gather.first_row(len(image_features)) + torch.arange(len(logits[0]), device=images.device)
-    return logits, rows
+    return (F.cross_entropy(logits[0], rows) + F.cross_entropy(logits[1], rows)) / 2
 
 
 def without_effect(logit_bias: Tensor | float | None) -> Tensor | float:
     """Zero: a bias moves all logits alike. It stays in the graph, as DDP expects of a parameter."""
-    if logit_bias is None:
-        return 0.0
-    return 0 * (logit_bias.sum() if isinstance(logit_bias, Tensor) else logit_bias)
+    return 0 * logit_bias.sum() if isinstance(logit_bias, Tensor) else 0.0
 
 
 _ONE_PROCESS = Gather.of(False)

@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.losses.clip import ClipLoss
 
@@ -29,10 +28,7 @@ def check_base(base: Base | None, gather: Gather, streaming: dict[str, Any] | No
     if base is None:
         return ClipLoss(gather=gather, **(streaming or {}))
     if not callable(base) or isinstance(base, type):
-        hint = (
-            f"; did you mean schedule={base!r}?" if isinstance(base, str) and base in schedules.NAMES else ""
-        )
-        raise ValueError(f"base must be a loss, a module or function; got {base!r}{hint}")
+        raise ValueError(f"base must be a loss, a module or function; got {base!r}")
     return base
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor, nn
 
 from rankloss.batch import Batch
 from rankloss.checks import (
-    check_device,
     check_features,
-    check_matrix,
+    check_is_tensor,
     check_scale,
     check_teacher,
     kind_of,
@@ -96,13 +96,13 @@ class GatheringLoss(nn.Module):
 
     def _check_gathered(self, name: str, x: Tensor, own: Tensor) -> None:
         rank, world_size = self.gather.place
-        check_matrix(name, x)
-        check_device(name, x, own)
-        shape = (len(own) * world_size, own.shape[1])
-        if x.shape != shape or x.dtype != own.dtype:
+        check_is_tensor(name, x)
+        kind = (x.dtype, x.device, tuple(x.shape))
+        needed = (own.dtype, own.device, (len(own) * world_size, own.shape[1]))
+        if kind != needed:
             raise ValueError(
                 f"{name} must be what the loss's own gather(image_features, text_features) gives, "
-                f"{own.dtype} of {shape}; got {x.dtype} of {tuple(x.shape)}"
+                "{} on {} of {}; got {} on {} of {}".format(*needed, *kind)
             )
         if world_size == 1:
             if x is not own:
@@ -177,24 +177,22 @@ class StreamedLoss(GatheringLoss):
 
 
 def gather_of_open_clip(
-    gather: GatherOption, defaults: dict[str, Any], *, without_effect: dict[str, Any], **layout: Any
+    gather: GatherOption, defaults: Gather, *without_effect: Any, **layout: Any
 ) -> GatherOption:
     """``gather``, or what open_clip's arguments ask for where any of them is given (is not None).
 
     Args:
         gather: this library's argument.
         defaults: open_clip's, of the arguments in ``layout``.
-        without_effect: arguments of open_clip's class that change nothing here.
+        *without_effect: arguments of open_clip's class that change nothing here.
         **layout: those that a :class:`rankloss.Gather` has too.
 
     Raises:
         ValueError: for arguments of both kinds.
     """
-    given = {name: value for name, value in {**layout, **without_effect}.items() if value is not None}
-    if not given:
+    given = {name: value for name, value in layout.items() if value is not None}
+    if not given and all(value is None for value in without_effect):
         return gather
     if gather is not None:
-        raise ValueError(
-            f"pass gather= or open_clip's arguments, not both; got gather beside {', '.join(given)}"
-        )
-    return Gather(**{**defaults, **{name: x for name, x in given.items() if name in layout}})
+        raise ValueError(f"pass gather= or open_clip's arguments, not both; got gather={gather!r}")
+    return replace(defaults, **given)

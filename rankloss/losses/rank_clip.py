@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from rankloss import schedules
 from rankloss.checks import check_bias
-from rankloss.distributed import Gathered, GatherOption, is_first_process
+from rankloss.distributed import Gathered, GatherOption
 from rankloss.losses.clip import without_effect
 from rankloss.losses.composition import (
     Base,
@@ -21,9 +20,8 @@ from rankloss.losses.composition import (
     must_be_called,
     shares_gathering,
 )
-from rankloss.losses.rank_consistency import RankConsistency
-from rankloss.losses.weights import FixedWeights, as_number, check_weight
-from rankloss.options import OPTION_NAMES, check_count, check_names
+from rankloss.losses.rank_consistency import FixedWeights, RankConsistency
+from rankloss.options import OPTION_NAMES, check_count, check_names, check_weight
 from rankloss.schedules import Schedule
 
 __all__ = ["RankClipLoss"]
@@ -100,9 +98,6 @@ class RankClipLoss(FixedWeights, nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        for name in ("cross_modal", "in_modal"):
-            if name in options:
-                raise ValueError(f"{name} is RankConsistency's weight; here use lambda_cross and lambda_in")
         check_names(type(self), options, OPTION_NAMES)
         if options.get("reduction") == "none":
             raise ValueError(
@@ -124,7 +119,6 @@ class RankClipLoss(FixedWeights, nn.Module):
         self.normalizer = check_weight("normalizer", normalizer)
         self._missing: str | None = "set_epoch(epoch, epochs) or set_progress(step, total_steps)"
         self._goes_by_epochs = False  # whether λ is of an epoch
-        self._has_remarked = False
         self._schedule_value = 0.0
         self._is_zero = True  # a bool beside the number: a compiled forward depends on its value
         self._weights: Tensor  # of the three terms; a compiled forward takes it as an input
@@ -167,20 +161,7 @@ class RankClipLoss(FixedWeights, nn.Module):
         Raises:
             ValueError: unless both are integers and 1 ≤ epoch ≤ epochs.
         """
-        if torch.compiler.is_compiling():
-            # Outside of the graph, where an epoch that changes would be a constant.
-            torch.compiler.disable(RankClipLoss.set_epoch)(self, epoch, epochs)
-            return
-        epoch, epochs = _checked_position("epoch", epoch, "epochs", epochs)
-        if self.schedule is not schedules.constant:
-            self._remark_on_a_short_ramp(epochs)
-            if epochs == 1:
-                # λ of an earlier run's epochs is not this run's.
-                if self._missing is not None or self._goes_by_epochs:
-                    self._missing = "set_progress(step, total_steps), as epochs=1 has no ramp"
-                return
-        self._set_value(self.schedule(epoch, epochs))
-        self._missing, self._goes_by_epochs = None, True
+        self._tell("epoch", epoch, "epochs", epochs)
 
     def set_progress(self, step: int, total_steps: int) -> None:
         """Evaluate the schedule at step ``step`` of ``total_steps``, counted from 1.
@@ -188,12 +169,7 @@ class RankClipLoss(FixedWeights, nn.Module):
         Raises:
             ValueError: unless both are integers and 1 ≤ step ≤ total_steps.
         """
-        if torch.compiler.is_compiling():
-            torch.compiler.disable(RankClipLoss.set_progress)(self, step, total_steps)
-            return
-        step, total_steps = _checked_position("step", step, "total_steps", total_steps)
-        self._set_value(self.schedule(step, total_steps))
-        self._missing, self._goes_by_epochs = None, False
+        self._tell("step", step, "total_steps", total_steps)
 
     def forward(
         self,
@@ -247,14 +223,10 @@ class RankClipLoss(FixedWeights, nn.Module):
         return combined(entries, {"cross_modal_loss": cross, "in_modal_loss": in_}, output_dict)
 
     def extra_repr(self) -> str:
-        """The schedule, its factors, and λ once it is known."""
-        name = getattr(self.schedule, "__name__", None) or repr(self.schedule)
-        shown = [f"schedule={name if self.schedule not in _BUILT_IN else repr(name)}"]
-        for factor in ("lambda_cross", "lambda_in", "normalizer"):
-            shown.append(f"{factor}={getattr(self, factor):g}")
-        if self._missing is None:
-            shown.append(f"schedule_value={self._schedule_value:g}")
-        return ", ".join(shown)
+        """The schedule and its factors."""
+        schedule = getattr(self.schedule, "__name__", repr(self.schedule))
+        factors = (f"{name}={getattr(self, name):g}" for name in ("lambda_cross", "lambda_in", "normalizer"))
+        return ", ".join([f"schedule={schedule}", *factors])
 
     @property
     def _fuses(self) -> bool:
@@ -265,10 +237,28 @@ class RankClipLoss(FixedWeights, nn.Module):
             and not must_be_called(self.base)
         )
 
+    def _tell(self, name: str, now: int, end_name: str, end: int) -> None:
+        """Evaluate the schedule at position ``now`` of ``end``, which are arguments of these names."""
+        if torch.compiler.is_compiling():
+            # Outside of the graph, where an epoch that changes would be a constant.
+            torch.compiler.disable(RankClipLoss._tell)(self, name, now, end_name, end)
+            return
+        now, end = check_count(name, now), check_count(end_name, end)
+        if now > end:
+            raise ValueError(f"{name} must be at most {end_name}; got {name}={now!r}, {end_name}={end!r}")
+        is_epoch = name == "epoch"
+        if is_epoch and end == 1 and self.schedule is not schedules.constant:
+            if self.consistency.gather.place[0] == 0:
+                _log.info("epochs=1 has no ramp: the schedule is evaluated per step, from set_progress()")
+            # λ of an earlier run's epochs is not this run's.
+            if self._missing is not None or self._goes_by_epochs:
+                self._missing = "set_progress(step, total_steps), as epochs=1 has no ramp"
+            return
+        self._set_value(self.schedule(now, end))
+        self._missing, self._goes_by_epochs = None, is_epoch
+
     def _set_value(self, value: float) -> None:
-        number = as_number(value)
-        if not (math.isfinite(number) and number >= 0):
-            raise ValueError(f"schedule must give finite values >= 0; got {value!r}")
+        number = check_weight("schedule's value", value)
         weight = number * self.normalizer
         self._schedule_value = number
         # A new tensor, so that a shallow copy of this module keeps its own. Wherever a default device or a
@@ -277,33 +267,9 @@ class RankClipLoss(FixedWeights, nn.Module):
         self._weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
         self._is_zero = number == 0
 
-    def _remark_on_a_short_ramp(self, epochs: int) -> None:
-        if self._has_remarked or epochs > 3:
-            return
-        self._has_remarked = True
-        if not is_first_process():
-            return
-        if epochs == 1:
-            _log.info("epochs=1 has no ramp: the schedule is evaluated per step, from set_progress()")
-        elif self.schedule in _BUILT_IN:
-            values = ", ".join(f"{self.schedule(i, epochs):g}" for i in range(1, epochs + 1))
-            _log.info(
-                "epochs=%d is a short ramp, of the values %s; set_progress() evaluates the schedule per step",
-                epochs,
-                values,
-            )
-
     def _check_progress(self) -> None:
         if self._missing is not None:
             raise RuntimeError(f"RankClipLoss does not know where training stands: call {self._missing}")
 
 
 _TEACHER = ("reference_image_features", "reference_text_features")
-_BUILT_IN = tuple(schedules.by_name(name) for name in schedules.NAMES)
-
-
-def _checked_position(name: str, now: int, end_name: str, end: int) -> tuple[int, int]:
-    now, end = check_count(name, now), check_count(end_name, end)
-    if now > end:
-        raise ValueError(f"{name} must be at most {end_name}; got {name}={now!r}, {end_name}={end!r}")
-    return now, end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,15 +13,27 @@ from rankloss.checks import can_be_read, look_at_scale
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.functional import check_references
 from rankloss.losses.gathering import GatheringLoss
-from rankloss.losses.weights import FixedWeights, check_weight
 from rankloss.operator import weighted_terms
-from rankloss.options import OPTION_NAMES, RankOptions, check_count, check_names
+from rankloss.options import OPTION_NAMES, RankOptions, check_count, check_names, check_weight
 from rankloss.plans import Plan, make_plan
 from rankloss.precision import arithmetic_dtype, nan_unless_finite
 
-__all__ = ["RankConsistency"]
+__all__ = ["FixedWeights", "RankConsistency"]
 
 _log = logging.getLogger(__name__)
+
+
+class FixedWeights:
+    """A module with weights that are read while it is built: setting one later raises an error."""
+
+    _fixed: ClassVar[frozenset[str]]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._fixed and name in self.__dict__:
+            raise AttributeError(
+                f"{name} cannot be changed once {type(self).__name__} is built; build another"
+            )
+        super().__setattr__(name, value)
 
 
 class RankConsistency(FixedWeights, GatheringLoss):

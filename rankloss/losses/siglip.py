@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss.checks import check_bias
-from rankloss.distributed import GatherOption
+from rankloss.distributed import Gather, GatherOption
 from rankloss.losses.gathering import StreamedLoss, gather_of_open_clip
 from rankloss.options import check_choice
 from rankloss.precision import nan_unless_finite
@@ -84,8 +84,9 @@ class SigLipLoss(StreamedLoss):
         super().__init__(
             gather_of_open_clip(
                 gather,
-                {"rank": 0, "world_size": 1},
-                without_effect={"cache_labels": cache_labels, "dist_impl": dist_impl},
+                Gather(rank=0, world_size=1),
+                cache_labels,
+                dist_impl,
                 rank=rank,
                 world_size=world_size,
             ),

@@ -164,11 +164,6 @@ def test_lambda_of_steps_is_that_of_optimizer_steps(runs: Runs) -> None:
     assert runs["steps with accumulation"].scalars["rank_lambda"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("name", "times"), [("fp32", 1), ("one epoch", 0), ("steps with accumulation", 0)])
-def test_short_ramp_over_epochs_is_said_once(runs: Runs, name: str, times: int) -> None:
-    assert runs[name].log.count("is a short ramp") == times
-
-
 # --- the trainer's features -----------------------------------------------------------------------------
 
 
