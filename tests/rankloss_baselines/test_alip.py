@@ -157,24 +157,6 @@ def test_histories_move_once_a_training_step(announced: list[int], modes: str, m
     assert moved == moves
 
 
-def test_accumulated_step_is_the_step_of_the_whole_batch() -> None:
-    """What a trainer with gradient accumulation does: K calls, in each the gradient of one chunk."""
-    v, t, c, s = inputs = triples(3, 8, 5, 20.0)
-    whole, accumulated = AlipLoss(), AlipLoss()
-    for step in (1, 2):
-        expected = gradients(call(whole, inputs), (v, t, c), 1.0)
-        got = [torch.zeros_like(x) for x in (v, t, c)]
-        accumulated.set_progress(step, 2)
-        for rows in torch.arange(8).chunk(4):
-            alive = torch.zeros(8, 1, dtype=torch.bool).index_fill(0, rows, True)
-            chunk = [torch.where(alive, x, x.detach()) for x in (v, t, c)]
-            value = call(accumulated, (*chunk, s))
-            got = [a + b for a, b in zip(got, torch.autograd.grad(value, (v, t, c)), strict=True)]
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
-        assert torch.equal(whole.histories, accumulated.histories)
-
-
 def test_checkpoint_resumes_the_histories() -> None:
     batches = [triples(seed, 6, 4, 10.0) for seed in range(4)]
     whole, first, second = AlipLoss(), AlipLoss(), AlipLoss(initial_history=0.3)

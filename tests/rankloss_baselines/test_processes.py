@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -182,29 +181,3 @@ def collectives(rank: int, world_size: int, name: str) -> dict[str, int]:
 def test_features_are_gathered_once(pool: Pool, name: str) -> None:
     """Images, and texts: ALIP's two captions in one call, CyCLIP's for its terms and its base."""
     assert pool.run(collectives, name) == [{"allgather": 2}] * pool.world_size
-
-
-def of_group(rank: int, world_size: int, name: str) -> list[Tensor]:
-    """The batch is spread over the even, or over the odd, ranks; with three, one of them has it alone."""
-    group = [dist.new_group(list(range(parity, world_size, 2))) for parity in (0, 1)][rank % 2]
-    inputs = leaves(dist.get_world_size(group))
-    return with_gradients(called(name, inputs, Gather(group=group), rows_of(dist.get_rank(group))), inputs)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_losses_take_a_group_and_look_no_further(pool: Pool, name: str) -> None:
-    results = pool.run(of_group, name)
-    for parity in (0, 1):
-        group = results[parity::2]
-        assert_same(averaged(group), simulated(name, leaves(len(group)), len(group), True, True))
-
-
-def one_pair(rank: int, world_size: int, name: str) -> Tensor:
-    return called(name, leaves(world_size), None, slice(rank, rank + 1))
-
-
-@pytest.mark.parametrize("name", ["cyclip", "alip"])
-def test_one_pair_per_process_is_enough(pool: Pool, name: str) -> None:
-    expected = called(name, leaves(pool.world_size), None, slice(pool.world_size))
-    values = torch.stack(pool.run(one_pair, name))
-    torch.testing.assert_close(values.mean(), expected.detach(), rtol=1e-9, atol=0)
