@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["clip", "cyclic", "exact_products", "nll", "rank_terms", "siglip", "term"]
+__all__ = ["alip", "clip", "cyclic", "exact_products", "nll", "rank_terms", "siglip", "term"]
 
 
 def exact_products(a: Tensor, b: Tensor) -> Tensor:
@@ -146,6 +146,33 @@ def cyclic(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tenso
     v, t = image_features, text_features
     cross, within = v @ t.T - t @ v.T, v @ v.T - t @ t.T
     return cross.square().sum() / len(v), within.square().sum() / len(v)
+
+
+def alip(
+    image_features: Tensor,
+    text_features: Tensor,
+    caption_features: Tensor,
+    logit_scale: Tensor,
+    *,
+    histories: Any = (1.0, 1.0, 1.0),
+    gamma_sample: float = 2.0,
+    gamma_pair: float = 2.0,
+    momentum: float = 0.99,
+) -> dict[str, Tensor]:
+    """One step of ALIP: the histories H, Hʳ, Hᶜ after it, the weights, and the two parts of the loss."""
+    v, t, c = image_features, text_features, caption_features
+    cosines = torch.stack([(t * c).sum(-1), (t * v).sum(-1), (c * v).sum(-1)]).detach()
+    after = momentum * torch.as_tensor(histories, dtype=torch.float64) + (1 - momentum) * cosines.mean(-1)
+    sample, raw, synthetic = cosines - after[:, None]
+    fits = sample >= 0  # g ≥ 1
+    w_s = torch.where(fits, 1.0, (gamma_sample * sample).exp())
+    w_r, w_c = (torch.where(fits, 1.0, (gamma_pair * x).exp()) for x in (raw, synthetic))
+    return {
+        "histories": after,
+        "weights": torch.stack([w_s, w_r, w_c]),
+        "text": (_pair_nll(v, t, logit_scale) * w_s * w_r).mean(),
+        "caption": (_pair_nll(v, c, logit_scale) * w_s * w_c).mean(),
+    }
 
 
 def _pair_nll(v: Tensor, u: Tensor, scale: Tensor) -> Tensor:

@@ -4,8 +4,7 @@ It uses public names of rankloss alone, and registers ``--loss cyclip`` and ``--
 points ``rankloss.losses``.
 """
 
-from rankloss_baselines import reference as reference
 from rankloss_baselines.alip import AlipLoss as AlipLoss
 from rankloss_baselines.cyclip import CyClipLoss as CyClipLoss
 
-__all__ = ["AlipLoss", "CyClipLoss", "reference"]
+__all__ = ["AlipLoss", "CyClipLoss"]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankloss.checks import check_reference_features
 from rankloss.distributed import GatherOption
 from rankloss.losses import GatheringLoss, check_weight, combined
 
@@ -113,7 +114,12 @@ class AlipLoss(GatheringLoss):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` its two parts."""
         self.check_inputs(image_features, text_features, logit_scale)
-        _check_captions(caption_features, text_features)
+        check_reference_features("caption_features", caption_features, text_features)
+        if caption_features.shape != text_features.shape:
+            raise ValueError(
+                f"caption_features must have text_features' shape, {tuple(text_features.shape)}; "
+                f"got {tuple(caption_features.shape)}"
+            )
         # Both captions in one collective.
         images, captions = self.gather(image_features, torch.stack([text_features, caption_features], dim=1))
         texts, synthetic = captions.unbind(1)
@@ -164,14 +170,3 @@ class AlipLoss(GatheringLoss):
         return (
             f"gamma_sample={self.gamma_sample:g}, gamma_pair={self.gamma_pair:g}, momentum={self.momentum:g}"
         )
-
-
-def _check_captions(captions: Tensor, texts: Tensor) -> None:
-    wanted, got = f"{tuple(texts.shape)} on {texts.device}", type(captions).__name__
-    if isinstance(captions, Tensor):
-        if captions.is_floating_point() and (captions.shape, captions.device) == (texts.shape, texts.device):
-            return
-        got = f"{captions.dtype} of shape {tuple(captions.shape)} on {captions.device}"
-    raise ValueError(
-        f"caption_features must be floating point, of text_features' shape and device, {wanted}; got {got}"
-    )

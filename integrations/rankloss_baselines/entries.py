@@ -20,9 +20,6 @@ CYCLIP = LossEntry(
         Option("lambda-cross", 0.25, "weight of the cross-modal term", {"type": weight, "metavar": "X"}),
         Option("lambda-in", 0.25, "weight of the in-modal term", {"type": weight, "metavar": "X"}),
     ),
-    describe=lambda options, _: (
-        f"weights {options['lambda_cross']:g} cross-modal and {options['lambda_in']:g} in-modal"
-    ),
 )
 
 
@@ -82,11 +79,6 @@ ALIP = LossEntry(
         ),
     ),
     refuse=_refuse_alip,
-    describe=lambda options, _: (
-        f"second caption {options['caption_key']!r}, gamma {options['gamma_sample']:g} for samples and "
-        f"{options['gamma_pair']:g} for pairs, histories from {options['initial_history']:g} with momentum "
-        f"{options['momentum']:g}"
-    ),
     unit="step",
     caption_key=lambda options: options["caption_key"],
     no_sigmoid="it weighs the pairs of a softmax loss of its own",

@@ -98,9 +98,6 @@ class TrainerParser(argparse.ArgumentParser):
         known = catalog.candidates()
         wanted = [name for name in known if showing or name in BUILT_IN or name == asked]
         entries = {name: self._loaded(known[name], asked) for name in wanted}
-        if asked is not None:
-            for sentence in catalog.shadowed():
-                _logger.warning("%s", sentence)
         if not self._is_extended:  # a parser may parse twice
             self._is_extended = True
             self._add_groups(list(known), entries, asked)

@@ -64,7 +64,7 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
         evaluate=call_alone if entry.log is None else entry.log(options),
     )
     if getattr(args, "rank", 0) == 0:
-        _log_start(candidate, loss, base, entry.describe(options, args.epochs))
+        _log_start(candidate, loss, base, entry.described(options, args.epochs))
     return loss
 
 
@@ -106,7 +106,7 @@ def start_epoch(
     if isinstance(loss.evaluate, RankClipLog) and loss.evaluate.agreement_every is not None:
         if loss.evaluate.charts is None:
             loss.evaluate.charts = AgreementCharts(_trackers(args, writer))
-        loss.evaluate.charts.due(epoch * steps, f"epoch {epoch + 1}, first batch")
+        loss.evaluate.charts.due(epoch + 1, epoch * steps)
 
 
 def _trackers(args: Any, writer: Any) -> list[Tracker]:

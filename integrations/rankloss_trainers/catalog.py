@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,44 +42,36 @@ TRAINERS_OWN = "clip"
 # --- types of options -----------------------------------------------------------------------------------
 
 
-def number_type(*, at_least: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
-    """The type of an option that is a finite number."""
-    bound = "" if at_least == -math.inf else f" of at least {at_least:g}"
-    bound += "" if above == -math.inf else f" above {above:g}"
+def number_type(
+    kind: Callable[[str], float] = float,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+) -> Callable[[str], float]:
+    """The type of an option that is a finite number: any, or with ``kind=int`` a whole one."""
+    wanted = "a finite number" if kind is float else "a whole number"
+    wanted += "" if at_least == -math.inf else f" of at least {at_least:g}"
+    wanted += "" if above == -math.inf else f" above {above:g}"
 
     def number(text: str) -> float:
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and value >= at_least and value > above):
-            raise argparse.ArgumentTypeError(f"must be a finite number{bound}, got {text!r}")
+        if value > at_most:
+            raise argparse.ArgumentTypeError(f"must be at most {at_most}, got {text!r}")
+        if not (abs(value) < math.inf and value > above and value >= at_least):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
         return value
 
     return number
 
 
-def count_type(*, at_least: int = 1, at_most: int | None = None) -> Callable[[str], int]:
-    """The type of an option that is a whole number."""
-
-    def count(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = at_least - 1
-        if value < at_least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {at_least}, got {text!r}")
-        if at_most is not None and value > at_most:
-            raise argparse.ArgumentTypeError(f"must be at most {at_most}, got {text!r}")
-        return value
-
-    return count
-
-
 weight = number_type(at_least=0)
 """The type of an option that is a finite number of at least 0."""
 
-count = count_type()
+count = number_type(int, at_least=1)
 """The type of an option that is a whole number of at least 1."""
 
 
@@ -131,8 +123,9 @@ class LossEntry:
         prefix: What the options begin with; empty for the name of the loss.
         refuse: ``(options, gather) → reason`` why the loss cannot work with these, or None. Called before
             anything is built. A reason about one option begins with its key.
-        describe: ``(options, epochs) → text`` for the line in the log that says what a run trains with. The
-            epochs of a run are infinity, here and for ``unit``, where its data have no length.
+        describe: ``(options, epochs) → text`` for the line in the log that says what a run trains with; None
+            names the options that are not at their defaults. The epochs of a run are infinity, here and for
+            ``unit``, where its data have no length.
         unit: ``"epoch"`` or ``"step"``, or ``(options, epochs) →`` one of them. Every part of the module that
             has the method is told where training stands: ``set_epoch(epoch, epochs)`` at the start of each
             epoch, or ``set_progress(step, total_steps)`` once before each optimizer step, for which gradient
@@ -157,7 +150,7 @@ class LossEntry:
     options: tuple[Option, ...] = ()
     prefix: str = ""
     refuse: Callable[..., str | None] = lambda *_: None
-    describe: Callable[..., str] = lambda *_: ""
+    describe: Callable[..., str] | None = None
     unit: str | Callable[..., str] = "epoch"
     caption_key: Callable[..., str | None] = lambda *_: None
     uses_teacher: Callable[..., bool] = lambda *_: False
@@ -166,6 +159,15 @@ class LossEntry:
     no_sigmoid: str = ""
     only_sigmoid: str = ""
     log: Callable[[Options], Callable[..., Any]] | None = None
+
+    def described(self, options: Options, epochs: float) -> str:
+        """What the log says of a run with these options."""
+        return changed(self.options, options) if self.describe is None else self.describe(options, epochs)
+
+
+def changed(options: Iterable[Option], values: Options) -> str:
+    """The options that are not at their defaults, and their values."""
+    return ", ".join(f"{o.name} {values[o.key]}" for o in options if values[o.key] != o.default)
 
 
 def flag(name: str, entry: LossEntry, option: Option) -> str:
@@ -227,26 +229,13 @@ class Candidate:
 def candidates() -> dict[str, Candidate]:
     """All losses that can be named, rankloss's own first. Nothing is imported."""
     found = {name: Candidate(name, reference) for name, reference in BUILT_IN.items()}
-    for point in sorted(_entry_points(), key=lambda point: point.name):
+    for point in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: point.name):
         package = f"{point.dist.name} {point.dist.version}" if point.dist is not None else "unknown package"
         other = found.get(point.name)
         if point.name == TRAINERS_OWN or (other is not None and not other.package):
-            continue  # see shadowed()
+            continue  # what an own name means does not change with what is installed
         clash = other.clash if other is not None else ""
         if other is not None and other.reference != point.value:
             clash = f"{point.name} is registered by both {other.package} and {package}; uninstall one"
         found[point.name] = Candidate(point.name, point.value, package, clash)
     return found
-
-
-def shadowed() -> list[str]:
-    """Registrations that are ignored because they would change what an own name means, as sentences."""
-    return [
-        f"{point.value} is registered as a loss under the name {point.name!r}, which is taken"
-        for point in _entry_points()
-        if point.name in (*BUILT_IN, TRAINERS_OWN)
-    ]
-
-
-def _entry_points() -> list[importlib.metadata.EntryPoint]:
-    return list(importlib.metadata.entry_points(group=GROUP))

@@ -44,42 +44,39 @@ class AgreementCharts:
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = trackers
-        self._due: tuple[int, str] | None = None
+        self._due: tuple[int, int] | None = None
 
-    def due(self, step: int, title: str) -> None:
+    def due(self, epoch: int, step: int) -> None:
         """Ask for a chart at the next measurement.
 
         Args:
-            step: The step under which it is stored.
-            title: What stands above it.
+            epoch: The epoch, counted from 1, for the title.
+            step: The step under which the trainer logs what it calls step 0 of the loss.
         """
-        if self._trackers:
-            self._due = step, title
+        self._due = epoch, step
 
-    def draw(self, image_features: Tensor, text_features: Tensor) -> None:
+    def draw(self, image_features: Tensor, text_features: Tensor, step: int) -> None:
         """Draw the chart, if one is due.
 
         Args:
             image_features: Those of all processes, ``[N, D]``.
             text_features: ``[N, D]``.
+            step: The step that is measured, as the loss counts them.
         """
-        if self._due is None:
+        if self._due is None or not self._trackers:
             return
-        (step, title), self._due = self._due, None
+        (epoch, first), self._due = self._due, None
         try:
             from rankloss import plots
 
             v, t = image_features[:_PAIRS], text_features[:_PAIRS]
             labels = [f"pair {number}" for number in range(1, len(v) + 1)]
+            title = f"epoch {epoch}, step {first + step}"
             figure = plots.slope_chart(v, t, labels, anchor=0, title=title)
             for store in self._trackers:
-                store(NAME, figure, step)
+                store(NAME, figure, first + step)
         except Exception as error:
             self._trackers = ()
-            if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("matplotlib"):
-                _logger.warning(
-                    "The rank agreement is logged without a chart, which needs matplotlib: "
-                    "pip install 'rankloss[plots]'"
-                )
-            else:
-                _logger.warning("No more charts of the rank agreement: %s", error, exc_info=True)
+            remedy = "; charts need matplotlib: pip install 'rankloss[plots]'"
+            said = remedy if isinstance(error, ModuleNotFoundError) else ""
+            _logger.warning("No more charts of the rank agreement: %s%s", error, said, exc_info=not said)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -27,19 +27,6 @@ class Position:
     accum_freq: int
 
 
-class Call(NamedTuple):
-    """Which call of the loss this is.
-
-    Attributes:
-        step: The optimizer step that it is for, counted from 0: of the epoch, or of the run where the trainer
-            announces every step.
-        first: Whether it is the first for this step; gradient accumulation makes more.
-    """
-
-    step: int
-    first: bool
-
-
 class Clock:
     """Tells a loss where training stands.
 
@@ -55,7 +42,7 @@ class Clock:
         self.loss = loss
         self.unit = unit
         self._position: Position | None = None  # None where every step is announced
-        self._calls = 0  # of the epoch, or of the step
+        self._calls = 0  # of the epoch
         self._step: int | None = None
 
     @property
@@ -71,12 +58,16 @@ class Clock:
 
     def start_step(self, step: int, total_steps: int) -> None:
         """Step ``step`` of ``total_steps`` begins, counted from 1; for trainers that announce each."""
-        self._position, self._calls, self._step = None, 0, step - 1
+        self._position, self._step = None, step - 1
         if self.unit == "step":
             tell(self.loss, "set_progress", step, total_steps)
 
-    def advance(self) -> Call:
-        """Count a call, and say which it is.
+    def advance(self) -> int:
+        """Count a call of the loss, of which gradient accumulation makes several for a step.
+
+        Returns:
+            The optimizer step that it is for, counted from 0: of the epoch, or of the run where the trainer
+            announces every step.
 
         Raises:
             RuntimeError: The trainer has announced nothing.
@@ -86,16 +77,16 @@ class Clock:
                 "call start_epoch() or start_step() first, as a trainer's plug-in does: the loss is not told "
                 "where training stands"
             )
-        calls, self._calls = self._calls, self._calls + 1
         position = self._position
         if position is None:
-            return Call(self._step, calls == 0)
-        self._step, call_of_step = divmod(calls, position.accum_freq)
+            return self._step
+        self._step, call_of_step = divmod(self._calls, position.accum_freq)
+        self._calls += 1
         if self.unit == "step" and call_of_step == 0:
             # An epoch that is longer than announced stays at its last step.
             step = position.epoch * position.steps + min(self._step, position.steps - 1)
             tell(self.loss, "set_progress", step + 1, position.epochs * position.steps)
-        return Call(self._step, call_of_step == 0)
+        return self._step
 
 
 def tell(loss: nn.Module, method: str, now: int, end: int) -> None:

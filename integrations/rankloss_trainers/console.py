@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from rankloss_trainers import catalog, doctor
-from rankloss_trainers.catalog import Candidate, LossEntry, flag
+from rankloss_trainers.catalog import Candidate
+from rankloss_trainers.command_line import add_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,31 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         losses.error(f"no loss is called {', '.join(unknown)}; there are {', '.join(found)}")
     for name in args.names or found:
-        print("\n".join(described(found[name])))
-    for sentence in catalog.shadowed():
-        print(f"{sentence}.")
+        print(described(found[name]))
     return 0
 
 
-def described(candidate: Candidate) -> list[str]:
-    """A loss in lines: what it is, and each of its options with its default and choices."""
-    package = candidate.package and f" ({candidate.package})"
+def described(candidate: Candidate) -> str:
+    """A loss in lines: what it is, and each of its options with its choices and default."""
+    name, package = candidate.name, candidate.package and f" ({candidate.package})"
     try:
         entry = candidate.load()
     except Exception as error:  # another package's
-        return [f"{candidate.name}{package}: cannot be used: {type(error).__name__}: {error}"]
-    lines = [f"{candidate.name}{package}: {entry.help}"]
-    rows = [_option(candidate.name, entry, i) for i in range(len(entry.options))]
-    width = max((len(typed) for typed, _ in rows), default=0)
-    return lines + [f"  {typed:{width}}  {text}" for typed, text in rows]
-
-
-def _option(name: str, entry: LossEntry, index: int) -> tuple[str, str]:
-    option = entry.options[index]
-    choices, metavar = option.keywords.get("choices"), option.keywords.get("metavar", "")
-    value = f"{{{','.join(map(str, choices))}}}" if choices else metavar
-    default = option.unset if option.default is None else option.default
-    return f"{flag(name, entry, option)} {value}".rstrip(), f"{option.help} (default: {default})"
+        return f"{name}{package}: cannot be used: {type(error).__name__}: {error}"
+    parser = argparse.ArgumentParser(add_help=False)
+    add_options(parser, [name], entry)
+    _, _, options = parser.format_help().partition(f"--loss {name}:\n")
+    return f"{name}{package}: {entry.help}\n{options}".rstrip()
 
 
 if __name__ == "__main__":

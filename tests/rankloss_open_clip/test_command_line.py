@@ -265,8 +265,8 @@ def test_terms_stand_on_the_trainers_loss_as_rankloss_has_it(options: list[str])
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("--loss cyclip", r"Loss: cyclip \(rankloss.*\) on Base, weights 0.25 cross-modal"),
-        (ALIP, r"Loss: alip \(rankloss.*\) in place of Base, second caption 'synthetic', gamma 2"),
+        ("--loss cyclip", r"Loss: cyclip \(rankloss.*\) on Base, open_clip"),
+        (ALIP, r"Loss: alip \(rankloss.*\) in place of Base, caption-key synthetic, open_clip"),
         ("--loss x", r"Loss: x \(p 1.0\) on Base, open_clip"),
     ],
 )
@@ -315,6 +315,15 @@ def test_what_cannot_be_used_stops_only_runs_that_ask(
     for argv in ([], ["--loss", "clip"], ["--loss", "cyclip"]):
         parse_args(argv)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["rankclip", "clip"])
+def test_own_names_cannot_be_taken(register: Register, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    before = catalog.candidates().get(name)
+    register(("p", name, "built"))
+    parse_args([])
+    assert not caplog.records
+    assert catalog.candidates().get(name) == before
 
 
 def test_what_is_no_loss_is_refused(register: Register) -> None:

@@ -159,7 +159,7 @@ def calls_of_a_step(rank: int, world_size: int, argv: list[str]) -> tuple[dict[s
     ("argv", "flags"),
     [
         (["--rankclip-schedule", "constant"], FLAGS[0]),
-        (["--rankclip-schedule", "official"], FLAGS[1]),  # λ = 0, where the raw terms are only logged
+        (["--rankclip-schedule", "official"], FLAGS[1]),  # λ = 0
         (["--rankclip-agreement-every", "1"], FLAGS[2]),
         (
             [

@@ -31,7 +31,7 @@ def trainer_loss(*, unit: str = "epoch", agreement_every: int | None = None, **o
     return TrainerLoss(RankClipLoss(**options), unit=unit, evaluate=RankClipLog(agreement_every))
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 2])  # λ = 0, ½, 1
+@pytest.mark.parametrize("epoch", [1, 2])  # λ = ½, 1
 @pytest.mark.parametrize("options", [{"lambda_cross": 0.3, "lambda_in": 4.0}, {"worth": "shifted"}])
 def test_raw_terms_are_those_of_rank_consistency(epoch: int, options: dict[str, Any]) -> None:
     loss = trainer_loss(**options)
@@ -44,20 +44,18 @@ def test_raw_terms_are_those_of_rank_consistency(epoch: int, options: dict[str, 
         torch.testing.assert_close(shown[f"{term}_raw"], raw[f"{term}_loss"], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
-@pytest.mark.parametrize(("in_modal", "shown"), [(1.0, ["in_modal_raw"]), (0.0, [])])
-def test_term_that_is_left_out_of_the_run_has_no_raw_value(
-    epoch: int, in_modal: float, shown: list[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("epoch", "in_modal", "shown"), [(0, 1.0, []), (1, 1.0, ["in_modal_raw"]), (1, 0.0, [])]
+)
+def test_term_that_is_not_computed_has_no_raw_value(epoch: int, in_modal: float, shown: list[str]) -> None:
     loss = trainer_loss(lambda_cross=0.0, lambda_in=in_modal)
     loss.start_epoch(at(epoch))
     assert list(loss(**features(), output_dict=True)) == [*TERMS, "rank_lambda", *shown]
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_metrics_are_detached_and_leave_value_and_gradient_as_they_are(epoch: int) -> None:
+def test_metrics_are_detached_and_leave_value_and_gradient_as_they_are() -> None:
     loss = trainer_loss(agreement_every=1)
-    loss.start_epoch(at(epoch))
+    loss.start_epoch(at(1))
     inputs, alone = features(), features()
     shown = loss(**inputs, output_dict=True)
     assert list(shown) == [*TERMS, *METRICS]
@@ -84,22 +82,11 @@ def test_copy_still_tells_terms_from_metrics(duplicate: Callable[[LoggedTerms], 
     assert list(shown) == ["a_loss", "depth"]
 
 
-def test_random_ties_shown_at_lambda_zero_do_not_move_the_generator() -> None:
-    loss = trainer_loss(ties="random")
-    loss.start_epoch(at(0))
-    before = torch.get_rng_state()
-    assert loss(**features(), output_dict=True)["cross_modal_raw"] > 0
-    assert torch.equal(torch.get_rng_state(), before)
-    loss.start_epoch(at(1))
-    loss(**features(), output_dict=True)
-    assert not torch.equal(torch.get_rng_state(), before), "the control: training draws from it"
-
-
 def mean_tau(a: Tensor, b: Tensor) -> float:
     return float(np.mean([kendalltau(x, y).statistic for x, y in zip(a.numpy(), b.numpy(), strict=True)]))
 
 
-def test_agreement_is_kendalls_tau_of_the_step_s_first_call() -> None:
+def test_agreement_is_kendalls_tau_of_a_steps_calls() -> None:
     loss = trainer_loss(agreement_every=2)
     loss.start_epoch(at(1, accum_freq=2))
     measured = []
@@ -107,12 +94,12 @@ def test_agreement_is_kendalls_tau_of_the_step_s_first_call() -> None:
         inputs = features(seed=call)
         shown = loss(**inputs, output_dict=True)
         measured.append(shown["cross_modal_tau"].item())
-        if call in (0, 4):  # the first calls of steps 0 and 2
+        if call in (0, 1, 4, 5):  # those of steps 0 and 2
             v, t = inputs["image_features"].detach().double(), inputs["text_features"].detach().double()
             assert shown["cross_modal_tau"].item() == pytest.approx(mean_tau(v @ t.T, t @ v.T), abs=1e-6)
             assert shown["in_modal_tau"].item() == pytest.approx(mean_tau(v @ v.T, t @ t.T), abs=1e-6)
-    assert measured == [measured[0]] * 4 + [measured[4]] * 4
-    assert measured[0] != measured[4]
+    assert measured == [measured[0], *[measured[1]] * 3, measured[4], *[measured[5]] * 3]
+    assert len({*measured}) == 4
 
 
 def test_agreement_is_that_of_the_batch_of_all_processes(pools: Pools) -> None:
@@ -138,17 +125,17 @@ def test_a_chart_shows_the_first_pair_s_rankings_once_it_is_due() -> None:
     loss, charts = charted_loss(lambda *chart: stored.append(chart))
     loss(**features())
     assert not stored
-    charts.due(9, "epoch 2")
+    charts.due(2, 9)
     loss(**features())  # of a step at which nothing is measured
     assert not stored
     inputs = features(seed=3)
     for _ in range(3):
         loss(**inputs)
     ((name, figure, step),) = stored
-    assert (name, step) == ("train/agreement", 9)
+    assert (name, step) == ("train/agreement", 9 + 2)
     v, t = inputs["image_features"].detach().numpy(), inputs["text_features"].detach().numpy()
     tau = kendalltau(t @ v[0], v @ t[0]).statistic
-    assert figure.axes[0].get_title() == f"epoch 2\nKendall τ = {tau:.3f}"
+    assert figure.axes[0].get_title() == f"epoch 2, step 11\nKendall τ = {tau:.3f}"
     assert {f"pair {i}" for i in range(1, 8)} <= {
         text.get_text().rpartition("  ")[0] for text in figure.axes[0].texts
     }
@@ -165,29 +152,9 @@ def test_without_matplotlib_one_warning_says_what_to_install(
     loss, charts = charted_loss(lambda *_: pytest.fail("nothing can be stored"))
     with caplog.at_level(logging.WARNING):
         for epoch in range(3):
-            charts.due(epoch, "")
+            charts.due(epoch, 0)
             for _ in range(2):
                 shown = loss(**features(), output_dict=True)
-    assert [record.message for record in caplog.records] == [
-        "The rank agreement is logged without a chart, which needs matplotlib: pip install 'rankloss[plots]'"
-    ]
+    (record,) = caplog.records
+    assert "pip install 'rankloss[plots]'" in record.message
     assert abs(shown["cross_modal_tau"]) <= 1
-
-
-def test_a_tracker_that_fails_ends_the_charts_and_not_the_training(caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("matplotlib")
-
-    def full(*_: Any) -> None:
-        raise OSError("disk full")
-
-    loss, charts = charted_loss(full)
-    inputs, alone = features(), features()
-    for epoch in range(3):
-        charts.due(epoch, "")
-        loss(**inputs).backward()
-        loss.criterion(**alone).backward()
-        loss(**features())
-    assert [record.message for record in caplog.records] == [
-        "No more charts of the rank agreement: disk full"
-    ]
-    assert all(torch.equal(value.grad, alone[name].grad) for name, value in inputs.items())

@@ -55,7 +55,7 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.mark.parametrize("name", ["accumulation, a worker", "webdataset", "two processes"])
 def test_every_pair_is_ranked_by_its_own_row(trainer: Trainer, taught: Runs, name: str) -> None:
     run = taught[name]
-    assert "ranked by the teacher's features in" in run.log
+    assert ", reference-features " in run.log
     features, scale = student(trainer, run)
     teacher = {f"reference_{key}": value for key, value in TEACHER.items()}
     others = {key: np.roll(rows, 1, axis=0) for key, rows in teacher.items()}

@@ -15,10 +15,10 @@ def test_a_chart_is_drawn_when_it_is_due(caplog: pytest.LogCaptureFixture) -> No
     stored: list[tuple[str, Any, int]] = []
     charts = AgreementCharts([lambda *given: stored.append(given)])
     pair = torch.eye(4), torch.eye(4)
-    charts.draw(*pair)
-    charts.due(7, "epoch 2")
-    charts.draw(*pair)
-    charts.draw(*pair)
+    charts.draw(*pair, step=3)
+    charts.due(2, 4)
+    charts.draw(*pair, step=3)
+    charts.draw(*pair, step=3)
     ((name, figure, step),) = stored
     assert (name, step) == (NAME, 7)
     # An image of PIL's, which W&B takes whatever has been imported.
@@ -35,7 +35,7 @@ def test_a_chart_that_fails_ends_no_training(caplog: pytest.LogCaptureFixture) -
 
     charts = AgreementCharts([fail])
     for step in (1, 2):
-        charts.due(step, "")
-        charts.draw(torch.eye(4), torch.eye(4))
+        charts.due(1, step)
+        charts.draw(torch.eye(4), torch.eye(4), 0)
     (record,) = caplog.records
     assert "disk full" in record.message

@@ -11,7 +11,7 @@ from torch import nn
 
 import rankloss
 from rankloss_baselines import CyClipLoss
-from rankloss_trainers.clock import Call, Clock, Position, tell
+from rankloss_trainers.clock import Clock, Position, tell
 
 
 class Listener(nn.Module):
@@ -31,7 +31,7 @@ class Listener(nn.Module):
 def test_every_step_is_told_once_and_a_resumed_run_is_told_the_same(
     epochs: int, steps: int, accum_freq: int, resumed: int
 ) -> None:
-    def told(first_epoch: int) -> tuple[list[tuple[int, int]], list[Call]]:
+    def told(first_epoch: int) -> tuple[list[tuple[int, int]], list[int]]:
         loss = Listener()
         clock, calls = Clock(loss, "step"), []
         for epoch in range(first_epoch, epochs):
@@ -41,7 +41,7 @@ def test_every_step_is_told_once_and_a_resumed_run_is_told_the_same(
 
     whole, calls = told(0)
     assert whole == [(step + 1, epochs * steps) for step in range(epochs * steps)]
-    assert calls == [Call(s, a == 0) for _ in range(epochs) for s in range(steps) for a in range(accum_freq)]
+    assert calls == [s for _ in range(epochs) for s in range(steps) for _ in range(accum_freq)]
     resumed = min(resumed, epochs)
     assert told(resumed)[0] == whole[resumed * steps :]
 
@@ -53,7 +53,7 @@ def test_trainer_that_announces_each_step() -> None:
     for step in (3, 4):
         clock.start_step(step, 4)
         assert clock.started
-        assert [clock.advance() for _ in range(2)] == [Call(step - 1, True), Call(step - 1, False)]
+        assert [clock.advance() for _ in range(2)] == [step - 1] * 2
     assert loss.told == [(3, 4), (4, 4)]
 
 

@@ -18,13 +18,13 @@ def test_every_loss_is_listed_with_its_options_and_defaults(capsys: pytest.Captu
     assert [re.match(r"[\w-]+", block)[0] for block in blocks] == list(found)  # type: ignore[index]
     for block, (name, candidate) in zip(blocks, found.items(), strict=True):
         entry = candidate.load()
-        head, *lines = block.splitlines()
-        assert entry.help in head
-        for line, option in zip(lines, entry.options, strict=True):
-            assert re.match(rf"  {flag(name, entry, option)}\b", line)
+        said = " ".join(block.split())
+        assert entry.help in said
+        for option in entry.options:
+            assert f" {flag(name, entry, option)} " in said
             default = option.unset if option.default is None else option.default
-            assert line.endswith(f"(default: {default})")
-            assert all(choice in line for choice in option.keywords.get("choices", ()))
+            assert said.count(f"(default: {default})") >= 1
+            assert all(choice in said for choice in option.keywords.get("choices", ()))
     assert console.main(["losses", "cyclip"]) == 0
     (alone,) = (block for block in blocks if block.startswith("cyclip"))
     assert capsys.readouterr().out == alone
@@ -32,8 +32,7 @@ def test_every_loss_is_listed_with_its_options_and_defaults(capsys: pytest.Captu
 
 def test_what_cannot_be_listed_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     broken = Candidate("mine", "no_such_module:LOSS", "my-package 1.0")
-    (line,) = console.described(broken)
-    assert line.startswith("mine (my-package 1.0): cannot be used: ModuleNotFoundError")
+    assert console.described(broken).startswith("mine (my-package 1.0): cannot be used: ModuleNotFoundError")
     with pytest.raises(SystemExit):
         console.main(["losses", "rankclap"])
     assert "rankclap; there are rankclip, " in capsys.readouterr().err

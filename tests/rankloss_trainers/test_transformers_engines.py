@@ -55,7 +55,7 @@ def sharded_gradients(rank: int, world_size: int, reshard: bool | None) -> dict[
 
 
 # accelerate 1.6 to 1.13 reshards the root as well; by default torch leaves it whole for the backward pass.
-@pytest.mark.parametrize("reshard", [None, True, False])
+@pytest.mark.parametrize("reshard", [pytest.param(None, marks=pytest.mark.slow), True, False])
 def test_sharded_model_has_the_gradients_of_the_whole_batch(pools: Pools, reshard: bool | None) -> None:
     whole = gradients(one_dimensional_scale(), slice(0, 8))
     assert whole["logit_scale"].abs() > 1e-4

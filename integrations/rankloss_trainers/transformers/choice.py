@@ -66,7 +66,7 @@ class Choice:
                 "have no known number of epochs; go by steps (schedule_unit 'step')"
             )
         if announce and self.package:
-            text = self.entry.describe(self.options, epochs)
+            text = self.entry.described(self.options, epochs)
             _logger.info("Loss: %s (%s)%s", self.name, self.package, text and f", {text}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import math
 from collections.abc import Mapping
@@ -14,20 +15,22 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 from transformers.trainer_utils import has_length
 
 import rankloss
 from rankloss.losses import base_entries
 from rankloss_trainers import state as loss_state
+from rankloss_trainers.charts import AgreementCharts, Tracker, picture
 from rankloss_trainers.clock import tell
 from rankloss_trainers.driven_loss import Entries
 from rankloss_trainers.logging import RankClipLog
 from rankloss_trainers.refusals import refuse_run
 from rankloss_trainers.transformers import choice, embeddings, teacher
-from rankloss_trainers.transformers.charts import ChartOfEachEpoch
 
 __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
 
+_AXIS = "train/global_step"
 _STATE = "rankloss"  # the key in a checkpoint's trainer_state.json, among the states of callbacks
 
 _logger = logging.getLogger("rankloss_trainers")
@@ -98,10 +101,7 @@ class ContrastiveTrainer(transformers.Trainer):
         self._teachers_columns: list[str] | None = None  # those of the last batch
         self._columns: list[str] = []  # of the data, where the Trainer drops some of them
         self._means = _Means()
-        self.add_callback(_Progress(chosen, self._means, anew=self.model_init is not None))
-        log = self.driven_loss.evaluate
-        if isinstance(log, RankClipLog) and log.agreement_every is not None:
-            self.add_callback(ChartOfEachEpoch(log, self.callback_handler))
+        self.add_callback(_Progress(self))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in which a teacher's features have been looked at."""
@@ -188,18 +188,13 @@ class ContrastiveTrainer(transformers.Trainer):
 
 
 class _Progress(TrainerCallback):
-    """Tells the loss, and what is logged of it, where the Trainer stands.
+    """Tells the loss, and what is logged of it, where the Trainer stands."""
 
-    Args:
-        chosen: The loss.
-        means: What is logged of it.
-        anew: Whether every training that is not resumed begins with a new model, as the trials of a search.
-    """
-
-    def __init__(self, chosen: choice.Choice, means: _Means, *, anew: bool) -> None:
-        self.chosen = chosen
-        self.loss = chosen.loss
-        self.means = means
+    def __init__(self, trainer: ContrastiveTrainer) -> None:
+        self.trainer = trainer
+        self.chosen, self.loss = trainer.chosen_loss, trainer.driven_loss
+        # With model_init every training that is not resumed begins with a new model, as trials do.
+        anew = trainer.model_init is not None
         self._first_state = deepcopy(self.loss.criterion.state_dict()) if anew else None
         self._epoch: int | None = None
 
@@ -211,7 +206,9 @@ class _Progress(TrainerCallback):
             self.loss.criterion.load_state_dict(self._first_state)
         epochs = state.num_train_epochs if has_length(kwargs["train_dataloader"]) else math.inf
         self._epoch = None
-        self.means.clear()
+        self.trainer._means.clear()
+        if isinstance(self.loss.evaluate, RankClipLog):
+            self.loss.evaluate.charts = None  # a run has writers of its own
         self.chosen.start(epochs, announce=state.is_world_process_zero)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -221,10 +218,28 @@ class _Progress(TrainerCallback):
         if self.loss.clock.unit == "epoch":
             epochs = state.num_train_epochs
             tell(self.loss.criterion, "set_epoch", min(self._epoch + 1, epochs), epochs)
+        log = self.loss.evaluate
+        if isinstance(log, RankClipLog) and log.agreement_every is not None and state.is_world_process_zero:
+            if log.charts is None:  # every reporter has begun by now
+                log.charts = AgreementCharts(_trackers(self.trainer.callback_handler.callbacks))
+            log.charts.due(self._epoch + 1, 1)  # the Trainer's log counts steps from 1
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Once per optimizer step."""
         self.loss.clock.start_step(state.global_step + 1, state.max_steps)
+
+
+def _trackers(callbacks: list[Any]) -> list[Tracker]:
+    """What a Trainer reports to, by the callbacks that hold the writers."""
+    writers = [x.tb_writer for x in callbacks if isinstance(x, TensorBoardCallback)]
+    trackers: list[Tracker] = [writer.add_figure for writer in writers if writer is not None]
+    if any(isinstance(x, WandbCallback) for x in callbacks):
+        wandb = importlib.import_module("wandb")
+        # The Trainer's lines go by this axis, too.
+        trackers.append(
+            lambda name, figure, step: wandb.log({name: wandb.Image(picture(figure)), _AXIS: step})
+        )
+    return trackers
 
 
 def _innermost_base(criterion: object) -> Any:
