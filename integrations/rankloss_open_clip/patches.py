@@ -18,7 +18,7 @@ from rankloss_open_clip import checkpoints, command_line
 from rankloss_open_clip.companions import Companion, JoinedSamples, JoinedTokenizer, join_csv, split_features
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import ModuleType
 
     Original = Callable[..., Any]
@@ -46,11 +46,7 @@ def patch(module: ModuleType) -> None:
         _wrap(module, "parse_args", _parsing(module, missed))
     if name in ("train", "legacy_train"):
         _check_train_one_epoch(module)
-    for function, act in _ACTS.items():
-        if hasattr(module, function):
-            _wrap(module, function, _with_loss(act))
-    if hasattr(module, "pt_load"):
-        _wrap(module, "pt_load", _loading)
+    _wrap_those_of(module, _WRAPPERS)
 
 
 def patch_trainer(module: ModuleType, create_loss: str = "create_loss") -> None:
@@ -79,12 +75,8 @@ def patch_trainer(module: ModuleType, create_loss: str = "create_loss") -> None:
 
     _wrap(module, create_loss, _with_loss(_create_loss))
     _wrap(module, "parse_args", _parsing(params, unread))
-    _wrap(module, "train_one_epoch", _with_loss(_train_one_epoch))
-    if hasattr(module, "pt_load"):
-        _wrap(module, "pt_load", _loading)
-    for name in _READERS:
-        if hasattr(readers, name):
-            _wrap(readers, name, _with_loss(_ACTS[name]))
+    _wrap_those_of(module, ("train_one_epoch", "pt_load"))
+    _wrap_those_of(readers, _READERS)
 
 
 def missed(*, data: bool = True) -> list[str]:
@@ -93,7 +85,7 @@ def missed(*, data: bool = True) -> list[str]:
     Args:
         data: Whether the loss needs more of the training data than pairs.
     """
-    names = [name for name in (*_ACTS, "parse_args", "pt_load") if data or name not in _READERS]
+    names = [name for name in (*_WRAPPERS, "parse_args") if data or name not in _READERS]
     return [
         f"{module}.{name}"
         for module, loaded in sorted(sys.modules.items())
@@ -136,6 +128,12 @@ def _wrap(module: ModuleType, name: str, wrapper: Callable[[Original], Original]
     replacement = functools.wraps(original)(wrapper(original))
     setattr(replacement, _PATCHED, True)
     setattr(module, name, replacement)
+
+
+def _wrap_those_of(module: ModuleType, names: Iterable[str]) -> None:
+    for name in names:
+        if hasattr(module, name):
+            _wrap(module, name, _WRAPPERS[name])
 
 
 def _with_loss(act: Act) -> Callable[[Original], Original]:
@@ -271,10 +269,12 @@ def _companion(bound: inspect.BoundArguments) -> Companion | None:
     return companion
 
 
-_READERS: dict[str, Act] = {"get_csv_dataset": _get_csv_dataset, "get_wds_dataset": _get_wds_dataset}
-_ACTS: dict[str, Act] = {
-    "create_loss": _create_loss,
-    "create_task": _create_task,
-    "train_one_epoch": _train_one_epoch,
-    **_READERS,
+_READERS = ("get_csv_dataset", "get_wds_dataset")
+_WRAPPERS: dict[str, Callable[[Original], Original]] = {
+    "create_loss": _with_loss(_create_loss),
+    "create_task": _with_loss(_create_task),
+    "train_one_epoch": _with_loss(_train_one_epoch),
+    "get_csv_dataset": _with_loss(_get_csv_dataset),
+    "get_wds_dataset": _with_loss(_get_wds_dataset),
+    "pt_load": _loading,
 }

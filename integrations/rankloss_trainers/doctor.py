@@ -131,11 +131,7 @@ def _problems(plugin: str) -> list[str]:
 
 def _range_of(extra: str, distribution: str) -> str:
     """The range of versions that an extra of rankloss asks for; empty if it does not say."""
-    try:
-        requirements = importlib.metadata.requires("rankloss") or []
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-    for requirement in requirements:
+    for requirement in importlib.metadata.requires("rankloss") or []:
         wanted, _, marker = requirement.partition(";")
         match = re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*(.*)", wanted.strip())
         same = match and re.sub(r"[-_.]+", "-", match[1]) == re.sub(r"[-_.]+", "-", distribution)

@@ -137,20 +137,20 @@ def test_factory_of_another_name_that_calls_an_attached_one_gives_one_loss(fork:
 
 
 @pytest.mark.parametrize(
-    ("name", "other", "message"),
+    ("name", "other"),
     [
-        ("create_loss", None, "fork has no function create_loss"),
-        ("parse_args", None, "fork has no function parse_args"),
-        ("train_one_epoch", None, "fork has no function train_one_epoch"),
-        ("create_loss", lambda options: None, "fork.create_loss has no parameter args"),
-        ("train_one_epoch", lambda loader, args: None, "unknown parameters: loader, args"),
-        ("argparse", None, "fork does not use argparse's ArgumentParser"),
+        ("create_loss", None),
+        ("parse_args", None),
+        ("train_one_epoch", None),
+        ("create_loss", lambda options: None),
+        ("train_one_epoch", lambda loader, args: None),
+        ("argparse", None),
     ],
 )
-def test_trainer_of_another_layout_is_not_patched(fork: Any, name: str, other: Any, message: str) -> None:
+def test_trainer_of_another_layout_is_not_patched(fork: Any, name: str, other: Any) -> None:
     setattr(fork, name, other)
     before = dict(vars(fork))
-    with pytest.raises((TypeError, AttributeError), match=message):
+    with pytest.raises((TypeError, AttributeError), match=f"fork.*{name}"):
         rankloss_open_clip.attach(fork)
     assert vars(fork) == before
 
@@ -167,15 +167,12 @@ def test_second_caption_needs_the_readers_of_training_data(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--trainer"], "--trainer needs the name of a module, as training.main"),
+        (["--trainer"], "--trainer"),
         (
             ["--trainer", "no_such_trainer.main"],
-            "--trainer no_such_trainer.main: there is no module no_such_trainer",
+            "--trainer no_such_trainer.main: .* no module no_such_trainer",
         ),
-        (
-            ["--trainer=json", "--epochs", "1"],
-            "json is not laid out like open_clip's trainer: json has no function",
-        ),
+        (["--trainer=json", "--epochs", "1"], "--trainer json .* json has no function"),
     ],
 )
 def test_runner_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str) -> None:

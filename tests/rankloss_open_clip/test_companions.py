@@ -19,7 +19,6 @@ import open_clip_train.data
 import pytest
 import torch
 from open_clip_train.params import parse_args
-from PIL import Image
 from teacher_features import stored, unit_rows
 from torch import Tensor, nn
 
@@ -328,23 +327,6 @@ def test_copy_in_another_process_gives_the_same_and_opens_files_itself(tmp_path:
         assert b"memmap" not in sent
         for other in (pickle.loads(sent), copy.deepcopy(joined)):
             assert torch.equal(other("a\x1f7"), joined("a\x1f7"))
-
-
-@pytest.mark.parametrize("is_train", [True, False])
-@pytest.mark.parametrize("loss", [[], ["--loss", "alip", "--alip-caption-key", "syn"]])
-def test_only_training_data_of_a_loss_that_needs_them_have_pairs(
-    tmp_path: Path, is_train: bool, loss: list[str]
-) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
-    _, file = csv(tmp_path, f"filepath;title;syn\n{tmp_path}/1.png;raw;made\n")
-    data = ["--train-data", file, "--val-data", file, "--csv-separator", ";", "--batch-size", "1"]
-    args = parse_args([*loss, *data, "--workers", "0"])
-    args.distributed = False
-    info = open_clip_train.data.get_csv_dataset(
-        args, lambda image: image.load(), is_train, tokenizer=tokenizer()
-    )
-    _, tokens = info.dataloader.dataset[0]
-    assert tokens.shape == ((1, 2 * CONTEXT) if is_train and loss else (CONTEXT,))
 
 
 def test_reader_of_shards_is_put_back(tmp_path: Path) -> None:

@@ -22,10 +22,9 @@ CHECKOUT = os.environ.get("RANKLOSS_OPEN_CLIP_CHECKOUT", "")
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw", "cross_modal_tau", "in_modal_tau"]
 EPOCHS = 3
-STRATEGIES, UNITS = ("task", "step", "model"), ("epoch", "step")
+STRATEGIES = ("task", "step", "model")
 WHOLE_BATCH = ["--aug-cfg", "scale=(1.0,1.0)", "--rankclip-agreement-every", "1"]  # one step an epoch
-LINEAR = ["--loss", "rankclip", "--rankclip-schedule", "linear"]
-PER_STEP = [*LINEAR, "--rankclip-schedule-unit", "step"]
+PER_STEP = ["--loss", "rankclip", "--rankclip-schedule", "linear", "--rankclip-schedule-unit", "step"]
 # A run in which recompiling a function is an error, and which prints how many were compiled.
 COMPILED = """
 import sys
@@ -63,7 +62,6 @@ def main_runs(trainer: Trainer, path: str) -> Runs:
         return run("resumed", *options, "--resume", str(table["steps"].directory / "checkpoints/epoch_1.pt"))
 
     add("steps", *PER_STEP)
-    add("epochs", *LINEAR)
     add("single", *OFFICIAL)
     add("stock", **OFF)
     table.add("resumed", resume, *PER_STEP)
@@ -74,29 +72,26 @@ def main_runs(trainer: Trainer, path: str) -> Runs:
     add("fsdp", *OFFICIAL, *fsdp, command=(*launcher, "open_clip_train.main"))
     for strategy in STRATEGIES:
         compile_options = ["--torchcompile", "--torchcompile-strategy", strategy]
-        for unit, options in (("epoch", LINEAR), ("step", PER_STEP)):
-            options = [*options, *compile_options, "--torchcompile-backend", "eager"]
-            add(f"{strategy} per {unit}", *options, command=("-c", COMPILED))
+        add(
+            strategy, *PER_STEP, *compile_options, "--torchcompile-backend", "eager", command=("-c", COMPILED)
+        )
     return table
 
 
-def linear(unit: str, steps: int = STEPS) -> dict[int, float]:
+def linear(steps: int = STEPS) -> dict[int, float]:
     """The λ that TensorBoard must show at each step."""
     total = EPOCHS * steps
-    if unit == "epoch":
-        return {step: schedules.linear(step // steps + 1, EPOCHS) for step in range(total)}
     return {step: schedules.linear(step + 1, total) for step in range(total)}
 
 
-@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_lambda_changes_without_a_recompilation(main_runs: Runs, strategy: str, unit: str) -> None:
-    run, eager = main_runs[f"{strategy} per {unit}"], main_runs[f"{unit}s"]
+def test_lambda_changes_without_a_recompilation(main_runs: Runs, strategy: str) -> None:
+    run, eager = main_runs[strategy], main_runs["steps"]
     (frames, breaks) = map(int, re.findall(r"compiled frames: (\d+) graph breaks: (\d+)", run.output)[0])
     assert frames > 0
     if strategy == "task":
         assert breaks == 1, "the loss is one call between two graphs"
-    assert run.scalars["rank_lambda"] == pytest.approx(linear(unit))
+    assert run.scalars["rank_lambda"] == pytest.approx(linear())
     for name in (*TERMS, "loss", "cross_modal_raw", "in_modal_raw"):
         assert run.scalars[name] == pytest.approx(eager.scalars[name], rel=1e-5), name
 
@@ -153,7 +148,7 @@ def test_epoch_at_lambda_zero_is_bit_equal_to_stock(main_runs: Runs) -> None:
 
 
 def test_steps_are_optimizer_steps_under_accumulation(main_runs: Runs) -> None:
-    assert main_runs["accumulation"].scalars["rank_lambda"] == pytest.approx(linear("step", STEPS // 2))
+    assert main_runs["accumulation"].scalars["rank_lambda"] == pytest.approx(linear(STEPS // 2))
 
 
 def test_resumed_run_is_where_the_uninterrupted_one_was(main_runs: Runs) -> None:
