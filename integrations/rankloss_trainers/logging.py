@@ -24,7 +24,7 @@ class RankClipLog:
 
     - ``rank_lambda``: the schedule's λ.
     - ``cross_modal_raw``, ``in_modal_raw``: the rank terms before λ and every other weight. While λ is 0 they
-      are not computed, and there are none (sentence-transformers' means count none as 0).
+      are not computed, and there are none.
     - ``cross_modal_tau``, ``in_modal_tau``: with ``agreement_every``, Kendall's τ of the image's ranking
       with its text's (:func:`rankloss.metrics.rank_agreement`), over the batch of all processes, from at
       most 256 of its rows. Between two measurements they keep the last value: a gap, or a NaN, would spoil
@@ -38,10 +38,12 @@ class RankClipLog:
             start of an epoch, or of the run where the trainer announces each step, and at the first step that
             the process takes; where the loss is not called for such a step, at the next one. None never does.
         charts: Draws the rankings of the batch that is measured, when a chart is due.
+        raw: Whether there are raw terms; not for a trainer whose means count an entry that is missing as 0.
     """
 
     agreement_every: int | None = None
     charts: AgreementCharts | None = None
+    raw: bool = True
     _agreement: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _measured: int | None = field(default=None, init=False, repr=False)  # the last multiple
 
@@ -55,7 +57,7 @@ class RankClipLog:
         entries: dict[str, Tensor] = dict(criterion(**inputs, output_dict=True))
         device = inputs["image_features"].device
         entries["rank_lambda"] = torch.full((), criterion.schedule_value, device=device)
-        for name, weight in weights.items():
+        for name, weight in weights.items() if self.raw else ():
             entries[f"{name}_raw"] = entries[f"{name}_loss"].detach() / weight
         if measures:
             self._agreement = _agreement(*inputs["gathered"])

@@ -87,7 +87,7 @@ class RankClipLoss(nn.Module):
         self.scale = scale
         self.output_dict = output_dict
         self.driven_loss = DrivenLoss(
-            rankloss.RankClipLoss(**options), unit="step", evaluate=RankClipLog(agreement_every)
+            rankloss.RankClipLoss(**options), unit="step", evaluate=RankClipLog(agreement_every, raw=False)
         )
         check_criterion(
             type(self).__name__,
