@@ -287,7 +287,7 @@ def check_weight(name: str, value: Any, *, above: float | None = None) -> float:
     if isinstance(value, torch.Tensor) and value.requires_grad:
         raise ValueError(f"{name} is a number and takes no gradient; got a tensor that requires one")
     try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+        number = math.nan if isinstance(value, (str, bytes, bool)) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last for a meta tensor
         number = math.nan
     if not (math.isfinite(number) and (number >= 0 if above is None else number > above)):

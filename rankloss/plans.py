@@ -12,9 +12,11 @@ from rankloss.options import RankOptions
 
 __all__ = ["Plan", "make_plan"]
 
-# Entries of one matrix's rows that are multiplied out at once, and of lists that are evaluated at once.
-_CHUNK, _CHUNK_ELSEWHERE = {"cpu": 2**20}, 2**24
-_LISTS, _LISTS_ELSEWHERE = {"cpu": 2**17}, 2**23  # what a core's cache holds
+# Entries of a matrix: up to the first it is one chunk, beyond it the second makes a chunk's rows; and of the
+# lists that are evaluated at once, as many as a core's cache holds.
+_WHOLE, _WHOLE_ELSEWHERE = {"cpu": 2**20}, 2**24
+_CHUNK, _CHUNK_ELSEWHERE = {"cpu": 2**19}, 2**24
+_LISTS, _LISTS_ELSEWHERE = {"cpu": 2**17}, 2**23
 _FEWEST_ROWS = 128  # below it, reading and writing the gradients costs more than the product itself
 
 
@@ -56,14 +58,17 @@ def make_plan(
     Example:
         >>> plan = make_plan(RankOptions(), 4096, 4096, torch.device("cpu"), torch.float32)
         >>> plan.name, plan.chunk_size, plan.lists_at_once, plan.kernel
-        ('rows', 256, 32, 'torch')
+        ('rows', 128, 32, 'torch')
         >>> make_plan(RankOptions(lists="batch"), 64, 64, torch.device("cpu"), torch.float32).name
         'dense'
     """
     why_no_kernel = _why_no_kernel(options, anchors, items, device, dtype)
     if options.kernel == "triton" and why_no_kernel is not None:
         raise ValueError(f"kernel='triton' does not serve here: {why_no_kernel}")
-    chunk_size = options.chunk_size or max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // items)
+    chunk_size = max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // items)
+    if anchors * items <= _WHOLE.get(device.type, _WHOLE_ELSEWHERE):
+        chunk_size = anchors
+    chunk_size = options.chunk_size or chunk_size
     return Plan(
         name="dense" if options.is_dense else "rows",
         chunk_size=anchors if options.is_dense else min(chunk_size, anchors),

@@ -50,7 +50,7 @@ def test_what_does_not_fit_is_named_and_shown(arguments, error, named: str) -> N
     ("bad", "error", "shown"),
     [
         (np.ones((4, 5)), TypeError, "numpy.ndarray"),
-        (torch.ones(3, 5), ValueError, r"N = 4.*\(3, 5\)"),
+        (torch.ones(3, 5), ValueError, r"one row per pair, 4; .*\(3, 5\)"),
         (torch.ones(5), ValueError, r"\(5,\)"),
         (torch.ones(4, 0), ValueError, r"\(4, 0\)"),
         (torch.ones(4, 5).long(), ValueError, "int64"),

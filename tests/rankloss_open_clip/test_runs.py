@@ -59,7 +59,7 @@ TRAINED = {
     "clip-streamed": ("on ClipLoss, open_clip", TERMS[:1]),
     "clip-streamed 0": (f"on ClipLoss{STREAMED_0}", TERMS[:1]),
     "siglip-streamed 0": (f"on SigLipLoss{STREAMED_0}", TERMS[:1]),
-    "alip": ("in place of ClipLoss, second caption 'synthetic'", ALIP),
+    "alip": ("in place of ClipLoss, caption-key synthetic", ALIP),
 }
 SLOW = {"amp", "bf16", "siglip-streamed", "siglip-streamed 0", "lock text", "webdataset, whole set"}
 SLOW |= {"grad checkpointing", "alip webdataset", "alip accumulation"}
