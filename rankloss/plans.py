@@ -17,7 +17,7 @@ __all__ = ["Plan", "make_plan"]
 _WHOLE, _WHOLE_ELSEWHERE = {"cpu": 2**20}, 2**24
 _CHUNK, _CHUNK_ELSEWHERE = {"cpu": 2**19}, 2**24
 _LISTS, _LISTS_ELSEWHERE = {"cpu": 2**17}, 2**23
-_FEWEST_ROWS = 128  # below it, reading and writing the gradients costs more than the product itself
+_FEWEST_ROWS = 128  # below it, what is done once per chunk costs more than its product and its lists
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def make_plan(
     Example:
         >>> plan = make_plan(RankOptions(), 4096, 4096, torch.device("cpu"), torch.float32)
         >>> plan.name, plan.chunk_size, plan.lists_at_once, plan.kernel
-        ('rows', 128, 32, 'torch')
+        ('rows', 128, 128, 'torch')
         >>> make_plan(RankOptions(lists="batch"), 64, 64, torch.device("cpu"), torch.float32).name
         'dense'
     """
@@ -72,7 +72,7 @@ def make_plan(
     return Plan(
         name="dense" if options.is_dense else "rows",
         chunk_size=anchors if options.is_dense else min(chunk_size, anchors),
-        lists_at_once=max(1, _LISTS.get(device.type, _LISTS_ELSEWHERE) // items),
+        lists_at_once=max(_FEWEST_ROWS, _LISTS.get(device.type, _LISTS_ELSEWHERE) // items),
         kernel="torch" if why_no_kernel is not None else "triton",
         why_no_kernel=why_no_kernel,
     )

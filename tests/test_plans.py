@@ -26,7 +26,7 @@ def test_a_plan_keeps_its_limits(n: int, share: int, chunk_size: int | None, dev
     chosen = anchors if anchors * n <= whole else max(128, product // n)
     chosen = chosen if chunk_size is None else chunk_size
     assert plan.chunk_size == min(chosen, anchors)
-    assert plan.lists_at_once == max(1, lists // n)
+    assert plan.lists_at_once == max(128, lists // n)
 
 
 @pytest.mark.parametrize(
