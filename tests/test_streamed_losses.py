@@ -164,7 +164,7 @@ def test_no_matrix_is_held_beyond_the_default_budget(name: str) -> None:
     inputs = inputs_of(random_batch(0, n, d, 10.0), torch.float32)
     with LiveBytes() as live:
         LOSSES[name][0]()(*inputs).backward()
-    assert 2 * MIB < live.peak < 32 * MIB  # one matrix is 256
+    assert 2 * MIB < live.peak < 48 * MIB  # one matrix is 256
 
 
 @both

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from style import NARROW, SMALL, Colors
 
 TABLE = Path(__file__).parents[2] / "docs/performance.md"
-BARS_AT = (1024, 2048, 4096)
+BARS_AT = (512, 1024, 4096)
 NAMES = {  # of the table, and in the pictures
     "ClipLoss": "CLIP's loss, open_clip",
     "naive terms": "rank terms, written naively",
