@@ -19,10 +19,12 @@ from rankloss.checks import check_device, check_features, check_reference_featur
 from rankloss.equal_rows import first_equal
 from rankloss.precision import arithmetic_dtype, dtype_of_numbers, full_precision
 
-__all__ = ["Batch", "Inputs", "Matrix", "Name", "Term", "matrices_of", "other_items"]
+__all__ = ["RANK_TERMS", "Batch", "Inputs", "Matrix", "Name", "Term", "matrices_of", "other_items"]
 
 Term = Literal["cross_modal", "in_modal"]
 Name = Literal["S", "R", "I", "X"]
+
+RANK_TERMS: tuple[Term, Term] = ("cross_modal", "in_modal")
 
 _OF_TERM: dict[Term, tuple[Name, Name]] = {"cross_modal": ("S", "R"), "in_modal": ("X", "I")}
 _PARTNER: dict[Name, Name] = {"S": "R", "R": "S", "I": "X", "X": "I"}

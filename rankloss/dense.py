@@ -15,13 +15,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import Batch, Term, matrices_of, other_items
+from rankloss.batch import RANK_TERMS, Batch, Term, matrices_of, other_items
 from rankloss.checks import refuse_forward_mode
 from rankloss.lists import top_one_probabilities
 from rankloss.options import RankOptions, Worth
@@ -136,7 +135,7 @@ def terms(batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[
     per_anchor = options.reduction == "none"
     share = 1.0 if options.lists == "batch" else options.anchor_weight(batch.anchors, len(batch.image))
     values = []
-    for term, is_wanted, weight in zip((None, *get_args(Term)), wanted, weights.unbind(), strict=True):
+    for term, is_wanted, weight in zip((None, *RANK_TERMS), wanted, weights.unbind(), strict=True):
         if not is_wanted:
             values.append(batch.image.new_zeros(batch.anchors if per_anchor else ()))
             continue

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankloss import kernels, lists
-from rankloss.batch import Batch, Inputs, Matrix, Term, matrices_of
+from rankloss.batch import RANK_TERMS, Batch, Inputs, Matrix, Term, matrices_of
 from rankloss.options import RankOptions
 from rankloss.plans import Plan
 from rankloss.precision import full_precision
@@ -107,7 +107,7 @@ def stream(
 def _groups(batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[bool]) -> list[_Group]:
     """What is evaluated together: everything, except lists that are ranked beside lists that are not."""
     contrastive, *ranked = wanted
-    terms: list[Term] = [term for term, w in zip(get_args(Term), ranked, strict=True) if w]
+    terms: list[Term] = [term for term, w in zip(RANK_TERMS, ranked, strict=True) if w]
     both = matrices_of("cross_modal")
     halves = (weights * (0.5 / batch.anchors)).unbind()  # a term is the mean of its two directions
     groups = []

@@ -40,7 +40,7 @@ def shares_gathering(base: Base, gather: Gather) -> bool:
 def must_be_called(base: Base) -> bool:
     """Whether a base has hooks, or a ``forward`` that was set on it, which run only where it is called."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return any(vars(base).get(name) for name in (*kinds, "forward"))
+    return "forward" in base.__dict__ or any(len(getattr(base, kind)) for kind in kinds)
 
 
 def base_entries(
