@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rankloss.checks import check_device, check_features, check_reference_features, check_scale
 from rankloss.equal_rows import first_equal
-from rankloss.precision import arithmetic_dtype, dtype_of_numbers, full_precision
+from rankloss.precision import arithmetic_dtype, dtype_of_numbers, full_precision, nan_unless_finite
 
 __all__ = ["RANK_TERMS", "Batch", "Inputs", "Matrix", "Name", "Term", "matrices_of", "other_items"]
 
@@ -191,6 +191,10 @@ class Batch:
     def positives(self) -> Tensor:
         """``[n]``: the column of every anchor's own pair."""
         return torch.arange(self.first_row, self.first_row + self.anchors, device=self.image.device)
+
+    def nan_unless_finite(self, weights: Tensor) -> Tensor:
+        """The weights; NaN where a feature is not finite or a product could overflow, as the loss is then."""
+        return nan_unless_finite(weights, self.image, self.text, self.reference_image, self.reference_text)
 
     def matrices(self, names: Sequence[Name]) -> list[Matrix]:
         """Some of the batch's four matrices."""

@@ -367,9 +367,6 @@ class Gather:
     def constants(self, *features: Tensor | None) -> list[Tensor | None]:
         """Features ``[n, D_k]`` of all processes, without a gradient, in one gathering; None stays None."""
         given = [x.detach() for x in features if x is not None]
-        if not torch.compiler.is_compiling():
-            # A tensor of inference mode could not be saved for a backward pass; a copy made outside it can.
-            given = [x.clone() if x.is_inference() else x for x in given]
         if given and self.place[1] > 1:
             dtype = functools.reduce(torch.promote_types, (x.dtype for x in given))
             gathered = _gather(torch.cat([x.to(dtype) for x in given], 1), self.group)

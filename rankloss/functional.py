@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from rankloss import dense
-from rankloss.batch import Batch, Term
+from rankloss.batch import RANK_TERMS, Batch, Term
 from rankloss.checks import check_device, check_is_tensor
 from rankloss.operator import weighted_terms
 from rankloss.options import Discount, RankOptions, Ties, Worth
 
-_TERMS = ("contrastive", "cross_modal", "in_modal")
+_TERMS = ("contrastive", *RANK_TERMS)
 
 __all__ = ["check_references", "cross_modal", "in_modal", "plackett_luce_nll"]
 

@@ -19,7 +19,7 @@ from rankloss.batch import Batch, Inputs
 from rankloss.operators import register
 from rankloss.options import RankOptions
 from rankloss.plans import make_plan
-from rankloss.precision import full_precision, may_look_at, nan_unless_finite
+from rankloss.precision import full_precision, may_look_at
 from rankloss.streaming import stream
 
 __all__ = ["row_lists", "weighted_terms"]
@@ -66,8 +66,7 @@ def _dense_terms(
     if options.kernel == "triton":  # the plan says why it does not serve
         make_plan(options, batch.anchors, len(batch.image), batch.image.device, batch.image.dtype)
     dense.check_memory(batch, options)
-    features = (batch.image, batch.text, batch.reference_image, batch.reference_text)
-    return dense.terms(batch, options, nan_unless_finite(weights, *features), wanted)
+    return dense.terms(batch, options, batch.nan_unless_finite(weights), wanted)
 
 
 def row_lists(
@@ -133,11 +132,6 @@ class _Call(NamedTuple):
         assert scale is not None
         return _Call(image, text, image_anchors, text_anchors, scale, *self[len(Inputs._fields) :])  # type: ignore[arg-type]
 
-    def finite_weights(self, batch: Batch) -> Tensor:
-        """The weights: NaN where a feature is not finite, as the loss is then."""
-        features = (batch.image, batch.text, batch.reference_image, batch.reference_text)
-        return nan_unless_finite(self.weights, *features)
-
 
 def _run(*arguments: Any) -> list[Tensor]:
     """The three terms, then the gradients of their sum by the inputs, empty where none is wanted.
@@ -147,7 +141,7 @@ def _run(*arguments: Any) -> list[Tensor]:
     call = _Call(*arguments)
     batch, options, image = call.batch, RankOptions.decode(call.options), call.image
     plan = make_plan(options, batch.anchors, len(image), image.device, image.dtype)
-    values, sums = stream(batch, options, plan, call.finite_weights(batch), call.terms, call.by)
+    values, sums = stream(batch, options, plan, batch.nan_unless_finite(call.weights), call.terms, call.by)
     gradients = (sums.get(name, image.new_empty(0)) for name in Inputs._fields)
     # Copies, since what an operator returns may not be views of one another.
     return [*map(torch.clone, values.to(image.dtype)), *gradients]
@@ -240,12 +234,13 @@ def _spans_too_far(call: _Call, terms: Sequence[Tensor]) -> bool:
     """Whether terms are NaN though all features are finite: scores too far apart for float64 sums."""
     if not bool(torch.stack(list(terms)).isnan().any()):
         return False
-    return bool(call.finite_weights(call.batch).isfinite().all())
+    return bool(call.batch.nan_unless_finite(call.weights).isfinite().all())
 
 
 def _terms_by_definition(call: _Call) -> list[Tensor]:
     batch = call.batch
-    return dense.terms(batch, RankOptions.decode(call.options), call.finite_weights(batch), call.terms)
+    weights = batch.nan_unless_finite(call.weights)
+    return dense.terms(batch, RankOptions.decode(call.options), weights, call.terms)
 
 
 def _gradients_by_definition(upstream: Sequence[Tensor | None], call: _Call) -> list[Tensor]:
