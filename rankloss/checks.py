@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from rankloss.precision import may_look_at
 
 __all__ = [
+    "WITHOUT_CROSS_MODAL",
     "InputWarning",
     "can_be_read",
     "check_bias",
@@ -22,6 +23,7 @@ __all__ = [
     "check_is_number",
     "check_is_tensor",
     "check_matrix",
+    "check_one_space",
     "check_reference_features",
     "check_scale",
     "check_teacher",
@@ -58,7 +60,7 @@ def check_matrix(name: str, x: object) -> None:
 
 
 def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: int = 2) -> None:
-    """Raise an error that names the argument unless both are floating ``[N, D]`` of one shape and device.
+    """Raise an error that names the argument unless both are floating ``[N, D]`` of one N and device.
 
     N must be at least ``min_pairs``: a list needs two items, but a process may hold one of many.
 
@@ -68,10 +70,10 @@ def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: 
     """
     for name, features in (("image_features", image_features), ("text_features", text_features)):
         check_matrix(name, features)
-    if image_features.shape != text_features.shape:
+    if len(image_features) != len(text_features):
         raise ValueError(
-            "image_features and text_features must have one shape [N, D]; "
-            f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
+            "image_features and text_features must have one row per pair; "
+            f"got shapes {tuple(image_features.shape)} and {tuple(text_features.shape)}"
         )
     if image_features.shape[0] < min_pairs:
         pairs = "one pair" if min_pairs == 1 else "two pairs"
@@ -80,6 +82,25 @@ def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: 
             f"got shape {tuple(image_features.shape)}"
         )
     check_device("text_features", text_features, image_features)
+
+
+WITHOUT_CROSS_MODAL = (
+    "leave the cross-modal term out, cross_modal=0 (RankClipLoss: lambda_cross=0, open_clip: "
+    "--rankclip-lambda-cross 0)"
+)
+
+
+def check_one_space(image_features: Tensor, text_features: Tensor) -> None:
+    """Raise a ValueError unless image and text features have one width, as those of one space have.
+
+    What compares images with texts calls this. The in-modal term does not.
+    """
+    if image_features.shape[1] != text_features.shape[1]:
+        raise ValueError(
+            "image_features and text_features must have one shape [N, D]; "
+            f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}. For encoders that share no "
+            f"space {WITHOUT_CROSS_MODAL}"
+        )
 
 
 # --- a teacher's features ---------------------------------------------------------------------------------

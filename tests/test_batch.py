@@ -10,16 +10,23 @@ import torch
 from batches import assert_close, random_batch, teacher_of
 from fake_cuda import fake_cuda
 from rankloss.batch import Batch, matrices_of, other_items
+from rankloss.functional import cross_modal, in_modal
 from rankloss.operator import weighted_terms
 from rankloss.options import RankOptions
 
 V, T = torch.eye(4, 3), torch.eye(4, 3).flip(0)
 META = torch.device("meta")
+RANKED = (False, True, True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "named"),
     [
+        (
+            (V, T[:, :2], 1.0),
+            ValueError,
+            r"image_features and text_features .*\(4, 3\) and \(4, 2\).*lambda_cross=0",
+        ),
         ((V, T[:2], 1.0), ValueError, r"image_features and text_features .*\(4, 3\) and \(2, 3\)"),
         ((V[:1], T[:1], 1.0), ValueError, r"image_features .*\(1, 3\)"),
         ((V[:, :0], T[:, :0], 1.0), ValueError, r"image_features .*\(4, 0\)"),
@@ -42,7 +49,7 @@ META = torch.device("meta")
 )
 def test_what_does_not_fit_is_named_and_shown(arguments, error, named: str) -> None:
     with pytest.raises(error, match=named):
-        Batch.of(*arguments)
+        cross_modal(*arguments)
 
 
 @pytest.mark.parametrize("name", ["reference_image", "reference_text"])
@@ -59,22 +66,20 @@ def test_what_does_not_fit_is_named_and_shown(arguments, error, named: str) -> N
 )
 def test_a_teacher_that_does_not_fit_is_named_and_shown(name: str, bad: Any, error, shown: str) -> None:
     with pytest.raises(error, match=f"{name}_features .*{shown}"):
-        Batch.of(V, T, 1.0, **{name: bad})
+        in_modal(V, T, 1.0, **{f"{name}_features": bad})
 
 
 def test_tensors_on_two_devices_are_never_a_number() -> None:
     v, t, s = random_batch(0, 4, 3, 10.0).leaves()
     weights = torch.ones(3, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"image_anchors .*cpu.*meta"):
-        Batch.of(v, t, s, anchors=(v.to(META), t))
     with pytest.raises(ValueError, match=r"weights .*meta"):
-        weighted_terms(Batch.of(v, t, s), RankOptions(), weights.to(META))
+        weighted_terms(Batch.of(v, t, s), RankOptions(), weights.to(META), RANKED)
     for options in (RankOptions(), RankOptions(lists="batch")):
-        of_meta = weighted_terms(Batch.of(v.to(META), t.to(META), s), options, weights)
+        of_meta = weighted_terms(Batch.of(v.to(META), t.to(META), s), options, weights, RANKED)
         assert all(x.is_meta and x.shape == () for x in of_meta)
         with META:  # a default device, while the features are real
-            values = weighted_terms(Batch.of(v, t, 10.0), options, weights)
-        assert_close(values, weighted_terms(Batch.of(v, t, s), options, weights), 0.0)
+            values = weighted_terms(Batch.of(v, t, 10.0), options, weights, RANKED)
+        assert_close(values, weighted_terms(Batch.of(v, t, s), options, weights, RANKED), 0.0)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
@@ -92,7 +97,7 @@ def test_a_teacher_has_no_graph_and_may_be_made_in_inference_mode() -> None:
     batch = Batch.of(*inputs, **names)
     assert batch.reference_image is not None
     assert batch.reference_image.dtype == torch.float32
-    sum(weighted_terms(batch, RankOptions(), torch.ones(3, dtype=torch.float64))).backward()
+    sum(weighted_terms(batch, RankOptions(), torch.ones(3, dtype=torch.float64), RANKED)).backward()
     taught = Batch.of(*inputs, reference_image=torch.eye(6).requires_grad_())
     assert taught.reference_image is not None
     assert not taught.reference_image.requires_grad

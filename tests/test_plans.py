@@ -27,6 +27,8 @@ def test_a_plan_keeps_its_limits(n: int, share: int, chunk_size: int | None, dev
     chosen = chosen if chunk_size is None else chunk_size
     assert plan.chunk_size == min(chosen, anchors)
     assert plan.lists_at_once == max(128, lists // n)
+    # What waits for its mirror image is 4·n² bytes at most, in blocks whose number is bounded.
+    assert plan.is_mirrored == (anchors == n <= min(4096, 64 * plan.chunk_size))
 
 
 @pytest.mark.parametrize(
