@@ -18,8 +18,6 @@ from torch import Tensor
 from rankloss.equal_rows import first_equal
 from rankloss.precision import arithmetic_dtype, dtype_of_numbers, full_precision, nan_unless_finite
 
-__all__ = ["PARTNER", "RANK_TERMS", "Batch", "Inputs", "Matrix", "Name", "Term", "matrices_of", "other_items"]
-
 Term = Literal["cross_modal", "in_modal"]
 Name = Literal["S", "R", "I", "X"]
 

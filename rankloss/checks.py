@@ -13,26 +13,6 @@ from torch.autograd import forward_ad
 
 from rankloss.precision import may_look_at
 
-__all__ = [
-    "WITHOUT_CROSS_MODAL",
-    "InputWarning",
-    "can_be_read",
-    "check_bias",
-    "check_device",
-    "check_features",
-    "check_is_number",
-    "check_is_tensor",
-    "check_matrix",
-    "check_one_space",
-    "check_reference_features",
-    "check_scale",
-    "check_teacher",
-    "kind_of",
-    "look_at_rows",
-    "look_at_scale",
-    "refuse_forward_mode",
-]
-
 
 class InputWarning(UserWarning):
     """An input is suspicious, and used unchanged."""

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from rankloss.precision import may_look_at
 
-__all__ = ["GOLDEN", "MIXING_SHIFT", "first_equal", "first_occurrence", "row_hashes"]
-
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio in 64 bits: its multiples are far apart
 MIXING_SHIFT = 31  # no bit then has fewer than 32 above it, itself or its copy

@@ -22,8 +22,6 @@ from rankloss.plans import make_plan
 from rankloss.precision import full_precision, may_look_at
 from rankloss.streaming import stream
 
-__all__ = ["weighted_terms"]
-
 
 def weighted_terms(
     batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[bool]

@@ -10,8 +10,6 @@ import torch
 from rankloss import kernels
 from rankloss.options import RankOptions
 
-__all__ = ["Plan", "make_plan"]
-
 # Entries of a matrix: up to the first it is one chunk, beyond it the second makes a chunk's rows; up to the
 # third, products wait for their mirror images, which then take 4 bytes each at most; and of the lists that
 # are evaluated at once, as many as a core's cache holds.

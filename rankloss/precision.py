@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["arithmetic_dtype", "dtype_of_numbers", "full_precision", "may_look_at", "nan_unless_finite"]
-
 
 def arithmetic_dtype(*features: Tensor) -> torch.dtype:
     """Float32, or float64 if any of the features is that."""

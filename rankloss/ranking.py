@@ -26,18 +26,6 @@ from torch import Tensor
 from rankloss.options import RankOptions
 from rankloss.precision import may_look_at
 
-__all__ = [
-    "Binned",
-    "Ranking",
-    "Selected",
-    "Sorted",
-    "ascending",
-    "extremes",
-    "quantize",
-    "rank",
-    "slices",
-]
-
 
 def slices(n: int, size: int) -> Iterator[slice]:
     """``range(n)`` in slices of ``size``, the last one possibly shorter."""

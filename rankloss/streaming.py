@@ -26,8 +26,6 @@ from rankloss.plans import Plan
 from rankloss.precision import full_precision
 from rankloss.ranking import slices
 
-__all__ = ["stream"]
-
 
 class _Group(NamedTuple):
     """Matrices whose lists are evaluated together, and what each weighs; the weights are ``[matrices]``."""

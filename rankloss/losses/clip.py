@@ -12,8 +12,6 @@ from rankloss.checks import check_bias
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.losses.gathering import StreamedLoss, gather_of_open_clip
 
-__all__ = ["ClipLoss", "without_effect"]
-
 
 class ClipLoss(StreamedLoss):
     r"""CLIP's symmetric InfoNCE: ``½[CE(s·V·Tᵀ) + CE(s·T·Vᵀ)]``, the target of row i being i.

@@ -25,8 +25,6 @@ from rankloss.operator import weighted_terms
 from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, check_names
 from rankloss.precision import arithmetic_dtype, may_look_at, nan_unless_finite
 
-__all__ = ["GatheringLoss", "StreamedLoss", "gather_of_open_clip"]
-
 
 class GatheringLoss(nn.Module):
     """A loss of features that are gathered from all processes.

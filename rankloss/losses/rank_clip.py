@@ -24,8 +24,6 @@ from rankloss.losses.rank_consistency import FixedWeights, RankConsistency
 from rankloss.options import OPTION_NAMES, check_count, check_names, check_weight
 from rankloss.schedules import Schedule
 
-__all__ = ["RankClipLoss"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -15,8 +15,6 @@ from rankloss.losses.gathering import GatheringLoss
 from rankloss.options import OPTION_NAMES, RankOptions, check_count, check_names, check_weight
 from rankloss.plans import Plan, make_plan
 
-__all__ = ["FixedWeights", "RankConsistency"]
-
 _log = logging.getLogger(__name__)
 
 
