@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from miniature_paper.rivals import RIVALS, SCALED, TERMS, RivalsLoss, principal_components
+from open_clip.loss import DistillClipLoss
 
 import rankloss
 from rankloss.distributed import Gather
@@ -123,6 +124,15 @@ def test_a_scale_that_is_not_given_is_the_students(name):
     )
     inputs = [*tensors(STUDENT), S]
     torch.testing.assert_close(own(*inputs, **given()), same(*inputs, **given()), rtol=0, atol=0)
+
+
+def test_the_relation_is_the_distillation_of_open_clips_trainer():
+    features, references = tensors(STUDENT), given()
+    own = RivalsLoss(relation=1.0, scales={"relation": S_TEACHER})(
+        *features, S, output_dict=True, **references
+    )
+    theirs = DistillClipLoss()(*features, S, *references.values(), S_TEACHER, output_dict=True)
+    torch.testing.assert_close(own["relation_loss"], theirs["distill_loss"])
 
 
 def test_equal_captions_have_a_gradient():
