@@ -44,6 +44,8 @@ def write(study: Study, folder: Path, *, find: Find, command: str) -> Path:
     rounds = [steps for steps in rounds if steps]
     tried = (trial for step in chain(*rounds) for trial in step.trials)
     settings = list(dict.fromkeys(chain(*study.arms.values(), tried)))
+    if study.grids:  # what joined a grid later stands with its arm
+        settings.sort(key=lambda trial: study.names.index(trial.factor))
     records = find(list(dict.fromkeys([*(one for step in chain(*rounds) for one in step.attempts), *wanted])))
     for name in ("", "-rounds"):
         (folder / "figures" / f"{study.name}{name}.png").unlink(missing_ok=True)
