@@ -106,13 +106,14 @@ def test_preset_of_a_teacher_is_rankclip_with_other_defaults() -> None:
 @pytest.mark.parametrize(
     "gather", [ALONE, dataclasses.replace(ALONE, local_loss=True, gather_with_grad=True)]
 )
-def test_every_own_loss_is_built_by_its_defaults(gather: Gather) -> None:
+def test_every_loss_is_built_by_its_defaults_and_what_it_needs(gather: Gather) -> None:
+    needed = {"alip": {"caption_key": "synthetic"}, "rivals": {"mimicry": 1.0}}
     for name, candidate in catalog.candidates().items():
         entry = candidate.load()
         options = {option.key: option.default for option in entry.options}
-        if name == "alip":
+        if name in needed:
             assert entry.refuse(options, gather) is not None
-            options["caption_key"] = "synthetic"
+            options |= needed[name]
         assert entry.refuse(options, gather) is None
         loss = entry.build(rankloss.ClipLoss(gather=gather), options, gather)
         assert isinstance(loss, nn.Module)

@@ -29,7 +29,7 @@ def parsed(*argv: str, names: tuple[str, ...] = ()) -> dict[str, Any]:
 
 def test_every_option_of_the_catalogue_is_an_argument() -> None:
     parser = HfArgumentParser(TrainingArguments)
-    LossOptions(parser)
+    LossOptions(parser, *catalog.candidates())
     found = {option for action in parser._actions for option in action.option_strings}
     entries = {name: candidate.load() for name, candidate in catalog.candidates().items()}
     assert found >= {flag(name, entry, option) for name, entry in entries.items() for option in entry.options}
