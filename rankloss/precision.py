@@ -24,7 +24,7 @@ def dtype_of_numbers(device: torch.device) -> torch.dtype:
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Outside any autocast region, which would turn products into half precision."""
-    if device.type == "meta":  # computes nothing, and knows no autocast
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta knows no autocast
         return nullcontext()
     return torch.autocast(device_type=device.type, enabled=False)
 
