@@ -1,8 +1,8 @@
 """What the losses cost on one CUDA card, in under nine minutes. Whether they are right: ``make test-gpu``.
 
-Each section writes its results to ``OUTPUT/NAME.json`` when it is done, and is not run again then, so that
-the same command resumes an interrupted run. A section that fails leaves the others. ``--dry-run`` runs every
-section on the CPU, at sizes that say nothing.
+Each section writes its results to ``OUTPUT/NAME.json`` when it is done, and is not run again while that file
+is there, so that the same command resumes an interrupted run. A section that fails leaves the others.
+``--dry-run`` runs every section on the CPU, at sizes that say nothing.
 """
 
 from __future__ import annotations
@@ -205,10 +205,6 @@ def run_section(name: str, bench: Bench, folder: Path) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu"), help="default: %(default)s")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION",
-                        help=f"of {', '.join(SECTIONS)} (default: all)")  # fmt: skip
-    parser.add_argument("--again", action="store_true", help="run sections that are done as well")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds in all (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at tiny sizes")
     parser.add_argument("--write", type=Path, help="also fill the tables into this file, between its markers")
     args = parser.parse_args(argv)
@@ -221,9 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     about = json.dumps(conditions(device, args.dry_run), indent=2) + "\n"
     (args.output / "conditions.json").write_text(about)
-    bench, failed = Bench(device, args.dry_run, time.monotonic() + args.limit), []
-    for name in args.only:
-        if (args.output / f"{name}.json").exists() and not args.again:
+    bench, failed = Bench(device, args.dry_run, time.monotonic() + LIMIT), []
+    for name in SECTIONS:
+        if (args.output / f"{name}.json").exists():
             print(f"{name}: done before", flush=True)
         elif bench.left < 10:
             print(f"{name}: no time left; repeat the command to run it", flush=True)

@@ -13,7 +13,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -235,15 +234,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dim", type=int, default=512, help="default: %(default)s")
     bins = rankloss.RankOptions().bins
     parser.add_argument("--bins", type=int, default=bins, help="of method bin (default: %(default)s)")
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON there, or print it")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     if args.rows < 1 or args.items < 2 or args.items % args.rows:
         parser.error(f"--items must be a multiple of --rows; got {args.items} and {args.rows}")
     found = measure(args.rows, args.items, args.dim, args.bins)
-    text = json.dumps(found, indent=2)
-    if args.json and args.json != "-":
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
-    print(text if args.json == "-" else table(found))
+    print(json.dumps(found, indent=2) if args.json else table(found))
     return 0
 
 

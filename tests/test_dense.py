@@ -140,14 +140,6 @@ def test_scores_far_apart_do_not_underflow() -> None:
     assert x.grad.tolist() == [2.0, -1.0, -1.0]
 
 
-def test_a_reference_of_minus_one_is_a_value_like_any_other() -> None:
-    # The authors' code takes it for padding and drops the item: 1.9297 there.
-    x = torch.tensor([0.3, -0.2, 1.1, 0.5], dtype=torch.float64)
-    assert plackett_luce_nll(x, torch.tensor([3, -1, 2, 1])).item() == pytest.approx(
-        2.62283642224751, rel=1e-9
-    )
-
-
 @pytest.mark.parametrize("worth", ["exp", "shifted", "identity"])
 @pytest.mark.parametrize("options", [{}, {"discount": "log", "top_k": 2}], ids=["plain", "discount, top-k"])
 def test_first_and_second_derivatives_are_right(worth: str, options) -> None:
