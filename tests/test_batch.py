@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from batches import assert_close, random_batch, teacher_of
+from batches import assert_close, random_batch
 from fake_cuda import fake_cuda
-from rankloss.batch import Batch, matrices_of, other_items
+from rankloss.batch import Batch, matrices_of
 from rankloss.operator import weighted_terms
 from rankloss.options import RankOptions
 
@@ -55,32 +53,6 @@ def test_on_mps_which_has_no_float64_the_cpu_computes() -> None:
 # --- matrices and what they are ranked by -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_share", [False, True])
-@pytest.mark.parametrize("given", [(), ("image", "text"), ("image",), ("text",)])
-def test_each_matrix_is_ranked_by_its_partner_or_by_the_teachers_own(is_share: bool, given) -> None:
-    v, t, s = (x.detach() for x in random_batch(0, 6, 4, 10.0).leaves())
-    whole = {
-        name: x for name, x in zip(("image", "text"), teacher_of(6).values(), strict=True) if name in given
-    }
-    teacher = {f"reference_{name}": x for name, x in whole.items()}
-    rows = slice(2, 5) if is_share else slice(0, 6)
-    share: dict[str, Any] = {"anchors": (v[rows], t[rows]), "first_row": 2} if is_share else {}
-    batch = Batch.of(v, t, s, **teacher, **share)
-    assert batch.positives.tolist() == list(range(6))[rows]
-    assert batch.anchors == len(batch.positives)
-    assert batch.has_teacher is bool(given)
-    own = {"S": v @ t.T, "R": t @ v.T, "I": v @ v.T, "X": t @ t.T}
-    by = {"S": own["R"], "R": own["S"], "I": own["X"], "X": own["I"]}
-    if given:
-        f, g = whole[given[0]], whole[given[-1]]
-        if len(given) == 1:
-            del own["S"], own["R"]
-        by = {"S": f @ g.T, "R": g @ f.T, "I": f @ f.T, "X": g @ g.T}
-    names = [name for name in matrices_of("cross_modal", "in_modal") if name in own]
-    for matrices, expected in ((batch.matrices(names), own), (batch.references(names), by)):
-        assert_close([m.cosines() for m in matrices], [expected[name][rows] for name in names], 1e-12)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_structural_ties_of_unit_norm_rows_are_exact(dtype: torch.dtype) -> None:
     """C_ij = C_ji and N equal diagonal entries: a rounding apart, they would cost about log 2 a pair."""
@@ -102,11 +74,3 @@ def test_rows_of_other_norms_rank_by_them() -> None:
     squares = x.square().sum(-1)
     assert_close([diagonal], [torch.stack([*squares[[5, 5]], *squares[2:]])], 1e-12)  # 1 % is unit-norm
     assert diagonal[0] == diagonal[5]
-
-
-def test_other_items_are_all_columns_but_the_own() -> None:
-    own = torch.tensor([0, 2, 3])
-    found = other_items(own, 4)
-    assert found.shape == (3, 3)
-    for k, row in zip(own.tolist(), found.tolist(), strict=True):
-        assert row == [j for j in range(4) if j != k]

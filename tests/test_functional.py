@@ -108,19 +108,6 @@ def test_row_lists_match_the_vectors_in_value_and_gradient(key: str, dtype, tole
             assert relative_error(gradient, expected[name]) < gradient_tolerance, name
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("key", [k for k, case in VECTORS.items() if "batch_list_sum" in case])
-def test_batch_lists_match_the_vectors(key: str, dtype: torch.dtype, tolerance: float) -> None:
-    case = VECTORS[key]
-    v, t, s = vector_batch(case).leaves(dtype)
-    sums, options = case["batch_list_sum"], {"lists": "batch", "reduction": "sum"}
-    assert relative_error(cross_modal(v, t, s, **options), sums["cross_modal"]) < tolerance
-    expected = (sums["in_modal I|X"] + sums["in_modal X|I"]) / 2
-    assert relative_error(in_modal(v, t, s, **options), expected) < tolerance
-    shifted = case["batch_list_sum_shifted_worth"]["cross_modal"]
-    assert relative_error(cross_modal(v, t, s, worth="shifted", **options), shifted) < tolerance
-
-
 @terms
 @settings(max_examples=150)
 @given(

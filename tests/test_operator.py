@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,28 +88,6 @@ def test_unequal_upstream_values_cost_no_look_where_none_is_free(
     )
     found, owed = (gradients(weighted(x, upstream), inputs, 1.7) for x in (terms, expected))
     assert_close(found, owed, 1e-9)
-
-
-@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:])
-def test_only_the_gradients_that_are_wanted_are_computed(wanted) -> None:
-    drawn = random_batch(2, 6, 4, 10.0)
-    leaves = [x.detach().requires_grad_(w) for x, w in zip(drawn.leaves(), wanted, strict=True)]
-    sum(row_lists(batch_of(leaves), RankOptions(chunk_size=4), WEIGHTS, (True,) * 3)).backward()
-    full = drawn.leaves()
-    expected = gradients(sum(dense.terms(batch_of(full), RankOptions(), WEIGHTS, (True,) * 3)), full, 1.0)
-    for x, w, g in zip(leaves, wanted, expected, strict=True):
-        assert (x.grad is not None) == w
-        if w:
-            assert_close([x.grad], [g], 1e-10)
-
-
-def test_without_gradients_there_are_the_values_alone() -> None:
-    inputs = random_batch(2, 6, 4, 10.0).leaves()
-    expected = row_lists(batch_of(inputs), RankOptions(), WEIGHTS, (True,) * 3)
-    with torch.no_grad():
-        terms = row_lists(batch_of(inputs), RankOptions(), WEIGHTS, (True,) * 3)
-    assert not any(x.requires_grad for x in terms)
-    assert_close(terms, expected, 1e-14)
 
 
 @pytest.mark.parametrize(

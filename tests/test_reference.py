@@ -25,6 +25,8 @@ def test_reference_matches_the_vectors(key: str) -> None:
         assert relative_error(cross, sums["cross_modal"]) < 1e-10
         both = (sums["in_modal I|X"] + sums["in_modal X|I"]) / 2
         assert relative_error(reference.in_modal(v, t, s, lists="batch", reduction="sum"), both) < 1e-10
+        shifted = reference.cross_modal(v, t, s, lists="batch", reduction="sum", worth="shifted")
+        assert relative_error(shifted, case["batch_list_sum_shifted_worth"]["cross_modal"]) < 1e-10
 
 
 def test_reference_of_a_list_written_out_by_hand() -> None:

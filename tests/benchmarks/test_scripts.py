@@ -19,9 +19,9 @@ import bin_error  # noqa: E402
 import costs  # noqa: E402
 import gpu  # noqa: E402
 import scaling  # noqa: E402
-from measure import Times, conditions, in_turns  # noqa: E402
+from measure import conditions  # noqa: E402
 from report import fill  # noqa: E402
-from scaling import Point, exponent  # noqa: E402
+from scaling import Point  # noqa: E402
 
 MIB = 2**20
 POINTS = [
@@ -40,13 +40,6 @@ SHOWN = {  # what the report makes of them
     "RankConsistency sort, whole process, N = 32,768": "at most 2.00 GiB | not measured | –",
     "demo's step, rankclip / clip, N = 128": "at most 1.03× | 1.05× | **no**",
 }
-
-
-@pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
-def test_exponent_is_that_of_a_power_law_over_what_is_large_and_there(p: float) -> None:
-    ns = [64, 1024, 2048, 4096, 16384]
-    assert exponent(ns, [9.0, *(3 * n**p for n in ns[1:3]), None, 3 * 16384**p]) == pytest.approx(p)
-    assert exponent(ns[:3], [1.0, 2.0, None]) is None
 
 
 def test_report_judges_the_targets_and_shows_what_was_not_measured() -> None:
@@ -77,14 +70,6 @@ def test_fill_replaces_what_is_between_the_markers_and_nothing_else(tmp_path: Pa
         assert path.read_text() == f"a\n<!-- bench:x -->\n{text}\n<!-- /bench:x -->\nb\n"
     with pytest.raises(ValueError, match="bench:y"):
         fill(path, "y", "text")
-
-
-def test_contenders_take_turns_in_both_orders_and_ratios_are_of_the_rounds() -> None:
-    calls: list[str] = []
-    times = in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=2)
-    assert "".join(calls) == "baabba"
-    assert {name: len(t.seconds) for name, t in times.items()} == {"a": 2, "b": 2}
-    assert Times([1.0, 20.0, 3.0]).ratio_to(Times([0.5, 10.0, 2.0])) == 2.0  # the second was slow for both
 
 
 def test_more_bins_are_closer_to_the_exact_order() -> None:
