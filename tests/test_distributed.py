@@ -594,15 +594,6 @@ def test_gathered_features_are_what_the_loss_would_gather(pools: Pools) -> None:
         assert all(message.startswith("gathered images must") for message in messages), messages
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"local_loss": 1}, {"world_size": 0}, {"rank": "0"}, {"rank": 2, "world_size": 2}, {"group": "gloo"}],
-)
-def test_gather_refuses_what_it_cannot_be(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
-        Gather(**options)
-
-
 def test_gather_is_read_when_it_is_needed() -> None:
     assert Gather() == Gather.of(None)
     assert Gather().place == Gather.of(False).place == (0, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,8 @@ from torch.nn.functional import normalize
 
 pytest.importorskip("matplotlib")
 
-from matplotlib.colors import same_color, to_rgba
+from matplotlib.colors import same_color
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 
 from rankloss import plots
 
@@ -154,20 +152,3 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
         plots.slope_chart(**{**good, **change})
     with pytest.raises(ValueError, match="first and second"):
         plots.compare_rankings(torch.ones(3), torch.ones(2), "abc")
-
-
-def test_tensorboard_and_wandb_take_the_figure(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from torch.utils.tensorboard import SummaryWriter
-
-    v, t = features(8, 0)
-    with SummaryWriter(str(tmp_path)) as writer:
-        writer.add_figure("ranking", plots.slope_chart(v, t, list("abcdefgh"), 0), global_step=3)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    (image,) = events.Images("ranking")
-    assert image.step == 3
-    (tmp_path / "image.png").write_bytes(image.encoded_image_string)
-    assert not same_color(imread(tmp_path / "image.png").min((0, 1))[:3], to_rgba("white")[:3])
-
-    wandb = pytest.importorskip("wandb")
-    assert wandb.Image(plots.slope_chart(v, t, list("abcdefgh"), 0)).image.size[0] > 100
