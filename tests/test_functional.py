@@ -243,18 +243,6 @@ def test_features_whose_products_overflow_are_nan(largest: float) -> None:
     assert both(v * largest, t, s).isnan()
 
 
-def test_random_ties_follow_the_seed() -> None:
-    inputs = random_batch(0, 9, 4, 10.0, duplicates=3).leaves()
-    shared = value_and_gradients(inputs)
-    results = []
-    for seed in (3, 3, 4):
-        torch.manual_seed(seed)
-        results.append(value_and_gradients(inputs, ties="random"))
-    assert all(torch.equal(a, b) for a, b in zip(*results[:2], strict=True))
-    assert relative_error(results[2][0], results[0][0]) > 1e-6
-    assert relative_error(results[0][0], shared[0]) > 1e-3
-
-
 @pytest.mark.parametrize(
     ("loss", "names", "options", "named"),
     [
