@@ -118,7 +118,7 @@ MUTATED := rankloss/dense.py rankloss/lists.py rankloss/ranking.py rankloss/stre
 	integrations/rankloss_trainers/clock.py
 KILLERS := tests/test_dense.py tests/test_lists.py tests/test_ranking.py tests/test_streaming.py \
 	tests/test_operator.py tests/test_batch.py tests/test_functional.py tests/test_losses.py \
-	tests/test_distributed.py tests/rankloss_trainers/test_clock.py
+	tests/test_distributed.py tests/conditions tests/docs/test_bad_input.py tests/rankloss_trainers/test_clock.py
 mutants: $(VENV)/.dev
 	$(BIN)/python tools/mutants.py $(MUTANTS_ARGS) $(MUTATED) -- $(KILLERS)
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.autograd import forward_ad
 
 from batches import Batch as Drawn
 from batches import assert_close, batches, gradients, random_batch, teacher_of
@@ -91,28 +88,6 @@ def test_unequal_upstream_values_cost_no_look_where_none_is_free(
     )
     found, owed = (gradients(weighted(x, upstream), inputs, 1.7) for x in (terms, expected))
     assert_close(found, owed, 1e-9)
-
-
-@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:])
-def test_only_the_gradients_that_are_wanted_are_computed(wanted) -> None:
-    drawn = random_batch(2, 6, 4, 10.0)
-    leaves = [x.detach().requires_grad_(w) for x, w in zip(drawn.leaves(), wanted, strict=True)]
-    sum(weighted_terms(batch_of(leaves), RankOptions(chunk_size=4), WEIGHTS, (True,) * 3)).backward()
-    full = drawn.leaves()
-    expected = gradients(sum(dense.terms(batch_of(full), RankOptions(), WEIGHTS, (True,) * 3)), full, 1.0)
-    for x, w, g in zip(leaves, wanted, expected, strict=True):
-        assert (x.grad is not None) == w
-        if w:
-            assert_close([x.grad], [g], 1e-10)
-
-
-def test_without_gradients_there_are_the_values_alone() -> None:
-    inputs = random_batch(2, 6, 4, 10.0).leaves()
-    expected = weighted_terms(batch_of(inputs), RankOptions(), WEIGHTS, (True,) * 3)
-    with torch.no_grad():
-        terms = weighted_terms(batch_of(inputs), RankOptions(), WEIGHTS, (True,) * 3)
-    assert not any(x.requires_grad for x in terms)
-    assert_close(terms, expected, 1e-14)
 
 
 @pytest.mark.parametrize(
@@ -200,33 +175,7 @@ def test_what_forward_keeps_for_backward_grows_linearly_in_n(options) -> None:
     assert kept(256) < 256 * 256 * 4  # less than one N×N matrix
 
 
-# --- compilers and transforms -----------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # a compiler's own use
-@pytest.mark.parametrize(
-    ("options", "has_teacher"),
-    [({}, False), ({"lists": "batch"}, False), ({"method": "bin", "bins": 4}, True)],
-)
-def test_compiles_into_one_graph_which_follows_the_weights(options, has_teacher: bool) -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    checked, teacher = RankOptions(**options), teacher_for(8) if has_teacher else {}
-
-    def f(v: Tensor, t: Tensor, s: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        contrastive = checked.lists == "row"
-        return weighted_terms(Batch.of(v, t, s, **teacher), checked, weights, (contrastive, True, True))
-
-    compiled = torch.compile(f, backend=counter, fullgraph=True)
-    inputs, weights = random_batch(0, 8, 4, 10.0, duplicates=2).leaves(torch.float32), WEIGHTS.clone()
-    for factor in (1.0, 0.25, 3.0):
-        weights.mul_(factor)  # in place, as a schedule's tensor on the device is changed
-        results = []
-        for g in (compiled, f):
-            terms = g(*inputs, weights)
-            results.append([*terms, *gradients(weighted(terms, (0.7, 2.0, -1.1)), inputs, 1.3)])
-        assert_close(*results, 1e-5)
-    assert counter.frame_count == 1
+# --- the contract of an operator --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("has_teacher", [False, True])
@@ -242,24 +191,6 @@ def test_the_operators_keep_the_contract_of_torch_library(has_teacher: bool) -> 
     torch.library.opcheck(
         torch.ops.rankloss.row_lists_backward.default, (upstream, found[3:], *arguments), test_utils=tests
     )
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use
-@pytest.mark.parametrize("lists", ["row", "batch"])
-def test_transforms_that_no_trainer_uses_are_errors(lists: str) -> None:
-    v, t, s = (x.detach() for x in random_batch(0, 6, 4, 10.0).leaves())
-
-    def f(v: Tensor, s: Tensor = s) -> Tensor:
-        return cross_modal(v, t, s, lists=lists)
-
-    with pytest.raises(RuntimeError):
-        torch.func.jvp(f, (v,), (torch.ones_like(v),))
-    with forward_ad.dual_level(), pytest.raises(RuntimeError):
-        f(forward_ad.make_dual(v, torch.ones_like(v)))
-    with forward_ad.dual_level(), pytest.raises(RuntimeError):
-        f(v, forward_ad.make_dual(s, torch.ones_like(s)))
-    with pytest.raises(RuntimeError):
-        torch.vmap(f)(torch.stack([v, v]))
 
 
 # --- on an accelerator ------------------------------------------------------------------------------------
@@ -312,17 +243,17 @@ def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(
         assert copies.found == []
 
 
-@pytest.mark.parametrize("has_teacher", [False, True])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "has_teacher"),
     [
-        {"lists": "batch"},
-        {"lists": "batch", "model": "top_one"},
-        {"lists": "batch", "diagonal": False, "worth": "shifted"},
-        {"worth": "identity", "top_k": 2},
-        {"ties": "random"},
-        {"discount": "log", "diagonal": False},
-        {"reduction": "none"},
+        ({"lists": "batch"}, False),
+        ({"lists": "batch"}, True),
+        ({"lists": "batch", "model": "top_one"}, True),
+        ({"lists": "batch", "diagonal": False, "worth": "shifted"}, False),
+        ({"worth": "identity", "top_k": 2}, True),
+        ({"ties": "random"}, False),
+        ({"discount": "log", "diagonal": False}, False),
+        ({"reduction": "none"}, True),
     ],
 )
 def test_what_does_not_stream_never_waits_nor_copies_either(options, has_teacher: bool) -> None:
