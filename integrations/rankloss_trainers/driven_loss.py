@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rankloss.distributed import Gather
+from rankloss.losses import base_entries
 from rankloss_trainers.clock import Clock, Position
 
 Evaluate = Callable[..., Mapping[str, Tensor]]
@@ -59,6 +61,23 @@ class Entries(NamedTuple):
         return cls(terms, metrics)
 
 
+def evaluation(base: Any, gather: Gather, **features: Any) -> Entries:
+    """What a base loss gives for a batch of an evaluation, in which no rank term has a part.
+
+    Args:
+        base: The base.
+        gather: How the run's batches are gathered.
+        **features: What the loss of the training is called with.
+
+    Returns:
+        The base's terms; of a single pair, which has no negatives, a loss of 0.
+    """
+    images: Tensor = features["image_features"]
+    if len(images) < gather.min_pairs:
+        return Entries({"contrastive_loss": images.new_zeros(())}, {})
+    return Entries(Entries.of(base, base_entries(base, **features)).terms, {})
+
+
 class LoggedTerms(dict[str, Tensor]):
     """The terms of a loss together with what is logged but not trained.
 
@@ -76,14 +95,7 @@ class LoggedTerms(dict[str, Tensor]):
 
     def values(self) -> Any:
         """The loss terms only."""
-        return self._split(False).values()
-
-    def copy(self) -> LoggedTerms:
-        """The same terms and metrics."""
-        return LoggedTerms(self._split(False), self._split(True))
-
-    def _split(self, metrics: bool) -> dict[str, Tensor]:
-        return {key: value for key, value in self.items() if (key in self._metrics) == metrics}
+        return [value for name, value in self.items() if name not in self._metrics]
 
 
 def call_alone(criterion: nn.Module, step: int, **inputs: Any) -> Mapping[str, Tensor]:  # noqa: ARG001
@@ -131,7 +143,7 @@ class DrivenLoss(nn.Module):
             **inputs: What else the trainer hands to its own loss.
 
         Raises:
-            RuntimeError: The trainer has announced neither an epoch nor a step.
+            RuntimeError: The trainer has announced no epoch.
             ValueError: As :meth:`Entries.of`.
         """
         step = self.clock.advance()

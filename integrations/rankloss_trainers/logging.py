@@ -1,6 +1,6 @@
 """What is logged of rankloss's own losses beside their terms: λ, raw terms, agreement.
 
-Each function or object here is an ``evaluate`` of :class:`rankloss_trainers.driven_loss.DrivenLoss`.
+A :class:`RankClipLog` is an ``evaluate`` as :mod:`rankloss_trainers.driven_loss` describes it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import rankloss
+from rankloss.options import check_count
 from rankloss_trainers.charts import AgreementCharts
 
 _AGREEMENT_ANCHORS = 256
@@ -47,6 +48,10 @@ class RankClipLog:
     _agreement: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _measured: int | None = field(default=None, init=False, repr=False)  # the last multiple
 
+    def __post_init__(self) -> None:
+        if self.agreement_every is not None:
+            check_count("agreement_every", self.agreement_every)
+
     def __call__(self, criterion: rankloss.RankClipLoss, step: int, **inputs: Any) -> Mapping[str, Tensor]:
         """Call the loss."""
         weights = {name: weight for name, weight in criterion.rank_weights.items() if weight}
@@ -60,7 +65,9 @@ class RankClipLog:
         for name, weight in weights.items() if self.raw else ():
             entries[f"{name}_raw"] = entries[f"{name}_loss"].detach() / weight
         if measures:
-            self._agreement = _agreement(*inputs["gathered"])
+            with torch.no_grad():
+                tau = rankloss.metrics.rank_agreement(*inputs["gathered"], max_anchors=_AGREEMENT_ANCHORS)
+            self._agreement = {name: tau[name].float() for name in ("cross_modal_tau", "in_modal_tau")}
             if self.charts is not None:
                 images, texts = inputs["gathered"]
                 self.charts.draw(images, texts, step)
@@ -72,9 +79,3 @@ class RankClipLog:
         multiple, since = divmod(step, self.agreement_every)
         last, self._measured = self._measured, multiple
         return since == 0 or multiple != last
-
-
-@torch.no_grad()
-def _agreement(images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-    agreement = rankloss.metrics.rank_agreement(images, texts, max_anchors=_AGREEMENT_ANCHORS)
-    return {name: agreement[name].float() for name in ("cross_modal_tau", "in_modal_tau")}

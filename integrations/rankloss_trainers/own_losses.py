@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -37,10 +36,9 @@ def _rank_option(field: dataclasses.Field[Any]) -> Option:
     name, help_, none = field.name.replace("_", "-"), field.metadata["help"], field.metadata["none"]
     spellings = _spellings(field.name)
     if not spellings:
-        bounds = field.metadata["bounds"]
-        kind = float if "above" in bounds else int
-        keywords = {"type": number_type(kind, **bounds), "metavar": field.metadata["unit"]}
-        return Option(name, field.default, help_, keywords, none)
+        least = field.metadata["bounds"].get("at_least")
+        type_ = number_type() if least is None else number_type(int, at_least=least)
+        return Option(name, field.default, help_, {"type": type_, "metavar": field.metadata["unit"]}, none)
     default = next(text for text, value in spellings.items() if value == field.default)
     return Option(name, default, help_, {"choices": tuple(spellings)})
 
@@ -125,13 +123,10 @@ def _has_teacher(options: Options) -> bool:
 def _rankclip_unit(options: Options, epochs: float) -> str:
     if epochs == 1 and options["schedule"] != "constant":
         return "step"
-    unit: str = options["schedule_unit"]
-    return unit
+    return str(options["schedule_unit"])
 
 
 def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
-    if options["lists"] == "batch" and gather.local_loss and not gather.gather_with_grad:
-        return "lists: batch needs the whole batch on every process, not the local loss without its gradient"
     if not _has_teacher(options) and options["reference_scale"] is not None:
         return "reference_scale: multiplies a teacher's similarities, not the batch's own"
     if _has_teacher(options) and options["fixed_reference"] not in (None, "none"):
@@ -201,34 +196,28 @@ _STREAMED_OPTIONS = tuple(
 )
 
 
-def _streamed(
-    name: str, loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], *replaced: str
-) -> Callable[[nn.Module, Options, Gather], nn.Module]:
-    """Builds a loss in place of one that computes the same; refuses to replace any other."""
+def _streamed(loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], help: str, **needs: Any) -> LossEntry:
+    """A loss in place of one that computes the same, and of no other.
+
+    Where the trainer has no loss of its own, the base is CLIP's.
+    """
 
     def build(base: nn.Module, options: Options, gather: Gather) -> nn.Module:
-        if type(base).__name__ not in replaced:
+        if type(base).__name__ not in (loss.__name__, "ClipLoss"):
             raise ValueError(
-                f"{name} computes what {replaced[0]} does, but the trainer trains with {type(base).__name__}"
+                f"this computes what {loss.__name__} does, but the trainer trains with {type(base).__name__}"
             )
         return loss(gather=gather, **_streaming(options))
 
-    return build
+    return LossEntry(build=build, help=help, options=_STREAMED_OPTIONS, prefix="streamed", **needs)
 
 
-CLIP_STREAMED = LossEntry(
-    build=_streamed("clip-streamed", rankloss.ClipLoss, "ClipLoss"),
-    help="CLIP's loss in memory that grows with the batch and not with its square",
-    options=_STREAMED_OPTIONS,
-    prefix="streamed",
+CLIP_STREAMED = _streamed(
+    rankloss.ClipLoss,
+    "CLIP's loss in memory that grows with the batch and not with its square",
     no_sigmoid="it is CLIP's softmax loss; siglip-streamed is the sigmoid loss",
 )
 
-SIGLIP_STREAMED = LossEntry(
-    # Where the trainer has no loss of its own, the base is CLIP's.
-    build=_streamed("siglip-streamed", rankloss.SigLipLoss, "SigLipLoss", "ClipLoss"),
-    help="SigLIP's loss, likewise",
-    options=_STREAMED_OPTIONS,
-    prefix="streamed",
-    only_sigmoid="the loss is that of a model with a bias",
+SIGLIP_STREAMED = _streamed(
+    rankloss.SigLipLoss, "SigLIP's loss, likewise", only_sigmoid="the loss is that of a model with a bias"
 )

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from launch import torchrun
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -159,7 +159,7 @@ def test_accelerate_in_two_processes_is_the_one_in_one(tmp_path: Path) -> None:
     ended = []
     for processes in (1, 2):
         result = tmp_path / f"{processes}.json"
-        run("accelerated", str(16 // processes), str(result), processes=processes)
+        torchrun(__file__, "accelerated", 16 // processes, result, processes=processes)
         ended.append(json.loads(result.read_text()))
     assert math.dist(ended[0], weights(Towers(returns_scale=True))) > 0.01
     assert ended[1] == pytest.approx(ended[0], rel=1e-4, abs=1e-6)
@@ -207,25 +207,11 @@ def task(result: str) -> None:
     not CHECKOUT, reason="RANKLOSS_OPEN_CLIP_CHECKOUT names no checkout of open_clip's main branch"
 )
 def test_task_of_the_main_branch(tmp_path: Path) -> None:
-    run("task", str(tmp_path / "losses.json"), path=str(Path(CHECKOUT, "src")))
+    torchrun(__file__, "task", tmp_path / "losses.json", processes=1, path=str(Path(CHECKOUT, "src")))
     losses = json.loads((tmp_path / "losses.json").read_text())
     total = losses.pop("loss")
     assert set(losses) == {"contrastive_loss", "cross_modal_loss", "in_modal_loss"}
     assert total == pytest.approx(sum(losses.values()))
-
-
-def run(*arguments: str, processes: int = 1, path: str = "") -> None:
-    """Call a function of this file in processes of its own, started by torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
-    paths = [path, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
-    done = subprocess.run(
-        [sys.executable, *launcher, __file__, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 if __name__ == "__main__":

@@ -15,10 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
-    pytest.skip("transformers or accelerate is not installed", allow_module_level=True)
-
 import transformers
 
 from rankloss import schedules
@@ -177,12 +173,10 @@ def test_what_is_the_scripts_reaches_it_in_order(argv: Any, keywords: Any, rest:
         (["--loss", "rankclap"], "--loss: .*'rankclap'"),
         (["--loss"], "--loss: expected one argument"),
         (["--rankclip-top-k", "3"], "--rankclip-top-k: only with --loss rankclip or"),
-        (["--loss", "cyclip", "--rankclip-top-k", "3"], "--rankclip-top-k: only with --loss rankclip or"),
         (["--loss", "rankclip", "--rankclip-top-k", "0"], "--rankclip-top-k"),
         (["--loss", "rankclip", "--rankclip-diagonal", "exclude", "--rankclip-ties", "random"], "-diagonal"),
         (["--loss", "alip"], "--alip-caption-key"),
         (["--loss", "rankclip", "--rankclip-lamda-in", "3"], "--rankclip-lamda-in: there is no such"),
-        (["--loss", "cyclip", "--rankclip_lambda_in", "3"], "--rankclip_lambda_in: there is no such"),
         (["--loss", "clip", "--rankclip-sched=linear"], "--rankclip-sched: there is no such"),
     ],
 )
@@ -197,12 +191,13 @@ def test_wrong_options_are_refused_before_the_script_runs(
 def test_help_is_the_runners_before_the_script(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for argv, code in ((["--help"], 0), ([], 0), (["--loss", "rankclip"], 2)):
-        monkeypatch.setattr(sys, "argv", ["runner", *argv])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert end.value.code == code
+    monkeypatch.setattr(sys, "argv", ["runner"])
+    main()
     text = " ".join(capsys.readouterr().out.split())
-    assert "--rankclip-lambda-in" in text
+    assert "multiplies lambda in the in-modal term (default: 1.0)" in text
     assert "a run of one epoch has no ramp over epochs and goes by steps (default: step)" in text
     assert "count only the best ranks of each list (default: all)" in text
+    monkeypatch.setattr(sys, "argv", ["runner", "--loss", "rankclip"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "the script comes first" in capsys.readouterr().err

@@ -93,14 +93,14 @@ def with_captions(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     if len(plain) == len(inputs):
         raise ValueError(f"no column of the batch begins with {prefix}_, got {', '.join(inputs)}")
     for name in inputs.keys() - plain.keys():
-        of_first, captions = name.removeprefix(f"{prefix}_"), inputs[name]
-        first = plain.get(of_first)
-        if first is None or first.shape != captions.shape:
+        of_first = name.removeprefix(f"{prefix}_")
+        shapes = [tuple(inputs[x].shape) if x in inputs else None for x in (name, of_first)]
+        if shapes[0] != shapes[1]:
             raise ValueError(
-                f"{name} must have the shape of the column without the prefix, got {tuple(captions.shape)} "
-                f"beside {None if first is None else tuple(first.shape)}; pad both captions to one length"
+                f"{name} must have the shape of {of_first}, got {shapes[0]} beside {shapes[1]}; pad both "
+                "captions to one length"
             )
-        plain[of_first] = torch.cat([first, captions])
+        plain[of_first] = torch.cat([inputs[of_first], inputs[name]])
     return plain
 
 
