@@ -94,7 +94,7 @@ def start_epoch(
             f"--loss {args.loss} was given, but the trainer trains with {type(loss).__name__}; "
             "run `rankloss doctor` for advice"
         )
-    if not loss.clock.started:
+    if loss.position is None:
         resumed_from = getattr(args, "resume", None)
         # A file of weights alone begins at epoch 0, and has no state to miss.
         warn = epoch > 0 and getattr(args, "rank", 0) == 0

@@ -42,31 +42,12 @@ TRAINERS_OWN = "clip"
 # --- types of options -----------------------------------------------------------------------------------
 
 
-Parse = Callable[[str], float]
-
-
-def number_type(kind: Parse = float, *, at_least: float = -math.inf) -> Parse:
-    """The type of an option that is a finite number: any, or with ``kind=int`` a whole one."""
-    wanted = "a finite number" if kind is float else "a whole number"
-    wanted += "" if at_least == -math.inf else f" of at least {at_least:g}"
-
-    def number(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (abs(value) < math.inf and value >= at_least):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-        return value
-
-    return number
-
-
-weight = number_type(at_least=0)
-"""The type of an option that is a finite number of at least 0."""
-
-count = number_type(int, at_least=1)
-"""The type of an option that is a whole number of at least 1."""
+def weight(text: str) -> float:
+    """The type of an option that is a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text!r}")
+    return value
 
 
 # --- the description of a loss --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A loss with a clock, which separates loss terms from metrics."""
+"""A loss as trainers call it: it is told where training stands, and its terms are separated from metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankloss.distributed import Gather
 from rankloss.losses import base_entries
-from rankloss_trainers.clock import Clock, Position
+from rankloss_trainers.clock import Position, tell
 
 Evaluate = Callable[..., Mapping[str, Tensor]]
 """``(criterion, step, **inputs) → entries``: calls a loss, and may add to its entries what is logged."""
@@ -105,12 +105,19 @@ def call_alone(criterion: nn.Module, step: int, **inputs: Any) -> Mapping[str, T
 
 
 class DrivenLoss(nn.Module):
-    """A loss of the catalogue with its clock.
+    """A loss that knows where training stands, for a trainer that announces its epochs and not its steps.
+
+    The calls of the loss are counted within each epoch. There is no other state, so a resumed run is where an
+    uninterrupted one would be.
 
     Args:
         criterion: The loss, see :class:`rankloss_trainers.catalog.LossEntry`.
-        unit: ``"epoch"`` or ``"step"``, see :class:`rankloss_trainers.clock.Clock`.
+        unit: ``"epoch"`` calls ``set_epoch`` of its parts, ``"step"`` calls ``set_progress``, see
+            :func:`rankloss_trainers.clock.tell`.
         evaluate: What calls the loss.
+
+    Attributes:
+        position: Where the trainer stood when it last announced an epoch; None before the first.
     """
 
     def __init__(
@@ -122,14 +129,18 @@ class DrivenLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.criterion = criterion
-        self.clock = Clock(criterion, unit)
+        self.unit = unit
         self.evaluate = evaluate
+        self.position: Position | None = None
+        self._calls = 0  # of the epoch
 
     def start_epoch(self, position: Position) -> None:
-        """Take the trainer's position at the start of an epoch."""
-        self.clock.start_epoch(position)
+        """An epoch begins; its steps are counted from the calls."""
+        self.position, self._calls = position, 0
+        if self.unit == "epoch":
+            tell(self.criterion, "set_epoch", position.epoch + 1, position.epochs)
 
-    # The clock moves at every call, which would recompile a compiled caller: the graph breaks here, once.
+    # The count moves at every call, which would recompile a compiled caller: the graph breaks here, once.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **inputs: Any
@@ -146,7 +157,7 @@ class DrivenLoss(nn.Module):
             RuntimeError: The trainer has announced no epoch.
             ValueError: As :meth:`Entries.of`.
         """
-        step = self.clock.advance()
+        step = self._advance()
         # Always by name: only the names tell what is a term.
         entries = self.evaluate(
             self.criterion,
@@ -157,3 +168,20 @@ class DrivenLoss(nn.Module):
             **inputs,
         )
         return Entries.of(self.criterion, entries)
+
+    def _advance(self) -> int:
+        """Count a call, of which gradient accumulation makes several for a step.
+
+        Returns:
+            The optimizer step of the epoch that it is for, counted from 0.
+        """
+        position = self.position
+        if position is None:
+            raise RuntimeError("call start_epoch() first: the loss is not told where training stands")
+        step, call_of_step = divmod(self._calls, position.accum_freq)
+        self._calls += 1
+        if self.unit == "step" and call_of_step == 0:
+            # An epoch that is longer than announced stays at its last step.
+            of_run = position.epoch * position.steps + min(step, position.steps - 1)
+            tell(self.criterion, "set_progress", of_run + 1, position.epochs * position.steps)
+        return step

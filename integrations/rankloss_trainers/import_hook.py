@@ -65,18 +65,15 @@ class Finder:
         finally:
             self._searching.remove(search)
         if spec is not None and hasattr(spec.loader, "exec_module"):
-            _act_afterwards(spec.loader, fullname, self.actions[fullname])
+            _act_afterwards(spec.loader, self.actions[fullname])
         return spec
 
 
-def _act_afterwards(loader: Any, name: str, act: Callable[[ModuleType], None]) -> None:
-    """Let a loader act on the module of this name when it has executed it, once."""
+def _act_afterwards(loader: Any, act: Callable[[ModuleType], None]) -> None:
+    """Let a loader, which is of one module, act on it when it has executed it, once."""
     execute = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
-        if module.__name__ != name:  # a zip file has one loader for all of its modules
-            execute(module)
-            return
         loader.exec_module = execute
         execute(module)
         act(module)

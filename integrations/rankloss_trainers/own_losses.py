@@ -16,7 +16,7 @@ import rankloss
 from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, choices_of
-from rankloss_trainers.catalog import LossEntry, Option, Options, changed, count, number_type, weight
+from rankloss_trainers.catalog import LossEntry, Option, Options, changed, weight
 from rankloss_trainers.logging import RankClipLog
 
 # --- RankCLIP -------------------------------------------------------------------------------------------
@@ -36,8 +36,7 @@ def _rank_option(field: dataclasses.Field[Any]) -> Option:
     name, help_, none = field.name.replace("_", "-"), field.metadata["help"], field.metadata["none"]
     spellings = _spellings(field.name)
     if not spellings:
-        least = field.metadata["bounds"].get("at_least")
-        type_ = number_type() if least is None else number_type(int, at_least=least)
+        type_ = float if "above" in field.metadata["bounds"] else int  # RankOptions checks the bounds
         return Option(name, field.default, help_, {"type": type_, "metavar": field.metadata["unit"]}, none)
     default = next(text for text, value in spellings.items() if value == field.default)
     return Option(name, default, help_, {"choices": tuple(spellings)})
@@ -94,7 +93,7 @@ _RANKCLIP_OPTIONS = (
         "agreement-every",
         None,
         "log the batch's rank agreement, Kendall's tau, measured at every so many optimizer steps",
-        {"type": count, "metavar": "STEPS"},
+        {"type": int, "metavar": "STEPS"},
         "never",
     ),
 )
@@ -135,6 +134,7 @@ def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
         return "distill_loss: exclude leaves a teacher without a use where the lists are not ranked by it"
     try:
         _build_rankclip(nn.Identity(), options, gather)
+        RankClipLog(options["agreement_every"])
     except ValueError as error:  # what the library itself refuses
         return str(error)
     return None

@@ -128,17 +128,8 @@ def test_one_list_of_the_batch_leaves_local_loss_where_that_is_exact() -> None:
     assert RANKCLIP.refuse(options, approximate).startswith("lists=")
 
 
-@pytest.mark.parametrize(
-    ("type_", "good", "bad"),
-    [
-        (catalog.weight, {"0": 0.0, "1e3": 1000.0}, ["-1", "nan", "inf", "x"]),
-        (catalog.number_type(), {"-2.5": -2.5}, ["nan", "-inf", ""]),
-        (catalog.count, {"1": 1, "12": 12}, ["0", "1.5", "-3", "x"]),
-        (catalog.number_type(int, at_least=0), {"0": 0, "4": 4}, ["-1", ""]),
-    ],
-)
-def test_types_take_what_is_in_range(type_: Any, good: dict[str, float], bad: list[str]) -> None:
-    assert {text: type_(text) for text in good} == good
-    for text in bad:
+def test_weights_are_finite_numbers_of_at_least_0() -> None:
+    assert [catalog.weight(text) for text in ("0", "1e3")] == [0, 1000]
+    for text in ("-1", "nan", "inf"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"got '{text}'"):
-            type_(text)
+            catalog.weight(text)

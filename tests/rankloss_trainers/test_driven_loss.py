@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import rankloss
-from rankloss_trainers.clock import Position
+from rankloss_baselines import CyClipLoss
+from rankloss_trainers.clock import Position, tell
 from rankloss_trainers.driven_loss import DrivenLoss, Entries
 from rankloss_trainers.logging import RankClipLog
 
@@ -113,3 +116,52 @@ def test_raw_terms_are_ranked_by_the_teacher_that_is_given(names: tuple[str, ...
     for term in ("cross_modal", "in_modal") if cross else ("in_modal",):
         torch.testing.assert_close(entries[f"{term}_raw"], expected[f"{term}_loss"].detach())
         torch.testing.assert_close(entries[f"{term}_loss"], expected[f"{term}_loss"] / 32)
+
+
+# --- where training stands ---------------------------------------------------------------------------------
+
+
+class Listener(nn.Module):
+    """A loss that records what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[int, int]] = []
+
+    def set_progress(self, step: int, total_steps: int) -> None:
+        self.told.append((step, total_steps))
+
+
+@given(
+    epochs=st.integers(1, 4), steps=st.integers(1, 4), accum_freq=st.integers(1, 3), resumed=st.integers(0, 3)
+)
+def test_every_step_is_told_once_and_a_resumed_run_is_told_the_same(
+    epochs: int, steps: int, accum_freq: int, resumed: int
+) -> None:
+    def told(first_epoch: int) -> tuple[list[tuple[int, int]], list[int]]:
+        listener, calls = Listener(), []
+        loss = DrivenLoss(listener, evaluate=lambda _, step, **__: calls.append(step) or {"a_loss": SCALE})
+        for epoch in range(first_epoch, epochs):
+            loss.start_epoch(Position(epoch, epochs, steps, accum_freq))
+            for _ in range(steps * accum_freq):
+                loss(SCALE, SCALE, SCALE)
+        return listener.told, calls
+
+    whole, calls = told(0)
+    assert whole == [(step + 1, epochs * steps) for step in range(epochs * steps)]
+    assert calls == [s for _ in range(epochs) for s in range(steps) for _ in range(accum_freq)]
+    resumed = min(resumed, epochs)
+    assert told(resumed)[0] == whole[resumed * steps :]
+
+
+def test_loss_that_is_told_nothing_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="start_epoch"):
+        DrivenLoss(Listener())(SCALE, SCALE, SCALE)
+
+
+def test_every_part_that_has_the_method_is_told() -> None:
+    listener = Listener()
+    loss = CyClipLoss(rankloss.RankClipLoss(nn.Sequential(listener), schedule="linear"))
+    tell(loss, "set_progress", 2, 3)
+    assert loss.base.schedule_value == 0.5
+    assert listener.told == [(2, 3)]

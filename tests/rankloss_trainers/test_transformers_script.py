@@ -170,7 +170,7 @@ def test_what_is_the_scripts_reaches_it_in_order(argv: Any, keywords: Any, rest:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--loss", "rankclap"], "--loss: .*'rankclap'"),
+        (["--loss", "rankclap"], "--loss: .*rankclap"),
         (["--loss"], "--loss: expected one argument"),
         (["--rankclip-top-k", "3"], "--rankclip-top-k: only with --loss rankclip or"),
         (["--loss", "rankclip", "--rankclip-top-k", "0"], "--rankclip-top-k"),

@@ -81,18 +81,16 @@ def _parser(asked: str | None) -> tuple[argparse.ArgumentParser, Any]:
     from rankloss_trainers.transformers.choice import LossOptions
 
     parser = argparse.ArgumentParser(
-        prog="python -m rankloss_trainers.transformers",
-        usage="%(prog)s SCRIPT [the script's arguments] [--loss NAME [its options]]",
+        prog="python -m rankloss_trainers.transformers SCRIPT ...",
         description="Run a script that builds transformers.Trainer, with a loss of rankloss.",
         allow_abbrev=False,
         add_help=False,
     )
-    known = (TRAINERS_OWN, *catalog.candidates())
-    if asked not in (None, *known):
-        parser.error(f"argument --loss: must be one of {', '.join(known)}, got {asked!r}")
-    return parser, LossOptions(
-        parser, *dict.fromkeys((TRAINERS_OWN, *catalog.BUILT_IN, asked or TRAINERS_OWN))
-    )
+    names = dict.fromkeys((TRAINERS_OWN, *catalog.BUILT_IN, asked or TRAINERS_OWN))
+    try:
+        return parser, LossOptions(parser, *names)
+    except ValueError as error:
+        parser.error(f"argument --loss: {error}")
 
 
 class Attached:

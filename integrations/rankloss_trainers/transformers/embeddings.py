@@ -24,7 +24,7 @@ def features_of(outputs: Any, model: Any) -> dict[str, Tensor]:
     features = {feature: getattr(outputs, name) for feature, name in _EMBEDDINGS.items()}
     features["logit_scale"] = logit_scale(model)
     if has_bias(model):
-        features["logit_bias"] = _whole(model, "logit_bias")
+        features["logit_bias"] = _whole(model.logit_bias, "logit_bias")
     return features
 
 
@@ -34,27 +34,22 @@ def logit_scale(model: Any) -> Tensor:
     Raises:
         ValueError: The model has none, or this process does not hold it whole.
     """
-    name = next((n for n in ("logit_scale", "temperature") if _has(model, n)), None)
-    if name is None:
+    if isinstance(getattr(model, "logit_scale", None), Tensor):
+        scale = _whole(model.logit_scale, "logit_scale")
+    elif isinstance(getattr(model, "temperature", None), Tensor):
+        return 1 / _whole(model.temperature, "temperature")
+    else:
         raise ValueError(f"{type(model).__name__} has neither a logit_scale nor a temperature")
-    scale = _whole(model, name)
-    if name == "temperature":
-        return 1 / scale
     limit = getattr(model, "max_log_logit_scale", None)  # AIMv2's, which its own loss applies as well
     return (scale if limit is None else scale.clamp(0.0, limit)).exp()
 
 
 def has_bias(model: Any) -> bool:
     """Whether the model's own loss is a sigmoid loss, which alone has a bias."""
-    return _has(model, "logit_bias")
+    return isinstance(getattr(model, "logit_bias", None), Tensor)
 
 
-def _has(model: Any, name: str) -> bool:
-    return isinstance(getattr(model, name, None), Tensor)
-
-
-def _whole(model: Any, name: str) -> Tensor:
-    whole: Any = getattr(model, name)
+def _whole(whole: Any, name: str) -> Tensor:
     if hasattr(whole, "full_tensor"):
         from torch.distributed.tensor import Partial
 

@@ -82,7 +82,7 @@ class ContrastiveTrainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        refuse_run(_conditions(self))
+        self._refuse_what_would_train_something_else()
         embeddings.logit_scale(self.model)  # an error where there is none
         # The loss is a mean over a micro-batch, which the Trainer has to divide by the accumulated batches.
         self.model_accepts_loss_kwargs = False
@@ -160,6 +160,15 @@ class ContrastiveTrainer(transformers.Trainer):
             states[_STATE] = {**saved, "state_dict": {k: x.tolist() for k, x in saved["state_dict"].items()}}
         super()._save_checkpoint(*args, **kwargs)
 
+    def _refuse_what_would_train_something_else(self) -> None:
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        held = {
+            "compute_loss_func": self.compute_loss_func is not None,
+            "data_parallel": self.args.n_gpu > 1,
+            "fsdp_1": fsdp is not None and fsdp.fsdp_version == 1,
+        }
+        refuse_run({name: str(self.args.n_gpu) for name, holds in held.items() if holds})
+
     def _check_teacher(self, found: list[str], others: list[str]) -> None:
         if found == self._teachers_columns:
             return
@@ -184,9 +193,7 @@ class _Progress(TrainerCallback):
 
     def __init__(self, trainer: ContrastiveTrainer) -> None:
         self.trainer, self.chosen = trainer, trainer.chosen_loss
-        # With model_init every training that is not resumed begins with a new model, as trials do.
-        anew = trainer.model_init is not None
-        self._first_state = deepcopy(self.chosen.criterion.state_dict()) if anew else None
+        self._first_state = deepcopy(self.chosen.criterion.state_dict())
         self._unit = "step"
         self._epoch: int | None = None
 
@@ -201,7 +208,7 @@ class _Progress(TrainerCallback):
                     "The loss %s has a state, of which the checkpoint resumed from holds %s: it starts anew"
                 )
                 _logger.warning(text, chosen.name, found)
-        elif self._first_state is not None:
+        else:  # a search trains several times, with a new model
             chosen.criterion.load_state_dict(self._first_state)
         epochs = state.num_train_epochs if has_length(kwargs["train_dataloader"]) else math.inf
         self._unit, self._epoch = chosen.unit(epochs), None
@@ -242,17 +249,6 @@ def _trackers(callbacks: list[Any]) -> list[Tracker]:
             lambda name, figure, step: wandb.log({name: wandb.Image(picture(figure)), _AXIS: step})
         )
     return trackers
-
-
-def _conditions(trainer: Any) -> dict[str, str]:
-    """What keeps a loss from being trained as it should, as :mod:`rankloss_trainers.refusals` calls it."""
-    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    held = {
-        "compute_loss_func": trainer.compute_loss_func is not None,
-        "data_parallel": trainer.args.n_gpu > 1,
-        "fsdp_1": fsdp is not None and fsdp.fsdp_version == 1,
-    }
-    return {name: str(trainer.args.n_gpu) for name, holds in held.items() if holds}
 
 
 ContrastiveTrainerMixin = ContrastiveTrainer
