@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import platform
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ class Trainer:
         distribution: The distribution that it comes from, as rankloss's requirements spell it.
         plugin: The module of the plug-in, ``module:function`` where a function returns the problems.
         use: How a loss gets into it.
-        needs: Distributions without which it does not train, though it can be installed without them.
+        needs: Packages without which it does not train, though it can be installed without them.
     """
 
     name: str
@@ -83,42 +83,26 @@ def examined(trainer: Trainer) -> tuple[bool, list[str]]:
 
     A trainer that is not installed has no problem, nor has one that others brought and that cannot train yet.
     """
-    version = _version(trainer.distribution)
     install = f"pip install 'rankloss[{trainer.name}]'"
-    if not version:
+    try:
+        version = importlib.metadata.version(trainer.distribution)
+    except importlib.metadata.PackageNotFoundError:
         return True, [f"{trainer.name}: not installed: {install}"]
-    missing = [needed for needed in trainer.needs if not _version(needed)]
+    missing = [needed for needed in trainer.needs if importlib.util.find_spec(needed) is None]
     if missing:
         return True, [f"{trainer.name} {version}: not ready to train without {', '.join(missing)}: {install}"]
-    shown = f"{trainer.name} {version} (tested with {_range_of(trainer)})"
-    problems = _problems(trainer.plugin)
+    wanted = rf"{trainer.distribution}(?:\[[^]]*\])?([^;]*); extra == ['\"]{trainer.name}['\"]"
+    ranges = (re.match(wanted, line) for line in importlib.metadata.requires("rankloss") or [])
+    shown = f"{trainer.name} {version} (tested with {next(found[1] for found in ranges if found)})"
+    module, _, function = trainer.plugin.partition(":")
+    try:
+        loaded = importlib.import_module(module)
+        problems: list[str] = getattr(loaded, function)() if function else []
+    except Exception as error:  # whatever another package's import raises
+        problems = [f"{module} cannot be imported: {type(error).__name__}: {error}"]
     if problems:
         return False, [f"{shown}: no", *(f"- {problem}" for problem in problems)]
     return True, [f"{shown}: yes, {trainer.use}"]
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _problems(plugin: str) -> list[str]:
-    module, _, function = plugin.partition(":")
-    try:
-        loaded = importlib.import_module(module)
-        diagnose: Callable[[], list[str]] = getattr(loaded, function) if function else list
-        return diagnose()
-    except Exception as error:  # whatever another package's import raises
-        return [f"{module} cannot be imported: {type(error).__name__}: {error}"]
-
-
-def _range_of(trainer: Trainer) -> str:
-    """The range of versions that the trainer's extra of rankloss asks for."""
-    wanted = rf"{trainer.distribution}(?:\[[^]]*\])?([^;]*); extra == ['\"]{trainer.name}['\"]"
-    found = (re.match(wanted, line) for line in importlib.metadata.requires("rankloss") or [])
-    return next(match[1].strip() for match in found if match)
 
 
 # --- the machine ------------------------------------------------------------------------

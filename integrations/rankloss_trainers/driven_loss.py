@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +30,8 @@ class Entries(NamedTuple):
     @property
     def total(self) -> Tensor:
         """The sum of the terms."""
-        return reduce(operator.add, self.terms.values())
+        first, *others = self.terms.values()
+        return sum(others, first)
 
     @classmethod
     def of(cls, loss: object, entries: Mapping[str, Tensor]) -> Entries:

@@ -27,9 +27,8 @@ _RANK_FIELDS = tuple(field for field in dataclasses.fields(RankOptions) if field
 
 def _spellings(name: str) -> dict[str, Any]:
     """The choices of an option of the rank terms, by what is typed for them; empty for a number."""
-    if choices_of(name) == (True, False):
-        return {"include": True, "exclude": False}
-    return {"none" if choice is None else choice: choice for choice in choices_of(name)}
+    words = {None: "none", True: "include", False: "exclude"}
+    return {words.get(choice, choice): choice for choice in choices_of(name)}
 
 
 def _rank_option(field: dataclasses.Field[Any]) -> Option:
@@ -44,8 +43,8 @@ def _rank_option(field: dataclasses.Field[Any]) -> Option:
 
 def _rank_options(options: Options) -> dict[str, Any]:
     """The keywords of :class:`RankOptions`, from what was typed; values as Python has them are taken too."""
-    values = {field.name: options[field.name] for field in _RANK_FIELDS}
-    return {name: _spellings(name).get(value, value) for name, value in values.items()}
+    names = [field.name for field in _RANK_FIELDS]
+    return {name: _spellings(name).get(options[name], options[name]) for name in names}
 
 
 def _streaming(options: Options) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import rankloss
 from rankloss.distributed import Gather
 from rankloss.options import RankOptions, choices_of
 from rankloss_trainers import catalog
@@ -89,33 +88,6 @@ def test_teacher_is_asked_for_by_an_option(typed: str, refused: str | None, desc
     reason = RANKCLIP.refuse(options, ALONE)
     assert (reason is None) if refused is None else reason.startswith(refused)
     assert described in RANKCLIP.described(options, 3)
-
-
-def test_preset_of_a_teacher_is_rankclip_with_other_defaults() -> None:
-    preset = catalog.candidates()["rankclip-distill"].load()
-    options = catalog.option_values("rankclip-distill", preset, argparse.Namespace())
-    changed = {key: value for key, value in options.items() if value != parsed()[key]}
-    weights = dict.fromkeys(("lambda_cross", "lambda_in"), 64.0)
-    assert changed == {"reference": "teacher", "top_k": 8, "distill_loss": "exclude", **weights}
-    loss = preset.build(nn.Identity(), options, ALONE)
-    loss.set_epoch(3, 3)
-    assert loss.rank_weights == {"cross_modal": 8.0, "in_modal": 8.0}
-    assert not preset.keeps_distillation(options)
-
-
-@pytest.mark.parametrize(
-    "gather", [ALONE, dataclasses.replace(ALONE, local_loss=True, gather_with_grad=True)]
-)
-def test_every_own_loss_is_built_by_its_defaults(gather: Gather) -> None:
-    for name, candidate in catalog.candidates().items():
-        entry = candidate.load()
-        options = {option.key: option.default for option in entry.options}
-        if name == "alip":
-            assert entry.refuse(options, gather) is not None
-            options["caption_key"] = "synthetic"
-        assert entry.refuse(options, gather) is None
-        loss = entry.build(rankloss.ClipLoss(gather=gather), options, gather)
-        assert isinstance(loss, nn.Module)
 
 
 def test_one_list_of_the_batch_leaves_local_loss_where_that_is_exact() -> None:

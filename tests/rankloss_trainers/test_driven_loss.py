@@ -88,23 +88,6 @@ def test_rankclip_is_what_it_is_alone(step: int) -> None:
     assert all(torch.equal(x.grad, y.grad) for x, y in zip(driven, alone, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("steps", "expected"),
-    [(range(first, 9), {first, *range(0, 9, 3)} & {*range(first, 9)}) for first in range(4)]
-    + [(range(1, 13, 2), {1, 3, 7, 9})],  # of several losses, which take turns
-)
-def test_agreement_is_measured_at_the_first_step_and_then_at_every_so_many(
-    steps: range, expected: set[int]
-) -> None:
-    loss, log, measured, last = ranked(1, 14), RankClipLog(agreement_every=3), set(), None
-    for step in steps:
-        tau = log(loss, step, **inputs(features(seed=2 * step)))["cross_modal_tau"].item()
-        if tau != last:
-            measured.add(step)
-        last = tau
-    assert measured == expected
-
-
 @pytest.mark.parametrize("names", [("image", "text"), ("text",)])
 def test_raw_terms_are_ranked_by_the_teacher_that_is_given(names: tuple[str, ...]) -> None:
     cross = float(len(names) == 2)

@@ -105,9 +105,7 @@ class Attached:
 
         self.keywords = keywords
         self.built = False
-        self.missed = (
-            f"--loss {keywords['loss']} was not used: {sys.argv[0]} has built no transformers.Trainer"
-        )
+        self.missed = f"--loss {keywords['loss']} was not used: {sys.argv[0]} built no transformers.Trainer"
         after_import({"transformers.trainer": self.replace})
         register_optimizer_step_pre_hook(self._guard)
 
