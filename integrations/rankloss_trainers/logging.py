@@ -14,7 +14,6 @@ from torch import Tensor
 
 import rankloss
 from rankloss.options import check_count
-from rankloss_trainers.charts import AgreementCharts
 
 _AGREEMENT_ANCHORS = 256
 
@@ -38,12 +37,10 @@ class RankClipLog:
         agreement_every: Measure the batch's rank agreement at every so many optimizer steps, counted from the
             start of an epoch, or of the run where the trainer announces each step, and at the first step that
             the process takes; where the loss is not called for such a step, at the next one. None never does.
-        charts: Draws the rankings of the batch that is measured, when a chart is due.
         raw: Whether there are raw terms; not for a trainer whose means count an entry that is missing as 0.
     """
 
     agreement_every: int | None = None
-    charts: AgreementCharts | None = None
     raw: bool = True
     _agreement: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _measured: int | None = field(default=None, init=False, repr=False)  # the last multiple
@@ -68,9 +65,6 @@ class RankClipLog:
             with torch.no_grad():
                 tau = rankloss.metrics.rank_agreement(*inputs["gathered"], max_anchors=_AGREEMENT_ANCHORS)
             self._agreement = {name: tau[name].float() for name in ("cross_modal_tau", "in_modal_tau")}
-            if self.charts is not None:
-                images, texts = inputs["gathered"]
-                self.charts.draw(images, texts, step)
         return {**entries, **self._agreement}
 
     def _measures(self, step: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import math
 from collections.abc import Mapping
@@ -15,21 +14,17 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 from transformers.trainer_utils import has_length
 
 import rankloss
 from rankloss_trainers import state as loss_state
-from rankloss_trainers.charts import AgreementCharts, Tracker, picture
 from rankloss_trainers.clock import tell
 from rankloss_trainers.driven_loss import Entries, evaluation
-from rankloss_trainers.logging import RankClipLog
 from rankloss_trainers.refusals import refuse_run
 from rankloss_trainers.transformers import choice, embeddings, teacher
 
 __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
 
-_AXIS = "train/global_step"
 _STATE = "rankloss"  # the key in a checkpoint's trainer_state.json, among the states of callbacks
 
 _logger = logging.getLogger("rankloss_trainers")
@@ -50,8 +45,7 @@ class ContrastiveTrainer(transformers.Trainer):
       whose own loss smooths its labels.
     - Evaluation, or any call without gradients, gives the base loss without the rank terms, which does not
       grow with λ; so ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
-    - The log shows each term, λ, and what else the loss gives, averaged since the last line. With the option
-      ``agreement_every`` TensorBoard and W&B get a chart of the rank agreement per epoch.
+    - The log shows each term, λ, and what else the loss gives, averaged since the last line.
 
     Args:
         *args: What the Trainer takes.
@@ -213,8 +207,6 @@ class _Progress(TrainerCallback):
         epochs = state.num_train_epochs if has_length(kwargs["train_dataloader"]) else math.inf
         self._unit, self._epoch = chosen.unit(epochs), None
         self.trainer._sums.clear()
-        if isinstance(chosen.evaluate, RankClipLog):
-            chosen.evaluate.charts = None  # a run has writers of its own
         if chosen.package and state.is_world_process_zero:
             text = chosen.entry.described(chosen.options, epochs)
             _logger.info("Loss: %s (%s)%s", chosen.name, chosen.package, text and f", {text}")
@@ -226,29 +218,11 @@ class _Progress(TrainerCallback):
         if self._unit == "epoch":
             epochs = state.num_train_epochs
             tell(self.chosen.criterion, "set_epoch", min(self._epoch + 1, epochs), epochs)
-        log = self.chosen.evaluate
-        if isinstance(log, RankClipLog) and log.agreement_every is not None and state.is_world_process_zero:
-            if log.charts is None:  # every reporter has begun by now
-                log.charts = AgreementCharts(_trackers(self.trainer.callback_handler.callbacks))
-            log.charts.due(self._epoch + 1, 1)  # the Trainer's log counts steps from 1
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Once per optimizer step."""
         if self._unit == "step":
             tell(self.chosen.criterion, "set_progress", state.global_step + 1, state.max_steps)
-
-
-def _trackers(callbacks: list[Any]) -> list[Tracker]:
-    """What a Trainer reports to, by the callbacks that hold the writers."""
-    writers = [x.tb_writer for x in callbacks if isinstance(x, TensorBoardCallback)]
-    trackers: list[Tracker] = [writer.add_figure for writer in writers if writer is not None]
-    if any(isinstance(x, WandbCallback) for x in callbacks):
-        wandb = importlib.import_module("wandb")
-        # The Trainer's lines go by this axis, too.
-        trackers.append(
-            lambda name, figure, step: wandb.log({name: wandb.Image(picture(figure)), _AXIS: step})
-        )
-    return trackers
 
 
 ContrastiveTrainerMixin = ContrastiveTrainer
