@@ -11,7 +11,7 @@ from torch import Tensor
 from rankloss.distributed import Gather
 from rankloss_baselines.alip import AlipLoss
 from rankloss_baselines.cyclip import CyClipLoss
-from rankloss_trainers.catalog import LossEntry, Option, Options, number_type, weight
+from rankloss_trainers.catalog import LossEntry, Option, Options, weight
 
 CYCLIP = LossEntry(
     build=lambda base, options, gather: CyClipLoss(base, **options, gather=gather),
@@ -75,7 +75,7 @@ ALIP = LossEntry(
             "initial-history",
             1.0,
             "where the histories start; 1 closes almost every gate at first",
-            {"type": number_type(), "metavar": "X"},
+            {"type": float, "metavar": "X"},
         ),
     ),
     refuse=_refuse_alip,

@@ -226,7 +226,7 @@ def _train_one_epoch(original: Original, bound: inspect.BoundArguments) -> Any:
     loss = given["loss"] if state is None else getattr(state.task, "loss", None)
     epoch = given["epoch"] if state is None else state.epoch
     optimizer = (given if state is None else vars(state)).get("optimizer")
-    start_epoch(loss, epoch, given["data"], given["args"], optimizer, given.get("tb_writer"))
+    start_epoch(loss, epoch, given["data"], given["args"], optimizer)
     companion = getattr(given["data"]["train"], _COMPANION, None)
     if companion is not None:
         split_features(given["model"] if state is None else state.task.trainable_module, companion)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -17,10 +16,8 @@ from rankloss_open_clip.command_line import distils, gather_of
 from rankloss_open_clip.logged_terms import TrainerLoss
 from rankloss_open_clip.versions import remark
 from rankloss_trainers import catalog, state
-from rankloss_trainers.charts import AgreementCharts, Tracker, picture
 from rankloss_trainers.clock import Position
 from rankloss_trainers.driven_loss import call_alone
-from rankloss_trainers.logging import RankClipLog
 from rankloss_trainers.refusals import check_criterion
 
 _logger = logging.getLogger("rankloss_open_clip")
@@ -74,7 +71,6 @@ def start_epoch(
     data: Mapping[str, Any],
     args: Any,
     optimizer: Any = None,
-    writer: Any = None,
 ) -> None:
     """Tell the loss that an epoch begins; before the first of a run, see to its state.
 
@@ -84,7 +80,6 @@ def start_epoch(
         data: The trainer's data, by split.
         args: The trainer's arguments.
         optimizer: The trainer's optimizer, whose checkpoints carry the state of the loss.
-        writer: The trainer's writer of TensorBoard events, where it has one.
 
     Raises:
         RuntimeError: The run asks for a loss of the catalogue and trains with another.
@@ -94,7 +89,7 @@ def start_epoch(
             f"--loss {args.loss} was given, but the trainer trains with {type(loss).__name__}; "
             "run `rankloss doctor` for advice"
         )
-    if not loss.clock.started:
+    if loss.position is None:
         resumed_from = getattr(args, "resume", None)
         # A file of weights alone begins at epoch 0, and has no state to miss.
         warn = epoch > 0 and getattr(args, "rank", 0) == 0
@@ -103,21 +98,6 @@ def start_epoch(
     accum_freq = getattr(args, "accum_freq", 1)  # forks of early releases have no such option
     steps = max(1, data["train"].dataloader.num_batches // accum_freq)
     loss.start_epoch(Position(epoch=epoch, epochs=args.epochs, steps=steps, accum_freq=accum_freq))
-    if isinstance(loss.evaluate, RankClipLog) and loss.evaluate.agreement_every is not None:
-        if loss.evaluate.charts is None:
-            loss.evaluate.charts = AgreementCharts(_trackers(args, writer))
-        loss.evaluate.charts.due(epoch + 1, epoch * steps)
-
-
-def _trackers(args: Any, writer: Any) -> list[Tracker]:
-    """What the trainer reports to, on the process that reports."""
-    trackers: list[Tracker] = []
-    if writer is not None:
-        trackers.append(writer.add_figure)
-    if getattr(args, "wandb", False) and getattr(args, "rank", 0) == 0:
-        wandb = importlib.import_module("wandb")
-        trackers.append(lambda name, figure, step: wandb.log({name: wandb.Image(picture(figure))}, step=step))
-    return trackers
 
 
 def _shareable(base: nn.Module, gather: rankloss.Gather) -> nn.Module:

@@ -7,19 +7,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rankloss_trainers.catalog import LossEntry, Options, dest, flag
+from rankloss_trainers.catalog import LossEntry, dest, flag
 
 
-def add_options(
-    parser: argparse.ArgumentParser, names: list[str], entry: LossEntry, defaults: Options | None = None
-) -> None:
+def add_options(parser: argparse.ArgumentParser, names: list[str], entry: LossEntry) -> None:
     """Add the options that the losses ``names`` share; each is absent unless it is given.
 
     Args:
         parser: The parser.
         names: The losses.
         entry: The entry of the first of them.
-        defaults: The trainer's defaults, for ``--help``; None for those of the entry.
 
     Raises:
         argparse.ArgumentError: The parser has such an option.
@@ -28,12 +25,12 @@ def add_options(
         return
     group = parser.add_argument_group(f"--loss {', '.join(names)}")
     for option in entry.options:
-        default = option.default if defaults is None else defaults[option.key]
+        default = option.unset if option.default is None else option.default
         group.add_argument(
             flag(names[0], entry, option),
             dest=dest(names[0], entry, option),
             default=argparse.SUPPRESS,
-            help=f"{option.help} (default: {option.unset if default is None else default})",
+            help=f"{option.help} (default: {default})",
             **option.keywords,
         )
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import rankloss
 from rankloss.distributed import Gather
 from rankloss.options import RankOptions, choices_of
 from rankloss_trainers import catalog
@@ -91,34 +90,6 @@ def test_teacher_is_asked_for_by_an_option(typed: str, refused: str | None, desc
     assert described in RANKCLIP.described(options, 3)
 
 
-def test_preset_of_a_teacher_is_rankclip_with_other_defaults() -> None:
-    preset = catalog.candidates()["rankclip-distill"].load()
-    options = catalog.option_values("rankclip-distill", preset, argparse.Namespace())
-    changed = {key: value for key, value in options.items() if value != parsed()[key]}
-    weights = dict.fromkeys(("lambda_cross", "lambda_in"), 64.0)
-    assert changed == {"reference": "teacher", "top_k": 8, "distill_loss": "exclude", **weights}
-    loss = preset.build(nn.Identity(), options, ALONE)
-    loss.set_epoch(3, 3)
-    assert loss.rank_weights == {"cross_modal": 8.0, "in_modal": 8.0}
-    assert not preset.keeps_distillation(options)
-
-
-@pytest.mark.parametrize(
-    "gather", [ALONE, dataclasses.replace(ALONE, local_loss=True, gather_with_grad=True)]
-)
-def test_every_loss_is_built_by_its_defaults_and_what_it_needs(gather: Gather) -> None:
-    needed = {"alip": {"caption_key": "synthetic"}, "rivals": {"mimicry": 1.0}}
-    for name, candidate in catalog.candidates().items():
-        entry = candidate.load()
-        options = {option.key: option.default for option in entry.options}
-        if name in needed:
-            assert entry.refuse(options, gather) is not None
-            options |= needed[name]
-        assert entry.refuse(options, gather) is None
-        loss = entry.build(rankloss.ClipLoss(gather=gather), options, gather)
-        assert isinstance(loss, nn.Module)
-
-
 def test_one_list_of_the_batch_leaves_local_loss_where_that_is_exact() -> None:
     options = {**parsed(), "lists": "batch"}
     for local_loss, with_grad in ((True, True), (False, True), (False, False)):
@@ -126,20 +97,11 @@ def test_one_list_of_the_batch_leaves_local_loss_where_that_is_exact() -> None:
         assert RANKCLIP.refuse(options, gather) is None
         assert RANKCLIP.build(nn.Identity(), options, gather).consistency.gather.local_loss is False
     approximate = dataclasses.replace(ALONE, local_loss=True)
-    assert RANKCLIP.refuse(options, approximate).startswith("lists: batch needs the whole batch")
+    assert RANKCLIP.refuse(options, approximate).startswith("lists=")
 
 
-@pytest.mark.parametrize(
-    ("type_", "good", "bad"),
-    [
-        (catalog.weight, {"0": 0.0, "1e3": 1000.0}, ["-1", "nan", "inf", "x"]),
-        (catalog.number_type(), {"-2.5": -2.5}, ["nan", "-inf", ""]),
-        (catalog.count, {"1": 1, "12": 12}, ["0", "1.5", "-3", "x"]),
-        (catalog.number_type(int, at_least=0, at_most=4), {"0": 0, "4": 4}, ["-1", "5", ""]),
-    ],
-)
-def test_types_take_what_is_in_range(type_: Any, good: dict[str, float], bad: list[str]) -> None:
-    assert {text: type_(text) for text in good} == good
-    for text in bad:
+def test_weights_are_finite_numbers_of_at_least_0() -> None:
+    assert [catalog.weight(text) for text in ("0", "1e3")] == [0, 1000]
+    for text in ("-1", "nan", "inf"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"got '{text}'"):
-            type_(text)
+            catalog.weight(text)
