@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from agreement_processes import check_agreement
 from scipy.stats import kendalltau
 from stand_ins import at, features
 from torch import Tensor
 
-from process_pool import Pools
 from rankloss import RankClipLoss, RankConsistency
-from rankloss_open_clip.logged_terms import LoggedTerms, TrainerLoss
+from rankloss_open_clip.training import TrainerLoss
 from rankloss_trainers.charts import AgreementCharts
+from rankloss_trainers.driven_loss import LoggedTerms
 from rankloss_trainers.logging import RankClipLog
 
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
@@ -102,45 +100,6 @@ def test_agreement_is_kendalls_tau_of_a_steps_calls() -> None:
     assert len({*measured}) == 4
 
 
-def test_agreement_is_that_of_the_batch_of_all_processes(pools: Pools) -> None:
-    whole = {name: x.detach() for name, x in features(8).items()}
-    v, t = whole["image_features"].double(), whole["text_features"].double()
-    expected = {"cross_modal_tau": mean_tau(v @ t.T, t @ v.T), "in_modal_tau": mean_tau(v @ v.T, t @ t.T)}
-    pools[2].run(check_agreement, whole, expected)
-
-
-# --- charts ---
-
-
-def charted_loss(*trackers: Callable[..., None]) -> tuple[TrainerLoss, AgreementCharts]:
-    loss, charts = trainer_loss(agreement_every=2), AgreementCharts(trackers)
-    loss.evaluate.charts = charts
-    loss.start_epoch(at(1))
-    return loss, charts
-
-
-def test_a_chart_shows_the_first_pair_s_rankings_once_it_is_due() -> None:
-    pytest.importorskip("matplotlib")
-    stored: list[tuple[str, Any, int]] = []
-    loss, charts = charted_loss(lambda *chart: stored.append(chart))
-    loss(**features())
-    assert not stored
-    charts.due(2, 9)
-    loss(**features())  # of a step at which nothing is measured
-    assert not stored
-    inputs = features(seed=3)
-    for _ in range(3):
-        loss(**inputs)
-    ((name, figure, step),) = stored
-    assert (name, step) == ("train/agreement", 9 + 2)
-    v, t = inputs["image_features"].detach().numpy(), inputs["text_features"].detach().numpy()
-    tau = kendalltau(t @ v[0], v @ t[0]).statistic
-    assert figure.axes[0].get_title() == f"epoch 2, step 11\nKendall τ = {tau:.3f}"
-    assert {f"pair {i}" for i in range(1, 8)} <= {
-        text.get_text().rpartition("  ")[0] for text in figure.axes[0].texts
-    }
-
-
 def test_without_matplotlib_one_warning_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -149,12 +108,12 @@ def test_without_matplotlib_one_warning_says_what_to_install(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "rankloss.plots", raising=False)
     monkeypatch.delattr("rankloss.plots", raising=False)
-    loss, charts = charted_loss(lambda *_: pytest.fail("nothing can be stored"))
-    with caplog.at_level(logging.WARNING):
-        for epoch in range(3):
-            charts.due(epoch, 0)
-            for _ in range(2):
-                shown = loss(**features(), output_dict=True)
-    (record,) = caplog.records
-    assert "pip install 'rankloss[plots]'" in record.message
+    loss, charts = trainer_loss(agreement_every=2), AgreementCharts([lambda *_: pytest.fail("no chart")])
+    loss.evaluate.charts = charts
+    for epoch in range(2):
+        loss.start_epoch(at(epoch))
+        charts.due(epoch, 0)
+        shown = loss(**features(), output_dict=True)
+    (message,) = caplog.messages
+    assert "pip install 'rankloss[plots]'" in message
     assert abs(shown["cross_modal_tau"]) <= 1
