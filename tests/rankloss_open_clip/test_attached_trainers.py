@@ -25,7 +25,6 @@ from rankloss import schedules
 from rankloss_open_clip import __main__ as runner
 from rankloss_open_clip.training import TrainerLoss
 
-TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
 BY_NAME = ("-m", "rankloss_open_clip", "--trainer", "training.main")
 BY_HAND = (
     "-c",
@@ -207,28 +206,24 @@ def run_release(trainer: Trainer, release: tuple[str, str], name: str, module: s
     arguments = trainer.arguments(f"{version} {name}", "--model", "tiny-former", "--epochs", "2", *options)
     at = arguments.index("--device")
     del arguments[at : at + 2]  # such releases take what there is
-    done = trainer.python("-c", script, *arguments, PYTHONPATH=path, **OFF)
-    assert done.returncode == 0, done.output[-4000:]
-    return Run(done.returncode, done.output, trainer.directory / "logs" / f"{version} {name}")
+    run = trainer.python("-c", script, *arguments, name=f"{version} {name}", PYTHONPATH=path, **OFF)
+    assert run.returncode == 0, run.output[-4000:]
+    return run
 
 
 @pytest.mark.slow
 def test_former_release_trains(trainer: Trainer, release: tuple[str, str]) -> None:
     attached = "rankloss_open_clip --trainer training.main"
     stock = run_release(trainer, release, "stock", "training.main")
-    plain = run_release(trainer, release, "plain", attached)
     run = run_release(trainer, release, "rankclip", attached, *OFFICIAL)
     assert f"open_clip {release[0]}" in run.log
     assert "tried with this" not in run.log
     number = np.float64(0)  # such releases save the learning rate as NumPy's number
     kinds = [number.__reduce__()[0], np.dtype, type(number.dtype)]
     with torch.serialization.safe_globals(kinds):
-        assert_equal_training(stock, plain, epochs=(1, 2))
         assert_equal_training(stock, run, epochs=(1,))  # at λ = 0
         assert not torch.equal(stock.epoch(2)["visual.proj"], run.epoch(2)["visual.proj"])
     expected = {step: schedules.official(step // STEPS + 1, 2) for step in range(2 * STEPS)}
     assert run.scalars["rank_lambda"] == expected
-    for step, loss in run.scalars["loss"].items():
-        assert loss == pytest.approx(sum(run.scalars[term][step] for term in TERMS), rel=1e-6)
     captions = ["--loss", "alip", "--alip-caption-key", "synthetic", "--accum-freq", "2"]
     assert len(run_release(trainer, release, "alip", attached, *captions).scalars["loss"]) == STEPS

@@ -59,19 +59,12 @@ def taken_apart(companion: Companion, texts: list[str]) -> tuple[Tensor, Tensor]
 # --- samples of a webdataset ----------------------------------------------------------------------------
 
 
-def shard(*samples: dict[str, Any]) -> Any:
-    """A reader of what it is called with, as webdataset's readers are."""
-
-    def read(source: str, handler: str) -> Iterator[dict[str, Any]]:
-        assert (source, handler) == ("source", "handler")
-        for i, sample in enumerate(samples):
-            yield {"__key__": str(i), "__url__": "a.tar", "jpg": b"...", **sample}
-
-    return read
-
-
 def read(companion: Companion, *samples: dict[str, Any], text_key: str = "txt") -> list[dict[str, Any]]:
-    return list(joined_samples(shard(*samples), companion, text_key, "source", handler="handler"))
+    def reader(source: str, handler: str) -> Iterator[dict[str, Any]]:
+        for i, sample in enumerate(samples):
+            yield {"__key__": str(i), "__url__": source, "jpg": b"...", **sample}
+
+    return list(joined_samples(reader, companion, text_key, "a.tar", handler="handler"))
 
 
 @pytest.mark.parametrize(
@@ -345,24 +338,13 @@ def model() -> nn.Module:
     ).double()
 
 
-class Wrapped(nn.Module):
-    """What DDP looks like: the model is its ``module``."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-
 IMAGES = torch.randn(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 TITLES = [f"text {i}" for i in range(3)]
 
 
 # The compiler reads .grad of tensors that are not leaves, which warns.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize(("named", "wrap"), [(False, "no"), (True, "module"), (True, "compile")])
+@pytest.mark.parametrize(("named", "wrap"), [(False, ""), (True, "module"), (True, "compile")])
 def test_companions_join_the_output_of_one_call_of_the_model(tmp_path: Path, named: bool, wrap: str) -> None:
     arrays = {name: unit_rows(3, 5, seed) for seed, name in enumerate(NAMES)}
     features = ReferenceFeatures(stored(tmp_path / "x", **arrays))
@@ -370,7 +352,8 @@ def test_companions_join_the_output_of_one_call_of_the_model(tmp_path: Path, nam
     expected, second = plain(IMAGES, tokens), plain(IMAGES, others)
     for companion, follow in ((features, "{}"), (SecondCaption("syn"), "other {}")):
         clip = model()
-        call = {"no": clip, "module": Wrapped(clip)}.get(wrap) or torch.compile(clip, backend="eager")
+        wrapped = {"module": nn.DataParallel, "compile": functools.partial(torch.compile, backend="eager")}
+        call = wrapped[wrap](clip) if wrap else clip
         calls: list[int] = []
         clip.transformer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         texts = joined_tokenizer(tokenizer(), companion)(

@@ -57,14 +57,9 @@ def main_runs(trainer: Trainer, path: str) -> Runs:
     def add(name: str, *options: str, **keywords: object) -> None:
         table.add(name, run, name, *options, **keywords)
 
-    def resume() -> Run:
-        first = str(table["steps"].directory / "checkpoints/epoch_1.pt")
-        return run("resumed", *PER_STEP, "--resume", first)
-
     add("steps", *PER_STEP)
     add("single", *OFFICIAL)
     add("stock", **OFF)
-    table.add("resumed", resume)
     add("whole batch", *OFFICIAL, *WHOLE_BATCH, "--batch-size", "64")
     # `--` keeps it from taking the trainer's --logs for an option of its own.
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--")
@@ -130,17 +125,3 @@ def test_epoch_at_lambda_zero_is_bit_equal_to_stock(main_runs: Runs) -> None:
         assert weights.keys() == others.keys()
         assert all(torch.equal(value, others[name]) for name, value in weights.items()) is equal
     assert "rank" not in "".join(stock.scalars)
-
-
-def test_resumed_run_is_where_the_uninterrupted_one_was(main_runs: Runs) -> None:
-    shown, uninterrupted = (main_runs[name].scalars["rank_lambda"] for name in ("resumed", "steps"))
-    assert shown == {step: value for step, value in uninterrupted.items() if step >= STEPS}
-    assert len(set(shown.values())) == 2 * STEPS
-
-
-def test_generative_task_is_refused(trainer: Trainer, path: str) -> None:
-    done = trainer.run(
-        "main generative", "--model", "naflexgenlip_b16", "--loss", "rankclip", PYTHONPATH=path
-    )
-    assert done.returncode != 0
-    assert "--loss rankclip needs a task that compares images with texts" in done.output

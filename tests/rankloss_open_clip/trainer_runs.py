@@ -55,17 +55,11 @@ _forks.set_forkserver_preload([*process_pool._PRELOADED, *_OF_A_RUN])
 
 
 @dataclass(frozen=True)
-class Process:
-    """A finished process."""
+class Run:
+    """A finished process, as a rule a run of the trainer."""
 
     returncode: int
     output: str  # stdout and stderr
-
-
-@dataclass(frozen=True)
-class Run(Process):
-    """A finished run of the trainer."""
-
     directory: Path
 
     @cached_property
@@ -134,24 +128,19 @@ class Trainer:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         tower = {"width": 32, "layers": 1}
-        config = {
-            "embed_dim": 32,
-            "vision_cfg": {"image_size": 32, "patch_size": 16, "head_width": 16, **tower},
-            "text_cfg": {"context_length": 16, "vocab_size": 49408, "heads": 2, **tower},
-        }
-        self._write_model("tiny", config)
-        tokens = {"context_length": 16, "vocab_size": 49408, "heads": 2, **tower}
-        coca = {
-            "embed_dim": 32,
-            "custom_text": True,
-            "vision_cfg": {
-                **config["vision_cfg"],
-                **{"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
-            },
-            "text_cfg": {**tokens, "embed_cls": True, "output_tokens": True},
-            "multimodal_cfg": tokens,
-        }
-        self._write_model("tiny-coca", coca)  # open_clip goes by the name to find CoCa's loss
+        images = {"image_size": 32, "patch_size": 16, "head_width": 16, **tower}
+        texts = {"context_length": 16, "vocab_size": 49408, "heads": 2, **tower}
+        pooled = {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+        tokens = {"custom_text": True, "multimodal_cfg": texts}
+        # open_clip goes by the name to find CoCa's loss.
+        for name, vision, text, more in (
+            ("tiny", {}, {}, {}),
+            ("tiny-coca", pooled, {"embed_cls": True, "output_tokens": True}, tokens),
+        ):
+            config = {"vision_cfg": {**images, **vision}, "text_cfg": {**texts, **text}, **more}
+            (directory / name).mkdir()
+            written = json.dumps({"model_cfg": {"embed_dim": 32, **config}, "preprocess_cfg": {}})
+            (directory / name / "open_clip_config.json").write_text(written)
         noise = np.random.default_rng(0)
         rows = ["filepath\ttitle\tsynthetic"]
         for i in range(SAMPLES):
@@ -167,11 +156,6 @@ class Trainer:
                     picture, title, synthetic = self.rows[i]
                     texts = {"txt": title.encode(), "blip.txt": synthetic.encode()}
                     add_sample(shard, f"{i:03}", png=Path(picture).read_bytes(), **texts)
-
-    def _write_model(self, name: str, config: dict[str, object]) -> None:
-        (self.directory / name).mkdir()
-        text = json.dumps({"model_cfg": config, "preprocess_cfg": {}})
-        (self.directory / name / "open_clip_config.json").write_text(text)
 
     @property
     def webdataset(self) -> list[str]:
@@ -222,22 +206,22 @@ class Trainer:
     def run(self, name: str, *options: str, command: tuple[str, ...] = (), **environment: str) -> Run:
         """Run the command, or another way to start the trainer, in a fresh interpreter."""
         command = command or ("-m", "open_clip_train.main")
-        process = self.python(*command, *self.arguments(name, *options), **environment)
-        return Run(process.returncode, process.output, self.directory / "logs" / name)
+        return self.python(*command, *self.arguments(name, *options), name=name, **environment)
 
-    def python(self, *arguments: str, executable: str = sys.executable, **environment: str) -> Process:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    def python(
+        self, *arguments: str, executable: str = sys.executable, name: str = "", **environment: str
+    ) -> Run:
         done = subprocess.run(
             [executable, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             cwd=self.directory,
             timeout=TIMEOUT,
             check=False,
         )
-        return Process(done.returncode, done.stdout)
+        return Run(done.returncode, done.stdout, self.directory / "logs" / name)
 
 
 def add_sample(shard: tarfile.TarFile, key: str, **members: bytes) -> None:
