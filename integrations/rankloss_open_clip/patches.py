@@ -177,8 +177,9 @@ def _get_dataset(original: Original, bound: inspect.BoundArguments) -> Any:
         info = original(*bound.args, **bound.kwargs)
     finally:
         names[reader] = read
-    if hasattr(info.dataloader.dataset, "captions"):  # of a CSV file
-        join_csv(info.dataloader.dataset, options.train_data, options.csv_separator, companion)
+    dataset = getattr(info.dataloader, "dataset", None)
+    if hasattr(dataset, "captions"):  # of a CSV file
+        join_csv(dataset, options.train_data, options.csv_separator, companion)
     setattr(info, COMPANION, companion)
     return info
 
