@@ -7,7 +7,7 @@ import itertools
 from torch import Tensor
 
 from rankloss import Gather, RankClipLoss
-from rankloss_open_clip.logged_terms import TrainerLoss
+from rankloss_open_clip.training import TrainerLoss
 from rankloss_trainers.clock import Position
 from rankloss_trainers.logging import RankClipLog
 
