@@ -27,7 +27,8 @@ class CyClipLoss(GatheringLoss):
         cross = (1/N)·Σ_ij (v_i·t_j − v_j·t_i)²,   in = (1/N)·Σ_ij (v_i·v_j − t_i·t_j)².
 
     Both compare cosines, without the scale. As squared Frobenius norms of differences of N×N products they
-    are computed from D×D moments of the features: memory and arithmetic grow linearly with N.
+    are computed from D×D moments of the features, and below D pairs from the products: memory and arithmetic
+    grow linearly with N.
 
     Args:
         base: the loss that the terms are added to: a module or function with the forward convention of
@@ -104,30 +105,41 @@ class CyClipLoss(GatheringLoss):
         if gathered is None:
             self.check_inputs(image_features, text_features, logit_scale=1.0)
             gathered = self.gather(image_features, text_features)
-        is_local = self.gather.anchors_are_local
-        n = len(image_features) if is_local else len(gathered[0])
-        vv, tt, vt = ww, uu, wu = _moments(*gathered)
-        if is_local:
-            vv, tt, vt = _moments(image_features, text_features)
-        cross = (vv * uu).sum() + (tt * ww).sum() - 2 * (vt * wu.T).sum()
-        in_ = (vv * ww).sum() + (tt * uu).sum() - 2 * (vt * wu).sum()
+        anchors = items = _in_float64(*gathered)
+        if self.gather.anchors_are_local:
+            anchors = _in_float64(image_features, text_features)
+        n, d = anchors[0].shape
+        squares = _by_products if n * len(items[0]) < d * d else _by_moments
         dtype = torch.promote_types(image_features.dtype, text_features.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
-        # Without what rounding left below 0; the gradient, right to rounding there too, stays.
-        cross, in_ = (x - x.detach().clamp_max(0) for x in (cross, in_))
-        return (cross / n).to(image_features.device, dtype), (in_ / n).to(image_features.device, dtype)
+        cross, in_ = ((x / n).to(image_features.device, dtype) for x in squares(anchors, items))
+        return cross, in_
 
     def extra_repr(self) -> str:
         """The weights."""
         return f"lambda_cross={self.lambda_cross:g}, lambda_in={self.lambda_in:g}"
 
 
-def _moments(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """VᵀV, TᵀT and VᵀT, ``[D, D]`` each, in float64: the terms are small differences of large norms.
+def _in_float64(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """The features as the terms, small differences of large norms, need them.
 
     Relative errors of the value where the compared cosines differ by 1e-2 and by 1e-4: float32 moments 1e-3
     and 1, a direct sum of squares in float32 6e-8 and 4e-6, float64 moments 8e-13 and 2e-8.
     """
     device = "cpu" if image.device.type == "mps" else image.device  # MPS has no float64
-    v, t = image.to(device, torch.float64), text.to(device, torch.float64)
-    return v.T @ v, t.T @ t, v.T @ t
+    return image.to(device, torch.float64), text.to(device, torch.float64)
+
+
+def _by_products(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """``Σ_ij (v_i·t_j − t_i·v_j)²`` and ``Σ_ij (v_i·v_j − t_i·t_j)²`` of the anchors i and the items j."""
+    (v, t), (w, u) = anchors, items
+    return (v @ u.T - t @ w.T).square().sum(), (v @ w.T - t @ u.T).square().sum()
+
+
+def _by_moments(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same from VᵀV, TᵀT and VᵀT, ``[D, D]`` each, of the anchors and of the items."""
+    (vv, tt, vt), (ww, uu, wu) = ((v.T @ v, t.T @ t, v.T @ t) for v, t in (anchors, items))
+    cross = (vv * uu).sum() + (tt * ww).sum() - 2 * (vt * wu.T).sum()
+    in_ = (vv * ww).sum() + (tt * uu).sum() - 2 * (vt * wu).sum()
+    # Without what rounding left below 0; the gradient, right to rounding there too, stays.
+    return cross - cross.detach().clamp_max(0), in_ - in_.detach().clamp_max(0)
