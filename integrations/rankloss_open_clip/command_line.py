@@ -18,7 +18,7 @@ from rankloss_open_clip.companions import Companion, SecondCaption
 from rankloss_open_clip.reference_features import ReferenceFeatures, refuse
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import BUILT_IN, TRAINERS_OWN, LossEntry, Options, dest
-from rankloss_trainers.command_line import add_options, by_prefix, misplaced, with_flag
+from rankloss_trainers.command_line import add_options, by_prefix, did_you_mean, misplaced, with_flag
 from rankloss_trainers.refusals import reason_against
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
@@ -37,7 +37,8 @@ def requested(args: Any) -> str | None:
     if swallowed not in (None, *DIST_IMPLS) and _known(swallowed):
         raise RuntimeError(
             f"--loss {swallowed} was read as --loss-dist-impl {swallowed}, by a parser that "
-            "rankloss_open_clip did not reach; run `rankloss doctor` for advice"
+            "rankloss_open_clip did not reach; start the training with `python -m rankloss_open_clip`, "
+            "or run `rankloss doctor` for advice"
         )
     name = getattr(args, "loss", None)
     return name if name is not None and _known(name) else None
@@ -90,7 +91,15 @@ class TrainerParser(argparse.ArgumentParser):
 
     _is_extended = False
 
-    # Signature as wide as the overloads of the base class.
+    # Signatures as wide as the overloads of the base class.
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and suggest what a misspelt option was meant to be."""
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            hint = did_you_mean(rest, self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return parsed
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Add the groups, parse, then fill in the defaults and refuse what cannot work."""
         argv = sys.argv[1:] if args is None else list(args)
@@ -129,7 +138,7 @@ class TrainerParser(argparse.ArgumentParser):
         )
         for group in by_prefix(entries).values():
             try:
-                add_options(self, group, entries[group[0]])
+                add_options(self, {name: entries[name] for name in group})
             except argparse.ArgumentError as error:  # the trainer, or another loss, has this option
                 if asked in group:
                     self.error(f"argument --loss: {asked} cannot be used: {error}")

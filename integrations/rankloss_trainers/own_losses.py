@@ -145,14 +145,29 @@ def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
     return None
 
 
+_SHORT_RAMP = 10  # epochs, below which λ rises in a few large steps
+
+
 def _describe_rankclip(options: Options, epochs: float) -> str:
     unit = _rankclip_unit(options, epochs)
     text = f"schedule {options['schedule']} per {unit}"
     text += f" over {epochs:g} epoch(s)" if math.isfinite(epochs) else ""
     if unit != options["schedule_unit"]:
         text += " (one epoch has no ramp over epochs, so the schedule goes by optimizer steps)"
+    elif unit == "epoch" and epochs < _SHORT_RAMP and options["schedule"] != "constant":
+        text += " (few values of lambda; --rankclip-schedule-unit step changes it at every optimizer step)"
     others = (option for option in _RANKCLIP_OPTIONS if not option.name.startswith("schedule"))
-    return ", ".join(filter(None, [text, changed(others, options)]))
+    return ", ".join(filter(None, [text, changed(others, options), _weights_above_one(options)]))
+
+
+def _weights_above_one(options: Options) -> str:
+    """Why the total is much larger than CLIP's loss; empty where it is not."""
+    loss = _build_rankclip(nn.Identity(), options, Gather(rank=0, world_size=1))
+    loss.set_progress(1, 1)  # the end of the schedule
+    cross, in_modal = loss.rank_weights.values()
+    if max(cross, in_modal) <= 1:
+        return ""
+    return f"rank terms times up to {cross:g} and {in_modal:g} (hence the large total; compare the raw terms)"
 
 
 RANKCLIP = LossEntry(

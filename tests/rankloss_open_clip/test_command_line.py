@@ -107,6 +107,7 @@ def test_help_shows_every_loss_with_its_options(
         assert f"{name}: {entry.help}" in shown
         for option in entry.options:
             assert catalog.flag(name, entry, option) in shown
+    assert "(default: all; rankclip-distill: 8)" in shown
 
 
 def test_defaults_of_the_loss_asked_for_are_filled_in() -> None:
@@ -151,6 +152,8 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
         ("--loss rankclip --rankclip-lambda-cross -1", "--rankclip-lambda-cross"),
         ("--loss rankclip --rankclip-top-k 0", "--rankclip-top-k"),
         ("--loss rankclip --rankclip-weight 1", "--rankclip-weight"),
+        ("--loss rankclip --rankclip-lamda-in 1", "did you mean --rankclip-lambda-in?"),
+        ("--accum-frq=2 --rankclip_top_k 3", "did you mean --accum-freq, --rankclip-top-k?"),
         ("--loss rankclip --horovod", "--horovod"),
         ("--loss rankclip --rankclip-reference teacher", "--distill-model"),
         ("--loss rankclip --rankclip-reference-scale 2", "--rankclip-reference-scale: "),

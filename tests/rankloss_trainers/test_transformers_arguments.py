@@ -74,7 +74,7 @@ def test_parser_refuses_what_no_loss_takes(
     assert message in said.err
     if argv == ["--help"]:
         text = " ".join(said.out.split())
-        assert "multiplies lambda in the in-modal term (default: 1.0)" in text
+        assert "multiplies lambda in the in-modal term (default: 1.0; rankclip-cross: 0.0; " in text
         assert "a run of one epoch has no ramp over epochs and goes by steps (default: step)" in text
 
 

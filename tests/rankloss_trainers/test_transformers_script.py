@@ -181,7 +181,10 @@ def test_what_is_the_scripts_reaches_it_in_order(argv: Any, keywords: Any, rest:
         (["--loss", "rankclip", "--rankclip-top-k", "0"], "--rankclip-top-k"),
         (["--loss", "rankclip", "--rankclip-diagonal", "exclude", "--rankclip-ties", "random"], "-diagonal"),
         (["--loss", "alip"], "--alip-caption-key"),
-        (["--loss", "rankclip", "--rankclip-lamda-in", "3"], "--rankclip-lamda-in: there is no such"),
+        (
+            ["--loss", "rankclip", "--rankclip-lamda-in", "3"],
+            "option; did you mean --rankclip-lambda-in",
+        ),
         (["--loss", "cyclip", "--rankclip_lambda_in", "3"], "--rankclip_lambda_in: there is no such"),
         (["--loss", "clip", "--rankclip-sched=linear"], "--rankclip-sched: there is no such"),
     ],
@@ -205,4 +208,4 @@ def test_help_is_the_runners_before_the_script(
     text = " ".join(capsys.readouterr().out.split())
     assert "--rankclip-lambda-in" in text
     assert "a run of one epoch has no ramp over epochs and goes by steps (default: step)" in text
-    assert "count only the best ranks of each list (default: all)" in text
+    assert "count only the best ranks of each list (default: all; rankclip-distill: 8)" in text
