@@ -201,10 +201,15 @@ def conditions_of(args: Any) -> dict[str, str]:
     """The conditions of :mod:`rankloss_trainers.refusals` that hold in a run, in the command line's words."""
     model, sigmoid = getattr(args, "model", ""), getattr(args, "siglip", False)
     # Options of open_clip's later trainer.
-    texts = [f"--{x.replace('_', '-')}" for x in ("json_text_key", "variable_text") if getattr(args, x, None)]
-    synthetic = getattr(args, "dataset_type", None) == "synthetic"
+    others = ("json_text_key", "variable_text", "use_naflex")
+    texts = [f"--{x.replace('_', '-')}" for x in others if getattr(args, x, None)]
+    data_type = getattr(args, "dataset_type", None) or ""
+    synthetic = data_type == "synthetic"
     words = {
         "horovod": "--horovod" if getattr(args, "horovod", False) else "",
+        "audio": f"--dataset-type {data_type}" if "audio" in data_type else "",
+        # By its name, as open_clip's main branch knows one.
+        "generative": model if any(kind in model.lower() for kind in ("genlip", "genlap")) else "",
         "sigmoid": "--siglip" if sigmoid else "",
         "softmax": "" if sigmoid else "--siglip",
         "distills": "--distill-model" if distils(args) else "",

@@ -155,6 +155,7 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
         ("--loss rankclip --rankclip-lamda-in 1", "did you mean --rankclip-lambda-in?"),
         ("--accum-frq=2 --rankclip_top_k 3", "did you mean --accum-freq, --rankclip-top-k?"),
         ("--loss rankclip --horovod", "--horovod"),
+        ("--loss rankclip --model naflexgenlip_b16", "naflexgenlip_b16"),
         ("--loss rankclip --rankclip-reference teacher", "--distill-model"),
         ("--loss rankclip --rankclip-reference-scale 2", "--rankclip-reference-scale: "),
         ("--loss rankclip --rankclip-distill-loss exclude", "--rankclip-distill-loss: "),
