@@ -157,17 +157,13 @@ def _describe_rankclip(options: Options, epochs: float) -> str:
     elif unit == "epoch" and epochs < _SHORT_RAMP and options["schedule"] != "constant":
         text += " (few values of lambda; --rankclip-schedule-unit step changes it at every optimizer step)"
     others = (option for option in _RANKCLIP_OPTIONS if not option.name.startswith("schedule"))
-    return ", ".join(filter(None, [text, changed(others, options), _weights_above_one(options)]))
-
-
-def _weights_above_one(options: Options) -> str:
-    """Why the total is much larger than CLIP's loss; empty where it is not."""
-    loss = _build_rankclip(nn.Identity(), options, Gather(rank=0, world_size=1))
-    loss.set_progress(1, 1)  # the end of the schedule
-    cross, in_modal = loss.rank_weights.values()
-    if max(cross, in_modal) <= 1:
-        return ""
-    return f"rank terms times up to {cross:g} and {in_modal:g} (hence the large total; compare the raw terms)"
+    largest = max(options["lambda_cross"], options["lambda_in"])
+    large = (
+        f"the rank terms weigh lambda * {largest:g}/16 by design and make up most of the total, which grows "
+        "with lambda: compare contrastive_loss"
+    )
+    is_large = _has_teacher(options) and largest > 1
+    return ", ".join(filter(None, [text, changed(others, options), large if is_large else ""]))
 
 
 RANKCLIP = LossEntry(

@@ -74,7 +74,11 @@ SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
     ("typed", "refused", "described"),
     [
         ("", None, "per epoch over 3 epoch(s) (few values of lambda; --rankclip-schedule-unit step"),
-        ("--rankclip-lambda-in 64", None, ", lambda-in 64.0, rank terms times up to 0.125 and 8 (hence"),
+        (
+            "--rankclip-reference teacher --rankclip-lambda-in 64",
+            None,
+            ", reference teacher, the rank terms weigh lambda * 64/16 by design",
+        ),
         (f"{SCALED} --rankclip-reference teacher", None, ", reference teacher"),
         (f"{SCALED} --rankclip-reference-features t", None, ", reference-scale 2.5, reference-features t"),
         ("--rankclip-reference teacher --rankclip-distill-loss exclude", None, "distill-loss exclude"),
