@@ -29,7 +29,7 @@ WORLD_SIZES = (1, 2, 4)
 
 
 def sent_bytes(n: int, d: int, world_size: int) -> float:
-    """What a process sends in a step, by docs/performance.md: forward, and twice that backward."""
+    """What a process sends in a step, by docs/engine.md: forward, and twice that backward."""
     return 3 * (world_size - 1) / world_size * 2 * n * d * 4
 
 

@@ -30,7 +30,8 @@ def check_matrix(name: str, x: object) -> None:
     if x.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense tensor; got layout {x.layout}")
     if x.dim() != 2:
-        raise ValueError(f"{name} must have shape [N, D]; got {tuple(x.shape)}")
+        hint = ". Several captions per image are several batches: see docs/data.md" if x.dim() == 3 else ""
+        raise ValueError(f"{name} must have shape [N, D]; got {tuple(x.shape)}{hint}")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point; got {x.dtype}")
     if x.dtype.itemsize < 2:
@@ -53,7 +54,8 @@ def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: 
     if len(image_features) != len(text_features):
         raise ValueError(
             "image_features and text_features must have one row per pair; "
-            f"got shapes {tuple(image_features.shape)} and {tuple(text_features.shape)}"
+            f"got shapes {tuple(image_features.shape)} and {tuple(text_features.shape)}. "
+            "Extra texts are for the base loss: see docs/data.md"
         )
     if image_features.shape[0] < min_pairs:
         pairs = "one pair" if min_pairs == 1 else "two pairs"

@@ -197,7 +197,7 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
         0 ≤ NLL(x | b) − NLL(x | y) ≤ Σ_k (n_k − 1) · log[(B_k + Σw) / (B_k + min w)],
 
     with n_k, Σw and min w the number, the sum and the smallest of the worths in bin k, and B_k the sum of
-    those below it. What this makes of the gradient is measured in docs/performance.md: less than 1 % with
+    those below it. What this makes of the gradient is measured in docs/engine.md: less than 1 % with
     640 bins and 512 dimensions.
 
     Args:

@@ -138,8 +138,13 @@ def _by_products(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -
 
 def _by_moments(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The same from VᵀV, TᵀT and VᵀT, ``[D, D]`` each, of the anchors and of the items."""
-    (vv, tt, vt), (ww, uu, wu) = ((v.T @ v, t.T @ t, v.T @ t) for v, t in (anchors, items))
+    vv, tt, vt = of_anchors = _moments(*anchors)
+    ww, uu, wu = of_anchors if items is anchors else _moments(*items)
     cross = (vv * uu).sum() + (tt * ww).sum() - 2 * (vt * wu.T).sum()
     in_ = (vv * ww).sum() + (tt * uu).sum() - 2 * (vt * wu).sum()
     # Without what rounding left below 0; the gradient, right to rounding there too, stays.
     return cross - cross.detach().clamp_max(0), in_ - in_.detach().clamp_max(0)
+
+
+def _moments(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return v.T @ v, t.T @ t, v.T @ t

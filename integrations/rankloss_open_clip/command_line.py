@@ -16,7 +16,7 @@ from rankloss_open_clip.companions import Companion, SecondCaption
 from rankloss_open_clip.reference_features import ReferenceFeatures, refuse
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import BUILT_IN, TRAINERS_OWN, Candidate, LossEntry, dest
-from rankloss_trainers.command_line import add_options, by_prefix, misplaced, with_flag
+from rankloss_trainers.command_line import add_options, by_prefix, did_you_mean, misplaced, with_flag
 from rankloss_trainers.refusals import reason_against
 
 # --- what a run asks for --------------------------------------------------------------------------------
@@ -33,7 +33,8 @@ def requested(args: Any) -> str | None:
     if swallowed not in (None, "bidir", "shift", "reduce", "gather") and swallowed in catalog.candidates():
         raise RuntimeError(
             f"--loss {swallowed} was read as --loss-dist-impl {swallowed}, by a parser that "
-            "rankloss_open_clip did not reach; run `rankloss doctor` for advice"
+            "rankloss_open_clip did not reach; start the training with `python -m rankloss_open_clip`, "
+            "or run `rankloss doctor` for advice"
         )
     name = getattr(args, "loss", None)
     return name if name is not None and name in catalog.candidates() else None
@@ -82,7 +83,15 @@ class TrainerParser(argparse.ArgumentParser):
     _entries: dict[str, LossEntry] | None = None  # of the losses that the command line may mean
     _unusable: dict[str, str]  # why the others cannot be used
 
-    # Signature as wide as the overloads of the base class.
+    # Signatures as wide as the overloads of the base class.
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and suggest what a misspelt option was meant to be."""
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            hint = did_you_mean(rest, self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return parsed
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Add the groups, parse, then fill in the defaults and refuse what cannot work."""
         argv = sys.argv[1:] if args is None else list(args)
@@ -118,7 +127,7 @@ class TrainerParser(argparse.ArgumentParser):
         )
         for group in by_prefix(entries).values():
             try:
-                add_options(self, group, entries[group[0]])
+                add_options(self, {name: entries[name] for name in group})
             except argparse.ArgumentError as error:  # the trainer, or another loss, has this option
                 for name in group:
                     del entries[name]
@@ -160,15 +169,18 @@ def conditions_of(args: Any) -> dict[str, str]:
     def given(*names: str) -> str:
         return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None))
 
-    model = getattr(args, "model", "")
+    model, data_type = getattr(args, "model", ""), getattr(args, "dataset_type", None) or ""
     words = {
         "horovod": given("horovod"),
+        "audio": f"--dataset-type {data_type}" if "audio" in data_type else "",
+        # By its name, as open_clip's main branch knows one.
+        "generative": model if any(kind in model.lower() for kind in ("genlip", "genlap")) else "",
         "sigmoid" if given("siglip") else "softmax": "--siglip",
         "distills": given("distill_model") if distils(args) else "",
         "no_teacher": "" if distils(args) else "--distill-model and --distill-pretrained",
-        "synthetic": "--dataset-type synthetic" * (getattr(args, "dataset_type", None) == "synthetic"),
+        "synthetic": "--dataset-type synthetic" if data_type == "synthetic" else "",
         "coca": model if "coca" in model.lower() else "",
         "torchscript": given("torchscript"),
-        "other_texts": given("json_text_key", "variable_text"),  # of open_clip's later trainer
+        "other_texts": given("json_text_key", "variable_text", "use_naflex"),  # of open_clip's later trainer
     }
     return {condition: said for condition, said in words.items() if said}

@@ -139,14 +139,25 @@ def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
     return None
 
 
+_SHORT_RAMP = 10  # epochs, below which λ rises in a few large steps
+
+
 def _describe_rankclip(options: Options, epochs: float) -> str:
     unit = _rankclip_unit(options, epochs)
     text = f"schedule {options['schedule']} per {unit}"
     text += f" over {epochs:g} epoch(s)" if math.isfinite(epochs) else ""
     if unit != options["schedule_unit"]:
         text += " (one epoch has no ramp over epochs, so the schedule goes by optimizer steps)"
+    elif unit == "epoch" and epochs < _SHORT_RAMP and options["schedule"] != "constant":
+        text += " (few values of lambda; --rankclip-schedule-unit step changes it at every optimizer step)"
     others = (option for option in _RANKCLIP_OPTIONS if not option.name.startswith("schedule"))
-    return ", ".join(filter(None, [text, changed(others, options)]))
+    largest = max(options["lambda_cross"], options["lambda_in"])
+    large = (
+        f"the rank terms weigh lambda * {largest:g}/16 by design and make up most of the total, which grows "
+        "with lambda: compare contrastive_loss"
+    )
+    is_large = _has_teacher(options) and largest > 1
+    return ", ".join(filter(None, [text, changed(others, options), large if is_large else ""]))
 
 
 RANKCLIP = LossEntry(

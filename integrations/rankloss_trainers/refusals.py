@@ -46,6 +46,8 @@ TABLE = {
     # Runs in which no loss works.
     "": {
         "horovod": "{loss} does not work with {horovod}, use torchrun",
+        "audio": "{loss} compares images with texts, and {audio} is of audio",
+        "generative": "{loss} does not work with {generative}, a generative model without a contrastive loss",
         "compute_loss_func": "compute_loss_func is ignored by this trainer; give the loss as `loss`",
         "data_parallel": "DataParallel over {data_parallel} GPUs contrasts each GPU's pairs alone; "
         "start the script with torchrun or accelerate launch",

@@ -148,8 +148,12 @@ def test_finished_runs_are_recognised_and_not_overwritten(runs):
     pair, make = runs
     line = "2026-01-01,00:00:00 | WARNING | {}"
     random = line.format("No pretrained weights loaded for model 'm'. Model initialized randomly.")
-    said = make(1, clip=f"print({line.format('beware')!r}); print({random!r})", rankclip="pass")
+    attached = "2026-01-01,00:00:00 | INFO | Loss: rankclip (rankloss 0.2.0) on ClipLoss"
+    said = make(
+        1, clip=f"print({line.format('beware')!r}); print({random!r})", rankclip=f"print({attached!r})"
+    )
     assert "clip: beware" in said
+    assert said.count("Loss: ") == said.count("Loss: rankclip (rankloss 0.2.0) on ClipLoss\n") == 1
     assert "No pretrained weights" not in said
     for run in pair:
         assert run.is_complete()

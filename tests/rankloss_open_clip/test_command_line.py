@@ -102,6 +102,7 @@ def test_help_shows_every_loss_with_its_options(
         assert f"{name}: {entry.help}" in shown
         for option in entry.options:
             assert catalog.flag(name, entry, option) in shown
+    assert "(default: all; rankclip-distill: 8)" in shown
 
 
 def test_arguments_have_what_the_loss_asked_for_depends_on_and_no_more() -> None:
@@ -134,7 +135,10 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
         ("--loss siglip", "'siglip'"),
         ("--rankclip-top-k 5 --rankclip-lambda-in 1", "--rankclip-lambda-in, --rankclip-top-k"),
         ("--loss cyclip --rankclip-top-k 3", "--rankclip-top-k"),
+        ("--loss rankclip --rankclip-lamda-in 1", "did you mean --rankclip-lambda-in?"),
+        ("--accum-frq=2 --rankclip_top_k 3", "did you mean --accum-freq, --rankclip-top-k?"),
         ("--loss rankclip --horovod", "--horovod"),
+        ("--loss rankclip --model naflexgenlip_b16", "naflexgenlip_b16"),
         ("--loss rankclip --rankclip-reference teacher", "--distill-model"),
         ("--loss rankclip --rankclip-reference-scale 2", "--rankclip-reference-scale: "),
         (f"--loss rankclip {SIGMOID_STUDENT}", "--siglip and --distill-model"),

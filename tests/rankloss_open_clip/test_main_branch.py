@@ -7,6 +7,7 @@ It is not released, so a checkout has to be at hand; the tests run only where th
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -125,3 +126,45 @@ def test_epoch_at_lambda_zero_is_bit_equal_to_stock(main_runs: Runs) -> None:
         assert weights.keys() == others.keys()
         assert all(torch.equal(value, others[name]) for name, value in weights.items()) is equal
     assert "rank" not in "".join(stock.scalars)
+
+
+def test_generative_task_is_refused(trainer: Trainer, path: str) -> None:
+    done = trainer.run(
+        "main generative", "--model", "naflexgenlip_b16", "--loss", "rankclip", PYTHONPATH=path
+    )
+    assert done.returncode == 2
+    assert "argument --loss: rankclip does not work with naflexgenlip_b16" in done.output
+
+
+def test_audio_is_refused(trainer: Trainer, path: str) -> None:
+    options = ("--dataset-type", "synthetic-audio", "--model", "CLAP-HTSAT-tiny-Roberta-base")
+    done = trainer.run("main audio", *options, "--loss", "rankclip", PYTHONPATH=path)
+    assert done.returncode == 2
+    assert "argument --loss: rankclip compares images with texts" in done.output
+
+
+def test_naflex_batches_change_their_size(trainer: Trainer, path: str) -> None:
+    """Few large pictures in one step, many small ones in the next: λ counts the steps of the schedule."""
+    vision = {"image_size": 64, "timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False}
+    text = {"context_length": 16, "vocab_size": 49408, "heads": 2, "width": 32, "layers": 1}
+    config = {
+        "embed_dim": 32,
+        "custom_text": True,
+        "vision_cfg": {**vision, "timm_pool": "avg", "timm_proj": "linear"},
+        "text_cfg": text,
+    }
+    trainer._write_model("tiny-naflex", config)
+    sizes = ("--naflex-seq-lens", "4", "16", "--naflex-patch-sizes", "16")
+    batches = ("--naflex-max-tokens-per-batch", "64", "--naflex-batch-divisor", "4")
+    model = ("--model", f"local-dir:{trainer.directory / 'tiny-naflex'}", "--epochs", "1")
+    options = (*PER_STEP, *model, "--use-naflex", *sizes, *batches, *trainer.webdataset)
+    run = trainer.run("main naflex", *options, PYTHONPATH=path)
+    assert run.returncode == 0, run.output[-4000:]
+    seen = [0, *map(int, re.findall(r"Train Epoch: 0 \[ *(\d+)/", run.log))]
+    assert {after - before for before, after in itertools.pairwise(seen)} == {4, 16}
+    steps = len(seen) - 1
+    assert run.scalars["rank_lambda"] == pytest.approx(
+        {step: schedules.linear(step + 1, steps) for step in range(steps)}
+    )
+    for step, total in run.scalars["loss"].items():
+        assert total == pytest.approx(sum(run.scalars[name][step] for name in TERMS), rel=1e-6)

@@ -72,7 +72,12 @@ SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
 @pytest.mark.parametrize(
     ("typed", "refused", "described"),
     [
-        ("", None, "schedule rankclip per epoch over 3 epoch(s)"),
+        ("", None, "per epoch over 3 epoch(s) (few values of lambda; --rankclip-schedule-unit step"),
+        (
+            "--rankclip-reference teacher --rankclip-lambda-in 64",
+            None,
+            ", reference teacher, the rank terms weigh lambda * 64/16 by design",
+        ),
         (f"{SCALED} --rankclip-reference teacher", None, ", reference teacher"),
         (f"{SCALED} --rankclip-reference-features t", None, ", reference-scale 2.5, reference-features t"),
         ("--rankclip-reference teacher --rankclip-distill-loss exclude", None, "distill-loss exclude"),
@@ -86,8 +91,11 @@ def test_teacher_is_asked_for_by_an_option(typed: str, refused: str | None, desc
     options = parsed(*typed.split())
     assert RANKCLIP.uses_teacher(options) == ("teacher" in typed or "-features" in typed)
     reason = RANKCLIP.refuse(options, ALONE)
-    assert (reason is None) if refused is None else reason.startswith(refused)
-    assert described in RANKCLIP.described(options, 3)
+    if refused is None:
+        assert reason is None
+        assert described in RANKCLIP.described(options, 3)
+    else:
+        assert reason.startswith(refused)
 
 
 def test_one_list_of_the_batch_leaves_local_loss_where_that_is_exact() -> None:

@@ -164,7 +164,10 @@ def test_what_is_the_scripts_reaches_it_in_order(argv: Any, keywords: Any, rest:
         (["--loss", "rankclip", "--rankclip-top-k", "0"], "--rankclip-top-k"),
         (["--loss", "rankclip", "--rankclip-diagonal", "exclude", "--rankclip-ties", "random"], "-diagonal"),
         (["--loss", "alip"], "--alip-caption-key"),
-        (["--loss", "rankclip", "--rankclip-lamda-in", "3"], "--rankclip-lamda-in: there is no such"),
+        (
+            ["--loss", "rankclip", "--rankclip-lamda-in", "3"],
+            "option; did you mean --rankclip-lambda-in",
+        ),
         (["--loss", "clip", "--rankclip-sched=linear"], "--rankclip-sched: there is no such"),
     ],
 )
@@ -182,9 +185,9 @@ def test_help_is_the_runners_before_the_script(
     monkeypatch.setattr(sys, "argv", ["runner"])
     main()
     text = " ".join(capsys.readouterr().out.split())
-    assert "multiplies lambda in the in-modal term (default: 1.0)" in text
+    assert "multiplies lambda in the in-modal term (default: 1.0; rankclip-cross: 0.0; " in text
     assert "a run of one epoch has no ramp over epochs and goes by steps (default: step)" in text
-    assert "count only the best ranks of each list (default: all)" in text
+    assert "count only the best ranks of each list (default: all; rankclip-distill: 8)" in text
     monkeypatch.setattr(sys, "argv", ["runner", "--loss", "rankclip"])
     with pytest.raises(SystemExit):
         main()

@@ -26,6 +26,7 @@ from typing import Any
 
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import TRAINERS_OWN
+from rankloss_trainers.command_line import did_you_mean
 from rankloss_trainers.import_hook import after_import
 
 
@@ -69,7 +70,8 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
         for argument in itertools.takewhile(lambda argument: argument != "--", rest):
             # With hyphens, as HfArgumentParser would take it, too.
             if argument.replace("_", "-").startswith(options.beginnings):
-                parser.error(f"{argument.partition('=')[0]}: there is no such option")
+                hint = did_you_mean([argument], parser._option_string_actions)
+                parser.error(f"{argument.partition('=')[0]}: there is no such option{hint}")
     try:
         return options.keywords(args), rest
     except ValueError as error:

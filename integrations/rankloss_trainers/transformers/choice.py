@@ -163,7 +163,7 @@ class LossOptions:
         groups = by_prefix(self._entries)
         self.beginnings = tuple(f"--{prefix}-" for prefix in groups)
         for alike in groups.values():
-            add_options(parser, alike, self._entries[alike[0]])
+            add_options(parser, {name: self._entries[name] for name in alike})
 
     def keywords(self, args: argparse.Namespace) -> dict[str, Any]:
         """What was given, as keywords of :class:`rankloss_trainers.transformers.ContrastiveTrainer`.
