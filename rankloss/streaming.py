@@ -150,26 +150,28 @@ class _Products:
 
     def __init__(self, matrices: Sequence[Matrix], sums: dict[str, Tensor], unwritten: set[str]) -> None:
         self._matrices, self._sums, self._unwritten = matrices, sums, unwritten
+        self._joined: dict[tuple[str, ...], Tensor] = {}  # anchors of the chunk, by the fields that they are
 
     def cosines(self, rows: slice) -> Tensor:
         """Some rows of every matrix, ``[matrices, n, N]``."""
         first = self._matrices[0]
         out = first.anchors.new_empty(len(self._matrices), rows.stop - rows.start, len(first.items))
+        self._joined.clear()
         for start, group in self._by_items():
             part = out[start : start + len(group)].flatten(0, 1)
-            torch.mm(self._anchors(group, rows), group[0].items.T, out=part)
+            of_anchors = tuple(matrix.factors[0] for matrix in group)
+            if of_anchors not in self._joined:
+                self._joined[of_anchors] = torch.cat([matrix.anchors[rows] for matrix in group])
+            torch.mm(self._joined[of_anchors], group[0].items.T, out=part)
         return out
 
     def add_gradient(self, rows: slice, cosines: Tensor, gradients: Tensor) -> None:
         """Add the gradients by the scores of some rows, which may be changed on the way."""
         del cosines  # Σ (G·K)∘Q reads less
         by_anchors: dict[tuple[str, ...], Tensor] = {}
-        anchors: dict[tuple[str, ...], Tensor] = {}
         for start, group in self._by_items():
             gradient = gradients[start : start + len(group)].flatten(0, 1)
             of_anchors, of_items = tuple(matrix.factors[0] for matrix in group), group[0].factors[1]
-            if of_anchors not in anchors:
-                anchors[of_anchors] = self._anchors(group, rows)
             if "scale" in self._sums or not self._sums.keys().isdisjoint(of_anchors):
                 if of_anchors in by_anchors:
                     by_anchors[of_anchors].addmm_(gradient, group[0].items)
@@ -177,14 +179,14 @@ class _Products:
                     by_anchors[of_anchors] = gradient @ group[0].items
             if of_items in self._sums:
                 beta = 0 if of_items in self._unwritten else 1
-                self._sums[of_items].addmm_(gradient.T, anchors[of_anchors], beta=beta)
+                self._sums[of_items].addmm_(gradient.T, self._joined[of_anchors], beta=beta)
                 self._unwritten.discard(of_items)
         for of_anchors, total in by_anchors.items():
             for name, part in zip(of_anchors, total.chunk(len(of_anchors)), strict=True):
                 if name in self._sums:
                     self._sums[name][rows] += part
             if "scale" in self._sums:
-                self._sums["scale"] += total.mul_(anchors[of_anchors]).sum()
+                self._sums["scale"] += total.mul_(self._joined[of_anchors]).sum()
 
     def _by_items(self) -> Iterator[tuple[int, list[Matrix]]]:
         """Matrices of the same items, and the place of the first."""
@@ -193,11 +195,6 @@ class _Products:
             same = list(group)
             yield start, same
             start += len(same)
-
-    @staticmethod
-    def _anchors(matrices: Sequence[Matrix], rows: slice) -> Tensor:
-        parts = [matrix.anchors[rows] for matrix in matrices]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _MirroredProducts(_Products):

@@ -43,7 +43,7 @@ def test_extra_has_its_normalised_name(extra: str) -> None:
 
 def test_every_typed_extra_exists_as_it_is_spelt() -> None:
     typed = typed_extras()
-    assert {extra for _, extra in typed} >= {"open-clip", "examples", "test", "dev"}
+    assert {extra for _, extra in typed} >= {"open-clip", "examples", "test"}
     assert [(path, extra) for path, extra in typed if extra not in EXTRAS] == []
 
 

@@ -144,7 +144,6 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
         (f"--loss rankclip {SIGMOID_STUDENT}", "--siglip and --distill-model"),
         (f"--loss rankclip --rankclip-reference teacher {SIGMOID_STUDENT}", "--rankclip-distill-loss: "),
         ("--loss alip", "--alip-caption-key"),
-        (f"{ALIP} --alip-momentum 1.5", "--alip-momentum: "),
         (f"{ALIP} --model coca_ViT-B-32", "CoCa"),
         (f"{ALIP} --dataset-type synthetic", "--dataset-type synthetic"),
         (f"{ALIP} --torchscript", "--torchscript"),

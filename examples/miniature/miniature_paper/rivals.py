@@ -17,7 +17,7 @@ from torch import Tensor
 from rankloss import RankClipLoss
 from rankloss.distributed import Gather
 from rankloss.losses import Base, GatheringLoss, base_entries, check_base, check_weight, combined
-from rankloss_trainers.catalog import LossEntry, Option, Options, count, number_type, weight
+from rankloss_trainers.catalog import LossEntry, Option, Options, weight
 
 Pair = tuple[Tensor, Tensor]  # the features of the images, and of the texts
 Scales = tuple[Tensor | float, Tensor | float]  # of the student's similarities, s, and of the teacher's, s'
@@ -261,7 +261,7 @@ def _refuse(options: Options, gather: Gather) -> str | None:
 
 
 _NUMBER = {"type": weight, "metavar": "X"}
-_SCALE = {"type": number_type(above=0), "metavar": "X"}
+_SCALE = {"type": float, "metavar": "X"}
 RIVALS = LossEntry(
     build=_build,
     help="the trainer's own plus other ways to learn from a teacher",
@@ -269,7 +269,7 @@ RIVALS = LossEntry(
         *(Option(name, 0.0, f"weight of the term {name}", _NUMBER) for name in TERMS),
         *(Option(f"{name}-scale", None, f"scale of {name}", _SCALE, "the student's") for name in SCALED),
         Option("rank-lambda", 0.0, "multiplies lambda of the rank terms held against the teacher", _NUMBER),
-        Option("rank-top-k", 8, "how many of the teacher's ranks count", {"type": count, "metavar": "K"}),
+        Option("rank-top-k", 8, "how many of the teacher's ranks count", {"type": int, "metavar": "K"}),
         Option(
             "components",
             None,
