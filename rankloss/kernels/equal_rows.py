@@ -1,6 +1,6 @@
 """Equal rows of features on a GPU: the Python side of the two kernels that find them.
 
-In torch's operations a hash of every row takes 28 bytes per entry, and the comparison with a candidate 18.
+In torch's operations a hash of every row takes 40 bytes per entry, and the comparison with a candidate 18.
 Here it is 4 for the hash, and 8 for the comparison of those rows that have another candidate than themselves.
 """
 
