@@ -72,55 +72,40 @@ class Evaluated(NamedTuple):
 
 def evaluate(block: Block, options: RankOptions, lists_at_once: int, *, with_gradient: bool) -> Evaluated:
     """Values, and the gradient where it is wanted, of a block of lists, so many of them at a time."""
+    if block.beta is not None and not options.diagonal:
+        return _without_own(block, options, lists_at_once, with_gradient)
     cosines = block.cosines
-    reference = None if block.beta is None else _exact_reference(block)
-    if reference is not None and not options.diagonal:
-        return _without_own(block, reference, options, lists_at_once, with_gradient)
     gradient = torch.empty_like(cosines) if with_gradient else None
-    flat = [None if x is None else x.flatten(0, 1) for x in (cosines, reference, gradient)]
-    alpha, beta = (
-        None if w is None else w.repeat_interleave(cosines.shape[1])[:, None]
-        for w in (block.alpha, block.beta)
-    )
+    alpha, beta = (None if w is None else w[:, None, None] for w in (block.alpha, block.beta))
     found = []
-    for rows in slices(cosines.shape[0] * cosines.shape[1], lists_at_once):
-        c, y, out, *weights = (None if x is None else x[rows] for x in (*flat, alpha, beta))
-        assert c is not None
-        found.append(_evaluate_lists(c, y, block.scale, weights[0], weights[1], options, out))
-    shape = cosines.shape[:2]
-    nll = None if reference is None else _joined([x for _, x in found if x is not None]).view(shape)
+    for rows in slices(cosines.shape[1], max(1, lists_at_once // len(cosines))):
+        y = None if beta is None else _exact_reference(block, rows)
+        out = None if gradient is None else gradient[:, rows]
+        found.append(_evaluate_lists(cosines[:, rows], y, block.scale, alpha, beta, options, out))
+    nll = None if beta is None else torch.cat([x for _, x in found if x is not None], 1)
     if block.alpha is None:
         return Evaluated(None, nll, gradient)
     own = cosines.diagonal(block.first_row, 1, 2)
     if gradient is not None:
         gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha[:, None])
-    log_sums = _joined([x for x, _ in found]).view(shape)
+    log_sums = torch.cat([x for x, _ in found], 1)
     return Evaluated(torch.addcmul(log_sums, own, block.scale, value=-1), nll, gradient)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _exact_reference(block: Block) -> Tensor:
-    """``[matrices, n, N]``, equal items tied exactly, whatever the rounding of their cosines."""
+def _exact_reference(block: Block, rows: slice) -> Tensor:
+    """``[matrices, n, N]`` of some rows, equal items tied exactly, whatever the rounding of their cosines."""
+    reference = (block.cosines if block.reference is None else block.reference)[:, rows]
     if all(equal is None for equal in block.first_equal):
-        return block.cosines.flip(0) if block.reference is None else block.reference
-    source = reversed(block.cosines.unbind()) if block.reference is None else block.reference
-    exact = torch.empty_like(block.cosines)
-    for matrix, equal, out in zip(source, block.first_equal, exact, strict=True):
-        if equal is None:
-            out.copy_(matrix)
-        else:
-            torch.index_select(matrix, -1, equal, out=out)
-    return exact
+        return reference.flip(0) if block.reference is None else reference
+    matrices = reference.unbind()[:: -1 if block.reference is None else 1]
+    pairs = zip(matrices, block.first_equal, strict=True)
+    return torch.stack([y if equal is None else y.index_select(-1, equal) for y, equal in pairs])
 
 
-def _without_own(
-    block: Block, reference: Tensor, options: RankOptions, lists_at_once: int, with_gradient: bool
-) -> Evaluated:
+def _without_own(block: Block, options: RankOptions, lists_at_once: int, with_gradient: bool) -> Evaluated:
     """With ``diagonal=False``: the cross-entropy is of all items, the lists are of all but the own pair."""
     _, n, n_items = block.cosines.shape
+    reference = _exact_reference(block, slice(None))
     own = torch.arange(block.first_row, block.first_row + n, device=reference.device)
     others = other_items(own, n_items).expand(len(reference), -1, -1)
     of_others = block._replace(
@@ -150,7 +135,7 @@ def _evaluate_lists(
     options: RankOptions,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log Σ e^x and C(x | y) of lists ``[n, N]``; to ``out`` goes the gradient without −α·[q = k]."""
+    """Log Σ e^x and C(x | y) of lists ``[matrices, n, N]``; to ``out`` the gradient without −α·[q = k]."""
     ranking = None if reference is None or options.model == "top_one" else rank(reference, options)
     order = None if ranking is None else ranking.order
     c = cosines if order is None else cosines.gather(-1, order)

@@ -33,7 +33,7 @@ def slices(n: int, size: int) -> Iterator[slice]:
 
 
 def rank(reference: Tensor, options: RankOptions) -> Ranking:
-    """The ranking of lists ``[n, N]`` under ``method``, ``bins`` and ``top_k``."""
+    """The ranking of lists ``[..., N]`` under ``method``, ``bins`` and ``top_k``."""
     n_items = reference.shape[-1]
     if options.method == "bin":
         index = quantize(reference, options.bins)
@@ -52,7 +52,7 @@ class Sorted:
     group, and all of them see its share of U.
 
     Attributes:
-        order: ``[n, N]``, the item of every slot; sums are taken of items in this order.
+        order: ``[..., N]``, the item of every slot; sums are taken of items in this order.
         counted: None: all items count.
     """
 
@@ -96,7 +96,7 @@ class Binned:
     def __init__(self, index: Tensor, bins: int) -> None:
         self.items: int | Tensor = index.shape[-1]
         self._index = index
-        self._zeros = functools.partial(torch.zeros, (len(index), bins), device=index.device)
+        self._zeros = functools.partial(torch.zeros, (*index.shape[:-1], bins), device=index.device)
         one = torch.ones((), device=index.device)
         self._sizes = self._zeros().scatter_add_(-1, index, one.expand_as(index))
 
@@ -166,11 +166,11 @@ class _Ties(NamedTuple):
 
 
 def _ties(ordered: Tensor) -> _Ties | None:
-    """The runs of sorted ``[n, N]``; None where no two values are equal."""
-    lists, slots = (ordered[:, 1:] == ordered[:, :-1]).nonzero(as_tuple=True)
+    """The runs of sorted ``[..., N]``; None where no two values are equal."""
+    lists, slots = (ordered[..., 1:] == ordered[..., :-1]).flatten(0, -2).nonzero(as_tuple=True)
     if len(slots) == 0:
         return None
-    others = lists.mul_(ordered.shape[1]).add_(slots)
+    others = lists.mul_(ordered.shape[-1]).add_(slots)
     is_break = others.diff() > 1
     firsts, lasts = others[F.pad(is_break, (1, 0), value=True)], others[F.pad(is_break, (0, 1), value=True)]
     return _Ties(lasts + 1, lasts - firsts + 2, others)
@@ -248,7 +248,7 @@ def ascending(x: Tensor) -> tuple[Tensor, Tensor]:
     vectorised sort moves both at once; sorting takes a third of the time.
 
     Args:
-        x: ``[n, N]``, finite. With NaN or infinity in a row the order of that row means nothing.
+        x: ``[..., N]``, finite. With NaN or infinity in a row the order of that row means nothing.
 
     Example:
         >>> values, indices = ascending(torch.tensor([[0.5, -1.0, 0.0]]))
@@ -259,9 +259,9 @@ def ascending(x: Tensor) -> tuple[Tensor, Tensor]:
         values, indices = x.sort(dim=-1)
         return values, indices
     # An index in the bits of 0.0 would be a subnormal number, which is 0 where the processor flushes those.
-    keys = x.double().add_(_OFF_ZERO)
+    keys = x.to(torch.float64, memory_format=torch.contiguous_format).add_(_OFF_ZERO)
     bits = keys.view(torch.int64).bitwise_or_(torch.arange(x.shape[-1], device=x.device))
-    _sort_rows(keys.numpy())
+    _sort_rows(keys.numpy().reshape(-1, x.shape[-1]))
     # The index is less than half a unit in the last place of a float32, so rounding takes it off again.
     values = keys.float()
     return values, bits.bitwise_and_(2**_INDEX_BITS - 1)

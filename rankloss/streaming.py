@@ -118,7 +118,8 @@ def _groups(
     if contrastive:
         if "cross_modal" not in terms:
             groups.insert(0, _Group(batch.matrices(matrices_of("cross_modal")), [], None, None))
-        alpha = [halves[0] if matrix.name in "SR" else 0 * halves[0] for matrix in groups[0].matrices]
+        none = torch.zeros_like(halves[0])
+        alpha = [halves[0] if matrix.name in "SR" else none for matrix in groups[0].matrices]
         groups[0] = groups[0]._replace(alpha=torch.stack(alpha))
     return groups
 
@@ -243,9 +244,9 @@ class _MirroredProducts(_Products):
                 by_anchors = rows.stop
                 by_items = rows.stop if matrix.name == "S" else rows.start
             of_anchors, of_items = matrix.factors
-            if of_anchors in self._sums:
+            if by_anchors and of_anchors in self._sums:
                 self._sums[of_anchors][rows].addmm_(gradient[:, :by_anchors], matrix.items[:by_anchors])
-            if of_items in self._sums:
+            if by_items and of_items in self._sums:
                 self._sums[of_items][:by_items].addmm_(gradient[:, :by_items].T, matrix.anchors[rows])
 
 
