@@ -16,6 +16,7 @@ from typing import Any
 from rankloss.distributed import Gather
 from rankloss_open_clip.companions import Companion, SecondCaption
 from rankloss_open_clip.reference_features import ReferenceFeatures, refuse
+from rankloss_open_clip.two_companions import TwoCompanions
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import BUILT_IN, TRAINERS_OWN, LossEntry, Options, dest
 from rankloss_trainers.command_line import add_options, by_prefix, misplaced, with_flag
@@ -51,11 +52,11 @@ def companion_of(args: Any) -> Companion | None:
     entry = catalog.candidates()[name].load()
     options = catalog.option_values(name, entry, args)
     caption, features = entry.caption_key(options), entry.reference_features(options)
-    if caption is not None:
-        return SecondCaption(caption)
-    if features is not None:
-        return ReferenceFeatures(features, two_widths=_has_no_cross_term(options))
-    return None
+    second = None if caption is None else SecondCaption(caption)
+    if features is None:
+        return second
+    taught = ReferenceFeatures(features, two_widths=_has_no_cross_term(options))
+    return taught if second is None else TwoCompanions(second, taught)
 
 
 def _has_no_cross_term(options: Options) -> bool:
@@ -129,7 +130,7 @@ class TrainerParser(argparse.ArgumentParser):
         )
         for group in by_prefix(entries).values():
             try:
-                add_options(self, group, entries[group[0]])
+                add_options(self, group, entries[group[0]], presets=entries)
             except argparse.ArgumentError as error:  # the trainer, or another loss, has this option
                 if asked in group:
                     self.error(f"argument --loss: {asked} cannot be used: {error}")
@@ -198,7 +199,11 @@ def conditions_of(args: Any) -> dict[str, str]:
         "horovod": "--horovod" if getattr(args, "horovod", False) else "",
         "sigmoid": "--siglip" if sigmoid else "",
         "softmax": "" if sigmoid else "--siglip",
-        "distills": "--distill-model" if distils(args) else "",
+        "distills": "--dataset-reinforcement"
+        if reinforced(args)
+        else "--distill-model"
+        if distils(args)
+        else "",
         "no_teacher": "" if distils(args) else "--distill-model and --distill-pretrained",
         "synthetic": "--dataset-type synthetic" if synthetic else "",
         "coca": model if "coca" in model.lower() else "",
@@ -209,5 +214,14 @@ def conditions_of(args: Any) -> dict[str, str]:
 
 
 def distils(args: Any) -> bool:
-    """Whether the trainer has a teacher, which it decides by both of its arguments."""
-    return None not in (getattr(args, "distill_model", None), getattr(args, "distill_pretrained", None))
+    """Whether the trainer hands a teacher's features to its loss.
+
+    It has a teacher where both of its arguments name one, or reads the features with the data.
+    """
+    named = getattr(args, "distill_model", None), getattr(args, "distill_pretrained", None)
+    return reinforced(args) or None not in named
+
+
+def reinforced(args: Any) -> bool:
+    """Whether the data hold a teacher's features, as MobileCLIP's do, whose patch adds this option."""
+    return bool(getattr(args, "dataset_reinforcement", False))

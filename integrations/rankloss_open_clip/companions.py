@@ -45,21 +45,21 @@ class Companion(ABC):
     context: int
 
     @abstractmethod
-    def of_rows(self, path: str, separator: str, count: int) -> Sequence[str]:
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Sequence[str]:
         """The companions of the rows of a CSV file, as text.
 
         Args:
             path: The file.
             separator: What separates the file's columns.
-            count: The number of its rows.
+            dataset: What the trainer has read of it: its ``captions`` and ``images``.
 
         Raises:
             ValueError: A row has none.
         """
 
     @abstractmethod
-    def of_sample(self, sample: dict[str, Any]) -> str | None:
-        """The companion of a webdataset sample, as text, or None."""
+    def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:
+        """The companion of a webdataset sample and its caption, as text, or None."""
 
     @abstractmethod
     def encode(self, tokenize: Callable[[list[str]], Tensor], companions: list[str]) -> Tensor:
@@ -87,7 +87,7 @@ class SecondCaption(Companion):
         self.key = key
         self.name = f"second caption {key!r}"
 
-    def of_rows(self, path: str, separator: str, count: int) -> Sequence[str]:  # noqa: ARG002
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Sequence[str]:  # noqa: ARG002
         """See :class:`Companion`."""
         import pandas  # type: ignore[import-untyped]
 
@@ -106,7 +106,7 @@ class SecondCaption(Companion):
         captions: list[str] = second.tolist()
         return captions
 
-    def of_sample(self, sample: dict[str, Any]) -> str | None:
+    def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:  # noqa: ARG002
         """See :class:`Companion`."""
         kind, _, name = self.key.partition(":")
         if kind != "json" or not name:
@@ -148,7 +148,7 @@ def join_csv(dataset: Any, path: str, separator: str, companion: Companion) -> N
         ValueError: A row has no companion.
     """
     first = dataset.captions
-    second = companion.of_rows(path, separator, len(first))
+    second = companion.of_rows(path, separator, dataset)
     dataset.captions = type(first)([_joined(a, b) for a, b in zip(first, second, strict=True)])
 
 
@@ -180,7 +180,8 @@ class JoinedSamples:
         sample: dict[str, Any] = {}
         for sample in self.read(*args, **kwargs):
             text_key = next((name for name in self.text_keys if name in sample), None)
-            second = self.companion.of_sample(sample)
+            caption = "" if text_key is None else _text(sample[text_key])
+            second = self.companion.of_sample(sample, caption)
             if text_key is not None and second is not None:
                 found += 1
                 sample[text_key] = _joined(sample[text_key], second).encode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms
@@ -18,7 +19,7 @@ class TrainerLoss(DrivenLoss):
         sums_every_value: Whether the trainer adds up all values of the returned dict, whatever their keys.
         uses_teacher: Whether the loss is given the features of the trainer's teacher under its own names.
         keeps_distillation: Whether the base is given them, under the trainer's names (``dist_image_features``
-            and so on), where the trainer has a teacher.
+            and so on), where the trainer has a teacher, and MobileCLIP's features of synthetic captions.
         **driven: ``unit`` and ``evaluate`` of :class:`rankloss_trainers.driven_loss.DrivenLoss`.
     """
 
@@ -51,9 +52,12 @@ class TrainerLoss(DrivenLoss):
         """
         if self.uses_teacher:
             for name in ("image_features", "text_features"):
-                base_inputs[f"reference_{name}"] = base_inputs[f"dist_{name}"]
+                # Several teachers side by side, as MobileCLIP's data have them, have another norm together.
+                base_inputs[f"reference_{name}"] = F.normalize(base_inputs[f"dist_{name}"].float(), dim=-1)
         if not self.keeps_distillation:
-            base_inputs = {name: x for name, x in base_inputs.items() if not name.startswith("dist_")}
+            base_inputs = {
+                name: x for name, x in base_inputs.items() if not name.startswith(("dist_", "syn_"))
+            }
         entries: Entries = super().forward(image_features, text_features, logit_scale, **base_inputs)
         if not output_dict:
             return entries.total

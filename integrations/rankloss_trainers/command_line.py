@@ -11,7 +11,11 @@ from rankloss_trainers.catalog import LossEntry, Options, dest, flag
 
 
 def add_options(
-    parser: argparse.ArgumentParser, names: list[str], entry: LossEntry, defaults: Options | None = None
+    parser: argparse.ArgumentParser,
+    names: list[str],
+    entry: LossEntry,
+    defaults: Options | None = None,
+    presets: Mapping[str, LossEntry] | None = None,
 ) -> None:
     """Add the options that the losses ``names`` share; each is absent unless it is given.
 
@@ -20,6 +24,7 @@ def add_options(
         names: The losses.
         entry: The entry of the first of them.
         defaults: The trainer's defaults, for ``--help``; None for those of the entry.
+        presets: The entries of all of them, of which ``--help`` says other defaults.
 
     Raises:
         argparse.ArgumentError: The parser has such an option.
@@ -29,11 +34,15 @@ def add_options(
     group = parser.add_argument_group(f"--loss {', '.join(names)}")
     for option in entry.options:
         default = option.default if defaults is None else defaults[option.key]
+        shown = [str(option.unset if default is None else default)]
+        for name in names[1:] if presets else ():
+            own = next(x.default for x in (presets or {})[name].options if x.name == option.name)
+            shown += [f"{name}: {own}"] if own != option.default else []
         group.add_argument(
             flag(names[0], entry, option),
             dest=dest(names[0], entry, option),
             default=argparse.SUPPRESS,
-            help=f"{option.help} (default: {option.unset if default is None else default})",
+            help=f"{option.help} (default: {'; '.join(shown)})",
             **option.keywords,
         )
 

@@ -5,6 +5,8 @@ the accelerator and the kernel that would run; and what in this process changes 
 no installed trainer has a problem, else 1.
 
 ``rankloss losses``: every name that ``--loss`` can have, with its options and their defaults.
+
+``rankloss features``: a teacher's features of a training's pairs, computed once (:mod:`rankloss_features`).
 """
 
 from __future__ import annotations
@@ -20,11 +22,17 @@ from rankloss_trainers.command_line import add_options
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out what the command line says, and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["features"]:  # it imports what it needs, and has a parser of its own
+        from rankloss_features.command import main as features
+
+        return features(argv[1:])
     parser = argparse.ArgumentParser(prog="rankloss", description="Losses for CLIP training, in any trainer.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="say which installed trainers will honour --loss, and what would run")
     losses = commands.add_parser("losses", help="list what --loss can name, with options and defaults")
     losses.add_argument("names", nargs="*", metavar="NAME", help="only these")
+    commands.add_parser("features", help="compute a teacher's features of the training data", add_help=False)
     args = parser.parse_args(argv)
     if args.command == "doctor":
         return doctor.main()

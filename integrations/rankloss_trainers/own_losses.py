@@ -80,9 +80,9 @@ _RANKCLIP_OPTIONS = (
     Option(
         "reference-features",
         None,
-        "rank by a teacher's precomputed features: a directory or .npz file of image_features and "
-        "text_features, or one of them, a row per row of the CSV file; with a webdataset the word samples "
-        "(or samples:image, samples:text), for members of these names in each sample",
+        "rank by a teacher's features from a folder of `rankloss features`; with a webdataset also the word "
+        "samples (or samples:image, samples:text), for members image_features.npy and text_features.npy of "
+        "each sample",
         {"metavar": "PATH"},
         "none",
     ),
@@ -152,7 +152,13 @@ def _describe_rankclip(options: Options, epochs: float) -> str:
     if unit != options["schedule_unit"]:
         text += " (one epoch has no ramp over epochs, so the schedule goes by optimizer steps)"
     others = (option for option in _RANKCLIP_OPTIONS if not option.name.startswith("schedule"))
-    return ", ".join(filter(None, [text, changed(others, options)]))
+    largest = max(options["lambda_cross"], options["lambda_in"])
+    large = (
+        f"the rank terms weigh lambda * {largest:g}/16 by design and make up most of the total, which grows "
+        "with lambda: compare contrastive_loss"
+    )
+    is_large = _has_teacher(options) and largest > 1
+    return ", ".join(filter(None, [text, changed(others, options), large if is_large else ""]))
 
 
 RANKCLIP = LossEntry(

@@ -22,6 +22,8 @@ from transformers import TrainerCallback
 import rankloss
 from rankloss.losses import base_entries
 from rankloss.options import check_count
+from rankloss_features.binding import taught
+from rankloss_features.folder import opened
 from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms
 from rankloss_trainers.logging import RankClipLog
 from rankloss_trainers.refusals import check_criterion, refuse_run
@@ -52,6 +54,8 @@ class RankClipLoss(nn.Module):
         output_dict: Return the terms by name, which the trainer adds up and logs, and with them the λ of the
             schedule and the raw terms, which it only logs. False returns their sum, which a loss that is
             wrapped in another (``MatryoshkaLoss``) has to.
+        reference_features: A folder of ``rankloss features`` that the data are bound to, by
+            ``rankloss_features.bind(…, column="label")``: the lists are ranked by this teacher.
         agreement_every: Log the batch's rank agreement at every so many optimizer steps, see
             :class:`rankloss_trainers.logging.RankClipLog`.
         **options: Of :class:`rankloss.RankClipLoss`: ``base``, ``schedule``, ``lambda_cross``, ``gather``, …
@@ -76,9 +80,11 @@ class RankClipLoss(nn.Module):
         scale: float = 20.0,
         output_dict: bool = True,
         agreement_every: int | None = None,
+        reference_features: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
+        self.reference_features = None if reference_features is None else opened(reference_features).check()
         if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale must be a positive and finite number; got {scale!r}")
         if agreement_every is not None:
@@ -102,7 +108,9 @@ class RankClipLoss(nn.Module):
 
         Args:
             sentence_features: The tokenized columns, two of them.
-            labels: Not used; the pairs are the labels.
+            labels: A teacher's embeddings in the format of ``EmbedDistillLoss``, ``[N, 2, D']`` or
+                ``[N, D']`` for both columns, by which the lists are ranked; or the column ``label`` of data
+                that are bound to a folder of them. Others are not used: the pairs are the labels.
         """
         embeddings = [self.model(column)["sentence_embedding"] for column in _two(sentence_features)]
         return self.compute_loss_from_embeddings(embeddings, labels)
@@ -110,10 +118,10 @@ class RankClipLoss(nn.Module):
     def compute_loss_from_embeddings(
         self,
         embeddings: list[Tensor],
-        labels: Tensor | None = None,  # noqa: ARG002
+        labels: Tensor | None = None,
     ) -> Any:
         """The loss of the two columns' embeddings, ``[N, D]`` each, of any norm."""
-        entries = self._entries(embeddings)
+        entries = self._entries(embeddings, labels)
         return LoggedTerms(*entries) if self.output_dict else entries.total
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -139,7 +147,7 @@ class RankClipLoss(nn.Module):
 }
 """
 
-    def _entries(self, embeddings: list[Tensor]) -> Entries:
+    def _entries(self, embeddings: list[Tensor], labels: Tensor | None) -> Entries:
         images, texts = (_normalized(x) for x in embeddings)
         features: dict[str, Any] = {
             "image_features": images,
@@ -157,7 +165,7 @@ class RankClipLoss(nn.Module):
                 f"{type(self).__name__} does not know where training stands: give the trainer "
                 "callbacks=[Progress(loss)], from rankloss_trainers.sentence_transformers"
             )
-        entries: Entries = self.driven_loss(**features)
+        entries: Entries = self.driven_loss(**features, **taught(self.reference_features, labels))
         return entries
 
 
@@ -211,12 +219,12 @@ class CachedRankClipLoss(CachedLossMixin, RankClipLoss):
     def calculate_loss(
         self,
         reps: list[list[Tensor]],
-        labels: Tensor | None = None,  # noqa: ARG002
+        labels: Tensor | None = None,
         *,
         with_backward: bool = False,
     ) -> Tensor:
         """The loss of embeddings that come in mini-batches; what GradCache asks of a loss."""
-        entries = self._entries([torch.cat(column) for column in reps])
+        entries = self._entries([torch.cat(column) for column in reps], labels)
         total = entries.total
         if with_backward:
             total.backward()

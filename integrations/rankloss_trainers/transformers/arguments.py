@@ -51,7 +51,7 @@ class LossOptions:
         self.beginnings = tuple(f"--{prefix}-" for prefix in groups)
         for alike in groups.values():
             entry = self._entries[alike[0]]
-            add_options(parser, alike, entry, defaults(entry))
+            add_options(parser, alike, entry, defaults(entry), self._entries)
 
     def keywords(self, args: argparse.Namespace) -> dict[str, Any]:
         """What was given, as keywords of :class:`rankloss_trainers.transformers.ContrastiveTrainer`.

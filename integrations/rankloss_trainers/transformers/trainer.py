@@ -62,7 +62,9 @@ class ContrastiveTrainer(transformers.Trainer):
             ALIP's ``caption_key`` is the prefix of the second caption's columns: ``caption`` for
             ``caption_input_ids`` beside ``input_ids``. With the columns ``reference_image_features`` and
             ``reference_text_features``, or one of them, the lists are ranked by a teacher, whose features of
-            each pair they hold. The model is not given them, and evaluation does not need them. With
+            each pair they hold. The model is not given them, and evaluation does not need them. They can
+            also be in a folder of ``rankloss features``, ``{"reference_features": FOLDER}``, that the data
+            are bound to (:func:`rankloss_features.bind`). With
             ``{"reference": "teacher"}``, and in ``rankclip-distill``, data without them are an error.
         **kwargs: What the Trainer takes.
 
@@ -108,7 +110,7 @@ class ContrastiveTrainer(transformers.Trainer):
         if self.chosen_loss.teacher and self.args.remove_unused_columns:
             self._columns = teacher.columns_of(self.train_dataset)
         collate = self.data_collator
-        self.data_collator = functools.partial(teacher.collate_checked, collate)
+        self.data_collator = functools.partial(teacher.collate_checked, collate, self.chosen_loss.features)
         try:
             loader: DataLoader[Any] = super().get_train_dataloader()
         finally:
@@ -184,7 +186,9 @@ class ContrastiveTrainer(transformers.Trainer):
         columns, captions = cast("list[str]", self._signature_columns), self.chosen_loss.captions
         # What the loss takes and the model does not, which would be dropped as unused.
         of_captions = [] if captions is None else [f"{captions}_{name}" for name in columns]
-        self._signature_columns: Any = list(dict.fromkeys([*columns, *of_captions, *teacher.COLUMNS]))
+        self._signature_columns: Any = list(
+            dict.fromkeys([*columns, *of_captions, *teacher.COLUMNS, teacher.BOUND])
+        )
 
 
 class _Progress(TrainerCallback):
