@@ -37,10 +37,10 @@ def _described(features: Features, name: str) -> str:
     array = features.arrays[name]
     norms, hashes = [], []
     least, most = np.full(array.shape[1], np.inf), np.full(array.shape[1], -np.inf)
-    for rows, present in features.blocks():
-        block = array[rows][present].astype(np.float32)
+    for _, present, arrays in features.blocks():
+        block = arrays[name][present].astype(np.float32)
         norms.append(np.linalg.norm(block, axis=1).astype(np.float16))
-        hashes.append(hashes_of_rows([array[rows][present]]))
+        hashes.append(hashes_of_rows([arrays[name][present]]))
         if len(block):
             least, most = np.minimum(least, block.min(0)), np.maximum(most, block.max(0))
     norm, distinct = np.concatenate(norms).astype(np.float32), len(np.unique(np.concatenate(hashes)))
@@ -61,9 +61,11 @@ def _nearest_captions(features: Features, data: Data) -> list[str]:
         images = texts  # of two encoders, which cannot be compared
     asked = images[rows].astype(np.float32)
     best, places = np.full((len(rows), 0), 0.0, np.float32), np.empty((len(rows), 0), int)
-    for block, present in features.blocks():
-        cosines = np.where(present, asked @ texts[block].astype(np.float32).T, -np.inf)
-        found = np.broadcast_to(np.arange(block.start, block.start + cosines.shape[1]), cosines.shape)
+    for first, present, arrays in features.blocks():
+        block = arrays.get("text_features", arrays.get("image_features"))
+        assert block is not None
+        cosines = np.where(present, asked @ block.astype(np.float32).T, -np.inf)
+        found = np.broadcast_to(np.arange(first, first + len(block)), cosines.shape)
         best, places = np.hstack([best, cosines]), np.hstack([places, found])
         order = np.argsort(-best, axis=1, kind="stable")[:, :_NEAREST]
         best, places = np.take_along_axis(best, order, 1), np.take_along_axis(places, order, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -37,11 +37,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError
-    return number
+def _count(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number of at least ``least``."""
+
+    def count(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return number
+
+    return count
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--dtype", default="float16", choices=("float16", "float32"), help="of the numbers stored"
     )
-    how.add_argument("--batch-size", type=_count, default=256, metavar="N", help="rows of a forward pass")
-    how.add_argument("--workers", type=_count, default=2, metavar="N", help="processes that read pictures")
+    how.add_argument("--batch-size", type=_count(1), default=256, metavar="N", help="rows of a forward pass")
+    how.add_argument("--workers", type=_count(0), default=2, metavar="N", help="processes that read pictures")
     how.add_argument("--device", help="what the teacher computes on; a GPU where there is one")
     how.add_argument("--precision", choices=("fp32", "amp_bf16"), help="amp_bf16 on a GPU, else fp32")
     return parser

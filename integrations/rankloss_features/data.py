@@ -150,29 +150,24 @@ class Shards:
         self.counts: list[int] = []
 
     def _samples(self, url: str, *, pictures: bool) -> Iterator[tuple[dict[str, Any], str, str]]:
-        from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander, url_opener
+        """The samples with a caption and a picture, the captions, and the names of the pictures' members."""
+        from webdataset.gopen import gopen
+        from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
-        wanted = {*self.text_keys, *_IMAGES}
+        def wanted(file: str) -> bool:
+            return (base_plus_ext(file)[1] or "").lower() in {*self.text_keys, *_IMAGES}
 
-        def named(file: str) -> bool:
-            return (base_plus_ext(file)[1] or "").lower() in wanted
+        def kept(file: dict[str, Any]) -> bool:
+            return pictures or base_plus_ext(file["fname"])[1].lower() in self.text_keys
 
-        files = tar_file_expander(url_opener([{"url": url}]), select_files=named)
-        if not pictures:  # read, as a stream has to be, and not kept
-            files = (
-                {
-                    **file,
-                    "data": file["data"]
-                    if base_plus_ext(file["fname"])[1].lower() in self.text_keys
-                    else b"",
-                }
-                for file in files
-            )
-        for sample in group_by_keys(files):
-            text = next((key for key in self.text_keys if key in sample), None)
-            image = next((key for key in _IMAGES if key in sample), None)
-            if text is not None and image is not None:
-                yield sample, sample[text].decode(errors="replace"), image
+        with gopen(url) as stream:
+            files = tar_file_iterator(stream, select_files=wanted)
+            named = ({**x, "data": x["data"] if kept(x) else b"", "__url__": url} for x in files)
+            for sample in group_by_keys(named):
+                text = next((key for key in self.text_keys if key in sample), None)
+                image = next((key for key in _IMAGES if key in sample), None)
+                if text is not None and image is not None:
+                    yield sample, sample[text].decode(errors="replace"), image
 
     def pairs(self) -> Iterator[tuple[list[str], list[str]]]:
         """See :class:`Data`."""

@@ -36,7 +36,7 @@ SKIPPED = 1
 Array = np.ndarray[Any, Any]
 
 _ABOUT = "features.json"
-_BLOCK = 65_536  # rows that are looked at together
+_BLOCK = 16_384  # rows that are looked at together
 
 
 def hash_of_pair(caption: str, image: str) -> int:
@@ -106,6 +106,9 @@ class Features:
         about = read_about(folder) if folder.is_dir() else None
         if about is None:
             raise ValueError(f"{path} is no folder of `rankloss features`: it has no {_ABOUT}")
+        missing = {"complete", "widths", "rows", "dtype"} - about.keys()
+        if missing:
+            raise ValueError(f"{folder / _ABOUT} is not of `rankloss features`: it has no {min(missing)}")
         if not about["complete"]:
             raise ValueError(
                 f"{path} is unfinished: the command that began it goes on where it stopped. It was: "
@@ -204,11 +207,15 @@ class Features:
             )
         return self.take(rows)
 
-    def blocks(self) -> Iterator[tuple[slice, Array]]:
-        """Rows to be looked at together, and which of them have features."""
+    def blocks(self) -> Iterator[tuple[int, Array, dict[str, Array]]]:
+        """All rows in parts: the first row, which rows have features, and these.
+
+        The files are mapped anew for each part, or what was read would stay in memory.
+        """
         for first in range(0, len(self), _BLOCK):
-            rows = slice(first, first + _BLOCK)
-            yield rows, self._rows[rows] != SKIPPED
+            files = {name: Path(self.path, f"{name}.npy") for name in self.arrays}
+            arrays = {x: np.load(file, mmap_mode="r")[first : first + _BLOCK] for x, file in files.items()}
+            yield first, self._rows[first : first + _BLOCK] != SKIPPED, arrays
 
     def check(self) -> Features:
         """Read every row once, from end to end; the same folder.
@@ -216,21 +223,19 @@ class Features:
         Raises:
             ValueError: A row is not what was written, or not what a teacher gives.
         """
-        for rows, present in self.blocks():
-            for name, array in self.arrays.items():
+        for first, present, arrays in self.blocks():
+            for name, array in arrays.items():
                 with np.errstate(over="ignore"):
-                    block = torch.from_numpy(array[rows].astype(np.float32))
-                block[~torch.from_numpy(present)] = (
-                    torch.arange(block.shape[1]) + 1.0
-                )  # no teacher's, and looked at
-                where = f"{name} in {self.path}, counted from row {rows.start},"
+                    block = torch.from_numpy(array.astype(np.float32))
+                block[~torch.from_numpy(present)] = torch.arange(block.shape[1]) + 1.0  # has no features
+                where = f"{name} in {self.path}, counted from row {first},"
                 check_teacher(where, block, first_look=False)
-            wrong = present & (hashes_of_rows(x[rows] for x in self.arrays.values()) != self._rows[rows])
+            written = self._rows[first : first + len(present)]
+            wrong = present & (hashes_of_rows(arrays.values()) != written)
             if wrong.any():
-                row = rows.start + int(wrong.argmax())
                 raise ValueError(
-                    f"row {row} of {self.path} does not hold what was written there: the files are damaged, "
-                    "their rows in another order, or from another folder"
+                    f"row {first + int(wrong.argmax())} of {self.path} does not hold what was written there: "
+                    "the files are damaged, their rows in another order, or from another folder"
                 )
         return self
 

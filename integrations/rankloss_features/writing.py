@@ -97,23 +97,22 @@ def write(
         counted = [data.counts]
         torch.distributed.broadcast_object_list(counted)  # the others wait for it
         data.counts = counted[0]
-    arrays = _opened(output, teacher)
     groups = data.spans(settings["batch_size"])[rank::world]
-    left = [(source, [span for span in spans if not _is_done(arrays, *span)]) for source, spans in groups]
+    names = list(teacher.encoders)
+    left = [(source, [x for x in spans if not _is_done(output, names, *x)]) for source, spans in groups]
     rows, todo = (sum(last - first for _, spans in x for first, last in spans) for x in (groups, left))
     batches = Batches(data, [group for group in left if group[1]], teacher)
     with tqdm(total=rows, initial=rows - todo, unit="row", disable=rank != 0) as bar:
         for (first, last), samples, captions, prepared in DataLoader(batches, None, num_workers=workers):
             if samples:
                 features = teacher.encode(prepared, device, _PRECISIONS[settings["precision"]])
-                _store(arrays, samples, captions, features)
-            broken = sorted({*range(first, last)} - {*samples})
-            arrays["rows"][broken] = SKIPPED
+                _store(output, samples, captions, features)
+            _map(output, "rows")[sorted({*range(first, last)} - {*samples})] = SKIPPED
             bar.update(last - first)
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
-        _finish(output, arrays["rows"])
+        _finish(output)
 
 
 # --- the beginning ----------------------------------------------------------------------------------------
@@ -211,23 +210,22 @@ def _allocate(file: Path, dtype: str, shape: tuple[int, ...]) -> None:
 # --- rows -------------------------------------------------------------------------------------------------
 
 
-def _opened(output: Path, teacher: Teacher) -> dict[str, Array]:
-    """The arrays to write to, by the names of their files."""
-    return {name: np.load(output / f"{name}.npy", mmap_mode="r+") for name in (*teacher.encoders, "rows")}
+def _map(output: Path, name: str) -> Array:
+    """An array to read and write, mapped anew for each batch: what was touched would stay in memory."""
+    array: Array = np.load(output / f"{name}.npy", mmap_mode="r+")
+    return array
 
 
-def _is_done(arrays: dict[str, Array], first: int, last: int) -> bool:
+def _is_done(output: Path, names: list[str], first: int, last: int) -> bool:
     """Whether all rows are whole, or have been skipped."""
-    hashes = arrays["rows"][first:last]
+    hashes = _map(output, "rows")[first:last]
     if not hashes.all():
         return False
-    features = [array[first:last] for name, array in arrays.items() if name != "rows"]
-    return bool(((hashes == SKIPPED) | (hashes == hashes_of_rows(features))).all())
+    whole = hashes_of_rows(_map(output, name)[first:last] for name in names)
+    return bool(((hashes == SKIPPED) | (hashes == whole)).all())
 
 
-def _store(
-    arrays: dict[str, Array], rows: list[int], captions: list[str], features: dict[str, Tensor]
-) -> None:
+def _store(output: Path, rows: list[int], captions: list[str], features: dict[str, Tensor]) -> None:
     """Write the rows of a batch, and then their hashes.
 
     Raises:
@@ -235,23 +233,22 @@ def _store(
     """
     # Neighbours may share a caption, and then a row.
     size = len(rows) if len(set(captions)) > _FEW else _FEW
+    stored = []
     for name, array in features.items():
-        array = array.to(getattr(torch, str(arrays[name].dtype)))
+        mapped = _map(output, name)
+        array = array.to(getattr(torch, str(mapped.dtype)))
         for first in range(0, len(rows), size):
             where = f"the teacher's {name}, counted from row {rows[first]},"
             check_teacher(where, array[first : first + size], first_look=False)
-        arrays[name][rows] = array.numpy()
-    arrays["rows"][rows] = hashes_of_rows(arrays[name][rows] for name in features)
+        mapped[rows] = array.numpy()
+        stored.append(array.numpy())
+    _map(output, "rows")[rows] = hashes_of_rows(stored)
 
 
-def _finish(output: Path, hashes: Array) -> None:
+def _finish(output: Path) -> None:
     """Say that the folder is whole."""
-    about = read_about(output)
+    about, hashes = read_about(output), _map(output, "rows")
     assert about is not None
-    if not hashes.all():
-        raise ValueError(
-            f"--output {output} lacks {int((hashes == 0).sum())} rows; give the same command again"
-        )
     skipped = int((hashes == SKIPPED).sum())
     if skipped == len(hashes):
         raise ValueError(f"--data: none of {skipped} pictures can be read")
