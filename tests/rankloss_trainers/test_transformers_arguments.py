@@ -74,7 +74,8 @@ def test_parser_refuses_what_no_loss_takes(
     assert message in said.err
     if argv == ["--help"]:
         text = " ".join(said.out.split())
-        assert "multiplies lambda in the in-modal term (default: 1.0)" in text
+        own = "1.0; rankclip-cross: 0.0; rankclip-distill: 64.0"
+        assert f"multiplies lambda in the in-modal term (default: {own})" in text
         assert "a run of one epoch has no ramp over epochs and goes by steps (default: step)" in text
 
 
