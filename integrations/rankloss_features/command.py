@@ -7,6 +7,7 @@ with data and prints what is in it.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
         if args.check is not None:
             print(checking.report(args.check, pairs))
             return 0
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = torch.device(args.device or (own if torch.cuda.is_available() else "cpu"))
         precision = args.precision or ("amp_bf16" if device.type == "cuda" else "fp32")
         settings = {"dtype": args.dtype, "precision": precision, "batch_size": args.batch_size}
         settings["command"] = shlex.join(["rankloss", "features", *argv])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -160,7 +162,7 @@ class Shards:
         def kept(file: dict[str, Any]) -> bool:
             return pictures or base_plus_ext(file["fname"])[1].lower() in self.text_keys
 
-        with gopen(url) as stream:
+        with gopen(url) as stream, _readable(url):
             files = tar_file_iterator(stream, select_files=wanted)
             named = ({**x, "data": x["data"] if kept(x) else b"", "__url__": url} for x in files)
             for sample in group_by_keys(named):
@@ -202,6 +204,17 @@ class Shards:
             ]
 
 
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """What libraries raise of a damaged file, as a ValueError that names it."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (tarfile.TarError, DatasetsError) as error:
+        raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
+
+
 def _opened(picture: bytes | str) -> Any:
     from PIL import Image
 
@@ -221,7 +234,8 @@ def _table(path: str, separator: str, keys: tuple[str, str]) -> Any:
         if key not in columns:
             raise ValueError(f"{flag} {key}: {path} has no such column; it has {', '.join(columns)}")
     as_texts = dict.fromkeys(keys, str)
-    return datasets.Dataset.from_csv(path, sep=separator, usecols=list(keys), converters=as_texts)
+    with _readable(path):
+        return datasets.Dataset.from_csv(path, sep=separator, usecols=list(keys), converters=as_texts)
 
 
 def open_data(args: Any) -> Data:

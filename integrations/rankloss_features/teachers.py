@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,13 @@ class Teacher:
         about: What ``features.json`` says of it; the same teacher says the same.
         encoders: One for each of the features that it gives.
         scale: The multiplier of its similarities; None where it has none.
+        rows: The rows that it has features of; None for any.
     """
 
     about: dict[str, Any]
     encoders: dict[str, Encoder] = field(default_factory=dict)
     scale: float | None = None
+    rows: int | None = None
 
     @property
     def needs_pictures(self) -> bool:
@@ -73,35 +76,25 @@ def load(args: Any, device: torch.device) -> Teacher:
     Raises:
         ValueError: It is not installed, not found, or has no weights.
     """
-    flags = {
-        "--model": args.model,
-        "--text-encoder": args.text_encoder,
-        "--image-encoder": args.image_encoder,
-    }
-    flags["--features"] = args.features
-    given = [flag for flag, value in flags.items() if value is not None]
+    loaders = {"model": _open_clip, "text_encoder": _sentences, "image_encoder": _timm, "features": _stored}
+    flags = {f"--{name.replace('_', '-')}": name for name in loaders if getattr(args, name) is not None}
+    given = list(flags)
     if not given or (len(given) > 1 and given != ["--text-encoder", "--image-encoder"]):
         raise ValueError(
             "the teacher must be --model, --features, or --text-encoder and --image-encoder, or one of the "
             f"latter two; got {' and '.join(given) or 'none'}"
         )
-    loaders = {
-        "--model": _open_clip,
-        "--text-encoder": _sentences,
-        "--image-encoder": _timm,
-        "--features": _stored,
-    }
     parts = []
-    for flag in given:
+    for flag, name in flags.items():
         try:
-            parts.append(loaders[flag](args, device))
+            parts.append(loaders[name](args, device))
         except ImportError as error:
             raise ValueError(f"{flag} needs a package: pip install 'rankloss[features]' ({error})") from error
         except Exception as error:  # whatever a library says of a name that it does not know
-            raise ValueError(f"{flag} {flags[flag]}: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{flag} {getattr(args, name)}: {type(error).__name__}: {error}") from error
     about = {key: value for part in parts for key, value in part.about.items()}
     encoders = {name: part.encoders[name] for name in NAMES for part in parts if name in part.encoders}
-    return Teacher(about, encoders, parts[0].scale)
+    return Teacher(about, encoders, parts[0].scale, parts[0].rows)
 
 
 def hash_of_weights(model: nn.Module) -> str:
@@ -113,8 +106,21 @@ def hash_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _pictures(transform: Callable[[Any], Tensor]) -> Callable[[list[Sample]], Tensor]:
-    return lambda samples: torch.stack([transform(sample.open()) for sample in samples])
+# What prepares samples is sent to other processes, where these are not forked.
+def _pictures(transform: Callable[[Any], Tensor], samples: list[Sample]) -> Tensor:
+    return torch.stack([transform(sample.open()) for sample in samples])
+
+
+def _captions(samples: list[Sample]) -> list[str]:
+    return [sample.caption for sample in samples]
+
+
+def _tokens(tokenizer: Callable[[list[str]], Tensor], samples: list[Sample]) -> Tensor:
+    return tokenizer(_captions(samples))
+
+
+def _rows(array: Array, samples: list[Sample]) -> Tensor:
+    return torch.from_numpy(array[[sample.row for sample in samples]].astype(np.float32))
 
 
 def _open_clip(args: Any, device: torch.device) -> Teacher:
@@ -129,8 +135,8 @@ def _open_clip(args: Any, device: torch.device) -> Teacher:
     with torch.inference_mode():
         width = model.encode_text(tokenizer([""]).to(device)).shape[1]
     encoders = {
-        IMAGES: Encoder(_pictures(transform), model.encode_image, width, needs_pictures=True),
-        TEXTS: Encoder(lambda samples: tokenizer([x.caption for x in samples]), model.encode_text, width),
+        IMAGES: Encoder(partial(_pictures, transform), model.encode_image, width, needs_pictures=True),
+        TEXTS: Encoder(partial(_tokens, tokenizer), model.encode_text, width),
     }
     return Teacher(about, encoders, float(model.logit_scale.detach().exp()))
 
@@ -146,7 +152,7 @@ def _sentences(args: Any, device: torch.device) -> Teacher:
         )
 
     about = {"text_encoder": args.text_encoder, "text_weights": hash_of_weights(model)}
-    encoder = Encoder(lambda samples: [x.caption for x in samples], encode, encode([""]).shape[1])
+    encoder = Encoder(_captions, encode, encode([""]).shape[1])
     return Teacher(about, {TEXTS: encoder})
 
 
@@ -161,7 +167,7 @@ def _timm(args: Any, device: torch.device) -> Teacher:
         width = model(torch.zeros(1, *config["input_size"], device=device)).shape[1]
     transform = create_transform(**config, is_training=False)
     about = {"image_encoder": args.image_encoder, "image_weights": hash_of_weights(model)}
-    return Teacher(about, {IMAGES: Encoder(_pictures(transform), model, width, needs_pictures=True)})
+    return Teacher(about, {IMAGES: Encoder(partial(_pictures, transform), model, width, needs_pictures=True)})
 
 
 def _stored(args: Any, _: torch.device) -> Teacher:
@@ -185,14 +191,5 @@ def _stored(args: Any, _: torch.device) -> Teacher:
     about = {
         "features": {x: hashlib.sha256(np.ascontiguousarray(a).data).hexdigest() for x, a in arrays.items()}
     }
-    encoders = {x: Encoder(_rows_of(array), lambda rows: rows, array.shape[1]) for x, array in arrays.items()}
-    return Teacher(about, encoders)
-
-
-def _rows_of(array: Array) -> Callable[[list[Sample]], Tensor]:
-    def rows(samples: list[Sample]) -> Tensor:
-        if samples[-1].row >= len(array):
-            raise ValueError(f"--features has {len(array)} rows, and the data have more")
-        return torch.from_numpy(array[[x.row for x in samples]].astype(np.float32))
-
-    return rows
+    encoders = {x: Encoder(partial(_rows, a), lambda rows: rows, a.shape[1]) for x, a in arrays.items()}
+    return Teacher(about, encoders, rows=len(next(iter(arrays.values()))))

@@ -36,7 +36,9 @@ class Batches(IterableDataset[Any]):
     """
 
     def __init__(self, data: Data, groups: list[tuple[int, Spans]], teacher: Teacher) -> None:
-        self.data, self.groups, self.teacher = data, groups, teacher
+        self.data, self.groups = data, groups
+        self.prepare = {name: encoder.prepare for name, encoder in teacher.encoders.items()}
+        self.needs_pictures = teacher.needs_pictures
 
     def __iter__(self) -> Iterator[Any]:
         """Those of this worker."""
@@ -44,9 +46,9 @@ class Batches(IterableDataset[Any]):
         mine = self.groups if worker is None else self.groups[worker.id :: worker.num_workers]
         for source, spans in mine:
             for span, samples in zip(spans, self.data.read(source, spans), strict=True):
-                if self.teacher.needs_pictures:
+                if self.needs_pictures:
                     samples = list(self._readable(samples))
-                prepared = {x: e.prepare(samples) for x, e in self.teacher.encoders.items() if samples}
+                prepared = {name: prepare(samples) for name, prepare in self.prepare.items() if samples}
                 yield span, [x.row for x in samples], [x.caption for x in samples], prepared
 
     def _readable(self, samples: list[Sample]) -> Iterator[Sample]:
@@ -141,6 +143,8 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
                 f"{about[key]}. To go on with the former: {found['command']}"
             )
     pairs = _hashed(output / ".pairs", data)
+    if teacher.rows not in (None, len(pairs)):
+        raise ValueError(f"--features has {teacher.rows} rows, and the data have {len(pairs)}")
     if found is not None and (output / "pairs.npy").exists():
         _compare(output, np.load(output / "pairs.npy", mmap_mode="r"), pairs)
     else:

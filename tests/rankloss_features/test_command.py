@@ -54,6 +54,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=4)]).save(str(folder / "sentences"))
     save_for_hf(timm.create_model("test_vit", num_classes=0), folder / "backbone")
+    lines = (folder / "pairs.csv").read_text().splitlines()
+    (folder / "broken.tar").write_bytes(b"no archive" * 1000)
+    (folder / "few.csv").write_text("\n".join(lines[:ROWS]))
+    (folder / "broken.csv").write_bytes("\n".join(lines).encode() + b"\n0.png\t\xff\n")
     np.savez(folder / "arrays.npz", image_features=np.random.default_rng(0).standard_normal((ROWS, 3)))
     return folder
 
@@ -128,6 +132,7 @@ def test_teachers_of_one_modality(
         ("pairs.csv", ("--text-encoder", "PLACE/none"), "--text-encoder"),
         ("pairs.csv", ("--image-encoder", "no-such-backbone"), "--image-encoder no-such-backbone"),
         ("pairs.csv", ("--features", "PLACE/none.npz"), "--features"),
+        ("few.csv", ("--features", "PLACE/arrays.npz"), "--features has 40 rows, and the data have 39"),
         ("pairs.csv", (), "got none"),
         ("pairs.csv", (*CLIP, "--text-encoder", "x"), "--model and --text-encoder"),
         (
@@ -139,6 +144,8 @@ def test_teachers_of_one_modality(
         ("none.csv", CLIP, "none.csv cannot be read"),
         ("none.xyz", CLIP, "--dataset-type"),
         ("none.tar", CLIP, "none.tar"),
+        ("broken.tar", CLIP, "broken.tar cannot be read"),
+        ("broken.csv", CLIP, "broken.csv cannot be read: .*utf-8"),
         ("{0..1}.tar", (*CLIP, "--text-key", "caption"), "no pairs"),
         ("images", (*CLIP, "--split", "test"), "--split test: .* train"),
         ("images", (*CLIP, "--caption-column", "text"), "'text'.* image, caption"),
