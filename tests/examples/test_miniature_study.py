@@ -22,6 +22,8 @@ from miniature_records import study_records
 from open_clip_train.params import parse_args
 from scipy import stats
 
+from rankloss_trainers import console
+
 SEARCH, QUESTION, TEACHER = (load(name, "full") for name in ("search", "question", "teacher"))
 QUICK = load("search", "quick")
 EVERY = [load(name, size) for name in STUDIES for size in SIZE_NAMES]
@@ -96,7 +98,10 @@ def test_the_trainer_takes_every_try(one, tries, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     texts = Path(trials.teacher_folder(TEACHER.teacher)) / f"texts-{TEACHER.grid.pairs}.npz"
     texts.parent.mkdir(parents=True)
-    np.savez(texts, text_features=np.eye(4, dtype=np.float32))
+    np.savez("texts.npz", text_features=np.eye(4, dtype=np.float32))
+    Path("texts.csv").write_text("filepath\ttitle\n" + "".join(f"{i}.png\ttext {i}\n" for i in range(4)))
+    stored = ["features", "--features", "texts.npz", "--data", "texts.csv", "--output", str(texts)]
+    assert console.main([*stored, "--workers", "0"]) == 0
     for trial in itertools.chain(*(of[tries] for of in one.arms.values())):
         attempt = one.attempt(trial, FOUR_EPOCHS, 7, VALIDATION)
         args = parsed(attempt)

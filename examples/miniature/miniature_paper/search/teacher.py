@@ -18,6 +18,8 @@ from rich.console import Console
 from miniature_paper.grid import model_folder
 from miniature_paper.records import Store
 from miniature_paper.runs import Workshop
+from rankloss_features.command import main as write_features
+from rankloss_features.folder import read_about
 
 from .study import Study
 from .trials import teacher_folder
@@ -60,7 +62,7 @@ def prepare_teacher(study: Study, workshop: Workshop, console: Console) -> bool:
             _place(workshop.output / name, state)
     side = "--rankclip-reference-features"
     for name in {found[side] for found in flags if side in found}:
-        if not (workshop.output / name).is_file():
+        if not (read_about(workshop.output / name) or {}).get("complete"):
             _write_texts(workshop.output / name, workshop.output / workshop.tables.tables[study.grid.pairs])
     return True
 
@@ -72,9 +74,11 @@ def _place(folder: Path, state: dict[str, Any]) -> None:
 
 
 def _write_texts(path: Path, table: Path) -> None:
-    """Write the teacher's features of every text of a table, in its order."""
+    """A folder of the teacher's features of every text of a table, in its order."""
     texts = pd.read_csv(table, sep="\t", keep_default_na=False)["title"].tolist()
     features = ClipModel(f"local-dir:{path.parent}").text_features(texts)
-    partial = path.with_name(f".{path.name}")
-    np.savez(partial, text_features=features.numpy())
-    partial.rename(path)
+    stored = path.with_name(f".{path.name}")
+    np.savez(stored, text_features=features.numpy())
+    given = {"--features": stored, "--data": table, "--output": path, "--dtype": "float32", "--workers": 0}
+    if write_features([str(x) for pair in given.items() for x in pair]):
+        raise RuntimeError(f"{path} could not be written")
