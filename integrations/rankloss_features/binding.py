@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankloss.checks import check_teacher
 from rankloss_features.data import Table
-from rankloss_features.folder import NAMES, Features, opened
+from rankloss_features.folder import NAMES, Features
 
 COLUMN = "reference_pair"
 """The column that says which row of a folder is a row's own, and the hash of its pair."""
@@ -40,7 +40,7 @@ def bind(
     Raises:
         ValueError: A row has another pair than the folder's, which the error names, or there are fewer.
     """
-    features, table = opened(folder), Table(dataset, image_column, caption_column)
+    features, table = Features(folder), Table(dataset, image_column, caption_column)
     features.compare(table.pairs(), "the data")
     bound = np.stack([np.arange(len(features)), features.pairs.view(np.int64)], axis=1)
     return dataset.add_column(column, list(bound))

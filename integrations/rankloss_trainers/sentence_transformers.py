@@ -23,7 +23,7 @@ import rankloss
 from rankloss.losses import base_entries
 from rankloss.options import check_count
 from rankloss_features.binding import taught
-from rankloss_features.folder import opened
+from rankloss_features.folder import Features
 from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms
 from rankloss_trainers.logging import RankClipLog
 from rankloss_trainers.refusals import check_criterion, refuse_run
@@ -84,7 +84,7 @@ class RankClipLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.reference_features = None if reference_features is None else opened(reference_features).check()
+        self.reference_features = None if reference_features is None else Features(reference_features).check()
         if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale must be a positive and finite number; got {scale!r}")
         if agreement_every is not None:

@@ -182,18 +182,23 @@ def test_sentence_transformers_refuses_labels_that_are_no_teachers(tmp_path: Pat
     data = tiny_sentences.pairs(ROWS)
     folder, before = folder_of(tmp_path / "x", data, "image", "text"), tiny_sentences.tiny(tmp_path)
     other = folder_of(tmp_path / "y", data.map(lambda row: {"text": f"{row['text']}!"}), "image", "text")
-    bound = bind(data, folder.path, caption_column="text", column="label")
-    nan, three = torch.stack([*features().values()], 1), torch.rand(ROWS, 3, WIDTH)
+    bound = bind(data, folder.path, caption_column="text", column="label").with_format("torch")["label"][:]
+    nan = torch.stack([*features().values()], 1)
     nan[3, 1] = torch.nan
-    model = tiny_sentences.tiny(tmp_path)
-    for given, options, message in (
+    model, embeddings = tiny_sentences.tiny(tmp_path), [*features(7).values()]
+    for labels, options, message in (
         (bound, {}, "reference_features"),
-        (data, {"reference_features": folder.path}, "label"),
+        (None, {"reference_features": folder.path}, "label"),
         (bound, {"reference_features": other.path}, "row 0 .*bind"),
-        (labelled(nan), {}, "column 1 of labels .*row 3"),
-        (labelled(three), {}, "two columns"),
+        (nan, {}, "column 1 of labels .*row 3"),
+        (torch.rand(ROWS, 3, WIDTH), {}, "two columns"),
     ):
         loss = RankClipLoss(model, **{**RANKED, **options})
+        loss.driven_loss.clock.start_step(1, 1)
         with pytest.raises(ValueError, match=message):
-            tiny_sentences.train(tmp_path, loss, model, train_dataset=given, max_steps=1)
+            loss.compute_loss_from_embeddings(embeddings, labels)
+    with pytest.raises(ValueError, match="two columns"):
+        tiny_sentences.train(
+            tmp_path, loss, model, train_dataset=labelled(torch.rand(ROWS, 3, WIDTH)), max_steps=1
+        )
     assert torch.equal(tiny_sentences.weights(model), tiny_sentences.weights(before))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import resource
+import shutil
 import socket
 import tarfile
 from pathlib import Path
@@ -112,6 +113,14 @@ def test_two_processes_write_what_one_does(tmp_path: Path, kind: str) -> None:
 ORDER = [1, 0, *range(2, ROWS)]
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose writing was killed."""
+    folder = tmp_path_factory.mktemp("begun")
+    assert killed_at(3, folder / "output", data_of("csv", folder)) == -9
+    return folder / "output"
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -124,10 +133,9 @@ ORDER = [1, 0, *range(2, ROWS)]
     ],
 )
 def test_resumed_with_something_else_is_an_error_and_loses_nothing(
-    tmp_path: Path, changed: dict[str, Any], message: str
+    begun: Path, tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
-    data, output = data_of("csv", tmp_path), tmp_path / "output"
-    assert killed_at(3, output, data) == -9
+    output = shutil.copytree(begun, tmp_path / "output")
     before = files(output)
     (tmp_path / "other").mkdir()
     other = csv_data(table(tmp_path / "other", changed.pop("captions", None), changed.pop("order", None)))

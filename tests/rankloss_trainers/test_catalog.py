@@ -101,6 +101,7 @@ def test_preset_of_a_teacher_is_rankclip_with_other_defaults() -> None:
     loss.set_epoch(3, 3)
     assert loss.rank_weights == {"cross_modal": 8.0, "in_modal": 8.0}
     assert not preset.keeps_distillation(options)
+    assert "weigh lambda * 64/16 by design" in preset.described(options, 3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 import rankloss
-from rankloss_features.folder import Features, opened
+from rankloss_features.folder import Features
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import LossEntry, Options
 from rankloss_trainers.clock import listeners
@@ -118,7 +118,7 @@ def choose(loss: str | nn.Module, given: Options, base: rankloss.ClipLoss | rank
     criterion = check_criterion(f"loss {loss!r}", entry.build(base, options, base.gather))
     driven = DrivenLoss(criterion, evaluate=call_alone if entry.log is None else entry.log(options))
     package = found[loss].package or f"rankloss {rankloss.__version__}"
-    features = None if where is None else opened(where).check()
+    features = None if where is None else Features(where).check()
     return Choice(loss, driven, entry, options, _teacher(entry, options, given, criterion), package, features)
 
 
