@@ -39,7 +39,7 @@ demo: $(VENV)/.examples
 ## The paper in miniature, as examples/miniature/README.md describes it: a smoke test of 15 minutes; at its full size;
 ## and its fixed comparisons. What is finished is not trained again, so that repeating a command resumes it.
 MINIATURE_SIZES := miniature-quick miniature-full
-MINIATURE_STUDIES := miniature-search miniature-question miniature-teacher
+MINIATURE_STUDIES := miniature-search miniature-question miniature-teacher miniature-distil
 .PHONY: miniature miniature-all $(MINIATURE_SIZES) $(MINIATURE_STUDIES)
 miniature: miniature-quick
 $(MINIATURE_SIZES): miniature-%: $(VENV)/.examples
@@ -48,7 +48,13 @@ $(MINIATURE_STUDIES): miniature-%: $(VENV)/.examples
 	$(BIN)/python examples/miniature/study.py $* --preset full --output $(MINIATURE_OUTPUT) $(MINIATURE_ARGS)
 
 ## Everything that docs/evidence.md rests on.
-miniature-all: miniature-question miniature-teacher miniature-full miniature-search
+miniature-all: miniature-question miniature-teacher miniature-distil miniature-full miniature-search
+
+# One of its arms is a sentence encoder.
+miniature-distil: $(VENV)/.distil
+$(VENV)/.distil: $(VENV)/.examples
+	$(BIN)/python -m pip install --quiet --editable '.[examples]' --editable 'examples[distil]'
+	touch $@
 
 # One worker per core, and one thread in each: most tests compute too little to share.
 ON_ALL_CORES := OMP_NUM_THREADS=1
@@ -109,10 +115,11 @@ bench-gpu: $(VENV)/.dev
 ## outputs/mutants (a minute or two each; repeated, the command goes on). MUTANTS_ARGS='--count 100' draws more of them.
 MUTATED := rankloss/dense.py rankloss/lists.py rankloss/ranking.py rankloss/streaming.py rankloss/operator.py \
 	rankloss/distributed.py \
-	integrations/rankloss_trainers/clock.py
+	integrations/rankloss_trainers/driven_loss.py
 KILLERS := tests/test_dense.py tests/test_lists.py tests/test_ranking.py tests/test_streaming.py \
 	tests/test_operator.py tests/test_batch.py tests/test_functional.py tests/test_losses.py \
-	tests/test_distributed.py tests/rankloss_trainers/test_clock.py
+	tests/test_distributed.py tests/conditions tests/docs/test_bad_input.py \
+	tests/rankloss_trainers/test_driven_loss.py
 mutants: $(VENV)/.dev
 	$(BIN)/python tools/mutants.py $(MUTANTS_ARGS) $(MUTATED) -- $(KILLERS)
 

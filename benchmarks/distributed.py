@@ -29,18 +29,16 @@ WORLD_SIZES = (1, 2, 4)
 
 
 def sent_bytes(n: int, d: int, world_size: int) -> float:
-    """What a process sends in a step, by docs/performance.md: forward, and twice that backward."""
+    """What a process sends in a step, by docs/engine.md: forward, and twice that backward."""
     return 3 * (world_size - 1) / world_size * 2 * n * d * 4
 
 
-def measure_rank(
-    rank: int, world_size: int, n: int, d: int, local_loss: bool, method: str, rounds: int
-) -> dict[str, Any]:
+def measure_rank(rank: int, world_size: int, n: int, d: int, local_loss: bool, rounds: int) -> dict[str, Any]:
     """A rank's costs; the first step warms up and is counted, the others are timed."""
     v, t, s = batch(n, d)
     own = slice(rank * n // world_size, (rank + 1) * n // world_size)
     v, t = (x.detach()[own].requires_grad_() for x in (v, t))
-    criterion = RankClipLoss(schedule="constant", method=method, gather=Gather(local_loss=local_loss))
+    criterion = RankClipLoss(schedule="constant", gather=Gather(local_loss=local_loss))
     criterion(v, t, s)  # the first compares what the processes bring
     with Collectives() as calls:
         criterion(v, t, s).backward()
@@ -74,7 +72,7 @@ def report(results: dict[str, Any]) -> str:
         anchors = c["n"] // r["world_size"] if r["local_loss"] else c["n"]
         rows.append([str(r["world_size"]), str(r["local_loss"]), f"{anchors:,}", *mebibytes, *seconds])
     return (
-        f"RankClipLoss, method={c['method']!r}, N = {c['n']:,} in all, gather_with_grad, W gloo processes of "
+        f"RankClipLoss, N = {c['n']:,} in all, gather_with_grad, W gloo processes of "
         f"one thread. Per process and step; seconds are the slowest process's. {under(c)}\n\n"
         f"{markdown_table(head, rows)}\n"
     )
@@ -89,13 +87,13 @@ def slowest(world_size: int, local_loss: bool, ranks: Iterable[dict[str, Any]]) 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     n, d, rounds = (32, 16, 1) if args.quick else (args.n, D, 3)
-    results: dict[str, Any] = {"conditions": conditions(threads=1, n=n, d=d, method=args.method), "runs": []}
+    results: dict[str, Any] = {"conditions": conditions(threads=1, n=n, d=d), "runs": []}
     pools = Pools()
     try:
-        for world_size in args.world_sizes:
+        for world_size in WORLD_SIZES:
             for local_loss in (True, False) if world_size > 1 else (True,):
                 print(f"… W = {world_size}, local_loss={local_loss}", file=sys.stderr, flush=True)
-                ranks = pools[world_size].run(measure_rank, n, d, local_loss, args.method, rounds)
+                ranks = pools[world_size].run(measure_rank, n, d, local_loss, rounds)
                 results["runs"].append(slowest(world_size, local_loss, ranks))
     finally:
         pools.close()
@@ -104,15 +102,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--n", type=int, default=2048, help="pairs of all processes (default: %(default)s)")
     parser.add_argument(
-        "--world-sizes", type=int, nargs="+", default=WORLD_SIZES, help="default: %(default)s"
+        "--n", type=int, default=2048, help="pairs in all, a multiple of 4 (default: %(default)s)"
     )
-    parser.add_argument("--method", choices=("sort", "bin"), default="sort", help="default: %(default)s")
-    args = parser.parse_args(argv)
-    if any(w < 1 or args.n % w for w in args.world_sizes):
-        parser.error(f"argument --world-sizes: each must divide N = {args.n}; got {args.world_sizes}")
-    benchmark(args, "distributed", measure, report, ("distributed.json", "distributed.md"))
+    benchmark(parser.parse_args(argv), "distributed", measure, report, ("distributed.json", "distributed.md"))
     return 0
 
 

@@ -54,14 +54,10 @@ class Traffic(NamedTuple):
     kept: int
     allocated: int
 
-    @property
-    def issued(self) -> int:
-        """Every load and store."""
-        return self.cosines + self.reference + self.gradient + self.scratch
-
     def from_memory(self, cache: int) -> int:
         """What passes a cache of this size: everything once where it holds what is read again, else all."""
-        return self.once if self.kept <= cache else self.issued
+        issued = self.cosines + self.reference + self.gradient + self.scratch
+        return self.once if self.kept <= cache else issued
 
 
 def traffic(

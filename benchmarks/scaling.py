@@ -130,11 +130,6 @@ def report(results: dict[str, Any]) -> str:
         f"p: fitted exponent, ∝ N^p, from N = {_FIT_FROM:,}.",
     ]
     steps = (results.get("step") or {"ratio": {}})["ratio"]
-    if steps:
-        parts += [
-            f"**A training step of the demo's model**, batch {STEP}, as a multiple of that with ClipLoss.",
-            markdown_table(["loss", "ratio"], [[name, f"{x:.3f}"] for name, x in steps.items()]),
-        ]
     judged = targets([*points, *(Point(name, STEP, x) for name, x in steps.items())], c["threads"])
     parts += ["**Targets**, as measured in this run."]
     parts += [markdown_table(["what", "target", "measured", "met"], judged)]
@@ -230,8 +225,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--largest", action="store_true", help=f"also N = {LARGEST:,}, for what is linear")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     args = parser.parse_args(argv)
-    if min(args.n) < 2:
-        parser.error(f"argument --n: every N must be at least 2; got {min(args.n)}")
     benchmark(args, "scaling", measure, report, ("results.json", "table.md"))
     return 0
 

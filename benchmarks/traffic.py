@@ -13,7 +13,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -211,11 +210,11 @@ def with_library(rows: int, items: int, **options: Any) -> Callable[..., Tensor]
     return lambda v, t, everyone_v, everyone_t, s: loss(v, t, s, gathered=(everyone_v, everyone_t))
 
 
-def measure(rows: int, items: int, dim: int, bins: int) -> dict[str, Any]:
+def measure(rows: int, items: int, dim: int) -> dict[str, Any]:
     """Counts of every implementation, by its name."""
     found: dict[str, Any] = {"rows": rows, "items": items, "dim": dim}
     for kernel, method in itertools.product(("torch", "triton"), ("sort", "bin")):
-        call = with_library(rows, items, method=method, kernel=kernel, bins=bins)
+        call = with_library(rows, items, method=method, kernel=kernel)
         found[f"{kernel}-{method}"] = count(call, features(rows, items, dim), rows, items)
     return found
 
@@ -233,17 +232,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=1024, help="of one process (default: %(default)s)")
     parser.add_argument("--items", type=int, default=8192, help="pairs of the batch (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=512, help="default: %(default)s")
-    bins = rankloss.RankOptions().bins
-    parser.add_argument("--bins", type=int, default=bins, help="of method bin (default: %(default)s)")
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON there, or print it")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     if args.rows < 1 or args.items < 2 or args.items % args.rows:
         parser.error(f"--items must be a multiple of --rows; got {args.items} and {args.rows}")
-    found = measure(args.rows, args.items, args.dim, args.bins)
-    text = json.dumps(found, indent=2)
-    if args.json and args.json != "-":
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
-    print(text if args.json == "-" else table(found))
+    found = measure(args.rows, args.items, args.dim)
+    print(json.dumps(found, indent=2) if args.json else table(found))
     return 0
 
 

@@ -15,11 +15,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rankloss.checks import check_device, check_features, check_reference_features, check_scale
 from rankloss.equal_rows import first_equal
 from rankloss.precision import arithmetic_dtype, dtype_of_numbers, full_precision, nan_unless_finite
-
-__all__ = ["RANK_TERMS", "Batch", "Inputs", "Matrix", "Name", "Term", "matrices_of", "other_items"]
 
 Term = Literal["cross_modal", "in_modal"]
 Name = Literal["S", "R", "I", "X"]
@@ -27,14 +24,13 @@ Name = Literal["S", "R", "I", "X"]
 RANK_TERMS: tuple[Term, Term] = ("cross_modal", "in_modal")
 
 _OF_TERM: dict[Term, tuple[Name, Name]] = {"cross_modal": ("S", "R"), "in_modal": ("X", "I")}
-_PARTNER: dict[Name, Name] = {"S": "R", "R": "S", "I": "X", "X": "I"}
+PARTNER: dict[Name, Name] = {"S": "R", "R": "S", "I": "X", "X": "I"}
 _FACTORS = {
     "S": ("image_anchors", "text"),
     "R": ("text_anchors", "image"),
     "I": ("image_anchors", "image"),
     "X": ("text_anchors", "text"),
 }
-_REFERENCES = ("reference_image_features", "reference_text_features")
 _UNIT = 0.01  # how far the norm of a row may be from 1 for the row to count as unit-norm
 
 
@@ -136,30 +132,18 @@ class Batch:
         reference_image: Tensor | None = None,
         reference_text: Tensor | None = None,
     ) -> Batch:
-        """Check the features and bring them to float32, or to float64 if either is that.
+        """Bring checked features to float32, or to float64 if either is that.
 
         A teacher's features, whatever their dtype, are brought to the same dtype and lose their graph. On
         MPS, which has no float64, everything is brought to the CPU.
-
-        Raises:
-            TypeError, ValueError: as :func:`rankloss.checks.check_features`; for a scale that is not one
-                positive number.
         """
-        check_features(image_features, text_features)
         dtype, home = arithmetic_dtype(image_features, text_features), image_features.device
         device = torch.device("cpu") if home.type == "mps" else home
-        teacher = (reference_image, reference_text)
-        for name, reference in zip(_REFERENCES, teacher, strict=True):
-            if reference is not None:
-                check_reference_features(name, reference, image_features)
-        if anchors is not None:
-            for name, x in zip(("image_anchors", "text_anchors"), anchors, strict=True):
-                check_device(name, x, image_features)
 
         def there(x: Tensor) -> Tensor:
             return x.to(device).to(dtype)
 
-        scale = _scale(logit_scale, image_features).to(device, non_blocking=True).to(dtype)
+        scale = _scale(logit_scale, home).to(device, non_blocking=True).to(dtype)
         return cls(
             there(image_features),
             there(text_features),
@@ -213,7 +197,7 @@ class Batch:
         alone it ranks both I and X by the matrix of that modality, since their items are the same pairs.
         """
         if not self.has_teacher:
-            return self.matrices([_PARTNER[name] for name in names])
+            return self.matrices([PARTNER[name] for name in names])
         rows = slice(self.first_row, self.first_row + self.anchors)
         found = []
         for name in names:
@@ -265,12 +249,11 @@ def _constant(x: Tensor) -> Tensor:
     return x.detach().clone() if torch.compiler.is_compiling() or x.is_inference() else x.detach()
 
 
-def _scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
-    check_scale(logit_scale, features)
+def _scale(logit_scale: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(logit_scale, Tensor):
         return logit_scale.reshape(())
     # Filled in on the device: to copy a number to it would make the host wait.
-    return torch.full((), logit_scale, dtype=dtype_of_numbers(features.device), device=features.device)
+    return torch.full((), logit_scale, dtype=dtype_of_numbers(device), device=device)
 
 
 def other_items(own: Tensor, n: int) -> Tensor:

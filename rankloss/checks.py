@@ -13,24 +13,6 @@ from torch.autograd import forward_ad
 
 from rankloss.precision import may_look_at
 
-__all__ = [
-    "InputWarning",
-    "can_be_read",
-    "check_bias",
-    "check_device",
-    "check_features",
-    "check_is_number",
-    "check_is_tensor",
-    "check_matrix",
-    "check_reference_features",
-    "check_scale",
-    "check_teacher",
-    "kind_of",
-    "look_at_rows",
-    "look_at_scale",
-    "refuse_forward_mode",
-]
-
 
 class InputWarning(UserWarning):
     """An input is suspicious, and used unchanged."""
@@ -48,7 +30,8 @@ def check_matrix(name: str, x: object) -> None:
     if x.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense tensor; got layout {x.layout}")
     if x.dim() != 2:
-        raise ValueError(f"{name} must have shape [N, D]; got {tuple(x.shape)}")
+        hint = ". Several captions per image are several batches: see docs/data.md" if x.dim() == 3 else ""
+        raise ValueError(f"{name} must have shape [N, D]; got {tuple(x.shape)}{hint}")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point; got {x.dtype}")
     if x.dtype.itemsize < 2:
@@ -58,7 +41,7 @@ def check_matrix(name: str, x: object) -> None:
 
 
 def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: int = 2) -> None:
-    """Raise an error that names the argument unless both are floating ``[N, D]`` of one shape and device.
+    """Raise an error that names the argument unless both are floating ``[N, D]`` of one N and device.
 
     N must be at least ``min_pairs``: a list needs two items, but a process may hold one of many.
 
@@ -68,10 +51,11 @@ def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: 
     """
     for name, features in (("image_features", image_features), ("text_features", text_features)):
         check_matrix(name, features)
-    if image_features.shape != text_features.shape:
+    if len(image_features) != len(text_features):
         raise ValueError(
-            "image_features and text_features must have one shape [N, D]; "
-            f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
+            "image_features and text_features must have one row per pair; "
+            f"got shapes {tuple(image_features.shape)} and {tuple(text_features.shape)}. "
+            "Extra texts are for the base loss: see docs/data.md"
         )
     if image_features.shape[0] < min_pairs:
         pairs = "one pair" if min_pairs == 1 else "two pairs"
@@ -80,6 +64,25 @@ def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: 
             f"got shape {tuple(image_features.shape)}"
         )
     check_device("text_features", text_features, image_features)
+
+
+WITHOUT_CROSS_MODAL = (
+    "leave the cross-modal term out, cross_modal=0 (RankClipLoss: lambda_cross=0, open_clip: "
+    "--rankclip-lambda-cross 0)"
+)
+
+
+def check_one_space(image_features: Tensor, text_features: Tensor) -> None:
+    """Raise a ValueError unless image and text features have one width, as those of one space have.
+
+    What compares images with texts calls this. The in-modal term does not.
+    """
+    if image_features.shape[1] != text_features.shape[1]:
+        raise ValueError(
+            "image_features and text_features must have one shape [N, D]; "
+            f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}. For encoders that share no "
+            f"space {WITHOUT_CROSS_MODAL}"
+        )
 
 
 # --- a teacher's features ---------------------------------------------------------------------------------

@@ -27,8 +27,6 @@ from rankloss.options import RankOptions, Worth
 from rankloss.precision import may_look_at
 from rankloss.ranking import quantize
 
-__all__ = ["check_memory", "cross_entropy", "nll_terms", "rank_term", "terms"]
-
 _COPIES = 12  # of a matrix, in float32 and as indices, that the definition holds for its backward pass
 # Asked for once: a compiler cannot trace it.
 _HOST_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf

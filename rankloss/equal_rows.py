@@ -14,10 +14,9 @@ from torch import Tensor
 
 from rankloss.precision import may_look_at
 
-__all__ = ["first_equal", "first_occurrence", "row_hashes"]
-
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
-_FIRST_FACTOR = 1.3247179572447460  # squared, that of a first column: any number without a pattern
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio in 64 bits: its multiples are far apart
+MIXING_SHIFT = 31  # no bit then has fewer than 32 above it, itself or its copy
 
 
 def first_occurrence(features: Tensor) -> Tensor:
@@ -61,15 +60,17 @@ def first_equal(features: Tensor) -> Tensor | None:
 def row_hashes(features: Tensor) -> Tensor:
     """A 64-bit hash of every row, ``[N]``; equal rows have equal ones.
 
-    The bits of the entries, 32 at a time and read as integers, are multiplied by a number of their column in
-    float64, and the bits of the products are summed in wrapping integer arithmetic, which gives one value
-    whatever the order of summation. No step is arithmetic on the entries themselves, where a flushed
-    subnormal would depend on the thread.
+    The bits of the entries, read as integers of 64 bits, are mixed, multiplied by an odd number of their
+    column and summed, all in wrapping integer arithmetic, which gives one value whatever the order of
+    summation. No step is arithmetic on the entries themselves, where a flushed subnormal would depend on the
+    thread.
     """
     bits = features.detach().contiguous().view(_BITS[features.dtype])
-    negative_zero = torch.iinfo(bits.dtype).min
-    words = F.threshold(bits, negative_zero, 0).view(torch.int32)  # −0.0 equals 0.0
-    # Roots, since no small multiples of them add up to the same; none is a multiple of another.
-    columns = torch.arange(words.shape[1], dtype=torch.float64, device=words.device)
-    factors = columns.add_(_FIRST_FACTOR).sqrt_()
-    return (words * factors).view(torch.int64).sum(-1)
+    bits = F.threshold(bits, torch.iinfo(bits.dtype).min, 0)  # −0.0 equals 0.0
+    if bits.dtype == torch.int32 and bits.shape[1] % 2:
+        bits = F.pad(bits, (0, 1))
+    words = bits.view(torch.int64)
+    # Of a float32 like 1.0 only the upper bits are not zero, and a product would move them out of the word.
+    words = (words >> MIXING_SHIFT).bitwise_xor_(words)
+    factors = torch.arange(words.shape[1], device=words.device).mul_(GOLDEN).bitwise_or_(1)
+    return words.mul_(factors).sum(-1)

@@ -25,7 +25,15 @@ from torch import Tensor
 
 from rankloss import dense
 from rankloss.batch import RANK_TERMS, Batch, Term
-from rankloss.checks import check_device, check_is_tensor
+from rankloss.checks import (
+    WITHOUT_CROSS_MODAL,
+    check_device,
+    check_features,
+    check_is_tensor,
+    check_one_space,
+    check_scale,
+    check_teacher,
+)
 from rankloss.operator import weighted_terms
 from rankloss.options import Discount, RankOptions, Ties, Worth
 
@@ -99,12 +107,6 @@ def plackett_luce_nll(
     return dense.nll_terms(scores, reference.detach(), options).sum(-1)
 
 
-_WITHOUT_CROSS_MODAL = (
-    "give the cross-modal term the weight 0 (cross_modal=0, lambda_cross=0, on a command line "
-    "--rankclip-lambda-cross 0)"
-)
-
-
 def check_references(
     options: RankOptions,
     *,
@@ -132,13 +134,13 @@ def check_references(
     if image is None or text is None:
         raise ValueError(
             "the cross-modal term needs reference_image_features and reference_text_features; got "
-            f"{given} alone, which ranks the in-modal term: {_WITHOUT_CROSS_MODAL}"
+            f"{given} alone, which ranks the in-modal term: {WITHOUT_CROSS_MODAL}"
         )
     if image.shape[1] != text.shape[1]:
         raise ValueError(
             "reference_image_features and reference_text_features must have one dimension in the "
             f"cross-modal term; got {tuple(image.shape)} and {tuple(text.shape)}. Of encoders that share no "
-            f"space {_WITHOUT_CROSS_MODAL}"
+            f"space {WITHOUT_CROSS_MODAL}"
         )
 
 
@@ -184,15 +186,22 @@ def _term(
     **options: Any,
 ) -> Tensor:
     checked = RankOptions(**options)
+    image_features, text_features, logit_scale = inputs
+    teacher = {
+        "reference_image_features": reference_image_features,
+        "reference_text_features": reference_text_features,
+    }
+    check_features(image_features, text_features)
+    if term == "cross_modal":
+        check_one_space(image_features, text_features)
+    check_scale(logit_scale, image_features)
+    for name, x in teacher.items():
+        if x is not None:
+            check_teacher(name, x, image_features, first_look=False)
+    check_references(checked, cross_modal=term == "cross_modal", **teacher)
     batch = Batch.of(
         *inputs, reference_image=reference_image_features, reference_text=reference_text_features
     )
-    check_references(
-        checked,
-        cross_modal=term == "cross_modal",
-        reference_image_features=batch.reference_image,
-        reference_text_features=batch.reference_text,
-    )
     weights = torch.ones(3, dtype=torch.float64, device="cpu")
-    wanted = {name: name == term for name in _TERMS}
-    return weighted_terms(batch, checked, weights, **wanted)[_TERMS.index(term)]
+    wanted = [name == term for name in _TERMS]
+    return weighted_terms(batch, checked, weights, wanted)[_TERMS.index(term)]

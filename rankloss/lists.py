@@ -29,8 +29,6 @@ from rankloss.equal_rows import first_equal as first_equal
 from rankloss.options import RankOptions
 from rankloss.ranking import extremes, rank, slices
 
-__all__ = ["Block", "Evaluated", "evaluate", "first_equal", "top_one_probabilities"]
-
 _SPAN = 1360.0  # nats: summed over 10⁵ items and multiplied by as much again, e^±680 stays within float64
 
 

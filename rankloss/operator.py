@@ -22,19 +22,11 @@ from rankloss.plans import make_plan
 from rankloss.precision import full_precision, may_look_at
 from rankloss.streaming import stream
 
-__all__ = ["row_lists", "weighted_terms"]
-
 
 def weighted_terms(
-    batch: Batch,
-    options: RankOptions,
-    weights: Tensor,
-    *,
-    contrastive: bool = False,
-    cross_modal: bool = True,
-    in_modal: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """CLIP's cross-entropy and the two rank terms, each times its weight; one that is not wanted is zero.
+    batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """CLIP's cross-entropy, the cross-modal and the in-modal term, each times its weight.
 
     An anchor's rank term is the mean of its lists' NLL over the two directions. ``reduction="mean"`` divides
     each list by its Σ_p μ_p and averages the anchors; ``"sum"`` is N times the average of the anchors' sums,
@@ -44,52 +36,29 @@ def weighted_terms(
     Args:
         batch: the features.
         options: of the rank terms.
-        weights: ``[3]``, of the three terms, on the CPU or the features' device. They take no gradient.
-        contrastive: whether the cross-entropy is wanted; only row lists of worth ``exp`` can carry it.
-        cross_modal: whether the cross-modal term is wanted.
-        in_modal: whether the in-modal term is wanted.
+        weights: ``[3]``, on the CPU or the features' device. A compiled graph follows them, since they are a
+            tensor; they take no gradient.
+        wanted: which of the terms are; the others are zero. Only row lists of worth ``exp`` can carry the
+            cross-entropy.
+
+    Returns:
+        Three scalars in the batch's dtype, on the device of the features as they were given.
     """
     image = batch.image
     if weights.device.type == "meta" and image.device.type != "meta":
         raise ValueError(f"weights must be on {image.device}, as the features; got meta")
     weights = weights.detach().to(image.device, non_blocking=True).double()
-    wanted = (contrastive, cross_modal, in_modal)
-    values = (_dense_terms if options.is_dense else row_lists)(batch, options, weights, wanted)
-    a, b, c = values if batch.home is None else (x.to(batch.home) for x in values)
-    return a, b, c
-
-
-def _dense_terms(
-    batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[bool]
-) -> Sequence[Tensor]:
-    """The weighted terms of options that do not stream."""
-    if options.kernel == "triton":  # the plan says why it does not serve
-        make_plan(options, batch.anchors, len(batch.image), batch.image.device, batch.image.dtype)
-    dense.check_memory(batch, options)
-    return dense.terms(batch, options, batch.nan_unless_finite(weights), wanted)
-
-
-def row_lists(
-    batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """CLIP's cross-entropy, the cross-modal and the in-modal term, each times its weight.
-
-    Args:
-        batch: the features.
-        options: of the rank terms.
-        weights: ``[3]``, float64, on the device of the features. A compiled graph follows them, since they
-            are a tensor; they take no gradient.
-        wanted: which of the terms are; the others are zero.
-
-    Returns:
-        Three scalars in the batch's dtype.
-    """
-    tensors = (*batch.inputs, weights, batch.reference_image, batch.reference_text)
-    by = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in batch.inputs]
-    terms: tuple[Tensor, ...] = _RowLists.apply(  # type: ignore[no-untyped-call]
-        *tensors, batch.first_row, list(wanted), by, options.encoded
-    )
-    return terms
+    terms: Sequence[Tensor]
+    if options.is_dense:
+        if options.kernel == "triton":  # the plan says why it does not serve
+            make_plan(options, batch.anchors, len(image), image.device, image.dtype)
+        dense.check_memory(batch, options)
+        terms = dense.terms(batch, options, batch.nan_unless_finite(weights), wanted)
+    else:
+        tensors = (*batch.inputs, weights, batch.reference_image, batch.reference_text)
+        by = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in batch.inputs]
+        terms = _RowLists.apply(*tensors, batch.first_row, list(wanted), by, options.encoded)  # type: ignore[no-untyped-call]
+    return tuple(terms if batch.home is None else (x.to(batch.home) for x in terms))
 
 
 _N_TERMS, _N_TENSORS = 3, len(Inputs._fields) + 3

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["IMPLEMENTATIONS", "register"]
-
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 """What each operator runs, by its name, for tools that count what happens inside it."""
 

@@ -19,26 +19,6 @@ from typing import Any, Literal, get_args
 
 import torch
 
-__all__ = [
-    "OPTION_NAMES",
-    "STREAMING_OPTION_NAMES",
-    "Discount",
-    "FixedReference",
-    "KernelOption",
-    "ListsOption",
-    "Method",
-    "Model",
-    "RankOptions",
-    "Reduction",
-    "Ties",
-    "Worth",
-    "check_choice",
-    "check_count",
-    "check_names",
-    "check_weight",
-    "choices_of",
-]
-
 ListsOption = Literal["row", "batch"]
 Model = Literal["plackett_luce", "top_one"]
 Worth = Literal["exp", "shifted", "identity"]

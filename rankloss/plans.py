@@ -10,13 +10,14 @@ import torch
 from rankloss import kernels
 from rankloss.options import RankOptions
 
-__all__ = ["Plan", "make_plan"]
-
-# Entries of a matrix: up to the first it is one chunk, beyond it the second makes a chunk's rows; and of the
-# lists that are evaluated at once, as many as a core's cache holds.
+# Entries of a matrix: up to the first it is one chunk, beyond it the second makes a chunk's rows; up to the
+# third, products wait for their mirror images, which then take 4 bytes each at most; and of the lists that
+# are evaluated at once, as many as a core's cache holds.
 _WHOLE, _WHOLE_ELSEWHERE = {"cpu": 2**20}, 2**24
 _CHUNK, _CHUNK_ELSEWHERE = {"cpu": 2**19}, 2**24
+_MIRRORED = 2**24
 _LISTS, _LISTS_ELSEWHERE = {"cpu": 2**17}, 2**23
+_MOST_CHUNKS = 64  # of mirror images, whose blocks are as many as the chunks squared
 _FEWEST_ROWS = 128  # below it, what is done once per chunk costs more than its product and its lists
 
 
@@ -28,6 +29,7 @@ class Plan:
         name: ``"rows"``: in chunks of rows, each of which is discarded once processed; memory grows with N.
             ``"dense"``: as whole matrices of N×N, which is how options are computed that do not stream.
         chunk_size: anchors of one product; under ``"dense"`` all of them.
+        is_mirrored: whether entries that stand twice in the matrices are multiplied out once.
         lists_at_once: how many lists are ranked and summed at once.
         kernel: what ranks and sums the lists: ``"torch"``'s operations, or the fused kernel in ``"triton"``.
         why_no_kernel: why it is not the fused kernel; None where it is.
@@ -35,6 +37,7 @@ class Plan:
 
     name: Literal["rows", "dense"]
     chunk_size: int
+    is_mirrored: bool
     lists_at_once: int
     kernel: Literal["torch", "triton"]
     why_no_kernel: str | None
@@ -69,9 +72,11 @@ def make_plan(
     if anchors * items <= _WHOLE.get(device.type, _WHOLE_ELSEWHERE):
         chunk_size = anchors
     chunk_size = options.chunk_size or chunk_size
+    chunk_size = anchors if options.is_dense else min(chunk_size, anchors)
     return Plan(
         name="dense" if options.is_dense else "rows",
-        chunk_size=anchors if options.is_dense else min(chunk_size, anchors),
+        chunk_size=chunk_size,
+        is_mirrored=anchors == items and anchors**2 <= _MIRRORED and anchors <= _MOST_CHUNKS * chunk_size,
         lists_at_once=max(_FEWEST_ROWS, _LISTS.get(device.type, _LISTS_ELSEWHERE) // items),
         kernel="torch" if why_no_kernel is not None else "triton",
         why_no_kernel=why_no_kernel,

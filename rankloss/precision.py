@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-
-__all__ = ["arithmetic_dtype", "dtype_of_numbers", "full_precision", "may_look_at", "nan_unless_finite"]
 
 
 def arithmetic_dtype(*features: Tensor) -> torch.dtype:
@@ -27,7 +24,7 @@ def dtype_of_numbers(device: torch.device) -> torch.dtype:
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Outside any autocast region, which would turn products into half precision."""
-    if device.type == "meta":  # computes nothing, and knows no autocast
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta knows no autocast
         return nullcontext()
     return torch.autocast(device_type=device.type, enabled=False)
 
@@ -43,7 +40,7 @@ def may_look_at(x: Tensor) -> bool:
 
 def nan_unless_finite(weights: Tensor, *features: Tensor | None) -> Tensor:
     """The weights if all features are finite and no product can overflow, else NaN, as the loss is then."""
-    norms = (torch.linalg.vector_norm(x.detach(), math.inf) for x in features if x is not None)
-    largest = functools.reduce(torch.maximum, norms)
+    largest_of_each = (x.detach().abs().amax() for x in features if x is not None)
+    largest = functools.reduce(torch.maximum, largest_of_each)
     # The cube overflows before D·largest² does. 0 · ∞ and 0 · NaN are NaN.
     return torch.addcmul(weights, weights, largest**3, value=0)

@@ -16,7 +16,7 @@ import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -25,18 +25,6 @@ from torch import Tensor
 
 from rankloss.options import RankOptions
 from rankloss.precision import may_look_at
-
-__all__ = [
-    "Binned",
-    "Ranking",
-    "Selected",
-    "Sorted",
-    "ascending",
-    "extremes",
-    "quantize",
-    "rank",
-    "slices",
-]
 
 
 def slices(n: int, size: int) -> Iterator[slice]:
@@ -73,15 +61,12 @@ class Sorted:
     def __init__(self, reference: Tensor) -> None:
         ordered, self.order = ascending(reference)
         self.items: int | Tensor = reference.shape[-1]
-        self._tied: Tensor | None = None  # all lists
         self._sizes: Tensor | None = None
-        if may_look_at(ordered):  # few lists of float32 cosines hold a tie
-            gaps = ordered[:, 1:] - ordered[:, :-1]
-            self._tied = (F.pad(gaps, (0, 1), value=1.0).amin(-1) == 0).nonzero().squeeze(-1)
-            if len(self._tied) == 0:
-                return
-            ordered = ordered[self._tied]
-        self._sizes = _group_sizes(ordered)
+        self._ties: _Ties | None = None
+        if may_look_at(ordered):  # a few of the items are tied, as a rule
+            self._ties = _ties(ordered)
+        else:
+            self._sizes = _group_sizes(ordered)
 
     def denominators(self, worths: Tensor) -> Tensor:
         """C by slot for worths in the order of the slots; the last is the sum of all. The worths stay."""
@@ -89,11 +74,12 @@ class Sorted:
 
     def weigh(self, by_slot: Tensor) -> Tensor:
         """``by_slot`` in place times the number of items that each slot stands for."""
-        if self._sizes is None:
-            return by_slot
-        if self._tied is None:
-            return by_slot.mul_(self._sizes)
-        by_slot[self._tied] *= self._sizes
+        if self._sizes is not None:
+            by_slot *= self._sizes
+        if self._ties is not None:
+            flat = by_slot.view(-1)
+            flat[self._ties.last] *= self._ties.sizes
+            flat[self._ties.others] = 0
         return by_slot
 
     def of_items(self, by_slot: Tensor) -> Tensor:
@@ -171,6 +157,25 @@ class Selected:
 Ranking: TypeAlias = Sorted | Binned | Selected
 
 
+class _Ties(NamedTuple):
+    """Runs of equal values in sorted lists, by places in the flattened lists."""
+
+    last: Tensor
+    sizes: Tensor
+    others: Tensor
+
+
+def _ties(ordered: Tensor) -> _Ties | None:
+    """The runs of sorted ``[n, N]``; None where no two values are equal."""
+    lists, slots = (ordered[:, 1:] == ordered[:, :-1]).nonzero(as_tuple=True)
+    if len(slots) == 0:
+        return None
+    others = lists.mul_(ordered.shape[1]).add_(slots)
+    is_break = others.diff() > 1
+    firsts, lasts = others[F.pad(is_break, (1, 0), value=True)], others[F.pad(is_break, (0, 1), value=True)]
+    return _Ties(lasts + 1, lasts - firsts + 2, others)
+
+
 def _group_sizes(ordered: Tensor) -> Tensor:
     """At the last of every run of equal values how many they are, elsewhere 0; of sorted ``[n, N]``."""
     first = torch.searchsorted(ordered, ordered, out_int32=True)
@@ -192,7 +197,7 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
         0 ≤ NLL(x | b) − NLL(x | y) ≤ Σ_k (n_k − 1) · log[(B_k + Σw) / (B_k + min w)],
 
     with n_k, Σw and min w the number, the sum and the smallest of the worths in bin k, and B_k the sum of
-    those below it. What this makes of the gradient is measured in docs/performance.md: less than 1 % with
+    those below it. What this makes of the gradient is measured in docs/engine.md: less than 1 % with
     640 bins and 512 dimensions.
 
     Args:

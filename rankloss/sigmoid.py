@@ -28,8 +28,6 @@ from rankloss.plans import make_plan
 from rankloss.precision import arithmetic_dtype, full_precision, nan_unless_finite
 from rankloss.ranking import slices
 
-__all__ = ["pair_sigmoid", "plain", "stream"]
-
 _LINEAR_FROM = 40.0  # from where log(1 + e^y) is y in float64
 
 

@@ -20,13 +20,11 @@ import torch
 from torch import Tensor
 
 from rankloss import kernels, lists
-from rankloss.batch import RANK_TERMS, Batch, Inputs, Matrix, Term, matrices_of
+from rankloss.batch import PARTNER, RANK_TERMS, Batch, Inputs, Matrix, Term, matrices_of
 from rankloss.options import RankOptions
 from rankloss.plans import Plan
 from rankloss.precision import full_precision
 from rankloss.ranking import slices
-
-__all__ = ["stream"]
 
 
 class _Group(NamedTuple):
@@ -53,9 +51,6 @@ def stream(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """CLIP's cross-entropy, the cross-modal and the in-modal term, each times its weight; their gradients.
 
-    Where one chunk holds all rows, R is the transpose of S, and I and X are their own: the gradients by two
-    entries that are one product are added before they are multiplied out: seven products in place of twelve.
-
     Args:
         batch: the features.
         options: of the rank terms.
@@ -68,7 +63,6 @@ def stream(
         The terms, ``[3]``; the gradients of their sum by the fields of the batch, those by features without
         the factor s.
     """
-    engine = kernels if plan.kernel == "triton" else lists
     values = weights.new_zeros(3)
     # The largest sums, by the items of all processes, are written by their first product.
     unwritten = set() if batch.image_anchors is None else {"image", "text"}
@@ -77,57 +71,55 @@ def stream(
         for name, x, is_wanted in zip(Inputs._fields, batch.inputs, by, strict=True)
         if x is not None and is_wanted
     }
-    is_whole = plan.chunk_size == len(batch.image) and batch.image_anchors is None
-    groups = _groups(batch, options, weights, wanted)
+    engine = kernels if plan.kernel == "triton" else lists
+    kind = _MirroredProducts if plan.is_mirrored else _Products
     with full_precision(batch.image.device):
-        for rows in slices(batch.anchors, plan.chunk_size):
-            chunk: _Chunk = {}
-            for group in groups:
-                by_teacher = group.references and batch.has_teacher
+        for group in _groups(batch, options, plan, weights, wanted):
+            products, by_teacher = kind(group.matrices, sums, unwritten), kind(group.references, {}, set())
+            first_equal = tuple(batch.first_equal(x, engine.first_equal) for x in group.references)
+            for rows in slices(batch.anchors, plan.chunk_size):
                 block = lists.Block(
-                    cosines=_cosines(group.matrices, rows, is_whole, chunk),
+                    cosines=products.cosines(rows),
                     scale=batch.scale,
                     alpha=group.alpha,
                     beta=group.beta,
-                    reference=_cosines(group.references, rows, is_whole, chunk) if by_teacher else None,
-                    first_equal=tuple(batch.first_equal(x, engine.first_equal) for x in group.references),
+                    reference=by_teacher.cosines(rows) if group.references and batch.has_teacher else None,
+                    first_equal=first_equal,
                     first_row=batch.first_row + rows.start,
                 )
                 found = engine.evaluate(block, options, plan.lists_at_once, with_gradient=bool(sums))
                 _add_values(values, group, found)
-                if found.gradient is None:
-                    continue
-                if is_whole:
-                    _add_whole_gradient(sums, group.matrices, block.cosines, found.gradient)
-                else:
-                    _add_gradient(sums, unwritten, group.matrices, rows, chunk, found.gradient)
+                if found.gradient is not None:
+                    products.add_gradient(rows, block.cosines, found.gradient)
     return values, sums
 
 
-def _groups(batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[bool]) -> list[_Group]:
-    """What is evaluated together: everything, except lists that are ranked beside lists that are not."""
+def _groups(
+    batch: Batch, options: RankOptions, plan: Plan, weights: Tensor, wanted: Sequence[bool]
+) -> list[_Group]:
+    """What is evaluated together: all matrices; where products wait for others, those of one term.
+
+    Lists that are not ranked are a group of their own.
+    """
     contrastive, *ranked = wanted
     terms: list[Term] = [term for term, w in zip(RANK_TERMS, ranked, strict=True) if w]
-    both = matrices_of("cross_modal")
     halves = (weights * (0.5 / batch.anchors)).unbind()  # a term is the mean of its two directions
+    share = options.anchor_weight(batch.anchors, len(batch.image)) * batch.anchors
+    of_images, of_texts = (2 * share * direction for direction in options.directions)
+    is_waiting = plan.is_mirrored and plan.chunk_size < batch.anchors
     groups = []
-    names = matrices_of(*terms) if terms else ()
-    if names:
-        share = options.anchor_weight(batch.anchors, len(batch.image)) * batch.anchors
-        of_images, of_texts = (2 * share * direction for direction in options.directions)
-        matrices = batch.matrices(names)
-        group = _Group(matrices, batch.references(names), None, None)
+    for together in [[term] for term in terms] if is_waiting else [terms] if terms else []:
+        names = matrices_of(*together)
+        group = _Group(batch.matrices(names), batch.references(names), None, None)
         shares = [of_images if name in "SI" else of_texts for name in names]
         of_matrices = zip((halves[term] for term in group.terms), shares, strict=True)
         beta = torch.stack([half if x == 1 else half * x for half, x in of_matrices])
         groups.append(group._replace(beta=beta))
     if contrastive:
-        if not set(both) <= set(names):
-            names = both
-            groups.append(_Group(batch.matrices(names), [], None, None))
-        none = torch.zeros_like(halves[0])
-        alpha = torch.stack([halves[0] if name in both else none for name in names])
-        groups[-1] = groups[-1]._replace(alpha=alpha)
+        if "cross_modal" not in terms:
+            groups.insert(0, _Group(batch.matrices(matrices_of("cross_modal")), [], None, None))
+        alpha = [halves[0] if matrix.name in "SR" else 0 * halves[0] for matrix in groups[0].matrices]
+        groups[0] = groups[0]._replace(alpha=torch.stack(alpha))
     return groups
 
 
@@ -142,81 +134,137 @@ def _add_values(values: Tensor, group: _Group, found: lists.Evaluated) -> None:
         values[first : first + len(of_terms)] += of_terms
 
 
-def _cosines(matrices: Sequence[Matrix], rows: slice, is_whole: bool, chunk: _Chunk) -> Tensor:
-    """``[matrices, n, N]``, some rows of each."""
-    first = matrices[0]
-    out = first.anchors.new_empty(len(matrices), rows.stop - rows.start, len(first.items))
-    for start, group in _by_items(matrices):
-        if is_whole and group[-1].name == "R":
-            out[-1].copy_(out[0].T)  # S
-            group = group[:-1]
-        if group:
-            cosines = out[start : start + len(group)].flatten(0, 1)
-            torch.mm(_anchors(group, rows, chunk), group[0].items.T, out=cosines)
-    return out
+# --- products ---------------------------------------------------------------------------------------------
 
 
-def _by_items(matrices: Sequence[Matrix]) -> Iterator[tuple[int, list[Matrix]]]:
-    """Matrices of the same items, which make one product, and the place of the first."""
-    start = 0
-    for _, group in itertools.groupby(matrices, lambda matrix: matrix.factors[1]):
-        same = list(group)
-        yield start, same
-        start += len(same)
+class _Products:
+    """Matrices that are multiplied out some rows at a time.
 
+    Those with the same items make one product, with the anchors of one below those of the other.
 
-_Chunk = dict[tuple[str, ...], Tensor]
-"""The anchors of a chunk, one matrix's below the other's, by the fields of the batch that they are."""
+    Args:
+        matrices: of one batch.
+        sums: the gradients by the fields of the batch, by name, to which those of the rows are added.
+        unwritten: the names of sums that hold nothing yet; the first addition writes them.
+    """
 
+    def __init__(self, matrices: Sequence[Matrix], sums: dict[str, Tensor], unwritten: set[str]) -> None:
+        self._matrices, self._sums, self._unwritten = matrices, sums, unwritten
 
-def _anchors(matrices: Sequence[Matrix], rows: slice, chunk: _Chunk) -> Tensor:
-    fields = tuple(matrix.factors[0] for matrix in matrices)
-    if fields not in chunk:
+    def cosines(self, rows: slice) -> Tensor:
+        """Some rows of every matrix, ``[matrices, n, N]``."""
+        first = self._matrices[0]
+        out = first.anchors.new_empty(len(self._matrices), rows.stop - rows.start, len(first.items))
+        for start, group in self._by_items():
+            part = out[start : start + len(group)].flatten(0, 1)
+            torch.mm(self._anchors(group, rows), group[0].items.T, out=part)
+        return out
+
+    def add_gradient(self, rows: slice, cosines: Tensor, gradients: Tensor) -> None:
+        """Add the gradients by the scores of some rows, which may be changed on the way."""
+        del cosines  # Σ (G·K)∘Q reads less
+        by_anchors: dict[tuple[str, ...], Tensor] = {}
+        anchors: dict[tuple[str, ...], Tensor] = {}
+        for start, group in self._by_items():
+            gradient = gradients[start : start + len(group)].flatten(0, 1)
+            of_anchors, of_items = tuple(matrix.factors[0] for matrix in group), group[0].factors[1]
+            if of_anchors not in anchors:
+                anchors[of_anchors] = self._anchors(group, rows)
+            if "scale" in self._sums or not self._sums.keys().isdisjoint(of_anchors):
+                if of_anchors in by_anchors:
+                    by_anchors[of_anchors].addmm_(gradient, group[0].items)
+                else:
+                    by_anchors[of_anchors] = gradient @ group[0].items
+            if of_items in self._sums:
+                beta = 0 if of_items in self._unwritten else 1
+                self._sums[of_items].addmm_(gradient.T, anchors[of_anchors], beta=beta)
+                self._unwritten.discard(of_items)
+        for of_anchors, total in by_anchors.items():
+            for name, part in zip(of_anchors, total.chunk(len(of_anchors)), strict=True):
+                if name in self._sums:
+                    self._sums[name][rows] += part
+            if "scale" in self._sums:
+                self._sums["scale"] += total.mul_(anchors[of_anchors]).sum()
+
+    def _by_items(self) -> Iterator[tuple[int, list[Matrix]]]:
+        """Matrices of the same items, and the place of the first."""
+        start = 0
+        for _, group in itertools.groupby(self._matrices, lambda matrix: matrix.factors[1]):
+            same = list(group)
+            yield start, same
+            start += len(same)
+
+    @staticmethod
+    def _anchors(matrices: Sequence[Matrix], rows: slice) -> Tensor:
         parts = [matrix.anchors[rows] for matrix in matrices]
-        chunk[fields] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return chunk[fields]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _add_gradient(
-    sums: dict[str, Tensor],
-    unwritten: set[str],
-    matrices: Sequence[Matrix],
-    rows: slice,
-    chunk: _Chunk,
-    gradients: Tensor,
-) -> None:
-    by_anchors: _Chunk = {}
-    for start, group in _by_items(matrices):
-        gradient = gradients[start : start + len(group)].flatten(0, 1)
-        of_anchors, of_items = tuple(matrix.factors[0] for matrix in group), group[0].factors[1]
-        if "scale" in sums or not sums.keys().isdisjoint(of_anchors):
-            if of_anchors in by_anchors:
-                by_anchors[of_anchors].addmm_(gradient, group[0].items)
-            else:
-                by_anchors[of_anchors] = gradient @ group[0].items
-        if of_items in sums:
-            anchors = _anchors(group, rows, chunk)
-            sums[of_items].addmm_(gradient.T, anchors, beta=0 if of_items in unwritten else 1)
-            unwritten.discard(of_items)
-    for of_anchors, total in by_anchors.items():
-        for name, part in zip(of_anchors, total.chunk(len(of_anchors)), strict=True):
-            if name in sums:
-                sums[name][rows] += part
-        if "scale" in sums:
-            sums["scale"] += total.mul_(chunk[of_anchors]).sum()
+class _MirroredProducts(_Products):
+    """Entries that are one and the same product are multiplied out, and differentiated, once.
+
+    v_i·t_j stands in S at (i, j) and in R at (j, i), v_i·v_j in I at (i, j) and at (j, i). An entry above the
+    diagonal is kept until the rows reach its mirror image below, and so is its gradient, which is added to
+    that of the mirror image. This halves the products. At most a quarter of each matrix, and of its gradient,
+    is held at a time.
+
+    Every item is an anchor. The rows come in order and in chunks of one size; S comes before R.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], sums: dict[str, Tensor], unwritten: set[str]) -> None:
+        super().__init__(matrices, sums, unwritten)
+        self._cosines: _Kept = {}
+        self._gradients: _Kept = {}
+
+    def cosines(self, rows: slice) -> Tensor:
+        """Products from the diagonal on, and before it mirror images."""
+        first = self._matrices[0]
+        out = first.anchors.new_empty(len(self._matrices), rows.stop - rows.start, len(first.items))
+        for matrix, block in zip(self._matrices, out, strict=True):
+            for columns, mirror in self._cosines.pop((_mirror(matrix), rows.start), ()):
+                block[:, columns] = mirror
+            start = rows.start
+            if matrix.name == "R":
+                block[:, rows] = out[0, :, rows].T
+                start = rows.stop
+            torch.mm(matrix.anchors[rows], matrix.items[start:].T, out=block[:, start:])
+            _keep(self._cosines, matrix, rows, block)
+        return out
+
+    def add_gradient(self, rows: slice, cosines: Tensor, gradients: Tensor) -> None:
+        """Add the gradients up to the diagonal with those of their mirror images, and keep the others."""
+        if "scale" in self._sums:
+            self._sums["scale"] += (gradients * cosines).sum()
+        for matrix, gradient in zip(self._matrices, gradients, strict=True):
+            _keep(self._gradients, matrix, rows, gradient)
+            for columns, mirror in self._gradients.pop((_mirror(matrix), rows.start), ()):
+                gradient[:, columns] += mirror
+            by_anchors = by_items = rows.start  # up to which column there is a gradient
+            if matrix.name != "R":  # whose entries at the diagonal are those of S
+                opposite = gradients[-1] if matrix.name == "S" else gradient
+                gradient[:, rows] = gradient[:, rows] + opposite[:, rows].T
+                by_anchors = rows.stop
+                by_items = rows.stop if matrix.name == "S" else rows.start
+            of_anchors, of_items = matrix.factors
+            if of_anchors in self._sums:
+                self._sums[of_anchors][rows].addmm_(gradient[:, :by_anchors], matrix.items[:by_anchors])
+            if of_items in self._sums:
+                self._sums[of_items][:by_items].addmm_(gradient[:, :by_items].T, matrix.anchors[rows])
 
 
-def _add_whole_gradient(
-    sums: dict[str, Tensor], matrices: Sequence[Matrix], cosines: Tensor, gradients: Tensor
-) -> None:
-    if "scale" in sums:
-        sums["scale"] += (gradients * cosines).sum()
-    for matrix, gradient in zip(matrices, gradients, strict=True):
-        if matrix.name == "R":
-            continue
-        of_anchors, of_items = matrix.factors
-        both = gradient + (gradients[-1] if matrix.name == "S" else gradient).T
-        if of_anchors in sums:
-            sums[of_anchors].addmm_(both, matrix.items)
-        if of_items != of_anchors and of_items in sums:
-            sums[of_items].addmm_(both.T, matrix.anchors)
+_Kept = dict[tuple[str, int], list[tuple[slice, Tensor]]]
+"""What stands above the diagonal of a matrix: the rows' places and a block turned to its mirror image's
+place, by the matrix's name and the first of the rows that reach it."""
+
+
+def _mirror(matrix: Matrix) -> str:
+    """The matrix that holds the entries once more: R for S, and I or X itself."""
+    return PARTNER[matrix.name] if matrix.name in "SR" else matrix.name
+
+
+def _keep(kept: _Kept, matrix: Matrix, rows: slice, block: Tensor) -> None:
+    """Keep the columns after the block's own rows, as copies that can be freed one after the other."""
+    size = rows.stop - rows.start
+    for start in range(rows.stop, block.shape[-1], size):
+        later = block[:, start : start + size].clone()
+        kept.setdefault((matrix.name, start), []).append((rows, later.T))

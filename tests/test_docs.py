@@ -9,31 +9,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMPOSITION = ROOT / "docs/composition.md"
+WRITING = ROOT / "docs/writing.md"
 
 
 def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize(("name", "examples"), [("composition.md", 8), ("performance.md", 4)])
+@pytest.mark.parametrize(
+    ("name", "examples"), [("composition.md", 8), ("data.md", 25), ("performance.md", 4)]
+)
 def test_examples_of_a_document_run(name: str, examples: int) -> None:
     failures, count = doctest.testfile(str(ROOT / "docs" / name), module_relative=False)
     assert count >= examples
     assert failures == 0
 
 
-def test_composition_shows_the_package_that_the_tests_install() -> None:
+def test_writing_a_loss_shows_the_package_that_the_tests_install() -> None:
     package = ROOT / "tests/rankloss_open_clip/third_party_loss"
-    assert (package / "uniform_clip.py").read_text() in blocks(COMPOSITION, "python")
-    (registration,) = blocks(COMPOSITION, "toml")
+    assert (package / "uniform_clip.py").read_text() in blocks(WRITING, "python")
+    (registration,) = blocks(WRITING, "toml")
     assert registration in (package / "pyproject.toml").read_text()
 
 
-def test_composition_names_every_field_of_an_entry() -> None:
+def test_writing_a_loss_names_every_field_of_an_entry() -> None:
     source = (ROOT / "integrations/rankloss_trainers/catalog.py").read_text()
     fields = re.findall(
         r"^    (\w+): ", source.partition("class LossEntry")[2].partition("@dataclass")[0], re.MULTILINE
     )
     assert fields[0] == "build"
-    assert re.findall(r"^\| `(\w+)` \|", COMPOSITION.read_text(), re.MULTILINE) == fields
+    assert re.findall(r"^\| `(\w+)` \|", WRITING.read_text(), re.MULTILINE) == fields

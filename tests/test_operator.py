@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.autograd import forward_ad
 
 from batches import Batch as Drawn
 from batches import assert_close, batches, gradients, random_batch, teacher_of
@@ -21,7 +18,7 @@ from memory import saved_bytes
 from rankloss import dense, operator
 from rankloss.batch import Batch
 from rankloss.functional import cross_modal, in_modal
-from rankloss.operator import row_lists, weighted_terms
+from rankloss.operator import weighted_terms
 from rankloss.operators import IMPLEMENTATIONS
 from rankloss.options import RankOptions
 
@@ -70,7 +67,7 @@ LISTS: list[dict[str, Any]] = [
 def test_terms_and_gradients_are_those_of_the_definition(drawn: Drawn, options, chunk_size, upstream) -> None:
     inputs = drawn.leaves()
     checked = RankOptions(chunk_size=chunk_size, **options)
-    terms = row_lists(batch_of(inputs), checked, WEIGHTS, (True,) * 3)
+    terms = weighted_terms(batch_of(inputs), checked, WEIGHTS, (True,) * 3)
     expected = dense.terms(batch_of(inputs), checked, WEIGHTS, (True,) * 3)
     assert_close(terms, expected, 1e-10)
     found, wanted = (
@@ -87,32 +84,10 @@ def test_unequal_upstream_values_cost_no_look_where_none_is_free(
     monkeypatch.setattr(operator, "may_look_at", lambda x: False)  # as on an accelerator
     inputs = random_batch(3, 9, 5, 20.0, duplicates=2).leaves()
     terms, expected = (
-        f(batch_of(inputs), RankOptions(), WEIGHTS, (True,) * 3) for f in (row_lists, dense.terms)
+        f(batch_of(inputs), RankOptions(), WEIGHTS, (True,) * 3) for f in (weighted_terms, dense.terms)
     )
     found, owed = (gradients(weighted(x, upstream), inputs, 1.7) for x in (terms, expected))
     assert_close(found, owed, 1e-9)
-
-
-@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:])
-def test_only_the_gradients_that_are_wanted_are_computed(wanted) -> None:
-    drawn = random_batch(2, 6, 4, 10.0)
-    leaves = [x.detach().requires_grad_(w) for x, w in zip(drawn.leaves(), wanted, strict=True)]
-    sum(row_lists(batch_of(leaves), RankOptions(chunk_size=4), WEIGHTS, (True,) * 3)).backward()
-    full = drawn.leaves()
-    expected = gradients(sum(dense.terms(batch_of(full), RankOptions(), WEIGHTS, (True,) * 3)), full, 1.0)
-    for x, w, g in zip(leaves, wanted, expected, strict=True):
-        assert (x.grad is not None) == w
-        if w:
-            assert_close([x.grad], [g], 1e-10)
-
-
-def test_without_gradients_there_are_the_values_alone() -> None:
-    inputs = random_batch(2, 6, 4, 10.0).leaves()
-    expected = row_lists(batch_of(inputs), RankOptions(), WEIGHTS, (True,) * 3)
-    with torch.no_grad():
-        terms = row_lists(batch_of(inputs), RankOptions(), WEIGHTS, (True,) * 3)
-    assert not any(x.requires_grad for x in terms)
-    assert_close(terms, expected, 1e-14)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +109,7 @@ def test_first_and_second_derivatives_are_right(options, has_teacher: bool) -> N
     def f(*inputs: Tensor) -> Tensor:
         v, t, *s = inputs
         batch = batch_of((v, t, *(s or [1.0])), 5 * has_teacher)
-        terms = weighted_terms(batch, checked, WEIGHTS, contrastive=not options)
+        terms = weighted_terms(batch, checked, WEIGHTS, (not options, True, True))
         return torch.stack(terms[bool(options) :])
 
     assert torch.autograd.gradcheck(f, inputs, fast_mode=True)
@@ -146,7 +121,7 @@ def test_an_input_computed_of_another_is_differentiated_twice_along_its_own_path
     """As gathered features are, of which the local ones are a part."""
     inputs = v, t, _ = random_batch(1, 6, 3, 5.0, duplicates=1).leaves()
     results = []
-    for f in (row_lists, dense.terms):
+    for f in (weighted_terms, dense.terms):
         batch = batch_of(inputs, anchors=(v[1:4], t[1:4]), first_row=1)
         value = weighted(f(batch, RankOptions(), WEIGHTS, (True,) * 3), upstream)
         first = torch.autograd.grad(value, inputs, create_graph=True)
@@ -177,7 +152,9 @@ def test_a_fixed_reference_alone_has_no_gradient_and_can_be_differentiated_again
 def test_scores_too_far_apart_for_float64_are_summed_by_the_definition(s: float, options, upstream) -> None:
     inputs = random_batch(1, 12, 3, s, duplicates=2).leaves()
     checked = RankOptions(**options)
-    terms, expected = (f(batch_of(inputs), checked, WEIGHTS, (True,) * 3) for f in (row_lists, dense.terms))
+    terms, expected = (
+        f(batch_of(inputs), checked, WEIGHTS, (True,) * 3) for f in (weighted_terms, dense.terms)
+    )
     assert_close(terms, expected, 1e-10)
     found, owed = (gradients(weighted(x, upstream), inputs, 1.0) for x in (terms, expected))
     assert_close(found, owed, 1e-8)
@@ -192,39 +169,13 @@ def test_what_forward_keeps_for_backward_grows_linearly_in_n(options) -> None:
     def kept(n: int) -> int:
         inputs = random_batch(0, n, 8, 10.0).leaves(torch.float32)
         checked = RankOptions(chunk_size=8, **options)
-        return saved_bytes(lambda: row_lists(batch_of(inputs, n), checked, WEIGHTS, (True,) * 3))
+        return saved_bytes(lambda: weighted_terms(batch_of(inputs, n), checked, WEIGHTS, (True,) * 3))
 
     assert 0 < kept(256) <= 4.05 * kept(64)
     assert kept(256) < 256 * 256 * 4  # less than one N×N matrix
 
 
-# --- compilers and transforms -----------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # a compiler's own use
-@pytest.mark.parametrize(
-    ("options", "has_teacher"),
-    [({}, False), ({"lists": "batch"}, False), ({"method": "bin", "bins": 4}, True)],
-)
-def test_compiles_into_one_graph_which_follows_the_weights(options, has_teacher: bool) -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    checked, teacher = RankOptions(**options), teacher_for(8) if has_teacher else {}
-
-    def f(v: Tensor, t: Tensor, s: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        contrastive = checked.lists == "row"
-        return weighted_terms(Batch.of(v, t, s, **teacher), checked, weights, contrastive=contrastive)
-
-    compiled = torch.compile(f, backend=counter, fullgraph=True)
-    inputs, weights = random_batch(0, 8, 4, 10.0, duplicates=2).leaves(torch.float32), WEIGHTS.clone()
-    for factor in (1.0, 0.25, 3.0):
-        weights.mul_(factor)  # in place, as a schedule's tensor on the device is changed
-        results = []
-        for g in (compiled, f):
-            terms = g(*inputs, weights)
-            results.append([*terms, *gradients(weighted(terms, (0.7, 2.0, -1.1)), inputs, 1.3)])
-        assert_close(*results, 1e-5)
-    assert counter.frame_count == 1
+# --- the contract of an operator --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("has_teacher", [False, True])
@@ -240,24 +191,6 @@ def test_the_operators_keep_the_contract_of_torch_library(has_teacher: bool) -> 
     torch.library.opcheck(
         torch.ops.rankloss.row_lists_backward.default, (upstream, found[3:], *arguments), test_utils=tests
     )
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use
-@pytest.mark.parametrize("lists", ["row", "batch"])
-def test_transforms_that_no_trainer_uses_are_errors(lists: str) -> None:
-    v, t, s = (x.detach() for x in random_batch(0, 6, 4, 10.0).leaves())
-
-    def f(v: Tensor, s: Tensor = s) -> Tensor:
-        return cross_modal(v, t, s, lists=lists)
-
-    with pytest.raises(RuntimeError):
-        torch.func.jvp(f, (v,), (torch.ones_like(v),))
-    with forward_ad.dual_level(), pytest.raises(RuntimeError):
-        f(forward_ad.make_dual(v, torch.ones_like(v)))
-    with forward_ad.dual_level(), pytest.raises(RuntimeError):
-        f(v, forward_ad.make_dual(s, torch.ones_like(s)))
-    with pytest.raises(RuntimeError):
-        torch.vmap(f)(torch.stack([v, v]))
 
 
 # --- on an accelerator ------------------------------------------------------------------------------------
@@ -296,7 +229,7 @@ def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(
     checked = RankOptions(chunk_size=8 if is_chunked else None, **options)
     with fake_cuda() as copies:
         batch, weights = on_cuda(has_teacher, is_share=is_share)
-        terms = weighted_terms(batch, checked, weights, contrastive=True)
+        terms = weighted_terms(batch, checked, weights, (True,) * 3)
         assert all((x.device, x.shape) == (batch.image.device, ()) for x in terms)
         # In a fake mode an operator runs its shape function: what it does itself is called by hand.
         tensors = (*batch.inputs, weights, batch.reference_image, batch.reference_text)
@@ -310,24 +243,24 @@ def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(
         assert copies.found == []
 
 
-@pytest.mark.parametrize("has_teacher", [False, True])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "has_teacher"),
     [
-        {"lists": "batch"},
-        {"lists": "batch", "model": "top_one"},
-        {"lists": "batch", "diagonal": False, "worth": "shifted"},
-        {"worth": "identity", "top_k": 2},
-        {"ties": "random"},
-        {"discount": "log", "diagonal": False},
-        {"reduction": "none"},
+        ({"lists": "batch"}, False),
+        ({"lists": "batch"}, True),
+        ({"lists": "batch", "model": "top_one"}, True),
+        ({"lists": "batch", "diagonal": False, "worth": "shifted"}, False),
+        ({"worth": "identity", "top_k": 2}, True),
+        ({"ties": "random"}, False),
+        ({"discount": "log", "diagonal": False}, False),
+        ({"reduction": "none"}, True),
     ],
 )
 def test_what_does_not_stream_never_waits_nor_copies_either(options, has_teacher: bool) -> None:
     with fake_cuda() as copies:
         batch, weights = on_cuda(has_teacher, n=8)
         contrastive = options.get("worth", "exp") == "exp"
-        terms = weighted_terms(batch, RankOptions(**options), weights, contrastive=contrastive)
+        terms = weighted_terms(batch, RankOptions(**options), weights, (contrastive, True, True))
         shape = (8,) if options.get("reduction") == "none" else ()
         assert all((x.device, x.shape) == (batch.image.device, shape) for x in terms)
         assert copies.found == []

@@ -27,6 +27,8 @@ def test_a_plan_keeps_its_limits(n: int, share: int, chunk_size: int | None, dev
     chosen = chosen if chunk_size is None else chunk_size
     assert plan.chunk_size == min(chosen, anchors)
     assert plan.lists_at_once == max(128, lists // n)
+    # What waits for its mirror image is 4·n² bytes at most, in blocks whose number is bounded.
+    assert plan.is_mirrored == (anchors == n <= min(4096, 64 * plan.chunk_size))
 
 
 @pytest.mark.parametrize(
@@ -46,21 +48,10 @@ def test_what_does_not_stream_has_one_chunk_of_everything(options, is_dense: boo
     assert (plan.name, plan.chunk_size) == (("dense", 700) if is_dense else ("rows", 3))
 
 
-@pytest.mark.parametrize(
-    ("options", "device", "dtype", "reason"),
-    [
-        ({"kernel": "torch"}, CUDA, torch.float32, "kernel='torch'"),
-        ({}, CPU, torch.float32, "the kernels run on CUDA, not on cpu"),
-        ({}, CUDA, torch.float64, "the kernels compute in float32, not in float64"),
-        ({"worth": "shifted"}, CUDA, torch.float32, "worth='shifted'"),
-    ],
-)
-def test_a_plan_says_why_it_is_not_the_fused_kernel(options, device, dtype, reason: str) -> None:
-    plan = make_plan(RankOptions(**options), 64, 64, device, dtype)
-    assert plan.kernel == "torch"
-    assert reason in (plan.why_no_kernel or "")
-
-
-def test_a_kernel_that_is_asked_for_and_does_not_serve_is_an_error_that_says_why() -> None:
+def test_a_plan_says_why_it_is_not_the_fused_kernel_and_refuses_one_that_does_not_serve() -> None:
+    for kernel, reason in (("torch", "kernel='torch'"), ("auto", "not on cpu")):
+        plan = make_plan(RankOptions(kernel=kernel), 64, 64, CPU, torch.float32)
+        assert plan.kernel == "torch"
+        assert reason in (plan.why_no_kernel or "")
     with pytest.raises(ValueError, match=r"kernel='triton' .*not on cpu"):
         make_plan(RankOptions(kernel="triton"), 4, 4, CPU, torch.float32)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
 pytest.importorskip("matplotlib")
 
-from matplotlib.colors import same_color, to_rgba
+from matplotlib.colors import same_color
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 
 from rankloss import plots
 
@@ -66,6 +62,7 @@ def drawn(figure: Figure) -> set[str]:
     return {text.get_text() for text in figure.axes[0].texts}
 
 
+@settings(max_examples=25)
 @given(batches, terms, st.integers(2, 30))
 def test_chart_shows_the_ranks(batch: tuple[int, int, bool], term: plots.Term, items: int) -> None:
     v, t = features(*batch)
@@ -111,7 +108,7 @@ def test_labels_are_not_read_as_mathematics() -> None:
     assert any(text.get_text().startswith(r"\$6 or \$7") for text in figure.axes[0].texts)
 
 
-@pytest.mark.parametrize("length", [1, 30, 32, 33, 200])
+@pytest.mark.parametrize("length", [1, 32, 33])
 def test_labels_of_any_length_leave_room_for_the_lines(length: int) -> None:
     v, t = features(6, 0)
     labels = [letter * length for letter in "ABCDEF"]
@@ -155,30 +152,3 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
         plots.slope_chart(**{**good, **change})
     with pytest.raises(ValueError, match="first and second"):
         plots.compare_rankings(torch.ones(3), torch.ones(2), "abc")
-
-
-def test_tensorboard_and_wandb_take_the_figure(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from torch.utils.tensorboard import SummaryWriter
-
-    v, t = features(8, 0)
-    with SummaryWriter(str(tmp_path)) as writer:
-        writer.add_figure("ranking", plots.slope_chart(v, t, list("abcdefgh"), 0), global_step=3)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    (image,) = events.Images("ranking")
-    assert image.step == 3
-    (tmp_path / "image.png").write_bytes(image.encoded_image_string)
-    assert not same_color(imread(tmp_path / "image.png").min((0, 1))[:3], to_rgba("white")[:3])
-
-    wandb = pytest.importorskip("wandb")
-    assert wandb.Image(plots.slope_chart(v, t, list("abcdefgh"), 0)).image.size[0] > 100
-
-
-def test_matplotlib_is_loaded_by_this_module_alone_and_pyplot_by_none() -> None:
-    script = (
-        "import sys, torch, rankloss; before = 'matplotlib' in sys.modules; import rankloss.plots as p; "
-        "v = torch.eye(3); p.slope_chart(v, v, list('abc'), 0).draw_without_rendering(); "
-        "print(before, 'matplotlib' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["False", "True", "False"]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
-from batches import Batch, batches, gradients, random_batch
+from batches import Batch, random_batch
 from fake_cuda import fake_cuda
-from oracle import siglip as formula
-from rankloss.sigmoid import pair_sigmoid, plain, stream
+from rankloss.sigmoid import pair_sigmoid, stream
 
 BIASES = [-10.0, 0.0, 3.0]
 
@@ -23,35 +19,6 @@ def leaves(batch: Batch, bias: float, share: slice = slice(None)) -> tuple[Tenso
     v, t, s = batch.leaves()
     b = torch.tensor(bias, dtype=torch.float64, requires_grad=True)
     return v.detach()[share].requires_grad_(), t, s, b
-
-
-@given(batch=batches(min_n=4), bias=st.sampled_from(BIASES), chunk=st.integers(1, 13), share=st.booleans())
-def test_chunks_add_up_to_the_formula(batch: Batch, bias: float, chunk: int, share: bool) -> None:
-    inputs = leaves(batch, bias, slice(1, 3) if share else slice(None))
-    with torch.no_grad():  # as below an operator's autograd
-        value, found = stream(inputs, int(share), [True] * 4, chunk)
-    expected = formula(*inputs, int(share))
-    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(plain(inputs, int(share)), expected, rtol=1e-12, atol=1e-12)
-    for a, b in zip(found, gradients(expected, inputs, 1.0), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)))
-def test_only_the_gradients_that_are_wanted_are_computed(wanted: tuple[bool, ...]) -> None:
-    inputs = leaves(random_batch(2, 6, 4, 10.0), -3.0)
-    leave = [x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
-    value = pair_sigmoid(*leave, 0)
-    expected = formula(*inputs)
-    torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0)
-    assert value.requires_grad == any(wanted)
-    if not any(wanted):
-        return
-    (-1.3 * value).backward()
-    for x, w, g in zip(leave, wanted, gradients(expected, inputs, -1.3), strict=True):
-        assert (x.grad is not None) == w
-        if w:
-            torch.testing.assert_close(x.grad, g, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

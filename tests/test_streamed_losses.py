@@ -87,15 +87,23 @@ def test_within_the_budget_the_bits_are_open_clips(name: str, dtype: torch.dtype
         assert torch.equal(a, e)
 
 
+def nodes(value: Tensor) -> set[str]:
+    """The names of the nodes of its graph."""
+    found, waiting = set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        found.add(node.name())
+        waiting += [parent for parent, _ in node.next_functions if parent is not None]
+    return found
+
+
 @both
 def test_the_budget_is_the_bytes_of_one_matrix(name: str) -> None:
     v, t, s, b = inputs_of(random_batch(0, 10, 4, 10.0), torch.float32)
-    operators = {"_RowLists", "_PairSigmoid"}
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 4), (torch.float64, 8)):
         for budget, streams in ((100 * size, False), (100 * size - 1, True)):
-            with torch.profiler.profile() as profile:
-                LOSSES[name][0](memory_budget=budget)(v.to(dtype), t.to(dtype), s, b)
-            assert bool(operators & {event.key for event in profile.key_averages()}) == streams
+            value = LOSSES[name][0](memory_budget=budget)(v.to(dtype), t.to(dtype), s, b)
+            assert bool({"_RowListsBackward", "_PairSigmoidBackward"} & nodes(value)) == streams
 
 
 @both
@@ -160,31 +168,19 @@ def test_what_is_kept_for_the_backward_pass_grows_with_n(name: str) -> None:
 
 @both
 def test_no_matrix_is_held_beyond_the_default_budget(name: str) -> None:
-    n, d = 8192, 4
-    inputs = inputs_of(random_batch(0, n, d, 10.0), torch.float32)
+    inputs = inputs_of(random_batch(0, 4352, 4, 10.0), torch.float32)
     with LiveBytes() as live:
         LOSSES[name][0]()(*inputs).backward()
-    assert 2 * MIB < live.peak < 48 * MIB  # one matrix is 256
-
-
-@both
-def test_smaller_chunks_hold_less(name: str) -> None:
-    inputs = inputs_of(random_batch(0, 1024, 4, 10.0), torch.float32)
-    peaks = []
-    for chunk_size in (1, 64):
-        with LiveBytes() as live:
-            LOSSES[name][0](memory_budget=0, chunk_size=chunk_size)(*inputs).backward()
-        peaks.append(live.peak)
-    assert 4 * peaks[0] < peaks[1]
+    assert 2 * MIB < live.peak < 48 * MIB  # one matrix is 72
 
 
 def test_rank_terms_over_siglip_hold_no_matrix_either() -> None:
-    n = 4608  # a matrix is 81 MiB, beyond the budget
-    inputs = inputs_of(random_batch(0, n, 4, 10.0), torch.float32)
-    loss = RankClipLoss(SigLipLoss(), schedule="constant", method="bin", bins=64)
+    inputs = inputs_of(random_batch(0, 3072, 4, 10.0), torch.float32)
+    options: dict[str, Any] = {"memory_budget": 0, "chunk_size": 64}
+    loss = RankClipLoss(SigLipLoss(**options), schedule="constant", method="bin", bins=64, **options)
     with LiveBytes() as live:
         loss(*inputs).backward()
-    assert live.peak < 60 * MIB
+    assert live.peak < 30 * MIB  # one matrix is 36
 
 
 # --- arguments --------------------------------------------------------------------------------------------

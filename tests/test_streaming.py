@@ -56,8 +56,8 @@ def features_of(drawn: Drawn, rows: slice | None, teacher: dict[str, Tensor]) ->
     )
 
 
-def plan_of(chunk_size: int, lists_at_once: int = 3) -> Plan:
-    return Plan("rows", chunk_size, lists_at_once, "torch", None)
+def plan_of(chunk_size: int, lists_at_once: int = 3, *, is_mirrored: bool = False) -> Plan:
+    return Plan("rows", chunk_size, is_mirrored, lists_at_once, "torch", None)
 
 
 def by_definition(batch: Batch, options: RankOptions, wanted: tuple[bool, ...], by: list[bool]) -> Any:
@@ -78,27 +78,28 @@ def by_definition(batch: Batch, options: RankOptions, wanted: tuple[bool, ...], 
         [(True,) * 3] * 3 + [(True, False, False), (False, True, False), (True, False, True)]
     ),
     by=st.sampled_from([ALL] * 3) | st.tuples(*[st.booleans()] * 5),
-    is_share=st.booleans(),
+    layout=st.sampled_from(["plain", "mirrored", "mirrored", "share"]),
     chunk_size=st.integers(1, 12),
     data=st.data(),
 )
 def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
-    drawn: Drawn, options, choices, given_teacher, wanted, by, is_share: bool, chunk_size: int, data
+    drawn: Drawn, options, choices, given_teacher, wanted, by, layout: str, chunk_size: int, data
 ) -> None:
     n = len(drawn.image)
     if given_teacher:
         choices = {**choices, "fixed_reference": None}
         wanted = (wanted[0], wanted[1] and len(given_teacher) == 2, True)
     rows = None
-    if is_share:
+    if layout == "share":
         first = data.draw(st.integers(0, n - 1))
         rows = slice(first, data.draw(st.integers(first + 1, n)))
     teacher = {name: x for name, x in teacher_of(n, duplicates=1).items() if name in given_teacher}
     batch = features_of(drawn, rows, teacher)
     checked = RankOptions(**options, **choices)
     by = [w and x is not None for w, x in zip(by, batch.inputs, strict=True)]
+    plan = plan_of(min(chunk_size, batch.anchors), is_mirrored=layout == "mirrored")
     with torch.no_grad():
-        values, sums = stream(batch, checked, plan_of(min(chunk_size, batch.anchors)), WEIGHTS, wanted, by)
+        values, sums = stream(batch, checked, plan, WEIGHTS, wanted, by)
     assert set(sums) == {name for name, w in zip(Inputs._fields, by, strict=True) if w}
     found = [x if name == "scale" else x * batch.scale for name, x in sums.items()]
     terms, gradients = by_definition(batch, checked, wanted, by)
@@ -138,26 +139,30 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("chunk_size", "wanted", "by", "of_student", "of_teacher"),
+    ("chunk_size", "is_mirrored", "wanted", "by", "of_student", "of_teacher"),
     [
-        (32, (True, True, True), (0, 1, 4), 7, 3),
-        (8, (True, True, True), (0, 1, 4), 12, 4),
-        (32, (True, True, False), (0, 1, 4), 3, 1),
-        (8, (False, False, True), (0, 1, 4), 6, 2),
-        (32, (True, True, True), (4,), 3, 3),  # the scale alone takes no product where all rows are there
-        (8, (True, True, True), (4,), 8, 4),
-        (8, (True, True, True), (0,), 10, 4),  # anchors beside the image's own where they have the same items
-        (8, (True, True, True), (), 4, 4),
+        (8, False, (True, True, True), (0, 1, 4), 12, 4),
+        (8, False, (False, False, True), (0, 1, 4), 6, 2),
+        (8, False, (True, True, True), (4,), 8, 4),
+        (8, False, (True, True, True), (0,), 10, 4),  # the image's items come below its anchors
+        (8, False, (True, True, True), (), 4, 4),
+        (32, True, (True, True, True), (0, 1, 4), 7, 3),
+        (32, True, (True, True, False), (0, 1, 4), 3, 1),
+        (32, True, (True, True, True), (4,), 3, 3),  # the scale alone takes no product
+        # The blocks on the diagonals of I and X, a quarter here, are symmetric, but products give them whole.
+        (8, True, (True, True, True), (0, 1, 4), 6.25, 2.25),
+        (8, True, (False, False, True), (0, 1, 4), 3.25, 1.25),
     ],
 )
 @pytest.mark.parametrize("has_teacher", [False, True])
 def test_the_pass_takes_as_many_products_as_it_says(
-    chunk_size: int, wanted, by, of_student: int, of_teacher: int, has_teacher: bool
+    chunk_size: int, is_mirrored, wanted, by, of_student: float, of_teacher: float, has_teacher: bool
 ) -> None:
     n = 32
     batch = features_of(random_batch(0, n, 8, 10.0), None, teacher_of(n, 8) if has_teacher else {})
+    plan = plan_of(chunk_size, is_mirrored=is_mirrored)
     with torch.no_grad(), Products() as products:
-        stream(batch, RankOptions(), plan_of(chunk_size), WEIGHTS, wanted, [k in by for k in range(5)])
+        stream(batch, RankOptions(), plan, WEIGHTS, wanted, [k in by for k in range(5)])
     assert products.count == (of_student + of_teacher * has_teacher) * n * n * 8
 
 

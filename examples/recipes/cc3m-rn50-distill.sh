@@ -7,6 +7,9 @@
 #   sbatch cc3m-rn50-distill.sh slurm       eight GPUs of a Slurm cluster; restarted, it goes on from its last checkpoint
 #
 # Further arguments go to the trainer and win over those below.
+#
+# Before the first step the log has to say "Loss: rankclip-distill (rankloss …)". The command that cannot train without it
+# is the same with rankloss_open_clip in place of open_clip_train.main: it fails where rankloss is missing.
 
 #SBATCH --job-name=cc3m-rn50-distill
 #SBATCH --nodes=1

@@ -6,6 +6,9 @@
 #   sbatch yfcc15m-vit-b-32.sh slurm       eight GPUs of a Slurm cluster; restarted, it goes on from its last checkpoint
 #
 # Further arguments go to the trainer and win over those below.
+#
+# Before the first step the log has to say "Loss: rankclip (rankloss …)". The command that cannot train without it
+# is the same with rankloss_open_clip in place of open_clip_train.main: it fails where rankloss is missing.
 
 #SBATCH --job-name=yfcc15m-vit-b-32
 #SBATCH --nodes=1

@@ -14,8 +14,6 @@ from rankloss.checks import check_reference_features
 from rankloss.distributed import GatherOption
 from rankloss.losses import GatheringLoss, check_weight, combined
 
-__all__ = ["AlipLoss"]
-
 
 class AlipLoss(GatheringLoss):
     r"""ALIP: ``A(v, t, w_r) + A(v, c, w_c)``, t the raw and c the synthetic caption of image v.
@@ -116,10 +114,8 @@ class AlipLoss(GatheringLoss):
         self.check_inputs(image_features, text_features, logit_scale)
         check_reference_features("caption_features", caption_features, text_features)
         if caption_features.shape != text_features.shape:
-            raise ValueError(
-                f"caption_features must have text_features' shape, {tuple(text_features.shape)}; "
-                f"got {tuple(caption_features.shape)}"
-            )
+            wanted, got = tuple(text_features.shape), tuple(caption_features.shape)
+            raise ValueError(f"caption_features must have text_features' shape, {wanted}; got {got}")
         # Both captions in one collective.
         images, captions = self.gather(image_features, torch.stack([text_features, caption_features], dim=1))
         texts, synthetic = captions.unbind(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,6 @@ from rankloss.losses import (
     shares_gathering,
 )
 
-__all__ = ["CyClipLoss"]
-
-_Pair: TypeAlias = tuple[Tensor, Tensor]
-
 
 class CyClipLoss(GatheringLoss):
     r"""CyCLIP: ``L_base + lambda_cross·cross + lambda_in·in``.
@@ -30,9 +26,9 @@ class CyClipLoss(GatheringLoss):
 
         cross = (1/N)·Σ_ij (v_i·t_j − v_j·t_i)²,   in = (1/N)·Σ_ij (v_i·v_j − t_i·t_j)².
 
-    Both compare cosines, without the scale. As squared Frobenius norms they are computed from N×N products,
-    or from D×D moments of the features where these are smaller: memory is that of the smaller side, and from
-    D pairs on the arithmetic grows linearly with N.
+    Both compare cosines, without the scale. As squared Frobenius norms of differences of N×N products they
+    are computed from D×D moments of the features, and below D pairs from the products: memory and arithmetic
+    grow linearly with N.
 
     Args:
         base: the loss that the terms are added to: a module or function with the forward convention of
@@ -95,31 +91,28 @@ class CyClipLoss(GatheringLoss):
         entries = base_entries(
             self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
         )
-        cross, in_ = self._terms(image_features, text_features, gathered)
+        cross, in_ = self.terms(image_features, text_features, gathered)
         own = {
             "cyclic_cross_modal_loss": self.lambda_cross * cross,
             "cyclic_in_modal_loss": self.lambda_in * in_,
         }
         return combined(entries, own, output_dict)
 
-    def terms(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Both terms without their weights."""
-        self.check_inputs(image_features, text_features, logit_scale=1.0)
-        return self._terms(image_features, text_features, self.gather(image_features, text_features))
-
-    def _terms(
-        self, image_features: Tensor, text_features: Tensor, gathered: Gathered
+    def terms(
+        self, image_features: Tensor, text_features: Tensor, gathered: Gathered | None = None
     ) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+        """Both terms without their weights; ``gathered`` are the features of all processes, if at hand."""
+        if gathered is None:
+            self.check_inputs(image_features, text_features, logit_scale=1.0)
+            gathered = self.gather(image_features, text_features)
         anchors = items = _in_float64(*gathered)
         if self.gather.anchors_are_local:
             anchors = _in_float64(image_features, text_features)
         n, d = anchors[0].shape
         squares = _by_products if n * len(items[0]) < d * d else _by_moments
-        cross, in_ = (
-            (sum_ / n).to(image_features.device, torch.promote_types(dtype, torch.float32))
-            for sum_ in squares(anchors, items)
-        )
+        dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        cross, in_ = ((x / n).to(image_features.device, dtype) for x in squares(anchors, items))
         return cross, in_
 
     def extra_repr(self) -> str:
@@ -127,7 +120,7 @@ class CyClipLoss(GatheringLoss):
         return f"lambda_cross={self.lambda_cross:g}, lambda_in={self.lambda_in:g}"
 
 
-def _in_float64(image: Tensor, text: Tensor) -> _Pair:
+def _in_float64(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """The features as the terms, small differences of large norms, need them.
 
     Relative errors of the value where the compared cosines differ by 1e-2 and by 1e-4: float32 moments 1e-3
@@ -137,25 +130,21 @@ def _in_float64(image: Tensor, text: Tensor) -> _Pair:
     return image.to(device, torch.float64), text.to(device, torch.float64)
 
 
-def _by_products(anchors: _Pair, items: _Pair) -> _Pair:
+def _by_products(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """``Σ_ij (v_i·t_j − t_i·v_j)²`` and ``Σ_ij (v_i·v_j − t_i·t_j)²`` of the anchors i and the items j."""
     (v, t), (w, u) = anchors, items
     return (v @ u.T - t @ w.T).square().sum(), (v @ w.T - t @ u.T).square().sum()
 
 
-def _by_moments(anchors: _Pair, items: _Pair) -> _Pair:
+def _by_moments(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The same from VᵀV, TᵀT and VᵀT, ``[D, D]`` each, of the anchors and of the items."""
     vv, tt, vt = of_anchors = _moments(*anchors)
     ww, uu, wu = of_anchors if items is anchors else _moments(*items)
     cross = (vv * uu).sum() + (tt * ww).sum() - 2 * (vt * wu.T).sum()
     in_ = (vv * ww).sum() + (tt * uu).sum() - 2 * (vt * wu).sum()
-    return _not_negative(cross), _not_negative(in_)
+    # Without what rounding left below 0; the gradient, right to rounding there too, stays.
+    return cross - cross.detach().clamp_max(0), in_ - in_.detach().clamp_max(0)
 
 
 def _moments(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return v.T @ v, t.T @ t, v.T @ t
-
-
-def _not_negative(squares: Tensor) -> Tensor:
-    """``squares`` without what rounding left below 0; the gradient, right to rounding there too, stays."""
-    return squares - squares.detach().clamp_max(0)

@@ -11,29 +11,23 @@ from torch import Tensor
 from rankloss.distributed import Gather
 from rankloss_baselines.alip import AlipLoss
 from rankloss_baselines.cyclip import CyClipLoss
-from rankloss_trainers.catalog import LossEntry, Option, Options, number_type, weight
+from rankloss_trainers.catalog import LossEntry, Option, Options, weight
+
+_ANY = {"type": float, "metavar": "X"}
+_NUMBER = {"type": weight, "metavar": "X"}
 
 CYCLIP = LossEntry(
     build=lambda base, options, gather: CyClipLoss(base, **options, gather=gather),
     help="the trainer's own plus CyCLIP's cyclic consistency terms",
     options=(
-        Option("lambda-cross", 0.25, "weight of the cross-modal term", {"type": weight, "metavar": "X"}),
-        Option("lambda-in", 0.25, "weight of the in-modal term", {"type": weight, "metavar": "X"}),
+        Option("lambda-cross", 0.25, "weight of the cross-modal term", _NUMBER),
+        Option("lambda-in", 0.25, "weight of the in-modal term", _NUMBER),
     ),
 )
 
 
 def _build_alip(_: Any, options: Options, gather: Gather) -> AlipLoss:
-    weights = {key: value for key, value in options.items() if key != "caption_key"}
-    return AlipLoss(**weights, gather=gather)
-
-
-def _refuse_alip(options: Options, _: Gather) -> str | None:
-    if options["caption_key"] is None:
-        return "alip needs a second caption of each image: name it with --alip-caption-key"
-    if not 0 <= options["momentum"] <= 1:
-        return f"momentum: must be in [0, 1], got {options['momentum']:g}"
-    return None
+    return AlipLoss(**{key: x for key, x in options.items() if key != "caption_key"}, gather=gather)
 
 
 def alip_log(criterion: AlipLoss, _: Any, **inputs: Any) -> Mapping[str, Tensor]:
@@ -43,6 +37,8 @@ def alip_log(criterion: AlipLoss, _: Any, **inputs: Any) -> Mapping[str, Tensor]
     histories = criterion.histories.to(torch.float32, copy=True).unbind()
     return {**terms, **dict(zip(names, histories, strict=True))}
 
+
+_NO_CAPTION = "alip needs a second caption of each image: name it with --alip-caption-key"
 
 ALIP = LossEntry(
     build=_build_alip,
@@ -56,29 +52,12 @@ ALIP = LossEntry(
             {"metavar": "KEY"},
             "must be given",
         ),
-        Option(
-            "gamma-sample",
-            2.0,
-            "how steeply a sample's weight falls with the similarity of its captions",
-            {"type": weight, "metavar": "X"},
-        ),
-        Option(
-            "gamma-pair",
-            2.0,
-            "how steeply a pair's weight changes with its similarity",
-            {"type": weight, "metavar": "X"},
-        ),
-        Option(
-            "momentum", 0.99, "share of the histories that a step keeps", {"type": weight, "metavar": "X"}
-        ),
-        Option(
-            "initial-history",
-            1.0,
-            "where the histories start; 1 closes almost every gate at first",
-            {"type": number_type(), "metavar": "X"},
-        ),
+        Option("gamma-sample", 2.0, "how steeply a weight falls with the captions' similarity", _NUMBER),
+        Option("gamma-pair", 2.0, "how steeply a weight changes with the pair's similarity", _NUMBER),
+        Option("momentum", 0.99, "share of the histories that a step keeps", _NUMBER),
+        Option("initial-history", 1.0, "where the histories start; 1 closes nearly all gates at first", _ANY),
     ),
-    refuse=_refuse_alip,
+    refuse=lambda options, _: _NO_CAPTION if options["caption_key"] is None else None,
     unit="step",
     caption_key=lambda options: options["caption_key"],
     no_sigmoid="it weighs the pairs of a softmax loss of its own",

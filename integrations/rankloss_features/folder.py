@@ -72,7 +72,7 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     """
     try:
         about: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise ValueError(f"{folder / _ABOUT} cannot be read: {error}") from error

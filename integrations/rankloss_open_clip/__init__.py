@@ -1,15 +1,13 @@
 """``--loss`` for the unmodified ``python -m open_clip_train.main``: RankCLIP, CyCLIP, ALIP, and others.
 
-Nothing is imported here: torch loads :mod:`rankloss_open_clip.bootstrap` in every program that imports torch,
-so this package costs nothing until open_clip is imported.
+Next to nothing is imported here: torch loads :mod:`rankloss_open_clip.bootstrap` in every program that
+imports torch, so this package costs nothing until open_clip is imported.
 """
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import ModuleType
+from types import ModuleType
 
 
-def attach(trainer: "ModuleType", create_loss: str = "create_loss") -> None:
+def attach(trainer: ModuleType, create_loss: str = "create_loss") -> None:
     """Let ``--loss`` work in a trainer that is laid out like open_clip's: its old one, or a fork.
 
     The trainer's main module holds, or imports by name, three functions: the one that builds the loss from

@@ -18,15 +18,15 @@ import sys
 # Other imports are inside the functions that need them, since every `import torch` runs this module.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
     from types import ModuleType
     from typing import Any
 
-_PARAMS = "open_clip_train.params"
+PARAMS = "open_clip_train.params"
+"""The module of the trainer's parser."""
 
 SEAMS = (
     "open_clip.factory",
-    _PARAMS,
+    PARAMS,
     "open_clip_train.train",
     "open_clip_train.legacy_train",
     "open_clip_train.data",
@@ -37,65 +37,50 @@ SEAMS = (
 failures: dict[str, Exception] = {}
 """Modules that were loaded but could not be patched, with what went wrong."""
 
-_GUARDED = "_rankloss_open_clip_guarded"
-
 
 def attach() -> None:
     """Patch what is loaded already, and the rest once it is. Safe to call twice; never raises."""
     try:
-        from rankloss_trainers.import_hook import after_import
+        from rankloss_trainers.import_hook import after_import, waits_for
 
-        after_import(dict.fromkeys(SEAMS, patch))
+        if not waits_for(PARAMS):
+            after_import(dict.fromkeys(SEAMS, patch))
     except Exception as error:
         failures["rankloss_open_clip"] = error
 
 
-def attached() -> bool:
-    """Whether this process waits for open_clip's trainer."""
-    from rankloss_trainers.import_hook import waits_for
-
-    return waits_for(_PARAMS)
-
-
 def patch(module: ModuleType) -> None:
     """Patch a loaded module of :data:`SEAMS`, and keep what went wrong instead of raising it."""
-    name = module.__name__
     try:
         from rankloss_open_clip import patches
 
         patches.patch(module)
     except Exception as error:
-        failures[name] = error
-    else:
-        failures.pop(name, None)
-    if name == _PARAMS:
+        failures[module.__name__] = error
+    if module.__name__ == PARAMS and hasattr(module, "parse_args"):
         _guard(module)
 
 
-def _guard(module: ModuleType) -> None:
+def _guard(module: Any) -> None:
     """Let the trainer's ``parse_args`` refuse ``--loss`` when a patch failed."""
     import functools
 
-    original: Callable[..., Any] | None = getattr(module, "parse_args", None)
-    if original is None or getattr(original, _GUARDED, False):
-        return
+    original = module.parse_args
 
     @functools.wraps(original)
     def parse_args(*args: Any, **kwargs: Any) -> Any:
-        argv = args[0] if args else next(iter(kwargs.values()), None)
-        _report(sys.argv[1:] if argv is None else argv)
+        if failures:
+            _report(next(iter((*args, *kwargs.values())), None))
         return original(*args, **kwargs)
 
-    setattr(parse_args, _GUARDED, True)
-    module.parse_args = parse_args  # type: ignore[attr-defined]
+    module.parse_args = parse_args
 
 
-def _report(argv: Iterable[str]) -> None:
-    if not failures:
-        return
+def _report(argv: Any) -> None:
     reasons = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failures.items())
+    given = sys.argv[1:] if argv is None else argv
     # The trainer's own parser reads both as --loss-dist-impl; the options of a loss it does not know.
-    if {"--los", "--loss"} & {str(argument).partition("=")[0] for argument in argv}:
+    if {"--los", "--loss"} & {str(argument).partition("=")[0] for argument in given}:
         raise ImportError(
             f"--loss was given, but rankloss_open_clip could not attach to open_clip's trainer ({reasons}). "
             "Run `rankloss doctor` for advice, or leave --loss away to train without it."

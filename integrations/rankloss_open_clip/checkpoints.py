@@ -6,14 +6,12 @@ whatever the trainer does with a checkpoint (keep, delete, rename, upload) it do
 without the plug-in reads such a checkpoint as any other: torch ignores the addition.
 
 An optimizer does not hand out what it ignored, and the trainer restores it before it builds the loss. So the
-state is kept from where the trainer reads the file until the resumed run's first epoch begins. Only the run
-that resumed from this file is given it.
+state is kept from where the trainer reads the file until the run's first epoch begins.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -24,60 +22,34 @@ KEY = "rankloss_open_clip"
 """Where the state is, in a checkpoint's ``optimizer``."""
 
 _logger = logging.getLogger("rankloss_open_clip")
-_read: tuple[str, dict[str, Any] | None] | None = None  # the last file, and the state that it holds
+_read: dict[str, Any] | None = None  # the state in the checkpoint that was read last
 
 
-def pick_up(path: str, checkpoint: Any) -> None:
-    """Keep the state that a checkpoint holds, if it holds one.
-
-    Args:
-        path: The checkpoint's file.
-        checkpoint: What the trainer read from it.
-    """
+def pick_up(checkpoint: Any) -> None:
+    """Keep the state that a checkpoint holds, if it holds one."""
     global _read
     optimizer = checkpoint.get("optimizer") if isinstance(checkpoint, dict) else None
-    _read = (path, optimizer.get(KEY) if isinstance(optimizer, dict) else None)
+    _read = optimizer.get(KEY) if isinstance(optimizer, dict) else None
 
 
-def restore(loss: nn.Module, name: str, path: str | None, *, warn: bool) -> None:
-    """Give the loss of a run that begins its state back, if the run was resumed; forget what was kept.
+def connect(loss: nn.Module, args: Any, optimizer: Any, epoch: int) -> None:
+    """Give the loss of a run that begins its state back, if it has one, and let checkpoints have it.
 
     Args:
         loss: The loss.
-        name: The value of ``--loss``.
-        path: The file that the run resumes from, None for a fresh run.
-        warn: Whether this process logs a warning where the checkpoint has no such state.
+        args: The trainer's arguments.
+        optimizer: The trainer's optimizer.
+        epoch: The run's first epoch, counted from 0.
     """
     global _read
     read, _read = _read, None
-    if path is None or not state.has_state(loss):
-        return
-    found = state.restore(name, loss, read[1] if read is not None and read[0] == path else None)
-    if found and warn:
-        _logger.warning(
-            "--loss %s has a state that belongs to the run, and the checkpoint resumed from holds %s: it "
-            "starts anew",
-            name,
-            found,
-        )
-
-
-def save_with(optimizer: Any, loss: nn.Module, name: str, *, sharded: bool = False) -> None:
-    """Add the state of a loss, if it has one, to what an optimizer saves from now on.
-
-    Args:
-        optimizer: The trainer's optimizer.
-        loss: The loss.
-        name: The value of ``--loss``.
-        sharded: Whether FSDP collects the optimizer's state, which takes only what it knows.
-    """
     if not state.has_state(loss):
         return
-    if sharded:
-        _logger.warning("--loss %s has a state that --fsdp does not save: a resumed run starts it anew", name)
-        return
-
-    def add(_: Any, state_dict: dict[str, Any]) -> Mapping[str, Any]:
-        return {**state_dict, KEY: state.saved(name, loss)}
-
-    optimizer.register_state_dict_post_hook(add)
+    if getattr(args, "resume", None) is not None:
+        found = state.restore(args.loss, loss, read)
+        # A file of weights alone begins at epoch 0, and has no state to miss.
+        if found and epoch > 0 and getattr(args, "rank", 0) == 0:
+            text = "--loss %s has a state, of which the checkpoint resumed from holds %s: it starts anew"
+            _logger.warning(text, args.loss, found)
+    if not getattr(args, "fsdp", False):  # collects the optimizer's state, and takes only what it knows
+        optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, KEY: state.saved(args.loss, loss)})

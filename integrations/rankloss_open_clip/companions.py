@@ -17,23 +17,25 @@ are a second caption and a teacher's precomputed features (:mod:`rankloss_open_c
 
 from __future__ import annotations
 
+import functools
 import json
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+Sample = dict[str, Any]
+"""A webdataset sample: its members by their extensions."""
 
 _SEPARATOR = "\x1f"  # ASCII's own, which no caption contains
 _MAX_MISSING = 100  # samples without a companion, before the first with one
 
-_HOOKED = "_rankloss_open_clip_companion"
+COMPANION = "_rankloss_open_clip_companion"
+"""The attribute of the trainer's training data that has what comes with their texts."""
 
 
-class Companion(ABC):
+class Companion(Protocol):
     """What travels with the text of each image.
 
     Attributes:
@@ -42,9 +44,8 @@ class Companion(ABC):
     """
 
     name: str
-    context: int
+    context: int = 0  # until the tokenizer is known
 
-    @abstractmethod
     def of_rows(self, path: str, separator: str, dataset: Any) -> Sequence[str]:
         """The companions of the rows of a CSV file, as text.
 
@@ -57,11 +58,9 @@ class Companion(ABC):
             ValueError: A row has none.
         """
 
-    @abstractmethod
-    def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:
+    def of_sample(self, sample: Sample, caption: str) -> str | None:
         """The companion of a webdataset sample and its caption, as text, or None."""
 
-    @abstractmethod
     def encode(self, tokenize: Callable[[list[str]], Tensor], companions: list[str]) -> Tensor:
         """Companions as integers, ``[n, width]``."""
 
@@ -69,7 +68,6 @@ class Companion(ABC):
         """What the model is called with, of ``[B, context]`` and ``[B, width]``."""
         return tokens
 
-    @abstractmethod
     def merge(self, output: dict[str, Any], companions: Tensor) -> dict[str, Any]:
         """The model's output with the companions, ``[B, width]``."""
 
@@ -91,31 +89,26 @@ class SecondCaption(Companion):
         """See :class:`Companion`."""
         import pandas  # type: ignore[import-untyped]
 
-        columns = list(pandas.read_csv(path, sep=separator, nrows=0).columns)
-        if self.key not in columns:
+        table = pandas.read_csv(path, sep=separator)
+        if self.key not in table:
             raise ValueError(
-                f"{path} has no column {self.key!r} for the second caption; it has {', '.join(columns)}"
+                f"{path} has no column {self.key!r} for the second caption; it has {', '.join(table)}"
             )
-        second = pandas.read_csv(path, sep=separator, usecols=[self.key])[self.key]
-        empty = second.isna()
+        empty = table[self.key].isna()
         if empty.any():
             raise ValueError(
                 f"{path} has no second caption in {int(empty.sum())} rows: column {self.key!r} is empty, "
                 f"first in row {int(empty.argmax()) + 1}"
             )
-        captions: list[str] = second.tolist()
-        return captions
+        return [str(caption) for caption in table[self.key]]
 
-    def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:  # noqa: ARG002
+    def of_sample(self, sample: Sample, caption: str) -> str | None:  # noqa: ARG002
         """See :class:`Companion`."""
-        kind, _, name = self.key.partition(":")
-        if kind != "json" or not name:
-            second = sample.get(self.key.lower())
-        else:
-            try:
-                second = json.loads(sample["json"])[name]
-            except (KeyError, TypeError, ValueError):
-                second = None
+        kind, _, field = self.key.partition(":")
+        try:
+            second = json.loads(sample["json"])[field] if kind == "json" else sample[self.key.lower()]
+        except (KeyError, TypeError, ValueError):
+            return None
         return None if second is None else _text(second)
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], companions: list[str]) -> Tensor:
@@ -152,50 +145,42 @@ def join_csv(dataset: Any, path: str, separator: str, companion: Companion) -> N
     dataset.captions = type(first)([_joined(a, b) for a, b in zip(first, second, strict=True)])
 
 
-class JoinedSamples:
-    """A reader of webdataset samples that adds the companion to the text of each.
+def joined_samples(
+    read: Callable[..., Iterable[Sample]], companion: Companion, text_keys: str, *args: Any, **kwargs: Any
+) -> Iterator[Sample]:
+    """Read webdataset samples as the trainer does, and add the companion to the text of each.
 
     Samples without a companion are skipped, as the trainer skips those without a caption.
 
     Args:
         read: The trainer's own reader.
         companion: What is added.
-        text_key: The extension of the caption; several, by preference, are separated by ``;``.
+        text_keys: The extension of the caption; several, by preference, are separated by ``;``.
+        *args: What the reader is called with.
+        **kwargs: The same, by name.
+
+    Raises:
+        ValueError: None of the first hundred samples has a companion, or none at all.
     """
-
-    def __init__(
-        self, read: Callable[..., Iterable[dict[str, Any]]], companion: Companion, text_key: str = "txt"
-    ) -> None:
-        self.read = read
-        self.companion = companion
-        self.text_keys = text_key.split(";")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
-        """Read samples as the trainer's reader does.
-
-        Raises:
-            ValueError: None of the first hundred samples has a companion, or none at all.
-        """
-        found = missing = 0
-        sample: dict[str, Any] = {}
-        for sample in self.read(*args, **kwargs):
-            text_key = next((name for name in self.text_keys if name in sample), None)
-            caption = "" if text_key is None else _text(sample[text_key])
-            second = self.companion.of_sample(sample, caption)
-            if text_key is not None and second is not None:
-                found += 1
-                sample[text_key] = _joined(sample[text_key], second).encode()
-                yield sample
-            elif second is None:
-                missing += 1
-                if not found and missing >= _MAX_MISSING:
-                    break
-        if missing and not found:
-            members = ", ".join(name for name in sample if not name.startswith("__"))
-            raise ValueError(
-                f"none of {missing} samples has a {self.companion.name}; the last one, "
-                f"{sample.get('__key__')!r}, has {members}"
-            )
+    found = missing = 0
+    sample: Sample = {}
+    for sample in read(*args, **kwargs):
+        text_key = next((name for name in text_keys.split(";") if name in sample), None)
+        second = companion.of_sample(sample, "" if text_key is None else _text(sample[text_key]))
+        if text_key is not None and second is not None:
+            found += 1
+            sample[text_key] = _joined(sample[text_key], second).encode()
+            yield sample
+        elif second is None:
+            missing += 1
+            if not found and missing >= _MAX_MISSING:
+                break
+    if missing and not found:
+        members = ", ".join(name for name in sample if not name.startswith("__"))
+        raise ValueError(
+            f"none of {missing} samples has a {companion.name}; the last one, {sample.get('__key__')!r}, "
+            f"has {members}"
+        )
 
 
 def _joined(first: Any, second: Any) -> str:
@@ -209,39 +194,22 @@ def _text(value: Any) -> str:
 # --- tokenizing -----------------------------------------------------------------------------------------
 
 
-class JoinedTokenizer:
+def joined_tokenizer(tokenizer: Any, companion: Companion) -> Callable[[str | list[str]], Tensor]:
     """The trainer's tokenizer applied to n texts with companions: ``[n, 1, context + width]``."""
+    companion.context = tokenizer([""]).shape[-1]
+    return functools.partial(_tokenized, tokenizer, companion)  # which other processes can be sent
 
-    def __init__(self, tokenizer: Any, companion: Companion) -> None:
-        self.tokenizer = tokenizer
-        self.companion = companion
-        companion.context = tokenizer([""]).shape[-1]
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "tokenizer":  # not set yet (copy, pickle): do not look it up in itself
-            raise AttributeError(name)
-        return getattr(self.tokenizer, name)
+def _tokenized(tokenizer: Any, companion: Companion, texts: str | list[str]) -> Tensor:
+    """Tokenize every text and encode its companion."""
+    pairs = [text.split(_SEPARATOR) for text in ([texts] if isinstance(texts, str) else texts)]
 
-    def __call__(self, texts: str | list[str]) -> Tensor:
-        """Tokenize every text and encode its companion.
+    def tokenize(captions: list[str]) -> Tensor:
+        tokens: Tensor = tokenizer(captions)
+        return tokens.long()
 
-        Raises:
-            ValueError: A text has no companion.
-        """
-        pairs = [text.split(_SEPARATOR) for text in ([texts] if isinstance(texts, str) else texts)]
-        for pair in pairs:
-            if len(pair) != 2:
-                raise ValueError(
-                    f"a training text must be joined with a {self.companion.name}, got {len(pair)} parts: "
-                    f"{pair!r}"
-                )
-
-        def tokenize(captions: list[str]) -> Tensor:
-            tokens: Tensor = self.tokenizer(captions)
-            return tokens.long()
-
-        captions, companions = (list(column) for column in zip(*pairs, strict=True))
-        return torch.cat([tokenize(captions), self.companion.encode(tokenize, companions)], dim=1)[:, None]
+    captions, companions = (list(column) for column in zip(*pairs, strict=True))
+    return torch.cat([tokenize(captions), companion.encode(tokenize, companions)], dim=1)[:, None]
 
 
 # --- the model ------------------------------------------------------------------------------------------
@@ -251,13 +219,11 @@ def split_features(model: nn.Module, companion: Companion) -> None:
     """Let a model of open_clip take texts with companions, beside plain ones.
 
     Args:
-        model: The model, in whatever DDP and ``torch.compile`` wrap around it. Safe to call twice.
+        model: The model, in whatever DDP and ``torch.compile`` wrap around it.
         companion: What comes with the texts.
     """
     while isinstance(inner := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
         model = inner
-    if getattr(model, _HOOKED, False):
-        return
     held: list[Tensor] = []  # the companions of the present call
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -275,4 +241,3 @@ def split_features(model: nn.Module, companion: Companion) -> None:
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, with_kwargs=True)
-    setattr(model, _HOOKED, True)

@@ -7,16 +7,26 @@ import importlib.util
 import os
 
 from rankloss_open_clip import bootstrap
-from rankloss_open_clip.versions import missing_trainer
+from rankloss_trainers.import_hook import waits_for
 
-_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-_RUNNER = (
-    "start the training with `python -m rankloss_open_clip` in place of `python -m open_clip_train.main`"
+_NOT_LOADED = (
+    "torch loaded no plug-in, for {}: start the training with `python -m rankloss_open_clip` in place of "
+    "`python -m open_clip_train.main`."
 )
 _TRAP = (
     "Without the plug-in the trainer takes `--loss rankclip` for an abbreviation of `--loss-dist-impl "
     "rankclip` and trains plain CLIP, without an error."
 )
+
+
+def missing_trainer() -> str:
+    """Why the package ``open_clip_train`` is not there, and what to do; empty if it is."""
+    if importlib.util.find_spec("open_clip_train") is not None:
+        return ""
+    return (
+        "open_clip_train is not installed: pip install 'open_clip_torch[training]>=3.0', or for a trainer "
+        "that is laid out as before 2.26, python -m rankloss_open_clip --trainer training.main"
+    )
 
 
 def problems() -> list[str]:
@@ -29,7 +39,9 @@ def problems() -> list[str]:
     if missing:
         return [f"{missing}."]
     importlib.import_module("torch")
-    found = [] if bootstrap.attached() else [_why_not_loaded()]
+    off = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0"
+    why = "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps it from that" if off else "rankloss is not installed here"
+    found = [] if waits_for(bootstrap.PARAMS) else [_NOT_LOADED.format(why)]
     for name in (*bootstrap.SEAMS, "rankloss_open_clip.training"):
         try:
             if importlib.util.find_spec(name) is not None:
@@ -40,14 +52,4 @@ def problems() -> list[str]:
         f"{name} could not be patched: {type(error).__name__}: {error}"
         for name, error in bootstrap.failures.items()
     ]
-    if not found:
-        from rankloss_open_clip import patches
-
-        found += [f"{name} is not patched: another import hook loads it first." for name in patches.missed()]
     return [*found, _TRAP] if found else []
-
-
-def _why_not_loaded() -> str:
-    if os.environ.get(_AUTOLOAD) == "0":
-        return f"{_AUTOLOAD}=0 keeps torch from loading plug-ins. Unset it, or {_RUNNER}."
-    return f"torch loaded no plug-in, for rankloss is not installed here. Install it, or {_RUNNER}."

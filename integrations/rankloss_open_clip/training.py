@@ -2,31 +2,80 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 import open_clip
+import torch
+import torch.nn.functional as F
 from open_clip.version import __version__
-from torch import nn
+from torch import Tensor, nn
 
 import rankloss
 from rankloss_open_clip import checkpoints
-from rankloss_open_clip.command_line import distils, gather_of
-from rankloss_open_clip.logged_terms import TrainerLoss
-from rankloss_open_clip.versions import remark
-from rankloss_trainers import catalog, state
-from rankloss_trainers.charts import AgreementCharts, Tracker, picture
+from rankloss_open_clip.command_line import chosen, companion_of, distils, gather_of
+from rankloss_open_clip.companions import COMPANION, split_features
+from rankloss_trainers import state
 from rankloss_trainers.clock import Position
-from rankloss_trainers.driven_loss import call_alone
-from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms, call_alone
 from rankloss_trainers.refusals import check_criterion
+
+TESTED = ("2.16.1", "2.24.0", "3.0.0", "3.1.0", "3.2.0", "3.3.0")
+"""The releases of open_clip that get no remark; to the first two a trainer is attached by hand."""
 
 _logger = logging.getLogger("rankloss_open_clip")
 
 # Early releases, to which a trainer may be attached, have no such loss.
 _SigLipLoss: Any = getattr(open_clip.loss, "SigLipLoss", None)
+
+
+class TrainerLoss(DrivenLoss):
+    """A loss of the catalogue as open_clip's trainers call it: its terms and its metrics in one dict.
+
+    Args:
+        criterion: The loss, see :class:`rankloss_trainers.catalog.LossEntry`.
+        sums_every_value: Whether the trainer adds up all values of the returned dict, whatever their keys.
+        uses_teacher: Whether the loss is given the features of the trainer's teacher under its own names.
+        keeps_distillation: Whether the base is given them, under the trainer's names (``dist_image_features``
+            and so on), where the trainer has a teacher.
+        **driven: ``unit`` and ``evaluate`` of :class:`rankloss_trainers.driven_loss.DrivenLoss`.
+    """
+
+    def __init__(
+        self,
+        criterion: nn.Module,
+        *,
+        sums_every_value: bool = True,
+        uses_teacher: bool = False,
+        keeps_distillation: bool = True,
+        **driven: Any,
+    ) -> None:
+        super().__init__(criterion, **driven)
+        self.sums_every_value = sums_every_value
+        self.uses_teacher = uses_teacher
+        self.keeps_distillation = keeps_distillation
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(
+        self, *features: Tensor, output_dict: bool = False, **inputs: Tensor
+    ) -> Tensor | dict[str, Tensor]:
+        """The sum of the terms, or with ``output_dict`` the terms and the metrics by name.
+
+        Some trainers give the features and the scale by position.
+        """
+        if self.uses_teacher:
+            for name in ("image_features", "text_features"):
+                # Several teachers side by side, as MobileCLIP's data have them, have another norm together.
+                inputs[f"reference_{name}"] = F.normalize(inputs[f"dist_{name}"].float(), dim=-1)
+        if not self.keeps_distillation:
+            inputs = {name: x for name, x in inputs.items() if not name.startswith(("dist_", "syn_"))}
+        entries: Entries = super().forward(*features, **inputs)
+        if not output_dict:
+            return entries.total
+        if self.sums_every_value:
+            return LoggedTerms(entries.terms, entries.metrics)
+        return {**entries.terms, **entries.metrics}
 
 
 def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> TrainerLoss:
@@ -35,7 +84,7 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     Args:
         base: The loss that the trainer built.
         args: The trainer's arguments, as completed by :mod:`rankloss_open_clip.command_line`.
-        sums_every_value: See :class:`rankloss_open_clip.logged_terms.TrainerLoss`.
+        sums_every_value: See :class:`TrainerLoss`.
 
     Raises:
         TypeError: The entry builds something else than a module.
@@ -43,18 +92,25 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
     """
     if isinstance(base, TrainerLoss):  # from a factory within this one
         return base
-    name = args.loss
-    candidate = catalog.candidates()[name]
-    entry = candidate.load()
-    options = catalog.option_values(name, entry, args)
-    gather = gather_of(args)
+    candidate, entry, options = chosen(args)
+    name, gather = candidate.name, gather_of(args)
     if distils(args) and not entry.keeps_distillation(options):
         # What the trainer would train with if it had no teacher; it refuses to distil CoCa.
         base = _SigLipLoss() if getattr(args, "siglip", False) else open_clip.ClipLoss()
     criterion = check_criterion(f"--loss {name}", entry.build(_shareable(base, gather), options, gather))
     if state.has_state(criterion):
         criterion.to(args.device)
-    loss = TrainerLoss(
+    if getattr(args, "rank", 0) == 0:
+        stands = rankloss.ClipLoss, rankloss.SigLipLoss, type(base)
+        on = "on" if any(isinstance(part, stands) for part in criterion.modules()) else "in place of"
+        package = candidate.package or f"rankloss {rankloss.__version__}"
+        said = [f"Loss: {name} ({package}) {on} {type(base).__name__}", entry.described(options, args.epochs)]
+        _logger.info("%s", ", ".join(filter(None, [*said, f"open_clip {__version__}"])))
+        if __version__.partition("+")[0] not in TESTED:  # what follows is a local label
+            _logger.warning(
+                "open_clip %s: --loss is tested with 3.0.0 to 3.3.0, and tried with this", __version__
+            )
+    return TrainerLoss(
         criterion,
         sums_every_value=sums_every_value,
         # Features that come with the data have the names of the loss already.
@@ -63,61 +119,39 @@ def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> Trainer
         unit=entry.unit if isinstance(entry.unit, str) else entry.unit(options, args.epochs),
         evaluate=call_alone if entry.log is None else entry.log(options),
     )
-    if getattr(args, "rank", 0) == 0:
-        _log_start(candidate, loss, base, entry.described(options, args.epochs))
-    return loss
 
 
-def start_epoch(
-    loss: object,
-    epoch: int,
-    data: Mapping[str, Any],
-    args: Any,
-    optimizer: Any = None,
-    writer: Any = None,
-) -> None:
-    """Tell the loss that an epoch begins; before the first of a run, see to its state.
+def start_epoch(given: Mapping[str, Any]) -> None:
+    """Tell the loss that an epoch begins; before the first of a run, connect it with the rest of the run.
 
     Args:
-        loss: What the trainer trains with.
-        epoch: The trainer's epoch, counted from 0.
-        data: The trainer's data, by split.
-        args: The trainer's arguments.
-        optimizer: The trainer's optimizer, whose checkpoints carry the state of the loss.
-        writer: The trainer's writer of TensorBoard events, where it has one.
+        given: What the trainer's ``train_one_epoch`` is called with, by name: ``loss``, ``epoch`` (counted
+            from 0), ``data`` (by split), ``args``, ``optimizer`` (whose checkpoints carry the state of the
+            loss) and ``model`` (which is to hand on what comes with the texts).
 
     Raises:
-        RuntimeError: The run asks for a loss of the catalogue and trains with another.
+        RuntimeError: The run asks for a loss of the catalogue and trains with another, or on data without
+            what that loss needs.
     """
+    loss, args, epoch, train = given["loss"], given["args"], given["epoch"], given["data"]["train"]
     if not isinstance(loss, TrainerLoss):
         raise RuntimeError(
             f"--loss {args.loss} was given, but the trainer trains with {type(loss).__name__}; "
             "run `rankloss doctor` for advice"
         )
-    if not loss.clock.started:
-        resumed_from = getattr(args, "resume", None)
-        # A file of weights alone begins at epoch 0, and has no state to miss.
-        warn = epoch > 0 and getattr(args, "rank", 0) == 0
-        checkpoints.restore(loss.criterion, args.loss, resumed_from, warn=warn)
-        checkpoints.save_with(optimizer, loss.criterion, args.loss, sharded=getattr(args, "fsdp", False))
+    if loss.position is None:
+        needed, companion = companion_of(args), getattr(train, COMPANION, None)
+        if needed is not None and companion is None:
+            raise RuntimeError(
+                f"--loss {args.loss} needs a {needed.name} with every text, and rankloss_open_clip did not "
+                "reach what reads this trainer's data: get_csv_dataset or get_wds_dataset"
+            )
+        if companion is not None:
+            split_features(given["model"], companion)
+        checkpoints.connect(loss.criterion, args, given.get("optimizer"), epoch)
     accum_freq = getattr(args, "accum_freq", 1)  # forks of early releases have no such option
-    steps = max(1, data["train"].dataloader.num_batches // accum_freq)
+    steps = max(1, train.dataloader.num_batches // accum_freq)
     loss.start_epoch(Position(epoch=epoch, epochs=args.epochs, steps=steps, accum_freq=accum_freq))
-    if isinstance(loss.evaluate, RankClipLog) and loss.evaluate.agreement_every is not None:
-        if loss.evaluate.charts is None:
-            loss.evaluate.charts = AgreementCharts(_trackers(args, writer))
-        loss.evaluate.charts.due(epoch + 1, epoch * steps)
-
-
-def _trackers(args: Any, writer: Any) -> list[Tracker]:
-    """What the trainer reports to, on the process that reports."""
-    trackers: list[Tracker] = []
-    if writer is not None:
-        trackers.append(writer.add_figure)
-    if getattr(args, "wandb", False) and getattr(args, "rank", 0) == 0:
-        wandb = importlib.import_module("wandb")
-        trackers.append(lambda name, figure, step: wandb.log({name: wandb.Image(picture(figure))}, step=step))
-    return trackers
 
 
 def _shareable(base: nn.Module, gather: rankloss.Gather) -> nn.Module:
@@ -129,22 +163,3 @@ def _shareable(base: nn.Module, gather: rankloss.Gather) -> nn.Module:
     if type(base) is open_clip.ClipLoss:
         return rankloss.ClipLoss(gather=gather)
     return rankloss.SigLipLoss(gather=gather) if type(base) is _SigLipLoss else base
-
-
-def _log_start(candidate: catalog.Candidate, loss: TrainerLoss, base: nn.Module, text: str) -> None:
-    _logger.info(
-        "Loss: %s (%s) %s %s, %sopen_clip %s",
-        candidate.name,
-        candidate.package or f"rankloss {rankloss.__version__}",
-        "on" if _stands_on(loss, base) else "in place of",
-        type(base).__name__,
-        f"{text}, " if text else "",
-        __version__,
-    )
-    if remark(__version__):
-        _logger.warning(remark(__version__))
-
-
-def _stands_on(loss: nn.Module, base: nn.Module) -> bool:
-    as_ours = rankloss.ClipLoss, rankloss.SigLipLoss
-    return any(part is base or isinstance(part, as_ours) for part in loss.modules())

@@ -42,37 +42,12 @@ TRAINERS_OWN = "clip"
 # --- types of options -----------------------------------------------------------------------------------
 
 
-def number_type(
-    kind: Callable[[str], float] = float,
-    *,
-    at_least: float = -math.inf,
-    above: float = -math.inf,
-    at_most: float = math.inf,
-) -> Callable[[str], float]:
-    """The type of an option that is a finite number: any, or with ``kind=int`` a whole one."""
-    wanted = "a finite number" if kind is float else "a whole number"
-    wanted += "" if at_least == -math.inf else f" of at least {at_least:g}"
-    wanted += "" if above == -math.inf else f" above {above:g}"
-
-    def number(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if value > at_most:
-            raise argparse.ArgumentTypeError(f"must be at most {at_most}, got {text!r}")
-        if not (abs(value) < math.inf and value > above and value >= at_least):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-        return value
-
-    return number
-
-
-weight = number_type(at_least=0)
-"""The type of an option that is a finite number of at least 0."""
-
-count = number_type(int, at_least=1)
-"""The type of an option that is a whole number of at least 1."""
+def weight(text: str) -> float:
+    """The type of an option that is a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text!r}")
+    return value
 
 
 # --- the description of a loss --------------------------------------------------------------------------
@@ -214,16 +189,13 @@ class Candidate:
         if self.clash:
             raise ValueError(self.clash)
         loaded = importlib.metadata.EntryPoint(self.name, self.reference, GROUP).load()
-        if isinstance(loaded, LossEntry):
-            if self.package and loaded.prefix in PREFIXES:
-                raise ValueError(f"the prefix {loaded.prefix!r} belongs to another loss")
-            return loaded
-        if not callable(loaded):
-            raise ValueError(
-                f"{self.reference} must be a LossEntry or a function (base, options, gather) → module, "
-                f"got {loaded!r}"
-            )
-        return LossEntry(build=loaded, help=(loaded.__doc__ or "").strip().partition("\n")[0])
+        if callable(loaded):
+            loaded = LossEntry(build=loaded, help=(loaded.__doc__ or "").strip().partition("\n")[0])
+        if not isinstance(loaded, LossEntry):
+            raise ValueError(f"{self.reference} must be a LossEntry or a function, its build; got {loaded!r}")
+        if self.package and loaded.prefix in PREFIXES:
+            raise ValueError(f"the prefix {loaded.prefix!r} belongs to another loss")
+        return loaded
 
 
 def candidates() -> dict[str, Candidate]:
@@ -232,7 +204,7 @@ def candidates() -> dict[str, Candidate]:
     for point in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: point.name):
         package = f"{point.dist.name} {point.dist.version}" if point.dist is not None else "unknown package"
         other = found.get(point.name)
-        if point.name == TRAINERS_OWN or (other is not None and not other.package):
+        if point.name in (TRAINERS_OWN, *BUILT_IN):
             continue  # what an own name means does not change with what is installed
         clash = other.clash if other is not None else ""
         if other is not None and other.reference != point.value:

@@ -3,48 +3,65 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rankloss_trainers.catalog import LossEntry, Options, dest, flag
+from rankloss_trainers.catalog import LossEntry, Option, dest, flag
 
 
-def add_options(
-    parser: argparse.ArgumentParser,
-    names: list[str],
-    entry: LossEntry,
-    defaults: Options | None = None,
-    presets: Mapping[str, LossEntry] | None = None,
-) -> None:
-    """Add the options that the losses ``names`` share; each is absent unless it is given.
+def add_options(parser: argparse.ArgumentParser, entries: Mapping[str, LossEntry]) -> None:
+    """Add the options that some losses share; each is absent unless it is given.
 
     Args:
         parser: The parser.
-        names: The losses.
-        entry: The entry of the first of them.
-        defaults: The trainer's defaults, for ``--help``; None for those of the entry.
-        presets: The entries of all of them, of which ``--help`` says other defaults.
+        entries: The losses, by name. Those after the first may differ in defaults, which ``--help`` shows.
 
     Raises:
         argparse.ArgumentError: The parser has such an option.
     """
+    first, *others = entries
+    entry = entries[first]
     if not entry.options:
         return
-    group = parser.add_argument_group(f"--loss {', '.join(names)}")
+    values = {name: {x.key: x.default for x in each.options} for name, each in entries.items()}
+    group = parser.add_argument_group(f"--loss {', '.join(entries)}")
     for option in entry.options:
-        default = option.default if defaults is None else defaults[option.key]
-        shown = [str(option.unset if default is None else default)]
-        for name in names[1:] if presets else ():
-            own = next(x.default for x in (presets or {})[name].options if x.name == option.name)
-            shown += [f"{name}: {own}"] if own != option.default else []
+        default = values[first][option.key]
+        presets = [
+            f"; {name}: {_shown(option, values[name][option.key])}"
+            for name in others
+            if values[name].get(option.key, default) != default
+        ]
         group.add_argument(
-            flag(names[0], entry, option),
-            dest=dest(names[0], entry, option),
+            flag(first, entry, option),
+            dest=dest(first, entry, option),
             default=argparse.SUPPRESS,
-            help=f"{option.help} (default: {'; '.join(shown)})",
+            help=f"{option.help} (default: {_shown(option, default)}{''.join(presets)})",
             **option.keywords,
         )
+
+
+def _shown(option: Option, value: Any) -> Any:
+    return option.unset if value is None else value
+
+
+def did_you_mean(given: Iterable[str], known: Iterable[str]) -> str:
+    """A question that ends an error about misspelt options; empty where nothing known is close to them.
+
+    Args:
+        given: The words of the command line that no option took; those that are no options are passed over.
+        known: The options that there are.
+
+    Example:
+        >>> did_you_mean(["--rankclip-lamda-in=1", "x"], ["--rankclip-lambda-in", "--model"])
+        '; did you mean --rankclip-lambda-in?'
+    """
+    known = [option for option in known if option.startswith("--")]
+    typed = [word.partition("=")[0].replace("_", "-") for word in given if word.startswith("--")]
+    close = [match for word in typed for match in difflib.get_close_matches(word, known, n=1, cutoff=0.75)]
+    return f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
 
 
 def by_prefix(entries: Mapping[str, LossEntry]) -> dict[str, list[str]]:

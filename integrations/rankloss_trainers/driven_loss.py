@@ -1,16 +1,16 @@
-"""A loss with a clock, which separates loss terms from metrics."""
+"""A loss as trainers call it: it is told where training stands, and its terms are separated from metrics."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rankloss_trainers.clock import Clock, Position
+from rankloss.distributed import Gather
+from rankloss.losses import base_entries
+from rankloss_trainers.clock import Position, tell
 
 Evaluate = Callable[..., Mapping[str, Tensor]]
 """``(criterion, step, **inputs) → entries``: calls a loss, and may add to its entries what is logged."""
@@ -30,7 +30,8 @@ class Entries(NamedTuple):
     @property
     def total(self) -> Tensor:
         """The sum of the terms."""
-        return reduce(operator.add, self.terms.values())
+        first, *others = self.terms.values()
+        return sum(others, first)
 
     @classmethod
     def of(cls, loss: object, entries: Mapping[str, Tensor]) -> Entries:
@@ -59,6 +60,23 @@ class Entries(NamedTuple):
         return cls(terms, metrics)
 
 
+def evaluation(base: Any, gather: Gather, **features: Any) -> Entries:
+    """What a base loss gives for a batch of an evaluation, in which no rank term has a part.
+
+    Args:
+        base: The base.
+        gather: How the run's batches are gathered.
+        **features: What the loss of the training is called with.
+
+    Returns:
+        The base's terms; of a single pair, which has no negatives, a loss of 0.
+    """
+    images: Tensor = features["image_features"]
+    if len(images) < gather.min_pairs:
+        return Entries({"contrastive_loss": images.new_zeros(())}, {})
+    return Entries(Entries.of(base, base_entries(base, **features)).terms, {})
+
+
 class LoggedTerms(dict[str, Tensor]):
     """The terms of a loss together with what is logged but not trained.
 
@@ -76,14 +94,7 @@ class LoggedTerms(dict[str, Tensor]):
 
     def values(self) -> Any:
         """The loss terms only."""
-        return self._split(False).values()
-
-    def copy(self) -> LoggedTerms:
-        """The same terms and metrics."""
-        return LoggedTerms(self._split(False), self._split(True))
-
-    def _split(self, metrics: bool) -> dict[str, Tensor]:
-        return {key: value for key, value in self.items() if (key in self._metrics) == metrics}
+        return [value for name, value in self.items() if name not in self._metrics]
 
 
 def call_alone(criterion: nn.Module, step: int, **inputs: Any) -> Mapping[str, Tensor]:  # noqa: ARG001
@@ -93,12 +104,19 @@ def call_alone(criterion: nn.Module, step: int, **inputs: Any) -> Mapping[str, T
 
 
 class DrivenLoss(nn.Module):
-    """A loss of the catalogue with its clock.
+    """A loss that knows where training stands, for a trainer that announces its epochs and not its steps.
+
+    The calls of the loss are counted within each epoch. There is no other state, so a resumed run is where an
+    uninterrupted one would be.
 
     Args:
         criterion: The loss, see :class:`rankloss_trainers.catalog.LossEntry`.
-        unit: ``"epoch"`` or ``"step"``, see :class:`rankloss_trainers.clock.Clock`.
+        unit: ``"epoch"`` calls ``set_epoch`` of its parts, ``"step"`` calls ``set_progress``, see
+            :func:`rankloss_trainers.clock.tell`.
         evaluate: What calls the loss.
+
+    Attributes:
+        position: Where the trainer stood when it last announced an epoch; None before the first.
     """
 
     def __init__(
@@ -110,14 +128,18 @@ class DrivenLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.criterion = criterion
-        self.clock = Clock(criterion, unit)
+        self.unit = unit
         self.evaluate = evaluate
+        self.position: Position | None = None
+        self._calls = 0  # of the epoch
 
     def start_epoch(self, position: Position) -> None:
-        """Take the trainer's position at the start of an epoch."""
-        self.clock.start_epoch(position)
+        """An epoch begins; its steps are counted from the calls."""
+        self.position, self._calls = position, 0
+        if self.unit == "epoch":
+            tell(self.criterion, "set_epoch", position.epoch + 1, position.epochs)
 
-    # The clock moves at every call, which would recompile a compiled caller: the graph breaks here, once.
+    # The count moves at every call, which would recompile a compiled caller: the graph breaks here, once.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **inputs: Any
@@ -131,10 +153,10 @@ class DrivenLoss(nn.Module):
             **inputs: What else the trainer hands to its own loss.
 
         Raises:
-            RuntimeError: The trainer has announced neither an epoch nor a step.
+            RuntimeError: The trainer has announced no epoch.
             ValueError: As :meth:`Entries.of`.
         """
-        step = self.clock.advance()
+        step = self._advance()
         # Always by name: only the names tell what is a term.
         entries = self.evaluate(
             self.criterion,
@@ -145,3 +167,20 @@ class DrivenLoss(nn.Module):
             **inputs,
         )
         return Entries.of(self.criterion, entries)
+
+    def _advance(self) -> int:
+        """Count a call, of which gradient accumulation makes several for a step.
+
+        Returns:
+            The optimizer step of the epoch that it is for, counted from 0.
+        """
+        position = self.position
+        if position is None:
+            raise RuntimeError("call start_epoch() first: the loss is not told where training stands")
+        step, call_of_step = divmod(self._calls, position.accum_freq)
+        self._calls += 1
+        if self.unit == "step" and call_of_step == 0:
+            # An epoch that is longer than announced stays at its last step.
+            of_run = position.epoch * position.steps + min(step, position.steps - 1)
+            tell(self.criterion, "set_progress", of_run + 1, position.epochs * position.steps)
+        return step

@@ -40,7 +40,7 @@ def waits_for(name: str) -> bool:
 
 
 class Finder:
-    """A meta path finder that finds nothing itself, and wraps the loaders that the others find.
+    """A meta path finder that finds nothing itself, and has the loaders that the others find act afterwards.
 
     Args:
         actions: See :func:`after_import`.
@@ -53,59 +53,29 @@ class Finder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Ask the other finders for a module that is waited for, and wrap the loader they name."""
+        """Ask the other finders for a module that is waited for, and extend the loader they name."""
         search = (get_ident(), fullname)
         if fullname not in self.actions or search in self._searching:
             return None  # the second case: another delegating finder, called from here, asks back
         self._searching.add(search)
         try:
-            spec = self._ask_others(fullname, path, target)
+            others = [x for x in sys.meta_path if x is not self and hasattr(x, "find_spec")]
+            found = (finder.find_spec(fullname, path, target) for finder in others)
+            spec = next((spec for spec in found if spec is not None), None)
         finally:
             self._searching.remove(search)
         if spec is not None and hasattr(spec.loader, "exec_module"):
-            # A loader is whatever has these methods; deriving from importlib.abc would cost its import.
-            spec.loader = Loader(spec.loader, self.actions[fullname])  # type: ignore[assignment]
+            _act_afterwards(spec.loader, self.actions[fullname])
         return spec
 
-    def _ask_others(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
-    ) -> ModuleSpec | None:
-        for finder in list(sys.meta_path):
-            find = None if finder is self else getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = find(fullname, path, target) if find is not None else None
-            if spec is not None:
-                return spec
-        return None
 
+def _act_afterwards(loader: Any, act: Callable[[ModuleType], None]) -> None:
+    """Let a loader, which is of one module, act on it when it has executed it, once."""
+    execute = loader.exec_module
 
-class Loader:
-    """The loader that would have been used, followed by a function.
+    def exec_module(module: ModuleType) -> None:
+        loader.exec_module = execute
+        execute(module)
+        act(module)
 
-    Args:
-        loader: The loader.
-        act: The function, which is called with the module.
-    """
-
-    def __init__(self, loader: Any, act: Callable[[ModuleType], None]) -> None:
-        self._loader = loader
-        self._act = act
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_loader":  # not set yet (copy, pickle): do not look it up in itself
-            raise AttributeError(name)
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Create the module as the wrapped loader does."""
-        module: ModuleType | None = self._loader.create_module(spec)
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Put the wrapped loader back, so that nothing sees this one, then execute the module and act."""
-        loader: Any = self
-        if module.__spec__ is not None and module.__spec__.loader is loader:
-            module.__spec__.loader = self._loader
-        if module.__loader__ is loader:
-            module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        self._act(module)
+    loader.exec_module = exec_module

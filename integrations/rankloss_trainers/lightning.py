@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, Stochasti
 from torch import nn
 
 from rankloss.options import check_choice, check_count
-from rankloss_trainers.clock import tell
+from rankloss_trainers.clock import listeners
 from rankloss_trainers.refusals import refuse_run
 
 __all__ = ["Progress"]
@@ -57,7 +57,7 @@ class Progress(Callback):
         self.total_steps = None if total_steps is None else check_count("total_steps", total_steps)
         if unit == "epoch" and total_steps is not None:
             raise ValueError(f"total_steps is for unit='step'; got total_steps={total_steps!r}, unit='epoch'")
-        self._losses = nn.ModuleList()
+        self._tellers: list[Any] = []
         self._end = 0
         self._told = 0  # an accumulated batch is no step of its own
 
@@ -67,26 +67,20 @@ class Progress(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Before the first epoch; a run that resumes within one gets no ``on_train_epoch_start`` for it."""
-        # A part of its own: the module is searched once, not at each step.
-        self._losses = nn.ModuleList(
-            part
-            for part in pl_module.modules()
-            if part is not pl_module and hasattr(part, _METHODS[self.unit])
-        )
-        if not self._losses:
-            raise ValueError(f"no part of {type(pl_module).__name__} has the method {_METHODS[self.unit]}")
+        method = _METHODS[self.unit]
+        self._tellers = [told for told in listeners(pl_module, method) if told.__self__ is not pl_module]
+        if not self._tellers:
+            raise ValueError(f"no part of {type(pl_module).__name__} has the method {method}")
         self._end, self._told = self._end_of(trainer, pl_module), 0
         self._tell(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ARG002
-        """For losses that go by epochs."""
-        if self.unit == "epoch":
-            self._tell(trainer)
+        """Before each epoch, and so before its first step."""
+        self._tell(trainer)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Before each batch; accumulated batches are for the same step."""
-        if self.unit == "step":
-            self._tell(trainer)
+        self._tell(trainer)
 
     def _end_of(self, trainer: Any, pl_module: Any) -> int:
         """The steps, or the epochs, of the run."""
@@ -110,7 +104,8 @@ class Progress(Callback):
         return int(end)
 
     def _tell(self, trainer: Any) -> None:
-        now = trainer.global_step if self.unit == "step" else trainer.current_epoch
-        if now + 1 != self._told:
-            self._told = now + 1
-            tell(self._losses, _METHODS[self.unit], min(self._told, self._end), self._end)
+        now = 1 + (trainer.global_step if self.unit == "step" else trainer.current_epoch)
+        if now != self._told:
+            self._told = now
+            for tell in self._tellers:
+                tell(min(now, self._end), self._end)

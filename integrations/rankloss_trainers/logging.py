@@ -1,6 +1,6 @@
 """What is logged of rankloss's own losses beside their terms: λ, raw terms, agreement.
 
-Each function or object here is an ``evaluate`` of :class:`rankloss_trainers.driven_loss.DrivenLoss`.
+A :class:`RankClipLog` is an ``evaluate`` as :mod:`rankloss_trainers.driven_loss` describes it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import rankloss
-from rankloss_trainers.charts import AgreementCharts
+from rankloss.options import check_count
 
 _AGREEMENT_ANCHORS = 256
 
@@ -37,15 +37,17 @@ class RankClipLog:
         agreement_every: Measure the batch's rank agreement at every so many optimizer steps, counted from the
             start of an epoch, or of the run where the trainer announces each step, and at the first step that
             the process takes; where the loss is not called for such a step, at the next one. None never does.
-        charts: Draws the rankings of the batch that is measured, when a chart is due.
         raw: Whether there are raw terms; not for a trainer whose means count an entry that is missing as 0.
     """
 
     agreement_every: int | None = None
-    charts: AgreementCharts | None = None
     raw: bool = True
     _agreement: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _measured: int | None = field(default=None, init=False, repr=False)  # the last multiple
+
+    def __post_init__(self) -> None:
+        if self.agreement_every is not None:
+            check_count("agreement_every", self.agreement_every)
 
     def __call__(self, criterion: rankloss.RankClipLoss, step: int, **inputs: Any) -> Mapping[str, Tensor]:
         """Call the loss."""
@@ -60,10 +62,9 @@ class RankClipLog:
         for name, weight in weights.items() if self.raw else ():
             entries[f"{name}_raw"] = entries[f"{name}_loss"].detach() / weight
         if measures:
-            self._agreement = _agreement(*inputs["gathered"])
-            if self.charts is not None:
-                images, texts = inputs["gathered"]
-                self.charts.draw(images, texts, step)
+            with torch.no_grad():
+                tau = rankloss.metrics.rank_agreement(*inputs["gathered"], max_anchors=_AGREEMENT_ANCHORS)
+            self._agreement = {name: tau[name].float() for name in ("cross_modal_tau", "in_modal_tau")}
         return {**entries, **self._agreement}
 
     def _measures(self, step: int) -> bool:
@@ -72,9 +73,3 @@ class RankClipLog:
         multiple, since = divmod(step, self.agreement_every)
         last, self._measured = self._measured, multiple
         return since == 0 or multiple != last
-
-
-@torch.no_grad()
-def _agreement(images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-    agreement = rankloss.metrics.rank_agreement(images, texts, max_anchors=_AGREEMENT_ANCHORS)
-    return {name: agreement[name].float() for name in ("cross_modal_tau", "in_modal_tau")}

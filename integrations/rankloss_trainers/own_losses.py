@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -17,7 +16,7 @@ import rankloss
 from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, choices_of
-from rankloss_trainers.catalog import LossEntry, Option, Options, changed, count, number_type, weight
+from rankloss_trainers.catalog import LossEntry, Option, Options, changed, weight
 from rankloss_trainers.logging import RankClipLog
 
 # --- RankCLIP -------------------------------------------------------------------------------------------
@@ -28,27 +27,24 @@ _RANK_FIELDS = tuple(field for field in dataclasses.fields(RankOptions) if field
 
 def _spellings(name: str) -> dict[str, Any]:
     """The choices of an option of the rank terms, by what is typed for them; empty for a number."""
-    if choices_of(name) == (True, False):
-        return {"include": True, "exclude": False}
-    return {"none" if choice is None else choice: choice for choice in choices_of(name)}
+    words = {None: "none", True: "include", False: "exclude"}
+    return {words.get(choice, choice): choice for choice in choices_of(name)}
 
 
 def _rank_option(field: dataclasses.Field[Any]) -> Option:
     name, help_, none = field.name.replace("_", "-"), field.metadata["help"], field.metadata["none"]
     spellings = _spellings(field.name)
     if not spellings:
-        bounds = field.metadata["bounds"]
-        kind = float if "above" in bounds else int
-        keywords = {"type": number_type(kind, **bounds), "metavar": field.metadata["unit"]}
-        return Option(name, field.default, help_, keywords, none)
+        type_ = float if "above" in field.metadata["bounds"] else int  # RankOptions checks the bounds
+        return Option(name, field.default, help_, {"type": type_, "metavar": field.metadata["unit"]}, none)
     default = next(text for text, value in spellings.items() if value == field.default)
     return Option(name, default, help_, {"choices": tuple(spellings)})
 
 
 def _rank_options(options: Options) -> dict[str, Any]:
     """The keywords of :class:`RankOptions`, from what was typed; values as Python has them are taken too."""
-    values = {field.name: options[field.name] for field in _RANK_FIELDS}
-    return {name: _spellings(name).get(value, value) for name, value in values.items()}
+    names = [field.name for field in _RANK_FIELDS]
+    return {name: _spellings(name).get(options[name], options[name]) for name in names}
 
 
 def _streaming(options: Options) -> dict[str, Any]:
@@ -96,7 +92,7 @@ _RANKCLIP_OPTIONS = (
         "agreement-every",
         None,
         "log the batch's rank agreement, Kendall's tau, measured at every so many optimizer steps",
-        {"type": count, "metavar": "STEPS"},
+        {"type": int, "metavar": "STEPS"},
         "never",
     ),
 )
@@ -125,13 +121,10 @@ def _has_teacher(options: Options) -> bool:
 def _rankclip_unit(options: Options, epochs: float) -> str:
     if epochs == 1 and options["schedule"] != "constant":
         return "step"
-    unit: str = options["schedule_unit"]
-    return unit
+    return str(options["schedule_unit"])
 
 
 def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
-    if options["lists"] == "batch" and gather.local_loss and not gather.gather_with_grad:
-        return "lists: batch needs the whole batch on every process, not the local loss without its gradient"
     if not _has_teacher(options) and options["reference_scale"] is not None:
         return "reference_scale: multiplies a teacher's similarities, not the batch's own"
     if _has_teacher(options) and options["fixed_reference"] not in (None, "none"):
@@ -140,9 +133,13 @@ def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
         return "distill_loss: exclude leaves a teacher without a use where the lists are not ranked by it"
     try:
         _build_rankclip(nn.Identity(), options, gather)
+        RankClipLog(options["agreement_every"])
     except ValueError as error:  # what the library itself refuses
         return str(error)
     return None
+
+
+_SHORT_RAMP = 10  # epochs, below which λ rises in a few large steps
 
 
 def _describe_rankclip(options: Options, epochs: float) -> str:
@@ -151,6 +148,8 @@ def _describe_rankclip(options: Options, epochs: float) -> str:
     text += f" over {epochs:g} epoch(s)" if math.isfinite(epochs) else ""
     if unit != options["schedule_unit"]:
         text += " (one epoch has no ramp over epochs, so the schedule goes by optimizer steps)"
+    elif unit == "epoch" and epochs < _SHORT_RAMP and options["schedule"] != "constant":
+        text += " (few values of lambda; --rankclip-schedule-unit step changes it at every optimizer step)"
     others = (option for option in _RANKCLIP_OPTIONS if not option.name.startswith("schedule"))
     largest = max(options["lambda_cross"], options["lambda_in"])
     large = (
@@ -207,34 +206,28 @@ _STREAMED_OPTIONS = tuple(
 )
 
 
-def _streamed(
-    name: str, loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], *replaced: str
-) -> Callable[[nn.Module, Options, Gather], nn.Module]:
-    """Builds a loss in place of one that computes the same; refuses to replace any other."""
+def _streamed(loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], help: str, **needs: Any) -> LossEntry:
+    """A loss in place of one that computes the same, and of no other.
+
+    Where the trainer has no loss of its own, the base is CLIP's.
+    """
 
     def build(base: nn.Module, options: Options, gather: Gather) -> nn.Module:
-        if type(base).__name__ not in replaced:
+        if type(base).__name__ not in (loss.__name__, "ClipLoss"):
             raise ValueError(
-                f"{name} computes what {replaced[0]} does, but the trainer trains with {type(base).__name__}"
+                f"this computes what {loss.__name__} does, but the trainer trains with {type(base).__name__}"
             )
         return loss(gather=gather, **_streaming(options))
 
-    return build
+    return LossEntry(build=build, help=help, options=_STREAMED_OPTIONS, prefix="streamed", **needs)
 
 
-CLIP_STREAMED = LossEntry(
-    build=_streamed("clip-streamed", rankloss.ClipLoss, "ClipLoss"),
-    help="CLIP's loss in memory that grows with the batch and not with its square",
-    options=_STREAMED_OPTIONS,
-    prefix="streamed",
+CLIP_STREAMED = _streamed(
+    rankloss.ClipLoss,
+    "CLIP's loss in memory that grows with the batch and not with its square",
     no_sigmoid="it is CLIP's softmax loss; siglip-streamed is the sigmoid loss",
 )
 
-SIGLIP_STREAMED = LossEntry(
-    # Where the trainer has no loss of its own, the base is CLIP's.
-    build=_streamed("siglip-streamed", rankloss.SigLipLoss, "SigLipLoss", "ClipLoss"),
-    help="SigLIP's loss, likewise",
-    options=_STREAMED_OPTIONS,
-    prefix="streamed",
-    only_sigmoid="the loss is that of a model with a bias",
+SIGLIP_STREAMED = _streamed(
+    rankloss.SigLipLoss, "SigLIP's loss, likewise", only_sigmoid="the loss is that of a model with a bias"
 )

@@ -46,11 +46,11 @@ TABLE = {
     # Runs in which no loss works.
     "": {
         "horovod": "{loss} does not work with {horovod}, use torchrun",
+        "audio": "{loss} compares images with texts, and {audio} is of audio",
+        "generative": "{loss} does not work with {generative}, a generative model without a contrastive loss",
         "compute_loss_func": "compute_loss_func is ignored by this trainer; give the loss as `loss`",
         "data_parallel": "DataParallel over {data_parallel} GPUs contrasts each GPU's pairs alone; "
         "start the script with torchrun or accelerate launch",
-        "zero_3": "DeepSpeed's ZeRO stage 3 does not show the model's logit_scale outside the forward pass; "
-        "use stage 2",
         "fsdp_1": "FSDP version 1 does not show the model's logit_scale outside the forward pass; "
         'use version 2: fsdp_config={{"version": 2}}',
         "several_datasets": "at one step each process has a batch of another dataset, and the loss would "
@@ -137,24 +137,22 @@ def _first(needs: set[str], conditions: Conditions, words: Mapping[str, str]) ->
     return None
 
 
-def check_criterion(
-    what: str, criterion: Any, why: str = "the trainer's optimizer does not know and would never train"
-) -> nn.Module:
+def check_criterion(what: str, criterion: Any) -> nn.Module:
     """What an entry has built, or a user has given, if a trainer can train with it.
 
     Args:
         what: What the error begins with.
         criterion: The loss.
-        why: What the trainer does not do with a loss's parameters.
 
     Raises:
         TypeError: It is no module.
-        ValueError: It has parameters, which would not be trained as they should.
+        ValueError: It has parameters, which would not be trained as they should: an optimizer may not know
+            them, DDP does not average their gradients, and checkpoints do not hold them.
     """
     from torch import nn
 
     if not isinstance(criterion, nn.Module):
         raise TypeError(f"{what} must be a module; got {criterion!r}")
     if any(parameter.requires_grad for parameter in criterion.parameters()):
-        raise ValueError(f"{what}: {type(criterion).__name__} has parameters, which {why}")
+        raise ValueError(f"{what}: {type(criterion).__name__} has parameters, which would not be trained")
     return criterion

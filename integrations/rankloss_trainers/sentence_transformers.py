@@ -8,7 +8,6 @@ It takes the loss, and the callback that tells it where training stands::
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,11 +19,11 @@ from torch.utils.data import ConcatDataset
 from transformers import TrainerCallback
 
 import rankloss
-from rankloss.losses import base_entries
 from rankloss.options import check_count
 from rankloss_features.binding import taught
 from rankloss_features.folder import Features
-from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms
+from rankloss_trainers.clock import tell
+from rankloss_trainers.driven_loss import Entries, LoggedTerms, evaluation
 from rankloss_trainers.logging import RankClipLog
 from rankloss_trainers.refusals import check_criterion, refuse_run
 
@@ -64,9 +63,9 @@ class RankClipLoss(nn.Module):
         The embeddings are ``[N, D]`` per column and process; all entries are scalars.
 
     Raises:
-        ValueError: for a scale that is not positive, a base with parameters, and as
-            :class:`rankloss.RankClipLoss`; in ``forward`` unless there are two columns, and for a training
-            batch of one pair (set ``dataloader_drop_last=True``).
+        ValueError: for a base with parameters, and as :class:`rankloss.RankClipLoss`; in ``forward`` unless
+            there are two columns, for a scale that is not positive, and for a training batch of one pair (set
+            ``dataloader_drop_last=True``).
         RuntimeError: in ``forward``, if :class:`Progress` does not tell the loss where training stands.
 
     References:
@@ -85,23 +84,18 @@ class RankClipLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.reference_features = None if reference_features is None else Features(reference_features).check()
-        if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale must be a positive and finite number; got {scale!r}")
-        if agreement_every is not None:
-            check_count("agreement_every", agreement_every)
         self.model = model
         self.scale = scale
         self.output_dict = output_dict
-        self.driven_loss = DrivenLoss(
-            rankloss.RankClipLoss(**options), unit="step", evaluate=RankClipLog(agreement_every, raw=False)
-        )
-        check_criterion(
-            type(self).__name__,
-            self.driven_loss.criterion,
-            "the trainer would neither average over its processes nor keep in its checkpoints",
-        )
-        if options.get("schedule") == "constant" and agreement_every is None:
-            self.driven_loss.clock.start_step(1, 1)  # it needs nobody to tell it the step
+        self.criterion = rankloss.RankClipLoss(**options)
+        check_criterion(type(self).__name__, self.criterion)
+        self.log = RankClipLog(agreement_every, raw=False)
+        self.step = 0  # counted from 0
+
+    def set_progress(self, step: int, total_steps: int) -> None:
+        """Optimizer step ``step`` of ``total_steps`` begins, counted from 1; :class:`Progress` calls this."""
+        tell(self.criterion, "set_progress", step, total_steps)
+        self.step = step - 1
 
     def forward(self, sentence_features: Columns, labels: Tensor | None = None) -> Any:
         """The loss of a batch.
@@ -113,60 +107,19 @@ class RankClipLoss(nn.Module):
                 that are bound to a folder of them. Others are not used: the pairs are the labels.
         """
         embeddings = [self.model(column)["sentence_embedding"] for column in _two(sentence_features)]
-        return self.compute_loss_from_embeddings(embeddings, labels)
-
-    def compute_loss_from_embeddings(
-        self,
-        embeddings: list[Tensor],
-        labels: Tensor | None = None,
-    ) -> Any:
-        """The loss of the two columns' embeddings, ``[N, D]`` each, of any norm."""
         entries = self._entries(embeddings, labels)
         return LoggedTerms(*entries) if self.output_dict else entries.total
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """What a model card says of the loss."""
-        criterion: Any = self.driven_loss.criterion
-        return {
-            "scale": self.scale,
-            "base": type(criterion.base).__name__,
-            "schedule": getattr(criterion.schedule, "__name__", repr(criterion.schedule)),
-            **{name: getattr(criterion, name) for name in ("lambda_cross", "lambda_in", "normalizer")},
-            **criterion.consistency.options.changed,
-        }
-
-    @property
-    def citation(self) -> str:
-        """BibTeX for model cards."""
-        return """
-@inproceedings{rankclip2025,
-    title={{RankCLIP}: Ranking-Consistent Language-Image Pretraining},
-    author={{The RankCLIP authors}},
-    booktitle={IEEE/CVF International Conference on Computer Vision (ICCV)},
-    year={2025}
-}
-"""
-
     def _entries(self, embeddings: list[Tensor], labels: Tensor | None) -> Entries:
-        images, texts = (_normalized(x) for x in embeddings)
-        features: dict[str, Any] = {
-            "image_features": images,
-            "text_features": texts,
-            "logit_scale": self.scale,
-        }
-        criterion: Any = self.driven_loss.criterion
+        images, texts = (
+            F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in embeddings
+        )
+        features: dict[str, Any] = {"image_features": images, "text_features": texts}
+        features["logit_scale"] = self.scale
         if not torch.is_grad_enabled():
-            if len(images) < criterion.consistency.gather.min_pairs:
-                return Entries({"contrastive_loss": images.new_zeros(())}, {})  # a softmax of one class
-            terms, _ = Entries.of(criterion.base, base_entries(criterion.base, **features))
-            return Entries(terms, {})
-        if not self.driven_loss.clock.started:
-            raise RuntimeError(
-                f"{type(self).__name__} does not know where training stands: give the trainer "
-                "callbacks=[Progress(loss)], from rankloss_trainers.sentence_transformers"
-            )
-        entries: Entries = self.driven_loss(**features, **taught(self.reference_features, labels))
-        return entries
+            return evaluation(self.criterion.base, self.criterion.consistency.gather, **features)
+        features.update(taught(self.reference_features, labels))
+        return Entries.of(self.criterion, self.log(self.criterion, self.step, **features))
 
 
 class CachedRankClipLoss(CachedLossMixin, RankClipLoss):
@@ -232,10 +185,6 @@ class CachedRankClipLoss(CachedLossMixin, RankClipLoss):
         self._calculated.append(Entries(terms, entries.metrics))
         return total.detach()
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """What a model card says of the loss."""
-        return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}
-
 
 class Progress(TrainerCallback):
     """Tells losses where a sentence-transformers (or transformers) Trainer stands, at each optimizer step.
@@ -256,15 +205,14 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Refuse what would contrast one dataset with another."""
-        criteria: list[Any] = [loss.driven_loss.criterion for loss in self._losses]
         several = isinstance(getattr(kwargs.get("train_dataloader"), "dataset", None), ConcatDataset)
-        if several and any(each.consistency.gather.place[1] > 1 for each in criteria):
+        if several and any(loss.criterion.consistency.gather.place[1] > 1 for loss in self._losses):
             refuse_run({"several_datasets": ""})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Once per optimizer step."""
         for loss in self._losses:
-            loss.driven_loss.clock.start_step(state.global_step + 1, state.max_steps)
+            loss.set_progress(state.global_step + 1, state.max_steps)
 
 
 def _two(sentence_features: Columns) -> list[dict[str, Tensor]]:
@@ -274,7 +222,3 @@ def _two(sentence_features: Columns) -> list[dict[str, Tensor]]:
             f"sentence_features must be the two columns of a dataset of pairs; got {len(columns)}"
         )
     return columns
-
-
-def _normalized(x: Tensor) -> Tensor:
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

@@ -23,17 +23,6 @@ from rankloss.lists import Block, Evaluated
 from rankloss.operators import register
 from rankloss.options import RankOptions
 
-__all__ = [
-    "CACHE",
-    "EARLIEST_TRITON",
-    "LARGEST_LIST",
-    "Launch",
-    "choose_launch",
-    "evaluate",
-    "triton_version",
-    "why_not",
-]
-
 LARGEST_LIST = 2**17
 """The most items of a list, and the most bins: sums of integers in the kernels are made for no more."""
 

@@ -20,18 +20,3 @@ from rankloss.losses.rank_clip import RankClipLoss as RankClipLoss
 from rankloss.losses.rank_consistency import RankConsistency as RankConsistency
 from rankloss.losses.siglip import SigLipLoss as SigLipLoss
 from rankloss.options import check_weight as check_weight
-
-__all__ = [
-    "Base",
-    "ClipLoss",
-    "GatheringLoss",
-    "InputWarning",
-    "RankClipLoss",
-    "RankConsistency",
-    "SigLipLoss",
-    "base_entries",
-    "check_base",
-    "check_weight",
-    "combined",
-    "shares_gathering",
-]

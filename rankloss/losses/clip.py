@@ -11,9 +11,6 @@ from torch import Tensor
 from rankloss.checks import check_bias
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.losses.gathering import StreamedLoss, gather_of_open_clip
-from rankloss.operator import weighted_terms
-
-__all__ = ["ClipLoss", "without_effect"]
 
 
 class ClipLoss(StreamedLoss):
@@ -120,11 +117,9 @@ class ClipLoss(StreamedLoss):
             with torch.no_grad():  # the dtype depends on autocast's rules; one pair shows it
                 pair = image_features[:1], text_features[:1]
                 dtype = _whole(_ONE_PROCESS, *pair, pair, logit_scale, logit_bias).dtype
-            batch = self.batch_of(gathered, image_features, text_features, logit_scale)
+            inputs = image_features, text_features, logit_scale
             weights = torch.ones(3, dtype=torch.float64, device="cpu")
-            loss, *_ = weighted_terms(
-                batch, self._options, weights, contrastive=True, cross_modal=False, in_modal=False
-            )
+            loss, *_ = self.weighted_terms(inputs, self._options, weights, (True, False, False), gathered)
             loss = (loss + without_effect(logit_bias)).to(dtype)
         return {"contrastive_loss": loss} if output_dict else loss
 

@@ -13,8 +13,6 @@ from torch import Tensor
 from rankloss.distributed import Gather
 from rankloss.losses.clip import ClipLoss
 
-__all__ = ["Base", "base_entries", "check_base", "combined", "must_be_called", "shares_gathering"]
-
 Base: TypeAlias = Callable[..., Any]
 """A module or function with the forward convention of open_clip's losses, including ``output_dict``."""
 

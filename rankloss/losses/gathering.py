@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from rankloss.batch import Batch
 from rankloss.checks import (
     check_features,
     check_is_tensor,
+    check_one_space,
     check_scale,
     check_teacher,
     kind_of,
@@ -19,10 +21,9 @@ from rankloss.checks import (
     look_at_scale,
 )
 from rankloss.distributed import Gather, Gathered, GatherOption
+from rankloss.operator import weighted_terms
 from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, check_names
-from rankloss.precision import arithmetic_dtype, may_look_at
-
-__all__ = ["GatheringLoss", "StreamedLoss", "gather_of_open_clip"]
+from rankloss.precision import arithmetic_dtype, may_look_at, nan_unless_finite
 
 
 class GatheringLoss(nn.Module):
@@ -35,6 +36,9 @@ class GatheringLoss(nn.Module):
 
     _min_pairs: ClassVar[int] = 2
     """The pairs that the whole batch must have: a list needs two items."""
+
+    _needs_one_space = True
+    """Whether images are compared with texts."""
 
     def __init__(self, gather: GatherOption = None) -> None:
         super().__init__()
@@ -61,6 +65,8 @@ class GatheringLoss(nn.Module):
         )
         min_pairs = min(self.gather.min_pairs, self._min_pairs)
         check_features(image_features, text_features, min_pairs=min_pairs)
+        if self._needs_one_space:
+            check_one_space(image_features, text_features)
         check_scale(logit_scale, image_features)
         # Not asked for while compiling: the graph would depend on it.
         looked_at = set() if torch.compiler.is_compiling() else set(self._looked_at)
@@ -121,34 +127,41 @@ class GatheringLoss(nn.Module):
                     f"{name} must hold this process's features as chunk {rank}; got others there"
                 )
 
-    def batch_of(
+    def weighted_terms(
         self,
-        gathered: Gathered,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        reference_image: Tensor | None = None,
-        reference_text: Tensor | None = None,
-    ) -> Batch:
-        """The whole batch, with this process's own features as the anchors where only they have lists.
+        inputs: tuple[Tensor, Tensor, Tensor | float],
+        options: RankOptions,
+        weights: Tensor,
+        wanted: Sequence[bool],
+        gathered: Gathered | None = None,
+        teacher: Sequence[Tensor | None] = (None, None),
+    ) -> Sequence[Tensor]:
+        """CLIP's cross-entropy and the two rank terms times ``weights``, from one gathering and one pass.
 
         Args:
-            gathered: ``self.gather(image_features, text_features)``.
-            image_features: ``[N, D]``, this process's own.
-            text_features: likewise.
-            logit_scale: the multiplier s.
-            reference_image: a teacher's features of the whole batch.
-            reference_text: likewise.
+            inputs: image features, text features and scale, which :meth:`check_inputs` has checked.
+            options: of the rank terms.
+            weights: ``[3]``, of the three terms.
+            wanted: which of the terms are; one that is not is zero and not computed.
+            gathered: ``self.gather(image_features, text_features)``, from a caller that has it already.
+            teacher: a teacher's features, image and text, or None for each.
         """
-        local = self.gather.anchors_are_local
-        return Batch.of(
-            *gathered,
+        image_features, text_features, logit_scale = inputs
+        if not any(wanted):
+            zero = image_features.new_zeros((), dtype=arithmetic_dtype(image_features, text_features))
+            zero = nan_unless_finite(zero, image_features, text_features)
+            return zero, zero.clone(), zero.clone()
+        reference_image, reference_text = self.gather.constants(*teacher)
+        batch = Batch.of(
+            *self.whole_batch(image_features, text_features, gathered),
             logit_scale,
-            anchors=(image_features, text_features) if local else None,
+            # This process's own features, where only they have lists.
+            anchors=(image_features, text_features) if self.gather.anchors_are_local else None,
             first_row=self.gather.first_row(len(image_features)),
             reference_image=reference_image,
             reference_text=reference_text,
         )
+        return weighted_terms(batch, options, weights, wanted)
 
 
 class StreamedLoss(GatheringLoss):

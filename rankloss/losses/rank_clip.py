@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankloss import schedules
-from rankloss.checks import check_bias
+from rankloss.checks import check_bias, check_one_space
 from rankloss.distributed import Gathered, GatherOption
 from rankloss.losses.clip import without_effect
 from rankloss.losses.composition import (
@@ -23,8 +23,6 @@ from rankloss.losses.composition import (
 from rankloss.losses.rank_consistency import FixedWeights, RankConsistency
 from rankloss.options import OPTION_NAMES, check_count, check_names, check_weight
 from rankloss.schedules import Schedule
-
-__all__ = ["RankClipLoss"]
 
 _log = logging.getLogger(__name__)
 
@@ -199,11 +197,12 @@ class RankClipLoss(FixedWeights, nn.Module):
         teacher = {name: base_inputs.pop(name, None) for name in _TEACHER}
         self.consistency.check_inputs(image_features, text_features, logit_scale, **teacher)
         is_on = self.normalizer != 0 and not self._is_zero
-        wanted = {"cross_modal": self.lambda_cross != 0 and is_on, "in_modal": self.lambda_in != 0 and is_on}
+        ranked = self.lambda_cross != 0 and is_on, self.lambda_in != 0 and is_on
         # What only a base could take goes to the base, which refuses what it does not know.
-        fused = self._fuses and any(wanted.values()) and not base_inputs
+        fused = self._fuses and any(ranked) and not base_inputs
         entries: dict[str, Tensor] = {}
         if fused:
+            check_one_space(image_features, text_features)
             check_bias(logit_bias, image_features)
         else:
             if gathered is not None and shares_gathering(self.base, self.consistency.gather):
@@ -213,10 +212,11 @@ class RankClipLoss(FixedWeights, nn.Module):
             )
         contrastive, cross, in_ = self.consistency.weighted_terms(
             (image_features, text_features, logit_scale),
+            self.consistency.options,
             self._weights.clone(),  # an inference tensor could not be saved for the backward pass
-            {"contrastive": fused, **wanted},
+            (fused, *ranked),
             gathered,
-            teacher,
+            tuple(teacher.values()),
         )
         if fused:
             entries["contrastive_loss"] = contrastive + without_effect(logit_bias)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +12,8 @@ from rankloss.checks import can_be_read, look_at_scale
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.functional import check_references
 from rankloss.losses.gathering import GatheringLoss
-from rankloss.operator import weighted_terms
 from rankloss.options import OPTION_NAMES, RankOptions, check_count, check_names, check_weight
 from rankloss.plans import Plan, make_plan
-from rankloss.precision import arithmetic_dtype, nan_unless_finite
-
-__all__ = ["FixedWeights", "RankConsistency"]
 
 _log = logging.getLogger(__name__)
 
@@ -66,10 +61,11 @@ class RankConsistency(FixedWeights, GatheringLoss):
             :class:`rankloss.RankOptions`.
 
     Shapes:
-        ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; ``logit_scale``: the multiplier s
-        itself, not its logarithm, a number or a tensor of one element. The result is a scalar in nats,
-        float32 at least. ``output_dict=True`` gives the two weighted terms,
-        ``{"cross_modal_loss": …, "in_modal_loss": …}``, which add up to it.
+        ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; the two may differ in D where the
+        cross-modal term has the weight 0. ``logit_scale``: the multiplier s itself, not its logarithm, a
+        number or a tensor of one element. The result is a scalar in nats, float32 at least.
+        ``output_dict=True`` gives the two weighted terms, ``{"cross_modal_loss": …, "in_modal_loss": …}``,
+        which add up to it.
         ``reference_image_features`` and ``reference_text_features``: ``[N, D']``, unit-norm, of any
         floating-point dtype; the two may differ in D' where the cross-modal term has the weight 0.
 
@@ -116,6 +112,7 @@ class RankConsistency(FixedWeights, GatheringLoss):
         super().__init__(gather)
         self.cross_modal = check_weight("cross_modal", cross_modal)
         self.in_modal = check_weight("in_modal", in_modal)
+        self._needs_one_space = self.cross_modal != 0
         self.options = rank_options
         if self.gather.local_loss and not self.gather.gather_with_grad:
             rank, world_size = self.gather.place
@@ -156,10 +153,11 @@ class RankConsistency(FixedWeights, GatheringLoss):
         self.check_inputs(image_features, text_features, logit_scale, **teacher)
         _, cross, in_ = self.weighted_terms(
             (image_features, text_features, logit_scale),
+            self.options,
             torch.tensor([1.0, self.cross_modal, self.in_modal], dtype=torch.float64, device="cpu"),
-            {"cross_modal": self.cross_modal != 0, "in_modal": self.in_modal != 0},
+            (False, self.cross_modal != 0, self.in_modal != 0),
             gathered,
-            teacher,
+            tuple(teacher.values()),
         )
         return {"cross_modal_loss": cross, "in_modal_loss": in_} if output_dict else cross + in_
 
@@ -177,34 +175,6 @@ class RankConsistency(FixedWeights, GatheringLoss):
         if scale is not None and "reference_scale" not in self._looked_at and can_be_read(teacher[0]):
             look_at_scale("reference_scale", scale, teacher[0])
             self._looked_at |= {"reference_scale"}
-
-    def weighted_terms(
-        self,
-        inputs: tuple[Tensor, Tensor, Tensor | float],
-        weights: Tensor,
-        wanted: Mapping[str, bool],
-        gathered: Gathered | None,
-        teacher: Mapping[str, Tensor | None],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """CLIP's cross-entropy and the two rank terms times ``weights``, from one gathering and one pass.
-
-        Args:
-            inputs: image features, text features and scale, which :meth:`check_inputs` has checked.
-            weights: ``[3]``, float64, of the three terms.
-            wanted: by name, whether a term (``contrastive``, ``cross_modal``, ``in_modal``) is wanted; one
-                that is not is zero and not computed.
-            gathered: as in :meth:`forward`.
-            teacher: the teacher's features by name, image and text, or None for each.
-        """
-        image_features, text_features, logit_scale = inputs
-        if not any(wanted.values()):
-            zero = image_features.new_zeros((), dtype=arithmetic_dtype(image_features, text_features))
-            zero = nan_unless_finite(zero, image_features, text_features)
-            return zero, zero.clone(), zero.clone()
-        gathered = self.whole_batch(image_features, text_features, gathered)
-        references = self.gather.constants(*teacher.values())
-        batch = self.batch_of(gathered, image_features, text_features, logit_scale, *references)
-        return weighted_terms(batch, self.options, weights, **wanted)
 
     def plan(self, n: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Plan:
         """How a global batch of n pairs is computed.

@@ -15,8 +15,6 @@ from rankloss.options import check_choice
 from rankloss.precision import nan_unless_finite
 from rankloss.sigmoid import pair_sigmoid
 
-__all__ = ["SigLipLoss"]
-
 
 class SigLipLoss(StreamedLoss):
     r"""SigLIP's loss: every pair of an image and a text is a decision of its own, whether they match.

@@ -318,7 +318,7 @@ SUBJECTS = [
 
 NO_SUBJECTS = {
     "__version__": "a string",
-    "Gather": "how a loss gathers: test_groups has the losses with it",
+    "Gather": "how a loss gathers: test_distributed has the losses with it",
     "InputWarning": "what a loss warns with",
     "RankOptions": "the options that RankConsistency and RankClipLoss are built with",
     "functional.check_references": "errors alone: test_functional has them",

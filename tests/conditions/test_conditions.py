@@ -176,9 +176,13 @@ def right_or_error() -> Iterator[None]:
 # --- how a loss is built ----------------------------------------------------------------------------------
 
 
+def started_in(context: AbstractContextManager[Any], subject: Subject) -> Any:
+    with context:
+        return subject.started()
+
+
 def on_meta(subject: Subject) -> nn.Module:
-    with torch.device("meta"):
-        return subject.build()
+    return started_in(torch.device("meta"), subject)
 
 
 def loaded(module: nn.Module, state: dict[str, Any], **options: Any) -> nn.Module:
@@ -193,16 +197,9 @@ def saved(module: nn.Module) -> dict[str, Any]:
     return torch.load(buffer, weights_only=True)
 
 
-def built_in(subject: Subject, context: AbstractContextManager[Any]) -> Any:
-    with context:
-        return subject.build()
-
-
 def called(subject: Subject) -> nn.Module:
-    """A loss with a call behind it, elsewhere in training."""
-    module = subject.build()
-    if hasattr(module, "set_epoch"):
-        module.set_epoch(EPOCHS, EPOCHS)
+    """A loss with a call behind it."""
+    module = subject.started()
     run(subject, subject.pick(data("sparse")), module)
     return module
 
@@ -213,28 +210,32 @@ CONSTRUCTIONS: dict[str, Callable[[Subject], nn.Module]] = {
     "meta, deepcopy, to_empty": lambda subject: copy.deepcopy(on_meta(subject)).to_empty(device="cpu"),
     "to meta, to_empty": lambda subject: called(subject).to("meta").to_empty(device="cpu"),
     "to bfloat16": lambda subject: called(subject).bfloat16(),
+    "copy": lambda subject: copy.copy(called(subject)),
     "deepcopy": lambda subject: copy.deepcopy(called(subject)),
     "pickle": lambda subject: pickle.loads(pickle.dumps(called(subject))),
-    "state_dict": lambda subject: loaded(subject.build(), saved(called(subject))),
-    "default device meta": lambda subject: built_in(subject, default_device("meta")),
-    "default dtype bfloat16": lambda subject: built_in(subject, default_dtype(BF16)),
-    "inference mode": lambda subject: built_in(subject, torch.inference_mode()),
+    "state_dict": lambda subject: loaded(subject.started(), saved(called(subject))),
+    "default device meta": lambda subject: started_in(default_device("meta"), subject),
+    "default dtype bfloat16": lambda subject: started_in(default_dtype(BF16), subject),
+    "inference mode": lambda subject: started_in(torch.inference_mode(), subject),
 }
 
 
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
 @modules
 def test_a_loss_is_right_however_it_came_about(subject: Subject, construction: str) -> None:
-    module = subject.started(CONSTRUCTIONS[construction](subject))
+    """Where it stands in training is kept, and may be told it again."""
+    module = CONSTRUCTIONS[construction](subject)
     inputs = subject.pick(data("equal rows"), F32)
-    assert_right(run(subject, inputs, module), expected(subject, inputs), tolerances(subject, F32))
+    for again in (module, subject.started(module)):
+        assert_right(run(subject, inputs, again), expected(subject, inputs), tolerances(subject, F32))
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 @modules
-def test_a_copy_is_on_its_own(subject: Subject) -> None:
+def test_a_copy_is_on_its_own(subject: Subject, copied: Callable[[Any], Any]) -> None:
     """What happens to the copy does not change the original, which stays where it is in training."""
     original = subject.started()
-    duplicate = copy.deepcopy(original)
+    duplicate = copied(original)
     if hasattr(duplicate, "set_epoch"):
         duplicate.set_epoch(EPOCHS, EPOCHS)
     inputs = subject.pick(data("equal rows"))

@@ -76,7 +76,7 @@ def test_program_knows_the_options(program: str) -> None:
     text = help_of(program)
     if program.startswith("-m rankloss"):  # they add to the command line of what they run
         text += help_of("-m open_clip_train.main")
-    # Of the package that docs/composition.md shows, and of the runner itself, which shows the trainer's help.
+    # Of the package that docs/writing.md shows, and of the runner itself, which shows the trainer's help.
     not_in_a_help = {"--uniform-weight", "--trainer"}
     missing = {o for o in programs()[program] if not re.search(rf"{o}(?![\w-])", text)}
     assert missing <= not_in_a_help

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 import re
 import subprocess
 import sys
@@ -18,24 +18,21 @@ TOOLS = ROOT / "tools/pictures"
 NAMES = {"agreement", "cost", "effect", "evidence", "method", "miniature", "schedules"}
 
 
-def draw(output: Path) -> dict[str, bytes]:
-    command = [sys.executable, "-W", "error", str(TOOLS), "--output", str(output)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    return {path.name: path.read_bytes() for path in output.iterdir()}
+@pytest.fixture
+def forest(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that draws intervals, beside its neighbours."""
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module("forest")
 
 
-def data_of(module: str, expression: str) -> Any:
-    """What a module of the tool draws from; in a process of its own, where its neighbours can be imported."""
-    script = (
-        f"import sys, json, dataclasses; sys.path.insert(0, {str(TOOLS)!r}); import {module}; "
-        f"print(json.dumps({expression}))"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return json.loads(result.stdout)
-
-
+@pytest.mark.slow
 def test_pictures_are_the_same_every_time_and_fit_a_page(tmp_path: Path) -> None:
-    first, second = draw(tmp_path / "a"), draw(tmp_path / "b")
+    drawn = []
+    for output in (tmp_path / "a", tmp_path / "b"):
+        command = [sys.executable, "-W", "error", str(TOOLS), "--output", str(output)]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        drawn.append({path.name: path.read_bytes() for path in output.iterdir()})
+    first, second = drawn
     assert first.keys() == {f"{name}-{theme}.svg" for name in NAMES for theme in ("light", "dark")}
     assert first == second
     for picture in first.values():
@@ -53,9 +50,9 @@ def test_every_picture_is_committed_in_both_themes_and_shown_in_a_document() -> 
 
 
 @pytest.mark.parametrize("name", ["comparisons", "miniature"])
-def test_comparisons_of_the_forest_plot_are_the_reports(name: str) -> None:
+def test_comparisons_of_the_forest_plot_are_the_reports(name: str, forest: Any) -> None:
     """A row of a table in docs/evidence.md has its numbers from the report that it links to."""
-    rows = data_of("forest", f"[dataclasses.asdict(row) for row in forest.comparisons({name!r})]")
+    rows = [vars(row) for row in forest.comparisons(name)]
     document = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
     table = document.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- /{name} -->")[0]
     lines = table.strip().splitlines()[2:]

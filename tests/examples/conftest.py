@@ -1,4 +1,4 @@
-"""Leaves this folder out where the examples are not installed: ``pip install -e '.[dev]' -e examples``."""
+"""What the examples' tests share; ``make test`` keeps a smoke test of each example, the others are slow."""
 
 from importlib.util import find_spec
 
@@ -6,6 +6,21 @@ import pytest
 
 # Whoever installs the examples installs their dependencies.
 collect_ignore_glob = [] if find_spec("examples_common") else ["test_*.py"]
+
+SMOKE = {
+    "test_common": ("test_plain_clip_under_another_name", "test_the_examples_use_public_names_only"),
+    "test_evaluate": ("test_retrieval_with_several_captions",),
+    "test_icons": ("test_shards_and_the_benchmark_hold",),
+    "test_openmoji": ("test_build_is_complete",),
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before the slow tests are left out
+def pytest_collection_modifyitems(items):
+    for item in items:
+        kept = SMOKE.get(item.path.stem, ("test_",))
+        if item.path.parent.name == "examples" and not item.name.startswith(kept):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

@@ -114,24 +114,6 @@ def test_every_run_is_done_in_order_and_failures_stop_nothing(jobs, runs, bad):
     assert set(failed) == bad & set(RUNS[:runs])
 
 
-def test_a_bug_ends_everything_and_waits_until_every_run_has_cleaned_up():
-    ended = []
-
-    async def work(one, report):
-        if one == RUNS[0]:
-            await asyncio.sleep(0)
-            raise ZeroDivisionError
-        try:
-            await asyncio.sleep(60)
-        finally:
-            await asyncio.sleep(0.02 * RUNS.index(one))  # each takes its time
-            ended.append(one)
-
-    with pytest.raises(ZeroDivisionError):
-        run_all(RUNS[:5], work, 3)
-    assert ended == RUNS[1:3]
-
-
 def test_the_examples_use_public_names_only():
     examples = Path(__file__).resolve().parents[2] / "examples"
     used = set()

@@ -24,7 +24,9 @@ from scipy import stats
 
 from rankloss_trainers import console
 
-SEARCH, QUESTION, TEACHER = (load(name, "full") for name in ("search", "question", "teacher"))
+SEARCH, QUESTION, TEACHER, DISTIL = (
+    load(name, "full") for name in ("search", "question", "teacher", "distil")
+)
 QUICK = load("search", "quick")
 EVERY = [load(name, size) for name in STUDIES for size in SIZE_NAMES]
 every = pytest.mark.parametrize("one", EVERY, ids=lambda one: f"{one.name}-{one.size}")
@@ -76,6 +78,24 @@ def test_the_preregistration_says_what_the_command_does():
     assert f"pairs ({size.pairs:,}), steps ({size.steps:,} of {size.batch_size})" in text
 
 
+def test_the_plan_of_the_ways_to_learn_says_what_the_command_does():
+    text = (EXAMPLE / "preregistration-distil.md").read_text(encoding="utf-8")
+    table = text.partition("## What is compared")[2].partition("\n## ")[0]
+    rows = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
+    for arm, grid_ in DISTIL.grids.items():
+        for axis in grid_.axes:
+            assert ", ".join(f"{value:g}" for value in axis.values) in rows[arm]
+    assert rows.keys() == {*DISTIL.names}
+    winners = progress(DISTIL, by_chance(0))
+    assert f"all {len(needed(winners.study, winners.winners))} are measured" in text
+    tests = outcome(winners.study, winners.winners, by_chance(0)).tests
+    assert f"{len(tests)} paired two-sided t-tests" in text
+    seeds = DISTIL.confirmation.seeds
+    assert f"{seeds[0]} to {seeds[-1]}" in text
+    assert DISTIL.teacher.pairs == TEACHER.teacher.pairs
+    assert trials.teacher_folder(DISTIL.teacher) == trials.teacher_folder(TEACHER.teacher)
+
+
 # --- trainings ---
 
 FOUR_EPOCHS = Round(4, (7,))
@@ -92,16 +112,22 @@ def loss_of(args):
 
 
 @pytest.mark.parametrize("tries", [slice(1), pytest.param(slice(None), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("one", [SEARCH, QUESTION, TEACHER], ids=lambda one: one.name)
+@pytest.mark.parametrize("one", [SEARCH, QUESTION, TEACHER, DISTIL], ids=lambda one: one.name)
 def test_the_trainer_takes_every_try(one, tries, tmp_path, monkeypatch):
     """Parsed where the teacher's files are; and its loss is built."""
     monkeypatch.chdir(tmp_path)
-    texts = Path(trials.teacher_folder(TEACHER.teacher)) / f"texts-{TEACHER.grid.pairs}.npz"
-    texts.parent.mkdir(parents=True)
-    np.savez("texts.npz", text_features=np.eye(4, dtype=np.float32))
-    Path("texts.csv").write_text("filepath\ttitle\n" + "".join(f"{i}.png\ttext {i}\n" for i in range(4)))
-    stored = ["features", "--features", "texts.npz", "--data", "texts.csv", "--output", str(texts)]
-    assert console.main([*stored, "--workers", "0"]) == 0
+    folder, features = Path(trials.teacher_folder(TEACHER.teacher)), np.eye(4, dtype=np.float32)
+    folder.mkdir(parents=True)
+    Path("pairs.csv").write_text("filepath\ttitle\n" + "".join(f"{i}.png\ttext {i}\n" for i in range(4)))
+    np.savez("texts.npz", text_features=features)
+    np.savez("features.npz", text_features=features, image_features=features)
+    for name in ("texts", "sentences", "features"):
+        stored = "features.npz" if name == "features" else "texts.npz"
+        output = str(folder / f"{name}-{TEACHER.grid.pairs}.npz")
+        given = ["--features", stored, "--data", "pairs.csv", "--output", output, "--workers", "0"]
+        assert console.main(["features", *given]) == 0
+    np.save(folder / f"components-{TEACHER.grid.pairs}.npy", features)
+    one = progress(one, by_chance(0)).study
     for trial in itertools.chain(*(of[tries] for of in one.arms.values())):
         attempt = one.attempt(trial, FOUR_EPOCHS, 7, VALIDATION)
         args = parsed(attempt)
@@ -109,9 +135,9 @@ def test_the_trainer_takes_every_try(one, tries, tmp_path, monkeypatch):
             taken = getattr(args, flag.lstrip("-").replace("-", "_"))
             assert taken == type(taken)(value)
         assert (args.loss, args.seed, args.epochs) == (trial.loss, 7, 4)
-        assert trial.loss == "clip" or args.rankclip_schedule_unit == "step"
+        assert trial.loss in ("clip", "rivals") or args.rankclip_schedule_unit == "step"
         loss = loss_of(args)
-        assert args.distill == (one == TEACHER and trial.factor not in ("own-ranks", "teachers-texts"))
+        assert args.distill == ("--distill-model" in dict(trial.changes))
         assert (type(loss).__name__ == "DistillClipLoss") == (trial.factor == "distillation")
         base = parsed(one.reference(trial, FOUR_EPOCHS, 7, VALIDATION))
         assert (base.loss, base.seed, base.epochs) == ("clip", 7, 4)
@@ -163,6 +189,48 @@ def test_the_winner_is_not_below_what_it_beat(seed, lost):
         assert {RECIPE, *before.kept} <= set(after.trials)
     assert all(RECIPE in step.trials for step in steps)
     assert {one.side for step in steps for one in step.attempts} == {VALIDATION}
+
+
+@settings(max_examples=8)
+@given(seed=st.integers(0, 10**6))
+def test_a_grid_is_continued_until_its_best_try_has_neighbours(seed):
+    now = progress(DISTIL, by_chance(seed))
+    assert now.over
+    assert now.winners.keys() == {*DISTIL.names}
+    for arm, steps in now.steps.items():
+        tried = {trial for step in steps for trial in step.trials}
+        first = now.study.arms[arm]
+        assert len(first) == 6
+        assert set(first) <= tried
+        assert len(tried) <= len(first) + DISTIL.extensions
+        best = winner(now.study, arm, steps)
+        beside = now.study.grids[arm].beside(best)
+        assert len(tried) == len(first) + DISTIL.extensions or tried.issuperset(beside)
+        assert best in steps[-1].trials
+        assert steps[-1].standings[0].worth == max(one.worth for one in steps[-1].standings)
+
+
+def test_what_is_at_the_edge_is_continued_outwards():
+    """To beyond the peak, or so far as is allowed."""
+    for peak, tried in ((7, 9), (20, 12)):
+        better = {f"mimicry-{2**power}": -abs(power - peak) for power in range(30)}
+        steps = climb(DISTIL, "mimicry", study_records(effects=better, noise=0.0))
+        assert [len(step.trials) for step in steps] == [tried, 2]
+        assert winner(DISTIL, "mimicry", steps).name == f"mimicry-{2 ** min(peak, 11)}"
+
+
+def test_the_arms_of_winners_hold_what_won():
+    effects = {"pearson-4-10": 3.0, "contrast-2-20": 2.0, "top-ranks-128-4": 1.0}
+    now = progress(DISTIL, study_records(effects=effects, noise=0.01))
+    both, ranks = (now.study.grids[arm] for arm in ("two-rivals", "ranks-and-rival"))
+    assert [axis.flags for axis in both.axes] == [("--rivals-pearson",), ("--rivals-contrast",)]
+    assert [axis.values for axis in both.axes] == [(1.0, 2.0, 4.0), (1.0, 2.0)]
+    assert (
+        dict(both.given).items() >= {"--rivals-pearson-scale": "10", "--rivals-contrast-scale": "20"}.items()
+    )
+    assert [axis.flags for axis in ranks.axes] == [("--rivals-pearson",), ("--rivals-rank-lambda",)]
+    assert [axis.values for axis in ranks.axes] == [(1.0, 2.0, 4.0), (64.0, 128.0)]
+    assert dict(ranks.given)["--rivals-rank-top-k"] == "4"
 
 
 # --- the confirmation ---

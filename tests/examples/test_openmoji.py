@@ -89,18 +89,6 @@ def test_build_is_complete_attributed_and_leaks_nothing(built):
     assert not seen & unseen
 
 
-def test_the_differences_are_counted_as_they_are_shown():
-    first = {task: {1: 10.0, 5: 20.0} for task in evaluate.TASKS}
-    last = {**first, "group": {1: 10.04, 5: 24.0}, "subgroup": {1: 9.0, 5: 20.0}}
-    block = report.Block(
-        "color", 20, 3, 2, {report.CHANCE: first, report.KNN: last, "CLIP": first, "RankCLIP": last}
-    )
-    found = report.apart(block)
-    assert (found["ahead"], found["scores"], found["where"]) == (1, 8, "group top-5")
-    assert found["points"] == pytest.approx(4.0)
-    assert report.knn_ahead(block, "CLIP") == (0, 4)
-
-
 def test_the_agreement_is_that_of_the_features_and_the_pair_is_a_typical_one():
     torch.manual_seed(0)
     of = [(model, n) for model in ("CLIP", "RankCLIP") for n in (30, 7)]
@@ -160,8 +148,12 @@ def test_finished_runs_are_recognised_and_not_overwritten(runs):
     pair, make = runs
     line = "2026-01-01,00:00:00 | WARNING | {}"
     random = line.format("No pretrained weights loaded for model 'm'. Model initialized randomly.")
-    said = make(1, clip=f"print({line.format('beware')!r}); print({random!r})", rankclip="pass")
+    attached = "2026-01-01,00:00:00 | INFO | Loss: rankclip (rankloss 0.2.0) on ClipLoss"
+    said = make(
+        1, clip=f"print({line.format('beware')!r}); print({random!r})", rankclip=f"print({attached!r})"
+    )
     assert "clip: beware" in said
+    assert said.count("Loss: ") == said.count("Loss: rankclip (rankloss 0.2.0) on ClipLoss\n") == 1
     assert "No pretrained weights" not in said
     for run in pair:
         assert run.is_complete()

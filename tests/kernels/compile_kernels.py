@@ -23,10 +23,11 @@ from rankloss.kernels.rows import choose_launch
 
 POINTERS = {"INTS": "*i32", "TOTALS": "*i64", "EQUAL": "*i64", "ALPHA": "*fp64", "BETA": "*fp64"}
 FLOATS = ("X", "Y", "GRADIENT", "CE", "NLL", "FLOATS", "scale")
-PROCESSORS = 132
+CAPABILITY, PROCESSORS = 90, 132  # of Hopper
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def compile_kernel(bins: int, N: int, plain: bool, capability: int) -> dict[str, Any]:
+def compile_kernel(bins: int, N: int, plain: bool) -> dict[str, Any]:
     kernel = binned_rows if bins else sorted_rows
     launch = choose_launch(4096, N, bins, PROCESSORS)
     constants = {
@@ -47,32 +48,25 @@ def compile_kernel(bins: int, N: int, plain: bool, capability: int) -> dict[str,
         constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
     )
     options = {"num_warps": launch.warps, "num_stages": 1, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()  # type: ignore[union-attr]
     return {
         "kernel": kernel.fn.__name__,
         "N": N,
         "plain": plain,
-        "capability": capability,
         "threads": 32 * launch.warps,
         "programs_per_processor": launch.programs // PROCESSORS,
         "registers": int(registers),
         "stack": int(stack),
         "local": int(local),
-        "shared": compiled.metadata.shared,
     }
-
-
-def tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
 if __name__ == "__main__":
     cases = [(bins, N, plain) for bins in (0, 2048) for N in (1024, 8192) for plain in (True, False)]
-    json.dump([compile_kernel(*case, int(sys.argv[1])) for case in cases], sys.stdout)
+    json.dump([compile_kernel(*case) for case in cases], sys.stdout)

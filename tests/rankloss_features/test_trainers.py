@@ -194,9 +194,9 @@ def test_sentence_transformers_refuses_labels_that_are_no_teachers(tmp_path: Pat
         (torch.rand(ROWS, 3, WIDTH), {}, "two columns"),
     ):
         loss = RankClipLoss(model, **{**RANKED, **options})
-        loss.driven_loss.clock.start_step(1, 1)
+        loss.set_progress(1, 1)
         with pytest.raises(ValueError, match=message):
-            loss.compute_loss_from_embeddings(embeddings, labels)
+            loss._entries(embeddings, labels)
     with pytest.raises(ValueError, match="two columns"):
         tiny_sentences.train(
             tmp_path, loss, model, train_dataset=labelled(torch.rand(ROWS, 3, WIDTH)), max_steps=1

@@ -38,16 +38,13 @@ TEACHER = {name: unit_rows(SAMPLES, 7, seed) for seed, name in enumerate(NAMES)}
 
 def student(trainer: Trainer, run: Run) -> tuple[dict[str, np.ndarray[Any, Any]], float]:
     """The features of all pairs, by row, and the scale at the second and last step of a run."""
-    directory = trainer.directory
+    tiny = f"local-dir:{trainer.directory / 'tiny'}"
     weights = torch.load(run.directory / "checkpoints/epoch_1.pt", map_location="cpu", weights_only=True)
-    clip, _, preprocess = open_clip.create_model_and_transforms(
-        f"local-dir:{directory / 'tiny'}", load_weights=False, output_dict=True
-    )
+    clip, _, preprocess = open_clip.create_model_and_transforms(tiny, load_weights=False, output_dict=True)
     clip.load_state_dict({k.removeprefix("module."): x for k, x in weights["state_dict"].items()})
     clip.eval()
-    rows = [line.split("\t") for line in (directory / "data.csv").read_text().splitlines()[1:]]
-    images = torch.stack([preprocess(Image.open(file)) for file, _ in rows])
-    tokens = open_clip.get_tokenizer(f"local-dir:{directory / 'tiny'}")([title for _, title in rows])
+    images = torch.stack([preprocess(Image.open(file)) for file, _, _ in trainer.rows])
+    tokens = open_clip.get_tokenizer(tiny)([title for _, title, _ in trainer.rows])
     with torch.no_grad():
         output = clip(images, tokens)
     features = {name: output[name].double().numpy() for name in NAMES}

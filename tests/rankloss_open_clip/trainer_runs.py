@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 from PIL import Image
 
@@ -40,10 +39,6 @@ WHOLE_SET = [  # two epochs of one step each, on the same uncropped pairs in any
     *("--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)"),
 ]
 BOTH = ["--local-loss", "--gather-with-grad"]
-# 3.0.0 locks the text towers of Hugging Face models only, with any loss.
-LOCKS_TEXT = hasattr(open_clip.CLIP, "lock_text_tower")
-# Followed by a number, and by `--`, which keeps it from taking the trainer's --logs for an option of its own.
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 # Importing the trainer takes ten times as long as training the tiny model, so most runs are forked from a
@@ -60,17 +55,11 @@ _forks.set_forkserver_preload([*process_pool._PRELOADED, *_OF_A_RUN])
 
 
 @dataclass(frozen=True)
-class Process:
-    """A finished process."""
+class Run:
+    """A finished process, as a rule a run of the trainer."""
 
     returncode: int
     output: str  # stdout and stderr
-
-
-@dataclass(frozen=True)
-class Run(Process):
-    """A finished run of the trainer."""
-
     directory: Path
 
     @cached_property
@@ -86,12 +75,9 @@ class Run(Process):
     def _events(self) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tensorboard's own
-            accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+            module = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
             everything = {"scalars": 0, "images": 0}
-            events = accumulator.EventAccumulator(
-                str(self.directory / "tensorboard"), size_guidance=everything
-            )
-            return events.Reload()
+            return module.EventAccumulator(str(self.directory / "tensorboard"), everything).Reload()
 
     @cached_property
     def scalars(self) -> dict[str, dict[int, float]]:
@@ -101,13 +87,11 @@ class Run(Process):
             for tag in self._events.Tags()["scalars"]
         }
 
-    @cached_property
-    def images(self) -> dict[str, dict[int, bytes]]:
-        """The pictures in TensorBoard's file: tag → step → PNG."""
-        return {
-            tag: {event.step: event.encoded_image_string for event in self._events.Images(tag)}
-            for tag in self._events.Tags()["images"]
-        }
+    def charts(self) -> dict[int, bytes]:
+        """The pictures of the agreement in TensorBoard's file: step → PNG."""
+        if not self._events.Tags()["images"]:
+            return {}
+        return {event.step: event.encoded_image_string for event in self._events.Images("train/agreement")}
 
     @cached_property
     def timeless_log(self) -> list[str]:
@@ -144,64 +128,34 @@ class Trainer:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         tower = {"width": 32, "layers": 1}
-        config = {
-            "embed_dim": 32,
-            "vision_cfg": {"image_size": 32, "patch_size": 16, "head_width": 16, **tower},
-            "text_cfg": {"context_length": 16, "vocab_size": 49408, "heads": 2, **tower},
-        }
-        self._write_model("tiny", config)
-        tokens = {"context_length": 16, "vocab_size": 49408, "heads": 2, **tower}
-        coca = {
-            "embed_dim": 32,
-            "custom_text": True,
-            "vision_cfg": {
-                **config["vision_cfg"],
-                **{"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
-            },
-            "text_cfg": {**tokens, "embed_cls": True, "output_tokens": True},
-            "multimodal_cfg": tokens,
-        }
-        self._write_model("tiny-coca", coca)  # open_clip goes by the name to find CoCa's loss
+        images = {"image_size": 32, "patch_size": 16, "head_width": 16, **tower}
+        texts = {"context_length": 16, "vocab_size": 49408, "heads": 2, **tower}
+        pooled = {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+        tokens = {"custom_text": True, "multimodal_cfg": texts}
+        # open_clip goes by the name to find CoCa's loss.
+        for name, vision, text, more in (
+            ("tiny", {}, {}, {}),
+            ("tiny-coca", pooled, {"embed_cls": True, "output_tokens": True}, tokens),
+        ):
+            config = {"vision_cfg": {**images, **vision}, "text_cfg": {**texts, **text}, **more}
+            (directory / name).mkdir()
+            written = json.dumps({"model_cfg": {"embed_dim": 32, **config}, "preprocess_cfg": {}})
+            (directory / name / "open_clip_config.json").write_text(written)
         noise = np.random.default_rng(0)
-        rows = ["filepath\ttitle"]
+        rows = ["filepath\ttitle\tsynthetic"]
         for i in range(SAMPLES):
             Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(directory / f"{i}.png")
-            rows.append(f"{directory / f'{i}.png'}\tpicture {i:02d} of {i % 7} apples and {i % 5} pears")
+            title = f"picture {i:02d} of {i % 7} apples and {i % 5} pears"
+            synthetic = f"there are {i % 7} apples, {i % 5} pears and {i % 3} plums"
+            rows.append(f"{directory / f'{i}.png'}\t{title}\t{synthetic}")
         (directory / "data.csv").write_text("\n".join(rows) + "\n")
-        self._write_shards([row.split("\t") for row in rows[1:]])
-
-    def _write_model(self, name: str, config: dict[str, object]) -> None:
-        (self.directory / name).mkdir()
-        text = json.dumps({"model_cfg": config, "preprocess_cfg": {}})
-        (self.directory / name / "open_clip_config.json").write_text(text)
-
-    def _write_shards(self, pairs: list[list[str]]) -> None:
-        """The same pairs as a webdataset of two shards."""
-        for number in range(2):
-            with tarfile.open(self.directory / f"shard-{number}.tar", "w") as shard:
+        self.rows = [row.split("\t") for row in rows[1:]]
+        for number in range(2):  # the same pairs as a webdataset of two shards
+            with tarfile.open(directory / f"shard-{number}.tar", "w") as shard:
                 for i in range(number, SAMPLES, 2):
-                    picture, caption = pairs[i]
-                    add_sample(shard, f"{i:03}", png=Path(picture).read_bytes(), txt=caption.encode())
-
-    def two_captions(self) -> tuple[str, str]:
-        """The data with a second caption of each picture: as a CSV file and as a shard."""
-        header, *rows = (self.directory / "data.csv").read_text().splitlines()
-        table, shard = self.directory / "two.csv", self.directory / "two.tar"
-        lines = [f"{header}\tsynthetic"]
-        with tarfile.open(shard, "w") as tar:
-            for i, row in enumerate(rows):
-                picture, title = row.split("\t")
-                synthetic = f"there are {i % 7} apples, {i % 5} pears and {i % 3} plums"
-                lines.append(f"{row}\t{synthetic}")
-                add_sample(
-                    tar,
-                    f"{i:04d}",
-                    png=Path(picture).read_bytes(),
-                    txt=title.encode(),
-                    **{"blip.txt": synthetic.encode()},
-                )
-        table.write_text("\n".join(lines) + "\n")
-        return str(table), str(shard)
+                    picture, title, synthetic = self.rows[i]
+                    texts = {"txt": title.encode(), "blip.txt": synthetic.encode()}
+                    add_sample(shard, f"{i:03}", png=Path(picture).read_bytes(), **texts)
 
     @property
     def webdataset(self) -> list[str]:
@@ -252,22 +206,22 @@ class Trainer:
     def run(self, name: str, *options: str, command: tuple[str, ...] = (), **environment: str) -> Run:
         """Run the command, or another way to start the trainer, in a fresh interpreter."""
         command = command or ("-m", "open_clip_train.main")
-        process = self.python(*command, *self.arguments(name, *options), **environment)
-        return Run(process.returncode, process.output, self.directory / "logs" / name)
+        return self.python(*command, *self.arguments(name, *options), name=name, **environment)
 
-    def python(self, *arguments: str, executable: str = sys.executable, **environment: str) -> Process:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    def python(
+        self, *arguments: str, executable: str = sys.executable, name: str = "", **environment: str
+    ) -> Run:
         done = subprocess.run(
             [executable, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             cwd=self.directory,
             timeout=TIMEOUT,
             check=False,
         )
-        return Process(done.returncode, done.stdout)
+        return Run(done.returncode, done.stdout, self.directory / "logs" / name)
 
 
 def add_sample(shard: tarfile.TarFile, key: str, **members: bytes) -> None:

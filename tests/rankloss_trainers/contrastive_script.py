@@ -20,23 +20,20 @@ TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "nu
 class ModelArguments:
     kind: str = field(default="clip", metadata={"help": "clip, or a model without embeddings"})
     trainer: str = field(default="Trainer", metadata={"help": "which Trainer the script builds"})
-    more_columns: bool = field(default=False, metadata={"help": "a teacher's features of each text, too"})
 
 
 class Pairs(torch.utils.data.Dataset):
-    def __init__(self, number: int, more_columns: bool = False) -> None:
+    def __init__(self, number: int) -> None:
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(number, 3, 16, 16, generator=generator)
         self.texts = torch.randint(1, 48, (number, 8), generator=generator)
         self.texts[:, -1] = 49
-        features = torch.nn.functional.normalize(torch.randn(number, 6, generator=generator), dim=-1)
-        self.more = {"reference_text_features": features} if more_columns else {}
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        columns = {"pixel_values": self.images, "input_ids": self.texts, **self.more}
+        columns = {"pixel_values": self.images, "input_ids": self.texts}
         return {name: column[i] for name, column in columns.items()}
 
 
@@ -81,7 +78,7 @@ def main() -> None:
     trainer = {"Trainer": Trainer, "OwnLoss": OwnLoss, "Derived": Derived}[model_args.trainer](
         model=model,
         args=training_args,
-        train_dataset=Pairs(32, model_args.more_columns) if training_args.do_train else None,
+        train_dataset=Pairs(32) if training_args.do_train else None,
         eval_dataset=Pairs(16) if training_args.do_eval else None,
         data_collator=collate_fn,
     )

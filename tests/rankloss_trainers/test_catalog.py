@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import rankloss
 from rankloss.distributed import Gather
 from rankloss.options import RankOptions, choices_of
 from rankloss_trainers import catalog
@@ -73,12 +72,18 @@ SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
 @pytest.mark.parametrize(
     ("typed", "refused", "described"),
     [
-        ("", None, "schedule rankclip per epoch over 3 epoch(s)"),
+        ("", None, "per epoch over 3 epoch(s) (few values of lambda; --rankclip-schedule-unit step"),
+        (
+            "--rankclip-reference teacher --rankclip-lambda-in 64",
+            None,
+            ", reference teacher, the rank terms weigh lambda * 64/16 by design",
+        ),
         (f"{SCALED} --rankclip-reference teacher", None, ", reference teacher"),
         (f"{SCALED} --rankclip-reference-features t", None, ", reference-scale 2.5, reference-features t"),
         ("--rankclip-reference teacher --rankclip-distill-loss exclude", None, "distill-loss exclude"),
         (SCALED, "reference_scale", ""),
         ("--rankclip-reference teacher --rankclip-fixed-reference text", "fixed_reference", ""),
+        ("--rankclip-reference teacher --rankclip-lambda-in 64", None, "lambda * 64/16 by design"),
         ("--rankclip-distill-loss exclude", "distill_loss", ""),
         ("--rankclip-lists batch --rankclip-diagonal exclude --rankclip-ties random", "diagonal", ""),
     ],
@@ -87,36 +92,11 @@ def test_teacher_is_asked_for_by_an_option(typed: str, refused: str | None, desc
     options = parsed(*typed.split())
     assert RANKCLIP.uses_teacher(options) == ("teacher" in typed or "-features" in typed)
     reason = RANKCLIP.refuse(options, ALONE)
-    assert (reason is None) if refused is None else reason.startswith(refused)
-    assert described in RANKCLIP.described(options, 3)
-
-
-def test_preset_of_a_teacher_is_rankclip_with_other_defaults() -> None:
-    preset = catalog.candidates()["rankclip-distill"].load()
-    options = catalog.option_values("rankclip-distill", preset, argparse.Namespace())
-    changed = {key: value for key, value in options.items() if value != parsed()[key]}
-    weights = dict.fromkeys(("lambda_cross", "lambda_in"), 64.0)
-    assert changed == {"reference": "teacher", "top_k": 8, "distill_loss": "exclude", **weights}
-    loss = preset.build(nn.Identity(), options, ALONE)
-    loss.set_epoch(3, 3)
-    assert loss.rank_weights == {"cross_modal": 8.0, "in_modal": 8.0}
-    assert not preset.keeps_distillation(options)
-    assert "weigh lambda * 64/16 by design" in preset.described(options, 3)
-
-
-@pytest.mark.parametrize(
-    "gather", [ALONE, dataclasses.replace(ALONE, local_loss=True, gather_with_grad=True)]
-)
-def test_every_own_loss_is_built_by_its_defaults(gather: Gather) -> None:
-    for name, candidate in catalog.candidates().items():
-        entry = candidate.load()
-        options = {option.key: option.default for option in entry.options}
-        if name == "alip":
-            assert entry.refuse(options, gather) is not None
-            options["caption_key"] = "synthetic"
-        assert entry.refuse(options, gather) is None
-        loss = entry.build(rankloss.ClipLoss(gather=gather), options, gather)
-        assert isinstance(loss, nn.Module)
+    if refused is None:
+        assert reason is None
+        assert described in RANKCLIP.described(options, 3)
+    else:
+        assert reason.startswith(refused)
 
 
 def test_one_list_of_the_batch_leaves_local_loss_where_that_is_exact() -> None:
@@ -126,20 +106,11 @@ def test_one_list_of_the_batch_leaves_local_loss_where_that_is_exact() -> None:
         assert RANKCLIP.refuse(options, gather) is None
         assert RANKCLIP.build(nn.Identity(), options, gather).consistency.gather.local_loss is False
     approximate = dataclasses.replace(ALONE, local_loss=True)
-    assert RANKCLIP.refuse(options, approximate).startswith("lists: batch needs the whole batch")
+    assert RANKCLIP.refuse(options, approximate).startswith("lists=")
 
 
-@pytest.mark.parametrize(
-    ("type_", "good", "bad"),
-    [
-        (catalog.weight, {"0": 0.0, "1e3": 1000.0}, ["-1", "nan", "inf", "x"]),
-        (catalog.number_type(), {"-2.5": -2.5}, ["nan", "-inf", ""]),
-        (catalog.count, {"1": 1, "12": 12}, ["0", "1.5", "-3", "x"]),
-        (catalog.number_type(int, at_least=0, at_most=4), {"0": 0, "4": 4}, ["-1", "5", ""]),
-    ],
-)
-def test_types_take_what_is_in_range(type_: Any, good: dict[str, float], bad: list[str]) -> None:
-    assert {text: type_(text) for text in good} == good
-    for text in bad:
+def test_weights_are_finite_numbers_of_at_least_0() -> None:
+    assert [catalog.weight(text) for text in ("0", "1e3")] == [0, 1000]
+    for text in ("-1", "nan", "inf"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"got '{text}'"):
-            type_(text)
+            catalog.weight(text)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from rankloss_trainers.import_hook import Finder, Loader, after_import, waits_for
+from rankloss_trainers.import_hook import Finder, after_import, waits_for
 
 NAME = "module_that_is_waited_for"
 
@@ -34,12 +35,10 @@ def test_module_is_acted_on_when_it_is_loaded_now_and_again(seen: list[str]) -> 
     after_import(actions)
     after_import(actions)
     assert waits_for(NAME)
+    assert find_spec(NAME) is not None  # looking is not loading
     assert seen == []
     module = importlib.import_module(NAME)
     assert seen == ["executed", NAME]
-    assert not isinstance(module.__loader__, Loader)
-    assert module.__spec__ is not None
-    assert module.__spec__.loader is module.__loader__
     importlib.reload(module)
     assert seen == ["executed", NAME] * 2
     after_import(actions)
@@ -64,7 +63,7 @@ def test_module_that_is_not_there_stays_missing(seen: list[str]) -> None:
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
-def test_another_delegating_finder_acts_as_well(seen: list[str], ours_first: bool) -> None:
+def test_another_delegating_finder_asks_back_without_an_end(seen: list[str], ours_first: bool) -> None:
     class Other:
         busy = False
 
@@ -74,12 +73,10 @@ def test_another_delegating_finder_acts_as_well(seen: list[str], ours_first: boo
             self.busy = True
             found = [f.find_spec(name, path, target) for f in sys.meta_path if f is not self]
             self.busy = False
-            spec: Any = next(spec for spec in found if spec is not None)
-            spec.loader = Loader(spec.loader, lambda module: seen.append("other"))
-            return spec
+            return next(spec for spec in found if spec is not None)
 
     ours: Any = Finder({NAME: lambda module: seen.append("ours")})
     finders: list[Any] = [ours, Other()] if ours_first else [Other(), ours]
     sys.meta_path[:] = [*finders, PathFinder]
     importlib.import_module(NAME)
-    assert sorted(seen) == ["executed", "other", "ours"]
+    assert seen == ["executed", "ours"]

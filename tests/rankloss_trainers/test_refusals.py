@@ -57,22 +57,16 @@ def test_what_the_loss_refuses_itself_comes_after_the_table() -> None:
     assert "torchrun" in str(reason_against("mine", entry, {"depth": 3}, ALONE, {"horovod": "--horovod"}))
 
 
-@pytest.mark.parametrize("name", catalog.candidates())
-def test_rows_about_an_option_begin_with_its_key(name: str) -> None:
-    keys = {option.key for option in catalog.candidates()[name].load().options}
+def test_rows_about_an_option_begin_with_its_key() -> None:
+    keys = {option.key for option in catalog.candidates()["rankclip"].load().options}
     heads = {reason.partition(":")[0] for _, _, reason in ROWS}
-    assert "reference_features" not in keys or keys >= {head for head in heads if head.isidentifier()}
+    assert {head for head in heads if head.isidentifier()} <= keys
 
 
-@pytest.mark.parametrize(
-    ("criterion", "error"), [(3, TypeError), (nn.Linear(2, 2), ValueError), (nn.Identity(), None)]
-)
+@pytest.mark.parametrize(("criterion", "error"), [(3, TypeError), (nn.Linear(2, 2), ValueError)])
 def test_what_can_be_trained_with_is_a_module_without_parameters(criterion: Any, error: Any) -> None:
-    if error is None:
-        assert check_criterion("mine", criterion) is criterion
-    else:
-        with pytest.raises(error, match="mine"):
-            check_criterion("mine", criterion)
+    with pytest.raises(error, match="mine"):
+        check_criterion("mine", criterion)
 
 
 def test_examples() -> None:

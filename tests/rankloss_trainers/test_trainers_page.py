@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from launch import torchrun
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -65,8 +65,8 @@ def weights(model: nn.Module) -> list[float]:
     return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
 
 
-def moved(model: nn.Module) -> float:
-    return math.dist(weights(model), weights(Towers(returns_scale=True)))
+def moved(ended: list[float]) -> bool:
+    return math.dist(ended, weights(Towers(returns_scale=True))) > 0.01
 
 
 def test_examples_with_a_prompt_run() -> None:
@@ -80,14 +80,8 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     tiny = importlib.import_module("tiny_sentences")
     arguments = tiny.SentenceTransformerTrainingArguments(
         str(tmp_path / "out"),
-        **{
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "logging_steps": 1,
-        },
-        **{"max_steps": 4, "dataloader_pin_memory": False},
+        **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"},
+        **{"logging_steps": 1, "max_steps": 4, "dataloader_pin_memory": False},
     )
     names = {"model": tiny.tiny(tmp_path), "args": arguments, "pairs": tiny.pairs()}
     exec(block("sentence-transformers"), names)
@@ -99,24 +93,19 @@ def test_sentence_transformers(tmp_path: Path) -> None:
 @needs("lightning")
 @pytest.mark.filterwarnings("ignore")  # lightning's own
 def test_lightning(tmp_path: Path) -> None:
-    options = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_checkpointing": False,
-    }
+    options = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
     names: dict[str, Any] = {
         "torch": torch,
         "model": Towers(returns_scale=True),
         "batches": DataLoader(pairs(), 16),
         "validation_batches": DataLoader(pairs(), 16),
-        "options": {**options, "default_root_dir": tmp_path},
+        "options": {**options, "accelerator": "cpu", "default_root_dir": tmp_path},
     }
     exec(block("Lightning"), names)
     logged = names["trainer"].logged_metrics
     assert logged["rank_lambda"] == 2
     assert logged.keys() >= {"contrastive_loss", "cross_modal_loss", "in_modal_loss", "val_loss"}
-    assert moved(names["model"]) > 0.01
+    assert moved(weights(names["model"]))
 
 
 def own_loop(rank: int, world_size: int) -> list[float]:
@@ -134,7 +123,7 @@ def own_loop(rank: int, world_size: int) -> list[float]:
 
 def test_own_loop_in_two_processes_is_the_one_in_one(pools: Pools) -> None:
     alone = own_loop(0, 1)
-    assert math.dist(alone, weights(Towers(returns_scale=True))) > 0.01
+    assert moved(alone)
     for ended in pools[2].run(own_loop):
         assert ended == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
@@ -159,9 +148,9 @@ def test_accelerate_in_two_processes_is_the_one_in_one(tmp_path: Path) -> None:
     ended = []
     for processes in (1, 2):
         result = tmp_path / f"{processes}.json"
-        run("accelerated", str(16 // processes), str(result), processes=processes)
+        torchrun(__file__, "accelerated", 16 // processes, result, processes=processes)
         ended.append(json.loads(result.read_text()))
-    assert math.dist(ended[0], weights(Towers(returns_scale=True))) > 0.01
+    assert moved(ended[0])
     assert ended[1] == pytest.approx(ended[0], rel=1e-4, abs=1e-6)
 
 
@@ -207,25 +196,11 @@ def task(result: str) -> None:
     not CHECKOUT, reason="RANKLOSS_OPEN_CLIP_CHECKOUT names no checkout of open_clip's main branch"
 )
 def test_task_of_the_main_branch(tmp_path: Path) -> None:
-    run("task", str(tmp_path / "losses.json"), path=str(Path(CHECKOUT, "src")))
+    torchrun(__file__, "task", tmp_path / "losses.json", processes=1, path=str(Path(CHECKOUT, "src")))
     losses = json.loads((tmp_path / "losses.json").read_text())
     total = losses.pop("loss")
     assert set(losses) == {"contrastive_loss", "cross_modal_loss", "in_modal_loss"}
     assert total == pytest.approx(sum(losses.values()))
-
-
-def run(*arguments: str, processes: int = 1, path: str = "") -> None:
-    """Call a function of this file in processes of its own, started by torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
-    paths = [path, str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
-    done = subprocess.run(
-        [sys.executable, *launcher, __file__, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ WORDS = [f"word{i}" for i in range(40)]
 datasets.disable_progress_bars()
 
 
-def tiny(directory: Path, *, dropout: float = 0.0) -> SentenceTransformer:
+def tiny(directory: Path) -> SentenceTransformer:
     """A Bert of one layer."""
     path = directory / "bert"
     if not path.exists():
@@ -38,7 +37,7 @@ def tiny(directory: Path, *, dropout: float = 0.0) -> SentenceTransformer:
         config = transformers.BertConfig(
             **{"vocab_size": 45, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
             **{"intermediate_size": 16, "max_position_embeddings": 16},
-            **{"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout},
+            **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         )
         transformers.BertModel(config).save_pretrained(path)
     transformer = Transformer(str(path))
@@ -65,7 +64,6 @@ def train(
     model: nn.Module,
     *,
     resume: str | None = None,
-    callbacks: Sequence[transformers.TrainerCallback] = (),
     **given: Any,
 ) -> Trainer:
     keywords = {name: given.pop(name) for name in ("eval_dataset", "train_dataset") if name in given}
@@ -81,7 +79,7 @@ def train(
         model=model,
         args=SentenceTransformerTrainingArguments(**arguments),
         loss=loss,
-        callbacks=[Progress(loss), *callbacks],
+        callbacks=[Progress(loss)],
         **keywords,
     )
     trainer.train(resume_from_checkpoint=resume)

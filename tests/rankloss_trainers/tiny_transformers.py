@@ -30,17 +30,7 @@ CONVOLUTIONS = {
 }
 CONFIGS: dict[str, Any] = {
     "CLIP": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 8},
-    "ChineseCLIP": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 8},
-    "AltCLIP": {  # positions begin after the padding's
-        "text_config": {**TEXT, "max_position_embeddings": 12, "project_dim": 8},
-        **{"vision_config": VISION, "projection_dim": 8},
-    },
     "Align": {"text_config": TEXT, "vision_config": CONVOLUTIONS, "projection_dim": 8},
-    "VisionTextDualEncoder": {
-        "text_config": {**TEXT, "model_type": "bert"},
-        "vision_config": {**VISION, "model_type": "vit"},
-        "projection_dim": 8,
-    },
     "Siglip": {
         "text_config": {**TEXT, "projection_size": 16},
         "vision_config": {**VISION, "vision_use_head": True},

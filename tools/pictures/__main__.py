@@ -8,6 +8,7 @@ from pathlib import Path
 
 import agreement
 import cost
+import effect
 import forest
 import method
 import schedules
@@ -20,7 +21,7 @@ PICTURES = {
     "agreement": agreement.draw,
     "evidence": forest.draw,
     "miniature": partial(forest.draw, table="miniature"),
-    "effect": partial(forest.draw, first=True),
+    "effect": effect.draw,
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from style import NARROW, SMALL, WIDTH, Colors
+from style import SMALL, WIDTH, Colors
 
 DOCUMENT = Path(__file__).parents[2] / "docs/evidence.md"
 _LINK = re.compile(r"\[(.+)\]\((.+)\)")
@@ -54,20 +54,14 @@ def comparisons(table: str = "comparisons", document: Path = DOCUMENT) -> list[C
     return found
 
 
-def draw(colors: Colors, table: str = "comparisons", first: bool = False) -> Figure:
-    """The comparisons of the studies under their names, or for the README those of the first study."""
-    rows = comparisons(table)
-    shown = [row for row in rows if row.study == rows[0].study] if first else rows
-    return draw_rows(shown, colors, NARROW if first else WIDTH)
-
-
-def draw_rows(rows: list[Compared], colors: Colors, width: float) -> Figure:
+def draw(colors: Colors, table: str = "comparisons") -> Figure:
     """A panel for every study and what it compares with; those of one study have one scale."""
+    rows = comparisons(table)
     grouped: dict[tuple[str, str], list[Compared]] = {}
     for row in rows:
         grouped.setdefault((row.study, row.other), []).append(row)
     sizes = [len(of) for of in grouped.values()]
-    figure = Figure(figsize=(width, 0.5 + 0.25 * sum(sizes) + 0.6 * len(sizes)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.5 + 0.25 * sum(sizes) + 0.6 * len(sizes)), layout="constrained")
     places = figure.add_gridspec(len(sizes), 1, height_ratios=sizes)
     first_of: dict[str, Axes] = {}
     for place, ((study, other), of) in zip(places, grouped.items(), strict=True):

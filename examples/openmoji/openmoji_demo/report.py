@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from clip_evaluation import metrics
 from examples_common import page, tables
 
@@ -47,11 +46,6 @@ class Block:
         """The heading of the block, with n."""
         return f"{_STYLES[self.style]}, n = {self.n}"
 
-    @property
-    def trained(self) -> list[str]:
-        """The methods that are models."""
-        return [name for name in self.rows if name not in (CHANCE, KNN)]
-
     def cells(self) -> list[list[str]]:
         """Return the rows as text."""
         return [
@@ -65,50 +59,16 @@ class Block:
         return ["method", *(f"{name} {before}{cutoffs[t]}" for t, (name, before) in _HEADS.items())]
 
 
-def _flat(scores: Scores) -> pd.Series:
-    """Return the scores by their names, such as ``image → text R@5``."""
-    return pd.Series(
-        {" ".join(_HEADS[task]) + str(k): v for task, of in scores.items() for k, v in of.items()}
-    )
-
-
-def apart(block: Block) -> dict[str, Any] | None:
-    """Compare the last model with the first one, score by score; None if there is only one."""
-    if len(block.trained) < 2:
-        return None
-    first, last = block.trained[0], block.trained[-1]
-    difference = _flat(block.rows[last]) - _flat(block.rows[first])
-    where = difference.abs().idxmax()
-    ahead = int((difference.round(1) > 0).sum())
-    compared = {"first": first, "last": last, "ahead": ahead, "scores": len(difference)}
-    return {**compared, "where": where, "points": difference[where]}
-
-
-def knn_ahead(block: Block, name: str) -> tuple[int, int]:
-    """Return on how many retrieval scores the untrained baseline is ahead of a method, and of how many."""
-    knn, own = (_flat(block.rows[method]).filter(like="R@").round(1) for method in (KNN, name))
-    return int((knn > own).sum()), len(own)
-
-
 def _taus(agreement: Agreement) -> tuple[list[str], list[list[str]]]:
     keys = (TRAINING, HELD_OUT)
     rows = [[name, *(f"{tau[key]:.3f}" for key in keys)] for name, tau in agreement.averages.items()]
     return ["method", *(f"{agreement.concepts[key]:,} {key} concepts" for key in keys)], rows
 
 
-def notes(blocks: Sequence[Block]) -> list[str]:
-    """Say in plain words what the numbers show and what they cannot show."""
-    colour = blocks[0]
-    text = page.fill(
-        Path(__file__).with_name("notes.md"),
-        {},
-        blocks=blocks,
-        colour=colour,
-        chance=colour.rows[CHANCE],
-        ahead={(name, block.style): knn_ahead(block, name) for block in blocks for name in block.trained},
-        apart=apart(colour),
-        errors={level: metrics.standard_error(level, colour.n) for level in (10, 35)},
-    )
+def notes(n: int) -> list[str]:
+    """Say in plain words what numbers of n concepts cannot show."""
+    errors = {level: metrics.standard_error(level, n) for level in (10, 35)}
+    text = page.fill(Path(__file__).with_name("notes.md"), {}, n=n, errors=errors)
     return [line.removeprefix("- ") for line in text.splitlines() if line]
 
 
@@ -118,7 +78,7 @@ def markdown(blocks: Sequence[Block], agreement: Agreement) -> str:
     rows = [row for block in blocks for row in ([f"**{block.title}**", *blank], *block.cells())]
     table = tables.markdown(blocks[0].head(), rows, right=len(TASKS))
     taus = tables.markdown(*_taus(agreement), right=2)
-    lines = [f"- {line}" for line in notes(blocks)]
+    lines = [f"- {line}" for line in notes(blocks[0].n)]
     return "\n".join([f"# {_TITLE}", "", table, "", f"{_TAU_TITLE}:", "", taus, "", *lines, ""])
 
 
@@ -129,7 +89,7 @@ def save(blocks: Sequence[Block], agreement: Agreement, conditions: dict[str, An
         "conditions": conditions,
         "results": [dataclasses.asdict(block) for block in blocks],
         "tau": agreement.averages,
-        "notes": notes(blocks),
+        "notes": notes(blocks[0].n),
     }
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     (folder / "results.json").write_text(text, encoding="utf-8")

@@ -24,6 +24,7 @@ _WARNING = re.compile(
     r"^\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d \| (?:WARNING|ERROR|CRITICAL) \| "
     r"(?!.*(?:no CLIP weights found|No pretrained weights loaded))(?P<text>.*)$"
 )
+_ATTACHED = re.compile(r" \| INFO \| (Loss: (?!\d).*)")  # what the plug-in trains with, before the first step
 _DONE = "complete.json"
 
 
@@ -101,6 +102,8 @@ class Run:
             report("training", log.share)
             if warning := _WARNING.match(line):
                 say(console, f"{self.loss}: {warning['text']}", "yellow")
+            if attached := _ATTACHED.search(line):
+                say(console, attached[1])
 
         trained = await trainer.train(
             self.job(), self.command(), self.folder, root=self.root, threads=threads, on_line=read

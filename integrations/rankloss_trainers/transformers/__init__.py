@@ -20,15 +20,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankloss_trainers.transformers.arguments import LossOptions as LossOptions
+    from rankloss_trainers.transformers.choice import LossOptions as LossOptions
     from rankloss_trainers.transformers.trainer import ContrastiveTrainer as ContrastiveTrainer
     from rankloss_trainers.transformers.trainer import ContrastiveTrainerMixin as ContrastiveTrainerMixin
-
-_MODULES = {
-    "ContrastiveTrainer": "trainer",
-    "ContrastiveTrainerMixin": "trainer",
-    "LossOptions": "arguments",
-}
 
 __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin", "LossOptions"]
 
@@ -36,6 +30,7 @@ __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin", "LossOptions"]
 # A script that `python -m` runs may set environment variables before it imports transformers, so running it
 # must not import transformers first.
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    module = "choice" if name == "LossOptions" else "trainer"
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

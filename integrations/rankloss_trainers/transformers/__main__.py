@@ -26,16 +26,19 @@ from typing import Any
 
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import TRAINERS_OWN
+from rankloss_trainers.command_line import did_you_mean
 from rankloss_trainers.import_hook import after_import
 
 
 def main() -> None:
     """Run the script with what the command line says of the loss."""
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        parser, _ = _parser(None, add_help=True)
-        parser.parse_args(sys.argv[1:] or ["--help"])
-        raise SystemExit(2)
-    script, *given = sys.argv[1:]
+    script, *given = sys.argv[1:] or ["--help"]
+    if script.startswith("-"):
+        parser, _ = _parser(None)
+        if script not in ("-h", "--help"):
+            parser.error(f"the script comes first, got {script}")
+        parser.print_help()
+        return
     keywords, rest = parse(given)
     sys.argv = [script, *rest]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
@@ -67,29 +70,29 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
         for argument in itertools.takewhile(lambda argument: argument != "--", rest):
             # With hyphens, as HfArgumentParser would take it, too.
             if argument.replace("_", "-").startswith(options.beginnings):
-                parser.error(f"{argument.partition('=')[0]}: there is no such option")
+                hint = did_you_mean([argument], parser._option_string_actions)
+                parser.error(f"{argument.partition('=')[0]}: there is no such option{hint}")
     try:
         return options.keywords(args), rest
     except ValueError as error:
         parser.error(f"argument {error}")
 
 
-def _parser(asked: str | None, *, add_help: bool = False) -> tuple[argparse.ArgumentParser, Any]:
+def _parser(asked: str | None) -> tuple[argparse.ArgumentParser, Any]:
     """A parser with the losses of rankloss, and the one of another package that is asked for."""
-    from rankloss_trainers.transformers.arguments import LossOptions
+    from rankloss_trainers.transformers.choice import LossOptions
 
     parser = argparse.ArgumentParser(
-        prog="python -m rankloss_trainers.transformers",
-        usage="%(prog)s SCRIPT [the script's arguments] [--loss NAME [its options]]",
+        prog="python -m rankloss_trainers.transformers SCRIPT ...",
         description="Run a script that builds transformers.Trainer, with a loss of rankloss.",
         allow_abbrev=False,
-        add_help=add_help,
+        add_help=False,
     )
-    known = (TRAINERS_OWN, *catalog.candidates())
-    if asked not in (None, *known):
-        parser.error(f"argument --loss: must be one of {', '.join(known)}, got {asked!r}")
     names = dict.fromkeys((TRAINERS_OWN, *catalog.BUILT_IN, asked or TRAINERS_OWN))
-    return parser, LossOptions(parser, *names)
+    try:
+        return parser, LossOptions(parser, *names)
+    except ValueError as error:
+        parser.error(f"argument --loss: {error}")
 
 
 class Attached:
@@ -104,18 +107,13 @@ class Attached:
 
         self.keywords = keywords
         self.built = False
+        self.missed = f"--loss {keywords['loss']} was not used: {sys.argv[0]} built no transformers.Trainer"
         after_import({"transformers.trainer": self.replace})
-        self._handle = register_optimizer_step_pre_hook(self._guard)
-
-    @property
-    def missed(self) -> str:
-        """What is wrong with a script that has built no Trainer."""
-        return f"--loss {self.keywords['loss']} was not used: {sys.argv[0]} has built no transformers.Trainer"
+        register_optimizer_step_pre_hook(self._guard)
 
     def _guard(self, *_: Any) -> None:
         if not self.built:
             raise RuntimeError(self.missed)
-        self._handle.remove()
 
     def replace(self, module: ModuleType) -> None:
         """Put a ContrastiveTrainer in the place of ``module.Trainer``."""

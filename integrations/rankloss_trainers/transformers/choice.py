@@ -1,11 +1,11 @@
-"""From the name of a loss and its options to the loss that a Trainer trains with."""
+"""From the name of a loss and its options, typed or given, to the loss that a Trainer trains with."""
 
 from __future__ import annotations
 
+import argparse
 import inspect
-import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,14 +13,15 @@ from torch import nn
 import rankloss
 from rankloss_features.folder import Features
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import LossEntry, Options
+from rankloss_trainers.catalog import TRAINERS_OWN, LossEntry, Options, dest, option_values
 from rankloss_trainers.clock import listeners
-from rankloss_trainers.driven_loss import DrivenLoss, call_alone
+from rankloss_trainers.command_line import add_options, by_prefix, misplaced, with_flag
+from rankloss_trainers.driven_loss import Evaluate, call_alone
 from rankloss_trainers.logging import RankClipLog
 from rankloss_trainers.refusals import check_criterion, reason_against
 from rankloss_trainers.transformers.teacher import COLUMNS
 
-_logger = logging.getLogger("rankloss_trainers")
+_OURS = ("", "rankloss")  # the package of a loss of the catalogue itself, and of those that come with it
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Choice:
 
     Attributes:
         name: The name in the catalogue, or the class of a module of one's own.
-        loss: The loss.
+        criterion: The loss.
+        evaluate: What calls it.
         entry: Its entry in the catalogue, or what stands for one.
         options: The values of its options.
         teacher: Whether it ranks by a teacher, whose features are columns of the batch; None if it does where
@@ -39,7 +41,8 @@ class Choice:
     """
 
     name: str
-    loss: DrivenLoss
+    criterion: nn.Module
+    evaluate: Evaluate
     entry: LossEntry
     options: Options
     teacher: bool | None
@@ -51,32 +54,28 @@ class Choice:
         """The prefix of the columns of a second caption; None for a loss without one."""
         return self.entry.caption_key(self.options)
 
-    def start(self, epochs: float, *, announce: bool) -> None:
-        """Begin a run: decide what the clock goes by, and log what is trained.
+    def unit(self, epochs: float) -> str:
+        """What the loss goes by in a run, ``"epoch"`` or ``"step"``.
 
         Args:
             epochs: Epochs of the run; infinity where its data have no length.
-            announce: Whether this process logs what is trained.
 
         Raises:
             ValueError: The loss goes by epochs, and their number is not known.
         """
-        clock, unit = self.loss.clock, self.entry.unit
-        clock.unit = unit if isinstance(unit, str) else unit(self.options, epochs)
-        if clock.unit == "epoch" and math.isinf(epochs) and listeners(self.loss.criterion, "set_epoch"):
+        unit = self.entry.unit if isinstance(self.entry.unit, str) else self.entry.unit(self.options, epochs)
+        if unit == "epoch" and math.isinf(epochs) and listeners(self.criterion, "set_epoch"):
             raise ValueError(
                 f"{self.name} goes by epochs (schedule_unit 'epoch'), but training data without a length "
                 "have no known number of epochs; go by steps (schedule_unit 'step')"
             )
-        if announce and self.package:
-            text = self.entry.described(self.options, epochs)
-            _logger.info("Loss: %s (%s)%s", self.name, self.package, text and f", {text}")
+        return unit
 
 
-def defaults(entry: LossEntry) -> dict[str, Any]:
-    """The options of a loss where none is given; a schedule goes by steps, since epochs may be a fraction."""
-    options = {option.key: option.default for option in entry.options}
-    return {**options, "schedule_unit": "step"} if "schedule_unit" in options else options
+def by_steps(entry: LossEntry) -> LossEntry:
+    """A loss as a Trainer has it: a schedule goes by steps by default, since epochs may be a fraction."""
+    options = [replace(o, default="step") if o.name == "schedule-unit" else o for o in entry.options]
+    return replace(entry, options=tuple(options))
 
 
 def choose(loss: str | nn.Module, given: Options, base: rankloss.ClipLoss | rankloss.SigLipLoss) -> Choice:
@@ -84,7 +83,7 @@ def choose(loss: str | nn.Module, given: Options, base: rankloss.ClipLoss | rank
 
     Args:
         loss: The name of the loss, or the module.
-        given: Options of a named loss by their keys; the others have their :func:`defaults`.
+        given: Options of a named loss by their keys; the others have their defaults, see :func:`by_steps`.
         base: The loss that the model was made for.
 
     Raises:
@@ -97,12 +96,12 @@ def choose(loss: str | nn.Module, given: Options, base: rankloss.ClipLoss | rank
         check_criterion("loss", loss)
         evaluate = RankClipLog() if isinstance(loss, rankloss.RankClipLoss) else call_alone
         entry = LossEntry(build=lambda *_: loss, unit="step")
-        return Choice(type(loss).__name__, DrivenLoss(loss, evaluate=evaluate), entry, {}, None)
+        return Choice(type(loss).__name__, loss, evaluate, entry, {}, None)
     found = catalog.candidates()
     if loss not in found:
         raise ValueError(f"loss must be one of {', '.join(map(repr, found))}, or a module; got {loss!r}")
-    entry = found[loss].load()
-    options = defaults(entry)
+    entry = by_steps(found[loss].load())
+    options = {option.key: option.default for option in entry.options}
     unknown = given.keys() - options.keys()
     if unknown:
         raise TypeError(f"{loss} has no option {sorted(unknown)[0]!r}; it has {', '.join(options)}")
@@ -116,16 +115,83 @@ def choose(loss: str | nn.Module, given: Options, base: rankloss.ClipLoss | rank
     if reason is not None:
         raise ValueError(reason)
     criterion = check_criterion(f"loss {loss!r}", entry.build(base, options, base.gather))
-    driven = DrivenLoss(criterion, evaluate=call_alone if entry.log is None else entry.log(options))
+    evaluate = call_alone if entry.log is None else entry.log(options)
     package = found[loss].package or f"rankloss {rankloss.__version__}"
+    ranks = _ranks_by_a_teacher(entry, options, given, criterion)
     features = None if where is None else Features(where).check()
-    return Choice(loss, driven, entry, options, _teacher(entry, options, given, criterion), package, features)
+    return Choice(loss, criterion, evaluate, entry, options, ranks, package, features)
 
 
-def _teacher(entry: LossEntry, options: Options, given: Options, criterion: nn.Module) -> bool | None:
+def _ranks_by_a_teacher(
+    entry: LossEntry, options: Options, given: Options, criterion: nn.Module
+) -> bool | None:
     """See :class:`Choice`."""
     if entry.uses_teacher(options):
         return True
     takes_one = any(COLUMNS[0] in inspect.signature(x.forward).parameters for x in criterion.modules())
     # The batch's own ranking makes way for a teacher's, unless it was asked for.
     return None if takes_one and "reference" not in given else False
+
+
+# --- on a command line ------------------------------------------------------------------------------------
+
+
+class LossOptions:
+    """``--loss`` and the options of losses, on a parser of one's own, such as ``HfArgumentParser``.
+
+    Args:
+        parser: The parser. An option that is not given is no attribute of what it parses.
+        *names: Losses of the catalogue, other packages' among them; the first is the default. By default
+            all that come with rankloss.
+
+    Attributes:
+        beginnings: What the options of the losses begin with.
+
+    Raises:
+        ValueError: There is no such loss.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> options = LossOptions(parser)
+        >>> options.keywords(parser.parse_args(["--rankclip-lambda-in", "0.5"]))
+        {'loss': 'rankclip', 'loss_options': {'lambda_in': 0.5}}
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, *names: str) -> None:
+        found = catalog.candidates()
+        names = names or tuple(name for name, x in found.items() if x.package.partition(" ")[0] in _OURS)
+        unknown = [name for name in names if name not in (TRAINERS_OWN, *found)]
+        if unknown:
+            raise ValueError(f"names must be among {', '.join(found)}; got {', '.join(unknown)}")
+        self._entries = {name: by_steps(found[name].load()) for name in names if name != TRAINERS_OWN}
+        said = [f"{name}: {entry.help}" for name, entry in self._entries.items()]
+        help_ = f"{'; '.join(said)} (default: {names[0]})".replace("%", "%%")
+        parser.add_argument("--loss", default=names[0], choices=names, metavar="NAME", help=help_)
+        groups = by_prefix(self._entries)
+        self.beginnings = tuple(f"--{prefix}-" for prefix in groups)
+        for alike in groups.values():
+            add_options(parser, {name: self._entries[name] for name in alike})
+
+    def keywords(self, args: argparse.Namespace) -> dict[str, Any]:
+        """What was given, as keywords of :class:`rankloss_trainers.transformers.ContrastiveTrainer`.
+
+        Args:
+            args: What the parser gives; for ``HfArgumentParser`` the namespace behind the dataclasses.
+
+        Raises:
+            ValueError: An option was given that belongs to another loss, or that cannot work.
+        """
+        name = None if args.loss == TRAINERS_OWN else args.loss
+        wrong = misplaced(name, self._entries, args)
+        if wrong:
+            raise ValueError(wrong)
+        if name is None:
+            return {}
+        entry = self._entries[name]
+        values = option_values(name, entry, args)
+        reason = entry.refuse(values, rankloss.Gather(rank=0, world_size=1))
+        if reason is not None:
+            reason = with_flag(name, entry, reason)
+            raise ValueError(reason if reason.startswith("--") else f"--loss: {reason}")
+        given = {o.key: values[o.key] for o in entry.options if hasattr(args, dest(name, entry, o))}
+        return {"loss": name, "loss_options": given}

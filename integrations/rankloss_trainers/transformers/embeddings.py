@@ -24,7 +24,7 @@ def features_of(outputs: Any, model: Any) -> dict[str, Tensor]:
     features = {feature: getattr(outputs, name) for feature, name in _EMBEDDINGS.items()}
     features["logit_scale"] = logit_scale(model)
     if has_bias(model):
-        features["logit_bias"] = _whole(model, "logit_bias")
+        features["logit_bias"] = _whole(model.logit_bias, "logit_bias")
     return features
 
 
@@ -34,27 +34,22 @@ def logit_scale(model: Any) -> Tensor:
     Raises:
         ValueError: The model has none, or this process does not hold it whole.
     """
-    name = next((n for n in ("logit_scale", "temperature") if _has(model, n)), None)
-    if name is None:
+    if isinstance(getattr(model, "logit_scale", None), Tensor):
+        scale = _whole(model.logit_scale, "logit_scale")
+    elif isinstance(getattr(model, "temperature", None), Tensor):
+        return 1 / _whole(model.temperature, "temperature")
+    else:
         raise ValueError(f"{type(model).__name__} has neither a logit_scale nor a temperature")
-    scale = _whole(model, name)
-    if name == "temperature":
-        return 1 / scale
     limit = getattr(model, "max_log_logit_scale", None)  # AIMv2's, which its own loss applies as well
     return (scale if limit is None else scale.clamp(0.0, limit)).exp()
 
 
 def has_bias(model: Any) -> bool:
     """Whether the model's own loss is a sigmoid loss, which alone has a bias."""
-    return _has(model, "logit_bias")
+    return isinstance(getattr(model, "logit_bias", None), Tensor)
 
 
-def _has(model: Any, name: str) -> bool:
-    return isinstance(getattr(model, name, None), Tensor)
-
-
-def _whole(model: Any, name: str) -> Tensor:
-    whole: Any = getattr(model, name)
+def _whole(whole: Any, name: str) -> Tensor:
     if hasattr(whole, "full_tensor"):
         from torch.distributed.tensor import Partial
 
@@ -93,14 +88,14 @@ def with_captions(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     if len(plain) == len(inputs):
         raise ValueError(f"no column of the batch begins with {prefix}_, got {', '.join(inputs)}")
     for name in inputs.keys() - plain.keys():
-        of_first, captions = name.removeprefix(f"{prefix}_"), inputs[name]
-        first = plain.get(of_first)
-        if first is None or first.shape != captions.shape:
+        of_first = name.removeprefix(f"{prefix}_")
+        shapes = [tuple(inputs[x].shape) if x in inputs else None for x in (name, of_first)]
+        if shapes[0] != shapes[1]:
             raise ValueError(
-                f"{name} must have the shape of the column without the prefix, got {tuple(captions.shape)} "
-                f"beside {None if first is None else tuple(first.shape)}; pad both captions to one length"
+                f"{name} must have the shape of {of_first}, got {shapes[0]} beside {shapes[1]}; pad both "
+                "captions to one length"
             )
-        plain[of_first] = torch.cat([first, captions])
+        plain[of_first] = torch.cat([inputs[of_first], inputs[name]])
     return plain
 
 

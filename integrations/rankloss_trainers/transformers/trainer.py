@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import math
 from collections.abc import Mapping
@@ -12,25 +11,20 @@ from typing import Any, cast
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 from transformers.trainer_utils import has_length
 
 import rankloss
-from rankloss.losses import base_entries
 from rankloss_trainers import state as loss_state
-from rankloss_trainers.charts import AgreementCharts, Tracker, picture
 from rankloss_trainers.clock import tell
-from rankloss_trainers.driven_loss import Entries
-from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.driven_loss import Entries, evaluation
 from rankloss_trainers.refusals import refuse_run
 from rankloss_trainers.transformers import choice, embeddings, teacher
 
 __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
 
-_AXIS = "train/global_step"
 _STATE = "rankloss"  # the key in a checkpoint's trainer_state.json, among the states of callbacks
 
 _logger = logging.getLogger("rankloss_trainers")
@@ -51,8 +45,7 @@ class ContrastiveTrainer(transformers.Trainer):
       whose own loss smooths its labels.
     - Evaluation, or any call without gradients, gives the base loss without the rank terms, which does not
       grow with λ; so ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
-    - The log shows each term, λ, and what else the loss gives, averaged since the last line. With the option
-      ``agreement_every`` TensorBoard and W&B get a chart of the rank agreement per epoch.
+    - The log shows each term, λ, and what else the loss gives, averaged since the last line.
 
     Args:
         *args: What the Trainer takes.
@@ -77,9 +70,6 @@ class ContrastiveTrainer(transformers.Trainer):
             hold what is no teacher's, or come with a loss that has no use for them.
     """
 
-    # The loss is a mean over a micro-batch, which the Trainer has to divide by the accumulated batches.
-    loss_is_scaled_for_ga: bool | None = False
-
     def __init__(
         self,
         *args: Any,
@@ -88,27 +78,25 @@ class ContrastiveTrainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        refuse_run(_conditions(self))
+        self._refuse_what_would_train_something_else()
         embeddings.logit_scale(self.model)  # an error where there is none
-        # Releases without loss_is_scaled_for_ga divide by the accumulated batches unless this is set.
+        # The loss is a mean over a micro-batch, which the Trainer has to divide by the accumulated batches.
         self.model_accepts_loss_kwargs = False
         if self.args.label_names is None:
             self.label_names = []  # the pairs are the labels; else evaluation would give no loss
+        self.can_return_loss = True  # without labels, and whether the batch asks for it or not
         base = rankloss.SigLipLoss() if embeddings.has_bias(self.model) else rankloss.ClipLoss()
-        chosen = choice.choose(loss, loss_options or {}, base)
-        self.chosen_loss = chosen
-        self.driven_loss = chosen.loss.to(self.args.device)
-        innermost = _innermost_base(self.driven_loss.criterion)
-        self.evaluation_loss = base if innermost is None else innermost
+        self.chosen_loss = choice.choose(loss, loss_options or {}, base)
+        self.evaluation_loss: Any = base
+        below: Any = self.chosen_loss.criterion.to(self.args.device)
+        while (below := getattr(below, "base", None)) is not None:
+            self.evaluation_loss = below
         self._teachers_columns: list[str] | None = None  # those of the last batch
-        self._columns: list[str] = []  # of the data, where the Trainer drops some of them
-        self._means = _Means()
+        self._sums: dict[str, tuple[Any, int]] = {}  # of the entries since the log's last line, and how many
         self.add_callback(_Progress(self))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in which a teacher's features have been looked at."""
-        if self.chosen_loss.teacher and self.args.remove_unused_columns:
-            self._columns = teacher.columns_of(self.train_dataset)
         collate = self.data_collator
         self.data_collator = functools.partial(teacher.collate_checked, collate, self.chosen_loss.features)
         try:
@@ -136,50 +124,57 @@ class ContrastiveTrainer(transformers.Trainer):
         outputs = model(**inputs)
         features: dict[str, Any] = embeddings.features_of(outputs, self.accelerator.unwrap_model(model))
         if not trains:
-            loss = self._evaluated(features)
+            loss = evaluation(self.evaluation_loss, rankloss.Gather(), **features).total
         else:
             if captions is not None:
                 texts, of_captions = features["text_features"].chunk(2)
                 features.update(text_features=texts, caption_features=of_captions)
             self._check_teacher(list(references), list(inputs))
-            entries: Entries = self.driven_loss(**features, **references)
-            self._means.add(entries)
+            evaluate, criterion = self.chosen_loss.evaluate, self.chosen_loss.criterion
+            given = evaluate(criterion, self.state.global_step, **features, **references)
+            entries = Entries.of(criterion, given)
+            for name, value in {**entries.terms, **entries.metrics}.items():
+                total, number = self._sums.get(name, (0.0, 0))
+                self._sums[name] = total + value.detach().float(), number + 1
             loss = entries.total
         return (loss, outputs) if return_outputs else loss
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Evaluate a batch: the Trainer computes a loss without labels only where the batch asks for it."""
-        return super().prediction_step(model, {**inputs, "return_loss": True}, *args, **kwargs)
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the terms and the metrics of the loss to the lines of training."""
-        if "loss" in logs:
-            logs.update(self._means.take(self.accelerator))
+        """Add to the lines of training each entry of the loss, as the mean over the calls that gave it."""
+        if "loss" in logs and self._sums:
+            means = torch.stack([total / number for total, number in self._sums.values()])
+            of_all = self.accelerator.reduce(means, reduction="mean").tolist()
+            logs.update(zip(self._sums, of_all, strict=True))
+            self._sums.clear()
         super().log(logs, *args, **kwargs)
 
     # A callback's on_save would miss the checkpoint at SIGTERM.
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        criterion, states = self.driven_loss.criterion, cast("dict[str, Any]", self.state.stateful_callbacks)
+        criterion, states = self.chosen_loss.criterion, cast("dict[str, Any]", self.state.stateful_callbacks)
         if loss_state.has_state(criterion):
             saved = loss_state.saved(self.chosen_loss.name, criterion)
             states[_STATE] = {**saved, "state_dict": {k: x.tolist() for k, x in saved["state_dict"].items()}}
         super()._save_checkpoint(*args, **kwargs)
 
+    def _refuse_what_would_train_something_else(self) -> None:
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        held = {
+            "compute_loss_func": self.compute_loss_func is not None,
+            "data_parallel": self.args.n_gpu > 1,
+            "fsdp_1": fsdp is not None and fsdp.fsdp_version == 1,
+        }
+        refuse_run({name: str(self.args.n_gpu) for name, holds in held.items() if holds})
+
     def _check_teacher(self, found: list[str], others: list[str]) -> None:
         if found == self._teachers_columns:
             return
-        others = [column for column in dict.fromkeys([*others, *self._columns]) if column not in found]
-        teacher.check_columns(self.chosen_loss.name, self.chosen_loss.teacher, found, others)
+        wanted = self.chosen_loss.teacher
+        columns = teacher.columns_of(self.train_dataset) if wanted else ()  # the Trainer drops unused ones
+        others = [column for column in dict.fromkeys([*others, *columns]) if column not in found]
+        teacher.check_columns(self.chosen_loss.name, wanted, found, others)
         self._teachers_columns = found
         if found and self.is_world_process_zero():
             _logger.info("%s ranks by a teacher: %s", self.chosen_loss.name, " and ".join(found))
-
-    def _evaluated(self, features: dict[str, Any]) -> Tensor:
-        images: Tensor = features["image_features"]
-        if len(images) == 1 and rankloss.Gather().place[1] == 1:
-            return images.new_zeros(())  # a single pair has no negatives
-        entries = base_entries(self.evaluation_loss, **features)
-        return Entries.of(self.evaluation_loss, entries).total
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -195,114 +190,43 @@ class _Progress(TrainerCallback):
     """Tells the loss, and what is logged of it, where the Trainer stands."""
 
     def __init__(self, trainer: ContrastiveTrainer) -> None:
-        self.trainer = trainer
-        self.chosen, self.loss = trainer.chosen_loss, trainer.driven_loss
-        # With model_init every training that is not resumed begins with a new model, as trials do.
-        anew = trainer.model_init is not None
-        self._first_state = deepcopy(self.loss.criterion.state_dict()) if anew else None
+        self.trainer, self.chosen = trainer, trainer.chosen_loss
+        self._first_state = deepcopy(self.chosen.criterion.state_dict())
+        self._unit = "step"
         self._epoch: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Only now is the number of epochs known: ``max_steps`` and the data have a say in it."""
-        if state.global_step > 0:
-            _restore(self.chosen, state.stateful_callbacks.get(_STATE))
-        elif self._first_state is not None:
-            self.loss.criterion.load_state_dict(self._first_state)
+        chosen = self.chosen
+        if state.global_step > 0 and loss_state.has_state(chosen.criterion):
+            saved = state.stateful_callbacks.get(_STATE)
+            found = loss_state.restore(chosen.name, chosen.criterion, saved)
+            if found:
+                text = (
+                    "The loss %s has a state, of which the checkpoint resumed from holds %s: it starts anew"
+                )
+                _logger.warning(text, chosen.name, found)
+        else:  # a search trains several times, with a new model
+            chosen.criterion.load_state_dict(self._first_state)
         epochs = state.num_train_epochs if has_length(kwargs["train_dataloader"]) else math.inf
-        self._epoch = None
-        self.trainer._means.clear()
-        if isinstance(self.loss.evaluate, RankClipLog):
-            self.loss.evaluate.charts = None  # a run has writers of its own
-        self.chosen.start(epochs, announce=state.is_world_process_zero)
+        self._unit, self._epoch = chosen.unit(epochs), None
+        self.trainer._sums.clear()
+        if chosen.package and state.is_world_process_zero:
+            text = chosen.entry.described(chosen.options, epochs)
+            _logger.info("Loss: %s (%s)%s", chosen.name, chosen.package, text and f", {text}")
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """For losses that go by epochs."""
         # Counted: an epoch that a callback ended leaves a fraction.
         self._epoch = int(state.epoch) if self._epoch is None else self._epoch + 1
-        if self.loss.clock.unit == "epoch":
+        if self._unit == "epoch":
             epochs = state.num_train_epochs
-            tell(self.loss.criterion, "set_epoch", min(self._epoch + 1, epochs), epochs)
-        log = self.loss.evaluate
-        if isinstance(log, RankClipLog) and log.agreement_every is not None and state.is_world_process_zero:
-            if log.charts is None:  # every reporter has begun by now
-                log.charts = AgreementCharts(_trackers(self.trainer.callback_handler.callbacks))
-            log.charts.due(self._epoch + 1, 1)  # the Trainer's log counts steps from 1
+            tell(self.chosen.criterion, "set_epoch", min(self._epoch + 1, epochs), epochs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Once per optimizer step."""
-        self.loss.clock.start_step(state.global_step + 1, state.max_steps)
-
-
-def _trackers(callbacks: list[Any]) -> list[Tracker]:
-    """What a Trainer reports to, by the callbacks that hold the writers."""
-    writers = [x.tb_writer for x in callbacks if isinstance(x, TensorBoardCallback)]
-    trackers: list[Tracker] = [writer.add_figure for writer in writers if writer is not None]
-    if any(isinstance(x, WandbCallback) for x in callbacks):
-        wandb = importlib.import_module("wandb")
-        # The Trainer's lines go by this axis, too.
-        trackers.append(
-            lambda name, figure, step: wandb.log({name: wandb.Image(picture(figure)), _AXIS: step})
-        )
-    return trackers
-
-
-def _innermost_base(criterion: object) -> Any:
-    """The loss at the bottom of a composition, whose value does not grow with λ; None for one without."""
-    base = getattr(criterion, "base", None)
-    below = None if base is None else _innermost_base(base)
-    return base if below is None else below
-
-
-def _restore(chosen: choice.Choice, saved: dict[str, Any] | None) -> None:
-    """Give the loss of a resumed run its state back."""
-    if not loss_state.has_state(chosen.loss.criterion):
-        return
-    found = loss_state.restore(chosen.name, chosen.loss.criterion, saved)
-    if found:
-        _logger.warning(
-            "The loss %s has a state that belongs to the run, and its checkpoint holds %s: it starts anew",
-            chosen.name,
-            found,
-        )
-
-
-class _Means:
-    """Means of a loss's entries since the last line of the log, each over the calls that gave it."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self._sums: dict[str, Tensor] = {}  # of the values, and of their number
-
-    def add(self, entries: Entries) -> None:
-        """Take the entries of one call, without waiting for the device."""
-        for name, value in {**entries.terms, **entries.metrics}.items():
-            one = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float)])
-            self._sums[name] = one + self._sums.get(name, 0)
-
-    def take(self, accelerator: Any) -> dict[str, float]:
-        """The means over all processes, and begin anew; every process has to call it."""
-        if not self._sums:
-            return {}
-        means = torch.stack([sum_ / number for sum_, number in self._sums.values()])
-        taken = dict(zip(self._sums, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
-        self.clear()
-        return taken
-
-
-def _conditions(trainer: Any) -> dict[str, str]:
-    """What keeps a loss from being trained as it should, as :mod:`rankloss_trainers.refusals` calls it."""
-    shards = trainer.accelerator.state
-    deepspeed, fsdp = (getattr(shards, f"{name}_plugin", None) for name in ("deepspeed", "fsdp"))
-    held = {
-        "compute_loss_func": getattr(trainer, "compute_loss_func", None) is not None,
-        "data_parallel": trainer.args.n_gpu > 1,
-        "zero_3": deepspeed is not None and deepspeed.zero_stage == 3,
-        "fsdp_1": fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1,
-    }
-    return {name: str(trainer.args.n_gpu) for name, holds in held.items() if holds}
+        if self._unit == "step":
+            tell(self.chosen.criterion, "set_progress", state.global_step + 1, state.max_steps)
 
 
 ContrastiveTrainerMixin = ContrastiveTrainer

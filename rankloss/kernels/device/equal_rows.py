@@ -5,8 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rankloss.equal_rows import GOLDEN, MIXING_SHIFT
+
 NEGATIVE_ZERO = tl.constexpr(-(2**31))
-FIRST_FACTOR = tl.constexpr(1.3247179572447460)  # that of rankloss.equal_rows.row_hashes
+_GOLDEN = tl.constexpr(GOLDEN)
+_MIXING_SHIFT = tl.constexpr(MIXING_SHIFT)
 
 
 @triton.jit
@@ -16,13 +19,15 @@ def hash_rows(WORDS, HASHES, n, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
     j = tl.arange(0, COLUMNS)
     rows = WORDS + i.to(tl.int64)[:, None] * width
     total = tl.zeros([ROWS], tl.int64)
-    for c in range(0, width, COLUMNS):
-        inside = (i < n)[:, None] & (c + j < width)[None, :]
-        words = tl.load(rows + (c + j)[None, :], mask=inside, other=0)
-        words = tl.where(words == NEGATIVE_ZERO, 0, words)
-        factors = tl.sqrt((c + j).to(tl.float64) + tl.full([COLUMNS], FIRST_FACTOR, tl.float64))
-        products = words.to(tl.float64) * factors[None, :]
-        total += tl.sum(products.to(tl.int64, bitcast=True), 1)
+    for c in range(0, (width + 1) // 2, COLUMNS):
+        lower = 2 * (c + j)[None, :]
+        inside = (i < n)[:, None] & (lower < width)
+        low = tl.load(rows + lower, mask=inside, other=0)
+        high = tl.load(rows + lower + 1, mask=inside & (lower + 1 < width), other=0)
+        low, high = tl.where(low == NEGATIVE_ZERO, 0, low), tl.where(high == NEGATIVE_ZERO, 0, high)
+        words = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+        factors = ((c + j).to(tl.int64) * tl.full([COLUMNS], _GOLDEN, tl.int64)) | 1
+        total += tl.sum((words ^ (words >> _MIXING_SHIFT)) * factors[None, :], 1)
     tl.store(HASHES + i, total, mask=i < n)
 
 

@@ -72,9 +72,9 @@ def _run(args: argparse.Namespace, study: Study, console: Console) -> int:
         while done and (now := progress(study, find)).due:
             done = workshop.do(f"{study.title}: a round on the validation side", now.due, console)
         if done:
-            declare(study, now.winners, args.results, record=True)
+            declare(now.study, now.winners, args.results, record=True)
             title = f"{study.title}: confirmation on the test side"
-            done = workshop.do(title, needed(study, now.winners), console)
+            done = workshop.do(title, needed(now.study, now.winners), console)
     console.rule("Report")
     command = f"python examples/miniature/study.py {study.name} --preset {study.size}"
     say(console, str(report.write(study, args.report, find=find, command=command)))

@@ -12,7 +12,7 @@ from typing import Any
 from miniature_paper.collection import Compared, Score
 from miniature_paper.statistics import Difference, Estimate
 
-from .objective import OBJECTIVE, SCORES
+from .objective import SCORES
 from .study import Round, Study
 from .trials import RECIPE, REFERENCE, VALIDATION, Attempt, Trial, combine
 
@@ -48,13 +48,14 @@ class Standing:
     """A try after a round."""
 
     trial: Trial
-    clip: Estimate  # plain CLIP's objective
+    clip: Estimate  # plain CLIP's score
     differences: dict[str, Difference]  # to plain CLIP in every score; empty if it diverged
+    score: str  # the study's
 
     @property
     def worth(self) -> float:
         """What tries are ordered by; one that diverged is below every other."""
-        return self.differences[OBJECTIVE].mean if self.differences else float("-inf")
+        return self.differences[self.score].mean if self.differences else float("-inf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def stand(study: Study, trials: Sequence[Trial], one: Round, records: Records) -
             raise ValueError(f"plain CLIP, which {trial.name} is compared with, diverged")
         differences = {s: comparison.difference(trial.name, REFERENCE, score) for s, score in SCORES.items()}
         known = {name: d for name, d in differences.items() if d is not None}
-        found.append(Standing(trial, comparison.estimate(clip, SCORES[OBJECTIVE]), known))
+        found.append(Standing(trial, comparison.estimate(clip, SCORES[study.score]), known, study.score))
     return sorted(found, key=lambda standing: (-standing.worth, standing.trial.name))
 
 
@@ -99,19 +100,37 @@ def helped(standings: Sequence[Standing]) -> list[Trial]:
     return list(best.values())
 
 
+def _take(study: Study, trials: tuple[Trial, ...], one: Round, find: Find) -> Step:
+    needed = study.attempts(trials, one, VALIDATION)
+    records = find(needed)
+    missing = tuple(a for a in needed if a not in records)
+    standings = () if missing else tuple(stand(study, trials, one, records))
+    kept = tuple(standing.trial for standing in standings[: one.keep] if standing.differences)
+    return Step(one, trials, tuple(needed), missing, standings, kept)
+
+
+def _neighbours(study: Study, arm: str, step: Step, tried: Sequence[Trial]) -> list[Trial]:
+    """Return what the best try of a round has beside it in its arm's grid and was never tried."""
+    if arm not in study.grids or step.missing or not step.kept:
+        return []
+    left = len(study.arms[arm]) + study.extensions - len(tried)
+    return [one for one in study.grids[arm].beside(step.kept[0]) if one not in tried][: max(left, 0)]
+
+
 def climb(study: Study, arm: str, find: Find) -> list[Step]:
     """Return an arm's rounds as far as the records reach; the last is to be done next, or has the winner."""
     steps: list[Step] = []
     trials = study.arms[arm]
+    tried = list(trials)
     for number, one in enumerate(study.rounds):
-        needed = study.attempts(trials, one, VALIDATION)
-        records = find(needed)
-        missing = tuple(a for a in needed if a not in records)
-        standings = () if missing else tuple(stand(study, trials, one, records))
-        kept = tuple(standing.trial for standing in standings[: one.keep] if standing.differences)
-        steps.append(Step(one, trials, tuple(needed), missing, standings, kept))
-        if missing:
+        step = _take(study, trials, one, find)
+        while new := _neighbours(study, arm, step, tried):
+            tried += new
+            step = _take(study, (*step.trials, *new), one, find)
+        steps.append(step)
+        if step.missing:
             break
+        standings, kept = step.standings, step.kept
         new = combine(helped(standings), study.combined) if number == 0 and study.combined else []
         trials = tuple(dict.fromkeys([*study.along.values(), *kept, *new]))
     return steps
@@ -136,8 +155,14 @@ def winner(study: Study, arm: str, steps: Sequence[Step]) -> Trial | None:
 class Progress:
     """How far a study is."""
 
+    study: Study  # with the arms that are made of others' winners, as far as these are known
     steps: dict[str, list[Step]]  # the rounds of every arm
     winners: dict[str, Trial]  # of the arms whose rounds are over
+
+    @property
+    def over(self) -> bool:
+        """Whether every arm has its winner."""
+        return len(self.winners) == len(self.study.names)
 
     @property
     def due(self) -> list[Attempt]:
@@ -147,6 +172,18 @@ class Progress:
 
 def progress(study: Study, find: Find) -> Progress:
     """Return the arms' rounds and winners, as far as the records reach."""
-    steps = {arm: climb(study, arm, find) for arm in study.arms}
-    winners = {arm: winner(study, arm, of) for arm, of in steps.items()}
-    return Progress(steps, {arm: trial for arm, trial in winners.items() if trial is not None})
+    steps: dict[str, list[Step]] = {}
+    winners: dict[str, Trial] = {}
+    for arm in study.names:
+        if arm in study.together:
+            one = study.together[arm]
+            parts = [*study.rivals, *filter(None, [one.beside])]
+            if not all(part in winners for part in parts):
+                continue
+            worth = {name: steps[name][-1].standings[0].worth for name in study.rivals}
+            study = study.with_grid(one.grid(arm, study, winners, worth))
+        steps[arm] = climb(study, arm, find)
+        best = winner(study, arm, steps[arm])
+        if best is not None:
+            winners[arm] = best
+    return Progress(study, steps, winners)

@@ -22,7 +22,7 @@ from miniature_paper.wording import difference_text, mark, mean_text, p_text
 
 from .confirmation import Outcome, needed, outcome
 from .ladder import Find, Records, Standing, Step, progress
-from .objective import OBJECTIVE, SCORES
+from .objective import SCORES
 from .study import Study
 from .trials import LOSS, RECIPE, REFERENCE, Trial
 
@@ -34,7 +34,7 @@ Panel = Mapping[str, tuple[Difference, bool]]  # by name; whether it is coloured
 def write(study: Study, folder: Path, *, find: Find, command: str) -> Path:
     """Write the report with its pictures, as far as the records reach, and return its page's path."""
     now = progress(study, find)
-    over = len(now.winners) == len(study.arms)
+    study, over = now.study, now.over
     wanted = needed(study, now.winners) if over else []
     found = outcome(study, now.winners, find) if over else None
     # The rounds that have begun, each with its arms.
@@ -44,6 +44,8 @@ def write(study: Study, folder: Path, *, find: Find, command: str) -> Path:
     rounds = [steps for steps in rounds if steps]
     tried = (trial for step in chain(*rounds) for trial in step.trials)
     settings = list(dict.fromkeys(chain(*study.arms.values(), tried)))
+    if study.grids:  # what joined a grid later stands with its arm
+        settings.sort(key=lambda trial: study.names.index(trial.factor))
     records = find(list(dict.fromkeys([*(one for step in chain(*rounds) for one in step.attempts), *wanted])))
     for name in ("", "-rounds"):
         (folder / "figures" / f"{study.name}{name}.png").unlink(missing_ok=True)
@@ -65,7 +67,7 @@ def write(study: Study, folder: Path, *, find: Find, command: str) -> Path:
         reference=REFERENCE,
         loss=LOSS,
         facts=table(["", ""], _facts(study, settings, records, find, command)),
-        rounds=[(steps, _standings(steps)) for steps in rounds],
+        rounds=[(steps, _standings(study, steps)) for steps in rounds],
         levels=_levels(found) if found else None,
         tests=_tests(study, found) if found else None,
         secondary=_secondary(found) if found and found.measures else None,
@@ -96,13 +98,13 @@ def _pictures(study: Study, rounds: Sequence[Sequence[Step]], found: Outcome | N
     for number, steps in enumerate(rounds, start=1):
         kept = [trial for step in steps for trial in step.kept]
         rows = {s.trial.name: s for step in steps for s in step.standings if s.differences}
-        shown = {name: (s.differences[OBJECTIVE], s.trial in kept) for name, s in rows.items()}
+        shown = {name: (s.differences[study.score], s.trial in kept) for name, s in rows.items()}
         panels[f"Round {number}: {len(rows)} settings"] = shown
     drawn = {
         f"{study.name}-rounds": draw(
             panels,
             "Every setting's mean difference to plain CLIP, round by round.",
-            "objective less plain CLIP's (points, validation side)",
+            f"{study.score} less plain CLIP's (points, validation side)",
         )
     }
     if found:
@@ -119,7 +121,7 @@ def _less(pair: tuple[str, str]) -> str:
     return f"{pair[0]} less {'plain CLIP' if pair[1] == REFERENCE else pair[1]}"
 
 
-def _standings(steps: Sequence[Step]) -> str:
+def _standings(study: Study, steps: Sequence[Step]) -> str:
     last = steps[0].round.keep == 1
     kept = [trial for step in steps for trial in step.kept]
 
@@ -131,7 +133,7 @@ def _standings(steps: Sequence[Step]) -> str:
         differences = [difference_text(one.differences[s]) for s in SCORES] if one.differences else diverged
         return [f"`{one.trial.name}`", *differences, mean_text(one.clip, one.clip.n), continues(one.trial)]
 
-    head = ["setting", *SCORES, "CLIP's objective", "wins" if last else "continues"]
+    head = ["setting", *SCORES, f"CLIP's {study.score}", "wins" if last else "continues"]
     rows = [row(one) for step in steps for one in step.standings]
     return table(head, rows, right=len(head) - 1) if rows else ""
 

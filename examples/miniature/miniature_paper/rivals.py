@@ -1,0 +1,294 @@
+"""The other ways to learn from a teacher, from the formulas of their papers: what ranking is compared with.
+
+A package like any other's: it registers ``--loss rivals`` through the entry points ``rankloss.losses``.
+V and T are the student's unit-norm features of N pairs, V' and T' the teacher's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloss import RankClipLoss
+from rankloss.distributed import Gather
+from rankloss.losses import Base, GatheringLoss, base_entries, check_base, check_weight, combined
+from rankloss_trainers.catalog import LossEntry, Option, Options, count, number_type, weight
+
+Pair = tuple[Tensor, Tensor]  # the features of the images, and of the texts
+Scales = tuple[Tensor | float, Tensor | float]  # of the student's similarities, s, and of the teacher's, s'
+
+
+def mimicry(student: Pair, teacher: Pair) -> Tensor:
+    """Feature mimicry (CLIP-KD): ``mean_i ‖v_i − v'_i‖² + mean_i ‖t_i − t'_i‖²``."""
+    return sum_of((x - y).square().sum(-1).mean() for x, y in zip(student, teacher, strict=True))
+
+
+def contrast(student: Pair, teacher: Pair, scale: Tensor | float) -> Tensor:
+    """Interactive contrastive learning (CLIP-KD): CLIP's loss of each student tower with the teacher's other.
+
+    ``½[CE_k(scale·V·T'ᵀ) + CE_k(scale·T·V'ᵀ)]``, k the row's own number.
+    """
+    own = torch.arange(len(student[0]), device=student[0].device)
+    crossed = zip(student, reversed(teacher), strict=True)
+    return sum_of(F.cross_entropy(scale * x @ y.T, own) for x, y in crossed) / 2
+
+
+def relation(student: Pair, teacher: Pair, scales: Scales) -> Tensor:
+    """Contrastive relation distillation (CLIP-KD; the distillation loss of open_clip's trainer).
+
+    The cross-entropy H of softmax rows: ``½[H(s'·V'·T'ᵀ, s·V·Tᵀ) + H(s'·T'·V'ᵀ, s·T·Vᵀ)]``.
+    """
+    return sum_of(soft_cross_entropy(*pair) for pair in _cross_modal(student, teacher, scales)) / 2
+
+
+def softmax(student: Pair, teacher: Pair, scales: Scales) -> Tensor:
+    """:func:`relation`, and the same of the two matrices within a modality, without their diagonals."""
+    within = (
+        tuple(s * _off_diagonal(x @ x.T) for s, x in zip(scales, of, strict=True))
+        for of in zip(student, teacher, strict=True)
+    )
+    return relation(student, teacher, scales) + sum_of(soft_cross_entropy(*pair) for pair in within) / 2
+
+
+def pearson(student: Pair, teacher: Pair, scales: Scales) -> Tensor:
+    """Row-wise Pearson distance (DIST): one minus the correlation of softmax rows, the mean of both ways."""
+
+    def distance(mine: Tensor, theirs: Tensor) -> Tensor:
+        rows = (x.softmax(-1) for x in (mine, theirs))
+        return 1 - F.cosine_similarity(*(x - x.mean(-1, keepdim=True) for x in rows), dim=-1).mean()
+
+    return sum_of(distance(*pair) for pair in _cross_modal(student, teacher, scales)) / 2
+
+
+def distances(student: Pair, teacher: Pair) -> Tensor:
+    """Relational distances (RKD): Huber's loss of the distances within a modality, each over their mean."""
+
+    def relative(x: Tensor) -> Tensor:
+        found = torch.pdist(x)
+        return found / found.mean()
+
+    return sum_of(F.huber_loss(relative(x), relative(y)) for x, y in zip(student, teacher, strict=True))
+
+
+def soft_cross_entropy(mine: Tensor, theirs: Tensor) -> Tensor:
+    """The mean over rows of the cross-entropy from the softmax of the teacher's to that of the student's."""
+    return F.cross_entropy(mine, theirs.softmax(-1))
+
+
+def sum_of(terms: Any) -> Tensor:
+    """The sum of at least one term."""
+    return torch.stack(list(terms)).sum()
+
+
+def _cross_modal(student: Pair, teacher: Pair, scales: Scales) -> list[tuple[Tensor, Tensor]]:
+    """The logits of both, images in the rows and then texts in the rows."""
+    mine, theirs = (s * v @ t.T for s, (v, t) in zip(scales, (student, teacher), strict=True))
+    return [(mine, theirs), (mine.T, theirs.T)]
+
+
+def _off_diagonal(x: Tensor) -> Tensor:
+    return x[~torch.eye(len(x), dtype=torch.bool, device=x.device)].view(len(x), -1)
+
+
+_OF_FEATURES = {"mimicry": mimicry, "contrast": contrast}  # what compares features of both in one space
+_OF_RELATIONS: dict[str, Callable[..., Tensor]] = {
+    "relation": relation,
+    "softmax": softmax,
+    "pearson": pearson,
+    "distances": distances,
+}
+TERMS: dict[str, Callable[..., Tensor]] = {**_OF_FEATURES, **_OF_RELATIONS}
+SCALED = ("contrast", "relation", "softmax", "pearson")
+
+
+class RivalsLoss(GatheringLoss):
+    """``L_base + Σ weight·term``, the terms being those of :data:`TERMS`, over the pairs of one process.
+
+    Args:
+        base: the loss that the terms are added to, with the forward convention of open_clip's losses. None:
+            :class:`rankloss.ClipLoss`. A :class:`rankloss.RankClipLoss` is given the teacher's features, too.
+        components: ``[D', D]``, what the teacher's features are multiplied by for mimicry and contrast, which
+            compare them with the student's; the result is given unit norm. See :func:`principal_components`.
+            None where the widths are the same.
+        scales: the scale of a term by its name: of contrast's logits, else of the teacher's similarities. One
+            that is missing or None is the student's own, ``logit_scale``.
+        **weights: of the terms by name; a term without one is left out.
+
+    Raises:
+        ValueError: for a weight that is negative or not finite, or no term; for a scale that is not positive;
+            for components that are no matrix; in ``forward`` for wrong features, as in rankloss's losses, and
+            for a teacher's of another width than the student's where the terms need the same.
+
+    Example:
+        >>> v = torch.eye(2)
+        >>> entries = RivalsLoss(mimicry=2.0)(
+        ...     v, v, 1.0, output_dict=True, reference_image_features=v, reference_text_features=v.flip(0)
+        ... )
+        >>> entries["mimicry_loss"].item()
+        4.0
+    """
+
+    def __init__(
+        self,
+        base: Base | None = None,
+        *,
+        components: Tensor | None = None,
+        scales: Mapping[str, float | None] | None = None,
+        **weights: float,
+    ) -> None:
+        super().__init__(False)
+        unknown = [*(weights.keys() - TERMS.keys()), *((scales or {}).keys() - {*SCALED})]
+        if unknown:
+            raise ValueError(
+                f"terms are {', '.join(TERMS)}, with a scale {', '.join(SCALED)}; got {unknown[0]}"
+            )
+        self.base = check_base(base, self.gather)
+        self.weights = {name: w for name in TERMS if (w := check_weight(name, weights.get(name, 0.0))) > 0}
+        if not self.weights:
+            raise ValueError(f"one of {', '.join(TERMS)} must have a weight above 0; got {weights}")
+        self.scales = {name: scale for name, scale in (scales or {}).items() if scale is not None}
+        for name, scale in self.scales.items():
+            if check_weight(f"{name}_scale", scale) == 0:
+                raise ValueError(f"{name}_scale must be above 0; got {scale!r}")
+        if components is not None and (components.dim() != 2 or not components.is_floating_point()):
+            kind = f"{components.dtype} {tuple(components.shape)}"
+            raise ValueError(f"components must be a floating-point matrix; got {kind}")
+        self.components = components
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        *,
+        reference_image_features: Tensor,
+        reference_text_features: Tensor,
+        **base_inputs: Any,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or with ``output_dict`` its summands; ``base_inputs`` go to the base alone."""
+        references = {
+            "reference_image_features": reference_image_features,
+            "reference_text_features": reference_text_features,
+        }
+        self.check_inputs(image_features, text_features, logit_scale, **references)
+        if isinstance(self.base, RankClipLoss):
+            base_inputs |= references
+        entries = base_entries(
+            self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
+        )
+        student = image_features, text_features
+        teacher = reference_image_features, reference_text_features
+        own = {}
+        for name, weight_ in self.weights.items():
+            scale = self.scales.get(name, logit_scale)
+            if name in _OF_FEATURES:
+                given: list[Any] = [student, self._in_students_space(teacher, image_features.shape[1])]
+                given += [scale] if name in SCALED else []
+            else:
+                given = [student, teacher, *([(logit_scale, scale)] if name in SCALED else [])]
+            own[f"{name}_loss"] = weight_ * TERMS[name](*given)
+        return combined(entries, own, output_dict)
+
+    def _in_students_space(self, teacher: Pair, width: int) -> Pair:
+        if self.components is not None:
+            components = self.components.to(teacher[0])
+            if len(components) != teacher[0].shape[1]:
+                raise ValueError(
+                    "components must have as many rows as the teacher's features have numbers, "
+                    f"{teacher[0].shape[1]}; got {tuple(components.shape)}"
+                )
+            teacher = tuple(F.normalize(x @ components, dim=-1) for x in teacher)  # type: ignore[assignment]
+        for name, x in zip(("image", "text"), teacher, strict=True):
+            if x.shape[1] != width:
+                raise ValueError(
+                    f"reference_{name}_features must have the student's width, {width}, to be compared with "
+                    f"its features; got {x.shape[1]}: give the teacher's principal components"
+                )
+        return teacher
+
+    def extra_repr(self) -> str:
+        """The weights and scales."""
+        said = {**self.weights, **{f"{name}_scale": scale for name, scale in self.scales.items()}}
+        return ", ".join(f"{name}={value:g}" for name, value in said.items())
+
+
+def principal_components(images: Tensor, texts: Tensor, width: int) -> Tensor:
+    """``[D', width]``: the directions in which a teacher's features, of both modalities, are largest.
+
+    About the origin, not about a mean: of all projections to this width the one that keeps their products
+    best. Both modalities share it, so that an image and a text can still be compared.
+    """
+    both = torch.cat([images, texts]).double()
+    _, vectors = torch.linalg.eigh(both.T @ both)  # in ascending order
+    return vectors.flip(1)[:, :width].to(images.dtype).contiguous()
+
+
+# --- the entry of --loss ----------------------------------------------------------------------------------
+
+
+def _build(base: Any, options: Options, _: Gather) -> RivalsLoss:
+    if options["rank_lambda"]:  # what --loss rankclip-distill trains with
+        lambdas = {"lambda_cross": options["rank_lambda"], "lambda_in": options["rank_lambda"]}
+        base = RankClipLoss(base, top_k=options["rank_top_k"], gather=False, **lambdas)
+    path = options["components"]
+    return RivalsLoss(
+        base,
+        components=None if path is None else torch.from_numpy(np.load(path)),
+        scales={name: options[f"{name}_scale"] for name in SCALED},
+        **{name: options[name] for name in TERMS},
+    )
+
+
+def _refuse(options: Options, gather: Gather) -> str | None:
+    if (gather.world_size or 1) > 1:
+        return "rivals compares the pairs of one process"
+    try:
+        _build(None, {**options, "components": None}, gather)
+    except ValueError as error:  # what the loss itself refuses
+        return str(error)
+    try:
+        _build(None, options, gather)
+    except (ValueError, OSError) as error:  # what else the file can be
+        return f"components: {error}"
+    return None
+
+
+_NUMBER = {"type": weight, "metavar": "X"}
+_SCALE = {"type": number_type(above=0), "metavar": "X"}
+RIVALS = LossEntry(
+    build=_build,
+    help="the trainer's own plus other ways to learn from a teacher",
+    options=(
+        *(Option(name, 0.0, f"weight of the term {name}", _NUMBER) for name in TERMS),
+        *(Option(f"{name}-scale", None, f"scale of {name}", _SCALE, "the student's") for name in SCALED),
+        Option("rank-lambda", 0.0, "multiplies lambda of the rank terms held against the teacher", _NUMBER),
+        Option("rank-top-k", 8, "how many of the teacher's ranks count", {"type": count, "metavar": "K"}),
+        Option(
+            "components",
+            None,
+            "an .npy file of the teacher's principal components",
+            {"metavar": "PATH"},
+            "none",
+        ),
+        Option(
+            "reference-features",
+            None,
+            "the teacher's precomputed features, as for rankclip",
+            {"metavar": "PATH"},
+            "those of the teacher that the trainer has",
+        ),
+    ),
+    refuse=_refuse,
+    unit="step",
+    uses_teacher=lambda _: True,
+    reference_features=lambda options: options["reference_features"],
+    keeps_distillation=lambda _: False,
+    no_sigmoid="its terms are those of a softmax loss",
+)

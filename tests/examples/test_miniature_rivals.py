@@ -1,0 +1,221 @@
+"""The rivals of ranking by a teacher: their terms against NumPy, and what they refuse."""
+
+import numpy as np
+import pytest
+import torch
+from miniature_paper.rivals import RIVALS, SCALED, TERMS, RivalsLoss, principal_components
+from open_clip.loss import DistillClipLoss
+
+import rankloss
+from rankloss.distributed import Gather
+from rankloss_trainers import catalog
+
+N, D, WIDE = 7, 5, 8
+S, S_TEACHER = 12.0, 30.0
+
+
+def unit(rows, columns, seed):
+    x = np.random.default_rng(seed).normal(size=(rows, columns))
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+STUDENT = unit(N, D, 0), unit(N, D, 1)
+TEACHER = unit(N, WIDE, 2), unit(N, WIDE, 3)
+COMPONENTS = np.linalg.qr(np.random.default_rng(4).normal(size=(WIDE, D)))[0]
+
+
+# --- the papers' formulas, entry by entry ---
+
+
+def projected():
+    found = []
+    for x in TEACHER:
+        rows = x @ COMPONENTS
+        found.append(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    return found
+
+
+def probabilities(row):
+    e = np.exp(row - row.max())
+    return e / e.sum()
+
+
+def cross_entropy(teacher, student):
+    rows = zip(teacher, student, strict=True)
+    return np.mean([-(probabilities(y) * np.log(probabilities(x))).sum() for y, x in rows])
+
+
+def without_diagonal(x):
+    return np.array([np.delete(row, i) for i, row in enumerate(x)])
+
+
+def numpy_mimicry(v, t):
+    return sum(sum(((x - y) ** 2).sum(1)) / N for x, y in zip((v, t), projected(), strict=True))
+
+
+def numpy_contrast(v, t):
+    images, texts = projected()
+    one_hot = 1e9 * np.eye(N)
+    return (cross_entropy(one_hot, 20 * v @ texts.T) + cross_entropy(one_hot, 20 * t @ images.T)) / 2
+
+
+def numpy_relation(v, t):
+    mine, theirs = S * v @ t.T, S_TEACHER * TEACHER[0] @ TEACHER[1].T
+    return (cross_entropy(theirs, mine) + cross_entropy(theirs.T, mine.T)) / 2
+
+
+def numpy_softmax(v, t):
+    within = [
+        cross_entropy(without_diagonal(S_TEACHER * y @ y.T), without_diagonal(S * x @ x.T))
+        for x, y in zip((v, t), TEACHER, strict=True)
+    ]
+    return numpy_relation(v, t) + sum(within) / 2
+
+
+def numpy_pearson(v, t):
+    mine, theirs = S * v @ t.T, S_TEACHER * TEACHER[0] @ TEACHER[1].T
+    rows = [*zip(mine, theirs, strict=True), *zip(mine.T, theirs.T, strict=True)]
+    return np.mean([1 - np.corrcoef(probabilities(x), probabilities(y))[0, 1] for x, y in rows])
+
+
+def numpy_distances(v, t):
+    total = 0.0
+    for x, y in zip((v, t), TEACHER, strict=True):
+        pairs = [(i, j) for i in range(N) for j in range(i)]
+        own, theirs = (np.array([np.linalg.norm(z[i] - z[j]) for i, j in pairs]) for z in (x, y))
+        off = abs(own / own.mean() - theirs / theirs.mean())
+        total += np.where(off < 1, off**2 / 2, off - 0.5).mean()
+    return total
+
+
+def tensors(pair):
+    return [torch.from_numpy(x).requires_grad_() for x in pair]
+
+
+def given(pair=TEACHER):
+    names = ("reference_image_features", "reference_text_features")
+    return dict(zip(names, map(torch.from_numpy, pair), strict=True))
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_term_is_its_papers_formula(name):
+    """Value, and the gradient along a random direction as a difference quotient has it."""
+    scales = {"contrast": 20.0, **dict.fromkeys(("relation", "softmax", "pearson"), S_TEACHER)}
+    criterion = RivalsLoss(components=torch.from_numpy(COMPONENTS), scales=scales, **{name: 2.5})
+    features = tensors(STUDENT)
+    entries = criterion(*features, S, output_dict=True, **given())
+    expected = globals()[f"numpy_{name}"]
+    assert entries.keys() == {"contrastive_loss", f"{name}_loss"}
+    assert entries[f"{name}_loss"].item() == pytest.approx(2.5 * expected(*STUDENT), rel=1e-12)
+    torch.testing.assert_close(entries["contrastive_loss"], rankloss.ClipLoss()(*features, S))
+    along, step = [np.random.default_rng(9 + i).normal(size=(N, D)) for i in range(2)], 1e-6
+    ends = (expected(*(x + sign * step * a for x, a in zip(STUDENT, along, strict=True))) for sign in (1, -1))
+    slope = 2.5 * np.subtract(*ends) / (2 * step)
+    found = torch.autograd.grad(entries[f"{name}_loss"], features)
+    inner = sum((x.numpy() * a).sum() for x, a in zip(found, along, strict=True))
+    assert inner == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_scale_that_is_not_given_is_the_students(name):
+    own, same = (
+        RivalsLoss(components=torch.from_numpy(COMPONENTS), scales=scales, **{name: 1.0})
+        for scales in (None, {name: S})
+    )
+    inputs = [*tensors(STUDENT), S]
+    torch.testing.assert_close(own(*inputs, **given()), same(*inputs, **given()), rtol=0, atol=0)
+
+
+def test_the_relation_is_the_distillation_of_open_clips_trainer():
+    features, references = tensors(STUDENT), given()
+    own = RivalsLoss(relation=1.0, scales={"relation": S_TEACHER})(
+        *features, S, output_dict=True, **references
+    )
+    theirs = DistillClipLoss()(*features, S, *references.values(), S_TEACHER, output_dict=True)
+    torch.testing.assert_close(own["relation_loss"], theirs["distill_loss"])
+
+
+def test_equal_captions_have_a_gradient():
+    """Two equal texts have the distance 0, whose root has no derivative."""
+    features = tensors((STUDENT[0], STUDENT[1][[0, 0, 1, 2, 3, 4, 5]]))
+    RivalsLoss(distances=1.0)(*features, S, **given()).backward()
+    assert all(torch.isfinite(x.grad).all() for x in features)
+
+
+def test_principal_components_keep_products_best():
+    """As the truncated singular value decomposition of all features does."""
+    images, texts = (torch.from_numpy(x) for x in TEACHER)
+    kept = principal_components(images, texts, D)
+    both = torch.cat([images, texts])
+    u, s, vt = torch.linalg.svd(both, full_matrices=False)
+    torch.testing.assert_close(both @ kept @ kept.T, (u[:, :D] * s[:D]) @ vt[:D])
+
+
+def test_the_ranks_beside_the_rivals_are_those_of_rankclip_distill():
+    preset = catalog.candidates()["rankclip-distill"].load()
+    options = {option.key: option.default for option in RIVALS.options}
+    options |= {"relation": 1.0, "rank_lambda": 64.0, "rank_top_k": 8}
+    both = RIVALS.build(None, options, Gather())
+    alone = preset.build(
+        rankloss.ClipLoss(), {option.key: option.default for option in preset.options}, Gather()
+    )
+    found = []
+    for criterion in (both, alone):
+        for part in criterion.modules():
+            if hasattr(part, "set_progress"):
+                part.set_progress(30, 40)
+        found.append(criterion(*tensors(STUDENT), S, output_dict=True, **given()))
+    assert found[0].keys() == {*found[1], "relation_loss"}
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, "mimicry"),
+        ({"mimicry": 0.0}, "mimicry"),
+        ({"mimicry": -1.0}, "mimicry"),
+        ({"mimicry": float("nan")}, "mimicry"),
+        ({"angles": 1.0}, "angles"),
+        ({"relation": 1.0, "scales": {"relation": 0.0}}, "relation_scale"),
+        ({"relation": 1.0, "scales": {"distances": 1.0}}, "distances"),
+        ({"mimicry": 1.0, "components": torch.ones(3)}, "components"),
+    ],
+)
+def test_what_the_loss_is_built_of_is_checked(options, named):
+    with pytest.raises(ValueError, match=named):
+        RivalsLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "references", "named"),
+    [
+        ({"mimicry": 1.0}, TEACHER, "reference_image_features must have the student's width"),
+        ({"contrast": 1.0, "components": torch.ones(3, D)}, TEACHER, "components"),
+        ({"relation": 1.0}, (TEACHER[0][:3], TEACHER[1]), "reference_image_features"),
+        ({"relation": 1.0}, (TEACHER[0], TEACHER[1] * np.nan), "reference_text_features"),
+    ],
+)
+def test_a_wrong_teacher_is_named(options, references, named):
+    with pytest.raises(ValueError, match=named):
+        RivalsLoss(**options)(*tensors(STUDENT), S, **given(references))
+
+
+def test_the_command_line_refuses_what_cannot_work(tmp_path):
+    entry = catalog.candidates()["rivals"].load()
+    defaults = {option.key: option.default for option in entry.options}
+    text = tmp_path / "components.npy"
+    text.write_text("no array")
+    assert "mimicry" in entry.refuse(defaults, Gather())
+    for options, processes, said in (
+        ({}, 1, None),
+        ({}, 2, "one process"),
+        ({"components": str(tmp_path / "none.npy")}, 1, "components: "),
+        ({"components": str(text)}, 1, "components: "),
+    ):
+        reason = entry.refuse({**defaults, "relation": 1.0, **options}, Gather(rank=0, world_size=processes))
+        assert reason is None if said is None else said in reason

@@ -1,0 +1,90 @@
+"""What a teacher's ranks and RankCLIP's own do to R@10, from the reports of the two studies."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from forest import comparisons
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from style import NARROW, SMALL, Colors
+
+REPORTS = Path(__file__).parents[2] / "examples/miniature/report"
+SCORE = "R@10, both ways"
+STUDIES = {  # report: settings of its confirmation, as the picture names them
+    "teacher": {
+        "clip": "CLIP",
+        "distillation-scale-x0.25": "the trainer's distillation",
+        "top-ranks-top-8": "a teacher's ranks",
+    },
+    "question": {"clip": "CLIP", "rankclip-recipe": "RankCLIP"},
+}
+_BEYOND = 0.8  # points from a mean to its number, which is clear of the interval
+_CELL = re.compile(r"([\d.]+) ± ([\d.]+) \((\d+)\)")
+
+
+@dataclass(frozen=True)
+class Recall:
+    """A setting's mean over seeds, and half of its 95 % interval, in percent."""
+
+    name: str
+    mean: float
+    half_width: float
+    seeds: int
+
+
+def recalls(study: str) -> list[Recall]:
+    """The settings of a study, from the table of its confirmation.
+
+    Raises:
+        KeyError: If the table has no such setting or score.
+    """
+    report = (REPORTS / f"{study}.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\|.*\|$", report.partition("## The confirmation")[2], re.MULTILINE)
+    rows = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table]
+    cells = {name: dict(zip(rows[0], [name, *of], strict=False)) for name, *of in rows}
+    found = []
+    for setting, name in STUDIES[study].items():
+        mean, half_width, seeds = _CELL.findall(cells[setting][SCORE])[0]
+        found.append(Recall(name, float(mean), float(half_width), int(seeds)))
+    return found
+
+
+def pairs_of(study: str) -> str:
+    """How many pairs the students of a study were trained on, as its report says."""
+    report = (REPORTS / f"{study}.md").read_text(encoding="utf-8")
+    return re.findall(r"; ([\d,]+) pairs, batches of", report)[0]
+
+
+def draw(colors: Colors) -> Figure:
+    """A panel for each study; they share the scale, which shows how small the second effect is."""
+    shown = {study: recalls(study) for study in STUDIES}
+    sizes = [len(rows) for rows in shown.values()]
+    figure = Figure(figsize=(NARROW, 3.4), layout="constrained")
+    panels = figure.subplots(len(shown), 1, sharex=True, height_ratios=sizes)
+    difference = comparisons()[0]
+    paired = f" ({difference.mean:+.2f} ± {difference.half_width:.2f})"
+    for axes, (study, rows) in zip(panels, shown.items(), strict=True):
+        _fill(axes, rows, colors, note=paired if study == "question" else "")
+        axes.set_title(f"{pairs_of(study)} icons, {rows[0].seeds} seeds", loc="left", fontsize=SMALL)
+    figure.supxlabel(
+        "R@10 among unseen concepts, %, with 95 % intervals;\nin brackets the difference, paired by seed",
+        fontsize=SMALL,
+    )
+    return figure
+
+
+def _fill(axes: Axes, rows: list[Recall], colors: Colors, note: str) -> None:
+    """A bar for each setting, with its interval and its number, and behind the last one a note."""
+    looks = [colors.other] * (len(rows) - 1) + [colors.ours]
+    means, errors = [row.mean for row in rows], [row.half_width for row in rows]
+    axes.barh(range(len(rows)), means, xerr=errors, color=looks, ecolor=colors.text, height=0.7)
+    for y, row in enumerate(rows):
+        text = f"{row.mean:.2f}{note if row is rows[-1] else ''}"
+        axes.text(row.mean + _BEYOND, y, text, va="center", fontsize=SMALL)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=SMALL)
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 22.5))
+    axes.tick_params(labelbottom=False)
+    axes.spines["bottom"].set_visible(False)
