@@ -83,7 +83,6 @@ SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
         ("--rankclip-reference teacher --rankclip-distill-loss exclude", None, "distill-loss exclude"),
         (SCALED, "reference_scale", ""),
         ("--rankclip-reference teacher --rankclip-fixed-reference text", "fixed_reference", ""),
-        ("--rankclip-reference teacher --rankclip-lambda-in 64", None, "lambda * 64/16 by design"),
         ("--rankclip-distill-loss exclude", "distill_loss", ""),
         ("--rankclip-lists batch --rankclip-diagonal exclude --rankclip-ties random", "diagonal", ""),
     ],
