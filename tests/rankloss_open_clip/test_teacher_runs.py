@@ -38,7 +38,7 @@ def shards_with_features(trainer: Trainer, directory: Path) -> list[str]:
 def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     directory = tmp_path_factory.mktemp("teacher")
     lines = (trainer.directory / "data.csv").read_text().splitlines()[1:]
-    pairs = [(Path(file).name, title) for file, title in (line.split("\t") for line in lines)]
+    pairs = [(Path(file).name, title) for file, title in (line.split("\t")[:2] for line in lines)]
     both = stored(directory / "both", pairs, **TEACHER)
     texts = stored(directory / "texts", pairs, text_features=TEACHER["text_features"])
     keys = stored(directory / "keys", [(f"{i:03}", title) for i, (_, title) in enumerate(pairs)], **TEACHER)
