@@ -79,7 +79,7 @@ _RANKCLIP_OPTIONS = (
         "rank by a teacher's features from a folder of `rankloss features`; with a webdataset also the word "
         "samples (or samples:image, samples:text), for members image_features.npy and text_features.npy of "
         "each sample",
-        {"metavar": "PATH"},
+        {"metavar": "FOLDER"},
         "none",
     ),
     Option(
