@@ -137,10 +137,10 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
         **settings,
     }
     for key in ("teacher", "widths", "dtype", "precision", "batch_size") if found else ():
-        if found is not None and found[key] != about[key]:
+        if found is not None and found.get(key) != about[key]:
             raise ValueError(
-                f"--output {output} was begun with another {key}, {found[key]}; this command has "
-                f"{about[key]}. To go on with the former: {found['command']}"
+                f"--output {output} was begun with another {key}, {found.get(key)}; this command has "
+                f"{about[key]}. To go on with the former: {found.get('command')}"
             )
     pairs = _hashed(output / ".pairs", data)
     if teacher.rows not in (None, len(pairs)):

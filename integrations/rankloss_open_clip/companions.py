@@ -58,7 +58,7 @@ class Companion(Protocol):
             ValueError: A row has none.
         """
 
-    def of_sample(self, sample: Sample, caption: str) -> str | None:
+    def of_sample(self, sample: Sample, caption: str | None) -> str | None:
         """The companion of a webdataset sample and its caption, as text, or None."""
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], companions: list[str]) -> Tensor:
@@ -102,7 +102,7 @@ class SecondCaption(Companion):
             )
         return [str(caption) for caption in table[self.key]]
 
-    def of_sample(self, sample: Sample, caption: str) -> str | None:  # noqa: ARG002
+    def of_sample(self, sample: Sample, caption: str | None) -> str | None:  # noqa: ARG002
         """See :class:`Companion`."""
         kind, _, field = self.key.partition(":")
         try:
@@ -166,7 +166,7 @@ def joined_samples(
     sample: Sample = {}
     for sample in read(*args, **kwargs):
         text_key = next((name for name in text_keys.split(";") if name in sample), None)
-        second = companion.of_sample(sample, "" if text_key is None else _text(sample[text_key]))
+        second = companion.of_sample(sample, None if text_key is None else _text(sample[text_key]))
         if text_key is not None and second is not None:
             found += 1
             sample[text_key] = _joined(sample[text_key], second).encode()

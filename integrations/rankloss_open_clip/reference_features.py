@@ -97,11 +97,11 @@ class ReferenceFeatures(Companion):
         opened(self.where).compare(pairs(), path)
         return [str(row) for row in range(len(captions))]
 
-    def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:
+    def of_sample(self, sample: dict[str, Any], caption: str | None) -> str | None:
         """The row of the sample, or its members' numbers as text; these are taken out of the sample."""
         if self.in_samples:
             return self._members(sample)
-        if not any(name in sample for name in _PICTURES):
+        if caption is None or not any(name in sample for name in _PICTURES):
             return None
         row = opened(self.where).find(hash_of_pair(caption, sample["__key__"]))
         if row is None:

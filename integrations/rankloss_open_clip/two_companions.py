@@ -32,7 +32,7 @@ class TwoCompanions(Companion):
         parts = (part.of_rows(path, separator, dataset) for part in (self.caption, self.features))
         return [_joined(*pair) for pair in zip(*parts, strict=True)]
 
-    def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:
+    def of_sample(self, sample: dict[str, Any], caption: str | None) -> str | None:
         """See :class:`Companion`."""
         second = self.caption.of_sample(sample, caption)
         row = None if second is None else self.features.of_sample(sample, caption)

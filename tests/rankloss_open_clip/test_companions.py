@@ -189,6 +189,8 @@ def test_rows_of_features_are_found_by_key_and_caption(tmp_path: Path) -> None:
     folder = stored(tmp_path / "x", [("1", "b"), ("0", "a")], text_features=unit_rows(2, 2))
     samples = {"txt": b"a"}, {"txt": b"b"}
     assert [x["txt"].decode() for x in read(ReferenceFeatures(folder), *samples)] == ["a\x1f1", "b\x1f0"]
+    # What the trainer skips has no row, and needs none.
+    assert len(read(ReferenceFeatures(folder), *samples, {"syn": b"left out"})) == 2
     for wrong in ({"txt": b"b"},), (*samples, {"txt": b"a"}):
         with pytest.raises(ValueError, match=f"sample '{len(wrong) - 1}' .*{folder}"):
             read(ReferenceFeatures(folder), *wrong)
