@@ -175,12 +175,11 @@ class Shards:
         """See :class:`Data`."""
         self.counts = []
         for url in self.urls:
-            captions, names = [], []
-            for sample, caption, _ in self._samples(url, pictures=False):
-                captions.append(caption)
-                names.append(sample["__key__"])
-            self.counts.append(len(captions))
-            yield captions, names
+            samples = self._samples(url, pictures=False)
+            self.counts.append(0)
+            while block := list(itertools.islice(samples, _BLOCK)):
+                self.counts[-1] += len(block)
+                yield [caption for _, caption, _ in block], [sample["__key__"] for sample, _, _ in block]
 
     def spans(self, size: int) -> list[tuple[int, Spans]]:
         """See :class:`Data`."""
