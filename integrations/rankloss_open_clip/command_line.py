@@ -14,6 +14,7 @@ from typing import Any
 from rankloss.distributed import Gather
 from rankloss_open_clip.companions import Companion, SecondCaption
 from rankloss_open_clip.reference_features import ReferenceFeatures, refuse
+from rankloss_open_clip.two_companions import TwoCompanions
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import BUILT_IN, TRAINERS_OWN, Candidate, LossEntry, dest
 from rankloss_trainers.command_line import add_options, by_prefix, did_you_mean, misplaced, with_flag
@@ -51,10 +52,11 @@ def companion_of(args: Any) -> Companion | None:
     """What has to come with every training text in a run with ``--loss``; None for a loss of pairs alone."""
     _, entry, options = chosen(args)
     caption, features = entry.caption_key(options), entry.reference_features(options)
-    if caption is not None:
-        return SecondCaption(caption)
-    two_widths = options.get("lambda_cross") == 0
-    return None if features is None else ReferenceFeatures(features, two_widths=two_widths)
+    second = None if caption is None else SecondCaption(caption)
+    if features is None:
+        return second
+    taught = ReferenceFeatures(features, two_widths=options.get("lambda_cross") == 0)
+    return taught if second is None else TwoCompanions(second, taught)
 
 
 def gather_of(args: Any) -> Gather:
@@ -70,8 +72,13 @@ def gather_of(args: Any) -> Gather:
 
 
 def distils(args: Any) -> bool:
-    """Whether the trainer has a teacher, which it decides by both of its arguments."""
-    return None not in (getattr(args, "distill_model", None), getattr(args, "distill_pretrained", None))
+    """Whether the trainer hands a teacher's features to its loss.
+
+    It has a teacher where both of its arguments name one. MobileCLIP's patch adds an option by which it reads
+    the features with the data.
+    """
+    named = getattr(args, "distill_model", None), getattr(args, "distill_pretrained", None)
+    return getattr(args, "dataset_reinforcement", False) or None not in named
 
 
 # --- the parser -----------------------------------------------------------------------------------------
@@ -176,7 +183,7 @@ def conditions_of(args: Any) -> dict[str, str]:
         # By its name, as open_clip's main branch knows one.
         "generative": model if any(kind in model.lower() for kind in ("genlip", "genlap")) else "",
         "sigmoid" if given("siglip") else "softmax": "--siglip",
-        "distills": given("distill_model") if distils(args) else "",
+        "distills": given("distill_model", "dataset_reinforcement") if distils(args) else "",
         "no_teacher": "" if distils(args) else "--distill-model and --distill-pretrained",
         "synthetic": "--dataset-type synthetic" if data_type == "synthetic" else "",
         "coca": model if "coca" in model.lower() else "",

@@ -46,20 +46,20 @@ class Companion(Protocol):
     name: str
     context: int = 0  # until the tokenizer is known
 
-    def of_rows(self, path: str, separator: str, count: int) -> Sequence[str]:
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Sequence[str]:
         """The companions of the rows of a CSV file, as text.
 
         Args:
             path: The file.
             separator: What separates the file's columns.
-            count: The number of its rows.
+            dataset: What the trainer has read of it: its ``captions`` and ``images``.
 
         Raises:
             ValueError: A row has none.
         """
 
-    def of_sample(self, sample: Sample) -> str | None:
-        """The companion of a webdataset sample, as text, or None."""
+    def of_sample(self, sample: Sample, caption: str | None) -> str | None:
+        """The companion of a webdataset sample and its caption, as text, or None."""
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], companions: list[str]) -> Tensor:
         """Companions as integers, ``[n, width]``."""
@@ -85,7 +85,7 @@ class SecondCaption(Companion):
         self.key = key
         self.name = f"second caption {key!r}"
 
-    def of_rows(self, path: str, separator: str, count: int) -> Sequence[str]:  # noqa: ARG002
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Sequence[str]:  # noqa: ARG002
         """See :class:`Companion`."""
         import pandas  # type: ignore[import-untyped]
 
@@ -102,7 +102,7 @@ class SecondCaption(Companion):
             )
         return [str(caption) for caption in table[self.key]]
 
-    def of_sample(self, sample: Sample) -> str | None:
+    def of_sample(self, sample: Sample, caption: str | None) -> str | None:  # noqa: ARG002
         """See :class:`Companion`."""
         kind, _, field = self.key.partition(":")
         try:
@@ -141,7 +141,7 @@ def join_csv(dataset: Any, path: str, separator: str, companion: Companion) -> N
         ValueError: A row has no companion.
     """
     first = dataset.captions
-    second = companion.of_rows(path, separator, len(first))
+    second = companion.of_rows(path, separator, dataset)
     dataset.captions = type(first)([_joined(a, b) for a, b in zip(first, second, strict=True)])
 
 
@@ -166,7 +166,7 @@ def joined_samples(
     sample: Sample = {}
     for sample in read(*args, **kwargs):
         text_key = next((name for name in text_keys.split(";") if name in sample), None)
-        second = companion.of_sample(sample)
+        second = companion.of_sample(sample, None if text_key is None else _text(sample[text_key]))
         if text_key is not None and second is not None:
             found += 1
             sample[text_key] = _joined(sample[text_key], second).encode()

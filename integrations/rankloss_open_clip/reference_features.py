@@ -2,15 +2,13 @@
 
 They are read by the workers that load the data, travel as the bits of float32 numbers behind the tokens, and
 come out of the model beside the student's features, as ``reference_image_features`` and
-``reference_text_features``.
+``reference_text_features``. A folder's rows are found by the pairs that they are of.
 """
 
 from __future__ import annotations
 
 import base64
-import functools
 import io
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,70 +16,30 @@ import torch
 from torch import Tensor
 
 from rankloss.checks import check_teacher
+from rankloss_features.folder import NAMES, hash_of_pair, name_of, opened
 from rankloss_open_clip.companions import Companion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-NAMES = ("image_features", "text_features")
-"""The arrays of a file, and with ``.npy`` behind them the members of a sample."""
+    from collections.abc import Callable, Iterator, Sequence
 
 IN_SAMPLES = {"samples": NAMES, "samples:image": NAMES[:1], "samples:text": NAMES[1:]}
 """The values that mean members of a webdataset's samples, and which members."""
 
-
-_ROWS = 65_536  # that are looked at together
+_BLOCK = 65_536  # pairs that are hashed together
+_PICTURES = ("png", "jpg", "jpeg", "webp")  # samples without one are skipped by the trainer
 
 
 def refuse(where: str, *, two_widths: bool) -> str | None:
-    """Why features from there cannot be used, or None. All rows of a file are read once."""
+    """Why features from there cannot be used, or None. All rows of a folder are read once."""
     if where in IN_SAMPLES:
         return None
     opened.cache_clear()  # of an earlier run in this process
     try:
         ReferenceFeatures(where, two_widths=two_widths)
-        for name, array in opened(where).items():
-            first = 0
-            for rows in np.array_split(array, max(1, len(array) // _ROWS)):
-                _checked(rows, f"{name} in {where}, counted from row {first},")
-                first += len(rows)
+        opened(where).check()
     except (OSError, ValueError) as error:
         return str(error)
     return None
-
-
-@functools.lru_cache(maxsize=1)
-def opened(path: str) -> Mapping[str, np.ndarray[Any, Any]]:
-    """The arrays of a directory, mapped into memory, or those of an ``.npz`` file, read into it.
-
-    Raises:
-        ValueError: There are none, or they are not matrices of floating-point numbers with as many rows.
-        OSError: They cannot be read.
-    """
-    if Path(path).is_dir():
-        files = {name: Path(path, f"{name}.npy") for name in NAMES}
-        arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items() if file.exists()}
-        shown = ", ".join(sorted(x.name for x in Path(path).iterdir())) or "nothing"
-    elif path.endswith(".npz"):
-        with np.load(path) as stored:
-            arrays = {name: stored[name] for name in NAMES if name in stored.files}
-            shown = ", ".join(stored.files)
-    else:
-        raise ValueError(f"{path} is neither a directory nor an .npz file")
-    if not arrays:
-        raise ValueError(f"{path} has neither image_features nor text_features; it has {shown}")
-    for name, array in arrays.items():
-        if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
-            raise ValueError(
-                f"{name} in {path} must be a matrix of floating-point numbers, a row per pair; got "
-                f"{array.dtype} {array.shape}"
-            )
-    if len({len(array) for array in arrays.values()}) > 1:
-        raise ValueError(
-            f"image_features and text_features in {path} must have a row per pair each; got "
-            f"{' and '.join(str(array.shape) for array in arrays.values())}"
-        )
-    return arrays
 
 
 class ReferenceFeatures(Companion):
@@ -91,13 +49,12 @@ class ReferenceFeatures(Companion):
     an odd width, and the shorter of two, end with zeros, which change no similarity within a modality.
 
     Args:
-        where: A path that :func:`opened` takes, or one of :data:`IN_SAMPLES`.
+        where: A folder of ``rankloss features``, or one of :data:`IN_SAMPLES`.
         two_widths: Whether images and texts may have features of different width, which only the in-modal
             lists can be ranked by.
 
     Raises:
-        ValueError: As :func:`opened`, or the widths differ.
-        OSError: As :func:`opened`.
+        ValueError: As :class:`rankloss_features.Features`, or the widths differ.
     """
 
     name = "row of precomputed features"
@@ -108,13 +65,12 @@ class ReferenceFeatures(Companion):
         self.in_samples = where in IN_SAMPLES
         if self.in_samples:
             self.names = IN_SAMPLES[where]
+            self.name = f"set of {' and '.join(f'{name}.npy' for name in self.names)}"
         else:
-            arrays = opened(where)
+            arrays = opened(where).arrays
             self.names = tuple(arrays)
             self._check_widths([array.shape[1] for array in arrays.values()], where)
         self._lengths: list[int] = []  # of the first sample's features
-        if self.in_samples:
-            self.name = f"set of {' and '.join(f'{name}.npy' for name in self.names)}"
 
     def _check_widths(self, widths: list[int], where: str) -> None:
         if len(set(widths)) > 1 and not self.two_widths:
@@ -124,27 +80,38 @@ class ReferenceFeatures(Companion):
                 "alone: lambda_cross=0, on the command line --rankclip-lambda-cross 0"
             )
 
-    def of_rows(self, path: str, separator: str, count: int) -> Sequence[str]:  # noqa: ARG002
-        """The rows' own numbers."""
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Sequence[str]:  # noqa: ARG002
+        """The rows' own numbers, once every pair is compared with the folder's."""
         if self.in_samples:
             raise ValueError(
                 f"{self.where} names members of a webdataset's samples, but {path} is a CSV file, whose rows "
-                "need a file of features"
+                "need a folder of features"
             )
-        rows = len(next(iter(opened(self.where).values())))
-        if rows != count:
-            raise ValueError(
-                f"{self.where} must have a row of features per row of {path}, which has {count}; got {rows}"
-            )
-        return [str(row) for row in range(count)]
+        captions, images = dataset.captions, dataset.images
 
-    def of_sample(self, sample: dict[str, Any]) -> str | None:
-        """The members' numbers as text; they are taken out of the sample."""
-        if not self.in_samples:
+        def pairs() -> Iterator[tuple[list[str], list[str]]]:
+            for first in range(0, len(captions), _BLOCK):
+                block = slice(first, first + _BLOCK)
+                yield [str(x) for x in captions[block]], [name_of(x) for x in images[block]]
+
+        opened(self.where).compare(pairs(), path)
+        return [str(row) for row in range(len(captions))]
+
+    def of_sample(self, sample: dict[str, Any], caption: str | None) -> str | None:
+        """The row of the sample, or its members' numbers as text; these are taken out of the sample."""
+        if self.in_samples:
+            return self._members(sample)
+        if caption is None or not any(name in sample for name in _PICTURES):
+            return None
+        row = opened(self.where).find(hash_of_pair(caption, sample["__key__"]))
+        if row is None:
             raise ValueError(
-                f"{self.where} is read by row number, which a webdataset's samples do not have; put the "
-                f"features into the samples and give one of {', '.join(IN_SAMPLES)}"
+                f"sample {sample['__key__']!r} of {sample.get('__url__')} with caption {caption!r} has no "
+                f"row in {self.where}: its features are of another caption, or of other data"
             )
+        return str(row)
+
+    def _members(self, sample: dict[str, Any]) -> str | None:
         members = [f"{name}.npy" for name in self.names]
         if not all(member in sample for member in members):
             return None
@@ -170,7 +137,7 @@ class ReferenceFeatures(Companion):
         if self.in_samples:
             rows = [np.frombuffer(base64.b64decode(part), np.float32) for part in text.split(" ")]
         else:
-            rows = [array[int(text)].astype(np.float32) for array in opened(self.where).values()]
+            rows = [array[0] for array in opened(self.where).take(np.array([int(text)])).values()]
         width = max(map(len, rows))
         width += width % 2
         return np.concatenate([np.pad(row, (0, width - len(row))) for row in rows]).view(np.int64)
@@ -182,7 +149,7 @@ class ReferenceFeatures(Companion):
 
 
 def _checked(rows: np.ndarray[Any, Any], where: str) -> np.ndarray[Any, Any]:
-    """The rows, or one of them, as the float32 numbers that reach the loss.
+    """A sample's features as the float32 numbers that reach the loss.
 
     Raises:
         ValueError: As :func:`rankloss.checks.check_teacher`.

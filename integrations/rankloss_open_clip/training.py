@@ -8,6 +8,7 @@ from typing import Any
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from open_clip.version import __version__
 from torch import Tensor, nn
 
@@ -65,9 +66,10 @@ class TrainerLoss(DrivenLoss):
         """
         if self.uses_teacher:
             for name in ("image_features", "text_features"):
-                inputs[f"reference_{name}"] = inputs[f"dist_{name}"]
+                # Several teachers side by side, as MobileCLIP's data have them, have another norm together.
+                inputs[f"reference_{name}"] = F.normalize(inputs[f"dist_{name}"].float(), dim=-1)
         if not self.keeps_distillation:
-            inputs = {name: x for name, x in inputs.items() if not name.startswith("dist_")}
+            inputs = {name: x for name, x in inputs.items() if not name.startswith(("dist_", "syn_"))}
         entries: Entries = super().forward(*features, **inputs)
         if not output_dict:
             return entries.total

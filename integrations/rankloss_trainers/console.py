@@ -7,6 +7,8 @@ no installed trainer has a problem, else 1.
 ``rankloss losses [NAME …]``: what ``--loss`` can name, with options and defaults. Losses that share their
 options stand together, above the options.
 
+``rankloss features``: a teacher's features of a training's pairs, computed once (:mod:`rankloss_features`).
+
 ``python -m rankloss`` is the same command.
 """
 
@@ -24,12 +26,18 @@ from rankloss_trainers.command_line import add_options, by_prefix
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out what the command line says, and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["features"]:  # it imports what it needs, and has a parser of its own
+        from rankloss_features.command import main as features
+
+        return features(argv[1:])
     parser = argparse.ArgumentParser(prog="rankloss", description="Losses for CLIP training, in any trainer.")
     parser.add_argument("--version", action="version", version=f"rankloss {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("doctor", help="say which installed trainers will honour --loss, and what would run")
     losses = commands.add_parser("losses", help="list what --loss can name, with options and defaults")
     losses.add_argument("names", nargs="*", metavar="NAME", help="only these")
+    commands.add_parser("features", help="compute a teacher's features of the training data", add_help=False)
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()

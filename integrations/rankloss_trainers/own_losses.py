@@ -76,10 +76,10 @@ _RANKCLIP_OPTIONS = (
     Option(
         "reference-features",
         None,
-        "rank by a teacher's precomputed features: a directory or .npz file of image_features and "
-        "text_features, or one of them, a row per row of the CSV file; with a webdataset the word samples "
-        "(or samples:image, samples:text), for members of these names in each sample",
-        {"metavar": "PATH"},
+        "rank by a teacher's features from a folder of `rankloss features`; with a webdataset also the word "
+        "samples (or samples:image, samples:text), for members image_features.npy and text_features.npy of "
+        "each sample",
+        {"metavar": "FOLDER"},
         "none",
     ),
     Option(

@@ -66,8 +66,8 @@ TABLE = {
     "sigmoid": {"softmax": "{loss} needs {softmax}: {only_sigmoid}"},
     # A teacher.
     "features": {
-        "columns": "reference_features belongs to open_clip's trainer; here a teacher's features are the "
-        "columns {columns} of the batch",
+        "columns": "reference_features: {columns} are members of a webdataset; here a teacher's features are "
+        "a folder, or columns of the batch",
         "distills": "reference_features: excludes {distills}, which is a teacher too",
     },
     "teacher": {
@@ -82,9 +82,6 @@ TABLE = {
         "loss takes no bias",
     },
     # What comes with the texts of the training data.
-    "caption features": {
-        "": "{loss} needs a second caption and a teacher's features, of which a text can have one",
-    },
     "caption": {"distills": "{loss} does not work with {distills}: the teacher takes one caption per image"},
     "companion": {
         "synthetic": "{synthetic} has no second caption, and no row of precomputed features",

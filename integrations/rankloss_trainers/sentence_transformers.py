@@ -20,6 +20,8 @@ from transformers import TrainerCallback
 
 import rankloss
 from rankloss.options import check_count
+from rankloss_features.binding import taught
+from rankloss_features.folder import Features
 from rankloss_trainers.clock import tell
 from rankloss_trainers.driven_loss import Entries, LoggedTerms, evaluation
 from rankloss_trainers.logging import RankClipLog
@@ -51,6 +53,8 @@ class RankClipLoss(nn.Module):
         output_dict: Return the terms by name, which the trainer adds up and logs, and with them the λ of the
             schedule and the raw terms, which it only logs. False returns their sum, which a loss that is
             wrapped in another (``MatryoshkaLoss``) has to.
+        reference_features: A folder of ``rankloss features`` that the data are bound to, by
+            ``rankloss_features.bind(…, column="label")``: the lists are ranked by this teacher.
         agreement_every: Log the batch's rank agreement at every so many optimizer steps, see
             :class:`rankloss_trainers.logging.RankClipLog`.
         **options: Of :class:`rankloss.RankClipLoss`: ``base``, ``schedule``, ``lambda_cross``, ``gather``, …
@@ -75,9 +79,11 @@ class RankClipLoss(nn.Module):
         scale: float = 20.0,
         output_dict: bool = True,
         agreement_every: int | None = None,
+        reference_features: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
+        self.reference_features = None if reference_features is None else Features(reference_features).check()
         self.model = model
         self.scale = scale
         self.output_dict = output_dict
@@ -91,28 +97,28 @@ class RankClipLoss(nn.Module):
         tell(self.criterion, "set_progress", step, total_steps)
         self.step = step - 1
 
-    def forward(
-        self,
-        sentence_features: Columns,
-        labels: Tensor | None = None,  # noqa: ARG002
-    ) -> Any:
+    def forward(self, sentence_features: Columns, labels: Tensor | None = None) -> Any:
         """The loss of a batch.
 
         Args:
             sentence_features: The tokenized columns, two of them.
-            labels: Not used; the pairs are the labels.
+            labels: A teacher's embeddings in the format of ``EmbedDistillLoss``, ``[N, 2, D']`` or
+                ``[N, D']`` for both columns, by which the lists are ranked; or the column ``label`` of data
+                that are bound to a folder of them. Others are not used: the pairs are the labels.
         """
         embeddings = [self.model(column)["sentence_embedding"] for column in _two(sentence_features)]
-        entries = self._entries(embeddings)
+        entries = self._entries(embeddings, labels)
         return LoggedTerms(*entries) if self.output_dict else entries.total
 
-    def _entries(self, embeddings: list[Tensor]) -> Entries:
+    def _entries(self, embeddings: list[Tensor], labels: Tensor | None) -> Entries:
         images, texts = (
             F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in embeddings
         )
-        features = {"image_features": images, "text_features": texts, "logit_scale": self.scale}
+        features: dict[str, Any] = {"image_features": images, "text_features": texts}
+        features["logit_scale"] = self.scale
         if not torch.is_grad_enabled():
             return evaluation(self.criterion.base, self.criterion.consistency.gather, **features)
+        features.update(taught(self.reference_features, labels))
         return Entries.of(self.criterion, self.log(self.criterion, self.step, **features))
 
 
@@ -166,12 +172,12 @@ class CachedRankClipLoss(CachedLossMixin, RankClipLoss):
     def calculate_loss(
         self,
         reps: list[list[Tensor]],
-        labels: Tensor | None = None,  # noqa: ARG002
+        labels: Tensor | None = None,
         *,
         with_backward: bool = False,
     ) -> Tensor:
         """The loss of embeddings that come in mini-batches; what GradCache asks of a loss."""
-        entries = self._entries([torch.cat(column) for column in reps])
+        entries = self._entries([torch.cat(column) for column in reps], labels)
         total = entries.total
         if with_backward:
             total.backward()

@@ -18,6 +18,7 @@ FOLDERS = (
     "rankloss",
     "integrations/rankloss_trainers",
     "integrations/rankloss_open_clip",
+    "integrations/rankloss_features",
     "integrations/rankloss_baselines",
 )
 

@@ -22,6 +22,8 @@ from miniature_records import study_records
 from open_clip_train.params import parse_args
 from scipy import stats
 
+from rankloss_trainers import console
+
 SEARCH, QUESTION, TEACHER, DISTIL = (
     load(name, "full") for name in ("search", "question", "teacher", "distil")
 )
@@ -116,9 +118,14 @@ def test_the_trainer_takes_every_try(one, tries, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder, features = Path(trials.teacher_folder(TEACHER.teacher)), np.eye(4, dtype=np.float32)
     folder.mkdir(parents=True)
-    for name in ("texts", "sentences"):
-        np.savez(folder / f"{name}-{TEACHER.grid.pairs}.npz", text_features=features)
-    np.savez(folder / f"features-{TEACHER.grid.pairs}.npz", text_features=features, image_features=features)
+    Path("pairs.csv").write_text("filepath\ttitle\n" + "".join(f"{i}.png\ttext {i}\n" for i in range(4)))
+    np.savez("texts.npz", text_features=features)
+    np.savez("features.npz", text_features=features, image_features=features)
+    for name in ("texts", "sentences", "features"):
+        stored = "features.npz" if name == "features" else "texts.npz"
+        output = str(folder / f"{name}-{TEACHER.grid.pairs}.npz")
+        given = ["--features", stored, "--data", "pairs.csv", "--output", output, "--workers", "0"]
+        assert console.main(["features", *given]) == 0
     np.save(folder / f"components-{TEACHER.grid.pairs}.npy", features)
     one = progress(one, by_chance(0)).study
     for trial in itertools.chain(*(of[tries] for of in one.arms.values())):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from trainer_runs import SAMPLES, Run, Trainer
 
-from rankloss_open_clip.reference_features import NAMES
+from rankloss_features.folder import NAMES, hashes_of_pairs, hashes_of_rows, write_about
 
 
 def unit_rows(rows: int, dimension: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -19,14 +19,17 @@ def unit_rows(rows: int, dimension: int, seed: int = 0) -> np.ndarray[Any, Any]:
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def stored(path: Path, **arrays: np.ndarray[Any, Any]) -> str:
-    """A directory of arrays, or with the suffix ``.npz`` a file."""
-    if path.suffix == ".npz":
-        np.savez(path, **arrays)
-    else:
-        path.mkdir()
-        for name, array in arrays.items():
-            np.save(path / f"{name}.npy", array)
+def stored(path: Path, pairs: list[tuple[str, str]] | None = None, **arrays: np.ndarray[Any, Any]) -> str:
+    """A folder of features, of images and captions ``0.png``, ``a0`` and so on if no others are given."""
+    rows, dtype = min(map(len, arrays.values())), next(iter(arrays.values())).dtype
+    images, captions = zip(*(pairs or [(f"{i}.png", f"a{i}") for i in range(rows)]), strict=True)
+    path.mkdir()
+    for name, array in arrays.items():
+        np.save(path / f"{name}.npy", array)
+    np.save(path / "pairs.npy", hashes_of_pairs(captions, images))
+    np.save(path / "rows.npy", hashes_of_rows(array[:rows] for array in arrays.values()))
+    widths = {name: array.shape[-1] for name, array in arrays.items()}
+    write_about(path, {"complete": True, "rows": rows, "widths": widths, "dtype": str(dtype), "skipped": 0})
     return str(path)
 
 

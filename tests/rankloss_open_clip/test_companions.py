@@ -21,7 +21,7 @@ from open_clip_train.params import parse_args
 from teacher_features import stored, unit_rows
 from torch import Tensor, nn
 
-from rankloss_open_clip import reference_features
+from rankloss_features.folder import NAMES
 from rankloss_open_clip.command_line import companion_of
 from rankloss_open_clip.companions import (
     Companion,
@@ -31,7 +31,8 @@ from rankloss_open_clip.companions import (
     joined_tokenizer,
     split_features,
 )
-from rankloss_open_clip.reference_features import IN_SAMPLES, NAMES, ReferenceFeatures, opened, refuse
+from rankloss_open_clip.reference_features import IN_SAMPLES, ReferenceFeatures, refuse
+from rankloss_open_clip.two_companions import TwoCompanions
 
 CONTEXT = 9
 OPTION = "--rankclip-reference-features"
@@ -157,16 +158,60 @@ def csv(path: Path, text: str) -> tuple[Any, str]:
     return dataset, str(file)
 
 
-@pytest.mark.parametrize("rows", [2, 1, 3])
-def test_rows_of_features_are_those_of_the_table(tmp_path: Path, rows: int) -> None:
-    dataset, file = csv(tmp_path, "filepath;title\n1.png;a\n2.png;5\n")
-    companion = ReferenceFeatures(stored(tmp_path / "x", text_features=unit_rows(rows, 2)))
-    if rows == 2:
+ROWS = [("1.png", "a"), ("2.png", "5")]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (ROWS, ""),
+        (ROWS[::-1], "row 0 .* in row 1"),
+        ([ROWS[0], ("2.png", "6")], "row 1 .*'5'"),
+        ([("3.png", "a"), ROWS[1]], r"row 0 .*1\.png"),
+        (ROWS[:1], "row 1 .*1 rows"),
+        ([*ROWS, ("3.png", "b")], "row 2 is missing"),
+    ],
+)
+def test_rows_of_features_are_those_of_the_table(
+    tmp_path: Path, pairs: list[tuple[str, str]], message: str
+) -> None:
+    dataset, file = csv(tmp_path, "filepath;title\nfolder/1.png;a\n2.png;5\n")
+    companion = ReferenceFeatures(stored(tmp_path / "x", pairs, text_features=unit_rows(len(pairs), 2)))
+    if not message:
         join_csv(dataset, file, ";", companion)
         assert list(dataset.captions) == ["a\x1f0", "5\x1f1"]
     else:
-        with pytest.raises(ValueError, match=f"{file}, which has 2; got {rows}"):
+        with pytest.raises(ValueError, match=message):
             join_csv(dataset, file, ";", companion)
+
+
+def test_rows_of_features_are_found_by_key_and_caption(tmp_path: Path) -> None:
+    folder = stored(tmp_path / "x", [("1", "b"), ("0", "a")], text_features=unit_rows(2, 2))
+    samples = {"txt": b"a"}, {"txt": b"b"}
+    assert [x["txt"].decode() for x in read(ReferenceFeatures(folder), *samples)] == ["a\x1f1", "b\x1f0"]
+    # What the trainer skips has no row, and needs none.
+    assert len(read(ReferenceFeatures(folder), *samples, {"syn": b"left out"})) == 2
+    for wrong in ({"txt": b"b"},), (*samples, {"txt": b"a"}):
+        with pytest.raises(ValueError, match=f"sample '{len(wrong) - 1}' .*{folder}"):
+            read(ReferenceFeatures(folder), *wrong)
+
+
+def test_a_second_caption_and_a_row_of_features(tmp_path: Path) -> None:
+    dataset, file = csv(tmp_path, "filepath;title;syn\n1.png;a;made\n2.png;5;up\n")
+    texts = unit_rows(2, 5)
+    folder = stored(tmp_path / "x", ROWS, text_features=texts)
+    companion = TwoCompanions(SecondCaption("syn"), ReferenceFeatures(folder))
+    join_csv(dataset, file, ";", companion)
+    tokens, companions = taken_apart(companion, list(dataset.captions))
+    assert torch.equal(tokens, tokenizer()(["a", "5"]))
+    assert torch.equal(companion.texts(tokens, companions), tokenizer()(["a", "5", "made", "up"]))
+    taken = companion.merge({"text_features": torch.arange(4.0)}, companions)
+    assert torch.equal(taken["caption_features"], torch.tensor([2.0, 3.0]))
+    assert torch.equal(taken["reference_text_features"][:, :5], torch.from_numpy(texts))
+    keys = stored(tmp_path / "keys", [("0", "a")], text_features=texts[:1])
+    of_shards = TwoCompanions(SecondCaption("syn"), ReferenceFeatures(keys))
+    (sample,) = read(of_shards, {"txt": b"a", "syn": b"b"}, {"txt": b"left out"})
+    assert sample["txt"].decode() == "a\x1fb\x1e0"
 
 
 @pytest.mark.parametrize(
@@ -196,19 +241,7 @@ def test_features_of_the_other_kind_of_data_are_an_error(tmp_path: Path) -> None
         read(ReferenceFeatures(path), {"txt": b"a"})
 
 
-# --- files of features ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("suffix", ["", ".npz"])
-@pytest.mark.parametrize("names", [NAMES, NAMES[1:]])
-def test_arrays_of_a_directory_and_of_a_file(tmp_path: Path, suffix: str, names: tuple[str, ...]) -> None:
-    arrays = {name: unit_rows(5, 3, seed) for seed, name in enumerate(names)}
-    found = opened(stored(tmp_path / f"teacher{suffix}", **arrays))
-    assert tuple(found) == names
-    for name, array in arrays.items():
-        assert np.array_equal(found[name], array)
-        assert isinstance(found[name], np.memmap) is (suffix == "")
-
+# --- folders of features --------------------------------------------------------------------------------
 
 BOTH = unit_rows(4, 2)
 
@@ -222,17 +255,13 @@ def damaged(row: int | slice, value: float, rows: int = 12) -> np.ndarray[Any, A
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": BOTH}, "image_features nor text_features; it has images.npy"),
-        ({}, "image_features nor text_features; it has nothing"),
-        ({"image_features": np.zeros((4, 2), np.int64)}, r"image_features .* int64 \(4, 2\)"),
-        ({"image_features": np.zeros(4)}, r"image_features .* float64 \(4,\)"),
-        ({"text_features": np.zeros((0, 4))}, r"text_features .* float64 \(0, 4\)"),
-        ({"text_features": np.array([[None]])}, "object"),
-        (dict(zip(NAMES, (BOTH, unit_rows(3, 2)), strict=True)), r"\(4, 2\) and \(3, 2\)"),
+        ({"image_features": BOTH, "text_features": unit_rows(3, 2)}, r"\(3, 2\).*\(4, 2\)"),
+        ({"image_features": BOTH, "text_features": BOTH.astype(np.float16)}, "float32.*float16"),
         (dict(zip(NAMES, (BOTH, unit_rows(4, 3)), strict=True)), "--rankclip-lambda-cross 0"),
         # What no teacher gives.
         *(({"image_features": damaged(2, x)}, "image_features .*row 2") for x in (np.nan, np.inf, 1e300, 0)),
         ({"text_features": np.ones((12, 3))}, "text_features .*12 times"),
+        ({"text_features": damaged(slice(16_390, None), 0.0, 16_400)}, "from row 16384, .*first is row 6"),
     ],
 )
 def test_what_is_no_teachers_features_is_refused(
@@ -241,13 +270,6 @@ def test_what_is_no_teachers_features_is_refused(
     reason = refuse(stored(tmp_path / "teacher", **arrays), two_widths=False)
     assert reason is not None
     assert re.search(message, reason)
-
-
-def test_every_part_of_a_long_file_is_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(reference_features, "_ROWS", 5)
-    file = stored(tmp_path / "x", text_features=damaged(slice(9, None), 0.0, 13))
-    assert "from row 7, must not have rows of zeros" in str(refuse(file, two_widths=False))
-    assert refuse(stored(tmp_path / "y", text_features=unit_rows(13, 3)), two_widths=False) is None
 
 
 def test_what_cannot_work_is_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -37,8 +37,11 @@ def shards_with_features(trainer: Trainer, directory: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     directory = tmp_path_factory.mktemp("teacher")
-    both = stored(directory / "both", **TEACHER)
-    texts = stored(directory / "texts.npz", text_features=TEACHER["text_features"])
+    lines = (trainer.directory / "data.csv").read_text().splitlines()[1:]
+    pairs = [(Path(file).name, title) for file, title in (line.split("\t")[:2] for line in lines)]
+    both = stored(directory / "both", pairs, **TEACHER)
+    texts = stored(directory / "texts", pairs, text_features=TEACHER["text_features"])
+    keys = stored(directory / "keys", [(f"{i:03}", title) for i, (_, title) in enumerate(pairs)], **TEACHER)
     table, halves = Runs(), ["--batch-size", str(SAMPLES // 2)]
 
     def add(name: str, where: str, *options: str, processes: int = 1) -> None:
@@ -47,12 +50,15 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
     add("accumulation, a worker", both, *halves, "--accum-freq", "2", "--workers", "1")
     add("webdataset", "samples", *shards_with_features(trainer, directory))
+    add("webdataset, a folder", keys, *trainer.webdataset)
     add("two processes", both, *halves, processes=2)
     add("texts", texts, "--rankclip-lambda-cross", "0", "--precision", "amp_bf16")
     return table
 
 
-@pytest.mark.parametrize("name", ["accumulation, a worker", "webdataset", "two processes"])
+@pytest.mark.parametrize(
+    "name", ["accumulation, a worker", "webdataset", "webdataset, a folder", "two processes"]
+)
 def test_every_pair_is_ranked_by_its_own_row(trainer: Trainer, taught: Runs, name: str) -> None:
     run = taught[name]
     assert ", reference-features " in run.log

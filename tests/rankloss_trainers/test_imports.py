@@ -15,14 +15,16 @@ PACKAGES = {
     "rankloss": ROOT / "rankloss",
     "rankloss_trainers": ROOT / "integrations" / "rankloss_trainers",
     "rankloss_open_clip": ROOT / "integrations" / "rankloss_open_clip",
+    "rankloss_features": ROOT / "integrations" / "rankloss_features",
     "rankloss_baselines": ROOT / "integrations" / "rankloss_baselines",
 }
 
 
 ARROWS = {
     "rankloss": {"rankloss"},
-    "rankloss_trainers": {"rankloss", "rankloss_trainers"},
-    "rankloss_open_clip": {"rankloss", "rankloss_trainers", "rankloss_open_clip"},
+    "rankloss_features": {"rankloss", "rankloss_features"},
+    "rankloss_trainers": {"rankloss", "rankloss_features", "rankloss_trainers"},
+    "rankloss_open_clip": {"rankloss", "rankloss_features", "rankloss_trainers", "rankloss_open_clip"},
     "rankloss_baselines": {"rankloss", "rankloss_trainers", "rankloss_baselines"},
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 import rankloss
+from rankloss_features.folder import Features
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import TRAINERS_OWN, LossEntry, Options, dest, option_values
 from rankloss_trainers.clock import listeners
@@ -36,6 +37,7 @@ class Choice:
         teacher: Whether it ranks by a teacher, whose features are columns of the batch; None if it does where
             they are given.
         package: What registers it; empty for a module.
+        features: The folder of the teacher's features, for data that are bound to it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Choice:
     options: Options
     teacher: bool | None
     package: str = ""
+    features: Features | None = None
 
     @property
     def captions(self) -> str | None:
@@ -104,7 +107,10 @@ def choose(loss: str | nn.Module, given: Options, base: rankloss.ClipLoss | rank
         raise TypeError(f"{loss} has no option {sorted(unknown)[0]!r}; it has {', '.join(options)}")
     options.update(given)
     kind = "sigmoid" if isinstance(base, rankloss.SigLipLoss) else "softmax"
-    conditions = {kind: "a model that has a logit_bias", "columns": " and ".join(COLUMNS)}
+    where = entry.reference_features(options)
+    conditions = {kind: "a model that has a logit_bias"}
+    if where is not None and where.partition(":")[0] == "samples":
+        conditions["columns"] = where
     reason = reason_against(loss, entry, options, base.gather, conditions)
     if reason is not None:
         raise ValueError(reason)
@@ -112,7 +118,8 @@ def choose(loss: str | nn.Module, given: Options, base: rankloss.ClipLoss | rank
     evaluate = call_alone if entry.log is None else entry.log(options)
     package = found[loss].package or f"rankloss {rankloss.__version__}"
     ranks = _ranks_by_a_teacher(entry, options, given, criterion)
-    return Choice(loss, criterion, evaluate, entry, options, ranks, package)
+    features = None if where is None else Features(where).check()
+    return Choice(loss, criterion, evaluate, entry, options, ranks, package, features)
 
 
 def _ranks_by_a_teacher(

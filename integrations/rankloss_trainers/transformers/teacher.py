@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from rankloss.checks import check_teacher
+from rankloss_features.binding import COLUMN
+from rankloss_features.folder import Features
+
+BOUND = COLUMN
+"""The column that :func:`rankloss_features.bind` adds."""
 
 COLUMNS = ("reference_image_features", "reference_text_features")
 """The columns, ``[N, D']``: what losses call them, too."""
@@ -17,17 +24,32 @@ COLUMNS = ("reference_image_features", "reference_text_features")
 def split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A batch without the columns of a teacher's features, and these columns."""
     references = {name: inputs[name] for name in COLUMNS if name in inputs}
-    return {name: value for name, value in inputs.items() if name not in COLUMNS}, references
+    return {name: value for name, value in inputs.items() if name not in (*COLUMNS, BOUND)}, references
 
 
-def collate_checked(collate: Callable[..., Any], examples: Any) -> Any:
+def collate_checked(collate: Callable[..., Any], features: Features | None, examples: Any) -> Any:
     """A batch whose features of a teacher have been looked at, while they are in the host's memory.
 
     Args:
         collate: The collator that makes the batch.
+        features: The folder that the examples are bound to, whose rows the batch gets; None without one.
         examples: What it makes it of.
+
+    Raises:
+        ValueError: The examples are not bound to the folder, or the features are no teacher's.
     """
-    batch = collate(examples)
+    if features is None:
+        batch = collate(examples)
+    elif not all(BOUND in example for example in examples):
+        raise ValueError(
+            f"the data have no column {BOUND}, which rankloss_features.bind(dataset, {features.path!r}) adds "
+            f"before they are shuffled and tokenized; they have {', '.join(examples[0])}"
+        )
+    else:
+        bound = np.array([np.asarray(example[BOUND]) for example in examples], np.int64)
+        batch = collate([{name: x[name] for name in x if name != BOUND} for x in examples])
+        taught = {f"reference_{x}": torch.from_numpy(y) for x, y in features.of_bound(bound).items()}
+        batch = {**batch, **taught}
     for name in COLUMNS:
         if isinstance(batch, Mapping) and name in batch:
             check_teacher(name, batch[name], first_look=False)  # the loss looks at the norms of the first
@@ -57,7 +79,7 @@ def check_columns(name: str, wanted: bool | None, found: Iterable[str], others: 
         raise ValueError(
             f"the batch has {', '.join(found)}, but {name} does not rank by a teacher: drop the columns"
         )
-    similar = [column for column in others if column.startswith("reference_")]
+    similar = [column for column in others if column.startswith("reference_") and column != BOUND]
     if wanted and len(found) < len(COLUMNS) and (similar or not found):
         raise ValueError(
             f"{name} ranks by a teacher, whose columns are {' and '.join(COLUMNS)}, or one of them; the data "

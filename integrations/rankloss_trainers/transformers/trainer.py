@@ -55,7 +55,9 @@ class ContrastiveTrainer(transformers.Trainer):
             ALIP's ``caption_key`` is the prefix of the second caption's columns: ``caption`` for
             ``caption_input_ids`` beside ``input_ids``. With the columns ``reference_image_features`` and
             ``reference_text_features``, or one of them, the lists are ranked by a teacher, whose features of
-            each pair they hold. The model is not given them, and evaluation does not need them. With
+            each pair they hold. The model is not given them, and evaluation does not need them. They can
+            also be in a folder of ``rankloss features``, ``{"reference_features": FOLDER}``, that the data
+            are bound to (:func:`rankloss_features.bind`). With
             ``{"reference": "teacher"}``, and in ``rankclip-distill``, data without them are an error.
         **kwargs: What the Trainer takes.
 
@@ -96,7 +98,7 @@ class ContrastiveTrainer(transformers.Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in which a teacher's features have been looked at."""
         collate = self.data_collator
-        self.data_collator = functools.partial(teacher.collate_checked, collate)
+        self.data_collator = functools.partial(teacher.collate_checked, collate, self.chosen_loss.features)
         try:
             loader: DataLoader[Any] = super().get_train_dataloader()
         finally:
@@ -179,7 +181,9 @@ class ContrastiveTrainer(transformers.Trainer):
         columns, captions = cast("list[str]", self._signature_columns), self.chosen_loss.captions
         # What the loss takes and the model does not, which would be dropped as unused.
         of_captions = [] if captions is None else [f"{captions}_{name}" for name in columns]
-        self._signature_columns: Any = list(dict.fromkeys([*columns, *of_captions, *teacher.COLUMNS]))
+        self._signature_columns: Any = list(
+            dict.fromkeys([*columns, *of_captions, *teacher.COLUMNS, teacher.BOUND])
+        )
 
 
 class _Progress(TrainerCallback):

@@ -23,6 +23,8 @@ from miniature_paper.grid import model_config, model_folder
 from miniature_paper.records import Store
 from miniature_paper.rivals import principal_components
 from miniature_paper.runs import Workshop
+from rankloss_features.command import main as write_features
+from rankloss_features.folder import Features, read_about
 
 from .study import FILES, Study
 from .trials import BACKBONE, teacher_folder
@@ -68,7 +70,7 @@ def prepare_teacher(study: Study, workshop: Workshop, console: Console) -> bool:
             _place(workshop.output / name, state)
     table = workshop.output / workshop.tables.tables[study.grid.pairs]
     for path in sorted(files, key=lambda path: tuple(FILES).index(_kind(path))):
-        if not (workshop.output / path).is_file():
+        if not _is_there(workshop.output / path):
             _write(workshop.output / path, table, workshop.output)
     return True
 
@@ -83,17 +85,26 @@ def _kind(path: Path) -> str:
     return path.name.partition("-")[0]
 
 
+def _is_there(path: Path) -> bool:
+    """Whether one of ``FILES`` is whole. Features are a folder, whatever its name ends in."""
+    return path.is_file() if path.suffix == ".npy" else bool((read_about(path) or {}).get("complete"))
+
+
 def _write(path: Path, table: Path, root: Path) -> None:
-    """Write one of the files of ``FILES`` about every row of a table of pairs, in its order."""
+    """Write one of ``FILES`` about every row of a table of pairs, in its order."""
     kind, partial = _kind(path), path.with_name(f".{path.name}")
     rows = pd.read_csv(table, sep="\t", keep_default_na=False)
     texts = rows["title"].tolist()
     if kind == "components":
-        with np.load(path.with_name(f"features-{len(rows)}.npz")) as stored:
-            both = [torch.from_numpy(stored[f"{name}_features"]) for name in ("image", "text")]
+        stored = Features(str(path.with_name(f"features-{len(rows)}.npz"))).arrays
+        both = [torch.from_numpy(np.array(stored[f"{name}_features"])) for name in ("image", "text")]
         np.save(
             partial, principal_components(*both, model_config(BACKBONE)["model_cfg"]["embed_dim"]).numpy()
         )
+        partial.rename(path)
+        return
+    if path.is_file():  # features without the hashes of their pairs, of an earlier release
+        path.rename(partial)
     elif kind == "sentences":
         np.savez(partial, text_features=_sentence_encoder()(texts))
     else:
@@ -103,7 +114,10 @@ def _write(path: Path, table: Path, root: Path) -> None:
             pictures = [model.preprocess(Image.open(root / name)) for name in rows["filepath"]]
             found["image_features"] = normalize(model.image_features(pictures), dim=-1).numpy()
         np.savez(partial, **found)
-    partial.rename(path)
+    given = {"--features": partial, "--data": table, "--output": path, "--dtype": "float32", "--workers": 0}
+    if write_features([str(x) for pair in given.items() for x in pair]):
+        raise RuntimeError(f"{path} could not be written")
+    partial.unlink()
 
 
 def _sentence_encoder() -> Callable[[list[str]], Any]:

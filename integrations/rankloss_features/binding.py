@@ -1,0 +1,77 @@
+"""Binds a ``datasets.Dataset`` to a folder of features, before it is shuffled and tokenized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankloss.checks import check_teacher
+from rankloss_features.data import Table
+from rankloss_features.folder import NAMES, Features
+
+COLUMN = "reference_pair"
+"""The column that says which row of a folder is a row's own, and the hash of its pair."""
+
+
+def bind(
+    dataset: Any,
+    folder: str,
+    *,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    column: str = COLUMN,
+) -> Any:
+    """The dataset with a column that binds each row to its row of a folder, once every pair is compared.
+
+    The column goes with the rows wherever they are shuffled, selected, tokenized or saved. The trainer that
+    is given the folder looks the features up where it makes a batch, and compares the hash again.
+
+    Args:
+        dataset: A ``datasets.Dataset``, in the order in which the features were computed.
+        folder: A folder of ``rankloss features``.
+        image_column: The images, or their names.
+        caption_column: The captions.
+        column: What the column is called: ``label`` for sentence-transformers, which hands no other to a
+            loss.
+
+    Raises:
+        ValueError: A row has another pair than the folder's, which the error names, or there are fewer.
+    """
+    features, table = Features(folder), Table(dataset, image_column, caption_column)
+    features.compare(table.pairs(), "the data")
+    bound = np.stack([np.arange(len(features)), features.pairs.view(np.int64)], axis=1)
+    return dataset.add_column(column, list(bound))
+
+
+def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor]:
+    """A teacher's features of a batch, from the labels that sentence-transformers hands to a loss.
+
+    Args:
+        features: The folder that the labels are bound to, ``[N, 2]``; or None.
+        labels: Without a folder the teacher's embeddings, ``[N, columns, D']``, or ``[N, D']`` for both
+            columns. Others are no teacher's: nothing is returned.
+
+    Raises:
+        ValueError: The labels and the folder do not go together, or the embeddings are no teacher's.
+    """
+    is_bound = labels is not None and labels.dtype == torch.int64 and labels.shape[1:] == (2,)
+    if is_bound != (features is not None):
+        raise ValueError(
+            "reference_features and the column label go together: rankloss_features.bind(dataset, folder, "
+            f"column='label'); got {None if features is None else features.path!r} and labels "
+            f"{None if labels is None else (labels.dtype, tuple(labels.shape))}"
+        )
+    if labels is None or not (is_bound or (labels.is_floating_point() and labels.dim() in (2, 3))):
+        return {}
+    if features is not None:
+        rows = features.of_bound(labels.cpu().numpy())
+        return {f"reference_{name}": torch.from_numpy(x).to(labels.device) for name, x in rows.items()}
+    columns = [labels, labels] if labels.dim() == 2 else list(labels.unbind(1))
+    if len(columns) != len(NAMES):
+        raise ValueError(f"labels must have the embeddings of two columns; got shape {tuple(labels.shape)}")
+    for i, column in enumerate(columns):
+        check_teacher(f"column {i} of labels", column, first_look=False)
+    return {f"reference_{name}": column for name, column in zip(NAMES, columns, strict=True)}

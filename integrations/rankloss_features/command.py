@@ -1,0 +1,101 @@
+"""``rankloss features``: a teacher's features of the pairs of a training, computed once.
+
+With ``--output`` it computes them, or goes on where it was stopped; with ``--check`` it compares a folder
+with data and prints what is in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from rankloss_features import checking, data, teachers, writing
+
+
+def main(argv: Sequence[str]) -> int:
+    """Carry out what the command line says, and return the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        pairs = data.open_data(args)
+        if args.check is not None:
+            print(checking.report(args.check, pairs))
+            return 0
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = torch.device(args.device or (own if torch.cuda.is_available() else "cpu"))
+        precision = args.precision or ("amp_bf16" if device.type == "cuda" else "fp32")
+        settings = {"dtype": args.dtype, "precision": precision, "batch_size": args.batch_size}
+        settings["command"] = shlex.join(["rankloss", "features", *argv])
+        teacher = teachers.load(args, device)
+        writing.write(args.output, pairs, teacher, settings, device=device, workers=args.workers)
+    except (OSError, ValueError) as error:
+        print(f"rankloss features: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _count(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number of at least ``least``."""
+
+    def count(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return number
+
+    return count
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rankloss features",
+        description="Compute a teacher's features of the pairs of a training, once. Stopped at any moment, "
+        "the same command goes on. Under torchrun the processes share the work.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", type=Path, metavar="FOLDER", help="where the features go")
+    where.add_argument(
+        "--check", metavar="FOLDER", help="compare a finished folder with the data, and describe it"
+    )
+    said = parser.add_argument_group("the teacher")
+    said.add_argument("--model", help="a model of open_clip, hf-hub: and local-dir: included")
+    said.add_argument("--pretrained", metavar="TAG", help="its weights, a tag or a file")
+    said.add_argument(
+        "--text-encoder", metavar="NAME", help="of texts alone: a name or path for sentence-transformers"
+    )
+    said.add_argument("--image-encoder", metavar="NAME", help="of images alone: a name for timm")
+    said.add_argument(
+        "--features",
+        metavar="PATH",
+        help="features that are there already: a folder or .npz file of "
+        "image_features and text_features, row i for row i of the data",
+    )
+    read = parser.add_argument_group("the data, as the trainer has them")
+    read.add_argument(
+        "--data", required=True, help="a CSV file, shards of a webdataset, or a folder of datasets"
+    )
+    kinds = ("auto", "csv", "webdataset", "datasets")
+    read.add_argument("--dataset-type", default="auto", choices=kinds, help="auto goes by the name")
+    read.add_argument("--csv-separator", default="\t", help="of a CSV file")
+    read.add_argument("--csv-img-key", default="filepath", metavar="KEY", help="column of the image paths")
+    read.add_argument("--csv-caption-key", default="title", metavar="KEY", help="column of the captions")
+    read.add_argument("--text-key", default="txt", metavar="KEY", help="caption's extension in a webdataset")
+    read.add_argument("--image-column", default="image", metavar="NAME", help="of a folder of datasets")
+    read.add_argument("--caption-column", default="caption", metavar="NAME", help="of a folder of datasets")
+    read.add_argument("--split", default="train", help="of a folder of datasets")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--dtype", default="float16", choices=("float16", "float32"), help="of the numbers stored"
+    )
+    how.add_argument("--batch-size", type=_count(1), default=256, metavar="N", help="rows of a forward pass")
+    how.add_argument("--workers", type=_count(0), default=2, metavar="N", help="processes that read pictures")
+    how.add_argument("--device", help="what the teacher computes on; a GPU where there is one")
+    how.add_argument("--precision", choices=("fp32", "amp_bf16"), help="amp_bf16 on a GPU, else fp32")
+    return parser

@@ -1,0 +1,186 @@
+"""The command line: real teachers, every kind of data, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from timm.models import save_for_hf
+from tiny_teacher import CAPTIONS, ROWS, WIDTH, files, shards, table
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from rankloss_features import Features
+from rankloss_trainers.console import main
+
+WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs in every form, and teachers of every kind."""
+    folder = tmp_path_factory.mktemp("command")
+    shards(folder)
+    table(folder)
+    images = datasets.Dataset.from_dict(
+        {"image": [str(folder / f"{i}.png") for i in range(ROWS)], "caption": CAPTIONS}
+    ).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": images}).save_to_disk(folder / "images")
+    tower = {"width": 16, "layers": 1}
+    config = {
+        "embed_dim": WIDTH,
+        "vision_cfg": {"image_size": 8, "patch_size": 4, "head_width": 8, **tower},
+        "text_cfg": {"context_length": 12, "vocab_size": 49408, "heads": 2, **tower},
+    }
+    (folder / "clip").mkdir()
+    described = {"model_cfg": config, "preprocess_cfg": {}}
+    (folder / "clip/open_clip_config.json").write_text(json.dumps(described))
+    shutil.copytree(folder / "clip", folder / "no-weights")
+    torch.manual_seed(0)
+    clip = open_clip.create_model(f"local-dir:{folder}/clip", load_weights=False)
+    torch.save(clip.state_dict(), folder / "clip/open_clip_pytorch_model.bin")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *WORDS])}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=4)]).save(str(folder / "sentences"))
+    save_for_hf(timm.create_model("test_vit", num_classes=0), folder / "backbone")
+    lines = (folder / "pairs.csv").read_text().splitlines()
+    (folder / "broken.tar").write_bytes(b"no archive" * 1000)
+    (folder / "few.csv").write_text("\n".join(lines[:ROWS]))
+    (folder / "broken.csv").write_bytes("\n".join(lines).encode() + b"\n0.png\t\xff\n")
+    np.savez(folder / "arrays.npz", image_features=np.random.default_rng(0).standard_normal((ROWS, 3)))
+    return folder
+
+
+def features(place: Path, data: str, *options: str) -> int:
+    given = [x.replace("PLACE", str(place)) for x in options]
+    return main(["features", "--data", str(place / data), "--batch-size", "16", "--workers", "0", *given])
+
+
+CLIP = ("--model", "local-dir:PLACE/clip")
+
+
+@pytest.mark.parametrize("data", ["pairs.csv", "{0..1}.tar", "images"])
+def test_a_clip_gives_the_features_of_every_kind_of_data(
+    place: Path, tmp_path: Path, data: str, capsys: Any
+) -> None:
+    output = str(tmp_path / "x")
+    assert features(place, data, *CLIP, "--output", output, "--dtype", "float32") == 0
+    assert "row/s" in capsys.readouterr().err
+    found = Features(output).check()
+    rows = [*range(0, ROWS, 2), *range(1, ROWS, 2)] if data.endswith(".tar") else list(range(ROWS))
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{place}/clip")
+    tokens = open_clip.get_tokenizer(f"local-dir:{place}/clip")([CAPTIONS[i] for i in rows])
+    pictures = torch.stack([transform(Image.open(place / f"{i}.png")) for i in rows])
+    with torch.no_grad():
+        expected = model.eval()(pictures, tokens)[:2]
+    for array, features_ in zip(found.arrays.values(), expected, strict=True):
+        np.testing.assert_allclose(array, features_, atol=1e-5)
+    assert features(place, data, "--check", output) == 0
+    said = capsys.readouterr().out
+    assert "40 rows" in said
+    assert "norms 1.000 to 1.000; 0 rows equal another one" in said
+    assert said.count("nearest to its picture") == 3
+    assert said.count("  row") == 30
+
+
+@pytest.mark.parametrize(
+    ("teacher", "widths"),
+    [
+        (("--text-encoder", "PLACE/sentences"), {"text_features": 4}),
+        (
+            ("--text-encoder", "PLACE/sentences", "--image-encoder", "local-dir:PLACE/backbone"),
+            {"image_features": 64, "text_features": 4},
+        ),
+        (("--features", "PLACE/arrays.npz"), {"image_features": 3}),
+    ],
+)
+def test_teachers_of_one_modality(
+    place: Path, tmp_path: Path, teacher: Any, widths: Any, capsys: Any
+) -> None:
+    output = str(tmp_path / "x")
+    assert features(place, "pairs.csv", *teacher, "--output", output) == 0
+    found = Features(output).check()
+    assert found.about["widths"] == widths
+    assert found.about["scale"] is None
+    assert features(place, "pairs.csv", "--check", output) == 0
+    captured = capsys.readouterr().out
+    if "text_features" in widths:
+        captions = SentenceTransformer(str(place / "sentences")).encode(CAPTIONS, normalize_embeddings=True)
+        np.testing.assert_allclose(found.arrays["text_features"], captions, atol=1e-3)
+        assert "nearest to its caption" in captured
+    # One set of features gives the order in the same form; the first is a row's own.
+    assert captured.count("  row") == 30
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("pairs.csv", ("--model", "no-such-model"), "--model no-such-model"),
+        ("pairs.csv", ("--model", "local-dir:PLACE/no-weights"), "--model local-dir:.*no-weights"),
+        ("pairs.csv", ("--model", "local-dir:PLACE/none"), "--model local-dir"),
+        ("pairs.csv", ("--text-encoder", "PLACE/none"), "--text-encoder"),
+        ("pairs.csv", ("--image-encoder", "no-such-backbone"), "--image-encoder no-such-backbone"),
+        ("pairs.csv", ("--features", "PLACE/none.npz"), "--features"),
+        ("few.csv", ("--features", "PLACE/arrays.npz"), "--features has 40 rows, and the data have 39"),
+        ("pairs.csv", (), "got none"),
+        ("pairs.csv", (*CLIP, "--text-encoder", "x"), "--model and --text-encoder"),
+        (
+            "pairs.csv",
+            (*CLIP, "--csv-caption-key", "caption"),
+            "--csv-caption-key caption: .* filepath, title",
+        ),
+        ("pairs.csv", (*CLIP, "--csv-separator", ","), "--csv-img-key filepath: .*title"),
+        ("none.csv", CLIP, "none.csv cannot be read"),
+        ("none.xyz", CLIP, "--dataset-type"),
+        ("none.tar", CLIP, "none.tar"),
+        ("broken.tar", CLIP, "broken.tar cannot be read"),
+        ("broken.csv", CLIP, "broken.csv cannot be read: .*utf-8"),
+        ("{0..1}.tar", (*CLIP, "--text-key", "caption"), "no pairs"),
+        ("images", (*CLIP, "--split", "test"), "--split test: .* train"),
+        ("images", (*CLIP, "--caption-column", "text"), "'text'.* image, caption"),
+        ("clip", CLIP, "'image'.*model_cfg"),
+    ],
+)
+def test_what_cannot_work_is_an_error_that_names_it(
+    place: Path, tmp_path: Path, data: str, options: Any, message: str, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert features(place, data, *options, "--output", str(tmp_path / "x")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("rankloss features: ")
+    assert re.search(message, said), said
+
+
+def test_a_caption_that_is_missing_is_named(tmp_path: Path, place: Path, capsys: Any) -> None:
+    table(tmp_path, ["a", "", "c"])
+    assert (
+        features(tmp_path, "pairs.csv", "--model", f"local-dir:{place}/clip", "--output", str(tmp_path / "x"))
+        == 1
+    )
+    assert "row 1 has no caption in column 'title'" in capsys.readouterr().err
+
+
+def test_check_refuses_other_data(place: Path, tmp_path: Path, capsys: Any) -> None:
+    output = str(tmp_path / "x")
+    assert features(place, "pairs.csv", *CLIP, "--output", output) == 0
+    before = files(tmp_path / "x")
+    (tmp_path / "other").mkdir()
+    table(tmp_path / "other", order=[1, 0, *range(2, ROWS)])
+    assert features(tmp_path / "other", "pairs.csv", "--check", output) == 1
+    assert "row 0" in capsys.readouterr().err
+    # The same file, written anew: datasets must not give what it has read before.
+    table(tmp_path / "other", [*CAPTIONS[:3], "another", *CAPTIONS[4:]])
+    assert features(tmp_path / "other", "pairs.csv", "--check", output) == 1
+    assert "row 3" in capsys.readouterr().err
+    assert files(tmp_path / "x") == before

@@ -1,0 +1,238 @@
+"""The folder is written whole, or a clear error says why, and the same command goes on."""
+
+from __future__ import annotations
+
+import io
+import re
+import resource
+import shutil
+import socket
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_teacher import (
+    BATCH,
+    CAPTIONS,
+    ROWS,
+    WIDTH,
+    add,
+    csv_data,
+    data_of,
+    files,
+    forks,
+    in_process,
+    killed_at,
+    letters,
+    pixels_of,
+    projection,
+    shards,
+    table,
+    teacher,
+    written,
+)
+from torch import Tensor
+
+from rankloss_features import Features
+from rankloss_features.data import Shards
+from rankloss_features.folder import NAMES
+from rankloss_features.teachers import Encoder, Teacher
+
+KINDS = ("csv", "webdataset")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_twice_and_resumed_is_an_uninterrupted_run(tmp_path: Path, kind: str) -> None:
+    data = data_of(kind, tmp_path / "data")
+    whole, output, calls = tmp_path / "whole", tmp_path / "output", []
+    written(whole, data, teacher(), workers=1)
+    for call in (2, 3):
+        assert killed_at(call, output, data) == -9
+        with pytest.raises(ValueError, match="unfinished"):
+            Features(str(output))
+    # A page that never reached the disk.
+    images = np.load(output / "image_features.npy", mmap_mode="r+")
+    images[1, 2:] = 0
+    images.flush()
+
+    def count(name: str, features: Tensor) -> Tensor:
+        calls.append(len(features))
+        return features
+
+    features = written(output, data, teacher(count))
+    assert files(output) == files(whole)
+    # Three batches were done, and one of these is damaged; each other row has one forward pass.
+    done = 3 * BATCH if kind == "csv" else ROWS // 2
+    assert sum(calls) == 2 * (ROWS - done + BATCH)
+    calls.clear()
+    assert written(output, data, teacher(count)).about == features.about
+    assert not calls
+
+
+def test_features_are_the_teachers(tmp_path: Path) -> None:
+    given = teacher()
+    for kind, dtype in zip(KINDS, ("float16", "float32"), strict=True):
+        data = data_of(kind, tmp_path / kind)
+        features = written(tmp_path / f"{kind}-features", data, given, dtype=dtype).check()
+        assert features.about["scale"] == 100
+        assert features.about["rows"] == len(features) == ROWS
+        (samples,) = [x for source, spans in data.spans(ROWS)[:1] for x in data.read(source, spans)]
+        for name, encoder in given.encoders.items():
+            expected = torch.nn.functional.normalize(encoder.encode(encoder.prepare(samples)), dim=-1)
+            assert features.arrays[name].dtype == dtype
+            np.testing.assert_allclose(features.arrays[name][: len(samples)], expected, atol=1e-3)
+
+
+def write_as(rank: int, port: int, *args: Any) -> Any:
+    group = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = forks.Process(target=in_process, args=(written, *args), kwargs=group)
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_write_what_one_does(tmp_path: Path, kind: str) -> None:
+    data = data_of(kind, tmp_path / "data")
+    written(tmp_path / "one", data, teacher())
+    assert killed_at(2, tmp_path / "two", data) == -9
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    processes = [write_as(rank, port, tmp_path / "two", data, teacher()) for rank in range(2)]
+    for process in processes:
+        process.join()
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    Features(str(tmp_path / "two")).check()
+
+
+# --- bad input --------------------------------------------------------------------------------------------
+
+ORDER = [1, 0, *range(2, ROWS)]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose writing was killed."""
+    folder = tmp_path_factory.mktemp("begun")
+    assert killed_at(3, folder / "output", data_of("csv", folder)) == -9
+    return folder / "output"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"teacher": {"weights": "1"}}, "another teacher"),
+        ({"dtype": "float32"}, "another dtype, float16"),
+        ({"batch_size": 16}, "another batch_size, 8"),
+        ({"order": ORDER}, "row 0"),
+        ({"captions": [*CAPTIONS[:17], "another", *CAPTIONS[18:]]}, "row 17"),
+        ({"captions": CAPTIONS[:-1]}, "40 then, 39 now, and row 39"),
+    ],
+)
+def test_resumed_with_something_else_is_an_error_and_loses_nothing(
+    begun: Path, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    output = shutil.copytree(begun, tmp_path / "output")
+    before = files(output)
+    (tmp_path / "other").mkdir()
+    other = csv_data(table(tmp_path / "other", changed.pop("captions", None), changed.pop("order", None)))
+    with pytest.raises(ValueError, match=message):
+        written(output, other, teacher(**changed.pop("teacher", {})), **changed)
+    assert files(output) == before
+    # Pictures may move; the pairs stay.
+    (tmp_path / "moved").mkdir()
+    written(output, csv_data(table(tmp_path / "moved")), teacher()).check()
+
+
+def spoilt(row: int | slice, value: float) -> Any:
+    def change(name: str, features: Tensor) -> Tensor:
+        if name == NAMES[1]:
+            features = features.clone()
+            features[row] = value
+        return features
+
+    return teacher(change)
+
+
+@pytest.mark.parametrize(
+    ("row", "value", "message"),
+    [(3, torch.nan, "text_features.*row 3"), (2, 0.0, "zeros.*row 2"), (slice(None), 1.0, "one row")],
+)
+def test_what_no_teacher_gives_is_refused(tmp_path: Path, row: Any, value: float, message: str) -> None:
+    data = data_of("csv", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        written(tmp_path / "output", data, spoilt(row, value))
+    written(tmp_path / "output", data, teacher()).check()
+
+
+def test_one_caption_for_a_batch_is_no_constant_teacher(tmp_path: Path) -> None:
+    written(tmp_path / "output", data_of("csv", tmp_path, ["one class"] * 20 + CAPTIONS), teacher()).check()
+
+
+def limited(size: int, *args: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    with pytest.raises(OSError, match=r"takes 480 bytes.*give the same command"):
+        written(*args)
+
+
+def test_full_disk_is_an_error_at_the_start(tmp_path: Path) -> None:
+    data, output = data_of("csv", tmp_path), tmp_path / "output"
+    assert in_process(limited, 500, output, data, teacher()) == 0
+    written(output, data, teacher()).check()
+
+
+def test_picture_that_cannot_be_read(tmp_path: Path) -> None:
+    file = table(tmp_path)
+    (tmp_path / "5.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"row 5: .*'5\.png'"):
+        written(tmp_path / "csv", csv_data(file), teacher())
+    # The trainer skips such samples of a webdataset.
+    features = written(tmp_path / "wds", Shards(shards(tmp_path, broken=(2, 5))), teacher()).check()
+    assert features.about["skipped"] == 2
+    with pytest.raises(ValueError, match=r"row 1 .*picture"):
+        features.take(np.array([0, 1]))
+    nothing = Shards(shards(tmp_path, broken=tuple(range(ROWS))))
+    with pytest.raises(ValueError, match="none of 40 pictures"):
+        written(tmp_path / "none", nothing, teacher())
+
+
+def test_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "image_features.npy").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"features\.json"):
+        written(tmp_path, data_of("csv", tmp_path / "data"), teacher())
+    assert (tmp_path / "image_features.npy").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("rows", [1_500, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_the_data(tmp_path: Path, rows: int) -> None:
+    """Random pictures of 32 × 32 pixels. Pages of files, which the system takes back, are not counted."""
+    noise = np.random.default_rng(0).integers(0, 256, (rows + 32) * 96, dtype=np.uint8)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for i in range(rows):
+            pixels = noise[i * 96 : i * 96 + 3072].reshape(32, 32, 3)
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "PNG", compress_level=0)
+            add(tar, f"{i:07}", png=file.getvalue(), txt=f"picture {i}".encode())
+    seen = []
+
+    def tiny(name: str, features: Tensor) -> Tensor:
+        seen.append(
+            int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+        )  # MiB
+        return features
+
+    encoders = {
+        NAMES[0]: Encoder(
+            pixels_of(8), lambda x: tiny("", x @ projection(NAMES[0])), WIDTH, needs_pictures=True
+        ),
+        NAMES[1]: Encoder(letters, lambda x: x @ projection(NAMES[1]), WIDTH),
+    }
+    data = Shards(str(tmp_path / "0.tar"))
+    features = written(tmp_path / "output", data, Teacher({}, encoders), batch_size=64)
+    assert len(features.check()) == rows
+    assert len(seen) == -(-rows // 64)
+    quarter = len(seen) // 4
+    assert max(seen[-quarter:]) - max(seen[:quarter]) < 16

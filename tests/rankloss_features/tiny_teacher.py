@@ -1,0 +1,156 @@
+"""A teacher of a few numbers, small pictures with captions, and processes that write their features."""
+
+from __future__ import annotations
+
+import functools
+import io
+import multiprocessing
+import os
+import signal
+import tarfile
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rankloss_features import Features
+from rankloss_features.data import Data, Sample, Shards, open_data
+from rankloss_features.folder import NAMES
+from rankloss_features.teachers import Encoder, Teacher
+from rankloss_features.writing import write
+
+ROWS, WIDTH, BATCH = 40, 6, 8
+CAPTIONS = [f"picture {i} of {i % 7} apples" for i in range(ROWS)]
+SETTINGS = {"dtype": "float16", "precision": "fp32", "batch_size": BATCH, "command": "rankloss features …"}
+CPU = torch.device("cpu")
+forks = multiprocessing.get_context("fork")
+
+
+def picture(number: int, size: int = 8) -> bytes:
+    noise = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    return file.getvalue()
+
+
+def table(folder: Path, captions: list[str] | None = None, order: Any = None) -> Path:
+    """A CSV file of pictures and captions, in another order if one is given."""
+    captions = CAPTIONS if captions is None else captions
+    rows = []
+    for i, caption in enumerate(captions):
+        (folder / f"{i}.png").write_bytes(picture(i))
+        rows.append(f"{folder / f'{i}.png'}\t{caption}")
+    file = folder / "pairs.csv"
+    file.write_text(
+        "\n".join(["filepath\ttitle", *(rows if order is None else [rows[i] for i in order])]) + "\n"
+    )
+    return file
+
+
+def shards(
+    folder: Path, captions: list[str] | None = None, broken: tuple[int, ...] = (), number: int = 2
+) -> str:
+    """The same as a webdataset, with samples that a trainer skips between."""
+    captions = CAPTIONS if captions is None else captions
+    for shard in range(number):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i in range(shard, len(captions), number):
+                content = picture(i)
+                members = {"png": content[:40] if i in broken else content, "txt": captions[i].encode()}
+                add(tar, f"{i:03}", **members)
+                add(tar, f"{i:03}x", txt=b"no picture")
+    return str(folder / f"{{0..{number - 1}}}.tar")
+
+
+def add(tar: tarfile.TarFile, key: str, **members: bytes) -> None:
+    for extension, content in members.items():
+        member = tarfile.TarInfo(f"{key}.{extension}")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+
+
+def csv_data(file: Path) -> Data:
+    given = {"csv_separator": "\t", "csv_img_key": "filepath", "csv_caption_key": "title"}
+    return open_data(Namespace(data=str(file), dataset_type="auto", **given))
+
+
+@functools.cache
+def projection(name: str) -> Tensor:
+    return torch.randn(
+        256 if name == NAMES[1] else 192, WIDTH, generator=torch.Generator().manual_seed(len(name))
+    )
+
+
+def pixels_of(size: int) -> Callable[[list[Sample]], Tensor]:
+    """The pixels of the samples' pictures, from their upper left corners."""
+
+    def pixels(samples: list[Sample]) -> Tensor:
+        cut = [np.asarray(x.open())[:size, :size].astype(np.float32) / 255 - 0.5 for x in samples]
+        return torch.from_numpy(np.stack(cut)).flatten(1)
+
+    return pixels
+
+
+def letters(samples: list[Sample]) -> Tensor:
+    counts = [np.bincount(np.frombuffer(x.caption.encode(), np.uint8), minlength=256) for x in samples]
+    return torch.from_numpy(np.stack(counts)).float()
+
+
+def teacher(change: Callable[[str, Tensor], Tensor] = lambda _, features: features, **about: Any) -> Teacher:
+    """Linear maps of pixels and of letters; ``change`` is applied to what they give."""
+
+    def encoder(name: str, prepare: Any, **given: Any) -> Encoder:
+        return Encoder(prepare, lambda x: change(name, x @ projection(name)), WIDTH, **given)
+
+    encoders = {
+        NAMES[0]: encoder(NAMES[0], pixels_of(8), needs_pictures=True),
+        NAMES[1]: encoder(NAMES[1], letters),
+    }
+    return Teacher({"weights": "0", **about}, encoders, 100.0)
+
+
+def written(output: Path, data: Data, teacher: Teacher, *, workers: int = 0, **settings: Any) -> Features:
+    write(output, data, teacher, {**SETTINGS, **settings}, device=CPU, workers=workers)
+    return Features(str(output))
+
+
+def killed_at(call: int, output: Path, data: Data) -> int:
+    """Write in a process that is killed, as by ``kill -9``, at its ``call``-th batch; its exit code."""
+    calls = iter(range(1, call + 1))
+
+    def kill(name: str, features: Tensor) -> Tensor:
+        if name == NAMES[1] and next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return features
+
+    return in_process(written, output, data, teacher(kill))
+
+
+def in_process(function: Callable[..., Any], *args: Any, **environment: str) -> int:
+    """Call a function in a forked process; the exit code."""
+
+    def call() -> None:
+        os.environ.update(environment)
+        torch.set_num_threads(1)
+        function(*args)
+
+    process = forks.Process(target=call)
+    process.start()
+    process.join()
+    code = process.exitcode
+    assert code is not None
+    return code
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix == ".npy"}
+
+
+def data_of(kind: str, folder: Path, captions: list[str] | None = None) -> Data:
+    folder.mkdir(exist_ok=True)
+    return csv_data(table(folder, captions)) if kind == "csv" else Shards(shards(folder, captions))
