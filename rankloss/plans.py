@@ -10,15 +10,15 @@ import torch
 from rankloss import kernels
 from rankloss.options import RankOptions
 
-# Entries of a matrix: up to the first it is one chunk, beyond it the second makes a chunk's rows; up to the
-# third, products wait for their mirror images, which then take 4 bytes each at most; and of the lists that
-# are evaluated at once, as many as a core's cache holds.
-_WHOLE, _WHOLE_ELSEWHERE = {"cpu": 2**20}, 2**24
-_CHUNK, _CHUNK_ELSEWHERE = {"cpu": 2**19}, 2**24
-_MIRRORED = 2**24
+# Entries of a matrix that is multiplied out at a time, and of the lists that are evaluated at once, as many
+# as a core's cache holds.
+_CHUNK, _CHUNK_ELSEWHERE = {"cpu": 2**20}, 2**24
 _LISTS, _LISTS_ELSEWHERE = {"cpu": 2**17}, 2**23
-_MOST_CHUNKS = 64  # of mirror images, whose blocks are as many as the chunks squared
-_FEWEST_ROWS = 128  # below it, what is done once per chunk costs more than its product and its lists
+# Below these, what is done once per chunk or per operation costs more than its product and its lists.
+_FEWEST_ROWS, _FEWEST_LISTS = 128, 64
+# Up to so many entries, products wait for their mirror images, which take 4 bytes each at most; and in no
+# more than so many chunks, since the blocks that wait are as many as the chunks squared.
+_MIRRORED, _MOST_CHUNKS = 2**24, 64
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def make_plan(
     Example:
         >>> plan = make_plan(RankOptions(), 4096, 4096, torch.device("cpu"), torch.float32)
         >>> plan.name, plan.chunk_size, plan.lists_at_once, plan.kernel
-        ('rows', 128, 128, 'torch')
+        ('rows', 256, 64, 'torch')
         >>> make_plan(RankOptions(lists="batch"), 64, 64, torch.device("cpu"), torch.float32).name
         'dense'
     """
@@ -69,15 +69,12 @@ def make_plan(
     if options.kernel == "triton" and why_no_kernel is not None:
         raise ValueError(f"kernel='triton' does not serve here: {why_no_kernel}")
     chunk_size = max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // items)
-    if anchors * items <= _WHOLE.get(device.type, _WHOLE_ELSEWHERE):
-        chunk_size = anchors
-    chunk_size = options.chunk_size or chunk_size
-    chunk_size = anchors if options.is_dense else min(chunk_size, anchors)
+    chunk_size = anchors if options.is_dense else min(options.chunk_size or chunk_size, anchors)
     return Plan(
         name="dense" if options.is_dense else "rows",
         chunk_size=chunk_size,
         is_mirrored=anchors == items and anchors**2 <= _MIRRORED and anchors <= _MOST_CHUNKS * chunk_size,
-        lists_at_once=max(_FEWEST_ROWS, _LISTS.get(device.type, _LISTS_ELSEWHERE) // items),
+        lists_at_once=max(_FEWEST_LISTS, _LISTS.get(device.type, _LISTS_ELSEWHERE) // items),
         kernel="torch" if why_no_kernel is not None else "triton",
         why_no_kernel=why_no_kernel,
     )

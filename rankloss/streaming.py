@@ -232,7 +232,7 @@ class _MirroredProducts(_Products):
     def add_gradient(self, rows: slice, cosines: Tensor, gradients: Tensor) -> None:
         """Add the gradients up to the diagonal with those of their mirror images, and keep the others."""
         if "scale" in self._sums:
-            self._sums["scale"] += (gradients * cosines).sum()
+            self._sums["scale"] += torch.linalg.vecdot(gradients, cosines).sum()
         for matrix, gradient in zip(self._matrices, gradients, strict=True):
             _keep(self._gradients, matrix, rows, gradient)
             for columns, mirror in self._gradients.pop((_mirror(matrix), rows.start), ()):
