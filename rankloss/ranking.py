@@ -268,7 +268,8 @@ def ascending(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sort_rows(keys: np.ndarray) -> None:
-    threads = min(torch.get_num_threads(), len(keys), keys.size // _PER_THREAD)
+    # Half of torch's, which wait without sleeping: beside two of them a second thread gains nothing.
+    threads = min(torch.get_num_threads() // 2, len(keys), keys.size // _PER_THREAD)
     if threads <= 1:
         keys.sort(axis=-1)
     else:  # NumPy sorts without holding the interpreter's lock
