@@ -18,7 +18,7 @@ _LISTS, _LISTS_ELSEWHERE = {"cpu": 2**17}, 2**23
 _FEWEST_ROWS, _FEWEST_LISTS = 128, 64
 # Up to so many entries, products wait for their mirror images, which take 4 bytes each at most; and in no
 # more than so many chunks, since the blocks that wait are as many as the chunks squared.
-_MIRRORED, _MOST_CHUNKS = 2**24, 64
+_MIRRORED, _MOST_CHUNKS = 2**24, 16
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def test_a_plan_keeps_its_limits(n: int, share: int, chunk_size: int | None, dev
     assert plan.chunk_size == min(chosen, anchors)
     assert plan.lists_at_once == max(64, lists // n)
     # What waits for its mirror image is 4·n² bytes at most, in blocks whose number is bounded.
-    assert plan.is_mirrored == (anchors == n <= min(4096, 64 * plan.chunk_size))
+    assert plan.is_mirrored == (anchors == n <= min(4096, 16 * plan.chunk_size))
 
 
 @pytest.mark.parametrize(
