@@ -143,7 +143,7 @@ class Batch:
         def there(x: Tensor) -> Tensor:
             return x.to(device).to(dtype)
 
-        scale = _scale(logit_scale, home).to(device, non_blocking=True).to(dtype)
+        scale = scalar(logit_scale, home).to(device, non_blocking=True).to(dtype)
         return cls(
             there(image_features),
             there(text_features),
@@ -249,11 +249,12 @@ def _constant(x: Tensor) -> Tensor:
     return x.detach().clone() if torch.compiler.is_compiling() or x.is_inference() else x.detach()
 
 
-def _scale(logit_scale: Tensor | float, device: torch.device) -> Tensor:
-    if isinstance(logit_scale, Tensor):
-        return logit_scale.reshape(())
+def scalar(x: Tensor | float, device: torch.device) -> Tensor:
+    """A number, or a tensor of one element, as a tensor without dimensions."""
+    if isinstance(x, Tensor):
+        return x.reshape(())
     # Filled in on the device: to copy a number to it would make the host wait.
-    return torch.full((), logit_scale, dtype=dtype_of_numbers(device), device=device)
+    return torch.full((), x, dtype=dtype_of_numbers(device), device=device)
 
 
 def other_items(own: Tensor, n: int) -> Tensor:

@@ -89,10 +89,6 @@ class _Call(NamedTuple):
         features = self.image, self.text, self.scale, self.image_anchors, self.text_anchors
         return Batch(*features, self.first_row, self.reference_image, self.reference_text)
 
-    @property
-    def inputs(self) -> Inputs:
-        return Inputs(self.image, self.text, self.image_anchors, self.text_anchors, self.scale)
-
     def of(self, inputs: Iterable[Tensor | None]) -> _Call:
         """The same of other inputs."""
         image, text, image_anchors, text_anchors, scale = inputs
@@ -144,7 +140,7 @@ def _backward_fake(_upstream: Any, _gradients: Any, *arguments: Any) -> list[Ten
 def _gradients_fake(call: _Call) -> list[Tensor]:
     return [
         torch.empty_like(x) if x is not None and w else call.image.new_empty(0)
-        for x, w in zip(call.inputs, call.by, strict=True)
+        for x, w in zip(call.batch.inputs, call.by, strict=True)
     ]
 
 
@@ -218,10 +214,10 @@ def _gradients_by_definition(upstream: Sequence[Tensor | None], call: _Call) -> 
     # By aliases: one input may be computed of another, as gathered features are of the local ones, and what
     # flows along that path is the outer graph's to add.
     with torch.enable_grad(), full_precision(call.image.device):
-        call = call.of(None if x is None else x.view_as(x) for x in call.inputs)
+        call = call.of(None if x is None else x.view_as(x) for x in call.batch.inputs)
         terms = _terms_by_definition(call)
         given = [(x, g) for x, g in zip(terms, upstream, strict=True) if x.requires_grad and g is not None]
-        by = [x for x, w in zip(call.inputs, call.by, strict=True) if x is not None and w]
+        by = [x for x, w in zip(call.batch.inputs, call.by, strict=True) if x is not None and w]
         found: Iterable[Tensor] = map(torch.zeros_like, by)
         if given:
             outputs, grads = zip(*given, strict=True)

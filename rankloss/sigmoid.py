@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import Matrix
+from rankloss.batch import Matrix, scalar
 from rankloss.operators import register
 from rankloss.options import RankOptions
 from rankloss.plans import make_plan
@@ -51,14 +51,9 @@ def pair_sigmoid(
     """
     dtype, home = arithmetic_dtype(images, texts), images.device
     device = torch.device("cpu") if home.type == "mps" else home  # MPS has no float64
-
-    def scalar(x: Tensor | float) -> Tensor:
-        # A number is filled in on the device: to copy it there would make the host wait.
-        x = x.reshape(()) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
-        return x.to(device, non_blocking=True).to(dtype)
-
     features = (x.to(device).to(dtype) for x in (images, texts))
-    inputs = (*features, scalar(logit_scale), scalar(logit_bias))
+    numbers = (scalar(x, home).to(device, non_blocking=True).to(dtype) for x in (logit_scale, logit_bias))
+    inputs = (*features, *numbers)
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
     value: Tensor = _PairSigmoid.apply(*inputs, first_row, wanted, chunk_size)  # type: ignore[no-untyped-call]
     return value.to(home)
