@@ -75,7 +75,8 @@ def stream(
     kind = _MirroredProducts if plan.is_mirrored else _Products
     with full_precision(batch.image.device):
         for group in _groups(batch, options, plan, weights, wanted):
-            products, by_teacher = kind(group.matrices, sums, unwritten), kind(group.references, {}, set())
+            products = kind(group.matrices, sums, unwritten)
+            by_teacher = kind(group.references, {}, set()) if group.references and batch.has_teacher else None
             first_equal = tuple(batch.first_equal(x, engine.first_equal) for x in group.references)
             for rows in slices(batch.anchors, plan.chunk_size):
                 block = lists.Block(
@@ -83,7 +84,7 @@ def stream(
                     scale=batch.scale,
                     alpha=group.alpha,
                     beta=group.beta,
-                    reference=by_teacher.cosines(rows) if group.references and batch.has_teacher else None,
+                    reference=None if by_teacher is None else by_teacher.cosines(rows),
                     first_equal=first_equal,
                     first_row=batch.first_row + rows.start,
                 )
@@ -108,7 +109,7 @@ def _groups(
     of_images, of_texts = (2 * share * direction for direction in options.directions)
     is_waiting = plan.is_mirrored and plan.chunk_size < batch.anchors
     groups = []
-    for together in [[term] for term in terms] if is_waiting else [terms] if terms else []:
+    for together in filter(None, [[term] for term in terms] if is_waiting else [terms]):
         names = matrices_of(*together)
         group = _Group(batch.matrices(names), batch.references(names), None, None)
         shares = [of_images if name in "SI" else of_texts for name in names]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankloss.checks import check_teacher
 from rankloss_features.data import Table
-from rankloss_features.folder import NAMES, Features
+from rankloss_features.folder import NAMES, Array, Features
 
 COLUMN = "reference_pair"
 """The column that says which row of a folder is a row's own, and the hash of its pair."""
@@ -46,6 +46,15 @@ def bind(
     return dataset.add_column(column, list(bound))
 
 
+def references(features: Features, bound: Array) -> dict[str, Tensor]:
+    """The features of bound rows, ``[N, 2]``, by the names that losses have for them.
+
+    Raises:
+        ValueError: The rows were bound to another folder.
+    """
+    return {f"reference_{name}": torch.from_numpy(x) for name, x in features.of_bound(bound).items()}
+
+
 def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor]:
     """A teacher's features of a batch, from the labels that sentence-transformers hands to a loss.
 
@@ -67,8 +76,7 @@ def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor
     if labels is None or not (is_bound or (labels.is_floating_point() and labels.dim() in (2, 3))):
         return {}
     if features is not None:
-        rows = features.of_bound(labels.cpu().numpy())
-        return {f"reference_{name}": torch.from_numpy(x).to(labels.device) for name, x in rows.items()}
+        return {name: x.to(labels.device) for name, x in references(features, labels.cpu().numpy()).items()}
     columns = [labels, labels] if labels.dim() == 2 else list(labels.unbind(1))
     if len(columns) != len(NAMES):
         raise ValueError(f"labels must have the embeddings of two columns; got shape {tuple(labels.shape)}")

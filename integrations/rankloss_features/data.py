@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from rankloss_features.folder import name_of
 
 _BLOCK = 4096  # pairs that are hashed together
-_IMAGES = ("png", "jpg", "jpeg", "webp")  # what open_clip's trainer takes for one
+IMAGES = ("png", "jpg", "jpeg", "webp")  # what open_clip's trainer takes for one
 
 
 class Sample(NamedTuple):
@@ -157,7 +157,7 @@ class Shards:
         from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
         def wanted(file: str) -> bool:
-            return (base_plus_ext(file)[1] or "").lower() in {*self.text_keys, *_IMAGES}
+            return (base_plus_ext(file)[1] or "").lower() in {*self.text_keys, *IMAGES}
 
         def kept(file: dict[str, Any]) -> bool:
             return pictures or base_plus_ext(file["fname"])[1].lower() in self.text_keys
@@ -167,7 +167,7 @@ class Shards:
             named = ({**x, "data": x["data"] if kept(x) else b"", "__url__": url} for x in files)
             for sample in group_by_keys(named):
                 text = next((key for key in self.text_keys if key in sample), None)
-                image = next((key for key in _IMAGES if key in sample), None)
+                image = next((key for key in IMAGES if key in sample), None)
                 if text is not None and image is not None:
                     yield sample, sample[text].decode(errors="replace"), image
 

@@ -192,7 +192,7 @@ def _compare(output: Path, begun: Array, pairs: Array) -> None:
 def _allocate(file: Path, dtype: str, shape: tuple[int, ...]) -> None:
     """A file of zeros on the disk, unless it is there: a full disk shows now, and not in hours.
 
-    A page that cannot be written would end the process without a word.
+    Running out of space while writing to a mapped file kills the process without an error message.
     """
     try:
         if not file.exists() or np.load(file, mmap_mode="r").shape != shape:

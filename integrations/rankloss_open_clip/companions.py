@@ -142,7 +142,7 @@ def join_csv(dataset: Any, path: str, separator: str, companion: Companion) -> N
     """
     first = dataset.captions
     second = companion.of_rows(path, separator, dataset)
-    dataset.captions = type(first)([_joined(a, b) for a, b in zip(first, second, strict=True)])
+    dataset.captions = type(first)([joined(a, b) for a, b in zip(first, second, strict=True)])
 
 
 def joined_samples(
@@ -169,7 +169,7 @@ def joined_samples(
         second = companion.of_sample(sample, None if text_key is None else _text(sample[text_key]))
         if text_key is not None and second is not None:
             found += 1
-            sample[text_key] = _joined(sample[text_key], second).encode()
+            sample[text_key] = joined(sample[text_key], second).encode()
             yield sample
         elif second is None:
             missing += 1
@@ -183,8 +183,9 @@ def joined_samples(
         )
 
 
-def _joined(first: Any, second: Any) -> str:
-    return _SEPARATOR.join(_text(part).replace(_SEPARATOR, " ") for part in (first, second))
+def joined(first: Any, second: Any, separator: str = _SEPARATOR) -> str:
+    """Two texts as one, which splits at the separator into these two."""
+    return separator.join(_text(part).replace(separator, " ") for part in (first, second))
 
 
 def _text(value: Any) -> str:

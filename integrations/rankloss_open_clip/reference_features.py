@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rankloss.checks import check_teacher
+from rankloss_features.data import IMAGES
 from rankloss_features.folder import NAMES, hash_of_pair, name_of, opened
 from rankloss_open_clip.companions import Companion
 
@@ -26,7 +27,6 @@ IN_SAMPLES = {"samples": NAMES, "samples:image": NAMES[:1], "samples:text": NAME
 """The values that mean members of a webdataset's samples, and which members."""
 
 _BLOCK = 65_536  # pairs that are hashed together
-_PICTURES = ("png", "jpg", "jpeg", "webp")  # samples without one are skipped by the trainer
 
 
 def refuse(where: str, *, two_widths: bool) -> str | None:
@@ -101,7 +101,7 @@ class ReferenceFeatures(Companion):
         """The row of the sample, or its members' numbers as text; these are taken out of the sample."""
         if self.in_samples:
             return self._members(sample)
-        if caption is None or not any(name in sample for name in _PICTURES):
+        if caption is None or not any(name in sample for name in IMAGES):  # which the trainer skips
             return None
         row = opened(self.where).find(hash_of_pair(caption, sample["__key__"]))
         if row is None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloss_open_clip.companions import Companion, SecondCaption
+from rankloss_open_clip.companions import Companion, SecondCaption, joined
 from rankloss_open_clip.reference_features import ReferenceFeatures
 
 _SEPARATOR = "\x1e"  # ASCII's record separator, which no caption contains
@@ -30,13 +30,13 @@ class TwoCompanions(Companion):
     def of_rows(self, path: str, separator: str, dataset: Any) -> Sequence[str]:
         """See :class:`Companion`."""
         parts = (part.of_rows(path, separator, dataset) for part in (self.caption, self.features))
-        return [_joined(*pair) for pair in zip(*parts, strict=True)]
+        return [joined(a, b, _SEPARATOR) for a, b in zip(*parts, strict=True)]
 
     def of_sample(self, sample: dict[str, Any], caption: str | None) -> str | None:
         """See :class:`Companion`."""
         second = self.caption.of_sample(sample, caption)
         row = None if second is None else self.features.of_sample(sample, caption)
-        return None if second is None or row is None else _joined(second, row)
+        return None if second is None or row is None else joined(second, row, _SEPARATOR)
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], companions: list[str]) -> Tensor:
         """See :class:`Companion`."""
@@ -52,7 +52,3 @@ class TwoCompanions(Companion):
         """The features of both captions, and the teacher's."""
         captions, features = companions.tensor_split([self.context], dim=1)
         return self.features.merge(self.caption.merge(output, captions), features.contiguous())
-
-
-def _joined(caption: str, row: str) -> str:
-    return _SEPARATOR.join((str(caption).replace(_SEPARATOR, " "), row))

@@ -109,9 +109,10 @@ class ClipLoss(StreamedLoss):
         """
         self.check_inputs(image_features, text_features, logit_scale)
         check_bias(logit_bias, image_features)
-        gathered = images, texts = self.whole_batch(image_features, text_features, gathered)
-        rows = len(image_features if self.gather.anchors_are_local else images)
-        if self.fits(rows, images, texts):
+        pairs = len(image_features) * self.gather.place[1]
+        rows = len(image_features) if self.gather.anchors_are_local else pairs
+        if self.fits(rows, pairs, image_features, text_features):
+            gathered = self.whole_batch(image_features, text_features, gathered)
             loss = _whole(self.gather, image_features, text_features, gathered, logit_scale, logit_bias)
         else:
             with torch.no_grad():  # the dtype depends on autocast's rules; one pair shows it

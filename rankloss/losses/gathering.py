@@ -179,10 +179,10 @@ class StreamedLoss(GatheringLoss):
         super().__init__(gather)
         self._options = RankOptions(**options)
 
-    def fits(self, rows: int, images: Tensor, texts: Tensor) -> bool:
-        """Whether the logits of ``rows`` and all texts are within the budget."""
-        dtype = arithmetic_dtype(images, texts)
-        return len(texts) == 1 or self._options.fits(rows, len(texts), images.device, dtype)
+    def fits(self, rows: int, columns: int, image_features: Tensor, text_features: Tensor) -> bool:
+        """Whether so many logits of features like these are within the budget."""
+        dtype = arithmetic_dtype(image_features, text_features)
+        return columns == 1 or self._options.fits(rows, columns, image_features.device, dtype)
 
     def extra_repr(self) -> str:
         """The options that are not at their defaults."""

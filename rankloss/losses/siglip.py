@@ -115,7 +115,7 @@ class SigLipLoss(StreamedLoss):
         images = image_features if gather.anchors_are_local else gather.items(image_features)
         texts = gather.items(text_features, are_anchors=False)
         first_row = gather.first_row(len(image_features))
-        if self.fits(len(images), images, texts):
+        if self.fits(len(images), len(texts), images, texts):
             loss = _whole(images, texts, logit_scale, logit_bias, first_row)
         else:
             with torch.no_grad():  # the dtype depends on autocast's rules; one pair shows it

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from rankloss.checks import check_teacher
-from rankloss_features.binding import COLUMN
+from rankloss_features.binding import COLUMN, references
 from rankloss_features.folder import Features
 
 BOUND = COLUMN
@@ -23,8 +22,8 @@ COLUMNS = ("reference_image_features", "reference_text_features")
 
 def split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A batch without the columns of a teacher's features, and these columns."""
-    references = {name: inputs[name] for name in COLUMNS if name in inputs}
-    return {name: value for name, value in inputs.items() if name not in (*COLUMNS, BOUND)}, references
+    taught = {name: inputs[name] for name in COLUMNS if name in inputs}
+    return {name: value for name, value in inputs.items() if name not in (*COLUMNS, BOUND)}, taught
 
 
 def collate_checked(collate: Callable[..., Any], features: Features | None, examples: Any) -> Any:
@@ -48,8 +47,7 @@ def collate_checked(collate: Callable[..., Any], features: Features | None, exam
     else:
         bound = np.array([np.asarray(example[BOUND]) for example in examples], np.int64)
         batch = collate([{name: x[name] for name in x if name != BOUND} for x in examples])
-        taught = {f"reference_{x}": torch.from_numpy(y) for x, y in features.of_bound(bound).items()}
-        batch = {**batch, **taught}
+        batch = {**batch, **references(features, bound)}
     for name in COLUMNS:
         if isinstance(batch, Mapping) and name in batch:
             check_teacher(name, batch[name], first_look=False)  # the loss looks at the norms of the first
