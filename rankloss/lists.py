@@ -76,7 +76,7 @@ def evaluate(block: Block, options: RankOptions, lists_at_once: int, *, with_gra
         return _without_own(block, options, lists_at_once, with_gradient)
     cosines = block.cosines
     gradient = torch.empty_like(cosines) if with_gradient else None
-    alpha, beta = (None if w is None else w[:, None, None] for w in (block.alpha, block.beta))
+    alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
     found = []
     for rows in slices(cosines.shape[1], max(1, lists_at_once // len(cosines))):
         y = None if beta is None else _exact_reference(block, rows)
@@ -160,7 +160,7 @@ def _evaluate_lists(
             share = beta / divisor
             by_slot = ranking.weigh(torch.div(share, C, out=C))
             if bracket is not None:
-                by_slot[..., -1:] += bracket  # every item's sum runs over the last slot
+                by_slot[..., -1:].add_(bracket)  # every item's sum runs over the last slot
             bracket = ranking.of_items(by_slot.flip(-1).cumsum_(-1).flip(-1))
             share = share if counted is None else share * counted
     elif beta is not None:

@@ -8,6 +8,7 @@ itself to be differentiated (``create_graph=True``) goes through :mod:`rankloss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -106,8 +107,8 @@ def _run(*arguments: Any) -> list[Tensor]:
     call = _Call(*arguments)
     batch, options, image = call.batch, RankOptions.decode(call.options), call.image
     plan = make_plan(options, batch.anchors, len(image), image.device, image.dtype)
-    values, sums = stream(batch, options, plan, batch.nan_unless_finite(call.weights), call.terms, call.by)
-    gradients = (sums.get(name, image.new_empty(0)) for name in Inputs._fields)
+    values, sums = stream(batch, options, plan, call.weights, call.terms, call.by)
+    gradients = (sums[name] if name in sums else image.new_empty(0) for name in Inputs._fields)
     # Copies, since what an operator returns may not be views of one another.
     return [*map(torch.clone, values.to(image.dtype)), *gradients]
 
@@ -197,7 +198,7 @@ class _RowLists(torch.autograd.Function):
 
 def _spans_too_far(call: _Call, terms: Sequence[Tensor]) -> bool:
     """Whether terms are NaN though all features are finite: scores too far apart for float64 sums."""
-    if not bool(torch.stack(list(terms)).isnan().any()):
+    if not any(math.isnan(x) for x in terms):
         return False
     return bool(call.batch.nan_unless_finite(call.weights).isfinite().all())
 

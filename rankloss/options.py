@@ -204,8 +204,8 @@ class RankOptions:
 
         Row lists of worth ``exp`` with shared ties are computed in linear memory.
         """
-        streamed = {"lists": "row", "worth": "exp", "ties": "shared", "discount": None}
-        return self.reduction == "none" or any(getattr(self, k) != v for k, v in streamed.items())
+        is_streamed = self.lists == "row" and self.worth == "exp" and self.ties == "shared"
+        return not is_streamed or self.discount is not None or self.reduction == "none"
 
     @property
     def directions(self) -> tuple[float, float]:

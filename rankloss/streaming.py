@@ -55,7 +55,7 @@ def stream(
         batch: the features.
         options: of the rank terms.
         plan: how the pass is computed.
-        weights: of the terms, ``[3]`` in float64.
+        weights: of the terms, ``[3]`` in float64; the terms are NaN where a feature is not finite.
         wanted: which of the terms are; the others stay zero.
         by: by which of the batch's inputs a gradient is wanted.
 
@@ -73,7 +73,9 @@ def stream(
     }
     engine = kernels if plan.kernel == "triton" else lists
     kind = _MirroredProducts if plan.is_mirrored else _Products
-    with full_precision(batch.image.device):
+    # Autograd's book-keeping of every operation would be a sixth of a small batch's time.
+    with full_precision(batch.image.device), torch.inference_mode():
+        weights = batch.nan_unless_finite(weights)
         for group in _groups(batch, options, plan, weights, wanted):
             products = kind(group.matrices, sums, unwritten)
             by_teacher = kind(group.references, {}, set()) if group.references and batch.has_teacher else None
@@ -127,13 +129,13 @@ def _groups(
 
 def _add_values(values: Tensor, group: _Group, found: lists.Evaluated) -> None:
     if group.alpha is not None and found.cross_entropy is not None:
-        values[0] += group.alpha @ found.cross_entropy.sum(-1)
+        values[0].add_(group.alpha @ found.cross_entropy.sum(-1))
     if group.beta is not None and found.nll is not None:
         of_matrices = group.beta * found.nll.sum(-1)
         # A term's two matrices are the first and the last, the second and the last but one.
         of_terms = (of_matrices + of_matrices.flip(0))[: len(of_matrices) // 2]
         first = group.terms[0]
-        values[first : first + len(of_terms)] += of_terms
+        values[first : first + len(of_terms)].add_(of_terms)
 
 
 # --- products ---------------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ class _Products:
         return out
 
     def add_gradient(self, rows: slice, cosines: Tensor, gradients: Tensor) -> None:
-        """Add the gradients by the scores of some rows, which may be changed on the way."""
+        """Add the gradients by the scores of some rows; both tensors may be changed on the way."""
         del cosines  # Σ (G·K)∘Q reads less
         by_anchors: dict[tuple[str, ...], Tensor] = {}
         for start, group in self._by_items():
@@ -178,7 +180,7 @@ class _Products:
                 if of_anchors in by_anchors:
                     by_anchors[of_anchors].addmm_(gradient, group[0].items)
                 else:
-                    by_anchors[of_anchors] = gradient @ group[0].items
+                    by_anchors[of_anchors] = torch.mm(gradient, group[0].items)
             if of_items in self._sums:
                 beta = 0 if of_items in self._unwritten else 1
                 self._sums[of_items].addmm_(gradient.T, self._joined[of_anchors], beta=beta)
@@ -233,15 +235,15 @@ class _MirroredProducts(_Products):
     def add_gradient(self, rows: slice, cosines: Tensor, gradients: Tensor) -> None:
         """Add the gradients up to the diagonal with those of their mirror images, and keep the others."""
         if "scale" in self._sums:
-            self._sums["scale"] += torch.linalg.vecdot(gradients, cosines).sum()
+            self._sums["scale"] += cosines.mul_(gradients).sum()
         for matrix, gradient in zip(self._matrices, gradients, strict=True):
             _keep(self._gradients, matrix, rows, gradient)
             for columns, mirror in self._gradients.pop((_mirror(matrix), rows.start), ()):
                 gradient[:, columns] += mirror
             by_anchors = by_items = rows.start  # up to which column there is a gradient
             if matrix.name != "R":  # whose entries at the diagonal are those of S
-                opposite = gradients[-1] if matrix.name == "S" else gradient
-                gradient[:, rows] = gradient[:, rows] + opposite[:, rows].T
+                opposite = gradients[-1] if matrix.name == "S" else gradient.clone()
+                gradient[:, rows].add_(opposite[:, rows].T)
                 by_anchors = rows.stop
                 by_items = rows.stop if matrix.name == "S" else rows.start
             of_anchors, of_items = matrix.factors
