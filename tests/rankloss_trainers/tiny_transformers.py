@@ -119,7 +119,10 @@ def arguments(directory: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**given)
 
 
-_KEYWORDS = {"loss", "loss_options", "eval_dataset", "callbacks", "model_init", "compute_loss_func"}
+_KEYWORDS = {
+    *{"loss", "loss_options", "mini_batch_size", "eval_dataset", "callbacks"},
+    *{"model_init", "compute_loss_func", "compute_metrics", "data_collator"},
+}
 
 
 def trainer(directory: Path, *, model: Any = None, pairs: Any = None, **given: Any) -> InOrder:
