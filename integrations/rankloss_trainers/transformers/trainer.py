@@ -218,12 +218,7 @@ class _Progress(TrainerCallback):
         chosen = self.chosen
         if state.global_step > 0 and loss_state.has_state(chosen.criterion):
             saved = state.stateful_callbacks.get(_STATE)
-            found = loss_state.restore(chosen.name, chosen.criterion, saved)
-            if found:
-                text = (
-                    "The loss %s has a state, of which the checkpoint resumed from holds %s: it starts anew"
-                )
-                _logger.warning(text, chosen.name, found)
+            loss_state.restore(chosen.name, chosen.criterion, saved, warn=state.is_world_process_zero)
         else:  # a search trains several times, with a new model
             chosen.criterion.load_state_dict(self._first_state)
         epochs = state.num_train_epochs if has_length(kwargs["train_dataloader"]) else math.inf
