@@ -127,8 +127,8 @@ def run_as_a_process(engine: str, file: str) -> None:
     assert trained.args.world_size == 2
     if engine.startswith("fsdp_2"):
         assert all(isinstance(parameter, DTensor) for parameter in trained.model.parameters())
-    if trained.is_world_process_zero():
-        Path(file).write_text(json.dumps([{name: line[name] for name in TERMS} for line in lines(trained)]))
+    logged = [{name: line[name] for name in ("loss", *TERMS)} for line in lines(trained)]
+    Path(f"{file}.{trained.args.process_index}").write_text(json.dumps(logged))
     del trained, model
     leave()
 
@@ -139,11 +139,12 @@ def test_two_processes_train_as_an_own_loop_with_the_whole_batch(tmp_path: Path,
     if engine.startswith("zero_2"):
         pytest.importorskip("deepspeed")
     # DeepSpeed compiles an extension when it is first started.
-    torchrun(__file__, engine, tmp_path / "terms.json", DS_ACCELERATOR="cpu")
+    torchrun(__file__, engine, tmp_path / "log", DS_ACCELERATOR="cpu")
     loss = rankloss.RankClipLoss(schedule="linear")
     expected = own_loop(one_dimensional_scale(), loss, Pairs(48, "image", "text"), [16])
-    for line, terms in zip(json.loads((tmp_path / "terms.json").read_text()), expected, strict=True):
-        assert line == pytest.approx(terms, rel=1e-4, abs=1e-6)
+    for rank in (0, 1):  # each logs the batch's values
+        for line, terms in zip(json.loads((tmp_path / f"log.{rank}").read_text()), expected, strict=True):
+            assert line == pytest.approx({"loss": sum(terms.values()), **terms}, rel=1e-4, abs=1e-6)
 
 
 if __name__ == "__main__":
