@@ -113,8 +113,9 @@ def arguments(directory: Path, **changes: Any) -> TrainingArguments:
         **{"dataloader_pin_memory": False, "save_strategy": "no"},
         **changes,
     }
-    # Releases before 5 keep the precision of the process's first Trainer.
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    # Releases before 5 keep the precision, and the compiler, of the process's first Trainer.
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"):
+        os.environ.pop(name, None)
     AcceleratorState._reset_state(reset_partial_state=True)
     return TrainingArguments(**given)
 
