@@ -11,7 +11,6 @@ state is kept from where the trainer reads the file until the run's first epoch 
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import nn
@@ -21,7 +20,6 @@ from rankloss_trainers import state
 KEY = "rankloss_open_clip"
 """Where the state is, in a checkpoint's ``optimizer``."""
 
-_logger = logging.getLogger("rankloss_open_clip")
 _read: dict[str, Any] | None = None  # the state in the checkpoint that was read last
 
 
@@ -46,10 +44,8 @@ def connect(loss: nn.Module, args: Any, optimizer: Any, epoch: int) -> None:
     if not state.has_state(loss):
         return
     if getattr(args, "resume", None) is not None:
-        found = state.restore(args.loss, loss, read)
         # A file of weights alone begins at epoch 0, and has no state to miss.
-        if found and epoch > 0 and getattr(args, "rank", 0) == 0:
-            text = "--loss %s has a state, of which the checkpoint resumed from holds %s: it starts anew"
-            _logger.warning(text, args.loss, found)
+        warn = epoch > 0 and getattr(args, "rank", 0) == 0
+        state.restore(args.loss, loss, read, warn=warn)
     if not getattr(args, "fsdp", False):  # collects the optimizer's state, and takes only what it knows
         optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, KEY: state.saved(args.loss, loss)})

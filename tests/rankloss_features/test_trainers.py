@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from rankloss_features.data import Table
 from rankloss_features.folder import NAMES, hashes_of_rows
 from rankloss_features.teachers import Encoder, Teacher
 from rankloss_trainers.sentence_transformers import CachedRankClipLoss, RankClipLoss
+from rankloss_trainers.transformers import ContrastiveTrainer
 
 ROWS, WIDTH = 32, 6
 RANKED = {"schedule": "constant", "top_k": 4, "lambda_cross": 8.0, "lambda_in": 8.0}
@@ -202,3 +205,29 @@ def test_sentence_transformers_refuses_labels_that_are_no_teachers(tmp_path: Pat
             tmp_path, loss, model, train_dataset=labelled(torch.rand(ROWS, 3, WIDTH)), max_steps=1
         )
     assert torch.equal(tiny_sentences.weights(model), tiny_sentences.weights(before))
+
+
+# --- the page ---------------------------------------------------------------------------------------------
+
+
+def test_examples_of_the_page_train_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs/teachers.md").read_text()
+    (printed,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    hugging_face, _, sentences = printed.rpartition("\n\n")
+    monkeypatch.chdir(tmp_path)
+    folder_of(Path("teacher"), pairs(), "image", "caption")
+    given = {"ContrastiveTrainer": ContrastiveTrainer, "RankClipLoss": RankClipLoss}
+    args = tiny_transformers.arguments(tmp_path, max_steps=2)
+    names: dict[str, Any] = {**given, "model": clip(), "args": args, "pairs": pairs()}
+    exec(hugging_face, names)
+    names["trainer"].train()
+    assert tiny_transformers.lines(names["trainer"])[-1]["in_modal_loss"] > 0
+
+    data = tiny_sentences.pairs(ROWS).rename_column("text", "caption")
+    shutil.rmtree("teacher")
+    folder_of(Path("teacher"), data, "image", "caption")
+    model = tiny_sentences.tiny(tmp_path)
+    names.update(model=model, pairs=data)
+    exec(sentences, names)
+    ended = tiny_sentences.train(tmp_path, names["loss"], model, train_dataset=names["pairs"], max_steps=2)
+    assert ended.state.log_history[-2]["in_modal_loss"] > 0

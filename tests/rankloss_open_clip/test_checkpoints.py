@@ -69,7 +69,7 @@ def test_state_travels_with_the_optimizer(tmp_path: Path) -> None:
     ("found", "said"),
     [
         ({"state": {}, "param_groups": []}, "holds no state of a loss"),
-        ({checkpoints.KEY: {"loss": "other", "state_dict": {}}}, "holds the state of --loss other"),
+        ({checkpoints.KEY: {"loss": "other", "state_dict": {}}}, "holds the state of the loss other"),
     ],
 )
 def test_resuming_without_the_state_warns_once(
@@ -79,7 +79,7 @@ def test_resuming_without_the_state_warns_once(
         checkpoints.pick_up({"epoch": 1, "optimizer": found})
         assert resumed(1, resume="x.pt", rank=rank) == [1, 1, 1]
     (message,) = caplog.messages
-    assert "--loss alip has a state" in message
+    assert "The loss alip has a state" in message
     assert f"{said}: it starts anew" in message
 
 

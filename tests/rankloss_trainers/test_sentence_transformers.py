@@ -229,11 +229,13 @@ def test_static_embedding_is_refused_by_the_cached_loss() -> None:
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path) -> None:
     tiny(tmp_path)  # written once, for all of them to read
     torchrun(str(Path(__file__).with_name("tiny_sentences.py")), tmp_path)
-    for kind, two in json.loads((tmp_path / "result.json").read_text()).items():
+    of_ranks = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1)]
+    for kind in of_ranks[0]:
         whole = trained(tmp_path, kind, 16)
-        assert len(whole["lines"]) == len(two["lines"]) == 4
-        for a, b in zip(two["lines"], whole["lines"], strict=True):
-            for name in ("loss", *TERMS):
-                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=2e-4)
         expected = torch.tensor(whole["weights"])
-        torch.testing.assert_close(torch.tensor(two["weights"]), expected, rtol=1e-3, atol=1e-5)
+        for two in (of_rank[kind] for of_rank in of_ranks):
+            assert len(whole["lines"]) == len(two["lines"]) == 4
+            for a, b in zip(two["lines"], whole["lines"], strict=True):
+                for name in ("loss", *TERMS):
+                    assert a[name] == pytest.approx(b[name], rel=1e-4, abs=2e-4)
+            torch.testing.assert_close(torch.tensor(two["weights"]), expected, rtol=1e-3, atol=1e-5)

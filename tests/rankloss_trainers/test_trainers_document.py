@@ -15,7 +15,7 @@ from tiny_transformers import Pairs, arguments, clip, lines
 from rankloss_trainers.transformers import ContrastiveTrainer, LossOptions
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "trainers.md"
-CLASS, ARGUMENTS, TEACHER, FINE_TUNING = re.findall(
+CLASS, ARGUMENTS, TEACHER, LARGE_BATCHES, FINE_TUNING = re.findall(
     r"^```python\n(.*?)^```$", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE
 )
 
@@ -26,32 +26,37 @@ CLASS, ARGUMENTS, TEACHER, FINE_TUNING = re.findall(
         (CLASS, {"schedule": "rankclip"}),
         (ARGUMENTS, {"top_k": 3}),
         (TEACHER, {"reference": "teacher", "top_k": 8}),
+        (LARGE_BATCHES, {"schedule": "rankclip"}),
         (FINE_TUNING, {"schedule": "linear", "schedule_unit": "step"}),
     ],
-    ids=["class", "arguments", "teacher", "fine-tuning"],
+    ids=["class", "arguments", "teacher", "large batches", "fine-tuning"],
 )
 def test_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, example: str, options: dict[str, Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    argv = ["--rankclip-top-k", "3"] if example is ARGUMENTS else []
-    monkeypatch.setattr(sys, "argv", ["script", *argv, "--output_dir", str(tmp_path)])
+    here = {"use_cpu": True, "report_to": "none", "dataloader_pin_memory": False}
+    typed = {"output_dir": tmp_path, "max_steps": 2, "rankclip-top-k": 3, **here}
+    argv = [f"--{name}={value}" for name, value in typed.items()] if example is ARGUMENTS else []
+    monkeypatch.setattr(sys, "argv", ["script", *argv])
     cls = transformers.TrainingArguments
     names = {
         "ContrastiveTrainer": ContrastiveTrainer,
         "LossOptions": LossOptions,
         "HfArgumentParser": transformers.HfArgumentParser,
-        "TrainingArguments": cls if example is ARGUMENTS else functools.partial(cls, use_cpu=True),
+        "TrainingArguments": cls if example is ARGUMENTS else functools.partial(cls, **here, logging_steps=1),
         "model": clip(),
         "args": arguments(tmp_path, max_steps=2),
-        "pairs": Pairs(16),
+        "pairs": Pairs(256),
         "held_out": Pairs(8),
         "taught_pairs": Pairs(32, "image", "text"),
     }
     exec(example, names)
     trainer: Any = names["trainer"]
     assert options.items() <= trainer.chosen_loss.options.items()
-    if example is CLASS:
-        assert lines(trainer)[-1]["in_modal_loss"] > 0
-    if example is TEACHER:
+    if example is not CLASS:
         trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps >= 2
+    assert trainer.chosen_loss.criterion.schedule_value > 0
+    for line in lines(trainer)[-1:]:
+        assert line["in_modal_loss"] > 0

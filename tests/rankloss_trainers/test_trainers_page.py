@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib
 import importlib.util
 import json
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from launch import torchrun
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import rankloss
 from process_pool import Pools
@@ -69,12 +68,6 @@ def moved(ended: list[float]) -> bool:
     return math.dist(ended, weights(Towers(returns_scale=True))) > 0.01
 
 
-def test_examples_with_a_prompt_run() -> None:
-    failures, count = doctest.testfile(str(PAGE), module_relative=False)
-    assert count == 5
-    assert failures == 0
-
-
 @needs("sentence_transformers")
 def test_sentence_transformers(tmp_path: Path) -> None:
     tiny = importlib.import_module("tiny_sentences")
@@ -90,18 +83,28 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     assert [line["rank_lambda"] for line in lines] == pytest.approx(expected, abs=1e-4)
 
 
-@needs("lightning")
-@pytest.mark.filterwarnings("ignore")  # lightning's own
-def test_lightning(tmp_path: Path) -> None:
-    options = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
+def lightning_run(rank: int = 0, processes: int = 1) -> dict[str, Any]:
+    # Lightning's own sampler shuffles.
+    off = ("logger", "enable_progress_bar", "enable_checkpointing", "use_distributed_sampler")
+    options = dict.fromkeys(off, False)
+    share = DataLoader(Subset(pairs(), range(rank, PAIRS, processes)), 16 // processes)
+    strategy = "ddp" if processes > 1 else "auto"
     names: dict[str, Any] = {
         "torch": torch,
         "model": Towers(returns_scale=True),
-        "batches": DataLoader(pairs(), 16),
-        "validation_batches": DataLoader(pairs(), 16),
-        "options": {**options, "accelerator": "cpu", "default_root_dir": tmp_path},
+        "batches": share,
+        "validation_batches": share,
+        "options": {**options, "accelerator": "cpu", "devices": processes, "strategy": strategy},
     }
     exec(block("Lightning"), names)
+    return names
+
+
+@needs("lightning")
+@pytest.mark.filterwarnings("ignore")  # lightning's own
+def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = lightning_run()
     logged = names["trainer"].logged_metrics
     assert logged["rank_lambda"] == 2
     assert logged.keys() >= {"contrastive_loss", "cross_modal_loss", "in_modal_loss", "val_loss"}
@@ -109,7 +112,11 @@ def test_lightning(tmp_path: Path) -> None:
 
 
 def own_loop(rank: int, world_size: int) -> list[float]:
-    """The page's loop; each process has its share of the batches of one."""
+    """The page's loop; each process has its share of the batches of one.
+
+    Returns:
+        The last step's loss, as the page has it logged, and the weights.
+    """
     model: nn.Module = Towers(returns_scale=True)
     if world_size > 1:
         model = DistributedDataParallel(model)
@@ -118,40 +125,59 @@ def own_loop(rank: int, world_size: int) -> list[float]:
     names = {"model": model, "batches": batches, "optimizer": optimizer, "total_steps": len(batches)}
     exec(block("Your own loop, with DDP"), names)
     assert names["criterion"].schedule_value == 2
-    return weights(model)
+    value = names["loss"].detach()
+    if world_size > 1:
+        torch.distributed.all_reduce(value)  # for the log
+    return [value.item() / world_size, *weights(model)]
 
 
 def test_own_loop_in_two_processes_is_the_one_in_one(pools: Pools) -> None:
     alone = own_loop(0, 1)
-    assert moved(alone)
+    assert moved(alone[1:])
     for ended in pools[2].run(own_loop):
         assert ended == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
 
-def accelerated(batch_size: str, result: str) -> None:
+def accelerated(rank: int, processes: int) -> list[float]:
+    """The loss of all pairs after the training, as the page logs it, and the weights."""
     model = Towers(returns_scale=False)
     names = {
         "model": model,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-        "batches": DataLoader(pairs(), int(batch_size)),
+        "batches": DataLoader(pairs(), 16 // processes),
         "epochs": EPOCHS,
     }
     exec(block("accelerate"), names)
     assert names["criterion"].schedule_value == 2
-    if names["accelerator"].is_main_process:
-        Path(result).write_text(json.dumps(weights(model)))
+    images, texts = pairs()[rank::processes]
+    names["value"] = names["criterion"](*model(images, texts), model.logit_scale.exp())
+    (logged,) = re.findall(r"^- For the log, `(.*?)`", PAGE.read_text(), re.MULTILINE)
+    return [eval(logged, names).item(), *weights(model)]
+
+
+def lightning_logged(rank: int, processes: int) -> list[float]:
+    """What is in the log at the end, and the weights."""
+    names = lightning_run(rank, processes)
+    logged = names["trainer"].logged_metrics
+    return [*(logged[name].item() for name in sorted(logged)), *weights(names["model"])]
 
 
 @pytest.mark.slow
-@needs("accelerate")
-def test_accelerate_in_two_processes_is_the_one_in_one(tmp_path: Path) -> None:
-    ended = []
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param("accelerated", marks=needs("accelerate")),
+        pytest.param("lightning_logged", marks=needs("lightning")),
+    ],
+)
+def test_two_processes_train_as_one_and_log_the_same(tmp_path: Path, run: str) -> None:
     for processes in (1, 2):
-        result = tmp_path / f"{processes}.json"
-        torchrun(__file__, "accelerated", 16 // processes, result, processes=processes)
-        ended.append(json.loads(result.read_text()))
-    assert moved(ended[0])
-    assert ended[1] == pytest.approx(ended[0], rel=1e-4, abs=1e-6)
+        torchrun(__file__, run, tmp_path, processes=processes)
+    alone, *shares = (json.loads(file.read_text()) for file in sorted(tmp_path.glob("*.json")))
+    assert moved(alone[-len(weights(Towers(returns_scale=True))) :])
+    assert len(shares) == 2
+    for ended in shares:
+        assert ended == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
 
 def test_forks_script_is_the_one_that_the_trainers_are_tested_with() -> None:
@@ -204,4 +230,11 @@ def test_task_of_the_main_branch(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"accelerated": accelerated, "task": task}[sys.argv[1]](*sys.argv[2:])
+    name, path = sys.argv[1:]
+    if name == "task":
+        task(path)
+    else:
+        rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        os.chdir(path)
+        ended = {"accelerated": accelerated, "lightning_logged": lightning_logged}[name](rank, processes)
+        Path(f"{processes}-{rank}.json").write_text(json.dumps(ended))

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import rankloss
 import rankloss_baselines
+from memory import LiveBytes
 from rankloss import schedules
 from rankloss_trainers.transformers import ContrastiveTrainer
 from rankloss_trainers.transformers.embeddings import logit_scale
@@ -42,6 +43,10 @@ ALIP = {"loss": "alip", "loss_options": {"caption_key": "caption", "initial_hist
 
 def linear(**options: Any) -> rankloss.RankClipLoss:
     return rankloss.RankClipLoss(schedule="linear", **options)
+
+
+def alip() -> rankloss_baselines.AlipLoss:
+    return rankloss_baselines.AlipLoss(initial_history=0.0)
 
 
 # --- what is trained ------------------------------------------------------------------------------------
@@ -68,7 +73,16 @@ def linear(**options: Any) -> rankloss.RankClipLoss:
             {"loss": "rankclip", "loss_options": {"schedule": "linear", "lambda_cross": 0.0}},
             lambda: linear(lambda_cross=0.0),
         ),
-        (("caption",), ALIP, lambda: rankloss_baselines.AlipLoss(initial_history=0.0)),
+        (("caption",), ALIP, alip),
+        # Cached gradients.
+        (TEACHER, {"mini_batch_size": 3}, linear),
+        (
+            ("caption",),
+            {"mini_batch_size": 3, **ALIP},
+            lambda: rankloss_baselines.AlipLoss(initial_history=0.0),
+        ),
+        ((), {"mini_batch_size": 3, "gradient_accumulation_steps": 3}, linear),
+        ((), {"mini_batch_size": 100}, linear),
     ],
 )
 def test_every_step_is_the_step_of_an_own_loop(
@@ -113,6 +127,80 @@ def test_every_model_is_trained_and_evaluated_with_its_own_loss(tmp_path: Path, 
     for line in lines(trained):
         assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), rel=1e-4)
     assert lines(trained)[-1]["in_modal_loss"] > 0
+
+
+# --- cached gradients -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)  # models of former releases cannot be converted to it
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip", "Siglip2"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_mini_batches_have_the_loss_and_gradients_of_the_batch(
+    tmp_path: Path, kind: str, dropout: float
+) -> None:
+    """The random numbers are drawn per mini-batch, and drawn again in the backward pass."""
+    batch = Pairs(8, *TEACHER, *(["patches"] if kind == "Siglip2" else [])).batch()
+    model = build(kind).train()
+    for part in model.modules():
+        if hasattr(part, "dropout"):  # of the attention
+            part.dropout = dropout
+    options = {"schedule": "constant", "reference": "teacher"}
+    cached = trainer(tmp_path, model=model, loss="rankclip", loss_options=options, mini_batch_size=3)
+    torch.manual_seed(1)
+    loss = cached.compute_loss(model, batch)
+    state = torch.get_rng_state()
+    (loss / 4).backward()  # a factor as of accumulated batches
+    assert torch.equal(torch.get_rng_state(), state)
+
+    torch.manual_seed(1)
+    columns = {name: x for name, x in batch.items() if not name.startswith("reference_")}
+    rows = zip(*(x.tensor_split(3 if dropout else 1) for x in columns.values()), strict=True)
+    parts = [model(**dict(zip(columns, of_columns, strict=True))) for of_columns in rows]
+    inputs = {name: x for name, x in batch.items() if name not in columns}
+    for side in ("image", "text"):
+        inputs[f"{side}_features"] = torch.cat([getattr(part, f"{side}_embeds") for part in parts])
+    base: Any = rankloss.ClipLoss()
+    if kind != "CLIP":
+        base, inputs["logit_bias"] = rankloss.SigLipLoss(), model.logit_bias
+    expected = rankloss.RankClipLoss(base, schedule="constant")(logit_scale=model.logit_scale.exp(), **inputs)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    gradients = torch.autograd.grad(expected / 4, [*model.parameters()], allow_unused=True)
+    rtol = 1e-6 if kind == "Siglip2" else 1e-9  # interpolates its positions in float32
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=rtol, atol=1e-3 * rtol, msg=name)
+
+
+def test_mini_batches_take_the_memory_of_one(tmp_path: Path) -> None:
+    peaks, batch = [], Pairs(64).batch()
+    for size in (None, 4):
+        model = clip()
+        step = trainer(tmp_path, model=model, loss="clip-streamed", mini_batch_size=size)
+        with LiveBytes() as live:
+            step.compute_loss(model, batch).backward()
+        peaks.append(live.peak)
+    assert peaks[1] < peaks[0] / 8
+
+
+def test_evaluation_in_mini_batches_is_of_the_batch(tmp_path: Path) -> None:
+    seen = []
+
+    def metrics(predicted: transformers.EvalPrediction) -> dict[str, float]:
+        seen.append(predicted.predictions)
+        return {}
+
+    losses = [
+        trainer(tmp_path, mini_batch_size=size, compute_metrics=metrics).evaluate(Pairs(17))["eval_loss"]
+        for size in (None, 3)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert [x.shape for x in seen[1][:2]] == [(17, 8), (17, 8)]
 
 
 # --- λ, the log, resuming ------------------------------------------------------------------
@@ -250,6 +338,7 @@ def kept_in_evaluation() -> Any:
             marks=pytest.mark.slow,
         ),
         (clip, {"bf16": True}, 0.05),
+        (clip, {"bf16": True, "mini_batch_size": 3}, 0.05),
     ],
 )
 def test_numbers_are_those_of_the_plain_run(
@@ -299,6 +388,7 @@ def test_evaluation_is_of_what_stands_below_all_terms_without_its_metrics(
         ({"loss": "rankclap"}, ValueError, "loss must be one of .*'rankclap'"),
         ({"loss_options": {"topk": 3}}, TypeError, "'topk'"),
         ({"loss_options": {"top_k": 0}}, ValueError, "top_k"),
+        *(({"mini_batch_size": bad}, ValueError, "mini_batch_size") for bad in (0, -1, 2.5, True)),
         ({"loss": "alip"}, ValueError, "second caption"),
         ({**ALIP, "model": build("Siglip")}, ValueError, "alip .*logit_bias"),
         ({"loss": "siglip-streamed"}, ValueError, "siglip-streamed .*logit_bias"),
@@ -350,6 +440,11 @@ def shorter_captions() -> Pairs:
     return pairs
 
 
+def lookup(examples: Any) -> dict[str, Tensor]:
+    """A batch with one row of positions for all pairs."""
+    return {**transformers.default_data_collator(examples), "position_ids": torch.arange(8)[None]}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -358,6 +453,8 @@ def shorter_captions() -> Pairs:
         (ALIP, "no column of the batch begins with caption_, got pixel_values"),
         ({**ALIP, "pairs": shorter_captions()}, r"caption_input_ids must have .* \(8, 5\) beside \(8, 8\)"),
         ({"pairs": Pairs(9)}, "two pairs"),
+        ({"mini_batch_size": 3, "torch_compile_backend": "eager"}, "mini_batch_size .*compiled"),
+        ({"mini_batch_size": 3, "data_collator": lookup}, r"mini_batch_size .*position_ids \(1, 8\)"),
     ],
 )
 def test_data_that_cannot_be_trained_on_are_refused(tmp_path: Path, given: Any, message: str) -> None:

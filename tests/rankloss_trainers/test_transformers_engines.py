@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from launch import torchrun
 from tiny_transformers import SGD, TERMS, Pairs, clip, leave, lines, own_loop, train
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import rankloss
 from process_pool import Pools
 from rankloss_trainers.transformers.embeddings import features_of
+from rankloss_trainers.transformers.mini_batches import embedding_in
 
 
 def one_dimensional_scale() -> Any:
@@ -28,9 +32,11 @@ def one_dimensional_scale() -> Any:
     return model
 
 
-def gradients(model: Any, rows: slice) -> dict[str, Tensor]:
-    loss = rankloss.RankClipLoss(schedule="constant")
-    loss(**features_of(model(**Pairs(8).batch(rows.start, rows.stop)), model)).backward()
+def gradients(model: Any, rows: slice, wrapped: Any, mini_batch_size: int | None) -> dict[str, Tensor]:
+    loss, batch = rankloss.RankClipLoss(schedule="constant"), Pairs(8).batch(rows.start, rows.stop)
+    with embedding_in(model, mini_batch_size):
+        outputs = wrapped(**batch)
+    loss(**(outputs if mini_batch_size else features_of(outputs, model))).backward()
     return {
         name: parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
         for name, parameter in model.named_parameters()
@@ -38,22 +44,35 @@ def gradients(model: Any, rows: slice) -> dict[str, Tensor]:
     }
 
 
-def sharded_gradients(rank: int, world_size: int, reshard: bool) -> dict[str, Tensor]:
+def gradients_of_a_share(
+    rank: int, world_size: int, wrap: Callable[[Any], Any], mini_batch_size: int | None
+) -> dict[str, Tensor]:
+    model, share = one_dimensional_scale(), 8 // world_size
+    return gradients(model, slice(rank * share, (rank + 1) * share), wrap(model), mini_batch_size)
+
+
+def distributed(model: Any) -> Any:
+    return DistributedDataParallel(model, find_unused_parameters=True)  # as the Trainer has it
+
+
+def sharded(model: Any, reshard: bool = True) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (world_size,))
-    model = fully_shard(one_dimensional_scale(), mesh=mesh, reshard_after_forward=reshard)
-    share = 8 // world_size
-    return gradients(model, slice(rank * share, (rank + 1) * share))
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    return fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
 
 
 # accelerate 1.6 to 1.13 reshards the root as well; by default torch leaves it whole for the backward pass.
-@pytest.mark.parametrize("reshard", [True, False])
-def test_sharded_model_has_the_gradients_of_the_whole_batch(pools: Pools, reshard: bool) -> None:
-    whole = gradients(one_dimensional_scale(), slice(0, 8))
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+@pytest.mark.parametrize("wrap", [distributed, sharded, functools.partial(sharded, reshard=False)])
+def test_two_processes_have_the_gradients_of_the_whole_batch(
+    pools: Pools, wrap: Callable[[Any], Any], mini_batch_size: int | None
+) -> None:
+    model = one_dimensional_scale()
+    whole = gradients(model, slice(0, 8), model, None)
     assert whole["logit_scale"].abs() > 1e-4
-    for seen in pools[2].run(sharded_gradients, reshard):
+    for seen in pools[2].run(gradients_of_a_share, wrap, mini_batch_size):
         assert seen.keys() == whole.keys()
         for name, gradient in seen.items():
             torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -88,21 +107,28 @@ def fsdp_2() -> dict[str, Any]:
     return {}
 
 
-ENGINES = {"ddp": dict, "zero_2": zero_2, "fsdp_2": fsdp_2}
+ENGINES: dict[str, Callable[[], dict[str, Any]]] = {
+    "ddp": dict,
+    "ddp in mini-batches": lambda: {"mini_batch_size": 3},
+    "zero_2": zero_2,
+    "zero_2 in mini-batches": lambda: {"mini_batch_size": 3, **zero_2()},
+    "fsdp_2": fsdp_2,
+    "fsdp_2 in mini-batches": lambda: {"mini_batch_size": 3, **fsdp_2()},
+}
 
 
 def run_as_a_process(engine: str, file: str) -> None:
     faulthandler.dump_traceback_later(500, exit=True)  # a process that does not end says where it stands
     given = {**SGD, "max_steps": 3, "pairs": Pairs(48, "image", "text"), **ENGINES[engine]()}
-    model = clip() if engine == "ddp" else one_dimensional_scale()
-    if engine == "fsdp_2":
+    model = clip() if engine.startswith("ddp") else one_dimensional_scale()
+    if engine.startswith("fsdp_2"):
         model.get_input_embeddings = lambda: None  # accelerate asks for them, and CLIPModel refuses
     trained = train(Path(file).parent, model=model, **given)
     assert trained.args.world_size == 2
-    if engine == "fsdp_2":
+    if engine.startswith("fsdp_2"):
         assert all(isinstance(parameter, DTensor) for parameter in trained.model.parameters())
-    if trained.is_world_process_zero():
-        Path(file).write_text(json.dumps([{name: line[name] for name in TERMS} for line in lines(trained)]))
+    logged = [{name: line[name] for name in ("loss", *TERMS)} for line in lines(trained)]
+    Path(f"{file}.{trained.args.process_index}").write_text(json.dumps(logged))
     del trained, model
     leave()
 
@@ -110,14 +136,15 @@ def run_as_a_process(engine: str, file: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_train_as_an_own_loop_with_the_whole_batch(tmp_path: Path, engine: str) -> None:
-    if engine == "zero_2":
+    if engine.startswith("zero_2"):
         pytest.importorskip("deepspeed")
     # DeepSpeed compiles an extension when it is first started.
-    torchrun(__file__, engine, tmp_path / "terms.json", DS_ACCELERATOR="cpu")
+    torchrun(__file__, engine, tmp_path / "log", DS_ACCELERATOR="cpu")
     loss = rankloss.RankClipLoss(schedule="linear")
     expected = own_loop(one_dimensional_scale(), loss, Pairs(48, "image", "text"), [16])
-    for line, terms in zip(json.loads((tmp_path / "terms.json").read_text()), expected, strict=True):
-        assert line == pytest.approx(terms, rel=1e-4, abs=1e-6)
+    for rank in (0, 1):  # each logs the batch's values
+        for line, terms in zip(json.loads((tmp_path / f"log.{rank}").read_text()), expected, strict=True):
+            assert line == pytest.approx({"loss": sum(terms.values()), **terms}, rel=1e-4, abs=1e-6)
 
 
 if __name__ == "__main__":

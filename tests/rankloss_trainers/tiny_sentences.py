@@ -105,5 +105,4 @@ def trained(directory: Path, kind: str, batch_size: int) -> dict[str, Any]:
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
     results = {kind: trained(directory, kind, 8) for kind in ("RankClipLoss", "CachedRankClipLoss")}
-    if os.environ["RANK"] == "0":
-        (directory / "result.json").write_text(json.dumps(results))
+    (directory / f"result-{os.environ['RANK']}.json").write_text(json.dumps(results))

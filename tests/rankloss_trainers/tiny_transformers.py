@@ -113,13 +113,17 @@ def arguments(directory: Path, **changes: Any) -> TrainingArguments:
         **{"dataloader_pin_memory": False, "save_strategy": "no"},
         **changes,
     }
-    # Releases before 5 keep the precision of the process's first Trainer.
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    # Releases before 5 keep the precision, and the compiler, of the process's first Trainer.
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"):
+        os.environ.pop(name, None)
     AcceleratorState._reset_state(reset_partial_state=True)
     return TrainingArguments(**given)
 
 
-_KEYWORDS = {"loss", "loss_options", "eval_dataset", "callbacks", "model_init", "compute_loss_func"}
+_KEYWORDS = {
+    *{"loss", "loss_options", "mini_batch_size", "eval_dataset", "callbacks"},
+    *{"model_init", "compute_loss_func", "compute_metrics", "data_collator"},
+}
 
 
 def trainer(directory: Path, *, model: Any = None, pairs: Any = None, **given: Any) -> InOrder:

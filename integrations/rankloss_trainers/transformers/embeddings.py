@@ -17,15 +17,32 @@ def features_of(outputs: Any, model: Any) -> dict[str, Tensor]:
     Raises:
         ValueError: The output has no embeddings, or the model no scale.
     """
+    return {**embeddings_of(outputs), **scale_of(model)}
+
+
+def embeddings_of(outputs: Any) -> dict[str, Tensor]:
+    """The embeddings of a model's output, as losses call them.
+
+    Raises:
+        ValueError: It has none.
+    """
     missing = [name for name in _EMBEDDINGS.values() if getattr(outputs, name, None) is None]
     if missing:
         given = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
         raise ValueError(f"the model's output has no {' and no '.join(missing)}, got {given}")
-    features = {feature: getattr(outputs, name) for feature, name in _EMBEDDINGS.items()}
-    features["logit_scale"] = logit_scale(model)
+    return {feature: getattr(outputs, name) for feature, name in _EMBEDDINGS.items()}
+
+
+def scale_of(model: Any) -> dict[str, Tensor]:
+    """The scale of a model, and its bias if it has one, as losses call them.
+
+    Raises:
+        ValueError: It has no scale.
+    """
+    scale = {"logit_scale": logit_scale(model)}
     if has_bias(model):
-        features["logit_bias"] = _whole(model.logit_bias, "logit_bias")
-    return features
+        scale["logit_bias"] = _whole(model.logit_bias, "logit_bias")
+    return scale
 
 
 def logit_scale(model: Any) -> Tensor:

@@ -17,11 +17,12 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 import rankloss
+from rankloss.options import check_count
 from rankloss_trainers import state as loss_state
 from rankloss_trainers.clock import tell
 from rankloss_trainers.driven_loss import Entries, evaluation
 from rankloss_trainers.refusals import refuse_run
-from rankloss_trainers.transformers import choice, embeddings, teacher
+from rankloss_trainers.transformers import choice, embeddings, mini_batches, teacher
 
 __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
 
@@ -59,6 +60,11 @@ class ContrastiveTrainer(transformers.Trainer):
             also be in a folder of ``rankloss features``, ``{"reference_features": FOLDER}``, that the data
             are bound to (:func:`rankloss_features.bind`). With
             ``{"reference": "teacher"}``, and in ``rankclip-distill``, data without them are an error.
+        mini_batch_size: Embed each batch in mini-batches of so many pairs at most, in the memory of one, for
+            a second forward pass's time (GradCache). Loss and gradients are those of the whole batch, which
+            ``per_device_train_batch_size`` sets. Batch norm, as in ALIGN, is of a mini-batch, and counts each
+            twice in its running averages. In evaluation the batch is split, too, and ``compute_metrics`` gets
+            the embeddings and the scale. By default the batch is embedded at once.
         **kwargs: What the Trainer takes.
 
     Raises:
@@ -66,8 +72,13 @@ class ContrastiveTrainer(transformers.Trainer):
         ValueError: for options that cannot work, and for a set-up that would train something else:
             DataParallel, ZeRO stage 3, FSDP with flat parameters, a ``compute_loss_func``, a model without a
             scale, or a loss with parameters, which the Trainer's optimizer does not know. In ``train``, for a
-            loss that goes by epochs on data without a length, and for a teacher's columns that are missing,
-            hold what is no teacher's, or come with a loss that has no use for them.
+            loss that goes by epochs on data without a length, for a teacher's columns that are missing, hold
+            what is no teacher's, or come with a loss that has no use for them, and for mini-batches of a
+            model that is compiled as a whole, or of columns that do not have a row for each pair.
+
+    References:
+        Cached gradients: "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP
+        2021.
     """
 
     def __init__(
@@ -75,9 +86,13 @@ class ContrastiveTrainer(transformers.Trainer):
         *args: Any,
         loss: str | nn.Module = "rankclip",
         loss_options: Mapping[str, Any] | None = None,
+        mini_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if mini_batch_size is not None:
+            mini_batch_size = check_count("mini_batch_size", mini_batch_size)
+        self.mini_batch_size = mini_batch_size
         self._refuse_what_would_train_something_else()
         embeddings.logit_scale(self.model)  # an error where there is none
         # The loss is a mean over a micro-batch, which the Trainer has to divide by the accumulated batches.
@@ -121,8 +136,11 @@ class ContrastiveTrainer(transformers.Trainer):
         if captions is not None:
             select = embeddings.with_captions if trains else embeddings.without_captions
             inputs = select(inputs, captions)
-        outputs = model(**inputs)
-        features: dict[str, Any] = embeddings.features_of(outputs, self.accelerator.unwrap_model(model))
+        unwrapped = self.accelerator.unwrap_model(model)
+        with mini_batches.embedding_in(unwrapped, self.mini_batch_size):
+            outputs = model(**inputs)
+        features: dict[str, Any]
+        features = dict(outputs) if self.mini_batch_size else embeddings.features_of(outputs, unwrapped)
         if not trains:
             loss = evaluation(self.evaluation_loss, rankloss.Gather(), **features).total
         else:
@@ -200,12 +218,7 @@ class _Progress(TrainerCallback):
         chosen = self.chosen
         if state.global_step > 0 and loss_state.has_state(chosen.criterion):
             saved = state.stateful_callbacks.get(_STATE)
-            found = loss_state.restore(chosen.name, chosen.criterion, saved)
-            if found:
-                text = (
-                    "The loss %s has a state, of which the checkpoint resumed from holds %s: it starts anew"
-                )
-                _logger.warning(text, chosen.name, found)
+            loss_state.restore(chosen.name, chosen.criterion, saved, warn=state.is_world_process_zero)
         else:  # a search trains several times, with a new model
             chosen.criterion.load_state_dict(self._first_state)
         epochs = state.num_train_epochs if has_length(kwargs["train_dataloader"]) else math.inf
