@@ -146,14 +146,13 @@ def _evaluate_lists(
     counted, items = (None, c.shape[-1]) if ranking is None else (ranking.counted, ranking.items)
     scores = (x if counted is None else x * counted).sum(-1, keepdim=True)
     w = x.exp_()
-    C = None if ranking is None else ranking.denominators(w)
-    total = w.sum(-1, keepdim=True) if C is None else C[..., -1:].clone()
+    C = w.sum(-1, keepdim=True) if ranking is None else ranking.denominators(w)
+    total = C[..., -1:]
     log_sums = total.log().sub_(lift)
     bracket = None if alpha is None else alpha / total
     nll = share = None
     if ranking is not None:
         assert beta is not None
-        assert C is not None
         divisor = items if options.reduction == "mean" else 1
         nll = ranking.weigh(C.log()).sum(-1, keepdim=True).sub_(scores).div_(divisor).squeeze(-1)
         if out is not None:
