@@ -8,7 +8,6 @@ bits, before any product is taken.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,26 +47,14 @@ def first_equal(features: Tensor) -> Tensor | None:
     host waits for nothing.
     """
     features = features.detach()
-    looks = may_look_at(features)
-    if looks and not _may_have_equals(features):
-        return None
     hashes = row_hashes(features)
     ordered, order = hashes.sort(stable=True)  # stable: a group's first is its least
-    if looks and not bool((ordered[1:] == ordered[:-1]).any()):
+    if may_look_at(features) and not bool((ordered[1:] == ordered[:-1]).any()):
         return None
     candidate = order[torch.searchsorted(ordered, hashes)]
     same = (features[candidate] == features).all(-1)  # equal rows have one candidate
     own = torch.arange(len(features), device=features.device)
     return torch.where(same, candidate, own)
-
-
-def _may_have_equals(features: Tensor) -> bool:
-    """Whether the bits of two rows have one sum; those of equal rows do."""
-    bits = features.contiguous().view(_BITS[features.dtype])
-    sums = bits.sum(-1, dtype=bits.dtype).numpy()  # wraps, so that the order of summation does not count
-    sums &= np.iinfo(sums.dtype).max  # the sign's bit, which 0 may have, has no part in the others
-    sums.sort()
-    return bool((sums[1:] == sums[:-1]).any())
 
 
 def row_hashes(features: Tensor) -> Tensor:
