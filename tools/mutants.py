@@ -101,8 +101,9 @@ def run(file: str, number: int, tests: list[str], tree: Path) -> dict[str, objec
         )
     except subprocess.TimeoutExpired:
         return {**found, "killed": True}
-    if done.returncode not in (0, 1, 2):  # 1: a test failed; 2: a module that cannot be imported
-        raise SystemExit(done.stdout[-2000:])
+    is_not_imported = done.returncode == 2 or "while loading conftest" in done.stderr
+    if done.returncode not in (0, 1) and not is_not_imported:
+        raise SystemExit((done.stdout + done.stderr)[-2000:])
     return {**found, "killed": done.returncode != 0}
 
 
