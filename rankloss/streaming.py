@@ -242,8 +242,9 @@ class _MirroredProducts(_Products):
                 gradient[:, columns] += mirror
             by_anchors = by_items = rows.start  # up to which column there is a gradient
             if matrix.name != "R":  # whose entries at the diagonal are those of S
-                opposite = gradients[-1] if matrix.name == "S" else gradient.clone()
-                gradient[:, rows].add_(opposite[:, rows].T)
+                own = gradient[:, rows]
+                opposite = gradients[-1, :, rows] if matrix.name == "S" else own.clone()
+                own.add_(opposite.T)
                 by_anchors = rows.stop
                 by_items = rows.stop if matrix.name == "S" else rows.start
             of_anchors, of_items = matrix.factors
