@@ -175,12 +175,12 @@ def test_no_matrix_is_held_beyond_the_default_budget(name: str) -> None:
 
 
 def test_rank_terms_over_siglip_hold_no_matrix_either() -> None:
-    inputs = inputs_of(random_batch(0, 3072, 4, 10.0), torch.float32)
+    inputs = inputs_of(random_batch(0, 4352, 4, 10.0), torch.float32)
     options: dict[str, Any] = {"memory_budget": 0, "chunk_size": 64}
     loss = RankClipLoss(SigLipLoss(**options), schedule="constant", method="bin", bins=64, **options)
     with LiveBytes() as live:
         loss(*inputs).backward()
-    assert live.peak < 30 * MIB  # one matrix is 36
+    assert live.peak < 36 * MIB  # one matrix is 72
 
 
 # --- arguments --------------------------------------------------------------------------------------------

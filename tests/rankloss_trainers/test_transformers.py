@@ -76,11 +76,7 @@ def alip() -> rankloss_baselines.AlipLoss:
         (("caption",), ALIP, alip),
         # Cached gradients.
         (TEACHER, {"mini_batch_size": 3}, linear),
-        (
-            ("caption",),
-            {"mini_batch_size": 3, **ALIP},
-            lambda: rankloss_baselines.AlipLoss(initial_history=0.0),
-        ),
+        (("caption",), {"mini_batch_size": 3, **ALIP}, alip),
         ((), {"mini_batch_size": 3, "gradient_accumulation_steps": 3}, linear),
         ((), {"mini_batch_size": 100}, linear),
     ],
