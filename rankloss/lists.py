@@ -62,7 +62,8 @@ class Evaluated(NamedTuple):
     Attributes:
         cross_entropy: CE, ``[matrices, n]``; None without alpha.
         nll: C(x | y), ``[matrices, n]``; None without beta.
-        gradient: of Σ α·CE + β·C by s·c, ``[matrices, n, N]``; None where none is wanted.
+        gradient: of Σ α·CE + β·C by s·c, ``[matrices, n, N]``, maybe in the memory of the block's cosines;
+            None where none is wanted.
     """
 
     cross_entropy: Tensor | None
@@ -71,22 +72,26 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(block: Block, options: RankOptions, lists_at_once: int, *, with_gradient: bool) -> Evaluated:
-    """Values, and the gradient where it is wanted, of a block of lists, so many of them at a time."""
+    """Values of a block of lists, so many of them at a time, and the gradient where it is wanted.
+
+    It is written over the cosines: nothing in memory is larger than they are.
+    """
     if block.beta is not None and not options.diagonal:
         return _without_own(block, options, lists_at_once, with_gradient)
     cosines = block.cosines
-    gradient = torch.empty_like(cosines) if with_gradient else None
+    own = None if block.alpha is None else cosines.diagonal(block.first_row, 1, 2).clone()
     alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
     found = []
     for rows in slices(cosines.shape[1], max(1, lists_at_once // len(cosines))):
         y = None if beta is None else _exact_reference(block, rows)
-        out = None if gradient is None else gradient[:, rows]
-        found.append(_evaluate_lists(cosines[:, rows], y, block.scale, alpha, beta, options, out))
+        of_rows = cosines[:, rows], y, block.scale, alpha, beta, options
+        found.append(_evaluate_lists(*of_rows, with_gradient=with_gradient))
     nll = None if beta is None else torch.cat([x for _, x in found if x is not None], 1)
-    if block.alpha is None:
+    gradient = cosines if with_gradient else None
+    if own is None:
         return Evaluated(None, nll, gradient)
-    own = cosines.diagonal(block.first_row, 1, 2)
     if gradient is not None:
+        assert block.alpha is not None
         gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha[:, None])
     log_sums = torch.cat([x for x, _ in found], 1)
     return Evaluated(torch.addcmul(log_sums, own, block.scale, value=-1), nll, gradient)
@@ -121,7 +126,7 @@ def _without_own(block: Block, options: RankOptions, lists_at_once: int, with_gr
         of_all = block._replace(beta=None)
         cross_entropy, _, gradient = evaluate(of_all, options, lists_at_once, with_gradient=with_gradient)
     if by_others is not None:
-        gradient = torch.zeros_like(block.cosines) if gradient is None else gradient
+        gradient = block.cosines.zero_() if gradient is None else gradient
         gradient.scatter_add_(-1, others, by_others)
     return Evaluated(cross_entropy, nll, gradient)
 
@@ -133,9 +138,13 @@ def _evaluate_lists(
     alpha: Tensor | None,
     beta: Tensor | None,
     options: RankOptions,
-    out: Tensor | None,
+    *,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log Σ e^x and C(x | y) of lists ``[matrices, n, N]``; to ``out`` the gradient without −α·[q = k]."""
+    """Log Σ e^x and C(x | y) of lists ``[matrices, n, N]``.
+
+    The gradient by x, without its part −α·[q = k], is written over the cosines.
+    """
     ranking = None if reference is None or options.model == "top_one" else rank(reference, options)
     order = None if ranking is None else ranking.order
     c = cosines if order is None else cosines.gather(-1, order)
@@ -155,7 +164,7 @@ def _evaluate_lists(
         assert beta is not None
         divisor = items if options.reduction == "mean" else 1
         nll = ranking.weigh(C.log()).sum(-1, keepdim=True).sub_(scores).div_(divisor).squeeze(-1)
-        if out is not None:
+        if with_gradient:
             share = beta / divisor
             by_slot = ranking.weigh(torch.div(share, C, out=C))
             if bracket is not None:
@@ -168,12 +177,12 @@ def _evaluate_lists(
         nll = (p * torch.addcmul(log_sums, c, scale, value=-1)).sum(-1)
         bracket = beta / total if bracket is None else bracket + beta / total
         share = beta * p
-    if out is not None:
+    if with_gradient:
         assert bracket is not None
         share = total.new_zeros(()) if share is None else share
-        slopes = torch.addcmul(-share, w, bracket, out=out if order is None else torch.empty_like(out))
+        torch.addcmul(-share, w, bracket, out=c)
         if order is not None:
-            out.scatter_(-1, order, slopes)
+            cosines.scatter_(-1, order, c)
     return log_sums.squeeze(-1), nll
 
 

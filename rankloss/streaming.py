@@ -4,10 +4,10 @@ It walks over chunks of anchors. For each it forms the chunk's similarities, tak
 every list (:mod:`rankloss.lists`) and adds the gradient to those of the features; the chunk's matrices are
 then dropped. With G the gradient by the scores s·C of a matrix, C = Q·Kᵀ (anchors Q, items K),
 
-    ∂Q = s·G·K,   ∂K = s·Gᵀ·Q,   ∂s = Σ G∘C = Σ (G·K)∘Q.
+    ∂Q = s·G·K,   ∂K = s·Gᵀ·Q,   ∂s = Σ G∘C = Σ (G·K)∘Q = Σ (Gᵀ·Q)∘K.
 
 One gradient by the scores serves all terms: S and R carry CLIP's cross-entropy and the cross-modal term, I
-and X the in-modal one.
+and X the in-modal one. The scale's gradient is that of the anchors, times the anchors.
 """
 
 from __future__ import annotations
@@ -66,10 +66,12 @@ def stream(
     values = weights.new_zeros(3)
     # The largest sums, by the items of all processes, are written by their first product.
     unwritten = set() if batch.image_anchors is None else {"image", "text"}
+    wanted_by = dict(zip(Inputs._fields, by, strict=True))
+    needed = wanted_by | dict.fromkeys(batch.anchor_names if wanted_by["scale"] else (), True)
     sums = {
         name: (torch.empty_like if name in unwritten else torch.zeros_like)(x)
-        for name, x, is_wanted in zip(Inputs._fields, batch.inputs, by, strict=True)
-        if x is not None and is_wanted
+        for name, x in batch.inputs._asdict().items()
+        if x is not None and needed[name] and name != "scale"
     }
     engine = kernels if plan.kernel == "triton" else lists
     kind = _MirroredProducts if plan.is_mirrored else _Products
@@ -93,8 +95,16 @@ def stream(
                 found = engine.evaluate(block, options, plan.lists_at_once, with_gradient=bool(sums))
                 _add_values(values, group, found)
                 if found.gradient is not None:
-                    products.add_gradient(rows, block.cosines, found.gradient)
-    return values, sums
+                    products.add_gradient(rows, found.gradient)
+    if wanted_by["scale"]:
+        sums["scale"] = _by_scale(batch, sums)
+    return values, {name: x for name, x in sums.items() if wanted_by[name]}
+
+
+def _by_scale(batch: Batch, sums: dict[str, Tensor]) -> Tensor:
+    """Σ G∘C over all matrices; where items are anchors, their gradients hold each matrix twice."""
+    of_images, of_texts = (torch.sum(sums[name] * getattr(batch, name)) for name in batch.anchor_names)
+    return (of_images + of_texts) * (0.5 if batch.image_anchors is None else 1.0)
 
 
 def _groups(
@@ -169,14 +179,13 @@ class _Products:
             torch.mm(self._joined[of_anchors], group[0].items.T, out=part)
         return out
 
-    def add_gradient(self, rows: slice, cosines: Tensor, gradients: Tensor) -> None:
-        """Add the gradients by the scores of some rows; both tensors may be changed on the way."""
-        del cosines  # Σ (G·K)∘Q reads less
+    def add_gradient(self, rows: slice, gradients: Tensor) -> None:
+        """Add the gradients by the scores of some rows, which may be changed on the way."""
         by_anchors: dict[tuple[str, ...], Tensor] = {}
         for start, group in self._by_items():
             gradient = gradients[start : start + len(group)].flatten(0, 1)
             of_anchors, of_items = tuple(matrix.factors[0] for matrix in group), group[0].factors[1]
-            if "scale" in self._sums or not self._sums.keys().isdisjoint(of_anchors):
+            if not self._sums.keys().isdisjoint(of_anchors):
                 if of_anchors in by_anchors:
                     by_anchors[of_anchors].addmm_(gradient, group[0].items)
                 else:
@@ -189,8 +198,6 @@ class _Products:
             for name, part in zip(of_anchors, total.chunk(len(of_anchors)), strict=True):
                 if name in self._sums:
                     self._sums[name][rows] += part
-            if "scale" in self._sums:
-                self._sums["scale"] += total.mul_(self._joined[of_anchors]).sum()
 
     def _by_items(self) -> Iterator[tuple[int, list[Matrix]]]:
         """Matrices of the same items, and the place of the first."""
@@ -232,10 +239,8 @@ class _MirroredProducts(_Products):
             _keep(self._cosines, matrix, rows, block)
         return out
 
-    def add_gradient(self, rows: slice, cosines: Tensor, gradients: Tensor) -> None:
+    def add_gradient(self, rows: slice, gradients: Tensor) -> None:
         """Add the gradients up to the diagonal with those of their mirror images, and keep the others."""
-        if "scale" in self._sums:
-            self._sums["scale"] += cosines.mul_(gradients).sum()
         for matrix, gradient in zip(self._matrices, gradients, strict=True):
             _keep(self._gradients, matrix, rows, gradient)
             for columns, mirror in self._gradients.pop((_mirror(matrix), rows.start), ()):

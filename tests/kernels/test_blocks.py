@@ -99,7 +99,8 @@ def run(block: Block, with_gradient: bool = True, **options: Any) -> Evaluated:
 
 def assert_agrees(block: Block, **options: Any) -> None:
     found = run(block, **options)
-    wanted = lists.evaluate(block, RankOptions(**options), 10**6, with_gradient=True)
+    copied = block._replace(cosines=block.cosines.clone())  # which the gradient overwrites
+    wanted = lists.evaluate(copied, RankOptions(**options), 10**6, with_gradient=True)
     # A score is a float32 relative to the row's largest: four roundings (2⁻²⁴ each) of the widest span. Where
     # a value comes out near 0, as of a list that is ordered as its reference, these are all that is left.
     span = block.cosines.amax(-1) - block.cosines.amin(-1)
