@@ -10,26 +10,30 @@ GPU_OUTPUT ?= outputs/gpu
 
 .PHONY: demo test test-slow lint typecheck docs bench gpu test-gpu bench-gpu mutants release-check clean
 
+# Of the installed modules most are never imported, so none is compiled beforehand; those that are, are compiled once.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+export PYTHONDONTWRITEBYTECODE :=
+
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(PIP_INSTALL) --upgrade pip
 	touch $@
 
 $(VENV)/.examples: pyproject.toml examples/pyproject.toml | $(VENV)/.base
 	@echo "Installing the examples into $(VENV): a minute or two."
-	$(BIN)/python -m pip install --quiet --editable '.[examples]' --editable examples
+	$(PIP_INSTALL) --editable '.[examples]' --editable examples
 	touch $@
 
 $(VENV)/.dev: pyproject.toml examples/pyproject.toml | $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable examples
-	touch $@
+	$(PIP_INSTALL) --editable '.[dev]' --editable examples
+	touch $@ $(VENV)/.docs
 
 $(VENV)/.release: pyproject.toml | $(VENV)/.base
-	$(BIN)/python -m pip install --quiet 'build>=1.2' 'twine>=6' 'check-wheel-contents>=0.6'
+	$(PIP_INSTALL) 'build>=1.2' 'twine>=6' 'check-wheel-contents>=0.6'
 	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --editable '.[docs,plots]'
+	$(PIP_INSTALL) --editable '.[docs,plots]'
 	touch $@
 
 ## Train a small CLIP on OpenMoji with --loss clip and --loss rankclip side by side, evaluate both and draw.
@@ -53,7 +57,7 @@ miniature-all: miniature-question miniature-teacher miniature-distil miniature-f
 # One of its arms is a sentence encoder.
 miniature-distil: $(VENV)/.distil
 $(VENV)/.distil: $(VENV)/.examples
-	$(BIN)/python -m pip install --quiet --editable '.[examples]' --editable 'examples[distil]'
+	$(PIP_INSTALL) --editable '.[examples]' --editable 'examples[distil]'
 	touch $@
 
 # One worker per core, and one thread in each: most tests compute too little to share.
