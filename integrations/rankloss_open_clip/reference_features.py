@@ -140,7 +140,10 @@ class ReferenceFeatures(Companion):
             rows = [array[0] for array in opened(self.where).take(np.array([int(text)])).values()]
         width = max(map(len, rows))
         width += width % 2
-        return np.concatenate([np.pad(row, (0, width - len(row))) for row in rows]).view(np.int64)
+        padded = np.zeros((len(rows), width), np.float32)  # np.pad takes ten times as long
+        for row, place in zip(rows, padded, strict=True):
+            place[: len(row)] = row
+        return padded.ravel().view(np.int64)
 
     def merge(self, output: dict[str, Any], companions: Tensor) -> dict[str, Any]:
         """The output and the features, by the names that the loss has for them."""
