@@ -130,7 +130,7 @@ class Features:
     def _array(self, name: str, dtype: str, shape: tuple[int, ...]) -> Array:
         file = Path(self.path, f"{name}.npy")
         try:
-            array: Array = np.load(file, mmap_mode="r")
+            array: Array = np.asarray(np.load(file, mmap_mode="r"))  # whose rows cost less than a memmap's
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
         if array.dtype != dtype or array.shape != shape:
