@@ -162,11 +162,6 @@ class Batch:
         return Inputs(self.image, self.text, self.image_anchors, self.text_anchors, self.scale)
 
     @property
-    def anchor_names(self) -> tuple[str, str]:
-        """The fields that hold the rows that have lists here, of images and of texts."""
-        return ("image", "text") if self.image_anchors is None else ("image_anchors", "text_anchors")
-
-    @property
     def anchors(self) -> int:
         """How many rows have lists here."""
         return len(self.image if self.image_anchors is None else self.image_anchors)

@@ -48,11 +48,12 @@ def first_equal(features: Tensor) -> Tensor | None:
     host waits for nothing.
     """
     features = features.detach()
-    if may_look_at(features) and not _begin_alike(features):
+    looks = may_look_at(features)
+    if looks and not _begin_alike(features):
         return None
     hashes = row_hashes(features)
     ordered, order = hashes.sort(stable=True)  # stable: a group's first is its least
-    if may_look_at(features) and not bool((ordered[1:] == ordered[:-1]).any()):
+    if looks and not bool((ordered[1:] == ordered[:-1]).any()):
         return None
     candidate = order[torch.searchsorted(ordered, hashes)]
     same = (features[candidate] == features).all(-1)  # equal rows have one candidate

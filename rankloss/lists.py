@@ -79,19 +79,18 @@ def evaluate(block: Block, options: RankOptions, lists_at_once: int, *, with_gra
     if block.beta is not None and not options.diagonal:
         return _without_own(block, options, lists_at_once, with_gradient)
     cosines = block.cosines
-    own = None if block.alpha is None else cosines.diagonal(block.first_row, 1, 2).clone()
+    own = cosines.diagonal(block.first_row, 1, 2).clone()  # before the gradient is written there
     alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
     found = []
     for rows in slices(cosines.shape[1], max(1, lists_at_once // len(cosines))):
         y = None if beta is None else _exact_reference(block, rows)
-        of_rows = cosines[:, rows], y, block.scale, alpha, beta, options
-        found.append(_evaluate_lists(*of_rows, with_gradient=with_gradient))
+        c = cosines[:, rows]
+        found.append(_evaluate_lists(c, y, block.scale, alpha, beta, options, with_gradient=with_gradient))
     nll = None if beta is None else torch.cat([x for _, x in found if x is not None], 1)
     gradient = cosines if with_gradient else None
-    if own is None:
+    if block.alpha is None:
         return Evaluated(None, nll, gradient)
     if gradient is not None:
-        assert block.alpha is not None
         gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha[:, None])
     log_sums = torch.cat([x for x, _ in found], 1)
     return Evaluated(torch.addcmul(log_sums, own, block.scale, value=-1), nll, gradient)

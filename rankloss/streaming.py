@@ -66,12 +66,14 @@ def stream(
     values = weights.new_zeros(3)
     # The largest sums, by the items of all processes, are written by their first product.
     unwritten = set() if batch.image_anchors is None else {"image", "text"}
-    wanted_by = dict(zip(Inputs._fields, by, strict=True))
-    needed = wanted_by | dict.fromkeys(batch.anchor_names if wanted_by["scale"] else (), True)
+    wanted_by = {name for name, is_wanted in zip(Inputs._fields, by, strict=True) if is_wanted}
+    # The anchors of S and R are all there are; their gradients make the scale's.
+    sides = batch.matrices(matrices_of("cross_modal")) if "scale" in wanted_by else []
+    summed = wanted_by - {"scale"} | {side.factors[0] for side in sides}
     sums = {
         name: (torch.empty_like if name in unwritten else torch.zeros_like)(x)
         for name, x in batch.inputs._asdict().items()
-        if x is not None and needed[name] and name != "scale"
+        if name in summed
     }
     engine = kernels if plan.kernel == "triton" else lists
     kind = _MirroredProducts if plan.is_mirrored else _Products
@@ -96,15 +98,11 @@ def stream(
                 _add_values(values, group, found)
                 if found.gradient is not None:
                     products.add_gradient(rows, found.gradient)
-    if wanted_by["scale"]:
-        sums["scale"] = _by_scale(batch, sums)
-    return values, {name: x for name, x in sums.items() if wanted_by[name]}
-
-
-def _by_scale(batch: Batch, sums: dict[str, Tensor]) -> Tensor:
-    """Σ G∘C over all matrices; where items are anchors, their gradients hold each matrix twice."""
-    of_images, of_texts = (torch.sum(sums[name] * getattr(batch, name)) for name in batch.anchor_names)
-    return (of_images + of_texts) * (0.5 if batch.image_anchors is None else 1.0)
+    if sides:
+        of_images, of_texts = ((sums[side.factors[0]] * side.anchors).sum() for side in sides)
+        # Where the items are the anchors, their gradients hold each matrix twice.
+        sums["scale"] = (of_images + of_texts) * (0.5 if batch.image_anchors is None else 1.0)
+    return values, {name: x for name, x in sums.items() if name in wanted_by}
 
 
 def _groups(

@@ -148,6 +148,7 @@ class Products(TorchDispatchMode):
         (8, False, (True, True, True), (), 4, 4),
         (32, True, (True, True, True), (0, 1, 4), 7, 3),
         (32, True, (True, True, False), (0, 1, 4), 3, 1),
+        (32, True, (True, True, True), (4,), 7, 3),  # likewise
         # The blocks on the diagonals of I and X, a quarter here, are symmetric, but products give them whole.
         (8, True, (True, True, True), (0, 1, 4), 6.25, 2.25),
         (8, True, (False, False, True), (0, 1, 4), 3.25, 1.25),
