@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -19,6 +20,11 @@ settings.register_profile("thorough", settings.get_profile("default"), derandomi
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    # accelerate collects garbage in full at every training: a quarter of a second for what was imported.
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ affect other runs. Only the standard library is imported here.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -198,7 +199,8 @@ class Candidate:
         return loaded
 
 
-def candidates() -> dict[str, Candidate]:
+@functools.cache  # a trainer asks several times an epoch, and each time every installed package would be read
+def candidates() -> Mapping[str, Candidate]:
     """All losses that can be named, rankloss's own first. Nothing is imported."""
     found = {name: Candidate(name, reference) for name, reference in BUILT_IN.items()}
     for point in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: point.name):

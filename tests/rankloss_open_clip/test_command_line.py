@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,7 +44,7 @@ Register = Callable[..., None]
 
 
 @pytest.fixture
-def register(monkeypatch: pytest.MonkeyPatch) -> Register:
+def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Register]:
     """Stand-ins for installed packages: (package, name, object of this module or elsewhere)."""
 
     class Point(importlib.metadata.EntryPoint):
@@ -63,8 +63,10 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Register:
             "entry_points",
             lambda **given: [*original(**given), *(points if given.get("group") == catalog.GROUP else [])],
         )
+        catalog.candidates.cache_clear()
 
-    return register
+    yield register
+    catalog.candidates.cache_clear()
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
