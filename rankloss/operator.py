@@ -110,7 +110,8 @@ def _run(*arguments: Any) -> list[Tensor]:
     values, sums = stream(batch, options, plan, call.weights, call.terms, call.by)
     gradients = (sums[name] if name in sums else image.new_empty(0) for name in Inputs._fields)
     # Copies, since what an operator returns may not be views of one another.
-    return [*map(torch.clone, values.to(image.dtype)), *gradients]
+    terms = (value.to(image.dtype, copy=True) for value in values.unbind())
+    return [*terms, *gradients]
 
 
 def _run_fake(*arguments: Any) -> list[Tensor]:

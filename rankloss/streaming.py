@@ -233,7 +233,8 @@ class _MirroredProducts(_Products):
             if matrix.name == "R":
                 block[:, rows] = out[0, :, rows].T
                 start = rows.stop
-            torch.mm(matrix.anchors[rows], matrix.items[start:].T, out=block[:, start:])
+            if start < len(matrix.items):
+                torch.mm(matrix.anchors[rows], matrix.items[start:].T, out=block[:, start:])
             _keep(self._cosines, matrix, rows, block)
         return out
 

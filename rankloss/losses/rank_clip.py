@@ -219,7 +219,9 @@ class RankClipLoss(FixedWeights, nn.Module):
             tuple(teacher.values()),
         )
         if fused:
-            entries["contrastive_loss"] = contrastive + without_effect(logit_bias)
+            entries["contrastive_loss"] = contrastive
+            if logit_bias is not None:
+                entries["contrastive_loss"] = contrastive + without_effect(logit_bias)
         return combined(entries, {"cross_modal_loss": cross, "in_modal_loss": in_}, output_dict)
 
     def extra_repr(self) -> str:
