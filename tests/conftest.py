@@ -27,6 +27,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or extension modules report a leak when the interpreter ends
+
+
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Pools]:
     """Real gloo processes by world size, up for the whole session."""

@@ -105,13 +105,17 @@ def test_nothing_is_wrong_here() -> None:
     assert diagnosis.problems() == []
 
 
-def test_diagnosis_of_an_environment_whose_plugin_is_off(trainer: Trainer) -> None:
+def test_diagnosis_of_an_environment_whose_plugin_is_off(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = (
-        "from rankloss_open_clip import bootstrap, diagnosis\n"
-        "bootstrap.SEAMS = ()  # which take seconds to import\n"
-        "print(*diagnosis.problems(), sep='\\n')"
+        "import torch; from rankloss_open_clip.bootstrap import PARAMS\n"
+        "from rankloss_trainers.import_hook import waits_for; print(waits_for(PARAMS))"
     )
-    first, second = trainer.python("-c", script, **OFF).output.splitlines()
+    assert [trainer.python("-c", script, **given).output for given in ({}, OFF)] == ["True\n", "False\n"]
+    monkeypatch.setattr(diagnosis, "waits_for", lambda _: False)
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    first, second = diagnosis.problems()
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in first
     assert "python -m rankloss_open_clip" in first
     assert "--loss-dist-impl" in second
