@@ -121,7 +121,7 @@ class ClipLoss(StreamedLoss):
             inputs = image_features, text_features, logit_scale
             weights = torch.ones(3, dtype=torch.float64, device="cpu")
             loss, *_ = self.weighted_terms(inputs, self._options, weights, (True, False, False), gathered)
-            loss = (loss + without_effect(logit_bias)).to(dtype)
+            loss = with_idle_bias(loss, logit_bias).to(dtype)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -146,9 +146,9 @@ def _whole(
     return (F.cross_entropy(logits[0], rows) + F.cross_entropy(logits[1], rows)) / 2
 
 
-def without_effect(logit_bias: Tensor | float | None) -> Tensor | float:
-    """Zero: a bias moves all logits alike. It stays in the graph, as DDP expects of a parameter."""
-    return 0 * logit_bias.sum() if isinstance(logit_bias, Tensor) else 0.0
+def with_idle_bias(loss: Tensor, logit_bias: Tensor | float | None) -> Tensor:
+    """The loss: a bias moves all logits alike. It stays in the graph, as DDP expects of a parameter."""
+    return loss + 0 * logit_bias.sum() if isinstance(logit_bias, Tensor) else loss
 
 
 _ONE_PROCESS = Gather.of(False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankloss import schedules
 from rankloss.checks import check_bias, check_one_space
 from rankloss.distributed import Gathered, GatherOption
-from rankloss.losses.clip import without_effect
+from rankloss.losses.clip import with_idle_bias
 from rankloss.losses.composition import (
     Base,
     base_entries,
@@ -219,9 +219,7 @@ class RankClipLoss(FixedWeights, nn.Module):
             tuple(teacher.values()),
         )
         if fused:
-            entries["contrastive_loss"] = contrastive
-            if logit_bias is not None:
-                entries["contrastive_loss"] = contrastive + without_effect(logit_bias)
+            entries["contrastive_loss"] = with_idle_bias(contrastive, logit_bias)
         return combined(entries, {"cross_modal_loss": cross, "in_modal_loss": in_}, output_dict)
 
     def extra_repr(self) -> str:
