@@ -199,7 +199,7 @@ class Candidate:
         return loaded
 
 
-@functools.cache  # a trainer asks several times an epoch, and each time every installed package would be read
+@functools.cache  # a run asks some ten times, and each time every installed package would be read
 def candidates() -> Mapping[str, Candidate]:
     """All losses that can be named, rankloss's own first. Nothing is imported."""
     found = {name: Candidate(name, reference) for name, reference in BUILT_IN.items()}
