@@ -151,8 +151,8 @@ class Batch:
             None if anchors is None else there(anchors[0]),
             None if anchors is None else there(anchors[1]),
             first_row,
-            None if reference_image is None else there(_constant(reference_image)),
-            None if reference_text is None else there(_constant(reference_text)),
+            None if reference_image is None else there(constant(reference_image)),
+            None if reference_text is None else there(constant(reference_text)),
             home,
         )
 
@@ -243,8 +243,8 @@ class Batch:
         return torch.where(equal[:, None] == equal, squares[:, None], reference)
 
 
-def _constant(x: Tensor) -> Tensor:
-    """Without a graph; a copy where they were made in inference mode, since autograd keeps no such tensor."""
+def constant(x: Tensor) -> Tensor:
+    """Without a graph; a copy of what was made in inference mode, since autograd keeps no such tensor."""
     # A compiler cannot ask.
     return x.detach().clone() if torch.compiler.is_compiling() or x.is_inference() else x.detach()
 
@@ -252,7 +252,7 @@ def _constant(x: Tensor) -> Tensor:
 def scalar(x: Tensor | float, device: torch.device) -> Tensor:
     """A number, or a tensor of one element, as a tensor without dimensions."""
     if isinstance(x, Tensor):
-        return x.reshape(())
+        return x.reshape(()) if x.dim() else x
     # Filled in on the device: to copy a number to it would make the host wait.
     return torch.full((), x, dtype=dtype_of_numbers(device), device=device)
 

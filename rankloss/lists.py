@@ -86,14 +86,19 @@ def evaluate(block: Block, options: RankOptions, lists_at_once: int, *, with_gra
         y = None if beta is None else _exact_reference(block, rows)
         c = cosines[:, rows]
         found.append(_evaluate_lists(c, y, block.scale, alpha, beta, options, with_gradient=with_gradient))
-    nll = None if beta is None else torch.cat([x for _, x in found if x is not None], 1)
+    nll = None if beta is None else together([x for _, x in found if x is not None])
     gradient = cosines if with_gradient else None
     if block.alpha is None:
         return Evaluated(None, nll, gradient)
     if gradient is not None:
-        gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha[:, None])
-    log_sums = torch.cat([x for x, _ in found], 1)
+        gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha.unsqueeze(-1))
+    log_sums = together([x for x, _ in found])
     return Evaluated(torch.addcmul(log_sums, own, block.scale, value=-1), nll, gradient)
+
+
+def together(of_slices: list[Tensor]) -> Tensor:
+    """What slices of the rows were found to have, ``[matrices, n]`` each, as one tensor."""
+    return of_slices[0] if len(of_slices) == 1 else torch.cat(of_slices, 1)
 
 
 def _exact_reference(block: Block, rows: slice) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rankloss import dense
-from rankloss.batch import Batch, Inputs
+from rankloss.batch import Batch, Inputs, constant
 from rankloss.operators import register
 from rankloss.options import RankOptions
 from rankloss.plans import make_plan
@@ -48,7 +48,7 @@ def weighted_terms(
     image = batch.image
     if weights.device.type == "meta" and image.device.type != "meta":
         raise ValueError(f"weights must be on {image.device}, as the features; got meta")
-    weights = weights.detach().to(image.device, non_blocking=True).double()
+    weights = constant(weights).to(image.device, non_blocking=True).double()
     terms: Sequence[Tensor]
     if options.is_dense:
         if options.kernel == "triton":  # the plan says why it does not serve
@@ -110,7 +110,7 @@ def _run(*arguments: Any) -> list[Tensor]:
     values, sums = stream(batch, options, plan, call.weights, call.terms, call.by)
     gradients = (sums[name] if name in sums else image.new_empty(0) for name in Inputs._fields)
     # Copies, since what an operator returns may not be views of one another.
-    terms = (value.to(image.dtype, copy=True) for value in values.unbind())
+    terms = (value.to(image.dtype, copy=True) for value in values)
     return [*terms, *gradients]
 
 
@@ -132,7 +132,10 @@ def _backward(
         factor = torch.ones_like(call.scale)
     of_features = factor * call.scale
     factors = {"scale": factor}
-    return [x * factors.get(name, of_features) for name, x in zip(Inputs._fields, gradients, strict=True)]
+    return [
+        x * factors.get(name, of_features) if w else x
+        for name, x, w in zip(Inputs._fields, gradients, call.by, strict=True)
+    ]
 
 
 def _backward_fake(_upstream: Any, _gradients: Any, *arguments: Any) -> list[Tensor]:

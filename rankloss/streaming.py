@@ -48,7 +48,7 @@ def stream(
     weights: Tensor,
     wanted: Sequence[bool],
     by: Sequence[bool],
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """CLIP's cross-entropy, the cross-modal and the in-modal term, each times its weight; their gradients.
 
     Args:
@@ -60,10 +60,10 @@ def stream(
         by: by which of the batch's inputs a gradient is wanted.
 
     Returns:
-        The terms, ``[3]``; the gradients of their sum by the fields of the batch, those by features without
+        The three terms; the gradients of their sum by the fields of the batch, those by features without
         the factor s.
     """
-    values = weights.new_zeros(3)
+    values = list(weights.new_zeros(3).unbind())
     # The largest sums, by the items of all processes, are written by their first product.
     unwritten = set() if batch.image_anchors is None else {"image", "text"}
     wanted_by = {name for name, is_wanted in zip(Inputs._fields, by, strict=True) if is_wanted}
@@ -84,6 +84,7 @@ def stream(
             products = kind(group.matrices, sums, unwritten)
             by_teacher = kind(group.references, {}, set()) if group.references and batch.has_teacher else None
             first_equal = tuple(batch.first_equal(x, engine.first_equal) for x in group.references)
+            found: list[lists.Evaluated] = []
             for rows in slices(batch.anchors, plan.chunk_size):
                 block = lists.Block(
                     cosines=products.cosines(rows),
@@ -94,10 +95,11 @@ def stream(
                     first_equal=first_equal,
                     first_row=batch.first_row + rows.start,
                 )
-                found = engine.evaluate(block, options, plan.lists_at_once, with_gradient=bool(sums))
-                _add_values(values, group, found)
-                if found.gradient is not None:
-                    products.add_gradient(rows, found.gradient)
+                of_block = engine.evaluate(block, options, plan.lists_at_once, with_gradient=bool(sums))
+                if of_block.gradient is not None:
+                    products.add_gradient(rows, of_block.gradient)
+                found.append(of_block._replace(gradient=None))
+            _add_values(values, group, found)
     if sides:
         of_images, of_texts = ((sums[side.factors[0]] * side.anchors).sum() for side in sides)
         # Where the items are the anchors, their gradients hold each matrix twice.
@@ -114,10 +116,11 @@ def _groups(
     """
     contrastive, *ranked = wanted
     terms: list[Term] = [term for term, w in zip(RANK_TERMS, ranked, strict=True) if w]
-    halves = (weights * (0.5 / batch.anchors)).unbind()  # a term is the mean of its two directions
-    share = options.anchor_weight(batch.anchors, len(batch.image)) * batch.anchors
+    n = batch.anchors
+    halves = (weights * (0.5 / n)).unbind()  # a term is the mean of its two directions
+    share = options.anchor_weight(n, len(batch.image)) * n
     of_images, of_texts = (2 * share * direction for direction in options.directions)
-    is_waiting = plan.is_mirrored and plan.chunk_size < batch.anchors
+    is_waiting = plan.is_mirrored and plan.chunk_size < n
     groups = []
     for together in filter(None, [[term] for term in terms] if is_waiting else [terms]):
         names = matrices_of(*together)
@@ -135,15 +138,15 @@ def _groups(
     return groups
 
 
-def _add_values(values: Tensor, group: _Group, found: lists.Evaluated) -> None:
-    if group.alpha is not None and found.cross_entropy is not None:
-        values[0].add_(group.alpha @ found.cross_entropy.sum(-1))
-    if group.beta is not None and found.nll is not None:
-        of_matrices = group.beta * found.nll.sum(-1)
-        # A term's two matrices are the first and the last, the second and the last but one.
-        of_terms = (of_matrices + of_matrices.flip(0))[: len(of_matrices) // 2]
-        first = group.terms[0]
-        values[first : first + len(of_terms)].add_(of_terms)
+def _add_values(values: list[Tensor], group: _Group, found: Sequence[lists.Evaluated]) -> None:
+    if group.alpha is not None:
+        cross_entropy = lists.together([x.cross_entropy for x in found if x.cross_entropy is not None])
+        values[0] += (group.alpha * cross_entropy.sum(-1)).sum()
+    if group.beta is not None:
+        nll = lists.together([x.nll for x in found if x.nll is not None])
+        of_matrices = (group.beta * nll.sum(-1)).unbind()
+        for term, value in zip(group.terms, of_matrices, strict=True):
+            values[term] += value
 
 
 # --- products ---------------------------------------------------------------------------------------------
@@ -226,41 +229,54 @@ class _MirroredProducts(_Products):
         """Products from the diagonal on, and before it mirror images."""
         first = self._matrices[0]
         out = first.anchors.new_empty(len(self._matrices), rows.stop - rows.start, len(first.items))
-        for matrix, block in zip(self._matrices, out, strict=True):
+        blocks = out.unbind()
+        for matrix, block in zip(self._matrices, blocks, strict=True):
             for columns, mirror in self._cosines.pop((_mirror(matrix), rows.start), ()):
                 block[:, columns] = mirror
-            start = rows.start
+            later = slice(rows.start, block.shape[1])
             if matrix.name == "R":
-                block[:, rows] = out[0, :, rows].T
-                start = rows.stop
-            if start < len(matrix.items):
-                torch.mm(matrix.anchors[rows], matrix.items[start:].T, out=block[:, start:])
+                _part(block, rows, 1).copy_(_part(blocks[0], rows, 1).T)
+                later = slice(rows.stop, block.shape[1])
+            if later.start < later.stop:
+                anchors, items = _part(matrix.anchors, rows), _part(matrix.items, later)
+                torch.mm(anchors, items.T, out=_part(block, later, 1))
             _keep(self._cosines, matrix, rows, block)
         return out
 
     def add_gradient(self, rows: slice, gradients: Tensor) -> None:
         """Add the gradients up to the diagonal with those of their mirror images, and keep the others."""
-        for matrix, gradient in zip(self._matrices, gradients, strict=True):
+        blocks = gradients.unbind()
+        for matrix, gradient in zip(self._matrices, blocks, strict=True):
             _keep(self._gradients, matrix, rows, gradient)
             for columns, mirror in self._gradients.pop((_mirror(matrix), rows.start), ()):
                 gradient[:, columns] += mirror
-            by_anchors = by_items = rows.start  # up to which column there is a gradient
+            by_anchors = by_items = slice(0, rows.start)  # the columns in which there is a gradient
             if matrix.name != "R":  # whose entries at the diagonal are those of S
-                own = gradient[:, rows]
-                opposite = gradients[-1, :, rows] if matrix.name == "S" else own.clone()
-                own.add_(opposite.T)
-                by_anchors = rows.stop
-                by_items = rows.stop if matrix.name == "S" else rows.start
+                by_anchors = slice(0, rows.stop)
+                own = _part(gradient, rows, 1)
+                if matrix.name == "S":
+                    by_items = by_anchors
+                    own.add_(_part(blocks[-1], rows, 1).T)
+                else:
+                    own.add_(own.T.clone())
             of_anchors, of_items = matrix.factors
-            if by_anchors and of_anchors in self._sums:
-                self._sums[of_anchors][rows].addmm_(gradient[:, :by_anchors], matrix.items[:by_anchors])
-            if by_items and of_items in self._sums:
-                self._sums[of_items][:by_items].addmm_(gradient[:, :by_items].T, matrix.anchors[rows])
+            if by_anchors.stop and of_anchors in self._sums:
+                part, items = _part(gradient, by_anchors, 1), _part(matrix.items, by_anchors)
+                _part(self._sums[of_anchors], rows).addmm_(part, items)
+            if by_items.stop and of_items in self._sums:
+                part, anchors = _part(gradient, by_items, 1), _part(matrix.anchors, rows)
+                _part(self._sums[of_items], by_items).addmm_(part.T, anchors)
 
 
 _Kept = dict[tuple[str, int], list[tuple[slice, Tensor]]]
 """What stands above the diagonal of a matrix: the rows' places and a block turned to its mirror image's
 place, by the matrix's name and the first of the rows that reach it."""
+
+
+def _part(x: Tensor, rows: slice, dim: int = 0) -> Tensor:
+    """Some rows or columns; all of them are ``x``, since a view takes as long as a small batch's product."""
+    size = rows.stop - rows.start
+    return x if size == x.shape[dim] else x.narrow(dim, rows.start, size)
 
 
 def _mirror(matrix: Matrix) -> str:

@@ -213,7 +213,7 @@ class RankClipLoss(FixedWeights, nn.Module):
         contrastive, cross, in_ = self.consistency.weighted_terms(
             (image_features, text_features, logit_scale),
             self.consistency.options,
-            self._weights.clone(),  # an inference tensor could not be saved for the backward pass
+            self._weights,
             (fused, *ranked),
             gathered,
             tuple(teacher.values()),
