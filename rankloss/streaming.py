@@ -274,7 +274,7 @@ place, by the matrix's name and the first of the rows that reach it."""
 
 
 def _part(x: Tensor, rows: slice, dim: int = 0) -> Tensor:
-    """Some rows or columns; all of them are ``x``, since a view takes as long as a small batch's product."""
+    """Some rows or columns; all of them are ``x`` itself, since views add up in a small batch."""
     size = rows.stop - rows.start
     return x if size == x.shape[dim] else x.narrow(dim, rows.start, size)
 
