@@ -180,6 +180,14 @@ class Batch:
         """The weights; NaN where a feature is not finite or a product could overflow, as the loss is then."""
         return nan_unless_finite(weights, self.image, self.text, self.reference_image, self.reference_text)
 
+    def nan_beyond(self, largest_score: float, weights: Tensor) -> Tensor:
+        """The weights; NaN where a feature is not finite or a score s·c may be beyond ±``largest_score``."""
+        if self.has_teacher:
+            weights = nan_unless_finite(weights, self.reference_image, self.reference_text)
+        norms = (torch.linalg.vector_norm(x, dim=-1) for x in (self.image, self.text))
+        largest = torch.maximum(*norms).amax()
+        return weights.where(largest.square() * self.scale <= largest_score, torch.nan)
+
     def matrices(self, names: Sequence[Name]) -> list[Matrix]:
         """Some of the batch's four matrices."""
         found = []

@@ -13,8 +13,8 @@ p running over the items that count, M their number (1 with ``reduction="sum"``)
     U_q = Σ_{p : y_p ≥ y_q} 1 / C_p.
 
 Under ``model="top_one"`` C(x | y) = Σ_q p_q·(log Σ e^x − x_q) with p = softmax(y), whose part of the gradient
-is β·(e^{x_q} / Σ e^x − p_q). The sums are in float64, of worths that are lifted into the middle of its range:
-1,360 nats, of which the scores of unit-norm features span 2·s at most. A list that spans more becomes NaN.
+is β·(e^{x_q} / Σ e^x − p_q). The sums are in float64, which holds them for scores of up to ±680 nats
+(:data:`LARGEST_SCORE`); of unit-norm features none is beyond ±s.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch import Tensor
 from rankloss.batch import other_items
 from rankloss.equal_rows import first_equal as first_equal
 from rankloss.options import RankOptions
-from rankloss.ranking import extremes, rank, slices
+from rankloss.ranking import rank, slices
 
-_SPAN = 1360.0  # nats: summed over 10⁵ items and multiplied by as much again, e^±680 stays within float64
+LARGEST_SCORE = 680.0  # summed over 10⁵ items and multiplied by as much again, e^±680 stays within float64
 
 
 class Block(NamedTuple):
@@ -152,16 +152,13 @@ def _evaluate_lists(
     ranking = None if reference is None or options.model == "top_one" else rank(reference, options)
     order = None if ranking is None else ranking.order
     c = cosines if order is None else cosines.gather(-1, order)
-    lowest, highest = extremes(c)
-    lift = torch.lerp(lowest, highest, 0.5).double().mul_(-scale)
-    lift.masked_fill_(highest.sub_(lowest).mul_(scale) > _SPAN, torch.nan)
-    x = torch.addcmul(lift, c, scale)
+    x = c.to(torch.float64, copy=True).mul_(scale)
     counted, items = (None, c.shape[-1]) if ranking is None else (ranking.counted, ranking.items)
     scores = (x if counted is None else x * counted).sum(-1, keepdim=True)
     w = x.exp_()
     C = w.sum(-1, keepdim=True) if ranking is None else ranking.denominators(w)
     total = C[..., -1:]
-    log_sums = total.log().sub_(lift)
+    log_sums = total.log()
     bracket = None if alpha is None else alpha / total
     nll = share = None
     if ranking is not None:
@@ -183,8 +180,8 @@ def _evaluate_lists(
         share = beta * p
     if with_gradient:
         assert bracket is not None
-        share = total.new_zeros(()) if share is None else share
-        torch.addcmul(-share, w, bracket, out=c)
+        gradient = w.mul_(bracket)
+        c.copy_(gradient if share is None else gradient.sub_(share))
         if order is not None:
             cosines.scatter_(-1, order, c)
     return log_sums.squeeze(-1), nll

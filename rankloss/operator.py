@@ -100,16 +100,15 @@ class _Call(NamedTuple):
 
 
 def _run(*arguments: Any) -> list[Tensor]:
-    """The three terms, then the gradients of their sum by the inputs, empty where none is wanted.
+    """The three terms, then the gradients of their sum by those inputs that take one.
 
     Those by features lack the factor s, which the backward pass multiplies them by anyway.
     """
     call = _Call(*arguments)
     batch, options, image = call.batch, RankOptions.decode(call.options), call.image
     plan = make_plan(options, batch.anchors, len(image), image.device, image.dtype)
-    values, sums = stream(batch, options, plan, call.weights, call.terms, call.by)
-    gradients = (sums[name] if name in sums else image.new_empty(0) for name in Inputs._fields)
-    # Copies, since what an operator returns may not be views of one another.
+    values, gradients = stream(batch, options, plan, call.weights, call.terms, call.by)
+    # Copies, since no operator may return what was made in inference mode.
     terms = (value.to(image.dtype, copy=True) for value in values)
     return [*terms, *gradients]
 
@@ -131,10 +130,9 @@ def _backward(
         _, _, _, *gradients = _run(*call._replace(weights=call.weights * by_term))
         factor = torch.ones_like(call.scale)
     of_features = factor * call.scale
-    factors = {"scale": factor}
+    wanted = (name for name, is_wanted in zip(Inputs._fields, call.by, strict=True) if is_wanted)
     return [
-        x * factors.get(name, of_features) if w else x
-        for name, x, w in zip(Inputs._fields, gradients, call.by, strict=True)
+        x * (factor if name == "scale" else of_features) for name, x in zip(wanted, gradients, strict=True)
     ]
 
 
@@ -143,10 +141,8 @@ def _backward_fake(_upstream: Any, _gradients: Any, *arguments: Any) -> list[Ten
 
 
 def _gradients_fake(call: _Call) -> list[Tensor]:
-    return [
-        torch.empty_like(x) if x is not None and w else call.image.new_empty(0)
-        for x, w in zip(call.batch.inputs, call.by, strict=True)
-    ]
+    inputs = zip(call.batch.inputs, call.by, strict=True)
+    return [torch.empty_like(x) for x, is_wanted in inputs if x is not None and is_wanted]
 
 
 def _common(upstream: Sequence[Tensor | None]) -> Tensor | None:
@@ -176,7 +172,7 @@ class _RowLists(torch.autograd.Function):
         run = torch.ops.rankloss.row_lists if torch.compiler.is_compiling() else _run
         found = run(*arguments)
         terms, gradients = found[:_N_TERMS], found[_N_TERMS:]
-        ctx.is_dense = may_look_at(call.image) and _spans_too_far(call, terms)
+        ctx.is_dense = may_look_at(call.image) and _scores_are_too_large(call, terms)
         if ctx.is_dense:
             terms = _terms_by_definition(call)
         ctx.set_materialize_grads(False)
@@ -193,15 +189,16 @@ class _RowLists(torch.autograd.Function):
         else:
             run = torch.ops.rankloss.row_lists_backward if torch.compiler.is_compiling() else _backward
             found = run(list(upstream), list(saved[_N_TENSORS:]), *call)
-        gradients = [g if w else None for g, w in zip(found, call.by, strict=True)]
+        remaining = iter(found)
+        gradients = [next(remaining) if is_wanted else None for is_wanted in call.by]
         return (*gradients, *(None,) * (len(call) - len(gradients)))
 
 
 # --- by definition ----------------------------------------------------------------------------------------
 
 
-def _spans_too_far(call: _Call, terms: Sequence[Tensor]) -> bool:
-    """Whether terms are NaN though all features are finite: scores too far apart for float64 sums."""
+def _scores_are_too_large(call: _Call, terms: Sequence[Tensor]) -> bool:
+    """Whether terms are NaN though all features are finite: scores too large for float64 sums."""
     if not any(math.isnan(x) for x in terms):
         return False
     return bool(call.batch.nan_unless_finite(call.weights).isfinite().all())
@@ -213,7 +210,7 @@ def _terms_by_definition(call: _Call) -> list[Tensor]:
     return dense.terms(batch, RankOptions.decode(call.options), weights, call.terms)
 
 
-def _gradients_by_definition(upstream: Sequence[Tensor | None], call: _Call) -> list[Tensor]:
+def _gradients_by_definition(upstream: Sequence[Tensor | None], call: _Call) -> Sequence[Tensor]:
     """With a graph of their own where gradients are enabled."""
     create_graph = torch.is_grad_enabled()
     # By aliases: one input may be computed of another, as gathered features are of the local ones, and what
@@ -223,9 +220,7 @@ def _gradients_by_definition(upstream: Sequence[Tensor | None], call: _Call) -> 
         terms = _terms_by_definition(call)
         given = [(x, g) for x, g in zip(terms, upstream, strict=True) if x.requires_grad and g is not None]
         by = [x for x, w in zip(call.batch.inputs, call.by, strict=True) if x is not None and w]
-        found: Iterable[Tensor] = map(torch.zeros_like, by)
-        if given:
-            outputs, grads = zip(*given, strict=True)
-            found = torch.autograd.grad(outputs, by, grads, create_graph=create_graph, materialize_grads=True)
-    remaining = iter(found)
-    return [next(remaining) if w else call.image.new_empty(0) for w in call.by]
+        if not given:
+            return [torch.zeros_like(x) for x in by]
+        outputs, grads = zip(*given, strict=True)
+        return torch.autograd.grad(outputs, by, grads, create_graph=create_graph, materialize_grads=True)

@@ -12,6 +12,7 @@ and X the in-modal one. The scale's gradient is that of the anchors, times the a
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -48,28 +49,29 @@ def stream(
     weights: Tensor,
     wanted: Sequence[bool],
     by: Sequence[bool],
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """CLIP's cross-entropy, the cross-modal and the in-modal term, each times its weight; their gradients.
 
     Args:
         batch: the features.
         options: of the rank terms.
         plan: how the pass is computed.
-        weights: of the terms, ``[3]`` in float64; the terms are NaN where a feature is not finite.
-        wanted: which of the terms are; the others stay zero.
+        weights: of the terms, ``[3]`` in float64; the terms are NaN where a feature is not finite or a
+            score is too large.
+        wanted: which of the terms are; the others are zero.
         by: by which of the batch's inputs a gradient is wanted.
 
     Returns:
-        The three terms; the gradients of their sum by the fields of the batch, those by features without
-        the factor s.
+        The three terms; the gradients of their sum by those inputs that take one, those by features
+        without the factor s.
     """
-    values = list(weights.new_zeros(3).unbind())
+    parts: list[list[Tensor]] = [[], [], []]  # of the three terms
     # The largest sums, by the items of all processes, are written by their first product.
     unwritten = set() if batch.image_anchors is None else {"image", "text"}
-    wanted_by = {name for name, is_wanted in zip(Inputs._fields, by, strict=True) if is_wanted}
+    wanted_by = [name for name, is_wanted in zip(Inputs._fields, by, strict=True) if is_wanted]
     # The anchors of S and R are all there are; their gradients make the scale's.
     sides = batch.matrices(matrices_of("cross_modal")) if "scale" in wanted_by else []
-    summed = wanted_by - {"scale"} | {side.factors[0] for side in sides}
+    summed = {*wanted_by, *(side.factors[0] for side in sides)} - {"scale"}
     sums = {
         name: (torch.empty_like if name in unwritten else torch.zeros_like)(x)
         for name, x in batch.inputs._asdict().items()
@@ -79,7 +81,7 @@ def stream(
     kind = _MirroredProducts if plan.is_mirrored else _Products
     # Autograd's book-keeping of every operation would be a sixth of a small batch's time.
     with full_precision(batch.image.device), torch.inference_mode():
-        weights = batch.nan_unless_finite(weights)
+        weights = batch.nan_beyond(lists.LARGEST_SCORE, weights)
         for group in _groups(batch, options, plan, weights, wanted):
             products = kind(group.matrices, sums, unwritten)
             by_teacher = kind(group.references, {}, set()) if group.references and batch.has_teacher else None
@@ -99,12 +101,13 @@ def stream(
                 if of_block.gradient is not None:
                     products.add_gradient(rows, of_block.gradient)
                 found.append(of_block._replace(gradient=None))
-            _add_values(values, group, found)
+            _add_values(parts, group, found)
+    values = [functools.reduce(torch.add, x) if x else weights.new_zeros(()) for x in parts]
     if sides:
         of_images, of_texts = ((sums[side.factors[0]] * side.anchors).sum() for side in sides)
         # Where the items are the anchors, their gradients hold each matrix twice.
         sums["scale"] = (of_images + of_texts) * (0.5 if batch.image_anchors is None else 1.0)
-    return values, {name: x for name, x in sums.items() if name in wanted_by}
+    return values, [sums[name] for name in wanted_by]
 
 
 def _groups(
@@ -138,15 +141,15 @@ def _groups(
     return groups
 
 
-def _add_values(values: list[Tensor], group: _Group, found: Sequence[lists.Evaluated]) -> None:
+def _add_values(parts: Sequence[list[Tensor]], group: _Group, found: Sequence[lists.Evaluated]) -> None:
     if group.alpha is not None:
         cross_entropy = lists.together([x.cross_entropy for x in found if x.cross_entropy is not None])
-        values[0] += (group.alpha * cross_entropy.sum(-1)).sum()
+        parts[0].append(torch.dot(group.alpha, cross_entropy.sum(-1)))
     if group.beta is not None:
         nll = lists.together([x.nll for x in found if x.nll is not None])
         of_matrices = (group.beta * nll.sum(-1)).unbind()
         for term, value in zip(group.terms, of_matrices, strict=True):
-            values[term] += value
+            parts[term].append(value)
 
 
 # --- products ---------------------------------------------------------------------------------------------

@@ -49,6 +49,26 @@ def test_on_mps_which_has_no_float64_the_cpu_computes() -> None:
         assert batch.home == v.device
 
 
+@pytest.mark.parametrize("names", [("v", "t"), ("t", "v")])
+def test_weights_are_nan_where_a_score_may_be_beyond_the_limit(names) -> None:
+    """The largest score of rows of norm 2 and 1 at a scale of 10 is 40, of a modality with itself."""
+    rows = {"v": 2 * V, "t": T}
+    batch = Batch.of(*(rows[name] for name in names), 10.0)
+    weights = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
+    assert torch.equal(batch.nan_beyond(40.0, weights), weights)
+    assert batch.nan_beyond(39.9, weights).isnan().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["image", "text", "reference_image", "reference_text"])
+def test_weights_are_nan_where_a_feature_or_a_teachers_is_not_finite(name: str, bad: float) -> None:
+    features = {"image": V, "text": T, "reference_image": T, "reference_text": V}
+    features[name] = torch.tensor([[0.0, bad, 0.0]]).expand(4, 3)
+    references = {name: features.pop(name) for name in ("reference_image", "reference_text")}
+    batch = Batch.of(*features.values(), 10.0, **references)
+    assert batch.nan_beyond(1e30, torch.ones(3)).isnan().all()
+
+
 # --- matrices and what they are ranked by -----------------------------------------------------------------
 
 

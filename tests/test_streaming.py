@@ -100,8 +100,8 @@ def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
     plan = plan_of(min(chunk_size, batch.anchors), is_mirrored=layout == "mirrored")
     with torch.no_grad():
         values, sums = stream(batch, checked, plan, WEIGHTS, wanted, by)
-    assert set(sums) == {name for name, w in zip(Inputs._fields, by, strict=True) if w}
-    found = [x if name == "scale" else x * batch.scale for name, x in sums.items()]
+    names = [name for name, w in zip(Inputs._fields, by, strict=True) if w]
+    found = [x if name == "scale" else x * batch.scale for name, x in zip(names, sums, strict=True)]
     terms, gradients = by_definition(batch, checked, wanted, by)
     assert_close([*values, *found], [*terms, *gradients], 1e-10)
 
