@@ -81,11 +81,12 @@ def evaluate(block: Block, options: RankOptions, lists_at_once: int, *, with_gra
     cosines = block.cosines
     own = cosines.diagonal(block.first_row, 1, 2).clone()  # before the gradient is written there
     alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
+    scale = block.scale.double().view(1)  # of one dimension, so that what it multiplies becomes float64
     found = []
     for rows in slices(cosines.shape[1], max(1, lists_at_once // len(cosines))):
         y = None if beta is None else _exact_reference(block, rows)
         c = cosines[:, rows]
-        found.append(_evaluate_lists(c, y, block.scale, alpha, beta, options, with_gradient=with_gradient))
+        found.append(_evaluate_lists(c, y, scale, alpha, beta, options, with_gradient=with_gradient))
     nll = None if beta is None else together([x for _, x in found if x is not None])
     gradient = cosines if with_gradient else None
     if block.alpha is None:
@@ -152,7 +153,7 @@ def _evaluate_lists(
     ranking = None if reference is None or options.model == "top_one" else rank(reference, options)
     order = None if ranking is None else ranking.order
     c = cosines if order is None else cosines.gather(-1, order)
-    x = c.to(torch.float64, copy=True).mul_(scale)
+    x = c * scale
     counted, items = (None, c.shape[-1]) if ranking is None else (ranking.counted, ranking.items)
     scores = (x if counted is None else x * counted).sum(-1, keepdim=True)
     w = x.exp_()
@@ -180,8 +181,8 @@ def _evaluate_lists(
         share = beta * p
     if with_gradient:
         assert bracket is not None
-        gradient = w.mul_(bracket)
-        c.copy_(gradient if share is None else gradient.sub_(share))
+        share = total.new_zeros(()) if share is None else share
+        torch.addcmul(-share, w, bracket, out=c)
         if order is not None:
             cosines.scatter_(-1, order, c)
     return log_sums.squeeze(-1), nll
