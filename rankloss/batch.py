@@ -186,7 +186,7 @@ class Batch:
             weights = nan_unless_finite(weights, self.reference_image, self.reference_text)
         norms = (torch.linalg.vector_norm(x, dim=-1) for x in (self.image, self.text))
         largest = torch.maximum(*norms).amax()
-        return weights.where(largest.square() * self.scale <= largest_score, torch.nan)
+        return weights.where(largest.square() * self.scale.abs() <= largest_score, torch.nan)
 
     def matrices(self, names: Sequence[Name]) -> list[Matrix]:
         """Some of the batch's four matrices."""

@@ -94,7 +94,7 @@ def evaluate(block: Block, options: RankOptions, lists_at_once: int, *, with_gra
     if gradient is not None:
         gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha.unsqueeze(-1))
     log_sums = together([x for x, _ in found])
-    return Evaluated(torch.addcmul(log_sums, own, block.scale, value=-1), nll, gradient)
+    return Evaluated(torch.addcmul(log_sums, own, scale, value=-1), nll, gradient)
 
 
 def together(of_slices: list[Tensor]) -> Tensor:

@@ -50,10 +50,14 @@ def test_on_mps_which_has_no_float64_the_cpu_computes() -> None:
 
 
 @pytest.mark.parametrize("names", [("v", "t"), ("t", "v")])
-def test_weights_are_nan_where_a_score_may_be_beyond_the_limit(names) -> None:
-    """The largest score of rows of norm 2 and 1 at a scale of 10 is 40, of a modality with itself."""
+@pytest.mark.parametrize("scale", [10.0, -10.0])
+def test_weights_are_nan_where_a_score_may_be_beyond_the_limit(names, scale: float) -> None:
+    """The largest score of rows of norm 2 and 1 at a scale of 10 is 40, of a modality with itself.
+
+    On an accelerator the scale's sign is not checked.
+    """
     rows = {"v": 2 * V, "t": T}
-    batch = Batch.of(*(rows[name] for name in names), 10.0)
+    batch = Batch.of(*(rows[name] for name in names), scale)
     weights = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
     assert torch.equal(batch.nan_beyond(40.0, weights), weights)
     assert batch.nan_beyond(39.9, weights).isnan().all()
