@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -21,8 +20,7 @@ _FEWEST_ROWS, _FEWEST_LISTS = 128, 64
 _MIRRORED, _MOST_CHUNKS = 2**24, 16
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How a batch is computed.
 
     Attributes:

@@ -13,8 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 def arithmetic_dtype(*features: Tensor) -> torch.dtype:
     """Float32, or float64 if any of the features is that."""
-    dtypes = (x.dtype for x in features)
-    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+    return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
 
 
 def dtype_of_numbers(device: torch.device) -> torch.dtype:

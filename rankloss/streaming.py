@@ -69,9 +69,10 @@ def stream(
     # The largest sums, by the items of all processes, are written by their first product.
     unwritten = set() if batch.image_anchors is None else {"image", "text"}
     wanted_by = [name for name, is_wanted in zip(Inputs._fields, by, strict=True) if is_wanted]
-    # The anchors of S and R are all there are; their gradients make the scale's.
-    sides = batch.matrices(matrices_of("cross_modal")) if "scale" in wanted_by else []
-    summed = {*wanted_by, *(side.factors[0] for side in sides)} - {"scale"}
+    anchors = ("image", "text") if batch.image_anchors is None else ("image_anchors", "text_anchors")
+    summed = set(wanted_by)
+    if "scale" in wanted_by:  # its gradient is made of the anchors'
+        summed = {*summed, *anchors} - {"scale"}
     sums = {
         name: (torch.empty_like if name in unwritten else torch.zeros_like)(x)
         for name, x in batch.inputs._asdict().items()
@@ -103,8 +104,8 @@ def stream(
                 found.append(of_block._replace(gradient=None))
             _add_values(parts, group, found)
     values = [functools.reduce(torch.add, x) if x else weights.new_zeros(()) for x in parts]
-    if sides:
-        of_images, of_texts = ((sums[side.factors[0]] * side.anchors).sum() for side in sides)
+    if "scale" in wanted_by:
+        of_images, of_texts = ((sums[name] * getattr(batch, name)).sum() for name in anchors)
         # Where the items are the anchors, their gradients hold each matrix twice.
         sums["scale"] = (of_images + of_texts) * (0.5 if batch.image_anchors is None else 1.0)
     return values, [sums[name] for name in wanted_by]
@@ -259,9 +260,9 @@ class _MirroredProducts(_Products):
                 own = _part(gradient, rows, 1)
                 if matrix.name == "S":
                     by_items = by_anchors
-                    own.add_(_part(blocks[-1], rows, 1).T)
+                    own.add_(_part(blocks[-1], rows, 1).T.contiguous())
                 else:
-                    own.add_(own.T.clone())
+                    own.add_(own.T.clone(memory_format=torch.contiguous_format))
             of_anchors, of_items = matrix.factors
             if by_anchors.stop and of_anchors in self._sums:
                 part, items = _part(gradient, by_anchors, 1), _part(matrix.items, by_anchors)

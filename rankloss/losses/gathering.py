@@ -78,7 +78,7 @@ class GatheringLoss(nn.Module):
                 looked_at.add(name)
         if "logit_scale" not in looked_at and look_at_scale("logit_scale", logit_scale, image_features):
             looked_at.add("logit_scale")
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and looked_at != self._looked_at:
             self._looked_at = frozenset(looked_at)
 
     def whole_batch(
