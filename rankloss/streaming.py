@@ -258,6 +258,7 @@ class _MirroredProducts(_Products):
             if matrix.name != "R":  # whose entries at the diagonal are those of S
                 by_anchors = slice(0, rows.stop)
                 own = _part(gradient, rows, 1)
+                # What is turned is copied first: an addition would jump from row to row for every entry.
                 if matrix.name == "S":
                     by_items = by_anchors
                     own.add_(_part(blocks[-1], rows, 1).T.contiguous())
