@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -20,7 +21,8 @@ _FEWEST_ROWS, _FEWEST_LISTS = 128, 64
 _MIRRORED, _MOST_CHUNKS = 2**24, 16
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """How a batch is computed.
 
     Attributes:

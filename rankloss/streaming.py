@@ -69,10 +69,9 @@ def stream(
     # The largest sums, by the items of all processes, are written by their first product.
     unwritten = set() if batch.image_anchors is None else {"image", "text"}
     wanted_by = [name for name, is_wanted in zip(Inputs._fields, by, strict=True) if is_wanted]
-    anchors = ("image", "text") if batch.image_anchors is None else ("image_anchors", "text_anchors")
-    summed = set(wanted_by)
-    if "scale" in wanted_by:  # its gradient is made of the anchors'
-        summed = {*summed, *anchors} - {"scale"}
+    # The anchors of S and R are all there are; their gradients make the scale's.
+    sides = batch.matrices(matrices_of("cross_modal")) if "scale" in wanted_by else []
+    summed = {*wanted_by, *(side.factors[0] for side in sides)} - {"scale"}
     sums = {
         name: (torch.empty_like if name in unwritten else torch.zeros_like)(x)
         for name, x in batch.inputs._asdict().items()
@@ -104,8 +103,8 @@ def stream(
                 found.append(of_block._replace(gradient=None))
             _add_values(parts, group, found)
     values = [functools.reduce(torch.add, x) if x else weights.new_zeros(()) for x in parts]
-    if "scale" in wanted_by:
-        of_images, of_texts = ((sums[name] * getattr(batch, name)).sum() for name in anchors)
+    if sides:
+        of_images, of_texts = ((sums[side.factors[0]] * side.anchors).sum() for side in sides)
         # Where the items are the anchors, their gradients hold each matrix twice.
         sums["scale"] = (of_images + of_texts) * (0.5 if batch.image_anchors is None else 1.0)
     return values, [sums[name] for name in wanted_by]
@@ -257,13 +256,12 @@ class _MirroredProducts(_Products):
             by_anchors = by_items = slice(0, rows.start)  # the columns in which there is a gradient
             if matrix.name != "R":  # whose entries at the diagonal are those of S
                 by_anchors = slice(0, rows.stop)
-                own = _part(gradient, rows, 1)
-                # What is turned is copied first: an addition would jump from row to row for every entry.
+                other = gradient
                 if matrix.name == "S":
-                    by_items = by_anchors
-                    own.add_(_part(blocks[-1], rows, 1).T.contiguous())
-                else:
-                    own.add_(own.T.clone(memory_format=torch.contiguous_format))
+                    other, by_items = blocks[-1], by_anchors
+                # Copied as it is turned: an addition would jump from row to row for every entry.
+                turned = _part(other, rows, 1).T.clone(memory_format=torch.contiguous_format)
+                _part(gradient, rows, 1).add_(turned)
             of_anchors, of_items = matrix.factors
             if by_anchors.stop and of_anchors in self._sums:
                 part, items = _part(gradient, by_anchors, 1), _part(matrix.items, by_anchors)
