@@ -260,8 +260,8 @@ class _MirroredProducts(_Products):
                 if matrix.name == "S":
                     other, by_items = blocks[-1], by_anchors
                 # Copied as it is turned: an addition would jump from row to row for every entry.
-                turned = _part(other, rows, 1).T.clone(memory_format=torch.contiguous_format)
-                _part(gradient, rows, 1).add_(turned)
+                own, turned = _part(gradient, rows, 1), _part(other, rows, 1).T
+                own.add_(turned.clone(memory_format=torch.contiguous_format))
             of_anchors, of_items = matrix.factors
             if by_anchors.stop and of_anchors in self._sums:
                 part, items = _part(gradient, by_anchors, 1), _part(matrix.items, by_anchors)
