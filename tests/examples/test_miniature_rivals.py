@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from miniature_paper.rivals import RIVALS, SCALED, TERMS, RivalsLoss, principal_components
+from miniature_paper.rivals import RIVALS, SCALED, TERMS, RivalsLoss
 from open_clip.loss import DistillClipLoss
 
 import rankloss
@@ -142,15 +142,6 @@ def test_equal_captions_have_a_gradient():
     assert all(torch.isfinite(x.grad).all() for x in features)
 
 
-def test_principal_components_keep_products_best():
-    """As the truncated singular value decomposition of all features does."""
-    images, texts = (torch.from_numpy(x) for x in TEACHER)
-    kept = principal_components(images, texts, D)
-    both = torch.cat([images, texts])
-    u, s, vt = torch.linalg.svd(both, full_matrices=False)
-    torch.testing.assert_close(both @ kept @ kept.T, (u[:, :D] * s[:D]) @ vt[:D])
-
-
 def test_the_ranks_beside_the_rivals_are_those_of_rankclip_distill():
     preset = catalog.candidates()["rankclip-distill"].load()
     options = {option.key: option.default for option in RIVALS.options}
@@ -168,6 +159,49 @@ def test_the_ranks_beside_the_rivals_are_those_of_rankclip_distill():
     assert found[0].keys() == {*found[1], "relation_loss"}
     for name, value in found[1].items():
         torch.testing.assert_close(found[0][name], value)
+
+
+# --- several processes ---
+
+
+def of_ranks(rank, world_size, pair):
+    """A rank's own rows of two matrices."""
+    return [torch.from_numpy(x).chunk(world_size)[rank].clone().requires_grad_() for x in pair]
+
+
+def built(gather):
+    base = rankloss.RankClipLoss(schedule="constant", top_k=3, gather=gather)
+    terms = {"mimicry": 2.0, "contrast": 0.5, "distances": 3.0}
+    return RivalsLoss(base, components=torch.from_numpy(COMPONENTS), gather=gather, **terms)
+
+
+def rivals_of_a_rank(rank, world_size, flags, student, teacher):
+    local_loss, gather_with_grad = flags
+    criterion = built(Gather(local_loss=local_loss, gather_with_grad=gather_with_grad))
+    features, references = (of_ranks(rank, world_size, pair) for pair in (student, teacher))
+    names = ("reference_image_features", "reference_text_features")
+    loss = criterion(*features, S, **dict(zip(names, references, strict=True)))
+    (3 * loss).backward()
+    return [loss.detach(), *(x.grad for x in features)]
+
+
+@pytest.mark.parametrize("flags", [(False, False), (False, True), (True, True)])
+def test_processes_give_the_gradient_of_the_whole_batch(flags, pools):
+    """The mean of their losses, and what DDP makes of it: without gather_with_grad, as of CLIP's, half."""
+    student, teacher = (
+        [unit(6, width, seed) for seed in seeds] for width, seeds in ((D, (5, 6)), (WIDE, (7, 8)))
+    )
+    found = pools[2].run(rivals_of_a_rank, flags, student, teacher)
+    value, *gradients = rivals_of_a_rank(0, 1, (False, False), student, teacher)
+    share = 2 if flags[1] else 1
+    torch.testing.assert_close(sum(x[0] for x in found) / 2, value)
+    for place, whole in enumerate(gradients, start=1):
+        torch.testing.assert_close(torch.cat([x[place] for x in found]), share * whole)
+
+
+def test_a_layout_without_a_gradient_is_refused(pools):
+    with pytest.raises(AssertionError, match="--local-loss needs --gather-with-grad"):
+        pools[2].run(rivals_of_a_rank, (True, False), *((x[:6], y[:6]) for x, y in (STUDENT, TEACHER)))
 
 
 # --- what is refused ---
@@ -211,11 +245,13 @@ def test_the_command_line_refuses_what_cannot_work(tmp_path):
     text = tmp_path / "components.npy"
     text.write_text("no array")
     assert "mimicry" in entry.refuse(defaults, Gather())
-    for options, processes, said in (
-        ({}, 1, None),
-        ({}, 2, "one process"),
-        ({"components": str(tmp_path / "none.npy")}, 1, "components: "),
-        ({"components": str(text)}, 1, "components: "),
+    both, halfway = (Gather(gather_with_grad=x, rank=0, world_size=2) for x in (True, False))
+    for options, gather, said in (
+        ({}, Gather(), None),
+        ({}, both, None),
+        ({}, halfway, "--gather-with-grad"),
+        ({"components": str(tmp_path / "none.npy")}, Gather(), "components: "),
+        ({"components": str(text)}, Gather(), "components: "),
     ):
-        reason = entry.refuse({**defaults, "relation": 1.0, **options}, Gather(rank=0, world_size=processes))
+        reason = entry.refuse({**defaults, "relation": 1.0, **options}, gather)
         assert reason is None if said is None else said in reason

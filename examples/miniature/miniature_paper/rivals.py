@@ -7,7 +7,7 @@ V and T are the student's unit-norm features of N pairs, V' and T' the teacher's
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss import RankClipLoss
-from rankloss.distributed import Gather
+from rankloss.distributed import Gather, GatherOption
 from rankloss.losses import Base, GatheringLoss, base_entries, check_base, check_weight, combined
 from rankloss_trainers.catalog import LossEntry, Option, Options, weight
 
@@ -107,22 +107,24 @@ SCALED = ("contrast", "relation", "softmax", "pearson")
 
 
 class RivalsLoss(GatheringLoss):
-    """``L_base + Σ weight·term``, the terms being those of :data:`TERMS`, over the pairs of one process.
+    """``L_base + Σ weight·term``, the terms being those of :data:`TERMS`, over the pairs of all processes.
 
     Args:
         base: the loss that the terms are added to, with the forward convention of open_clip's losses. None:
             :class:`rankloss.ClipLoss`. A :class:`rankloss.RankClipLoss` is given the teacher's features, too.
         components: ``[D', D]``, what the teacher's features are multiplied by for mimicry and contrast, which
-            compare them with the student's; the result is given unit norm. See :func:`principal_components`.
-            None where the widths are the same.
+            compare them with the student's; the result is given unit norm. See
+            :mod:`miniature_paper.components`. None where the widths are the same.
         scales: the scale of a term by its name: of contrast's logits, else of the teacher's similarities. One
             that is missing or None is the student's own, ``logit_scale``.
+        gather: see :class:`rankloss.Gather`. Every process computes the terms of the whole batch.
         **weights: of the terms by name; a term without one is left out.
 
     Raises:
         ValueError: for a weight that is negative or not finite, or no term; for a scale that is not positive;
-            for components that are no matrix; in ``forward`` for wrong features, as in rankloss's losses, and
-            for a teacher's of another width than the student's where the terms need the same.
+            for components that are no matrix; in ``forward`` for wrong features, as in rankloss's losses, for
+            a teacher's of another width than the student's where the terms need the same, and for several
+            processes with ``local_loss`` and without ``gather_with_grad``, which leave no gradient here.
 
     Example:
         >>> v = torch.eye(2)
@@ -139,9 +141,10 @@ class RivalsLoss(GatheringLoss):
         *,
         components: Tensor | None = None,
         scales: Mapping[str, float | None] | None = None,
+        gather: GatherOption = None,
         **weights: float,
     ) -> None:
-        super().__init__(False)
+        super().__init__(gather)
         unknown = [*(weights.keys() - TERMS.keys()), *((scales or {}).keys() - {*SCALED})]
         if unknown:
             raise ValueError(
@@ -178,13 +181,14 @@ class RivalsLoss(GatheringLoss):
             "reference_text_features": reference_text_features,
         }
         self.check_inputs(image_features, text_features, logit_scale, **references)
+        _check_layout(self.gather)
         if isinstance(self.base, RankClipLoss):
             base_inputs |= references
         entries = base_entries(
             self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
         )
-        student = image_features, text_features
-        teacher = reference_image_features, reference_text_features
+        student = self.whole_batch(image_features, text_features)
+        teacher = cast(Pair, tuple(self.gather.constants(*references.values())))
         own = {}
         for name, weight_ in self.weights.items():
             scale = self.scales.get(name, logit_scale)
@@ -209,7 +213,8 @@ class RivalsLoss(GatheringLoss):
             if x.shape[1] != width:
                 raise ValueError(
                     f"reference_{name}_features must have the student's width, {width}, to be compared with "
-                    f"its features; got {x.shape[1]}: give the teacher's principal components"
+                    f"its features; got {x.shape[1]}: give the teacher's principal components, which "
+                    "`python -m miniature_paper.components` writes"
                 )
         return teacher
 
@@ -219,37 +224,31 @@ class RivalsLoss(GatheringLoss):
         return ", ".join(f"{name}={value:g}" for name, value in said.items())
 
 
-def principal_components(images: Tensor, texts: Tensor, width: int) -> Tensor:
-    """``[D', width]``: the directions in which a teacher's features, of both modalities, are largest.
-
-    About the origin, not about a mean: of all projections to this width the one that keeps their products
-    best. Both modalities share it, so that an image and a text can still be compared.
-    """
-    both = torch.cat([images, texts]).double()
-    _, vectors = torch.linalg.eigh(both.T @ both)  # in ascending order
-    return vectors.flip(1)[:, :width].to(images.dtype).contiguous()
+def _check_layout(gather: Gather) -> None:
+    if gather.anchors_are_local and not gather.gather_with_grad:
+        raise ValueError("--local-loss needs --gather-with-grad: without it the terms have no gradient")
 
 
 # --- the entry of --loss ----------------------------------------------------------------------------------
 
 
-def _build(base: Any, options: Options, _: Gather) -> RivalsLoss:
+def _build(base: Any, options: Options, gather: Gather) -> RivalsLoss:
     if options["rank_lambda"]:  # what --loss rankclip-distill trains with
         lambdas = {"lambda_cross": options["rank_lambda"], "lambda_in": options["rank_lambda"]}
-        base = RankClipLoss(base, top_k=options["rank_top_k"], gather=False, **lambdas)
+        base = RankClipLoss(base, top_k=options["rank_top_k"], gather=gather, **lambdas)
     path = options["components"]
     return RivalsLoss(
         base,
         components=None if path is None else torch.from_numpy(np.load(path)),
         scales={name: options[f"{name}_scale"] for name in SCALED},
+        gather=gather,
         **{name: options[name] for name in TERMS},
     )
 
 
 def _refuse(options: Options, gather: Gather) -> str | None:
-    if (gather.world_size or 1) > 1:
-        return "rivals compares the pairs of one process"
     try:
+        _check_layout(gather)
         _build(None, {**options, "components": None}, gather)
     except ValueError as error:  # what the loss itself refuses
         return str(error)

@@ -19,12 +19,12 @@ from PIL import Image
 from rich.console import Console
 from torch.nn.functional import normalize
 
+from miniature_paper.components import write_components
 from miniature_paper.grid import model_config, model_folder
 from miniature_paper.records import Store
-from miniature_paper.rivals import principal_components
 from miniature_paper.runs import Workshop
 from rankloss_features.command import main as write_features
-from rankloss_features.folder import Features, read_about
+from rankloss_features.folder import read_about
 
 from .study import FILES, Study
 from .trials import BACKBONE, teacher_folder
@@ -96,12 +96,8 @@ def _write(path: Path, table: Path, root: Path) -> None:
     rows = pd.read_csv(table, sep="\t", keep_default_na=False)
     texts = rows["title"].tolist()
     if kind == "components":
-        stored = Features(str(path.with_name(f"features-{len(rows)}.npz"))).arrays
-        both = [torch.from_numpy(np.array(stored[f"{name}_features"])) for name in ("image", "text")]
-        np.save(
-            partial, principal_components(*both, model_config(BACKBONE)["model_cfg"]["embed_dim"]).numpy()
-        )
-        partial.rename(path)
+        width = model_config(BACKBONE)["model_cfg"]["embed_dim"]
+        write_components(path.with_name(f"features-{len(rows)}.npz"), width, path)
         return
     if path.is_file():  # features without the hashes of their pairs, of an earlier release
         path.rename(partial)
