@@ -135,6 +135,21 @@ def test_the_relation_is_the_distillation_of_open_clips_trainer():
     torch.testing.assert_close(own["relation_loss"], theirs["distill_loss"])
 
 
+def test_half_precision_is_that_of_the_features_alone():
+    """Of features that are rounded, and in an autocast region, the terms are computed in float32."""
+    criterion = RivalsLoss(components=torch.from_numpy(COMPONENTS), **dict.fromkeys(TERMS, 1.0))
+    features = [torch.from_numpy(x).bfloat16() for x in STUDENT]
+    references = {name: x.half() for name, x in given().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = criterion(*features, S, output_dict=True, **references)
+    exactly = {name: x.double() for name, x in references.items()}
+    expected = criterion(*(x.double() for x in features), S, output_dict=True, **exactly)
+    for name in (f"{term}_loss" for term in TERMS):  # CLIP's own is open_clip's, in half precision
+        value = found[name]
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected[name].float(), rtol=1e-5, atol=1e-6)
+
+
 def test_equal_captions_have_a_gradient():
     """Two equal texts have the distance 0, whose root has no derivative."""
     features = tensors((STUDENT[0], STUDENT[1][[0, 0, 1, 2, 3, 4, 5]]))

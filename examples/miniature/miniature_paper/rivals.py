@@ -17,6 +17,7 @@ from torch import Tensor
 from rankloss import RankClipLoss
 from rankloss.distributed import Gather, GatherOption
 from rankloss.losses import Base, GatheringLoss, base_entries, check_base, check_weight, combined
+from rankloss.precision import arithmetic_dtype, full_precision
 from rankloss_trainers.catalog import LossEntry, Option, Options, weight
 
 Pair = tuple[Tensor, Tensor]  # the features of the images, and of the texts
@@ -187,18 +188,25 @@ class RivalsLoss(GatheringLoss):
         entries = base_entries(
             self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
         )
-        student = self.whole_batch(image_features, text_features)
-        teacher = cast(Pair, tuple(self.gather.constants(*references.values())))
+        both = *self.whole_batch(image_features, text_features), *self.gather.constants(*references.values())
+        dtype = arithmetic_dtype(image_features, text_features)
+        images, texts, *teacher = (x.to(dtype) for x in both)
+        with full_precision(images.device):
+            own = self._terms((images, texts), cast(Pair, tuple(teacher)), logit_scale)
+        return combined(entries, own, output_dict)
+
+    def _terms(self, student: Pair, teacher: Pair, logit_scale: Tensor | float) -> dict[str, Tensor]:
+        """Each term times its weight, by its name in the log."""
         own = {}
         for name, weight_ in self.weights.items():
             scale = self.scales.get(name, logit_scale)
             if name in _OF_FEATURES:
-                given: list[Any] = [student, self._in_students_space(teacher, image_features.shape[1])]
+                given: list[Any] = [student, self._in_students_space(teacher, student[0].shape[1])]
                 given += [scale] if name in SCALED else []
             else:
                 given = [student, teacher, *([(logit_scale, scale)] if name in SCALED else [])]
             own[f"{name}_loss"] = weight_ * TERMS[name](*given)
-        return combined(entries, own, output_dict)
+        return own
 
     def _in_students_space(self, teacher: Pair, width: int) -> Pair:
         if self.components is not None:
