@@ -12,8 +12,8 @@ from rankloss_features.command import main as write_features
 ROWS, WIDE, NARROW = 9, 8, 3
 
 
-def features(seed, rows=ROWS):
-    return np.random.default_rng(seed).normal(size=(rows, WIDE))
+def features(seed):
+    return np.random.default_rng(seed).normal(size=(ROWS, WIDE))
 
 
 def run(monkeypatch, *arguments):

@@ -179,11 +179,6 @@ def test_the_ranks_beside_the_rivals_are_those_of_rankclip_distill():
 # --- several processes ---
 
 
-def of_ranks(rank, world_size, pair):
-    """A rank's own rows of two matrices."""
-    return [torch.from_numpy(x).chunk(world_size)[rank].clone().requires_grad_() for x in pair]
-
-
 def built(gather):
     base = rankloss.RankClipLoss(schedule="constant", top_k=3, gather=gather)
     terms = {"mimicry": 2.0, "contrast": 0.5, "distances": 3.0}
@@ -193,9 +188,9 @@ def built(gather):
 def rivals_of_a_rank(rank, world_size, flags, student, teacher):
     local_loss, gather_with_grad = flags
     criterion = built(Gather(local_loss=local_loss, gather_with_grad=gather_with_grad))
-    features, references = (of_ranks(rank, world_size, pair) for pair in (student, teacher))
-    names = ("reference_image_features", "reference_text_features")
-    loss = criterion(*features, S, **dict(zip(names, references, strict=True)))
+    own, references = ([np.split(x, world_size)[rank] for x in pair] for pair in (student, teacher))
+    features = tensors(own)
+    loss = criterion(*features, S, **given(references))
     (3 * loss).backward()
     return [loss.detach(), *(x.grad for x in features)]
 

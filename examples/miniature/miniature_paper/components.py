@@ -1,6 +1,6 @@
 """The principal components of a teacher's features: what a narrower student's features are compared with.
 
-python -m miniature_paper.components FOLDER WIDTH OUTPUT
+``python -m miniature_paper.components FOLDER WIDTH OUTPUT`` writes them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def write_components(folder: Path, width: int, output: Path) -> None:
     """Write those of a folder of ``rankloss features`` as a ``.npy`` file, for ``--rivals-components``.
 
     Raises:
-        ValueError: If it is no such folder, or one of another width or of one modality alone.
+        ValueError: If it is no such folder, or one of narrower features or of one modality alone.
     """
     stored = Features(str(folder)).arrays
     names = ("image_features", "text_features")
