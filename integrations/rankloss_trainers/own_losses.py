@@ -190,7 +190,8 @@ RANKCLIP_IN = _preset("rankclip without its cross-modal term: the ablation RankC
 # What the miniature confirmed (docs/evidence.md), with the recipe's ramp.
 RANKCLIP_DISTILL = _preset(
     "the trainer's own plus the ranking terms held against a teacher's eight best ranks: rankclip with "
-    "reference teacher, top-k 8, lambda-cross 64, lambda-in 64, distill-loss exclude",
+    "reference teacher, top-k 8, lambda-cross 64, lambda-in 64, distill-loss exclude. Mimicking its features "
+    "was better where both were tried: docs/teachers.md",
     reference="teacher",
     top_k=8,
     lambda_cross=64.0,

@@ -1,4 +1,4 @@
-"""What a teacher's ranks and RankCLIP's own do to R@10, from the reports of the two studies."""
+"""What eleven ways to learn from a teacher, and RankCLIP without one, do to R@10, from their reports."""
 
 from __future__ import annotations
 
@@ -14,10 +14,19 @@ from style import NARROW, SMALL, Colors
 REPORTS = Path(__file__).parents[2] / "examples/miniature/report"
 SCORE = "R@10, both ways"
 STUDIES = {  # report: settings of its confirmation, as the picture names them
-    "teacher": {
+    "distil": {
         "clip": "CLIP",
-        "distillation-scale-x0.25": "the trainer's distillation",
-        "top-ranks-top-8": "a teacher's ranks",
+        "mimicry-8": "feature mimicry",
+        "contrast-2-20": "interactive contrast",
+        "relation-256-10": "contrastive relation",
+        "softmax-4-20": "softmax of all matrices",
+        "pearson-16-10": "row-wise Pearson",
+        "distances-327.68": "relational distances",
+        "top-ranks-64-4": "a teacher's ranks",
+        "ranks-in-memory-64-4": "ranks, teacher in memory",
+        "sentence-encoder-8-2": "a sentence encoder's ranks",
+        "two-rivals-8-2": "mimicry and contrast",
+        "ranks-and-rival-16-16": "mimicry and ranks",
     },
     "question": {"clip": "CLIP", "rankclip-recipe": "RankCLIP"},
 }
@@ -36,7 +45,7 @@ class Recall:
 
 
 def recalls(study: str) -> list[Recall]:
-    """The settings of a study, from the table of its confirmation.
+    """The settings of a study, from the table of its confirmation, the lowest first.
 
     Raises:
         KeyError: If the table has no such setting or score.
@@ -49,7 +58,7 @@ def recalls(study: str) -> list[Recall]:
     for setting, name in STUDIES[study].items():
         mean, half_width, seeds = _CELL.findall(cells[setting][SCORE])[0]
         found.append(Recall(name, float(mean), float(half_width), int(seeds)))
-    return found
+    return sorted(found, key=lambda row: row.mean)
 
 
 def pairs_of(study: str) -> str:
@@ -59,10 +68,10 @@ def pairs_of(study: str) -> str:
 
 
 def draw(colors: Colors) -> Figure:
-    """A panel for each study; they share the scale, which shows how small the second effect is."""
+    """A panel for each study, what ranks coloured; one scale, which shows how small the second effect is."""
     shown = {study: recalls(study) for study in STUDIES}
     sizes = [len(rows) for rows in shown.values()]
-    figure = Figure(figsize=(NARROW, 3.4), layout="constrained")
+    figure = Figure(figsize=(NARROW, 4.6), layout="constrained")
     panels = figure.subplots(len(shown), 1, sharex=True, height_ratios=sizes)
     difference = comparisons()[0]
     paired = f" ({difference.mean:+.2f} ± {difference.half_width:.2f})"
@@ -78,13 +87,13 @@ def draw(colors: Colors) -> Figure:
 
 def _fill(axes: Axes, rows: list[Recall], colors: Colors, note: str) -> None:
     """A bar for each setting, with its interval and its number, and behind the last one a note."""
-    looks = [colors.other] * (len(rows) - 1) + [colors.ours]
+    looks = [colors.ours if "rank" in row.name.lower() else colors.other for row in rows]
     means, errors = [row.mean for row in rows], [row.half_width for row in rows]
     axes.barh(range(len(rows)), means, xerr=errors, color=looks, ecolor=colors.text, height=0.7)
     for y, row in enumerate(rows):
         text = f"{row.mean:.2f}{note if row is rows[-1] else ''}"
         axes.text(row.mean + _BEYOND, y, text, va="center", fontsize=SMALL)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=SMALL)
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 22.5))
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 23.5))
     axes.tick_params(labelbottom=False)
     axes.spines["bottom"].set_visible(False)
