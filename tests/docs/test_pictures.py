@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib
 import re
 import subprocess
@@ -16,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "tools/pictures"
-NAMES = {"agreement", "cost", "effect", "evidence", "method", "miniature", "schedules"}
+NAMES = {"agreement", "cost", "distil", "effect", "evidence", "method", "miniature", "schedules"}
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def test_pictures_are_the_same_every_time_and_fit_a_page(tmp_path: Path) -> None
     assert first.keys() == {f"{name}-{theme}.svg" for name in NAMES for theme in ("light", "dark")}
     assert first == second
     for picture in first.values():
-        assert len(gzip.compress(picture)) < 20_000  # as it travels
+        assert len(picture) < 120_000
         assert b"<text" not in picture  # letters are shapes: no font is needed
         assert not re.search(rb"\bnan\b", picture)
 
@@ -50,7 +49,7 @@ def test_every_picture_is_committed_in_both_themes_and_shown_in_a_document() -> 
     assert {file for file in files if f"assets/{file}" in text} == files
 
 
-@pytest.mark.parametrize("name", ["comparisons", "miniature"])
+@pytest.mark.parametrize("name", ["comparisons", "distil", "miniature"])
 def test_comparisons_of_the_forest_plot_are_the_reports(name: str, forest: Any) -> None:
     """A row of a table in docs/evidence.md has its numbers from the report that it links to."""
     rows = [vars(row) for row in forest.comparisons(name)]

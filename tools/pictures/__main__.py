@@ -20,6 +20,7 @@ PICTURES = {
     "cost": cost.draw_bars,
     "agreement": agreement.draw,
     "evidence": forest.draw,
+    "distil": partial(forest.draw, table="distil"),
     "miniature": partial(forest.draw, table="miniature"),
     "effect": effect.draw,
 }

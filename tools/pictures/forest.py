@@ -72,11 +72,13 @@ def draw(colors: Colors, table: str = "comparisons") -> Figure:
         named = [(row.name, row.score) for row in of]
         name, score = (words[0] if len(set(words)) == 1 else "" for words in zip(*named, strict=True))
         labels = [", ".join(word for word in words if word not in (name, score)) for words in named]
-        axes.set_yticks(range(len(of)), labels, fontsize=SMALL)
-        seeds = " or ".join(map(str, sorted({row.seeds for row in of})))
-        shared = ", ".join(word for word in (f"{name or '…'} − {other}", score, f"{seeds} seeds") if word)
+        counted = [f"{label} ({row.seeds})" for label, row in zip(labels, of, strict=True)]
+        axes.set_yticks(range(len(of)), counted, fontsize=SMALL)
+        shared = ", ".join(word for word in (f"{name or '…'} − {other}", score) if word)
         axes.set_title(f"{study} ({shared})", loc="right", fontsize=SMALL)
-    figure.supxlabel("points, 95 % interval; filled: the tests that count", fontsize=SMALL, color=colors.text)
+    figure.supxlabel(
+        "points, 95 % interval (seeds); filled: the tests that count", fontsize=SMALL, color=colors.text
+    )
     return figure
 
 
