@@ -50,35 +50,36 @@ def test_links_of_the_package_are_absolute_and_lead_to_the_same() -> None:
     assert re.sub(rf"{SOURCE}/\w+/main/", "", text) == README
 
 
-def recalls(study: str, *settings: str) -> list[str]:
-    """R@10 of these settings in a study's confirmation, as its report shows it: ``8.75 ± 0.38 (8)``."""
+def recalls(study: str, *settings: str) -> tuple[list[str], str]:
+    """R@10 of these settings in a study's confirmation, as its report shows it, and the number of seeds."""
     report = (ROOT / f"examples/miniature/report/{study}.md").read_text(encoding="utf-8")
     table = report.partition("## The confirmation")[2]
     lines = (re.findall(rf"^\| `{setting}` .*", table, re.M)[0] for setting in settings)
-    return [line.split("|")[3].strip() for line in lines]
+    cells = [line.split("|")[3].strip() for line in lines]  # 8.75 ± 0.38 (8)
+    (seeds,) = {cell.partition("(")[2].rstrip(")") for cell in cells}
+    return [cell.split(" ±")[0] for cell in cells], seeds
 
 
 def answer() -> list[str]:
     """What the README says of the recipe, from the question's report."""
     report = (ROOT / "examples/miniature/report/question.md").read_text(encoding="utf-8")
     low, high, seeds = re.findall(r"interval \+([\d.]+) to \+([\d.]+), (\d+) seeds\), paired", report)[0]
-    before, after = (cell.split(" ±")[0] for cell in recalls("question", "clip", "rankclip-recipe"))
+    (before, after), _ = recalls("question", "clip", "rankclip-recipe")
     return [f"from {before} to {after}", f"{low} to {high}", f"{seeds} pairs of seeds"]
 
 
 def effect_of_a_teacher() -> list[str]:
     """… and of a teacher's ranks."""
-    cells = recalls("teacher", "clip", "top-ranks-top-8", "distillation-scale-x0.25")
-    before, after, distilled = (cell.split(" ±")[0] for cell in cells)
-    (seeds,) = {cell.partition("(")[2].rstrip(")") for cell in cells}
+    (before, after, distilled), seeds = recalls(
+        "teacher", "clip", "top-ranks-top-8", "distillation-scale-x0.25"
+    )
     return [f"from {before} to {after}", f"distillation to {distilled}", f"{seeds} seeds"]
 
 
 def ways_to_learn() -> list[str]:
     """… and of its ranks beside its features."""
-    cells = recalls("distil", "clip", "top-ranks-64-4", "mimicry-8")
-    before, ranks, mimicry = (cell.split(" ±")[0] for cell in cells)
-    return [f"from {before} to {ranks}", f"to {mimicry}"]
+    (before, ranks, mimicry), seeds = recalls("distil", "clip", "top-ranks-64-4", "mimicry-8")
+    return [f"from {before} to {ranks}", f"to {mimicry}", f"{seeds} seeds"]
 
 
 @pytest.mark.parametrize(
