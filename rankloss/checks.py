@@ -8,10 +8,8 @@ import warnings
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
-from rankloss.precision import may_look_at
+from rankloss.precision import can_be_read, can_sync
 
 
 class InputWarning(UserWarning):
@@ -27,8 +25,13 @@ def check_matrix(name: str, x: object) -> None:
     """
     check_is_tensor(name, x)
     assert isinstance(x, Tensor)
-    if x.layout is not torch.strided:
-        raise ValueError(f"{name} must be a dense tensor; got layout {x.layout}")
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise ValueError(f"{name} must be a dense tensor; got {kind}")
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise ValueError(
+            f"{name} must not be transformed by torch.func; losses are differentiated by autograd"
+        )
     if x.dim() != 2:
         hint = ". Several captions per image are several batches: see docs/data.md" if x.dim() == 3 else ""
         raise ValueError(f"{name} must have shape [N, D]; got {tuple(x.shape)}{hint}")
@@ -107,7 +110,7 @@ def check_teacher(
             looked at, and norms that are not 1 are warned of.
 
     Returns:
-        Whether values were looked at: not so while a graph is compiled or captured, and where there are none.
+        Whether values were read: not so while a graph is captured, and where there are none.
 
     Raises:
         TypeError: for what is no tensor.
@@ -121,7 +124,7 @@ def check_teacher(
         check_matrix(name, features)
     else:
         check_reference_features(name, features, image_features)
-    if not first_look and not may_look_at(features):
+    if not first_look and not can_sync(features):
         return False
     return look_at_rows(name, features, is_teacher=True, warns=first_look)
 
@@ -141,12 +144,12 @@ def check_reference_features(name: str, reference: Tensor, image_features: Tenso
     check_device(name, reference, image_features)
 
 
-_UNIT = 0.01  # how far a norm may be from 1
+_UNIT = 0.01  # largest distance of a norm from 1
 _FEWEST_THAT_DIFFER = 8  # fewer may be pairs of one caption
 
 
 def look_at_rows(name: str, x: Tensor, *, is_teacher: bool = False, warns: bool = True) -> bool:
-    """Read what the rows of ``[N, D]`` are like; False where no value can be read.
+    """Check the norms of ``[N, D]``; False where no value can be read.
 
     Raises:
         ValueError: for a teacher's rows that are not finite, are zero, or are all the same.
@@ -173,18 +176,11 @@ def look_at_rows(name: str, x: Tensor, *, is_teacher: bool = False, warns: bool 
     if warns and _UNIT < off < math.inf:  # a student's infinities and NaN show in the loss
         warnings.warn(
             f"{name} should be unit-norm, as CLIP models return them; norms are off by up to {off:.4g}. "
-            "The loss is computed of the features as they are",
+            "Features are used unnormalised",
             InputWarning,
             stacklevel=1,  # one place for all losses, so that Python shows an equal text once
         )
     return True
-
-
-def can_be_read(x: Tensor) -> bool:
-    """Whether a value may be asked for, even if that waits: not while a graph is compiled or captured."""
-    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 # --- other arguments ---------------------------------------------------------------------------------------
@@ -203,7 +199,7 @@ def check_is_number(name: str, value: object, features: Tensor) -> None:
         TypeError: for what is neither a tensor nor a number of Python's or NumPy's.
         ValueError: for all else.
     """
-    if not isinstance(value, (Tensor, float, int, np.number)):
+    if isinstance(value, bool) or not isinstance(value, (Tensor, float, int, np.number)):
         raise TypeError(f"{name} must be a float or a torch.Tensor; got {kind_of(value)}")
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dim() > 2:  # more dimensions would not broadcast with features
@@ -223,12 +219,6 @@ def check_device(name: str, x: Tensor, like: Tensor, like_name: str = "image_fea
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}; got {x.device}")
 
 
-def refuse_forward_mode(x: Tensor) -> None:
-    """Raise a RuntimeError in forward-mode differentiation."""
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
-        raise RuntimeError("this has no forward-mode derivative; use torch.autograd.grad")
-
-
 def check_scale(logit_scale: Tensor | float, features: Tensor) -> None:
     """Raise an error unless the scale is one positive number; its value is looked at where that is free.
 
@@ -238,10 +228,10 @@ def check_scale(logit_scale: Tensor | float, features: Tensor) -> None:
     """
     check_is_number("logit_scale", logit_scale, features)
     if isinstance(logit_scale, Tensor):
-        if not may_look_at(logit_scale):
+        if not can_sync(logit_scale):
             return
         logit_scale = logit_scale.item()
-    if not torch.compiler.is_compiling() and logit_scale <= 0:
+    if logit_scale <= 0:
         raise ValueError(
             f"logit_scale must be positive (it is the multiplier, not its log); got {logit_scale:g}"
         )

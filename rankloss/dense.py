@@ -15,20 +15,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import RANK_TERMS, Batch, Term, matrices_of, other_items
-from rankloss.checks import refuse_forward_mode
-from rankloss.lists import top_one_probabilities
+from rankloss.batch import RANK_TERMS, Batch, Matrix, Term, other_items
 from rankloss.options import RankOptions, Worth
-from rankloss.precision import may_look_at
+from rankloss.precision import can_sync
 from rankloss.ranking import quantize
 
+_UNIT = 0.01  # distance of a row's norm from 1 up to which it counts as unit-norm
 _COPIES = 12  # of a matrix, in float32 and as indices, that the definition holds for its backward pass
-# Asked for once: a compiler cannot trace it.
 _HOST_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
@@ -44,11 +43,7 @@ def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions) -> Tensor
         options: of the lists. With ``reduction="mean"`` the terms of a list are divided by its Σ_p μ_p. With
             ``ties="random"`` one shuffle, of torch's default generator, serves all lists of the call.
 
-    Raises:
-        RuntimeError: in forward-mode differentiation.
     """
-    # torch's forward mode of logcumsumexp loses all precision where scores span many nats.
-    refuse_forward_mode(scores)
     # A NaN in the reference has no place in the order, so the list has no value.
     ordered_or_nan: Tensor | None = None
     if reference.is_floating_point():
@@ -64,15 +59,36 @@ def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions) -> Tensor
         order = shuffle[reference[..., shuffle].argsort(dim=-1, stable=True)]
         last = torch.arange(n, device=scores.device).expand(order.shape)
     ranked = log_worth(scores, options.worth).gather(-1, order)
-    terms = torch.logcumsumexp(ranked, -1).gather(-1, last) - ranked
+    log_sums: Tensor = _LogCumSumExp.apply(ranked)  # type: ignore[no-untyped-call]
+    terms = log_sums.gather(-1, last) - ranked
     mu = _mu(n - last, options, scores.dtype)  # tied items share their best rank
     if mu is not None:
-        # Selected, not multiplied by 0: the second derivative of logcumsumexp is NaN where its upstream is 0.
-        terms = torch.where(mu > 0, terms * mu, 0)
+        terms = terms * mu
     if options.reduction == "mean":
         terms = terms / (n if mu is None else mu.sum(-1, keepdim=True))
     terms = torch.empty_like(terms).scatter(-1, order, terms)
     return terms if ordered_or_nan is None else terms * ordered_or_nan  # by a product, for a NaN gradient
+
+
+class _LogCumSumExp(torch.autograd.Function):
+    """``x.logcumsumexp(-1)``, differentiable any number of times.
+
+    torch's own second derivative is NaN where an upstream value is 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.logcumsumexp(x, -1)
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        # ∂/∂x_q = e^{x_q}·Σ_{p ≥ q} g_p·e^{−y_p}, in float64, with the middle of the range as the origin.
+        x, y = ctx.saved_tensors
+        origin = ((x.amax(-1, keepdim=True) + x.amin(-1, keepdim=True)) / 2).detach().double()
+        of_sums = upstream[0].double() * (origin - y.double()).exp()
+        return ((x.double() - origin).exp() * of_sums.flip(-1).cumsum(-1).flip(-1)).to(x.dtype)
 
 
 def _last_of_ties(ordered: Tensor) -> Tensor:
@@ -95,14 +111,14 @@ def _mu(rank: Tensor, options: RankOptions, dtype: torch.dtype) -> Tensor | None
 def log_worth(scores: Tensor, worth: Worth) -> Tensor:
     """The log w(x); where w(x) is not positive, a ValueError with the smallest score, or NaN.
 
-    It is the error where a look at the scores is free, which is on a CPU outside a compiler, and NaN
-    elsewhere, or where a score is infinite already.
+    It is the error where reading the scores is free, which is on a CPU, and NaN elsewhere, or where a score
+    is infinite already.
     """
     if worth == "exp":
         return scores
     floor = -1.0 if worth == "shifted" else 0.0
     values = scores.detach()
-    if may_look_at(values):
+    if can_sync(values):
         smallest = values.amin()
         if bool(smallest <= floor) and bool(values.isfinite().all()):
             raise ValueError(
@@ -111,6 +127,14 @@ def log_worth(scores: Tensor, worth: Worth) -> Tensor:
             )
     scores = scores.masked_fill(values <= floor, math.nan)
     return scores.log1p() - math.log(2) if worth == "shifted" else scores.log()
+
+
+def top_one_probabilities(reference: Tensor, scale: Tensor, options: RankOptions) -> Tensor:
+    """The p = softmax(y) of lists of cosines, without gradient; y is on the given scale or its own."""
+    reference = reference.detach()
+    factor = scale.detach() if options.reference_scale is None else options.reference_scale
+    # The difference first: it is exact near the largest, where a product's rounding would count.
+    return (factor * (reference - reference.amax(-1, keepdim=True))).softmax(-1)
 
 
 def _list_terms(cosines: Tensor, reference: Tensor, scale: Tensor, options: RankOptions) -> Tensor:
@@ -131,11 +155,11 @@ def terms(batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[
     Scalars, but ``[n]`` with ``reduction="none"``.
     """
     per_anchor = options.reduction == "none"
-    share = 1.0 if options.lists == "batch" else options.anchor_weight(batch.anchors, len(batch.image))
+    share = 1.0 if options.lists == "batch" else options.anchor_weight(batch.anchors, batch.items)
     values = []
     for term, is_wanted, weight in zip((None, *RANK_TERMS), wanted, weights.unbind(), strict=True):
         if not is_wanted:
-            values.append(batch.image.new_zeros(batch.anchors if per_anchor else ()))
+            values.append(batch.inputs.image.new_zeros(batch.anchors if per_anchor else ()))
             continue
         value = (
             cross_entropy(batch) / batch.anchors if term is None else share * rank_term(batch, term, options)
@@ -148,27 +172,25 @@ def terms(batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[
 def cross_entropy(batch: Batch) -> Tensor:
     """Cross-entropy of every anchor with its own pair, averaged over the two directions: ``[n]``."""
     a, b = (
-        F.cross_entropy(batch.scale * matrix.cosines(), batch.positives, reduction="none")
-        for matrix in batch.matrices(matrices_of("cross_modal"))
+        F.cross_entropy(batch.inputs.scale * matrix.cosines(), batch.positives, reduction="none")
+        for matrix in batch.matrices("cross_modal")
     )
     return (a + b) / 2
 
 
 def rank_term(batch: Batch, term: Term, options: RankOptions) -> Tensor:
-    """A rank term of every anchor, the directions put together: ``[n]``.
+    """A rank term of every anchor, the mean of the two directions: ``[n]``.
 
     With ``reduction="mean"`` each list's NLL is divided by its Σ_p μ_p. A summand of a batch list belongs to
     the anchor whose row it stands in.
     """
     if options.lists == "batch" and term == "cross_modal":
         return _cross_modal_of_all_pairs(batch, options)
-    names = matrices_of(term)
-    matrices, references = batch.matrices(names), batch.references(names)
-    cosines = [matrix.cosines() for matrix in matrices]
+    references = batch.references(term)
+    cosines = [matrix.cosines() for matrix in batch.matrices(term)]
     ranked_by = [matrix.cosines() for matrix in references] if batch.has_teacher else cosines[::-1]
-    value = batch.image.new_zeros(batch.anchors)
-    for matrix, c, reference, y in zip(matrices, cosines, references, ranked_by, strict=True):
-        share = options.directions[0 if matrix.name in "SI" else 1]
+    value = batch.inputs.image.new_zeros(batch.anchors)
+    for c, reference, y, share in zip(cosines, references, ranked_by, options.directions, strict=True):
         if share == 0:
             continue
         if options.lists == "row":
@@ -176,7 +198,7 @@ def rank_term(batch: Batch, term: Term, options: RankOptions) -> Tensor:
         else:
             # An order needs its structural ties; top_one compares values, which are to stay what they are.
             is_order = options.model == "plackett_luce"
-            y = batch.symmetric_reference(reference, y) if is_order else y.detach()
+            y = _symmetric_reference(batch, reference, y) if is_order else y.detach()
             summands = _flat_terms(c, y, batch, options)
         value = value + share * summands.sum(-1)
     return value
@@ -186,15 +208,35 @@ def _row_terms(cosines: Tensor, reference: Tensor, batch: Batch, options: RankOp
     if not options.diagonal:
         others = other_items(batch.positives, cosines.shape[-1])
         cosines, reference = cosines.gather(-1, others), reference.gather(-1, others)
-    return _list_terms(cosines, reference, batch.scale, options)
+    return _list_terms(cosines, reference, batch.inputs.scale, options)
+
+
+def _symmetric_reference(batch: Batch, matrix: Matrix, cosines: Tensor) -> Tensor:
+    """The whole of I or X as the reference of a batch list, its structural ties made exact.
+
+    C_ij = C_ji is taken from the upper triangle, and the similarity of two equal items, an item and
+    itself among them, is the square of their norm, which is not taken from the matrix product. Rows whose
+    norm is within 1 % of 1 count as unit-norm: among them it is one value, the largest of their squares.
+    """
+    upper = cosines.detach().triu()
+    reference = upper + upper.triu(1).T
+    equal = batch.first_equal[matrix.factors[1]]
+    if equal is None:
+        equal = torch.arange(len(matrix.items), device=upper.device)
+    reference = reference[equal][:, equal]
+    squares = matrix.items.detach().double().square().sum(-1)
+    is_unit = (squares.sqrt() - 1).abs() <= _UNIT
+    unit = squares.where(is_unit, 0.0).amax()
+    squares = torch.where(is_unit, unit, squares).to(reference.dtype)
+    return torch.where(equal[:, None] == equal, squares[:, None], reference)
 
 
 def _cross_modal_of_all_pairs(batch: Batch, options: RankOptions) -> Tensor:
-    names = matrices_of("cross_modal")
-    (images, _), (by_first, by_second) = batch.matrices(names), batch.references(names)
-    cosines = images.cosines()
+    of_images, _ = batch.matrices("cross_modal")
+    by_first, by_second = batch.references("cross_modal")
+    cosines = of_images.cosines()
     reference = batch.exact_reference(by_first, by_first.cosines() if batch.has_teacher else cosines.T)
-    equal = batch.first_equal(by_second)
+    equal = batch.first_equal[by_second.factors[1]]
     if equal is not None:  # here equal anchors tie as well
         reference = reference[equal]
     terms = _flat_terms(cosines, reference, batch, options)
@@ -207,22 +249,21 @@ def _flat_terms(cosines: Tensor, reference: Tensor, batch: Batch, options: RankO
     """The summands of the one list of all pairs, where they stand."""
     others = None if options.diagonal else other_items(batch.positives, len(cosines))
     x, y = (m if others is None else m.gather(-1, others) for m in (cosines, reference))
-    terms = _list_terms(x.flatten(), y.flatten(), batch.scale, options).view_as(x)
+    terms = _list_terms(x.flatten(), y.flatten(), batch.inputs.scale, options).view_as(x)
     return terms if others is None else torch.zeros_like(cosines).scatter(-1, others, terms)
 
 
 def check_memory(batch: Batch, options: RankOptions) -> None:
     """Raise a ValueError where the whole matrices would not fit into the device's memory."""
-    n, items, device = batch.anchors, len(batch.image), batch.image.device
-    if torch.compiler.is_compiling():  # a compiler cannot ask the system
-        return
+    n, items, image = batch.anchors, batch.items, batch.inputs.image
+    device = image.device
     if device.type == "cpu":
         total = _HOST_BYTES
     elif device.type == "cuda" and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(device).total_memory
     else:
         return
-    needed = _COPIES * n * items * batch.image.dtype.itemsize
+    needed = _COPIES * n * items * image.dtype.itemsize
     if needed > total:
         raise ValueError(
             f"{options!r} needs whole matrices of {n:,} × {items:,}, about {needed / 2**30:,.0f} GiB, and "

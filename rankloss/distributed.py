@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
@@ -15,7 +17,7 @@ from torch import Tensor
 from rankloss.checks import can_be_read, kind_of
 from rankloss.options import check_choice, check_count
 
-__all__ = ["Gather", "GatherOption", "Gathered", "all_gather"]
+__all__ = ["Gather", "GatherOption", "Gathered", "all_gather", "gather_once"]
 
 Gathered: TypeAlias = tuple[Tensor, Tensor]
 """The image and the text features of all processes, as :class:`Gather` gives them."""
@@ -113,8 +115,8 @@ def _has_tensor_collectives(x: Tensor, group: Any) -> bool:
 
 def _tensor_collective(operation: str) -> Callable[..., Any]:
     old = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}[operation]
-    new = f"{operation}_single"  # since torch 2.13, where the old names warn; a compiler knows only those
-    name = new if hasattr(dist, new) and not torch.compiler.is_compiling() else old
+    new = f"{operation}_single"  # since torch 2.13, where the old names warn
+    name = new if hasattr(dist, new) else old
     collective: Callable[..., Any] = getattr(dist, name)
     return collective
 
@@ -314,7 +316,7 @@ class Gather:
         waits until its timeout. To see it by name, every call would have to be compared, which costs an
         accelerator a wait per step.
 
-        A compiled or captured graph compares nothing.
+        A captured graph compares nothing.
 
         Args:
             owner: who gathers; anything that weak references can be made to.
@@ -355,12 +357,15 @@ class Gather:
                 f"rank={self.rank!r}, world_size={self.world_size!r} needs "
                 "torch.distributed.init_process_group() before the first forward"
             )
+        return _once((self, are_anchors), features, lambda: self._all(features, rank, are_anchors))
+
+    def _all(self, features: Tensor, rank: int, are_anchors: bool) -> Tensor:
         if self.gather_with_grad:
             return all_gather(features, self.group)
         gathered = _gather(features, self.group)
         if self.local_loss and are_anchors:
             return gathered
-        chunks = list(gathered.chunk(world_size))
+        chunks = list(gathered.split(len(features)))
         chunks[rank] = features
         return torch.cat(chunks)
 
@@ -373,6 +378,40 @@ class Gather:
             given = list(gathered.split([x.shape[1] for x in given], 1))
         remaining = iter(given)
         return [None if x is None else next(remaining) for x in features]
+
+
+_gathered: ContextVar[dict[Any, tuple[Tensor, Tensor]] | None] = ContextVar("_gathered", default=None)
+
+
+@contextlib.contextmanager
+def gather_once() -> Iterator[None]:
+    """A context in which the losses gather the same tensor once, and share the result.
+
+    A composition enters it around its base and its own terms, a trainer around all losses of a step.
+
+    Example:
+        >>> with gather_once():  # one process: there is nothing to gather
+        ...     images, texts = Gather()(torch.ones(2, 3), torch.ones(2, 3))
+    """
+    if _gathered.get() is not None:  # an outer context's
+        yield
+        return
+    token = _gathered.set({})
+    try:
+        yield
+    finally:
+        _gathered.reset(token)
+
+
+def _once(key: Any, features: Tensor, gather: Callable[[], Tensor]) -> Tensor:
+    """The result of ``gather``, from an earlier call for the same tensor where there was one."""
+    found = _gathered.get()
+    if found is None:
+        return gather()
+    key = (*key, id(features), torch.is_grad_enabled())
+    if key not in found:
+        found[key] = features, gather()  # with the tensor, whose identity is not given away while it lives
+    return found[key][1]
 
 
 GatherOption: TypeAlias = Gather | Literal[False] | None

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.precision import may_look_at
+from rankloss.precision import can_sync
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio in 64 bits: its multiples are far apart
@@ -21,26 +21,22 @@ MIXING_SHIFT = 31  # no bit then has fewer than 32 above it, itself or its copy
 
 
 def first_occurrence(features: Tensor) -> Tensor:
-    """Index of the first row that equals row i, for every i.
+    """:func:`first_equal` as a tensor in any case."""
+    found = first_equal(features)
+    return torch.arange(len(features), device=features.device) if found is None else found
+
+
+def first_equal(features: Tensor) -> Tensor | None:
+    """Index of the first row that equals row i, for every i, ``[N]``; None where a look tells that none are.
 
     It is i itself where the row is the first of its kind. A row that holds NaN equals no row.
 
     Args:
         features: ``[N, D]``, float32 or float64.
 
-    Returns:
-        Integer tensor of shape ``[N]``.
-
     Example:
-        >>> first_occurrence(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])).tolist()
+        >>> first_equal(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])).tolist()
         [0, 1, 0]
-    """
-    found = first_equal(features)
-    return torch.arange(len(features), device=features.device) if found is None else found
-
-
-def first_equal(features: Tensor) -> Tensor | None:
-    """:func:`first_occurrence`; None where no two rows are equal and a look tells so.
 
     Rows are compared through a 64-bit hash, and each match is confirmed on the values themselves, so rows
     that differ never count as equal. Where rows that differ have one hash, which is to be expected once in
@@ -48,7 +44,7 @@ def first_equal(features: Tensor) -> Tensor | None:
     host waits for nothing.
     """
     features = features.detach()
-    looks = may_look_at(features)
+    looks = can_sync(features)
     if looks and not _begin_alike(features):
         return None
     hashes = row_hashes(features)

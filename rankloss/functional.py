@@ -34,14 +34,16 @@ from rankloss.checks import (
     check_scale,
     check_teacher,
 )
-from rankloss.operator import weighted_terms
+from rankloss.engine import weighted_terms
 from rankloss.options import Discount, RankOptions, Ties, Worth
+from rankloss.precision import outside_graphs
 
 _TERMS = ("contrastive", *RANK_TERMS)
 
 __all__ = ["check_references", "cross_modal", "in_modal", "plackett_luce_nll"]
 
 
+@outside_graphs
 def plackett_luce_nll(
     scores: Tensor,
     reference: Tensor,
@@ -177,6 +179,7 @@ def in_modal(
     return _term("in_modal", (image_features, text_features, logit_scale), **options)
 
 
+@outside_graphs
 def _term(
     term: Term,
     inputs: tuple[Tensor, Tensor, Tensor | float],

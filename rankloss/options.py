@@ -6,9 +6,7 @@ command lines and other trainers' argument classes are generated from its fields
 
 from __future__ import annotations
 
-import ast
 import difflib
-import functools
 import inspect
 import math
 import operator
@@ -27,7 +25,7 @@ Discount = Literal["log"]
 Reduction = Literal["mean", "sum", "none"]
 FixedReference = Literal["image", "text"]
 Method = Literal["sort", "bin"]
-KernelOption = Literal["auto", "torch", "triton"]
+KernelOption = Literal["torch", "triton"]
 
 
 _LARGEST_COUNT = 2**31 - 1
@@ -96,10 +94,9 @@ class RankOptions:
         memory_budget: bytes that one matrix of the whole batch may take; up to it CLIP's and SigLIP's losses
             on their own are torch's formula, and beyond it they stream like the rank terms. None is 64 MiB on
             a CPU and 1 GiB elsewhere.
-        kernel: ``"torch"``: torch's own operations. ``"triton"``: one fused kernel per block of lists
-            (:mod:`rankloss.kernels`), in float32; where it does not serve, computing raises a ValueError that
-            says why. ``"auto"``: torch's operations, until the kernels have been measured on a card. The plan
-            says which, and why.
+        kernel: ``"torch"``: torch's own operations. ``"triton"``: one fused kernel per block of lists, in
+            float32 (the package ``rankloss_triton``); where it does not serve, computing raises a ValueError
+            that says why.
 
     Raises:
         ValueError: for a value that is not among the choices or below its bound, or options that exclude each
@@ -143,9 +140,7 @@ class RankOptions:
         none="64 MiB on a CPU, 1 GiB elsewhere",
         unit="BYTES",
     )
-    kernel: KernelOption = _option(
-        "auto", "fused kernels of Triton on CUDA: triton; torch's operations: torch, and so far auto"
-    )
+    kernel: KernelOption = _option("torch", "torch's operations, or fused kernels of Triton on CUDA")
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -183,20 +178,6 @@ class RankOptions:
     def replaced(self, **changes: Any) -> RankOptions:
         """The same with some options changed."""
         return replace(self, **changes)
-
-    @property
-    def encoded(self) -> str:
-        """All options as text: what an operator of a compiled graph can be given.
-
-        Not JSON, whose encoder a compiler cannot trace.
-        """
-        return ", ".join([f"{name!r}: {getattr(self, name)!r}" for name in OPTION_NAMES])
-
-    @staticmethod
-    @functools.lru_cache
-    def decode(encoded: str) -> RankOptions:
-        """The options that ``encoded`` is made of."""
-        return RankOptions(**ast.literal_eval("{" + encoded + "}"))
 
     @property
     def is_dense(self) -> bool:
@@ -306,7 +287,6 @@ def _literals(hint: Any) -> tuple[Any, ...]:
     return (None, *literals) if literals and type(None) in parts else literals
 
 
-# Looked up once: a compiler that traces RankOptions stops at typing's functions, at caches and at metadata.
 _CHOICES = {name: _literals(hint) for name, hint in typing.get_type_hints(RankOptions).items()}
 _BOUNDS: dict[str, Any] = {option.name: option.metadata["bounds"] for option in fields(RankOptions)}
 

@@ -1,14 +1,17 @@
-"""In which precision losses compute, and what they may ask of a value while they do."""
+"""Execution of a loss: its arithmetic, its access to values, and its place in a compiled graph."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 def arithmetic_dtype(*features: Tensor) -> torch.dtype:
@@ -16,29 +19,58 @@ def arithmetic_dtype(*features: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
 
 
-def dtype_of_numbers(device: torch.device) -> torch.dtype:
-    """What numbers beside features are kept in: float64, or float32 on MPS, which has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def arithmetic_device(device: torch.device) -> torch.device:
+    """The device of the arithmetic: the CPU for MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Outside any autocast region, which would turn products into half precision."""
+    """A context without autocast, which would turn products into half precision."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta knows no autocast
         return nullcontext()
     return torch.autocast(device_type=device.type, enabled=False)
 
 
-def may_look_at(x: Tensor) -> bool:
-    """Whether Python may branch on a value.
+def scalar(x: Tensor | float, device: torch.device) -> Tensor:
+    """A number, or a tensor of one element, as a tensor without dimensions."""
+    if isinstance(x, Tensor):
+        return x.reshape(()) if x.dim() else x
+    # Filled in on the device: to copy a number to it would make the host wait.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.full((), x, dtype=dtype, device=device)
 
-    On an accelerator this would synchronise every step; under torch.compile it would break the graph; a fake
-    tensor has no value.
-    """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+
+def constant(x: Tensor) -> Tensor:
+    """Without a graph; a copy of an inference tensor, which autograd cannot save."""
+    return x.detach().clone() if x.is_inference() else x.detach()
 
 
-def nan_unless_finite(weights: Tensor, *features: Tensor | None) -> Tensor:
+def nan_unless_finite(weights: Tensor, *features: Tensor) -> Tensor:
     """The weights if all features are finite and no product can overflow, else NaN, as the loss is then."""
-    norms = (torch.linalg.vector_norm(x.detach()) for x in features if x is not None)
+    norms = (torch.linalg.vector_norm(x.detach()) for x in features)
     # A product of two rows is at most that of the norms, and overflows after the cube. 0 · ∞ is NaN.
     return torch.addcmul(weights, weights, functools.reduce(torch.add, norms) ** 3, value=0)
+
+
+def can_sync(x: Tensor) -> bool:
+    """Whether reading a value is free: on a CPU, where no device has to be waited for."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor)
+
+
+def can_be_read(x: Tensor) -> bool:
+    """Whether a value may be read, even if that waits: not while a graph is captured."""
+    if x.is_meta or isinstance(x, FakeTensor):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a compiled graph end before the function and go on after it, so that it runs as written."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-any-return]
+        return function(*args, **kwargs)
+
+    return called

@@ -1,4 +1,4 @@
-r"""How a block of lists is ranked by its reference, and the running sums over the ranking.
+r"""Rankings of lists by a reference, and the running sums over a ranking.
 
 With worths w and a reference y, the formula needs, for every item that counts,
 
@@ -6,8 +6,8 @@ With worths w and a reference y, the formula needs, for every item that counts,
 
 A ranking divides a list into slots, worst first. C and U are running sums over slots, and a slot has the
 weight of as many items as it stands for: one each where a list is sorted (:class:`Sorted`) and all in the
-last slot of those that are tied, the items of a bin (:class:`Binned`), or the best few and the rest
-(:class:`Selected`).
+last slot of those that are tied, the items of a bin (:class:`Binned`), or the best few after one for all
+others (:class:`Selected`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss.options import RankOptions
-from rankloss.precision import may_look_at
+from rankloss.precision import can_sync
 
 
 def slices(n: int, size: int) -> Iterator[slice]:
@@ -52,21 +52,20 @@ class Sorted:
     group, and all of them see its share of U.
 
     Attributes:
-        order: ``[..., N]``, the item of every slot; sums are taken of items in this order.
+        order: ``[..., N]``, the item of every slot; worths come, and go, in this order.
         counted: None: all items count.
+        items: the number of items that count.
     """
 
     counted = None
 
     def __init__(self, reference: Tensor) -> None:
         ordered, self.order = ascending(reference)
-        self.items: int | Tensor = reference.shape[-1]
-        self._sizes: Tensor | None = None
-        self._ties: _Ties | None = None
-        if may_look_at(ordered):  # a few of the items are tied, as a rule
-            self._ties = _ties(ordered)
-        else:
-            self._sizes = _group_sizes(ordered)
+        self.items, self._runs = reference.shape[-1], Runs.of(ordered)
+
+    def counted_sum(self, scores: Tensor) -> Tensor:
+        """The sum of the scores of the items that count, ``[..., 1]``."""
+        return scores.sum(-1, keepdim=True)
 
     def denominators(self, worths: Tensor) -> Tensor:
         """C by slot for worths in the order of the slots; the last is the sum of all. The worths stay."""
@@ -74,35 +73,30 @@ class Sorted:
 
     def weigh(self, by_slot: Tensor) -> Tensor:
         """``by_slot`` in place times the number of items that each slot stands for."""
-        if self._sizes is not None:
-            by_slot *= self._sizes
-        if self._ties is not None:
-            flat = by_slot.view(-1)
-            flat[self._ties.last] *= self._ties.sizes
-            flat[self._ties.others] = 0
-        return by_slot
+        return self._runs.weigh(by_slot)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
-        """What a slot holds, for every item."""
+        """The value of its slot, for every item."""
         return by_slot
 
 
 class Binned:
-    """Lists ranked by the bins of their references (:func:`quantize`), one slot per bin, its items tied."""
+    """Lists ranked by the bins of their references (:func:`quantize`), one slot per bin, its items tied.
 
-    order = None
-    counted = None
+    Methods and attributes: as of :class:`Sorted`; ``order`` is None: worths come in the items' own order.
+    """
+
+    order = counted = None
+    counted_sum = Sorted.counted_sum
 
     def __init__(self, index: Tensor, bins: int) -> None:
-        self.items: int | Tensor = index.shape[-1]
-        self._index = index
-        self._zeros = functools.partial(torch.zeros, (*index.shape[:-1], bins), device=index.device)
+        self.items, self._index, self._bins = index.shape[-1], index, bins
         one = torch.ones((), device=index.device)
-        self._sizes = self._zeros().scatter_add_(-1, index, one.expand_as(index))
+        self._sizes = self._by_bin(one.expand_as(index))
 
     def denominators(self, worths: Tensor) -> Tensor:
         """C by slot; bin 0 is never empty, so none is 0."""
-        return self._zeros(dtype=worths.dtype).scatter_add_(-1, self._index, worths).cumsum_(-1)
+        return self._by_bin(worths).cumsum_(-1)
 
     def weigh(self, by_slot: Tensor) -> Tensor:
         """As :meth:`Sorted.weigh`."""
@@ -112,79 +106,94 @@ class Binned:
         """As :meth:`Sorted.of_items`."""
         return by_slot.gather(-1, self._index)
 
+    def _by_bin(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self._bins).scatter_add_(-1, self._index, x)
+
 
 class Selected:
-    """Lists of which the ``top_k`` best items count: a slot for each of those, after one for all others.
+    """Lists of which the ``top_k`` best items count: one slot each, after one for all others.
 
-    The items that are tied with the last of them count too, however many they are, and stand in the first
-    slot. So no shape depends on the values.
+    Items that are tied with the last of the best count too, however many they are. So no shape depends on
+    the values.
 
-    Attributes:
-        counted: ``[n, N]``, whether an item counts.
-        items: ``[n, 1]``, how many do.
+    Methods and attributes: as of :class:`Binned`; ``counted`` is ``[..., N]``, ``items`` ``[..., 1]``.
     """
 
     order = None
 
     def __init__(self, reference: Tensor, top_k: int) -> None:
         best, order = reference.topk(top_k, dim=-1)
-        ordered, self._order = best.flip(-1), order.flip(-1)  # worst first
-        self._is_above = ordered > ordered[..., :1]
+        ordered, self._best = best.flip(-1), order.flip(-1)  # worst first
         self.counted = reference >= ordered[..., :1]
-        self.items: int | Tensor = self.counted.sum(-1, keepdim=True, dtype=reference.dtype)
-        sizes = _group_sizes(ordered) * self._is_above
-        self._sizes = torch.cat([self.items - sizes.sum(-1, keepdim=True), sizes], -1)
+        self.items = self.counted.sum(-1, keepdim=True, dtype=reference.dtype)
+        sizes = Runs.of(ordered).weigh(torch.ones_like(ordered))
+        # The first run is longer by the tied items that were not selected.
+        is_first = (ordered == ordered[..., :1]) & (sizes > 0)
+        self._sizes = F.pad(torch.where(is_first, sizes + (self.items - top_k), sizes), (1, 0))
+
+    def counted_sum(self, scores: Tensor) -> Tensor:
+        """As :meth:`Sorted.counted_sum`."""
+        return (scores * self.counted).sum(-1, keepdim=True)
 
     def denominators(self, worths: Tensor) -> Tensor:
-        """C by slot; the first is that of the last value counted."""
-        selected = worths.gather(-1, self._order)
-        # Summed without the better items, and not as a difference, in which small worths would be lost.
-        rest = worths.scatter(-1, self._order, selected.masked_fill(self._is_above, 0))
-        better = selected.where(self._is_above, 0)
-        return torch.cat([rest.sum(-1, keepdim=True), better], -1).cumsum_(-1)
+        """C by slot."""
+        # Summed without the best, and not as a difference, in which small worths would be lost.
+        others = worths.scatter(-1, self._best, 0).sum(-1, keepdim=True)
+        return torch.cat([others, worths.gather(-1, self._best)], -1).cumsum_(-1)
 
     def weigh(self, by_slot: Tensor) -> Tensor:
         """As :meth:`Sorted.weigh`."""
         return by_slot.mul_(self._sizes)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
-        """As :meth:`Sorted.of_items`; an item that does not count sees what the first slot holds."""
-        first = by_slot[..., :1]
-        above = torch.where(self._is_above, by_slot[..., 1:], first)
-        return first.expand(self.counted.shape).scatter(-1, self._order, above)
+        """As :meth:`Sorted.of_items`."""
+        others = by_slot[..., :1].expand(self.counted.shape)
+        return others.scatter(-1, self._best, by_slot[..., 1:])
 
 
 Ranking: TypeAlias = Sorted | Binned | Selected
 
 
-class _Ties(NamedTuple):
-    """Runs of equal values in sorted lists, by places in the flattened lists."""
+class Runs(NamedTuple):
+    """Runs of equal values in sorted lists, as factors of the slots: the length at the last place, else 0.
 
-    last: Tensor
-    sizes: Tensor
-    others: Tensor
+    Attributes:
+        factors: ``[..., N]``; None where only a few differ from 1.
+        places: those that differ, in the flattened lists.
+        values: of the factors there.
+    """
 
+    factors: Tensor | None
+    places: Tensor
+    values: Tensor
 
-def _ties(ordered: Tensor) -> _Ties | None:
-    """The runs of sorted ``[..., N]`` on a CPU; None where no two values are equal."""
-    # By NumPy, which compares in a third of torch's time.
-    values, n_items = ordered.numpy().reshape(-1), ordered.shape[-1]
-    is_other = values[1:] == values[:-1]
-    is_other[n_items - 1 :: n_items] = False  # the last of one list beside the first of the next
-    found = np.flatnonzero(is_other)
-    if len(found) == 0:
-        return None
-    others = torch.from_numpy(found)
-    is_break = others.diff() > 1
-    firsts, lasts = others[F.pad(is_break, (1, 0), value=True)], others[F.pad(is_break, (0, 1), value=True)]
-    return _Ties(lasts + 1, lasts - firsts + 2, others)
+    @classmethod
+    def of(cls, ordered: Tensor) -> Runs:
+        """The runs of sorted ``[..., N]``."""
+        n_items, none = ordered.shape[-1], ordered.new_empty(0)
+        if not can_sync(ordered):
+            first = torch.searchsorted(ordered, ordered, out_int32=True)
+            end = F.pad(first[..., 1:], (0, 1), value=n_items)
+            # Where the next value is another, the run ends there; else both have one first.
+            return cls(end - first, none, none)
+        # By NumPy, which compares in a third of torch's time; few values are tied, as a rule.
+        values = ordered.numpy().reshape(-1)
+        is_tied = values[1:] == values[:-1]
+        is_tied[n_items - 1 :: n_items] = False  # the last of one list beside the first of the next
+        tied = np.flatnonzero(is_tied)
+        is_break = np.diff(tied) > 1
+        is_first, is_last = np.append(True, is_break), np.append(is_break, True)
+        firsts, lasts = (tied[x[: len(tied)]] for x in (is_first, is_last))
+        lengths = np.concatenate([np.zeros(len(tied)), lasts - firsts + 2])
+        return cls(None, torch.from_numpy(np.concatenate([tied, lasts + 1])), torch.from_numpy(lengths))
 
-
-def _group_sizes(ordered: Tensor) -> Tensor:
-    """At the last of every run of equal values how many they are, elsewhere 0; of sorted ``[n, N]``."""
-    first = torch.searchsorted(ordered, ordered, out_int32=True)
-    end = F.pad(first[..., 1:], (0, 1), value=ordered.shape[-1])
-    return end - first  # where the next value is another, the run ends there; else both have one first
+    def weigh(self, by_slot: Tensor) -> Tensor:
+        """``by_slot`` in place times the factors."""
+        if self.factors is not None:
+            return by_slot.mul_(self.factors)
+        flat = by_slot.view(-1)
+        flat[self.places] *= self.values.to(flat.dtype)
+        return by_slot
 
 
 def quantize(reference: Tensor, bins: int) -> Tensor:

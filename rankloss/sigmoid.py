@@ -1,32 +1,23 @@
-r"""SigLIP's loss over all pairs, streamed, as an operator of torch's with its autograd.
+r"""SigLIP's loss of all pairs, as a streamed loss: the values and gradient of a block of rows.
 
 With logits x_ij = s·v_i·t_j + b, and y_ij = −x_ij where j is image i's own text, else x_ij,
 
     L = (1/n)·Σ_ij log(1 + e^{y_ij}),
-    G_ij = n·∂L/∂x_ij = −σ(y_ij) where j is image i's own text, else σ(y_ij),
-    ∂V = (s/n)·G·T,   ∂T = (s/n)·Gᵀ·V,   ∂s = (1/n)·Σ (G·T)∘V,   ∂b = (1/n)·Σ G.
-
-The pass walks over chunks of images. It adds up value and gradient of each chunk and drops the chunk's
-matrices; what is kept for the backward pass are the features and their gradients, in O(N·D). A backward pass
-that is itself to be differentiated (``create_graph=True``) goes through :func:`plain` and takes quadratic
-memory.
+    G_ij = n·∂L/∂x_ij = −σ(y_ij) where j is image i's own text, else σ(y_ij),   ∂b = (1/n)·Σ G.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.batch import Matrix, scalar
-from rankloss.operators import register
-from rankloss.options import RankOptions
-from rankloss.plans import make_plan
-from rankloss.precision import arithmetic_dtype, full_precision, nan_unless_finite
-from rankloss.ranking import slices
+from rankloss import engine
+from rankloss.batch import Matrix
+from rankloss.precision import arithmetic_device, arithmetic_dtype, nan_unless_finite, scalar
 
 _LINEAR_FROM = 40.0  # from where log(1 + e^y) is y in float64
 
@@ -50,96 +41,48 @@ def pair_sigmoid(
         chunk_size: images multiplied out at a time; None chooses from the sizes and the device.
     """
     dtype, home = arithmetic_dtype(images, texts), images.device
-    device = torch.device("cpu") if home.type == "mps" else home  # MPS has no float64
-    features = (x.to(device).to(dtype) for x in (images, texts))
-    numbers = (scalar(x, home).to(device, non_blocking=True).to(dtype) for x in (logit_scale, logit_bias))
-    inputs = (*features, *numbers)
-    wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
-    value: Tensor = _PairSigmoid.apply(*inputs, first_row, wanted, chunk_size)  # type: ignore[no-untyped-call]
+    device = arithmetic_device(home)
+    given = (images, texts, scalar(logit_scale, home), scalar(logit_bias, home))
+    inputs = [x.resolve_neg().to(device, non_blocking=x.dim() == 0).to(dtype) for x in given]
+    weights = torch.ones(1, dtype=torch.float64, device=device)
+    (value,) = engine.apply(PairSigmoid(first_row, chunk_size), weights, inputs)
     return value.to(home)
 
 
-def plain(inputs: Sequence[Tensor], first_row: int) -> Tensor:
-    """L of n images, N texts, s and b from the whole matrix, differentiable any number of times."""
-    images, texts, scale, bias = inputs
-    x = scale * Matrix("S", images, texts, ("image", "text")).cosines() + bias
-    own = first_row + torch.arange(len(images), device=images.device)
-    y = torch.where(own[:, None] == torch.arange(len(texts), device=images.device), -x, x)
-    return -F.logsigmoid(-y).sum() / len(images)
+class PairSigmoid(NamedTuple):
+    """L of images, texts, s and b."""
 
+    first_row: int
+    chunk_size: int | None
 
-def stream(
-    inputs: Sequence[Tensor], first_row: int, wanted: Sequence[bool], chunk_size: int
-) -> tuple[Tensor, list[Tensor]]:
-    """L, and its gradient by each of the inputs, of which those that are not wanted may be zero."""
-    images, texts, scale, bias = inputs
-    by_images, by_texts = torch.zeros_like(images), torch.zeros_like(texts)
-    # In float64: these are sums over all chunks.
-    value, by_bias = (images.new_zeros((), dtype=torch.float64) for _ in range(2))
-    with full_precision(images.device):
-        for rows in slices(len(images), chunk_size):
-            anchors, own = images[rows], first_row + rows.start
-            y = torch.addmm(bias, scale * anchors, texts.T)
-            y.diagonal(own).neg_()
-            value += F.softplus(y, threshold=_LINEAR_FROM).sum(dtype=torch.float64)
-            if not any(wanted):
-                continue
+    def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> engine.Streamed:
+        """L times its weight, and the gradient by each of the inputs."""
+        images, texts, scale, bias = inputs
+        sums = {"image": torch.zeros_like(images), "text": torch.zeros_like(texts)} if with_gradient else {}
+
+        def of_rows(cosines: Tensor, _: None, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
+            y = torch.addcmul(bias, scale, cosines)
+            y.diagonal(first_row, 1, 2).neg_()
+            value = F.softplus(y, threshold=_LINEAR_FROM).sum(-1, dtype=torch.float64)
             gradient = y.sigmoid_()
-            gradient.diagonal(own).neg_()
-            by_images[rows] = gradient @ texts
-            by_bias += gradient.sum(dtype=torch.float64)
-            if wanted[1]:  # a product more, which a frozen tower spares
-                by_texts.addmm_(gradient.T, anchors)
-    share = nan_unless_finite(value.new_full((), 1 / len(images)), images, texts)
-    by_scale = (by_images * images).sum(dtype=torch.float64)
-    for sums in (by_images, by_texts):
-        sums *= share * scale
-    value, by_scale, by_bias = ((share * x).to(images.dtype) for x in (value, by_scale, by_bias))
-    return value, [by_images, by_texts, by_scale, by_bias]
+            gradient.diagonal(first_row, 1, 2).neg_()
+            return value, gradient.sum(-1, dtype=torch.float64), gradient
 
+        matrix = Matrix(images, texts, ("image", "text"))
+        value, by_bias = engine.accumulate(of_rows, [matrix], (), sums, self.first_row, self.chunk_size)
+        share = nan_unless_finite(weights / len(images), images, texts)
+        values = [(share * value).squeeze()]
+        if not with_gradient:
+            return values, [None] * len(inputs)
+        by_scale = share * (sums["image"] * images).sum()
+        by_features = [x.mul_((share * scale).to(x.dtype)) for x in sums.values()]
+        by_numbers = [x.to(scale.dtype).squeeze() for x in (by_scale, share * by_bias)]
+        return values, [*by_features, *by_numbers]
 
-def _run(*arguments: Any) -> list[Tensor]:
-    """L, then its gradients by the inputs."""
-    *inputs, first_row, wanted, chunk_size = arguments
-    images, texts = inputs[:2]
-    plan = make_plan(RankOptions(chunk_size=chunk_size), len(images), len(texts), images.device, images.dtype)
-    value, gradients = stream(inputs, first_row, wanted, plan.chunk_size)
-    return [value, *gradients]
-
-
-def _run_fake(*arguments: Any) -> list[Tensor]:
-    inputs = arguments[:4]
-    return [inputs[0].new_empty(()), *map(torch.empty_like, inputs)]
-
-
-register(
-    "pair_sigmoid",
-    "(Tensor images, Tensor texts, Tensor scale, Tensor bias, int first_row, bool[] wanted, int? chunk_size) "
-    "-> Tensor[]",
-    _run,
-    _run_fake,
-)
-
-
-class _PairSigmoid(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        value, *gradients = torch.ops.rankloss.pair_sigmoid(*arguments)
-        ctx.save_for_backward(*arguments[:4], *gradients)
-        ctx.first_row = arguments[4]
-        result: Tensor = value
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: each look unpacks them, for hooks and checkpoints to see
-        if torch.is_grad_enabled():  # create_graph=True
-            # By aliases: one input may be computed of another, and that path is the outer graph's to add.
-            inputs = [x.view_as(x) for x in saved[:4]]
-            wanted = ctx.needs_input_grad[:4]
-            by = [x for x, w in zip(inputs, wanted, strict=True) if w]
-            with full_precision(upstream[0].device):
-                value = plain(inputs, ctx.first_row)
-                found = iter(torch.autograd.grad(value, by, upstream, create_graph=True))
-            return *(next(found) if w else None for w in wanted), None, None, None
-        return *(upstream[0] * x for x in saved[4:]), None, None, None
+    def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
+        """The same from the whole matrix."""
+        images, texts, scale, bias = inputs
+        x = scale * Matrix(images, texts, ("image", "text")).cosines() + bias
+        own = self.first_row + torch.arange(len(images), device=images.device)
+        y = torch.where(own[:, None] == torch.arange(len(texts), device=images.device), -x, x)
+        return [weights.squeeze().to(x.dtype) * -F.logsigmoid(-y).sum() / len(images)]

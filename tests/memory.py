@@ -11,8 +11,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rankloss.operators import IMPLEMENTATIONS
-
 
 def saved_bytes(forward: Callable[[], object]) -> int:
     """What a forward pass keeps for the backward pass, each storage counted once."""
@@ -44,7 +42,7 @@ class LargestTensor(TorchDispatchMode):
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that operations make while it is entered, as long as they live.
 
-    ``peak`` is the most at any time. It looks into this library's operators, which a mode sees as one call.
+    ``peak`` is the most at any time.
 
     Example::
 
@@ -60,11 +58,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {StorageWeakRef(x.untyped_storage()) for x in _tensors((args, kwargs))}
-        if func.namespace == "rankloss":
-            with self:
-                result = IMPLEMENTATIONS[func.overloadpacket.__name__](*args, **(kwargs or {}))
-        else:
-            result = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         for x in _tensors(result):
             storage = StorageWeakRef(x.untyped_storage())
             if storage not in before:

@@ -5,8 +5,9 @@ import torch
 
 from batches import assert_close, random_batch
 from fake_cuda import fake_cuda
-from rankloss.batch import Batch, matrices_of
-from rankloss.operator import weighted_terms
+from rankloss.batch import Batch
+from rankloss.dense import _symmetric_reference
+from rankloss.engine import weighted_terms
 from rankloss.options import RankOptions
 
 V, T = torch.eye(4, 3), torch.eye(4, 3).flip(0)
@@ -14,11 +15,9 @@ META = torch.device("meta")
 RANKED = (False, True, True)
 
 
-def test_tensors_on_two_devices_are_never_a_number() -> None:
+def test_features_on_meta_give_terms_on_meta() -> None:
     v, t, s = random_batch(0, 4, 3, 10.0).leaves()
     weights = torch.ones(3, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"weights .*meta"):
-        weighted_terms(Batch.of(v, t, s), RankOptions(), weights.to(META), RANKED)
     for options in (RankOptions(), RankOptions(lists="batch")):
         of_meta = weighted_terms(Batch.of(v.to(META), t.to(META), s), options, weights, RANKED)
         assert all(x.is_meta and x.shape == () for x in of_meta)
@@ -49,31 +48,7 @@ def test_on_mps_which_has_no_float64_the_cpu_computes() -> None:
         assert batch.home == v.device
 
 
-@pytest.mark.parametrize("names", [("v", "t"), ("t", "v")])
-@pytest.mark.parametrize("scale", [10.0, -10.0])
-def test_weights_are_nan_where_a_score_may_be_beyond_the_limit(names, scale: float) -> None:
-    """The largest score of rows of norm 2 and 1 at a scale of 10 is 40, of a modality with itself.
-
-    On an accelerator the scale's sign is not checked.
-    """
-    rows = {"v": 2 * V, "t": T}
-    batch = Batch.of(*(rows[name] for name in names), scale)
-    weights = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
-    assert torch.equal(batch.nan_beyond(40.0, weights), weights)
-    assert batch.nan_beyond(39.9, weights).isnan().all()
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name", ["image", "text", "reference_image", "reference_text"])
-def test_weights_are_nan_where_a_feature_or_a_teachers_is_not_finite(name: str, bad: float) -> None:
-    features = {"image": V, "text": T, "reference_image": T, "reference_text": V}
-    features[name] = torch.tensor([[0.0, bad, 0.0]]).expand(4, 3)
-    references = {name: features.pop(name) for name in ("reference_image", "reference_text")}
-    batch = Batch.of(*features.values(), 10.0, **references)
-    assert batch.nan_beyond(1e30, torch.ones(3)).isnan().all()
-
-
-# --- matrices and what they are ranked by -----------------------------------------------------------------
+# --- references -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -81,8 +56,8 @@ def test_structural_ties_of_unit_norm_rows_are_exact(dtype: torch.dtype) -> None
     """C_ij = C_ji and N equal diagonal entries: a rounding apart, they would cost about log 2 a pair."""
     x = random_batch(0, 65, 13, 1.0, duplicates=3).text.to(dtype)
     batch = Batch.of(x, x, 1.0)
-    (matrix, _) = batch.references(matrices_of("in_modal"))
-    reference = batch.symmetric_reference(matrix, matrix.cosines())
+    (matrix, _) = batch.references("in_modal")
+    reference = _symmetric_reference(batch, matrix, matrix.cosines())
     assert len(reference.diagonal().unique()) == 1
     assert torch.equal(reference, reference.T)
     assert reference[0, -1] == reference[0, 0]  # equal rows
@@ -92,8 +67,8 @@ def test_structural_ties_of_unit_norm_rows_are_exact(dtype: torch.dtype) -> None
 def test_rows_of_other_norms_rank_by_them() -> None:
     x = random_batch(0, 6, 5, 1.0).text * torch.tensor([1.0, 1.0, 2.0, 0.5, 1.02, 1.009])[:, None]
     batch = Batch.of(x, x, 1.0)
-    (matrix, _) = batch.references(matrices_of("in_modal"))
-    diagonal = batch.symmetric_reference(matrix, matrix.cosines()).diagonal()
+    (matrix, _) = batch.references("in_modal")
+    diagonal = _symmetric_reference(batch, matrix, matrix.cosines()).diagonal()
     squares = x.square().sum(-1)
     assert_close([diagonal], [torch.stack([*squares[[5, 5]], *squares[2:]])], 1e-12)  # 1 % is unit-norm
     assert diagonal[0] == diagonal[5]

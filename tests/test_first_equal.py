@@ -32,7 +32,7 @@ def test_many_random_rows_have_no_false_match_and_all_true_ones(
     looks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where no look is free, as on an accelerator."""
-    monkeypatch.setattr(equal_rows, "may_look_at", lambda x: looks)
+    monkeypatch.setattr(equal_rows, "can_sync", lambda x: looks)
     x = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     x[2000:] = x[:1000]
     assert torch.equal(first_occurrence(x), torch.cat([torch.arange(2000), torch.arange(1000)]))

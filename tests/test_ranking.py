@@ -102,7 +102,7 @@ def test_running_sums_are_those_of_the_formula(
     options, expected: type, looks: bool, levels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where no look is free, as on an accelerator."""
-    monkeypatch.setattr(ranking, "may_look_at", lambda x: looks)
+    monkeypatch.setattr(ranking, "can_sync", lambda x: looks)
     generator = torch.Generator().manual_seed(levels)
     y = torch.randint(levels, (40, 5), generator=generator).double()
     y[0] = 1.0  # all tied

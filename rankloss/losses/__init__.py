@@ -4,7 +4,7 @@ r"""The losses as modules. Every one takes ``(image_features, text_features, log
 to be unit-norm, as models return them. Nothing here normalises; the first call warns of other features.
 
 For a loss of another package there are :class:`GatheringLoss`, which sees other processes and checks what
-the loss is given, :func:`check_base`, :func:`base_entries`, :func:`shares_gathering` and :func:`combined`, by
+the loss is given, :func:`check_base`, :func:`takes_teacher`, :func:`base_entries` and :func:`combined`, by
 which a loss stands on another, and :func:`check_weight`.
 """
 
@@ -14,7 +14,7 @@ from rankloss.losses.composition import Base as Base
 from rankloss.losses.composition import base_entries as base_entries
 from rankloss.losses.composition import check_base as check_base
 from rankloss.losses.composition import combined as combined
-from rankloss.losses.composition import shares_gathering as shares_gathering
+from rankloss.losses.composition import takes_teacher as takes_teacher
 from rankloss.losses.gathering import GatheringLoss as GatheringLoss
 from rankloss.losses.rank_clip import RankClipLoss as RankClipLoss
 from rankloss.losses.rank_consistency import RankConsistency as RankConsistency

@@ -11,6 +11,7 @@ from torch import Tensor
 from rankloss.checks import check_bias
 from rankloss.distributed import Gather, Gathered, GatherOption
 from rankloss.losses.gathering import StreamedLoss, gather_of_open_clip
+from rankloss.precision import outside_graphs
 
 
 class ClipLoss(StreamedLoss):
@@ -46,9 +47,8 @@ class ClipLoss(StreamedLoss):
     Raises:
         ValueError: for open_clip's arguments beside ``gather``, or a negative budget; in ``forward`` for
             features that are not two floating-point matrices of one shape with at least one row, a scale that
-            is not positive (not checked on an accelerator, where reading it would wait), a bias that is not
-            one number, or a ``gathered`` that is not what this loss's own gathering gives.
-        RuntimeError: in forward-mode differentiation beyond the budget.
+            is not positive (not checked on an accelerator, where reading it would wait), or a bias that is
+            not one number.
 
     References:
         "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021,
@@ -88,6 +88,7 @@ class ClipLoss(StreamedLoss):
             options,
         )
 
+    @outside_graphs
     def forward(
         self,
         image_features: Tensor,
@@ -95,7 +96,6 @@ class ClipLoss(StreamedLoss):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
-        gathered: Gathered | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` a dict of it.
 
@@ -105,22 +105,21 @@ class ClipLoss(StreamedLoss):
             logit_scale: the multiplier s.
             logit_bias: added to all logits.
             output_dict: return a dict.
-            gathered: ``self.gather(image_features, text_features)``, from a caller that has it already.
         """
         self.check_inputs(image_features, text_features, logit_scale)
         check_bias(logit_bias, image_features)
         pairs = len(image_features) * self.gather.place[1]
         rows = len(image_features) if self.gather.anchors_are_local else pairs
         if self.fits(rows, pairs, image_features, text_features):
-            gathered = self.whole_batch(image_features, text_features, gathered)
-            loss = _whole(self.gather, image_features, text_features, gathered, logit_scale, logit_bias)
+            dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+            features = image_features.to(dtype), text_features.to(dtype)
+            loss = _whole(self.gather, *features, self.whole_batch(*features), logit_scale, logit_bias)
         else:
-            with torch.no_grad():  # the dtype depends on autocast's rules; one pair shows it
+            with torch.no_grad():  # probe the output dtype, which autocast decides, with one pair
                 pair = image_features[:1], text_features[:1]
                 dtype = _whole(_ONE_PROCESS, *pair, pair, logit_scale, logit_bias).dtype
             inputs = image_features, text_features, logit_scale
-            weights = torch.ones(3, dtype=torch.float64, device="cpu")
-            loss, *_ = self.weighted_terms(inputs, self._options, weights, (True, False, False), gathered)
+            loss, *_ = self.weighted_terms(inputs, self._options, (1.0, 0.0, 0.0))
             loss = with_idle_bias(loss, logit_bias).to(dtype)
         return {"contrastive_loss": loss} if output_dict else loss
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankloss.distributed import Gather
 from rankloss.losses.clip import ClipLoss
@@ -30,15 +31,34 @@ def check_base(base: Base | None, gather: Gather, streaming: dict[str, Any] | No
     return base
 
 
-def shares_gathering(base: Base, gather: Gather) -> bool:
-    """Whether a base is CLIP's loss of what ``gather`` gives, so that one gathering serves both."""
-    return type(base) is ClipLoss and base.gather.matches(gather)
+def is_streamed_clip(base: Base, gather: Gather) -> bool:
+    """Whether a base is CLIP's loss of the pairs that ``gather`` gives, and nothing runs only in its call.
 
-
-def must_be_called(base: Base) -> bool:
-    """Whether a base has hooks, or a ``forward`` that was set on it, which run only where it is called."""
+    The pass of the rank terms gives this loss as well.
+    """
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return "forward" in base.__dict__ or any(len(getattr(base, kind)) for kind in kinds)
+    return (
+        type(base) is ClipLoss
+        and base.gather.matches(gather)
+        and "forward" not in base.__dict__
+        and not any(len(getattr(base, kind)) for kind in kinds)
+    )
+
+
+TEACHER = ("reference_image_features", "reference_text_features")
+"""The arguments in which a loss takes a teacher's features."""
+
+
+def takes_teacher(base: Base) -> bool:
+    """Whether a loss takes a teacher's features: its signature names one of :data:`TEACHER`.
+
+    Example:
+        >>> import rankloss
+        >>> takes_teacher(rankloss.RankClipLoss()), takes_teacher(rankloss.ClipLoss())
+        (True, False)
+    """
+    called = base.forward if isinstance(base, nn.Module) else base
+    return not set(TEACHER).isdisjoint(inspect.signature(called).parameters)
 
 
 def base_entries(
@@ -57,7 +77,7 @@ def base_entries(
         text_features: ``[N, D]``.
         logit_scale: the multiplier s.
         logit_bias: passed on unless it is None, since not every loss takes one.
-        **base_inputs: whatever else the base takes.
+        **base_inputs: further arguments of the base.
 
     Returns:
         The entries of the base's dict; a plain scalar becomes ``{"contrastive_loss": …}``. Values in half

@@ -1,4 +1,4 @@
-"""What all losses have in common: how they see other processes, and what they check of their inputs."""
+"""The base classes of the losses: gathering, checks of the inputs, and the streamed terms."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from torch import Tensor, nn
 from rankloss.batch import Batch
 from rankloss.checks import (
     check_features,
-    check_is_tensor,
     check_one_space,
     check_scale,
     check_teacher,
-    kind_of,
     look_at_rows,
     look_at_scale,
 )
 from rankloss.distributed import Gather, Gathered, GatherOption
-from rankloss.operator import weighted_terms
+from rankloss.engine import weighted_terms
 from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, check_names
-from rankloss.precision import arithmetic_dtype, may_look_at, nan_unless_finite
+from rankloss.precision import arithmetic_dtype, nan_unless_finite
 
 
 class GatheringLoss(nn.Module):
@@ -43,7 +41,7 @@ class GatheringLoss(nn.Module):
     def __init__(self, gather: GatherOption = None) -> None:
         super().__init__()
         self.gather = Gather.of(gather)
-        self._looked_at: frozenset[str] = frozenset()  # the arguments whose values were looked at
+        self._looked_at: set[str] = set()  # the arguments whose values were read
 
     def check_inputs(
         self,
@@ -56,9 +54,9 @@ class GatheringLoss(nn.Module):
 
         ``references`` are a teacher's features of the same pairs, where they are given.
 
-        The values of an argument are looked at the first time that it is given, which waits for an
-        accelerator once; a look is left for a later call while a graph is compiled or captured. Before
-        anything else the processes of the gathering compare what they bring.
+        The values of an argument are read the first time that it is given, which waits for an accelerator
+        once, and not while a graph is captured. Before anything else the processes of the gathering compare
+        their inputs.
         """
         self.gather.check_agreement(
             self, image_features=image_features, text_features=text_features, **references
@@ -68,8 +66,7 @@ class GatheringLoss(nn.Module):
         if self._needs_one_space:
             check_one_space(image_features, text_features)
         check_scale(logit_scale, image_features)
-        # Not asked for while compiling: the graph would depend on it.
-        looked_at = set() if torch.compiler.is_compiling() else set(self._looked_at)
+        looked_at = self._looked_at
         for name, x in references.items():
             if x is not None and check_teacher(name, x, image_features, first_look=name not in looked_at):
                 looked_at.add(name)
@@ -78,62 +75,16 @@ class GatheringLoss(nn.Module):
                 looked_at.add(name)
         if "logit_scale" not in looked_at and look_at_scale("logit_scale", logit_scale, image_features):
             looked_at.add("logit_scale")
-        if not torch.compiler.is_compiling() and looked_at != self._looked_at:
-            self._looked_at = frozenset(looked_at)
 
-    def whole_batch(
-        self, image_features: Tensor, text_features: Tensor, gathered: Gathered | None = None
-    ) -> Gathered:
-        """The features of all processes: ``gathered``, from a caller that has them already, or gathered now.
-
-        Raises:
-            TypeError, ValueError: where ``gathered`` is not what this loss's own gathering would give.
-        """
-        if gathered is None:
-            return self.gather.items(image_features), self.gather.items(text_features)
-        if not isinstance(gathered, (tuple, list)) or len(gathered) != 2:
-            raise TypeError(
-                "gathered must be the pair that gather(image_features, text_features) gives; "
-                f"got {kind_of(gathered)}"
-            )
-        for name, x, own in zip(("images", "texts"), gathered, (image_features, text_features), strict=True):
-            self._check_gathered(f"gathered {name}", x, own)
-        return gathered[0], gathered[1]
-
-    def _check_gathered(self, name: str, x: Tensor, own: Tensor) -> None:
-        rank, world_size = self.gather.place
-        check_is_tensor(name, x)
-        kind = (x.dtype, x.device, tuple(x.shape))
-        needed = (own.dtype, own.device, (len(own) * world_size, own.shape[1]))
-        if kind != needed:
-            raise ValueError(
-                f"{name} must be what the loss's own gather(image_features, text_features) gives, "
-                "{} on {} of {}; got {} on {} of {}".format(*needed, *kind)
-            )
-        if world_size == 1:
-            if x is not own:
-                raise ValueError(f"{name} must be the features themselves in one process; got another tensor")
-            return
-        carries = own.requires_grad and (self.gather.gather_with_grad or not self.gather.local_loss)
-        if torch.is_grad_enabled() and x.requires_grad != carries:
-            raise ValueError(
-                f"{name} must {'' if carries else 'not '}require a gradient, as gather() of these features "
-                f"gives it with {self.gather!r}"
-            )
-        if may_look_at(x):
-            there = x.detach()[rank * len(own) : (rank + 1) * len(own)]
-            if not torch.allclose(there, own.detach(), rtol=0, atol=0, equal_nan=True):
-                raise ValueError(
-                    f"{name} must hold this process's features as chunk {rank}; got others there"
-                )
+    def whole_batch(self, image_features: Tensor, text_features: Tensor) -> Gathered:
+        """The features of all processes, image and text."""
+        return self.gather.items(image_features), self.gather.items(text_features)
 
     def weighted_terms(
         self,
         inputs: tuple[Tensor, Tensor, Tensor | float],
         options: RankOptions,
-        weights: Tensor,
-        wanted: Sequence[bool],
-        gathered: Gathered | None = None,
+        weights: Sequence[float],
         teacher: Sequence[Tensor | None] = (None, None),
     ) -> Sequence[Tensor]:
         """CLIP's cross-entropy and the two rank terms times ``weights``, from one gathering and one pass.
@@ -141,27 +92,28 @@ class GatheringLoss(nn.Module):
         Args:
             inputs: image features, text features and scale, which :meth:`check_inputs` has checked.
             options: of the rank terms.
-            weights: ``[3]``, of the three terms.
-            wanted: which of the terms are; one that is not is zero and not computed.
-            gathered: ``self.gather(image_features, text_features)``, from a caller that has it already.
+            weights: of the three terms; one of weight 0 is zero and not computed.
             teacher: a teacher's features, image and text, or None for each.
         """
         image_features, text_features, logit_scale = inputs
+        wanted = [weight != 0 for weight in weights]
         if not any(wanted):
             zero = image_features.new_zeros((), dtype=arithmetic_dtype(image_features, text_features))
             zero = nan_unless_finite(zero, image_features, text_features)
             return zero, zero.clone(), zero.clone()
         reference_image, reference_text = self.gather.constants(*teacher)
         batch = Batch.of(
-            *self.whole_batch(image_features, text_features, gathered),
+            *self.whole_batch(image_features, text_features),
             logit_scale,
             # This process's own features, where only they have lists.
-            anchors=(image_features, text_features) if self.gather.anchors_are_local else None,
+            anchors=(image_features, text_features) if self.gather.anchors_are_local else (None, None),
             first_row=self.gather.first_row(len(image_features)),
             reference_image=reference_image,
             reference_text=reference_text,
         )
-        return weighted_terms(batch, options, weights, wanted)
+        return weighted_terms(
+            batch, options, torch.tensor(weights, dtype=torch.float64, device="cpu"), wanted
+        )
 
 
 class StreamedLoss(GatheringLoss):
@@ -180,7 +132,7 @@ class StreamedLoss(GatheringLoss):
         self._options = RankOptions(**options)
 
     def fits(self, rows: int, columns: int, image_features: Tensor, text_features: Tensor) -> bool:
-        """Whether so many logits of features like these are within the budget."""
+        """Whether the logits of features like these are within the budget."""
         dtype = arithmetic_dtype(image_features, text_features)
         return columns == 1 or self._options.fits(rows, columns, image_features.device, dtype)
 
@@ -192,7 +144,7 @@ class StreamedLoss(GatheringLoss):
 def gather_of_open_clip(
     gather: GatherOption, defaults: Gather, *without_effect: Any, **layout: Any
 ) -> GatherOption:
-    """``gather``, or what open_clip's arguments ask for where any of them is given (is not None).
+    """``gather``, or the layout of open_clip's arguments where any of them is given (is not None).
 
     Args:
         gather: this library's argument.

@@ -5,29 +5,29 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rankloss import schedules
 from rankloss.checks import check_bias, check_one_space
-from rankloss.distributed import Gathered, GatherOption
+from rankloss.distributed import GatherOption, gather_once
 from rankloss.losses.clip import with_idle_bias
 from rankloss.losses.composition import (
     Base,
     base_entries,
     check_base,
     combined,
-    must_be_called,
-    shares_gathering,
+    is_streamed_clip,
+    takes_teacher,
 )
-from rankloss.losses.rank_consistency import FixedWeights, RankConsistency
+from rankloss.losses.rank_consistency import RankConsistency
 from rankloss.options import OPTION_NAMES, check_count, check_names, check_weight
+from rankloss.precision import outside_graphs
 from rankloss.schedules import Schedule
 
 _log = logging.getLogger(__name__)
 
 
-class RankClipLoss(FixedWeights, nn.Module):
+class RankClipLoss(nn.Module):
     r"""RankCLIP: ``L_base + λ1·cross + λ2·in``, with λ growing over training.
 
         λ1 = schedule(i, n) · lambda_cross · normalizer,   λ2 = schedule(i, n) · lambda_in · normalizer
@@ -37,9 +37,10 @@ class RankClipLoss(FixedWeights, nn.Module):
     :meth:`set_progress`; the later call counts. λ is a pure function of their arguments: the loss has no
     state for a checkpoint.
 
-    λ enters each forward pass as a small tensor, a copy made at that call. So a loss that is still to be
-    differentiated keeps its λ, and a compiled forward is not compiled again when λ moves (only once, when λ
-    leaves 0). A CUDA graph would keep the λ of its capture; torch refuses to capture the copy to the device.
+    λ is read at each forward pass: a loss that is still to be differentiated keeps its own. Under
+    ``torch.compile`` a loss is one call between two graphs, which no λ recompiles; ``fullgraph=True`` around
+    it is torch's error. A CUDA graph would keep the λ of its capture; torch refuses to capture its copy to
+    the device.
 
     Args:
         base: the loss that the rank terms are added to: a module or function with the forward convention of
@@ -82,8 +83,6 @@ class RankClipLoss(FixedWeights, nn.Module):
         ['contrastive_loss', 'cross_modal_loss', 'in_modal_loss']
     """
 
-    _fixed = frozenset({"lambda_cross", "lambda_in", "normalizer", "schedule"})
-
     def __init__(
         self,
         base: Base | None = None,
@@ -101,12 +100,9 @@ class RankClipLoss(FixedWeights, nn.Module):
             raise ValueError(
                 "reduction='none' gives a value per anchor, which cannot be added to the base loss"
             )
-        self.lambda_cross = check_weight("lambda_cross", lambda_cross)
-        self.lambda_in = check_weight("lambda_in", lambda_in)
-        # A term that the run leaves out for good has the weight 0 there too.
         self.consistency = RankConsistency(
-            cross_modal=float(self.lambda_cross != 0),
-            in_modal=float(self.lambda_in != 0),
+            cross_modal=check_weight("lambda_cross", lambda_cross),
+            in_modal=check_weight("lambda_in", lambda_in),
             gather=gather,
             **options,
         )
@@ -118,12 +114,18 @@ class RankClipLoss(FixedWeights, nn.Module):
         self._missing: str | None = "set_epoch(epoch, epochs) or set_progress(step, total_steps)"
         self._goes_by_epochs = False  # whether λ is of an epoch
         self._schedule_value = 0.0
-        self._is_zero = True  # a bool beside the number: a compiled forward depends on its value
-        self._weights: Tensor  # of the three terms; a compiled forward takes it as an input
-        self._set_value(0.0)
         if self.schedule is schedules.constant:
-            self._missing = None
-            self._set_value(1.0)
+            self._missing, self._schedule_value = None, 1.0
+
+    @property
+    def lambda_cross(self) -> float:
+        """The factor of the schedule for the cross-modal term."""
+        return self.consistency.cross_modal
+
+    @property
+    def lambda_in(self) -> float:
+        """The factor of the schedule for the in-modal term."""
+        return self.consistency.in_modal
 
     @property
     def schedule_value(self) -> float:
@@ -137,7 +139,7 @@ class RankClipLoss(FixedWeights, nn.Module):
 
     @property
     def rank_weights(self) -> dict[str, float]:
-        """What each rank term is multiplied by at present: λ1 and λ2.
+        """The present factors of the rank terms, λ1 and λ2.
 
         Raises:
             RuntimeError: as :attr:`schedule_value`.
@@ -150,6 +152,7 @@ class RankClipLoss(FixedWeights, nn.Module):
         weight = self._schedule_value * self.normalizer
         return {"cross_modal": weight * self.lambda_cross, "in_modal": weight * self.lambda_in}
 
+    @outside_graphs
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Evaluate the schedule at epoch ``epoch`` of ``epochs``, counted from 1.
 
@@ -161,6 +164,7 @@ class RankClipLoss(FixedWeights, nn.Module):
         """
         self._tell("epoch", epoch, "epochs", epochs)
 
+    @outside_graphs
     def set_progress(self, step: int, total_steps: int) -> None:
         """Evaluate the schedule at step ``step`` of ``total_steps``, counted from 1.
 
@@ -169,6 +173,7 @@ class RankClipLoss(FixedWeights, nn.Module):
         """
         self._tell("step", step, "total_steps", total_steps)
 
+    @outside_graphs
     def forward(
         self,
         image_features: Tensor,
@@ -176,7 +181,9 @@ class RankClipLoss(FixedWeights, nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
-        gathered: Gathered | None = None,
+        *,
+        reference_image_features: Tensor | None = None,
+        reference_text_features: Tensor | None = None,
         **base_inputs: Any,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` its summands.
@@ -187,40 +194,39 @@ class RankClipLoss(FixedWeights, nn.Module):
             logit_scale: the multiplier s.
             logit_bias: passed on to the base, if it is not None.
             output_dict: return the summands by name instead of their sum.
-            gathered: ``self.consistency.gather(image_features, text_features)``, from a caller that has it
-                already; it serves a base that is CLIP's loss of the same rows, too.
-            **base_inputs: ``reference_image_features`` and ``reference_text_features``, ``[N, D']`` each, a
-                teacher's, for the rank terms, see :class:`RankConsistency`; what is left is passed on to the
-                base.
+            reference_image_features: ``[N, D']``, a teacher's, by which the rank terms' lists are ranked, see
+                :class:`RankConsistency`. A base whose signature takes a teacher's features gets them, too.
+            reference_text_features: ``[N, D']``, likewise.
+            **base_inputs: passed on to the base, which refuses unknown ones.
         """
-        self._check_progress()
-        teacher = {name: base_inputs.pop(name, None) for name in _TEACHER}
+        teacher = {
+            "reference_image_features": reference_image_features,
+            "reference_text_features": reference_text_features,
+        }
+        cross, in_ = self.rank_weights.values()
         self.consistency.check_inputs(image_features, text_features, logit_scale, **teacher)
-        is_on = self.normalizer != 0 and not self._is_zero
-        ranked = self.lambda_cross != 0 and is_on, self.lambda_in != 0 and is_on
-        # What only a base could take goes to the base, which refuses what it does not know.
-        fused = self._fuses and any(ranked) and not base_inputs
-        entries: dict[str, Tensor] = {}
-        if fused:
-            check_one_space(image_features, text_features)
-            check_bias(logit_bias, image_features)
-        else:
-            if gathered is not None and shares_gathering(self.base, self.consistency.gather):
-                base_inputs["gathered"] = gathered
-            entries = base_entries(
-                self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
+        is_fused = self._fuses and bool(cross or in_) and not base_inputs
+        with gather_once():
+            if is_fused:
+                check_one_space(image_features, text_features)
+                check_bias(logit_bias, image_features)
+                entries = {}
+            else:
+                if takes_teacher(self.base):
+                    base_inputs.update((name, x) for name, x in teacher.items() if x is not None)
+                entries = base_entries(
+                    self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
+                )
+            contrastive, cross_modal, in_modal = self.consistency.weighted_terms(
+                (image_features, text_features, logit_scale),
+                self.consistency.options,
+                (float(is_fused), cross, in_),
+                tuple(teacher.values()),
             )
-        contrastive, cross, in_ = self.consistency.weighted_terms(
-            (image_features, text_features, logit_scale),
-            self.consistency.options,
-            self._weights,
-            (fused, *ranked),
-            gathered,
-            tuple(teacher.values()),
-        )
-        if fused:
+        if is_fused:
             entries["contrastive_loss"] = with_idle_bias(contrastive, logit_bias)
-        return combined(entries, {"cross_modal_loss": cross, "in_modal_loss": in_}, output_dict)
+        own = {"cross_modal_loss": cross_modal, "in_modal_loss": in_modal}
+        return combined(entries, own, output_dict)
 
     def extra_repr(self) -> str:
         """The schedule and its factors."""
@@ -230,19 +236,11 @@ class RankClipLoss(FixedWeights, nn.Module):
 
     @property
     def _fuses(self) -> bool:
-        """Whether the base is CLIP's loss of the same rows, which the rank terms' pass gives as well."""
-        return (
-            not self.consistency.options.is_dense
-            and shares_gathering(self.base, self.consistency.gather)
-            and not must_be_called(self.base)
-        )
+        """Whether the rank terms' pass gives the base's loss as well."""
+        return not self.consistency.options.is_dense and is_streamed_clip(self.base, self.consistency.gather)
 
     def _tell(self, name: str, now: int, end_name: str, end: int) -> None:
         """Evaluate the schedule at position ``now`` of ``end``, which are arguments of these names."""
-        if torch.compiler.is_compiling():
-            # Outside of the graph, where an epoch that changes would be a constant.
-            torch.compiler.disable(RankClipLoss._tell)(self, name, now, end_name, end)
-            return
         now, end = check_count(name, now), check_count(end_name, end)
         if now > end:
             raise ValueError(f"{name} must be at most {end_name}; got {name}={now!r}, {end_name}={end!r}")
@@ -254,22 +252,9 @@ class RankClipLoss(FixedWeights, nn.Module):
             if self._missing is not None or self._goes_by_epochs:
                 self._missing = "set_progress(step, total_steps), as epochs=1 has no ramp"
             return
-        self._set_value(self.schedule(now, end))
+        self._schedule_value = check_weight("schedule's value", self.schedule(now, end))
         self._missing, self._goes_by_epochs = None, is_epoch
-
-    def _set_value(self, value: float) -> None:
-        number = check_weight("schedule's value", value)
-        weight = number * self.normalizer
-        self._schedule_value = number
-        # A new tensor, so that a shallow copy of this module keeps its own. Wherever a default device or a
-        # context points, it is on the CPU: it has values before the module leaves the meta device.
-        weights = [1.0, weight * self.lambda_cross, weight * self.lambda_in]
-        self._weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
-        self._is_zero = number == 0
 
     def _check_progress(self) -> None:
         if self._missing is not None:
             raise RuntimeError(f"RankClipLoss does not know where training stands: call {self._missing}")
-
-
-_TEACHER = ("reference_image_features", "reference_text_features")

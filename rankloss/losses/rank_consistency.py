@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from rankloss.checks import can_be_read, look_at_scale
-from rankloss.distributed import Gather, Gathered, GatherOption
+from rankloss.checks import look_at_scale
+from rankloss.distributed import Gather, GatherOption
 from rankloss.functional import check_references
 from rankloss.losses.gathering import GatheringLoss
-from rankloss.options import OPTION_NAMES, RankOptions, check_count, check_names, check_weight
-from rankloss.plans import Plan, make_plan
+from rankloss.options import OPTION_NAMES, RankOptions, check_names, check_weight
+from rankloss.precision import can_be_read, outside_graphs
 
 _log = logging.getLogger(__name__)
 
 
-class FixedWeights:
-    """A module with weights that are read while it is built: setting one later raises an error."""
-
-    _fixed: ClassVar[frozenset[str]]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._fixed and name in self.__dict__:
-            raise AttributeError(
-                f"{name} cannot be changed once {type(self).__name__} is built; build another"
-            )
-        super().__setattr__(name, value)
-
-
-class RankConsistency(FixedWeights, GatheringLoss):
+class RankConsistency(GatheringLoss):
     r"""RankCLIP's two rank terms: ``cross_modal · cross + in_modal · in``.
 
     With V, T the image and text features, S = s·V·Tᵀ, R = Sᵀ, I = s·V·Vᵀ, X = s·T·Tᵀ,
@@ -52,8 +38,7 @@ class RankConsistency(FixedWeights, GatheringLoss):
     least, under autocast too.
 
     Args:
-        cross_modal: weight of the cross-modal term, a number; 0 leaves it out of the computation. It cannot
-            be changed later.
+        cross_modal: weight of the cross-modal term, a number; 0 leaves it out of the computation.
         in_modal: weight of the in-modal term, likewise.
         gather: how features of other processes are gathered. None: from the default process group, if one of
             more than one process is initialised, exactly. False: not at all. Else a :class:`rankloss.Gather`.
@@ -81,7 +66,7 @@ class RankConsistency(FixedWeights, GatheringLoss):
         "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025.
 
     Example:
-        >>> import rankloss
+        >>> import rankloss, torch
         >>> criterion = rankloss.RankConsistency()
         >>> image_features = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
         >>> text_features = torch.tensor([[0.8, 0.6], [0.6, 0.8], [0.0, 1.0]])
@@ -89,8 +74,6 @@ class RankConsistency(FixedWeights, GatheringLoss):
         >>> round(loss.item(), 3)
         0.812
     """
-
-    _fixed = frozenset({"cross_modal", "in_modal"})
 
     def __init__(
         self,
@@ -112,7 +95,6 @@ class RankConsistency(FixedWeights, GatheringLoss):
         super().__init__(gather)
         self.cross_modal = check_weight("cross_modal", cross_modal)
         self.in_modal = check_weight("in_modal", in_modal)
-        self._needs_one_space = self.cross_modal != 0
         self.options = rank_options
         if self.gather.local_loss and not self.gather.gather_with_grad:
             rank, world_size = self.gather.place
@@ -122,6 +104,7 @@ class RankConsistency(FixedWeights, GatheringLoss):
                     "of the whole batch; set both flags"
                 )
 
+    @outside_graphs
     def forward(
         self,
         image_features: Tensor,
@@ -129,7 +112,6 @@ class RankConsistency(FixedWeights, GatheringLoss):
         logit_scale: Tensor | float = 1.0,
         *,
         output_dict: bool = False,
-        gathered: Gathered | None = None,
         reference_image_features: Tensor | None = None,
         reference_text_features: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
@@ -140,8 +122,6 @@ class RankConsistency(FixedWeights, GatheringLoss):
             text_features: ``[N, D]``.
             logit_scale: the multiplier s.
             output_dict: return the terms by name instead of their sum.
-            gathered: ``self.gather(image_features, text_features)``, from a caller that has it already, so
-                that one gathering serves several losses.
             reference_image_features: ``[N, D']``, a teacher's, whose rankings the lists are compared with.
                 They carry no gradient.
             reference_text_features: ``[N, D']``, likewise.
@@ -154,9 +134,7 @@ class RankConsistency(FixedWeights, GatheringLoss):
         _, cross, in_ = self.weighted_terms(
             (image_features, text_features, logit_scale),
             self.options,
-            torch.tensor([1.0, self.cross_modal, self.in_modal], dtype=torch.float64, device="cpu"),
-            (False, self.cross_modal != 0, self.in_modal != 0),
-            gathered,
+            (0.0, self.cross_modal, self.in_modal),
             tuple(teacher.values()),
         )
         return {"cross_modal_loss": cross, "in_modal_loss": in_} if output_dict else cross + in_
@@ -168,28 +146,17 @@ class RankConsistency(FixedWeights, GatheringLoss):
         logit_scale: Tensor | float,
         **references: Tensor | None,
     ) -> None:
-        """As any loss does, and whether a teacher's features fit the options and the terms."""
+        """Check the inputs, and a teacher's features against the options and the terms."""
         super().check_inputs(image_features, text_features, logit_scale, **references)
         check_references(self.options, cross_modal=self.cross_modal != 0, **references)
         scale, teacher = self.options.reference_scale, [x for x in references.values() if x is not None]
         if scale is not None and "reference_scale" not in self._looked_at and can_be_read(teacher[0]):
             look_at_scale("reference_scale", scale, teacher[0])
-            self._looked_at |= {"reference_scale"}
+            self._looked_at.add("reference_scale")
 
-    def plan(self, n: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Plan:
-        """How a global batch of n pairs is computed.
-
-        Raises:
-            ValueError: unless n is an integer of at least 2.
-
-        Example:
-            >>> RankConsistency().plan(1024).name, RankConsistency(lists="batch").plan(1024).name
-            ('rows', 'dense')
-        """
-        n = check_count("n", n, at_least=2)
-        anchors = n // self.gather.place[1] if self.gather.anchors_are_local else n
-        dtype = torch.promote_types(dtype, torch.float32)
-        return make_plan(self.options, anchors, n, torch.device(device), dtype)
+    @property
+    def _needs_one_space(self) -> bool:  # type: ignore[override]
+        return self.cross_modal != 0
 
     def extra_repr(self) -> str:
         """The weights and every option that is not at its default."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.checks import check_bias
+from rankloss.checks import InputWarning, check_bias
 from rankloss.distributed import Gather, GatherOption
 from rankloss.losses.gathering import StreamedLoss, gather_of_open_clip
 from rankloss.options import check_choice
-from rankloss.precision import nan_unless_finite
+from rankloss.precision import nan_unless_finite, outside_graphs
 from rankloss.sigmoid import pair_sigmoid
 
 
@@ -57,7 +58,6 @@ class SigLipLoss(StreamedLoss):
             budget; in ``forward`` for features that are not two floating-point matrices of one shape with at
             least one row, a bias that is not one number, or a scale that is not one positive number (its
             sign is not checked on an accelerator, where reading it would wait).
-        RuntimeError: in forward-mode differentiation beyond the budget.
 
     References:
         "Sigmoid Loss for Language Image Pre-Training", ICCV 2023.
@@ -91,6 +91,7 @@ class SigLipLoss(StreamedLoss):
             options,
         )
 
+    @outside_graphs
     def forward(
         self,
         image_features: Tensor,
@@ -110,7 +111,10 @@ class SigLipLoss(StreamedLoss):
         """
         self.check_inputs(image_features, text_features, logit_scale)
         check_bias(logit_bias, image_features)
+        self._warn_of_no_bias(logit_bias)
         gather = self.gather
+        dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+        image_features, text_features = image_features.to(dtype), text_features.to(dtype)
         # An image is a row, a text is not: its own gradient has to come through the gathering.
         images = image_features if gather.anchors_are_local else gather.items(image_features)
         texts = gather.items(text_features, are_anchors=False)
@@ -118,12 +122,22 @@ class SigLipLoss(StreamedLoss):
         if self.fits(len(images), len(texts), images, texts):
             loss = _whole(images, texts, logit_scale, logit_bias, first_row)
         else:
-            with torch.no_grad():  # the dtype depends on autocast's rules; one pair shows it
+            with torch.no_grad():  # probe the output dtype, which autocast decides, with one pair
                 dtype = _whole(images[:1], texts[:1], logit_scale, logit_bias, 0).dtype
             bias = 0.0 if logit_bias is None else logit_bias
             chunk_size = self._options.chunk_size
             loss = pair_sigmoid(images, texts, logit_scale, bias, first_row, chunk_size).to(dtype)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _warn_of_no_bias(self, logit_bias: Tensor | float | None) -> None:
+        if logit_bias is None and "logit_bias" not in self._looked_at:
+            self._looked_at.add("logit_bias")
+            warnings.warn(
+                "logit_bias is not given, so it is 0. SigLIP starts from −10: without a bias the many pairs "
+                "that do not match dominate; open_clip's models have one with --siglip or init_logit_bias",
+                InputWarning,
+                stacklevel=3,
+            )
 
 
 def _whole(

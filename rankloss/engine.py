@@ -1,0 +1,425 @@
+r"""Losses of lists in linear memory: a loop over chunks of rows, and the values and gradient of a block.
+
+A list of scores x = s·c, with its own pair in column k and its items ranked by a reference y, has up to two
+values,
+
+    CE = log Σ_q e^{x_q} − x_k,   C(x | y) = (1/M) · Σ_p (log C_p − x_p),   C_p = Σ_{q : y_q ≤ y_p} e^{x_q},
+
+p running over the items that count, M their number (1 with ``reduction="sum"``). With
+U_q = Σ_{p : y_p ≥ y_q} 1 / C_p the gradient of α·CE + β·C(x | y) is
+
+    ∂/∂x_q = e^{x_q}·(α / Σ e^x + (β/M)·U_q) − α·[q = k] − (β/M)·[q counts].
+
+Under ``model="top_one"`` C(x | y) = Σ_q p_q·(log Σ e^x − x_q) with p = softmax(y), whose part of the gradient
+is β·(e^{x_q} / Σ e^x − p_q). Sums are in float64, which holds them for scores of up to ±680 nats.
+
+With G the gradient by the scores s·C of a matrix, C = Q·Kᵀ (anchors Q, items K),
+
+    ∂Q = s·G·K,   ∂K = s·Gᵀ·Q,   ∂s = Σ G∘C = Σ (G·K)∘Q = Σ (Gᵀ·Q)∘K.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from rankloss import dense
+from rankloss.batch import RANK_TERMS, Batch, Inputs, Matrix, other_items
+from rankloss.options import RankOptions
+from rankloss.precision import can_sync, constant, full_precision, nan_unless_finite
+from rankloss.products import FEWEST_ROWS, products_of
+from rankloss.ranking import Ranking, rank, slices
+
+# Entries of a matrix that is multiplied out at a time, and of the lists that are evaluated at once, as many
+# as a core's cache holds; below the fewest, the overhead of a chunk exceeds its work.
+_CHUNK, _CHUNK_ELSEWHERE = {"cpu": 2**20}, 2**24
+_LISTS, _LISTS_ELSEWHERE, _FEWEST_LISTS = {"cpu": 2**17}, 2**23, 64
+LARGEST_SCORE = 680.0  # summed over 10⁵ items and multiplied by as much again, e^±680 stays within float64
+
+
+# --- any streamed loss ------------------------------------------------------------------------------------
+
+
+class StreamedTerms(Protocol):
+    """Terms that are computed together with their gradients."""
+
+    def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> Streamed:
+        """The terms times ``weights``, and the gradients of their sum by the inputs."""
+
+    def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
+        """The same terms as differentiable operations on whole matrices."""
+
+
+Streamed: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor | None]]
+
+
+def apply(terms: StreamedTerms, weights: Tensor, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The terms times ``weights``, differentiable by the inputs.
+
+    Kept for the backward pass are the inputs and the gradients of the terms' sum. Where the terms have
+    different upstream values the pass is run once more. A backward pass with ``create_graph=True``
+    differentiates the definition, in quadratic memory.
+    """
+    return tuple(_Streamed.apply(terms, weights, *inputs))  # type: ignore[no-untyped-call]
+
+
+class _Streamed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, terms: StreamedTerms, weights: Tensor, *inputs: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.terms, ctx.weights = terms, weights
+        image = inputs[0]
+        assert image is not None
+        with full_precision(image.device):
+            values, gradients = terms.stream(inputs, weights, any(ctx.needs_input_grad))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *gradients)
+        return tuple(value.to(image.dtype) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: each look unpacks them, for hooks and checkpoints to see
+        inputs, gradients = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        by = ctx.needs_input_grad[2:]
+        with full_precision(inputs[0].device):
+            if torch.is_grad_enabled():
+                return None, None, *_by_definition(ctx.terms, ctx.weights, inputs, by, upstream)
+            factor = _common(upstream)
+            if factor is None:
+                each = [ctx.weights.new_zeros(()) if g is None else g for g in upstream]
+                weights = ctx.weights * torch.stack(each)
+                _, gradients = ctx.terms.stream(inputs, weights, with_gradient=True)
+                factor = inputs[0].new_ones(())
+            found = zip(gradients, by, strict=True)
+            return None, None, *(None if x is None or not w else factor * x for x, w in found)
+
+
+def _common(upstream: Sequence[Tensor | None]) -> Tensor | None:
+    """The upstream value that all terms share; None where they do not, or to know it would cost a wait."""
+    first = upstream[0]
+    for g in upstream:
+        if first is None or g is None:
+            return None
+        if g.data_ptr() != first.data_ptr() and not (can_sync(g) and torch.equal(g, first)):
+            return None
+    return first
+
+
+def _by_definition(
+    terms: StreamedTerms,
+    weights: Tensor,
+    inputs: Sequence[Tensor | None],
+    by: Sequence[bool],
+    upstream: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients with a graph of their own."""
+    # By aliases: one input may be computed of another, as gathered features are of the local ones, and the
+    # derivative along that path is the outer graph's to add.
+    aliases = [None if x is None else x.view_as(x) for x in inputs]
+    values = zip(terms.definition(aliases, weights), upstream, strict=True)
+    given = [(x, g) for x, g in values if x.requires_grad and g is not None]
+    wanted = [x for x, w in zip(aliases, by, strict=True) if x is not None and w]
+    found = iter([torch.zeros_like(x) for x in wanted])
+    if given:
+        outputs, grads = zip(*given, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, materialize_grads=True))
+    return [next(found) if w and x is not None else None for x, w in zip(inputs, by, strict=True)]
+
+
+OfLists: TypeAlias = Callable[
+    [Tensor, Tensor | None, int], tuple[Tensor | None, Tensor | None, Tensor | None]
+]
+"""The loss of some lists: two values ``[matrices, n]`` and the gradient by the scores ``[matrices, n, N]``.
+
+The arguments are cosines ``[matrices, n, N]``, those of a teacher likewise, and the column of the first
+list's own pair.
+"""
+
+
+def accumulate(
+    of_lists: OfLists,
+    matrices: Sequence[Matrix],
+    references: Sequence[Matrix],
+    sums: dict[str, Tensor],
+    first_row: int,
+    chunk_size: int | None = None,
+) -> list[Tensor]:
+    """Add up the values of all rows of some matrices, and add their gradients to ``sums``.
+
+    Args:
+        of_lists: the loss of a block of lists.
+        matrices: one, or the two of a term.
+        references: the matrices of a teacher, as many, or none.
+        sums: the gradients by the factors of the matrices, by name, lacking the factor s; empty where none is
+            wanted.
+        first_row: the column of the first anchor's own pair.
+        chunk_size: rows multiplied out at a time; None chooses from the sizes and the device.
+
+    Returns:
+        Both values of a list, summed over the rows: ``[matrices]`` each.
+    """
+    n, n_items, device = len(matrices[0].anchors), len(matrices[0].items), matrices[0].items.device
+    chunk = max(FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // n_items)
+    lists = max(_FEWEST_LISTS, _LISTS.get(device.type, _LISTS_ELSEWHERE) // n_items // len(matrices))
+    products = products_of(matrices, sums)
+    values = [matrices[0].items.new_zeros(len(matrices), dtype=torch.float64) for _ in range(2)]
+    for rows in slices(n, chunk_size or min(chunk, products.most_rows)):
+        block = products.of_rows(rows)
+        taught = torch.stack([x.anchors[rows] @ x.items.T for x in references]) if references else None
+        for part in slices(block.shape[1], lists):
+            reference = None if taught is None else taught[:, part]
+            *found, gradient = of_lists(block[:, part], reference, first_row + rows.start + part.start)
+            for total, value in zip(values, found, strict=True):
+                total += 0 if value is None else value.sum(-1)
+            if gradient is not None and gradient.data_ptr() != block[:, part].data_ptr():
+                block[:, part] = gradient
+        if sums:
+            products.add_gradient(rows, block)
+    if sums:
+        products.finish()
+    return values
+
+
+# --- a block of row lists ---------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """Some rows of several matrices, the same rows of each, and all that their values depend on.
+
+    Attributes:
+        cosines: c, ``[matrices, n, N]``.
+        scale: s, ``[]``.
+        alpha: weight of each matrix's cross-entropies, ``[matrices]``; None leaves them out.
+        beta: weight of each matrix's C(x | y), likewise.
+        reference: the cosines that the lists are ranked by, ``[matrices, n, N]``; None where each of two
+            matrices is ranked by the other.
+        first_equal: for each matrix of the reference ``[N]``, the first item equal to item j, whose cosine
+            counts, so that equal items are tied; None where no two items are equal.
+        first_row: the column of the first row's own pair; the next row's is the next.
+    """
+
+    cosines: Tensor
+    scale: Tensor
+    alpha: Tensor | None
+    beta: Tensor | None
+    reference: Tensor | None
+    first_equal: tuple[Tensor | None, ...]
+    first_row: int
+
+
+class Evaluated(NamedTuple):
+    """Values and gradient of a block.
+
+    Attributes:
+        cross_entropy: CE, ``[matrices, n]``; None without alpha.
+        nll: C(x | y), ``[matrices, n]``; None without beta.
+        gradient: of Σ α·CE + β·C by s·c, ``[matrices, n, N]``, maybe in the memory of the block's cosines;
+            None where none is wanted.
+    """
+
+    cross_entropy: Tensor | None
+    nll: Tensor | None
+    gradient: Tensor | None
+
+
+def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Evaluated:
+    """Values of a block of lists, and the gradient where it is wanted."""
+    if block.beta is not None and not options.diagonal:
+        return _without_own(block, options, with_gradient=with_gradient)
+    alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
+    scale = block.scale.double().view(1)  # of one dimension, so that its products are float64
+    ranking = p = None
+    if beta is not None and options.model == "plackett_luce":
+        ranking = rank(_reference(block), options)
+    elif beta is not None:
+        p = dense.top_one_probabilities(_reference(block), scale, options)
+    order = None if ranking is None else ranking.order
+    own = block.cosines.diagonal(block.first_row, 1, 2).clone()  # before the gradient is written there
+    c = block.cosines if order is None else block.cosines.gather(-1, order)
+    w = c * scale
+    scores = None if ranking is None else ranking.counted_sum(w)
+    w.exp_()
+    C = w.sum(-1, keepdim=True) if ranking is None else ranking.denominators(w)
+    total = C[..., -1:]
+    log_total = total.log()
+    nll = None
+    slope = 0.0 if alpha is None else alpha / total  # of e^x in the gradient
+    share: Tensor | float = 0.0  # subtracted in the gradient
+    if ranking is not None and beta is not None:
+        nll, slope, share = _plackett_luce(ranking, scores, C, beta, slope, options)
+    elif p is not None and beta is not None:
+        nll = (p * torch.addcmul(log_total, c, scale, value=-1)).sum(-1)
+        slope, share = slope + beta / total, beta * p
+    gradient = None
+    if with_gradient:
+        gradient = block.cosines
+        torch.addcmul(total.new_zeros(()) - share, w, slope, out=c)
+        if order is not None:
+            gradient.scatter_(-1, order, c)
+        if block.alpha is not None:
+            gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha[:, None])
+    log_sums = log_total.squeeze(-1)
+    cross_entropy = None if alpha is None else torch.addcmul(log_sums, own, scale, value=-1)
+    return Evaluated(cross_entropy, nll, gradient)
+
+
+def _plackett_luce(
+    ranking: Ranking, scores: Tensor, C: Tensor, beta: Tensor, slope: Tensor | float, options: RankOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """C(x | y), and the slope and share of the gradient, in the order of a ranking; C is overwritten."""
+    divisor = ranking.items if options.reduction == "mean" else 1
+    nll = ranking.weigh(C.log()).sum(-1, keepdim=True).sub_(scores).div_(divisor)
+    share = beta / divisor
+    by_slot = ranking.weigh(torch.div(share, C, out=C))
+    by_slot[..., -1:] += slope  # every item's sum runs over the last slot
+    sums = ranking.of_items(by_slot.flip(-1).cumsum_(-1).flip(-1))
+    return nll.squeeze(-1), sums, share if ranking.counted is None else share * ranking.counted
+
+
+def _reference(block: Block) -> Tensor:
+    """``[matrices, n, N]``, equal items tied exactly, whatever the rounding of their cosines."""
+    reference = block.cosines.flip(0) if block.reference is None else block.reference
+    if all(equal is None for equal in block.first_equal):
+        return reference
+    pairs = zip(reference, block.first_equal, strict=True)
+    return torch.stack([y if equal is None else y.index_select(-1, equal) for y, equal in pairs])
+
+
+def _without_own(block: Block, options: RankOptions, *, with_gradient: bool) -> Evaluated:
+    """With ``diagonal=False``: the cross-entropy is of all items, the lists are of all but the own pair."""
+    n, n_items = block.cosines.shape[1:]
+    own = torch.arange(block.first_row, block.first_row + n, device=block.cosines.device)
+    others = other_items(own, n_items).expand(len(block.cosines), -1, -1)
+    cosines, reference = (m.gather(-1, others) for m in (block.cosines, _reference(block)))
+    lists = block._replace(
+        cosines=cosines, alpha=None, reference=reference, first_equal=(None,) * len(reference)
+    )
+    found = evaluate(lists, options.replaced(diagonal=True), with_gradient=with_gradient)
+    of_all = Evaluated(None, None, torch.zeros_like(block.cosines))
+    if block.alpha is not None:
+        of_all = evaluate(block._replace(beta=None), options, with_gradient=with_gradient)
+    gradient = of_all.gradient
+    if gradient is not None and found.gradient is not None:
+        gradient.scatter_add_(-1, others, found.gradient)
+    return Evaluated(of_all.cross_entropy, found.nll, gradient if with_gradient else None)
+
+
+# --- the terms of a batch ---------------------------------------------------------------------------------
+
+
+class RowLists(NamedTuple):
+    """CLIP's cross-entropy, the cross-modal and the in-modal term of a batch of row lists."""
+
+    batch: Batch
+    options: RankOptions
+    wanted: Sequence[bool]
+    evaluate: Callable[..., Evaluated]
+
+    def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> Streamed:
+        """The three terms, zero if not wanted, and the gradients of their sum."""
+        batch = replace(self.batch, inputs=Inputs(*inputs))
+        weights, scale = _finite(batch, weights), batch.inputs.scale
+        features = {
+            name: x for name, x in batch.inputs._asdict().items() if name != "scale" and x is not None
+        }
+        sums = {name: torch.zeros_like(x) for name, x in features.items()} if with_gradient else {}
+        values = [weights.new_zeros(()) for _ in self.wanted]
+        shares = weights.new_tensor(self.options.directions)
+        shares *= self.options.anchor_weight(batch.anchors, batch.items)
+        for place, term in enumerate(RANK_TERMS, 1):
+            is_contrastive = self.wanted[0] and term == "cross_modal"
+            alpha = (weights[0] / (2 * batch.anchors)).expand(2) if is_contrastive else None
+            beta = weights[place] * shares if self.wanted[place] else None
+            if alpha is None and beta is None:
+                continue
+            references = batch.references(term)
+            equal = tuple(None if beta is None else batch.first_equal[x.factors[1]] for x in references)
+
+            def of_lists(cosines: Tensor, reference: Tensor | None, first_row: int) -> Evaluated:
+                block = Block(cosines, scale, alpha, beta, reference, equal, first_row)  # noqa: B023
+                return self.evaluate(block, self.options, with_gradient=with_gradient)
+
+            by_teacher = references if batch.has_teacher and beta is not None else ()
+            rows = batch.first_row, self.options.chunk_size
+            cross_entropy, nll = accumulate(of_lists, batch.matrices(term), by_teacher, sums, *rows)
+            if alpha is not None:
+                values[0] = torch.dot(alpha, cross_entropy)
+            if beta is not None:
+                values[place] = torch.dot(beta, nll)
+        # The sums of the anchors, and those of the items, each hold every matrix's part of ∂s.
+        by_scale = sum(
+            (0.5 * (x * features[name]).sum() for name, x in sums.items()), torch.zeros_like(scale)
+        )
+        found = {"scale": by_scale, **{name: x.mul_(scale) for name, x in sums.items()}}
+        return values, [found.get(name) for name in Inputs._fields]
+
+    def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
+        """The same by :mod:`rankloss.dense`."""
+        batch = replace(self.batch, inputs=Inputs(*inputs))
+        return dense.terms(batch, self.options, nan_unless_finite(weights, *batch.features), self.wanted)
+
+
+def weighted_terms(
+    batch: Batch, options: RankOptions, weights: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """CLIP's cross-entropy, the cross-modal and the in-modal term, each times its weight.
+
+    An anchor's rank term is the mean of its lists' NLL over the two directions. ``reduction="mean"`` divides
+    each list by its Σ_p μ_p and averages the anchors; ``"sum"`` is N times the average of the anchors' sums,
+    which is the plain sum where every item is an anchor, and keeps the balance between terms where a process
+    holds a share of the anchors only. The cross-entropy is always the mean over the anchors.
+
+    Args:
+        batch: the features.
+        options: of the rank terms.
+        weights: ``[3]``, of the terms, without gradient.
+        wanted: for each term whether it is computed; the others are zero. Only row lists of worth ``exp`` can
+            carry the cross-entropy.
+
+    Returns:
+        Three scalars in the batch's dtype, ``[n]`` with ``reduction="none"``, on the device of the features
+        as they were given.
+    """
+    device = batch.inputs.image.device
+    weights = constant(weights).to(device, non_blocking=True).double()
+    evaluator = evaluate if options.kernel == "torch" else _kernel(batch, options)
+    terms: Sequence[Tensor]
+    if options.is_dense:
+        dense.check_memory(batch, options)
+        terms = dense.terms(batch, options, nan_unless_finite(weights, *batch.features), wanted)
+    else:
+        terms = apply(RowLists(batch, options, wanted, evaluator), weights, batch.inputs)
+    return tuple(terms if batch.home is None else (x.to(batch.home) for x in terms))
+
+
+def _kernel(batch: Batch, options: RankOptions) -> Callable[..., Evaluated]:
+    """The engine for blocks that ``kernel`` names; a ValueError where it is missing or does not serve."""
+    try:
+        kernels = importlib.import_module(f"rankloss_{options.kernel}")
+    except ImportError as error:
+        raise ValueError(f"kernel={options.kernel!r} cannot be loaded: {error}") from error
+    features = batch.inputs.image
+    reason = kernels.why_not(options, features.device, features.dtype, batch.anchors, batch.items)
+    if reason is not None:
+        raise ValueError(f"kernel={options.kernel!r} does not serve here: {reason}")
+    evaluator: Callable[..., Evaluated] = kernels.evaluate
+    return evaluator
+
+
+def _finite(batch: Batch, weights: Tensor) -> Tensor:
+    """The weights; NaN where a feature is not finite, or a score is too large for the sums."""
+    norms = (torch.linalg.vector_norm(x, dim=-1).amax() for x in (batch.inputs.image, batch.inputs.text))
+    largest = torch.maximum(*norms).square() * batch.inputs.scale.abs()
+    if can_sync(largest) and LARGEST_SCORE < largest.item() < torch.inf:
+        raise ValueError(
+            f"logit_scale times the squared norm of a feature must be at most {LARGEST_SCORE:g}; got "
+            f"{largest.item():.4g}. Features are expected to be unit-norm"
+        )
+    weights = nan_unless_finite(weights, *batch.features)
+    return weights.where(largest <= LARGEST_SCORE, torch.nan)
