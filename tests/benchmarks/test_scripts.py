@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import bin_error  # noqa: E402
+import checkouts  # noqa: E402
 import costs  # noqa: E402
 import gpu  # noqa: E402
 import scaling  # noqa: E402
@@ -55,6 +56,18 @@ def test_report_judges_the_targets_and_shows_what_was_not_measured() -> None:
     assert "- left out" in lines
     assert "| RankConsistency bin | 2.5 (2.5×) | 4* | 8* | 0.84 |" in lines  # those alone have no ratio
     assert "| naive terms | 700.0 | – | – | – |" in lines
+
+
+def test_two_checkouts_are_compared_by_ratios_of_their_medians() -> None:
+    cell = {"loss": "bin", "n": 1024, "processes": 4, "threads": 2}
+    cell |= {"time": {"this": 0.5, "other": 0.4}, "memory": {"this": 30 * MIB, "other": 60 * MIB}}
+    results = {
+        "conditions": conditions(threads="1 and 2", d=512),
+        "checkouts": {"this": "abc", "other": "def"},
+        "cells": [cell],
+    }
+    row = "| bin | 1,024 | 1/4 | 2 | 0.5 | 0.4 | **1.25** | 30.0 | 60.0 | **0.50** |"
+    assert row in checkouts.report_against(results).splitlines()
 
 
 def test_a_jump_between_neighbours_is_marked() -> None:
@@ -97,20 +110,24 @@ def test_a_section_on_the_gpu_that_fails_leaves_the_others_and_one_that_is_done_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "said", "files"),
+    ("command", "said", "files"),
     [
-        ("scaling.py", "| naive terms |", {"results.json", "table.md"}),
-        ("bin_error.py", "| agreeing, N = 32, s = 100 |", {"bin_error.json", "bin_error.md"}),
-        ("distributed.py", "| 4 | False | 32 |", {"distributed.json", "distributed.md"}),
-        ("costs.py", "| chunk_size = | 1 | 2 | 4 |", {"costs.json", "costs.md"}),
+        (["scaling.py"], "| naive terms |", {"results.json", "table.md"}),
+        (["scaling.py", "--against", ROOT], "| bin | 32 | 1/4 | 2 |", {"against.json", "against.md"}),
+        (["bin_error.py"], "| agreeing, N = 32, s = 100 |", {"bin_error.json", "bin_error.md"}),
+        (["distributed.py"], "| 4 | False | 32 |", {"distributed.json", "distributed.md"}),
+        (["costs.py"], "| chunk_size = | 1 | 2 | 4 |", {"costs.json", "costs.md"}),
     ],
+    ids=lambda x: " ".join(map(str, x[:2])) if isinstance(x, list) else "",
 )
 def test_script_measures_and_reports_the_same_again(
-    script: str, said: str, files: set[str], tmp_path: Path
+    command: list[str | Path], said: str, files: set[str], tmp_path: Path
 ) -> None:
+    script, *options = command
+
     def run(*arguments: object) -> str:
-        command = [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        line = [sys.executable, ROOT / "benchmarks" / script, *options, *map(str, arguments)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode in (0, 1 if script == "costs.py" else 0), done.stderr
         return done.stdout
 
