@@ -8,7 +8,7 @@ MINIATURE_OUTPUT ?= outputs/miniature
 BENCH_OUTPUT ?= outputs/bench
 GPU_OUTPUT ?= outputs/gpu
 
-.PHONY: demo test test-slow lint typecheck docs bench gpu test-gpu bench-gpu mutants release-check clean
+.PHONY: demo test test-slow lint format typecheck docs bench gpu test-gpu bench-gpu mutants release-check clean
 
 # Of the installed modules most are never imported, so none is compiled beforehand; those that are, are compiled once.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile
@@ -79,6 +79,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	git ls-files -z | xargs -0 $(BIN)/codespell
 
+## Format the code and repair what ruff can.
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
 typecheck: $(VENV)/.dev
 	$(BIN)/mypy
 
@@ -108,7 +113,7 @@ bench: $(VENV)/.dev
 ## On a CUDA card, with a CUDA build of torch: the core's tests, the kernels compiled instead of interpreted; and what
 ## the losses cost there, in outputs/gpu (under nine minutes; repeat the command to resume). GPU_ARGS='--write
 ## docs/gpu.md' fills the tables into the document.
-GPU_TESTS := tests/kernels tests/test_functional.py tests/test_losses.py tests/gpu
+GPU_TESTS := tests/rankloss_triton tests/test_functional.py tests/test_losses.py tests/gpu
 gpu: test-gpu bench-gpu
 test-gpu: $(VENV)/.dev
 	RANKLOSS_TEST_DEVICE=cuda $(BIN)/python -m pytest -m 'not slow' $(wildcard $(GPU_TESTS)) $(PYTEST_ARGS)

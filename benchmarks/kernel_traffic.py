@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rankloss.kernels.rows import CACHE, choose_launch
+from rankloss_triton.rows import CACHE, choose_launch
 
 
 class Traffic(NamedTuple):

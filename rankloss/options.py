@@ -27,7 +27,7 @@ Discount = Literal["log"]
 Reduction = Literal["mean", "sum", "none"]
 FixedReference = Literal["image", "text"]
 Method = Literal["sort", "bin"]
-KernelOption = Literal["auto", "torch", "triton"]
+KernelOption = Literal["torch", "triton"]
 
 
 _LARGEST_COUNT = 2**31 - 1
@@ -97,9 +97,8 @@ class RankOptions:
             on their own are torch's formula, and beyond it they stream like the rank terms. None is 64 MiB on
             a CPU and 1 GiB elsewhere.
         kernel: ``"torch"``: torch's own operations. ``"triton"``: one fused kernel per block of lists
-            (:mod:`rankloss.kernels`), in float32; where it does not serve, computing raises a ValueError that
-            says why. ``"auto"``: torch's operations, until the kernels have been measured on a card. The plan
-            says which, and why.
+            (``rankloss_triton``, a package beside this one), on CUDA and in float32; where it does not serve,
+            computing raises a ValueError that says why.
 
     Raises:
         ValueError: for a value that is not among the choices or below its bound, or options that exclude each
@@ -143,9 +142,7 @@ class RankOptions:
         none="64 MiB on a CPU, 1 GiB elsewhere",
         unit="BYTES",
     )
-    kernel: KernelOption = _option(
-        "auto", "fused kernels of Triton on CUDA: triton; torch's operations: torch, and so far auto"
-    )
+    kernel: KernelOption = _option("torch", "torch's operations, or fused kernels in Triton on CUDA")
 
     def __post_init__(self) -> None:
         for option in fields(self):

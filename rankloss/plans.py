@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from rankloss import kernels
 from rankloss.options import RankOptions
 
 # Entries of a matrix that is multiplied out at a time, and of the lists that are evaluated at once, as many
@@ -32,7 +32,6 @@ class Plan:
         is_mirrored: whether entries that stand twice in the matrices are multiplied out once.
         lists_at_once: how many lists are ranked and summed at once.
         kernel: what ranks and sums the lists: ``"torch"``'s operations, or the fused kernel in ``"triton"``.
-        why_no_kernel: why it is not the fused kernel; None where it is.
     """
 
     name: Literal["rows", "dense"]
@@ -40,7 +39,6 @@ class Plan:
     is_mirrored: bool
     lists_at_once: int
     kernel: Literal["torch", "triton"]
-    why_no_kernel: str | None
 
 
 def make_plan(
@@ -65,9 +63,10 @@ def make_plan(
         >>> make_plan(RankOptions(lists="batch"), 64, 64, torch.device("cpu"), torch.float32).name
         'dense'
     """
-    why_no_kernel = _why_no_kernel(options, anchors, items, device, dtype)
-    if options.kernel == "triton" and why_no_kernel is not None:
-        raise ValueError(f"kernel='triton' does not serve here: {why_no_kernel}")
+    if options.kernel == "triton":
+        reason = kernels().why_not(options, device, dtype, anchors, items)
+        if reason is not None:
+            raise ValueError(f"kernel='triton' does not serve here: {reason}")
     chunk_size = max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // items)
     chunk_size = anchors if options.is_dense else min(options.chunk_size or chunk_size, anchors)
     return Plan(
@@ -75,17 +74,17 @@ def make_plan(
         chunk_size=chunk_size,
         is_mirrored=anchors == items and anchors**2 <= _MIRRORED and anchors <= _MOST_CHUNKS * chunk_size,
         lists_at_once=max(_FEWEST_LISTS, _LISTS.get(device.type, _LISTS_ELSEWHERE) // items),
-        kernel="torch" if why_no_kernel is not None else "triton",
-        why_no_kernel=why_no_kernel,
+        kernel=options.kernel,
     )
 
 
-def _why_no_kernel(
-    options: RankOptions, anchors: int, items: int, device: torch.device, dtype: torch.dtype
-) -> str | None:
-    if options.kernel == "torch":
-        return "kernel='torch'"
-    reason = kernels.why_not(options, device, dtype, anchors, items)
-    if reason is None and options.kernel == "auto":
-        return "kernel='auto' takes torch's operations until the kernels have run on a card"
-    return reason
+def kernels() -> Any:
+    """The package :mod:`rankloss_triton`, which computes ``kernel="triton"``.
+
+    Raises:
+        ValueError: where it is not installed.
+    """
+    try:
+        return importlib.import_module("rankloss_triton")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"kernel='triton' does not serve here: rankloss_triton is not installed") from error

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rankloss import kernels, lists
+from rankloss import lists
 from rankloss.batch import PARTNER, RANK_TERMS, Batch, Inputs, Matrix, Term, matrices_of
 from rankloss.options import RankOptions
-from rankloss.plans import Plan
+from rankloss.plans import Plan, kernels
 from rankloss.precision import full_precision
 from rankloss.ranking import slices
 
@@ -77,7 +77,8 @@ def stream(
         for name, x in batch.inputs._asdict().items()
         if name in summed
     }
-    engine = kernels if plan.kernel == "triton" else lists
+    fused = kernels() if plan.kernel == "triton" else None
+    find = lists.first_equal if fused is None else fused.first_equal
     kind = _MirroredProducts if plan.is_mirrored else _Products
     # Autograd's book-keeping of every operation would be a sixth of a small batch's time.
     with full_precision(batch.image.device), torch.inference_mode():
@@ -85,7 +86,7 @@ def stream(
         for group in _groups(batch, options, plan, weights, wanted):
             products = kind(group.matrices, sums, unwritten)
             by_teacher = kind(group.references, {}, set()) if group.references and batch.has_teacher else None
-            first_equal = tuple(batch.first_equal(x, engine.first_equal) for x in group.references)
+            first_equal = tuple(batch.first_equal(x, find) for x in group.references)
             found: list[lists.Evaluated] = []
             for rows in slices(batch.anchors, plan.chunk_size):
                 block = lists.Block(
@@ -97,7 +98,11 @@ def stream(
                     first_equal=first_equal,
                     first_row=batch.first_row + rows.start,
                 )
-                of_block = engine.evaluate(block, options, plan.lists_at_once, with_gradient=bool(sums))
+                of_block: lists.Evaluated
+                if fused is None or block.beta is None:  # the kernels are for ranked lists
+                    of_block = lists.evaluate(block, options, plan.lists_at_once, with_gradient=bool(sums))
+                else:
+                    of_block = fused.evaluate(block, options, with_gradient=bool(sums))
                 if of_block.gradient is not None:
                     products.add_gradient(rows, of_block.gradient)
                 found.append(of_block._replace(gradient=None))

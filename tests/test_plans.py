@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -47,10 +49,12 @@ def test_what_does_not_stream_has_one_chunk_of_everything(options, is_dense: boo
     assert (plan.name, plan.chunk_size) == (("dense", 700) if is_dense else ("rows", 3))
 
 
-def test_a_plan_says_why_it_is_not_the_fused_kernel_and_refuses_one_that_does_not_serve() -> None:
-    for kernel, reason in (("torch", "kernel='torch'"), ("auto", "not on cpu")):
-        plan = make_plan(RankOptions(kernel=kernel), 64, 64, CPU, torch.float32)
-        assert plan.kernel == "torch"
-        assert reason in (plan.why_no_kernel or "")
-    with pytest.raises(ValueError, match=r"kernel='triton' .*not on cpu"):
-        make_plan(RankOptions(kernel="triton"), 4, 4, CPU, torch.float32)
+def test_the_fused_kernel_is_refused_where_it_does_not_serve_or_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = RankOptions(kernel="triton")
+    with pytest.raises(ValueError, match=r"kernel='triton' does not serve here: .*not on cpu"):
+        make_plan(options, 4, 4, CPU, torch.float32)
+    monkeypatch.setitem(sys.modules, "rankloss_triton", None)
+    with pytest.raises(ValueError, match=r"kernel='triton' .*rankloss_triton is not installed"):
+        make_plan(options, 4, 4, CUDA, torch.float32)

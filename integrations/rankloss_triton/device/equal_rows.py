@@ -5,16 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rankloss.equal_rows import GOLDEN, MIXING_SHIFT
-
 NEGATIVE_ZERO = tl.constexpr(-(2**31))
-_GOLDEN = tl.constexpr(GOLDEN)
-_MIXING_SHIFT = tl.constexpr(MIXING_SHIFT)
+GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)  # the golden ratio in 64 bits: its multiples are far apart
+MIXING_SHIFT = tl.constexpr(31)  # no bit then has fewer than 32 above it, itself or its copy
 
 
 @triton.jit
 def hash_rows(WORDS, HASHES, n, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The hashes of :func:`rankloss.equal_rows.row_hashes`: sums of integers, the same in any order."""
+    """A hash of every row: its bits as 64-bit words, mixed, each times an odd number of its column, summed.
+
+    Sums of integers are the same in any order, and no step is arithmetic on the floats themselves, where a
+    flushed subnormal would depend on the thread.
+    """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)
     rows = WORDS + i.to(tl.int64)[:, None] * width
@@ -26,8 +28,8 @@ def hash_rows(WORDS, HASHES, n, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
         high = tl.load(rows + lower + 1, mask=inside & (lower + 1 < width), other=0)
         low, high = tl.where(low == NEGATIVE_ZERO, 0, low), tl.where(high == NEGATIVE_ZERO, 0, high)
         words = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
-        factors = ((c + j).to(tl.int64) * tl.full([COLUMNS], _GOLDEN, tl.int64)) | 1
-        total += tl.sum((words ^ (words >> _MIXING_SHIFT)) * factors[None, :], 1)
+        factors = ((c + j).to(tl.int64) * tl.full([COLUMNS], GOLDEN, tl.int64)) | 1
+        total += tl.sum((words ^ (words >> MIXING_SHIFT)) * factors[None, :], 1)
     tl.store(HASHES + i, total, mask=i < n)
 
 

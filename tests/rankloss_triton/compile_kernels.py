@@ -17,9 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rankloss.kernels.device.binned_rows import binned_rows
-from rankloss.kernels.device.sorted_rows import sorted_rows
-from rankloss.kernels.rows import choose_launch
+from rankloss_triton.device.binned_rows import binned_rows
+from rankloss_triton.device.sorted_rows import sorted_rows
+from rankloss_triton.rows import choose_launch
 
 POINTERS = {"INTS": "*i32", "TOTALS": "*i64", "EQUAL": "*i64", "ALPHA": "*fp64", "BETA": "*fp64"}
 FLOATS = ("X", "Y", "GRADIENT", "CE", "NLL", "FLOATS", "scale")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rankloss.kernels.device.pieces import (
+from rankloss_triton.device.pieces import (
     NONE,
     at,
     division_of,
@@ -136,7 +136,7 @@ def binned_rows(
     HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr,
     MEAN: tl.constexpr,
 ):  # fmt: skip
-    """CE, NLL and gradient of every row; see :func:`rankloss.kernels.evaluate`.
+    """CE, NLL and gradient of every row; see :func:`rankloss_triton.evaluate`.
 
     A program has scratch of its own for one row: ``FLOATS`` holds 2·bins, ``INTS`` 2·bins, ``TOTALS`` bins.
     """
@@ -172,13 +172,13 @@ def binned_rows(
                 tl.debug_barrier()
                 alpha = tl.full([], 0.0, tl.float32)
                 if HAS_ALPHA:
-                    alpha = tl.load(ALPHA + row).to(tl.float32)
+                    alpha = tl.load(ALPHA + row // anchors).to(tl.float32)
                     own_score = (tl.load(x + own) - top) * s
                     if not DIAGONAL:
                         m, w = joined(log_sum, 1.0, own_score, 1.0)
                         log_sum = log_of(m, w)
                     tl.store(CE + row, log_sum - own_score)
-                beta = tl.load(BETA + row).to(tl.float32)
+                beta = tl.load(BETA + row // anchors).to(tl.float32)
                 if MEAN:
                     beta /= total_mu
                 scores = tl.zeros([BLOCK], tl.float32)

@@ -10,7 +10,7 @@ than ``DEEPEST`` (many ties, or an outlier that stretches the range) the buckets
 cost per item of log² of the depth.
 
 With p the place of an item and its tied items at first_p … last_p, the running sums are (x relative to the
-row's largest, pairs as in :mod:`rankloss.kernels.device.pieces`)
+row's largest, pairs as in :mod:`rankloss_triton.device.pieces`)
 
     log C_p = log Σ_{q ≤ last_p} e^{x_q},   log U_p = log Σ_{q ≥ first_p} μ_q / C_q.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rankloss.kernels.device.pieces import (
+from rankloss_triton.device.pieces import (
     NONE,
     at,
     division_of,
@@ -247,7 +247,7 @@ def sorted_rows(
     HAS_ALPHA: tl.constexpr, HAS_GRADIENT: tl.constexpr, DIAGONAL: tl.constexpr, WEIGHS: tl.constexpr,
     MEAN: tl.constexpr,
 ):  # fmt: skip
-    """CE, NLL and gradient of every row; see :func:`rankloss.kernels.evaluate`.
+    """CE, NLL and gradient of every row; see :func:`rankloss_triton.evaluate`.
 
     A program has scratch of its own for one row: ``FLOATS`` holds 2·N, ``INTS`` 3·N + buckets + 1.
     """
@@ -287,7 +287,7 @@ def sorted_rows(
                 total = sum_upwards(ranked, keys, M, BLOCK)  # the keys have served
                 tl.debug_barrier()
                 nll, total_mu = sum_downwards(ranked, last, keys, M, top_k, BLOCK, WEIGHS)
-                beta = tl.load(BETA + row).to(tl.float32)
+                beta = tl.load(BETA + row // anchors).to(tl.float32)
                 if MEAN:
                     nll /= total_mu
                     beta /= total_mu
@@ -295,7 +295,7 @@ def sorted_rows(
                 tl.debug_barrier()
                 alpha = tl.full([], 0.0, tl.float32)
                 if HAS_ALPHA:
-                    alpha = tl.load(ALPHA + row).to(tl.float32)
+                    alpha = tl.load(ALPHA + row // anchors).to(tl.float32)
                     own_score = (tl.load(x + own) - top) * s
                     if not DIAGONAL:
                         m, w = joined(total, 1.0, own_score, 1.0)
