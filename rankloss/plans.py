@@ -87,4 +87,4 @@ def kernels() -> Any:
     try:
         return importlib.import_module("rankloss_triton")
     except ModuleNotFoundError as error:
-        raise ValueError(f"kernel='triton' does not serve here: rankloss_triton is not installed") from error
+        raise ValueError("kernel='triton' does not serve here: rankloss_triton is not installed") from error

@@ -24,7 +24,12 @@ def test_import_loads_torch_and_numpy_alone_no_compiler_and_no_pyplot() -> None:
     result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     loaded, of_a_chart = (set(line.split()) for line in result.stdout.splitlines())
     packages = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
-    assert packages <= {"rankloss", "rankloss_triton", "torch", "numpy"}  # neither a trainer, Triton nor matplotlib
+    assert packages <= {
+        "rankloss",
+        "rankloss_triton",
+        "torch",
+        "numpy",
+    }  # neither a trainer, Triton nor matplotlib
     assert "torch._dynamo" not in loaded
     assert "matplotlib.pyplot" not in of_a_chart
 

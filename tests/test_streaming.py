@@ -57,7 +57,7 @@ def features_of(drawn: Drawn, rows: slice | None, teacher: dict[str, Tensor]) ->
 
 
 def plan_of(chunk_size: int, lists_at_once: int = 3, *, is_mirrored: bool = False) -> Plan:
-    return Plan("rows", chunk_size, is_mirrored, lists_at_once, "torch", None)
+    return Plan("rows", chunk_size, is_mirrored, lists_at_once, "torch")
 
 
 def by_definition(batch: Batch, options: RankOptions, wanted: tuple[bool, ...], by: list[bool]) -> Any:

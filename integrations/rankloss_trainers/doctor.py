@@ -8,7 +8,6 @@ import importlib.util
 import platform
 import re
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)

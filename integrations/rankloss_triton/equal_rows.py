@@ -1,7 +1,7 @@
-"""Equal rows of features on a GPU: the Python side of the two kernels that find them.
+"""Equal rows of features on a GPU.
 
-In torch's operations a hash of every row takes 40 bytes per entry, and the comparison with a candidate 18.
-Here it is 4 for the hash, and 8 for the comparison of those rows that have another candidate than themselves.
+With torch's operations the hash of a row moves 40 bytes per entry and the comparison with a candidate 18. The
+kernels move 4 for the hash, and 8 for the comparison if the candidate is another row.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ _INTERPRETED_ROWS = 64  # fewer programs, each of which is interpreted
 
 
 def first_equal(features: Tensor) -> Tensor:
-    """For every row the first one that equals it in every value, ``[N]`` of float32 ``[N, D]``.
+    """The index of the first row that equals row i in every value: ``[N]`` of float32 ``[N, D]``.
 
-    It is the row itself where it is the first of its kind. A row that holds NaN equals no row, and −0 equals
-    0. Where rows that differ have one hash of 64 bits, those behind the first may miss their equals. Nothing
-    waits for the device.
+    −0 equals 0; a row that holds NaN equals itself alone. If rows that differ share a hash of 64 bits, those
+    behind the first may miss their equals. Nothing waits for the device.
 
     Example:
         >>> first_equal(torch.zeros(3, 8, device="meta")).shape  # on a GPU the same call computes
@@ -32,7 +31,7 @@ def first_equal(features: Tensor) -> Tensor:
 
 
 def hash_rows(features: Tensor) -> Tensor:
-    """A hash of every row: ``[N]`` of float32 ``[N, D]``; equal rows have equal ones."""
+    """Hashes of float32 rows ``[N, D]``: ``[N]``; equal rows have equal hashes."""
     features = features.detach().contiguous()
     hashes = features.new_empty(len(features), dtype=torch.int64)
     _launch("hash_rows", (features.view(torch.int32), hashes), features.shape)

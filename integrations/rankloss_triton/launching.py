@@ -1,4 +1,4 @@
-"""Launches of kernels: Triton is found without importing it, and imported by the first launch."""
+"""Kernel launches, and the search for Triton, which only the first launch imports."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ EARLIEST_TRITON = "3.4"
 
 
 def launch(name: str, programs: int, tensors: Sequence[Tensor | None], *sizes: int, **options: Any) -> None:
-    """Launch a kernel of :mod:`rankloss_triton.device` where its tensors are; on meta, nothing.
+    """Launch a kernel of :mod:`rankloss_triton.device` on the device of its tensors; on meta, do nothing.
 
     Args:
         name: module and function, such as ``"sorted_rows.sorted_rows"``.
-        programs: how many run.
-        tensors: the kernel's first arguments, the first of which is on the device that launches.
-        *sizes: its next arguments.
-        **options: its compile-time arguments, and Triton's own.
+        programs: their number.
+        tensors: the kernel's first arguments; the first of them is on the device of the launch.
+        *sizes: the kernel's next arguments.
+        **options: the kernel's compile-time arguments and Triton's own.
     """
     assert tensors[0] is not None
     if tensors[0].device.type == "meta":
@@ -39,13 +39,13 @@ def launch(name: str, programs: int, tensors: Sequence[Tensor | None], *sizes: i
 
 
 def is_interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on CPU tensors."""
+    """True where Triton interprets its kernels in Python, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def triton_version() -> str | None:
-    """The version of the Triton that is installed, None without one; it is not imported."""
+    """Version of the installed Triton, None without one; Triton is not imported."""
     if importlib.util.find_spec("triton") is None:
         return None
     for distribution in ("triton", "pytorch-triton", "triton-windows"):

@@ -1,7 +1,7 @@
-r"""A block of ranked lists on a GPU: the Python side of the kernels.
+"""A block of ranked lists on a GPU: the cases that are served, and the launch.
 
-Each program of a launch takes rows in turns and has scratch for one row, so that of ``[n, N]`` only the two
-blocks of cosines and the gradient exist.
+The programs of a launch stride over the anchors. Each has scratch for one row, so the only arrays of
+``[n, N]`` entries are the cosines and the gradient.
 """
 
 from __future__ import annotations
@@ -13,31 +13,30 @@ from typing import Any, NamedTuple
 import torch
 from torch.torch_version import TorchVersion
 
-from rankloss.lists import Block, Evaluated  # the core's names for what crosses the door
+from rankloss.lists import Block, Evaluated  # the core's input and output types
 from rankloss.options import RankOptions
 from rankloss_triton import launching
 
 LARGEST_LIST = 2**17
-"""The most items of a list, and the most bins: sums of integers in the kernels are made for no more."""
+"""The largest number of items of a list, and of bins, that the kernels' integer sums hold."""
 
 CACHE = 50 * 2**20
-"""Bytes of the last cache where a GPU's own is not known: an H100's."""
+"""Bytes of an H100's last cache, for GPUs whose own is unknown."""
 
 _DEEPEST = 64  # bucket mates that an item is compared with before its bucket is sorted by merging instead
 _WARPS = 16  # per multiprocessor, whose 65,536 registers give 128 to each thread then
-_SHORT_LIST = (
-    2048  # items; longer lists have one program per multiprocessor, so that its scratch stays in cache
-)
-# Entries of a row taken at a time, and of them per warp: what the registers hold, by Triton's own assembler.
+# Items; longer lists have one program per multiprocessor, so that its scratch stays in cache.
+_SHORT_LIST = 2048
+# Entries of a row per step, and of them per warp: as many as the registers hold, by Triton's own assembler.
 _BLOCK_OF_SORT, _BLOCK_OF_SHORT_SORT, _LEAST_BLOCK_OF_SORT, _PER_WARP_OF_SORT = 1024, 512, 128, 64
 _BLOCK_OF_BIN, _BLOCK_OF_SHORT_BIN, _PER_WARP_OF_BIN = 2048, 1024, 128
 _INTERPRETED_BLOCK = 128  # small, so that short lists have several blocks in the tests as well
 
 
 def why_not(options: RankOptions, device: torch.device, dtype: torch.dtype, n: int, N: int) -> str | None:
-    """Why the kernels do not serve a case; None where they do.
+    """The reason that the kernels do not serve a case; None where they do.
 
-    Nothing is imported, launched or copied to find out.
+    Nothing is imported, launched or copied.
 
     Args:
         options: of the rank terms.
@@ -75,17 +74,16 @@ def why_not(options: RankOptions, device: torch.device, dtype: torch.dtype, n: i
 def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Evaluated:
     """Cross-entropy, NLL and gradient of a block of ranked lists, in one launch.
 
-    Scores, order and gradient are in float32; sums are pairs of a mantissa and an exponent, so that no span
-    of scores overflows or underflows them. The result is the same in every bit from run to run. A row that
-    holds NaN, infinity, or more than 10³⁸, is NaN throughout; other rows are not touched by it. Nothing waits
-    for the device.
+    Scores, order and gradient are in float32. Sums are pairs of a mantissa and an exponent, so no span of
+    scores overflows or underflows them. Two runs agree in every bit. A row that holds NaN, infinity or a
+    number beyond 10³⁸ gives NaN, and no other row does. Nothing waits for the device.
 
     Args:
-        block: in float32 and contiguous, of two matrices or four; its lists are ranked (``beta`` is not
-            None); ``first_equal`` holds no None, and is one for the first half of the matrices and one for
-            the second.
-        options: for which :func:`why_not` is None.
-        with_gradient: whether it is wanted.
+        block: contiguous float32 cosines of two or four matrices, whose lists are ranked (``beta`` is not
+            None). ``first_equal`` holds a tensor for each matrix, the same for all of the first half and for
+            all of the second half.
+        options: those for which :func:`why_not` is None.
+        with_gradient: False skips the gradient.
 
     Example:
         >>> c, one = torch.zeros(2, 1, 4, device="meta"), torch.ones(2, device="meta")
@@ -155,9 +153,9 @@ class Launch(NamedTuple):
     """The shape of a launch.
 
     Attributes:
-        programs: how many run; each takes every so many-th anchor, and all of its lists.
-        block: entries of a row that a program works on at a time.
-        warps: of a program.
+        programs: their number; they stride over the anchors and take all lists of each.
+        block: entries of a row per step of a program.
+        warps: per program.
         floats: entries of float32 scratch per program.
         ints: entries of int32 scratch per program.
         longs: entries of int64 scratch per program.
@@ -179,9 +177,9 @@ class Launch(NamedTuple):
 def choose_launch(n: int, N: int, bins: int, processors: int, cache: int = CACHE) -> Launch:
     """The launch for n anchors with lists of N items.
 
-    ``bins`` is 0 for the exact order; ``processors`` is the GPU's multiprocessors, 0 for the interpreter;
-    ``cache`` the bytes of its last cache. Up to half of the multiprocessors stay without a program where what
-    the others read again then fits into the cache, since memory would otherwise see all of it.
+    ``bins`` is 0 for the exact order; ``processors`` is the number of multiprocessors, 0 for the interpreter;
+    ``cache`` is the size of the last cache in bytes. Up to half of the multiprocessors get no program if the
+    rows and scratch of the others then fit into the cache.
 
     Example:
         >>> choose_launch(1024, 8192, 0, 132)
@@ -206,7 +204,7 @@ def choose_launch(n: int, N: int, bins: int, processors: int, cache: int = CACHE
 
 @functools.cache
 def processors_and_cache(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors of a device, 0 for the interpreter, and the bytes of its last cache."""
+    """The number of multiprocessors, 0 for the interpreter, and the size of the last cache in bytes."""
     if device.type != "cuda":
         return 0, CACHE
     properties = torch.cuda.get_device_properties(device)

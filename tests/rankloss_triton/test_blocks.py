@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import rankloss_triton
 from devices import DEVICE
 from interpreter import few_examples
-import rankloss_triton
 from rankloss import lists
 from rankloss.equal_rows import first_occurrence
 from rankloss.lists import Block, Evaluated

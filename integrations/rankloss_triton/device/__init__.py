@@ -1,1 +1,1 @@
-"""What runs on the GPU, in Triton's language; importing a module of it imports Triton."""
+"""The kernels, in Triton's language; importing a module of this package imports Triton."""

@@ -1,4 +1,4 @@
-"""The kernels that find equal rows of features: one reads all of them, the other those that may be equal."""
+"""Kernels for equal rows of features: one hashes all rows, the other compares those of equal hashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Device functions that both kernels are made of.
+"""Device functions of both kernels of lists.
 
 Running sums are kept as pairs (m, w) that stand for w·eᵐ with m the largest exponent so far. Joining two
 pairs takes the larger m, so a sum neither overflows nor loses its largest terms however far apart the
@@ -64,7 +64,7 @@ def reference_at(y, equal, column, inside):
 def survey(
     x, y, equal, own, N, s, BLOCK: tl.constexpr, DIAGONAL: tl.constexpr
 ):  # fmt: skip
-    """Largest cosine of a row, range of its list's reference, whether everything is finite.
+    """Largest cosine of a row, range of its list's reference, and 1 if everything is finite, else 0.
 
     The range is that of the items below the best, or of all where all are tied.
     """
