@@ -14,9 +14,9 @@ import torch
 
 from devices import DEVICE
 from interpreter import interpreted, needs_triton
-from rankloss.lists import Block
 from rankloss.options import RankOptions
 from rankloss_triton import equal_rows, evaluate
+from rankloss_triton.rows import Block
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

@@ -6,16 +6,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
-import torch
-import yaml
 from examples_common.trainer import TrainingError
 from openmoji_demo import command, data, evaluate, report, train
 from PIL import Image
 from rich.console import Console
-from scipy.stats import kendalltau
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "openmoji"
 
@@ -43,14 +38,6 @@ def built(few, tmp_path_factory):
     return root
 
 
-CONCEPTS = yaml.safe_load(Path(__file__).with_name("emoji_concepts.yaml").read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("name", CONCEPTS)
-def test_concept_merges_variants_only(name):
-    assert data.concept_of(name, {"health worker", "person"}) == CONCEPTS[name]
-
-
 @pytest.mark.parametrize("number", [0, 1])
 def test_no_concept_is_on_both_sides(emojis, number):
     split = data.split_by_concept(emojis, number)
@@ -59,15 +46,6 @@ def test_no_concept_is_on_both_sides(emojis, number):
     assert len({*test}) == len(test)
     assert {*dropped} <= {*test}
     assert Counter((*split.train, *split.test, *split.dropped)) == Counter(emojis)
-
-
-def test_counts_are_those_of_the_readme(split):
-    readme = (EXAMPLE / "README.md").read_text(encoding="utf-8")
-    counts = split.counts()
-    assert counts["test_concepts"] == 270
-    assert counts["train_rows"] == data.CAPTIONS_PER_IMAGE * counts["train_images"]
-    stated = ("concepts", "train_concepts", "train_images", "train_rows", "test_concepts", "test_subgroups")
-    assert all(f"{counts[key]:,}" in readme for key in stated)
 
 
 def test_build_is_complete_attributed_and_leaks_nothing(built):
@@ -87,35 +65,6 @@ def test_build_is_complete_attributed_and_leaks_nothing(built):
     tables = (evaluate.open_all(built, {*table["filepath"]}) for table in (train, test))
     seen, unseen = ({image.tobytes() for image in images} for images in tables)
     assert not seen & unseen
-
-
-def test_the_agreement_is_that_of_the_features_and_the_pair_is_a_typical_one():
-    torch.manual_seed(0)
-    of = [(model, n) for model in ("CLIP", "RankCLIP") for n in (30, 7)]
-    features = {one: torch.nn.functional.normalize(torch.randn(2, one[1], 8), dim=-1) for one in of}
-
-    class Model(str):
-        def features(self, shown):
-            return features[self, len(shown.images)]
-
-    pairs = {
-        n: evaluate.Pictures([None] * n, pd.DataFrame({"name": [f"concept {i}" for i in range(n)]}))
-        for n in (30, 7)
-    }
-    measured = evaluate.measure_agreement({m: Model(m) for m in ("CLIP", "RankCLIP")}, pairs[30], pairs[7])
-    distances = torch.zeros(30)
-    for name in ("CLIP", "RankCLIP"):
-        for key, n in ((evaluate.TRAINING, 30), (evaluate.HELD_OUT, 7)):
-            v, t = (x.double().numpy() for x in features[name, n])
-            taus = [kendalltau(v[i] @ t.T, t[i] @ v.T).statistic for i in range(n)]
-            assert measured.averages[name][key] == pytest.approx(np.mean(taus))
-            if n == 30:
-                distances += (torch.tensor(taus) - np.mean(taus)).square()
-        v, t = features[name, 30]
-        torch.testing.assert_close(measured.scores[name][0], t @ v[measured.anchor])
-        torch.testing.assert_close(measured.scores[name][1], v @ t[measured.anchor])
-    assert measured.anchor == int(distances.argmin())
-    assert measured.concepts == {evaluate.TRAINING: 30, evaluate.HELD_OUT: 7}
 
 
 @pytest.fixture
@@ -162,21 +111,6 @@ def test_finished_runs_are_recognised_and_not_overwritten(runs):
     (run.root / "model" / "open_clip_config.json").write_text('{"embed_dim": 8}', encoding="utf-8")
     with pytest.raises(TrainingError, match="other settings"):
         run.is_complete()
-
-
-@pytest.mark.parametrize(
-    ("loss", "kept"),
-    [
-        ("clip", ["--lr", "1"]),
-        ("rankclip", ["--rankclip-lists", "row", "--lr", "1"]),
-        ("rankclip-in", ["--rankclip-lists", "row", "--lr", "1"]),
-        ("cyclip", ["--lr", "1", "--cyclip-lambda-in=2"]),
-        ("clip-streamed", ["--lr", "1", "--streamed-memory-budget", "9"]),
-    ],
-)
-def test_options_of_a_loss_go_to_its_runs_only(loss, kept):
-    given = ["--rankclip-lists", "row", "--lr", "1", "--cyclip-lambda-in=2", "--streamed-memory-budget", "9"]
-    assert list(train.arguments_for(loss, given)) == kept
 
 
 def test_trainer_arguments_follow_two_dashes(capsys):

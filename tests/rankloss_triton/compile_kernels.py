@@ -54,17 +54,13 @@ def compile_kernel(bins: int, N: int, plain: bool) -> dict[str, Any]:
         file.flush()
         command = [CUOBJDUMP, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()  # type: ignore[union-attr]
-    return {
-        "kernel": kernel.fn.__name__,
-        "N": N,
-        "plain": plain,
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    found = {
         "threads": 32 * launch.warps,
         "programs_per_processor": launch.programs // PROCESSORS,
-        "registers": int(registers),
-        "stack": int(stack),
-        "local": int(local),
+        **dict(zip(("registers", "stack", "local"), map(int, found), strict=True)),
     }
+    return {"kernel": kernel.fn.__name__, "N": N, "plain": plain, **found}
 
 
 if __name__ == "__main__":
