@@ -102,13 +102,11 @@ docs/vendor/katex:
 
 ## Time and memory of the losses against open_clip's ClipLoss and the naive rank loss, as ratios within one run: tables
 ## and whether the targets are met, in outputs/bench (about 25 minutes on 2 cores). SCALING_ARGS=--largest adds
-## N = 32,768. A jump in the table of costs ends it with an error.
+## N = 32,768.
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/scaling.py --output $(BENCH_OUTPUT) $(SCALING_ARGS)
-	$(BIN)/python benchmarks/scaling.py --output $(BENCH_OUTPUT)/small --threads 1 --n 32 256 512 --losses ClipLoss RankClipLoss
 	$(BIN)/python benchmarks/bin_error.py --output $(BENCH_OUTPUT)
 	$(BIN)/python benchmarks/distributed.py --output $(BENCH_OUTPUT)
-	$(BIN)/python benchmarks/costs.py --output $(BENCH_OUTPUT)
 
 ## On a CUDA card, with a CUDA build of torch: the core's tests, the kernels compiled instead of interpreted; and what
 ## the losses cost there, in outputs/gpu (under nine minutes; repeat the command to resume). GPU_ARGS='--write

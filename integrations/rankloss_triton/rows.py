@@ -79,7 +79,7 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
     number beyond 10³⁸ gives NaN, and no other row does. Nothing waits for the device.
 
     Args:
-        block: contiguous float32 cosines of two or four matrices, whose lists are ranked (``beta`` is not
+        block: float32 cosines of two or four matrices, whose lists are ranked (``beta`` is not
             None). ``first_equal`` holds a tensor for each matrix, the same for all of the first half and for
             all of the second half.
         options: those for which :func:`why_not` is None.
@@ -93,11 +93,12 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
         >>> found.nll.shape, found.gradient.shape
         (torch.Size([2, 1]), torch.Size([2, 1, 4]))
     """
-    x = block.cosines
+    x = block.cosines.contiguous()
     matrices, anchors, N = x.shape
     of_first, of_last = block.first_equal[0], block.first_equal[-1]
     assert of_first is not None
     assert of_last is not None
+    assert block.beta is not None
     bins = options.bins if options.method == "bin" else 0
     launch = choose_launch(anchors, N, bins, *processors_and_cache(x.device))
     sizes = {torch.float32: launch.floats, torch.int32: launch.ints, torch.int64: launch.longs}
@@ -106,15 +107,15 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
     gradient = x.new_empty(x.shape if with_gradient else 0)
     tensors = (
         x,
-        x if block.reference is None else block.reference,
+        x if block.reference is None else block.reference.contiguous(),
         torch.stack([of_first, of_last]),
         gradient,
         cross_entropy,
         nll,
         *scratch,
         block.scale,
-        block.alpha,
-        block.beta,
+        None if block.alpha is None else block.alpha.contiguous(),  # not expanded: read entry by entry
+        block.beta.contiguous(),
     )
     flags: dict[str, Any] = {
         "BLOCK": launch.block,

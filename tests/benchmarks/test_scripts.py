@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +13,7 @@ pytest.importorskip("open_clip")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
-import bin_error  # noqa: E402
 import checkouts  # noqa: E402
-import costs  # noqa: E402
 import gpu  # noqa: E402
 from measure import conditions  # noqa: E402
 from report import fill  # noqa: E402
@@ -36,11 +33,6 @@ def test_two_checkouts_are_compared_by_ratios_of_their_medians() -> None:
     assert row in checkouts.report_against(results).splitlines()
 
 
-def test_a_jump_between_neighbours_is_marked() -> None:
-    assert costs.jumps([1.0, 5.0, 26.0, 26.0, math.inf], least=0.1) == [False, False, True, False, True]
-    assert costs.jumps([0.01, 0.4, 30.0, 20.0], least=1.0) == [False, False, True, False]
-
-
 def test_fill_replaces_what_is_between_the_markers_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "doc.md"
     path.write_text("a\n<!-- bench:x -->\nold\n<!-- /bench:x -->\nb\n")
@@ -51,11 +43,6 @@ def test_fill_replaces_what_is_between_the_markers_and_nothing_else(tmp_path: Pa
         fill(path, "y", "text")
 
 
-def test_more_bins_are_closer_to_the_exact_order() -> None:
-    few, many = bin_error.errors("agreeing", 64, 8, 10.0, (4, 256))
-    assert 0 < many < few / 4
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "said", "files"),
@@ -64,7 +51,6 @@ def test_more_bins_are_closer_to_the_exact_order() -> None:
         (["scaling.py", "--against", ROOT], "| bin | 32 | 1/4 | 2 |", {"against.json", "against.md"}),
         (["bin_error.py"], "| agreeing, N = 32, s = 100 |", {"bin_error.json", "bin_error.md"}),
         (["distributed.py"], "| 4 | False | 32 |", {"distributed.json", "distributed.md"}),
-        (["costs.py"], "| chunk_size = | 1 | 2 | 4 |", {"costs.json", "costs.md"}),
     ],
     ids=lambda x: " ".join(map(str, x[:2])) if isinstance(x, list) else "",
 )
@@ -75,9 +61,7 @@ def test_script_measures_and_reports_the_same_again(
 
     def run(*arguments: object) -> str:
         line = [sys.executable, ROOT / "benchmarks" / script, *options, *map(str, arguments)]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode in (0, 1 if script == "costs.py" else 0), done.stderr
-        return done.stdout
+        return subprocess.run(line, capture_output=True, text=True, timeout=600, check=True).stdout
 
     assert said in run("--quick", "--output", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == files

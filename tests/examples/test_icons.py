@@ -37,10 +37,7 @@ FAMILIES = {
     for kind in ("animals", "tools", "faces")
 }
 FAMILIES["WOMEN"] = [f"woman-{name}" for name in FAMILIES["FACES"][:20]]
-SETS, NAMES = (
-    yaml.safe_load(Path(__file__).with_name(table).read_text(encoding="utf-8"))
-    for table in ("icons.yaml", "icon_names.yaml")
-)
+SETS = yaml.safe_load(Path(__file__).with_name("icons.yaml").read_text(encoding="utf-8"))
 USED = {"mdi", "tabler", "lucide", "pixel", "noto", "twemoji"}
 
 

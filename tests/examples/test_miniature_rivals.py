@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from miniature_paper.rivals import RIVALS, TERMS, RivalsLoss
+from miniature_paper.rivals import TERMS, RivalsLoss
 from open_clip.loss import DistillClipLoss
 
 import rankloss
 from rankloss.distributed import Gather
-from rankloss_trainers import catalog
 
 N, D, WIDE = 7, 5, 8
 S, S_TEACHER = 12.0, 30.0
@@ -125,25 +124,6 @@ def test_the_relation_is_the_distillation_of_open_clips_trainer():
     torch.testing.assert_close(own["relation_loss"], theirs["distill_loss"])
 
 
-def test_the_ranks_beside_the_rivals_are_those_of_rankclip_distill():
-    preset = catalog.candidates()["rankclip-distill"].load()
-    options = {option.key: option.default for option in RIVALS.options}
-    options |= {"relation": 1.0, "rank_lambda": 64.0, "rank_top_k": 8}
-    both = RIVALS.build(None, options, Gather())
-    alone = preset.build(
-        rankloss.ClipLoss(), {option.key: option.default for option in preset.options}, Gather()
-    )
-    found = []
-    for criterion in (both, alone):
-        for part in criterion.modules():
-            if hasattr(part, "set_progress"):
-                part.set_progress(30, 40)
-        found.append(criterion(*tensors(STUDENT), S, output_dict=True, **given()))
-    assert found[0].keys() == {*found[1], "relation_loss"}
-    for name, value in found[1].items():
-        torch.testing.assert_close(found[0][name], value)
-
-
 # --- several processes ---
 
 
@@ -175,11 +155,6 @@ def test_processes_give_the_gradient_of_the_whole_batch(flags, pools):
     torch.testing.assert_close(sum(x[0] for x in found) / 2, value)
     for place, whole in enumerate(gradients, start=1):
         torch.testing.assert_close(torch.cat([x[place] for x in found]), share * whole)
-
-
-def test_a_layout_without_a_gradient_is_refused(pools):
-    with pytest.raises(AssertionError, match="--local-loss needs --gather-with-grad"):
-        pools[2].run(rivals_of_a_rank, (True, False), *((x[:6], y[:6]) for x, y in (STUDENT, TEACHER)))
 
 
 # --- what is refused ---

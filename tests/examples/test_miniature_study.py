@@ -26,7 +26,6 @@ QUICK = load("search", "quick")
 EVERY = [load(name, size) for name in STUDIES for size in SIZE_NAMES]
 every = pytest.mark.parametrize("one", EVERY, ids=lambda one: f"{one.name}-{one.size}")
 TRIALS = SEARCH.arms[SETTING]
-BY_NAME = {trial.name: trial for trial in TRIALS}
 
 
 # --- plans ---

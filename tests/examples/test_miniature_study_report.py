@@ -15,7 +15,7 @@ from miniature_paper.search.study import SETTING, STUDIES, load
 from miniature_paper.search.trials import PLANS, REFERENCE, TEST
 from miniature_records import fake_trainings, study_records
 
-SEARCH, QUESTION, TEACHER = (load(name, "full") for name in ("search", "question", "teacher"))
+SEARCH, QUESTION = (load(name, "full") for name in ("search", "question"))
 BY_NAME = {trial.name: trial for trial in SEARCH.arms[SETTING]}
 
 

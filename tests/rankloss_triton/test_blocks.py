@@ -240,6 +240,14 @@ def test_items_share_a_bin_of_the_kernel_exactly_where_quantize_says_so(
 
 
 @methods
+def test_an_expanded_weight_and_cosines_that_are_strided_are_read_as_they_are(method: dict[str, Any]) -> None:
+    block = random_block(2, 9, 14.3)
+    weight = torch.tensor(0.3, dtype=torch.float64).expand(2)
+    strided = block.cosines.transpose(1, 2).contiguous().transpose(1, 2)
+    assert_agrees(block._replace(cosines=strided, alpha=weight, beta=weight), **method)
+
+
+@methods
 def test_four_matrices_that_rank_each_other_in_more_rows_than_programs(method: dict[str, Any]) -> None:
     """The first and the last, the second and the third; equal items are those of either half."""
     outer, inner = (random_block(5, 13, 14.3, seed=seed) for seed in (0, 1))
