@@ -80,8 +80,7 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
 
     Args:
         block: float32 cosines of two or four matrices, whose lists are ranked (``beta`` is not
-            None). ``first_equal`` holds a tensor for each matrix, the same for all of the first half and for
-            all of the second half.
+            None). ``first_equal`` is the same for all matrices of the first half, and for all of the second.
         options: those for which :func:`why_not` is None.
         with_gradient: False skips the gradient.
 
@@ -95,10 +94,9 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
     """
     x = block.cosines.contiguous()
     matrices, anchors, N = x.shape
-    of_first, of_last = block.first_equal[0], block.first_equal[-1]
-    assert of_first is not None
-    assert of_last is not None
     assert block.beta is not None
+    ends = block.first_equal[0], block.first_equal[-1]
+    first_equal = torch.stack([torch.arange(N, device=x.device) if e is None else e for e in ends])
     bins = options.bins if options.method == "bin" else 0
     launch = choose_launch(anchors, N, bins, *processors_and_cache(x.device))
     sizes = {torch.float32: launch.floats, torch.int32: launch.ints, torch.int64: launch.longs}
@@ -108,7 +106,7 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
     tensors = (
         x,
         x if block.reference is None else block.reference.contiguous(),
-        torch.stack([of_first, of_last]),
+        first_equal,
         gradient,
         cross_entropy,
         nll,

@@ -95,7 +95,7 @@ def by_definition(block: Block, **options: Any) -> Evaluated:
     assert block.beta is not None
     c, chosen = block.cosines.double().requires_grad_(), RankOptions(**options)
     ranked_by = block.cosines.flip(0) if block.reference is None else block.reference
-    y = torch.stack([z[:, equal] for z, equal in zip(ranked_by, block.first_equal, strict=True)])
+    y = torch.stack([z if e is None else z[:, e] for z, e in zip(ranked_by, block.first_equal, strict=True)])
     own = block.first_row + torch.arange(c.shape[1])
     x = listed = c * block.scale.double()
     cross_entropy = x.logsumexp(-1) - x[:, range(len(own)), own]
@@ -241,10 +241,13 @@ def test_items_share_a_bin_of_the_kernel_exactly_where_quantize_says_so(
 
 @methods
 def test_an_expanded_weight_and_cosines_that_are_strided_are_read_as_they_are(method: dict[str, Any]) -> None:
-    block = random_block(2, 9, 14.3)
+    block = random_block(2, 9, 14.3, teacher=True)
     weight = torch.tensor(0.3, dtype=torch.float64).expand(2)
     strided = block.cosines.transpose(1, 2).contiguous().transpose(1, 2)
-    assert_agrees(block._replace(cosines=strided, alpha=weight, beta=weight), **method)
+    none_equal = (None, block.first_equal[1])
+    assert_agrees(
+        block._replace(cosines=strided, alpha=weight, beta=weight, first_equal=none_equal), **method
+    )
 
 
 @methods
