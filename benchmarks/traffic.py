@@ -28,6 +28,7 @@ from kernel_traffic import feature_bytes, traffic
 from rankloss.operators import IMPLEMENTATIONS
 from rankloss_triton import launching, rows
 from report import markdown_table
+from share import one_of
 
 CACHE, PROCESSORS = 50 * 2**20, 132  # an H100's
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
@@ -173,16 +174,19 @@ def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Sequ
     return sum(map(_footprint, read)) + writes * (2 if in_place else 1)
 
 
-def count(call: Callable[..., Tensor], inputs: Sequence[Tensor], anchors: int, items: int) -> dict[str, Any]:
-    """What one forward and backward pass costs, per element of its four lists where it is bytes."""
+def count(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, Any]:
+    """Costs of one forward and backward pass, those in bytes per element of its four lists."""
+    v, t, *everyone, s = inputs
+    anchors, items = len(v), len(everyone[0])
     counter = Count(inputs)
     with (
         mock.patch.object(launching, "launch", counter.launch),
         mock.patch.object(rows, "processors_and_cache", return_value=(PROCESSORS, CACHE)),
+        one_of(items // anchors, (v, t), everyone),
         counter,
         AsCuda(),
     ):
-        call(*inputs).backward()
+        loss(v, t, s).backward()
     elements = 4 * anchors * items
     return {
         "bytes_per_element": round(sum(counter.bytes.values()) / elements, 1),
@@ -203,21 +207,12 @@ def features(rows: int, items: int, dim: int) -> list[Tensor]:
     return [*local, *everywhere, torch.empty((), device="meta", requires_grad=True)]
 
 
-def with_library(rows: int, items: int, **options: Any) -> Callable[..., Tensor]:
-    """RankClipLoss of some of the rows of a batch, as a process of several computes it."""
-    if rows < items:
-        where = {"local_loss": True, "gather_with_grad": True, "rank": 0, "world_size": items // rows}
-        options["gather"] = rankloss.Gather(**where)
-    loss = rankloss.RankClipLoss(schedule="constant", **options)
-    return lambda v, t, everyone_v, everyone_t, s: loss(v, t, s, gathered=(everyone_v, everyone_t))
-
-
 def measure(rows: int, items: int, dim: int) -> dict[str, Any]:
     """Counts of every implementation, by its name."""
     found: dict[str, Any] = {"rows": rows, "items": items, "dim": dim}
     for kernel, method in itertools.product(("torch", "triton"), ("sort", "bin")):
-        call = with_library(rows, items, method=method, kernel=kernel)
-        found[f"{kernel}-{method}"] = count(call, features(rows, items, dim), rows, items)
+        loss = rankloss.RankClipLoss(schedule="constant", method=method, kernel=kernel)
+        found[f"{kernel}-{method}"] = count(loss, features(rows, items, dim))
     return found
 
 
