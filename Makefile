@@ -8,7 +8,7 @@ MINIATURE_OUTPUT ?= outputs/miniature
 BENCH_OUTPUT ?= outputs/bench
 GPU_OUTPUT ?= outputs/gpu
 
-.PHONY: demo test test-slow lint typecheck docs bench gpu test-gpu bench-gpu mutants release-check clean
+.PHONY: demo test test-slow lint format typecheck docs bench gpu test-gpu bench-gpu mutants release-check clean
 
 # Of the installed modules most are never imported, so none is compiled beforehand; those that are, are compiled once.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile
@@ -79,6 +79,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	git ls-files -z | xargs -0 $(BIN)/codespell
 
+## Format the code and repair what ruff can.
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
 typecheck: $(VENV)/.dev
 	$(BIN)/mypy
 
@@ -97,18 +102,16 @@ docs/vendor/katex:
 
 ## Time and memory of the losses against open_clip's ClipLoss and the naive rank loss, as ratios within one run: tables
 ## and whether the targets are met, in outputs/bench (about 25 minutes on 2 cores). SCALING_ARGS=--largest adds
-## N = 32,768. A jump in the table of costs ends it with an error.
+## N = 32,768.
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/scaling.py --output $(BENCH_OUTPUT) $(SCALING_ARGS)
-	$(BIN)/python benchmarks/scaling.py --output $(BENCH_OUTPUT)/small --threads 1 --n 32 256 512 --losses ClipLoss RankClipLoss
 	$(BIN)/python benchmarks/bin_error.py --output $(BENCH_OUTPUT)
 	$(BIN)/python benchmarks/distributed.py --output $(BENCH_OUTPUT)
-	$(BIN)/python benchmarks/costs.py --output $(BENCH_OUTPUT)
 
 ## On a CUDA card, with a CUDA build of torch: the core's tests, the kernels compiled instead of interpreted; and what
 ## the losses cost there, in outputs/gpu (under nine minutes; repeat the command to resume). GPU_ARGS='--write
 ## docs/gpu.md' fills the tables into the document.
-GPU_TESTS := tests/kernels tests/test_functional.py tests/test_losses.py tests/gpu
+GPU_TESTS := tests/rankloss_triton tests/test_functional.py tests/test_losses.py tests/gpu
 gpu: test-gpu bench-gpu
 test-gpu: $(VENV)/.dev
 	RANKLOSS_TEST_DEVICE=cuda $(BIN)/python -m pytest -m 'not slow' $(wildcard $(GPU_TESTS)) $(PYTEST_ARGS)

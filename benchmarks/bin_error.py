@@ -1,6 +1,6 @@
 """How far the gradient of ``method="bin"`` is from that of the exact order, by the number of bins.
 
-Independent features, and pairs that agree; an early and a late scale of CLIP's. ``costs.py`` has the times.
+Independent features, and pairs that agree; an early and a late scale of CLIP's.
 """
 
 from __future__ import annotations

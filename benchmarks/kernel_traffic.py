@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rankloss.kernels.rows import CACHE, choose_launch
+from rankloss_triton.rows import CACHE, choose_launch
 
 
 class Traffic(NamedTuple):
@@ -43,7 +43,6 @@ class Traffic(NamedTuple):
         scratch: loads, stores and atomic operations on scratch.
         once: x, y and the gradient, each of them once.
         kept: what is read again, at any one time: a row of x and of y and the scratch of every program.
-        allocated: the scratch of all programs.
     """
 
     cosines: int
@@ -52,7 +51,6 @@ class Traffic(NamedTuple):
     scratch: int
     once: int
     kept: int
-    allocated: int
 
     def from_memory(self, cache: int) -> int:
         """What passes a cache of this size: everything once where it holds what is read again, else all."""
@@ -100,7 +98,6 @@ def traffic(
         scratch=n * 4 * scratch,
         once=n * (8 if opposite else 12) * N,
         kept=launch.programs * 8 * N + launch.scratch_bytes,
-        allocated=launch.scratch_bytes,
     )
 
 

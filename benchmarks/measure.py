@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import multiprocessing as mp
 import os
 import platform
@@ -25,6 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # where a s
 
 from contenders import DISTILLED, LOSSES, batch, teacher
 from memory import saved_bytes
+from resident import added_bytes, status
 
 T = TypeVar("T")
 
@@ -101,27 +100,9 @@ def measure_memory(name: str, n: int, d: int, threads: int) -> dict[str, float |
     started = time.perf_counter()
     added = added_bytes(lambda: loss(*inputs).backward())
     seconds = time.perf_counter() - started
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     saved = saved_bytes(lambda: loss(*inputs)) if n <= _LARGEST_COUNTED else None
     return {"added_bytes": added, "peak_bytes": peak, "saved_bytes": saved, "seconds_alone": seconds}
-
-
-def added_bytes(call: Callable[[], object]) -> int:
-    """The peak of resident memory during a call, above what was resident before."""
-    gc.collect()
-    if platform.libc_ver()[0] == "glibc":  # what is freed and still resident would hide as much of the peak
-        ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(f"/proc/self/status has no {field}")
 
 
 def conditions(**settings: Any) -> dict[str, Any]:

@@ -10,6 +10,10 @@ Three questions alone, in minutes::
     python benchmarks/scaling.py --n 4096 --losses ClipLoss rankclip-distill
     python benchmarks/scaling.py --n 16384 --losses {ClipLoss,SigLipLoss}{,\\ streamed}
     python benchmarks/scaling.py --n 32 256 512 --losses ClipLoss RankClipLoss --threads 1
+
+RankClipLoss in this checkout and in another one, measured in turns::
+
+    python benchmarks/scaling.py --against ../another/checkout
 """
 
 from __future__ import annotations
@@ -18,11 +22,13 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from checkouts import measure_against, report_against
 from contenders import D
 from measure import conditions, in_fresh_process, measure_memory, measure_time
 from report import benchmark, markdown_table, parser_of, under
@@ -79,17 +85,13 @@ TARGETS = [
     (f"{BIN}, whole process", "peak_bytes", (BIN, LARGEST), None, "<=", 2),
     ("demo's step, rankclip / clip", "seconds", ("--loss rankclip", STEP), ("--loss clip", STEP), "<=", 1.03),
 ]
-ON_ONE_THREAD = [
-    ("RankClipLoss / ClipLoss, time", "seconds", ("RankClipLoss", 32), (CLIP, 32), "<=", 3),
-    ("RankClipLoss / ClipLoss, time", "seconds", ("RankClipLoss", 512), (CLIP, 512), "<=", 2.5),
-]
 
 
-def targets(points: Iterable[Point], threads: int) -> list[list[str]]:
+def targets(points: Iterable[Point]) -> list[list[str]]:
     """Rows of a table: what is to be shown, the bound, what was measured, whether it is met."""
     at = {(p.loss, p.n): p for p in points}
     rows = []
-    for what, of, above, below, side, bound in (*TARGETS, *(ON_ONE_THREAD if threads == 1 else ())):
+    for what, of, above, below, side, bound in TARGETS:
         of_other = _GIB if below is None else getattr(at.get(below), of, None)
         value = ratio(getattr(at.get(above), of, None), of_other)
         form = "{:.2f} GiB" if below is None else "{:.2f}×"
@@ -130,7 +132,7 @@ def report(results: dict[str, Any]) -> str:
         f"p: fitted exponent, ∝ N^p, from N = {_FIT_FROM:,}.",
     ]
     steps = (results.get("step") or {"ratio": {}})["ratio"]
-    judged = targets([*points, *(Point(name, STEP, x) for name, x in steps.items())], c["threads"])
+    judged = targets([*points, *(Point(name, STEP, x) for name, x in steps.items())])
     parts += ["**Targets**, as measured in this run."]
     parts += [markdown_table(["what", "target", "measured", "met"], judged)]
     return "\n\n".join([*parts, *(f"- {note}" for note in results.get("notes", ()))]) + "\n"
@@ -170,10 +172,11 @@ def _memory_cell(p: Point) -> str:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     d = 16 if args.quick else D
-    started_under = conditions(threads=args.threads, d=d)
+    threads = args.threads or torch.get_num_threads()
+    started_under = conditions(threads=threads, d=d)
     notes: list[str] = []
     points: dict[tuple[str, int], Point] = {}
-    sizes = [(n, args.losses) for n in sorted((32, 64) if args.quick else args.n)]
+    sizes = [(n, args.losses) for n in sorted((32, 64) if args.quick else args.n or SIZES)]
     if args.largest and not args.quick:
         sizes.append((LARGEST, [loss for loss in LINEAR if loss in args.losses]))
     for n, losses in sizes:
@@ -182,7 +185,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 continue
             _say(f"memory of {loss}, N = {n:,}")
             try:
-                found = in_fresh_process(measure_memory, loss, n, d, args.threads)
+                found = in_fresh_process(measure_memory, loss, n, d, threads)
                 points[loss, n] = Point(loss, n, **found)
             except BrokenProcessPool:
                 notes.append(f"{loss} at N = {n:,}: left out, its process was killed.")
@@ -192,14 +195,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if here:
             _say(f"time of {len(here)} losses in turns, N = {n:,}")
             rounds = 1 if args.quick else max(3, min(100, 15 * 1024 // n))
-            times = in_fresh_process(measure_time, here, n, d, args.threads, rounds)
+            times = in_fresh_process(measure_time, here, n, d, threads, rounds)
             for loss in here:
                 points[loss, n] = points[loss, n]._replace(seconds=times[loss].median)
     ordered = sorted(points.values(), key=lambda p: (LOSSES.index(p.loss), p.n))
     return {
         "conditions": started_under,
         "points": [p._asdict() for p in ordered],
-        "step": None if args.quick or args.losses is not LOSSES else _step(args.threads),
+        "step": None if args.quick or args.losses is not LOSSES else _step(threads),
         "notes": notes,
     }
 
@@ -218,14 +221,23 @@ def _say(what: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--n", type=int, nargs="+", default=SIZES, help="default: %(default)s")
+    parser.add_argument("--n", type=int, nargs="+", help=f"default: {SIZES}")
     parser.add_argument(
         "--losses", nargs="+", choices=LOSSES, default=LOSSES, metavar="LOSS", help="default: all"
     )
     parser.add_argument("--largest", action="store_true", help=f"also N = {LARGEST:,}, for what is linear")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--threads", type=int, help="default: torch's number")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="CHECKOUT",
+        help="compare RankClipLoss in this checkout and in another: all rows and a quarter, 1 and 2 threads",
+    )
     args = parser.parse_args(argv)
-    benchmark(args, "scaling", measure, report, ("results.json", "table.md"))
+    if args.against:
+        benchmark(args, "against", measure_against, report_against, ("against.json", "against.md"))
+    else:
+        benchmark(args, "scaling", measure, report, ("results.json", "table.md"))
     return 0
 
 

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -24,13 +25,13 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import rankloss
 from kernel_traffic import feature_bytes, traffic
-from rankloss.operators import IMPLEMENTATIONS
+from rankloss_triton import launching, rows
 from report import markdown_table
+from share import one_of
 
 CACHE, PROCESSORS = 50 * 2**20, 132  # an H100's
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
 
-_KERNELS = ("evaluate_rows", "hash_rows", "confirm_equals")
 _FACTORIES = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 _ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
@@ -77,16 +78,10 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if func.namespace == "rankloss" and name not in _KERNELS:
-            with torch._C._EnableTorchFunction(), AsCuda(), self:  # off while an operator is dispatched
-                return IMPLEMENTATIONS[name](*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # counted by what it is made of
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        if func.namespace == "rankloss":
-            self._add_kernel(func, args, kwargs, out)
-            return out
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
         self._track(x for x in outputs if _on_gpu(x))
         on_host = [x for x in (*inputs, *outputs) if not _on_gpu(x)]
@@ -101,23 +96,21 @@ class Count(TorchDispatchMode):
         self.launches[operation] += 1
         self.bytes[operation] += moved
 
-    def _add_kernel(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-        if func.overloadpacket.__name__ != "evaluate_rows":  # no two rows of a batch without data are equal
-            self._track([out])
-            self._add("kernel", feature_bytes(func.overloadpacket.__name__, args[0]))
+    def launch(self, name: str, _: int, tensors: Sequence[Tensor], *sizes: int, **options: Any) -> None:
+        """Count a kernel in place of :func:`rankloss_triton.launching.launch`."""
+        if name.startswith("equal_rows"):  # no two rows of a batch without data are equal
+            self._add("kernel", feature_bytes(name.partition(".")[2], tensors[0]))
             return
-        names = [argument.name for argument in func._schema.arguments]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        x, y, index = given["cosines"], given["reference"], given["first_equal"]
-        matrices, n, items = x.shape
+        lists, items, _, anchors, _, divisions = sizes
         moved = traffic(
-            matrices * n, items, bins=given["bins"], processors=PROCESSORS, cache=CACHE,
-            index_bytes=index.element_size(),
-            matrices=matrices,
-            opposite=given["opposite"] and x.untyped_storage()._cdata == y.untyped_storage()._cdata,
+            lists, items,
+            bins=divisions if name.startswith("binned") else 0,
+            processors=PROCESSORS,
+            cache=CACHE,
+            index_bytes=tensors[2].element_size(),
+            matrices=lists // anchors,
+            opposite=options["OPPOSITE"],
         )  # fmt: skip
-        self._track(out)
-        self.peak = max(self.peak, sum(self._sizes.values()) + moved.allocated)
         self._add("kernel", moved.from_memory(CACHE))
 
     def _track(self, tensors: Iterable[Tensor]) -> None:
@@ -177,11 +170,20 @@ def _moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Sequ
     return sum(map(_footprint, read)) + writes * (2 if in_place else 1)
 
 
-def count(call: Callable[..., Tensor], inputs: Sequence[Tensor], rows: int, items: int) -> dict[str, Any]:
-    """What one forward and backward pass costs, per element of its four lists where it is bytes."""
-    with Count(inputs) as counter, AsCuda():
-        call(*inputs).backward()
-    elements = 4 * rows * items
+def count(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, Any]:
+    """Costs of one forward and backward pass, those in bytes per element of its four lists."""
+    v, t, *everyone, s = inputs
+    anchors, items = len(v), len(everyone[0])
+    counter = Count(inputs)
+    with (
+        mock.patch.object(launching, "launch", counter.launch),
+        mock.patch.object(rows, "processors_and_cache", return_value=(PROCESSORS, CACHE)),
+        one_of(items // anchors, (v, t), everyone),
+        counter,
+        AsCuda(),
+    ):
+        loss(v, t, s).backward()
+    elements = 4 * anchors * items
     return {
         "bytes_per_element": round(sum(counter.bytes.values()) / elements, 1),
         "launches": sum(counter.launches.values()),
@@ -201,21 +203,12 @@ def features(rows: int, items: int, dim: int) -> list[Tensor]:
     return [*local, *everywhere, torch.empty((), device="meta", requires_grad=True)]
 
 
-def with_library(rows: int, items: int, **options: Any) -> Callable[..., Tensor]:
-    """RankClipLoss of some of the rows of a batch, as a process of several computes it."""
-    if rows < items:
-        where = {"local_loss": True, "gather_with_grad": True, "rank": 0, "world_size": items // rows}
-        options["gather"] = rankloss.Gather(**where)
-    loss = rankloss.RankClipLoss(schedule="constant", **options)
-    return lambda v, t, everyone_v, everyone_t, s: loss(v, t, s, gathered=(everyone_v, everyone_t))
-
-
 def measure(rows: int, items: int, dim: int) -> dict[str, Any]:
     """Counts of every implementation, by its name."""
     found: dict[str, Any] = {"rows": rows, "items": items, "dim": dim}
     for kernel, method in itertools.product(("torch", "triton"), ("sort", "bin")):
-        call = with_library(rows, items, method=method, kernel=kernel)
-        found[f"{kernel}-{method}"] = count(call, features(rows, items, dim), rows, items)
+        loss = rankloss.RankClipLoss(schedule="constant", method=method, kernel=kernel)
+        found[f"{kernel}-{method}"] = count(loss, features(rows, items, dim))
     return found
 
 

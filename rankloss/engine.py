@@ -30,6 +30,7 @@ from torch import Tensor
 
 from rankloss import dense
 from rankloss.batch import RANK_TERMS, Batch, Inputs, Matrix, other_items
+from rankloss.equal_rows import first_equal
 from rankloss.options import RankOptions
 from rankloss.precision import can_sync, constant, full_precision, nan_unless_finite
 from rankloss.products import FEWEST_ROWS, products_of
@@ -146,7 +147,7 @@ def accumulate(
     of_lists: OfLists,
     matrices: Sequence[Matrix],
     references: Sequence[Matrix],
-    sums: dict[str, Tensor],
+    sums: dict[str, Tensor] | None,
     first_row: int,
     chunk_size: int | None = None,
 ) -> list[Tensor]:
@@ -156,7 +157,7 @@ def accumulate(
         of_lists: the loss of a block of lists.
         matrices: one, or the two of a term.
         references: the matrices of a teacher, as many, or none.
-        sums: the gradients by the factors of the matrices, by name, lacking the factor s; empty where none is
+        sums: the gradients by the factors of the matrices, by name, lacking the factor s; None where none is
             wanted.
         first_row: the column of the first anchor's own pair.
         chunk_size: rows multiplied out at a time; None chooses from the sizes and the device.
@@ -179,9 +180,9 @@ def accumulate(
                 total += 0 if value is None else value.sum(-1)
             if gradient is not None and gradient.data_ptr() != block[:, part].data_ptr():
                 block[:, part] = gradient
-        if sums:
+        if sums is not None:
             products.add_gradient(rows, block)
-    if sums:
+    if sums is not None:
         products.finish()
     return values
 
@@ -319,31 +320,32 @@ class RowLists(NamedTuple):
     batch: Batch
     options: RankOptions
     wanted: Sequence[bool]
-    evaluate: Callable[..., Evaluated]
+    kernels: Kernels
 
     def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> Streamed:
         """The three terms, zero if not wanted, and the gradients of their sum."""
         batch = replace(self.batch, inputs=Inputs(*inputs))
         weights, scale = _finite(batch, weights), batch.inputs.scale
-        features = {
-            name: x for name, x in batch.inputs._asdict().items() if name != "scale" and x is not None
-        }
-        sums = {name: torch.zeros_like(x) for name, x in features.items()} if with_gradient else {}
+        sums: dict[str, Tensor] | None = {} if with_gradient else None
         values = [weights.new_zeros(()) for _ in self.wanted]
         shares = weights.new_tensor(self.options.directions)
         shares *= self.options.anchor_weight(batch.anchors, batch.items)
+        equal: dict[str, Tensor | None] = dict.fromkeys(("image", "text"))
+        if any(self.wanted[1:]):
+            equal = {modality: self.kernels.first_equal(x) for modality, x in batch.ranked_by.items()}
         for place, term in enumerate(RANK_TERMS, 1):
             is_contrastive = self.wanted[0] and term == "cross_modal"
             alpha = (weights[0] / (2 * batch.anchors)).expand(2) if is_contrastive else None
             beta = weights[place] * shares if self.wanted[place] else None
             if alpha is None and beta is None:
                 continue
+            evaluator = self.kernels.evaluate if beta is not None else evaluate
             references = batch.references(term)
-            equal = tuple(None if beta is None else batch.first_equal[x.factors[1]] for x in references)
+            ties = tuple(equal[x.factors[1]] for x in references)
 
             def of_lists(cosines: Tensor, reference: Tensor | None, first_row: int) -> Evaluated:
-                block = Block(cosines, scale, alpha, beta, reference, equal, first_row)  # noqa: B023
-                return self.evaluate(block, self.options, with_gradient=with_gradient)
+                block = Block(cosines, scale, alpha, beta, reference, ties, first_row)  # noqa: B023
+                return evaluator(block, self.options, with_gradient=with_gradient)  # noqa: B023
 
             by_teacher = references if batch.has_teacher and beta is not None else ()
             rows = batch.first_row, self.options.chunk_size
@@ -352,10 +354,11 @@ class RowLists(NamedTuple):
                 values[0] = torch.dot(alpha, cross_entropy)
             if beta is not None:
                 values[place] = torch.dot(beta, nll)
+        if sums is None:
+            return values, [None] * len(inputs)
         # The sums of the anchors, and those of the items, each hold every matrix's part of ∂s.
-        by_scale = sum(
-            (0.5 * (x * features[name]).sum() for name, x in sums.items()), torch.zeros_like(scale)
-        )
+        given = batch.inputs._asdict()
+        by_scale = 0.5 * torch.stack([(x * given[name]).sum() for name, x in sums.items()]).sum()
         found = {"scale": by_scale, **{name: x.mul_(scale) for name, x in sums.items()}}
         return values, [found.get(name) for name in Inputs._fields]
 
@@ -388,28 +391,36 @@ def weighted_terms(
     """
     device = batch.inputs.image.device
     weights = constant(weights).to(device, non_blocking=True).double()
-    evaluator = evaluate if options.kernel == "torch" else _kernel(batch, options)
+    kernels = _kernels(batch, options)
     terms: Sequence[Tensor]
     if options.is_dense:
         dense.check_memory(batch, options)
         terms = dense.terms(batch, options, nan_unless_finite(weights, *batch.features), wanted)
     else:
-        terms = apply(RowLists(batch, options, wanted, evaluator), weights, batch.inputs)
+        terms = apply(RowLists(batch, options, wanted, kernels), weights, batch.inputs)
     return tuple(terms if batch.home is None else (x.to(batch.home) for x in terms))
 
 
-def _kernel(batch: Batch, options: RankOptions) -> Callable[..., Evaluated]:
+class Kernels(NamedTuple):
+    """An engine for blocks: :func:`evaluate`, and :func:`rankloss.equal_rows.first_equal`."""
+
+    evaluate: Callable[..., Evaluated]
+    first_equal: Callable[[Tensor], Tensor | None]
+
+
+def _kernels(batch: Batch, options: RankOptions) -> Kernels:
     """The engine for blocks that ``kernel`` names; a ValueError where it is missing or does not serve."""
+    if options.kernel == "torch":
+        return Kernels(evaluate, first_equal)
     try:
-        kernels = importlib.import_module(f"rankloss_{options.kernel}")
+        module = importlib.import_module(f"rankloss_{options.kernel}")
     except ImportError as error:
         raise ValueError(f"kernel={options.kernel!r} cannot be loaded: {error}") from error
     features = batch.inputs.image
-    reason = kernels.why_not(options, features.device, features.dtype, batch.anchors, batch.items)
+    reason = module.why_not(options, features.device, features.dtype, batch.anchors, batch.items)
     if reason is not None:
         raise ValueError(f"kernel={options.kernel!r} does not serve here: {reason}")
-    evaluator: Callable[..., Evaluated] = kernels.evaluate
-    return evaluator
+    return Kernels(module.evaluate, module.first_equal)
 
 
 def _finite(batch: Batch, weights: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ FEWEST_ROWS = 128
 _WHOLE = 2**22
 
 
-def products_of(matrices: Sequence[Matrix], sums: dict[str, Tensor]) -> Products:
+def products_of(matrices: Sequence[Matrix], sums: dict[str, Tensor] | None) -> Products:
     """The products of one matrix, or of the two of a term; arguments as of :class:`Products`."""
     first, last = matrices[0].factors, matrices[-1].factors
     if len(matrices[0].items) ** 2 <= _WHOLE:
@@ -37,7 +37,7 @@ class Products:
     Args:
         matrices: one, or the two of a term.
         sums: the gradients by the factors of the matrices, by name, to which those of the rows are added,
-            lacking the factor s; empty where none is wanted.
+            lacking the factor s; None where none is wanted.
 
     Attributes:
         most_rows: the most rows that are worth taking at a time.
@@ -45,8 +45,9 @@ class Products:
 
     most_rows = 2**31
 
-    def __init__(self, matrices: Sequence[Matrix], sums: dict[str, Tensor]) -> None:
-        self._matrices, self._sums = matrices, sums
+    def __init__(self, matrices: Sequence[Matrix], sums: dict[str, Tensor] | None) -> None:
+        self._matrices = matrices
+        self._sums: dict[str, Tensor] = {} if sums is None else sums
 
     def of_rows(self, rows: slice) -> Tensor:
         """Some rows of every matrix, ``[matrices, n, N]``, in memory of their own."""
@@ -66,8 +67,16 @@ class Products:
 
     def _add(self, matrix: Matrix, rows: slice, by_scores: Tensor) -> None:
         of_anchors, of_items = matrix.factors
-        self._sums[of_anchors][rows].addmm_(by_scores, matrix.items)
-        self._sums[of_items].addmm_(by_scores.T, matrix.anchors[rows])
+        if of_items in self._sums:
+            self._sums[of_items].addmm_(by_scores.T, matrix.anchors[rows])
+        else:  # the largest sum, by the items of all processes, is written by its first product
+            self._sums[of_items] = by_scores.T @ matrix.anchors[rows]
+        self._sum(of_anchors, matrix.anchors)[rows].addmm_(by_scores, matrix.items)
+
+    def _sum(self, name: str, like: Tensor) -> Tensor:
+        if name not in self._sums:
+            self._sums[name] = torch.zeros_like(like)
+        return self._sums[name]
 
 
 class _Transposed(Products):
@@ -75,10 +84,10 @@ class _Transposed(Products):
 
     most_rows = FEWEST_ROWS
 
-    def __init__(self, matrices: Sequence[Matrix], sums: dict[str, Tensor]) -> None:
+    def __init__(self, matrices: Sequence[Matrix], sums: dict[str, Tensor] | None) -> None:
         super().__init__(matrices, sums)
         self._S = matrices[0].anchors @ matrices[0].items.T
-        self._G = torch.zeros_like(self._S) if sums else self._S
+        self._G = self._S if sums is None else torch.zeros_like(self._S)
 
     def of_rows(self, rows: slice) -> Tensor:
         return torch.stack([self._S[rows], self._S[:, rows].T])
@@ -96,7 +105,7 @@ class _Symmetric(Products):
 
     most_rows = FEWEST_ROWS
 
-    def __init__(self, matrices: Sequence[Matrix], sums: dict[str, Tensor]) -> None:
+    def __init__(self, matrices: Sequence[Matrix], sums: dict[str, Tensor] | None) -> None:
         super().__init__(matrices, sums)
         self._held = super().of_rows(slice(0, len(matrices[0].items)))
 
@@ -109,4 +118,5 @@ class _Symmetric(Products):
     def finish(self) -> None:
         for matrix, G in zip(self._matrices, self._held, strict=True):
             for rows in slices(len(G), FEWEST_ROWS):
-                self._sums[matrix.factors[0]][rows].addmm_(G[rows] + G[:, rows].T, matrix.items)
+                both = G[rows] + G[:, rows].T
+                self._sum(matrix.factors[0], matrix.anchors)[rows].addmm_(both, matrix.items)

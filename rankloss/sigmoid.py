@@ -58,9 +58,9 @@ class PairSigmoid(NamedTuple):
     def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> engine.Streamed:
         """L times its weight, and the gradient by each of the inputs."""
         images, texts, scale, bias = inputs
-        sums = {"image": torch.zeros_like(images), "text": torch.zeros_like(texts)} if with_gradient else {}
+        sums: dict[str, Tensor] | None = {} if with_gradient else None
 
-        def of_rows(cosines: Tensor, _: None, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
+        def of_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
             y = torch.addcmul(bias, scale, cosines)
             y.diagonal(first_row, 1, 2).neg_()
             value = F.softplus(y, threshold=_LINEAR_FROM).sum(-1, dtype=torch.float64)
@@ -72,10 +72,10 @@ class PairSigmoid(NamedTuple):
         value, by_bias = engine.accumulate(of_rows, [matrix], (), sums, self.first_row, self.chunk_size)
         share = nan_unless_finite(weights / len(images), images, texts)
         values = [(share * value).squeeze()]
-        if not with_gradient:
+        if sums is None:
             return values, [None] * len(inputs)
         by_scale = share * (sums["image"] * images).sum()
-        by_features = [x.mul_((share * scale).to(x.dtype)) for x in sums.values()]
+        by_features = [sums[name].mul_((share * scale).to(images.dtype)) for name in ("image", "text")]
         by_numbers = [x.to(scale.dtype).squeeze() for x in (by_scale, share * by_bias)]
         return values, [*by_features, *by_numbers]
 

@@ -14,7 +14,7 @@ from hypothesis import Phase, settings
 from torch.torch_version import TorchVersion
 
 from devices import DEVICE
-from rankloss.kernels.rows import EARLIEST_TRITON, triton_version
+from rankloss_triton.launching import EARLIEST_TRITON, triton_version
 
 _TRITON = TorchVersion(triton_version() or "0")
 # Triton before 3.7 does what NumPy warns of since 1.25, and refuses since 2.4.
@@ -27,7 +27,7 @@ if HAS_TRITON and DEVICE.type == "cpu":
     assert "triton" not in sys.modules, "Triton was imported before TRITON_INTERPRET was set"
     os.environ["TRITON_INTERPRET"] = "1"
     for name in ("sorted_rows", "binned_rows"):
-        importlib.import_module(f"rankloss.kernels.device.{name}")
+        importlib.import_module(f"rankloss_triton.device.{name}")
     del os.environ["TRITON_INTERPRET"]
 
 

@@ -21,7 +21,8 @@ from fake_cuda import fake_cuda
 from memory import LargestTensor, saved_bytes
 from rankloss import dense, engine, products
 from rankloss.batch import Batch
-from rankloss.engine import LARGEST_SCORE, Block, RowLists, evaluate, weighted_terms
+from rankloss.engine import LARGEST_SCORE, Block, Kernels, RowLists, evaluate, weighted_terms
+from rankloss.equal_rows import first_equal
 from rankloss.functional import cross_modal, in_modal
 from rankloss.options import RankOptions
 from rankloss.ranking import quantize
@@ -175,7 +176,9 @@ def stream(
     batch: Batch, options: RankOptions, wanted: Sequence[bool] = (True,) * 3, with_gradient: bool = True
 ) -> Any:
     with torch.no_grad():
-        return RowLists(batch, options, wanted, evaluate).stream(batch.inputs, WEIGHTS, with_gradient)
+        return RowLists(batch, options, wanted, Kernels(evaluate, first_equal)).stream(
+            batch.inputs, WEIGHTS, with_gradient
+        )
 
 
 @settings(max_examples=120)

@@ -13,7 +13,7 @@ TESTS = Path(__file__).parents[1] / "tests"
 PARTS = {  # folder of tests: what it is about, and the page that says what holds
     "": "The losses ([the method](method.md), [options](options.md), [time and memory](performance.md))",
     "conditions": "The losses under conditions of training: autocast, compilers, copies, odd inputs",
-    "kernels": "The kernels ([on a GPU](gpu.md))",
+    "rankloss_triton": "The kernels ([on a GPU](gpu.md))",
     "gpu": "On a card ([on a GPU](gpu.md))",
     "rankloss_open_clip": "open_clip's trainer ([the page](open_clip.md))",
     "rankloss_trainers": "Other trainers ([Hugging Face](trainers.md), [the rest](trainers-more.md))",

@@ -23,7 +23,14 @@ DIST = ROOT / "dist"
 SIZE_LIMIT = 1_000_000  # bytes
 IMPORT_LIMIT = 0.1  # seconds of CPU time, over torch's own import
 
-PACKAGES = ("rankloss", "rankloss_trainers", "rankloss_open_clip", "rankloss_features", "rankloss_baselines")
+PACKAGES = (
+    "rankloss",
+    "rankloss_trainers",
+    "rankloss_open_clip",
+    "rankloss_features",
+    "rankloss_baselines",
+    "rankloss_triton",
+)
 MODULES = {  # what an installation with an extra has to be able to import
     "open-clip": ["rankloss_open_clip.diagnosis"],
     "transformers": ["rankloss_trainers.transformers"],

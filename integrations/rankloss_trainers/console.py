@@ -1,8 +1,8 @@
 """The command ``rankloss``: what can be trained with, and whether it will work here.
 
 ``rankloss doctor``: for each trainer whether it is installed, supported, and will honour ``--loss``; torch,
-the accelerator and the kernel that would run; and what in this process changes results. The exit code is 0 if
-no installed trainer has a problem, else 1.
+the accelerator and whether the fused kernels serve; and what in this process changes results. The exit code
+is 0 if no installed trainer has a problem, else 1.
 
 ``rankloss losses [NAME …]``: what ``--loss`` can name, with options and defaults. Losses that share their
 options stand together, above the options.

@@ -8,7 +8,6 @@ import importlib.util
 import platform
 import re
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -109,21 +108,21 @@ def examined(trainer: Trainer) -> tuple[bool, list[str]]:
 
 
 def machine() -> list[str]:
-    """rankloss, Python, torch, accelerators, Triton, the kernel that would run, and float32's precision."""
+    """rankloss, Python, torch, accelerators, Triton, whether its kernels serve, and float32's precision."""
     import torch
 
     import rankloss
-    from rankloss.kernels.rows import triton_version
+    from rankloss_triton import why_not
+    from rankloss_triton.launching import triton_version
 
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     device = "cuda:0" if cards else "cpu"
-    plan: Any = rankloss.RankConsistency().plan(4096, device)
-    why = f" ({plan.why_no_kernel})" if plan.why_no_kernel else ""
+    reason = why_not(rankloss.RankOptions(), torch.device(device), torch.float32, 4096, 4096)
     lines = [
         f"rankloss {rankloss.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         f"Triton: {triton_version() or 'not installed'}",
         f"CUDA {torch.version.cuda or torch.version.hip}: {', '.join(cards) or 'no GPU is found'}",
-        f"kernel for 4,096 pairs on {device}: {plan.kernel}{why}",
+        f"kernel='triton' on {device}: {'no: ' + reason if reason else 'serves'}",
     ]
     precision = torch.get_float32_matmul_precision()  # some containers set it for every process
     if precision != "highest":

@@ -20,6 +20,7 @@ FOLDERS = (
     "integrations/rankloss_open_clip",
     "integrations/rankloss_features",
     "integrations/rankloss_baselines",
+    "integrations/rankloss_triton",
 )
 
 

@@ -5,7 +5,6 @@ import asyncio
 import doctest
 import importlib
 import io
-import os
 import pkgutil
 import sys
 from collections import namedtuple
@@ -48,39 +47,6 @@ def test_plain_clip_under_another_name_is_refused_at_the_first_step(tmp_path):
     log = run(tmp_path, "cyclip", RANKED, checkpoint=True)
     assert log.share == pytest.approx(1.5)  # a job of one epoch
     assert log.first == log.last == {"contrastive_loss": 3.5, "cross_modal_loss": 0.25}
-
-
-@pytest.mark.parametrize(
-    ("lines", "status", "checkpoint"),
-    [((RANKED,), 3, True), ((RANKED,), 0, False), ((), 0, True)],
-    ids=["status", "no checkpoint", "no step"],
-)
-def test_a_trainer_that_fails_is_quoted(tmp_path, lines, status, checkpoint):
-    said = rf"status {status}, {'a' if checkpoint else 'no'} final[\s\S]*{'Train Epoch' * bool(lines)}"
-    with pytest.raises(TrainingError, match=said):
-        run(tmp_path, "rankclip", *lines, status=status, checkpoint=checkpoint)
-
-
-def test_cancelling_ends_the_trainer(tmp_path):
-    pid = tmp_path / "pid"
-    script = (
-        f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(600)"
-    )
-    work = trainer.train(
-        Job("clip", 1, "model", ()), [sys.executable, "-c", script], tmp_path / "run", root=tmp_path
-    )
-
-    async def cancelled():
-        task = asyncio.create_task(work)
-        while not (pid.exists() and pid.read_text()):
-            await asyncio.sleep(0.05)
-        task.cancel()
-        await asyncio.wait([task])
-        return task.cancelled()
-
-    assert asyncio.run(cancelled())
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
 
 
 Run = namedtuple("Run", "name")

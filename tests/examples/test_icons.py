@@ -11,11 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as st_numpy
 from icons_data import command, draw, labels, load, package, records, split
-from icons_data.names import Namer, concept_of
 
 
 def _drawing(key: str) -> str:
@@ -41,10 +37,7 @@ FAMILIES = {
     for kind in ("animals", "tools", "faces")
 }
 FAMILIES["WOMEN"] = [f"woman-{name}" for name in FAMILIES["FACES"][:20]]
-SETS, NAMES = (
-    yaml.safe_load(Path(__file__).with_name(table).read_text(encoding="utf-8"))
-    for table in ("icons.yaml", "icon_names.yaml")
-)
+SETS = yaml.safe_load(Path(__file__).with_name("icons.yaml").read_text(encoding="utf-8"))
 USED = {"mdi", "tabler", "lucide", "pixel", "noto", "twemoji"}
 
 
@@ -97,60 +90,6 @@ def data(built):
     return load.load(built)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_caption_and_style(name):
-    suffixes = {"24-filled": "24", "bold-duotone": "", "light": ""}
-    parsed = Namer("some", NAMES, suffixes=suffixes)(name)
-    said = [] if parsed is None else [word for word in (parsed.caption, parsed.style) if word]
-    assert said == NAMES[name]
-
-
-@given(st.permutations(["arrow", "up", "circles", "left"]), st.sampled_from(["", "2", "three", "alt"]))
-def test_concept_has_no_order_number_or_plural(words, last):
-    assert concept_of([*words, *([last] if last else [])]) == concept_of(["left", "circle", "arrows", "up"])
-
-
-def test_sets_that_may_not_be_used_are_left_out_and_the_reason_is_given():
-    reasons = {prefix: package.reason_to_leave_out(prefix, one) for prefix, one in _sets().items()}
-    assert {prefix: reason for prefix, reason in reasons.items() if reason is not None} == {
-        "emojione-monotone": "of a vendor that is held out",
-        "noto-v1": "reserved",
-        "fxemoji": "reserved",
-        "freeware": "licence CC-BY-NC-4.0",
-        "copyleft": "licence GPL-3.0",
-        "simple-icons": "logos or file types",
-        "moving": "animated",
-    }
-    assert {prefix for prefix, reason in reasons.items() if reason is None} == USED
-    for spdx in ("CC-BY-ND-4.0", "CC-BY-SA-4.0", "AGPL-3.0-only", "none", "Proprietary"):
-        assert package.reason_to_leave_out("x", _set("x", ["a"], spdx=spdx)) == f"licence {spdx}"
-
-
-def test_icons_of_a_set():
-    one = _set(
-        "some",
-        ["home-16", "home-24", "home-32", "gone", "logo-acme", "acme", "portal"],
-        suffixes={"16": "", "24": "", "32": ""},
-        aliases={"house-24": {"parent": "home-24"}, "turned": {"parent": "home-24", "rotate": 1}},
-        categories={"Buildings": ["home-24"], "Logos": ["portal"]},
-    )
-    one["icons"]["gone"]["hidden"] = True
-    (icon,) = package.icons_of("some", one, {"acme"})
-    assert (icon.name, icon.caption) == ("home-24", "home")
-    assert (icon.synonyms, icon.categories) == ((("house", "house"),), ("Buildings",))
-
-
-_THUMBNAILS = st.tuples(st.integers(2, 12), st.just(4), st.just(4), st.just(3))
-
-
-@given(st_numpy.arrays(np.uint8, _THUMBNAILS, elements=st.integers(0, 9)), st.floats(0.5, 8))
-def test_alike_pairs_are_all_pairs_that_are_close(thumbnails, limit):
-    flat = thumbnails.reshape(len(thumbnails), -1).astype(float)
-    distance = np.sqrt(((flat[:, None] - flat) ** 2).mean(axis=2)).astype(np.float32)
-    expected = np.argwhere(np.triu(distance < limit, 1))
-    assert split.alike_pairs(thumbnails, limit).tolist() == expected.tolist()
-
-
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     sets = _sets()
@@ -174,22 +113,6 @@ def test_nothing_alike_is_on_two_sides(drawn, seed):
     group = {icon.concept: name for icon, name in zip(icons, made.group, strict=True)}
     assert group["trash"] == group["bin"]
     assert made.counts["alike_pairs_of_different_concepts"] >= 1
-
-
-def test_the_split_depends_on_the_seed_and_on_nothing_else(drawn):
-    icons, thumbnails = drawn
-    made = split.split(icons, thumbnails)
-    order = np.random.default_rng(0).permutation(len(icons))
-    assert made.side == split.split([icons[i] for i in order], thumbnails[order]).side
-    assert made.side != split.split(icons, thumbnails, seed=1).side
-    counts = {s: list(made.side.values()).count(s) for s in split.SIDES}
-    assert counts["train"] > counts["test"] > 0
-
-
-def test_a_build_is_that_of_its_seed_and_package(built, tarball):
-    assert command.is_complete(built, tarball, seed=0)
-    assert not command.is_complete(built.parent, tarball, seed=0)
-    assert not command.is_complete(built, tarball, seed=1)
 
 
 def _rows(path):

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from miniature_paper.rivals import RIVALS, SCALED, TERMS, RivalsLoss
+from miniature_paper.rivals import TERMS, RivalsLoss
 from open_clip.loss import DistillClipLoss
 
 import rankloss
 from rankloss.distributed import Gather
-from rankloss_trainers import catalog
 
 N, D, WIDE = 7, 5, 8
 S, S_TEACHER = 12.0, 30.0
@@ -116,16 +115,6 @@ def test_a_term_is_its_papers_formula(name):
     assert inner == pytest.approx(slope, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", SCALED)
-def test_a_scale_that_is_not_given_is_the_students(name):
-    own, same = (
-        RivalsLoss(components=torch.from_numpy(COMPONENTS), scales=scales, **{name: 1.0})
-        for scales in (None, {name: S})
-    )
-    inputs = [*tensors(STUDENT), S]
-    torch.testing.assert_close(own(*inputs, **given()), same(*inputs, **given()), rtol=0, atol=0)
-
-
 def test_the_relation_is_the_distillation_of_open_clips_trainer():
     features, references = tensors(STUDENT), given()
     own = RivalsLoss(relation=1.0, scales={"relation": S_TEACHER})(
@@ -133,47 +122,6 @@ def test_the_relation_is_the_distillation_of_open_clips_trainer():
     )
     theirs = DistillClipLoss()(*features, S, *references.values(), S_TEACHER, output_dict=True)
     torch.testing.assert_close(own["relation_loss"], theirs["distill_loss"])
-
-
-def test_half_precision_is_that_of_the_features_alone():
-    """Of features that are rounded, and in an autocast region, the terms are computed in float32."""
-    criterion = RivalsLoss(components=torch.from_numpy(COMPONENTS), **dict.fromkeys(TERMS, 1.0))
-    features = [torch.from_numpy(x).bfloat16() for x in STUDENT]
-    references = {name: x.half() for name, x in given().items()}
-    with torch.autocast("cpu", torch.bfloat16):
-        found = criterion(*features, S, output_dict=True, **references)
-    exactly = {name: x.double() for name, x in references.items()}
-    expected = criterion(*(x.double() for x in features), S, output_dict=True, **exactly)
-    for name in (f"{term}_loss" for term in TERMS):  # CLIP's own is open_clip's, in half precision
-        value = found[name]
-        assert value.dtype == torch.float32
-        torch.testing.assert_close(value, expected[name].float(), rtol=1e-5, atol=1e-6)
-
-
-def test_equal_captions_have_a_gradient():
-    """Two equal texts have the distance 0, whose root has no derivative."""
-    features = tensors((STUDENT[0], STUDENT[1][[0, 0, 1, 2, 3, 4, 5]]))
-    RivalsLoss(distances=1.0)(*features, S, **given()).backward()
-    assert all(torch.isfinite(x.grad).all() for x in features)
-
-
-def test_the_ranks_beside_the_rivals_are_those_of_rankclip_distill():
-    preset = catalog.candidates()["rankclip-distill"].load()
-    options = {option.key: option.default for option in RIVALS.options}
-    options |= {"relation": 1.0, "rank_lambda": 64.0, "rank_top_k": 8}
-    both = RIVALS.build(None, options, Gather())
-    alone = preset.build(
-        rankloss.ClipLoss(), {option.key: option.default for option in preset.options}, Gather()
-    )
-    found = []
-    for criterion in (both, alone):
-        for part in criterion.modules():
-            if hasattr(part, "set_progress"):
-                part.set_progress(30, 40)
-        found.append(criterion(*tensors(STUDENT), S, output_dict=True, **given()))
-    assert found[0].keys() == {*found[1], "relation_loss"}
-    for name, value in found[1].items():
-        torch.testing.assert_close(found[0][name], value)
 
 
 # --- several processes ---
@@ -209,30 +157,7 @@ def test_processes_give_the_gradient_of_the_whole_batch(flags, pools):
         torch.testing.assert_close(torch.cat([x[place] for x in found]), share * whole)
 
 
-def test_a_layout_without_a_gradient_is_refused(pools):
-    with pytest.raises(AssertionError, match="--local-loss needs --gather-with-grad"):
-        pools[2].run(rivals_of_a_rank, (True, False), *((x[:6], y[:6]) for x, y in (STUDENT, TEACHER)))
-
-
 # --- what is refused ---
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({}, "mimicry"),
-        ({"mimicry": 0.0}, "mimicry"),
-        ({"mimicry": -1.0}, "mimicry"),
-        ({"mimicry": float("nan")}, "mimicry"),
-        ({"angles": 1.0}, "angles"),
-        ({"relation": 1.0, "scales": {"relation": 0.0}}, "relation_scale"),
-        ({"relation": 1.0, "scales": {"distances": 1.0}}, "distances"),
-        ({"mimicry": 1.0, "components": torch.ones(3)}, "components"),
-    ],
-)
-def test_what_the_loss_is_built_of_is_checked(options, named):
-    with pytest.raises(ValueError, match=named):
-        RivalsLoss(**options)
 
 
 @pytest.mark.parametrize(
@@ -247,21 +172,3 @@ def test_what_the_loss_is_built_of_is_checked(options, named):
 def test_a_wrong_teacher_is_named(options, references, named):
     with pytest.raises(ValueError, match=named):
         RivalsLoss(**options)(*tensors(STUDENT), S, **given(references))
-
-
-def test_the_command_line_refuses_what_cannot_work(tmp_path):
-    entry = catalog.candidates()["rivals"].load()
-    defaults = {option.key: option.default for option in entry.options}
-    text = tmp_path / "components.npy"
-    text.write_text("no array")
-    assert "mimicry" in entry.refuse(defaults, Gather())
-    both, halfway = (Gather(gather_with_grad=x, rank=0, world_size=2) for x in (True, False))
-    for options, gather, said in (
-        ({}, Gather(), None),
-        ({}, both, None),
-        ({}, halfway, "--gather-with-grad"),
-        ({"components": str(tmp_path / "none.npy")}, Gather(), "components: "),
-        ({"components": str(text)}, Gather(), "components: "),
-    ):
-        reason = entry.refuse({**defaults, "relation": 1.0, **options}, gather)
-        assert reason is None if said is None else said in reason

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from miniature_paper import statistics, wording
+from miniature_paper import statistics
 from miniature_paper.statistics import Difference, correct, estimate, paired_difference, verdict
 from scipy import stats
 from statsmodels.stats.weightstats import DescrStatsW
@@ -49,31 +49,7 @@ def test_holm_steps_down_from_the_smallest(values):
         assert adjusted[i] == pytest.approx(largest)
 
 
-def test_what_cannot_be_tested_costs_the_others_nothing():
-    good, few = Difference(1.0, 0.1, 5, p=0.01), Difference(1.0, 0.1, 2, p=0.04)
-    corrected = correct({"good": good, "few": few, "flat": Difference(1.0, 0.0, 5, p=None)})
-    assert [d.adjusted for d in corrected.values()] == [0.01, None, None]
-
-
 # --- verdicts ---
-
-
-@pytest.mark.parametrize(
-    ("difference", "said", "mark"),
-    [
-        (Difference(1.0, 0.5, 5, 0.001, 0.04), "better", "▲"),
-        (Difference(-1.0, 0.5, 5, 0.001, 0.04), "worse", "▼"),
-        (Difference(1.0, 0.5, 5, 0.001, 0.05), "not told apart", "△"),
-        (Difference(-1.0, 0.5, 5, 0.04, 0.4), "not told apart", "▽"),
-        (Difference(1.0, 2.0, 5, 0.3, 1.0), "not told apart", "≈"),
-        (Difference(1.0, 0.5, 5, None, None), "not told apart", "≈"),
-        (Difference(1.0, 0.5, 2, 0.001, 0.001), "too few seeds", "·"),
-        (None, "too few seeds", ""),
-    ],
-)
-def test_verdicts_and_their_marks(difference, said, mark):
-    assert verdict(difference) == said
-    assert wording.mark(difference) == mark
 
 
 @given(st.lists(st.lists(st.tuples(scores, scores), min_size=1, max_size=6), min_size=1, max_size=6))

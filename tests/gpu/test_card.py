@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,10 @@ from torch import Tensor
 
 import rankloss
 from devices import DEVICE
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from share import one_of
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA card")
 
@@ -28,9 +34,9 @@ def features(n: int, d: int = 64) -> list[Tensor]:
     return [x.to(DEVICE).requires_grad_() for x in made]
 
 
-def gradients(loss: Any, inputs: list[Tensor], **gathered: Any) -> tuple[Tensor, Tensor]:
+def gradients(loss: Any, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The value, and the gradient by both features, one below the other."""
-    value = loss(*inputs, torch.tensor(100.0, device=inputs[0].device), **gathered)
+    value = loss(*inputs, torch.tensor(100.0, device=inputs[0].device))
     return value.detach(), torch.cat(torch.autograd.grad(value, inputs))
 
 
@@ -56,11 +62,10 @@ def test_kernel_computes_what_torch_computes_to_the_same_bits_twice(
 ) -> None:
     everyone = features(items)
     local = [x.detach()[:rows].clone().requires_grad_() for x in everyone]
-    gather = rankloss.Gather(local_loss=True, gather_with_grad=True, rank=0, world_size=items // rows)
     found = []
     for kernel in ("torch", "triton", "triton"):
-        loss = rankloss.RankConsistency(method=method, kernel=kernel, gather=gather)
-        found.append(gradients(loss, local, gathered=tuple(everyone)))
+        with one_of(items // rows, local, everyone):
+            found.append(gradients(rankloss.RankConsistency(method=method, kernel=kernel), local))
     (value, gradient), first, second = found
     torch.testing.assert_close(first[0], value, rtol=1e-5, atol=0)
     assert off_by(first[1], gradient) < 1e-3  # the products may put two items in another order

@@ -17,15 +17,17 @@ PACKAGES = {
     "rankloss_open_clip": ROOT / "integrations" / "rankloss_open_clip",
     "rankloss_features": ROOT / "integrations" / "rankloss_features",
     "rankloss_baselines": ROOT / "integrations" / "rankloss_baselines",
+    "rankloss_triton": ROOT / "integrations" / "rankloss_triton",
 }
 
 
 ARROWS = {
     "rankloss": {"rankloss"},
     "rankloss_features": {"rankloss", "rankloss_features"},
-    "rankloss_trainers": {"rankloss", "rankloss_features", "rankloss_trainers"},
+    "rankloss_trainers": {"rankloss", "rankloss_features", "rankloss_trainers", "rankloss_triton"},
     "rankloss_open_clip": {"rankloss", "rankloss_features", "rankloss_trainers", "rankloss_open_clip"},
     "rankloss_baselines": {"rankloss", "rankloss_trainers", "rankloss_baselines"},
+    "rankloss_triton": {"rankloss", "rankloss_triton"},
 }
 
 

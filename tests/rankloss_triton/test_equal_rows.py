@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from devices import DEVICE
-from rankloss import kernels
-from rankloss.kernels.equal_rows import confirm_equals, hash_rows
+from rankloss_triton import equal_rows
+from rankloss_triton.equal_rows import confirm_equals, hash_rows
 
 ENTRIES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.25, math.nan, math.inf])
 
 
 def first_equal(features: Tensor) -> list[int]:
-    return kernels.first_equal(features.to(DEVICE)).tolist()
+    return equal_rows.first_equal(features.to(DEVICE)).tolist()
 
 
 def by_definition(features: Tensor) -> list[int]:

@@ -17,9 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rankloss.kernels.device.binned_rows import binned_rows
-from rankloss.kernels.device.sorted_rows import sorted_rows
-from rankloss.kernels.rows import choose_launch
+from rankloss_triton.device.binned_rows import binned_rows
+from rankloss_triton.device.sorted_rows import sorted_rows
+from rankloss_triton.rows import choose_launch
 
 POINTERS = {"INTS": "*i32", "TOTALS": "*i64", "EQUAL": "*i64", "ALPHA": "*fp64", "BETA": "*fp64"}
 FLOATS = ("X", "Y", "GRADIENT", "CE", "NLL", "FLOATS", "scale")
@@ -54,17 +54,13 @@ def compile_kernel(bins: int, N: int, plain: bool) -> dict[str, Any]:
         file.flush()
         command = [CUOBJDUMP, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()  # type: ignore[union-attr]
-    return {
-        "kernel": kernel.fn.__name__,
-        "N": N,
-        "plain": plain,
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    found = {
         "threads": 32 * launch.warps,
         "programs_per_processor": launch.programs // PROCESSORS,
-        "registers": int(registers),
-        "stack": int(stack),
-        "local": int(local),
+        **dict(zip(("registers", "stack", "local"), map(int, found), strict=True)),
     }
+    return {"kernel": kernel.fn.__name__, "N": N, "plain": plain, **found}
 
 
 if __name__ == "__main__":
