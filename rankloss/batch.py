@@ -103,7 +103,7 @@ class Batch:
         text_features: Tensor,
         logit_scale: Tensor | float,
         *,
-        anchors: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+        anchors: tuple[Tensor, Tensor] | None = None,
         first_row: int = 0,
         reference_image: Tensor | None = None,
         reference_text: Tensor | None = None,
@@ -118,7 +118,7 @@ class Batch:
         def there(x: Tensor | None) -> Any:
             return None if x is None else x.resolve_neg().to(device, non_blocking=x.dim() == 0).to(dtype)
 
-        features = (image_features, text_features, *anchors, scalar(logit_scale, home))
+        features = (image_features, text_features, *(anchors or (None, None)), scalar(logit_scale, home))
         teacher = (None if x is None else there(constant(x)) for x in (reference_image, reference_text))
         return cls(Inputs(*map(there, features)), first_row, *teacher, home)
 

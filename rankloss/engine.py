@@ -240,47 +240,52 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
         ranking = rank(_reference(block), options)
     elif beta is not None:
         p = dense.top_one_probabilities(_reference(block), scale, options)
-    order = None if ranking is None else ranking.order
     own = block.cosines.diagonal(block.first_row, 1, 2).clone()  # before the gradient is written there
-    c = block.cosines if order is None else block.cosines.gather(-1, order)
-    w = c * scale
-    scores = None if ranking is None else ranking.counted_sum(w)
-    w.exp_()
-    C = w.sum(-1, keepdim=True) if ranking is None else ranking.denominators(w)
-    total = C[..., -1:]
-    log_total = total.log()
+    c = block.cosines if ranking is None or ranking.order is None else block.cosines.gather(-1, ranking.order)
+    x = c * scale
     nll = None
-    slope = 0.0 if alpha is None else alpha / total  # of e^x in the gradient
-    share: Tensor | float = 0.0  # subtracted in the gradient
     if ranking is not None and beta is not None:
-        nll, slope, share = _plackett_luce(ranking, scores, C, beta, slope, options)
-    elif p is not None and beta is not None:
-        nll = (p * torch.addcmul(log_total, c, scale, value=-1)).sum(-1)
-        slope, share = slope + beta / total, beta * p
+        nll, log_sums, slope, share = _plackett_luce(ranking, x, alpha, beta, options)
+    else:
+        log_sums = x.logsumexp(-1, keepdim=True)
+        x -= log_sums
+        if p is not None:
+            nll = -(p * x).sum(-1)
+        x.exp_()
+        slope = log_sums.new_zeros(()) if alpha is None else alpha
+        slope, share = (slope, slope.new_zeros(())) if p is None else (slope + beta, beta * p)
     gradient = None
     if with_gradient:
         gradient = block.cosines
-        torch.addcmul(total.new_zeros(()) - share, w, slope, out=c)
-        if order is not None:
-            gradient.scatter_(-1, order, c)
+        torch.addcmul(-share, x, slope, out=c)
+        if c is not gradient:
+            gradient.scatter_(-1, ranking.order, c)
         if block.alpha is not None:
             gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha[:, None])
-    log_sums = log_total.squeeze(-1)
-    cross_entropy = None if alpha is None else torch.addcmul(log_sums, own, scale, value=-1)
+    cross_entropy = None if alpha is None else torch.addcmul(log_sums.squeeze(-1), own, scale, value=-1)
     return Evaluated(cross_entropy, nll, gradient)
 
 
 def _plackett_luce(
-    ranking: Ranking, scores: Tensor, C: Tensor, beta: Tensor, slope: Tensor | float, options: RankOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """C(x | y), and the slope and share of the gradient, in the order of a ranking; C is overwritten."""
+    ranking: Ranking, x: Tensor, alpha: Tensor | None, beta: Tensor, options: RankOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """C(x | y), log Σ e^x, and the gradient's slope and share, in the order of a ranking.
+
+    The gradient is slope·e^x − share; x is overwritten by e^x.
+    """
+    scores = ranking.counted_sum(x)
+    C = ranking.denominators(x.exp_())
+    log_sums = C[..., -1:].log()
     divisor = ranking.items if options.reduction == "mean" else 1
     nll = ranking.weigh(C.log()).sum(-1, keepdim=True).sub_(scores).div_(divisor)
     share = beta / divisor
+    of_all = None if alpha is None else alpha / C[..., -1:]
     by_slot = ranking.weigh(torch.div(share, C, out=C))
-    by_slot[..., -1:] += slope  # every item's sum runs over the last slot
-    sums = ranking.of_items(by_slot.flip(-1).cumsum_(-1).flip(-1))
-    return nll.squeeze(-1), sums, share if ranking.counted is None else share * ranking.counted
+    if of_all is not None:
+        by_slot[..., -1:] += of_all  # every item's sum runs over the last slot
+    slope = ranking.of_items(by_slot.flip(-1).cumsum_(-1).flip(-1))
+    share = share if ranking.counted is None else share * ranking.counted
+    return nll.squeeze(-1), log_sums, slope, share
 
 
 def _reference(block: Block) -> Tensor:
@@ -325,18 +330,22 @@ class RowLists(NamedTuple):
     def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> Streamed:
         """The three terms, zero if not wanted, and the gradients of their sum."""
         batch = replace(self.batch, inputs=Inputs(*inputs))
-        weights, scale = _finite(batch, weights), batch.inputs.scale
+        scale = batch.inputs.scale
+        weights = nan_unless_finite(weights, *batch.features)
+        if any(self.wanted[1:]) and self.options.model == "plackett_luce":
+            weights = _within_sums(batch, weights)
         sums: dict[str, Tensor] | None = {} if with_gradient else None
         values = [weights.new_zeros(()) for _ in self.wanted]
-        shares = weights.new_tensor(self.options.directions)
-        shares *= self.options.anchor_weight(batch.anchors, batch.items)
+        share = self.options.anchor_weight(batch.anchors, batch.items)
         equal: dict[str, Tensor | None] = dict.fromkeys(("image", "text"))
         if any(self.wanted[1:]):
             equal = {modality: self.kernels.first_equal(x) for modality, x in batch.ranked_by.items()}
         for place, term in enumerate(RANK_TERMS, 1):
             is_contrastive = self.wanted[0] and term == "cross_modal"
             alpha = (weights[0] / (2 * batch.anchors)).expand(2) if is_contrastive else None
-            beta = weights[place] * shares if self.wanted[place] else None
+            beta = None
+            if self.wanted[place]:
+                beta = torch.stack([weights[place] * (share * x) for x in self.options.directions])
             if alpha is None and beta is None:
                 continue
             evaluator = self.kernels.evaluate if beta is not None else evaluate
@@ -423,8 +432,8 @@ def _kernels(batch: Batch, options: RankOptions) -> Kernels:
     return Kernels(module.evaluate, module.first_equal)
 
 
-def _finite(batch: Batch, weights: Tensor) -> Tensor:
-    """The weights; NaN where a feature is not finite, or a score is too large for the sums."""
+def _within_sums(batch: Batch, weights: Tensor) -> Tensor:
+    """The weights; an error, or NaN where nothing can be read, if a score is too large for the sums."""
     norms = (torch.linalg.vector_norm(x, dim=-1).amax() for x in (batch.inputs.image, batch.inputs.text))
     largest = torch.maximum(*norms).square() * batch.inputs.scale.abs()
     if can_sync(largest) and LARGEST_SCORE < largest.item() < torch.inf:
@@ -432,5 +441,4 @@ def _finite(batch: Batch, weights: Tensor) -> Tensor:
             f"logit_scale times the squared norm of a feature must be at most {LARGEST_SCORE:g}; got "
             f"{largest.item():.4g}. Features are expected to be unit-norm"
         )
-    weights = nan_unless_finite(weights, *batch.features)
     return weights.where(largest <= LARGEST_SCORE, torch.nan)

@@ -29,7 +29,7 @@ def test_features_on_meta_give_terms_on_meta() -> None:
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
 def test_a_number_as_scale_has_the_digits_of_the_wider_features(dtypes) -> None:
     batch = Batch.of(*(torch.eye(2, dtype=dtype) for dtype in dtypes), 1 / 0.07)
-    assert batch.scale.item() == 1 / 0.07
+    assert batch.inputs.scale.item() == 1 / 0.07
     assert {x.dtype for x in batch.inputs if x is not None} == {torch.float64}
 
 

@@ -106,7 +106,7 @@ class GatheringLoss(nn.Module):
             *self.whole_batch(image_features, text_features),
             logit_scale,
             # This process's own features, where only they have lists.
-            anchors=(image_features, text_features) if self.gather.anchors_are_local else (None, None),
+            anchors=(image_features, text_features) if self.gather.anchors_are_local else None,
             first_row=self.gather.first_row(len(image_features)),
             reference_image=reference_image,
             reference_text=reference_text,
