@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-READERS = ("open_clip_train", "transformers", "accelerate", "sentence_transformers")
-if not all(map(importlib.util.find_spec, READERS)):
+if not all(map(importlib.util.find_spec, ("transformers", "accelerate", "sentence_transformers"))):
     pytest.skip("a trainer is not installed", allow_module_level=True)
 
 import tiny_sentences
 import tiny_transformers
-from tiny_teacher import CAPTIONS, ROWS, WIDTH, data_of, files, teacher, written
+from tiny_teacher import ROWS, WIDTH, csv_data, data_of, files, table, teacher, written
 
 from rankloss_features.checking import report
 from rankloss_features.data import Data
@@ -41,7 +40,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("damage")
     data = data_of("csv", folder / "data")
     written(folder / "whole", data, teacher())
-    written(folder / "other", data_of("csv", folder / "others", CAPTIONS[::-1]), teacher(weights="1"))
+    (folder / "others").mkdir()
+    others = csv_data(table(folder / "others", order=[*range(1, ROWS), 0]))
+    written(folder / "other", others, teacher(weights="1"))
     model, clip = tiny_sentences.tiny(folder), tiny_transformers.clip()
 
     def open_clip(path: str) -> None:
@@ -153,19 +154,22 @@ DAMAGES: dict[str, Change] = {
 }
 
 
+def refused(read: Callable[[str], Any], folder: Path) -> bool:
+    """Refusal by an error that names the folder."""
+    try:
+        read(str(folder))
+    except ValueError as error:
+        return str(folder) in str(error)
+    return False
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_refused_or_mended(place: Place, tmp_path: Path, damage: str) -> None:
     folder = Path(shutil.copytree(place.whole, tmp_path / "damaged"))
     DAMAGES[damage](folder, place.other)
     for name, read in place.readers.items():
-        with pytest.raises(ValueError, match=str(folder)):
-            read(str(folder))
-            pytest.fail(name)
-    try:
-        written(folder, place.data, teacher())
-    except ValueError as error:
-        assert str(folder) in str(error)
-    else:
+        assert refused(read, folder), name
+    if not refused(lambda path: written(Path(path), place.data, teacher()), folder):
         assert files(folder) == files(place.whole)
         for read in place.readers.values():
             read(str(folder))
