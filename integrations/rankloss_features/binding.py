@@ -58,7 +58,7 @@ def references(features: Features, bound: Array) -> dict[str, Tensor]:
     if not right.all():
         row = int(rows[right.argmin()])
         raise ValueError(
-            f"row {row} of the data is not row {row} of {features.path}: bind the data to this folder"
+            f"row {row} of the data is not row {row} of {features.path}: bind them to this folder"
         )
     return {f"reference_{name}": torch.from_numpy(x) for name, x in features.take(rows).items()}
 

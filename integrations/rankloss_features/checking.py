@@ -58,10 +58,7 @@ def _ranked(features: Features, rows: Array, captions: dict[int, str]) -> Iterat
     if asked is not texts:
         best = [cosines > cosines.max(axis, keepdims=True) - 1e-6 for axis in (1, 0)]
         forth, back = ((x.diagonal() / x.sum(axis)).mean() for axis, x in zip((1, 0), best, strict=True))
-        shown = (
-            f"{forth:.1%} from image to text, {back:.1%} from text to image, {1 / len(rows):.1%} by chance"
-        )
-        yield f"R@1 among {len(rows):,} pairs: {shown}"
+        yield f"R@1 among {len(rows):,} pairs: {forth:.1%} from image to text, {back:.1%} from text to image"
     for i in np.linspace(0, len(rows) - 1, _SHOWN + 2).astype(int)[1:-1]:
         yield f"row {rows[i]}, {captions[rows[i]]!r}; nearest to its {kind} among these:"
         for j in np.argsort(-cosines[i], kind="stable")[:_NEAREST]:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         settings = {"dtype": args.dtype, "precision": precision, "batch_size": args.batch_size}
         settings["command"] = shlex.join(["rankloss", "features", *argv])
         teacher = teachers.load(args, device)
-        writing.write(args.output, pairs, teacher, settings, device=device, workers=args.workers)
+        writing.write(args.output, pairs, teacher, settings, args.workers)
     except (OSError, ValueError) as error:
         print(f"rankloss features: {error}", file=sys.stderr)
         return 1

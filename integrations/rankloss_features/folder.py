@@ -84,8 +84,8 @@ def read_about(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(
-            f"{file} is not of format {FORMAT}: it is damaged, or an earlier release wrote it, which did not "
-            "tie rows to pairs. To renew the folder, delete it and give its command again"
+            f"{file} is not of format {FORMAT}: it is damaged, or of an earlier release, which did not tie "
+            "rows to pairs. To renew the folder, delete it and give its command again"
         )
     if about.pop("hash", None) != _hash_of_entries(about):
         raise ValueError(f"{file} is damaged: its entries are not those that the command wrote")

@@ -48,21 +48,23 @@ class Teacher:
         encoders: One for each of the features that it gives.
         scale: The multiplier of its similarities; None where it has none.
         rows: The rows that it has features of; None for any.
+        device: The device that it computes on.
     """
 
     about: dict[str, Any]
     encoders: dict[str, Encoder]
     scale: float | None = None
     rows: int | None = None
+    device: torch.device = torch.device("cpu")
 
     @torch.inference_mode()
-    def encode(self, prepared: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, prepared: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
         """The features of a batch, of unit norm, computed in a dtype, on the CPU in float32."""
         features = {}
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             for name, encoder in self.encoders.items():
                 inputs = prepared[name]
-                inputs = inputs.to(device, non_blocking=True) if isinstance(inputs, Tensor) else inputs
+                inputs = inputs.to(self.device, non_blocking=True) if isinstance(inputs, Tensor) else inputs
                 features[name] = F.normalize(encoder.encode(inputs).float(), dim=-1).cpu()
         return features
 
@@ -89,7 +91,7 @@ def load(args: Any, device: torch.device) -> Teacher:
             raise ValueError(f"{flag} {getattr(args, name)}: {type(error).__name__}: {error}") from error
     about = {key: value for part in parts for key, value in part.about.items()}
     encoders = {key: encoder for part in parts for key, encoder in part.encoders.items()}
-    return Teacher(about, encoders, parts[0].scale, parts[0].rows)
+    return Teacher(about, encoders, parts[0].scale, parts[0].rows, device)
 
 
 def hash_of_weights(model: nn.Module) -> str:
@@ -141,11 +143,8 @@ def _sentences(args: Any, device: torch.device) -> Teacher:
 
     model = sentence_transformers.SentenceTransformer(args.text_encoder, device=str(device))
 
-    def encode(captions: list[str]) -> Tensor:
-        return model.encode(
-            captions, batch_size=len(captions), convert_to_tensor=True, show_progress_bar=False
-        )
-
+    size = args.batch_size
+    encode = partial(model.encode, batch_size=size, convert_to_tensor=True, show_progress_bar=False)
     about = {"text_encoder": args.text_encoder, "text_weights": hash_of_weights(model)}
     encoder = Encoder(_captions, encode, encode([""]).shape[1])
     return Teacher(about, {TEXTS: encoder})

@@ -62,15 +62,7 @@ class Batches(IterableDataset[Any]):
                     raise ValueError(f"{where} cannot be read: {error}") from error
 
 
-def write(
-    output: Path,
-    data: Data,
-    teacher: Teacher,
-    settings: dict[str, Any],
-    *,
-    device: torch.device,
-    workers: int,
-) -> None:
+def write(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any], workers: int) -> None:
     """Write the features of all pairs into a folder, or those that are missing.
 
     Under torchrun each process writes a share. Only the first of them locks, begins and finishes the folder.
@@ -80,7 +72,6 @@ def write(
         data: The pairs.
         teacher: The source of the features.
         settings: ``dtype``, ``precision``, ``batch_size`` and ``command``, which go into ``features.json``.
-        device: The device of the teacher.
         workers: Processes that read the data, for each process that computes.
 
     Raises:
@@ -109,7 +100,7 @@ def write(
                 stored = {name: np.zeros_like(x[first:last]) for name, x in folder.arrays.items()}
                 hashes = np.array(folder.pairs[first:last])  # of rows without features
                 if samples:
-                    features = teacher.encode(prepared, device, _PRECISIONS[settings["precision"]])
+                    features = teacher.encode(prepared, _PRECISIONS[settings["precision"]])
                     places = np.array(samples) - first
                     for name, encoded in features.items():
                         stored[name][places] = encoded.numpy()

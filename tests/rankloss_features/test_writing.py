@@ -44,39 +44,30 @@ from rankloss_features.teachers import Encoder, Teacher
 KINDS = ("csv", "webdataset")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_killed_twice_and_resumed_is_an_uninterrupted_run(tmp_path: Path, kind: str) -> None:
-    data = data_of(kind, tmp_path / "data")
-    whole, output, calls = tmp_path / "whole", tmp_path / "output", []
-    written(whole, data, teacher(), workers=1)
-    for call in (2, 3):
-        assert killed_at(call, output, data) == -9
-        with pytest.raises(ValueError, match="unfinished"):
-            Features(str(output))
-    # A page that never reached the disk.
-    images = np.load(output / "image_features.npy", mmap_mode="r+")
-    images[1, 2:] = 0
-    images.flush()
+def test_only_rows_that_do_not_fit_are_computed_again(tmp_path: Path) -> None:
+    data, output, calls = data_of("csv", tmp_path), tmp_path / "output", []
 
-    def count(name: str, features: Tensor) -> Tensor:
+    def count(_: str, features: Tensor) -> Tensor:
         calls.append(len(features))
         return features
 
-    features = written(output, data, teacher(count))
-    assert files(output) == files(whole)
-    # Three batches were done, and one of these is damaged; each other row has one forward pass.
-    done = 3 * BATCH if kind == "csv" else ROWS // 2
-    assert sum(calls) == 2 * (ROWS - done + BATCH)
-    calls.clear()
-    assert written(output, data, teacher(count)).about == features.about
-    assert not calls
+    assert killed_at(3, output, data) == -9
+    with pytest.raises(ValueError, match="unfinished"):
+        Features(str(output))
+    images = np.load(output / "image_features.npy", mmap_mode="r+")
+    images[1, 2:] = 0  # a page that never reached the disk
+    images.flush()
+    for left in (ROWS - BATCH, 0):  # of two batches that were done, one is damaged
+        written(output, data, teacher(count)).check()
+        assert sum(calls) == 2 * left
+        calls.clear()
 
 
 def test_features_are_the_teachers(tmp_path: Path) -> None:
     given = teacher()
     for kind, dtype in zip(KINDS, ("float16", "float32"), strict=True):
         data = data_of(kind, tmp_path / kind)
-        features = written(tmp_path / f"{kind}-features", data, given, dtype=dtype).check()
+        features = written(tmp_path / f"{kind}-features", data, given, workers=1, dtype=dtype).check()
         assert features.about["scale"] == 100
         assert features.about["rows"] == len(features) == ROWS
         (samples,) = [x for source, spans in data.spans(ROWS)[:1] for x in data.read(source, spans)]

@@ -29,7 +29,6 @@ from rankloss_features.writing import write
 ROWS, WIDTH, BATCH = 40, 6, 8
 CAPTIONS = [f"picture {i} of {i % 7} apples" for i in range(ROWS)]
 SETTINGS = {"dtype": "float16", "precision": "fp32", "batch_size": BATCH, "command": "rankloss features …"}
-CPU = torch.device("cpu")
 forks = multiprocessing.get_context("fork")
 
 
@@ -117,7 +116,7 @@ def teacher(change: Callable[[str, Tensor], Tensor] = lambda _, features: featur
 
 
 def written(output: Path, data: Data, teacher: Teacher, *, workers: int = 0, **settings: Any) -> Features:
-    write(output, data, teacher, {**SETTINGS, **settings}, device=CPU, workers=workers)
+    write(output, data, teacher, {**SETTINGS, **settings}, workers)
     return Features(str(output))
 
 
