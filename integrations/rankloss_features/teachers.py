@@ -144,7 +144,7 @@ def _sentences(args: Any, device: torch.device) -> Teacher:
     model = sentence_transformers.SentenceTransformer(args.text_encoder, device=str(device))
 
     size = args.batch_size
-    encode = partial(model.encode, batch_size=size, convert_to_tensor=True, show_progress_bar=False)
+    encode: Any = partial(model.encode, batch_size=size, convert_to_tensor=True, show_progress_bar=False)
     about = {"text_encoder": args.text_encoder, "text_weights": hash_of_weights(model)}
     encoder = Encoder(_captions, encode, encode([""]).shape[1])
     return Teacher(about, {TEXTS: encoder})
