@@ -22,7 +22,7 @@ def report(path: str, data: Data) -> str:
         data: The pairs that it should be of.
 
     Raises:
-        ValueError: It is not of these pairs, or its rows are not what a teacher gives.
+        ValueError: It is not of these pairs, or its rows are no teacher's.
     """
     features = Features(path).check()
     about, present = features.about, np.flatnonzero(features.present(slice(None)))

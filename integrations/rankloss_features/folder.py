@@ -218,7 +218,7 @@ class Features:
         """Read every row once, from end to end; the same folder.
 
         Raises:
-            ValueError: A row is not as it was written, or not what a teacher gives.
+            ValueError: A row differs from the written one, or is no teacher's.
         """
         damage = "the files are damaged, their rows in another order, or from another folder"
         for first in range(0, len(self), _BLOCK):
@@ -232,9 +232,9 @@ class Features:
                 check_teacher(where, block, first_look=False)
             if not whole.all():
                 row = first + int(whole.argmin())
-                raise ValueError(f"row {row} of {self.path} does not hold what was written there: {damage}")
+                raise ValueError(f"row {row} of {self.path} is not as it was written: {damage}")
         if self.about["rows_hash"] != _hash(self.rows).hex():
-            raise ValueError(f"{self.path}/rows.npy does not hold what was written there: {damage}")
+            raise ValueError(f"{self.path}/rows.npy is not as it was written: {damage}")
         return self
 
 
