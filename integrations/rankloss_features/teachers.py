@@ -1,11 +1,11 @@
-"""Teachers: what gives the features of a batch, and what it is called."""
+"""Teachers: encoders of batches, and features that are stored already."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,21 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rankloss.checks import check_teacher
 from rankloss_features.data import Sample
 from rankloss_features.folder import NAMES, Array
 
 IMAGES, TEXTS = NAMES
+_CHOICES = "--model, --features, --image-encoder, --text-encoder, or the latter two"
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What gives the features of one modality.
+    """The encoder of one modality.
 
     Attributes:
-        prepare: Samples as the encoder takes them; called in the processes that read the data.
-        encode: ``[n, D']`` features of what was prepared.
+        prepare: From samples to the encoder's inputs; called in the processes that read the data.
+        encode: From the inputs to ``[n, D']`` features.
         width: D'.
-        needs_pictures: Whether the samples' pictures are opened.
+        needs_pictures: True if the samples' pictures are opened.
     """
 
     prepare: Callable[[list[Sample]], Any]
@@ -42,30 +44,27 @@ class Teacher:
     """A teacher of images, of texts, or of both.
 
     Attributes:
-        about: What ``features.json`` says of it; the same teacher says the same.
+        about: Its entries of ``features.json``, which identify it.
         encoders: One for each of the features that it gives.
         scale: The multiplier of its similarities; None where it has none.
         rows: The rows that it has features of; None for any.
+        device: The device that it computes on.
     """
 
     about: dict[str, Any]
-    encoders: dict[str, Encoder] = field(default_factory=dict)
+    encoders: dict[str, Encoder]
     scale: float | None = None
     rows: int | None = None
-
-    @property
-    def needs_pictures(self) -> bool:
-        """Whether pictures are opened."""
-        return any(encoder.needs_pictures for encoder in self.encoders.values())
+    device: torch.device = torch.device("cpu")
 
     @torch.inference_mode()
-    def encode(self, prepared: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, prepared: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
         """The features of a batch, of unit norm, computed in a dtype, on the CPU in float32."""
         features = {}
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             for name, encoder in self.encoders.items():
                 inputs = prepared[name]
-                inputs = inputs.to(device, non_blocking=True) if isinstance(inputs, Tensor) else inputs
+                inputs = inputs.to(self.device, non_blocking=True) if isinstance(inputs, Tensor) else inputs
                 features[name] = F.normalize(encoder.encode(inputs).float(), dim=-1).cpu()
         return features
 
@@ -76,25 +75,23 @@ def load(args: Any, device: torch.device) -> Teacher:
     Raises:
         ValueError: It is not installed, not found, or has no weights.
     """
-    loaders = {"model": _open_clip, "text_encoder": _sentences, "image_encoder": _timm, "features": _stored}
-    flags = {f"--{name.replace('_', '-')}": name for name in loaders if getattr(args, name) is not None}
-    given = list(flags)
-    if not given or (len(given) > 1 and given != ["--text-encoder", "--image-encoder"]):
-        raise ValueError(
-            "the teacher must be --model, --features, or --text-encoder and --image-encoder, or one of the "
-            f"latter two; got {' and '.join(given) or 'none'}"
-        )
+    loaders = {"model": _open_clip, "features": _stored, "image_encoder": _timm, "text_encoder": _sentences}
+    given = [name for name in loaders if getattr(args, name) is not None]
+    if len(given) != 1 and given != ["image_encoder", "text_encoder"]:
+        shown = " and ".join(f"--{name}" for name in given) or "none"
+        raise ValueError(f"the teacher must be one of {_CHOICES}; got {shown.replace('_', '-')}")
     parts = []
-    for flag, name in flags.items():
+    for name in given:
+        flag = f"--{name.replace('_', '-')}"
         try:
             parts.append(loaders[name](args, device))
         except ImportError as error:
             raise ValueError(f"{flag} needs a package: pip install 'rankloss[features]' ({error})") from error
-        except Exception as error:  # whatever a library says of a name that it does not know
+        except Exception as error:  # a library's error for a name that it does not know
             raise ValueError(f"{flag} {getattr(args, name)}: {type(error).__name__}: {error}") from error
     about = {key: value for part in parts for key, value in part.about.items()}
-    encoders = {name: part.encoders[name] for name in NAMES for part in parts if name in part.encoders}
-    return Teacher(about, encoders, parts[0].scale, parts[0].rows)
+    encoders = {key: encoder for part in parts for key, encoder in part.encoders.items()}
+    return Teacher(about, encoders, parts[0].scale, parts[0].rows, device)
 
 
 def hash_of_weights(model: nn.Module) -> str:
@@ -106,7 +103,7 @@ def hash_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# What prepares samples is sent to other processes, where these are not forked.
+# Functions that prepare samples are sent to other processes, where these are not forked.
 def _pictures(transform: Callable[[Any], Tensor], samples: list[Sample]) -> Tensor:
     return torch.stack([transform(sample.open()) for sample in samples])
 
@@ -146,11 +143,8 @@ def _sentences(args: Any, device: torch.device) -> Teacher:
 
     model = sentence_transformers.SentenceTransformer(args.text_encoder, device=str(device))
 
-    def encode(captions: list[str]) -> Tensor:
-        return model.encode(
-            captions, batch_size=len(captions), convert_to_tensor=True, show_progress_bar=False
-        )
-
+    size = args.batch_size
+    encode: Any = partial(model.encode, batch_size=size, convert_to_tensor=True, show_progress_bar=False)
     about = {"text_encoder": args.text_encoder, "text_weights": hash_of_weights(model)}
     encoder = Encoder(_captions, encode, encode([""]).shape[1])
     return Teacher(about, {TEXTS: encoder})
@@ -174,22 +168,17 @@ def _stored(args: Any, _: torch.device) -> Teacher:
     """Arrays that are there already, row i for row i of the data."""
     if os.path.isdir(args.features):
         files = {name: os.path.join(args.features, f"{name}.npy") for name in NAMES}
-        arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items() if os.path.isfile(file)}
+        arrays = {name: np.load(file, mmap_mode="c") for name, file in files.items() if os.path.isfile(file)}
     else:
-        with np.load(args.features) as stored:
-            arrays = {name: stored[name] for name in NAMES if name in stored.files}
+        stored = np.load(args.features)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError(f"a folder or .npz file of {' and '.join(NAMES)} is needed, not one array")
+        arrays = {name: stored[name] for name in NAMES if name in stored.files}
     if not arrays:
         raise ValueError(f"there are neither {' nor '.join(NAMES)}")
-    for name, array in arrays.items():
-        if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
-            raise ValueError(
-                f"{name} must be floating-point numbers, [rows, D']; got {array.dtype} {array.shape}"
-            )
-    if len({(len(array), array.dtype) for array in arrays.values()}) > 1:
-        shown = " and ".join(f"{array.dtype} {array.shape}" for array in arrays.values())
-        raise ValueError(f"{' and '.join(arrays)} must have one dtype and as many rows; got {shown}")
-    about = {
-        "features": {x: hashlib.sha256(np.ascontiguousarray(a).data).hexdigest() for x, a in arrays.items()}
-    }
+    tensors = [torch.from_numpy(np.asarray(array)) for array in arrays.values()]
+    for name, tensor in zip(arrays, tensors, strict=True):
+        check_teacher(name, tensor, tensors[0], first_look=False)
+    digests = {x: hashlib.sha256(np.ascontiguousarray(a).data).hexdigest() for x, a in arrays.items()}
     encoders = {x: Encoder(partial(_rows, a), lambda rows: rows, a.shape[1]) for x, a in arrays.items()}
-    return Teacher(about, encoders, rows=len(next(iter(arrays.values()))))
+    return Teacher({"features": digests}, encoders, rows=len(tensors[0]))

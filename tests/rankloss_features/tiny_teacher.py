@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import tarfile
+import threading
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from rankloss_features import Features
 from rankloss_features.data import Data, Sample, Shards, open_data
@@ -27,7 +29,6 @@ from rankloss_features.writing import write
 ROWS, WIDTH, BATCH = 40, 6, 8
 CAPTIONS = [f"picture {i} of {i % 7} apples" for i in range(ROWS)]
 SETTINGS = {"dtype": "float16", "precision": "fp32", "batch_size": BATCH, "command": "rankloss features …"}
-CPU = torch.device("cpu")
 forks = multiprocessing.get_context("fork")
 
 
@@ -115,7 +116,7 @@ def teacher(change: Callable[[str, Tensor], Tensor] = lambda _, features: featur
 
 
 def written(output: Path, data: Data, teacher: Teacher, *, workers: int = 0, **settings: Any) -> Features:
-    write(output, data, teacher, {**SETTINGS, **settings}, device=CPU, workers=workers)
+    write(output, data, teacher, {**SETTINGS, **settings}, workers)
     return Features(str(output))
 
 
@@ -136,6 +137,7 @@ def in_process(function: Callable[..., Any], *args: Any, **environment: str) -> 
 
     def call() -> None:
         os.environ.update(environment)
+        tqdm.set_lock(threading.RLock())  # its own is shared with forks, and stays locked when one is killed
         torch.set_num_threads(1)
         function(*args)
 
