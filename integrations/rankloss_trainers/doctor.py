@@ -1,4 +1,4 @@
-"""``rankloss doctor``: which trainers here will honour a loss of the catalogue, and what would compute it."""
+"""``rankloss doctor``: the installed trainers, and the reasons why one will not honour a loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import importlib.util
 import platform
 import re
 from dataclasses import dataclass
-from typing import Any
+
+from rankloss._version import __version__
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,10 @@ class Trainer:
     """A trainer that there is a plug-in for.
 
     Attributes:
-        name: What it is called, and with it rankloss's extra, whose range of versions is what is tested.
-        distribution: The distribution that it comes from, as rankloss's requirements spell it.
+        name: The trainer, and rankloss's extra, whose range of versions is tested.
+        distribution: Its distribution, as rankloss's requirements spell it.
         plugin: The module of the plug-in, ``module:function`` where a function returns the problems.
-        use: How a loss gets into it.
+        use: The loss's way into it.
         needs: Packages without which it does not train, though it can be installed without them.
     """
 
@@ -50,7 +51,7 @@ TRAINERS = (
         "sentence-transformers",
         "sentence-transformers",
         "rankloss_trainers.sentence_transformers",
-        "loss = rankloss_trainers.sentence_transformers.RankClipLoss(model), and "
+        "loss = rankloss_trainers.sentence_transformers.ContrastiveLoss(model, 'rankclip'), and "
         "callbacks=[rankloss_trainers.sentence_transformers.Progress(loss)]",
         ("accelerate", "datasets"),
     ),
@@ -58,7 +59,8 @@ TRAINERS = (
         "lightning",
         "lightning",
         "rankloss_trainers.lightning",
-        "rankloss.RankClipLoss() in the module, and callbacks=[rankloss_trainers.lightning.Progress()]",
+        "rankloss_trainers.create('rankclip') in the module, and "
+        "callbacks=[rankloss_trainers.lightning.Progress()]",
     ),
 )
 """The trainers, in the order of the report."""
@@ -79,7 +81,7 @@ def main() -> int:
 
 
 def examined(trainer: Trainer) -> tuple[bool, list[str]]:
-    """Whether an installed trainer will honour a loss, and what to print of it.
+    """Examine a trainer: True if a loss will be honoured where it is installed, and the lines of the report.
 
     A trainer that is not installed has no problem, nor has one that others brought and that cannot train yet.
     """
@@ -109,21 +111,15 @@ def examined(trainer: Trainer) -> tuple[bool, list[str]]:
 
 
 def machine() -> list[str]:
-    """rankloss, Python, torch, accelerators, Triton, the kernel that would run, and float32's precision."""
+    """The versions of rankloss, Python, torch and Triton, the accelerators, and float32's precision."""
     import torch
 
-    import rankloss
-    from rankloss.kernels.rows import triton_version
-
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    device = "cuda:0" if cards else "cpu"
-    plan: Any = rankloss.RankConsistency().plan(4096, device)
-    why = f" ({plan.why_no_kernel})" if plan.why_no_kernel else ""
+    has_triton = importlib.util.find_spec("triton") is not None
     lines = [
-        f"rankloss {rankloss.__version__}, Python {platform.python_version()}, torch {torch.__version__}",
-        f"Triton: {triton_version() or 'not installed'}",
+        f"rankloss {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
+        f"Triton: {importlib.import_module('triton').__version__ if has_triton else 'not installed'}",
         f"CUDA {torch.version.cuda or torch.version.hip}: {', '.join(cards) or 'no GPU is found'}",
-        f"kernel for 4,096 pairs on {device}: {plan.kernel}{why}",
     ]
     precision = torch.get_float32_matmul_precision()  # some containers set it for every process
     if precision != "highest":

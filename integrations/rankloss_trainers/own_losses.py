@@ -22,36 +22,27 @@ from rankloss_trainers.logging import RankClipLog
 # --- RankCLIP -------------------------------------------------------------------------------------------
 
 _HIDDEN = ("reduction",)  # a value per anchor cannot be added to the base, and a sum is a mean times a weight
-_RANK_FIELDS = tuple(field for field in dataclasses.fields(RankOptions) if field.name not in _HIDDEN)
-
-
-def _spellings(name: str) -> dict[str, Any]:
-    """The choices of an option of the rank terms, by what is typed for them; empty for a number."""
-    words = {None: "none", True: "include", False: "exclude"}
-    return {words.get(choice, choice): choice for choice in choices_of(name)}
+_RANK_FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name not in _HIDDEN]
 
 
 def _rank_option(field: dataclasses.Field[Any]) -> Option:
     name, help_, none = field.name.replace("_", "-"), field.metadata["help"], field.metadata["none"]
-    spellings = _spellings(field.name)
-    if not spellings:
+    choices = choices_of(field.name)
+    if not choices:
         type_ = float if "above" in field.metadata["bounds"] else int  # RankOptions checks the bounds
         return Option(name, field.default, help_, {"type": type_, "metavar": field.metadata["unit"]}, none)
-    default = next(text for text, value in spellings.items() if value == field.default)
-    return Option(name, default, help_, {"choices": tuple(spellings)})
-
-
-def _rank_options(options: Options) -> dict[str, Any]:
-    """The keywords of :class:`RankOptions`, from what was typed; values as Python has them are taken too."""
-    names = [field.name for field in _RANK_FIELDS]
-    return {name: _spellings(name).get(options[name], options[name]) for name in names}
+    words = {None: "none", True: "include", False: "exclude"}
+    return Option(
+        name, field.default, help_, values={words.get(choice, choice): choice for choice in choices}
+    )
 
 
 def _streaming(options: Options) -> dict[str, Any]:
-    """Those of them that any streamed loss has."""
+    """The options that any streamed loss has."""
     return {name: options[name] for name in STREAMING_OPTION_NAMES}
 
 
+_WEIGHT = {"type": weight, "metavar": "X"}
 _RANKCLIP_OPTIONS = (
     Option("schedule", "rankclip", "course of lambda over training", {"choices": schedules.NAMES}),
     Option(
@@ -60,18 +51,17 @@ _RANKCLIP_OPTIONS = (
         "evaluate the schedule once per epoch or at each optimizer step; a run of one epoch has no ramp "
         "over epochs and goes by steps",
         {"choices": ("epoch", "step")},
+        for_trainer=True,
     ),
-    Option(
-        "lambda-cross", 1.0, "multiplies lambda in the cross-modal term", {"type": weight, "metavar": "X"}
-    ),
-    Option("lambda-in", 1.0, "multiplies lambda in the in-modal term", {"type": weight, "metavar": "X"}),
+    Option("lambda-cross", 1.0, "multiplies lambda in the cross-modal term", _WEIGHT),
+    Option("lambda-in", 1.0, "multiplies lambda in the in-modal term", _WEIGHT),
     *map(_rank_option, _RANK_FIELDS),
     Option(
         "reference",
-        "own",
-        "whose rankings the lists are held against: the batch's own, or a teacher's, which the trainer "
-        "distils from or whose features come with the data",
-        {"choices": ("own", "teacher")},
+        "auto",
+        "the rankings to match: the batch's own, or a teacher's, which the trainer distils from or whose "
+        "features come with the data; auto takes a teacher's where its features come with the data",
+        {"choices": ("auto", "own", "teacher")},
     ),
     Option(
         "reference-features",
@@ -81,12 +71,14 @@ _RANKCLIP_OPTIONS = (
         "each sample",
         {"metavar": "FOLDER"},
         "none",
+        for_trainer=True,
     ),
     Option(
         "distill-loss",
         "include",
-        "whether a trainer that distils from a teacher keeps its own distillation term beside the rank terms",
+        "include or exclude the own distillation term of a trainer that distils from a teacher",
         {"choices": ("include", "exclude")},
+        for_trainer=True,
     ),
     Option(
         "agreement-every",
@@ -94,6 +86,7 @@ _RANKCLIP_OPTIONS = (
         "log the batch's rank agreement, Kendall's tau, measured at every so many optimizer steps",
         {"type": int, "metavar": "STEPS"},
         "never",
+        for_trainer=True,
     ),
 )
 
@@ -104,14 +97,8 @@ def _build_rankclip(base: nn.Module, options: Options, gather: Gather) -> ranklo
         gather = dataclasses.replace(gather, local_loss=False)
     if type(base) is rankloss.ClipLoss or type(base) is rankloss.SigLipLoss:  # a subclass has other arguments
         base = type(base)(gather=base.gather, **_streaming(options))
-    return rankloss.RankClipLoss(
-        base,
-        schedule=options["schedule"],
-        lambda_cross=options["lambda_cross"],
-        lambda_in=options["lambda_in"],
-        gather=gather,
-        **_rank_options(options),
-    )
+    names = ["schedule", "lambda_cross", "lambda_in", *(field.name for field in _RANK_FIELDS)]
+    return rankloss.RankClipLoss(base, gather=gather, **{name: options[name] for name in names})
 
 
 def _has_teacher(options: Options) -> bool:
@@ -125,16 +112,18 @@ def _rankclip_unit(options: Options, epochs: float) -> str:
 
 
 def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
-    if not _has_teacher(options) and options["reference_scale"] is not None:
-        return "reference_scale: multiplies a teacher's similarities, not the batch's own"
-    if _has_teacher(options) and options["fixed_reference"] not in (None, "none"):
+    if options["reference"] == "own" and options["reference_features"] is not None:
+        return f"reference_features: {options['reference_features']} excludes reference own"
+    if options["reference"] == "own" and options["reference_scale"] is not None:
+        return "reference_scale: multiplies a teacher's similarities, and excludes reference own"
+    if _has_teacher(options) and options["fixed_reference"] is not None:
         return "fixed_reference: fixes one of the batch's own rankings, not a teacher's"
     if not _has_teacher(options) and options["distill_loss"] == "exclude":
-        return "distill_loss: exclude leaves a teacher without a use where the lists are not ranked by it"
+        return "distill_loss: exclude needs reference teacher, or the teacher has no use"
     try:
         _build_rankclip(nn.Identity(), options, gather)
         RankClipLog(options["agreement_every"])
-    except ValueError as error:  # what the library itself refuses
+    except ValueError as error:  # of the library itself
         return str(error)
     return None
 
@@ -149,7 +138,7 @@ def _describe_rankclip(options: Options, epochs: float) -> str:
     if unit != options["schedule_unit"]:
         text += " (one epoch has no ramp over epochs, so the schedule goes by optimizer steps)"
     elif unit == "epoch" and epochs < _SHORT_RAMP and options["schedule"] != "constant":
-        text += " (few values of lambda; --rankclip-schedule-unit step changes it at every optimizer step)"
+        text += " (few values of lambda; schedule-unit step changes it at every optimizer step)"
     others = (option for option in _RANKCLIP_OPTIONS if not option.name.startswith("schedule"))
     largest = max(options["lambda_cross"], options["lambda_in"])
     large = (
@@ -172,24 +161,27 @@ RANKCLIP = LossEntry(
     reference_features=lambda options: options["reference_features"],
     keeps_distillation=lambda options: options["distill_loss"] == "include",
     log=lambda options: RankClipLog(options["agreement_every"]),
+    citation="""@inproceedings{zhang2025rankclip,
+    title = {{RankCLIP}: Ranking-Consistent Language-Image Pretraining},
+    author = {Zhang, Yiming and Zhao, Zhuokai and Chen, Zhaorun and Feng, Zhili and Ding, Zenghui and Sun, Yining},
+    booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
+    pages = {3874--3884},
+    year = {2025},
+}""",
 )
 
 
 def _preset(help: str, **defaults: Any) -> LossEntry:
     """RankCLIP with some other defaults, each of which can be given another value."""
-    options = (
-        dataclasses.replace(option, default=defaults.get(option.key, option.default))
-        for option in _RANKCLIP_OPTIONS
-    )
-    return dataclasses.replace(RANKCLIP, help=help, options=tuple(options))
+    return dataclasses.replace(RANKCLIP.with_defaults(**defaults), help=help)
 
 
 RANKCLIP_CROSS = _preset("rankclip without its in-modal term: the ablation RankCLIP^C", lambda_in=0.0)
 RANKCLIP_IN = _preset("rankclip without its cross-modal term: the ablation RankCLIP^I", lambda_cross=0.0)
 
-# What the miniature confirmed (docs/evidence.md), with the recipe's ramp.
+# The setting that the miniature confirmed (docs/evidence.md), with the recipe's ramp.
 RANKCLIP_DISTILL = _preset(
-    "the trainer's own plus the ranking terms held against a teacher's eight best ranks: rankclip with "
+    "the trainer's own plus the ranking terms trained to match a teacher's eight best ranks: rankclip with "
     "reference teacher, top-k 8, lambda-cross 64, lambda-in 64, distill-loss exclude. Mimicking its features "
     "was better where both were tried: docs/teachers.md",
     reference="teacher",
@@ -216,7 +208,7 @@ def _streamed(loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], help: str, **
     def build(base: nn.Module, options: Options, gather: Gather) -> nn.Module:
         if type(base).__name__ not in (loss.__name__, "ClipLoss"):
             raise ValueError(
-                f"this computes what {loss.__name__} does, but the trainer trains with {type(base).__name__}"
+                f"this computes {loss.__name__}, but the trainer trains with {type(base).__name__}"
             )
         return loss(gather=gather, **_streaming(options))
 

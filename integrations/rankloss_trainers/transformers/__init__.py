@@ -20,7 +20,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankloss_trainers.transformers.choice import LossOptions as LossOptions
+    from rankloss_trainers.transformers.arguments import LossOptions as LossOptions
     from rankloss_trainers.transformers.trainer import ContrastiveTrainer as ContrastiveTrainer
     from rankloss_trainers.transformers.trainer import ContrastiveTrainerMixin as ContrastiveTrainerMixin
 
@@ -32,5 +32,5 @@ __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin", "LossOptions"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "choice" if name == "LossOptions" else "trainer"
+    module = "arguments" if name == "LossOptions" else "trainer"
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -22,19 +22,22 @@ import runpy
 import sys
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import TRAINERS_OWN
-from rankloss_trainers.command_line import did_you_mean
+from rankloss_trainers.command_line import mentioned, misspelt
 from rankloss_trainers.import_hook import after_import
+
+if TYPE_CHECKING:
+    from rankloss_trainers.transformers.arguments import LossOptions
 
 
 def main() -> None:
-    """Run the script with what the command line says of the loss."""
+    """Run the script with the loss of the command line."""
     script, *given = sys.argv[1:] or ["--help"]
     if script.startswith("-"):
-        parser, _ = _parser(None)
+        parser, _ = _parser([script])
         if script not in ("-h", "--help"):
             parser.error(f"the script comes first, got {script}")
         parser.print_help()
@@ -53,24 +56,21 @@ def main() -> None:
 
 
 def parse(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Take ``--loss`` and what belongs to it out of a script's arguments.
+    """Take ``--loss`` and the options of losses out of a script's arguments.
 
     Returns:
         The keywords of a ContrastiveTrainer, none for the script's own loss; and the script's arguments.
     """
-    beginnings = ("--loss", *(f"--{prefix}-" for prefix in catalog.PREFIXES))
-    if not any(argument.startswith(beginnings) for argument in argv):
+    beginnings = tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.candidates()))
+    if not any(argument.startswith(("--loss", *beginnings)) for argument in argv):
         return {}, argv
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--loss")
-    asked: str | None = peek.parse_known_args(argv)[0].loss
-    parser, options = _parser(asked)
+    parser, options = _parser(argv)
     args, rest = parser.parse_known_args(argv)
-    if asked is not None:
+    if any(argument == "--loss" or argument.startswith("--loss=") for argument in argv):
         for argument in itertools.takewhile(lambda argument: argument != "--", rest):
             # With hyphens, as HfArgumentParser would take it, too.
-            if argument.replace("_", "-").startswith(options.beginnings):
-                hint = did_you_mean([argument], parser._option_string_actions)
+            if argument.replace("_", "-").startswith(beginnings):
+                hint = misspelt([argument], parser._option_string_actions)
                 parser.error(f"{argument.partition('=')[0]}: there is no such option{hint}")
     try:
         return options.keywords(args), rest
@@ -78,9 +78,9 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
         parser.error(f"argument {error}")
 
 
-def _parser(asked: str | None) -> tuple[argparse.ArgumentParser, Any]:
-    """A parser with the losses of rankloss, and the one of another package that is asked for."""
-    from rankloss_trainers.transformers.choice import LossOptions
+def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, LossOptions]:
+    """A parser with the losses that a command line may mean."""
+    from rankloss_trainers.transformers.arguments import LossOptions
 
     parser = argparse.ArgumentParser(
         prog="python -m rankloss_trainers.transformers SCRIPT ...",
@@ -88,11 +88,7 @@ def _parser(asked: str | None) -> tuple[argparse.ArgumentParser, Any]:
         allow_abbrev=False,
         add_help=False,
     )
-    names = dict.fromkeys((TRAINERS_OWN, *catalog.BUILT_IN, asked or TRAINERS_OWN))
-    try:
-        return parser, LossOptions(parser, *names)
-    except ValueError as error:
-        parser.error(f"argument --loss: {error}")
+    return parser, LossOptions(parser, TRAINERS_OWN, *mentioned(argv))
 
 
 class Attached:

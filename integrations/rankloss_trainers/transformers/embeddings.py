@@ -1,4 +1,4 @@
-"""What a loss needs of a model of transformers, and of its batches: embeddings, scale, bias, captions."""
+"""Embeddings, scale and bias of a model of transformers, and the captions of its batches, for a loss."""
 
 from __future__ import annotations
 
@@ -9,15 +9,6 @@ import torch
 from torch import Tensor
 
 _EMBEDDINGS = {"image_features": "image_embeds", "text_features": "text_embeds"}
-
-
-def features_of(outputs: Any, model: Any) -> dict[str, Tensor]:
-    """The embeddings of a model's output, its scale, and its bias if it has one, as losses call them.
-
-    Raises:
-        ValueError: The output has no embeddings, or the model no scale.
-    """
-    return {**embeddings_of(outputs), **scale_of(model)}
 
 
 def embeddings_of(outputs: Any) -> dict[str, Tensor]:
@@ -62,7 +53,7 @@ def logit_scale(model: Any) -> Tensor:
 
 
 def has_bias(model: Any) -> bool:
-    """Whether the model's own loss is a sigmoid loss, which alone has a bias."""
+    """True if the model's own loss is a sigmoid loss, which alone has a bias."""
     return isinstance(getattr(model, "logit_bias", None), Tensor)
 
 

@@ -1,54 +1,55 @@
-"""A teacher's features of each pair, as columns of the training data."""
+"""A teacher's features of each pair, as columns of the training data or in a folder that the data are bound to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from rankloss.checks import check_teacher
 from rankloss_features.binding import COLUMN, references
 from rankloss_features.folder import Features
-
-BOUND = COLUMN
-"""The column that :func:`rankloss_features.bind` adds."""
-
-COLUMNS = ("reference_image_features", "reference_text_features")
-"""The columns, ``[N, D']``: what losses call them, too."""
-
-
-def split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A batch without the columns of a teacher's features, and these columns."""
-    taught = {name: inputs[name] for name in COLUMNS if name in inputs}
-    return {name: value for name, value in inputs.items() if name not in (*COLUMNS, BOUND)}, taught
+from rankloss_trainers.runtime import TEACHER
 
 
 def collate_checked(collate: Callable[..., Any], features: Features | None, examples: Any) -> Any:
-    """A batch whose features of a teacher have been looked at, while they are in the host's memory.
+    """A batch whose features of a teacher have been checked, while they are in the host's memory.
 
     Args:
         collate: The collator that makes the batch.
         features: The folder that the examples are bound to, whose rows the batch gets; None without one.
-        examples: What it makes it of.
+        examples: The examples of the batch.
 
     Raises:
-        ValueError: The examples are not bound to the folder, or the features are no teacher's.
+        ValueError: The examples are not bound to the folder, or have features beside it; they are bound and
+            there is no folder; or the features are no teacher's.
     """
+    names = list(examples[0]) if isinstance(examples[0], Mapping) else []
+    is_bound, columns = COLUMN in names, [name for name in TEACHER if name in names]
     if features is None:
+        if is_bound:
+            raise ValueError(
+                f"the data have the column {COLUMN}, which binds them to a folder of a teacher's features, but "
+                "the loss has no option reference_features: give the folder, or drop the column"
+            )
         batch = collate(examples)
-    elif not all(BOUND in example for example in examples):
+    elif columns:
         raise ValueError(
-            f"the data have no column {BOUND}, which rankloss_features.bind(dataset, {features.path!r}) adds "
-            f"before they are shuffled and tokenized; they have {', '.join(examples[0])}"
+            f"reference_features {features.path!r} and the columns {', '.join(columns)} are two teachers: "
+            "drop one of them"
+        )
+    elif not is_bound:
+        raise ValueError(
+            f"the data have no column {COLUMN}, which rankloss_features.bind(dataset, {features.path!r}) adds "
+            f"before they are shuffled and tokenized; they have {', '.join(names)}"
         )
     else:
-        bound = np.array([np.asarray(example[BOUND]) for example in examples], np.int64)
-        batch = collate([{name: x[name] for name in x if name != BOUND} for x in examples])
+        bound = np.array([np.asarray(example[COLUMN]) for example in examples], np.int64)
+        batch = collate([{name: x[name] for name in x if name != COLUMN} for x in examples])
         batch = {**batch, **references(features, bound)}
-    for name in COLUMNS:
+    for name in TEACHER:
         if isinstance(batch, Mapping) and name in batch:
             check_teacher(name, batch[name], first_look=False)  # the loss looks at the norms of the first
     return batch
@@ -61,25 +62,3 @@ def columns_of(dataset: Any) -> list[str]:
         first = dataset[0]
         names = first if isinstance(first, Mapping) else None
     return list(names or ())
-
-
-def check_columns(name: str, wanted: bool | None, found: Iterable[str], others: Iterable[str]) -> None:
-    """Raise a ValueError unless the columns of a teacher's features are there just where they can be used.
-
-    Args:
-        name: The loss.
-        wanted: True if it ranks by a teacher, None if it does so where one is given, False if it cannot.
-        found: The columns of a teacher's features that a batch has.
-        others: The other columns of the data.
-    """
-    found, others = list(found), list(others)
-    if found and wanted is False:
-        raise ValueError(
-            f"the batch has {', '.join(found)}, but {name} does not rank by a teacher: drop the columns"
-        )
-    similar = [column for column in others if column.startswith("reference_") and column != BOUND]
-    if wanted and len(found) < len(COLUMNS) and (similar or not found):
-        raise ValueError(
-            f"{name} ranks by a teacher, whose columns are {' and '.join(COLUMNS)}, or one of them; the data "
-            f"have {', '.join([*found, *others])}"
-        )

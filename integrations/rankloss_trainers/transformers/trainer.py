@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
-from transformers.trainer_utils import has_length
 
 import rankloss
 from rankloss.options import check_count
-from rankloss_trainers import state as loss_state
-from rankloss_trainers.clock import tell
-from rankloss_trainers.driven_loss import Entries, evaluation
-from rankloss_trainers.refusals import refuse_run
-from rankloss_trainers.transformers import choice, embeddings, mini_batches, teacher
+from rankloss_features.binding import COLUMN
+from rankloss_trainers.cached import embedding_in
+from rankloss_trainers.extras import extra
+from rankloss_trainers.runtime import TEACHER, Runtime
+from rankloss_trainers.transformers import embeddings, teacher
+from rankloss_trainers.transformers.arguments import HOST
+
+with extra("transformers"):
+    import transformers
+
+    from rankloss_trainers.transformers.progress import Progress
 
 __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
 
-_STATE = "rankloss"  # the key in a checkpoint's trainer_state.json, among the states of callbacks
-
 _logger = logging.getLogger("rankloss_trainers")
+
+_STATE = "rankloss"  # the key in a checkpoint's trainer_state.json, among the states of callbacks
 
 
 class ContrastiveTrainer(transformers.Trainer):
@@ -72,9 +73,10 @@ class ContrastiveTrainer(transformers.Trainer):
         ValueError: for options that cannot work, and for a set-up that would train something else:
             DataParallel, ZeRO stage 3, FSDP with flat parameters, a ``compute_loss_func``, a model without a
             scale, or a loss with parameters, which the Trainer's optimizer does not know. In ``train``, for a
-            loss that goes by epochs on data without a length, for a teacher's columns that are missing, hold
-            what is no teacher's, or come with a loss that has no use for them, and for mini-batches of a
-            model that is compiled as a whole, or of columns that do not have a row for each pair.
+            last batch of one pair, for a loss that goes by epochs on data without a length, for a teacher's
+            features that are missing, damaged, come from two sources, or come with a loss that does not use
+            them, and for mini-batches of a model that is compiled as a whole, or of columns that cannot be
+            split.
 
     References:
         Cached gradients: "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP
@@ -93,7 +95,7 @@ class ContrastiveTrainer(transformers.Trainer):
         if mini_batch_size is not None:
             mini_batch_size = check_count("mini_batch_size", mini_batch_size)
         self.mini_batch_size = mini_batch_size
-        self._refuse_what_would_train_something_else()
+        self._refuse_other_trainings()
         embeddings.logit_scale(self.model)  # an error where there is none
         # The loss is a mean over a micro-batch, which the Trainer has to divide by the accumulated batches.
         self.model_accepts_loss_kwargs = False
@@ -101,19 +103,15 @@ class ContrastiveTrainer(transformers.Trainer):
             self.label_names = []  # the pairs are the labels; else evaluation would give no loss
         self.can_return_loss = True  # without labels, and whether the batch asks for it or not
         base = rankloss.SigLipLoss() if embeddings.has_bias(self.model) else rankloss.ClipLoss()
-        self.chosen_loss = choice.choose(loss, loss_options or {}, base)
-        self.evaluation_loss: Any = base
-        below: Any = self.chosen_loss.criterion.to(self.args.device)
-        while (below := getattr(below, "base", None)) is not None:
-            self.evaluation_loss = below
+        self.loss_runtime = Runtime(HOST, loss, loss_options, base=base).to(self.args.device)
         self._teachers_columns: list[str] | None = None  # those of the last batch
         self._sums: dict[str, tuple[Any, int]] = {}  # of the entries since the log's last line, and how many
         self.add_callback(_Progress(self))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches in which a teacher's features have been looked at."""
+        """Batches in which a teacher's features have been checked."""
         collate = self.data_collator
-        self.data_collator = functools.partial(teacher.collate_checked, collate, self.chosen_loss.features)
+        self.data_collator = functools.partial(teacher.collate_checked, collate, self.loss_runtime.features)
         try:
             loader: DataLoader[Any] = super().get_train_dataloader()
         finally:
@@ -129,33 +127,34 @@ class ContrastiveTrainer(transformers.Trainer):
     ) -> Any:
         """The loss of a batch; without gradients, as in evaluation, the base loss."""
         trains = torch.is_grad_enabled()  # a model may keep itself in evaluation mode
+        run, captions = self.loss_runtime, self.loss_runtime.captions
+        references = {name: inputs[name] for name in TEACHER if name in inputs}
         # The model's own loss is of this process alone, and would be computed for nothing.
-        inputs = {name: value for name, value in inputs.items() if name != "return_loss"}
-        inputs, references = teacher.split(inputs)
-        captions = self.chosen_loss.captions
+        inputs = {x: inputs[x] for x in inputs if x not in ("return_loss", COLUMN, *TEACHER)}
         if captions is not None:
             select = embeddings.with_captions if trains else embeddings.without_captions
             inputs = select(inputs, captions)
         unwrapped = self.accelerator.unwrap_model(model)
-        with mini_batches.embedding_in(unwrapped, self.mini_batch_size):
+        scale = functools.partial(embeddings.scale_of, unwrapped)
+        rows = (1,) if captions is None else (1, 2)
+        of_outputs = embeddings.embeddings_of
+        with embedding_in(unwrapped, self.mini_batch_size, of_outputs, rows=rows, more=scale):
             outputs = model(**inputs)
-        features: dict[str, Any]
-        features = dict(outputs) if self.mini_batch_size else embeddings.features_of(outputs, unwrapped)
+        features: dict[str, Any] = (
+            dict(outputs) if self.mini_batch_size else {**of_outputs(outputs), **scale()}
+        )
         if not trains:
-            loss = evaluation(self.evaluation_loss, rankloss.Gather(), **features).total
+            entries = run.evaluate(**features)
         else:
             if captions is not None:
                 texts, of_captions = features["text_features"].chunk(2)
                 features.update(text_features=texts, caption_features=of_captions)
             self._check_teacher(list(references), list(inputs))
-            evaluate, criterion = self.chosen_loss.evaluate, self.chosen_loss.criterion
-            given = evaluate(criterion, self.state.global_step, **features, **references)
-            entries = Entries.of(criterion, given)
+            entries = run(**features, **references)
             for name, value in {**entries.terms, **entries.metrics}.items():
                 total, number = self._sums.get(name, (0.0, 0))
                 self._sums[name] = total + value.detach().float(), number + 1
-            loss = entries.total
-        return (loss, outputs) if return_outputs else loss
+        return (entries.total, outputs) if return_outputs else entries.total
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add to the lines of training each entry of the loss, as the mean over the calls that gave it."""
@@ -168,78 +167,62 @@ class ContrastiveTrainer(transformers.Trainer):
 
     # A callback's on_save would miss the checkpoint at SIGTERM.
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        criterion, states = self.chosen_loss.criterion, cast("dict[str, Any]", self.state.stateful_callbacks)
-        if loss_state.has_state(criterion):
-            saved = loss_state.saved(self.chosen_loss.name, criterion)
+        states, saved = cast("dict[str, Any]", self.state.stateful_callbacks), self.loss_runtime.saved()
+        if saved is not None:
             states[_STATE] = {**saved, "state_dict": {k: x.tolist() for k, x in saved["state_dict"].items()}}
         super()._save_checkpoint(*args, **kwargs)
 
-    def _refuse_what_would_train_something_else(self) -> None:
+    def _refuse_other_trainings(self) -> None:
+        """Raise a ValueError for a set-up in which another loss, or a loss of fewer pairs, would be trained."""
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
-        held = {
-            "compute_loss_func": self.compute_loss_func is not None,
-            "data_parallel": self.args.n_gpu > 1,
-            "fsdp_1": fsdp is not None and fsdp.fsdp_version == 1,
-        }
-        refuse_run({name: str(self.args.n_gpu) for name, holds in held.items() if holds})
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func is ignored by this trainer; give the loss as `loss`")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"DataParallel over {self.args.n_gpu} GPUs contrasts each GPU's pairs alone; start the script "
+                "with torchrun or accelerate launch"
+            )
+        if fsdp is not None and fsdp.fsdp_version == 1:
+            raise ValueError(
+                "FSDP version 1 does not show the model's logit_scale outside the forward pass; use version "
+                '2: fsdp_config={"version": 2}'
+            )
 
     def _check_teacher(self, found: list[str], others: list[str]) -> None:
         if found == self._teachers_columns:
             return
-        wanted = self.chosen_loss.teacher
-        columns = teacher.columns_of(self.train_dataset) if wanted else ()  # the Trainer drops unused ones
-        others = [column for column in dict.fromkeys([*others, *columns]) if column not in found]
-        teacher.check_columns(self.chosen_loss.name, wanted, found, others)
+        run = self.loss_runtime
+        # The Trainer drops unused ones.
+        columns = teacher.columns_of(self.train_dataset) if run.teacher == "required" else ()
+        run.check_teacher(found, [x for x in dict.fromkeys([*others, *columns]) if x not in (*found, COLUMN)])
         self._teachers_columns = found
         if found and self.is_world_process_zero():
-            _logger.info("%s ranks by a teacher: %s", self.chosen_loss.name, " and ".join(found))
+            _logger.info("%s uses a teacher: %s", run.name, " and ".join(found))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns, captions = cast("list[str]", self._signature_columns), self.chosen_loss.captions
-        # What the loss takes and the model does not, which would be dropped as unused.
+        columns, captions = cast("list[str]", self._signature_columns), self.loss_runtime.captions
+        # Columns that the loss takes and the model does not, which would be dropped as unused.
         of_captions = [] if captions is None else [f"{captions}_{name}" for name in columns]
-        self._signature_columns: Any = list(
-            dict.fromkeys([*columns, *of_captions, *teacher.COLUMNS, teacher.BOUND])
-        )
+        self._signature_columns: Any = list(dict.fromkeys([*columns, *of_captions, *TEACHER, COLUMN]))
 
 
-class _Progress(TrainerCallback):
-    """Tells the loss, and what is logged of it, where the Trainer stands."""
+class _Progress(Progress):
+    """Gives the loss, beside its progress, the state of a checkpoint."""
 
     def __init__(self, trainer: ContrastiveTrainer) -> None:
-        self.trainer, self.chosen = trainer, trainer.chosen_loss
-        self._first_state = deepcopy(self.chosen.criterion.state_dict())
-        self._unit = "step"
-        self._epoch: int | None = None
+        super().__init__(trainer.loss_runtime)
+        self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Only now is the number of epochs known: ``max_steps`` and the data have a say in it."""
-        chosen = self.chosen
-        if state.global_step > 0 and loss_state.has_state(chosen.criterion):
-            saved = state.stateful_callbacks.get(_STATE)
-            loss_state.restore(chosen.name, chosen.criterion, saved, warn=state.is_world_process_zero)
-        else:  # a search trains several times, with a new model
-            chosen.criterion.load_state_dict(self._first_state)
-        epochs = state.num_train_epochs if has_length(kwargs["train_dataloader"]) else math.inf
-        self._unit, self._epoch = chosen.unit(epochs), None
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Resume, or begin anew: a search trains several times, with a new model."""
+        run = self.trainer.loss_runtime
+        if state.global_step > 0:
+            run.restore(state.stateful_callbacks.get(_STATE), warn=state.is_world_process_zero)
+        else:
+            run.reset()
         self.trainer._sums.clear()
-        if chosen.package and state.is_world_process_zero:
-            text = chosen.entry.described(chosen.options, epochs)
-            _logger.info("Loss: %s (%s)%s", chosen.name, chosen.package, text and f", {text}")
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """For losses that go by epochs."""
-        # Counted: an epoch that a callback ended leaves a fraction.
-        self._epoch = int(state.epoch) if self._epoch is None else self._epoch + 1
-        if self._unit == "epoch":
-            epochs = state.num_train_epochs
-            tell(self.chosen.criterion, "set_epoch", min(self._epoch + 1, epochs), epochs)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Once per optimizer step."""
-        if self._unit == "step":
-            tell(self.chosen.criterion, "set_progress", state.global_step + 1, state.max_steps)
+        super().on_train_begin(args, state, control, **kwargs)
 
 
 ContrastiveTrainerMixin = ContrastiveTrainer

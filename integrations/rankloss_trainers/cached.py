@@ -1,0 +1,95 @@
+"""Cached gradients: a model that embeds a batch in mini-batches, in the memory of one (GradCache)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Features = dict[str, Tensor]
+
+
+@contextlib.contextmanager
+def embedding_in(
+    model: Any,
+    size: int | None,
+    features_of: Callable[[Any], Features],
+    *,
+    rows: Sequence[int] = (1,),
+    more: Callable[[], Features] = dict,
+) -> Iterator[None]:
+    """Let a model embed its batches in mini-batches, and keep nothing but the embeddings.
+
+    In the backward pass each mini-batch is embedded again, with the random numbers and the precision of the
+    first time, and takes its part of the gradients of the embeddings. To all around the model this is one
+    forward and one backward pass: DDP averages each gradient once, and the factors of a gradient scaler and
+    of accumulated batches apply as ever.
+
+    Within the context the model gives the features of the whole batch in place of its own output.
+
+    Args:
+        model: The model, without its wrappers. It is called by keywords, or with one dict of columns.
+        size: Pairs of a mini-batch, at most. None leaves the model as it is.
+        features_of: The embeddings in an output of the model, by name.
+        rows: The rows that a column may have for each pair.
+        more: Further features, which do not depend on the batch. As part of the model's output they are seen
+            by DDP, which looks there for the parameters that a step uses.
+
+    Raises:
+        ValueError: The model is compiled as a whole; in its call, a column cannot be split.
+
+    References:
+        "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021.
+    """
+    if size is None:
+        yield
+        return
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "mini_batch_size does not work with a model that is compiled as a whole (torch_compile); compile "
+            "its towers, model.vision_model.compile()"
+        )
+    own = vars(model).get("forward")  # accelerate's, which adds mixed precision
+    model.forward = functools.partial(_features, model.forward, size, features_of, rows, more)
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+def _features(
+    forward: Callable[..., Any],
+    size: int,
+    features_of: Callable[[Any], Features],
+    rows: Sequence[int],
+    more: Callable[[], Features],
+    *of_a_dict: dict[str, Any],
+    **inputs: Any,
+) -> Features:
+    given = of_a_dict[0] if of_a_dict else inputs
+    columns = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.ndim > 0}
+    lengths = [len(x) for x in columns.values()]
+    pairs = max(lengths, key=lambda n: sum(length in [n * k for k in rows] for length in lengths))
+    unlike = {x: len(columns[x]) for x in columns if len(columns[x]) not in [pairs * k for k in rows]}
+    unlike.update({name: len(x) for name, x in given.items() if isinstance(x, list | tuple)})
+    if unlike:
+        said = ", ".join(f"{name} (of length {length})" for name, length in unlike.items())
+        raise ValueError(
+            f"mini_batch_size needs columns that are tensors with a row for each of {pairs} pairs; got {said}"
+        )
+
+    def embed(*parts: Tensor) -> Features:
+        part = {**given, **dict(zip(columns, parts, strict=True))}
+        return features_of(forward(part) if of_a_dict else forward(**part))
+
+    number = -(-pairs // size)
+    mini_batches = zip(*(x.tensor_split(number) for x in columns.values()), strict=True)
+    embedded = [checkpoint(embed, *parts, use_reentrant=False) for parts in mini_batches]
+    return {**{name: torch.cat([part[name] for part in embedded]) for name in embedded[0]}, **more()}
