@@ -13,7 +13,6 @@ from torch import Tensor
 from rankloss.distributed import GatherOption
 from rankloss.losses import GatheringLoss, check_weight, combined
 
-
 _KIND = ("shape", "dtype", "device")
 
 

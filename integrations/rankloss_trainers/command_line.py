@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -88,6 +89,7 @@ class LossArguments:
         default: str | None = None,
         adapt: Callable[[LossEntry], LossEntry] = lambda entry: entry,
     ) -> None:
+        self.parser = parser
         self.entries: dict[str, LossEntry] = {}
         self.unusable: dict[str, str] = {}
         loss = parser.add_argument_group("loss (rankloss)").add_argument(
@@ -116,6 +118,15 @@ class LossArguments:
     def by_prefix(self) -> dict[str, list[str]]:
         """The names of the losses, by the prefix of their options."""
         return by_prefix(self.entries)
+
+    def refuse_misspelt(self, rest: Iterable[str]) -> None:
+        """End with a usage error for a word, left by the parser, that begins as the options of a loss do."""
+        beginnings = tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.candidates()))
+        for word in itertools.takewhile(lambda word: word != "--", rest):
+            # With hyphens, as HfArgumentParser would take it, too.
+            if word.replace("_", "-").startswith(beginnings):
+                hint = misspelt([word], self.parser._option_string_actions)
+                self.parser.error(f"{word.partition('=')[0]}: there is no such option{hint}")
 
     def chosen(self, args: Any) -> tuple[str, dict[str, Any]] | None:
         """The loss that parsed arguments ask for, and the options that were given; None for the trainer's own.

@@ -35,7 +35,7 @@ TRAINERS = (
     Trainer(
         "open-clip",
         "open-clip-torch",
-        "rankloss_open_clip.diagnosis:problems",
+        "rankloss_open_clip.bootstrap:problems",
         "python -m open_clip_train.main ... --loss rankclip; for a trainer laid out as before 2.26, "
         "python -m rankloss_open_clip --trainer training.main ... --loss rankclip",
     ),

@@ -16,7 +16,6 @@ environment for it (``HF_HOME``, ``HF_ENDPOINT``) still counts.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import runpy
 import sys
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import TRAINERS_OWN
-from rankloss_trainers.command_line import mentioned, misspelt
+from rankloss_trainers.command_line import mentioned
 from rankloss_trainers.import_hook import after_import
 
 if TYPE_CHECKING:
@@ -67,11 +66,7 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     parser, options = _parser(argv)
     args, rest = parser.parse_known_args(argv)
     if any(argument == "--loss" or argument.startswith("--loss=") for argument in argv):
-        for argument in itertools.takewhile(lambda argument: argument != "--", rest):
-            # With hyphens, as HfArgumentParser would take it, too.
-            if argument.replace("_", "-").startswith(beginnings):
-                hint = misspelt([argument], parser._option_string_actions)
-                parser.error(f"{argument.partition('=')[0]}: there is no such option{hint}")
+        options.refuse_misspelt(rest)
     try:
         return options.keywords(args), rest
     except ValueError as error:
