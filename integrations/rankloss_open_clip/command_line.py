@@ -17,7 +17,7 @@ from rankloss_open_clip.companions import Companions
 from rankloss_open_clip.reference_features import ReferenceFeatures
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import LossEntry, Options
-from rankloss_trainers.command_line import LossArguments, dest, flag, mentioned, with_flag
+from rankloss_trainers.command_line import LossArguments, dest, flag, mentioned, misspelt, with_flag
 from rankloss_trainers.runtime import Host, reason_against
 
 HOST = Host(
@@ -116,7 +116,11 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> Any:
     if {"-h", "--help"} & {*argv}:
         parser.print_help()
     own, rest = parser.parse_known_args(argv)
-    losses.refuse_misspelt(rest)
+    beginnings = tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.candidates()))
+    unknown = [word for word in rest if word.replace("_", "-").startswith(beginnings)]
+    if unknown:
+        hint = misspelt(unknown, parser._option_string_actions)
+        parser.error(f"{unknown[0].partition('=')[0]}: there is no such option{hint}")
     args = parse_args(rest)
     vars(args).update(vars(own))
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,12 +16,7 @@ Features = dict[str, Tensor]
 
 @contextlib.contextmanager
 def embedding_in(
-    model: Any,
-    size: int | None,
-    features_of: Callable[[Any], Features],
-    *,
-    rows: Sequence[int] = (1,),
-    more: Callable[[], Features] = dict,
+    model: Any, size: int | None, features_of: Callable[[Any], Features], rows: Any = (1,), more: Any = dict
 ) -> Iterator[None]:
     """Let a model embed its batches in mini-batches, and keep nothing but the embeddings.
 
@@ -51,8 +46,7 @@ def embedding_in(
         return
     if hasattr(model, "_orig_mod"):
         raise ValueError(
-            "mini_batch_size does not work with a model that is compiled as a whole (torch_compile); compile "
-            "its towers, model.vision_model.compile()"
+            "mini_batch_size cannot split a model that is compiled as a whole; compile its towers"
         )
     own = vars(model).get("forward")  # accelerate's, which adds mixed precision
     model.forward = functools.partial(_features, model.forward, size, features_of, rows, more)
@@ -65,29 +59,20 @@ def embedding_in(
 
 
 def _features(
-    forward: Callable[..., Any],
-    size: int,
-    features_of: Callable[[Any], Features],
-    rows: Sequence[int],
-    more: Callable[[], Features],
-    *of_a_dict: dict[str, Any],
-    **inputs: Any,
+    forward: Callable[..., Any], size: int, features_of: Any, rows: Any, more: Any, *args: Any, **inputs: Any
 ) -> Features:
-    given = of_a_dict[0] if of_a_dict else inputs
+    given = args[0] if args else inputs
     columns = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.ndim > 0}
     lengths = [len(x) for x in columns.values()]
     pairs = max(lengths, key=lambda n: sum(length in [n * k for k in rows] for length in lengths))
-    unlike = {x: len(columns[x]) for x in columns if len(columns[x]) not in [pairs * k for k in rows]}
-    unlike.update({name: len(x) for name, x in given.items() if isinstance(x, list | tuple)})
+    unlike = [name for name, x in columns.items() if len(x) not in [pairs * k for k in rows]]
+    unlike += [name for name, x in given.items() if isinstance(x, list | tuple)]
     if unlike:
-        said = ", ".join(f"{name} (of length {length})" for name, length in unlike.items())
-        raise ValueError(
-            f"mini_batch_size needs columns that are tensors with a row for each of {pairs} pairs; got {said}"
-        )
+        raise ValueError(f"mini_batch_size cannot split {', '.join(unlike)}: no rows of {pairs} pairs")
 
     def embed(*parts: Tensor) -> Features:
         part = {**given, **dict(zip(columns, parts, strict=True))}
-        return features_of(forward(part) if of_a_dict else forward(**part))
+        return features_of(forward(part) if args else forward(**part))  # type: ignore[no-any-return]
 
     number = -(-pairs // size)
     mini_batches = zip(*(x.tensor_split(number) for x in columns.values()), strict=True)

@@ -6,13 +6,14 @@ Another package registers a loss as an entry point. Its name is the value of ``-
     [project.entry-points."rankloss.losses"]
     mine = "my_package.losses:MINE"
 
-Entry points are imported lazily, when their loss is asked for or described, so a broken or slow package cannot
-affect other runs. Only the standard library is imported here.
+Entry points are imported lazily, when their loss is asked for or described, so a broken or slow package
+cannot affect other runs. Only the standard library is imported here.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -61,7 +62,7 @@ def weight(text: Any) -> float:
     """The type of an option that is a finite number of at least 0."""
     value = float(text)
     if not 0 <= value < math.inf:
-        raise ValueError(f"must be a finite number of at least 0; got {text!r}")
+        raise ValueError(text)
     return value
 
 
@@ -115,20 +116,15 @@ class Option:
         for spelling, meant in choices.items():
             if any(type(value) is type(x) and value == x for x in (spelling, meant)):
                 return meant
-        if choices:
-            hint = did_you_mean(str(value).lower(), choices)
-            raise ValueError(f"must be one of {', '.join(choices)}; got {value!r}{hint}")
-        if value is None and (self.unset or self.default is None):
-            return None
         type_ = self.keywords.get("type", os.fspath)
-        try:
-            converted = type_(value)
-            if isinstance(value, bool) or not (isinstance(value, str | os.PathLike) or converted == value):
-                raise TypeError
-        except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-            said = str(error) if str(error).startswith("must ") else f"must be {_KINDS.get(type_, 'valid')}"
-            raise ValueError(said if "; got" in said else f"{said}; got {value!r}") from None
-        return converted
+        if value is None and not choices and (self.unset or self.default is None):
+            return None
+        with contextlib.suppress(TypeError, ValueError, OverflowError, argparse.ArgumentTypeError):
+            converted = None if choices or isinstance(value, bool) else type_(value)
+            if converted is not None and (isinstance(value, str | os.PathLike) or converted == value):
+                return converted
+        wanted = f"one of {', '.join(choices)}" if choices else _KINDS.get(type_, f"of type {type_.__name__}")
+        raise ValueError(f"must be {wanted}; got {value!r}{did_you_mean(str(value).lower(), choices)}")
 
 
 _KINDS = {int: "an integer", float: "a number", weight: "a finite number of at least 0", os.fspath: "text"}
@@ -164,7 +160,7 @@ class LossEntry:
             called with ``caption_features`` too.
         companions: ``options →`` companions of each text that open_clip's trainer reads for the loss, see
             :class:`rankloss_open_clip.companions.Companion`.
-        uses_teacher: ``options → bool``: the loss needs a teacher, although its signature does not demand one.
+        uses_teacher: ``options → bool``: the loss needs a teacher, though its signature demands none.
         reference_features: ``options →`` the folder of the teacher's features, or None for a teacher that the
             trainer has.
         keeps_distillation: ``options → bool``: the distillation term of a trainer that has a teacher stays in

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rankloss_trainers import catalog
@@ -30,11 +30,8 @@ def mentioned(argv: Sequence[str]) -> list[str]:
     words = {part for word in argv for part in (word, word.removeprefix("--loss="))}
     shows_all = words & {"-h", "--help"}
     names = catalog.candidates()
-    return [
-        name
-        for name in names
-        if shows_all or name in BUILT_IN or name in words or any(x.startswith(f"--{name}-") for x in words)
-    ]
+    begun = {name for name in names if any(word.startswith(f"--{name}-") for word in words)}
+    return [name for name in names if shows_all or name in {*BUILT_IN, *words, *begun}]
 
 
 def misspelt(words: Iterable[str], known: Iterable[str]) -> str:
@@ -68,7 +65,7 @@ class LossArguments:
         parser: The parser. An option that is not given is no attribute of what it parses.
         names: The losses.
         default: The default of ``--loss``; None leaves the attribute out.
-        adapt: Changes an entry for the trainer, see :meth:`LossEntry.with_defaults`.
+        defaults: Defaults of options that differ from the catalogue's in this trainer.
 
     Attributes:
         entries: The losses by name.
@@ -87,9 +84,8 @@ class LossArguments:
         parser: argparse.ArgumentParser,
         names: Iterable[str],
         default: str | None = None,
-        adapt: Callable[[LossEntry], LossEntry] = lambda entry: entry,
+        defaults: Options = MappingProxyType({}),
     ) -> None:
-        self.parser = parser
         self.entries: dict[str, LossEntry] = {}
         self.unusable: dict[str, str] = {}
         loss = parser.add_argument_group("loss (rankloss)").add_argument(
@@ -98,11 +94,11 @@ class LossArguments:
         for name in names:
             found = catalog.find(name)
             try:
-                self.entries[name] = adapt(found.load())
+                self.entries[name] = found.load().with_defaults(**defaults)
             except Exception as error:  # another package's, say, which stops only a run that asks for it
                 package = found.package or "rankloss"
                 self.unusable[name] = f"cannot be used ({package}): {type(error).__name__}: {error}"
-        for alike in self.by_prefix.values():
+        for alike in by_prefix(self.entries).values():
             try:
                 add_options(parser, {name: self.entries[name] for name in alike})
             except argparse.ArgumentError as error:  # the trainer, or another loss, has this option
@@ -114,22 +110,8 @@ class LossArguments:
         help_ = "; ".join(f"{name}: {text}" for name, text in said.items() if text)
         loss.help = f"{help_} (default: {default or TRAINERS_OWN})".replace("%", "%%")
 
-    @property
-    def by_prefix(self) -> dict[str, list[str]]:
-        """The names of the losses, by the prefix of their options."""
-        return by_prefix(self.entries)
-
-    def refuse_misspelt(self, rest: Iterable[str]) -> None:
-        """End with a usage error for a word, left by the parser, that begins as the options of a loss do."""
-        beginnings = tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.candidates()))
-        for word in itertools.takewhile(lambda word: word != "--", rest):
-            # With hyphens, as HfArgumentParser would take it, too.
-            if word.replace("_", "-").startswith(beginnings):
-                hint = misspelt([word], self.parser._option_string_actions)
-                self.parser.error(f"{word.partition('=')[0]}: there is no such option{hint}")
-
     def chosen(self, args: Any) -> tuple[str, dict[str, Any]] | None:
-        """The loss that parsed arguments ask for, and the options that were given; None for the trainer's own.
+        """The loss that parsed arguments ask for, and its given options; None for the trainer's own.
 
         Raises:
             ValueError: There is no such loss, it cannot be used, or an option was given that belongs to
@@ -142,20 +124,26 @@ class LossArguments:
             known = dict.fromkeys((TRAINERS_OWN, *catalog.candidates()))
             hint = did_you_mean(name, known)
             raise ValueError(f"--loss: must be one of {', '.join(known)}; got {name!r}{hint}")
-        prefixes = {x: entry.prefix or x for x, entry in self.entries.items()}
-        for other, entry in self.entries.items():
-            given = [flag(other, entry, o) for o in entry.options if hasattr(args, dest(other, entry, o))]
-            if given and prefixes[other] != prefixes.get(name):
-                owners = " or ".join(self.by_prefix[prefixes[other]])
-                raise ValueError(f"{', '.join(given)}: only with --loss {owners}")
-        if name == TRAINERS_OWN:
-            return None
+        groups, chosen = by_prefix(self.entries), None
+        for names in groups.values():
+            own = name if name in names else names[0]
+            dests = {o.key: dest(own, self.entries[own], o) for o in self.entries[own].options}
+            given = {key: getattr(args, x) for key, x in dests.items() if hasattr(args, x)}
+            if own == name:
+                chosen = own, given
+            elif given:
+                flags = [flag(own, self.entries[own], o) for o in self.entries[own].options if o.key in given]
+                raise ValueError(f"{', '.join(flags)}: only with --loss {' or '.join(names)}")
+        return chosen
+
+    def refuse(self, name: str, given: Options) -> None:
+        """Raise a ValueError for a loss with options that work in no trainer; it begins with the argument."""
+        from rankloss.distributed import Gather
+
         entry = self.entries[name]
-        return name, {
-            o.key: getattr(args, dest(name, entry, o))
-            for o in entry.options
-            if hasattr(args, dest(name, entry, o))
-        }
+        reason = entry.refuse(entry.checked(name, given), Gather(rank=0, world_size=1))
+        if reason is not None:
+            raise ValueError(with_flag(name, entry, reason))
 
 
 def by_prefix(entries: Mapping[str, LossEntry]) -> dict[str, list[str]]:

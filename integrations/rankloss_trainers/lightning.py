@@ -69,14 +69,15 @@ class Progress(Callback):
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Before the first epoch; a run that resumes within one gets no ``on_train_epoch_start`` for it."""
         other = "epoch" if self.unit == "step" else "step"
-        deaf = [x.__self__ for x in listeners(pl_module, other, self.unit) if x.__self__ is not pl_module]
-        if deaf:
-            raise ValueError(
-                f"{type(deaf[0]).__name__} has {METHODS[other]} alone: give the trainer Progress({other!r})"
-            )
-        told = listeners(pl_module, self.unit, self.unit)
-        self._tellers = [tell for tell in told if tell.__self__ is not pl_module]
-        self._end, self._told = self._end_of(trainer, pl_module) if self._tellers else 0, 0
+        told, untold = (
+            [tell for tell in listeners(pl_module, unit, self.unit) if tell.__self__ is not pl_module]
+            for unit in (self.unit, other)
+        )
+        if untold:
+            part = type(untold[0].__self__).__name__
+            raise ValueError(f"{part} has {METHODS[other]} alone: give the trainer Progress({other!r})")
+        self._tellers, self._told = told, 0
+        self._end = self._end_of(trainer, pl_module) if told else 0
         self._tell(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ARG002
@@ -90,30 +91,26 @@ class Progress(Callback):
     def _end_of(self, trainer: Any, pl_module: Any) -> int:
         """The steps, or the epochs, of the run."""
         if not pl_module.automatic_optimization:
-            raise ValueError(
-                "with manual optimization call set_progress(step, total_steps) in training_step instead"
-            )
+            raise ValueError("with manual optimization call set_progress(step, total_steps) in training_step")
         changing = (GradientAccumulationScheduler, StochasticWeightAveraging)  # each may change the estimate
-        uncounted = [type(each).__name__ for each in trainer.callbacks if isinstance(each, changing)]
+        reasons = [type(each).__name__ for each in trainer.callbacks if isinstance(each, changing)]
         end: float = trainer.max_epochs if trainer.max_epochs is not None else -1
         if self.unit == "epoch":
-            if trainer.max_steps != -1 or end < 1 or uncounted:
-                got = [f"max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}", *uncounted]
-                raise ValueError(
-                    f"unit='epoch' needs a Trainer whose run max_epochs ends; got {', '.join(got)}"
-                )
+            reasons += [f"max_steps={trainer.max_steps}"] if trainer.max_steps != -1 else []
+            if end < 1 or reasons:
+                got = ", ".join([f"max_epochs={trainer.max_epochs}", *reasons])
+                raise ValueError(f"unit='epoch' needs a Trainer whose run max_epochs ends; got {got}")
             return int(end)
         if self.total_steps is not None:
             return self.total_steps
-        if not uncounted or end == -1:
+        if not reasons or end == -1:
             end = float(trainer.estimated_stepping_batches)
-            if not math.isinf(end) and end >= 1:  # -1 stands for no limit
-                return int(end)
-            uncounted = ["a run without a known end"]
-        raise ValueError(
-            f"with {uncounted[0]} the trainer does not know how many optimizer steps the run has: give "
-            "Progress its total_steps"
-        )
+            reasons = [] if 1 <= end < math.inf else ["a run without a known end"]  # -1 stands for no limit
+        if reasons:
+            raise ValueError(
+                f"with {reasons[0]} the steps of the run are not known: give Progress total_steps"
+            )
+        return int(end)
 
     def _tell(self, trainer: Any) -> None:
         now = 1 + (trainer.global_step if self.unit == "step" else trainer.current_epoch)

@@ -16,8 +16,10 @@ import rankloss
 from rankloss.options import check_count
 
 _AGREEMENT_ANCHORS = 256
-_INPUTS = ("image_features", "text_features", "logit_scale")
-_INPUTS += ("reference_image_features", "reference_text_features")
+_INPUTS = (
+    *("image_features", "text_features", "logit_scale"),
+    *("reference_image_features", "reference_text_features"),
+)
 
 
 @dataclass
@@ -26,7 +28,7 @@ class RankClipLog:
 
     - ``rank_lambda``: the schedule's λ.
     - ``cross_modal_raw``, ``in_modal_raw``: the rank terms before λ and every other weight, also while λ is
-      0: a compiled trainer is compiled again for other entries, and processes must log the same.
+      0, where they are computed for the log alone: processes, and compiled callers, need the same entries.
     - ``cross_modal_tau``, ``in_modal_tau``: with ``agreement_every``, Kendall's τ of the image's ranking
       with its text's (:func:`rankloss.metrics.rank_agreement`), over the batch of all processes, from at
       most 256 of its rows. Between two measurements they keep the last value: a gap, or a NaN, would spoil
@@ -56,21 +58,21 @@ class RankClipLog:
     ) -> dict[str, Tensor]:
         """The entries of one call, of which ``entries`` are the loss's own."""
         images, texts = inputs["image_features"], inputs["text_features"]
-        weights = criterion.rank_weights
-        if any(weights.values()):
-            raw = {x: entries[f"{x}_loss"].detach() / weight for x, weight in weights.items() if weight}
-        else:
+        ranked = criterion.consistency
+        weights = {name: x for name, x in criterion.rank_weights.items() if getattr(ranked, name)}
+        terms: Mapping[str, Tensor] = entries
+        if not any(weights.values()):
             with torch.no_grad():
-                given = {name: x for name, x in inputs.items() if name in _INPUTS}
-                terms = criterion.consistency(**given, output_dict=True)
-            raw = {name: terms[f"{name}_loss"] for name in weights if getattr(criterion.consistency, name)}
+                given = {name: inputs[name] for name in _INPUTS if name in inputs}
+                terms, weights = ranked(**given, output_dict=True), dict.fromkeys(weights, 1.0)
+        raw = {f"{name}_raw": terms[f"{name}_loss"].detach() / x for name, x in weights.items()}
         if self._measures(step):
             with torch.no_grad():
-                both = criterion.consistency.gather(images, texts)
+                both = ranked.gather(images, texts)
                 tau = rankloss.metrics.rank_agreement(*both, max_anchors=_AGREEMENT_ANCHORS)
             self._agreement = {name: tau[name].float() for name in ("cross_modal_tau", "in_modal_tau")}
         schedule = torch.full((), criterion.schedule_value, device=images.device)
-        return {"rank_lambda": schedule, **{f"{x}_raw": v for x, v in raw.items()}, **self._agreement}
+        return {"rank_lambda": schedule, **raw, **self._agreement}
 
     def _measures(self, step: int) -> bool:
         if self.agreement_every is None:

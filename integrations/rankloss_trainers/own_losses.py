@@ -43,51 +43,28 @@ def _streaming(options: Options) -> dict[str, Any]:
 
 
 _WEIGHT = {"type": weight, "metavar": "X"}
+_STEPS = {"type": int, "metavar": "STEPS"}
+_REFERENCE = (
+    "the rankings to match: the batch's own, or a teacher's, which the trainer has or whose features come "
+    "with the data; auto takes a teacher's where its features come with the data"
+)
+_FOLDER = (
+    "rank by a teacher's features from a folder of `rankloss features`; with a webdataset also the word "
+    "samples (or samples:image, samples:text), for members image_features.npy and text_features.npy"
+)
+_UNIT = "evaluate the schedule per epoch or per optimizer step; a run of one epoch goes by steps"
+_DISTILL = "include or exclude the own distillation term of a trainer that distils from a teacher"
+_AGREEMENT = "log the batch's rank agreement, Kendall's tau, measured at every so many optimizer steps"
 _RANKCLIP_OPTIONS = (
     Option("schedule", "rankclip", "course of lambda over training", {"choices": schedules.NAMES}),
-    Option(
-        "schedule-unit",
-        "epoch",
-        "evaluate the schedule once per epoch or at each optimizer step; a run of one epoch has no ramp "
-        "over epochs and goes by steps",
-        {"choices": ("epoch", "step")},
-        for_trainer=True,
-    ),
+    Option("schedule-unit", "epoch", _UNIT, {"choices": ("epoch", "step")}, for_trainer=True),
     Option("lambda-cross", 1.0, "multiplies lambda in the cross-modal term", _WEIGHT),
     Option("lambda-in", 1.0, "multiplies lambda in the in-modal term", _WEIGHT),
     *map(_rank_option, _RANK_FIELDS),
-    Option(
-        "reference",
-        "auto",
-        "the rankings to match: the batch's own, or a teacher's, which the trainer distils from or whose "
-        "features come with the data; auto takes a teacher's where its features come with the data",
-        {"choices": ("auto", "own", "teacher")},
-    ),
-    Option(
-        "reference-features",
-        None,
-        "rank by a teacher's features from a folder of `rankloss features`; with a webdataset also the word "
-        "samples (or samples:image, samples:text), for members image_features.npy and text_features.npy of "
-        "each sample",
-        {"metavar": "FOLDER"},
-        "none",
-        for_trainer=True,
-    ),
-    Option(
-        "distill-loss",
-        "include",
-        "include or exclude the own distillation term of a trainer that distils from a teacher",
-        {"choices": ("include", "exclude")},
-        for_trainer=True,
-    ),
-    Option(
-        "agreement-every",
-        None,
-        "log the batch's rank agreement, Kendall's tau, measured at every so many optimizer steps",
-        {"type": int, "metavar": "STEPS"},
-        "never",
-        for_trainer=True,
-    ),
+    Option("reference", "auto", _REFERENCE, {"choices": ("auto", "own", "teacher")}),
+    Option("reference-features", None, _FOLDER, {"metavar": "FOLDER"}, "none", for_trainer=True),
+    Option("distill-loss", "include", _DISTILL, {"choices": ("include", "exclude")}, for_trainer=True),
+    Option("agreement-every", None, _AGREEMENT, _STEPS, "never", for_trainer=True),
 )
 
 
@@ -121,7 +98,8 @@ def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
     if not _has_teacher(options) and options["distill_loss"] == "exclude":
         return "distill_loss: exclude needs reference teacher, or the teacher has no use"
     try:
-        _build_rankclip(nn.Identity(), options, gather)
+        alone = dataclasses.replace(gather, rank=0, world_size=1, group=None)  # which warns of nothing
+        _build_rankclip(nn.Identity(), options, alone)
         RankClipLog(options["agreement_every"])
     except ValueError as error:  # of the library itself
         return str(error)
@@ -136,19 +114,22 @@ def _describe_rankclip(options: Options, epochs: float) -> str:
     text = f"schedule {options['schedule']} per {unit}"
     text += f" over {epochs:g} epoch(s)" if math.isfinite(epochs) else ""
     if unit != options["schedule_unit"]:
-        text += " (one epoch has no ramp over epochs, so the schedule goes by optimizer steps)"
+        text += " (one epoch has no ramp over epochs)"
     elif unit == "epoch" and epochs < _SHORT_RAMP and options["schedule"] != "constant":
         text += " (few values of lambda; schedule-unit step changes it at every optimizer step)"
     others = (option for option in _RANKCLIP_OPTIONS if not option.name.startswith("schedule"))
     largest = max(options["lambda_cross"], options["lambda_in"])
-    large = (
-        f"the rank terms weigh lambda * {largest:g}/16 by design and make up most of the total, which grows "
-        "with lambda: compare contrastive_loss"
-    )
     is_large = _has_teacher(options) and largest > 1
+    large = f"the rank terms weigh lambda * {largest:g}/16 and dominate the total: compare contrastive_loss"
     return ", ".join(filter(None, [text, changed(others, options), large if is_large else ""]))
 
 
+_CITATION = """@inproceedings{zhang2025rankclip,
+    title = {{RankCLIP}: Ranking-Consistent Language-Image Pretraining},
+    author = {Zhang, Yiming and Zhao, Zhuokai and Chen, Zhaorun and Feng, Zhili and Ding, Zenghui and Sun, Yining},
+    booktitle = {ICCV},
+    year = {2025},
+}"""  # noqa: E501
 RANKCLIP = LossEntry(
     build=_build_rankclip,
     help="the trainer's own plus RankCLIP's ranking terms",
@@ -161,13 +142,7 @@ RANKCLIP = LossEntry(
     reference_features=lambda options: options["reference_features"],
     keeps_distillation=lambda options: options["distill_loss"] == "include",
     log=lambda options: RankClipLog(options["agreement_every"]),
-    citation="""@inproceedings{zhang2025rankclip,
-    title = {{RankCLIP}: Ranking-Consistent Language-Image Pretraining},
-    author = {Zhang, Yiming and Zhao, Zhuokai and Chen, Zhaorun and Feng, Zhili and Ding, Zenghui and Sun, Yining},
-    booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
-    pages = {3874--3884},
-    year = {2025},
-}""",
+    citation=_CITATION,
 )
 
 
@@ -180,23 +155,15 @@ RANKCLIP_CROSS = _preset("rankclip without its in-modal term: the ablation RankC
 RANKCLIP_IN = _preset("rankclip without its cross-modal term: the ablation RankCLIP^I", lambda_cross=0.0)
 
 # The setting that the miniature confirmed (docs/evidence.md), with the recipe's ramp.
+_DISTILLED: Any = {"reference": "teacher", "top_k": 8, "distill_loss": "exclude"}
 RANKCLIP_DISTILL = _preset(
-    "the trainer's own plus the ranking terms trained to match a teacher's eight best ranks: rankclip with "
-    "reference teacher, top-k 8, lambda-cross 64, lambda-in 64, distill-loss exclude. Mimicking its features "
-    "was better where both were tried: docs/teachers.md",
-    reference="teacher",
-    top_k=8,
-    lambda_cross=64.0,
-    lambda_in=64.0,
-    distill_loss="exclude",
+    "rankclip trained to match a teacher's eight best ranks", lambda_cross=64.0, lambda_in=64.0, **_DISTILLED
 )
 
 
 # --- CLIP's and SigLIP's own, in linear memory ------------------------------------------------------------
 
-_STREAMED_OPTIONS = tuple(
-    _rank_option(field) for field in _RANK_FIELDS if field.name in STREAMING_OPTION_NAMES
-)
+_STREAMED_OPTIONS = tuple(_rank_option(x) for x in _RANK_FIELDS if x.name in STREAMING_OPTION_NAMES)
 
 
 def _streamed(loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], help: str, **needs: Any) -> LossEntry:
@@ -207,9 +174,7 @@ def _streamed(loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], help: str, **
 
     def build(base: nn.Module, options: Options, gather: Gather) -> nn.Module:
         if type(base).__name__ not in (loss.__name__, "ClipLoss"):
-            raise ValueError(
-                f"this computes {loss.__name__}, but the trainer trains with {type(base).__name__}"
-            )
+            raise ValueError(f"this is {loss.__name__}, but the trainer trains with {type(base).__name__}")
         return loss(gather=gather, **_streaming(options))
 
     return LossEntry(build=build, help=help, options=_STREAMED_OPTIONS, prefix="streamed", **needs)
@@ -217,10 +182,12 @@ def _streamed(loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], help: str, **
 
 CLIP_STREAMED = _streamed(
     rankloss.ClipLoss,
-    "CLIP's loss in memory that grows with the batch and not with its square",
+    "CLIP's loss in memory linear in the batch",
     no_sigmoid="it is CLIP's softmax loss; siglip-streamed is the sigmoid loss",
 )
 
 SIGLIP_STREAMED = _streamed(
-    rankloss.SigLipLoss, "SigLIP's loss, likewise", only_sigmoid="the loss is that of a model with a bias"
+    rankloss.SigLipLoss,
+    "SigLIP's loss in memory linear in the batch",
+    only_sigmoid="the loss is that of a model with a bias",
 )

@@ -2,21 +2,21 @@
 
 A trainer's plug-in, here a host, describes itself by a :class:`Host` and translates its trainer's calls::
 
-    run = Runtime(HOST, "rankclip", {"top_k": 8}, base=base, gather=gather)   # a name and options, or a module
+    run = Runtime(HOST, "rankclip", {"top_k": 8}, base=base, gather=gather)   # or a module
     run.begin(epochs)                                # before the first step; logs nothing
     run.set_epoch(epoch, epochs)                     # at each epoch, counted from 1
     run.set_progress(step, total_steps)              # once before each optimizer step, counted from 1
     terms, metrics = run(image_features=…, text_features=…, logit_scale=…, reference_image_features=…)
     terms, metrics = run.evaluate(image_features=…, text_features=…, logit_scale=…)   # the base alone
 
-A host may always make all of these calls: the runtime tells each part of the loss by the method that it has. It
-refuses, by name, a loss that needs more than the host serves, a teacher that nobody uses, a teacher that is
-missing, and a step of which the loss was not told. ``run.saved()`` and ``run.restore(…)`` are for checkpoints.
+A host makes all of these calls for any loss: the runtime tells each part of the loss by the method that it
+has. It refuses, by name, a loss that needs more than the host serves, a teacher that nobody uses, a teacher
+that is missing, and a step of which the loss was not told. ``run.saved()`` and ``run.restore(…)`` serve
+checkpoints.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import math
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import rankloss
-from rankloss.distributed import Gather, GatherOption
+from rankloss.distributed import Gather, GatherOption, gather_once
 from rankloss.losses import base_entries
 from rankloss_features.folder import Features
 from rankloss_trainers.catalog import LossEntry, Options, find
@@ -62,6 +62,9 @@ class Host:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+BY_STEPS = {"schedule_unit": "step"}
+"""Defaults of hosts whose number of epochs may be a fraction."""
+
 NEEDS = {
     "caption": "a second caption of each image",
     "folder": "a folder of a teacher's features (reference_features)",
@@ -91,16 +94,13 @@ def reason_against(
         return f"{name} does not work with {host.biased}: {entry.no_sigmoid}"
     if entry.only_sigmoid and not sigmoid:
         return f"{name} needs {host.biased}: {entry.only_sigmoid}"
-    needs = {
-        "caption": entry.caption_key(options) is not None,
-        "folder": entry.reference_features(options) is not None,
-    }
+    needs = {"caption": entry.caption_key(options), "folder": entry.reference_features(options)}
     return _unserved(host, name, needs) or entry.refuse(options, gather)
 
 
-def _unserved(host: Host, name: str, needs: Mapping[str, bool]) -> str | None:
-    unserved = (NEEDS[need] for need, holds in needs.items() if holds and need not in host.serves)
-    return next((f"{name} needs {need}, which {host.name} does not serve" for need in unserved), None)
+def _unserved(host: Host, name: str, needs: Mapping[str, object]) -> str | None:
+    unserved = [NEEDS[need] for need in needs if needs[need] and need not in host.serves]
+    return f"{name} needs {unserved[0]}, which {host.name} does not serve" if unserved else None
 
 
 # --- entries --------------------------------------------------------------------------------------------
@@ -136,17 +136,13 @@ class Entries(NamedTuple):
         """
         name_of_loss = getattr(loss, "__name__", type(loss).__name__)
         terms = {name: value for name, value in entries.items() if name.endswith("_loss")}
-        if not terms:
-            raise ValueError(
-                f"{name_of_loss} gives no term to train: no name ends in _loss, got {', '.join(entries)}"
-            )
         metrics = {name: value for name, value in entries.items() if name not in terms}
-        for name, value in metrics.items():
-            if value.requires_grad:
-                raise ValueError(
-                    f"{name_of_loss} gives {name!r} with a gradient, but only entries whose names end in "
-                    f"_loss are trained: call it {name}_loss, or detach it if it is only logged"
-                )
+        if not terms:
+            raise ValueError(f"{name_of_loss} gives no entry ending in _loss to train; got {list(entries)}")
+        lost = [name for name, value in metrics.items() if value.requires_grad]
+        if lost:
+            text = f"call it {lost[0]}_loss to train it, or detach it to log it"
+            raise ValueError(f"{name_of_loss} gives {lost[0]!r} with a gradient: {text}")
         return cls(terms, metrics)
 
 
@@ -211,6 +207,7 @@ class Runtime(nn.Module):
         teacher: ``"required"``, ``"optional"``, or ``"none"``.
         features: The folder of the teacher's features, or None.
         captions: The key of a second caption, or None.
+        columns: The columns of the training data, which a host may name for the errors.
         unit: ``"epoch"`` or ``"step"``, the way in which a part that has both methods is told.
         step: The optimizer step of the run, counted from 0.
 
@@ -229,41 +226,42 @@ class Runtime(nn.Module):
         gather: GatherOption = None,
     ) -> None:
         super().__init__()
-        self.host, self.unit, self.step, self._told = host, "step", 0, False
-        self._gather = Gather.of(gather)
+        self.host, self._gather = host, Gather.of(gather)
         base = rankloss.ClipLoss(gather=gather) if base is None else base
         if isinstance(loss, str):
-            found = find(loss)
-            self.name, self.package = loss, found.package or f"rankloss {rankloss.__version__}"
+            self.name, found = loss, find(loss)
+            self.package = found.package or f"rankloss {rankloss.__version__}"
             self.entry = found.load().with_defaults(**host.defaults)
             self.options = self.entry.checked(loss, options or {})
             sigmoid = any(each.__name__ == "SigLipLoss" for each in type(base).__mro__)
             reason = reason_against(host, loss, self.entry, self.options, self._gather, sigmoid=sigmoid)
-            if reason is not None:
-                raise ValueError(reason)
-            loss = self.entry.build(base, self.options, self._gather)
-        elif options:
-            raise TypeError("options are for a loss that is given by its name; a module has its own")
+            loss = self.entry.build(base, self.options, self._gather) if reason is None else base
         else:
-            self.name, self.package, self.options = type(loss).__name__, "", {}
+            self.name, self.package, self.options, reason = type(loss).__name__, "", {}, None
+            if options:
+                raise TypeError("options are for a loss that is given by its name; a module has its own")
             log = (lambda _: RankClipLog()) if isinstance(loss, rankloss.RankClipLoss) else None
             self.entry = LossEntry(build=lambda *_: loss, unit="step", log=log)
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss must be a module, or the name of one; {self.name} is {loss!r}")
         has_parameters = any(parameter.requires_grad for parameter in loss.parameters())
-        reason = _unserved(host, self.name, {"parameters": has_parameters, "state": bool(loss.state_dict())})
+        needs = {"parameters": has_parameters, "state": loss.state_dict()}
+        reason = reason or _unserved(host, self.name, needs)
         if reason is not None:
             raise ValueError(reason)
         self.criterion: nn.Module = loss
-        self._log = None if self.entry.log is None else self.entry.log(self.options)
+        self.columns: Collection[str] = ()
         self.captions = self.entry.caption_key(self.options)
-        self.teacher = self._use_of_a_teacher()
-        self.features = self._folder()
+        self.teacher, self.features = self._use_of_a_teacher(), self._folder()
+        self.unit, self.step = "step", 0
+        self._log = None if self.entry.log is None else self.entry.log(self.options)
         self._base = loss  # the innermost, or the trainer's own
         while (below := getattr(self._base, "base", None)) is not None:
             self._base = below
         self._base = base if self._base is loss else self._base
         self._first_state = deepcopy(loss.state_dict())
+        self._is_told = not any(hasattr(part, x) for part in loss.modules() for x in METHODS.values())
+        self._found: list[str] = []  # the teacher's features of the last batch
 
     def _use_of_a_teacher(self) -> str:
         forwards = [inspect.signature(part.forward).parameters for part in self.criterion.modules()]
@@ -293,20 +291,18 @@ class Runtime(nn.Module):
         unit = self.entry.unit
         self.unit = unit if isinstance(unit, str) else unit(self.options, epochs)
         if math.isinf(epochs) and any(listeners(self.criterion, "epoch", self.unit)):
-            raise ValueError(
-                f"{self.name} goes by epochs (schedule_unit 'epoch'), but training data without a length "
-                "have no known number of epochs; go by steps (schedule_unit 'step')"
-            )
+            text = "but data without a length have no known number of epochs; give schedule_unit 'step'"
+            raise ValueError(f"{self.name} goes by epochs (schedule_unit 'epoch'), {text}")
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Epoch ``epoch`` of ``epochs`` begins, counted from 1."""
-        self._told = True
+        self._is_told = True
         for tell in listeners(self.criterion, "epoch", self.unit):
             tell(epoch, epochs)
 
     def set_progress(self, step: int, total_steps: int) -> None:
         """Optimizer step ``step`` of ``total_steps`` begins, counted from 1."""
-        self._told, self.step = True, step - 1
+        self._is_told, self.step = True, step - 1
         for tell in listeners(self.criterion, "step", self.unit):
             tell(step, total_steps)
 
@@ -316,19 +312,20 @@ class Runtime(nn.Module):
         """Compute the loss of a batch.
 
         Args:
-            **inputs: ``image_features``, ``text_features``, ``logit_scale``, and the other inputs of the loss.
+            **inputs: ``image_features``, ``text_features``, ``logit_scale``, and other inputs of the loss.
 
         Raises:
             RuntimeError: The loss has a schedule and was not told where training stands.
             ValueError: As :meth:`Entries.of` and :meth:`check_teacher`.
         """
-        if not self._told and any(any(listeners(self.criterion, unit, unit)) for unit in METHODS):
+        if not self._is_told:
             raise RuntimeError(f"{self.name} is not told where training stands: {self.host.progress}")
         self.check_teacher([name for name in TEACHER if inputs.get(name) is not None])
         # Always by name: only the names tell which entry is a term.
-        entries: dict[str, Tensor] = dict(self.criterion(**inputs, output_dict=True))
-        if self._log is not None:
-            entries.update(self._log(self.criterion, entries, self.step, inputs))
+        with gather_once():
+            entries: dict[str, Tensor] = dict(self.criterion(**inputs, output_dict=True))
+            if self._log is not None:
+                entries.update(self._log(self.criterion, entries, self.step, inputs))
         return Entries.of(self.criterion, entries)
 
     def evaluate(self, **features: Any) -> Entries:
@@ -344,21 +341,21 @@ class Runtime(nn.Module):
         given = (part.gather for part in self.criterion.modules() if hasattr(part, "gather"))
         return next((gather for gather in given if isinstance(gather, Gather)), self._gather)
 
-    def check_teacher(self, found: Collection[str], columns: Collection[str] = ()) -> None:
+    def check_teacher(self, found: list[str]) -> None:
         """Raise a ValueError unless a teacher's features are there just where the loss uses them.
 
         Args:
             found: The names of the features that a batch has, of :data:`TEACHER`.
-            columns: The other columns of the data, where they are known.
         """
         if found and self.teacher == "none":
-            raise ValueError(
-                f"the batch has {', '.join(found)}, but {self.name} does not use a teacher: leave them out"
-            )
-        similar = [name for name in columns if name.startswith("reference_") and name not in found]
+            raise ValueError(f"the data have {', '.join(found)}, but {self.name} does not use a teacher")
+        similar = [name for name in self.columns if name.startswith("reference_") and name not in found]
         if self.teacher == "required" and (not found or (similar and len(found) < len(TEACHER))):
-            has = f"; the data have {', '.join([*found, *columns])}" if columns or found else ""
+            has = f"; the data have {', '.join(self.columns)}" if self.columns else ""
             raise ValueError(f"{self.name} needs a teacher's features: {self.host.teacher}{has}")
+        if found not in ([], self._found) and self.gather.place[0] == 0:
+            _logger.info("%s uses a teacher: %s", self.name, " and ".join(found))
+        self._found = found
 
     # --- checkpoints ---
 
@@ -368,7 +365,7 @@ class Runtime(nn.Module):
         return {"loss": self.name, "state_dict": state} if state else None
 
     def restore(self, state: Mapping[str, Any] | None, *, warn: bool = True) -> None:
-        """Load a state of :meth:`saved`; a tensor may have become a list of numbers in between.
+        """Load a state of :meth:`saved`, whose tensors may have become lists, or begin anew.
 
         Args:
             state: The state in the checkpoint that is resumed from, or None.
@@ -377,16 +374,12 @@ class Runtime(nn.Module):
         own = self._first_state
         if state is not None and state["loss"] == self.name:
             dtypes = {key: x.dtype for key, x in own.items()}
-            own = {k: torch.as_tensor(x, dtype=dtypes.get(k)) for k, x in state["state_dict"].items()}
+            own = {key: torch.as_tensor(x, dtype=dtypes.get(key)) for key, x in state["state_dict"].items()}
         elif own and warn:
             found = "no state of a loss" if state is None else f"the state of the loss {state['loss']}"
-            text = "The loss %s has a state, of which the checkpoint resumed from holds %s: it starts anew"
-            _logger.warning(text, self.name, found)
+            text = "The checkpoint resumed from holds %s: the state of %s starts anew"
+            _logger.warning(text, found, self.name)
         self.criterion.load_state_dict(own)
-
-    def reset(self) -> None:
-        """Give the loss the state that it was built with."""
-        self.criterion.load_state_dict(self._first_state)
 
 
 # --- a loop of one's own --------------------------------------------------------------------------------
@@ -403,14 +396,12 @@ OWN_LOOP = Host(
 def own_loop(name: str, base: Any, gather: GatherOption, options: Options) -> nn.Module:
     """See :func:`rankloss_trainers.create`."""
     run = Runtime(OWN_LOOP, name, options, base=base, gather=gather)
-    for option in run.entry.options:
-        if option.for_trainer and option.key in options:
-            raise ValueError(f"{option.key} is for a trainer, which acts on it; got {options[option.key]!r}")
+    for key in [option.key for option in run.entry.options if option.for_trainer and option.key in options]:
+        raise ValueError(f"{key} is for a trainer's plug-in, which acts on it; got {options[key]!r}")
+
+    def check(_: nn.Module, args: Any, inputs: Mapping[str, Any]) -> None:  # noqa: ARG001
+        run.check_teacher([name for name in TEACHER if inputs.get(name) is not None])
+
     if run.teacher == "required" or run.options.get("reference") == "own":
-        hook = functools.partial(_check_call, run.check_teacher)
-        run.criterion.register_forward_pre_hook(hook, with_kwargs=True)
+        run.criterion.register_forward_pre_hook(check, with_kwargs=True)
     return run.criterion
-
-
-def _check_call(check: Any, module: nn.Module, args: Any, inputs: Mapping[str, Any]) -> None:  # noqa: ARG001
-    check([name for name in TEACHER if inputs.get(name) is not None])

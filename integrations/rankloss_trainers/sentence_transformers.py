@@ -8,7 +8,7 @@ It takes the loss, and the callback that tells it where training stands::
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,15 +21,15 @@ from rankloss.distributed import GatherOption
 from rankloss.options import check_count
 from rankloss_features.binding import taught
 from rankloss_features.data import Table
-from rankloss_features.folder import hash_of_pair
+from rankloss_features.folder import Features, hash_of_pair
 from rankloss_trainers.cached import embedding_in
 from rankloss_trainers.catalog import Options
 from rankloss_trainers.extras import extra
-from rankloss_trainers.runtime import Entries, Host, LoggedTerms, Runtime
+from rankloss_trainers.runtime import BY_STEPS, Entries, Host, LoggedTerms, Runtime
 
 with extra("sentence-transformers"):
-    import datasets
-    from accelerate.utils import extract_model_from_parallel
+    import datasets as datasets
+    from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
     from sentence_transformers.base.losses import has_static_embedding_input
 
     from rankloss_trainers.transformers.progress import Progress as TrainerProgress
@@ -39,11 +39,10 @@ __all__ = ["ContrastiveLoss", "Progress", "RankClipLoss"]
 HOST = Host(
     name="sentence-transformers",
     biased="a trainer with a sigmoid loss",
-    teacher="give the data a column label of its embeddings, [N, 2, D'], or give the option reference_features, "
-    "a folder that the data are bound to",
+    teacher="give labels, [N, 2, D'], or the option reference_features and data that are bound to the folder",
     progress="give the trainer callbacks=[Progress(loss)]",
     serves=("folder",),
-    defaults={"schedule_unit": "step"},  # epochs may be a fraction
+    defaults=BY_STEPS,
 )
 
 Columns = Iterable[dict[str, Tensor]]
@@ -111,7 +110,7 @@ class ContrastiveLoss(nn.Module):
         if mini_batch_size is not None:
             check_count("mini_batch_size", mini_batch_size)
             if has_static_embedding_input(model):
-                raise ValueError("mini_batch_size cannot split the inputs of a StaticEmbedding; leave it out")
+                raise ValueError("mini_batch_size cannot split the inputs of a StaticEmbedding")
         self.model = model
         self.scale = scale
         self.mini_batch_size = mini_batch_size
@@ -124,27 +123,27 @@ class ContrastiveLoss(nn.Module):
 
         Args:
             sentence_features: The tokenized columns, two of them.
-            labels: A teacher's embeddings in the format of ``EmbedDistillLoss``, ``[N, 2, D']`` in the order of
-                the columns or ``[N, D']`` for both; or the column ``label`` of data that are bound to a folder
-                of them. Others are not used: the pairs are the labels.
+            labels: A teacher's embeddings in the format of ``EmbedDistillLoss``, ``[N, 2, D']`` in the order
+                of the columns or ``[N, D']`` for both; or the column ``label`` of data that are bound to a
+                folder of them. Others are not used: the pairs are the labels.
         """
         columns = list(sentence_features)
         if len(columns) != 2:
             raise ValueError(
-                f"sentence_features must be the two columns of a dataset of pairs; got {len(columns)}"
+                f"sentence_features must be a dataset's two columns of pairs; got {len(columns)}"
             )
         embeddings = [F.normalize(self._embed(column), dim=-1) for column in columns]
         entries = self._entries(embeddings, labels)
         return LoggedTerms(*entries) if self.output_dict else entries.total
 
     def _embed(self, column: dict[str, Tensor]) -> Tensor:
-        inner = extract_model_from_parallel(self.model)
-        with embedding_in(inner, self.mini_batch_size, lambda x: {_EMBEDDING: x[_EMBEDDING]}):
-            embeddings: Tensor = self.model(column)[_EMBEDDING]
+        inner, name = extract_model_from_parallel(self.model), "sentence_embedding"
+        with embedding_in(inner, self.mini_batch_size, lambda output: {name: output[name]}):
+            embeddings: Tensor = self.model(column)[name]
         return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
     def _entries(self, embeddings: list[Tensor], labels: Tensor | None) -> Entries:
-        images, texts = embeddings if self.image_column in (0, None) else reversed(embeddings)
+        images, texts = reversed(embeddings) if self.image_column else embeddings
         features = {"image_features": images, "text_features": texts, "logit_scale": self.scale}
         if not torch.is_grad_enabled():
             return self.run.evaluate(**features)
@@ -165,36 +164,22 @@ class ContrastiveLoss(nn.Module):
         return self.run.entry.citation
 
 
-_EMBEDDING = "sentence_embedding"
-
-
 class RankClipLoss(ContrastiveLoss):
     """:class:`ContrastiveLoss` with ``loss="rankclip"`` and its options by keywords.
 
     Args:
         model: The ``SentenceTransformer`` that is trained.
-        scale: See :class:`ContrastiveLoss`, as ``mini_batch_size``, ``output_dict`` and ``gather``.
-        mini_batch_size: See there.
-        output_dict: See there.
-        gather: See there.
-        **options: Of ``rankclip``: ``schedule``, ``lambda_cross``, ``top_k``, ``reference_features``, …
+        **options: ``scale``, ``mini_batch_size``, ``output_dict`` and ``gather`` of :class:`ContrastiveLoss`,
+            and the options of ``rankclip``: ``schedule``, ``lambda_cross``, ``top_k``, …
 
     Raises:
         TypeError, ValueError, RuntimeError: as :class:`ContrastiveLoss`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        scale: float = 20.0,
-        mini_batch_size: int | None = None,
-        output_dict: bool = True,
-        gather: GatherOption = None,
-        **options: Any,
-    ) -> None:
-        given = {"scale": scale, "mini_batch_size": mini_batch_size, "output_dict": output_dict}
-        super().__init__(model, "rankclip", options, gather=gather, **given)
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        names = ("scale", "mini_batch_size", "output_dict", "gather")
+        own = {name: options.pop(name) for name in names if name in options}
+        super().__init__(model, "rankclip", options, **own)
 
 
 class Progress(TrainerProgress):
@@ -204,9 +189,9 @@ class Progress(TrainerProgress):
         *losses: The losses that the trainer was given, or losses that hold them.
 
     Raises:
-        ValueError: None of the losses is a :class:`ContrastiveLoss`; when training begins, for a last batch of
-            one pair, for several datasets on several processes, unless the losses have ``gather=False``, and
-            for columns that are not those of the folder of a teacher's features.
+        ValueError: None of the losses is a :class:`ContrastiveLoss`; when training begins, for a last batch
+            of one pair, for several datasets on several processes, unless the losses have ``gather=False``,
+            and for columns that are not those of the folder of a teacher's features.
     """
 
     def __init__(self, *losses: nn.Module) -> None:
@@ -216,44 +201,35 @@ class Progress(TrainerProgress):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the data."""
         data = kwargs["train_dataloader"].dataset
-        several = isinstance(data, ConcatDataset)
-        if several and any(loss.run.gather.place[1] > 1 for loss in self._losses):
-            raise ValueError(
-                "at one step each process has a batch of another dataset, and the loss would contrast them "
-                "with each other, or wait for a process that calls another loss: with several datasets on "
-                "several processes give each loss gather=False"
-            )
+        parts = data.datasets if isinstance(data, ConcatDataset) else [data]
         for loss in self._losses:
-            if loss.run.features is not None:
-                found = (_image_column(loss.run.features, x) for x in (data.datasets if several else [data]))
-                loss.image_column = next((x for x in found if x is not None), None)
-                if loss.image_column is None:
-                    raise ValueError(
-                        f"no two columns of the data hold the pairs that rankloss_features.bind(…, "
-                        f"{loss.run.features.path!r}, column='label') compared: bind the data as they are "
-                        "trained on"
-                    )
+            if len(parts) > 1 and loss.run.gather.place[1] > 1:
+                raise ValueError("several datasets on several processes: give each loss gather=False")
+            folder = loss.run.features
+            if folder is not None:
+                places = {place for dataset in parts for place in _image_columns(folder, dataset)}
+                if len(places) != 1:
+                    bind = f"rankloss_features.bind(dataset, {folder.path!r}, column='label')"
+                    raise ValueError(f"the data are not two columns of pairs in the order of {bind}")
+                (loss.image_column,) = places
         super().on_train_begin(args, state, control, **kwargs)
 
 
-def _image_column(features: Any, dataset: Any) -> int | None:
-    """The place, 0 or 1, of the images among the columns of bound data; None where they are not the folder's.
+def _image_columns(folder: Features, dataset: Any) -> list[int]:
+    """The place, 0 or 1, of the images among the columns of data that are bound to a folder; else nothing.
 
     The hash of the first row's pair tells.
     """
-    first = dataset.select([0]) if hasattr(dataset, "select") else None
-    if first is None:
-        first = datasets.Dataset.from_list(list(itertools.islice(dataset, 1)), features=dataset.features)
-    names = [name for name in first.column_names if name not in ("label", "dataset_name")]
-    if len(names) != 2 or "label" not in first.column_names:
-        return None
-    row, pair = (int(x) for x in first.with_format(None)[0]["label"])
+    names = [name for name in dataset.column_names if name not in ("label", "dataset_name")]
+    if len(names) != 2 or "label" not in dataset.column_names:
+        return []
+    first = dataset.select([0]).with_format(None)
+    row, pair = (int(x) % 2**64 for x in first[0]["label"])
+    if row >= len(folder) or int(folder.pairs[row]) != pair:
+        return []
     for place in (0, 1):
-        try:
+        with contextlib.suppress(ValueError):  # of a column of pictures, which holds no captions
             (((caption,), (image,)),) = Table(first, names[place], names[1 - place]).pairs()
-        except ValueError:  # a column of pictures holds no captions
-            continue
-        image = f"row {row}" if image == "row 0" else image  # a picture without a name
-        if hash_of_pair(caption, image) == pair % 2**64:
-            return place
-    return None
+            if pair in (hash_of_pair(caption, image), hash_of_pair(caption, f"row {row}")):
+                return [place]
+    return []

@@ -78,8 +78,7 @@ def test_resuming_without_the_state_warns_once(
     for rank in (0, 1):
         assert resumed(1, resume=path, rank=rank) == [1, 1, 1]
     (message,) = caplog.messages
-    assert "The loss alip has a state" in message
-    assert f"{said}: it starts anew" in message
+    assert f"{said}: the state of alip starts anew" in message
 
 
 def test_where_there_is_no_state_nothing_is_added_nor_said(caplog: pytest.LogCaptureFixture) -> None:

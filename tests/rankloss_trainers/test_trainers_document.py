@@ -53,10 +53,10 @@ def test_example(
     }
     exec(example, names)
     trainer: Any = names["trainer"]
-    assert options.items() <= trainer.chosen_loss.options.items()
+    assert options.items() <= trainer.loss_runtime.options.items()
     if example is not CLASS:
         trainer.train()
     assert trainer.state.global_step == trainer.state.max_steps >= 2
-    assert trainer.chosen_loss.criterion.schedule_value > 0
+    assert trainer.loss_runtime.criterion.schedule_value > 0
     for line in lines(trainer)[-1:]:
         assert line["in_modal_loss"] > 0

@@ -16,20 +16,17 @@ environment for it (``HF_HOME``, ``HF_ENDPOINT``) still counts.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import runpy
 import sys
 from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import TRAINERS_OWN
-from rankloss_trainers.command_line import mentioned
+from rankloss_trainers.command_line import LossArguments, mentioned, misspelt
 from rankloss_trainers.import_hook import after_import
-
-if TYPE_CHECKING:
-    from rankloss_trainers.transformers.arguments import LossOptions
 
 
 def main() -> None:
@@ -63,27 +60,30 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     beginnings = tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.candidates()))
     if not any(argument.startswith(("--loss", *beginnings)) for argument in argv):
         return {}, argv
-    parser, options = _parser(argv)
+    parser, losses = _parser(argv)
     args, rest = parser.parse_known_args(argv)
-    if any(argument == "--loss" or argument.startswith("--loss=") for argument in argv):
-        options.refuse_misspelt(rest)
+    # With hyphens, as HfArgumentParser would take it, too. What comes after "--" is the script's.
+    ours = [x for x in itertools.takewhile("--".__ne__, rest) if x.replace("_", "-").startswith(beginnings)]
+    if ours and hasattr(args, "loss"):
+        hint = misspelt(ours, parser._option_string_actions)
+        parser.error(f"{ours[0].partition('=')[0]}: there is no such option{hint}")
     try:
-        return options.keywords(args), rest
+        name, given = losses.chosen(args) or ("", {})
+        if name:
+            losses.refuse(name, given)
     except ValueError as error:
         parser.error(f"argument {error}")
+    return {"loss": name, "loss_options": given} if name else {}, rest
 
 
-def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, LossOptions]:
+def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, LossArguments]:
     """A parser with the losses that a command line may mean."""
-    from rankloss_trainers.transformers.arguments import LossOptions
+    from rankloss_trainers.runtime import BY_STEPS
 
-    parser = argparse.ArgumentParser(
-        prog="python -m rankloss_trainers.transformers SCRIPT ...",
-        description="Run a script that builds transformers.Trainer, with a loss of rankloss.",
-        allow_abbrev=False,
-        add_help=False,
-    )
-    return parser, LossOptions(parser, TRAINERS_OWN, *mentioned(argv))
+    prog = "python -m rankloss_trainers.transformers SCRIPT ..."
+    text = "Run a script that builds transformers.Trainer, with a loss of rankloss."
+    parser = argparse.ArgumentParser(prog, description=text, allow_abbrev=False, add_help=False)
+    return parser, LossArguments(parser, mentioned(argv), defaults=BY_STEPS)
 
 
 class Attached:
@@ -115,11 +115,8 @@ class Attached:
         class Trainer(ContrastiveTrainer):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 if type(self).compute_loss is not ContrastiveTrainer.compute_loss:
-                    raise TypeError(
-                        f"{type(self).__name__} computes its own loss, which --loss "
-                        f"{attached.keywords['loss']} would not reach; derive it from "
-                        "rankloss_trainers.transformers.ContrastiveTrainer"
-                    )
+                    text = "which --loss would not reach; derive it from ContrastiveTrainer"
+                    raise TypeError(f"{type(self).__name__} computes its own loss, {text}")
                 super().__init__(*args, **attached.keywords, **kwargs)
                 attached.built = True
 

@@ -23,8 +23,8 @@ class Progress(TrainerCallback):
         *losses: The losses of the trainer, or modules that hold them.
 
     Raises:
-        ValueError: None of them is a loss of this package; when training begins, for a last batch of one pair,
-            and for a loss that goes by epochs on data without a length.
+        ValueError: None of them is a loss of this package; when training begins, for a last batch of one
+            pair, and for a loss that goes by epochs on data without a length.
     """
 
     def __init__(self, *losses: nn.Module) -> None:
@@ -65,17 +65,15 @@ def _check_last_batch(loader: Any, args: Any, max_steps: int) -> None:
 
     Where accelerate completes the last batch from the first ones, there is none.
     """
-    sampler = getattr(loader, "batch_sampler", None)
+    is_completed = getattr(loader.batch_sampler, "even_batches", False)
     is_reached = max_steps * args.gradient_accumulation_steps >= len(loader)
-    if args.dataloader_drop_last or getattr(sampler, "even_batches", False) or not is_reached:
+    if args.dataloader_drop_last or is_completed or not is_reached:
         return
-    dataset = loader.dataset
+    dataset: Any = loader.dataset
     size, processes = args.train_batch_size, args.world_size
-    for part in dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]:
-        last = len(part) % (size * processes)
+    for pairs in map(len, dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]):
+        last = pairs % (size * processes)
         if last == 1 or (last and processes > 1):
-            said = "one pair, which has no negatives" if last == 1 else f"{last} pairs, not of equal shares"
-            raise ValueError(
-                f"the last batch of an epoch has {said}: {len(part)} pairs in batches of {size} on "
-                f"{processes} process(es); set dataloader_drop_last=True"
-            )
+            said = f"the last batch of an epoch has {last} pair(s), which processes cannot contrast"
+            data = f"{pairs} pairs in batches of {size} on {processes} process(es)"
+            raise ValueError(f"{said}: {data}; set dataloader_drop_last=True")

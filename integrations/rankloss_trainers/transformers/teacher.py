@@ -1,4 +1,4 @@
-"""A teacher's features of each pair, as columns of the training data or in a folder that the data are bound to."""
+"""A teacher's features of each pair: columns of the training data, or a folder that these are bound to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from torch.utils.data import IterableDataset
 
 from rankloss.checks import check_teacher
 from rankloss_features.binding import COLUMN, references
@@ -27,24 +26,16 @@ def collate_checked(collate: Callable[..., Any], features: Features | None, exam
             there is no folder; or the features are no teacher's.
     """
     names = list(examples[0]) if isinstance(examples[0], Mapping) else []
-    is_bound, columns = COLUMN in names, [name for name in TEACHER if name in names]
+    columns = [name for name in TEACHER if name in names]
+    if features is None and COLUMN in names:
+        raise ValueError(f"the data have {COLUMN}, of a folder that no option reference_features names")
     if features is None:
-        if is_bound:
-            raise ValueError(
-                f"the data have the column {COLUMN}, which binds them to a folder of a teacher's features, but "
-                "the loss has no option reference_features: give the folder, or drop the column"
-            )
         batch = collate(examples)
     elif columns:
-        raise ValueError(
-            f"reference_features {features.path!r} and the columns {', '.join(columns)} are two teachers: "
-            "drop one of them"
-        )
-    elif not is_bound:
-        raise ValueError(
-            f"the data have no column {COLUMN}, which rankloss_features.bind(dataset, {features.path!r}) adds "
-            f"before they are shuffled and tokenized; they have {', '.join(names)}"
-        )
+        raise ValueError(f"reference_features {features.path!r} and {', '.join(columns)} are two teachers")
+    elif COLUMN not in names:
+        bind = f"rankloss_features.bind(dataset, {features.path!r})"
+        raise ValueError(f"the data have no column {COLUMN}, which {bind} adds; they have {', '.join(names)}")
     else:
         bound = np.array([np.asarray(example[COLUMN]) for example in examples], np.int64)
         batch = collate([{name: x[name] for name in x if name != COLUMN} for x in examples])
@@ -58,7 +49,6 @@ def collate_checked(collate: Callable[..., Any], features: Features | None, exam
 def columns_of(dataset: Any) -> list[str]:
     """The columns of a dataset, also those that a Trainer drops as unused; empty if they are not known."""
     names = getattr(dataset, "column_names", None)
-    if names is None and not isinstance(dataset, IterableDataset):
-        first = dataset[0]
-        names = first if isinstance(first, Mapping) else None
+    if names is None and hasattr(dataset, "__getitem__") and isinstance(dataset[0], Mapping):
+        names = dataset[0]
     return list(names or ())

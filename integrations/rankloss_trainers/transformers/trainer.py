@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -16,9 +15,8 @@ from rankloss.options import check_count
 from rankloss_features.binding import COLUMN
 from rankloss_trainers.cached import embedding_in
 from rankloss_trainers.extras import extra
-from rankloss_trainers.runtime import TEACHER, Runtime
+from rankloss_trainers.runtime import BY_STEPS, TEACHER, Host, Runtime
 from rankloss_trainers.transformers import embeddings, teacher
-from rankloss_trainers.transformers.arguments import HOST
 
 with extra("transformers"):
     import transformers
@@ -27,7 +25,14 @@ with extra("transformers"):
 
 __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
 
-_logger = logging.getLogger("rankloss_trainers")
+HOST = Host(
+    name="transformers' Trainer",
+    biased="a model that has a logit_bias",
+    teacher=f"give the columns {' and '.join(TEACHER)}, or loss_options {{'reference_features': FOLDER}}",
+    progress="train with trainer.train()",
+    serves=("caption", "folder", "state"),
+    defaults=BY_STEPS,
+)
 
 _STATE = "rankloss"  # the key in a checkpoint's trainer_state.json, among the states of callbacks
 
@@ -92,9 +97,9 @@ class ContrastiveTrainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if mini_batch_size is not None:
-            mini_batch_size = check_count("mini_batch_size", mini_batch_size)
         self.mini_batch_size = mini_batch_size
+        if mini_batch_size is not None:
+            check_count("mini_batch_size", mini_batch_size)
         self._refuse_other_trainings()
         embeddings.logit_scale(self.model)  # an error where there is none
         # The loss is a mean over a micro-batch, which the Trainer has to divide by the accumulated batches.
@@ -104,13 +109,13 @@ class ContrastiveTrainer(transformers.Trainer):
         self.can_return_loss = True  # without labels, and whether the batch asks for it or not
         base = rankloss.SigLipLoss() if embeddings.has_bias(self.model) else rankloss.ClipLoss()
         self.loss_runtime = Runtime(HOST, loss, loss_options, base=base).to(self.args.device)
-        self._teachers_columns: list[str] | None = None  # those of the last batch
         self._sums: dict[str, tuple[Any, int]] = {}  # of the entries since the log's last line, and how many
         self.add_callback(_Progress(self))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in which a teacher's features have been checked."""
         collate = self.data_collator
+        self.loss_runtime.columns = teacher.columns_of(self.train_dataset)
         self.data_collator = functools.partial(teacher.collate_checked, collate, self.loss_runtime.features)
         try:
             loader: DataLoader[Any] = super().get_train_dataloader()
@@ -119,11 +124,7 @@ class ContrastiveTrainer(transformers.Trainer):
         return loader
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,  # noqa: ARG002 (counts labels, which pairs do not have)
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *_: Any, **__: Any
     ) -> Any:
         """The loss of a batch; without gradients, as in evaluation, the base loss."""
         trains = torch.is_grad_enabled()  # a model may keep itself in evaluation mode
@@ -134,22 +135,17 @@ class ContrastiveTrainer(transformers.Trainer):
         if captions is not None:
             select = embeddings.with_captions if trains else embeddings.without_captions
             inputs = select(inputs, captions)
-        unwrapped = self.accelerator.unwrap_model(model)
-        scale = functools.partial(embeddings.scale_of, unwrapped)
-        rows = (1,) if captions is None else (1, 2)
-        of_outputs = embeddings.embeddings_of
-        with embedding_in(unwrapped, self.mini_batch_size, of_outputs, rows=rows, more=scale):
+        own, rows = self.accelerator.unwrap_model(model), (1,) if captions is None else (1, 2)
+        scale, embeds = functools.partial(embeddings.scale_of, own), embeddings.embeddings_of
+        with embedding_in(own, self.mini_batch_size, embeds, rows, scale):
             outputs = model(**inputs)
-        features: dict[str, Any] = (
-            dict(outputs) if self.mini_batch_size else {**of_outputs(outputs), **scale()}
-        )
+        features: dict[str, Any] = dict(outputs) if self.mini_batch_size else {**embeds(outputs), **scale()}
         if not trains:
             entries = run.evaluate(**features)
         else:
             if captions is not None:
                 texts, of_captions = features["text_features"].chunk(2)
                 features.update(text_features=texts, caption_features=of_captions)
-            self._check_teacher(list(references), list(inputs))
             entries = run(**features, **references)
             for name, value in {**entries.terms, **entries.metrics}.items():
                 total, number = self._sums.get(name, (0.0, 0))
@@ -173,31 +169,17 @@ class ContrastiveTrainer(transformers.Trainer):
         super()._save_checkpoint(*args, **kwargs)
 
     def _refuse_other_trainings(self) -> None:
-        """Raise a ValueError for a set-up in which another loss, or a loss of fewer pairs, would be trained."""
+        """Raise a ValueError for a set-up that would train another loss, or a loss of fewer pairs."""
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        devices, reason = self.args.n_gpu, ""
         if self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func is ignored by this trainer; give the loss as `loss`")
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"DataParallel over {self.args.n_gpu} GPUs contrasts each GPU's pairs alone; start the script "
-                "with torchrun or accelerate launch"
-            )
-        if fsdp is not None and fsdp.fsdp_version == 1:
-            raise ValueError(
-                "FSDP version 1 does not show the model's logit_scale outside the forward pass; use version "
-                '2: fsdp_config={"version": 2}'
-            )
-
-    def _check_teacher(self, found: list[str], others: list[str]) -> None:
-        if found == self._teachers_columns:
-            return
-        run = self.loss_runtime
-        # The Trainer drops unused ones.
-        columns = teacher.columns_of(self.train_dataset) if run.teacher == "required" else ()
-        run.check_teacher(found, [x for x in dict.fromkeys([*others, *columns]) if x not in (*found, COLUMN)])
-        self._teachers_columns = found
-        if found and self.is_world_process_zero():
-            _logger.info("%s uses a teacher: %s", run.name, " and ".join(found))
+            reason = "compute_loss_func is ignored by this trainer; give the loss as `loss`"
+        elif devices > 1:
+            reason = f"DataParallel over {devices} GPUs contrasts each GPU's pairs alone; start with torchrun"
+        elif fsdp is not None and fsdp.fsdp_version == 1:
+            reason = 'FSDP version 1 hides the logit_scale; give fsdp_config={"version": 2}'
+        if reason:
+            raise ValueError(reason)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -216,11 +198,9 @@ class _Progress(Progress):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Resume, or begin anew: a search trains several times, with a new model."""
-        run = self.trainer.loss_runtime
-        if state.global_step > 0:
-            run.restore(state.stateful_callbacks.get(_STATE), warn=state.is_world_process_zero)
-        else:
-            run.reset()
+        run, resumes = self.trainer.loss_runtime, state.global_step > 0
+        found = state.stateful_callbacks.get(_STATE) if resumes else None
+        run.restore(found, warn=resumes and state.is_world_process_zero)
         self.trainer._sums.clear()
         super().on_train_begin(args, state, control, **kwargs)
 
