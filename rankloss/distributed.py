@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
@@ -15,7 +16,7 @@ from torch import Tensor
 from rankloss.checks import can_be_read, kind_of
 from rankloss.options import check_choice, check_count
 
-__all__ = ["Gather", "GatherOption", "Gathered", "all_gather"]
+__all__ = ["Gather", "GatherOption", "Gathered", "all_gather", "gather_once"]
 
 Gathered: TypeAlias = tuple[Tensor, Tensor]
 """The image and the text features of all processes, as :class:`Gather` gives them."""
@@ -132,6 +133,20 @@ def _check_group(group: Any) -> None:
     # Outside the group, new_group() returns a sentinel instead of a ProcessGroup.
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise ValueError(f"group must be a process group that this process belongs to; got {group!r}")
+
+
+_kept: dict[Any, tuple[Tensor, Tensor]] | None = None
+
+
+@contextmanager
+def gather_once() -> Iterator[None]:
+    """Within it, gathering the same tensor again with the same :class:`Gather` returns the first result."""
+    global _kept
+    outer, _kept = _kept, {} if _kept is None else _kept
+    try:
+        yield
+    finally:
+        _kept = outer
 
 
 # --- what the processes bring -------------------------------------------------------------------------------
@@ -350,6 +365,15 @@ class Gather:
         rank, world_size = self.place
         if (rank, world_size) == (0, 1):
             return features
+        if _kept is None:
+            return self._items(features, are_anchors)
+        key = id(features), self, are_anchors
+        if key not in _kept:  # with the tensor, whose id stays its own meanwhile
+            _kept[key] = features, self._items(features, are_anchors)
+        return _kept[key][1]
+
+    def _items(self, features: Tensor, are_anchors: bool) -> Tensor:
+        rank, world_size = self.place
         if not _initialized():
             raise RuntimeError(
                 f"rank={self.rank!r}, world_size={self.world_size!r} needs "

@@ -11,6 +11,7 @@ from torch import Tensor
 from rankloss.distributed import Gather
 from rankloss_baselines.alip import AlipLoss
 from rankloss_baselines.cyclip import CyClipLoss
+from rankloss_baselines.second_caption import SecondCaption
 from rankloss_trainers.catalog import LossEntry, Option, Options, weight
 
 _ANY = {"type": float, "metavar": "X"}
@@ -60,6 +61,7 @@ ALIP = LossEntry(
     refuse=lambda options, _: _NO_CAPTION if options["caption_key"] is None else None,
     unit="step",
     caption_key=lambda options: options["caption_key"],
+    companions=lambda options: [SecondCaption(options["caption_key"])],
     no_sigmoid="it weighs the pairs of a softmax loss of its own",
     log=lambda _: alip_log,
 )

@@ -158,6 +158,8 @@ class LossEntry:
             count from 1.
         caption_key: ``options → key`` of a second caption in the training data, or None. The module is then
             called with ``caption_features`` too.
+        companions: ``options →`` companions of each text that open_clip's trainer reads for the loss, see
+            :class:`rankloss_open_clip.companions.Companion`.
         uses_teacher: ``options → bool``: the loss needs a teacher, though its signature demands none.
         reference_features: ``options →`` the folder of the teacher's features, or None for a teacher that the
             trainer has.
@@ -178,6 +180,7 @@ class LossEntry:
     describe: Callable[..., str] | None = None
     unit: str | Callable[..., str] = "epoch"
     caption_key: Callable[..., str | None] = lambda *_: None
+    companions: Callable[..., Iterable[Any]] = lambda *_: ()
     uses_teacher: Callable[..., bool] = lambda *_: False
     reference_features: Callable[..., str | None] = lambda *_: None
     keeps_distillation: Callable[..., bool] = lambda *_: True

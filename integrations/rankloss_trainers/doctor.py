@@ -28,7 +28,7 @@ class Trainer(NamedTuple):
     use: str
 
 
-_OPEN_CLIP, _OURS = "rankloss_open_clip.diagnosis:problems", "rankloss_trainers"
+_OPEN_CLIP, _OURS = "rankloss_open_clip.bootstrap:problems", "rankloss_trainers"
 TRAINERS = [
     Trainer("open-clip", "open-clip-torch", _OPEN_CLIP, "python -m open_clip_train.main ... --loss rankclip"),
     Trainer(

@@ -16,6 +16,10 @@ import rankloss
 from rankloss.options import check_count
 
 _AGREEMENT_ANCHORS = 256
+_INPUTS = (
+    *("image_features", "text_features", "logit_scale"),
+    *("reference_image_features", "reference_text_features"),
+)
 
 
 @dataclass
@@ -23,8 +27,8 @@ class RankClipLog:
     """Entries to log beside the terms of RankCLIP.
 
     - ``rank_lambda``: the schedule's λ.
-    - ``cross_modal_raw``, ``in_modal_raw``: the rank terms before λ and every other weight. While λ is 0 they
-      are not computed, and there are none.
+    - ``cross_modal_raw``, ``in_modal_raw``: the rank terms before λ and every other weight, also while λ is
+      0, where they are computed for the log alone: processes, and compiled callers, need the same entries.
     - ``cross_modal_tau``, ``in_modal_tau``: with ``agreement_every``, Kendall's τ of the image's ranking
       with its text's (:func:`rankloss.metrics.rank_agreement`), over the batch of all processes, from at
       most 256 of its rows. Between two measurements they keep the last value: a gap, or a NaN, would spoil
@@ -54,11 +58,17 @@ class RankClipLog:
     ) -> dict[str, Tensor]:
         """The entries of one call, of which ``entries`` are the loss's own."""
         images, texts = inputs["image_features"], inputs["text_features"]
-        weights = {name: weight for name, weight in criterion.rank_weights.items() if weight}
-        raw = {f"{name}_raw": entries[f"{name}_loss"].detach() / x for name, x in weights.items()}
+        ranked = criterion.consistency
+        weights = {name: x for name, x in criterion.rank_weights.items() if getattr(ranked, name)}
+        terms: Mapping[str, Tensor] = entries
+        if not any(weights.values()):
+            with torch.no_grad():
+                given = {name: inputs[name] for name in _INPUTS if name in inputs}
+                terms, weights = ranked(**given, output_dict=True), dict.fromkeys(weights, 1.0)
+        raw = {f"{name}_raw": terms[f"{name}_loss"].detach() / x for name, x in weights.items()}
         if self._measures(step):
             with torch.no_grad():
-                both = criterion.consistency.gather(images, texts)
+                both = ranked.gather(images, texts)
                 tau = rankloss.metrics.rank_agreement(*both, max_anchors=_AGREEMENT_ANCHORS)
             self._agreement = {name: tau[name].float() for name in ("cross_modal_tau", "in_modal_tau")}
         schedule = torch.full((), criterion.schedule_value, device=images.device)

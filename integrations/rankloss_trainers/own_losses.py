@@ -98,7 +98,8 @@ def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
     if not _has_teacher(options) and options["distill_loss"] == "exclude":
         return "distill_loss: exclude needs reference teacher, or the teacher has no use"
     try:
-        _build_rankclip(nn.Identity(), options, gather)
+        alone = dataclasses.replace(gather, rank=0, world_size=1, group=None)  # which warns of nothing
+        _build_rankclip(nn.Identity(), options, alone)
         RankClipLog(options["agreement_every"])
     except ValueError as error:  # of the library itself
         return str(error)

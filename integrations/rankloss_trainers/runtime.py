@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import rankloss
-from rankloss.distributed import Gather, GatherOption
+from rankloss.distributed import Gather, GatherOption, gather_once
 from rankloss.losses import base_entries
 from rankloss_features.folder import Features
 from rankloss_trainers.catalog import LossEntry, Options, find
@@ -322,9 +322,10 @@ class Runtime(nn.Module):
             raise RuntimeError(f"{self.name} is not told where training stands: {self.host.progress}")
         self.check_teacher([name for name in TEACHER if inputs.get(name) is not None])
         # Always by name: only the names tell which entry is a term.
-        entries: dict[str, Tensor] = dict(self.criterion(**inputs, output_dict=True))
-        if self._log is not None:
-            entries.update(self._log(self.criterion, entries, self.step, inputs))
+        with gather_once():
+            entries: dict[str, Tensor] = dict(self.criterion(**inputs, output_dict=True))
+            if self._log is not None:
+                entries.update(self._log(self.criterion, entries, self.step, inputs))
         return Entries.of(self.criterion, entries)
 
     def evaluate(self, **features: Any) -> Entries:

@@ -180,6 +180,14 @@ def test_casting_the_module_does_not_round_the_histories() -> None:
         assert torch.equal(loss.histories, before)
 
 
+def test_module_of_the_meta_device_is_materialised_and_reset() -> None:
+    with torch.device("meta"):
+        loss = AlipLoss(initial_history=0.5)
+    loss.to_empty(device="cpu").reset_parameters()
+    assert (loss.histories.dtype, loss.histories.device.type) == (torch.float64, "cpu")
+    assert torch.equal(call(loss, triples(*R0)), call(AlipLoss(initial_history=0.5), triples(*R0)))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_one_bad_step_shows_in_the_loss_and_not_in_the_histories(value: float) -> None:
     v, t, c, s = inputs = triples(*R0)
