@@ -12,13 +12,8 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from tiny_teacher import written
+from taught import Mimicry, folder
 from tiny_transformers import Pairs, build, clip, column, train, trainer, weights
-from torch import nn
-
-import rankloss
-from rankloss_features.data import Table
-from rankloss_features.teachers import Encoder, Teacher
 
 TEACHER = ("image", "text")
 
@@ -36,47 +31,10 @@ def renamed(old: str, new: str) -> Pairs:
     return pairs
 
 
-class Mimicry(nn.Module):
-    """A module with a teacher of its own, of six numbers as the generated ones."""
-
-    def forward(
-        self,
-        image_features: Any,
-        text_features: Any,
-        logit_scale: Any,
-        output_dict: bool = False,
-        *,
-        reference_image_features: Any,
-        reference_text_features: Any,
-    ) -> Any:
-        pairs = (image_features, reference_image_features), (text_features, reference_text_features)
-        mimicry = sum((x[:, :6] - y).square().sum(-1).mean() for x, y in pairs)
-        base = rankloss.ClipLoss()(image_features, text_features, logit_scale, output_dict=output_dict)
-        return {**base, "mimicry_loss": mimicry}
-
-
 def bound_pairs(*more: str) -> Pairs:
     pairs = Pairs(32, *more)
     pairs.columns["reference_pair"] = torch.zeros(32, 2, dtype=torch.int64)
     return pairs
-
-
-def write_folder(path: Path) -> str:
-    """A folder of a teacher's features of 32 pairs."""
-    table = datasets.Dataset.from_dict(
-        {name: [f"{name} {i}" for i in range(32)] for name in ("image", "text")}
-    )
-    columns = Pairs(32, *TEACHER).columns
-    encoders = {
-        f"{side}_features": Encoder(
-            lambda samples, rows=columns[f"reference_{side}_features"]: rows[[x.row for x in samples]],
-            lambda x: x,
-            6,
-        )
-        for side in TEACHER
-    }
-    data = Table(table, "image", "text", data="given")
-    return written(path, data, Teacher({}, encoders), dtype="float32").path
 
 
 @pytest.mark.parametrize(
@@ -134,11 +92,13 @@ def test_columns_that_are_missing_or_of_no_use_are_an_error(
 
 
 def test_two_teachers_are_an_error(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "x")
-    options = {"reference_features": folder}
-    with pytest.raises(ValueError, match=f"reference_features: {folder} excludes reference own"):
+    table = datasets.Dataset.from_dict({name: [f"{name} {i}" for i in range(32)] for name in TEACHER})
+    features = {f"{side}_features": Pairs(32, side).columns[f"reference_{side}_features"] for side in TEACHER}
+    path = folder(tmp_path / "x", table, features, *TEACHER)
+    options = {"reference_features": path}
+    with pytest.raises(ValueError, match=f"reference_features: {path} excludes reference own"):
         trainer(tmp_path, loss="rankclip", loss_options={**options, "reference": "own"})
-    message = f"reference_features '{folder}' and reference_image_features, .* are two teachers"
+    message = f"reference_features '{path}' and reference_image_features, .* are two teachers"
     with pytest.raises(ValueError, match=message):
         train(tmp_path, pairs=bound_pairs(*TEACHER), loss="rankclip", loss_options=options)
     with pytest.raises(ValueError, match=r"reference_features: .* is no folder"):

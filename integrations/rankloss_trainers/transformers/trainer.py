@@ -19,6 +19,7 @@ from rankloss_trainers.runtime import BY_STEPS, TEACHER, Host, Runtime
 from rankloss_trainers.transformers import embeddings, teacher
 
 with extra("transformers"):
+    import accelerate as accelerate  # type: ignore[import-untyped]
     import transformers
 
     from rankloss_trainers.transformers.progress import Progress
