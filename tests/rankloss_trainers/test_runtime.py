@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -276,6 +277,7 @@ def test_create_refuses_options_that_nobody_acts_on(
 
 def test_created_loss_demands_its_teacher() -> None:
     loss = rankloss_trainers.create("rankclip-distill", schedule="constant", gather=False)
+    loss = pickle.loads(pickle.dumps(loss))
     with pytest.raises(ValueError, match="rankclip-distill needs a teacher's features"):
         loss(*features(), SCALE)
     assert loss(*features(), SCALE, **teacher()) > loss.base(*features(), SCALE)
