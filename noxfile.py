@@ -30,7 +30,7 @@ PACKAGES = {name: name for name in TRAINERS} | {"open-clip": "open_clip_torch[tr
 TESTS = {
     "open-clip": ["rankloss_open_clip", "test_losses.py", "test_distributed.py"],
     "transformers": ["rankloss_trainers/test_transformers*.py"],
-    "sentence-transformers": ["rankloss_trainers/test_sentence_transformers.py"],
+    "sentence-transformers": ["rankloss_trainers/test_sentence_transformers*.py"],
     "lightning": ["rankloss_trainers/test_lightning.py"],
 }
 VERSIONS = [nox.param(name, version, id=f"{name}-{version}", tags=[name])

@@ -12,6 +12,7 @@ NEEDED = {
     "test_transformers*.py": ("transformers", "accelerate"),
     "test_trainers_document.py": ("transformers", "accelerate"),
     "test_sentence_transformers*.py": ("sentence_transformers", "datasets"),
+    "test_*_teacher.py": ("datasets", "PIL"),
     "test_lightning.py": ("lightning",),
 }
 collect_ignore_glob = [name for name, packages in NEEDED.items() if not all(map(find_spec, packages))]
