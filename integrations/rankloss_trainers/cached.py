@@ -48,14 +48,16 @@ def embedding_in(
         raise ValueError(
             "mini_batch_size cannot split a model that is compiled as a whole; compile its towers"
         )
-    own = vars(model).get("forward")  # accelerate's, which adds mixed precision
-    model.forward = functools.partial(_features, model.forward, size, features_of, rows, more)
+    # MatryoshkaLoss keeps the output of the forward that it decorates: the batch is split beneath it.
+    holder, name = (model.forward, "fn") if hasattr(model.forward, "fn") else (model, "forward")
+    own = vars(holder).get(name)  # accelerate's forward, say, which adds mixed precision
+    setattr(holder, name, functools.partial(_features, getattr(holder, name), size, features_of, rows, more))
     try:
         yield
     finally:
-        del model.forward
+        delattr(holder, name)
         if own is not None:
-            model.forward = own
+            setattr(holder, name, own)
 
 
 def _features(

@@ -52,10 +52,10 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
     Example:
         >>> did_you_mean("rankclap", ["rankclip", "cyclip"])
-        "; did you mean 'rankclip'?"
+        '; did you mean rankclip?'
     """
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def weight(text: Any) -> float:
@@ -291,7 +291,7 @@ def find(name: str) -> Candidate:
     Example:
         >>> find("rankclp")
         Traceback (most recent call last):
-        ValueError: loss must be one of rankclip, ...; got 'rankclp'; did you mean 'rankclip'?
+        ValueError: loss must be one of rankclip, ...; got 'rankclp'; did you mean rankclip?
     """
     found = candidates()
     if name not in found:

@@ -39,7 +39,7 @@ def misspelt(words: Iterable[str], known: Iterable[str]) -> str:
 
     Example:
         >>> misspelt(["--rankclip-lamda-in=1", "x"], ["--rankclip-lambda-in", "--model"])
-        "; did you mean '--rankclip-lambda-in'?"
+        '; did you mean --rankclip-lambda-in?'
     """
     flags = [option for option in known if option.startswith("--")]
     typed = (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))

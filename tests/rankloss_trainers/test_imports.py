@@ -48,7 +48,7 @@ def test_arrows_point_one_way(package: str) -> None:
     assert found <= ARROWS[package]
 
 
-LIGHT = ("rankloss_open_clip", "rankloss_trainers.refusals")  # with the catalogue
+LIGHT = ("rankloss_open_clip", "rankloss_trainers.command_line")  # with the catalogue
 HEAVY = ("rankloss", "rankloss_trainers.own_losses", "rankloss_baselines.entries")
 SCRIPT = f"""
 import importlib, json, sys
