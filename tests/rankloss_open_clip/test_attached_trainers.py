@@ -125,16 +125,6 @@ def test_fork_without_loss_is_left_alone(fork: Any) -> None:
     assert type(fork.create_loss(args)) is fork.ClipLoss
 
 
-def test_factory_of_another_name_that_calls_an_attached_one_gives_one_loss(fork: Any) -> None:
-    rankloss_open_clip.attach(fork)
-    inner = fork.create_loss
-    fork.outer = lambda args: inner(args)
-    rankloss_open_clip.attach(fork, "outer")
-    loss = fork.outer(fork.parse_args(["--loss", "rankclip"]))
-    assert isinstance(loss, TrainerLoss)
-    assert not any(isinstance(part, TrainerLoss) for part in loss.criterion.modules())
-
-
 @pytest.mark.parametrize(
     ("name", "other"),
     [

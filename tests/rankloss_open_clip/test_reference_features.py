@@ -171,7 +171,7 @@ def test_members_of_samples_are_not_for_a_csv_file(tmp_path: Path) -> None:
 
 
 def damaged(row: int | slice, value: float, rows: int = 12) -> np.ndarray[Any, Any]:
-    array = unit_rows(rows, 3).astype(np.float64)
+    array = unit_rows(rows, 3)
     array[row] = value
     return array
 
@@ -180,10 +180,8 @@ def damaged(row: int | slice, value: float, rows: int = 12) -> np.ndarray[Any, A
     ("arrays", "message"),
     [
         ({"image_features": BOTH, "text_features": unit_rows(3, 2)}, "(3, 2)"),
-        ({"image_features": BOTH, "text_features": BOTH.astype(np.float16)}, "float16"),
         (dict(zip(NAMES, (BOTH, unit_rows(4, 3)), strict=True)), "--rankclip-lambda-cross 0"),
-        *(({"image_features": damaged(2, x)}, "row 2") for x in (np.nan, np.inf, 1e300, 0)),
-        ({"text_features": np.ones((12, 3))}, "12 times"),
+        ({"image_features": damaged(2, np.nan)}, "row 2"),
         ({"text_features": damaged(slice(16_390, None), 0.0, 16_400)}, "from row 16384, "),
     ],
 )
