@@ -76,11 +76,9 @@ def problems() -> list[str]:
     from rankloss_trainers.import_hook import waits_for
 
     importlib.import_module("torch")
-    off = "torch loaded no plug-in (TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps it from that), and without it "
-    off += (
-        "`--loss rankclip` means `--loss-dist-impl rankclip` and trains plain CLIP: start the training with "
-    )
-    found = [] if waits_for(PARAMS) else [f"{off}`python -m rankloss_open_clip`"]
+    off = "torch loaded no plug-in (TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps it from that), so `--loss rankclip`"
+    off += " means `--loss-dist-impl rankclip`, and plain CLIP: start with `python -m rankloss_open_clip`"
+    found = [] if waits_for(PARAMS) else [off]
     importlib.import_module("open_clip_train.main")
     return found + [f"{name} could not be patched: {error!r}" for name, error in failures.items()]
 

@@ -157,9 +157,7 @@ def _reason_against(name: str, entry: LossEntry, options: Options, args: Any) ->
         return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None))
 
     def advice(text: str, key: str) -> str:
-        return "".join(
-            text.format(flag(name, entry, option)) for option in entry.options if option.key == key
-        )
+        return "".join(text.format(flag(name, entry, x)) for x in entry.options if x.key == key)
 
     model, data_type = getattr(args, "model", "").lower(), getattr(args, "dataset_type", None) or ""
     caption, features = entry.caption_key(options), entry.reference_features(options)
