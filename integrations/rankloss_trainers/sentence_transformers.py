@@ -149,9 +149,8 @@ class ContrastiveLoss(nn.Module):
             return self.run.evaluate(**features)
         if self.image_column is None:
             raise RuntimeError(f"the columns were not compared with the folder's: {HOST.progress}")
-        terms, metrics = self.run(**features, **taught(self.run.features, labels))
-        # The trainer's means count an entry that is missing, as raw terms are while λ is 0, as 0.
-        return Entries(terms, {name: x for name, x in metrics.items() if not name.endswith("_raw")})
+        entries: Entries = self.run(**features, **taught(self.run.features, labels))
+        return entries
 
     def get_config_dict(self) -> dict[str, Any]:
         """The arguments, for the model card."""

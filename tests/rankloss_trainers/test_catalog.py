@@ -71,13 +71,20 @@ def test_what_is_typed_is_what_the_library_gets(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("reference", "Teacher", "reference must be one of auto, own, teacher; got 'Teacher'; did you mean teacher"),
+        (
+            "reference",
+            "Teacher",
+            "reference must be one of auto, own, teacher; got 'Teacher'; did you mean teacher",
+        ),
         ("reference", None, "reference must be one of .*None"),
         ("distill_loss", "exclud", "distill_loss .*did you mean exclude"),
         ("schedule_unit", "x", "schedule_unit must be one of epoch, step; got 'x'$"),
         ("diagonal", 1, "diagonal must be one of include, exclude; got 1"),
         ("lambda_in", None, "lambda_in must be a finite number of at least 0; got None"),
-        *(("lambda_in", x, "lambda_in must be a finite number") for x in (-1, math.nan, math.inf, True, "x", [1])),
+        *(
+            ("lambda_in", x, "lambda_in must be a finite number")
+            for x in (-1, math.nan, math.inf, True, "x", [1])
+        ),
         *(("top_k", x, "top_k must be an integer") for x in (2.5, "2.5", True, "eight")),
         ("reference_features", 3, "reference_features must be text; got 3"),
     ],
@@ -116,7 +123,11 @@ SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
         (f"{SCALED} --rankclip-reference-features t", None, ", reference-scale 2.5, reference-features t"),
         ("--rankclip-reference teacher --rankclip-distill-loss exclude", None, "distill-loss exclude"),
         (f"{SCALED} --rankclip-reference own", "reference_scale", ""),
-        ("--rankclip-reference own --rankclip-reference-features t", "reference_features: t .*reference own", ""),
+        (
+            "--rankclip-reference own --rankclip-reference-features t",
+            "reference_features: t .*reference own",
+            "",
+        ),
         ("--rankclip-reference teacher --rankclip-fixed-reference text", "fixed_reference", ""),
         ("--rankclip-distill-loss exclude", "distill_loss", ""),
         ("--rankclip-lists batch --rankclip-diagonal exclude --rankclip-ties random", "diagonal", ""),

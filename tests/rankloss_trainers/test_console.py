@@ -33,7 +33,9 @@ def test_loss_that_is_named_has_its_own_defaults(capsys: pytest.CaptureFixture[s
     assert said.startswith(name)
     assert entry.help in said
     for option in entry.options:
-        shown = re.escape(f"{option.help} (default: {option.text(option.default)})").replace("\\-", "-[ ]?")  # lines break there
+        shown = re.escape(f"{option.help} (default: {option.text(option.default)})").replace(
+            "\\-", "-[ ]?"
+        )  # lines break there
         assert re.search(rf" {flag(name, entry, option)} (\S+ )?{shown}", said), option
         assert all(choice in said for choice in (option.values or option.keywords.get("choices", ())))
 

@@ -12,7 +12,8 @@ import pytest
 import transformers
 from tiny_transformers import Pairs, arguments, clip, lines
 
-from rankloss_trainers.transformers import ContrastiveTrainer, LossOptions
+from rankloss_trainers.command_line import LossArguments
+from rankloss_trainers.transformers import ContrastiveTrainer
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "trainers.md"
 CLASS, ARGUMENTS, TEACHER, LARGE_BATCHES, FINE_TUNING = re.findall(
@@ -42,7 +43,7 @@ def test_example(
     cls = transformers.TrainingArguments
     names = {
         "ContrastiveTrainer": ContrastiveTrainer,
-        "LossOptions": LossOptions,
+        "LossArguments": LossArguments,
         "HfArgumentParser": transformers.HfArgumentParser,
         "TrainingArguments": cls if example is ARGUMENTS else functools.partial(cls, **here, logging_steps=1),
         "model": clip(),

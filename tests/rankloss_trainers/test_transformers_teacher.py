@@ -9,9 +9,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from tiny_transformers import Pairs, build, clip, train, trainer, weights
+from tiny_teacher import written
+from tiny_transformers import Pairs, build, clip, column, train, trainer, weights
+from torch import nn
+
+import rankloss
+from rankloss_features.data import Table
+from rankloss_features.teachers import Encoder, Teacher
 
 TEACHER = ("image", "text")
 
@@ -27,6 +34,49 @@ def renamed(old: str, new: str) -> Pairs:
     pairs = Pairs(32, *TEACHER)
     pairs.columns[new] = pairs.columns.pop(old)
     return pairs
+
+
+class Mimicry(nn.Module):
+    """A module with a teacher of its own, of six numbers as the generated ones."""
+
+    def forward(
+        self,
+        image_features: Any,
+        text_features: Any,
+        logit_scale: Any,
+        output_dict: bool = False,
+        *,
+        reference_image_features: Any,
+        reference_text_features: Any,
+    ) -> Any:
+        pairs = (image_features, reference_image_features), (text_features, reference_text_features)
+        mimicry = sum((x[:, :6] - y).square().sum(-1).mean() for x, y in pairs)
+        base = rankloss.ClipLoss()(image_features, text_features, logit_scale, output_dict=output_dict)
+        return {**base, "mimicry_loss": mimicry}
+
+
+def bound_pairs(*more: str) -> Pairs:
+    pairs = Pairs(32, *more)
+    pairs.columns["reference_pair"] = torch.zeros(32, 2, dtype=torch.int64)
+    return pairs
+
+
+def write_folder(path: Path) -> str:
+    """A folder of a teacher's features of 32 pairs."""
+    table = datasets.Dataset.from_dict(
+        {name: [f"{name} {i}" for i in range(32)] for name in ("image", "text")}
+    )
+    columns = Pairs(32, *TEACHER).columns
+    encoders = {
+        f"{side}_features": Encoder(
+            lambda samples, rows=columns[f"reference_{side}_features"]: rows[[x.row for x in samples]],
+            lambda x: x,
+            6,
+        )
+        for side in TEACHER
+    }
+    data = Table(table, "image", "text", data="given")
+    return written(path, data, Teacher({}, encoders), dtype="float32").path
 
 
 @pytest.mark.parametrize(
@@ -56,12 +106,13 @@ def test_they_are_looked_at_in_workers_and_not_in_evaluation(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("pairs", "given", "message"),
     [
-        (Pairs(), {"loss": "rankclip-distill"}, "reference_image_features .*pixel_values, input_ids"),
+        (Pairs(), {"loss": "rankclip-distill"}, "reference_image_features .*have pixel_values, input_ids"),
         (
             renamed("reference_image_features", "reference_img_features"),
             {"loss": "rankclip-distill", "loss_options": {"lambda_cross": 0.0}},
-            "have reference_text_features, .*reference_img_features",
+            "have .*reference_text_features, .*reference_img_features",
         ),
+        (Pairs(), {"loss": "rankclip-distill"}, r"or loss_options \{'reference_features': FOLDER\}"),
         (Pairs(32, "image"), {}, "got reference_image_features alone"),
         (Pairs(32, "text"), {"loss": "clip-streamed"}, "reference_text_features, but clip-streamed"),
         (
@@ -69,6 +120,10 @@ def test_they_are_looked_at_in_workers_and_not_in_evaluation(tmp_path: Path) -> 
             {"loss_options": {"reference": "own"}},
             "reference_text_features, but rankclip",
         ),
+        (Pairs(), {"loss": Mimicry()}, "Mimicry needs a teacher's features"),
+        # Two sources that contradict each other.
+        (bound_pairs(), {}, "have reference_pair, of a folder that no option reference_features names"),
+        (bound_pairs(), {"loss": "clip-streamed"}, "reference_pair"),
     ],
 )
 def test_columns_that_are_missing_or_of_no_use_are_an_error(
@@ -76,6 +131,29 @@ def test_columns_that_are_missing_or_of_no_use_are_an_error(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train(tmp_path, pairs=pairs, **{"loss": "rankclip", **given})
+
+
+def test_two_teachers_are_an_error(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "x")
+    options = {"reference_features": folder}
+    with pytest.raises(ValueError, match=f"reference_features: {folder} excludes reference own"):
+        trainer(tmp_path, loss="rankclip", loss_options={**options, "reference": "own"})
+    message = f"reference_features '{folder}' and reference_image_features, .* are two teachers"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, pairs=bound_pairs(*TEACHER), loss="rankclip", loss_options=options)
+    with pytest.raises(ValueError, match=r"reference_features: .* is no folder"):
+        trainer(tmp_path, loss="rankclip", loss_options={"reference_features": str(tmp_path)})
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+def test_module_with_a_teacher_of_its_own_is_trained_with_it(
+    tmp_path: Path, mini_batch_size: int | None
+) -> None:
+    trained = train(
+        tmp_path, pairs=Pairs(32, *TEACHER), loss=Mimicry(), max_steps=3, mini_batch_size=mini_batch_size
+    )
+    first, *_, last = column(trained, "mimicry_loss")
+    assert last < first
 
 
 def test_log_says_by_what_is_ranked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

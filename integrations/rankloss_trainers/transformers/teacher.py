@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from torch.utils.data import IterableDataset
 
 from rankloss.checks import check_teacher
 from rankloss_features.binding import COLUMN, references
@@ -49,6 +50,6 @@ def collate_checked(collate: Callable[..., Any], features: Features | None, exam
 def columns_of(dataset: Any) -> list[str]:
     """The columns of a dataset, also those that a Trainer drops as unused; empty if they are not known."""
     names = getattr(dataset, "column_names", None)
-    if names is None and hasattr(dataset, "__getitem__") and isinstance(dataset[0], Mapping):
+    if names is None and not isinstance(dataset, IterableDataset) and isinstance(dataset[0], Mapping):
         names = dataset[0]
     return list(names or ())
