@@ -235,9 +235,3 @@ class Features:
         if self.about.get("rows_hash") != self.hash_of_rows():
             raise ValueError(f"{self.path}/rows.npy does not hold what was written there: {damage}")
         return self
-
-
-@functools.lru_cache(maxsize=1)
-def opened(path: str) -> Features:
-    """The folder, opened once per process."""
-    return Features(path)

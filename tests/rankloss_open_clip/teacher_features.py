@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ def stored(path: Path, pairs: list[tuple[str, str]] | None = None, **arrays: np.
     path.mkdir()
     for name, array in arrays.items():
         np.save(path / f"{name}.npy", array)
-    np.save(path / "pairs.npy", hashes_of_pairs(captions, images))
-    np.save(path / "rows.npy", hashes_of_rows(array[:rows] for array in arrays.values()))
+    hashes = hashes_of_pairs(captions, images)
+    written = hashes_of_rows(hashes, [array[:rows] for array in arrays.values()])
+    np.save(path / "pairs.npy", hashes)
+    np.save(path / "rows.npy", written)
     widths = {name: array.shape[-1] for name, array in arrays.items()}
-    write_about(path, {"complete": True, "rows": rows, "widths": widths, "dtype": str(dtype), "skipped": 0})
+    about = {"complete": True, "rows": rows, "widths": widths, "dtype": str(dtype), "skipped": 0}
+    write_about(path, {**about, "rows_hash": hashlib.blake2b(written, digest_size=8).hexdigest()})
     return str(path)
 
 

@@ -14,6 +14,7 @@ from teacher_features import stored, unit_rows
 from test_companions import CONTEXT, csv, read, tokenizer
 from torch import Tensor
 
+from rankloss_features.command import main
 from rankloss_features.folder import NAMES
 from rankloss_open_clip.command_line import companions_of, remedy_for_unused_features
 from rankloss_open_clip.companions import Companions
@@ -148,6 +149,25 @@ def test_rows_of_features_are_those_of_the_table(
         Companions([companion]).join_csv(dataset, file, ";")
         (found,) = taken_apart(companion, [dataset.captions[1], dataset.captions[0]]).values()
         assert torch.equal(found[:, :2], torch.from_numpy(array[::-1].copy()))
+
+
+@pytest.mark.parametrize("caption", ["007", "1.50", "NA"])
+def test_command_and_trainer_read_a_caption_alike_or_the_command_refuses_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caption: str
+) -> None:
+    """The trainer reads with pandas, which makes numbers, or missing values, of some captions."""
+    dataset, file = csv(tmp_path, f"filepath;title\n1.png;{caption}\n2.png;5\n")
+    np.savez(tmp_path / "given.npz", text_features=unit_rows(2, 2))
+    folder, data = str(tmp_path / "teacher"), ["--data", file, "--csv-separator", ";"]
+    code = main(["--output", folder, "--features", str(tmp_path / "given.npz"), *data])
+    if caption == "NA":
+        assert code == 1
+        assert "'NA'" in capsys.readouterr().err
+    else:
+        assert code == 0
+        Companions([companion := ReferenceFeatures(folder)]).join_csv(dataset, file, ";")
+        assert float(dataset.captions[0].split("\x1f")[0]) == float(caption)
+        assert len(taken_apart(companion, list(dataset.captions))["reference_text_features"]) == 2
 
 
 def test_rows_of_features_are_found_by_key_and_caption(tmp_path: Path) -> None:
