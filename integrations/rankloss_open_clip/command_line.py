@@ -109,7 +109,9 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> Any:
         parse_args: The trainer's function.
         argv: The command line.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="see --help")
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, usage="... --loss NAME [--NAME-OPTION VALUE ...]"
+    )
     losses = LossArguments(parser, mentioned(argv))
     if {"-h", "--help"} & {*argv}:
         parser.print_help()
