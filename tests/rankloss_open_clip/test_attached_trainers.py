@@ -87,7 +87,7 @@ def parse_args(args):
     parser.add_argument("--epochs", type=int, default=4)
     return parser.parse_args(args)
 
-def train_one_epoch(model, data, loss, epoch, args):  # by position, for a scalar
+def train_one_epoch(model, data, loss, epoch, args, optimizer=None):  # by position, for a scalar
     return loss(*FEATURES, torch.tensor(8.0)).item()
 """
 
@@ -153,8 +153,9 @@ def test_trainer_of_another_layout_is_not_patched(fork: Any, name: str, other: s
 def test_loss_whose_data_are_read_by_nobody_is_an_error(fork: Any, options: list[str], needed: str) -> None:
     rankloss_open_clip.attach(fork)
     args = fork.parse_args(["--loss", *options])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     with pytest.raises((TypeError, ValueError), match=needed):
-        fork.train_one_epoch(None, data(), fork.create_loss(args), 0, args)
+        fork.train_one_epoch(None, data(), fork.create_loss(args), 0, args, optimizer)
 
 
 def test_runner_hands_on_the_arguments(monkeypatch: pytest.MonkeyPatch, fork: Any) -> None:
