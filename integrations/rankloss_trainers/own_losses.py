@@ -91,8 +91,8 @@ def _rankclip_unit(options: Options, epochs: float) -> str:
 def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
     if options["reference"] == "own" and options["reference_features"] is not None:
         return f"reference_features: {options['reference_features']} excludes reference own"
-    if options["reference"] == "own" and options["reference_scale"] is not None:
-        return "reference_scale: multiplies a teacher's similarities, and excludes reference own"
+    if not _has_teacher(options) and options["reference_scale"] is not None:
+        return "reference_scale: multiplies a teacher's similarities, and needs reference teacher"
     if _has_teacher(options) and options["fixed_reference"] is not None:
         return "fixed_reference: fixes one of the batch's own rankings, not a teacher's"
     if not _has_teacher(options) and options["distill_loss"] == "exclude":

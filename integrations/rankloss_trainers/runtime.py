@@ -17,6 +17,7 @@ checkpoints.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import math
@@ -192,6 +193,17 @@ def listeners(loss: nn.Module, unit: str, preferred: str = "step") -> Iterator[A
 # --- a run ----------------------------------------------------------------------------------------------
 
 
+def _check_teacher(
+    name: str, use: str, remedy: str, found: Collection[str], columns: Collection[str] = ()
+) -> None:
+    if found and use == "none":
+        raise ValueError(f"the data have {', '.join(found)}, but {name} does not use a teacher")
+    similar = [column for column in columns if column.startswith("reference_") and column not in found]
+    if use == "required" and (not found or (similar and len(found) < len(TEACHER))):
+        has = f"; the data have {', '.join(columns)}" if columns else ""
+        raise ValueError(f"{name} needs a teacher's features: {remedy}{has}")
+
+
 class Runtime(nn.Module):
     """A loss in a trainer.
 
@@ -351,12 +363,7 @@ class Runtime(nn.Module):
         Args:
             found: The names of the features that a batch has, of :data:`TEACHER`.
         """
-        if found and self.teacher == "none":
-            raise ValueError(f"the data have {', '.join(found)}, but {self.name} does not use a teacher")
-        similar = [name for name in self.columns if name.startswith("reference_") and name not in found]
-        if self.teacher == "required" and (not found or (similar and len(found) < len(TEACHER))):
-            has = f"; the data have {', '.join(self.columns)}" if self.columns else ""
-            raise ValueError(f"{self.name} needs a teacher's features: {self.host.teacher}{has}")
+        _check_teacher(self.name, self.teacher, self.host.teacher, found, self.columns)
         if found not in ([], self._found) and self.gather.place[0] == 0:
             _logger.info("%s uses a teacher: %s", self.name, " and ".join(found))
         self._found = found
@@ -403,9 +410,12 @@ def own_loop(name: str, base: Any, gather: GatherOption, options: Options) -> nn
     for key in [option.key for option in run.entry.options if option.for_trainer and option.key in options]:
         raise ValueError(f"{key} is for a trainer's plug-in, which acts on it; got {options[key]!r}")
 
-    def check(_: nn.Module, args: Any, inputs: Mapping[str, Any]) -> None:  # noqa: ARG001
-        run.check_teacher([name for name in TEACHER if inputs.get(name) is not None])
-
     if run.teacher == "required" or run.options.get("reference") == "own":
-        run.criterion.register_forward_pre_hook(check, with_kwargs=True)
+        hook = functools.partial(_check_call, name, run.teacher)  # which can be pickled
+        run.criterion.register_forward_pre_hook(hook, with_kwargs=True)
     return run.criterion
+
+
+def _check_call(name: str, use: str, module: nn.Module, args: Any, inputs: Mapping[str, Any]) -> None:  # noqa: ARG001
+    found = [x for x in TEACHER if inputs.get(x) is not None]
+    _check_teacher(name, use, OWN_LOOP.teacher, found)

@@ -122,7 +122,7 @@ SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
         (f"{SCALED} --rankclip-reference teacher", None, ", reference teacher"),
         (f"{SCALED} --rankclip-reference-features t", None, ", reference-scale 2.5, reference-features t"),
         ("--rankclip-reference teacher --rankclip-distill-loss exclude", None, "distill-loss exclude"),
-        (f"{SCALED} --rankclip-reference own", "reference_scale", ""),
+        (SCALED, "reference_scale", ""),
         (
             "--rankclip-reference own --rankclip-reference-features t",
             "reference_features: t .*reference own",

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pickle
 from typing import Any
 
 import pytest
 import torch
+from taught import Mimicry
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import rankloss
 import rankloss_trainers
-from rankloss.losses import base_entries, combined
 from rankloss_baselines import AlipLoss, CyClipLoss
 from rankloss_trainers import catalog
 from rankloss_trainers.runtime import NEEDS, TEACHER, Host, Runtime, listeners
@@ -52,30 +53,6 @@ class Named(nn.Module):
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         self.seen = inputs
         return self.entries
-
-
-class Taught(nn.Module):
-    """A loss with a teacher of its own, which is not in the catalogue."""
-
-    def __init__(self, base: Any = None) -> None:
-        super().__init__()
-        self.base = rankloss.ClipLoss() if base is None else base
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Any,
-        logit_bias: Any = None,
-        output_dict: bool = False,
-        *,
-        reference_image_features: Tensor,
-        reference_text_features: Tensor,
-    ) -> Any:
-        entries = base_entries(self.base, image_features, text_features, logit_scale, logit_bias)
-        images = (image_features - reference_image_features).square().sum()
-        texts = (text_features - reference_text_features).square().sum()
-        return combined(entries, {"taught_loss": images + texts}, output_dict)
 
 
 # --- entries --------------------------------------------------------------------------------------------
@@ -192,8 +169,8 @@ def test_loss_that_is_told_nothing_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("loss", "options"),
     [
-        (Taught(), {}),
-        (CyClipLoss(Taught()), {}),
+        (Mimicry(), {}),
+        (CyClipLoss(Mimicry()), {}),
         ("rankclip", {"reference": "teacher"}),
         ("rankclip-distill", {}),
     ],
@@ -300,6 +277,7 @@ def test_create_refuses_options_that_nobody_acts_on(
 
 def test_created_loss_demands_its_teacher() -> None:
     loss = rankloss_trainers.create("rankclip-distill", schedule="constant", gather=False)
+    loss = pickle.loads(pickle.dumps(loss))
     with pytest.raises(ValueError, match="rankclip-distill needs a teacher's features"):
         loss(*features(), SCALE)
     assert loss(*features(), SCALE, **teacher()) > loss.base(*features(), SCALE)

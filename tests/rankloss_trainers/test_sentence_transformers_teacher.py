@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from taught import Mimicry, folder
 from tiny_sentences import pairs, tiny, train, weights
-from tiny_teacher import written
-from torch import nn
 
 import rankloss
 import rankloss_trainers
 from rankloss_features import bind
-from rankloss_features.data import Table
 from rankloss_features.folder import NAMES
-from rankloss_features.teachers import Encoder, Teacher
 from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
 ROWS, WIDTH = 32, 16
@@ -29,18 +26,10 @@ def features(seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: F.normalize(torch.randn(ROWS, WIDTH, generator=generator), dim=-1) for name in NAMES}
 
 
-def folder(path: Path, dataset: Any) -> str:
-    def encoder(rows: torch.Tensor) -> Encoder:
-        return Encoder(lambda samples: rows[[x.row for x in samples]], lambda x: x, WIDTH)
-
-    teacher = Teacher({}, {name: encoder(x) for name, x in features().items()})
-    return written(path, Table(dataset, "image", "text", data="given"), teacher, dtype="float32").path
-
-
 @pytest.fixture(scope="module")
 def bound(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
     """A folder, and data that are bound to it."""
-    path = folder(tmp_path_factory.mktemp("features") / "x", pairs(ROWS))
+    path = folder(tmp_path_factory.mktemp("features") / "x", pairs(ROWS), features(), "image", "text")
     return path, bind(pairs(ROWS), path, caption_column="text", column="label")
 
 
@@ -55,27 +44,9 @@ def labelled(data: Any) -> Any:
     return data.add_column("label", torch.stack([*features().values()], 1).tolist())
 
 
-class Taught(nn.Module):
-    """Feature mimicry: a module with a teacher of its own."""
-
-    def forward(
-        self,
-        image_features: Any,
-        text_features: Any,
-        logit_scale: Any,
-        output_dict: bool = False,
-        *,
-        reference_image_features: Any,
-        reference_text_features: Any,
-    ) -> Any:
-        assert output_dict
-        images = (image_features - reference_image_features).square().sum(-1).mean()
-        return {"mimicry_loss": images + (text_features - reference_text_features).square().sum(-1).mean()}
-
-
 @pytest.mark.parametrize(
     ("loss", "options"),
-    [("rankclip", RANKED), ("rankclip", {**RANKED, "reference": "teacher"}), (Taught(), {})],
+    [("rankclip", RANKED), ("rankclip", {**RANKED, "reference": "teacher"}), (Mimicry(), {})],
 )
 def test_folder_and_labels_train_alike_and_the_columns_come_in_either_order(
     tmp_path: Path, bound: tuple[str, Any], loss: Any, options: dict[str, Any]
@@ -121,7 +92,7 @@ def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
             False,
             "rankclip-distill needs a teacher's features: give labels, .*reference_features",
         ),
-        (Taught(), {}, False, "Taught needs a teacher's features: give labels"),
+        (Mimicry(), {}, False, "Mimicry needs a teacher's features: give labels"),
         ("clip-streamed", {}, True, "clip-streamed does not use a teacher"),
         ("rankclip", {"reference": "own"}, True, "rankclip does not use a teacher"),
     ],

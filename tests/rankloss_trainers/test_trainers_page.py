@@ -156,7 +156,7 @@ def accelerated(rank: int, processes: int) -> list[float]:
 
 
 def lightning_logged(rank: int, processes: int) -> list[float]:
-    """What is in the log at the end, and the weights."""
+    """The log at the end, and the weights."""
     names = lightning_run(rank, processes)
     logged = names["trainer"].logged_metrics
     return [*(logged[name].item() for name in sorted(logged)), *weights(names["model"])]

@@ -12,13 +12,10 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from tiny_teacher import written
-from tiny_transformers import Pairs, build, clip, column, train, trainer, weights
-from torch import nn
+from taught import Mimicry, folder
+from tiny_transformers import Pairs, clip, column, train, trainer, weights
 
-import rankloss
-from rankloss_features.data import Table
-from rankloss_features.teachers import Encoder, Teacher
+from rankloss_features import bind
 
 TEACHER = ("image", "text")
 
@@ -36,47 +33,10 @@ def renamed(old: str, new: str) -> Pairs:
     return pairs
 
 
-class Mimicry(nn.Module):
-    """A module with a teacher of its own, of six numbers as the generated ones."""
-
-    def forward(
-        self,
-        image_features: Any,
-        text_features: Any,
-        logit_scale: Any,
-        output_dict: bool = False,
-        *,
-        reference_image_features: Any,
-        reference_text_features: Any,
-    ) -> Any:
-        pairs = (image_features, reference_image_features), (text_features, reference_text_features)
-        mimicry = sum((x[:, :6] - y).square().sum(-1).mean() for x, y in pairs)
-        base = rankloss.ClipLoss()(image_features, text_features, logit_scale, output_dict=output_dict)
-        return {**base, "mimicry_loss": mimicry}
-
-
 def bound_pairs(*more: str) -> Pairs:
     pairs = Pairs(32, *more)
     pairs.columns["reference_pair"] = torch.zeros(32, 2, dtype=torch.int64)
     return pairs
-
-
-def write_folder(path: Path) -> str:
-    """A folder of a teacher's features of 32 pairs."""
-    table = datasets.Dataset.from_dict(
-        {name: [f"{name} {i}" for i in range(32)] for name in ("image", "text")}
-    )
-    columns = Pairs(32, *TEACHER).columns
-    encoders = {
-        f"{side}_features": Encoder(
-            lambda samples, rows=columns[f"reference_{side}_features"]: rows[[x.row for x in samples]],
-            lambda x: x,
-            6,
-        )
-        for side in TEACHER
-    }
-    data = Table(table, "image", "text", data="given")
-    return written(path, data, Teacher({}, encoders), dtype="float32").path
 
 
 @pytest.mark.parametrize(
@@ -134,15 +94,39 @@ def test_columns_that_are_missing_or_of_no_use_are_an_error(
 
 
 def test_two_teachers_are_an_error(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "x")
-    options = {"reference_features": folder}
-    with pytest.raises(ValueError, match=f"reference_features: {folder} excludes reference own"):
+    table = datasets.Dataset.from_dict({name: [f"{name} {i}" for i in range(32)] for name in TEACHER})
+    features = {f"{side}_features": Pairs(32, side).columns[f"reference_{side}_features"] for side in TEACHER}
+    path = folder(tmp_path / "x", table, features, *TEACHER)
+    options = {"reference_features": path}
+    with pytest.raises(ValueError, match=f"reference_features: {path} excludes reference own"):
         trainer(tmp_path, loss="rankclip", loss_options={**options, "reference": "own"})
-    message = f"reference_features '{folder}' and reference_image_features, .* are two teachers"
+    message = f"reference_features '{path}' and reference_image_features, .* are two teachers"
     with pytest.raises(ValueError, match=message):
         train(tmp_path, pairs=bound_pairs(*TEACHER), loss="rankclip", loss_options=options)
     with pytest.raises(ValueError, match=r"reference_features: .* is no folder"):
         trainer(tmp_path, loss="rankclip", loss_options={"reference_features": str(tmp_path)})
+
+
+def test_folder_of_one_modality_ranks_within_both(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({name: [f"{name} {i}" for i in range(32)] for name in TEACHER})
+    data = Pairs(32, "text")
+    taught = {"text_features": data.columns.pop("reference_text_features")}
+    path = folder(tmp_path / "x", table, taught, *TEACHER)
+    rows = datasets.Dataset.from_dict({name: x.tolist() for name, x in data.columns.items()}).with_format(
+        "torch"
+    )
+    bound = datasets.concatenate_datasets(
+        [bind(table, path, caption_column="text").with_format("torch"), rows], axis=1
+    )
+    options = {"lambda_cross": 0.0, "schedule": "constant", "reference_features": path}
+    trained = [
+        train(tmp_path, pairs=pairs, loss="rankclip-distill", loss_options=given, max_steps=2)
+        for pairs, given in (
+            (bound, options),
+            (Pairs(32, "text"), {**options, "reference_features": None}),
+        )
+    ]
+    assert torch.equal(*(weights(run.model) for run in trained))
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
@@ -154,11 +138,3 @@ def test_module_with_a_teacher_of_its_own_is_trained_with_it(
     )
     first, *_, last = column(trained, "mimicry_loss")
     assert last < first
-
-
-def test_log_says_by_what_is_ranked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="rankloss_trainers")
-    options = {"schedule": "linear", "lambda_cross": 0.0}
-    train(tmp_path, model=build("Siglip"), pairs=Pairs(32, "text"), loss="rankclip", loss_options=options)
-    said = [record.getMessage() for record in caplog.records if "uses a teacher" in record.getMessage()]
-    assert said == ["rankclip uses a teacher: reference_text_features"]

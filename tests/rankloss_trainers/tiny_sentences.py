@@ -91,7 +91,7 @@ def weights(module: nn.Module) -> Tensor:
 
 
 def trained(directory: Path, kind: str, batch_size: int) -> dict[str, Any]:
-    """What a training has come to, to compare numbers of processes."""
+    """Log and weights of a training, to compare numbers of processes."""
     model = tiny(directory)
     loss = ours.RankClipLoss(model, schedule="linear", mini_batch_size=3 if kind == "cached" else None)
     trainer = train(directory, loss, model, per_device_train_batch_size=batch_size, learning_rate=0.01)

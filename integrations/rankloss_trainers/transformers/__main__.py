@@ -6,11 +6,11 @@ The script builds ``transformers.Trainer``, or a class derived from it. It finds
 ``-m rankloss_trainers.transformers SCRIPT …``.
 
 With ``--loss`` a misspelt option of a loss (``--rankclip-lamda-in``) is an error, as the script might ignore
-it; what comes after ``--`` is the script's. Without ``--loss`` the script runs as it is, and only the options
+it; the rest after ``--`` is the script's. Without ``--loss`` the script runs as it is, and only the options
 that a loss has are refused.
 
-With ``--loss`` torch is loaded before the script, but transformers is not: what the script puts into the
-environment for it (``HF_HOME``, ``HF_ENDPOINT``) still counts.
+With ``--loss`` torch is loaded before the script, but transformers is not: environment variables that the
+script sets for it (``HF_HOME``, ``HF_ENDPOINT``) still count.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
         return {}, argv
     parser, losses = _parser(argv)
     args, rest = parser.parse_known_args(argv)
-    # With hyphens, as HfArgumentParser would take it, too. What comes after "--" is the script's.
+    # With hyphens, as HfArgumentParser would take it, too. The rest after "--" is the script's.
     ours = [x for x in itertools.takewhile("--".__ne__, rest) if x.replace("_", "-").startswith(beginnings)]
     if ours and hasattr(args, "loss"):
         hint = misspelt(ours, parser._option_string_actions)

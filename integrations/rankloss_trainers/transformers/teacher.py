@@ -48,8 +48,8 @@ def collate_checked(collate: Callable[..., Any], features: Features | None, exam
 
 
 def columns_of(dataset: Any) -> list[str]:
-    """The columns of a dataset, also those that a Trainer drops as unused; empty if they are not known."""
+    """The columns of a dataset but the binding one, also unused ones; empty if they are not known."""
     names = getattr(dataset, "column_names", None)
     if names is None and not isinstance(dataset, IterableDataset) and isinstance(dataset[0], Mapping):
         names = dataset[0]
-    return list(names or ())
+    return [name for name in names or () if name != COLUMN]

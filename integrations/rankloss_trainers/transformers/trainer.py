@@ -19,6 +19,7 @@ from rankloss_trainers.runtime import BY_STEPS, TEACHER, Host, Runtime
 from rankloss_trainers.transformers import embeddings, teacher
 
 with extra("transformers"):
+    import accelerate as accelerate  # type: ignore[import-untyped]
     import transformers
 
     from rankloss_trainers.transformers.progress import Progress
@@ -52,12 +53,12 @@ class ContrastiveTrainer(transformers.Trainer):
       whose own loss smooths its labels.
     - Evaluation, or any call without gradients, gives the base loss without the rank terms, which does not
       grow with λ; so ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
-    - The log shows each term, λ, and what else the loss gives, averaged since the last line.
+    - The log shows each term, λ, and the other entries of the loss, averaged since the last line.
 
     Args:
-        *args: What the Trainer takes.
+        *args: Arguments of the Trainer.
         loss: A loss as the catalogue names it, or a module with the forward convention of open_clip's losses,
-            whose innermost ``base``, if it has one, is what evaluation gives.
+            whose innermost ``base``, if it has one, is evaluated.
         loss_options: Options of the named loss, by their names without prefix; see ``LossEntry.options``.
             ALIP's ``caption_key`` is the prefix of the second caption's columns: ``caption`` for
             ``caption_input_ids`` beside ``input_ids``. With the columns ``reference_image_features`` and
@@ -71,7 +72,7 @@ class ContrastiveTrainer(transformers.Trainer):
             ``per_device_train_batch_size`` sets. Batch norm, as in ALIGN, is of a mini-batch, and counts each
             twice in its running averages. In evaluation the batch is split, too, and ``compute_metrics`` gets
             the embeddings and the scale. By default the batch is embedded at once.
-        **kwargs: What the Trainer takes.
+        **kwargs: Keywords of the Trainer.
 
     Raises:
         TypeError: for an option that the loss does not have, and for ``loss_options`` beside a module.
