@@ -40,15 +40,13 @@ class Table:
 
     Attributes:
         counts: The pairs of each source, here one.
-        by_key: True if samples come in any order, known by their names.
-        skips_broken: True if the trainer skips pictures that cannot be read.
+        is_stream: True if the trainer knows samples by name, and skips pictures that cannot be read.
 
     Raises:
         ValueError: It has no such column, or one of another kind.
     """
 
-    by_key = False
-    skips_broken = False
+    is_stream = False
 
     def __init__(self, dataset: Any, image_column: str, caption_column: str, **about: Any) -> None:
         import datasets
@@ -96,8 +94,7 @@ class Shards:
         text_key: The extension of a caption; several, by preference, are separated by ``;``.
     """
 
-    by_key = True
-    skips_broken = True
+    is_stream = True
 
     def __init__(self, urls: str, text_key: str = "txt") -> None:
         import webdataset
@@ -188,7 +185,7 @@ def _csv(path: str, separator: str, keys: dict[str, str]) -> Any:
         if missing.any():
             row = int(missing.argmax())
             cell = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)[key].iloc[row]
-            raise ValueError(f"row {row} of {path}: {cell!r} in column {key!r} is missing to open_clip")
+            raise ValueError(f"row {row} of {path}, column {key!r}: {cell!r} is a missing value to open_clip")
     return datasets.Dataset.from_dict({key: [str(x) for x in table[key].tolist()] for key in keys.values()})
 
 

@@ -94,9 +94,15 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     return about
 
 
-def write_about(folder: Path, about: dict[str, Any]) -> None:
-    """Write ``features.json``, whole or not at all, with the format and a hash of its entries."""
-    about = {**about, "format": FORMAT}
+def write_about(folder: Path, about: dict[str, Any], rows: Array | None = None) -> None:
+    """Write ``features.json``, whole or not at all, with the format and the hashes.
+
+    Args:
+        folder: The folder.
+        about: The other entries.
+        rows: The numbers of ``rows.npy``, once every row is written.
+    """
+    about = {**about, "format": FORMAT, "rows_hash": None if rows is None else _hash(rows).hex()}
     partial = folder / f".{_ABOUT}"
     with partial.open("w", encoding="utf-8") as file:
         file.write(json.dumps({**about, "hash": _hash_of_entries(about)}, indent=2) + "\n")
@@ -210,10 +216,6 @@ class Features:
             raise ValueError(f"row {row} of {self.path} has no features: its picture could not be read")
         return {name: array[rows].astype(np.float32) for name, array in self.arrays.items()}
 
-    def hash_of_rows(self) -> str:
-        """The hash of ``rows.npy``, which ``features.json`` has once every row is written."""
-        return _hash(self.rows).hex()
-
     def check(self) -> Features:
         """Read every row once, from end to end; the same folder.
 
@@ -232,6 +234,6 @@ class Features:
             if not whole.all():
                 row = first + int(whole.argmin())
                 raise ValueError(f"row {row} of {self.path} does not hold what was written there: {damage}")
-        if self.about.get("rows_hash") != self.hash_of_rows():
+        if self.about["rows_hash"] != _hash(self.rows).hex():
             raise ValueError(f"{self.path}/rows.npy does not hold what was written there: {damage}")
         return self

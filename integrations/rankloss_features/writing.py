@@ -9,13 +9,11 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -57,14 +55,11 @@ class Batches(IterableDataset[Any]):
     def _readable(self, samples: list[Sample]) -> Iterator[Sample]:
         for sample in samples:
             try:
-                picture = sample.open()
+                yield sample._replace(open=sample.open().copy)
             except Exception as error:  # Pillow raises many
-                if not self.data.skips_broken:
-                    raise ValueError(
-                        f"row {sample.row}: the picture of {sample.name!r} cannot be read: {error}"
-                    ) from error
-            else:
-                yield sample._replace(open=partial(Image.Image.copy, picture))
+                if not self.data.is_stream:
+                    where = f"row {sample.row}: the picture of {sample.name!r}"
+                    raise ValueError(f"{where} cannot be read: {error}") from error
 
 
 def write(
@@ -130,8 +125,7 @@ def write(
             skipped = int((~folder.present(slice(None))).sum())
             if skipped == len(folder):
                 raise ValueError(f"--data: none of {skipped} pictures can be read")
-            done = {"complete": True, "skipped": skipped, "rows_hash": folder.hash_of_rows()}
-            write_about(output, {**folder.about, **done})
+            write_about(output, {**folder.about, "complete": True, "skipped": skipped}, folder.rows)
 
 
 # --- the beginning ----------------------------------------------------------------------------------------
@@ -164,27 +158,26 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
     widths = {name: encoder.width for name, encoder in teacher.encoders.items()}
     about = {"teacher": teacher.about, "scale": teacher.scale, "widths": widths, **settings}
     found = read_about(output)
-    for key in ("teacher", "widths", "dtype", "precision", "batch_size") if found else ():
-        if found is not None and found[key] != about[key]:
+    for key in ("teacher", "widths", "dtype", "precision", "batch_size"):
+        if found and found[key] != about[key]:
             raise ValueError(
                 f"--output {output} was begun with another {key}, {found[key]}, not {about[key]}; by its own "
                 f"account, its command was {found['command']!r}"
             )
-    is_new = found is None or not (found["complete"] or (output / "pairs.npy").exists())
-    if is_new or found is None:
+    known = found if found and (found["complete"] or (output / "pairs.npy").exists()) else None
+    if known is None:
         pairs = _hashed(data)
         if teacher.rows not in (None, len(pairs)):
             raise ValueError(f"--features has {teacher.rows} rows, and the data have {len(pairs)}")
-        found = {**about, "complete": False, "rows": len(pairs), "data": data.about}
-        write_about(output, found)
-        _claim(output / ".pairs.npy", "uint64", pairs.shape)
-        _write_rows(output / ".pairs.npy", -len(pairs), pairs)
+        write_about(output, {**about, "complete": False, "rows": len(pairs), "data": data.about})
+        _write_rows(_claimed(output / ".pairs.npy", "uint64", pairs.shape), -len(pairs), pairs)
         (output / ".pairs.npy").replace(output / "pairs.npy")
+    rows = len(pairs) if known is None else known["rows"]
     for name, width in widths.items():
-        _claim(output / f"{name}.npy", about["dtype"], (found["rows"], width))
-    _claim(output / "rows.npy", "uint64", (found["rows"],))
+        _claimed(output / f"{name}.npy", about["dtype"], (rows, width))
+    _claimed(output / "rows.npy", "uint64", (rows,))
     _sync(output)
-    if not is_new:
+    if known is not None:
         Features(str(output), unfinished=True).compare(data.pairs(), str(data.about["data"]))
 
 
@@ -194,7 +187,7 @@ def _hashed(data: Data) -> Array:
     if not blocks:
         raise ValueError(f"--data {data.about['data']} has no pairs of a picture and a caption")
     hashes = np.concatenate(blocks)
-    if data.by_key:
+    if data.is_stream:
         _, first, number = np.unique(hashes, return_index=True, return_counts=True)
         if (number > 1).any():
             row = first[number.argmax()]
@@ -212,12 +205,12 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
         with open(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as opened:
             yield opened
     except OSError as error:
-        hint = f"{error.strerror}: {file}. Make room, and give the same command"
-        raise OSError(error.errno, hint) from error
+        advice = "Make room, and give the same command"
+        raise OSError(error.errno, f"{error.strerror}: {file}. {advice}") from error
 
 
-def _claim(file: Path, dtype: str, shape: tuple[int, ...]) -> None:
-    """Give an array its header and its size on the disk, so that a full disk shows now. Rows in it stay."""
+def _claimed(file: Path, dtype: str, shape: tuple[int, ...]) -> Path:
+    """Give a file its header and its size on the disk, so that a full disk shows now. Rows in it stay."""
     described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     with _opened(file) as opened:
         np.lib.format.write_array_header_1_0(opened, described)
@@ -225,6 +218,7 @@ def _claim(file: Path, dtype: str, shape: tuple[int, ...]) -> None:
         opened.truncate(size)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(opened.fileno(), 0, size)
+    return file
 
 
 def _write_rows(file: Path, first: int, rows: Array) -> None:

@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-READERS = ("open_clip_train", "transformers", "accelerate", "sentence_transformers")
-if not all(map(importlib.util.find_spec, READERS)):
+if not all(map(importlib.util.find_spec, ("transformers", "accelerate", "sentence_transformers"))):
     pytest.skip("a trainer is not installed", allow_module_level=True)
 
 import tiny_sentences
 import tiny_transformers
-from tiny_teacher import CAPTIONS, ROWS, WIDTH, data_of, files, teacher, written
+from tiny_teacher import ROWS, WIDTH, csv_data, data_of, files, table, teacher, written
 
 from rankloss_features.checking import report
 from rankloss_features.data import Data
 from rankloss_features.folder import NAMES, hashes_of_rows, read_about, write_about
-from rankloss_open_clip.reference_features import refuse
+from rankloss_open_clip.reference_features import ReferenceFeatures
 from rankloss_trainers.sentence_transformers import RankClipLoss
 
 
@@ -41,19 +40,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("damage")
     data = data_of("csv", folder / "data")
     written(folder / "whole", data, teacher())
-    written(folder / "other", data_of("csv", folder / "others", CAPTIONS[::-1]), teacher(weights="1"))
+    (folder / "others").mkdir()
+    others = csv_data(table(folder / "others", order=[*range(1, ROWS), 0]))
+    written(folder / "other", others, teacher(weights="1"))
     model, clip = tiny_sentences.tiny(folder), tiny_transformers.clip()
-
-    def open_clip(path: str) -> None:
-        if reason := refuse(path, two_widths=False):
-            raise ValueError(reason)
 
     def hugging_face(path: str) -> None:
         options = {"reference_features": path}
         tiny_transformers.trainer(folder, model=clip, loss="rankclip", loss_options=options)
 
     readers = {
-        "open_clip": open_clip,
+        "open_clip": lambda path: ReferenceFeatures(path).check(),
         "Hugging Face": hugging_face,
         "sentence-transformers": lambda path: RankClipLoss(model, reference_features=path),
         "--check": lambda path: report(path, data),
@@ -153,19 +150,22 @@ DAMAGES: dict[str, Change] = {
 }
 
 
+def refused(read: Callable[[str], Any], folder: Path) -> bool:
+    """Refusal by an error that names the folder."""
+    try:
+        read(str(folder))
+    except ValueError as error:
+        return str(folder) in str(error)
+    return False
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_refused_or_mended(place: Place, tmp_path: Path, damage: str) -> None:
     folder = Path(shutil.copytree(place.whole, tmp_path / "damaged"))
     DAMAGES[damage](folder, place.other)
     for name, read in place.readers.items():
-        with pytest.raises(ValueError, match=str(folder)):
-            read(str(folder))
-            pytest.fail(name)
-    try:
-        written(folder, place.data, teacher())
-    except ValueError as error:
-        assert str(folder) in str(error)
-    else:
+        assert refused(read, folder), name
+    if not refused(lambda path: written(Path(path), place.data, teacher()), folder):
         assert files(folder) == files(place.whole)
         for read in place.readers.values():
             read(str(folder))

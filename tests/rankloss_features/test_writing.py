@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import resource
 import shutil
 import socket
 import tarfile
@@ -170,18 +169,6 @@ def test_what_no_teacher_gives_is_refused(tmp_path: Path, row: Any, value: float
 
 def test_one_caption_for_a_batch_is_no_constant_teacher(tmp_path: Path) -> None:
     written(tmp_path / "output", data_of("csv", tmp_path, ["one class"] * 20 + CAPTIONS), teacher()).check()
-
-
-def limited(size: int, *args: Any) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    with pytest.raises(OSError, match=r"image_features\.npy\. Make room, and give the same command"):
-        written(*args)
-
-
-def test_full_disk_is_an_error_at_the_start(tmp_path: Path) -> None:
-    data, output = data_of("csv", tmp_path), tmp_path / "output"
-    assert in_process(limited, 500, output, data, teacher()) == 0
-    written(output, data, teacher()).check()
 
 
 def test_picture_that_cannot_be_read(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,13 @@ def stored(path: Path, pairs: list[tuple[str, str]] | None = None, **arrays: np.
     path.mkdir()
     for name, array in arrays.items():
         np.save(path / f"{name}.npy", array)
-    hashes = hashes_of_pairs(captions, images)
-    written = hashes_of_rows(hashes, [array[:rows] for array in arrays.values()])
-    np.save(path / "pairs.npy", hashes)
-    np.save(path / "rows.npy", written)
+    pairs_ = hashes_of_pairs(captions, images)
+    hashes = hashes_of_rows(pairs_, [array[:rows] for array in arrays.values()])
+    np.save(path / "pairs.npy", pairs_)
+    np.save(path / "rows.npy", hashes)
     widths = {name: array.shape[-1] for name, array in arrays.items()}
     about = {"complete": True, "rows": rows, "widths": widths, "dtype": str(dtype), "skipped": 0}
-    write_about(path, {**about, "rows_hash": hashlib.blake2b(written, digest_size=8).hexdigest()})
+    write_about(path, about, hashes)
     return str(path)
 
 
