@@ -62,14 +62,6 @@ def trainer(session: nox.Session, name: str, version: str) -> None:
 
 
 @nox.session
-def main_branch(session: nox.Session) -> None:
-    """What no registry has: RANKLOSS_OPEN_CLIP_CHECKOUT names a checkout."""
-    session.install("--editable", ".[test]")
-    files = ("rankloss_open_clip/test_main_branch.py", "rankloss_trainers/test_t*_page.py")
-    session.run("pytest", *tests(*files), *session.posargs)
-
-
-@nox.session
 def links(session: nox.Session) -> None:
     """Request every external link of the site that `make docs` built; needs the public web."""
     session.install("linkchecker>=10.5")

@@ -25,7 +25,7 @@ IMPORT_LIMIT = 0.1  # seconds of CPU time, over torch's own import
 
 PACKAGES = ("rankloss", "rankloss_trainers", "rankloss_open_clip", "rankloss_features", "rankloss_baselines")
 MODULES = {  # what an installation with an extra has to be able to import
-    "open-clip": ["rankloss_open_clip.diagnosis"],
+    "open-clip": ["rankloss_open_clip.command_line"],
     "transformers": ["rankloss_trainers.transformers"],
     "sentence-transformers": ["rankloss_trainers.sentence_transformers"],
     "lightning": ["rankloss_trainers.lightning"],

@@ -124,8 +124,7 @@ class AlipLoss(GatheringLoss):
             raise ValueError("caption_features must be like text_features, {}; got {}".format(*kinds))
         images = self.gather.items(image_features)
         # Both captions in one collective.
-        captions = self.gather.items(torch.stack([text_features, caption_features], dim=1))
-        texts, synthetic = captions.unbind(1)
+        texts, synthetic = self.gather.items(torch.stack([text_features, caption_features], dim=1)).unbind(1)
         text_weights, caption_weights = self._weights(images, texts, synthetic)
         anchors = images, texts, synthetic
         if self.gather.anchors_are_local:
@@ -156,9 +155,8 @@ class AlipLoss(GatheringLoss):
             self._step_begins = not self._steps_are_announced
         sample, text, caption = (cosines - self.histories.to(dtype)[:, None]).unbind(0)
         gate = torch.exp(self.gamma_sample * sample)
-        pairs = (torch.where(gate < 1, torch.exp(self.gamma_pair * x), 1.0) for x in (text, caption))
-        of_text, of_caption = (gate.clamp_max(1) * pair for pair in pairs)
-        return of_text, of_caption
+        pairs = [torch.where(gate < 1, torch.exp(self.gamma_pair * x), 1.0) for x in (text, caption)]
+        return gate.clamp_max(1) * pairs[0], gate.clamp_max(1) * pairs[1]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AlipLoss:
         # to(), half() and so on. The device is fn's choice, the dtype is not.

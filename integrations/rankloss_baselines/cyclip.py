@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -97,7 +96,7 @@ class CyClipLoss(GatheringLoss):
             anchors = _in_float64(*own)
         n, d = anchors[0].shape
         squares = _by_products if n * len(items[0]) < d * d else _by_moments
-        dtype = functools.reduce(torch.promote_types, (x.dtype for x in own), torch.float32)
+        dtype = torch.promote_types(torch.promote_types(own[0].dtype, own[1].dtype), torch.float32)
         cross, in_ = ((x / n).to(image_features.device, dtype) for x in squares(anchors, items))
         return cross, in_
 

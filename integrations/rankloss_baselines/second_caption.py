@@ -24,7 +24,7 @@ class SecondCaption:
         self.key = key
         self.name = f"second caption {key!r}"
 
-    def of_rows(self, path: str, separator: str, dataset: Any) -> Callable[[int], Any]:  # noqa: ARG002
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Any:  # noqa: ARG002
         """The column of a CSV file.
 
         Raises:
@@ -43,8 +43,7 @@ class SecondCaption:
                 f"{path} has no second caption in {int(empty.sum())} rows: column {self.key!r} is empty, "
                 f"first in row {int(empty.argmax()) + 1}"
             )
-        column: Callable[[int], Any] = table[self.key].tolist().__getitem__
-        return column
+        return table[self.key].tolist().__getitem__
 
     def of_sample(self, sample: dict[str, Any], caption: str) -> Any:  # noqa: ARG002
         """A member of a webdataset sample, or a field of its JSON; None where it has none."""

@@ -13,7 +13,7 @@ from rankloss_features.data import Table
 from rankloss_features.folder import NAMES, Array, Features
 
 COLUMN = "reference_pair"
-"""The column that says which row of a folder is a row's own, and the hash of its pair."""
+"""The column with each row's own row of a folder and the hash of its pair."""
 
 
 def bind(
@@ -34,7 +34,7 @@ def bind(
         folder: A folder of ``rankloss features``.
         image_column: The images, or their names.
         caption_column: The captions.
-        column: What the column is called: ``label`` for sentence-transformers, which hands no other to a
+        column: The name of the new column: ``label`` for sentence-transformers, which hands no other to a
             loss.
 
     Raises:
@@ -47,12 +47,20 @@ def bind(
 
 
 def references(features: Features, bound: Array) -> dict[str, Tensor]:
-    """The features of bound rows, ``[N, 2]``, by the names that losses have for them.
+    """The features of bound rows, ``[N, 2]``: their row and pair, by the names that losses have for them.
 
     Raises:
         ValueError: The rows were bound to another folder.
     """
-    return {f"reference_{name}": torch.from_numpy(x) for name, x in features.of_bound(bound).items()}
+    rows, pairs = bound[:, 0], bound[:, 1].view(np.uint64)
+    inside = (rows >= 0) & (rows < len(features))
+    right = inside & (features.pairs[np.where(inside, rows, 0)] == pairs)
+    if not right.all():
+        row = int(rows[right.argmin()])
+        raise ValueError(
+            f"row {row} of the data is not row {row} of {features.path}: bind the data to this folder"
+        )
+    return {f"reference_{name}": torch.from_numpy(x) for name, x in features.take(rows).items()}
 
 
 def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor]:

@@ -10,11 +10,12 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from rankloss.options import check_count
 from rankloss_features import checking, data, teachers, writing
 
 
@@ -22,6 +23,7 @@ def main(argv: Sequence[str]) -> int:
     """Carry out what the command line says, and return the exit code."""
     args = _parser().parse_args(argv)
     try:
+        check_count("--batch-size", args.batch_size)
         pairs = data.open_data(args)
         if args.check is not None:
             print(checking.report(args.check, pairs))
@@ -39,18 +41,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _count(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number of at least ``least``."""
-
-    def count(text: str) -> int:
-        number = int(text)
-        if number < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
-        return number
-
-    return count
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rankloss features",
@@ -61,26 +51,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", type=Path, metavar="FOLDER", help="where the features go")
-    where.add_argument(
-        "--check", metavar="FOLDER", help="compare a finished folder with the data, and describe it"
-    )
+    where.add_argument("--check", metavar="FOLDER", help="a folder to compare with the data and describe")
     said = parser.add_argument_group("the teacher")
     said.add_argument("--model", help="a model of open_clip, hf-hub: and local-dir: included")
     said.add_argument("--pretrained", metavar="TAG", help="its weights, a tag or a file")
-    said.add_argument(
-        "--text-encoder", metavar="NAME", help="of texts alone: a name or path for sentence-transformers"
-    )
-    said.add_argument("--image-encoder", metavar="NAME", help="of images alone: a name for timm")
-    said.add_argument(
-        "--features",
-        metavar="PATH",
-        help="features that are there already: a folder or .npz file of "
-        "image_features and text_features, row i for row i of the data",
-    )
+    said.add_argument("--text-encoder", metavar="NAME", help="of texts alone, for sentence-transformers")
+    said.add_argument("--image-encoder", metavar="NAME", help="of images alone, for timm")
+    stored = "a folder or .npz file of image_features and text_features, in the order of the data"
+    said.add_argument("--features", metavar="PATH", help=stored)
     read = parser.add_argument_group("the data, as the trainer has them")
-    read.add_argument(
-        "--data", required=True, help="a CSV file, shards of a webdataset, or a folder of datasets"
-    )
+    read.add_argument("--data", required=True, help="a CSV file, shards, or a folder of datasets")
     kinds = ("auto", "csv", "webdataset", "datasets")
     read.add_argument("--dataset-type", default="auto", choices=kinds, help="auto goes by the name")
     read.add_argument("--csv-separator", default="\t", help="of a CSV file")
@@ -91,11 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     read.add_argument("--caption-column", default="caption", metavar="NAME", help="of a folder of datasets")
     read.add_argument("--split", default="train", help="of a folder of datasets")
     how = parser.add_argument_group("how")
-    how.add_argument(
-        "--dtype", default="float16", choices=("float16", "float32"), help="of the numbers stored"
-    )
-    how.add_argument("--batch-size", type=_count(1), default=256, metavar="N", help="rows of a forward pass")
-    how.add_argument("--workers", type=_count(0), default=2, metavar="N", help="processes that read pictures")
-    how.add_argument("--device", help="what the teacher computes on; a GPU where there is one")
+    how.add_argument("--dtype", default="float16", choices=("float16", "float32"), help="of the file")
+    how.add_argument("--batch-size", type=int, default=256, metavar="N", help="rows of a forward pass")
+    how.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read pictures")
+    how.add_argument("--device", help="the teacher's device; a GPU where there is one")
     how.add_argument("--precision", choices=("fp32", "amp_bf16"), help="amp_bf16 on a GPU, else fp32")
     return parser

@@ -1,4 +1,4 @@
-"""The folder of features: what is in it, and how it is read.
+"""The folder of features: its files, and how they are read.
 
 ::
 
@@ -6,10 +6,11 @@
     image_features.npy    [rows, D'], float16 or float32
     text_features.npy     likewise; one of the two may be missing
     pairs.npy             [rows], uint64: the hash of each row's caption and image name
-    rows.npy              [rows], uint64: the hash of each row's numbers
+    rows.npy              [rows], uint64: the hash of each row's pair and numbers
 
-A row's own hash is written after its numbers, so a row that was half written, moved or damaged does not pass
-for a whole one.
+A row's hash is written after its numbers; a row whose picture cannot be read has its pair's hash, and no
+numbers. ``features.json`` has a hash of its entries, one of which is a hash of ``rows.npy`` once every row is
+written. So a file that is cut, changed or from another folder is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,26 @@ from rankloss.checks import check_teacher
 NAMES = ("image_features", "text_features")
 """The features of a folder."""
 
-SKIPPED = 1
-"""The hash of a row whose picture cannot be read. The trainer skips such samples of a webdataset, too."""
+FORMAT = 2
+"""The version of the format."""
 
 Array = np.ndarray[Any, Any]
 
 _ABOUT = "features.json"
-_BLOCK = 16_384  # rows that are looked at together
+_BLOCK = 16_384  # rows that are read together
+
+
+def _hash(data: Any) -> bytes:
+    return hashlib.blake2b(data, digest_size=8).digest()
 
 
 def hash_of_pair(caption: str, image: str) -> int:
     """The 64-bit hash of a caption and the name of its image."""
-    text = f"{image}\0{caption}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    return int.from_bytes(_hash(f"{image}\0{caption}".encode("utf-8", "surrogatepass")), "little")
 
 
 def name_of(image: object) -> str:
-    """The name of an image, of its path: folders move."""
+    """The name of an image, without the folders of its path, which may move."""
     return os.path.basename(str(image))
 
 
@@ -55,71 +59,90 @@ def hashes_of_pairs(captions: Iterable[str], images: Iterable[str]) -> Array:
     return np.array([hash_of_pair(*pair) for pair in zip(captions, images, strict=True)], np.uint64)
 
 
-def hashes_of_rows(arrays: Iterable[Array]) -> Array:
-    """The hash of each row's numbers, in all arrays together, uint64."""
-    digests = [
-        hashlib.blake2b(b"".join(x.tobytes() for x in row), digest_size=8).digest()
-        for row in zip(*arrays, strict=True)
-    ]
-    return np.frombuffer(b"".join(digests), np.uint64)
+def hashes_of_rows(pairs: Array, arrays: Iterable[Array]) -> Array:
+    """The hash of each row: its pair's hash and its numbers in all arrays, uint64."""
+    rows = zip(pairs, *arrays, strict=True)
+    return np.frombuffer(b"".join(_hash(b"".join(x.tobytes() for x in row)) for row in rows), np.uint64)
+
+
+def _hash_of_entries(about: dict[str, Any]) -> str:
+    return _hash(json.dumps(about, sort_keys=True).encode()).hex()
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
-    """What ``features.json`` says, or None without it.
+    """The entries of ``features.json``, or None without it.
 
     Raises:
-        ValueError: It cannot be read as JSON.
+        ValueError: It is of another format, or its entries are not those that were written.
     """
+    file = folder / _ABOUT
     try:
-        about: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        about = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise ValueError(f"{folder / _ABOUT} cannot be read: {error}") from error
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{file} must hold the entries of `rankloss features`; got {about!r:.40}")
+    if about.get("format") != FORMAT:
+        raise ValueError(
+            f"{file} has format {about.get('format')!r:.40}, not {FORMAT}: an earlier release did not tie "
+            "rows to pairs. To renew the folder, delete it and give its command again, which the file quotes"
+        )
+    if about.pop("hash", None) != _hash_of_entries(about):
+        raise ValueError(f"{file} is damaged: its entries are not those that the command wrote")
     return about
 
 
-def write_about(folder: Path, about: dict[str, Any]) -> None:
-    """Write ``features.json``, whole or not at all."""
+def write_about(folder: Path, about: dict[str, Any], rows: Array | None = None) -> None:
+    """Write ``features.json``, whole or not at all, with the format and the hashes.
+
+    Args:
+        folder: The folder.
+        about: The other entries.
+        rows: The numbers of ``rows.npy``, once every row is written.
+    """
+    about = {**about, "format": FORMAT, "rows_hash": None if rows is None else _hash(rows).hex()}
     partial = folder / f".{_ABOUT}"
-    partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({**about, "hash": _hash_of_entries(about)}, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(folder / _ABOUT)
 
 
 class Features:
-    """A finished folder of a teacher's features.
+    """A folder of a teacher's features.
 
     Args:
         path: The folder.
+        unfinished: Accept a folder that lacks some of its rows.
 
     Attributes:
-        about: What ``features.json`` says.
+        about: The entries of ``features.json``.
         arrays: The features by their names, mapped into memory.
         pairs: The hash of each row's pair.
+        rows: The hash of each row.
 
     Raises:
-        ValueError: It is no such folder, unfinished, or its files are not those that it names.
+        ValueError: It is no such folder, unfinished, or a file is not as ``features.json`` says.
     """
 
-    def __init__(self, path: str) -> None:
-        folder, self.path = Path(path), path
-        about = read_about(folder) if folder.is_dir() else None
+    def __init__(self, path: str, *, unfinished: bool = False) -> None:
+        self.path, about = path, read_about(Path(path))
         if about is None:
             raise ValueError(f"{path} is no folder of `rankloss features`: it has no {_ABOUT}")
-        missing = {"complete", "widths", "rows", "dtype"} - about.keys()
-        if missing:
-            raise ValueError(f"{folder / _ABOUT} is not of `rankloss features`: it has no {min(missing)}")
-        if not about["complete"]:
+        if not (about["complete"] or unfinished):
             raise ValueError(
-                f"{path} is unfinished: the command that began it goes on where it stopped. It was: "
-                f"{about['command']}"
+                f"{path} is unfinished: the command that began it goes on where it stopped. {_ABOUT}, which "
+                f"anyone may have written, quotes it as {about.get('command')!r}"
             )
-        self.about = about
-        self.arrays = {
-            x: self._array(x, about["dtype"], (about["rows"], n)) for x, n in about["widths"].items()
-        }
-        self.pairs = self._array("pairs", "uint64", (about["rows"],))
-        self._rows = self._array("rows", "uint64", (about["rows"],))
+        self.about, widths, rows = about, about["widths"], about["rows"]
+        if not widths or not widths.keys() <= {*NAMES}:
+            raise ValueError(f"{path}/{_ABOUT}: widths must be of {' or '.join(NAMES)}; got {widths}")
+        self.arrays = {x: self._array(x, about["dtype"], (rows, widths[x])) for x in NAMES if x in widths}
+        self.pairs = self._array("pairs", "uint64", (rows,))
+        self.rows = self._array("rows", "uint64", (rows,))
 
     def __reduce__(self) -> Any:
         return type(self), (self.path,)
@@ -130,13 +153,11 @@ class Features:
     def _array(self, name: str, dtype: str, shape: tuple[int, ...]) -> Array:
         file = Path(self.path, f"{name}.npy")
         try:
-            array: Array = np.asarray(np.load(file, mmap_mode="r"))  # whose rows cost less than a memmap's
-        except (OSError, ValueError) as error:
+            array = np.asarray(np.load(file, mmap_mode="r"))  # whose rows cost less than a memmap's
+        except Exception as error:  # NumPy raises many of a damaged header
             raise ValueError(f"{file} cannot be read: {error}") from error
         if array.dtype != dtype or array.shape != shape:
-            raise ValueError(
-                f"{file} must be {dtype} {shape}, as {_ABOUT} says; got {array.dtype} {array.shape}"
-            )
+            raise ValueError(f"{file} must be {dtype} {shape}; got {array.dtype} {array.shape}")
         return array
 
     @functools.cached_property
@@ -148,14 +169,14 @@ class Features:
         """The row of a pair, by its hash, or None."""
         order, pairs = self._sorted
         place = int(np.searchsorted(pairs, np.uint64(pair)))
-        return int(order[place]) if place < len(pairs) and int(pairs[place]) == pair else None
+        return int(order[place]) if place < len(pairs) and pairs[place] == pair else None
 
     def compare(self, pairs: Iterable[tuple[list[str], list[str]]], where: str) -> None:
         """Compare the rows, in their order, with pairs: captions and image names, block by block.
 
         Args:
             pairs: The blocks.
-            where: What the error calls them.
+            where: The name of the data in errors.
 
         Raises:
             ValueError: A row is of another pair, or missing; the error names the first.
@@ -164,20 +185,24 @@ class Features:
         for captions, images in pairs:
             found = hashes_of_pairs(captions, images)
             wanted = self.pairs[row : row + len(found)]
-            wrong = np.ones(len(found), bool)
-            wrong[: len(wanted)] = found[: len(wanted)] != wanted
-            if wrong.any():
-                i = int(wrong.argmax())
-                held = f"{len(self)} rows" if row + i >= len(self) else "another pair there"
-                other = self.find(int(found[i]))
+            if not np.array_equal(found, wanted):
+                i = next(i for i, x in enumerate(found) if i >= len(wanted) or x != wanted[i])
                 raise ValueError(
                     f"row {row + i} of {where}, image {images[i]!r} with caption {captions[i]!r}, is not row "
-                    f"{row + i} of {self.path}, which has {held}"
-                    + ("" if other is None else f", and this pair in row {other}")
+                    f"{row + i} of {self.path}, whose {len(self)} rows have it in row {self.find(found[i])}"
                 )
             row += len(found)
         if row != len(self):
             raise ValueError(f"{self.path} has {len(self)} rows, {where} has {row}: row {row} is missing")
+
+    def present(self, rows: Any) -> Array:
+        """Presence of features per row: a picture that could not be read has none."""
+        return np.asarray(self.rows[rows] != self.pairs[rows])
+
+    def whole(self, rows: slice) -> Array:
+        """Completeness per row: its hash fits its pair and numbers, or it has no features."""
+        hashes = hashes_of_rows(self.pairs[rows], [x[rows] for x in self.arrays.values()])
+        return (self.rows[rows] == hashes) | ~self.present(rows)
 
     def take(self, rows: Array) -> dict[str, Array]:
         """The features of some rows, float32.
@@ -185,62 +210,30 @@ class Features:
         Raises:
             ValueError: A row has none, since its picture could not be read.
         """
-        missing = self._rows[rows] == SKIPPED
-        if missing.any():
-            row = int(rows[missing.argmax()])
+        present = self.present(rows)
+        if not present.all():
+            row = int(rows[present.argmin()])
             raise ValueError(f"row {row} of {self.path} has no features: its picture could not be read")
         return {name: array[rows].astype(np.float32) for name, array in self.arrays.items()}
-
-    def of_bound(self, bound: Array) -> dict[str, Array]:
-        """The features of rows that :func:`rankloss_features.bind` named, ``[N, 2]``: their row and pair.
-
-        Raises:
-            ValueError: They were bound to another folder.
-        """
-        rows, pairs = bound[:, 0], bound[:, 1].view(np.uint64)
-        inside = (rows >= 0) & (rows < len(self))
-        right = inside & (self.pairs[np.where(inside, rows, 0)] == pairs)
-        if not right.all():
-            row = int(rows[right.argmin()])
-            raise ValueError(
-                f"row {row} of the data is not row {row} of {self.path}: bind the data to this folder"
-            )
-        return self.take(rows)
-
-    def blocks(self) -> Iterator[tuple[int, Array, dict[str, Array]]]:
-        """All rows in parts: the first row, which rows have features, and these.
-
-        The files are mapped anew for each part, or what was read would stay in memory.
-        """
-        for first in range(0, len(self), _BLOCK):
-            files = {name: Path(self.path, f"{name}.npy") for name in self.arrays}
-            arrays = {x: np.load(file, mmap_mode="r")[first : first + _BLOCK] for x, file in files.items()}
-            yield first, self._rows[first : first + _BLOCK] != SKIPPED, arrays
 
     def check(self) -> Features:
         """Read every row once, from end to end; the same folder.
 
         Raises:
-            ValueError: A row is not what was written, or not what a teacher gives.
+            ValueError: A row is not as it was written, or not what a teacher gives.
         """
-        for first, present, arrays in self.blocks():
-            for name, array in arrays.items():
-                with np.errstate(over="ignore"):
-                    block = torch.from_numpy(array.astype(np.float32))
-                block[~torch.from_numpy(present)] = torch.arange(block.shape[1]) + 1.0  # has no features
+        damage = "the files are damaged, their rows in another order, or from another folder"
+        for first in range(0, len(self), _BLOCK):
+            rows = slice(first, first + _BLOCK)
+            whole, absent = self.whole(rows), torch.from_numpy(~self.present(rows))
+            for name, array in self.arrays.items():
+                block = torch.from_numpy(array[rows].astype(np.float32))
+                block[absent] = torch.arange(block.shape[1]) + 1.0
                 where = f"{name} in {self.path}, counted from row {first},"
                 check_teacher(where, block, first_look=False)
-            written = self._rows[first : first + len(present)]
-            wrong = present & (hashes_of_rows(arrays.values()) != written)
-            if wrong.any():
-                raise ValueError(
-                    f"row {first + int(wrong.argmax())} of {self.path} does not hold what was written there: "
-                    "the files are damaged, their rows in another order, or from another folder"
-                )
+            if not whole.all():
+                row = first + int(whole.argmin())
+                raise ValueError(f"row {row} of {self.path} does not hold what was written there: {damage}")
+        if self.about["rows_hash"] != _hash(self.rows).hex():
+            raise ValueError(f"{self.path}/rows.npy does not hold what was written there: {damage}")
         return self
-
-
-@functools.lru_cache(maxsize=1)
-def opened(path: str) -> Features:
-    """The folder, opened once per process."""
-    return Features(path)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rankloss.checks import check_teacher
 from rankloss_features.data import Sample
 from rankloss_features.folder import NAMES, Array
 
@@ -80,10 +81,8 @@ def load(args: Any, device: torch.device) -> Teacher:
     flags = {f"--{name.replace('_', '-')}": name for name in loaders if getattr(args, name) is not None}
     given = list(flags)
     if not given or (len(given) > 1 and given != ["--text-encoder", "--image-encoder"]):
-        raise ValueError(
-            "the teacher must be --model, --features, or --text-encoder and --image-encoder, or one of the "
-            f"latter two; got {' and '.join(given) or 'none'}"
-        )
+        choices = "--model, --features, --text-encoder, --image-encoder, or the latter two"
+        raise ValueError(f"the teacher must be one of {choices}; got {' and '.join(given) or 'none'}")
     parts = []
     for flag, name in flags.items():
         try:
@@ -174,22 +173,17 @@ def _stored(args: Any, _: torch.device) -> Teacher:
     """Arrays that are there already, row i for row i of the data."""
     if os.path.isdir(args.features):
         files = {name: os.path.join(args.features, f"{name}.npy") for name in NAMES}
-        arrays = {name: np.load(file, mmap_mode="r") for name, file in files.items() if os.path.isfile(file)}
+        arrays = {name: np.load(file, mmap_mode="c") for name, file in files.items() if os.path.isfile(file)}
     else:
-        with np.load(args.features) as stored:
-            arrays = {name: stored[name] for name in NAMES if name in stored.files}
+        stored = np.load(args.features)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError(f"a folder or .npz file of {' and '.join(NAMES)} is needed, not one array")
+        arrays = {name: stored[name] for name in NAMES if name in stored.files}
     if not arrays:
         raise ValueError(f"there are neither {' nor '.join(NAMES)}")
-    for name, array in arrays.items():
-        if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
-            raise ValueError(
-                f"{name} must be floating-point numbers, [rows, D']; got {array.dtype} {array.shape}"
-            )
-    if len({(len(array), array.dtype) for array in arrays.values()}) > 1:
-        shown = " and ".join(f"{array.dtype} {array.shape}" for array in arrays.values())
-        raise ValueError(f"{' and '.join(arrays)} must have one dtype and as many rows; got {shown}")
-    about = {
-        "features": {x: hashlib.sha256(np.ascontiguousarray(a).data).hexdigest() for x, a in arrays.items()}
-    }
+    tensors = [torch.from_numpy(np.asarray(array)) for array in arrays.values()]
+    for name, tensor in zip(arrays, tensors, strict=True):
+        check_teacher(name, tensor, tensors[0], first_look=False)
+    digests = {x: hashlib.sha256(np.ascontiguousarray(a).data).hexdigest() for x, a in arrays.items()}
     encoders = {x: Encoder(partial(_rows, a), lambda rows: rows, a.shape[1]) for x, a in arrays.items()}
-    return Teacher(about, encoders, rows=len(next(iter(arrays.values()))))
+    return Teacher({"features": digests}, encoders, rows=len(tensors[0]))

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
+import math
 import os
+import socket
 from collections.abc import Iterator
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from rankloss.checks import check_teacher
 from rankloss_features.data import Data, Sample, Spans
-from rankloss_features.folder import SKIPPED, Array, hashes_of_pairs, hashes_of_rows, read_about, write_about
+from rankloss_features.folder import Array, Features, hashes_of_pairs, hashes_of_rows, read_about, write_about
 from rankloss_features.teachers import Teacher
 
 _PRECISIONS = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
@@ -26,13 +27,13 @@ _FEW = 7  # rows that may all be equal, since they may be of one caption
 
 
 class Batches(IterableDataset[Any]):
-    """What is left to do, prepared for the teacher.
+    """The batches that are left, prepared for the teacher.
 
     A batch holds the same rows in every run: a row's last bits may depend on the others of its batch.
 
     Yields:
-        The batch's first and last row, the latter excluded, the samples' rows and captions, and what the
-        teacher takes.
+        The batch's first and last row, the latter excluded, its samples that can be read, and the teacher's
+        inputs.
     """
 
     def __init__(self, data: Data, groups: list[tuple[int, Spans]], teacher: Teacher) -> None:
@@ -54,14 +55,11 @@ class Batches(IterableDataset[Any]):
     def _readable(self, samples: list[Sample]) -> Iterator[Sample]:
         for sample in samples:
             try:
-                picture = sample.open()
+                yield sample._replace(open=sample.open().copy)
             except Exception as error:  # Pillow raises many
-                if not self.data.skips_broken:
-                    raise ValueError(
-                        f"row {sample.row}: the picture of {sample.name!r} cannot be read: {error}"
-                    ) from error
-            else:
-                yield sample._replace(open=partial(Image.Image.copy, picture))
+                if not self.data.is_stream:
+                    where = f"row {sample.row}: the picture of {sample.name!r}"
+                    raise ValueError(f"{where} cannot be read: {error}") from error
 
 
 def write(
@@ -73,190 +71,176 @@ def write(
     device: torch.device,
     workers: int,
 ) -> None:
-    """Write the features of all pairs into a folder, or what is missing of them.
+    """Write the features of all pairs into a folder, or those that are missing.
 
-    Under torchrun each process writes a share. Only the first of them begins and finishes the folder.
+    Under torchrun each process writes a share. Only the first of them locks, begins and finishes the folder.
 
     Args:
         output: The folder.
         data: The pairs.
-        teacher: What gives the features.
+        teacher: The source of the features.
         settings: ``dtype``, ``precision``, ``batch_size`` and ``command``, which go into ``features.json``.
-        device: What the teacher computes on.
+        device: The device of the teacher.
         workers: Processes that read the data, for each process that computes.
 
     Raises:
-        ValueError: The folder holds something else, or was begun with other pairs, another teacher or other
-            settings; the teacher gives what is no teacher's features. Nothing in the folder is lost.
+        ValueError: The folder holds something else, was begun with other pairs, another teacher or other
+            settings, or is being written by another run; the teacher gives no teacher's features. Nothing in
+            the folder is lost.
         OSError: The disk is full, or the folder cannot be written.
     """
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    if rank == 0:
-        _begin(output, data, teacher, settings)
-    if world > 1:
-        counted = [data.counts]
-        torch.distributed.broadcast_object_list(counted)  # the others wait for it
-        data.counts = counted[0]
-    groups = data.spans(settings["batch_size"])[rank::world]
-    names = list(teacher.encoders)
-    left = [(source, [x for x in spans if not _is_done(output, names, *x)]) for source, spans in groups]
-    rows, todo = (sum(last - first for _, spans in x for first, last in spans) for x in (groups, left))
-    batches = Batches(data, [group for group in left if group[1]], teacher)
-    with tqdm(total=rows, initial=rows - todo, unit="row", disable=rank != 0) as bar:
-        for (first, last), samples, captions, prepared in DataLoader(batches, None, num_workers=workers):
-            if samples:
-                features = teacher.encode(prepared, device, _PRECISIONS[settings["precision"]])
-                _store(output, samples, captions, features)
-            _map(output, "rows")[sorted({*range(first, last)} - {*samples})] = SKIPPED
-            bar.update(last - first)
-    if world > 1:
-        torch.distributed.barrier()
-    if rank == 0:
-        _finish(output)
+    with _locked(output) if rank == 0 else nullcontext():
+        if rank == 0:
+            _begin(output, data, teacher, settings)
+        if world > 1:
+            counted = [data.counts]
+            torch.distributed.broadcast_object_list(counted)  # the others wait for it
+            data.counts = counted[0]
+        folder = Features(str(output), unfinished=True)
+        groups = data.spans(settings["batch_size"])[rank::world]
+        left = [(source, [x for x in spans if not folder.whole(slice(*x)).all()]) for source, spans in groups]
+        rows, todo = (sum(last - first for _, spans in x for first, last in spans) for x in (groups, left))
+        batches = Batches(data, [group for group in left if group[1]], teacher)
+        with tqdm(total=rows, initial=rows - todo, unit="row", disable=rank != 0) as bar:
+            for (first, last), samples, captions, prepared in DataLoader(batches, None, num_workers=workers):
+                stored = {name: np.zeros_like(x[first:last]) for name, x in folder.arrays.items()}
+                hashes = np.array(folder.pairs[first:last])  # of rows without features
+                if samples:
+                    features = teacher.encode(prepared, device, _PRECISIONS[settings["precision"]])
+                    places = np.array(samples) - first
+                    for name, array in features.items():
+                        stored[name][places] = array.numpy()
+                        _check(name, samples, captions, torch.from_numpy(stored[name][places]))
+                    hashes[places] = hashes_of_rows(hashes[places], [x[places] for x in stored.values()])
+                for name, array in {**stored, "rows": hashes}.items():  # the hashes last
+                    _write_rows(output / f"{name}.npy", first - len(folder), array)
+                bar.update(last - first)
+        _sync(output)
+        if world > 1:
+            torch.distributed.barrier()
+        if rank == 0:
+            skipped = int((~folder.present(slice(None))).sum())
+            if skipped == len(folder):
+                raise ValueError(f"--data: none of {skipped} pictures can be read")
+            write_about(output, {**folder.about, "complete": True, "skipped": skipped}, folder.rows)
 
 
 # --- the beginning ----------------------------------------------------------------------------------------
 
 
-def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any]) -> None:
-    """Make the folder, or see that it is the one to go on with, and claim the space of all rows."""
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold a folder that is new or of this command. The lock ends with the process, however that ends.
+
+    Raises:
+        ValueError: The folder has other files, or another run holds it.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    found = read_about(output)
-    if found is None and any(not x.name.startswith(".") for x in output.iterdir()):
-        raise ValueError(
-            f"--output {output} has files, and no features.json: it is no folder of this command"
-        )
+    if read_about(output) is None and any(not x.name.startswith(".") for x in output.iterdir()):
+        raise ValueError(f"--output {output} has files and no features.json: it is not of this command")
+    with (output / ".lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # systems differ in which
+            lock.seek(0)
+            raise ValueError(f"--output {output} is being written by {lock.read()!r}") from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%c}")
+        lock.flush()
+        yield
+
+
+def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any]) -> None:
+    """Make the folder, or verify that it is of this command, and claim the space of all rows."""
     widths = {name: encoder.width for name, encoder in teacher.encoders.items()}
-    about = {
-        "complete": False,
-        "teacher": teacher.about,
-        "scale": teacher.scale,
-        "widths": widths,
-        **settings,
-    }
-    for key in ("teacher", "widths", "dtype", "precision", "batch_size") if found else ():
-        if found is not None and found.get(key) != about[key]:
+    about = {"teacher": teacher.about, "scale": teacher.scale, "widths": widths, **settings}
+    found = read_about(output)
+    for key in ("teacher", "widths", "dtype", "precision", "batch_size"):
+        if found and found[key] != about[key]:
             raise ValueError(
-                f"--output {output} was begun with another {key}, {found.get(key)}; this command has "
-                f"{about[key]}. To go on with the former: {found.get('command')}"
+                f"--output {output} was begun with another {key}, {found[key]}, not {about[key]}; by its own "
+                f"account, its command was {found['command']!r}"
             )
-    pairs = _hashed(output / ".pairs", data)
-    if teacher.rows not in (None, len(pairs)):
-        raise ValueError(f"--features has {teacher.rows} rows, and the data have {len(pairs)}")
-    if found is not None and (output / "pairs.npy").exists():
-        _compare(output, np.load(output / "pairs.npy", mmap_mode="r"), pairs)
-    else:
-        write_about(output, {**about, "rows": len(pairs), "data": data.about})
-        np.save(output / ".pairs.npy", pairs)
+    known = found if found and (found["complete"] or (output / "pairs.npy").exists()) else None
+    if known is None:
+        pairs = _hashed(data)
+        if teacher.rows not in (None, len(pairs)):
+            raise ValueError(f"--features has {teacher.rows} rows, and the data have {len(pairs)}")
+        write_about(output, {**about, "complete": False, "rows": len(pairs), "data": data.about})
+        _write_rows(_claimed(output / ".pairs.npy", "uint64", pairs.shape), -len(pairs), pairs)
         (output / ".pairs.npy").replace(output / "pairs.npy")
-    (output / ".pairs").unlink()
+    rows = len(pairs) if known is None else known["rows"]
     for name, width in widths.items():
-        _allocate(output / f"{name}.npy", settings["dtype"], (len(pairs), width))
-    _allocate(output / "rows.npy", "uint64", (len(pairs),))
+        _claimed(output / f"{name}.npy", about["dtype"], (rows, width))
+    _claimed(output / "rows.npy", "uint64", (rows,))
+    _sync(output)
+    if known is not None:
+        Features(str(output), unfinished=True).compare(data.pairs(), str(data.about["data"]))
 
 
-def _hashed(file: Path, data: Data) -> Array:
-    """The hashes of all pairs, by way of a file."""
-    with file.open("wb") as written:
-        for captions, images in data.pairs():
-            hashes_of_pairs(captions, images).tofile(written)
-    if not file.stat().st_size:
-        raise ValueError(f"--data {data.about.get('data')} has no pairs of a picture and a caption")
-    hashes = np.memmap(file, np.uint64, "r")
-    if data.by_key:
-        order = np.argsort(hashes, kind="stable")
-        twice = np.diff(hashes[order]) == 0
-        if twice.any():
-            first, second = order[twice.argmax() :][:2]
-            raise ValueError(
-                f"--data: samples {first} and {second} have one key and one caption, by which a training "
-                "finds its features: give every sample a key of its own"
-            )
+def _hashed(data: Data) -> Array:
+    """The hashes of all pairs."""
+    blocks = [hashes_of_pairs(*block) for block in data.pairs()]
+    if not blocks:
+        raise ValueError(f"--data {data.about['data']} has no pairs of a picture and a caption")
+    hashes = np.concatenate(blocks)
+    if data.is_stream:
+        _, first, number = np.unique(hashes, return_index=True, return_counts=True)
+        if (number > 1).any():
+            row = first[number.argmax()]
+            raise ValueError(f"--data: sample {row} is not the only one with its key and caption")
     return hashes
 
 
-def _compare(output: Path, begun: Array, pairs: Array) -> None:
-    if len(begun) == len(pairs) and np.array_equal(begun, pairs):
-        return
-    some = min(len(begun), len(pairs))
-    wrong = begun[:some] != pairs[:some]
-    row = int(wrong.argmax()) if wrong.any() else some
-    raise ValueError(
-        f"--output {output} was begun with other pairs: {len(begun)} then, {len(pairs)} now, and row {row} "
-        "is the first to differ. Give another folder"
-    )
+# --- files ------------------------------------------------------------------------------------------------
 
 
-def _allocate(file: Path, dtype: str, shape: tuple[int, ...]) -> None:
-    """A file of zeros on the disk, unless it is there: a full disk shows now, and not in hours.
-
-    Running out of space while writing to a mapped file kills the process without an error message.
-    """
+@contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    """A file to write, made if it is missing, whose errors name it."""
     try:
-        if not file.exists() or np.load(file, mmap_mode="r").shape != shape:
-            np.lib.format.open_memmap(file, "w+", dtype, shape)
-        with file.open("r+b") as opened:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(opened.fileno(), 0, os.fstat(opened.fileno()).st_size)
-    except ValueError:  # no array: it was not written to its end
-        file.unlink()
-        _allocate(file, dtype, shape)
+        with open(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as opened:
+            yield opened
     except OSError as error:
-        size = np.dtype(dtype).itemsize * np.prod(shape, dtype=np.int64)
-        raise OSError(
-            error.errno,
-            f"{error.strerror}: {file} takes {size:,} bytes. Make room, and give the same command",
-        ) from error
+        advice = "Make room, and give the same command"
+        raise OSError(error.errno, f"{error.strerror}: {file}. {advice}") from error
+
+
+def _claimed(file: Path, dtype: str, shape: tuple[int, ...]) -> Path:
+    """Give a file its header and its size on the disk, so that a full disk shows now. Rows in it stay."""
+    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    with _opened(file) as opened:
+        np.lib.format.write_array_header_1_0(opened, described)
+        size = opened.tell() + np.dtype(dtype).itemsize * math.prod(shape)
+        opened.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(opened.fileno(), 0, size)
+    return file
+
+
+def _write_rows(file: Path, first: int, rows: Array) -> None:
+    """Write rows of an array, of which the first is counted from its end, as negative indices are."""
+    with _opened(file) as opened:
+        opened.seek(first * rows[0].nbytes, os.SEEK_END)
+        opened.write(rows.data)
+
+
+def _sync(output: Path) -> None:
+    """Wait until all arrays are on the disk."""
+    for file in output.glob("*.npy"):
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
 
 
 # --- rows -------------------------------------------------------------------------------------------------
 
 
-def _map(output: Path, name: str) -> Array:
-    """An array to read and write, mapped anew for each batch: what was touched would stay in memory."""
-    array: Array = np.load(output / f"{name}.npy", mmap_mode="r+")
-    return array
-
-
-def _is_done(output: Path, names: list[str], first: int, last: int) -> bool:
-    """Whether all rows are whole, or have been skipped."""
-    hashes = _map(output, "rows")[first:last]
-    if not hashes.all():
-        return False
-    whole = hashes_of_rows(_map(output, name)[first:last] for name in names)
-    return bool(((hashes == SKIPPED) | (hashes == whole)).all())
-
-
-def _store(output: Path, rows: list[int], captions: list[str], features: dict[str, Tensor]) -> None:
-    """Write the rows of a batch, and then their hashes.
-
-    Raises:
-        ValueError: They are no teacher's features.
-    """
-    # Neighbours may share a caption, and then a row.
-    size = len(rows) if len(set(captions)) > _FEW else _FEW
-    stored = []
-    for name, array in features.items():
-        mapped = _map(output, name)
-        array = array.to(getattr(torch, str(mapped.dtype)))
-        for first in range(0, len(rows), size):
-            where = f"the teacher's {name}, counted from row {rows[first]},"
-            check_teacher(where, array[first : first + size], first_look=False)
-        mapped[rows] = array.numpy()
-        stored.append(array.numpy())
-    _map(output, "rows")[rows] = hashes_of_rows(stored)
-
-
-def _finish(output: Path) -> None:
-    """Say that the folder is whole."""
-    about, hashes = read_about(output), _map(output, "rows")
-    assert about is not None
-    skipped = int((hashes == SKIPPED).sum())
-    if skipped == len(hashes):
-        raise ValueError(f"--data: none of {skipped} pictures can be read")
-    for file in output.glob("*.npy"):
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    write_about(output, {**about, "complete": True, "skipped": skipped})
+def _check(name: str, rows: list[int], captions: list[str], features: torch.Tensor) -> None:
+    """Raise a ValueError unless a teacher can have given these features of a batch."""
+    size = len(rows) if len(set(captions)) > _FEW else _FEW  # neighbours may share a caption, and then a row
+    for first in range(0, len(rows), size):
+        where = f"the teacher's {name}, counted from row {rows[first]},"
+        check_teacher(where, features[first : first + size], first_look=False)

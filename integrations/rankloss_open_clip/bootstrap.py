@@ -65,8 +65,7 @@ def raise_failures() -> None:
     for name, error in failures.items():
         raise ImportError(
             "--loss was given, but rankloss_open_clip could not attach to open_clip's trainer "
-            f"({name}: {type(error).__name__}: {error}). Run `rankloss doctor` for advice, or leave --loss "
-            "away to train without it."
+            f"({name}: {error!r}). Run `rankloss doctor` for advice, or leave --loss away."
         ) from error
 
 
@@ -77,17 +76,11 @@ def problems() -> list[str]:
     from rankloss_trainers.import_hook import waits_for
 
     importlib.import_module("torch")
-    found = []
-    if not waits_for(PARAMS):
-        found.append(
-            "torch loaded no plug-in (TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps it from that), and without it "
-            "`--loss rankclip` is read as `--loss-dist-impl rankclip` and trains plain CLIP: start the "
-            "training with `python -m rankloss_open_clip`"
-        )
+    off = "torch loaded no plug-in (TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps it from that), so `--loss rankclip`"
+    off += " means `--loss-dist-impl rankclip`, and plain CLIP: start with `python -m rankloss_open_clip`"
+    found = [] if waits_for(PARAMS) else [off]
     importlib.import_module("open_clip_train.main")
-    return found + [
-        f"{x} could not be patched: {type(error).__name__}: {error}" for x, error in failures.items()
-    ]
+    return found + [f"{name} could not be patched: {error!r}" for name, error in failures.items()]
 
 
 def _guard(module: Any) -> None:

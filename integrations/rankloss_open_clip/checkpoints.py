@@ -30,10 +30,13 @@ def connect(loss: Runtime, args: Any, optimizer: Any, epoch: int) -> None:
     """
     if loss.saved() is None:
         return
+    sharded = getattr(args, "fsdp", False)  # its optimizer's state is collected, with what it knows alone
     # A file of weights alone begins at epoch 0, and has no state to miss.
     if getattr(args, "resume", None) is not None and epoch > 0:
-        with fsspec.open(args.resume, "rb") as file:
-            read = torch.load(file, map_location="cpu")
-        loss.restore(read["optimizer"].get(KEY), warn=getattr(args, "rank", 0) == 0)
-    if not getattr(args, "fsdp", False):  # collects the optimizer's state, and takes only what it knows
+        read: Any = None
+        if not sharded:
+            with fsspec.open(args.resume, "rb") as file:
+                read = torch.load(file, map_location="cpu")["optimizer"].get(KEY)
+        loss.restore(read, warn=getattr(args, "rank", 0) == 0)
+    if not sharded:
         optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, KEY: loss.saved()})

@@ -75,10 +75,8 @@ def remedy_for_unused_features(args: Any) -> str | None:
     _, options = chosen(args)
     if options.get("reference") != "auto" or options["reference_features"] is not None:
         return None
-    return (
-        "rank by it with --rankclip-reference-features samples, or by the batch's own features with "
-        "--rankclip-reference own"
-    )
+    own, samples = "--rankclip-reference own", "--rankclip-reference-features samples"
+    return f"rank by them with {samples}, or by the batch's own features with {own}"
 
 
 def gather_of(args: Any) -> Gather:
@@ -111,7 +109,9 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> Any:
         parse_args: The trainer's function.
         argv: The command line.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="see --help")
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, usage="... --loss NAME [--NAME-OPTION VALUE ...]"
+    )
     losses = LossArguments(parser, mentioned(argv))
     if {"-h", "--help"} & {*argv}:
         parser.print_help()
@@ -159,29 +159,23 @@ def _reason_against(name: str, entry: LossEntry, options: Options, args: Any) ->
         return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None))
 
     def advice(text: str, key: str) -> str:
-        return "".join(
-            text.format(flag(name, entry, option)) for option in entry.options if option.key == key
-        )
+        return "".join(text.format(flag(name, entry, x)) for x in entry.options if x.key == key)
 
     model, data_type = getattr(args, "model", "").lower(), getattr(args, "dataset_type", None) or ""
     caption, features = entry.caption_key(options), entry.reference_features(options)
     teacher = given("distill_model", "dataset_reinforcement") if distils(args) else ""
-    needs_teacher = entry.uses_teacher(options)
-    unlike_pairs = {
+    other_texts = given("torchscript", "json_text_key", "variable_text", "use_naflex")
+    companion, needs_teacher = caption or features, entry.uses_teacher(options)
+    excluded = {
         "--horovod": given("horovod"),
-        # By its name, as open_clip's main branch knows a generative model.
-        model: "genlip" in model or "genlap" in model,
-        f"--dataset-type {data_type}": "audio" in data_type,
-    }
-    other_texts = {
-        given("torchscript", "json_text_key", "variable_text", "use_naflex"): caption or features,
-        "--dataset-type synthetic": (caption or features) and data_type == "synthetic",
-        "CoCa": (caption or features) and "coca" in model,
+        model: "genlip" in model or "genlap" in model,  # by its name, as open_clip's main branch knows one
+        f"--dataset-type {data_type}": "audio" in data_type or (companion and data_type == "synthetic"),
+        other_texts: companion and other_texts,
+        "CoCa": companion and "coca" in model,
         f"{teacher}, whose teacher takes one caption per image": caption and teacher,
     }
-    excluded = [x for x, holds in {**unlike_pairs, **other_texts}.items() if x and holds]
-    if excluded:
-        return f"{name} does not work with {excluded[0]}"
+    for word in [word for word, holds in excluded.items() if holds]:
+        return f"{name} does not work with {word}"
     if features and teacher:
         return f"reference_features: excludes {teacher}, which is a teacher too"
     if needs_teacher and not (features or teacher):

@@ -17,6 +17,7 @@ entry of a loss names (``LossEntry.companions``).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -128,10 +129,10 @@ class Companions:
 
     # --- tokenizing ---------------------------------------------------------------------------------------
 
-    def tokenizer(self, tokenizer: Any) -> Tokenizer:
-        """The trainer's tokenizer for texts with companions."""
+    def tokenizer(self, tokenizer: Any) -> Callable[[Any], Tensor]:
+        """The trainer's tokenizer for texts with companions: ``[n, 1 + companions, width]``."""
         self.context = tokenizer([""]).shape[-1]
-        return Tokenizer(tokenizer, self.parts)
+        return functools.partial(_tokenized, tokenizer, self.parts)  # which other processes can be sent
 
     # --- the model ----------------------------------------------------------------------------------------
 
@@ -154,9 +155,9 @@ class Companions:
             text = tokens[:, : self.context].contiguous()
             for part, x in zip(self.parts, held, strict=True):
                 text = part.inputs(text, x)
-            return (
-                (args, {**kwargs, "text": text}) if "text" in kwargs else ((args[0], text, *args[2:]), kwargs)
-            )
+            if "text" in kwargs:
+                return args, {**kwargs, "text": text}
+            return (args[0], text, *args[2:]), kwargs
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG001
             for part, x in zip(self.parts if held else (), held, strict=True):
@@ -168,31 +169,19 @@ class Companions:
         model.register_forward_hook(after, with_kwargs=True)
 
 
-class Tokenizer:
-    """A tokenizer of n texts with companions: ``[n, 1 + companions, width]``.
+def _tokenized(tokenizer: Any, parts: Sequence[Companion], texts: str | list[str]) -> Tensor:
+    """Tokenize every text, encode its companions, and pad all to one width."""
 
-    Args:
-        tokenizer: The trainer's.
-        parts: The companions.
-    """
-
-    def __init__(self, tokenizer: Any, parts: Sequence[Companion]) -> None:
-        self.tokenizer, self.parts = tokenizer, parts
-
-    def __call__(self, texts: str | list[str]) -> Tensor:
-        """Tokenize every text, encode its companions, and pad all to one width."""
-        columns = zip(
-            *(x.split(_SEPARATOR) for x in ([texts] if isinstance(texts, str) else texts)), strict=True
-        )
-        captions, *others = map(list, columns)
-        encoded = [self._tokens(captions)]
-        encoded += [part.encode(self._tokens, x) for part, x in zip(self.parts, others, strict=True)]
-        width = max(x.shape[1] for x in encoded)
-        return torch.stack([F.pad(x, (0, width - x.shape[1])) for x in encoded], dim=1)
-
-    def _tokens(self, captions: list[str]) -> Tensor:
-        tokens: Tensor = self.tokenizer(captions)
+    def tokenize(captions: list[str]) -> Tensor:
+        tokens: Tensor = tokenizer(captions)
         return tokens.long()
+
+    rows = [text.split(_SEPARATOR) for text in ([texts] if isinstance(texts, str) else texts)]
+    captions, *others = (list(column) for column in zip(*rows, strict=True))
+    encoded = [part.encode(tokenize, x) for part, x in zip(parts, others, strict=True)]
+    encoded.insert(0, tokenize(captions))
+    width = max(x.shape[1] for x in encoded)
+    return torch.stack([F.pad(x, (0, width - x.shape[1])) for x in encoded], dim=1)
 
 
 class _Rows(Sequence[str]):

@@ -78,38 +78,32 @@ class TrainerLoss(Runtime):
         self.set_epoch(epoch + 1, epochs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        output_dict: bool = False,
-        **inputs: Any,
-    ) -> Any:
-        """The sum of the terms, or with ``output_dict`` the terms and the metrics by name."""
-        self._count()
+    def forward(self, *features: Tensor, output_dict: bool = False, **inputs: Any) -> Any:
+        """The sum of the terms, or with ``output_dict`` the terms and the metrics by name.
+
+        Some trainers give the features and the scale by position.
+        """
+        inputs.update(zip((*NAMES, "logit_scale"), features, strict=False))
         if self._takes_teacher:
             # Several teachers side by side, as MobileCLIP's data have them, have another norm together.
             taught = {name: F.normalize(inputs[f"dist_{name}"].float(), dim=-1) for name in NAMES}
             inputs.update({f"reference_{name}": x for name, x in taught.items()})
         if not self._keeps_distillation:
             inputs = {name: x for name, x in inputs.items() if not name.startswith(("dist_", "syn_"))}
-        named = {"image_features": image_features, "text_features": text_features, "logit_scale": logit_scale}
-        entries: Entries = super().forward(**named, **inputs)
+        self._count()
+        entries: Entries = super().forward(**inputs)
         if not output_dict:
             return entries.total
         return LoggedTerms(*entries) if self.sums_every_value else {**entries.terms, **entries.metrics}
 
     def _count(self) -> None:
         """Announce the optimizer step of a call; gradient accumulation makes several calls for one."""
-        if self.place is None:
-            return
-        epoch, epochs, steps, accum_freq = self.place
-        step, call_of_step = divmod(self._calls, accum_freq)
-        self._calls += 1
-        if call_of_step == 0:
+        epoch, epochs, steps, accum_freq = self.place or (0, 0, 0, 0)
+        if accum_freq and self._calls % accum_freq == 0:
             # An epoch that is longer than announced stays at its last step.
-            self.set_progress(epoch * steps + min(step, steps - 1) + 1, epochs * steps)
+            step = min(self._calls // accum_freq, steps - 1)
+            self.set_progress(epoch * steps + step + 1, epochs * steps)
+        self._calls += 1
 
 
 # --- the patched functions ------------------------------------------------------------------------------

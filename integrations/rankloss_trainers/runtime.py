@@ -144,6 +144,10 @@ class Entries(NamedTuple):
         if lost:
             text = f"call it {lost[0]}_loss to train it, or detach it to log it"
             raise ValueError(f"{name_of_loss} gives {lost[0]!r} with a gradient: {text}")
+        # A rank term is a constant while λ is 0. A compiled trainer would be compiled again when it is none.
+        trained = next((value for value in terms.values() if value.requires_grad), None)
+        if trained is not None:
+            terms = {name: x if x.requires_grad else x + 0 * trained for name, x in terms.items()}
         return cls(terms, metrics)
 
 

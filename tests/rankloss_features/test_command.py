@@ -14,11 +14,12 @@ import open_clip
 import pytest
 import timm
 import torch
+from open_clip_train.data import CsvDataset
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from timm.models import save_for_hf
-from tiny_teacher import CAPTIONS, ROWS, WIDTH, files, shards, table
+from tiny_teacher import CAPTIONS, ROWS, WIDTH, csv_data, files, shards, table
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rankloss_features import Features
@@ -58,6 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.tar").write_bytes(b"no archive" * 1000)
     (folder / "few.csv").write_text("\n".join(lines[:ROWS]))
     (folder / "broken.csv").write_bytes("\n".join(lines).encode() + b"\n0.png\t\xff\n")
+    np.save(folder / "array.npy", np.eye(ROWS))
     np.savez(folder / "arrays.npz", image_features=np.random.default_rng(0).standard_normal((ROWS, 3)))
     return folder
 
@@ -89,7 +91,9 @@ def test_a_clip_gives_the_features_of_every_kind_of_data(
     assert features(place, data, "--check", output) == 0
     said = capsys.readouterr().out
     assert "40 rows" in said
-    assert "norms 1.000 to 1.000; 0 rows equal another one" in said
+    similarities = expected[0] @ expected[1].T
+    right = (similarities.argmax(1) == torch.arange(ROWS)).double().mean().item()
+    assert f"R@1 among 40 pairs: {right:.1%} from image to text" in said
     assert said.count("nearest to its picture") == 3
     assert said.count("  row") == 30
 
@@ -119,6 +123,7 @@ def test_teachers_of_one_modality(
         captions = SentenceTransformer(str(place / "sentences")).encode(CAPTIONS, normalize_embeddings=True)
         np.testing.assert_allclose(found.arrays["text_features"], captions, atol=1e-3)
         assert "nearest to its caption" in captured
+    assert "R@1 is not defined" in captured
     # One set of features gives the order in the same form; the first is a row's own.
     assert captured.count("  row") == 30
 
@@ -138,9 +143,12 @@ def test_teachers_of_one_modality(
         (
             "pairs.csv",
             (*CLIP, "--csv-caption-key", "caption"),
-            "--csv-caption-key caption: .* filepath, title",
+            "--csv-caption-key caption: .*'filepath', 'title'",
         ),
-        ("pairs.csv", (*CLIP, "--csv-separator", ","), "--csv-img-key filepath: .*title"),
+        ("pairs.csv", (*CLIP, "--csv-separator", ","), "--csv-img-key filepath: .*wrong --csv-separator?"),
+        ("pairs.csv", (*CLIP, "--batch-size", "0"), "--batch-size must be .*0"),
+        ("pairs.csv", ("--features", "PLACE/array.npy"), "--features .*array.npy: .*not one array"),
+        ("pairs.csv", ("--features", "PLACE/pairs.csv"), "--features .*pairs.csv"),
         ("none.csv", CLIP, "none.csv cannot be read"),
         ("none.xyz", CLIP, "--dataset-type"),
         ("none.tar", CLIP, "none.tar"),
@@ -148,7 +156,7 @@ def test_teachers_of_one_modality(
         ("broken.csv", CLIP, "broken.csv cannot be read: .*utf-8"),
         ("{0..1}.tar", (*CLIP, "--text-key", "caption"), "no pairs"),
         ("images", (*CLIP, "--split", "test"), "--split test: .* train"),
-        ("images", (*CLIP, "--caption-column", "text"), "'text'.* image, caption"),
+        ("images", (*CLIP, "--caption-column", "text"), "'text'.*'image', 'caption'"),
         ("clip", CLIP, "'image'.*model_cfg"),
     ],
 )
@@ -162,13 +170,31 @@ def test_what_cannot_work_is_an_error_that_names_it(
     assert re.search(message, said), said
 
 
-def test_a_caption_that_is_missing_is_named(tmp_path: Path, place: Path, capsys: Any) -> None:
-    table(tmp_path, ["a", "", "c"])
-    assert (
-        features(tmp_path, "pairs.csv", "--model", f"local-dir:{place}/clip", "--output", str(tmp_path / "x"))
-        == 1
-    )
-    assert "row 1 has no caption in column 'title'" in capsys.readouterr().err
+@pytest.mark.parametrize("captions", [["007", "1e3"], ["True", "False"], ["007", "a"], ["1", "2.50"]])
+def test_a_csv_file_is_read_as_open_clip_reads_it(tmp_path: Path, captions: list[str]) -> None:
+    file = table(tmp_path, captions)
+    trainers = CsvDataset(str(file), None, "filepath", "title")
+    ((found, images),) = csv_data(file).pairs()
+    assert found == [str(x) for x in trainers.captions]
+    assert images == ["0.png", "1.png"]
+
+
+@pytest.mark.parametrize("missing", ["", "NA", "null"])
+def test_a_caption_that_is_missing_is_named(tmp_path: Path, missing: str) -> None:
+    with pytest.raises(ValueError, match=f"row 1 of .*, column 'title': '{missing}' is a missing value"):
+        csv_data(table(tmp_path, ["a", missing, "c"]))
+
+
+@pytest.mark.parametrize(("texts", "right"), [("same", "100.0%"), ("others", "0.0%"), ("two", "2.6%")])
+def test_check_shows_how_good_a_teacher_is(tmp_path: Path, texts: str, right: str, capsys: Any) -> None:
+    table(tmp_path)
+    rows = np.eye(ROWS, dtype=np.float32)
+    arrays = {"same": rows, "others": np.roll(rows, 1, 0), "two": rows[np.arange(ROWS) % 2]}
+    np.savez(tmp_path / "x.npz", image_features=rows, text_features=arrays[texts])
+    output = str(tmp_path / "x")
+    assert features(tmp_path, "pairs.csv", "--features", f"{tmp_path}/x.npz", "--output", output) == 0
+    assert features(tmp_path, "pairs.csv", "--check", output) == 0
+    assert f"R@1 among 40 pairs: {right} from image" in capsys.readouterr().out
 
 
 def test_check_refuses_other_data(place: Path, tmp_path: Path, capsys: Any) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from tiny_transformers import Pairs, clip, weights
 from rankloss_features import Features, bind
 from rankloss_features.binding import taught
 from rankloss_features.data import Table
-from rankloss_features.folder import NAMES, hashes_of_rows
+from rankloss_features.folder import NAMES
 from rankloss_features.teachers import Encoder, Teacher
 from rankloss_trainers.sentence_transformers import RankClipLoss
 from rankloss_trainers.transformers import ContrastiveTrainer
@@ -75,18 +74,6 @@ def test_data_are_bound_to_their_own_rows_alone(tmp_path: Path, change: Any, mes
         bind(change(pairs()), folder.path)
 
 
-def damage(folder: Features, row: int, value: float, *, rehash: bool = True) -> None:
-    """Change a row of the texts, and if asked for its hash as well, as a command that wrote it would have."""
-    texts, rows = (np.load(Path(folder.path, f"{x}.npy"), mmap_mode="r+") for x in ("text_features", "rows"))
-    texts[row] = value
-    if rehash:
-        images = np.load(Path(folder.path, "image_features.npy"))
-        rows[row] = hashes_of_rows([images[row : row + 1], texts[row : row + 1]])[0]
-
-
-DAMAGES = [(np.nan, True, "row 3"), (0.0, True, "zeros"), (0.5, False, "row 3 .*another order")]
-
-
 # --- Hugging Face -----------------------------------------------------------------------------------------
 
 
@@ -110,17 +97,6 @@ def test_hugging_face_ranks_every_pair_by_its_own_row(tmp_path: Path) -> None:
     assert torch.equal(weights(trained[0].model), weights(trained[1].model))
     # Evaluation does without, and does not show the model the column.
     assert trained[0].evaluate(bound)["eval_loss"] == pytest.approx(trained[1].evaluate(columns)["eval_loss"])
-
-
-@pytest.mark.parametrize(("value", "rehash", "message"), DAMAGES)
-def test_hugging_face_refuses_a_damaged_folder(
-    tmp_path: Path, value: float, rehash: bool, message: str
-) -> None:
-    folder = folder_of(tmp_path / "x", pairs(), "image", "caption")
-    damage(folder, 3, value, rehash=rehash)
-    options = {**RANKED, "reference_features": folder.path}
-    with pytest.raises(ValueError, match=message):
-        tiny_transformers.trainer(tmp_path, pairs=pairs(), loss="rankclip", loss_options=options)
 
 
 def test_hugging_face_refuses_data_that_are_not_bound_to_the_folder(tmp_path: Path) -> None:
@@ -169,16 +145,6 @@ def test_labels_are_one_embedding_for_both_columns_or_no_teachers() -> None:
     assert all(x is texts for x in found.values())
     for scores in (None, torch.ones(ROWS), torch.ones(ROWS, dtype=torch.int64)):
         assert taught(None, scores) == {}
-
-
-@pytest.mark.parametrize(("value", "rehash", "message"), DAMAGES)
-def test_sentence_transformers_refuses_a_damaged_folder(
-    tmp_path: Path, value: float, rehash: bool, message: str
-) -> None:
-    folder = folder_of(tmp_path / "x", tiny_sentences.pairs(ROWS), "image", "text")
-    damage(folder, 3, value, rehash=rehash)
-    with pytest.raises(ValueError, match=message):
-        RankClipLoss(tiny_sentences.tiny(tmp_path), reference_features=folder.path)
 
 
 def test_sentence_transformers_refuses_labels_that_are_no_teachers(tmp_path: Path) -> None:

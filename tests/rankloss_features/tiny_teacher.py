@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import tarfile
+import threading
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from rankloss_features import Features
 from rankloss_features.data import Data, Sample, Shards, open_data
@@ -136,6 +138,7 @@ def in_process(function: Callable[..., Any], *args: Any, **environment: str) -> 
 
     def call() -> None:
         os.environ.update(environment)
+        tqdm.set_lock(threading.RLock())  # its own is shared with forks, and stays locked when one is killed
         torch.set_num_threads(1)
         function(*args)
 

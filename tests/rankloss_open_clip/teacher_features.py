@@ -26,10 +26,13 @@ def stored(path: Path, pairs: list[tuple[str, str]] | None = None, **arrays: np.
     path.mkdir()
     for name, array in arrays.items():
         np.save(path / f"{name}.npy", array)
-    np.save(path / "pairs.npy", hashes_of_pairs(captions, images))
-    np.save(path / "rows.npy", hashes_of_rows(array[:rows] for array in arrays.values()))
+    pairs_ = hashes_of_pairs(captions, images)
+    hashes = hashes_of_rows(pairs_, [array[:rows] for array in arrays.values()])
+    np.save(path / "pairs.npy", pairs_)
+    np.save(path / "rows.npy", hashes)
     widths = {name: array.shape[-1] for name, array in arrays.items()}
-    write_about(path, {"complete": True, "rows": rows, "widths": widths, "dtype": str(dtype), "skipped": 0})
+    about = {"complete": True, "rows": rows, "widths": widths, "dtype": str(dtype), "skipped": 0}
+    write_about(path, about, hashes)
     return str(path)
 
 

@@ -16,7 +16,7 @@ from rankloss_open_clip.training import TrainerLoss
 
 
 def arguments(name: str = "alip", **changes: Any) -> Any:
-    given = {"loss": name, "alip_caption_key": "syn", "epochs": 3, "rank": 0, "resume": None}
+    given = {"loss": name, "alip_caption_key": "syn", "epochs": 3, "rank": 0, "world_size": 2, "resume": None}
     return SimpleNamespace(**{**given, **changes})
 
 

@@ -14,6 +14,7 @@ from teacher_features import stored, unit_rows
 from test_companions import CONTEXT, csv, read, tokenizer
 from torch import Tensor
 
+from rankloss_features.command import main
 from rankloss_features.folder import NAMES
 from rankloss_open_clip.command_line import companions_of, remedy_for_unused_features
 from rankloss_open_clip.companions import Companions
@@ -150,6 +151,25 @@ def test_rows_of_features_are_those_of_the_table(
         assert torch.equal(found[:, :2], torch.from_numpy(array[::-1].copy()))
 
 
+@pytest.mark.parametrize("caption", ["007", "1.50", "NA"])
+def test_command_and_trainer_read_a_caption_alike_or_the_command_refuses_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caption: str
+) -> None:
+    """The trainer reads with pandas, which makes numbers, or missing values, of some captions."""
+    dataset, file = csv(tmp_path, f"filepath;title\n1.png;{caption}\n2.png;5\n")
+    np.savez(tmp_path / "given.npz", text_features=unit_rows(2, 2))
+    folder, data = str(tmp_path / "teacher"), ["--data", file, "--csv-separator", ";"]
+    code = main(["--output", folder, "--features", str(tmp_path / "given.npz"), *data])
+    if caption == "NA":
+        assert code == 1
+        assert "'NA'" in capsys.readouterr().err
+    else:
+        assert code == 0
+        Companions([companion := ReferenceFeatures(folder)]).join_csv(dataset, file, ";")
+        assert float(dataset.captions[0].split("\x1f")[0]) == float(caption)
+        assert len(taken_apart(companion, list(dataset.captions))["reference_text_features"]) == 2
+
+
 def test_rows_of_features_are_found_by_key_and_caption(tmp_path: Path) -> None:
     array = unit_rows(2, 2)
     folder = stored(tmp_path / "x", [("1", "b"), ("0", "a")], text_features=array)
@@ -171,7 +191,7 @@ def test_members_of_samples_are_not_for_a_csv_file(tmp_path: Path) -> None:
 
 
 def damaged(row: int | slice, value: float, rows: int = 12) -> np.ndarray[Any, Any]:
-    array = unit_rows(rows, 3).astype(np.float64)
+    array = unit_rows(rows, 3)
     array[row] = value
     return array
 
@@ -180,10 +200,8 @@ def damaged(row: int | slice, value: float, rows: int = 12) -> np.ndarray[Any, A
     ("arrays", "message"),
     [
         ({"image_features": BOTH, "text_features": unit_rows(3, 2)}, "(3, 2)"),
-        ({"image_features": BOTH, "text_features": BOTH.astype(np.float16)}, "float16"),
         (dict(zip(NAMES, (BOTH, unit_rows(4, 3)), strict=True)), "--rankclip-lambda-cross 0"),
-        *(({"image_features": damaged(2, x)}, "row 2") for x in (np.nan, np.inf, 1e300, 0)),
-        ({"text_features": np.ones((12, 3))}, "12 times"),
+        ({"image_features": damaged(2, np.nan)}, "row 2"),
         ({"text_features": damaged(slice(16_390, None), 0.0, 16_400)}, "from row 16384, "),
     ],
 )

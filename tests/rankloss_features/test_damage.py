@@ -1,0 +1,214 @@
+"""Every reader refuses a damaged folder; the command that wrote it refuses it, too, or mends it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+if not all(map(importlib.util.find_spec, ("transformers", "accelerate", "sentence_transformers"))):
+    pytest.skip("a trainer is not installed", allow_module_level=True)
+
+import tiny_sentences
+import tiny_transformers
+from tiny_teacher import ROWS, WIDTH, csv_data, data_of, files, table, teacher, written
+
+from rankloss_features.checking import report
+from rankloss_features.data import Data
+from rankloss_features.folder import NAMES, hashes_of_rows, read_about, write_about
+from rankloss_open_clip.reference_features import ReferenceFeatures
+from rankloss_trainers.sentence_transformers import RankClipLoss
+
+
+class Place(NamedTuple):
+    """A folder, its data, the folder of another data set, and the readers of folders."""
+
+    whole: Path
+    data: Data
+    other: Path
+    readers: dict[str, Callable[[str], Any]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("damage")
+    data = data_of("csv", folder / "data")
+    written(folder / "whole", data, teacher())
+    (folder / "others").mkdir()
+    others = csv_data(table(folder / "others", order=[*range(1, ROWS), 0]))
+    written(folder / "other", others, teacher(weights="1"))
+    model, clip = tiny_sentences.tiny(folder), tiny_transformers.clip()
+
+    def hugging_face(path: str) -> None:
+        options = {"reference_features": path}
+        tiny_transformers.trainer(folder, model=clip, loss="rankclip", loss_options=options)
+
+    readers = {
+        "open_clip": lambda path: ReferenceFeatures(path).check(),
+        "Hugging Face": hugging_face,
+        "sentence-transformers": lambda path: RankClipLoss(model, reference_features=path),
+        "--check": lambda path: report(path, data),
+    }
+    return Place(folder / "whole", data, folder / "other", readers)
+
+
+Change = Callable[[Path, Path], Any]
+"""Damage to a file of a folder, of which another data set's is given."""
+
+
+def bytes_of(change: Callable[[bytes], bytes]) -> Change:
+    return lambda file, _: file.write_bytes(change(file.read_bytes()))
+
+
+def array_of(change: Callable[[Any], Any]) -> Change:
+    return lambda file, _: np.save(file, change(np.load(file)))
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+ANY: dict[str, Change] = {
+    "missing": lambda file, _: file.unlink(),
+    "empty": bytes_of(lambda _: b""),
+    "cut in its beginning": bytes_of(lambda x: x[:70]),
+    "cut at its end": bytes_of(lambda x: x[:-9]),
+    "zeros": bytes_of(lambda x: bytes(len(x))),
+    "a flipped bit": bytes_of(flipped),
+    "of another data set": lambda file, other: shutil.copy(other, file),
+}
+ARRAY: dict[str, Change] = {
+    "of zeros": array_of(np.zeros_like),
+    "reversed": array_of(lambda x: x[::-1]),
+    "of another type": array_of(lambda x: x.astype(np.float64)),
+    "of objects": array_of(lambda x: x.astype(object)),
+    "of fewer rows": array_of(lambda x: x[:-1]),
+}
+FILES = {
+    "features.json": {**ANY, "a list": bytes_of(lambda _: b"[]"), "a number": bytes_of(lambda _: b"3")},
+    **{f"{name}.npy": {**ANY, **ARRAY} for name in (*NAMES, "pairs", "rows")},
+}
+
+
+def field(name: str, value: Any) -> Change:
+    def change(folder: Path, _: Path) -> None:
+        about = json.loads((folder / "features.json").read_text())
+        about.pop(name) if value is None else about.update({name: value})
+        (folder / "features.json").write_text(json.dumps(about))
+
+    return change
+
+
+FIELDS = {
+    "format": [1, "2"],
+    "complete": [False, "yes"],
+    "teacher": [{}, 3],
+    "scale": [1.0, "100"],
+    "widths": [{}, [], {NAMES[0]: WIDTH}, {"../other/x": WIDTH}, {**dict.fromkeys(NAMES, WIDTH), "x": 1}],
+    "dtype": ["float32", 16],
+    "precision": ["amp_bf16", 1],
+    "batch_size": [4, "8"],
+    "command": ["rm", []],
+    "rows": [ROWS - 1, 0, -1, "40", 4e1, 10**30],
+    "data": [{}, "x"],
+    "skipped": [1, "0"],
+    "rows_hash": ["0", 0],
+    "hash": ["0", 0],
+}
+
+
+def swapped(first: str, second: str) -> Change:
+    def change(folder: Path, _: Path) -> None:
+        (folder / first).rename(folder / "x")
+        (folder / second).rename(folder / first)
+        (folder / "x").rename(folder / second)
+
+    return change
+
+
+def on_all(change: Change, *names: str) -> Change:
+    return lambda folder, other: [change(folder / name, other / name) for name in names]
+
+
+ARRAYS = [f"{name}.npy" for name in NAMES]
+DAMAGES: dict[str, Change] = {
+    **{f"{name}, {kind}": on_all(change, name) for name, x in FILES.items() for kind, change in x.items()},
+    **{f"{name} = {value}": field(name, value) for name, x in FIELDS.items() for value in (None, *x)},
+    "arrays swapped": swapped(*ARRAYS),
+    "hashes swapped": swapped("pairs.npy", "rows.npy"),
+    "rows reversed, not pairs": on_all(ARRAY["reversed"], *ARRAYS, "rows.npy"),
+    "all reversed": on_all(ARRAY["reversed"], *ARRAYS, "rows.npy", "pairs.npy"),
+    "pairs of another data set": on_all(ANY["of another data set"], "pairs.npy", "rows.npy"),
+    "arrays of another data set": on_all(ANY["of another data set"], *ARRAYS, "pairs.npy", "rows.npy"),
+}
+
+
+def refused(read: Callable[[str], Any], folder: Path) -> bool:
+    """Refusal by an error that names the folder."""
+    try:
+        read(str(folder))
+    except ValueError as error:
+        return str(folder) in str(error)
+    return False
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused_or_mended(place: Place, tmp_path: Path, damage: str) -> None:
+    folder = Path(shutil.copytree(place.whole, tmp_path / "damaged"))
+    DAMAGES[damage](folder, place.other)
+    for name, read in place.readers.items():
+        assert refused(read, folder), name
+    if not refused(lambda path: written(Path(path), place.data, teacher()), folder):
+        assert files(folder) == files(place.whole)
+        for read in place.readers.values():
+            read(str(folder))
+
+
+def test_a_finished_folder_without_its_pairs_is_refused(place: Place, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(place.whole, tmp_path / "damaged"))
+    (folder / "pairs.npy").unlink()
+    with pytest.raises(ValueError, match=r"pairs\.npy"):
+        written(folder, place.data, teacher())
+
+
+def test_a_folder_of_the_earlier_format_says_how_to_renew_it(place: Place, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(place.whole, tmp_path / "old"))
+    for name in ("format", "hash", "rows_hash"):
+        field(name, None)(folder, folder)
+    for read in (*place.readers.values(), lambda path: written(Path(path), place.data, teacher())):
+        with pytest.raises(ValueError, match=r"renew the folder, delete it and give its command again"):
+            read(str(folder))
+
+
+def test_a_command_of_unknown_origin_is_quoted(place: Place, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(place.whole, tmp_path / "x"))
+    about = read_about(folder)
+    assert about is not None
+    write_about(folder, {**about, "complete": False, "command": "rm -rf ~ #\x1b[2J"})
+    for read in place.readers.values():
+        with pytest.raises(ValueError, match=r"anyone may have written, .*'rm -rf ~ #\\x1b\[2J'"):
+            read(str(folder))
+    with pytest.raises(ValueError, match=r"account, its command was 'rm -rf ~ #\\x1b\[2J'"):
+        written(folder, place.data, teacher(), batch_size=4)
+
+
+@pytest.mark.parametrize(("value", "message"), [(np.nan, "row 3"), (0.0, "zeros")])
+def test_rows_of_no_teacher_are_refused_whatever_their_hash(
+    place: Place, tmp_path: Path, value: float, message: str
+) -> None:
+    folder = Path(shutil.copytree(place.whole, tmp_path / "x"))
+    images, texts, pairs, rows = (
+        np.load(folder / f"{name}.npy", mmap_mode="r+") for name in (*NAMES, "pairs", "rows")
+    )
+    texts[3] = value
+    rows[:] = hashes_of_rows(pairs, [images, texts])
+    for read in place.readers.values():
+        with pytest.raises(ValueError, match=message):
+            read(str(folder))
