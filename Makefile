@@ -122,11 +122,11 @@ bench-gpu: $(VENV)/.dev
 ## outputs/mutants (a minute or two each; repeated, the command goes on). MUTANTS_ARGS='--count 100' draws more of them.
 MUTATED := rankloss/dense.py rankloss/lists.py rankloss/ranking.py rankloss/streaming.py rankloss/operator.py \
 	rankloss/distributed.py \
-	integrations/rankloss_trainers/driven_loss.py
+	integrations/rankloss_trainers/runtime.py
 KILLERS := tests/test_dense.py tests/test_lists.py tests/test_ranking.py tests/test_streaming.py \
 	tests/test_operator.py tests/test_batch.py tests/test_functional.py tests/test_losses.py \
 	tests/test_distributed.py tests/conditions tests/docs/test_bad_input.py \
-	tests/rankloss_trainers/test_driven_loss.py
+	tests/rankloss_trainers/test_runtime.py
 mutants: $(VENV)/.dev
 	$(BIN)/python tools/mutants.py $(MUTANTS_ARGS) $(MUTATED) -- $(KILLERS)
 

@@ -13,7 +13,6 @@ from open_clip_train.params import parse_args
 from torch import Tensor, nn
 
 from measure import Times, in_turns
-from rankloss_trainers.clock import Position
 
 BATCH = 128
 LOSSES = ("--loss clip", "--loss rankclip")
@@ -39,7 +38,7 @@ def _loss(name: str) -> nn.Module:
     args.rank, args.world_size, args.distill = 0, 1, False
     loss = open_clip.create_loss(args)
     if name != "--loss clip":  # past the first epoch, whose λ is 0
-        loss.start_epoch(Position(epoch=1, epochs=8, steps=1, accum_freq=1))
+        loss.start_epoch(epoch=1, epochs=8, steps=1, accum_freq=1)
     return loss
 
 

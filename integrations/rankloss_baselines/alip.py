@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.checks import check_reference_features
 from rankloss.distributed import GatherOption
 from rankloss.losses import GatheringLoss, check_weight, combined
+
+_KIND = ("shape", "dtype", "device")
 
 
 class AlipLoss(GatheringLoss):
@@ -92,9 +93,15 @@ class AlipLoss(GatheringLoss):
             raise ValueError(f"momentum must be in [0, 1]; got {momentum!r}")
         if not (isinstance(initial_history, (int, float)) and math.isfinite(initial_history)):
             raise ValueError(f"initial_history must be finite; got {initial_history!r}")
-        self.register_buffer("histories", torch.full((3,), initial_history, dtype=torch.float64))
+        self.initial_history = initial_history
+        self.register_buffer("histories", torch.empty(3, dtype=torch.float64))
+        self.reset_parameters()
         self._steps_are_announced = False
         self._step_begins = True
+
+    def reset_parameters(self) -> None:
+        """Start the histories anew, as a module built on the meta device needs it after ``to_empty()``."""
+        self.histories.fill_(self.initial_history)
 
     def set_progress(self, step: int, total_steps: int) -> None:  # noqa: ARG002 (a trainer's convention)
         """A training step begins: the next call in training mode moves the histories, later ones do not."""
@@ -112,13 +119,12 @@ class AlipLoss(GatheringLoss):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` its two parts."""
         self.check_inputs(image_features, text_features, logit_scale)
-        check_reference_features("caption_features", caption_features, text_features)
-        if caption_features.shape != text_features.shape:
-            wanted, got = tuple(text_features.shape), tuple(caption_features.shape)
-            raise ValueError(f"caption_features must have text_features' shape, {wanted}; got {got}")
+        kinds = [[getattr(x, name, None) for name in _KIND] for x in (text_features, caption_features)]
+        if kinds[0] != kinds[1]:
+            raise ValueError("caption_features must be like text_features, {}; got {}".format(*kinds))
+        images = self.gather.items(image_features)
         # Both captions in one collective.
-        images, captions = self.gather(image_features, torch.stack([text_features, caption_features], dim=1))
-        texts, synthetic = captions.unbind(1)
+        texts, synthetic = self.gather.items(torch.stack([text_features, caption_features], dim=1)).unbind(1)
         text_weights, caption_weights = self._weights(images, texts, synthetic)
         anchors = images, texts, synthetic
         if self.gather.anchors_are_local:
@@ -149,20 +155,13 @@ class AlipLoss(GatheringLoss):
             self._step_begins = not self._steps_are_announced
         sample, text, caption = (cosines - self.histories.to(dtype)[:, None]).unbind(0)
         gate = torch.exp(self.gamma_sample * sample)
-        pairs = (torch.where(gate < 1, torch.exp(self.gamma_pair * x), 1.0) for x in (text, caption))
-        of_text, of_caption = (gate.clamp_max(1) * pair for pair in pairs)
-        return of_text, of_caption
+        pairs = [torch.where(gate < 1, torch.exp(self.gamma_pair * x), 1.0) for x in (text, caption)]
+        return gate.clamp_max(1) * pairs[0], gate.clamp_max(1) * pairs[1]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AlipLoss:
-        # What to(), half() and so on do to a buffer. The device is fn's choice, the dtype is not.
-        histories, self.histories = self.histories, self.histories.float()  # a dtype that every device has
+        # to(), half() and so on. The device is fn's choice, the dtype is not.
+        held, self.histories = self.histories, self.histories.float()  # a dtype that every device has
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = self.histories.device
-        self.histories = histories.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        held, device = self.histories if held.is_meta else held, self.histories.device
+        self.histories = held.to(device, torch.float32 if device.type == "mps" else torch.float64)
         return self
-
-    def extra_repr(self) -> str:
-        """The options of the weights."""
-        return (
-            f"gamma_sample={self.gamma_sample:g}, gamma_pair={self.gamma_pair:g}, momentum={self.momentum:g}"
-        )

@@ -7,16 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloss.distributed import Gathered, GatherOption
-from rankloss.losses import (
-    Base,
-    GatheringLoss,
-    base_entries,
-    check_base,
-    check_weight,
-    combined,
-    shares_gathering,
-)
+from rankloss.distributed import GatherOption, gather_once
+from rankloss.losses import Base, GatheringLoss, base_entries, check_base, check_weight, combined
 
 
 class CyClipLoss(GatheringLoss):
@@ -84,40 +76,29 @@ class CyClipLoss(GatheringLoss):
         **base_inputs: Any,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` its summands; ``base_inputs`` go to the base alone."""
-        self.check_inputs(image_features, text_features, logit_scale)
-        gathered = self.gather(image_features, text_features)
-        if shares_gathering(self.base, self.gather):
-            base_inputs["gathered"] = gathered
-        entries = base_entries(
-            self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
-        )
-        cross, in_ = self.terms(image_features, text_features, gathered)
+        with gather_once():
+            cross, in_ = self.terms(image_features, text_features)
+            entries = base_entries(
+                self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
+            )
         own = {
             "cyclic_cross_modal_loss": self.lambda_cross * cross,
             "cyclic_in_modal_loss": self.lambda_in * in_,
         }
         return combined(entries, own, output_dict)
 
-    def terms(
-        self, image_features: Tensor, text_features: Tensor, gathered: Gathered | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Both terms without their weights; ``gathered`` are the features of all processes, if at hand."""
-        if gathered is None:
-            self.check_inputs(image_features, text_features, logit_scale=1.0)
-            gathered = self.gather(image_features, text_features)
-        anchors = items = _in_float64(*gathered)
+    def terms(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Both terms without their weights."""
+        self.check_inputs(image_features, text_features, logit_scale=1.0)
+        own = image_features, text_features
+        anchors = items = _in_float64(*map(self.gather.items, own))
         if self.gather.anchors_are_local:
-            anchors = _in_float64(image_features, text_features)
+            anchors = _in_float64(*own)
         n, d = anchors[0].shape
         squares = _by_products if n * len(items[0]) < d * d else _by_moments
-        dtype = torch.promote_types(image_features.dtype, text_features.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = torch.promote_types(torch.promote_types(own[0].dtype, own[1].dtype), torch.float32)
         cross, in_ = ((x / n).to(image_features.device, dtype) for x in squares(anchors, items))
         return cross, in_
-
-    def extra_repr(self) -> str:
-        """The weights."""
-        return f"lambda_cross={self.lambda_cross:g}, lambda_in={self.lambda_in:g}"
 
 
 def _in_float64(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

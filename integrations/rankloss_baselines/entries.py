@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from rankloss.distributed import Gather
 from rankloss_baselines.alip import AlipLoss
 from rankloss_baselines.cyclip import CyClipLoss
+from rankloss_baselines.second_caption import SecondCaption
 from rankloss_trainers.catalog import LossEntry, Option, Options, weight
 
 _ANY = {"type": float, "metavar": "X"}
@@ -30,12 +30,11 @@ def _build_alip(_: Any, options: Options, gather: Gather) -> AlipLoss:
     return AlipLoss(**{key: x for key, x in options.items() if key != "caption_key"}, gather=gather)
 
 
-def alip_log(criterion: AlipLoss, _: Any, **inputs: Any) -> Mapping[str, Tensor]:
-    """The terms of ALIP, and its histories: of the two captions, and of the image with each."""
-    terms: Mapping[str, Tensor] = criterion(**inputs, output_dict=True)
+def alip_log(criterion: AlipLoss, *_: Any) -> dict[str, Tensor]:
+    """ALIP's histories: of the two captions, and of the image with each."""
     names = ("alip_text_caption", "alip_image_text", "alip_image_caption")
     histories = criterion.histories.to(torch.float32, copy=True).unbind()
-    return {**terms, **dict(zip(names, histories, strict=True))}
+    return dict(zip(names, histories, strict=True))
 
 
 _NO_CAPTION = "alip needs a second caption of each image: name it with --alip-caption-key"
@@ -60,6 +59,7 @@ ALIP = LossEntry(
     refuse=lambda options, _: _NO_CAPTION if options["caption_key"] is None else None,
     unit="step",
     caption_key=lambda options: options["caption_key"],
+    companions=lambda options: [SecondCaption(options["caption_key"])],
     no_sigmoid="it weighs the pairs of a softmax loss of its own",
     log=lambda _: alip_log,
 )

@@ -236,9 +236,3 @@ class Features:
         if self.about["rows_hash"] != _hash(self.rows).hex():
             raise ValueError(f"{self.path}/rows.npy is not as it was written: {damage}")
         return self
-
-
-@functools.lru_cache(maxsize=1)
-def opened(path: str) -> Features:
-    """The folder, opened once per process."""
-    return Features(path)

@@ -17,7 +17,7 @@ import sys
 
 import rankloss_open_clip
 from rankloss_open_clip import bootstrap
-from rankloss_open_clip.diagnosis import missing_trainer
+from rankloss_trainers.extras import extra
 
 
 def main() -> None:
@@ -27,8 +27,8 @@ def main() -> None:
     options, argv = parser.parse_known_args()
     if options.trainer is None:
         bootstrap.attach()
-        if missing_trainer() or bootstrap.failures:
-            sys.exit(missing_trainer() or f"rankloss_open_clip could not attach: {bootstrap.failures}")
+        with extra("open-clip"):
+            importlib.import_module("open_clip_train")
         runpy.run_module("open_clip_train.main", run_name="__main__", alter_sys=True)
         return
     trainer = importlib.import_module(options.trainer)

@@ -7,8 +7,8 @@ environment. This module therefore imports the standard library only, does next 
 
 A patch that fails must not stop a run that did not ask for it, and must not let a run that did ask train
 something else: the trainer's parser would take ``--loss rankclip`` for an abbreviation of
-``--loss-dist-impl`` and train plain CLIP. So failures are kept in :data:`failures`, and a guard around the
-trainer's ``parse_args``, which does not need the patches, raises when the command line asks for a loss.
+``--loss-dist-impl`` and train plain CLIP. So failures are kept in :data:`failures`, and ``parse_args``,
+patched or guarded, raises when the command line asks for a loss.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ SEAMS = (
     "open_clip_train.train",
     "open_clip_train.legacy_train",
     "open_clip_train.data",
-    "open_clip_train.file_utils",
 )
 """The modules to patch; open_clip 3.x has no ``legacy_train``."""
 
 failures: dict[str, Exception] = {}
-"""Modules that were loaded but could not be patched, with what went wrong."""
+"""Modules that were loaded but could not be patched, with the errors."""
 
 
 def attach() -> None:
@@ -50,43 +49,49 @@ def attach() -> None:
 
 
 def patch(module: ModuleType) -> None:
-    """Patch a loaded module of :data:`SEAMS`, and keep what went wrong instead of raising it."""
+    """Patch a loaded module of :data:`SEAMS`, and keep an error instead of raising it."""
     try:
         from rankloss_open_clip import patches
 
         patches.patch(module)
     except Exception as error:
         failures[module.__name__] = error
-    if module.__name__ == PARAMS and hasattr(module, "parse_args"):
+    if module.__name__ == PARAMS and failures and hasattr(module, "parse_args"):
         _guard(module)
 
 
-def _guard(module: Any) -> None:
-    """Let the trainer's ``parse_args`` refuse ``--loss`` when a patch failed."""
-    import functools
+def raise_failures() -> None:
+    """Raise an ImportError if a module could not be patched."""
+    for name, error in failures.items():
+        raise ImportError(
+            "--loss was given, but rankloss_open_clip could not attach to open_clip's trainer "
+            f"({name}: {error!r}). Run `rankloss doctor` for advice, or leave --loss away."
+        ) from error
 
+
+def problems() -> list[str]:
+    """Import the trainer, and list the reasons why it would not honour ``--loss``."""
+    import importlib
+
+    from rankloss_trainers.import_hook import waits_for
+
+    importlib.import_module("torch")
+    off = "torch loaded no plug-in (TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps it from that), so `--loss rankclip`"
+    off += " means `--loss-dist-impl rankclip`, and plain CLIP: start with `python -m rankloss_open_clip`"
+    found = [] if waits_for(PARAMS) else [off]
+    importlib.import_module("open_clip_train.main")
+    return found + [f"{name} could not be patched: {error!r}" for name, error in failures.items()]
+
+
+def _guard(module: Any) -> None:
+    """Let the ``parse_args`` of a trainer that could not be patched refuse ``--loss``."""
     original = module.parse_args
 
-    @functools.wraps(original)
-    def parse_args(*args: Any, **kwargs: Any) -> Any:
-        if failures:
-            _report(next(iter((*args, *kwargs.values())), None))
-        return original(*args, **kwargs)
+    def parse_args(argv: Any = None) -> Any:
+        given = sys.argv[1:] if argv is None else argv
+        # The trainer's own parser reads both as --loss-dist-impl.
+        if {"--los", "--loss"} & {word.partition("=")[0] for word in given}:
+            raise_failures()
+        return original(argv)
 
     module.parse_args = parse_args
-
-
-def _report(argv: Any) -> None:
-    reasons = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failures.items())
-    given = sys.argv[1:] if argv is None else argv
-    # The trainer's own parser reads both as --loss-dist-impl; the options of a loss it does not know.
-    if {"--los", "--loss"} & {str(argument).partition("=")[0] for argument in given}:
-        raise ImportError(
-            f"--loss was given, but rankloss_open_clip could not attach to open_clip's trainer ({reasons}). "
-            "Run `rankloss doctor` for advice, or leave --loss away to train without it."
-        ) from next(iter(failures.values()))
-    import logging
-
-    logging.getLogger("rankloss_open_clip").warning(
-        "--loss is not available in this run: rankloss_open_clip could not attach (%s)", reasons
-    )

@@ -4,48 +4,39 @@ The trainer saves its model and its optimizer, and knows nothing of a loss with 
 with the optimizer's: a hook, which torch's optimizers have for the purpose, adds it to what they save, and
 whatever the trainer does with a checkpoint (keep, delete, rename, upload) it does with the state. A trainer
 without the plug-in reads such a checkpoint as any other: torch ignores the addition.
-
-An optimizer does not hand out what it ignored, and the trainer restores it before it builds the loss. So the
-state is kept from where the trainer reads the file until the run's first epoch begins.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import fsspec  # type: ignore[import-untyped]
+import torch
 
-from rankloss_trainers import state
+from rankloss_trainers.runtime import Runtime
 
 KEY = "rankloss_open_clip"
-"""Where the state is, in a checkpoint's ``optimizer``."""
-
-_read: dict[str, Any] | None = None  # the state in the checkpoint that was read last
+"""The key of the state, in a checkpoint's ``optimizer``."""
 
 
-def pick_up(checkpoint: Any) -> None:
-    """Keep the state that a checkpoint holds, if it holds one."""
-    global _read
-    optimizer = checkpoint.get("optimizer") if isinstance(checkpoint, dict) else None
-    _read = optimizer.get(KEY) if isinstance(optimizer, dict) else None
-
-
-def connect(loss: nn.Module, args: Any, optimizer: Any, epoch: int) -> None:
+def connect(loss: Runtime, args: Any, optimizer: Any, epoch: int) -> None:
     """Give the loss of a run that begins its state back, if it has one, and let checkpoints have it.
 
     Args:
         loss: The loss.
-        args: The trainer's arguments.
+        args: The trainer's arguments, with the path of the checkpoint as ``resume``.
         optimizer: The trainer's optimizer.
         epoch: The run's first epoch, counted from 0.
     """
-    global _read
-    read, _read = _read, None
-    if not state.has_state(loss):
+    if loss.saved() is None:
         return
-    if getattr(args, "resume", None) is not None:
-        # A file of weights alone begins at epoch 0, and has no state to miss.
-        warn = epoch > 0 and getattr(args, "rank", 0) == 0
-        state.restore(args.loss, loss, read, warn=warn)
-    if not getattr(args, "fsdp", False):  # collects the optimizer's state, and takes only what it knows
-        optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, KEY: state.saved(args.loss, loss)})
+    sharded = getattr(args, "fsdp", False)  # its optimizer's state is collected, with what it knows alone
+    # A file of weights alone begins at epoch 0, and has no state to miss.
+    if getattr(args, "resume", None) is not None and epoch > 0:
+        read: Any = None
+        if not sharded:
+            with fsspec.open(args.resume, "rb") as file:
+                read = torch.load(file, map_location="cpu")["optimizer"].get(KEY)
+        loss.restore(read, warn=getattr(args, "rank", 0) == 0)
+    if not sharded:
+        optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, KEY: loss.saved()})

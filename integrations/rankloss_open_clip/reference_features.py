@@ -1,76 +1,64 @@
 """A teacher's precomputed features of each pair, as a companion of its caption.
 
-They are read by the workers that load the data, travel as the bits of float32 numbers behind the tokens, and
-come out of the model beside the student's features, as ``reference_image_features`` and
-``reference_text_features``. A folder's rows are found by the pairs that they are of.
+The workers that load the data read them, from a folder or from the samples themselves. They travel as the
+bits of float32 numbers, and come out of the model beside the student's features, as
+``reference_image_features`` and ``reference_text_features``. Rows of a folder are found by their pairs.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rankloss.checks import check_teacher
+from rankloss_features import Features
 from rankloss_features.data import IMAGES
-from rankloss_features.folder import NAMES, hash_of_pair, name_of, opened
-from rankloss_open_clip.companions import Companion
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+from rankloss_features.folder import NAMES, Array, hash_of_pair, name_of
+from rankloss_open_clip.companions import Companion, Sample
 
 IN_SAMPLES = {"samples": NAMES, "samples:image": NAMES[:1], "samples:text": NAMES[1:]}
 """The values that mean members of a webdataset's samples, and which members."""
 
 _BLOCK = 65_536  # pairs that are hashed together
-
-
-def refuse(where: str, *, two_widths: bool) -> str | None:
-    """Why features from there cannot be used, or None. All rows of a folder are read once."""
-    if where in IN_SAMPLES:
-        return None
-    opened.cache_clear()  # of an earlier run in this process
-    try:
-        ReferenceFeatures(where, two_widths=two_widths)
-        opened(where).check()
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
+_logger = logging.getLogger("rankloss_open_clip")
 
 
 class ReferenceFeatures(Companion):
     """A teacher's features of the image, the text, or both.
 
-    Behind the tokens of a text are, for each of the features, the bits of its numbers in pairs. Features of
-    an odd width, and the shorter of two, end with zeros, which change no similarity within a modality.
+    The shorter of two, and features narrower than a text's tokens, end with zeros, which change no similarity
+    within a modality.
 
     Args:
         where: A folder of ``rankloss features``, or one of :data:`IN_SAMPLES`.
-        two_widths: Whether images and texts may have features of different width, which only the in-modal
-            lists can be ranked by.
+        two_widths: Images and texts may have features of different width, which only the in-modal lists can
+            be ranked by.
 
     Raises:
         ValueError: As :class:`rankloss_features.Features`, or the widths differ.
     """
 
-    name = "row of precomputed features"
-
     def __init__(self, where: str, *, two_widths: bool = False) -> None:
-        self.where = where
         self.two_widths = two_widths
-        self.in_samples = where in IN_SAMPLES
-        if self.in_samples:
-            self.names = IN_SAMPLES[where]
-            self.name = f"set of {' and '.join(f'{name}.npy' for name in self.names)}"
-        else:
-            arrays = opened(where).arrays
-            self.names = tuple(arrays)
-            self._check_widths([array.shape[1] for array in arrays.values()], where)
-        self._lengths: list[int] = []  # of the first sample's features
+        self.folder = None if where in IN_SAMPLES else Features(where)
+        self.names = IN_SAMPLES[where] if self.folder is None else tuple(self.folder.arrays)
+        self.name = f"set of {' and '.join(f'{name}.npy' for name in self.names)}"
+        self._widths: list[int] = []  # of the first sample
+        self._damaged = 0
+        if self.folder is not None:
+            self._check_widths([array.shape[1] for array in self.folder.arrays.values()], where)
+
+    def check(self) -> None:
+        """Read all rows of a folder once; see :meth:`rankloss_features.Features.check`."""
+        if self.folder is not None:
+            self.folder.check()
 
     def _check_widths(self, widths: list[int], where: str) -> None:
         if len(set(widths)) > 1 and not self.two_widths:
@@ -80,86 +68,106 @@ class ReferenceFeatures(Companion):
                 "alone: lambda_cross=0, on the command line --rankclip-lambda-cross 0"
             )
 
-    def of_rows(self, path: str, separator: str, dataset: Any) -> Sequence[str]:  # noqa: ARG002
-        """The rows' own numbers, once every pair is compared with the folder's."""
-        if self.in_samples:
-            raise ValueError(
-                f"{self.where} names members of a webdataset's samples, but {path} is a CSV file, whose rows "
-                "need a folder of features"
-            )
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Callable[[int], str]:  # noqa: ARG002
+        """The rows of the folder, once every pair is compared with the folder's."""
+        if self.folder is None:
+            raise ValueError(f"{path} is a CSV file, and has no {self.name}: give a folder of features")
         captions, images = dataset.captions, dataset.images
+        blocks = [slice(first, first + _BLOCK) for first in range(0, len(captions), _BLOCK)]
+        pairs = (([str(x) for x in captions[block]], [name_of(x) for x in images[block]]) for block in blocks)
+        self.folder.compare(pairs, path)
+        return self._of_row
 
-        def pairs() -> Iterator[tuple[list[str], list[str]]]:
-            for first in range(0, len(captions), _BLOCK):
-                block = slice(first, first + _BLOCK)
-                yield [str(x) for x in captions[block]], [name_of(x) for x in images[block]]
-
-        opened(self.where).compare(pairs(), path)
-        return [str(row) for row in range(len(captions))]
-
-    def of_sample(self, sample: dict[str, Any], caption: str | None) -> str | None:
-        """The row of the sample, or its members' numbers as text; these are taken out of the sample."""
-        if self.in_samples:
+    def of_sample(self, sample: Sample, caption: str) -> str | None:
+        """The row of the sample, or its members, which are taken out of the sample."""
+        if self.folder is None:
             return self._members(sample)
-        if caption is None or not any(name in sample for name in IMAGES):  # which the trainer skips
+        if not any(name in sample for name in IMAGES):  # skipped by the trainer
             return None
-        row = opened(self.where).find(hash_of_pair(caption, sample["__key__"]))
+        row = self.folder.find(hash_of_pair(caption, sample["__key__"]))
         if row is None:
             raise ValueError(
-                f"sample {sample['__key__']!r} of {sample.get('__url__')} with caption {caption!r} has no "
-                f"row in {self.where}: its features are of another caption, or of other data"
+                f"{_named(sample)} with caption {caption!r} has no row in {self.folder.path}: its features "
+                "are of another caption, or of other data"
             )
-        return str(row)
+        return self._of_row(row)
 
-    def _members(self, sample: dict[str, Any]) -> str | None:
+    def _of_row(self, row: int) -> str:
+        assert self.folder is not None
+        return _packed([array[0] for array in self.folder.take(np.array([row])).values()])
+
+    def _members(self, sample: Sample) -> str | None:
         members = [f"{name}.npy" for name in self.names]
         if not all(member in sample for member in members):
             return None
-        # Taken out, or the trainer would decode them for nothing.
-        arrays = [np.load(io.BytesIO(sample.pop(member))) for member in members]
-        where = f"sample {sample.get('__key__')!r}"
-        self._lengths = self._lengths or [array.size for array in arrays]
-        if any(array.shape != (length,) for array, length in zip(arrays, self._lengths, strict=True)):
-            raise ValueError(
-                f"the features in the samples must be vectors of one length; got "
-                f"{[array.shape for array in arrays]} in {where} and lengths of {self._lengths} before"
-            )
-        self._check_widths(self._lengths, where)
-        rows = [_checked(array, f"{name} of {where}") for name, array in zip(self.names, arrays, strict=True)]
-        return " ".join(base64.b64encode(row.tobytes()).decode() for row in rows)
+        try:
+            # Taken out, or the trainer would decode them for nothing.
+            rows = [_vector(member, sample.pop(member)) for member in members]
+            widths = [len(row) for row in rows]
+            self._widths = self._widths or widths
+            if widths != self._widths:
+                raise ValueError(f"{' and '.join(members)} have widths of {widths}, others of {self._widths}")
+        except Exception as error:  # NumPy raises many of a damaged array
+            self._damaged += 1
+            _logger.warning("%s skipped, damaged one number %d: %s", _named(sample), self._damaged, error)
+            return None
+        self._check_widths(widths, _named(sample))
+        return _packed(rows)
 
-    def encode(self, tokenize: Callable[[list[str]], Tensor], companions: list[str]) -> Tensor:  # noqa: ARG002
-        """See :class:`Companion`."""
-        return torch.from_numpy(np.stack([self._bits(text) for text in companions]))
+    def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
+        """The bits of the numbers, two to an integer."""
+        return torch.from_numpy(np.stack([np.frombuffer(base64.b64decode(x), np.int64) for x in texts]))
 
-    def _bits(self, text: str) -> np.ndarray[Any, Any]:
-        """The numbers of one row of each of the features, two to an integer."""
-        if self.in_samples:
-            rows = [np.frombuffer(base64.b64decode(part), np.float32) for part in text.split(" ")]
-        else:
-            rows = [array[0] for array in opened(self.where).take(np.array([int(text)])).values()]
-        width = max(map(len, rows))
-        width += width % 2
-        padded = np.zeros((len(rows), width), np.float32)  # with np.pad it takes four times as long
-        for row, place in zip(rows, padded, strict=True):
-            place[: len(row)] = row
-        return padded.ravel().view(np.int64)
-
-    def merge(self, output: dict[str, Any], companions: Tensor) -> dict[str, Any]:
+    def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
         """The output and the features, by the names that the loss has for them."""
-        features = companions.view(torch.float32).unflatten(1, (len(self.names), -1))
-        return {**output, **{f"reference_{name}": features[:, i] for i, name in enumerate(self.names)}}
+        features = encoded.view(torch.float32).unflatten(1, (-1, len(self.names))).unbind(-1)
+        named = zip(self.names, features, strict=True)
+        return {**output, **{f"reference_{name}": x.contiguous() for name, x in named}}
 
 
-def _checked(rows: np.ndarray[Any, Any], where: str) -> np.ndarray[Any, Any]:
-    """A sample's features as the float32 numbers that reach the loss.
+def without_features(
+    read: Callable[..., Iterable[Sample]], remedy: str, /, *args: Any, **kwargs: Any
+) -> Iterator[Sample]:
+    """Read webdataset samples as the trainer does, in a run that does not use a teacher's features.
+
+    Args:
+        read: The trainer's reader.
+        remedy: The options that say whether to use them.
+        *args: Arguments of the reader.
+        **kwargs: The same, by name.
 
     Raises:
-        ValueError: As :func:`rankloss.checks.check_teacher`.
+        ValueError: A sample has such features.
     """
-    if rows.dtype.kind != "f":
-        raise ValueError(f"{where} must have floating-point features; got {rows.dtype}")
-    with np.errstate(over="ignore"):  # infinity is what the check looks for
-        rows = np.array(rows, np.float32)
-    check_teacher(where, torch.from_numpy(np.atleast_2d(rows)), first_look=False)
-    return rows
+    for sample in read(*args, **kwargs):
+        found = [f"{name}.npy" for name in NAMES if f"{name}.npy" in sample]
+        if found:
+            raise ValueError(f"{_named(sample)} has {' and '.join(found)}, a teacher's features: {remedy}")
+        yield sample
+
+
+def _packed(rows: list[Array]) -> str:
+    """Rows side by side, ``[width, rows]``, as the text of their bits."""
+    width = max(map(len, rows))
+    packed = np.zeros((width + width * len(rows) % 2, len(rows)), np.float32)
+    for i, row in enumerate(rows):
+        packed[: len(row), i] = row
+    return base64.b64encode(packed.tobytes()).decode()
+
+
+def _named(sample: Sample) -> str:
+    return f"sample {sample.get('__key__')!r} of {sample.get('__url__')}"
+
+
+def _vector(member: str, written: bytes) -> Array:
+    """The float32 numbers of a member of a sample.
+
+    Raises:
+        ValueError: They are no vector of a teacher. NumPy raises other errors of bytes that are no array.
+    """
+    array = np.lib.format.read_array(io.BytesIO(written), allow_pickle=False)
+    if array.dtype.kind != "f" or array.ndim != 1:
+        raise ValueError(f"{member} must be a vector of floating numbers; got {array.dtype} {array.shape}")
+    row = torch.from_numpy(array).float()
+    check_teacher(member, row[None], first_look=False)
+    return row.numpy()

@@ -1,9 +1,12 @@
-"""What the patched functions do in a run with ``--loss``: build the loss, and start its epochs."""
+"""The patched functions in a run with ``--loss``: data are read, the loss is built, and its epochs start."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
+from inspect import BoundArguments
 from typing import Any
 
 import open_clip
@@ -13,153 +16,182 @@ from open_clip.version import __version__
 from torch import Tensor, nn
 
 import rankloss
+from rankloss_features.folder import NAMES
 from rankloss_open_clip import checkpoints
-from rankloss_open_clip.command_line import chosen, companion_of, distils, gather_of
-from rankloss_open_clip.companions import COMPANION, split_features
-from rankloss_trainers import state
-from rankloss_trainers.clock import Position
-from rankloss_trainers.driven_loss import DrivenLoss, Entries, LoggedTerms, call_alone
-from rankloss_trainers.refusals import check_criterion
+from rankloss_open_clip.command_line import (
+    HOST,
+    chosen,
+    companions_of,
+    distils,
+    gather_of,
+    remedy_for_unused_features,
+)
+from rankloss_open_clip.reference_features import without_features
+from rankloss_trainers.runtime import Entries, LoggedTerms, Runtime
 
-TESTED = ("2.16.1", "2.24.0", "3.0.0", "3.1.0", "3.2.0", "3.3.0")
-"""The releases of open_clip that get no remark; to the first two a trainer is attached by hand."""
-
+_COMPANIONS = "_rankloss_open_clip_companions"  # the attribute of the training data that holds them
 _logger = logging.getLogger("rankloss_open_clip")
 
 # Early releases, to which a trainer may be attached, have no such loss.
 _SigLipLoss: Any = getattr(open_clip.loss, "SigLipLoss", None)
 
 
-class TrainerLoss(DrivenLoss):
+class TrainerLoss(Runtime):
     """A loss of the catalogue as open_clip's trainers call it: its terms and its metrics in one dict.
 
-    Args:
-        criterion: The loss, see :class:`rankloss_trainers.catalog.LossEntry`.
-        sums_every_value: Whether the trainer adds up all values of the returned dict, whatever their keys.
-        uses_teacher: Whether the loss is given the features of the trainer's teacher under its own names.
-        keeps_distillation: Whether the base is given them, under the trainer's names (``dist_image_features``
-            and so on), where the trainer has a teacher.
-        **driven: ``unit`` and ``evaluate`` of :class:`rankloss_trainers.driven_loss.DrivenLoss`.
-    """
-
-    def __init__(
-        self,
-        criterion: nn.Module,
-        *,
-        sums_every_value: bool = True,
-        uses_teacher: bool = False,
-        keeps_distillation: bool = True,
-        **driven: Any,
-    ) -> None:
-        super().__init__(criterion, **driven)
-        self.sums_every_value = sums_every_value
-        self.uses_teacher = uses_teacher
-        self.keeps_distillation = keeps_distillation
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(
-        self, *features: Tensor, output_dict: bool = False, **inputs: Tensor
-    ) -> Tensor | dict[str, Tensor]:
-        """The sum of the terms, or with ``output_dict`` the terms and the metrics by name.
-
-        Some trainers give the features and the scale by position.
-        """
-        if self.uses_teacher:
-            for name in ("image_features", "text_features"):
-                # Several teachers side by side, as MobileCLIP's data have them, have another norm together.
-                inputs[f"reference_{name}"] = F.normalize(inputs[f"dist_{name}"].float(), dim=-1)
-        if not self.keeps_distillation:
-            inputs = {name: x for name, x in inputs.items() if not name.startswith(("dist_", "syn_"))}
-        entries: Entries = super().forward(*features, **inputs)
-        if not output_dict:
-            return entries.total
-        if self.sums_every_value:
-            return LoggedTerms(entries.terms, entries.metrics)
-        return {**entries.terms, **entries.metrics}
-
-
-def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> TrainerLoss:
-    """Build the loss that the trainer's arguments ask for, and log what the run trains with.
+    The trainers announce epochs and no steps, so the calls of each epoch are counted. There is no other
+    state, so a resumed run is where an uninterrupted one would be.
 
     Args:
         base: The loss that the trainer built.
         args: The trainer's arguments, as completed by :mod:`rankloss_open_clip.command_line`.
-        sums_every_value: See :class:`TrainerLoss`.
+        sums_every_value: The trainer adds up all values of the returned dict, whatever their keys.
 
-    Raises:
-        TypeError: The entry builds something else than a module.
-        ValueError: The loss has parameters.
+    Attributes:
+        place: The epoch that began last, counted from 0, the number of epochs, the optimizer steps of each,
+            and the calls of the loss per step; None before the first.
     """
+
+    def __init__(self, base: nn.Module, args: Any, *, sums_every_value: bool) -> None:
+        entry, options = chosen(args)
+        self._keeps_distillation = entry.keeps_distillation(options)
+        if distils(args) and not self._keeps_distillation:
+            # The loss of a run without a teacher; the trainer refuses to distil CoCa.
+            base = _SigLipLoss() if getattr(args, "siglip", False) else open_clip.ClipLoss()
+        gather = gather_of(args)
+        super().__init__(HOST, args.loss, options, base=_shareable(base, gather), gather=gather)
+        # An option that names whose rankings to match decides over a teacher that the loss does not need.
+        chooses = self.teacher == "optional" and "reference" not in options
+        self._takes_teacher = distils(args) and (chooses or self.teacher == "required")
+        self.sums_every_value = sums_every_value
+        self.place: tuple[int, int, int, int] | None = None
+        self._calls = 0  # of the epoch
+
+    def _folder(self) -> None:
+        """Nothing: the companions of the texts read it."""
+
+    def start_epoch(self, epoch: int, epochs: int, steps: int, accum_freq: int) -> None:
+        """An epoch begins; its steps are counted from the calls. For the arguments see :attr:`place`."""
+        if self.place is None:
+            self.begin(epochs)
+        self.place, self._calls = (epoch, epochs, steps, accum_freq), 0
+        self.set_epoch(epoch + 1, epochs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, *features: Tensor, output_dict: bool = False, **inputs: Any) -> Any:
+        """The sum of the terms, or with ``output_dict`` the terms and the metrics by name.
+
+        Some trainers give the features and the scale by position.
+        """
+        inputs.update(zip((*NAMES, "logit_scale"), features, strict=False))
+        if self._takes_teacher:
+            # Several teachers side by side, as MobileCLIP's data have them, have another norm together.
+            taught = {name: F.normalize(inputs[f"dist_{name}"].float(), dim=-1) for name in NAMES}
+            inputs.update({f"reference_{name}": x for name, x in taught.items()})
+        if not self._keeps_distillation:
+            inputs = {name: x for name, x in inputs.items() if not name.startswith(("dist_", "syn_"))}
+        self._count()
+        entries: Entries = super().forward(**inputs)
+        if not output_dict:
+            return entries.total
+        return LoggedTerms(*entries) if self.sums_every_value else {**entries.terms, **entries.metrics}
+
+    def _count(self) -> None:
+        """Announce the optimizer step of a call; gradient accumulation makes several calls for one."""
+        epoch, epochs, steps, accum_freq = self.place or (0, 0, 0, 0)
+        if accum_freq and self._calls % accum_freq == 0:
+            # An epoch that is longer than announced stays at its last step.
+            step = min(self._calls // accum_freq, steps - 1)
+            self.set_progress(epoch * steps + step + 1, epochs * steps)
+        self._calls += 1
+
+
+# --- the patched functions ------------------------------------------------------------------------------
+
+
+def create_loss(original: Callable[..., Any], bound: BoundArguments) -> nn.Module:
+    """A loss for a trainer that adds up every value of the dict that a loss returns."""
+    return build_loss(original(*bound.args, **bound.kwargs), bound.arguments["args"], sums_every_value=True)
+
+
+def create_task(original: Callable[..., Any], bound: BoundArguments) -> Any:
+    """A task of open_clip's later trainer, which adds up keys that end in ``_loss`` and logs the others."""
+    task = original(*bound.args, **bound.kwargs)
+    task.loss = build_loss(task.loss, bound.arguments["args"], sums_every_value=False)
+    return task
+
+
+def build_loss(base: nn.Module, args: Any, *, sums_every_value: bool) -> TrainerLoss:
+    """Build the loss that the trainer's arguments ask for, and log it. See :class:`TrainerLoss`."""
     if isinstance(base, TrainerLoss):  # from a factory within this one
         return base
-    candidate, entry, options = chosen(args)
-    name, gather = candidate.name, gather_of(args)
-    if distils(args) and not entry.keeps_distillation(options):
-        # What the trainer would train with if it had no teacher; it refuses to distil CoCa.
-        base = _SigLipLoss() if getattr(args, "siglip", False) else open_clip.ClipLoss()
-    criterion = check_criterion(f"--loss {name}", entry.build(_shareable(base, gather), options, gather))
-    if state.has_state(criterion):
-        criterion.to(args.device)
+    loss = TrainerLoss(base, args, sums_every_value=sums_every_value).to(getattr(args, "device", None))
     if getattr(args, "rank", 0) == 0:
-        stands = rankloss.ClipLoss, rankloss.SigLipLoss, type(base)
-        on = "on" if any(isinstance(part, stands) for part in criterion.modules()) else "in place of"
-        package = candidate.package or f"rankloss {rankloss.__version__}"
-        said = [f"Loss: {name} ({package}) {on} {type(base).__name__}", entry.described(options, args.epochs)]
-        _logger.info("%s", ", ".join(filter(None, [*said, f"open_clip {__version__}"])))
-        if __version__.partition("+")[0] not in TESTED:  # what follows is a local label
-            _logger.warning(
-                "open_clip %s: --loss is tested with 3.0.0 to 3.3.0, and tried with this", __version__
-            )
-    return TrainerLoss(
-        criterion,
-        sums_every_value=sums_every_value,
-        # Features that come with the data have the names of the loss already.
-        uses_teacher=entry.uses_teacher(options) and entry.reference_features(options) is None,
-        keeps_distillation=entry.keeps_distillation(options),
-        unit=entry.unit if isinstance(entry.unit, str) else entry.unit(options, args.epochs),
-        evaluate=call_alone if entry.log is None else entry.log(options),
-    )
+        _logger.info("%s, open_clip %s", loss.described(args.epochs), __version__)
+    return loss
 
 
-def start_epoch(given: Mapping[str, Any]) -> None:
-    """Tell the loss that an epoch begins; before the first of a run, connect it with the rest of the run.
+def _shareable(base: nn.Module, gather: rankloss.Gather) -> nn.Module:
+    """CLIP's or SigLIP's loss of rankloss, in linear memory.
 
-    Args:
-        given: What the trainer's ``train_one_epoch`` is called with, by name: ``loss``, ``epoch`` (counted
-            from 0), ``data`` (by split), ``args``, ``optimizer`` (whose checkpoints carry the state of the
-            loss) and ``model`` (which is to hand on what comes with the texts).
+    CLIP's shares its gathering, and its products, with the terms on it. Any other loss, a subclass of these
+    two included, stays as it is.
+    """
+    if type(base) is open_clip.ClipLoss:
+        return rankloss.ClipLoss(gather=gather)
+    return rankloss.SigLipLoss(gather=gather) if type(base) is _SigLipLoss else base
+
+
+def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
+    """Announce an epoch to the loss; before the first of a run, connect it with the rest of the run.
 
     Raises:
-        RuntimeError: The run asks for a loss of the catalogue and trains with another, or on data without
-            what that loss needs.
+        RuntimeError: The run asks for a loss of the catalogue and trains with another.
     """
+    given = bound.arguments
+    if "state" in given:  # of open_clip's later trainer: it holds the task, and the task model and loss
+        state = given["state"]
+        given = {**vars(state), **given, "loss": state.task.loss, "model": state.task.trainable_module}
     loss, args, epoch, train = given["loss"], given["args"], given["epoch"], given["data"]["train"]
     if not isinstance(loss, TrainerLoss):
         raise RuntimeError(
             f"--loss {args.loss} was given, but the trainer trains with {type(loss).__name__}; "
             "run `rankloss doctor` for advice"
         )
-    if loss.position is None:
-        needed, companion = companion_of(args), getattr(train, COMPANION, None)
-        if needed is not None and companion is None:
-            raise RuntimeError(
-                f"--loss {args.loss} needs a {needed.name} with every text, and rankloss_open_clip did not "
-                "reach what reads this trainer's data: get_csv_dataset or get_wds_dataset"
-            )
-        if companion is not None:
-            split_features(given["model"], companion)
-        checkpoints.connect(loss.criterion, args, given.get("optimizer"), epoch)
+    if loss.place is None:
+        companions = getattr(train, _COMPANIONS, None)
+        if companions is not None:
+            companions.attach(given["model"])
+        checkpoints.connect(loss, args, given.get("optimizer"), epoch)
     accum_freq = getattr(args, "accum_freq", 1)  # forks of early releases have no such option
     steps = max(1, train.dataloader.num_batches // accum_freq)
-    loss.start_epoch(Position(epoch=epoch, epochs=args.epochs, steps=steps, accum_freq=accum_freq))
+    loss.start_epoch(epoch, args.epochs, steps, accum_freq)
+    return original(*bound.args, **bound.kwargs)
 
 
-def _shareable(base: nn.Module, gather: rankloss.Gather) -> nn.Module:
-    """CLIP's or SigLIP's loss as rankloss has it, in linear memory.
-
-    CLIP's shares its gathering, and its products, with the terms on it. Any other loss, a subclass of these
-    two included, stays what it is.
-    """
-    if type(base) is open_clip.ClipLoss:
-        return rankloss.ClipLoss(gather=gather)
-    return rankloss.SigLipLoss(gather=gather) if type(base) is _SigLipLoss else base
+def get_dataset(original: Callable[..., Any], bound: BoundArguments) -> Any:
+    """Data of the trainer, whose training texts have the companions that the loss needs."""
+    given, args = bound.arguments, bound.arguments["args"]
+    if not given["is_train"]:
+        return original(*bound.args, **bound.kwargs)
+    # A webdataset's pipeline is built inside the call, so the reader is replaced during it.
+    names, reader = inspect.unwrap(original).__globals__, "tarfile_to_samples_nothrow"
+    read: Any = names.get(reader)
+    companions, remedy, joined = companions_of(args), remedy_for_unused_features(args), read
+    if companions is not None:
+        given["tokenizer"] = companions.tokenizer(given["tokenizer"])
+        text_keys = getattr(args, "text_key", None) or "txt"
+        joined = functools.partial(companions.join_samples, read, text_keys)
+    if remedy is not None:
+        joined = functools.partial(without_features, joined, remedy)
+    names[reader] = joined
+    try:
+        info = original(*bound.args, **bound.kwargs)
+    finally:
+        names[reader] = read
+    if companions is not None:
+        setattr(info, _COMPANIONS, companions)
+        dataset = getattr(info.dataloader, "dataset", None)
+        if hasattr(dataset, "captions"):  # of a CSV file
+            companions.join_csv(dataset, args.train_data, args.csv_separator)
+    return info

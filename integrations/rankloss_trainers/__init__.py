@@ -1,4 +1,45 @@
-"""What a plug-in for any trainer needs: the catalogue of losses, and a loss that knows where training stands.
+"""Losses by name for any trainer: the catalogue, and the runtime that every trainer's plug-in stands on.
 
-Nothing here imports a trainer, and this module imports nothing.
+:func:`create` builds a loss for a loop of one's own. Nothing here imports a trainer, and this module imports
+nothing until :func:`create` is called.
 """
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import nn
+
+    from rankloss.distributed import GatherOption
+
+
+def create(name: str, base: Any = None, *, gather: GatherOption = None, **options: Any) -> nn.Module:
+    """Build the loss that ``--loss NAME`` builds.
+
+    Args:
+        name: A loss of the catalogue; ``rankloss losses`` lists them.
+        base: The loss to stand on. None: :class:`rankloss.ClipLoss`.
+        gather: See :class:`rankloss.Gather`. None: the default process group, exactly.
+        **options: Options by their names without prefix; ``rankloss losses NAME`` lists them.
+
+    Returns:
+        A module that is called with ``image_features``, ``text_features`` and ``logit_scale``, and tells its
+        schedule by ``set_epoch`` or ``set_progress``. One that needs a teacher refuses a call without
+        ``reference_image_features`` and ``reference_text_features``.
+
+    Raises:
+        TypeError: The loss has no such option.
+        ValueError: There is no such loss, an option has another value, only a trainer can serve it
+            (``reference_features``), or the options exclude each other.
+
+    Example:
+        >>> loss = create("rankclip", top_k=8, schedule="linear")
+        >>> loss.set_progress(2, 3)
+        >>> loss.schedule_value
+        0.5
+    """
+    from rankloss_trainers.runtime import own_loop
+
+    return own_loop(name, base, gather, options)

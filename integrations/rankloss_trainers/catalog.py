@@ -1,4 +1,4 @@
-"""The losses that ``--loss`` can name: rankloss's own, and those that other packages register.
+"""The catalogue of losses: rankloss's own, and those that other packages register.
 
 Another package registers a loss as an entry point. Its name is the value of ``--loss``, its object a
 :class:`LossEntry`, or only the function that would be its ``build``::
@@ -6,16 +6,20 @@ Another package registers a loss as an entry point. Its name is the value of ``-
     [project.entry-points."rankloss.losses"]
     mine = "my_package.losses:MINE"
 
-Entry points are imported lazily, when their loss is asked for or listed, so a broken or slow package cannot
-affect other runs. Only the standard library is imported here.
+Entry points are imported lazily, when their loss is asked for or described, so a broken or slow package
+cannot affect other runs. Only the standard library is imported here.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import difflib
 import functools
 import importlib.metadata
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,20 +38,31 @@ BUILT_IN = {
 """rankloss's own losses."""
 
 PREFIXES = ("rankclip", "streamed")
-"""What the options of rankloss's own losses begin with."""
+"""The prefixes of the options of rankloss's own losses."""
 
 TRAINERS_OWN = "clip"
 """The value of ``--loss`` that leaves the trainer's own loss alone."""
 
+Options = Mapping[str, Any]
+"""The values of a loss's options, by :attr:`Option.key`."""
 
-# --- types of options -----------------------------------------------------------------------------------
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """A question that ends an error about a misspelt word; empty where nothing known is close to it.
+
+    Example:
+        >>> did_you_mean("rankclap", ["rankclip", "cyclip"])
+        '; did you mean rankclip?'
+    """
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
-def weight(text: str) -> float:
+def weight(text: Any) -> float:
     """The type of an option that is a finite number of at least 0."""
     value = float(text)
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text!r}")
+        raise ValueError(text)
     return value
 
 
@@ -56,14 +71,17 @@ def weight(text: str) -> float:
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a loss: ``--PREFIX-NAME`` on a command line.
+    """An option of a loss: ``--PREFIX-NAME`` on a command line, a keyword in Python.
 
     Attributes:
         name: The option without the prefix of its loss, as it is typed.
         default: The value of a run that does not give the option.
-        help: What ``--help`` says; the default is appended.
-        keywords: Further keywords of ``add_argument``.
-        unset: What ``--help`` says in place of a default of None.
+        help: Its line in ``--help``; the default is appended.
+        keywords: ``type``, a function that takes text or a value that it returned; ``choices``; ``metavar``.
+        unset: The text for None in ``--help``. An option with such a text, or with the default None, may be
+            None.
+        values: The values in Python of choices that are no texts, by their spelling: ``{"none": None}``.
+        for_trainer: Whether the trainer's plug-in acts on the option, and not the loss.
     """
 
     name: str
@@ -71,20 +89,50 @@ class Option:
     help: str
     keywords: dict[str, Any] = field(default_factory=dict)
     unset: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    for_trainer: bool = False
 
     @property
     def key(self) -> str:
         """The name as the key of the options that the functions of an entry are given."""
         return self.name.replace("-", "_")
 
+    def text(self, value: Any) -> Any:
+        """The value as it is typed, or the text for None."""
+        spelled = [text for text, x in self.values.items() if type(x) is type(value) and x == value]
+        return spelled[0] if spelled else self.unset if value is None else value
 
-Options = Mapping[str, Any]
-"""The values of a loss's options, by :attr:`Option.key`."""
+    def checked(self, value: Any) -> Any:
+        """The value as the loss takes it, from text or from Python.
+
+        Raises:
+            ValueError: It is of another type, out of bounds, or not among the choices.
+
+        Example:
+            >>> Option("diagonal", True, "", values={"include": True, "exclude": False}).checked("exclude")
+            False
+        """
+        choices = self.values or {text: text for text in self.keywords.get("choices", ())}
+        for spelling, meant in choices.items():
+            if any(type(value) is type(x) and value == x for x in (spelling, meant)):
+                return meant
+        type_ = self.keywords.get("type", os.fspath)
+        if value is None and not choices and (self.unset or self.default is None):
+            return None
+        with contextlib.suppress(TypeError, ValueError, OverflowError, argparse.ArgumentTypeError):
+            converted = None if choices or isinstance(value, bool) else type_(value)
+            if converted is not None and (isinstance(value, str | os.PathLike) or converted == value):
+                return converted
+        wanted = f"one of {', '.join(choices)}" if choices else _KINDS.get(type_, f"of type {type_.__name__}")
+        raise ValueError(f"must be {wanted}; got {value!r}{did_you_mean(str(value).lower(), choices)}")
+
+
+_KINDS = {int: "an integer", float: "a number", weight: "a finite number of at least 0", os.fspath: "text"}
 
 
 @dataclass(frozen=True)
 class LossEntry:
-    """What a trainer's plug-in needs to know of a loss.
+    """A loss as the trainers' plug-ins know it.
 
     Attributes:
         build: ``(base, options, gather) → module``. Called on every process, with the loss that the trainer
@@ -92,33 +140,36 @@ class LossEntry:
             the options, and the :class:`rankloss.Gather` of the run. The module is called with
             ``image_features``, ``text_features``, ``logit_scale`` and whatever else the model returns, all by
             name, and ``output_dict=True``. It returns a dict of scalars. Those whose names end in ``_loss``
-            are added up and trained; the others are logged. It has no parameters, which no optimizer would
-            know. Its persistent buffers are put into the trainer's checkpoints.
-        help: What ``--help`` says of it.
+            are added up and trained; the others are logged. A module whose ``forward``, or that of a part,
+            names ``reference_image_features`` or ``reference_text_features`` is given a teacher's; one
+            without a default needs them. Persistent buffers are put into the checkpoints.
+        help: Its line in ``--help`` and in ``rankloss losses``.
         options: Its options.
-        prefix: What the options begin with; empty for the name of the loss.
-        refuse: ``(options, gather) → reason`` why the loss cannot work with these, or None. Called before
-            anything is built. A reason about one option begins with its key.
-        describe: ``(options, epochs) → text`` for the line in the log that says what a run trains with; None
-            names the options that are not at their defaults. The epochs of a run are infinity, here and for
-            ``unit``, where its data have no length.
-        unit: ``"epoch"`` or ``"step"``, or ``(options, epochs) →`` one of them. Every part of the module that
-            has the method is told where training stands: ``set_epoch(epoch, epochs)`` at the start of each
-            epoch, or ``set_progress(step, total_steps)`` once before each optimizer step, for which gradient
-            accumulation may make several calls; both count from 1.
+        prefix: The prefix of the options; empty for the name of the loss.
+        refuse: ``(options, gather) → reason`` against the options, or None. Called before anything is built.
+            A reason about one option begins with its key.
+        describe: ``(options, epochs) → text`` for the line in the log that describes a run; None names the
+            options that are not at their defaults. The epochs of a run are infinity, here and for ``unit``,
+            where its data have no length.
+        unit: ``"epoch"`` or ``"step"``, or ``(options, epochs) →`` one of them. A part of the module that has
+            both methods is told where training stands by ``set_epoch(epoch, epochs)`` at the start of each
+            epoch, or by ``set_progress(step, total_steps)`` once before each optimizer step, for which
+            gradient accumulation may make several calls. A part with one of them is told by that one. Both
+            count from 1.
         caption_key: ``options → key`` of a second caption in the training data, or None. The module is then
             called with ``caption_features`` too.
-        uses_teacher: ``options →`` whether it ranks by a teacher. The module is then called with
-            ``reference_image_features`` and ``reference_text_features`` too, or with one of the two.
-        reference_features: ``options →`` where the teacher's features are read from, or None for those of the
-            teacher that the trainer has.
-        keeps_distillation: ``options →`` whether the distillation term of a trainer that has a teacher stays
-            in the base.
-        no_sigmoid: Why the loss does not work where the trainer's own is a sigmoid loss; empty if it does.
-        only_sigmoid: Why the loss works only where the trainer's own is a sigmoid loss; empty if it does not
-            depend on that.
-        log: ``options → evaluate``, what calls the module and adds to its entries what is logged beside
-            them; see :mod:`rankloss_trainers.logging`. None calls the module alone.
+        companions: ``options →`` companions of each text that open_clip's trainer reads for the loss, see
+            :class:`rankloss_open_clip.companions.Companion`.
+        uses_teacher: ``options → bool``: the loss needs a teacher, though its signature demands none.
+        reference_features: ``options →`` the folder of the teacher's features, or None for a teacher that the
+            trainer has.
+        keeps_distillation: ``options → bool``: the distillation term of a trainer that has a teacher stays in
+            the base.
+        no_sigmoid: The reason why the loss does not work where the trainer's own is a sigmoid loss; or empty.
+        only_sigmoid: The reason why it works only there; or empty.
+        log: ``options → (module, entries, step, inputs) → entries``: entries to log beside those of a call,
+            see :mod:`rankloss_trainers.logging`. None logs the module's own.
+        citation: The BibTeX entry of its paper.
     """
 
     build: Callable[..., Any]
@@ -129,36 +180,52 @@ class LossEntry:
     describe: Callable[..., str] | None = None
     unit: str | Callable[..., str] = "epoch"
     caption_key: Callable[..., str | None] = lambda *_: None
+    companions: Callable[..., Iterable[Any]] = lambda *_: ()
     uses_teacher: Callable[..., bool] = lambda *_: False
     reference_features: Callable[..., str | None] = lambda *_: None
     keeps_distillation: Callable[..., bool] = lambda *_: True
     no_sigmoid: str = ""
     only_sigmoid: str = ""
     log: Callable[[Options], Callable[..., Any]] | None = None
+    citation: str = ""
 
     def described(self, options: Options, epochs: float) -> str:
-        """What the log says of a run with these options."""
+        """The part of the log's line about a run with these options."""
         return changed(self.options, options) if self.describe is None else self.describe(options, epochs)
+
+    def with_defaults(self, **defaults: Any) -> LossEntry:
+        """The same loss with other defaults for the options that it has."""
+        options = (dataclasses.replace(o, default=defaults.get(o.key, o.default)) for o in self.options)
+        return dataclasses.replace(self, options=tuple(options))
+
+    def checked(self, name: str, given: Options) -> dict[str, Any]:
+        """The values of all options, from those that were given; the only check of options.
+
+        Args:
+            name: The loss, for the errors.
+            given: Values by key, as text or as Python has them.
+
+        Raises:
+            TypeError: There is no such option.
+            ValueError: A value is none that the option can have; the error begins with its key.
+        """
+        known = {option.key: option for option in self.options}
+        for key in given:
+            if key not in known:
+                hint = did_you_mean(str(key), known) or f"; it has {', '.join(known) or 'none'}"
+                raise TypeError(f"{name} has no option {key!r}{hint}")
+        values = {key: option.default for key, option in known.items()}
+        for key, value in given.items():
+            try:
+                values[key] = known[key].checked(value)
+            except ValueError as error:
+                raise ValueError(f"{key} {error}") from None
+        return values
 
 
 def changed(options: Iterable[Option], values: Options) -> str:
     """The options that are not at their defaults, and their values."""
-    return ", ".join(f"{o.name} {values[o.key]}" for o in options if values[o.key] != o.default)
-
-
-def flag(name: str, entry: LossEntry, option: Option) -> str:
-    """An option of the loss ``name``, as it is typed."""
-    return f"--{entry.prefix or name}-{option.name}"
-
-
-def dest(name: str, entry: LossEntry, option: Option) -> str:
-    """An option of the loss ``name``, as an attribute of the parsed arguments."""
-    return flag(name, entry, option)[2:].replace("-", "_")
-
-
-def option_values(name: str, entry: LossEntry, args: Any) -> dict[str, Any]:
-    """The values of the loss's options in parsed arguments, or their defaults."""
-    return {o.key: getattr(args, dest(name, entry, o), o.default) for o in entry.options}
+    return ", ".join(f"{o.name} {o.text(values[o.key])}" for o in options if values[o.key] != o.default)
 
 
 # --- finding losses by name -----------------------------------------------------------------------------
@@ -172,7 +239,7 @@ class Candidate:
         name: The value of ``--loss``.
         reference: ``module:object``.
         package: The distribution that registers it, with its version; empty for rankloss's own.
-        clash: Why the name cannot be used, or empty.
+        clash: The reason why the name cannot be used, or empty.
     """
 
     name: str
@@ -185,7 +252,7 @@ class Candidate:
 
         Raises:
             ValueError: The name or the prefix is taken, or the object is neither an entry nor callable.
-            Exception: Whatever the import raises.
+            Exception: Any error of the import.
         """
         if self.clash:
             raise ValueError(self.clash)
@@ -207,9 +274,26 @@ def candidates() -> Mapping[str, Candidate]:
         package = f"{point.dist.name} {point.dist.version}" if point.dist is not None else "unknown package"
         other = found.get(point.name)
         if point.name in (TRAINERS_OWN, *BUILT_IN):
-            continue  # what an own name means does not change with what is installed
+            continue  # an own name means the same whatever is installed
         clash = other.clash if other is not None else ""
         if other is not None and other.reference != point.value:
             clash = f"{point.name} is registered by both {other.package} and {package}; uninstall one"
         found[point.name] = Candidate(point.name, point.value, package, clash)
     return found
+
+
+def find(name: str) -> Candidate:
+    """The loss of this name.
+
+    Raises:
+        ValueError: There is none.
+
+    Example:
+        >>> find("rankclp")
+        Traceback (most recent call last):
+        ValueError: loss must be one of rankclip, ...; got 'rankclp'; did you mean rankclip?
+    """
+    found = candidates()
+    if name not in found:
+        raise ValueError(f"loss must be one of {', '.join(found)}; got {name!r}{did_you_mean(name, found)}")
+    return found[name]

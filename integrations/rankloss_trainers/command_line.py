@@ -1,14 +1,157 @@
-"""The options of the catalogue's losses, on anybody's command line."""
+"""``--loss`` and the options of losses on a command line, for every trainer."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from rankloss_trainers.catalog import LossEntry, Option, dest, flag
+from rankloss_trainers import catalog
+from rankloss_trainers.catalog import BUILT_IN, TRAINERS_OWN, LossEntry, Option, Options, did_you_mean
+
+
+def flag(name: str, entry: LossEntry, option: Option) -> str:
+    """An option of the loss ``name``, as it is typed."""
+    return f"--{entry.prefix or name}-{option.name}"
+
+
+def dest(name: str, entry: LossEntry, option: Option) -> str:
+    """An option of the loss ``name``, as an attribute of the parsed arguments."""
+    return flag(name, entry, option)[2:].replace("-", "_")
+
+
+def mentioned(argv: Sequence[str]) -> list[str]:
+    """The losses that a command line may mean: rankloss's own, those named, and those whose options begin so.
+
+    Only these have to be imported, so that another package's loss cannot affect other runs.
+    """
+    words = {part for word in argv for part in (word, word.removeprefix("--loss="))}
+    shows_all = words & {"-h", "--help"}
+    names = catalog.candidates()
+    begun = {name for name in names if any(word.startswith(f"--{name}-") for word in words)}
+    return [name for name in names if shows_all or name in {*BUILT_IN, *words, *begun}]
+
+
+def misspelt(words: Iterable[str], known: Iterable[str]) -> str:
+    """A question that ends an error about unknown words of a command line; words without ``--`` are ignored.
+
+    Example:
+        >>> misspelt(["--rankclip-lamda-in=1", "x"], ["--rankclip-lambda-in", "--model"])
+        '; did you mean --rankclip-lambda-in?'
+    """
+    flags = [option for option in known if option.startswith("--")]
+    typed = (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
+    return next(filter(None, (did_you_mean(word, flags, cutoff=0.75) for word in typed)), "")
+
+
+def with_flag(name: str, entry: LossEntry, reason: str) -> str:
+    """A reason that begins with the key of an option, beginning with its flag; else with ``--loss``."""
+    match = re.match(r"\w+", reason)
+    for option in entry.options:
+        if match is not None and match[0] == option.key:
+            rest = reason[match.end() :]
+            # "bins must be …" and "lists: …" lose the key; "diagonal=False does …" would lose its subject.
+            text = reason if rest.startswith("=") else rest.removeprefix(":").lstrip()
+            return f"{flag(name, entry, option)}: {text}"
+    return f"--loss: {reason}"
+
+
+class LossArguments:
+    """``--loss`` and the options of losses on an argparse parser.
+
+    Args:
+        parser: The parser. An option that is not given is no attribute of what it parses.
+        names: The losses.
+        default: The default of ``--loss``; None leaves the attribute out.
+        defaults: Defaults of options that differ from the catalogue's in this trainer.
+
+    Attributes:
+        entries: The losses by name.
+        unusable: The reasons against those that cannot be used: another package's import fails, or the parser
+            has an option of this name.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> losses = LossArguments(parser, ["rankclip"])
+        >>> losses.chosen(parser.parse_args(["--loss", "rankclip", "--rankclip-diagonal", "exclude"]))
+        ('rankclip', {'diagonal': False})
+    """
+
+    def __init__(
+        self,
+        parser: argparse.ArgumentParser,
+        names: Iterable[str],
+        default: str | None = None,
+        defaults: Options = MappingProxyType({}),
+    ) -> None:
+        self.entries: dict[str, LossEntry] = {}
+        self.unusable: dict[str, str] = {}
+        loss = parser.add_argument_group("loss (rankloss)").add_argument(
+            "--loss", default=default or argparse.SUPPRESS, metavar="NAME"
+        )
+        for name in names:
+            found = catalog.find(name)
+            try:
+                self.entries[name] = found.load().with_defaults(**defaults)
+            except Exception as error:  # another package's, say, which stops only a run that asks for it
+                package = found.package or "rankloss"
+                self.unusable[name] = f"cannot be used ({package}): {type(error).__name__}: {error}"
+        for alike in by_prefix(self.entries).values():
+            try:
+                add_options(parser, {name: self.entries[name] for name in alike})
+            except argparse.ArgumentError as error:  # the trainer, or another loss, has this option
+                for name in alike:
+                    del self.entries[name]
+                    self.unusable[name] = f"cannot be used: {error}"
+        said = {TRAINERS_OWN: "the trainer's own loss", **{x: y.help for x, y in self.entries.items()}}
+        said.update(self.unusable)
+        help_ = "; ".join(f"{name}: {text}" for name, text in said.items() if text)
+        loss.help = f"{help_} (default: {default or TRAINERS_OWN})".replace("%", "%%")
+
+    def chosen(self, args: Any) -> tuple[str, dict[str, Any]] | None:
+        """The loss that parsed arguments ask for, and its given options; None for the trainer's own.
+
+        Raises:
+            ValueError: There is no such loss, it cannot be used, or an option was given that belongs to
+                another; the error begins with the argument.
+        """
+        name = getattr(args, "loss", TRAINERS_OWN)
+        if name in self.unusable:
+            raise ValueError(f"--loss: {name} {self.unusable[name]}")
+        if name not in (TRAINERS_OWN, *self.entries):
+            known = dict.fromkeys((TRAINERS_OWN, *catalog.candidates()))
+            hint = did_you_mean(name, known)
+            raise ValueError(f"--loss: must be one of {', '.join(known)}; got {name!r}{hint}")
+        groups, chosen = by_prefix(self.entries), None
+        for names in groups.values():
+            own = name if name in names else names[0]
+            dests = {o.key: dest(own, self.entries[own], o) for o in self.entries[own].options}
+            given = {key: getattr(args, x) for key, x in dests.items() if hasattr(args, x)}
+            if own == name:
+                chosen = own, given
+            elif given:
+                flags = [flag(own, self.entries[own], o) for o in self.entries[own].options if o.key in given]
+                raise ValueError(f"{', '.join(flags)}: only with --loss {' or '.join(names)}")
+        return chosen
+
+    def refuse(self, name: str, given: Options) -> None:
+        """Raise a ValueError for a loss with options that work in no trainer; it begins with the argument."""
+        from rankloss.distributed import Gather
+
+        entry = self.entries[name]
+        reason = entry.refuse(entry.checked(name, given), Gather(rank=0, world_size=1))
+        if reason is not None:
+            raise ValueError(with_flag(name, entry, reason))
+
+
+def by_prefix(entries: Mapping[str, LossEntry]) -> dict[str, list[str]]:
+    """The names of losses, by the prefix of their options."""
+    groups: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        groups.setdefault(entry.prefix or name, []).append(name)
+    return groups
 
 
 def add_options(parser: argparse.ArgumentParser, entries: Mapping[str, LossEntry]) -> None:
@@ -30,66 +173,33 @@ def add_options(parser: argparse.ArgumentParser, entries: Mapping[str, LossEntry
     for option in entry.options:
         default = values[first][option.key]
         presets = [
-            f"; {name}: {_shown(option, values[name][option.key])}"
+            f"; {name}: {option.text(values[name][option.key])}"
             for name in others
             if values[name].get(option.key, default) != default
         ]
+        choices = option.values or option.keywords.get("choices", ())
         group.add_argument(
             flag(first, entry, option),
             dest=dest(first, entry, option),
             default=argparse.SUPPRESS,
-            help=f"{option.help} (default: {_shown(option, default)}{''.join(presets)})",
-            **option.keywords,
+            type=_typed(option),
+            metavar=f"{{{','.join(choices)}}}" if choices else option.keywords.get("metavar"),
+            help=f"{option.help} (default: {option.text(default)}{''.join(presets)})",
         )
 
 
-def _shown(option: Option, value: Any) -> Any:
-    return option.unset if value is None else value
+def _typed(option: Option) -> Callable[[str], Any]:
+    def typed(text: str) -> Any:
+        try:
+            return option.checked(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return typed
 
 
-def did_you_mean(given: Iterable[str], known: Iterable[str]) -> str:
-    """A question that ends an error about misspelt options; empty where nothing known is close to them.
-
-    Args:
-        given: The words of the command line that no option took; those that are no options are passed over.
-        known: The options that there are.
-
-    Example:
-        >>> did_you_mean(["--rankclip-lamda-in=1", "x"], ["--rankclip-lambda-in", "--model"])
-        '; did you mean --rankclip-lambda-in?'
-    """
-    known = [option for option in known if option.startswith("--")]
-    typed = [word.partition("=")[0].replace("_", "-") for word in given if word.startswith("--")]
-    close = [match for word in typed for match in difflib.get_close_matches(word, known, n=1, cutoff=0.75)]
-    return f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
-
-
-def by_prefix(entries: Mapping[str, LossEntry]) -> dict[str, list[str]]:
-    """The names of losses, by what their options begin with."""
-    groups: dict[str, list[str]] = {}
-    for name, entry in entries.items():
-        groups.setdefault(entry.prefix or name, []).append(name)
-    return groups
-
-
-def misplaced(name: str | None, entries: Mapping[str, LossEntry], args: Any) -> str:
-    """What is wrong with options that belong to another loss than ``name``; empty if there are none."""
-    prefix = None if name is None else entries[name].prefix or name
-    groups = by_prefix(entries)
-    for other, entry in entries.items():
-        given = [flag(other, entry, o) for o in entry.options if hasattr(args, dest(other, entry, o))]
-        if given and (entry.prefix or other) != prefix:
-            return f"{', '.join(given)}: only with --loss {' or '.join(groups[entry.prefix or other])}"
-    return ""
-
-
-def with_flag(name: str, entry: LossEntry, reason: str) -> str:
-    """A reason that begins with the key of an option, beginning with its flag."""
-    match = re.match(r"\w+", reason)
-    for option in entry.options:
-        if match is not None and match[0] == option.key:
-            rest = reason[match.end() :]
-            # "bins must be …" and "lists: …" lose the key; "diagonal=False does …" would lose its subject.
-            text = reason if rest.startswith("=") else rest.removeprefix(":").lstrip()
-            return f"{flag(name, entry, option)}: {text}"
-    return reason
+def described(entries: Mapping[str, LossEntry]) -> str:
+    """The options of losses that share them, one a line, with their defaults."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_options(parser, entries)
+    return parser.format_help().partition(f"--loss {', '.join(entries)}:\n")[2].rstrip()

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 def after_import(actions: Mapping[str, Callable[[ModuleType], None]]) -> None:
     """Call functions with modules: now for those that are loaded, and whenever one has been executed.
 
-    What a function raises is raised by the import. Calling this twice with the same functions waits once.
+    The import raises the errors of a function. Calling this twice with the same functions waits once.
 
     Args:
-        actions: What to call, by the full name of the module.
+        actions: The functions, by the full name of the module.
     """
     if not any(isinstance(finder, Finder) and finder.actions == actions for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder(actions))
@@ -35,7 +35,7 @@ def after_import(actions: Mapping[str, Callable[[ModuleType], None]]) -> None:
 
 
 def waits_for(name: str) -> bool:
-    """Whether :func:`after_import` acts on a module of this name in this process."""
+    """True if :func:`after_import` acts on a module of this name in this process."""
     return any(isinstance(finder, Finder) and name in finder.actions for finder in sys.meta_path)
 
 

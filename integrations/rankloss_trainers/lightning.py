@@ -2,7 +2,8 @@
 
 Example::
 
-trainer = lightning.Trainer(max_epochs=3, callbacks=[Progress()])
+    self.loss = rankloss_trainers.create("rankclip", top_k=8)      # in the module's __init__
+    trainer = lightning.Trainer(max_epochs=3, callbacks=[Progress()])
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from torch import nn
 
 from rankloss.options import check_choice, check_count
-from rankloss_trainers.clock import listeners
-from rankloss_trainers.refusals import refuse_run
+from rankloss_trainers.extras import extra
+from rankloss_trainers.runtime import METHODS, listeners
+
+with extra("lightning"):
+    from lightning.pytorch import Callback
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 
 __all__ = ["Progress"]
-
-_METHODS = {"step": "set_progress", "epoch": "set_epoch"}
 
 
 class Progress(Callback):
@@ -41,9 +42,9 @@ class Progress(Callback):
 
     Raises:
         ValueError: for another unit, and for ``total_steps`` below 1 or beside ``unit="epoch"``; when
-            training begins, if no part of the module can be told, if the trainer does not know the run's
-            steps (under ``unit="epoch"``, if ``max_epochs`` alone does not end it), and under manual
-            optimization, whose steps the trainer may not count.
+            training begins with a loss that has a schedule: if it goes by the other unit alone, if the
+            trainer does not know the run's steps (under ``unit="epoch"``, if ``max_epochs`` alone does not
+            end it), and under manual optimization, whose steps the trainer may not count.
 
     Example:
         >>> Progress(unit="batch")
@@ -52,7 +53,7 @@ class Progress(Callback):
     """
 
     def __init__(self, unit: Literal["step", "epoch"] = "step", *, total_steps: int | None = None) -> None:
-        check_choice("unit", unit, tuple(_METHODS))
+        check_choice("unit", unit, ("step", "epoch"))
         self.unit = unit
         self.total_steps = None if total_steps is None else check_count("total_steps", total_steps)
         if unit == "epoch" and total_steps is not None:
@@ -67,11 +68,16 @@ class Progress(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Before the first epoch; a run that resumes within one gets no ``on_train_epoch_start`` for it."""
-        method = _METHODS[self.unit]
-        self._tellers = [told for told in listeners(pl_module, method) if told.__self__ is not pl_module]
-        if not self._tellers:
-            raise ValueError(f"no part of {type(pl_module).__name__} has the method {method}")
-        self._end, self._told = self._end_of(trainer, pl_module), 0
+        other = "epoch" if self.unit == "step" else "step"
+        told, untold = (
+            [tell for tell in listeners(pl_module, unit, self.unit) if tell.__self__ is not pl_module]
+            for unit in (self.unit, other)
+        )
+        if untold:
+            part = type(untold[0].__self__).__name__
+            raise ValueError(f"{part} has {METHODS[other]} alone: give the trainer Progress({other!r})")
+        self._tellers, self._told = told, 0
+        self._end = self._end_of(trainer, pl_module) if told else 0
         self._tell(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ARG002
@@ -85,22 +91,25 @@ class Progress(Callback):
     def _end_of(self, trainer: Any, pl_module: Any) -> int:
         """The steps, or the epochs, of the run."""
         if not pl_module.automatic_optimization:
-            refuse_run({"own_steps": "manual optimization"})
+            raise ValueError("with manual optimization call set_progress(step, total_steps) in training_step")
         changing = (GradientAccumulationScheduler, StochasticWeightAveraging)  # each may change the estimate
-        uncounted = [type(each).__name__ for each in trainer.callbacks if isinstance(each, changing)]
+        reasons = [type(each).__name__ for each in trainer.callbacks if isinstance(each, changing)]
         end: float = trainer.max_epochs if trainer.max_epochs is not None else -1
         if self.unit == "epoch":
-            if trainer.max_steps != -1 or end < 1 or uncounted:
-                said = [f"max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}", *uncounted]
-                refuse_run({"no_epochs": ", ".join(said)})
+            reasons += [f"max_steps={trainer.max_steps}"] if trainer.max_steps != -1 else []
+            if end < 1 or reasons:
+                got = ", ".join([f"max_epochs={trainer.max_epochs}", *reasons])
+                raise ValueError(f"unit='epoch' needs a Trainer whose run max_epochs ends; got {got}")
             return int(end)
         if self.total_steps is not None:
             return self.total_steps
-        if uncounted and end != -1:
-            refuse_run({"uncounted": uncounted[0]})
-        end = float(trainer.estimated_stepping_batches)
-        if math.isinf(end) or end < 1:  # -1 stands for no limit
-            refuse_run({"uncounted": "a run without a known end"})
+        if not reasons or end == -1:
+            end = float(trainer.estimated_stepping_batches)
+            reasons = [] if 1 <= end < math.inf else ["a run without a known end"]  # -1 stands for no limit
+        if reasons:
+            raise ValueError(
+                f"with {reasons[0]} the steps of the run are not known: give Progress total_steps"
+            )
         return int(end)
 
     def _tell(self, trainer: Any) -> None:

@@ -1,6 +1,6 @@
-"""What is logged of rankloss's own losses beside their terms: λ, raw terms, agreement.
+"""Logged values of rankloss's own losses beside their terms: λ, raw terms, agreement.
 
-A :class:`RankClipLog` is an ``evaluate`` as :mod:`rankloss_trainers.driven_loss` describes it.
+A :class:`RankClipLog` is a ``log`` of :class:`rankloss_trainers.catalog.LossEntry`.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ import rankloss
 from rankloss.options import check_count
 
 _AGREEMENT_ANCHORS = 256
+_INPUTS = (
+    *("image_features", "text_features", "logit_scale"),
+    *("reference_image_features", "reference_text_features"),
+)
 
 
 @dataclass
 class RankClipLog:
-    """The terms of RankCLIP, and what is logged beside them.
+    """Entries to log beside the terms of RankCLIP.
 
     - ``rank_lambda``: the schedule's λ.
-    - ``cross_modal_raw``, ``in_modal_raw``: the rank terms before λ and every other weight. While λ is 0 they
-      are not computed, and there are none.
+    - ``cross_modal_raw``, ``in_modal_raw``: the rank terms before λ and every other weight, also while λ is
+      0, where they are computed for the log alone: processes, and compiled callers, need the same entries.
     - ``cross_modal_tau``, ``in_modal_tau``: with ``agreement_every``, Kendall's τ of the image's ranking
       with its text's (:func:`rankloss.metrics.rank_agreement`), over the batch of all processes, from at
       most 256 of its rows. Between two measurements they keep the last value: a gap, or a NaN, would spoil
       a trainer's averages, and the processes must log the same names at every step. The first step that a
       process takes is therefore measured, wherever a resumed run begins.
 
-    All of it uses one gathering.
-
     Attributes:
-        agreement_every: Measure the batch's rank agreement at every so many optimizer steps, counted from the
-            start of an epoch, or of the run where the trainer announces each step, and at the first step that
-            the process takes; where the loss is not called for such a step, at the next one. None never does.
-        raw: Whether there are raw terms; not for a trainer whose means count an entry that is missing as 0.
+        agreement_every: Measure the batch's rank agreement at every so many optimizer steps, and at the first
+            step that the process takes; where the loss is not called for such a step, at the next one. None
+            never does.
     """
 
     agreement_every: int | None = None
-    raw: bool = True
     _agreement: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _measured: int | None = field(default=None, init=False, repr=False)  # the last multiple
 
@@ -49,23 +49,30 @@ class RankClipLog:
         if self.agreement_every is not None:
             check_count("agreement_every", self.agreement_every)
 
-    def __call__(self, criterion: rankloss.RankClipLoss, step: int, **inputs: Any) -> Mapping[str, Tensor]:
-        """Call the loss."""
-        weights = {name: weight for name, weight in criterion.rank_weights.items() if weight}
-        measures = self._measures(step)
-        if weights or measures:
-            pair = inputs["image_features"], inputs["text_features"]
-            inputs["gathered"] = criterion.consistency.gather(*pair)
-        entries: dict[str, Tensor] = dict(criterion(**inputs, output_dict=True))
-        device = inputs["image_features"].device
-        entries["rank_lambda"] = torch.full((), criterion.schedule_value, device=device)
-        for name, weight in weights.items() if self.raw else ():
-            entries[f"{name}_raw"] = entries[f"{name}_loss"].detach() / weight
-        if measures:
+    def __call__(
+        self,
+        criterion: rankloss.RankClipLoss,
+        entries: Mapping[str, Tensor],
+        step: int,
+        inputs: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        """The entries of one call, of which ``entries`` are the loss's own."""
+        images, texts = inputs["image_features"], inputs["text_features"]
+        ranked = criterion.consistency
+        weights = {name: x for name, x in criterion.rank_weights.items() if getattr(ranked, name)}
+        terms: Mapping[str, Tensor] = entries
+        if not any(weights.values()):
             with torch.no_grad():
-                tau = rankloss.metrics.rank_agreement(*inputs["gathered"], max_anchors=_AGREEMENT_ANCHORS)
+                given = {name: inputs[name] for name in _INPUTS if name in inputs}
+                terms, weights = ranked(**given, output_dict=True), dict.fromkeys(weights, 1.0)
+        raw = {f"{name}_raw": terms[f"{name}_loss"].detach() / x for name, x in weights.items()}
+        if self._measures(step):
+            with torch.no_grad():
+                both = ranked.gather(images, texts)
+                tau = rankloss.metrics.rank_agreement(*both, max_anchors=_AGREEMENT_ANCHORS)
             self._agreement = {name: tau[name].float() for name in ("cross_modal_tau", "in_modal_tau")}
-        return {**entries, **self._agreement}
+        schedule = torch.full((), criterion.schedule_value, device=images.device)
+        return {"rank_lambda": schedule, **raw, **self._agreement}
 
     def _measures(self, step: int) -> bool:
         if self.agreement_every is None:

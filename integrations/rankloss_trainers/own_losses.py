@@ -22,79 +22,49 @@ from rankloss_trainers.logging import RankClipLog
 # --- RankCLIP -------------------------------------------------------------------------------------------
 
 _HIDDEN = ("reduction",)  # a value per anchor cannot be added to the base, and a sum is a mean times a weight
-_RANK_FIELDS = tuple(field for field in dataclasses.fields(RankOptions) if field.name not in _HIDDEN)
-
-
-def _spellings(name: str) -> dict[str, Any]:
-    """The choices of an option of the rank terms, by what is typed for them; empty for a number."""
-    words = {None: "none", True: "include", False: "exclude"}
-    return {words.get(choice, choice): choice for choice in choices_of(name)}
+_RANK_FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name not in _HIDDEN]
 
 
 def _rank_option(field: dataclasses.Field[Any]) -> Option:
     name, help_, none = field.name.replace("_", "-"), field.metadata["help"], field.metadata["none"]
-    spellings = _spellings(field.name)
-    if not spellings:
+    choices = choices_of(field.name)
+    if not choices:
         type_ = float if "above" in field.metadata["bounds"] else int  # RankOptions checks the bounds
         return Option(name, field.default, help_, {"type": type_, "metavar": field.metadata["unit"]}, none)
-    default = next(text for text, value in spellings.items() if value == field.default)
-    return Option(name, default, help_, {"choices": tuple(spellings)})
-
-
-def _rank_options(options: Options) -> dict[str, Any]:
-    """The keywords of :class:`RankOptions`, from what was typed; values as Python has them are taken too."""
-    names = [field.name for field in _RANK_FIELDS]
-    return {name: _spellings(name).get(options[name], options[name]) for name in names}
+    words = {None: "none", True: "include", False: "exclude"}
+    return Option(
+        name, field.default, help_, values={words.get(choice, choice): choice for choice in choices}
+    )
 
 
 def _streaming(options: Options) -> dict[str, Any]:
-    """Those of them that any streamed loss has."""
+    """The options that any streamed loss has."""
     return {name: options[name] for name in STREAMING_OPTION_NAMES}
 
 
+_WEIGHT = {"type": weight, "metavar": "X"}
+_STEPS = {"type": int, "metavar": "STEPS"}
+_REFERENCE = (
+    "the rankings to match: the batch's own, or a teacher's, which the trainer has or whose features come "
+    "with the data; auto takes a teacher's where its features come with the data"
+)
+_FOLDER = (
+    "rank by a teacher's features from a folder of `rankloss features`; with a webdataset also the word "
+    "samples (or samples:image, samples:text), for members image_features.npy and text_features.npy"
+)
+_UNIT = "evaluate the schedule per epoch or per optimizer step; a run of one epoch goes by steps"
+_DISTILL = "include or exclude the own distillation term of a trainer that distils from a teacher"
+_AGREEMENT = "log the batch's rank agreement, Kendall's tau, measured at every so many optimizer steps"
 _RANKCLIP_OPTIONS = (
     Option("schedule", "rankclip", "course of lambda over training", {"choices": schedules.NAMES}),
-    Option(
-        "schedule-unit",
-        "epoch",
-        "evaluate the schedule once per epoch or at each optimizer step; a run of one epoch has no ramp "
-        "over epochs and goes by steps",
-        {"choices": ("epoch", "step")},
-    ),
-    Option(
-        "lambda-cross", 1.0, "multiplies lambda in the cross-modal term", {"type": weight, "metavar": "X"}
-    ),
-    Option("lambda-in", 1.0, "multiplies lambda in the in-modal term", {"type": weight, "metavar": "X"}),
+    Option("schedule-unit", "epoch", _UNIT, {"choices": ("epoch", "step")}, for_trainer=True),
+    Option("lambda-cross", 1.0, "multiplies lambda in the cross-modal term", _WEIGHT),
+    Option("lambda-in", 1.0, "multiplies lambda in the in-modal term", _WEIGHT),
     *map(_rank_option, _RANK_FIELDS),
-    Option(
-        "reference",
-        "own",
-        "whose rankings the lists are held against: the batch's own, or a teacher's, which the trainer "
-        "distils from or whose features come with the data",
-        {"choices": ("own", "teacher")},
-    ),
-    Option(
-        "reference-features",
-        None,
-        "rank by a teacher's features from a folder of `rankloss features`; with a webdataset also the word "
-        "samples (or samples:image, samples:text), for members image_features.npy and text_features.npy of "
-        "each sample",
-        {"metavar": "FOLDER"},
-        "none",
-    ),
-    Option(
-        "distill-loss",
-        "include",
-        "whether a trainer that distils from a teacher keeps its own distillation term beside the rank terms",
-        {"choices": ("include", "exclude")},
-    ),
-    Option(
-        "agreement-every",
-        None,
-        "log the batch's rank agreement, Kendall's tau, measured at every so many optimizer steps",
-        {"type": int, "metavar": "STEPS"},
-        "never",
-    ),
+    Option("reference", "auto", _REFERENCE, {"choices": ("auto", "own", "teacher")}),
+    Option("reference-features", None, _FOLDER, {"metavar": "FOLDER"}, "none", for_trainer=True),
+    Option("distill-loss", "include", _DISTILL, {"choices": ("include", "exclude")}, for_trainer=True),
+    Option("agreement-every", None, _AGREEMENT, _STEPS, "never", for_trainer=True),
 )
 
 
@@ -104,14 +74,8 @@ def _build_rankclip(base: nn.Module, options: Options, gather: Gather) -> ranklo
         gather = dataclasses.replace(gather, local_loss=False)
     if type(base) is rankloss.ClipLoss or type(base) is rankloss.SigLipLoss:  # a subclass has other arguments
         base = type(base)(gather=base.gather, **_streaming(options))
-    return rankloss.RankClipLoss(
-        base,
-        schedule=options["schedule"],
-        lambda_cross=options["lambda_cross"],
-        lambda_in=options["lambda_in"],
-        gather=gather,
-        **_rank_options(options),
-    )
+    names = ["schedule", "lambda_cross", "lambda_in", *(field.name for field in _RANK_FIELDS)]
+    return rankloss.RankClipLoss(base, gather=gather, **{name: options[name] for name in names})
 
 
 def _has_teacher(options: Options) -> bool:
@@ -125,16 +89,19 @@ def _rankclip_unit(options: Options, epochs: float) -> str:
 
 
 def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
+    if options["reference"] == "own" and options["reference_features"] is not None:
+        return f"reference_features: {options['reference_features']} excludes reference own"
     if not _has_teacher(options) and options["reference_scale"] is not None:
-        return "reference_scale: multiplies a teacher's similarities, not the batch's own"
-    if _has_teacher(options) and options["fixed_reference"] not in (None, "none"):
+        return "reference_scale: multiplies a teacher's similarities, and needs reference teacher"
+    if _has_teacher(options) and options["fixed_reference"] is not None:
         return "fixed_reference: fixes one of the batch's own rankings, not a teacher's"
     if not _has_teacher(options) and options["distill_loss"] == "exclude":
-        return "distill_loss: exclude leaves a teacher without a use where the lists are not ranked by it"
+        return "distill_loss: exclude needs reference teacher, or the teacher has no use"
     try:
-        _build_rankclip(nn.Identity(), options, gather)
+        alone = dataclasses.replace(gather, rank=0, world_size=1, group=None)  # which warns of nothing
+        _build_rankclip(nn.Identity(), options, alone)
         RankClipLog(options["agreement_every"])
-    except ValueError as error:  # what the library itself refuses
+    except ValueError as error:  # of the library itself
         return str(error)
     return None
 
@@ -147,19 +114,22 @@ def _describe_rankclip(options: Options, epochs: float) -> str:
     text = f"schedule {options['schedule']} per {unit}"
     text += f" over {epochs:g} epoch(s)" if math.isfinite(epochs) else ""
     if unit != options["schedule_unit"]:
-        text += " (one epoch has no ramp over epochs, so the schedule goes by optimizer steps)"
+        text += " (one epoch has no ramp over epochs)"
     elif unit == "epoch" and epochs < _SHORT_RAMP and options["schedule"] != "constant":
-        text += " (few values of lambda; --rankclip-schedule-unit step changes it at every optimizer step)"
+        text += " (few values of lambda; schedule-unit step changes it at every optimizer step)"
     others = (option for option in _RANKCLIP_OPTIONS if not option.name.startswith("schedule"))
     largest = max(options["lambda_cross"], options["lambda_in"])
-    large = (
-        f"the rank terms weigh lambda * {largest:g}/16 by design and make up most of the total, which grows "
-        "with lambda: compare contrastive_loss"
-    )
     is_large = _has_teacher(options) and largest > 1
+    large = f"the rank terms weigh lambda * {largest:g}/16 and dominate the total: compare contrastive_loss"
     return ", ".join(filter(None, [text, changed(others, options), large if is_large else ""]))
 
 
+_CITATION = """@inproceedings{zhang2025rankclip,
+    title = {{RankCLIP}: Ranking-Consistent Language-Image Pretraining},
+    author = {Zhang, Yiming and Zhao, Zhuokai and Chen, Zhaorun and Feng, Zhili and Ding, Zenghui and Sun, Yining},
+    booktitle = {ICCV},
+    year = {2025},
+}"""  # noqa: E501
 RANKCLIP = LossEntry(
     build=_build_rankclip,
     help="the trainer's own plus RankCLIP's ranking terms",
@@ -172,39 +142,28 @@ RANKCLIP = LossEntry(
     reference_features=lambda options: options["reference_features"],
     keeps_distillation=lambda options: options["distill_loss"] == "include",
     log=lambda options: RankClipLog(options["agreement_every"]),
+    citation=_CITATION,
 )
 
 
 def _preset(help: str, **defaults: Any) -> LossEntry:
     """RankCLIP with some other defaults, each of which can be given another value."""
-    options = (
-        dataclasses.replace(option, default=defaults.get(option.key, option.default))
-        for option in _RANKCLIP_OPTIONS
-    )
-    return dataclasses.replace(RANKCLIP, help=help, options=tuple(options))
+    return dataclasses.replace(RANKCLIP.with_defaults(**defaults), help=help)
 
 
 RANKCLIP_CROSS = _preset("rankclip without its in-modal term: the ablation RankCLIP^C", lambda_in=0.0)
 RANKCLIP_IN = _preset("rankclip without its cross-modal term: the ablation RankCLIP^I", lambda_cross=0.0)
 
-# What the miniature confirmed (docs/evidence.md), with the recipe's ramp.
+# The setting that the miniature confirmed (docs/evidence.md), with the recipe's ramp.
+_DISTILLED: Any = {"reference": "teacher", "top_k": 8, "distill_loss": "exclude"}
 RANKCLIP_DISTILL = _preset(
-    "the trainer's own plus the ranking terms held against a teacher's eight best ranks: rankclip with "
-    "reference teacher, top-k 8, lambda-cross 64, lambda-in 64, distill-loss exclude. Mimicking its features "
-    "was better where both were tried: docs/teachers.md",
-    reference="teacher",
-    top_k=8,
-    lambda_cross=64.0,
-    lambda_in=64.0,
-    distill_loss="exclude",
+    "rankclip trained to match a teacher's eight best ranks", lambda_cross=64.0, lambda_in=64.0, **_DISTILLED
 )
 
 
 # --- CLIP's and SigLIP's own, in linear memory ------------------------------------------------------------
 
-_STREAMED_OPTIONS = tuple(
-    _rank_option(field) for field in _RANK_FIELDS if field.name in STREAMING_OPTION_NAMES
-)
+_STREAMED_OPTIONS = tuple(_rank_option(x) for x in _RANK_FIELDS if x.name in STREAMING_OPTION_NAMES)
 
 
 def _streamed(loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], help: str, **needs: Any) -> LossEntry:
@@ -215,9 +174,7 @@ def _streamed(loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], help: str, **
 
     def build(base: nn.Module, options: Options, gather: Gather) -> nn.Module:
         if type(base).__name__ not in (loss.__name__, "ClipLoss"):
-            raise ValueError(
-                f"this computes what {loss.__name__} does, but the trainer trains with {type(base).__name__}"
-            )
+            raise ValueError(f"this is {loss.__name__}, but the trainer trains with {type(base).__name__}")
         return loss(gather=gather, **_streaming(options))
 
     return LossEntry(build=build, help=help, options=_STREAMED_OPTIONS, prefix="streamed", **needs)
@@ -225,10 +182,12 @@ def _streamed(loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], help: str, **
 
 CLIP_STREAMED = _streamed(
     rankloss.ClipLoss,
-    "CLIP's loss in memory that grows with the batch and not with its square",
+    "CLIP's loss in memory linear in the batch",
     no_sigmoid="it is CLIP's softmax loss; siglip-streamed is the sigmoid loss",
 )
 
 SIGLIP_STREAMED = _streamed(
-    rankloss.SigLipLoss, "SigLIP's loss, likewise", only_sigmoid="the loss is that of a model with a bias"
+    rankloss.SigLipLoss,
+    "SigLIP's loss in memory linear in the batch",
+    only_sigmoid="the loss is that of a model with a bias",
 )

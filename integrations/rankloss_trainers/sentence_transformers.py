@@ -1,47 +1,63 @@
-"""RankCLIP's loss for sentence-transformers: ``SentenceTransformerTrainer`` and its conventions.
+"""Losses of the catalogue for sentence-transformers: ``SentenceTransformerTrainer`` and its conventions.
 
 It takes the loss, and the callback that tells it where training stands::
 
-    loss = RankClipLoss(model)
+    loss = ContrastiveLoss(model, "rankclip", {"top_k": 8})
     trainer = SentenceTransformerTrainer(model, args, pairs, loss=loss, callbacks=[Progress(loss)])
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
-from transformers import TrainerCallback
 
-import rankloss
+from rankloss.distributed import GatherOption
 from rankloss.options import check_count
 from rankloss_features.binding import taught
-from rankloss_features.folder import Features
-from rankloss_trainers.clock import tell
-from rankloss_trainers.driven_loss import Entries, LoggedTerms, evaluation
-from rankloss_trainers.logging import RankClipLog
-from rankloss_trainers.refusals import check_criterion, refuse_run
+from rankloss_features.data import Table
+from rankloss_features.folder import Features, hash_of_pair
+from rankloss_trainers.cached import embedding_in
+from rankloss_trainers.catalog import Options
+from rankloss_trainers.extras import extra
+from rankloss_trainers.runtime import BY_STEPS, Entries, Host, LoggedTerms, Runtime
 
-__all__ = ["CachedRankClipLoss", "Progress", "RankClipLoss"]
+with extra("sentence-transformers"):
+    import datasets as datasets
+    from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
+    from sentence_transformers.base.losses import has_static_embedding_input
+
+    from rankloss_trainers.transformers.progress import Progress as TrainerProgress
+
+__all__ = ["ContrastiveLoss", "Progress", "RankClipLoss"]
+
+HOST = Host(
+    name="sentence-transformers",
+    biased="a trainer with a sigmoid loss",
+    teacher="give labels, [N, 2, D'], or the option reference_features and data that are bound to the folder",
+    progress="give the trainer callbacks=[Progress(loss)]",
+    serves=("folder",),
+    defaults=BY_STEPS,
+)
 
 Columns = Iterable[dict[str, Tensor]]
 
 
-class RankClipLoss(nn.Module):
-    r"""CLIP's symmetric InfoNCE plus RankCLIP's rank terms, of a dataset's two columns of pairs.
+class ContrastiveLoss(nn.Module):
+    r"""A loss of the catalogue, of a dataset's two columns of pairs.
 
-        L = L_base + λ1·cross + λ2·in,   features: the columns' embeddings, divided by their norms
+        L(V, T, s),   V, T: the columns' embeddings, divided by their norms,   s: the scale
 
-    The first column's embeddings are the ``image_features`` of :class:`rankloss.RankClipLoss`, the second
-    column's are the ``text_features``. The loss is the same with the columns swapped, unless an option names
-    one of them (``fixed_reference``).
+    The first column's embeddings are the ``image_features`` of the loss, the second column's are the
+    ``text_features``. With a folder of a teacher's features the columns may come in either order: the column
+    of the folder's images gives the ``image_features``.
 
-    - λ follows the optimizer steps: give the trainer the callback :class:`Progress`.
+    - A schedule follows the optimizer steps: give the trainer the callback :class:`Progress`.
     - Under several processes each process's pairs are contrasted with those of all, exactly under DDP's
       averaging; this is the ``gather_across_devices`` of other losses.
     - Without gradients, as in evaluation, the loss is the base loss alone, which does not grow with λ. A last
@@ -49,176 +65,170 @@ class RankClipLoss(nn.Module):
 
     Args:
         model: The ``SentenceTransformer`` that is trained.
+        loss: The name of a loss of the catalogue, or a module with the forward convention of open_clip's
+            losses.
+        options: Options of a named loss by their names without prefix; ``rankloss losses NAME`` lists them.
+            With ``{"reference_features": FOLDER}``, a folder of ``rankloss features`` that the data are bound
+            to (:func:`rankloss_features.bind` with ``column="label"``), the loss uses this teacher.
         scale: The multiplier of the similarities, 1/temperature.
-        output_dict: Return the terms by name, which the trainer adds up and logs, and with them the λ of the
-            schedule and the raw terms, which it only logs. False returns their sum, which a loss that is
-            wrapped in another (``MatryoshkaLoss``) has to.
-        reference_features: A folder of ``rankloss features`` that the data are bound to, by
-            ``rankloss_features.bind(…, column="label")``: the lists are ranked by this teacher.
-        agreement_every: Log the batch's rank agreement at every so many optimizer steps, see
-            :class:`rankloss_trainers.logging.RankClipLog`.
-        **options: Of :class:`rankloss.RankClipLoss`: ``base``, ``schedule``, ``lambda_cross``, ``gather``, …
+        mini_batch_size: Embed each column in mini-batches of so many rows at most, in the memory of one, for
+            a second forward pass's time (GradCache). Loss and gradients are those of the whole batch. By
+            default a column is embedded at once.
+        output_dict: Return the terms by name, which the trainer adds up and logs, and with them λ and other
+            values, which it only logs. False returns their sum, which a loss that is wrapped in another
+            (``MatryoshkaLoss``) has to.
+        gather: The gathering of a named loss, see :class:`rankloss.Gather`.
 
     Shapes:
         The embeddings are ``[N, D]`` per column and process; all entries are scalars.
 
     Raises:
-        ValueError: for a base with parameters, and as :class:`rankloss.RankClipLoss`; in ``forward`` unless
-            there are two columns, for a scale that is not positive, and for a training batch of one pair (set
-            ``dataloader_drop_last=True``).
+        TypeError: for an option that the loss does not have, and for options beside a module.
+        ValueError: for an unknown loss, for options that exclude each other, for a loss with parameters, a
+            state, or a second caption, which this trainer does not serve, and for mini-batches of a model
+            that begins with a ``StaticEmbedding``; in ``forward`` unless there are two columns, for a scale
+            that is not positive, and for a teacher that is missing or not used.
         RuntimeError: in ``forward``, if :class:`Progress` does not tell the loss where training stands.
 
     References:
-        "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025.
+        Cached gradients: "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP
+        2021.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        loss: str | nn.Module = "rankclip",
+        options: Options | None = None,
         *,
         scale: float = 20.0,
+        mini_batch_size: int | None = None,
         output_dict: bool = True,
-        agreement_every: int | None = None,
-        reference_features: str | None = None,
-        **options: Any,
+        gather: GatherOption = None,
     ) -> None:
         super().__init__()
-        self.reference_features = None if reference_features is None else Features(reference_features).check()
+        if mini_batch_size is not None:
+            check_count("mini_batch_size", mini_batch_size)
+            if has_static_embedding_input(model):
+                raise ValueError("mini_batch_size cannot split the inputs of a StaticEmbedding")
         self.model = model
         self.scale = scale
+        self.mini_batch_size = mini_batch_size
         self.output_dict = output_dict
-        self.criterion = rankloss.RankClipLoss(**options)
-        check_criterion(type(self).__name__, self.criterion)
-        self.log = RankClipLog(agreement_every, raw=False)
-        self.step = 0  # counted from 0
-
-    def set_progress(self, step: int, total_steps: int) -> None:
-        """Optimizer step ``step`` of ``total_steps`` begins, counted from 1; :class:`Progress` calls this."""
-        tell(self.criterion, "set_progress", step, total_steps)
-        self.step = step - 1
+        self.run = Runtime(HOST, loss, options, gather=gather)
+        self.image_column = None if self.run.features is not None else 0
 
     def forward(self, sentence_features: Columns, labels: Tensor | None = None) -> Any:
         """The loss of a batch.
 
         Args:
             sentence_features: The tokenized columns, two of them.
-            labels: A teacher's embeddings in the format of ``EmbedDistillLoss``, ``[N, 2, D']`` or
-                ``[N, D']`` for both columns, by which the lists are ranked; or the column ``label`` of data
-                that are bound to a folder of them. Others are not used: the pairs are the labels.
+            labels: A teacher's embeddings in the format of ``EmbedDistillLoss``, ``[N, 2, D']`` in the order
+                of the columns or ``[N, D']`` for both; or the column ``label`` of data that are bound to a
+                folder of them. Others are not used: the pairs are the labels.
         """
-        embeddings = [self.model(column)["sentence_embedding"] for column in _two(sentence_features)]
+        columns = list(sentence_features)
+        if len(columns) != 2:
+            raise ValueError(
+                f"sentence_features must be a dataset's two columns of pairs; got {len(columns)}"
+            )
+        embeddings = [F.normalize(self._embed(column), dim=-1) for column in columns]
         entries = self._entries(embeddings, labels)
         return LoggedTerms(*entries) if self.output_dict else entries.total
 
+    def _embed(self, column: dict[str, Tensor]) -> Tensor:
+        inner, name = extract_model_from_parallel(self.model), "sentence_embedding"
+        with embedding_in(inner, self.mini_batch_size, lambda output: {name: output[name]}):
+            embeddings: Tensor = self.model(column)[name]
+        return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+
     def _entries(self, embeddings: list[Tensor], labels: Tensor | None) -> Entries:
-        images, texts = (
-            F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in embeddings
-        )
-        features: dict[str, Any] = {"image_features": images, "text_features": texts}
-        features["logit_scale"] = self.scale
+        images, texts = reversed(embeddings) if self.image_column else embeddings
+        features = {"image_features": images, "text_features": texts, "logit_scale": self.scale}
         if not torch.is_grad_enabled():
-            return evaluation(self.criterion.base, self.criterion.consistency.gather, **features)
-        features.update(taught(self.reference_features, labels))
-        return Entries.of(self.criterion, self.log(self.criterion, self.step, **features))
+            return self.run.evaluate(**features)
+        if self.image_column is None:
+            raise RuntimeError(f"the columns were not compared with the folder's: {HOST.progress}")
+        entries: Entries = self.run(**features, **taught(self.run.features, labels))
+        return entries
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The arguments, for the model card."""
+        given = {"loss": self.run.name, "options": dict(self.run.options), "scale": self.scale}
+        return {**given, "mini_batch_size": self.mini_batch_size}
+
+    @property
+    def citation(self) -> str:
+        """The BibTeX entry of the loss's paper, for the model card."""
+        return self.run.entry.citation
 
 
-class CachedRankClipLoss(CachedLossMixin, RankClipLoss):
-    """:class:`RankClipLoss` of any batch size, in the memory of one mini-batch (GradCache).
-
-    The batch is embedded in mini-batches without gradients; the loss of the whole batch gives the gradients
-    of the embeddings; each mini-batch is embedded again and takes its part of them. Value and gradients are
-    those of :class:`RankClipLoss`, for a second forward pass's time.
+class RankClipLoss(ContrastiveLoss):
+    """:class:`ContrastiveLoss` with ``loss="rankclip"`` and its options by keywords.
 
     Args:
-        model: The ``SentenceTransformer`` that is trained, not one that begins with a ``StaticEmbedding``.
-        mini_batch_size: Texts, or images, that are embedded at a time.
-        **options: As :class:`RankClipLoss`.
+        model: The ``SentenceTransformer`` that is trained.
+        **options: ``scale``, ``mini_batch_size``, ``output_dict`` and ``gather`` of :class:`ContrastiveLoss`,
+            and the options of ``rankclip``: ``schedule``, ``lambda_cross``, ``top_k``, …
 
     Raises:
-        ValueError: for a model whose inputs cannot be split, a mini-batch size below 1, and as
-            :class:`RankClipLoss`.
-
-    References:
-        "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021.
+        TypeError, ValueError, RuntimeError: as :class:`ContrastiveLoss`.
     """
 
-    def __init__(self, model: nn.Module, *, mini_batch_size: int = 32, **options: Any) -> None:
-        if has_static_embedding_input(model):
-            raise ValueError(
-                "model begins with a StaticEmbedding, whose inputs cannot be split into mini-batches; "
-                "use RankClipLoss"
-            )
-        super().__init__(model, **options)
-        self.mini_batch_size = check_count("mini_batch_size", mini_batch_size)
-        self._calculated: list[Entries] = []
-
-    def forward(self, sentence_features: Columns, labels: Tensor | None = None) -> Any:
-        """As :meth:`RankClipLoss.forward`."""
-        self._calculated = []
-        total = self.forward_cached(_two(sentence_features), labels)
-        if not self.output_dict:
-            return total
-        if len(self._calculated) != 1:
-            raise ValueError(
-                f"the loss was calculated {len(self._calculated)} times: inside of another loss, give "
-                "output_dict=False"
-            )
-        ((terms, metrics),) = self._calculated
-        if torch.is_grad_enabled():
-            name = next(iter(terms))
-            terms = {**terms, name: terms[name] + (total - total.detach())}  # the gradient is the total's
-        return LoggedTerms(terms, metrics)
-
-    def calculate_loss(
-        self,
-        reps: list[list[Tensor]],
-        labels: Tensor | None = None,
-        *,
-        with_backward: bool = False,
-    ) -> Tensor:
-        """The loss of embeddings that come in mini-batches; what GradCache asks of a loss."""
-        entries = self._entries([torch.cat(column) for column in reps], labels)
-        total = entries.total
-        if with_backward:
-            total.backward()
-        terms = {name: term.detach() for name, term in entries.terms.items()}
-        self._calculated.append(Entries(terms, entries.metrics))
-        return total.detach()
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        names = ("scale", "mini_batch_size", "output_dict", "gather")
+        own = {name: options.pop(name) for name in names if name in options}
+        super().__init__(model, "rankclip", options, **own)
 
 
-class Progress(TrainerCallback):
-    """Tells losses where a sentence-transformers (or transformers) Trainer stands, at each optimizer step.
+class Progress(TrainerProgress):
+    """Tells losses where a ``SentenceTransformerTrainer`` stands, and compares its data with their folders.
 
     Args:
         *losses: The losses that the trainer was given, or losses that hold them.
 
     Raises:
-        ValueError: None of the losses is rankloss's; when training begins, for several datasets on several
-            processes, unless the losses have ``gather=False``.
+        ValueError: None of the losses is a :class:`ContrastiveLoss`; when training begins, for a last batch
+            of one pair, for several datasets on several processes, unless the losses have ``gather=False``,
+            and for columns that are not those of the folder of a teacher's features.
     """
 
     def __init__(self, *losses: nn.Module) -> None:
-        self._losses = [x for loss in losses for x in loss.modules() if isinstance(x, RankClipLoss)]
-        if not self._losses:
-            given = ", ".join(type(loss).__name__ for loss in losses) or "none"
-            raise ValueError(f"losses must hold a RankClipLoss or CachedRankClipLoss; got {given}")
+        super().__init__(*losses)
+        self._losses = [x for loss in losses for x in loss.modules() if isinstance(x, ContrastiveLoss)]
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Refuse what would contrast one dataset with another."""
-        several = isinstance(getattr(kwargs.get("train_dataloader"), "dataset", None), ConcatDataset)
-        if several and any(loss.criterion.consistency.gather.place[1] > 1 for loss in self._losses):
-            refuse_run({"several_datasets": ""})
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Once per optimizer step."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the data."""
+        data = kwargs["train_dataloader"].dataset
+        parts = data.datasets if isinstance(data, ConcatDataset) else [data]
         for loss in self._losses:
-            loss.set_progress(state.global_step + 1, state.max_steps)
+            if len(parts) > 1 and loss.run.gather.place[1] > 1:
+                raise ValueError("several datasets on several processes: give each loss gather=False")
+            folder = loss.run.features
+            if folder is not None:
+                places = {place for dataset in parts for place in _image_columns(folder, dataset)}
+                if len(places) != 1:
+                    bind = f"rankloss_features.bind(dataset, {folder.path!r}, column='label')"
+                    raise ValueError(f"the data are not two columns of pairs in the order of {bind}")
+                (loss.image_column,) = places
+        super().on_train_begin(args, state, control, **kwargs)
 
 
-def _two(sentence_features: Columns) -> list[dict[str, Tensor]]:
-    columns = list(sentence_features)
-    if len(columns) != 2:
-        raise ValueError(
-            f"sentence_features must be the two columns of a dataset of pairs; got {len(columns)}"
-        )
-    return columns
+def _image_columns(folder: Features, dataset: Any) -> list[int]:
+    """The place, 0 or 1, of the images among the columns of data that are bound to a folder; else nothing.
+
+    The hash of the first row's pair tells.
+    """
+    names = [name for name in dataset.column_names if name not in ("label", "dataset_name")]
+    if len(names) != 2 or "label" not in dataset.column_names:
+        return []
+    first = dataset.select([0]).with_format(None)
+    row, pair = (int(x) % 2**64 for x in first[0]["label"])
+    if row >= len(folder) or int(folder.pairs[row]) != pair:
+        return []
+    for place in (0, 1):
+        with contextlib.suppress(ValueError):  # of a column of pictures, which holds no captions
+            (((caption,), (image,)),) = Table(first, names[place], names[1 - place]).pairs()
+            if pair in (hash_of_pair(caption, image), hash_of_pair(caption, f"row {row}")):
+                return [place]
+    return []

@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 
 import oracle
 from batches import gradients, relative_error, unit_rows
-from rankloss import ClipLoss, RankClipLoss
-from rankloss_baselines import AlipLoss, CyClipLoss
+from rankloss import ClipLoss
+from rankloss_baselines import AlipLoss
 
 KEYS = ("contrastive_loss", "caption_contrastive_loss")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -46,12 +46,6 @@ def call(loss: AlipLoss, inputs: Inputs, **options: Any) -> Any:
 # Values of the published code: the recipe of data/vectors.json, the captions drawn third.
 R0, R1 = (0, 6, 4, 10.000000000000002), (1, 64, 16, 1 / 0.07)
 PUBLISHED = {
-    "R0, H=1, step 1": (R0, 1.0, 1, {
-        "histories": (0.994007661253154, 0.987500512357093, 0.988909850448204),
-        "mean weights": (0.360453399271319, 0.118589279460584, 0.174001282034709),
-        "parts": (0.299368457435125, 0.253992792978738),
-        "gradient": 0.485387526165668,
-    }),
     "R0, H=1, step 2": (R0, 1.0, 2, {
         "histories": (0.988075245893776, 0.975126019590615, 0.977930602391925),
         "mean weights": (0.36475558974686, 0.121560863997554, 0.177864346834844),
@@ -63,12 +57,6 @@ PUBLISHED = {
         "mean weights": (0.952557284370538, 0.881203809534855, 0.94774192888312),
         "parts": (8.38668220144151, 7.25807625327218),
         "gradient": 10.1854445396349,
-    }),
-    "R1, H=1, step 1": (R1, 1.0, 1, {
-        "histories": (0.989458637171888, 0.989784167069164, 0.990514056321693),
-        "mean weights": (0.140969177517109, 0.145038540275615, 0.169208032491092),
-        "parts": (0.163924845165852, 0.157374771104709),
-        "gradient": 0.0835407451560408,
     }),
     "R1, H=0, step 1": (R1, 0.0, 1, {
         "histories": (-0.000541362828112465, -0.00021583293083633, 0.000514056321692686),
@@ -180,6 +168,14 @@ def test_casting_the_module_does_not_round_the_histories() -> None:
         assert torch.equal(loss.histories, before)
 
 
+def test_module_of_the_meta_device_is_materialised_and_reset() -> None:
+    with torch.device("meta"):
+        loss = AlipLoss(initial_history=0.5)
+    loss.to_empty(device="cpu").reset_parameters()
+    assert (loss.histories.dtype, loss.histories.device.type) == (torch.float64, "cpu")
+    assert torch.equal(call(loss, triples(*R0)), call(AlipLoss(initial_history=0.5), triples(*R0)))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_one_bad_step_shows_in_the_loss_and_not_in_the_histories(value: float) -> None:
     v, t, c, s = inputs = triples(*R0)
@@ -206,17 +202,6 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 
 # --- conventions ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("outer", [CyClipLoss, lambda base: RankClipLoss(base, schedule="constant")])
-def test_it_is_a_base(outer: Any) -> None:
-    v, t, c, s = inputs = triples(*R0)
-    loss = outer(AlipLoss())
-    entries = loss(v, t, s, torch.tensor(-10.0), output_dict=True, caption_features=c)
-    assert list(entries)[:2] == list(KEYS)
-    assert len(entries) == 4
-    assert list(loss.state_dict()) == ["base.histories"]
-    torch.testing.assert_close(sum(list(entries.values())[:2]), call(AlipLoss(), inputs), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -164,8 +164,12 @@ def composed(rank: int, world_size: int) -> list[Tensor]:
 
 def test_composition_is_exact_too(pool: Pool) -> None:
     v, t, c, s = inputs = leaves(pool.world_size)
-    value = RankClipLoss(CyClipLoss(AlipLoss()), schedule="constant")(v, t, s, caption_features=c)
-    assert_same(averaged(pool.run(composed)), with_gradients(value, inputs))
+    loss = RankClipLoss(CyClipLoss(AlipLoss()), schedule="constant")
+    entries = loss(v, t, s, caption_features=c, output_dict=True)
+    assert list(entries)[:2] == ["contrastive_loss", "caption_contrastive_loss"]
+    assert len(entries) == 6
+    assert list(loss.state_dict()) == ["base.base.histories"]
+    assert_same(averaged(pool.run(composed)), with_gradients(sum(entries.values()), inputs))
 
 
 def collectives(rank: int, world_size: int, name: str) -> dict[str, int]:

@@ -22,7 +22,7 @@ from tiny_teacher import ROWS, WIDTH, csv_data, data_of, files, table, teacher, 
 from rankloss_features.checking import report
 from rankloss_features.data import Data
 from rankloss_features.folder import NAMES, read_about, write_about
-from rankloss_open_clip.reference_features import refuse
+from rankloss_open_clip.reference_features import ReferenceFeatures
 from rankloss_trainers.sentence_transformers import RankClipLoss
 
 
@@ -45,16 +45,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     written(folder / "other", others, teacher(weights="1"))
     model, clip = tiny_sentences.tiny(folder), tiny_transformers.clip()
 
-    def open_clip(path: str) -> None:
-        if reason := refuse(path, two_widths=False):
-            raise ValueError(reason)
-
     def hugging_face(path: str) -> None:
         options = {"reference_features": path}
         tiny_transformers.trainer(folder, model=clip, loss="rankclip", loss_options=options)
 
     readers = {
-        "open_clip": open_clip,
+        "open_clip": lambda path: ReferenceFeatures(path).check(),
         "Hugging Face": hugging_face,
         "sentence-transformers": lambda path: RankClipLoss(model, reference_features=path),
         "--check": lambda path: report(path, data),

@@ -26,7 +26,7 @@ from rankloss_features.binding import taught
 from rankloss_features.data import Table
 from rankloss_features.folder import NAMES
 from rankloss_features.teachers import Encoder, Teacher
-from rankloss_trainers.sentence_transformers import CachedRankClipLoss, RankClipLoss
+from rankloss_trainers.sentence_transformers import RankClipLoss
 from rankloss_trainers.transformers import ContrastiveTrainer
 
 ROWS, WIDTH = 32, 6
@@ -115,9 +115,9 @@ def test_hugging_face_refuses_data_that_are_not_bound_to_the_folder(tmp_path: Pa
 # --- sentence-transformers --------------------------------------------------------------------------------
 
 
-def trained(tmp_path: Path, labelled: Any, kind: Any = RankClipLoss, **options: Any) -> torch.Tensor:
+def trained(tmp_path: Path, labelled: Any, **options: Any) -> torch.Tensor:
     model = tiny_sentences.tiny(tmp_path)
-    loss = kind(model, **{**RANKED, **options})
+    loss = RankClipLoss(model, **{**RANKED, **options})
     tiny_sentences.train(tmp_path, loss, model, train_dataset=labelled, max_steps=2)
     return tiny_sentences.weights(model)
 
@@ -134,7 +134,7 @@ def test_sentence_transformers_takes_a_teacher_as_its_distillation_does(tmp_path
     assert not torch.equal(own, by_labels)
     bound = bind(data, folder.path, caption_column="text", column="label")
     assert torch.equal(by_labels, trained(tmp_path, bound, reference_features=folder.path))
-    cached = trained(tmp_path, bound, CachedRankClipLoss, reference_features=folder.path, mini_batch_size=3)
+    cached = trained(tmp_path, bound, reference_features=folder.path, mini_batch_size=3)
     torch.testing.assert_close(cached, by_labels)
 
 
@@ -163,7 +163,8 @@ def test_sentence_transformers_refuses_labels_that_are_no_teachers(tmp_path: Pat
         (torch.rand(ROWS, 3, WIDTH), {}, "two columns"),
     ):
         loss = RankClipLoss(model, **{**RANKED, **options})
-        loss.set_progress(1, 1)
+        loss.run.set_progress(1, 1)
+        loss.image_column = 0
         with pytest.raises(ValueError, match=message):
             loss._entries(embeddings, labels)
     with pytest.raises(ValueError, match="two columns"):

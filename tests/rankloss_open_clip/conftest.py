@@ -47,16 +47,12 @@ def runs(trainer: Trainer) -> Runs:
     add("ranked by the teacher", [*rankclip, *teacher, "--rankclip-reference", "teacher"])
     add("rankclip-distill", ["--loss", "rankclip-distill", *teacher])
     add("lock image", [*rankclip, "--lock-image"])
-    add("synthetic", [*rankclip, "--dataset-type", "synthetic", "--train-num-samples", str(SAMPLES)], 1)
     add("csv, whole set", [*WHOLE_SET, "--val-data", str(trainer.directory / "data.csv")])
-    add("webdataset, whole set", [*WHOLE_SET, *trainer.webdataset])
 
     add("cyclip", ["--loss", "cyclip", "--accum-freq", "2"], 1)
     add("clip-streamed", ["--loss", "clip-streamed"], 3)
-    add("clip-streamed 0", ["--loss", "clip-streamed", "--streamed-memory-budget", "0"], 3)
     add("stock siglip", ["--siglip"], 3)
     add("siglip-streamed", ["--loss", "siglip-streamed", "--siglip"], 3)
-    add("siglip-streamed 0", ["--loss", "siglip-streamed", "--siglip", "--streamed-memory-budget", "0"], 3)
 
     whole = ["--loss", "alip", "--batch-size", str(SAMPLES), "--aug-cfg", "scale=(1.0,1.0)"]
     alip = [*whole, "--alip-caption-key", "synthetic"]

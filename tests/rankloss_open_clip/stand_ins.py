@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from rankloss_open_clip.training import start_epoch
-from rankloss_trainers.clock import Position
+from rankloss_open_clip import training
 
 
 class Base(nn.Module):
@@ -43,13 +43,12 @@ def features(n: int = 7, seed: int = 0) -> dict[str, Tensor]:
     return {"image_features": image_features, "text_features": text_features, "logit_scale": scale}
 
 
-def at(epoch: int, *, epochs: int = 3, steps: int = 4, accum_freq: int = 1) -> Position:
-    return Position(epoch=epoch, epochs=epochs, steps=steps, accum_freq=accum_freq)
+def epoch_begins(loss: nn.Module, epoch: int, args: Any, optimizer: Any = None) -> None:
+    """What the patched ``train_one_epoch`` does before the trainer's own; four batches an epoch."""
+    train = SimpleNamespace(dataloader=SimpleNamespace(num_batches=4))
 
+    def train_one_epoch(loss: Any, epoch: int, data: Any, args: Any, optimizer: Any) -> None:
+        pass
 
-def epoch_begins(loss: nn.Module, epoch: int, args: Any, optimizer: Any = None, **data: Any) -> None:
-    """What the patched ``train_one_epoch`` does before anything else; four batches an epoch."""
-    train = SimpleNamespace(dataloader=SimpleNamespace(num_batches=4), **data)
-    start_epoch(
-        {"loss": loss, "epoch": epoch, "data": {"train": train}, "args": args, "optimizer": optimizer}
-    )
+    bound = inspect.signature(train_one_epoch).bind(loss, epoch, {"train": train}, args, optimizer)
+    training.train_one_epoch(train_one_epoch, bound)

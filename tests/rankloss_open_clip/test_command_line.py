@@ -16,19 +16,17 @@ from torch import nn
 
 import rankloss
 from rankloss import schedules
-from rankloss_open_clip import bootstrap, command_line, patches
+from rankloss_open_clip import bootstrap, command_line
 from rankloss_open_clip.training import build_loss
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import LossEntry, Option
+from rankloss_trainers.command_line import dest, flag
 
 ALIP = "--loss alip --alip-caption-key synthetic"
 SIGMOID_STUDENT = "--siglip --distill-model RN50 --distill-pretrained x"
 
 # Entry points of other packages refer to these.
 ENTRY = LossEntry(build=lambda base, *_: base, options=(Option("depth", 3, "how deep", {"type": int}),))
-CLASHING = LossEntry(build=lambda base, *_: base, prefix="rankclip")
-TRAINERS = LossEntry(build=lambda base, *_: base, prefix="train", options=(Option("data", "", "taken"),))
-NOTHING = "not callable"
 
 
 def built(base: nn.Module, options: Any, gather: Any) -> nn.Module:
@@ -88,23 +86,19 @@ def test_help_shows_every_loss_with_its_options(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, register: Register
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100000")  # no word is broken at a hyphen
-    # What an own name means does not change with what is installed.
-    taken = [("p", name, "built") for name in ("clip", "rankclip")]
-    register(("p", "plain", "built"), ("q", "broken", "missing:X"), *taken)
-    with pytest.raises(SystemExit):
+    register(("p", "plain", "built"), ("q", "broken", "missing:X"))
+    with pytest.raises(SystemExit) as exit_:
         parse_args(["--help"])
+    assert exit_.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"--loss {{clip,{','.join(catalog.candidates())}}}" in shown
-    known = catalog.candidates().keys() - {"rivals"}  # of the examples, where they are installed
-    assert known == {"alip", "cyclip", "broken", "plain", *catalog.BUILT_IN}
+    assert "--train-data" in shown
     assert "plain: The first line is the help." in shown
     assert "broken: cannot be used (q 1.0): ModuleNotFoundError" in shown
     for name in (*catalog.BUILT_IN, "alip", "cyclip"):
         entry = catalog.candidates()[name].load()
         assert f"{name}: {entry.help}" in shown
         for option in entry.options:
-            assert catalog.flag(name, entry, option) in shown
-    assert "(default: all; rankclip-distill: 8)" in shown
+            assert flag(name, entry, option) in shown
 
 
 def test_arguments_have_what_the_loss_asked_for_depends_on_and_no_more() -> None:
@@ -112,7 +106,7 @@ def test_arguments_have_what_the_loss_asked_for_depends_on_and_no_more() -> None
     assert not [name for name in args if name == "loss" or name.startswith(("rankclip", "cyclip", "alip"))]
     assert vars(parse_args(["--loss", "clip"])) == {**args, "loss": "clip"}
     entry = catalog.candidates()["rankclip"].load()
-    filled = {catalog.dest("rankclip", entry, option): option.default for option in entry.options}
+    filled = {dest("rankclip", entry, option): option.default for option in entry.options}
     assert vars(parse_args(["--loss=rankclip"])) == {**args, "loss": "rankclip", **filled}
     for name in ("--loss-d", "--loss-dist-impl"):
         args = vars(parse_args([name, "gather", "--loss", "rankclip"]))
@@ -133,18 +127,27 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
 @pytest.mark.parametrize(
     ("command", "named"),
     [
-        ("--los rankclip", "--los"),
         ("--loss siglip", "'siglip'"),
-        ("--rankclip-top-k 5 --rankclip-lambda-in 1", "--rankclip-lambda-in, --rankclip-top-k"),
-        ("--loss cyclip --rankclip-top-k 3", "--rankclip-top-k"),
+        ("--loss rankclp", "did you mean rankclip?"),
+        ("--loss rankclip --rankclip-lists rwo", "must be one of"),
+        ("--rankclip-top-k 5 --rankclip-lambda-in 1", "--rankclip-lambda-in, --rankclip-top-k: only with"),
+        ("--loss cyclip --rankclip-top-k 3", "--rankclip-top-k: only with --loss rankclip"),
+        ("--cyclip-lambda-in 1", "--cyclip-lambda-in: only with --loss cyclip"),
         ("--loss rankclip --rankclip-lamda-in 1", "did you mean --rankclip-lambda-in?"),
-        ("--accum-frq=2 --rankclip_top_k 3", "did you mean --accum-freq, --rankclip-top-k?"),
+        ("--loss rankclip --rankclip_top_k 3", "did you mean --rankclip-top-k?"),
         ("--loss rankclip --horovod", "--horovod"),
         ("--loss rankclip --model naflexgenlip_b16", "naflexgenlip_b16"),
-        ("--loss rankclip --rankclip-reference teacher", "--distill-model"),
-        ("--loss rankclip --rankclip-reference-scale 2", "--rankclip-reference-scale: "),
+        ("--loss rankclip --rankclip-reference teacher", "--rankclip-reference-features"),
+        ("--loss rankclip-distill", "--distill-model and --distill-pretrained, or give its features"),
+        (
+            "--loss rankclip --rankclip-reference own --rankclip-reference-scale 2",
+            "--rankclip-reference-scale: ",
+        ),
         (f"--loss rankclip {SIGMOID_STUDENT}", "--siglip and --distill-model"),
-        (f"--loss rankclip --rankclip-reference teacher {SIGMOID_STUDENT}", "--rankclip-distill-loss: "),
+        (
+            f"--loss rankclip --rankclip-reference teacher {SIGMOID_STUDENT}",
+            "--rankclip-distill-loss exclude",
+        ),
         ("--loss alip", "--alip-caption-key"),
         (f"{ALIP} --model coca_ViT-B-32", "CoCa"),
         (f"{ALIP} --dataset-type synthetic", "--dataset-type synthetic"),
@@ -156,15 +159,12 @@ def test_what_cannot_work_is_refused(capsys: pytest.CaptureFixture[str], command
     assert named in refused(capsys, *command.split())
 
 
-def test_trainer_that_was_not_reached_is_refused(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_trainer_that_was_not_reached_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bootstrap.failures, "open_clip.factory", AttributeError("no create_loss"))
-    for name in ("--loss", "--los"):
-        with pytest.raises(ImportError, match="no create_loss"):
-            parse_args([name, "clip"])
+    with pytest.raises(ImportError, match="no create_loss"):
+        parse_args(["--loss", "rankclip"])
     parse_args([])
-    assert "no create_loss" in caplog.text
+    parse_args(["--loss", "clip"])
 
 
 # --- what reaches the loss ------------------------------------------------------------------------------
@@ -200,15 +200,15 @@ def test_terms_stand_on_the_trainers_loss_as_rankloss_has_it(options: list[str])
     assert repr(criterion.base) == f"{ours.__name__}(memory_budget=5)"
     streamed = f"--loss {'siglip' if options else 'clip'}-streamed --streamed-memory-budget 7 {siglip}"
     assert repr(loss_of(streamed, own).criterion) == f"{ours.__name__}(memory_budget=7)"
-    with pytest.raises(ValueError, match="the trainer trains with Base"):
+    with pytest.raises(ValueError, match=r"the trainer trains with Base|needs --siglip"):
         loss_of(streamed, Base())
 
 
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (ALIP, r"Loss: alip \(rankloss.*\) in place of Base, caption-key synthetic, open_clip"),
-        ("--loss x", r"Loss: x \(p 1.0\) on Base, open_clip"),
+        (ALIP, r"Loss: alip \(rankloss.*\), caption-key synthetic, open_clip"),
+        ("--loss x", r"Loss: x \(p 1.0\), open_clip"),
     ],
 )
 def test_log_names_the_loss_once(
@@ -234,25 +234,11 @@ def test_registered_loss_and_its_options_are_taken(register: Register) -> None:
     assert not hasattr(parse_args(["--loss", "cyclip"]), "deep_depth")
 
 
-@pytest.mark.parametrize(
-    ("registrations", "message"),
-    [
-        ([("p", "x", "missing:X")], "No module named 'missing'"),
-        ([("p", "x", "NOTHING")], "LossEntry"),
-        ([("p", "x", "CLASHING")], "'rankclip'"),
-        ([("p", "x", "TRAINERS")], "--train-data"),
-        ([("p", "x", "ENTRY"), ("q", "x", "built")], "both p 1.0 and q 1.0"),
-    ],
-)
 def test_what_cannot_be_used_stops_only_runs_that_ask(
-    register: Register,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    registrations: list[tuple[str, str, str]],
-    message: str,
+    register: Register, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    register(*registrations)
-    assert message in refused(capsys, "--loss", "x")
+    register(("p", "x", "missing:X"))
+    assert "No module named 'missing'" in refused(capsys, "--loss", "x")
     for argv in ([], ["--loss", "clip", "--name", "x"], ["--loss", "cyclip"]):
         parse_args(argv)
     assert not caplog.records
@@ -262,25 +248,7 @@ def test_what_is_no_loss_is_refused(register: Register) -> None:
     register(("p", "x", "built"), ("p", "y", "number"))
     base = Base()
     base.weight = nn.Parameter(base.scale.clone())
-    with pytest.raises(ValueError, match="--loss x"):
+    with pytest.raises(ValueError, match=r"x needs parameters"):
         loss_of("--loss x", base)
-    with pytest.raises(TypeError, match="--loss y"):
+    with pytest.raises(TypeError, match="y is 3"):
         loss_of("--loss y")
-
-
-def test_trainer_with_a_loss_option_of_its_own_keeps_it(capsys: pytest.CaptureFixture[str]) -> None:
-    module = type(open_clip)("open_clip_train.params")
-    source = (
-        "import argparse\n"
-        "def parse_args(args):\n"
-        "    parser = argparse.ArgumentParser()\n"
-        "    parser.add_argument('--loss', default='sigmoid')\n"
-        "    return parser.parse_args(args)\n"
-    )
-    exec(source, vars(module))
-    patches.patch(module)
-    assert vars(module.parse_args([])) == {"loss": "sigmoid"}
-    assert vars(module.parse_args(["--loss", "clip"])) == {"loss": "clip"}
-    with pytest.raises(SystemExit):
-        module.parse_args(["--loss", "rankclip"])
-    assert "rankclip cannot be used" in capsys.readouterr().err

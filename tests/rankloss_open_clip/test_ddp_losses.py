@@ -16,7 +16,6 @@ from batches import random_batch, relative_error
 from collectives import Collectives
 from process_pool import Pools
 from rankloss import metrics, reference
-from rankloss_trainers.clock import Position
 
 N, D, SCALE = 24, 6, 10.0  # the whole batch, on however many processes
 LENGTH, VOCABULARY = 3, 5  # of CoCa's captions
@@ -47,7 +46,7 @@ def built(rank: int, world_size: int, base: str, argv: list[str]) -> torch.nn.Mo
     args.rank, args.world_size, args.distill = rank, world_size, args.distill_model is not None
     loss = open_clip.create_loss(args)
     assert type(loss.criterion.base).__name__ == base
-    loss.start_epoch(Position(epoch=0, epochs=args.epochs, steps=1, accum_freq=args.accum_freq))
+    loss.start_epoch(0, args.epochs, 1, args.accum_freq)
     return loss
 
 

@@ -35,9 +35,6 @@ def ddp_runs(trainer: Trainer) -> Runs:
     add("two processes, both flags", *BOTH, processes=2)
     add("two processes, neither flag", processes=2)
     add("accumulation", accum_freq=2)
-    siglip = ("--siglip", "--local-loss")  # by which the sigmoid loss and its companions are not moved
-    add("siglip", *siglip)
-    add("siglip, four processes", *siglip, "--loss-dist-impl", "gather", processes=4)
     # λ goes from 0 to 2; a static graph allows no change in what is trained.
     checkpointing = (*OFFICIAL, "--grad-checkpointing")
     add("checkpointing", *checkpointing)
@@ -106,15 +103,6 @@ def test_accumulation_is_the_big_batch_with_the_scale_k_times(ddp_runs: Runs) ->
     assert_same_log(accumulated, whole)
 
 
-@pytest.mark.slow
-def test_four_processes_train_as_one_does(ddp_runs: Runs) -> None:
-    run = ddp_runs["siglip, four processes"]
-    assert run.params["world_size"] == "4"
-    assert_same_training(run, ddp_runs["siglip"])
-    assert "local_loss without gather_with_grad" not in run.output
-
-
-@pytest.mark.slow
 def test_static_graph_bears_the_step_from_lambda_zero(ddp_runs: Runs) -> None:
     one, two = ddp_runs["checkpointing"], ddp_runs["static graph"]
     assert two.params["ddp_static_graph"] == "True"

@@ -14,7 +14,6 @@ import numpy as np
 import open_clip
 import pytest
 from open_clip_train.params import parse_args
-from torch.distributed.run import parse_args as parse_launcher_args
 from trainer_runs import Trainer
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -93,16 +92,6 @@ def test_trainer_parses_the_command_as_it_stands(command: Command, name: str, la
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_torchrun_takes_no_option_of_the_trainer_for_its_own(command: Command, name: str) -> None:
-    program, *words = command(name, "8")
-    args = parse_launcher_args(words)
-    assert program == "torchrun"
-    assert (args.module, args.training_script, args.nproc_per_node) == (True, "open_clip_train.main", "8")
-    assert args.training_script_args == trainer_arguments(words)
-    assert "--logs" in args.training_script_args
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_slurm_job_starts_a_process_per_gpu_and_can_go_on(command: Command, name: str) -> None:
     script = (RECIPES / f"{name}.sh").read_text(encoding="utf-8")
     before_any_command = script[: script.index("set -euo")]
@@ -114,14 +103,6 @@ def test_slurm_job_starts_a_process_per_gpu_and_can_go_on(command: Command, name
     args = parse_args(trainer_arguments(words))
     assert args.resume == "latest"
     assert int(options["cpus-per-task"]) > args.workers
-
-
-def test_script_without_a_known_launch_is_a_usage_error() -> None:
-    for arguments in ([], ["4"]):
-        script = ["bash", str(RECIPES / "cc3m-rn50.sh"), *arguments]
-        done = subprocess.run(script, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert "1|8|slurm" in done.stderr
 
 
 def test_readme_explains_every_option(command: Command) -> None:

@@ -28,7 +28,7 @@ class Training:
         def start(how: str, *more: str, kill_in_epoch: int | None = None) -> Run:
             epochs = EpochSeeds(kill_in_epoch, seeds=processes == 1)
             name = f"{processes} processes, {how}"
-            run = trainer.call(name, *options, *more, processes=processes, epochs=epochs)
+            run = trainer.call(name, *options, *more, processes=processes, change=epochs)
             assert run.returncode == (-signal.SIGKILL if kill_in_epoch else 0), run.output[-4000:]
             return run
 

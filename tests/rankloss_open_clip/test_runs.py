@@ -15,7 +15,6 @@ from trainer_runs import (
     BOTH,
     OFFICIAL,
     PRECISIONS,
-    SAMPLES,
     STEPS,
     Run,
     Runs,
@@ -40,11 +39,11 @@ TRAINED = {
     **dict.fromkeys((*PRECISIONS, "siglip", "rankclip-distill", "lock image"), TERMS),
     "coca": (*TERMS, "caption_loss"),
     **dict.fromkeys(("distill", "ranked by the teacher"), (*TERMS, "distill_loss")),
-    **dict.fromkeys(("clip-streamed", "clip-streamed 0", "siglip-streamed 0"), TERMS[:1]),
+    "clip-streamed": TERMS[:1],
     "cyclip": CYCLIC,
     "alip": ALIP,
 }
-SLOW = {"amp", "bf16", "siglip-streamed", "siglip-streamed 0"}
+SLOW = {"amp", "bf16", "siglip-streamed"}
 
 
 def some_slow(*names: str) -> list[Any]:
@@ -55,8 +54,8 @@ def some_slow(*names: str) -> list[Any]:
 def test_run_names_its_loss_and_trains_the_sum_of_its_terms(runs: Runs, name: str) -> None:
     run, terms = runs[name], TRAINED[name]
     (line,) = re.findall(r"Loss: [a-z].*", run.log)
-    assert f" {run.params['loss']} (rankloss" in line
-    assert f"open_clip {open_clip.__version__}" in line
+    assert line.startswith(f"Loss: {run.params['loss']} (rankloss")
+    assert line.endswith(f"open_clip {open_clip.__version__}")
     assert run.log.index(line) < run.log.index("Train Epoch")
     shown = run.scalars
     assert {key for key in shown if key.endswith("_loss") and "/" not in key} == set(terms)
@@ -102,7 +101,7 @@ def test_run_says_what_it_logs_and_depends_on_and_warns_of_nothing(runs: Runs) -
     run = runs["--loss rankclip"]
     lines, expected = run.train_lines(), [name.capitalize() for name in (*TERMS, *METRICS, "loss")]
     assert len(lines) == 3 * STEPS
-    assert all(list(line)[-len(expected) :] == expected for line in lines[STEPS:])  # λ > 0
+    assert all(list(line)[-len(expected) :] == expected for line in lines)
     options = {"loss": "rankclip", "rankclip_schedule": "official", "rankclip_lambda_cross": "1.0"}
     assert run.params.items() >= {**options, "rankclip_top_k": "None"}.items()
 
@@ -172,15 +171,6 @@ def test_locked_tower_stays_and_the_other_learns(runs: Runs) -> None:
     }
 
 
-@pytest.mark.slow
-def test_csv_and_webdataset_train_on_the_same_pairs(runs: Runs) -> None:
-    csv, webdataset = runs["csv, whole set"].train_lines(), runs["webdataset, whole set"].train_lines()
-    assert len(csv) == 2
-    # One batch of the whole set, uncropped: each loader only chooses the order of the sum.
-    for one, other in zip(csv, webdataset, strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
-
-
 def test_validation_loss_stays_plain_clip(runs: Runs) -> None:
     run = runs["csv, whole set"]
     # Validated on the pairs it trains on: an epoch ends with what the only step of the next one starts from.
@@ -190,20 +180,10 @@ def test_validation_loss_stays_plain_clip(runs: Runs) -> None:
     assert line["Loss"] > 1.01 * after_the_first
 
 
-def test_synthetic_data_ties_every_key(runs: Runs) -> None:
-    # One picture and one caption: all permutations of a list are equally likely, so each item costs log N.
-    for line in runs["synthetic"].train_lines():
-        expected = line["Rank_lambda"] / 16 * math.log(SAMPLES // STEPS)
-        assert [line[term.capitalize()] for term in TERMS[1:]] == pytest.approx([expected] * 2, rel=1e-3)
-
-
 @pytest.mark.parametrize("name", some_slow("clip-streamed", "siglip-streamed"))
 def test_streamed_losses_train_as_the_trainers_own(runs: Runs, name: str) -> None:
     stock = runs["stock" if name == "clip-streamed" else "stock siglip"]
     assert_equal_training(stock, runs[name])
-    shown = runs[f"{name} 0"].scalars["contrastive_loss"]
-    assert len(shown) == 3 * STEPS
-    assert shown == pytest.approx(stock.scalars["loss"], rel=1e-4)
 
 
 # --- what is logged -------------------------------------------------------------------------------------
@@ -216,12 +196,9 @@ def test_text_log_tensorboard_and_wandb_show_the_same(runs: Runs, trainer: Train
     assert len(lines) == EPOCHS * STEPS
     for name in (*TERMS, *METRICS, *TAUS, "loss"):
         shown = run.scalars[name]
-        first = STEPS if name.endswith("_raw") else 0  # λ is 0 in the first epoch
-        assert list(shown) == list(range(first, EPOCHS * STEPS)), name
+        assert list(shown) == list(range(EPOCHS * STEPS)), "the same entries at every step"
         assert shown == {step: np.float32(value) for step, value in wandb[f"train/{name}"].items()}, name
-        assert list(shown.values()) == pytest.approx(
-            [line[name.capitalize()] for line in lines[first:]], rel=1e-4
-        )
+        assert list(shown.values()) == pytest.approx([line[name.capitalize()] for line in lines], rel=1e-4)
 
 
 # --- ALIP: a second caption, and a state ----------------------------------------------------------------

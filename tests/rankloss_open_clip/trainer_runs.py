@@ -76,8 +76,7 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tensorboard's own
             module = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
-            everything = {"scalars": 0, "images": 0}
-            return module.EventAccumulator(str(self.directory / "tensorboard"), everything).Reload()
+            return module.EventAccumulator(str(self.directory / "tensorboard"), {"scalars": 0}).Reload()
 
     @cached_property
     def scalars(self) -> dict[str, dict[int, float]]:
@@ -86,12 +85,6 @@ class Run:
             tag.removeprefix("train/"): {event.step: event.value for event in self._events.Scalars(tag)}
             for tag in self._events.Tags()["scalars"]
         }
-
-    def charts(self) -> dict[int, bytes]:
-        """The pictures of the agreement in TensorBoard's file: step → PNG."""
-        if not self._events.Tags()["images"]:
-            return {}
-        return {event.step: event.encoded_image_string for event in self._events.Images("train/agreement")}
 
     @cached_property
     def timeless_log(self) -> list[str]:
@@ -137,10 +130,9 @@ class Trainer:
             ("tiny", {}, {}, {}),
             ("tiny-coca", pooled, {"embed_cls": True, "output_tokens": True}, tokens),
         ):
-            config = {"vision_cfg": {**images, **vision}, "text_cfg": {**texts, **text}, **more}
-            (directory / name).mkdir()
-            written = json.dumps({"model_cfg": {"embed_dim": 32, **config}, "preprocess_cfg": {}})
-            (directory / name / "open_clip_config.json").write_text(written)
+            self.write_model(
+                name, {"vision_cfg": {**images, **vision}, "text_cfg": {**texts, **text}, **more}
+            )
         noise = np.random.default_rng(0)
         rows = ["filepath\ttitle\tsynthetic"]
         for i in range(SAMPLES):
@@ -156,6 +148,12 @@ class Trainer:
                     picture, title, synthetic = self.rows[i]
                     texts = {"txt": title.encode(), "blip.txt": synthetic.encode()}
                     add_sample(shard, f"{i:03}", png=Path(picture).read_bytes(), **texts)
+
+    def write_model(self, name: str, config: dict[str, Any]) -> None:
+        """Write the folder that ``--model local-dir:…`` reads."""
+        (self.directory / name).mkdir()
+        written = json.dumps({"model_cfg": {"embed_dim": 32, **config}, "preprocess_cfg": {}})
+        (self.directory / name / "open_clip_config.json").write_text(written)
 
     @property
     def webdataset(self) -> list[str]:
@@ -177,14 +175,15 @@ class Trainer:
         name: str,
         *options: str,
         processes: int = 1,
-        epochs: EpochSeeds | None = None,
+        change: Any = None,
         alone: bool = False,
         **environment: str,
     ) -> Run:
         """Call the trainer's ``main`` in processes forked from one that has imported it.
 
         Several find each other by the variables that torchrun sets; when one fails, the others are killed.
-        ``alone`` says that the options are the whole command line.
+        ``change`` has a method ``install``, which changes the trainer in these processes. ``alone`` makes the
+        options the whole command line.
         """
         output = self.directory / f"{name}.txt"
         environment = {"OMP_NUM_THREADS": "1", **environment}
@@ -196,7 +195,7 @@ class Trainer:
         for rank in range(processes):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             argv = list(options) if alone else self.arguments(name, *options)
-            given = (argv, str(output), epochs, {**environment, **ranks})
+            given = (argv, str(output), change, {**environment, **ranks})
             process = _forks.Process(target=_train, args=given)
             process.start()
             started.append(process)
@@ -285,6 +284,22 @@ def kill_at_call(loss: torch.nn.Module, number: int) -> None:
     loss.register_forward_pre_hook(kill)
 
 
+class NoRecompilation:
+    """Makes it an error to compile a function again, and prints the counts of what was compiled."""
+
+    def install(self, trainer: Any) -> None:
+        dynamo, main = importlib.import_module("torch._dynamo"), trainer.main
+        dynamo.config.error_on_recompile = True
+
+        def counted(argv: list[str]) -> None:
+            main(argv)
+            counts = dynamo.utils.counters
+            breaks = sum(counts["graph_break"].values())
+            print("compiled frames:", counts["frames"]["ok"], "graph breaks:", breaks)
+
+        trainer.main = counted
+
+
 class WithoutDeviceIds(torch.nn.parallel.DistributedDataParallel):
     """open_clip 3.x passes ``device_ids=[device]``, which DistributedDataParallel refuses for a CPU."""
 
@@ -292,7 +307,7 @@ class WithoutDeviceIds(torch.nn.parallel.DistributedDataParallel):
         super().__init__(module, **keywords)
 
 
-def _train(argv: list[str], output: str, epochs: EpochSeeds | None, environment: dict[str, str]) -> None:
+def _train(argv: list[str], output: str, change: Any, environment: dict[str, str]) -> None:
     with open(output, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -302,8 +317,8 @@ def _train(argv: list[str], output: str, epochs: EpochSeeds | None, environment:
     if "RANK" in environment:
         torch.nn.parallel.DistributedDataParallel = WithoutDeviceIds  # type: ignore[misc]
     trainer = importlib.import_module("open_clip_train.main")
-    if epochs is not None:
-        epochs.install(trainer)
+    if change is not None:
+        change.install(trainer)
     sys.exit(trainer.main(argv))
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +18,7 @@ from torch import nn
 from rankloss.distributed import Gather
 from rankloss.options import RankOptions, choices_of
 from rankloss_trainers import catalog
+from rankloss_trainers.command_line import LossArguments
 
 ALONE = Gather(local_loss=False, gather_with_grad=False, rank=0, world_size=1)
 
@@ -35,11 +40,9 @@ def test_every_option_of_the_rank_terms_can_be_typed_but_those_without_a_use() -
 
 def parsed(*argv: str) -> dict[str, Any]:
     parser = argparse.ArgumentParser(exit_on_error=False)
-    for option in RANKCLIP.options:
-        parser.add_argument(
-            catalog.flag("rankclip", RANKCLIP, option), default=option.default, help="", **option.keywords
-        )
-    return catalog.option_values("rankclip", RANKCLIP, parser.parse_args(argv))
+    losses = LossArguments(parser, ["rankclip"], default="rankclip")
+    _, given = losses.chosen(parser.parse_args(argv)) or ("", {})
+    return RANKCLIP.checked("rankclip", given)
 
 
 def test_defaults_are_those_of_the_library() -> None:
@@ -61,9 +64,47 @@ def test_what_is_typed_is_what_the_library_gets(data: st.DataObject) -> None:
     options = parsed(f"--rankclip-{field.name.replace('_', '-')}", text)
     loss = RANKCLIP.build(nn.Identity(), options, ALONE)
     assert loss.consistency.options == RankOptions(**{field.name: value})
-    # A trainer that is given values instead of text gives them as Python has them.
-    loss = RANKCLIP.build(nn.Identity(), {**parsed(), field.name: value}, ALONE)
-    assert loss.consistency.options == RankOptions(**{field.name: value})
+    # From Python the same, as text and as Python has it.
+    assert all(RANKCLIP.checked("rankclip", {field.name: given}) == options for given in (text, value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "reference",
+            "Teacher",
+            "reference must be one of auto, own, teacher; got 'Teacher'; did you mean teacher",
+        ),
+        ("reference", None, "reference must be one of .*None"),
+        ("distill_loss", "exclud", "distill_loss .*did you mean exclude"),
+        ("schedule_unit", "x", "schedule_unit must be one of epoch, step; got 'x'$"),
+        ("diagonal", 1, "diagonal must be one of include, exclude; got 1"),
+        ("lambda_in", None, "lambda_in must be a finite number of at least 0; got None"),
+        *(
+            ("lambda_in", x, "lambda_in must be a finite number")
+            for x in (-1, math.nan, math.inf, True, "x", [1])
+        ),
+        *(("top_k", x, "top_k must be an integer") for x in (2.5, "2.5", True, "eight")),
+        ("reference_features", 3, "reference_features must be text; got 3"),
+    ],
+)
+def test_value_that_an_option_cannot_have_is_refused(key: str, value: Any, message: str) -> None:
+    """The same from a command line, where it can be typed."""
+    with pytest.raises(ValueError, match=message):
+        RANKCLIP.checked("rankclip", {key: value})
+    if isinstance(value, str):
+        with pytest.raises(argparse.ArgumentError, match=message.partition(" ")[2]):
+            parsed(f"--rankclip-{key.replace('_', '-')}", value)
+
+
+def test_values_that_python_has_are_taken() -> None:
+    values = {"top_k": np.int64(3), "lambda_in": 2, "reference_features": Path("x"), "discount": None}
+    options = RANKCLIP.checked("rankclip", values)
+    assert {key: options[key] for key in values} == {**values, "reference_features": "x"}
+    assert RANKCLIP.with_defaults(top_k=8).checked("rankclip", {"top_k": None})["top_k"] is None
+    with pytest.raises(TypeError, match="mine has no option 'topk'; did you mean top_k"):
+        RANKCLIP.checked("mine", {"topk": 1})
 
 
 SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
@@ -72,16 +113,21 @@ SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
 @pytest.mark.parametrize(
     ("typed", "refused", "described"),
     [
-        ("", None, "per epoch over 3 epoch(s) (few values of lambda; --rankclip-schedule-unit step"),
+        ("", None, "per epoch over 3 epoch(s) (few values of lambda; schedule-unit step"),
         (
             "--rankclip-reference teacher --rankclip-lambda-in 64",
             None,
-            ", reference teacher, the rank terms weigh lambda * 64/16 by design",
+            ", reference teacher, the rank terms weigh lambda * 64/16",
         ),
         (f"{SCALED} --rankclip-reference teacher", None, ", reference teacher"),
         (f"{SCALED} --rankclip-reference-features t", None, ", reference-scale 2.5, reference-features t"),
         ("--rankclip-reference teacher --rankclip-distill-loss exclude", None, "distill-loss exclude"),
         (SCALED, "reference_scale", ""),
+        (
+            "--rankclip-reference own --rankclip-reference-features t",
+            "reference_features: t .*reference own",
+            "",
+        ),
         ("--rankclip-reference teacher --rankclip-fixed-reference text", "fixed_reference", ""),
         ("--rankclip-distill-loss exclude", "distill_loss", ""),
         ("--rankclip-lists batch --rankclip-diagonal exclude --rankclip-ties random", "diagonal", ""),
@@ -95,7 +141,7 @@ def test_teacher_is_asked_for_by_an_option(typed: str, refused: str | None, desc
         assert reason is None
         assert described in RANKCLIP.described(options, 3)
     else:
-        assert reason.startswith(refused)
+        assert re.match(refused, reason)
 
 
 def test_one_list_of_the_batch_leaves_local_loss_where_that_is_exact() -> None:
@@ -106,10 +152,3 @@ def test_one_list_of_the_batch_leaves_local_loss_where_that_is_exact() -> None:
         assert RANKCLIP.build(nn.Identity(), options, gather).consistency.gather.local_loss is False
     approximate = dataclasses.replace(ALONE, local_loss=True)
     assert RANKCLIP.refuse(options, approximate).startswith("lists=")
-
-
-def test_weights_are_finite_numbers_of_at_least_0() -> None:
-    assert [catalog.weight(text) for text in ("0", "1e3")] == [0, 1000]
-    for text in ("-1", "nan", "inf"):
-        with pytest.raises(argparse.ArgumentTypeError, match=f"got '{text}'"):
-            catalog.weight(text)

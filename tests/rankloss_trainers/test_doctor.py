@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 
 import pytest
@@ -12,9 +11,9 @@ from rankloss_trainers import console, doctor
 from rankloss_trainers.doctor import Trainer, examined
 
 TRAINER = Trainer("transformers", "transformers", "rankloss", "like this")
-NEEDY = dataclasses.replace(TRAINER, needs=("no_such_package",))
-SICK = dataclasses.replace(TRAINER, plugin=f"{__name__}:diagnose")
-BROKEN = dataclasses.replace(TRAINER, plugin="no_such_module")
+SICK = TRAINER._replace(plugin=f"{__name__}:diagnose")
+NEEDY = TRAINER._replace(plugin="no_such_module")
+BROKEN = TRAINER._replace(plugin=f"{__name__}:no_such_function")
 INSTALL = "pip install 'rankloss[transformers]'"
 SHOWN = "transformers 5.24.0 (tested with <6,>=4.51)"
 HERE = {"transformers": "5.24.0"}
@@ -28,10 +27,9 @@ def test_report_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     code = console.main(["doctor"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(f"torch {torch.__version__}")
-    assert any(line.startswith("kernel='triton' on c") for line in lines)
     for known in doctor.TRAINERS:
         (line,) = [line for line in lines if line.startswith(f"{known.name}")]
-        assert "not installed" in line or ": yes, " in line or ": no" in line
+        assert "not installed" in line or "not ready" in line or ": yes, " in line or ": no" in line
     assert code == (1 if any(line.endswith(": no") for line in lines) else 0)
 
 
@@ -40,7 +38,7 @@ def test_report_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (TRAINER, HERE, True, [f"{SHOWN}: yes, like this"]),
         (TRAINER, {}, True, [f"transformers: not installed: {INSTALL}"]),
-        (NEEDY, HERE, True, [f"transformers 5.24.0: not ready to train without no_such_package: {INSTALL}"]),
+        (NEEDY, HERE, True, [f"{SHOWN}: not ready to train: No module named 'no_such_module'"]),
         (SICK, HERE, False, [f"{SHOWN}: no", "- It is too old."]),
         (
             BROKEN,
@@ -48,7 +46,8 @@ def test_report_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
             False,
             [
                 f"{SHOWN}: no",
-                "- no_such_module cannot be imported: ModuleNotFoundError: No module named 'no_such_module'",
+                f"- {__name__} cannot be imported: AttributeError: module {__name__!r} has no attribute "
+                "'no_such_function'",
             ],
         ),
     ],

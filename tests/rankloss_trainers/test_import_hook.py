@@ -19,7 +19,7 @@ NAME = "module_that_is_waited_for"
 
 @pytest.fixture
 def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was done, in order; the module is importable, and the hook goes with the test."""
+    """Executions and actions, in order; the module is importable, and the hook goes with the test."""
     (tmp_path / f"{NAME}.py").write_text("import sys\nsys.executed.append('executed')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))

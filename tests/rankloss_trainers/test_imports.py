@@ -50,7 +50,7 @@ def test_arrows_point_one_way(package: str) -> None:
     assert found <= ARROWS[package]
 
 
-LIGHT = ("rankloss_open_clip", "rankloss_trainers.refusals")  # with the catalogue
+LIGHT = ("rankloss_open_clip", "rankloss_trainers.command_line")  # with the catalogue
 HEAVY = ("rankloss", "rankloss_trainers.own_losses", "rankloss_baselines.entries")
 SCRIPT = f"""
 import importlib, json, sys
@@ -70,3 +70,22 @@ print(json.dumps(seen))
 def test_catalogue_loads_no_torch_and_no_loss_a_trainer() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == [[], ["torch"], ["torch"]]
+
+
+MISSING = """
+import importlib, sys
+for extra, package in (("transformers", "accelerate"), ("lightning", "lightning"),
+                       ("sentence-transformers", "datasets")):
+    sys.modules[package] = None
+    module = {"transformers": "transformers.trainer"}.get(extra, extra.replace("-", "_"))
+    try:
+        importlib.import_module(f"rankloss_trainers.{module}")
+    except ModuleNotFoundError as error:
+        assert str(error).endswith(f": pip install 'rankloss[{extra}]'"), error
+    else:
+        raise AssertionError(extra)
+"""
+
+
+def test_package_that_is_missing_is_named_with_its_extra() -> None:
+    subprocess.run([sys.executable, "-c", MISSING], check=True)

@@ -30,6 +30,7 @@ with warnings.catch_warnings():
     from rankloss_trainers.lightning import Progress
 
 import rankloss
+import rankloss_trainers
 from rankloss import schedules
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lightning's own, of tiny runs
@@ -167,10 +168,25 @@ class Manual(Module):
         self.automatic_optimization = False
 
 
-class Deaf(Module):
+class Plain(Module):
     def __init__(self) -> None:
         super().__init__()
-        self.loss = rankloss.ClipLoss()
+        self.loss = rankloss_trainers.create("clip-streamed")
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        loss: Tensor = self.loss(*self.features(batch))
+        return loss
+
+
+class Epochs(nn.Module):
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        raise AssertionError
+
+
+class AtEpochs(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = Epochs()
 
 
 @pytest.mark.parametrize(
@@ -190,7 +206,7 @@ class Deaf(Module):
             {"progress": Progress(total_steps=4)},
             r"set_progress\(step, total_steps\) in training_step",
         ),
-        (Deaf, {}, "no part of Deaf has the method set_progress"),
+        (AtEpochs, {}, r"Epochs has set_epoch alone: .*Progress\('epoch'\)"),
     ],
 )
 def test_run_whose_steps_cannot_be_known_is_refused(
@@ -198,6 +214,13 @@ def test_run_whose_steps_cannot_be_known_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, module(), **given)
+
+
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_loss_without_a_schedule_is_told_nothing(tmp_path: Path, unit: Any) -> None:
+    module = Plain()
+    fit(tmp_path, module, progress=Progress(unit), data=Stream(), max_epochs=1)
+    assert not torch.equal(weights(module), weights(Plain()))
 
 
 def test_sanity_validation_runs_before_the_first_step(tmp_path: Path) -> None:

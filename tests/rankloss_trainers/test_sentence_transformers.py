@@ -25,12 +25,17 @@ from tokenizers.models import WordLevel
 from torch.utils.data import ConcatDataset
 
 import rankloss
+import rankloss_baselines
 from rankloss import schedules
-from rankloss_trainers.sentence_transformers import CachedRankClipLoss, Progress, RankClipLoss
+from rankloss_trainers.sentence_transformers import ContrastiveLoss, Progress, RankClipLoss
 
 TERMS = ["contrastive_loss", "cross_modal_loss", "in_modal_loss"]
-METRICS = ["rank_lambda"]
-BOTH = pytest.mark.parametrize("kind", [RankClipLoss, CachedRankClipLoss])
+METRICS = ["rank_lambda", "cross_modal_raw", "in_modal_raw"]
+CACHED = pytest.mark.parametrize("mini_batch_size", [None, 3])
+
+
+def linear(**options: Any) -> rankloss.RankClipLoss:
+    return rankloss.RankClipLoss(schedule="linear", **options)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +51,8 @@ def columns(model: Any, rows: range = range(8)) -> list[dict[str, Any]]:
 def at(loss: Any, step: int, total_steps: int = 4) -> Any:
     """The loss in the middle of a training."""
     for part in loss.modules():
-        if isinstance(part, RankClipLoss):
-            part.set_progress(step, total_steps)
+        if isinstance(part, ContrastiveLoss):
+            part.run.set_progress(step, total_steps)
     return loss
 
 
@@ -55,14 +60,15 @@ def steps(trainer: Any) -> list[dict[str, float]]:
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-@BOTH
+@CACHED
 def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_base(
-    tmp_path: Path, bert: Path, kind: Any
+    tmp_path: Path, bert: Path, mini_batch_size: int | None
 ) -> None:
     model, own = tiny(bert), tiny(bert)
     options = {"schedule": "linear", "lambda_in": 0.5, "top_k": 3}
     given = {"learning_rate": 0.1, "eval_strategy": "epoch", "eval_dataset": pairs(17)}
-    trainer = train(tmp_path, kind(model, scale=30.0, **options), model, **given)
+    loss = RankClipLoss(model, scale=30.0, mini_batch_size=mini_batch_size, **options)
+    trainer = train(tmp_path, loss, model, **given)
     criterion = rankloss.RankClipLoss(**options)
     optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
 
@@ -85,7 +91,7 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
         )
         assert line["rank_lambda"] == pytest.approx(schedules.linear(number + 1, 8), abs=1e-4)
         assert line["loss"] == pytest.approx(sum(line[term] for term in TERMS), abs=2e-4)
-        assert not any(name.endswith("_raw") for name in line)
+        assert line["in_modal_raw"] > 0
     assert not torch.allclose(weights(own), weights(tiny(bert)), atol=1e-4)
     torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
     evaluated = [line for line in trainer.state.log_history if "eval_loss" in line]
@@ -102,9 +108,9 @@ def test_run_trains_as_an_own_loop_logs_terms_and_schedule_and_evaluates_the_bas
 def test_cached_loss_is_the_plain_one(bert: Path, mini_batch_size: int, wrapping: list[float] | None) -> None:
     """Under the upstream gradient that accumulation or a scaler would give."""
     results = []
-    for kind, more in ((RankClipLoss, {}), (CachedRankClipLoss, {"mini_batch_size": mini_batch_size})):
+    for size in (None, mini_batch_size):
         model = tiny(bert).double()
-        loss: Any = kind(model, output_dict=wrapping is None, **more).double()
+        loss: Any = RankClipLoss(model, output_dict=wrapping is None, mini_batch_size=size).double()
         if wrapping is not None:
             loss = MatryoshkaLoss(model, loss, [16, 4], wrapping)
         shown = at(loss, step=2)(columns(model), None)
@@ -122,10 +128,10 @@ def test_cached_loss_is_the_plain_one(bert: Path, mini_batch_size: int, wrapping
 def test_cached_loss_embeds_a_mini_batch_at_a_time(bert: Path) -> None:
     model = tiny(bert)
     rows: list[int] = []
-    model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]["input_ids"])))
-    loss = at(CachedRankClipLoss(model, mini_batch_size=3), step=2)
+    model[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0]["input_ids"])))
+    loss = at(RankClipLoss(model, mini_batch_size=3), step=2)
     sum(loss(columns(model), None).values()).backward()
-    assert rows == [3, 3, 2] * 4  # both columns, without gradients and again with them
+    assert sorted(rows) == [2] * 4 + [3] * 8  # both columns, and again in the backward pass
 
 
 def test_accumulated_batches_are_averaged(tmp_path: Path, bert: Path) -> None:
@@ -133,7 +139,7 @@ def test_accumulated_batches_are_averaged(tmp_path: Path, bert: Path) -> None:
     ended = []
     for count in (1, 3):
         model = tiny(bert)
-        loss = CachedRankClipLoss(model, schedule="linear")
+        loss = RankClipLoss(model, schedule="linear", mini_batch_size=3)
         repeated = datasets.concatenate_datasets([pairs(8)] * 6)
         options = {"max_steps": 2, "gradient_accumulation_steps": count, "learning_rate": 0.01}
         trainer = train(tmp_path / str(count), loss, model, train_dataset=repeated, **options)
@@ -157,13 +163,21 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, bert: Path) -> Non
 def test_several_datasets_on_several_processes_do_not_gather(bert: Path) -> None:
     """Each process has a batch of another one at the same step."""
     model = tiny(bert)
-    several, single = (SimpleNamespace(dataset=x) for x in (ConcatDataset([pairs(), pairs()]), pairs()))
-    gathers = Progress(RankClipLoss(model, gather=rankloss.Gather(rank=0, world_size=2)))
-    with pytest.raises(ValueError, match=r"with several datasets on several processes .* gather=False"):
-        gathers.on_train_begin(None, None, None, train_dataloader=several)
-    gathers.on_train_begin(None, None, None, train_dataloader=single)
-    alone = Progress(RankClipLoss(model, gather=False))
-    alone.on_train_begin(None, None, None, train_dataloader=several)
+    several, single = ConcatDataset([pairs(), pairs()]), pairs()
+    args = SimpleNamespace(dataloader_drop_last=True, gradient_accumulation_steps=1)
+    state = SimpleNamespace(num_train_epochs=1, max_steps=1, is_world_process_zero=True)
+
+    def begin(gather: Any, data: Any) -> None:
+        loader = torch.utils.data.DataLoader(data, 8)
+        Progress(RankClipLoss(model, gather=gather)).on_train_begin(
+            args, state, None, train_dataloader=loader
+        )
+
+    gather = rankloss.Gather(rank=0, world_size=2)
+    with pytest.raises(ValueError, match=r"several datasets on several processes.* gather=False"):
+        begin(gather, several)
+    begin(gather, single)
+    begin(False, several)
 
 
 def test_several_datasets_take_turns(tmp_path: Path, bert: Path) -> None:
@@ -183,21 +197,14 @@ def test_several_datasets_take_turns(tmp_path: Path, bert: Path) -> None:
     trainer.train()
     expected = pytest.approx([schedules.linear(i, 4) for i in range(1, 5)], abs=1e-4)
     assert [line["rank_lambda"] for line in steps(trainer)] == expected
-    assert [loss.log._measured for loss in losses.values()] == [1, 1]
 
 
-def test_loss_that_is_calculated_twice_gives_no_dict(bert: Path) -> None:
+@pytest.mark.parametrize("loss", ["rankclip", rankloss.RankClipLoss(schedule="linear")])
+def test_without_progress_the_loss_says_what_is_missing(bert: Path, loss: Any) -> None:
     model = tiny(bert)
-    loss = at(MatryoshkaLoss(model, CachedRankClipLoss(model), [16, 8]), step=2)
-    with pytest.raises(ValueError, match="output_dict=False"):
-        loss(columns(model), None)
-
-
-def test_without_progress_the_loss_says_what_is_missing(bert: Path) -> None:
-    model = tiny(bert)
-    with pytest.raises(RuntimeError, match=r"set_progress\(step, total_steps\)"):
-        RankClipLoss(model)(columns(model), None)
-    assert sum(RankClipLoss(model, schedule="constant")(columns(model), None).values()) > 0
+    with pytest.raises(RuntimeError, match=r"not told where .*callbacks=\[Progress\(loss\)\]"):
+        ContrastiveLoss(model, loss)(columns(model), None)
+    assert sum(ContrastiveLoss(model, "cyclip")(columns(model), None).values()) > 0
 
 
 @pytest.mark.parametrize(
@@ -206,10 +213,12 @@ def test_without_progress_the_loss_says_what_is_missing(bert: Path) -> None:
         (lambda model: at(RankClipLoss(model, scale=0.0), 2)(columns(model)), "scale"),
         (lambda model: RankClipLoss(model, lists="column"), "lists"),
         (lambda model: RankClipLoss(model, agreement_every=0), "agreement_every"),
-        (lambda model: RankClipLoss(model, base=torch.nn.Linear(2, 2)), "Linear|parameters"),
-        (lambda model: CachedRankClipLoss(model, mini_batch_size=0), "mini_batch_size"),
+        (lambda model: ContrastiveLoss(model, linear(base=torch.nn.Linear(2, 2))), "parameters"),
+        (lambda model: ContrastiveLoss(model, "alip", {"caption_key": "x"}), "alip needs a second caption"),
+        (lambda model: ContrastiveLoss(model, rankloss_baselines.AlipLoss()), "AlipLoss needs a state"),
+        (lambda model: ContrastiveLoss(model, "siglip-streamed"), "siglip-streamed needs"),
+        (lambda model: RankClipLoss(model, mini_batch_size=0), "mini_batch_size"),
         (lambda model: RankClipLoss(model)(columns(model)[:1]), "sentence_features"),
-        (lambda model: CachedRankClipLoss(model)((columns(model) * 2)[:3]), "sentence_features"),
         (lambda model: Progress(torch.nn.Identity()), "losses"),
     ],
 )
@@ -218,11 +227,16 @@ def test_what_is_wrong_is_named(bert: Path, wrong: Any, argument: str) -> None:
         wrong(tiny(bert))
 
 
-def test_static_embedding_is_refused_by_the_cached_loss() -> None:
+def test_column_that_cannot_be_split_is_named(bert: Path) -> None:
+    model = tiny(bert)
+    features = columns(model)
+    features[1]["pixel_values"] = torch.zeros(11, 3)
+    with pytest.raises(ValueError, match=r"mini_batch_size cannot split pixel_values: .* 8 pairs"):
+        at(RankClipLoss(model, mini_batch_size=3), step=2)(features)
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(["[UNK]", *WORDS])}, unk_token="[UNK]"))
-    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu")
+    static = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu")
     with pytest.raises(ValueError, match="StaticEmbedding"):
-        CachedRankClipLoss(model)
+        RankClipLoss(static, mini_batch_size=3)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ import pytest
 import transformers
 from tiny_transformers import Pairs, arguments, clip, lines
 
-from rankloss_trainers.transformers import ContrastiveTrainer, LossOptions
+from rankloss_trainers.command_line import LossArguments
+from rankloss_trainers.transformers import ContrastiveTrainer
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "trainers.md"
 CLASS, ARGUMENTS, TEACHER, LARGE_BATCHES, FINE_TUNING = re.findall(
@@ -42,7 +43,7 @@ def test_example(
     cls = transformers.TrainingArguments
     names = {
         "ContrastiveTrainer": ContrastiveTrainer,
-        "LossOptions": LossOptions,
+        "LossArguments": LossArguments,
         "HfArgumentParser": transformers.HfArgumentParser,
         "TrainingArguments": cls if example is ARGUMENTS else functools.partial(cls, **here, logging_steps=1),
         "model": clip(),
@@ -53,10 +54,10 @@ def test_example(
     }
     exec(example, names)
     trainer: Any = names["trainer"]
-    assert options.items() <= trainer.chosen_loss.options.items()
+    assert options.items() <= trainer.loss_runtime.options.items()
     if example is not CLASS:
         trainer.train()
     assert trainer.state.global_step == trainer.state.max_steps >= 2
-    assert trainer.chosen_loss.criterion.schedule_value > 0
+    assert trainer.loss_runtime.criterion.schedule_value > 0
     for line in lines(trainer)[-1:]:
         assert line["in_modal_loss"] > 0

@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import rankloss
+from open_clip_main import unpacked
 from process_pool import Pools
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainers-more.md"
-CHECKOUT = os.environ.get("RANKLOSS_OPEN_CLIP_CHECKOUT", "")
 EPOCHS, PAIRS = 2, 32
 
 
@@ -156,7 +156,7 @@ def accelerated(rank: int, processes: int) -> list[float]:
 
 
 def lightning_logged(rank: int, processes: int) -> list[float]:
-    """What is in the log at the end, and the weights."""
+    """The log at the end, and the weights."""
     names = lightning_run(rank, processes)
     logged = names["trainer"].logged_metrics
     return [*(logged[name].item() for name in sorted(logged)), *weights(names["model"])]
@@ -218,11 +218,8 @@ def task(result: str) -> None:
     Path(result).write_text(json.dumps({name: value.item() for name, value in names["losses"].items()}))
 
 
-@pytest.mark.skipif(
-    not CHECKOUT, reason="RANKLOSS_OPEN_CLIP_CHECKOUT names no checkout of open_clip's main branch"
-)
 def test_task_of_the_main_branch(tmp_path: Path) -> None:
-    torchrun(__file__, "task", tmp_path / "losses.json", processes=1, path=str(Path(CHECKOUT, "src")))
+    torchrun(__file__, "task", tmp_path / "losses.json", processes=1, path=unpacked(tmp_path))
     losses = json.loads((tmp_path / "losses.json").read_text())
     total = losses.pop("loss")
     assert set(losses) == {"contrastive_loss", "cross_modal_loss", "in_modal_loss"}

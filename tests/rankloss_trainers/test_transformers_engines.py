@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rankloss
 from process_pool import Pools
-from rankloss_trainers.transformers.embeddings import features_of
-from rankloss_trainers.transformers.mini_batches import embedding_in
+from rankloss_trainers.cached import embedding_in
+from rankloss_trainers.transformers.embeddings import embeddings_of, scale_of
 
 
 def one_dimensional_scale() -> Any:
@@ -34,9 +34,10 @@ def one_dimensional_scale() -> Any:
 
 def gradients(model: Any, rows: slice, wrapped: Any, mini_batch_size: int | None) -> dict[str, Tensor]:
     loss, batch = rankloss.RankClipLoss(schedule="constant"), Pairs(8).batch(rows.start, rows.stop)
-    with embedding_in(model, mini_batch_size):
+    scale = functools.partial(scale_of, model)
+    with embedding_in(model, mini_batch_size, embeddings_of, more=scale):
         outputs = wrapped(**batch)
-    loss(**(outputs if mini_batch_size else features_of(outputs, model))).backward()
+    loss(**(outputs if mini_batch_size else {**embeddings_of(outputs), **scale()})).backward()
     return {
         name: parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
         for name, parameter in model.named_parameters()

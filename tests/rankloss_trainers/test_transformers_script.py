@@ -159,8 +159,11 @@ def test_what_is_the_scripts_reaches_it_in_order(argv: Any, keywords: Any, rest:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--loss", "rankclap"], "--loss: .*rankclap"),
+        (["--loss", "rankclap"], "--loss: .*rankclap'; did you mean rankclip"),
         (["--rankclip-top-k", "3"], "--rankclip-top-k: only with --loss rankclip or"),
+        (["--cyclip-lambda-in", "3"], "--cyclip-lambda-in: only with --loss cyclip$"),
+        (["--loss", "rankclip", "--cyclip-lambda-in", "3"], "--cyclip-lambda-in: only with --loss cyclip$"),
+        (["--loss", "rankclip", "--rankclip-reference", "Teacher"], "Teacher'; did you mean teacher"),
         (["--loss", "rankclip", "--rankclip-top-k", "0"], "--rankclip-top-k"),
         (["--loss", "rankclip", "--rankclip-diagonal", "exclude", "--rankclip-ties", "random"], "-diagonal"),
         (["--loss", "alip"], "--alip-caption-key"),
@@ -186,7 +189,7 @@ def test_help_is_the_runners_before_the_script(
     main()
     text = " ".join(capsys.readouterr().out.split())
     assert "multiplies lambda in the in-modal term (default: 1.0; rankclip-cross: 0.0; " in text
-    assert "a run of one epoch has no ramp over epochs and goes by steps (default: step)" in text
+    assert "a run of one epoch goes by steps (default: step)" in text
     assert "count only the best ranks of each list (default: all; rankclip-distill: 8)" in text
     monkeypatch.setattr(sys, "argv", ["runner", "--loss", "rankclip"])
     with pytest.raises(SystemExit):

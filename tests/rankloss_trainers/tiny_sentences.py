@@ -20,7 +20,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
-from rankloss_trainers.sentence_transformers import Progress
+from rankloss_trainers import sentence_transformers as ours
 
 WORDS = [f"word{i}" for i in range(40)]
 datasets.disable_progress_bars()
@@ -79,7 +79,7 @@ def train(
         model=model,
         args=SentenceTransformerTrainingArguments(**arguments),
         loss=loss,
-        callbacks=[Progress(loss)],
+        callbacks=[ours.Progress(loss)],
         **keywords,
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -91,12 +91,9 @@ def weights(module: nn.Module) -> Tensor:
 
 
 def trained(directory: Path, kind: str, batch_size: int) -> dict[str, Any]:
-    """What a training has come to, to compare numbers of processes."""
-    from rankloss_trainers import sentence_transformers as ours
-
+    """Log and weights of a training, to compare numbers of processes."""
     model = tiny(directory)
-    options = {"mini_batch_size": 3} if kind.startswith("Cached") else {}
-    loss = getattr(ours, kind)(model, schedule="linear", **options)
+    loss = ours.RankClipLoss(model, schedule="linear", mini_batch_size=3 if kind == "cached" else None)
     trainer = train(directory, loss, model, per_device_train_batch_size=batch_size, learning_rate=0.01)
     lines = [line for line in trainer.state.log_history if "loss" in line]
     return {"lines": lines, "weights": weights(trainer.model).tolist()}
@@ -104,5 +101,5 @@ def trained(directory: Path, kind: str, batch_size: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
-    results = {kind: trained(directory, kind, 8) for kind in ("RankClipLoss", "CachedRankClipLoss")}
+    results = {kind: trained(directory, kind, 8) for kind in ("plain", "cached")}
     (directory / f"result-{os.environ['RANK']}.json").write_text(json.dumps(results))

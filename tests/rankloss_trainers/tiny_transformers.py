@@ -171,7 +171,7 @@ def weights(model: nn.Module) -> Tensor:
 def own_loop(
     model: Any, loss: nn.Module, pairs: Pairs, micro_batches: Iterable[int], steps: int = 3
 ) -> list[dict[str, float]]:
-    """What a loop of one's own does with a loss: at each step a batch, or several whose losses are averaged.
+    """Train in a plain loop: at each step a batch, or several whose losses are averaged.
 
     Args:
         model: The model, which is trained.

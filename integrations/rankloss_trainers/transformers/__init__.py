@@ -20,11 +20,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rankloss_trainers.transformers.choice import LossOptions as LossOptions
     from rankloss_trainers.transformers.trainer import ContrastiveTrainer as ContrastiveTrainer
     from rankloss_trainers.transformers.trainer import ContrastiveTrainerMixin as ContrastiveTrainerMixin
 
-__all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin", "LossOptions"]
+__all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
 
 
 # A script that `python -m` runs may set environment variables before it imports transformers, so running it
@@ -32,5 +31,4 @@ __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin", "LossOptions"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "choice" if name == "LossOptions" else "trainer"
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return getattr(importlib.import_module(f"{__name__}.trainer"), name)

@@ -6,11 +6,11 @@ The script builds ``transformers.Trainer``, or a class derived from it. It finds
 ``-m rankloss_trainers.transformers SCRIPT …``.
 
 With ``--loss`` a misspelt option of a loss (``--rankclip-lamda-in``) is an error, as the script might ignore
-it; what comes after ``--`` is the script's. Without ``--loss`` the script runs as it is, and only the options
+it; the rest after ``--`` is the script's. Without ``--loss`` the script runs as it is, and only the options
 that a loss has are refused.
 
-With ``--loss`` torch is loaded before the script, but transformers is not: what the script puts into the
-environment for it (``HF_HOME``, ``HF_ENDPOINT``) still counts.
+With ``--loss`` torch is loaded before the script, but transformers is not: environment variables that the
+script sets for it (``HF_HOME``, ``HF_ENDPOINT``) still count.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ from types import ModuleType
 from typing import Any
 
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import TRAINERS_OWN
-from rankloss_trainers.command_line import did_you_mean
+from rankloss_trainers.command_line import LossArguments, mentioned, misspelt
 from rankloss_trainers.import_hook import after_import
 
 
 def main() -> None:
-    """Run the script with what the command line says of the loss."""
+    """Run the script with the loss of the command line."""
     script, *given = sys.argv[1:] or ["--help"]
     if script.startswith("-"):
-        parser, _ = _parser(None)
+        parser, _ = _parser([script])
         if script not in ("-h", "--help"):
             parser.error(f"the script comes first, got {script}")
         parser.print_help()
@@ -53,46 +52,38 @@ def main() -> None:
 
 
 def parse(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Take ``--loss`` and what belongs to it out of a script's arguments.
+    """Take ``--loss`` and the options of losses out of a script's arguments.
 
     Returns:
         The keywords of a ContrastiveTrainer, none for the script's own loss; and the script's arguments.
     """
-    beginnings = ("--loss", *(f"--{prefix}-" for prefix in catalog.PREFIXES))
-    if not any(argument.startswith(beginnings) for argument in argv):
+    beginnings = tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.candidates()))
+    if not any(argument.startswith(("--loss", *beginnings)) for argument in argv):
         return {}, argv
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--loss")
-    asked: str | None = peek.parse_known_args(argv)[0].loss
-    parser, options = _parser(asked)
+    parser, losses = _parser(argv)
     args, rest = parser.parse_known_args(argv)
-    if asked is not None:
-        for argument in itertools.takewhile(lambda argument: argument != "--", rest):
-            # With hyphens, as HfArgumentParser would take it, too.
-            if argument.replace("_", "-").startswith(options.beginnings):
-                hint = did_you_mean([argument], parser._option_string_actions)
-                parser.error(f"{argument.partition('=')[0]}: there is no such option{hint}")
+    # With hyphens, as HfArgumentParser would take it, too. The rest after "--" is the script's.
+    ours = [x for x in itertools.takewhile("--".__ne__, rest) if x.replace("_", "-").startswith(beginnings)]
+    if ours and hasattr(args, "loss"):
+        hint = misspelt(ours, parser._option_string_actions)
+        parser.error(f"{ours[0].partition('=')[0]}: there is no such option{hint}")
     try:
-        return options.keywords(args), rest
+        name, given = losses.chosen(args) or ("", {})
+        if name:
+            losses.refuse(name, given)
     except ValueError as error:
         parser.error(f"argument {error}")
+    return {"loss": name, "loss_options": given} if name else {}, rest
 
 
-def _parser(asked: str | None) -> tuple[argparse.ArgumentParser, Any]:
-    """A parser with the losses of rankloss, and the one of another package that is asked for."""
-    from rankloss_trainers.transformers.choice import LossOptions
+def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, LossArguments]:
+    """A parser with the losses that a command line may mean."""
+    from rankloss_trainers.runtime import BY_STEPS
 
-    parser = argparse.ArgumentParser(
-        prog="python -m rankloss_trainers.transformers SCRIPT ...",
-        description="Run a script that builds transformers.Trainer, with a loss of rankloss.",
-        allow_abbrev=False,
-        add_help=False,
-    )
-    names = dict.fromkeys((TRAINERS_OWN, *catalog.BUILT_IN, asked or TRAINERS_OWN))
-    try:
-        return parser, LossOptions(parser, *names)
-    except ValueError as error:
-        parser.error(f"argument --loss: {error}")
+    prog = "python -m rankloss_trainers.transformers SCRIPT ..."
+    text = "Run a script that builds transformers.Trainer, with a loss of rankloss."
+    parser = argparse.ArgumentParser(prog, description=text, allow_abbrev=False, add_help=False)
+    return parser, LossArguments(parser, mentioned(argv), defaults=BY_STEPS)
 
 
 class Attached:
@@ -124,11 +115,8 @@ class Attached:
         class Trainer(ContrastiveTrainer):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 if type(self).compute_loss is not ContrastiveTrainer.compute_loss:
-                    raise TypeError(
-                        f"{type(self).__name__} computes its own loss, which --loss "
-                        f"{attached.keywords['loss']} would not reach; derive it from "
-                        "rankloss_trainers.transformers.ContrastiveTrainer"
-                    )
+                    text = "which --loss would not reach; derive it from ContrastiveTrainer"
+                    raise TypeError(f"{type(self).__name__} computes its own loss, {text}")
                 super().__init__(*args, **attached.keywords, **kwargs)
                 attached.built = True
 

@@ -1,4 +1,4 @@
-"""What a loss needs of a model of transformers, and of its batches: embeddings, scale, bias, captions."""
+"""Embeddings, scale and bias of a model of transformers, and the captions of its batches, for a loss."""
 
 from __future__ import annotations
 
@@ -9,15 +9,6 @@ import torch
 from torch import Tensor
 
 _EMBEDDINGS = {"image_features": "image_embeds", "text_features": "text_embeds"}
-
-
-def features_of(outputs: Any, model: Any) -> dict[str, Tensor]:
-    """The embeddings of a model's output, its scale, and its bias if it has one, as losses call them.
-
-    Raises:
-        ValueError: The output has no embeddings, or the model no scale.
-    """
-    return {**embeddings_of(outputs), **scale_of(model)}
 
 
 def embeddings_of(outputs: Any) -> dict[str, Tensor]:
@@ -39,10 +30,8 @@ def scale_of(model: Any) -> dict[str, Tensor]:
     Raises:
         ValueError: It has no scale.
     """
-    scale = {"logit_scale": logit_scale(model)}
-    if has_bias(model):
-        scale["logit_bias"] = _whole(model.logit_bias, "logit_bias")
-    return scale
+    bias = {"logit_bias": _whole(model.logit_bias, "logit_bias")} if has_bias(model) else {}
+    return {"logit_scale": logit_scale(model), **bias}
 
 
 def logit_scale(model: Any) -> Tensor:
@@ -62,7 +51,7 @@ def logit_scale(model: Any) -> Tensor:
 
 
 def has_bias(model: Any) -> bool:
-    """Whether the model's own loss is a sigmoid loss, which alone has a bias."""
+    """True if the model's own loss is a sigmoid loss, which alone has a bias."""
     return isinstance(getattr(model, "logit_bias", None), Tensor)
 
 
@@ -75,10 +64,8 @@ def _whole(whole: Any, name: str) -> Tensor:
         mean = tuple(Partial("avg") for _ in whole.placements)
         whole = whole.full_tensor(grad_placements=mean)
     if whole.numel() != 1:
-        raise ValueError(
-            f"{name} has {whole.numel()} elements on this process: ZeRO stage 3 and FSDP with flat "
-            "parameters do not show it outside the forward pass; use ZeRO stage 2 or FSDP version 2"
-        )
+        remedy = "use ZeRO stage 2 or FSDP version 2, which show it outside the forward pass"
+        raise ValueError(f"{name} has {whole.numel()} elements on this process: {remedy}")
     scalar: Tensor = whole.reshape(())
     return scalar
 
@@ -102,18 +89,15 @@ def with_captions(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         ValueError: There are no such columns, or they are of another length.
     """
     plain = without_captions(inputs, prefix)
-    if len(plain) == len(inputs):
+    second = {name.removeprefix(f"{prefix}_"): x for name, x in inputs.items() if name not in plain}
+    if not second:
         raise ValueError(f"no column of the batch begins with {prefix}_, got {', '.join(inputs)}")
-    for name in inputs.keys() - plain.keys():
-        of_first = name.removeprefix(f"{prefix}_")
-        shapes = [tuple(inputs[x].shape) if x in inputs else None for x in (name, of_first)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{name} must have the shape of {of_first}, got {shapes[0]} beside {shapes[1]}; pad both "
-                "captions to one length"
-            )
-        plain[of_first] = torch.cat([inputs[of_first], inputs[name]])
-    return plain
+    for name, x in second.items():
+        first = tuple(plain[name].shape) if name in plain else None
+        if first != tuple(x.shape):
+            got = f"{tuple(x.shape)} beside {first}; pad both captions to one length"
+            raise ValueError(f"{prefix}_{name} must have the shape of {name}, got {got}")
+    return {**plain, **{name: torch.cat([plain[name], x]) for name, x in second.items()}}
 
 
 def without_captions(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:

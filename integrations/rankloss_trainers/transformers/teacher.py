@@ -1,85 +1,55 @@
-"""A teacher's features of each pair, as columns of the training data."""
+"""A teacher's features of each pair: columns of the training data, or a folder that these are bound to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from rankloss.checks import check_teacher
 from rankloss_features.binding import COLUMN, references
 from rankloss_features.folder import Features
-
-BOUND = COLUMN
-"""The column that :func:`rankloss_features.bind` adds."""
-
-COLUMNS = ("reference_image_features", "reference_text_features")
-"""The columns, ``[N, D']``: what losses call them, too."""
-
-
-def split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A batch without the columns of a teacher's features, and these columns."""
-    taught = {name: inputs[name] for name in COLUMNS if name in inputs}
-    return {name: value for name, value in inputs.items() if name not in (*COLUMNS, BOUND)}, taught
+from rankloss_trainers.runtime import TEACHER
 
 
 def collate_checked(collate: Callable[..., Any], features: Features | None, examples: Any) -> Any:
-    """A batch whose features of a teacher have been looked at, while they are in the host's memory.
+    """A batch whose features of a teacher have been checked, while they are in the host's memory.
 
     Args:
         collate: The collator that makes the batch.
         features: The folder that the examples are bound to, whose rows the batch gets; None without one.
-        examples: What it makes it of.
+        examples: The examples of the batch.
 
     Raises:
-        ValueError: The examples are not bound to the folder, or the features are no teacher's.
+        ValueError: The examples are not bound to the folder, or have features beside it; they are bound and
+            there is no folder; or the features are no teacher's.
     """
+    names = list(examples[0]) if isinstance(examples[0], Mapping) else []
+    columns = [name for name in TEACHER if name in names]
+    if features is None and COLUMN in names:
+        raise ValueError(f"the data have {COLUMN}, of a folder that no option reference_features names")
     if features is None:
         batch = collate(examples)
-    elif not all(BOUND in example for example in examples):
-        raise ValueError(
-            f"the data have no column {BOUND}, which rankloss_features.bind(dataset, {features.path!r}) adds "
-            f"before they are shuffled and tokenized; they have {', '.join(examples[0])}"
-        )
+    elif columns:
+        raise ValueError(f"reference_features {features.path!r} and {', '.join(columns)} are two teachers")
+    elif COLUMN not in names:
+        bind = f"rankloss_features.bind(dataset, {features.path!r})"
+        raise ValueError(f"the data have no column {COLUMN}, which {bind} adds; they have {', '.join(names)}")
     else:
-        bound = np.array([np.asarray(example[BOUND]) for example in examples], np.int64)
-        batch = collate([{name: x[name] for name in x if name != BOUND} for x in examples])
+        bound = np.array([np.asarray(example[COLUMN]) for example in examples], np.int64)
+        batch = collate([{name: x[name] for name in x if name != COLUMN} for x in examples])
         batch = {**batch, **references(features, bound)}
-    for name in COLUMNS:
+    for name in TEACHER:
         if isinstance(batch, Mapping) and name in batch:
             check_teacher(name, batch[name], first_look=False)  # the loss looks at the norms of the first
     return batch
 
 
 def columns_of(dataset: Any) -> list[str]:
-    """The columns of a dataset, also those that a Trainer drops as unused; empty if they are not known."""
+    """The columns of a dataset but the binding one, also unused ones; empty if they are not known."""
     names = getattr(dataset, "column_names", None)
-    if names is None and not isinstance(dataset, IterableDataset):
-        first = dataset[0]
-        names = first if isinstance(first, Mapping) else None
-    return list(names or ())
-
-
-def check_columns(name: str, wanted: bool | None, found: Iterable[str], others: Iterable[str]) -> None:
-    """Raise a ValueError unless the columns of a teacher's features are there just where they can be used.
-
-    Args:
-        name: The loss.
-        wanted: True if it ranks by a teacher, None if it does so where one is given, False if it cannot.
-        found: The columns of a teacher's features that a batch has.
-        others: The other columns of the data.
-    """
-    found, others = list(found), list(others)
-    if found and wanted is False:
-        raise ValueError(
-            f"the batch has {', '.join(found)}, but {name} does not rank by a teacher: drop the columns"
-        )
-    similar = [column for column in others if column.startswith("reference_") and column != BOUND]
-    if wanted and len(found) < len(COLUMNS) and (similar or not found):
-        raise ValueError(
-            f"{name} ranks by a teacher, whose columns are {' and '.join(COLUMNS)}, or one of them; the data "
-            f"have {', '.join([*found, *others])}"
-        )
+    if names is None and not isinstance(dataset, IterableDataset) and isinstance(dataset[0], Mapping):
+        names = dataset[0]
+    return [name for name in names or () if name != COLUMN]

@@ -1,0 +1,67 @@
+"""ALIP's second caption of each image, as open_clip's trainer reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SecondCaption:
+    """A second caption, whose features become ``caption_features`` of the model's output.
+
+    It is a companion of the first (:class:`rankloss_open_clip.companions.Companion`). The model encodes both
+    in one call.
+
+    Args:
+        key: A column of a CSV file; in a webdataset the extension of a text file, or ``json:FIELD``.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.name = f"second caption {key!r}"
+
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Any:  # noqa: ARG002
+        """The column of a CSV file.
+
+        Raises:
+            ValueError: The file has no such column, or a cell of it is empty.
+        """
+        import pandas  # type: ignore[import-untyped]
+
+        table = pandas.read_csv(path, sep=separator)
+        if self.key not in table:
+            raise ValueError(
+                f"{path} has no column {self.key!r} for the second caption; it has {', '.join(table)}"
+            )
+        empty = table[self.key].isna()
+        if empty.any():
+            raise ValueError(
+                f"{path} has no second caption in {int(empty.sum())} rows: column {self.key!r} is empty, "
+                f"first in row {int(empty.argmax()) + 1}"
+            )
+        return table[self.key].tolist().__getitem__
+
+    def of_sample(self, sample: dict[str, Any], caption: str) -> Any:  # noqa: ARG002
+        """A member of a webdataset sample, or a field of its JSON; None where it has none."""
+        kind, _, field = self.key.partition(":")
+        try:
+            return json.loads(sample["json"])[field] if kind == "json" else sample[self.key.lower()]
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
+        """Tokens, as of the first caption."""
+        return tokenize(texts)
+
+    def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:
+        """The first captions, then the second ones."""
+        return torch.cat([texts, encoded[:, : texts.shape[1]]])
+
+    def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:  # noqa: ARG002
+        """The features of both captions, apart."""
+        first, second = output["text_features"].chunk(2)
+        return {**output, "text_features": first, "caption_features": second}

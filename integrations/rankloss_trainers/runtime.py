@@ -1,0 +1,421 @@
+"""The runtime of a loss in any trainer: its progress, its teacher, its entries, its state.
+
+A trainer's plug-in, here a host, describes itself by a :class:`Host` and translates its trainer's calls::
+
+    run = Runtime(HOST, "rankclip", {"top_k": 8}, base=base, gather=gather)   # or a module
+    run.begin(epochs)                                # before the first step; logs nothing
+    run.set_epoch(epoch, epochs)                     # at each epoch, counted from 1
+    run.set_progress(step, total_steps)              # once before each optimizer step, counted from 1
+    terms, metrics = run(image_features=…, text_features=…, logit_scale=…, reference_image_features=…)
+    terms, metrics = run.evaluate(image_features=…, text_features=…, logit_scale=…)   # the base alone
+
+A host makes all of these calls for any loss: the runtime tells each part of the loss by the method that it
+has. It refuses, by name, a loss that needs more than the host serves, a teacher that nobody uses, a teacher
+that is missing, and a step of which the loss was not told. ``run.saved()`` and ``run.restore(…)`` serve
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+from collections.abc import Collection, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import rankloss
+from rankloss.distributed import Gather, GatherOption, gather_once
+from rankloss.losses import base_entries
+from rankloss_features.folder import Features
+from rankloss_trainers.catalog import LossEntry, Options, find
+from rankloss_trainers.logging import RankClipLog
+
+TEACHER = ("reference_image_features", "reference_text_features")
+"""A teacher's features of each pair, ``[N, D']``: the names of a loss's arguments and of columns of data."""
+
+_logger = logging.getLogger("rankloss_trainers")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A trainer as the runtime knows it, in its user's words.
+
+    Attributes:
+        name: The trainer.
+        biased: A set-up whose own loss is a sigmoid loss: ``"--siglip"``.
+        teacher: The ways to give a teacher's features: ``"give the columns …"``.
+        progress: The remedy where the loss is not told where training stands.
+        serves: The needs of losses that it serves, of :data:`NEEDS`.
+        defaults: Defaults of options, by key, that differ from the catalogue's.
+    """
+
+    name: str
+    biased: str
+    teacher: str
+    progress: str
+    serves: Collection[str] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+BY_STEPS = {"schedule_unit": "step"}
+"""Defaults of hosts whose number of epochs may be a fraction."""
+
+NEEDS = {
+    "caption": "a second caption of each image",
+    "folder": "a folder of a teacher's features (reference_features)",
+    "state": "a state in checkpoints",
+    "parameters": "parameters of its own, which an optimizer has to train",
+}
+"""The needs of a loss that not every host serves."""
+
+
+def reason_against(
+    host: Host, name: str, entry: LossEntry, options: Options, gather: Gather, *, sigmoid: bool
+) -> str | None:
+    """The reason why a loss with these options does not work in a host, or None.
+
+    Args:
+        host: The host.
+        name: The loss.
+        entry: Its entry.
+        options: The values of all its options.
+        gather: The run's gathering.
+        sigmoid: Whether the trainer's own loss is a sigmoid loss.
+
+    Returns:
+        A reason, which begins with the key of an option where it is about that option alone.
+    """
+    if sigmoid and entry.no_sigmoid:
+        return f"{name} does not work with {host.biased}: {entry.no_sigmoid}"
+    if entry.only_sigmoid and not sigmoid:
+        return f"{name} needs {host.biased}: {entry.only_sigmoid}"
+    needs = {"caption": entry.caption_key(options), "folder": entry.reference_features(options)}
+    return _unserved(host, name, needs) or entry.refuse(options, gather)
+
+
+def _unserved(host: Host, name: str, needs: Mapping[str, object]) -> str | None:
+    unserved = [NEEDS[need] for need in needs if needs[need] and need not in host.serves]
+    return f"{name} needs {unserved[0]}, which {host.name} does not serve" if unserved else None
+
+
+# --- entries --------------------------------------------------------------------------------------------
+
+
+class Entries(NamedTuple):
+    """The entries of a loss for one batch: scalars on the device of the features.
+
+    Attributes:
+        terms: The trained terms; their names end in ``_loss``.
+        metrics: Logged values beside them, detached.
+    """
+
+    terms: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the terms."""
+        first, *others = self.terms.values()
+        return sum(others, first)
+
+    @classmethod
+    def of(cls, loss: object, entries: Mapping[str, Tensor]) -> Entries:
+        """Separate the terms from the metrics, by their names.
+
+        Args:
+            loss: The loss, for the errors.
+            entries: All of them.
+
+        Raises:
+            ValueError: There is no term, or an entry takes a gradient that nobody would see.
+        """
+        name_of_loss = getattr(loss, "__name__", type(loss).__name__)
+        terms = {name: value for name, value in entries.items() if name.endswith("_loss")}
+        metrics = {name: value for name, value in entries.items() if name not in terms}
+        if not terms:
+            raise ValueError(f"{name_of_loss} gives no entry ending in _loss to train; got {list(entries)}")
+        lost = [name for name, value in metrics.items() if value.requires_grad]
+        if lost:
+            text = f"call it {lost[0]}_loss to train it, or detach it to log it"
+            raise ValueError(f"{name_of_loss} gives {lost[0]!r} with a gradient: {text}")
+        # A rank term is a constant while λ is 0. A compiled trainer would be compiled again when it is none.
+        trained = next((value for value in terms.values() if value.requires_grad), None)
+        if trained is not None:
+            terms = {name: x if x.requires_grad else x + 0 * trained for name, x in terms.items()}
+        return cls(terms, metrics)
+
+
+class LoggedTerms(dict[str, Tensor]):
+    """The terms of a loss together with metrics that are logged but not trained.
+
+    open_clip 3.x and sentence-transformers add up ``values()`` and log ``items()``; the first therefore
+    leaves the metrics out.
+
+    Args:
+        terms: The terms.
+        metrics: The metrics.
+    """
+
+    def __init__(self, terms: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
+        super().__init__({**terms, **metrics})
+        self._metrics = frozenset(metrics)
+
+    def values(self) -> Any:
+        """The terms only."""
+        return [value for name, value in self.items() if name not in self._metrics]
+
+
+# --- progress -------------------------------------------------------------------------------------------
+
+METHODS = {"epoch": "set_epoch", "step": "set_progress"}
+
+
+def listeners(loss: nn.Module, unit: str, preferred: str = "step") -> Iterator[Any]:
+    """The methods by which the parts of a loss are told of the beginning of an epoch or step.
+
+    Args:
+        loss: The loss, or a module that holds it.
+        unit: ``"epoch"`` or ``"step"``.
+        preferred: The unit of a part that has both methods.
+    """
+    for part in loss.modules():
+        has = [name for name, method in METHODS.items() if hasattr(part, method)]
+        if unit in has and (unit == preferred or len(has) == 1):
+            yield getattr(part, METHODS[unit])
+
+
+# --- a run ----------------------------------------------------------------------------------------------
+
+
+def _check_teacher(
+    name: str, use: str, remedy: str, found: Collection[str], columns: Collection[str] = ()
+) -> None:
+    if found and use == "none":
+        raise ValueError(f"the data have {', '.join(found)}, but {name} does not use a teacher")
+    similar = [column for column in columns if column.startswith("reference_") and column not in found]
+    if use == "required" and (not found or (similar and len(found) < len(TEACHER))):
+        has = f"; the data have {', '.join(columns)}" if columns else ""
+        raise ValueError(f"{name} needs a teacher's features: {remedy}{has}")
+
+
+class Runtime(nn.Module):
+    """A loss in a trainer.
+
+    Args:
+        host: The trainer.
+        loss: The name of a loss of the catalogue, or a module with the forward convention of open_clip's
+            losses.
+        options: Options of a named loss, by key; the others have their defaults.
+        base: The loss of the trainer, to stand on or to replace. None: :class:`rankloss.ClipLoss`.
+        gather: The gathering of a named loss and of the default base.
+
+    Attributes:
+        name: The name in the catalogue, or the class of a module.
+        entry: The entry of the loss; one without options for a module.
+        options: The values of its options.
+        criterion: The loss.
+        teacher: ``"required"``, ``"optional"``, or ``"none"``.
+        features: The folder of the teacher's features, or None.
+        captions: The key of a second caption, or None.
+        columns: The columns of the training data, which a host may name for the errors.
+        unit: ``"epoch"`` or ``"step"``, the way in which a part that has both methods is told.
+        step: The optimizer step of the run, counted from 0.
+
+    Raises:
+        TypeError: An option does not exist, options come beside a module, or the loss is no module.
+        ValueError: The loss does not exist, or cannot work with these options or in this host.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        loss: str | nn.Module,
+        options: Options | None = None,
+        *,
+        base: Any = None,
+        gather: GatherOption = None,
+    ) -> None:
+        super().__init__()
+        self.host, self._gather = host, Gather.of(gather)
+        base = rankloss.ClipLoss(gather=gather) if base is None else base
+        if isinstance(loss, str):
+            self.name, found = loss, find(loss)
+            self.package = found.package or f"rankloss {rankloss.__version__}"
+            self.entry = found.load().with_defaults(**host.defaults)
+            self.options = self.entry.checked(loss, options or {})
+            sigmoid = any(each.__name__ == "SigLipLoss" for each in type(base).__mro__)
+            reason = reason_against(host, loss, self.entry, self.options, self._gather, sigmoid=sigmoid)
+            loss = self.entry.build(base, self.options, self._gather) if reason is None else base
+        else:
+            self.name, self.package, self.options, reason = type(loss).__name__, "", {}, None
+            if options:
+                raise TypeError("options are for a loss that is given by its name; a module has its own")
+            log = (lambda _: RankClipLog()) if isinstance(loss, rankloss.RankClipLoss) else None
+            self.entry = LossEntry(build=lambda *_: loss, unit="step", log=log)
+        if not isinstance(loss, nn.Module):
+            raise TypeError(f"loss must be a module, or the name of one; {self.name} is {loss!r}")
+        has_parameters = any(parameter.requires_grad for parameter in loss.parameters())
+        needs = {"parameters": has_parameters, "state": loss.state_dict()}
+        reason = reason or _unserved(host, self.name, needs)
+        if reason is not None:
+            raise ValueError(reason)
+        self.criterion: nn.Module = loss
+        self.columns: Collection[str] = ()
+        self.captions = self.entry.caption_key(self.options)
+        self.teacher, self.features = self._use_of_a_teacher(), self._folder()
+        self.unit, self.step = "step", 0
+        self._log = None if self.entry.log is None else self.entry.log(self.options)
+        self._base = loss  # the innermost, or the trainer's own
+        while (below := getattr(self._base, "base", None)) is not None:
+            self._base = below
+        self._base = base if self._base is loss else self._base
+        self._first_state = deepcopy(loss.state_dict())
+        self._is_told = not any(hasattr(part, x) for part in loss.modules() for x in METHODS.values())
+        self._found: list[str] = []  # the teacher's features of the last batch
+
+    def _use_of_a_teacher(self) -> str:
+        forwards = [inspect.signature(part.forward).parameters for part in self.criterion.modules()]
+        found = [parameters[name] for parameters in forwards for name in TEACHER if name in parameters]
+        if self.entry.uses_teacher(self.options) or any(x.default is x.empty for x in found):
+            return "required"
+        return "optional" if found and self.options.get("reference") != "own" else "none"
+
+    def _folder(self) -> Features | None:
+        where = self.entry.reference_features(self.options)
+        try:
+            return None if where is None else Features(where).check()
+        except ValueError as error:
+            raise ValueError(f"reference_features: {error}") from error
+
+    def described(self, epochs: float) -> str:
+        """The line of the log about a run of so many epochs."""
+        text = self.entry.described(self.options, epochs)
+        return f"Loss: {self.name}" + f" ({self.package})" * bool(self.package) + f", {text}" * bool(text)
+
+    def begin(self, epochs: float) -> None:
+        """A training of so many epochs begins; infinity where its data have no length.
+
+        Raises:
+            ValueError: The loss goes by epochs, and their number is not known.
+        """
+        unit = self.entry.unit
+        self.unit = unit if isinstance(unit, str) else unit(self.options, epochs)
+        if math.isinf(epochs) and any(listeners(self.criterion, "epoch", self.unit)):
+            text = "but data without a length have no known number of epochs; give schedule_unit 'step'"
+            raise ValueError(f"{self.name} goes by epochs (schedule_unit 'epoch'), {text}")
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Epoch ``epoch`` of ``epochs`` begins, counted from 1."""
+        self._is_told = True
+        for tell in listeners(self.criterion, "epoch", self.unit):
+            tell(epoch, epochs)
+
+    def set_progress(self, step: int, total_steps: int) -> None:
+        """Optimizer step ``step`` of ``total_steps`` begins, counted from 1."""
+        self._is_told, self.step = True, step - 1
+        for tell in listeners(self.criterion, "step", self.unit):
+            tell(step, total_steps)
+
+    # The step moves at every call, which would recompile a compiled caller: the graph breaks here, once.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, **inputs: Any) -> Entries:
+        """Compute the loss of a batch.
+
+        Args:
+            **inputs: ``image_features``, ``text_features``, ``logit_scale``, and other inputs of the loss.
+
+        Raises:
+            RuntimeError: The loss has a schedule and was not told where training stands.
+            ValueError: As :meth:`Entries.of` and :meth:`check_teacher`.
+        """
+        if not self._is_told:
+            raise RuntimeError(f"{self.name} is not told where training stands: {self.host.progress}")
+        self.check_teacher([name for name in TEACHER if inputs.get(name) is not None])
+        # Always by name: only the names tell which entry is a term.
+        with gather_once():
+            entries: dict[str, Tensor] = dict(self.criterion(**inputs, output_dict=True))
+            if self._log is not None:
+                entries.update(self._log(self.criterion, entries, self.step, inputs))
+        return Entries.of(self.criterion, entries)
+
+    def evaluate(self, **features: Any) -> Entries:
+        """The terms of the base, without the terms that a schedule weighs; 0 for a single pair."""
+        images: Tensor = features["image_features"]
+        if len(images) < self.gather.min_pairs:
+            return Entries({"contrastive_loss": images.new_zeros(())}, {})
+        return Entries(Entries.of(self._base, base_entries(self._base, **features)).terms, {})
+
+    @property
+    def gather(self) -> Gather:
+        """The gathering of the loss."""
+        given = (part.gather for part in self.criterion.modules() if hasattr(part, "gather"))
+        return next((gather for gather in given if isinstance(gather, Gather)), self._gather)
+
+    def check_teacher(self, found: list[str]) -> None:
+        """Raise a ValueError unless a teacher's features are there just where the loss uses them.
+
+        Args:
+            found: The names of the features that a batch has, of :data:`TEACHER`.
+        """
+        _check_teacher(self.name, self.teacher, self.host.teacher, found, self.columns)
+        if found not in ([], self._found) and self.gather.place[0] == 0:
+            _logger.info("%s uses a teacher: %s", self.name, " and ".join(found))
+        self._found = found
+
+    # --- checkpoints ---
+
+    def saved(self) -> dict[str, Any] | None:
+        """A copy of the loss's state on the CPU, of tensors and containers only; None if it has none."""
+        state = {key: x.detach().to("cpu", copy=True) for key, x in self.criterion.state_dict().items()}
+        return {"loss": self.name, "state_dict": state} if state else None
+
+    def restore(self, state: Mapping[str, Any] | None, *, warn: bool = True) -> None:
+        """Load a state of :meth:`saved`, whose tensors may have become lists, or begin anew.
+
+        Args:
+            state: The state in the checkpoint that is resumed from, or None.
+            warn: Whether this process warns where that is not the state of this loss, which then starts anew.
+        """
+        own = self._first_state
+        if state is not None and state["loss"] == self.name:
+            dtypes = {key: x.dtype for key, x in own.items()}
+            own = {key: torch.as_tensor(x, dtype=dtypes.get(key)) for key, x in state["state_dict"].items()}
+        elif own and warn:
+            found = "no state of a loss" if state is None else f"the state of the loss {state['loss']}"
+            text = "The checkpoint resumed from holds %s: the state of %s starts anew"
+            _logger.warning(text, found, self.name)
+        self.criterion.load_state_dict(own)
+
+
+# --- a loop of one's own --------------------------------------------------------------------------------
+
+OWN_LOOP = Host(
+    name="a loop of one's own",
+    biased="a SigLipLoss as base",
+    teacher=f"call it with {' and '.join(TEACHER)}",
+    progress="call set_epoch or set_progress",
+    serves=("caption", "state", "parameters"),
+)
+
+
+def own_loop(name: str, base: Any, gather: GatherOption, options: Options) -> nn.Module:
+    """See :func:`rankloss_trainers.create`."""
+    run = Runtime(OWN_LOOP, name, options, base=base, gather=gather)
+    for key in [option.key for option in run.entry.options if option.for_trainer and option.key in options]:
+        raise ValueError(f"{key} is for a trainer's plug-in, which acts on it; got {options[key]!r}")
+
+    if run.teacher == "required" or run.options.get("reference") == "own":
+        hook = functools.partial(_check_call, name, run.teacher)  # which can be pickled
+        run.criterion.register_forward_pre_hook(hook, with_kwargs=True)
+    return run.criterion
+
+
+def _check_call(name: str, use: str, module: nn.Module, args: Any, inputs: Mapping[str, Any]) -> None:  # noqa: ARG001
+    found = [x for x in TEACHER if inputs.get(x) is not None]
+    _check_teacher(name, use, OWN_LOOP.teacher, found)

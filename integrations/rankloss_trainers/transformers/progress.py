@@ -1,0 +1,79 @@
+"""The callback that tells losses where a transformers Trainer, or one derived from it, stands."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from torch import nn
+from torch.utils.data import ConcatDataset
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
+
+from rankloss_trainers.runtime import Runtime
+
+_logger = logging.getLogger("rankloss_trainers")
+
+
+class Progress(TrainerCallback):
+    """Tells losses where a Trainer stands, at each epoch and optimizer step.
+
+    Args:
+        *losses: The losses of the trainer, or modules that hold them.
+
+    Raises:
+        ValueError: None of them is a loss of this package; when training begins, for a last batch of one
+            pair, and for a loss that goes by epochs on data without a length.
+    """
+
+    def __init__(self, *losses: nn.Module) -> None:
+        self.runs = [x for loss in losses for x in loss.modules() if isinstance(x, Runtime)]
+        if not self.runs:
+            given = ", ".join(type(loss).__name__ for loss in losses) or "none"
+            raise ValueError(f"losses must hold a loss of rankloss_trainers; got {given}")
+        self._epoch: int | None = None
+
+    # Only now is the number of epochs known: `max_steps` and the data have a say in it.
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Check the data, and log the loss of the run."""
+        loader, self._epoch = kwargs["train_dataloader"], None
+        epochs = state.num_train_epochs if has_length(loader) else math.inf
+        if has_length(loader):
+            _check_last_batch(loader, args, state.max_steps)
+        for run in self.runs:
+            run.begin(epochs)
+            if state.is_world_process_zero:
+                _logger.info("%s", run.described(epochs))
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """At each epoch, for losses that go by epochs."""
+        # Counted: an epoch that a callback ended leaves a fraction.
+        self._epoch = int(state.epoch) if self._epoch is None else self._epoch + 1
+        epochs = state.num_train_epochs
+        for run in self.runs:
+            run.set_epoch(min(self._epoch + 1, epochs), epochs)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Once per optimizer step."""
+        for run in self.runs:
+            run.set_progress(state.global_step + 1, state.max_steps)
+
+
+def _check_last_batch(loader: Any, args: Any, max_steps: int) -> None:
+    """Raise a ValueError if a last batch, which the run reaches, cannot be contrasted.
+
+    Where accelerate completes the last batch from the first ones, there is none.
+    """
+    is_completed = getattr(loader.batch_sampler, "even_batches", False)
+    is_reached = max_steps * args.gradient_accumulation_steps >= len(loader)
+    if args.dataloader_drop_last or is_completed or not is_reached:
+        return
+    dataset: Any = loader.dataset
+    size, processes = args.train_batch_size, args.world_size
+    for pairs in map(len, dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]):
+        last = pairs % (size * processes)
+        if last == 1 or (last and processes > 1):
+            said = f"the last batch of an epoch has {last} pair(s), which processes cannot contrast"
+            data = f"{pairs} pairs in batches of {size} on {processes} process(es)"
+            raise ValueError(f"{said}: {data}; set dataloader_drop_last=True")

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankloss_baselines.second_caption import SecondCaption
+
+
+@pytest.mark.parametrize(
+    ("key", "sample", "caption"),
+    [
+        ("Syn.TXT", {"syn.txt": b"made up"}, b"made up"),
+        ("Syn.TXT", {"txt": b"raw"}, None),
+        ("json:blip", {"json": json.dumps({"blip": "b", "url": "u"}).encode()}, "b"),
+        ("json:blip", {"json": b'{"other": "d"}'}, None),
+        ("json:blip", {"json": b"not json"}, None),
+        ("json:blip", {}, None),
+    ],
+)
+def test_caption_of_a_sample(key: str, sample: dict[str, Any], caption: Any) -> None:
+    assert SecondCaption(key).of_sample(sample, "raw") == caption
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("filepath;title;syn\n1.png;raw;made\n2.png;5;NULL and void\n", ""),
+        ("filepath;title\n1.png;raw\n", "'syn'.* filepath, title"),
+        ("filepath;title;syn\n1.png;a;b\n2.png;c;\n3.png;d;\n", "2 rows: column 'syn' .* row 2"),
+    ],
+)
+def test_column_of_a_csv_file(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text(text)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            SecondCaption("syn").of_rows(str(file), ";", None)
+    else:
+        of_row = SecondCaption("syn").of_rows(str(file), ";", None)
+        assert [of_row(0), of_row(1)] == ["made", "NULL and void"]

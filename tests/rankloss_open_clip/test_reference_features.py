@@ -1,0 +1,241 @@
+"""A teacher's features of each pair: from a folder or the samples to what the loss is called with."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from open_clip_train.params import parse_args
+from teacher_features import stored, unit_rows
+from test_companions import CONTEXT, csv, read, tokenizer
+from torch import Tensor
+
+from rankloss_features.command import main
+from rankloss_features.folder import NAMES
+from rankloss_open_clip.command_line import companions_of, remedy_for_unused_features
+from rankloss_open_clip.companions import Companions
+from rankloss_open_clip.reference_features import IN_SAMPLES, ReferenceFeatures, without_features
+
+OPTION = "--rankclip-reference-features"
+BOTH = unit_rows(4, 2)
+
+
+def npy(array: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def taken_apart(companion: ReferenceFeatures, texts: list[str]) -> dict[str, Tensor]:
+    """Features of texts, as the loss gets them."""
+    encoded = Companions([companion]).tokenizer(tokenizer())(texts)
+    assert encoded.dtype == torch.int64
+    assert torch.equal(encoded[:, 0, :CONTEXT], tokenizer()([text.split("\x1f")[0] for text in texts]))
+    return companion.outputs({}, encoded[:, 1])
+
+
+def features_of(*samples: dict[str, Any], where: str) -> dict[str, Tensor]:
+    """Features of a webdataset's samples."""
+    companion = ReferenceFeatures(where, two_widths=True)
+    return taken_apart(companion, [x["txt"].decode() for x in read([companion], *samples)])
+
+
+# --- samples of a webdataset ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", IN_SAMPLES)
+@pytest.mark.parametrize("width", [1, 5, 20])
+def test_members_of_the_samples_are_their_features(where: str, width: int) -> None:
+    rows = zip(NAMES, (unit_rows(2, width)[0], unit_rows(2, 3)[1]), strict=True)
+    arrays = {name: row.astype(np.float16) for name, row in rows}
+    members = {f"{name}.npy": npy(array) for name, array in arrays.items()}
+    companion = ReferenceFeatures(where, two_widths=True)
+    (sample,) = read([companion], {"txt": b"left out"}, {"txt": b"caption", **members})
+    # What is not named stays, as every other member does.
+    assert {x for x in sample if x.endswith(".npy")} == {
+        f"{x}.npy" for x in NAMES if x not in companion.names
+    }
+    taken = taken_apart(companion, [sample["txt"].decode()])
+    assert list(taken) == [f"reference_{name}" for name in companion.names]
+    for name in companion.names:
+        (found,) = taken[f"reference_{name}"]
+        own = len(arrays[name])
+        assert torch.equal(found[:own], torch.from_numpy(arrays[name].astype(np.float32)))
+        assert not found[own:].any()
+
+
+WHOLE = npy(np.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("member", "said"),
+    [
+        (WHOLE[:-3], "EOF"),
+        (WHOLE[:20], "EOF"),
+        (b"", "EOF"),
+        (b"PK\x03\x04" * 9, "magic"),
+        (npy(np.array([{}, {}])), "allow_pickle"),
+        (npy(np.ones((1, 2))), "(1, 2)"),
+        (npy(np.array([1, np.nan])), "nan"),
+        (npy(np.full(2, 1e300)), "inf"),
+        (npy(np.zeros(2)), "zeros"),
+        (npy(np.array([1, 0])), "int64"),
+        (npy(np.ones(3)), "widths of [3]"),
+    ],
+)
+def test_damaged_member_falls_under_the_trainers_rule_for_broken_samples(
+    caplog: pytest.LogCaptureFixture, member: bytes, said: str
+) -> None:
+    samples = ({"txt": b"a", "text_features.npy": x} for x in (WHOLE, member, WHOLE, member))
+    assert len(features_of(*samples, where="samples:text")["reference_text_features"]) == 2
+    assert len(caplog.messages) == 2
+    for i, message in enumerate(caplog.messages):
+        assert f"sample '{2 * i + 1}' of a.tar skipped, damaged one number {i + 1}: " in message
+        assert said in message
+
+
+def test_samples_that_are_all_damaged_are_an_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"none of 2 samples .*image_features\.npy and text_features\.npy; .*'1'"
+    ):
+        features_of(*[{"txt": b"a", **{f"{name}.npy": b"" for name in NAMES}}] * 2, where="samples")
+
+
+def test_members_that_no_option_names_are_refused() -> None:
+    samples = [
+        {"__key__": "0", "__url__": "a.tar"},
+        {"__key__": "1", "__url__": "a.tar", "text_features.npy": WHOLE},
+    ]
+    remedy = remedy_for_unused_features(parse_args(["--loss", "rankclip"]))
+    assert remedy is not None
+    with pytest.raises(
+        ValueError, match=rf"'1' of a\.tar has text_features\.npy.*{OPTION}.*--rankclip-reference own"
+    ):
+        list(without_features(lambda: samples, remedy))
+    for argv in (["--loss", "rankclip", "--rankclip-reference", "own"], ["--loss", "cyclip"]):
+        assert remedy_for_unused_features(parse_args(argv)) is None
+
+
+# --- folders --------------------------------------------------------------------------------------------
+
+ROWS = [("1.png", "a"), ("2.png", "5")]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (ROWS, ""),
+        (ROWS[::-1], "row 0 .* in row 1"),
+        ([ROWS[0], ("2.png", "6")], "row 1 .*'5'"),
+        ([("3.png", "a"), ROWS[1]], r"row 0 .*1\.png"),
+        (ROWS[:1], "row 1 .*1 rows"),
+        ([*ROWS, ("3.png", "b")], "row 2 is missing"),
+    ],
+)
+def test_rows_of_features_are_those_of_the_table(
+    tmp_path: Path, pairs: list[tuple[str, str]], message: str
+) -> None:
+    dataset, file = csv(tmp_path, "filepath;title\nfolder/1.png;a\n2.png;5\n")
+    array = unit_rows(len(pairs), 2)
+    companion = ReferenceFeatures(stored(tmp_path / "x", pairs, text_features=array))
+    if message:
+        with pytest.raises(ValueError, match=message):
+            companion.of_rows(file, ";", dataset)
+    else:
+        Companions([companion]).join_csv(dataset, file, ";")
+        (found,) = taken_apart(companion, [dataset.captions[1], dataset.captions[0]]).values()
+        assert torch.equal(found[:, :2], torch.from_numpy(array[::-1].copy()))
+
+
+@pytest.mark.parametrize("caption", ["007", "1.50", "NA"])
+def test_command_and_trainer_read_a_caption_alike_or_the_command_refuses_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caption: str
+) -> None:
+    """The trainer reads with pandas, which makes numbers, or missing values, of some captions."""
+    dataset, file = csv(tmp_path, f"filepath;title\n1.png;{caption}\n2.png;5\n")
+    np.savez(tmp_path / "given.npz", text_features=unit_rows(2, 2))
+    folder, data = str(tmp_path / "teacher"), ["--data", file, "--csv-separator", ";"]
+    code = main(["--output", folder, "--features", str(tmp_path / "given.npz"), *data])
+    if caption == "NA":
+        assert code == 1
+        assert "'NA'" in capsys.readouterr().err
+    else:
+        assert code == 0
+        Companions([companion := ReferenceFeatures(folder)]).join_csv(dataset, file, ";")
+        assert float(dataset.captions[0].split("\x1f")[0]) == float(caption)
+        assert len(taken_apart(companion, list(dataset.captions))["reference_text_features"]) == 2
+
+
+def test_rows_of_features_are_found_by_key_and_caption(tmp_path: Path) -> None:
+    array = unit_rows(2, 2)
+    folder = stored(tmp_path / "x", [("1", "b"), ("0", "a")], text_features=array)
+    samples = {"txt": b"a"}, {"txt": b"b"}, {"syn": b"skipped by the trainer"}
+    (found,) = features_of(*samples, where=folder).values()
+    assert torch.equal(found[:, :2], torch.from_numpy(array[::-1].copy()))
+    for wrong in ({"txt": b"b"},), (*samples[:2], {"txt": b"a"}):
+        with pytest.raises(ValueError, match=rf"sample '{len(wrong) - 1}' of a\.tar .*{folder}"):
+            features_of(*wrong, where=folder)
+
+
+def test_members_of_samples_are_not_for_a_csv_file(tmp_path: Path) -> None:
+    dataset, file = csv(tmp_path, "filepath;title\n1.png;a\n")
+    with pytest.raises(ValueError, match=file):
+        ReferenceFeatures("samples").of_rows(file, ";", dataset)
+
+
+# --- the command line -----------------------------------------------------------------------------------
+
+
+def damaged(row: int | slice, value: float, rows: int = 12) -> np.ndarray[Any, Any]:
+    array = unit_rows(rows, 3)
+    array[row] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"image_features": BOTH, "text_features": unit_rows(3, 2)}, "(3, 2)"),
+        (dict(zip(NAMES, (BOTH, unit_rows(4, 3)), strict=True)), "--rankclip-lambda-cross 0"),
+        ({"image_features": damaged(2, np.nan)}, "row 2"),
+        ({"text_features": damaged(slice(16_390, None), 0.0, 16_400)}, "from row 16384, "),
+    ],
+)
+def test_folder_that_no_teacher_gives_is_refused_before_training(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arrays: dict[str, Any], message: str
+) -> None:
+    folder = stored(tmp_path / "teacher", **arrays)
+    with pytest.raises(SystemExit):
+        parse_args(["--loss", "rankclip", OPTION, folder])
+    said = capsys.readouterr().err
+    assert f"{OPTION}: " in said
+    assert message in said
+
+
+def test_sources_that_contradict_are_refused_with_both_names(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = stored(tmp_path / "teacher", image_features=BOTH, text_features=BOTH)
+    for argv, named in (
+        (f"{folder} --distill-model RN50 --distill-pretrained x", (OPTION, "--distill-model")),
+        (f"{folder} --rankclip-reference own", (OPTION, "reference own")),
+        (f"{tmp_path}/none", (f"{OPTION}: {tmp_path}/none",)),
+    ):
+        with pytest.raises(SystemExit):
+            parse_args(["--loss", "rankclip", OPTION, *argv.split()])
+        said = capsys.readouterr().err
+        assert all(name in said for name in named)
+
+
+def test_folder_alone_says_that_a_teacher_ranks(tmp_path: Path) -> None:
+    two = stored(tmp_path / "two", image_features=BOTH, text_features=unit_rows(4, 3))
+    texts = stored(tmp_path / "texts", text_features=BOTH)
+    off = ["--rankclip-lambda-cross", "0"]
+    for given in ([two, *off], [texts, *off, "--rankclip-reference", "teacher"]):
+        args = parse_args(["--loss", "rankclip", OPTION, *given])
+        assert args.rankclip_reference != "own"
+        assert companions_of(args) is not None

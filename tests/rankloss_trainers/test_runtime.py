@@ -1,0 +1,286 @@
+"""The runtime of a loss: progress, teacher, entries and state; and create(), which builds losses by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from taught import Mimicry
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+import rankloss
+import rankloss_trainers
+from rankloss_baselines import AlipLoss, CyClipLoss
+from rankloss_trainers import catalog
+from rankloss_trainers.runtime import NEEDS, TEACHER, Host, Runtime, listeners
+
+SCALE = torch.tensor(8.0)
+HOST = Host("a trainer", "--siglip", "give the columns", "give callbacks=[Progress()]", serves=tuple(NEEDS))
+BARE = dataclasses.replace(HOST, serves=())
+
+
+def features(count: int = 2, seed: int = 0) -> list[Tensor]:
+    rows = normalize(torch.randn(count, 6, 4, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    return [x.clone().requires_grad_() for x in rows]
+
+
+def inputs(pair: list[Tensor]) -> dict[str, Tensor]:
+    return {"image_features": pair[0], "text_features": pair[1], "logit_scale": SCALE}
+
+
+def teacher(seed: int = 1) -> dict[str, Tensor]:
+    return dict(zip(TEACHER, (x.detach() for x in features(seed=seed)), strict=True))
+
+
+def at(run: Runtime, step: int, total_steps: int = 3) -> Runtime:
+    run.set_progress(step, total_steps)
+    return run
+
+
+class Named(nn.Module):
+    """A loss of given entries, which records its inputs."""
+
+    def __init__(self, **entries: Tensor) -> None:
+        super().__init__()
+        self.entries = entries
+        self.seen: dict[str, Any] = {}
+
+    def forward(self, **inputs: Any) -> dict[str, Tensor]:
+        self.seen = inputs
+        return self.entries
+
+
+# --- entries --------------------------------------------------------------------------------------------
+
+
+def test_terms_are_told_from_metrics_by_their_names() -> None:
+    x = torch.tensor(2.0, requires_grad=True)
+    criterion = Named(a_loss=3 * x, depth=5 * x.detach(), b_loss=x * x)
+    terms, metrics = entries = Runtime(BARE, criterion)(**inputs(features()), logit_bias=None)
+    assert terms == {"a_loss": 6, "b_loss": 4}
+    assert metrics == {"depth": 10}
+    entries.total.backward()
+    assert x.grad == 7
+    assert criterion.seen.keys() == {*inputs(features()), "logit_bias", "output_dict"}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["depth"], "no entry ending in _loss .*depth"),
+        (["a_loss", "itc"], "'itc' .* call it itc_loss .*detach it"),
+    ],
+)
+def test_entries_that_nobody_could_tell_apart_are_refused(names: list[str], message: str) -> None:
+    """A base that calls its loss ``itc`` would be shown and not trained, beside terms that are."""
+    entries = {name: torch.tensor(1.0, requires_grad=True) for name in names}
+    with pytest.raises(ValueError, match=f"Named.* {message}"):
+        Runtime(BARE, Named(**entries))(**inputs(features()))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])  # λ = 0, ½, 1
+def test_rankclip_is_what_it_is_alone(step: int) -> None:
+    run = at(
+        Runtime(HOST, "rankclip", {"schedule": "linear", "schedule_unit": "step", "agreement_every": 1}), step
+    )
+    alone = rankloss_trainers.create("rankclip", schedule="linear")
+    alone.set_progress(step, 3)
+    driven, plain = features(), features()
+    entries, expected = run(**inputs(driven)), alone(**inputs(plain))
+    kinds = ("raw", "tau")  # the raw terms also while λ is 0
+    logged = [f"{term}_{kind}" for kind in kinds for term in ("cross_modal", "in_modal")]
+    assert list(entries.metrics) == ["rank_lambda", *logged]
+    assert entries.metrics["rank_lambda"] == (step - 1) / 2
+    assert torch.equal(entries.total, expected)
+    (0.3 * entries.total).backward()
+    (0.3 * expected).backward()
+    assert all(torch.equal(x.grad, y.grad) for x, y in zip(driven, plain, strict=True))
+
+
+@pytest.mark.parametrize("names", [TEACHER, TEACHER[1:]])
+def test_raw_terms_are_ranked_by_the_teacher_that_is_given(names: tuple[str, ...]) -> None:
+    cross = float(len(names) == 2)
+    run = at(Runtime(HOST, rankloss.RankClipLoss(schedule="linear", lambda_cross=cross)), 2)
+    pair, given = features(), {name: teacher()[name] for name in names}
+    terms, metrics = run(**inputs(pair), **given)
+    expected = rankloss.RankConsistency(cross_modal=cross)(*pair, SCALE, output_dict=True, **given)
+    for term in ("cross_modal", "in_modal") if cross else ("in_modal",):
+        torch.testing.assert_close(metrics[f"{term}_raw"], expected[f"{term}_loss"].detach())
+        torch.testing.assert_close(terms[f"{term}_loss"], expected[f"{term}_loss"] / 32)
+
+
+def test_evaluation_is_the_innermost_base_and_counts_a_single_pair_0() -> None:
+    run = Runtime(HOST, CyClipLoss(rankloss.RankClipLoss(schedule="linear")))
+    pair = features()
+    assert torch.equal(run.evaluate(**inputs(pair)).total, rankloss.ClipLoss()(*pair, SCALE))
+    assert run.evaluate(**inputs([x[:1] for x in pair])).total == 0
+
+
+# --- progress -------------------------------------------------------------------------------------------
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[tuple[str, int, int]] = []
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        self.told.append(("epoch", epoch, epochs))
+
+    def set_progress(self, step: int, total_steps: int) -> None:
+        self.told.append(("step", step, total_steps))
+
+
+class Epochs(Both):
+    set_progress = property(None)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("unit", "told"), [("epoch", ("epoch", 1, 2)), ("step", ("step", 3, 4))])
+def test_every_part_is_told_by_the_method_that_it_has(
+    monkeypatch: pytest.MonkeyPatch, unit: str, told: tuple[str, int, int]
+) -> None:
+    both, epochs = Both(), Epochs()
+    entry = catalog.LossEntry(build=lambda *_: nn.Sequential(both, nn.ModuleList([epochs])), unit=unit)
+    monkeypatch.setattr(catalog.Candidate, "load", lambda _: entry)
+    run = Runtime(HOST, "cyclip")
+    run.begin(2)
+    run.set_epoch(1, 2)
+    run.set_progress(3, 4)
+    assert both.told == [told]
+    assert epochs.told == [("epoch", 1, 2)]
+    assert len([*listeners(run.criterion, "epoch", "epoch")]) == 2
+    with pytest.raises(ValueError, match=r"cyclip goes by epochs .* without a length"):
+        run.begin(float("inf"))
+
+
+def test_loss_that_is_told_nothing_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"rankclip is not told .*: give callbacks=\[Progress\(\)\]"):
+        Runtime(HOST, "rankclip")(**inputs(features()))
+
+
+# --- a teacher ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (Mimicry(), {}),
+        (CyClipLoss(Mimicry()), {}),
+        ("rankclip", {"reference": "teacher"}),
+        ("rankclip-distill", {}),
+    ],
+)
+def test_teacher_that_is_needed_is_demanded(loss: Any, options: Any) -> None:
+    run = at(Runtime(HOST, loss, options), 2)
+    run.columns = ["image"]
+    with pytest.raises(ValueError, match="needs a teacher's features: give the columns; the data have image"):
+        run(**inputs(features()))
+    assert run(**inputs(features()), **teacher(1)).total != run(**inputs(features()), **teacher(2)).total
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"), [("clip-streamed", {}), (Named(), {}), ("rankclip", {"reference": "own"})]
+)
+def test_teacher_that_nobody_uses_is_refused(loss: Any, options: Any) -> None:
+    with pytest.raises(ValueError, match=r"have reference_text_features, but \S+ does not use a teacher"):
+        at(Runtime(HOST, loss, options), 2)(**inputs(features()), reference_text_features=features()[0])
+
+
+def test_teacher_of_the_data_is_used_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="rankloss_trainers")
+    run = at(Runtime(HOST, "rankclip", {"schedule": "linear"}), 2)
+    totals = [run(**inputs(features()), **given).total.item() for given in ({}, teacher(), teacher())]
+    assert totals[0] != totals[1] == totals[2]
+    said = "rankclip uses a teacher: reference_image_features and reference_text_features"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+# --- needs and state ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        ("alip", {"caption_key": "x"}, "alip needs a second caption"),
+        (AlipLoss(), {}, "AlipLoss needs a state in checkpoints, which a trainer does not serve"),
+        ("rankclip", {"reference_features": "x"}, "rankclip needs a folder"),
+        (rankloss.RankClipLoss(nn.Linear(2, 2)), {}, "RankClipLoss needs parameters"),
+        ("siglip-streamed", {}, "siglip-streamed needs --siglip"),
+    ],
+)
+def test_loss_that_a_host_does_not_serve_is_refused_by_name(loss: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Runtime(BARE, loss, options)
+
+
+def test_loss_is_a_module_and_its_options_are_its_own() -> None:
+    with pytest.raises(TypeError, match="loss must be a module"):
+        Runtime(HOST, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="options are for a loss"):
+        Runtime(HOST, rankloss.ClipLoss(), {"top_k": 3})
+    with pytest.raises(ValueError, match="clip-streamed does not work with --siglip"):
+        Runtime(HOST, "clip-streamed", base=rankloss.SigLipLoss())
+
+
+def test_state_is_restored_to_the_last_bit(caplog: pytest.LogCaptureFixture) -> None:
+    run, other = Runtime(HOST, AlipLoss()), Runtime(HOST, AlipLoss())
+    at(run, 1)(**inputs(features()), caption_features=features(seed=2)[0])
+    saved = run.saved()
+    assert saved is not None
+    as_lists = {**saved, "state_dict": {key: x.tolist() for key, x in saved["state_dict"].items()}}
+    other.restore(as_lists)
+    assert torch.equal(other.criterion.histories, run.criterion.histories)
+    assert Runtime(HOST, "rankclip").saved() is None
+    for state, message in ((None, "no state of a loss"), ({**saved, "loss": "x"}, "the state of the loss x")):
+        other.restore(state)
+        assert f"holds {message}: the state of AlipLoss starts anew" in caplog.text
+        assert torch.equal(other.criterion.histories, AlipLoss().histories)
+
+
+# --- create() -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [x for x in catalog.candidates() if x not in ("alip", "rivals")])
+def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
+    base = rankloss.SigLipLoss() if name == "siglip-streamed" else rankloss.ClipLoss()
+    more = {"logit_bias": torch.tensor(-1.0)} if name == "siglip-streamed" else {}
+    if name == "rankclip-distill":
+        more.update(teacher())
+    created, run = rankloss_trainers.create(name, base), at(Runtime(HOST, name, base=base), 2)
+    for part in created.modules():
+        if hasattr(part, "set_progress"):
+            part.set_progress(2, 3)
+    assert torch.equal(created(**inputs(features()), **more), run(**inputs(features()), **more).total)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("rankclp", {}, ValueError, "loss must be one of .*did you mean rankclip"),
+        ("rankclip", {"topk": 8}, TypeError, "did you mean top_k"),
+        ("rankclip", {"reference": "Teacher"}, ValueError, "reference .*did you mean teacher"),
+        ("rankclip", {"agreement_every": 8}, ValueError, "agreement_every is for a trainer"),
+        ("rankclip", {"reference_features": "x"}, ValueError, "needs a folder"),
+    ],
+)
+def test_create_refuses_options_that_nobody_acts_on(
+    name: str, options: Any, error: Any, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        rankloss_trainers.create(name, **options)
+
+
+def test_created_loss_demands_its_teacher() -> None:
+    loss = rankloss_trainers.create("rankclip-distill", schedule="constant", gather=False)
+    loss = pickle.loads(pickle.dumps(loss))
+    with pytest.raises(ValueError, match="rankclip-distill needs a teacher's features"):
+        loss(*features(), SCALE)
+    assert loss(*features(), SCALE, **teacher()) > loss.base(*features(), SCALE)
+    own = rankloss_trainers.create("rankclip", reference="own", schedule="constant")
+    with pytest.raises(ValueError, match="does not use a teacher"):
+        own(*features(), SCALE, **teacher())
