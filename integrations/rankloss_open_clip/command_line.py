@@ -88,7 +88,7 @@ def gather_of(args: Any) -> Gather:
 
 
 def distils(args: Any) -> bool:
-    """Whether the trainer hands a teacher's features to its loss.
+    """True if the trainer hands a teacher's features to its loss.
 
     It has a teacher where both of its arguments name one. MobileCLIP's patch adds an option by which it reads
     the features with the data.
