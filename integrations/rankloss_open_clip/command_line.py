@@ -176,6 +176,8 @@ def _reason_against(name: str, entry: LossEntry, options: Options, args: Any) ->
     }
     for word in [word for word, holds in excluded.items() if holds]:
         return f"{name} does not work with {word}"
+    if caption and not entry.companions(options):
+        return f"{name} needs a second caption, but its LossEntry names no companions that read it"
     if features and teacher:
         return f"reference_features: excludes {teacher}, which is a teacher too"
     if needs_teacher and not (features or teacher):
