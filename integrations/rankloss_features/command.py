@@ -1,7 +1,7 @@
 """``rankloss features``: a teacher's features of the pairs of a training, computed once.
 
-With ``--output`` it computes them, or goes on where it was stopped; with ``--check`` it compares a folder
-with data and prints what is in it.
+``--output`` computes them, or goes on where it was stopped; ``--check`` compares a folder with data and
+describes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rankloss_features import checking, data, teachers, writing
 
 
 def main(argv: Sequence[str]) -> int:
-    """Carry out what the command line says, and return the exit code."""
+    """Carry out a command line, and return the exit code."""
     args = _parser().parse_args(argv)
     try:
         check_count("--batch-size", args.batch_size)

@@ -82,12 +82,10 @@ def read_about(folder: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    if not isinstance(about, dict):
-        raise ValueError(f"{file} must hold the entries of `rankloss features`; got {about!r:.40}")
-    if about.get("format") != FORMAT:
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(
-            f"{file} has format {about.get('format')!r:.40}, not {FORMAT}: an earlier release did not tie "
-            "rows to pairs. To renew the folder, delete it and give its command again, which the file quotes"
+            f"{file} is not of format {FORMAT}: it is damaged, or an earlier release wrote it, which did not "
+            "tie rows to pairs. To renew the folder, delete it and give its command again"
         )
     if about.pop("hash", None) != _hash_of_entries(about):
         raise ValueError(f"{file} is damaged: its entries are not those that the command wrote")
@@ -202,7 +200,7 @@ class Features:
     def whole(self, rows: slice) -> Array:
         """Completeness per row: its hash fits its pair and numbers, or it has no features."""
         hashes = hashes_of_rows(self.pairs[rows], [x[rows] for x in self.arrays.values()])
-        return (self.rows[rows] == hashes) | ~self.present(rows)
+        return np.asarray((self.rows[rows] == hashes) | ~self.present(rows))
 
     def take(self, rows: Array) -> dict[str, Array]:
         """The features of some rows, float32.
@@ -227,7 +225,8 @@ class Features:
             rows = slice(first, first + _BLOCK)
             whole, absent = self.whole(rows), torch.from_numpy(~self.present(rows))
             for name, array in self.arrays.items():
-                block = torch.from_numpy(array[rows].astype(np.float32))
+                with np.errstate(over="ignore"):  # infinity is refused below
+                    block = torch.from_numpy(array[rows].astype(np.float32))
                 block[absent] = torch.arange(block.shape[1]) + 1.0
                 where = f"{name} in {self.path}, counted from row {first},"
                 check_teacher(where, block, first_look=False)

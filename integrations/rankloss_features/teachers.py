@@ -1,11 +1,11 @@
-"""Teachers: what gives the features of a batch, and what it is called."""
+"""Teachers: encoders of batches, and features that are stored already."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,17 +19,18 @@ from rankloss_features.data import Sample
 from rankloss_features.folder import NAMES, Array
 
 IMAGES, TEXTS = NAMES
+_CHOICES = "--model, --features, --image-encoder, --text-encoder, or the latter two"
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What gives the features of one modality.
+    """The encoder of one modality.
 
     Attributes:
-        prepare: Samples as the encoder takes them; called in the processes that read the data.
-        encode: ``[n, D']`` features of what was prepared.
+        prepare: From samples to the encoder's inputs; called in the processes that read the data.
+        encode: From the inputs to ``[n, D']`` features.
         width: D'.
-        needs_pictures: Whether the samples' pictures are opened.
+        needs_pictures: True if the samples' pictures are opened.
     """
 
     prepare: Callable[[list[Sample]], Any]
@@ -43,21 +44,16 @@ class Teacher:
     """A teacher of images, of texts, or of both.
 
     Attributes:
-        about: What ``features.json`` says of it; the same teacher says the same.
+        about: Its entries of ``features.json``, which identify it.
         encoders: One for each of the features that it gives.
         scale: The multiplier of its similarities; None where it has none.
         rows: The rows that it has features of; None for any.
     """
 
     about: dict[str, Any]
-    encoders: dict[str, Encoder] = field(default_factory=dict)
+    encoders: dict[str, Encoder]
     scale: float | None = None
     rows: int | None = None
-
-    @property
-    def needs_pictures(self) -> bool:
-        """Whether pictures are opened."""
-        return any(encoder.needs_pictures for encoder in self.encoders.values())
 
     @torch.inference_mode()
     def encode(self, prepared: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -77,22 +73,22 @@ def load(args: Any, device: torch.device) -> Teacher:
     Raises:
         ValueError: It is not installed, not found, or has no weights.
     """
-    loaders = {"model": _open_clip, "text_encoder": _sentences, "image_encoder": _timm, "features": _stored}
-    flags = {f"--{name.replace('_', '-')}": name for name in loaders if getattr(args, name) is not None}
-    given = list(flags)
-    if not given or (len(given) > 1 and given != ["--text-encoder", "--image-encoder"]):
-        choices = "--model, --features, --text-encoder, --image-encoder, or the latter two"
-        raise ValueError(f"the teacher must be one of {choices}; got {' and '.join(given) or 'none'}")
+    loaders = {"model": _open_clip, "features": _stored, "image_encoder": _timm, "text_encoder": _sentences}
+    given = [name for name in loaders if getattr(args, name) is not None]
+    if len(given) != 1 and given != ["image_encoder", "text_encoder"]:
+        shown = " and ".join(f"--{name}" for name in given) or "none"
+        raise ValueError(f"the teacher must be one of {_CHOICES}; got {shown.replace('_', '-')}")
     parts = []
-    for flag, name in flags.items():
+    for name in given:
+        flag = f"--{name.replace('_', '-')}"
         try:
             parts.append(loaders[name](args, device))
         except ImportError as error:
             raise ValueError(f"{flag} needs a package: pip install 'rankloss[features]' ({error})") from error
-        except Exception as error:  # whatever a library says of a name that it does not know
+        except Exception as error:  # a library's error for a name that it does not know
             raise ValueError(f"{flag} {getattr(args, name)}: {type(error).__name__}: {error}") from error
     about = {key: value for part in parts for key, value in part.about.items()}
-    encoders = {name: part.encoders[name] for name in NAMES for part in parts if name in part.encoders}
+    encoders = {key: encoder for part in parts for key, encoder in part.encoders.items()}
     return Teacher(about, encoders, parts[0].scale, parts[0].rows)
 
 
@@ -105,7 +101,7 @@ def hash_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# What prepares samples is sent to other processes, where these are not forked.
+# Functions that prepare samples are sent to other processes, where these are not forked.
 def _pictures(transform: Callable[[Any], Tensor], samples: list[Sample]) -> Tensor:
     return torch.stack([transform(sample.open()) for sample in samples])
 

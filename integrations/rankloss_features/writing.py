@@ -39,7 +39,7 @@ class Batches(IterableDataset[Any]):
     def __init__(self, data: Data, groups: list[tuple[int, Spans]], teacher: Teacher) -> None:
         self.data, self.groups = data, groups
         self.prepare = {name: encoder.prepare for name, encoder in teacher.encoders.items()}
-        self.needs_pictures = teacher.needs_pictures
+        self.needs_pictures = any(encoder.needs_pictures for encoder in teacher.encoders.values())
 
     def __iter__(self) -> Iterator[Any]:
         """Those of this worker."""
@@ -111,8 +111,8 @@ def write(
                 if samples:
                     features = teacher.encode(prepared, device, _PRECISIONS[settings["precision"]])
                     places = np.array(samples) - first
-                    for name, array in features.items():
-                        stored[name][places] = array.numpy()
+                    for name, encoded in features.items():
+                        stored[name][places] = encoded.numpy()
                         _check(name, samples, captions, torch.from_numpy(stored[name][places]))
                     hashes[places] = hashes_of_rows(hashes[places], [x[places] for x in stored.values()])
                 for name, array in {**stored, "rows": hashes}.items():  # the hashes last

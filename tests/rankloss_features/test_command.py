@@ -19,7 +19,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from timm.models import save_for_hf
-from tiny_teacher import CAPTIONS, ROWS, WIDTH, csv_data, files, shards, table
+from tiny_teacher import CAPTIONS, ROWS, WIDTH, csv_data, shards, table
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rankloss_features import Features
@@ -195,18 +195,3 @@ def test_check_shows_how_good_a_teacher_is(tmp_path: Path, texts: str, right: st
     assert features(tmp_path, "pairs.csv", "--features", f"{tmp_path}/x.npz", "--output", output) == 0
     assert features(tmp_path, "pairs.csv", "--check", output) == 0
     assert f"R@1 among 40 pairs: {right} from image" in capsys.readouterr().out
-
-
-def test_check_refuses_other_data(place: Path, tmp_path: Path, capsys: Any) -> None:
-    output = str(tmp_path / "x")
-    assert features(place, "pairs.csv", *CLIP, "--output", output) == 0
-    before = files(tmp_path / "x")
-    (tmp_path / "other").mkdir()
-    table(tmp_path / "other", order=[1, 0, *range(2, ROWS)])
-    assert features(tmp_path / "other", "pairs.csv", "--check", output) == 1
-    assert "row 0" in capsys.readouterr().err
-    # The same file, written anew: datasets must not give what it has read before.
-    table(tmp_path / "other", [*CAPTIONS[:3], "another", *CAPTIONS[4:]])
-    assert features(tmp_path / "other", "pairs.csv", "--check", output) == 1
-    assert "row 3" in capsys.readouterr().err
-    assert files(tmp_path / "x") == before

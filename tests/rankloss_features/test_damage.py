@@ -21,7 +21,7 @@ from tiny_teacher import ROWS, WIDTH, csv_data, data_of, files, table, teacher, 
 
 from rankloss_features.checking import report
 from rankloss_features.data import Data
-from rankloss_features.folder import NAMES, hashes_of_rows, read_about, write_about
+from rankloss_features.folder import NAMES, read_about, write_about
 from rankloss_open_clip.reference_features import ReferenceFeatures
 from rankloss_trainers.sentence_transformers import RankClipLoss
 
@@ -106,22 +106,15 @@ def field(name: str, value: Any) -> Change:
     return change
 
 
-FIELDS = {
-    "format": [1, "2"],
-    "complete": [False, "yes"],
-    "teacher": [{}, 3],
-    "scale": [1.0, "100"],
-    "widths": [{}, [], {NAMES[0]: WIDTH}, {"../other/x": WIDTH}, {**dict.fromkeys(NAMES, WIDTH), "x": 1}],
-    "dtype": ["float32", 16],
-    "precision": ["amp_bf16", 1],
-    "batch_size": [4, "8"],
-    "command": ["rm", []],
-    "rows": [ROWS - 1, 0, -1, "40", 4e1, 10**30],
-    "data": [{}, "x"],
-    "skipped": [1, "0"],
-    "rows_hash": ["0", 0],
-    "hash": ["0", 0],
+FIELDS: dict[str, list[Any]] = {
+    name: [None, "x", 7, []]
+    for name in (
+        *("format", "complete", "teacher", "scale", "widths", "dtype", "precision", "batch_size"),
+        *("command", "rows", "data", "skipped", "rows_hash", "hash"),
+    )
 }
+FIELDS["widths"] += [{}, {NAMES[0]: WIDTH}, {"../other/x": WIDTH}, {**dict.fromkeys(NAMES, WIDTH), "x": 1}]
+FIELDS["rows"] += [ROWS - 1, 0, -1, "40", 4e1, 10**30]
 
 
 def swapped(first: str, second: str) -> Change:
@@ -140,7 +133,7 @@ def on_all(change: Change, *names: str) -> Change:
 ARRAYS = [f"{name}.npy" for name in NAMES]
 DAMAGES: dict[str, Change] = {
     **{f"{name}, {kind}": on_all(change, name) for name, x in FILES.items() for kind, change in x.items()},
-    **{f"{name} = {value}": field(name, value) for name, x in FIELDS.items() for value in (None, *x)},
+    **{f"{name} = {value}": field(name, value) for name, x in FIELDS.items() for value in x},
     "arrays swapped": swapped(*ARRAYS),
     "hashes swapped": swapped("pairs.npy", "rows.npy"),
     "rows reversed, not pairs": on_all(ARRAY["reversed"], *ARRAYS, "rows.npy"),
@@ -171,6 +164,15 @@ def test_a_damaged_folder_is_refused_or_mended(place: Place, tmp_path: Path, dam
             read(str(folder))
 
 
+@pytest.mark.parametrize("widths", [{}, {"../other/image_features": WIDTH}])
+def test_only_arrays_of_the_folder_are_read(place: Place, tmp_path: Path, widths: dict[str, int]) -> None:
+    folder = Path(shutil.copytree(place.whole, tmp_path / "x"))
+    write_about(folder, {**(read_about(folder) or {}), "widths": widths})
+    for read in place.readers.values():
+        with pytest.raises(ValueError, match="widths must be of image_features or text_features"):
+            read(str(folder))
+
+
 def test_a_finished_folder_without_its_pairs_is_refused(place: Place, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(place.whole, tmp_path / "damaged"))
     (folder / "pairs.npy").unlink()
@@ -180,8 +182,7 @@ def test_a_finished_folder_without_its_pairs_is_refused(place: Place, tmp_path: 
 
 def test_a_folder_of_the_earlier_format_says_how_to_renew_it(place: Place, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(place.whole, tmp_path / "old"))
-    for name in ("format", "hash", "rows_hash"):
-        field(name, None)(folder, folder)
+    field("format", None)(folder, folder)
     for read in (*place.readers.values(), lambda path: written(Path(path), place.data, teacher())):
         with pytest.raises(ValueError, match=r"renew the folder, delete it and give its command again"):
             read(str(folder))
@@ -189,26 +190,10 @@ def test_a_folder_of_the_earlier_format_says_how_to_renew_it(place: Place, tmp_p
 
 def test_a_command_of_unknown_origin_is_quoted(place: Place, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(place.whole, tmp_path / "x"))
-    about = read_about(folder)
-    assert about is not None
-    write_about(folder, {**about, "complete": False, "command": "rm -rf ~ #\x1b[2J"})
+    command = "rm -rf ~ #\x1b[2J"
+    write_about(folder, {**(read_about(folder) or {}), "complete": False, "command": command})
     for read in place.readers.values():
         with pytest.raises(ValueError, match=r"anyone may have written, .*'rm -rf ~ #\\x1b\[2J'"):
             read(str(folder))
     with pytest.raises(ValueError, match=r"account, its command was 'rm -rf ~ #\\x1b\[2J'"):
         written(folder, place.data, teacher(), batch_size=4)
-
-
-@pytest.mark.parametrize(("value", "message"), [(np.nan, "row 3"), (0.0, "zeros")])
-def test_rows_of_no_teacher_are_refused_whatever_their_hash(
-    place: Place, tmp_path: Path, value: float, message: str
-) -> None:
-    folder = Path(shutil.copytree(place.whole, tmp_path / "x"))
-    images, texts, pairs, rows = (
-        np.load(folder / f"{name}.npy", mmap_mode="r+") for name in (*NAMES, "pairs", "rows")
-    )
-    texts[3] = value
-    rows[:] = hashes_of_rows(pairs, [images, texts])
-    for read in place.readers.values():
-        with pytest.raises(ValueError, match=message):
-            read(str(folder))

@@ -30,7 +30,7 @@ FAULTS = st.one_of(
 
 
 def disturbed(output: Path, data: Data, fault: str, at: int) -> None:
-    """Write a folder on a disk that is full at a byte, or to a call that a kill precedes, or beside another."""
+    """Write a folder until the disk is full or the process killed, or while another process tries to."""
     calls = count()
 
     def killing(_: Any, event: str, called: Any) -> None:
