@@ -123,7 +123,7 @@ def _by_moments(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) ->
     ww, uu, wu = of_anchors if items is anchors else _moments(*items)
     cross = (vv * uu).sum() + (tt * ww).sum() - 2 * (vt * wu.T).sum()
     in_ = (vv * ww).sum() + (tt * uu).sum() - 2 * (vt * wu).sum()
-    # Without what rounding left below 0; the gradient, right to rounding there too, stays.
+    # Rounding may leave values below 0, which become 0; the gradient, right to rounding, stays.
     return cross - cross.detach().clamp_max(0), in_ - in_.detach().clamp_max(0)
 
 

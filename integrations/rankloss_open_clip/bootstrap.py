@@ -38,7 +38,7 @@ failures: dict[str, Exception] = {}
 
 
 def attach() -> None:
-    """Patch what is loaded already, and the rest once it is. Safe to call twice; never raises."""
+    """Patch the modules that are loaded, and the others once they are. Safe to call twice; never raises."""
     try:
         from rankloss_trainers.import_hook import after_import, waits_for
 
@@ -56,8 +56,8 @@ def patch(module: ModuleType) -> None:
         patches.patch(module)
     except Exception as error:
         failures[module.__name__] = error
-    if module.__name__ == PARAMS and failures and hasattr(module, "parse_args"):
-        _guard(module)
+        if module.__name__ == PARAMS and hasattr(module, "parse_args"):
+            _guard(module)
 
 
 def raise_failures() -> None:
@@ -75,11 +75,10 @@ def problems() -> list[str]:
 
     from rankloss_trainers.import_hook import waits_for
 
-    importlib.import_module("torch")
+    importlib.import_module("open_clip_train.main")
     off = "torch loaded no plug-in (TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps it from that), so `--loss rankclip`"
     off += " means `--loss-dist-impl rankclip`, and plain CLIP: start with `python -m rankloss_open_clip`"
     found = [] if waits_for(PARAMS) else [off]
-    importlib.import_module("open_clip_train.main")
     return found + [f"{name} could not be patched: {error!r}" for name, error in failures.items()]
 
 

@@ -2,7 +2,7 @@
 
 The trainer saves its model and its optimizer, and knows nothing of a loss with a state. So the state travels
 with the optimizer's: a hook, which torch's optimizers have for the purpose, adds it to what they save, and
-whatever the trainer does with a checkpoint (keep, delete, rename, upload) it does with the state. A trainer
+the state goes wherever the checkpoint goes (kept, deleted, renamed, uploaded). A trainer
 without the plug-in reads such a checkpoint as any other: torch ignores the addition.
 """
 
@@ -30,7 +30,7 @@ def connect(loss: Runtime, args: Any, optimizer: Any, epoch: int) -> None:
     """
     if loss.saved() is None:
         return
-    sharded = getattr(args, "fsdp", False)  # its optimizer's state is collected, with what it knows alone
+    sharded = getattr(args, "fsdp", False)  # collects the optimizer's own entries alone
     # A file of weights alone begins at epoch 0, and has no state to miss.
     if getattr(args, "resume", None) is not None and epoch > 0:
         read: Any = None

@@ -14,7 +14,7 @@ from typing import Any
 from rankloss.distributed import Gather
 from rankloss_open_clip import bootstrap
 from rankloss_open_clip.companions import Companions
-from rankloss_open_clip.reference_features import ReferenceFeatures
+from rankloss_open_clip.reference_features import IN_SAMPLES, ReferenceFeatures
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import LossEntry, Options
 from rankloss_trainers.command_line import LossArguments, dest, flag, mentioned, misspelt, with_flag
@@ -71,12 +71,15 @@ def features_of(entry: LossEntry, options: Options) -> list[ReferenceFeatures]:
 
 
 def remedy_for_unused_features(args: Any) -> str | None:
-    """Advice for a run whose data have a teacher's features, where no option says whether to use them."""
+    """Advice for a run whose samples hold a teacher's features that no option names, or one excludes."""
     _, options = chosen(args)
-    if options.get("reference") != "auto" or options["reference_features"] is not None:
-        return None
-    own, samples = "--rankclip-reference own", "--rankclip-reference-features samples"
-    return f"rank by them with {samples}, or by the batch's own features with {own}"
+    features = options.get("reference_features")
+    if features is not None and features not in IN_SAMPLES:
+        return f"--rankclip-reference-features {features} excludes them"
+    if features is None and options.get("reference") == "auto":
+        own, samples = "--rankclip-reference own", "--rankclip-reference-features samples"
+        return f"rank by them with {samples}, or by the batch's own features with {own}"
+    return None
 
 
 def gather_of(args: Any) -> Gather:
@@ -88,7 +91,7 @@ def gather_of(args: Any) -> Gather:
 
 
 def distils(args: Any) -> bool:
-    """Whether the trainer hands a teacher's features to its loss.
+    """True if the trainer hands a teacher's features to its loss.
 
     It has a teacher where both of its arguments name one. MobileCLIP's patch adds an option by which it reads
     the features with the data.
@@ -176,6 +179,8 @@ def _reason_against(name: str, entry: LossEntry, options: Options, args: Any) ->
     }
     for word in [word for word, holds in excluded.items() if holds]:
         return f"{name} does not work with {word}"
+    if caption and not entry.companions(options):
+        return f"{name} needs a second caption, but its LossEntry names no companions that read it"
     if features and teacher:
         return f"reference_features: excludes {teacher}, which is a teacher too"
     if needs_teacher and not (features or teacher):

@@ -68,7 +68,7 @@ class Companion(Protocol):
         return texts
 
     def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
-        """Output of the model, with what the integers add to it."""
+        """Output of the model, with the features that the integers stand for."""
 
 
 class Companions:

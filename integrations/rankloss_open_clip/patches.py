@@ -64,7 +64,7 @@ def _wrap(names: dict[str, Any], wrappers: Mapping[str, Wrapper]) -> bool:
 
 
 def _names_of(function: Original) -> Any:
-    """What a function's module defines, by name."""
+    """The namespace of a function's module."""
     return inspect.unwrap(function).__globals__
 
 

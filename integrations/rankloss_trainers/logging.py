@@ -62,13 +62,12 @@ class RankClipLog:
         weights = {name: x for name, x in criterion.rank_weights.items() if getattr(ranked, name)}
         terms: Mapping[str, Tensor] = entries
         if not any(weights.values()):
-            with torch.no_grad():
-                given = {name: inputs[name] for name in _INPUTS if name in inputs}
-                terms, weights = ranked(**given, output_dict=True), dict.fromkeys(weights, 1.0)
+            given = {name: inputs[name] for name in _INPUTS if name in inputs}
+            terms, weights = ranked(**given, output_dict=True), dict.fromkeys(weights, 1.0)
         raw = {f"{name}_raw": terms[f"{name}_loss"].detach() / x for name, x in weights.items()}
         if self._measures(step):
+            both = ranked.gather(images, texts)  # with gradients, as the loss has gathered them already
             with torch.no_grad():
-                both = ranked.gather(images, texts)
                 tau = rankloss.metrics.rank_agreement(*both, max_anchors=_AGREEMENT_ANCHORS)
             self._agreement = {name: tau[name].float() for name in ("cross_modal_tau", "in_modal_tau")}
         schedule = torch.full((), criterion.schedule_value, device=images.device)

@@ -76,7 +76,7 @@ def with_gradients(value: Tensor, inputs: Features) -> list[Tensor]:
 
 
 def averaged(results: list[list[Tensor]]) -> list[Tensor]:
-    """What DDP makes of the processes' gradients."""
+    """The processes' gradients as DDP averages them."""
     return [torch.stack(x).mean(0) for x in zip(*results, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What stands in for parts of the trainer, and what its model puts out."""
+"""Stand-ins for parts of the trainer, and for its model's output."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def features(n: int = 7, seed: int = 0) -> dict[str, Tensor]:
 
 
 def epoch_begins(loss: nn.Module, epoch: int, args: Any, optimizer: Any = None) -> None:
-    """What the patched ``train_one_epoch`` does before the trainer's own; four batches an epoch."""
+    """The patched ``train_one_epoch`` with a trainer's own that does nothing; four batches an epoch."""
     train = SimpleNamespace(dataloader=SimpleNamespace(num_batches=4))
 
     def train_one_epoch(loss: Any, epoch: int, data: Any, args: Any, optimizer: Any) -> None:

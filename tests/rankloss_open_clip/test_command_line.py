@@ -26,6 +26,7 @@ ALIP = "--loss alip --alip-caption-key synthetic"
 SIGMOID_STUDENT = "--siglip --distill-model RN50 --distill-pretrained x"
 
 # Entry points of other packages refer to these.
+CAPTIONED = LossEntry(build=lambda base, *_: base, caption_key=lambda _: "blip")
 ENTRY = LossEntry(build=lambda base, *_: base, options=(Option("depth", 3, "how deep", {"type": int}),))
 
 
@@ -242,6 +243,13 @@ def test_what_cannot_be_used_stops_only_runs_that_ask(
     for argv in ([], ["--loss", "clip", "--name", "x"], ["--loss", "cyclip"]):
         parse_args(argv)
     assert not caplog.records
+
+
+def test_second_caption_that_nothing_would_read_is_refused(
+    register: Register, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register(("p", "x", "CAPTIONED"))
+    assert "x needs a second caption" in refused(capsys, "--loss", "x")
 
 
 def test_what_is_no_loss_is_refused(register: Register) -> None:

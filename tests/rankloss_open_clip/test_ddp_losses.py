@@ -51,7 +51,7 @@ def built(rank: int, world_size: int, base: str, argv: list[str]) -> torch.nn.Mo
 
 
 def inputs(argv: list[str]) -> dict[str, Tensor]:
-    """What the model puts out for the whole batch."""
+    """Output of the model for the whole batch."""
     v, t, s = random_batch(0, N, D, SCALE).leaves(torch.float64)
     outputs = {"image_features": v, "text_features": t, "logit_scale": s}
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +72,7 @@ def share(outputs: dict[str, Tensor], rank: int, world_size: int) -> dict[str, T
 
 
 def terms(rank: int, world_size: int, base: str, argv: list[str]) -> Terms:
-    """What this rank trains."""
+    """The terms that this rank trains."""
     outputs = inputs(argv)
     entries = built(rank, world_size, base, argv)(**share(outputs, rank, world_size), output_dict=True)
     assert entries["rank_lambda"].item() == 1
@@ -171,7 +171,7 @@ def test_step_with_clips_own_loss_gathers_each_modality_once(
 
 
 def agreement(rank: int, world_size: int, flags: tuple[bool, bool]) -> list[dict[str, float]]:
-    """What three steps log of it; the first and the third measure."""
+    """The agreement that three steps log; the first and the third measure it."""
     argv = ["--rankclip-agreement-every", "2", *options(*flags)]
     loss, outputs = built(rank, world_size, "ClipLoss", argv), share(inputs(argv), rank, world_size)
     steps = [loss(**outputs, output_dict=True) for _ in range(3)]

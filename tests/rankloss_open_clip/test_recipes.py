@@ -26,7 +26,7 @@ Command = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """What a script executes: name and arguments of a launcher that says so instead of launching."""
+    """The command that a script executes, from shims that print it in place of launching."""
     shims = tmp_path_factory.mktemp("shims")
     for name, reply in (
         ("python", """printf '%s\\0' python "$@" """),

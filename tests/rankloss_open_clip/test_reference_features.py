@@ -238,4 +238,6 @@ def test_folder_alone_says_that_a_teacher_ranks(tmp_path: Path) -> None:
     for given in ([two, *off], [texts, *off, "--rankclip-reference", "teacher"]):
         args = parse_args(["--loss", "rankclip", OPTION, *given])
         assert args.rankclip_reference != "own"
+        remedy = remedy_for_unused_features(args)
+        assert remedy == f"{OPTION} {given[0]} excludes them", "members of samples are another teacher's"
         assert companions_of(args) is not None

@@ -18,7 +18,7 @@ ROWS = 12
 
 
 class DRClipLoss(nn.Module):
-    """What the patch trains with: it needs the teacher's features, and takes those of synthetic captions."""
+    """The patch's own loss: it needs the teacher's features, and takes those of synthetic captions."""
 
     def forward(
         self,
