@@ -59,7 +59,7 @@ def main_runs(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> dic
 
     file = trainer.directory / "main.pickle"
     file.write_bytes(pickle.dumps((trainer, runs)))
-    driver = trainer.python("-c", ALL_RUNS, str(file), PYTHONPATH=path)
+    driver = trainer.python("-c", ALL_RUNS, str(file), runs=len(runs), PYTHONPATH=path)
     assert driver.returncode == 0, driver.output[-4000:]
     done: dict[str, Run] = pickle.loads(file.read_bytes())
     for name, run in done.items():

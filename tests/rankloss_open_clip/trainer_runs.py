@@ -208,7 +208,12 @@ class Trainer:
         return self.python(*command, *self.arguments(name, *options), name=name, **environment)
 
     def python(
-        self, *arguments: str, executable: str = sys.executable, name: str = "", **environment: str
+        self,
+        *arguments: str,
+        executable: str = sys.executable,
+        name: str = "",
+        runs: int = 1,
+        **environment: str,
     ) -> Run:
         done = subprocess.run(
             [executable, *arguments],
@@ -217,7 +222,7 @@ class Trainer:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             cwd=self.directory,
-            timeout=TIMEOUT,
+            timeout=runs * TIMEOUT,
             check=False,
         )
         return Run(done.returncode, done.stdout, self.directory / "logs" / name)
