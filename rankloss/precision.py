@@ -42,3 +42,26 @@ def nan_unless_finite(weights: Tensor, *features: Tensor | None) -> Tensor:
     norms = (torch.linalg.vector_norm(x.detach()) for x in features if x is not None)
     # A product of two rows is at most that of the norms, and overflows after the cube. 0 · ∞ is NaN.
     return torch.addcmul(weights, weights, functools.reduce(torch.add, norms) ** 3, value=0)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, forward and backward in the dtype of the factors whatever autocast asks for."""
+    c: Tensor = _Product.apply(a, b)  # type: ignore[no-untyped-call]
+    return c
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        with full_precision(a.device):
+            return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        by_a, by_b = ctx.needs_input_grad
+        return (
+            product(upstream[0], b.mT) if by_a else None,
+            product(a.mT, upstream[0]) if by_b else None,
+        )
