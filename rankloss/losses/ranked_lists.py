@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -11,28 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rankloss import graded
-from rankloss.checks import (
-    can_be_read,
-    check_device,
-    check_is_tensor,
-    check_matrix,
-    check_scale,
-    look_at_rows,
-    look_at_scale,
-)
+from rankloss import checks, graded, precision
 from rankloss.distributed import GatherOption
 from rankloss.equal_rows import first_equal, first_occurrence
 from rankloss.losses.gathering import GatheringLoss
 from rankloss.options import Reduction, check_choice, check_count
-from rankloss.precision import (
-    arithmetic_dtype,
-    dtype_of_numbers,
-    full_precision,
-    may_look_at,
-    nan_unless_finite,
-    product,
-)
 
 ListModel = Literal["plackett_luce", "top_one", "pairwise"]
 PairWeight = Literal["difference"]
@@ -60,8 +44,10 @@ class RankedLists(GatheringLoss):
     counts nothing.
 
     With ``in_batch_negatives`` the candidates of the other queries, of all processes, are items of grade −∞
-    in every list, except for those that equal one of the list's own in every bit. With K = 1 this is CLIP's
-    cross-entropy of one direction, to the last bit in float64 where the batch is computed at once.
+    in every list, except for those that equal one of the list's own in every bit. A candidate of several
+    lists is one item where it is one row of ``[M, D]``, and several where it is given several times. With
+    K = 1 this is CLIP's cross-entropy of one direction, to the last bit in float64 where all scores are
+    computed at once.
 
     Scores are in float32 at least, sums over a list's own candidates in float64, whatever autocast asks for.
     With negatives the N·M scores are computed for some queries at a time, and again in the backward pass
@@ -137,11 +123,16 @@ class RankedLists(GatheringLoss):
         self.in_batch_negatives = in_batch_negatives
         self.top_k = None if top_k is None else check_count("top_k", top_k)
         self.chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
+        models: dict[str, Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]] = {
+            "plackett_luce": functools.partial(graded.plackett_luce, top_k=self.top_k),
+            "top_one": graded.top_one,
+            "pairwise": functools.partial(graded.pairwise, by_difference=pair_weight is not None),
+        }
+        self._model = models[model]
 
     def extra_repr(self) -> str:
-        """The options that change the value."""
-        names = ("model", "top_k", "pair_weight", "in_batch_negatives", "reduction")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        """The model, and whether there are negatives."""
+        return f"model={self.model!r}, in_batch_negatives={self.in_batch_negatives!r}"
 
     def forward(
         self,
@@ -166,24 +157,22 @@ class RankedLists(GatheringLoss):
             output_dict: return a dict.
         """
         given = _Given(query_features, candidate_features, logit_scale, grades, candidate_index, mask)
-        if torch.compiler.is_compiling():
-            loss = torch.compiler.disable(self._loss_of)(given)
-        else:
-            loss = self._loss_of(given)
+        compiling = torch.compiler.is_compiling()
+        loss = (torch.compiler.disable(self._loss_of) if compiling else self._loss_of)(given)
         return {"ranked_lists_loss": loss} if output_dict else loss
 
     def _loss_of(self, given: _Given) -> Tensor:
-        self.gather.check_agreement(
-            self, **{name: x for name, x in given._asdict().items() if name != "logit_scale"}
-        )
+        tensors = given._asdict()
+        del tensors["logit_scale"]  # which may be a number
+        self.gather.check_agreement(self, **tensors)
         _check_shapes(given)
-        check_scale(given.logit_scale, given.query_features)
+        checks.check_scale(given.logit_scale, given.query_features)
         self._look_at_values(given)
 
         queries, items, logit_scale, grades, index, _ = given
         is_item = given.is_item
         is_right = (~is_item | (grades < math.inf)).all()
-        grades = grades.detach().to(dtype_of_numbers(grades.device)).masked_fill(~is_item, math.inf)
+        grades = grades.detach().to(precision.dtype_of_numbers(grades.device)).masked_fill(~is_item, math.inf)
         if index is None:
             items = items.flatten(0, 1)
             index = torch.arange(len(items), device=items.device).view(grades.shape)
@@ -198,13 +187,14 @@ class RankedLists(GatheringLoss):
         if not gather.anchors_are_local:
             queries, index, grades = gather.items(queries), gather.items(index), gather.items(grades)
 
-        dtype = arithmetic_dtype(queries, items)
+        dtype = precision.arithmetic_dtype(queries, items)
         # A place that is in no list may hold anything, and 0 · NaN is NaN.
         items = items.to(dtype).masked_fill(~is_listed.bool()[:, None], 0.0)
-        queries = torch.as_tensor(logit_scale, device=items.device).reshape(()).to(dtype) * queries.to(dtype)
-        with full_precision(items.device):
+        scale = logit_scale.reshape(()) if isinstance(logit_scale, Tensor) else logit_scale
+        queries = queries.to(dtype) * scale
+        with precision.full_precision(items.device):
             values, terms = self._values(queries, items, is_listed.bool(), index, grades)
-        values = nan_unless_finite(values, queries, items) * torch.where(is_right, 1.0, math.nan)
+        values = precision.nan_unless_finite(values, queries, items) * torch.where(is_right, 1.0, math.nan)
         return self._reduced(values, terms).to(dtype)
 
     def _values(
@@ -234,32 +224,24 @@ class RankedLists(GatheringLoss):
     ) -> tuple[Tensor, Tensor]:
         rest = has_rest = None
         if self.in_batch_negatives:
-            scores = product(queries, items.T)
+            scores = precision.product(queries, items.T)
             is_rest = graded.others(index, equal, is_listed)
-            x, rest, has_rest = (
-                scores.gather(1, index),
-                scores.masked_fill(~is_rest, -math.inf),
-                is_rest.any(-1),
-            )
+            rest, has_rest = scores.masked_fill(~is_rest, -math.inf), is_rest.any(-1)
+            x = scores.gather(1, index)
         else:
             own = items.index_select(0, index.flatten()).view(*index.shape, -1)
-            x = product(own, queries[:, :, None]).squeeze(-1)
+            x = precision.product(own, queries[:, :, None]).squeeze(-1)
         if rest is not None and index.shape[1] == 1 and self.model != "pairwise":
             # Either model is the cross-entropy of one candidate, here to the last bit.
             values = -rest.scatter(1, index, x).log_softmax(-1).gather(1, index).squeeze(-1)
             terms = torch.ones_like(index[:, 0])
-        elif self.model == "pairwise":
-            by_difference = self.pair_weight is not None
-            values, terms = graded.pairwise(x.to(grades.dtype), grades, rest, by_difference=by_difference)
-        elif self.model == "top_one":
-            values, terms = graded.top_one(x.to(grades.dtype), grades, rest)
         else:
-            values, terms = graded.plackett_luce(x.to(grades.dtype), grades, rest, top_k=self.top_k)
+            values, terms = self._model(x.to(grades.dtype), grades, rest)
         counts = graded.is_ranked(grades, has_rest)
         return values.to(grades.dtype).where(counts, 0.0), terms.where(counts, 0)
 
     def _reduced(self, values: Tensor, terms: Tensor) -> Tensor:
-        """The reduction over the lists of all processes, of which DDP averages the shares."""
+        """The reduction over all processes, whose shares DDP averages."""
         shares = self.gather.place[1] if self.gather.anchors_are_local else 1
         if self.reduction == "none":
             return values
@@ -274,12 +256,13 @@ class RankedLists(GatheringLoss):
         total = F.nll_loss(-by_list, target, ignore_index=_IGNORED, reduction="sum")
         return total / (lists.clamp_min(1) / shares)
 
+    @torch.no_grad()
     def _look_at_values(self, given: _Given) -> None:
         """Raise an error for wrong values; warn of suspicious ones at the first look."""
         queries, candidates, logit_scale, grades, index, _ = given
         is_item = given.is_item
-        is_first = not self._looked_at and can_be_read(queries)
-        if not (is_first or may_look_at(queries)):
+        is_first = not self._looked_at and checks.can_be_read(queries)
+        if not (is_first or precision.may_look_at(queries)):
             return
         if (row := _first(~is_item.any(-1))) is not None:
             raise ValueError(f"mask must leave a candidate in every list; row {row} has none")
@@ -288,11 +271,10 @@ class RankedLists(GatheringLoss):
         _refuse("grades", grades, is_item & is_wrong, needed)
         if index is not None:
             is_wrong = (index < 0) | (index >= len(candidates))
-            _refuse(
-                "candidate_index", index, is_item & is_wrong, f"at least 0 and less than {len(candidates)}"
-            )
+            needed = f"at least 0 and less than {len(candidates)}"
+            _refuse("candidate_index", index, is_item & is_wrong, needed)
         if self.in_batch_negatives:
-            equal = first_occurrence(queries.to(arithmetic_dtype(queries)))
+            equal = first_occurrence(queries.to(precision.arithmetic_dtype(queries)))
             row = _first(equal != torch.arange(len(equal), device=equal.device))
             if row is not None:
                 raise ValueError(
@@ -300,9 +282,11 @@ class RankedLists(GatheringLoss):
                     f"one would be negatives of the other; row {row} equals row {int(equal[row])}"
                 )
         if is_first:
-            look_at_rows("query_features", queries)
-            look_at_rows("candidate_features", candidates if index is not None else candidates[is_item])
-            look_at_scale("logit_scale", logit_scale, queries)
+            checks.look_at_rows("query_features", queries)
+            checks.look_at_rows(
+                "candidate_features", candidates if index is not None else candidates[is_item]
+            )
+            checks.look_at_scale("logit_scale", logit_scale, queries)
             self._looked_at = frozenset({"all"})
 
 
@@ -324,7 +308,7 @@ class _Given(NamedTuple):
 def _check_shapes(given: _Given) -> None:
     """Raise an error that names the argument unless types, shapes and devices fit."""
     queries, candidates, _, grades, index, mask = given
-    check_matrix("query_features", queries)
+    checks.check_matrix("query_features", queries)
     n, d = queries.shape
     of_lists = {
         "grades": (grades, _REALS),
@@ -334,7 +318,7 @@ def _check_shapes(given: _Given) -> None:
     for name, (x, dtypes) in of_lists.items():
         if x is None and name != "grades":
             continue
-        check_is_tensor(name, x)
+        checks.check_is_tensor(name, x)
         assert x is not None
         if x.dim() != 2 or len(x) != n or not x.numel() or x.shape != grades.shape:
             raise ValueError(
@@ -343,16 +327,16 @@ def _check_shapes(given: _Given) -> None:
             )
         if x.dtype not in dtypes:
             raise ValueError(f"{name} must be of {' or '.join(sorted(map(str, dtypes)))}; got {x.dtype}")
-        check_device(name, x, queries, "query_features")
-    check_is_tensor("candidate_features", candidates)
+        checks.check_device(name, x, queries, "query_features")
+    checks.check_is_tensor("candidate_features", candidates)
     shape = candidates.shape
     if shape != (*(grades.shape if index is None else shape[:1]), d):
         raise ValueError(
             f"candidate_features must have shape [N, K, D] = {(*grades.shape, d)}, or [M, D] with "
             f"candidate_index; got {tuple(shape)}"
         )
-    check_matrix("candidate_features", candidates.flatten(0, -2))
-    check_device("candidate_features", candidates, queries, "query_features")
+    checks.check_matrix("candidate_features", candidates.flatten(0, -2))
+    checks.check_device("candidate_features", candidates, queries, "query_features")
 
 
 def _refuse(name: str, values: Tensor, is_wrong: Tensor, needed: str) -> None:
