@@ -76,6 +76,12 @@ def is_ranked(grades: Tensor, has_rest: Tensor | None) -> Tensor:
     return (worst if has_rest is None else worst.masked_fill(has_rest, -math.inf)) < best
 
 
+def first_of_id(ids: Tensor) -> Tensor:
+    """Index of the first item with the id of item i, for every i: ``[M]``."""
+    ordered, order = ids.sort(stable=True)
+    return order[torch.searchsorted(ordered, ids)]
+
+
 def others(own: Tensor, first_equal: Tensor | None, is_listed: Tensor) -> Tensor:
     """Items that are in a list and equal none of one's own: ``[n, M]``.
 

@@ -381,6 +381,26 @@ def collectives(rank: int, world_size: int) -> list[dict[str, int]]:
     return counts
 
 
+def of_ids(rank: int, world_size: int) -> list[Tensor]:
+    """Processes share candidates, whose features differ by a rounding."""
+    lists = lists_of(0, 2 * N, K, M)
+    rows = slice(rank * N, (rank + 1) * N) if world_size == 2 else slice(None)
+    own = Lists(lists.queries, lists.items, lists.index[rows], lists.grades[rows], 10.0, lists.mask[rows])
+    loss, ids = RankedLists(in_batch_negatives=True), torch.arange(M) - 3
+
+    def value(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        return own.loss(loss, q[rows], c * (1 + rank * 1e-14), s, candidate_ids=ids)
+
+    return own.differentiated(value)
+
+
+def test_a_candidate_is_one_by_its_id_on_all_processes(pools: Pools) -> None:
+    (alone,), of_ranks = pools[1].run(of_ids), pools[2].run(of_ids)
+    assert_same([torch.stack(x).mean(0) for x in zip(*of_ranks, strict=True)], alone)
+    lists = lists_of(0, 2 * N, K, M)
+    assert_same(alone, lists.differentiated(lambda *inputs: lists.owed(*inputs, in_batch_negatives=True)))
+
+
 def test_without_negatives_only_the_number_of_lists_is_gathered(pools: Pools) -> None:
     assert pools[2].run(collectives) == [[{"allgather": 1}, {"allgather": 3}]] * 2
 
@@ -451,6 +471,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "index's type": (
         {**POOL, "candidate_index": INDEX.float()},
         r"candidate_index must be of .*; got torch\.float32",
+    ),
+    "ids": (
+        {**POOL, "candidate_ids": INDEX},
+        r"candidate_ids must be integers of shape \(6,\); got .*\(3, 2\)",
     ),
     "scale": ({"logit_scale": 0.0}, "logit_scale must be positive"),
     "device": (

@@ -11,6 +11,7 @@ then any ``SentenceTransformerTrainer`` serves.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from rankloss.options import check_count, check_weight
 
 __all__ = ["RankedListsCollator", "RankedListsLoss", "RankedListsTrainer"]
 
+_IDS = "candidate_ids"  # beside a column's inputs
 _PADDING = -1  # the index of a place without a candidate
 _CITATIONS = {
     "plackett_luce": ("xia2008listwise", "Listwise Approach to Learning to Rank: Theory and Algorithm", 2008),
@@ -81,6 +83,7 @@ class RankedListsCollator(SentenceTransformerDataCollator):
         name = {k: features[0][k] for k in ("dataset_name",) if k in features[0]}
         batch = super().__call__([{**name, query: row[query]} for row in features])
         batch.update(super().__call__([{**name, candidates: candidate} for candidate in pool.values()]))
+        batch[f"{candidates}_{_IDS}"] = torch.tensor([_id(key) for key in pool])
         return {**batch, "label": label}
 
 
@@ -102,6 +105,12 @@ def _graded(candidates: Any, grades: Any, where: str) -> list[tuple[Any, float]]
 def _identity(x: Any) -> Any:
     """Equal for equal texts and for pictures of the same pixels."""
     return (x.mode, x.size, x.tobytes()) if hasattr(x, "tobytes") else x if isinstance(x, str) else id(x)
+
+
+def _id(identity: Any) -> int:
+    """64 bits, the same on all processes."""
+    digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 class RankedListsTrainer(SentenceTransformerTrainer):
@@ -130,7 +139,7 @@ class RankedListsLoss(CachedLossMixin, nn.Module):
     Raises:
         TypeError: for a criterion that is no :class:`rankloss.RankedLists`.
         ValueError: for one whose reduction is "none", a scale that is not positive, a mini-batch size below
-            1, mini-batches of a model that begins with a ``StaticEmbedding``; in ``forward`` without labels or
+            1, mini-batches of a model that begins with a ``StaticEmbedding``; in ``forward`` without labels,
             for labels of another number of candidates, and as the criterion.
 
     References:
@@ -168,16 +177,23 @@ class RankedListsLoss(CachedLossMixin, nn.Module):
             sentence_features: The tokenized columns, a query and its candidates.
             labels: The grades, ``[N, K]``, or ``[N, K, 2]`` from :class:`RankedListsCollator`.
         """
+        columns = [dict(column) for column in sentence_features]
+        ids = [column.pop(_IDS, None) for column in columns]
+        given = labels, ids[-1]
         if self.uses_gradient_cache:
-            loss: Tensor = self.forward_cached(sentence_features, labels)
+            loss: Tensor = self.forward_cached(columns, given)  # type: ignore[arg-type]
             return loss
-        reps = [[self.model(column)["sentence_embedding"]] for column in sentence_features]
-        return self.calculate_loss(reps, labels)
+        return self.calculate_loss([[self.model(column)["sentence_embedding"]] for column in columns], given)
 
-    def calculate_loss(
-        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    def calculate_loss(  # type: ignore[override]
+        self,
+        reps: list[list[Tensor]],
+        given: tuple[Tensor | None, Tensor | None],
+        *,
+        with_backward: bool = False,
     ) -> Tensor:
-        """The loss of embeddings that come in mini-batches; GradCache asks for it."""
+        """The loss of embeddings that come in mini-batches, with labels and ids; GradCache asks for it."""
+        labels, ids = given
         columns = [torch.cat(column) for column in reps]
         queries, *candidates = (
             F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in columns
@@ -185,7 +201,7 @@ class RankedListsLoss(CachedLossMixin, nn.Module):
         if labels is None or not candidates:
             raise ValueError("graded lists need columns of candidates and a label column with their grades")
         if labels.dim() == 3 and len(candidates) == 1:
-            loss = self._of_pool(queries, candidates[0], labels)
+            loss = self._of_pool(queries, candidates[0], labels, ids)
         elif labels.shape == (len(queries), len(candidates)):
             loss = self.criterion(queries, torch.stack(candidates, 1), labels, self.scale)
         else:
@@ -199,16 +215,16 @@ class RankedListsLoss(CachedLossMixin, nn.Module):
             return loss.detach()
         return loss
 
-    def _of_pool(self, queries: Tensor, candidates: Tensor, labels: Tensor) -> Tensor:
+    def _of_pool(self, queries: Tensor, candidates: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
         gather, sizes = self.criterion.gather, (len(candidates), labels.shape[1])
         if gather.place[1] > 1:  # where every process has to bring the same shapes
             rows, width = gather.items(torch.tensor([sizes], device=labels.device)).amax(0).tolist()
             candidates = F.pad(candidates, (0, 0, 0, rows - sizes[0]))
             labels = F.pad(labels, (0, 0, 0, width - sizes[1]), value=_PADDING)
+            ids = None if ids is None else F.pad(ids, (0, rows - sizes[0]))
         index, grades = labels.unbind(-1)
-        loss: Tensor = self.criterion(
-            queries, candidates, grades, self.scale, candidate_index=index.long(), mask=index != _PADDING
-        )
+        lists = {"candidate_index": index.long(), "mask": index != _PADDING, "candidate_ids": ids}
+        loss: Tensor = self.criterion(queries, candidates, grades, self.scale, **lists)
         return loss
 
     def get_config_dict(self) -> dict[str, Any]:

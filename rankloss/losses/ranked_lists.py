@@ -44,8 +44,9 @@ class RankedLists(GatheringLoss):
     counts nothing.
 
     With ``in_batch_negatives`` the candidates of the other queries, of all processes, are items of grade −∞
-    in every list, except for those that equal one of the list's own in every bit. A candidate of several
-    lists is one item where it is one row of ``[M, D]``, and several where it is given several times. With
+    in every list, except for the list's own. Candidates with one of ``candidate_ids`` are one item, on all
+    processes. Without ids those that equal one of the list's own in every bit are left out, and a candidate
+    of several lists is one item where it is one row of ``[M, D]``, else several. With
     K = 1 this is CLIP's cross-entropy of one direction, to the last bit in float64 where all scores are
     computed at once.
 
@@ -72,7 +73,8 @@ class RankedLists(GatheringLoss):
         ``query_features``: ``[N, D]``; ``candidate_features``: ``[N, K, D]``, or ``[M, D]`` with
         ``candidate_index`` ``[N, K]``, integers in [0, M), so that a candidate of several lists is embedded
         once; ``grades``: ``[N, K]``; ``mask``: ``[N, K]``, False where a place is padding, whose features,
-        index and grade mean nothing. Features are unit-norm; ``logit_scale`` is the multiplier s itself. The
+        index and grade mean nothing; ``candidate_ids``: ``[N, K]`` or ``[M]``, integers. Features are
+        unit-norm; ``logit_scale`` is the multiplier s itself. The
         result is a scalar in nats, ``[N]`` with ``reduction="none"``, or with ``output_dict=True``
         ``{"ranked_lists_loss": …}``. NaN or infinity in a feature gives NaN.
 
@@ -142,6 +144,7 @@ class RankedLists(GatheringLoss):
         logit_scale: Tensor | float = 1.0,
         *,
         candidate_index: Tensor | None = None,
+        candidate_ids: Tensor | None = None,
         mask: Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
@@ -153,10 +156,13 @@ class RankedLists(GatheringLoss):
             grades: ``[N, K]``, of any real dtype; it takes no gradient.
             logit_scale: the multiplier s.
             candidate_index: ``[N, K]``, the rows of ``[M, D]`` that are each query's candidates.
+            candidate_ids: ``[N, K]`` or ``[M]``, equal for one candidate on whatever process.
             mask: ``[N, K]``, bool; False is padding.
             output_dict: return a dict.
         """
-        given = _Given(query_features, candidate_features, logit_scale, grades, candidate_index, mask)
+        given = _Given(
+            query_features, candidate_features, logit_scale, grades, candidate_index, mask, candidate_ids
+        )
         compiling = torch.compiler.is_compiling()
         loss = (torch.compiler.disable(self._loss_of) if compiling else self._loss_of)(given)
         return {"ranked_lists_loss": loss} if output_dict else loss
@@ -169,7 +175,7 @@ class RankedLists(GatheringLoss):
         checks.check_scale(given.logit_scale, given.query_features)
         self._look_at_values(given)
 
-        queries, items, logit_scale, grades, index, _ = given
+        queries, items, logit_scale, grades, index, _, ids = given
         is_item = given.is_item
         is_right = (~is_item | (grades < math.inf)).all()
         grades = grades.detach().to(precision.dtype_of_numbers(grades.device)).masked_fill(~is_item, math.inf)
@@ -184,24 +190,37 @@ class RankedLists(GatheringLoss):
         if self.in_batch_negatives or not gather.anchors_are_local:
             index = index + gather.place[0] * len(items)
             items, is_listed = gather.items(items, are_anchors=False), gather.items(is_listed)
+            ids = None if ids is None else gather.items(ids.flatten())
         if not gather.anchors_are_local:
             queries, index, grades = gather.items(queries), gather.items(index), gather.items(grades)
 
         dtype = precision.arithmetic_dtype(queries, items)
         # A place that is in no list may hold anything, and 0 · NaN is NaN.
-        items = items.to(dtype).masked_fill(~is_listed.bool()[:, None], 0.0)
+        is_listed = is_listed.bool()
+        items = items.to(dtype).masked_fill(~is_listed[:, None], 0.0)
+        equal = None
+        if self.in_batch_negatives and ids is not None:
+            equal = graded.first_of_id(ids.long().masked_fill(~is_listed, torch.iinfo(torch.int64).max))
+            is_listed = is_listed & (equal == torch.arange(len(equal), device=equal.device))
+        elif self.in_batch_negatives:
+            equal = first_equal(items)
         scale = logit_scale.reshape(()) if isinstance(logit_scale, Tensor) else logit_scale
         queries = queries.to(dtype) * scale
         with precision.full_precision(items.device):
-            values, terms = self._values(queries, items, is_listed.bool(), index, grades)
+            values, terms = self._values(queries, items, is_listed, equal, index, grades)
         values = precision.nan_unless_finite(values, queries, items) * torch.where(is_right, 1.0, math.nan)
         return self._reduced(values, terms).to(dtype)
 
     def _values(
-        self, queries: Tensor, items: Tensor, is_listed: Tensor, index: Tensor, grades: Tensor
+        self,
+        queries: Tensor,
+        items: Tensor,
+        is_listed: Tensor,
+        equal: Tensor | None,
+        index: Tensor,
+        grades: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Values and numbers of terms of all lists, both 0 for a list that does not count."""
-        equal = first_equal(items) if self.in_batch_negatives else None
         scores = len(items) if self.in_batch_negatives else index.shape[1]
         if self.model == "pairwise":
             scores *= index.shape[1]
@@ -259,7 +278,7 @@ class RankedLists(GatheringLoss):
     @torch.no_grad()
     def _look_at_values(self, given: _Given) -> None:
         """Raise an error for wrong values; warn of suspicious ones at the first look."""
-        queries, candidates, logit_scale, grades, index, _ = given
+        queries, candidates, logit_scale, grades, index, *_ = given
         is_item = given.is_item
         is_first = not self._looked_at and checks.can_be_read(queries)
         if not (is_first or precision.may_look_at(queries)):
@@ -299,6 +318,7 @@ class _Given(NamedTuple):
     grades: Tensor
     candidate_index: Tensor | None
     mask: Tensor | None
+    candidate_ids: Tensor | None
 
     @property
     def is_item(self) -> Tensor:
@@ -307,7 +327,7 @@ class _Given(NamedTuple):
 
 def _check_shapes(given: _Given) -> None:
     """Raise an error that names the argument unless types, shapes and devices fit."""
-    queries, candidates, _, grades, index, mask = given
+    queries, candidates, _, grades, index, mask, ids = given
     checks.check_matrix("query_features", queries)
     n, d = queries.shape
     of_lists = {
@@ -335,6 +355,12 @@ def _check_shapes(given: _Given) -> None:
             f"candidate_features must have shape [N, K, D] = {(*grades.shape, d)}, or [M, D] with "
             f"candidate_index; got {tuple(shape)}"
         )
+    if ids is not None:
+        checks.check_is_tensor("candidate_ids", ids)
+        if ids.shape != shape[:-1] or ids.dtype not in _INTEGERS:
+            needed = f"integers of shape {tuple(shape[:-1])}"
+            raise ValueError(f"candidate_ids must be {needed}; got {ids.dtype} {tuple(ids.shape)}")
+        checks.check_device("candidate_ids", ids, queries, "query_features")
     checks.check_matrix("candidate_features", candidates.flatten(0, -2))
     checks.check_device("candidate_features", candidates, queries, "query_features")
 

@@ -102,6 +102,7 @@ def test_a_section_on_the_gpu_that_fails_leaves_the_others_and_one_that_is_done_
         ("scaling.py", "| naive terms |", {"results.json", "table.md"}),
         ("bin_error.py", "| agreeing, N = 32, s = 100 |", {"bin_error.json", "bin_error.md"}),
         ("distributed.py", "| 4 | False | 32 |", {"distributed.json", "distributed.md"}),
+        ("ranked_lists.py", "8 lists of 4 candidates.", {"ranked_lists.json", "ranked_lists.md"}),
         ("costs.py", "| chunk_size = | 1 | 2 | 4 |", {"costs.json", "costs.md"}),
     ],
 )
