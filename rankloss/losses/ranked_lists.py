@@ -195,9 +195,10 @@ class RankedLists(GatheringLoss):
             queries, index, grades = gather.items(queries), gather.items(index), gather.items(grades)
 
         dtype = precision.arithmetic_dtype(queries, items)
-        # A place that is in no list may hold anything, and 0 · NaN is NaN.
-        is_listed = is_listed.bool()
-        items = items.to(dtype).masked_fill(~is_listed[:, None], 0.0)
+        items, is_listed = items.to(dtype), is_listed.bool()
+        if given.mask is not None or given.candidate_index is not None:
+            # A place that is in no list may hold anything, and 0 · NaN is NaN.
+            items = items.masked_fill(~is_listed[:, None], 0.0)
         equal = None
         if self.in_batch_negatives and ids is not None:
             equal = graded.first_of_id(ids.long().masked_fill(~is_listed, torch.iinfo(torch.int64).max))
