@@ -107,6 +107,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/scaling.py --output $(BENCH_OUTPUT) $(SCALING_ARGS)
 	$(BIN)/python benchmarks/bin_error.py --output $(BENCH_OUTPUT)
 	$(BIN)/python benchmarks/distributed.py --output $(BENCH_OUTPUT)
+	$(BIN)/python benchmarks/ranked_lists.py --output $(BENCH_OUTPUT)
 
 ## On a CUDA card, with a CUDA build of torch: the core's tests, the kernels compiled instead of interpreted; and what
 ## the losses cost there, in outputs/gpu (under nine minutes; repeat the command to resume). GPU_ARGS='--write

@@ -1,8 +1,9 @@
 """Ranking-consistency losses for CLIP training.
 
 The losses are modules (:class:`RankConsistency`, :class:`RankClipLoss`, :class:`ClipLoss`,
-:class:`SigLipLoss`). :class:`RankOptions` has the options of the rank terms, :class:`Gather` says how a batch
-is spread over processes, and the mathematics of one list is a function, :func:`plackett_luce_nll`.
+:class:`SigLipLoss`, :class:`RankedLists`). :class:`RankOptions` has the options of the rank terms,
+:class:`Gather` says how a batch is spread over processes, and the mathematics of one list is a function,
+:func:`plackett_luce_nll`.
 """
 
 from rankloss import distributed as distributed
@@ -17,6 +18,7 @@ from rankloss.losses import ClipLoss as ClipLoss
 from rankloss.losses import InputWarning as InputWarning
 from rankloss.losses import RankClipLoss as RankClipLoss
 from rankloss.losses import RankConsistency as RankConsistency
+from rankloss.losses import RankedLists as RankedLists
 from rankloss.losses import SigLipLoss as SigLipLoss
 from rankloss.options import RankOptions as RankOptions
 
@@ -27,6 +29,7 @@ __all__ = [
     "RankClipLoss",
     "RankConsistency",
     "RankOptions",
+    "RankedLists",
     "SigLipLoss",
     "__version__",
     "distributed",

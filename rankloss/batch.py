@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rankloss.equal_rows import first_equal
-from rankloss.precision import arithmetic_device, arithmetic_dtype, constant, full_precision, scalar
+from rankloss.precision import arithmetic_device, arithmetic_dtype, constant, product, scalar
 
 Term = Literal["cross_modal", "in_modal"]
 
@@ -52,27 +52,7 @@ class Matrix(NamedTuple):
 
     def cosines(self) -> Tensor:
         """The whole matrix, ``[n, N]``, differentiable any number of times, in full precision."""
-        cosines: Tensor = _Product.apply(self.anchors, self.items.T)  # type: ignore[no-untyped-call]
-        return cosines
-
-
-class _Product(torch.autograd.Function):
-    """``a @ b``, also where the backward pass runs in an autocast region."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        with full_precision(a.device):
-            return a @ b
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        a, b = ctx.saved_tensors
-        by_a, by_b = ctx.needs_input_grad
-        return (
-            _Product.apply(upstream[0], b.T) if by_a else None,  # type: ignore[no-untyped-call]
-            _Product.apply(a.T, upstream[0]) if by_b else None,  # type: ignore[no-untyped-call]
-        )
+        return product(self.anchors, self.items.T)
 
 
 @dataclass(frozen=True)

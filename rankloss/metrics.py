@@ -1,57 +1,171 @@
-r"""What ranking consistency does to an embedding space, in numbers. Nothing here is differentiated.
+r"""Metrics of an embedding space and of graded lists. Nothing here is differentiated.
 
-All functions take unit-norm features, ``[N, D]``, image and text row i being a pair.
+Functions of features take unit-norm ``[N, D]``, image and text row i being a pair. Functions of lists take
+``[..., N]`` and return ``[...]`` in float64, a value per list; ``mask``, of the same shape, is False where a
+place is padding.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rankloss.checks import check_features, check_is_tensor, check_one_space
 from rankloss.equal_rows import first_occurrence
-from rankloss.options import check_count
+from rankloss.options import check_choice, check_count
 
-__all__ = ["alignment", "kendall_tau", "modality_gap", "rank_agreement", "spearman_rho", "uniformity"]
+__all__ = [
+    "alignment",
+    "kendall_tau",
+    "modality_gap",
+    "ndcg",
+    "pairwise_accuracy",
+    "rank_agreement",
+    "reciprocal_rank",
+    "spearman_rho",
+    "uniformity",
+]
 
 _BLOCK = 2**20  # elements of a chunk's similarity matrix
 
 
-def kendall_tau(x: Tensor, y: Tensor) -> Tensor:
-    r"""Kendall's τ-b of every pair of lists.
+def kendall_tau(
+    x: Tensor, y: Tensor, *, variant: Literal["b", "c"] = "b", mask: Tensor | None = None
+) -> Tensor:
+    r"""Kendall's τ of every pair of lists.
 
-        τ_b = (P − Q) / √((P + Q + X₀)(P + Q + Y₀))
+        τ_b = (P − Q) / √((P + Q + X₀)(P + Q + Y₀)),   τ_c = 2(P − Q) / (n²·(m − 1)/m)
 
-    with P concordant and Q discordant pairs of items, X₀ and Y₀ those tied in x only and in y only.
+    with P concordant and Q discordant pairs of items, X₀ and Y₀ those tied in x only and in y only, n the
+    number of items and m the smaller number of distinct values of x and y.
     Computed in O(N log² N) by counting inversions while merging.
 
     Args:
         x: ``[..., N]``.
         y: ``[..., N]``.
+        variant: ``"b"`` or ``"c"``, for x and y with different numbers of possible values.
+        mask: ``[..., N]``.
 
     Returns:
         ``[...]``, float64; NaN where all items of a list are tied, or one is NaN.
 
     References:
-        "A Computer Method for Calculating Kendall's Tau with Ungrouped Data", 1966.
+        "A Computer Method for Calculating Kendall's Tau with Ungrouped Data", 1966; "The Estimation and
+        Comparison of Strengths of Association in Contingency Tables", 1953 (τ_c).
 
     Example:
         >>> kendall_tau(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])).item()
         0.6666666666666666
     """
-    _check_lists(x, y)
-    n = x.shape[-1]
-    (x_below, x_ties), (y_below, y_ties) = map(smaller_and_equal, (x, y))
-    both = x_below * n + y_below
-    pairs = n * (n - 1) / 2
-    x_tied, y_tied = (ties.sum(-1).double() / 2 for ties in (x_ties, y_ties))
-    both_tied = smaller_and_equal(both)[1].sum(-1).double() / 2
-    discordant = _inversions(both.sort(dim=-1).values % n).double()
-    agreement = pairs - x_tied - y_tied + both_tied - 2 * discordant
-    tau = agreement / ((pairs - x_tied) * (pairs - y_tied)).sqrt()
-    return torch.where(_has_nan(x, y), math.nan, tau)
+    check_choice("variant", variant, ("b", "c"))
+    agreement, unequal_x, unequal_y, distinct = _concordance(x, y, mask)
+    if variant == "b":
+        return agreement / (unequal_x * unequal_y).sqrt()
+    n = x.shape[-1] if mask is None else mask.sum(-1).double()
+    return 2 * agreement / (n**2 * (distinct - 1) / distinct)
+
+
+def pairwise_accuracy(scores: Tensor, grades: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Share of the pairs with unequal grades that the scores order as the grades do.
+
+    A pair of equal scores counts one half.
+
+    Args:
+        scores: ``[..., N]``.
+        grades: ``[..., N]``, larger is better.
+        mask: ``[..., N]``.
+
+    Returns:
+        ``[...]``, float64; NaN where all grades are equal, or an entry is NaN.
+
+    Example:
+        >>> pairwise_accuracy(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([2.0, 1.0, 0.0])).item()
+        0.6666666666666666
+    """
+    agreement, _, unequal_grades, _ = _concordance(scores, grades, mask)
+    return (1 + agreement / unequal_grades) / 2
+
+
+def ndcg(
+    scores: Tensor,
+    grades: Tensor,
+    *,
+    k: int | None = None,
+    gain: Literal["linear", "exponential"] = "linear",
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""Normalised discounted cumulative gain of the first k places.
+
+        DCG = Σ_{r ≤ k} gain(g_r) / log₂(1 + r),   nDCG = DCG / DCG of the order by grades
+
+    Items with equal scores share the mean of their places' discounts, as in scikit-learn.
+
+    Args:
+        scores: ``[..., N]``.
+        grades: ``[..., N]``, at least 0; −∞ is unranked and gains 0.
+        k: the number of places; None for all.
+        gain: ``"linear"``: g; ``"exponential"``: 2^g − 1.
+        mask: ``[..., N]``.
+
+    Returns:
+        ``[...]``, float64; NaN where no item has a gain, or an entry is NaN.
+
+    Raises:
+        ValueError: for a finite grade below 0, whose gain would be negative.
+
+    Example:
+        >>> ndcg(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([0.0, 0.0, 1.0])).item()  # 1 / log₂ 3
+        0.6309297535714575
+    """
+    check_choice("gain", gain, ("linear", "exponential"))
+    (scores, grades), is_nan = _checked_lists(mask, scores=scores, grades=grades)
+    if ((grades < 0) & (grades > -math.inf)).any():
+        raise ValueError(f"grades must be at least 0, or −infinity; got {grades[grades > -math.inf].min():g}")
+    places = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
+    discounts = places.add(1).double().log2().reciprocal()
+    if k is not None:
+        discounts = discounts.where(places <= check_count("k", k), 0.0)
+    # Discounts of the first r places, so that tied items share those of their own.
+    cumulated = torch.nn.functional.pad(discounts.cumsum(0), (1, 0))
+    gains = grades.clamp_min(0.0)
+    gains = gains.exp2() - 1 if gain == "exponential" else gains
+
+    def dcg(x: Tensor) -> Tensor:
+        below, ties = smaller_and_equal(x)
+        last = x.shape[-1] - below
+        return (gains * (cumulated[last] - cumulated[last - ties - 1]) / (ties + 1)).sum(-1)
+
+    return torch.where(is_nan, math.nan, dcg(scores) / dcg(grades))
+
+
+def reciprocal_rank(
+    scores: Tensor, grades: Tensor, *, at_least: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """1 / rank of the first relevant item; the mean over lists is MRR.
+
+    Items that are not relevant and have the same score stand before it.
+
+    Args:
+        scores: ``[..., N]``.
+        grades: ``[..., N]``.
+        at_least: the least grade of a relevant item.
+        mask: ``[..., N]``.
+
+    Returns:
+        ``[...]``, float64; NaN where no item is relevant, or an entry is NaN.
+
+    Example:
+        >>> reciprocal_rank(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([0.0, 2.0, 1.0])).item()
+        0.5
+    """
+    (scores, grades), is_nan = _checked_lists(mask, scores=scores, grades=grades)
+    is_relevant = grades >= at_least
+    best = scores.masked_fill(~is_relevant, -math.inf).amax(-1, keepdim=True)
+    before = ((scores >= best) & ~is_relevant).sum(-1)
+    return torch.where(is_nan | ~is_relevant.any(-1), math.nan, 1 / (1 + before.double()))
 
 
 def spearman_rho(x: Tensor, y: Tensor) -> Tensor:
@@ -70,11 +184,11 @@ def spearman_rho(x: Tensor, y: Tensor) -> Tensor:
         >>> spearman_rho(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])).item()
         0.8
     """
-    _check_lists(x, y)
+    _checked_lists(None, x=x, y=y)
     a, b = (below.double() + ties.double() / 2 for below, ties in map(smaller_and_equal, (x, y)))
     a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
     rho = (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
-    return torch.where(_has_nan(x, y), math.nan, rho)
+    return torch.where((x.isnan() | y.isnan()).any(-1), math.nan, rho)
 
 
 @torch.no_grad()
@@ -197,15 +311,43 @@ def checked_pair(image_features: Tensor, text_features: Tensor, min_pairs: int =
     return image_features.detach().double(), text_features.detach().double()
 
 
-def _check_lists(x: Tensor, y: Tensor) -> None:
-    check_is_tensor("x", x)
-    check_is_tensor("y", y)
+def _checked_lists(mask: Tensor | None, **lists: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Two lists in float64, padding having −∞, and whether an entry is NaN: ``[...]``."""
+    (first, x), (second, y) = lists.items()
+    check_is_tensor(first, x)
+    check_is_tensor(second, y)
     if x.shape != y.shape or x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x and y must have one shape [..., N]; got {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(
+            f"{first} and {second} must have one shape [..., N]; got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    x, y = x.detach().double(), y.detach().double()
+    if mask is not None:
+        check_is_tensor("mask", mask)
+        if mask.shape != x.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask must be bool of shape {tuple(x.shape)}; got {mask.dtype} {tuple(mask.shape)}"
+            )
+        x, y = x.masked_fill(~mask, -math.inf), y.masked_fill(~mask, -math.inf)
+    return [x, y], (x.isnan() | y.isnan()).any(-1)
 
 
-def _has_nan(x: Tensor, y: Tensor) -> Tensor:
-    return (x.isnan() | y.isnan()).any(-1)
+def _concordance(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P − Q, the pairs that are not tied in x and in y, and the smaller number of distinct values."""
+    lists, is_nan = _checked_lists(mask, x=x, y=y)
+    n = x.shape[-1]
+    if mask is not None:  # padding below every item, also those of −∞
+        lists = [smaller_and_equal(z)[0].add(1).masked_fill(~mask, 0) for z in lists]
+    (x_below, x_ties), (y_below, y_ties) = map(smaller_and_equal, lists)
+    both = x_below * n + y_below
+    x_tied, y_tied = (ties.sum(-1).double() / 2 for ties in (x_ties, y_ties))
+    both_tied = smaller_and_equal(both)[1].sum(-1).double() / 2
+    discordant = _inversions(both.sort(dim=-1).values % n).double()
+    is_item = torch.ones_like(both, dtype=torch.bool) if mask is None else mask
+    # Each item is concordant with all padding, whose own pairs are tied.
+    pairs = n * (n - 1) / 2 - (is_item.sum(-1) * (~is_item).sum(-1)).double()
+    agreement = pairs - x_tied - y_tied + both_tied - 2 * discordant
+    distinct = torch.minimum(*((is_item / (ties + 1.0)).sum(-1).round() for ties in (x_ties, y_ties)))
+    return torch.where(is_nan, math.nan, agreement), pairs - x_tied, pairs - y_tied, distinct.double()
 
 
 def smaller_and_equal(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,11 @@ def arithmetic_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+def dtype_of_numbers(device: torch.device) -> torch.dtype:
+    """The dtype of numbers beside features: float64, or float32 on MPS."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """A context without autocast, which would turn products into half precision."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta knows no autocast
@@ -36,8 +41,7 @@ def scalar(x: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(x, Tensor):
         return x.reshape(()) if x.dim() else x
     # Filled in on the device: to copy a number to it would make the host wait.
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.full((), x, dtype=dtype, device=device)
+    return torch.full((), x, dtype=dtype_of_numbers(device), device=device)
 
 
 def constant(x: Tensor) -> Tensor:
@@ -50,6 +54,31 @@ def nan_unless_finite(weights: Tensor, *features: Tensor) -> Tensor:
     norms = (torch.linalg.vector_norm(x.detach()) for x in features)
     # A product of two rows is at most that of the norms, and overflows after the cube. 0 · ∞ is NaN.
     return torch.addcmul(weights, weights, functools.reduce(torch.add, norms) ** 3, value=0)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, forward and backward in the dtype of the factors whatever autocast asks for."""
+    c: Tensor = _Product.apply(a, b)  # type: ignore[no-untyped-call]
+    return c
+
+
+class _Product(torch.autograd.Function):
+    """A product whose backward pass may run in an autocast region, differentiable any number of times."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        with full_precision(a.device):
+            return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        by_a, by_b = ctx.needs_input_grad
+        return (
+            product(upstream[0], b.mT) if by_a else None,
+            product(a.mT, upstream[0]) if by_b else None,
+        )
 
 
 def can_sync(x: Tensor) -> bool:

@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import scipy.stats
+import sklearn.metrics
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +33,110 @@ def test_kendall_and_spearman_match_scipy_ties_included(lists: tuple[list[int], 
     assert metrics.spearman_rho(x, y).item() == pytest.approx(
         scipy.stats.spearmanr(x, y).statistic, abs=1e-12
     )
+
+
+# --- graded lists -------------------------------------------------------------------------------------------
+
+
+def padded(lists: list[list[float]], fill: float) -> torch.Tensor:
+    width = 1 + max(map(len, lists))
+    return torch.tensor([x + [fill] * (width - len(x)) for x in lists], dtype=torch.float64)
+
+
+@st.composite
+def graded_lists(draw: st.DrawFn) -> list[tuple[list[float], list[float]]]:
+    """Scores and grades with ties; some grades are −∞."""
+    sizes = draw(st.lists(st.integers(2, 9), min_size=1, max_size=4))
+    grade = st.one_of(st.integers(0, 3).map(float), st.just(-math.inf))
+    score = st.integers(-3, 3).map(float)
+    return [
+        (draw(st.lists(score, min_size=n, max_size=n)), draw(st.lists(grade, min_size=n, max_size=n)))
+        for n in sizes
+    ]
+
+
+def of_each(measure: Callable[..., Any], lists: Any, **options: Any) -> list[float]:
+    """Of lists that are padded to one length."""
+    scores, grades = zip(*lists, strict=True)
+    mask = padded([[1.0] * len(x) for x in scores], 0.0) > 0
+    found = measure(padded(list(scores), 7.0), padded(list(grades), 5.0), mask=mask, **options)
+    alone = [measure(torch.tensor(x), torch.tensor(y), **options).item() for x, y in lists]
+    assert found.tolist() == pytest.approx(alone, abs=1e-12, nan_ok=True)
+    assert found.dtype == torch.float64
+    return alone
+
+
+@given(graded_lists())
+def test_kendalls_taus_are_scipys(lists: Any) -> None:
+    for variant in ("b", "c"):
+        for found, (x, y) in zip(of_each(metrics.kendall_tau, lists, variant=variant), lists, strict=True):
+            if len(set(x)) == 1 or len(set(y)) == 1:
+                assert math.isnan(found)
+            else:
+                y = scipy.stats.rankdata(y)  # of infinities it makes NaN
+                assert found == pytest.approx(
+                    scipy.stats.kendalltau(x, y, variant=variant).statistic, abs=1e-12
+                )
+
+
+@given(graded_lists())
+def test_pairwise_accuracy_counts_pairs(lists: Any) -> None:
+    for found, (x, y) in zip(of_each(metrics.pairwise_accuracy, lists), lists, strict=True):
+        pairs = [(p, q) for p in range(len(y)) for q in range(len(y)) if y[p] > y[q]]
+        right = [1.0 if x[p] > x[q] else 0.5 if x[p] == x[q] else 0.0 for p, q in pairs]
+        assert found == pytest.approx(sum(right) / len(right) if pairs else math.nan, abs=1e-12, nan_ok=True)
+
+
+@given(graded_lists(), st.sampled_from([None, 1, 3]))
+def test_ndcg_is_scikit_learns(lists: Any, k: int | None) -> None:
+    for gain in ("linear", "exponential"):
+        for found, (x, y) in zip(of_each(metrics.ndcg, lists, k=k, gain=gain), lists, strict=True):
+            gains = [max(g, 0.0) if gain == "linear" else 2 ** max(g, 0.0) - 1 for g in y]
+            if any(gains):
+                assert found == pytest.approx(sklearn.metrics.ndcg_score([gains], [x], k=k), abs=1e-12)
+            else:
+                assert math.isnan(found)
+
+
+@given(graded_lists())
+def test_reciprocal_rank_is_that_of_the_first_relevant_item(lists: Any) -> None:
+    for found, (x, y) in zip(of_each(metrics.reciprocal_rank, lists, at_least=2.0), lists, strict=True):
+        order = sorted(range(len(x)), key=lambda i: (-x[i], y[i]))  # the worst of equal scores first
+        ranks = [1 / (1 + r) for r, i in enumerate(order) if y[i] >= 2]
+        assert found == pytest.approx(ranks[0] if ranks else math.nan, nan_ok=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # which its compiler gives
+def test_metrics_of_lists_are_ranxs() -> None:
+    ranx = pytest.importorskip("ranx")
+    rng = np.random.default_rng(0)
+    scores, grades = rng.permuted(np.tile(np.arange(9.0), (20, 1)), axis=1), rng.integers(0, 4, (20, 9))
+    names = [f"d{k}" for k in range(9)]
+    qrels = ranx.Qrels(
+        {f"q{n}": dict(zip(names, map(int, row), strict=True)) for n, row in enumerate(grades)}
+    )
+    run = ranx.Run({f"q{n}": dict(zip(names, row, strict=True)) for n, row in enumerate(scores)})
+    theirs = ranx.evaluate(qrels, run, ["ndcg", "ndcg@3", "ndcg_burges@5", "mrr"])
+    x, y = torch.from_numpy(scores), torch.from_numpy(grades)
+    ours = {
+        "ndcg": metrics.ndcg(x, y),
+        "ndcg@3": metrics.ndcg(x, y, k=3),
+        "ndcg_burges@5": metrics.ndcg(x, y, k=5, gain="exponential"),
+        "mrr": metrics.reciprocal_rank(x, y),
+    }
+    assert {name: x.mean().item() for name, x in ours.items()} == pytest.approx(theirs)
+
+
+def test_metrics_of_lists_refuse_what_they_cannot_measure() -> None:
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([1.0, -2.0])
+    with pytest.raises(ValueError, match="grades must be at least 0, or −infinity; got -2"):
+        metrics.ndcg(x, y)
+    with pytest.raises(ValueError, match="k must be an integer of at least 1; got 0"):
+        metrics.ndcg(x, y.abs(), k=0)
+    with pytest.raises(ValueError, match=r"mask must be bool of shape \(2,\); got torch.int64 \(2,\)"):
+        metrics.reciprocal_rank(x, y, mask=torch.ones(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="variant must be one of 'b', 'c'; got 'a'"):
+        metrics.kendall_tau(x, y, variant="a")  # type: ignore[arg-type]
 
 
 def test_leading_dimensions_are_lists() -> None:

@@ -18,5 +18,6 @@ from rankloss.losses.composition import takes_teacher as takes_teacher
 from rankloss.losses.gathering import GatheringLoss as GatheringLoss
 from rankloss.losses.rank_clip import RankClipLoss as RankClipLoss
 from rankloss.losses.rank_consistency import RankConsistency as RankConsistency
+from rankloss.losses.ranked_lists import RankedLists as RankedLists
 from rankloss.losses.siglip import SigLipLoss as SigLipLoss
 from rankloss.options import check_weight as check_weight

@@ -51,6 +51,7 @@ def test_fill_replaces_what_is_between_the_markers_and_nothing_else(tmp_path: Pa
         (["scaling.py", "--against", ROOT], "| bin | 32 | 1/4 | 2 |", {"against.json", "against.md"}),
         (["bin_error.py"], "| agreeing, N = 32, s = 100 |", {"bin_error.json", "bin_error.md"}),
         (["distributed.py"], "| 4 | False | 32 |", {"distributed.json", "distributed.md"}),
+        (["ranked_lists.py"], "8 lists of 4 candidates.", {"ranked_lists.json", "ranked_lists.md"}),
     ],
     ids=lambda x: " ".join(map(str, x[:2])) if isinstance(x, list) else "",
 )

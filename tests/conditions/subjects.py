@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from sklearn.metrics import ndcg_score
 from torch import Tensor, nn
 
 import oracle
@@ -241,6 +242,20 @@ def _each_list(measure: Callable[..., Any]) -> Callable[..., Any]:
     return of_lists
 
 
+def _of_each(measure: Callable[..., float]) -> Callable[..., Any]:
+    return lambda x, y: np.array([measure(a, b) for a, b in zip(x, y, strict=True)])
+
+
+def _pairwise_accuracy(x: Any, y: Any) -> float:
+    is_pair = y[:, None] > y
+    return float(np.mean((1 + np.sign(x[:, None] - x)[is_pair]) / 2)) if is_pair.any() else math.nan
+
+
+def _reciprocal_rank(x: Any, y: Any) -> float:
+    is_relevant = y >= 0
+    return 1 / (1 + (x[~is_relevant] >= x[is_relevant].max()).sum()) if is_relevant.any() else math.nan
+
+
 def _of_list(measure: Callable[..., Any], a: Any, b: Any) -> float:
     tied = len(np.unique(a)) == 1 or len(np.unique(b)) == 1
     return math.nan if tied else float(measure(a, b).statistic)
@@ -262,6 +277,28 @@ def _uniformity(image_features: Any) -> float:
     return float(np.log(np.mean(np.exp(-2 * squares))))
 
 
+def ranked_lists(name: str, **options: Any) -> Subject:
+    """``RankedLists`` of each text's candidates, some of which several lists share."""
+
+    def literal(
+        candidate_features: Any, query_features: Any, grades: Any, logit_scale: Any, xp: Any = torch
+    ) -> Any:
+        n, k = grades.shape
+        items, index = candidate_features.reshape(n * k, -1), np.arange(n * k).reshape(n, k)
+        return oracle.ranked_lists(query_features, items, index, grades, logit_scale, xp=xp, **options)
+
+    features = ("candidate_features", "query_features")  # in this order, since queries have to differ
+    return Subject(
+        f"RankedLists[{name}]",
+        "RankedLists",
+        functools.partial(rankloss.RankedLists, chunk_size=4, **options),
+        functools.partial(literal, xp=np),
+        literal,
+        inputs=(*features, "grades", "logit_scale"),
+        differentiable=(*features, "logit_scale"),
+    )
+
+
 RANK_FACTOR = 0.5
 
 SUBJECTS = [
@@ -278,6 +315,10 @@ SUBJECTS = [
         None,
         lambda **inputs: oracle.clip(**inputs) + RANK_FACTOR * oracle.rank_terms(**inputs),
     ),
+    ranked_lists("default"),
+    ranked_lists("negatives, top k", in_batch_negatives=True, top_k=2),
+    ranked_lists("negatives, top one", in_batch_negatives=True, model="top_one"),
+    ranked_lists("negatives, pairwise", in_batch_negatives=True, model="pairwise"),
     _clip("ClipLoss"),
     _clip("ClipLoss[streamed]", memory_budget=0),
     _siglip("SigLipLoss"),
@@ -313,6 +354,27 @@ SUBJECTS = [
     ),
     function("metrics.uniformity", metrics.uniformity, _uniformity, "image_features"),
     function("metrics.kendall_tau", metrics.kendall_tau, _each_list(stats.kendalltau), "x", "y"),
+    function(
+        "metrics.pairwise_accuracy",
+        lambda x, y: metrics.pairwise_accuracy(x, y),
+        _of_each(_pairwise_accuracy),
+        "x",
+        "y",
+    ),
+    function(
+        "metrics.ndcg",
+        lambda x, y: metrics.ndcg(x, y.abs(), k=3),
+        _of_each(lambda x, y: ndcg_score([abs(y)], [x], k=3) if y.any() else math.nan),
+        "x",
+        "y",
+    ),
+    function(
+        "metrics.reciprocal_rank",
+        lambda x, y: metrics.reciprocal_rank(x, y, at_least=0.0),
+        _of_each(_reciprocal_rank),
+        "x",
+        "y",
+    ),
     function("metrics.spearman_rho", metrics.spearman_rho, _each_list(stats.spearmanr), "x", "y"),
 ]
 
@@ -364,6 +426,14 @@ def _features(kind: str, seed: int = 7) -> tuple[Tensor, Tensor]:
 KINDS = ("plain", "equal rows", "negated rows", "sign codes", "zero rows", "sparse")
 
 
+def _queries(kind: str) -> Tensor:
+    """Rows that all differ, exact in every dtype where those of the kind are."""
+    if kind != "sign codes":
+        return _features("plain", seed=9)[0]
+    bits = torch.arange(N)[:, None] >> torch.arange(D) % 3 & 1
+    return (bits / 2 - 0.25).double()
+
+
 @functools.cache
 def _data(kind: str) -> Inputs:
     v, t = _features(kind)
@@ -373,6 +443,9 @@ def _data(kind: str) -> Inputs:
         "image_features": v,
         "text_features": t,
         **{name: F.pad(x, (0, 4)) for name, x in zip(TEACHER, _features(of_teacher, seed=8), strict=True)},
+        "query_features": _queries(kind),
+        "candidate_features": torch.stack([t, t.roll(1, 0), v], 1),
+        "grades": torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, -math.inf, 1.0]] * 2).double(),
         "logit_scale": torch.tensor(SCALE, dtype=torch.float64),
         "logit_bias": torch.tensor(BIAS, dtype=torch.float64),
         "scores": SCALE * cosines,

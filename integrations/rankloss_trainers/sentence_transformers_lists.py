@@ -1,0 +1,242 @@
+"""Graded lists for sentence-transformers: each query with candidates of its own, and their grades.
+
+A dataset with columns of queries, of lists of candidates and of lists of grades trains by::
+
+    loss = RankedListsLoss(model, rankloss.RankedLists(in_batch_negatives=True))
+    trainer = RankedListsTrainer(model, args, data, loss=loss)
+
+Lists of one length may be columns, (query, candidate_1, …, candidate_K) with a list of K grades as the label;
+then any ``SentenceTransformerTrainer`` serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from torch import Tensor, nn
+
+from rankloss import RankedLists
+from rankloss.options import check_count, check_weight
+
+__all__ = ["RankedListsCollator", "RankedListsLoss", "RankedListsTrainer"]
+
+_IDS = "candidate_ids"  # beside a column's inputs
+_PADDING = -1  # the index of a place without a candidate
+_CITATIONS = {
+    "plackett_luce": ("xia2008listwise", "Listwise Approach to Learning to Rank: Theory and Algorithm", 2008),
+    "top_one": ("cao2007learning", "Learning to Rank: From Pairwise Approach to Listwise Approach", 2007),
+    "pairwise": ("burges2005learning", "Learning to Rank using Gradient Descent", 2005),
+}
+
+
+@dataclass
+class RankedListsCollator(SentenceTransformerDataCollator):
+    """Collates queries with lists of candidates of any length; a candidate of several lists is embedded once.
+
+    The rows have a query, a list of candidates (texts or pictures) and, in a label column, a list of as many
+    grades. The candidates of a batch become one column without repetitions; the label becomes ``[N, K, 2]``,
+    the row of each candidate in this column, or −1 for padding, and its grade.
+
+    Raises:
+        ValueError: unless the rows have these three columns; for a list without candidates, a grade for each
+            candidate missing, a grade that is no number or NaN, and a query twice in a batch, whose lists
+            would be negatives of each other. The message names the row of the batch and shows the query.
+    """
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of rows."""
+        labels = [name for name in self.valid_label_columns if name in features[0]]
+        shared = {"dataset_name", *labels[:1]}
+        names = [name for name in features[0] if name not in shared]
+        if len(names) != 2 or not labels:
+            raise ValueError(
+                "the data must have a column of queries, one of lists of candidates and a label column "
+                f"({', '.join(self.valid_label_columns)}) of lists of grades; got {', '.join(features[0])}"
+            )
+        query, candidates = names
+        pool: dict[Any, Any] = {}
+        places: dict[Any, int] = {}
+        lists = []
+        for n, row in enumerate(features):
+            where = f"row {n} of the batch, {query} {row[query]!r:.60}"
+            if (first := places.setdefault(_identity(row[query]), n)) != n:
+                raise ValueError(
+                    f"a query may be in a batch once; got it in row {first} and {where}. Join its lists, or "
+                    "train with batch_sampler=BatchSamplers.NO_DUPLICATES"
+                )
+            lists.append(_graded(row[candidates], row[labels[0]], where))
+            for candidate, _ in lists[-1]:
+                pool.setdefault(_identity(candidate), candidate)
+        rows = {key: row for row, key in enumerate(pool)}
+        label = torch.full((len(lists), max(map(len, lists)), 2), float(_PADDING))
+        for n, pairs in enumerate(lists):
+            label[n, : len(pairs)] = torch.tensor([[rows[_identity(c)], grade] for c, grade in pairs])
+        name = {k: features[0][k] for k in ("dataset_name",) if k in features[0]}
+        batch = super().__call__([{**name, query: row[query]} for row in features])
+        batch.update(super().__call__([{**name, candidates: candidate} for candidate in pool.values()]))
+        batch[f"{candidates}_{_IDS}"] = torch.tensor([_id(key) for key in pool])
+        return {**batch, "label": label}
+
+
+def _graded(candidates: Any, grades: Any, where: str) -> list[tuple[Any, float]]:
+    """The candidates of a row with their grades."""
+    if not isinstance(candidates, (list, tuple)) or not isinstance(grades, (list, tuple)):
+        raise ValueError(f"candidates and grades must be lists; got others in {where}")
+    if not candidates or len(candidates) != len(grades):
+        raise ValueError(
+            f"a list must have candidates, and a grade for each; got {len(candidates)} candidates and "
+            f"{len(grades)} grades in {where}"
+        )
+    for grade in grades:
+        if isinstance(grade, bool) or not isinstance(grade, (int, float)) or not grade < math.inf:
+            raise ValueError(f"grades must be numbers, or −infinity; got {grade!r} in {where}")
+    return list(zip(candidates, map(float, grades), strict=True))
+
+
+def _identity(x: Any) -> Any:
+    """Equal for equal texts and for pictures of the same pixels."""
+    return (x.mode, x.size, x.tobytes()) if hasattr(x, "tobytes") else x if isinstance(x, str) else id(x)
+
+
+def _id(identity: Any) -> int:
+    """64 bits, the same on all processes."""
+    digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+class RankedListsTrainer(SentenceTransformerTrainer):
+    """A ``SentenceTransformerTrainer`` of queries with lists of candidates: it has the collator for them."""
+
+    data_collator_class = RankedListsCollator
+
+
+class RankedListsLoss(CachedLossMixin, nn.Module):
+    r"""A loss of graded lists: :class:`rankloss.RankedLists` of the columns' embeddings.
+
+        L(Q, C, g, s),   Q, C: embeddings of queries and candidates divided by their norms,   s: the scale
+
+    The columns are a query and its K candidates, the label their K grades; or, from
+    :class:`RankedListsCollator`, lists of any length, padded also to the longest of all processes. A larger
+    grade is better, equal grades are tied.
+
+    Args:
+        model: The ``SentenceTransformer`` that is trained.
+        criterion: The loss of the lists; by default ``rankloss.RankedLists()``, Plackett–Luce.
+        scale: The multiplier of the similarities, 1/temperature.
+        mini_batch_size: Embed each column in mini-batches of so many rows, in the memory of one, for a second
+            forward pass's time (GradCache). Loss and gradients are those of the whole batch. By default a
+            column is embedded at once.
+
+    Raises:
+        TypeError: for a criterion that is no :class:`rankloss.RankedLists`.
+        ValueError: for one whose reduction is "none", a scale that is not positive, a mini-batch size below
+            1, mini-batches of a model that begins with a ``StaticEmbedding``; in ``forward`` without labels,
+            for labels of another number of candidates, and as the criterion.
+
+    References:
+        Cached gradients: "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP
+        2021.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: RankedLists | None = None,
+        *,
+        scale: float = 20.0,
+        mini_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.criterion = RankedLists() if criterion is None else criterion
+        if not isinstance(self.criterion, RankedLists):
+            raise TypeError(f"criterion must be a rankloss.RankedLists; got {type(criterion).__name__}")
+        if self.criterion.reduction == "none":
+            raise ValueError("criterion must give one number; got reduction='none'")
+        if mini_batch_size is not None:
+            check_count("mini_batch_size", mini_batch_size)
+            if has_static_embedding_input(model):
+                raise ValueError("mini_batch_size cannot split the inputs of a StaticEmbedding")
+        self.model = model
+        self.scale = check_weight("scale", scale, above=0.0)
+        self.mini_batch_size = mini_batch_size  # type: ignore[assignment]
+        self.uses_gradient_cache = mini_batch_size is not None
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            sentence_features: The tokenized columns, a query and its candidates.
+            labels: The grades, ``[N, K]``, or ``[N, K, 2]`` from :class:`RankedListsCollator`.
+        """
+        columns = [dict(column) for column in sentence_features]
+        ids = [column.pop(_IDS, None) for column in columns]
+        given = labels, ids[-1]
+        if self.uses_gradient_cache:
+            loss: Tensor = self.forward_cached(columns, given)  # type: ignore[arg-type]
+            return loss
+        return self.calculate_loss([[self.model(column)["sentence_embedding"]] for column in columns], given)
+
+    def calculate_loss(  # type: ignore[override]
+        self,
+        reps: list[list[Tensor]],
+        given: tuple[Tensor | None, Tensor | None],
+        *,
+        with_backward: bool = False,
+    ) -> Tensor:
+        """The loss of embeddings that come in mini-batches, with labels and ids; GradCache asks for it."""
+        labels, ids = given
+        columns = [torch.cat(column) for column in reps]
+        queries, *candidates = (
+            F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in columns
+        )
+        if labels is None or not candidates:
+            raise ValueError("graded lists need columns of candidates and a label column with their grades")
+        if labels.dim() == 3 and len(candidates) == 1:
+            loss = self._of_pool(queries, candidates[0], labels, ids)
+        elif labels.shape == (len(queries), len(candidates)):
+            loss = self.criterion(queries, torch.stack(candidates, 1), labels, self.scale)
+        else:
+            raise ValueError(
+                f"labels must have a grade for each of {len(candidates)} candidates, "
+                f"({len(queries)}, {len(candidates)}); got {tuple(labels.shape)}. Lists of several lengths "
+                "need RankedListsTrainer"
+            )
+        if with_backward:
+            loss.backward()
+            return loss.detach()
+        return loss
+
+    def _of_pool(self, queries: Tensor, candidates: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
+        gather, sizes = self.criterion.gather, (len(candidates), labels.shape[1])
+        if gather.place[1] > 1:  # where every process has to bring the same shapes
+            rows, width = gather.items(torch.tensor([sizes], device=labels.device)).amax(0).tolist()
+            candidates = F.pad(candidates, (0, 0, 0, rows - sizes[0]))
+            labels = F.pad(labels, (0, 0, 0, width - sizes[1]), value=_PADDING)
+            ids = None if ids is None else F.pad(ids, (0, rows - sizes[0]))
+        index, grades = labels.unbind(-1)
+        lists = {"candidate_index": index.long(), "mask": index != _PADDING, "candidate_ids": ids}
+        loss: Tensor = self.criterion(queries, candidates, grades, self.scale, **lists)
+        return loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The arguments, for the model card."""
+        return {
+            "criterion": repr(self.criterion),
+            "scale": self.scale,
+            "mini_batch_size": self.mini_batch_size,
+        }
+
+    @property
+    def citation(self) -> str:
+        """The BibTeX entry of the criterion's paper, for the model card."""
+        key, title, year = _CITATIONS[self.criterion.model]
+        return f"@inproceedings{{{key},\n    title={{{title}}},\n    year={{{year}}}\n}}"

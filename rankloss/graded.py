@@ -1,0 +1,96 @@
+r"""The three models of a graded list, each with the number of its terms.
+
+A list has scores x and grades g, ``[n, K]`` in float64, a larger grade being better. Items of grade −∞ stand
+below all graded items and are not counted. Padding has the grade +∞. ``rest``, ``[n, M]``, has the scores of
+further items of grade −∞, and −∞ where an item is not in the list.
+
+Every model returns values and numbers of terms, both ``[n]``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def plackett_luce(
+    x: Tensor, grades: Tensor, rest: Tensor | None, *, top_k: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of the order by grades; equal grades share one denominator.
+
+    Terms are the graded items of rank ≤ ``top_k`` whose denominators hold other items too.
+    """
+    grades, order = grades.sort(-1)  # ascending, so that {q : g_q ≤ g_p} is a prefix; padding comes last
+    is_item = grades < math.inf
+    x = x.gather(-1, order).masked_fill(~is_item, -math.inf)
+    largest = x.detach().amax(-1, keepdim=True)
+    last_tied = torch.searchsorted(grades, grades, right=True) - 1
+    has_others, below = last_tied > 0, torch.zeros_like(largest)
+    if rest is not None:
+        log_sum = rest.logsumexp(-1, keepdim=True).to(x.dtype)
+        largest = torch.maximum(largest, log_sum.detach())
+        has_others, below = has_others | (log_sum > -math.inf), (log_sum - largest).exp()
+    denominators = ((x - largest).exp().cumsum(-1) + below).gather(-1, last_tied)
+    counts = is_item & (grades > -math.inf)
+    if top_k is not None:
+        counts &= is_item.sum(-1, keepdim=True) - last_tied <= top_k  # tied items share the best rank
+    terms = torch.where(counts, denominators.log() + largest - x, 0.0)
+    return terms.sum(-1), (counts & has_others).sum(-1)
+
+
+def top_one(x: Tensor, grades: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy from softmax(g) to softmax(x): one term."""
+    is_item = grades < math.inf
+    log_sum = x.masked_fill(~is_item, -math.inf).logsumexp(-1, keepdim=True)
+    if rest is not None:
+        log_sum = torch.logaddexp(log_sum, rest.logsumexp(-1, keepdim=True).to(x.dtype))
+    p = grades.masked_fill(~is_item, -math.inf).softmax(-1).nan_to_num(0.0)  # NaN where nothing is graded
+    return (p * (log_sum - x)).sum(-1), is_item.any(-1).long()
+
+
+def pairwise(
+    x: Tensor, grades: Tensor, rest: Tensor | None, *, by_difference: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Σ −log σ(x_p − x_q) over the pairs with g_p > g_q, times g_p − g_q if ``by_difference``."""
+    better, worse = grades[:, :, None], grades[:, None, :]
+    is_pair = (worse < better) & (better < math.inf)
+    terms = -F.logsigmoid(x[:, :, None] - x[:, None, :])
+    if by_difference:
+        terms = terms * (better - worse).where(is_pair, 0.0)
+    values, pairs = torch.where(is_pair, terms, 0.0).sum((-1, -2)), is_pair.sum((-1, -2))
+    if rest is not None:
+        is_graded = grades.abs() < math.inf
+        of_rest = -F.logsigmoid(x.to(rest.dtype)[:, :, None] - rest[:, None, :]).sum(-1)
+        values = values + torch.where(is_graded, of_rest, 0.0).sum(-1)
+        pairs = pairs + is_graded.sum(-1) * (rest > -math.inf).sum(-1)
+    return values, pairs
+
+
+def is_ranked(grades: Tensor, has_rest: Tensor | None) -> Tensor:
+    """Whether two items of a list have different grades: ``[n]``."""
+    best = grades.masked_fill(grades == math.inf, -math.inf).amax(-1)
+    worst = grades.amin(-1)
+    return (worst if has_rest is None else worst.masked_fill(has_rest, -math.inf)) < best
+
+
+def first_of_id(ids: Tensor) -> Tensor:
+    """Index of the first item with the id of item i, for every i: ``[M]``."""
+    ordered, order = ids.sort(stable=True)
+    return order[torch.searchsorted(ordered, ids)]
+
+
+def others(own: Tensor, first_equal: Tensor | None, is_listed: Tensor) -> Tensor:
+    """Items that are in a list and equal none of one's own: ``[n, M]``.
+
+    Args:
+        own: ``[n, K]``, the lists' own items.
+        first_equal: ``[M]``, the first item equal to each; None where no two are equal.
+        is_listed: ``[M]``, whether an item is in any list.
+    """
+    is_own = torch.zeros(len(own), len(is_listed), dtype=torch.bool, device=own.device)
+    if first_equal is None:
+        return is_listed & ~is_own.scatter_(1, own, True)
+    return is_listed & ~is_own.scatter_(1, first_equal[own], True)[:, first_equal]

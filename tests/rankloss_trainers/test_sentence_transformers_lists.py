@@ -1,0 +1,254 @@
+"""Graded lists in sentence-transformers' trainer, on a tiny model of random weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+from launch import torchrun
+from PIL import Image
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from tiny_sentences import WORDS, tiny, weights
+
+from rankloss import RankedLists
+from rankloss_trainers.sentence_transformers_lists import (
+    RankedListsCollator,
+    RankedListsLoss,
+    RankedListsTrainer,
+)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bert")
+
+
+def texts(seed: int, number: int) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    return [" ".join(WORDS[i] for i in row) for row in torch.randint(0, 40, (number, 4), generator=generator)]
+
+
+def lists(number: int = 8, *, length: int | None = None) -> Any:
+    """Queries with one to four candidates, some in several lists; grades are tied or −∞ here and there."""
+    queries, pool = texts(1, number), texts(2, number + 3)
+    sizes = [length or 1 + n % 4 for n in range(number)]
+    candidates = [[pool[(n + 2 * k) % len(pool)] for k in range(size)] for n, size in enumerate(sizes)]
+    grades = [[[3.0, 1.0, 1.0, -math.inf][(n + k) % 4] for k in range(size)] for n, size in enumerate(sizes)]
+    return datasets.Dataset.from_dict({"query": queries, "candidates": candidates, "label": grades})
+
+
+def in_columns(data: Any) -> Any:
+    columns = {f"candidate_{k}": list(x) for k, x in enumerate(zip(*data["candidates"], strict=True), 1)}
+    return datasets.Dataset.from_dict({"query": data["query"], **columns, "label": data["label"]})
+
+
+def owed(model: Any, data: Any, scale: float, loss: RankedLists | None = None) -> torch.Tensor:
+    """The mean of the lists' losses, one list at a time."""
+    values = []
+    for row in data:
+        q, c = (
+            F.normalize(model(model.preprocess(x))["sentence_embedding"], dim=-1)
+            for x in ([row["query"]], row["candidates"])
+        )
+        values.append((loss or RankedLists())(q, c[None], torch.tensor([row["label"]]), scale))
+    counted = [len(set(row["label"])) > 1 for row in data]
+    return sum(v for v, counts in zip(values, counted, strict=True) if counts) / sum(counted)
+
+
+def train(
+    directory: Path, loss: Any, model: Any, data: Any, kind: Any = RankedListsTrainer, **given: Any
+) -> Any:
+    arguments = {
+        **{"output_dir": str(directory), "use_cpu": True, "report_to": "none", "disable_tqdm": True},
+        **{"per_device_train_batch_size": 8, "num_train_epochs": 1, "logging_steps": 1, "seed": 0},
+        **{"learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant"},
+        **{"save_strategy": "no", "dataloader_pin_memory": False},
+        **given,
+    }
+    trainer = kind(model, SentenceTransformerTrainingArguments(**arguments), data, loss=loss)
+    trainer.train()
+    return trainer
+
+
+def gradient(model: Any) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+def test_a_table_of_lists_trains_as_an_own_loop(
+    tmp_path: Path, bert: Path, mini_batch_size: int | None
+) -> None:
+    model, own = tiny(bert), tiny(bert)
+    loss = RankedListsLoss(model, scale=30.0, mini_batch_size=mini_batch_size)
+    trainer = train(tmp_path, loss, model, lists(), max_steps=2)
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+    lines = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 2
+    for line in lines:
+        value = owed(own, lists(), 30.0)
+        assert line == pytest.approx(value.item(), abs=1e-3)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    assert not torch.allclose(weights(own), weights(tiny(bert)), atol=1e-4)
+    torch.testing.assert_close(weights(model), weights(own), rtol=1e-4, atol=1e-5)
+
+
+def test_lists_of_one_length_may_be_columns_of_the_usual_trainer(tmp_path: Path, bert: Path) -> None:
+    trained = []
+    for kind, data in (
+        (RankedListsTrainer, lists(length=3)),
+        (SentenceTransformerTrainer, in_columns(lists(length=3))),
+    ):
+        model = tiny(bert)
+        train(tmp_path, RankedListsLoss(model), model, data, kind)
+        trained.append(weights(model))
+    torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-6)
+
+
+def test_the_example_of_the_page_trains(tmp_path: Path, bert: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/lists.md").read_text()
+    (code,) = re.findall(r"^```python\n(from .*?)^```$", page, re.DOTALL | re.MULTILINE)
+    model, before = tiny(bert), weights(tiny(bert))
+    args = SentenceTransformerTrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1, save_strategy="no"
+    )
+    exec(code, {"model": model, "args": args, "lists": lists()})
+    assert not torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("wrapping", [None, [1, 0.25]])
+def test_cached_gradients_and_matryoshka_are_exact(bert: Path, wrapping: list[float] | None) -> None:
+    """16 candidates are as many as the embedding has dimensions, which Matryoshka's labels must survive."""
+    data = [{"query": q, "candidates": texts(3, 16), "label": list(range(16))} for q in texts(1, 3)]
+    found = []
+    for mini_batch_size in (None, 2, 100):
+        model = tiny(bert).double()
+        loss: Any = RankedListsLoss(
+            model, RankedLists(in_batch_negatives=True), mini_batch_size=mini_batch_size
+        )
+        if wrapping:
+            loss = MatryoshkaLoss(model, loss, [16, 4], wrapping)
+        batch = RankedListsCollator(model.preprocess)(data)
+        features, labels = SentenceTransformerTrainer.collect_features(None, batch)
+        value = loss(features, labels)
+        (0.37 * value).backward()
+        found.append((value.detach(), gradient(model)))
+    for value, of_weights in found[1:]:
+        torch.testing.assert_close(value, found[0][0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(of_weights, found[0][1], rtol=1e-8, atol=1e-10)
+    assert found[0][1].norm() > 0.01
+
+
+def test_a_candidate_of_several_lists_is_embedded_once(bert: Path) -> None:
+    model = tiny(bert)
+    batch = RankedListsCollator(model.preprocess)(list(lists()))
+    distinct = {c for row in lists() for c in row["candidates"]}
+    assert len(batch["candidates_input_ids"]) == len(distinct)
+    assert len(batch["query_input_ids"]) == 8
+    index, grades = batch["label"].unbind(-1)
+    pool = list(dict.fromkeys(c for row in lists() for c in row["candidates"]))
+    for n, row in enumerate(lists()):
+        places = index[n] >= 0
+        assert [pool[int(i)] for i in index[n][places]] == row["candidates"]
+        assert grades[n][places].tolist() == row["label"]
+
+
+def test_pictures_with_equal_pixels_are_one_candidate() -> None:
+    def preprocess(inputs: list[Any], **_: Any) -> dict[str, Any]:
+        return {"pixel_values": torch.zeros(len(inputs), 1)}
+
+    red = [Image.new("RGB", (2, 2), "red") for _ in range(2)]
+    blue = Image.new("RGB", (2, 2), "blue")
+    rows = [
+        {"query": "a", "pictures": [red[0], blue], "label": [1, 0]},
+        {"query": "b", "pictures": [red[1]], "label": [1]},
+    ]
+    batch = RankedListsCollator(preprocess)(rows)
+    assert len(batch["pictures_pixel_values"]) == 2
+    assert batch["label"][..., 0].tolist() == [[0, 1], [0, -1]]
+
+
+ROW = {"query": "a", "candidates": ["b", "c"], "label": [1.0, 0.0]}
+BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "columns": (
+        [{"query": "a", "label": [1]}],
+        "must have a column of queries, one of lists .*; got query, label",
+    ),
+    "no grades": ([{"query": "a", "candidates": ["b"]}], "a label column .* of lists of grades"),
+    "a text": ([{**ROW, "candidates": "bc"}], "must be lists; got others in row 0 of the batch, query 'a'"),
+    "empty": ([ROW, {"query": "z", "candidates": [], "label": []}], "got 0 candidates and 0 grades in row 1"),
+    "grades": ([{**ROW, "label": [1.0]}], "got 2 candidates and 1 grades in row 0"),
+    "NaN": ([{**ROW, "label": [1.0, math.nan]}], "grades must be numbers, or −infinity; got nan in row 0"),
+    "words": (
+        [{**ROW, "label": ["good", "bad"]}],
+        "grades must be numbers, or −infinity; got 'good' in row 0",
+    ),
+    "twice": ([ROW, ROW], "a query may be in a batch once; got it in row 0 and row 1 .*NO_DUPLICATES"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_lists_are_refused_with_the_row(bert: Path, kind: str) -> None:
+    rows, message = BAD[kind]
+    with pytest.raises(ValueError, match=message):
+        RankedListsCollator(tiny(bert).preprocess)(rows)
+
+
+def test_labels_and_arguments_are_checked(bert: Path) -> None:
+    model = tiny(bert)
+    columns = [model.preprocess(texts(k, 3)) for k in range(3)]
+    loss = RankedListsLoss(model)
+    with pytest.raises(ValueError, match="need columns of candidates and a label column"):
+        loss(columns, None)
+    with pytest.raises(ValueError, match=r"for each of 2 candidates, \(3, 2\); got \(3, 3\)"):
+        loss(columns, torch.zeros(3, 3))
+    with pytest.raises(TypeError, match=r"criterion must be a rankloss\.RankedLists; got str"):
+        RankedListsLoss(model, "plackett_luce")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reduction='none'"):
+        RankedListsLoss(model, RankedLists(reduction="none"))
+    with pytest.raises(ValueError, match="scale must be"):
+        RankedListsLoss(model, scale=0.0)
+    with pytest.raises(ValueError, match="mini_batch_size must be"):
+        RankedListsLoss(model, mini_batch_size=0)
+
+
+def test_the_model_card_names_the_model_and_its_paper(bert: Path) -> None:
+    loss = RankedListsLoss(tiny(bert), RankedLists(model="top_one"), mini_batch_size=4)
+    assert "model='top_one'" in loss.get_config_dict()["criterion"]
+    assert "Listwise Approach" in loss.citation
+
+
+def trained(directory: Path, rows: slice | None) -> list[float]:
+    """Of all lists in one process, or of a process's share; the lists' lengths and pools differ."""
+    model = tiny(directory)
+    loss = RankedListsLoss(model, RankedLists(in_batch_negatives=True))
+    data = lists()
+    size = 8 // int(os.environ.get("WORLD_SIZE", "1"))
+    train(directory / "run", loss, model, data, per_device_train_batch_size=size, max_steps=1)
+    return weights(model).tolist()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path, bert: Path) -> None:
+    tiny(tmp_path)
+    torchrun(__file__, tmp_path)
+    of_ranks = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in range(2)]
+    assert of_ranks[0] == of_ranks[1]
+    alone = torch.tensor(trained(tmp_path, None))
+    torch.testing.assert_close(torch.tensor(of_ranks[0]), alone, rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    (directory / f"result-{os.environ['RANK']}.json").write_text(json.dumps(trained(directory, None)))

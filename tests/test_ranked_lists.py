@@ -1,0 +1,537 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import oracle
+from batches import gradients, unit_rows
+from collectives import Collectives
+from devices import DEVICE
+from memory import LargestTensor, saved_bytes
+from process_pool import Pools
+from rankloss import ClipLoss, Gather, InputWarning, RankedLists, plackett_luce_nll
+
+F64 = torch.float64
+
+
+@dataclass(frozen=True)
+class Lists:
+    """N lists of K candidates among M items; float64."""
+
+    queries: Tensor
+    items: Tensor
+    index: Tensor
+    grades: Tensor
+    scale: float
+    mask: Tensor | None = None
+
+    def leaves(self, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor, Tensor]:
+        given = self.queries, self.items, torch.tensor(self.scale, dtype=F64)
+        return tuple(x.detach().to(DEVICE, dtype).requires_grad_() for x in given)  # type: ignore[return-value]
+
+    def loss(self, loss: RankedLists, q: Tensor, c: Tensor, s: Tensor, **more: Any) -> Tensor:
+        given = {"candidate_index": self.index, "mask": self.mask, **more}
+        found: Tensor = loss(q, c, self.grades, s, **given)
+        return found
+
+    def differentiated(self, value_of: Callable[..., Tensor], upstream: float = 1.3) -> list[Tensor]:
+        """A value of queries, items and scale, and its gradients."""
+        inputs = self.leaves()
+        value = value_of(*inputs)
+        return [value, *gradients(value, inputs, upstream)]
+
+    def owed(self, q: Tensor, c: Tensor, s: Tensor, **options: Any) -> Tensor:
+        found: Tensor = oracle.ranked_lists(q, c, self.index, self.grades, s, self.mask, **options)
+        return found
+
+
+def lists_of(
+    seed: int, n: int, k: int, m: int, *, scale: float = 10.0, d: int = 5, masked: bool = True, equal: int = 0
+) -> Lists:
+    """Grades have ties and −∞; the last ``equal`` items repeat the first."""
+    rng = np.random.default_rng(seed)
+    items = unit_rows(rng, m, d)
+    items[m - equal :] = items[:equal]
+    index = np.stack([rng.permutation(m)[:k] if k <= m else rng.integers(0, m, k) for _ in range(n)])
+    grades = rng.integers(0, 4, (n, k)).astype(float)
+    grades[grades == 0] = rng.choice([0.0, -math.inf], (grades == 0).sum())
+    mask = rng.random((n, k)) < 0.7
+    mask[np.arange(n), rng.integers(0, k, n)] = True
+    arrays = unit_rows(rng, n, d), items, index, grades
+    return Lists(*map(torch.from_numpy, arrays), scale, torch.from_numpy(mask) if masked else None)
+
+
+lists = st.builds(
+    lambda seed, n, k, more, equal, scale, masked: lists_of(
+        seed, n, k, k + more, equal=min(equal, (k + more) // 2), scale=scale, masked=masked
+    ),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(0, 8),
+    st.integers(0, 3),
+    st.sampled_from([1.0, 10.0, 100.0]),
+    st.booleans(),
+)
+
+MODELS: list[dict[str, Any]] = [
+    {},
+    {"top_k": 2},
+    {"model": "top_one"},
+    {"model": "pairwise"},
+    {"in_batch_negatives": True},
+    {"in_batch_negatives": True, "top_k": 1},
+    {"in_batch_negatives": True, "model": "top_one"},
+    {"in_batch_negatives": True, "model": "pairwise"},
+]
+models = pytest.mark.parametrize("options", MODELS, ids=lambda o: "-".join(map(str, o.values())) or "default")
+
+
+# --- values and gradients -----------------------------------------------------------------------------------
+
+
+@models
+@given(lists=lists, chunk_size=st.sampled_from([None, 1, 2]))
+def test_values_and_gradients_are_those_of_the_definition(
+    options: dict[str, Any], lists: Lists, chunk_size: int | None
+) -> None:
+    for reduction in ("mean", "sum", "none"):
+        inputs = lists.leaves()
+        value = lists.loss(RankedLists(**options, reduction=reduction, chunk_size=chunk_size), *inputs)
+        owed = lists.owed(*inputs, **options, reduction=reduction)
+        q, c, s, index, grades = (x.detach().numpy() for x in (*inputs, lists.index, lists.grades))
+        mask = None if lists.mask is None else lists.mask.numpy()
+        of_numpy = oracle.ranked_lists(q, c, index, grades, s, mask, **options, reduction=reduction, xp=np)
+        torch.testing.assert_close(value, owed, rtol=1e-11, atol=1e-11)
+        np.testing.assert_allclose(value.detach(), of_numpy, rtol=1e-11, atol=1e-11)
+        upstream = torch.linspace(-1.7, 0.6, value.numel(), dtype=F64).view_as(value)
+        for a, b in zip(gradients(value, inputs, upstream), gradients(owed, inputs, upstream), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@models
+@given(lists=lists)
+def test_candidates_of_each_list_are_rows_of_their_own(options: dict[str, Any], lists: Lists) -> None:
+    loss = RankedLists(**options)
+    rows = torch.arange(lists.index.numel()).view(lists.index.shape)
+
+    def by_index(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        return lists.loss(loss, q, c[lists.index].flatten(0, 1), s, candidate_index=rows)
+
+    def one_by_one(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        return lists.loss(loss, q, c[lists.index], s, candidate_index=None)
+
+    assert_same(lists.differentiated(one_by_one), lists.differentiated(by_index))
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@given(st.integers(0, 1000), st.integers(2, 12), st.sampled_from([1.0, 10.0, 100.0]))
+def test_with_one_candidate_it_is_one_direction_of_clips_loss_to_the_last_bit(
+    seed: int, n: int, scale: float
+) -> None:
+    v, t = (torch.from_numpy(x) for x in np.split(unit_rows(np.random.default_rng(seed), 2 * n, 7), 2))
+    for model in ("plackett_luce", "top_one"):
+        loss = RankedLists(model=model, in_batch_negatives=True)
+        directions = [loss(a, b[:, None], torch.zeros(n, 1), scale) for a, b in ((v, t), (t, v))]
+        assert torch.equal(directions[0], F.cross_entropy(scale * v @ t.T, torch.arange(n)))
+        assert torch.equal(sum(directions) / 2, ClipLoss()(v, t, scale))
+
+
+@given(lists, st.booleans())
+def test_of_two_candidates_plackett_luce_is_bradley_terry(lists: Lists, is_second: bool) -> None:
+    grades = torch.tensor([[0.0, 1.0] if is_second else [1.0, 0.0]]).expand(len(lists.queries), 2)
+    sign = 1 if is_second else -1
+
+    def of_pairs(model: str) -> Callable[..., Tensor]:
+        return lambda q, c, s: RankedLists(model=model)(q, c[lists.index[:, [0, -1]]], grades, s)
+
+    def bradley_terry(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        x = s * (q[:, None] * c[lists.index[:, [0, -1]]]).sum(-1)
+        return -F.logsigmoid(sign * (x[:, 1] - x[:, 0])).mean()
+
+    for model in ("plackett_luce", "pairwise"):
+        assert_same(lists.differentiated(of_pairs(model)), lists.differentiated(bradley_terry))
+
+
+@given(st.integers(0, 2**32 - 1), st.permutations(range(5)))
+def test_of_a_whole_list_it_is_the_public_likelihood(seed: int, order: list[int]) -> None:
+    lists = lists_of(seed, 4, 5, 9)
+    q, c, s = lists.leaves()
+    scores = s * (q[:, None] * c[lists.index]).sum(-1)
+    grades = torch.tensor(order) // 2
+    found = RankedLists(reduction="none", top_k=3)(q, c[lists.index], grades.expand(4, 5), s)
+    assert_same([found], [plackett_luce_nll(scores, grades.expand(4, 5), top_k=3)])
+
+
+@models
+@given(lists=lists, data=st.data())
+def test_order_and_padding_change_nothing(options: dict[str, Any], lists: Lists, data: st.DataObject) -> None:
+    loss = RankedLists(**options)
+    n, k = lists.grades.shape
+    order = data.draw(st.permutations(range(k + 2)))
+    mask = torch.ones(n, k, dtype=torch.bool) if lists.mask is None else lists.mask
+    mask, index, grades = (
+        F.pad(x, (0, 2), value=value)[:, order]
+        for x, value in ((mask, False), (lists.index, -1), (lists.grades, math.nan))
+    )
+
+    def by_index(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        return loss(q, F.pad(c, (0, 0, 0, 1), value=math.nan), grades, s, candidate_index=index, mask=mask)
+
+    def one_by_one(q: Tensor, c: Tensor, s: Tensor, which: Tensor = index) -> Tensor:
+        return loss(q, F.pad(c, (0, 0, 0, 1), value=math.nan)[which], grades, s, mask=mask)
+
+    expected = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs))
+    assert_same(lists.differentiated(by_index), expected)
+    if not loss.in_batch_negatives:  # where a candidate of several lists is several candidates
+        assert_same(lists.differentiated(one_by_one), expected)
+
+
+@models
+@given(lists=lists)
+def test_the_gradient_by_a_lists_scores_sums_to_zero(options: dict[str, Any], lists: Lists) -> None:
+    """Each model depends on differences of scores alone. With unit vectors as items a query is its scores."""
+    m = len(lists.items)
+    scores = unit_rows(np.random.default_rng(0), len(lists.queries), m + 1)
+    q, c = torch.from_numpy(scores).requires_grad_(), torch.eye(m, m + 1, dtype=F64)
+    lists.loss(RankedLists(**options), q, c, torch.tensor(lists.scale)).backward()
+    torch.testing.assert_close(q.grad.sum(-1), torch.zeros(len(q), dtype=F64), rtol=0, atol=1e-10)
+
+
+@models
+def test_a_list_of_one_grade_counts_nothing(options: dict[str, Any]) -> None:
+    lists = lists_of(0, 4, 3, 9, masked=False)
+    grades = lists.grades.clone()
+    grades[1], grades[2] = -math.inf, 2.0
+    inputs = lists.leaves()
+
+    def of(rows: list[int], reduction: str) -> Tensor:
+        loss = RankedLists(**options, reduction=reduction)
+        q, c, s = inputs
+        return loss(q[rows], c, grades[rows], s, candidate_index=lists.index[rows])
+
+    values = of([0, 1, 2, 3], "none")
+    is_contrast = "in_batch_negatives" in options  # whose items stand below an equal grade
+    assert [value == 0 for value in values] == [False, True, not is_contrast, False]
+    if not is_contrast:
+        assert_same([of([0, 1, 2, 3], "mean")], [of([0, 3], "mean")])
+    nothing = of([1], "mean")
+    assert_same([nothing, *gradients(nothing, inputs, 1.0)], [0 * x for x in (nothing, *inputs)])
+
+
+def test_pairs_may_be_weighed_by_the_difference_of_their_grades() -> None:
+    lists = lists_of(3, 4, 4, 9)
+    lists = replace(lists, grades=lists.grades.clamp_min(0.0))
+    options: dict[str, Any] = {"model": "pairwise", "pair_weight": "difference"}
+    found = lists.differentiated(lambda *inputs: lists.loss(RankedLists(**options), *inputs))
+    assert_same(found, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)))
+    assert found[0] != lists.owed(*lists.leaves(), model="pairwise")
+
+
+# --- beyond one chunk, and in other surroundings ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", MODELS[2:], ids=str)
+def test_memory_is_linear_in_the_candidates(options: dict[str, Any]) -> None:
+    """What is kept does not grow with the queries, nor does the largest tensor, beside the features."""
+    kept, largest = [], []
+    for n in (16, 32, 64):
+        lists = lists_of(0, n, 3, 64, masked=False)
+        loss = RankedLists(**options, chunk_size=2)
+        inputs = lists.leaves()
+        kept.append(saved_bytes(lambda: lists.loss(loss, *inputs)))  # noqa: B023
+        with LargestTensor() as tensors:
+            lists.loss(loss, *inputs).backward()
+        largest.append(tensors.elements)
+    assert kept[2] - kept[1] == 2 * (kept[1] - kept[0])
+    assert kept[2] < 64 * 64 * 8 + 8 * 64 * 3 * 8 * 5
+    assert max(largest) <= max(64 * 3 * 5, 2 * 64 * 3)
+
+
+@models
+def test_float32_and_half_precision_under_autocast_are_float64s_at_the_same_features(
+    options: dict[str, Any],
+) -> None:
+    for dtype, rtol in ((torch.float32, 1e-4), (torch.bfloat16, 8e-3)):
+        lists = lists_of(4, 5, 4, 12, scale=100.0)
+        q, c, s = lists.leaves(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            value = lists.loss(RankedLists(**options, chunk_size=2), q, c, s)
+        found = [value, *gradients(value, (q, c, s), 1.3)]
+        exact = replace(lists, queries=q.double(), items=c.double(), scale=s.item())
+        owed = exact.differentiated(lambda *inputs: exact.owed(*inputs, **options))  # noqa: B023
+        assert value.dtype == torch.float32
+        for a, b in zip(found, owed, strict=True):
+            assert (a.double() - b).norm() <= (1e-5 if a is value else rtol) * b.norm().clamp_min(0.1)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch's own compiler looks at
+@models
+def test_compiled_it_is_one_call_between_two_graphs(options: dict[str, Any]) -> None:
+    lists, loss = lists_of(5, 4, 3, 9), RankedLists(**options)
+    torch._dynamo.reset()
+
+    @torch.compile(backend="aot_eager")
+    def step(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        return 2 * lists.loss(loss, q, c, s)
+
+    expected = lists.differentiated(lambda *inputs: 2 * lists.loss(loss, *inputs))
+    assert_same(lists.differentiated(step), expected)
+
+
+@models
+def test_a_feature_that_is_not_finite_makes_value_and_gradients_nan(options: dict[str, Any]) -> None:
+    lists, loss = lists_of(6, 4, 3, 9, masked=False), RankedLists(**options)
+    for bad, which in itertools.product((math.nan, math.inf, -math.inf), (0, 1)):
+        inputs = lists.leaves()
+        place = (0, 0) if which == 0 else (int(lists.index[1, 0]), 0)
+        inputs[which].data[place] = bad
+        value = lists.loss(loss, *inputs)
+        assert value.isnan()
+        assert all(g.isnan().any() for g in gradients(value, inputs, 1.0))
+
+
+# --- several processes --------------------------------------------------------------------------------------
+
+FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad
+SHARDED = [{**options, "reduction": reduction} for options in MODELS for reduction in ("mean", "sum")]
+N, K, M = 3, 3, 7  # lists, candidates and rows of a process
+
+
+def whole(world_size: int) -> Lists:
+    """Every process's lists have candidates of its own rows; some rows are equal across processes."""
+    shards = [lists_of(rank, N, K, M) for rank in range(world_size)]
+    for shard in shards[1:]:
+        shard.items[:2] = shards[0].items[:2]
+    queries, items, grades, mask = (
+        torch.cat([getattr(x, name) for x in shards]) for name in ("queries", "items", "grades", "mask")
+    )
+    index = torch.cat([x.index + rank * M for rank, x in enumerate(shards)])
+    return Lists(queries, items, index, grades, 10.0, mask)
+
+
+def of_this_rank(rank: int, world_size: int) -> dict[Any, list[Tensor]]:
+    lists = whole(world_size)
+    rows, places = slice(rank * N, (rank + 1) * N), slice(rank * M, (rank + 1) * M)
+    own = Lists(
+        lists.queries, lists.items, lists.index[rows] - rank * M, lists.grades[rows], 10.0, lists.mask[rows]
+    )
+    found = {}
+    for case, flags in itertools.product(range(len(SHARDED)), [*FLAGS, None]):
+        gather = None if flags is None else Gather(local_loss=flags[0], gather_with_grad=flags[1])
+        loss = RankedLists(**SHARDED[case], gather=gather)
+        found[case, flags] = own.differentiated(lambda q, c, s: own.loss(loss, q[rows], c[places], s))  # noqa: B023
+    bad = own.leaves()
+    if rank == world_size - 1:
+        bad[0].data[rows.start, 0] = math.nan
+    found["nan"] = [own.loss(RankedLists(), bad[0][rows], bad[1][places], bad[2])]
+    return found
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def table(request: pytest.FixtureRequest, pools: Pools) -> list[dict[Any, list[Tensor]]]:
+    return pools[request.param].run(of_this_rank)
+
+
+@pytest.mark.parametrize("case", range(len(SHARDED)), ids=lambda case: str(SHARDED[case]))
+def test_values_and_gradients_of_several_processes_are_those_of_one(table: list[Any], case: int) -> None:
+    world_size, options = len(table), SHARDED[case]
+    lists = whole(world_size)
+    value, *by = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options))
+    for flags in [*FLAGS, None]:
+        local_loss, gather_with_grad = flags or (True, True)
+        averaged = [torch.stack(x).mean(0) for x in zip(*(of[case, flags] for of in table), strict=True)]
+        assert_same([averaged[0], averaged[3]], [value, by[2]])
+        is_local = local_loss and not options.get("in_batch_negatives")  # nothing is gathered
+        if gather_with_grad or is_local or world_size == 1:
+            assert_same(averaged[1:3], by[:2])
+        elif not local_loss:  # as in CLIP's loss
+            assert_same(averaged[1:3], [x / world_size for x in by[:2]])
+        else:
+            assert_same(averaged[1:2], by[:1])  # the candidates lack the other processes' lists
+
+
+def test_nan_of_one_process_is_seen_by_all(table: list[Any]) -> None:
+    assert all(of_rank["nan"][0].isnan() for of_rank in table)
+
+
+def collectives(rank: int, world_size: int) -> list[dict[str, int]]:
+    counts = []
+    for options in ({}, {"in_batch_negatives": True}):
+        lists, loss = lists_of(rank, N, K, M), RankedLists(**options)
+        for _ in range(2):
+            with Collectives() as calls:
+                lists.loss(loss, *lists.leaves())
+        counts.append(dict(calls.counts))
+    return counts
+
+
+def of_ids(rank: int, world_size: int) -> list[Tensor]:
+    """Processes share candidates, whose features differ by a rounding."""
+    lists = lists_of(0, 2 * N, K, M)
+    rows = slice(rank * N, (rank + 1) * N) if world_size == 2 else slice(None)
+    own = Lists(lists.queries, lists.items, lists.index[rows], lists.grades[rows], 10.0, lists.mask[rows])
+    loss, ids = RankedLists(in_batch_negatives=True), torch.arange(M) - 3
+
+    def value(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        return own.loss(loss, q[rows], c * (1 + rank * 1e-14), s, candidate_ids=ids)
+
+    return own.differentiated(value)
+
+
+def test_a_candidate_is_one_by_its_id_on_all_processes(pools: Pools) -> None:
+    (alone,), of_ranks = pools[1].run(of_ids), pools[2].run(of_ids)
+    assert_same([torch.stack(x).mean(0) for x in zip(*of_ranks, strict=True)], alone)
+    lists = lists_of(0, 2 * N, K, M)
+    assert_same(alone, lists.differentiated(lambda *inputs: lists.owed(*inputs, in_batch_negatives=True)))
+
+
+def test_without_negatives_only_the_number_of_lists_is_gathered(pools: Pools) -> None:
+    assert pools[2].run(collectives) == [[{"allgather": 1}, {"allgather": 3}]] * 2
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+
+def call(loss: RankedLists | None = None, **changed: Any) -> Tensor:
+    rng = np.random.default_rng(0)
+    given = {
+        "query_features": torch.from_numpy(unit_rows(rng, 3, 4)),
+        "candidate_features": torch.from_numpy(unit_rows(rng, 6, 4)).view(3, 2, 4),
+        "grades": torch.tensor([[1.0, 0.0]] * 3),
+        "logit_scale": 10.0,
+    }
+    given.update({k: v(given[k]) if callable(v) else v for k, v in changed.items()})
+    return (loss or RankedLists())(**given)
+
+
+def with_(place: tuple[int, int], value: Any) -> Callable[[Tensor], Tensor]:
+    def changed(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[place] = value
+        return x
+
+    return changed
+
+
+INDEX = torch.tensor([[0, 1], [2, 3], [4, 5]])
+POOL = {"candidate_features": lambda x: x.flatten(0, 1), "candidate_index": INDEX}
+MASK = torch.ones(3, 2, dtype=torch.bool)
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "NaN": ({"grades": with_((2, 1), math.nan)}, r"grades must be numbers.*; row 2 has \[nan\]"),
+    "infinity": ({"grades": with_((1, 0), math.inf)}, r"grades must be numbers.*; row 1 has \[inf\]"),
+    "words": ({"grades": [["a", "b"]]}, r"grades must be a torch\.Tensor; got list"),
+    "booleans": ({"grades": MASK}, r"grades must be of .*; got torch\.bool"),
+    "one list": ({"grades": torch.zeros(2)}, r"grades must have shape \[N, K\].*; got \(2,\)"),
+    "lists": ({"grades": torch.zeros(2, 2)}, r"grades must have shape .*N = 3.*; got \(2, 2\)"),
+    "length": (
+        {"grades": torch.zeros(3, 3)},
+        r"candidate_features must have shape .*\(3, 3, 4\).*; got \(3, 2, 4\)",
+    ),
+    "no candidates": ({"grades": torch.zeros(3, 0)}, r"K at least 1.*; got \(3, 0\)"),
+    "pool alone": ({"candidate_features": torch.zeros(6, 4)}, r"\[M, D\] with candidate_index; got \(6, 4\)"),
+    "width": ({"candidate_features": torch.zeros(3, 2, 5)}, r"\(3, 2, 4\).*; got \(3, 2, 5\)"),
+    "type": (
+        {"query_features": torch.zeros(3, 4, dtype=torch.int64)},
+        "query_features must be floating point",
+    ),
+    "integers": (
+        {"candidate_features": lambda x: x.long()},
+        "candidate_features must be floating point; got torch.int64",
+    ),
+    "empty list": (
+        {"mask": with_((1, slice(None)), False)(MASK)},
+        "a candidate in every list; row 1 has none",
+    ),
+    "mask": ({"mask": MASK.long()}, r"mask must be of torch\.bool; got torch\.int64"),
+    "mask's shape": ({"mask": MASK[:2]}, r"mask must have shape .*; got \(2, 2\)"),
+    "index": (
+        {**POOL, "candidate_index": INDEX + 1},
+        r"candidate_index must be at least 0 and less than 6; row 2 has \[6\]",
+    ),
+    "negative": (
+        {**POOL, "candidate_index": INDEX - 1},
+        r"candidate_index must be at least 0 and less than 6; row 0 has \[-1\]",
+    ),
+    "index's type": (
+        {**POOL, "candidate_index": INDEX.float()},
+        r"candidate_index must be of .*; got torch\.float32",
+    ),
+    "ids": (
+        {**POOL, "candidate_ids": INDEX},
+        r"candidate_ids must be integers of shape \(6,\); got .*\(3, 2\)",
+    ),
+    "scale": ({"logit_scale": 0.0}, "logit_scale must be positive"),
+    "device": (
+        {"grades": lambda x: x.to("meta")},
+        "grades must be on the device of query_features, cpu; got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_refused_with_the_argument_and_the_row(kind: str) -> None:
+    changed, message = BAD[kind]
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(**changed)
+
+
+def test_a_query_may_not_be_its_own_negative() -> None:
+    twice = lambda x: x[[0, 1, 0]]  # noqa: E731
+    with pytest.raises(ValueError, match="row 2 equals row 0"):
+        call(RankedLists(in_batch_negatives=True), query_features=twice)
+    assert call(query_features=twice).isfinite()
+
+
+def test_weights_by_difference_need_finite_grades() -> None:
+    weighted = RankedLists(model="pairwise", pair_weight="difference")
+    with pytest.raises(ValueError, match=r"grades must be finite.*; row 1 has \[-inf\]"):
+        call(weighted, grades=with_((1, 1), -math.inf))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": "listnet"},
+        {"top_k": 0},
+        {"top_k": 2, "model": "top_one"},
+        {"pair_weight": "difference"},
+        {"pair_weight": "difference", "model": "pairwise", "in_batch_negatives": True},
+        {"in_batch_negatives": 1},
+        {"reduction": "batchmean"},
+        {"chunk_size": 0},
+        {"gather": True},
+    ],
+    ids=str,
+)
+def test_options_are_checked(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        RankedLists(**options)
+
+
+def test_suspicious_features_are_warned_of_once_and_padding_is_not() -> None:
+    loss = RankedLists()
+    mask = with_((0, 0), False)(MASK)
+    call(loss, candidate_features=lambda x: x * mask[..., None], mask=mask)
+    with pytest.warns(InputWarning, match="candidate_features should be unit-norm"):
+        call(candidate_features=lambda x: 2 * x)
+
+
+def test_the_dict_and_the_text_of_a_loss() -> None:
+    assert call(output_dict=True).keys() == {"ranked_lists_loss"}
+    assert "model='top_one'" in repr(RankedLists(model="top_one"))
