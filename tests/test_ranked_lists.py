@@ -280,7 +280,6 @@ def test_float32_and_half_precision_under_autocast_are_float64s_at_the_same_feat
             assert (a.double() - b).norm() <= (1e-5 if a is value else rtol) * b.norm().clamp_min(0.1)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch's own compiler looks at
 @models
 def test_compiled_it_is_one_call_between_two_graphs(options: dict[str, Any]) -> None:
     lists, loss = lists_of(5, 4, 3, 9), RankedLists(**options)

@@ -100,7 +100,6 @@ def tokens(text: str) -> Tensor:
 
 
 # The compiler reads .grad of tensors that are not leaves, which warns.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(("named", "wrap"), [(False, ""), (True, "module"), (True, "compile")])
 @pytest.mark.parametrize("kinds", ["caption", "features", "caption and features"])
 def test_companions_join_the_output_of_one_call_of_the_model(
