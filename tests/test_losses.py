@@ -379,12 +379,19 @@ BAD_INPUTS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ((V, T[None], S), ValueError, r"text_features .*\(1, 6, 4\)"),
     ((V.long(), T, S), ValueError, "image_features .*int64"),
     ((V, T.to(torch.complex64), S), ValueError, "text_features .*complex64"),
+    ((V.to_sparse(), T, S), ValueError, "image_features must be a dense tensor; got layout torch.sparse_coo"),
+    ((V, T.to(torch.float8_e5m2), S), ValueError, "text_features .*at least 16 bits; got torch.float8_e5m2"),
+    (
+        (torch.nested.nested_tensor([V, V], layout=torch.jagged), T, S),
+        ValueError,
+        "image_features must be a dense tensor; got a nested tensor",
+    ),
     ((V, T.to(META), S), ValueError, "text_features .*cpu.*meta"),
     ((V, T, S.to(META)), ValueError, "logit_scale .*meta"),
     *(((V, T, bad), ValueError, "logit_scale must be positive") for bad in (-1.0, -S, 0)),
     *(((V, T, bad), ValueError, "logit_scale must be one number") for bad in (V, S.view(1, 1, 1))),
     # torch does not multiply by a fraction
-    *(((V, T, bad), TypeError, "logit_scale") for bad in (None, "ten", Fraction(10), np.array(10.0))),
+    *(((V, T, bad), TypeError, "logit_scale") for bad in (None, True, "ten", Fraction(10), np.array(10.0))),
 ]
 
 
@@ -393,6 +400,19 @@ BAD_INPUTS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
 def test_bad_inputs_are_named_whatever_lambda_is(name: str, inputs: Any, error: Any, named: str) -> None:
     with pytest.raises(error, match=named):
         MODULES[name]()(*inputs)
+
+
+@modules
+def test_a_transform_of_torch_func_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=r"image_features must not be transformed by torch\.func"):
+        torch.func.grad(lambda v: MODULES[name]()(v, T, S))(V)
+
+
+@modules
+def test_negative_views_are_their_values(name: str) -> None:
+    negative = torch.complex(torch.zeros_like(V), -V).conj().imag  # a view with the negative bit
+    assert negative.is_neg()
+    torch.testing.assert_close(MODULES[name]()(negative, T, S), MODULES[name]()(V, T, S))
 
 
 @pytest.mark.parametrize("name", TEACHER)
