@@ -121,12 +121,11 @@ bench-gpu: $(VENV)/.dev
 
 ## Mutation testing: the share of small faults in these files that these tests notice, and the survivors, in
 ## outputs/mutants (a minute or two each; repeated, the command goes on). MUTANTS_ARGS='--count 100' draws more of them.
-MUTATED := rankloss/dense.py rankloss/lists.py rankloss/ranking.py rankloss/streaming.py rankloss/operator.py \
+MUTATED := rankloss/dense.py rankloss/engine.py rankloss/products.py rankloss/ranking.py \
 	rankloss/distributed.py \
 	integrations/rankloss_trainers/runtime.py
-KILLERS := tests/test_dense.py tests/test_lists.py tests/test_ranking.py tests/test_streaming.py \
-	tests/test_operator.py tests/test_batch.py tests/test_functional.py tests/test_losses.py \
-	tests/test_distributed.py tests/conditions tests/docs/test_bad_input.py \
+KILLERS := tests/test_dense.py tests/test_engine.py tests/test_ranking.py tests/test_batch.py \
+	tests/test_functional.py tests/test_losses.py tests/test_distributed.py tests/conditions tests/docs/test_bad_input.py \
 	tests/rankloss_trainers/test_runtime.py
 mutants: $(VENV)/.dev
 	$(BIN)/python tools/mutants.py $(MUTANTS_ARGS) $(MUTATED) -- $(KILLERS)

@@ -47,7 +47,11 @@ LARGEST_SCORE = 680.0  # summed over 10⁵ items and multiplied by as much again
 
 
 class StreamedTerms(Protocol):
-    """Terms that are computed together with their gradients."""
+    """Terms that are computed together with their gradients; those that are not wanted are zero."""
+
+    @property
+    def wanted(self) -> Sequence[bool]:
+        """The terms that are computed."""
 
     def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> Streamed:
         """The terms times ``weights``, and the gradients of their sum by the inputs."""
@@ -91,7 +95,9 @@ class _Streamed(torch.autograd.Function):
         with full_precision(inputs[0].device):
             if torch.is_grad_enabled():
                 return None, None, *_by_definition(ctx.terms, ctx.weights, inputs, by, upstream)
-            factor = _common(upstream)
+            factor = _common(
+                [g for g, is_wanted in zip(upstream, ctx.terms.wanted, strict=True) if is_wanted]
+            )
             if factor is None:
                 each = [ctx.weights.new_zeros(()) if g is None else g for g in upstream]
                 weights = ctx.weights * torch.stack(each)

@@ -54,6 +54,7 @@ class PairSigmoid(NamedTuple):
 
     first_row: int
     chunk_size: int | None
+    wanted: Sequence[bool] = (True,)
 
     def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> engine.Streamed:
         """L times its weight, and the gradient by each of the inputs."""

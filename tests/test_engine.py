@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
+import rankloss
 from batches import Batch as Drawn
 from batches import assert_close, batches, gradients, random_batch, teacher_of
 from devices import DEVICE
@@ -275,6 +276,14 @@ def test_the_pass_takes_as_many_products_as_it_says(
     with Products() as counted:
         stream(batch, RankOptions(chunk_size=chunk_size), wanted)
     assert counted.count == (of_student + of_teacher * has_teacher) * n * n * 8
+
+
+@pytest.mark.parametrize("loss", [rankloss.RankConsistency(), rankloss.RankClipLoss(schedule="constant")])
+def test_a_backward_pass_under_one_upstream_value_multiplies_nothing(loss: Any) -> None:
+    inputs = random_batch(0, 32, 8, 10.0).leaves()
+    with Products() as counted:
+        (3.0 * loss(*inputs)).backward()
+    assert counted.count == 7 * 32 * 32 * 8
 
 
 @pytest.mark.parametrize(
