@@ -119,7 +119,7 @@ class Batch:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the lists are ranked by a teacher's features."""
+        """True where a teacher's features rank the lists."""
         return self.reference_image is not None or self.reference_text is not None
 
     @property

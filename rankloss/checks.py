@@ -1,4 +1,4 @@
-"""Checks of what losses are given: each raises an error that names the argument and shows what came."""
+"""Checks of the losses' inputs: each raises an error that names the argument and shows its value."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_matrix(name: str, x: object) -> None:
     """Raise an error that names the argument unless it is a dense floating ``[N, D]`` with D at least 1.
 
     Raises:
-        TypeError: for what is no tensor.
+        TypeError: for anything but a tensor.
         ValueError: for all else.
     """
     check_is_tensor(name, x)
@@ -113,7 +113,7 @@ def check_teacher(
         Whether values were read: not so while a graph is captured, and where there are none.
 
     Raises:
-        TypeError: for what is no tensor.
+        TypeError: for anything but a tensor.
         ValueError: for all else.
 
     Example:
@@ -133,7 +133,7 @@ def check_reference_features(name: str, reference: Tensor, image_features: Tenso
     """The part of :func:`check_teacher` that is free on every device: floating ``[N, D']``, on the device.
 
     Raises:
-        TypeError: for what is no tensor.
+        TypeError: for anything but a tensor.
         ValueError: for all else.
     """
     check_matrix(name, reference)

@@ -1,13 +1,13 @@
 r"""The definition: one list, and the terms from whole similarity matrices, by torch's own autograd.
 
-This is where a reader starts, and what the streaming pass is tested against. For scores x, a reference y that
+A reader starts here, and the streamed pass is tested against it. For scores x, a reference y that
 gives the order, and a positive worth w(x),
 
     NLL(x | y) = Σ_p μ_p · [ log Σ_{q : y_q ≤ y_p} w(x_q) − log w(x_p) ],
 
 as plain differentiable operations on log w(x): no sum underflows however far apart the scores are. Memory is
-in O(N²). It also serves what does not stream: batch lists, which are one list of all N² pairs, other worths
-than ``exp``, random ties, rank discounts, a value per anchor, and derivatives of second order.
+in O(N²). It also serves the options that do not stream: batch lists, which are one list of all N² pairs,
+other worths than ``exp``, random ties, rank discounts, a value per anchor, and derivatives of second order.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class _AllGather(torch.autograd.Function):
 
 
 class _ReduceScatter(torch.autograd.Function):
-    """Sum over the processes, and of the sum this process's chunk: what :class:`_AllGather` is adjoint to."""
+    """Sum over the processes, and of the sum this process's chunk: the adjoint of :class:`_AllGather`."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
@@ -105,7 +105,7 @@ _TENSOR_BACKENDS = frozenset({"nccl", "xccl", "hccl"})
 
 
 def _has_tensor_collectives(x: Tensor, group: Any) -> bool:
-    """Whether the group's backend for the device of ``x`` is one of them; gloo is in new versions only."""
+    """True if the group's backend for the device of ``x`` is one of them; gloo is in new versions only."""
     name = dist.get_backend(group)  # "nccl", or by device: "cpu:gloo,cuda:nccl"
     by_device = dict(part.split(":", 1) for part in name.split(",") if ":" in part)
     if name == "undefined":  # init_process_group() without a backend: each device has its default
@@ -136,7 +136,7 @@ def _check_group(group: Any) -> None:
         raise ValueError(f"group must be a process group that this process belongs to; got {group!r}")
 
 
-# --- what the processes bring -------------------------------------------------------------------------------
+# --- agreement of the processes -----------------------------------------------------------------------------
 
 _DESCRIPTION_BYTES = 1023  # odd, as no tensor of features is: backends that look at sizes refuse to mix them
 
@@ -171,7 +171,7 @@ def _description(x: Any) -> str:
 
 
 def _differences(everyone: Sequence[str]) -> str:
-    """Which rank differs in what: "x is float32 [4, 6] on rank 0, not given on rank 1"."""
+    """The differences by rank: "x is float32 [4, 6] on rank 0, not given on rank 1"."""
     by_rank = [dict(line.split(" ", 1) for line in text.splitlines()) for text in everyone]
     differences = []
     for name in dict.fromkeys(name for of_rank in by_rank for name in of_rank):
@@ -186,7 +186,7 @@ def _differences(everyone: Sequence[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Gather:
-    """How a loss sees the features of the other processes; the names are those of open_clip's ClipLoss.
+    """The gathering of features from other processes; the names are those of open_clip's ClipLoss.
 
     With both flags the gradient after DDP's averaging is exactly that of the whole batch in one process, and
     each process computes its own rows only. This is what every loss does by default (``gather=None``), over
@@ -242,7 +242,7 @@ class Gather:
 
     @classmethod
     def of(cls, gather: GatherOption) -> Gather:
-        """What the argument ``gather`` of a loss stands for: None for the default, False for no gathering.
+        """The gathering of a loss's argument ``gather``: None for the default, False for none.
 
         Raises:
             ValueError: for anything else that is not a :class:`Gather`.
@@ -283,15 +283,15 @@ class Gather:
 
     @property
     def anchors_are_local(self) -> bool:
-        """Whether this process computes its own rows only."""
+        """True where this process computes its own rows only."""
         return self.local_loss and self.place[1] > 1
 
     def first_row(self, own: int) -> int:
-        """Where this process's ``own`` rows begin among the columns; 0 where all rows are computed."""
+        """The column of the first of this process's ``own`` rows; 0 where all rows are computed."""
         return self.place[0] * own if self.anchors_are_local else 0
 
     def matches(self, other: Gather) -> bool:
-        """Whether both see the same features in the same way, so that one gathering serves both."""
+        """True if both see the same features in the same way, so that one gathering serves both."""
         return self == other or self.place[1] == other.place[1] == 1
 
     def check_agreement(self, owner: object, **features: Tensor | None) -> None:
@@ -323,7 +323,7 @@ class Gather:
             **features: by name.
 
         Raises:
-            ValueError: where the processes differ; it says which rank brings what.
+            ValueError: where the processes differ; it lists each rank's.
         """
         if self.place[1] > 1 and _initialized():
             _check_agreement(self, owner, features)
@@ -415,4 +415,4 @@ def _once(key: Any, features: Tensor, gather: Callable[[], Tensor]) -> Tensor:
 
 
 GatherOption: TypeAlias = Gather | Literal[False] | None
-"""What every loss takes as ``gather``."""
+"""The type of every loss's argument ``gather``."""

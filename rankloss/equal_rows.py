@@ -1,4 +1,4 @@
-"""Which rows of a matrix of features are equal in every bit.
+"""Equal rows of a matrix of features, compared in every bit.
 
 Ties have to be exact for a loss to be independent of the order in which items arrive. A matrix product does
 not give that for free: the columns of two identical captions can come out a rounding apart, because the
@@ -58,7 +58,7 @@ def first_equal(features: Tensor) -> Tensor | None:
 
 
 def _begin_alike(features: Tensor) -> bool:
-    """Whether two rows have the same first eight bytes, as equal rows do; of a matrix on a CPU."""
+    """True if two rows have the same first eight bytes, as equal rows do; of a matrix on a CPU."""
     first = np.add(features.numpy()[:, : 8 // features.itemsize], 0.0, order="C")  # −0.0 equals 0.0
     return len(set(first.view(f"i{first[0].nbytes}").ravel().tolist())) < len(first)
 

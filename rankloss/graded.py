@@ -70,7 +70,7 @@ def pairwise(
 
 
 def is_ranked(grades: Tensor, has_rest: Tensor | None) -> Tensor:
-    """Whether two items of a list have different grades: ``[n]``."""
+    """True where two items of a list have different grades: ``[n]``."""
     best = grades.masked_fill(grades == math.inf, -math.inf).amax(-1)
     worst = grades.amin(-1)
     return (worst if has_rest is None else worst.masked_fill(has_rest, -math.inf)) < best

@@ -195,7 +195,7 @@ def spearman_rho(x: Tensor, y: Tensor) -> Tensor:
 def rank_agreement(
     image_features: Tensor, text_features: Tensor, *, max_anchors: int | None = None
 ) -> dict[str, Tensor]:
-    """How far an image's ranking agrees with its text's, averaged over pairs: Kendall's τ-b, Spearman's ρ.
+    """Agreement of an image's ranking with its text's, averaged over pairs: Kendall's τ-b, Spearman's ρ.
 
     ``cross_modal_*`` compares row i of S = V·Tᵀ with row i of R = Sᵀ, ``in_modal_*`` row i of I = V·Vᵀ with
     row i of X = T·Tᵀ. Equal items are tied exactly, as in the losses. A row in which everything is tied has

@@ -43,7 +43,7 @@ def _option(
     none: str = "",
     unit: str = "N",
 ) -> Any:
-    """A field with its bounds and what a command line shows: what None means, and the unit of a number."""
+    """A field with its bounds, its help, the meaning of None, and the unit of a number."""
     bounds = {"at_least": at_least, "at_most": at_most}
     return field(default=default, metadata={"help": help, "bounds": bounds, "none": none, "unit": unit})
 
@@ -55,7 +55,7 @@ def _positive_option(default: float | None, help: str, *, none: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RankOptions:
-    """Which lists a term is made of, how they are ranked, and how their values are put together.
+    """Options of the rank terms: the lists, their ranking, and the reduction of their values.
 
     Row lists of worth ``exp`` with shared ties, without ``discount`` and ``reduction="none"``, are computed
     in linear memory; all else is computed from whole matrices of N×N.
@@ -63,7 +63,7 @@ class RankOptions:
     Args:
         lists: ``"row"``: N lists of N, one per anchor. ``"batch"``: one list of all N² pairs, the formula as
             printed in the paper.
-        model: what C(x | y) of a list is. ``"plackett_luce"``: the NLL of the reference's ranking,
+        model: the C(x | y) of a list. ``"plackett_luce"``: the NLL of the reference's ranking,
             :func:`rankloss.plackett_luce_nll`. ``"top_one"``: the cross-entropy from the softmax of the
             reference's list to that of the scores' list, Σ_q p_q·(log Σ e^x − x_q) with p = softmax(y), the
             top-one probabilities of ListNet: it weighs the top of a list and needs no sort. y is on the scale
@@ -181,7 +181,7 @@ class RankOptions:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the terms are computed from whole matrices of N×N, by :mod:`rankloss.dense`.
+        """True where the terms are computed from whole matrices of N×N, by :mod:`rankloss.dense`.
 
         Row lists of worth ``exp`` with shared ties are computed in linear memory.
         """
@@ -198,7 +198,7 @@ class RankOptions:
         return {"mean": 1 / anchors, "sum": items / anchors, "none": 1.0}[self.reduction]
 
     def fits(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether a matrix of the whole batch is within the budget."""
+        """True if a matrix of the whole batch is within the budget."""
         budget = self.memory_budget
         if budget is None:
             budget = _BUDGET.get(device.type, _BUDGET_ELSEWHERE)

@@ -82,12 +82,12 @@ class _Product(torch.autograd.Function):
 
 
 def can_sync(x: Tensor) -> bool:
-    """Whether reading a value is free: on a CPU, where no device has to be waited for."""
+    """True where reading a value is free: on a CPU, where no device has to be waited for."""
     return x.device.type == "cpu" and not isinstance(x, FakeTensor)
 
 
 def can_be_read(x: Tensor) -> bool:
-    """Whether a value may be read, even if that waits: not while a graph is captured."""
+    """True where a value may be read, even if that waits: not while a graph is captured."""
     if x.is_meta or isinstance(x, FakeTensor):
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())

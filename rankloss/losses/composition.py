@@ -32,7 +32,7 @@ def check_base(base: Base | None, gather: Gather, streaming: dict[str, Any] | No
 
 
 def is_streamed_clip(base: Base, gather: Gather) -> bool:
-    """Whether a base is CLIP's loss of the pairs that ``gather`` gives, and nothing runs only in its call.
+    """True if a base is CLIP's loss of the pairs that ``gather`` gives, and nothing runs only in its call.
 
     The pass of the rank terms gives this loss as well.
     """
@@ -50,7 +50,7 @@ TEACHER = ("reference_image_features", "reference_text_features")
 
 
 def takes_teacher(base: Base) -> bool:
-    """Whether a loss takes a teacher's features: its signature names one of :data:`TEACHER`.
+    """True if a loss takes a teacher's features: its signature names one of :data:`TEACHER`.
 
     Example:
         >>> import rankloss

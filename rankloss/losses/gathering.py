@@ -132,7 +132,7 @@ class StreamedLoss(GatheringLoss):
         self._options = RankOptions(**options)
 
     def fits(self, rows: int, columns: int, image_features: Tensor, text_features: Tensor) -> bool:
-        """Whether the logits of features like these are within the budget."""
+        """True if the logits of features like these are within the budget."""
         dtype = arithmetic_dtype(image_features, text_features)
         return columns == 1 or self._options.fits(rows, columns, image_features.device, dtype)
 

@@ -236,7 +236,7 @@ class RankClipLoss(nn.Module):
 
     @property
     def _fuses(self) -> bool:
-        """Whether the rank terms' pass gives the base's loss as well."""
+        """True where the rank terms' pass gives the base's loss as well."""
         return not self.consistency.options.is_dense and is_streamed_clip(self.base, self.consistency.gather)
 
     def _tell(self, name: str, now: int, end_name: str, end: int) -> None:
