@@ -176,7 +176,7 @@ def accumulate(
     lists = max(_FEWEST_LISTS, _LISTS.get(device.type, _LISTS_ELSEWHERE) // n_items // len(matrices))
     products = products_of(matrices, sums)
     values = [matrices[0].items.new_zeros(len(matrices), dtype=torch.float64) for _ in range(2)]
-    for rows in slices(n, chunk_size or min(chunk, products.most_rows)):
+    for rows in slices(n, chunk_size or chunk):
         block = products.of_rows(rows)
         taught = torch.stack([x.anchors[rows] @ x.items.T for x in references]) if references else None
         for part in slices(block.shape[1], lists):
@@ -440,8 +440,8 @@ def _kernels(batch: Batch, options: RankOptions) -> Kernels:
 
 def _within_sums(batch: Batch, weights: Tensor) -> Tensor:
     """The weights; an error, or NaN where nothing can be read, if a score is too large for the sums."""
-    norms = (torch.linalg.vector_norm(x, dim=-1).amax() for x in (batch.inputs.image, batch.inputs.text))
-    largest = torch.maximum(*norms).square() * batch.inputs.scale.abs()
+    squares = (x.square().sum(-1).amax() for x in (batch.inputs.image, batch.inputs.text))
+    largest = torch.maximum(*squares) * batch.inputs.scale.abs()
     if can_sync(largest) and LARGEST_SCORE < largest.item() < torch.inf:
         raise ValueError(
             f"logit_scale times the squared norm of a feature must be at most {LARGEST_SCORE:g}; got "

@@ -11,23 +11,18 @@ import torch
 from torch import Tensor
 
 from rankloss.batch import Matrix
-from rankloss.ranking import slices
 
 FEWEST_ROWS = 128
 """Rows of a product below which its overhead exceeds its work."""
 
-# Up to so many entries the matrices of a whole batch are held, so that their symmetries save products.
-_WHOLE = 2**22
+_WHOLE = 2**22  # entries up to which the matrices of a whole batch are held
 
 
 def products_of(matrices: Sequence[Matrix], sums: dict[str, Tensor] | None) -> Products:
     """The products of one matrix, or of the two of a term; arguments as of :class:`Products`."""
-    first, last = matrices[0].factors, matrices[-1].factors
-    if len(matrices[0].items) ** 2 <= _WHOLE:
-        if first == last[::-1]:
-            return _Transposed(matrices, sums)
-        if first[0] == first[1]:
-            return _Symmetric(matrices, sums)
+    is_local = any(matrix.factors[0].endswith("_anchors") for matrix in matrices)
+    if len(matrices) == 2 and not is_local and len(matrices[0].items) ** 2 <= _WHOLE:
+        return _Whole(matrices, sums)
     return Products(matrices, sums)
 
 
@@ -38,19 +33,14 @@ class Products:
         matrices: one, or the two of a term.
         sums: the gradients by the factors of the matrices, by name, to which those of the rows are added,
             lacking the factor s; None where none is wanted.
-
-    Attributes:
-        most_rows: the most rows that are worth taking at a time.
     """
-
-    most_rows = 2**31
 
     def __init__(self, matrices: Sequence[Matrix], sums: dict[str, Tensor] | None) -> None:
         self._matrices = matrices
         self._sums: dict[str, Tensor] = {} if sums is None else sums
 
     def of_rows(self, rows: slice) -> Tensor:
-        """Some rows of every matrix, ``[matrices, n, N]``, in memory of their own."""
+        """Some rows of every matrix, ``[matrices, n, N]``, which their gradient may overwrite."""
         items = self._matrices[0].items
         out = items.new_empty(len(self._matrices), rows.stop - rows.start, len(items))
         for matrix, product in zip(self._matrices, out, strict=True):
@@ -79,44 +69,34 @@ class Products:
         return self._sums[name]
 
 
-class _Transposed(Products):
-    """S and R of a small batch, each product taken once: R is S transposed, and so is its gradient."""
+class _Whole(Products):
+    """The two matrices of a term of a small batch, held as wholes; their symmetries save products.
 
-    most_rows = FEWEST_ROWS
-
-    def __init__(self, matrices: Sequence[Matrix], sums: dict[str, Tensor] | None) -> None:
-        super().__init__(matrices, sums)
-        self._S = matrices[0].anchors @ matrices[0].items.T
-        self._G = self._S if sums is None else torch.zeros_like(self._S)
-
-    def of_rows(self, rows: slice) -> Tensor:
-        return torch.stack([self._S[rows], self._S[:, rows].T])
-
-    def add_gradient(self, rows: slice, by_scores: Tensor) -> None:
-        self._G[rows] += by_scores[0]
-        self._G[:, rows] += by_scores[1].T.contiguous()
-
-    def finish(self) -> None:
-        self._add(self._matrices[0], slice(0, len(self._G)), self._G)
-
-
-class _Symmetric(Products):
-    """I and X of a small batch: the gradients by anchors and by items are one product, (G + Gᵀ)·K."""
-
-    most_rows = FEWEST_ROWS
+    R is S transposed, and so is its gradient. For I and X the gradients by anchors and by items are one
+    product, (G + Gᵀ)·K. The gradient of a row is written in place of its cosines, which no later row needs.
+    """
 
     def __init__(self, matrices: Sequence[Matrix], sums: dict[str, Tensor] | None) -> None:
         super().__init__(matrices, sums)
-        self._held = super().of_rows(slice(0, len(matrices[0].items)))
+        self._is_transposed = matrices[0].factors == matrices[1].factors[::-1]
+        self._all = slice(0, len(matrices[0].items))
+        if self._is_transposed:
+            S = matrices[0].anchors @ matrices[0].items.T
+            self._held = torch.stack([S, S.T])
+        else:
+            self._held = super().of_rows(self._all)
 
     def of_rows(self, rows: slice) -> Tensor:
-        return self._held[:, rows].clone()
+        return self._held[:, rows]
 
     def add_gradient(self, rows: slice, by_scores: Tensor) -> None:
-        self._held[:, rows] = by_scores  # in place of cosines that no later row needs
+        """Nothing: see :meth:`finish`."""
 
     def finish(self) -> None:
+        if self._is_transposed:
+            of_images, of_texts = self._held
+            self._add(self._matrices[0], self._all, of_images.add_(of_texts.T.contiguous()))
+            return
         for matrix, G in zip(self._matrices, self._held, strict=True):
-            for rows in slices(len(G), FEWEST_ROWS):
-                both = G[rows] + G[:, rows].T
-                self._sum(matrix.factors[0], matrix.anchors)[rows].addmm_(both, matrix.items)
+            both = G.T.contiguous().add_(G)
+            self._sum(matrix.factors[0], matrix.anchors).addmm_(both, matrix.items)
