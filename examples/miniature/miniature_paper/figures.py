@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.style
 import numpy as np
 from examples_common.page import Picture
+from examples_common.statistics import Estimate
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
@@ -23,7 +24,6 @@ from .collection import Collection, Exhibited
 from .grid import Setting
 from .paper import Paper, Quoted
 from .scores import LOSS_NAMES, Measure
-from .statistics import Estimate
 from .tables import REFERENCE, TERM_NAMES, shift_measure, size_measures, sweep_measures, sweep_of
 from .wording import fill
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from .statistics import ALPHA, BETTER, NOT_TOLD_APART, TOO_FEW_SEEDS, WORSE, verdict
+from examples_common.statistics import ALPHA, BETTER, NOT_TOLD_APART, TOO_FEW_SEEDS, WORSE, verdict
+
 from .tables import Cell, Exhibit, QuotedCell
 from .wording import fill, seeds_text
 

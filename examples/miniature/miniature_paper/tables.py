@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from examples_common.statistics import Difference, Estimate
+
 from . import scores, statistics
 from .collection import Collection, Exhibited
 from .grid import Setting
 from .paper import Paper, Quoted
 from .scores import BACKBONE_NAMES, LOSS_NAMES, NAMES, Measure
-from .statistics import Difference, Estimate
 from .wording import difference_text, mark, mean_text, signed
 
 REFERENCE = "clip"

@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from examples_common import page
-
-from . import statistics
-from .statistics import ALPHA, CONFIDENCE, MIN_SEEDS, Difference, Estimate, verdict
+from examples_common import page, statistics
+from examples_common.statistics import ALPHA, CONFIDENCE, MIN_SEEDS, Difference, Estimate, verdict
 
 MARKS = {
     "above": "▲",

@@ -1,0 +1,193 @@
+"""The plan of part 1, as preregistration.md has it: the settings that are tried, the arms, the seeds.
+
+Nothing here trains or draws a random number: the same records lead to the same settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from examples_common.records import Record
+
+from .heads import Setting
+from .measure import BOTH_WAYS
+
+Find = Callable[[Sequence[Setting]], Mapping[Setting, Record]]
+Changes = dict[str, Any]  # fields of Setting
+
+TUNED = ("clip", "rankclip")  # the losses whose settings are chosen, with the same tries
+COMPONENTS = ("rankclip-cross", "rankclip-in", "rankclip-constant")
+# In this order: the best level of a factor is kept while the next one is tried.
+FACTORS: dict[str, tuple[float, ...]] = {
+    "dropout": (0.1, 0.5),
+    "lr": (5e-4, 2e-3),
+    "weight_decay": (0.5,),
+    "batch_size": (250, 1000),
+    "label_smoothing": (0.1,),
+    "scale_ceiling": (20.0,),
+    "scale_start": (5.0,),
+    "epochs": (20, 80),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The sizes of a study."""
+
+    name: str
+    start: Changes  # where every search starts
+    factors: dict[str, tuple[float, ...]]
+    tuning_seeds: tuple[int, int]  # every try; those ahead with the first, and the one they are compared with
+    seeds: tuple[int, ...]  # of the arms
+    control_seeds: tuple[int, ...]  # of the controls: the first of these seeds
+
+
+FULL = Plan("full", {}, FACTORS, (900, 901), tuple(range(1000, 1020)), tuple(range(1000, 1010)))
+QUICK = Plan("quick", {"train_pictures": 1000, "batch_size": 250, "epochs": 10}, {}, (0, 1), (0, 1), ())
+PLANS = {plan.name: plan for plan in (FULL, QUICK)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Try:
+    """A level of a factor, with its score on the dev side by seed."""
+
+    factor: str
+    level: float
+    scores: tuple[float, ...]  # R@10, of one seed, or of both
+    taken: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A loss's search, as far as the records reach."""
+
+    loss: str
+    chosen: Changes  # the setting so far
+    score: float | None  # the mean of its scores on the dev side; None where nothing was searched
+    tries: tuple[Try, ...]
+    due: tuple[Setting, ...]  # trainings that are missing for the next step; empty: the search is finished
+
+
+def score(record: Record) -> float:
+    """Return a record's primary measure."""
+    return float(record["metrics"]["retrieval"][BOTH_WAYS])
+
+
+def search(plan: Plan, loss: str, find: Find) -> Search:
+    """Follow a loss's search through its factors.
+
+    Of each factor every other level is tried with the first seed. Those ahead of the setting so far, and this
+    one, are trained with the second seed; the best mean is kept, the setting so far where means are equal.
+    """
+    chosen, tries, score_so_far = dict(plan.start), [], None
+    for factor, levels in plan.factors.items():
+        here = getattr(Setting(loss, 0, "dev", **chosen), factor)
+        level_of = {level: {**chosen, factor: level} for level in (here, *levels)}
+
+        def trained(wanted: Sequence[float], seeds: Sequence[int], at: Mapping[float, Changes]) -> Any:
+            settings = {(x, seed): Setting(loss, seed, "dev", **at[x]) for seed in seeds for x in wanted}
+            records = find(list(settings.values()))
+            due = tuple(one for one in settings.values() if one not in records)
+            return due, {key: score(records[one]) for key, one in settings.items() if one in records}
+
+        first, second = plan.tuning_seeds
+        due, scores = trained((here, *levels), (first,), level_of)
+        if due:
+            return Search(loss, chosen, score_so_far, tuple(tries), due)
+        ahead = [x for x in levels if scores[x, first] > scores[here, first]]
+        compared = (here, *ahead) if ahead else ()
+        due, both = trained(compared, (first, second), level_of)
+        if due:
+            return Search(loss, chosen, score_so_far, tuple(tries), due)
+        means = {x: fmean([both[x, first], both[x, second]]) for x in compared}
+        best = max(compared, key=lambda x: (means[x], x == here), default=here)
+        for level in levels:
+            seen = tuple(both[level, seed] for seed in (first, second)) if level in ahead else ()
+            tries.append(Try(factor, level, seen or (scores[level, first],), level == best))
+        chosen = {**chosen, factor: best}
+        score_so_far = means.get(best, score_so_far)
+    # The chosen setting's second seed is trained along, so that its mean is of both.
+    return _with_score(plan, loss, chosen, tuple(tries), find)
+
+
+def _with_score(plan: Plan, loss: str, chosen: Changes, tries: tuple[Try, ...], find: Find) -> Search:
+    if not plan.factors:
+        return Search(loss, chosen, None, tries, ())
+    settings = [Setting(loss, seed, "dev", **chosen) for seed in plan.tuning_seeds]
+    records = find(settings)
+    due = tuple(one for one in settings if one not in records)
+    mean = None if due else fmean(score(records[one]) for one in settings)
+    return Search(loss, chosen, mean, tries, due)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A loss in a setting."""
+
+    name: str
+    loss: str
+    changes: Changes
+    seeds: tuple[int, ...]
+
+    def settings(self) -> list[Setting]:
+        """Return the arm's trainings, measured on the test side."""
+        return [Setting(self.loss, seed, "test", **self.changes) for seed in self.seeds]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A difference that is tested."""
+
+    name: str
+    arm: str
+    reference: str
+
+
+def arms(plan: Plan, of_clip: Search, of_rankclip: Search, scale: float) -> dict[str, Arm]:
+    """Return what is trained on the test side, in the order in which it is; by name.
+
+    Args:
+        plan: The sizes.
+        of_clip: Plain CLIP's finished search.
+        of_rankclip: RankCLIP's.
+        scale: The scale at which both are compared with equal scales.
+    """
+    own, other = of_clip.chosen, of_rankclip.chosen
+    found = [
+        Arm("clip", "clip", own, plan.seeds),
+        Arm("rankclip", "rankclip", own, plan.seeds),
+        *([] if own == other else [Arm("rankclip-tuned", "rankclip", other, plan.seeds)]),
+        *(Arm(name, name, own, plan.seeds) for name in COMPONENTS),
+    ]
+    epochs = Setting("clip", 0, "test", **own).epochs
+    fixed = {"scale_start": scale, "scale_ceiling": max(scale, 100.0), "scale_fixed": True}
+    for name, changes in (
+        ("equal scale", {**own, **fixed}),
+        ("half the epochs", {**own, "epochs": max(1, epochs // 2)}),
+        ("twice the epochs", {**own, "epochs": 2 * epochs}),
+    ):
+        found += [Arm(f"{loss}, {name}", loss, changes, plan.control_seeds) for loss in TUNED]
+    return {arm.name: arm for arm in found}
+
+
+def comparisons(arms: Mapping[str, Arm]) -> list[Comparison]:
+    """Return the tested differences: arms minus plain CLIP, controls minus their own plain CLIP."""
+    found = []
+    for name, arm in arms.items():
+        _, comma, control = name.partition(", ")
+        reference = f"clip{comma}{control}"
+        if arm.loss != "clip":
+            found.append(Comparison(name, name, reference))
+    return found
+
+
+def in_order(arms: Mapping[str, Arm]) -> list[Setting]:
+    """Return the trainings, seed by seed within each stage: the two losses, the components, each control."""
+    stages: dict[str, list[Setting]] = {}
+    for name, arm in arms.items():
+        stage = "components" if name in COMPONENTS else name.partition(", ")[2]
+        stages.setdefault(stage, []).extend(arm.settings())
+    return [one for stage in stages.values() for one in sorted(stage, key=lambda one: one.seed)]
