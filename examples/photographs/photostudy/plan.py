@@ -22,12 +22,12 @@ TUNED = ("clip", "rankclip")  # the losses whose settings are chosen, with the s
 COMPONENTS = ("rankclip-cross", "rankclip-in", "rankclip-constant")
 # In this order: the best level of a factor is kept while the next one is tried.
 FACTORS: dict[str, tuple[float, ...]] = {
-    "dropout": (0.1, 0.5),
+    "dropout": (0.1, 0.5, 0.6),
     "lr": (5e-4, 2e-3),
     "weight_decay": (0.5,),
     "batch_size": (250, 1000),
     "label_smoothing": (0.1,),
-    "scale_ceiling": (20.0,),
+    "scale_ceiling": (12.0,),
     "scale_start": (5.0,),
     "epochs": (20, 80),
 }
