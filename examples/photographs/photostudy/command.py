@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
 from examples_common.records import Store
 from examples_common.terminal import say, status_of, tracker
@@ -99,12 +98,4 @@ def train(study: Study, sizes: Plan, console: Console) -> dict[str, plan.Arm]:
         while (search := plan.search(sizes, loss, study.find)).due:
             study.do(f"Search of {loss} on the dev side", search.due, console)
         found.append(search)
-    return plan.arms(sizes, *found, scale_of(sizes, found[0], study.find))
-
-
-def scale_of(sizes: Plan, of_clip: plan.Search, find: Find) -> float:
-    """Return the mean of the scales that plain CLIP's trainings on the dev side end with; else its start."""
-    settings = [Setting("clip", seed, "dev", **of_clip.chosen) for seed in sizes.tuning_seeds]
-    records = find(settings).values()
-    ends = [record["metrics"]["geometry"]["logit_scale"] for record in records]
-    return round(fmean(ends), 1) if ends else settings[0].scale_start
+    return plan.arms(sizes, *found, study.find)

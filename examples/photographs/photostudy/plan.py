@@ -141,21 +141,28 @@ class Arm:
 class Comparison:
     """A difference that is tested."""
 
-    name: str
     arm: str
     reference: str
 
 
-def arms(plan: Plan, of_clip: Search, of_rankclip: Search, scale: float) -> dict[str, Arm]:
-    """Return what is trained on the test side, in the order in which it is; by name.
+def equal_scale(plan: Plan, of_clip: Search, find: Find) -> float:
+    """Return the mean of the scales that plain CLIP's trainings on the dev side end with; else its start."""
+    settings = [Setting("clip", seed, "dev", **of_clip.chosen) for seed in plan.tuning_seeds]
+    ends = [record["metrics"]["geometry"]["logit_scale"] for record in find(settings).values()]
+    return round(fmean(ends), 1) if ends else settings[0].scale_start
+
+
+def arms(plan: Plan, of_clip: Search, of_rankclip: Search, find: Find) -> dict[str, Arm]:
+    """Return what is trained on the test side, in the order in which it is, by name.
 
     Args:
         plan: The sizes.
         of_clip: Plain CLIP's finished search.
         of_rankclip: RankCLIP's.
-        scale: The scale at which both are compared with equal scales.
+        find: Finds the records of plain CLIP's search, which has the scale of the controls.
     """
     own, other = of_clip.chosen, of_rankclip.chosen
+    scale = equal_scale(plan, of_clip, find)
     found = [
         Arm("clip", "clip", own, plan.seeds),
         Arm("rankclip", "rankclip", own, plan.seeds),
@@ -180,7 +187,7 @@ def comparisons(arms: Mapping[str, Arm]) -> list[Comparison]:
         _, comma, control = name.partition(", ")
         reference = f"clip{comma}{control}"
         if arm.loss != "clip":
-            found.append(Comparison(name, name, reference))
+            found.append(Comparison(name, reference))
     return found
 
 

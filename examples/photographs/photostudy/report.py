@@ -2,133 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from examples_common.records import Record
-from examples_common.statistics import Difference, Estimate, correct, estimate, paired_difference
-from examples_common.wording import difference_text, fill, mean_text
+from examples_common.statistics import MIN_SEEDS, Difference
+from examples_common.wording import difference_text, fill, mark, mean_text, p_text, signed
 
 from . import plan
-from .heads import Setting
-from .measure import BOTH_WAYS
-from .plan import Arm, Comparison, Find, Plan, Search
+from .findings import CORRELATION, DIRECTIONS, PRIMARY, SCALE, SECONDARY, Findings, findings
+from .plan import COMPONENTS, Find, Plan, Search
 
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """A score of a record."""
-
-    title: str
-    task: str
-    name: str
-    digits: int = 2
-
-    def __call__(self, record: Record) -> float:
-        """Return the score."""
-        return float(record["metrics"][self.task][self.name])
-
-
-PRIMARY = Measure("R@10, both", "retrieval", BOTH_WAYS)
-_WAYS = {"image_to_text": "picture → sentence", "text_to_image": "sentence → picture"}
-SECONDARY = (
-    *(Measure(f"{score}, {to}", "retrieval", f"{way} {score}") for way, to in _WAYS.items()
-      for score in ("R@1", "R@5", "median rank")),
-    Measure("τ_c, experts", "people", "experts τ_c"),
-    Measure("τ_b, experts", "people", "experts τ_b"),
-    Measure("cross-modal τ", "geometry", "cross_modal_tau", 3),
-    Measure("in-modal τ", "geometry", "in_modal_tau", 3),
-    Measure("modality gap", "geometry", "modality_gap", 3),
-    Measure("scale", "geometry", "logit_scale"),
+_PUBLISHED = (
+    ("Kiros et al. 2014", "18.0", "40.9", "55.0", "8", "12.5", "37.0", "51.5", "10", ""),
+    ("the same, their code of 2015", "22.3", "48.7", "59.8", "6", "14.9", "38.3", "51.6", "10", ""),
+    ("Klein et al. 2015, mean vector", "22.6", "48.8", "61.2", "6", "19.1", "45.3", "60.4", "7", ""),
+    ("CLIPScore 2021, ViT-B/32", *[""] * 8, "51.2"),
 )
-# Shown, but not tested: their mean is the primary measure.
-_DIRECTIONS = tuple(Measure(f"R@10, {to}", "retrieval", f"{way} R@10") for way, to in _WAYS.items())
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A comparison: what was trained of it, and its differences by measure."""
-
-    comparison: Comparison
-    planned: int
-    differences: dict[str, Difference]  # by the measure's title; empty until all trainings are there
-
-    @property
-    def primary(self) -> Difference | None:
-        """The difference in the primary measure."""
-        return self.differences.get(PRIMARY.title)
-
-
-@dataclasses.dataclass(frozen=True)
-class Findings:
-    """All that the report shows of the test side."""
-
-    arms: dict[str, Arm]
-    records: dict[str, dict[int, Record]]  # by arm and seed
-    rows: dict[str, Row]
-
-    def estimate(self, arm: str, measure: Measure) -> Estimate | None:
-        """Return a measure's mean over the arm's seeds."""
-        of = self.records[arm]
-        return estimate([measure(of[seed]) for seed in sorted(of)]) if of else None
-
-
-def findings(arms: Mapping[str, Arm], find: Find) -> Findings:
-    """Return the comparisons whose trainings are all there, corrected as the plan says.
-
-    The correction counts every planned test; one that cannot be stated yet has p = 1.
-    """
-    records = {
-        name: {one.seed: record for one, record in find(arm.settings()).items()} for name, arm in arms.items()
-    }
-    compared = [one for one in plan.comparisons(arms) if arms[one.arm].seeds]
-    whole = [
-        one
-        for one in compared
-        if all(len(records[name]) == len(arms[name].seeds) for name in (one.arm, one.reference))
-    ]
-
-    def corrected(measures: tuple[Measure, ...]) -> dict[tuple[str, str], Difference]:
-        family = {}
-        for one in compared:
-            for measure in measures:
-                of, reference = (
-                    {seed: measure(record) for seed, record in records[name].items()}
-                    for name in (one.arm, one.reference)
-                )
-                found = paired_difference(of, reference) if one in whole else None
-                family[one.name, measure.title] = found or Difference(0.0, None, len(arms[one.arm].seeds), 1.0)
-        return correct(family)
-
-    tested = {**corrected((PRIMARY,)), **corrected(SECONDARY)}
-    rows = {}
-    for one in compared:
-        own = {title: d for (name, title), d in tested.items() if name == one.name and one in whole}
-        rows[one.name] = Row(one, len(arms[one.arm].seeds), own)
-    return Findings(dict(arms), records, rows)
 
 
 def write(sizes: Plan, find: Find, folder: Path) -> Path:
     """Write the report and return its path."""
     searches = {loss: plan.search(sizes, loss, find) for loss in plan.TUNED}
     over = not any(search.due for search in searches.values())
-    found = findings(plan.arms(sizes, *searches.values(), plan.scale_of(sizes, searches["clip"], find)), find) if over else None
+    values: dict[str, Any] = {}
+    if over:
+        found = findings(plan.arms(sizes, *searches.values(), find), find)
+        values = {
+            "missing": sum(len(arm.seeds) - len(found.records[name]) for name, arm in found.arms.items()),
+            "conclusions": conclusions(found),
+            "arms": _arms(found),
+            "arm_head": ["arm", *(measure.title for measure in _SHOWN)],
+            "tests": _tests(found),
+            "secondary": _secondary(found),
+            "secondary_head": ["", *(f"`{name}`" for name in found.rows)],
+            "published": [*_PUBLISHED, *_beside(found)],
+            "conditions": _conditions(found),
+        }
     text = fill(
         Path(__file__).with_name("report.md"),
         sizes=sizes,
-        searches=searches,
-        factors=_factors(searches),
         over=over,
-        found=found,
-        missing=0 if found is None else _missing(found),
-        arms=[] if found is None else _arms(found),
-        tests=[] if found is None else _tests(found),
-        secondary=[] if found is None else _secondary(found),
-        primary=PRIMARY.title,
-        conditions=[] if found is None else _conditions(found),
+        searches=searches.values(),
+        chosen={loss: _text(search) for loss, search in searches.items()},
+        factors=_factors(searches),
+        **values,
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "part1.md"
@@ -136,8 +55,89 @@ def write(sizes: Plan, find: Find, folder: Path) -> Path:
     return path
 
 
+# --- the plan's sentences ---
+
+
+def conclusions(found: Findings) -> list[str]:
+    """Return the sentences that the plan has for what is found; none for what cannot be stated yet."""
+    if any(arm.seeds and len(arm.seeds) < MIN_SEEDS for arm in found.arms.values()):
+        return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
+    gains = {name: found.primary(name) for name in ("rankclip", "rankclip-tuned") if name in found.rows}
+    known = {name: d for name, d in gains.items() if d is not None}
+    said = [_of_recall(name, d) for name, d in known.items()]
+    if len(known) < len(gains):
+        return said
+    said += [_of_term(name, d) for name in COMPONENTS if (d := found.primary(name)) is not None]
+    if any(d.established and d.mean > 0 for d in known.values()):
+        said += _of_gain(found)
+    correlation = found.difference("rankclip", CORRELATION)
+    if correlation is not None:
+        said.append(_of_people(correlation))
+    return said
+
+
+def _sign(difference: Difference) -> int:
+    """Return the sign of a difference that differs from 0 after the correction, else 0."""
+    return 0 if not difference.established else 1 if difference.mean > 0 else -1
+
+
+def _interval(d: Difference) -> str:
+    ends = f"95 % interval {signed(d.low)} to {signed(d.high)}"
+    return f"{signed(d.mean)} points ({ends}, {d.n} seeds, p {p_text(d.adjusted)} after the correction)"
+
+
+_SETTINGS = {"rankclip": "CLIP's best setting", "rankclip-tuned": "its own best setting"}
+
+
+def _of_recall(name: str, d: Difference) -> str:
+    text = {1: "is higher", 0: "is not told apart from CLIP's", -1: "is lower"}[_sign(d)]
+    bound = "; none beyond the interval's ends is likely" if _sign(d) == 0 else ""
+    return f"**RankCLIP's R@10 in {_SETTINGS[name]} {text}: {_interval(d)}{bound}.**"
+
+
+def _of_term(name: str, d: Difference) -> str:
+    text = {1: "higher", 0: "not told apart", -1: "lower"}[_sign(d)]
+    return f"`{name}` minus CLIP, R@10: {text}, {_interval(d)}."
+
+
+def _of_gain(found: Findings) -> list[str]:
+    """Return the sentences on convergence and on the scale."""
+    half, twice = found.primary("rankclip, half the epochs"), found.primary("rankclip, twice the epochs")
+    said = []
+    if twice is not None and _sign(twice) > 0:
+        said.append(f"The gain remains at convergence: with twice the epochs {_interval(twice)}.")
+    elif twice is not None:
+        text = f"The gain is not shown at convergence: with twice the epochs {_interval(twice)}"
+        if half is not None and half.mean > twice.mean:
+            text += f"; with half of them {_interval(half)}, so it is faster convergence"
+        said.append(f"{text}.")
+    if (scale := found.primary("rankclip, equal scale")) is not None:
+        text = (
+            "is not that of a lower scale" if _sign(scale) > 0 else "is not told apart from that of a scale"
+        )
+        said.append(f"The gain {text}: with the scale fixed for both {_interval(scale)}.")
+    return said
+
+
+def _of_people(d: Difference) -> str:
+    if _sign(d) < 0:
+        return f"**RankCLIP loses correlation with people: τ_c {_interval(d)}.**"
+    text = "refuted: it is higher" if _sign(d) > 0 else "not confirmed"
+    return f"The pilot's loss of correlation with people is {text}, τ_c {_interval(d)}."
+
+
+# --- tables ---
+
+_SHOWN = (PRIMARY, *DIRECTIONS, CORRELATION, SCALE)
+
+
+def _text(search: Search) -> str:
+    """Return a search's setting in words."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in search.chosen.items())
+
+
 def _factors(searches: Mapping[str, Search]) -> list[list[str]]:
-    """Return the searches' tables: a row for each level, a column for each loss."""
+    """Return the searches' tries: a level in each row, a loss in each column."""
     rows: dict[tuple[str, float], dict[str, str]] = {}
     for loss, search in searches.items():
         for one in search.tries:
@@ -149,34 +149,30 @@ def _factors(searches: Mapping[str, Search]) -> list[list[str]]:
     ]
 
 
-def _missing(found: Findings) -> int:
-    return sum(len(arm.seeds) - len(found.records[name]) for name, arm in found.arms.items())
-
-
 def _arms(found: Findings) -> list[list[str]]:
-    """Return a table of means: an arm in each row."""
-    shown = (PRIMARY, *_DIRECTIONS, SECONDARY[6], SECONDARY[-1])
     return [
-        [name, *(mean_text(found.estimate(name, measure), len(arm.seeds), measure.digits) for measure in shown)]
+        [f"`{name}`", *(mean_text(found.estimate(name, m), len(arm.seeds), m.digits) for m in _SHOWN)]
         for name, arm in found.arms.items()
         if arm.seeds
     ]
 
 
-def _tests(found: Findings) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "reference": row.comparison.reference, "difference": row.primary, "planned": row.planned}
-        for name, row in found.rows.items()
-    ]
+def _tests(found: Findings) -> list[list[str]]:
+    rows = []
+    for name, row in found.rows.items():
+        d = found.primary(name)
+        numbers = ["–"] * 5 if d is None else [
+            difference_text(d), f"{d.n}", p_text(d.p), p_text(d.adjusted), mark(d)
+        ]  # fmt: skip
+        rows.append([f"`{name}`", f"`{row.reference}`", *numbers])
+    return rows
 
 
 def _secondary(found: Findings) -> list[list[str]]:
-    """Return a table of differences: a measure in each row, a comparison in each column."""
-    table = []
-    for measure in SECONDARY:
-        cells = [row.differences.get(measure.title) for row in found.rows.values()]
-        table.append([measure.title, *(_marked(d, measure.digits) for d in cells)])
-    return table
+    """Return the differences: a measure in each row, a comparison in each column."""
+    return [
+        [m.title, *(_marked(found.difference(name, m), m.digits) for name in found.rows)] for m in SECONDARY
+    ]
 
 
 def _marked(difference: Difference | None, digits: int) -> str:
@@ -184,9 +180,23 @@ def _marked(difference: Difference | None, digits: int) -> str:
     return f"**{text}**" if difference is not None and difference.established else text
 
 
+def _beside(found: Findings) -> list[list[str]]:
+    """Return the rows of our own means, in the published table's columns."""
+    named = {measure.title: measure for measure in (*DIRECTIONS, *SECONDARY)}
+    ways = ("picture → sentence", "sentence → picture")
+    columns = [f"{score}, {way}" for way in ways for score in ("R@1", "R@5", "R@10", "median rank")]
+    rows = []
+    for name in ("clip", "rankclip"):
+        estimates = [found.estimate(name, named[title]) for title in (*columns, CORRELATION.title)]
+        rows.append([f"here: `{name}`", *("–" if e is None else f"{e.mean:.1f}" for e in estimates)])
+    return rows
+
+
 def _conditions(found: Findings) -> list[list[str]]:
     records = [record for of in found.records.values() for record in of.values()]
+    if not records:
+        return []
     seconds = [sum(record["processor_seconds"].values()) for record in records]
     kinds = sorted({", ".join(f"{k} {v}" for k, v in record["conditions"].items()) for record in records})
-    rows = [["trainings on the test side", f"{len(records)}, {fmean(seconds):.0f} s of one core each"]] if records else []
-    return [*rows, *(["on", kind] for kind in kinds)]
+    trained = f"{len(records)}, {fmean(seconds):.0f} s of one core each"
+    return [["trainings on the test side", trained], *(["made with", kind] for kind in kinds)]
