@@ -117,15 +117,11 @@ class Cache:
         Raises:
             FolderError: If a picture cannot be read; it names the first.
         """
-        sentences = [text for name in names for text in self.photographs.sentences[name]]
+        pictures = encoders.pictures([_opened(self.photographs.path(name)) for name in names])
+        sentences = encoders.sentences([text for name in names for text in self.photographs.sentences[name]])
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with partial.open("wb") as file:
-            np.savez(
-                file,
-                pictures=encoders.pictures([_opened(self.photographs.path(name)) for name in names]),
-                sentences=encoders.sentences(sentences),
-            )
+        partial = path.with_name(f".{os.getpid()}-{path.name}")
+        np.savez(partial, pictures=pictures, sentences=sentences)
         partial.replace(path)
 
     def side(self, names: Sequence[str]) -> Side:

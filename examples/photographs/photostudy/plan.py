@@ -26,7 +26,7 @@ FACTORS: dict[str, tuple[float, ...]] = {
     "lr": (5e-4, 2e-3),
     "weight_decay": (0.5,),
     "batch_size": (250, 1000),
-    "label_smoothing": (0.1,),
+    "label_smoothing": (0.1, 0.2),
     "scale_ceiling": (12.0,),
     "scale_start": (5.0,),
     "epochs": (20, 80),
