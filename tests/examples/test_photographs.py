@@ -225,7 +225,7 @@ def test_a_seed_trains_the_same_heads_and_the_scale_keeps_to_its_bounds(made):
     [
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 9000}, "batch_size"),
-        ({"scale_start": 200.0}, "scale_start"),
+        ({"scale_ceiling": 0.5}, "scale_start, scale_ceiling"),
     ],
 )
 def test_a_setting_that_cannot_be_trained_is_refused(changes, said):

@@ -29,7 +29,7 @@ class Setting:
     weight_decay: float = 0.05
     dropout: float = 0.3
     label_smoothing: float = 0.0
-    scale_start: float = 14.3
+    scale_start: float = 14.3  # or the ceiling, where that is lower
     scale_ceiling: float = 100.0
     scale_fixed: bool = False  # the scale stays at its start
     train_pictures: int = 6000
@@ -37,8 +37,9 @@ class Setting:
     def __post_init__(self) -> None:
         if not 1 <= self.batch_size <= self.train_pictures:
             raise ValueError(f"batch_size: must be from 1 to {self.train_pictures}, got {self.batch_size}")
-        if not 1 <= self.scale_start <= self.scale_ceiling:
-            raise ValueError(f"scale_start: must be from 1 to the ceiling, got {self.scale_start}")
+        if not (self.scale_start >= 1 and self.scale_ceiling >= 1):
+            bounds = f"scale_start {self.scale_start} and scale_ceiling {self.scale_ceiling}"
+            raise ValueError(f"scale_start, scale_ceiling: must be at least 1, got {bounds}")
 
     @property
     def steps(self) -> int:
@@ -53,9 +54,8 @@ class Heads(nn.Module):
         super().__init__()
         self.of_pictures = _head(train.pictures.shape[-1], setting.dropout)
         self.of_sentences = _head(train.sentences.shape[-1], setting.dropout)
-        self.log_scale = nn.Parameter(
-            torch.tensor(math.log(setting.scale_start)), requires_grad=not setting.scale_fixed
-        )
+        start = math.log(min(setting.scale_start, setting.scale_ceiling))
+        self.log_scale = nn.Parameter(torch.tensor(start), requires_grad=not setting.scale_fixed)
 
     def pictures(self, features: Tensor) -> Tensor:
         """Return unit-norm features in the common space, from an encoder's features."""
