@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import random
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from examples_common.records import Store
+from hypothesis import given
+from hypothesis import strategies as st
 from photographs_folder import PICTURES, Encoders, write_folder
 from photostudy import command, features, findings, folder, plan, report
 from photostudy.heads import Setting
@@ -85,11 +88,20 @@ def test_both_losses_have_the_same_tries_and_no_seed_of_the_search_is_on_the_tes
     assert set(sizes.control_seeds) <= set(sizes.seeds)
 
 
+@given(st.integers(0, 100))
+def test_the_full_search_ends_whatever_is_best(seed):
+    found = plan.search(plan.FULL, "rankclip", finder(lambda one: random.Random(f"{seed} {one}").random()))
+    assert found.due == ()
+    assert len(found.tries) == sum(map(len, plan.FACTORS.values()))
+    assert sum(one.taken for one in found.tries) <= len(plan.FACTORS)
+    assert found.chosen.keys() == plan.FACTORS.keys()
+
+
 def test_the_full_plan_is_the_registered_one():
     text = (ROOT / "examples/photographs/preregistration-part1.md").read_text(encoding="utf-8")
     start = Setting("clip", 0, "dev")
     for factor, levels in plan.FACTORS.items():
-        row = f"| {getattr(start, factor):g} | {', '.join(f'{x:g}' for x in levels)} |"
+        row = f" | {getattr(start, factor):g} | {', '.join(f'{x:g}' for x in levels)} |"
         assert row in text, factor
     assert "**20, 1000 to 1019**" in text
     assert plan.FULL.seeds == tuple(range(1000, 1020))
@@ -169,18 +181,19 @@ def trained(tmp_path_factory):
     features.compute(cache, list(photographs.splits.values()), Encoders, lambda missing: missing)
     study = Study(photographs, cache, Store(root / "results"), PICTURES["train"])
     console = Console(file=io.StringIO())
-    arms = command.train(study, TINY, console)
-    study.do("Test side", plan.in_order(arms), console)
+    command.train(study, TINY, console)
+    found = [plan.search(TINY, loss, study.find) for loss in plan.TUNED]
+    arms = plan.arms(TINY, *found, study.find)
     return study, arms, console.file.getvalue()
 
 
 def test_the_cost_is_said_beforehand_and_finished_trainings_are_kept(trained):
-    study, _, said = trained
+    study, arms, said = trained
     assert re.search(r"Test side: \d+ trainings, 0 of them finished already; about \d+ minutes", said)
     content = study.store.path.read_bytes()
     console = Console(file=io.StringIO())
-    settings = plan.in_order(command.train(study, TINY, console))
-    study.do("Test side", settings, console)
+    settings = plan.in_order(arms)
+    command.train(study, TINY, console)
     assert (
         f"Test side: {len(settings)} trainings, {len(settings)} of them finished" in console.file.getvalue()
     )

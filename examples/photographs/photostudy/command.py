@@ -57,8 +57,7 @@ def _run(args: argparse.Namespace, sizes: Plan, console: Console) -> int:
     store = Store(args.results)
     if not args.report_only:
         study = prepare(args.data, store, sizes, console)
-        arms = train(study, sizes, console)
-        study.do("Test side", plan.in_order(arms), console)
+        train(study, sizes, console)
     say(console, str(report.write(sizes, finished(store), args.report)))
     return 0
 
@@ -91,11 +90,20 @@ def prepare(folder: Path, store: Store, sizes: Plan, console: Console) -> Study:
     return study
 
 
-def train(study: Study, sizes: Plan, console: Console) -> dict[str, plan.Arm]:
-    """Search the settings on the dev side, and return what is to be trained for the test side."""
-    found = []
-    for loss in plan.TUNED:
-        while (search := plan.search(sizes, loss, study.find)).due:
-            study.do(f"Search of {loss} on the dev side", search.due, console)
-        found.append(search)
-    return plan.arms(sizes, *found, study.find)
+def train(study: Study, sizes: Plan, console: Console) -> None:
+    """Do what the plan has, in its order: what CLIP's search leads to, then RankCLIP's search and the rest."""
+    of_clip = search(study, sizes, "clip", console)
+    unknown = plan.search(sizes, "rankclip", lambda _: {})
+    first = plan.arms(sizes, of_clip, unknown, study.find)
+    both = {name: first[name] for name in plan.TUNED}
+    study.do("Test side, in CLIP's best setting", plan.in_order(both), console)
+    of_rankclip = search(study, sizes, "rankclip", console)
+    arms = plan.arms(sizes, of_clip, of_rankclip, study.find)
+    study.do("Test side", plan.in_order(arms), console)
+
+
+def search(study: Study, sizes: Plan, loss: str, console: Console) -> plan.Search:
+    """Do a search on the dev side, and return it."""
+    while (found := plan.search(sizes, loss, study.find)).due:
+        study.do(f"Search of {loss} on the dev side", found.due, console)
+    return found

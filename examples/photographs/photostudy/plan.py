@@ -29,7 +29,6 @@ FACTORS: dict[str, tuple[float, ...]] = {
     "label_smoothing": (0.1, 0.2),
     "scale_ceiling": (12.0,),
     "scale_start": (5.0,),
-    "epochs": (20, 80),
 }
 
 
@@ -129,11 +128,13 @@ class Arm:
 
     name: str
     loss: str
-    changes: Changes
+    changes: Changes | None  # None: not known before a search is finished
     seeds: tuple[int, ...]
 
     def settings(self) -> list[Setting]:
         """Return the arm's trainings, measured on the test side."""
+        if self.changes is None:
+            return []
         return [Setting(self.loss, seed, "test", **self.changes) for seed in self.seeds]
 
 
@@ -158,10 +159,10 @@ def arms(plan: Plan, of_clip: Search, of_rankclip: Search, find: Find) -> dict[s
     Args:
         plan: The sizes.
         of_clip: Plain CLIP's finished search.
-        of_rankclip: RankCLIP's.
+        of_rankclip: RankCLIP's, as far as it is.
         find: Finds the records of plain CLIP's search, which has the scale of the controls.
     """
-    own, other = of_clip.chosen, of_rankclip.chosen
+    own, other = of_clip.chosen, None if of_rankclip.due else of_rankclip.chosen
     scale = equal_scale(plan, of_clip, find)
     found = [
         Arm("clip", "clip", own, plan.seeds),
@@ -172,9 +173,10 @@ def arms(plan: Plan, of_clip: Search, of_rankclip: Search, find: Find) -> dict[s
     epochs = Setting("clip", 0, "test", **own).epochs
     fixed = {"scale_start": scale, "scale_ceiling": max(scale, 100.0), "scale_fixed": True}
     for name, changes in (
+        ("the pilot's setting", plan.start),
+        ("twice the epochs", {**own, "epochs": 2 * epochs}),
         ("equal scale", {**own, **fixed}),
         ("half the epochs", {**own, "epochs": max(1, epochs // 2)}),
-        ("twice the epochs", {**own, "epochs": 2 * epochs}),
     ):
         found += [Arm(f"{loss}, {name}", loss, changes, plan.control_seeds) for loss in TUNED]
     return {arm.name: arm for arm in found}
@@ -192,9 +194,10 @@ def comparisons(arms: Mapping[str, Arm]) -> list[Comparison]:
 
 
 def in_order(arms: Mapping[str, Arm]) -> list[Setting]:
-    """Return the trainings, seed by seed within each stage: the two losses, the components, each control."""
+    """Return the trainings, seed by seed within each stage: the two losses, RankCLIP's own, and so on."""
     stages: dict[str, list[Setting]] = {}
     for name, arm in arms.items():
-        stage = "components" if name in COMPONENTS else name.partition(", ")[2]
+        alone = "components" if name in COMPONENTS else name if name == "rankclip-tuned" else ""
+        stage = name.partition(", ")[2] or alone
         stages.setdefault(stage, []).extend(arm.settings())
     return [one for stage in stages.values() for one in sorted(stage, key=lambda one: one.seed)]

@@ -11,6 +11,7 @@ from examples_common.statistics import MIN_SEEDS, Difference
 from examples_common.wording import difference_text, fill, mark, mean_text, p_text, signed
 
 from . import plan
+from .figure import draw
 from .findings import CORRELATION, DIRECTIONS, PRIMARY, SCALE, SECONDARY, Findings, findings
 from .plan import COMPONENTS, Find, Plan, Search
 
@@ -25,11 +26,16 @@ _PUBLISHED = (
 def write(sizes: Plan, find: Find, folder: Path) -> Path:
     """Write the report and return its path."""
     searches = {loss: plan.search(sizes, loss, find) for loss in plan.TUNED}
-    over = not any(search.due for search in searches.values())
+    over = not searches["clip"].due
     values: dict[str, Any] = {}
+    folder.mkdir(parents=True, exist_ok=True)
     if over:
         found = findings(plan.arms(sizes, *searches.values(), find), find)
+        drawn = draw(found)
+        if drawn is not None:
+            (folder / "part1.png").write_bytes(drawn.png)
         values = {
+            "alt": drawn and drawn.alt,
             "missing": sum(len(arm.seeds) - len(found.records[name]) for name, arm in found.arms.items()),
             "conclusions": conclusions(found),
             "arms": _arms(found),
@@ -49,7 +55,6 @@ def write(sizes: Plan, find: Find, folder: Path) -> Path:
         factors=_factors(searches),
         **values,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "part1.md"
     path.write_text(text, encoding="utf-8")
     return path
@@ -65,11 +70,12 @@ def conclusions(found: Findings) -> list[str]:
     gains = {name: found.primary(name) for name in ("rankclip", "rankclip-tuned") if name in found.rows}
     known = {name: d for name, d in gains.items() if d is not None}
     said = [_of_recall(name, d) for name, d in known.items()]
-    if len(known) < len(gains):
-        return said
     said += [_of_term(name, d) for name in COMPONENTS if (d := found.primary(name)) is not None]
     if any(d.established and d.mean > 0 for d in known.values()):
         said += _of_gain(found)
+    if (pilots := found.primary("rankclip, the pilot's setting")) is not None:
+        text = "confirmed" if _sign(pilots) > 0 else "not confirmed"
+        said.append(f"The pilot's gain is {text} in its own setting: {_interval(pilots)}.")
     correlation = found.difference("rankclip", CORRELATION)
     if correlation is not None:
         said.append(_of_people(correlation))
