@@ -12,7 +12,7 @@ PICTURES = {"train": 24, "dev": 8, "test": 8}
 
 
 def write_folder(root):
-    """Write the folder, and return what it is expected to hold."""
+    """Write the folder, and return its expected contents."""
     rng = np.random.default_rng(0)
     texts, pictures = root / folder.TEXTS, root / folder.PICTURES
     texts.mkdir(parents=True)

@@ -37,7 +37,7 @@ def record(setting, score):
 
 
 def finder(score):
-    """Return what finds a record of every setting, with this score."""
+    """Return a function that finds a record of every setting, with this score."""
     return lambda settings: {one: record(one, score(one)) for one in settings}
 
 
@@ -126,7 +126,15 @@ def test_the_controls_share_everything_with_their_own_plain_clip():
     fixed = arms["clip, equal scale"].changes
     assert (fixed["scale_start"], fixed["scale_fixed"]) == (9.0, True)
     order = plan.in_order(arms)
-    assert len(order) == len(set(order)) == sum(len(arm.seeds) for arm in arms.values())
+    assert sorted(map(repr, order)) == sorted({repr(one) for arm in arms.values() for one in arm.settings()})
+
+
+def test_an_arm_whose_search_is_not_over_has_no_training():
+    unknown = plan.search(TINY, "rankclip", lambda _: {})
+    arms = plan.arms(TINY, plan.Search("clip", START, 50.0, (), ()), unknown, finder(lambda _: 50.0))
+    assert arms["rankclip-tuned"].settings() == []
+    assert "rankclip-tuned" in {one.arm for one in plan.comparisons(arms)}
+    assert len(arms["rankclip"].settings()) == len(TINY.seeds)
 
 
 # --- comparisons ---

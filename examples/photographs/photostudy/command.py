@@ -1,4 +1,4 @@
-"""The command: check the folder, compute features, train what is missing, and write the report."""
+"""The command: check the folder, compute features, do the missing trainings, write the report."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train what is missing and write the report."""
+    """Do the missing trainings and write the report."""
     args = parse(argv)
     return status_of(lambda console: _run(args, plan.PLANS[args.preset], console))
 
@@ -91,7 +91,7 @@ def prepare(folder: Path, store: Store, sizes: Plan, console: Console) -> Study:
 
 
 def train(study: Study, sizes: Plan, console: Console) -> None:
-    """Do what the plan has, in its order: what CLIP's search leads to, then RankCLIP's search and the rest."""
+    """Follow the plan: CLIP's search, both losses in its setting, RankCLIP's search, the other arms."""
     of_clip = search(study, sizes, "clip", console)
     unknown = plan.search(sizes, "rankclip", lambda _: {})
     first = plan.arms(sizes, of_clip, unknown, study.find)

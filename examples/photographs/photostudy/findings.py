@@ -55,7 +55,7 @@ class Findings:
     arms: dict[str, Arm]
     records: dict[str, dict[int, Record]]  # by arm and seed
     rows: dict[str, Comparison]  # by the arm's name
-    differences: dict[tuple[str, str], Difference]  # by arm and measure; without what cannot be stated yet
+    differences: dict[tuple[str, str], Difference]  # by arm and measure; complete comparisons alone
 
     def difference(self, arm: str, measure: Measure) -> Difference | None:
         """Return a comparison's difference; None until all of its trainings are there."""

@@ -57,7 +57,7 @@ class Judgement:
     """Three experts' grades, 1 to 4, of a sentence as a description of a picture."""
 
     picture: str
-    sentence: tuple[str, int]  # of which picture it is, and its number there
+    sentence: tuple[str, int]  # the name of its picture, and its number there
     grades: tuple[int, int, int]
 
 

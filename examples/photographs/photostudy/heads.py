@@ -101,9 +101,9 @@ def train(setting: Setting, train: Side, on_epoch: Callable[[int], None] = lambd
             loss.set_epoch(epoch, setting.epochs)
         shuffled = torch.randperm(setting.train_pictures, generator=order)
         for rows in shuffled.split(setting.batch_size)[: setting.steps]:
-            which = torch.randint(train.sentences.shape[1], rows.shape, generator=order)
+            drawn = torch.randint(train.sentences.shape[1], rows.shape, generator=order)
             v = model.pictures(train.pictures[rows])
-            t = model.sentences(train.sentences[rows, which])
+            t = model.sentences(train.sentences[rows, drawn])
             value = loss(v, t, logit_scale=model.log_scale.exp())
             optimizer.zero_grad()
             value.backward()

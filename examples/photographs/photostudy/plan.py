@@ -1,4 +1,4 @@
-"""The plan of part 1, as preregistration.md has it: the settings that are tried, the arms, the seeds.
+"""The plan of part 1, as preregistration-part1.md has it: the tries, the arms, the seeds.
 
 Nothing here trains or draws a random number: the same records lead to the same settings.
 """
@@ -75,51 +75,63 @@ def score(record: Record) -> float:
     return float(record["metrics"]["retrieval"][BOTH_WAYS])
 
 
+class _MissingError(Exception):
+    def __init__(self, settings: tuple[Setting, ...]) -> None:
+        self.settings = settings
+
+
 def search(plan: Plan, loss: str, find: Find) -> Search:
     """Follow a loss's search through its factors.
 
     Of each factor every other level is tried with the first seed. Those ahead of the setting so far, and this
     one, are trained with the second seed; the best mean is kept, the setting so far where means are equal.
     """
-    chosen, tries, score_so_far = dict(plan.start), [], None
-    for factor, levels in plan.factors.items():
-        here = getattr(Setting(loss, 0, "dev", **chosen), factor)
-        level_of = {level: {**chosen, factor: level} for level in (here, *levels)}
-
-        def trained(wanted: Sequence[float], seeds: Sequence[int], at: Mapping[float, Changes]) -> Any:
-            settings = {(x, seed): Setting(loss, seed, "dev", **at[x]) for seed in seeds for x in wanted}
-            records = find(list(settings.values()))
-            due = tuple(one for one in settings.values() if one not in records)
-            return due, {key: score(records[one]) for key, one in settings.items() if one in records}
-
-        first, second = plan.tuning_seeds
-        due, scores = trained((here, *levels), (first,), level_of)
-        if due:
-            return Search(loss, chosen, score_so_far, tuple(tries), due)
-        ahead = [x for x in levels if scores[x, first] > scores[here, first]]
-        compared = (here, *ahead) if ahead else ()
-        due, both = trained(compared, (first, second), level_of)
-        if due:
-            return Search(loss, chosen, score_so_far, tuple(tries), due)
-        means = {x: fmean([both[x, first], both[x, second]]) for x in compared}
-        best = max(compared, key=lambda x: (means[x], x == here), default=here)
-        for level in levels:
-            seen = tuple(both[level, seed] for seed in (first, second)) if level in ahead else ()
-            tries.append(Try(factor, level, seen or (scores[level, first],), level == best))
-        chosen = {**chosen, factor: best}
-        score_so_far = means.get(best, score_so_far)
-    # The chosen setting's second seed is trained along, so that its mean is of both.
-    return _with_score(plan, loss, chosen, tuple(tries), find)
+    found = Search(loss, dict(plan.start), None, (), ())
+    try:
+        for factor in plan.factors:
+            found = _next(plan, found, factor, find)
+        if not plan.factors:
+            return found
+        scores = _scores(find, [Setting(loss, seed, "dev", **found.chosen) for seed in plan.tuning_seeds])
+        return dataclasses.replace(found, score=fmean(scores.values()))
+    except _MissingError as missing:
+        return dataclasses.replace(found, due=missing.settings)
 
 
-def _with_score(plan: Plan, loss: str, chosen: Changes, tries: tuple[Try, ...], find: Find) -> Search:
-    if not plan.factors:
-        return Search(loss, chosen, None, tries, ())
-    settings = [Setting(loss, seed, "dev", **chosen) for seed in plan.tuning_seeds]
+def _next(plan: Plan, so_far: Search, factor: str, find: Find) -> Search:
+    """Return the search after a factor."""
+    levels = plan.factors[factor]
+    here = getattr(Setting(so_far.loss, 0, "dev", **so_far.chosen), factor)
+    at = {level: {**so_far.chosen, factor: level} for level in (here, *levels)}
+    trials = {
+        level: [Setting(so_far.loss, seed, "dev", **changes) for seed in plan.tuning_seeds]
+        for level, changes in at.items()
+    }
+    scores = _scores(find, [first for first, _ in trials.values()])
+    ahead = [level for level in levels if scores[trials[level][0]] > scores[trials[here][0]]]
+    if ahead:
+        scores |= _scores(find, [one for level in (here, *ahead) for one in trials[level]])
+    means = {level: fmean(scores[one] for one in trials[level]) for level in ahead}
+    best = max(ahead, key=means.__getitem__, default=here)
+    if ahead and means[best] <= fmean(scores[one] for one in trials[here]):
+        best = here
+    tried = (
+        Try(factor, level, tuple(scores[one] for one in trials[level] if one in scores), level == best)
+        for level in levels
+    )
+    return dataclasses.replace(so_far, chosen=at[best], tries=(*so_far.tries, *tried))
+
+
+def _scores(find: Find, settings: Sequence[Setting]) -> dict[Setting, float]:
+    """Return the scores of trainings.
+
+    Raises:
+        _MissingError: If some have no record.
+    """
     records = find(settings)
-    due = tuple(one for one in settings if one not in records)
-    mean = None if due else fmean(score(records[one]) for one in settings)
-    return Search(loss, chosen, mean, tries, due)
+    if missing := tuple(one for one in settings if one not in records):
+        raise _MissingError(missing)
+    return {one: score(record) for one, record in records.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +166,7 @@ def equal_scale(plan: Plan, of_clip: Search, find: Find) -> float:
 
 
 def arms(plan: Plan, of_clip: Search, of_rankclip: Search, find: Find) -> dict[str, Arm]:
-    """Return what is trained on the test side, in the order in which it is, by name.
+    """Return the arms by name, in the order in which they are trained.
 
     Args:
         plan: The sizes.
@@ -200,4 +212,5 @@ def in_order(arms: Mapping[str, Arm]) -> list[Setting]:
         alone = "components" if name in COMPONENTS else name if name == "rankclip-tuned" else ""
         stage = name.partition(", ")[2] or alone
         stages.setdefault(stage, []).extend(arm.settings())
-    return [one for stage in stages.values() for one in sorted(stage, key=lambda one: one.seed)]
+    found = [one for stage in stages.values() for one in sorted(stage, key=lambda one: one.seed)]
+    return list(dict.fromkeys(found))

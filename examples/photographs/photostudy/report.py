@@ -64,7 +64,7 @@ def write(sizes: Plan, find: Find, folder: Path) -> Path:
 
 
 def conclusions(found: Findings) -> list[str]:
-    """Return the sentences that the plan has for what is found; none for what cannot be stated yet."""
+    """Return the plan's sentences for the findings; none for a comparison that lacks a training."""
     if any(arm.seeds and len(arm.seeds) < MIN_SEEDS for arm in found.arms.values()):
         return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
     gains = {name: found.primary(name) for name in ("rankclip", "rankclip-tuned") if name in found.rows}
