@@ -197,7 +197,7 @@ def trained(tmp_path_factory):
 
 def test_the_cost_is_said_beforehand_and_finished_trainings_are_kept(trained):
     study, arms, said = trained
-    assert re.search(r"Test side: \d+ trainings, 0 of them finished already; about \d+ minutes", said)
+    assert re.search(r"best setting: \d+ trainings, 0 of them finished already; about \d+ minutes", said)
     content = study.store.path.read_bytes()
     console = Console(file=io.StringIO())
     settings = plan.in_order(arms)
