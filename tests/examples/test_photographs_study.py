@@ -186,7 +186,8 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("flickr8k")
     photographs = folder.read(root, write_folder(root))
     cache = features.Cache(photographs, Encoders.name)
-    features.compute(cache, list(photographs.splits.values()), Encoders, lambda missing: missing)
+    for path, names in cache.missing(photographs.splits.values()):
+        cache.fill(path, names, Encoders())
     study = Study(photographs, cache, Store(root / "results"), PICTURES["train"])
     console = Console(file=io.StringIO())
     command.train(study, TINY, console)

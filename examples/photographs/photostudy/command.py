@@ -11,7 +11,7 @@ from examples_common.terminal import say, status_of, tracker
 from rich.console import Console
 
 from . import plan, report
-from .features import BLOCK, Cache, FrozenEncoders, compute
+from .features import BLOCK, Cache, FrozenEncoders
 from .folder import SPLITS, WHERE, read
 from .heads import Setting
 from .plan import Find, Plan
@@ -82,11 +82,13 @@ def prepare(folder: Path, store: Store, sizes: Plan, console: Console) -> Study:
     pictures = Setting("clip", 0, "dev", **sizes.start).train_pictures
     cache = Cache(photographs, FrozenEncoders.name)
     study = Study(photographs, cache, store, pictures)
-    blocks = [study.names(side) for side in SPLITS]
-    cost = _SECONDS_OF_A_BLOCK * sum(map(len, blocks)) / BLOCK / 60
-    say(console, f"Features: about {cost:.0f} minutes of one core, once; those that are there are kept")
-    track = tracker(console)
-    compute(cache, blocks, FrozenEncoders, lambda missing: track(missing, len(missing), "Features"))
+    missing = cache.missing(map(study.names, SPLITS))
+    cost = f"about {_SECONDS_OF_A_BLOCK * len(missing) / 60:.0f} minutes of one core"
+    say(console, f"Features: {len(missing)} blocks of {BLOCK} pictures are missing; {cost}")
+    if missing:
+        encoders = FrozenEncoders()
+        for path, names in tracker(console)(missing, len(missing), "Features"):
+            cache.fill(path, names, encoders)
     return study
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from .folder import SENTENCES_PER_PICTURE, FolderError, Photographs
+
+Block = tuple[Path, Sequence[str]]  # its file, and the pictures' names
 
 CACHE = "features"  # the folder of the blocks
 BLOCK = 500  # pictures
@@ -104,6 +106,11 @@ class Cache:
         parts = [names[start : start + BLOCK] for start in range(0, len(names), BLOCK)]
         return {self.photographs.folder / CACHE / f"{self._hash(part)}.npz": part for part in parts}
 
+    def missing(self, sides: Iterable[Sequence[str]]) -> list[Block]:
+        """Return the blocks of these sides that are not there yet."""
+        blocks = (block for names in sides for block in self.blocks(names).items())
+        return [(path, names) for path, names in blocks if not path.is_file()]
+
     def _hash(self, names: Sequence[str]) -> str:
         found = hashlib.sha256(self.encoders.encode())
         for name in names:
@@ -149,19 +156,3 @@ def _opened(path: Path) -> Image.Image:
             return picture.convert("RGB")
     except OSError as error:
         raise FolderError(path, f"damaged: {error}") from error
-
-
-def compute(
-    cache: Cache,
-    sides: Sequence[Sequence[str]],
-    encoders: Callable[[], Encoders],
-    track: Callable[[list[tuple[Path, Sequence[str]]]], Iterable[tuple[Path, Sequence[str]]]],
-) -> list[Path]:
-    """Compute the missing blocks of these sides, and return all of them."""
-    blocks = {path: names for side in sides for path, names in cache.blocks(side).items()}
-    missing = [(path, names) for path, names in blocks.items() if not path.is_file()]
-    if missing:
-        ready = encoders()
-        for path, names in track(missing):
-            cache.fill(path, names, ready)
-    return list(blocks)

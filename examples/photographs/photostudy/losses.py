@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor, arange, nn
 
@@ -45,7 +43,8 @@ class SmoothedClipLoss(nn.Module):
         """Return the loss of unit-norm features, ``[N, D]`` each."""
         logits = logit_scale * image_features @ text_features.T
         pairs = arange(len(logits))
-        entropy: Callable[..., Tensor] = F.cross_entropy
-        both = [entropy(of, pairs, label_smoothing=self.label_smoothing) for of in (logits, logits.T)]
-        loss = sum(both) / 2
+        loss = (
+            sum(F.cross_entropy(x, pairs, label_smoothing=self.label_smoothing) for x in (logits, logits.T))
+            / 2
+        )
         return {"contrastive_loss": loss} if output_dict else loss
