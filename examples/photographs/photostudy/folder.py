@@ -19,8 +19,8 @@ The folder needs
   {TEXTS}/{SENTENCES}
   {TEXTS}/Flickr_8k.trainImages.txt, Flickr_8k.devImages.txt, Flickr_8k.testImages.txt
   {TEXTS}/{EXPERTS}
-as in the archives {PICTURES}.zip and {TEXTS}.zip of "Framing Image Description as a Ranking Task" (2013).
-Its authors give them out for research; examples/photographs/README.md names places that hold them."""
+as the archives Flickr8k_Dataset.zip and Flickr8k_text.zip of "Framing Image Description as a Ranking Task" (2013)
+have them. examples/photographs/README.md says where they are."""
 
 
 class FolderError(RuntimeError):

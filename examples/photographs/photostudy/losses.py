@@ -42,9 +42,6 @@ class SmoothedClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """Return the loss of unit-norm features, ``[N, D]`` each."""
         logits = logit_scale * image_features @ text_features.T
-        pairs = arange(len(logits))
-        loss = (
-            sum(F.cross_entropy(x, pairs, label_smoothing=self.label_smoothing) for x in (logits, logits.T))
-            / 2
-        )
+        pairs, ways = arange(len(logits)), (logits, logits.T)
+        loss = sum(F.cross_entropy(x, pairs, label_smoothing=self.label_smoothing) for x in ways) / 2
         return {"contrastive_loss": loss} if output_dict else loss
