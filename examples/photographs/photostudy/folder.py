@@ -19,8 +19,8 @@ The folder needs
   {TEXTS}/{SENTENCES}
   {TEXTS}/Flickr_8k.trainImages.txt, Flickr_8k.devImages.txt, Flickr_8k.testImages.txt
   {TEXTS}/{EXPERTS}
-as the archives Flickr8k_Dataset.zip and Flickr8k_text.zip have them, of "Framing Image Description as a Ranking
-Task" (JAIR 2013). examples/photographs/README.md says where they are."""
+as the archives Flickr8k_Dataset.zip and Flickr8k_text.zip have them, of "Framing Image Description as a
+Ranking Task" (JAIR 2013). examples/photographs/README.md says where they are."""
 
 
 class FolderError(RuntimeError):
