@@ -50,6 +50,7 @@ def write(sizes: Plan, find: Find, folder: Path) -> Path:
         Path(__file__).with_name("report.md"),
         sizes=sizes,
         over=over,
+        measured=over and any(found.records.values()),
         searches=searches.values(),
         chosen={loss: _text(search) for loss, search in searches.items()},
         factors=_factors(searches),
