@@ -60,6 +60,16 @@ $(VENV)/.distil: $(VENV)/.examples
 	$(PIP_INSTALL) --editable '.[examples]' --editable 'examples[distil]'
 	touch $@
 
+## RankCLIP and plain CLIP on Flickr8k, in the folder DATA: hours, or a smoke test under five minutes. Repeat to resume.
+PHOTOGRAPHS := photographs-quick photographs-full
+.PHONY: photographs $(PHOTOGRAPHS)
+photographs: photographs-full
+$(PHOTOGRAPHS): photographs-%: $(VENV)/.photographs
+	$(BIN)/python examples/photographs/run.py --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
+$(VENV)/.photographs: $(VENV)/.examples
+	$(PIP_INSTALL) --editable '.[examples]' --editable 'examples[photographs]'
+	touch $@
+
 # One worker per core, and one thread in each: most tests compute too little to share.
 ON_ALL_CORES := OMP_NUM_THREADS=1
 WORKERS ?= -n auto --dist loadfile

@@ -99,8 +99,8 @@ class Batch:
             return None if x is None else x.resolve_neg().to(device, non_blocking=x.dim() == 0).to(dtype)
 
         features = (image_features, text_features, *(anchors or (None, None)), scalar(logit_scale, home))
-        teacher = (None if x is None else there(constant(x)) for x in (reference_image, reference_text))
-        return cls(Inputs(*map(there, features)), first_row, *teacher, home)
+        image, text = (None if x is None else there(constant(x)) for x in (reference_image, reference_text))
+        return cls(Inputs(*map(there, features)), first_row, image, text, home)
 
     @property
     def items(self) -> int:

@@ -85,6 +85,8 @@ class _LogCumSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
         # ∂/∂x_q = Σ_{p ≥ q} g_p·e^{x_q − y_p}
+        x: Tensor
+        y: Tensor
         x, y = ctx.saved_tensors
         if not torch.is_grad_enabled():
             parts = (g.clamp(min=0).log() - y for g in (upstream[0], -upstream[0]))
@@ -194,7 +196,7 @@ def rank_term(batch: Batch, term: Term, options: RankOptions) -> Tensor:
     references = batch.references(term)
     cosines = [matrix.cosines() for matrix in batch.matrices(term)]
     ranked_by = [matrix.cosines() for matrix in references] if batch.has_teacher else cosines[::-1]
-    value = batch.inputs.image.new_zeros(batch.anchors)
+    value: Tensor = batch.inputs.image.new_zeros(batch.anchors)
     for c, reference, y, share in zip(cosines, references, ranked_by, options.directions, strict=True):
         if share == 0:
             continue

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rankloss.checks import can_be_read, kind_of
+from rankloss.checks import kind_of
 from rankloss.options import check_choice, check_count
+from rankloss.precision import can_be_read
 
 __all__ = ["Gather", "GatherOption", "Gathered", "all_gather", "gather_once"]
 

@@ -246,8 +246,9 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
         ranking = rank(_reference(block), options)
     elif beta is not None:
         p = dense.top_one_probabilities(_reference(block), scale, options)
+    order = None if ranking is None else ranking.order
     own = block.cosines.diagonal(block.first_row, 1, 2).clone()  # before the gradient is written there
-    c = block.cosines if ranking is None or ranking.order is None else block.cosines.gather(-1, ranking.order)
+    c = block.cosines if order is None else block.cosines.gather(-1, order)
     x = c * scale
     nll = None
     if ranking is not None and beta is not None:
@@ -259,13 +260,15 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
             nll = -(p * x).sum(-1)
         x.exp_()
         slope = log_sums.new_zeros(()) if alpha is None else alpha
-        slope, share = (slope, slope.new_zeros(())) if p is None else (slope + beta, beta * p)
+        share = log_sums.new_zeros(())
+        if p is not None and beta is not None:
+            slope, share = slope + beta, beta * p
     gradient = None
     if with_gradient:
         gradient = block.cosines
         torch.addcmul(-share, x, slope, out=c)
-        if c is not gradient:
-            gradient.scatter_(-1, ranking.order, c)
+        if order is not None:
+            gradient.scatter_(-1, order, c)
         if block.alpha is not None:
             gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha[:, None])
     cross_entropy = None if alpha is None else torch.addcmul(log_sums.squeeze(-1), own, scale, value=-1)

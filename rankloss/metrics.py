@@ -99,7 +99,7 @@ def ndcg(
 ) -> Tensor:
     r"""Normalised discounted cumulative gain of the first k places.
 
-        DCG = Σ_{r ≤ k} gain(g_r) / log₂(1 + r),   nDCG = DCG / DCG of the order by grades
+        DCG = Σ_{r ≤ k} gain(g_r) / log2(1 + r),   nDCG = DCG / DCG of the order by grades
 
     Items with equal scores share the mean of their places' discounts, as in scikit-learn.
 

@@ -86,13 +86,17 @@ class Binned:
     Methods and attributes: as of :class:`Sorted`; ``order`` is None: worths come in the items' own order.
     """
 
-    order = counted = None
-    counted_sum = Sorted.counted_sum
+    order = None
+    counted = None
 
     def __init__(self, index: Tensor, bins: int) -> None:
         self.items, self._index, self._bins = index.shape[-1], index, bins
         one = torch.ones((), device=index.device)
         self._sizes = self._by_bin(one.expand_as(index))
+
+    def counted_sum(self, scores: Tensor) -> Tensor:
+        """As :meth:`Sorted.counted_sum`."""
+        return scores.sum(-1, keepdim=True)
 
     def denominators(self, worths: Tensor) -> Tensor:
         """C by slot; bin 0 is never empty, so none is 0."""

@@ -281,7 +281,7 @@ class RankedLists(GatheringLoss):
         """Raise an error for wrong values; warn of suspicious ones at the first look."""
         queries, candidates, logit_scale, grades, index, *_ = given
         is_item = given.is_item
-        is_first = not self._looked_at and checks.can_be_read(queries)
+        is_first = not self._looked_at and precision.can_be_read(queries)
         if not (is_first or precision.can_sync(queries)):
             return
         if (row := _first(~is_item.any(-1))) is not None:

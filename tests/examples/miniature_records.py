@@ -4,10 +4,10 @@ import asyncio
 import dataclasses
 import random
 
+from examples_common.records import Store
 from examples_common.trainer import TrainingError
 from miniature_paper import grid
 from miniature_paper.data import Tables
-from miniature_paper.records import Store
 from miniature_paper.runs import Machine, Workshop
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from clip_evaluation import metrics
-from examples_common import terminal, trainer
+from examples_common import terminal, trainer, wording
 from examples_common.trainer import Job, TrainingError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from icons_data import labels
-from miniature_paper import captions, wording
+from miniature_paper import captions
 from rich.console import Console
 
 

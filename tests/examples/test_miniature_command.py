@@ -1,9 +1,9 @@
 """The miniature's commands: nothing to report, and one from real trainings to its report."""
 
 import pytest
+from examples_common.records import Store
 from miniature_icons import write_icons
 from miniature_paper import command
-from miniature_paper.records import Store
 from miniature_paper.search import command as studies
 
 

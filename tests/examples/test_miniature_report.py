@@ -7,14 +7,14 @@ import re
 import numpy as np
 import pytest
 from examples_common.page import Picture
+from examples_common.records import Store
+from examples_common.statistics import Difference, correct
 from hypothesis import given
 from hypothesis import strategies as st
 from miniature_paper import command, figures, findings, grid, paper, report, scores, tables
 from miniature_paper.collection import Collection
 from miniature_paper.options import _EXAMPLE as EXAMPLE
-from miniature_paper.records import Store
 from miniature_paper.scores import Measure
-from miniature_paper.statistics import Difference, correct
 from miniature_paper.tables import Cell, Row
 from scipy import stats
 

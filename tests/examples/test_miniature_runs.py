@@ -8,11 +8,11 @@ import json
 
 import miniature_records
 import pytest
+from examples_common.records import Store, read_lines
 from filelock import FileLock
 from miniature_paper import grid, options
 from miniature_paper.grid import EXHIBITS, LOSSES, PRESETS, Setting, plan, settings_of
 from miniature_paper.options import _EXAMPLE as EXAMPLE
-from miniature_paper.records import Store, read_lines
 from miniature_paper.runs import key_of
 from miniature_paper.search.trials import Attempt
 from rich.console import Console

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from examples_common import statistics
+from examples_common.statistics import Difference, correct, estimate, paired_difference, verdict
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from miniature_paper import statistics
-from miniature_paper.statistics import Difference, correct, estimate, paired_difference, verdict
 from scipy import stats
 from statsmodels.stats.weightstats import DescrStatsW
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 from examples_common.page import Picture
+from examples_common.records import Store
 from miniature_icons import write_icons
 from miniature_paper.options import _EXAMPLE as EXAMPLE
-from miniature_paper.records import Store
 from miniature_paper.search import command, report
 from miniature_paper.search.confirmation import needed
 from miniature_paper.search.ladder import progress

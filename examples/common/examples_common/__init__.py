@@ -1,1 +1,1 @@
-"""What several examples use: starting open_clip's trainer, a queue with bars, tables."""
+"""Shared by the examples: open_clip's trainer, a queue with bars, records, statistics, reports."""

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from examples_common.statistics import Difference, Estimate, estimate, paired_difference
+
 from . import grid, scores
 from .grid import Setting
-from .statistics import Difference, Estimate, estimate, paired_difference
 
 Record = Mapping[str, Any]
 Score = Callable[[Record], float | None]

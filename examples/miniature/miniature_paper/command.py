@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from examples_common.records import Store
 from examples_common.terminal import positive, say, status_of
 from rich.console import Console
 
 from . import report
 from .grid import EXHIBITS, PRESETS, plan
 from .options import add_options, complete_options, prepare
-from .records import Store
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -4,12 +4,12 @@ import base64
 import io
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib.style
 import numpy as np
+from examples_common.figures import COLOURS, picture
 from examples_common.page import Picture
+from examples_common.statistics import Estimate
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
@@ -23,14 +23,10 @@ from .collection import Collection, Exhibited
 from .grid import Setting
 from .paper import Paper, Quoted
 from .scores import LOSS_NAMES, Measure
-from .statistics import Estimate
 from .tables import REFERENCE, TERM_NAMES, shift_measure, size_measures, sweep_measures, sweep_of
 from .wording import fill
 
-_DPI = 150
-_COLOURS = 256  # of a PNG of lines and flat areas
 _WIDTH = 8.4
-_STYLE = Path(__file__).with_name("figures.mplstyle")
 CLIP, RANK, MUTED, INK, QUOTED = (f"C{number}" for number in range(5))  # the style's colours
 
 # What ``templates/alt.md`` says of a figure to those who cannot see it, and how it is drawn.
@@ -43,22 +39,9 @@ def draw(collection: Collection, paper: Paper) -> dict[str, Picture]:
     for key, of in {"figure3": _sweep, "figure4": _sizes, "figure6": _umaps, "figure7": _heat}.items():
         if drawing := of(collection, paper.exhibits[key]):
             # Heat maps have more colours than a palette holds.
-            colours = None if key == "figure7" else _COLOURS
+            colours = None if key == "figure7" else COLOURS
             drawn[key] = picture(fill("alt.md", key=key, **drawing[0]).strip(), drawing[1], colours=colours)
     return drawn
-
-
-def picture(alt: str, figure_of: Callable[[], Figure], *, colours: int | None = _COLOURS) -> Picture:
-    """Draw a figure, with at most so many colours."""
-    raw, small = io.BytesIO(), io.BytesIO()
-    with matplotlib.style.context(_STYLE):
-        figure_of().savefig(raw, format="png", dpi=_DPI)
-    with Image.open(raw) as image:
-        shown = image.convert("RGB")
-        if colours is not None:
-            shown = shown.quantize(colours, dither=Image.Dither.NONE)
-        shown.save(small, format="PNG", optimize=True, dpi=(_DPI, _DPI))
-    return Picture(small.getvalue(), alt)
 
 
 # --- Figure 3 ---

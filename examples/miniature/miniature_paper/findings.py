@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from .statistics import ALPHA, BETTER, NOT_TOLD_APART, TOO_FEW_SEEDS, WORSE, verdict
+from examples_common.statistics import ALPHA, BETTER, NOT_TOLD_APART, TOO_FEW_SEEDS, WORSE, verdict
+from examples_common.wording import seeds_text
+
 from .tables import Cell, Exhibit, QuotedCell
-from .wording import fill, seeds_text
+from .wording import fill
 
 _UNCORRECTED = f"p < {ALPHA:.2g} uncorrected"
 SUMMARY_HEAD = ("models × seeds", "tests", "better", "worse", _UNCORRECTED, "expected by chance")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from examples_common.records import Store
 from examples_common.terminal import positive, tracker
 from examples_common.trainer import place_model
 from icons_data.load import load
@@ -13,7 +14,6 @@ from rich.console import Console
 
 from . import data
 from .grid import BACKBONES, model_folder
-from .records import Store
 from .runs import Machine, Workshop
 
 _EXAMPLE = Path(__file__).resolve().parents[1]

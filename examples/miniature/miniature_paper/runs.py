@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import sys
 import time
@@ -18,6 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from examples_common import trainer
+from examples_common.machine import conditions
+from examples_common.records import Record, Store
 from examples_common.terminal import Report, run_all, say
 from filelock import FileLock, Timeout
 from joblib import cpu_count
@@ -25,7 +24,6 @@ from rich.console import Console
 
 from .data import Tables
 from .grid import Setting, model_config
-from .records import Record, Store
 from .search.trials import Attempt
 
 _PACKAGES = {"open_clip": "open_clip_torch", "torch": "torch", "numpy": "numpy", "rankloss": "rankloss"}
@@ -73,23 +71,12 @@ class Machine:
         """Return versions and hardware, for the record."""
         import torch
 
-        return {
-            **{key: importlib.metadata.version(package) for key, package in _PACKAGES.items()},
-            "python": platform.python_version(),
-            "device": torch.cuda.get_device_name() if self.device.startswith("cuda") else "cpu",
-            "cpu": _cpu(),
-            "cores": os.cpu_count(),
-            "threads": self.threads,
-            "jobs": self.jobs,
-        }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        return conditions(
+            _PACKAGES,
+            device=torch.cuda.get_device_name() if self.device.startswith("cuda") else "cpu",
+            threads=self.threads,
+            jobs=self.jobs,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

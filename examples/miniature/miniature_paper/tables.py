@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from . import scores, statistics
+from examples_common import statistics
+from examples_common.statistics import Difference, Estimate
+from examples_common.wording import difference_text, mark, mean_text, signed
+
+from . import scores
 from .collection import Collection, Exhibited
 from .grid import Setting
 from .paper import Paper, Quoted
 from .scores import BACKBONE_NAMES, LOSS_NAMES, NAMES, Measure
-from .statistics import Difference, Estimate
-from .wording import difference_text, mark, mean_text, signed
 
 REFERENCE = "clip"
 TERM_NAMES = {"lambda_cross": "λ₁, of the cross-modal term", "lambda_in": "λ₂, of the in-modal term"}

@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from examples_common.records import Store
 from examples_common.terminal import say, status_of
 from rich.console import Console
 
 from miniature_paper.options import add_options, complete_options, prepare
-from miniature_paper.records import Store
 
 from . import report
 from .confirmation import declare, needed, outcome

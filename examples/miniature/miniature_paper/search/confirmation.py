@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from examples_common.records import append_lines, read_lines
+from examples_common.statistics import Difference, correct
+
 from miniature_paper import scores
 from miniature_paper.collection import Score
-from miniature_paper.records import append_lines, read_lines
-from miniature_paper.statistics import Difference, correct
 
 from .ladder import Comparison, Find
 from .objective import RECALL, SCORES

@@ -9,8 +9,9 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from examples_common.statistics import Difference, Estimate
+
 from miniature_paper.collection import Compared, Score
-from miniature_paper.statistics import Difference, Estimate
 
 from .objective import SCORES
 from .study import Round, Study

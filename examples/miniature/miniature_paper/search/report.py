@@ -11,14 +11,15 @@ from itertools import chain, groupby
 from pathlib import Path
 from statistics import median
 
+from examples_common.figures import picture
 from examples_common.page import Picture
+from examples_common.statistics import Difference
 from examples_common.tables import markdown as table
+from examples_common.wording import difference_text, mark, mean_text, p_text
 from matplotlib.figure import Figure
 
-from miniature_paper.figures import CLIP, MUTED, RANK, picture
+from miniature_paper.figures import CLIP, MUTED, RANK
 from miniature_paper.report import conditions, write_page
-from miniature_paper.statistics import Difference
-from miniature_paper.wording import difference_text, mark, mean_text, p_text
 
 from .confirmation import Outcome, needed, outcome
 from .ladder import Find, Records, Standing, Step, progress

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from examples_common.records import Store
+from examples_common.statistics import ALPHA
 from statsmodels.stats.power import TTestPower
 
 from miniature_paper import grid
 from miniature_paper.grid import Setting
-from miniature_paper.records import Store
-from miniature_paper.statistics import ALPHA
 
 from .objective import RECALL, SCORES
 from .trials import LOSS, PLANS, RECIPE, REFERENCE, SIZES, TEST, Attempt, Trial, size_name, teacher_folder

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from clip_evaluation.model import ClipModel
+from examples_common.records import Store
 from examples_common.trainer import checkpoint_of, place_model
 from PIL import Image
 from rich.console import Console
@@ -21,7 +22,6 @@ from torch.nn.functional import normalize
 
 from miniature_paper.components import write_components
 from miniature_paper.grid import model_config, model_folder
-from miniature_paper.records import Store
 from miniature_paper.runs import Workshop
 from rankloss_features.command import main as write_features
 from rankloss_features.folder import read_about

@@ -1,0 +1,111 @@
+"""The command: check the folder, compute features, do the missing trainings, write the report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples_common.records import Store
+from examples_common.terminal import say, status_of, tracker
+from rich.console import Console
+
+from . import plan, report
+from .features import BLOCK, Cache, FrozenEncoders
+from .folder import SPLITS, WHERE, read
+from .heads import Setting
+from .plan import Find, Plan
+from .study import Study
+
+_EXAMPLE = Path(__file__).resolve().parents[1]
+_SECONDS_OF_A_BLOCK = 24  # of one core
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description="RankCLIP and plain CLIP on Flickr8k, by a registered plan. Finished trainings are kept: "
+        "repeat an interrupted command; start it a second time, and both processes share the work.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, help="the folder of Flickr8k; features are kept in it, too")
+    add("--preset", choices=plan.PLANS, default="quick", help="size (default: %(default)s)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("outputs/photographs"),
+        help="folder of the quick preset",
+    )
+    add("--report-only", action="store_true", help="train nothing; report the records that are there")
+    args = parser.parse_args(argv)
+    if args.data is None and not args.report_only:
+        parser.error(f"argument --data: needed\n{WHERE}")
+    # The full preset's records are part of the repository: runs resume from them.
+    home = _EXAMPLE if args.preset == "full" else args.output / args.preset
+    args.results, args.report = home / "results" / "part1", home / "report"
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do the missing trainings and write the report."""
+    args = parse(argv)
+    return status_of(lambda console: _run(args, plan.PLANS[args.preset], console))
+
+
+def _run(args: argparse.Namespace, sizes: Plan, console: Console) -> int:
+    store = Store(args.results)
+    if not args.report_only:
+        study = prepare(args.data, store, sizes, console)
+        train(study, sizes, console)
+    say(console, str(report.write(sizes, finished(store), args.report)))
+    return 0
+
+
+def finished(store: Store) -> Find:
+    """Return a function that finds records by their settings alone, so that a report needs no data.
+
+    Raises:
+        RuntimeError: If there is no record.
+        ValueError: If two records are of one setting.
+    """
+    if not store.path.is_file():
+        raise RuntimeError(f"{store.path}: holds no record: nothing to report")
+    settings = [Setting(**record["setting"]) for record in store.read().values()]
+    records = dict(zip(dict.fromkeys(settings), store.of(settings), strict=True))
+    return lambda wanted: {one: records[one] for one in wanted if one in records}
+
+
+def prepare(folder: Path, store: Store, sizes: Plan, console: Console) -> Study:
+    """Check the folder and compute the features that are missing."""
+    photographs = read(folder)
+    pictures = Setting("clip", 0, "dev", **sizes.start).train_pictures
+    cache = Cache(photographs, FrozenEncoders.name)
+    study = Study(photographs, cache, store, pictures)
+    missing = cache.missing(map(study.names, SPLITS))
+    cost = f"about {_SECONDS_OF_A_BLOCK * len(missing) / 60:.0f} minutes of one core"
+    say(console, f"Features: {len(missing)} blocks of {BLOCK} pictures are missing; {cost}")
+    if missing:
+        encoders = FrozenEncoders()
+        for path, names in tracker(console)(missing, len(missing), "Features"):
+            cache.fill(path, names, encoders)
+    return study
+
+
+def train(study: Study, sizes: Plan, console: Console) -> None:
+    """Follow the plan: CLIP's search, both losses in its setting, RankCLIP's search, the other arms."""
+    of_clip = search(study, sizes, "clip", console)
+    unknown = plan.search(sizes, "rankclip", lambda _: {})
+    first = plan.arms(sizes, of_clip, unknown, study.find)
+    both = {name: first[name] for name in plan.TUNED}
+    study.do("Test side, in CLIP's best setting", plan.in_order(both), console)
+    of_rankclip = search(study, sizes, "rankclip", console)
+    arms = plan.arms(sizes, of_clip, of_rankclip, study.find)
+    study.do("Test side", plan.in_order(arms), console)
+
+
+def search(study: Study, sizes: Plan, loss: str, console: Console) -> plan.Search:
+    """Do a search on the dev side, and return it."""
+    while (found := plan.search(sizes, loss, study.find)).due:
+        study.do(f"Search of {loss} on the dev side", found.due, console)
+    return found

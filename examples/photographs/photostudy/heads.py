@@ -1,0 +1,115 @@
+"""Two heads on frozen features, and their training: a loop as a user of the library writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from . import losses
+from .features import Side
+
+HIDDEN, WIDTH = 512, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """All that determines a training, beside the features."""
+
+    loss: str  # a name of losses.NAMES
+    seed: int
+    side: str  # the split that is measured
+    epochs: int = 40
+    batch_size: int = 500
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    dropout: float = 0.3
+    label_smoothing: float = 0.0
+    scale_start: float = 14.3  # or the ceiling, where that is lower
+    scale_ceiling: float = 100.0
+    scale_fixed: bool = False  # the scale stays at its start
+    train_pictures: int = 6000
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch_size <= self.train_pictures:
+            raise ValueError(f"batch_size: must be from 1 to {self.train_pictures}, got {self.batch_size}")
+        if not (self.scale_start >= 1 and self.scale_ceiling >= 1):
+            bounds = f"scale_start {self.scale_start} and scale_ceiling {self.scale_ceiling}"
+            raise ValueError(f"scale_start, scale_ceiling: must be at least 1, got {bounds}")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch; pictures that fill no batch are left out of it."""
+        return self.train_pictures // self.batch_size
+
+
+class Heads(nn.Module):
+    """A head for each modality, and the scale of the similarities."""
+
+    def __init__(self, train: Side, setting: Setting) -> None:
+        super().__init__()
+        self.of_pictures = _head(train.pictures.shape[-1], setting.dropout)
+        self.of_sentences = _head(train.sentences.shape[-1], setting.dropout)
+        start = math.log(min(setting.scale_start, setting.scale_ceiling))
+        self.log_scale = nn.Parameter(torch.tensor(start), requires_grad=not setting.scale_fixed)
+
+    def pictures(self, features: Tensor) -> Tensor:
+        """Return unit-norm features in the common space, from an encoder's features."""
+        return normalize(self.of_pictures(features), dim=-1)
+
+    def sentences(self, features: Tensor) -> Tensor:
+        """Return unit-norm features in the common space, from an encoder's features."""
+        return normalize(self.of_sentences(features), dim=-1)
+
+
+def _head(width: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Dropout(dropout),
+        nn.Linear(width, HIDDEN),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Linear(HIDDEN, WIDTH),
+    )
+
+
+def train(setting: Setting, train: Side, on_epoch: Callable[[int], None] = lambda _: None) -> Heads:
+    """Train two heads, and return them in evaluation mode.
+
+    A seed gives every loss the same initial weights, batches, sentences and units that drop out.
+
+    Raises:
+        ValueError: If there are fewer pictures than the setting needs.
+    """
+    if len(train.pictures) < setting.train_pictures:
+        raise ValueError(f"train_pictures: {setting.train_pictures} of {len(train.pictures)} are needed")
+    torch.manual_seed(setting.seed)
+    order = torch.Generator().manual_seed(setting.seed)
+    model = Heads(train, setting).train()
+    loss = losses.build(setting.loss, label_smoothing=setting.label_smoothing)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    other = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed}, {"params": other, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=setting.lr, weight_decay=setting.weight_decay, fused=True)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.epochs * setting.steps)
+    ceiling = math.log(setting.scale_ceiling)
+    for epoch in range(1, setting.epochs + 1):
+        if hasattr(loss, "set_epoch"):
+            loss.set_epoch(epoch, setting.epochs)
+        shuffled = torch.randperm(setting.train_pictures, generator=order)
+        for rows in shuffled.split(setting.batch_size)[: setting.steps]:
+            drawn = torch.randint(train.sentences.shape[1], rows.shape, generator=order)
+            v = model.pictures(train.pictures[rows])
+            t = model.sentences(train.sentences[rows, drawn])
+            value = loss(v, t, logit_scale=model.log_scale.exp())
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            decay.step()
+            with torch.no_grad():
+                model.log_scale.clamp_(0.0, ceiling)
+        on_epoch(epoch)
+    return model.eval()

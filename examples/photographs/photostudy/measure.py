@@ -1,0 +1,90 @@
+"""Retrieval, agreement with people, and the geometry of the common space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from clip_evaluation.metrics import named_recall
+from scipy.stats import kendalltau
+from torch import Tensor
+
+from rankloss.metrics import modality_gap, rank_agreement
+
+from .features import Side
+from .folder import Judgement
+from .heads import Heads
+
+Metrics = dict[str, dict[str, float]]
+ANCHORS = 200  # rows whose rankings are compared
+BOTH_WAYS = "R@10, mean of both"
+
+
+def median_rank(scores: Tensor, right: Tensor) -> float:
+    """Return the median over the rows of the best right column's rank, counted from 1; ties count half.
+
+    Example:
+        >>> median_rank(torch.tensor([[0.9, 0.5, 0.1]]), torch.tensor([[False, True, True]]))
+        2.0
+    """
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    ties = ((scores == best) & ~right).sum(dim=1)
+    return (1 + (scores > best).sum(dim=1) + ties / 2).double().quantile(0.5).item()
+
+
+def correlation_with_experts(
+    scores: Mapping[tuple[str, tuple[str, int]], float], judgements: Sequence[Judgement]
+) -> dict[str, float]:
+    """Return Kendall's τ_c and τ_b of the scores and the experts' grades, in percent.
+
+    Every expert's grade is an observation of its own, and a picture's own sentences are left out, as
+    CLIPScore (EMNLP 2021) does it.
+
+    Args:
+        scores: The similarity of a picture and a sentence, by the picture's name and the sentence's key.
+        judgements: The experts' grades.
+    """
+    others = [one for one in judgements if one.picture != one.sentence[0]]
+    similarities = [scores[one.picture, one.sentence] for one in others for _ in one.grades]
+    grades = [grade for one in others for grade in one.grades]
+    found = {v: kendalltau(similarities, grades, variant=v).statistic for v in ("c", "b")}
+    return {f"experts τ_{v}": 100 * float(value) for v, value in found.items()}
+
+
+@torch.inference_mode()
+def measure(
+    model: Heads, side: Side, names: Sequence[str], judgements: Sequence[Judgement] | None = None
+) -> Metrics:
+    """Return all scores of a model on a side; those of people where there are judgements of its pictures.
+
+    Recalls, τ_c and τ_b are in percent. Agreement and gap are those of each picture with its first sentence.
+
+    Raises:
+        ValueError: If features are not finite.
+    """
+    v = model.pictures(side.pictures)
+    t = model.sentences(side.sentences)
+    each = t.flatten(0, 1)
+    picture_of = torch.arange(len(v)).repeat_interleave(t.shape[1])
+    similarity = v @ each.T
+    own = picture_of == torch.arange(len(v)).unsqueeze(1)
+    retrieval = {name: score for name, (score, _) in named_recall(v, each, picture_of).items()}
+    retrieval[BOTH_WAYS] = (retrieval["image_to_text R@10"] + retrieval["text_to_image R@10"]) / 2
+    retrieval["image_to_text median rank"] = median_rank(similarity, own)
+    retrieval["text_to_image median rank"] = median_rank(similarity.T, own.T)
+    first = t[:, 0]
+    agreement = {name: value.item() for name, value in rank_agreement(v, first, max_anchors=ANCHORS).items()}
+    geometry = {
+        **{name: agreement[name] for name in ("cross_modal_tau", "in_modal_tau")},
+        "modality_gap": modality_gap(v, first).item(),
+        "logit_scale": model.log_scale.exp().item(),
+    }
+    found = {"retrieval": retrieval, "geometry": geometry}
+    if judgements is not None:
+        row = {name: number for number, name in enumerate(names)}
+        scores = {
+            (one.picture, one.sentence): float(v[row[one.picture]] @ t[row[one.sentence[0]], one.sentence[1]])
+            for one in judgements
+        }
+        found["people"] = correlation_with_experts(scores, judgements)
+    return found

@@ -1,0 +1,125 @@
+"""Trainings with their records: those that are missing are done, by as many processes as are started."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+
+import torch
+from clip_evaluation.metrics import retrieval_chance
+from examples_common.machine import conditions
+from examples_common.records import Record, Store
+from examples_common.terminal import bars, say
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from . import heads
+from .features import Cache, Side, standardised
+from .folder import SENTENCES_PER_PICTURE, SPLITS, Photographs
+from .heads import Setting
+from .measure import measure
+
+_PACKAGES = {name: name for name in ("torch", "numpy", "scipy", "rankloss")}
+_SECONDS = {"clip": 0.7}, 1.1  # of one core, for an epoch of 6,000 pictures: plain CLIP; the others
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The features that heads are trained on, and the records of the trainings."""
+
+    photographs: Photographs
+    cache: Cache
+    store: Store
+    train_pictures: int
+
+    def __post_init__(self) -> None:
+        torch.set_num_threads(1)  # several processes share the cores, and sums keep one order
+
+    def names(self, side: str) -> list[str]:
+        """Return the pictures of a side that are used."""
+        return self.photographs.splits[side][: self.train_pictures if side == "train" else None]
+
+    @cached_property
+    def data(self) -> str:
+        """Fingerprint of the features and of the experts' grades."""
+        blocks = [path.stem for side in SPLITS for path in self.cache.blocks(self.names(side))]
+        content = "\n".join([*blocks, *map(str, self.photographs.judgements)])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @cached_property
+    def sides(self) -> dict[str, Side]:
+        """The features by side."""
+        return standardised({side: self.cache.side(self.names(side)) for side in SPLITS})
+
+    def key(self, setting: Setting) -> str:
+        """Return the key of a setting's record: it names all that the numbers depend on."""
+        content = json.dumps([dataclasses.asdict(setting), self.data], sort_keys=True)
+        name = f"{setting.loss}-{setting.side}-seed{setting.seed}"
+        return f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+
+    def find(self, settings: Iterable[Setting]) -> dict[Setting, Record]:
+        """Return the records there are of these settings, from these features."""
+        records = self.store.read()
+        return {one: records[key] for one in settings if (key := self.key(one)) in records}
+
+    def do(self, title: str, settings: Sequence[Setting], console: Console) -> None:
+        """Train and measure the settings without a record; those of another process are waited for."""
+        there = self.find(settings)
+        waiting = [one for one in settings if one not in there]
+        cost = f"about {sum(map(seconds, waiting)) / 60:.0f} minutes of one core"
+        say(console, f"{title}: {len(settings)} trainings, {len(there)} of them finished already; {cost}")
+        locks = self.photographs.folder / "locks"
+        locks.mkdir(exist_ok=True)
+        with bars(console) as progress:
+            all_of_them = progress.add_task(title, total=sum(map(seconds, waiting)))
+            while waiting:
+                started = len(waiting)
+                for setting in list(waiting):
+                    key = self.key(setting)
+                    try:
+                        with FileLock(locks / f"{key}.lock", timeout=0):
+                            if key not in self.store.read():
+                                bar = progress.add_task(key, total=setting.epochs)
+                                record = self.record(setting, lambda _, bar=bar: progress.advance(bar))
+                                self.store.save(key, record)
+                                progress.remove_task(bar)
+                    except Timeout:
+                        continue
+                    waiting.remove(setting)
+                    progress.advance(all_of_them, seconds(setting))
+                if len(waiting) == started:
+                    time.sleep(2)
+
+    def record(self, setting: Setting, on_epoch: Callable[[int], None] = lambda _: None) -> Record:
+        """Train and measure a setting, and return its record."""
+        started, side = time.process_time(), self.sides[setting.side]
+        model = heads.train(setting, self.sides["train"], on_epoch)
+        trained = time.process_time()
+        judgements = self.photographs.judgements if setting.side == "test" else None
+        metrics = measure(model, side, self.names(setting.side), judgements)
+        picture_of = torch.arange(len(side.pictures)).repeat_interleave(SENTENCES_PER_PICTURE)
+        chance = retrieval_chance(len(side.pictures), picture_of)
+        return {
+            "setting": dataclasses.asdict(setting),
+            "metrics": metrics,
+            "chance": {
+                "retrieval": {f"{way} R@{k}": value for way, of in chance.items() for k, value in of.items()}
+            },
+            "items": {"retrieval": len(side.pictures)},
+            "data": self.data,
+            "processor_seconds": {
+                "training": round(trained - started, 1),
+                "measuring": round(time.process_time() - trained, 1),
+            },
+            "conditions": conditions(_PACKAGES, threads=torch.get_num_threads()),
+        }
+
+
+def seconds(setting: Setting) -> float:
+    """Return about how long a training takes on one core."""
+    known, other = _SECONDS
+    return known.get(setting.loss, other) * setting.epochs * setting.train_pictures / 6000
