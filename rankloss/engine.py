@@ -145,7 +145,7 @@ OfLists: TypeAlias = Callable[
 """The loss of some lists: two values ``[matrices, n]`` and the gradient by the scores ``[matrices, n, N]``.
 
 The arguments are cosines ``[matrices, n, N]``, those of a teacher likewise, and the column of the first
-list's own pair.
+list's own pair. The gradient is written over the cosines where a chunk is evaluated in slices.
 """
 
 
@@ -156,6 +156,8 @@ def accumulate(
     sums: dict[str, Tensor] | None,
     first_row: int,
     chunk_size: int | None = None,
+    *,
+    in_slices: bool = True,
 ) -> list[Tensor]:
     """Add up the values of all rows of some matrices, and add their gradients to ``sums``.
 
@@ -163,10 +165,11 @@ def accumulate(
         of_lists: the loss of a block of lists.
         matrices: one, or the two of a term.
         references: the matrices of a teacher, as many, or none.
-        sums: the gradients by the factors of the matrices, by name, lacking the factor s; None where none is
-            wanted.
+        sums: the gradients by the factors of the matrices, by name; None where none is wanted. They lack the
+            factor s unless the gradient of ``of_lists`` is by the cosines.
         first_row: the column of the first anchor's own pair.
         chunk_size: rows multiplied out at a time; None chooses from the sizes and the device.
+        in_slices: evaluate as many lists of a chunk at a time as a core's cache holds; else all of them.
 
     Returns:
         Both values of a list, summed over the rows: ``[matrices]`` each.
@@ -179,13 +182,13 @@ def accumulate(
     for rows in slices(n, chunk_size or chunk):
         block = products.of_rows(rows)
         taught = torch.stack([x.anchors[rows] @ x.items.T for x in references]) if references else None
-        for part in slices(block.shape[1], lists):
+        for part in slices(block.shape[1], lists if in_slices else n):
             reference = None if taught is None else taught[:, part]
             *found, gradient = of_lists(block[:, part], reference, first_row + rows.start + part.start)
             for total, value in zip(values, found, strict=True):
                 total += 0 if value is None else value.sum(-1)
-            if gradient is not None and gradient.data_ptr() != block[:, part].data_ptr():
-                block[:, part] = gradient
+            if gradient is not None and not in_slices:
+                block = gradient
         if sums is not None:
             products.add_gradient(rows, block)
     if sums is not None:
@@ -226,8 +229,7 @@ class Evaluated(NamedTuple):
     Attributes:
         cross_entropy: CE, ``[matrices, n]``; None without alpha.
         nll: C(x | y), ``[matrices, n]``; None without beta.
-        gradient: of Σ α·CE + β·C by s·c, ``[matrices, n, N]``, maybe in the memory of the block's cosines;
-            None where none is wanted.
+        gradient: of Σ α·CE + β·C by s·c, ``[matrices, n, N]``; None where none is wanted.
     """
 
     cross_entropy: Tensor | None
@@ -236,7 +238,7 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Evaluated:
-    """Values of a block of lists, and the gradient where it is wanted."""
+    """Values of a block of lists, and the gradient where it is wanted, written over the cosines."""
     if block.beta is not None and not options.diagonal:
         return _without_own(block, options, with_gradient=with_gradient)
     alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
@@ -316,13 +318,14 @@ def _without_own(block: Block, options: RankOptions, *, with_gradient: bool) -> 
         cosines=cosines, alpha=None, reference=reference, first_equal=(None,) * len(reference)
     )
     found = evaluate(lists, options.replaced(diagonal=True), with_gradient=with_gradient)
-    of_all = Evaluated(None, None, torch.zeros_like(block.cosines))
-    if block.alpha is not None:
+    if block.alpha is None:
+        of_all = Evaluated(None, None, block.cosines.zero_() if with_gradient else None)
+    else:
         of_all = evaluate(block._replace(beta=None), options, with_gradient=with_gradient)
     gradient = of_all.gradient
     if gradient is not None and found.gradient is not None:
         gradient.scatter_add_(-1, others, found.gradient)
-    return Evaluated(of_all.cross_entropy, found.nll, gradient if with_gradient else None)
+    return Evaluated(of_all.cross_entropy, found.nll, gradient)
 
 
 # --- the terms of a batch ---------------------------------------------------------------------------------
@@ -340,9 +343,9 @@ class RowLists(NamedTuple):
         """The three terms, zero if not wanted, and the gradients of their sum."""
         batch = replace(self.batch, inputs=Inputs(*inputs))
         scale = batch.inputs.scale
-        weights = nan_unless_finite(weights, *batch.features)
-        if any(self.wanted[1:]) and self.options.model == "plackett_luce":
-            weights = _within_sums(batch, weights)
+        weights = _nan_beyond_sums(
+            batch, weights, is_ranked=any(self.wanted[1:]) and self.options.model == "plackett_luce"
+        )
         sums: dict[str, Tensor] | None = {} if with_gradient else None
         values = [weights.new_zeros(()) for _ in self.wanted]
         share = self.options.anchor_weight(batch.anchors, batch.items)
@@ -350,35 +353,40 @@ class RowLists(NamedTuple):
         if any(self.wanted[1:]):
             equal = {modality: self.kernels.first_equal(x) for modality, x in batch.ranked_by.items()}
         for place, term in enumerate(RANK_TERMS, 1):
-            is_contrastive = self.wanted[0] and term == "cross_modal"
-            alpha = (weights[0] / (2 * batch.anchors)).expand(2) if is_contrastive else None
-            beta = None
+            alpha = beta = None
+            if self.wanted[0] and term == "cross_modal":
+                alpha = torch.stack([weights[0] / (2 * batch.anchors)] * 2)
             if self.wanted[place]:
                 beta = torch.stack([weights[place] * (share * x) for x in self.options.directions])
             if alpha is None and beta is None:
                 continue
+            by_cosines = [None if x is None else x * scale for x in (alpha, beta)]
             evaluator = self.kernels.evaluate if beta is not None else evaluate
             references = batch.references(term)
             ties = tuple(equal[x.factors[1]] for x in references)
 
             def of_lists(cosines: Tensor, reference: Tensor | None, first_row: int) -> Evaluated:
-                block = Block(cosines, scale, alpha, beta, reference, ties, first_row)  # noqa: B023
+                block = Block(cosines, scale, *by_cosines, reference, ties, first_row)  # noqa: B023
                 return evaluator(block, self.options, with_gradient=with_gradient)  # noqa: B023
 
             by_teacher = references if batch.has_teacher and beta is not None else ()
             rows = batch.first_row, self.options.chunk_size
-            cross_entropy, nll = accumulate(of_lists, batch.matrices(term), by_teacher, sums, *rows)
+            in_slices = evaluator is evaluate
+            cross_entropy, nll = accumulate(
+                of_lists, batch.matrices(term), by_teacher, sums, *rows, in_slices=in_slices
+            )
             if alpha is not None:
                 values[0] = torch.dot(alpha, cross_entropy)
             if beta is not None:
                 values[place] = torch.dot(beta, nll)
         if sums is None:
             return values, [None] * len(inputs)
-        # The sums of the anchors, and those of the items, each hold every matrix's part of ∂s.
-        given = batch.inputs._asdict()
-        by_scale = 0.5 * torch.stack([(x * given[name]).sum() for name, x in sums.items()]).sum()
-        found = {"scale": by_scale, **{name: x.mul_(scale) for name, x in sums.items()}}
-        return values, [found.get(name) for name in Inputs._fields]
+        # ∂s = Σ (G·K)∘Q, from the sums by the anchors, which hold each matrix twice where they are the items.
+        sides = {*(x.factors[0] for x in batch.matrices("cross_modal"))}
+        by_anchors = [(sums[name] * getattr(batch.inputs, name)).sum() for name in sides]
+        twice = 1 if "image_anchors" in sides else 2
+        sums["scale"] = torch.stack(by_anchors).sum() / (twice * scale)
+        return values, [sums.get(name) for name in Inputs._fields]
 
     def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
         """The same by :mod:`rankloss.dense`."""
@@ -441,8 +449,16 @@ def _kernels(batch: Batch, options: RankOptions) -> Kernels:
     return Kernels(module.evaluate, module.first_equal)
 
 
-def _within_sums(batch: Batch, weights: Tensor) -> Tensor:
-    """The weights; an error, or NaN where nothing can be read, if a score is too large for the sums."""
+def _nan_beyond_sums(batch: Batch, weights: Tensor, *, is_ranked: bool) -> Tensor:
+    """The weights; NaN where a feature is not finite, or where a score is too large for a ranking's sums.
+
+    Raises:
+        ValueError: for such a score where it can be read.
+    """
+    if not is_ranked:
+        return nan_unless_finite(weights, *batch.features)
+    if batch.has_teacher:
+        weights = nan_unless_finite(weights, *(batch.ranked_by.values()))
     squares = (x.square().sum(-1).amax() for x in (batch.inputs.image, batch.inputs.text))
     largest = torch.maximum(*squares) * batch.inputs.scale.abs()
     if can_sync(largest) and LARGEST_SCORE < largest.item() < torch.inf:

@@ -90,7 +90,8 @@ class _Whole(Products):
         return self._held[:, rows]
 
     def add_gradient(self, rows: slice, by_scores: Tensor) -> None:
-        """Nothing: see :meth:`finish`."""
+        if by_scores.data_ptr() != self._held[:, rows].data_ptr():
+            self._held[:, rows] = by_scores
 
     def finish(self) -> None:
         if self._is_transposed:

@@ -62,7 +62,7 @@ class PairSigmoid(NamedTuple):
         sums: dict[str, Tensor] | None = {} if with_gradient else None
 
         def of_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
-            y = torch.addcmul(bias, scale, cosines)
+            y = torch.addcmul(bias, scale, cosines, out=cosines)
             y.diagonal(first_row, 1, 2).neg_()
             value = F.softplus(y, threshold=_LINEAR_FROM).sum(-1, dtype=torch.float64)
             gradient = y.sigmoid_()
