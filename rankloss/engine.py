@@ -360,13 +360,14 @@ class RowLists(NamedTuple):
                 beta = torch.stack([weights[place] * (share * x) for x in self.options.directions])
             if alpha is None and beta is None:
                 continue
-            by_cosines = [None if x is None else x * scale for x in (alpha, beta)]
+            # A gradient by the cosines, so that no sum has to be multiplied by s.
+            by_alpha, by_beta = (None if x is None else x * scale for x in (alpha, beta))
             evaluator = self.kernels.evaluate if beta is not None else evaluate
             references = batch.references(term)
             ties = tuple(equal[x.factors[1]] for x in references)
 
             def of_lists(cosines: Tensor, reference: Tensor | None, first_row: int) -> Evaluated:
-                block = Block(cosines, scale, *by_cosines, reference, ties, first_row)  # noqa: B023
+                block = Block(cosines, scale, by_alpha, by_beta, reference, ties, first_row)  # noqa: B023
                 return evaluator(block, self.options, with_gradient=with_gradient)  # noqa: B023
 
             by_teacher = references if batch.has_teacher and beta is not None else ()
