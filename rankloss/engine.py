@@ -383,10 +383,9 @@ class RowLists(NamedTuple):
         if sums is None:
             return values, [None] * len(inputs)
         # ∂s = Σ (G·K)∘Q, from the sums by the anchors, which hold each matrix twice where they are the items.
-        sides = {*(x.factors[0] for x in batch.matrices("cross_modal"))}
-        by_anchors = [(sums[name] * getattr(batch.inputs, name)).sum() for name in sides]
-        twice = 1 if "image_anchors" in sides else 2
-        sums["scale"] = torch.stack(by_anchors).sum() / (twice * scale)
+        by_anchors = [(sums[x.factors[0]] * x.anchors).sum() for x in batch.matrices("cross_modal")]
+        times = 2 if batch.inputs.image_anchors is None else 1
+        sums["scale"] = torch.stack(by_anchors).sum() / (times * scale)
         return values, [sums.get(name) for name in Inputs._fields]
 
     def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 import rankloss
+from rankloss.losses import TEACHER
 from rankloss.options import check_count
 
 _AGREEMENT_ANCHORS = 256
 _INPUTS = (
     *("image_features", "text_features", "logit_scale"),
-    *("reference_image_features", "reference_text_features"),
+    *TEACHER,
 )
 
 

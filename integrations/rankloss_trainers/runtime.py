@@ -31,13 +31,10 @@ from torch import Tensor, nn
 
 import rankloss
 from rankloss.distributed import Gather, GatherOption, gather_once
-from rankloss.losses import base_entries
+from rankloss.losses import TEACHER, base_entries
 from rankloss_features.folder import Features
 from rankloss_trainers.catalog import LossEntry, Options, find
 from rankloss_trainers.logging import RankClipLog
-
-TEACHER = ("reference_image_features", "reference_text_features")
-"""A teacher's features of each pair, ``[N, D']``: the names of a loss's arguments and of columns of data."""
 
 _logger = logging.getLogger("rankloss_trainers")
 

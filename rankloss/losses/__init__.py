@@ -10,6 +10,7 @@ which a loss stands on another, and :func:`check_weight`.
 
 from rankloss.checks import InputWarning as InputWarning
 from rankloss.losses.clip import ClipLoss as ClipLoss
+from rankloss.losses.composition import TEACHER as TEACHER
 from rankloss.losses.composition import Base as Base
 from rankloss.losses.composition import base_entries as base_entries
 from rankloss.losses.composition import check_base as check_base

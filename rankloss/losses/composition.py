@@ -46,7 +46,7 @@ def is_streamed_clip(base: Base, gather: Gather) -> bool:
 
 
 TEACHER = ("reference_image_features", "reference_text_features")
-"""The arguments in which a loss takes a teacher's features."""
+"""A teacher's features of each pair, ``[N, D']``: the names of a loss's arguments and of columns of data."""
 
 
 def takes_teacher(base: Base) -> bool:

@@ -212,8 +212,9 @@ class RankClipLoss(nn.Module):
                 check_bias(logit_bias, image_features)
                 entries = {}
             else:
-                if takes_teacher(self.base):
-                    base_inputs.update((name, x) for name, x in teacher.items() if x is not None)
+                given = {name: x for name, x in teacher.items() if x is not None}
+                if given and takes_teacher(self.base):
+                    base_inputs.update(given)
                 entries = base_entries(
                     self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
                 )

@@ -15,9 +15,10 @@ from torch.nn.functional import normalize
 
 import rankloss
 import rankloss_trainers
+from rankloss.losses import TEACHER
 from rankloss_baselines import AlipLoss, CyClipLoss
 from rankloss_trainers import catalog
-from rankloss_trainers.runtime import NEEDS, TEACHER, Host, Runtime, listeners
+from rankloss_trainers.runtime import NEEDS, Host, Runtime, listeners
 
 SCALE = torch.tensor(8.0)
 HOST = Host("a trainer", "--siglip", "give the columns", "give callbacks=[Progress()]", serves=tuple(NEEDS))

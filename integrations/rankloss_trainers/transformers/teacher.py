@@ -9,9 +9,9 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from rankloss.checks import check_teacher
+from rankloss.losses import TEACHER
 from rankloss_features.binding import COLUMN, references
 from rankloss_features.folder import Features
-from rankloss_trainers.runtime import TEACHER
 
 
 def collate_checked(collate: Callable[..., Any], features: Features | None, examples: Any) -> Any:

@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import rankloss
+from rankloss.losses import TEACHER
 from rankloss.options import check_count
 from rankloss_features.binding import COLUMN
 from rankloss_trainers.cached import embedding_in
 from rankloss_trainers.extras import extra
-from rankloss_trainers.runtime import BY_STEPS, TEACHER, Host, Runtime
+from rankloss_trainers.runtime import BY_STEPS, Host, Runtime
 from rankloss_trainers.transformers import embeddings, teacher
 
 with extra("transformers"):
