@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rankloss
 from rankloss.losses import TEACHER
@@ -52,15 +52,16 @@ class RankClipLog:
 
     def __call__(
         self,
-        criterion: rankloss.RankClipLoss,
+        criterion: nn.Module,
         entries: Mapping[str, Tensor],
         step: int,
         inputs: Mapping[str, Any],
     ) -> dict[str, Tensor]:
-        """The entries of one call, of which ``entries`` are the loss's own."""
+        """The entries of one call, of which ``entries`` are those of the whole loss, ``criterion``."""
         images, texts = inputs["image_features"], inputs["text_features"]
-        ranked = criterion.consistency
-        weights = {name: x for name, x in criterion.rank_weights.items() if getattr(ranked, name)}
+        rank_clip = next(x for x in criterion.modules() if isinstance(x, rankloss.RankClipLoss))
+        ranked = rank_clip.consistency
+        weights = {name: x for name, x in rank_clip.rank_weights.items() if getattr(ranked, name)}
         terms: Mapping[str, Tensor] = entries
         if not any(weights.values()):
             given = {name: inputs[name] for name in _INPUTS if name in inputs}
@@ -71,7 +72,7 @@ class RankClipLog:
             with torch.no_grad():
                 tau = rankloss.metrics.rank_agreement(*both, max_anchors=_AGREEMENT_ANCHORS)
             self._agreement = {name: tau[name].float() for name in ("cross_modal_tau", "in_modal_tau")}
-        schedule = torch.full((), criterion.schedule_value, device=images.device)
+        schedule = torch.full((), rank_clip.schedule_value, device=images.device)
         return {"rank_lambda": schedule, **raw, **self._agreement}
 
     def _measures(self, step: int) -> bool:

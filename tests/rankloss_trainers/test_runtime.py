@@ -246,11 +246,14 @@ def test_state_is_restored_to_the_last_bit(caplog: pytest.LogCaptureFixture) -> 
 # --- create() -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [x for x in catalog.candidates() if x not in ("alip", "rivals")])
+BY_NAME = [x for x in catalog.candidates() if x not in ("alip", "rivals")]
+
+
+@pytest.mark.parametrize("name", [*BY_NAME, "rankclip+cyclip", "rankclip-distill+mimicry+cyclip"])
 def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
     base = rankloss.SigLipLoss() if name == "siglip-streamed" else rankloss.ClipLoss()
     more = {"logit_bias": torch.tensor(-1.0)} if name == "siglip-streamed" else {}
-    if name == "rankclip-distill":
+    if "mimicry" in name or "distill" in name:
         more.update(teacher())
     created, run = rankloss_trainers.create(name, base), at(Runtime(HOST, name, base=base), 2)
     for part in created.modules():
