@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from taught import Mimicry
+from cka_clip import CkaLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -170,8 +170,8 @@ def test_loss_that_is_told_nothing_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("loss", "options"),
     [
-        (Mimicry(), {}),
-        (CyClipLoss(Mimicry()), {}),
+        (CkaLoss(), {}),
+        (CyClipLoss(CkaLoss()), {}),
         ("rankclip", {"reference": "teacher"}),
         ("rankclip-distill", {}),
     ],
