@@ -9,7 +9,14 @@ from typing import Any
 from torch import Tensor
 
 
-def folder(path: Path, dataset: Any, features: Mapping[str, Tensor], image: str, caption: str) -> str:
+def folder(
+    path: Path,
+    dataset: Any,
+    features: Mapping[str, Tensor],
+    image: str,
+    caption: str,
+    spaces: str = "common",
+) -> str:
     """A folder of these features of a dataset's pairs."""
     from tiny_teacher import written
 
@@ -19,6 +26,6 @@ def folder(path: Path, dataset: Any, features: Mapping[str, Tensor], image: str,
     def encoder(rows: Tensor) -> Encoder:
         return Encoder(lambda samples: rows[[x.row for x in samples]], lambda x: x, rows.shape[1])
 
-    teacher = Teacher({}, {name: encoder(x) for name, x in features.items()})
+    teacher = Teacher({}, {name: encoder(x) for name, x in features.items()}, spaces=spaces)
     path_of: str = written(path, Table(dataset, image, caption, data="given"), teacher, dtype="float32").path
     return path_of

@@ -20,6 +20,7 @@ import rankloss_trainers
 from rankloss.losses import TEACHER
 from rankloss_features import Features, bind
 from rankloss_features.folder import NAMES
+from rankloss_trainers.catalog import find
 from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
 ROWS, OF_TEACHER, STEPS = 32, 24, 2
@@ -34,7 +35,7 @@ def features(width: int = OF_TEACHER) -> dict[str, Tensor]:
 
 def taught(path: str, rows: slice) -> dict[str, Tensor]:
     arrays = Features(path).arrays.values()
-    return {name: torch.from_numpy(x[rows]) for name, x in zip(TEACHER, arrays, strict=True)}
+    return {name: torch.from_numpy(x[rows].copy()) for name, x in zip(TEACHER, arrays, strict=True)}
 
 
 def criterion(path: str, width: int) -> Any:
@@ -94,11 +95,38 @@ def test_sentence_transformers(tmp_path: Path, mini_batch_size: int | None) -> N
     )
 
 
-def test_a_narrower_teacher_and_separate_spaces_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("width", "spaces", "loss", "message"),
+    [
+        (8, "common", "mimicry", r"the teacher has 8 dimensions, fewer than the student's 16"),
+        (OF_TEACHER, "separate", "mimicry", "separate spaces, .*; rankclip-distill ranks by them"),
+        (OF_TEACHER, "separate", "rankclip+mimicry", "mimicry_reference_features: .*separate spaces"),
+    ],
+)
+def test_a_teacher_that_cannot_be_copied_is_refused(
+    tmp_path: Path, width: int, spaces: str, loss: str, message: str
+) -> None:
     data = tiny_sentences.pairs(ROWS)
-    path = folder(tmp_path / "x", data, features(8), "image", "text")
+    path = folder(tmp_path / "x", data, features(width), "image", "text", spaces)
     model = tiny_sentences.tiny(tmp_path)
-    bound = bind(data, path, caption_column="text", column="label")
-    with pytest.raises(ValueError, match=r"16.*8"):
-        loss = ContrastiveLoss(model, "mimicry", {"reference_features": path})
-        tiny_sentences.train(tmp_path, loss, model, train_dataset=bound, max_steps=1)
+    before, bound = tiny_sentences.weights(model), bind(data, path, caption_column="text", column="label")
+
+    def train() -> None:
+        run = ContrastiveLoss(model, loss, {"reference_features": path})
+        tiny_sentences.train(tmp_path, run, model, train_dataset=bound, max_steps=1)
+
+    with pytest.raises(ValueError, match=message):
+        train()
+    assert torch.equal(before, tiny_sentences.weights(model))
+
+
+def test_two_encoders_rank_the_in_modal_lists_alone(tmp_path: Path) -> None:
+    path = folder(tmp_path / "x", tiny_sentences.pairs(ROWS), features(), "image", "text", "separate")
+    entry = find("rankclip-distill").load()
+    assert entry.checked("x", {"reference_features": path})["lambda_cross"] == 0
+    assert entry.checked("x", {"reference_features": path, "lambda_cross": 0})["lambda_cross"] == 0
+    with pytest.raises(ValueError, match=r"lambda_cross: must be 0, as .*separate spaces.*; got 1"):
+        entry.checked("x", {"reference_features": path, "lambda_cross": 1})
+    joined = find("cyclip+rankclip").load().checked("x", {"reference_features": path})
+    assert joined["rankclip_lambda_cross"] == 0
+    assert joined["cyclip_lambda_cross"] == 0.25
