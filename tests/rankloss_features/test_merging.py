@@ -20,7 +20,7 @@ from rankloss_trainers.console import main
 
 
 def noise(seed: int, widths: tuple[int, ...], names: Any = NAMES, spaces: str = "common") -> Teacher:
-    """A teacher of random features, which looks at the pictures, so that those that are damaged are absent."""
+    """A teacher of random features; a pair whose picture is damaged has none."""
     encoders = {}
     for name, width in zip(names, widths, strict=True):
         rows = torch.from_numpy(np.random.default_rng([seed, width]).standard_normal((ROWS, width))).float()
