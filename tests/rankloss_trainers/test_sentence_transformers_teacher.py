@@ -40,8 +40,8 @@ def trained(directory: Path, data: Any, loss: Any = "rankclip", **options: Any) 
     return weights(model)
 
 
-def labelled(data: Any) -> Any:
-    return data.add_column("label", torch.stack([*features().values()], 1).tolist())
+def labelled(data: Any, names: tuple[str, ...] = NAMES) -> Any:
+    return data.add_column("label", torch.stack([features()[name] for name in names], 1).tolist())
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,8 @@ def test_folder_and_labels_train_alike_and_the_columns_come_in_either_order(
     path, data = bound
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1)).tolist()
     by_labels = trained(tmp_path, labelled(pairs(ROWS)).select(order), loss, **options)
+    turned = labelled(pairs(ROWS).select_columns(["text", "image"]), NAMES[::-1]).select(order)
+    torch.testing.assert_close(trained(tmp_path, turned, loss, **options), by_labels)
     if isinstance(loss, str):
         data, options = data.select(order), {**options, "reference_features": path}
         by_folder = [
