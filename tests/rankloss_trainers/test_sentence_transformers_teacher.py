@@ -73,8 +73,9 @@ def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
     path, data = bound
     before = weights(tiny(tmp_path))
     spoilt = data.map(lambda row: {"text": f"{row['text']}!"})
-    for wrong in (spoilt, data.rename_column("label", "other"), data.add_column("third", ["x"] * ROWS)):
-        with pytest.raises(ValueError, match=r"not two columns of pairs .*bind\(dataset"):
+    others = data.rename_column("label", "other"), data.add_column("third", ["x"] * ROWS)
+    for wrong in (spoilt, *others, labelled(pairs(ROWS)), data.to_iterable_dataset()):
+        with pytest.raises(ValueError, match=r"reference_features needs .* the label of \S+bind\("):
             trained(tmp_path, wrong, "rankclip", **RANKED, reference_features=path)
     model = tiny(tmp_path)
     loss = ContrastiveLoss(model, "rankclip", {**RANKED, "reference_features": path})
