@@ -49,16 +49,22 @@ TEACHER = ("reference_image_features", "reference_text_features")
 """A teacher's features of each pair, ``[N, D']``: the names of a loss's arguments and of columns of data."""
 
 
-def takes_teacher(base: Base) -> bool:
-    """True if a loss takes a teacher's features: its signature names one of :data:`TEACHER`.
+def takes_teacher(loss: Base) -> bool:
+    """True if a loss, or one that it passes its inputs on to, takes a teacher's features.
+
+    Its signature names one of :data:`TEACHER`; or it passes unnamed inputs on to a ``base`` that does.
 
     Example:
         >>> import rankloss
         >>> takes_teacher(rankloss.RankClipLoss()), takes_teacher(rankloss.ClipLoss())
         (True, False)
     """
-    called = base.forward if isinstance(base, nn.Module) else base
-    return not set(TEACHER).isdisjoint(inspect.signature(called).parameters)
+    parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
+    if not set(TEACHER).isdisjoint(parameters):
+        return True
+    passes_on = any(x.kind is x.VAR_KEYWORD for x in parameters.values())
+    base = getattr(loss, "base", None)
+    return passes_on and base is not None and takes_teacher(base)
 
 
 def base_entries(
