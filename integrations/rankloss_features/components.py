@@ -103,7 +103,7 @@ def _read(file: Path, features: Features) -> Basis | None:
     if not file.exists():
         return None
     try:
-        with np.load(file) as stored:
+        with file.open("rb") as opened, np.load(opened) as stored:
             basis = Basis(stored["matrix"], stored["variances"])
             if str(stored["hash"]) == _hash(basis, features):
                 return basis

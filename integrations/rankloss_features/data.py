@@ -17,12 +17,16 @@ IMAGES = ("png", "jpg", "jpeg", "webp")  # the extensions of images in open_clip
 
 
 class Sample(NamedTuple):
-    """A pair, whose picture is opened when it is needed."""
+    """A pair, whose picture is opened when it is needed.
+
+    Equal values of ``source`` mean one picture; None, one of its own.
+    """
 
     row: int
     name: str
     caption: str
     open: Callable[[], Any]
+    source: str | bytes | None = None
 
 
 Spans = Sequence[tuple[int, int]]
@@ -88,7 +92,7 @@ class Table:
             block = self.dataset[first:last]
             pictures = [x or path for x, path in zip(block["image.bytes"], block["image.path"], strict=True)]
             rows = zip(range(first, last), *self._named(first, block), pictures, strict=True)
-            yield [Sample(row, name, caption, partial(_opened, x)) for row, caption, name, x in rows]
+            yield [Sample(row, name, caption, partial(_opened, x), x) for row, caption, name, x in rows]
 
 
 class Shards:
@@ -154,7 +158,9 @@ class Shards:
         row, samples = sum(self.counts[:source]), self._samples(self.urls[source])
         for first, last in spans:
             batch = enumerate(itertools.islice(samples, first - row, last - row), first)
-            yield [Sample(i, key, caption, partial(_opened, image)) for i, (caption, key, image) in batch]
+            yield [
+                Sample(i, key, caption, partial(_opened, image), image) for i, (caption, key, image) in batch
+            ]
             row = last
 
 

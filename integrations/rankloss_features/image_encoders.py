@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rankloss_features import packages
 from rankloss_features.folder import NAMES
-from rankloss_features.teachers import Encoder, Teacher, hash_of_weights, pictures
+from rankloss_features.teachers import Teacher, hash_of_weights, image_encoder
 from rankloss_features.weights import fill, untrained
 
 _SIZE = 224  # pixels of an ONNX model that takes any
@@ -64,7 +64,7 @@ def load(name: str, weights: str | None, device: torch.device) -> Teacher:
         raise ValueError(f"its output must be one vector per picture; got shape {tuple(first.shape)}")
     if not torch.equal(first, second):
         raise ValueError("it gives other features of the same picture each time: its forward pass is random")
-    encoder = Encoder(partial(pictures, transform), encode, first.shape[1], needs_pictures=True)
+    encoder = image_encoder(transform, encode, first.shape[1], device)
     return Teacher({"image_encoder": name, "image_weights": digest}, {NAMES[0]: encoder})
 
 

@@ -16,7 +16,7 @@ from rankloss.checks import check_teacher
 from rankloss_features import image_encoders, text_encoders
 from rankloss_features.data import Sample
 from rankloss_features.folder import NAMES, SPACES, Array, read_about, spaces_of
-from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights, pictures
+from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights, image_encoder
 
 IMAGES, TEXTS = NAMES
 _CHOICES = "--model, --features, --image-encoder, --text-encoder, or the latter two"
@@ -97,7 +97,7 @@ def _open_clip(args: Any, device: torch.device) -> Teacher:
     with torch.inference_mode():
         width = model.encode_text(tokenizer([""]).to(device)).shape[1]
     encoders = {
-        IMAGES: Encoder(partial(pictures, transform), model.encode_image, width, needs_pictures=True),
+        IMAGES: image_encoder(transform, model.encode_image, width, device),
         TEXTS: Encoder(partial(_tokens, tokenizer), model.encode_text, width),
     }
     return Teacher(about, encoders, float(model.logit_scale.detach().exp()))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,10 +74,50 @@ def hash_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+class Pictures(NamedTuple):
+    """The pictures of a batch, each of which may belong to several captions.
+
+    Attributes:
+        pixels: Those of the distinct pictures.
+        places: The picture of each sample.
+    """
+
+    pixels: Tensor
+    places: list[int]
+
+
 # Functions that prepare samples are sent to other processes, where these are not forked.
-def pictures(transform: Callable[[Any], Tensor], samples: list[Sample]) -> Tensor:
-    """The samples' pictures, each transformed."""
-    return torch.stack([transform(sample.open()) for sample in samples])
+def pictures(transform: Callable[[Any], Tensor], samples: list[Sample]) -> Pictures:
+    """The samples' pictures, each transformed once."""
+    distinct: dict[Any, int] = {}
+    places, pixels = [], []
+    for sample in samples:
+        place = distinct.setdefault(sample.row if sample.source is None else sample.source, len(pixels))
+        if place == len(pixels):
+            pixels.append(transform(sample.open()))
+        places.append(place)
+    return Pictures(torch.stack(pixels), places)
+
+
+def image_encoder(
+    transform: Callable[[Any], Tensor],
+    encode: Callable[[Tensor], Tensor],
+    width: int,
+    device: torch.device,
+) -> Encoder:
+    """The encoder of images by a model, which sees each picture of a batch once.
+
+    Args:
+        transform: From a picture to its pixels.
+        encode: From pixels to features.
+        width: The number of features.
+        device: The model's device.
+    """
+
+    def features(given: Pictures) -> Tensor:
+        return encode(given.pixels.to(device, non_blocking=True))[given.places]
+
+    return Encoder(partial(pictures, transform), features, width, needs_pictures=True)
 
 
 def captions(samples: list[Sample]) -> list[str]:

@@ -37,10 +37,10 @@ def load(name: str, batch_size: int, device: torch.device) -> Teacher:
         untrained(AutoModel.from_pretrained(path, output_loading_info=True)[1], path)
     try:
         model = sentence_transformers.SentenceTransformer(path, device=str(device))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{error}{did_you_mean(name, [*packages.TEXTS])}") from error
     encode: Any = partial(
         model.encode, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
     )
     about = {"text_encoder": name, "text_weights": hash_of_weights(model)}
-    return Teacher(about, {NAMES[1]: Encoder(captions, encode, encode([""]).shape[1])})
+    return Teacher(about, {NAMES[1]: Encoder(captions, encode, encode(["a picture"]).shape[1])})

@@ -34,6 +34,7 @@ from transformers import (
 
 from rankloss_features import image_encoders
 from rankloss_features.data import Sample
+from rankloss_features.teachers import image_encoder
 
 CPU = torch.device("cpu")
 TOWER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -56,6 +57,21 @@ def features(name: object, pictures: list[Image.Image], weights: object = None) 
         found = encoder.encode(encoder.prepare(samples))
     assert found.shape == (len(pictures), encoder.width)
     return found
+
+
+def test_a_picture_of_several_captions_is_encoded_once() -> None:
+    seen, random = [], torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+
+    def encode(pixels: Tensor) -> Tensor:
+        seen.append(len(pixels))
+        return 2 * pixels
+
+    encoder = image_encoder(lambda x: x, encode, 5, CPU)
+    sources = ["a", "b", "a", None, None, "a"]
+    rows = [0, 1, 0, 2, 2, 0]
+    samples = [Sample(i, "", "", lambda i=i: random[rows[i]], x) for i, x in enumerate(sources)]
+    torch.testing.assert_close(encoder.encode(encoder.prepare(samples)), 2 * random[rows])
+    assert seen == [4]
 
 
 def cut(pictures: list[Image.Image], resized: int, size: int, mean: Any, std: Any, **how: Any) -> Tensor:
