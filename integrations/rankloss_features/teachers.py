@@ -90,7 +90,8 @@ class Pictures(NamedTuple):
 def pictures(transform: Callable[[Any], Tensor], samples: list[Sample]) -> Pictures:
     """The samples' pictures, each transformed once."""
     distinct: dict[Any, int] = {}
-    places, pixels = [], []
+    places: list[int] = []
+    pixels: list[Tensor] = []
     for sample in samples:
         place = distinct.setdefault(sample.row if sample.source is None else sample.source, len(pixels))
         if place == len(pixels):

@@ -382,7 +382,7 @@ class Runtime(nn.Module):
         if parts and width < of_teacher and where is not None and os.path.isdir(where):
             found = (self.features or Features(where)).components(width)
             for part in parts:
-                part.components = found.matrix  # type: ignore[assignment]
+                part.components = found.matrix
 
     # --- checkpoints ---
 
