@@ -33,7 +33,7 @@ $(VENV)/.release: pyproject.toml | $(VENV)/.base
 	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.base
-	$(PIP_INSTALL) --editable '.[docs,plots]'
+	$(PIP_INSTALL) --editable '.[docs]'
 	touch $@
 
 ## Train a small CLIP on OpenMoji with --loss clip and --loss rankclip side by side, evaluate both and draw.
