@@ -15,10 +15,9 @@ from torch.nn.functional import normalize
 
 pytest.importorskip("matplotlib")
 
+from examples_common import slope_chart as charts
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
-
-from examples_common import slope_chart as charts
 
 
 def features(n: int, seed: int, ties: bool = False) -> tuple[Tensor, Tensor]:
