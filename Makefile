@@ -131,7 +131,7 @@ bench-gpu: $(VENV)/.dev
 
 ## Mutation testing: the share of small faults in these files that these tests notice, and the survivors, in
 ## outputs/mutants (a minute or two each; repeated, the command goes on). MUTANTS_ARGS='--count 100' draws more of them.
-MUTATED := rankloss/dense.py rankloss/engine.py rankloss/products.py rankloss/ranking.py \
+MUTATED := rankloss/dense.py rankloss/engine.py rankloss/batch.py rankloss/ranking.py \
 	rankloss/distributed.py \
 	integrations/rankloss_trainers/runtime.py
 KILLERS := tests/test_dense.py tests/test_engine.py tests/test_ranking.py tests/test_batch.py \

@@ -1,9 +1,9 @@
 """Ranking-consistency losses for CLIP training.
 
 The losses are modules (:class:`RankConsistency`, :class:`RankClipLoss`, :class:`ClipLoss`,
-:class:`SigLipLoss`, :class:`RankedLists`). :class:`RankOptions` has the options of the rank terms,
-:class:`Gather` says how a batch is spread over processes, and the mathematics of one list is a function,
-:func:`plackett_luce_nll`.
+:class:`SigLipLoss`, :class:`MimicryLoss`, :class:`RankedLists`). :class:`RankOptions` has the options of the
+rank terms, :class:`Gather` says how a batch is spread over processes, and the mathematics of one list is a
+function, :func:`plackett_luce_nll`.
 """
 
 from rankloss import distributed as distributed
@@ -16,6 +16,7 @@ from rankloss.distributed import Gather as Gather
 from rankloss.functional import plackett_luce_nll as plackett_luce_nll
 from rankloss.losses import ClipLoss as ClipLoss
 from rankloss.losses import InputWarning as InputWarning
+from rankloss.losses import MimicryLoss as MimicryLoss
 from rankloss.losses import RankClipLoss as RankClipLoss
 from rankloss.losses import RankConsistency as RankConsistency
 from rankloss.losses import RankedLists as RankedLists

@@ -8,6 +8,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,16 @@ from batches import random_batch
 from collectives import Collectives
 from oracle import siglip
 from process_pool import Pools
-from rankloss import ClipLoss, Gather, RankClipLoss, RankConsistency, SigLipLoss, distributed
+from rankloss import (
+    ClipLoss,
+    Gather,
+    MimicryLoss,
+    RankClipLoss,
+    RankConsistency,
+    SigLipLoss,
+    distributed,
+    plackett_luce_nll,
+)
 from rankloss.distributed import all_gather, gather_once
 
 N, D, SCALE = 4, 6, 10.0  # pairs of a process
@@ -45,7 +55,45 @@ def rank_clip(base: Callable[..., nn.Module] = ClipLoss, **options: Any) -> nn.M
     return RankClipLoss(base(**options), schedule="constant", normalizer=1.0, **options)
 
 
+class Taught(nn.Module):
+    """A loss with a teacher whose features are the student's, reversed."""
+
+    def __init__(self, loss: Callable[..., nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.loss = loss(**options)
+
+    def forward(self, v: Tensor, t: Tensor, *inputs: Any, **more: Any) -> Any:
+        teacher = {"reference_image_features": taught(v), "reference_text_features": taught(t)}
+        return self.loss(v, t, *inputs, **more, **teacher)
+
+
+def taught(features: Tensor) -> Tensor:
+    return features.detach().flip(-1)
+
+
+def mimicry_terms(view: one_process.View) -> Tensor:
+    students, items = (view.image_anchors, view.text_anchors), (view.image, view.text)
+    first, n = view.first, len(view.image_anchors)
+    targets = [taught(x) for x in items]
+    own = [x[first : first + n] for x in targets]
+    distances = sum((x - y).square().sum() / n for x, y in zip(students, own, strict=True))
+    crossed = replace(view, image=targets[0], text=targets[1], scale=torch.tensor(20.0))
+    return 8 * distances + 0.5 * one_process.clip(crossed)
+
+
+def ranked_by_taught(view: one_process.View) -> Tensor:
+    first, n = view.first, len(view.image_anchors)
+    students = (view.image_anchors, view.text_anchors), (view.image, view.text)
+    targets = [[x[first : first + n] for x in map(taught, students[1])], list(map(taught, students[1]))]
+    values = []
+    for a, b in ((0, 1), (1, 0), (0, 0), (1, 1)):
+        score, order = (of[0][a] @ of[1][b].T for of in (students, targets))
+        values.append(plackett_luce_nll(view.scale * score, order).mean() / len(view.image))
+    return torch.stack(values).sum() / 2
+
+
 Rank = functools.partial(RankConsistency, chunk_size=3)
+Mimicry = functools.partial(MimicryLoss, contrast=0.5)
 LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
     "clip": (ClipLoss, lambda view, bias: one_process.clip(view) + 0 * bias),
     "clip, streamed": (
@@ -60,6 +108,14 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
     "rank_clip over siglip": (
         functools.partial(rank_clip, SigLipLoss),
         lambda view, bias: siglip_of(view, bias) + one_process.rank_terms(view),
+    ),
+    "mimicry": (
+        functools.partial(Taught, Mimicry),
+        lambda view, bias: one_process.clip(view) + mimicry_terms(view),
+    ),
+    "rank_clip over mimicry": (
+        functools.partial(Taught, functools.partial(rank_clip, Mimicry)),
+        lambda view, bias: one_process.clip(view) + mimicry_terms(view) + ranked_by_taught(view),
     ),
 }
 FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankloss.distributed import Gather
 from rankloss_baselines.alip import AlipLoss
@@ -30,10 +30,11 @@ def _build_alip(_: Any, options: Options, gather: Gather) -> AlipLoss:
     return AlipLoss(**{key: x for key, x in options.items() if key != "caption_key"}, gather=gather)
 
 
-def alip_log(criterion: AlipLoss, *_: Any) -> dict[str, Tensor]:
+def alip_log(criterion: nn.Module, *_: Any) -> dict[str, Tensor]:
     """ALIP's histories: of the two captions, and of the image with each."""
     names = ("alip_text_caption", "alip_image_text", "alip_image_caption")
-    histories = criterion.histories.to(torch.float32, copy=True).unbind()
+    alip = next(x for x in criterion.modules() if isinstance(x, AlipLoss))
+    histories = alip.histories.to(torch.float32, copy=True).unbind()
     return dict(zip(names, histories, strict=True))
 
 
@@ -57,7 +58,6 @@ ALIP = LossEntry(
         Option("initial-history", 1.0, "where the histories start; 1 closes nearly all gates at first", _ANY),
     ),
     refuse=lambda options, _: _NO_CAPTION if options["caption_key"] is None else None,
-    unit="step",
     caption_key=lambda options: options["caption_key"],
     companions=lambda options: [SecondCaption(options["caption_key"])],
     no_sigmoid="it weighs the pairs of a softmax loss of its own",

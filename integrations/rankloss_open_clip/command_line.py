@@ -39,13 +39,18 @@ def requested(args: Any) -> str | None:
     """
     swallowed = getattr(args, "loss_dist_impl", None)
     # The option's own values come first.
-    if swallowed not in (None, "bidir", "shift", "reduce", "gather") and swallowed in catalog.candidates():
+    if swallowed not in (None, "bidir", "shift", "reduce", "gather") and _is_named(swallowed):
         raise RuntimeError(
             f"--loss {swallowed} was read as --loss-dist-impl {swallowed}: start the training with "
             "`python -m rankloss_open_clip`, or run `rankloss doctor` for advice"
         )
     name = getattr(args, "loss", None)
-    return name if name is not None and name in catalog.candidates() else None
+    return name if name is not None and _is_named(name) else None
+
+
+def _is_named(name: str) -> bool:
+    """True for a loss of the catalogue, or several joined."""
+    return all(part in catalog.candidates() for part in name.split(catalog.JOIN))
 
 
 def chosen(args: Any) -> tuple[LossEntry, dict[str, Any]]:
@@ -66,18 +71,24 @@ def companions_of(args: Any) -> Companions | None:
 def features_of(entry: LossEntry, options: Options) -> list[ReferenceFeatures]:
     """The precomputed features of a teacher, if the options name any."""
     where = entry.reference_features(options)
-    two_widths = options.get("lambda_cross") == 0
-    return [] if where is None else [ReferenceFeatures(where, two_widths=two_widths)]
+    if where is None:
+        return []
+    try:
+        entry.in_separate_spaces(options)
+    except ValueError:
+        return [ReferenceFeatures(where)]
+    return [ReferenceFeatures(where, two_widths=True)]
 
 
 def remedy_for_unused_features(args: Any) -> str | None:
     """Advice for a run whose samples hold a teacher's features that no option names, or one excludes."""
-    _, options = chosen(args)
-    features = options.get("reference_features")
-    if features is not None and features not in IN_SAMPLES:
-        return f"--rankclip-reference-features {features} excludes them"
-    if features is None and options.get("reference") == "auto":
-        own, samples = "--rankclip-reference own", "--rankclip-reference-features samples"
+    entry, options = chosen(args)
+    folder, names = entry.reference_features(options), {"reference", "reference-features"}
+    flags = {x.name: flag(args.loss, entry, x) for x in reversed(entry.options) if x.name in names}
+    if folder is not None and folder not in IN_SAMPLES:
+        return f"{flags['reference-features']} {folder} excludes them"
+    if folder is None and flags.keys() == names and entry.uses_teacher(options) is None:
+        own, samples = f"{flags['reference']} own", f"{flags['reference-features']} samples"
         return f"rank by them with {samples}, or by the batch's own features with {own}"
     return None
 
@@ -162,7 +173,8 @@ def _reason_against(name: str, entry: LossEntry, options: Options, args: Any) ->
         return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None))
 
     def advice(text: str, key: str) -> str:
-        return "".join(text.format(flag(name, entry, x)) for x in entry.options if x.key == key)
+        flags = [flag(name, entry, x) for x in entry.options if x.own_key == key]
+        return text.format(flags[0]) if flags else ""
 
     model, data_type = getattr(args, "model", "").lower(), getattr(args, "dataset_type", None) or ""
     caption, features = entry.caption_key(options), entry.reference_features(options)

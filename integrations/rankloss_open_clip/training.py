@@ -61,7 +61,7 @@ class TrainerLoss(Runtime):
         gather = gather_of(args)
         super().__init__(HOST, args.loss, options, base=_shareable(base, gather), gather=gather)
         # An option that names whose rankings to match decides over a teacher that the loss does not need.
-        chooses = self.teacher == "optional" and "reference" not in options
+        chooses = self.teacher == "optional" and not any(x.name == "reference" for x in entry.options)
         self._takes_teacher = distils(args) and (chooses or self.teacher == "required")
         self.sums_every_value = sums_every_value
         self.place: tuple[int, int, int, int] | None = None

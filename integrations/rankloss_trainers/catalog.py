@@ -32,16 +32,20 @@ BUILT_IN = {
     "rankclip-cross": "rankloss_trainers.own_losses:RANKCLIP_CROSS",
     "rankclip-in": "rankloss_trainers.own_losses:RANKCLIP_IN",
     "rankclip-distill": "rankloss_trainers.own_losses:RANKCLIP_DISTILL",
+    "mimicry": "rankloss_trainers.own_losses:MIMICRY",
     "clip-streamed": "rankloss_trainers.own_losses:CLIP_STREAMED",
     "siglip-streamed": "rankloss_trainers.own_losses:SIGLIP_STREAMED",
 }
 """rankloss's own losses."""
 
-PREFIXES = ("rankclip", "streamed")
+PREFIXES = ("rankclip", "mimicry", "streamed")
 """The prefixes of the options of rankloss's own losses."""
 
 TRAINERS_OWN = "clip"
 """The value of ``--loss`` that leaves the trainer's own loss alone."""
+
+JOIN = "+"
+"""The sign between the names of losses that are trained together, the innermost first."""
 
 Options = Mapping[str, Any]
 """The values of a loss's options, by :attr:`Option.key`."""
@@ -82,6 +86,7 @@ class Option:
             None.
         values: The values in Python of choices that are no texts, by their spelling: ``{"none": None}``.
         for_trainer: Whether the trainer's plug-in acts on the option, and not the loss.
+        prefix: The loss of joined losses that the option belongs to; empty for the option of one loss.
     """
 
     name: str
@@ -91,11 +96,17 @@ class Option:
     unset: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
     for_trainer: bool = False
+    prefix: str = ""
+
+    @property
+    def own_key(self) -> str:
+        """The name as the key of the options that the functions of an entry are given."""
+        return self.name.replace("-", "_")
 
     @property
     def key(self) -> str:
-        """The name as the key of the options that the functions of an entry are given."""
-        return self.name.replace("-", "_")
+        """The same, beginning with the prefix of joined losses."""
+        return f"{self.prefix.replace('-', '_')}_{self.own_key}" if self.prefix else self.own_key
 
     def text(self, value: Any) -> Any:
         """The value as it is typed, or the text for None."""
@@ -151,16 +162,20 @@ class LossEntry:
         describe: ``(options, epochs) → text`` for the line in the log that describes a run; None names the
             options that are not at their defaults. The epochs of a run are infinity, here and for ``unit``,
             where its data have no length.
-        unit: ``"epoch"`` or ``"step"``, or ``(options, epochs) →`` one of them. A part of the module that has
-            both methods is told where training stands by ``set_epoch(epoch, epochs)`` at the start of each
-            epoch, or by ``set_progress(step, total_steps)`` once before each optimizer step, for which
-            gradient accumulation may make several calls. A part with one of them is told by that one. Both
-            count from 1.
+        unit: ``"epoch"``, ``"step"``, None for either, or ``(options, epochs) →`` one of them. A part of the
+            module that has both methods is told where training stands by ``set_epoch(epoch, epochs)`` at the
+            start of each epoch, or by ``set_progress(step, total_steps)`` once before each optimizer step,
+            for which gradient accumulation may make several calls. A part with one of them is told by that
+            one. Both count from 1.
         caption_key: ``options → key`` of a second caption in the training data, or None. The module is then
             called with ``caption_features`` too.
         companions: ``options →`` companions of each text that open_clip's trainer reads for the loss, see
             :class:`rankloss_open_clip.companions.Companion`.
-        uses_teacher: ``options → bool``: the loss needs a teacher, though its signature demands none.
+        uses_teacher: ``options →`` True where the loss needs a teacher, False where it takes none, and None
+            where its signature decides.
+        in_separate_spaces: ``options → options`` that take other values where the teacher's images and texts
+            have separate spaces, as those of two encoders have; given are the options that were given. It
+            raises a ValueError, which begins with a key, where the loss cannot use such a teacher.
         reference_features: ``options →`` the folder of the teacher's features, or None for a teacher that the
             trainer has.
         keeps_distillation: ``options → bool``: the distillation term of a trainer that has a teacher stays in
@@ -168,7 +183,8 @@ class LossEntry:
         no_sigmoid: The reason why the loss does not work where the trainer's own is a sigmoid loss; or empty.
         only_sigmoid: The reason why it works only there; or empty.
         log: ``options → (module, entries, step, inputs) → entries``: entries to log beside those of a call,
-            see :mod:`rankloss_trainers.logging`. None logs the module's own.
+            see :mod:`rankloss_trainers.logging`. The module is the whole loss, of which the own one may be a
+            part. None logs the module's own.
         citation: The BibTeX entry of its paper.
     """
 
@@ -178,10 +194,11 @@ class LossEntry:
     prefix: str = ""
     refuse: Callable[..., str | None] = lambda *_: None
     describe: Callable[..., str] | None = None
-    unit: str | Callable[..., str] = "epoch"
+    unit: str | Callable[..., str | None] | None = None
     caption_key: Callable[..., str | None] = lambda *_: None
     companions: Callable[..., Iterable[Any]] = lambda *_: ()
-    uses_teacher: Callable[..., bool] = lambda *_: False
+    uses_teacher: Callable[..., bool | None] = lambda *_: None
+    in_separate_spaces: Callable[..., Options] = lambda *_: {}
     reference_features: Callable[..., str | None] = lambda *_: None
     keeps_distillation: Callable[..., bool] = lambda *_: True
     no_sigmoid: str = ""
@@ -195,7 +212,7 @@ class LossEntry:
 
     def with_defaults(self, **defaults: Any) -> LossEntry:
         """The same loss with other defaults for the options that it has."""
-        options = (dataclasses.replace(o, default=defaults.get(o.key, o.default)) for o in self.options)
+        options = (dataclasses.replace(o, default=defaults.get(o.own_key, o.default)) for o in self.options)
         return dataclasses.replace(self, options=tuple(options))
 
     def checked(self, name: str, given: Options) -> dict[str, Any]:
@@ -210,17 +227,43 @@ class LossEntry:
             ValueError: A value is none that the option can have; the error begins with its key.
         """
         known = {option.key: option for option in self.options}
-        for key in given:
-            if key not in known:
-                hint = did_you_mean(str(key), known) or f"; it has {', '.join(known) or 'none'}"
-                raise TypeError(f"{name} has no option {key!r}{hint}")
         values = {key: option.default for key, option in known.items()}
-        for key, value in given.items():
+        found = {self._key(name, key): value for key, value in given.items()}
+        for key, value in found.items():
             try:
                 values[key] = known[key].checked(value)
             except ValueError as error:
                 raise ValueError(f"{key} {error}") from None
+        if _has_separate_spaces(self.reference_features(values)):
+            in_them = self.in_separate_spaces({key: values[key] for key in found})
+            values.update({key: value for key, value in in_them.items() if key not in found})
         return values
+
+    def _key(self, name: str, given: str) -> str:
+        """The key of an option; in joined losses the prefix may be missing where one loss has the option."""
+        keys = [option.key for option in self.options]
+        alike = [option.key for option in self.options if option.own_key == given]
+        if given in keys:
+            return given
+        if len(alike) > 1 and given != "reference_features":  # which all of them share
+            raise TypeError(f"{given} is an option of several losses; give {' or '.join(alike)}")
+        if not alike:
+            close = did_you_mean(str(given), [*keys, *(option.own_key for option in self.options)])
+            hint = close or f"; it has {', '.join(keys) or 'none'}"
+            raise TypeError(f"{name} has no option {given!r}{hint}")
+        return alike[0]
+
+
+def _has_separate_spaces(folder: str | None) -> bool:
+    """True for a folder of features whose images and texts have separate spaces."""
+    if folder is None or not os.path.isdir(folder):  # no folder, which the reader of features says
+        return False
+    from rankloss_features.folder import Features
+
+    try:
+        return not Features(folder).common_space
+    except ValueError as error:
+        raise ValueError(f"reference_features: {error}") from error
 
 
 def changed(options: Iterable[Option], values: Options) -> str:
@@ -256,6 +299,10 @@ class Candidate:
         """
         if self.clash:
             raise ValueError(self.clash)
+        if JOIN in self.name:
+            from rankloss_trainers.joined import joined
+
+            return joined({part: find(part).load() for part in self.name.split(JOIN)})
         loaded = importlib.metadata.EntryPoint(self.name, self.reference, GROUP).load()
         if callable(loaded):
             loaded = LossEntry(build=loaded, help=(loaded.__doc__ or "").strip().partition("\n")[0])
@@ -283,7 +330,7 @@ def candidates() -> Mapping[str, Candidate]:
 
 
 def find(name: str) -> Candidate:
-    """The loss of this name.
+    """The loss of this name, or of several names joined by :data:`JOIN`.
 
     Raises:
         ValueError: There is none.
@@ -294,6 +341,16 @@ def find(name: str) -> Candidate:
         ValueError: loss must be one of rankclip, ...; got 'rankclp'; did you mean rankclip?
     """
     found = candidates()
-    if name not in found:
-        raise ValueError(f"loss must be one of {', '.join(found)}; got {name!r}{did_you_mean(name, found)}")
-    return found[name]
+    for part in name.split(JOIN):
+        if part == TRAINERS_OWN != name:
+            raise ValueError(f"loss {name}: {part} is the trainer's own, on which every loss stands")
+        if part not in found:
+            known = ", ".join(found)
+            raise ValueError(f"loss must be one of {known}; got {part!r}{did_you_mean(part, found)}")
+    parts = name.split(JOIN)
+    if len(parts) == 1:
+        return found[name]
+    if len({*parts}) < len(parts):
+        raise ValueError(f"loss {name} names a loss twice")
+    packages = dict.fromkeys(found[part].package for part in parts)
+    return Candidate(name, "", ", ".join(filter(None, packages)))

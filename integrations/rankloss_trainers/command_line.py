@@ -9,12 +9,12 @@ from types import MappingProxyType
 from typing import Any
 
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import BUILT_IN, TRAINERS_OWN, LossEntry, Option, Options, did_you_mean
+from rankloss_trainers.catalog import BUILT_IN, JOIN, TRAINERS_OWN, LossEntry, Option, Options, did_you_mean
 
 
 def flag(name: str, entry: LossEntry, option: Option) -> str:
     """An option of the loss ``name``, as it is typed."""
-    return f"--{entry.prefix or name}-{option.name}"
+    return f"--{option.prefix or entry.prefix or name}-{option.name}"
 
 
 def dest(name: str, entry: LossEntry, option: Option) -> str:
@@ -27,7 +27,7 @@ def mentioned(argv: Sequence[str]) -> list[str]:
 
     Only these have to be imported, so that another package's loss cannot affect other runs.
     """
-    words = {part for word in argv for part in (word, word.removeprefix("--loss="))}
+    words = {part for word in argv for part in (word, *word.removeprefix("--loss=").split(JOIN))}
     shows_all = words & {"-h", "--help"}
     names = catalog.candidates()
     begun = {name for name in names if any(word.startswith(f"--{name}-") for word in words)}
@@ -118,29 +118,38 @@ class LossArguments:
                 another; the error begins with the argument.
         """
         name = getattr(args, "loss", TRAINERS_OWN)
-        if name in self.unusable:
-            raise ValueError(f"--loss: {name} {self.unusable[name]}")
-        if name not in (TRAINERS_OWN, *self.entries):
-            known = dict.fromkeys((TRAINERS_OWN, *catalog.candidates()))
-            hint = did_you_mean(name, known)
-            raise ValueError(f"--loss: must be one of {', '.join(known)}; got {name!r}{hint}")
-        groups, chosen = by_prefix(self.entries), None
-        for names in groups.values():
-            own = name if name in names else names[0]
-            dests = {o.key: dest(own, self.entries[own], o) for o in self.entries[own].options}
-            given = {key: getattr(args, x) for key, x in dests.items() if hasattr(args, x)}
-            if own == name:
-                chosen = own, given
-            elif given:
-                flags = [flag(own, self.entries[own], o) for o in self.entries[own].options if o.key in given]
-                raise ValueError(f"{', '.join(flags)}: only with --loss {' or '.join(names)}")
-        return chosen
+        try:
+            chosen = [] if name == TRAINERS_OWN else self._entry(name).options
+        except ValueError as error:
+            raise ValueError(f"--loss: {error}") from None
+        flags = {dest(name, self._entry(name), option): option.key for option in chosen} if chosen else {}
+        for names in by_prefix(self.entries).values():
+            entry = self.entries[names[0]]
+            given = [x for x in entry.options if hasattr(args, dest(names[0], entry, x))]
+            others = [flag(names[0], entry, x) for x in given if dest(names[0], entry, x) not in flags]
+            if others:
+                raise ValueError(f"{', '.join(others)}: only with --loss {' or '.join(names)}")
+        given_options = {key: getattr(args, x) for x, key in flags.items() if hasattr(args, x)}
+        return None if name == TRAINERS_OWN else (name, given_options)
+
+    def _entry(self, name: str) -> LossEntry:
+        """The entry of a loss, or of joined ones."""
+        parts = name.split(JOIN)
+        for part in parts:
+            if part in self.unusable:
+                raise ValueError(f"{part} {self.unusable[part]}")
+        catalog.find(name)
+        if len(parts) == 1:
+            return self.entries[name]
+        from rankloss_trainers.joined import joined
+
+        return joined({part: self.entries[part] for part in parts})
 
     def refuse(self, name: str, given: Options) -> None:
         """Raise a ValueError for a loss with options that work in no trainer; it begins with the argument."""
         from rankloss.distributed import Gather
 
-        entry = self.entries[name]
+        entry = self._entry(name)
         reason = entry.refuse(entry.checked(name, given), Gather(rank=0, world_size=1))
         if reason is not None:
             raise ValueError(with_flag(name, entry, reason))

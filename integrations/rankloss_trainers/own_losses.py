@@ -84,6 +84,19 @@ def _has_teacher(options: Options) -> bool:
     return options["reference"] == "teacher" or options["reference_features"] is not None
 
 
+def _rankclip_teacher(options: Options) -> bool | None:
+    return True if _has_teacher(options) else False if options["reference"] == "own" else None
+
+
+_IN_MODAL_ALONE = "the teacher's images and texts have separate spaces, which rank the in-modal lists alone"
+
+
+def _rankclip_in_separate_spaces(given: Options) -> dict[str, float]:
+    if given.get("lambda_cross"):
+        raise ValueError(f"lambda_cross: must be 0, as {_IN_MODAL_ALONE}; got {given['lambda_cross']}")
+    return {"lambda_cross": 0.0}
+
+
 def _rankclip_unit(options: Options, epochs: float) -> str:
     if epochs == 1 and options["schedule"] != "constant":
         return "step"
@@ -140,7 +153,8 @@ RANKCLIP = LossEntry(
     refuse=_refuse_rankclip,
     describe=_describe_rankclip,
     unit=_rankclip_unit,
-    uses_teacher=_has_teacher,
+    uses_teacher=_rankclip_teacher,
+    in_separate_spaces=_rankclip_in_separate_spaces,
     reference_features=lambda options: options["reference_features"],
     keeps_distillation=lambda options: options["distill_loss"] == "include",
     log=lambda options: RankClipLog(options["agreement_every"]),
@@ -160,6 +174,59 @@ RANKCLIP_IN = _preset("rankclip without its cross-modal term: the ablation RankC
 _DISTILLED: Any = {"reference": "teacher", "top_k": 8, "distill_loss": "exclude"}
 RANKCLIP_DISTILL = _preset(
     "rankclip trained to match a teacher's eight best ranks", lambda_cross=64.0, lambda_in=64.0, **_DISTILLED
+)
+
+
+# --- a teacher's features, copied -------------------------------------------------------------------------
+
+
+def _build_mimicry(base: nn.Module, options: Options, gather: Gather) -> rankloss.MimicryLoss:
+    given = {name: options[name] for name in ("weight", "contrast", "contrast_scale")}
+    return rankloss.MimicryLoss(base, gather=gather, **given)
+
+
+def _refuse_mimicry(options: Options, _: Gather) -> str | None:
+    try:
+        _build_mimicry(nn.Identity(), options, Gather(rank=0, world_size=1))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _mimicry_in_separate_spaces(_: Options) -> dict[str, Any]:
+    raise ValueError(
+        "reference_features: the teacher's images and texts have separate spaces, which a student with one "
+        "space cannot copy; rankclip-distill ranks by them"
+    )
+
+
+MIMICRY = LossEntry(
+    build=_build_mimicry,
+    help="the trainer's own plus the distance of the features from a teacher's",
+    options=(
+        Option("weight", 8.0, "weight of the squared distances", _WEIGHT),
+        Option("contrast", 0.0, "weight of the contrast with the teacher's other modality", _WEIGHT),
+        Option("contrast-scale", 20.0, "multiplier of that contrast's similarities", _WEIGHT),
+        Option(
+            "reference-features",
+            None,
+            _FOLDER.replace("rank by", "learn from"),
+            {"metavar": "FOLDER"},
+            "those of the teacher that the trainer has",
+            for_trainer=True,
+        ),
+    ),
+    refuse=_refuse_mimicry,
+    uses_teacher=lambda _: True,
+    in_separate_spaces=_mimicry_in_separate_spaces,
+    reference_features=lambda options: options["reference_features"],
+    keeps_distillation=lambda _: False,
+    citation="""@inproceedings{yang2024clipkd,
+    title = {{CLIP-KD}: An Empirical Study of {CLIP} Model Distillation},
+    author = {Yang, Chuanguang and An, Zhulin and Huang, Libo and Bi, Junyu and Yu, Xinqiang and Yang, Han and Diao, Boyu and Xu, Yongjun},
+    booktitle = {CVPR},
+    year = {2024},
+}""",  # noqa: E501
 )
 
 

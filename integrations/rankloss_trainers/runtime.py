@@ -21,6 +21,7 @@ import functools
 import inspect
 import logging
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 import rankloss
 from rankloss.distributed import Gather, GatherOption, gather_once
-from rankloss.losses import TEACHER, base_entries
+from rankloss.losses import TEACHER, base_entries, takes_teacher
 from rankloss_features.folder import Features
 from rankloss_trainers.catalog import LossEntry, Options, find
 from rankloss_trainers.logging import RankClipLog
@@ -277,11 +278,12 @@ class Runtime(nn.Module):
         self._found: list[str] = []  # the teacher's features of the last batch
 
     def _use_of_a_teacher(self) -> str:
+        uses = self.entry.uses_teacher(self.options)
         forwards = [inspect.signature(part.forward).parameters for part in self.criterion.modules()]
         found = [parameters[name] for parameters in forwards for name in TEACHER if name in parameters]
-        if self.entry.uses_teacher(self.options) or any(x.default is x.empty for x in found):
+        if uses or any(x.default is x.empty for x in found):
             return "required"
-        return "optional" if found and self.options.get("reference") != "own" else "none"
+        return "optional" if takes_teacher(self.criterion) and uses is None else "none"
 
     def _folder(self) -> Features | None:
         where = self.entry.reference_features(self.options)
@@ -302,7 +304,7 @@ class Runtime(nn.Module):
             ValueError: The loss goes by epochs, and their number is not known.
         """
         unit = self.entry.unit
-        self.unit = unit if isinstance(unit, str) else unit(self.options, epochs)
+        self.unit = (unit(self.options, epochs) if callable(unit) else unit) or "epoch"
         if math.isinf(epochs) and any(listeners(self.criterion, "epoch", self.unit)):
             text = "but data without a length have no known number of epochs; give schedule_unit 'step'"
             raise ValueError(f"{self.name} goes by epochs (schedule_unit 'epoch'), {text}")
@@ -333,7 +335,10 @@ class Runtime(nn.Module):
         """
         if not self._is_told:
             raise RuntimeError(f"{self.name} is not told where training stands: {self.host.progress}")
-        self.check_teacher([name for name in TEACHER if inputs.get(name) is not None])
+        found = [name for name in TEACHER if inputs.get(name) is not None]
+        self.check_teacher(found)
+        if found:
+            self._find_components(inputs["image_features"].shape[1], inputs[found[0]].shape[1])
         # Always by name: only the names tell which entry is a term.
         with gather_once():
             entries: dict[str, Tensor] = dict(self.criterion(**inputs, output_dict=True))
@@ -364,6 +369,20 @@ class Runtime(nn.Module):
         if found not in ([], self._found) and self.gather.place[0] == 0:
             _logger.info("%s uses a teacher: %s", self.name, " and ".join(found))
         self._found = found
+
+    def _find_components(self, width: int, of_teacher: int) -> None:
+        """Give the principal components of the folder to the parts that compare features of other widths."""
+        where = self.entry.reference_features(self.options)
+        parts = [x for x in self.criterion.modules() if getattr(x, "components", self) is None]
+        if parts and width > of_teacher:
+            raise ValueError(
+                f"the teacher has {of_teacher} dimensions, fewer than the student's {width}, which "
+                "cannot copy them; rankclip-distill ranks by a teacher of any width"
+            )
+        if parts and width < of_teacher and where is not None and os.path.isdir(where):
+            found = (self.features or Features(where)).components(width)
+            for part in parts:
+                part.components = found.matrix  # type: ignore[assignment]
 
     # --- checkpoints ---
 
@@ -404,10 +423,11 @@ OWN_LOOP = Host(
 def own_loop(name: str, base: Any, gather: GatherOption, options: Options) -> nn.Module:
     """See :func:`rankloss_trainers.create`."""
     run = Runtime(OWN_LOOP, name, options, base=base, gather=gather)
-    for key in [option.key for option in run.entry.options if option.for_trainer and option.key in options]:
+    of_trainer = {key for x in run.entry.options if x.for_trainer for key in (x.key, x.own_key)}
+    for key in of_trainer.intersection(options):
         raise ValueError(f"{key} is for a trainer's plug-in, which acts on it; got {options[key]!r}")
 
-    if run.teacher == "required" or run.options.get("reference") == "own":
+    if run.teacher == "required" or run.entry.uses_teacher(run.options) is False:
         hook = functools.partial(_check_call, name, run.teacher)  # which can be pickled
         run.criterion.register_forward_pre_hook(hook, with_kwargs=True)
     return run.criterion

@@ -17,6 +17,7 @@ from rankloss.losses.composition import check_base as check_base
 from rankloss.losses.composition import combined as combined
 from rankloss.losses.composition import takes_teacher as takes_teacher
 from rankloss.losses.gathering import GatheringLoss as GatheringLoss
+from rankloss.losses.mimicry import MimicryLoss as MimicryLoss
 from rankloss.losses.rank_clip import RankClipLoss as RankClipLoss
 from rankloss.losses.rank_consistency import RankConsistency as RankConsistency
 from rankloss.losses.ranked_lists import RankedLists as RankedLists

@@ -32,33 +32,33 @@ def check_base(base: Base | None, gather: Gather, streaming: dict[str, Any] | No
 
 
 def is_streamed_clip(base: Base, gather: Gather) -> bool:
-    """True if a base is CLIP's loss of the pairs that ``gather`` gives, and nothing runs only in its call.
+    """True if a base is CLIP's loss of the pairs that ``gather`` gives, which the rank terms' pass gives, too.
 
-    The pass of the rank terms gives this loss as well.
+    The base is not called then, and neither are its hooks.
     """
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return (
-        type(base) is ClipLoss
-        and base.gather == gather
-        and "forward" not in base.__dict__
-        and not any(len(getattr(base, kind)) for kind in kinds)
-    )
+    return type(base) is ClipLoss and base.gather == gather and "forward" not in base.__dict__
 
 
 TEACHER = ("reference_image_features", "reference_text_features")
 """A teacher's features of each pair, ``[N, D']``: the names of a loss's arguments and of columns of data."""
 
 
-def takes_teacher(base: Base) -> bool:
-    """True if a loss takes a teacher's features: its signature names one of :data:`TEACHER`.
+def takes_teacher(loss: Base) -> bool:
+    """True if a loss, or one that it passes its inputs on to, takes a teacher's features.
+
+    Its signature names one of :data:`TEACHER`; or it passes unnamed inputs on to a ``base`` that does.
 
     Example:
         >>> import rankloss
         >>> takes_teacher(rankloss.RankClipLoss()), takes_teacher(rankloss.ClipLoss())
         (True, False)
     """
-    called = base.forward if isinstance(base, nn.Module) else base
-    return not set(TEACHER).isdisjoint(inspect.signature(called).parameters)
+    parameters = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters
+    if not set(TEACHER).isdisjoint(parameters):
+        return True
+    passes_on = any(x.kind is x.VAR_KEYWORD for x in parameters.values())
+    base = getattr(loss, "base", None)
+    return passes_on and base is not None and takes_teacher(base)
 
 
 def base_entries(

@@ -97,8 +97,8 @@ class RankConsistency(GatheringLoss):
         self.options = rank_options
         if self.gather.anchors_are_local and not self.gather.gather_with_grad and self.gather.place[0] == 0:
             _log.warning(
-                "local_loss without gather_with_grad: the gradient of the rank terms differs from that of the "
-                "whole batch; set both flags"
+                "local_loss without gather_with_grad: the gradient of the rank terms differs from that "
+                "of the whole batch; set both flags"
             )
 
     @outside_graphs

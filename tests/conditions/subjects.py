@@ -38,7 +38,7 @@ class Subject:
 
     name: str
     covers: str
-    """The public name: an entry of ``rankloss.__all__``, or ``module.function``."""
+    """The public name: a name of ``rankloss``, or ``module.function``."""
     build: Callable[..., Callable[..., Any]]
     reference: Callable[..., Any] | None
     """The value in NumPy, of arrays by the same names; None where the NumPy twins do not have it."""
@@ -65,8 +65,9 @@ class Subject:
     def started(self, built: Any = None) -> Any:
         """A built subject, new by default, that knows where training stands."""
         built = self.build() if built is None else built
-        if hasattr(built, "set_epoch"):
-            built.set_epoch(EPOCH, EPOCHS)
+        for part in built.modules() if isinstance(built, nn.Module) else ():
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(EPOCH, EPOCHS)
         return built
 
     def pick(self, data: Inputs, dtype: torch.dtype = torch.float64) -> Inputs:
@@ -300,6 +301,55 @@ def ranked_lists(name: str, **options: Any) -> Subject:
 
 
 RANK_FACTOR = 0.5
+CONTRAST_SCALE = 7.0
+
+
+def mimicry_terms(xp: Any, features: Any, teacher: Any, weight: float, contrast: float) -> Any:
+    """The terms that ``MimicryLoss`` adds to its base."""
+    (v, t), (taught_v, taught_t) = features, [x[:, :D] for x in teacher]
+    taught_v, taught_t = (x / (x**2).sum(-1, keepdims=True) ** 0.5 for x in (taught_v, taught_t))
+    distances = ((v - taught_v) ** 2).sum(-1).mean() + ((t - taught_t) ** 2).sum(-1).mean()
+    logits = CONTRAST_SCALE * (v @ taught_t.T), CONTRAST_SCALE * (t @ taught_v.T)
+    crossed = [(xp.log(xp.exp(x).sum(-1)) - xp.diagonal(x)).mean() for x in logits]
+    return weight * distances + contrast * sum(crossed) / 2
+
+
+def mimicry(
+    name: str, build: Callable[..., nn.Module], base: Callable[..., Any], **weights: float
+) -> Subject:
+    """A composition with ``MimicryLoss``, whose teacher is wider than the student."""
+
+    def built() -> nn.Module:
+        loss = build(functools.partial(rankloss.MimicryLoss, contrast_scale=CONTRAST_SCALE, **weights))
+        part = next(x for x in loss.modules() if isinstance(x, rankloss.MimicryLoss))
+        part.components = torch.eye(D + 4, device="cpu")[:, :D]
+        return loss
+
+    def literal(
+        image_features: Any, text_features: Any, logit_scale: Any, xp: Any = torch, **teacher: Any
+    ) -> Any:
+        own = base(image_features, text_features, logit_scale, **teacher)
+        both = {"weight": 8.0, "contrast": 0.0, **weights}
+        return own + mimicry_terms(xp, (image_features, text_features), teacher.values(), **both)
+
+    return Subject(
+        f"MimicryLoss[{name}]",
+        "MimicryLoss",
+        built,
+        None,
+        literal,
+        inputs=(*PAIR, "logit_scale", *TEACHER),
+        half=name != "over RankClipLoss",  # in which CLIP's loss is a term of the rank terms' pass
+    )
+
+
+def _taught_rankclip(*inputs: Any, **teacher: Any) -> Any:
+    return oracle.clip(*inputs) + RANK_FACTOR * oracle.rank_terms(*inputs, **teacher)
+
+
+def _rankclip_loss(base: Any = None) -> nn.Module:
+    return rankloss.RankClipLoss(base, normalizer=RANK_FACTOR)
+
 
 SUBJECTS = [
     rank_terms("default"),
@@ -315,6 +365,10 @@ SUBJECTS = [
         None,
         lambda **inputs: oracle.clip(**inputs) + RANK_FACTOR * oracle.rank_terms(**inputs),
     ),
+    mimicry("default", lambda build: build(), lambda *inputs, **_: oracle.clip(*inputs)),
+    mimicry("contrast", lambda build: build(), lambda *inputs, **_: oracle.clip(*inputs), contrast=2.0),
+    mimicry("under RankClipLoss", lambda build: _rankclip_loss(build()), _taught_rankclip, weight=0.5),
+    mimicry("over RankClipLoss", lambda build: build(_rankclip_loss()), _taught_rankclip, contrast=0.5),
     ranked_lists("default"),
     ranked_lists("negatives, top k", in_batch_negatives=True, top_k=2),
     ranked_lists("negatives, top one", in_batch_negatives=True, model="top_one"),

@@ -135,7 +135,7 @@ SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
 )
 def test_teacher_is_asked_for_by_an_option(typed: str, refused: str | None, described: str) -> None:
     options = parsed(*typed.split())
-    assert RANKCLIP.uses_teacher(options) == ("teacher" in typed or "-features" in typed)
+    assert bool(RANKCLIP.uses_teacher(options)) == ("teacher" in typed or "-features" in typed)
     reason = RANKCLIP.refuse(options, ALONE)
     if refused is None:
         assert reason is None

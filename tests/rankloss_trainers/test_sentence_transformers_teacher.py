@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from taught import Mimicry, folder
+from cka_clip import CkaLoss
+from taught import folder
 from tiny_sentences import pairs, tiny, train, weights
 
 import rankloss
@@ -46,7 +47,7 @@ def labelled(data: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("loss", "options"),
-    [("rankclip", RANKED), ("rankclip", {**RANKED, "reference": "teacher"}), (Mimicry(), {})],
+    [("rankclip", RANKED), ("rankclip", {**RANKED, "reference": "teacher"}), (CkaLoss(), {})],
 )
 def test_folder_and_labels_train_alike_and_the_columns_come_in_either_order(
     tmp_path: Path, bound: tuple[str, Any], loss: Any, options: dict[str, Any]
@@ -92,7 +93,7 @@ def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
             False,
             "rankclip-distill needs a teacher's features: give labels, .*reference_features",
         ),
-        (Mimicry(), {}, False, "Mimicry needs a teacher's features: give labels"),
+        (CkaLoss(), {}, False, "CkaLoss needs a teacher's features: give labels"),
         ("clip-streamed", {}, True, "clip-streamed does not use a teacher"),
         ("rankclip", {"reference": "own"}, True, "rankclip does not use a teacher"),
     ],

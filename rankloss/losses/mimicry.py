@@ -1,0 +1,184 @@
+"""Mimicry: a base loss and the distance of the features from a teacher's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloss.batch import Batch
+from rankloss.distributed import GatherOption, gather_once
+from rankloss.engine import weighted_terms
+from rankloss.losses.composition import TEACHER, Base, base_entries, check_base, combined, takes_teacher
+from rankloss.losses.gathering import GatheringLoss
+from rankloss.options import RankOptions, check_weight
+from rankloss.precision import arithmetic_dtype, constant, outside_graphs, product
+
+
+class MimicryLoss(GatheringLoss):
+    r"""A base loss, and the squared distances of the features v, t from a teacher's v', t'.
+
+        L_base + weight · [mean_i ‖v_i − v'_i‖² + mean_i ‖t_i − t'_i‖²]
+               + contrast · ½[CE(c·V·T'ᵀ) + CE(c·T·V'ᵀ)],   c = contrast_scale,
+
+    the target of row i being i. The last term, interactive contrastive learning, contrasts each modality with
+    the teacher's other one. A teacher of one modality gives the distances of that modality alone.
+
+    A teacher of another width than the student is compared in the coordinates of its principal components,
+    V'·P divided by its norms, where :attr:`components` holds P. The trainers' plug-ins set it from a folder
+    of features.
+
+    The terms are computed in float32 at least, under autocast too. Their memory grows linearly with N. Under
+    ``torch.compile`` the loss is one call between two graphs.
+
+    Args:
+        base: the loss that the terms are added to: a module or function with the forward convention of
+            open_clip's losses. None: :class:`ClipLoss`.
+        weight: of the distances; 0 leaves them out.
+        contrast: weight of the contrastive term; 0 leaves it out.
+        contrast_scale: the multiplier c of its similarities.
+        gather: how features of other processes are gathered, for the terms and for the base that None builds.
+            None: from the default process group, if one of more than one process is initialised, exactly.
+            False: not at all. Else a :class:`rankloss.Gather`.
+
+    Attributes:
+        components: P, ``[D', D]`` with orthonormal columns, or None. It is not in checkpoints.
+
+    Shapes:
+        ``image_features`` and ``text_features``: ``[N, D]``, unit-norm. ``logit_scale``: the multiplier s of
+        the base. ``reference_image_features`` and ``reference_text_features``: ``[N, D]``, or
+        ``[N, D']`` with components, unit-norm; they carry no gradient. ``output_dict=True`` gives the base's
+        own entries, then ``mimicry_loss`` and, with ``contrast``, ``mimicry_contrast_loss``, both weighted.
+
+    Raises:
+        ValueError: for a weight that is negative or not finite, both weights 0, a scale that is not positive,
+            or a base that cannot be called; in ``forward`` without a teacher's features, for one modality of
+            them beside ``contrast``, and for features of another shape.
+
+    References:
+        "CLIP-KD: An Empirical Study of CLIP Model Distillation", CVPR 2024.
+
+    Example:
+        >>> v = torch.eye(2)
+        >>> teacher = {"reference_image_features": v, "reference_text_features": v.flip(0)}
+        >>> entries = MimicryLoss()(v, v, 1.0, output_dict=True, **teacher)
+        >>> entries["mimicry_loss"].item()
+        16.0
+    """
+
+    _min_pairs = 1
+
+    def __init__(
+        self,
+        base: Base | None = None,
+        *,
+        weight: float = 8.0,
+        contrast: float = 0.0,
+        contrast_scale: float = 20.0,
+        gather: GatherOption = None,
+    ) -> None:
+        super().__init__(gather)
+        self.base = check_base(base, self.gather)
+        self.weight = check_weight("weight", weight)
+        self.contrast = check_weight("contrast", contrast)
+        self.contrast_scale = check_weight("contrast_scale", contrast_scale, above=0.0)
+        if self.weight == self.contrast == 0:
+            raise ValueError(f"weight or contrast must be above 0; got weight={weight!r}, {contrast=}")
+        self.components: Tensor | None = None  # no buffer: to_empty() would leave it without numbers
+
+    @outside_graphs
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        *,
+        reference_image_features: Tensor | None = None,
+        reference_text_features: Tensor | None = None,
+        **base_inputs: Any,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or with ``output_dict`` its summands.
+
+        Args:
+            image_features: ``[N, D]``.
+            text_features: ``[N, D]``.
+            logit_scale: the multiplier s.
+            logit_bias: passed on to the base, if it is not None.
+            output_dict: return the summands by name instead of their sum.
+            reference_image_features: a teacher's. A base whose signature takes a teacher's features gets
+                them, too.
+            reference_text_features: likewise. One of the two is enough without ``contrast``.
+            **base_inputs: passed on to the base, which refuses unknown ones.
+        """
+        given: dict[str, Any] = dict(
+            zip(TEACHER, (reference_image_features, reference_text_features), strict=True)
+        )
+        teacher = {name: x for name, x in given.items() if x is not None}
+        if len(teacher) < (2 if self.contrast else 1):
+            needed = f" {'and' if self.contrast else 'or'} ".join(TEACHER)
+            raise ValueError(f"MimicryLoss needs {needed}; got {', '.join(teacher) or 'neither'}")
+        # Whether images are compared with texts, the base decides.
+        self.check_inputs(image_features, text_features, logit_scale, one_space=False, **given)
+        students = dict(zip(TEACHER, (image_features, text_features), strict=True))
+        dtype = arithmetic_dtype(image_features, text_features)
+        targets = {name: self._target(name, x.to(dtype), students[name]) for name, x in teacher.items()}
+        if takes_teacher(self.base):
+            base_inputs.update(teacher)
+        with gather_once():
+            own = {}
+            if self.weight:
+                distances = [students[name].to(dtype) - target for name, target in targets.items()]
+                own["mimicry_loss"] = self.weight * self._mean(distances)
+            if self.contrast:
+                own["mimicry_contrast_loss"] = self._contrasted(image_features, text_features, targets)
+            entries = base_entries(
+                self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
+            )
+        return combined(entries, own, output_dict)
+
+    def _target(self, name: str, features: Tensor, student: Tensor) -> Tensor:
+        """The features that the student's are compared with, without their graph."""
+        features, width = constant(features), student.shape[1]
+        if features.shape[1] != width and self.components is not None:
+            self.components = components = self.components.to(features.device)
+            if components.shape != (features.shape[1], width):
+                raise ValueError(
+                    f"components must be {(features.shape[1], width)} for {name}; "
+                    f"got {tuple(components.shape)}"
+                )
+            features = F.normalize(product(features, components.to(features.dtype)), dim=-1)
+        if features.shape[1] != width:
+            raise ValueError(
+                f"{name} must have the student's width, {width}, to be compared with its features; got "
+                f"{features.shape[1]}. The principal components of a folder of features bring them to it: "
+                f"loss.components = rankloss_features.Features(FOLDER).components({width}).matrix"
+            )
+        return features
+
+    def _mean(self, differences: list[Tensor]) -> Tensor:
+        """The mean over the pairs of this process, or of all where every process computes all rows."""
+        squared = torch.stack([x.square().sum(-1) for x in differences]).sum(0)[:, None]
+        return (squared if self.gather.anchors_are_local else self.gather.items(squared)).mean()
+
+    def _contrasted(self, images: Tensor, texts: Tensor, targets: dict[str, Tensor]) -> Tensor:
+        """CLIP's loss with the student's features as anchors and the teacher's as items, weighted."""
+        of_images, of_texts = self.gather.constants(*(targets[name] for name in TEACHER))
+        assert of_images is not None
+        assert of_texts is not None
+        is_local = self.gather.anchors_are_local
+        anchors = (images, texts) if is_local else self.gather(images, texts)
+        first_row = self.gather.first_row(len(images))
+        batch = Batch.of(of_images, of_texts, self.contrast_scale, anchors=anchors, first_row=first_row)
+        weights = torch.tensor([self.contrast, 0.0, 0.0], dtype=torch.float64, device="cpu")
+        return weighted_terms(batch, RankOptions(), weights, (True, False, False))[0]
+
+    def extra_repr(self) -> str:
+        """The weights."""
+        shown = {"weight": self.weight, "contrast": self.contrast}
+        if self.contrast:
+            shown["contrast_scale"] = self.contrast_scale
+        return ", ".join(f"{name}={value:g}" for name, value in shown.items())

@@ -1,0 +1,119 @@
+"""Losses joined by +: their options, their folder, and the joins that are refused."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import rankloss_trainers
+from rankloss import ClipLoss, Gather, MimicryLoss, RankClipLoss
+from rankloss.losses import TEACHER
+from rankloss_baselines import CyClipLoss
+from rankloss_trainers.catalog import find
+from rankloss_trainers.command_line import LossArguments, described, mentioned
+
+ALONE = Gather(rank=0, world_size=1)
+
+
+def reason(name: str, **given: Any) -> str | None:
+    entry = find(name).load()
+    return entry.refuse(entry.checked(name, given), ALONE)
+
+
+def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
+    v, t, *teacher = normalize(torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    taught = dict(zip(TEACHER, teacher, strict=True))
+    loss = rankloss_trainers.create(
+        "rankclip-distill+mimicry+cyclip", schedule="constant", top_k=3, weight=0.5, cyclip_lambda_in=2.0
+    )
+    ranks = RankClipLoss(schedule="constant", lambda_cross=64, lambda_in=64, top_k=3)
+    expected = {
+        **ranks(v, t, 9.0, output_dict=True, **taught),
+        **MimicryLoss(weight=0.5)(v, t, 9.0, output_dict=True, **taught),
+        **CyClipLoss(lambda_in=2.0)(v, t, 9.0, output_dict=True),
+    }
+    actual = loss(v, t, 9.0, output_dict=True, **taught)
+    assert actual.keys() == expected.keys()
+    torch.testing.assert_close(list(actual.values()), list(expected.values()))
+    assert [type(x) for x in loss.modules()].count(ClipLoss) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "key", "value"),
+    [
+        ("rankclip+mimicry", {"weight": 2}, "mimicry_weight", 2.0),
+        ("rankclip+mimicry", {"mimicry_weight": "2"}, "mimicry_weight", 2.0),
+        ("rankclip-distill+mimicry", {}, "rankclip_top_k", 8),
+        ("rankclip+cyclip", {"cyclip_lambda_in": 2}, "cyclip_lambda_in", 2.0),
+    ],
+)
+def test_an_option_has_the_prefix_of_its_loss_where_several_have_it(
+    name: str, options: dict[str, Any], key: str, value: Any
+) -> None:
+    assert find(name).load().checked(name, options)[key] == value
+
+
+@pytest.mark.parametrize("owner", ["rankclip", "mimicry", ""])
+def test_a_folder_is_given_once_and_serves_all(owner: str) -> None:
+    entry = find("rankclip+mimicry").load()
+    key = f"{owner}_reference_features".lstrip("_")
+    options = entry.checked("", {key: "FOLDER"})
+    assert entry.reference_features(options) == "FOLDER"
+    assert reason("rankclip+mimicry", **{key: "FOLDER"}) is None
+    assert "fixed_reference" in str(reason("rankclip+mimicry", fixed_reference="text", **{key: "FOLDER"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("rankclip+cyclip", {"lambda_in": 1}, "give rankclip_lambda_in or cyclip_lambda_in"),
+        ("rankclip+mimicry", {"wieght": 1}, "has no option 'wieght'; did you mean weight"),
+        ("rankclip+mimicry", {"weight": -1}, "mimicry_weight must be a finite number"),
+        ("rankclip+rankclip", {}, "names a loss twice"),
+        ("rankclip+rankclip-in", {}, "names one loss with two sets of defaults"),
+        ("clip+mimicry", {}, "clip is the trainer's own"),
+        ("mimicry+rankclp", {}, "got 'rankclp'; did you mean rankclip"),
+        ("mimicry+", {}, "got ''"),
+        ("mimicry+alip", {"caption_key": "x"}, "alip stands on no other loss .*: name it first"),
+        ("clip-streamed+siglip-streamed", {}, "siglip-streamed|this is ClipLoss"),
+        ("rankclip+mimicry", {"reference": "own"}, "mimicry needs a teacher, which rankclip is told not to"),
+        (
+            "rankclip+mimicry",
+            {"rankclip_reference_features": "A", "mimicry_reference_features": "B"},
+            "A and B are two teachers",
+        ),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        raise ValueError(reason(name, **options))
+
+
+# --- on a command line ------------------------------------------------------------------------------------
+
+
+def parsed(*argv: str) -> Any:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    losses = LossArguments(parser, mentioned(argv))
+    return losses.chosen(parser.parse_args(argv))
+
+
+def test_each_loss_is_typed_with_its_own_options() -> None:
+    name = "rankclip-distill+mimicry"
+    for flags in (("--loss", name), (f"--loss={name}",)):
+        found = parsed(*flags, "--rankclip-top-k", "4", "--mimicry-weight", "2")
+        assert found == (name, {"rankclip_top_k": 4, "mimicry_weight": 2.0})
+    with pytest.raises(ValueError, match=r"^--cyclip-lambda-in: only with --loss cyclip"):
+        parsed("--loss", name, "--cyclip-lambda-in", "1")
+    with pytest.raises(ValueError, match=r"^--loss: loss must be one of .*did you mean mimicry"):
+        parsed("--loss", "rankclip+mimcry")
+
+
+def test_the_options_of_joined_losses_are_listed() -> None:
+    text = described({"rankclip+mimicry": find("rankclip+mimicry").load()})
+    assert "--rankclip-top-k K" in text
+    assert "--mimicry-weight X" in text

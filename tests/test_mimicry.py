@@ -1,0 +1,150 @@
+"""``MimicryLoss``: its errors, its memory, and the compositions that it is in.
+
+Values and gradients are in ``conditions`` and, on several processes, in ``test_distributed``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from batches import random_batch
+from memory import LargestTensor
+from rankloss import ClipLoss, MimicryLoss, RankClipLoss
+from rankloss.losses import takes_teacher
+from rankloss_baselines import CyClipLoss
+
+IMAGE, TEXT = TEACHER = ("reference_image_features", "reference_text_features")
+
+
+def batch(n: int = 6, d: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    return random_batch(0, n, d, 10.0).leaves()
+
+
+def teacher_of(n: int = 6, d: int = 4) -> dict[str, Tensor]:
+    given = random_batch(1, n, d, 1.0)
+    return {IMAGE: given.image, TEXT: given.text}
+
+
+def ranks(base: nn.Module | None = None) -> RankClipLoss:
+    return RankClipLoss(base, schedule="constant")
+
+
+# --- entries ----------------------------------------------------------------------------------------------
+
+
+def test_entries_are_the_bases_and_its_own_and_add_up() -> None:
+    loss, teacher = MimicryLoss(contrast=0.5), teacher_of()
+    entries = loss(*batch(), output_dict=True, **teacher)
+    assert list(entries) == ["contrastive_loss", "mimicry_loss", "mimicry_contrast_loss"]
+    assert torch.equal(entries["contrastive_loss"], ClipLoss()(*batch()))
+    torch.testing.assert_close(loss(*batch(), **teacher), sum(entries.values()))
+    assert list(MimicryLoss(weight=0, contrast=1)(*batch(), output_dict=True, **teacher)) == [
+        "contrastive_loss",
+        "mimicry_contrast_loss",
+    ]
+
+
+def test_one_modality_has_the_distances_of_that_modality() -> None:
+    loss, teacher = MimicryLoss(), teacher_of()
+    each = [loss(*batch(), output_dict=True, **{x: teacher[x]})["mimicry_loss"] for x in TEACHER]
+    torch.testing.assert_close(sum(each), loss(*batch(), output_dict=True, **teacher)["mimicry_loss"])
+
+
+def test_a_teacher_gets_no_gradient_and_a_copy_of_it_costs_nothing() -> None:
+    v, t, s = batch()
+    teacher = {name: x.requires_grad_() for name, x in teacher_of().items()}
+    MimicryLoss(contrast=1)(v, t, s, **teacher).backward()
+    assert all(x.grad is None for x in teacher.values())
+    loss = MimicryLoss(weight=1)
+    same = loss(v, t, s, output_dict=True, **{IMAGE: v, TEXT: t})
+    assert same["mimicry_loss"] == 0
+
+
+def test_no_matrix_of_all_pairs_is_held() -> None:
+    n = 4096  # beyond the size up to which whole matrices are kept
+    v, t, s = (x.float().detach() for x in batch(n))
+    with LargestTensor() as largest:
+        loss = MimicryLoss(ClipLoss(memory_budget=0), contrast=1.0)
+        loss(v.requires_grad_(), t, s, **{name: x.float() for name, x in teacher_of(n).items()}).backward()
+    assert largest.elements < n * n
+
+
+# --- compositions -----------------------------------------------------------------------------------------
+
+
+def entry_of(loss: nn.Module, name: str) -> Tensor:
+    entries: dict[str, Tensor] = loss(*batch(), output_dict=True, **teacher_of())
+    return entries[name]
+
+
+def test_a_teacher_reaches_every_loss_of_a_composition() -> None:
+    alone = {
+        "mimicry_loss": entry_of(MimicryLoss(), "mimicry_loss"),
+        "cross_modal_loss": entry_of(ranks(), "cross_modal_loss"),
+        "in_modal_loss": entry_of(ranks(), "in_modal_loss"),
+    }
+    together = (
+        ranks(MimicryLoss()),
+        MimicryLoss(ranks()),
+        ranks(CyClipLoss(MimicryLoss())),
+        MimicryLoss(CyClipLoss(ranks())),
+    )
+    for loss in together:
+        for name, value in alone.items():
+            torch.testing.assert_close(entry_of(loss, name), value)
+
+
+def test_a_loss_takes_a_teacher_by_its_signature_or_by_its_bases() -> None:
+    def plain(image_features, text_features, logit_scale, **others): ...
+    def taught(image_features, text_features, logit_scale, *, reference_text_features): ...
+
+    assert [takes_teacher(x) for x in (ClipLoss(), plain, CyClipLoss(), CyClipLoss(ClipLoss()))] == [
+        False
+    ] * 4
+    assert all(takes_teacher(x) for x in (taught, MimicryLoss(), CyClipLoss(ranks()), ranks(CyClipLoss())))
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"weight": -1}, "weight must be finite and >= 0; got -1"),
+        ({"contrast": float("nan")}, "contrast must be finite"),
+        ({"contrast_scale": 0}, "contrast_scale must be finite and > 0; got 0"),
+        ({"weight": 0}, "weight or contrast must be above 0"),
+        ({"base": ClipLoss}, "base must be a loss"),
+        ({"gather": True}, "gather must be"),
+    ],
+)
+def test_arguments_are_checked(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        MimicryLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "teacher", "named"),
+    [
+        ({}, {}, "needs reference_image_features or reference_text_features; got neither"),
+        ({"contrast": 1}, {IMAGE: teacher_of()[IMAGE]}, f"needs {IMAGE} and {TEXT}; got {IMAGE}"),
+        ({}, teacher_of(6, 5), rf"{IMAGE} must have the student's width, 4, .*; got 5.*components\(4\)"),
+        ({}, teacher_of(5), rf"{IMAGE} must have one row per pair, 6"),
+        ({}, {TEXT: torch.zeros(6, 4)}, f"{TEXT} must not have rows of zeros"),
+        ({}, {TEXT: torch.full((6, 4), torch.nan)}, f"{TEXT} must be finite"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_named(options: Any, teacher: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        MimicryLoss(**options)(*batch(), **teacher)
+
+
+def test_components_of_another_shape_are_named() -> None:
+    loss = MimicryLoss()
+    loss.components = torch.eye(6)[:, :4]
+    with pytest.raises(ValueError, match=rf"components must be \(5, 4\) for {IMAGE}; got \(6, 4\)"):
+        loss(*batch(), **teacher_of(6, 5))
