@@ -171,6 +171,8 @@ class Gather:
             if given is not None:
                 object.__setattr__(self, count, check_count(count, given, at_least=at_least))
         _check_group(self.group)
+        if self.group is not None:
+            _ = self.place
 
     def __deepcopy__(self, memo: Any) -> Gather:
         return self  # immutable, and a process group cannot be copied

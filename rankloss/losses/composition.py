@@ -32,11 +32,17 @@ def check_base(base: Base | None, gather: Gather, streaming: dict[str, Any] | No
 
 
 def is_streamed_clip(base: Base, gather: Gather) -> bool:
-    """True if a base is CLIP's loss of the pairs that ``gather`` gives, which the rank terms' pass gives, too.
+    """True if a base is CLIP's loss of the pairs that ``gather`` gives, and nothing runs only in its call.
 
-    The base is not called then, and neither are its hooks.
+    The pass of the rank terms gives this loss as well.
     """
-    return type(base) is ClipLoss and base.gather == gather and "forward" not in base.__dict__
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return (
+        type(base) is ClipLoss
+        and base.gather == gather
+        and "forward" not in base.__dict__
+        and not any(len(getattr(base, kind)) for kind in kinds)
+    )
 
 
 TEACHER = ("reference_image_features", "reference_text_features")

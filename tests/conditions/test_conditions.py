@@ -61,7 +61,7 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 
 def public_names() -> set[str]:
-    """The names of ``rankloss``; for a documented module, functions and classes that are not at the top, too."""
+    """The names of ``rankloss``; of a documented module, functions and classes that are not at the top."""
     names, modules = {"__version__"}, set()
     for name, value in vars(rankloss).items():
         is_module = isinstance(value, types.ModuleType)
