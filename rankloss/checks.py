@@ -59,10 +59,9 @@ def check_features(
             "Extra texts are for the base loss: see docs/data.md"
         )
     if image_features.shape[0] < min_pairs:
-        pairs = "one pair" if min_pairs == 1 else "two pairs"
         raise ValueError(
-            f"image_features and text_features must hold at least {pairs}; "
-            f"got shape {tuple(image_features.shape)}"
+            f"image_features and text_features must hold at least {'one' if min_pairs == 1 else 'two'} "
+            f"pair{'s' * (min_pairs > 1)}; got shape {tuple(image_features.shape)}"
         )
     check_device("text_features", text_features, image_features)
     if one_space:
@@ -239,13 +238,9 @@ def check_scale(logit_scale: Tensor | float) -> None:
         ValueError: for all else.
     """
     check_is_number("logit_scale", logit_scale)
-    if isinstance(logit_scale, Tensor):
-        if not logit_scale.is_cpu:
-            return
-        logit_scale = logit_scale.item()
-    if logit_scale <= 0:
+    if (not isinstance(logit_scale, Tensor) or logit_scale.is_cpu) and logit_scale <= 0:
         raise ValueError(
-            f"logit_scale must be positive (it is the multiplier, not its log); got {logit_scale:g}"
+            f"logit_scale must be positive (it is the multiplier, not its log); got {float(logit_scale):g}"
         )
 
 

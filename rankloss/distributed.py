@@ -121,8 +121,8 @@ def _check_group(group: Any) -> None:
 
 # --- agreement of the processes -----------------------------------------------------------------------------
 
-_agreed: WeakKeyDictionary[object, set[tuple[Any, str]]] = WeakKeyDictionary()
-"""By caller: the process groups, and the descriptions that all of their processes had at the same call."""
+_agreed: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
+"""By caller: the descriptions that all processes had at the same call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,8 +227,8 @@ class Gather:
 
         Whoever gathers calls this before anything is gathered, with all features of the call by name, a
         teacher's among them, and None where one is not given. A description of them (names, dtypes, shapes,
-        and the flags) is compared when ``owner``, the loss that gathers, meets it for the first time in this
-        process group. It is not compared again, so later batches cost what they would without the check.
+        and the flags) is compared when ``owner``, the loss that gathers, meets it for the first time. It is
+        not compared again, so later batches cost what they would without the check.
 
         No process waits for one that does not come as long as all run the same program. Every process makes
         the same sequence of calls. The first call of an owner is compared on all of them, whatever each one
@@ -262,8 +262,7 @@ class Gather:
         flags = f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}"
         own = ", ".join([*given, flags]).replace("torch.", "")
         agreed = _agreed.setdefault(owner, set())
-        group = dist.group.WORLD if self.group is None else self.group
-        if (group, own) in agreed:
+        if own in agreed:
             return
         everyone = [own] * self.place[1]
         dist.all_gather_object(everyone, own, self.group)
@@ -273,7 +272,7 @@ class Gather:
                     "all processes must give features of the same names, dtypes and shapes; got "
                     f"{everyone[0]} on rank 0, but {other} on rank {rank}"
                 )
-        agreed.add((group, own))
+        agreed.add(own)
 
     def __call__(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """The features of all processes, image and text, in the order of the ranks.
@@ -319,8 +318,7 @@ class Gather:
 
     def constants(self, *features: Tensor | None) -> list[Tensor | None]:
         """Features of all processes without a gradient; None stays None."""
-        world_size = self.place[1]
-        return [x if x is None or world_size == 1 else _gather(x, self.group) for x in features]
+        return [x if x is None or self.place[1] == 1 else _gather(x, self.group) for x in features]
 
 
 _gathered: ContextVar[dict[Any, tuple[Tensor, Tensor]] | None] = ContextVar("_gathered", default=None)

@@ -8,15 +8,8 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from rankloss import checks
 from rankloss.batch import Batch
-from rankloss.checks import (
-    check_features,
-    check_is_number,
-    check_scale,
-    check_teacher,
-    look_at_rows,
-    look_at_scale,
-)
 from rankloss.distributed import Gather, GatherOption
 from rankloss.engine import weighted_terms
 from rankloss.options import RankOptions
@@ -69,18 +62,19 @@ class GatheringLoss(nn.Module):
         features = {"image_features": image_features, "text_features": text_features}
         self.gather.check_agreement(self, **features, **references)
         min_pairs = 1 if self.gather.place[1] > 1 else self._min_pairs
-        check_features(image_features, text_features, min_pairs=min_pairs, one_space=one_space)
-        check_scale(logit_scale)
+        checks.check_features(image_features, text_features, min_pairs=min_pairs, one_space=one_space)
+        checks.check_scale(logit_scale)
         if logit_bias is not None:
-            check_is_number("logit_bias", logit_bias)
+            checks.check_is_number("logit_bias", logit_bias)
         looked_at = self._looked_at
         for name, x in references.items():
-            if x is not None and check_teacher(name, x, image_features, first_look=name not in looked_at):
+            first_look = name not in looked_at
+            if x is not None and checks.check_teacher(name, x, image_features, first_look=first_look):
                 looked_at.add(name)
         for name, x in features.items():
-            if name not in looked_at and look_at_rows(name, x):
+            if name not in looked_at and checks.look_at_rows(name, x):
                 looked_at.add(name)
-        if "logit_scale" not in looked_at and look_at_scale("logit_scale", logit_scale):
+        if "logit_scale" not in looked_at and checks.look_at_scale("logit_scale", logit_scale):
             looked_at.add("logit_scale")
 
     def weighted_terms(
@@ -138,11 +132,7 @@ class StreamedLoss(GatheringLoss):
     """The same in chunks of rows."""
 
     def __init__(
-        self,
-        *,
-        gather: GatherOption = None,
-        chunk_size: int | None = None,
-        memory_budget: int | None = None,
+        self, *, gather: GatherOption = None, chunk_size: int | None = None, memory_budget: int | None = None
     ) -> None:
         super().__init__(gather)
         self._options = RankOptions(chunk_size=chunk_size, memory_budget=memory_budget)

@@ -106,9 +106,7 @@ class RankClipLoss(nn.Module):
         )
         streaming = {name: options.get(name) for name in ("chunk_size", "memory_budget")}
         self.base = check_base(base, self.consistency.gather, streaming)
-        if not callable(schedule):
-            schedule = schedules.by_name(schedule)
-        self.schedule = schedule
+        self.schedule = schedule if callable(schedule) else schedules.by_name(schedule)
         self.normalizer = check_weight("normalizer", normalizer)
         self._missing: str | None = "set_epoch(epoch, epochs) or set_progress(step, total_steps)"
         self._goes_by_epochs = False  # whether λ is of an epoch
