@@ -28,6 +28,7 @@ def check_matrix(name: str, x: object) -> None:
     assert isinstance(x, Tensor)
     if x.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense tensor; got layout {x.layout}")
+    _check_untransformed(name, x)
     if x.dim() != 2:
         hint = ". Several captions per image are several batches: see docs/data.md" if x.dim() == 3 else ""
         raise ValueError(f"{name} must have shape [N, D]; got {tuple(x.shape)}{hint}")
@@ -35,6 +36,13 @@ def check_matrix(name: str, x: object) -> None:
         raise ValueError(f"{name} must be floating point; got {x.dtype}")
     if x.shape[1] < 1:
         raise ValueError(f"{name} must have at least one column; got shape {tuple(x.shape)}")
+
+
+def _check_untransformed(name: str, x: Tensor) -> None:
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise ValueError(
+            f"{name} must not be transformed by torch.func; losses are differentiated by autograd"
+        )
 
 
 def check_features(
@@ -217,6 +225,10 @@ def check_is_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a float or a torch.Tensor; got {kind_of(value)}")
     if isinstance(value, Tensor) and (value.numel() != 1 or value.dim() > 2):  # or it would not broadcast
         raise ValueError(f"{name} must be one number; got shape {tuple(value.shape)}")
+    if isinstance(value, Tensor):
+        if value.dtype == torch.bool or value.is_complex():
+            raise ValueError(f"{name} must be a real number; got {value.dtype}")
+        _check_untransformed(name, value)
 
 
 def kind_of(value: object) -> str:

@@ -358,6 +358,7 @@ V, T, S = (x.detach() for x in features())
 
 
 META = torch.device("meta")
+UNREAL = (torch.bool, torch.complex64)
 BAD_INPUTS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ((V, T.tolist(), S), TypeError, "text_features .*list"),
     ((V.numpy(), T, S), TypeError, "image_features .*numpy.ndarray"),
@@ -377,6 +378,7 @@ BAD_INPUTS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ((V, T.to(META), S), ValueError, "text_features .*cpu.*meta"),
     *(((V, T, bad), ValueError, "logit_scale must be positive") for bad in (-1.0, -S, 0)),
     *(((V, T, bad), ValueError, "logit_scale must be one number") for bad in (V, S.view(1, 1, 1))),
+    *(((V, T, S.to(bad)), ValueError, f"logit_scale must be a real number; got {bad}") for bad in UNREAL),
     # torch does not multiply by a fraction
     *(((V, T, bad), TypeError, "logit_scale") for bad in (None, True, "ten", Fraction(10), np.array(10.0))),
 ]
@@ -387,6 +389,14 @@ BAD_INPUTS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
 def test_bad_inputs_are_named_whatever_lambda_is(name: str, inputs: Any, error: Any, named: str) -> None:
     with pytest.raises(error, match=named):
         MODULES[name]()(*inputs)
+
+
+@modules
+@pytest.mark.parametrize("argument", ["image_features", "text_features", "logit_scale"])
+def test_a_transform_of_torch_func_is_refused_by_name(name: str, argument: str) -> None:
+    loss, inputs = MODULES[name](), {"image_features": V, "text_features": T, "logit_scale": S}
+    with pytest.raises(ValueError, match=rf"{argument} must not be transformed by torch\.func"):
+        torch.func.grad(lambda x: loss(**inputs | {argument: x}))(inputs[argument])
 
 
 @pytest.mark.parametrize("name", TEACHER)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,23 +26,25 @@ from rankloss_features.binding import taught
 from rankloss_features.data import Table
 from rankloss_features.folder import NAMES
 from rankloss_features.teachers import Encoder, Teacher
-from rankloss_trainers.sentence_transformers import RankClipLoss
+from rankloss_trainers.sentence_transformers import ContrastiveLoss, RankClipLoss
 from rankloss_trainers.transformers import ContrastiveTrainer
 
 ROWS, WIDTH = 32, 6
 RANKED = {"schedule": "constant", "top_k": 4, "lambda_cross": 8.0, "lambda_in": 8.0}
 
 
-def features(seed: int = 0) -> dict[str, torch.Tensor]:
+def features(seed: int = 0, width: int = WIDTH) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: F.normalize(torch.randn(ROWS, WIDTH, generator=generator), dim=-1) for name in NAMES}
+    return {name: F.normalize(torch.randn(ROWS, width, generator=generator), dim=-1) for name in NAMES}
 
 
-def folder_of(path: Path, dataset: Any, image: str, caption: str, seed: int = 0) -> Features:
+def folder_of(
+    path: Path, dataset: Any, image: str, caption: str, seed: int = 0, width: int = WIDTH
+) -> Features:
     def encoder(rows: torch.Tensor) -> Encoder:
-        return Encoder(lambda samples: rows[[x.row for x in samples]], lambda x: x, WIDTH)
+        return Encoder(lambda samples: rows[[x.row for x in samples]], lambda x: x, width)
 
-    teacher = Teacher({}, {name: encoder(x) for name, x in features(seed).items()})
+    teacher = Teacher({}, {name: encoder(x) for name, x in features(seed, width).items()})
     return written(path, Table(dataset, image, caption, data="given"), teacher, dtype="float32")
 
 
@@ -177,24 +179,75 @@ def test_sentence_transformers_refuses_labels_that_are_no_teachers(tmp_path: Pat
 # --- the page ---------------------------------------------------------------------------------------------
 
 
-def test_examples_of_the_page_train_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[2] / "docs/teachers.md").read_text()
-    (printed,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    hugging_face, _, sentences = printed.rpartition("\n\n")
-    monkeypatch.chdir(tmp_path)
-    folder_of(Path("teacher"), pairs(), "image", "caption")
-    given = {"ContrastiveTrainer": ContrastiveTrainer, "RankClipLoss": RankClipLoss}
-    args = tiny_transformers.arguments(tmp_path, max_steps=2)
-    names: dict[str, Any] = {**given, "model": clip(), "args": args, "pairs": pairs()}
-    exec(hugging_face, names)
-    names["trainer"].train()
-    assert tiny_transformers.lines(names["trainer"])[-1]["in_modal_loss"] > 0
+PAGE = (Path(__file__).parents[2] / "docs/teachers.md").read_text()
+HUGGING_FACE, BOUND_SENTENCES, PAIRS_OF_TEXTS, OWN_LOOP = re.findall(
+    r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE
+)
 
-    data = tiny_sentences.pairs(ROWS).rename_column("text", "caption")
-    shutil.rmtree("teacher")
-    folder_of(Path("teacher"), data, "image", "caption")
-    model = tiny_sentences.tiny(tmp_path)
-    names.update(model=model, pairs=data)
-    exec(sentences, names)
-    ended = tiny_sentences.train(tmp_path, names["loss"], model, train_dataset=names["pairs"], max_steps=2)
-    assert ended.state.log_history[-2]["in_modal_loss"] > 0
+
+def processor(images: list[str], text: list[str], **_: Any) -> dict[str, torch.Tensor]:
+    """The stand-in of a processor: the columns of the pair that the name of a picture tells."""
+    rows = [int(Path(image).stem) for image in images]
+    assert text == [f"caption {row}" for row in rows]
+    return {name: x[rows] for name, x in Pairs(ROWS).columns.items()}
+
+
+def test_hugging_faces_example_trains_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = pairs().select_columns(["image", "caption"])
+    folder_of(Path("teacher"), data, "image", "caption", width=12)  # wider than the model's 8
+    names: dict[str, Any] = {"ContrastiveTrainer": ContrastiveTrainer, "processor": processor}
+    names["TrainingArguments"] = lambda _, **given: tiny_transformers.arguments(
+        tmp_path, max_steps=2, **given
+    )
+    names.update(model=clip(), pairs=data)
+    exec(HUGGING_FACE, names)
+    names["trainer"].train()
+    assert tiny_transformers.lines(names["trainer"])[-1]["mimicry_loss"] > 0
+
+
+def test_examples_of_sentence_transformers_train_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = tiny_sentences.pairs(ROWS)
+    captioned = data.rename_column("text", "caption")
+    folder_of(Path("teacher"), captioned, "image", "caption", width=20)  # wider than the model's 16
+    texts = data.rename_columns({"image": "question", "text": "answer"})
+    for example, given, term in (
+        (BOUND_SENTENCES, captioned, "mimicry_loss"),
+        (PAIRS_OF_TEXTS, texts, "in_modal_loss"),
+    ):
+        model = tiny_sentences.tiny(tmp_path)
+        names: dict[str, Any] = {"ContrastiveLoss": ContrastiveLoss, "np": np, "model": model, "pairs": given}
+        names["teacher"] = tiny_sentences.tiny(tmp_path)
+        exec(example, names)
+        given = names["pairs"]
+        ended = tiny_sentences.train(tmp_path, names["loss"], model, train_dataset=given, max_steps=2)
+        assert ended.state.log_history[-2][term] > 0
+
+
+class Towers(torch.nn.Module):
+    """Two towers whose inputs are the numbers of the pairs."""
+
+    width = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = torch.nn.Embedding(ROWS, 2 * self.width)
+
+    def forward(self, rows: np.ndarray[Any, Any]) -> tuple[torch.Tensor, torch.Tensor, float]:
+        features = self.embeddings(torch.from_numpy(rows)).split(self.width, dim=-1)
+        return *(F.normalize(x, dim=-1) for x in features), 10.0
+
+
+def test_the_example_of_an_own_loop_trains_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder_of(Path("teacher"), pairs(), "image", "caption", width=12)
+    model, rows = Towers(), np.arange(ROWS)
+    exec(OWN_LOOP, {"model": model, "batches": [rows[:16], rows[16:]], "torch": torch})
+    gradient = model.embeddings.weight.grad
+    assert gradient is not None
+    assert gradient.abs().sum(1).min() > 0
