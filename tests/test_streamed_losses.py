@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from batches import Batch, batches, gradients, random_batch
 from memory import LiveBytes, saved_bytes
 from oracle import siglip
-from rankloss import ClipLoss, InputWarning, RankClipLoss, SigLipLoss
+from rankloss import ClipLoss, RankClipLoss, SigLipLoss
 
 MIB = 2**20
 
@@ -181,14 +181,6 @@ def test_rank_terms_over_siglip_hold_no_matrix_either() -> None:
     with LiveBytes() as live:
         loss(*inputs).backward()
     assert live.peak < 36 * MIB  # one matrix is 72
-
-
-def test_siglip_without_a_bias_warns_once() -> None:
-    v, t, s, _ = inputs_of(random_batch(0, 6, 4, 10.0))
-    loss = SigLipLoss()
-    with pytest.warns(InputWarning, match="logit_bias is not given"):
-        loss(v, t, s)
-    loss(v, t, s)  # a second warning would be an error
 
 
 @both

@@ -11,17 +11,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from matplotlib import rcParams
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from rankloss.metrics import kendall_tau
-
-try:
-    from matplotlib import rcParams
-    from matplotlib.axes import Axes
-    from matplotlib.colors import to_rgba
-    from matplotlib.figure import Figure
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{error}: pip install 'rankloss[plots]'", name=error.name) from error
 
 __all__ = ["Term", "compare_rankings", "slope_chart"]
 
