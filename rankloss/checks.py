@@ -259,20 +259,22 @@ def check_scale(logit_scale: Tensor | float) -> None:
 _LARGEST_LOG = 5.0  # CLIP clamps the logarithm at log 100 = 4.6052
 
 
-def look_at_scale(name: str, scale: Tensor | float) -> bool:
+def look_at_scale(name: str, scale: Tensor | float, features: Tensor) -> bool:
     """Warn of a scale that looks like its logarithm; False where its value cannot be read.
 
     CLIP models keep the logarithm of the scale in a parameter, and clamp it at log 100. A parameter of at
     most 5 is warned of; so is another number above 1 and at most 5 that was not computed from a parameter,
-    since no model trains with a scale that small.
+    beside unit-norm ``features``, where no model trains with a scale that small.
     """
     is_parameter = isinstance(scale, nn.Parameter)
-    if isinstance(scale, Tensor) and not can_be_read(scale):
+    if not can_be_read(features) or (isinstance(scale, Tensor) and not can_be_read(scale)):
         return False
     if isinstance(scale, Tensor) and scale.requires_grad and not is_parameter:
         return True
     value = scale.item() if isinstance(scale, Tensor) else scale
-    if value < _LARGEST_LOG and (is_parameter or value > 1):
+    norms = torch.linalg.vector_norm(features.detach().float(), dim=-1)
+    is_unit = bool((norms - 1).abs().amax() < _UNIT)
+    if value < _LARGEST_LOG and (is_parameter or (value > 1 and is_unit)):
         kind = "a parameter of value" if is_parameter else "only"
         warnings.warn(
             f"{name} is {kind} {value:.4g}. CLIP models keep the logarithm of the scale in their parameter; "

@@ -74,7 +74,9 @@ class GatheringLoss(nn.Module):
         for name, x in features.items():
             if name not in looked_at and checks.look_at_rows(name, x):
                 looked_at.add(name)
-        if "logit_scale" not in looked_at and checks.look_at_scale("logit_scale", logit_scale):
+        if "logit_scale" not in looked_at and checks.look_at_scale(
+            "logit_scale", logit_scale, image_features
+        ):
             looked_at.add("logit_scale")
 
     def weighted_terms(

@@ -309,7 +309,7 @@ class RankedLists(GatheringLoss):
             checks.look_at_rows(
                 "candidate_features", candidates if index is not None else candidates[is_item]
             )
-            checks.look_at_scale("logit_scale", logit_scale)
+            checks.look_at_scale("logit_scale", logit_scale, queries)
             self._looked_at.add("all")
 
 
