@@ -33,7 +33,7 @@ $(VENV)/.release: pyproject.toml | $(VENV)/.base
 	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.base
-	$(PIP_INSTALL) --editable '.[docs,plots]'
+	$(PIP_INSTALL) --editable '.[docs]'
 	touch $@
 
 ## Train a small CLIP on OpenMoji with --loss clip and --loss rankclip side by side, evaluate both and draw.
@@ -131,7 +131,7 @@ bench-gpu: $(VENV)/.dev
 
 ## Mutation testing: the share of small faults in these files that these tests notice, and the survivors, in
 ## outputs/mutants (a minute or two each; repeated, the command goes on). MUTANTS_ARGS='--count 100' draws more of them.
-MUTATED := rankloss/dense.py rankloss/engine.py rankloss/products.py rankloss/ranking.py \
+MUTATED := rankloss/dense.py rankloss/engine.py rankloss/batch.py rankloss/ranking.py \
 	rankloss/distributed.py \
 	integrations/rankloss_trainers/runtime.py
 KILLERS := tests/test_dense.py tests/test_engine.py tests/test_ranking.py tests/test_batch.py \

@@ -22,22 +22,3 @@ from rankloss.losses import RankConsistency as RankConsistency
 from rankloss.losses import RankedLists as RankedLists
 from rankloss.losses import SigLipLoss as SigLipLoss
 from rankloss.options import RankOptions as RankOptions
-
-__all__ = [
-    "ClipLoss",
-    "Gather",
-    "InputWarning",
-    "MimicryLoss",
-    "RankClipLoss",
-    "RankConsistency",
-    "RankOptions",
-    "RankedLists",
-    "SigLipLoss",
-    "__version__",
-    "distributed",
-    "functional",
-    "metrics",
-    "plackett_luce_nll",
-    "reference",
-    "schedules",
-]

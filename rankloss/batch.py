@@ -3,19 +3,26 @@
 Notation: V, T are image and text features, s the scale; S = s·V·Tᵀ, R = s·T·Vᵀ, I = s·V·Vᵀ, X = s·T·Tᵀ. The
 cross-modal term compares S with R, the in-modal term I with X, row by row. A matrix is described by its
 anchors (rows) and its items (columns).
+
+Ties have to be exact for a loss to be independent of the order in which items arrive. A matrix product does
+not give that for free: the columns of two identical captions can come out a rounding apart, because the
+kernel sums edge columns in another order than the rest. So equal rows of features are recognised from their
+bits, before any product is taken.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.equal_rows import first_equal
-from rankloss.precision import arithmetic_device, arithmetic_dtype, constant, product, scalar
+from rankloss.precision import arithmetic_dtype, constant, in_arithmetic, product
 
 Term = Literal["cross_modal", "in_modal"]
 
@@ -55,6 +62,74 @@ class Matrix(NamedTuple):
         return product(self.anchors, self.items.T)
 
 
+# --- equal rows -------------------------------------------------------------------------------------------
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio in 64 bits: its multiples are far apart
+MIXING_SHIFT = 31  # no bit then has fewer than 32 above it, itself or its copy
+
+
+def first_occurrence(features: Tensor) -> Tensor:
+    """:func:`first_equal` as a tensor in any case."""
+    found = first_equal(features)
+    return torch.arange(len(features), device=features.device) if found is None else found
+
+
+def first_equal(features: Tensor) -> Tensor | None:
+    """Index of the first row that equals row i, for every i, ``[N]``; None where a look tells that none are.
+
+    It is i itself where the row is the first of its kind. A row that holds NaN equals no row.
+
+    Args:
+        features: ``[N, D]``, float32 or float64.
+
+    Example:
+        >>> first_equal(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])).tolist()
+        [0, 1, 0]
+
+    Rows are compared through a 64-bit hash, and each match is confirmed on the values themselves, so rows
+    that differ never count as equal. Where rows that differ have one hash, which is to be expected once in
+    some 10⁹ batches, those behind the first may miss their equals. Memory is O(N·D), and an accelerator's
+    host waits for nothing.
+    """
+    features = features.detach()
+    looks = features.is_cpu
+    if looks:  # equal rows have the same first eight bytes
+        first = np.add(features.numpy()[:, : 8 // features.itemsize], 0.0, order="C")  # −0.0 equals 0.0
+        if len(set(first.view(f"i{first[0].nbytes}").ravel().tolist())) == len(first):
+            return None
+    hashes = row_hashes(features)
+    ordered, order = hashes.sort(stable=True)  # stable: a group's first is its least
+    if looks and not bool((ordered[1:] == ordered[:-1]).any()):
+        return None
+    candidate = order[torch.searchsorted(ordered, hashes)]
+    same = (features[candidate] == features).all(-1)  # equal rows have one candidate
+    own = torch.arange(len(features), device=features.device)
+    return torch.where(same, candidate, own)
+
+
+def row_hashes(features: Tensor) -> Tensor:
+    """A 64-bit hash of every row, ``[N]``; equal rows have equal ones.
+
+    The bits of the entries, read as integers of 64 bits, are mixed, multiplied by an odd number of their
+    column and summed, all in wrapping integer arithmetic, which gives one value whatever the order of
+    summation. No step is arithmetic on the entries themselves, where a flushed subnormal would depend on the
+    thread.
+    """
+    bits = features.detach().contiguous().view(_BITS[features.dtype])
+    bits = F.threshold(bits, torch.iinfo(bits.dtype).min, 0)  # −0.0 equals 0.0
+    if bits.dtype == torch.int32 and bits.shape[1] % 2:
+        bits = F.pad(bits, (0, 1))
+    words = bits.view(torch.int64)
+    # Of a float32 like 1.0 only the upper bits are not zero, and a product would move them out of the word.
+    words = (words >> MIXING_SHIFT).bitwise_xor_(words)
+    factors = torch.arange(words.shape[1], device=words.device).mul_(GOLDEN).bitwise_or_(1)
+    return words.mul_(factors).sum(-1)
+
+
+# --- a batch ----------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Batch:
     """A batch's features, in the dtype of the arithmetic and on its device.
@@ -63,18 +138,22 @@ class Batch:
         inputs: ``image`` and ``text``, ``[N, D]``, the items of all lists; ``image_anchors`` and
             ``text_anchors``, ``[n, D]``, the rows that have lists here, the local ones of a distributed
             batch, or None where every item is an anchor; the scale s.
+        anchors: the number of rows that have lists here, n.
+        items: the length of a list, N.
         first_row: the place of the first anchor among the items.
-        reference_image: ``[N, D']``, a teacher's features of the items, by which the lists are ranked, or
-            None.
-        reference_text: likewise.
+        teacher: ``[N, D']`` by modality, a teacher's features of the items, by which the lists are ranked; or
+            None. A teacher of one modality ranks both, since the items of a list are the same pairs.
         home: the device of the features as they were given, to which the terms go.
+        find_equal: the search for equal items, see :func:`first_equal`.
     """
 
     inputs: Inputs
-    first_row: int = 0
-    reference_image: Tensor | None = None
-    reference_text: Tensor | None = None
-    home: torch.device | None = None
+    anchors: int
+    items: int
+    first_row: int
+    teacher: dict[str, Tensor] | None
+    home: torch.device
+    find_equal: Callable[[Tensor], Tensor | None] = first_equal
 
     @classmethod
     def of(
@@ -85,32 +164,21 @@ class Batch:
         *,
         anchors: tuple[Tensor, Tensor] | None = None,
         first_row: int = 0,
-        reference_image: Tensor | None = None,
-        reference_text: Tensor | None = None,
+        teacher: Sequence[Tensor | None] = (None, None),
     ) -> Batch:
         """Bring checked features to float32, or to float64 if either is that.
 
-        A teacher's features, whatever their dtype, are brought to the same dtype and lose their graph.
+        A teacher's features, image and text, are brought to the same dtype and lose their graph.
         """
         dtype, home = arithmetic_dtype(image_features, text_features), image_features.device
-        device = arithmetic_device(home)
-
-        def there(x: Tensor | None) -> Any:
-            return None if x is None else x.resolve_neg().to(device, non_blocking=x.dim() == 0).to(dtype)
-
-        features = (image_features, text_features, *(anchors or (None, None)), scalar(logit_scale, home))
-        image, text = (None if x is None else there(constant(x)) for x in (reference_image, reference_text))
-        return cls(Inputs(*map(there, features)), first_row, image, text, home)
-
-    @property
-    def items(self) -> int:
-        """The length of a list, N."""
-        return len(self.inputs.image)
-
-    @property
-    def anchors(self) -> int:
-        """The number of rows that have lists here, n."""
-        return self.items if self.inputs.image_anchors is None else len(self.inputs.image_anchors)
+        features = image_features, text_features, *(anchors or (None, None))
+        inputs: list[Any] = [x if x is None else in_arithmetic(x, dtype, home) for x in features]
+        inputs.append(in_arithmetic(logit_scale, dtype, home).reshape(()))
+        given = [in_arithmetic(constant(x), dtype, home) for x in teacher if x is not None]
+        ranked_by = {"image": given[0], "text": given[-1]} if given else None
+        n_items = len(image_features)
+        n = len(anchors[0]) if anchors else n_items
+        return cls(Inputs(*inputs), n, n_items, first_row, ranked_by, home)
 
     @property
     def positives(self) -> Tensor:
@@ -118,15 +186,9 @@ class Batch:
         return torch.arange(self.first_row, self.first_row + self.anchors, device=self.inputs.image.device)
 
     @property
-    def has_teacher(self) -> bool:
-        """True where a teacher's features rank the lists."""
-        return self.reference_image is not None or self.reference_text is not None
-
-    @property
     def features(self) -> list[Tensor]:
         """The features of all items, a teacher's among them."""
-        found = self.inputs.image, self.inputs.text, self.reference_image, self.reference_text
-        return [x for x in found if x is not None]
+        return [self.inputs.image, self.inputs.text, *(self.teacher or {}).values()]
 
     def matrices(self, term: Term) -> tuple[Matrix, Matrix]:
         """The two matrices of a term, with images and with texts as anchors: S and R, or I and X."""
@@ -138,35 +200,25 @@ class Batch:
             found.append(Matrix(given[anchors], given[items], (anchors, items)))
         return found[0], found[1]
 
-    @property
-    def ranked_by(self) -> dict[str, Tensor]:
-        """The features of the items that give the order, by modality: the batch's own, or a teacher's.
-
-        A teacher of one modality ranks both, since the items of a list are the same pairs.
-        """
-        image, text = self.reference_image, self.reference_text
-        if image is None and text is None:
-            return {"image": self.inputs.image, "text": self.inputs.text}
-        return {"image": text if image is None else image, "text": image if text is None else text}  # type: ignore[dict-item]
-
     def references(self, term: Term) -> tuple[Matrix, Matrix]:
         """The matrices by which the two of a term are ranked.
 
         Without a teacher each is ranked by the other; a teacher ranks S by its own S' and R by R', I by I'
         and X by X'.
         """
-        if not self.has_teacher:
-            of_images, of_texts = self.matrices(term)
+        of_images, of_texts = self.matrices(term)
+        if self.teacher is None:
             return of_texts, of_images
-        features, rows = self.ranked_by, slice(self.first_row, self.first_row + self.anchors)
+        rows = slice(self.first_row, self.first_row + self.anchors)
         names = [(anchors.removesuffix("_anchors"), items) for anchors, items in _FACTORS[term]]
-        of_images, of_texts = (Matrix(features[a][rows], features[b], (a, b)) for a, b in names)
+        of_images, of_texts = (Matrix(self.teacher[a][rows], self.teacher[b], (a, b)) for a, b in names)
         return of_images, of_texts
 
     @functools.cached_property
     def first_equal(self) -> dict[str, Tensor | None]:
         """``[N]`` by modality: the first reference item that equals item j; None where no two are equal."""
-        return {modality: first_equal(x) for modality, x in self.ranked_by.items()}
+        ranked_by = self.teacher or {"image": self.inputs.image, "text": self.inputs.text}
+        return {modality: self.find_equal(x) for modality, x in ranked_by.items()}
 
     def exact_reference(self, matrix: Matrix, cosines: Tensor) -> Tensor:
         """Rows of cosines as a reference: no gradient, equal items tied exactly whatever the rounding."""

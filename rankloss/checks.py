@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankloss.precision import can_be_read, can_sync
+from rankloss.options import RankOptions
+from rankloss.precision import can_be_read
 
 
 class InputWarning(UserWarning):
@@ -25,17 +26,14 @@ def check_matrix(name: str, x: object) -> None:
     """
     check_is_tensor(name, x)
     assert isinstance(x, Tensor)
-    if x.is_nested or x.layout is not torch.strided:
-        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
-        raise ValueError(f"{name} must be a dense tensor; got {kind}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor; got layout {x.layout}")
     _check_untransformed(name, x)
     if x.dim() != 2:
         hint = ". Several captions per image are several batches: see docs/data.md" if x.dim() == 3 else ""
         raise ValueError(f"{name} must have shape [N, D]; got {tuple(x.shape)}{hint}")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point; got {x.dtype}")
-    if x.dtype.itemsize < 2:
-        raise ValueError(f"{name} must be floating point of at least 16 bits; got {x.dtype}")
     if x.shape[1] < 1:
         raise ValueError(f"{name} must have at least one column; got shape {tuple(x.shape)}")
 
@@ -47,10 +45,14 @@ def _check_untransformed(name: str, x: Tensor) -> None:
         )
 
 
-def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: int = 2) -> None:
+def check_features(
+    image_features: Tensor, text_features: Tensor, *, min_pairs: int = 2, one_space: bool = True
+) -> None:
     """Raise an error that names the argument unless both are floating ``[N, D]`` of one N and device.
 
-    N must be at least ``min_pairs``: a list needs two items, but a process may hold one of many.
+    N must be at least ``min_pairs``: a list needs two items, but a process may hold one of many. With
+    ``one_space`` they must have one width, as what compares images with texts needs; the in-modal term does
+    not.
 
     Raises:
         TypeError: for features that are no tensor.
@@ -65,31 +67,27 @@ def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: 
             "Extra texts are for the base loss: see docs/data.md"
         )
     if image_features.shape[0] < min_pairs:
-        pairs = "one pair" if min_pairs == 1 else "two pairs"
         raise ValueError(
-            f"image_features and text_features must hold at least {pairs}; "
-            f"got shape {tuple(image_features.shape)}"
+            f"image_features and text_features must hold at least {'one' if min_pairs == 1 else 'two'} "
+            f"pair{'s' * (min_pairs > 1)}; got shape {tuple(image_features.shape)}"
         )
     check_device("text_features", text_features, image_features)
+    if one_space:
+        _check_one_space("image_features", image_features, "text_features", text_features)
 
 
-WITHOUT_CROSS_MODAL = (
+def _check_one_space(of_images: str, image_features: Tensor, of_texts: str, text_features: Tensor) -> None:
+    if image_features.shape[1] != text_features.shape[1]:
+        raise ValueError(
+            f"{of_images} and {of_texts} must have one shape [N, D]; got {tuple(image_features.shape)} and "
+            f"{tuple(text_features.shape)}. For encoders that share no space {_WITHOUT_CROSS_MODAL}"
+        )
+
+
+_WITHOUT_CROSS_MODAL = (
     "leave the cross-modal term out, cross_modal=0 (RankClipLoss: lambda_cross=0, open_clip: "
     "--rankclip-lambda-cross 0)"
 )
-
-
-def check_one_space(image_features: Tensor, text_features: Tensor) -> None:
-    """Raise a ValueError unless image and text features have one width, as those of one space have.
-
-    What compares images with texts calls this. The in-modal term does not.
-    """
-    if image_features.shape[1] != text_features.shape[1]:
-        raise ValueError(
-            "image_features and text_features must have one shape [N, D]; "
-            f"got {tuple(image_features.shape)} and {tuple(text_features.shape)}. For encoders that share no "
-            f"space {WITHOUT_CROSS_MODAL}"
-        )
 
 
 # --- a teacher's features ---------------------------------------------------------------------------------
@@ -124,28 +122,48 @@ def check_teacher(
         >>> check_teacher("reference_text_features", torch.eye(4))
         True
     """
-    if image_features is None:
-        check_matrix(name, features)
-    else:
-        check_reference_features(name, features, image_features)
-    if not first_look and not can_sync(features):
+    check_matrix(name, features)
+    if image_features is not None:
+        if len(features) != len(image_features):
+            raise ValueError(
+                f"{name} must have one row per pair, {len(image_features)}; got shape {tuple(features.shape)}"
+            )
+        check_device(name, features, image_features)
+    if not (first_look or features.is_cpu):
         return False
     return look_at_rows(name, features, is_teacher=True, warns=first_look)
 
 
-def check_reference_features(name: str, reference: Tensor, image_features: Tensor) -> None:
-    """The part of :func:`check_teacher` that is free on every device: floating ``[N, D']``, on the device.
-
-    Raises:
-        TypeError: for anything but a tensor.
-        ValueError: for all else.
-    """
-    check_matrix(name, reference)
-    if len(reference) != len(image_features):
+def check_references(
+    options: RankOptions,
+    *,
+    cross_modal: bool,
+    reference_image_features: Tensor | None,
+    reference_text_features: Tensor | None,
+) -> None:
+    """Raise a ValueError unless a teacher's features fit the options and the terms that are wanted."""
+    image, text = reference_image_features, reference_text_features
+    if image is None and text is None:
+        if options.reference_scale is not None:
+            raise ValueError(
+                f"reference_scale={options.reference_scale!r} multiplies a teacher's similarities; it needs "
+                "reference_image_features or reference_text_features"
+            )
+        return
+    given = "reference_text_features" if image is None else "reference_image_features"
+    if options.fixed_reference is not None:
         raise ValueError(
-            f"{name} must have one row per pair, {len(image_features)}; got shape {tuple(reference.shape)}"
+            f"fixed_reference={options.fixed_reference!r} fixes one of the batch's own rankings; it does not "
+            f"apply beside {given}"
         )
-    check_device(name, reference, image_features)
+    if not cross_modal:
+        return
+    if image is None or text is None:
+        raise ValueError(
+            "the cross-modal term needs reference_image_features and reference_text_features; got "
+            f"{given} alone, which ranks the in-modal term: {_WITHOUT_CROSS_MODAL}"
+        )
+    _check_one_space("reference_image_features", image, "reference_text_features", text)
 
 
 _UNIT = 0.01  # largest distance of a norm from 1
@@ -196,7 +214,7 @@ def check_is_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor; got {kind_of(value)}")
 
 
-def check_is_number(name: str, value: object, features: Tensor) -> None:
+def check_is_number(name: str, value: object) -> None:
     """Raise an error that names the argument unless it is one number, which features can be multiplied by.
 
     Raises:
@@ -205,14 +223,12 @@ def check_is_number(name: str, value: object, features: Tensor) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (Tensor, float, int, np.number)):
         raise TypeError(f"{name} must be a float or a torch.Tensor; got {kind_of(value)}")
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.dim() > 2):  # or it would not broadcast
+        raise ValueError(f"{name} must be one number; got shape {tuple(value.shape)}")
     if isinstance(value, Tensor):
-        if value.numel() != 1 or value.dim() > 2:  # more dimensions would not broadcast with features
-            raise ValueError(f"{name} must be one number; got shape {tuple(value.shape)}")
         if value.dtype == torch.bool or value.is_complex():
             raise ValueError(f"{name} must be a real number; got {value.dtype}")
         _check_untransformed(name, value)
-        if value.is_meta:  # on other devices torch takes it, or says that it does not
-            check_device(name, value, features)
 
 
 def kind_of(value: object) -> str:
@@ -226,21 +242,17 @@ def check_device(name: str, x: Tensor, like: Tensor, like_name: str = "image_fea
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}; got {x.device}")
 
 
-def check_scale(logit_scale: Tensor | float, features: Tensor) -> None:
+def check_scale(logit_scale: Tensor | float) -> None:
     """Raise an error unless the scale is one positive number; its value is looked at where that is free.
 
     Raises:
         TypeError: as :func:`check_is_number`.
         ValueError: for all else.
     """
-    check_is_number("logit_scale", logit_scale, features)
-    if isinstance(logit_scale, Tensor):
-        if not can_sync(logit_scale):
-            return
-        logit_scale = logit_scale.item()
-    if logit_scale <= 0:
+    check_is_number("logit_scale", logit_scale)
+    if (not isinstance(logit_scale, Tensor) or logit_scale.is_cpu) and logit_scale <= 0:
         raise ValueError(
-            f"logit_scale must be positive (it is the multiplier, not its log); got {logit_scale:g}"
+            f"logit_scale must be positive (it is the multiplier, not its log); got {float(logit_scale):g}"
         )
 
 
@@ -255,12 +267,14 @@ def look_at_scale(name: str, scale: Tensor | float, features: Tensor) -> bool:
     beside unit-norm ``features``, where no model trains with a scale that small.
     """
     is_parameter = isinstance(scale, nn.Parameter)
-    if not (can_be_read(features) and (not isinstance(scale, Tensor) or can_be_read(scale))):
+    if not can_be_read(features) or (isinstance(scale, Tensor) and not can_be_read(scale)):
         return False
     if isinstance(scale, Tensor) and scale.requires_grad and not is_parameter:
         return True
     value = scale.item() if isinstance(scale, Tensor) else scale
-    if value < _LARGEST_LOG and (is_parameter or (value > 1 and _are_unit(features))):
+    norms = torch.linalg.vector_norm(features.detach().float(), dim=-1)
+    is_unit = bool((norms - 1).abs().amax() < _UNIT)
+    if value < _LARGEST_LOG and (is_parameter or (value > 1 and is_unit)):
         kind = "a parameter of value" if is_parameter else "only"
         warnings.warn(
             f"{name} is {kind} {value:.4g}. CLIP models keep the logarithm of the scale in their parameter; "
@@ -269,14 +283,3 @@ def look_at_scale(name: str, scale: Tensor | float, features: Tensor) -> bool:
             stacklevel=1,
         )
     return True
-
-
-def _are_unit(features: Tensor) -> bool:
-    norms = torch.linalg.vector_norm(features.detach().float(), dim=-1)
-    return bool((norms - 1).abs().amax() < _UNIT)
-
-
-def check_bias(logit_bias: Tensor | float | None, features: Tensor) -> None:
-    """Raise an error unless the bias is one number, or None: see :func:`check_is_number`."""
-    if logit_bias is not None:
-        check_is_number("logit_bias", logit_bias, features)

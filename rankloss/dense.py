@@ -13,7 +13,6 @@ other worths than ``exp``, random ties, rank discounts, a value per anchor, and 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,12 +22,9 @@ from torch import Tensor
 
 from rankloss.batch import RANK_TERMS, Batch, Matrix, Term, other_items
 from rankloss.options import RankOptions, Worth
-from rankloss.precision import can_sync
 from rankloss.ranking import quantize
 
 _UNIT = 0.01  # distance of a row's norm from 1 up to which it counts as unit-norm
-_COPIES = 12  # of a matrix, in float32 and as indices, that the definition holds for its backward pass
-_HOST_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 # --- one list ---------------------------------------------------------------------------------------------
@@ -125,7 +121,7 @@ def log_worth(scores: Tensor, worth: Worth) -> Tensor:
         return scores
     floor = -1.0 if worth == "shifted" else 0.0
     values = scores.detach()
-    if can_sync(values):
+    if values.is_cpu:
         smallest = values.amin()
         if bool(smallest <= floor) and bool(values.isfinite().all()):
             raise ValueError(
@@ -195,7 +191,7 @@ def rank_term(batch: Batch, term: Term, options: RankOptions) -> Tensor:
         return _cross_modal_of_all_pairs(batch, options)
     references = batch.references(term)
     cosines = [matrix.cosines() for matrix in batch.matrices(term)]
-    ranked_by = [matrix.cosines() for matrix in references] if batch.has_teacher else cosines[::-1]
+    ranked_by = [matrix.cosines() for matrix in references] if batch.teacher is not None else cosines[::-1]
     value: Tensor = batch.inputs.image.new_zeros(batch.anchors)
     for c, reference, y, share in zip(cosines, references, ranked_by, options.directions, strict=True):
         if share == 0:
@@ -242,7 +238,9 @@ def _cross_modal_of_all_pairs(batch: Batch, options: RankOptions) -> Tensor:
     of_images, _ = batch.matrices("cross_modal")
     by_first, by_second = batch.references("cross_modal")
     cosines = of_images.cosines()
-    reference = batch.exact_reference(by_first, by_first.cosines() if batch.has_teacher else cosines.T)
+    reference = batch.exact_reference(
+        by_first, by_first.cosines() if batch.teacher is not None else cosines.T
+    )
     equal = batch.first_equal[by_second.factors[1]]
     if equal is not None:  # here equal anchors tie as well
         reference = reference[equal]
@@ -258,22 +256,3 @@ def _flat_terms(cosines: Tensor, reference: Tensor, batch: Batch, options: RankO
     x, y = (m if others is None else m.gather(-1, others) for m in (cosines, reference))
     terms = _list_terms(x.flatten(), y.flatten(), batch.inputs.scale, options).view_as(x)
     return terms if others is None else torch.zeros_like(cosines).scatter(-1, others, terms)
-
-
-def check_memory(batch: Batch, options: RankOptions) -> None:
-    """Raise a ValueError where the whole matrices would not fit into the device's memory."""
-    n, items, image = batch.anchors, batch.items, batch.inputs.image
-    device = image.device
-    if device.type == "cpu":
-        total = _HOST_BYTES
-    elif device.type == "cuda" and torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        return
-    needed = _COPIES * n * items * image.dtype.itemsize
-    if needed > total:
-        raise ValueError(
-            f"{options!r} needs whole matrices of {n:,} × {items:,}, about {needed / 2**30:,.0f} GiB, and "
-            f"{device} has {total / 2**30:,.0f} GiB. Memory is linear in the batch for row lists of worth "
-            "'exp' with shared ties, without discount and reduction='none'"
-        )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -18,10 +17,7 @@ from rankloss.checks import kind_of
 from rankloss.options import check_choice, check_count
 from rankloss.precision import can_be_read
 
-__all__ = ["Gather", "GatherOption", "Gathered", "all_gather", "gather_once"]
-
-Gathered: TypeAlias = tuple[Tensor, Tensor]
-"""The image and the text features of all processes, as :class:`Gather` gives them."""
+__all__ = ["Gather", "GatherOption", "all_gather", "gather_once"]
 
 
 def all_gather(x: Tensor, group: Any = None) -> Tensor:
@@ -48,7 +44,8 @@ def all_gather(x: Tensor, group: Any = None) -> Tensor:
         >>> all_gather(torch.ones(2, 3)).shape  # one process
         torch.Size([2, 3])
     """
-    if not _initialized() or _world_size(group) == 1:
+    _check_group(group)
+    if not _initialized() or dist.get_world_size(group) == 1:
         return x
     result: Tensor = _AllGather.apply(x, group)  # type: ignore[no-untyped-call]
     return result
@@ -76,7 +73,9 @@ class _ReduceScatter(torch.autograd.Function):
         if _has_tensor_collectives(y, group):
             terms = y.detach().to(dtype).contiguous()
             own = terms.new_empty(len(y) // dist.get_world_size(group), *y.shape[1:])
-            _tensor_collective("reduce_scatter")(own, terms, group=group)
+            # Since torch 2.13 the old name warns.
+            reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            reduce(own, terms, group=group)
             return own.to(y.dtype)
         total = y.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
@@ -93,42 +92,25 @@ def _gather(x: Tensor, group: Any) -> Tensor:
     world_size = dist.get_world_size(group)
     if _has_tensor_collectives(x, group):
         gathered = x.new_empty(world_size * len(x), *x.shape[1:])
-        _tensor_collective("all_gather")(gathered, x, group=group)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered, x, group=group)
         return gathered
     chunks = [torch.empty_like(x) for _ in range(world_size)]
     dist.all_gather(chunks, x, group=group)
     return torch.cat(chunks)
 
 
-# The backends that gather into, and reduce from, one tensor in every supported torch. Compared to an
-# all_reduce this moves half the bytes; compared to a list of tensors it saves the copy that joins them.
-_TENSOR_BACKENDS = frozenset({"nccl", "xccl", "hccl"})
-
-
 def _has_tensor_collectives(x: Tensor, group: Any) -> bool:
-    """True if the group's backend for the device of ``x`` is one of them; gloo is in new versions only."""
-    name = dist.get_backend(group)  # "nccl", or by device: "cpu:gloo,cuda:nccl"
-    by_device = dict(part.split(":", 1) for part in name.split(",") if ":" in part)
-    if name == "undefined":  # init_process_group() without a backend: each device has its default
-        by_device = {"cuda": "nccl", "xpu": "xccl"}
-    return by_device.get(x.device.type, name) in _TENSOR_BACKENDS
+    """True if the backend gathers into, and reduces from, one tensor in every supported torch.
 
-
-def _tensor_collective(operation: str) -> Callable[..., Any]:
-    old = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}[operation]
-    new = f"{operation}_single"  # since torch 2.13, where the old names warn
-    name = new if hasattr(dist, new) else old
-    collective: Callable[..., Any] = getattr(dist, name)
-    return collective
+    Compared to an all_reduce this moves half the bytes; compared to a list of tensors it saves the copy that
+    joins them. On a CPU the backend is gloo, whose name is another where it serves beside one for devices.
+    """
+    return not x.is_cpu and dist.get_backend(group) != "gloo"
 
 
 def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def _world_size(group: Any) -> int:
-    _check_group(group)
-    return dist.get_world_size(group)
 
 
 def _check_group(group: Any) -> None:
@@ -139,50 +121,8 @@ def _check_group(group: Any) -> None:
 
 # --- agreement of the processes -----------------------------------------------------------------------------
 
-_DESCRIPTION_BYTES = 1023  # odd, as no tensor of features is: backends that look at sizes refuse to mix them
-
-_agreed: WeakKeyDictionary[Any, WeakKeyDictionary[Any, set[bytes]]] = WeakKeyDictionary()
-"""By process group and caller: the descriptions that all processes had at the same call."""
-
-
-def _check_agreement(gather: Gather, owner: object, features: Mapping[str, Any]) -> None:
-    tensors = [x for x in features.values() if isinstance(x, Tensor)]
-    if not tensors or not can_be_read(tensors[0]):
-        return
-    group = dist.group.WORLD if gather.group is None else gather.group
-    agreed = _agreed.setdefault(group, WeakKeyDictionary()).setdefault(owner, set())
-    lines = [f"{name} {_description(x)}" for name, x in features.items() if x is not None]
-    lines.append(f"gather local_loss={gather.local_loss}, gather_with_grad={gather.gather_with_grad}")
-    own = "\n".join(lines).encode()[:_DESCRIPTION_BYTES]
-    if own in agreed:
-        return
-    padded = own.ljust(_DESCRIPTION_BYTES, b"\0")
-    row = torch.frombuffer(bytearray(padded), dtype=torch.uint8)[None].to(tensors[0].device)
-    everyone = [bytes(x).rstrip(b"\0") for x in _gather(row, gather.group).tolist()]
-    if any(other != own for other in everyone):
-        raise ValueError(
-            "all processes must give features of the same names, dtypes and shapes; "
-            + _differences([other.decode(errors="replace") for other in everyone])
-        )
-    agreed.add(own)
-
-
-def _description(x: Any) -> str:
-    return f"{x.dtype} {list(x.shape)}".removeprefix("torch.") if isinstance(x, Tensor) else kind_of(x)
-
-
-def _differences(everyone: Sequence[str]) -> str:
-    """The differences by rank: "x is float32 [4, 6] on rank 0, not given on rank 1"."""
-    by_rank = [dict(line.split(" ", 1) for line in text.splitlines()) for text in everyone]
-    differences = []
-    for name in dict.fromkeys(name for of_rank in by_rank for name in of_rank):
-        ranks: dict[str, list[int]] = {}
-        for rank, of_rank in enumerate(by_rank):
-            ranks.setdefault(of_rank.get(name, "not given"), []).append(rank)
-        if len(ranks) > 1:
-            shown = ((kind, ", ".join(map(str, r[:4])) + ", …" * (len(r) > 4)) for kind, r in ranks.items())
-            differences.append(f"{name} is " + ", ".join(f"{kind} on rank {which}" for kind, which in shown))
-    return "; ".join(differences)
+_agreed: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
+"""By caller: the descriptions that all processes had at the same call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +148,9 @@ class Gather:
 
     Raises:
         ValueError: for a flag that is not a bool, a rank or size that is not an integer, unless
-            0 ≤ rank < world_size, and where they are not this process's rank in the group and the group's
-            size; for the default group at the first call, since it may be initialised later; for a group
-            that is no process group, or one that this process does not belong to.
+            0 ≤ rank and 1 ≤ world_size; at the first call where they are not this process's rank in the group
+            and the group's size; for a group that is no process group, or one that this process does not
+            belong to.
 
     Example:
         >>> Gather(local_loss=False).place  # no process group: rank 0 of 1
@@ -230,10 +170,6 @@ class Gather:
             given = getattr(self, count)
             if given is not None:
                 object.__setattr__(self, count, check_count(count, given, at_least=at_least))
-        if self.rank is not None and self.world_size is not None and self.rank >= self.world_size:
-            raise ValueError(
-                f"rank must be in [0, world_size); got rank={self.rank!r}, world_size={self.world_size!r}"
-            )
         _check_group(self.group)
         if self.group is not None:
             _ = self.place
@@ -269,18 +205,13 @@ class Gather:
         """
         if not _initialized() or (self.world_size == 1 and self.group is None):
             return self.rank or 0, self.world_size or 1
-        size, rank = _world_size(self.group), dist.get_rank(self.group)
+        size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         if self.rank not in (None, rank) or self.world_size not in (None, size):
             raise ValueError(
                 f"this process has rank {rank} of {size} in its process group; "
                 f"got rank={self.rank!r}, world_size={self.world_size!r}"
             )
         return rank, size
-
-    @property
-    def min_pairs(self) -> int:
-        """The pairs that this process must bring, so that the whole batch has two."""
-        return 1 if self.place[1] > 1 else 2
 
     @property
     def anchors_are_local(self) -> bool:
@@ -291,18 +222,13 @@ class Gather:
         """The column of the first of this process's ``own`` rows; 0 where all rows are computed."""
         return self.place[0] * own if self.anchors_are_local else 0
 
-    def matches(self, other: Gather) -> bool:
-        """True if both see the same features in the same way, so that one gathering serves both."""
-        return self == other or self.place[1] == other.place[1] == 1
-
     def check_agreement(self, owner: object, **features: Tensor | None) -> None:
         """Raise the same ValueError on every process unless all bring features of one kind.
 
         Whoever gathers calls this before anything is gathered, with all features of the call by name, a
         teacher's among them, and None where one is not given. A description of them (names, dtypes, shapes,
-        and the flags) is compared by one collective of a fixed size when ``owner``, the loss that gathers,
-        meets it for the first time in this process group. It is not compared again, so later batches cost
-        what they would without the check.
+        and the flags) is compared when ``owner``, the loss that gathers, meets it for the first time. It is
+        not compared again, so later batches cost what they would without the check.
 
         No process waits for one that does not come as long as all run the same program. Every process makes
         the same sequence of calls. The first call of an owner is compared on all of them, whatever each one
@@ -312,10 +238,9 @@ class Gather:
         compared again.
 
         What this cannot see is a later change on some processes alone while the others bring what was
-        compared before: the former enter this collective and the latter the next one. No wrong number comes
-        of it: no tensor of features has as many bytes as a description, at which gloo fails at once and NCCL
-        waits until its timeout. To see it by name, every call would have to be compared, which costs an
-        accelerator a wait per step.
+        compared before: the former enter this collective and the latter the next one. Their sizes differ, at
+        which gloo fails at once and NCCL waits until its timeout. To see it by name, every call would have to
+        be compared, which costs an accelerator a wait per step.
 
         A captured graph compares nothing.
 
@@ -324,19 +249,37 @@ class Gather:
             **features: by name.
 
         Raises:
-            ValueError: where the processes differ; it lists each rank's.
+            ValueError: where the processes differ; it shows rank 0's and the first that differs.
         """
-        if self.place[1] > 1 and _initialized():
-            _check_agreement(self, owner, features)
+        tensors = [x for x in features.values() if isinstance(x, Tensor)]
+        if self.place[1] == 1 or not (_initialized() and tensors and can_be_read(tensors[0])):
+            return
+        given = [
+            f"{name} {x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else f"{name} {kind_of(x)}"
+            for name, x in features.items()
+            if x is not None
+        ]
+        flags = f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}"
+        own = ", ".join([*given, flags]).replace("torch.", "")
+        agreed = _agreed.setdefault(owner, set())
+        if own in agreed:
+            return
+        everyone = [own] * self.place[1]
+        dist.all_gather_object(everyone, own, self.group)
+        for rank, other in enumerate(everyone):
+            if other != everyone[0]:
+                raise ValueError(
+                    "all processes must give features of the same names, dtypes and shapes; got "
+                    f"{everyone[0]} on rank 0, but {other} on rank {rank}"
+                )
+        agreed.add(own)
 
-    def __call__(self, image_features: Tensor, text_features: Tensor) -> Gathered:
+    def __call__(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """The features of all processes, image and text, in the order of the ranks.
 
         Raises:
             RuntimeError: for several processes without a process group.
-            ValueError: where the processes bring features of different kinds, see :meth:`check_agreement`.
         """
-        self.check_agreement(Gather, image_features=image_features, text_features=text_features)
         return self.items(image_features), self.items(text_features)
 
     def items(self, features: Tensor, *, are_anchors: bool = True) -> Tensor:
@@ -358,27 +301,24 @@ class Gather:
                 f"rank={self.rank!r}, world_size={self.world_size!r} needs "
                 "torch.distributed.init_process_group() before the first forward"
             )
-        return _once((self, are_anchors), features, lambda: self._all(features, rank, are_anchors))
-
-    def _all(self, features: Tensor, rank: int, are_anchors: bool) -> Tensor:
+        shared = _gathered.get()
+        key = self, are_anchors, id(features), torch.is_grad_enabled()
+        if shared is not None and key in shared:
+            return shared[key][1]
         if self.gather_with_grad:
-            return all_gather(features, self.group)
-        gathered = _gather(features, self.group)
-        if self.local_loss and are_anchors:
-            return gathered
-        chunks = list(gathered.split(len(features)))
-        chunks[rank] = features
-        return torch.cat(chunks)
+            gathered = all_gather(features, self.group)
+        else:
+            gathered = _gather(features, self.group)
+            if not (self.local_loss and are_anchors):
+                first, last = rank * len(features), (rank + 1) * len(features)
+                gathered = torch.cat([gathered[:first], features, gathered[last:]])
+        if shared is not None:  # with the tensor, whose identity is not given away while it lives
+            shared[key] = features, gathered
+        return gathered
 
     def constants(self, *features: Tensor | None) -> list[Tensor | None]:
-        """Features ``[n, D_k]`` of all processes, without a gradient, in one gathering; None stays None."""
-        given = [x.detach() for x in features if x is not None]
-        if given and self.place[1] > 1:
-            dtype = functools.reduce(torch.promote_types, (x.dtype for x in given))
-            gathered = _gather(torch.cat([x.to(dtype) for x in given], 1), self.group)
-            given = list(gathered.split([x.shape[1] for x in given], 1))
-        remaining = iter(given)
-        return [None if x is None else next(remaining) for x in features]
+        """Features of all processes without a gradient; None stays None."""
+        return [x if x is None or self.place[1] == 1 else _gather(x, self.group) for x in features]
 
 
 _gathered: ContextVar[dict[Any, tuple[Tensor, Tensor]] | None] = ContextVar("_gathered", default=None)
@@ -402,17 +342,6 @@ def gather_once() -> Iterator[None]:
         yield
     finally:
         _gathered.reset(token)
-
-
-def _once(key: Any, features: Tensor, gather: Callable[[], Tensor]) -> Tensor:
-    """The result of ``gather``, from an earlier call for the same tensor where there was one."""
-    found = _gathered.get()
-    if found is None:
-        return gather()
-    key = (*key, id(features), torch.is_grad_enabled())
-    if key not in found:
-        found[key] = features, gather()  # with the tensor, whose identity is not given away while it lives
-    return found[key][1]
 
 
 GatherOption: TypeAlias = Gather | Literal[False] | None

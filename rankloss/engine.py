@@ -11,11 +11,16 @@ U_q = Σ_{p : y_p ≥ y_q} 1 / C_p the gradient of α·CE + β·C(x | y) is
     ∂/∂x_q = e^{x_q}·(α / Σ e^x + (β/M)·U_q) − α·[q = k] − (β/M)·[q counts].
 
 Under ``model="top_one"`` C(x | y) = Σ_q p_q·(log Σ e^x − x_q) with p = softmax(y), whose part of the gradient
-is β·(e^{x_q} / Σ e^x − p_q). Sums are in float64, which holds them for scores of up to ±680 nats.
+is β·(e^{x_q} / Σ e^x − p_q). Sums are in float64, which holds them for scores of up to ±680 nats; features
+are expected to be unit-norm, and a model's scale is at most 100.
 
 With G the gradient by the scores s·C of a matrix, C = Q·Kᵀ (anchors Q, items K),
 
     ∂Q = s·G·K,   ∂K = s·Gᵀ·Q,   ∂s = Σ G∘C = Σ (G·K)∘Q = Σ (Gᵀ·Q)∘K.
+
+Where the two matrices of a term are multiplied out as wholes, as those of a small batch are, symmetries save
+products. R is S transposed, and so is its gradient. For I and X the gradients by anchors and by items are one
+product, (G + Gᵀ)·K.
 """
 
 from __future__ import annotations
@@ -30,17 +35,15 @@ from torch import Tensor
 
 from rankloss import dense
 from rankloss.batch import RANK_TERMS, Batch, Inputs, Matrix, other_items
-from rankloss.equal_rows import first_equal
 from rankloss.options import RankOptions
-from rankloss.precision import can_sync, constant, full_precision, nan_unless_finite
-from rankloss.products import FEWEST_ROWS, products_of
-from rankloss.ranking import Ranking, rank, slices
+from rankloss.precision import full_precision, nan_unless_finite
+from rankloss.ranking import rank
 
-# Entries of a matrix that is multiplied out at a time, and of the lists that are evaluated at once, as many
-# as a core's cache holds; below the fewest, the overhead of a chunk exceeds its work.
+# Entries of a matrix that is multiplied out at a time, all of a small one, and of the lists that are
+# evaluated at once, as many as a core's cache holds. Below the fewest, overhead exceeds the work.
+_WHOLE, _FEWEST_ROWS = 2**22, 128
 _CHUNK, _CHUNK_ELSEWHERE = {"cpu": 2**20}, 2**24
 _LISTS, _LISTS_ELSEWHERE, _FEWEST_LISTS = {"cpu": 2**17}, 2**23, 64
-LARGEST_SCORE = 680.0  # summed over 10⁵ items and multiplied by as much again, e^±680 stays within float64
 
 
 # --- any streamed loss ------------------------------------------------------------------------------------
@@ -92,12 +95,10 @@ class _Streamed(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: each look unpacks them, for hooks and checkpoints to see
         inputs, gradients = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         by = ctx.needs_input_grad[2:]
+        factor = _common([g for g, is_wanted in zip(upstream, ctx.terms.wanted, strict=True) if is_wanted])
         with full_precision(inputs[0].device):
             if torch.is_grad_enabled():
                 return None, None, *_by_definition(ctx.terms, ctx.weights, inputs, by, upstream)
-            factor = _common(
-                [g for g, is_wanted in zip(upstream, ctx.terms.wanted, strict=True) if is_wanted]
-            )
             if factor is None:
                 each = [ctx.weights.new_zeros(()) if g is None else g for g in upstream]
                 weights = ctx.weights * torch.stack(each)
@@ -113,7 +114,7 @@ def _common(upstream: Sequence[Tensor | None]) -> Tensor | None:
     for g in upstream:
         if first is None or g is None:
             return None
-        if g.data_ptr() != first.data_ptr() and not (can_sync(g) and torch.equal(g, first)):
+        if g.data_ptr() != first.data_ptr() and not (g.is_cpu and torch.equal(g, first)):
             return None
     return first
 
@@ -165,8 +166,8 @@ def accumulate(
         of_lists: the loss of a block of lists.
         matrices: one, or the two of a term.
         references: the matrices of a teacher, as many, or none.
-        sums: the gradients by the factors of the matrices, by name; None where none is wanted. They lack the
-            factor s unless the gradient of ``of_lists`` is by the cosines.
+        sums: the gradients by the factors of the matrices, by name, zeros at first; None where none is
+            wanted. They lack the factor s unless the gradient of ``of_lists`` is by the cosines.
         first_row: the column of the first anchor's own pair.
         chunk_size: rows multiplied out at a time; None chooses from the sizes and the device.
         in_slices: evaluate as many lists of a chunk at a time as a core's cache holds; else all of them.
@@ -175,25 +176,69 @@ def accumulate(
         Both values of a list, summed over the rows: ``[matrices]`` each.
     """
     n, n_items, device = len(matrices[0].anchors), len(matrices[0].items), matrices[0].items.device
-    chunk = max(FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // n_items)
+    chunk = max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // n_items)
     lists = max(_FEWEST_LISTS, _LISTS.get(device.type, _LISTS_ELSEWHERE) // n_items // len(matrices))
-    products = products_of(matrices, sums)
     values = [matrices[0].items.new_zeros(len(matrices), dtype=torch.float64) for _ in range(2)]
-    for rows in slices(n, chunk_size or chunk):
-        block = products.of_rows(rows)
+    chunk = chunk_size or (n if n_items**2 <= _WHOLE else chunk)
+    for first in range(0, n, chunk):
+        rows = slice(first, first + chunk)
+        block = _multiply(matrices, rows)
         taught = torch.stack([x.anchors[rows] @ x.items.T for x in references]) if references else None
-        for part in slices(block.shape[1], lists if in_slices else n):
+        lists = lists if in_slices else n
+        for start in range(0, block.shape[1], lists):
+            part = slice(start, start + lists)
             reference = None if taught is None else taught[:, part]
-            *found, gradient = of_lists(block[:, part], reference, first_row + rows.start + part.start)
+            *found, gradient = of_lists(block[:, part], reference, first_row + first + start)
             for total, value in zip(values, found, strict=True):
                 total += 0 if value is None else value.sum(-1)
             if gradient is not None and not in_slices:
                 block = gradient
         if sums is not None:
-            products.add_gradient(rows, block)
-    if sums is not None:
-        products.finish()
+            _add_gradients(matrices, rows, block, sums)
     return values
+
+
+# --- products of features ---------------------------------------------------------------------------------
+
+
+def _multiply(matrices: Sequence[Matrix], rows: slice) -> Tensor:
+    """Some rows of every matrix, ``[matrices, n, N]``, which their gradient may overwrite."""
+    items = matrices[0].items
+    out = items.new_empty(len(matrices), len(matrices[0].anchors[rows]), len(items))
+    for k, matrix in enumerate(matrices):
+        if k and _are_transposed(matrices, rows):
+            out[k] = out[0].T
+        else:
+            torch.mm(matrix.anchors[rows], matrix.items.T, out=out[k])
+    return out
+
+
+def _add_gradients(
+    matrices: Sequence[Matrix], rows: slice, by_scores: Tensor, sums: dict[str, Tensor]
+) -> None:
+    """Add the gradients of some rows of every matrix.
+
+    Args:
+        matrices: one, or the two of a term.
+        rows: those rows.
+        by_scores: the gradient by the scores, ``[matrices, n, N]``, which is overwritten.
+        sums: the gradients by the factors of the matrices, by name; the factor s is lacking.
+    """
+    if _are_transposed(matrices, rows):
+        matrices, by_scores = matrices[:1], by_scores[0].add_(by_scores[1].T.contiguous())[None]
+    for matrix, g in zip(matrices, by_scores, strict=True):
+        of_anchors, of_items = matrix.factors
+        if of_anchors == of_items and len(g) == len(matrix.items):
+            sums[of_items].addmm_(g.T.contiguous().add_(g), matrix.items)
+        else:
+            sums[of_anchors][rows].addmm_(g, matrix.items)
+            sums[of_items].addmm_(g.T, matrix.anchors[rows])
+
+
+def _are_transposed(matrices: Sequence[Matrix], rows: slice) -> bool:
+    """True where the last matrix is the first one transposed, and the rows are all of them."""
+    is_whole = len(matrices[0].anchors[rows]) == len(matrices[0].items)
+    return is_whole and matrices[0].factors == matrices[-1].factors[::-1]
 
 
 # --- a block of row lists ---------------------------------------------------------------------------------
@@ -241,54 +286,32 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
     """Values of a block of lists, and the gradient where it is wanted, written over the cosines."""
     if block.beta is not None and not options.diagonal:
         return _without_own(block, options, with_gradient=with_gradient)
-    alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
-    scale = block.scale.double().view(1)  # of one dimension, so that its products are float64
-    ranking = p = None
-    if beta is not None and options.model == "plackett_luce":
-        ranking = rank(_reference(block), options)
-    elif beta is not None:
-        p = dense.top_one_probabilities(_reference(block), scale, options)
-    order = None if ranking is None else ranking.order
     own = block.cosines.diagonal(block.first_row, 1, 2).clone()  # before the gradient is written there
-    c = block.cosines if order is None else block.cosines.gather(-1, order)
-    x = c * scale
-    nll = None
-    if ranking is not None and beta is not None:
-        nll, log_sums, slope, share = _plackett_luce(ranking, x, alpha, beta, options)
-    else:
-        log_sums = x.logsumexp(-1, keepdim=True)
-        x -= log_sums
-        if p is not None:
-            nll = -(p * x).sum(-1)
-        x.exp_()
-        slope = log_sums.new_zeros(()) if alpha is None else alpha
-        share = log_sums.new_zeros(())
-        if p is not None and beta is not None:
-            slope, share = slope + beta, beta * p
-    gradient = None
-    if with_gradient:
-        gradient = block.cosines
-        torch.addcmul(-share, x, slope, out=c)
-        if order is not None:
-            gradient.scatter_(-1, order, c)
-        if block.alpha is not None:
-            gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha[:, None])
-    cross_entropy = None if alpha is None else torch.addcmul(log_sums.squeeze(-1), own, scale, value=-1)
-    return Evaluated(cross_entropy, nll, gradient)
+    is_ranked = block.beta is not None and options.model == "plackett_luce"
+    nll, log_sums = (_plackett_luce if is_ranked else _softmax)(block, options, with_gradient)
+    gradient = block.cosines if with_gradient else None
+    if block.alpha is None:
+        return Evaluated(None, nll, gradient)
+    if gradient is not None:
+        gradient.diagonal(block.first_row, 1, 2).sub_(block.alpha[:, None])
+    scale = block.scale.double().view(1)
+    return Evaluated(torch.addcmul(log_sums.squeeze(-1), own, scale, value=-1), nll, gradient)
 
 
-def _plackett_luce(
-    ranking: Ranking, x: Tensor, alpha: Tensor | None, beta: Tensor, options: RankOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """C(x | y), log Σ e^x, and the gradient's slope and share, in the order of a ranking.
-
-    The gradient is slope·e^x − share; x is overwritten by e^x.
-    """
+def _plackett_luce(block: Block, options: RankOptions, with_gradient: bool) -> tuple[Tensor | None, Tensor]:
+    """C(x | y) and log Σ e^x; the gradient, but for α·[q = k], is written over the cosines."""
+    alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
+    ranking = rank(_reference(block), options)
+    c = block.cosines if ranking.order is None else block.cosines.gather(-1, ranking.order)
+    x = c * block.scale.double().view(1)  # of one dimension, so that the product is float64
     scores = ranking.counted_sum(x)
     C = ranking.denominators(x.exp_())
     log_sums = C[..., -1:].log()
     divisor = ranking.items if options.reduction == "mean" else 1
-    nll = ranking.weigh(C.log()).sum(-1, keepdim=True).sub_(scores).div_(divisor)
+    nll = ranking.weigh(C.log()).sum(-1, keepdim=True).sub_(scores).div_(divisor).squeeze(-1)
+    if not with_gradient:
+        return nll, log_sums
+    assert beta is not None
     share = beta / divisor
     of_all = None if alpha is None else alpha / C[..., -1:]
     by_slot = ranking.weigh(torch.div(share, C, out=C))
@@ -296,7 +319,27 @@ def _plackett_luce(
         by_slot[..., -1:] += of_all  # every item's sum runs over the last slot
     slope = ranking.of_items(by_slot.flip(-1).cumsum_(-1).flip(-1))
     share = share if ranking.counted is None else share * ranking.counted
-    return nll.squeeze(-1), log_sums, slope, share
+    torch.addcmul(-share, x, slope, out=c)
+    if ranking.order is not None:
+        block.cosines.scatter_(-1, ranking.order, c)
+    return nll, log_sums
+
+
+def _softmax(block: Block, options: RankOptions, with_gradient: bool) -> tuple[Tensor | None, Tensor]:
+    """As :func:`_plackett_luce`, C(x | y) being that of ``top_one``, or None where there is no beta."""
+    alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
+    scale = block.scale.double().view(1)
+    x = block.cosines * scale
+    log_sums = x.logsumexp(-1, keepdim=True)
+    x -= log_sums
+    zero = log_sums.new_zeros(())
+    nll, slope, share = None, zero if alpha is None else alpha, zero
+    if beta is not None:
+        p = dense.top_one_probabilities(_reference(block), scale, options)
+        nll, slope, share = -(p * x).sum(-1), slope + beta, beta * p
+    if with_gradient:
+        torch.addcmul(-share, x.exp_(), slope, out=block.cosines)
+    return nll, log_sums
 
 
 def _reference(block: Block) -> Tensor:
@@ -317,7 +360,7 @@ def _without_own(block: Block, options: RankOptions, *, with_gradient: bool) -> 
     lists = block._replace(
         cosines=cosines, alpha=None, reference=reference, first_equal=(None,) * len(reference)
     )
-    found = evaluate(lists, options.replaced(diagonal=True), with_gradient=with_gradient)
+    found = evaluate(lists, replace(options, diagonal=True), with_gradient=with_gradient)
     if block.alpha is None:
         of_all = Evaluated(None, None, block.cosines.zero_() if with_gradient else None)
     else:
@@ -337,21 +380,18 @@ class RowLists(NamedTuple):
     batch: Batch
     options: RankOptions
     wanted: Sequence[bool]
-    kernels: Kernels
+    evaluate: Callable[..., Evaluated] = evaluate
 
     def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> Streamed:
         """The three terms, zero if not wanted, and the gradients of their sum."""
         batch = replace(self.batch, inputs=Inputs(*inputs))
         scale = batch.inputs.scale
-        weights = _nan_beyond_sums(
-            batch, weights, is_ranked=any(self.wanted[1:]) and self.options.model == "plackett_luce"
-        )
-        sums: dict[str, Tensor] | None = {} if with_gradient else None
+        weights = nan_unless_finite(weights, *batch.features)
         values = [weights.new_zeros(()) for _ in self.wanted]
+        sums: dict[str, Tensor] | None = None
+        if with_gradient:
+            sums = {name: torch.zeros_like(x) for name, x in batch.inputs._asdict().items() if x is not None}
         share = self.options.anchor_weight(batch.anchors, batch.items)
-        equal: dict[str, Tensor | None] = dict.fromkeys(("image", "text"))
-        if any(self.wanted[1:]):
-            equal = {modality: self.kernels.first_equal(x) for modality, x in batch.ranked_by.items()}
         for place, term in enumerate(RANK_TERMS, 1):
             alpha = beta = None
             if self.wanted[0] and term == "cross_modal":
@@ -360,21 +400,24 @@ class RowLists(NamedTuple):
                 beta = torch.stack([weights[place] * (share * x) for x in self.options.directions])
             if alpha is None and beta is None:
                 continue
+            references = batch.references(term) if beta is not None else ()
+            ties = tuple(batch.first_equal[x.factors[1]] for x in references)
+            evaluator = evaluate if beta is None else self.evaluate
             # A gradient by the cosines, so that no sum has to be multiplied by s.
             by_alpha, by_beta = (None if x is None else x * scale for x in (alpha, beta))
-            evaluator = self.kernels.evaluate if beta is not None else evaluate
-            references = batch.references(term)
-            ties = tuple(equal[x.factors[1]] for x in references)
 
             def of_lists(cosines: Tensor, reference: Tensor | None, first_row: int) -> Evaluated:
                 block = Block(cosines, scale, by_alpha, by_beta, reference, ties, first_row)  # noqa: B023
                 return evaluator(block, self.options, with_gradient=with_gradient)  # noqa: B023
 
-            by_teacher = references if batch.has_teacher and beta is not None else ()
-            rows = batch.first_row, self.options.chunk_size
-            in_slices = evaluator is evaluate
             cross_entropy, nll = accumulate(
-                of_lists, batch.matrices(term), by_teacher, sums, *rows, in_slices=in_slices
+                of_lists,
+                batch.matrices(term),
+                () if batch.teacher is None else references,
+                sums,
+                batch.first_row,
+                self.options.chunk_size,
+                in_slices=evaluator is evaluate,
             )
             if alpha is not None:
                 values[0] = torch.dot(alpha, cross_entropy)
@@ -383,9 +426,10 @@ class RowLists(NamedTuple):
         if sums is None:
             return values, [None] * len(inputs)
         # ∂s = Σ (G·K)∘Q, from the sums by the anchors, which hold each matrix twice where they are the items.
-        by_anchors = [(sums[x.factors[0]] * x.anchors).sum() for x in batch.matrices("cross_modal")]
-        times = 2 if batch.inputs.image_anchors is None else 1
-        sums["scale"] = torch.stack(by_anchors).sum() / (times * scale)
+        is_local = batch.inputs.image_anchors is not None
+        anchors = ("image_anchors", "text_anchors") if is_local else ("image", "text")
+        by_anchors = [(sums[name] * getattr(batch.inputs, name)).sum() for name in anchors]
+        sums["scale"] = torch.stack(by_anchors).sum() / ((1 if is_local else 2) * scale)
         return values, [sums.get(name) for name in Inputs._fields]
 
     def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
@@ -415,55 +459,25 @@ def weighted_terms(
         Three scalars in the batch's dtype, ``[n]`` with ``reduction="none"``, on the device of the features
         as they were given.
     """
-    device = batch.inputs.image.device
-    weights = constant(weights).to(device, non_blocking=True).double()
-    kernels = _kernels(batch, options)
-    terms: Sequence[Tensor]
-    if options.is_dense:
-        dense.check_memory(batch, options)
-        terms = dense.terms(batch, options, nan_unless_finite(weights, *batch.features), wanted)
-    else:
-        terms = apply(RowLists(batch, options, wanted, kernels), weights, batch.inputs)
-    return tuple(terms if batch.home is None else (x.to(batch.home) for x in terms))
+    weights = weights.to(batch.inputs.image.device, non_blocking=True).double()
+    lists = RowLists(batch, options, wanted)
+    if options.kernel != "torch":
+        lists = _by_kernels(lists)
+    terms = (
+        lists.definition(batch.inputs, weights) if options.is_dense else apply(lists, weights, batch.inputs)
+    )
+    return tuple(x.to(batch.home) for x in terms)
 
 
-class Kernels(NamedTuple):
-    """An engine for blocks: :func:`evaluate`, and :func:`rankloss.equal_rows.first_equal`."""
-
-    evaluate: Callable[..., Evaluated]
-    first_equal: Callable[[Tensor], Tensor | None]
-
-
-def _kernels(batch: Batch, options: RankOptions) -> Kernels:
-    """The engine for blocks that ``kernel`` names; a ValueError where it is missing or does not serve."""
-    if options.kernel == "torch":
-        return Kernels(evaluate, first_equal)
+def _by_kernels(lists: RowLists) -> RowLists:
+    """The same by the package that ``kernel`` names; a ValueError where it is missing or does not serve."""
+    batch, options, features = lists.batch, lists.options, lists.batch.inputs.image
     try:
         module = importlib.import_module(f"rankloss_{options.kernel}")
     except ImportError as error:
         raise ValueError(f"kernel={options.kernel!r} cannot be loaded: {error}") from error
-    features = batch.inputs.image
     reason = module.why_not(options, features.device, features.dtype, batch.anchors, batch.items)
     if reason is not None:
         raise ValueError(f"kernel={options.kernel!r} does not serve here: {reason}")
-    return Kernels(module.evaluate, module.first_equal)
-
-
-def _nan_beyond_sums(batch: Batch, weights: Tensor, *, is_ranked: bool) -> Tensor:
-    """The weights; NaN where a feature is not finite, or where a score is too large for a ranking's sums.
-
-    Raises:
-        ValueError: for such a score where it can be read.
-    """
-    if not is_ranked:
-        return nan_unless_finite(weights, *batch.features)
-    if batch.has_teacher:
-        weights = nan_unless_finite(weights, *(batch.ranked_by.values()))
-    squares = (x.square().sum(-1).amax() for x in (batch.inputs.image, batch.inputs.text))
-    largest = torch.maximum(*squares) * batch.inputs.scale.abs()
-    if can_sync(largest) and LARGEST_SCORE < largest.item() < torch.inf:
-        raise ValueError(
-            f"logit_scale times the squared norm of a feature must be at most {LARGEST_SCORE:g}; got "
-            f"{largest.item():.4g}. Features are expected to be unit-norm"
-        )
-    return weights.where(largest <= LARGEST_SCORE, torch.nan)
+    batch = replace(batch, find_equal=module.first_equal)
+    return lists._replace(batch=batch, evaluate=module.evaluate)

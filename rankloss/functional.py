@@ -18,29 +18,19 @@ and where TF32 products are allowed, it differs from float64's by up to some 1e-
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rankloss import dense
-from rankloss.batch import RANK_TERMS, Batch, Term
-from rankloss.checks import (
-    WITHOUT_CROSS_MODAL,
-    check_device,
-    check_features,
-    check_is_tensor,
-    check_one_space,
-    check_scale,
-    check_teacher,
-)
-from rankloss.engine import weighted_terms
+from rankloss.checks import check_device, check_is_tensor
+from rankloss.losses import TEACHER, RankConsistency
 from rankloss.options import Discount, RankOptions, Ties, Worth
 from rankloss.precision import outside_graphs
 
-_TERMS = ("contrastive", *RANK_TERMS)
-
-__all__ = ["check_references", "cross_modal", "in_modal", "plackett_luce_nll"]
+__all__ = ["cross_modal", "in_modal", "plackett_luce_nll"]
 
 
 @outside_graphs
@@ -50,7 +40,7 @@ def plackett_luce_nll(
     *,
     worth: Worth = "exp",
     ties: Ties = "shared",
-    discount: Discount | None = None,
+    discount: Discount = None,
     top_k: int | None = None,
 ) -> Tensor:
     r"""Negative log-likelihood of the reference's ranking under a Plackett–Luce model of the scores.
@@ -109,62 +99,25 @@ def plackett_luce_nll(
     return dense.nll_terms(scores, reference.detach(), options).sum(-1)
 
 
-def check_references(
-    options: RankOptions,
-    *,
-    cross_modal: bool,
-    reference_image_features: Tensor | None,
-    reference_text_features: Tensor | None,
-) -> None:
-    """Raise a ValueError unless a teacher's features fit the options and the terms that are wanted."""
-    image, text = reference_image_features, reference_text_features
-    if image is None and text is None:
-        if options.reference_scale is not None:
-            raise ValueError(
-                f"reference_scale={options.reference_scale!r} multiplies a teacher's similarities; it needs "
-                "reference_image_features or reference_text_features"
-            )
-        return
-    given = "reference_text_features" if image is None else "reference_image_features"
-    if options.fixed_reference is not None:
-        raise ValueError(
-            f"fixed_reference={options.fixed_reference!r} fixes one of the batch's own rankings; it does not "
-            f"apply beside {given}"
-        )
-    if not cross_modal:
-        return
-    if image is None or text is None:
-        raise ValueError(
-            "the cross-modal term needs reference_image_features and reference_text_features; got "
-            f"{given} alone, which ranks the in-modal term: {WITHOUT_CROSS_MODAL}"
-        )
-    if image.shape[1] != text.shape[1]:
-        raise ValueError(
-            "reference_image_features and reference_text_features must have one dimension in the "
-            f"cross-modal term; got {tuple(image.shape)} and {tuple(text.shape)}. Of encoders that share no "
-            f"space {WITHOUT_CROSS_MODAL}"
-        )
-
-
 def cross_modal(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **options: Any
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **named: Any
 ) -> Tensor:
     """``½[C(S | R) + C(R | S)]``: the image's ranking of the texts against the text's ranking of the images.
 
     With a teacher's features of both modalities, ``reference_image_features=`` and
-    ``reference_text_features=``, it is ``½[C(S | S') + C(R | R')]``. Arguments, shapes and errors as in
-    :class:`rankloss.RankConsistency`.
+    ``reference_text_features=``, it is ``½[C(S | S') + C(R | R')]``. It is :class:`rankloss.RankConsistency`
+    with one term, of this process's pairs: options, shapes and errors are those of the class.
 
     Example:
         >>> v = torch.eye(3)
         >>> round(cross_modal(v, v, 10.0).item(), 4)  # perfect pairs; the two wrong items of a list are tied
         0.4621
     """
-    return _term("cross_modal", (image_features, text_features, logit_scale), **options)
+    return _consistency(1.0, 0.0, (image_features, text_features, logit_scale), **named)
 
 
 def in_modal(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **options: Any
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **named: Any
 ) -> Tensor:
     """``½[C(I | X) + C(X | I)]``: the ranking of the images among themselves against that of their texts.
 
@@ -176,35 +129,14 @@ def in_modal(
         >>> round(in_modal(v, v, 10.0).item(), 4)
         0.4621
     """
-    return _term("in_modal", (image_features, text_features, logit_scale), **options)
+    return _consistency(0.0, 1.0, (image_features, text_features, logit_scale), **named)
 
 
-@outside_graphs
-def _term(
-    term: Term,
-    inputs: tuple[Tensor, Tensor, Tensor | float],
-    *,
-    reference_image_features: Tensor | None = None,
-    reference_text_features: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    checked = RankOptions(**options)
-    image_features, text_features, logit_scale = inputs
-    teacher = {
-        "reference_image_features": reference_image_features,
-        "reference_text_features": reference_text_features,
-    }
-    check_features(image_features, text_features)
-    if term == "cross_modal":
-        check_one_space(image_features, text_features)
-    check_scale(logit_scale, image_features)
-    for name, x in teacher.items():
-        if x is not None:
-            check_teacher(name, x, image_features, first_look=False)
-    check_references(checked, cross_modal=term == "cross_modal", **teacher)
-    batch = Batch.of(
-        *inputs, reference_image=reference_image_features, reference_text=reference_text_features
-    )
-    weights = torch.ones(3, dtype=torch.float64, device="cpu")
-    wanted = [name == term for name in _TERMS]
-    return weighted_terms(batch, checked, weights, wanted)[_TERMS.index(term)]
+def _consistency(cross_modal: float, in_modal: float, inputs: tuple[Any, ...], **named: Any) -> Tensor:
+    teacher = {name: named.pop(name) for name in TEACHER if name in named}
+    return _loss(cross_modal, in_modal, **named)(*inputs, **teacher)  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(typed=True)  # which looks at values at its first call only
+def _loss(cross_modal: float, in_modal: float, **options: Any) -> RankConsistency:
+    return RankConsistency(cross_modal=cross_modal, in_modal=in_modal, gather=False, **options)

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rankloss.checks import check_features, check_is_tensor, check_one_space
-from rankloss.equal_rows import first_occurrence
+from rankloss.batch import first_occurrence
+from rankloss.checks import check_features, check_is_tensor
 from rankloss.options import check_choice, check_count
 
 __all__ = [
@@ -307,7 +307,6 @@ def checked_pair(image_features: Tensor, text_features: Tensor, min_pairs: int =
         TypeError, ValueError: as :func:`rankloss.checks.check_features`.
     """
     check_features(image_features, text_features, min_pairs=min_pairs)
-    check_one_space(image_features, text_features)
     return image_features.detach().double(), text_features.detach().double()
 
 

@@ -6,24 +6,23 @@ command lines and other trainers' argument classes are generated from its fields
 
 from __future__ import annotations
 
-import difflib
-import inspect
+import functools
 import math
-import operator
-import typing
-from collections.abc import Iterable, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 
 ListsOption = Literal["row", "batch"]
 Model = Literal["plackett_luce", "top_one"]
 Worth = Literal["exp", "shifted", "identity"]
 Ties = Literal["shared", "random"]
-Discount = Literal["log"]
+Discount = Literal[None, "log"]
 Reduction = Literal["mean", "sum", "none"]
-FixedReference = Literal["image", "text"]
+FixedReference = Literal[None, "image", "text"]
 Method = Literal["sort", "bin"]
 KernelOption = Literal["torch", "triton"]
 
@@ -31,26 +30,14 @@ KernelOption = Literal["torch", "triton"]
 _LARGEST_COUNT = 2**31 - 1
 _BUDGET, _BUDGET_ELSEWHERE = {"cpu": 2**26}, 2**30  # bytes
 _BINS = 640
-_POSITIVE = {"above": 0.0}  # bounds of a number, beside those of a count
 
 
-def _option(
-    default: Any,
-    help: str,
-    *,
-    at_least: int = 1,
-    at_most: int = _LARGEST_COUNT,
-    none: str = "",
-    unit: str = "N",
-) -> Any:
-    """A field with its bounds, its help, the meaning of None, and the unit of a number."""
-    bounds = {"at_least": at_least, "at_most": at_most}
-    return field(default=default, metadata={"help": help, "bounds": bounds, "none": none, "unit": unit})
+def _option(default: Any, help: str, *, none: str = "", **bounds: float) -> Any:
+    """A field with its help, the meaning of None, and the bounds of a number.
 
-
-def _positive_option(default: float | None, help: str, *, none: str) -> Any:
-    """A field that is a positive number."""
-    return field(default=default, metadata={"help": help, "bounds": _POSITIVE, "none": none, "unit": "X"})
+    A number with a bound ``above`` is real, any other a count.
+    """
+    return field(default=default, metadata={"help": help, "none": none, "bounds": bounds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,25 +99,22 @@ class RankOptions:
     model: Model = _option(
         "plackett_luce", "likelihood of the reference's ranking, or cross-entropy of top-one probabilities"
     )
-    reference_scale: float | None = _positive_option(
-        None, "multiplier of a teacher's similarities under model top_one", none="that of the scores"
+    reference_scale: float | None = _option(
+        None, "multiplier of a teacher's similarities, with top_one", none="that of the scores", above=0.0
     )
     worth: Worth = _option("exp", "worth of an item: exp of the logit, (1 + cosine)/2, or the cosine")
     ties: Ties = _option("shared", "equal reference scores share one denominator, or are shuffled")
-    discount: Discount | None = _option(None, "weight of a rank: 1/log(1 + rank)", none="1")
-    top_k: int | None = _option(None, "count only the best ranks of each list", none="all", unit="K")
+    discount: Discount = _option(None, "weight of a rank: 1/log(1 + rank)", none="1")
+    top_k: int | None = _option(None, "count only the best ranks of each list", none="all")
     reduction: Reduction = _option("mean", "how the lists' values are put together")
     diagonal: bool = _option(True, "whether an anchor's own pair is an item of its lists")
-    fixed_reference: FixedReference | None = _option(
+    fixed_reference: FixedReference = _option(
         None, "the modality whose rankings are a fixed reference for the other's", none="neither"
     )
     method: Method = _option("sort", "rank a list by its exact order, or faster by bins of the reference")
-    bins: int = _option(_BINS, "number of bins of method bin", at_least=2, at_most=2**24, unit="B")
+    bins: int = _option(_BINS, "number of bins of method bin", at_least=2, at_most=2**24)
     chunk_size: int | None = _option(
-        None,
-        "rows computed at a time: less memory, same result",
-        none="from the sizes and the device",
-        unit="ROWS",
+        None, "rows computed at a time: less memory, same result", none="from the sizes and the device"
     )
     memory_budget: int | None = _option(
         None,
@@ -138,34 +122,31 @@ class RankOptions:
         at_least=0,
         at_most=2**63 - 1,
         none="64 MiB on a CPU, 1 GiB elsewhere",
-        unit="BYTES",
     )
     kernel: KernelOption = _option("torch", "torch's operations, or fused kernels of Triton on CUDA")
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            object.__setattr__(self, option.name, _checked(option, getattr(self, option.name)))
-        if self.method == "sort" and self.bins != _BINS:
-            raise ValueError(f"bins={self.bins!r} only applies to method='bin'; got method='sort'")
-        if self.method == "bin" and self.lists == "batch":
-            raise ValueError("method='bin' ranks row lists; lists='batch' needs method='sort'")
-        if self.method == "bin" and self.ties == "random":
-            raise ValueError("method='bin' ties the items of a bin; ties='random' needs method='sort'")
-        if not self.diagonal and self.ties == "random":
-            raise ValueError("diagonal=False is incompatible with ties='random'; it needs ties='shared'")
-        if self.model == "top_one":
-            self._check_top_one()
-        elif self.reference_scale is not None:
-            raise ValueError(f"reference_scale={self.reference_scale!r} only applies to model='top_one'")
-
-    def _check_top_one(self) -> None:
-        excluded = {"worth": "exp", "ties": "shared", "discount": None, "top_k": None, "method": "sort"}
-        for name, needed in excluded.items():
-            if (value := getattr(self, name)) != needed:
-                raise ValueError(
-                    f"model='top_one' weighs all items by their probabilities; {name}={value!r} needs "
-                    "model='plackett_luce'"
-                )
+            name, value, bounds = option.name, getattr(self, option.name), option.metadata["bounds"]
+            if CHOICES[name]:
+                check_choice(name, value, CHOICES[name])
+            elif value is not None or option.default is not None:
+                check = check_weight if "above" in bounds else check_count
+                object.__setattr__(self, name, check(name, value, **bounds))
+        top_one = {"worth": "exp", "ties": "shared", "discount": None, "top_k": None, "method": "sort"}
+        needs: list[tuple[bool, str, dict[str, Any]]] = [
+            (self.bins != _BINS, "bins", {"method": "bin"}),
+            (self.method == "bin", "method", {"lists": "row", "ties": "shared"}),
+            (not self.diagonal, "diagonal", {"ties": "shared"}),
+            (self.reference_scale is not None, "reference_scale", {"model": "top_one"}),
+            (self.model == "top_one", "model", top_one),
+        ]
+        for is_given, name, needed in needs:
+            for other, value in needed.items():
+                if is_given and (got := getattr(self, other)) != value:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} needs {other}={value!r}; got {other}={got!r}"
+                    )
 
     def __repr__(self) -> str:
         return f"RankOptions({', '.join(f'{name}={value!r}' for name, value in self.changed.items())})"
@@ -175,11 +156,7 @@ class RankOptions:
         """The options that are not at their defaults."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
-    def replaced(self, **changes: Any) -> RankOptions:
-        """The same with some options changed."""
-        return replace(self, **changes)
-
-    @property
+    @functools.cached_property
     def is_dense(self) -> bool:
         """True where the terms are computed from whole matrices of N×N, by :mod:`rankloss.dense`.
 
@@ -188,7 +165,7 @@ class RankOptions:
         is_streamed = self.lists == "row" and self.worth == "exp" and self.ties == "shared"
         return not is_streamed or self.discount is not None or self.reduction == "none"
 
-    @property
+    @functools.cached_property
     def directions(self) -> tuple[float, float]:
         """The weights of a term's two directions: the lists of the images, and those of the texts."""
         return {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[self.fixed_reference]
@@ -204,17 +181,12 @@ class RankOptions:
             budget = _BUDGET.get(device.type, _BUDGET_ELSEWHERE)
         return rows * columns * dtype.itemsize <= budget
 
-    @property
-    def streaming(self) -> dict[str, Any]:
-        """The options that any streamed loss has."""
-        return {name: getattr(self, name) for name in STREAMING_OPTION_NAMES}
 
-
-OPTION_NAMES = tuple(option.name for option in fields(RankOptions))
-
-
-STREAMING_OPTION_NAMES = ("chunk_size", "memory_budget")
-"""Those that any streamed loss has."""
+CHOICES: dict[str, tuple[Any, ...]] = {
+    name: (True, False) if hint is bool else get_args(hint) if get_origin(hint) is Literal else ()
+    for name, hint in get_type_hints(RankOptions).items()
+}
+"""The values that an option can have, by name; none where it is a number."""
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
@@ -229,74 +201,20 @@ def check_count(name: str, value: object, *, at_least: int = 1, at_most: int = _
 
     Other integer types (NumPy's) are taken; booleans and floats are not.
     """
-    try:
-        count = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        count = None
-    if count is None or count < at_least:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}; got {value!r}")
-    if count > at_most:
+    if value > at_most:
         raise ValueError(f"{name} must be at most {at_most}; got {value!r}")
-    return count
+    return int(value)
 
 
-def check_weight(name: str, value: Any, *, above: float | None = None) -> float:
+def check_weight(name: str, value: object, *, above: float | None = None) -> float:
     """``value`` as a float, or a ValueError that names the argument.
 
-    It must be finite, and greater than ``above``, or without it at least 0.
+    It must be a finite number, no tensor, and greater than ``above``, or without it at least 0.
     """
-    if isinstance(value, torch.Tensor) and value.requires_grad:
-        raise ValueError(f"{name} is a number and takes no gradient; got a tensor that requires one")
-    try:
-        number = math.nan if isinstance(value, (str, bytes, bool)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last for a meta tensor
-        number = math.nan
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not (math.isfinite(number) and (number >= 0 if above is None else number > above)):
         bound = ">= 0" if above is None else f"> {above:g}"
-        raise ValueError(f"{name} must be finite and {bound}; got {value!r}")
+        raise ValueError(f"{name} must be a finite number {bound}; got {value!r}")
     return number
-
-
-def check_names(owner: type, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raise a TypeError that names the class and the argument unless all ``given`` names are ``known``.
-
-    It is for constructors with ``**options``, whose unexpected names Python does not refuse by itself.
-    """
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, [*known, *inspect.signature(owner).parameters], n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"{owner.__name__} got an unexpected option {name!r}{hint}")
-
-
-def choices_of(name: str) -> tuple[Any, ...]:
-    """The values that an option can have; empty where it is a number.
-
-    Example:
-        >>> choices_of("fixed_reference"), choices_of("diagonal"), choices_of("bins")
-        ((None, 'image', 'text'), (True, False), ())
-    """
-    return _CHOICES[name]
-
-
-def _literals(hint: Any) -> tuple[Any, ...]:
-    if hint is bool:
-        return (True, False)
-    parts = get_args(hint) if typing.get_origin(hint) is not Literal else (hint,)
-    literals = tuple(value for part in parts for value in get_args(part))
-    return (None, *literals) if literals and type(None) in parts else literals
-
-
-_CHOICES = {name: _literals(hint) for name, hint in typing.get_type_hints(RankOptions).items()}
-_BOUNDS: dict[str, Any] = {option.name: option.metadata["bounds"] for option in fields(RankOptions)}
-
-
-def _checked(option: Field[Any], value: Any) -> Any:
-    choices = choices_of(option.name)
-    if choices:
-        check_choice(option.name, value, choices)
-        return value
-    if value is None and option.default is None:
-        return None
-    bounds = _BOUNDS[option.name]
-    return (check_weight if bounds is _POSITIVE else check_count)(option.name, value, **bounds)

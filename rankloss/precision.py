@@ -20,14 +20,13 @@ def arithmetic_dtype(*features: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
 
 
-def arithmetic_device(device: torch.device) -> torch.device:
-    """The device of the arithmetic: the CPU for MPS, which has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def dtype_of_numbers(device: torch.device) -> torch.dtype:
-    """The dtype of numbers beside features: float64, or float32 on MPS."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def in_arithmetic(x: Tensor | float, dtype: torch.dtype, home: torch.device) -> Tensor:
+    """A tensor or number in a dtype, on ``home``, or on the CPU if that is MPS, which has no float64."""
+    device = torch.device("cpu") if home.type == "mps" else home
+    if isinstance(x, Tensor):
+        return x.to(device, non_blocking=x.numel() == 1).to(dtype)
+    # Filled in on the device: to copy a number to it would make the host wait.
+    return torch.full((), x, dtype=dtype, device=device)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -35,14 +34,6 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta knows no autocast
         return nullcontext()
     return torch.autocast(device_type=device.type, enabled=False)
-
-
-def scalar(x: Tensor | float, device: torch.device) -> Tensor:
-    """A number, or a tensor of one element, as a tensor without dimensions."""
-    if isinstance(x, Tensor):
-        return x.reshape(()) if x.dim() else x
-    # Filled in on the device: to copy a number to it would make the host wait.
-    return torch.full((), x, dtype=dtype_of_numbers(device), device=device)
 
 
 def constant(x: Tensor) -> Tensor:
@@ -80,11 +71,6 @@ class _Product(torch.autograd.Function):
             product(upstream[0], b.mT) if by_a else None,
             product(a.mT, upstream[0]) if by_b else None,
         )
-
-
-def can_sync(x: Tensor) -> bool:
-    """True where reading a value is free: on a CPU, where no device has to be waited for."""
-    return x.device.type == "cpu" and not isinstance(x, FakeTensor)
 
 
 def can_be_read(x: Tensor) -> bool:

@@ -12,11 +12,7 @@ others (:class:`Selected`).
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankloss.options import RankOptions
-from rankloss.precision import can_sync
-
-
-def slices(n: int, size: int) -> Iterator[slice]:
-    """``range(n)`` in slices of ``size``, the last one possibly shorter."""
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 def rank(reference: Tensor, options: RankOptions) -> Ranking:
@@ -45,85 +35,78 @@ def rank(reference: Tensor, options: RankOptions) -> Ranking:
     return Sorted(reference)
 
 
-class Sorted:
-    """Lists in the exact order of their references, one slot per item.
-
-    Of tied items the last slot has the weight of all, and the others have none: its C is that of the whole
-    group, and all of them see its share of U.
+class Ranking:
+    """The slots of ranked lists ``[..., N]``.
 
     Attributes:
-        order: ``[..., N]``, the item of every slot; worths come, and go, in this order.
-        counted: None: all items count.
+        order: ``[..., N]``, the item of every slot, where worths come, and go, in this order; None where they
+            do in the items' own.
+        counted: ``[..., N]``, True for the items that count; None where all do.
         items: the number of items that count.
+        sizes: ``[..., slots]``, the number of items that each slot stands for.
     """
 
-    counted = None
-
-    def __init__(self, reference: Tensor) -> None:
-        ordered, self.order = ascending(reference)
-        self.items, self._runs = reference.shape[-1], Runs.of(ordered)
+    order: Tensor | None = None
+    counted: Tensor | None = None
+    items: int | Tensor
+    sizes: Tensor
 
     def counted_sum(self, scores: Tensor) -> Tensor:
         """The sum of the scores of the items that count, ``[..., 1]``."""
-        return scores.sum(-1, keepdim=True)
+        return (scores if self.counted is None else scores * self.counted).sum(-1, keepdim=True)
 
     def denominators(self, worths: Tensor) -> Tensor:
-        """C by slot for worths in the order of the slots; the last is the sum of all. The worths stay."""
+        """C by slot; the last is the sum of all worths, which stay."""
         return worths.cumsum(-1)
 
     def weigh(self, by_slot: Tensor) -> Tensor:
         """``by_slot`` in place times the number of items that each slot stands for."""
-        return self._runs.weigh(by_slot)
+        return by_slot.mul_(self.sizes)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
         """The value of its slot, for every item."""
         return by_slot
 
 
-class Binned:
-    """Lists ranked by the bins of their references (:func:`quantize`), one slot per bin, its items tied.
+class Sorted(Ranking):
+    """Lists in the exact order of their references, one slot per item.
 
-    Methods and attributes: as of :class:`Sorted`; ``order`` is None: worths come in the items' own order.
+    Of tied items the last slot has the weight of all, and the others have none: its C is that of the whole
+    group, and all of them see its share of U.
     """
 
-    order = None
-    counted = None
+    def __init__(self, reference: Tensor) -> None:
+        ordered, self.order = ascending(reference)
+        self.items = reference.shape[-1]
+        self.weigh = Runs.of(ordered).weigh  # type: ignore[method-assign]
+
+
+class Binned(Ranking):
+    """Lists ranked by the bins of their references (:func:`quantize`), one slot per bin, its items tied."""
 
     def __init__(self, index: Tensor, bins: int) -> None:
         self.items, self._index, self._bins = index.shape[-1], index, bins
         one = torch.ones((), device=index.device)
-        self._sizes = self._by_bin(one.expand_as(index))
-
-    def counted_sum(self, scores: Tensor) -> Tensor:
-        """As :meth:`Sorted.counted_sum`."""
-        return scores.sum(-1, keepdim=True)
+        self.sizes = self._by_bin(one.expand_as(index))
 
     def denominators(self, worths: Tensor) -> Tensor:
-        """C by slot; bin 0 is never empty, so none is 0."""
+        """As :meth:`Ranking.denominators`; bin 0 is never empty, so none is 0."""
         return self._by_bin(worths).cumsum_(-1)
 
-    def weigh(self, by_slot: Tensor) -> Tensor:
-        """As :meth:`Sorted.weigh`."""
-        return by_slot.mul_(self._sizes)
-
     def of_items(self, by_slot: Tensor) -> Tensor:
-        """As :meth:`Sorted.of_items`."""
+        """As :meth:`Ranking.of_items`."""
         return by_slot.gather(-1, self._index)
 
     def _by_bin(self, x: Tensor) -> Tensor:
         return x.new_zeros(*x.shape[:-1], self._bins).scatter_add_(-1, self._index, x)
 
 
-class Selected:
+class Selected(Ranking):
     """Lists of which the ``top_k`` best items count: one slot each, after one for all others.
 
     Items that are tied with the last of the best count too, however many they are. So no shape depends on
     the values.
-
-    Methods and attributes: as of :class:`Binned`; ``counted`` is ``[..., N]``, ``items`` ``[..., 1]``.
     """
-
-    order = None
 
     def __init__(self, reference: Tensor, top_k: int) -> None:
         best, order = reference.topk(top_k, dim=-1)
@@ -133,29 +116,19 @@ class Selected:
         sizes = Runs.of(ordered).weigh(torch.ones_like(ordered))
         # The first run is longer by the tied items that were not selected.
         is_first = (ordered == ordered[..., :1]) & (sizes > 0)
-        self._sizes = F.pad(torch.where(is_first, sizes + (self.items - top_k), sizes), (1, 0))
-
-    def counted_sum(self, scores: Tensor) -> Tensor:
-        """As :meth:`Sorted.counted_sum`."""
-        return (scores * self.counted).sum(-1, keepdim=True)
+        self.sizes = F.pad(torch.where(is_first, sizes + (self.items - top_k), sizes), (1, 0))
 
     def denominators(self, worths: Tensor) -> Tensor:
-        """C by slot."""
+        """As :meth:`Ranking.denominators`."""
         # Summed without the best, and not as a difference, in which small worths would be lost.
         others = worths.scatter(-1, self._best, 0).sum(-1, keepdim=True)
         return torch.cat([others, worths.gather(-1, self._best)], -1).cumsum_(-1)
 
-    def weigh(self, by_slot: Tensor) -> Tensor:
-        """As :meth:`Sorted.weigh`."""
-        return by_slot.mul_(self._sizes)
-
     def of_items(self, by_slot: Tensor) -> Tensor:
-        """As :meth:`Sorted.of_items`."""
+        """As :meth:`Ranking.of_items`."""
+        assert self.counted is not None
         others = by_slot[..., :1].expand(self.counted.shape)
         return others.scatter(-1, self._best, by_slot[..., 1:])
-
-
-Ranking: TypeAlias = Sorted | Binned | Selected
 
 
 class Runs(NamedTuple):
@@ -175,7 +148,7 @@ class Runs(NamedTuple):
     def of(cls, ordered: Tensor) -> Runs:
         """The runs of sorted ``[..., N]``."""
         n_items, none = ordered.shape[-1], ordered.new_empty(0)
-        if not can_sync(ordered):
+        if not ordered.is_cpu:
             first = torch.searchsorted(ordered, ordered, out_int32=True)
             end = F.pad(first[..., 1:], (0, 1), value=n_items)
             # Where the next value is another, the run ends there; else both have one first.
@@ -229,7 +202,7 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
         [0, 2, 2, 3]
     """
     reference = reference.detach()
-    lowest, highest = extremes(reference)
+    lowest, highest = reference.amin(-1, keepdim=True), reference.amax(-1, keepdim=True)
     limits = torch.finfo(reference.dtype)
     lowest.clamp_(limits.min, limits.max)  # of infinities no difference is taken
     # The best items are no other items, and NaN, and what is beside it, is neither.
@@ -242,19 +215,10 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
     return torch.where(is_other, place, last).long()
 
 
-def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and largest entry of every list, ``[..., 1]``."""
-    if x.device.type == "cpu":  # where aminmax takes ten times as long as the two together
-        return x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    least, largest = x.aminmax(dim=-1, keepdim=True)
-    return least, largest
-
-
 # --- sorting ----------------------------------------------------------------------------------------------
 
 _INDEX_BITS = 29  # of a float64's significand that a float32 leaves at zero
 _OFF_ZERO = 2.0**-300  # below half a unit in the last place of every float32 but 0
-_PER_THREAD = 2**16  # elements per thread, below which another thread costs more than it saves
 
 
 def ascending(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,22 +242,7 @@ def ascending(x: Tensor) -> tuple[Tensor, Tensor]:
     # An index in the bits of 0.0 would be a subnormal number, which is 0 where the processor flushes those.
     keys = x.to(torch.float64, memory_format=torch.contiguous_format).add_(_OFF_ZERO)
     bits = keys.view(torch.int64).bitwise_or_(torch.arange(x.shape[-1], device=x.device))
-    _sort_rows(keys.numpy().reshape(-1, x.shape[-1]))
+    keys.numpy().sort(axis=-1)
     # The index is less than half a unit in the last place of a float32, so rounding takes it off again.
     values = keys.float()
     return values, bits.bitwise_and_(2**_INDEX_BITS - 1)
-
-
-def _sort_rows(keys: np.ndarray) -> None:
-    # Half of torch's, which wait without sleeping: beside two of them a second thread gains nothing.
-    threads = min(torch.get_num_threads() // 2, len(keys), keys.size // _PER_THREAD)
-    if threads <= 1:
-        keys.sort(axis=-1)
-    else:  # NumPy sorts without holding the interpreter's lock
-        list(_workers(os.getpid(), threads).map(np.ndarray.sort, np.array_split(keys, threads)))
-
-
-@functools.lru_cache(maxsize=4)
-def _workers(process: int, threads: int) -> ThreadPoolExecutor:
-    """A pool for this process: one that a fork inherits has no threads in it."""
-    return ThreadPoolExecutor(threads, thread_name_prefix=f"rankloss-sort-{process}")

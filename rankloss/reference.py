@@ -41,7 +41,6 @@ def plackett_luce_nll(
         >>> round(float(np.exp(nll)))
         6
     """
-    _check_list(worth, discount, top_k)
     x, y = np.asarray(scores, np.float64), np.asarray(reference)
     if y.dtype.kind == "f":  # integers keep theirs: float64 has not all of them
         y = y.astype(np.float64)
@@ -74,15 +73,12 @@ def cross_modal(
         >>> round(float(cross_modal(np.eye(3), np.eye(3), 10.0)), 4)
         0.4621
     """
-    cosines = _cosines(image_features, text_features)
-    references = (cosines.T, cosines)
+    S = _cosines(image_features, text_features)
     teacher = _given(reference_image_features, reference_text_features, options)
-    if teacher:
-        if len(teacher) == 1:
-            raise ValueError("reference_image_features and reference_text_features go together; got one")
-        of_teacher = _cosines(*teacher)
-        references = (of_teacher, of_teacher.T)
-    return _term((cosines, cosines.T), references, logit_scale, **options)
+    if len(teacher) == 1:
+        raise ValueError("reference_image_features and reference_text_features go together; got one")
+    y = _cosines(*teacher) if teacher else S.T
+    return _term((S, S.T), (y, y.T), logit_scale, **options)
 
 
 def in_modal(
@@ -103,17 +99,13 @@ def in_modal(
         >>> round(float(in_modal(np.eye(3), np.eye(3), 10.0)), 4)
         0.4621
     """
-    images, texts = (_cosines(f, f) for f in (image_features, text_features))
-    ranks_pairs = options.get("lists") == "batch" and options.get("model", "plackett_luce") != "top_one"
-
-    def ranking(features: ArrayLike) -> Array:
-        cosines = _cosines(features, features)
-        return _exact_where_equal(cosines, features) if ranks_pairs else cosines
-
     ranked_by = _given(reference_image_features, reference_text_features, options)
     ranked_by = ranked_by or [text_features, image_features]
-    references = (ranking(ranked_by[0]), ranking(ranked_by[-1]))
-    return _term((images, texts), references, logit_scale, **options)
+    ranks_pairs = options.get("lists") == "batch" and options.get("model", "plackett_luce") != "top_one"
+    ranking = _exact_where_equal if ranks_pairs else _cosines
+    matrices = _cosines(image_features, image_features), _cosines(text_features, text_features)
+    references = ranking(ranked_by[0], ranked_by[0]), ranking(ranked_by[-1], ranked_by[-1])
+    return _term(matrices, references, logit_scale, **options)
 
 
 def clip(image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0) -> float:
@@ -143,18 +135,6 @@ def siglip(
     return math.fsum(np.logaddexp(0, np.where(own, -logits, logits)).ravel()) / n
 
 
-def _check_list(worth: str, discount: str | None, top_k: int | None) -> None:
-    _check_choice("worth", worth, ("exp", "shifted", "identity"))
-    _check_choice("discount", discount, (None, "log"))
-    if top_k is not None and (isinstance(top_k, bool) or top_k != int(top_k) or top_k < 1):
-        raise ValueError(f"top_k must be an integer of at least 1; got {top_k!r}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
 def _given(image: ArrayLike | None, text: ArrayLike | None, options: dict[str, Any]) -> list[ArrayLike]:
     """A teacher's features, those that are given."""
     given = [features for features in (image, text) if features is not None]
@@ -182,13 +162,8 @@ def _term(
 
     ``reduction="mean"`` divides each list by its Σ_p μ_p, which is 1 under ``model="top_one"``.
     """
-    _check_list(worth, discount, top_k)
-    _check_choice("lists", lists, ("row", "batch"))
-    _check_choice("reduction", reduction, ("mean", "sum", "none"))
-    _check_choice("fixed_reference", fixed_reference, (None, "image", "text"))
-    _check_choice("model", model, ("plackett_luce", "top_one"))
     n = len(matrices[0])
-    factor = s if worth == "exp" else 1.0
+    factor, is_top_one = s if worth == "exp" else 1.0, {"plackett_luce": False, "top_one": True}[model]
     kept = np.ones((n, n), bool) if diagonal else ~np.eye(n, dtype=bool)
     by_anchor, mean = np.zeros(n), 0.0
     directions = {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[fixed_reference]
@@ -198,9 +173,10 @@ def _term(
         x = factor * cosines
         terms = np.zeros((n, n))
         # The entries of every list: of a row, or of the whole matrix.
-        of_lists = [(i, k) for i, k in enumerate(kept)] if lists == "row" else [kept]
+        entries_of: dict[str, list[Any]] = {"row": [*enumerate(kept)], "batch": [kept]}
+        of_lists = entries_of[lists]
         for entries in of_lists:
-            if model == "top_one":
+            if is_top_one:
                 y_scale = s if reference_scale is None else reference_scale
                 terms[entries], mu = _top_one_terms(x[entries], y_scale * y[entries])
             else:
@@ -218,7 +194,7 @@ def _terms(
     terms, weights = [], []
     for p in range(len(x)):
         rank = 1 + int(np.sum(y > y[p]))
-        mu = 1.0 if discount is None else 1 / math.log(1 + rank)
+        mu = {None: 1.0, "log": 1 / math.log(1 + rank)}[discount]
         if top_k is not None and rank > top_k:
             mu = 0.0
         terms.append(mu * (_log_sum_exp(log_w[y <= y[p]]) - float(log_w[p])))
@@ -255,13 +231,13 @@ def _cosines(a: ArrayLike, b: ArrayLike) -> Array:
     return np.array([[math.fsum(row * column) for column in columns] for row in rows])
 
 
-def _exact_where_equal(cosines: Array, features: ArrayLike) -> Array:
+def _exact_where_equal(a: ArrayLike, b: ArrayLike) -> Array:
     """Cosines as the reference of a batch list: a unit vector and its equals are one tie over the batch.
 
     Vectors whose norm is within 1 % of 1 count as unit vectors; the others keep the square of their norm.
     """
-    f = np.asarray(features, np.float64)
+    f = np.asarray(a, np.float64)
     squares = np.array([math.fsum(row * row) for row in f])
     is_unit = abs(np.sqrt(squares) - 1) <= 0.01
     squares = np.where(is_unit, squares[is_unit].max(initial=0.0), squares)
-    return np.where((f[:, None] == f[None]).all(-1), squares[:, None], cosines)
+    return np.where((f[:, None] == f[None]).all(-1), squares[:, None], _cosines(a, b))

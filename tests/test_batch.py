@@ -35,8 +35,7 @@ def test_a_number_as_scale_has_the_digits_of_the_wider_features(dtypes) -> None:
 
 def test_a_teacher_has_no_graph_and_the_dtype_of_the_features() -> None:
     teacher = torch.eye(4).bfloat16().requires_grad_()
-    reference = Batch.of(V, T, 1.0, reference_image=teacher).reference_image
-    assert reference is not None
+    reference = Batch.of(V, T, 1.0, teacher=(teacher, None)).teacher["text"]
     assert (reference.requires_grad, reference.dtype) == (False, torch.float32)
 
 

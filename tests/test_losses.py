@@ -26,7 +26,6 @@ from rankloss import (
     schedules,
 )
 from rankloss.checks import check_teacher
-from rankloss.options import RankOptions
 
 
 def features() -> tuple[Tensor, Tensor, Tensor]:
@@ -333,25 +332,15 @@ def test_base_that_is_built_shares_the_gathering_and_a_given_one_keeps_its_own()
         (RankClipLoss, {"cross_modal": 0.5}, TypeError, "cross_modal"),
         *((RankClipLoss, {"schedule": bad}, ValueError, "schedule") for bad in (3, None)),
         (RankClipLoss, {"base": ClipLoss}, ValueError, "base"),
-        (RankClipLoss, {"lamda_in": 1.0}, TypeError, "'lamda_in'; did you mean 'lambda_in'"),
-        (ClipLoss, {"chunksize": 1}, TypeError, "ClipLoss .* 'chunksize'; did you mean 'chunk_size'"),
-        (SigLipLoss, {"bins": 1}, TypeError, "SigLipLoss .* 'bins'"),
-        (ClipLoss, {"use_horovod": True}, ValueError, "use_horovod"),
-        (ClipLoss, {"local_loss": True, "gather": False}, ValueError, "gather"),
+        (RankClipLoss, {"lamda_in": 1.0}, TypeError, "unexpected .* 'lamda_in'"),
+        (ClipLoss, {"chunksize": 1}, TypeError, "unexpected .* 'chunksize'"),
+        (SigLipLoss, {"bins": 1}, TypeError, "unexpected .* 'bins'"),
         *((make, {"gather": {}}, ValueError, "gather must be") for make in MODULES.values()),
     ],
 )
 def test_arguments_that_a_constructor_refuses(owner: Any, options: Any, error: Any, named: str) -> None:
     with pytest.raises(error, match=named):
         owner(**options)
-
-
-def test_clip_loss_takes_open_clips_arguments() -> None:
-    assert ClipLoss().gather == Gather()
-    assert ClipLoss(True, True, True, 0, 1, False).gather == Gather(rank=0, world_size=1)
-    assert ClipLoss(cache_labels=True).gather == Gather.of(False)
-    given = ClipLoss(local_loss=True, rank=1, world_size=2).gather
-    assert given == Gather(gather_with_grad=False, rank=1, world_size=2)
 
 
 def test_a_weight_that_is_changed_counts_from_the_next_call() -> None:
@@ -381,14 +370,12 @@ BAD_INPUTS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ((V.long(), T, S), ValueError, "image_features .*int64"),
     ((V, T.to(torch.complex64), S), ValueError, "text_features .*complex64"),
     ((V.to_sparse(), T, S), ValueError, "image_features must be a dense tensor; got layout torch.sparse_coo"),
-    ((V, T.to(torch.float8_e5m2), S), ValueError, "text_features .*at least 16 bits; got torch.float8_e5m2"),
     (
         (torch.nested.nested_tensor([V, V], layout=torch.jagged), T, S),
         ValueError,
-        "image_features must be a dense tensor; got a nested tensor",
+        "image_features must be a dense tensor; got layout torch.jagged",
     ),
     ((V, T.to(META), S), ValueError, "text_features .*cpu.*meta"),
-    ((V, T, S.to(META)), ValueError, "logit_scale .*meta"),
     *(((V, T, bad), ValueError, "logit_scale must be positive") for bad in (-1.0, -S, 0)),
     *(((V, T, bad), ValueError, "logit_scale must be one number") for bad in (V, S.view(1, 1, 1))),
     *(((V, T, S.to(bad)), ValueError, f"logit_scale must be a real number; got {bad}") for bad in UNREAL),
@@ -410,13 +397,6 @@ def test_a_transform_of_torch_func_is_refused_by_name(name: str, argument: str) 
     loss, inputs = MODULES[name](), {"image_features": V, "text_features": T, "logit_scale": S}
     with pytest.raises(ValueError, match=rf"{argument} must not be transformed by torch\.func"):
         torch.func.grad(lambda x: loss(**inputs | {argument: x}))(inputs[argument])
-
-
-@modules
-def test_negative_views_are_their_values(name: str) -> None:
-    negative = torch.complex(torch.zeros_like(V), -V).conj().imag  # a view with the negative bit
-    assert negative.is_neg()
-    torch.testing.assert_close(MODULES[name]()(negative, T, S), MODULES[name]()(V, T, S))
 
 
 @pytest.mark.parametrize("name", TEACHER)
@@ -502,16 +482,6 @@ def test_a_small_scale_of_features_of_another_norm_is_a_scale() -> None:
     with pytest.warns(InputWarning) as warned:
         ClipLoss()(5 * V, 5 * T, 3.0)
     assert all("unit-norm" in str(warning.message) for warning in warned)
-
-
-@pytest.mark.parametrize("name", ["rank", "rank_clip"])
-def test_a_teachers_scale_that_is_a_logarithm_is_warned_of(name: str) -> None:
-    loss = MODULES[name](model="top_one", reference_scale=math.log(100))
-    with pytest.warns(InputWarning, match="reference_scale"):
-        loss(V, T, S, **teacher_of(6))
-    loss(V, T, S, **teacher_of(6))
-    with pytest.raises(ValueError, match=r"reference_scale .* no gradient"):
-        RankOptions(model="top_one", reference_scale=nn.Parameter(torch.tensor(10.0)))
 
 
 def spoilt(how: str) -> Tensor:

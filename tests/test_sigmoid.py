@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import rankloss
 from batches import Batch
 from fake_cuda import fake_cuda
-from rankloss.sigmoid import PairSigmoid, pair_sigmoid
+from rankloss import engine
+from rankloss.losses.siglip import PairSigmoid
 
 BIASES = [-10.0, 0.0, 3.0]
 
@@ -27,7 +29,8 @@ def test_terms_are_exact_from_where_a_pair_is_certain_to_where_it_is_hopeless(dt
     one = torch.ones(1, 1, dtype=dtype)
     for logit in (-300.0, -90.0, -38.0, -20.0, -1.0, 0.0, 1.0, 20.0, 38.0, 60.0, 90.0, 300.0):
         b = torch.tensor(logit - 1, dtype=dtype, requires_grad=True)
-        value = pair_sigmoid(one, one, 1.0, b, 0)
+        weights = torch.ones(1, dtype=torch.float64)
+        (value,) = engine.apply(PairSigmoid(0, None), weights, [one, one, torch.ones((), dtype=dtype), b])
         expected = math.log1p(math.exp(-logit)) if logit > 0 else -logit + math.log1p(math.exp(logit))
         slope = -math.exp(-logit) / (1 + math.exp(-logit)) if logit > 0 else -1 / (1 + math.exp(logit))
         assert value.dtype == dtype
@@ -42,7 +45,7 @@ def test_a_step_on_an_accelerator_never_waits_for_it_nor_copies_to_it(scalars: s
     with fake_cuda() as copies:
         v, t = (torch.empty(32, 8, device="cuda") for _ in range(2))
         s, b = (10.0, -10.0) if scalars == "numbers" else (torch.empty((), device="cuda") for _ in range(2))
-        value = pair_sigmoid(v, t, s, b, 0)
+        value = rankloss.SigLipLoss(memory_budget=0)(v, t, s, b)
         assert value.device == v.device
         inputs = (v, t, *(torch.empty((), device="cuda") for _ in range(2)))
         weights = torch.ones(1, dtype=torch.float64, device="cuda")

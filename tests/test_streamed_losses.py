@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from batches import Batch, batches, gradients, random_batch
 from memory import LiveBytes, saved_bytes
 from oracle import siglip
-from rankloss import ClipLoss, Gather, InputWarning, RankClipLoss, SigLipLoss
+from rankloss import ClipLoss, RankClipLoss, SigLipLoss
 
 MIB = 2**20
 
@@ -128,7 +128,7 @@ def test_scale_and_bias_may_be_numbers_or_tensors_of_one_element(name: str, scal
 @both
 @pytest.mark.parametrize("features", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_dtype_of_the_result_does_not_depend_on_the_size(
+def test_a_streamed_loss_is_float32_at_least_and_gradients_have_the_dtypes_of_the_inputs(
     name: str, features: torch.dtype, autocast: bool
 ) -> None:
     batch = random_batch(0, 40, 8, 10.0)
@@ -136,8 +136,8 @@ def test_dtype_of_the_result_does_not_depend_on_the_size(
     _, _, s, b = inputs_of(batch, torch.float64 if features == torch.float64 else torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
         whole, streamed = (LOSSES[name][0](memory_budget=budget)(v, t, s, b) for budget in (None, 0))
-    assert streamed.dtype == whole.dtype
-    torch.testing.assert_close(streamed, whole, rtol=3e-2, atol=3e-2)
+    assert streamed.dtype == torch.promote_types(features, torch.float32)
+    torch.testing.assert_close(streamed, whole.to(streamed.dtype), rtol=3e-2, atol=3e-2)
     grads = gradients(streamed, (v, t, s), 1.0)
     assert [g.dtype for g in grads] == [features, features, s.dtype]
 
@@ -183,14 +183,6 @@ def test_rank_terms_over_siglip_hold_no_matrix_either() -> None:
     assert live.peak < 36 * MIB  # one matrix is 72
 
 
-def test_siglip_without_a_bias_warns_once() -> None:
-    v, t, s, _ = inputs_of(random_batch(0, 6, 4, 10.0))
-    loss = SigLipLoss()
-    with pytest.warns(InputWarning, match="logit_bias is not given"):
-        loss(v, t, s)
-    loss(v, t, s)  # a second warning would be an error
-
-
 @both
 @pytest.mark.parametrize("budget", [None, 0])
 def test_features_of_two_dtypes_are_computed_in_the_wider(name: str, budget: int | None) -> None:
@@ -202,21 +194,8 @@ def test_features_of_two_dtypes_are_computed_in_the_wider(name: str, budget: int
 # --- arguments --------------------------------------------------------------------------------------------
 
 
-def test_siglip_takes_open_clips_arguments_or_gather() -> None:
-    assert SigLipLoss().gather == Gather()
-    assert SigLipLoss(False, 1, 2, "gather").gather == Gather(rank=1, world_size=2)
-    for dist_impl in ("bidir", "shift", "reduce", "gather"):
-        assert SigLipLoss(dist_impl=dist_impl).gather == Gather(rank=0, world_size=1)
-        given = SigLipLoss(rank=1, world_size=2, dist_impl=dist_impl)
-        assert given.gather == Gather(rank=1, world_size=2)
-    with pytest.raises(ValueError, match=r"dist_impl must be one of None, 'bidir', .*; got 'ring'"):
-        SigLipLoss(dist_impl="ring")
-    with pytest.raises(ValueError, match="not both; got gather="):
-        SigLipLoss(rank=0, gather=Gather())
-
-
 @pytest.mark.parametrize("budget", [0, None])
-@pytest.mark.parametrize("bias", [torch.zeros(6), torch.zeros(1, device="meta"), "-10", [-10.0]], ids=str)
+@pytest.mark.parametrize("bias", [torch.zeros(6), "-10", [-10.0]], ids=str)
 def test_a_bias_that_is_not_one_number_is_refused(budget: int | None, bias: Any) -> None:
     v, t, s, _ = inputs_of(random_batch(0, 6, 4, 10.0))
     with pytest.raises((ValueError, TypeError), match="logit_bias"):

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from rankloss.options import RankOptions, choices_of
+from rankloss.options import CHOICES, RankOptions
 
 DOCUMENT = Path(__file__).parents[1] / "docs/options.md"
 SECTION = re.compile(r"(?<=<!-- rank-options -->\n).*?(?=<!-- /rank-options -->)", re.DOTALL)
@@ -18,9 +18,9 @@ def table() -> str:
     for option in dataclasses.fields(RankOptions):
         none = f" ({option.metadata['none']})" if option.metadata["none"] else ""
         values = [f"`{option.default!r}`{none}, the default"]
-        values += [f"`{choice!r}`" for choice in choices_of(option.name) if choice != option.default]
-        if not choices_of(option.name):
-            values.append("a positive number" if option.metadata["unit"] == "X" else "a whole number")
+        values += [f"`{choice!r}`" for choice in CHOICES[option.name] if choice != option.default]
+        if not CHOICES[option.name]:
+            values.append("a positive number" if "above" in option.metadata["bounds"] else "a whole number")
         lines.append(f"| `{option.name}` | {'; '.join(values)} | {option.metadata['help']} |")
     return "\n".join(lines) + "\n"
 

@@ -37,7 +37,6 @@ MODULES = {  # what an installation with an extra has to be able to import
     "sentence-transformers": ["rankloss_trainers.sentence_transformers"],
     "lightning": ["rankloss_trainers.lightning"],
     "features": ["rankloss_features.command"],
-    "plots": ["rankloss.plots"],
 }
 EXTRAS = "from importlib.metadata import metadata; print(*metadata('rankloss').get_all('Provides-Extra'))"
 IMPORT_TIME = """

@@ -15,22 +15,24 @@ from torch import nn
 import rankloss
 from rankloss import schedules
 from rankloss.distributed import Gather
-from rankloss.options import STREAMING_OPTION_NAMES, RankOptions, choices_of
+from rankloss.options import CHOICES, RankOptions
 from rankloss_trainers.catalog import LossEntry, Option, Options, changed, weight
 from rankloss_trainers.logging import RankClipLog
 
 # --- RankCLIP -------------------------------------------------------------------------------------------
 
 _HIDDEN = ("reduction",)  # a value per anchor cannot be added to the base, and a sum is a mean times a weight
+_STREAMING = ("chunk_size", "memory_budget")  # of any streamed loss
 _RANK_FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name not in _HIDDEN]
 
 
 def _rank_option(field: dataclasses.Field[Any]) -> Option:
     name, help_, none = field.name.replace("_", "-"), field.metadata["help"], field.metadata["none"]
-    choices = choices_of(field.name)
+    choices = CHOICES[field.name]
     if not choices:
-        type_ = float if "above" in field.metadata["bounds"] else int  # RankOptions checks the bounds
-        return Option(name, field.default, help_, {"type": type_, "metavar": field.metadata["unit"]}, none)
+        is_real = "above" in field.metadata["bounds"]  # RankOptions checks the bounds
+        kind = {"type": float if is_real else int, "metavar": "X" if is_real else "N"}
+        return Option(name, field.default, help_, kind, none)
     words = {None: "none", True: "include", False: "exclude"}
     return Option(
         name, field.default, help_, values={words.get(choice, choice): choice for choice in choices}
@@ -39,7 +41,7 @@ def _rank_option(field: dataclasses.Field[Any]) -> Option:
 
 def _streaming(options: Options) -> dict[str, Any]:
     """The options that any streamed loss has."""
-    return {name: options[name] for name in STREAMING_OPTION_NAMES}
+    return {name: options[name] for name in _STREAMING}
 
 
 _WEIGHT = {"type": weight, "metavar": "X"}
@@ -230,7 +232,7 @@ MIMICRY = LossEntry(
 
 # --- CLIP's and SigLIP's own, in linear memory ------------------------------------------------------------
 
-_STREAMED_OPTIONS = tuple(_rank_option(x) for x in _RANK_FIELDS if x.name in STREAMING_OPTION_NAMES)
+_STREAMED_OPTIONS = tuple(_rank_option(x) for x in _RANK_FIELDS if x.name in _STREAMING)
 
 
 def _streamed(loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], help: str, **needs: Any) -> LossEntry:

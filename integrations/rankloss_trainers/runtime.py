@@ -349,7 +349,7 @@ class Runtime(nn.Module):
     def evaluate(self, **features: Any) -> Entries:
         """The terms of the base, without the terms that a schedule weighs; 0 for a single pair."""
         images: Tensor = features["image_features"]
-        if len(images) < self.gather.min_pairs:
+        if len(images) == 1 and self.gather.place[1] == 1:
             return Entries({"contrastive_loss": images.new_zeros(())}, {})
         return Entries(Entries.of(self._base, base_entries(self._base, **features)).terms, {})
 

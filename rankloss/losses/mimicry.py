@@ -69,7 +69,6 @@ class MimicryLoss(GatheringLoss):
     """
 
     _min_pairs = 1
-    _needs_one_space = False  # the base decides
 
     def __init__(
         self,
@@ -115,12 +114,15 @@ class MimicryLoss(GatheringLoss):
             reference_text_features: likewise. One of the two is enough without ``contrast``.
             **base_inputs: passed on to the base, which refuses unknown ones.
         """
-        given = dict(zip(TEACHER, (reference_image_features, reference_text_features), strict=True))
+        given: dict[str, Any] = dict(
+            zip(TEACHER, (reference_image_features, reference_text_features), strict=True)
+        )
         teacher = {name: x for name, x in given.items() if x is not None}
         if len(teacher) < (2 if self.contrast else 1):
             needed = f" {'and' if self.contrast else 'or'} ".join(TEACHER)
             raise ValueError(f"MimicryLoss needs {needed}; got {', '.join(teacher) or 'neither'}")
-        self.check_inputs(image_features, text_features, logit_scale, **given)
+        # Whether images are compared with texts, the base decides.
+        self.check_inputs(image_features, text_features, logit_scale, one_space=False, **given)
         students = dict(zip(TEACHER, (image_features, text_features), strict=True))
         dtype = arithmetic_dtype(image_features, text_features)
         targets = {name: self._target(name, x.to(dtype), students[name]) for name, x in teacher.items()}
@@ -168,7 +170,7 @@ class MimicryLoss(GatheringLoss):
         assert of_images is not None
         assert of_texts is not None
         is_local = self.gather.anchors_are_local
-        anchors = (images, texts) if is_local else self.whole_batch(images, texts)
+        anchors = (images, texts) if is_local else self.gather(images, texts)
         first_row = self.gather.first_row(len(images))
         batch = Batch.of(of_images, of_texts, self.contrast_scale, anchors=anchors, first_row=first_row)
         weights = torch.tensor([self.contrast, 0.0, 0.0], dtype=torch.float64, device="cpu")

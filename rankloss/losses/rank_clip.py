@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankloss import schedules
-from rankloss.checks import check_bias, check_one_space
 from rankloss.distributed import GatherOption, gather_once
-from rankloss.losses.clip import with_idle_bias
 from rankloss.losses.composition import (
+    TEACHER,
     Base,
     base_entries,
     check_base,
@@ -20,7 +19,7 @@ from rankloss.losses.composition import (
     takes_teacher,
 )
 from rankloss.losses.rank_consistency import RankConsistency
-from rankloss.options import OPTION_NAMES, check_count, check_names, check_weight
+from rankloss.options import check_count, check_weight
 from rankloss.precision import outside_graphs
 from rankloss.schedules import Schedule
 
@@ -95,7 +94,6 @@ class RankClipLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        check_names(type(self), options, OPTION_NAMES)
         if options.get("reduction") == "none":
             raise ValueError(
                 "reduction='none' gives a value per anchor, which cannot be added to the base loss"
@@ -106,10 +104,9 @@ class RankClipLoss(nn.Module):
             gather=gather,
             **options,
         )
-        self.base = check_base(base, self.consistency.gather, self.consistency.options.streaming)
-        if not callable(schedule):
-            schedule = schedules.by_name(schedule)
-        self.schedule = schedule
+        streaming = {name: options.get(name) for name in ("chunk_size", "memory_budget")}
+        self.base = check_base(base, self.consistency.gather, streaming)
+        self.schedule = schedule if callable(schedule) else schedules.by_name(schedule)
         self.normalizer = check_weight("normalizer", normalizer)
         self._missing: str | None = "set_epoch(epoch, epochs) or set_progress(step, total_steps)"
         self._goes_by_epochs = False  # whether λ is of an epoch
@@ -134,7 +131,8 @@ class RankClipLoss(nn.Module):
         Raises:
             RuntimeError: if the schedule needs the progress and was not given it.
         """
-        self._check_progress()
+        if self._missing is not None:
+            raise RuntimeError(f"RankClipLoss does not know where training stands: call {self._missing}")
         return self._schedule_value
 
     @property
@@ -148,9 +146,11 @@ class RankClipLoss(nn.Module):
             >>> RankClipLoss(schedule="constant", lambda_in=0.5).rank_weights
             {'cross_modal': 0.0625, 'in_modal': 0.03125}
         """
-        self._check_progress()
-        weight = self._schedule_value * self.normalizer
-        return {"cross_modal": weight * self.lambda_cross, "in_modal": weight * self.lambda_in}
+        weight = self.schedule_value * self.normalizer
+        return {
+            "cross_modal": weight * self.consistency.cross_modal,
+            "in_modal": weight * self.consistency.in_modal,
+        }
 
     @outside_graphs
     def set_epoch(self, epoch: int, epochs: int) -> None:
@@ -199,33 +199,27 @@ class RankClipLoss(nn.Module):
             reference_text_features: ``[N, D']``, likewise.
             **base_inputs: passed on to the base, which refuses unknown ones.
         """
-        teacher = {
-            "reference_image_features": reference_image_features,
-            "reference_text_features": reference_text_features,
-        }
+        teacher = dict(zip(TEACHER, (reference_image_features, reference_text_features), strict=True))
+        inputs = image_features, text_features, logit_scale, logit_bias
         cross, in_ = self.rank_weights.values()
-        self.consistency.check_inputs(image_features, text_features, logit_scale, **teacher)
-        is_fused = self._fuses and bool(cross or in_) and not base_inputs
+        gather, options = self.consistency.gather, self.consistency.options
+        # The rank terms' pass gives the loss of such a base as well.
+        is_fused = bool(cross or in_) and not (base_inputs or options.is_dense)
+        is_fused = is_fused and is_streamed_clip(self.base, gather)
+        self.consistency.check(inputs, teacher, one_space=is_fused)
         with gather_once():
-            if is_fused:
-                check_one_space(image_features, text_features)
-                check_bias(logit_bias, image_features)
-                entries = {}
-            else:
+            entries = {}
+            if not is_fused:
                 given = {name: x for name, x in teacher.items() if x is not None}
                 if given and takes_teacher(self.base):
                     base_inputs.update(given)
-                entries = base_entries(
-                    self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
-                )
+                entries = base_entries(self.base, *inputs, **base_inputs)
+            weights = float(is_fused), cross, in_
             contrastive, cross_modal, in_modal = self.consistency.weighted_terms(
-                (image_features, text_features, logit_scale),
-                self.consistency.options,
-                (float(is_fused), cross, in_),
-                tuple(teacher.values()),
+                inputs, options, weights, tuple(teacher.values())
             )
         if is_fused:
-            entries["contrastive_loss"] = with_idle_bias(contrastive, logit_bias)
+            entries["contrastive_loss"] = contrastive
         own = {"cross_modal_loss": cross_modal, "in_modal_loss": in_modal}
         return combined(entries, own, output_dict)
 
@@ -234,11 +228,6 @@ class RankClipLoss(nn.Module):
         schedule = getattr(self.schedule, "__name__", repr(self.schedule))
         factors = (f"{name}={getattr(self, name):g}" for name in ("lambda_cross", "lambda_in", "normalizer"))
         return ", ".join([f"schedule={schedule}", *factors])
-
-    @property
-    def _fuses(self) -> bool:
-        """True where the rank terms' pass gives the base's loss as well."""
-        return not self.consistency.options.is_dense and is_streamed_clip(self.base, self.consistency.gather)
 
     def _tell(self, name: str, now: int, end_name: str, end: int) -> None:
         """Evaluate the schedule at position ``now`` of ``end``, which are arguments of these names."""
@@ -255,7 +244,3 @@ class RankClipLoss(nn.Module):
             return
         self._schedule_value = check_weight("schedule's value", self.schedule(now, end))
         self._missing, self._goes_by_epochs = None, is_epoch
-
-    def _check_progress(self) -> None:
-        if self._missing is not None:
-            raise RuntimeError(f"RankClipLoss does not know where training stands: call {self._missing}")

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from rankloss.checks import look_at_scale
+from rankloss.checks import check_references
 from rankloss.distributed import Gather, GatherOption
-from rankloss.functional import check_references
+from rankloss.losses.composition import TEACHER
 from rankloss.losses.gathering import GatheringLoss
-from rankloss.options import OPTION_NAMES, RankOptions, check_names, check_weight
-from rankloss.precision import can_be_read, outside_graphs
+from rankloss.options import RankOptions, check_weight
+from rankloss.precision import outside_graphs
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +83,6 @@ class RankConsistency(GatheringLoss):
         gather: GatherOption = None,
         **options: Any,
     ) -> None:
-        check_names(type(self), options, OPTION_NAMES)
         rank_options = RankOptions(**options)
         if rank_options.lists == "batch":
             if isinstance(gather, Gather) and gather.local_loss:
@@ -96,13 +95,11 @@ class RankConsistency(GatheringLoss):
         self.cross_modal = check_weight("cross_modal", cross_modal)
         self.in_modal = check_weight("in_modal", in_modal)
         self.options = rank_options
-        if self.gather.local_loss and not self.gather.gather_with_grad:
-            rank, world_size = self.gather.place
-            if world_size > 1 and rank == 0:
-                _log.warning(
-                    "local_loss without gather_with_grad: the gradient of the rank terms differs from that "
-                    "of the whole batch; set both flags"
-                )
+        if self.gather.anchors_are_local and not self.gather.gather_with_grad and self.gather.place[0] == 0:
+            _log.warning(
+                "local_loss without gather_with_grad: the gradient of the rank terms differs from that "
+                "of the whole batch; set both flags"
+            )
 
     @outside_graphs
     def forward(
@@ -126,37 +123,27 @@ class RankConsistency(GatheringLoss):
                 They carry no gradient.
             reference_text_features: ``[N, D']``, likewise.
         """
-        teacher = {
-            "reference_image_features": reference_image_features,
-            "reference_text_features": reference_text_features,
-        }
-        self.check_inputs(image_features, text_features, logit_scale, **teacher)
-        _, cross, in_ = self.weighted_terms(
-            (image_features, text_features, logit_scale),
-            self.options,
-            (0.0, self.cross_modal, self.in_modal),
-            tuple(teacher.values()),
-        )
+        teacher = dict(zip(TEACHER, (reference_image_features, reference_text_features), strict=True))
+        inputs = image_features, text_features, logit_scale, None
+        self.check(inputs, teacher)
+        weights = 0.0, self.cross_modal, self.in_modal
+        _, cross, in_ = self.weighted_terms(inputs, self.options, weights, tuple(teacher.values()))
         return {"cross_modal_loss": cross, "in_modal_loss": in_} if output_dict else cross + in_
 
-    def check_inputs(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        **references: Tensor | None,
+    def check(
+        self, inputs: tuple[Any, ...], teacher: dict[str, Tensor | None], *, one_space: bool = False
     ) -> None:
-        """Check the inputs, and a teacher's features against the options and the terms."""
-        super().check_inputs(image_features, text_features, logit_scale, **references)
-        check_references(self.options, cross_modal=self.cross_modal != 0, **references)
-        scale, teacher = self.options.reference_scale, [x for x in references.values() if x is not None]
-        if scale is not None and "reference_scale" not in self._looked_at and can_be_read(teacher[0]):
-            look_at_scale("reference_scale", scale, teacher[0])
-            self._looked_at.add("reference_scale")
+        """Check the inputs, and a teacher's features against the options and the terms.
 
-    @property
-    def _needs_one_space(self) -> bool:  # type: ignore[override]
-        return self.cross_modal != 0
+        Args:
+            inputs: of :meth:`check_inputs`.
+            teacher: a teacher's features by name.
+            one_space: whether images are compared with texts beside the terms.
+        """
+        is_crossed = self.cross_modal != 0
+        named: dict[str, Any] = {**teacher, "one_space": one_space or is_crossed}
+        self.check_inputs(*inputs, **named)
+        check_references(self.options, cross_modal=is_crossed, **teacher)
 
     def extra_repr(self) -> str:
         """The weights and every option that is not at its default."""

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rankloss import checks, graded, precision
+from rankloss.batch import first_equal, first_occurrence
 from rankloss.distributed import GatherOption
-from rankloss.equal_rows import first_equal, first_occurrence
 from rankloss.losses.gathering import GatheringLoss
 from rankloss.options import Reduction, check_choice, check_count
 
@@ -172,13 +172,16 @@ class RankedLists(GatheringLoss):
         del tensors["logit_scale"]  # which may be a number
         self.gather.check_agreement(self, **tensors)
         _check_shapes(given)
-        checks.check_scale(given.logit_scale, given.query_features)
+        checks.check_scale(given.logit_scale)
         self._look_at_values(given)
 
         queries, items, logit_scale, grades, index, _, ids = given
         is_item = given.is_item
         is_right = (~is_item | (grades < math.inf)).all()
-        grades = grades.detach().to(precision.dtype_of_numbers(grades.device)).masked_fill(~is_item, math.inf)
+        is_mps = grades.device.type == "mps"  # which has no float64
+        grades = (
+            grades.detach().to(torch.float32 if is_mps else torch.float64).masked_fill(~is_item, math.inf)
+        )
         if index is None:
             items = items.flatten(0, 1)
             index = torch.arange(len(items), device=items.device).view(grades.shape)
@@ -282,7 +285,7 @@ class RankedLists(GatheringLoss):
         queries, candidates, logit_scale, grades, index, *_ = given
         is_item = given.is_item
         is_first = not self._looked_at and precision.can_be_read(queries)
-        if not (is_first or precision.can_sync(queries)):
+        if not (is_first or queries.is_cpu):
             return
         if (row := _first(~is_item.any(-1))) is not None:
             raise ValueError(f"mask must leave a candidate in every list; row {row} has none")

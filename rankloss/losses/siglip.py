@@ -1,20 +1,26 @@
-"""SigLIP's loss."""
+r"""SigLIP's loss, from the whole matrix of logits or in blocks of rows.
+
+With logits x_ij = s·v_i·t_j + b, and y_ij = −x_ij where j is image i's own text, else x_ij,
+
+    L = (1/n)·Σ_ij log(1 + e^{y_ij}),
+    G_ij = n·∂L/∂x_ij = −σ(y_ij) where j is image i's own text, else σ(y_ij),   ∂b = (1/n)·Σ G.
+"""
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss.checks import InputWarning, check_bias
-from rankloss.distributed import Gather, GatherOption
-from rankloss.losses.gathering import StreamedLoss, gather_of_open_clip
-from rankloss.options import check_choice
-from rankloss.precision import nan_unless_finite, outside_graphs
-from rankloss.sigmoid import pair_sigmoid
+from rankloss import engine
+from rankloss.batch import Matrix
+from rankloss.losses.gathering import Number, StreamedLoss
+from rankloss.precision import arithmetic_dtype, in_arithmetic, nan_unless_finite
+
+_LINEAR_FROM = 40.0  # from where log(1 + e^y) is y in float64
 
 
 class SigLipLoss(StreamedLoss):
@@ -22,15 +28,10 @@ class SigLipLoss(StreamedLoss):
 
         L = −(1/N)·Σ_ij log σ(z_ij·(s·v_i·t_j + b)),   z_ij = 1 where i = j, else −1
 
-    It takes the arguments of open_clip's SigLipLoss. Where any of them is given, they all mean what they mean
-    there, with open_clip's defaults: ``SigLipLoss(dist_impl="gather")`` is a loss of one process. Where none
-    is given, ``gather`` holds.
-
     Memory: up to its budget the loss is open_clip's formula, with the same bits in one process. A
     batch whose logits take more is computed in chunks of images, value and gradient together, in float32 at
     least; it differs from the formula by rounding, that of half precision where the formula's logits are
-    half. O(N·D) is kept for the backward pass and O(chunk·N) is held during the forward pass. The dtype of
-    the result is the same on both sides.
+    half. O(N·D) is kept for the backward pass and O(chunk·N) is held during the forward pass.
 
     Several processes: open_clip's loss of a process is the sum over its own images and all texts, divided by
     the number of its own images. So is this one with both flags of ``gather``, and DDP's average is the loss,
@@ -38,26 +39,22 @@ class SigLipLoss(StreamedLoss):
     other processes' features are constants, the own ones never are.
 
     Args:
-        cache_labels: accepted for open_clip's sake; there are no labels to cache.
-        rank: this process's rank; open_clip's argument, its default is 0.
-        world_size: the number of processes; open_clip's argument, its default is 1: nothing is gathered.
-        dist_impl: ``"bidir"``, ``"shift"``, ``"reduce"`` or ``"gather"``, open_clip's ways of exchanging
-            texts. They give one value, up to rounding; here texts are gathered whichever is named.
         gather: how features of other processes are gathered. None: from the default process group, if one of
             more than one process is initialised, exactly. False: not at all. Else a :class:`rankloss.Gather`.
-        **options: ``chunk_size`` and ``memory_budget``, see :class:`rankloss.RankOptions`.
+        chunk_size: see :class:`rankloss.RankOptions`.
+        memory_budget: likewise.
 
     Shapes:
         ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; ``logit_scale``: the multiplier s
-        itself, not its logarithm; ``logit_bias``: b, None for 0. Both are a number or a tensor of one
-        element. The result is a scalar in nats, in the dtype in which torch computes the formula from the
-        features, or with ``output_dict=True`` ``{"contrastive_loss": …}``.
+        itself, not its logarithm; ``logit_bias``: b, None for 0 (SigLIP starts from −10, without which the
+        many pairs that do not match dominate). Both are a number or a tensor of one
+        element. The result is a scalar in nats, within the budget in the dtype in which torch computes the
+        formula from the features, or with ``output_dict=True`` ``{"contrastive_loss": …}``.
 
     Raises:
-        ValueError: for open_clip's arguments beside ``gather``, an unknown ``dist_impl``, or a negative
-            budget; in ``forward`` for features that are not two floating-point matrices of one shape with at
-            least one row, a bias that is not one number, or a scale that is not one positive number (its
-            sign is not checked on an accelerator, where reading it would wait).
+        ValueError: for a negative budget; in ``forward`` for features that are not two floating-point
+            matrices of one shape with at least one row, a bias that is not one number, or a scale that is
+            not one positive number (its sign is not checked on an accelerator, where reading it would wait).
 
     References:
         "Sigmoid Loss for Language Image Pre-Training", ICCV 2023.
@@ -68,94 +65,70 @@ class SigLipLoss(StreamedLoss):
         1.0064
     """
 
-    def __init__(
-        self,
-        cache_labels: bool | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
-        dist_impl: str | None = None,
-        *,
-        gather: GatherOption = None,
-        **options: Any,
-    ) -> None:
-        check_choice("dist_impl", dist_impl, (None, "bidir", "shift", "reduce", "gather"))
-        super().__init__(
-            gather_of_open_clip(
-                gather,
-                Gather(rank=0, world_size=1),
-                cache_labels,
-                dist_impl,
-                rank=rank,
-                world_size=world_size,
-            ),
-            options,
-        )
+    def _whole(self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None) -> Tensor:
+        first_row = self.gather.first_row(len(images))
+        images, texts = self._pairs(images, texts)
+        own = torch.arange(len(images), device=images.device) + first_row
+        logits = scale * images @ texts.T
+        if bias is not None:
+            logits += bias  # in place: a bias of shape [1] does not change the dtype
+        labels = 2 * (own[:, None] == torch.arange(len(texts), device=images.device)).to(images.dtype) - 1
+        loss = -F.logsigmoid(labels * logits).sum() / len(images)
+        # Of a feature that is infinite, or a product that could be, the sigmoid loss could be a number.
+        return nan_unless_finite(loss, images, texts).to(loss.dtype)
 
-    @outside_graphs
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with ``output_dict`` a dict of it.
+    def _streamed(self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None) -> Tensor:
+        dtype, home = arithmetic_dtype(images, texts), images.device
+        terms = PairSigmoid(self.gather.first_row(len(images)), self._options.chunk_size)
+        pairs = [in_arithmetic(x, dtype, home) for x in self._pairs(images, texts)]
+        numbers = [in_arithmetic(x, dtype, home).reshape(()) for x in (scale, 0.0 if bias is None else bias)]
+        inputs = [*pairs, *numbers]
+        weights = torch.ones(1, dtype=torch.float64, device=inputs[0].device)
+        (loss,) = engine.apply(terms, weights, inputs)
+        return loss.to(home)
 
-        Args:
-            image_features: ``[N, D]``.
-            text_features: ``[N, D]``.
-            logit_scale: the multiplier s.
-            logit_bias: b.
-            output_dict: return a dict.
-        """
-        self.check_inputs(image_features, text_features, logit_scale)
-        check_bias(logit_bias, image_features)
-        self._warn_of_no_bias(logit_bias)
-        gather = self.gather
-        dtype = torch.promote_types(image_features.dtype, text_features.dtype)
-        image_features, text_features = image_features.to(dtype), text_features.to(dtype)
+    def _pairs(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """The images that are rows here, and all texts."""
         # An image is a row, a text is not: its own gradient has to come through the gathering.
-        images = image_features if gather.anchors_are_local else gather.items(image_features)
-        texts = gather.items(text_features, are_anchors=False)
-        first_row = gather.first_row(len(image_features))
-        if self.fits(len(images), len(texts), images, texts):
-            loss = _whole(images, texts, logit_scale, logit_bias, first_row)
-        else:
-            with torch.no_grad():  # probe the output dtype, which autocast decides, with one pair
-                dtype = _whole(images[:1], texts[:1], logit_scale, logit_bias, 0).dtype
-            bias = 0.0 if logit_bias is None else logit_bias
-            chunk_size = self._options.chunk_size
-            loss = pair_sigmoid(images, texts, logit_scale, bias, first_row, chunk_size).to(dtype)
-        return {"contrastive_loss": loss} if output_dict else loss
-
-    def _warn_of_no_bias(self, logit_bias: Tensor | float | None) -> None:
-        if logit_bias is None and "logit_bias" not in self._looked_at:
-            self._looked_at.add("logit_bias")
-            warnings.warn(
-                "logit_bias is not given, so it is 0. SigLIP starts from −10: without a bias the many pairs "
-                "that do not match dominate; open_clip's models have one with --siglip or init_logit_bias",
-                InputWarning,
-                stacklevel=3,
-            )
+        rows = images if self.gather.anchors_are_local else self.gather.items(images)
+        return rows, self.gather.items(texts, are_anchors=False)
 
 
-def _whole(
-    images: Tensor,
-    texts: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float | None,
-    first_row: int,
-) -> Tensor:
-    """The formula; the order of operations and the dtypes are open_clip's, so the bits are too.
+class PairSigmoid(NamedTuple):
+    """L of images, texts, s and b."""
 
-    Only where a feature is infinite, or a product could be, another value is given, NaN: the sigmoid loss of
-    it could be a number.
-    """
-    logits = logit_scale * images @ texts.T
-    if logit_bias is not None:
-        logits += logit_bias  # in place: a bias of shape [1] does not change the dtype
-    own = first_row + torch.arange(len(images), device=images.device)
-    labels = 2 * (own[:, None] == torch.arange(len(texts), device=images.device)).to(images.dtype) - 1
-    loss = -F.logsigmoid(labels * logits).sum() / len(images)
-    return nan_unless_finite(loss, images, texts).to(loss.dtype)
+    first_row: int
+    chunk_size: int | None
+    wanted: Sequence[bool] = (True,)
+
+    def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> engine.Streamed:
+        """L times its weight, and the gradient by each of the inputs."""
+        images, texts, scale, bias = inputs
+        sums = {"image": torch.zeros_like(images), "text": torch.zeros_like(texts)} if with_gradient else None
+
+        def of_rows(cosines: Tensor, _: Tensor | None, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
+            y = torch.addcmul(bias, scale, cosines, out=cosines)
+            y.diagonal(first_row, 1, 2).neg_()
+            value = F.softplus(y, threshold=_LINEAR_FROM).sum(-1, dtype=torch.float64)
+            gradient = y.sigmoid_()
+            gradient.diagonal(first_row, 1, 2).neg_()
+            return value, gradient.sum(-1, dtype=torch.float64), gradient
+
+        matrix = Matrix(images, texts, ("image", "text"))
+        value, by_bias = engine.accumulate(of_rows, [matrix], (), sums, self.first_row, self.chunk_size)
+        share = nan_unless_finite(weights / len(images), images, texts)
+        values = [(share * value).squeeze()]
+        if sums is None:
+            return values, [None] * len(inputs)
+        by_scale = share * (sums["image"] * images).sum()
+        by_features = [sums[name].mul_((share * scale).to(images.dtype)) for name in ("image", "text")]
+        by_numbers = [x.to(scale.dtype).squeeze() for x in (by_scale, share * by_bias)]
+        return values, [*by_features, *by_numbers]
+
+    def definition(self, inputs: Sequence[Any], weights: Tensor) -> Sequence[Tensor]:
+        """The same from the whole matrix."""
+        images, texts, scale, bias = inputs
+        x = scale * Matrix(images, texts, ("image", "text")).cosines() + bias
+        own = self.first_row + torch.arange(len(images), device=images.device)
+        y = torch.where(own[:, None] == torch.arange(len(texts), device=images.device), -x, x)
+        return [weights.squeeze().to(x.dtype) * -F.logsigmoid(-y).sum() / len(images)]

@@ -38,7 +38,7 @@ class Subject:
 
     name: str
     covers: str
-    """The public name: an entry of ``rankloss.__all__``, or ``module.function``."""
+    """The public name: a name of ``rankloss``, or ``module.function``."""
     build: Callable[..., Callable[..., Any]]
     reference: Callable[..., Any] | None
     """The value in NumPy, of arrays by the same names; None where the NumPy twins do not have it."""

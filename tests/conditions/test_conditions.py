@@ -61,11 +61,13 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 
 def public_names() -> set[str]:
-    """``rankloss.__all__``; for a module, the functions and classes that are not at the top as well."""
-    names, modules = set(), set()
-    for name in rankloss.__all__:
-        is_module = isinstance(getattr(rankloss, name), types.ModuleType) and name not in NO_SUBJECTS
-        (modules if is_module else names).add(name)
+    """The names of ``rankloss``; of a documented module, functions and classes that are not at the top."""
+    names, modules = {"__version__"}, set()
+    for name, value in vars(rankloss).items():
+        is_module = isinstance(value, types.ModuleType)
+        if name.startswith("_") or (is_module and not hasattr(value, "__all__")):
+            continue
+        (modules if is_module and name not in NO_SUBJECTS else names).add(name)
     at_the_top = [getattr(rankloss, name) for name in names]
     for name in modules:
         module = getattr(rankloss, name)

@@ -25,8 +25,7 @@ ERRORS = [row for row in ROWS if row[1].endswith("Error`")]
 
 def evaluate(expression: str) -> object:
     v, t = normalize(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
-    names = {name: getattr(rankloss, name) for name in rankloss.__all__}
-    names |= {"torch": torch, "v": v, "t": t}
+    names = {**vars(rankloss), "torch": torch, "v": v, "t": t}
     return eval(
         expression.strip("`"), {**names, "loss": rankloss.RankConsistency(), "clip": rankloss.RankClipLoss()}
     )

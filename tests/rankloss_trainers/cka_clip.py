@@ -33,7 +33,7 @@ class CkaLoss(GatheringLoss):
         if takes_teacher(self.base):
             base_inputs |= teacher
         with gather_once():
-            students = self.whole_batch(image_features, text_features)
+            students = self.gather(image_features, text_features)
             pairs = zip(students, self.gather.constants(*teacher.values()), strict=True)
             distance = sum(1 - cka(x.float(), y.float()) for x, y in pairs)
             entries = base_entries(

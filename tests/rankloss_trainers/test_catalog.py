@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rankloss.distributed import Gather
-from rankloss.options import RankOptions, choices_of
+from rankloss.options import CHOICES, RankOptions
 from rankloss_trainers import catalog
 from rankloss_trainers.command_line import LossArguments
 
@@ -54,8 +54,8 @@ def test_defaults_are_those_of_the_library() -> None:
 def test_what_is_typed_is_what_the_library_gets(data: st.DataObject) -> None:
     field = data.draw(st.sampled_from([f for f in FIELDS if f.name not in ("reference_scale", "bins")]))
     spelled = {None: "none", True: "include", False: "exclude"}
-    if choices_of(field.name):
-        value = data.draw(st.sampled_from(choices_of(field.name)))
+    if CHOICES[field.name]:
+        value = data.draw(st.sampled_from(CHOICES[field.name]))
         text = spelled[value] if value is None or isinstance(value, bool) else value
     else:
         bounds = field.metadata["bounds"]

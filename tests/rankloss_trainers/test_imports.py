@@ -86,7 +86,6 @@ for extra, package, call, module in (
     ("features", "datasets", features, ""),
     ("sentence-transformers", "sentence_transformers", importlib.import_module,
      "rankloss_trainers.sentence_transformers_lists"),
-    ("plots", "matplotlib", importlib.import_module, "rankloss.plots"),
 ):
     sys.modules[package] = None
     try:

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import torch
+from examples_common.slope_chart import compare_rankings
 from matplotlib.figure import Figure
 from style import WIDTH, Colors
-
-from rankloss import plots
 
 RECORD = Path(__file__).parents[2] / "docs/assets/agreement.json"  # a copy of what the demo wrote
 
@@ -21,7 +20,7 @@ def draw(_: Colors) -> Figure:
     figure = Figure(figsize=(WIDTH, 7.4), layout="constrained")
     figure.get_layout_engine().set(hspace=0.05)  # or the second title touches the first chart
     for axes, (model, lists) in zip(figure.subplots(2, 1), record["scores"].items(), strict=True):
-        plots.compare_rankings(
+        compare_rankings(
             *map(torch.tensor, lists),
             labels,
             own=record["anchor"],

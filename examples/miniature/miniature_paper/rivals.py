@@ -188,7 +188,7 @@ class RivalsLoss(GatheringLoss):
         entries = base_entries(
             self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
         )
-        both = *self.whole_batch(image_features, text_features), *self.gather.constants(*references.values())
+        both = *self.gather(image_features, text_features), *self.gather.constants(*references.values())
         dtype = arithmetic_dtype(image_features, text_features)
         images, texts, *teacher = (x.to(dtype) for x in both)
         with full_precision(images.device):

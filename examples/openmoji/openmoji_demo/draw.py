@@ -8,10 +8,9 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
+from examples_common.slope_chart import compare_rankings
 from matplotlib.figure import Figure
 from PIL import Image
-
-from rankloss import plots
 
 from .evaluate import HELD_OUT, TRAINING, Agreement, TestSet
 
@@ -60,7 +59,7 @@ def _draw_rankings(area: Any, names: Sequence[str], agreement: Agreement, pictur
     )
     axes = area.subplots(1, len(names), squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):
-        plots.compare_rankings(
+        compare_rankings(
             *agreement.scores[name],
             [_shorten(label, 20) for label in agreement.labels],
             own=agreement.anchor,

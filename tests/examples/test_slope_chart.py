@@ -1,9 +1,8 @@
-"""The slope chart shows the ranks and the τ that SciPy computes, and loads nothing it does not need."""
+"""The slope chart shows the ranks and the τ that SciPy computes."""
 
 from __future__ import annotations
 
 from io import BytesIO
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +15,9 @@ from torch.nn.functional import normalize
 
 pytest.importorskip("matplotlib")
 
+from examples_common import slope_chart as charts
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
-
-from rankloss import plots
 
 
 def features(n: int, seed: int, ties: bool = False) -> tuple[Tensor, Tensor]:
@@ -35,7 +33,7 @@ batches = st.tuples(st.integers(2, 24), st.integers(0, 2**16), st.booleans())
 terms = st.sampled_from(["cross_modal", "in_modal"])
 
 
-def rankings(v: Tensor, t: Tensor, anchor: int, term: plots.Term) -> tuple[np.ndarray, np.ndarray, float]:
+def rankings(v: Tensor, t: Tensor, anchor: int, term: charts.Term) -> tuple[np.ndarray, np.ndarray, float]:
     """The anchor's ranks of all concepts by its picture and by its caption, and τ, from SciPy."""
     s, r, i, x = v @ t.T, t @ v.T, v @ v.T, t @ t.T
     a, b = (m[anchor].numpy() for m in ((s, r) if term == "cross_modal" else (i, x)))
@@ -44,17 +42,17 @@ def rankings(v: Tensor, t: Tensor, anchor: int, term: plots.Term) -> tuple[np.nd
 
 
 @given(st.integers(8, 70), st.integers(2, 70), st.integers(0, 2**16), terms)
-def test_equal_items_are_tied_however_a_product_rounds(n: int, d: int, seed: int, term: plots.Term) -> None:
+def test_equal_items_are_tied_however_a_product_rounds(n: int, d: int, seed: int, term: charts.Term) -> None:
     v, t = torch.randn(2, n, d, generator=torch.Generator().manual_seed(seed))
     t[1:] = t[1].clone()
-    left, right = plots._rows(v, t, 0, term)
+    left, right = charts._rows(v, t, 0, term)
     of_texts = left if term == "cross_modal" else right
     assert (of_texts[1:] == of_texts[1]).all()
 
 
 def test_unsigned_scores_do_not_wrap() -> None:
     scores = torch.tensor([0, 1, 2, 3], dtype=torch.uint8)
-    texts = drawn(plots.compare_rankings(scores, scores.flip(0), "abcd"))
+    texts = drawn(charts.compare_rankings(scores, scores.flip(0), "abcd"))
     assert {"d  1", "1  a"} <= texts
 
 
@@ -64,11 +62,11 @@ def drawn(figure: Figure) -> set[str]:
 
 @settings(max_examples=25)
 @given(batches, terms, st.integers(2, 30))
-def test_chart_shows_the_ranks(batch: tuple[int, int, bool], term: plots.Term, items: int) -> None:
+def test_chart_shows_the_ranks(batch: tuple[int, int, bool], term: charts.Term, items: int) -> None:
     v, t = features(*batch)
     n = len(v)
     labels = [f"label {k}" for k in range(n)]
-    figure = plots.slope_chart(v.requires_grad_(), t, labels, n - 1, term=term, items=items, title="A model")
+    figure = charts.slope_chart(v.requires_grad_(), t, labels, n - 1, term=term, items=items, title="A model")
     v = v.detach()
     left, right, tau = rankings(v, t, n - 1, term)
     shown = left.argsort(kind="stable")[:items].tolist()
@@ -97,13 +95,13 @@ def test_chart_shows_the_ranks(batch: tuple[int, int, bool], term: plots.Term, i
         assert on_left[start][0].startswith(f"label {k} ")
         assert on_right[end][0].endswith(f" {k}")
         color = line.get_color()
-        assert same_color(color, plots.FALLEN) == (end > start)
-        assert same_color(color, plots.RISEN) == (end < start)
+        assert same_color(color, charts.FALLEN) == (end > start)
+        assert same_color(color, charts.RISEN) == (end < start)
 
 
 def test_labels_are_not_read_as_mathematics() -> None:
     v, t = features(3, 0)
-    figure = plots.slope_chart(v, t, ["$5", "$6 or $7", "x_1"], 0)
+    figure = charts.slope_chart(v, t, ["$5", "$6 or $7", "x_1"], 0)
     figure.draw_without_rendering()
     assert any(text.get_text().startswith(r"\$6 or \$7") for text in figure.axes[0].texts)
 
@@ -112,7 +110,7 @@ def test_labels_are_not_read_as_mathematics() -> None:
 def test_labels_of_any_length_leave_room_for_the_lines(length: int) -> None:
     v, t = features(6, 0)
     labels = [letter * length for letter in "ABCDEF"]
-    figure = plots.slope_chart(v, t, labels, 0)
+    figure = charts.slope_chart(v, t, labels, 0)
     figure.savefig(BytesIO())  # the layout's warning that nothing is left for the lines would be an error
     (axes,) = figure.axes
     lines = axes.get_window_extent().width
@@ -126,29 +124,5 @@ def test_two_charts_in_one_figure() -> None:
     v, t = features(6, 0)
     figure = Figure()
     for axes in figure.subplots(1, 2):
-        assert plots.slope_chart(v, t, list("abcdef"), 0, axes=axes) is figure
+        assert charts.slope_chart(v, t, list("abcdef"), 0, axes=axes) is figure
     assert [len(axes.lines) for axes in figure.axes] == [6, 6]
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "named"),
-    [
-        ({"image_features": torch.ones(3, 2)}, ValueError, "image_features"),
-        ({"text_features": [[1.0, 0.0]] * 4}, TypeError, "text_features"),
-        *(({"anchor": bad}, ValueError, "anchor") for bad in (4, -1)),
-        ({"term": "both"}, ValueError, "term"),
-        ({"labels": list("abc")}, ValueError, "labels"),
-        ({"items": 1}, ValueError, "items"),
-    ],
-)
-def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], named: str) -> None:
-    good = {
-        "image_features": torch.eye(4, 2),
-        "text_features": torch.eye(4, 2),
-        "labels": "abcd",
-        "anchor": 0,
-    }
-    with pytest.raises(error, match=named):
-        plots.slope_chart(**{**good, **change})
-    with pytest.raises(ValueError, match="first and second"):
-        plots.compare_rankings(torch.ones(3), torch.ones(2), "abc")
