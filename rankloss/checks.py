@@ -26,14 +26,17 @@ def check_matrix(name: str, x: object) -> None:
     """
     check_is_tensor(name, x)
     assert isinstance(x, Tensor)
-    if x.layout is not torch.strided:
-        raise ValueError(f"{name} must be a dense tensor; got layout {x.layout}")
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise ValueError(f"{name} must be a dense tensor; got {kind}")
     _check_untransformed(name, x)
     if x.dim() != 2:
         hint = ". Several captions per image are several batches: see docs/data.md" if x.dim() == 3 else ""
         raise ValueError(f"{name} must have shape [N, D]; got {tuple(x.shape)}{hint}")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point; got {x.dtype}")
+    if x.dtype.itemsize < 2:
+        raise ValueError(f"{name} must be floating point of at least 16 bits; got {x.dtype}")
     if x.shape[1] < 1:
         raise ValueError(f"{name} must have at least one column; got shape {tuple(x.shape)}")
 
@@ -214,7 +217,7 @@ def check_is_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor; got {kind_of(value)}")
 
 
-def check_is_number(name: str, value: object) -> None:
+def check_is_number(name: str, value: object, features: Tensor) -> None:
     """Raise an error that names the argument unless it is one number, which features can be multiplied by.
 
     Raises:
@@ -229,6 +232,8 @@ def check_is_number(name: str, value: object) -> None:
         if value.dtype == torch.bool or value.is_complex():
             raise ValueError(f"{name} must be a real number; got {value.dtype}")
         _check_untransformed(name, value)
+        if value.is_meta:  # on other devices torch takes it, or says that it does not
+            check_device(name, value, features)
 
 
 def kind_of(value: object) -> str:
@@ -242,14 +247,14 @@ def check_device(name: str, x: Tensor, like: Tensor, like_name: str = "image_fea
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}; got {x.device}")
 
 
-def check_scale(logit_scale: Tensor | float) -> None:
+def check_scale(logit_scale: Tensor | float, features: Tensor) -> None:
     """Raise an error unless the scale is one positive number; its value is looked at where that is free.
 
     Raises:
         TypeError: as :func:`check_is_number`.
         ValueError: for all else.
     """
-    check_is_number("logit_scale", logit_scale)
+    check_is_number("logit_scale", logit_scale, features)
     if (not isinstance(logit_scale, Tensor) or logit_scale.is_cpu) and logit_scale <= 0:
         raise ValueError(
             f"logit_scale must be positive (it is the multiplier, not its log); got {float(logit_scale):g}"

@@ -24,7 +24,7 @@ def in_arithmetic(x: Tensor | float, dtype: torch.dtype, home: torch.device) -> 
     """A tensor or number in a dtype, on ``home``, or on the CPU if that is MPS, which has no float64."""
     device = torch.device("cpu") if home.type == "mps" else home
     if isinstance(x, Tensor):
-        return x.to(device, non_blocking=x.numel() == 1).to(dtype)
+        return x.resolve_neg().to(device, non_blocking=x.numel() == 1).to(dtype)
     # Filled in on the device: to copy a number to it would make the host wait.
     return torch.full((), x, dtype=dtype, device=device)
 

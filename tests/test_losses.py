@@ -370,12 +370,14 @@ BAD_INPUTS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ((V.long(), T, S), ValueError, "image_features .*int64"),
     ((V, T.to(torch.complex64), S), ValueError, "text_features .*complex64"),
     ((V.to_sparse(), T, S), ValueError, "image_features must be a dense tensor; got layout torch.sparse_coo"),
+    ((V, T.to(torch.float8_e5m2), S), ValueError, "text_features .*at least 16 bits; got torch.float8_e5m2"),
     (
         (torch.nested.nested_tensor([V, V], layout=torch.jagged), T, S),
         ValueError,
-        "image_features must be a dense tensor; got layout torch.jagged",
+        "image_features must be a dense tensor; got a nested tensor",
     ),
     ((V, T.to(META), S), ValueError, "text_features .*cpu.*meta"),
+    ((V, T, S.to(META)), ValueError, "logit_scale .*meta"),
     *(((V, T, bad), ValueError, "logit_scale must be positive") for bad in (-1.0, -S, 0)),
     *(((V, T, bad), ValueError, "logit_scale must be one number") for bad in (V, S.view(1, 1, 1))),
     *(((V, T, S.to(bad)), ValueError, f"logit_scale must be a real number; got {bad}") for bad in UNREAL),
@@ -397,6 +399,13 @@ def test_a_transform_of_torch_func_is_refused_by_name(name: str, argument: str) 
     loss, inputs = MODULES[name](), {"image_features": V, "text_features": T, "logit_scale": S}
     with pytest.raises(ValueError, match=rf"{argument} must not be transformed by torch\.func"):
         torch.func.grad(lambda x: loss(**inputs | {argument: x}))(inputs[argument])
+
+
+@modules
+def test_negative_views_are_their_values(name: str) -> None:
+    negative = torch.complex(torch.zeros_like(V), -V).conj().imag  # a view with the negative bit
+    assert negative.is_neg()
+    torch.testing.assert_close(MODULES[name]()(negative, T, S), MODULES[name]()(V, T, S))
 
 
 @pytest.mark.parametrize("name", TEACHER)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from batches import Batch, batches, gradients, random_batch
 from memory import LiveBytes, saved_bytes
 from oracle import siglip
-from rankloss import ClipLoss, RankClipLoss, SigLipLoss
+from rankloss import ClipLoss, InputWarning, RankClipLoss, SigLipLoss
 
 MIB = 2**20
 
@@ -194,8 +194,16 @@ def test_features_of_two_dtypes_are_computed_in_the_wider(name: str, budget: int
 # --- arguments --------------------------------------------------------------------------------------------
 
 
+def test_siglip_without_a_bias_warns_once() -> None:
+    v, t, s, _ = inputs_of(random_batch(0, 6, 4, 10.0))
+    loss = SigLipLoss()
+    with pytest.warns(InputWarning, match="logit_bias is not given"):
+        loss(v, t, s)
+    loss(v, t, s)  # a second warning would be an error
+
+
 @pytest.mark.parametrize("budget", [0, None])
-@pytest.mark.parametrize("bias", [torch.zeros(6), "-10", [-10.0]], ids=str)
+@pytest.mark.parametrize("bias", [torch.zeros(6), torch.zeros(1, device="meta"), "-10", [-10.0]], ids=str)
 def test_a_bias_that_is_not_one_number_is_refused(budget: int | None, bias: Any) -> None:
     v, t, s, _ = inputs_of(random_batch(0, 6, 4, 10.0))
     with pytest.raises((ValueError, TypeError), match="logit_bias"):

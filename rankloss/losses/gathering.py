@@ -63,9 +63,9 @@ class GatheringLoss(nn.Module):
         self.gather.check_agreement(self, **features, **references)
         min_pairs = 1 if self.gather.place[1] > 1 else self._min_pairs
         checks.check_features(image_features, text_features, min_pairs=min_pairs, one_space=one_space)
-        checks.check_scale(logit_scale)
+        checks.check_scale(logit_scale, image_features)
         if logit_bias is not None:
-            checks.check_is_number("logit_bias", logit_bias)
+            checks.check_is_number("logit_bias", logit_bias, image_features)
         looked_at = self._looked_at
         for name, x in references.items():
             first_look = name not in looked_at
@@ -159,7 +159,7 @@ class StreamedLoss(GatheringLoss):
         """
         self.check_inputs(image_features, text_features, logit_scale, logit_bias)
         dtype = torch.promote_types(image_features.dtype, text_features.dtype)
-        image_features, text_features = image_features.to(dtype), text_features.to(dtype)
+        image_features, text_features = (x.resolve_neg().to(dtype) for x in (image_features, text_features))
         columns = len(image_features) * self.gather.place[1]
         rows = len(image_features) if self.gather.anchors_are_local else columns
         fits = self._options.fits(rows, columns, image_features.device, arithmetic_dtype(image_features))

@@ -172,7 +172,7 @@ class RankedLists(GatheringLoss):
         del tensors["logit_scale"]  # which may be a number
         self.gather.check_agreement(self, **tensors)
         _check_shapes(given)
-        checks.check_scale(given.logit_scale)
+        checks.check_scale(given.logit_scale, given.query_features)
         self._look_at_values(given)
 
         queries, items, logit_scale, grades, index, _, ids = given

@@ -8,6 +8,7 @@ With logits x_ij = s·v_i·t_j + b, and y_ij = −x_ij where j is image i's own 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from rankloss import engine
 from rankloss.batch import Matrix
+from rankloss.checks import InputWarning
 from rankloss.losses.gathering import Number, StreamedLoss
 from rankloss.precision import arithmetic_dtype, in_arithmetic, nan_unless_finite
 
@@ -64,6 +66,18 @@ class SigLipLoss(StreamedLoss):
         >>> round(SigLipLoss()(v, v, logit_scale=1.0).item(), 4)  # log(1 + 1/e) + log 2
         1.0064
     """
+
+    def check_inputs(self, image_features: Tensor, text_features: Tensor, *numbers: Any, **more: Any) -> None:
+        """Check the inputs, and warn once of a bias that is not given."""
+        super().check_inputs(image_features, text_features, *numbers, **more)
+        if numbers[1] is None and "logit_bias" not in self._looked_at:
+            self._looked_at.add("logit_bias")
+            warnings.warn(
+                "logit_bias is not given, so it is 0. SigLIP starts from −10: without a bias the many pairs "
+                "that do not match dominate; open_clip's models have one with --siglip or init_logit_bias",
+                InputWarning,
+                stacklevel=1,
+            )
 
     def _whole(self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None) -> Tensor:
         first_row = self.gather.first_row(len(images))
