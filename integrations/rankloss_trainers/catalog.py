@@ -34,10 +34,11 @@ BUILT_IN = {
     "rankclip-distill": "rankloss_trainers.own_losses:RANKCLIP_DISTILL",
     "clip-streamed": "rankloss_trainers.own_losses:CLIP_STREAMED",
     "siglip-streamed": "rankloss_trainers.own_losses:SIGLIP_STREAMED",
+    "ranked-lists": "rankloss_trainers.ranked_lists:RANKED_LISTS",
 }
 """rankloss's own losses."""
 
-PREFIXES = ("rankclip", "streamed")
+PREFIXES = ("rankclip", "streamed", "ranked-lists")
 """The prefixes of the options of rankloss's own losses."""
 
 TRAINERS_OWN = "clip"
