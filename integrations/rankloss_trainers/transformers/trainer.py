@@ -53,6 +53,10 @@ class ContrastiveTrainer(transformers.Trainer):
       and pairs are contrasted within a micro-batch only.
     - A model with a ``logit_bias`` (SigLIP) is trained with the sigmoid loss, others with CLIP's: ALIGN too,
       whose own loss smooths its labels.
+    - ``loss="ranked-lists"``, or a module that takes a list of graded candidates of each query, trains on a
+      table of lists: columns ``query``, ``candidates``, and ``grades`` or ``ranks``, pictures and texts that
+      ``processing_class`` encodes. See :class:`rankloss_trainers.transformers.lists.RankedListsCollator`.
+      It is evaluated by its lists' loss and metrics.
     - Evaluation, or any call without gradients, gives the base loss without the rank terms, which does not
       grow with λ; so ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
     - The log shows each term, λ, and the other entries of the loss, averaged since the last line.
@@ -80,7 +84,8 @@ class ContrastiveTrainer(transformers.Trainer):
         TypeError: for an option that the loss does not have, and for ``loss_options`` beside a module.
         ValueError: for options that cannot work, and for a set-up that would train something else:
             DataParallel, ZeRO stage 3, FSDP with flat parameters, a ``compute_loss_func``, a model without a
-            scale, or a loss with parameters, which the Trainer's optimizer does not know. In ``train``, for a
+            scale, a loss with parameters, which the Trainer's optimizer does not know, or one that needs
+            pairs beside lists. In ``train``, for a wrong list, with its row, for a
             last batch of one pair, for a loss that goes by epochs on data without a length, for a teacher's
             features that are missing, damaged, come from two sources, or come with a loss that does not use
             them, and for mini-batches of a model that is compiled as a whole, or of columns that cannot be
