@@ -174,6 +174,14 @@ def test_ranks_are_grades_the_other_way_round(tmp_path: Path) -> None:
     assert torch.equal(weights(ended[0].model), weights(ended[1].model))
 
 
+def test_queries_that_are_equal_are_embedded_once(tmp_path: Path) -> None:
+    data = datasets.concatenate_datasets([table(False), table(False)])
+    given = {"per_device_train_batch_size": 16, "max_steps": 1}
+    twice, once = run(tmp_path, data, **given), run(tmp_path, table(False), max_steps=1)
+    assert twice.model.seen == once.model.seen
+    torch.testing.assert_close(weights(twice.model), weights(once.model))
+
+
 def test_each_picture_is_embedded_once_and_in_mini_batches(tmp_path: Path) -> None:
     data = table(True)
     distinct = {x.tobytes() for row in data for x in row["candidates"]}
@@ -309,7 +317,7 @@ def test_bad_tables_are_refused_before_training(tmp_path: Path, more: Any, messa
         ({"loss_options": {"top_k": 0}}, "top_k"),
         (
             {"data_collator": lambda _: {"input_ids": torch.ones(2)}},
-            "a batch of lists needs grades, candidate_index",
+            "a batch of lists needs grades, query_index",
         ),
         ({"loss": "rankclip"}, "forward|columns|query"),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import DataLoaderDispatcher  # type: ignore[import-untyped]
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from rankloss import metrics
 from rankloss_trainers.cached import embedding_in
@@ -26,19 +27,21 @@ COLUMNS = ("query", "candidates", "grades", "ranks")
 METRICS = ("ndcg", "reciprocal_rank", "pairwise_accuracy", "kendall_tau_b", "kendall_tau_c")
 """The metrics of an evaluation, with the defaults of :mod:`rankloss.metrics`."""
 
-_OF_LISTS = ("grades", "candidate_index", "candidate_ids", "queries")  # of a batch, beside the model's inputs
+# Of a batch, beside the model's inputs.
+_OF_LISTS = ("grades", "query_index", "candidate_index", "candidate_ids", "queries")
 _REMEDY = "Join its lists"
 
 
 @dataclass
 class RankedListsCollator:
-    """Collates rows of a query, its candidates and their grades; each picture of a batch is embedded once.
+    """Collates rows of a query, its candidates and their grades; no picture or text is embedded twice.
 
     A row has ``query``, a picture or a text, ``candidates``, a list of the other kind, and ``grades``, a
     number for each, larger for better; or ``ranks``, smaller for better. Lists may differ in length.
 
-    The batch has the model's inputs of the N queries and the M distinct candidates, ``grades`` and
-    ``candidate_index`` ``[N, K]``, ``candidate_ids`` ``[M]``, and ``queries``, ``"image"`` or ``"text"``.
+    The batch has the model's inputs of the distinct queries and of the M distinct candidates, ``grades`` and
+    ``candidate_index`` ``[N, K]``, ``candidate_ids`` ``[M]``, ``query_index`` ``[N]``, and ``queries``,
+    ``"image"`` or ``"text"``.
 
     Args:
         processor: A model's processor, with its ``tokenizer`` and its ``image_processor``.
@@ -79,10 +82,13 @@ class RankedListsCollator:
                     f"candidates must be {needed}, in each row of a batch; got others in {where}"
                 )
         pool = pooled(lists)
-        pictures, texts = (pool.candidates, queries) if of_texts else (queries, pool.candidates)
+        distinct = pooled([[(query, 0.0)] for query in queries])
+        sides = distinct.candidates, pool.candidates
+        texts, pictures = sides if of_texts else sides[::-1]
         inputs = self.processor.tokenizer(texts, padding=self.padding, truncation=True, return_tensors="pt")
         return {
             "grades": pool.grades,  # the first, whose length is the number of lists to the Trainer
+            "query_index": distinct.index[:, 0],
             "candidate_index": pool.index,
             "candidate_ids": pool.ids,
             "queries": "text" if of_texts else "image",
@@ -108,19 +114,19 @@ def grades_column(names: Any) -> str:
 def list_of(row: Mapping[str, Any], column: str, where: str) -> list[tuple[Any, float]]:
     """The candidates of a row with their grades; see :func:`rankloss_trainers.lists.graded`."""
     values = row[column]
-    if column == "ranks" and isinstance(values, list):
+    if column == "ranks" and isinstance(values, (list, tuple)):
         values = [x if isinstance(x, bool) or not isinstance(x, (int, float)) else -x for x in values]
     return graded(row["candidates"], values, where)
 
 
 def check_table(dataset: Any) -> None:
-    """Check all lists of a table of `datasets`, without decoding a picture; other data pass.
+    """Check all lists of a table of `datasets`, without decoding a picture; data of other kinds pass.
 
     Raises:
         ValueError: as the collator; the message names the row of the table.
     """
     names = getattr(dataset, "column_names", None)
-    if not isinstance(names, list) or not hasattr(dataset, "select_columns"):
+    if names is None or not hasattr(dataset, "select_columns") or isinstance(dataset, IterableDataset):
         return
     from pyarrow.compute import list_value_length  # type: ignore[import-untyped]
 
@@ -175,7 +181,7 @@ def embedded(
             f"a batch of lists needs {', '.join(missing)}, as RankedListsCollator makes it; "
             f"got {', '.join(inputs)}"
         )
-    n, m = len(inputs["grades"]), len(inputs["candidate_ids"])
+    n, m = int(inputs["query_index"].max()) + 1, len(inputs["candidate_ids"])
     few, many = sorted((n, m))
     # Each mini-batch needs a row of either kind: the few are repeated, and cut off again.
     rows = few if size is None else max(few, -(-many // size))
@@ -193,7 +199,7 @@ def embedded(
     if "logit_bias" in features:  # changes no list, but is a parameter of which DDP expects a gradient
         logit_scale = logit_scale + 0.0 * features["logit_bias"]
     return outputs, {
-        "query_features": queries[:n],
+        "query_features": queries[inputs["query_index"]],
         "candidate_features": candidates[:m],
         "logit_scale": logit_scale,
     }
@@ -220,8 +226,8 @@ def measures(features: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Te
     """
     index, grades = inputs["candidate_index"], inputs["grades"]
     mask = index != PADDING
-    own = features["candidate_features"][index.clamp_min(0)]
-    scores = torch.einsum("nd,nkd->nk", features["query_features"], own).float()
+    own = features["candidate_features"][index.clamp_min(0)].float()
+    scores = (features["query_features"].float()[:, None] * own).sum(-1)  # autocast would round a product
     has_negative = ((grades < 0) & (grades > -torch.inf) & mask).any(-1, keepdim=True)
     values = (
         metrics.ndcg(scores, grades.masked_fill(has_negative, 0.0), mask=mask),
