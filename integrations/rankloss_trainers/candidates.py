@@ -74,7 +74,8 @@ class Candidates:
             raise ValueError(
                 "a webdataset needs the length of its longest list: --ranked-lists-max-candidates"
             )
-        return json.dumps(self._list(caption, *(sample.pop(name) for name in members), where))
+        candidates, grades = (sample.pop(name) for name in members)
+        return json.dumps(self._list(caption, candidates, grades, where))
 
     def _list(self, caption: Any, candidates: Any, grades: Any, where: str) -> tuple[list[str], list[float]]:
         """The texts of a list, with the own caption where it has a place, and their grades."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ PADDING = -1
 """The index of a place without a candidate."""
 
 
-class Pooled(NamedTuple):
+@dataclass(frozen=True)
+class Pooled:
     """The lists of a batch, with each distinct candidate once.
 
     Attributes:

@@ -98,20 +98,16 @@ _UNSET = {"top_k": "all", "chunk_size": "from the sizes"}
 
 def _option(name: str) -> Option:
     """An option of :class:`rankloss.RankedLists`, with its type and default."""
-    signature = inspect.signature(rankloss.RankedLists)
-    default, kind = (
-        signature.parameters[name].default,
-        typing.get_type_hints(rankloss.RankedLists.__init__)[name],
-    )
-    if kind is bool:
-        values = {"include": True, "exclude": False}
-        return Option(name.replace("_", "-"), default, _HELP[name], values=values)
-    choices = [x for part in (kind, *typing.get_args(kind)) for x in typing.get_args(part)]
-    choices = [x for x in choices if isinstance(x, str)]
-    if choices:
-        values = {**({"none": None} if default is None else {}), **{x: x for x in choices}}
-        return Option(name.replace("_", "-"), default, _HELP[name], values=values)
-    return Option(name.replace("_", "-"), default, _HELP[name], {"type": int, "metavar": "N"}, _UNSET[name])
+    default = inspect.signature(rankloss.RankedLists).parameters[name].default
+    kind = typing.get_type_hints(rankloss.RankedLists.__init__)[name]
+    words = [
+        x for part in (kind, *typing.get_args(kind)) for x in typing.get_args(part) if isinstance(x, str)
+    ]
+    values: dict[str, Any] = {"include": True, "exclude": False} if kind is bool else {x: x for x in words}
+    if words and default is None:
+        values = {"none": None, **values}
+    keywords = {} if values else {"type": int, "metavar": "N"}
+    return Option(name.replace("_", "-"), default, _HELP[name], keywords, _UNSET.get(name, ""), values)
 
 
 _BASE = "include or exclude the trainer's own loss, of the pairs of a picture and its caption"

@@ -185,14 +185,14 @@ class ContrastiveTrainer(transformers.Trainer):
             features.update(text_features=texts, caption_features=of_captions)
         return outputs, run(**features, **references)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add the metrics of lists to those of an evaluation."""
         self._measured.clear()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._measured:
-            means = torch.cat(self._measured).nanmean(0).tolist()
-            measured = zip(lists.METRICS, means, strict=True)
-            output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in measured if x == x})
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._measured and output.metrics is not None:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            measured = zip(lists.METRICS, torch.cat(self._measured).nanmean(0).tolist(), strict=True)
+            output.metrics.update({f"{prefix}_{name}": x for name, x in measured if x == x})
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
