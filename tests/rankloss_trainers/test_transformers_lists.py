@@ -340,6 +340,7 @@ def test_a_loader_that_slices_batches_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_trainers_refuse_the_loss_by_name() -> None:
+    pytest.importorskip("sentence_transformers")
     from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
     with pytest.raises(ValueError, match=r"ranked-lists needs a list of graded candidates .*sentence-transf"):
