@@ -26,7 +26,7 @@ HOST = Host(
     biased="--siglip",
     teacher="name it with --distill-model and --distill-pretrained",
     progress="run `rankloss doctor` for advice",
-    serves=("caption", "folder", "state"),
+    serves=("caption", "folder", "lists", "state"),
 )
 
 # --- the run that is asked for --------------------------------------------------------------------------
@@ -187,14 +187,15 @@ def _reason_against(name: str, entry: LossEntry, options: Options, args: Any) ->
     caption, features = entry.caption_key(options), entry.reference_features(options)
     teacher = given("distill_model", "dataset_reinforcement") if distils(args) else ""
     other_texts = given("torchscript", "json_text_key", "variable_text", "use_naflex")
-    companion, needs_teacher = caption or features, entry.uses_teacher(options)
+    more_texts = caption or [*entry.companions(options)]
+    companion, needs_teacher = more_texts or features, entry.uses_teacher(options)
     excluded = {
         "--horovod": given("horovod"),
         model: "genlip" in model or "genlap" in model,  # by its name, as open_clip's main branch knows one
         f"--dataset-type {data_type}": "audio" in data_type or (companion and data_type == "synthetic"),
         other_texts: companion and other_texts,
         "CoCa": companion and "coca" in model,
-        f"{teacher}, whose teacher takes one caption per image": caption and teacher,
+        f"{teacher}, whose teacher takes one caption per image": more_texts and teacher,
     }
     for word in [word for word, holds in excluded.items() if holds]:
         return f"{name} does not work with {word}"

@@ -160,7 +160,8 @@ class Companions:
             return (args[0], text, *args[2:]), kwargs
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG001
-            for part, x in zip(self.parts if held else (), held, strict=True):
+            # The last texts that were appended are the first to be taken apart.
+            for part, x in reversed([*zip(self.parts if held else (), held, strict=True)]):
                 output = part.outputs(output, x)
             held.clear()
             return output

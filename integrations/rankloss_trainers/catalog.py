@@ -35,10 +35,11 @@ BUILT_IN = {
     "mimicry": "rankloss_trainers.own_losses:MIMICRY",
     "clip-streamed": "rankloss_trainers.own_losses:CLIP_STREAMED",
     "siglip-streamed": "rankloss_trainers.own_losses:SIGLIP_STREAMED",
+    "ranked-lists": "rankloss_trainers.ranked_lists:RANKED_LISTS",
 }
 """rankloss's own losses."""
 
-PREFIXES = ("rankclip", "mimicry", "streamed")
+PREFIXES = ("rankclip", "mimicry", "streamed", "ranked-lists")
 """The prefixes of the options of rankloss's own losses."""
 
 TRAINERS_OWN = "clip"

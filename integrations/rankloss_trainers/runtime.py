@@ -67,6 +67,7 @@ BY_STEPS = {"schedule_unit": "step"}
 NEEDS = {
     "caption": "a second caption of each image",
     "folder": "a folder of a teacher's features (reference_features)",
+    "lists": "a list of graded candidates of each query",
     "state": "a state in checkpoints",
     "parameters": "parameters of its own, which an optimizer has to train",
 }
@@ -221,6 +222,7 @@ class Runtime(nn.Module):
         teacher: ``"required"``, ``"optional"``, or ``"none"``.
         features: The folder of the teacher's features, or None.
         captions: The key of a second caption, or None.
+        takes_lists: Whether a part of the loss takes a list of graded candidates of each query.
         columns: The columns of the training data, which a host may name for the errors.
         unit: ``"epoch"`` or ``"step"``, the way in which a part that has both methods is told.
         step: The optimizer step of the run, counted from 0.
@@ -259,7 +261,10 @@ class Runtime(nn.Module):
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss must be a module, or the name of one; {self.name} is {loss!r}")
         has_parameters = any(parameter.requires_grad for parameter in loss.parameters())
-        needs = {"parameters": has_parameters, "state": loss.state_dict()}
+        self.takes_lists = any(
+            "candidate_features" in inspect.signature(x.forward).parameters for x in loss.modules()
+        )
+        needs = {"lists": self.takes_lists, "parameters": has_parameters, "state": loss.state_dict()}
         reason = reason or _unserved(host, self.name, needs)
         if reason is not None:
             raise ValueError(reason)
@@ -416,7 +421,7 @@ OWN_LOOP = Host(
     biased="a SigLipLoss as base",
     teacher=f"call it with {' and '.join(TEACHER)}",
     progress="call set_epoch or set_progress",
-    serves=("caption", "state", "parameters"),
+    serves=("caption", "lists", "state", "parameters"),
 )
 
 

@@ -11,8 +11,6 @@ then any ``SentenceTransformerTrainer`` serves.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from rankloss import RankedLists
 from rankloss.options import check_count, check_weight
 from rankloss_trainers.extras import extra
+from rankloss_trainers.lists import arguments, check_unique, graded, pooled
 
 with extra("sentence-transformers"):
     from sentence_transformers import SentenceTransformerTrainer
@@ -33,7 +32,6 @@ with extra("sentence-transformers"):
 __all__ = ["RankedListsCollator", "RankedListsLoss", "RankedListsTrainer"]
 
 _IDS = "candidate_ids"  # beside a column's inputs
-_PADDING = -1  # the index of a place without a candidate
 _CITATIONS = {
     "plackett_luce": ("xia2008listwise", "Listwise Approach to Learning to Rank: Theory and Algorithm", 2008),
     "top_one": ("cao2007learning", "Learning to Rank: From Pairwise Approach to Listwise Approach", 2007),
@@ -66,54 +64,20 @@ class RankedListsCollator(SentenceTransformerDataCollator):
                 f"({', '.join(self.valid_label_columns)}) of lists of grades; got {', '.join(features[0])}"
             )
         query, candidates = names
-        pool: dict[Any, Any] = {}
-        places: dict[Any, int] = {}
-        lists = []
-        for n, row in enumerate(features):
-            where = f"row {n} of the batch, {query} {row[query]!r:.60}"
-            if (first := places.setdefault(_identity(row[query]), n)) != n:
-                raise ValueError(
-                    f"a query may be in a batch once; got it in row {first} and {where}. Join its lists, or "
-                    "train with batch_sampler=BatchSamplers.NO_DUPLICATES"
-                )
-            lists.append(_graded(row[candidates], row[labels[0]], where))
-            for candidate, _ in lists[-1]:
-                pool.setdefault(_identity(candidate), candidate)
-        rows = {key: row for row, key in enumerate(pool)}
-        label = torch.full((len(lists), max(map(len, lists)), 2), float(_PADDING))
-        for n, pairs in enumerate(lists):
-            label[n, : len(pairs)] = torch.tensor([[rows[_identity(c)], grade] for c, grade in pairs])
+        named = [f"row {n} of the batch, {query} {row[query]!r:.60}" for n, row in enumerate(features)]
+        remedy = "Join its lists, or train with batch_sampler=BatchSamplers.NO_DUPLICATES"
+        check_unique([row[query] for row in features], named, remedy)
+        pool = pooled(
+            [
+                graded(row[candidates], row[labels[0]], where)
+                for row, where in zip(features, named, strict=True)
+            ]
+        )
         name = {k: features[0][k] for k in ("dataset_name",) if k in features[0]}
         batch = super().__call__([{**name, query: row[query]} for row in features])
-        batch.update(super().__call__([{**name, candidates: candidate} for candidate in pool.values()]))
-        batch[f"{candidates}_{_IDS}"] = torch.tensor([_id(key) for key in pool])
-        return {**batch, "label": label}
-
-
-def _graded(candidates: Any, grades: Any, where: str) -> list[tuple[Any, float]]:
-    """The candidates of a row with their grades."""
-    if not isinstance(candidates, (list, tuple)) or not isinstance(grades, (list, tuple)):
-        raise ValueError(f"candidates and grades must be lists; got others in {where}")
-    if not candidates or len(candidates) != len(grades):
-        raise ValueError(
-            f"a list must have candidates, and a grade for each; got {len(candidates)} candidates and "
-            f"{len(grades)} grades in {where}"
-        )
-    for grade in grades:
-        if isinstance(grade, bool) or not isinstance(grade, (int, float)) or not grade < math.inf:
-            raise ValueError(f"grades must be numbers, or −infinity; got {grade!r} in {where}")
-    return list(zip(candidates, map(float, grades), strict=True))
-
-
-def _identity(x: Any) -> Any:
-    """Equal for equal texts and for pictures of the same pixels."""
-    return (x.mode, x.size, x.tobytes()) if hasattr(x, "tobytes") else x if isinstance(x, str) else id(x)
-
-
-def _id(identity: Any) -> int:
-    """64 bits, the same on all processes."""
-    digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+        batch.update(super().__call__([{**name, candidates: candidate} for candidate in pool.candidates]))
+        batch[f"{candidates}_{_IDS}"] = pool.ids
+        return {**batch, "label": torch.stack([pool.index.float(), pool.grades], dim=-1)}
 
 
 class RankedListsTrainer(SentenceTransformerTrainer):
@@ -219,15 +183,9 @@ class RankedListsLoss(CachedLossMixin, nn.Module):
         return loss
 
     def _of_pool(self, queries: Tensor, candidates: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
-        gather, sizes = self.criterion.gather, (len(candidates), labels.shape[1])
-        if gather.place[1] > 1:  # where every process has to bring the same shapes
-            rows, width = gather.items(torch.tensor([sizes], device=labels.device)).amax(0).tolist()
-            candidates = F.pad(candidates, (0, 0, 0, rows - sizes[0]))
-            labels = F.pad(labels, (0, 0, 0, width - sizes[1]), value=_PADDING)
-            ids = None if ids is None else F.pad(ids, (0, rows - sizes[0]))
         index, grades = labels.unbind(-1)
-        lists = {"candidate_index": index.long(), "mask": index != _PADDING, "candidate_ids": ids}
-        loss: Tensor = self.criterion(queries, candidates, grades, self.scale, **lists)
+        lists = arguments(self.criterion.gather, candidates, index.long(), grades, ids)
+        loss: Tensor = self.criterion(queries, logit_scale=self.scale, **lists)
         return loss
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -306,9 +306,8 @@ class RankedLists(GatheringLoss):
                 )
         if is_first:
             checks.look_at_rows("query_features", queries)
-            checks.look_at_rows(
-                "candidate_features", candidates if index is not None else candidates[is_item]
-            )
+            listed = candidates[is_item] if index is None else candidates[index[is_item].long()]
+            checks.look_at_rows("candidate_features", listed)
             checks.look_at_scale("logit_scale", logit_scale, queries)
             self._looked_at.add("all")
 

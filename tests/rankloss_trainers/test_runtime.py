@@ -255,6 +255,11 @@ def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
     more = {"logit_bias": torch.tensor(-1.0)} if name == "siglip-streamed" else {}
     if "mimicry" in name or "distill" in name:
         more.update(teacher())
+    if name == "ranked-lists":
+        queries, *candidates = features(4, seed=1)
+        more.update(
+            query_features=queries, candidate_features=torch.stack(candidates, 1), grades=torch.eye(6, 3)
+        )
     created, run = rankloss_trainers.create(name, base), at(Runtime(HOST, name, base=base), 2)
     for part in created.modules():
         if hasattr(part, "set_progress"):

@@ -118,7 +118,8 @@ def test_lists_of_one_length_may_be_columns_of_the_usual_trainer(tmp_path: Path,
 
 def test_the_example_of_the_page_trains(tmp_path: Path, bert: Path) -> None:
     page = (Path(__file__).parents[2] / "docs/lists.md").read_text()
-    (code,) = re.findall(r"^```python\n(from .*?)^```$", page, re.DOTALL | re.MULTILINE)
+    section = page.partition("## In sentence-transformers\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     model, before = tiny(bert), weights(tiny(bert))
     args = SentenceTransformerTrainingArguments(
         str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1, save_strategy="no"

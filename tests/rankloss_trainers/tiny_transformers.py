@@ -122,7 +122,7 @@ def arguments(directory: Path, **changes: Any) -> TrainingArguments:
 
 _KEYWORDS = {
     *{"loss", "loss_options", "mini_batch_size", "eval_dataset", "callbacks"},
-    *{"model_init", "compute_loss_func", "compute_metrics", "data_collator"},
+    *{"model_init", "compute_loss_func", "compute_metrics", "data_collator", "processing_class"},
 }
 
 

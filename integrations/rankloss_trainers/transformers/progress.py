@@ -40,7 +40,8 @@ class Progress(TrainerCallback):
         loader, self._epoch = kwargs["train_dataloader"], None
         epochs = state.num_train_epochs if has_length(loader) else math.inf
         if has_length(loader):
-            _check_last_batch(loader, args, state.max_steps)
+            least = 1 if all(run.takes_lists for run in self.runs) else 2  # a list needs no second query
+            _check_last_batch(loader, args, state.max_steps, least)
         for run in self.runs:
             run.begin(epochs)
             if state.is_world_process_zero:
@@ -60,8 +61,8 @@ class Progress(TrainerCallback):
             run.set_progress(state.global_step + 1, state.max_steps)
 
 
-def _check_last_batch(loader: Any, args: Any, max_steps: int) -> None:
-    """Raise a ValueError if a last batch, which the run reaches, cannot be contrasted.
+def _check_last_batch(loader: Any, args: Any, max_steps: int, least: int) -> None:
+    """Raise a ValueError if a last batch, which the run reaches, has less than the least number of pairs.
 
     Where accelerate completes the last batch from the first ones, there is none.
     """
@@ -73,7 +74,7 @@ def _check_last_batch(loader: Any, args: Any, max_steps: int) -> None:
     size, processes = args.train_batch_size, args.world_size
     for pairs in map(len, dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]):
         last = pairs % (size * processes)
-        if last == 1 or (last and processes > 1):
+        if 0 < last < least or (last and processes > 1):
             said = f"the last batch of an epoch has {last} pair(s), which processes cannot contrast"
             data = f"{pairs} pairs in batches of {size} on {processes} process(es)"
             raise ValueError(f"{said}: {data}; set dataloader_drop_last=True")

@@ -16,13 +16,14 @@ from rankloss.options import check_count
 from rankloss_features.binding import COLUMN
 from rankloss_trainers.cached import embedding_in
 from rankloss_trainers.extras import extra
-from rankloss_trainers.runtime import BY_STEPS, Host, Runtime
+from rankloss_trainers.runtime import BY_STEPS, Entries, Host, Runtime
 from rankloss_trainers.transformers import embeddings, teacher
 
 with extra("transformers"):
     import accelerate as accelerate  # type: ignore[import-untyped]
     import transformers
 
+    from rankloss_trainers.transformers import lists
     from rankloss_trainers.transformers.progress import Progress
 
 __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
@@ -32,8 +33,8 @@ HOST = Host(
     biased="a model that has a logit_bias",
     teacher=f"give the columns {' and '.join(TEACHER)}, or loss_options {{'reference_features': FOLDER}}",
     progress="train with trainer.train()",
-    serves=("caption", "folder", "state"),
-    defaults=BY_STEPS,
+    serves=("caption", "folder", "lists", "state"),
+    defaults={**BY_STEPS, "base_loss": "exclude"},
 )
 
 _STATE = "rankloss"  # the key in a checkpoint's trainer_state.json, among the states of callbacks
@@ -52,6 +53,10 @@ class ContrastiveTrainer(transformers.Trainer):
       and pairs are contrasted within a micro-batch only.
     - A model with a ``logit_bias`` (SigLIP) is trained with the sigmoid loss, others with CLIP's: ALIGN too,
       whose own loss smooths its labels.
+    - ``loss="ranked-lists"``, or a module that takes a list of graded candidates of each query, trains on a
+      table of lists: columns ``query``, ``candidates``, and ``grades`` or ``ranks``, pictures and texts that
+      ``processing_class`` encodes. See :class:`rankloss_trainers.transformers.lists.RankedListsCollator`.
+      It is evaluated by its lists' loss and metrics.
     - Evaluation, or any call without gradients, gives the base loss without the rank terms, which does not
       grow with λ; so ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
     - The log shows each term, λ, and the other entries of the loss, averaged since the last line.
@@ -79,7 +84,8 @@ class ContrastiveTrainer(transformers.Trainer):
         TypeError: for an option that the loss does not have, and for ``loss_options`` beside a module.
         ValueError: for options that cannot work, and for a set-up that would train something else:
             DataParallel, ZeRO stage 3, FSDP with flat parameters, a ``compute_loss_func``, a model without a
-            scale, or a loss with parameters, which the Trainer's optimizer does not know. In ``train``, for a
+            scale, a loss with parameters, which the Trainer's optimizer does not know, or one that needs
+            pairs beside lists. In ``train``, for a wrong list, with its row, for a
             last batch of one pair, for a loss that goes by epochs on data without a length, for a teacher's
             features that are missing, damaged, come from two sources, or come with a loss that does not use
             them, and for mini-batches of a model that is compiled as a whole, or of columns that cannot be
@@ -112,7 +118,18 @@ class ContrastiveTrainer(transformers.Trainer):
         base = rankloss.SigLipLoss() if embeddings.has_bias(self.model) else rankloss.ClipLoss()
         self.loss_runtime = Runtime(HOST, loss, loss_options, base=base).to(self.args.device)
         self._sums: dict[str, tuple[Any, int]] = {}  # of the entries since the log's last line, and how many
+        self._measured: list[torch.Tensor] = []  # metrics of the lists of an evaluation
         self.add_callback(_Progress(self))
+        if self.loss_runtime.takes_lists:
+            lists.check_run(self.loss_runtime)
+            if self.data_collator is transformers.default_data_collator:
+                self.data_collator = self._collator_of_lists()
+
+    def _collator_of_lists(self) -> lists.RankedListsCollator:
+        parts = self.loss_runtime.criterion.modules()
+        unique = any(getattr(part, "in_batch_negatives", False) for part in parts)
+        padding: bool | str = "max_length" if embeddings.has_bias(self.model) else True  # SigLIP's own
+        return lists.RankedListsCollator(self.processing_class, padding, unique)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in which a teacher's features have been checked."""
@@ -123,14 +140,33 @@ class ContrastiveTrainer(transformers.Trainer):
             loader: DataLoader[Any] = super().get_train_dataloader()
         finally:
             self.data_collator = collate
+        if self.loss_runtime.takes_lists:
+            lists.check_loader(loader)
+            lists.check_table(self.train_dataset)
         return loader
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *_: Any, **__: Any
     ) -> Any:
-        """The loss of a batch; without gradients, as in evaluation, the base loss."""
+        """The loss of a batch; without gradients, as in evaluation, the base loss, or that of its lists."""
         trains = torch.is_grad_enabled()  # a model may keep itself in evaluation mode
-        run, captions = self.loss_runtime, self.loss_runtime.captions
+        outputs, entries = (self._of_lists if self.loss_runtime.takes_lists else self._of_pairs)(
+            model, inputs
+        )
+        for name, value in {**entries.terms, **entries.metrics}.items() if trains else ():
+            total, number = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + value.detach().float(), number + 1
+        return (entries.total, outputs) if return_outputs else entries.total
+
+    def _of_lists(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
+        own = self.accelerator.unwrap_model(model)
+        outputs, features = lists.embedded(model, own, inputs, self.mini_batch_size)
+        if not torch.is_grad_enabled():
+            self._measured.append(self.accelerator.gather_for_metrics(lists.measures(features, inputs)))
+        return outputs, self.loss_runtime(**lists.arguments_of(self.loss_runtime, features, inputs))
+
+    def _of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
+        trains, run, captions = torch.is_grad_enabled(), self.loss_runtime, self.loss_runtime.captions
         references = {name: inputs[name] for name in TEACHER if name in inputs}
         # The model's own loss is of this process alone, and would be computed for nothing.
         inputs = {x: inputs[x] for x in inputs if x not in ("return_loss", COLUMN, *TEACHER)}
@@ -143,16 +179,21 @@ class ContrastiveTrainer(transformers.Trainer):
             outputs = model(**inputs)
         features: dict[str, Any] = dict(outputs) if self.mini_batch_size else {**embeds(outputs), **scale()}
         if not trains:
-            entries = run.evaluate(**features)
-        else:
-            if captions is not None:
-                texts, of_captions = features["text_features"].chunk(2)
-                features.update(text_features=texts, caption_features=of_captions)
-            entries = run(**features, **references)
-            for name, value in {**entries.terms, **entries.metrics}.items():
-                total, number = self._sums.get(name, (0.0, 0))
-                self._sums[name] = total + value.detach().float(), number + 1
-        return (entries.total, outputs) if return_outputs else entries.total
+            return outputs, run.evaluate(**features)
+        if captions is not None:
+            texts, of_captions = features["text_features"].chunk(2)
+            features.update(text_features=texts, caption_features=of_captions)
+        return outputs, run(**features, **references)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Add the metrics of lists to those of an evaluation."""
+        self._measured.clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._measured and output.metrics is not None:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            measured = zip(lists.METRICS, torch.cat(self._measured).nanmean(0).tolist(), strict=True)
+            output.metrics.update({f"{prefix}_{name}": x for name, x in measured if x == x})
+        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add to the lines of training each entry of the loss, as the mean over the calls that gave it."""
@@ -188,7 +229,9 @@ class ContrastiveTrainer(transformers.Trainer):
         columns, captions = cast("list[str]", self._signature_columns), self.loss_runtime.captions
         # Columns that the loss takes and the model does not, which would be dropped as unused.
         of_captions = [] if captions is None else [f"{captions}_{name}" for name in columns]
-        self._signature_columns: Any = list(dict.fromkeys([*columns, *of_captions, *TEACHER, COLUMN]))
+        of_lists = lists.COLUMNS if self.loss_runtime.takes_lists else ()
+        kept = dict.fromkeys([*columns, *of_captions, *of_lists, *TEACHER, COLUMN])
+        self._signature_columns: Any = list(kept)
 
 
 class _Progress(Progress):

@@ -1,0 +1,161 @@
+"""Lists of graded captions beside each picture, as open_clip's trainer reads them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloss_features.data import IMAGES
+from rankloss_trainers.lists import graded, id_of
+
+CANDIDATES, GRADES = "candidates", "grades"
+"""The columns of a CSV file, each cell a JSON list; with ``.json`` the members of a webdataset sample."""
+
+
+class Candidates:
+    """A list of graded captions, whose features join the model's output as arguments of ``RankedLists``.
+
+    It is a companion of the picture's own caption (:class:`rankloss_open_clip.companions.Companion`). The
+    model encodes the own captions and all candidates of a batch in one call. In each row of integers are the
+    number of places in use, and for each place an id of its text, the bits of its grade, and its tokens.
+
+    Args:
+        own_on_top: The own caption has the first place of its list and the largest grade.
+        max_candidates: Candidates of a list, at most; None for those of the longest list of a CSV file.
+    """
+
+    def __init__(self, own_on_top: bool, max_candidates: int | None = None) -> None:
+        self.own = int(own_on_top)
+        self.max_candidates = max_candidates
+        self.name = f"list of {CANDIDATES} and {GRADES}"
+
+    # --- reading ---
+
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Callable[[int], str]:
+        """The two columns of a CSV file.
+
+        Raises:
+            ValueError: The file lacks one, or a row's list is wrong: :func:`rankloss_trainers.lists.graded`.
+        """
+        import pandas  # type: ignore[import-untyped]
+
+        table = pandas.read_csv(path, sep=separator)
+        missing = [name for name in (CANDIDATES, GRADES) if name not in table]
+        if missing:
+            raise ValueError(
+                f"{path} has no column {missing[0]!r} for the lists; it has {', '.join(map(str, table))}"
+            )
+        cells = zip(dataset.captions, table[CANDIDATES], table[GRADES], strict=True)
+        lists = [self._list(*row, f"row {n} of {path}") for n, row in enumerate(cells, start=1)]
+        longest = max(len(captions) for captions, _ in lists) - self.own
+        self.max_candidates = self.max_candidates or longest
+        return [json.dumps(x) for x in lists].__getitem__
+
+    def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:
+        """The two members of a webdataset sample, which are taken out of it.
+
+        Raises:
+            ValueError: The sample lacks one, or its list is wrong.
+        """
+        if not any(name in sample for name in IMAGES):  # skipped by the trainer
+            return None
+        where = f"sample {sample.get('__key__')!r} of {sample.get('__url__')}"
+        members = [f"{name}.json" for name in (CANDIDATES, GRADES)]
+        missing = [name for name in members if name not in sample]
+        if missing:
+            raise ValueError(f"{where} has no {missing[0]}; every picture needs a list of candidates")
+        if self.max_candidates is None:
+            raise ValueError(
+                "a webdataset needs the length of its longest list: --ranked-lists-max-candidates"
+            )
+        candidates, grades = (sample.pop(name) for name in members)
+        return json.dumps(self._list(caption, candidates, grades, where))
+
+    def _list(self, caption: Any, candidates: Any, grades: Any, where: str) -> tuple[list[str], list[float]]:
+        """The texts of a list, with the own caption where it has a place, and their grades."""
+        captions, values = zip(
+            *graded(_parsed(candidates, where), _parsed(grades, where), where), strict=True
+        )
+        if self.max_candidates is not None and len(captions) > self.max_candidates:
+            raise ValueError(
+                f"{where} has {len(captions)} candidates, more than --ranked-lists-max-candidates "
+                f"{self.max_candidates}"
+            )
+        wrong = [x for x in captions if not isinstance(x, str)]
+        if wrong:
+            raise ValueError(f"candidates must be texts; got {wrong[0]!r} in {where}")
+        if not self.own:
+            return list(captions), list(values)
+        if str(caption) in captions:
+            raise ValueError(
+                f"the own caption {caption!r:.60} cannot be above all candidates and among them, in {where}"
+            )
+        top = 1 + max((x for x in values if x > -math.inf), default=0.0)
+        return [str(caption), *captions], [top, *values]
+
+    # --- tokenizing ---
+
+    def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:
+        """A row of integers for each list."""
+        return torch.stack([self._encoded(tokenize, *json.loads(text)) for text in texts])
+
+    def _encoded(
+        self, tokenize: Callable[[list[str]], Tensor], captions: list[str], grades: list[float]
+    ) -> Tensor:
+        used = len(captions)
+        free = self._places - used
+        ids = torch.tensor([id_of(caption) for caption in captions])
+        bits = torch.tensor(grades, dtype=torch.float64).view(torch.int64)
+        tokens = tokenize(captions[self.own :])
+        parts = F.pad(ids, (0, free)), F.pad(bits, (0, free)), F.pad(tokens, (0, 0, 0, free)).flatten()
+        return torch.cat([torch.tensor([used]), *parts])
+
+    @property
+    def _places(self) -> int:
+        assert self.max_candidates is not None
+        return self.max_candidates + self.own
+
+    # --- the model ---
+
+    def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:
+        """The texts, then the candidates of all lists, padding left out."""
+        is_used = self._is_used(encoded)[:, self.own :]
+        tokens = encoded[:, 1 + 2 * self._places :][:, : is_used.shape[1] * texts.shape[1]]
+        return torch.cat([texts, tokens.unflatten(1, (-1, texts.shape[1]))[is_used]])
+
+    def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
+        """The output and the lists, by the names that the loss has for them."""
+        places, mask = self._places, self._is_used(encoded)
+        is_used = mask[:, self.own :]
+        first = len(output["text_features"]) - int(is_used.sum())
+        texts, candidates = output["text_features"][:first], output["text_features"][first:]
+        features = candidates.new_zeros(*is_used.shape, candidates.shape[-1])
+        features = features.masked_scatter(is_used[..., None], candidates)
+        if self.own:
+            features = torch.cat([texts[: len(encoded), None], features], dim=1)
+        return {
+            **output,
+            "text_features": texts,
+            "query_features": output["image_features"],
+            "candidate_features": features,
+            "candidate_ids": encoded[:, 1 : 1 + places],
+            "grades": encoded[:, 1 + places : 1 + 2 * places].contiguous().view(torch.float64),
+            "mask": mask,
+        }
+
+    def _is_used(self, encoded: Tensor) -> Tensor:
+        return torch.arange(self._places, device=encoded.device) < encoded[:, :1]
+
+
+def _parsed(cell: Any, where: str) -> Any:
+    """The list in a cell or a member."""
+    try:
+        return json.loads(cell)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"candidates and grades must be JSON lists; got {cell!r:.60} in {where}") from error

@@ -1,0 +1,150 @@
+"""Lists of graded candidates as data: checked, pooled, and padded to the lists of other processes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloss.distributed import Gather
+
+PADDING = -1
+"""The index of a place without a candidate."""
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The lists of a batch, with each distinct candidate once.
+
+    Attributes:
+        candidates: The M distinct candidates.
+        ids: ``[M]``, equal for equal candidates on all processes.
+        index: ``[N, K]``, the row of each candidate, or :data:`PADDING`.
+        grades: ``[N, K]``; 0 at padding.
+    """
+
+    candidates: list[Any]
+    ids: Tensor
+    index: Tensor
+    grades: Tensor
+
+
+def graded(candidates: Any, grades: Any, where: str) -> list[tuple[Any, float]]:
+    """The candidates of a list with their grades.
+
+    Args:
+        candidates: A list.
+        grades: As many numbers; −∞ stands below all other grades.
+        where: The place of the list in the data, for the errors.
+
+    Raises:
+        ValueError: for a list without candidates, another number of grades, or a grade that is no number,
+            NaN or +∞.
+
+    Example:
+        >>> graded(["a", "b"], [2, float("nan")], "row 3")
+        Traceback (most recent call last):
+        ValueError: grades must be numbers, or −infinity; got nan in row 3
+    """
+    if not isinstance(candidates, (list, tuple)) or not isinstance(grades, (list, tuple)):
+        raise ValueError(f"candidates and grades must be lists; got others in {where}")
+    if not candidates or len(candidates) != len(grades):
+        raise ValueError(
+            f"a list must have candidates, and a grade for each; got {len(candidates)} candidates and "
+            f"{len(grades)} grades in {where}"
+        )
+    for grade in grades:
+        if isinstance(grade, bool) or not isinstance(grade, (int, float)) or not grade < math.inf:
+            raise ValueError(f"grades must be numbers, or −infinity; got {grade!r} in {where}")
+    return list(zip(candidates, map(float, grades), strict=True))
+
+
+def identity(candidate: Any) -> Hashable:
+    """Equal for equal texts and for pictures of the same pixels."""
+    if isinstance(candidate, str):
+        return candidate
+    if hasattr(candidate, "tobytes") and hasattr(candidate, "mode"):
+        return candidate.mode, candidate.size, candidate.tobytes()
+    return id(candidate)
+
+
+def id_of(key: Hashable) -> int:
+    """64 bits of an :func:`identity`, the same on all processes."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def pooled(lists: Sequence[Sequence[tuple[Any, float]]]) -> Pooled:
+    """Put the candidates of several lists into one pool without repetitions.
+
+    Args:
+        lists: The lists of :func:`graded`.
+
+    Example:
+        >>> pooled([[("a", 2.0), ("b", 1.0)], [("b", 3.0)]]).index
+        tensor([[ 0,  1],
+                [ 1, -1]])
+    """
+    keys = [[identity(candidate) for candidate, _ in pairs] for pairs in lists]
+    pool = {
+        key: candidate
+        for of_list, pairs in zip(keys, lists, strict=True)
+        for key, (candidate, _) in zip(of_list, pairs, strict=True)
+    }
+    rows = {key: row for row, key in enumerate(pool)}
+    index = torch.full((len(lists), max(map(len, lists))), PADDING)
+    grades = torch.zeros(index.shape)
+    for n, pairs in enumerate(lists):
+        index[n, : len(pairs)] = torch.tensor([rows[key] for key in keys[n]])
+        grades[n, : len(pairs)] = torch.tensor([grade for _, grade in pairs])
+    return Pooled(list(pool.values()), torch.tensor([id_of(key) for key in pool]), index, grades)
+
+
+def check_unique(queries: Sequence[Any], named: Sequence[str], remedy: str) -> None:
+    """Raise a ValueError for a query twice in a batch: its lists' candidates would be each other's negatives.
+
+    Args:
+        queries: The queries.
+        named: The place of each, "row N of the batch …".
+        remedy: The advice that ends the error.
+    """
+    places: dict[Hashable, int] = {}
+    for n, query in enumerate(queries):
+        if (first := places.setdefault(identity(query), n)) != n:
+            raise ValueError(
+                f"a query may be in a batch once; got it in row {first} and {named[n]}. {remedy}"
+            )
+
+
+def arguments(
+    gather: Gather, candidates: Tensor, index: Tensor, grades: Tensor, ids: Tensor | None
+) -> dict[str, Any]:
+    """Arguments of :class:`rankloss.RankedLists`, of the same shapes on all processes.
+
+    Args:
+        gather: The gathering of the loss.
+        candidates: ``[M, D]``, the features of a pool; M differs between processes.
+        index: ``[N, K]`` of :class:`Pooled`; K differs between processes.
+        grades: ``[N, K]``.
+        ids: ``[M]``, or None.
+    """
+    if gather.place[1] > 1:
+        sizes = len(candidates), index.shape[1]
+        rows, width = gather.items(torch.tensor([sizes], device=index.device)).amax(0).tolist()
+        candidates = F.pad(candidates, (0, 0, 0, rows - sizes[0]))
+        index = F.pad(index, (0, width - sizes[1]), value=PADDING)
+        grades = F.pad(grades, (0, width - sizes[1]))
+        ids = None if ids is None else F.pad(ids, (0, rows - sizes[0]))
+    return {
+        "candidate_features": candidates,
+        "grades": grades,
+        "candidate_index": index,
+        "candidate_ids": ids,
+        "mask": index != PADDING,
+    }

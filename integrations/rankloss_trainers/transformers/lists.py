@@ -1,0 +1,239 @@
+"""Lists of graded candidates in transformers' Trainer: the texts of a picture, or the pictures of a text."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderDispatcher  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from rankloss import metrics
+from rankloss_trainers.cached import embedding_in
+from rankloss_trainers.lists import PADDING, arguments, check_unique, graded, pooled
+from rankloss_trainers.ranked_lists import OF_PAIRS
+from rankloss_trainers.runtime import Runtime
+from rankloss_trainers.transformers import embeddings
+
+COLUMNS = ("query", "candidates", "grades", "ranks")
+"""The columns of a table of lists, of which the last two exclude each other."""
+
+METRICS = ("ndcg", "reciprocal_rank", "pairwise_accuracy", "kendall_tau_b", "kendall_tau_c")
+"""The metrics of an evaluation, with the defaults of :mod:`rankloss.metrics`."""
+
+# Of a batch, beside the model's inputs.
+_OF_LISTS = ("grades", "query_index", "candidate_index", "candidate_ids", "queries")
+_REMEDY = "Join its lists"
+
+
+@dataclass
+class RankedListsCollator:
+    """Collates rows of a query, its candidates and their grades; no picture or text is embedded twice.
+
+    A row has ``query``, a picture or a text, ``candidates``, a list of the other kind, and ``grades``, a
+    number for each, larger for better; or ``ranks``, smaller for better. Lists may differ in length.
+
+    The batch has the model's inputs of the distinct queries and of the M distinct candidates, ``grades`` and
+    ``candidate_index`` ``[N, K]``, ``candidate_ids`` ``[M]``, ``query_index`` ``[N]``, and ``queries``,
+    ``"image"`` or ``"text"``.
+
+    Args:
+        processor: A model's processor, with its ``tokenizer`` and its ``image_processor``.
+        padding: The padding of texts, an argument of the tokenizer; ``"max_length"`` for SigLIP.
+        unique: Refuse a query twice in a batch, as in-batch negatives need it.
+
+    Raises:
+        TypeError: for a processor without these two.
+        ValueError: for rows without these columns, a query or candidates of another kind, a list without
+            candidates, a grade for each missing, or a grade that is no number, NaN or +∞. The message names
+            the row of the batch and shows the query.
+    """
+
+    processor: Any
+    padding: bool | str = True
+    unique: bool = False
+
+    def __post_init__(self) -> None:
+        missing = [x for x in ("tokenizer", "image_processor") if not hasattr(self.processor, x)]
+        if missing:
+            kind = type(self.processor).__name__
+            raise TypeError(f"lists need the model's processor, with a {' and a '.join(missing)}; got {kind}")
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch of rows."""
+        grades = grades_column(rows[0])
+        queries = [row["query"] for row in rows]
+        named = [f"row {n} of the batch, query {query!r:.60}" for n, query in enumerate(queries)]
+        lists = [list_of(row, grades, where) for row, where in zip(rows, named, strict=True)]
+        if self.unique:
+            check_unique(queries, named, _REMEDY)
+        of_texts = isinstance(queries[0], str)
+        for query, pairs, where in zip(queries, lists, named, strict=True):
+            kinds = [isinstance(x, str) for x in (query, *(candidate for candidate, _ in pairs))]
+            if kinds != [of_texts, *[not of_texts] * len(pairs)]:
+                needed = "pictures for a text" if of_texts else "texts for a picture"
+                raise ValueError(
+                    f"candidates must be {needed}, in each row of a batch; got others in {where}"
+                )
+        pool = pooled(lists)
+        distinct = pooled([[(query, 0.0)] for query in queries])
+        sides = distinct.candidates, pool.candidates
+        texts, pictures = sides if of_texts else sides[::-1]
+        inputs = self.processor.tokenizer(texts, padding=self.padding, truncation=True, return_tensors="pt")
+        return {
+            "grades": pool.grades,  # the first, whose length is the number of lists to the Trainer
+            "query_index": distinct.index[:, 0],
+            "candidate_index": pool.index,
+            "candidate_ids": pool.ids,
+            "queries": "text" if of_texts else "image",
+            **inputs,
+            **self.processor.image_processor(pictures, return_tensors="pt"),
+        }
+
+
+def grades_column(names: Any) -> str:
+    """The column of grades or of ranks.
+
+    Raises:
+        ValueError: unless there is one of them, beside queries and candidates.
+    """
+    found = [name for name in COLUMNS[2:] if name in names]
+    if len(found) != 1 or not {*COLUMNS[:2]} <= {*names}:
+        raise ValueError(
+            f"lists need the columns query, candidates, and grades or ranks; got {', '.join(names)}"
+        )
+    return found[0]
+
+
+def list_of(row: Mapping[str, Any], column: str, where: str) -> list[tuple[Any, float]]:
+    """The candidates of a row with their grades; see :func:`rankloss_trainers.lists.graded`."""
+    values = row[column]
+    if column == "ranks" and isinstance(values, (list, tuple)):
+        values = [x if isinstance(x, bool) or not isinstance(x, (int, float)) else -x for x in values]
+    return graded(row["candidates"], values, where)
+
+
+def check_table(dataset: Any) -> None:
+    """Check all lists of a table of `datasets`, without decoding a picture; data of other kinds pass.
+
+    Raises:
+        ValueError: as the collator; the message names the row of the table.
+    """
+    names = getattr(dataset, "column_names", None)
+    if names is None or not hasattr(dataset, "select_columns") or isinstance(dataset, IterableDataset):
+        return
+    from pyarrow.compute import list_value_length  # type: ignore[import-untyped]
+
+    column, rows = grades_column(names), itertools.count()
+    for block in dataset.select_columns(["candidates", column]).with_format("arrow").iter(1000):
+        lists = (size and [None] * size for size in list_value_length(block["candidates"]).to_pylist())
+        for candidates, values in zip(lists, block[column].to_pylist(), strict=True):
+            list_of({"candidates": candidates, column: values}, column, f"row {next(rows)} of the data")
+
+
+def check_loader(loader: Any) -> None:
+    """Raise a ValueError for a loader that slices batches, whose queries and candidates differ in number."""
+    if isinstance(loader, DataLoaderDispatcher):
+        raise ValueError(
+            "lists cannot be dispatched from one process to the others: give "
+            'accelerator_config={"dispatch_batches": False}'
+        )
+
+
+def check_run(run: Runtime) -> None:
+    """Raise a ValueError for a loss that needs pairs beside the lists, or options about them."""
+    given = [key for key in OF_PAIRS if run.options.get(key) not in (None, OF_PAIRS[key])]
+    if given:
+        raise ValueError(
+            f"{given[0]}: is for open_clip's trainer, which has a pair beside each list; "
+            f"got {run.options[given[0]]!r}"
+        )
+    if any(getattr(part, "base", None) is not None for part in run.criterion.modules()):
+        raise ValueError(f"{run.name} has a base, which needs pairs; a table of lists has none")
+
+
+def embedded(
+    call: Any, model: Any, inputs: Mapping[str, Any], size: int | None
+) -> tuple[Any, dict[str, Any]]:
+    """Embed the pictures and texts of a batch of lists in one call of the model.
+
+    Args:
+        call: The model, in its wrappers.
+        model: The model itself.
+        inputs: A batch of :class:`RankedListsCollator`.
+        size: Rows of a mini-batch, at most; None embeds all at once.
+
+    Returns:
+        The model's output, and the arguments of the loss but those that :func:`arguments` adds.
+
+    Raises:
+        ValueError: The batch is of another collator.
+    """
+    missing = [name for name in _OF_LISTS if name not in inputs]
+    if missing:
+        raise ValueError(
+            f"a batch of lists needs {', '.join(missing)}, as RankedListsCollator makes it; "
+            f"got {', '.join(inputs)}"
+        )
+    n, m = int(inputs["query_index"].max()) + 1, len(inputs["candidate_ids"])
+    few, many = sorted((n, m))
+    # Each mini-batch needs a row of either kind: the few are repeated, and cut off again.
+    rows = few if size is None else max(few, -(-many // size))
+    columns = {name: x for name, x in inputs.items() if name not in (*_OF_LISTS, "return_loss")}
+    if rows > few:
+        again = torch.arange(rows) % few
+        columns = {name: x[again.to(x.device)] if len(x) == few else x for name, x in columns.items()}
+    scale, embeds = functools.partial(embeddings.scale_of, model), embeddings.embeddings_of
+    with embedding_in(model, size, embeds, (1, Fraction(rows, many)), scale):
+        outputs = call(**columns)
+    features = dict(outputs) if size else {**embeds(outputs), **scale()}
+    sides = features["image_features"], features["text_features"]
+    queries, candidates = sides if inputs["queries"] == "image" else sides[::-1]
+    logit_scale = features["logit_scale"]
+    if "logit_bias" in features:  # changes no list, but is a parameter of which DDP expects a gradient
+        logit_scale = logit_scale + 0.0 * features["logit_bias"]
+    return outputs, {
+        "query_features": queries[inputs["query_index"]],
+        "candidate_features": candidates[:m],
+        "logit_scale": logit_scale,
+    }
+
+
+def arguments_of(run: Runtime, features: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the loss, of the same shapes on all processes.
+
+    Args:
+        run: The loss.
+        features: The features of :func:`embedded`.
+        inputs: A batch of :class:`RankedListsCollator`.
+    """
+    index, grades, ids = (inputs[name] for name in ("candidate_index", "grades", "candidate_ids"))
+    return {**features, **arguments(run.gather, features["candidate_features"], index, grades, ids)}
+
+
+def measures(features: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    """The metrics of :data:`METRICS` of each list, ``[N, 5]``; NaN where one is not defined.
+
+    Args:
+        features: The arguments of :func:`embedded`.
+        inputs: A batch of :class:`RankedListsCollator`.
+    """
+    index, grades = inputs["candidate_index"], inputs["grades"]
+    mask = index != PADDING
+    own = features["candidate_features"][index.clamp_min(0)].float()
+    scores = (features["query_features"].float()[:, None] * own).sum(-1)  # autocast would round a product
+    has_negative = ((grades < 0) & (grades > -torch.inf) & mask).any(-1, keepdim=True)
+    values = (
+        metrics.ndcg(scores, grades.masked_fill(has_negative, 0.0), mask=mask),
+        metrics.reciprocal_rank(scores, grades, mask=mask),
+        metrics.pairwise_accuracy(scores, grades, mask=mask),
+        metrics.kendall_tau(scores, grades, mask=mask),
+        metrics.kendall_tau(scores, grades, variant="c", mask=mask),
+    )
+    return torch.stack(values, dim=-1)

@@ -1,0 +1,315 @@
+"""Lists of graded captions in open_clip's trainer: read, encoded, and trained as in a loop of one's own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+import re
+import shlex
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import open_clip_train.data
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip_train.params import parse_args
+from PIL import Image
+from test_companions import IMAGES, model, tokenizer
+from torch import Tensor
+from trainer_runs import BOTH, SAMPLES, Run, Trainer, add_sample
+
+from rankloss_baselines.second_caption import SecondCaption
+from rankloss_open_clip.companions import Companions
+from rankloss_trainers.candidates import Candidates
+
+PAGE = Path(__file__).parents[2] / "docs/lists.md"
+
+# --- from a CSV file to the model's output ----------------------------------------------------------------
+
+LISTS = [(["a dog", "a cat"], [2, 1]), (["a cat"], [0.5]), (["one", "two", "three"], [-math.inf, 3, 3])]
+
+
+def csv(path: Path, lists: list[Any], **more: list[str]) -> tuple[Any, str]:
+    """A CSV file of own captions a0, a1, …, as the trainer reads it; cells are JSON unless they are texts."""
+    import pandas
+
+    cells = [
+        [x if isinstance(x, str) else json.dumps(x) for x in column] for column in zip(*lists, strict=True)
+    ]
+    columns = {
+        "filepath": [f"{i}.png" for i in range(len(lists))],
+        "title": [f"a{i}" for i in range(len(lists))],
+        **dict(zip(("candidates", "grades"), cells, strict=True)),
+        **more,
+    }
+    file = path / "data.csv"
+    pandas.DataFrame(columns).to_csv(file, sep="\t", index=False)
+    return open_clip_train.data.CsvDataset(str(file), None, "filepath", "title", sep="\t"), str(file)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("more", ["", "a second caption", "compiled"])
+def test_lists_join_the_output_of_one_call_of_the_model(tmp_path: Path, own: bool, more: str) -> None:
+    second = [SecondCaption("syn")] if "second" in more else []
+    companions = Companions([*second, Candidates(own)])
+    dataset, file = csv(tmp_path, LISTS, syn=[f"other {i}" for i in range(3)])
+    tokenized = companions.tokenizer(tokenizer())
+    companions.join_csv(dataset, file, "\t")
+    dataset, tokenized = pickle.loads(pickle.dumps((dataset, copy.deepcopy(tokenized))))
+    texts = torch.stack([tokenized([str(dataset.captions[i])])[0] for i in range(3)])
+
+    plain, clip = model(), model()
+    calls: list[int] = []
+    clip.transformer.register_forward_hook(lambda *_: calls.append(1))
+    call: Any = torch.compile(clip, backend="eager") if more == "compiled" else clip
+    companions.attach(call)
+    output = call(IMAGES, texts)
+    assert len(calls) == 1
+
+    def features(captions: list[str]) -> Tensor:
+        encoded: Tensor = plain.encode_text(tokenizer()(captions), normalize=True)
+        return encoded
+
+    expected = plain(IMAGES, tokenizer()(["a0", "a1", "a2"]))
+    for name, value in expected.items():
+        torch.testing.assert_close(output[name], value)
+    torch.testing.assert_close(output["query_features"], expected["image_features"])
+    if second:
+        torch.testing.assert_close(output["caption_features"], features(["other 0", "other 1", "other 2"]))
+    assert output["candidate_features"].shape[:2] == output["mask"].shape == (3, 3 + own)
+    for n, (captions, grades) in enumerate(LISTS):
+        at_top = [1 + max(grades)] if own else []
+        listed = [f"a{n}", *captions] if own else captions
+        used = output["mask"][n]
+        assert used.tolist() == [True] * len(listed) + [False] * (3 + own - len(listed))
+        assert output["grades"][n, used].tolist() == [*at_top, *grades]
+        torch.testing.assert_close(output["candidate_features"][n, used], features(listed))
+    ids = output["candidate_ids"][:, own:]
+    assert ids[0, 1] == ids[1, 0] != ids[0, 0]
+    # Gradients flow from the lists into the one text tower.
+    output["candidate_features"][1].sum().backward()
+    features(["a1", "a cat"] if own else ["a cat"]).sum().backward()
+    for (name, a), b in zip(clip.named_parameters(), plain.parameters(), strict=True):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+    assert list(call(IMAGES)) == list(expected)
+    torch.compiler.reset()
+
+
+BAD: dict[str, tuple[Any, Any, str]] = {
+    "NaN": (["a"], [math.nan], "got nan in"),
+    "an infinity": (["a"], [math.inf], "got inf in"),
+    "a null": (["a"], [None], "got None in"),
+    "a word": (["a"], ["good"], "got 'good' in"),
+    "too many": (["a", "b"], [1], "got 2 candidates and 1 grades in"),
+    "none": ([], [], "got 0 candidates and 0 grades in"),
+    "a number": ([3], [1], "candidates must be texts; got 3 in"),
+    "one text": ('"a"', [1], "must be lists; got others in"),
+    "no JSON": ("[a]", [1], r"must be JSON lists; got .*\[a\].* in"),
+    "its own": (
+        ["x", "{own}"],
+        [1, 2],
+        "own caption '{own}' cannot be above all candidates and among them, in",
+    ),
+    "a long one": (list("abcd"), [1] * 4, "has 4 candidates, more than --ranked-lists-max-candidates 3"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_list_is_refused_by_its_row_or_sample(tmp_path: Path, kind: str) -> None:
+    captions, grades, message = BAD[kind]
+    message = message.format(own="a1") if "{own}" in message else message
+    own = (
+        [x.format(own="a1") if isinstance(x, str) else x for x in captions] if kind == "its own" else captions
+    )
+    dataset, file = csv(tmp_path, [LISTS[0], (own, grades)])
+    with pytest.raises(ValueError, match=message) as error:
+        Candidates(True, 3).of_rows(file, "\t", dataset)
+    assert f"row 2 of {file}" in str(error.value)
+    members = {
+        "candidates.json": (own if isinstance(own, str) else json.dumps(own)).encode(),
+        "grades.json": json.dumps(grades).encode(),
+    }
+    with pytest.raises(ValueError, match=message) as error:
+        Candidates(True, 3).of_sample({"__key__": "7", "__url__": "x.tar", "png": b"", **members}, "a1")
+    assert "sample '7' of x.tar" in str(error.value)
+
+
+def test_lists_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    dataset, _ = csv(tmp_path, LISTS)
+    (tmp_path / "other.csv").write_text("filepath\ttitle\tcandidates\nx\ty\t[]\n")
+    with pytest.raises(ValueError, match=r"has no column 'grades' .* it has filepath, title, candidates"):
+        Candidates(False).of_rows(str(tmp_path / "other.csv"), "\t", dataset)
+    sample = {"__key__": "7", "__url__": "x.tar", "png": b"", "candidates.json": b'["a"]'}
+    with pytest.raises(ValueError, match=r"sample '7' of x.tar has no grades.json; every picture needs"):
+        Candidates(False, 3).of_sample(sample, "a")
+    with pytest.raises(ValueError, match=r"a webdataset needs .* --ranked-lists-max-candidates"):
+        Candidates(False).of_sample({**sample, "grades.json": b"[1]"}, "a")
+    assert Candidates(False, 3).of_sample({"__key__": "7", "txt": b"a"}, "a") is None  # without a picture
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--ranked-lists-own-caption top --ranked-lists-model top_one", "--ranked-lists-own-caption: top is"),
+        ("--ranked-lists-top-k 2 --ranked-lists-model pairwise", "top_k=2 only applies to"),
+        ("--ranked-lists-max-candidates 0", "--ranked-lists-max-candidates: must be at least 1; got 0"),
+        ("--ranked-lists-pair-weight sum", "must be one of none, difference; got 'sum'"),
+        ("--model coca_ViT-B-32", "ranked-lists does not work with CoCa"),
+        ("--distill-model RN50 --distill-pretrained x", "--distill-model, whose teacher takes one caption"),
+        ("--dataset-type synthetic", "ranked-lists does not work with --dataset-type synthetic"),
+    ],
+)
+def test_what_cannot_train_is_refused(capsys: pytest.CaptureFixture[str], options: str, message: str) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--loss", "ranked-lists", *options.split()])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- runs of the trainer ----------------------------------------------------------------------------------
+
+SETTING = [  # steps that are proportional to small gradients
+    *("--epochs", "2", "--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)", "--skip-scheduler", "--wd", "0"),
+    *("--lr", "0.01", "--beta1", "0.9", "--beta2", "0.98", "--eps", "0.001"),
+]
+OPTIONS = [
+    *("--loss", "ranked-lists", "--ranked-lists-weight", "0.5", "--ranked-lists-own-caption", "top"),
+    *("--ranked-lists-in-batch-negatives", "include"),
+]
+
+
+def lists_of(trainer: Trainer) -> list[tuple[list[str], list[float]]]:
+    """One to three captions for each pair, some shared, with ties."""
+    pool = [f"{i % 5} pears and {i % 3} plums" for i in range(15)]
+    return [
+        ([pool[(n + 4 * k) % 15] for k in range(1 + n % 3)], [float((n + k) % 2) for k in range(1 + n % 3)])
+        for n in range(SAMPLES)
+    ]
+
+
+@pytest.fixture(scope="module")
+def data(trainer: Trainer) -> dict[str, list[str]]:
+    """The options that name the data, in the two formats."""
+    lines = ["filepath\ttitle\tcandidates\tgrades"]
+    shard = trainer.directory / "lists.tar"
+    with tarfile.open(shard, "w") as file:
+        for n, (row, (captions, grades)) in enumerate(zip(trainer.rows, lists_of(trainer), strict=True)):
+            cells = json.dumps(captions), json.dumps(grades)
+            lines.append("\t".join([*row[:2], *cells]))
+            members = dict(zip(("candidates.json", "grades.json"), (x.encode() for x in cells), strict=True))
+            add_sample(file, f"{n:03}", png=Path(row[0]).read_bytes(), txt=row[1].encode(), **members)
+    (trainer.directory / "lists.csv").write_text("\n".join(lines) + "\n")
+    samples = ["--train-num-samples", str(SAMPLES), "--ranked-lists-max-candidates", "3"]
+    return {
+        "csv": ["--train-data", str(trainer.directory / "lists.csv")],
+        "webdataset": ["--train-data", str(shard), "--dataset-type", "webdataset", *samples],
+    }
+
+
+def own_step(trainer: Trainer, run: Run, scale_factor: float = 1.0) -> dict[str, Tensor]:
+    """The second step of a run, from its first checkpoint, by a loop over lists and items."""
+    checkpoint = torch.load(run.directory / "checkpoints/epoch_1.pt", map_location="cpu", weights_only=True)
+    clip = open_clip.create_model(f"local-dir:{trainer.directory / 'tiny'}")
+    clip.load_state_dict(checkpoint["state_dict"])
+    named = list(clip.named_parameters())
+    small = [p for name, p in named if p.ndim < 2 or re.search("bn|ln|bias|logit_scale", name)]
+    groups = [{"params": small}, {"params": [p for _, p in named if all(p is not x for x in small)]}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    tokenize = open_clip.get_tokenizer(f"local-dir:{trainer.directory / 'tiny'}")
+    transform: Any = open_clip.image_transform(32, is_train=False)
+    images = torch.stack([transform(Image.open(row[0])) for row in trainer.rows])
+    titles = [row[1] for row in trainer.rows]
+    v = clip.encode_image(images, normalize=True)
+    t = clip.encode_text(tokenize(titles), normalize=True)
+    s = clip.logit_scale.exp()
+    everyone = sorted({*titles, *(c for captions, _ in lists_of(trainer) for c in captions)})
+    x = s * v @ clip.encode_text(tokenize(everyone), normalize=True).T
+    of_lists = []
+    for n, (captions, grades) in enumerate(lists_of(trainer)):
+        own, g = [titles[n], *captions], [1 + max(grades), *grades]
+        below = [x[n, everyone.index(c)] for c in everyone if c not in own]
+        scores = [x[n, everyone.index(c)] for c in own]
+        nll = [
+            torch.logsumexp(torch.stack([scores[q] for q in range(len(g)) if g[q] <= g[p]] + below), 0)
+            - scores[p]
+            for p in range(len(g))
+        ]
+        of_lists.append(sum(nll) / len(nll))
+    labels = torch.arange(SAMPLES)
+    clip_loss = (F.cross_entropy(s * v @ t.T, labels) + F.cross_entropy(s * t @ v.T, labels)) / 2
+    (clip_loss + 0.5 * sum(of_lists) / SAMPLES).backward()
+    clip.logit_scale.grad *= scale_factor
+    optimizer.step()
+    return dict(clip.state_dict())
+
+
+def assert_equal_weights(run: Run, expected: dict[str, Tensor]) -> None:
+    found, before = run.epoch(2), run.epoch(1)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
+    assert (found["text_projection"] - before["text_projection"]).abs().max() > 1e-3
+
+
+def test_a_run_is_a_loop_of_ones_own(trainer: Trainer, data: dict[str, list[str]]) -> None:
+    run = trainer.call("lists", *SETTING, *OPTIONS, *data["csv"], "--batch-size", str(SAMPLES))
+    assert run.returncode == 0, run.output[-4000:]
+    assert_equal_weights(run, own_step(trainer, run))
+    assert {"contrastive_loss", "ranked_lists_loss"} <= run.scalars.keys()
+
+
+def test_accumulation_over_a_webdataset_is_the_whole_batch(
+    trainer: Trainer, data: dict[str, list[str]]
+) -> None:
+    """The scale's gradient is the trainer's own, which counts every micro-batch in full."""
+    halves = ["--batch-size", str(SAMPLES // 2), "--accum-freq", "2", "--grad-checkpointing"]
+    run = trainer.call("lists, accumulated", *SETTING, *OPTIONS, *data["webdataset"], *halves)
+    assert run.returncode == 0, run.output[-4000:]
+    assert_equal_weights(run, own_step(trainer, run, scale_factor=2.0))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(trainer: Trainer, data: dict[str, list[str]]) -> None:
+    halves = ["--batch-size", str(SAMPLES // 2), *BOTH]
+    run = trainer.call("lists, two processes", *SETTING, *OPTIONS, *data["csv"], *halves, processes=2)
+    assert run.returncode == 0, run.output[-4000:]
+    assert_equal_weights(run, own_step(trainer, run))
+
+
+def test_the_pages_file_and_commands_train(trainer: Trainer, data: dict[str, list[str]]) -> None:
+    """The file of the page, and the options of its commands on the test's data."""
+    page = PAGE.read_text().partition("## In open_clip's trainer")[2]
+    (text,) = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[:1]
+    for name in re.findall(r"^\w+\.jpg", text, re.MULTILINE):
+        text = text.replace(name, trainer.rows[0][0])
+    (trainer.directory / "page.csv").write_text(text)
+    (block,) = re.findall(r"^```console\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[:1]
+    commands = block.replace("\\\n", " ").splitlines()
+    assert len(commands) == 2
+    for number, command in enumerate(commands):
+        options = shlex.split(command)
+        given = options[options.index("--loss") :]
+        files = ["--train-data", str(trainer.directory / "page.csv"), "--batch-size", "2"]
+        files = files if number == 0 else data["webdataset"][:-2]
+        run = trainer.call(f"page {number}", "--epochs", "1", *files, *given)
+        assert run.returncode == 0, run.output[-4000:]
+        assert run.scalars["ranked_lists_loss"]
+
+
+def test_a_bad_sample_ends_the_run_before_a_checkpoint(trainer: Trainer, data: dict[str, list[str]]) -> None:
+    shard = trainer.directory / "bad.tar"
+    with tarfile.open(shard, "w") as file:
+        for n, row in enumerate(trainer.rows):
+            grades = b"[NaN]" if n == 5 else b"[1]"
+            members = {"candidates.json": b'["a"]', "grades.json": grades, "txt": row[1].encode()}
+            add_sample(file, f"{n:03}", png=Path(row[0]).read_bytes(), **members)
+    files = ["--train-data", str(shard), *data["webdataset"][2:]]
+    run = trainer.call("bad sample", *SETTING, "--loss", "ranked-lists", *files)
+    assert run.returncode != 0
+    assert "grades must be numbers, or −infinity; got nan in sample '005' of" in run.output
+    assert not list((run.directory / "checkpoints").glob("*.pt"))

@@ -1,0 +1,63 @@
+"""Lists beside a loss of pairs, as the catalogue has them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import rankloss
+from rankloss_trainers.catalog import find
+from rankloss_trainers.ranked_lists import RankedListsTerm
+
+SCALE = 8.0
+
+
+def encoded(seed: int, *shape: int) -> Tensor:
+    return normalize(torch.randn(*shape, 4, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+V, T = encoded(0, 5), encoded(1, 5)
+LISTS = {
+    "query_features": V,
+    "candidate_features": encoded(2, 5, 3),
+    "grades": torch.tensor([[2, 1, 0], [0, 0, 1], [1, 1, 0], [0, 2, 1], [3, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize("base", [rankloss.ClipLoss(), rankloss.SigLipLoss()])
+def test_entries_are_the_bases_and_the_weighted_lists(base: rankloss.ClipLoss | rankloss.SigLipLoss) -> None:
+    bias = {"logit_bias": torch.tensor(-3.0)} if isinstance(base, rankloss.SigLipLoss) else {}
+    lists = rankloss.RankedLists(in_batch_negatives=True)
+    term = RankedListsTerm(lists, base, weight=0.5)
+    pairs = {"image_features": V, "text_features": T, "logit_scale": SCALE, **bias}
+    entries = term(**pairs, **LISTS, output_dict=True)
+    assert entries.keys() == {"contrastive_loss", "ranked_lists_loss"}
+    assert entries["contrastive_loss"] == base(**pairs)
+    assert entries["ranked_lists_loss"] == 0.5 * lists(**LISTS, logit_scale=SCALE)
+    torch.testing.assert_close(term(**pairs, **LISTS), sum(entries.values()))
+
+
+def test_lists_alone_leave_the_pairs_out_and_a_bias_in_the_graph() -> None:
+    term = RankedListsTerm(rankloss.RankedLists())
+    bias = torch.tensor(-3.0, requires_grad=True)
+    loss = term(SCALE, bias, image_features=V, text_features=T, **LISTS)
+    assert loss == rankloss.RankedLists()(**LISTS, logit_scale=SCALE)
+    loss.backward()
+    assert bias.grad == 0
+    with pytest.raises(ValueError, match="have no use for dist_image_features"):
+        term(SCALE, dist_image_features=V, **LISTS)
+
+
+def test_options_reach_the_loss() -> None:
+    entry = find("ranked-lists").load()
+    given = {"model": "pairwise", "pair_weight": "difference", "chunk_size": "7", "base_loss": "exclude"}
+    options = entry.checked("ranked-lists", given)
+    gather = rankloss.Gather(rank=0, world_size=1)
+    assert entry.refuse(options, gather) is None
+    term = entry.build(rankloss.ClipLoss(), options, gather)
+    assert (term.base, term.lists.pair_weight, term.lists.chunk_size) == (None, "difference", 7)
+    default = entry.build(rankloss.ClipLoss(), entry.checked("ranked-lists", {}), gather).lists
+    for name in ("model", "top_k", "pair_weight", "in_batch_negatives", "chunk_size"):
+        assert getattr(default, name) == getattr(rankloss.RankedLists(), name)

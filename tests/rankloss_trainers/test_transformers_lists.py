@@ -1,0 +1,373 @@
+"""Lists of graded candidates in transformers' Trainer: pictures, texts and weights against NumPy."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from launch import torchrun
+from PIL import Image
+from tiny_transformers import SGD, Pairs, build, column, leave, lines, train, trainer, weights
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+import rankloss
+import rankloss_trainers
+from rankloss_trainers.transformers.lists import RankedListsCollator
+
+WORDS = ["red", "green", "blue", "dark", "pale", "warm"]
+LISTS = {"loss": "ranked-lists"}
+
+
+class Processor:
+    """Words as their numbers, and pictures as their mean colours."""
+
+    def tokenizer(self, texts: list[str], **_: Any) -> dict[str, Tensor]:
+        words = [[1 + WORDS.index(word) for word in text.split()] for text in texts]
+        longest = max(map(len, words))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in words])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+    def image_processor(self, pictures: list[Any], **_: Any) -> dict[str, Tensor]:
+        return {"pixel_values": torch.tensor(np.stack([colour(x) for x in pictures]), dtype=torch.float32)}
+
+
+def colour(picture: Any) -> Any:
+    return np.asarray(picture, float).mean((0, 1)) / 255
+
+
+class Towers(nn.Module):
+    """A linear map of colours, and the mean of the words' vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.image = nn.Parameter(torch.randn(3, 4, generator=generator))
+        self.words = nn.Parameter(torch.randn(1 + len(WORDS), 4, generator=generator))
+        self.logit_scale = nn.Parameter(torch.tensor(2.5))
+        self.seen: list[tuple[int, int]] = []
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        self.seen.append((len(pixel_values), len(input_ids)))
+        texts = (self.words[input_ids] * attention_mask[..., None]).sum(1)
+        sides = F.normalize(pixel_values @ self.image, dim=-1), F.normalize(texts, dim=-1)
+        logits = self.logit_scale.exp() * sides[1] @ sides[0].T  # where DDP looks for the scale
+        return ModelOutput(logits_per_text=logits, image_embeds=sides[0], text_embeds=sides[1])
+
+
+def table(of_texts: bool, number: int = 8, **more: Any) -> Any:
+    """Lists of one to four candidates, some in several lists; grades are tied or −∞ here and there."""
+    noise = np.random.default_rng(1)
+    pictures = [Image.fromarray(x) for x in noise.integers(0, 256, (number + 3, 2, 2, 3), dtype=np.uint8)]
+    texts = [f"{WORDS[n % 6]} {WORDS[(n + 1) % 6]}" + f" {WORDS[n % 4]}" * (n // 6) for n in range(12)]
+    queries, pool = (texts, pictures) if of_texts else (pictures, texts)
+    sizes = [1 + n % 4 for n in range(number)]
+    lists = {
+        "query": queries[:number],
+        "candidates": [[pool[(n + 2 * k) % (number + 2)] for k in range(x)] for n, x in enumerate(sizes)],
+        "grades": [[[3.0, 1.0, 1.0, -math.inf][(n + k) % 4] for k in range(x)] for n, x in enumerate(sizes)],
+        **more,
+    }
+    return datasets.Dataset.from_dict({name: values for name, values in lists.items() if values is not None})
+
+
+# --- NumPy's weights --------------------------------------------------------------------------------------
+
+
+def vector(x: Any, image: Any, words: Any) -> Any:
+    v = (
+        words[[1 + WORDS.index(word) for word in x.split()]].sum(0)
+        if isinstance(x, str)
+        else colour(x) @ image
+    )
+    return v / np.linalg.norm(v)
+
+
+def loss_of(theta: Any, rows: list[Any], *, pairwise: bool = False, negatives: bool = False) -> float:
+    """The formulas of the docstring, item by item."""
+    image, words, scale = theta[:12].reshape(3, 4), theta[12:-1].reshape(-1, 4), math.exp(theta[-1])
+    means = []
+    for row in rows:
+        x = [scale * vector(row["query"], image, words) @ vector(c, image, words) for c in row["candidates"]]
+        others = {c if isinstance(c, str) else c.tobytes(): c for r in rows for c in r["candidates"]}
+        for c in row["candidates"]:
+            others.pop(c if isinstance(c, str) else c.tobytes())
+        below = [
+            scale * vector(row["query"], image, words) @ vector(c, image, words) for c in others.values()
+        ]
+        below, g, terms = below if negatives else [], row["grades"], []
+        if len(set(g)) == 1 and not (below and g[0] > -math.inf):
+            continue
+        for p in range(len(g)):
+            if pairwise:
+                terms += [math.log1p(math.exp(x[q] - x[p])) for q in range(len(g)) if g[p] > g[q]]
+                terms += [math.log1p(math.exp(y - x[p])) for y in below if g[p] > -math.inf]
+            elif g[p] > -math.inf:
+                tail = [x[q] for q in range(len(g)) if g[q] <= g[p]] + below
+                if len(tail) > 1:
+                    terms.append(math.log(sum(map(math.exp, tail))) - x[p])
+        means.append(sum(terms) / len(terms))
+    return sum(means) / max(1, len(means))
+
+
+def trained(batches: list[list[list[Any]]], **given: Any) -> Any:
+    """The weights after steps of gradients by differences, averaged over a step's micro-batches."""
+    theta = weights(Towers()).double().numpy()
+    eye = np.eye(len(theta)) * 1e-5
+    for micro in batches:
+        gradient = [
+            sum(loss_of(theta + d, rows, **given) - loss_of(theta - d, rows, **given) for rows in micro)
+            / (2e-5 * len(micro))
+            for d in eye
+        ]
+        theta = theta - 0.5 * np.array(gradient)
+    return torch.tensor(theta, dtype=torch.float32)
+
+
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "order": ({}, {}),
+    "pairs": ({"model": "pairwise"}, {"pairwise": True}),
+    "negatives": ({"in_batch_negatives": True}, {"negatives": True}),
+}
+
+
+def run(directory: Path, data: Any, **given: Any) -> Any:
+    options = {**LISTS, **SGD, "learning_rate": 0.5, "processing_class": Processor(), "model": Towers()}
+    return train(directory, pairs=data, **{**options, **given})
+
+
+@pytest.mark.parametrize("of_texts", [False, True], ids=["texts of pictures", "pictures of texts"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_weights_are_numpys(tmp_path: Path, of_texts: bool, kind: str) -> None:
+    data, (options, given) = table(of_texts), MODELS[kind]
+    expected = trained([[list(data)]] * 3, **given)
+    for size in (None, 3, 1):
+        ended = run(tmp_path, data, loss_options=options, mini_batch_size=size, max_steps=3)
+        torch.testing.assert_close(weights(ended.model), expected, rtol=1e-3, atol=1e-4)
+    assert (expected - weights(Towers())).norm() > 0.05
+    assert column(ended, "ranked_lists_loss") == pytest.approx(column(ended, "loss"), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_accumulated_batches_are_averaged(tmp_path: Path, size: int | None) -> None:
+    data = table(True)
+    rows = list(data)
+    expected = trained([[rows[:4], rows[4:]]] * 2)
+    given = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "mini_batch_size": size}
+    ended = run(tmp_path, data, max_steps=2, **given)
+    torch.testing.assert_close(weights(ended.model), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_ranks_are_grades_the_other_way_round(tmp_path: Path) -> None:
+    ranks = [[-g for g in row] for row in table(True)["grades"]]
+    ended = [run(tmp_path, x, max_steps=2) for x in (table(True), table(True, grades=None, ranks=ranks))]
+    assert torch.equal(weights(ended[0].model), weights(ended[1].model))
+
+
+def test_queries_that_are_equal_are_embedded_once(tmp_path: Path) -> None:
+    data = datasets.concatenate_datasets([table(False), table(False)])
+    given = {"per_device_train_batch_size": 16, "max_steps": 1}
+    twice, once = run(tmp_path, data, **given), run(tmp_path, table(False), max_steps=1)
+    assert twice.model.seen == once.model.seen
+    torch.testing.assert_close(weights(twice.model), weights(once.model))
+
+
+def test_each_picture_is_embedded_once_and_in_mini_batches(tmp_path: Path) -> None:
+    data = table(True)
+    distinct = {x.tobytes() for row in data for x in row["candidates"]}
+    ended = run(tmp_path, data, max_steps=1)
+    assert ended.model.seen == [(len(distinct), 8)]
+    ended = run(tmp_path, data, max_steps=1, mini_batch_size=1)
+    assert {1} == {rows for seen in ended.model.seen for rows in seen}
+
+
+def test_a_module_and_a_model_with_a_bias_train(tmp_path: Path) -> None:
+    ended = [
+        run(tmp_path, table(True), max_steps=1, loss=x) for x in ("ranked-lists", rankloss.RankedLists())
+    ]
+    assert torch.equal(weights(ended[0].model), weights(ended[1].model))
+    model = Towers()
+    model.logit_bias, seen = nn.Parameter(torch.tensor(-2.0)), []
+    model.logit_bias.register_hook(seen.append)
+    biased = run(tmp_path, table(True), max_steps=1, model=model)
+    assert seen == [0.0]
+    assert biased.data_collator.padding == "max_length"
+
+
+def test_clip_trains(tmp_path: Path) -> None:
+    """A model with a tokenizer's length and pictures of its size."""
+
+    class OfClip(Processor):
+        def tokenizer(self, texts: list[str], **_: Any) -> dict[str, Tensor]:
+            ids = super().tokenizer(texts)["input_ids"]
+            ids = F.pad(F.pad(ids, (0, 7 - ids.shape[1])), (0, 1), value=49)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+        def image_processor(self, pictures: list[Any], **_: Any) -> dict[str, Tensor]:
+            return {"pixel_values": torch.stack([torch.full((3, 16, 16), colour(x)[0]) for x in pictures])}
+
+    for kind in ("CLIP", "Siglip"):
+        model, before = build(kind), weights(build(kind))
+        ended = run(tmp_path, table(False), model=model, processing_class=OfClip(), max_steps=1)
+        assert not torch.equal(weights(model), before)
+        assert lines(ended)[0]["loss"] > 0
+
+
+# --- evaluation -------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_has_the_loss_and_the_metrics_of_its_lists(tmp_path: Path) -> None:
+    data = table(True)
+    given = {"model": Towers(), "processing_class": Processor(), "per_device_eval_batch_size": 3, **LISTS}
+    found = trainer(tmp_path, pairs=data, **given).evaluate(data)
+    theta = weights(Towers()).double().numpy()
+    rows = list(data)
+    losses = [loss_of(theta, rows[n : n + 3]) * len(rows[n : n + 3]) for n in (0, 3, 6)]
+    assert found["eval_loss"] == pytest.approx(sum(losses) / 8, rel=1e-4)
+    image, words = theta[:12].reshape(3, 4), theta[12:-1].reshape(-1, 4)
+    shares = []
+    for row in rows:
+        x = [vector(row["query"], image, words) @ vector(c, image, words) for c in row["candidates"]]
+        g = row["grades"]
+        pairs = [(p, q) for p in range(len(g)) for q in range(len(g)) if g[p] > g[q]]
+        shares += [sum(x[p] > x[q] for p, q in pairs) / len(pairs)] if pairs else []
+    assert found["eval_pairwise_accuracy"] == pytest.approx(sum(shares) / len(shares))
+    assert {"eval_ndcg", "eval_reciprocal_rank", "eval_kendall_tau_b", "eval_kendall_tau_c"} <= found.keys()
+
+
+# --- the page ---------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_page_train(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/lists.md").read_text()
+    section = page.partition("## In Hugging Face's Trainer\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    arguments = trainer(tmp_path, pairs=Pairs(), max_steps=1).args
+    given = {"model": Towers(), "args": arguments, "processor": Processor(), "lists": table(True)}
+    exec(code, given)
+    assert not torch.equal(weights(given["model"]), weights(Towers()))
+
+
+# --- bad input --------------------------------------------------------------------------------------------
+
+PICTURE = Image.new("RGB", (2, 2), "red")
+ROW = {"query": "red", "candidates": [PICTURE], "grades": [1.0]}
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "NaN": ({"grades": [math.nan]}, "grades must be numbers, or −infinity; got nan in row 1 of the batch"),
+    "a word": ({"grades": ["good"]}, "grades must be numbers, or −infinity; got 'good' in row 1"),
+    "too few": ({"grades": []}, "got 1 candidates and 0 grades in row 1 of the batch, query 'green'"),
+    "empty": ({"candidates": [], "grades": []}, "got 0 candidates and 0 grades in row 1"),
+    "texts": ({"candidates": ["red"]}, "candidates must be pictures for a text.*row 1"),
+    "a picture": ({"query": PICTURE, "candidates": ["red"]}, "pictures for a text, in each row.*row 1"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_rows_are_refused_by_their_row(kind: str) -> None:
+    change, message = BAD[kind]
+    with pytest.raises(ValueError, match=message):
+        RankedListsCollator(Processor())([ROW, {**ROW, "query": "green", **change}])
+
+
+def test_a_query_twice_is_refused_where_its_candidates_would_be_negatives(tmp_path: Path) -> None:
+    assert len(RankedListsCollator(Processor())([ROW, ROW])["grades"]) == 2
+    twice = datasets.concatenate_datasets([table(True), table(True).select([0])])
+    given = {"loss_options": {"in_batch_negatives": True}, "per_device_train_batch_size": 9}
+    with pytest.raises(ValueError, match=r"got it in row 0 and row 8 of the batch, query .* Join its lists"):
+        run(tmp_path, twice, **given)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"grades": [[1.0]] * 7 + [[math.nan]], "candidates": [["red"]] * 8}, "got nan in row 7 of the data"),
+        (
+            {"grades": [[1.0]] * 8, "candidates": [["red"]] * 7 + [["red"] * 2]},
+            "2 candidates and 1 grades .*7",
+        ),
+        ({"grades": [[1.0]] * 7 + [None], "candidates": [["red"]] * 8}, "got others in row 7 of the data"),
+        ({"grades": None}, "columns query, candidates, and grades or ranks; got query, candidates"),
+        ({"ranks": [[1]] * 8}, "and grades or ranks; got query, candidates, grades, ranks"),
+    ],
+)
+def test_bad_tables_are_refused_before_training(tmp_path: Path, more: Any, message: str) -> None:
+    model = Towers()
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, table(False, **more), model=model, per_device_train_batch_size=2)
+    assert model.seen == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"loss_options": {"own_caption": "top"}}, "own_caption: is for open_clip's trainer"),
+        ({"loss_options": {"max_candidates": 3}}, "max_candidates: is for open_clip's trainer"),
+        ({"loss_options": {"base_loss": "include"}}, "base_loss: is for open_clip's trainer"),
+        ({"loss_options": {"top_k": 2, "model": "pairwise"}}, "top_k=2 only applies to model"),
+        ({"loss_options": {"top_k": 0}}, "top_k"),
+        (
+            {"data_collator": lambda _: {"input_ids": torch.ones(2)}},
+            "a batch of lists needs grades, query_index",
+        ),
+        ({"loss": "rankclip"}, "forward|columns|query"),
+    ],
+)
+def test_what_cannot_train_is_refused(tmp_path: Path, given: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        run(tmp_path, table(True), **given)
+
+
+def test_a_processor_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(
+        TypeError, match="lists need the model's processor, with a tokenizer and a image_proc"
+    ):
+        run(tmp_path, table(True), processing_class=None)
+
+
+def test_a_loader_that_slices_batches_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dispatch_batches"):
+        run(tmp_path, table(True).to_iterable_dataset(), max_steps=1)
+
+
+def test_other_trainers_refuse_the_loss_by_name() -> None:
+    pytest.importorskip("sentence_transformers")
+    from rankloss_trainers.sentence_transformers import ContrastiveLoss
+
+    with pytest.raises(ValueError, match=r"ranked-lists needs a list of graded candidates .*sentence-transf"):
+        ContrastiveLoss(nn.Identity(), loss="ranked-lists")
+    own = rankloss_trainers.create("ranked-lists", in_batch_negatives=True)
+    assert own.lists.in_batch_negatives
+
+
+# --- processes --------------------------------------------------------------------------------------------
+
+
+def alone_or_together(directory: Path) -> list[float]:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    given = {"per_device_train_batch_size": 8 // processes, "max_steps": 2}
+    ended = run(directory, table(True), loss_options={"in_batch_negatives": True}, **given)
+    return [*weights(ended.model).tolist(), *column(ended, "ranked_lists_loss")]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    torchrun(__file__, tmp_path)
+    of_ranks = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in range(2)]
+    assert of_ranks[0] == pytest.approx(alone_or_together(tmp_path), rel=1e-4, abs=1e-5)
+    assert of_ranks[1][: len(weights(Towers()))] == of_ranks[0][: len(weights(Towers()))]
+
+
+if __name__ == "__main__":
+    ended = alone_or_together(Path(sys.argv[1]))
+    (Path(sys.argv[1]) / f"result-{os.environ['RANK']}.json").write_text(json.dumps(ended))
+    leave()
