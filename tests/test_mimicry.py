@@ -114,9 +114,9 @@ def test_a_loss_takes_a_teacher_by_its_signature_or_by_its_bases() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"weight": -1}, "weight must be finite and >= 0; got -1"),
-        ({"contrast": float("nan")}, "contrast must be finite"),
-        ({"contrast_scale": 0}, "contrast_scale must be finite and > 0; got 0"),
+        ({"weight": -1}, "weight must be a finite number >= 0; got -1"),
+        ({"contrast": float("nan")}, "contrast must be a finite number"),
+        ({"contrast_scale": 0}, "contrast_scale must be a finite number > 0; got 0"),
         ({"weight": 0}, "weight or contrast must be above 0"),
         ({"base": ClipLoss}, "base must be a loss"),
         ({"gather": True}, "gather must be"),

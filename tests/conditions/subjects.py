@@ -438,7 +438,6 @@ NO_SUBJECTS = {
     "InputWarning": "the warning of a suspicious input",
     "RankOptions": "the options that RankConsistency and RankClipLoss are built with",
     "distributed.gather_once": "a context: test_distributed has losses in it",
-    "functional.check_references": "errors alone: test_functional has them",
     "functional.cross_modal": "a term of RankConsistency",
     "functional.in_modal": "a term of RankConsistency",
     "reference": "the oracle",
