@@ -7,6 +7,7 @@ trainers read it, and refuse pairs that are not those of the rows.
 from __future__ import annotations
 
 from rankloss_features.binding import bind
+from rankloss_features.components import Components
 from rankloss_features.folder import Features
 
-__all__ = ["Features", "bind"]
+__all__ = ["Components", "Features", "bind"]

@@ -50,8 +50,8 @@ def _ranked(features: Features, rows: Array, captions: dict[int, str]) -> Iterat
     """Recall of some pairs among each other, where equal rows share it; the captions nearest to three."""
     arrays = features.take(rows)
     asked, texts = (arrays.get(name, next(iter(arrays.values()))) for name in NAMES)
-    kind, own_spaces = "picture", {"text_encoder", "image_encoder"} & features.about["teacher"].keys()
-    if own_spaces or len(arrays) < len(NAMES) or asked.shape != texts.shape:
+    kind = "picture"
+    if len(arrays) < len(NAMES) or not features.common_space:
         yield "R@1 is not defined: this teacher has no space of both images and texts"
         asked, kind = texts, "caption" if NAMES[1] in arrays else "picture"
     cosines = asked @ texts.T

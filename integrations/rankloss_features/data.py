@@ -29,6 +29,11 @@ Spans = Sequence[tuple[int, int]]
 """First and last row, the latter excluded, of each batch."""
 
 
+def single_spans(rows: int, size: int) -> list[tuple[int, Spans]]:
+    """The rows of a source of random access in batches, each a group of its own."""
+    return [(0, [(first, min(first + size, rows))]) for first in range(0, rows, size)]
+
+
 class Table:
     """A ``datasets.Dataset``.
 
@@ -75,7 +80,7 @@ class Table:
     def spans(self, size: int) -> list[tuple[int, Spans]]:
         """The rows in batches, grouped by the source that has to be read from its start."""
         (rows,) = self.counts
-        return [(0, [(first, min(first + size, rows))]) for first in range(0, rows, size)]
+        return single_spans(rows, size)
 
     def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002
         """The samples of some batches of a source."""
@@ -195,6 +200,8 @@ def open_data(args: Any) -> Data:
     Raises:
         ValueError: There are none, they are of no known kind, or they have no captions.
     """
+    if args.data is None:
+        raise ValueError("--data is needed: the pairs, as the trainer has them")
     path = str(args.data)
     kind = args.dataset_type
     if kind == "auto":

@@ -2,11 +2,13 @@
 
 ::
 
-    features.json         the teacher, a hash of its weights, widths, dtype, scale, number of rows, the data
+    features.json         the teacher, a hash of its weights, whether images and texts have one space, widths,
+                          dtype, scale, number of rows, the data
     image_features.npy    [rows, D'], float16 or float32
     text_features.npy     likewise; one of the two may be missing
     pairs.npy             [rows], uint64: the hash of each row's caption and image name
     rows.npy              [rows], uint64: the hash of each row's pair and numbers
+    components.npz        the principal components of the features, once a training has asked for them
 
 A row's hash is written after its numbers; a row whose picture cannot be read has its pair's hash, and no
 numbers. ``features.json`` has a hash of its entries, one of which is a hash of ``rows.npy`` once every row is
@@ -27,9 +29,13 @@ import numpy as np
 import torch
 
 from rankloss.checks import check_teacher
+from rankloss_features.components import Basis, Components, first_components, kept_basis
 
 NAMES = ("image_features", "text_features")
 """The features of a folder."""
+
+SPACES = ("common", "separate")
+"""The spaces of images and texts: one, in which they are compared; or one for each. One modality has one."""
 
 FORMAT = 2
 """The version of the format."""
@@ -109,6 +115,17 @@ def write_about(folder: Path, about: dict[str, Any], rows: Array | None = None) 
     partial.replace(folder / _ABOUT)
 
 
+def spaces_of(about: dict[str, Any]) -> str:
+    """The entry ``spaces``, one of :data:`SPACES`.
+
+    Earlier releases did not write it: their spaces are separate if the widths differ, or if the teacher is an
+    encoder for each modality.
+    """
+    two_encoders = {"image_encoder", "text_encoder"} <= about["teacher"].keys()
+    separate = two_encoders or len(set(about["widths"].values())) > 1
+    return str(about.get("spaces", SPACES[separate]))
+
+
 class Features:
     """A folder of a teacher's features.
 
@@ -119,6 +136,7 @@ class Features:
     Attributes:
         about: The entries of ``features.json``.
         arrays: The features by their names, mapped into memory.
+        common_space: True if images and texts are compared in one space, or one modality is there.
         pairs: The hash of each row's pair.
         rows: The hash of each row.
 
@@ -138,6 +156,10 @@ class Features:
         self.about, widths, rows = about, about["widths"], about["rows"]
         if not widths or not widths.keys() <= {*NAMES}:
             raise ValueError(f"{path}/{_ABOUT}: widths must be of {' or '.join(NAMES)}; got {widths}")
+        spaces = spaces_of(about)
+        if spaces not in SPACES:
+            raise ValueError(f"{path}/{_ABOUT}: spaces must be {' or '.join(SPACES)}; got {spaces!r}")
+        self.common_space = spaces == SPACES[0]
         self.arrays = {x: self._array(x, about["dtype"], (rows, widths[x])) for x in NAMES if x in widths}
         self.pairs = self._array("pairs", "uint64", (rows,))
         self.rows = self._array("rows", "uint64", (rows,))
@@ -213,6 +235,34 @@ class Features:
             row = int(rows[present.argmin()])
             raise ValueError(f"row {row} of {self.path} has no features: its picture could not be read")
         return {name: array[rows].astype(np.float32) for name, array in self.arrays.items()}
+
+    @functools.cached_property
+    def basis(self) -> Basis:
+        """All principal components."""
+        return kept_basis(self)
+
+    def components(self, width: int) -> Components:
+        """The first principal components of the features, about the origin.
+
+        They are the eigenvectors of Σ x·xᵀ over the unit-norm features x of both modalities: the projection
+        to ``width`` dimensions that keeps the features' products best, and one matrix for both modalities.
+        They are computed once, in ``components.npz`` of the folder, or in memory where it cannot be written.
+        The logger ``rankloss_features`` gets the explained variance.
+
+        Args:
+            width: The number of components.
+
+        Returns:
+            The matrix, ``[D', width]``, and the fraction of Σ ‖x‖² that it keeps.
+
+        Raises:
+            ValueError: Images and texts have separate spaces; or ``width`` exceeds D' or the number of rows.
+
+        Example:
+            >>> Features("teacher/").components(256).matrix.shape  # doctest: +SKIP
+            torch.Size([512, 256])
+        """
+        return first_components(self, width)
 
     def check(self) -> Features:
         """Read every row once, from end to end; the same folder.

