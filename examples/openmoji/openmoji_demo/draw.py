@@ -57,7 +57,9 @@ def draw(
 
 def _draw_scores(area: Any, names: Sequence[str], block: report.Block, found: Mapping[str, Found]) -> None:
     first = names[0]
-    differences = (f"{name} {report.difference(found[name])} ({report.verdict(found[name])})" for name in names[1:])
+    differences = (
+        f"{name} {report.difference(found[name])} ({report.verdict(found[name])})" for name in names[1:]
+    )
     area.suptitle(
         f"Scores for {block.n} emojis never seen in training, percent; thin lines: ± one standard error\n"
         + (f"R@10 of both ways minus {first}'s: {'; '.join(differences)}" if names[1:] else ""),
@@ -78,7 +80,10 @@ def _draw_scores(area: Any, names: Sequence[str], block: report.Block, found: Ma
             label=name,
         )
         axis.bar_label(bars, fmt="%.1f", label_type="center", color=_INK if name == report.KNN else "white")
-    heads = (f"{report.HEADS[task]}, {'R@' if cutoff == TEN else 'top-'}{cutoff}" for task, cutoff in _SHOWN.items())
+    heads = (
+        f"{report.HEADS[task]}, {'R@' if cutoff == TEN else 'top-'}{cutoff}"
+        for task, cutoff in _SHOWN.items()
+    )
     axis.set_xticks(range(len(_SHOWN)), list(heads))
     axis.tick_params(axis="x", length=0)
     axis.legend(loc="upper left", ncols=len(shown), frameon=False, fontsize=10)

@@ -128,7 +128,7 @@ class Found:
 
 
 def compare(similarities: Mapping[str, Tensor], k: int = 10) -> dict[str, Found]:
-    """Compare every model with the first one by R@k, paired by concept, from the picture × caption matrices."""
+    """Compare every model with the first by R@k, paired by concept; given are picture × caption matrices."""
     hits = {name: 100 * _hits(similarity, k) for name, similarity in similarities.items()}
     first, *others = hits
     found = {first: Found(hits[first].mean().item())}
@@ -140,7 +140,7 @@ def compare(similarities: Mapping[str, Tensor], k: int = 10) -> dict[str, Found]
 
 
 def _hits(similarity: Tensor, k: int) -> Tensor:
-    """Return the share of each concept's two searches, by picture and by caption, that find it in the first k."""
+    """Return the share of each concept's searches, by picture and by caption, that succeed within k."""
     own = similarity.diagonal()
     above = (similarity > own.unsqueeze(1)).sum(dim=1), (similarity > own).sum(dim=0)
     return torch.stack([ranks < k for ranks in above]).double().mean(dim=0)

@@ -19,7 +19,9 @@ HEADS = {
 }
 _STYLES = {"color": "Colour", "line": "Line art"}
 _TITLE = "Held-out emojis: how many are found"
-_FOUND_TITLE = "In colour, R@10 in percent, mean of image → text and text → image; ± 95 % interval over the emojis"
+_FOUND_TITLE = (
+    "In colour, R@10 in percent, mean of image → text and text → image; ± 95 % interval over the emojis"
+)
 _TASKS_TITLE = "Percent: R@1/5/10 of image → text and text → image, top-1/3/5 of zero-shot classes"
 _TAU_TITLE = "Kendall's τ between a picture's ranking of the concepts and its caption's"
 
