@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from rankloss_features import packages
 from rankloss_features.folder import NAMES
 from rankloss_features.teachers import Encoder, Teacher, hash_of_weights, pictures
+from rankloss_features.weights import fill, untrained
 
 _SIZE = 224  # pixels of an ONNX model that takes any
-_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")  # of weights, by preference
-_SHOWN = 3  # keys in an error
 _logger = logging.getLogger("rankloss_features")
 
 
@@ -58,7 +57,7 @@ def load(name: str, weights: str | None, device: torch.device) -> Teacher:
     if weights is not None and kind not in _TAKE_WEIGHTS:
         raise ValueError(f"--image-weights {weights} is for a name of timm or torchvision alone")
     encode, transform, digest = _KINDS[kind](name, weights, device)
-    probe = transform(Image.new("RGB", (_SIZE, _SIZE), "gray"))[None].to(device)
+    probe = transform(Image.linear_gradient("L").convert("RGB"))[None].to(device)
     with torch.inference_mode():
         first, second = encode(probe), encode(probe)
     if first.dim() != 2:
@@ -122,12 +121,12 @@ def _timm(name: str, weights: str | None, device: torch.device) -> Loaded:
     folder = name.removeprefix("local-dir:")
     if os.path.isdir(folder):
         name, weights = f"local-dir:{folder}", weights or folder
-    model = timm.create_model(name, pretrained=weights is None, num_classes=0)
+    model: Any = timm.create_model(name, pretrained=weights is None, num_classes=0)
     if weights is not None:
         heads = model.pretrained_cfg.get("classifier") or ()
         # timm's own conversion of the weights that a model's authors published.
         convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        _fill(model, weights, (heads,) if isinstance(heads, str) else tuple(heads), convert)
+        fill(model, weights, (heads,) if isinstance(heads, str) else tuple(heads), convert)
     return _of_timm(model, device)
 
 
@@ -153,7 +152,7 @@ def _torchvision(name: str, weights: str | None, device: torch.device) -> Loaded
         raise ValueError("its classifier is no linear layer, whose input would be the features")
     model.set_submodule(linear[-1], nn.Identity())
     if weights:
-        _fill(model, weights, (linear[-1],))
+        fill(model, weights, (linear[-1],))
     model = model.to(device).eval()
     default: Any = models.get_model_weights(name)
     return Loaded(model, default.DEFAULT.transforms(), hash_of_weights(model))
@@ -166,7 +165,7 @@ def _transformers(name: str, weights: str | None, device: torch.device) -> Loade
     """
     from transformers import AutoImageProcessor, AutoModel
 
-    processor = AutoImageProcessor.from_pretrained(name)
+    processor = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
     model, info = AutoModel.from_pretrained(name, output_loading_info=True)
     has_pooler = untrained(info, name)
     model = model.float().to(device).eval()
@@ -174,31 +173,16 @@ def _transformers(name: str, weights: str | None, device: torch.device) -> Loade
     return Loaded(encode, partial(_processed, processor), hash_of_weights(model))
 
 
-def untrained(info: dict[str, Any], name: str) -> bool:
-    """True if the weights of a model of transformers have its pooler, if it has one.
-
-    Args:
-        info: The report of ``from_pretrained``.
-        name: The model.
-
-    Raises:
-        ValueError: They lack other keys.
-    """
-    missing = sorted(map(str, info["missing_keys"]))
-    lacking = [key for key in missing if "pooler" not in key.split(".")]
-    if lacking:
-        raise ValueError(f"the weights do not fit the model: {_listed(lacking)} missing in {name}")
-    return not missing
-
-
 def _vectors(model: Any, has_pooler: bool, pixels: Tensor) -> Tensor:
+    found: Tensor
     if hasattr(model, "get_image_features"):
         output = model.get_image_features(pixel_values=pixels)
-        return output if isinstance(output, Tensor) else output.pooler_output  # since transformers 5
-    output = model(pixel_values=pixels)
-    if has_pooler and output.get("pooler_output") is not None:
-        return output.pooler_output.flatten(1)
-    return output.last_hidden_state[:, 0]
+        found = output if isinstance(output, Tensor) else output.pooler_output  # since transformers 5
+    else:
+        output = model(pixel_values=pixels)
+        pooled = output.get("pooler_output") if has_pooler else None
+        found = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+    return found
 
 
 def _processed(processor: Any, picture: Any) -> Tensor:
@@ -247,64 +231,3 @@ _KINDS = {
 }
 _TAKE_WEIGHTS = ("timm", "torchvision")
 _FOLDERS = {"architecture": "timm", "model_type": "transformers"}  # by a key of config.json
-
-
-# --- weights ----------------------------------------------------------------------------------------------
-
-
-def _fill(
-    model: nn.Module,
-    path: str,
-    heads: tuple[str, ...],
-    convert: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
-) -> None:
-    """Load weights, all of them, into a model without its classifier.
-
-    Args:
-        model: The model.
-        path: A file, or a folder with one.
-        heads: The names of the layers that the model lacks.
-        convert: A conversion of weights that do not fit as they are.
-
-    Raises:
-        ValueError: They do not fit.
-    """
-    from timm.models import load_state_dict
-
-    stored: dict[str, Tensor] = load_state_dict(_file_of(path))
-    misfits = _misfits(model, stored, heads)
-    if misfits and convert is not None:
-        stored = convert(stored, model)
-        misfits = _misfits(model, stored, heads)
-    if misfits:
-        raise ValueError(f"--image-weights {path} does not fit the model: {'; '.join(misfits)}")
-    model.load_state_dict(stored, strict=False)
-
-
-def _file_of(path: str) -> str:
-    if not os.path.isdir(path):
-        return path
-    found = [sorted(map(str, Path(path).glob(f"*{suffix}"))) for suffix in _SUFFIXES]
-    files = next(filter(None, found), [])
-    if len(files) != 1:
-        shown = ", ".join(os.path.basename(x) for x in files) or f"no file of {', '.join(_SUFFIXES)}"
-        raise ValueError(f"--image-weights {path} must be a file, or a folder with one; it has {shown}")
-    return files[0]
-
-
-def _misfits(model: nn.Module, stored: dict[str, Tensor], heads: tuple[str, ...]) -> list[str]:
-    """Descriptions of the keys that are missing, unexpected or of another shape."""
-    needed = model.state_dict()
-    kinds = {
-        "missing": [x for x in needed if x not in stored and not x.endswith("num_batches_tracked")],
-        "unexpected": [
-            x for x in stored if x not in needed and not x.startswith(tuple(f"{head}." for head in heads))
-        ],
-        "of another shape": [x for x in needed if x in stored and needed[x].shape != stored[x].shape],
-    }
-    return [f"{_listed(keys)} {kind}" for kind, keys in kinds.items() if keys]
-
-
-def _listed(keys: list[str]) -> str:
-    more = ", …" if len(keys) > _SHOWN else ""
-    return f"{len(keys)} keys ({', '.join(keys[:_SHOWN])}{more})"

