@@ -1,5 +1,6 @@
 """Draws the scores, the answers for held-out emojis, and two rankings of the same concepts."""
 
+import itertools
 import random
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ _SHOWN = {"image_to_text": TEN, "text_to_image": TEN, "subgroup": 1, "group": 1}
 _CONCEPTS = 10
 _TITLE: dict[str, Any] = {"fontsize": 11, "x": 0.02, "ha": "left"}
 _GREEN, _GREY, _INK, _PALE = "#1b7f3b", "#6b6b6b", "#222222", "#d9d9d6"
-_COLOURS = ("#8a8f98", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1c1e21")
+_COLOURS = ("#8a8f98", "#0072b2", "#d55e00", "#009e73")
 
 
 def draw(
@@ -66,7 +67,7 @@ def _draw_scores(area: Any, names: Sequence[str], block: report.Block, found: Ma
         **_TITLE,
     )
     axis = area.subplots()
-    shown = dict(zip(names, _COLOURS, strict=False)) | {report.KNN: _PALE}
+    shown = dict(zip(names, itertools.cycle(_COLOURS))) | {report.KNN: _PALE}
     width = 0.8 / len(shown)
     for place, (name, colour) in enumerate(shown.items()):
         values = [block.rows[name][task][cutoff] for task, cutoff in _SHOWN.items()]

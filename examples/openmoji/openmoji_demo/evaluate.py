@@ -123,7 +123,7 @@ class Found:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the interval of the difference has 0."""
+        """True if the interval of the difference has 0."""
         return self.minus_first is None or self.half_width is None or abs(self.minus_first) <= self.half_width
 
 
