@@ -28,10 +28,7 @@ def check_matrix(name: str, x: object) -> None:
     if x.is_nested or x.layout is not torch.strided:
         kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
         raise ValueError(f"{name} must be a dense tensor; got {kind}")
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
-        raise ValueError(
-            f"{name} must not be transformed by torch.func; losses are differentiated by autograd"
-        )
+    _check_untransformed(name, x)
     if x.dim() != 2:
         hint = ". Several captions per image are several batches: see docs/data.md" if x.dim() == 3 else ""
         raise ValueError(f"{name} must have shape [N, D]; got {tuple(x.shape)}{hint}")
@@ -41,6 +38,13 @@ def check_matrix(name: str, x: object) -> None:
         raise ValueError(f"{name} must be floating point of at least 16 bits; got {x.dtype}")
     if x.shape[1] < 1:
         raise ValueError(f"{name} must have at least one column; got shape {tuple(x.shape)}")
+
+
+def _check_untransformed(name: str, x: Tensor) -> None:
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise ValueError(
+            f"{name} must not be transformed by torch.func; losses are differentiated by autograd"
+        )
 
 
 def check_features(image_features: Tensor, text_features: Tensor, *, min_pairs: int = 2) -> None:
@@ -204,6 +208,9 @@ def check_is_number(name: str, value: object, features: Tensor) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dim() > 2:  # more dimensions would not broadcast with features
             raise ValueError(f"{name} must be one number; got shape {tuple(value.shape)}")
+        if value.dtype == torch.bool or value.is_complex():
+            raise ValueError(f"{name} must be a real number; got {value.dtype}")
+        _check_untransformed(name, value)
         if value.is_meta:  # on other devices torch takes it, or says that it does not
             check_device(name, value, features)
 

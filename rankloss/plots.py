@@ -12,16 +12,20 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
-from matplotlib import rcParams
-from matplotlib.axes import Axes
-from matplotlib.colors import to_rgba
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from rankloss.checks import check_is_tensor
 from rankloss.equal_rows import first_occurrence
 from rankloss.metrics import checked_pair, kendall_tau, smaller_and_equal
 from rankloss.options import check_choice, check_count
+
+try:
+    from matplotlib import rcParams
+    from matplotlib.axes import Axes
+    from matplotlib.colors import to_rgba
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}: pip install 'rankloss[plots]'", name=error.name) from error
 
 __all__ = ["Term", "compare_rankings", "slope_chart"]
 

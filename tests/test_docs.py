@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import re
 from pathlib import Path
 
 import pytest
+
+from rankloss_trainers.catalog import LossEntry, Option
 
 ROOT = Path(__file__).parents[1]
 WRITING = ROOT / "docs/writing.md"
@@ -37,14 +40,13 @@ def test_examples_without_a_prompt_are_on_pages_whose_tests_run_them() -> None:
 def test_writing_a_loss_shows_the_package_that_the_tests_install() -> None:
     package = ROOT / "tests/rankloss_open_clip/third_party_loss"
     assert (package / "uniform_clip.py").read_text() in blocks(WRITING, "python")
+    assert (ROOT / "tests/rankloss_trainers/cka_clip.py").read_text() in blocks(WRITING, "python")
     (registration,) = blocks(WRITING, "toml")
     assert registration in (package / "pyproject.toml").read_text()
 
 
-def test_writing_a_loss_names_every_field_of_an_entry() -> None:
-    source = (ROOT / "integrations/rankloss_trainers/catalog.py").read_text()
-    fields = re.findall(
-        r"^    (\w+): ", source.partition("class LossEntry")[2].partition("@dataclass")[0], re.MULTILINE
-    )
+def test_writing_a_loss_names_every_field_of_an_entry_and_an_option() -> None:
+    shown = re.findall(r"^\| `(\w+)` \|", WRITING.read_text(), re.MULTILINE)
+    fields = [field.name for entry in (LossEntry, Option) for field in dataclasses.fields(entry)]
     assert fields[0] == "build"
-    assert re.findall(r"^\| `(\w+)` \|", WRITING.read_text(), re.MULTILINE) == fields
+    assert shown == fields

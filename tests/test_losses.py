@@ -369,6 +369,7 @@ V, T, S = (x.detach() for x in features())
 
 
 META = torch.device("meta")
+UNREAL = (torch.bool, torch.complex64)
 BAD_INPUTS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ((V, T.tolist(), S), TypeError, "text_features .*list"),
     ((V.numpy(), T, S), TypeError, "image_features .*numpy.ndarray"),
@@ -390,6 +391,7 @@ BAD_INPUTS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ((V, T, S.to(META)), ValueError, "logit_scale .*meta"),
     *(((V, T, bad), ValueError, "logit_scale must be positive") for bad in (-1.0, -S, 0)),
     *(((V, T, bad), ValueError, "logit_scale must be one number") for bad in (V, S.view(1, 1, 1))),
+    *(((V, T, S.to(bad)), ValueError, f"logit_scale must be a real number; got {bad}") for bad in UNREAL),
     # torch does not multiply by a fraction
     *(((V, T, bad), TypeError, "logit_scale") for bad in (None, True, "ten", Fraction(10), np.array(10.0))),
 ]
@@ -403,9 +405,11 @@ def test_bad_inputs_are_named_whatever_lambda_is(name: str, inputs: Any, error: 
 
 
 @modules
-def test_a_transform_of_torch_func_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ValueError, match=r"image_features must not be transformed by torch\.func"):
-        torch.func.grad(lambda v: MODULES[name]()(v, T, S))(V)
+@pytest.mark.parametrize("argument", ["image_features", "text_features", "logit_scale"])
+def test_a_transform_of_torch_func_is_refused_by_name(name: str, argument: str) -> None:
+    loss, inputs = MODULES[name](), {"image_features": V, "text_features": T, "logit_scale": S}
+    with pytest.raises(ValueError, match=rf"{argument} must not be transformed by torch\.func"):
+        torch.func.grad(lambda x: loss(**inputs | {argument: x}))(inputs[argument])
 
 
 @modules

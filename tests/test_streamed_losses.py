@@ -192,9 +192,10 @@ def test_siglip_without_a_bias_warns_once() -> None:
 
 
 @both
-def test_features_of_two_dtypes_are_computed_in_the_wider(name: str) -> None:
+@pytest.mark.parametrize("budget", [None, 0])
+def test_features_of_two_dtypes_are_computed_in_the_wider(name: str, budget: int | None) -> None:
     v, t, s, b = inputs_of(random_batch(0, 6, 4, 10.0))
-    value = LOSSES[name][0]()(v.float(), t, s, b)
+    value = LOSSES[name][0](memory_budget=budget)(v.float(), t, s, b)
     torch.testing.assert_close(value, LOSSES[name][1](v.float().double(), t, s, b))
 
 

@@ -17,7 +17,7 @@ PARTS = {  # folder of tests: what it is about, and the page that says what hold
     "gpu": "On a card ([on a GPU](gpu.md))",
     "rankloss_open_clip": "open_clip's trainer ([the page](open_clip.md))",
     "rankloss_trainers": "Other trainers ([Hugging Face](trainers.md), [the rest](trainers-more.md))",
-    "rankloss_features": "A teacher's features ([the page](teachers.md))",
+    "rankloss_features": "A teacher's features ([the page](features.md))",
     "rankloss_baselines": "CyCLIP and ALIP",
     "examples": "The examples ([evidence](evidence.md))",
     "docs": "The documents",

@@ -121,7 +121,7 @@ def spaces_of(about: dict[str, Any]) -> str:
     Earlier releases did not write it: their spaces are separate if the widths differ, or if the teacher is an
     encoder for each modality.
     """
-    two_encoders = {"image_encoder", "text_encoder"} <= about["teacher"].keys()
+    two_encoders = {"image_encoder", "text_encoder"} <= {*about.get("teacher", ())}
     separate = two_encoders or len(set(about["widths"].values())) > 1
     return str(about.get("spaces", SPACES[separate]))
 

@@ -8,6 +8,7 @@ filled in, and ``params.txt`` names everything the run depended on.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -135,7 +136,13 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> Any:
     if unknown:
         hint = misspelt(unknown, parser._option_string_actions)
         parser.error(f"{unknown[0].partition('=')[0]}: there is no such option{hint}")
-    args = parse_args(rest)
+    try:
+        args = parse_args(rest)
+    except SystemExit as exit_:
+        hint = misspelt(rest, parser._option_string_actions)
+        if exit_.code and hint:
+            print(hint.removeprefix("; "), file=sys.stderr)
+        raise
     vars(args).update(vars(own))
     try:
         if losses.chosen(own) is not None:

@@ -19,15 +19,17 @@ from collections.abc import Iterator, Sequence
 from rankloss._version import __version__
 from rankloss_trainers import catalog, doctor
 from rankloss_trainers.command_line import described
+from rankloss_trainers.extras import extra
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out the command line, and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["features"]:  # it imports what it needs, and has a parser of its own
-        from rankloss_features.command import main as features
+        with extra("features"):
+            from rankloss_features.command import main as features
 
-        return features(argv[1:])
+            return features(argv[1:])
     parser = argparse.ArgumentParser(prog="rankloss", description="Losses for CLIP training, in any trainer.")
     parser.add_argument("--version", action="version", version=f"rankloss {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

@@ -374,7 +374,12 @@ class Runtime(nn.Module):
         """Give the principal components of the folder to the parts that compare features of other widths."""
         where = self.entry.reference_features(self.options)
         parts = [x for x in self.criterion.modules() if getattr(x, "components", self) is None]
-        if parts and width != of_teacher and where is not None and os.path.isdir(where):
+        if parts and width > of_teacher:
+            raise ValueError(
+                f"the teacher has {of_teacher} dimensions, fewer than the student's {width}, which "
+                "cannot copy them; rankclip-distill ranks by a teacher of any width"
+            )
+        if parts and width < of_teacher and where is not None and os.path.isdir(where):
             found = (self.features or Features(where)).components(width)
             for part in parts:
                 part.components = found.matrix  # type: ignore[assignment]

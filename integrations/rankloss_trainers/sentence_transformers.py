@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -209,7 +210,7 @@ class Progress(TrainerProgress):
                 places = {place for dataset in parts for place in _image_columns(folder, dataset)}
                 if len(places) != 1:
                     bind = f"rankloss_features.bind(dataset, {folder.path!r}, column='label')"
-                    raise ValueError(f"the data are not two columns of pairs in the order of {bind}")
+                    raise ValueError(f"reference_features needs the two columns and the label of {bind}")
                 (loss.image_column,) = places
         super().on_train_begin(args, state, control, **kwargs)
 
@@ -219,11 +220,14 @@ def _image_columns(folder: Features, dataset: Any) -> list[int]:
 
     The hash of the first row's pair tells.
     """
-    names = [name for name in dataset.column_names if name not in ("label", "dataset_name")]
-    if len(names) != 2 or "label" not in dataset.column_names:
+    if not isinstance(dataset, datasets.Dataset) or "label" not in dataset.column_names:
         return []
+    names = [name for name in dataset.column_names if name not in ("label", "dataset_name")]
     first = dataset.select([0]).with_format(None)
-    row, pair = (int(x) % 2**64 for x in first[0]["label"])
+    bound = np.array(first[0]["label"])
+    if len(names) != 2 or bound.dtype != np.int64 or bound.shape != (2,):
+        return []
+    row, pair = (int(x) % 2**64 for x in bound)
     if row >= len(folder) or int(folder.pairs[row]) != pair:
         return []
     for place in (0, 1):

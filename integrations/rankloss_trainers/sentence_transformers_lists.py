@@ -19,13 +19,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sentence_transformers import SentenceTransformerTrainer
-from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
-from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor, nn
 
 from rankloss import RankedLists
 from rankloss.options import check_count, check_weight
+from rankloss_trainers.extras import extra
+
+with extra("sentence-transformers"):
+    from sentence_transformers import SentenceTransformerTrainer
+    from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
+    from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
 __all__ = ["RankedListsCollator", "RankedListsLoss", "RankedListsTrainer"]
 

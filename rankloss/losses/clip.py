@@ -110,16 +110,15 @@ class ClipLoss(StreamedLoss):
         check_bias(logit_bias, image_features)
         pairs = len(image_features) * self.gather.place[1]
         rows = len(image_features) if self.gather.anchors_are_local else pairs
-        if self.fits(rows, pairs, image_features, text_features):
-            dtype = torch.promote_types(image_features.dtype, text_features.dtype)
-            features = image_features.to(dtype), text_features.to(dtype)
+        dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+        features = image_features.to(dtype), text_features.to(dtype)
+        if self.fits(rows, pairs, *features):
             loss = _whole(self.gather, *features, self.whole_batch(*features), logit_scale, logit_bias)
         else:
             with torch.no_grad():  # probe the output dtype, which autocast decides, with one pair
-                pair = image_features[:1], text_features[:1]
+                pair = features[0][:1], features[1][:1]
                 dtype = _whole(_ONE_PROCESS, *pair, pair, logit_scale, logit_bias).dtype
-            inputs = image_features, text_features, logit_scale
-            loss, *_ = self.weighted_terms(inputs, self._options, (1.0, 0.0, 0.0))
+            loss, *_ = self.weighted_terms((*features, logit_scale), self._options, (1.0, 0.0, 0.0))
             loss = with_idle_bias(loss, logit_bias).to(dtype)
         return {"contrastive_loss": loss} if output_dict else loss
 

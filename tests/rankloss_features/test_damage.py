@@ -97,20 +97,39 @@ FILES = {
 }
 
 
-def field(name: str, value: Any) -> Change:
-    def change(folder: Path, _: Path) -> None:
-        about = json.loads((folder / "features.json").read_text())
-        about.pop(name) if value is None else about.update({name: value})
+def entries(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Change:
+    """Damage to the entries of features.json, of which another data set's are given."""
+
+    def damage(folder: Path, other: Path) -> None:
+        about, others = (json.loads((x / "features.json").read_text()) for x in (folder, other))
+        change(about, others)
         (folder / "features.json").write_text(json.dumps(about))
 
-    return change
+    return damage
 
 
+def field(name: str, value: Any) -> Change:
+    return entries(lambda about, _: about.pop(name) if value is None else about.update({name: value}))
+
+
+def field_cut(name: str) -> Change:
+    return entries(lambda about, _: about.update({name: about[name][:-1]}))
+
+
+def fields_swapped(name: str, other: str) -> Change:
+    return entries(lambda about, _: about.update({name: about[other], other: about[name]}))
+
+
+def field_copied(name: str) -> Change:
+    return entries(lambda about, others: about.update({name: others[name]}))
+
+
+TEXTS = ("dtype", "precision", "command", "rows_hash", "hash")
 FIELDS: dict[str, list[Any]] = {
     name: [None, "x", 7, []]
     for name in (
-        *("format", "complete", "teacher", "scale", "widths", "dtype", "precision", "batch_size"),
-        *("command", "rows", "data", "skipped", "spaces", "rows_hash", "hash"),
+        *(*TEXTS, "format", "complete", "teacher", "scale"),
+        *("widths", "batch_size", "rows", "data", "skipped", "spaces"),
     )
 }
 FIELDS["widths"] += [{}, {NAMES[0]: WIDTH}, {"../other/x": WIDTH}, {**dict.fromkeys(NAMES, WIDTH), "x": 1}]
@@ -134,6 +153,9 @@ ARRAYS = [f"{name}.npy" for name in NAMES]
 DAMAGES: dict[str, Change] = {
     **{f"{name}, {kind}": on_all(change, name) for name, x in FILES.items() for kind, change in x.items()},
     **{f"{name} = {value}": field(name, value) for name, x in FIELDS.items() for value in x},
+    **{f"{name}, cut": field_cut(name) for name in TEXTS},
+    **{f"{x} and {y} swapped": fields_swapped(x, y) for x, y in zip([*FIELDS][1:], FIELDS, strict=False)},
+    **{f"{x} of another data set": field_copied(x) for x in ("teacher", "data", "rows_hash", "hash")},
     "arrays swapped": swapped(*ARRAYS),
     "hashes swapped": swapped("pairs.npy", "rows.npy"),
     "rows reversed, not pairs": on_all(ARRAY["reversed"], *ARRAYS, "rows.npy"),

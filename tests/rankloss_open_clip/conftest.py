@@ -46,6 +46,7 @@ def runs(trainer: Trainer) -> Runs:
     add("distill", [*rankclip, *teacher])
     add("ranked by the teacher", [*rankclip, *teacher, "--rankclip-reference", "teacher"])
     add("rankclip-distill", ["--loss", "rankclip-distill", *teacher])
+    add("mimicry", ["--loss", "mimicry", "--mimicry-contrast", "1", *teacher], 1)
     add("lock image", [*rankclip, "--lock-image"])
     add("csv, whole set", [*WHOLE_SET, "--val-data", str(trainer.directory / "data.csv")])
 

@@ -135,6 +135,7 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
         ("--loss cyclip --rankclip-top-k 3", "--rankclip-top-k: only with --loss rankclip"),
         ("--cyclip-lambda-in 1", "--cyclip-lambda-in: only with --loss cyclip"),
         ("--loss rankclip --rankclip-lamda-in 1", "did you mean --rankclip-lambda-in?"),
+        ("--loss rankclip --rankclp-lambda-in 1", "did you mean --rankclip-lambda-in?"),
         ("--loss rankclip --rankclip_top_k 3", "did you mean --rankclip-top-k?"),
         ("--loss rankclip --horovod", "--horovod"),
         ("--loss rankclip --model naflexgenlip_b16", "naflexgenlip_b16"),

@@ -41,6 +41,7 @@ TRAINED = {
     **dict.fromkeys(("distill", "ranked by the teacher"), (*TERMS, "distill_loss")),
     "clip-streamed": TERMS[:1],
     "cyclip": CYCLIC,
+    "mimicry": ("contrastive_loss", "mimicry_loss", "mimicry_contrast_loss"),
     "alip": ALIP,
 }
 SLOW = {"amp", "bf16", "siglip-streamed"}

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from teacher_features import TEACHER, stored, student
+from teacher_features import TEACHER, stored, student, unit_rows
 from trainer_runs import SAMPLES, WHOLE_SET, Runs, Trainer, add_sample
 
 from rankloss import reference
+from rankloss_features import Features
+from rankloss_features.folder import NAMES
 
 OPTION = "--rankclip-reference-features"
+WIDE = {name: unit_rows(SAMPLES, 48, seed) for seed, name in enumerate(NAMES)}
 ORACLES = {"cross_modal": reference.cross_modal, "in_modal": reference.in_modal}
 
 
@@ -53,6 +56,10 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     add("webdataset, a folder", keys, *trainer.webdataset)
     add("two processes", both, *halves, processes=2)
     add("texts", texts, "--rankclip-lambda-cross", "0", "--precision", "amp_bf16")
+    wide = stored(directory / "wide", pairs, **WIDE)
+    mimicry = ["--loss", "rankclip-distill+mimicry", "--mimicry-weight", "0.5"]
+    given = ("features, mimicry", *WHOLE_SET, *mimicry, "--mimicry-reference-features", wide)
+    table.add("mimicry", trainer.call, *given)
     return table
 
 
@@ -80,3 +87,23 @@ def test_texts_alone_rank_the_images_and_the_texts(trainer: Trainer, taught: Run
     expected = reference.in_modal(**features, logit_scale=scale, reference_text_features=texts, top_k=4)
     assert run.scalars["in_modal_raw"][1] == pytest.approx(expected, rel=0.02)  # bf16 features
     assert "cross_modal_raw" not in run.scalars
+
+
+def test_mimicry_copies_the_components_of_a_wider_teacher_beside_its_ranks(
+    trainer: Trainer, taught: Runs
+) -> None:
+    run = taught["mimicry"]
+    assert "Loss: rankclip-distill+mimicry " in run.log
+    assert "explained variance" in run.log
+    features, scale = student(trainer, run)
+    basis = Features(run.params["mimicry_reference_features"]).components(features["text_features"].shape[1])
+    distances = []
+    for name, x in WIDE.items():
+        copied = x @ basis.matrix.double().numpy()
+        copied /= np.linalg.norm(copied, axis=1, keepdims=True)
+        distances.append(np.square(features[name] - copied).sum(1).mean())
+    assert run.scalars["mimicry_loss"][1] == pytest.approx(0.5 * sum(distances), rel=1e-4)
+    teacher = {f"reference_{key}": value for key, value in WIDE.items()}
+    for term, oracle in ORACLES.items():
+        expected = oracle(**features, logit_scale=scale, **teacher, top_k=8)
+        assert run.scalars[f"{term}_raw"][1] == pytest.approx(expected, rel=1e-4), term

@@ -74,12 +74,23 @@ def test_catalogue_loads_no_torch_and_no_loss_a_trainer() -> None:
 
 MISSING = """
 import importlib, sys
-for extra, package in (("transformers", "accelerate"), ("lightning", "lightning"),
-                       ("sentence-transformers", "datasets")):
+from rankloss_trainers.console import main
+
+def features(_):
+    main(["features", "--data", "x.csv", "--features", "x.npz", "--output", "x"])
+
+for extra, package, call, module in (
+    ("transformers", "accelerate", importlib.import_module, "rankloss_trainers.transformers.trainer"),
+    ("lightning", "lightning", importlib.import_module, "rankloss_trainers.lightning"),
+    ("sentence-transformers", "datasets", importlib.import_module, "rankloss_trainers.sentence_transformers"),
+    ("features", "datasets", features, ""),
+    ("sentence-transformers", "sentence_transformers", importlib.import_module,
+     "rankloss_trainers.sentence_transformers_lists"),
+    ("plots", "matplotlib", importlib.import_module, "rankloss.plots"),
+):
     sys.modules[package] = None
-    module = {"transformers": "transformers.trainer"}.get(extra, extra.replace("-", "_"))
     try:
-        importlib.import_module(f"rankloss_trainers.{module}")
+        call(module)
     except ModuleNotFoundError as error:
         assert str(error).endswith(f": pip install 'rankloss[{extra}]'"), error
     else:

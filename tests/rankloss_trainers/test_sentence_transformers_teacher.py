@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from taught import Mimicry, folder
+from cka_clip import CkaLoss
+from taught import folder
 from tiny_sentences import pairs, tiny, train, weights
 
 import rankloss
@@ -40,13 +41,13 @@ def trained(directory: Path, data: Any, loss: Any = "rankclip", **options: Any) 
     return weights(model)
 
 
-def labelled(data: Any) -> Any:
-    return data.add_column("label", torch.stack([*features().values()], 1).tolist())
+def labelled(data: Any, names: tuple[str, ...] = NAMES) -> Any:
+    return data.add_column("label", torch.stack([features()[name] for name in names], 1).tolist())
 
 
 @pytest.mark.parametrize(
     ("loss", "options"),
-    [("rankclip", RANKED), ("rankclip", {**RANKED, "reference": "teacher"}), (Mimicry(), {})],
+    [("rankclip", RANKED), ("rankclip", {**RANKED, "reference": "teacher"}), (CkaLoss(), {})],
 )
 def test_folder_and_labels_train_alike_and_the_columns_come_in_either_order(
     tmp_path: Path, bound: tuple[str, Any], loss: Any, options: dict[str, Any]
@@ -54,6 +55,8 @@ def test_folder_and_labels_train_alike_and_the_columns_come_in_either_order(
     path, data = bound
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1)).tolist()
     by_labels = trained(tmp_path, labelled(pairs(ROWS)).select(order), loss, **options)
+    turned = labelled(pairs(ROWS).select_columns(["text", "image"]), NAMES[::-1]).select(order)
+    torch.testing.assert_close(trained(tmp_path, turned, loss, **options), by_labels)
     if isinstance(loss, str):
         data, options = data.select(order), {**options, "reference_features": path}
         by_folder = [
@@ -71,8 +74,9 @@ def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
     path, data = bound
     before = weights(tiny(tmp_path))
     spoilt = data.map(lambda row: {"text": f"{row['text']}!"})
-    for wrong in (spoilt, data.rename_column("label", "other"), data.add_column("third", ["x"] * ROWS)):
-        with pytest.raises(ValueError, match=r"not two columns of pairs .*bind\(dataset"):
+    others = data.rename_column("label", "other"), data.add_column("third", ["x"] * ROWS)
+    for wrong in (spoilt, *others, labelled(pairs(ROWS)), data.to_iterable_dataset()):
+        with pytest.raises(ValueError, match=r"reference_features needs .* the label of \S+bind\("):
             trained(tmp_path, wrong, "rankclip", **RANKED, reference_features=path)
     model = tiny(tmp_path)
     loss = ContrastiveLoss(model, "rankclip", {**RANKED, "reference_features": path})
@@ -92,7 +96,7 @@ def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
             False,
             "rankclip-distill needs a teacher's features: give labels, .*reference_features",
         ),
-        (Mimicry(), {}, False, "Mimicry needs a teacher's features: give labels"),
+        (CkaLoss(), {}, False, "CkaLoss needs a teacher's features: give labels"),
         ("clip-streamed", {}, True, "clip-streamed does not use a teacher"),
         ("rankclip", {"reference": "own"}, True, "rankclip does not use a teacher"),
     ],

@@ -12,7 +12,8 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from taught import Mimicry, folder
+from cka_clip import CkaLoss
+from taught import folder
 from tiny_transformers import Pairs, clip, column, train, trainer, weights
 
 from rankloss_features import bind
@@ -80,7 +81,7 @@ def test_they_are_looked_at_in_workers_and_not_in_evaluation(tmp_path: Path) -> 
             {"loss_options": {"reference": "own"}},
             "reference_text_features, but rankclip",
         ),
-        (Pairs(), {"loss": Mimicry()}, "Mimicry needs a teacher's features"),
+        (Pairs(), {"loss": CkaLoss()}, "CkaLoss needs a teacher's features"),
         # Two sources that contradict each other.
         (bound_pairs(), {}, "have reference_pair, of a folder that no option reference_features names"),
         (bound_pairs(), {"loss": "clip-streamed"}, "reference_pair"),
@@ -134,7 +135,7 @@ def test_module_with_a_teacher_of_its_own_is_trained_with_it(
     tmp_path: Path, mini_batch_size: int | None
 ) -> None:
     trained = train(
-        tmp_path, pairs=Pairs(32, *TEACHER), loss=Mimicry(), max_steps=3, mini_batch_size=mini_batch_size
+        tmp_path, pairs=Pairs(32, *TEACHER), loss=CkaLoss(), max_steps=3, mini_batch_size=mini_batch_size
     )
-    first, *_, last = column(trained, "mimicry_loss")
+    first, *_, last = column(trained, "cka_loss")
     assert last < first

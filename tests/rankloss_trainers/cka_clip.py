@@ -1,0 +1,60 @@
+"""A loss with a teacher: each modality's features have the similarities of the teacher's."""
+
+from rankloss.distributed import gather_once
+from rankloss.losses import GatheringLoss, base_entries, check_base, check_weight, combined, takes_teacher
+from rankloss_trainers.catalog import LossEntry, Option, weight
+
+
+class CkaLoss(GatheringLoss):
+    """``base + weight · [2 − CKA(V, V') − CKA(T, T')]`` with :func:`cka`."""
+
+    def __init__(self, base=None, *, weight=1.0, gather=None):
+        super().__init__(gather)
+        self.base = check_base(base, self.gather)
+        self.weight = check_weight("weight", weight)
+
+    def forward(
+        self,
+        image_features,
+        text_features,
+        logit_scale,
+        logit_bias=None,
+        output_dict=False,
+        *,
+        reference_image_features,
+        reference_text_features,
+        **base_inputs,
+    ):
+        teacher = {
+            "reference_image_features": reference_image_features,
+            "reference_text_features": reference_text_features,
+        }
+        self.check_inputs(image_features, text_features, logit_scale, **teacher)
+        if takes_teacher(self.base):
+            base_inputs |= teacher
+        with gather_once():
+            students = self.whole_batch(image_features, text_features)
+            pairs = zip(students, self.gather.constants(*teacher.values()), strict=True)
+            distance = sum(1 - cka(x.float(), y.float()) for x, y in pairs)
+            entries = base_entries(
+                self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
+            )
+        return combined(entries, {"cka_loss": self.weight * distance}, output_dict)
+
+
+def cka(x, y):
+    """Linear centred kernel alignment: ``‖XᵀY‖² / (‖XᵀX‖ · ‖YᵀY‖)``, rows without their mean."""
+    x, y = (z - z.mean(0) for z in (x, y))
+    return (x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
+
+
+CKA = LossEntry(
+    build=lambda base, options, gather: CkaLoss(base, weight=options["weight"], gather=gather),
+    help="the trainer's own plus the alignment with a teacher's similarities",
+    options=(
+        Option("weight", 1.0, "weight of the term", {"type": weight, "metavar": "X"}),
+        Option("reference-features", None, "the teacher's features", {"metavar": "FOLDER"}, for_trainer=True),
+    ),
+    refuse=lambda options, gather: "weight: 0 leaves nothing to learn" if options["weight"] == 0 else None,
+    reference_features=lambda options: options["reference_features"],
+)
