@@ -78,7 +78,7 @@ def test_finished_runs_are_recognised_and_not_overwritten(built, monkeypatch):
 
     def command(run):
         script = f"import pathlib; p = pathlib.Path({str(run.checkpoint)!r}); p.parent.mkdir(parents=True)"
-        return [sys.executable, "-c", f"{script}; print({step!r}); print({said[run.loss]!r}); p.touch()"]
+        return [sys.executable, "-c", f"{script}; print({step!r}); print({said[run.arm.name]!r}); p.touch()"]
 
     monkeypatch.setattr(train.Run, "command", command)
     monkeypatch.setattr(train, "side_by_side", lambda count, device: (1, 1))
