@@ -7,10 +7,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from examples_common.trainer import TrainingError
-from openmoji_demo import command, data, evaluate, report, train
+from openmoji_demo import arms, command, data, evaluate, report, train
 from PIL import Image
 from rich.console import Console
+from rich.markdown import Markdown
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +72,13 @@ def test_finished_runs_are_recognised_and_not_overwritten(built, monkeypatch):
     (built / "model").mkdir(exist_ok=True)
     model = built / "model" / "open_clip_config.json"
     model.write_text("{}", encoding="utf-8")
-    pair = [train.Run(built, "data/split0", loss, 5, 1, "cpu") for loss in ("clip", "rankclip")]
+    pair = [train.Run(built, "data/split0", arms.find(name), 5, 1, "cpu") for name in ("clip", "rankclip")]
     step = "Train Epoch: 0 [5372/5372 (100%)] Contrastive_loss: 5.2 (5.2) Cross_modal_loss: 0 (0)"
     said = {"clip": "2026-01-01,00:00:00 | WARNING | beware", "rankclip": step}
 
     def command(run):
         script = f"import pathlib; p = pathlib.Path({str(run.checkpoint)!r}); p.parent.mkdir(parents=True)"
-        return [sys.executable, "-c", f"{script}; print({step!r}); print({said[run.loss]!r}); p.touch()"]
+        return [sys.executable, "-c", f"{script}; print({step!r}); print({said[run.arm.name]!r}); p.touch()"]
 
     monkeypatch.setattr(train.Run, "command", command)
     monkeypatch.setattr(train, "side_by_side", lambda count, device: (1, 1))
@@ -92,10 +94,8 @@ def test_finished_runs_are_recognised_and_not_overwritten(built, monkeypatch):
 
 
 def test_trainer_arguments_follow_two_dashes(capsys):
-    assert command.parse([]).loss == ["clip", "rankclip"]
-    args = command.parse(["--loss", "rankclip", "--", "--lr", "5e-4"])
-    assert args.loss == ["rankclip"]
-    run = train.Run(Path(), "data/split0", "rankclip", 3, 2, "cpu", args.extra)
+    args = command.parse(["--arms", "encoders", "--", "--lr", "5e-4"])
+    run = train.Run(Path(), "data/split0", *args.arms, 3, 2, "cpu", args.extra)
     assert run.command()[-2:] == ["--lr", "5e-4"]  # verbatim, and last
     for mistake, said in ((["--", "--loss=clip"], "--loss after --"), (["--epochs", "2", "clip"], ": clip")):
         with pytest.raises(SystemExit):
@@ -103,16 +103,70 @@ def test_trainer_arguments_follow_two_dashes(capsys):
         assert said in capsys.readouterr().err
 
 
+def test_an_arm_is_a_name_with_a_loss_and_arguments():
+    default = command.parse([]).arms
+    assert [arm.label for arm in default] == ["CLIP", "RankCLIP", "CLIP + encoders' ranks"]
+    runs = [train.Run(Path(), "data/split0", arm, 0, 1, "cpu") for arm in default]
+    assert len({run.folder for run in runs}) == 3
+    taught = runs[-1].command()
+    options = taught[taught.index("--loss") :]
+    assert options[1] == "rankclip-distill"
+    folder = options[options.index("--rankclip-reference-features") + 1]
+    assert folder == train.features_command("data/split0")[-1]
+    (other,) = command.parse(["--arms", "siglip-streamed"]).arms
+    assert (other.label, other.loss, other.arguments) == ("siglip-streamed", "siglip-streamed", ())
+
+
+def test_rows_of_the_tables_are_lines_of_100_columns():
+    """For the widest names and numbers that the demo has of itself."""
+    names = [report.CHANCE, report.KNN, *(arms.find(name).label for name in arms.DEFAULT)]
+    full = {task: dict.fromkeys((1, 5, 10), 99.9) for task in evaluate.TASKS}
+    blocks = [report.Block(style, 270, 85, 9, dict.fromkeys(names, full)) for style in evaluate.STYLES]
+    found = dict.fromkeys(names[2:], evaluate.Found(99.9, -99.9, 9.9))
+    taus = {name: {evaluate.TRAINING: 0.5, evaluate.HELD_OUT: 0.5} for name in names[2:]}
+    counts = {evaluate.TRAINING: 1134, evaluate.HELD_OUT: 270}
+    text = report.markdown(blocks, found, evaluate.Agreement(taus, counts, 0, [], {}))
+    assert max(len(line) for line in text.splitlines() if line.startswith("|")) <= 100
+    out = io.StringIO()
+    Console(file=out, width=100).print(Markdown(text))
+    shown = [[line for line in printed.splitlines() if "99.9" in line] for printed in (text, out.getvalue())]
+    assert len(shown[0]) == len(shown[1]) == 2 * len(names) + 3
+
+
+def test_trainer_arguments_of_a_loss_go_to_the_runs_with_it():
+    given = ["--lr", "1", "--rankclip-lambda-in", "3", "--cyclip-in-modal", "2"]
+    assert train.arguments_for("clip", given) == ("--lr", "1")
+    assert train.arguments_for("rankclip-distill+mimicry", given) == tuple(given[:4])
+
+
+def test_a_difference_is_noise_unless_its_interval_excludes_zero():
+    n = 400
+    perfect = torch.eye(n)
+    half = perfect.clone()
+    half[::2] = half[::2].roll(n // 2, dims=1)  # the picture's own caption is beaten by one of another half
+    shifted = torch.eye(n).roll(1, dims=1)
+    similarities = {"first": half, "same": half.clone(), "all": perfect, "none": shifted}
+    found = evaluate.compare(similarities, k=1)
+    for name, similarity in similarities.items():
+        recall = evaluate.metrics.recall(similarity, ks=(1,))
+        assert found[name].percent == pytest.approx(sum(way[1] for way in recall.values()) / 2)
+    said = {name: report.verdict(of) for name, of in found.items()}
+    assert said == {"first": "", "same": "noise", "all": "higher", "none": "lower"}
+
+
 @pytest.mark.slow
 def test_the_demo_trains_evaluates_draws_and_resumes(tmp_path, few, capsys, monkeypatch):
     monkeypatch.setattr(data, "load_emojis", lambda: few)
     argv = ["--output", str(tmp_path), "--epochs", "1", "--device", "cpu"]
     assert command.main(argv) == 0
-    assert "pretrained" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "pretrained" not in out
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert list(results["results"][0]["rows"]) == [report.CHANCE, report.KNN, "CLIP", "RankCLIP"]
+    labels = [arms.find(name).label for name in arms.DEFAULT]
+    assert [list(block["rows"])[2:] for block in results["results"]] == [labels, labels]
+    assert list(results["found"]) == list(results["tau"]) == labels
     with Image.open(tmp_path / "openmoji.png") as image:
         assert min(image.size) > 800
     assert command.main(argv) == 0
-    assert capsys.readouterr().out.count("Complete already") == 3
+    assert capsys.readouterr().out.count("Complete already") == 4
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results

@@ -63,6 +63,27 @@ def test_only_rows_that_do_not_fit_are_computed_again(tmp_path: Path) -> None:
         calls.clear()
 
 
+def test_picture_of_several_captions_is_encoded_once_a_batch(tmp_path: Path) -> None:
+    """Its features are those of a batch in which each row has a picture of its own."""
+    lines = table(tmp_path).read_text().splitlines()
+    pictures = [line.partition("\t")[0] for line in lines[1:]]
+    shared = [f"{pictures[i // 3]}\t{caption}" for i, caption in enumerate(CAPTIONS)]
+    (tmp_path / "shared.csv").write_text("\n".join([lines[0], *shared]) + "\n")
+    encoded = dict.fromkeys(NAMES, 0)
+
+    def count(name: str, features: Tensor) -> Tensor:
+        encoded[name] += len(features)
+        return features
+
+    found = written(tmp_path / "shared", csv_data(tmp_path / "shared.csv"), teacher(count), batch_size=ROWS)
+    assert encoded == {NAMES[0]: -(-ROWS // 3), NAMES[1]: ROWS}
+    single = written(tmp_path / "single", csv_data(tmp_path / "pairs.csv"), teacher(), batch_size=ROWS)
+    rows = np.arange(ROWS)
+    features, of_pictures = found.check().take(rows), single.take(rows // 3)
+    np.testing.assert_allclose(features[NAMES[0]], of_pictures[NAMES[0]], atol=1e-3)
+    np.testing.assert_array_equal(features[NAMES[1]], single.take(rows)[NAMES[1]])
+
+
 def test_features_are_the_teachers(tmp_path: Path) -> None:
     given = teacher()
     for kind, dtype in zip(KINDS, ("float16", "float32"), strict=True):

@@ -7,6 +7,8 @@ from pathlib import Path
 from examples_common.terminal import positive, status_of
 from rich.console import Console
 
+from . import arms
+
 # Set by the demo itself, so they cannot be passed on.
 _OWNED = (
     "--loss", "--seed", "--epochs", "--device", "--model", "--train-data", "--logs", "--name", "--report-to",
@@ -16,18 +18,19 @@ _OWNED = (
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(
-        description="Train a small CLIP on OpenMoji with a ranking loss, and evaluate it on held-out emojis.",
+        description="Train a small CLIP on OpenMoji in several ways, and evaluate it on held-out emojis.",
     )
     add = parser.add_argument
     add("--output", type=Path, default=Path("outputs/openmoji"), help="folder for everything")
     add(
-        "--loss",
+        "--arms",
         nargs="+",
-        default=["clip", "rankclip"],
-        help="passed to the trainer as they are; as many are trained side by side as there are cores "
-        "(default: clip rankclip)",
+        default=arms.DEFAULT,
+        metavar="ARM",
+        help="trainings to compare: clip, rankclip, encoders (CLIP with two encoders' ranks), or any other "
+        f"value of the trainer's --loss (default: {' '.join(arms.DEFAULT)})",
     )
-    add("--epochs", type=positive, default=6, help="default: %(default)s")
+    add("--epochs", type=positive, default=3, help="default: %(default)s")
     add("--seed", type=int, default=0, help="the trainer's seed (default: %(default)s)")
     add("--split", type=int, default=0, help="which concepts are held out (default: %(default)s)")
     add("--device", help="cpu or cuda (default: a GPU if there is one)")
@@ -38,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in (given.split("=")[0] for given in args.extra):
         if name in _OWNED:
             parser.error(f"{name} after --: give it before --, or leave it to the demo")
-    args.loss = list(dict.fromkeys(args.loss))
+    args.arms = [arms.find(name) for name in dict.fromkeys(args.arms)]
     return args
 
 

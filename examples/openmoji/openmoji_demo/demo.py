@@ -2,19 +2,21 @@
 
 import argparse
 import shlex
+import subprocess
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from examples_common.terminal import say, tracker
-from examples_common.trainer import place_model
+from examples_common.trainer import TrainingError, place_model
 from rich.console import Console
 from rich.markdown import Markdown
 
 import rankloss
 
 from . import data, draw, evaluate, report
-from .train import Run, arguments_for, train_all
+from .train import Run, arguments_for, features_command, train_all
 
 _MODEL = Path(__file__).resolve().parents[1] / "model"
 
@@ -43,14 +45,14 @@ def run(args: argparse.Namespace, console: Console) -> None:
     console.rule("2/4  Training, by open_clip's own command")
     pairs = folder.relative_to(root).as_posix()
     runs = [
-        Run(root, pairs, loss, args.seed, args.epochs, device, arguments_for(loss, args.extra))
-        for loss in args.loss
+        Run(root, pairs, arm, args.seed, args.epochs, device, arguments_for(arm.loss, args.extra))
+        for arm in args.arms
     ]
     _train(runs, device, console)
 
     console.rule("3/4  Evaluation on held-out concepts")
     load = partial(evaluate.ClipModel, f"local-dir:{root / 'model'}", device=device)
-    models = {report.label_of(run.loss): load(checkpoint=run.checkpoint) for run in runs}
+    models = {run.arm.label: load(checkpoint=run.checkpoint) for run in runs}
     emojis = evaluate.load_pictures(root, folder / "train_emojis.csv")
     methods: dict[str, evaluate.Method] = {report.KNN: partial(evaluate.knn_scores, emojis)}
     methods |= {name: model.scores for name, model in models.items()}
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     tables = (folder / name for name in ("train_emojis.csv", "test.csv"))
     training, held_out = (evaluate.load_pictures(root, table, once=True) for table in tables)
     rankings = evaluate.measure_agreement(models, training, held_out)
-    console.print(Markdown(report.markdown(blocks, rankings)))
+    found = evaluate.compare({name: similarities["color", name] for name in models})
     conditions = {
         "device": device,
         "torch": torch.__version__,
@@ -73,9 +75,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
         "split": args.split,
         "seed": args.seed,
         "epochs": args.epochs,
-        "runs": {run.loss: run.record() for run in runs},
+        "runs": {run.arm.name: run.record() for run in runs},
     }
-    report.save(blocks, rankings, conditions, root)
+    report.save(blocks, found, rankings, conditions, root)
     rankings.save(root / "agreement.json")
 
     console.rule("4/4  Picture")
@@ -83,9 +85,12 @@ def run(args: argparse.Namespace, console: Console) -> None:
         root / "openmoji.png",
         agreement=rankings,
         picture=training.images[rankings.anchor],
+        block=blocks[0],
+        found=found,
         test_set=test_sets["color"],
         similarities={name: similarities["color", name] for name in models},
     )
+    console.print(Markdown(report.markdown(blocks, found, rankings)))
     for name in ("openmoji.png", "results.md", "results.json", "agreement.json"):
         say(console, f"Wrote {root / name}")
 
@@ -97,8 +102,19 @@ def _train(runs: list[Run], device: str, console: Console) -> None:
             say(console, f"Complete already: {run.folder}")
         else:
             todo.append(run)
-            command = shlex.join(["python", *run.command()[1:]]).replace("\t", "\\t")
-            say(console, f"$ cd {run.root} && {command}", "dim")
-            say(console, f"Log: {run.folder / 'out.log'}")
+    taught = [run for run in todo if run.arm.features]
+    if taught:
+        _say_command(console, taught[0].root, features_command(taught[0].data))
+        done = subprocess.run(features_command(taught[0].data), cwd=taught[0].root, check=False)
+        if done.returncode != 0:
+            raise TrainingError(f"rankloss features ended with status {done.returncode}: see above")
+    for run in todo:
+        _say_command(console, run.root, run.command())
+        say(console, f"Log: {run.folder / 'out.log'}")
     if todo:
         train_all(todo, device, console)
+
+
+def _say_command(console: Console, root: Path, command: Sequence[str]) -> None:
+    words = shlex.join(["python", *command[1:]]).replace("\t", "\\t")
+    say(console, f"$ cd {root} && {words}", "dim")

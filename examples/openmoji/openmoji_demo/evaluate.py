@@ -113,6 +113,39 @@ def score(method: Method, test_set: TestSet) -> tuple[Scores, Tensor]:
     return {**metrics.recall(similarity), **levels}, similarity
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The share of the held-out concepts that a model finds, against that of the first model."""
+
+    percent: float  # R@10, mean of both ways
+    minus_first: float | None = None  # in points; None for the first model itself
+    half_width: float | None = None  # half of the difference's 95 % interval over the concepts
+
+    @property
+    def is_noise(self) -> bool:
+        """True if the interval of the difference has 0."""
+        return self.minus_first is None or self.half_width is None or abs(self.minus_first) <= self.half_width
+
+
+def compare(similarities: Mapping[str, Tensor], k: int = 10) -> dict[str, Found]:
+    """Compare every model with the first by R@k, paired by concept; given are picture × caption matrices."""
+    hits = {name: 100 * _hits(similarity, k) for name, similarity in similarities.items()}
+    first, *others = hits
+    found = {first: Found(hits[first].mean().item())}
+    for name in others:
+        differences = hits[name] - hits[first]
+        half = 1.96 * differences.std().item() / len(differences) ** 0.5
+        found[name] = Found(hits[name].mean().item(), differences.mean().item(), half)
+    return found
+
+
+def _hits(similarity: Tensor, k: int) -> Tensor:
+    """Return the share of each concept's searches, by picture and by caption, that succeed within k."""
+    own = similarity.diagonal()
+    above = (similarity > own.unsqueeze(1)).sum(dim=1), (similarity > own).sum(dim=0)
+    return torch.stack([ranks < k for ranks in above]).double().mean(dim=0)
+
+
 def chance_scores(test_set: TestSet) -> Scores:
     """Return what guessing scores at each task."""
     recall = metrics.chance(len(test_set.images), metrics.RETRIEVAL_KS)

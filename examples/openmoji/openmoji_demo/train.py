@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from examples_common.trainer import Job, Log, TrainingError
 from joblib import cpu_count
 from rich.console import Console
 
-from rankloss_trainers.catalog import candidates
+from rankloss_trainers.catalog import JOIN, candidates
+
+from .arms import ENCODERS, Arm
 
 # Some pictures in grey, since the line art of the evaluation has no colour.
 AUGMENTATION = ("scale=(0.5,1.0)", "gray_scale_prob=0.1")
@@ -34,7 +37,7 @@ class Run:
 
     root: Path  # the output folder: the trainer is started in it, and all paths are relative to it
     data: str  # the built data
-    loss: str
+    arm: Arm
     seed: int
     epochs: int
     device: str
@@ -43,7 +46,7 @@ class Run:
     @property
     def name(self) -> str:
         """The trainer's ``--name``."""
-        return f"{Path(self.data).name}-{self.loss}-epochs{self.epochs}-seed{self.seed}"
+        return f"{Path(self.data).name}-{self.arm.name}-epochs{self.epochs}-seed{self.seed}"
 
     @property
     def folder(self) -> Path:
@@ -63,8 +66,9 @@ class Run:
     def job(self) -> Job:
         """Return the training job."""
         numbers = {"epochs": self.epochs, "batch_size": 128, "warmup": 30, "seed": self.seed}
-        recipe = trainer.recipe(self.loss, **numbers, augmentation=AUGMENTATION)
-        return Job(self.loss, self.epochs, "model", tuple(recipe))
+        recipe = trainer.recipe(self.arm.loss, **numbers, augmentation=AUGMENTATION)
+        folder = ("--rankclip-reference-features", features_of(self.data)) if self.arm.features else ()
+        return Job(self.arm.loss, self.epochs, "model", (*recipe, *folder, *self.arm.arguments))
 
     def command(self) -> list[str]:
         """Return the trainer's command line."""
@@ -101,7 +105,7 @@ class Run:
         def read(line: str, log: Log) -> None:
             report("training", log.share)
             if warning := _WARNING.match(line):
-                say(console, f"{self.loss}: {warning['text']}", "yellow")
+                say(console, f"{self.arm.name}: {warning['text']}", "yellow")
             if attached := _ATTACHED.search(line):
                 say(console, attached[1])
 
@@ -112,25 +116,38 @@ class Run:
         (self.folder / _DONE).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
+def features_of(data: str) -> str:
+    """Return the folder of the encoders' features of built data."""
+    return f"{data}/features"
+
+
+def features_command(data: str) -> list[str]:
+    """Return the command that computes them; it goes on where it was stopped, and does nothing twice."""
+    pairs = ("--data", f"{data}/train.csv", "--output", features_of(data))
+    return [sys.executable, "-m", "rankloss", "features", *ENCODERS, *pairs]
+
+
 def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
-    """Return the trainer's arguments that apply to this loss: other losses' options are dropped."""
+    """Return the trainer's arguments that apply to this loss, which may be joined: others' are dropped."""
     prefixes = {name: one.load().prefix or name for name, one in candidates().items()}
     kept, keep = [], True
     for word in arguments:
         if word.startswith("--"):
-            owners = [name for name, prefix in prefixes.items() if word.startswith(f"--{prefix}-")]
-            keep = not owners or loss in owners
+            owners = {name for name, prefix in prefixes.items() if word.startswith(f"--{prefix}-")}
+            keep = not owners or not owners.isdisjoint(loss.split(JOIN))
         if keep:
             kept.append(word)
     return tuple(kept)
 
 
 def side_by_side(count: int, device: str) -> tuple[int, int | None]:
-    """Return how many trainings run at a time, and with how many threads each."""
+    """Return how many trainings run at a time, and with how many threads each.
+
+    On a CPU all of them share the cores: three on two cores end sooner than two and then one.
+    """
     if device != "cpu":
         return 1, None
-    jobs = min(count, cpu_count())
-    return jobs, cpu_count() // jobs
+    return count, max(1, cpu_count() // count)
 
 
 def train_all(runs: Sequence[Run], device: str, console: Console) -> None:
