@@ -85,33 +85,35 @@ def task(photographs: Photographs, cache: Cache, train_pictures: int) -> Task:
     crowd = read_crowd(photographs)
     parts = folds(names["test"])
     test, row = sides["test"], {name: number for number, name in enumerate(names["test"])}
-    candidates, width = test.sentences.flatten(0, 1), test.sentences.shape[1]
-
-    def candidate(key: tuple[str, int]) -> int:
-        return width * row[key[0]] + key[1]
+    keys = {one.sentence for one in photographs.judgements} | {
+        key for of in crowd.lists.values() for key, _ in of
+    }
+    candidate = {key: number for number, key in enumerate(sorted(keys))}
+    candidates = torch.stack([test.sentences[row[name], number] for name, number in candidate])
 
     def lists_of(pictures: Sequence[str], longest: int | None = None) -> Lists:
         of = [name for name in pictures if name in crowd.lists]
-        lists = [[(candidate(key), grade) for key, grade in crowd.lists[name]] for name in of]
+        lists = [[(candidate[key], grade) for key, grade in crowd.lists[name]] for name in of]
         if longest is not None:
             lists = [shortened(one, longest) for one in lists]
         return Lists.of(test.pictures[[row[name] for name in of]], lists)
 
     def part(held_out: int) -> Part:
         others = [name for i, of in enumerate(parts) for name in of if i != held_out]
-        judged = [one for one in photographs.judgements if one.picture in set(parts[held_out])]
+        held = {name: number for number, name in enumerate(parts[held_out])}
+        features = test.pictures[[row[name] for name in held]]
+        judged = [one for one in photographs.judgements if one.picture in held]
+        listed = [number for name, number in held.items() if name in crowd.lists]
         graded = lists_of(parts[held_out])
 
         @torch.inference_mode()
         def measure(model: Heads) -> Measured:
-            similarity = model.pictures(test.pictures) @ model.sentences(candidates).T
+            similarity = model.pictures(features) @ model.sentences(candidates).T
             scores = {
-                (one.picture, one.sentence): similarity[row[one.picture], candidate(one.sentence)].item()
+                (one.picture, one.sentence): similarity[held[one.picture], candidate[one.sentence]].item()
                 for one in judged
             }
-            of_lists = (model.pictures(graded.pictures) @ model.sentences(candidates).T).gather(
-                1, graded.index
-            )
+            of_lists = similarity[listed].gather(1, graded.index)
             return {
                 **correlation_with_experts(scores, judged),
                 "crowd nDCG@10": 100 * ndcg(of_lists, graded.grades, k=10, mask=graded.mask).nanmean().item(),
