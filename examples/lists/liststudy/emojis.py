@@ -36,11 +36,13 @@ def grade(query: Emoji, candidate: Emoji) -> int:
 
     3 for the emoji itself; 2 in its sub-group of Unicode; 1 in its group, or with a common keyword; else 0.
     """
-    if query == candidate:
+    if query.hexcode == candidate.hexcode:
         return OWN
     if query.subgroup == candidate.subgroup:
         return SUBGROUP
-    return RELATED if query.group == candidate.group or set(query.tags) & set(candidate.tags) else OTHER
+    return (
+        RELATED if query.group == candidate.group or not set(query.tags).isdisjoint(candidate.tags) else OTHER
+    )
 
 
 def listed(query: Emoji, emojis: Sequence[Emoji]) -> list[tuple[Emoji, int]]:

@@ -43,7 +43,7 @@ def start(pairs: Side, seed: int, epochs: int) -> Heads:
         "train",
         epochs=epochs,
         label_smoothing=SMOOTHING,
-        batch_size=min(2 * PAIRS, pictures),
+        batch_size=min(2 * PAIRS, pictures // 8),
         train_pictures=pictures,
     )
     return heads.train(setting, pairs)
