@@ -17,7 +17,7 @@ from examples_common.records import Store
 from hypothesis import given
 from hypothesis import strategies as st
 from liststudy import command, emojis, findings, losses, photographs, plan, report
-from liststudy.plan import CLIP, MODELS
+from liststudy.plan import ARMS, CLIP, MODELS
 from liststudy.study import Study
 from openmoji_demo.data import Emoji
 from photographs_folder import PICTURES, Encoders, write_folder
@@ -30,7 +30,7 @@ from torch.nn.functional import normalize
 import rankloss
 
 ROOT = Path(__file__).parents[2]
-TINY = plan.Plan("full", True, 1, 1, 4, (1e-3,), (1.0,), 0, (5, 6, 7), PICTURES["train"], None)
+TINY = plan.Plan("full", 1, 1, 4, (1e-3,), (1.0,), 0, (5, 6, 7), PICTURES["train"], None)
 PLACES = ("candidate_index", "mask")
 
 
@@ -241,7 +241,7 @@ def test_every_arm_has_as_many_tries_and_the_best_is_kept():
 
 def test_a_model_beside_clip_waits_for_the_model_alone():
     found = plan.searches(plan.FULL, "m", lambda _: {})
-    assert all(found[arm].chosen is None for arm in plan.FULL.arms)
+    assert all(found[arm].chosen is None for arm in ARMS)
     assert not found[plan.BESIDE["pairwise"]].due
 
 
@@ -283,7 +283,7 @@ def test_finished_trainings_are_kept_and_repeated_ones_have_the_same_numbers(tra
 def test_the_tests_are_paired_by_seed_and_corrected_over_all_comparisons(trained):
     found = _findings(trained)
     p = {}
-    for pair in plan.comparisons(TINY):
+    for pair in plan.comparisons():
         values = [
             [plan.score(found.records[arm][seed], found.primary) for seed in TINY.seeds] for arm in pair
         ]
@@ -297,12 +297,10 @@ def test_the_tests_are_paired_by_seed_and_corrected_over_all_comparisons(trained
 def test_the_report_is_made_of_the_records_and_the_readme_computes_its_numbers(
     trained, tmp_path, monkeypatch
 ):
-    text = report.write({"photographs": TINY}, {"photographs": trained.store}, tmp_path).read_text(
-        encoding="utf-8"
-    )
+    text = report.write(TINY, {"photographs": trained.store}, tmp_path).read_text(encoding="utf-8")
     assert "missing" not in text
     found = _findings(trained)
-    for arm in TINY.arms:
+    for arm in ARMS:
         mean = found.estimate(arm, found.primary).mean
         assert f"| `{arm}` " in text
         assert f"{mean:.2f} ±".replace("-", "−") in text
@@ -316,8 +314,8 @@ def test_the_report_is_made_of_the_records_and_the_readme_computes_its_numbers(
         exec(compile(code, "README.md", "exec"), {})
     by_hand = [line.rsplit(" ", 3) for line in printed.getvalue().splitlines()]
     differences = {arm: float(mean) for arm, _, mean, _ in by_hand}
-    assert differences.keys() == set(TINY.arms)
-    for arm in TINY.arms[1:]:
+    assert differences.keys() == set(ARMS)
+    for arm in ARMS[1:]:
         assert differences[arm] == pytest.approx(found.tests[arm, CLIP].mean)
 
 
@@ -337,12 +335,12 @@ def _decided(means):
 def test_a_winner_is_above_all_others_and_else_no_difference_is_shown():
     found = _decided({"lambda": 30.0, "top_one": 5.0})
     assert findings.winner(found, MODELS) == "lambda"
-    assert any("`lambda` won" in said for said in report.conclusions(found))
+    assert any("`lambda` won" in said for said in report.conclusions(found, 3))
     beside = plan.BESIDE.values()
     assert findings.winner(found, beside) is None
     first, equals = findings.best(found, beside)
     assert {first, *equals} == set(beside)
-    assert any("no difference is shown" in said for said in report.conclusions(found))
+    assert any("no difference is shown" in said for said in report.conclusions(found, 3))
     assert found.sign("lambda", CLIP) == 1
     assert found.sign(CLIP, "top_one") is None or found.sign("top_one", CLIP) == -1
 
@@ -350,11 +348,11 @@ def test_a_winner_is_above_all_others_and_else_no_difference_is_shown():
 def test_an_unfinished_study_concludes_nothing(trained, tmp_path):
     store = Store(tmp_path / "results")
     with pytest.raises(RuntimeError, match="no record"):
-        report.write({"photographs": TINY}, {"photographs": store}, tmp_path)
+        report.write(TINY, {"photographs": store}, tmp_path)
     lines = trained.store.path.read_text(encoding="utf-8").splitlines(keepends=True)
     store.path.parent.mkdir()
     store.path.write_text("".join(lines[:9]), encoding="utf-8")
-    text = report.write({"photographs": TINY}, {"photographs": store}, tmp_path).read_text(encoding="utf-8")
+    text = report.write(TINY, {"photographs": store}, tmp_path).read_text(encoding="utf-8")
     assert "of the planned trainings are missing" in text
     assert "won" not in text
 

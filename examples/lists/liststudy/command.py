@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from examples_common.records import Store
@@ -16,7 +16,6 @@ from rich.console import Console
 from . import emojis, photographs, plan, report
 from .plan import Plan
 from .study import Study
-from .task import Task
 
 _EXAMPLE = Path(__file__).resolve().parents[1]
 _NEEDED = f"""\
@@ -54,25 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status_of(lambda console: _run(args, plan.PLANS[args.preset], console))
 
 
-def _run(args: argparse.Namespace, plans: Mapping[str, Plan], console: Console) -> int:
+def _run(args: argparse.Namespace, sizes: Plan, console: Console) -> int:
     stores = {name: Store(args.home / "results" / name) for name in report.PRIMARY}
     if not args.report_only:
         if args.data is None:
             say(console, _NEEDED)
         else:
-            judged = _photographs(args.data, plans["photographs"], console)
-            Study(judged, stores["photographs"], report.PRIMARY["photographs"]).follow(
-                plans["photographs"], console
-            )
-        graded = emojis.task(args.output / "features", FrozenEncoders(), plans["emojis"].emojis)
-        Study(graded, stores["emojis"], report.PRIMARY["emojis"]).follow(plans["emojis"], console)
-    say(console, str(report.write(plans, stores, args.home / "report")))
+            pictures = read(args.data)
+            cache = Cache(pictures, FrozenEncoders.name)
+            names = {**pictures.splits, "train": pictures.splits["train"][: sizes.train_pictures]}
+            fill(cache, [names[side] for side in SPLITS], console)
+            judged = photographs.task(pictures, cache, sizes.train_pictures)
+            Study(judged, stores["photographs"], report.PRIMARY["photographs"]).follow(sizes, console)
+        graded = emojis.task(args.output / "features", FrozenEncoders(), sizes.emojis)
+        Study(graded, stores["emojis"], report.PRIMARY["emojis"]).follow(sizes, console)
+    say(console, str(report.write(sizes, stores, args.home / "report")))
     return 0
-
-
-def _photographs(folder: Path, sizes: Plan, console: Console) -> Task:
-    found = read(folder)
-    cache = Cache(found, FrozenEncoders.name)
-    names = {**found.splits, "train": found.splits["train"][: sizes.train_pictures]}
-    fill(cache, [names[side] for side in SPLITS], console)
-    return photographs.task(found, cache, sizes.train_pictures)

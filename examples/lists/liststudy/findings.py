@@ -9,7 +9,7 @@ from examples_common.records import Record
 from examples_common.statistics import Difference, Estimate, correct, estimate, paired_difference
 
 from . import plan
-from .plan import CLIP, Find, Plan, Search, score
+from .plan import ARMS, CLIP, Find, Plan, Search, score
 
 Pair = tuple[str, str]  # an arm minus another
 
@@ -18,7 +18,6 @@ Pair = tuple[str, str]  # an arm minus another
 class Findings:
     """All that the report shows of an example."""
 
-    sizes: Plan
     primary: str
     secondary: tuple[str, ...]
     searches: dict[str, Search]
@@ -49,9 +48,7 @@ def findings(sizes: Plan, primary: str, secondary: tuple[str, ...], find: Find) 
     """
     searches = plan.searches(sizes, primary, find)
     settings = plan.arms(sizes, searches)
-    records = {
-        arm: {one.seed: record for one, record in find(settings.get(arm, ())).items()} for arm in sizes.arms
-    }
+    records = {arm: {one.seed: record for one, record in find(settings.get(arm, ())).items()} for arm in ARMS}
     whole = {arm for arm, of in records.items() if len(of) == len(sizes.seeds)}
 
     def corrected(compared: Iterable[tuple[Pair, str]]) -> dict[tuple[Pair, str], Difference]:
@@ -62,15 +59,14 @@ def findings(sizes: Plan, primary: str, secondary: tuple[str, ...], find: Find) 
             family[pair, measure] = found or Difference(0.0, None, len(sizes.seeds), p=1.0)
         return {key: found for key, found in correct(family).items() if whole.issuperset(key[0])}
 
-    tests = corrected((pair, primary) for pair in plan.comparisons(sizes))
-    others = corrected(((arm, CLIP), measure) for arm in sizes.arms[1:] for measure in secondary)
+    tests = corrected((pair, primary) for pair in plan.comparisons())
+    others = corrected(((arm, CLIP), measure) for arm in ARMS[1:] for measure in secondary)
     return Findings(
-        sizes,
         primary,
         secondary,
         searches,
         records,
-        len(sizes.arms) * len(sizes.seeds) - sum(map(len, records.values())),
+        len(ARMS) * len(sizes.seeds) - sum(map(len, records.values())),
         {pair: found for (pair, _), found in tests.items()},
         {(pair[0], measure): found for (pair, measure), found in others.items()},
     )

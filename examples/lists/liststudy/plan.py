@@ -19,16 +19,16 @@ Find = Callable[[Sequence[Setting]], Mapping[Setting, Record]]
 
 MODELS = tuple(OPTIONS)
 BESIDE = {model: f"{model} beside {CLIP}" for model in MODELS}
+ARMS = (CLIP, *MODELS, *BESIDE.values())
 SMOOTHINGS = ("0.1", "0.2")
 _UNITS = {"squared_error": 16.0}  # of the weights, since its values are that much smaller
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The arms and the sizes of an example."""
+    """The sizes of a study."""
 
     name: str
-    beside: bool  # whether the losses are also trained beside CLIP's
     epochs: int
     start_epochs: int
     lists: int  # of a batch
@@ -39,15 +39,9 @@ class Plan:
     train_pictures: int  # photographs
     emojis: int | None
 
-    @property
-    def arms(self) -> tuple[str, ...]:
-        """The arms by name."""
-        return (CLIP, *MODELS, *(BESIDE.values() if self.beside else ()))
-
 
 FULL = Plan(
     "full",
-    beside=True,
     epochs=3,
     start_epochs=15,
     lists=200,
@@ -58,12 +52,8 @@ FULL = Plan(
     train_pictures=6000,
     emojis=None,
 )
-QUICK = Plan("quick", True, 1, 1, 50, (1e-3,), (1.0,), 0, (1, 2), 1000, 240)
-# Lists of the emojis hold the pairs of CLIP's loss already: a picture's own caption is at their top.
-PLANS = {
-    plan.name: {"photographs": plan, "emojis": dataclasses.replace(plan, beside=False)}
-    for plan in (FULL, QUICK)
-}
+QUICK = Plan("quick", 1, 1, 50, (1e-3,), (1.0,), 0, (1, 2), 1000, 240)
+PLANS = {plan.name: plan for plan in (FULL, QUICK)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +78,7 @@ def score(record: Record, measure: str) -> float:
 def searches(plan: Plan, primary: str, find: Find) -> dict[str, Search]:
     """Return every arm's search; a model beside CLIP's loss is tried with the option that is best alone."""
     found: dict[str, Search] = {}
-    for arm in plan.arms:
+    for arm in ARMS:
         tried = _tries(plan, arm, found)
         records = find(tried)
         scores = {one: score(records[one], primary) for one in tried if one in records}
@@ -125,10 +115,11 @@ def arms(plan: Plan, found: Mapping[str, Search]) -> dict[str, list[Setting]]:
     }
 
 
-def comparisons(plan: Plan) -> list[tuple[str, str]]:
+def comparisons() -> list[tuple[str, str]]:
     """Return the tested differences, an arm minus another."""
-    found = [*((arm, CLIP) for arm in plan.arms[1:]), *itertools.combinations(MODELS, 2)]
-    if plan.beside:
-        found += itertools.combinations(BESIDE.values(), 2)
-        found += [(beside, model) for model, beside in BESIDE.items()]
-    return found
+    return [
+        *((arm, CLIP) for arm in ARMS[1:]),
+        *itertools.combinations(MODELS, 2),
+        *itertools.combinations(BESIDE.values(), 2),
+        *((beside, model) for model, beside in BESIDE.items()),
+    ]

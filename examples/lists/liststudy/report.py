@@ -12,7 +12,7 @@ from examples_common.statistics import MIN_SEEDS
 from examples_common.wording import difference_text, fill, mark, mean_text, p_text, signed
 
 from .findings import Findings, best, findings, winner
-from .plan import BESIDE, CLIP, MODELS, Find, Plan, Search
+from .plan import ARMS, BESIDE, CLIP, MODELS, Find, Plan, Search
 from .train import Setting
 
 PRIMARY = {"photographs": "experts τ_c", "emojis": "nDCG@10"}
@@ -20,20 +20,16 @@ SECONDARY = {"photographs": ("experts τ_b", "crowd nDCG@10", "R@10"), "emojis":
 _TITLES = {"photographs": "People's grades of photographs' captions", "emojis": "Emojis graded by a rule"}
 
 
-def write(plans: Mapping[str, Plan], stores: Mapping[str, Store], folder: Path) -> Path:
+def write(sizes: Plan, stores: Mapping[str, Store], folder: Path) -> Path:
     """Write the report and return its path."""
     parts = [
-        {"title": _TITLES[name], **_values(plans[name], name, finder(store))}
+        {"title": _TITLES[name], **_values(sizes, name, finder(store))}
         for name, store in stores.items()
         if store.path.is_file()
     ]
     if not parts:
         raise RuntimeError(f"{next(iter(stores.values())).path}: holds no record: nothing to report")
-    text = fill(
-        Path(__file__).with_name("report.md"),
-        quick=any(one.name == "quick" for one in plans.values()),
-        parts=parts,
-    )
+    text = fill(Path(__file__).with_name("report.md"), sizes=sizes, parts=parts)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lists.md"
     path.write_text(text, encoding="utf-8")
@@ -56,9 +52,9 @@ def _values(sizes: Plan, name: str, find: Find) -> dict[str, Any]:
     return {
         "primary": found.primary,
         "missing": found.missing,
-        "conclusions": conclusions(found),
+        "conclusions": conclusions(found, len(sizes.seeds)),
         "searches": [_search(search) for search in found.searches.values()],
-        "arms": _arms(found),
+        "arms": _arms(found, len(sizes.seeds)),
         "arms_head": ["arm", found.primary, *found.secondary],
         "tests": _tests(found),
         "others": _others(found),
@@ -70,17 +66,16 @@ def _values(sizes: Plan, name: str, find: Find) -> dict[str, Any]:
 # --- the plan's sentences ---
 
 
-def conclusions(found: Findings) -> list[str]:
+def conclusions(found: Findings, seeds: int) -> list[str]:
     """Return the plan's sentences for the findings; none for a comparison that lacks a training."""
-    if len(found.sizes.seeds) < MIN_SEEDS:
+    if seeds < MIN_SEEDS:
         return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
     if found.missing:
         return []
-    said = [_of_group(found, "Alone", MODELS)]
-    if found.sizes.beside:
-        said.append(_of_group(found, "Beside CLIP's loss", BESIDE.values()))
-        said += [_of_pair(found, model) for model in MODELS]
-    return [*said, _of_clip(found)]
+    said = [_of_group(found, "Alone", MODELS), _of_group(found, "Beside CLIP's loss", BESIDE.values())]
+    said.append(_of_clip(found))
+    said += [_of_pair(found, model) for model in MODELS]
+    return said
 
 
 def _of_group(found: Findings, where: str, group: Iterable[str]) -> str:
@@ -96,9 +91,7 @@ def _of_group(found: Findings, where: str, group: Iterable[str]) -> str:
 
 
 def _of_clip(found: Findings) -> str:
-    by_sign = {
-        sign: [arm for arm in found.sizes.arms[1:] if found.sign(arm, CLIP) == sign] for sign in (1, 0, -1)
-    }
+    by_sign = {sign: [arm for arm in ARMS[1:] if found.sign(arm, CLIP) == sign] for sign in (1, 0, -1)}
     return (
         f"Above as many further steps of CLIP's loss: {_named(by_sign[1])}. Not told apart: "
         f"{_named(by_sign[0])}. Below: {_named(by_sign[-1])}."
@@ -130,12 +123,9 @@ def _text(setting: Setting) -> str:
     return f"{option}, {setting.lr:g}{weight}"
 
 
-def _arms(found: Findings) -> list[list[str]]:
-    measures, seeds = (found.primary, *found.secondary), len(found.sizes.seeds)
-    return [
-        [f"`{arm}`", *(mean_text(found.estimate(arm, m), seeds) for m in measures)]
-        for arm in found.sizes.arms
-    ]
+def _arms(found: Findings, seeds: int) -> list[list[str]]:
+    measures = (found.primary, *found.secondary)
+    return [[f"`{arm}`", *(mean_text(found.estimate(arm, m), seeds) for m in measures)] for arm in ARMS]
 
 
 def _tests(found: Findings) -> list[list[str]]:
@@ -150,9 +140,7 @@ def _others(found: Findings) -> list[list[str]]:
         d = found.others.get((arm, measure))
         return f"**{difference_text(d)}**" if d is not None and d.established else difference_text(d)
 
-    return [
-        [f"`{arm}`", *(cell(arm, measure) for measure in found.secondary)] for arm in found.sizes.arms[1:]
-    ]
+    return [[f"`{arm}`", *(cell(arm, measure) for measure in found.secondary)] for arm in ARMS[1:]]
 
 
 def _conditions(found: Findings) -> list[list[str]]:
