@@ -18,11 +18,11 @@ MU = 10.0  # of NDCG-Loss2++, as in the paper
 OPTIONS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "plackett_luce": {
         "zeros tied": RankedLists,
-        "zeros unranked": lambda: Regraded(RankedLists(), lambda g: g.masked_fill(g == 0, -math.inf)),
+        "zeros unranked": lambda: ChangedGrades(RankedLists(), lambda g: g.masked_fill(g == 0, -math.inf)),
     },
     "top_one": {
-        "grades × 8": lambda: Regraded(RankedLists(model="top_one"), lambda g: 8 * g),
-        "grades × 16": lambda: Regraded(RankedLists(model="top_one"), lambda g: 16 * g),
+        "grades × 8": lambda: ChangedGrades(RankedLists(model="top_one"), lambda g: 8 * g),
+        "grades × 16": lambda: ChangedGrades(RankedLists(model="top_one"), lambda g: 16 * g),
     },
     "pairwise": {
         "pairs alike": lambda: RankedLists(model="pairwise"),
@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Callable[[], nn.Module]]] = {
 }
 
 
-class Regraded(nn.Module):
+class ChangedGrades(nn.Module):
     """A loss of lists whose grades are changed first."""
 
     def __init__(self, loss: RankedLists, change: Callable[[Tensor], Tensor]) -> None:
