@@ -66,6 +66,15 @@ PHOTOGRAPHS := photographs-quick photographs-full
 photographs: photographs-full
 $(PHOTOGRAPHS): photographs-%: $(VENV)/.photographs
 	$(BIN)/python examples/photographs/run.py --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
+
+## Losses of graded lists on emojis and, with the folder DATA, on photographs: under an hour of one core, or a smoke test
+## of a minute. Repeat to resume.
+LISTS := lists-quick lists-full
+.PHONY: lists $(LISTS)
+lists: lists-full
+$(LISTS): lists-%: $(VENV)/.photographs
+	$(BIN)/python examples/lists/run.py --preset $* $(if $(DATA),--data '$(DATA)') $(LISTS_ARGS)
+
 $(VENV)/.photographs: $(VENV)/.examples
 	$(PIP_INSTALL) --editable '.[examples]' --editable 'examples[photographs]'
 	touch $@

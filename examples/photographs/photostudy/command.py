@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from examples_common.records import Store
@@ -82,14 +82,19 @@ def prepare(folder: Path, store: Store, sizes: Plan, console: Console) -> Study:
     pictures = Setting("clip", 0, "dev", **sizes.start).train_pictures
     cache = Cache(photographs, FrozenEncoders.name)
     study = Study(photographs, cache, store, pictures)
-    missing = cache.missing(map(study.names, SPLITS))
+    fill(cache, map(study.names, SPLITS), console)
+    return study
+
+
+def fill(cache: Cache, sides: Iterable[Sequence[str]], console: Console) -> None:
+    """Compute the features that are missing."""
+    missing = cache.missing(sides)
     cost = f"about {_SECONDS_OF_A_BLOCK * len(missing) / 60:.0f} minutes of one core"
     say(console, f"Features: {len(missing)} blocks of {BLOCK} pictures are missing; {cost}")
     if missing:
         encoders = FrozenEncoders()
         for path, names in tracker(console)(missing, len(missing), "Features"):
             cache.fill(path, names, encoders)
-    return study
 
 
 def train(study: Study, sizes: Plan, console: Console) -> None:
