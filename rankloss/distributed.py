@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -296,11 +297,7 @@ class Gather:
         rank, world_size = self.place
         if (rank, world_size) == (0, 1):
             return features
-        if not _initialized():
-            raise RuntimeError(
-                f"rank={self.rank!r}, world_size={self.world_size!r} needs "
-                "torch.distributed.init_process_group() before the first forward"
-            )
+        self._check_ready()
         shared = _gathered.get()
         key = self, are_anchors, id(features), torch.is_grad_enabled()
         if shared is not None and key in shared:
@@ -317,8 +314,22 @@ class Gather:
         return gathered
 
     def constants(self, *features: Tensor | None) -> list[Tensor | None]:
-        """Features of all processes without a gradient; None stays None."""
-        return [x if x is None or self.place[1] == 1 else _gather(x, self.group) for x in features]
+        """Features ``[n, D_k]`` of all processes, without a gradient, in one gathering; None stays None."""
+        given = [x.detach() for x in features if x is not None]
+        if not given or self.place[1] == 1:
+            return list(features)
+        self._check_ready()
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in given))
+        gathered = _gather(torch.cat([x.to(dtype) for x in given], 1), self.group)
+        parts = iter(gathered.split([x.shape[1] for x in given], 1))
+        return [None if x is None else next(parts) for x in features]
+
+    def _check_ready(self) -> None:
+        if not _initialized():
+            raise RuntimeError(
+                f"rank={self.rank!r}, world_size={self.world_size!r} needs "
+                "torch.distributed.init_process_group() before the first forward"
+            )
 
 
 _gathered: ContextVar[dict[Any, tuple[Tensor, Tensor]] | None] = ContextVar("_gathered", default=None)

@@ -12,6 +12,7 @@ import unicodedata
 _SIGNS = {
     "½": r"\tfrac{1}{2}",
     "·": r"\cdot ",
+    "‖": r"\Vert ",
     "−": "-",
     "∘": r"\circ ",
     "≤": r"\le ",
