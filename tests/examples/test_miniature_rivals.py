@@ -172,3 +172,14 @@ def test_processes_give_the_gradient_of_the_whole_batch(flags, pools):
 def test_a_wrong_teacher_is_named(options, references, named):
     with pytest.raises(ValueError, match=named):
         RivalsLoss(**options)(*tensors(STUDENT), S, **given(references))
+
+
+def test_mimicry_and_contrast_are_the_librarys():
+    features, teacher = map(torch.from_numpy, STUDENT), map(torch.from_numpy, TEACHER)
+    given = dict(zip(("reference_image_features", "reference_text_features"), teacher, strict=True))
+    components = torch.from_numpy(COMPONENTS)
+    rivals = RivalsLoss(components=components, scales={"contrast": 20.0}, mimicry=8.0, contrast=2.0)
+    library = rankloss.MimicryLoss(weight=8.0, contrast=2.0)
+    library.components = components
+    inputs = (*features, S)
+    torch.testing.assert_close(library(*inputs, **given), rivals(*inputs, **given))
