@@ -106,6 +106,7 @@ def test_reciprocal_rank_is_that_of_the_first_relevant_item(lists: Any) -> None:
         assert found == pytest.approx(ranks[0] if ranks else math.nan, nan_ok=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # which its compiler gives
 def test_metrics_of_lists_are_ranxs() -> None:
     ranx = pytest.importorskip("ranx")

@@ -55,11 +55,18 @@ def _is_named(name: str) -> bool:
 
 
 def chosen(args: Any) -> tuple[LossEntry, dict[str, Any]]:
-    """The entry of the loss that a run with ``--loss`` asks for, and the values of its options."""
+    """The entry of the loss that a run with ``--loss`` asks for, and the values of its options.
+
+    Raises:
+        ValueError: A value is none that the option can have; the error begins with the flag.
+    """
     entry = catalog.find(args.loss).load()
     names = {option.key: dest(args.loss, entry, option) for option in entry.options}
     given = {key: getattr(args, name) for key, name in names.items() if hasattr(args, name)}
-    return entry, entry.checked(args.loss, given)
+    try:
+        return entry, entry.checked(args.loss, given)
+    except ValueError as error:
+        raise ValueError(with_flag(args.loss, entry, str(error))) from None
 
 
 def companions_of(args: Any) -> Companions | None:

@@ -150,7 +150,10 @@ class LossArguments:
         from rankloss.distributed import Gather
 
         entry = self._entry(name)
-        reason = entry.refuse(entry.checked(name, given), Gather(rank=0, world_size=1))
+        try:
+            reason = entry.refuse(entry.checked(name, given), Gather(rank=0, world_size=1))
+        except ValueError as error:
+            reason = str(error)
         if reason is not None:
             raise ValueError(with_flag(name, entry, reason))
 

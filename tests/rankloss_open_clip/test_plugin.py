@@ -104,6 +104,7 @@ def test_nothing_is_wrong_here() -> None:
     assert bootstrap.problems() == []
 
 
+@pytest.mark.slow
 def test_plugin_that_torch_does_not_load_is_a_problem(trainer: Trainer) -> None:
     script = "from rankloss_open_clip import bootstrap; print(bootstrap.problems())"
     said = trainer.python("-c", script, **OFF).output

@@ -200,7 +200,6 @@ def damaged(row: int | slice, value: float, rows: int = 12) -> np.ndarray[Any, A
     ("arrays", "message"),
     [
         ({"image_features": BOTH, "text_features": unit_rows(3, 2)}, "(3, 2)"),
-        (dict(zip(NAMES, (BOTH, unit_rows(4, 3)), strict=True)), "--rankclip-lambda-cross 0"),
         ({"image_features": damaged(2, np.nan)}, "row 2"),
         ({"text_features": damaged(slice(16_390, None), 0.0, 16_400)}, "from row 16384, "),
     ],
@@ -214,6 +213,16 @@ def test_folder_that_no_teacher_gives_is_refused_before_training(
     said = capsys.readouterr().err
     assert f"{OPTION}: " in said
     assert message in said
+
+
+def test_features_of_two_widths_rank_the_in_modal_lists_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = stored(tmp_path / "teacher", **dict(zip(NAMES, (BOTH, unit_rows(4, 3)), strict=True)))
+    assert parse_args(["--loss", "rankclip", OPTION, folder]).rankclip_lambda_cross == 0
+    with pytest.raises(SystemExit):
+        parse_args(["--loss", "rankclip", OPTION, folder, "--rankclip-lambda-cross", "1"])
+    assert "--rankclip-lambda-cross: must be 0, as the teacher's" in capsys.readouterr().err
 
 
 def test_sources_that_contradict_are_refused_with_both_names(

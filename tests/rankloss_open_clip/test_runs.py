@@ -44,7 +44,7 @@ TRAINED = {
     "mimicry": ("contrastive_loss", "mimicry_loss", "mimicry_contrast_loss"),
     "alip": ALIP,
 }
-SLOW = {"amp", "bf16", "siglip-streamed"}
+SLOW = {"amp", "bf16", "siglip-streamed", "mimicry"}
 
 
 def some_slow(*names: str) -> list[Any]:

@@ -59,7 +59,7 @@ def test_what_is_typed_is_what_the_library_gets(data: st.DataObject) -> None:
         text = spelled[value] if value is None or isinstance(value, bool) else value
     else:
         bounds = field.metadata["bounds"]
-        value = data.draw(st.integers(bounds["at_least"], bounds["at_most"]))
+        value = data.draw(st.integers(bounds.get("at_least", 1), bounds.get("at_most", 2**31 - 1)))
         text = str(value)
     options = parsed(f"--rankclip-{field.name.replace('_', '-')}", text)
     loss = RANKCLIP.build(nn.Identity(), options, ALONE)

@@ -115,5 +115,5 @@ def test_each_loss_is_typed_with_its_own_options() -> None:
 
 def test_the_options_of_joined_losses_are_listed() -> None:
     text = described({"rankclip+mimicry": find("rankclip+mimicry").load()})
-    assert "--rankclip-top-k K" in text
+    assert "--rankclip-top-k N" in text
     assert "--mimicry-weight X" in text

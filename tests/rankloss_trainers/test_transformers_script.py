@@ -72,6 +72,7 @@ def history(directory: Path) -> list[dict[str, float]]:
     return [line for line in log if "loss" in line]
 
 
+@pytest.mark.slow
 def test_script_trains_with_the_loss_and_evaluates_without(tmp_path: Path, here: Callable[..., Path]) -> None:
     ranked = started(RUNNER, tmp_path / "ranked", "--loss", "rankclip", "--rankclip-lambda-in", "0.5")
     plain = here(tmp_path / "plain", plainly=True)
