@@ -71,7 +71,7 @@ def test_a_folder_is_given_once_and_serves_all(owner: str) -> None:
     ("name", "options", "message"),
     [
         ("rankclip+cyclip", {"lambda_in": 1}, "give rankclip_lambda_in or cyclip_lambda_in"),
-        ("rankclip+mimicry", {"wieght": 1}, "has no option 'wieght'; did you mean weight"),
+        ("rankclip+mimicry", {"weigt": 1}, "has no option 'weigt'; did you mean weight"),
         ("rankclip+mimicry", {"weight": -1}, "mimicry_weight must be a finite number"),
         ("rankclip+rankclip", {}, "names a loss twice"),
         ("rankclip+rankclip-in", {}, "names one loss with two sets of defaults"),
