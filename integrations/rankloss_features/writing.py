@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import math
 import os
 from collections.abc import Iterator
@@ -42,13 +41,13 @@ class Batches(IterableDataset[Any]):
 
     Yields:
         The batch's first and last row, the latter excluded, the rows and captions of its samples that can be
-        read, the teacher's inputs, and the place of each sample's picture among the inputs of pictures.
+        read, and the teacher's inputs.
     """
 
     def __init__(self, data: Data | Joined, groups: list[tuple[int, Spans]], teacher: Teacher) -> None:
         self.data, self.groups = data, groups
         self.prepare = {name: encoder.prepare for name, encoder in teacher.encoders.items()}
-        self.of_pictures = {name for name, encoder in teacher.encoders.items() if encoder.needs_pictures}
+        self.needs_pictures = any(encoder.needs_pictures for encoder in teacher.encoders.values())
 
     def __iter__(self) -> Iterator[Any]:
         """Those of this worker."""
@@ -56,16 +55,10 @@ class Batches(IterableDataset[Any]):
         mine = self.groups if worker is None else self.groups[worker.id :: worker.num_workers]
         for source, spans in mine:
             for span, samples in zip(spans, self.data.read(source, spans), strict=True):
-                distinct, places = samples, list(range(len(samples)))
-                if self.of_pictures:
+                if self.needs_pictures:
                     samples = list(self._readable(samples))
-                    distinct, places = _distinct(samples)
-                prepared = {
-                    name: prepare(distinct if name in self.of_pictures else samples)
-                    for name, prepare in self.prepare.items()
-                    if samples
-                }
-                yield span, [x.row for x in samples], [x.caption for x in samples], prepared, places
+                prepared = {name: prepare(samples) for name, prepare in self.prepare.items() if samples}
+                yield span, [x.row for x in samples], [x.caption for x in samples], prepared
 
     def _readable(self, samples: list[Sample]) -> Iterator[Sample]:
         for sample in samples:
@@ -75,18 +68,6 @@ class Batches(IterableDataset[Any]):
                 if not self.data.is_stream:
                     where = f"row {sample.row}: the picture of {sample.name!r}"
                     raise ValueError(f"{where} cannot be read: {error}") from error
-
-
-def _distinct(samples: list[Sample]) -> tuple[list[Sample], list[int]]:
-    """Samples of distinct pictures, and the place of each sample's picture among them.
-
-    A picture has a sample for each of its captions, and is encoded once in a batch.
-    """
-    opened = [sample.open() for sample in samples]
-    keys = [(picture.size, hashlib.sha256(picture.tobytes()).digest()) for picture in opened]
-    distinct = dict(zip(keys, samples, strict=True))
-    places = {key: place for place, key in enumerate(distinct)}
-    return list(distinct.values()), [places[key] for key in keys]
 
 
 def write(
@@ -126,15 +107,14 @@ def write(
         batches = Batches(data, [group for group in left if group[1]], teacher)
         with tqdm(total=rows, initial=rows - todo, unit="row", disable=rank != 0) as bar:
             loader = DataLoader(batches, None, num_workers=workers)
-            for (first, last), samples, captions, prepared, shared in loader:
+            for (first, last), samples, captions, prepared in loader:
                 stored = {name: np.zeros_like(x[first:last]) for name, x in folder.arrays.items()}
                 hashes = np.array(folder.pairs[first:last])  # of rows without features
                 if samples:
                     features = teacher.encode(prepared, _PRECISIONS[settings["precision"]])
                     places = np.array(samples) - first
                     for name, encoded in features.items():
-                        of_rows = encoded[shared] if name in batches.of_pictures else encoded
-                        stored[name][places] = of_rows.numpy()
+                        stored[name][places] = encoded.numpy()
                         _check(name, samples, captions, torch.from_numpy(stored[name][places]))
                     hashes[places] = hashes_of_rows(hashes[places], [x[places] for x in stored.values()])
                 for name, array in {**stored, "rows": hashes}.items():  # the hashes last

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from rankloss_features import Features
 from rankloss_features.data import Data, Sample, Shards, open_data
 from rankloss_features.folder import NAMES
-from rankloss_features.teachers import Encoder, Teacher
+from rankloss_features.teachers import Encoder, Teacher, image_encoder
 from rankloss_features.writing import write
 
 ROWS, WIDTH, BATCH = 40, 6, 8
@@ -87,14 +87,14 @@ def projection(name: str) -> Tensor:
     )
 
 
+def pixels(size: int, picture: Any) -> Tensor:
+    """The pixels of a picture, from its upper left corner."""
+    return torch.from_numpy(np.asarray(picture)[:size, :size].astype(np.float32) / 255 - 0.5).flatten()
+
+
 def pixels_of(size: int) -> Callable[[list[Sample]], Tensor]:
-    """The pixels of the samples' pictures, from their upper left corners."""
-
-    def pixels(samples: list[Sample]) -> Tensor:
-        cut = [np.asarray(x.open())[:size, :size].astype(np.float32) / 255 - 0.5 for x in samples]
-        return torch.from_numpy(np.stack(cut)).flatten(1)
-
-    return pixels
+    """Those of the samples' pictures."""
+    return lambda samples: torch.stack([pixels(size, x.open()) for x in samples])
 
 
 def letters(samples: list[Sample]) -> Tensor:
@@ -105,12 +105,12 @@ def letters(samples: list[Sample]) -> Tensor:
 def teacher(change: Callable[[str, Tensor], Tensor] = lambda _, features: features, **about: Any) -> Teacher:
     """Linear maps of pixels and of letters; ``change`` is applied to what they give."""
 
-    def encoder(name: str, prepare: Any, **given: Any) -> Encoder:
-        return Encoder(prepare, lambda x: change(name, x @ projection(name)), WIDTH, **given)
+    def encode(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: change(name, x @ projection(name))
 
     encoders = {
-        NAMES[0]: encoder(NAMES[0], pixels_of(8), needs_pictures=True),
-        NAMES[1]: encoder(NAMES[1], letters),
+        NAMES[0]: image_encoder(functools.partial(pixels, 8), encode(NAMES[0]), WIDTH, torch.device("cpu")),
+        NAMES[1]: Encoder(letters, encode(NAMES[1]), WIDTH),
     }
     return Teacher({"weights": "0", **about}, encoders, 100.0)
 
