@@ -180,11 +180,11 @@ def accumulate(
     lists = max(_FEWEST_LISTS, _LISTS.get(device.type, _LISTS_ELSEWHERE) // n_items // len(matrices))
     values = [matrices[0].items.new_zeros(len(matrices), dtype=torch.float64) for _ in range(2)]
     chunk = chunk_size or (n if n_items**2 <= _WHOLE else chunk)
+    lists = lists if in_slices else n
     for first in range(0, n, chunk):
         rows = slice(first, first + chunk)
         block = _multiply(matrices, rows)
         taught = torch.stack([x.anchors[rows] @ x.items.T for x in references]) if references else None
-        lists = lists if in_slices else n
         for start in range(0, block.shape[1], lists):
             part = slice(start, start + lists)
             reference = None if taught is None else taught[:, part]

@@ -42,7 +42,7 @@ class ReferenceFeatures(Companion):
             be ranked by.
 
     Raises:
-        ValueError: As :class:`rankloss_features.Features`, or the widths differ.
+        ValueError: As :class:`rankloss_features.Features`.
     """
 
     def __init__(self, where: str, *, two_widths: bool = False) -> None:
@@ -52,8 +52,6 @@ class ReferenceFeatures(Companion):
         self.name = f"set of {' and '.join(f'{name}.npy' for name in self.names)}"
         self._widths: list[int] = []  # of the first sample
         self._damaged = 0
-        if self.folder is not None:
-            self._check_widths([array.shape[1] for array in self.folder.arrays.values()], where)
 
     def check(self) -> None:
         """Read all rows of a folder once; see :meth:`rankloss_features.Features.check`."""

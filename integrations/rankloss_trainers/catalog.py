@@ -71,6 +71,16 @@ def weight(text: Any) -> float:
     return value
 
 
+def prefixed(prefix: str, key: str) -> str:
+    """The key of an option of joined losses, from its loss's prefix and its own key.
+
+    Example:
+        >>> prefixed("my-loss", "weight")
+        'my_loss_weight'
+    """
+    return f"{prefix.replace('-', '_')}_{key}"
+
+
 # --- the description of a loss --------------------------------------------------------------------------
 
 
@@ -107,7 +117,7 @@ class Option:
     @property
     def key(self) -> str:
         """The same, beginning with the prefix of joined losses."""
-        return f"{self.prefix.replace('-', '_')}_{self.own_key}" if self.prefix else self.own_key
+        return prefixed(self.prefix, self.own_key) if self.prefix else self.own_key
 
     def text(self, value: Any) -> Any:
         """The value as it is typed, or the text for None."""

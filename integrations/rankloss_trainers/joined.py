@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import rankloss
 from rankloss.distributed import Gather
-from rankloss_trainers.catalog import JOIN, LossEntry, Option, Options
+from rankloss_trainers.catalog import JOIN, LossEntry, Option, Options, prefixed
 
 
 def joined(parts: Mapping[str, LossEntry]) -> LossEntry:
@@ -73,9 +73,7 @@ class _Joined:
     def own(self, options: Options) -> Iterator[tuple[str, LossEntry, dict[str, Any]]]:
         """Each loss with its own options, by their keys without prefix."""
         for prefix, entry in self.parts.items():
-            keys = {
-                option.own_key: dataclasses.replace(option, prefix=prefix).key for option in entry.options
-            }
+            keys = {option.own_key: prefixed(prefix, option.own_key) for option in entry.options}
             yield prefix, entry, {own: options[key] for own, key in keys.items() if key in options}
 
     def each(self, function: str, options: Options) -> list[Any]:
@@ -106,8 +104,8 @@ class _Joined:
             try:
                 found = entry.in_separate_spaces(own)
             except ValueError as error:
-                raise ValueError(_key(prefix, str(error))) from None
-            changed.update({_key(prefix, key): value for key, value in found.items()})
+                raise ValueError(prefixed(prefix, str(error))) from None
+            changed.update({prefixed(prefix, key): value for key, value in found.items()})
         return changed
 
     def refuse(self, options: Options, gather: Gather) -> str | None:
@@ -124,7 +122,7 @@ class _Joined:
             reason = entry.refuse(own, gather)
             if reason is not None:
                 key = reason.partition(":")[0].partition("=")[0].partition(" ")[0]
-                return _key(prefix, reason) if key in own else reason
+                return prefixed(prefix, reason) if key in own else reason
         sigmoid = any(entry.only_sigmoid for entry in self.parts.values())
         try:
             base = rankloss.SigLipLoss(gather=False) if sigmoid else rankloss.ClipLoss(gather=False)
@@ -165,7 +163,3 @@ class _Joined:
             return {name: x for log in logs for name, x in log(criterion, *call).items()}
 
         return logged
-
-
-def _key(prefix: str, key: str) -> str:
-    return f"{prefix.replace('-', '_')}_{key}"

@@ -73,6 +73,8 @@ def base_entries(
     text_features: Tensor,
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
+    *,
+    teacher: Mapping[str, Tensor | None] | None = None,
     **base_inputs: Any,
 ) -> dict[str, Tensor]:
     """The entries of a base loss, which is called with the forward convention of open_clip's losses.
@@ -83,6 +85,8 @@ def base_entries(
         text_features: ``[N, D]``.
         logit_scale: the multiplier s.
         logit_bias: passed on unless it is None, since not every loss takes one.
+        teacher: a teacher's features by the names of :data:`TEACHER`; those that are there are passed on to a
+            base that takes them, see :func:`takes_teacher`.
         **base_inputs: further arguments of the base.
 
     Returns:
@@ -100,6 +104,9 @@ def base_entries(
     """
     if logit_bias is not None:
         base_inputs["logit_bias"] = logit_bias
+    given = {name: x for name, x in (teacher or {}).items() if x is not None}
+    if given and takes_teacher(base):
+        base_inputs.update(given)
     base_output = base(
         image_features=image_features,  # by name: not every loss has them in this order
         text_features=text_features,

@@ -11,7 +11,7 @@ from torch import Tensor
 from rankloss.batch import Batch
 from rankloss.distributed import GatherOption, gather_once
 from rankloss.engine import weighted_terms
-from rankloss.losses.composition import TEACHER, Base, base_entries, check_base, combined, takes_teacher
+from rankloss.losses.composition import TEACHER, Base, base_entries, check_base, combined
 from rankloss.losses.gathering import GatheringLoss
 from rankloss.options import RankOptions, check_weight
 from rankloss.precision import arithmetic_dtype, constant, outside_graphs, product
@@ -126,8 +126,6 @@ class MimicryLoss(GatheringLoss):
         students = dict(zip(TEACHER, (image_features, text_features), strict=True))
         dtype = arithmetic_dtype(image_features, text_features)
         targets = {name: self._target(name, x.to(dtype), students[name]) for name, x in teacher.items()}
-        if takes_teacher(self.base):
-            base_inputs.update(teacher)
         with gather_once():
             own = {}
             if self.weight:
@@ -135,9 +133,8 @@ class MimicryLoss(GatheringLoss):
                 own["mimicry_loss"] = self.weight * self._mean(distances)
             if self.contrast:
                 own["mimicry_contrast_loss"] = self._contrasted(image_features, text_features, targets)
-            entries = base_entries(
-                self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
-            )
+            inputs = image_features, text_features, logit_scale, logit_bias
+            entries = base_entries(self.base, *inputs, teacher=teacher, **base_inputs)
         return combined(entries, own, output_dict)
 
     def _target(self, name: str, features: Tensor, student: Tensor) -> Tensor:

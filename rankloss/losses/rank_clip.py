@@ -16,7 +16,6 @@ from rankloss.losses.composition import (
     check_base,
     combined,
     is_streamed_clip,
-    takes_teacher,
 )
 from rankloss.losses.rank_consistency import RankConsistency
 from rankloss.options import check_count, check_weight
@@ -210,10 +209,7 @@ class RankClipLoss(nn.Module):
         with gather_once():
             entries = {}
             if not is_fused:
-                given = {name: x for name, x in teacher.items() if x is not None}
-                if given and takes_teacher(self.base):
-                    base_inputs.update(given)
-                entries = base_entries(self.base, *inputs, **base_inputs)
+                entries = base_entries(self.base, *inputs, teacher=teacher, **base_inputs)
             weights = float(is_fused), cross, in_
             contrastive, cross_modal, in_modal = self.consistency.weighted_terms(
                 inputs, options, weights, tuple(teacher.values())

@@ -1,7 +1,7 @@
 """A loss with a teacher: each modality's features have the similarities of the teacher's."""
 
 from rankloss.distributed import gather_once
-from rankloss.losses import GatheringLoss, base_entries, check_base, check_weight, combined, takes_teacher
+from rankloss.losses import GatheringLoss, base_entries, check_base, check_weight, combined
 from rankloss_trainers.catalog import LossEntry, Option, weight
 
 
@@ -30,15 +30,12 @@ class CkaLoss(GatheringLoss):
             "reference_text_features": reference_text_features,
         }
         self.check_inputs(image_features, text_features, logit_scale, **teacher)
-        if takes_teacher(self.base):
-            base_inputs |= teacher
         with gather_once():
             students = self.gather(image_features, text_features)
             pairs = zip(students, self.gather.constants(*teacher.values()), strict=True)
             distance = sum(1 - cka(x.float(), y.float()) for x, y in pairs)
-            entries = base_entries(
-                self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
-            )
+            inputs = image_features, text_features, logit_scale, logit_bias
+            entries = base_entries(self.base, *inputs, teacher=teacher, **base_inputs)
         return combined(entries, {"cka_loss": self.weight * distance}, output_dict)
 
 

@@ -112,7 +112,7 @@ class RivalsLoss(GatheringLoss):
 
     Args:
         base: the loss that the terms are added to, with the forward convention of open_clip's losses. None:
-            :class:`rankloss.ClipLoss`. A :class:`rankloss.RankClipLoss` is given the teacher's features, too.
+            :class:`rankloss.ClipLoss`. One that takes a teacher's features is given them, too.
         components: ``[D', D]``, what the teacher's features are multiplied by for mimicry and contrast, which
             compare them with the student's; the result is given unit norm. See
             :mod:`miniature_paper.components`. None where the widths are the same.
@@ -183,11 +183,8 @@ class RivalsLoss(GatheringLoss):
         }
         self.check_inputs(image_features, text_features, logit_scale, **references)
         _check_layout(self.gather)
-        if isinstance(self.base, RankClipLoss):
-            base_inputs |= references
-        entries = base_entries(
-            self.base, image_features, text_features, logit_scale, logit_bias, **base_inputs
-        )
+        inputs = image_features, text_features, logit_scale, logit_bias
+        entries = base_entries(self.base, *inputs, teacher=references, **base_inputs)
         both = *self.gather(image_features, text_features), *self.gather.constants(*references.values())
         dtype = arithmetic_dtype(image_features, text_features)
         images, texts, *teacher = (x.to(dtype) for x in both)
