@@ -119,18 +119,19 @@ class LossArguments:
         """
         name = getattr(args, "loss", TRAINERS_OWN)
         try:
-            chosen = [] if name == TRAINERS_OWN else self._entry(name).options
+            chosen = None if name == TRAINERS_OWN else self._entry(name)
         except ValueError as error:
             raise ValueError(f"--loss: {error}") from None
-        flags = {dest(name, self._entry(name), option): option.key for option in chosen} if chosen else {}
+        flags = {} if chosen is None else {dest(name, chosen, x): x.key for x in chosen.options}
         for names in by_prefix(self.entries).values():
             entry = self.entries[names[0]]
             given = [x for x in entry.options if hasattr(args, dest(names[0], entry, x))]
             others = [flag(names[0], entry, x) for x in given if dest(names[0], entry, x) not in flags]
             if others:
                 raise ValueError(f"{', '.join(others)}: only with --loss {' or '.join(names)}")
-        given_options = {key: getattr(args, x) for x, key in flags.items() if hasattr(args, x)}
-        return None if name == TRAINERS_OWN else (name, given_options)
+        if chosen is None:
+            return None
+        return name, {key: getattr(args, x) for x, key in flags.items() if hasattr(args, x)}
 
     def _entry(self, name: str) -> LossEntry:
         """The entry of a loss, or of joined ones."""

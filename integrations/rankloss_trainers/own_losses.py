@@ -51,7 +51,7 @@ _REFERENCE = (
     "with the data; auto takes a teacher's where its features come with the data"
 )
 _FOLDER = (
-    "rank by a teacher's features from a folder of `rankloss features`; with a webdataset also the word "
+    "a teacher's features from a folder of `rankloss features`; with a webdataset also the word "
     "samples (or samples:image, samples:text), for members image_features.npy and text_features.npy"
 )
 _UNIT = "evaluate the schedule per epoch or per optimizer step; a run of one epoch goes by steps"
@@ -64,7 +64,7 @@ _RANKCLIP_OPTIONS = (
     Option("lambda-in", 1.0, "multiplies lambda in the in-modal term", _WEIGHT),
     *map(_rank_option, _RANK_FIELDS),
     Option("reference", "auto", _REFERENCE, {"choices": ("auto", "own", "teacher")}),
-    Option("reference-features", None, _FOLDER, {"metavar": "FOLDER"}, "none", for_trainer=True),
+    Option("reference-features", None, f"rank by {_FOLDER}", {"metavar": "FOLDER"}, "none", for_trainer=True),
     Option("distill-loss", "include", _DISTILL, {"choices": ("include", "exclude")}, for_trainer=True),
     Option("agreement-every", None, _AGREEMENT, _STEPS, "never", for_trainer=True),
 )
@@ -210,7 +210,7 @@ MIMICRY = LossEntry(
         Option(
             "reference-features",
             None,
-            _FOLDER.replace("rank by", "learn from"),
+            f"learn from {_FOLDER}",
             {"metavar": "FOLDER"},
             "those of the teacher that the trainer has",
             for_trainer=True,
