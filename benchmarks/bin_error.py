@@ -1,4 +1,4 @@
-"""How far the gradient of ``method="bin"`` is from that of the exact order, by the number of bins.
+"""Distance of the gradient of ``method="bin"`` is from that of the exact order, by the number of bins.
 
 Independent features, and pairs that agree; an early and a late scale of CLIP's.
 """

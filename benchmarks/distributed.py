@@ -1,4 +1,4 @@
-"""What the loss of a batch of fixed N costs a process when W of them share it: part of ``make bench``.
+"""Cost per process of the loss of a batch of fixed N that W processes share: part of ``make bench``.
 
 Real gloo processes on this machine, one thread each, with ``gather_with_grad`` and with and without
 ``local_loss``. More processes than cores wait for each other, so the processor's seconds are counted beside
@@ -29,7 +29,7 @@ WORLD_SIZES = (1, 2, 4)
 
 
 def sent_bytes(n: int, d: int, world_size: int) -> float:
-    """What a process sends in a step, by docs/engine.md: forward, and twice that backward."""
+    """Bytes that a process sends in a step, by docs/engine.md: forward, and twice as many backward."""
     return 3 * (world_size - 1) / world_size * 2 * n * d * 4
 
 

@@ -1,4 +1,4 @@
-"""What the losses cost on one CUDA card, in under nine minutes. Whether they are right: ``make test-gpu``.
+"""Cost of the losses on one CUDA card, in under nine minutes. Their correctness: ``make test-gpu``.
 
 Each section writes its results to ``OUTPUT/NAME.json`` when it is done, and is not run again while that file
 is there, so that the same command resumes an interrupted run. A section that fails leaves the others.
@@ -36,7 +36,7 @@ TINY = {f"local-dir:{DEMO}": 4}
 
 
 class Bench(NamedTuple):
-    """Where it runs, how large, and until when."""
+    """Place, size and deadline of a run."""
 
     device: torch.device
     dry: bool
@@ -159,7 +159,7 @@ SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 
 def conditions(device: torch.device, dry: bool) -> dict[str, Any]:
-    """What the numbers hold for."""
+    """Conditions of the numbers."""
     found: dict[str, Any] = {"card": "none: the CPU", "dry run": dry}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -189,7 +189,7 @@ def _cell(value: Any) -> str:
 
 
 def run_section(name: str, bench: Bench, folder: Path) -> bool:
-    """Whether it succeeded; if so, its results are in the folder."""
+    """True if it succeeded; then its results are in the folder."""
     start = time.monotonic()
     try:
         results: Mapping[str, Any] = SECTIONS[name](bench)

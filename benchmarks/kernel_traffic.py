@@ -53,7 +53,7 @@ class Traffic(NamedTuple):
     kept: int
 
     def from_memory(self, cache: int) -> int:
-        """What passes a cache of this size: everything once where it holds what is read again, else all."""
+        """Bytes beyond a cache of this size: each once where it holds those that are read again, else all."""
         issued = self.cosines + self.reference + self.gradient + self.scratch
         return self.once if self.kept <= cache else issued
 
@@ -102,6 +102,6 @@ def traffic(
 
 
 def feature_bytes(name: str, features: Tensor, others: int = 0) -> int:
-    """What ``"hash_rows"`` or ``"confirm_equals"`` moves; ``others`` rows have another candidate."""
+    """Bytes that ``"hash_rows"`` or ``"confirm_equals"`` moves; ``others`` rows have another candidate."""
     n, width = features.shape
     return n * (4 * width + 8) if name == "hash_rows" else n * 16 + others * 8 * width

@@ -106,7 +106,7 @@ def measure_memory(name: str, n: int, d: int, threads: int) -> dict[str, float |
 
 
 def conditions(**settings: Any) -> dict[str, Any]:
-    """What figures have to be read with: the machine, the versions, the date."""
+    """Conditions of a measurement: the machine, the versions, the date."""
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),

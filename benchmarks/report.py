@@ -1,4 +1,4 @@
-"""What all benchmarks share beside the measuring: a command line, tables, and the files that they leave."""
+"""Command line, tables and files of all benchmarks."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def page() -> str:
 
 
 def is_test(node: ast.stmt) -> bool:
-    """Whether a statement of a test file is a test."""
+    """True if a statement of a test file is a test."""
     return isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
 
 

@@ -48,7 +48,7 @@ print(time.process_time() - start)
 
 
 class CheckError(Exception):
-    """What a release must not be published with."""
+    """Defect with which a release must not be published."""
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:

@@ -22,7 +22,7 @@ NAMES = {  # of the table, and in the pictures
 
 
 def measured(document: Path = TABLE) -> tuple[str, list[dict[str, list[float]]]]:
-    """What was measured on, and of every loss in the pictures the seconds, then the MiB, at ``BARS_AT``.
+    """The machine, and of every loss in the pictures the seconds, then the MiB, at ``BARS_AT``.
 
     Raises:
         KeyError: if a loss or a size of the pictures is not in the document's tables.

@@ -1,4 +1,4 @@
-"""What eleven ways to learn from a teacher, and RankCLIP without one, do to R@10, from their reports."""
+"""Effect of eleven ways to learn from a teacher, and of RankCLIP, on R@10, from their reports."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def recalls(study: str) -> list[Recall]:
 
 
 def pairs_of(study: str) -> str:
-    """How many pairs the students of a study were trained on, as its report says."""
+    """Number of pairs that the students of a study were trained on, as its report says."""
     report = (REPORTS / f"{study}.md").read_text(encoding="utf-8")
     return re.findall(r"; ([\d,]+) pairs, batches of", report)[0]
 

@@ -17,7 +17,7 @@ SMALL = 10  # points
 
 @dataclass(frozen=True)
 class Colors:
-    """What a theme draws with."""
+    """Colours of a theme."""
 
     text: str
     faint: str  # grids, frames, what stands back

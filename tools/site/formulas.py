@@ -81,7 +81,7 @@ def _word(name: str) -> str:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the bracket at ``opening`` closes."""
+    """Position at which the bracket at ``opening`` closes."""
     depth = 0
     for position in range(opening, len(text)):
         depth += {"(": 1, ")": -1}.get(text[position], 0)

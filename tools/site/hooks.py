@@ -1,4 +1,4 @@
-"""What MkDocs does with the documents on the way to the site.
+"""Changes of the documents by MkDocs on the way to the site.
 
 Documents are read in the repository, too, where links lead to files outside ``docs``, and a few documents
 live at the root. Here such links lead to the repository's own site; a file that does not exist is an error.

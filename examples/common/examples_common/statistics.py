@@ -55,12 +55,12 @@ class Difference(Estimate):
 
     @property
     def nominal(self) -> bool:
-        """Whether it would pass as the only test there is."""
+        """True if it would pass as the only test."""
         return self.n >= MIN_SEEDS and self.p is not None and self.p < ALPHA
 
     @property
     def established(self) -> bool:
-        """Whether it passes after the correction."""
+        """True if it passes after the correction."""
         return self.n >= MIN_SEEDS and self.adjusted is not None and self.adjusted < ALPHA
 
 

@@ -1,4 +1,4 @@
-"""What the examples' commands share: messages, exit statuses, progress bars, and a queue of runs."""
+"""Parts of the examples' commands: messages, exit statuses, progress bars, and a queue of runs."""
 
 import argparse
 import asyncio

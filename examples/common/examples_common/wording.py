@@ -1,4 +1,4 @@
-"""How numbers read, and the reports' templates, which use it."""
+"""Text of numbers, and the reports' templates, which use it."""
 
 from pathlib import Path
 from typing import Any

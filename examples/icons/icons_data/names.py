@@ -27,7 +27,7 @@ _MAX_WORDS = 12
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """What an icon's name says."""
+    """Parts of an icon's name."""
 
     caption: str  # the words of the name, without style, size and numbering
     style: str  # how it is drawn, such as "bold duotone"; empty where the name does not say

@@ -1,4 +1,4 @@
-"""Which icons are trained on: every group of related concepts is on one side, and no drawing is used twice.
+"""Split of the icons: every group of related concepts is on one side, and no drawing is used twice.
 
 A concept is on one side only. Two concepts belong together, and so go to the same side, where a set gives
 one drawing names of both (aliases), and where two drawings of them look alike: "navaid military" and
@@ -37,7 +37,7 @@ _BLANK = 0.005
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Which icons are used, and the side of each."""
+    """The icons that are used, and the side of each."""
 
     kept: list[int]  # positions of the icons that are used
     group: list[str]  # for every icon, the group of its concept

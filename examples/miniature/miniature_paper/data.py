@@ -34,7 +34,7 @@ _ICONS = Path(__file__).resolve().parents[2] / "icons"
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """What :func:`prepare` wrote, for every number of pairs."""
+    """Files that :func:`prepare` wrote, for every number of pairs."""
 
     tables: dict[int, str]  # relative to the output folder
     digests: dict[int, str]  # fingerprints of the table and of everything that is measured on

@@ -1,4 +1,4 @@
-"""What the data support, in words, generated from the verdicts alone."""
+"""Findings that the data support, in words, generated from the verdicts alone."""
 
 from collections.abc import Iterator, Sequence
 from statistics import median
@@ -14,7 +14,7 @@ SUMMARY_HEAD = ("models × seeds", "tests", "better", "worse", _UNCORRECTED, "ex
 
 
 class Tally:
-    """How comparisons came out."""
+    """Outcomes of comparisons."""
 
     def __init__(self, comparisons: Sequence[Cell]) -> None:
         self.all = comparisons

@@ -1,4 +1,4 @@
-"""Which models are trained: settings, the two presets, and what each table and figure needs.
+"""Models to train: settings, the two presets, and the needs of each table and figure.
 
 One setting is one trained model. Exhibits share settings: plain CLIP with seed 0 is in almost all of them
 and is trained once.
@@ -44,7 +44,7 @@ def model_config(backbone: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What one model is trained with."""
+    """Setting of one model's training."""
 
     loss: str
     backbone: str

@@ -42,7 +42,7 @@ _HEAT_MAPS_OF_EACH = 3  # pictures in black, and as many in colour
 
 
 class Measurement:
-    """What is measured of one model: scores by ``TASK/DATA`` and by the score's name."""
+    """Measures of one model: scores by ``TASK/DATA`` and by the score's name."""
 
     def __init__(self, model: ClipModel, icons: Icons, preset: Preset) -> None:
         self.model, self._icons, self._preset = model, icons, preset

@@ -28,7 +28,7 @@ class QuotedSeries:
 
 @dataclasses.dataclass(frozen=True)
 class Quoted:
-    """What one of the paper's exhibits says."""
+    """Numbers of one of the paper's exhibits."""
 
     source: str  # its name in the paper
     setting: str  # what it was trained with

@@ -52,7 +52,7 @@ def key_of(run: Run, data: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the runs are done on."""
+    """Hardware of the runs."""
 
     device: str  # cpu or cuda
     jobs: int  # runs at a time
@@ -81,7 +81,7 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Workshop:
-    """Where models are trained and measured."""
+    """Place of the trainings and measurements."""
 
     output: Path  # the trainer is started here
     icons: Path

@@ -1,4 +1,4 @@
-"""What is read out of a record: every row of the exhibits, and its name for people."""
+"""Scores of a record: every row of the exhibits, and its name for people."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

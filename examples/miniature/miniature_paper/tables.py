@@ -32,7 +32,7 @@ class Cell:
 
     @property
     def digits(self) -> int:
-        """How many decimal places are shown."""
+        """Number of decimal places."""
         return 2 if self.measure.percent else 3
 
     def __str__(self) -> str:
@@ -88,7 +88,7 @@ class Exhibit:
 
     @property
     def title(self) -> str:
-        """What it shows."""
+        """Title of the table."""
         return str(NAMES["exhibits"][self.key])
 
     @property
@@ -113,7 +113,7 @@ class Exhibit:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many models are there, and how many are planned."""
+        """Numbers of finished and of planned models."""
         return sum(trained for _, trained, _ in self.seeds), sum(planned for *_, planned in self.seeds)
 
     @property

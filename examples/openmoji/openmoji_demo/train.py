@@ -50,7 +50,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where the trainer writes its log, checkpoints and TensorBoard events."""
+        """Folder of the trainer's log, checkpoints and TensorBoard events."""
         return self.root / "runs" / self.name
 
     @property

@@ -55,7 +55,7 @@ class Standing:
 
     @property
     def worth(self) -> float:
-        """What tries are ordered by; one that diverged is below every other."""
+        """Key of the order of tries; one that diverged is below every other."""
         return self.differences[self.score].mean if self.differences else float("-inf")
 
 
@@ -154,7 +154,7 @@ def winner(study: Study, arm: str, steps: Sequence[Step]) -> Trial | None:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a study is."""
+    """Progress of a study."""
 
     study: Study  # with the arms that are made of others' winners, as far as these are known
     steps: dict[str, list[Step]]  # the rounds of every arm
@@ -162,7 +162,7 @@ class Progress:
 
     @property
     def over(self) -> bool:
-        """Whether every arm has its winner."""
+        """True if every arm has its winner."""
         return len(self.winners) == len(self.study.names)
 
     @property

@@ -1,4 +1,4 @@
-"""What the rounds maximise, fixed before the first training, and the other scores that they report.
+"""Objective of the rounds, fixed before the first training, and the other scores that they report.
 
 ``templates/objective.md``, a part of the report, says why it is this objective.
 """

@@ -34,7 +34,7 @@ FILES = {"texts": ".npz", "features": ".npz", "components": ".npy", "sentences":
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """What the tries are trained with at a time."""
+    """Settings of the tries of one round."""
 
     epochs: int
     seeds: tuple[int, ...]  # disjoint between rounds
@@ -43,7 +43,7 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """What a grid varies: an argument, or several that have the same value."""
+    """Axis of a grid: an argument, or several that have the same value."""
 
     flags: tuple[str, ...]
     values: tuple[float, ...]  # to begin with, each so many times the one before
@@ -173,7 +173,7 @@ class Study:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """How many seeds a difference takes, given earlier paired differences between the same two losses."""
+    """Number of seeds that a difference takes, given earlier paired differences of the same losses."""
 
     differences: tuple[float, ...]
     difference: float  # to be detected

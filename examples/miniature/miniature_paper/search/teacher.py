@@ -86,7 +86,7 @@ def _kind(path: Path) -> str:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether one of ``FILES`` is whole. Features are a folder, whatever its name ends in."""
+    """True if one of ``FILES`` is whole. Features are a folder, whatever its name ends in."""
     return path.is_file() if path.suffix == ".npy" else bool((read_about(path) or {}).get("complete"))
 
 

@@ -1,4 +1,4 @@
-"""What is tried: settings, and the single trainings in which they are.
+"""Tries: settings, and the single trainings of each.
 
 A trial is the recipe with some of the trainer's arguments changed. It is compared with plain CLIP that has
 the same changes as far as they concern CLIP, which is the batch size.
@@ -68,7 +68,7 @@ RECIPE = Trial("recipe", "none")
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What attempts of one name have in common."""
+    """Common size of the attempts of one name."""
 
     preset: grid.Preset  # whose pairs, batch size and limits they have
     whole: bool = False  # whether the test side is measured with everything that the grid measures
@@ -111,7 +111,7 @@ class Attempt:
 
     @property
     def whole(self) -> bool:
-        """Whether everything is measured that the grid measures."""
+        """True if everything is measured that the grid measures."""
         return SIZES[self.preset].whole and self.side == TEST
 
     @property
