@@ -19,9 +19,9 @@ PICTURES = {
     "schedules": schedules.draw,
     "cost": cost.draw_bars,
     "agreement": agreement.draw,
-    "evidence": forest.draw,
-    "distil": partial(forest.draw, table="distil"),
-    "miniature": partial(forest.draw, table="miniature"),
+    "evidence": partial(forest.draw, tables=("question", "teacher")),
+    "distil": partial(forest.draw, tables=("distil",)),
+    "miniature": partial(forest.draw, tables=("miniature",)),
     "effect": effect.draw,
 }
 

@@ -73,7 +73,7 @@ def draw(colors: Colors) -> Figure:
     sizes = [len(rows) for rows in shown.values()]
     figure = Figure(figsize=(NARROW, 4.6), layout="constrained")
     panels = figure.subplots(len(shown), 1, sharex=True, height_ratios=sizes)
-    difference = comparisons()[0]
+    difference = comparisons("question")[0]
     paired = f" ({difference.mean:+.2f} ± {difference.half_width:.2f})"
     for axes, (study, rows) in zip(panels, shown.items(), strict=True):
         _fill(axes, rows, colors, note=paired if study == "question" else "")

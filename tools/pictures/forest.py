@@ -1,8 +1,9 @@
-"""Every comparison with its interval, from the tables in docs/evidence.md."""
+"""Comparisons with their intervals, from the tables in docs/evidence.md."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from matplotlib.figure import Figure
 from style import SMALL, WIDTH, Colors
 
 DOCUMENT = Path(__file__).parents[2] / "docs/evidence.md"
-_LINK = re.compile(r"\[(.+)\]\((.+)\)")
-_NUMBERS = re.compile(r"([+−]?[\d.]+) ± ([\d.]+)")
+CLIP = "CLIP"
+_HEAD = re.compile(r"\[(.+)\]\((.+)\), (\d+) seeds(?:, (.+))?")
+_NUMBERS = re.compile(r"(\**)([+−]?[\d.]+) ± ([\d.]+)\1")
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A row of a table: a mean paired difference in points, and half of its 95 % interval."""
+    """A cell of a table: a mean paired difference in points, and half of its 95 % interval."""
 
     study: str
     report: str  # the study's, seen from the document
@@ -27,36 +29,47 @@ class Compared:
     mean: float
     half_width: float
     seeds: int
-    tested: bool  # one of the tests that the study was made for
+    tested: bool  # one of the tests that the study was made for: bold
 
 
-def comparisons(table: str = "comparisons", document: Path = DOCUMENT) -> list[Compared]:
-    """Return the rows of the table between the markers of that name.
+def comparisons(table: str, document: Path = DOCUMENT) -> list[Compared]:
+    """Return the differences of the table between the markers of that name, column by column.
+
+    The head of the first column is ``[study](report), n seeds``, and may end in a score. A column is headed
+    ``minus OTHER``, the rows being names; ``NAME minus OTHER``, the rows being scores; or by a score, the
+    rows being names that are compared with CLIP.
 
     Raises:
-        ValueError: If a row has no link to a report, or no difference with an interval.
+        ValueError: If the head has another form, or a cell holds no difference ± half an interval.
     """
     (section,) = re.findall(
         rf"<!-- {table} -->\n(.*?)<!-- /{table} -->", document.read_text(encoding="utf-8"), re.DOTALL
     )
+    lines = re.findall(r"^\|.*\|$", section, re.M)
+    (first, *columns), _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    head = _HEAD.fullmatch(first)
+    if head is None:
+        raise ValueError(f"{document}: no [study](report), n seeds: {first}")
+    study, report, seeds, shared = head.groups()
     found = []
-    for line in re.findall(r"^\|.*\|$", section, re.M)[2:]:
-        study, name, score, difference, seeds, role = (cell.strip() for cell in line.strip("|").split("|"))
-        link, numbers = _LINK.fullmatch(study), _NUMBERS.fullmatch(difference)
-        if link is None or numbers is None:
-            raise ValueError(f"{document}: no [study](report), or no difference ± half an interval: {line}")
-        mean, half_width = (float(number.replace("−", "-")) for number in numbers.groups())
-        name, _, other = name.replace("`", "").partition(" less ")
-        other = other.removeprefix("plain ")
-        found.append(
-            Compared(*link.groups(), name, other, score, mean, half_width, int(seeds), role == "test")
-        )
+    for number, column in enumerate(columns):
+        before, minus, other = (part.strip() for part in column.partition("minus "))
+        for title, *cells in rows:
+            difference = _NUMBERS.fullmatch(cells[number])
+            if difference is None:
+                raise ValueError(f"{document}: no difference ± half an interval: {cells[number]}")
+            mean, half_width = (float(x.replace("−", "-")) for x in difference.groups()[1:])
+            name, score = (before, title) if before and minus else (title, shared if minus else column)
+            tested = bool(difference[1])
+            found.append(
+                Compared(study, report, name, other or CLIP, score, mean, half_width, int(seeds), tested)
+            )
     return found
 
 
-def draw(colors: Colors, table: str = "comparisons") -> Figure:
+def draw(colors: Colors, tables: Sequence[str]) -> Figure:
     """A panel for every study and what it compares with; those of one study have one scale."""
-    rows = comparisons(table)
+    rows = [row for table in tables for row in comparisons(table)]
     grouped: dict[tuple[str, str], list[Compared]] = {}
     for row in rows:
         grouped.setdefault((row.study, row.other), []).append(row)

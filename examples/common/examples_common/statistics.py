@@ -21,7 +21,7 @@ MIN_SEEDS = 3
 
 BETTER = "better"
 WORSE = "worse"
-NOT_TOLD_APART = "not told apart"
+NOT_SIGNIFICANT = "no significant difference"
 TOO_FEW_SEEDS = "too few seeds"
 
 Key = TypeVar("Key", bound=Hashable)
@@ -116,5 +116,5 @@ def verdict(difference: Difference | None, *, above: str = BETTER, below: str = 
     if difference is None or difference.n < MIN_SEEDS:
         return TOO_FEW_SEEDS
     if not difference.established:
-        return NOT_TOLD_APART
+        return NOT_SIGNIFICANT
     return above if difference.mean > 0 else below

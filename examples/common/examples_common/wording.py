@@ -11,7 +11,7 @@ MARKS = {
     "below": "▼",
     "above before": "△",
     "below before": "▽",
-    statistics.NOT_TOLD_APART: "≈",
+    statistics.NOT_SIGNIFICANT: "≈",
     statistics.TOO_FEW_SEEDS: "·",
 }
 _CONSTANTS = {"alpha": ALPHA, "confidence": f"{100 * CONFIDENCE:.0f} %", "min_seeds": MIN_SEEDS}
@@ -78,6 +78,6 @@ def mark(difference: Difference | None) -> str:
     if difference is None:
         return ""
     said = verdict(difference, above="above", below="below")
-    if said == statistics.NOT_TOLD_APART and difference.nominal:
+    if said == statistics.NOT_SIGNIFICANT and difference.nominal:
         said = "above before" if difference.mean > 0 else "below before"
     return MARKS[said]

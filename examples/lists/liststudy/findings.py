@@ -82,7 +82,7 @@ def winner(found: Findings, group: Iterable[str]) -> str | None:
 
 
 def best(found: Findings, group: Iterable[str]) -> tuple[str, list[str]]:
-    """Return the arm of the largest mean, and those of its group that are not told apart from it."""
+    """Return the arm of the largest mean, and those of its group that do not differ significantly from it."""
     means: Mapping[str, float] = {
         arm: value.mean for arm in group if (value := found.estimate(arm, found.primary)) is not None
     }

@@ -93,14 +93,14 @@ def _of_group(found: Findings, where: str, group: Iterable[str]) -> str:
 def _of_clip(found: Findings) -> str:
     by_sign = {sign: [arm for arm in ARMS[1:] if found.sign(arm, CLIP) == sign] for sign in (1, 0, -1)}
     return (
-        f"Above as many further steps of CLIP's loss: {_named(by_sign[1])}. Not told apart: "
+        f"Above as many further steps of CLIP's loss: {_named(by_sign[1])}. No significant difference: "
         f"{_named(by_sign[0])}. Below: {_named(by_sign[-1])}."
     )
 
 
 def _of_pair(found: Findings, model: str) -> str:
     d = found.tests[BESIDE[model], model]
-    text = {1: "better than alone", 0: "not told apart from alone", -1: "worse than alone"}
+    text = {1: "better than alone", 0: "not significantly different from alone", -1: "worse than alone"}
     said = text[found.sign(BESIDE[model], model) or 0]
     return f"`{model}` beside CLIP's loss is {said}: {signed(d.mean)} ({signed(d.low)} to {signed(d.high)})."
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from examples_common.statistics import ALPHA, BETTER, NOT_TOLD_APART, TOO_FEW_SEEDS, WORSE, verdict
+from examples_common.statistics import ALPHA, BETTER, NOT_SIGNIFICANT, TOO_FEW_SEEDS, WORSE, verdict
 from examples_common.wording import seeds_text
 
 from .tables import Cell, Exhibit, QuotedCell
@@ -20,7 +20,7 @@ class Tally:
         self.all = comparisons
         self.above, self.below, self.undecided, self.untested = (
             [cell for cell in comparisons if verdict(cell.difference) == said]
-            for said in (BETTER, WORSE, NOT_TOLD_APART, TOO_FEW_SEEDS)
+            for said in (BETTER, WORSE, NOT_SIGNIFICANT, TOO_FEW_SEEDS)
         )
         self.established = self.above + self.below
         self.tested = [cell for cell in comparisons if cell not in self.untested]

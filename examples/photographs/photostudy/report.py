@@ -97,13 +97,13 @@ _SETTINGS = {"rankclip": "CLIP's best setting", "rankclip-tuned": "its own best 
 
 
 def _of_recall(name: str, d: Difference) -> str:
-    text = {1: "is higher", 0: "is not told apart from CLIP's", -1: "is lower"}[_sign(d)]
+    text = {1: "is higher", 0: "does not differ significantly from CLIP's", -1: "is lower"}[_sign(d)]
     bound = "; none beyond the interval's ends is likely" if _sign(d) == 0 else ""
     return f"**RankCLIP's R@10 in {_SETTINGS[name]} {text}: {_interval(d)}{bound}.**"
 
 
 def _of_term(name: str, d: Difference) -> str:
-    text = {1: "higher", 0: "not told apart", -1: "lower"}[_sign(d)]
+    text = {1: "higher", 0: "no significant difference", -1: "lower"}[_sign(d)]
     return f"`{name}` minus CLIP, R@10: {text}, {_interval(d)}."
 
 
@@ -120,7 +120,9 @@ def _of_gain(found: Findings) -> list[str]:
         said.append(f"{text}.")
     if (scale := found.primary("rankclip, equal scale")) is not None:
         text = (
-            "is not that of a lower scale" if _sign(scale) > 0 else "is not told apart from that of a scale"
+            "is not that of a lower scale"
+            if _sign(scale) > 0
+            else "does not differ significantly from that of a scale"
         )
         said.append(f"The gain {text}: with the scale fixed for both {_interval(scale)}.")
     return said
