@@ -43,7 +43,7 @@ from rankloss.ranking import rank
 # evaluated at once, as many as a core's cache holds. Below the fewest, overhead exceeds the work.
 _WHOLE, _FEWEST_ROWS = 2**22, 128
 _CHUNK, _CHUNK_ELSEWHERE = {"cpu": 2**20}, 2**24
-_LISTS, _LISTS_ELSEWHERE, _FEWEST_LISTS = {"cpu": 2**17}, 2**23, 64
+_LISTS, _LISTS_ELSEWHERE, _FEWEST_LISTS = {"cpu": 2**17}, 2**23, 16
 
 
 # --- any streamed loss ------------------------------------------------------------------------------------
