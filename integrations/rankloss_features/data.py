@@ -28,6 +28,11 @@ class Sample(NamedTuple):
     open: Callable[[], Any]
     source: str | bytes | None = None
 
+    @property
+    def picture(self) -> int | str | bytes:
+        """A key of the picture, equal for all samples that have it."""
+        return self.row if self.source is None else self.source
+
 
 Spans = Sequence[tuple[int, int]]
 """First and last row, the latter excluded, of each batch."""

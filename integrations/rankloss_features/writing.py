@@ -61,9 +61,12 @@ class Batches(IterableDataset[Any]):
                 yield span, [x.row for x in samples], [x.caption for x in samples], prepared
 
     def _readable(self, samples: list[Sample]) -> Iterator[Sample]:
+        opened: dict[Any, Any] = {}
         for sample in samples:
             try:
-                yield sample._replace(open=sample.open().copy)
+                if sample.picture not in opened:
+                    opened[sample.picture] = sample.open()
+                yield sample._replace(open=opened[sample.picture].copy)
             except Exception as error:  # Pillow raises many
                 if not self.data.is_stream:
                     where = f"row {sample.row}: the picture of {sample.name!r}"

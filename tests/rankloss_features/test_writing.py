@@ -9,6 +9,7 @@ import socket
 import tarfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -63,7 +64,9 @@ def test_only_rows_that_do_not_fit_are_computed_again(tmp_path: Path) -> None:
         calls.clear()
 
 
-def test_picture_of_several_captions_is_encoded_once_a_batch(tmp_path: Path) -> None:
+def test_picture_of_several_captions_is_opened_and_encoded_once_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its features are those of a batch in which each row has a picture of its own."""
     lines = table(tmp_path).read_text().splitlines()
     pictures = [line.partition("\t")[0] for line in lines[1:]]
@@ -75,8 +78,11 @@ def test_picture_of_several_captions_is_encoded_once_a_batch(tmp_path: Path) -> 
         encoded[name] += len(features)
         return features
 
+    opened = Mock(wraps=Image.open)
+    monkeypatch.setattr(Image, "open", opened)
     found = written(tmp_path / "shared", csv_data(tmp_path / "shared.csv"), teacher(count), batch_size=ROWS)
     assert encoded == {NAMES[0]: -(-ROWS // 3), NAMES[1]: ROWS}
+    assert opened.call_count == encoded[NAMES[0]]
     single = written(tmp_path / "single", csv_data(tmp_path / "pairs.csv"), teacher(), batch_size=ROWS)
     rows = np.arange(ROWS)
     features, of_pictures = found.check().take(rows), single.take(rows // 3)
