@@ -215,7 +215,7 @@ def own_step(trainer: Trainer, run: Run, scale_factor: float = 1.0) -> dict[str,
     """The second step of a run, from its first checkpoint, by a loop over lists and items."""
     checkpoint = torch.load(run.directory / "checkpoints/epoch_1.pt", map_location="cpu", weights_only=True)
     clip = open_clip.create_model(f"local-dir:{trainer.directory / 'tiny'}")
-    clip.load_state_dict(checkpoint["state_dict"])
+    clip.load_state_dict({k.removeprefix("module."): x for k, x in checkpoint["state_dict"].items()})
     named = list(clip.named_parameters())
     small = [p for name, p in named if p.ndim < 2 or re.search("bn|ln|bias|logit_scale", name)]
     groups = [{"params": small}, {"params": [p for _, p in named if all(p is not x for x in small)]}]
