@@ -77,7 +77,7 @@ def check_tag(tag: str, source: str, changelog: str) -> None:
     if not re.search(rf"^## \[{re.escape(version)}\], \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE):
         raise CheckError(
             f"CHANGELOG.md has no section for {version} with a date: turn its newest heading into "
-            f"`## [{version}], {datetime.date.today()}` (CONTRIBUTING.md, How to release)"
+            f"`## [{version}], {datetime.date.today()}` (CONTRIBUTING.md, Releasing)"
         )
 
 

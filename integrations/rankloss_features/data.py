@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import os
@@ -203,6 +204,21 @@ def _csv(path: str, separator: str, keys: dict[str, str]) -> Any:
             cell = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)[key].iloc[row]
             raise ValueError(f"row {row} of {path}, column {key!r}: {cell!r} is a missing value to open_clip")
     return datasets.Dataset.from_dict({key: [str(x) for x in table[key].tolist()] for key in keys.values()})
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command line that name data, which :func:`open_data` reads."""
+    read = parser.add_argument_group("the data, as the trainer has them")
+    read.add_argument("--data", help="a CSV file, shards, or a folder of datasets")
+    kinds = ("auto", "csv", "webdataset", "datasets")
+    read.add_argument("--dataset-type", default="auto", choices=kinds, help="auto goes by the name")
+    read.add_argument("--csv-separator", default="\t", help="of a CSV file")
+    read.add_argument("--csv-img-key", default="filepath", metavar="KEY", help="column of the image paths")
+    read.add_argument("--csv-caption-key", default="title", metavar="KEY", help="column of the captions")
+    read.add_argument("--text-key", default="txt", metavar="KEY", help="caption's extension in a webdataset")
+    read.add_argument("--image-column", default="image", metavar="NAME", help="of a folder of datasets")
+    read.add_argument("--caption-column", default="caption", metavar="NAME", help="of a folder of datasets")
+    read.add_argument("--split", default="train", help="of a folder of datasets")
 
 
 def open_data(args: Any) -> Data:

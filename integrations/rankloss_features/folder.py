@@ -21,7 +21,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ Array = np.ndarray[Any, Any]
 
 _ABOUT = "features.json"
 _BLOCK = 16_384  # rows that are read together
+_PAIRS = 65_536  # pairs that are hashed together
 
 
 def _hash(data: Any) -> bytes:
@@ -126,43 +127,16 @@ def spaces_of(about: dict[str, Any]) -> str:
     return str(about.get("spaces", SPACES[separate]))
 
 
-class Features:
-    """A folder of a teacher's features.
-
-    Args:
-        path: The folder.
-        unfinished: Accept a folder that lacks some of its rows.
+class Rows:
+    """The rows of a folder, each of which belongs to a pair of the data.
 
     Attributes:
-        about: The entries of ``features.json``.
-        arrays: The features by their names, mapped into memory.
-        common_space: True if images and texts are compared in one space, or one modality is there.
+        path: The folder.
         pairs: The hash of each row's pair.
-        rows: The hash of each row.
-
-    Raises:
-        ValueError: It is no such folder, unfinished, or a file is not as ``features.json`` says.
     """
 
-    def __init__(self, path: str, *, unfinished: bool = False) -> None:
-        self.path, about = path, read_about(Path(path))
-        if about is None:
-            raise ValueError(f"{path} is no folder of `rankloss features`: it has no {_ABOUT}")
-        if not (about["complete"] or unfinished):
-            raise ValueError(
-                f"{path} is unfinished: the command that began it goes on where it stopped. {_ABOUT}, which "
-                f"anyone may have written, quotes it as {about.get('command')!r}"
-            )
-        self.about, widths, rows = about, about["widths"], about["rows"]
-        if not widths or not widths.keys() <= {*NAMES}:
-            raise ValueError(f"{path}/{_ABOUT}: widths must be of {' or '.join(NAMES)}; got {widths}")
-        spaces = spaces_of(about)
-        if spaces not in SPACES:
-            raise ValueError(f"{path}/{_ABOUT}: spaces must be {' or '.join(SPACES)}; got {spaces!r}")
-        self.common_space = spaces == SPACES[0]
-        self.arrays = {x: self._array(x, about["dtype"], (rows, widths[x])) for x in NAMES if x in widths}
-        self.pairs = self._array("pairs", "uint64", (rows,))
-        self.rows = self._array("rows", "uint64", (rows,))
+    path: str
+    pairs: Array
 
     def __reduce__(self) -> Any:
         return type(self), (self.path,)
@@ -214,6 +188,55 @@ class Features:
             row += len(found)
         if row != len(self):
             raise ValueError(f"{self.path} has {len(self)} rows, {where} has {row}: row {row} is missing")
+
+    def compare_columns(self, captions: Sequence[Any], images: Sequence[Any], where: str) -> None:
+        """Compare the rows with two columns, the captions and the images or their paths.
+
+        Raises:
+            ValueError: As :meth:`compare`.
+        """
+        blocks = [slice(first, first + _PAIRS) for first in range(0, len(captions), _PAIRS)]
+        pairs = (([str(x) for x in captions[block]], [name_of(x) for x in images[block]]) for block in blocks)
+        self.compare(pairs, where)
+
+
+class Features(Rows):
+    """A folder of a teacher's features.
+
+    Args:
+        path: The folder.
+        unfinished: Accept a folder that lacks some of its rows.
+
+    Attributes:
+        about: The entries of ``features.json``.
+        arrays: The features by their names, mapped into memory.
+        common_space: True if images and texts are compared in one space, or one modality is there.
+        pairs: The hash of each row's pair.
+        rows: The hash of each row.
+
+    Raises:
+        ValueError: It is no such folder, unfinished, or a file is not as ``features.json`` says.
+    """
+
+    def __init__(self, path: str, *, unfinished: bool = False) -> None:
+        self.path, about = path, read_about(Path(path))
+        if about is None:
+            raise ValueError(f"{path} is no folder of `rankloss features`: it has no {_ABOUT}")
+        if not (about["complete"] or unfinished):
+            raise ValueError(
+                f"{path} is unfinished: the command that began it goes on where it stopped. {_ABOUT}, which "
+                f"anyone may have written, quotes it as {about.get('command')!r}"
+            )
+        self.about, widths, rows = about, about["widths"], about["rows"]
+        if not widths or not widths.keys() <= {*NAMES}:
+            raise ValueError(f"{path}/{_ABOUT}: widths must be of {' or '.join(NAMES)}; got {widths}")
+        spaces = spaces_of(about)
+        if spaces not in SPACES:
+            raise ValueError(f"{path}/{_ABOUT}: spaces must be {' or '.join(SPACES)}; got {spaces!r}")
+        self.common_space = spaces == SPACES[0]
+        self.arrays = {x: self._array(x, about["dtype"], (rows, widths[x])) for x in NAMES if x in widths}
+        self.pairs = self._array("pairs", "uint64", (rows,))
+        self.rows = self._array("rows", "uint64", (rows,))
 
     def present(self, rows: Any) -> Array:
         """Presence of features per row: a picture that could not be read has none."""

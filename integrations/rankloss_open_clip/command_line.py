@@ -26,7 +26,7 @@ HOST = Host(
     biased="--siglip",
     teacher="name it with --distill-model and --distill-pretrained",
     progress="run `rankloss doctor` for advice",
-    serves=("caption", "folder", "lists", "state"),
+    serves=("caption", "folder", "lists", "orders", "state"),
 )
 
 # --- the run that is asked for --------------------------------------------------------------------------

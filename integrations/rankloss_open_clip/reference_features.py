@@ -20,13 +20,12 @@ from torch import Tensor
 from rankloss.checks import check_teacher
 from rankloss_features import Features
 from rankloss_features.data import IMAGES
-from rankloss_features.folder import NAMES, Array, hash_of_pair, name_of
+from rankloss_features.folder import NAMES, Array, hash_of_pair
 from rankloss_open_clip.companions import Companion, Sample
 
 IN_SAMPLES = {"samples": NAMES, "samples:image": NAMES[:1], "samples:text": NAMES[1:]}
 """The values that mean members of a webdataset's samples, and which members."""
 
-_BLOCK = 65_536  # pairs that are hashed together
 _logger = logging.getLogger("rankloss_open_clip")
 
 
@@ -70,10 +69,7 @@ class ReferenceFeatures(Companion):
         """The rows of the folder, once every pair is compared with the folder's."""
         if self.folder is None:
             raise ValueError(f"{path} is a CSV file, and has no {self.name}: give a folder of features")
-        captions, images = dataset.captions, dataset.images
-        blocks = [slice(first, first + _BLOCK) for first in range(0, len(captions), _BLOCK)]
-        pairs = (([str(x) for x in captions[block]], [name_of(x) for x in images[block]]) for block in blocks)
-        self.folder.compare(pairs, path)
+        self.folder.compare_columns(dataset.captions, dataset.images, path)
         return self._of_row
 
     def of_sample(self, sample: Sample, caption: str) -> str | None:

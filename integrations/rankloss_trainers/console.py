@@ -7,6 +7,8 @@ exit code is 0 if no installed trainer has a problem, else 1.
 
 ``rankloss features``: a teacher's features of a training's pairs, computed once (:mod:`rankloss_features`).
 
+``rankloss orders``: lists of ids, by which the pairs of a batch are ranked (:mod:`rankloss_trainers.orders`).
+
 ``python -m rankloss`` is the same command.
 """
 
@@ -30,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rankloss_features.command import main as features
 
             return features(argv[1:])
+    if argv[:1] == ["orders"]:
+        with extra("features"):
+            from rankloss_trainers.orders.command import main as orders
+
+            return orders(argv[1:])
     parser = argparse.ArgumentParser(prog="rankloss", description="Losses for CLIP training, in any trainer.")
     parser.add_argument("--version", action="version", version=f"rankloss {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -37,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     losses = commands.add_parser("losses", help="list the losses, or the options of some")
     losses.add_argument("names", nargs="*", metavar="NAME", help="show the options of these")
     commands.add_parser("features", help="compute a teacher's features of the training data", add_help=False)
+    commands.add_parser("orders", help="keep lists of ids, by which a batch is ranked", add_help=False)
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()

@@ -17,7 +17,7 @@ from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.options import CHOICES, RankOptions
 from rankloss_trainers.catalog import LossEntry, Option, Options, changed, weight
-from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.logging import RankClipLog, ScheduleLog
 
 # --- RankCLIP -------------------------------------------------------------------------------------------
 
@@ -57,6 +57,7 @@ _FOLDER = (
 _UNIT = "evaluate the schedule per epoch or per optimizer step; a run of one epoch goes by steps"
 _DISTILL = "include or exclude the own distillation term of a trainer that distils from a teacher"
 _AGREEMENT = "log the batch's rank agreement, Kendall's tau, measured at every so many optimizer steps"
+_ORDERS = "rank a batch by the lists of ids in a folder of `rankloss orders`"
 _RANKCLIP_OPTIONS = (
     Option("schedule", "rankclip", "course of lambda over training", {"choices": schedules.NAMES}),
     Option("schedule-unit", "epoch", _UNIT, {"choices": ("epoch", "step")}, for_trainer=True),
@@ -67,17 +68,24 @@ _RANKCLIP_OPTIONS = (
     Option("reference-features", None, f"rank by {_FOLDER}", {"metavar": "FOLDER"}, "none", for_trainer=True),
     Option("distill-loss", "include", _DISTILL, {"choices": ("include", "exclude")}, for_trainer=True),
     Option("agreement-every", None, _AGREEMENT, _STEPS, "never", for_trainer=True),
+    Option("orders", None, _ORDERS, {"metavar": "FOLDER"}, "none"),
 )
+_WITH_ORDERS = {"lambda_cross", "lambda_in", "schedule", "schedule_unit", "top_k", "orders", *_STREAMING}
 
 
 def _build_rankclip(base: nn.Module, options: Options, gather: Gather) -> rankloss.RankClipLoss:
+    loss: type[rankloss.RankClipLoss] = rankloss.RankClipLoss
     if options["lists"] == "batch" and gather.gather_with_grad:
         # One list of the whole batch is exact on every process, and so are a base's own rows.
         gather = dataclasses.replace(gather, local_loss=False)
     if type(base) is rankloss.ClipLoss or type(base) is rankloss.SigLipLoss:  # a subclass has other arguments
         base = type(base)(gather=base.gather, **_streaming(options))
+    if options["orders"] is not None:
+        from rankloss_trainers.orders.loss import OrderedRankClipLoss
+
+        loss = OrderedRankClipLoss
     names = ["schedule", "lambda_cross", "lambda_in", *(field.name for field in _RANK_FIELDS)]
-    return rankloss.RankClipLoss(base, gather=gather, **{name: options[name] for name in names})
+    return loss(base, gather=gather, **{name: options[name] for name in names})
 
 
 def _has_teacher(options: Options) -> bool:
@@ -103,7 +111,37 @@ def _rankclip_unit(options: Options, epochs: float) -> str:
     return str(options["schedule_unit"])
 
 
+def _refuse_orders(options: Options) -> str | None:
+    """The reason against the orders of a folder: they rank by themselves, in the way that they do."""
+    others = (x for x in _RANKCLIP_OPTIONS if x.own_key not in _WITH_ORDERS)
+    if text := changed(others, options):
+        return f"orders: {options['orders']} excludes {text}"
+    try:
+        from rankloss_trainers.orders.folder import Orders
+
+        Orders(options["orders"]).check()
+    except ValueError as error:
+        return f"orders: {error}"
+    return None
+
+
+def _orders_of(options: Options) -> list[Any]:
+    if options["orders"] is None:
+        return []
+    from rankloss_trainers.orders.loss import OrderCompanion
+
+    return [OrderCompanion(options["orders"])]
+
+
+def _log_of(options: Options) -> Any:
+    if options["orders"] is None:
+        return RankClipLog(options["agreement_every"])
+    return ScheduleLog()
+
+
 def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
+    if options["orders"] is not None and (reason := _refuse_orders(options)):
+        return reason
     if options["reference"] == "own" and options["reference_features"] is not None:
         return f"reference_features: {options['reference_features']} excludes reference own"
     if not _has_teacher(options) and options["reference_scale"] is not None:
@@ -157,7 +195,8 @@ RANKCLIP = LossEntry(
     in_separate_spaces=_rankclip_in_separate_spaces,
     reference_features=lambda options: options["reference_features"],
     keeps_distillation=lambda options: options["distill_loss"] == "include",
-    log=lambda options: RankClipLog(options["agreement_every"]),
+    companions=_orders_of,
+    log=_log_of,
     citation=_CITATION,
 )
 

@@ -68,6 +68,7 @@ NEEDS = {
     "caption": "a second caption of each image",
     "folder": "a folder of a teacher's features (reference_features)",
     "lists": "a list of graded candidates of each query",
+    "orders": "lists of ids (orders)",
     "state": "a state in checkpoints",
     "parameters": "parameters of its own, which an optimizer has to train",
 }
@@ -264,7 +265,9 @@ class Runtime(nn.Module):
         self.takes_lists = any(
             "candidate_features" in inspect.signature(x.forward).parameters for x in loss.modules()
         )
-        needs = {"lists": self.takes_lists, "parameters": has_parameters, "state": loss.state_dict()}
+        ordered = any("order_listed" in inspect.signature(x.forward).parameters for x in loss.modules())
+        needs = {"lists": self.takes_lists, "orders": ordered, "parameters": has_parameters}
+        needs["state"] = bool(loss.state_dict())
         reason = reason or _unserved(host, self.name, needs)
         if reason is not None:
             raise ValueError(reason)
@@ -421,7 +424,7 @@ OWN_LOOP = Host(
     biased="a SigLipLoss as base",
     teacher=f"call it with {' and '.join(TEACHER)}",
     progress="call set_epoch or set_progress",
-    serves=("caption", "lists", "state", "parameters"),
+    serves=("caption", "lists", "orders", "state", "parameters"),
 )
 
 

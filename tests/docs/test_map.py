@@ -47,7 +47,7 @@ def test_every_file_is_on_the_map_once_and_nothing_else(folder: str) -> None:
 
 
 def test_every_file_that_the_recipes_name_exists() -> None:
-    recipes = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## How to add")[2]
+    recipes = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Adding")[2]
     named = {
         name
         for name in re.findall(r"`((?:\w+/)+[\w.]*)`", recipes)

@@ -33,7 +33,7 @@ FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name not i
 
 
 def test_every_option_of_the_rank_terms_can_be_typed_but_those_without_a_use() -> None:
-    own = {"schedule", "schedule_unit", "lambda_cross", "lambda_in", "agreement_every"}
+    own = {"schedule", "schedule_unit", "lambda_cross", "lambda_in", "agreement_every", "orders"}
     own |= {"reference", "reference_features", "distill_loss"}
     assert {option.key for option in RANKCLIP.options} == own | {field.name for field in FIELDS}
 

@@ -190,7 +190,9 @@ def own_loop(
         seen = []
         for size in sizes:
             inputs, start = pairs.batch(start, start + size), start + size
-            given = {name: inputs.pop(name) for name in [*inputs] if name.startswith("reference_")}
+            given = {
+                name: inputs.pop(name) for name in [*inputs] if name.startswith(("reference_", "order_"))
+            }
             caption = inputs.pop("caption_input_ids", None)
             inputs.pop("caption_attention_mask", None)
             output = model(**inputs)

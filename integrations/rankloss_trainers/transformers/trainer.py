@@ -16,6 +16,7 @@ from rankloss.options import check_count
 from rankloss_features.binding import COLUMN
 from rankloss_trainers.cached import embedding_in
 from rankloss_trainers.extras import extra
+from rankloss_trainers.orders.folder import ARGUMENTS as ORDERS
 from rankloss_trainers.runtime import BY_STEPS, Entries, Host, Runtime
 from rankloss_trainers.transformers import embeddings, teacher
 
@@ -33,7 +34,7 @@ HOST = Host(
     biased="a model that has a logit_bias",
     teacher=f"give the columns {' and '.join(TEACHER)}, or loss_options {{'reference_features': FOLDER}}",
     progress="train with trainer.train()",
-    serves=("caption", "folder", "lists", "state"),
+    serves=("caption", "folder", "lists", "orders", "state"),
     defaults={**BY_STEPS, "base_loss": "exclude"},
 )
 
@@ -167,9 +168,9 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def _of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
         trains, run, captions = torch.is_grad_enabled(), self.loss_runtime, self.loss_runtime.captions
-        references = {name: inputs[name] for name in TEACHER if name in inputs}
+        of_loss = {name: inputs[name] for name in (*TEACHER, *ORDERS) if name in inputs}
         # The model's own loss is of this process alone, and would be computed for nothing.
-        inputs = {x: inputs[x] for x in inputs if x not in ("return_loss", COLUMN, *TEACHER)}
+        inputs = {x: inputs[x] for x in inputs if x not in ("return_loss", COLUMN, *of_loss)}
         if captions is not None:
             select = embeddings.with_captions if trains else embeddings.without_captions
             inputs = select(inputs, captions)
@@ -183,7 +184,7 @@ class ContrastiveTrainer(transformers.Trainer):
         if captions is not None:
             texts, of_captions = features["text_features"].chunk(2)
             features.update(text_features=texts, caption_features=of_captions)
-        return outputs, run(**features, **references)
+        return outputs, run(**features, **of_loss)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add the metrics of lists to those of an evaluation."""
@@ -230,7 +231,7 @@ class ContrastiveTrainer(transformers.Trainer):
         # Columns that the loss takes and the model does not, which would be dropped as unused.
         of_captions = [] if captions is None else [f"{captions}_{name}" for name in columns]
         of_lists = lists.COLUMNS if self.loss_runtime.takes_lists else ()
-        kept = dict.fromkeys([*columns, *of_captions, *of_lists, *TEACHER, COLUMN])
+        kept = dict.fromkeys([*columns, *of_captions, *of_lists, *TEACHER, *ORDERS, COLUMN])
         self._signature_columns: Any = list(kept)
 
 

@@ -1,0 +1,221 @@
+"""RankCLIP's terms, ranked by lists of ids that come with the pairs."""
+
+from __future__ import annotations
+
+import base64
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import rankloss
+from rankloss import graded
+from rankloss.distributed import gather_once
+from rankloss.losses import base_entries, combined
+from rankloss.precision import arithmetic_dtype, full_precision, nan_unless_finite, outside_graphs, product
+from rankloss_features.folder import Array, hash_of_pair
+from rankloss_trainers.orders.folder import ARGUMENTS, Orders
+
+
+class OrderedRankClipLoss(rankloss.RankClipLoss):
+    r"""RankCLIP's loss with the lists of a search engine, a reranker or a person as rankings.
+
+    Picture i of the batch has a list ℓ(i) of other pictures with grades. The item of pair i in either
+    modality ranks those of the batch: its own pair first, then the listed ones by their grades, equal grades
+    tied; all others stand below and are not counted. With S, R, I and X as in :class:`rankloss.RankClipLoss`
+    and C(· | ℓ) the mean over the lists of their Plackett–Luce NLL per counted item,
+
+        cross = ½[C(S | ℓ) + C(R | ℓ)],   in = ½[C(I | ℓ) + C(X | ℓ)],
+
+    the own pair being left out of ``in``, where a list without a listed item in the batch counts nothing.
+    The N·n scores of a term's matrix are held at once.
+
+    Args:
+        base: As of :class:`rankloss.RankClipLoss`.
+        **options: Likewise ``schedule``, ``lambda_cross``, ``lambda_in``, ``normalizer``, ``top_k`` and
+            ``gather``.
+
+    Shapes:
+        As :class:`rankloss.RankClipLoss`, and ``order_pictures``, ``[N]``, integers, the number of each row's
+        picture; ``order_listed``, ``[N, K]``, those of its list, negative where there is none;
+        ``order_grades``, ``[N, K]``. :meth:`rankloss_trainers.orders.Orders.take` has them.
+
+    Example:
+        >>> v = torch.eye(3)
+        >>> loss = OrderedRankClipLoss(schedule="constant", lambda_in=0.0)
+        >>> lists = {"order_pictures": torch.arange(3), "order_grades": torch.ones(3, 1)}
+        >>> lists["order_listed"] = torch.tensor([[1], [2], [-1]])
+        >>> sorted(loss(v, v, 10.0, output_dict=True, **lists))
+        ['contrastive_loss', 'cross_modal_loss', 'in_modal_loss']
+    """
+
+    @outside_graphs
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        *,
+        order_pictures: Tensor | None = None,
+        order_listed: Tensor | None = None,
+        order_grades: Tensor | None = None,
+        **base_inputs: Any,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or with ``output_dict`` its summands; ``base_inputs`` are the base's."""
+        inputs = image_features, text_features, logit_scale, logit_bias
+        weights = self.rank_weights
+        self.consistency.check_inputs(*inputs, one_space=bool(weights["cross_modal"]))
+        lists = _checked_lists(len(image_features), order_pictures, order_listed, order_grades)
+        with gather_once():
+            entries = base_entries(self.base, *inputs, **base_inputs)
+            with full_precision(image_features.device):
+                own = self._terms(weights, image_features, text_features, logit_scale, lists)
+        return combined(entries, own, output_dict)
+
+    def _terms(
+        self,
+        weights: dict[str, float],
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        lists: tuple[Tensor, Tensor, Tensor],
+    ) -> dict[str, Tensor]:
+        """Both terms times their weights; zero where a weight is."""
+        gather, dtype = self.consistency.gather, arithmetic_dtype(image_features, text_features)
+        images, texts = (x.to(dtype) for x in gather(image_features, text_features))
+        pictures, listed, grades = lists
+        everyone = gather.items(pictures, are_anchors=False)
+        rows = slice(None)
+        if gather.anchors_are_local:
+            first = gather.first_row(len(pictures))
+            rows = slice(first, first + len(pictures))
+            anchors = image_features.to(dtype), text_features.to(dtype)
+        else:
+            listed, grades = gather.items(listed), gather.items(grades)
+            anchors = images, texts
+        own = torch.arange(len(everyone), device=everyone.device)[rows, None]
+        place, is_there = _places(everyone, listed)
+        found = {}
+        for name, items in (("cross_modal", (texts, images)), ("in_modal", (images, texts))):
+            total = images.new_zeros(())
+            for queries, others in zip(anchors, items, strict=True) if weights[name] else ():
+                scores = product(queries * logit_scale, others.T)
+                values, terms = self._of_lists(scores, own, place, is_there, grades, name == "cross_modal")
+                total = total + self._mean(values, terms) / 2
+            total = nan_unless_finite(total, image_features, text_features).to(dtype)
+            found[f"{name}_loss"] = weights[name] * total
+        return found
+
+    def _of_lists(
+        self, scores: Tensor, own: Tensor, place: Tensor, is_there: Tensor, grades: Tensor, with_own: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The value of each list, and the number of its counted items."""
+        grades = grades.to(torch.float32 if scores.device.type == "mps" else torch.float64)
+        is_rest = torch.ones_like(scores, dtype=torch.bool).scatter(1, own, False)
+        # Places that hold nothing repeat the own one, and have the grade of padding.
+        place, grades = place.where(is_there, own), grades.masked_fill(~is_there, torch.inf)
+        is_rest = is_rest.scatter(1, place, False)
+        if with_own:
+            best = grades.masked_fill(~is_there, 0.0).amax(1, keepdim=True) + 1
+            place, grades = torch.cat([own, place], 1), torch.cat([best, grades], 1)
+        x, rest = scores.gather(1, place).to(grades.dtype), scores.masked_fill(~is_rest, -torch.inf)
+        return graded.plackett_luce(x, grades, rest, top_k=self.consistency.options.top_k)
+
+    def _mean(self, values: Tensor, terms: Tensor) -> Tensor:
+        """The mean over the lists that count, those of all processes."""
+        gather, count = self.consistency.gather, (terms > 0).sum()
+        total = (values / terms.clamp_min(1)).sum()
+        if gather.anchors_are_local:
+            count, total = gather.items(count[None]).sum(), total * gather.place[1]
+        return total / count.clamp_min(1)
+
+
+def _checked_lists(n: int, *lists: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The three arguments.
+
+    Raises:
+        ValueError: One is missing, of another shape, or of another type.
+    """
+    pictures, listed, grades = lists
+    if pictures is None or listed is None or grades is None:
+        raise ValueError(
+            f"ranking by orders needs {', '.join(ARGUMENTS)} of each pair; "
+            "rankloss_trainers.orders.bind adds them to a dataset"
+        )
+    fits = pictures.shape == (n,) and listed.shape[:-1] == (n,) and grades.shape == listed.shape
+    if not fits or pictures.is_floating_point() or listed.is_floating_point():
+        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (pictures, listed, grades))
+        raise ValueError(
+            f"order_pictures must be integers of shape [N] = ({n},), order_listed integers [N, K], and "
+            f"order_grades [N, K]; got {shapes}"
+        )
+    return pictures, listed, grades
+
+
+def _places(everyone: Tensor, listed: Tensor) -> tuple[Tensor, Tensor]:
+    """The column of each listed picture in the batch, the first of several, and whether it has one."""
+    ordered, order = everyone.sort(stable=True)
+    found = torch.searchsorted(ordered, listed).clamp_max(len(ordered) - 1)
+    return order[found], ordered[found] == listed
+
+
+class OrderCompanion:
+    """The orders of a folder, which travel with the captions through open_clip's trainer.
+
+    A companion as :class:`rankloss_open_clip.companions.Companion` describes it.
+
+    Args:
+        path: The folder of ``rankloss orders``.
+    """
+
+    name = "list of ids"
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @functools.cached_property
+    def folder(self) -> Orders:
+        """The folder."""
+        return Orders(self.path)
+
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Callable[[int], str]:  # noqa: ARG002
+        """The rows of the folder, once every pair is compared with the folder's."""
+        self.folder.compare_columns(dataset.captions, dataset.images, path)
+        return self._of_row
+
+    def of_sample(self, sample: dict[str, Any], caption: str) -> str:
+        """The row of a webdataset sample.
+
+        Raises:
+            ValueError: The folder has no such pair.
+        """
+        row = self.folder.find(hash_of_pair(caption, sample["__key__"]))
+        if row is None:
+            where = f"sample {sample['__key__']!r} of {sample.get('__url__')}"
+            raise ValueError(f"{where} with caption {caption!r} has no row in {self.folder.path}")
+        return self._of_row(row)
+
+    def _of_row(self, row: int) -> str:
+        pictures, listed, grades = self.folder.take(np.array([row])).values()
+        numbers: Array = np.concatenate([pictures, listed[0], grades[0].astype(np.float64).view(np.int64)])
+        return base64.b64encode(numbers.tobytes()).decode()
+
+    def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
+        """A row of integers for each list."""
+        return torch.from_numpy(np.stack([np.frombuffer(base64.b64decode(x), np.int64) for x in texts]))
+
+    def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:  # noqa: ARG002
+        """The texts, to which a list adds none."""
+        return texts
+
+    def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
+        """The output and the lists, by the names that the loss has for them."""
+        longest = self.folder.listed.shape[1]
+        numbers = encoded[:, : 1 + 2 * longest].split([1, longest, longest], 1)
+        grades = numbers[2].contiguous().view(torch.float64)
+        return {**output, **dict(zip(ARGUMENTS, (numbers[0][:, 0], numbers[1], grades), strict=True))}
