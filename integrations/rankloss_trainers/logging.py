@@ -50,23 +50,6 @@ def chance(options: rankloss.RankOptions, pairs: int) -> float | None:
     return (math.lgamma(items + 1) - math.lgamma(items - counted + 1)) / counted
 
 
-class ScheduleLog:
-    """``rank_lambda``, the schedule's λ, to log beside the terms."""
-
-    def __call__(
-        self,
-        criterion: nn.Module,
-        entries: Mapping[str, Tensor],  # noqa: ARG002
-        step: int,  # noqa: ARG002
-        inputs: Mapping[str, Any],
-    ) -> dict[str, Tensor]:
-        """The entry of one call."""
-        rank_clip = next(x for x in criterion.modules() if isinstance(x, rankloss.RankClipLoss))
-        return {
-            "rank_lambda": torch.full((), rank_clip.schedule_value, device=inputs["image_features"].device)
-        }
-
-
 @dataclass
 class RankClipLog:
     """Entries to log beside the terms of RankCLIP.

@@ -17,7 +17,7 @@ from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.options import CHOICES, RankOptions
 from rankloss_trainers.catalog import LossEntry, Option, Options, changed, weight
-from rankloss_trainers.logging import RankClipLog, ScheduleLog
+from rankloss_trainers.logging import RankClipLog
 
 # --- RankCLIP -------------------------------------------------------------------------------------------
 
@@ -136,7 +136,9 @@ def _orders_of(options: Options) -> list[Any]:
 def _log_of(options: Options) -> Any:
     if options["orders"] is None:
         return RankClipLog(options["agreement_every"])
-    return ScheduleLog()
+    from rankloss_trainers.orders.loss import log_orders
+
+    return log_orders
 
 
 def _refuse_rankclip(options: Options, gather: Gather) -> str | None:

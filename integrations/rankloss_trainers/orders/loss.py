@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rankloss
 from rankloss import graded
@@ -133,6 +133,23 @@ class OrderedRankClipLoss(rankloss.RankClipLoss):
         if gather.anchors_are_local:
             count, total = gather.items(count[None]).sum(), total * gather.place[1]
         return total / count.clamp_min(1)
+
+
+def log_orders(
+    criterion: nn.Module,
+    entries: Mapping[str, Tensor],  # noqa: ARG001
+    step: int,  # noqa: ARG001
+    inputs: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Entries to log beside the terms: λ, and the fraction of the listed pictures that are in the batch."""
+    loss = next(x for x in criterion.modules() if isinstance(x, OrderedRankClipLoss))
+    listed = inputs["order_listed"]
+    everyone = loss.consistency.gather.items(inputs["order_pictures"], are_anchors=False)
+    is_listed, is_there = listed >= 0, _places(everyone, listed)[1]
+    return {
+        "rank_lambda": torch.full((), loss.schedule_value, device=listed.device),
+        "listed_in_batch": (is_there & is_listed).sum() / is_listed.sum().clamp_min(1),
+    }
 
 
 def _checked_lists(n: int, *lists: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -72,6 +72,7 @@ def assert_own_step(trainer: Trainer, run: Run, folder: str) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
     assert (found["text_projection"] - before["text_projection"]).abs().max() > 1e-3
     assert min(run.scalars["in_modal_loss"].values()) > 0
+    assert set(run.scalars["listed_in_batch"].values()) == {1.0}  # a batch of all pairs
 
 
 @pytest.fixture(scope="module")
