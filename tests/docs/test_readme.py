@@ -82,10 +82,20 @@ def ways_to_learn() -> list[str]:
     return [f"from {before} to {ranks}", f"to {mimicry}", f"{seeds} seeds"]
 
 
+def photographs() -> list[str]:
+    """… and of photographs, from their report."""
+    report = (ROOT / "examples/photographs/report/part1.md").read_text(encoding="utf-8")
+    (below,) = re.findall(r"^\| `rankclip` +\| `clip` +\| −([\d.]+ ± [\d.]+)", report, re.MULTILINE)
+    arms = report.partition("## The test side")[2].partition("## The tests")[0]
+    lines = re.findall(r"^\| `(?:clip|rankclip)` .*$", arms, re.MULTILINE)
+    clip, rankclip = (f"{float(line.split('|')[5].split(' ±')[0]):.1f}" for line in lines)
+    return [f"{below} below", f"τ_c {rankclip} against {clip}"]
+
+
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("README.md", [answer, ways_to_learn]),
+        ("README.md", [answer, ways_to_learn, photographs]),
         ("docs/evidence.md", [answer, effect_of_a_teacher, ways_to_learn]),
         ("examples/miniature/README.md", [effect_of_a_teacher, ways_to_learn]),
     ],
