@@ -272,7 +272,12 @@ RIVALS = LossEntry(
     options=(
         *(Option(name, 0.0, f"weight of the term {name}", _NUMBER) for name in TERMS),
         *(Option(f"{name}-scale", None, f"scale of {name}", _SCALE, "the student's") for name in SCALED),
-        Option("rank-lambda", 0.0, "multiplies lambda of the rank terms held against the teacher", _NUMBER),
+        Option(
+            "rank-lambda",
+            0.0,
+            "multiplies lambda of the terms ranked by the teacher",
+            _NUMBER,
+        ),
         Option("rank-top-k", 8, "how many of the teacher's ranks count", {"type": int, "metavar": "K"}),
         Option(
             "components",
