@@ -68,18 +68,19 @@ def findings(sizes: Plan, finds: Mapping[str, Find]) -> Findings:
     )
 
 
-def orders_help(found: Findings) -> bool:
-    """Return the plan's decision on the folder of orders.
+def orders_help(found: Findings) -> list[str]:
+    """Return the data sets on which orders help: with any, the plan gives the product a folder of orders.
 
-    With orders R@10 is above CLIP's in random batches, or with neighbours above CLIP's in either.
+    R@10 is above CLIP's in random batches, or with neighbours above CLIP's in both kinds of batches.
     """
-    return any(
-        found.above(data, ORDERS, CLIP)
-        or (found.above(data, NEAR_ORDERS, CLIP) and found.above(data, NEAR_ORDERS, NEAR_CLIP))
+    return [
+        data
         for data in found.records
-    )
+        if found.above(data, ORDERS, CLIP)
+        or (found.above(data, NEAR_ORDERS, CLIP) and found.above(data, NEAR_ORDERS, NEAR_CLIP))
+    ]
 
 
-def neighbours_help(found: Findings) -> bool:
-    """Return the plan's decision on the sampler: orders help, and more in batches drawn with neighbours."""
-    return orders_help(found) and any(found.above(data, NEAR_ORDERS, ORDERS) for data in found.records)
+def neighbours_help(found: Findings) -> list[str]:
+    """Return the data sets on which neighbours help orders: with any, the plan gives it the sampler, too."""
+    return [data for data in found.records if orders_help(found) and found.above(data, NEAR_ORDERS, ORDERS)]

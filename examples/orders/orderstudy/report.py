@@ -55,17 +55,18 @@ def conclusions(found: Findings, seeds: int, left_out: list[str]) -> list[str]:
         return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
     if found.missing or left_out:
         return []
-    orders = "helps" if orders_help(found) else "is not shown to help"
-    sampler = "are above" if neighbours_help(found) else "are not shown to be above"
-    product = {
-        (False, False): "The product gets neither a folder of orders nor the sampler.",
-        (True, False): "The product gets the folder of orders without the sampler.",
-        (True, True): "The product gets the folder of orders and the sampler.",
-    }[orders_help(found), neighbours_help(found)]
+    orders, neighbours = orders_help(found), neighbours_help(found)
+    sampler = "and the sampler" if neighbours else "without the sampler"
+    product = f"the folder of orders {sampler}" if orders else "neither the folder of orders nor the sampler"
     return [
-        f"**In-batch ranking by ordered ids {orders}. {product}**",
-        f"Batches drawn with neighbours {sampler} random batches.",
+        f"**In-batch ranking by ordered ids {_raises(orders)}.**",
+        f"With it, drawing batches with neighbours {_raises(neighbours)}.",
+        f"By the plan the product gets {product}.",
     ]
+
+
+def _raises(data: list[str]) -> str:
+    return f"raises R@10 on {' and '.join(data)}" if data else "is not shown to raise R@10"
 
 
 def _part(found: Findings, data: str, seeds: int) -> dict[str, Any]:
