@@ -75,6 +75,14 @@ lists: lists-full
 $(LISTS): lists-%: $(VENV)/.photographs
 	$(BIN)/python examples/lists/run.py --preset $* $(if $(DATA),--data '$(DATA)') $(LISTS_ARGS)
 
+## In-batch ranking by ordered ids, in random batches and in batches drawn with neighbours: under an hour of one core, or
+## a smoke test of a minute. Repeat to resume.
+ORDERS := orders-quick orders-full
+.PHONY: orders $(ORDERS)
+orders: orders-full
+$(ORDERS): orders-%: $(VENV)/.photographs
+	$(BIN)/python examples/orders/run.py --preset $* $(if $(DATA),--data '$(DATA)') $(ORDERS_ARGS)
+
 $(VENV)/.photographs: $(VENV)/.examples
 	$(PIP_INSTALL) --editable '.[examples]' --editable 'examples[photographs]'
 	touch $@

@@ -1,0 +1,125 @@
+"""The report, from the records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from examples_common.records import Store
+from examples_common.statistics import MIN_SEEDS, Difference
+from examples_common.wording import difference_text, fill, mark, mean_text, p_text
+
+from .findings import Findings, findings, neighbours_help, orders_help
+from .plan import ARMS, COMPARISONS, PRIMARY, SECONDARY, Find, Plan, Search, best
+from .train import Setting
+
+_TOGETHER = "listed in batch"
+
+
+def write(sizes: Plan, stores: Mapping[str, Store], folder: Path) -> Path:
+    """Write the report and return its path."""
+    finds = {name: finder(store) for name, store in stores.items() if store.path.is_file()}
+    if not finds:
+        raise RuntimeError(f"{next(iter(stores.values())).path}: holds no record: nothing to report")
+    found = findings(sizes, finds)
+    left_out = [name for name in SECONDARY if name not in finds]
+    text = fill(
+        Path(__file__).with_name("report.md"),
+        sizes=sizes,
+        missing=found.missing + len(left_out) * len(ARMS) * len(sizes.seeds),
+        conclusions=conclusions(found, len(sizes.seeds), left_out),
+        parts=[_part(found, data, len(sizes.seeds)) for data in finds],
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "orders.md"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def finder(store: Store) -> Find:
+    """Return a function that finds records by their settings alone, so that a report needs no data.
+
+    Raises:
+        ValueError: If two records are of one setting.
+    """
+    settings = [Setting(**record["setting"]) for record in store.read().values()]
+    records = dict(zip(dict.fromkeys(settings), store.of(settings), strict=True))
+    return lambda wanted: {one: records[one] for one in wanted if one in records}
+
+
+def conclusions(found: Findings, seeds: int, left_out: list[str]) -> list[str]:
+    """Return the plan's sentences for the findings; none before all trainings are there."""
+    if seeds < MIN_SEEDS:
+        return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
+    if found.missing or left_out:
+        return []
+    orders, neighbours = orders_help(found), neighbours_help(found)
+    sampler = "and the sampler" if neighbours else "without the sampler"
+    product = f"the folder of orders {sampler}" if orders else "neither the folder of orders nor the sampler"
+    return [
+        f"**In-batch ranking by ordered ids {_raises(orders)}.**",
+        f"With it, drawing batches with neighbours {_raises(neighbours)}.",
+        f"By the plan the product gets {product}.",
+    ]
+
+
+def _raises(data: list[str]) -> str:
+    return f"raises R@10 on {' and '.join(data)}" if data else "is not shown to raise R@10"
+
+
+def _part(found: Findings, data: str, seeds: int) -> dict[str, Any]:
+    measures = (PRIMARY, SECONDARY[data], _TOGETHER)
+    records = found.records[data]
+    seconds = {arm: [one["processor_seconds"] for one in of.values()] for arm, of in records.items()}
+    arms = [
+        [
+            f"`{arm}`",
+            *(mean_text(found.estimate(data, arm, measure), seeds) for measure in measures),
+            f"{fmean(seconds[arm]):.1f} s" if seconds[arm] else "–",
+        ]
+        for arm in ARMS
+    ]
+    tests = [
+        [
+            f"`{arm}`",
+            f"`{other}`",
+            *_test(found.tests.get((data, (arm, other)))),
+            *_test(found.others.get((data, (arm, other)))),
+        ]
+        for arm, other in COMPARISONS
+    ]
+    made = {
+        ", ".join(f"{k} {v}" for k, v in one["conditions"].items())
+        for of in records.values()
+        for one in of.values()
+    }
+    return {
+        "title": data.capitalize(),
+        "arms": arms,
+        "arms_head": ["arm", PRIMARY, SECONDARY[data], "listed ids in the batch", "training"],
+        "tests": tests,
+        "tests_head": ["arm", "minus", PRIMARY, "p", "", SECONDARY[data], "p", ""],
+        "searches": [_search(arm, search) for arm, search in found.searches[data].items()],
+        "made": sorted(made),
+    }
+
+
+def _test(d: Difference | None) -> list[str]:
+    return [difference_text(d), p_text(d and d.adjusted), mark(d)]
+
+
+def _search(arm: str, search: Search) -> list[str]:
+    chosen = best(search)
+    tries = (f"{_text(one)}: {'–' if score is None else f'{score:.2f}'}" for one, score in search.items())
+    return [f"`{arm}`", _text(chosen) if chosen else "not finished", "; ".join(tries) or "–"]
+
+
+def _text(setting: Setting) -> str:
+    parts = [f"smoothing {setting.label_smoothing:g}", f"{setting.lr:g}"]
+    if setting.weight:
+        parts.append(f"weight {setting.weight:g}{', in-modal too' * setting.in_modal}")
+    if setting.neighbours:
+        parts.append(f"{setting.neighbours} neighbours")
+    return ", ".join(parts)
