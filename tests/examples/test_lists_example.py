@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from examples_common.records import Store
+from examples_common.trainings import finder
 from hypothesis import given
 from hypothesis import strategies as st
 from liststudy import command, emojis, findings, losses, photographs, plan, report
 from liststudy.plan import ARMS, CLIP, MODELS
 from liststudy.study import Study
+from liststudy.train import Setting
 from openmoji_demo.data import Emoji
 from photographs_folder import PICTURES, Encoders, write_folder
 from photostudy import features, folder
@@ -262,7 +264,7 @@ def trained(flickr8k, tmp_path_factory):
 
 def _findings(study):
     names = report.PRIMARY["photographs"], report.SECONDARY["photographs"]
-    return findings.findings(TINY, *names, report.finder(study.store))
+    return findings.findings(TINY, *names, finder(study.store, Setting))
 
 
 def test_held_out_pictures_have_no_list_to_train_on(trained):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from examples_common.records import Store
+from examples_common.trainings import finder
 from hypothesis import given
 from hypothesis import strategies as st
 from liststudy import plan as lists_plan
@@ -143,7 +144,7 @@ def trained(tmp_path_factory):
 
 
 def _findings(study):
-    return findings.findings(TINY, {"photographs": report.finder(study.store)})
+    return findings.findings(TINY, {"photographs": finder(study.store, Setting)})
 
 
 def test_finished_trainings_are_kept_and_repeated_ones_have_the_same_numbers(trained, tmp_path):

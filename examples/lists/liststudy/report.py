@@ -9,6 +9,7 @@ from typing import Any
 
 from examples_common.records import Record, Store
 from examples_common.statistics import MIN_SEEDS
+from examples_common.trainings import finder
 from examples_common.wording import difference_text, fill, mark, mean_text, p_text, signed
 
 from .findings import Findings, best, findings, winner
@@ -23,7 +24,7 @@ _TITLES = {"photographs": "People's grades of photographs' captions", "emojis": 
 def write(sizes: Plan, stores: Mapping[str, Store], folder: Path) -> Path:
     """Write the report and return its path."""
     parts = [
-        {"title": _TITLES[name], **_values(sizes, name, finder(store))}
+        {"title": _TITLES[name], **_values(sizes, name, finder(store, Setting))}
         for name, store in stores.items()
         if store.path.is_file()
     ]
@@ -34,17 +35,6 @@ def write(sizes: Plan, stores: Mapping[str, Store], folder: Path) -> Path:
     path = folder / "lists.md"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def finder(store: Store) -> Find:
-    """Return a function that finds records by their settings alone, so that a report needs no data.
-
-    Raises:
-        ValueError: If two records are of one setting.
-    """
-    settings = [Setting(**record["setting"]) for record in store.read().values()]
-    records = dict(zip(dict.fromkeys(settings), store.of(settings), strict=True))
-    return lambda wanted: {one: records[one] for one in wanted if one in records}
 
 
 def _values(sizes: Plan, name: str, find: Find) -> dict[str, Any]:

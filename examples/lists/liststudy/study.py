@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import time
-from collections.abc import Iterable, Sequence
 
 import torch
 from examples_common.machine import conditions
 from examples_common.records import Record, Store
-from examples_common.terminal import bars, say
+from examples_common.trainings import Trainings
 from photostudy.heads import Heads
 from rich.console import Console
 
@@ -25,7 +22,7 @@ _PACKAGES = {name: name for name in ("torch", "numpy", "scipy", "rankloss")}
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
+class Study(Trainings):
     """A task and the records of its trainings."""
 
     task: Task
@@ -33,16 +30,10 @@ class Study:
     primary: str  # the measure by which settings are chosen
     _started: dict[tuple[int, int], Heads] = dataclasses.field(default_factory=dict)
 
-    def key(self, setting: Setting) -> str:
-        """Return the key of a setting's record: it names all that the numbers depend on."""
-        content = json.dumps([dataclasses.asdict(setting), self.task.data], sort_keys=True)
-        name = f"{setting.arm.replace(' ', '-')}-{setting.side}-seed{setting.seed}"
-        return f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
-
-    def find(self, settings: Iterable[Setting]) -> dict[Setting, Record]:
-        """Return the records there are of these settings, from these data."""
-        records = self.store.read()
-        return {one: records[key] for one in settings if (key := self.key(one)) in records}
+    @property
+    def data(self) -> str:
+        """Fingerprint of the task's data."""
+        return self.task.data
 
     def follow(self, sizes: Plan, console: Console) -> None:
         """Do every search, and then the trainings of the test, seed by seed."""
@@ -53,17 +44,6 @@ class Study:
             self.do("Search", due, console)
         arms = plan.arms(sizes, plan.searches(sizes, self.primary, self.find))
         self.do("Test", sorted(itertools.chain(*arms.values()), key=lambda one: one.seed), console)
-
-    def do(self, title: str, settings: Sequence[Setting], console: Console) -> None:
-        """Train and measure the settings without a record."""
-        there = self.find(settings)
-        say(console, f"{title}: {len(settings)} trainings, {len(there)} of them finished already")
-        with bars(console) as progress:
-            bar = progress.add_task(title, total=len(settings), completed=len(there))
-            for setting in settings:
-                if setting not in there:
-                    self.store.save(self.key(setting), self.record(setting))
-                    progress.advance(bar)
 
     def record(self, setting: Setting) -> Record:
         """Train and measure a setting, and return its record."""

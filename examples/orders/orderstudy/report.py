@@ -9,10 +9,11 @@ from typing import Any
 
 from examples_common.records import Store
 from examples_common.statistics import MIN_SEEDS, Difference
+from examples_common.trainings import finder
 from examples_common.wording import difference_text, fill, mark, mean_text, p_text
 
 from .findings import Findings, findings, neighbours_help, orders_help
-from .plan import ARMS, COMPARISONS, PRIMARY, SECONDARY, Find, Plan, Search, best
+from .plan import ARMS, COMPARISONS, PRIMARY, SECONDARY, Plan, Search, best
 from .train import Setting
 
 _TOGETHER = "listed in batch"
@@ -20,7 +21,7 @@ _TOGETHER = "listed in batch"
 
 def write(sizes: Plan, stores: Mapping[str, Store], folder: Path) -> Path:
     """Write the report and return its path."""
-    finds = {name: finder(store) for name, store in stores.items() if store.path.is_file()}
+    finds = {name: finder(store, Setting) for name, store in stores.items() if store.path.is_file()}
     if not finds:
         raise RuntimeError(f"{next(iter(stores.values())).path}: holds no record: nothing to report")
     found = findings(sizes, finds)
@@ -36,17 +37,6 @@ def write(sizes: Plan, stores: Mapping[str, Store], folder: Path) -> Path:
     path = folder / "orders.md"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def finder(store: Store) -> Find:
-    """Return a function that finds records by their settings alone, so that a report needs no data.
-
-    Raises:
-        ValueError: If two records are of one setting.
-    """
-    settings = [Setting(**record["setting"]) for record in store.read().values()]
-    records = dict(zip(dict.fromkeys(settings), store.of(settings), strict=True))
-    return lambda wanted: {one: records[one] for one in wanted if one in records}
 
 
 def conclusions(found: Findings, seeds: int, left_out: list[str]) -> list[str]:

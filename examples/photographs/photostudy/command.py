@@ -8,6 +8,7 @@ from pathlib import Path
 
 from examples_common.records import Store
 from examples_common.terminal import say, status_of, tracker
+from examples_common.trainings import finder
 from rich.console import Console
 
 from . import plan, report
@@ -71,9 +72,7 @@ def finished(store: Store) -> Find:
     """
     if not store.path.is_file():
         raise RuntimeError(f"{store.path}: holds no record: nothing to report")
-    settings = [Setting(**record["setting"]) for record in store.read().values()]
-    records = dict(zip(dict.fromkeys(settings), store.of(settings), strict=True))
-    return lambda wanted: {one: records[one] for one in wanted if one in records}
+    return finder(store, Setting)
 
 
 def prepare(folder: Path, store: Store, sizes: Plan, console: Console) -> Study:

@@ -1,0 +1,62 @@
+"""Trainings that leave records: each is done once, and found again by its setting."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from .records import Record, Store
+from .terminal import bars, say
+
+
+class Trainings(ABC):
+    """The trainings of a data set, by their settings: dataclasses with an arm, a side and a seed."""
+
+    store: Store
+
+    @property
+    @abstractmethod
+    def data(self) -> str:
+        """Fingerprint of the data."""
+
+    @abstractmethod
+    def record(self, setting: Any) -> Record:
+        """Train and measure a setting, and return its record."""
+
+    def key(self, setting: Any) -> str:
+        """Return the key of a setting's record: it names all that the numbers depend on."""
+        content = json.dumps([dataclasses.asdict(setting), self.data], sort_keys=True)
+        name = f"{re.sub('[ ,]+', '-', setting.arm)}-{setting.side}-seed{setting.seed}"
+        return f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+
+    def find(self, settings: Iterable[Any]) -> dict[Any, Record]:
+        """Return the records there are of these settings, from these data."""
+        records = self.store.read()
+        return {one: records[key] for one in settings if (key := self.key(one)) in records}
+
+    def do(self, title: str, settings: Sequence[Any], console: Console) -> None:
+        """Train and measure the settings without a record."""
+        there = self.find(settings)
+        say(console, f"{title}: {len(settings)} trainings, {len(there)} of them finished already")
+        with bars(console) as progress:
+            bar = progress.add_task(title, total=len(settings), completed=len(there))
+            for setting in settings:
+                if setting not in there:
+                    self.store.save(self.key(setting), self.record(setting))
+                    progress.advance(bar)
+
+
+def finder(store: Store, kind: Callable[..., Any]) -> Callable[[Iterable[Any]], Mapping[Any, Record]]:
+    """Return a function that finds records by their settings alone, so that a report needs no data.
+
+    Raises:
+        ValueError: If two records are of one setting.
+    """
+    settings = [kind(**record["setting"]) for record in store.read().values()]
+    records = dict(zip(dict.fromkeys(settings), store.of(settings), strict=True))
+    return lambda wanted: {one: records[one] for one in wanted if one in records}
