@@ -87,9 +87,10 @@ $(VENV)/.photographs: $(VENV)/.examples
 	$(PIP_INSTALL) --editable '.[examples]' --editable 'examples[photographs]'
 	touch $@
 
-# One worker per core, and one thread in each: most tests compute too little to share.
+# One worker per core, and one thread in each: most tests compute too little to share. Files come in their order: the
+# trainings, few tests of many seconds, would else be last, one worker waiting for the other.
 ON_ALL_CORES := OMP_NUM_THREADS=1
-WORKERS ?= -n auto --dist loadfile
+WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 ## The test suite without its slow part.
 test: $(VENV)/.dev

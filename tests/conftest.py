@@ -39,7 +39,7 @@ def pools() -> Iterator[Pools]:
     pools.close()
 
 
-@pytest.fixture(params=[2, 3, 4])
+@pytest.fixture(params=[2, 3])
 def pool(request: pytest.FixtureRequest, pools: Pools) -> Pool:
     """The gloo processes of each world size in turn."""
     return pools[request.param]

@@ -51,9 +51,6 @@ def rank_clip(view: View) -> Tensor:
     return clip(view) + rank_terms(view)
 
 
-LOSSES = {"clip": clip, "cross": cross, "in": in_, "rank_clip": rank_clip}
-
-
 def mean_loss(
     loss: Callable[[View], Tensor],
     inputs: tuple[Tensor, Tensor, Tensor],

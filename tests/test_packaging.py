@@ -6,8 +6,6 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
-
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -32,13 +30,6 @@ def typed_extras() -> list[tuple[str, str]]:
         for names in pattern.findall(path.read_text())
         for extra in names.split(",")
     ]
-
-
-# A wheel's metadata holds the normalised names, and pip before 23.3 compares what is typed with them as it
-# stands: an underscore there means that nothing is installed, with a warning.
-@pytest.mark.parametrize("extra", EXTRAS)
-def test_extra_has_its_normalised_name(extra: str) -> None:
-    assert extra == re.sub(r"[-_.]+", "-", extra).lower()
 
 
 def test_every_typed_extra_exists_as_it_is_spelt() -> None:

@@ -6,21 +6,11 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 import rankloss
-from batches import Batch
 from fake_cuda import fake_cuda
 from rankloss import engine
 from rankloss.losses.siglip import PairSigmoid
-
-BIASES = [-10.0, 0.0, 3.0]
-
-
-def leaves(batch: Batch, bias: float, share: slice = slice(None)) -> tuple[Tensor, ...]:
-    v, t, s = batch.leaves()
-    b = torch.tensor(bias, dtype=torch.float64, requires_grad=True)
-    return v.detach()[share].requires_grad_(), t, s, b
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

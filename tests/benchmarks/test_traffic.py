@@ -28,21 +28,18 @@ F4 = 6 * 4 * 4  # a matrix of float32, 6 × 4
 # Launches, bytes and copies from or to the host, by hand; x and out are of float32, i of int64.
 OPERATIONS = {
     "x + x": (1, 2 * F4, 0),
-    "x.mul_(2)": (1, 2 * F4, 0),
     "x * x[:, :1].expand(6, 4)": (1, 2 * F4, 0),
     "torch.mul(x, x, out=out)": (1, 2 * F4, 0),
-    "out.copy_(x)": (1, 2 * F4, 0),
-    "torch.zeros_like(x)": (1, F4, 0),
     "x[1:].T": (0, 0, 0),
     "x.gather(1, i)": (1, 2 * F4 + 2 * F4, 0),
     "out.scatter_add_(1, i, x)": (1, 2 * F4 + F4 + 2 * F4, 0),
-    "out.addmm_(x.new_empty(6, 3), x.new_empty(3, 4))": (1, 2 * F4 + 6 * 3 * 4 + 3 * 4 * 4, 0),
     "out.addmm_(x.new_empty(6, 3), x.new_empty(3, 4), beta=0)": (1, F4 + 6 * 3 * 4 + 3 * 4 * 4, 0),
     "x.double()": (1, F4 + 2 * F4, 0),
     "torch.ones(6, 4).to(x.device)": (1, F4, 1),
 }
 
 
+@pytest.mark.slow
 def test_counts_do_not_grow() -> None:
     """In a process of its own, where Triton is not interpreted."""
     command = [sys.executable, "-W", "error", BENCHMARKS / "traffic.py", "--json"]

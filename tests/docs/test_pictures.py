@@ -13,7 +13,6 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "tools/pictures"
-NAMES = {"agreement", "cost", "distil", "effect", "evidence", "method", "miniature", "schedules"}
 
 
 @pytest.fixture
@@ -21,14 +20,6 @@ def forest(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module that draws intervals, beside its neighbours."""
     monkeypatch.syspath_prepend(TOOLS)
     return importlib.import_module("forest")
-
-
-def test_every_picture_is_committed_in_both_themes_and_shown_in_a_document() -> None:
-    files = {path.name for path in (ROOT / "docs/assets").glob("*.svg")}
-    assert files == {f"{name}-{theme}.svg" for name in NAMES for theme in ("light", "dark")}
-    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    text = "".join(path.read_text(encoding="utf-8") for path in documents)
-    assert {file for file in files if f"assets/{file}" in text} == files
 
 
 @pytest.mark.parametrize("name", ["question", "teacher", "distil", "miniature"])

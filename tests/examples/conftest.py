@@ -12,7 +12,6 @@ SMOKE = {
     "test_evaluate": ("test_retrieval_with_several_captions",),
     "test_icons": ("test_shards_and_the_benchmark_hold",),
     "test_openmoji": ("test_build_is_complete",),
-    "test_slope_chart": ("test_",),
 }
 
 

@@ -4,21 +4,16 @@ import ast
 import asyncio
 import doctest
 import importlib
-import io
 import pkgutil
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
 from clip_evaluation import metrics
-from examples_common import terminal, trainer, wording
+from examples_common import trainer, wording
 from examples_common.trainer import Job, TrainingError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from icons_data import labels
 from miniature_paper import captions
-from rich.console import Console
 
 
 def line(epoch, seen, total, terms):
@@ -47,37 +42,6 @@ def test_plain_clip_under_another_name_is_refused_at_the_first_step(tmp_path):
     log = run(tmp_path, "cyclip", RANKED, checkpoint=True)
     assert log.share == pytest.approx(1.5)  # a job of one epoch
     assert log.first == log.last == {"contrastive_loss": 3.5, "cross_modal_loss": 0.25}
-
-
-Run = namedtuple("Run", "name")
-RUNS = [Run(f"run {i}") for i in range(12)]
-
-
-def run_all(runs, work, jobs):
-    console = Console(file=io.StringIO(), width=200)
-    return asyncio.run(terminal.run_all(runs, work, jobs=jobs, console=console, expected=(TrainingError,)))
-
-
-@settings(max_examples=20)
-@given(jobs=st.integers(1, 5), runs=st.integers(0, 12), bad=st.sets(st.sampled_from(RUNS)))
-def test_every_run_is_done_in_order_and_failures_stop_nothing(jobs, runs, bad):
-    order, running, most = [], set(), 0
-
-    async def work(one, report):
-        nonlocal most
-        order.append(one)
-        running.add(one)
-        most = max(most, len(running))
-        report("training", 0.5)
-        await asyncio.sleep(0)
-        running.remove(one)
-        if one in bad:
-            raise TrainingError("no")
-
-    failed = run_all(RUNS[:runs], work, jobs)
-    assert order == RUNS[:runs]
-    assert most == min(jobs, runs)
-    assert set(failed) == bad & set(RUNS[:runs])
 
 
 def test_the_examples_use_public_names_only():

@@ -137,6 +137,3 @@ def test_an_interrupted_run_is_reported_as_far_as_it_is(tmp_path, undrawn):
     assert "(3 of 5)" in text
     assert "<b>" not in page  # the command's
     assert set(re.findall(r'href="#([^"]+)"', page)) <= set(re.findall(r'id="([^"]+)"', page))
-
-
-# --- the paper's numbers: they have to agree wherever the paper says a thing twice ---

@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 from miniature_paper.rivals import TERMS, RivalsLoss
-from open_clip.loss import DistillClipLoss
 
 import rankloss
-from rankloss.distributed import Gather
 
 N, D, WIDE = 7, 5, 8
 S, S_TEACHER = 12.0, 30.0
@@ -115,48 +113,6 @@ def test_a_term_is_its_papers_formula(name):
     assert inner == pytest.approx(slope, rel=1e-6)
 
 
-def test_the_relation_is_the_distillation_of_open_clips_trainer():
-    features, references = tensors(STUDENT), given()
-    own = RivalsLoss(relation=1.0, scales={"relation": S_TEACHER})(
-        *features, S, output_dict=True, **references
-    )
-    theirs = DistillClipLoss()(*features, S, *references.values(), S_TEACHER, output_dict=True)
-    torch.testing.assert_close(own["relation_loss"], theirs["distill_loss"])
-
-
-# --- several processes ---
-
-
-def built(gather):
-    base = rankloss.RankClipLoss(schedule="constant", top_k=3, gather=gather)
-    terms = {"mimicry": 2.0, "contrast": 0.5, "distances": 3.0}
-    return RivalsLoss(base, components=torch.from_numpy(COMPONENTS), gather=gather, **terms)
-
-
-def rivals_of_a_rank(rank, world_size, flags, student, teacher):
-    local_loss, gather_with_grad = flags
-    criterion = built(Gather(local_loss=local_loss, gather_with_grad=gather_with_grad))
-    own, references = ([np.split(x, world_size)[rank] for x in pair] for pair in (student, teacher))
-    features = tensors(own)
-    loss = criterion(*features, S, **given(references))
-    (3 * loss).backward()
-    return [loss.detach(), *(x.grad for x in features)]
-
-
-@pytest.mark.parametrize("flags", [(False, False), (False, True), (True, True)])
-def test_processes_give_the_gradient_of_the_whole_batch(flags, pools):
-    """The mean of their losses, and what DDP makes of it: without gather_with_grad, as of CLIP's, half."""
-    student, teacher = (
-        [unit(6, width, seed) for seed in seeds] for width, seeds in ((D, (5, 6)), (WIDE, (7, 8)))
-    )
-    found = pools[2].run(rivals_of_a_rank, flags, student, teacher)
-    value, *gradients = rivals_of_a_rank(0, 1, (False, False), student, teacher)
-    share = 2 if flags[1] else 1
-    torch.testing.assert_close(sum(x[0] for x in found) / 2, value)
-    for place, whole in enumerate(gradients, start=1):
-        torch.testing.assert_close(torch.cat([x[place] for x in found]), share * whole)
-
-
 # --- what is refused ---
 
 
@@ -172,14 +128,3 @@ def test_processes_give_the_gradient_of_the_whole_batch(flags, pools):
 def test_a_wrong_teacher_is_named(options, references, named):
     with pytest.raises(ValueError, match=named):
         RivalsLoss(**options)(*tensors(STUDENT), S, **given(references))
-
-
-def test_mimicry_and_contrast_are_the_librarys():
-    features, teacher = map(torch.from_numpy, STUDENT), map(torch.from_numpy, TEACHER)
-    given = dict(zip(("reference_image_features", "reference_text_features"), teacher, strict=True))
-    components = torch.from_numpy(COMPONENTS)
-    rivals = RivalsLoss(components=components, scales={"contrast": 20.0}, mimicry=8.0, contrast=2.0)
-    library = rankloss.MimicryLoss(weight=8.0, contrast=2.0)
-    library.components = components
-    inputs = (*features, S)
-    torch.testing.assert_close(library(*inputs, **given), rivals(*inputs, **given))

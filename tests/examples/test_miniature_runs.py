@@ -3,50 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 
 import miniature_records
 import pytest
 from examples_common.records import Store, read_lines
-from filelock import FileLock
-from miniature_paper import grid, options
-from miniature_paper.grid import EXHIBITS, LOSSES, PRESETS, Setting, plan, settings_of
+from miniature_paper import options
+from miniature_paper.grid import PRESETS, Setting, plan
 from miniature_paper.options import _EXAMPLE as EXAMPLE
 from miniature_paper.runs import key_of
 from miniature_paper.search.trials import Attempt
 from rich.console import Console
-
-presets = pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
-
-
-# --- grid ---
-
-
-@presets
-def test_the_plan_holds_every_exhibit_once_and_table_1_first(preset):
-    planned, seeds = plan(preset), range(preset.seeds)
-    found = [settings_of(preset, exhibit, seeds) for exhibit in EXHIBITS]
-    assert set(planned) == set(itertools.chain(*found))
-    assert len(planned) == len(set(planned))
-    first = set(settings_of(preset, "table1", seeds))
-    assert {(s.loss, s.seed) for s in first} == set(itertools.product(LOSSES, seeds))
-    assert set(planned[: len(first)]) == first
-    for part in (planned[: len(first)], planned[len(first) :]):
-        assert [s.seed for s in part] == sorted(s.seed for s in part)
-    sweep = {(s.lambda_cross, s.lambda_in) for s in settings_of(preset, "figure3", seeds)}
-    assert sweep == {(0, 0)} | {(x, 1) for x in preset.lambdas} | {(1, x) for x in preset.lambdas}
-
-
-@presets
-def test_every_setting_has_one_name_and_every_size_whole_epochs(preset):
-    """A model is found again by its setting, so the weights of the terms have to say which loss it is."""
-    for setting in plan(preset):
-        assert setting.loss == grid.loss_name(setting.lambda_cross, setting.lambda_in, setting.loss)
-        # The trainer counts in epochs and drops an incomplete last batch.
-        assert setting.pairs % preset.batch_size == 0
-        assert preset.steps * preset.batch_size % setting.pairs == 0
-
 
 # --- keys ---
 
@@ -61,9 +28,6 @@ def test_the_records_of_the_repository_are_recognised(folder):
         stored = line["setting"]
         setting = Setting(**stored) if folder == "full" else Attempt.of_record(stored)
         assert key_of(setting, line["data"]) == line["key"]
-
-
-# --- the trainer's arguments ---
 
 
 # --- records ---
@@ -111,11 +75,3 @@ def test_what_is_there_is_not_made_again(workshop):
     assert workshop.do("more", _SETTINGS[:5], Console(quiet=True))
     assert workshop.store.path.read_bytes().startswith(before)
     assert list(workshop.find(_SETTINGS)) == _SETTINGS[:5]
-
-
-def test_a_run_of_another_process_is_left_to_it(workshop):
-    (workshop.output / "locks").mkdir()
-    with FileLock(workshop.output / "locks" / workshop.key(_SETTINGS[1])):
-        assert not workshop.do("some", _SETTINGS[:3], Console(quiet=True))
-    assert list(workshop.find(_SETTINGS)) == [_SETTINGS[0], _SETTINGS[2]]
-    assert workshop.do("the rest", _SETTINGS[:3], Console(quiet=True))

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from miniature_paper.options import _EXAMPLE as EXAMPLE
-from miniature_paper.search import trials
 from miniature_paper.search.confirmation import SecondConfirmationError, declare, needed, outcome
-from miniature_paper.search.ladder import climb, progress, winner
+from miniature_paper.search.ladder import climb, winner
 from miniature_paper.search.objective import SCORES
 from miniature_paper.search.study import SETTING, STUDIES, Round, Spread, load
 from miniature_paper.search.trials import RECIPE, REFERENCE, SIZE_NAMES, TEST, VALIDATION
@@ -57,37 +55,6 @@ def test_the_number_of_seeds_follows_from_the_spread():
         return stats.nct.sf(bound, n - 1, shift) + stats.nct.cdf(-bound, n - 1, shift)
 
     assert power(spread.seeds) >= 0.9 > power(spread.seeds - 1)
-
-
-def test_the_preregistration_says_what_the_command_does():
-    text = (EXAMPLE / "preregistration.md").read_text(encoding="utf-8")
-    seeds = QUESTION.confirmation.seeds
-    assert f"**{len(seeds)}**, {seeds[0]} to {seeds[-1]}," in text
-    assert f"**{QUESTION.spread.deviation:.3f}**" in text
-    assert len(seeds) == QUESTION.spread.seeds >= 16
-    attempts = needed(QUESTION, progress(QUESTION, lambda _: {}).winners)
-    assert f"all {len(attempts)} models" in text
-    assert (QUESTION.score, QUESTION.arms["rankclip"][0].changes) == ("R@10, both ways", ())
-    size = QUESTION.grid
-    assert f"pairs ({size.pairs:,}), steps ({size.steps:,} of {size.batch_size})" in text
-
-
-def test_the_plan_of_the_ways_to_learn_says_what_the_command_does():
-    text = (EXAMPLE / "preregistration-distil.md").read_text(encoding="utf-8")
-    table = text.partition("## What is compared")[2].partition("\n## ")[0]
-    rows = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
-    for arm, grid_ in DISTIL.grids.items():
-        for axis in grid_.axes:
-            assert ", ".join(f"{value:g}" for value in axis.values) in rows[arm]
-    assert rows.keys() == {*DISTIL.names}
-    winners = progress(DISTIL, by_chance(0))
-    assert f"all {len(needed(winners.study, winners.winners))} are measured" in text
-    tests = outcome(winners.study, winners.winners, by_chance(0)).tests
-    assert f"{len(tests)} paired two-sided t-tests" in text
-    seeds = DISTIL.confirmation.seeds
-    assert f"{seeds[0]} to {seeds[-1]}" in text
-    assert DISTIL.teacher.pairs == TEACHER.teacher.pairs
-    assert trials.teacher_folder(DISTIL.teacher) == trials.teacher_folder(TEACHER.teacher)
 
 
 # --- trainings ---
@@ -151,25 +118,6 @@ def test_the_winner_is_not_below_what_it_beat(seed, lost):
         assert {RECIPE, *before.kept} <= set(after.trials)
     assert all(RECIPE in step.trials for step in steps)
     assert {one.side for step in steps for one in step.attempts} == {VALIDATION}
-
-
-@settings(max_examples=8)
-@given(seed=st.integers(0, 10**6))
-def test_a_grid_is_continued_until_its_best_try_has_neighbours(seed):
-    now = progress(DISTIL, by_chance(seed))
-    assert now.over
-    assert now.winners.keys() == {*DISTIL.names}
-    for arm, steps in now.steps.items():
-        tried = {trial for step in steps for trial in step.trials}
-        first = now.study.arms[arm]
-        assert len(first) == 6
-        assert set(first) <= tried
-        assert len(tried) <= len(first) + DISTIL.extensions
-        best = winner(now.study, arm, steps)
-        beside = now.study.grids[arm].beside(best)
-        assert len(tried) == len(first) + DISTIL.extensions or tried.issuperset(beside)
-        assert best in steps[-1].trials
-        assert steps[-1].standings[0].worth == max(one.worth for one in steps[-1].standings)
 
 
 # --- the confirmation ---

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import random
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from examples_common.records import Store
-from hypothesis import given
-from hypothesis import strategies as st
 from photographs_folder import PICTURES, Encoders, write_folder
 from photostudy import command, features, findings, folder, plan, report
-from photostudy.heads import Setting
 from photostudy.measure import BOTH_WAYS
 from photostudy.plan import Plan
 from photostudy.study import Study
@@ -61,53 +56,6 @@ def test_the_search_keeps_the_best_mean_of_two_seeds_factor_by_factor():
     ]
 
 
-def test_the_search_asks_for_one_step_at_a_time_and_ends():
-    known, asked = {}, []
-
-    def find(settings):
-        return {one: known[one] for one in settings if one in known}
-
-    while (found := plan.search(TINY, "rankclip", find)).due:
-        assert not set(found.due) & set(known)
-        asked += found.due
-        known.update(finder(lambda one: 50 + 10 * one.lr)(found.due))
-    assert len(asked) == len(set(asked)) <= 2 + 2 * 3
-    assert {(one.loss, one.side) for one in asked} == {("rankclip", "dev")}
-    assert {one.seed for one in asked} <= {900, 901}
-
-
-@pytest.mark.parametrize("sizes", plan.PLANS.values(), ids=lambda sizes: sizes.name)
-def test_both_losses_have_the_same_tries_and_no_seed_of_the_search_is_on_the_test_side(sizes):
-    first = {
-        loss: plan.search(sizes, loss, dict.fromkeys(()).copy().get and (lambda _: {})) for loss in plan.TUNED
-    }
-    dues = [[(x.dropout, x.lr, x.seed) for x in found.due] for found in first.values()]
-    assert dues[0] == dues[1]
-    if sizes.factors:
-        assert not set(sizes.tuning_seeds) & set(sizes.seeds)
-    assert set(sizes.control_seeds) <= set(sizes.seeds)
-
-
-@given(st.integers(0, 100))
-def test_the_full_search_ends_whatever_is_best(seed):
-    found = plan.search(plan.FULL, "rankclip", finder(lambda one: random.Random(f"{seed} {one}").random()))
-    assert found.due == ()
-    assert len(found.tries) == sum(map(len, plan.FACTORS.values()))
-    assert sum(one.taken for one in found.tries) <= len(plan.FACTORS)
-    assert found.chosen.keys() == plan.FACTORS.keys()
-
-
-def test_the_full_plan_is_the_registered_one():
-    text = (ROOT / "examples/photographs/preregistration-part1.md").read_text(encoding="utf-8")
-    start = Setting("clip", 0, "dev")
-    for factor, levels in plan.FACTORS.items():
-        row = f" | {getattr(start, factor):g} | {', '.join(f'{x:g}' for x in levels)} |"
-        assert row in text, factor
-    assert "**20, 1000 to 1019**" in text
-    assert plan.FULL.seeds == tuple(range(1000, 1020))
-    assert plan.FULL.control_seeds == plan.FULL.seeds[:10]
-
-
 def arms_of(chosen=None, other=None):
     searches = [
         plan.Search(loss, of or START, 50.0, (), ()) for loss, of in (("clip", chosen), ("rankclip", other))
@@ -127,14 +75,6 @@ def test_the_controls_share_everything_with_their_own_plain_clip():
     assert (fixed["scale_start"], fixed["scale_fixed"]) == (9.0, True)
     order = plan.in_order(arms)
     assert sorted(map(repr, order)) == sorted({repr(one) for arm in arms.values() for one in arm.settings()})
-
-
-def test_an_arm_whose_search_is_not_over_has_no_training():
-    unknown = plan.search(TINY, "rankclip", lambda _: {})
-    arms = plan.arms(TINY, plan.Search("clip", START, 50.0, (), ()), unknown, finder(lambda _: 50.0))
-    assert arms["rankclip-tuned"].settings() == []
-    assert "rankclip-tuned" in {one.arm for one in plan.comparisons(arms)}
-    assert len(arms["rankclip"].settings()) == len(TINY.seeds)
 
 
 # --- comparisons ---
@@ -253,14 +193,3 @@ def test_a_report_of_an_unfinished_study_concludes_nothing(trained, tmp_path):
     store.path.write_text("".join(lines[:4]), encoding="utf-8")
     text = report.write(TINY, command.finished(store), tmp_path).read_text(encoding="utf-8")
     assert "Nothing is concluded yet" in text
-
-
-def test_records_of_other_pictures_are_not_taken_for_these(trained):
-    study, *_ = trained
-    (key, one), *_ = study.store.read().items()
-    other = Study(
-        study.photographs, features.Cache(study.photographs, "others"), study.store, study.train_pictures
-    )
-    assert other.find([Setting(**one["setting"])]) == {}
-    assert study.key(Setting(**one["setting"])) == key
-    assert json.dumps(one)  # plain numbers

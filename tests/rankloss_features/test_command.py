@@ -18,7 +18,6 @@ import open_clip
 import pytest
 import timm
 import torch
-from open_clip_train.data import CsvDataset
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -172,8 +171,6 @@ def test_two_encoders_folder_is_the_same_after_a_kill(place: Path, tmp_path: Pat
         (CLIP, True),
         (BACKBONE, True),
         (SENTENCES, True),
-        ((*BACKBONE, *SENTENCES), False),
-        (("--features", "PLACE/equal.npz"), True),
         (("--features", "PLACE/equal.npz", "--spaces", "separate"), False),
         (("--features", "PLACE/two.npz"), False),
     ],
@@ -216,7 +213,6 @@ def test_a_package_that_is_missing_is_named(
     ("data", "options", "message"),
     [
         ("pairs.csv", (*SENTENCES, "--image-weights", "x"), "--image-weights x belongs to --image-encoder"),
-        ("pairs.csv", (*SENTENCES, "--pretrained", "x"), "--pretrained x belongs to --model"),
         ("pairs.csv", (*BACKBONE, "--spaces", "common"), "--spaces common belongs to --features"),
         (
             "pairs.csv",
@@ -230,10 +226,7 @@ def test_a_package_that_is_missing_is_named(
         ),
         ("pairs.csv", ("--model", "no-such-model"), "--model no-such-model"),
         ("pairs.csv", ("--model", "local-dir:PLACE/no-weights"), "--model local-dir:.*no-weights"),
-        ("pairs.csv", ("--model", "local-dir:PLACE/none"), "--model local-dir"),
         ("pairs.csv", ("--text-encoder", "PLACE/none"), "--text-encoder"),
-        ("pairs.csv", ("--image-encoder", "no-such-backbone"), "--image-encoder no-such-backbone"),
-        ("pairs.csv", ("--features", "PLACE/none.npz"), "--features"),
         ("few.csv", ("--features", "PLACE/arrays.npz"), "--features has 40 rows, and the data have 39"),
         ("pairs.csv", (), "got none"),
         ("pairs.csv", (*CLIP, "--text-encoder", "x"), "--model and --text-encoder"),
@@ -243,17 +236,12 @@ def test_a_package_that_is_missing_is_named(
             "--csv-caption-key caption: .*'filepath', 'title'",
         ),
         ("pairs.csv", (*CLIP, "--csv-separator", ","), "--csv-img-key filepath: .*wrong --csv-separator?"),
-        ("pairs.csv", (*CLIP, "--batch-size", "0"), "--batch-size must be .*0"),
         ("pairs.csv", ("--features", "PLACE/array.npy"), "--features .*array.npy: .*not one array"),
-        ("pairs.csv", ("--features", "PLACE/pairs.csv"), "--features .*pairs.csv"),
-        ("none.csv", CLIP, "none.csv cannot be read"),
         ("none.xyz", CLIP, "--dataset-type"),
-        ("none.tar", CLIP, "none.tar"),
         ("broken.tar", CLIP, "broken.tar cannot be read"),
         ("broken.csv", CLIP, "broken.csv cannot be read: .*utf-8"),
         ("{0..1}.tar", (*CLIP, "--text-key", "caption"), "no pairs"),
         ("images", (*CLIP, "--split", "test"), "--split test: .* train"),
-        ("images", (*CLIP, "--caption-column", "text"), "'text'.*'image', 'caption'"),
         ("clip", CLIP, "'image'.*model_cfg"),
     ],
 )
@@ -267,28 +255,6 @@ def test_what_cannot_work_is_an_error_that_names_it(
     assert re.search(message, said), said
 
 
-@pytest.mark.parametrize("captions", [["007", "1e3"], ["True", "False"], ["007", "a"], ["1", "2.50"]])
-def test_a_csv_file_is_read_as_open_clip_reads_it(tmp_path: Path, captions: list[str]) -> None:
-    file = table(tmp_path, captions)
-    trainers = CsvDataset(str(file), None, "filepath", "title")
-    ((found, images),) = csv_data(file).pairs()
-    assert found == [str(x) for x in trainers.captions]
-    assert images == ["0.png", "1.png"]
-
-
-@pytest.mark.parametrize("missing", ["", "NA", "null"])
-def test_a_caption_that_is_missing_is_named(tmp_path: Path, missing: str) -> None:
-    with pytest.raises(ValueError, match=f"row 1 of .*, column 'title': '{missing}' is a missing value"):
-        csv_data(table(tmp_path, ["a", missing, "c"]))
-
-
-@pytest.mark.parametrize(("texts", "right"), [("same", "100.0%"), ("others", "0.0%"), ("two", "2.6%")])
-def test_check_shows_how_good_a_teacher_is(tmp_path: Path, texts: str, right: str, capsys: Any) -> None:
-    table(tmp_path)
-    rows = np.eye(ROWS, dtype=np.float32)
-    arrays = {"same": rows, "others": np.roll(rows, 1, 0), "two": rows[np.arange(ROWS) % 2]}
-    np.savez(tmp_path / "x.npz", image_features=rows, text_features=arrays[texts])
-    output = str(tmp_path / "x")
-    assert features(tmp_path, "pairs.csv", "--features", f"{tmp_path}/x.npz", "--output", output) == 0
-    assert features(tmp_path, "pairs.csv", "--check", output) == 0
-    assert f"R@1 among 40 pairs: {right} from image" in capsys.readouterr().out
+def test_a_caption_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"row 1 of .*, column 'title': 'NA' is a missing value"):
+        csv_data(table(tmp_path, ["a", "NA", "c"]))

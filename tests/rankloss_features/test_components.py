@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,9 +65,14 @@ def is_right(features: Features, width: int = KEPT) -> None:
     assert (np.take_along_axis(matrix, np.abs(matrix).argmax(0)[None], 0) > 0).all()
 
 
-@pytest.mark.parametrize("width", [1, KEPT, WIDTH])
-def test_components_are_those_of_both_modalities_rows(folder: Path, width: int) -> None:
-    is_right(Features(str(folder)), width)
+def test_components_are_those_of_both_modalities_rows_and_the_log_has_what_is_kept(
+    folder: Path, caplog: Any
+) -> None:
+    for width in (1, WIDTH):
+        is_right(Features(str(folder)), width)
+    with caplog.at_level(logging.INFO, "rankloss_features"):
+        explained = Features(str(folder)).components(KEPT).explained
+    assert f"{KEPT} of {WIDTH} dimensions, explained variance {100 * explained:.1f} %" in caplog.text
 
 
 def test_of_one_modality_and_without_the_rows_that_are_absent(tmp_path: Path) -> None:
@@ -81,12 +85,6 @@ def test_of_one_modality_and_without_the_rows_that_are_absent(tmp_path: Path) ->
     assert found.explained == pytest.approx((values[:KEPT] ** 2).sum() / (values**2).sum(), abs=1e-6)
     matrix = found.matrix.double().numpy()
     np.testing.assert_allclose(matrix @ matrix.T, vectors[:KEPT].T @ vectors[:KEPT], atol=1e-5)
-
-
-def test_the_log_has_what_is_kept(folder: Path, caplog: Any) -> None:
-    with caplog.at_level(logging.INFO, "rankloss_features"):
-        explained = Features(str(folder)).components(KEPT).explained
-    assert f"{KEPT} of {WIDTH} dimensions, explained variance {100 * explained:.1f} %" in caplog.text
 
 
 def ask(folder: Path, width: int, seen: Any) -> None:
@@ -123,7 +121,7 @@ def changed(file: Path, name: str) -> None:
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "empty": lambda file: file.write_bytes(b""),
     "cut": lambda file: file.write_bytes(file.read_bytes()[:-40]),
-    **{f"a bit at {at}": lambda file, at=at: flipped(file, at) for at in (0.0, 0.2, 0.5, 0.8, 1.0)},
+    **{f"a bit at {at}": lambda file, at=at: flipped(file, at) for at in (0.0, 0.5, 1.0)},
     **{f"another {name}": lambda file, x=name: changed(file, x) for name in ("matrix", "variances", "hash")},
     "an array": lambda file: file.write_bytes((file.parent / "image_features.npy").read_bytes()),
 }
@@ -139,13 +137,6 @@ def test_a_damaged_file_is_computed_again(folder: Path, damage: str) -> None:
         assert set(found) == {"matrix", "variances", "hash"}
     assert Features(str(folder)).components(KEPT).explained > 0
     assert (folder / "components.npz").stat().st_size == len(whole)
-
-
-def test_the_components_of_another_folder_are_not_used(folder: Path, tmp_path: Path, data: Data) -> None:
-    other = written(tmp_path / "other", data, spread(1))
-    other.components(KEPT)
-    shutil.copy(tmp_path / "other/components.npz", folder / "components.npz")
-    is_right(Features(str(folder)))
 
 
 def test_damaged_rows_have_no_components(folder: Path) -> None:
@@ -171,13 +162,10 @@ def test_a_folder_that_cannot_be_written_still_has_components(folder: Path) -> N
     assert not (folder / "components.npz").exists()
 
 
-@pytest.mark.parametrize("width", [WIDTH + 1, 0, -1])
-def test_a_width_beyond_the_features_is_refused(folder: Path, width: int) -> None:
-    with pytest.raises(ValueError, match=f"width .* {WIDTH} dimensions and the {ROWS} rows .*; got {width}"):
-        Features(str(folder)).components(width)
-
-
-def test_a_width_beyond_the_rows_is_refused(tmp_path: Path, data: Data) -> None:
+def test_a_width_beyond_the_features_or_the_rows_is_refused(folder: Path, tmp_path: Path, data: Data) -> None:
+    for width in (WIDTH + 1, 0):
+        with pytest.raises(ValueError, match=f"width .* {WIDTH} dimensions and the {ROWS} rows .*{width}$"):
+            Features(str(folder)).components(width)
     features = written(tmp_path / "x", data, spread(0, (ROWS + 5,) * 2))
     features.components(ROWS)
     with pytest.raises(ValueError, match=f"{ROWS + 5} dimensions and the {ROWS} rows .*; got {ROWS + 1}"):

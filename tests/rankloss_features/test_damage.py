@@ -126,7 +126,7 @@ def field_copied(name: str) -> Change:
 
 TEXTS = ("dtype", "precision", "command", "rows_hash", "hash")
 FIELDS: dict[str, list[Any]] = {
-    name: [None, "x", 7, []]
+    name: [None, "x", []]
     for name in (
         *(*TEXTS, "format", "complete", "teacher", "scale"),
         *("widths", "batch_size", "rows", "data", "skipped", "spaces"),
@@ -186,20 +186,12 @@ def test_a_damaged_folder_is_refused_or_mended(place: Place, tmp_path: Path, dam
             read(str(folder))
 
 
-@pytest.mark.parametrize("widths", [{}, {"../other/image_features": WIDTH}])
-def test_only_arrays_of_the_folder_are_read(place: Place, tmp_path: Path, widths: dict[str, int]) -> None:
+def test_only_arrays_of_the_folder_are_read(place: Place, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(place.whole, tmp_path / "x"))
-    write_about(folder, {**(read_about(folder) or {}), "widths": widths})
+    write_about(folder, {**(read_about(folder) or {}), "widths": {"../other/image_features": WIDTH}})
     for read in place.readers.values():
         with pytest.raises(ValueError, match="widths must be of image_features or text_features"):
             read(str(folder))
-
-
-def test_a_finished_folder_without_its_pairs_is_refused(place: Place, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(place.whole, tmp_path / "damaged"))
-    (folder / "pairs.npy").unlink()
-    with pytest.raises(ValueError, match=r"pairs\.npy"):
-        written(folder, place.data, teacher())
 
 
 def test_a_folder_of_the_earlier_format_says_how_to_renew_it(place: Place, tmp_path: Path) -> None:

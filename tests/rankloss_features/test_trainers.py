@@ -1,4 +1,4 @@
-"""Every trainer ranks each pair by its own row, and refuses others before a weight changes."""
+"""Data are bound to their own rows, and the examples of the teachers' page train as printed."""
 
 from __future__ import annotations
 
@@ -18,34 +18,12 @@ if not all(map(importlib.util.find_spec, ("transformers", "accelerate", "sentenc
 
 import tiny_sentences
 import tiny_transformers
-from tiny_teacher import written
-from tiny_transformers import Pairs, clip, weights
+from taught import ROWS, features, folder
+from tiny_transformers import Pairs, clip
 
-from rankloss_features import Features, bind
-from rankloss_features.binding import taught
-from rankloss_features.data import Table
-from rankloss_features.folder import NAMES
-from rankloss_features.teachers import Encoder, Teacher
-from rankloss_trainers.sentence_transformers import ContrastiveLoss, RankClipLoss
+from rankloss_features import bind
+from rankloss_trainers.sentence_transformers import ContrastiveLoss
 from rankloss_trainers.transformers import ContrastiveTrainer
-
-ROWS, WIDTH = 32, 6
-RANKED = {"schedule": "constant", "top_k": 4, "lambda_cross": 8.0, "lambda_in": 8.0}
-
-
-def features(seed: int = 0, width: int = WIDTH) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: F.normalize(torch.randn(ROWS, width, generator=generator), dim=-1) for name in NAMES}
-
-
-def folder_of(
-    path: Path, dataset: Any, image: str, caption: str, seed: int = 0, width: int = WIDTH
-) -> Features:
-    def encoder(rows: torch.Tensor) -> Encoder:
-        return Encoder(lambda samples: rows[[x.row for x in samples]], lambda x: x, width)
-
-    teacher = Teacher({}, {name: encoder(x) for name, x in features(seed, width).items()})
-    return written(path, Table(dataset, image, caption, data="given"), teacher, dtype="float32")
 
 
 def pairs() -> Any:
@@ -71,109 +49,9 @@ SPOILT = [
 
 @pytest.mark.parametrize(("change", "message"), SPOILT)
 def test_data_are_bound_to_their_own_rows_alone(tmp_path: Path, change: Any, message: str) -> None:
-    folder = folder_of(tmp_path / "x", pairs(), "image", "caption")
+    path = folder(tmp_path / "x", pairs(), features(), "image", "caption")
     with pytest.raises(ValueError, match=message):
-        bind(change(pairs()), folder.path)
-
-
-# --- Hugging Face -----------------------------------------------------------------------------------------
-
-
-def test_hugging_face_ranks_every_pair_by_its_own_row(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "x", pairs(), "image", "caption")
-    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1)).tolist()
-    bound = bind(pairs(), folder.path).select(order).remove_columns(["image", "caption"])
-    columns = Pairs(ROWS)
-    columns.columns.update({f"reference_{name}": x for name, x in features().items()})
-    columns.columns = {name: x[order] for name, x in columns.columns.items()}
-    options, trained = {**RANKED, "reference_features": folder.path}, []
-    for number, (data, given) in enumerate([(bound, options), (columns, {**RANKED, "reference": "teacher"})]):
-        run = tmp_path / str(number)
-        arguments = {
-            "max_steps": 2,
-            "dataloader_num_workers": number,
-            "loss": "rankclip",
-            "loss_options": given,
-        }
-        trained.append(tiny_transformers.train(run, pairs=data, **arguments))
-    assert torch.equal(weights(trained[0].model), weights(trained[1].model))
-    # Evaluation does without, and does not show the model the column.
-    assert trained[0].evaluate(bound)["eval_loss"] == pytest.approx(trained[1].evaluate(columns)["eval_loss"])
-
-
-def test_hugging_face_refuses_data_that_are_not_bound_to_the_folder(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "x", pairs(), "image", "caption")
-    renamed = pairs().map(lambda row: {"caption": f"{row['caption']}!"})
-    other = folder_of(tmp_path / "other", renamed, "image", "caption", seed=5)
-    options = {**RANKED, "reference_features": folder.path}
-    for data, message in ((pairs(), "reference_pair"), (bind(renamed, other.path), "row 0 .*bind")):
-        given = {"loss": "rankclip", "loss_options": options, "max_steps": 1}
-        trained = tiny_transformers.trainer(tmp_path, pairs=data, **given)
-        with pytest.raises(ValueError, match=message):
-            trained.train()
-        assert torch.equal(weights(trained.model), weights(clip()))
-
-
-# --- sentence-transformers --------------------------------------------------------------------------------
-
-
-def trained(tmp_path: Path, labelled: Any, **options: Any) -> torch.Tensor:
-    model = tiny_sentences.tiny(tmp_path)
-    loss = RankClipLoss(model, **{**RANKED, **options})
-    tiny_sentences.train(tmp_path, loss, model, train_dataset=labelled, max_steps=2)
-    return tiny_sentences.weights(model)
-
-
-def labelled(labels: torch.Tensor) -> Any:
-    return tiny_sentences.pairs(ROWS).add_column("label", labels.tolist())
-
-
-def test_sentence_transformers_takes_a_teacher_as_its_distillation_does(tmp_path: Path) -> None:
-    data = tiny_sentences.pairs(ROWS)
-    folder = folder_of(tmp_path / "x", data, "image", "text")
-    own, teacher = trained(tmp_path, data), labelled(torch.stack([*features().values()], 1))
-    by_labels = trained(tmp_path, teacher)
-    assert not torch.equal(own, by_labels)
-    bound = bind(data, folder.path, caption_column="text", column="label")
-    assert torch.equal(by_labels, trained(tmp_path, bound, reference_features=folder.path))
-    cached = trained(tmp_path, bound, reference_features=folder.path, mini_batch_size=3)
-    torch.testing.assert_close(cached, by_labels)
-
-
-def test_labels_are_one_embedding_for_both_columns_or_no_teachers() -> None:
-    texts = features()[NAMES[1]]
-    found = taught(None, texts)
-    assert list(found) == [f"reference_{name}" for name in NAMES]
-    assert all(x is texts for x in found.values())
-    for scores in (None, torch.ones(ROWS), torch.ones(ROWS, dtype=torch.int64)):
-        assert taught(None, scores) == {}
-
-
-def test_sentence_transformers_refuses_labels_that_are_no_teachers(tmp_path: Path) -> None:
-    data = tiny_sentences.pairs(ROWS)
-    folder, before = folder_of(tmp_path / "x", data, "image", "text"), tiny_sentences.tiny(tmp_path)
-    other = folder_of(tmp_path / "y", data.map(lambda row: {"text": f"{row['text']}!"}), "image", "text")
-    bound = bind(data, folder.path, caption_column="text", column="label").with_format("torch")["label"][:]
-    nan = torch.stack([*features().values()], 1)
-    nan[3, 1] = torch.nan
-    model, embeddings = tiny_sentences.tiny(tmp_path), [*features(7).values()]
-    for labels, options, message in (
-        (bound, {}, "reference_features"),
-        (None, {"reference_features": folder.path}, "label"),
-        (bound, {"reference_features": other.path}, "row 0 .*bind"),
-        (nan, {}, "column 1 of labels .*row 3"),
-        (torch.rand(ROWS, 3, WIDTH), {}, "two columns"),
-    ):
-        loss = RankClipLoss(model, **{**RANKED, **options})
-        loss.run.set_progress(1, 1)
-        loss.image_column = 0
-        with pytest.raises(ValueError, match=message):
-            loss._entries(embeddings, labels)
-    with pytest.raises(ValueError, match="two columns"):
-        tiny_sentences.train(
-            tmp_path, loss, model, train_dataset=labelled(torch.rand(ROWS, 3, WIDTH)), max_steps=1
-        )
-    assert torch.equal(tiny_sentences.weights(model), tiny_sentences.weights(before))
+        bind(change(pairs()), path)
 
 
 # --- the page ---------------------------------------------------------------------------------------------
@@ -195,7 +73,7 @@ def processor(images: list[str], text: list[str], **_: Any) -> dict[str, torch.T
 def test_hugging_faces_example_trains_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = pairs().select_columns(["image", "caption"])
-    folder_of(Path("teacher"), data, "image", "caption", width=12)  # wider than the model's 8
+    folder(Path("teacher"), data, features(12), "image", "caption")  # wider than the model's 8
     names: dict[str, Any] = {"ContrastiveTrainer": ContrastiveTrainer, "processor": processor}
     names["TrainingArguments"] = lambda _, **given: tiny_transformers.arguments(
         tmp_path, max_steps=2, **given
@@ -212,7 +90,7 @@ def test_examples_of_sentence_transformers_train_as_printed(
     monkeypatch.chdir(tmp_path)
     data = tiny_sentences.pairs(ROWS)
     captioned = data.rename_column("text", "caption")
-    folder_of(Path("teacher"), captioned, "image", "caption", width=20)  # wider than the model's 16
+    folder(Path("teacher"), captioned, features(20), "image", "caption")  # wider than the model's 16
     texts = data.rename_columns({"image": "question", "text": "answer"})
     for example, given, term in (
         (BOUND_SENTENCES, captioned, "mimicry_loss"),
@@ -245,7 +123,7 @@ def test_the_example_of_an_own_loop_trains_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    folder_of(Path("teacher"), pairs(), "image", "caption", width=12)
+    folder(Path("teacher"), pairs(), features(12), "image", "caption")
     model, rows = Towers(), np.arange(ROWS)
     exec(OWN_LOOP, {"model": model, "batches": [rows[:16], rows[16:]], "torch": torch})
     gradient = model.embeddings.weight.grad

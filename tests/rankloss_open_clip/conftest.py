@@ -33,11 +33,8 @@ def runs(trainer: Trainer) -> Runs:
     add("runner", ["--loss=rankclip", *OFFICIAL[2:]], 3, command=("-m", "rankloss_open_clip"), **OFF)
 
     add("no --loss", [], 3)
-    reports = ["--rankclip-agreement-every", "3", "--report-to", "wandb,tensorboard"]
-    add("agreement", [*OFFICIAL, *reports], 3, WANDB_MODE="offline", WANDB_SILENT="true")
+    add("agreement", [*OFFICIAL, "--rankclip-agreement-every", "3"], 3)
     add("one epoch", [*rankclip, "--skip-scheduler"], 1)
-    steps = ["--rankclip-schedule", "linear", "--rankclip-schedule-unit", "step", "--accum-freq", "2"]
-    add("steps with accumulation", [*rankclip, *steps])
     for precision in PRECISIONS:
         add(precision, [*rankclip, "--precision", precision])
     add("siglip", [*rankclip, "--siglip"])
@@ -47,7 +44,6 @@ def runs(trainer: Trainer) -> Runs:
     add("ranked by the teacher", [*rankclip, *teacher, "--rankclip-reference", "teacher"])
     add("rankclip-distill", ["--loss", "rankclip-distill", *teacher])
     add("mimicry", ["--loss", "mimicry", "--mimicry-contrast", "1", *teacher], 1)
-    add("lock image", [*rankclip, "--lock-image"])
     add("csv, whole set", [*WHOLE_SET, "--val-data", str(trainer.directory / "data.csv")])
 
     add("cyclip", ["--loss", "cyclip", "--accum-freq", "2"], 1)

@@ -100,10 +100,12 @@ def tokens(text: str) -> Tensor:
 
 
 # The compiler reads .grad of tensors that are not leaves, which warns.
-@pytest.mark.parametrize(("named", "wrap"), [(False, ""), (True, "module"), (True, "compile")])
-@pytest.mark.parametrize("kinds", ["caption", "features", "caption and features"])
+@pytest.mark.parametrize(
+    ("kinds", "named", "wrap"),
+    [("caption", False, ""), ("features", True, "module"), ("caption and features", True, "compile")],
+)
 def test_companions_join_the_output_of_one_call_of_the_model(
-    tmp_path: Path, named: bool, wrap: str, kinds: str
+    tmp_path: Path, kinds: str, named: bool, wrap: str
 ) -> None:
     arrays = {name: unit_rows(3, 21, seed) for seed, name in enumerate(NAMES)}
     possible = {"caption": CAPTION, "features": ReferenceFeatures(stored(tmp_path / "x", **arrays))}

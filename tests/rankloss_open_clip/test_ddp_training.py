@@ -33,7 +33,6 @@ def ddp_runs(trainer: Trainer) -> Runs:
 
     add("one process")
     add("two processes, both flags", *BOTH, processes=2)
-    add("two processes, neither flag", processes=2)
     add("accumulation", accum_freq=2)
     # λ goes from 0 to 2; a static graph allows no change in what is trained.
     checkpointing = (*OFFICIAL, "--grad-checkpointing")
@@ -85,14 +84,6 @@ def test_both_flags_train_as_one_process_does(ddp_runs: Runs) -> None:
     one, two = ddp_runs["one process"], ddp_runs["two processes, both flags"]
     assert (one.params["world_size"], two.params["world_size"]) == ("1", "2")
     assert_same_training(two, one)
-
-
-def test_neither_flag_gives_towers_half_of_the_gradient_and_the_scale_all_of_it(ddp_runs: Runs) -> None:
-    one, two = ddp_runs["one process"], ddp_runs["two processes, neither flag"]
-    (scale, towers), (whole_scale, whole_towers) = gradient(two), gradient(one)
-    assert relative_error(towers, whole_towers / 2) < 1e-5
-    assert relative_error(scale, whole_scale) < 1e-5
-    assert_same_log(two, one)
 
 
 def test_accumulation_is_the_big_batch_with_the_scale_k_times(ddp_runs: Runs) -> None:

@@ -91,20 +91,6 @@ def test_trainer_parses_the_command_as_it_stands(command: Command, name: str, la
     assert ("YFCC15M" in description) == ("yfcc15m" in args.train_data)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_slurm_job_starts_a_process_per_gpu_and_can_go_on(command: Command, name: str) -> None:
-    script = (RECIPES / f"{name}.sh").read_text(encoding="utf-8")
-    before_any_command = script[: script.index("set -euo")]
-    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", before_any_command, re.MULTILINE))
-    assert options["job-name"] == name
-    assert options["ntasks-per-node"] == options["gpus-per-node"] == str(PROCESSES["slurm"])
-    words = command(name, "slurm")
-    assert words[:3] == ["srun", "first-node:29500", "--cpus-per-task"]
-    args = parse_args(trainer_arguments(words))
-    assert args.resume == "latest"
-    assert int(options["cpus-per-task"]) > args.workers
-
-
 def test_readme_explains_every_option(command: Command) -> None:
     text = (RECIPES / "README.md").read_text(encoding="utf-8")
     used = {word for name, launch in COMMANDS for word in trainer_arguments(command(name, launch))}

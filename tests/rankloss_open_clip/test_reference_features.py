@@ -48,9 +48,8 @@ def features_of(*samples: dict[str, Any], where: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("where", IN_SAMPLES)
-@pytest.mark.parametrize("width", [1, 5, 20])
-def test_members_of_the_samples_are_their_features(where: str, width: int) -> None:
-    rows = zip(NAMES, (unit_rows(2, width)[0], unit_rows(2, 3)[1]), strict=True)
+def test_members_of_the_samples_are_their_features(where: str) -> None:
+    rows = zip(NAMES, (unit_rows(2, 20)[0], unit_rows(2, 3)[1]), strict=True)
     arrays = {name: row.astype(np.float16) for name, row in rows}
     members = {f"{name}.npy": npy(array) for name, array in arrays.items()}
     companion = ReferenceFeatures(where, two_widths=True)
@@ -75,13 +74,9 @@ WHOLE = npy(np.ones(2))
     ("member", "said"),
     [
         (WHOLE[:-3], "EOF"),
-        (WHOLE[:20], "EOF"),
-        (b"", "EOF"),
-        (b"PK\x03\x04" * 9, "magic"),
         (npy(np.array([{}, {}])), "allow_pickle"),
         (npy(np.ones((1, 2))), "(1, 2)"),
         (npy(np.array([1, np.nan])), "nan"),
-        (npy(np.full(2, 1e300)), "inf"),
         (npy(np.zeros(2)), "zeros"),
         (npy(np.array([1, 0])), "int64"),
         (npy(np.ones(3)), "widths of [3]"),
@@ -122,36 +117,20 @@ def test_members_that_no_option_names_are_refused() -> None:
 
 # --- folders --------------------------------------------------------------------------------------------
 
-ROWS = [("1.png", "a"), ("2.png", "5")]
 
-
-@pytest.mark.parametrize(
-    ("pairs", "message"),
-    [
-        (ROWS, ""),
-        (ROWS[::-1], "row 0 .* in row 1"),
-        ([ROWS[0], ("2.png", "6")], "row 1 .*'5'"),
-        ([("3.png", "a"), ROWS[1]], r"row 0 .*1\.png"),
-        (ROWS[:1], "row 1 .*1 rows"),
-        ([*ROWS, ("3.png", "b")], "row 2 is missing"),
-    ],
-)
-def test_rows_of_features_are_those_of_the_table(
-    tmp_path: Path, pairs: list[tuple[str, str]], message: str
-) -> None:
+def test_rows_of_features_are_those_of_the_table(tmp_path: Path) -> None:
     dataset, file = csv(tmp_path, "filepath;title\nfolder/1.png;a\n2.png;5\n")
-    array = unit_rows(len(pairs), 2)
+    array, pairs = unit_rows(2, 2), [("1.png", "a"), ("2.png", "5")]
     companion = ReferenceFeatures(stored(tmp_path / "x", pairs, text_features=array))
-    if message:
-        with pytest.raises(ValueError, match=message):
-            companion.of_rows(file, ";", dataset)
-    else:
-        Companions([companion]).join_csv(dataset, file, ";")
-        (found,) = taken_apart(companion, [dataset.captions[1], dataset.captions[0]]).values()
-        assert torch.equal(found[:, :2], torch.from_numpy(array[::-1].copy()))
+    other = ReferenceFeatures(stored(tmp_path / "other", pairs[::-1], text_features=array))
+    with pytest.raises(ValueError, match=r"row 0 .* in row 1"):
+        other.of_rows(file, ";", dataset)
+    Companions([companion]).join_csv(dataset, file, ";")
+    (found,) = taken_apart(companion, [dataset.captions[1], dataset.captions[0]]).values()
+    assert torch.equal(found[:, :2], torch.from_numpy(array[::-1].copy()))
 
 
-@pytest.mark.parametrize("caption", ["007", "1.50", "NA"])
+@pytest.mark.parametrize("caption", ["007", "NA"])
 def test_command_and_trainer_read_a_caption_alike_or_the_command_refuses_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caption: str
 ) -> None:
@@ -190,29 +169,16 @@ def test_members_of_samples_are_not_for_a_csv_file(tmp_path: Path) -> None:
 # --- the command line -----------------------------------------------------------------------------------
 
 
-def damaged(row: int | slice, value: float, rows: int = 12) -> np.ndarray[Any, Any]:
-    array = unit_rows(rows, 3)
-    array[row] = value
-    return array
-
-
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"image_features": BOTH, "text_features": unit_rows(3, 2)}, "(3, 2)"),
-        ({"image_features": damaged(2, np.nan)}, "row 2"),
-        ({"text_features": damaged(slice(16_390, None), 0.0, 16_400)}, "from row 16384, "),
-    ],
-)
 def test_folder_that_no_teacher_gives_is_refused_before_training(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, arrays: dict[str, Any], message: str
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    folder = stored(tmp_path / "teacher", **arrays)
+    array = unit_rows(12, 3)
+    array[2] = np.nan
     with pytest.raises(SystemExit):
-        parse_args(["--loss", "rankclip", OPTION, folder])
+        parse_args(["--loss", "rankclip", OPTION, stored(tmp_path / "teacher", image_features=array)])
     said = capsys.readouterr().err
     assert f"{OPTION}: " in said
-    assert message in said
+    assert "row 2" in said
 
 
 def test_features_of_two_widths_rank_the_in_modal_lists_alone(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
-import torch
-from trainer_runs import BOTH, STEPS, WHOLE_SET, EpochSeeds, Run, Runs, Trainer, assert_equal_training
+from trainer_runs import BOTH, STEPS, EpochSeeds, Run, Trainer, assert_equal_training
 
 from rankloss import schedules
 
@@ -35,7 +34,6 @@ class Training:
         self.whole = start("whole", *PER_STEP)
         path = ("--resume", str(self.whole.directory / "checkpoints" / "epoch_1.pt"))
         self.by_path = start("by path", *PER_STEP, *path)
-        self.forgotten = start("without the loss", *path)
         self.killed_log = start("killed", *PER_STEP, kill_in_epoch=1).log
         self.latest = start("killed", *PER_STEP, "--resume", "latest")
 
@@ -66,23 +64,3 @@ def test_schedule_stands_where_it_would_have(training: Training) -> None:
     later = {step: x for step, x in training.whole.scalars["rank_lambda"].items() if step >= PER_EPOCH}
     assert training.by_path.scalars["rank_lambda"] == later
     assert training.latest.scalars["rank_lambda"].items() >= later.items()
-
-
-def test_resumed_without_the_loss_is_another_training(training: Training) -> None:
-    # The comparisons above can fail: only `--loss` is missing here.
-    whole, forgotten = training.whole.epoch(2), training.forgotten.epoch(2)
-    assert not torch.equal(whole["visual.proj"], forgotten["visual.proj"])
-    assert "Loss: rankclip" not in training.forgotten.log
-
-
-def test_unmodified_trainer_resumes_where_the_order_of_the_data_does_not_matter(
-    runs: Runs, trainer: Trainer
-) -> None:
-    # It shuffles the first epoch after --resume like the first of a fresh run; with one batch of the whole
-    # set, uncropped, that only changes the order of sums.
-    name, first = "csv, whole set", runs["csv, whole set"]
-    checkpoint = str(first.directory / "checkpoints" / "epoch_1.pt")
-    run = trainer.call(f"{name}, resumed", *WHOLE_SET, "--resume", checkpoint)
-    assert run.returncode == 0, run.output[-4000:]
-    (line,) = run.train_lines()
-    assert line == pytest.approx(first.train_lines()[1], rel=1e-4)

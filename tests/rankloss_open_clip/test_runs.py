@@ -7,7 +7,6 @@ import math
 import re
 from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -23,7 +22,6 @@ from trainer_runs import (
 )
 
 from rankloss import schedules
-from wandb_files import wandb_scalars
 
 TERMS = ("contrastive_loss", "cross_modal_loss", "in_modal_loss")
 METRICS = ("rank_lambda", "cross_modal_raw", "in_modal_raw")
@@ -35,8 +33,8 @@ EPOCHS = 3  # of the run called "agreement"
 
 # The terms that each run trains.
 TRAINED = {
-    **dict.fromkeys(("--loss rankclip", "agreement", "one epoch", "steps with accumulation"), TERMS),
-    **dict.fromkeys((*PRECISIONS, "siglip", "rankclip-distill", "lock image"), TERMS),
+    **dict.fromkeys(("--loss rankclip", "agreement", "one epoch"), TERMS),
+    **dict.fromkeys((*PRECISIONS, "siglip", "rankclip-distill"), TERMS),
     "coca": (*TERMS, "caption_loss"),
     **dict.fromkeys(("distill", "ranked by the teacher"), (*TERMS, "distill_loss")),
     "clip-streamed": TERMS[:1],
@@ -44,7 +42,7 @@ TRAINED = {
     "mimicry": ("contrastive_loss", "mimicry_loss", "mimicry_contrast_loss"),
     "alip": ALIP,
 }
-SLOW = {"amp", "bf16", "siglip-streamed", "mimicry"}
+SLOW = {"amp", "bf16", "pure_bf16", "siglip", "siglip-streamed", "coca", "mimicry", "runner"}
 
 
 def some_slow(*names: str) -> list[Any]:
@@ -90,7 +88,7 @@ def test_epoch_at_lambda_zero_is_bit_equal_to_stock(runs: Runs) -> None:
     assert not torch.equal(stock.epoch(2)["visual.proj"], run.epoch(2)["visual.proj"]), "λ is 1 there"
 
 
-@pytest.mark.parametrize("name", ["runner", "agreement"])
+@pytest.mark.parametrize("name", some_slow("runner", "agreement"))
 def test_every_way_to_start_and_to_log_trains_the_same(runs: Runs, name: str) -> None:
     plugin, run = runs["--loss rankclip"], runs[name]
     assert_equal_training(plugin, run)
@@ -126,15 +124,11 @@ def test_lambda_and_raw_terms_explain_the_weighted_ones(runs: Runs) -> None:
             assert 0.1 < raw < 10
 
 
-def test_lambda_of_steps_is_that_of_optimizer_steps(runs: Runs) -> None:
+def test_lambda_of_one_epoch_goes_by_steps(runs: Runs) -> None:
     expected = {step: schedules.rankclip(step + 1, STEPS) for step in range(STEPS)}
     assert runs["one epoch"].scalars["rank_lambda"] == pytest.approx(expected)
     assert "(one epoch has no ramp" in runs["one epoch"].log
     assert len(set(runs["one epoch"].scalars["lr"].values())) == 1, "without the learning rate's schedule"
-    # Two micro-batches a step: the loss is called twice, λ moves once.
-    total = 2 * STEPS // 2
-    expected = {step: schedules.linear(step + 1, total) for step in range(total)}
-    assert runs["steps with accumulation"].scalars["rank_lambda"] == pytest.approx(expected)
 
 
 # --- the trainer's features -----------------------------------------------------------------------------
@@ -164,14 +158,6 @@ def test_distillation_ranks_the_student_alone_unless_the_teacher_is_asked_for(ru
         assert preset[term] == pytest.approx(schedules.rankclip(1, 2) * 64 / 16 * preset[raw], rel=1e-3)
 
 
-def test_locked_tower_stays_and_the_other_learns(runs: Runs) -> None:
-    before, after = runs["lock image"].epoch(1), runs["lock image"].epoch(2)
-    weights = [key for key in before if not key.startswith(("optimizer.", "logit_scale"))]
-    assert {key for key in weights if torch.equal(before[key], after[key])} == {
-        key for key in weights if key.startswith("visual.")
-    }
-
-
 def test_validation_loss_stays_plain_clip(runs: Runs) -> None:
     run = runs["csv, whole set"]
     # Validated on the pairs it trains on: an epoch ends with what the only step of the next one starts from.
@@ -190,15 +176,13 @@ def test_streamed_losses_train_as_the_trainers_own(runs: Runs, name: str) -> Non
 # --- what is logged -------------------------------------------------------------------------------------
 
 
-def test_text_log_tensorboard_and_wandb_show_the_same(runs: Runs, trainer: Trainer) -> None:
+def test_text_log_and_tensorboard_show_the_same(runs: Runs) -> None:
     run = runs["agreement"]
-    wandb = wandb_scalars(trainer.directory, "agreement")
     lines = run.train_lines()
     assert len(lines) == EPOCHS * STEPS
     for name in (*TERMS, *METRICS, *TAUS, "loss"):
         shown = run.scalars[name]
         assert list(shown) == list(range(EPOCHS * STEPS)), "the same entries at every step"
-        assert shown == {step: np.float32(value) for step, value in wandb[f"train/{name}"].items()}, name
         assert list(shown.values()) == pytest.approx([line[name.capitalize()] for line in lines], rel=1e-4)
 
 
@@ -234,7 +218,8 @@ def test_histories_come_down_once_a_step_and_are_checkpointed(runs: Runs) -> Non
     ("name", "tolerance"),
     [
         pytest.param("alip webdataset", 1e-3, marks=pytest.mark.slow),
-        ("alip, two processes, accumulation", 1e-2),  # the trainer's own gradient of the scale is twice
+        # The trainer's own gradient of the scale is twice.
+        pytest.param("alip, two processes, accumulation", 1e-2, marks=pytest.mark.slow),
     ],
 )
 def test_same_pairs_in_another_way_give_the_same_step(runs: Runs, name: str, tolerance: float) -> None:

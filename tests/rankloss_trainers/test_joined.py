@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from taught import ROWS, features, folder
 from torch.nn.functional import normalize
 
 import rankloss_trainers
@@ -57,10 +59,9 @@ def test_an_option_has_the_prefix_of_its_loss_where_several_have_it(
     assert find(name).load().checked(name, options)[key] == value
 
 
-@pytest.mark.parametrize("owner", ["rankclip", "mimicry", ""])
-def test_a_folder_is_given_once_and_serves_all(owner: str) -> None:
+@pytest.mark.parametrize("key", ["reference_features", "mimicry_reference_features"])
+def test_a_folder_is_given_once_and_serves_all(key: str) -> None:
     entry = find("rankclip+mimicry").load()
-    key = f"{owner}_reference_features".lstrip("_")
     options = entry.checked("", {key: "FOLDER"})
     assert entry.reference_features(options) == "FOLDER"
     assert reason("rankclip+mimicry", **{key: "FOLDER"}) is None
@@ -91,6 +92,19 @@ def test_a_folder_is_given_once_and_serves_all(owner: str) -> None:
 def test_what_cannot_be_joined_is_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         raise ValueError(reason(name, **options))
+
+
+def test_two_encoders_rank_the_in_modal_lists_alone(tmp_path: Path) -> None:
+    columns = {name: [f"{name} {i}" for i in range(ROWS)] for name in ("image", "text")}
+    data = pytest.importorskip("datasets").Dataset.from_dict(columns)
+    path = folder(tmp_path / "x", data, features(), "image", "text", "separate")
+    entry = find("rankclip-distill").load()
+    for given in ({}, {"lambda_cross": 0}):
+        assert entry.checked("x", {"reference_features": path, **given})["lambda_cross"] == 0
+    with pytest.raises(ValueError, match=r"lambda_cross: must be 0, as .*separate spaces.*; got 1"):
+        entry.checked("x", {"reference_features": path, "lambda_cross": 1})
+    joined = find("cyclip+rankclip").load().checked("x", {"reference_features": path})
+    assert (joined["rankclip_lambda_cross"], joined["cyclip_lambda_cross"]) == (0, 0.25)
 
 
 # --- on a command line ------------------------------------------------------------------------------------

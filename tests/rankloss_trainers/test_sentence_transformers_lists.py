@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launch import torchrun
-from PIL import Image
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from tiny_sentences import WORDS, tiny, weights
@@ -165,21 +164,6 @@ def test_a_candidate_of_several_lists_is_embedded_once(bert: Path) -> None:
         assert grades[n][places].tolist() == row["label"]
 
 
-def test_pictures_with_equal_pixels_are_one_candidate() -> None:
-    def preprocess(inputs: list[Any], **_: Any) -> dict[str, Any]:
-        return {"pixel_values": torch.zeros(len(inputs), 1)}
-
-    red = [Image.new("RGB", (2, 2), "red") for _ in range(2)]
-    blue = Image.new("RGB", (2, 2), "blue")
-    rows = [
-        {"query": "a", "pictures": [red[0], blue], "label": [1, 0]},
-        {"query": "b", "pictures": [red[1]], "label": [1]},
-    ]
-    batch = RankedListsCollator(preprocess)(rows)
-    assert len(batch["pictures_pixel_values"]) == 2
-    assert batch["label"][..., 0].tolist() == [[0, 1], [0, -1]]
-
-
 ROW = {"query": "a", "candidates": ["b", "c"], "label": [1.0, 0.0]}
 BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
     "columns": (
@@ -188,13 +172,6 @@ BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "no grades": ([{"query": "a", "candidates": ["b"]}], "a label column .* of lists of grades"),
     "a text": ([{**ROW, "candidates": "bc"}], "must be lists; got others in row 0 of the batch, query 'a'"),
-    "empty": ([ROW, {"query": "z", "candidates": [], "label": []}], "got 0 candidates and 0 grades in row 1"),
-    "grades": ([{**ROW, "label": [1.0]}], "got 2 candidates and 1 grades in row 0"),
-    "NaN": ([{**ROW, "label": [1.0, math.nan]}], "grades must be numbers, or −infinity; got nan in row 0"),
-    "words": (
-        [{**ROW, "label": ["good", "bad"]}],
-        "grades must be numbers, or −infinity; got 'good' in row 0",
-    ),
     "twice": ([ROW, ROW], "a query may be in a batch once; got it in row 0 and row 1 .*NO_DUPLICATES"),
 }
 

@@ -231,7 +231,7 @@ if __name__ == "__main__":
     if name == "task":
         task(path)
     else:
-        rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, processes = (int(os.environ.get(x, n)) for x, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
         os.chdir(path)
         ended = {"accelerated": accelerated, "lightning_logged": lightning_logged}[name](rank, processes)
         Path(f"{processes}-{rank}.json").write_text(json.dumps(ended))

@@ -56,13 +56,8 @@ def alip() -> rankloss_baselines.AlipLoss:
     ("more", "given", "loss"),
     [
         ((), {}, linear),
-        ((), {"gradient_accumulation_steps": 3}, linear),
-        ((), {"loss": linear(top_k=3)}, lambda: linear(top_k=3)),
-        ((), {"loss": "cyclip"}, rankloss_baselines.CyClipLoss),
         # A teacher's columns are ranked by wherever they are given.
-        (TEACHER, {}, linear),
         (TEACHER, {"loss": linear()}, linear),
-        (TEACHER, {"loss_options": {"schedule": "linear", "reference": "teacher"}}, linear),
         (
             TEACHER,
             {"loss": "rankclip-distill", "loss_options": {"schedule": "linear", "top_k": 4}},
@@ -78,7 +73,6 @@ def alip() -> rankloss_baselines.AlipLoss:
         (TEACHER, {"mini_batch_size": 3}, linear),
         (("caption",), {"mini_batch_size": 3, **ALIP}, alip),
         ((), {"mini_batch_size": 3, "gradient_accumulation_steps": 3}, linear),
-        ((), {"mini_batch_size": 100}, linear),
     ],
 )
 def test_every_step_is_the_step_of_an_own_loop(
@@ -136,8 +130,9 @@ def double() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("kind", ["CLIP", "Siglip", "Siglip2"])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("kind", "dropout"), [("CLIP", 0.0), ("CLIP", 0.5), ("Siglip", 0.5), ("Siglip2", 0.0)]
+)
 def test_mini_batches_have_the_loss_and_gradients_of_the_batch(
     tmp_path: Path, kind: str, dropout: float
 ) -> None:
@@ -280,13 +275,11 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
 @pytest.mark.parametrize(
     ("unit", "given", "expected"),
     [
-        ("epoch", {"num_train_epochs": 3}, [0] * 4 + [0.5] * 4 + [1] * 4),
         # max_steps overrides num_train_epochs.
         ("epoch", {"max_steps": 11, "num_train_epochs": 5}, [0] * 4 + [0.5] * 4 + [1] * 3),
         # One epoch has no ramp, and goes by steps.
         ("epoch", {"max_steps": 3, "num_train_epochs": 5}, [0, 0.5, 1]),
         ("epoch", {"num_train_epochs": 3, "callbacks": [Halving()]}, [0, 0, 0.5, 0.5, 1, 1]),
-        ("step", {"num_train_epochs": 0.75}, [0, 0.5, 1]),
         ("step", {"gradient_accumulation_steps": 2, "num_train_epochs": 1}, [0, 1]),
         ("step", {"pairs": Stream(), "max_steps": 6}, [0, 0.2, 0.4, 0.6, 0.8, 1]),
     ],
@@ -306,24 +299,14 @@ def test_other_losses_of_the_catalogue_train_on_the_models_own(tmp_path: Path, n
     assert second["contrastive_loss"] < own
 
 
-def test_loss_that_asks_for_no_epochs_needs_no_length(tmp_path: Path) -> None:
-    assert len(lines(train(tmp_path, pairs=Stream(), max_steps=2, loss="cyclip"))) == 2
-
-
 # --- what changes nothing ---------------------------------------------------------------------------------
 
 
-class Kept(transformers.CLIPModel):
-    """A model that stays in evaluation mode; it has no dropout, so that the mode changes no number."""
-
-    def train(self, _: bool = True) -> Any:
-        return super().train(False)
-
-
 def kept_in_evaluation() -> Any:
-    model = clip()
-    model.__class__ = Kept
-    return model.train()
+    """A model that stays in evaluation mode; it has no dropout, so that the mode changes no number."""
+    model = clip().eval()
+    model.train = lambda _=True: model
+    return model
 
 
 @pytest.mark.parametrize(
@@ -334,7 +317,6 @@ def kept_in_evaluation() -> Any:
             *(clip, {"torch_compile": True, "torch_compile_backend": "aot_eager"}, 1e-3),
             marks=pytest.mark.slow,
         ),
-        (clip, {"bf16": True}, 0.05),
         (clip, {"bf16": True, "mini_batch_size": 3}, 0.05),
     ],
 )
@@ -358,46 +340,22 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     return {name: column(trained, name) for name in (*TERMS, *METRICS, "loss", "eval_loss")}
 
 
-# --- what is evaluated ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "nested",
-    [
-        lambda base: linear(base=rankloss_baselines.CyClipLoss(base)),
-        lambda base: rankloss_baselines.CyClipLoss(linear(base=base)),
-    ],
-)
-def test_evaluation_is_of_what_stands_below_all_terms_without_its_metrics(
-    tmp_path: Path, nested: Any
-) -> None:
-    pairs = Pairs(8)
-    evaluated = trainer(tmp_path, loss=nested(Sometimes())).evaluate(pairs)["eval_loss"]
-    assert evaluated == pytest.approx(clip()(**pairs.batch(), return_loss=True).loss.item(), rel=1e-5)
-
-
 # --- what is refused --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("given", "message"),
     [
-        ({"loss": "rankclap"}, ValueError, "loss must be one of .*'rankclap'; did you mean rankclip"),
-        ({"loss_options": {"topk": 3}}, TypeError, "'topk'; did you mean top_k"),
-        ({"loss_options": {"top_k": 0}}, ValueError, "top_k"),
-        *(({"mini_batch_size": bad}, ValueError, "mini_batch_size") for bad in (0, -1, 2.5, True)),
-        ({"loss": "alip"}, ValueError, "second caption"),
-        ({**ALIP, "model": build("Siglip")}, ValueError, "alip .*logit_bias"),
-        ({"loss": "siglip-streamed"}, ValueError, "siglip-streamed .*logit_bias"),
-        ({"loss_options": {"reference_features": "samples"}}, ValueError, "reference_features"),
-        ({"loss": nn.Identity(), "loss_options": {"top_k": 3}}, TypeError, "options are for a loss"),
-        ({"loss": linear(base=nn.Linear(2, 2))}, ValueError, "parameters"),
-        ({"compute_loss_func": print}, ValueError, "compute_loss_func"),
-        ({"model": nn.Linear(2, 2)}, ValueError, "logit_scale"),
+        ({"mini_batch_size": 0}, "mini_batch_size"),
+        ({**ALIP, "model": build("Siglip")}, "alip .*logit_bias"),
+        ({"loss": "siglip-streamed"}, "siglip-streamed .*logit_bias"),
+        ({"loss_options": {"reference_features": "samples"}}, "reference_features"),
+        ({"compute_loss_func": print}, "compute_loss_func"),
+        ({"model": nn.Linear(2, 2)}, "logit_scale"),
     ],
 )
-def test_what_cannot_work_is_refused(tmp_path: Path, given: Any, error: Any, message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_what_cannot_work_is_refused(tmp_path: Path, given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **{"loss": "rankclip", **given})
 
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 import rankloss
-import rankloss_trainers
 from rankloss_trainers.transformers.lists import RankedListsCollator
 
 WORDS = ["red", "green", "blue", "dark", "pale", "warm"]
@@ -146,24 +145,25 @@ def run(directory: Path, data: Any, **given: Any) -> Any:
     return train(directory, pairs=data, **{**options, **given})
 
 
-@pytest.mark.parametrize("of_texts", [False, True], ids=["texts of pictures", "pictures of texts"])
-@pytest.mark.parametrize("kind", MODELS)
-def test_weights_are_numpys(tmp_path: Path, of_texts: bool, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "of_texts"), [("order", False), ("order", True), ("pairs", True), ("negatives", False)]
+)
+def test_weights_are_numpys(tmp_path: Path, kind: str, of_texts: bool) -> None:
+    """Of texts of pictures, and of pictures of texts."""
     data, (options, given) = table(of_texts), MODELS[kind]
     expected = trained([[list(data)]] * 3, **given)
-    for size in (None, 3, 1):
+    for size in (None, 3):
         ended = run(tmp_path, data, loss_options=options, mini_batch_size=size, max_steps=3)
         torch.testing.assert_close(weights(ended.model), expected, rtol=1e-3, atol=1e-4)
     assert (expected - weights(Towers())).norm() > 0.05
     assert column(ended, "ranked_lists_loss") == pytest.approx(column(ended, "loss"), rel=1e-5)
 
 
-@pytest.mark.parametrize("size", [None, 2])
-def test_accumulated_batches_are_averaged(tmp_path: Path, size: int | None) -> None:
+def test_accumulated_batches_are_averaged(tmp_path: Path) -> None:
     data = table(True)
     rows = list(data)
     expected = trained([[rows[:4], rows[4:]]] * 2)
-    given = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "mini_batch_size": size}
+    given = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "mini_batch_size": 2}
     ended = run(tmp_path, data, max_steps=2, **given)
     torch.testing.assert_close(weights(ended.model), expected, rtol=1e-3, atol=1e-4)
 
@@ -174,40 +174,33 @@ def test_ranks_are_grades_the_other_way_round(tmp_path: Path) -> None:
     assert torch.equal(weights(ended[0].model), weights(ended[1].model))
 
 
-def test_queries_that_are_equal_are_embedded_once(tmp_path: Path) -> None:
-    data = datasets.concatenate_datasets([table(False), table(False)])
-    given = {"per_device_train_batch_size": 16, "max_steps": 1}
-    twice, once = run(tmp_path, data, **given), run(tmp_path, table(False), max_steps=1)
-    assert twice.model.seen == once.model.seen
-    torch.testing.assert_close(weights(twice.model), weights(once.model))
-
-
-def test_each_picture_is_embedded_once_and_in_mini_batches(tmp_path: Path) -> None:
+def test_equal_queries_and_pictures_are_embedded_once_and_in_mini_batches(tmp_path: Path) -> None:
     data = table(True)
     distinct = {x.tobytes() for row in data for x in row["candidates"]}
-    ended = run(tmp_path, data, max_steps=1)
-    assert ended.model.seen == [(len(distinct), 8)]
-    ended = run(tmp_path, data, max_steps=1, mini_batch_size=1)
-    assert {1} == {rows for seen in ended.model.seen for rows in seen}
+    twice = datasets.concatenate_datasets([data, data])
+    ended = [
+        run(tmp_path, x, max_steps=1, per_device_train_batch_size=16, mini_batch_size=size)
+        for x, size in ((data, None), (twice, None), (data, 1))
+    ]
+    assert ended[0].model.seen == ended[1].model.seen == [(len(distinct), 8)]
+    torch.testing.assert_close(weights(ended[1].model), weights(ended[0].model))
+    assert {rows for seen in ended[2].model.seen for rows in seen} == {1}
 
 
 def test_a_module_and_a_model_with_a_bias_train(tmp_path: Path) -> None:
-    ended = [
-        run(tmp_path, table(True), max_steps=1, loss=x) for x in ("ranked-lists", rankloss.RankedLists())
-    ]
-    assert torch.equal(weights(ended[0].model), weights(ended[1].model))
     model = Towers()
     model.logit_bias, seen = nn.Parameter(torch.tensor(-2.0)), []
     model.logit_bias.register_hook(seen.append)
-    biased = run(tmp_path, table(True), max_steps=1, model=model)
+    by_name = run(tmp_path, table(True), max_steps=1)
+    run(tmp_path, table(True), max_steps=1, model=model, loss=rankloss.RankedLists())
+    assert torch.equal(weights(by_name.model), weights(model)[: len(weights(by_name.model))])
     assert seen == [0.0]
-    assert biased.data_collator.padding == "max_length"
 
 
-def test_clip_trains(tmp_path: Path) -> None:
+def test_siglip_trains(tmp_path: Path) -> None:
     """A model with a tokenizer's length and pictures of its size."""
 
-    class OfClip(Processor):
+    class OfSiglip(Processor):
         def tokenizer(self, texts: list[str], **_: Any) -> dict[str, Tensor]:
             ids = super().tokenizer(texts)["input_ids"]
             ids = F.pad(F.pad(ids, (0, 7 - ids.shape[1])), (0, 1), value=49)
@@ -216,11 +209,11 @@ def test_clip_trains(tmp_path: Path) -> None:
         def image_processor(self, pictures: list[Any], **_: Any) -> dict[str, Tensor]:
             return {"pixel_values": torch.stack([torch.full((3, 16, 16), colour(x)[0]) for x in pictures])}
 
-    for kind in ("CLIP", "Siglip"):
-        model, before = build(kind), weights(build(kind))
-        ended = run(tmp_path, table(False), model=model, processing_class=OfClip(), max_steps=1)
-        assert not torch.equal(weights(model), before)
-        assert lines(ended)[0]["loss"] > 0
+    model, before = build("Siglip"), weights(build("Siglip"))
+    ended = run(tmp_path, table(False), model=model, processing_class=OfSiglip(), max_steps=1)
+    assert not torch.equal(weights(model), before)
+    assert lines(ended)[0]["loss"] > 0
+    assert ended.data_collator.padding == "max_length"
 
 
 # --- evaluation -------------------------------------------------------------------------------------------
@@ -263,10 +256,7 @@ def test_the_examples_of_the_page_train(tmp_path: Path) -> None:
 PICTURE = Image.new("RGB", (2, 2), "red")
 ROW = {"query": "red", "candidates": [PICTURE], "grades": [1.0]}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "NaN": ({"grades": [math.nan]}, "grades must be numbers, or −infinity; got nan in row 1 of the batch"),
-    "a word": ({"grades": ["good"]}, "grades must be numbers, or −infinity; got 'good' in row 1"),
     "too few": ({"grades": []}, "got 1 candidates and 0 grades in row 1 of the batch, query 'green'"),
-    "empty": ({"candidates": [], "grades": []}, "got 0 candidates and 0 grades in row 1"),
     "texts": ({"candidates": ["red"]}, "candidates must be pictures for a text.*row 1"),
     "a picture": ({"query": PICTURE, "candidates": ["red"]}, "pictures for a text, in each row.*row 1"),
 }
@@ -291,10 +281,6 @@ def test_a_query_twice_is_refused_where_its_candidates_would_be_negatives(tmp_pa
     ("more", "message"),
     [
         ({"grades": [[1.0]] * 7 + [[math.nan]], "candidates": [["red"]] * 8}, "got nan in row 7 of the data"),
-        (
-            {"grades": [[1.0]] * 8, "candidates": [["red"]] * 7 + [["red"] * 2]},
-            "2 candidates and 1 grades .*7",
-        ),
         ({"grades": [[1.0]] * 7 + [None], "candidates": [["red"]] * 8}, "got others in row 7 of the data"),
         ({"grades": None}, "columns query, candidates, and grades or ranks; got query, candidates"),
         ({"ranks": [[1]] * 8}, "and grades or ranks; got query, candidates, grades, ranks"),
@@ -311,10 +297,6 @@ def test_bad_tables_are_refused_before_training(tmp_path: Path, more: Any, messa
     ("given", "message"),
     [
         ({"loss_options": {"own_caption": "top"}}, "own_caption: is for open_clip's trainer"),
-        ({"loss_options": {"max_candidates": 3}}, "max_candidates: is for open_clip's trainer"),
-        ({"loss_options": {"base_loss": "include"}}, "base_loss: is for open_clip's trainer"),
-        ({"loss_options": {"top_k": 2, "model": "pairwise"}}, "top_k=2 only applies to model"),
-        ({"loss_options": {"top_k": 0}}, "top_k"),
         (
             {"data_collator": lambda _: {"input_ids": torch.ones(2)}},
             "a batch of lists needs grades, query_index",
@@ -345,8 +327,6 @@ def test_other_trainers_refuse_the_loss_by_name() -> None:
 
     with pytest.raises(ValueError, match=r"ranked-lists needs a list of graded candidates .*sentence-transf"):
         ContrastiveLoss(nn.Identity(), loss="ranked-lists")
-    own = rankloss_trainers.create("ranked-lists", in_batch_negatives=True)
-    assert own.lists.in_batch_negatives
 
 
 # --- processes --------------------------------------------------------------------------------------------

@@ -1,0 +1,37 @@
+"""A list of graded candidates as data: the rule that every trainer applies."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from rankloss_trainers.lists import graded, pooled
+
+
+@pytest.mark.parametrize(
+    ("candidates", "grades", "message"),
+    [
+        *((["a"], [bad], f"must be numbers, or −infinity; got {bad!r}") for bad in (math.nan, math.inf)),
+        *((["a"], [bad], f"must be numbers, or −infinity; got {bad!r}") for bad in (None, "good", True)),
+        (["a", "b"], [1], "got 2 candidates and 1 grades"),
+        ([], [], "got 0 candidates and 0 grades"),
+        ("ab", [1, 2], "candidates and grades must be lists; got others"),
+        (["a"], None, "candidates and grades must be lists; got others"),
+    ],
+)
+def test_a_list_is_of_candidates_and_a_grade_for_each(candidates: Any, grades: Any, message: str) -> None:
+    assert graded(["a", "b"], [1, -math.inf], "row 3") == [("a", 1), ("b", -math.inf)]
+    with pytest.raises(ValueError, match=re.escape(f"{message} in row 3")):
+        graded(candidates, grades, "row 3")
+
+
+def test_pictures_of_equal_pixels_are_one_candidate() -> None:
+    red, again, blue = (Image.new("RGB", (2, 2), colour) for colour in ("red", "red", "blue"))
+    pool = pooled([[(red, 1.0), (blue, 0.0)], [(again, 2.0)]])
+    assert pool.candidates == [red, blue]
+    assert pool.index.tolist() == [[0, 1], [0, -1]]
+    assert len(pool.ids.unique()) == 2
