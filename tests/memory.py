@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def saved_bytes(forward: Callable[[], object]) -> int:
-    """What a forward pass keeps for the backward pass, each storage counted once."""
+    """The bytes that a forward pass keeps for the backward pass, each storage counted once."""
     storages: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:

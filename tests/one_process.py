@@ -1,4 +1,4 @@
-"""What W processes compute, computed in one: the flags' rules and the losses in plain torch, no gathering."""
+"""The computation of W processes in one: the flags' rules and the losses in plain torch, no gathering."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rankloss import plackett_luce_nll
 
 @dataclass(frozen=True)
 class View:
-    """What one process sees of a batch: its anchors, and the items that all anchors are compared with."""
+    """A process's part of a batch: its anchors, and the items that all anchors are compared with."""
 
     image: Tensor
     text: Tensor

@@ -46,7 +46,7 @@ def _work(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> No
 
 
 def _leave_with_the_session() -> None:
-    """Where the tests are killed, nobody would end processes that wait for a task or for each other."""
+    """If the tests are killed, nobody else ends processes that wait for a task or for each other."""
     session = mp.parent_process()
     assert session is not None
     session.join()

@@ -235,7 +235,7 @@ def test_a_score_whose_worth_is_not_positive_is_an_error_or_nan(
     "options", [{"reduction": "sum"}, {"reduction": "mean"}, {"top_k": 2, "diagonal": False}]
 )
 def test_shares_of_the_anchors_average_to_the_whole(options) -> None:
-    """What a process computes with ``local_loss``: its own rows, whose place among the items it knows."""
+    """A process's part with ``local_loss``: its own rows, whose place among the items it knows."""
     v, t, s = random_batch(0, 6, 4, 10.0, duplicates=2).leaves()
     weights, checked = torch.ones(3, dtype=torch.float64), RankOptions(**options)
     whole = dense.terms(features.Batch.of(v, t, s), checked, weights, (True,) * 3)

@@ -152,7 +152,7 @@ def summed(results: list[Values]) -> Values:
 
 
 def averaged(results: list[Values]) -> Values:
-    """What DDP makes of the ranks' values."""
+    """DDP's mean of the ranks' values."""
     return [x / len(results) for x in summed(results)]
 
 
@@ -393,7 +393,7 @@ def test_all_gather_concatenates_and_its_gradient_adds_up(pools: Pools, world_si
 
 
 def counted(rank: int, world_size: int, one_tensor: bool = False) -> dict[Any, Any]:
-    """Of a second step: its values, the collectives forward and backward, and the bytes that they fill."""
+    """A second step: its values, the collectives forward and backward, and the bytes that they fill."""
     found: dict[Any, Any] = {}
     former = distributed._has_tensor_collectives
     if one_tensor:
@@ -461,7 +461,7 @@ def test_collectives_are_chosen_by_the_backend_of_the_device(
 
 
 def alone(rank: int, world_size: int) -> dict[Any, Any]:
-    """What a loss that gathers nothing makes of this rank's pairs, and the number of its collectives."""
+    """The values of a loss that gathers nothing for this rank's pairs, and the number of its collectives."""
     found = {}
     gathers = {"False": False, "one process": Gather(rank=0, world_size=1)}
     for (how, gather), (name, (make, _)) in itertools.product(gathers.items(), LOSSES.items()):
@@ -685,7 +685,7 @@ def test_nan_of_one_rank_is_seen_by_all(pools: Pools) -> None:
 
 
 def remarks(rank: int, world_size: int) -> list[str]:
-    """What rankloss logs where a loss is built and trained."""
+    """The lines that rankloss logs while a loss is built and trained."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]

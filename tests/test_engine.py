@@ -398,7 +398,7 @@ def test_an_input_computed_of_another_is_differentiated_twice_along_its_own_path
 
 @pytest.mark.parametrize("name", ["image", "text"])
 def test_a_fixed_reference_alone_has_no_gradient_and_can_be_differentiated_again(name: str) -> None:
-    """What flows to it are its similarities as scores, and those may be absent."""
+    """Its gradient comes from its similarities as scores, and those may be absent."""
     v, t, s = (x.detach() for x in random_batch(0, 6, 4, 10.0).leaves())
     only = (t if name == "text" else v).requires_grad_()
     for term in (cross_modal, in_modal):

@@ -225,7 +225,7 @@ def test_lambda_moves_under_no_pending_backward_and_in_no_mode(mode: Callable[[]
 
 
 def frames(step: Callable[..., Any], *calls: tuple[Any, ...]) -> int:
-    """How often dynamo compiles a step that is called with these."""
+    """The number of dynamo's compilations of a step that is called with these."""
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(step, backend=counter)

@@ -56,7 +56,7 @@ def graded_lists(draw: st.DrawFn) -> list[tuple[list[float], list[float]]]:
 
 
 def of_each(measure: Callable[..., Any], lists: Any, **options: Any) -> list[float]:
-    """Of lists that are padded to one length."""
+    """Values of lists that are padded to one length."""
     scores, grades = zip(*lists, strict=True)
     mask = padded([[1.0] * len(x) for x in scores], 0.0) > 0
     found = measure(padded(list(scores), 7.0), padded(list(grades), 5.0), mask=mask, **options)

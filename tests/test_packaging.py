@@ -1,4 +1,4 @@
-"""What pyproject.toml declares, and what the documents and messages tell people to type."""
+"""The declarations of pyproject.toml, and the commands in documents and messages."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def test_pairs_may_be_weighed_by_the_difference_of_their_grades() -> None:
 
 @pytest.mark.parametrize("options", MODELS[2:], ids=str)
 def test_memory_is_linear_in_the_candidates(options: dict[str, Any]) -> None:
-    """What is kept does not grow with the queries, nor does the largest tensor, beside the features."""
+    """The bytes kept do not grow with the queries, nor does the largest tensor, beside the features."""
     kept, largest = [], []
     for n in (16, 32, 64):
         lists = lists_of(0, n, 3, 64, masked=False)

@@ -54,12 +54,12 @@ class Subject:
 
     @functools.cached_property
     def is_module(self) -> bool:
-        """Whether it is a module, and so can be moved, copied and saved."""
+        """True for a module, which can be moved, copied and saved."""
         return isinstance(self.build(), nn.Module)
 
     @property
     def differentiates(self) -> bool:
-        """Whether its value has a gradient."""
+        """True if its value has a gradient."""
         return self.oracle is not None
 
     def started(self, built: Any = None) -> Any:
@@ -115,14 +115,14 @@ def run(
     wanted: tuple[str, ...] | None = None,
     upstream: Tensor | None = None,
 ) -> Result:
-    """What the library makes of the inputs."""
+    """The library's value and gradients."""
     wanted = subject.differentiable if wanted is None else wanted
     taken = leaves(inputs, wanted)
     return differentiated((subject.started() if built is None else built)(**taken), taken, wanted, upstream)
 
 
 def expected(subject: Subject, inputs: Inputs, wanted: tuple[str, ...] | None = None) -> Result:
-    """What it owes, in float64 at the inputs' own values."""
+    """The value and gradients owed, in float64 at the inputs' own values."""
     taken = {k: x.detach().double().cpu() for k, x in inputs.items()}
     if subject.oracle is None:
         assert subject.reference is not None
@@ -145,7 +145,7 @@ OF_HALF_LOGITS = {torch.bfloat16: (3e-2, 6e-2), torch.float16: (3e-3, 6e-3)}
 def tolerances(
     subject: Subject, dtype: torch.dtype, autocast: torch.dtype | None = None
 ) -> tuple[float, float]:
-    """How far value and gradients may be off for features of a dtype, in an autocast region or not."""
+    """The largest errors of value and gradients for features of a dtype, in an autocast region or not."""
     computed = autocast if autocast is not None and dtype == torch.float32 else dtype
     if subject.half and computed in OF_HALF_LOGITS:
         return OF_HALF_LOGITS[computed]

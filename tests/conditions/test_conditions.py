@@ -225,7 +225,7 @@ CONSTRUCTIONS: dict[str, Callable[[Subject], nn.Module]] = {
 @pytest.mark.parametrize("construction", CONSTRUCTIONS)
 @modules
 def test_a_loss_is_right_however_it_came_about(subject: Subject, construction: str) -> None:
-    """Where it stands in training is kept, and may be told it again."""
+    """Keep the position in training, or tell it again."""
     module = CONSTRUCTIONS[construction](subject)
     inputs = subject.pick(data("equal rows"), F32)
     for again in (module, subject.started(module)):
@@ -235,7 +235,7 @@ def test_a_loss_is_right_however_it_came_about(subject: Subject, construction: s
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
 @modules
 def test_a_copy_is_on_its_own(subject: Subject, copied: Callable[[Any], Any]) -> None:
-    """What happens to the copy does not change the original, which stays where it is in training."""
+    """A change of the copy does not change the original, nor its position in training."""
     original = subject.started()
     duplicate = copied(original)
     if hasattr(duplicate, "set_epoch"):

@@ -61,7 +61,7 @@ def recalls(study: str, *settings: str) -> tuple[list[str], str]:
 
 
 def answer() -> list[str]:
-    """What the README says of the recipe, from the question's report."""
+    """The README's numbers of the recipe are those of the question's report."""
     report = (ROOT / "examples/miniature/report/question.md").read_text(encoding="utf-8")
     low, high, seeds = re.findall(r"interval \+([\d.]+) to \+([\d.]+), (\d+) seeds\), paired", report)[0]
     (before, after), _ = recalls("question", "clip", "rankclip-recipe")

@@ -1,4 +1,4 @@
-"""What the examples' tests share; ``make test`` keeps a smoke test of each example, the others are slow."""
+"""Fixtures of the examples' tests; ``make test`` keeps a smoke test of each example, the others are slow."""
 
 from importlib.util import find_spec
 

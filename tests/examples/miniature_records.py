@@ -44,7 +44,7 @@ def study_record(one, *, effects=None, noise=0.1, lost=(), salt=""):
 
 
 def study_records(missing=(), **options):
-    """What finds such a record of every training but those with a name in ``missing``."""
+    """A function that finds such a record of every training but those with a name in ``missing``."""
     return lambda needed: {one: study_record(one, **options) for one in needed if one.name not in missing}
 
 

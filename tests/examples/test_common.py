@@ -1,4 +1,4 @@
-"""What the examples share: the trainer's guard, the queue of runs, tables and pages."""
+"""The examples' common parts: the trainer's guard, the queue of runs, tables and pages."""
 
 import ast
 import asyncio

@@ -1,4 +1,4 @@
-"""What the examples measure with: metrics against other ways to count, the probe, a model's features."""
+"""The examples' measures: metrics against other ways to count, the probe, a model's features."""
 
 import itertools
 import math

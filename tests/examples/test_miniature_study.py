@@ -141,7 +141,7 @@ def test_a_second_confirmation_is_refused(tmp_path):
 
 @pytest.mark.parametrize("one", [SEARCH, QUESTION, TEACHER], ids=lambda one: one.name)
 def test_the_outcome_is_the_paired_test_of_the_studys_score(one):
-    """What includes the recipe that goes along is secondary, and so are the other scores."""
+    """A comparison with the recipe in it is secondary, and so are the other scores."""
     winners = {arm: tries[-1] for arm, tries in one.arms.items()}
     names = {arm: trial.name for arm, trial in winners.items()} | {"recipe": "recipe"}
     find = study_records(effects={"rankclip-recipe": 0.3})

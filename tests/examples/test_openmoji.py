@@ -68,7 +68,7 @@ def test_build_is_complete_attributed_and_leaks_nothing(built):
 
 
 def test_finished_runs_are_recognised_and_not_overwritten(built, monkeypatch):
-    """Of two losses whose trainers are scripts, one of which warns of something."""
+    """Two losses whose trainers are scripts, one of which warns of something."""
     (built / "model").mkdir(exist_ok=True)
     model = built / "model" / "open_clip_config.json"
     model.write_text("{}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What only a CUDA card can tell of the losses: run by ``make test-gpu``."""
+"""Checks of the losses that need a CUDA card: run by ``make test-gpu``."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ def test_the_model_card_names_the_model_and_its_paper(bert: Path) -> None:
 
 
 def trained(directory: Path, rows: slice | None) -> list[float]:
-    """Of all lists in one process, or of a process's share; the lists' lengths and pools differ."""
+    """All lists in one process, or a process's share; the lists' lengths and pools differ."""
     model = tiny(directory)
     loss = RankedListsLoss(model, RankedLists(in_batch_negatives=True))
     data = lists()

@@ -251,7 +251,7 @@ class Sometimes(rankloss.ClipLoss):
 
 
 def test_means_are_of_the_calls_that_gave_an_entry_and_of_one_training(tmp_path: Path) -> None:
-    """Of five steps the last two come after the last line of the log."""
+    """The last two of five steps come after the last line of the log."""
     trained = train(tmp_path, loss=Sometimes(), max_steps=5, logging_steps=3)
     assert column(trained, "of_even_calls") == [2]
     trained.train()

@@ -149,7 +149,7 @@ def run(directory: Path, data: Any, **given: Any) -> Any:
     ("kind", "of_texts"), [("order", False), ("order", True), ("pairs", True), ("negatives", False)]
 )
 def test_weights_are_numpys(tmp_path: Path, kind: str, of_texts: bool) -> None:
-    """Of texts of pictures, and of pictures of texts."""
+    """Lists of texts of pictures, and of pictures of texts."""
     data, (options, given) = table(of_texts), MODELS[kind]
     expected = trained([[list(data)]] * 3, **given)
     for size in (None, 3):

@@ -31,7 +31,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 class Weights(NamedTuple):
-    """Of the cross-entropies and the likelihoods of two matrices; None leaves the former out."""
+    """Weights of the cross-entropies and the likelihoods of two matrices; None leaves the former out."""
 
     alpha: tuple[float, float] | None
     beta: tuple[float, float]
@@ -86,7 +86,7 @@ def there(block: Block) -> Block:
 
 
 def run(block: Block, with_gradient: bool = True, **options: Any) -> Evaluated:
-    """What the kernel gives, on the CPU."""
+    """The kernel's values, on the CPU."""
     found = rankloss_triton.evaluate(there(block), RankOptions(**options), with_gradient=with_gradient)
     return Evaluated(*(None if x is None else x.cpu() for x in found))
 

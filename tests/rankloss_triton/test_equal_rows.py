@@ -22,7 +22,7 @@ def first_equal(features: Tensor) -> list[int]:
 
 
 def by_definition(features: Tensor) -> list[int]:
-    """Of Python's floats, in which −0.0 equals 0.0 and NaN nothing."""
+    """The rule of Python's floats, in which −0.0 equals 0.0 and NaN nothing."""
     rows = features.tolist()
     return [
         next((j for j in range(i) if rows[j] == rows[i] and not has_nan(rows[i])), i)
