@@ -32,8 +32,8 @@ _logger = logging.getLogger("rankloss_open_clip")
 class ReferenceFeatures(Companion):
     """A teacher's features of the image, the text, or both.
 
-    The shorter of two, and features narrower than a text's tokens, end with zeros, which change no similarity
-    within a modality.
+    The shorter of two in a sample, and those narrower than a text's tokens, end with zeros, which change no
+    similarity within a modality.
 
     Args:
         where: A folder of ``rankloss features``, or one of :data:`IN_SAMPLES`.
@@ -115,8 +115,10 @@ class ReferenceFeatures(Companion):
     def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
         """The output and the features, by the names that the loss has for them."""
         features = encoded.view(torch.float32).unflatten(1, (-1, len(self.names))).unbind(-1)
-        named = zip(self.names, features, strict=True)
-        return {**output, **{f"reference_{name}": x.contiguous() for name, x in named}}
+        named = dict(zip(self.names, features, strict=True))
+        for name, array in {} if self.folder is None else self.folder.arrays.items():
+            named[name] = named[name][:, : array.shape[1]]
+        return {**output, **{f"reference_{name}": x.contiguous() for name, x in named.items()}}
 
 
 def without_features(
