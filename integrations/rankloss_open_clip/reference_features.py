@@ -47,7 +47,9 @@ class ReferenceFeatures(Companion):
     def __init__(self, where: str, *, two_widths: bool = False) -> None:
         self.two_widths = two_widths
         self.folder = None if where in IN_SAMPLES else Features(where)
-        self.names = IN_SAMPLES[where] if self.folder is None else tuple(self.folder.arrays)
+        arrays = {} if self.folder is None else self.folder.arrays
+        self.names = IN_SAMPLES[where] if self.folder is None else tuple(arrays)
+        self._of_folder = {name: array.shape[1] for name, array in arrays.items()}  # its widths
         self.name = f"set of {' and '.join(f'{name}.npy' for name in self.names)}"
         self._widths: list[int] = []  # of the first sample
         self._damaged = 0
@@ -116,8 +118,8 @@ class ReferenceFeatures(Companion):
         """The output and the features, by the names that the loss has for them."""
         features = encoded.view(torch.float32).unflatten(1, (-1, len(self.names))).unbind(-1)
         named = dict(zip(self.names, features, strict=True))
-        for name, array in {} if self.folder is None else self.folder.arrays.items():
-            named[name] = named[name][:, : array.shape[1]]
+        for name, width in self._of_folder.items():
+            named[name] = named[name][:, :width]
         return {**output, **{f"reference_{name}": x.contiguous() for name, x in named.items()}}
 
 
