@@ -109,8 +109,16 @@ def demo() -> list[str]:
 
 def demo_by_seed() -> list[str]:
     """… and its gain by seed."""
-    gains = [f"{found[ENCODERS]['minus_first']:+.1f}" for found in founds()]
-    return [", ".join(gains)]
+    return [", ".join(f"{found[ENCODERS]['minus_first']:+.1f}" for found in founds())]
+
+
+def demo_table() -> list[str]:
+    """… with its interval, beside both scores."""
+    pairs = [(found["CLIP"], found[ENCODERS]) for found in founds()]
+    return [
+        f"| {clip['percent']:.1f} | {of['percent']:.1f} | {of['minus_first']:+.1f} ± {of['half_width']:.1f} |"
+        for clip, of in pairs
+    ]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +126,7 @@ def demo_by_seed() -> list[str]:
     [
         ("README.md", [answer, ways_to_learn, photographs, demo]),
         ("docs/teachers.md", [demo_by_seed]),
-        ("examples/openmoji/README.md", [demo_by_seed]),
+        ("examples/openmoji/README.md", [demo_table]),
         ("docs/evidence.md", [answer, effect_of_a_teacher, ways_to_learn]),
         ("examples/miniature/README.md", [effect_of_a_teacher, ways_to_learn]),
     ],
