@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from statistics import mean
 
 import pytest
 from tools_folder import ROOT, tool
@@ -12,6 +14,7 @@ pytest.importorskip("hatchling")
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SOURCE = "https://github.com/rankloss/rankloss"
+ENCODERS = "CLIP + encoders' ranks"  # the demo's name of it
 
 
 def links(markdown: str) -> list[str]:
@@ -92,10 +95,38 @@ def photographs() -> list[str]:
     return [f"{below} below", f"τ_c {rankclip} against {clip}"]
 
 
+def founds() -> list[dict[str, dict[str, float]]]:
+    """The demo's R@10 by seed and model, as it wrote them."""
+    files = sorted((ROOT / "examples/openmoji/results").glob("seed*.json"))
+    return [json.loads(file.read_text(encoding="utf-8"))["found"] for file in files]
+
+
+def demo() -> list[str]:
+    """… and of the demo, on the average of its seeds."""
+    of = {name: mean(found[name]["percent"] for found in founds()) for name in ("CLIP", ENCODERS)}
+    return [f"from {of['CLIP']:.1f} to {of[ENCODERS]:.1f} ({len(founds())} seeds)"]
+
+
+def demo_by_seed() -> list[str]:
+    """… and its gain by seed."""
+    return [", ".join(f"{found[ENCODERS]['minus_first']:+.1f}" for found in founds())]
+
+
+def demo_table() -> list[str]:
+    """… with its interval, beside both scores."""
+    pairs = [(found["CLIP"], found[ENCODERS]) for found in founds()]
+    return [
+        f"| {clip['percent']:.1f} | {of['percent']:.1f} | {of['minus_first']:+.1f} ± {of['half_width']:.1f} |"
+        for clip, of in pairs
+    ]
+
+
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("README.md", [answer, ways_to_learn, photographs]),
+        ("README.md", [answer, ways_to_learn, photographs, demo]),
+        ("docs/teachers.md", [demo_by_seed]),
+        ("examples/openmoji/README.md", [demo_table]),
         ("docs/evidence.md", [answer, effect_of_a_teacher, ways_to_learn]),
         ("examples/miniature/README.md", [effect_of_a_teacher, ways_to_learn]),
     ],

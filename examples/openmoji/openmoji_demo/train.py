@@ -65,7 +65,7 @@ class Run:
 
     def job(self) -> Job:
         """Return the training job."""
-        numbers = {"epochs": self.epochs, "batch_size": 128, "warmup": 30, "seed": self.seed}
+        numbers = {"epochs": self.epochs, "batch_size": 64, "warmup": 30, "seed": self.seed}
         recipe = trainer.recipe(self.arm.loss, **numbers, augmentation=AUGMENTATION)
         folder = ("--rankclip-reference-features", features_of(self.data)) if self.arm.features else ()
         return Job(self.arm.loss, self.epochs, "model", (*recipe, *folder, *self.arm.arguments))
