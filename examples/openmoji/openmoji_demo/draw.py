@@ -112,7 +112,7 @@ def _draw_rankings(area: Any, names: Sequence[str], agreement: Agreement, pictur
             title=name,
             axes=axis,
         )
-    corner = area.add_axes((0.89, 0.8, 0.09, 0.19))
+    corner = area.add_axes((0.92, 0.86, 0.07, 0.14))
     corner.imshow(picture, interpolation="nearest")
     corner.axis("off")
 
