@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from statsmodels.stats.multitest import multipletests
 
 import rankloss
 
+ROOT = Path(__file__).parents[2]
 TINY = dataclasses.replace(plan.QUICK, pretrained=32, held_out=8, emojis=70, choice_seed=9, seeds=(1, 2, 3))
 
 
@@ -185,11 +188,12 @@ def test_the_seeds_are_of_no_other_study():
 
 
 @pytest.fixture(scope="module")
-def trained(pairs, tmp_path_factory):
+def trained(folder, pairs, tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
-    study = Study(pairs, Store(root / "results"), root / "checkpoints")
-    study.follow(TINY, Console(file=io.StringIO()))
-    return study
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(plan.PLANS, "quick", TINY)
+        assert command.main(["--icons", str(folder), "--output", str(root)]) == 0
+    return Study(pairs, Store(root / "quick/results"), root / "checkpoints")
 
 
 def _findings(study):
@@ -248,15 +252,26 @@ def test_an_unfinished_study_concludes_nothing(trained, tmp_path):
     assert f"{mean:.2f} ±" in text
 
 
-def test_the_command_resumes_and_reports(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(plan.PLANS, "quick", dataclasses.replace(TINY, seeds=(1,)))
-    options = ["--icons", str(folder), "--output", str(tmp_path)]
-    assert command.main(options) == 0
-    written = tmp_path / "quick/report/finetuning.md"
+def test_the_command_reports_what_is_there(trained, monkeypatch, capsys):
+    root = trained.checkpoints.parent
+    written = root / "quick/report/finetuning.md"
     text = written.read_text(encoding="utf-8")
     assert "smoke test" in text
-    assert "Nothing is concluded from fewer than 3 seeds." in text
+    assert "both baselines in the mean" in text
     written.unlink()
-    assert command.main([*options, "--report-only"]) == 0
+    monkeypatch.setitem(plan.PLANS, "quick", TINY)
+    assert command.main(["--output", str(root), "--report-only"]) == 0
     assert written.read_text(encoding="utf-8") == text
     assert str(written) in capsys.readouterr().out
+    few = report.write(dataclasses.replace(TINY, seeds=(1,)), trained.store, root).read_text(encoding="utf-8")
+    assert "Nothing is concluded from fewer than 3 seeds." in few
+
+
+def test_the_report_is_that_of_the_records_and_the_page_has_its_numbers(tmp_path):
+    example = ROOT / "examples/finetuning"
+    text = report.write(plan.FULL, Store(example / "results"), tmp_path).read_text(encoding="utf-8")
+    assert (example / "report/finetuning.md").read_text(encoding="utf-8") == text
+    for page in (ROOT / "docs/finetuning.md", example / "README.md"):
+        numbers = re.findall(r"\d+\.\d\d ± \d\.\d\d", page.read_text(encoding="utf-8"))
+        assert numbers
+        assert {one for one in numbers if one not in text} == set()

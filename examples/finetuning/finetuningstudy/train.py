@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -60,8 +61,7 @@ def fine_tune(setting: Setting, start: open_clip.CLIP, new: Pairs) -> open_clip.
     A loss with a teacher gets the starting checkpoint's own features of the new pairs. Batch normalisation
     keeps its statistics of the old data.
     """
-    model = build(setting.seed).eval()
-    model.load_state_dict(start.state_dict())
+    model = copy.deepcopy(start)
     if setting.epochs:
         teacher = None if setting.loss == "clip" else features(start, new)
         sizes = {"epochs": setting.epochs, "lr": setting.lr, "seed": setting.seed}
