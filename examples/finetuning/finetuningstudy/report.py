@@ -1,0 +1,88 @@
+"""The report, from the records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+
+from examples_common.records import Store
+from examples_common.statistics import MIN_SEEDS
+from examples_common.trainings import finder
+from examples_common.wording import difference_text, fill, mark, mean_text, p_text
+
+from .findings import Findings, findings
+from .plan import COMPARISONS, MEASURES, TEACHERS, Plan, Search, best
+from .train import Setting
+
+
+def write(sizes: Plan, store: Store, folder: Path) -> Path:
+    """Write the report and return its path."""
+    if not store.path.is_file():
+        raise RuntimeError(f"{store.path}: holds no record: nothing to report")
+    found, seeds = findings(sizes, finder(store, Setting)), len(sizes.seeds)
+    arms = [
+        [
+            f"`{arm}`",
+            *(mean_text(found.estimate(arm, measure), seeds) for measure in MEASURES),
+            f"{fmean(one['processor_seconds'] for one in of.values()):.1f} s" if of else "–",
+        ]
+        for arm, of in found.records.items()
+    ]
+    tests = [
+        [f"`{arm}`", f"`{other}`", *(cell for m in MEASURES for cell in _test(found, m, (arm, other)))]
+        for arm, other in COMPARISONS
+    ]
+    text = fill(
+        Path(__file__).with_name("report.md"),
+        sizes=sizes,
+        missing=found.missing,
+        conclusions=conclusions(found, seeds),
+        arms=arms,
+        tests=tests,
+        tests_head=["arm", "minus", *(cell for measure in MEASURES for cell in (measure, "p", ""))],
+        searches=[_search(arm, search) for arm, search in found.searches.items()],
+        made=sorted(
+            {
+                ", ".join(f"{k} {v}" for k, v in one["conditions"].items())
+                for of in found.records.values()
+                for one in of.values()
+            }
+        ),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "finetuning.md"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def conclusions(found: Findings, seeds: int) -> list[str]:
+    """Return the plan's sentences for the findings; none before all trainings are there."""
+    if seeds < MIN_SEEDS:
+        return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
+    if found.missing:
+        return []
+    return [
+        f"`{arm}` {'beats' if found.helps(arm) else 'is not shown to beat'} both baselines in the mean of "
+        "what is kept and what is learned."
+        for arm in TEACHERS
+    ]
+
+
+def _test(found: Findings, measure: str, pair: tuple[str, str]) -> list[str]:
+    d = found.tests.get((measure, pair))
+    return [difference_text(d), p_text(d and d.adjusted), mark(d)]
+
+
+def _search(arm: str, search: Search) -> list[str]:
+    chosen = best(search)
+    tries = (f"{_text(one)}: {'–' if score is None else f'{score:.2f}'}" for one, score in search.items())
+    return [f"`{arm}`", _text(chosen) if chosen else "not finished", "; ".join(tries) or "–"]
+
+
+def _text(setting: Setting) -> str:
+    parts = [f"{setting.epochs} epochs", f"{setting.lr:g}"]
+    if setting.weight:
+        parts.append(f"weight {setting.weight:g}")
+    if setting.share < 1:
+        parts.append(f"share {setting.share:g}")
+    return ", ".join(parts)
