@@ -432,6 +432,18 @@ def test_the_report_is_made_of_the_records_alone(trained, tmp_path):
     assert "Nothing is concluded yet" in early
 
 
+def test_the_command_reports_part_2a_without_data(trained, tmp_path):
+    arguments = ["--part", "2a", "--output", str(tmp_path), "--report-only"]
+    assert command.main(arguments) == 1  # there is no record
+    results = tmp_path / "quick/results/part2a"
+    results.mkdir(parents=True)
+    (results / "records.jsonl").write_bytes(trained.store.path.read_bytes())
+    assert command.main(arguments) == 0
+    text = (tmp_path / "quick/report/part2a.md").read_text(encoding="utf-8")
+    assert "smoke test" in text
+    assert "20 of the planned trainings on the test side are missing" in text  # none is of the quick plan
+
+
 def test_processes_share_trainings_by_locks(tmp_path):
     done = []
     with FileLock(tmp_path / "first.lock"):
