@@ -20,6 +20,9 @@ _SCALE = 1 / 0.07
 class Student(nn.Module):
     """Two towers that learn from scratch, and the scale of the similarities.
 
+    A tower's features are standardised over the batch before they are projected into the space: at first
+    those of different pictures are almost the same.
+
     Args:
         words: Numbers of words.
     """
@@ -28,9 +31,9 @@ class Student(nn.Module):
         super().__init__()
         channels = zip((3, *_CHANNELS), _CHANNELS, strict=False)
         self.convolutions = nn.Sequential(*(_convolution(*of) for of in channels))
-        self.of_pictures = nn.Linear(_CHANNELS[-1], WIDTH)
+        self.of_pictures = _projection(_CHANNELS[-1])
         self.transformer = Transformer(words)
-        self.of_sentences = nn.Linear(_WORDS, WIDTH)
+        self.of_sentences = _projection(_WORDS)
         self.log_scale = nn.Parameter(torch.tensor(math.log(_SCALE)))
         self.to(memory_format=torch.channels_last)
 
@@ -52,10 +55,15 @@ def _convolution(channels: int, more: int) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(more), nn.ReLU(inplace=True))
 
 
+def _projection(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, WIDTH))
+
+
 class Transformer(nn.Module):
     """A pre-norm transformer; a sentence's feature is the mean over its words.
 
-    Layers compute the words alone, one after another, and the padding in attention only.
+    It starts as the mean of word vectors: the layers add nothing, and places do not count. Layers compute the
+    words alone, one after another, and the padding in attention only.
     """
 
     def __init__(self, words: int) -> None:
@@ -65,7 +73,6 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(_Layer() for _ in range(_LAYERS))
         self.norm = nn.LayerNorm(_WORDS)
         nn.init.normal_(self.words.weight, std=0.1)
-        nn.init.normal_(self.places, std=0.1)
 
     def forward(self, sentences: Tensor) -> Tensor:
         """Return features, ``[N, 128]``, of words' numbers, ``[N, L]``, padded with 0."""
@@ -86,6 +93,9 @@ class _Layer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(_WORDS) for _ in range(2))
         self.attended, self.mixed = nn.Linear(_WORDS, 3 * _WORDS), nn.Linear(_WORDS, _WORDS)
         self.each = nn.Sequential(nn.Linear(_WORDS, 2 * _WORDS), nn.GELU(), nn.Linear(2 * _WORDS, _WORDS))
+        for last in (self.mixed, self.each[-1]):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor, there: Tensor) -> Tensor:
         """Return the next layer's words, ``[M, 128]``; ``there``, ``[N, L]``, has the M words' places."""
