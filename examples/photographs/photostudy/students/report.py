@@ -13,6 +13,7 @@ from photostudy.plan import Changes, Find
 
 from .findings import Findings, above_ranks, findings, helping, ranks_are_best
 from .plan import CLIP, COMPARISONS, GRIDS, RANKS, Choice, Plan
+from .train import Setting
 
 _SHOWN = (PRIMARY, *DIRECTIONS, CORRELATION, SCALE)
 
@@ -28,6 +29,8 @@ def write(sizes: Plan, find: Find, folder: Path) -> Path:
         missing=found.missing,
         conclusions=conclusions(found, seeds),
         clip=_clip(found),
+        setting=Setting(CLIP, 0, "dev", **found.search.chosen),
+        score=found.search.score,
         tries=[_tries(arm, one) for arm, one in found.choices.items()],
         measured=any(found.records.values()),
         arms=[
