@@ -60,12 +60,14 @@ $(VENV)/.distil: $(VENV)/.examples
 	$(PIP_INSTALL) --editable '.[examples]' --editable 'examples[distil]'
 	touch $@
 
-## RankCLIP and plain CLIP on Flickr8k, in the folder DATA: hours, or a smoke test under five minutes. Repeat to resume.
+## RankCLIP and plain CLIP on Flickr8k, in the folder DATA, then two encoders as teachers: hours, or a smoke test of some
+## minutes. Repeat to resume.
 PHOTOGRAPHS := photographs-quick photographs-full
 .PHONY: photographs $(PHOTOGRAPHS)
 photographs: photographs-full
 $(PHOTOGRAPHS): photographs-%: $(VENV)/.photographs
 	$(BIN)/python examples/photographs/run.py --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
+	$(BIN)/python examples/photographs/run.py --part 2a --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
 
 ## Losses of graded lists on emojis and, with the folder DATA, on photographs: under an hour of one core, or a smoke test
 ## of a minute. Repeat to resume.

@@ -4,20 +4,26 @@ import dataclasses
 import hashlib
 import json
 import re
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from .records import Record, Store
 from .terminal import bars, say
+
+Setting = TypeVar("Setting")
 
 
 class Trainings(ABC):
     """The trainings of a data set, by their settings: dataclasses with an arm, a side and a seed."""
 
     store: Store
+    locks: Path | None = None  # the folder of locks, where several processes share the trainings
 
     @property
     @abstractmethod
@@ -45,10 +51,28 @@ class Trainings(ABC):
         say(console, f"{title}: {len(settings)} trainings, {len(there)} of them finished already")
         with bars(console) as progress:
             bar = progress.add_task(title, total=len(settings), completed=len(there))
-            for setting in settings:
-                if setting not in there:
+            waiting = [one for one in settings if one not in there]
+            for setting in shared(waiting, self.key, self.locks) if self.locks else waiting:
+                if not self.find([setting]):  # another process may have finished it
                     self.store.save(self.key(setting), self.record(setting))
-                    progress.advance(bar)
+                progress.advance(bar)
+
+
+def shared(settings: Iterable[Setting], key: Callable[[Setting], str], locks: Path) -> Iterator[Setting]:
+    """Yield every setting while its lock is held; those that another process holds come last."""
+    locks.mkdir(parents=True, exist_ok=True)
+    waiting = list(settings)
+    while waiting:
+        started = len(waiting)
+        for setting in list(waiting):
+            try:
+                with FileLock(locks / f"{key(setting)}.lock", timeout=0):
+                    yield setting
+            except Timeout:
+                continue
+            waiting.remove(setting)
+        if len(waiting) == started:
+            time.sleep(2)
 
 
 def finder(store: Store, kind: Callable[..., Any]) -> Callable[[Iterable[Any]], Mapping[Any, Record]]:

@@ -49,21 +49,27 @@ def relation(student: Pair, teacher: Pair, scales: Scales) -> Tensor:
 
 def softmax(student: Pair, teacher: Pair, scales: Scales) -> Tensor:
     """:func:`relation`, and the same of the two matrices within a modality, without their diagonals."""
-    within = (
-        tuple(s * _off_diagonal(x @ x.T) for s, x in zip(scales, of, strict=True))
-        for of in zip(student, teacher, strict=True)
-    )
-    return relation(student, teacher, scales) + sum_of(soft_cross_entropy(*pair) for pair in within) / 2
+    return relation(student, teacher, scales) + softmax_within(student, teacher, scales)
+
+
+def softmax_within(student: Pair, teacher: Pair, scales: Scales) -> Tensor:
+    """``½[H(s'·V'·V'ᵀ, s·V·Vᵀ) + H(s'·T'·T'ᵀ, s·T·Tᵀ)]``, the matrices without their diagonals."""
+    return sum_of(soft_cross_entropy(*pair) for pair in _within(student, teacher, scales)) / 2
 
 
 def pearson(student: Pair, teacher: Pair, scales: Scales) -> Tensor:
     """Row-wise Pearson distance (DIST): one minus the correlation of softmax rows, the mean of both ways."""
+    return sum_of(_pearson_distance(*pair) for pair in _cross_modal(student, teacher, scales)) / 2
 
-    def distance(mine: Tensor, theirs: Tensor) -> Tensor:
-        rows = (x.softmax(-1) for x in (mine, theirs))
-        return 1 - F.cosine_similarity(*(x - x.mean(-1, keepdim=True) for x in rows), dim=-1).mean()
 
-    return sum_of(distance(*pair) for pair in _cross_modal(student, teacher, scales)) / 2
+def pearson_within(student: Pair, teacher: Pair, scales: Scales) -> Tensor:
+    """:func:`pearson` of the two matrices within a modality, without their diagonals."""
+    return sum_of(_pearson_distance(*pair) for pair in _within(student, teacher, scales)) / 2
+
+
+def _pearson_distance(mine: Tensor, theirs: Tensor) -> Tensor:
+    rows = (x.softmax(-1) for x in (mine, theirs))
+    return 1 - F.cosine_similarity(*(x - x.mean(-1, keepdim=True) for x in rows), dim=-1).mean()
 
 
 def distances(student: Pair, teacher: Pair) -> Tensor:
@@ -90,6 +96,15 @@ def _cross_modal(student: Pair, teacher: Pair, scales: Scales) -> list[tuple[Ten
     """The logits of both, images in the rows and then texts in the rows."""
     mine, theirs = (s * v @ t.T for s, (v, t) in zip(scales, (student, teacher), strict=True))
     return [(mine, theirs), (mine.T, theirs.T)]
+
+
+def _within(student: Pair, teacher: Pair, scales: Scales) -> list[tuple[Tensor, Tensor]]:
+    """The logits of both within each modality, without their diagonals."""
+    both = (
+        [s * _off_diagonal(x @ x.T) for s, x in zip(scales, of, strict=True)]
+        for of in zip(student, teacher, strict=True)
+    )
+    return [(mine, theirs) for mine, theirs in both]
 
 
 def _off_diagonal(x: Tensor) -> Tensor:

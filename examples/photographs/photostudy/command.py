@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from examples_common.records import Store
@@ -11,15 +11,15 @@ from examples_common.terminal import say, status_of, tracker
 from examples_common.trainings import finder
 from rich.console import Console
 
-from . import plan, report
-from .features import BLOCK, Cache, FrozenEncoders
+from . import plan, report, students
+from .features import BLOCK, Cache, Encoders, FrozenEncoders
 from .folder import SPLITS, WHERE, read
 from .heads import Setting
 from .plan import Find, Plan
 from .study import Study
 
 _EXAMPLE = Path(__file__).resolve().parents[1]
-_SECONDS_OF_A_BLOCK = 24  # of one core
+_SECONDS_OF_A_BLOCK = {FrozenEncoders: 24, students.data.Thumbnails: 2}  # of one core
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -31,6 +31,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", type=Path, help="the folder of Flickr8k; features are kept in it, too")
+    add("--part", choices=("1", "2a"), default="1", help="of the study (default: %(default)s)")
     add("--preset", choices=plan.PLANS, default="quick", help="size (default: %(default)s)")
     add(
         "--output",
@@ -44,18 +45,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument --data: needed\n{WHERE}")
     # The full preset's records are part of the repository: runs resume from them.
     home = _EXAMPLE if args.preset == "full" else args.output / args.preset
-    args.results, args.report = home / "results" / "part1", home / "report"
+    args.results, args.report = home / "results" / f"part{args.part}", home / "report"
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do the missing trainings and write the report."""
     args = parse(argv)
-    return status_of(lambda console: _run(args, plan.PLANS[args.preset], console))
+    run = {"1": _heads, "2a": _students}[args.part]
+    return status_of(lambda console: run(args, console))
 
 
-def _run(args: argparse.Namespace, sizes: Plan, console: Console) -> int:
-    store = Store(args.results)
+def _heads(args: argparse.Namespace, console: Console) -> int:
+    store, sizes = Store(args.results), plan.PLANS[args.preset]
     if not args.report_only:
         study = prepare(args.data, store, sizes, console)
         train(study, sizes, console)
@@ -63,7 +65,29 @@ def _run(args: argparse.Namespace, sizes: Plan, console: Console) -> int:
     return 0
 
 
-def finished(store: Store) -> Find:
+def _students(args: argparse.Namespace, console: Console) -> int:
+    store, sizes = Store(args.results), students.plan.PLANS[args.preset]
+    if not args.report_only:
+        of_photographs(args.data, store, sizes, console).follow(sizes, console)
+    find = finished(store, students.train.Setting)
+    say(console, str(students.report.write(sizes, find, args.report)))
+    return 0
+
+
+def of_photographs(
+    folder: Path, store: Store, sizes: students.plan.Plan, console: Console
+) -> students.study.Study:
+    """Check the folder, compute pixels and features that are missing, and return part 2a's study."""
+    photographs = read(folder)
+    pictures = students.train.Setting("clip", 0, "dev", **sizes.start).train_pictures
+    caches = {kind: Cache(photographs, kind.name) for kind in _SECONDS_OF_A_BLOCK}
+    for kind, cache in caches.items():
+        fill(cache, students.data.names_of(photographs, pictures).values(), console, kind)
+    features, pixels = caches.values()
+    return students.study.Study(students.data.of_photographs(pixels, features, pictures), store)
+
+
+def finished(store: Store, kind: type = Setting) -> Find:
     """Return a function that finds records by their settings alone, so that a report needs no data.
 
     Raises:
@@ -72,7 +96,7 @@ def finished(store: Store) -> Find:
     """
     if not store.path.is_file():
         raise RuntimeError(f"{store.path}: holds no record: nothing to report")
-    return finder(store, Setting)
+    return finder(store, kind)
 
 
 def prepare(folder: Path, store: Store, sizes: Plan, console: Console) -> Study:
@@ -85,13 +109,18 @@ def prepare(folder: Path, store: Store, sizes: Plan, console: Console) -> Study:
     return study
 
 
-def fill(cache: Cache, sides: Iterable[Sequence[str]], console: Console) -> None:
+def fill(
+    cache: Cache,
+    sides: Iterable[Sequence[str]],
+    console: Console,
+    kind: Callable[[], Encoders] = FrozenEncoders,
+) -> None:
     """Compute the features that are missing."""
     missing = cache.missing(sides)
-    cost = f"about {_SECONDS_OF_A_BLOCK * len(missing) / 60:.0f} minutes of one core"
-    say(console, f"Features: {len(missing)} blocks of {BLOCK} pictures are missing; {cost}")
+    cost = f"about {_SECONDS_OF_A_BLOCK[kind] * len(missing) / 60:.0f} minutes of one core"
+    say(console, f"{cache.encoders}: {len(missing)} blocks of {BLOCK} pictures are missing; {cost}")
     if missing:
-        encoders = FrozenEncoders()
+        encoders = kind()
         for path, names in tracker(console)(missing, len(missing), "Features"):
             cache.fill(path, names, encoders)
 

@@ -126,7 +126,7 @@ class Cache:
         """Return the features of these pictures, whose blocks are there."""
         found = [np.load(path) for path in self.blocks(names)]
         pictures, sentences = (
-            torch.from_numpy(np.concatenate([block[kind] for block in found])).float()
+            torch.from_numpy(np.concatenate([block[kind] for block in found]))
             for kind in ("pictures", "sentences")
         )
         return Side(pictures, sentences.unflatten(0, (-1, SENTENCES_PER_PICTURE)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from clip_evaluation.metrics import named_recall
@@ -13,11 +14,22 @@ from rankloss.metrics import modality_gap, rank_agreement
 
 from .features import Side
 from .folder import Judgement
-from .heads import Heads
 
 Metrics = dict[str, dict[str, float]]
 ANCHORS = 200  # rows whose rankings are compared
 BOTH_WAYS = "R@10, mean of both"
+
+
+class Model(Protocol):
+    """A model with a common space of unit-norm features."""
+
+    log_scale: Tensor
+
+    def pictures(self, pictures: Tensor) -> Tensor:
+        """Return features, ``[N, D]``."""
+
+    def sentences(self, sentences: Tensor) -> Tensor:
+        """Return features, ``[N, S, D]``."""
 
 
 def median_rank(scores: Tensor, right: Tensor) -> float:
@@ -53,7 +65,7 @@ def correlation_with_experts(
 
 @torch.inference_mode()
 def measure(
-    model: Heads, side: Side, names: Sequence[str], judgements: Sequence[Judgement] | None = None
+    model: Model, side: Side, names: Sequence[str], judgements: Sequence[Judgement] | None = None
 ) -> Metrics:
     """Return all scores of a model on a side; those of people where there are judgements of its pictures.
 

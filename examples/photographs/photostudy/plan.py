@@ -75,13 +75,15 @@ def score(record: Record) -> float:
     return float(record["metrics"]["retrieval"][BOTH_WAYS])
 
 
-class _MissingError(Exception):
+class MissingError(Exception):
+    """Trainings of a search that have no record."""
+
     def __init__(self, settings: tuple[Setting, ...]) -> None:
         self.settings = settings
 
 
-def search(plan: Plan, loss: str, find: Find) -> Search:
-    """Follow a loss's search through its factors.
+def search(plan: Plan, loss: str, find: Find, kind: Callable[..., Any] = Setting) -> Search:
+    """Follow a loss's search through its factors; ``kind`` is the class of its settings.
 
     Of each factor every other level is tried with the first seed. Those ahead of the setting so far, and this
     one, are trained with the second seed; the best mean is kept, the setting so far where means are equal.
@@ -89,22 +91,22 @@ def search(plan: Plan, loss: str, find: Find) -> Search:
     found = Search(loss, dict(plan.start), None, (), ())
     try:
         for factor in plan.factors:
-            found = _next(plan, found, factor, find)
+            found = _next(plan, found, factor, find, kind)
         if not plan.factors:
             return found
-        scores = _scores(find, [Setting(loss, seed, "dev", **found.chosen) for seed in plan.tuning_seeds])
+        scores = _scores(find, [kind(loss, seed, "dev", **found.chosen) for seed in plan.tuning_seeds])
         return dataclasses.replace(found, score=fmean(scores.values()))
-    except _MissingError as missing:
+    except MissingError as missing:
         return dataclasses.replace(found, due=missing.settings)
 
 
-def _next(plan: Plan, so_far: Search, factor: str, find: Find) -> Search:
+def _next(plan: Plan, so_far: Search, factor: str, find: Find, kind: Callable[..., Any]) -> Search:
     """Return the search after a factor."""
     levels = plan.factors[factor]
-    here = getattr(Setting(so_far.loss, 0, "dev", **so_far.chosen), factor)
+    here = getattr(kind(so_far.loss, 0, "dev", **so_far.chosen), factor)
     at = {level: {**so_far.chosen, factor: level} for level in (here, *levels)}
     trials = {
-        level: [Setting(so_far.loss, seed, "dev", **changes) for seed in plan.tuning_seeds]
+        level: [kind(so_far.loss, seed, "dev", **changes) for seed in plan.tuning_seeds]
         for level, changes in at.items()
     }
     scores = _scores(find, [first for first, _ in trials.values()])
@@ -126,11 +128,11 @@ def _scores(find: Find, settings: Sequence[Setting]) -> dict[Setting, float]:
     """Return the scores of trainings.
 
     Raises:
-        _MissingError: If some have no record.
+        MissingError: If some have no record.
     """
     records = find(settings)
     if missing := tuple(one for one in settings if one not in records):
-        raise _MissingError(missing)
+        raise MissingError(missing)
     return {one: score(record) for one, record in records.items()}
 
 

@@ -14,7 +14,7 @@ from clip_evaluation.metrics import retrieval_chance
 from examples_common.machine import conditions
 from examples_common.records import Record, Store
 from examples_common.terminal import bars, say
-from filelock import FileLock, Timeout
+from examples_common.trainings import shared
 from rich.console import Console
 
 from . import heads
@@ -72,27 +72,15 @@ class Study:
         waiting = [one for one in settings if one not in there]
         cost = f"about {sum(map(seconds, waiting)) / 60:.0f} minutes of one core"
         say(console, f"{title}: {len(settings)} trainings, {len(there)} of them finished already; {cost}")
-        locks = self.photographs.folder / "locks"
-        locks.mkdir(exist_ok=True)
         with bars(console) as progress:
             all_of_them = progress.add_task(title, total=sum(map(seconds, waiting)))
-            while waiting:
-                started = len(waiting)
-                for setting in list(waiting):
-                    key = self.key(setting)
-                    try:
-                        with FileLock(locks / f"{key}.lock", timeout=0):
-                            if key not in self.store.read():
-                                bar = progress.add_task(key, total=setting.epochs)
-                                record = self.record(setting, lambda _, bar=bar: progress.advance(bar))
-                                self.store.save(key, record)
-                                progress.remove_task(bar)
-                    except Timeout:
-                        continue
-                    waiting.remove(setting)
-                    progress.advance(all_of_them, seconds(setting))
-                if len(waiting) == started:
-                    time.sleep(2)
+            for setting in shared(waiting, self.key, self.photographs.folder / "locks"):
+                if not self.find([setting]):  # another process may have finished it
+                    bar = progress.add_task(self.key(setting), total=setting.epochs)
+                    record = self.record(setting, lambda _, bar=bar: progress.advance(bar))
+                    self.store.save(self.key(setting), record)
+                    progress.remove_task(bar)
+                progress.advance(all_of_them, seconds(setting))
 
     def record(self, setting: Setting, on_epoch: Callable[[int], None] = lambda _: None) -> Record:
         """Train and measure a setting, and return its record."""

@@ -1,0 +1,128 @@
+"""The report of part 2a, from its records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+
+from examples_common.statistics import MIN_SEEDS, Difference
+from examples_common.wording import difference_text, fill, mark, mean_text, p_text, signed
+
+from photostudy.findings import CORRELATION, DIRECTIONS, PRIMARY, SCALE, SECONDARY
+from photostudy.plan import Changes, Find
+
+from .findings import Findings, above_ranks, findings, helping, ranks_are_best
+from .plan import CLIP, COMPARISONS, GRIDS, RANKS, Choice, Plan
+from .train import Setting
+
+_SHOWN = (PRIMARY, *DIRECTIONS, CORRELATION, SCALE)
+
+
+def write(sizes: Plan, find: Find, folder: Path) -> Path:
+    """Write the report and return its path."""
+    found = findings(sizes, find)
+    seeds = len(sizes.seeds)
+    text = fill(
+        Path(__file__).with_name("report.md"),
+        sizes=sizes,
+        over=not found.search.due,
+        missing=found.missing,
+        conclusions=conclusions(found, seeds),
+        clip=_clip(found),
+        setting=Setting(CLIP, 0, "dev", **found.search.chosen),
+        score=found.search.score,
+        tries=[_tries(arm, one) for arm, one in found.choices.items()],
+        measured=any(found.records.values()),
+        arms=[
+            [f"`{arm}`", *(mean_text(found.estimate(arm, m), seeds, m.digits) for m in _SHOWN), _seconds(of)]
+            for arm, of in ((arm, [*found.records[arm].values()]) for arm in (CLIP, *GRIDS))
+        ],
+        arms_head=["arm", *(measure.title for measure in _SHOWN), "training"],
+        tests=[
+            [f"`{arm}`", f"`{other}`", *_test(found.difference((arm, other)))] for arm, other in COMPARISONS
+        ],
+        secondary=[
+            [
+                f"`{arm}` − `{other}`",
+                *(_marked(found.difference((arm, other), m), m.digits) for m in SECONDARY),
+            ]
+            for arm, other in COMPARISONS
+        ],
+        secondary_head=["", *(measure.title for measure in SECONDARY)],
+        made=sorted(
+            {
+                ", ".join(f"{k} {v}" for k, v in record["conditions"].items())
+                for of in found.records.values()
+                for record in of.values()
+            }
+        ),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "part2a.md"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def conclusions(found: Findings, seeds: int) -> list[str]:
+    """Return the plan's sentences for the findings; none before all trainings are there."""
+    if seeds < MIN_SEEDS:
+        return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
+    if found.missing:
+        return []
+    helped = helping(found)
+    said = [f"`{arm}` helps: {_interval(found.difference((arm, CLIP)))}." for arm in helped]
+    if rest := [f"`{arm}`" for arm in GRIDS if arm not in helped]:
+        said.append(f"Not shown to raise R@10 above plain CLIP's: {', '.join(rest)}.")
+    if ranks_are_best(found):
+        said.append("**Ranks are the best use of two encoders without a common space, here.**")
+    for arm in above_ranks(found):
+        said.append(
+            f"**`{arm}` retrieves better than `{RANKS}`: {_interval(found.difference((arm, RANKS)))}.**"
+        )
+    recall, people = found.leading(PRIMARY), found.leading(CORRELATION)
+    if recall != people:
+        said.append(f"Recall is highest with `{recall}`, the correlation with people with `{people}`.")
+    return said
+
+
+def _interval(d: Difference) -> str:
+    ends = f"95 % interval {signed(d.low)} to {signed(d.high)}"
+    return f"R@10 {signed(d.mean)} points ({ends}, p {p_text(d.adjusted)} after the correction)"
+
+
+def _test(d: Difference | None) -> list[str]:
+    return ["–"] * 4 if d is None else [difference_text(d), p_text(d.p), p_text(d.adjusted), mark(d)]
+
+
+def _marked(d: Difference | None, digits: int) -> str:
+    text = difference_text(d, digits)
+    return f"**{text}**" if d is not None and d.established else text
+
+
+def _seconds(records: list) -> str:
+    return f"{fmean(one['processor_seconds']['training'] for one in records):.0f} s" if records else "–"
+
+
+def _clip(found: Findings) -> list[list[str]]:
+    return [
+        [one.factor.replace("_", " "), f"{one.level:g}", f"{_scores(one.scores)}{' (taken)' * one.taken}"]
+        for one in found.search.tries
+    ]
+
+
+def _tries(arm: str, choice: Choice) -> list[str]:
+    names = [*GRIDS[arm]]
+    tries = (
+        f"{_text(dict(zip(names, point, strict=True)))}: {_scores(of.values())}"
+        for point, of in choice.tries.items()
+    )
+    chosen = _text({name: choice.chosen[name] for name in names}) if choice.chosen else "not finished"
+    return [f"`{arm}`", chosen, "; ".join(tries) or "–"]
+
+
+def _scores(scores) -> str:
+    return ", ".join(f"{score:.2f}" for score in scores)
+
+
+def _text(changes: Changes) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in changes.items())
