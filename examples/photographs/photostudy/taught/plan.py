@@ -41,7 +41,7 @@ FEATURES: dict[str, Arm] = {
     BOTH: Arm("features", BOTH, {}),  # around the winners of both: see choice
 }
 
-_RANKED: Grid = {"weight": (0.25, 1.0), "top_k": (4, 16)}
+_RANKED: Grid = {"weight": (0.0625, 0.25), "top_k": (4, 16)}
 _ROWS: Grid = {"weight": (1.0, 4.0), "scale": (10.0, 30.0)}
 _WEIGHT: Grid = {"weight": (0.25, 1.0, 4.0, 16.0)}
 _OF_VIEWS: dict[str, dict[str, Grid]] = {
@@ -51,7 +51,7 @@ _OF_VIEWS: dict[str, dict[str, Grid]] = {
     "4 bits": {RANKS: _RANKED, "softmax": _ROWS, "squares": _WEIGHT},
     "ten ids": {RANKS: _WEIGHT, "soft-labels": _WEIGHT},
     "separate": {
-        RANKS: {"weight": (4.0, 16.0), "top_k": (4, 16)},
+        RANKS: {"weight": (1.0, 4.0), "top_k": (4, 16)},
         "softmax": _ROWS,
         "cka": _WEIGHT,
         "projected-mimicry": {"weight": (1.0, 4.0, 16.0, 64.0)},
