@@ -60,7 +60,7 @@ $(VENV)/.distil: $(VENV)/.examples
 	$(PIP_INSTALL) --editable '.[examples]' --editable 'examples[distil]'
 	touch $@
 
-## RankCLIP and plain CLIP on Flickr8k, in the folder DATA, then two encoders as teachers: hours, or a smoke test of some
+## RankCLIP and plain CLIP on Flickr8k, in the folder DATA, then teachers of students: hours, or a smoke test of some
 ## minutes. Repeat to resume.
 PHOTOGRAPHS := photographs-quick photographs-full
 .PHONY: photographs $(PHOTOGRAPHS)
@@ -68,6 +68,8 @@ photographs: photographs-full
 $(PHOTOGRAPHS): photographs-%: $(VENV)/.photographs
 	$(BIN)/python examples/photographs/run.py --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
 	$(BIN)/python examples/photographs/run.py --part 2a --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
+	$(BIN)/python examples/photographs/run.py --part 2b --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
+	$(BIN)/python examples/photographs/run.py --part 3 --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
 
 ## Losses of graded lists on emojis and, with the folder DATA, on photographs: under an hour of one core, or a smoke test
 ## of a minute. Repeat to resume.

@@ -59,15 +59,16 @@ def softmax_within(student: Pair, teacher: Pair, scales: Scales) -> Tensor:
 
 def pearson(student: Pair, teacher: Pair, scales: Scales) -> Tensor:
     """Row-wise Pearson distance (DIST): one minus the correlation of softmax rows, the mean of both ways."""
-    return sum_of(_pearson_distance(*pair) for pair in _cross_modal(student, teacher, scales)) / 2
+    return sum_of(pearson_distance(*pair) for pair in _cross_modal(student, teacher, scales)) / 2
 
 
 def pearson_within(student: Pair, teacher: Pair, scales: Scales) -> Tensor:
     """:func:`pearson` of the two matrices within a modality, without their diagonals."""
-    return sum_of(_pearson_distance(*pair) for pair in _within(student, teacher, scales)) / 2
+    return sum_of(pearson_distance(*pair) for pair in _within(student, teacher, scales)) / 2
 
 
-def _pearson_distance(mine: Tensor, theirs: Tensor) -> Tensor:
+def pearson_distance(mine: Tensor, theirs: Tensor) -> Tensor:
+    """One minus the correlation of the rows' softmax, the mean over rows."""
     rows = (x.softmax(-1) for x in (mine, theirs))
     return 1 - F.cosine_similarity(*(x - x.mean(-1, keepdim=True) for x in rows), dim=-1).mean()
 
@@ -101,13 +102,14 @@ def _cross_modal(student: Pair, teacher: Pair, scales: Scales) -> list[tuple[Ten
 def _within(student: Pair, teacher: Pair, scales: Scales) -> list[tuple[Tensor, Tensor]]:
     """The logits of both within each modality, without their diagonals."""
     both = (
-        [s * _off_diagonal(x @ x.T) for s, x in zip(scales, of, strict=True)]
+        [s * off_diagonal(x @ x.T) for s, x in zip(scales, of, strict=True)]
         for of in zip(student, teacher, strict=True)
     )
     return [(mine, theirs) for mine, theirs in both]
 
 
-def _off_diagonal(x: Tensor) -> Tensor:
+def off_diagonal(x: Tensor) -> Tensor:
+    """A square matrix without its diagonal, ``[N, N − 1]``."""
     return x[~torch.eye(len(x), dtype=torch.bool, device=x.device)].view(len(x), -1)
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from examples_common.records import Store
+from examples_common.statistics import Difference
 from examples_common.terminal import say, status_of, tracker
 from examples_common.trainings import finder
 from rich.console import Console
 
-from . import plan, report, students
+from . import plan, report, students, taught
 from .features import BLOCK, Cache, Encoders, FrozenEncoders
 from .folder import SPLITS, WHERE, read
 from .heads import Setting
@@ -31,7 +32,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", type=Path, help="the folder of Flickr8k; features are kept in it, too")
-    add("--part", choices=("1", "2a"), default="1", help="of the study (default: %(default)s)")
+    add(
+        "--part",
+        choices=("1", "2a", *taught.plan.PLANS),
+        default="1",
+        help="of the study (default: %(default)s)",
+    )
     add("--preset", choices=plan.PLANS, default="quick", help="size (default: %(default)s)")
     add(
         "--output",
@@ -45,19 +51,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument --data: needed\n{WHERE}")
     # The full preset's records are part of the repository: runs resume from them.
     home = _EXAMPLE if args.preset == "full" else args.output / args.preset
-    args.results, args.report = home / "results" / f"part{args.part}", home / "report"
+    args.results, args.report = home / "results", home / "report"
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do the missing trainings and write the report."""
     args = parse(argv)
-    run = {"1": _heads, "2a": _students}[args.part]
+    run = {"1": _heads, "2a": _students}.get(args.part, _taught)
     return status_of(lambda console: run(args, console))
 
 
 def _heads(args: argparse.Namespace, console: Console) -> int:
-    store, sizes = Store(args.results), plan.PLANS[args.preset]
+    store, sizes = _store(args, "1"), plan.PLANS[args.preset]
     if not args.report_only:
         study = prepare(args.data, store, sizes, console)
         train(study, sizes, console)
@@ -66,12 +72,53 @@ def _heads(args: argparse.Namespace, console: Console) -> int:
 
 
 def _students(args: argparse.Namespace, console: Console) -> int:
-    store, sizes = Store(args.results), students.plan.PLANS[args.preset]
+    store, sizes = _store(args, "2a"), students.plan.PLANS[args.preset]
     if not args.report_only:
         of_photographs(args.data, store, sizes, console).follow(sizes, console)
     find = finished(store, students.train.Setting)
-    say(console, str(students.report.write(sizes, find, args.report)))
+    say(console, str(students.report.write(sizes, find, args.report, _planned_of_2b(args))))
     return 0
+
+
+def _taught(args: argparse.Namespace, console: Console) -> int:
+    store, sizes = _store(args, args.part), taught.plan.PLANS[args.part][args.preset]
+    search = _search_of_heads(args, sizes)
+    if search.due:
+        raise RuntimeError(f"{_store(args, '1').path}: part 1's search of clip is not finished: --part 1")
+    if not args.report_only:
+        of = prepare(args.data, store, sizes.heads, console)
+        taught.study.Study(of, sizes, search.chosen, store).follow(console)
+    others = {} if args.part == "3" else _planned_of_2a(args)
+    find = finished(store, taught.plan.Setting)
+    say(console, str(taught.report.write(sizes, search, find, args.report, others)))
+    return 0
+
+
+def _store(args: argparse.Namespace, part: str) -> Store:
+    return Store(args.results / f"part{part}")
+
+
+def _known(args: argparse.Namespace, part: str, kind: type) -> Find:
+    """Return a function that finds the records of another part; nothing where it has none."""
+    store = _store(args, part)
+    return finished(store, kind) if store.path.is_file() else lambda _: {}
+
+
+def _search_of_heads(args: argparse.Namespace, sizes: taught.plan.Plan) -> plan.Search:
+    return taught.plan.of_heads(sizes, _known(args, "1", Setting))
+
+
+def _planned_of_2a(args: argparse.Namespace) -> dict[students.findings.Key, Difference]:
+    """Return part 2a's planned tests, which are in one correction with part 2b's."""
+    find = _known(args, "2a", students.train.Setting)
+    return students.findings.findings(students.plan.PLANS[args.preset], find, {}).planned
+
+
+def _planned_of_2b(args: argparse.Namespace) -> dict[students.findings.Key, Difference]:
+    """Return part 2b's planned tests, which are in one correction with part 2a's."""
+    sizes = taught.plan.PLANS["2b"][args.preset]
+    find = _known(args, "2b", taught.plan.Setting)
+    return taught.findings.findings(sizes, _search_of_heads(args, sizes), find, {}).planned
 
 
 def of_photographs(

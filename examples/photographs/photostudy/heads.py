@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from . import losses
 from .features import Side
 
 HIDDEN, WIDTH = 512, 256
+Seen = Callable[["Heads", Tensor, Tensor], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +52,10 @@ class Setting:
 class Heads(nn.Module):
     """A head for each modality, and the scale of the similarities."""
 
-    def __init__(self, train: Side, setting: Setting) -> None:
+    def __init__(self, train: Side, setting: Setting, *, times: int = 1) -> None:
         super().__init__()
-        self.of_pictures = _head(train.pictures.shape[-1], setting.dropout)
-        self.of_sentences = _head(train.sentences.shape[-1], setting.dropout)
+        self.of_pictures = _head(train.pictures.shape[-1], setting.dropout, times)
+        self.of_sentences = _head(train.sentences.shape[-1], setting.dropout, times)
         start = math.log(min(setting.scale_start, setting.scale_ceiling))
         self.log_scale = nn.Parameter(torch.tensor(start), requires_grad=not setting.scale_fixed)
 
@@ -66,20 +68,31 @@ class Heads(nn.Module):
         return normalize(self.of_sentences(features), dim=-1)
 
 
-def _head(width: int, dropout: float) -> nn.Sequential:
+def _head(width: int, dropout: float, times: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Dropout(dropout),
-        nn.Linear(width, HIDDEN),
+        nn.Linear(width, times * HIDDEN),
         nn.GELU(),
         nn.Dropout(dropout),
-        nn.Linear(HIDDEN, WIDTH),
+        nn.Linear(times * HIDDEN, times * WIDTH),
     )
 
 
-def train(setting: Setting, train: Side, on_epoch: Callable[[int], None] = lambda _: None) -> Heads:
+def train(
+    setting: Setting, train: Side, on_epoch: Callable[[int], None] = lambda _: None, *, times: int = 1,
+    loss: nn.Module | None = None, seen: Seen = lambda *_: {},
+) -> Heads:  # fmt: skip
     """Train two heads, and return them in evaluation mode.
 
     A seed gives every loss the same initial weights, batches, sentences and units that drop out.
+
+    Args:
+        setting: All that determines the training, beside the other arguments.
+        train: The features.
+        on_epoch: Called with the number of each finished epoch.
+        times: A factor of the heads' widths.
+        loss: None: the setting's own, by its name. Its parameters learn, too.
+        seen: Further arguments of the loss, from the heads, a batch's pictures and their sentences' numbers.
 
     Raises:
         ValueError: If there are fewer pictures than the setting needs.
@@ -88,10 +101,11 @@ def train(setting: Setting, train: Side, on_epoch: Callable[[int], None] = lambd
         raise ValueError(f"train_pictures: {setting.train_pictures} of {len(train.pictures)} are needed")
     torch.manual_seed(setting.seed)
     order = torch.Generator().manual_seed(setting.seed)
-    model = Heads(train, setting).train()
-    loss = losses.build(setting.loss, label_smoothing=setting.label_smoothing)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    other = [p for p in model.parameters() if p.dim() <= 1]
+    model = Heads(train, setting, times=times).train()
+    loss = loss or losses.build(setting.loss, label_smoothing=setting.label_smoothing)
+    parameters = [*model.parameters(), *loss.parameters()]
+    decayed = [p for p in parameters if p.dim() > 1]
+    other = [p for p in parameters if p.dim() <= 1]
     groups = [{"params": decayed}, {"params": other, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=setting.lr, weight_decay=setting.weight_decay, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.epochs * setting.steps)
@@ -104,7 +118,7 @@ def train(setting: Setting, train: Side, on_epoch: Callable[[int], None] = lambd
             drawn = torch.randint(train.sentences.shape[1], rows.shape, generator=order)
             v = model.pictures(train.pictures[rows])
             t = model.sentences(train.sentences[rows, drawn])
-            value = loss(v, t, logit_scale=model.log_scale.exp())
+            value = loss(v, t, model.log_scale.exp(), **seen(model, rows, drawn))
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

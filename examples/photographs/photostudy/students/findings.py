@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from examples_common.records import Record
 from examples_common.statistics import Difference, Estimate, correct, estimate, paired_difference
@@ -14,6 +15,8 @@ from photostudy.plan import Find, Search
 from . import plan
 from .plan import CLIP, COMPARISONS, GRIDS, RANKS, TAUGHT, Choice, Pair, Plan
 
+Key = tuple[Pair, str]  # a comparison, and a measure's title
+
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
@@ -23,7 +26,8 @@ class Findings:
     choices: dict[str, Choice]  # by arm, once CLIP's search is finished
     records: dict[str, dict[int, Record]]  # of the test side, by arm and seed
     missing: int  # trainings of the test side
-    differences: dict[tuple[Pair, str], Difference]  # by measure's title; complete comparisons alone
+    differences: dict[Key, Difference]  # complete comparisons alone
+    planned: dict[Key, Difference]  # all comparisons, not corrected; p = 1 for one that lacks a training
 
     def estimate(self, arm: str, measure: Measure) -> Estimate | None:
         """Return a measure's mean over the arm's seeds."""
@@ -45,37 +49,50 @@ class Findings:
         return max(TAUGHT, key=lambda arm: means[arm].mean)
 
 
-def findings(sizes: Plan, find: Find) -> Findings:
+def findings(sizes: Plan, find: Find, others: Mapping[Key, Difference] | None = None) -> Findings:
     """Return the comparisons whose trainings are all there.
 
     The correction counts every planned test, those of part 2b, too; one that cannot be stated yet has p = 1.
+    ``others`` are part 2b's, :attr:`Findings.planned`; None: all of them have p = 1.
     """
     search = plan.of_clip(sizes, find)
     choices = {} if search.due else {arm: plan.choice(sizes, arm, search.chosen, find) for arm in GRIDS}
     settings, n = plan.arms(sizes, find), len(sizes.seeds)
-    records = {
-        arm: {one.seed: record for one, record in find(settings.get(arm, ())).items()}
-        for arm in (CLIP, *GRIDS)
-    }
+    if others is None:
+        unknown = [(("2b", str(i)), m.title) for i in range(plan.OTHERS) for m in (PRIMARY, *SECONDARY)]
+        others = dict.fromkeys(unknown, Difference(0.0, None, n, p=1.0))
+    arms = {arm: settings.get(arm, ()) for arm in (CLIP, *GRIDS)}
+    return compared(search, choices, arms, n, find, COMPARISONS, others)
 
-    def corrected(measures: Sequence[Measure]) -> dict[tuple[Pair, str], Difference]:
-        known = {}
-        for pair in COMPARISONS:
-            if all(len(records[arm]) == n for arm in pair):
-                for measure in measures:
-                    of = ({seed: measure(record) for seed, record in records[arm].items()} for arm in pair)
-                    known[pair, measure.title] = paired_difference(*of)
-        keys = [(pair, measure.title) for pair in COMPARISONS for measure in measures]
-        others = [("2b", i) for i in range(plan.OTHERS * len(measures))]
-        planned = dict.fromkeys([*keys, *others], Difference(0.0, None, n, p=1.0))
-        return {key: d for key, d in correct(planned | known).items() if key in known}
+
+def compared(
+    search: Search, choices: dict[str, Choice], arms: Mapping[str, Sequence[Any]], seeds: int, find: Find,
+    comparisons: Sequence[Pair], others: Mapping[Key, Difference],
+) -> Findings:  # fmt: skip
+    """Return the findings of arms, given their settings on the test side, beside other planned tests."""
+    records = {arm: {one.seed: record for one, record in find(of).items()} for arm, of in arms.items()}
+    whole = [pair for pair in comparisons if all(len(records[arm]) == seeds for arm in pair)]
+    planned = dict.fromkeys(
+        ((pair, m.title) for pair in comparisons for m in (PRIMARY, *SECONDARY)),
+        Difference(0.0, None, seeds, p=1.0),
+    )
+    for pair in whole:
+        for m in (PRIMARY, *SECONDARY):
+            of = ({seed: m(record) for seed, record in records[arm].items()} for arm in pair)
+            planned[pair, m.title] = paired_difference(*of)
+
+    def corrected(measures: Sequence[Measure]) -> dict[Key, Difference]:
+        titles = {m.title for m in measures}
+        family = {key: d for key, d in {**planned, **others}.items() if key[1] in titles}
+        return {key: d for key, d in correct(family).items() if key in planned and key[0] in whole}
 
     return Findings(
         search,
         choices,
         records,
-        sum(n - len(of) for of in records.values()),
+        sum(seeds - len(of) for of in records.values()),
         {**corrected([PRIMARY]), **corrected(SECONDARY)},
+        planned,
     )
 
 

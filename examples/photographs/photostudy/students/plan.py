@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -87,7 +87,8 @@ class Choice:
 
     tries: dict[Point, dict[int, float]]  # R@10 on the dev side, by seed
     chosen: Changes | None  # fields of Setting; None: not known yet
-    due: tuple[Setting, ...]  # trainings that are missing for the next step; empty: the choice is made
+    due: tuple[Any, ...]  # settings that are missing for the next step; empty: the choice is made
+    fields: tuple[str, ...]  # of a point
 
 
 def of_clip(plan: Plan, find: Find) -> Search:
@@ -95,19 +96,23 @@ def of_clip(plan: Plan, find: Find) -> Search:
     return part1.search(plan, CLIP, find, Setting)
 
 
-def choice(plan: Plan, arm: str, base: Changes, find: Find) -> Choice:
+def choice(
+    plan: Plan, arm: str, base: Changes, find: Find, grid: Mapping[str, Point] | None = None,
+    kind: Callable[..., Any] = Setting,
+) -> Choice:  # fmt: skip
     """Follow an arm's tries.
 
     All of the grid are trained with the first seed, the best two with two more, whose mean decides. While the
     winner is at an edge, the next value of that field is tried with the same two seeds, the second one where
-    it is ahead of the winner with the first.
+    it is ahead of the winner with the first. ``grid`` is the arm's of :data:`GRIDS` where it is None, and
+    ``kind`` the class of the settings.
     """
-    fields = {name: [*values] for name, values in GRIDS[arm].items()}
-    found = _Found(arm, base, find, tuple(fields))
-    grid = [*itertools.product(*fields.values())][: plan.tries]
+    fields = {name: [*values] for name, values in (grid or GRIDS[arm]).items()}
+    found = _Found(arm, base, find, tuple(fields), kind)
+    points = [*itertools.product(*fields.values())][: plan.tries]
     try:
-        found.score(grid, [plan.try_seed])
-        best = sorted(grid, key=lambda point: -found.tries[point][plan.try_seed])[:2]
+        found.score(points, [plan.try_seed])
+        best = sorted(points, key=lambda point: -found.tries[point][plan.try_seed])[:2]
         found.score(best, plan.best_seeds)
         winner = max(best, key=lambda point: found.mean(point, plan.best_seeds))
         for _ in range(plan.rounds):
@@ -120,9 +125,9 @@ def choice(plan: Plan, arm: str, base: Changes, find: Find) -> Choice:
             if best_of_all == winner:
                 break
             winner = best_of_all
-        return Choice(found.tries, found.changes(winner), ())
+        return Choice(found.tries, found.changes(winner), (), found.fields)
     except MissingError as missing:
-        return Choice(found.tries, None, missing.settings)
+        return Choice(found.tries, None, missing.settings, found.fields)
 
 
 @dataclasses.dataclass
@@ -133,6 +138,7 @@ class _Found:
     base: Changes
     find: Find
     fields: tuple[str, ...]
+    kind: Callable[..., Any]
     tries: dict[Point, dict[int, float]] = dataclasses.field(default_factory=dict)
 
     def changes(self, point: Point) -> Changes:
@@ -141,7 +147,7 @@ class _Found:
     def score(self, points: Iterable[Point], seeds: Sequence[int]) -> None:
         """Look up scores of all points with all seeds."""
         wanted = {
-            Setting(self.arm, seed, "dev", **self.changes(point)): (point, seed)
+            self.kind(self.arm, seed, "dev", **self.changes(point)): (point, seed)
             for point in points
             for seed in seeds
         }

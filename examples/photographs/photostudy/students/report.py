@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from examples_common.statistics import MIN_SEEDS, Difference
 from examples_common.wording import difference_text, fill, mark, mean_text, p_text, signed
@@ -11,42 +13,50 @@ from examples_common.wording import difference_text, fill, mark, mean_text, p_te
 from photostudy.findings import CORRELATION, DIRECTIONS, PRIMARY, SCALE, SECONDARY
 from photostudy.plan import Changes, Find
 
-from .findings import Findings, above_ranks, findings, helping, ranks_are_best
-from .plan import CLIP, COMPARISONS, GRIDS, RANKS, Choice, Plan
+from .findings import Findings, Key, above_ranks, findings, helping, ranks_are_best
+from .plan import CLIP, COMPARISONS, GRIDS, RANKS, Choice, Pair, Plan
 from .train import Setting
 
 _SHOWN = (PRIMARY, *DIRECTIONS, CORRELATION, SCALE)
 
 
-def write(sizes: Plan, find: Find, folder: Path) -> Path:
-    """Write the report and return its path."""
-    found = findings(sizes, find)
+def write(sizes: Plan, find: Find, folder: Path, others: Mapping[Key, Difference] | None = None) -> Path:
+    """Write the report and return its path; ``others`` are part 2b's planned tests."""
+    found = findings(sizes, find, others)
+    template, said = Path(__file__).with_name("report.md"), conclusions(found, len(sizes.seeds))
+    path = folder / "part2a.md"
+    return filled(
+        template, path, found, COMPARISONS, sizes=sizes, conclusions=said, clip=_clip(found),
+        over=not found.search.due, setting=Setting(CLIP, 0, "dev", **found.search.chosen),
+        score=found.search.score,
+    )  # fmt: skip
+
+
+def filled(
+    template: Path, path: Path, found: Findings, comparisons: Sequence[Pair], *, sizes: Any, **values: Any
+) -> Path:
+    """Write a template with the tables of findings, and return its path."""
     seeds = len(sizes.seeds)
     text = fill(
-        Path(__file__).with_name("report.md"),
+        template,
         sizes=sizes,
-        over=not found.search.due,
         missing=found.missing,
-        conclusions=conclusions(found, seeds),
-        clip=_clip(found),
-        setting=Setting(CLIP, 0, "dev", **found.search.chosen),
-        score=found.search.score,
         tries=[_tries(arm, one) for arm, one in found.choices.items()],
         measured=any(found.records.values()),
         arms=[
             [f"`{arm}`", *(mean_text(found.estimate(arm, m), seeds, m.digits) for m in _SHOWN), _seconds(of)]
-            for arm, of in ((arm, [*found.records[arm].values()]) for arm in (CLIP, *GRIDS))
+            for arm, of in ((arm, [*of.values()]) for arm, of in found.records.items())
         ],
         arms_head=["arm", *(measure.title for measure in _SHOWN), "training"],
         tests=[
-            [f"`{arm}`", f"`{other}`", *_test(found.difference((arm, other)))] for arm, other in COMPARISONS
+            [f"`{arm}`", f"`{other}`", *_test(found.difference((arm, other)))] for arm, other in comparisons
         ],
         secondary=[
             [
                 f"`{arm}` − `{other}`",
                 *(_marked(found.difference((arm, other), m), m.digits) for m in SECONDARY),
             ]
-            for arm, other in COMPARISONS
+            for arm, other in comparisons
         ],
         secondary_head=["", *(measure.title for measure in SECONDARY)],
         made=sorted(
@@ -56,9 +66,9 @@ def write(sizes: Plan, find: Find, folder: Path) -> Path:
                 for record in of.values()
             }
         ),
+        **values,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "part2a.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -70,14 +80,14 @@ def conclusions(found: Findings, seeds: int) -> list[str]:
     if found.missing:
         return []
     helped = helping(found)
-    said = [f"`{arm}` helps: {_interval(found.difference((arm, CLIP)))}." for arm in helped]
+    said = [f"`{arm}` helps: {interval(found.difference((arm, CLIP)))}." for arm in helped]
     if rest := [f"`{arm}`" for arm in GRIDS if arm not in helped]:
         said.append(f"Not shown to raise R@10 above plain CLIP's: {', '.join(rest)}.")
     if ranks_are_best(found):
         said.append("**Ranks are the best use of two encoders without a common space, here.**")
     for arm in above_ranks(found):
         said.append(
-            f"**`{arm}` retrieves better than `{RANKS}`: {_interval(found.difference((arm, RANKS)))}.**"
+            f"**`{arm}` retrieves better than `{RANKS}`: {interval(found.difference((arm, RANKS)))}.**"
         )
     recall, people = found.leading(PRIMARY), found.leading(CORRELATION)
     if recall != people:
@@ -85,7 +95,8 @@ def conclusions(found: Findings, seeds: int) -> list[str]:
     return said
 
 
-def _interval(d: Difference) -> str:
+def interval(d: Difference) -> str:
+    """Return a difference in R@10 with its interval and its p."""
     ends = f"95 % interval {signed(d.low)} to {signed(d.high)}"
     return f"R@10 {signed(d.mean)} points ({ends}, p {p_text(d.adjusted)} after the correction)"
 
@@ -111,12 +122,11 @@ def _clip(found: Findings) -> list[list[str]]:
 
 
 def _tries(arm: str, choice: Choice) -> list[str]:
-    names = [*GRIDS[arm]]
     tries = (
-        f"{_text(dict(zip(names, point, strict=True)))}: {_scores(of.values())}"
+        f"{_text(dict(zip(choice.fields, point, strict=True)))}: {_scores(of.values())}"
         for point, of in choice.tries.items()
     )
-    chosen = _text({name: choice.chosen[name] for name in names}) if choice.chosen else "not finished"
+    chosen = _text({name: choice.chosen[name] for name in choice.fields}) if choice.chosen else "not finished"
     return [f"`{arm}`", chosen, "; ".join(tries) or "–"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from clip_evaluation.metrics import retrieval_chance
@@ -12,6 +13,8 @@ from examples_common.machine import conditions
 from examples_common.records import Record, Store
 from examples_common.trainings import Trainings
 from rich.console import Console
+
+from photostudy.measure import Metrics
 
 from . import plan
 from .data import DataSet
@@ -55,19 +58,36 @@ class Study(Trainings):
         model = train(setting, self.of.sides["train"], self.of.words)
         trained = time.process_time()
         metrics = self.of.measure(model, setting.side)
-        pictures, captions = self.of.sides[setting.side].student.sentences.shape[:2]
-        chance = retrieval_chance(pictures, torch.arange(pictures).repeat_interleave(captions))
-        return {
-            "setting": dataclasses.asdict(setting),
-            "metrics": metrics,
-            "chance": {
-                "retrieval": {f"{way} R@{k}": value for way, of in chance.items() for k, value in of.items()}
-            },
-            "items": {"retrieval": pictures},
-            "data": self.data,
-            "processor_seconds": {
-                "training": round(trained - began, 1),
-                "measuring": round(time.process_time() - trained, 1),
-            },
-            "conditions": conditions(_PACKAGES, threads=torch.get_num_threads()),
-        }
+        shape = self.of.sides[setting.side].student.sentences.shape[:2]
+        return recorded(setting, metrics, (shape[0], shape[1]), self.data, (began, trained))
+
+
+def recorded(
+    setting: Any, metrics: Metrics, shape: tuple[int, int], data: str, began: tuple[float, float]
+) -> Record:
+    """Return the record of a training.
+
+    Args:
+        setting: A dataclass.
+        metrics: Of the side that was measured.
+        shape: Numbers of its pictures, and of sentences of each.
+        data: Fingerprint of the data.
+        began: Processor seconds at which the training and the measuring began.
+    """
+    pictures, captions = shape
+    chance = retrieval_chance(pictures, torch.arange(pictures).repeat_interleave(captions))
+    training, measuring = began
+    return {
+        "setting": dataclasses.asdict(setting),
+        "metrics": metrics,
+        "chance": {
+            "retrieval": {f"{way} R@{k}": value for way, of in chance.items() for k, value in of.items()}
+        },
+        "items": {"retrieval": pictures},
+        "data": data,
+        "processor_seconds": {
+            "training": round(measuring - training, 1),
+            "measuring": round(time.process_time() - measuring, 1),
+        },
+        "conditions": conditions(_PACKAGES, threads=torch.get_num_threads()),
+    }

@@ -1,0 +1,181 @@
+"""The arms' losses in every view: CLIP's, and a term by which the student learns from what it sees.
+
+V and T are the student's unit-norm features of N pairs and s the scale of its similarities.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from miniature_paper import rivals
+from torch import Tensor, nn
+
+import rankloss
+from photostudy import losses, students
+from photostudy.heads import WIDTH
+from rankloss_trainers.orders.loss import OrderedRankClipLoss
+
+from .setting import Setting
+from .views import MAPS, matrices
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # of the student's scores and of those that are seen
+
+
+def ranks(x: Tensor, y: Tensor, *, top_k: int) -> Tensor:
+    """Plackett–Luce NLL per counted item of the seen scores' best ranks, averaged over the rows."""
+    counted = (y >= y.topk(top_k).values[..., -1:]).sum(-1)
+    return (rankloss.plackett_luce_nll(x, y, top_k=top_k) / counted).mean()
+
+
+def softmax(x: Tensor, y: Tensor, *, scale: float) -> Tensor:
+    """Cross-entropy of softmax rows, the seen scores being multiplied by a scale."""
+    return rivals.soft_cross_entropy(x, (scale * y).to(x.dtype))
+
+
+def pearson(x: Tensor, y: Tensor, *, scale: float) -> Tensor:
+    """One minus the correlation of softmax rows (DIST), the seen scores being multiplied by a scale."""
+    return rivals.pearson_distance(x, (scale * y).to(x.dtype))
+
+
+def squares(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared difference of two matrices, each minus its mean and over its standard deviation."""
+    mine, theirs = ((of - of.mean()) / of.std(correction=0) for of in (x, y.to(x.dtype)))
+    return (mine - theirs).square().mean()
+
+
+class OfScores(nn.Module):
+    """CLIP's loss + ``weight·½·Σ d(x, y)``: matrices x = s·V·Tᵀ, s·T·Vᵀ, s·V·Vᵀ, s·T·Tᵀ, and y that are seen.
+
+    Args:
+        base: CLIP's loss.
+        distance: d.
+        weight: Of the term.
+    """
+
+    def __init__(self, base: nn.Module, distance: Distance, weight: float) -> None:
+        super().__init__()
+        self.base, self.distance, self.weight = base, distance, weight
+
+    def forward(self, v: Tensor, t: Tensor, scale: Tensor, *, scores: Sequence[Tensor]) -> Tensor:
+        """Return the loss."""
+        mine = [scale * x for x in matrices(v, t)]
+        term = rivals.sum_of(self.distance(x, y) for x, y in zip(mine, scores, strict=True)) / 2
+        return self.base(v, t, scale) + self.weight * term
+
+
+class SoftLabels(nn.Module):
+    """CLIP's loss + weight · cross-entropy from the listed ids in the batch, equally likely, both ways' mean.
+
+    A row without a listed id in the batch counts nothing.
+
+    Args:
+        base: CLIP's loss.
+        weight: Of the term.
+    """
+
+    def __init__(self, base: nn.Module, weight: float) -> None:
+        super().__init__()
+        self.base, self.weight = base, weight
+
+    def forward(
+        self, v: Tensor, t: Tensor, scale: Tensor, *, order_pictures: Tensor, order_listed: Tensor,
+        order_grades: Tensor,  # noqa: ARG002 - ids alone are spread over
+    ) -> Tensor:  # fmt: skip
+        """Return the loss."""
+        listed = (order_listed[:, :, None] == order_pictures).any(1)
+        counted, logits = listed.any(1), scale * v @ t.T
+        labels = F.normalize(listed[counted].to(logits.dtype), p=1, dim=1)
+        total = sum(F.cross_entropy(x[counted], labels, reduction="sum") for x in (logits, logits.T)) / 2
+        return self.base(v, t, scale) + self.weight * total / counted.sum().clamp_min(1)
+
+
+class OfLists(nn.Module):
+    """CLIP's loss + weight · a loss of lists: the orders of sentences of the batch's first pictures.
+
+    Args:
+        base: CLIP's loss.
+        lists: Of the lists.
+        weight: Of the term.
+        scale: What the grades are multiplied by.
+    """
+
+    def __init__(self, base: nn.Module, lists: rankloss.RankedLists, weight: float, scale: float) -> None:
+        super().__init__()
+        self.base, self.lists, self.weight, self.scale = base, lists, weight, scale
+
+    def forward(self, v: Tensor, t: Tensor, scale: Tensor, *, candidates: Tensor, grades: Tensor) -> Tensor:
+        """Return the loss; candidates ``[M, K, D]`` with grades ``[M, K]``, larger ones better."""
+        term: Tensor = self.lists(v[: len(grades)], candidates, self.scale * grades, scale)
+        return self.base(v, t, scale) + self.weight * term
+
+
+_LISTS: dict[str, rankloss.losses.ranked_lists.ListModel] = {
+    "ranks": "plackett_luce",
+    "pairwise": "pairwise",
+    "softmax": "top_one",
+}
+
+
+def build(setting: Setting, widths: tuple[int, int]) -> nn.Module:
+    """Return the loss of a setting's arm in its view.
+
+    Args:
+        setting: The setting.
+        widths: Of the teacher's features.
+
+    Raises:
+        ValueError: For an arm that the view does not have.
+    """
+    view, arm, weight, scale = setting.view, setting.loss, setting.weight, setting.scale
+    base = losses.build("clip", label_smoothing=setting.label_smoothing)
+    if view == "separate" and arm in ("ranks", "softmax", "cka", "projected-mimicry"):
+        names = ("weight", "top_k", "scale", "label_smoothing")
+        named = {name: getattr(setting, name) for name in names}
+        return students.losses.build(arm, WIDTH, widths, **named)
+    of_scores: dict[str, Distance] = {
+        "ranks": functools.partial(ranks, top_k=setting.top_k),
+        "softmax": functools.partial(softmax, scale=scale),
+        "pearson": functools.partial(pearson, scale=scale),
+        "squares": squares,
+    }
+    if view in MAPS and arm in of_scores:
+        return OfScores(base, of_scores[arm], weight)
+    ranked = {"lambda_cross": weight, "lambda_in": weight, "top_k": setting.top_k or None}
+    made: dict[tuple[str, str], Callable[[], nn.Module]] = {
+        ("", "clip"): lambda: base,
+        ("features", "mimicry"): lambda: _mimicry(base, widths, weight=weight),
+        ("features", "contrast"): lambda: _mimicry(
+            base, widths, weight=0.0, contrast=weight, contrast_scale=scale
+        ),
+        ("features", "ranks"): lambda: rankloss.RankClipLoss(base, **ranked),
+        ("features", "softmax"): lambda: students.losses.Term(base, rivals.softmax, weight, scale),
+        ("features", "mimicry-and-ranks"): lambda: rankloss.RankClipLoss(
+            _mimicry(base, widths, weight=setting.mimicry), **ranked
+        ),
+        ("ten ids", "ranks"): lambda: OrderedRankClipLoss(
+            base, schedule="constant", lambda_cross=weight, lambda_in=weight, normalizer=1.0
+        ),
+        ("ten ids", "soft-labels"): lambda: SoftLabels(base, weight),
+        **{
+            ("reranker", name): lambda model=_LISTS[name]: OfLists(
+                base, rankloss.RankedLists(model=model), weight, 1.0
+            )
+            for name in ("ranks", "pairwise")
+        },
+        ("reranker with scores", "softmax"): lambda: OfLists(
+            base, rankloss.RankedLists(model="top_one"), weight, scale
+        ),
+    }
+    if (view, arm) not in made:
+        raise ValueError(f"loss: the view {view!r} has no arm {arm!r}")
+    return made[view, arm]()
+
+
+def _mimicry(base: nn.Module, widths: tuple[int, int], **weights: float) -> rankloss.MimicryLoss:
+    """Return mimicry of a teacher whose coordinates are those of its principal components."""
+    loss = rankloss.MimicryLoss(base, **weights)
+    loss.components = torch.eye(widths[0], WIDTH)
+    return loss
