@@ -107,7 +107,7 @@ _QUICK = functools.partial(
 PLANS: dict[str, dict[str, Plan]] = {
     "2b": {
         "full": _FULL(
-            "2b", arms=FEATURES, try_seed=930, best_seeds=(931, 932), tries=6, rounds=2,
+            "2b", arms=FEATURES, try_seed=930, best_seeds=(931, 932), tries=6, rounds=3,
             seeds=tuple(range(3000, 3008)),
         ),
         "quick": _QUICK("2b", arms=FEATURES),
