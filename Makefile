@@ -60,8 +60,8 @@ $(VENV)/.distil: $(VENV)/.examples
 	$(PIP_INSTALL) --editable '.[examples]' --editable 'examples[distil]'
 	touch $@
 
-## RankCLIP and plain CLIP on Flickr8k, in the folder DATA, then teachers of students: hours, or a smoke test of some
-## minutes. Repeat to resume.
+## RankCLIP and plain CLIP on Flickr8k, in the folder DATA: hours, or a smoke test under five minutes. Repeat to resume.
+## Teachers are PHOTOGRAPHS_ARGS='--part 2a', 2b and 3.
 PHOTOGRAPHS := photographs-quick photographs-full
 .PHONY: photographs $(PHOTOGRAPHS)
 photographs: photographs-full
