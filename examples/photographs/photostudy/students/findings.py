@@ -83,8 +83,14 @@ def compared(
 
     def corrected(measures: Sequence[Measure]) -> dict[Key, Difference]:
         titles = {m.title for m in measures}
-        family = {key: d for key, d in {**planned, **others}.items() if key[1] in titles}
-        return {key: d for key, d in correct(family).items() if key in planned and key[0] in whole}
+        # The parts have arms of equal names: a key alone would not tell their tests apart.
+        family = {
+            (is_own, key): d
+            for is_own, tests in ((True, planned), (False, others))
+            for key, d in tests.items()
+            if key[1] in titles
+        }
+        return {key: d for (is_own, key), d in correct(family).items() if is_own and key[0] in whole}
 
     return Findings(
         search,
