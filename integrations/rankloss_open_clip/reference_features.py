@@ -19,8 +19,8 @@ from torch import Tensor
 
 from rankloss.checks import check_teacher
 from rankloss_features import Features
-from rankloss_features.data import IMAGES
-from rankloss_features.folder import NAMES, Array, hash_of_pair
+from rankloss_features.data import row_of_sample
+from rankloss_features.folder import NAMES, Array
 from rankloss_open_clip.companions import Companion, Sample
 
 IN_SAMPLES = {"samples": NAMES, "samples:image": NAMES[:1], "samples:text": NAMES[1:]}
@@ -78,15 +78,8 @@ class ReferenceFeatures(Companion):
         """The row of the sample, or its members, which are taken out of the sample."""
         if self.folder is None:
             return self._members(sample)
-        if not any(name in sample for name in IMAGES):  # skipped by the trainer
-            return None
-        row = self.folder.find(hash_of_pair(caption, sample["__key__"]))
-        if row is None:
-            raise ValueError(
-                f"{_named(sample)} with caption {caption!r} has no row in {self.folder.path}: its features "
-                "are of another caption, or of other data"
-            )
-        return self._of_row(row)
+        row = row_of_sample(self.folder, sample, caption)
+        return None if row is None else self._of_row(row)
 
     def _of_row(self, row: int) -> str:
         assert self.folder is not None

@@ -16,7 +16,8 @@ from rankloss import graded
 from rankloss.distributed import gather_once
 from rankloss.losses import base_entries, combined
 from rankloss.precision import arithmetic_dtype, full_precision, nan_unless_finite, outside_graphs, product
-from rankloss_features.folder import Array, hash_of_pair
+from rankloss_features.data import row_of_sample
+from rankloss_features.folder import Array
 from rankloss_trainers.orders.folder import ARGUMENTS, Orders
 
 
@@ -205,17 +206,14 @@ class OrderCompanion:
         self.folder.compare_columns(dataset.captions, dataset.images, path)
         return self._of_row
 
-    def of_sample(self, sample: dict[str, Any], caption: str) -> str:
-        """The row of a webdataset sample.
+    def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:
+        """The row of a webdataset sample; None without a picture, which the trainer skips.
 
         Raises:
             ValueError: The folder has no such pair.
         """
-        row = self.folder.find(hash_of_pair(caption, sample["__key__"]))
-        if row is None:
-            where = f"sample {sample['__key__']!r} of {sample.get('__url__')}"
-            raise ValueError(f"{where} with caption {caption!r} has no row in {self.folder.path}")
-        return self._of_row(row)
+        row = row_of_sample(self.folder, sample, caption)
+        return None if row is None else self._of_row(row)
 
     def _of_row(self, row: int) -> str:
         pictures, listed, grades = self.folder.take(np.array([row])).values()
