@@ -108,6 +108,17 @@ def correct(family: Mapping[Key, Difference]) -> dict[Key, Difference]:
     return {key: dataclasses.replace(d, adjusted=adjusted.get(key)) for key, d in family.items()}
 
 
+def correct_planned(planned: Mapping[Key, int], known: Mapping[Key, Difference]) -> dict[Key, Difference]:
+    """Adjust the known differences as part of a planned family: each of its others counts with p = 1.
+
+    Args:
+        planned: The number of seeds of every planned test.
+        known: The differences that can be stated.
+    """
+    untold = {key: Difference(0.0, None, n, p=1.0) for key, n in planned.items()}
+    return {key: d for key, d in correct(untold | dict(known)).items() if key in known}
+
+
 def verdict(difference: Difference | None, *, above: str = BETTER, below: str = WORSE) -> str:
     """Return the verdict on a corrected difference; None means that there is nothing to compare.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import time
@@ -84,3 +85,14 @@ def finder(store: Store, kind: Callable[..., Any]) -> Callable[[Iterable[Any]], 
     settings = [kind(**record["setting"]) for record in store.read().values()]
     records = dict(zip(dict.fromkeys(settings), store.of(settings), strict=True))
     return lambda wanted: {one: records[one] for one in wanted if one in records}
+
+
+def best(scores: Mapping[Setting, float | None]) -> Setting | None:
+    """Return the setting with the largest score, the first of equal ones; None until all scores are there."""
+    known = {one: score for one, score in scores.items() if score is not None}
+    return max(known, key=known.__getitem__) if known and len(known) == len(scores) else None
+
+
+def by_seed(arms: Iterable[Iterable[Any]]) -> list[Any]:
+    """Return the settings of all arms, seed by seed."""
+    return sorted(itertools.chain.from_iterable(arms), key=lambda one: one.seed)

@@ -1,10 +1,14 @@
 """Text of numbers, and the reports' templates, which use it."""
 
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import page, statistics
+from .records import Record
 from .statistics import ALPHA, CONFIDENCE, MIN_SEEDS, Difference, Estimate, verdict
+
+Setting = TypeVar("Setting")
 
 MARKS = {
     "above": "▲",
@@ -81,3 +85,21 @@ def mark(difference: Difference | None) -> str:
     if said == statistics.NOT_SIGNIFICANT and difference.nominal:
         said = "above before" if difference.mean > 0 else "below before"
     return MARKS[said]
+
+
+def test_cells(difference: Difference | None) -> list[str]:
+    """Return a corrected difference, its p, and its mark."""
+    return [difference_text(difference), p_text(difference and difference.adjusted), mark(difference)]
+
+
+def tries_row(
+    arm: str, scores: Mapping[Setting, float | None], chosen: Setting | None, text: Callable[[Setting], str]
+) -> list[str]:
+    """Return an arm, its chosen setting, and all tries with their scores."""
+    tries = (f"{text(one)}: {'–' if score is None else f'{score:.2f}'}" for one, score in scores.items())
+    return [f"`{arm}`", "not finished" if chosen is None else text(chosen), "; ".join(tries) or "–"]
+
+
+def conditions_texts(records: Iterable[Record]) -> list[str]:
+    """Return the different conditions that records were made under."""
+    return sorted({", ".join(f"{k} {v}" for k, v in record["conditions"].items()) for record in records})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples_common.records import Store
+from examples_common.study_command import home, study_parser
 from examples_common.terminal import say, status_of
 from icons_data.load import load
 from miniature_paper.data import build_icons
@@ -20,29 +21,17 @@ _EXAMPLE = Path(__file__).resolve().parents[1]
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description="Fine-tune a CLIP of icons on emojis, with and without its own past as teacher. Finished "
+    parser = study_parser(
+        "Fine-tune a CLIP of icons on emojis, with and without its own past as teacher. Finished "
         "trainings are kept: repeat an interrupted command.",
-        allow_abbrev=False,
+        plan.PLANS,
+        "outputs/finetuning",
+        "the starting checkpoints and of the quick preset",
     )
-    add = parser.add_argument
-    add(
-        "--icons",
-        type=Path,
-        default=Path("outputs/icons"),
-        help="folder of the icons, built if missing",
-    )
-    add("--preset", choices=plan.PLANS, default="quick", help="size (default: %(default)s)")
-    add(
-        "--output",
-        type=Path,
-        default=Path("outputs/finetuning"),
-        help="folder of the starting checkpoints and of the quick preset (default: %(default)s)",
-    )
-    add("--report-only", action="store_true", help="train nothing; report the records that are there")
+    icons = "folder of the icons, built if missing"
+    parser.add_argument("--icons", type=Path, default=Path("outputs/icons"), help=icons)
     args = parser.parse_args(argv)
-    # The full preset's records are part of the repository: runs resume from them.
-    args.home = _EXAMPLE if args.preset == "full" else args.output / args.preset
+    args.home = home(args, _EXAMPLE)
     return args
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from examples_common.records import Record
-from examples_common.statistics import Difference, Estimate, correct, estimate, paired_difference
+from examples_common.statistics import Difference, Estimate, correct_planned, estimate, paired_difference
 
 from . import plan
 from .plan import ARMS, BASELINES, COMPARISONS, MEAN, PRIMARY, START, Find, Pair, Plan, Search
@@ -47,15 +48,13 @@ def findings(sizes: Plan, find: Find) -> Findings:
     n = len(sizes.seeds)
 
     def corrected(measures: Sequence[str]) -> dict[tuple[str, Pair], Difference]:
-        planned = {
-            (measure, pair): Difference(0.0, None, n, p=1.0) for measure in measures for pair in COMPARISONS
-        }
+        planned = dict.fromkeys(itertools.product(measures, COMPARISONS), n)
         known = {}
         for measure, pair in planned:
             values = [{seed: one["metrics"][measure] for seed, one in records[arm].items()} for arm in pair]
             if all(len(of) == n for of in values):
                 known[measure, pair] = paired_difference(*values)
-        return {key: d for key, d in correct(planned | known).items() if key in known}
+        return correct_planned(planned, known)
 
     missing = n * (1 + len(ARMS)) - sum(map(len, records.values()))
     return Findings(searches, records, missing, {**corrected(PRIMARY), **corrected((MEAN,))})

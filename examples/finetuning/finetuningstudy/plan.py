@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from examples_common.records import Record
+from examples_common.trainings import best
 
 from .train import Setting
 
@@ -75,12 +76,6 @@ QUICK = Plan(
     seeds=(1, 2),
 )
 PLANS = {plan.name: plan for plan in (FULL, QUICK)}
-
-
-def best(search: Search) -> Setting | None:
-    """Return the try with the largest score, the first of equal ones; None until all are there."""
-    scores = {one: score for one, score in search.items() if score is not None}
-    return max(scores, key=scores.__getitem__) if search and len(scores) == len(search) else None
 
 
 def searches(plan: Plan, find: Find) -> dict[str, Search]:

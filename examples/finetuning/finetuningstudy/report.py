@@ -8,10 +8,10 @@ from statistics import fmean
 from examples_common.records import Store
 from examples_common.statistics import MIN_SEEDS
 from examples_common.trainings import finder
-from examples_common.wording import difference_text, fill, mark, mean_text, p_text
+from examples_common.wording import conditions_texts, fill, mean_text, test_cells, tries_row
 
 from .findings import Findings, findings
-from .plan import COMPARISONS, MEASURES, TEACHERS, Plan, Search, best
+from .plan import COMPARISONS, MEASURES, TEACHERS, Plan, best
 from .train import Setting
 
 
@@ -29,7 +29,11 @@ def write(sizes: Plan, store: Store, folder: Path) -> Path:
         for arm, of in found.records.items()
     ]
     tests = [
-        [f"`{arm}`", f"`{other}`", *(cell for m in MEASURES for cell in _test(found, m, (arm, other)))]
+        [
+            f"`{arm}`",
+            f"`{other}`",
+            *(cell for m in MEASURES for cell in test_cells(found.tests.get((m, (arm, other))))),
+        ]
         for arm, other in COMPARISONS
     ]
     text = fill(
@@ -40,14 +44,8 @@ def write(sizes: Plan, store: Store, folder: Path) -> Path:
         arms=arms,
         tests=tests,
         tests_head=["arm", "minus", *(cell for measure in MEASURES for cell in (measure, "p", ""))],
-        searches=[_search(arm, search) for arm, search in found.searches.items()],
-        made=sorted(
-            {
-                ", ".join(f"{k} {v}" for k, v in one["conditions"].items())
-                for of in found.records.values()
-                for one in of.values()
-            }
-        ),
+        searches=[tries_row(arm, search, best(search), _text) for arm, search in found.searches.items()],
+        made=conditions_texts(one for of in found.records.values() for one in of.values()),
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "finetuning.md"
@@ -66,17 +64,6 @@ def conclusions(found: Findings, seeds: int) -> list[str]:
         "what is kept and what is learned."
         for arm in TEACHERS
     ]
-
-
-def _test(found: Findings, measure: str, pair: tuple[str, str]) -> list[str]:
-    d = found.tests.get((measure, pair))
-    return [difference_text(d), p_text(d and d.adjusted), mark(d)]
-
-
-def _search(arm: str, search: Search) -> list[str]:
-    chosen = best(search)
-    tries = (f"{_text(one)}: {'–' if score is None else f'{score:.2f}'}" for one, score in search.items())
-    return [f"`{arm}`", _text(chosen) if chosen else "not finished", "; ".join(tries) or "–"]
 
 
 def _text(setting: Setting) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import open_clip
 import torch
+from examples_common.files import kept
 from examples_common.machine import conditions
 from examples_common.records import Record, Store
-from examples_common.trainings import Trainings
+from examples_common.trainings import Trainings, by_seed
 from rich.console import Console
 
 from . import plan
@@ -40,8 +41,8 @@ class Study(Trainings):
         torch.set_num_threads(1)  # so that sums keep one order
         for arm in plan.ARMS:
             self.do(f"search of {arm}", list(plan.searches(sizes, self.find)[arm]), console)
-        settings = plan.tests(sizes, plan.searches(sizes, self.find)).values()
-        self.do("test", sorted((one for of in settings for one in of), key=lambda one: one.seed), console)
+        arms = plan.tests(sizes, plan.searches(sizes, self.find))
+        self.do("test", by_seed(arms.values()), console)
 
     def record(self, setting: Setting) -> Record:
         """Fine-tune and measure a setting, and return its record."""
@@ -63,12 +64,7 @@ class Study(Trainings):
     def start(self, setting: Setting) -> open_clip.CLIP:
         """Return the seed's starting checkpoint, which is trained once and kept."""
         path = self.checkpoints / f"{self.data}-{setting.pretraining}-seed{setting.seed}.pt"
-        if not path.is_file():
-            model = pretrain(setting.seed, setting.pretraining, self.task.old)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            torch.save(model.state_dict(), partial)
-            partial.replace(path)
+        state = kept(path, lambda: pretrain(setting.seed, setting.pretraining, self.task.old).state_dict())
         model = build(setting.seed)
-        model.load_state_dict(torch.load(path, weights_only=True))
+        model.load_state_dict(state)
         return model.eval()

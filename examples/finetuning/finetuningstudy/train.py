@@ -12,6 +12,7 @@ from pathlib import Path
 import open_clip
 import torch
 from clip_evaluation.metrics import retrieval
+from examples_common.optimization import parameter_groups
 from open_clip_train.scheduler import cosine_lr
 from torch import Tensor
 
@@ -94,10 +95,7 @@ def _optimise(
     seed: int,
 ) -> None:
     """Train as open_clip's trainer does: AdamW without decay of gains and biases, warmup, cosine decay."""
-    groups = [
-        {"params": [p for p in model.parameters() if (p.dim() > 1) is decayed], "weight_decay": decay}
-        for decayed, decay in ((True, 0.1), (False, 0.0))
-    ]
+    groups = parameter_groups(model.parameters(), 0.1)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     steps = epochs * (len(pairs.pictures) // _BATCH)
     schedule = cosine_lr(optimizer, lr, int(_WARMUP * steps), steps)

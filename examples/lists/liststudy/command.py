@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples_common.records import Store
+from examples_common.study_command import home, study_parser
 from examples_common.terminal import say, status_of
-from photostudy.command import fill
-from photostudy.features import Cache, FrozenEncoders
-from photostudy.folder import SPLITS, TEXTS, WHERE, read
+from photostudy.command import cached
+from photostudy.features import FrozenEncoders
+from photostudy.folder import TEXTS, WHERE, read
 from rich.console import Console
 
 from . import emojis, photographs, plan, report
@@ -26,24 +27,16 @@ Beside it: {TEXTS}/{photographs.CROWD}"""
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description="Losses of graded lists on emojis and, with --data, on photographs. Finished "
+    parser = study_parser(
+        "Losses of graded lists on emojis and, with --data, on photographs. Finished "
         "trainings are kept: repeat an interrupted command.",
-        allow_abbrev=False,
+        plan.PLANS,
+        "outputs/lists",
+        "the emojis' features and of the quick preset",
     )
-    add = parser.add_argument
-    add("--data", type=Path, help="the folder of Flickr8k; features are kept in it, too")
-    add("--preset", choices=plan.PLANS, default="quick", help="size (default: %(default)s)")
-    add(
-        "--output",
-        type=Path,
-        default=Path("outputs/lists"),
-        help="folder of the emojis' features and of the quick preset (default: %(default)s)",
-    )
-    add("--report-only", action="store_true", help="train nothing; report the records that are there")
+    parser.add_argument("--data", type=Path, help="the folder of Flickr8k; features are kept in it, too")
     args = parser.parse_args(argv)
-    # The full preset's records are part of the repository: runs resume from them.
-    args.home = _EXAMPLE if args.preset == "full" else args.output / args.preset
+    args.home = home(args, _EXAMPLE)
     return args
 
 
@@ -60,9 +53,7 @@ def _run(args: argparse.Namespace, sizes: Plan, console: Console) -> int:
             say(console, _NEEDED)
         else:
             pictures = read(args.data)
-            cache = Cache(pictures, FrozenEncoders.name)
-            names = {**pictures.splits, "train": pictures.splits["train"][: sizes.train_pictures]}
-            fill(cache, [names[side] for side in SPLITS], console)
+            cache = cached(pictures, sizes.train_pictures, console)
             judged = photographs.task(pictures, cache, sizes.train_pictures)
             Study(judged, stores["photographs"], report.PRIMARY["photographs"]).follow(sizes, console)
         graded = emojis.task(args.output / "features", FrozenEncoders(), sizes.emojis)

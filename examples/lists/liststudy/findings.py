@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from examples_common.records import Record
-from examples_common.statistics import Difference, Estimate, correct, estimate, paired_difference
+from examples_common.statistics import Difference, Estimate, correct_planned, estimate, paired_difference
 
 from . import plan
 from .plan import ARMS, CLIP, Find, Plan, Search, score
@@ -52,12 +52,12 @@ def findings(sizes: Plan, primary: str, secondary: tuple[str, ...], find: Find) 
     whole = {arm for arm, of in records.items() if len(of) == len(sizes.seeds)}
 
     def corrected(compared: Iterable[tuple[Pair, str]]) -> dict[tuple[Pair, str], Difference]:
-        family = {}
-        for pair, measure in compared:
+        planned, known = dict.fromkeys(compared, len(sizes.seeds)), {}
+        for pair, measure in planned:
             of = [{seed: score(record, measure) for seed, record in records[arm].items()} for arm in pair]
-            found = paired_difference(*of) if whole.issuperset(pair) else None
-            family[pair, measure] = found or Difference(0.0, None, len(sizes.seeds), p=1.0)
-        return {key: found for key, found in correct(family).items() if whole.issuperset(key[0])}
+            if whole.issuperset(pair):
+                known[pair, measure] = paired_difference(*of)
+        return correct_planned(planned, known)
 
     tests = corrected((pair, primary) for pair in plan.comparisons())
     others = corrected(((arm, CLIP), measure) for arm in ARMS[1:] for measure in secondary)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from clip_evaluation.metrics import retrieval
 from photostudy.features import Cache, Side, standardised
-from photostudy.folder import SPLITS, TEXTS, FolderError, Photographs
+from photostudy.folder import TEXTS, FolderError, Photographs
 from photostudy.heads import Heads
 from photostudy.measure import correlation_with_experts
 
@@ -79,8 +79,7 @@ def shortened(graded: Sequence[tuple[int, float]], longest: int) -> list[tuple[i
 
 def task(photographs: Photographs, cache: Cache, train_pictures: int) -> Task:
     """Return the task, whose features are there."""
-    names = {side: photographs.splits[side] for side in SPLITS}
-    names["train"] = names["train"][:train_pictures]
+    names = photographs.used(train_pictures)
     sides = standardised({side: cache.side(of) for side, of in names.items()})
     crowd = read_crowd(photographs)
     parts = folds(names["test"])

@@ -10,10 +10,19 @@ from typing import Any
 from examples_common.records import Record, Store
 from examples_common.statistics import MIN_SEEDS
 from examples_common.trainings import finder
-from examples_common.wording import difference_text, fill, mark, mean_text, p_text, signed
+from examples_common.wording import (
+    conditions_texts,
+    difference_text,
+    fill,
+    mark,
+    mean_text,
+    p_text,
+    signed,
+    tries_row,
+)
 
 from .findings import Findings, best, findings, winner
-from .plan import ARMS, BESIDE, CLIP, MODELS, Find, Plan, Search
+from .plan import ARMS, BESIDE, CLIP, MODELS, Find, Plan
 from .train import Setting
 
 PRIMARY = {"photographs": "experts τ_c", "emojis": "nDCG@10"}
@@ -43,7 +52,7 @@ def _values(sizes: Plan, name: str, find: Find) -> dict[str, Any]:
         "primary": found.primary,
         "missing": found.missing,
         "conclusions": conclusions(found, len(sizes.seeds)),
-        "searches": [_search(search) for search in found.searches.values()],
+        "searches": [tries_row(x.arm, x.scores, x.chosen, _text) for x in found.searches.values()],
         "arms": _arms(found, len(sizes.seeds)),
         "arms_head": ["arm", found.primary, *found.secondary],
         "tests": _tests(found),
@@ -102,11 +111,6 @@ def _named(arms: Sequence[str]) -> str:
 # --- tables ---
 
 
-def _search(search: Search) -> list[str]:
-    tries = "; ".join(f"{_text(one)}: {value:.2f}" for one, value in search.scores.items())
-    return [f"`{search.arm}`", _text(search.chosen) if search.chosen else "not finished", tries or "–"]
-
-
 def _text(setting: Setting) -> str:
     weight = f", weight {setting.weight:g}" if setting.arm in BESIDE.values() else ""
     option = f"smoothing {setting.option}" if setting.arm == CLIP else setting.option
@@ -138,7 +142,7 @@ def _conditions(found: Findings) -> list[list[str]]:
     if not records:
         return []
     seconds = fmean(record["processor_seconds"] for record in records)
-    kinds = sorted({", ".join(f"{k} {v}" for k, v in record["conditions"].items()) for record in records})
+    kinds = conditions_texts(records)
     items = sorted({", ".join(f"{k} {v:,}" for k, v in record["items"].items()) for record in records})
     return [
         ["records of the test", f"{len(records)}, {seconds:.1f} s of one core each"],

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 
 import torch
 from examples_common.machine import conditions
 from examples_common.records import Record, Store
-from examples_common.trainings import Trainings
+from examples_common.trainings import Trainings, by_seed
 from photostudy.heads import Heads
 from rich.console import Console
 
@@ -43,7 +42,7 @@ class Study(Trainings):
         ]:
             self.do("Search", due, console)
         arms = plan.arms(sizes, plan.searches(sizes, self.primary, self.find))
-        self.do("Test", sorted(itertools.chain(*arms.values()), key=lambda one: one.seed), console)
+        self.do("Test", by_seed(arms.values()), console)
 
     def record(self, setting: Setting) -> Record:
         """Train and measure a setting, and return its record."""

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples_common.records import Store
+from examples_common.study_command import home, study_parser
 from examples_common.terminal import say, status_of
-from photostudy.command import fill
-from photostudy.features import Cache, FrozenEncoders
-from photostudy.folder import SPLITS, WHERE, read
+from photostudy.command import cached
+from photostudy.features import FrozenEncoders
+from photostudy.folder import WHERE, read
 from rich.console import Console
 
 from . import plan, report, task
@@ -22,24 +23,16 @@ _EXAMPLE = Path(__file__).resolve().parents[1]
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description="In-batch ranking by ordered ids on emojis and, with --data, on photographs. Finished "
+    parser = study_parser(
+        "In-batch ranking by ordered ids on emojis and, with --data, on photographs. Finished "
         "trainings are kept: repeat an interrupted command.",
-        allow_abbrev=False,
+        plan.PLANS,
+        "outputs/orders",
+        "the emojis' features and of the quick preset",
     )
-    add = parser.add_argument
-    add("--data", type=Path, help="the folder of Flickr8k; features are kept in it, too")
-    add("--preset", choices=plan.PLANS, default="quick", help="size (default: %(default)s)")
-    add(
-        "--output",
-        type=Path,
-        default=Path("outputs/orders"),
-        help="folder of the emojis' features and of the quick preset (default: %(default)s)",
-    )
-    add("--report-only", action="store_true", help="train nothing; report the records that are there")
+    parser.add_argument("--data", type=Path, help="the folder of Flickr8k; features are kept in it, too")
     args = parser.parse_args(argv)
-    # The full preset's records are part of the repository: runs resume from them.
-    args.home = _EXAMPLE if args.preset == "full" else args.output / args.preset
+    args.home = home(args, _EXAMPLE)
     return args
 
 
@@ -58,9 +51,7 @@ def _run(args: argparse.Namespace, sizes: Plan, console: Console) -> int:
             say(console, f"The photographs are left out: --data names their folder.\n{WHERE}")
         else:
             pictures = read(args.data)
-            cache = Cache(pictures, FrozenEncoders.name)
-            names = {**pictures.splits, "train": pictures.splits["train"][: sizes.train_pictures]}
-            fill(cache, [names[side] for side in SPLITS], console)
+            cache = cached(pictures, sizes.train_pictures, console)
             ranked = task.of_photographs(pictures, cache, sizes.train_pictures)
             Study("photographs", ranked, stores["photographs"]).follow(sizes, console)
     say(console, str(report.write(sizes, stores, args.home / "report")))

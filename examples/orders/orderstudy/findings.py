@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 
 from examples_common.records import Record
-from examples_common.statistics import Difference, Estimate, correct, estimate, paired_difference
+from examples_common.statistics import Difference, Estimate, correct_planned, estimate, paired_difference
 
 from . import plan
 from .plan import ARMS, CLIP, COMPARISONS, NEAR_CLIP, NEAR_ORDERS, ORDERS, Find, Pair, Plan, Search
@@ -55,8 +56,7 @@ def findings(sizes: Plan, finds: Mapping[str, Find]) -> Findings:
                 values = [{seed: record["metrics"][measure] for seed, record in of.items()} for of in arms]
                 if all(len(of) == n for of in values):
                     known[data, pair] = paired_difference(*values)
-        planned = {(data, pair): Difference(0.0, None, n, p=1.0) for data in measures for pair in COMPARISONS}
-        return {key: d for key, d in correct(planned | known).items() if key in known}
+        return correct_planned(dict.fromkeys(itertools.product(measures, COMPARISONS), n), known)
 
     trained = sum(len(of) for arms in records.values() for of in arms.values())
     return Findings(

@@ -8,12 +8,12 @@ from statistics import fmean
 from typing import Any
 
 from examples_common.records import Store
-from examples_common.statistics import MIN_SEEDS, Difference
+from examples_common.statistics import MIN_SEEDS
 from examples_common.trainings import finder
-from examples_common.wording import difference_text, fill, mark, mean_text, p_text
+from examples_common.wording import conditions_texts, fill, mean_text, test_cells, tries_row
 
 from .findings import Findings, findings, neighbours_help, orders_help
-from .plan import ARMS, COMPARISONS, PRIMARY, SECONDARY, Plan, Search, best
+from .plan import ARMS, COMPARISONS, PRIMARY, SECONDARY, Plan, best
 from .train import Setting
 
 _TOGETHER = "listed in batch"
@@ -75,35 +75,22 @@ def _part(found: Findings, data: str, seeds: int) -> dict[str, Any]:
         [
             f"`{arm}`",
             f"`{other}`",
-            *_test(found.tests.get((data, (arm, other)))),
-            *_test(found.others.get((data, (arm, other)))),
+            *test_cells(found.tests.get((data, (arm, other)))),
+            *test_cells(found.others.get((data, (arm, other)))),
         ]
         for arm, other in COMPARISONS
     ]
-    made = {
-        ", ".join(f"{k} {v}" for k, v in one["conditions"].items())
-        for of in records.values()
-        for one in of.values()
-    }
     return {
         "title": data.capitalize(),
         "arms": arms,
         "arms_head": ["arm", PRIMARY, SECONDARY[data], "listed ids in the batch", "training"],
         "tests": tests,
         "tests_head": ["arm", "minus", PRIMARY, "p", "", SECONDARY[data], "p", ""],
-        "searches": [_search(arm, search) for arm, search in found.searches[data].items()],
-        "made": sorted(made),
+        "searches": [
+            tries_row(arm, search, best(search), _text) for arm, search in found.searches[data].items()
+        ],
+        "made": conditions_texts(one for of in records.values() for one in of.values()),
     }
-
-
-def _test(d: Difference | None) -> list[str]:
-    return [difference_text(d), p_text(d and d.adjusted), mark(d)]
-
-
-def _search(arm: str, search: Search) -> list[str]:
-    chosen = best(search)
-    tries = (f"{_text(one)}: {'–' if score is None else f'{score:.2f}'}" for one, score in search.items())
-    return [f"`{arm}`", _text(chosen) if chosen else "not finished", "; ".join(tries) or "–"]
 
 
 def _text(setting: Setting) -> str:

@@ -8,7 +8,7 @@ import time
 import torch
 from examples_common.machine import conditions
 from examples_common.records import Record, Store
-from examples_common.trainings import Trainings
+from examples_common.trainings import Trainings, by_seed
 from rich.console import Console
 
 from . import plan
@@ -38,9 +38,8 @@ class Study(Trainings):
         for arm in plan.ARMS:
             tries = plan.searches(sizes, self.name, self.find)[arm]
             self.do(f"{self.name}: search of {arm}", list(tries), console)
-        trainings = plan.arms(sizes, plan.searches(sizes, self.name, self.find)).values()
-        in_order = sorted((one for of in trainings for one in of), key=lambda one: one.seed)
-        self.do(f"{self.name}: test", in_order, console)
+        arms = plan.arms(sizes, plan.searches(sizes, self.name, self.find))
+        self.do(f"{self.name}: test", by_seed(arms.values()), console)
 
     def record(self, setting: Setting) -> Record:
         """Train and measure a setting, and return its record."""

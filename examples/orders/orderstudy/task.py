@@ -11,7 +11,7 @@ import torch
 from liststudy import emojis
 from liststudy.task import Measured
 from photostudy.features import Cache, Encoders, Side, standardised
-from photostudy.folder import SPLITS, Photographs
+from photostudy.folder import Photographs
 from photostudy.heads import Heads
 from photostudy.measure import BOTH_WAYS
 from photostudy.measure import measure as measure_photographs
@@ -50,8 +50,7 @@ class Task:
 
 def of_photographs(photographs: Photographs, cache: Cache, train_pictures: int) -> Task:
     """Return the task of Flickr8k, whose features are there: settings are chosen on the dev split."""
-    names = {side: photographs.splits[side] for side in SPLITS}
-    names["train"] = names["train"][:train_pictures]
+    names = photographs.used(train_pictures)
     sides = standardised({side: cache.side(of) for side, of in names.items()})
     orders = search(sides["train"].sentences)
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import torch
+from examples_common.optimization import parameter_groups
 from photostudy import heads, losses
 from photostudy.features import Side
 from photostudy.heads import Heads
@@ -97,10 +98,7 @@ def train(setting: Setting, part: Part) -> tuple[Heads, float]:
     model = Heads(pairs, start).train()
     contrast = losses.build("clip", label_smoothing=setting.label_smoothing)
     ranking = OrdersLoss(in_modal=setting.in_modal)
-    groups = [
-        {"params": [p for p in model.parameters() if (p.dim() > 1) is decayed], "weight_decay": decay}
-        for decayed, decay in ((True, start.weight_decay), (False, 0.0))
-    ]
+    groups = parameter_groups(model.parameters(), start.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=setting.lr, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.epochs * steps)
     place = torch.full((len(orders),), -1)

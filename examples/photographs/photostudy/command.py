@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from examples_common.records import Store
 from examples_common.statistics import Difference
+from examples_common.study_command import home, study_parser
 from examples_common.terminal import say, status_of, tracker
 from examples_common.trainings import finder
 from rich.console import Console
 
 from . import plan, report, students, taught
 from .features import BLOCK, Cache, Encoders, FrozenEncoders
-from .folder import SPLITS, WHERE, read
+from .folder import WHERE, Photographs, read
 from .heads import Setting
 from .plan import Find, Plan
 from .study import Study
@@ -25,33 +26,21 @@ _SECONDS_OF_A_BLOCK = {FrozenEncoders: 24, students.data.Thumbnails: 2}  # of on
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description="RankCLIP and plain CLIP on Flickr8k, by a registered plan. Finished trainings are kept: "
+    parser = study_parser(
+        "RankCLIP and plain CLIP on Flickr8k, by a registered plan. Finished trainings are kept: "
         "repeat an interrupted command; start it a second time, and both processes share the work.",
-        allow_abbrev=False,
+        plan.PLANS,
+        "outputs/photographs",
+        "the quick preset",
     )
-    add = parser.add_argument
-    add("--data", type=Path, help="the folder of Flickr8k; features are kept in it, too")
-    add(
-        "--part",
-        choices=("1", "2a", *taught.plan.PLANS),
-        default="1",
-        help="of the study (default: %(default)s)",
-    )
-    add("--preset", choices=plan.PLANS, default="quick", help="size (default: %(default)s)")
-    add(
-        "--output",
-        type=Path,
-        default=Path("outputs/photographs"),
-        help="folder of the quick preset",
-    )
-    add("--report-only", action="store_true", help="train nothing; report the records that are there")
+    parser.add_argument("--data", type=Path, help="the folder of Flickr8k; features are kept in it, too")
+    parts = ("1", "2a", *taught.plan.PLANS)
+    parser.add_argument("--part", choices=parts, default="1", help="of the study (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.data is None and not args.report_only:
         parser.error(f"argument --data: needed\n{WHERE}")
-    # The full preset's records are part of the repository: runs resume from them.
-    home = _EXAMPLE if args.preset == "full" else args.output / args.preset
-    args.results, args.report = home / "results", home / "report"
+    folder = home(args, _EXAMPLE)
+    args.results, args.report = folder / "results", folder / "report"
     return args
 
 
@@ -100,8 +89,7 @@ def _store(args: argparse.Namespace, part: str) -> Store:
 
 def _known(args: argparse.Namespace, part: str, kind: type) -> Find:
     """Return a function that finds the records of another part; nothing where it has none."""
-    store = _store(args, part)
-    return finished(store, kind) if store.path.is_file() else lambda _: {}
+    return finder(_store(args, part), kind)
 
 
 def _search_of_heads(args: argparse.Namespace, sizes: taught.plan.Plan) -> plan.Search:
@@ -127,10 +115,7 @@ def of_photographs(
     """Check the folder, compute pixels and features that are missing, and return part 2a's study."""
     photographs = read(folder)
     pictures = students.train.Setting("clip", 0, "dev", **sizes.start).train_pictures
-    caches = {kind: Cache(photographs, kind.name) for kind in _SECONDS_OF_A_BLOCK}
-    for kind, cache in caches.items():
-        fill(cache, students.data.names_of(photographs, pictures).values(), console, kind)
-    features, pixels = caches.values()
+    features, pixels = (cached(photographs, pictures, console, kind) for kind in _SECONDS_OF_A_BLOCK)
     return students.study.Study(students.data.of_photographs(pixels, features, pictures), store)
 
 
@@ -150,26 +135,22 @@ def prepare(folder: Path, store: Store, sizes: Plan, console: Console) -> Study:
     """Check the folder and compute the features that are missing."""
     photographs = read(folder)
     pictures = Setting("clip", 0, "dev", **sizes.start).train_pictures
-    cache = Cache(photographs, FrozenEncoders.name)
-    study = Study(photographs, cache, store, pictures)
-    fill(cache, map(study.names, SPLITS), console)
-    return study
+    return Study(photographs, cached(photographs, pictures, console), store, pictures)
 
 
-def fill(
-    cache: Cache,
-    sides: Iterable[Sequence[str]],
-    console: Console,
-    kind: Callable[[], Encoders] = FrozenEncoders,
-) -> None:
-    """Compute the features that are missing."""
-    missing = cache.missing(sides)
+def cached(
+    photographs: Photographs, train_pictures: int, console: Console, kind: type[Encoders] = FrozenEncoders
+) -> Cache:
+    """Return the features of the pictures that are used; those that are missing are computed."""
+    cache = Cache(photographs, kind.name)
+    missing = cache.missing(photographs.used(train_pictures).values())
     cost = f"about {_SECONDS_OF_A_BLOCK[kind] * len(missing) / 60:.0f} minutes of one core"
     say(console, f"{cache.encoders}: {len(missing)} blocks of {BLOCK} pictures are missing; {cost}")
     if missing:
         encoders = kind()
         for path, names in tracker(console)(missing, len(missing), "Features"):
             cache.fill(path, names, encoders)
+    return cache
 
 
 def train(study: Study, sizes: Plan, console: Console) -> None:

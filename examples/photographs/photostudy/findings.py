@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from examples_common.records import Record
-from examples_common.statistics import Difference, Estimate, correct, estimate, paired_difference
+from examples_common.statistics import Difference, Estimate, correct_planned, estimate, paired_difference
 
 from . import plan
 from .measure import BOTH_WAYS
@@ -87,17 +87,16 @@ def findings(arms: Mapping[str, Arm], find: Find) -> Findings:
     }
 
     def corrected(measures: Sequence[Measure]) -> dict[tuple[str, str], Difference]:
-        family = {}
+        planned = {(one.arm, m.title): len(arms[one.arm].seeds) for one in compared for m in measures}
+        known = {}
         for one in compared:
-            for measure in measures:
+            for measure in measures if one.arm in whole else ():
                 of, reference = (
                     {seed: measure(record) for seed, record in records[name].items()}
                     for name in (one.arm, one.reference)
                 )
-                found = paired_difference(of, reference) if one.arm in whole else None
-                untold = Difference(0.0, None, len(arms[one.arm].seeds), p=1.0)
-                family[one.arm, measure.title] = found or untold
-        return {key: found for key, found in correct(family).items() if key[0] in whole}
+                known[one.arm, measure.title] = paired_difference(of, reference)
+        return correct_planned(planned, known)
 
     return Findings(
         dict(arms),

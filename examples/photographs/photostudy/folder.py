@@ -74,6 +74,10 @@ class Photographs:
         """Return the file of a picture."""
         return self.folder / PICTURES / name
 
+    def used(self, train_pictures: int) -> dict[str, list[str]]:
+        """Return the pictures of every split that a study uses: of the train split the first ones."""
+        return {split: self.splits[split][: train_pictures if split == "train" else None] for split in SPLITS}
+
 
 def read(folder: Path, expected: Expected = FLICKR8K) -> Photographs:
     """Read and check the folder's texts, and that every picture of the splits is there.

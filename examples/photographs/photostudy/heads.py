@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from examples_common.optimization import parameter_groups
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -42,6 +43,11 @@ class Setting:
         if not (self.scale_start >= 1 and self.scale_ceiling >= 1):
             bounds = f"scale_start {self.scale_start} and scale_ceiling {self.scale_ceiling}"
             raise ValueError(f"scale_start, scale_ceiling: must be at least 1, got {bounds}")
+
+    @property
+    def arm(self) -> str:
+        """The loss, which names a record."""
+        return self.loss
 
     @property
     def steps(self) -> int:
@@ -104,10 +110,8 @@ def train(
     model = Heads(train, setting, times=times).train()
     loss = loss or losses.build(setting.loss, label_smoothing=setting.label_smoothing)
     parameters = [*model.parameters(), *loss.parameters()]
-    decayed = [p for p in parameters if p.dim() > 1]
-    other = [p for p in parameters if p.dim() <= 1]
-    groups = [{"params": decayed}, {"params": other, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=setting.lr, weight_decay=setting.weight_decay, fused=True)
+    groups = parameter_groups(parameters, setting.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=setting.lr, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.epochs * setting.steps)
     ceiling = math.log(setting.scale_ceiling)
     for epoch in range(1, setting.epochs + 1):

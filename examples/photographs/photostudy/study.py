@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from clip_evaluation.metrics import retrieval_chance
 from examples_common.machine import conditions
 from examples_common.records import Record, Store
 from examples_common.terminal import bars, say
-from examples_common.trainings import shared
+from examples_common.trainings import Trainings, shared
 from rich.console import Console
 
 from . import heads
 from .features import Cache, Side, standardised
 from .folder import SENTENCES_PER_PICTURE, SPLITS, Photographs
 from .heads import Setting
-from .measure import measure
+from .measure import Metrics, measure
 
 _PACKAGES = {name: name for name in ("torch", "numpy", "scipy", "rankloss")}
 _SECONDS = {"clip": 0.7}, 1.1  # of one core, for an epoch of 6,000 pictures: plain CLIP; the others
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
+class Study(Trainings):
     """The features that heads are trained on, and the records of the trainings."""
 
     photographs: Photographs
@@ -41,7 +41,7 @@ class Study:
 
     def names(self, side: str) -> list[str]:
         """Return the pictures of a side that are used."""
-        return self.photographs.splits[side][: self.train_pictures if side == "train" else None]
+        return self.photographs.used(self.train_pictures)[side]
 
     @cached_property
     def data(self) -> str:
@@ -54,17 +54,6 @@ class Study:
     def sides(self) -> dict[str, Side]:
         """The features by side."""
         return standardised({side: self.cache.side(self.names(side)) for side in SPLITS})
-
-    def key(self, setting: Setting) -> str:
-        """Return the key of a setting's record: it names all that the numbers depend on."""
-        content = json.dumps([dataclasses.asdict(setting), self.data], sort_keys=True)
-        name = f"{setting.loss}-{setting.side}-seed{setting.seed}"
-        return f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
-
-    def find(self, settings: Iterable[Setting]) -> dict[Setting, Record]:
-        """Return the records there are of these settings, from these features."""
-        records = self.store.read()
-        return {one: records[key] for one in settings if (key := self.key(one)) in records}
 
     def do(self, title: str, settings: Sequence[Setting], console: Console) -> None:
         """Train and measure the settings without a record; those of another process are waited for."""
@@ -89,22 +78,39 @@ class Study:
         trained = time.process_time()
         judgements = self.photographs.judgements if setting.side == "test" else None
         metrics = measure(model, side, self.names(setting.side), judgements)
-        picture_of = torch.arange(len(side.pictures)).repeat_interleave(SENTENCES_PER_PICTURE)
-        chance = retrieval_chance(len(side.pictures), picture_of)
-        return {
-            "setting": dataclasses.asdict(setting),
-            "metrics": metrics,
-            "chance": {
-                "retrieval": {f"{way} R@{k}": value for way, of in chance.items() for k, value in of.items()}
-            },
-            "items": {"retrieval": len(side.pictures)},
-            "data": self.data,
-            "processor_seconds": {
-                "training": round(trained - started, 1),
-                "measuring": round(time.process_time() - trained, 1),
-            },
-            "conditions": conditions(_PACKAGES, threads=torch.get_num_threads()),
-        }
+        shape = (len(side.pictures), SENTENCES_PER_PICTURE)
+        return recorded(setting, metrics, shape, self.data, (started, trained))
+
+
+def recorded(
+    setting: Any, metrics: Metrics, shape: tuple[int, int], data: str, began: tuple[float, float]
+) -> Record:
+    """Return the record of a training.
+
+    Args:
+        setting: A dataclass.
+        metrics: Of the side that was measured.
+        shape: Numbers of its pictures, and of sentences of each.
+        data: Fingerprint of the data.
+        began: Processor seconds at which the training and the measuring began.
+    """
+    pictures, captions = shape
+    chance = retrieval_chance(pictures, torch.arange(pictures).repeat_interleave(captions))
+    training, measuring = began
+    return {
+        "setting": dataclasses.asdict(setting),
+        "metrics": metrics,
+        "chance": {
+            "retrieval": {f"{way} R@{k}": value for way, of in chance.items() for k, value in of.items()}
+        },
+        "items": {"retrieval": pictures},
+        "data": data,
+        "processor_seconds": {
+            "training": round(measuring - training, 1),
+            "measuring": round(time.process_time() - measuring, 1),
+        },
+        "conditions": conditions(_PACKAGES, threads=torch.get_num_threads()),
+    }
 
 
 def seconds(setting: Setting) -> float:

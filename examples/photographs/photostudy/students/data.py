@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from photostudy.features import Cache, Side
-from photostudy.folder import SPLITS, Photographs
 from photostudy.measure import Metrics, Model, measure
 
 PICTURE_SIZE = 64
@@ -92,7 +91,7 @@ def _words(caption: str) -> list[str]:
 def of_photographs(pixels: Cache, features: Cache, train_pictures: int) -> DataSet:
     """Return Flickr8k, whose pixels and features are there."""
     photographs = pixels.photographs
-    names = names_of(photographs, train_pictures)
+    names = photographs.used(train_pictures)
     captions = {side: [photographs.sentences[name] for name in of] for side, of in names.items()}
     words = vocabulary(caption for of in captions["train"] for caption in of)
 
@@ -113,8 +112,3 @@ def of_photographs(pixels: Cache, features: Cache, train_pictures: int) -> DataS
     content = "\n".join([*blocks, *map(str, photographs.judgements)])
     data = hashlib.sha256(content.encode()).hexdigest()[:16]
     return DataSet("photographs", 2 + len(words), sides, measured, data, photographs.folder / "locks")
-
-
-def names_of(photographs: Photographs, train_pictures: int) -> dict[str, list[str]]:
-    """Return the pictures of every side that are used."""
-    return {side: photographs.splits[side][: train_pictures if side == "train" else None] for side in SPLITS}

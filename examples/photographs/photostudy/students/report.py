@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from examples_common.statistics import MIN_SEEDS, Difference
-from examples_common.wording import difference_text, fill, mark, mean_text, p_text, signed
+from examples_common.wording import conditions_texts, difference_text, fill, mark, mean_text, p_text, signed
 
 from photostudy.findings import CORRELATION, DIRECTIONS, PRIMARY, SCALE, SECONDARY
 from photostudy.plan import Changes, Find
@@ -59,13 +59,7 @@ def filled(
             for arm, other in comparisons
         ],
         secondary_head=["", *(measure.title for measure in SECONDARY)],
-        made=sorted(
-            {
-                ", ".join(f"{k} {v}" for k, v in record["conditions"].items())
-                for of in found.records.values()
-                for record in of.values()
-            }
-        ),
+        made=conditions_texts(record for of in found.records.values() for record in of.values()),
         **values,
     )
     path.parent.mkdir(parents=True, exist_ok=True)

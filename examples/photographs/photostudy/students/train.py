@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import torch
+from examples_common.optimization import parameter_groups
 from torch import Tensor
 
 from . import losses
@@ -62,10 +63,7 @@ def train(setting: Setting, pairs: Pairs, words: int) -> Student:
     names = ("weight", "top_k", "scale", "label_smoothing")
     loss = losses.build(setting.arm, WIDTH, widths, **{name: getattr(setting, name) for name in names})
     parameters = [*model.parameters(), *loss.parameters()]
-    groups = [
-        {"params": [p for p in parameters if (p.dim() > 1) is decayed], "weight_decay": decay}
-        for decayed, decay in ((True, setting.weight_decay), (False, 0.0))
-    ]
+    groups = parameter_groups(parameters, setting.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=setting.lr, fused=True)
     steps = setting.train_pictures // setting.batch_size
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.epochs * steps)

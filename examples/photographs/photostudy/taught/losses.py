@@ -112,10 +112,10 @@ class OfLists(nn.Module):
         return self.base(v, t, scale) + self.weight * term
 
 
-_LISTS: dict[str, rankloss.losses.ranked_lists.ListModel] = {
-    "ranks": "plackett_luce",
-    "pairwise": "pairwise",
-    "softmax": "top_one",
+_LISTS: dict[tuple[str, str], rankloss.losses.ranked_lists.ListModel] = {
+    ("reranker", "ranks"): "plackett_luce",
+    ("reranker", "pairwise"): "pairwise",
+    ("reranker with scores", "softmax"): "top_one",
 }
 
 
@@ -159,16 +159,10 @@ def build(setting: Setting, widths: tuple[int, int]) -> nn.Module:
             base, schedule="constant", lambda_cross=weight, lambda_in=weight, normalizer=1.0
         ),
         ("ten ids", "soft-labels"): lambda: SoftLabels(base, weight),
-        **{
-            ("reranker", name): lambda model=_LISTS[name]: OfLists(
-                base, rankloss.RankedLists(model=model), weight, 1.0
-            )
-            for name in ("ranks", "pairwise")
-        },
-        ("reranker with scores", "softmax"): lambda: OfLists(
-            base, rankloss.RankedLists(model="top_one"), weight, scale
-        ),
     }
+    if (view, arm) in _LISTS:
+        grades = scale if view == "reranker with scores" else 1.0
+        return OfLists(base, rankloss.RankedLists(model=_LISTS[view, arm]), weight, grades)
     if (view, arm) not in made:
         raise ValueError(f"loss: the view {view!r} has no arm {arm!r}")
     return made[view, arm]()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from examples_common.records import Record, Store
-from examples_common.trainings import Trainings
+from examples_common.trainings import Trainings, by_seed
 from rich.console import Console
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from photostudy.folder import SENTENCES_PER_PICTURE
 from photostudy.heads import Heads
 from photostudy.measure import measure
 from photostudy.plan import Changes
-from photostudy.students.study import recorded
+from photostudy.study import recorded
 
 from . import losses, plan, views
 from .plan import Plan
@@ -69,10 +69,8 @@ class Study(Trainings):
             while (found := plan.choice(self.sizes, name, self.base, self.find)).due:
                 self.do(f"{title}: tries of {name}", found.due, console)
             chosen[name] = found
-        arms = plan.settings(self.sizes, self.base, chosen).values()
-        self.do(
-            f"{title}: test", sorted((one for of in arms for one in of), key=lambda one: one.seed), console
-        )
+        arms = plan.settings(self.sizes, self.base, chosen)
+        self.do(f"{title}: test", by_seed(arms.values()), console)
 
     def record(self, setting: Setting) -> Record:
         """Train and measure a setting, and return its record; the teacher is there."""

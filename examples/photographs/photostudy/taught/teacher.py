@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from examples_common.files import kept
 from miniature_paper.components import principal_components
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -70,17 +69,6 @@ class Ensemble:
 
         found = kept(folder / f"teacher-{self.name(study.data)}.pt", made)
         return Teacher(**{**found, "sides": {name: Side(**of) for name, of in found["sides"].items()}})
-
-
-def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return a file's content; what is not there is made and written."""
-    if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}-{path.name}")
-        torch.save(make(), partial)
-        partial.replace(path)
-    found: dict[str, Any] = torch.load(path, weights_only=True)
-    return found
 
 
 def _hash(*content: Any) -> str:
