@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip_train.params import parse_args
-from PIL import Image
+from own_steps import SETTING, assert_equal_weights, encoded, resumed
 from torch import Tensor
 from trainer_runs import BOTH, SAMPLES, Run, Trainer, add_sample
 
@@ -98,10 +98,6 @@ def test_what_cannot_train_is_refused(capsys: pytest.CaptureFixture[str], option
 
 # --- runs of the trainer ----------------------------------------------------------------------------------
 
-SETTING = [  # steps that are proportional to small gradients
-    *("--epochs", "2", "--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)", "--skip-scheduler", "--wd", "0"),
-    *("--lr", "0.01", "--beta1", "0.9", "--beta2", "0.98", "--eps", "0.001"),
-]
 OPTIONS = [
     *("--loss", "ranked-lists", "--ranked-lists-weight", "0.5", "--ranked-lists-own-caption", "top"),
     *("--ranked-lists-in-batch-negatives", "include"),
@@ -139,20 +135,10 @@ def data(trainer: Trainer) -> dict[str, list[str]]:
 
 def own_step(trainer: Trainer, run: Run, scale_factor: float = 1.0) -> dict[str, Tensor]:
     """The second step of a run, from its first checkpoint, by a loop over lists and items."""
-    checkpoint = torch.load(run.directory / "checkpoints/epoch_1.pt", map_location="cpu", weights_only=True)
-    clip = open_clip.create_model(f"local-dir:{trainer.directory / 'tiny'}")
-    clip.load_state_dict({k.removeprefix("module."): x for k, x in checkpoint["state_dict"].items()})
-    named = list(clip.named_parameters())
-    small = [p for name, p in named if p.ndim < 2 or re.search("bn|ln|bias|logit_scale", name)]
-    groups = [{"params": small}, {"params": [p for _, p in named if all(p is not x for x in small)]}]
-    optimizer = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    tokenize = open_clip.get_tokenizer(f"local-dir:{trainer.directory / 'tiny'}")
-    transform: Any = open_clip.image_transform(32, is_train=False)
-    images = torch.stack([transform(Image.open(row[0])) for row in trainer.rows])
+    clip, optimizer = resumed(trainer, run)
+    v, t = encoded(trainer, clip)
     titles = [row[1] for row in trainer.rows]
-    v = clip.encode_image(images, normalize=True)
-    t = clip.encode_text(tokenize(titles), normalize=True)
+    tokenize = open_clip.get_tokenizer(f"local-dir:{trainer.directory / 'tiny'}")
     s = clip.logit_scale.exp()
     everyone = sorted({*titles, *(c for captions, _ in lists_of(trainer) for c in captions)})
     x = s * v @ clip.encode_text(tokenize(everyone), normalize=True).T
@@ -175,13 +161,6 @@ def own_step(trainer: Trainer, run: Run, scale_factor: float = 1.0) -> dict[str,
     clip.logit_scale.grad *= scale_factor
     optimizer.step()
     return dict(clip.state_dict())
-
-
-def assert_equal_weights(run: Run, expected: dict[str, Tensor]) -> None:
-    found, before = run.epoch(2), run.epoch(1)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=2e-5, msg=name)
-    assert (found["text_projection"] - before["text_projection"]).abs().max() > 1e-3
 
 
 def test_a_run_is_a_loop_of_ones_own(trainer: Trainer, data: dict[str, list[str]]) -> None:
