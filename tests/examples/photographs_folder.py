@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from photostudy import folder
+from photostudy import features, folder
+from photostudy.measure import BOTH_WAYS
 from PIL import Image
 
 PICTURES = {"train": 24, "dev": 8, "test": 8}
@@ -54,3 +55,22 @@ class Encoders:
         """Return numbers drawn by a sentence's hash."""
         seeds = (int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) for text in sentences)
         return np.stack([np.random.default_rng(seed).normal(size=12).astype(np.float32) for seed in seeds])
+
+
+def filled(photographs, encoders=None):
+    """Return the features of all pictures, computed."""
+    encoders = encoders or Encoders()
+    cache = features.Cache(photographs, encoders.name)
+    for path, names in cache.missing(photographs.splits.values()):
+        cache.fill(path, names, encoders)
+    return cache
+
+
+def finder(score):
+    """Return a function that finds a record of every setting with a score."""
+
+    def find(settings):
+        scores = {one: score(one) for one in settings}
+        return {one: {"metrics": {"retrieval": {BOTH_WAYS: x}}} for one, x in scores.items() if x is not None}
+
+    return find

@@ -21,8 +21,8 @@ from liststudy import command, emojis, findings, losses, photographs, plan, repo
 from liststudy.plan import ARMS, CLIP, MODELS
 from liststudy.study import Study
 from liststudy.train import Setting
-from photographs_folder import PICTURES, Encoders, write_folder
-from photostudy import features, folder
+from photographs_folder import PICTURES, Encoders, filled, write_folder
+from photostudy import folder
 from rich.console import Console
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
@@ -192,9 +192,7 @@ def test_every_arm_has_as_many_tries_and_the_best_is_kept():
 @pytest.fixture(scope="module")
 def trained(flickr8k, tmp_path_factory):
     pictures, _ = flickr8k
-    cache = features.Cache(pictures, Encoders.name)
-    for path, names in cache.missing(pictures.splits.values()):
-        cache.fill(path, names, Encoders())
+    cache = filled(pictures)
     task = photographs.task(pictures, cache, PICTURES["train"])
     study = Study(task, Store(tmp_path_factory.mktemp("results")), report.PRIMARY["photographs"])
     study.follow(TINY, Console(file=io.StringIO()))

@@ -19,7 +19,7 @@ from orderstudy import command, findings, plan, report, task
 from orderstudy.plan import ARMS, CLIP, COMPARISONS, NEAR_CLIP, NEAR_ORDERS, ORDERS
 from orderstudy.study import Study
 from orderstudy.train import OrdersLoss, Setting, train, with_neighbours
-from photographs_folder import PICTURES, Encoders, write_folder
+from photographs_folder import PICTURES, Encoders, filled, write_folder
 from photostudy import features, folder, heads
 from photostudy import plan as photographs_plan
 from rich.console import Console
@@ -134,9 +134,7 @@ def test_the_seeds_are_of_no_other_study():
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("flickr8k")
     pictures = folder.read(root, write_folder(root))
-    cache = features.Cache(pictures, Encoders.name)
-    for path, names in cache.missing(pictures.splits.values()):
-        cache.fill(path, names, Encoders())
+    cache = filled(pictures)
     ranked = task.of_photographs(pictures, cache, PICTURES["train"])
     study = Study("photographs", ranked, Store(tmp_path_factory.mktemp("results")))
     study.follow(TINY, Console(file=io.StringIO()))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from photographs_folder import PICTURES, Encoders, write_folder
+from photographs_folder import PICTURES, Encoders, filled, write_folder
 from photostudy import features, folder, heads, losses, measure
 from photostudy.heads import Setting
 from scipy.stats import kendalltau
@@ -80,9 +80,7 @@ def test_the_first_bad_file_is_named_with_what_belongs_there(made, damage):
 
 def compute(root, expected, encoders):
     photographs = folder.read(root, expected)
-    cache = features.Cache(photographs, encoders.name)
-    for path, names in cache.missing(photographs.splits.values()):
-        cache.fill(path, names, encoders)
+    cache = filled(photographs, encoders)
     return {side: cache.side(names) for side, names in photographs.splits.items()}
 
 

@@ -11,11 +11,9 @@ import torch
 from examples_common.records import Store
 from examples_common.trainings import shared
 from filelock import FileLock
-from photographs_folder import PICTURES, Encoders, write_folder
+from photographs_folder import PICTURES, Encoders, filled, finder, write_folder
 from photostudy import command, folder
-from photostudy.features import Cache
 from photostudy.findings import PRIMARY, SECONDARY
-from photostudy.measure import BOTH_WAYS
 from photostudy.students import data, findings, losses, model, plan, report, study, train
 from photostudy.students.plan import Plan
 from photostudy.students.train import Setting
@@ -227,16 +225,6 @@ TINY = Plan(
 )
 
 
-def finder(score):
-    """Return a function that finds a record of every setting with a score."""
-
-    def find(settings):
-        scores = {one: score(one) for one in settings}
-        return {one: {"metrics": {"retrieval": {BOTH_WAYS: x}}} for one, x in scores.items() if x is not None}
-
-    return find
-
-
 def test_the_best_two_tries_get_two_more_seeds_and_a_winner_at_an_edge_the_next_value():
     asked = set()
 
@@ -369,11 +357,7 @@ SHORT = dataclasses.replace(TINY, tries=1, rounds=0)
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("flickr8k")
     photographs = folder.read(root, write_folder(root))
-    caches = []
-    for encoders in (data.Thumbnails(), Encoders()):
-        caches.append(Cache(photographs, encoders.name))
-        for path, names in caches[-1].missing(photographs.splits.values()):
-            caches[-1].fill(path, names, encoders)
+    caches = [filled(photographs, encoders) for encoders in (data.Thumbnails(), Encoders())]
     of = data.of_photographs(*caches, PICTURES["train"])
     found = study.Study(of, Store(root / "results"))
     found.follow(SHORT, Console(file=io.StringIO()))

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from examples_common.records import Store
-from photographs_folder import PICTURES, Encoders, write_folder
-from photostudy import command, features, findings, folder, plan, report
+from photographs_folder import PICTURES, filled, write_folder
+from photostudy import command, findings, folder, plan, report
 from photostudy.measure import BOTH_WAYS
 from photostudy.plan import Plan
 from photostudy.study import Study
@@ -125,9 +125,7 @@ def test_what_lacks_a_training_is_not_stated_and_still_counts_in_the_correction(
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("flickr8k")
     photographs = folder.read(root, write_folder(root))
-    cache = features.Cache(photographs, Encoders.name)
-    for path, names in cache.missing(photographs.splits.values()):
-        cache.fill(path, names, Encoders())
+    cache = filled(photographs)
     study = Study(photographs, cache, Store(root / "results"), PICTURES["train"])
     console = Console(file=io.StringIO())
     command.train(study, TINY, console)

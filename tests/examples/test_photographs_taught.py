@@ -11,13 +11,12 @@ import pytest
 import torch
 from examples_common.records import Store
 from examples_common.statistics import Difference
-from photographs_folder import PICTURES, Encoders, write_folder
+from photographs_folder import PICTURES, filled, finder, write_folder
 from photostudy import command, folder, heads
 from photostudy import plan as part1
-from photostudy.features import Cache, Side
+from photostudy.features import Side
 from photostudy.findings import CORRELATION, PRIMARY, SECONDARY
 from photostudy.heads import WIDTH
-from photostudy.measure import BOTH_WAYS
 from photostudy.study import Study as Heads
 from photostudy.taught import findings, losses, plan, report, study, teacher, views
 from photostudy.taught.setting import Setting
@@ -367,16 +366,6 @@ def test_components_of_full_width_keep_every_cosine():
 # --- the plans ---
 
 
-def finder(score):
-    """Return a function that finds a record of every setting with a score."""
-
-    def find(settings):
-        scores = {one: score(one) for one in settings}
-        return {one: {"metrics": {"retrieval": {BOTH_WAYS: x}}} for one, x in scores.items() if x is not None}
-
-    return find
-
-
 def test_the_best_two_tries_of_part_3_get_one_more_seed_and_a_winner_at_an_edge_the_next_value():
     asked = set()
 
@@ -531,9 +520,7 @@ SHORT = {
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("flickr8k")
     photographs = folder.read(root, write_folder(root))
-    cache = Cache(photographs, Encoders.name)
-    for path, names in cache.missing(photographs.splits.values()):
-        cache.fill(path, names, Encoders())
+    cache = filled(photographs)
     found = {}
     for part, sizes in SHORT.items():
         of = Heads(photographs, cache, Store(root / part), PICTURES["train"])
