@@ -70,6 +70,7 @@ $(PHOTOGRAPHS): photographs-%: $(VENV)/.photographs
 	$(BIN)/python examples/photographs/run.py --part 2a --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
 	$(BIN)/python examples/photographs/run.py --part 2b --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
 	$(BIN)/python examples/photographs/run.py --part 3 --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
+	$(BIN)/python examples/photographs/run.py --part preset --preset $* $(PHOTOGRAPHS_ARGS)
 
 ## Losses of graded lists on emojis and, with the folder DATA, on photographs: under an hour of one core, or a smoke test
 ## of a minute. Repeat to resume.

@@ -11,9 +11,11 @@ from examples_common.statistics import Difference
 from examples_common.study_command import home, study_parser
 from examples_common.terminal import say, status_of, tracker
 from examples_common.trainings import finder
+from icons_data.load import load
+from miniature_paper.data import build_icons
 from rich.console import Console
 
-from . import plan, report, students, taught
+from . import plan, preset, report, students, taught
 from .features import BLOCK, Cache, Encoders, FrozenEncoders
 from .folder import WHERE, Photographs, read
 from .heads import Setting
@@ -34,10 +36,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "the quick preset",
     )
     parser.add_argument("--data", type=Path, help="the folder of Flickr8k; features are kept in it, too")
-    parts = ("1", "2a", *taught.plan.PLANS)
+    parser.add_argument(
+        "--icons",
+        type=Path,
+        default=Path("outputs/icons"),
+        help="folder of the icons, built if missing: preset",
+    )
+    parts = ("1", "2a", *taught.plan.PLANS, "preset")
     parser.add_argument("--part", choices=parts, default="1", help="of the study (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.data is None and not args.report_only:
+    if args.data is None and not args.report_only and args.part != "preset":
         parser.error(f"argument --data: needed\n{WHERE}")
     folder = home(args, _EXAMPLE)
     args.results, args.report = folder / "results", folder / "report"
@@ -47,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Do the missing trainings and write the report."""
     args = parse(argv)
-    run = {"1": _heads, "2a": _students}.get(args.part, _taught)
+    run = {"1": _heads, "2a": _students, "preset": _preset}.get(args.part, _taught)
     return status_of(lambda console: run(args, console))
 
 
@@ -80,6 +88,24 @@ def _taught(args: argparse.Namespace, console: Console) -> int:
     others = {} if args.part == "3" else _planned_of_2a(args)
     find = finished(store, taught.plan.Setting)
     say(console, str(taught.report.write(sizes, search, find, args.report, others)))
+    return 0
+
+
+def _preset(args: argparse.Namespace, console: Console) -> int:
+    sizes, names = preset.plan.PLANS[args.preset], preset.plan.SETS
+    stores = {name: Store(args.results / name) for name in names}
+    if not args.report_only:
+        kept = args.output / "drawings"
+        build_icons(args.icons)
+        sides = {
+            "emojis": preset.data.emojis(sizes.emojis),
+            "icons": preset.data.icons(load(args.icons), *sizes.icons),
+        }
+        sets = {name: preset.data.data_set(name, sides[name], kept, FrozenEncoders) for name in names}
+        studies = {name: students.study.Study(sets[name], stores[name]) for name in names}
+        preset.study.follow(sizes, studies, console)
+    finds = {name: finished(store, students.train.Setting) for name, store in stores.items()}
+    say(console, str(preset.report.write(sizes, finds, args.report)))
     return 0
 
 

@@ -21,6 +21,7 @@ RANKED: dict[str, tuple[bool, bool]] = {  # whether the pictures' and the senten
     "text-ranks": (False, True),
     "ranks": (True, True),
 }
+PER_STEP = "ranks-per-step"  # ranks, with a λ that rises at every step
 
 
 def cka(student: Pair, teacher: Pair) -> Tensor:
@@ -100,7 +101,7 @@ def build(
     """Return an arm's loss.
 
     Args:
-        arm: A name of :data:`ARMS`.
+        arm: A name of :data:`ARMS`, or :data:`PER_STEP`.
         width: Of the student's features.
         widths: Of the teacher's.
         weight: Of the added term; of ranks, what multiplies λ.
@@ -116,7 +117,7 @@ def build(
         return base
     if arm == "rankclip":
         return rankloss.RankClipLoss(base, lambda_cross=weight, lambda_in=weight)
-    if arm in RANKED:
+    if arm in RANKED or arm == PER_STEP:
         return rankloss.RankClipLoss(base, lambda_cross=0.0, lambda_in=weight, top_k=top_k or None)
     if arm in TERMS:
         return Term(base, TERMS[arm], weight, scale)

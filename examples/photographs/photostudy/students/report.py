@@ -11,7 +11,7 @@ from examples_common.statistics import MIN_SEEDS, Difference
 from examples_common.wording import conditions_texts, difference_text, fill, mark, mean_text, p_text, signed
 
 from photostudy.findings import CORRELATION, DIRECTIONS, PRIMARY, SCALE, SECONDARY
-from photostudy.plan import Changes, Find
+from photostudy.plan import Changes, Find, Search
 
 from .findings import Findings, Key, above_ranks, findings, helping, ranks_are_best
 from .plan import CLIP, COMPARISONS, GRIDS, RANKS, Choice, Pair, Plan
@@ -26,7 +26,7 @@ def write(sizes: Plan, find: Find, folder: Path, others: Mapping[Key, Difference
     template, said = Path(__file__).with_name("report.md"), conclusions(found, len(sizes.seeds))
     path = folder / "part2a.md"
     return filled(
-        template, path, found, COMPARISONS, sizes=sizes, conclusions=said, clip=_clip(found),
+        template, path, found, COMPARISONS, sizes=sizes, conclusions=said, clip=search_rows(found.search),
         over=not found.search.due, setting=Setting(CLIP, 0, "dev", **found.search.chosen),
         score=found.search.score,
     )  # fmt: skip
@@ -41,7 +41,7 @@ def filled(
         template,
         sizes=sizes,
         missing=found.missing,
-        tries=[_tries(arm, one) for arm, one in found.choices.items()],
+        tries=[tries_row(arm, one) for arm, one in found.choices.items()],
         measured=any(found.records.values()),
         arms=[
             [f"`{arm}`", *(mean_text(found.estimate(arm, m), seeds, m.digits) for m in _SHOWN), _seconds(of)]
@@ -108,25 +108,34 @@ def _seconds(records: list) -> str:
     return f"{fmean(one['processor_seconds']['training'] for one in records):.0f} s" if records else "–"
 
 
-def _clip(found: Findings) -> list[list[str]]:
+def search_rows(search: Search) -> list[list[str]]:
+    """Return a row for each try of a search: the factor, the level, its R@10."""
     return [
         [one.factor.replace("_", " "), f"{one.level:g}", f"{_scores(one.scores)}{' (taken)' * one.taken}"]
-        for one in found.search.tries
+        for one in search.tries
     ]
 
 
-def _tries(arm: str, choice: Choice) -> list[str]:
+def tries_row(arm: str, choice: Choice) -> list[str]:
+    """Return an arm's row of tries: its name, the values chosen, and the R@10 of each try."""
     tries = (
-        f"{_text(dict(zip(choice.fields, point, strict=True)))}: {_scores(of.values())}"
+        f"{values_text(dict(zip(choice.fields, point, strict=True)))}: {_scores(of.values())}"
         for point, of in choice.tries.items()
     )
-    chosen = _text({name: choice.chosen[name] for name in choice.fields}) if choice.chosen else "not finished"
+    known = choice.chosen
+    chosen = values_text({name: known[name] for name in choice.fields}) if known else "not finished"
     return [f"`{arm}`", chosen, "; ".join(tries) or "–"]
+
+
+def values_text(changes: Changes) -> str:
+    """Return the fields of a setting with their values.
+
+    Example:
+        >>> values_text({"weight": 8.0, "top_k": 4})
+        'weight 8, top k 4'
+    """
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in changes.items())
 
 
 def _scores(scores) -> str:
     return ", ".join(f"{score:.2f}" for score in scores)
-
-
-def _text(changes: Changes) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in changes.items())

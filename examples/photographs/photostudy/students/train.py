@@ -20,7 +20,7 @@ _CEILING = 100.0  # of the scale
 class Setting:
     """All that determines a training, beside its data."""
 
-    arm: str  # a name of losses.ARMS
+    arm: str  # a name of losses.ARMS, or losses.PER_STEP
     seed: int
     side: str  # that is measured
     epochs: int = 20
@@ -68,10 +68,14 @@ def train(setting: Setting, pairs: Pairs, words: int) -> Student:
     steps = setting.train_pictures // setting.batch_size
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.epochs * steps)
     for epoch in range(1, setting.epochs + 1):
-        if hasattr(loss, "set_epoch"):
+        if hasattr(loss, "set_epoch") and setting.arm != losses.PER_STEP:
             loss.set_epoch(epoch, setting.epochs)
         shuffled = torch.randperm(setting.train_pictures, generator=drawing)
-        for rows in shuffled.split(setting.batch_size)[:steps]:
+        for step, rows in enumerate(
+            shuffled.split(setting.batch_size)[:steps], start=(epoch - 1) * steps + 1
+        ):
+            if setting.arm == losses.PER_STEP:
+                loss.set_progress(step, setting.epochs * steps)
             drawn = torch.randint(seen.sentences.shape[1], rows.shape, generator=drawing)
             v = model.pictures(crops(seen.pictures[rows], drawing))
             t = model.sentences(seen.sentences[rows, drawn])

@@ -1,0 +1,71 @@
+"""The report of the preset, from its records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from examples_common.statistics import MIN_SEEDS
+from examples_common.wording import conditions_texts, fill, mean_text, test_cells
+
+from photostudy.plan import Find
+from photostudy.students.plan import CLIP, RANKS
+from photostudy.students.report import search_rows, tries_row, values_text
+
+from .findings import Findings, findings
+from .plan import COMPARISONS, SETS, Plan
+
+
+def write(sizes: Plan, finds: Mapping[str, Find], folder: Path) -> Path:
+    """Write the report and return its path."""
+    found, seeds = findings(sizes, finds), len(sizes.seeds)
+    tests = {pair: [found.tests.get((name, pair)) for name in SETS] for pair in COMPARISONS}
+    text = fill(
+        Path(__file__).with_name("report.md"),
+        sizes=sizes,
+        missing=found.missing,
+        conclusions=conclusions(found, seeds),
+        arms=[
+            [f"`{arm}`", *(mean_text(found.estimate(name, arm), seeds) for name in SETS)]
+            for arm in found.records[SETS[0]]
+        ],
+        tests=[
+            [f"`{arm}`", f"`{other}`", *(cell for d in ds for cell in test_cells(d))]
+            for (arm, other), ds in tests.items()
+        ],
+        tests_head=["arm", "minus", *(cell for name in SETS for cell in (name, "p", ""))],
+        sets=SETS,
+        clip=[[name, *row] for name in SETS for row in search_rows(found.searches[name])],
+        tries=[tries_row(arm, choice) for arm, choice in found.choices.items()],
+        variants=[
+            [f"`{arm}`", *(f"{of[name]:.2f}" for name in SETS)] for arm, of in found.variants.items()
+        ],
+        made=conditions_texts(
+            one for arms in found.records.values() for of in arms.values() for one in of.values()
+        ),
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "preset.md"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def conclusions(found: Findings, seeds: int) -> list[str]:
+    """Return the plan's sentences for the findings; none before all trainings are there."""
+    if seeds < MIN_SEEDS:
+        return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
+    if found.missing:
+        return []
+    ranks = found.choices[RANKS]
+    chosen = values_text({name: ranks.chosen[name] for name in ranks.fields})
+    said = [f"The preset's values: {chosen}."]
+    said += [f"`{arm}` is ahead of `{RANKS}` on both dev sides." for arm in found.better_variants]
+    helps = found.established((RANKS, CLIP), 1)
+    said.append(f"Ranks help on {' and '.join(helps)}." if helps else "Ranks are not shown to help.")
+    for arm, _ in (pair for pair in COMPARISONS if pair[1] == RANKS):
+        for sign, word in ((1, "above"), (-1, "below")):
+            if names := found.established((arm, RANKS), sign):
+                said.append(f"`{arm}` is {word} `{RANKS}` on {' and '.join(names)}.")
+    rivals = ", ".join(f"`{arm}`" for arm in found.candidates) or "none"
+    said.append(f"Rivals that replace ranks in the preset if they are above them on photographs: {rivals}.")
+    return said
