@@ -70,7 +70,14 @@ $(PHOTOGRAPHS): photographs-%: $(VENV)/.photographs
 	$(BIN)/python examples/photographs/run.py --part 2a --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
 	$(BIN)/python examples/photographs/run.py --part 2b --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
 	$(BIN)/python examples/photographs/run.py --part 3 --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
-	$(BIN)/python examples/photographs/run.py --part preset --preset $* $(PHOTOGRAPHS_ARGS)
+
+## The weights of rankclip-distill on two encoders, on icons and emojis: two hours of one core after the icons are built,
+## or a smoke test of a minute. Repeat to resume.
+PRESET := preset-quick preset-full
+.PHONY: preset $(PRESET)
+preset: preset-full
+$(PRESET): preset-%: $(VENV)/.photographs
+	$(BIN)/python examples/photographs/run.py --part preset --preset $* $(PRESET_ARGS)
 
 ## Losses of graded lists on emojis and, with the folder DATA, on photographs: under an hour of one core, or a smoke test
 ## of a minute. Repeat to resume.
