@@ -61,7 +61,6 @@ $(VENV)/.distil: $(VENV)/.examples
 	touch $@
 
 ## RankCLIP and plain CLIP on Flickr8k, in the folder DATA: hours, or a smoke test under five minutes. Repeat to resume.
-## Teachers are PHOTOGRAPHS_ARGS='--part 2a', 2b and 3.
 PHOTOGRAPHS := photographs-quick photographs-full
 .PHONY: photographs $(PHOTOGRAPHS)
 photographs: photographs-full
@@ -73,11 +72,11 @@ $(PHOTOGRAPHS): photographs-%: $(VENV)/.photographs
 
 ## The weights of rankclip-distill on two encoders, on icons and emojis: two hours of one core after the icons are built,
 ## or a smoke test of a minute. Repeat to resume.
-PRESET := preset-quick preset-full
-.PHONY: preset $(PRESET)
-preset: preset-full
-$(PRESET): preset-%: $(VENV)/.photographs
-	$(BIN)/python examples/photographs/run.py --part preset --preset $* $(PRESET_ARGS)
+DRAWINGS := drawings-quick drawings-full
+.PHONY: drawings $(DRAWINGS)
+drawings: drawings-full
+$(DRAWINGS): drawings-%: $(VENV)/.photographs
+	$(BIN)/python examples/photographs/run.py --part 2c --preset $* $(DRAWINGS_ARGS)
 
 ## Losses of graded lists on emojis and, with the folder DATA, on photographs: under an hour of one core, or a smoke test
 ## of a minute. Repeat to resume.

@@ -15,7 +15,7 @@ from icons_data.load import load
 from miniature_paper.data import build_icons
 from rich.console import Console
 
-from . import plan, preset, report, students, taught
+from . import drawings, plan, report, students, taught
 from .features import BLOCK, Cache, Encoders, FrozenEncoders
 from .folder import WHERE, Photographs, read
 from .heads import Setting
@@ -40,12 +40,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--icons",
         type=Path,
         default=Path("outputs/icons"),
-        help="folder of the icons, built if missing: preset",
+        help="folder of the icons, built if missing: part 2c",
     )
-    parts = ("1", "2a", *taught.plan.PLANS, "preset")
+    parts = ("1", "2a", "2c", *taught.plan.PLANS)
     parser.add_argument("--part", choices=parts, default="1", help="of the study (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.data is None and not args.report_only and args.part != "preset":
+    if args.data is None and not args.report_only and args.part != "2c":
         parser.error(f"argument --data: needed\n{WHERE}")
     folder = home(args, _EXAMPLE)
     args.results, args.report = folder / "results", folder / "report"
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Do the missing trainings and write the report."""
     args = parse(argv)
-    run = {"1": _heads, "2a": _students, "preset": _preset}.get(args.part, _taught)
+    run = {"1": _heads, "2a": _students, "2c": _drawings}.get(args.part, _taught)
     return status_of(lambda console: run(args, console))
 
 
@@ -91,21 +91,21 @@ def _taught(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _preset(args: argparse.Namespace, console: Console) -> int:
-    sizes, names = preset.plan.PLANS[args.preset], preset.plan.SETS
+def _drawings(args: argparse.Namespace, console: Console) -> int:
+    sizes, names = drawings.plan.PLANS[args.preset], drawings.plan.SETS
     stores = {name: Store(args.results / name) for name in names}
     if not args.report_only:
         kept = args.output / "drawings"
         build_icons(args.icons)
         sides = {
-            "emojis": preset.data.emojis(sizes.emojis),
-            "icons": preset.data.icons(load(args.icons), *sizes.icons),
+            "emojis": drawings.data.emojis(sizes.emojis),
+            "icons": drawings.data.icons(load(args.icons), *sizes.icons),
         }
-        sets = {name: preset.data.data_set(name, sides[name], kept, FrozenEncoders) for name in names}
+        sets = {name: drawings.data.data_set(name, sides[name], kept, FrozenEncoders) for name in names}
         studies = {name: students.study.Study(sets[name], stores[name]) for name in names}
-        preset.study.follow(sizes, studies, console)
+        drawings.study.follow(sizes, studies, console)
     finds = {name: finished(store, students.train.Setting) for name, store in stores.items()}
-    say(console, str(preset.report.write(sizes, finds, args.report)))
+    say(console, str(drawings.report.write(sizes, finds, args.report)))
     return 0
 
 

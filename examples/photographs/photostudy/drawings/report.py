@@ -1,4 +1,4 @@
-"""The report of the preset, from its records."""
+"""The report of part 2c, from its records."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(sizes: Plan, finds: Mapping[str, Find], folder: Path) -> Path:
         ),
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "preset.md"
+    path = folder / "part2c.md"
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -58,7 +58,7 @@ def conclusions(found: Findings, seeds: int) -> list[str]:
         return []
     ranks = found.choices[RANKS]
     chosen = values_text({name: ranks.chosen[name] for name in ranks.fields})
-    said = [f"The preset's values: {chosen}."]
+    said = [f"The weights of `rankclip-distill`: {chosen}."]
     said += [f"`{arm}` is ahead of `{RANKS}` on both dev sides." for arm in found.better_variants]
     helps = found.established((RANKS, CLIP), 1)
     said.append(f"Ranks help on {' and '.join(helps)}." if helps else "Ranks are not shown to help.")
@@ -67,5 +67,5 @@ def conclusions(found: Findings, seeds: int) -> list[str]:
             if names := found.established((arm, RANKS), sign):
                 said.append(f"`{arm}` is {word} `{RANKS}` on {' and '.join(names)}.")
     rivals = ", ".join(f"`{arm}`" for arm in found.candidates) or "none"
-    said.append(f"Rivals that replace ranks in the preset if they are above them on photographs: {rivals}.")
+    said.append(f"Rivals that replace ranks if they are above them on photographs: {rivals}.")
     return said

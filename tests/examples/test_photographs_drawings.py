@@ -1,4 +1,4 @@
-"""The preset's study: drawings as data sets, tries that both score, the tests of both, the command."""
+"""Part 2c: drawings as data sets, tries that both score, the tests of both, the command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from photographs_folder import Encoders, finder
 from photostudy import command
 from photostudy.findings import PRIMARY
 from photostudy.measure import BOTH_WAYS
-from photostudy.preset import data, findings, plan, report, study
+from photostudy.drawings import data, findings, plan, report, study
 from photostudy.students import train
 from photostudy.students.losses import PER_STEP
 from photostudy.students.plan import CLIP, RANKS
@@ -182,7 +182,7 @@ def test_the_study_is_trained_reported_and_not_repeated(tmp_path, monkeypatch):
     again = data.data_set("icons", sides, tmp_path / "kept", Sums)
     study.follow(sizes, {name: Study(again, store) for name, store in stores.items()}, quiet)
     monkeypatch.setitem(plan.PLANS, "quick", sizes)
-    assert command.main(["--part", "preset", "--output", str(tmp_path), "--report-only"]) == 0
-    text = (tmp_path / "quick/report/preset.md").read_text(encoding="utf-8")
+    assert command.main(["--part", "2c", "--output", str(tmp_path), "--report-only"]) == 0
+    text = (tmp_path / "quick/report/part2c.md").read_text(encoding="utf-8")
     assert "missing" not in text
     assert "| `ranks-per-step`" in text

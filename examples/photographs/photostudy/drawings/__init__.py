@@ -1,4 +1,4 @@
-"""The preset for two encoders without a common space, searched on emojis and icons.
+"""Part 2c: the weights of two encoders without a common space, searched on emojis and icons.
 
 ``data`` has both data sets, ``plan`` the tries, which are scored on both together, ``study`` the trainings,
 ``findings`` and ``report`` the tests and the page.

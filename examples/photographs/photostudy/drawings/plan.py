@@ -1,4 +1,4 @@
-"""The plan of the preset, as preregistration-preset.md has it: the tries, the seeds, the comparisons.
+"""The plan of part 2c, as preregistration-part2c.md has it: the tries, the seeds, the comparisons.
 
 Nothing here trains or draws a random number: the same records lead to the same settings.
 """
