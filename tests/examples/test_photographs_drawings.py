@@ -13,9 +13,9 @@ from icons_data.load import load
 from miniature_icons import write_icons
 from photographs_folder import Encoders, finder
 from photostudy import command
+from photostudy.drawings import data, findings, plan, report, study
 from photostudy.findings import PRIMARY
 from photostudy.measure import BOTH_WAYS
-from photostudy.drawings import data, findings, plan, report, study
 from photostudy.students import train
 from photostudy.students.losses import PER_STEP
 from photostudy.students.plan import CLIP, RANKS
