@@ -70,7 +70,7 @@ $(PHOTOGRAPHS): photographs-%: $(VENV)/.photographs
 	$(BIN)/python examples/photographs/run.py --part 2b --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
 	$(BIN)/python examples/photographs/run.py --part 3 --preset $* $(if $(DATA),--data '$(DATA)') $(PHOTOGRAPHS_ARGS)
 
-## The weights of rankclip-distill on two encoders, on icons and emojis: two hours of one core after the icons are built,
+## The weights of rankclip-distill on two encoders, on icons and emojis: an hour of one core after the icons are built,
 ## or a smoke test of a minute. Repeat to resume.
 DRAWINGS := drawings-quick drawings-full
 .PHONY: drawings $(DRAWINGS)

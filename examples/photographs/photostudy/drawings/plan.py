@@ -55,7 +55,7 @@ FULL = Plan(
     "full",
     {
         "emojis": dataclasses.replace(_CLIP, start={"train_pictures": 1097, "epochs": 30}),
-        "icons": dataclasses.replace(_CLIP, start={"train_pictures": 8000, "epochs": 10}),
+        "icons": dataclasses.replace(_CLIP, start={"train_pictures": 8000, "epochs": 6}),
     },
     _ARMS,
     icons=(8000, 1000),
