@@ -106,8 +106,8 @@ class RankOptions:
     ties: Ties = _option("shared", "equal reference scores share one denominator, or are shuffled")
     discount: Discount = _option(None, "weight of a rank: 1/log(1 + rank)", none="1")
     top_k: int | None = _option(None, "count only the best ranks of each list", none="all")
-    reduction: Reduction = _option("mean", "how the lists' values are put together")
-    diagonal: bool = _option(True, "whether an anchor's own pair is an item of its lists")
+    reduction: Reduction = _option("mean", "reduction of the lists' values")
+    diagonal: bool = _option(True, "keep an anchor's own pair as an item of its lists")
     fixed_reference: FixedReference = _option(
         None, "the modality whose rankings are a fixed reference for the other's", none="neither"
     )
@@ -118,7 +118,7 @@ class RankOptions:
     )
     memory_budget: int | None = _option(
         None,
-        "bytes that a matrix of the whole batch may take before CLIP's own loss streams, too",
+        "bytes of a matrix of the whole batch above which CLIP's loss alone streams, too",
         at_least=0,
         at_most=2**63 - 1,
         none="64 MiB on a CPU, 1 GiB elsewhere",
