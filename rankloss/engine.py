@@ -5,8 +5,8 @@ values,
 
     CE = log Σ_q e^{x_q} − x_k,   C(x | y) = (1/M) · Σ_p (log C_p − x_p),   C_p = Σ_{q : y_q ≤ y_p} e^{x_q},
 
-where p runs over the counted items and M is their number (1 with ``reduction="sum"``). With U_q = Σ_{p : y_p
-≥ y_q} 1 / C_p the gradient of α·CE + β·C(x | y) is
+where p runs over the counted items and M is their number (1 with ``reduction="sum"``). With
+U_q = Σ_{p : y_p ≥ y_q} 1 / C_p the gradient of α·CE + β·C(x | y) is
 
     ∂/∂x_q = e^{x_q}·(α / Σ e^x + (β/M)·U_q) − α·[q = k] − (β/M)·[q counts].
 
@@ -19,8 +19,8 @@ With G the gradient by the scores s·C of a matrix, C = Q·Kᵀ (anchors Q, item
     ∂Q = s·G·K,   ∂K = s·Gᵀ·Q,   ∂s = Σ G∘C = Σ (G·K)∘Q = Σ (Gᵀ·Q)∘K.
 
 For a small batch both matrices of a term are computed as a whole, and symmetries save products. R and its
-gradient are those of S, transposed. For I and X the gradients by anchors and by items are one product, (G +
-Gᵀ)·K.
+gradient are those of S, transposed. For I and X the gradients by anchors and by items are one product,
+(G + Gᵀ)·K.
 """
 
 from __future__ import annotations
