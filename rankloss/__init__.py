@@ -2,8 +2,8 @@
 
 The losses are modules (:class:`RankConsistency`, :class:`RankClipLoss`, :class:`ClipLoss`,
 :class:`SigLipLoss`, :class:`MimicryLoss`, :class:`RankedLists`). :class:`RankOptions` has the options of the
-rank terms, :class:`Gather` says how a batch is spread over processes, and the mathematics of one list is a
-function, :func:`plackett_luce_nll`.
+rank terms, :class:`Gather` configures the gathering from processes, and :func:`plackett_luce_nll` is the loss
+of one list.
 """
 
 from rankloss import distributed as distributed

@@ -4,10 +4,9 @@ Notation: V, T are image and text features, s the scale; S = s·V·Tᵀ, R = s·
 cross-modal term compares S with R, the in-modal term I with X, row by row. A matrix is described by its
 anchors (rows) and its items (columns).
 
-Ties have to be exact for a loss to be independent of the order in which items arrive. A matrix product does
-not give that for free: the columns of two identical captions can come out a rounding apart, because the
-kernel sums edge columns in another order than the rest. So equal rows of features are recognised from their
-bits, before any product is taken.
+Ties must be exact for a loss to be independent of the order of the items. A matrix product does not guarantee
+exact ties: the columns of two identical captions can differ by rounding, because the kernel sums edge columns
+in another order than the rest. So equal rows of features are detected by their bits, before any product.
 """
 
 from __future__ import annotations
@@ -76,9 +75,9 @@ def first_occurrence(features: Tensor) -> Tensor:
 
 
 def first_equal(features: Tensor) -> Tensor | None:
-    """Index of the first row that equals row i, for every i, ``[N]``; None where a look tells that none are.
+    """Index of the first row that equals row i, for every i, ``[N]``; None if a CPU check finds none.
 
-    It is i itself where the row is the first of its kind. A row that holds NaN equals no row.
+    The index is i itself for the first of equal rows. A row with NaN equals no row.
 
     Args:
         features: ``[N, D]``, float32 or float64.
@@ -87,10 +86,9 @@ def first_equal(features: Tensor) -> Tensor | None:
         >>> first_equal(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])).tolist()
         [0, 1, 0]
 
-    Rows are compared through a 64-bit hash, and each match is confirmed on the values themselves, so rows
-    that differ never count as equal. Where rows that differ have one hash, which is to be expected once in
-    some 10⁹ batches, those behind the first may miss their equals. Memory is O(N·D), and an accelerator's
-    host waits for nothing.
+    Rows are compared by a 64-bit hash, and each match is confirmed on the values, so different rows never
+    count as equal. If different rows share a hash, expected once in some 10⁹ batches, the later rows may miss
+    their equals. Memory is O(N·D), and an accelerator's host does not wait.
     """
     features = features.detach()
     looks = features.is_cpu
@@ -109,19 +107,18 @@ def first_equal(features: Tensor) -> Tensor | None:
 
 
 def row_hashes(features: Tensor) -> Tensor:
-    """A 64-bit hash of every row, ``[N]``; equal rows have equal ones.
+    """A 64-bit hash of every row, ``[N]``; equal rows have equal hashes.
 
-    The bits of the entries, read as integers of 64 bits, are mixed, multiplied by an odd number of their
-    column and summed, all in wrapping integer arithmetic, which gives one value whatever the order of
-    summation. No step is arithmetic on the entries themselves, where a flushed subnormal would depend on the
-    thread.
+    The bits of the entries, read as 64-bit integers, are mixed, multiplied by an odd number per column and
+    summed in wrapping integer arithmetic, so the value does not depend on the order of summation. No step is
+    floating-point arithmetic on the entries, since flushing of subnormals depends on the thread.
     """
     bits = features.detach().contiguous().view(_BITS[features.dtype])
     bits = F.threshold(bits, torch.iinfo(bits.dtype).min, 0)  # −0.0 equals 0.0
     if bits.dtype == torch.int32 and bits.shape[1] % 2:
         bits = F.pad(bits, (0, 1))
     words = bits.view(torch.int64)
-    # Of a float32 like 1.0 only the upper bits are not zero, and a product would move them out of the word.
+    # A float32 such as 1.0 has only upper bits set, and a product would shift them out of the word.
     words = (words >> MIXING_SHIFT).bitwise_xor_(words)
     factors = torch.arange(words.shape[1], device=words.device).mul_(GOLDEN).bitwise_or_(1)
     return words.mul_(factors).sum(-1)
@@ -136,14 +133,14 @@ class Batch:
 
     Attributes:
         inputs: ``image`` and ``text``, ``[N, D]``, the items of all lists; ``image_anchors`` and
-            ``text_anchors``, ``[n, D]``, the rows that have lists here, the local ones of a distributed
-            batch, or None where every item is an anchor; the scale s.
-        anchors: the number of rows that have lists here, n.
+            ``text_anchors``, ``[n, D]``, the anchors of this process in a distributed batch, or None if every
+            item is an anchor; the scale s.
+        anchors: the number of anchors of this process, n.
         items: the length of a list, N.
         first_row: the place of the first anchor among the items.
-        teacher: ``[N, D']`` by modality, a teacher's features of the items, by which the lists are ranked; or
-            None. A teacher of one modality ranks both, since the items of a list are the same pairs.
-        home: the device of the features as they were given, to which the terms go.
+        teacher: ``[N, D']`` by modality, a teacher's features of the items, which rank the lists; or None. A
+            teacher of one modality ranks both modalities, since the items of a list are the same pairs.
+        home: the device of the given features, where the terms are returned.
         find_equal: the search for equal items, see :func:`first_equal`.
     """
 
@@ -166,9 +163,9 @@ class Batch:
         first_row: int = 0,
         teacher: Sequence[Tensor | None] = (None, None),
     ) -> Batch:
-        """Bring checked features to float32, or to float64 if either is that.
+        """Convert checked features to float32, or to float64 if either is float64.
 
-        A teacher's features, image and text, are brought to the same dtype and lose their graph.
+        A teacher's features, image and text, are converted to the same dtype and lose their graph.
         """
         dtype, home = arithmetic_dtype(image_features, text_features), image_features.device
         features = image_features, text_features, *(anchors or (None, None))
@@ -187,7 +184,7 @@ class Batch:
 
     @property
     def features(self) -> list[Tensor]:
-        """The features of all items, a teacher's among them."""
+        """The features of all items, including a teacher's."""
         return [self.inputs.image, self.inputs.text, *(self.teacher or {}).values()]
 
     def matrices(self, term: Term) -> tuple[Matrix, Matrix]:
@@ -201,10 +198,10 @@ class Batch:
         return found[0], found[1]
 
     def references(self, term: Term) -> tuple[Matrix, Matrix]:
-        """The matrices by which the two of a term are ranked.
+        """The matrices that rank the two matrices of a term.
 
-        Without a teacher each is ranked by the other; a teacher ranks S by its own S' and R by R', I by I'
-        and X by X'.
+        Without a teacher each ranks the other; with a teacher S is ranked by S', R by R', I by I' and X by
+        X'.
         """
         of_images, of_texts = self.matrices(term)
         if self.teacher is None:
@@ -216,12 +213,12 @@ class Batch:
 
     @functools.cached_property
     def first_equal(self) -> dict[str, Tensor | None]:
-        """``[N]`` by modality: the first reference item that equals item j; None where no two are equal."""
+        """``[N]`` by modality: the first reference item equal to item j; None if no two items are equal."""
         ranked_by = self.teacher or {"image": self.inputs.image, "text": self.inputs.text}
         return {modality: self.find_equal(x) for modality, x in ranked_by.items()}
 
     def exact_reference(self, matrix: Matrix, cosines: Tensor) -> Tensor:
-        """Rows of cosines as a reference: no gradient, equal items tied exactly whatever the rounding."""
+        """Rows of cosines as a reference: no gradient, equal items tied exactly despite rounding."""
         equal = self.first_equal[matrix.factors[1]]
         return cosines.detach() if equal is None else cosines.detach().index_select(-1, equal)
 

@@ -54,11 +54,11 @@ def check_features(
     """Raise an error that names the argument unless both are floating ``[N, D]`` of one N and device.
 
     N must be at least ``min_pairs``: a list needs two items, but a process may hold one of many. With
-    ``one_space`` they must have one width, as what compares images with texts needs; the in-modal term does
-    not.
+    ``one_space`` both must have one width, as comparisons of images with texts require; the in-modal term
+    does not.
 
     Raises:
-        TypeError: for features that are no tensor.
+        TypeError: for features that are not tensors.
         ValueError: for all else.
     """
     for name, features in (("image_features", image_features), ("text_features", text_features)):
@@ -99,23 +99,23 @@ _WITHOUT_CROSS_MODAL = (
 def check_teacher(
     name: str, features: Tensor, image_features: Tensor | None = None, *, first_look: bool = True
 ) -> bool:
-    """Raise an error that names the argument unless a teacher can have given these features.
+    """Raise an error that names the argument unless these are valid features of a teacher.
 
-    Every entry point that takes a teacher's features, as a loss's argument, a file or a column, calls this.
-    They must be a dense floating matrix of finite values without a row of zeros, and eight rows or more must
-    not all be equal: that is what a file that is half filled, or filled with one row, looks like. Values are
-    looked at where that is free (on a CPU), and elsewhere at the first look, which waits for the accelerator.
+    Every entry point for a teacher's features (a loss's argument, a file, a column) calls this function.
+    Features must be a dense floating matrix of finite values without a row of zeros. Eight rows or more must
+    not all be equal. These checks detect a half-filled file, or one filled with a single row. On a CPU values
+    are always read; on an accelerator only at the first look, which waits for the device.
 
     Args:
         name: of the argument.
         features: ``[N, D']``.
-        image_features: the features of the same pairs, whose number of rows and device must be the same; None
-            where they are not known yet.
-        first_look: whether the argument comes for the first time. Only then values on an accelerator are
-            looked at, and norms that are not 1 are warned of.
+        image_features: the features of the same pairs, with the same number of rows and device; None if not
+            yet known.
+        first_look: True for the first call with the argument. Only then values on an accelerator are read,
+            and norms other than 1 give a warning.
 
     Returns:
-        Whether values were read: not so while a graph is captured, and where there are none.
+        True if values were read; False while a graph is captured, and without values.
 
     Raises:
         TypeError: for anything but a tensor.
@@ -144,7 +144,7 @@ def check_references(
     reference_image_features: Tensor | None,
     reference_text_features: Tensor | None,
 ) -> None:
-    """Raise a ValueError unless a teacher's features fit the options and the terms that are wanted."""
+    """Raise a ValueError unless a teacher's features fit the options and the wanted terms."""
     image, text = reference_image_features, reference_text_features
     if image is None and text is None:
         if options.reference_scale is not None:
@@ -174,7 +174,7 @@ _FEWEST_THAT_DIFFER = 8  # fewer may be pairs of one caption
 
 
 def look_at_rows(name: str, x: Tensor, *, is_teacher: bool = False, warns: bool = True) -> bool:
-    """Check the norms of ``[N, D]``; False where no value can be read.
+    """Check the norms of ``[N, D]``; False if no value can be read.
 
     Raises:
         ValueError: for a teacher's rows that are not finite, are zero, or are all the same.
@@ -218,10 +218,10 @@ def check_is_tensor(name: str, value: object) -> None:
 
 
 def check_is_number(name: str, value: object, features: Tensor) -> None:
-    """Raise an error that names the argument unless it is one number, which features can be multiplied by.
+    """Raise an error that names the argument unless it is one number, as a factor of features.
 
     Raises:
-        TypeError: for what is neither a tensor nor a number of Python's or NumPy's.
+        TypeError: unless it is a tensor or a number of Python or NumPy.
         ValueError: for all else.
     """
     if isinstance(value, bool) or not isinstance(value, (Tensor, float, int, np.number)):
@@ -232,12 +232,12 @@ def check_is_number(name: str, value: object, features: Tensor) -> None:
         if value.dtype == torch.bool or value.is_complex():
             raise ValueError(f"{name} must be a real number; got {value.dtype}")
         _check_untransformed(name, value)
-        if value.is_meta:  # on other devices torch takes it, or says that it does not
+        if value.is_meta:  # on other devices torch accepts it or raises its own error
             check_device(name, value, features)
 
 
 def kind_of(value: object) -> str:
-    """The type of a value, as an error message shows it."""
+    """The type of a value, for error messages."""
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
@@ -248,7 +248,7 @@ def check_device(name: str, x: Tensor, like: Tensor, like_name: str = "image_fea
 
 
 def check_scale(logit_scale: Tensor | float, features: Tensor) -> None:
-    """Raise an error unless the scale is one positive number; its value is looked at where that is free.
+    """Raise an error unless the scale is one positive number; its value is read only on a CPU.
 
     Raises:
         TypeError: as :func:`check_is_number`.
@@ -265,11 +265,11 @@ _LARGEST_LOG = 5.0  # CLIP clamps the logarithm at log 100 = 4.6052
 
 
 def look_at_scale(name: str, scale: Tensor | float, features: Tensor) -> bool:
-    """Warn of a scale that looks like its logarithm; False where its value cannot be read.
+    """Warn of a scale that looks like its logarithm; False if its value cannot be read.
 
-    CLIP models keep the logarithm of the scale in a parameter, and clamp it at log 100. A parameter of at
-    most 5 is warned of; so is another number above 1 and at most 5 that was not computed from a parameter,
-    beside unit-norm ``features``, where no model trains with a scale that small.
+    CLIP models keep the logarithm of the scale in a parameter, and clamp it at log 100. A parameter below 5
+    gives a warning. So does another number between 1 and 5 that was not computed from a parameter, if
+    ``features`` are unit-norm: no model trains with such a small scale.
     """
     is_parameter = isinstance(scale, nn.Parameter)
     if not can_be_read(features) or (isinstance(scale, Tensor) and not can_be_read(scale)):

@@ -1,13 +1,13 @@
 r"""The definition: one list, and the terms from whole similarity matrices, by torch's own autograd.
 
-A reader starts here, and the streamed pass is tested against it. For scores x, a reference y that
-gives the order, and a positive worth w(x),
+Start reading here; the streamed pass is tested against this module. For scores x, a reference y that gives
+the order, and a positive worth w(x),
 
     NLL(x | y) = Σ_p μ_p · [ log Σ_{q : y_q ≤ y_p} w(x_q) − log w(x_p) ],
 
-as plain differentiable operations on log w(x): no sum underflows however far apart the scores are. Memory is
-in O(N²). It also serves the options that do not stream: batch lists, which are one list of all N² pairs,
-other worths than ``exp``, random ties, rank discounts, a value per anchor, and derivatives of second order.
+as plain differentiable operations on log w(x), so that no sum underflows at any distance of the scores.
+Memory is O(N²). The module also computes the options that do not stream: batch lists (one list of all N²
+pairs), worths other than ``exp``, random ties, rank discounts, a value per anchor, and second derivatives.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions) -> Tensor
         scores: ``[..., N]``, float32 or float64.
         reference: ``[..., N]``, any real dtype.
         options: of the lists. With ``reduction="mean"`` the terms of a list are divided by its Σ_p μ_p. With
-            ``ties="random"`` one shuffle, of torch's default generator, serves all lists of the call.
+            ``ties="random"`` all lists of the call share one shuffle, from torch's default generator.
 
     """
-    # A NaN in the reference has no place in the order, so the list has no value.
+    # A NaN in the reference has no place in the order, so the list's value is NaN.
     ordered_or_nan: Tensor | None = None
     if reference.is_floating_point():
         ordered_or_nan = torch.where(reference.isnan().any(-1, keepdim=True), math.nan, 1.0).to(scores.dtype)
@@ -69,7 +69,7 @@ def nll_terms(scores: Tensor, reference: Tensor, options: RankOptions) -> Tensor
 class _LogCumSumExp(torch.autograd.Function):
     """``x.logcumsumexp(-1)``, differentiable any number of times.
 
-    torch's own second derivative is NaN where an upstream value is 0.
+    torch's own second derivative is NaN if an upstream value is 0.
     """
 
     @staticmethod
@@ -95,7 +95,7 @@ class _LogCumSumExp(torch.autograd.Function):
 
 
 def _last_of_ties(ordered: Tensor) -> Tensor:
-    """The last index of the run of equal values that holds each position, of sorted lists."""
+    """The last index of each position's run of equal values, in sorted lists."""
     n = ordered.shape[-1]
     is_last = F.pad(ordered[..., 1:] != ordered[..., :-1], (0, 1), value=True)
     index = torch.where(is_last, torch.arange(n, device=ordered.device), n)
@@ -103,7 +103,7 @@ def _last_of_ties(ordered: Tensor) -> Tensor:
 
 
 def _mu(rank: Tensor, options: RankOptions, dtype: torch.dtype) -> Tensor | None:
-    """The μ of items of these ranks, the best rank being 1; None where all are 1."""
+    """The μ of items of these ranks, the best rank being 1; None if all μ are 1."""
     if options.discount is None and options.top_k is None:
         return None
     rank = rank.to(dtype)
@@ -112,10 +112,10 @@ def _mu(rank: Tensor, options: RankOptions, dtype: torch.dtype) -> Tensor | None
 
 
 def log_worth(scores: Tensor, worth: Worth) -> Tensor:
-    """The log w(x); where w(x) is not positive, a ValueError with the smallest score, or NaN.
+    """The log w(x); if w(x) is not positive, a ValueError with the smallest score, or NaN.
 
-    It is the error where reading the scores is free, which is on a CPU, and NaN elsewhere, or where a score
-    is infinite already.
+    The error is raised on a CPU, where reading the scores is free. The value is NaN on other devices, and if
+    a score is already infinite.
     """
     if worth == "exp":
         return scores
@@ -133,10 +133,10 @@ def log_worth(scores: Tensor, worth: Worth) -> Tensor:
 
 
 def top_one_probabilities(reference: Tensor, scale: Tensor, options: RankOptions) -> Tensor:
-    """The p = softmax(y) of lists of cosines, without gradient; y is on the given scale or its own."""
+    """The p = softmax(y) of lists of cosines, without gradient; y has the given scale or the reference's."""
     reference = reference.detach()
     factor = scale.detach() if options.reference_scale is None else options.reference_scale
-    # The difference first: it is exact near the largest, where a product's rounding would count.
+    # Subtract first: the difference is exact near the largest value, where a product's rounding would matter.
     return (factor * (reference - reference.amax(-1, keepdim=True))).softmax(-1)
 
 
@@ -182,10 +182,10 @@ def cross_entropy(batch: Batch) -> Tensor:
 
 
 def rank_term(batch: Batch, term: Term, options: RankOptions) -> Tensor:
-    """A rank term of every anchor, the mean of the two directions: ``[n]``.
+    """A rank term of every anchor, averaged over the two directions: ``[n]``.
 
     With ``reduction="mean"`` each list's NLL is divided by its Σ_p μ_p. A summand of a batch list belongs to
-    the anchor whose row it stands in.
+    the anchor of its row.
     """
     if options.lists == "batch" and term == "cross_modal":
         return _cross_modal_of_all_pairs(batch, options)
@@ -199,7 +199,7 @@ def rank_term(batch: Batch, term: Term, options: RankOptions) -> Tensor:
         if options.lists == "row":
             summands = _row_terms(c, batch.exact_reference(reference, y), batch, options)
         else:
-            # An order needs its structural ties; top_one compares values, which are to stay what they are.
+            # An order needs its structural ties; top_one compares values, which must not change.
             is_order = options.model == "plackett_luce"
             y = _symmetric_reference(batch, reference, y) if is_order else y.detach()
             summands = _flat_terms(c, y, batch, options)
@@ -215,11 +215,11 @@ def _row_terms(cosines: Tensor, reference: Tensor, batch: Batch, options: RankOp
 
 
 def _symmetric_reference(batch: Batch, matrix: Matrix, cosines: Tensor) -> Tensor:
-    """The whole of I or X as the reference of a batch list, its structural ties made exact.
+    """The whole matrix I or X as the reference of a batch list, with exact structural ties.
 
-    C_ij = C_ji is taken from the upper triangle, and the similarity of two equal items, an item and
-    itself among them, is the square of their norm, which is not taken from the matrix product. Rows whose
-    norm is within 1 % of 1 count as unit-norm: among them it is one value, the largest of their squares.
+    C_ij = C_ji is taken from the upper triangle. The similarity of two equal items, or of an item with
+    itself, is the square of their norm, computed separately from the matrix product. Rows whose norm is
+    within 1 % of 1 count as unit-norm: all of them share one value, the largest of their squares.
     """
     upper = cosines.detach().triu()
     reference = upper + upper.triu(1).T
@@ -245,13 +245,13 @@ def _cross_modal_of_all_pairs(batch: Batch, options: RankOptions) -> Tensor:
     if equal is not None:  # here equal anchors tie as well
         reference = reference[equal]
     terms = _flat_terms(cosines, reference, batch, options)
-    # R is S transposed: the other direction's list holds the same pairs relabelled: it is summed by
+    # R is S transposed: the list of the other direction has the same pairs relabelled, and is summed by
     # column.
     return options.directions[0] * terms.sum(1) + options.directions[1] * terms.sum(0)
 
 
 def _flat_terms(cosines: Tensor, reference: Tensor, batch: Batch, options: RankOptions) -> Tensor:
-    """The summands of the one list of all pairs, where they stand."""
+    """The summands of the one list of all pairs, in their places."""
     others = None if options.diagonal else other_items(batch.positives, len(cosines))
     x, y = (m if others is None else m.gather(-1, others) for m in (cosines, reference))
     terms = _list_terms(x.flatten(), y.flatten(), batch.inputs.scale, options).view_as(x)

@@ -24,12 +24,12 @@ __all__ = ["Gather", "GatherOption", "all_gather", "gather_once"]
 def all_gather(x: Tensor, group: Any = None) -> Tensor:
     r"""Concatenate the tensors of all processes along dim 0, differentiably.
 
-    The gradient comes back summed over the processes:
+    The gradient is summed over the processes:
 
         y = [x_0; x_1; …; x_{W−1}],   ∂L/∂x_r = Σ_w ∂L_w/∂y[chunk r]
 
-    so that the sum of the processes' losses is differentiated exactly, and can be differentiated again. Where
-    no process group is initialised, or it holds one process, ``x`` itself is returned.
+    so that the sum of the processes' losses is differentiated exactly, also repeatedly. Without a process
+    group, or with a group of one process, ``x`` itself is returned.
 
     Args:
         x: ``[n, …]``, of one shape and dtype on all processes of the group.
@@ -64,12 +64,12 @@ class _AllGather(torch.autograd.Function):
 
 
 class _ReduceScatter(torch.autograd.Function):
-    """Sum over the processes, and of the sum this process's chunk: the adjoint of :class:`_AllGather`."""
+    """This process's chunk of the sum over the processes: the adjoint of :class:`_AllGather`."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        # In float32 at least: a sum in half precision would be the worse the more processes add to it.
+        # In float32 at least: a half-precision sum loses accuracy with the number of processes.
         dtype = torch.promote_types(y.dtype, torch.float32)
         if _has_tensor_collectives(y, group):
             terms = y.detach().to(dtype).contiguous()
@@ -104,8 +104,9 @@ def _gather(x: Tensor, group: Any) -> Tensor:
 def _has_tensor_collectives(x: Tensor, group: Any) -> bool:
     """True if the backend gathers into, and reduces from, one tensor in every supported torch.
 
-    Compared to an all_reduce this moves half the bytes; compared to a list of tensors it saves the copy that
-    joins them. On a CPU the backend is gloo, whose name is another where it serves beside one for devices.
+    Compared with an all_reduce this moves half the bytes; compared with a list of tensors it saves the
+    concatenation. On a CPU the backend is gloo, reported under another name if it is combined with a device
+    backend.
     """
     return not x.is_cpu and dist.get_backend(group) != "gloo"
 
@@ -123,35 +124,33 @@ def _check_group(group: Any) -> None:
 # --- agreement of the processes -----------------------------------------------------------------------------
 
 _agreed: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
-"""By caller: the descriptions that all processes had at the same call."""
+"""By owner: the descriptions that all processes had at the same call."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gather:
-    """The gathering of features from other processes; the names are those of open_clip's ClipLoss.
+    """Gathering of features from other processes, with the argument names of open_clip's ClipLoss.
 
     With both flags the gradient after DDP's averaging is exactly that of the whole batch in one process, and
-    each process computes its own rows only. This is what every loss does by default (``gather=None``), over
-    the default process group. Build a ``Gather`` to change the flags or the group. Every process of the group
-    has to call the loss, with features of the same shape; a loss that one process evaluates on its own takes
+    each process computes its own rows only. This is the default of every loss (``gather=None``), over the
+    default process group. Build a ``Gather`` to change the flags or the group. Every process of the group
+    must call the loss, with features of the same shape; if only one process evaluates a loss, it needs
     ``gather=False``.
 
     Args:
-        local_loss: compute the rows of this process only, against the columns of all.
-        gather_with_grad: pass the gradient on to every process. Without it the others' features are
-            constants; the own ones still carry a gradient, unless ``local_loss`` leaves that to the rows.
+        local_loss: compute the rows of this process only, against the columns of all processes.
+        gather_with_grad: pass the gradient on to every process. Without it other processes' features are
+            constants; this process's features keep their gradient, with ``local_loss`` only as rows.
         rank: this process's rank in the group; None reads it from the group.
         world_size: the group's size; None reads it from the group. 1 without a group gathers nothing,
             whatever the default group holds.
-        group: the process group that the batch is spread over; None for the default one. Rank and size are
-            read when they are needed, so that the default group may be initialised after the loss is built;
-            without one there is one process.
+        group: the process group of the batch; None for the default one. Rank and size are read lazily, so the
+            default group may be initialised after the loss is built. Without a group, one process is assumed.
 
     Raises:
-        ValueError: for a flag that is not a bool, a rank or size that is not an integer, unless
-            0 ≤ rank and 1 ≤ world_size; at the first call where they are not this process's rank in the group
-            and the group's size; for a group that is no process group, or one that this process does not
-            belong to.
+        ValueError: for a flag that is not a bool; unless rank and size are integers with 0 ≤ rank and 1 ≤
+            world_size; at the first call if they differ from this process's rank in the group and the group's
+            size; for a group that is not a process group, or excludes this process.
 
     Example:
         >>> Gather(local_loss=False).place  # no process group: rank 0 of 1
@@ -180,7 +179,7 @@ class Gather:
 
     @classmethod
     def of(cls, gather: GatherOption) -> Gather:
-        """The gathering of a loss's argument ``gather``: None for the default, False for none.
+        """The ``Gather`` of a loss's argument ``gather``: None for the default, False for no gathering.
 
         Raises:
             ValueError: for anything else that is not a :class:`Gather`.
@@ -198,11 +197,10 @@ class Gather:
 
     @property
     def place(self) -> tuple[int, int]:
-        """This process's rank and the number of processes: the group's, or as given while there is none.
+        """This process's rank and the number of processes: the group's, or the given ones without a group.
 
         Raises:
-            ValueError: where the group has others than those given: the loss would be a plausible number,
-                and a wrong one.
+            ValueError: if the group's differ from the given ones: the loss would be plausible but wrong.
         """
         if not _initialized() or (self.world_size == 1 and self.group is None):
             return self.rank or 0, self.world_size or 1
@@ -216,41 +214,40 @@ class Gather:
 
     @property
     def anchors_are_local(self) -> bool:
-        """True where this process computes its own rows only."""
+        """True if this process computes its own rows only."""
         return self.local_loss and self.place[1] > 1
 
     def first_row(self, own: int) -> int:
-        """The column of the first of this process's ``own`` rows; 0 where all rows are computed."""
+        """The column of the first of this process's ``own`` rows; 0 if all rows are computed."""
         return self.place[0] * own if self.anchors_are_local else 0
 
     def check_agreement(self, owner: object, **features: Tensor | None) -> None:
-        """Raise the same ValueError on every process unless all bring features of one kind.
+        """Raise the same ValueError on every process unless the features of all processes agree.
 
-        Whoever gathers calls this before anything is gathered, with all features of the call by name, a
-        teacher's among them, and None where one is not given. A description of them (names, dtypes, shapes,
-        and the flags) is compared when ``owner``, the loss that gathers, meets it for the first time. It is
-        not compared again, so later batches cost what they would without the check.
+        Call this before gathering, with all features of the call by name, including a teacher's, and None for
+        missing ones. A description of the features (names, dtypes, shapes, and the flags) is compared when it
+        is new for ``owner``, the gathering loss. It is not compared again, so later batches have no extra
+        cost.
 
-        No process waits for one that does not come as long as all run the same program. Every process makes
-        the same sequence of calls. The first call of an owner is compared on all of them, whatever each one
-        brings. While all descriptions of an owner have been equal call by call, all processes remember the
-        same ones, so a batch that changes everywhere at once, as the last one of an epoch does, is new
-        everywhere and compared everywhere. After an error nothing is remembered, and the next call is
-        compared again.
+        No process waits forever for another, provided that all run the same program. Every process makes the
+        same sequence of calls. The first call of an owner is compared on all processes, for any features.
+        While the descriptions of an owner are equal call by call, all processes remember the same ones. So a
+        batch that changes on all processes at once, such as the last one of an epoch, is new and compared on
+        all of them. After an error nothing is remembered, and the next call is compared again.
 
-        What this cannot see is a later change on some processes alone while the others bring what was
-        compared before: the former enter this collective and the latter the next one. Their sizes differ, at
-        which gloo fails at once and NCCL waits until its timeout. To see it by name, every call would have to
-        be compared, which costs an accelerator a wait per step.
+        One case is not detected: a later change on some processes alone, while the others have features
+        compared before. The former enter this collective and the latter the next one. Their sizes differ, so
+        gloo fails at once and NCCL waits until its timeout. A named error would need a comparison at every
+        call, which makes an accelerator wait once per step.
 
-        A captured graph compares nothing.
+        In a captured graph nothing is compared.
 
         Args:
-            owner: who gathers; anything that weak references can be made to.
+            owner: the gathering loss, or any object that supports weak references.
             **features: by name.
 
         Raises:
-            ValueError: where the processes differ; it shows rank 0's and the first that differs.
+            ValueError: if the processes differ; it shows rank 0's features and the first that differ.
         """
         tensors = [x for x in features.values() if isinstance(x, Tensor)]
         if self.place[1] == 1 or not (_initialized() and tensors and can_be_read(tensors[0])):
@@ -288,8 +285,8 @@ class Gather:
 
         Args:
             features: this process's.
-            are_anchors: whether they have rows of their own, to which ``local_loss`` without
-                ``gather_with_grad`` leaves their gradient.
+            are_anchors: True for features that are also rows; with ``local_loss`` but without
+                ``gather_with_grad`` only the rows have a gradient.
 
         Raises:
             RuntimeError: for several processes without a process group.
@@ -309,12 +306,12 @@ class Gather:
             if not (self.local_loss and are_anchors):
                 first, last = rank * len(features), (rank + 1) * len(features)
                 gathered = torch.cat([gathered[:first], features, gathered[last:]])
-        if shared is not None:  # with the tensor, whose identity is not given away while it lives
+        if shared is not None:  # with the tensor, so that its id is not reused
             shared[key] = features, gathered
         return gathered
 
     def constants(self, *features: Tensor | None) -> list[Tensor | None]:
-        """Features ``[n, D_k]`` of all processes, without a gradient, in one gathering; None stays None."""
+        """Features ``[n, D_k]`` of all processes, without a gradient, in one collective; None stays None."""
         given = [x.detach() for x in features if x is not None]
         if not given or self.place[1] == 1:
             return list(features)
@@ -337,12 +334,12 @@ _gathered: ContextVar[dict[Any, tuple[Tensor, Tensor]] | None] = ContextVar("_ga
 
 @contextlib.contextmanager
 def gather_once() -> Iterator[None]:
-    """A context in which the losses gather the same tensor once, and share the result.
+    """A context in which losses gather the same tensor once and share the result.
 
-    A composition enters it around its base and its own terms, a trainer around all losses of a step.
+    A composition uses it around its base and its own terms, a trainer around all losses of a step.
 
     Example:
-        >>> with gather_once():  # one process: there is nothing to gather
+        >>> with gather_once():  # one process: nothing to gather
         ...     images, texts = Gather()(torch.ones(2, 3), torch.ones(2, 3))
     """
     if _gathered.get() is not None:  # an outer context's

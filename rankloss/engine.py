@@ -5,22 +5,22 @@ values,
 
     CE = log Σ_q e^{x_q} − x_k,   C(x | y) = (1/M) · Σ_p (log C_p − x_p),   C_p = Σ_{q : y_q ≤ y_p} e^{x_q},
 
-p running over the items that count, M their number (1 with ``reduction="sum"``). With
+where p runs over the counted items and M is their number (1 with ``reduction="sum"``). With
 U_q = Σ_{p : y_p ≥ y_q} 1 / C_p the gradient of α·CE + β·C(x | y) is
 
     ∂/∂x_q = e^{x_q}·(α / Σ e^x + (β/M)·U_q) − α·[q = k] − (β/M)·[q counts].
 
-Under ``model="top_one"`` C(x | y) = Σ_q p_q·(log Σ e^x − x_q) with p = softmax(y), whose part of the gradient
-is β·(e^{x_q} / Σ e^x − p_q). Sums are in float64, which holds them for scores of up to ±680 nats; features
-are expected to be unit-norm, and a model's scale is at most 100.
+Under ``model="top_one"`` C(x | y) = Σ_q p_q·(log Σ e^x − x_q) with p = softmax(y); its part of the gradient
+is β·(e^{x_q} / Σ e^x − p_q). Sums are in float64, which suffices for scores of up to ±680 nats; features are
+expected to be unit-norm, and a model's scale is at most 100.
 
 With G the gradient by the scores s·C of a matrix, C = Q·Kᵀ (anchors Q, items K),
 
     ∂Q = s·G·K,   ∂K = s·Gᵀ·Q,   ∂s = Σ G∘C = Σ (G·K)∘Q = Σ (Gᵀ·Q)∘K.
 
-Where the two matrices of a term are multiplied out as wholes, as those of a small batch are, symmetries save
-products. R is S transposed, and so is its gradient. For I and X the gradients by anchors and by items are one
-product, (G + Gᵀ)·K.
+For a small batch both matrices of a term are computed as a whole, and symmetries save products. R and its
+gradient are those of S, transposed. For I and X the gradients by anchors and by items are one product,
+(G + Gᵀ)·K.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from rankloss.options import RankOptions
 from rankloss.precision import full_precision, nan_unless_finite
 from rankloss.ranking import rank
 
-# Entries of a matrix that is multiplied out at a time, all of a small one, and of the lists that are
-# evaluated at once, as many as a core's cache holds. Below the fewest, overhead exceeds the work.
+# Limits in matrix entries: a small matrix is computed as a whole, others in chunks, and lists are evaluated
+# in slices that fit a core's cache. Below the fewest rows or lists, overhead exceeds the work.
 _WHOLE, _FEWEST_ROWS = 2**22, 128
 _CHUNK, _CHUNK_ELSEWHERE = {"cpu": 2**20}, 2**24
 _LISTS, _LISTS_ELSEWHERE, _FEWEST_LISTS = {"cpu": 2**17}, 2**23, 16
@@ -50,11 +50,11 @@ _LISTS, _LISTS_ELSEWHERE, _FEWEST_LISTS = {"cpu": 2**17}, 2**23, 16
 
 
 class StreamedTerms(Protocol):
-    """Terms that are computed together with their gradients; those that are not wanted are zero."""
+    """Terms computed together with their gradients; unwanted terms are zero."""
 
     @property
     def wanted(self) -> Sequence[bool]:
-        """The terms that are computed."""
+        """True for each term to compute."""
 
     def stream(self, inputs: Sequence[Any], weights: Tensor, with_gradient: bool) -> Streamed:
         """The terms times ``weights``, and the gradients of their sum by the inputs."""
@@ -69,9 +69,9 @@ Streamed: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor | None]]
 def apply(terms: StreamedTerms, weights: Tensor, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The terms times ``weights``, differentiable by the inputs.
 
-    Kept for the backward pass are the inputs and the gradients of the terms' sum. Where the terms have
-    different upstream values the pass is run once more. A backward pass with ``create_graph=True``
-    differentiates the definition, in quadratic memory.
+    The inputs and the gradients of the terms' sum are kept for the backward pass. If the terms have different
+    upstream values, the pass is run once more. A backward pass with ``create_graph=True`` differentiates the
+    definition, in quadratic memory.
     """
     return tuple(_Streamed.apply(terms, weights, *inputs))  # type: ignore[no-untyped-call]
 
@@ -92,7 +92,7 @@ class _Streamed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: each look unpacks them, for hooks and checkpoints to see
+        saved = ctx.saved_tensors  # read once: each access unpacks them, which triggers hooks and checkpoints
         inputs, gradients = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         by = ctx.needs_input_grad[2:]
         factor = _common([g for g, is_wanted in zip(upstream, ctx.terms.wanted, strict=True) if is_wanted])
@@ -109,7 +109,7 @@ class _Streamed(torch.autograd.Function):
 
 
 def _common(upstream: Sequence[Tensor | None]) -> Tensor | None:
-    """The upstream value that all terms share; None where they do not, or to know it would cost a wait."""
+    """The upstream value shared by all terms; None if they differ, or a comparison would wait."""
     first = upstream[0]
     for g in upstream:
         if first is None or g is None:
@@ -126,9 +126,9 @@ def _by_definition(
     by: Sequence[bool],
     upstream: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Gradients with a graph of their own."""
-    # By aliases: one input may be computed of another, as gathered features are of the local ones, and the
-    # derivative along that path is the outer graph's to add.
+    """Gradients that are differentiable again."""
+    # Use aliases: one input may depend on another, as gathered features on the local ones, and the outer
+    # graph adds the derivative along that path.
     aliases = [None if x is None else x.view_as(x) for x in inputs]
     values = zip(terms.definition(aliases, weights), upstream, strict=True)
     given = [(x, g) for x, g in values if x.requires_grad and g is not None]
@@ -143,10 +143,10 @@ def _by_definition(
 OfLists: TypeAlias = Callable[
     [Tensor, Tensor | None, int], tuple[Tensor | None, Tensor | None, Tensor | None]
 ]
-"""The loss of some lists: two values ``[matrices, n]`` and the gradient by the scores ``[matrices, n, N]``.
+"""Loss of a block of lists: two values ``[matrices, n]`` and the gradient by the scores ``[matrices, n, N]``.
 
-The arguments are cosines ``[matrices, n, N]``, those of a teacher likewise, and the column of the first
-list's own pair. The gradient is written over the cosines where a chunk is evaluated in slices.
+The arguments are cosines ``[matrices, n, N]``, a teacher's cosines or None, and the column of the first
+list's own pair. If a chunk is evaluated in slices, the gradient overwrites the cosines.
 """
 
 
@@ -160,17 +160,17 @@ def accumulate(
     *,
     in_slices: bool = True,
 ) -> list[Tensor]:
-    """Add up the values of all rows of some matrices, and add their gradients to ``sums``.
+    """Add up the values of all rows of the matrices, and add their gradients to ``sums``.
 
     Args:
         of_lists: the loss of a block of lists.
         matrices: one, or the two of a term.
-        references: the matrices of a teacher, as many, or none.
-        sums: the gradients by the factors of the matrices, by name, zeros at first; None where none is
+        references: a teacher's matrices, one for each, or none.
+        sums: the gradients by the factors of the matrices, by name, initially zeros; None if no gradient is
             wanted. They lack the factor s unless the gradient of ``of_lists`` is by the cosines.
         first_row: the column of the first anchor's own pair.
-        chunk_size: rows multiplied out at a time; None chooses from the sizes and the device.
-        in_slices: evaluate as many lists of a chunk at a time as a core's cache holds; else all of them.
+        chunk_size: rows computed at a time; None chooses from the sizes and the device.
+        in_slices: evaluate the lists of a chunk in slices that fit a core's cache; otherwise all at once.
 
     Returns:
         Both values of a list, summed over the rows: ``[matrices]`` each.
@@ -202,7 +202,7 @@ def accumulate(
 
 
 def _multiply(matrices: Sequence[Matrix], rows: slice) -> Tensor:
-    """Some rows of every matrix, ``[matrices, n, N]``, which their gradient may overwrite."""
+    """Given rows of every matrix, ``[matrices, n, N]``; the gradient may overwrite them."""
     items = matrices[0].items
     out = items.new_empty(len(matrices), len(matrices[0].anchors[rows]), len(items))
     for k, matrix in enumerate(matrices):
@@ -216,13 +216,13 @@ def _multiply(matrices: Sequence[Matrix], rows: slice) -> Tensor:
 def _add_gradients(
     matrices: Sequence[Matrix], rows: slice, by_scores: Tensor, sums: dict[str, Tensor]
 ) -> None:
-    """Add the gradients of some rows of every matrix.
+    """Add the gradients of given rows of every matrix.
 
     Args:
         matrices: one, or the two of a term.
-        rows: those rows.
-        by_scores: the gradient by the scores, ``[matrices, n, N]``, which is overwritten.
-        sums: the gradients by the factors of the matrices, by name; the factor s is lacking.
+        rows: the rows.
+        by_scores: the gradient by the scores, ``[matrices, n, N]``; it is overwritten.
+        sums: the gradients by the factors of the matrices, by name, without the factor s.
     """
     if _are_transposed(matrices, rows):
         matrices, by_scores = matrices[:1], by_scores[0].add_(by_scores[1].T.contiguous())[None]
@@ -236,7 +236,7 @@ def _add_gradients(
 
 
 def _are_transposed(matrices: Sequence[Matrix], rows: slice) -> bool:
-    """True where the last matrix is the first one transposed, and the rows are all of them."""
+    """True if the last matrix is the first one transposed, and all rows are given."""
     is_whole = len(matrices[0].anchors[rows]) == len(matrices[0].items)
     return is_whole and matrices[0].factors == matrices[-1].factors[::-1]
 
@@ -245,18 +245,18 @@ def _are_transposed(matrices: Sequence[Matrix], rows: slice) -> bool:
 
 
 class Block(NamedTuple):
-    """Some rows of several matrices, the same rows of each, and all that their values depend on.
+    """The same rows of several matrices, and all that their values depend on.
 
     Attributes:
         cosines: c, ``[matrices, n, N]``.
         scale: s, ``[]``.
         alpha: weight of each matrix's cross-entropies, ``[matrices]``; None leaves them out.
-        beta: weight of each matrix's C(x | y), likewise.
-        reference: the cosines that the lists are ranked by, ``[matrices, n, N]``; None where each of two
-            matrices is ranked by the other.
-        first_equal: for each matrix of the reference ``[N]``, the first item equal to item j, whose cosine
-            counts, so that equal items are tied; None where no two items are equal.
-        first_row: the column of the first row's own pair; the next row's is the next.
+        beta: weight of each matrix's C(x | y), ``[matrices]``; None leaves them out.
+        reference: the cosines that rank the lists, ``[matrices, n, N]``; None if each of two matrices ranks
+            the other.
+        first_equal: for each reference matrix ``[N]``, the first item equal to item j; its cosine is used for
+            all of them, so that equal items are tied. None if no two items are equal.
+        first_row: the column of the first row's own pair; later rows' follow in order.
     """
 
     cosines: Tensor
@@ -274,7 +274,7 @@ class Evaluated(NamedTuple):
     Attributes:
         cross_entropy: CE, ``[matrices, n]``; None without alpha.
         nll: C(x | y), ``[matrices, n]``; None without beta.
-        gradient: of Σ α·CE + β·C by s·c, ``[matrices, n, N]``; None where none is wanted.
+        gradient: of Σ α·CE + β·C by s·c, ``[matrices, n, N]``; None if not wanted.
     """
 
     cross_entropy: Tensor | None
@@ -283,10 +283,10 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Evaluated:
-    """Values of a block of lists, and the gradient where it is wanted, written over the cosines."""
+    """Values of a block of lists; if wanted, the gradient overwrites the cosines."""
     if block.beta is not None and not options.diagonal:
         return _without_own(block, options, with_gradient=with_gradient)
-    own = block.cosines.diagonal(block.first_row, 1, 2).clone()  # before the gradient is written there
+    own = block.cosines.diagonal(block.first_row, 1, 2).clone()  # before the gradient overwrites it
     is_ranked = block.beta is not None and options.model == "plackett_luce"
     nll, log_sums = (_plackett_luce if is_ranked else _softmax)(block, options, with_gradient)
     gradient = block.cosines if with_gradient else None
@@ -299,11 +299,11 @@ def evaluate(block: Block, options: RankOptions, *, with_gradient: bool) -> Eval
 
 
 def _plackett_luce(block: Block, options: RankOptions, with_gradient: bool) -> tuple[Tensor | None, Tensor]:
-    """C(x | y) and log Σ e^x; the gradient, but for α·[q = k], is written over the cosines."""
+    """C(x | y) and log Σ e^x; the gradient, except for α·[q = k], overwrites the cosines."""
     alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
     ranking = rank(_reference(block), options)
     c = block.cosines if ranking.order is None else block.cosines.gather(-1, ranking.order)
-    x = c * block.scale.double().view(1)  # of one dimension, so that the product is float64
+    x = c * block.scale.double().view(1)  # one dimension, so that the product is float64
     scores = ranking.counted_sum(x)
     C = ranking.denominators(x.exp_())
     log_sums = C[..., -1:].log()
@@ -326,7 +326,7 @@ def _plackett_luce(block: Block, options: RankOptions, with_gradient: bool) -> t
 
 
 def _softmax(block: Block, options: RankOptions, with_gradient: bool) -> tuple[Tensor | None, Tensor]:
-    """As :func:`_plackett_luce`, C(x | y) being that of ``top_one``, or None where there is no beta."""
+    """As :func:`_plackett_luce`, with C(x | y) of ``top_one``, or None without beta."""
     alpha, beta = (None if w is None else w.view(-1, 1, 1) for w in (block.alpha, block.beta))
     scale = block.scale.double().view(1)
     x = block.cosines * scale
@@ -343,7 +343,7 @@ def _softmax(block: Block, options: RankOptions, with_gradient: bool) -> tuple[T
 
 
 def _reference(block: Block) -> Tensor:
-    """``[matrices, n, N]``, equal items tied exactly, whatever the rounding of their cosines."""
+    """``[matrices, n, N]``, equal items tied exactly despite rounding of their cosines."""
     reference = block.cosines.flip(0) if block.reference is None else block.reference
     if all(equal is None for equal in block.first_equal):
         return reference
@@ -352,7 +352,7 @@ def _reference(block: Block) -> Tensor:
 
 
 def _without_own(block: Block, options: RankOptions, *, with_gradient: bool) -> Evaluated:
-    """With ``diagonal=False``: the cross-entropy is of all items, the lists are of all but the own pair."""
+    """With ``diagonal=False``: cross-entropy of all items, lists of all items except the own pair."""
     n, n_items = block.cosines.shape[1:]
     own = torch.arange(block.first_row, block.first_row + n, device=block.cosines.device)
     others = other_items(own, n_items).expand(len(block.cosines), -1, -1)
@@ -403,7 +403,7 @@ class RowLists(NamedTuple):
             references = batch.references(term) if beta is not None else ()
             ties = tuple(batch.first_equal[x.factors[1]] for x in references)
             evaluator = evaluate if beta is None else self.evaluate
-            # A gradient by the cosines, so that no sum has to be multiplied by s.
+            # The gradient is by the cosines, so that no sum needs the factor s.
             by_alpha, by_beta = (None if x is None else x * scale for x in (alpha, beta))
 
             def of_lists(cosines: Tensor, reference: Tensor | None, first_row: int) -> Evaluated:
@@ -425,7 +425,8 @@ class RowLists(NamedTuple):
                 values[place] = torch.dot(beta, nll)
         if sums is None:
             return values, [None] * len(inputs)
-        # ∂s = Σ (G·K)∘Q, from the sums by the anchors, which hold each matrix twice where they are the items.
+        # ∂s = Σ (G·K)∘Q, from the sums by the anchors; if the anchors are the items, each matrix is in the
+        # sums twice.
         is_local = batch.inputs.image_anchors is not None
         anchors = ("image_anchors", "text_anchors") if is_local else ("image", "text")
         by_anchors = [(sums[name] * getattr(batch.inputs, name)).sum() for name in anchors]
@@ -444,20 +445,20 @@ def weighted_terms(
     """CLIP's cross-entropy, the cross-modal and the in-modal term, each times its weight.
 
     An anchor's rank term is the mean of its lists' NLL over the two directions. ``reduction="mean"`` divides
-    each list by its Σ_p μ_p and averages the anchors; ``"sum"`` is N times the average of the anchors' sums,
-    which is the plain sum where every item is an anchor, and keeps the balance between terms where a process
-    holds a share of the anchors only. The cross-entropy is always the mean over the anchors.
+    each list by its Σ_p μ_p and averages the anchors. ``"sum"`` is N times the average of the anchors' sums:
+    the plain sum if every item is an anchor. If a process has only a share of the anchors, this keeps the
+    balance between terms. The cross-entropy is always the mean over the anchors.
 
     Args:
         batch: the features.
         options: of the rank terms.
         weights: ``[3]``, of the terms, without gradient.
-        wanted: for each term whether it is computed; the others are zero. Only row lists of worth ``exp`` can
-            carry the cross-entropy.
+        wanted: True for each term to compute; the others are zero. Only row lists of worth ``exp`` can
+            include the cross-entropy.
 
     Returns:
-        Three scalars in the batch's dtype, ``[n]`` with ``reduction="none"``, on the device of the features
-        as they were given.
+        Three scalars in the batch's dtype, ``[n]`` with ``reduction="none"``, on the device of the given
+        features.
     """
     weights = weights.to(batch.inputs.image.device, non_blocking=True).double()
     lists = RowLists(batch, options, wanted)
@@ -470,7 +471,7 @@ def weighted_terms(
 
 
 def _by_kernels(lists: RowLists) -> RowLists:
-    """The same by the package that ``kernel`` names; a ValueError where it is missing or does not serve."""
+    """The same with the package of ``kernel``; a ValueError if it is missing or does not support the case."""
     batch, options, features = lists.batch, lists.options, lists.batch.inputs.image
     try:
         module = importlib.import_module(f"rankloss_{options.kernel}")

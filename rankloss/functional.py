@@ -5,15 +5,15 @@ With S = s·V·Tᵀ, R = Sᵀ, I = s·V·Vᵀ, X = s·T·Tᵀ, and C the NLL of 
 
     cross = ½[C(S | R) + C(R | S)],   in = ½[C(I | X) + C(X | I)],
 
-or one direction of each where the other modality's rankings are a fixed reference. With a teacher's features
-V', T' each matrix is ranked by the teacher's own, S' = V'·T'ᵀ and so on,
+or one direction of each if the other modality's rankings are a fixed reference. With a teacher's features V',
+T' each matrix is ranked by the teacher's matrix, S' = V'·T'ᵀ and so on,
 
     cross = ½[C(S | S') + C(R | R')],   in = ½[C(I | I') + C(X | X')].
 
-Similarities, order and sums are computed in float32 at least, whatever the features' dtype or an enclosing
-autocast region asks for: half-precision similarities would make ties of neighbours. In float32 the gradient
-is that of the order which the float32 products give: where items of a reference are closer than a rounding,
-and where TF32 products are allowed, it differs from float64's by up to some 1e-3.
+Similarities, order and sums are computed in float32 at least, for any dtype of the features and in any
+autocast region: half-precision similarities would tie neighbours. In float32 the gradient is that of the
+float32 products' order. If reference items are closer than a rounding error, or TF32 products are allowed, it
+differs from float64's by up to some 1e-3.
 """
 
 from __future__ import annotations
@@ -47,31 +47,30 @@ def plackett_luce_nll(
 
         NLL(x | y) = Σ_p μ_p · [ log Σ_{q : y_q ≤ y_p} w(x_q) − log w(x_p) ]
 
-    Items that are tied in the reference share one denominator (Breslow's rule), so the value does not depend
-    on the order of the items. The reference gives the order only and never receives a gradient. Computed in
-    float32 at least, whatever the dtype of the scores; differentiable any number of times, in reverse mode.
+    Items tied in the reference share one denominator (Breslow's rule), so the value does not depend on the
+    order of the items. The reference only gives the order and never receives a gradient. The NLL is computed
+    in float32 at least, for any dtype of the scores, and differentiable any number of times in reverse mode.
 
     Args:
         scores: ``[..., N]``, floating point, the x of the formula.
         reference: ``[..., N]``, the y of the formula: any real dtype, larger is better.
-        worth: w(x): ``"exp"`` for eˣ; ``"shifted"`` for (1 + x)/2 and ``"identity"`` for x itself, where x is
-            a cosine.
-        ties: ``"shared"`` as in the formula, or ``"random"``: tied items are put in a random order, one
-            shuffle for all lists of the call, drawn from torch's default generator of the scores' device.
+        worth: w(x): ``"exp"`` for eˣ; for cosines also ``"shifted"`` for (1 + x)/2 and ``"identity"`` for x
+            itself.
+        ties: ``"shared"`` as in the formula, or ``"random"``: tied items are shuffled, with one shuffle for
+            all lists of the call, from torch's default generator of the scores' device.
         discount: None for μ = 1; ``"log"`` for μ_p = 1 / log(1 + rank of p), where the best rank is 1 and
             tied items share their best rank.
-        top_k: keep the terms of the positions of rank ≤ k only; their denominators still run over the whole
-            tail.
+        top_k: keep only the terms of ranks ≤ k; their denominators still run over the whole tail.
 
     Returns:
         ``[...]``: one value per list, in nats, not normalised by N. NaN in a list gives NaN.
 
     Raises:
-        ValueError: for shapes that differ or hold no item, tensors on different devices, integer scores, an
-            unknown option, ``top_k`` < 1, or a score whose worth is not positive (the message holds the
-            smallest score; on an accelerator and in a compiled graph, where a look at the scores would cost a
-            wait or a break, the value is NaN instead).
-        TypeError: for scores or a reference that is no tensor.
+        ValueError: for shapes that differ or have no items, tensors on different devices, integer scores, an
+            unknown option, ``top_k`` < 1, or a score whose worth is not positive (the message shows the
+            smallest score; on an accelerator and in a compiled graph the value is NaN instead, since reading
+            scores would wait or break the graph).
+        TypeError: for scores or a reference that is not a tensor.
 
     References:
         "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025; "The Analysis of Permutations",
@@ -105,8 +104,9 @@ def cross_modal(
     """``½[C(S | R) + C(R | S)]``: the image's ranking of the texts against the text's ranking of the images.
 
     With a teacher's features of both modalities, ``reference_image_features=`` and
-    ``reference_text_features=``, it is ``½[C(S | S') + C(R | R')]``. It is :class:`rankloss.RankConsistency`
-    with one term, of this process's pairs: options, shapes and errors are those of the class.
+    ``reference_text_features=``, it is ``½[C(S | S') + C(R | R')]``. The function is
+    :class:`rankloss.RankConsistency` with one term, for this process's pairs, with the class's options,
+    shapes and errors.
 
     Example:
         >>> v = torch.eye(3)
@@ -119,10 +119,10 @@ def cross_modal(
 def in_modal(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float = 1.0, **named: Any
 ) -> Tensor:
-    """``½[C(I | X) + C(X | I)]``: the ranking of the images among themselves against that of their texts.
+    """``½[C(I | X) + C(X | I)]``: the images' ranking among themselves against their texts'.
 
-    With a teacher's features of both modalities it is ``½[C(I | I') + C(X | X')]``, and with those of one,
-    whose matrix is Y', ``½[C(I | Y') + C(X | Y')]``. Arguments as of :func:`cross_modal`.
+    With a teacher's features of both modalities it is ``½[C(I | I') + C(X | X')]``; with one modality, whose
+    matrix is Y', ``½[C(I | Y') + C(X | Y')]``. Arguments as for :func:`cross_modal`.
 
     Example:
         >>> v = torch.eye(3)
@@ -137,6 +137,6 @@ def _consistency(cross_modal: float, in_modal: float, inputs: tuple[Any, ...], *
     return _loss(cross_modal, in_modal, **named)(*inputs, **teacher)  # type: ignore[no-any-return]
 
 
-@functools.lru_cache(typed=True)  # which looks at values at its first call only
+@functools.lru_cache(typed=True)  # a loss reads values at its first call only
 def _loss(cross_modal: float, in_modal: float, **options: Any) -> RankConsistency:
     return RankConsistency(cross_modal=cross_modal, in_modal=in_modal, gather=False, **options)

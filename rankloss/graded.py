@@ -1,8 +1,8 @@
 r"""The three models of a graded list, each with the number of its terms.
 
-A list has scores x and grades g, ``[n, K]`` in float64, a larger grade being better. Items of grade −∞ stand
+A list has scores x and grades g, ``[n, K]`` in float64; a larger grade is better. Items of grade −∞ rank
 below all graded items and are not counted. Padding has the grade +∞. ``rest``, ``[n, M]``, has the scores of
-further items of grade −∞, and −∞ where an item is not in the list.
+further items of grade −∞, or −∞ for an item outside the list.
 
 Every model returns values and numbers of terms, both ``[n]``.
 """
@@ -21,7 +21,7 @@ def plackett_luce(
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of the order by grades; equal grades share one denominator.
 
-    Terms are the graded items of rank ≤ ``top_k`` whose denominators hold other items too.
+    Terms are the graded items of rank ≤ ``top_k`` whose denominators include other items.
     """
     grades, order = grades.sort(-1)  # ascending, so that {q : g_q ≤ g_p} is a prefix; padding comes last
     is_item = grades < math.inf
@@ -47,7 +47,7 @@ def top_one(x: Tensor, grades: Tensor, rest: Tensor | None) -> tuple[Tensor, Ten
     log_sum = x.masked_fill(~is_item, -math.inf).logsumexp(-1, keepdim=True)
     if rest is not None:
         log_sum = torch.logaddexp(log_sum, rest.logsumexp(-1, keepdim=True).to(x.dtype))
-    p = grades.masked_fill(~is_item, -math.inf).softmax(-1).nan_to_num(0.0)  # NaN where nothing is graded
+    p = grades.masked_fill(~is_item, -math.inf).softmax(-1).nan_to_num(0.0)  # NaN without graded items
     return (p * (log_sum - x)).sum(-1), is_item.any(-1).long()
 
 
@@ -70,7 +70,7 @@ def pairwise(
 
 
 def is_ranked(grades: Tensor, has_rest: Tensor | None) -> Tensor:
-    """True where two items of a list have different grades: ``[n]``."""
+    """True if two items of the list have different grades: ``[n]``."""
     best = grades.masked_fill(grades == math.inf, -math.inf).amax(-1)
     worst = grades.amin(-1)
     return (worst if has_rest is None else worst.masked_fill(has_rest, -math.inf)) < best
@@ -83,12 +83,12 @@ def first_of_id(ids: Tensor) -> Tensor:
 
 
 def others(own: Tensor, first_equal: Tensor | None, is_listed: Tensor) -> Tensor:
-    """Items that are in a list and equal none of one's own: ``[n, M]``.
+    """Listed items that differ from all of a list's own items: ``[n, M]``.
 
     Args:
         own: ``[n, K]``, the lists' own items.
-        first_equal: ``[M]``, the first item equal to each; None where no two are equal.
-        is_listed: ``[M]``, whether an item is in any list.
+        first_equal: ``[M]``, the first item equal to each; None if no two items are equal.
+        is_listed: ``[M]``, True for items in any list.
     """
     is_own = torch.zeros(len(own), len(is_listed), dtype=torch.bool, device=own.device)
     if first_equal is None:

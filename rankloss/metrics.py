@@ -1,8 +1,8 @@
 r"""Metrics of an embedding space and of graded lists. Nothing here is differentiated.
 
-Functions of features take unit-norm ``[N, D]``, image and text row i being a pair. Functions of lists take
-``[..., N]`` and return ``[...]`` in float64, a value per list; ``mask``, of the same shape, is False where a
-place is padding.
+Functions of features take unit-norm ``[N, D]``; image row i and text row i are a pair. Functions of lists
+take ``[..., N]`` and return ``[...]`` in float64, one value per list; ``mask``, of the same shape, is False
+at padding.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def kendall_tau(
 
         τ_b = (P − Q) / √((P + Q + X₀)(P + Q + Y₀)),   τ_c = 2(P − Q) / (n²·(m − 1)/m)
 
-    with P concordant and Q discordant pairs of items, X₀ and Y₀ those tied in x only and in y only, n the
-    number of items and m the smaller number of distinct values of x and y.
-    Computed in O(N log² N) by counting inversions while merging.
+    with P concordant and Q discordant pairs of items, X₀ and Y₀ the pairs tied only in x and only in y, n the
+    number of items and m the smaller number of distinct values of x and y. Computed in O(N log² N) by
+    counting inversions while merging.
 
     Args:
         x: ``[..., N]``.
@@ -69,7 +69,7 @@ def kendall_tau(
 
 
 def pairwise_accuracy(scores: Tensor, grades: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Share of the pairs with unequal grades that the scores order as the grades do.
+    """Share of the pairs with unequal grades that scores and grades order alike.
 
     A pair of equal scores counts one half.
 
@@ -79,7 +79,7 @@ def pairwise_accuracy(scores: Tensor, grades: Tensor, *, mask: Tensor | None = N
         mask: ``[..., N]``.
 
     Returns:
-        ``[...]``, float64; NaN where all grades are equal, or an entry is NaN.
+        ``[...]``, float64; NaN if all grades are equal, or an entry is NaN.
 
     Example:
         >>> pairwise_accuracy(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([2.0, 1.0, 0.0])).item()
@@ -97,21 +97,21 @@ def ndcg(
     gain: Literal["linear", "exponential"] = "linear",
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Normalised discounted cumulative gain of the first k places.
+    r"""Normalised discounted cumulative gain of the first k ranks.
 
         DCG = Σ_{r ≤ k} gain(g_r) / log2(1 + r),   nDCG = DCG / DCG of the order by grades
 
-    Items with equal scores share the mean of their places' discounts, as in scikit-learn.
+    Items with equal scores share the mean of their ranks' discounts, as in scikit-learn.
 
     Args:
         scores: ``[..., N]``.
-        grades: ``[..., N]``, at least 0; −∞ is unranked and gains 0.
-        k: the number of places; None for all.
+        grades: ``[..., N]``, at least 0; an item of grade −∞ is unranked and has the gain 0.
+        k: the number of ranks; None for all.
         gain: ``"linear"``: g; ``"exponential"``: 2^g − 1.
         mask: ``[..., N]``.
 
     Returns:
-        ``[...]``, float64; NaN where no item has a gain, or an entry is NaN.
+        ``[...]``, float64; NaN if no item has a gain, or an entry is NaN.
 
     Raises:
         ValueError: for a finite grade below 0, whose gain would be negative.
@@ -128,7 +128,7 @@ def ndcg(
     discounts = places.add(1).double().log2().reciprocal()
     if k is not None:
         discounts = discounts.where(places <= check_count("k", k), 0.0)
-    # Discounts of the first r places, so that tied items share those of their own.
+    # Discounts of the first r ranks; tied items share the discounts of their ranks.
     cumulated = torch.nn.functional.pad(discounts.cumsum(0), (1, 0))
     gains = grades.clamp_min(0.0)
     gains = gains.exp2() - 1 if gain == "exponential" else gains
@@ -146,16 +146,16 @@ def reciprocal_rank(
 ) -> Tensor:
     """1 / rank of the first relevant item; the mean over lists is MRR.
 
-    Items that are not relevant and have the same score stand before it.
+    Irrelevant items with the same score rank before it.
 
     Args:
         scores: ``[..., N]``.
         grades: ``[..., N]``.
-        at_least: the least grade of a relevant item.
+        at_least: the smallest grade of a relevant item.
         mask: ``[..., N]``.
 
     Returns:
-        ``[...]``, float64; NaN where no item is relevant, or an entry is NaN.
+        ``[...]``, float64; NaN if no item is relevant, or an entry is NaN.
 
     Example:
         >>> reciprocal_rank(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([0.0, 2.0, 1.0])).item()
@@ -195,16 +195,16 @@ def spearman_rho(x: Tensor, y: Tensor) -> Tensor:
 def rank_agreement(
     image_features: Tensor, text_features: Tensor, *, max_anchors: int | None = None
 ) -> dict[str, Tensor]:
-    """Agreement of an image's ranking with its text's, averaged over pairs: Kendall's τ-b, Spearman's ρ.
+    """Agreement between an image's ranking and its text's, averaged over pairs: Kendall's τ-b, Spearman's ρ.
 
     ``cross_modal_*`` compares row i of S = V·Tᵀ with row i of R = Sᵀ, ``in_modal_*`` row i of I = V·Vᵀ with
-    row i of X = T·Tᵀ. Equal items are tied exactly, as in the losses. A row in which everything is tied has
-    no ranking and is left out of the average.
+    row i of X = T·Tᵀ. Equal items are tied exactly, as in the losses. A row with all items tied has no
+    ranking and is left out of the average.
 
     Args:
         image_features: ``[N, D]``.
         text_features: ``[N, D]``.
-        max_anchors: compare that many evenly spaced rows only; all of them by default.
+        max_anchors: number of evenly spaced rows to compare; all rows by default.
 
     Returns:
         ``cross_modal_tau``, ``cross_modal_rho``, ``in_modal_tau``, ``in_modal_rho``: scalars in [−1, 1].
@@ -255,7 +255,7 @@ def modality_gap(image_features: Tensor, text_features: Tensor) -> Tensor:
 
 
 def alignment(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """``mean_i ‖v_i − t_i‖²``: 0 where every pair coincides; smaller is better.
+    """``mean_i ‖v_i − t_i‖²``: 0 if every pair coincides; smaller is better.
 
     References:
         "Understanding Contrastive Representation Learning through Alignment and Uniformity
@@ -270,10 +270,10 @@ def alignment(image_features: Tensor, text_features: Tensor) -> Tensor:
 
 
 def uniformity(image_features: Tensor, text_features: Tensor | None = None) -> Tensor:
-    """``log mean_{i > j} exp(−2‖x_i − z_j‖²)``: how evenly the sphere is covered; smaller is more even.
+    """``log mean_{i > j} exp(−2‖x_i − z_j‖²)``: evenness of the sphere's coverage; smaller is more even.
 
-    With one argument x and z are the same features, the uniformity of one modality. With two, x
-    are the images and z the texts, the cross-modal measure of the CyCLIP authors' analysis.
+    With one argument x and z are the same features: the uniformity of one modality. With two arguments x are
+    the images and z the texts: the cross-modal measure of the CyCLIP authors' analysis.
 
     Args:
         image_features: ``[N, D]``, N ≥ 2.
@@ -311,7 +311,7 @@ def checked_pair(image_features: Tensor, text_features: Tensor, min_pairs: int =
 
 
 def _checked_lists(mask: Tensor | None, **lists: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Two lists in float64, padding having −∞, and whether an entry is NaN: ``[...]``."""
+    """Two lists in float64 with −∞ at padding, and True for lists with NaN: ``[...]``."""
     (first, x), (second, y) = lists.items()
     check_is_tensor(first, x)
     check_is_tensor(second, y)
@@ -331,10 +331,10 @@ def _checked_lists(mask: Tensor | None, **lists: Tensor) -> tuple[list[Tensor], 
 
 
 def _concordance(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """P − Q, the pairs that are not tied in x and in y, and the smaller number of distinct values."""
+    """P − Q, the pairs not tied in x, those not tied in y, and the smaller number of distinct values."""
     lists, is_nan = _checked_lists(mask, x=x, y=y)
     n = x.shape[-1]
-    if mask is not None:  # padding below every item, also those of −∞
+    if mask is not None:  # padding ranks below every item, also below −∞
         lists = [smaller_and_equal(z)[0].add(1).masked_fill(~mask, 0) for z in lists]
     (x_below, x_ties), (y_below, y_ties) = map(smaller_and_equal, lists)
     both = x_below * n + y_below
@@ -342,7 +342,7 @@ def _concordance(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
     both_tied = smaller_and_equal(both)[1].sum(-1).double() / 2
     discordant = _inversions(both.sort(dim=-1).values % n).double()
     is_item = torch.ones_like(both, dtype=torch.bool) if mask is None else mask
-    # Each item is concordant with all padding, whose own pairs are tied.
+    # Each item is concordant with all padding; pairs of padding are tied.
     pairs = n * (n - 1) / 2 - (is_item.sum(-1) * (~is_item).sum(-1)).double()
     agreement = pairs - x_tied - y_tied + both_tied - 2 * discordant
     distinct = torch.minimum(*((is_item / (ties + 1.0)).sum(-1).round() for ties in (x_ties, y_ties)))
@@ -350,7 +350,7 @@ def _concordance(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
 
 
 def smaller_and_equal(x: Tensor) -> tuple[Tensor, Tensor]:
-    """For every item, how many of its list are smaller, and how many others equal it."""
+    """For every item, the number of smaller items of its list, and of other items equal to it."""
     ordered = x.sort(dim=-1).values.contiguous()
     below = torch.searchsorted(ordered, x.contiguous())
     return below, torch.searchsorted(ordered, x.contiguous(), right=True) - below - 1
@@ -366,7 +366,7 @@ def _inversions(x: Tensor) -> Tensor:
     while width < x.shape[-1]:
         halves = x.unflatten(-1, (-1, 2, width))
         left, right = halves[..., 0, :].contiguous(), halves[..., 1, :].contiguous()
-        # Not in place: under vmap the count has fewer dimensions than what is added to it.
+        # Not in place: under vmap the count has fewer dimensions than the summand.
         count = count + (width - torch.searchsorted(left, right, right=True)).sum((-1, -2))
         x = halves.flatten(-2).sort(dim=-1).values.flatten(-2)
         width *= 2

@@ -1,7 +1,7 @@
 """Every option of the rank terms, once, with its type, default, choices, bounds and meaning.
 
-Constructors take the options as ``**options`` and hand them to :class:`RankOptions`, which checks them;
-command lines and other trainers' argument classes are generated from its fields.
+Constructors pass their ``**options`` to :class:`RankOptions`, which checks them. Command lines and other
+trainers' argument classes are generated from its fields.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BINS = 640
 def _option(default: Any, help: str, *, none: str = "", **bounds: float) -> Any:
     """A field with its help, the meaning of None, and the bounds of a number.
 
-    A number with a bound ``above`` is real, any other a count.
+    A number with a bound ``above`` is real; any other is a count.
     """
     return field(default=default, metadata={"help": help, "none": none, "bounds": bounds})
 
@@ -45,49 +45,49 @@ class RankOptions:
     """Options of the rank terms: the lists, their ranking, and the reduction of their values.
 
     Row lists of worth ``exp`` with shared ties, without ``discount`` and ``reduction="none"``, are computed
-    in linear memory; all else is computed from whole matrices of N×N.
+    in linear memory; all other options use whole N×N matrices.
 
     Args:
         lists: ``"row"``: N lists of N, one per anchor. ``"batch"``: one list of all N² pairs, the formula as
             printed in the paper.
         model: the C(x | y) of a list. ``"plackett_luce"``: the NLL of the reference's ranking,
-            :func:`rankloss.plackett_luce_nll`. ``"top_one"``: the cross-entropy from the softmax of the
-            reference's list to that of the scores' list, Σ_q p_q·(log Σ e^x − x_q) with p = softmax(y), the
-            top-one probabilities of ListNet: it weighs the top of a list and needs no sort. y is on the scale
-            of the scores and carries no gradient. It takes ``worth="exp"``, ``ties="shared"``,
-            ``method="sort"``, and neither ``discount`` nor ``top_k``; ``reduction="mean"`` averages the
-            lists' cross-entropies.
+            :func:`rankloss.plackett_luce_nll`. ``"top_one"``: the cross-entropy between the softmax of the
+            reference list and that of the scores, Σ_q p_q·(log Σ e^x − x_q) with p = softmax(y), the top-one
+            probabilities of ListNet. It emphasises the top of a list and needs no sort. y has the scale of
+            the scores and carries no gradient. This model needs ``worth="exp"``, ``ties="shared"`` and
+            ``method="sort"``, without ``discount`` and ``top_k``; ``reduction="mean"`` averages the lists'
+            cross-entropies.
         reference_scale: for ``model="top_one"`` with a teacher's features, the multiplier of the teacher's
-            similarities; None takes the scale of the scores. A teacher's own ``logit_scale.exp()`` fits.
+            similarities; None takes the scale of the scores. A suitable value is the teacher's
+            ``logit_scale.exp()``.
         worth: ``"exp"``: eˣ of the scaled similarity. ``"shifted"``: (1 + cosine)/2. ``"identity"``: the
-            cosine itself. The last two do not depend on ``logit_scale``; a cosine whose worth is not positive
-            is a ValueError on a CPU, and makes the loss NaN where looking would make an accelerator's host
-            wait or break a compiled graph.
+            cosine itself. The last two do not depend on ``logit_scale``. A cosine whose worth is not positive
+            is a ValueError on a CPU; on an accelerator or in a compiled graph, where reading would wait or
+            break the graph, the loss is NaN.
         ties: ``"shared"`` or ``"random"``, see :func:`rankloss.plackett_luce_nll`.
         discount: None or ``"log"``, likewise.
         top_k: None or the number of best-ranked positions that count, likewise.
         reduction: ``"mean"``: nats per counted item, averaged over the lists: every list is divided by its
             Σ_p μ_p, which is its number of items without ``discount`` and ``top_k``. ``"sum"``: the plain sum
-            of the lists. ``"none"``: one value per anchor of this process, which add up to ``"sum"``, over
-            all processes where each has its own anchors (``local_loss``).
-        diagonal: whether an anchor's own pair (in the in-modal term the anchor itself) is an item of its
-            lists. It is in the paper; the contrastive loss ranks it first in any case.
-        fixed_reference: ``"text"``: the texts' rankings are a fixed reference, cross = C(S | R) and
-            in = C(I | X). ``"image"``: the other way round. None: both directions.
+            of the lists. ``"none"``: one value per anchor of this process; the values add up to ``"sum"``,
+            with ``local_loss`` over all processes.
+        diagonal: include an anchor's own pair (in the in-modal term the anchor itself) in its lists, as in
+            the paper. The contrastive loss ranks it first in either case.
+        fixed_reference: ``"text"``: the texts' rankings are a fixed reference, cross = C(S | R) and in = C(I
+            | X). ``"image"``: vice versa. None: both directions.
         method: ``"sort"``: lists are ranked by their exact order. ``"bin"``: by evenly spaced bins of the
             reference (:func:`rankloss.ranking.quantize`), faster; the items of a bin are tied.
         bins: the number of bins.
-        chunk_size: rows multiplied out at a time; None chooses from the sizes and the device.
-        memory_budget: bytes that one matrix of the whole batch may take; up to it CLIP's and SigLIP's losses
-            on their own are torch's formula, and beyond it they stream like the rank terms. None is 64 MiB on
-            a CPU and 1 GiB elsewhere.
+        chunk_size: rows computed at a time; None chooses from the sizes and the device.
+        memory_budget: limit in bytes for one matrix of the whole batch. Within it CLIP's and SigLIP's losses
+            without rank terms use torch's formula; beyond it they stream like the rank terms. None is 64 MiB
+            on a CPU and 1 GiB elsewhere.
         kernel: ``"torch"``: torch's own operations. ``"triton"``: one fused kernel per block of lists, in
-            float32 (the package ``rankloss_triton``); where it does not serve, computing raises a ValueError
-            that says why.
+            float32 (the package ``rankloss_triton``); unsupported cases raise a ValueError with the reason.
 
     Raises:
-        ValueError: for a value that is not among the choices or below its bound, or options that exclude each
-            other; the message names the option and shows the value.
+        ValueError: for a value outside the choices or the bounds, or options that exclude each other; the
+            message names the option and shows the value.
         TypeError: for an option that does not exist.
 
     Example:
@@ -106,8 +106,8 @@ class RankOptions:
     ties: Ties = _option("shared", "equal reference scores share one denominator, or are shuffled")
     discount: Discount = _option(None, "weight of a rank: 1/log(1 + rank)", none="1")
     top_k: int | None = _option(None, "count only the best ranks of each list", none="all")
-    reduction: Reduction = _option("mean", "how the lists' values are put together")
-    diagonal: bool = _option(True, "whether an anchor's own pair is an item of its lists")
+    reduction: Reduction = _option("mean", "reduction of the lists' values")
+    diagonal: bool = _option(True, "keep an anchor's own pair as an item of its lists")
     fixed_reference: FixedReference = _option(
         None, "the modality whose rankings are a fixed reference for the other's", none="neither"
     )
@@ -118,7 +118,7 @@ class RankOptions:
     )
     memory_budget: int | None = _option(
         None,
-        "bytes that a matrix of the whole batch may take before CLIP's own loss streams, too",
+        "bytes of a matrix of the whole batch above which CLIP's loss alone streams, too",
         at_least=0,
         at_most=2**63 - 1,
         none="64 MiB on a CPU, 1 GiB elsewhere",
@@ -153,7 +153,7 @@ class RankOptions:
 
     @property
     def changed(self) -> dict[str, Any]:
-        """The options that are not at their defaults."""
+        """The options with other values than their defaults."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     @functools.cached_property
@@ -167,11 +167,11 @@ class RankOptions:
 
     @functools.cached_property
     def directions(self) -> tuple[float, float]:
-        """The weights of a term's two directions: the lists of the images, and those of the texts."""
+        """The weights of a term's two directions: the images' lists and the texts' lists."""
         return {None: (0.5, 0.5), "text": (1.0, 0.0), "image": (0.0, 1.0)}[self.fixed_reference]
 
     def anchor_weight(self, anchors: int, items: int) -> float:
-        """The factor of one anchor's value before the anchors' values are added up."""
+        """The factor of each anchor's value in the sum over the anchors."""
         return {"mean": 1 / anchors, "sum": items / anchors, "none": 1.0}[self.reduction]
 
     def fits(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
@@ -186,12 +186,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     name: (True, False) if hint is bool else get_args(hint) if get_origin(hint) is Literal else ()
     for name, hint in get_type_hints(RankOptions).items()
 }
-"""The values that an option can have, by name; none where it is a number."""
+"""The choices of an option, by name; empty for a number."""
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise a ValueError that names the argument unless ``value`` is one of ``choices``."""
-    # By type too: True equals 1, and neither may stand for the other.
+    # Compare the types, too: True equals 1, but must not replace it.
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 

@@ -1,4 +1,4 @@
-"""Execution of a loss: its arithmetic, its access to values, and its place in a compiled graph."""
+"""Execution of a loss: arithmetic, access to values, and compiled graphs."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ T = TypeVar("T")
 
 
 def arithmetic_dtype(*features: Tensor) -> torch.dtype:
-    """Float32, or float64 if any of the features is that."""
+    """Float32, or float64 if any of the features is float64."""
     return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
 
 
 def in_arithmetic(x: Tensor | float, dtype: torch.dtype, home: torch.device) -> Tensor:
-    """A tensor or number in a dtype, on ``home``, or on the CPU if that is MPS, which has no float64."""
+    """A tensor or number in a dtype, on ``home``; on the CPU instead of MPS, which has no float64."""
     device = torch.device("cpu") if home.type == "mps" else home
     if isinstance(x, Tensor):
         return x.resolve_neg().to(device, non_blocking=x.numel() == 1).to(dtype)
-    # Filled in on the device: to copy a number to it would make the host wait.
+    # Filled on the device: copying a number to it would make the host wait.
     return torch.full((), x, dtype=dtype, device=device)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """A context without autocast, which would turn products into half precision."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta knows no autocast
+    """A context without autocast, which would compute products in half precision."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta has no autocast
         return nullcontext()
     return torch.autocast(device_type=device.type, enabled=False)
 
 
 def constant(x: Tensor) -> Tensor:
-    """Without a graph; a copy of an inference tensor, which autograd cannot save."""
+    """The tensor without its graph; an inference tensor is copied, since autograd cannot save it."""
     return x.detach().clone() if x.is_inference() else x.detach()
 
 
 def nan_unless_finite(weights: Tensor, *features: Tensor) -> Tensor:
-    """The weights if all features are finite and no product can overflow, else NaN, as the loss is then."""
+    """The weights if all features are finite and no product can overflow; otherwise NaN, like the loss."""
     norms = (torch.linalg.vector_norm(x.detach()) for x in features)
-    # A product of two rows is at most that of the norms, and overflows after the cube. 0 · ∞ is NaN.
+    # A product of two rows is at most the product of the norms; the cube overflows earlier. 0 · ∞ is NaN.
     return torch.addcmul(weights, weights, functools.reduce(torch.add, norms) ** 3, value=0)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, forward and backward in the dtype of the factors whatever autocast asks for."""
+    """``a @ b``, forward and backward in the dtype of the factors, also under autocast."""
     c: Tensor = _Product.apply(a, b)  # type: ignore[no-untyped-call]
     return c
 
@@ -74,14 +74,14 @@ class _Product(torch.autograd.Function):
 
 
 def can_be_read(x: Tensor) -> bool:
-    """True where a value may be read, even if that waits: not while a graph is captured."""
+    """True if a value may be read, even with a wait; False while a graph is captured."""
     if x.is_meta or isinstance(x, FakeTensor):
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a compiled graph end before the function and go on after it, so that it runs as written."""
+    """Exclude a function from compiled graphs: one graph ends before it, the next begins after it."""
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,13 +1,13 @@
 r"""Rankings of lists by a reference, and the running sums over a ranking.
 
-With worths w and a reference y, the formula needs, for every item that counts,
+With worths w and a reference y, the formula needs, for every counted item,
 
     C_p = Σ_{q : y_q ≤ y_p} w_q,   U_q = Σ_{p : y_p ≥ y_q} 1 / C_p.
 
-A ranking divides a list into slots, worst first. C and U are running sums over slots, and a slot has the
-weight of as many items as it stands for: one each where a list is sorted (:class:`Sorted`) and all in the
-last slot of those that are tied, the items of a bin (:class:`Binned`), or the best few after one for all
-others (:class:`Selected`).
+A ranking divides a list into slots, worst first. C and U are running sums over slots. The weight of a slot is
+the number of its items. A sorted list has one slot per item, and the last of tied items has the weight of all
+(:class:`Sorted`). A binned list has one slot per bin (:class:`Binned`), a selection one slot per selected
+item after one for the rest (:class:`Selected`).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Ranking:
     """The slots of ranked lists ``[..., N]``.
 
     Attributes:
-        order: ``[..., N]``, the item of every slot, where worths come, and go, in this order; None where they
-            do in the items' own.
-        counted: ``[..., N]``, True for the items that count; None where all do.
-        items: the number of items that count.
-        sizes: ``[..., slots]``, the number of items that each slot stands for.
+        order: ``[..., N]``, the item of every slot, if worths are given and returned in this order; None if
+            in the items' order.
+        counted: ``[..., N]``, True for counted items; None if all items count.
+        items: the number of counted items.
+        sizes: ``[..., slots]``, the number of items of each slot.
     """
 
     order: Tensor | None = None
@@ -52,27 +52,27 @@ class Ranking:
     sizes: Tensor
 
     def counted_sum(self, scores: Tensor) -> Tensor:
-        """The sum of the scores of the items that count, ``[..., 1]``."""
+        """The sum of the scores of the counted items, ``[..., 1]``."""
         return (scores if self.counted is None else scores * self.counted).sum(-1, keepdim=True)
 
     def denominators(self, worths: Tensor) -> Tensor:
-        """C by slot; the last is the sum of all worths, which stay."""
+        """C by slot; the last is the sum of all worths. The worths are not changed."""
         return worths.cumsum(-1)
 
     def weigh(self, by_slot: Tensor) -> Tensor:
-        """``by_slot`` in place times the number of items that each slot stands for."""
+        """``by_slot`` in place times the number of items of each slot."""
         return by_slot.mul_(self.sizes)
 
     def of_items(self, by_slot: Tensor) -> Tensor:
-        """The value of its slot, for every item."""
+        """The value of every item's slot."""
         return by_slot
 
 
 class Sorted(Ranking):
     """Lists in the exact order of their references, one slot per item.
 
-    Of tied items the last slot has the weight of all, and the others have none: its C is that of the whole
-    group, and all of them see its share of U.
+    The last slot of tied items has the weight of all, the other slots have none: its C is that of the whole
+    group, and every item of the group gets its share of U.
     """
 
     def __init__(self, reference: Tensor) -> None:
@@ -102,10 +102,10 @@ class Binned(Ranking):
 
 
 class Selected(Ranking):
-    """Lists of which the ``top_k`` best items count: one slot each, after one for all others.
+    """Lists of which the ``top_k`` best items count: one slot per selected item, after one for the rest.
 
-    Items that are tied with the last of the best count too, however many they are. So no shape depends on
-    the values.
+    Items tied with the last selected one count, too, without slots of their own. So no shape depends on the
+    values.
     """
 
     def __init__(self, reference: Tensor, top_k: int) -> None:
@@ -114,13 +114,13 @@ class Selected(Ranking):
         self.counted = reference >= ordered[..., :1]
         self.items = self.counted.sum(-1, keepdim=True, dtype=reference.dtype)
         sizes = Runs.of(ordered).weigh(torch.ones_like(ordered))
-        # The first run is longer by the tied items that were not selected.
+        # The first run also includes the tied items that were not selected.
         is_first = (ordered == ordered[..., :1]) & (sizes > 0)
         self.sizes = F.pad(torch.where(is_first, sizes + (self.items - top_k), sizes), (1, 0))
 
     def denominators(self, worths: Tensor) -> Tensor:
         """As :meth:`Ranking.denominators`."""
-        # Summed without the best, and not as a difference, in which small worths would be lost.
+        # Sum the rest directly: a difference would lose small worths.
         others = worths.scatter(-1, self._best, 0).sum(-1, keepdim=True)
         return torch.cat([others, worths.gather(-1, self._best)], -1).cumsum_(-1)
 
@@ -132,12 +132,12 @@ class Selected(Ranking):
 
 
 class Runs(NamedTuple):
-    """Runs of equal values in sorted lists, as factors of the slots: the length at the last place, else 0.
+    """Runs of equal values in sorted lists, as factors of the slots: the length at its last place, else 0.
 
     Attributes:
-        factors: ``[..., N]``; None where only a few differ from 1.
-        places: those that differ, in the flattened lists.
-        values: of the factors there.
+        factors: ``[..., N]``; None if only a few differ from 1.
+        places: indices of the factors that differ from 1, in the flattened lists.
+        values: the factors at ``places``.
     """
 
     factors: Tensor | None
@@ -151,12 +151,13 @@ class Runs(NamedTuple):
         if not ordered.is_cpu:
             first = torch.searchsorted(ordered, ordered, out_int32=True)
             end = F.pad(first[..., 1:], (0, 1), value=n_items)
-            # Where the next value is another, the run ends there; else both have one first.
+            # A run ends if the next value differs; otherwise both values have the same first place, and the
+            # factor is 0.
             return cls(end - first, none, none)
-        # By NumPy, which compares in a third of torch's time; few values are tied, as a rule.
+        # NumPy compares in a third of torch's time; usually few values are tied.
         values = ordered.numpy().reshape(-1)
         is_tied = values[1:] == values[:-1]
-        is_tied[n_items - 1 :: n_items] = False  # the last of one list beside the first of the next
+        is_tied[n_items - 1 :: n_items] = False  # the last of one list and the first of the next
         tied = np.flatnonzero(is_tied)
         is_break = np.diff(tied) > 1
         is_first, is_last = np.append(True, is_break), np.append(is_break, True)
@@ -178,21 +179,20 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
 
         b_q = min(⌊(y_q − min y) / width⌋, bins − 2),   bins − 1 where y_q = max y,
 
-    with width = (y″ − min y) / (bins − 1) and y″ the largest y below the maximum. The best item has the last
-    bin for itself, since as a rule it is the anchor's own pair, which stands far above all others; the other
-    bins divide the range of the rest evenly. An item's bin never decreases with its y: a list that is ranked
-    by b differs from one ranked by y only in that the items of one bin are tied. Its NLL is the larger one,
-    by no more than
+    with width = (y″ − min y) / (bins − 1) and y″ the largest y below the maximum. The best item alone has the
+    last bin, since it is usually the anchor's own pair, far above all others; the other bins divide the range
+    of the rest evenly. An item's bin never decreases with its y: a list ranked by b differs from one ranked
+    by y only by ties within bins. Its NLL is larger, by no more than
 
         0 ≤ NLL(x | b) − NLL(x | y) ≤ Σ_k (n_k − 1) · log[(B_k + Σw) / (B_k + min w)],
 
-    with n_k, Σw and min w the number, the sum and the smallest of the worths in bin k, and B_k the sum of
-    those below it. What this makes of the gradient is measured in docs/engine.md: less than 1 % with
-    640 bins and 512 dimensions.
+    with n_k, Σw and min w the number, the sum and the smallest of the worths in bin k, and B_k the sum of the
+    worths below bin k. docs/engine.md has the measured error of the gradient: less than 1 % with 640 bins and
+    512 dimensions.
 
     Args:
         reference: ``[..., N]``, floating point.
-        bins: how many, at least 2.
+        bins: the number of bins, at least 2.
 
     Returns:
         ``[..., N]``, int64, in [0, bins).
@@ -204,10 +204,10 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
     reference = reference.detach()
     lowest, highest = reference.amin(-1, keepdim=True), reference.amax(-1, keepdim=True)
     limits = torch.finfo(reference.dtype)
-    lowest.clamp_(limits.min, limits.max)  # of infinities no difference is taken
-    # The best items are no other items, and NaN, and what is beside it, is neither.
+    lowest.clamp_(limits.min, limits.max)  # differences of infinities are avoided
+    # Neither the best items nor NaN, nor items of a list with NaN, are other items.
     is_other = reference < highest
-    last = highest.gt_(lowest).mul_(bins - 1)  # but 0 in a list whose items are all tied
+    last = highest.gt_(lowest).mul_(bins - 1)  # but 0 if all items of the list are tied
     second = torch.where(is_other, reference, lowest).amax(-1, keepdim=True)
     # A list whose other items are all tied has no range.
     width = (second - lowest).div_(bins - 1).clamp_(limits.tiny, limits.max)
@@ -217,7 +217,7 @@ def quantize(reference: Tensor, bins: int) -> Tensor:
 
 # --- sorting ----------------------------------------------------------------------------------------------
 
-_INDEX_BITS = 29  # of a float64's significand that a float32 leaves at zero
+_INDEX_BITS = 29  # of a float64's significand, zero in a float32
 _OFF_ZERO = 2.0**-300  # below half a unit in the last place of every float32 but 0
 
 
@@ -225,11 +225,11 @@ def ascending(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x.sort(-1)``: values and indices. Equal values may come in any order, always the same one.
 
     On a CPU, torch sorts keys and indices side by side, without vector instructions. A float32 leaves 29 bits
-    of a float64 unused, so there every value is widened, its index is written into these bits, and NumPy's
-    vectorised sort moves both at once; sorting takes a third of the time.
+    of a float64 unused, so on a CPU every value is widened, its index is written into these bits, and NumPy's
+    vectorised sort moves both at once, in a third of the time.
 
     Args:
-        x: ``[..., N]``, finite. With NaN or infinity in a row the order of that row means nothing.
+        x: ``[..., N]``, finite. With NaN or infinity in a row its order is undefined.
 
     Example:
         >>> values, indices = ascending(torch.tensor([[0.5, -1.0, 0.0]]))
@@ -239,10 +239,10 @@ def ascending(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[-1] >= 2 ** (_INDEX_BITS - 1):
         values, indices = x.sort(dim=-1)
         return values, indices
-    # An index in the bits of 0.0 would be a subnormal number, which is 0 where the processor flushes those.
+    # An index in the bits of 0.0 would be a subnormal number, which some processors flush to 0.
     keys = x.to(torch.float64, memory_format=torch.contiguous_format).add_(_OFF_ZERO)
     bits = keys.view(torch.int64).bitwise_or_(torch.arange(x.shape[-1], device=x.device))
     keys.numpy().sort(axis=-1)
-    # The index is less than half a unit in the last place of a float32, so rounding takes it off again.
+    # The index is less than half a unit in the last place of a float32, so rounding removes it.
     values = keys.float()
     return values, bits.bitwise_and_(2**_INDEX_BITS - 1)

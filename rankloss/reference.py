@@ -1,7 +1,7 @@
-r"""The formulas once more, in NumPy float64, slow and literal: the oracle of the tests.
+r"""The formulas in NumPy float64, slow and literal: the oracle of the tests.
 
-Nothing here is shared with the rest of the package. Every function follows its formula symbol by symbol; the
-only liberty is a logarithm of a sum of exponentials taken around its largest term.
+No code is shared with the rest of the package. Every function follows its formula symbol by symbol, with one
+exception: a log-sum-exp subtracts its largest term.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def in_modal(
 ) -> Any:
     """``½[C(I | X) + C(X | I)]`` with I = s·V·Vᵀ, X = s·T·Tᵀ; with a teacher ``½[C(I | I') + C(X | X')]``.
 
-    Of a teacher with one modality, X' ranks I as well, or I' ranks X. Options as in
+    With a teacher of one modality, X' also ranks I, or I' also ranks X. Options as in
     :func:`rankloss.functional.in_modal`.
 
     Example:
@@ -123,7 +123,7 @@ def clip(image_features: ArrayLike, text_features: ArrayLike, logit_scale: float
 def siglip(
     image_features: ArrayLike, text_features: ArrayLike, logit_scale: float = 1.0, logit_bias: float = 0.0
 ) -> float:
-    """SigLIP's loss, ``−(1/N)·Σ_ij log σ(z_ij·(s·v_i·t_j + b))``, z_ij = 1 where i = j, else −1.
+    """SigLIP's loss, ``−(1/N)·Σ_ij log σ(z_ij·(s·v_i·t_j + b))``, z_ij = 1 if i = j, else −1.
 
     Example:
         >>> round(siglip(np.eye(2), np.eye(2)), 4)  # log(1 + 1/e) + log 2
@@ -136,7 +136,7 @@ def siglip(
 
 
 def _given(image: ArrayLike | None, text: ArrayLike | None, options: dict[str, Any]) -> list[ArrayLike]:
-    """A teacher's features, those that are given."""
+    """The given features of a teacher."""
     given = [features for features in (image, text) if features is not None]
     if given and options.get("fixed_reference") is not None:
         raise ValueError(f"fixed_reference={options['fixed_reference']!r} does not apply beside a teacher")
@@ -158,7 +158,7 @@ def _term(
     diagonal: bool = True,
     fixed_reference: str | None = None,
 ) -> Any:
-    """A term of two matrices of cosines, each ranked by a reference of its own.
+    """A term of two matrices of cosines, each ranked by its reference.
 
     ``reduction="mean"`` divides each list by its Σ_p μ_p, which is 1 under ``model="top_one"``.
     """
@@ -226,13 +226,13 @@ def _log_sum_exp(x: Array) -> float:
 
 
 def _cosines(a: ArrayLike, b: ArrayLike) -> Array:
-    """Dot products, each rounded once, so that equal rows give equal products wherever they stand."""
+    """Dot products, each rounded once, so that equal rows give equal products in any position."""
     rows, columns = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return np.array([[math.fsum(row * column) for column in columns] for row in rows])
 
 
 def _exact_where_equal(a: ArrayLike, b: ArrayLike) -> Array:
-    """Cosines as the reference of a batch list: a unit vector and its equals are one tie over the batch.
+    """Cosines as the reference of a batch list: all products of unit vectors with their equals are one tie.
 
     Vectors whose norm is within 1 % of 1 count as unit vectors; the others keep the square of their norm.
     """

@@ -1,8 +1,8 @@
-r"""λ over training: plain functions of where training stands.
+r"""λ over training: plain functions of the progress.
 
 A schedule takes (i, n), "the i-th of n", counted from 1, and gives the factor of the rank terms. The caller
-chooses what is counted: epochs in the paper, or optimizer steps for a finer ramp. With n = 1 the only epoch
-or step is also the last one, and has the schedule's end value.
+counts epochs, as in the paper, or optimizer steps, for a finer ramp. With n = 1 the only epoch or step is
+also the last and has the schedule's end value.
 
 Any function with this signature is a schedule.
 """
@@ -21,7 +21,7 @@ Schedule = Callable[[int, int], float]
 def rankclip(i: int, n: int) -> float:
     """``clip((3i − 1) / (n − 1), 0, 2)``: the RankCLIP paper's formula as printed.
 
-    It starts above zero, and reaches 2 after two thirds of training.
+    λ starts above zero and reaches 2 after two thirds of training.
 
     Example:
         >>> [rankclip(i, 11) for i in (1, 4, 7, 11)]
@@ -32,7 +32,7 @@ def rankclip(i: int, n: int) -> float:
 
 
 def official(i: int, n: int) -> float:
-    """``clip(3(i − 1) / (n − 1), 0, 2)``: what the RankCLIP authors' code computes; its first epoch is 0.
+    """``clip(3(i − 1) / (n − 1), 0, 2)``: the formula of the RankCLIP authors' code; 0 in the first epoch.
 
     Example:
         >>> [official(i, 11) for i in (1, 6, 11)]
@@ -78,7 +78,7 @@ NAMES: tuple[str, ...] = tuple(_BY_NAME)
 
 
 def by_name(name: str) -> Schedule:
-    """The built-in schedule of that name.
+    """The built-in schedule with the given name.
 
     Raises:
         ValueError: for another name.
@@ -95,7 +95,7 @@ def by_name(name: str) -> Schedule:
 def _checked(i: int, n: int) -> tuple[int, int]:
     if not (isinstance(i, Integral) and isinstance(n, Integral) and 1 <= i <= n):
         raise ValueError(f"a schedule needs integers 1 <= i <= n; got i={i!r}, n={n!r}")
-    return int(i), int(n)  # NumPy's small integers would wrap
+    return int(i), int(n)  # NumPy's small integers would overflow
 
 
 def _progress(i: int, n: int) -> float:

@@ -1,4 +1,4 @@
-"""Writes the table of the rank terms' options into docs/options.md, from what the code says of them."""
+"""Writes the table of the rank terms' options into docs/options.md, from the options in the code."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ SECTION = re.compile(r"(?<=<!-- rank-options -->\n).*?(?=<!-- /rank-options -->)
 
 
 def table() -> str:
-    """One row per option: its values, the default first, and what it does."""
-    lines = ["| option | values | what it does |", "|---|---|---|"]
+    """One row per option: its values, the default first, and its effect."""
+    lines = ["| option | values | effect |", "|---|---|---|"]
     for option in dataclasses.fields(RankOptions):
         none = f" ({option.metadata['none']})" if option.metadata["none"] else ""
         values = [f"`{option.default!r}`{none}, the default"]

@@ -1,11 +1,11 @@
-r"""The losses as modules. Every one takes ``(image_features, text_features, logit_scale)``, in that order.
+r"""The losses as modules. Each takes ``(image_features, text_features, logit_scale)``, in this order.
 
 ``logit_scale`` is the multiplier s itself, as CLIP models return it, not its logarithm. Features are expected
-to be unit-norm, as models return them. Nothing here normalises; the first call warns of other features.
+to be unit-norm, as models return them. No loss normalises features; the first call warns of others.
 
-For a loss of another package there are :class:`GatheringLoss`, which sees other processes and checks what
-the loss is given, :func:`check_base`, :func:`takes_teacher`, :func:`base_entries` and :func:`combined`, by
-which a loss stands on another, and :func:`check_weight`.
+Losses of other packages use :class:`GatheringLoss` for gathering and checks of the inputs,
+:func:`check_base`, :func:`takes_teacher`, :func:`base_entries` and :func:`combined` for a base loss, and
+:func:`check_weight`.
 """
 
 from rankloss.checks import InputWarning as InputWarning

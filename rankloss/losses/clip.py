@@ -10,25 +10,24 @@ from rankloss.losses.gathering import Number, StreamedLoss
 
 
 class ClipLoss(StreamedLoss):
-    r"""CLIP's symmetric InfoNCE: ``½[CE(s·V·Tᵀ) + CE(s·T·Vᵀ)]``, the target of row i being i.
+    r"""CLIP's symmetric InfoNCE: ``½[CE(s·V·Tᵀ) + CE(s·T·Vᵀ)]``, with target i for row i.
 
-    Memory: up to its budget the loss is open_clip's formula, with the same bits. A batch whose logits
-    take more is computed in chunks of rows, value and gradient together, in float32 at least; it differs from
-    the formula by rounding, that of half precision where the formula's logits are half. O(N·D) is kept for
-    the backward pass and O(chunk·N) is held during the forward pass.
+    Memory: within the budget the loss is open_clip's formula, bit for bit. A batch with more logits is
+    computed in chunks of rows, value and gradient together, in float32 at least. It differs from the formula
+    by rounding; if the formula's logits are half precision, by their rounding. The backward pass keeps
+    O(N·D), the forward pass holds O(chunk·N).
 
     Args:
-        gather: how features of other processes are gathered. None: from the default process group, if one of
-            more than one process is initialised, exactly. False: not at all. Else a :class:`rankloss.Gather`.
+        gather: gathering of other processes' features. None: exact, from the default process group, if one of
+            several processes is initialised. False: none. Otherwise a :class:`rankloss.Gather`.
         chunk_size: see :class:`rankloss.RankOptions`.
-        memory_budget: likewise.
+        memory_budget: see :class:`rankloss.RankOptions`.
 
     Shapes:
         ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; ``logit_scale``: the multiplier s
-        itself, not its logarithm, a number or a tensor of one element. The result is a scalar in nats, within
-        the budget in the dtype in which torch computes the cross-entropy of the logits, or with
-        ``output_dict=True`` ``{"contrastive_loss": …}``. A ``logit_bias``, one number, is added to all logits
-        and changes nothing.
+        itself, not its logarithm, a number or a tensor of one element. The result is a scalar in nats (within
+        the budget in the dtype of torch's cross-entropy of the logits), or with ``output_dict=True``
+        ``{"contrastive_loss": …}``. A ``logit_bias``, one number, is added to all logits and changes nothing.
 
     Raises:
         ValueError: for a negative budget; in ``forward`` for features that are not two floating-point

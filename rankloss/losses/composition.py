@@ -19,7 +19,7 @@ Base: TypeAlias = Callable[..., Any]
 
 
 def check_base(base: Base | None, gather: Gather, streaming: dict[str, Any] | None = None) -> Base:
-    """``base``, or for None CLIP's loss gathered and streamed in the same way.
+    """``base``; for None CLIP's loss with the same gathering and streaming.
 
     Raises:
         ValueError: for a base that cannot be called.
@@ -32,9 +32,9 @@ def check_base(base: Base | None, gather: Gather, streaming: dict[str, Any] | No
 
 
 def is_streamed_clip(base: Base, gather: Gather) -> bool:
-    """True if a base is CLIP's loss of the pairs that ``gather`` gives, and nothing runs only in its call.
+    """True if a base is CLIP's loss with the same ``gather``, without hooks or an overridden forward.
 
-    The pass of the rank terms gives this loss as well.
+    The pass of the rank terms also gives this loss.
     """
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return (
@@ -46,13 +46,14 @@ def is_streamed_clip(base: Base, gather: Gather) -> bool:
 
 
 TEACHER = ("reference_image_features", "reference_text_features")
-"""A teacher's features of each pair, ``[N, D']``: the names of a loss's arguments and of columns of data."""
+"""Names of a teacher's features of each pair, ``[N, D']``: a loss's arguments and columns of data."""
 
 
 def takes_teacher(loss: Base) -> bool:
-    """True if a loss, or one that it passes its inputs on to, takes a teacher's features.
+    """True if a loss, or a base to which it passes its inputs on, takes a teacher's features.
 
-    Its signature names one of :data:`TEACHER`; or it passes unnamed inputs on to a ``base`` that does.
+    A loss takes them if its signature names one of :data:`TEACHER`, or if it passes unnamed inputs on to a
+    ``base`` that takes them.
 
     Example:
         >>> import rankloss
@@ -77,21 +78,21 @@ def base_entries(
     teacher: Mapping[str, Tensor | None] | None = None,
     **base_inputs: Any,
 ) -> dict[str, Tensor]:
-    """The entries of a base loss, which is called with the forward convention of open_clip's losses.
+    """Call a base loss with the forward convention of open_clip's losses, and return its entries.
 
     Args:
         base: takes the three inputs by name, and ``output_dict``.
         image_features: ``[N, D]``.
         text_features: ``[N, D]``.
         logit_scale: the multiplier s.
-        logit_bias: passed on unless it is None, since not every loss takes one.
-        teacher: a teacher's features by the names of :data:`TEACHER`; those that are there are passed on to a
-            base that takes them, see :func:`takes_teacher`.
+        logit_bias: passed on unless None, since not every loss takes a bias.
+        teacher: a teacher's features by the names of :data:`TEACHER`; given ones are passed on to a base that
+            takes them, see :func:`takes_teacher`.
         **base_inputs: further arguments of the base.
 
     Returns:
-        The entries of the base's dict; a plain scalar becomes ``{"contrastive_loss": …}``. Values in half
-        precision become float32, the dtype of the terms that are added to them.
+        The entries of the base's dict; a plain scalar becomes ``{"contrastive_loss": …}``. Half-precision
+        values become float32, the dtype of the added terms.
 
     Raises:
         ValueError: for an entry of several values: the terms would be added to each of them.
@@ -108,7 +109,7 @@ def base_entries(
     if given and takes_teacher(base):
         base_inputs.update(given)
     base_output = base(
-        image_features=image_features,  # by name: not every loss has them in this order
+        image_features=image_features,  # by name: the order differs between losses
         text_features=text_features,
         logit_scale=logit_scale,
         output_dict=True,
@@ -131,7 +132,7 @@ def _checked_entry(name: str, value: Tensor) -> Tensor:
 def combined(
     entries: Mapping[str, Tensor], own: Mapping[str, Tensor], output_dict: bool
 ) -> Tensor | dict[str, Tensor]:
-    """The sum of the base's entries and a loss's own, or with ``output_dict`` all of them by name.
+    """The sum of the base's entries and a loss's own, or with ``output_dict`` all entries by name.
 
     Raises:
         ValueError: if both have an entry of the same name.

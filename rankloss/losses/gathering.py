@@ -20,20 +20,20 @@ Number: TypeAlias = Tensor | float
 
 
 class GatheringLoss(nn.Module):
-    """A loss of features that are gathered from all processes.
+    """A loss of features gathered from all processes.
 
     Args:
-        gather: see :class:`rankloss.Gather`. None: the default process group if one of more than one process
-            is initialised at the call, with both flags. False: the pairs of this process only.
+        gather: see :class:`rankloss.Gather`. None: the default process group, with both flags, if one of
+            several processes is initialised at the call. False: the pairs of this process only.
     """
 
     _min_pairs: ClassVar[int] = 2
-    """The pairs that the whole batch must have: a list needs two items."""
+    """The minimal number of pairs in the whole batch: a list needs two items."""
 
     def __init__(self, gather: GatherOption = None) -> None:
         super().__init__()
         self.gather = Gather.of(gather)
-        self._looked_at: set[str] = set()  # the arguments whose values were read
+        self._looked_at: set[str] = set()  # arguments whose values were read
 
     def check_inputs(
         self,
@@ -47,17 +47,16 @@ class GatheringLoss(nn.Module):
     ) -> None:
         """Raise an error that names a wrong input; warn of a suspicious one.
 
-        The values of an argument are read the first time that it is given, which waits for an accelerator
-        once, and not while a graph is captured. Before anything else the processes of the gathering compare
-        their inputs.
+        The values of an argument are read at its first call, which waits for an accelerator once, but not
+        while a graph is captured. Before that the processes of the gathering compare their inputs.
 
         Args:
             image_features: ``[N, D]``.
             text_features: ``[N, D]``.
             logit_scale: the multiplier s.
             logit_bias: one number, or None.
-            one_space: whether images are compared with texts.
-            **references: a teacher's features of the same pairs, where they are given.
+            one_space: True if images are compared with texts.
+            **references: a teacher's features of the same pairs, or None.
         """
         features = {"image_features": image_features, "text_features": text_features}
         self.gather.check_agreement(self, **features, **references)
@@ -89,11 +88,11 @@ class GatheringLoss(nn.Module):
         """CLIP's cross-entropy and the two rank terms times ``weights``, from one gathering and one pass.
 
         Args:
-            inputs: image features, text features, scale, and a bias of the logits or None, which
-                :meth:`check_inputs` has checked. The bias moves all logits alike; it stays in the graph, as
-                DDP expects of a parameter.
+            inputs: image features, text features, scale, and a bias of the logits or None, checked by
+                :meth:`check_inputs`. The bias moves all logits alike; it stays in the graph, as DDP requires
+                for a parameter.
             options: of the rank terms.
-            weights: of the three terms; one of weight 0 is zero and not computed.
+            weights: of the three terms; a term of weight 0 is zero and not computed.
             teacher: a teacher's features, image and text, or None for each.
         """
         image_features, text_features, logit_scale, bias = inputs
@@ -104,7 +103,7 @@ class GatheringLoss(nn.Module):
         batch = Batch.of(
             *self.gather(image_features, text_features),
             logit_scale,
-            # This process's own features, where only they have lists.
+            # This process's own features, if only they have lists.
             anchors=(image_features, text_features) if self.gather.anchors_are_local else None,
             first_row=self.gather.first_row(len(image_features)),
             teacher=self.gather.constants(*teacher),
@@ -117,18 +116,18 @@ class GatheringLoss(nn.Module):
 
 
 class StreamedLoss(GatheringLoss):
-    """A loss of all pairs: the formula where its logits are within a budget, else a pass over chunks of rows.
+    """A loss of all pairs: the formula for logits within a budget, else a pass over chunks of rows.
 
     Args:
         gather: as in :class:`GatheringLoss`.
         chunk_size: see :class:`rankloss.RankOptions`.
-        memory_budget: likewise.
+        memory_budget: see :class:`rankloss.RankOptions`.
     """
 
     _min_pairs = 1  # open_clip's losses give a number for a single pair
 
     _whole: Callable[..., Tensor]
-    """The formula; the order of operations and the dtypes are open_clip's, so the bits are too."""
+    """The formula, bit-equal to open_clip's: the order of operations and the dtypes are the same."""
 
     _streamed: Callable[..., Tensor]
     """The same in chunks of rows."""
@@ -168,5 +167,5 @@ class StreamedLoss(GatheringLoss):
         return {"contrastive_loss": loss} if output_dict else loss
 
     def extra_repr(self) -> str:
-        """The options that are not at their defaults."""
+        """The options with other values than their defaults."""
         return ", ".join(f"{name}={value!r}" for name, value in self._options.changed.items())

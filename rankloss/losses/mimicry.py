@@ -18,44 +18,44 @@ from rankloss.precision import arithmetic_dtype, constant, outside_graphs, produ
 
 
 class MimicryLoss(GatheringLoss):
-    r"""A base loss, and the squared distances of the features v, t from a teacher's v', t'.
+    r"""A base loss plus the squared distances of the features v, t from a teacher's v', t'.
 
         L_base + weight · [mean_i ‖v_i − v'_i‖² + mean_i ‖t_i − t'_i‖²]
                + contrast · ½[CE(c·V·T'ᵀ) + CE(c·T·V'ᵀ)],   c = contrast_scale,
 
-    the target of row i being i. The last term, interactive contrastive learning, contrasts each modality with
-    the teacher's other one. A teacher of one modality gives the distances of that modality alone.
+    with target i for row i. The last term, interactive contrastive learning, contrasts each modality with the
+    teacher's other modality. With a teacher of one modality, only that modality has distances.
 
-    A teacher of another width than the student is compared in the coordinates of its principal components,
-    V'·P divided by its norms, where :attr:`components` holds P. The trainers' plug-ins set it from a folder
-    of features.
+    If the teacher's width differs from the student's, the teacher's features are projected onto its principal
+    components, V'·P divided by its norms, with P in :attr:`components`. The trainers' plug-ins set P from a
+    folder of features.
 
     The terms are computed in float32 at least, under autocast too. Their memory grows linearly with N. Under
     ``torch.compile`` the loss is one call between two graphs.
 
     Args:
-        base: the loss that the terms are added to: a module or function with the forward convention of
+        base: the base loss, to which the terms are added: a module or function with the forward convention of
             open_clip's losses. None: :class:`ClipLoss`.
         weight: of the distances; 0 leaves them out.
         contrast: weight of the contrastive term; 0 leaves it out.
         contrast_scale: the multiplier c of its similarities.
-        gather: how features of other processes are gathered, for the terms and for the base that None builds.
-            None: from the default process group, if one of more than one process is initialised, exactly.
-            False: not at all. Else a :class:`rankloss.Gather`.
+        gather: gathering of other processes' features, for the terms and for the default base. None: exact,
+            from the default process group, if one of several processes is initialised. False: none. Otherwise
+            a :class:`rankloss.Gather`.
 
     Attributes:
         components: P, ``[D', D]`` with orthonormal columns, or None. It is not in checkpoints.
 
     Shapes:
         ``image_features`` and ``text_features``: ``[N, D]``, unit-norm. ``logit_scale``: the multiplier s of
-        the base. ``reference_image_features`` and ``reference_text_features``: ``[N, D]``, or
-        ``[N, D']`` with components, unit-norm; they carry no gradient. ``output_dict=True`` gives the base's
-        own entries, then ``mimicry_loss`` and, with ``contrast``, ``mimicry_contrast_loss``, both weighted.
+        the base. ``reference_image_features`` and ``reference_text_features``: ``[N, D]``, or ``[N, D']``
+        with components, unit-norm; they carry no gradient. ``output_dict=True`` gives the base's entries,
+        then ``mimicry_loss`` and, with ``contrast``, ``mimicry_contrast_loss``, both weighted.
 
     Raises:
         ValueError: for a weight that is negative or not finite, both weights 0, a scale that is not positive,
-            or a base that cannot be called; in ``forward`` without a teacher's features, for one modality of
-            them beside ``contrast``, and for features of another shape.
+            or a base that cannot be called; in ``forward`` without a teacher's features, for one modality
+            alone with ``contrast``, and for features of another shape.
 
     References:
         "CLIP-KD: An Empirical Study of CLIP Model Distillation", CVPR 2024.
@@ -109,9 +109,9 @@ class MimicryLoss(GatheringLoss):
             logit_scale: the multiplier s.
             logit_bias: passed on to the base, if it is not None.
             output_dict: return the summands by name instead of their sum.
-            reference_image_features: a teacher's. A base whose signature takes a teacher's features gets
-                them, too.
-            reference_text_features: likewise. One of the two is enough without ``contrast``.
+            reference_image_features: a teacher's features. A base whose signature takes a teacher's features
+                gets them, too.
+            reference_text_features: also a teacher's. Without ``contrast`` one of the two is enough.
             **base_inputs: passed on to the base, which refuses unknown ones.
         """
         given: dict[str, Any] = dict(
@@ -121,7 +121,7 @@ class MimicryLoss(GatheringLoss):
         if len(teacher) < (2 if self.contrast else 1):
             needed = f" {'and' if self.contrast else 'or'} ".join(TEACHER)
             raise ValueError(f"MimicryLoss needs {needed}; got {', '.join(teacher) or 'neither'}")
-        # Whether images are compared with texts, the base decides.
+        # The base decides whether images are compared with texts.
         self.check_inputs(image_features, text_features, logit_scale, one_space=False, **given)
         students = dict(zip(TEACHER, (image_features, text_features), strict=True))
         dtype = arithmetic_dtype(image_features, text_features)
@@ -138,7 +138,7 @@ class MimicryLoss(GatheringLoss):
         return combined(entries, own, output_dict)
 
     def _target(self, name: str, features: Tensor, student: Tensor) -> Tensor:
-        """The features that the student's are compared with, without their graph."""
+        """The target of the student's features, without its graph."""
         features, width = constant(features), student.shape[1]
         if features.shape[1] != width and self.components is not None:
             self.components = components = self.components.to(features.device)
@@ -157,7 +157,7 @@ class MimicryLoss(GatheringLoss):
         return features
 
     def _mean(self, differences: list[Tensor]) -> Tensor:
-        """The mean over the pairs of this process, or of all where every process computes all rows."""
+        """The mean over the pairs of this process, or over all pairs if every process computes all rows."""
         squared = torch.stack([x.square().sum(-1) for x in differences]).sum(0)[:, None]
         return (squared if self.gather.anchors_are_local else self.gather.items(squared)).mean()
 

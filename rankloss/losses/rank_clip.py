@@ -1,4 +1,4 @@
-"""RankCLIP: a base loss and the two rank terms, whose weights grow over training."""
+"""RankCLIP: a base loss and the two rank terms, with weights that grow over training."""
 
 from __future__ import annotations
 
@@ -30,42 +30,41 @@ class RankClipLoss(nn.Module):
 
         λ1 = schedule(i, n) · lambda_cross · normalizer,   λ2 = schedule(i, n) · lambda_in · normalizer
 
-    cross and in are the terms of :class:`RankConsistency`, ranked by a teacher where its features are given.
-    Tell the loss where training stands, once per epoch with :meth:`set_epoch` or once per step with
+    cross and in are the terms of :class:`RankConsistency`, ranked by a teacher if its features are given. Set
+    the progress of the training once per epoch with :meth:`set_epoch` or once per step with
     :meth:`set_progress`; the later call counts. λ is a pure function of their arguments: the loss has no
     state for a checkpoint.
 
-    λ is read at each forward pass: a loss that is still to be differentiated keeps its own. Under
-    ``torch.compile`` a loss is one call between two graphs, which no λ recompiles; ``fullgraph=True`` around
-    it is torch's error. A CUDA graph would keep the λ of its capture; torch refuses to capture its copy to
-    the device.
+    λ is read at each forward pass and kept for its backward pass. Under ``torch.compile`` a loss is one call
+    between two graphs; a new λ does not recompile them, and with ``fullgraph=True`` torch raises its own
+    error. A CUDA graph would keep the λ of its capture; torch refuses to capture its copy to the device.
 
     Args:
-        base: the loss that the rank terms are added to: a module or function with the forward convention of
-            open_clip's losses, including ``output_dict``; it may also return a plain scalar. None:
-            :class:`ClipLoss`.
+        base: the base loss, to which the rank terms are added: a module or function with the forward
+            convention of open_clip's losses, including ``output_dict``; it may also return a plain scalar.
+            None: :class:`ClipLoss`.
         schedule: a name from :data:`rankloss.schedules.NAMES`, or a function (i, n) → λ with i counted
             from 1.
         lambda_cross: multiplies the schedule for the cross-modal term; 0 leaves the term out.
         lambda_in: multiplies the schedule for the in-modal term; 0 leaves the term out.
         normalizer: the constant factor of both terms; 1/16 is the published recipe's (1/32 on a sum of two
             directions).
-        gather: how features of other processes are gathered, for the terms and for the base that None builds.
-            None: from the default process group, if one of more than one process is initialised, exactly.
-            False: not at all. Else a :class:`rankloss.Gather`.
+        gather: gathering of other processes' features, for the terms and for the default base. None: exact,
+            from the default process group, if one of several processes is initialised. False: none. Otherwise
+            a :class:`rankloss.Gather`.
         **options: of the rank terms: the fields of :class:`rankloss.RankOptions`.
 
     Shapes:
         As :class:`RankConsistency`: unit-norm features, and the multiplier s itself as ``logit_scale``.
-        ``output_dict=True`` gives the base's own entries, then the weighted ``cross_modal_loss`` and
+        ``output_dict=True`` gives the base's entries, then the weighted ``cross_modal_loss`` and
         ``in_modal_loss``; they add up to the loss, and each is float32 at least. While λ is 0 the rank terms
-        are not computed, and value and gradient are the base's own to the last bit.
+        are not computed, and value and gradient are bit-equal to the base's.
 
     Raises:
-        ValueError: for an unknown schedule, a value that an option cannot have, a weight that is negative or
-            not finite, or a base that cannot be called.
+        ValueError: for an unknown schedule, an invalid value of an option, a weight that is negative or not
+            finite, or a base that cannot be called.
         TypeError: for an option that does not exist.
-        RuntimeError: in ``forward``, where the schedule needs the progress and was not given it.
+        RuntimeError: in ``forward``, if the schedule needs the progress and it was not set.
 
     References:
         "RankCLIP: Ranking-Consistent Language-Image Pretraining", ICCV 2025.
@@ -108,7 +107,7 @@ class RankClipLoss(nn.Module):
         self.schedule = schedule if callable(schedule) else schedules.by_name(schedule)
         self.normalizer = check_weight("normalizer", normalizer)
         self._missing: str | None = "set_epoch(epoch, epochs) or set_progress(step, total_steps)"
-        self._goes_by_epochs = False  # whether λ is of an epoch
+        self._goes_by_epochs = False  # True if λ is of an epoch
         self._schedule_value = 0.0
         if self.schedule is schedules.constant:
             self._missing, self._schedule_value = None, 1.0
@@ -128,7 +127,7 @@ class RankClipLoss(nn.Module):
         """The schedule's present λ, before ``lambda_cross``, ``lambda_in`` and ``normalizer``.
 
         Raises:
-            RuntimeError: if the schedule needs the progress and was not given it.
+            RuntimeError: if the schedule needs the progress and it was not set.
         """
         if self._missing is not None:
             raise RuntimeError(f"RankClipLoss does not know where training stands: call {self._missing}")
@@ -155,8 +154,8 @@ class RankClipLoss(nn.Module):
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Evaluate the schedule at epoch ``epoch`` of ``epochs``, counted from 1.
 
-        With ``epochs=1`` there is no ramp: the schedule is not evaluated, whatever function it is, and λ has
-        to come from :meth:`set_progress` (unless the schedule is ``"constant"``).
+        With ``epochs=1`` there is no ramp: no schedule except ``"constant"`` is evaluated, and
+        :meth:`set_progress` must set λ.
 
         Raises:
             ValueError: unless both are integers and 1 ≤ epoch ≤ epochs.
@@ -193,16 +192,16 @@ class RankClipLoss(nn.Module):
             logit_scale: the multiplier s.
             logit_bias: passed on to the base, if it is not None.
             output_dict: return the summands by name instead of their sum.
-            reference_image_features: ``[N, D']``, a teacher's, by which the rank terms' lists are ranked, see
+            reference_image_features: ``[N, D']``, a teacher's features, which rank the terms' lists, see
                 :class:`RankConsistency`. A base whose signature takes a teacher's features gets them, too.
-            reference_text_features: ``[N, D']``, likewise.
+            reference_text_features: ``[N, D']``, also a teacher's.
             **base_inputs: passed on to the base, which refuses unknown ones.
         """
         teacher = dict(zip(TEACHER, (reference_image_features, reference_text_features), strict=True))
         inputs = image_features, text_features, logit_scale, logit_bias
         cross, in_ = self.rank_weights.values()
         gather, options = self.consistency.gather, self.consistency.options
-        # The rank terms' pass gives the loss of such a base as well.
+        # The rank terms' pass also gives the loss of such a base.
         is_fused = bool(cross or in_) and not (base_inputs or options.is_dense)
         is_fused = is_fused and is_streamed_clip(self.base, gather)
         self.consistency.check(inputs, teacher, one_space=is_fused)
@@ -226,7 +225,7 @@ class RankClipLoss(nn.Module):
         return ", ".join([f"schedule={schedule}", *factors])
 
     def _tell(self, name: str, now: int, end_name: str, end: int) -> None:
-        """Evaluate the schedule at position ``now`` of ``end``, which are arguments of these names."""
+        """Evaluate the schedule at position ``now`` of ``end``, given the names of both arguments."""
         now, end = check_count(name, now), check_count(end_name, end)
         if now > end:
             raise ValueError(f"{name} must be at most {end_name}; got {name}={now!r}, {end_name}={end!r}")
@@ -234,7 +233,7 @@ class RankClipLoss(nn.Module):
         if is_epoch and end == 1 and self.schedule is not schedules.constant:
             if self.consistency.gather.place[0] == 0:
                 _log.info("epochs=1 has no ramp: the schedule is evaluated per step, from set_progress()")
-            # λ of an earlier run's epochs is not this run's.
+            # λ from the epochs of an earlier run is not valid for this run.
             if self._missing is not None or self._goes_by_epochs:
                 self._missing = "set_progress(step, total_steps), as epochs=1 has no ramp"
             return

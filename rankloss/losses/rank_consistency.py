@@ -25,41 +25,42 @@ class RankConsistency(GatheringLoss):
         cross = ½[C(S | R) + C(R | S)],   in = ½[C(I | X) + C(X | I)],
 
     where C averages the Plackett–Luce NLL of the matrix's lists (:func:`rankloss.plackett_luce_nll`): one
-    list per row, or one of all pairs. The second matrix gives the order only and receives no gradient. With a
-    teacher's features V', T' of the same pairs each matrix is ranked by the teacher's, S' = V'·T'ᵀ and so on,
+    list per row, or one of all pairs. The second matrix only gives the order and receives no gradient. With a
+    teacher's features V', T' of the same pairs each matrix is ranked by the teacher's matrix, S' = V'·T'ᵀ and
+    so on,
 
         cross = ½[C(S | S') + C(R | R')],   in = ½[C(I | I') + C(X | X')].
 
-    With the features of one modality alone, its matrix Y' ranks the images and the texts,
-    in = ½[C(I | Y') + C(X | Y')], and the cross-modal term has to have the weight 0.
+    With the teacher's features of one modality alone, its matrix Y' ranks both images and texts: the in-modal
+    term is ½[C(I | Y') + C(X | Y')], and the cross-modal term must have the weight 0.
 
     Row lists are computed in chunks of rows, value and gradient together, so memory grows linearly with N;
-    :class:`rankloss.RankOptions` says which options are not. Similarities, order and sums are float32 at
-    least, under autocast too.
+    :class:`rankloss.RankOptions` lists the options that need whole matrices. Similarities, order and sums are
+    float32 at least, under autocast too.
 
     Args:
         cross_modal: weight of the cross-modal term, a number; 0 leaves it out of the computation.
-        in_modal: weight of the in-modal term, likewise.
-        gather: how features of other processes are gathered. None: from the default process group, if one of
-            more than one process is initialised, exactly. False: not at all. Else a :class:`rankloss.Gather`.
-        **options: which lists, how they are ranked and put together, and how they are computed: the fields of
+        in_modal: weight of the in-modal term, a number; 0 leaves it out of the computation.
+        gather: gathering of other processes' features. None: exact, from the default process group, if one of
+            several processes is initialised. False: none. Otherwise a :class:`rankloss.Gather`.
+        **options: the lists, their ranking, reduction and computation: the fields of
             :class:`rankloss.RankOptions`.
 
     Shapes:
-        ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; the two may differ in D where the
+        ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; the two may differ in D if the
         cross-modal term has the weight 0. ``logit_scale``: the multiplier s itself, not its logarithm, a
         number or a tensor of one element. The result is a scalar in nats, float32 at least.
-        ``output_dict=True`` gives the two weighted terms, ``{"cross_modal_loss": …, "in_modal_loss": …}``,
-        which add up to it.
-        ``reference_image_features`` and ``reference_text_features``: ``[N, D']``, unit-norm, of any
-        floating-point dtype; the two may differ in D' where the cross-modal term has the weight 0.
+        ``output_dict=True`` gives the two weighted terms, ``{"cross_modal_loss": …, "in_modal_loss": …}``;
+        their sum is the loss. ``reference_image_features`` and ``reference_text_features``: ``[N, D']``,
+        unit-norm, of any floating-point dtype; the two may differ in D' if the cross-modal term has the
+        weight 0.
 
     Raises:
-        ValueError: for a value that an option cannot have; in ``forward`` for features that are not two
+        ValueError: for an invalid value of an option; in ``forward`` for features that are not two
             floating-point matrices of one shape with at least two rows in the whole batch, a scale that is
             not positive (not checked on an accelerator, where reading it would wait), a teacher's features of
-            another shape, those of one modality alone while the cross-modal term has a weight, or any beside
-            ``fixed_reference``.
+            another shape or, with a weighted cross-modal term, of one modality alone, or a teacher together
+            with ``fixed_reference``.
         TypeError: for an option that does not exist.
 
     References:
@@ -119,9 +120,9 @@ class RankConsistency(GatheringLoss):
             text_features: ``[N, D]``.
             logit_scale: the multiplier s.
             output_dict: return the terms by name instead of their sum.
-            reference_image_features: ``[N, D']``, a teacher's, whose rankings the lists are compared with.
-                They carry no gradient.
-            reference_text_features: ``[N, D']``, likewise.
+            reference_image_features: ``[N, D']``, a teacher's features, which rank the lists. They carry no
+                gradient.
+            reference_text_features: ``[N, D']``, also a teacher's.
         """
         teacher = dict(zip(TEACHER, (reference_image_features, reference_text_features), strict=True))
         inputs = image_features, text_features, logit_scale, None
@@ -136,9 +137,9 @@ class RankConsistency(GatheringLoss):
         """Check the inputs, and a teacher's features against the options and the terms.
 
         Args:
-            inputs: of :meth:`check_inputs`.
+            inputs: the arguments of :meth:`check_inputs`.
             teacher: a teacher's features by name.
-            one_space: whether images are compared with texts beside the terms.
+            one_space: True if images are compared with texts, apart from the terms.
         """
         is_crossed = self.cross_modal != 0
         named: dict[str, Any] = {**teacher, "one_space": one_space or is_crossed}
@@ -146,7 +147,7 @@ class RankConsistency(GatheringLoss):
         check_references(self.options, cross_modal=is_crossed, **teacher)
 
     def extra_repr(self) -> str:
-        """The weights and every option that is not at its default."""
+        """The weights, and the options with other values than their defaults."""
         shown = [f"cross_modal={self.cross_modal:g}", f"in_modal={self.in_modal:g}"]
         shown += [f"{name}={value!r}" for name, value in self.options.changed.items()]
         return ", ".join(shown)

@@ -1,4 +1,4 @@
-"""Orders and grades that come as data: a list of candidates for every query."""
+"""Orders and grades as data: a list of candidates for every query."""
 
 from __future__ import annotations
 
@@ -22,69 +22,69 @@ ListModel = Literal["plackett_luce", "top_one", "pairwise"]
 PairWeight = Literal["difference"]
 
 _SCORES_AT_ONCE = 2**24  # 64 MiB in float32
-_IGNORED = -100  # what torch's losses take for no target
+_IGNORED = -100  # torch's losses ignore this target
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _REALS = _INTEGERS | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 class RankedLists(GatheringLoss):
-    r"""Listwise loss of candidates whose grades are data: people's, a reranker's, a language model's.
+    r"""Listwise loss of candidates with grades as data: from people, a reranker or a language model.
 
     Query n has K_n candidates with scores x_q = s·⟨query n, candidate q⟩ and grades g_q. A larger grade is
-    better; equal grades are tied; candidates of grade −∞ stand below all graded ones and are not counted.
-    The value of a list is, by ``model``,
+    better; equal grades are tied; candidates of grade −∞ rank below all graded ones and are not counted. The
+    value of a list is, by ``model``,
 
         plackett_luce   Σ_p [log Σ_{q : g_q ≤ g_p} e^{x_q} − x_p]
         top_one         Σ_p softmax(g)_p · [log Σ_q e^{x_q} − x_p]
         pairwise        Σ_{p, q : g_p > g_q} −log σ(x_p − x_q)
 
-    p running over the graded candidates: ListMLE with exact ties (:func:`rankloss.plackett_luce_nll`),
-    ListNet's cross-entropy, and Bradley–Terry's or RankNet's likelihood of all pairs. Of two candidates with
-    unequal grades the first and the last are the same. A list whose candidates have all the same grade
-    counts nothing.
+    where p runs over the graded candidates: ListMLE with exact ties (:func:`rankloss.plackett_luce_nll`),
+    ListNet's cross-entropy, and Bradley–Terry's or RankNet's likelihood of all pairs. For two candidates with
+    unequal grades the first and the last are equal. A list in which all grades are equal counts nothing.
 
-    With ``in_batch_negatives`` the candidates of the other queries, of all processes, are items of grade −∞
-    in every list, except for the list's own. Candidates with one of ``candidate_ids`` are one item, on all
-    processes. Without ids those that equal one of the list's own in every bit are left out, and a candidate
-    of several lists is one item where it is one row of ``[M, D]``, else several. With
-    K = 1 this is CLIP's cross-entropy of one direction, to the last bit in float64 where all scores are
-    computed at once.
+    With ``in_batch_negatives`` other queries' candidates, of all processes, are items of grade −∞ in every
+    list, except for the list's own candidates. Candidates with the same id in ``candidate_ids`` are one item,
+    on all processes. Without ids, candidates bit-equal to one of the list's own are left out, and a candidate
+    of several lists is one item if it is one row of ``[M, D]``, otherwise several. With K = 1 this is CLIP's
+    cross-entropy of one direction; it is bit-equal in float64 if all scores are computed at once.
 
-    Scores are in float32 at least, sums over a list's own candidates in float64, whatever autocast asks for.
-    With negatives the N·M scores are computed for some queries at a time, and again in the backward pass
+    Scores are in float32 at least, sums over a list's own candidates in float64, also under autocast. With
+    negatives the N·M scores are computed for some queries at a time, and again in the backward pass
     (:func:`torch.utils.checkpoint.checkpoint`), unless all fit at once: memory is linear in M. Compiled, the
     loss is one call between two graphs.
 
     Args:
         model: the likelihood.
-        top_k: of Plackett–Luce, the ranks that count, tied candidates sharing their best rank; None for all.
-        pair_weight: of ``"pairwise"``: None, or ``"difference"`` to multiply each pair's term by g_p − g_q,
+        top_k: for Plackett–Luce, the number of ranks that count; tied candidates share their best rank. None
+            for all.
+        pair_weight: for ``"pairwise"``: None, or ``"difference"`` to multiply each pair's term by g_p − g_q,
             which needs finite grades and no negatives.
-        in_batch_negatives: whether the other queries' candidates stand below a query's own.
+        in_batch_negatives: rank the other queries' candidates below a query's own.
         reduction: ``"mean"``: each list divided by the number of its terms, averaged over the lists that
-            count. Terms are, of Plackett–Luce, the counted candidates whose denominator holds another item
-            (all but a last one alone); of ``"pairwise"`` the pairs; of ``"top_one"`` one. ``"sum"``: the
-            plain sum. ``"none"``: a value per query that this process computes, which add up to ``"sum"``.
-        chunk_size: queries computed at a time; None takes as many as have 2²⁴ scores.
-        gather: how the other processes' candidates are seen, see :class:`rankloss.Gather`. All processes
-            must bring tensors of the same shapes.
+            count. The terms of Plackett–Luce are the counted candidates whose denominator includes another
+            item (all except an untied last one), those of ``"pairwise"`` the pairs; ``"top_one"`` has one
+            term. ``"sum"``: the plain sum. ``"none"``: one value per query of this process; the values add up
+            to ``"sum"``.
+        chunk_size: queries computed at a time; None: enough for 2²⁴ scores.
+        gather: gathering of other processes' candidates, see :class:`rankloss.Gather`. All processes need
+            tensors of the same shapes.
 
     Shapes:
         ``query_features``: ``[N, D]``; ``candidate_features``: ``[N, K, D]``, or ``[M, D]`` with
         ``candidate_index`` ``[N, K]``, integers in [0, M), so that a candidate of several lists is embedded
-        once; ``grades``: ``[N, K]``; ``mask``: ``[N, K]``, False where a place is padding, whose features,
-        index and grade mean nothing; ``candidate_ids``: ``[N, K]`` or ``[M]``, integers. Features are
-        unit-norm; ``logit_scale`` is the multiplier s itself. The
-        result is a scalar in nats, ``[N]`` with ``reduction="none"``, or with ``output_dict=True``
-        ``{"ranked_lists_loss": …}``. NaN or infinity in a feature gives NaN.
+        once; ``grades``: ``[N, K]``; ``mask``: ``[N, K]``, False at padding, where features, index and grade
+        are ignored; ``candidate_ids``: ``[N, K]`` or ``[M]``, integers. Features are unit-norm;
+        ``logit_scale`` is the multiplier s itself. The result is a scalar in nats, ``[N]`` with
+        ``reduction="none"``, or with ``output_dict=True`` ``{"ranked_lists_loss": …}``. NaN or infinity in a
+        feature gives NaN.
 
     Raises:
-        ValueError: for an option out of range or that the model does not have; in ``forward`` for shapes,
-            dtypes or devices that do not fit, a list without candidates, a grade that is NaN or +∞, an index
-            out of range, or with ``in_batch_negatives`` two queries that are equal, whose candidates would
-            be each other's negatives. Values are looked at on a CPU, and on an accelerator at the first call;
-            a wrong grade gives NaN in later ones.
-        TypeError: for an argument that is no tensor.
+        ValueError: for an option out of range or unsupported by the model; in ``forward`` for mismatched
+            shapes, dtypes or devices, a list without candidates, a grade of NaN or +∞, an index out of range,
+            or with ``in_batch_negatives`` two equal queries, whose candidates would be each other's
+            negatives. Values are read on a CPU at every call, on an accelerator at the first call; a wrong
+            grade gives NaN in later calls.
+        TypeError: for an argument that is not a tensor.
 
     References:
         "Listwise Approach to Learning to Rank: Theory and Algorithm", ICML 2008 (ListMLE); "Learning to Rank:
@@ -133,7 +133,7 @@ class RankedLists(GatheringLoss):
         self._model = models[model]
 
     def extra_repr(self) -> str:
-        """The model, and whether there are negatives."""
+        """The model, and the option of negatives."""
         return f"model={self.model!r}, in_batch_negatives={self.in_batch_negatives!r}"
 
     @precision.outside_graphs
@@ -154,10 +154,10 @@ class RankedLists(GatheringLoss):
         Args:
             query_features: ``[N, D]``.
             candidate_features: ``[N, K, D]``, or ``[M, D]``.
-            grades: ``[N, K]``, of any real dtype; it takes no gradient.
+            grades: ``[N, K]``, of any real dtype; they receive no gradient.
             logit_scale: the multiplier s.
-            candidate_index: ``[N, K]``, the rows of ``[M, D]`` that are each query's candidates.
-            candidate_ids: ``[N, K]`` or ``[M]``, equal for one candidate on whatever process.
+            candidate_index: ``[N, K]``, each query's candidates as rows of ``[M, D]``.
+            candidate_ids: ``[N, K]`` or ``[M]``, equal for one candidate on all processes.
             mask: ``[N, K]``, bool; False is padding.
             output_dict: return a dict.
         """
@@ -169,7 +169,7 @@ class RankedLists(GatheringLoss):
 
     def _loss_of(self, given: _Given) -> Tensor:
         tensors = given._asdict()
-        del tensors["logit_scale"]  # which may be a number
+        del tensors["logit_scale"]  # may be a number
         self.gather.check_agreement(self, **tensors)
         _check_shapes(given)
         checks.check_scale(given.logit_scale, given.query_features)
@@ -178,7 +178,7 @@ class RankedLists(GatheringLoss):
         queries, items, logit_scale, grades, index, _, ids = given
         is_item = given.is_item
         is_right = (~is_item | (grades < math.inf)).all()
-        is_mps = grades.device.type == "mps"  # which has no float64
+        is_mps = grades.device.type == "mps"  # MPS has no float64
         grades = (
             grades.detach().to(torch.float32 if is_mps else torch.float64).masked_fill(~is_item, math.inf)
         )
@@ -200,7 +200,7 @@ class RankedLists(GatheringLoss):
         dtype = precision.arithmetic_dtype(queries, items)
         items, is_listed = items.to(dtype), is_listed.bool()
         if given.mask is not None or given.candidate_index is not None:
-            # A place that is in no list may hold anything, and 0 · NaN is NaN.
+            # Rows in no list may hold any values, and 0 · NaN is NaN.
             items = items.masked_fill(~is_listed[:, None], 0.0)
         equal = None
         if self.in_batch_negatives and ids is not None:
@@ -224,7 +224,7 @@ class RankedLists(GatheringLoss):
         index: Tensor,
         grades: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Values and numbers of terms of all lists, both 0 for a list that does not count."""
+        """Values and numbers of terms of all lists; both are 0 for a list that does not count."""
         scores = len(items) if self.in_batch_negatives else index.shape[1]
         if self.model == "pairwise":
             scores *= index.shape[1]
@@ -255,7 +255,7 @@ class RankedLists(GatheringLoss):
             own = items.index_select(0, index.flatten()).view(*index.shape, -1)
             x = precision.product(own, queries[:, :, None]).squeeze(-1)
         if rest is not None and index.shape[1] == 1 and self.model != "pairwise":
-            # Either model is the cross-entropy of one candidate, here to the last bit.
+            # Both models are the cross-entropy of one candidate; this way is bit-exact.
             values = -rest.scatter(1, index, x).log_softmax(-1).gather(1, index).squeeze(-1)
             terms = torch.ones_like(index[:, 0])
         else:
@@ -264,7 +264,7 @@ class RankedLists(GatheringLoss):
         return values.to(grades.dtype).where(counts, 0.0), terms.where(counts, 0)
 
     def _reduced(self, values: Tensor, terms: Tensor) -> Tensor:
-        """The reduction over all processes, whose shares DDP averages."""
+        """The reduction over all processes; DDP averages their shares."""
         shares = self.gather.place[1] if self.gather.anchors_are_local else 1
         if self.reduction == "none":
             return values
@@ -369,12 +369,12 @@ def _check_shapes(given: _Given) -> None:
 
 
 def _refuse(name: str, values: Tensor, is_wrong: Tensor, needed: str) -> None:
-    """Raise a ValueError that shows the first row with wrong values, if there is one."""
+    """Raise a ValueError that shows the first row with wrong values, if any."""
     if (row := _first(is_wrong)) is not None:
         raise ValueError(f"{name} must be {needed}; row {row} has {values[row][is_wrong[row]].tolist()}")
 
 
 def _first(is_wrong: Tensor) -> int | None:
-    """The first row that is, or None."""
+    """The first row that is True, or None."""
     rows = is_wrong.nonzero()
     return int(rows[0, 0]) if len(rows) else None

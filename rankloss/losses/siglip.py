@@ -1,6 +1,6 @@
 r"""SigLIP's loss, from the whole matrix of logits or in blocks of rows.
 
-With logits x_ij = s·v_i·t_j + b, and y_ij = −x_ij where j is image i's own text, else x_ij,
+With logits x_ij = s·v_i·t_j + b, and y_ij = −x_ij if j is image i's own text, else x_ij,
 
     L = (1/n)·Σ_ij log(1 + e^{y_ij}),
     G_ij = n·∂L/∂x_ij = −σ(y_ij) where j is image i's own text, else σ(y_ij),   ∂b = (1/n)·Σ G.
@@ -22,36 +22,36 @@ from rankloss.checks import InputWarning
 from rankloss.losses.gathering import Number, StreamedLoss
 from rankloss.precision import arithmetic_dtype, in_arithmetic, nan_unless_finite
 
-_LINEAR_FROM = 40.0  # from where log(1 + e^y) is y in float64
+_LINEAR_FROM = 40.0  # from here log(1 + e^y) is y in float64
 
 
 class SigLipLoss(StreamedLoss):
-    r"""SigLIP's loss: every pair of an image and a text is a decision of its own, whether they match.
+    r"""SigLIP's loss: a binary classification of every pair of an image and a text.
 
         L = −(1/N)·Σ_ij log σ(z_ij·(s·v_i·t_j + b)),   z_ij = 1 where i = j, else −1
 
-    Memory: up to its budget the loss is open_clip's formula, with the same bits in one process. A
-    batch whose logits take more is computed in chunks of images, value and gradient together, in float32 at
-    least; it differs from the formula by rounding, that of half precision where the formula's logits are
-    half. O(N·D) is kept for the backward pass and O(chunk·N) is held during the forward pass.
+    Memory: within the budget the loss is open_clip's formula, bit for bit in one process. A batch with more
+    logits is computed in chunks of images, value and gradient together, in float32 at least. It differs from
+    the formula by rounding; if the formula's logits are half precision, by their rounding. The backward pass
+    keeps O(N·D), the forward pass holds O(chunk·N).
 
     Several processes: open_clip's loss of a process is the sum over its own images and all texts, divided by
-    the number of its own images. So is this one with both flags of ``gather``, and DDP's average is the loss,
-    and its gradient that, of the whole batch. Only texts are gathered then. Without ``gather_with_grad`` the
-    other processes' features are constants, the own ones never are.
+    the number of its own images. With both flags of ``gather`` this loss is the same, and DDP's average has
+    the value and the gradient of the whole batch. Only texts are gathered then. Without ``gather_with_grad``
+    other processes' features are constants; a process's own features never are.
 
     Args:
-        gather: how features of other processes are gathered. None: from the default process group, if one of
-            more than one process is initialised, exactly. False: not at all. Else a :class:`rankloss.Gather`.
+        gather: gathering of other processes' features. None: exact, from the default process group, if one of
+            several processes is initialised. False: none. Otherwise a :class:`rankloss.Gather`.
         chunk_size: see :class:`rankloss.RankOptions`.
-        memory_budget: likewise.
+        memory_budget: see :class:`rankloss.RankOptions`.
 
     Shapes:
         ``image_features`` and ``text_features``: ``[N, D]``, unit-norm; ``logit_scale``: the multiplier s
-        itself, not its logarithm; ``logit_bias``: b, None for 0 (SigLIP starts from −10, without which the
-        many pairs that do not match dominate). Both are a number or a tensor of one
-        element. The result is a scalar in nats, within the budget in the dtype in which torch computes the
-        formula from the features, or with ``output_dict=True`` ``{"contrastive_loss": …}``.
+        itself, not its logarithm; ``logit_bias``: b, None for 0 (SigLIP starts from −10; without a bias the
+        many pairs that do not match dominate). Both are a number or a tensor of one element. The result is a
+        scalar in nats (within the budget in the dtype of torch's formula), or with ``output_dict=True``
+        ``{"contrastive_loss": …}``.
 
     Raises:
         ValueError: for a negative budget; in ``forward`` for features that are not two floating-point
@@ -68,7 +68,7 @@ class SigLipLoss(StreamedLoss):
     """
 
     def check_inputs(self, image_features: Tensor, text_features: Tensor, *numbers: Any, **more: Any) -> None:
-        """Check the inputs, and warn once of a bias that is not given."""
+        """Check the inputs, and warn once of a missing bias."""
         super().check_inputs(image_features, text_features, *numbers, **more)
         if numbers[1] is None and "logit_bias" not in self._looked_at:
             self._looked_at.add("logit_bias")
@@ -88,7 +88,7 @@ class SigLipLoss(StreamedLoss):
             logits += bias  # in place: a bias of shape [1] does not change the dtype
         labels = 2 * (own[:, None] == torch.arange(len(texts), device=images.device)).to(images.dtype) - 1
         loss = -F.logsigmoid(labels * logits).sum() / len(images)
-        # Of a feature that is infinite, or a product that could be, the sigmoid loss could be a number.
+        # With infinite features or overflowing products the sigmoid loss could be a finite number.
         return nan_unless_finite(loss, images, texts).to(loss.dtype)
 
     def _streamed(self, images: Tensor, texts: Tensor, scale: Number, bias: Number | None) -> Tensor:
@@ -102,8 +102,8 @@ class SigLipLoss(StreamedLoss):
         return loss.to(home)
 
     def _pairs(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """The images that are rows here, and all texts."""
-        # An image is a row, a text is not: its own gradient has to come through the gathering.
+        """The images of this process's rows, and all texts."""
+        # Images are rows, texts are not: a process's own texts get their gradient through the gathering.
         rows = images if self.gather.anchors_are_local else self.gather.items(images)
         return rows, self.gather.items(texts, are_anchors=False)
 
