@@ -281,19 +281,17 @@ def _uniformity(image_features: Any) -> float:
 def ranked_lists(name: str, **options: Any) -> Subject:
     """``RankedLists`` of each text's candidates, some of which several lists share."""
 
-    def literal(
-        candidate_features: Any, query_features: Any, grades: Any, logit_scale: Any, xp: Any = torch
-    ) -> Any:
+    def literal(candidate_features: Any, query_features: Any, grades: Any, logit_scale: Any) -> Any:
         n, k = grades.shape
         items, index = candidate_features.reshape(n * k, -1), np.arange(n * k).reshape(n, k)
-        return oracle.ranked_lists(query_features, items, index, grades, logit_scale, xp=xp, **options)
+        return oracle.ranked_lists(query_features, items, index, grades, logit_scale, **options)
 
     features = ("candidate_features", "query_features")  # in this order, since queries have to differ
     return Subject(
         f"RankedLists[{name}]",
         "RankedLists",
         functools.partial(rankloss.RankedLists, chunk_size=4, **options),
-        functools.partial(literal, xp=np),
+        None,
         literal,
         inputs=(*features, "grades", "logit_scale"),
         differentiable=(*features, "logit_scale"),
@@ -304,13 +302,13 @@ RANK_FACTOR = 0.5
 CONTRAST_SCALE = 7.0
 
 
-def mimicry_terms(xp: Any, features: Any, teacher: Any, weight: float, contrast: float) -> Any:
+def mimicry_terms(features: Any, teacher: Any, weight: float, contrast: float) -> Any:
     """The terms that ``MimicryLoss`` adds to its base."""
     (v, t), (taught_v, taught_t) = features, [x[:, :D] for x in teacher]
     taught_v, taught_t = (x / (x**2).sum(-1, keepdims=True) ** 0.5 for x in (taught_v, taught_t))
     distances = ((v - taught_v) ** 2).sum(-1).mean() + ((t - taught_t) ** 2).sum(-1).mean()
     logits = CONTRAST_SCALE * (v @ taught_t.T), CONTRAST_SCALE * (t @ taught_v.T)
-    crossed = [(xp.log(xp.exp(x).sum(-1)) - xp.diagonal(x)).mean() for x in logits]
+    crossed = [(x.logsumexp(-1) - x.diagonal()).mean() for x in logits]
     return weight * distances + contrast * sum(crossed) / 2
 
 
@@ -325,12 +323,10 @@ def mimicry(
         part.components = torch.eye(D + 4, device="cpu")[:, :D]
         return loss
 
-    def literal(
-        image_features: Any, text_features: Any, logit_scale: Any, xp: Any = torch, **teacher: Any
-    ) -> Any:
+    def literal(image_features: Any, text_features: Any, logit_scale: Any, **teacher: Any) -> Any:
         own = base(image_features, text_features, logit_scale, **teacher)
         both = {"weight": 8.0, "contrast": 0.0, **weights}
-        return own + mimicry_terms(xp, (image_features, text_features), teacher.values(), **both)
+        return own + mimicry_terms((image_features, text_features), teacher.values(), **both)
 
     return Subject(
         f"MimicryLoss[{name}]",

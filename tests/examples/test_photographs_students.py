@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import io
 
+import formulas
 import numpy as np
 import pytest
 import torch
 from examples_common.records import Store
 from examples_common.trainings import shared
 from filelock import FileLock
+from formulas import cross_entropy, mean_of, pearson, unit, within
 from photographs_folder import PICTURES, Encoders, filled, finder, write_folder
 from photostudy import command, folder
 from photostudy.findings import PRIMARY, SECONDARY
@@ -79,76 +81,25 @@ N, D, WIDTHS = 6, 4, (7, 5)
 S, S_TEACHER = 5.0, 20.0
 
 
-def unit(rows, columns, seed):
-    x = np.random.default_rng(seed).normal(size=(rows, columns))
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
 STUDENT = unit(N, D, 0), unit(N, D, 1)
 TEACHER = unit(N, WIDTHS[0], 2), unit(N, WIDTHS[1], 3)
 
 
-def rows_of(x, scale):
-    """Return the softmax of a similarity matrix's rows, without their own entries."""
-    found = []
-    for i, row in enumerate(scale * x @ x.T):
-        e = np.exp(np.delete(row, i))
-        found.append(e / e.sum())
-    return np.array(found)
-
-
-def numpy_softmax(v, t, _):
-    pairs = zip((v, t), TEACHER, strict=True)
-    return sum(-(rows_of(y, S_TEACHER) * np.log(rows_of(x, S))).sum(1).mean() for x, y in pairs) / 2
-
-
-def numpy_pearson(v, t, _):
-    found = []
-    for x, y in zip((v, t), TEACHER, strict=True):
-        rows = zip(rows_of(x, S), rows_of(y, S_TEACHER), strict=True)
-        found += [1 - np.corrcoef(mine, theirs)[0, 1] for mine, theirs in rows]
-    return np.mean(found)
-
-
-def numpy_distances(v, t, _):
-    total = 0.0
-    for x, y in zip((v, t), TEACHER, strict=True):
-        pairs = [(i, j) for i in range(N) for j in range(i)]
-        own, theirs = (np.array([np.linalg.norm(z[i] - z[j]) for i, j in pairs]) for z in (x, y))
-        off = abs(own / own.mean() - theirs / theirs.mean())
-        total += np.where(off < 1, off**2 / 2, off - 0.5).mean()
-    return total
-
-
-def numpy_cka(v, t, _):
-    found = []
-    for x, y in zip((v, t), TEACHER, strict=True):
-        centring = np.eye(N) - 1 / N
-        k, m = (centring @ z @ z.T @ centring for z in (x, y))  # by the N × N matrices of the definition
-        found.append(1 - (k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()))
-    return np.mean(found)
-
-
 def numpy_mimicry(v, t, loss):
-    total = 0.0
-    for x, y, project in zip((v, t), TEACHER, loss.term.projections, strict=True):
-        image = x @ project.weight.detach().numpy().T
-        image = image / np.linalg.norm(image, axis=1, keepdims=True)
-        total += ((image - y) ** 2).sum(1).mean()
-    return total
+    projected = (
+        x @ project.weight.detach().numpy().T
+        for x, project in zip((v, t), loss.term.projections, strict=True)
+    )
+    return formulas.mimicry([*map(formulas.normalized, projected)], TEACHER)
 
 
 RIVALS = {
-    "softmax": numpy_softmax,
-    "pearson": numpy_pearson,
-    "distances": numpy_distances,
-    "cka": numpy_cka,
+    "softmax": lambda v, t, _: mean_of(cross_entropy, within((v, t), S), within(TEACHER, S_TEACHER)),
+    "pearson": lambda v, t, _: mean_of(pearson, within((v, t), S), within(TEACHER, S_TEACHER)),
+    "distances": lambda v, t, _: formulas.distances((v, t), TEACHER),
+    "cka": lambda v, t, _: formulas.cka((v, t), TEACHER),
     "projected-mimicry": numpy_mimicry,
 }
-
-
-def tensors(pair):
-    return [torch.from_numpy(x).requires_grad_() for x in pair]
 
 
 def given(arm):
@@ -157,39 +108,17 @@ def given(arm):
 
 @pytest.mark.parametrize("arm", RIVALS)
 def test_a_rival_is_its_formula(arm):
-    """Value, and a multiple's gradient along a random direction, as a difference quotient has it."""
     loss = losses.build(arm, D, WIDTHS, weight=2.5, scale=S_TEACHER, label_smoothing=0.1).double()
-    features = tensors(STUDENT)
-    base = losses.build("clip", D, WIDTHS, label_smoothing=0.1)(*features, torch.tensor(S))
-    value = loss(*features, torch.tensor(S), **given(arm)) - base
-    assert value.item() == pytest.approx(2.5 * RIVALS[arm](*STUDENT, loss), rel=1e-9)
-    along, step = [np.random.default_rng(9 + i).normal(size=(N, D)) for i in range(2)], 1e-6
-    ends = (
-        RIVALS[arm](*(x + sign * step * a for x, a in zip(STUDENT, along, strict=True)), loss)
-        for sign in (1, -1)
-    )
-    found = torch.autograd.grad(-3 * value, features)
-    inner = sum((x.numpy() * a).sum() for x, a in zip(found, along, strict=True))
-    assert inner == pytest.approx(-3 * 2.5 * np.subtract(*ends) / (2 * step), rel=1e-6)
+    base, scale = losses.build("clip", D, WIDTHS, label_smoothing=0.1), torch.tensor(S)
 
+    def term(*features):
+        return loss(*features, scale, **given(arm)) - base(*features, scale)
 
-def test_mimicrys_projections_learn_and_the_teacher_does_not():
-    loss = losses.build("projected-mimicry", D, WIDTHS, weight=1.0).double()
-    weights = [*loss.parameters()]
-    assert [tuple(x.shape) for x in weights] == [(WIDTHS[0], D), (WIDTHS[1], D)]
-    loss(*tensors(STUDENT), torch.tensor(S), **given("projected-mimicry")).backward()
-    along, step = torch.randn(WIDTHS[0], D, dtype=torch.double), 1e-6
-    ends = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            weights[0] += sign * step * along
-            ends.append(numpy_mimicry(*STUDENT, loss))
-            weights[0] -= sign * step * along
-    assert (weights[0].grad * along).sum().item() == pytest.approx(np.subtract(*ends) / (2 * step), rel=1e-6)
+    formulas.assert_is_formula(term, lambda *x: RIVALS[arm](*x, loss), STUDENT, 2.5)
 
 
 def test_ranks_are_the_librarys_by_the_encoders_of_the_arm():
-    features = tensors(STUDENT)
+    features = [*map(torch.from_numpy, STUDENT)]
     clip = rankloss.ClipLoss()(*features, logit_scale=S).item()
     names = ("reference_image_features", "reference_text_features")
     teacher = dict(zip(names, map(torch.from_numpy, TEACHER), strict=True))

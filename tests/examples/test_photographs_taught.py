@@ -6,11 +6,13 @@ import dataclasses
 import io
 import itertools
 
+import formulas
 import numpy as np
 import pytest
 import torch
 from examples_common.records import Store
 from examples_common.statistics import Difference
+from formulas import both_ways, cross_entropy, log_softmax, pearson, within
 from photographs_folder import PICTURES, filled, finder, write_folder
 from photostudy import command, folder, heads
 from photostudy import plan as part1
@@ -77,10 +79,6 @@ def built(view, arm, **changes):
 # --- literal formulas ---
 
 
-def log_softmax(rows):
-    return rows - np.log(np.exp(rows).sum(1, keepdims=True))
-
-
 def nll(x, y, top_k):
     total = 0.0
     for scores, seen_scores in zip(x, y, strict=True):
@@ -93,43 +91,22 @@ def nll(x, y, top_k):
     return total / len(x)
 
 
-def cross_entropy(x, y):
-    return -(np.exp(log_softmax(y)) * log_softmax(x)).sum(1).mean()
-
-
-def dist(x, y):
-    rows = zip(np.exp(log_softmax(x)), np.exp(log_softmax(y)), strict=True)
-    return np.mean([1 - np.corrcoef(mine, theirs)[0, 1] for mine, theirs in rows])
-
-
 def standardised_squares(x, y):
     return (((x - x.mean()) / x.std() - (y - y.mean()) / y.std()) ** 2).mean()
 
 
-def without_diagonal(x):
-    return np.array([np.delete(row, i) for i, row in enumerate(x)])
+TAUGHT = [x.numpy() for x in TRAINED]
+REDUCED = [formulas.normalized(x[:, :WIDTH]) for x in TAUGHT]
 
 
 def four(v, t):
-    return [v @ t.T, t @ v.T, without_diagonal(v @ v.T), without_diagonal(t @ t.T)]
+    return [*both_ways((v, t)), *within((v, t))]
 
 
 def of_four(view, distance, scale=1.0):
     change = {"sharpened": lambda x: np.exp(20 * (x - 1)), "saturated": lambda x: np.tanh(4 * x)}
-    theirs = [scale * change.get(view, lambda x: x)(x) for x in four(*(x.numpy() for x in TRAINED))]
+    theirs = [scale * change.get(view, lambda x: x)(x) for x in four(*TAUGHT)]
     return lambda v, t: sum(distance(S * x, y) for x, y in zip(four(v, t), theirs, strict=True)) / 2
-
-
-def mimicry(v, t):
-    pairs = zip((v, t), TRAINED, strict=True)
-    targets = ((x, y.numpy()[:, :WIDTH]) for x, y in pairs)
-    return sum(((x - y / np.linalg.norm(y, axis=1, keepdims=True)) ** 2).sum(1).mean() for x, y in targets)
-
-
-def contrast(v, t):
-    images, texts = (y.numpy()[:, :WIDTH] for y in TRAINED)
-    images, texts = (y / np.linalg.norm(y, axis=1, keepdims=True) for y in (images, texts))
-    return -sum(np.diag(log_softmax(20 * x @ y.T)).mean() for x, y in ((v, texts), (t, images))) / 2
 
 
 def listed_in_batch():
@@ -190,12 +167,15 @@ def of_lists(kind, scale=1.0):
 
 
 NUMPY = {
-    ("features", "mimicry"): (mimicry, {}),
-    ("features", "contrast"): (contrast, {"scale": 20.0}),
+    ("features", "mimicry"): (lambda *x: formulas.mimicry(x, REDUCED), {}),
+    ("features", "contrast"): (
+        lambda *x: formulas.contrast(x, REDUCED, 20.0),
+        {"scale": 20.0},
+    ),
     ("features", "softmax"): (of_four("scores", cross_entropy, 20.0), {"scale": 20.0}),
     ("scores", "ranks"): (of_four("scores", lambda x, y: nll(x, y, 3)), {"top_k": 3}),
     ("scores", "softmax"): (of_four("scores", cross_entropy, 20.0), {"scale": 20.0}),
-    ("scores", "pearson"): (of_four("scores", dist, 20.0), {"scale": 20.0}),
+    ("scores", "pearson"): (of_four("scores", pearson, 20.0), {"scale": 20.0}),
     ("scores", "squares"): (of_four("scores", standardised_squares), {}),
     ("sharpened", "softmax"): (of_four("sharpened", cross_entropy, 10.0), {"scale": 10.0}),
     ("saturated", "squares"): (of_four("saturated", standardised_squares), {}),
@@ -209,19 +189,14 @@ NUMPY = {
 
 @pytest.mark.parametrize(("view", "arm"), NUMPY)
 def test_a_loss_is_its_formula(view, arm):
-    """Value, and a multiple's gradient along a random direction, as a difference quotient has it."""
     formula, changes = NUMPY[view, arm]
     loss, given, scale = built(view, arm, weight=2.5, **changes), seen(view), torch.tensor(S).double()
-    features = [x.clone().requires_grad_() for x in STUDENT]
     base = losses.losses.build("clip", label_smoothing=SMOOTHING)
-    value = loss(*features, scale, **given) - base(*features, scale)
-    plain = [x.numpy() for x in STUDENT]
-    assert value.item() == pytest.approx(2.5 * formula(*plain), rel=1e-6)
-    along, step = [np.random.default_rng(9 + i).normal(size=(N, D)) for i in range(2)], 1e-6
-    ends = (formula(*(x + sign * step * a for x, a in zip(plain, along, strict=True))) for sign in (1, -1))
-    found = torch.autograd.grad(-3 * value, features, allow_unused=True, materialize_grads=True)
-    inner = sum((x.numpy() * a).sum() for x, a in zip(found, along, strict=True))
-    assert inner == pytest.approx(-3 * 2.5 * np.subtract(*ends) / (2 * step), rel=1e-5)
+
+    def term(*features):
+        return loss(*features, scale, **given) - base(*features, scale)
+
+    formulas.assert_is_formula(term, formula, [x.numpy() for x in STUDENT], 2.5)
 
 
 def test_the_lists_of_the_formulas_are_no_trivial_ones():
@@ -239,17 +214,8 @@ def test_ranks_of_features_are_the_librarys_terms():
     loss = built("features", "ranks", weight=16.0, top_k=3)(*features, scale, **given)
     assert (loss - clip).item() == pytest.approx(2 * terms.item())
     both = built("features", "mimicry-and-ranks", weight=16.0, top_k=3, mimicry=4.0)
-    added = 2 * terms.item() + 4 * mimicry(*(x.numpy() for x in features))
+    added = 2 * terms.item() + 4 * formulas.mimicry([x.numpy() for x in features], REDUCED)
     assert (both(*features, scale, **given) - clip).item() == pytest.approx(added)
-
-
-def test_ranks_of_scores_are_those_of_features_where_the_own_item_is_left_out():
-    given, scale = seen("features"), torch.tensor(S).double()
-    terms = rankloss.RankConsistency(cross_modal=0.0, top_k=3, diagonal=False)(*STUDENT, scale, **given)
-    crossed = rankloss.RankConsistency(in_modal=0.0, top_k=3)(*STUDENT, scale, **given)
-    clip = losses.losses.build("clip", label_smoothing=SMOOTHING)(*STUDENT, scale)
-    loss = built("scores", "ranks", weight=1.0, top_k=3)(*STUDENT, scale, **seen("scores"))
-    assert (loss - clip).item() == pytest.approx((terms + crossed).item())
 
 
 def test_a_view_without_a_common_space_has_part_2as_losses():
