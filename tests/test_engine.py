@@ -232,6 +232,7 @@ def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
     with pytest.MonkeyPatch.context() as patch:
         if not looks:
             patch.setattr(Tensor, "is_cpu", False)
+            patch.setattr(torch, "equal", None)
         terms = weighted_terms(batch, checked, WEIGHTS, wanted)
         found = differentiated(weighted(terms, upstream), inputs, again=again)
     assert_close([*terms, *found], [*owed, *expected], 1e-9)

@@ -13,15 +13,14 @@ from examples_common.records import Store
 from examples_common.trainings import shared
 from filelock import FileLock
 from formulas import cross_entropy, mean_of, pearson, unit, within
-from photographs_folder import PICTURES, Encoders, filled, finder, write_folder
-from photostudy import command, folder
-from photostudy.findings import PRIMARY, SECONDARY
+from photographs_folder import PICTURES, Encoders, drawn, filled, finder, read_folder, reported
+from photostudy import command
+from photostudy.findings import PRIMARY
 from photostudy.students import data, findings, losses, model, plan, report, study, train
 from photostudy.students.plan import Plan
 from photostudy.students.train import Setting
 from rich.console import Console
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
+from studies import assert_corrected
 from torch.nn.functional import normalize
 
 import rankloss
@@ -214,46 +213,20 @@ def test_every_grid_holds_six_tries_of_known_fields():
 # --- comparisons ---
 
 
-def found_of(skip=lambda one: False):
-    rng = np.random.default_rng(0)
-    known = {}
-
-    def find(settings):
-        for one in settings:
-            if one not in known and not (one.side == "test" and skip(one)):
-                metrics = {"retrieval": {}, "people": {}, "geometry": {}}
-                for measure in (PRIMARY, *SECONDARY):
-                    metrics[measure.task][measure.name] = rng.normal() + 3 * (one.arm == "cka")
-                known[one] = {"metrics": metrics}
-        return {one: known[one] for one in settings if one in known}
-
-    return findings.findings(TINY, find)
-
-
 def test_differences_are_paired_and_corrected_with_those_of_part_2b():
-    found = found_of()
+    found = findings.findings(TINY, drawn())
     assert found.missing == 0
-    p = {}
-    for pair in plan.COMPARISONS:
-        values = [[PRIMARY(found.records[arm][seed]) for seed in TINY.seeds] for arm in pair]
-        p[pair] = stats.ttest_rel(*values).pvalue
-        assert found.difference(pair).mean == pytest.approx(np.mean(np.subtract(*values)))
-    holm = multipletests([*p.values(), *[1.0] * plan.OTHERS], method="holm")[1]
-    adjusted = [found.difference(pair).adjusted for pair in p]
-    assert adjusted == pytest.approx(holm[: len(p)])
-    assert len(p) == 9 + 7
-
-
-def test_what_lacks_a_training_is_not_stated():
-    found = found_of(lambda one: one.arm == "cka" and one.seed == 7)
-    assert found.missing == 1
-    stated = {pair for pair in plan.COMPARISONS if found.difference(pair) is not None}
-    assert stated == {pair for pair in plan.COMPARISONS if "cka" not in pair}
-    assert report.conclusions(found, 3) == []
+    pairs = [
+        [[PRIMARY(found.records[arm][seed]) for seed in TINY.seeds] for arm in pair]
+        for pair in plan.COMPARISONS
+    ]
+    differences = [found.difference(pair) for pair in plan.COMPARISONS]
+    assert_corrected(differences, pairs, [1.0] * 9)
+    assert len(differences) == 9 + 7
 
 
 def test_the_conclusions_are_the_plans():
-    found = found_of()
+    found = findings.findings(TINY, drawn())
 
     def told(**means):
         """Return the conclusions where these arms' differences to CLIP and to ranks are established."""
@@ -285,7 +258,7 @@ SHORT = dataclasses.replace(TINY, tries=1, rounds=0)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("flickr8k")
-    photographs = folder.read(root, write_folder(root))
+    photographs = read_folder(root)
     caches = [filled(photographs, encoders) for encoders in (data.Thumbnails(), Encoders())]
     of = data.of_photographs(*caches, PICTURES["train"])
     found = study.Study(of, Store(root / "results"))
@@ -322,16 +295,6 @@ def test_a_seed_trains_the_same_student(trained):
         train.train(Setting("clip", 0, "dev"), pairs, words)
 
 
-def test_an_interrupted_study_continues_with_the_same_numbers(trained, tmp_path):
-    lines = trained.store.path.read_text(encoding="utf-8").splitlines(keepends=True)
-    half = study.Study(trained.of, Store(tmp_path))
-    half.store.path.write_text("".join(lines[:-3]) + lines[-3][:40], encoding="utf-8")  # killed while writing
-    half.follow(SHORT, Console(file=io.StringIO()))
-    first, second = (one.store.read() for one in (trained, half))
-    assert {key: r["metrics"] for key, r in first.items()} == {key: r["metrics"] for key, r in second.items()}
-    assert any("people" in record["metrics"] for record in first.values())
-
-
 def test_the_report_is_made_of_the_records_alone(trained, tmp_path):
     find = command.finished(trained.store, Setting)
     text = report.write(SHORT, find, tmp_path).read_text(encoding="utf-8")
@@ -349,15 +312,8 @@ def test_the_report_is_made_of_the_records_alone(trained, tmp_path):
     assert "Nothing is concluded yet" in early
 
 
-def test_the_command_reports_part_2a_without_data(trained, tmp_path):
-    arguments = ["--part", "2a", "--output", str(tmp_path), "--report-only"]
-    assert command.main(arguments) == 1  # there is no record
-    results = tmp_path / "quick/results/part2a"
-    results.mkdir(parents=True)
-    (results / "records.jsonl").write_bytes(trained.store.path.read_bytes())
-    assert command.main(arguments) == 0
-    text = (tmp_path / "quick/report/part2a.md").read_text(encoding="utf-8")
-    assert "smoke test" in text
+def test_the_command_reports_without_data(trained, tmp_path):
+    text = reported("2a", trained.store, tmp_path)
     assert "20 of the planned trainings on the test side are missing" in text  # none is of the quick plan
 
 
