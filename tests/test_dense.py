@@ -15,7 +15,8 @@ from statsmodels.duration.hazard_regression import PHReg
 from torch import Tensor
 
 from batches import assert_close
-from rankloss import plackett_luce_nll, reference
+from rankloss import dense, plackett_luce_nll, reference
+from rankloss.options import RankOptions
 
 finite = st.floats(-50, 50)
 worths = st.sampled_from(["exp", "shifted", "identity"])
@@ -183,3 +184,9 @@ def test_a_score_whose_worth_is_not_positive_is_an_error_or_nan(
     above = torch.tensor([0.5, floor + 1e-3, 0.75], dtype=torch.float64)
     expected = reference.plackett_luce_nll(above, np.arange(3), worth=worth)
     assert_close([plackett_luce_nll(above, torch.arange(3), worth=worth)], [expected], 1e-12)
+
+
+def test_probabilities_of_the_top_keep_a_shared_rounding_out() -> None:
+    y = torch.tensor([0.9, 0.8999, -0.3])
+    p = dense.top_one_probabilities(y, torch.tensor(700.0), RankOptions(model="top_one"))
+    assert_close([p], [(700 * y.double()).softmax(-1)], 1e-6)

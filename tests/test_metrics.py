@@ -145,8 +145,9 @@ def test_equal_items_are_tied_whatever_the_products_rounding(n: int) -> None:
     }
     actual = metrics.rank_agreement(v, t)
     for term, (a, b) in pairs.items():
-        expected = metrics.kendall_tau(a, b).mean().item()
-        assert actual[f"{term}_tau"].item() == pytest.approx(expected, abs=1e-12)
+        for name, measure in (("tau", metrics.kendall_tau), ("rho", metrics.spearman_rho)):
+            expected = measure(a, b).nanmean().item()
+            assert actual[f"{term}_{name}"].item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_alignment_and_uniformity_match_the_published_analysis_scripts_values() -> None:
@@ -160,3 +161,8 @@ def test_uniformity_does_not_depend_on_its_chunks(monkeypatch: pytest.MonkeyPatc
     whole = metrics.uniformity(batch.image, batch.text)
     monkeypatch.setattr(metrics, "_BLOCK", 23 * 4)
     torch.testing.assert_close(metrics.uniformity(batch.image, batch.text), whole, rtol=1e-12, atol=0)
+
+
+def test_modality_gap_is_the_distance_of_the_centres() -> None:
+    v, t = (torch.tensor(x) for x in ([[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [-2.0, -2.0]]))
+    assert metrics.modality_gap(v, t).item() == pytest.approx(5)
