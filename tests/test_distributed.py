@@ -245,7 +245,9 @@ def of_options(rank: int, world_size: int) -> dict[str, tuple[Values, Values]]:
             place = (0, 1) if gather is False else (rank, world_size)
             of_teacher = {k: own(*place, x)[0] for k, x in teacher.items()}
             loss = Rank(gather=gather, **options)
-            value = called(loss, *own(*place, *inputs[:2]), *inputs[2:], **of_teacher)
+            with Collectives() as calls:
+                value = called(loss, *own(*place, *inputs[:2]), *inputs[2:], **of_teacher)
+            assert bool(calls.counts) == (gather is None)
             results.append(differentiated(value, inputs))
         found[name] = tuple(results)
     return found
@@ -441,27 +443,6 @@ def test_collectives_are_chosen_by_the_backend_of_the_device(
     monkeypatch.setattr(dist, "get_backend", lambda _: backend)
     features = SimpleNamespace(is_cpu=device == "cpu")
     assert distributed._has_tensor_collectives(features, None) is expected
-
-
-def alone(rank: int, world_size: int) -> dict[Any, Any]:
-    """The values of a loss that gathers nothing for this rank's pairs, and the number of its collectives."""
-    found = {}
-    gathers = {"False": False, "one process": Gather(rank=0, world_size=1)}
-    for (how, gather), (name, (make, _)) in itertools.product(gathers.items(), LOSSES.items()):
-        inputs = leaves(world_size)
-        with Collectives() as calls:
-            value = called(make(gather=gather), *own(rank, world_size, *inputs[:2]), *inputs[2:])
-        found[how, name] = differentiated(value, inputs), sum(calls.counts.values())
-    return found
-
-
-def test_without_gathering_each_process_has_its_own_pairs(pools: Pools) -> None:
-    for rank, found in enumerate(pools[2].run(alone)):
-        for (_, name), (values, calls) in found.items():
-            inputs = leaves(2)
-            value = called(LOSSES[name][0](gather=False), *own(rank, 2, *inputs[:2]), *inputs[2:])
-            assert_same(values, differentiated(value, inputs))
-            assert calls == 0
 
 
 def shared_and_separate(rank: int, world_size: int) -> list[tuple[dict[str, int], Values, Values]]:

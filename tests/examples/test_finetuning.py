@@ -128,6 +128,11 @@ def test_a_heavy_weight_holds_the_features_back(start, pairs):
     assert moved[1].norm() < moved[0].norm() / 2
 
 
+def test_ranks_are_the_teachers_at_a_constant_weight():
+    loss = train._loss(dataclasses.replace(SETTING, loss="rankclip-distill", weight=8.0))
+    assert loss.rank_weights == {"cross_modal": 0.5, "in_modal": 0.5}
+
+
 def test_what_is_measured_is_recall_of_both_held_out_sets(start, pairs):
     part = pairs.parts["test"]
     found = train.measure(start, part)

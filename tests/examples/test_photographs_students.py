@@ -13,7 +13,17 @@ from examples_common.records import Store
 from examples_common.trainings import shared
 from filelock import FileLock
 from formulas import cross_entropy, mean_of, pearson, unit, within
-from photographs_folder import PICTURES, Encoders, drawn, filled, finder, read_folder, reported
+from photographs_folder import (
+    PICTURES,
+    Encoders,
+    drawn,
+    established,
+    filled,
+    finder,
+    primary,
+    read_folder,
+    reported,
+)
 from photostudy import command
 from photostudy.findings import PRIMARY
 from photostudy.students import data, findings, losses, model, plan, report, study, train
@@ -200,26 +210,13 @@ def test_what_is_missing_is_due_step_by_step():
     assert plan.choice(plan.FULL, "cka", {}, find).chosen == {"weight": 64.0}
 
 
-def test_every_grid_holds_six_tries_of_known_fields():
-    fields = {field.name for field in dataclasses.fields(Setting)}
-    for arm, grid in plan.GRIDS.items():
-        assert arm in losses.ARMS
-        assert grid.keys() <= fields
-        assert np.prod([len(values) for values in grid.values()]) == plan.FULL.tries
-        for values in grid.values():
-            np.testing.assert_allclose(np.diff(np.log(values)), np.log(values[1] / values[0]))
-
-
 # --- comparisons ---
 
 
 def test_differences_are_paired_and_corrected_with_those_of_part_2b():
     found = findings.findings(TINY, drawn())
     assert found.missing == 0
-    pairs = [
-        [[PRIMARY(found.records[arm][seed]) for seed in TINY.seeds] for arm in pair]
-        for pair in plan.COMPARISONS
-    ]
+    pairs = [primary(found, pair, TINY.seeds) for pair in plan.COMPARISONS]
     differences = [found.difference(pair) for pair in plan.COMPARISONS]
     assert_corrected(differences, pairs, [1.0] * 9)
     assert len(differences) == 9 + 7
@@ -229,17 +226,10 @@ def test_the_conclusions_are_the_plans():
     found = findings.findings(TINY, drawn())
 
     def told(**means):
-        """Return the conclusions where these arms' differences to CLIP and to ranks are established."""
-        differences = {}
-        for (arm, other), title in found.differences:
-            d = found.differences[(arm, other), title]
-            value = means.get(arm.replace("-", "_"), 0.0) - means.get(other.replace("-", "_"), 0.0)
-            differences[(arm, other), title] = dataclasses.replace(
-                d, mean=value, adjusted=0.01 if value else 1.0
-            )
-        return " ".join(report.conclusions(dataclasses.replace(found, differences=differences), 3))
+        of = {name.replace("_", "-"): mean for name, mean in means.items()}
+        return " ".join(report.conclusions(established(found, of), 3))
 
-    arms = {arm.replace("-", "_"): 1.0 for arm in plan.TAUGHT}
+    arms = dict.fromkeys(plan.TAUGHT, 1.0)
     best = told(**arms | {"ranks": 2.0})
     assert "`ranks` helps: R@10 +2.00 points" in best
     assert "Not shown to raise R@10 above plain CLIP's: `rankclip`." in best

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import math
 
 import formulas
 import numpy as np
@@ -13,8 +14,8 @@ import torch
 from examples_common.records import Store
 from examples_common.statistics import Difference
 from formulas import both_ways, cross_entropy, log_softmax, pearson, within
-from photographs_folder import PICTURES, drawn, filled, finder, read_folder, reported
-from photostudy import command, heads
+from photographs_folder import PICTURES, drawn, established, filled, finder, primary, read_folder, reported
+from photostudy import command, heads, students
 from photostudy import plan as part1
 from photostudy.features import Side
 from photostudy.findings import CORRELATION, PRIMARY
@@ -27,6 +28,7 @@ from rich.console import Console
 from studies import assert_corrected
 from torch.nn.functional import normalize
 
+import oracle
 import rankloss
 
 N, D, S = 6, WIDTH, 5.0
@@ -79,15 +81,8 @@ def built(view, arm, **changes):
 
 
 def nll(x, y, top_k):
-    total = 0.0
-    for scores, seen_scores in zip(x, y, strict=True):
-        terms = [
-            np.log(np.exp(scores[seen_scores <= seen_scores[p]]).sum()) - scores[p]
-            for p in range(len(scores))
-            if (seen_scores > seen_scores[p]).sum() < top_k
-        ]
-        total += np.mean(terms)
-    return total / len(x)
+    terms, mu = oracle.nll_terms(torch.as_tensor(x), torch.as_tensor(y), top_k=top_k)
+    return (terms.sum(-1) / mu.sum(-1)).mean().item()
 
 
 def standardised_squares(x, y):
@@ -128,39 +123,20 @@ def soft_labels(v, t):
 
 def ids_ranked(v, t):
     """Return own pair first, then the listed ids in the batch, within a modality without the own pair."""
-    total = 0.0
-    for x, with_own in ((v @ t.T, True), (t @ v.T, True), (v @ v.T, False), (t @ t.T, False)):
-        values = []
-        for i, of in enumerate(listed_in_batch()):
-            grade = np.full(N, -np.inf)
-            for g, place in of:
-                grade[place] = g
-            grade[i] = np.inf
-            counted = [p for p in range(N) if grade[p] > -np.inf and (with_own or p != i)]
-            there = np.array([with_own or p != i for p in range(N)])
-            terms = [
-                np.log(np.exp(S * x[i][there & (grade <= grade[p])]).sum()) - S * x[i, p] for p in counted
-            ]
-            values += [np.mean(terms)] if terms else []
-        total += np.mean(values) / 2
-    return total
+    grades = torch.full((N, N), -math.inf).fill_diagonal_(math.inf)
+    for i, of in enumerate(listed_in_batch()):
+        for grade, place in of:
+            grades[i, place] = grade
+    v, t = torch.from_numpy(v), torch.from_numpy(t)
+    others, rows = ~torch.eye(N, dtype=torch.bool), torch.arange(N).expand(N, N)
+    pairs = (v, t, None), (t, v, None), (v, v, others), (t, t, others)
+    return sum(oracle.ranked_lists(x, y, rows, grades, S, mask).item() for x, y, mask in pairs) / 2
 
 
-def of_lists(kind, scale=1.0):
+def of_lists(model, scale=1.0):
     def value(v, _):
-        total = 0.0
-        for i, row in enumerate(ROWS.tolist()):
-            x = S * v[i] @ Model.candidates[TEACHER.hard[row]].numpy().T
-            g = scale * TEACHER.hard_scores[row].numpy()
-            if kind == "plackett_luce":
-                terms = [np.log(np.exp(x[g <= of]).sum()) - x[p] for p, of in enumerate(g) if of > g.min()]
-                total += np.mean(terms)
-            elif kind == "pairwise":
-                pairs = [(p, q) for p in range(len(g)) for q in range(len(g)) if g[p] > g[q]]
-                total += np.mean([np.log1p(np.exp(x[q] - x[p])) for p, q in pairs])
-            else:
-                total += cross_entropy(x[None], g[None])
-        return total / N
+        lists = TEACHER.hard[ROWS], scale * TEACHER.hard_scores[ROWS]
+        return oracle.ranked_lists(torch.from_numpy(v), Model.candidates, *lists, S, model=model).item()
 
     return value
 
@@ -182,7 +158,7 @@ NUMPY = {
     ("ten ids", "soft-labels"): (soft_labels, {}),
     ("reranker", "ranks"): (of_lists("plackett_luce"), {}),
     ("reranker", "pairwise"): (of_lists("pairwise"), {}),
-    ("reranker with scores", "softmax"): (of_lists("softmax", 10.0), {"scale": 10.0}),
+    ("reranker with scores", "softmax"): (of_lists("top_one", 10.0), {"scale": 10.0}),
 }
 
 
@@ -362,8 +338,7 @@ def test_every_try_is_a_loss_and_every_arm_is_compared_once():
             for point in points:
                 changes = dict(zip(arm.grid, point, strict=True)) or {"mimicry": 1.0, "weight": 1.0}
                 assert isinstance(built(arm.view, arm.loss, **changes), torch.nn.Module)
-            for values in arm.grid.values():
-                np.testing.assert_allclose(np.diff(np.log(values)), np.log(values[1] / values[0]))
+        assert part == "3" or tests == students.plan.OTHERS
         assert len({*sizes.comparisons}) == len(sizes.comparisons) == tests
         assert all({*pair} <= {plan.CLIP, *sizes.arms} for pair in sizes.comparisons)
     ranks = plan.PLANS["3"]["full"].ranks_of
@@ -397,10 +372,7 @@ def test_differences_are_paired_and_corrected_with_those_of_part_2a():
         (pair, PRIMARY.title): Difference(1.0, 0.1, 3, p=0.001 * (i + 1)) for i, pair in enumerate(pairs)
     }
     found = found_of("2b", others=others)
-    values = [
-        [[PRIMARY(found.records[arm][seed]) for seed in TINY["2b"].seeds] for arm in pair]
-        for pair in TINY["2b"].comparisons
-    ]
+    values = [primary(found, pair, TINY["2b"].seeds) for pair in TINY["2b"].comparisons]
     differences = [found.difference(pair) for pair in TINY["2b"].comparisons]
     assert_corrected(differences, values, [d.p for d in others.values()])
 
@@ -417,14 +389,9 @@ def test_what_lacks_a_training_is_not_stated_and_counts_in_the_correction():
 
 def told(part, **means):
     """Return the sentences where these arms' differences are established, the others having none."""
-    found = found_of(part)
-    differences = {}
-    for (arm, other), title in found.differences:
-        value = means.get(arm, 0.0) - means.get(other, 0.0)
-        d = found.differences[(arm, other), title]
-        differences[(arm, other), title] = dataclasses.replace(d, mean=value, adjusted=0.01 if value else 1.0)
-    found = dataclasses.replace(found, differences=differences)
-    return {"2b": report.of_teachers, "3": report.of_views}[part](TINY[part], found)
+    return {"2b": report.of_teachers, "3": report.of_views}[part](
+        TINY[part], established(found_of(part), means)
+    )
 
 
 def test_the_conclusions_are_the_plans():
