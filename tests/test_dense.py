@@ -26,13 +26,12 @@ list_options = st.fixed_dictionaries(
 
 @st.composite
 def scored_lists(
-    draw: st.DrawFn, *, max_n: int = 10, min_n: int = 1, ties: bool = True, bound: float = 50.0
+    draw: st.DrawFn, *, max_n: int = 10, min_n: int = 1, bound: float = 50.0
 ) -> tuple[Tensor, Tensor]:
     """Float64 scores, and a reference that is tied in places."""
     n = draw(st.integers(min_n, max_n))
     scores = draw(st.lists(st.floats(-bound, bound), min_size=n, max_size=n))
-    levels = st.integers(0, n if ties else 10**6)
-    y = draw(st.lists(levels, min_size=n, max_size=n, unique=not ties))
+    y = draw(st.lists(st.integers(0, n), min_size=n, max_size=n))
     return torch.tensor(scores, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
 
 

@@ -193,14 +193,6 @@ def test_values_of_a_schedule_are_checked(value: Any) -> None:
         at(value)
 
 
-def test_repr_shows_what_is_not_at_its_default() -> None:
-    shown = repr(RankConsistency(in_modal=0, worth="shifted", top_k=8, chunk_size=64))
-    assert shown == "RankConsistency(cross_modal=1, in_modal=0, worth='shifted', top_k=8, chunk_size=64)"
-    assert "schedule=rankclip, lambda_cross=1, lambda_in=0.5, normalizer=0.0625" in repr(
-        RankClipLoss(lambda_in=0.5)
-    )
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_lambda_moves_under_no_pending_backward_and_in_no_mode(mode: Callable[[], Any]) -> None:
     loss, inputs = RankClipLoss(normalizer=1.0), features()
@@ -319,9 +311,6 @@ def test_base_that_is_built_shares_the_gathering_and_a_given_one_keeps_its_own()
         *((RankClipLoss, {"lambda_in": bad}, ValueError, "lambda_in") for bad in (math.inf, math.nan, "1")),
         (RankClipLoss, {"cross_modal": 0.5}, TypeError, "cross_modal"),
         (RankClipLoss, {"base": ClipLoss}, ValueError, "base"),
-        (RankClipLoss, {"lamda_in": 1.0}, TypeError, "unexpected .* 'lamda_in'"),
-        (ClipLoss, {"chunksize": 1}, TypeError, "unexpected .* 'chunksize'"),
-        (SigLipLoss, {"bins": 1}, TypeError, "unexpected .* 'bins'"),
         *((make, {"gather": {}}, ValueError, "gather must be") for make in MODULES.values()),
     ],
 )
@@ -399,8 +388,6 @@ def test_negative_views_are_their_values(name: str) -> None:
         (np.ones((6, 5)), TypeError, "numpy.ndarray"),
         (torch.ones(3, 5), ValueError, r"one row per pair, 6; .*\(3, 5\)"),
         (torch.ones(6), ValueError, r"\(6,\)"),
-        (torch.ones(6, 0), ValueError, r"\(6, 0\)"),
-        (torch.ones(6, 5).long(), ValueError, "int64"),
         (torch.ones(6, 5, device=META), ValueError, "cpu.*meta"),
     ],
 )
@@ -418,12 +405,6 @@ def test_bias_that_is_not_one_number_is_refused(name: str, bias: Any) -> None:
         pytest.skip("takes none")
     with pytest.raises((ValueError, TypeError), match="logit_bias must be"):
         MODULES[name]()(V, T, S, logit_bias=bias)
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_inputs_that_nothing_takes_are_refused_whatever_lambda_is(value: float) -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'caption_features'"):
-        at(value)(V, T, S, caption_features=T)
 
 
 # --- looks at values --------------------------------------------------------------------------------------
