@@ -32,4 +32,4 @@ def definition(block: Block, options: RankOptions) -> tuple[Tensor, Tensor, Tens
     zero = torch.zeros(n_matrices, dtype=torch.float64)
     alpha, beta = (zero if w is None else w.cpu() for w in (block.alpha, block.beta))
     total = (alpha[:, None] * cross_entropy + beta[:, None] * nll).sum()
-    return cross_entropy, nll, torch.autograd.grad(total, x)[0]
+    return cross_entropy.detach(), nll.detach(), torch.autograd.grad(total, x)[0]

@@ -334,10 +334,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no candidates": ({"grades": torch.zeros(3, 0)}, r"K at least 1.*; got \(3, 0\)"),
     "pool alone": ({"candidate_features": torch.zeros(6, 4)}, r"\[M, D\] with candidate_index; got \(6, 4\)"),
     "width": ({"candidate_features": torch.zeros(3, 2, 5)}, r"\(3, 2, 4\).*; got \(3, 2, 5\)"),
-    "type": (
-        {"query_features": torch.zeros(3, 4, dtype=torch.int64)},
-        "query_features must be floating point",
-    ),
     "integers": (
         {"candidate_features": lambda x: x.long()},
         "candidate_features must be floating point; got torch.int64",
@@ -356,7 +352,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {**POOL, "candidate_ids": INDEX},
         r"candidate_ids must be integers of shape \(6,\); got .*\(3, 2\)",
     ),
-    "scale": ({"logit_scale": 0.0}, "logit_scale must be positive"),
     "device": (
         {"grades": lambda x: x.to("meta")},
         "grades must be on the device of query_features, cpu; got meta",

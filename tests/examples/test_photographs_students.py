@@ -128,22 +128,21 @@ def test_a_rival_is_its_formula(arm):
 
 def test_ranks_are_the_librarys_by_the_encoders_of_the_arm():
     features = [*map(torch.from_numpy, STUDENT)]
-    clip = rankloss.ClipLoss()(*features, logit_scale=S).item()
-    names = ("reference_image_features", "reference_text_features")
-    teacher = dict(zip(names, map(torch.from_numpy, TEACHER), strict=True))
-    expected = {"picture-ranks": names[:1], "text-ranks": names[1:], "ranks": names}
-    for arm, kept in expected.items():
-        loss = losses.build(arm, D, WIDTHS, weight=8.0, top_k=2)
+
+    def added(arm, weight, **options):
+        loss = losses.build(arm, D, WIDTHS, weight=weight, **options)
         loss.set_epoch(3, 3)
-        value = loss(*features, torch.tensor(S), **given(arm)).item()
-        terms = rankloss.RankConsistency(cross_modal=0.0, in_modal=1.0, top_k=2)
-        added = terms(*features, logit_scale=S, **{name: teacher[name] for name in kept}).item()
-        assert value - clip == pytest.approx(2 * 8 / 16 * added, rel=1e-5)
-    own = losses.build("rankclip", D, WIDTHS, weight=4.0)
-    own.set_epoch(3, 3)
-    added = rankloss.RankConsistency()(*features, logit_scale=S).item()
-    found = own(*features, torch.tensor(S), **given("rankclip")).item()
-    assert found - clip == pytest.approx(2 * 4 / 16 * added, rel=1e-5)
+        clip = rankloss.ClipLoss()(*features, logit_scale=S)
+        return (loss(*features, torch.tensor(S), **given(arm)) - clip).item()
+
+    teacher = given("ranks")
+    names = [*teacher]
+    terms = rankloss.RankConsistency(cross_modal=0.0, in_modal=1.0, top_k=2)
+    for arm, kept in {"picture-ranks": names[:1], "text-ranks": names[1:], "ranks": names}.items():
+        expected = terms(*features, logit_scale=S, **{name: teacher[name] for name in kept}).item()
+        assert added(arm, 8.0, top_k=2) == pytest.approx(2 * 8 / 16 * expected, rel=1e-5)
+    expected = rankloss.RankConsistency()(*features, logit_scale=S).item()
+    assert added("rankclip", 4.0) == pytest.approx(2 * 4 / 16 * expected, rel=1e-5)
     with pytest.raises(ValueError, match=r"arm: must be one of clip, rankclip, .*, got 'other'"):
         losses.build("other", D, WIDTHS)
 
