@@ -228,9 +228,8 @@ def ranked_lists(
     pair_weight: str | None = None,
     in_batch_negatives: bool = False,
     reduction: str = "mean",
-    xp: Any = torch,
 ) -> Any:
-    """:class:`rankloss.RankedLists`, item by item; with ``xp=numpy`` of arrays.
+    """:class:`rankloss.RankedLists`, item by item.
 
     ``items`` are ``[M, D]``, ``index`` has the rows of each list's candidates.
     """
@@ -245,39 +244,39 @@ def ranked_lists(
             others = [j for j in listed if not any((items[j] == items[i]).all() for i in own)]
         g += [-math.inf] * len(others)
         x = [logit_scale * (query_features[n] * items[j]).sum() for j in [*own, *others]]
-        value, count = _list_value(x, g, model, top_k, pair_weight, xp)
+        value, count = _list_value(x, g, model, top_k, pair_weight)
         ranked = len(set(g)) > 1
         values.append(value if ranked else 0 * x[0])
         terms.append(count if ranked else 0)
     if reduction == "mean":
         kept = [value / count for value, count in zip(values, terms, strict=True) if count]
         return sum(kept) / len(kept) if kept else 0 * sum(values)
-    return sum(values) if reduction == "sum" else xp.stack(values)
+    return sum(values) if reduction == "sum" else torch.stack(values)
+
+
+def _log_sum(x: list[Any]) -> Any:
+    return torch.stack(x).logsumexp(0)
 
 
 def _list_value(
-    x: list[Any], g: list[float], model: str, top_k: int | None, pair_weight: str | None, xp: Any
+    x: list[Any], g: list[float], model: str, top_k: int | None, pair_weight: str | None
 ) -> tuple[Any, int]:
     """The value of one list and the number of its terms."""
-
-    def log_sum(of: list[Any]) -> Any:
-        largest = max(y.item() for y in of)
-        return xp.log(sum(xp.exp(y - largest) for y in of)) + largest
 
     graded = [p for p in range(len(g)) if g[p] > -math.inf]
     value, count = 0 * x[0], 0
     if model == "top_one":
         total = sum(math.exp(g[p] - max(g)) for p in graded)
         for p in graded:
-            value = value + math.exp(g[p] - max(g)) / total * (log_sum(x) - x[p])
+            value = value + math.exp(g[p] - max(g)) / total * (_log_sum(x) - x[p])
         return value, 1
     for p in graded:
         worse = [q for q in range(len(g)) if g[q] < g[p]]
         if model == "pairwise":
             for q in worse:
                 weight = g[p] - g[q] if pair_weight else 1.0
-                value, count = value + weight * log_sum([0 * x[p], x[q] - x[p]]), count + 1
+                value, count = value + weight * _log_sum([0 * x[p], x[q] - x[p]]), count + 1
         elif top_k is None or 1 + sum(y > g[p] for y in g) <= top_k:
             below = [x[q] for q in range(len(g)) if g[q] <= g[p]]
-            value, count = value + log_sum(below) - x[p], count + (len(below) > 1)
+            value, count = value + _log_sum(below) - x[p], count + (len(below) > 1)
     return value, count

@@ -32,7 +32,6 @@ from rankloss import (
     RankConsistency,
     SigLipLoss,
     distributed,
-    plackett_luce_nll,
 )
 from rankloss.distributed import all_gather, gather_once
 
@@ -81,17 +80,6 @@ def mimicry_terms(view: one_process.View) -> Tensor:
     return 8 * distances + 0.5 * one_process.clip(crossed)
 
 
-def ranked_by_taught(view: one_process.View) -> Tensor:
-    first, n = view.first, len(view.image_anchors)
-    students = (view.image_anchors, view.text_anchors), (view.image, view.text)
-    targets = [[x[first : first + n] for x in map(taught, students[1])], list(map(taught, students[1]))]
-    values = []
-    for a, b in ((0, 1), (1, 0), (0, 0), (1, 1)):
-        score, order = (of[0][a] @ of[1][b].T for of in (students, targets))
-        values.append(plackett_luce_nll(view.scale * score, order).mean() / len(view.image))
-    return torch.stack(values).sum() / 2
-
-
 Rank = functools.partial(RankConsistency, chunk_size=3)
 Mimicry = functools.partial(MimicryLoss, contrast=0.5)
 LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
@@ -112,10 +100,6 @@ LOSSES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Tensor]]] = {
     "mimicry": (
         functools.partial(Taught, Mimicry),
         lambda view, bias: one_process.clip(view) + mimicry_terms(view),
-    ),
-    "rank_clip over mimicry": (
-        functools.partial(Taught, functools.partial(rank_clip, Mimicry)),
-        lambda view, bias: one_process.clip(view) + mimicry_terms(view) + ranked_by_taught(view),
     ),
 }
 FLAGS = list(itertools.product([False, True], repeat=2))  # local_loss, gather_with_grad
@@ -261,7 +245,9 @@ def of_options(rank: int, world_size: int) -> dict[str, tuple[Values, Values]]:
             place = (0, 1) if gather is False else (rank, world_size)
             of_teacher = {k: own(*place, x)[0] for k, x in teacher.items()}
             loss = Rank(gather=gather, **options)
-            value = called(loss, *own(*place, *inputs[:2]), *inputs[2:], **of_teacher)
+            with Collectives() as calls:
+                value = called(loss, *own(*place, *inputs[:2]), *inputs[2:], **of_teacher)
+            assert bool(calls.counts) == (gather is None)
             results.append(differentiated(value, inputs))
         found[name] = tuple(results)
     return found
@@ -418,9 +404,8 @@ def test_a_step_gathers_each_modality_once(pools: Pools) -> None:
         for (flags, name), (_, forward, filled, backward) in of_rank.items():
             if name == "rank_clip over siglip":
                 continue
-            if "mimicry" in name:  # the teacher, for each loss, and the distances where all rows are computed
-                more = (2 if "over" in name else 1) + (not flags[0])
-                assert forward == {"allgather": 2 + more}, name
+            if name == "mimicry":  # the teacher, and the distances where all rows are computed
+                assert forward == {"allgather": 3 + (not flags[0])}
                 continue
             gathered = 1 if "siglip" in name and flags[0] else 2  # its texts alone
             assert forward == {"allgather": gathered}, name
@@ -458,27 +443,6 @@ def test_collectives_are_chosen_by_the_backend_of_the_device(
     monkeypatch.setattr(dist, "get_backend", lambda _: backend)
     features = SimpleNamespace(is_cpu=device == "cpu")
     assert distributed._has_tensor_collectives(features, None) is expected
-
-
-def alone(rank: int, world_size: int) -> dict[Any, Any]:
-    """The values of a loss that gathers nothing for this rank's pairs, and the number of its collectives."""
-    found = {}
-    gathers = {"False": False, "one process": Gather(rank=0, world_size=1)}
-    for (how, gather), (name, (make, _)) in itertools.product(gathers.items(), LOSSES.items()):
-        inputs = leaves(world_size)
-        with Collectives() as calls:
-            value = called(make(gather=gather), *own(rank, world_size, *inputs[:2]), *inputs[2:])
-        found[how, name] = differentiated(value, inputs), sum(calls.counts.values())
-    return found
-
-
-def test_without_gathering_each_process_has_its_own_pairs(pools: Pools) -> None:
-    for rank, found in enumerate(pools[2].run(alone)):
-        for (_, name), (values, calls) in found.items():
-            inputs = leaves(2)
-            value = called(LOSSES[name][0](gather=False), *own(rank, 2, *inputs[:2]), *inputs[2:])
-            assert_same(values, differentiated(value, inputs))
-            assert calls == 0
 
 
 def shared_and_separate(rank: int, world_size: int) -> list[tuple[dict[str, int], Values, Values]]:
@@ -668,7 +632,7 @@ def not_finite(rank: int, world_size: int) -> list[Tensor]:
     """Values with a NaN in rank 0's images; of SigLIP, which sends no image, the gradient of the texts."""
     found = []
     for flags, (name, (make, _)) in itertools.product(FLAGS, LOSSES.items()):
-        if "mimicry" in name:  # whose teacher must be finite
+        if name == "mimicry":  # whose teacher must be finite
             continue
         inputs = leaves(1)
         if rank == 0:

@@ -183,21 +183,6 @@ def clustered(n: int, d: int, clusters: int, spread: float, duplicates: int) -> 
     return v, t
 
 
-# --- dtypes -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("dtype", "s"), [(torch.bfloat16, 100.0), (torch.float16, 1 / 0.07)])
-def test_half_precision_features_lose_nothing_but_their_own_rounding(dtype: torch.dtype, s: float) -> None:
-    v, t = (x.to(dtype) for x in clustered(256, 64, 32, 1.0, 0))
-    inputs = tuple(x.clone().requires_grad_() for x in (v, t, torch.tensor(s)))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = value_and_gradients(inputs)
-    expected = value_and_gradients(Batch(v.double(), t.double(), s).leaves())
-    assert found[0].dtype == torch.float32
-    assert relative_error(found[0], expected[0]) < 1e-5
-    assert all(relative_error(a, b) < 0.005 for a, b in zip(found[1:], expected[1:], strict=True))
-
-
 def test_logit_scale_may_be_a_tensor_of_one_element() -> None:
     v, t, s = random_batch(0, 4, 3, 10.0).leaves()
     for scale in (s, s.reshape(1), s.item()):
@@ -207,20 +192,12 @@ def test_logit_scale_may_be_a_tensor_of_one_element() -> None:
 # --- bad input --------------------------------------------------------------------------------------------
 
 NAN_TABLE: list[dict[str, Any]] = [
-    {},
-    {"lists": "batch"},
-    {"model": "top_one"},
-    {"model": "top_one", "lists": "batch"},
     {"worth": "shifted"},
     {"worth": "identity", "lists": "batch"},
-    {"discount": "log", "top_k": 2},
-    {"top_k": 1},
-    {"diagonal": False},
-    {"reduction": "sum"},
-    {"reduction": "none"},
-    {"ties": "random"},
-    {"method": "bin"},
+    {"model": "top_one", "lists": "batch"},
+    {"reduction": "none", "ties": "random"},
 ]
+"""What is not among the subjects of ``conditions``."""
 
 
 @pytest.mark.parametrize("options", NAN_TABLE)
@@ -235,25 +212,10 @@ def test_a_feature_that_is_not_finite_makes_value_and_gradients_nan(options) -> 
         assert all(g.isnan().any() for g in gradients(value, wanted, 1.0))
 
 
-@pytest.mark.parametrize("where", [IMAGE, TEXT])
-def test_a_teacher_that_is_not_finite_is_refused(where: str) -> None:
-    teacher = teacher_of(5)
-    teacher[where][1, 2] = math.nan
-    for loss, _ in TERMS.values():
-        with pytest.raises(ValueError, match=f"{where} .*finite; row 1"):
-            loss(*random_batch(0, 5, 3, 10.0).leaves(), **teacher)
-
-
 def test_the_in_modal_term_takes_encoders_of_two_widths() -> None:
     v, t, s = random_batch(0, 6, 4, 10.0).leaves()
     wide = torch.cat([t, t], 1) / 2**0.5  # the same cosines
     assert_close([in_modal(v, wide, s)], [in_modal(v, t, s)], 1e-12)
-
-
-def test_features_whose_products_overflow_give_no_number() -> None:
-    v, t, s = random_batch(0, 5, 3, 10.0).leaves(torch.float32)
-    assert not both(v * 1e13, t, s).isfinite()
-    assert both(v * 1e37, t, s).isnan()
 
 
 @pytest.mark.parametrize(

@@ -62,17 +62,6 @@ modules = pytest.mark.parametrize("name", MODULES)
 # --- values -----------------------------------------------------------------------------------------------
 
 
-@given(batches())
-def test_rank_consistency_is_the_weighted_sum_of_its_entries(batch: Batch) -> None:
-    weighted = RankConsistency(cross_modal=0.3, in_modal=2.0)
-    inputs = (batch.image, batch.text, batch.scale)
-    entries, plain = (loss(*inputs, output_dict=True) for loss in (weighted, RankConsistency()))
-    assert list(entries) == ["cross_modal_loss", "in_modal_loss"]
-    for name, weight in (("cross_modal_loss", 0.3), ("in_modal_loss", 2.0)):
-        torch.testing.assert_close(entries[name], weight * plain[name], rtol=1e-12, atol=0)
-    torch.testing.assert_close(weighted(*inputs), sum(entries.values()), rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
 @pytest.mark.parametrize("lists", ["row", "batch"])
 def test_a_term_of_weight_zero_is_zero_and_has_no_graph(weights: tuple[float, float], lists: Any) -> None:
@@ -204,14 +193,6 @@ def test_values_of_a_schedule_are_checked(value: Any) -> None:
         at(value)
 
 
-def test_repr_shows_what_is_not_at_its_default() -> None:
-    shown = repr(RankConsistency(in_modal=0, worth="shifted", top_k=8, chunk_size=64))
-    assert shown == "RankConsistency(cross_modal=1, in_modal=0, worth='shifted', top_k=8, chunk_size=64)"
-    assert "schedule=rankclip, lambda_cross=1, lambda_in=0.5, normalizer=0.0625" in repr(
-        RankClipLoss(lambda_in=0.5)
-    )
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_lambda_moves_under_no_pending_backward_and_in_no_mode(mode: Callable[[], Any]) -> None:
     loss, inputs = RankClipLoss(normalizer=1.0), features()
@@ -328,13 +309,8 @@ def test_base_that_is_built_shares_the_gathering_and_a_given_one_keeps_its_own()
     [
         *((RankClipLoss, {name: -1.0}, ValueError, name) for name in ("lambda_cross", "normalizer")),
         *((RankClipLoss, {"lambda_in": bad}, ValueError, "lambda_in") for bad in (math.inf, math.nan, "1")),
-        (RankClipLoss, {"lambda_in": nn.Parameter(torch.ones(()))}, ValueError, "lambda_in"),
         (RankClipLoss, {"cross_modal": 0.5}, TypeError, "cross_modal"),
-        *((RankClipLoss, {"schedule": bad}, ValueError, "schedule") for bad in (3, None)),
         (RankClipLoss, {"base": ClipLoss}, ValueError, "base"),
-        (RankClipLoss, {"lamda_in": 1.0}, TypeError, "unexpected .* 'lamda_in'"),
-        (ClipLoss, {"chunksize": 1}, TypeError, "unexpected .* 'chunksize'"),
-        (SigLipLoss, {"bins": 1}, TypeError, "unexpected .* 'bins'"),
         *((make, {"gather": {}}, ValueError, "gather must be") for make in MODULES.values()),
     ],
 )
@@ -345,9 +321,13 @@ def test_arguments_that_a_constructor_refuses(owner: Any, options: Any, error: A
 
 def test_a_weight_that_is_changed_counts_from_the_next_call() -> None:
     loss = RankConsistency()
-    before, _ = loss(*features(), output_dict=True).values()
-    loss.cross_modal = 0.5
-    assert torch.equal(loss(*features(), output_dict=True)["cross_modal_loss"], before / 2)
+    before = loss(*features(), output_dict=True)
+    loss.cross_modal, loss.in_modal = 0.5, 4.0
+    entries = loss(*features(), output_dict=True)
+    assert list(entries) == ["cross_modal_loss", "in_modal_loss"]
+    assert torch.equal(entries["cross_modal_loss"], before["cross_modal_loss"] / 2)
+    assert torch.equal(entries["in_modal_loss"], before["in_modal_loss"] * 4)
+    torch.testing.assert_close(loss(*features()), sum(entries.values()))
     with pytest.raises(AttributeError, match="lambda_cross"):
         RankClipLoss().lambda_cross = 2.0
 
@@ -359,24 +339,17 @@ V, T, S = (x.detach() for x in features())
 
 META = torch.device("meta")
 UNREAL = (torch.bool, torch.complex64)
+# Beyond those of docs/bad_input.md and of the table beside its test.
 BAD_INPUTS: list[tuple[tuple[Any, ...], type[Exception], str]] = [
     ((V, T.tolist(), S), TypeError, "text_features .*list"),
-    ((V.numpy(), T, S), TypeError, "image_features .*numpy.ndarray"),
-    ((V[:5], T, S), ValueError, r"image_features and text_features .*\(5, 4\) and \(6, 4\)"),
     ((V[:0], T[:0], S), ValueError, r"image_features and text_features .*\(0, 4\)"),
-    ((V[:, :0], T[:, :0], S), ValueError, r"image_features .*\(6, 0\)"),
-    ((V[0], T[0], S), ValueError, r"image_features .*\(4,\)"),
-    ((V, T[None], S), ValueError, r"text_features .*\(1, 6, 4\)"),
-    ((V.long(), T, S), ValueError, "image_features .*int64"),
     ((V, T.to(torch.complex64), S), ValueError, "text_features .*complex64"),
-    ((V.to_sparse(), T, S), ValueError, "image_features must be a dense tensor; got layout torch.sparse_coo"),
     ((V, T.to(torch.float8_e5m2), S), ValueError, "text_features .*at least 16 bits; got torch.float8_e5m2"),
     (
         (torch.nested.nested_tensor([V, V], layout=torch.jagged), T, S),
         ValueError,
         "image_features must be a dense tensor; got a nested tensor",
     ),
-    ((V, T.to(META), S), ValueError, "text_features .*cpu.*meta"),
     ((V, T, S.to(META)), ValueError, "logit_scale .*meta"),
     *(((V, T, bad), ValueError, "logit_scale must be positive") for bad in (-1.0, -S, 0)),
     *(((V, T, bad), ValueError, "logit_scale must be one number") for bad in (V, S.view(1, 1, 1))),
@@ -415,8 +388,6 @@ def test_negative_views_are_their_values(name: str) -> None:
         (np.ones((6, 5)), TypeError, "numpy.ndarray"),
         (torch.ones(3, 5), ValueError, r"one row per pair, 6; .*\(3, 5\)"),
         (torch.ones(6), ValueError, r"\(6,\)"),
-        (torch.ones(6, 0), ValueError, r"\(6, 0\)"),
-        (torch.ones(6, 5).long(), ValueError, "int64"),
         (torch.ones(6, 5, device=META), ValueError, "cpu.*meta"),
     ],
 )
@@ -426,18 +397,14 @@ def test_a_teacher_that_does_not_fit_is_named_and_shown(name: str, bad: Any, err
 
 
 @modules
-@pytest.mark.parametrize("bias", [torch.randn(6), torch.zeros(1, 1, 1)])
-def test_bias_that_is_not_one_number_is_refused(name: str, bias: Tensor) -> None:
+@pytest.mark.parametrize(
+    "bias", [torch.zeros(6), torch.zeros(1, 1, 1), torch.zeros(1, device="meta"), "-10", [-10.0]], ids=str
+)
+def test_bias_that_is_not_one_number_is_refused(name: str, bias: Any) -> None:
     if name == "rank":
         pytest.skip("takes none")
-    with pytest.raises(ValueError, match="logit_bias must be one number"):
+    with pytest.raises((ValueError, TypeError), match="logit_bias must be"):
         MODULES[name]()(V, T, S, logit_bias=bias)
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_inputs_that_nothing_takes_are_refused_whatever_lambda_is(value: float) -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'caption_features'"):
-        at(value)(V, T, S, caption_features=T)
 
 
 # --- looks at values --------------------------------------------------------------------------------------

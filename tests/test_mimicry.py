@@ -86,13 +86,7 @@ def test_a_teacher_reaches_every_loss_of_a_composition() -> None:
         "cross_modal_loss": entry_of(ranks(), "cross_modal_loss"),
         "in_modal_loss": entry_of(ranks(), "in_modal_loss"),
     }
-    together = (
-        ranks(MimicryLoss()),
-        MimicryLoss(ranks()),
-        ranks(CyClipLoss(MimicryLoss())),
-        MimicryLoss(CyClipLoss(ranks())),
-    )
-    for loss in together:
+    for loss in (ranks(CyClipLoss(MimicryLoss())), MimicryLoss(CyClipLoss(ranks()))):
         for name, value in alone.items():
             torch.testing.assert_close(entry_of(loss, name), value)
 
@@ -120,7 +114,6 @@ def test_arguments_are_checked(options: dict[str, Any], named: str) -> None:
         ({"contrast": 1}, {IMAGE: teacher_of()[IMAGE]}, f"needs {IMAGE} and {TEXT}; got {IMAGE}"),
         ({}, teacher_of(6, 5), rf"{IMAGE} must have the student's width, 4, .*; got 5.*components\(4\)"),
         ({}, teacher_of(5), rf"{IMAGE} must have one row per pair, 6"),
-        ({}, {TEXT: torch.zeros(6, 4)}, f"{TEXT} must not have rows of zeros"),
         ({}, {TEXT: torch.full((6, 4), torch.nan)}, f"{TEXT} must be finite"),
     ],
 )

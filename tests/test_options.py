@@ -93,8 +93,3 @@ def test_bounds_are_inclusive(name: str) -> None:
 def test_options_that_exclude_each_other_are_an_error_that_names_one(options, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         RankOptions(**options)
-
-
-def test_misspelt_option_is_refused() -> None:
-    with pytest.raises(TypeError, match="metod"):
-        RankOptions(metod="bin")

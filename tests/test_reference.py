@@ -38,12 +38,6 @@ def test_reference_of_a_list_written_out_by_hand() -> None:
     assert float(reference.plackett_luce_nll([2, 0, 1], [9, 1, 1])) == pytest.approx(expected, rel=1e-15)
 
 
-@pytest.mark.parametrize("options", [{"worth": "x"}, {"discount": "x"}, {"lists": "x"}, {"model": "x"}])
-def test_an_unknown_option_has_no_value(options) -> None:
-    with pytest.raises(KeyError, match="x"):
-        reference.in_modal(np.eye(2), np.eye(2), **options)
-
-
 def test_lists_are_what_rankloss_makes_of_them() -> None:
     with pytest.raises(ValueError, match=r"worth='identity' needs scores above 0, .* the smallest is -0.1"):
         reference.plackett_luce_nll([0.3, -0.1], [1.0, 2.0], worth="identity")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,20 +56,19 @@ def assert_same(
 
 
 @both
-@given(batch=batches(max_n=17), chunk=st.integers(1, 18), bias=st.sampled_from([-10.0, 0.0, 2.0]))
-def test_value_and_all_gradients_are_the_formulas(name: str, batch: Batch, chunk: int, bias: float) -> None:
+@given(
+    batch=batches(max_n=17),
+    times=st.sampled_from([1.0, 30.0]),
+    chunk=st.integers(1, 18),
+    bias=st.sampled_from([-10.0, 0.0, 2.0]),
+)
+def test_value_and_all_gradients_are_the_formulas(
+    name: str, batch: Batch, times: float, chunk: int, bias: float
+) -> None:
+    """Also of logits that no exponential function holds."""
     loss, formula = LOSSES[name]
-    inputs = inputs_of(batch, bias=bias)
+    inputs = inputs_of(replace(batch, scale=times * batch.scale), bias=bias)
     value = loss(memory_budget=0, chunk_size=chunk)(*inputs)
-    assert_same(value, formula(*inputs), inputs, 1e-10, 1e-11)
-
-
-@both
-@pytest.mark.parametrize("scale", [1.0, 100.0, 3000.0])
-def test_small_chunks_of_a_larger_batch_at_any_scale(name: str, scale: float) -> None:
-    loss, formula = LOSSES[name]
-    inputs = inputs_of(random_batch(0, 101, 6, scale, duplicates=5))
-    value = loss(memory_budget=0, chunk_size=7)(*inputs)
     assert_same(value, formula(*inputs), inputs, 1e-10, 1e-11)
 
 
@@ -133,13 +133,6 @@ def test_a_streamed_loss_is_float32_at_least_and_gradients_have_the_dtypes_of_th
     assert [g.dtype for g in grads] == [features, features, s.dtype]
 
 
-@both
-def test_a_bias_stays_in_the_graph(name: str) -> None:
-    inputs = inputs_of(random_batch(0, 6, 4, 10.0))
-    (gradient,) = torch.autograd.grad(LOSSES[name][0](memory_budget=0)(*inputs), inputs[3])
-    assert (gradient == 0) == (name == "clip")
-
-
 # --- memory -----------------------------------------------------------------------------------------------
 
 
@@ -183,11 +176,3 @@ def test_siglip_without_a_bias_warns_once() -> None:
     with pytest.warns(InputWarning, match="logit_bias is not given"):
         loss(v, t, s)
     loss(v, t, s)  # a second warning would be an error
-
-
-@pytest.mark.parametrize("budget", [0, None])
-@pytest.mark.parametrize("bias", [torch.zeros(6), torch.zeros(1, device="meta"), "-10", [-10.0]], ids=str)
-def test_a_bias_that_is_not_one_number_is_refused(budget: int | None, bias: Any) -> None:
-    v, t, s, _ = inputs_of(random_batch(0, 6, 4, 10.0))
-    with pytest.raises((ValueError, TypeError), match="logit_bias"):
-        SigLipLoss(memory_budget=budget)(v, t, s, bias)

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import stats
-from sklearn.metrics import ndcg_score
 from torch import Tensor, nn
 
 import oracle
@@ -226,74 +224,36 @@ def _siglip(name: str, **options: Any) -> Subject:
     )
 
 
-def function(name: str, public: Callable[..., Any], numpy: Callable[..., Any], *inputs: str) -> Subject:
-    """A function that nothing is differentiated through; a dict of numbers is taken as a vector."""
+def function(name: str, public: Callable[..., Any], *inputs: str) -> Subject:
+    """A function that nothing is differentiated through, whose values are those of ``test_metrics``.
+
+    A dict of numbers is taken as a vector.
+    """
 
     def call(**arguments: Tensor) -> Tensor:
         found = public(**arguments)
         return torch.stack(list(found.values())) if isinstance(found, dict) else found
 
-    return Subject(name, name, lambda: call, numpy, None, inputs or PAIR, ())
+    def in_float64(**arrays: Any) -> Any:
+        return call(**{name: torch.from_numpy(x.copy()) for name, x in arrays.items()}).numpy()
 
-
-def _each_list(measure: Callable[..., Any]) -> Callable[..., Any]:
-    def of_lists(x: Any, y: Any) -> Any:
-        return np.array([_of_list(measure, a, b) for a, b in zip(x, y, strict=True)])
-
-    return of_lists
-
-
-def _of_each(measure: Callable[..., float]) -> Callable[..., Any]:
-    return lambda x, y: np.array([measure(a, b) for a, b in zip(x, y, strict=True)])
-
-
-def _pairwise_accuracy(x: Any, y: Any) -> float:
-    is_pair = y[:, None] > y
-    return float(np.mean((1 + np.sign(x[:, None] - x)[is_pair]) / 2)) if is_pair.any() else math.nan
-
-
-def _reciprocal_rank(x: Any, y: Any) -> float:
-    is_relevant = y >= 0
-    return 1 / (1 + (x[~is_relevant] >= x[is_relevant].max()).sum()) if is_relevant.any() else math.nan
-
-
-def _of_list(measure: Callable[..., Any], a: Any, b: Any) -> float:
-    tied = len(np.unique(a)) == 1 or len(np.unique(b)) == 1
-    return math.nan if tied else float(measure(a, b).statistic)
-
-
-def _agreement(image_features: Any, text_features: Any) -> Any:
-    def products(a: Any, b: Any) -> Any:
-        return oracle.exact_products(torch.as_tensor(a), torch.as_tensor(b)).numpy()
-
-    v, t = image_features, text_features
-    terms = ((products(v, t), products(t, v)), (products(v, v), products(t, t)))
-    measures = (stats.kendalltau, stats.spearmanr)
-    return np.array([np.nanmean(_each_list(measure)(a, b)) for a, b in terms for measure in measures])
-
-
-def _uniformity(image_features: Any) -> float:
-    i, j = np.tril_indices(len(image_features), -1)
-    squares = ((image_features[i] - image_features[j]) ** 2).sum(-1)
-    return float(np.log(np.mean(np.exp(-2 * squares))))
+    return Subject(name, name, lambda: call, in_float64, None, inputs or PAIR, ())
 
 
 def ranked_lists(name: str, **options: Any) -> Subject:
     """``RankedLists`` of each text's candidates, some of which several lists share."""
 
-    def literal(
-        candidate_features: Any, query_features: Any, grades: Any, logit_scale: Any, xp: Any = torch
-    ) -> Any:
+    def literal(candidate_features: Any, query_features: Any, grades: Any, logit_scale: Any) -> Any:
         n, k = grades.shape
         items, index = candidate_features.reshape(n * k, -1), np.arange(n * k).reshape(n, k)
-        return oracle.ranked_lists(query_features, items, index, grades, logit_scale, xp=xp, **options)
+        return oracle.ranked_lists(query_features, items, index, grades, logit_scale, **options)
 
     features = ("candidate_features", "query_features")  # in this order, since queries have to differ
     return Subject(
         f"RankedLists[{name}]",
         "RankedLists",
         functools.partial(rankloss.RankedLists, chunk_size=4, **options),
-        functools.partial(literal, xp=np),
+        None,
         literal,
         inputs=(*features, "grades", "logit_scale"),
         differentiable=(*features, "logit_scale"),
@@ -304,13 +264,13 @@ RANK_FACTOR = 0.5
 CONTRAST_SCALE = 7.0
 
 
-def mimicry_terms(xp: Any, features: Any, teacher: Any, weight: float, contrast: float) -> Any:
+def mimicry_terms(features: Any, teacher: Any, weight: float, contrast: float) -> Any:
     """The terms that ``MimicryLoss`` adds to its base."""
     (v, t), (taught_v, taught_t) = features, [x[:, :D] for x in teacher]
     taught_v, taught_t = (x / (x**2).sum(-1, keepdims=True) ** 0.5 for x in (taught_v, taught_t))
     distances = ((v - taught_v) ** 2).sum(-1).mean() + ((t - taught_t) ** 2).sum(-1).mean()
     logits = CONTRAST_SCALE * (v @ taught_t.T), CONTRAST_SCALE * (t @ taught_v.T)
-    crossed = [(xp.log(xp.exp(x).sum(-1)) - xp.diagonal(x)).mean() for x in logits]
+    crossed = [(x.logsumexp(-1) - x.diagonal()).mean() for x in logits]
     return weight * distances + contrast * sum(crossed) / 2
 
 
@@ -325,12 +285,10 @@ def mimicry(
         part.components = torch.eye(D + 4, device="cpu")[:, :D]
         return loss
 
-    def literal(
-        image_features: Any, text_features: Any, logit_scale: Any, xp: Any = torch, **teacher: Any
-    ) -> Any:
+    def literal(image_features: Any, text_features: Any, logit_scale: Any, **teacher: Any) -> Any:
         own = base(image_features, text_features, logit_scale, **teacher)
         both = {"weight": 8.0, "contrast": 0.0, **weights}
-        return own + mimicry_terms(xp, (image_features, text_features), teacher.values(), **both)
+        return own + mimicry_terms((image_features, text_features), teacher.values(), **both)
 
     return Subject(
         f"MimicryLoss[{name}]",
@@ -395,41 +353,15 @@ SUBJECTS = [
         inputs=("x",),
         differentiable=("x",),
     ),
-    function("metrics.rank_agreement", metrics.rank_agreement, _agreement),
-    function(
-        "metrics.modality_gap",
-        metrics.modality_gap,
-        lambda image_features, text_features: np.linalg.norm(image_features.mean(0) - text_features.mean(0)),
-    ),
-    function(
-        "metrics.alignment",
-        metrics.alignment,
-        lambda image_features, text_features: ((image_features - text_features) ** 2).sum(-1).mean(),
-    ),
-    function("metrics.uniformity", metrics.uniformity, _uniformity, "image_features"),
-    function("metrics.kendall_tau", metrics.kendall_tau, _each_list(stats.kendalltau), "x", "y"),
-    function(
-        "metrics.pairwise_accuracy",
-        lambda x, y: metrics.pairwise_accuracy(x, y),
-        _of_each(_pairwise_accuracy),
-        "x",
-        "y",
-    ),
-    function(
-        "metrics.ndcg",
-        lambda x, y: metrics.ndcg(x, y.abs(), k=3),
-        _of_each(lambda x, y: ndcg_score([abs(y)], [x], k=3) if y.any() else math.nan),
-        "x",
-        "y",
-    ),
-    function(
-        "metrics.reciprocal_rank",
-        lambda x, y: metrics.reciprocal_rank(x, y, at_least=0.0),
-        _of_each(_reciprocal_rank),
-        "x",
-        "y",
-    ),
-    function("metrics.spearman_rho", metrics.spearman_rho, _each_list(stats.spearmanr), "x", "y"),
+    function("metrics.rank_agreement", metrics.rank_agreement),
+    function("metrics.modality_gap", metrics.modality_gap),
+    function("metrics.alignment", metrics.alignment),
+    function("metrics.uniformity", metrics.uniformity, "image_features"),
+    function("metrics.kendall_tau", metrics.kendall_tau, "x", "y"),
+    function("metrics.pairwise_accuracy", lambda x, y: metrics.pairwise_accuracy(x, y), "x", "y"),
+    function("metrics.ndcg", lambda x, y: metrics.ndcg(x, y.abs(), k=3), "x", "y"),
+    function("metrics.reciprocal_rank", lambda x, y: metrics.reciprocal_rank(x, y, at_least=0.0), "x", "y"),
+    function("metrics.spearman_rho", metrics.spearman_rho, "x", "y"),
 ]
 
 NO_SUBJECTS = {

@@ -424,7 +424,8 @@ def test_forward_mode_and_vmap_give_no_wrong_number(subject: Subject) -> None:
 
 # --- a compiler -------------------------------------------------------------------------------------------
 
-COMPILED = ("RankConsistency[batch]", "RankClipLoss", "SigLipLoss[streamed]", "plackett_luce_nll")
+COMPILED = ("RankConsistency[batch]", "RankClipLoss", "RankedLists[default]", "SigLipLoss[streamed]")
+COMPILED += ("plackett_luce_nll",)
 
 
 @pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.name in COMPILED], ids=str)

@@ -8,7 +8,7 @@ import pytest
 collect_ignore_glob = [] if find_spec("examples_common") else ["test_*.py"]
 
 SMOKE = {
-    "test_common": ("test_plain_clip_under_another_name", "test_the_examples_use_public_names_only"),
+    "test_common": ("test_plain_clip_under_another_name", "test_the_examples_use_public", "test_no_seed"),
     "test_evaluate": ("test_retrieval_with_several_captions",),
     "test_icons": ("test_shards_and_the_benchmark_hold",),
     "test_openmoji": ("test_build_is_complete",),

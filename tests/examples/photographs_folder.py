@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import random
 
 import numpy as np
-from photostudy import features, folder
+import studies
+from photostudy import command, features, folder
+from photostudy.findings import PRIMARY, SECONDARY
 from photostudy.measure import BOTH_WAYS
 from PIL import Image
 
@@ -67,10 +71,57 @@ def filled(photographs, encoders=None):
 
 
 def finder(score):
-    """Return a function that finds a record of every setting with a score."""
+    """Return a function that finds a record of every setting with a score; None is no record."""
 
-    def find(settings):
-        scores = {one: score(one) for one in settings}
-        return {one: {"metrics": {"retrieval": {BOTH_WAYS: x}}} for one, x in scores.items() if x is not None}
+    def metrics(one):
+        found = score(one)
+        return None if found is None else {"retrieval": {BOTH_WAYS: found}, "geometry": {"logit_scale": 9.0}}
 
-    return find
+    return studies.records(metrics)
+
+
+def drawn(skip=lambda one: False):
+    """Return a function that finds a record of random numbers of every setting but those to skip."""
+
+    def metrics(one):
+        if skip(one):
+            return None
+        rng = random.Random(repr(one))
+        found = {"retrieval": {}, "people": {}, "geometry": {}}
+        for measure in (PRIMARY, *SECONDARY):
+            found[measure.task][measure.name] = rng.gauss(0, 1)
+        return found
+
+    return studies.records(metrics)
+
+
+def primary(found, pair, seeds):
+    """Return the primary measure of both arms of a comparison, seed by seed."""
+    return [[PRIMARY(found.records[arm][seed]) for seed in seeds] for arm in pair]
+
+
+def established(found, means):
+    """Return the findings where the differences of these means are established, and there are no others."""
+    differences = {}
+    for ((arm, other), title), d in found.differences.items():
+        value = means.get(arm, 0.0) - means.get(other, 0.0)
+        differences[(arm, other), title] = dataclasses.replace(d, mean=value, adjusted=0.01 if value else 1.0)
+    return dataclasses.replace(found, differences=differences)
+
+
+def reported(part, store, folder):
+    """Return what the command reports of a study's records in a folder without data."""
+    arguments = ["--part", part, "--output", str(folder), "--report-only"]
+    assert command.main(arguments) == 1  # there is no record
+    results = folder / f"quick/results/part{part}"
+    results.mkdir(parents=True)
+    (results / "records.jsonl").write_bytes(store.path.read_bytes())
+    assert command.main(arguments) == 0
+    text = (folder / f"quick/report/part{part}.md").read_text(encoding="utf-8")
+    assert "smoke test" in text
+    return text
+
+
+def read_folder(root):
+    """Write the folder, and return it as the study reads it."""
+    return folder.read(root, write_folder(root))

@@ -8,6 +8,10 @@ import pkgutil
 import sys
 from pathlib import Path
 
+import finetuningstudy.plan
+import liststudy.plan
+import orderstudy.plan
+import photostudy.plan
 import pytest
 from clip_evaluation import metrics
 from examples_common import trainer, wording
@@ -60,6 +64,13 @@ def test_the_examples_use_public_names_only():
         modules = {found.name for found in pkgutil.iter_modules(getattr(owner, "__path__", ()))}
         assert name in {*getattr(owner, "__all__", vars(owner)), *modules}, (module, name)
         assert not any(part.startswith("_") for part in (*module.split("."), name)), (module, name)
+
+
+def test_no_seed_is_of_two_studies():
+    plans = photostudy.plan.FULL, liststudy.plan.FULL, orderstudy.plan.FULL, finetuningstudy.plan.FULL
+    seeds = [seed for one in plans for seed in (*one.seeds, *getattr(one, "tuning_seeds", ()))]
+    seeds += [one.choice_seed for one in plans[1:]]
+    assert len({*seeds}) == len(seeds)
 
 
 @pytest.mark.parametrize("module", [captions, labels, metrics, wording])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,16 +16,11 @@ from finetuningstudy.plan import ARMS, AVERAGED, GENTLE, LEARNED, MIMICRY, PLAIN
 from finetuningstudy.study import Study
 from finetuningstudy.train import Setting
 from icons_data.load import load
-from liststudy import plan as lists_plan
-from orderstudy import plan as orders_plan
-from photostudy import plan as photographs_plan
 from rich.console import Console
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
+from studies import EXAMPLES, assert_corrected, assert_reported_again, decided, records
 
 import rankloss
 
-ROOT = Path(__file__).parents[2]
 TINY = dataclasses.replace(plan.QUICK, pretrained=32, held_out=8, emojis=70, choice_seed=9, seeds=(1, 2, 3))
 
 
@@ -154,15 +148,11 @@ def test_what_is_measured_is_recall_of_both_held_out_sets(start, pairs):
 # --- the plan ---
 
 
-def _records(score):
-    return lambda settings: {one: {"metrics": score(one)} for one in settings}
-
-
 def test_every_arm_has_six_tries_chosen_by_its_own_measure():
     def score(one):
         return {"kept": 0.0, LEARNED: one.lr, "mean": one.weight - one.lr + one.share}
 
-    found = plan.searches(plan.FULL, _records(score))
+    found = plan.searches(plan.FULL, records(score))
     assert {arm: len(search) for arm, search in found.items()} == dict.fromkeys(ARMS, 6)
     settings = plan.tests(plan.FULL, found)
     assert {len(of) for of in settings.values()} == {8}
@@ -174,14 +164,6 @@ def test_every_arm_has_six_tries_chosen_by_its_own_measure():
         assert (chosen[arm].lr, chosen[arm].epochs) == (chosen[PLAIN].lr, chosen[PLAIN].epochs)
     assert chosen[START].epochs == 0
     assert list(plan.tests(plan.FULL, plan.searches(plan.FULL, lambda _: {}))) == [START]
-
-
-def test_the_seeds_are_of_no_other_study():
-    plans = (photographs_plan.FULL, lists_plan.FULL, orders_plan.FULL)
-    others = {seed for one in plans for seed in one.seeds}
-    seeds = {plan.FULL.choice_seed, *plan.FULL.seeds}
-    assert len(seeds) == 9
-    assert seeds.isdisjoint(others | {lists_plan.FULL.choice_seed, orders_plan.FULL.choice_seed})
 
 
 # --- from the data to the report ---
@@ -215,26 +197,16 @@ def test_kept_and_learned_are_corrected_together(trained):
     assert found.missing == 0
     keys = [key for key in found.tests if key[0] != plan.MEAN]
     assert len(keys) == 2 * len(plan.COMPARISONS)
-    p = [
-        stats.ttest_rel(
-            *([one["metrics"][measure] for _, one in sorted(found.records[arm].items())] for arm in pair)
-        ).pvalue
+    pairs = [
+        [[one["metrics"][measure] for _, one in sorted(found.records[arm].items())] for arm in pair]
         for measure, pair in keys
     ]
-    known = [i for i, value in enumerate(p) if not np.isnan(value)]
-    holm = multipletests([p[i] for i in known], method="holm")[1]
-    assert [found.tests[keys[i]].adjusted for i in known] == pytest.approx(holm)
+    assert_corrected([found.tests[key] for key in keys], pairs)
 
 
 @pytest.mark.parametrize("means", [{}, {MIMICRY: 12.0}, {MIMICRY: 12.0, GENTLE: 13.0}, {RANKS: 8.0}])
 def test_a_teacher_helps_if_it_beats_both_baselines(means):
-    noise = {1: 0.0, 2: 0.01, 3: -0.01}
-
-    def score(one):
-        value = means.get(one.arm, 10.0) + len(one.arm) * noise.get(one.seed, 0.0)
-        return dict.fromkeys(plan.MEASURES, value)
-
-    found = findings.findings(TINY, _records(score))
+    found = findings.findings(TINY, decided(means, lambda value: dict.fromkeys(plan.MEASURES, value)))
     helps = means == {MIMICRY: 12.0}
     assert (found.helps(MIMICRY), found.helps(RANKS)) == (helps, False)
     said = report.conclusions(found, 3)
@@ -258,20 +230,18 @@ def test_the_command_reports_what_is_there(trained, monkeypatch, capsys):
     text = written.read_text(encoding="utf-8")
     assert "smoke test" in text
     assert "both baselines in the mean" in text
-    written.unlink()
     monkeypatch.setitem(plan.PLANS, "quick", TINY)
-    assert command.main(["--output", str(root), "--report-only"]) == 0
-    assert written.read_text(encoding="utf-8") == text
+    assert_reported_again(command.main, ["--output", str(root)], written)
     assert str(written) in capsys.readouterr().out
     few = report.write(dataclasses.replace(TINY, seeds=(1,)), trained.store, root).read_text(encoding="utf-8")
     assert "Nothing is concluded from fewer than 3 seeds." in few
 
 
 def test_the_report_is_that_of_the_records_and_the_page_has_its_numbers(tmp_path):
-    example = ROOT / "examples/finetuning"
+    example = EXAMPLES / "finetuning"
     text = report.write(plan.FULL, Store(example / "results"), tmp_path).read_text(encoding="utf-8")
     assert (example / "report/finetuning.md").read_text(encoding="utf-8") == text
-    for page in (ROOT / "docs/finetuning.md", example / "README.md"):
+    for page in (EXAMPLES.parent / "docs/finetuning.md", example / "README.md"):
         numbers = re.findall(r"\d+\.\d\d ± \d\.\d\d", page.read_text(encoding="utf-8"))
         assert numbers
         assert {one for one in numbers if one not in text} == set()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import itertools
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,13 +21,11 @@ from liststudy.train import Setting
 from photographs_folder import PICTURES, Encoders, filled, write_folder
 from photostudy import folder
 from rich.console import Console
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
+from studies import assert_corrected, assert_reported_again, decided, printed_by_readme, records
 from torch.nn.functional import normalize
 
 import rankloss
 
-ROOT = Path(__file__).parents[2]
 TINY = plan.Plan("full", 1, 1, 4, (1e-3,), (1.0,), 0, (5, 6, 7), PICTURES["train"], None)
 
 
@@ -127,13 +122,10 @@ def test_lambda_loss_is_the_weighted_sum_over_pairs():
     queries, candidates, grades, index, mask = _batch()
     loss = losses.LambdaLoss(losses.LAMBDARANK)
     found = loss(queries, candidates, grades, torch.tensor(9.0), candidate_index=index, mask=mask)
-    values = []
-    for v, g, row, of in zip(queries, grades, index, mask, strict=True):
-        x = (9 * candidates[row] @ v)[of].tolist()
-        weights = losses.lambda_weights(torch.tensor([x]), g[of][None], of[of][None], mu=0.0)[0]
-        pairs = itertools.product(range(len(x)), repeat=2)
-        values.append(sum(weights[p, q].item() * math.log2(1 + math.exp(x[q] - x[p])) for p, q in pairs))
-    assert found.item() == pytest.approx(np.mean(values), rel=1e-5)
+    x = 9 * (candidates[index] * queries[:, None]).sum(-1)
+    weights = losses.lambda_weights(x, grades, mask, mu=0.0)
+    pairs = weights * torch.log2(1 + (x[:, None] - x[:, :, None]).exp())
+    assert found.item() == pytest.approx(pairs.sum((1, 2)).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -167,13 +159,9 @@ def test_plackett_luce_is_told_which_sentences_are_unranked():
 # --- the plan ---
 
 
-def _records(score):
-    return lambda settings: {one: {"metrics": {"m": [score(one), score(one)]}} for one in settings}
-
-
 def test_every_arm_has_as_many_tries_and_the_best_is_kept():
     found = plan.searches(
-        plan.FULL, "m", _records(lambda one: one.lr * one.weight + (one.option == "affine"))
+        plan.FULL, "m", records(lambda one: {"m": [one.lr * one.weight + (one.option == "affine")]})
     )
     assert {len(search.scores) for search in found.values()} == {6}
     assert all(search.chosen.lr == 1e-3 for search in found.values())
@@ -212,16 +200,12 @@ def test_held_out_pictures_have_no_list_to_train_on(trained):
 
 def test_the_tests_are_paired_by_seed_and_corrected_over_all_comparisons(trained):
     found = _findings(trained)
-    p = {}
-    for pair in plan.comparisons():
-        values = [
-            [plan.score(found.records[arm][seed], found.primary) for seed in TINY.seeds] for arm in pair
-        ]
-        p[pair] = stats.ttest_rel(*values).pvalue
-        assert found.tests[pair].mean == pytest.approx(np.mean(values[0]) - np.mean(values[1]))
-    holm = multipletests(list(p.values()), method="holm")[1]
-    assert [found.tests[pair].adjusted for pair in p] == pytest.approx(holm)
-    assert len(p) == 35
+    pairs = {
+        pair: [[plan.score(found.records[arm][seed], found.primary) for seed in TINY.seeds] for arm in pair]
+        for pair in plan.comparisons()
+    }
+    assert_corrected([found.tests[pair] for pair in pairs], [*pairs.values()])
+    assert len(pairs) == 35
 
 
 def test_the_report_is_made_of_the_records_and_the_readme_computes_its_numbers(
@@ -234,36 +218,17 @@ def test_the_report_is_made_of_the_records_and_the_readme_computes_its_numbers(
         mean = found.estimate(arm, found.primary).mean
         assert f"| `{arm}` " in text
         assert f"{mean:.2f} ±".replace("-", "−") in text
-    readme = (ROOT / "examples/lists/README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
-    path = tmp_path / "examples/lists/results/photographs/records.jsonl"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(trained.store.path.read_bytes())
-    monkeypatch.chdir(tmp_path)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(code, "README.md", "exec"), {})
-    by_hand = [line.rsplit(" ", 3) for line in printed.getvalue().splitlines()]
+    printed = printed_by_readme("lists", "results/photographs", trained.store, tmp_path, monkeypatch)
+    by_hand = [line.rsplit(" ", 3) for line in printed]
     differences = {arm: float(mean) for arm, _, mean, _ in by_hand}
     assert differences.keys() == set(ARMS)
     for arm in ARMS[1:]:
         assert differences[arm] == pytest.approx(found.tests[arm, CLIP].mean)
 
 
-def _decided(means):
-    """Return findings of these means over three seeds, with little spread."""
-    noise = {5: 0.0, 6: 0.01, 7: -0.01}
-
-    def find(settings):
-        return {
-            one: {"metrics": {"m": [means.get(one.arm, 10.0) + (len(one.arm)) * noise.get(one.seed, 0.0)]}}
-            for one in settings
-        }
-
-    return findings.findings(TINY, "m", (), find)
-
-
 def test_a_winner_is_above_all_others_and_else_no_difference_is_shown():
-    found = _decided({"lambda": 30.0, "top_one": 5.0})
+    find = decided({"lambda": 30.0, "top_one": 5.0}, lambda value: {"m": [value]})
+    found = findings.findings(TINY, "m", (), find)
     assert findings.winner(found, MODELS) == "lambda"
     assert any("`lambda` won" in said for said in report.conclusions(found, 3))
     beside = plan.BESIDE.values()
@@ -297,6 +262,4 @@ def test_the_command_runs_on_emojis_alone_and_says_where_photographs_come_from(t
     text = written.read_text(encoding="utf-8")
     assert "smoke test" in text
     assert "Nothing is concluded from fewer than 3 seeds." in text
-    written.unlink()
-    assert command.main([*options, "--report-only"]) == 0
-    assert written.read_text(encoding="utf-8") == text
+    assert_reported_again(command.main, options, written)

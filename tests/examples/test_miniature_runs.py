@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import miniature_records
 import pytest
 from examples_common.records import Store, read_lines
-from miniature_paper import options
 from miniature_paper.grid import PRESETS, Setting, plan
 from miniature_paper.options import _EXAMPLE as EXAMPLE
 from miniature_paper.runs import key_of
 from miniature_paper.search.trials import Attempt
-from rich.console import Console
 
 # --- keys ---
 
@@ -58,20 +55,3 @@ def test_records_come_back_with_their_conditions_and_are_found_by_setting(tmp_pa
     store.save("d", _record(_SETTINGS[1]))
     with pytest.raises(ValueError, match="b and d are of one setting"):
         store.of(_SETTINGS)
-
-
-# --- making them ---
-
-
-@pytest.fixture
-def workshop(tmp_path, monkeypatch):
-    miniature_records.fake_trainings(monkeypatch, options, _record)
-    return miniature_records.workshop(tmp_path, tmp_path / "results")
-
-
-def test_what_is_there_is_not_made_again(workshop):
-    assert workshop.do("some", _SETTINGS[:3], Console(quiet=True))
-    before = workshop.store.path.read_bytes()
-    assert workshop.do("more", _SETTINGS[:5], Console(quiet=True))
-    assert workshop.store.path.read_bytes().startswith(before)
-    assert list(workshop.find(_SETTINGS)) == _SETTINGS[:5]

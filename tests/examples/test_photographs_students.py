@@ -5,21 +5,32 @@ from __future__ import annotations
 import dataclasses
 import io
 
+import formulas
 import numpy as np
 import pytest
 import torch
 from examples_common.records import Store
 from examples_common.trainings import shared
 from filelock import FileLock
-from photographs_folder import PICTURES, Encoders, filled, finder, write_folder
-from photostudy import command, folder
-from photostudy.findings import PRIMARY, SECONDARY
+from formulas import cross_entropy, mean_of, pearson, unit, within
+from photographs_folder import (
+    PICTURES,
+    Encoders,
+    drawn,
+    established,
+    filled,
+    finder,
+    primary,
+    read_folder,
+    reported,
+)
+from photostudy import command
+from photostudy.findings import PRIMARY
 from photostudy.students import data, findings, losses, model, plan, report, study, train
 from photostudy.students.plan import Plan
 from photostudy.students.train import Setting
 from rich.console import Console
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
+from studies import assert_corrected
 from torch.nn.functional import normalize
 
 import rankloss
@@ -79,76 +90,25 @@ N, D, WIDTHS = 6, 4, (7, 5)
 S, S_TEACHER = 5.0, 20.0
 
 
-def unit(rows, columns, seed):
-    x = np.random.default_rng(seed).normal(size=(rows, columns))
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
 STUDENT = unit(N, D, 0), unit(N, D, 1)
 TEACHER = unit(N, WIDTHS[0], 2), unit(N, WIDTHS[1], 3)
 
 
-def rows_of(x, scale):
-    """Return the softmax of a similarity matrix's rows, without their own entries."""
-    found = []
-    for i, row in enumerate(scale * x @ x.T):
-        e = np.exp(np.delete(row, i))
-        found.append(e / e.sum())
-    return np.array(found)
-
-
-def numpy_softmax(v, t, _):
-    pairs = zip((v, t), TEACHER, strict=True)
-    return sum(-(rows_of(y, S_TEACHER) * np.log(rows_of(x, S))).sum(1).mean() for x, y in pairs) / 2
-
-
-def numpy_pearson(v, t, _):
-    found = []
-    for x, y in zip((v, t), TEACHER, strict=True):
-        rows = zip(rows_of(x, S), rows_of(y, S_TEACHER), strict=True)
-        found += [1 - np.corrcoef(mine, theirs)[0, 1] for mine, theirs in rows]
-    return np.mean(found)
-
-
-def numpy_distances(v, t, _):
-    total = 0.0
-    for x, y in zip((v, t), TEACHER, strict=True):
-        pairs = [(i, j) for i in range(N) for j in range(i)]
-        own, theirs = (np.array([np.linalg.norm(z[i] - z[j]) for i, j in pairs]) for z in (x, y))
-        off = abs(own / own.mean() - theirs / theirs.mean())
-        total += np.where(off < 1, off**2 / 2, off - 0.5).mean()
-    return total
-
-
-def numpy_cka(v, t, _):
-    found = []
-    for x, y in zip((v, t), TEACHER, strict=True):
-        centring = np.eye(N) - 1 / N
-        k, m = (centring @ z @ z.T @ centring for z in (x, y))  # by the N × N matrices of the definition
-        found.append(1 - (k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()))
-    return np.mean(found)
-
-
 def numpy_mimicry(v, t, loss):
-    total = 0.0
-    for x, y, project in zip((v, t), TEACHER, loss.term.projections, strict=True):
-        image = x @ project.weight.detach().numpy().T
-        image = image / np.linalg.norm(image, axis=1, keepdims=True)
-        total += ((image - y) ** 2).sum(1).mean()
-    return total
+    projected = (
+        x @ project.weight.detach().numpy().T
+        for x, project in zip((v, t), loss.term.projections, strict=True)
+    )
+    return formulas.mimicry([*map(formulas.normalized, projected)], TEACHER)
 
 
 RIVALS = {
-    "softmax": numpy_softmax,
-    "pearson": numpy_pearson,
-    "distances": numpy_distances,
-    "cka": numpy_cka,
+    "softmax": lambda v, t, _: mean_of(cross_entropy, within((v, t), S), within(TEACHER, S_TEACHER)),
+    "pearson": lambda v, t, _: mean_of(pearson, within((v, t), S), within(TEACHER, S_TEACHER)),
+    "distances": lambda v, t, _: formulas.distances((v, t), TEACHER),
+    "cka": lambda v, t, _: formulas.cka((v, t), TEACHER),
     "projected-mimicry": numpy_mimicry,
 }
-
-
-def tensors(pair):
-    return [torch.from_numpy(x).requires_grad_() for x in pair]
 
 
 def given(arm):
@@ -157,55 +117,32 @@ def given(arm):
 
 @pytest.mark.parametrize("arm", RIVALS)
 def test_a_rival_is_its_formula(arm):
-    """Value, and a multiple's gradient along a random direction, as a difference quotient has it."""
     loss = losses.build(arm, D, WIDTHS, weight=2.5, scale=S_TEACHER, label_smoothing=0.1).double()
-    features = tensors(STUDENT)
-    base = losses.build("clip", D, WIDTHS, label_smoothing=0.1)(*features, torch.tensor(S))
-    value = loss(*features, torch.tensor(S), **given(arm)) - base
-    assert value.item() == pytest.approx(2.5 * RIVALS[arm](*STUDENT, loss), rel=1e-9)
-    along, step = [np.random.default_rng(9 + i).normal(size=(N, D)) for i in range(2)], 1e-6
-    ends = (
-        RIVALS[arm](*(x + sign * step * a for x, a in zip(STUDENT, along, strict=True)), loss)
-        for sign in (1, -1)
-    )
-    found = torch.autograd.grad(-3 * value, features)
-    inner = sum((x.numpy() * a).sum() for x, a in zip(found, along, strict=True))
-    assert inner == pytest.approx(-3 * 2.5 * np.subtract(*ends) / (2 * step), rel=1e-6)
+    base, scale = losses.build("clip", D, WIDTHS, label_smoothing=0.1), torch.tensor(S)
 
+    def term(*features):
+        return loss(*features, scale, **given(arm)) - base(*features, scale)
 
-def test_mimicrys_projections_learn_and_the_teacher_does_not():
-    loss = losses.build("projected-mimicry", D, WIDTHS, weight=1.0).double()
-    weights = [*loss.parameters()]
-    assert [tuple(x.shape) for x in weights] == [(WIDTHS[0], D), (WIDTHS[1], D)]
-    loss(*tensors(STUDENT), torch.tensor(S), **given("projected-mimicry")).backward()
-    along, step = torch.randn(WIDTHS[0], D, dtype=torch.double), 1e-6
-    ends = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            weights[0] += sign * step * along
-            ends.append(numpy_mimicry(*STUDENT, loss))
-            weights[0] -= sign * step * along
-    assert (weights[0].grad * along).sum().item() == pytest.approx(np.subtract(*ends) / (2 * step), rel=1e-6)
+    formulas.assert_is_formula(term, lambda *x: RIVALS[arm](*x, loss), STUDENT, 2.5)
 
 
 def test_ranks_are_the_librarys_by_the_encoders_of_the_arm():
-    features = tensors(STUDENT)
-    clip = rankloss.ClipLoss()(*features, logit_scale=S).item()
-    names = ("reference_image_features", "reference_text_features")
-    teacher = dict(zip(names, map(torch.from_numpy, TEACHER), strict=True))
-    expected = {"picture-ranks": names[:1], "text-ranks": names[1:], "ranks": names}
-    for arm, kept in expected.items():
-        loss = losses.build(arm, D, WIDTHS, weight=8.0, top_k=2)
+    features = [*map(torch.from_numpy, STUDENT)]
+
+    def added(arm, weight, **options):
+        loss = losses.build(arm, D, WIDTHS, weight=weight, **options)
         loss.set_epoch(3, 3)
-        value = loss(*features, torch.tensor(S), **given(arm)).item()
-        terms = rankloss.RankConsistency(cross_modal=0.0, in_modal=1.0, top_k=2)
-        added = terms(*features, logit_scale=S, **{name: teacher[name] for name in kept}).item()
-        assert value - clip == pytest.approx(2 * 8 / 16 * added, rel=1e-5)
-    own = losses.build("rankclip", D, WIDTHS, weight=4.0)
-    own.set_epoch(3, 3)
-    added = rankloss.RankConsistency()(*features, logit_scale=S).item()
-    found = own(*features, torch.tensor(S), **given("rankclip")).item()
-    assert found - clip == pytest.approx(2 * 4 / 16 * added, rel=1e-5)
+        clip = rankloss.ClipLoss()(*features, logit_scale=S)
+        return (loss(*features, torch.tensor(S), **given(arm)) - clip).item()
+
+    teacher = given("ranks")
+    names = [*teacher]
+    terms = rankloss.RankConsistency(cross_modal=0.0, in_modal=1.0, top_k=2)
+    for arm, kept in {"picture-ranks": names[:1], "text-ranks": names[1:], "ranks": names}.items():
+        expected = terms(*features, logit_scale=S, **{name: teacher[name] for name in kept}).item()
+        assert added(arm, 8.0, top_k=2) == pytest.approx(2 * 8 / 16 * expected, rel=1e-5)
+    expected = rankloss.RankConsistency()(*features, logit_scale=S).item()
+    assert added("rankclip", 4.0) == pytest.approx(2 * 4 / 16 * expected, rel=1e-5)
     with pytest.raises(ValueError, match=r"arm: must be one of clip, rankclip, .*, got 'other'"):
         losses.build("other", D, WIDTHS)
 
@@ -272,72 +209,26 @@ def test_what_is_missing_is_due_step_by_step():
     assert plan.choice(plan.FULL, "cka", {}, find).chosen == {"weight": 64.0}
 
 
-def test_every_grid_holds_six_tries_of_known_fields():
-    fields = {field.name for field in dataclasses.fields(Setting)}
-    for arm, grid in plan.GRIDS.items():
-        assert arm in losses.ARMS
-        assert grid.keys() <= fields
-        assert np.prod([len(values) for values in grid.values()]) == plan.FULL.tries
-        for values in grid.values():
-            np.testing.assert_allclose(np.diff(np.log(values)), np.log(values[1] / values[0]))
-
-
 # --- comparisons ---
 
 
-def found_of(skip=lambda one: False):
-    rng = np.random.default_rng(0)
-    known = {}
-
-    def find(settings):
-        for one in settings:
-            if one not in known and not (one.side == "test" and skip(one)):
-                metrics = {"retrieval": {}, "people": {}, "geometry": {}}
-                for measure in (PRIMARY, *SECONDARY):
-                    metrics[measure.task][measure.name] = rng.normal() + 3 * (one.arm == "cka")
-                known[one] = {"metrics": metrics}
-        return {one: known[one] for one in settings if one in known}
-
-    return findings.findings(TINY, find)
-
-
 def test_differences_are_paired_and_corrected_with_those_of_part_2b():
-    found = found_of()
+    found = findings.findings(TINY, drawn())
     assert found.missing == 0
-    p = {}
-    for pair in plan.COMPARISONS:
-        values = [[PRIMARY(found.records[arm][seed]) for seed in TINY.seeds] for arm in pair]
-        p[pair] = stats.ttest_rel(*values).pvalue
-        assert found.difference(pair).mean == pytest.approx(np.mean(np.subtract(*values)))
-    holm = multipletests([*p.values(), *[1.0] * plan.OTHERS], method="holm")[1]
-    adjusted = [found.difference(pair).adjusted for pair in p]
-    assert adjusted == pytest.approx(holm[: len(p)])
-    assert len(p) == 9 + 7
-
-
-def test_what_lacks_a_training_is_not_stated():
-    found = found_of(lambda one: one.arm == "cka" and one.seed == 7)
-    assert found.missing == 1
-    stated = {pair for pair in plan.COMPARISONS if found.difference(pair) is not None}
-    assert stated == {pair for pair in plan.COMPARISONS if "cka" not in pair}
-    assert report.conclusions(found, 3) == []
+    pairs = [primary(found, pair, TINY.seeds) for pair in plan.COMPARISONS]
+    differences = [found.difference(pair) for pair in plan.COMPARISONS]
+    assert_corrected(differences, pairs, [1.0] * 9)
+    assert len(differences) == 9 + 7
 
 
 def test_the_conclusions_are_the_plans():
-    found = found_of()
+    found = findings.findings(TINY, drawn())
 
     def told(**means):
-        """Return the conclusions where these arms' differences to CLIP and to ranks are established."""
-        differences = {}
-        for (arm, other), title in found.differences:
-            d = found.differences[(arm, other), title]
-            value = means.get(arm.replace("-", "_"), 0.0) - means.get(other.replace("-", "_"), 0.0)
-            differences[(arm, other), title] = dataclasses.replace(
-                d, mean=value, adjusted=0.01 if value else 1.0
-            )
-        return " ".join(report.conclusions(dataclasses.replace(found, differences=differences), 3))
+        of = {name.replace("_", "-"): mean for name, mean in means.items()}
+        return " ".join(report.conclusions(established(found, of), 3))
 
-    arms = {arm.replace("-", "_"): 1.0 for arm in plan.TAUGHT}
+    arms = dict.fromkeys(plan.TAUGHT, 1.0)
     best = told(**arms | {"ranks": 2.0})
     assert "`ranks` helps: R@10 +2.00 points" in best
     assert "Not shown to raise R@10 above plain CLIP's: `rankclip`." in best
@@ -356,7 +247,7 @@ SHORT = dataclasses.replace(TINY, tries=1, rounds=0)
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("flickr8k")
-    photographs = folder.read(root, write_folder(root))
+    photographs = read_folder(root)
     caches = [filled(photographs, encoders) for encoders in (data.Thumbnails(), Encoders())]
     of = data.of_photographs(*caches, PICTURES["train"])
     found = study.Study(of, Store(root / "results"))
@@ -393,16 +284,6 @@ def test_a_seed_trains_the_same_student(trained):
         train.train(Setting("clip", 0, "dev"), pairs, words)
 
 
-def test_an_interrupted_study_continues_with_the_same_numbers(trained, tmp_path):
-    lines = trained.store.path.read_text(encoding="utf-8").splitlines(keepends=True)
-    half = study.Study(trained.of, Store(tmp_path))
-    half.store.path.write_text("".join(lines[:-3]) + lines[-3][:40], encoding="utf-8")  # killed while writing
-    half.follow(SHORT, Console(file=io.StringIO()))
-    first, second = (one.store.read() for one in (trained, half))
-    assert {key: r["metrics"] for key, r in first.items()} == {key: r["metrics"] for key, r in second.items()}
-    assert any("people" in record["metrics"] for record in first.values())
-
-
 def test_the_report_is_made_of_the_records_alone(trained, tmp_path):
     find = command.finished(trained.store, Setting)
     text = report.write(SHORT, find, tmp_path).read_text(encoding="utf-8")
@@ -420,15 +301,8 @@ def test_the_report_is_made_of_the_records_alone(trained, tmp_path):
     assert "Nothing is concluded yet" in early
 
 
-def test_the_command_reports_part_2a_without_data(trained, tmp_path):
-    arguments = ["--part", "2a", "--output", str(tmp_path), "--report-only"]
-    assert command.main(arguments) == 1  # there is no record
-    results = tmp_path / "quick/results/part2a"
-    results.mkdir(parents=True)
-    (results / "records.jsonl").write_bytes(trained.store.path.read_bytes())
-    assert command.main(arguments) == 0
-    text = (tmp_path / "quick/report/part2a.md").read_text(encoding="utf-8")
-    assert "smoke test" in text
+def test_the_command_reports_without_data(trained, tmp_path):
+    text = reported("2a", trained.store, tmp_path)
     assert "20 of the planned trainings on the test side are missing" in text  # none is of the quick plan
 
 

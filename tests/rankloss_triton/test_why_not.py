@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rankloss.options import RankOptions
-from rankloss_triton import launching, rows, why_not
+from rankloss_triton import launching, why_not
 
 
 def ask(
@@ -62,13 +60,3 @@ def test_the_interpreter_takes_cpu_tensors_only(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ask(device="cpu") is None
     assert ask(device="cuda") == "TRITON_INTERPRET=1 takes CPU tensors, not cuda"
-
-
-@given(n=st.integers(1, 5000), N=st.integers(2, 131_072), bins=st.sampled_from([0, 2, 600, 2048, 131_072]))
-def test_a_launch_has_a_program_and_no_more_than_rows(n: int, N: int, bins: int) -> None:
-    for processors, cache in ((0, rows.CACHE), (1, 1), (20, 2**20), (132, rows.CACHE)):
-        launch = rows.choose_launch(n, N, bins, processors, cache)
-        assert 1 <= launch.programs <= n
-        assert launch.programs >= min(n, processors // 2)
-        assert launch.block & (launch.block - 1) == 0
-        assert 32 * launch.warps <= max(32, launch.block)
