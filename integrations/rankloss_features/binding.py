@@ -1,7 +1,8 @@
-"""Binds a ``datasets.Dataset`` to a folder of features, before it is shuffled and tokenized."""
+"""Binds the data of trainers to the rows of a folder, by the hash of each pair."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rankloss.checks import check_teacher
-from rankloss_features.data import Table
-from rankloss_features.folder import NAMES, Array, Features
+from rankloss_features.data import IMAGES, Table
+from rankloss_features.folder import NAMES, Array, Features, Rows, hash_of_pair
 
 COLUMN = "reference_pair"
 """The column with each row's own row of a folder and the hash of its pair."""
@@ -91,3 +92,64 @@ def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor
     for i, column in enumerate(columns):
         check_teacher(f"column {i} of labels", column, first_look=False)
     return {f"reference_{name}": column for name, column in zip(NAMES, columns, strict=True)}
+
+
+class RowCompanion:
+    """The rows of a folder, whose numbers travel with the captions through open_clip's trainer.
+
+    A companion as :class:`rankloss_open_clip.companions.Companion` describes it. Its text is the number of a
+    row; the workers that load the data look the row up.
+
+    Args:
+        name: The noun for a row in messages.
+        folder: The folder.
+        prefix: The beginning of the names that the loss has for the arrays of a row.
+    """
+
+    def __init__(self, name: str, folder: Rows, prefix: str = "") -> None:
+        self.name, self.folder = name, folder
+        none = {prefix + x: torch.from_numpy(array) for x, array in folder.take(np.arange(0)).items()}
+        self._layout = {x: (array.dtype, array.shape[1:]) for x, array in none.items()}
+
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Callable[[int], str]:  # noqa: ARG002
+        """The numbers of the rows, once every pair is compared with the folder's."""
+        self.folder.compare_columns(dataset.captions, dataset.images, path)
+        return str
+
+    def of_sample(self, sample: Mapping[str, Any], caption: str) -> str | None:
+        """The row of a webdataset sample; None without a picture, which the trainer skips.
+
+        Raises:
+            ValueError: The folder has no such pair.
+        """
+        if not any(name in sample for name in IMAGES):
+            return None
+        row = self.folder.find(hash_of_pair(caption, sample["__key__"]))
+        if row is None:
+            raise ValueError(
+                f"sample {sample['__key__']!r} of {sample.get('__url__')} with caption {caption!r} has no "
+                f"row in {self.folder.path}: its rows are of another caption, or of other data"
+            )
+        return str(row)
+
+    def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
+        """The bytes of each row's arrays, eight to an integer."""
+        arrays = self.folder.take(np.array(texts, np.int64)).values()
+        rows = np.concatenate([_bytes_of(x) for x in arrays], axis=1)
+        return torch.from_numpy(np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8))).view(np.int64))
+
+    def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:  # noqa: ARG002
+        """The texts, to which a row adds none."""
+        return texts
+
+    def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
+        """The output and the arrays, by the names that the loss has for them."""
+        added, numbers = {}, encoded.contiguous().view(torch.uint8)
+        for name, (dtype, shape) in self._layout.items():
+            own, numbers = numbers.tensor_split([dtype.itemsize * shape.numel()], dim=1)
+            added[name] = own.contiguous().view(dtype).reshape(-1, *shape)
+        return {**output, **added}
+
+
+def _bytes_of(rows: Array) -> Array:
+    return np.ascontiguousarray(rows.reshape(len(rows), -1)).view(np.uint8)

@@ -7,11 +7,11 @@ import io
 import itertools
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
-from rankloss_features.folder import Rows, hash_of_pair, name_of
+from rankloss_features.folder import name_of
 
 _BLOCK = 4096  # pairs that are hashed together
 IMAGES = ("png", "jpg", "jpeg", "webp")  # the extensions of images in open_clip's trainer
@@ -251,20 +251,3 @@ def open_data(args: Any) -> Data:
             raise ValueError(f"--split {args.split}: {path} has {', '.join(dataset)}")
         dataset = dataset[args.split]
     return Table(dataset, args.image_column, args.caption_column, kind=kind, data=path)
-
-
-def row_of_sample(folder: Rows, sample: Mapping[str, Any], caption: str) -> int | None:
-    """The row of a webdataset sample in a folder; None without a picture, which open_clip's trainer skips.
-
-    Raises:
-        ValueError: The folder has no such pair.
-    """
-    if not any(name in sample for name in IMAGES):
-        return None
-    row = folder.find(hash_of_pair(caption, sample["__key__"]))
-    if row is None:
-        raise ValueError(
-            f"sample {sample['__key__']!r} of {sample.get('__url__')} with caption {caption!r} has no row in "
-            f"{folder.path}: its rows are of another caption, or of other data"
-        )
-    return row

@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rankloss.distributed import Gather
+from rankloss_features import Features
+from rankloss_features.binding import RowCompanion
 from rankloss_open_clip import bootstrap
 from rankloss_open_clip.companions import Companions
-from rankloss_open_clip.reference_features import IN_SAMPLES, ReferenceFeatures
+from rankloss_open_clip.reference_features import IN_SAMPLES, SampleFeatures
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import LossEntry, Options
 from rankloss_trainers.command_line import LossArguments, dest, flag, mentioned, misspelt, with_flag
@@ -76,16 +78,18 @@ def companions_of(args: Any) -> Companions | None:
     return Companions(parts) if parts else None
 
 
-def features_of(entry: LossEntry, options: Options) -> list[ReferenceFeatures]:
+def features_of(entry: LossEntry, options: Options) -> list[Any]:
     """The precomputed features of a teacher, if the options name any."""
     where = entry.reference_features(options)
     if where is None:
         return []
+    if where not in IN_SAMPLES:
+        return [RowCompanion("row of features", Features(where), "reference_")]
     try:
         entry.in_separate_spaces(options)
     except ValueError:
-        return [ReferenceFeatures(where)]
-    return [ReferenceFeatures(where, two_widths=True)]
+        return [SampleFeatures(where)]
+    return [SampleFeatures(where, two_widths=True)]
 
 
 def remedy_for_unused_features(args: Any) -> str | None:
@@ -169,11 +173,13 @@ def check_run(name: str, entry: LossEntry, options: Options, args: Any) -> None:
     Raises:
         ValueError: The reason, which begins with the flag of an option.
     """
-    sigmoid, reason = getattr(args, "siglip", False), _reason_against(name, entry, options, args)
-    reason = reason or reason_against(HOST, name, entry, options, gather_of(args), sigmoid=sigmoid)
+    sigmoid = getattr(args, "siglip", False)
+    reason = reason_against(HOST, name, entry, options, gather_of(args), sigmoid=sigmoid)
+    reason = reason or _reason_against(name, entry, options, args)
+    folder = entry.reference_features(options)
     try:
-        for features in features_of(entry, options) if reason is None else ():
-            features.check()
+        if reason is None and folder is not None and folder not in IN_SAMPLES:
+            Features(folder).check()
     except (OSError, ValueError) as error:
         reason = f"reference_features: {error}"
     if reason is not None:

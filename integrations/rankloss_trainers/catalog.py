@@ -71,6 +71,15 @@ def weight(text: Any) -> float:
     return value
 
 
+def error_of(build: Callable[[], Any]) -> str | None:
+    """The ValueError of a trial, as a reason against the options that it was built with; None without one."""
+    try:
+        build()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def prefixed(prefix: str, key: str) -> str:
     """The key of an option of joined losses, from its loss's prefix and its own key.
 
@@ -221,6 +230,10 @@ class LossEntry:
         """The part of the log's line about a run with these options."""
         return changed(self.options, options) if self.describe is None else self.describe(options, epochs)
 
+    def unit_of(self, options: Options, epochs: float) -> str | None:
+        """The unit of a run with these options."""
+        return self.unit(options, epochs) if callable(self.unit) else self.unit
+
     def with_defaults(self, **defaults: Any) -> LossEntry:
         """The same loss with other defaults for the options that it has."""
         options = (dataclasses.replace(o, default=defaults.get(o.own_key, o.default)) for o in self.options)
@@ -245,6 +258,10 @@ class LossEntry:
                 values[key] = known[key].checked(value)
             except ValueError as error:
                 raise ValueError(f"{key} {error}") from None
+        shared = [key for key, option in known.items() if option.own_key == "reference_features"]
+        folders = {values[key] for key in shared} - {None}
+        if len(folders) == 1:  # given once, it serves all
+            values.update(dict.fromkeys(shared, *folders))
         if _has_separate_spaces(self.reference_features(values)):
             in_them = self.in_separate_spaces({key: values[key] for key in found})
             values.update({key: value for key, value in in_them.items() if key not in found})

@@ -311,8 +311,7 @@ class Runtime(nn.Module):
         Raises:
             ValueError: The loss goes by epochs, and their number is not known.
         """
-        unit = self.entry.unit
-        self.unit = (unit(self.options, epochs) if callable(unit) else unit) or "epoch"
+        self.unit = self.entry.unit_of(self.options, epochs) or "epoch"
         if math.isinf(epochs) and any(listeners(self.criterion, "epoch", self.unit)):
             text = "but data without a length have no known number of epochs; give schedule_unit 'step'"
             raise ValueError(f"{self.name} goes by epochs (schedule_unit 'epoch'), {text}")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +13,7 @@ from rankloss import graded
 from rankloss.distributed import gather_once
 from rankloss.losses import base_entries, combined
 from rankloss.precision import arithmetic_dtype, full_precision, nan_unless_finite, outside_graphs, product
-from rankloss_features.data import row_of_sample
-from rankloss_features.folder import Array
-from rankloss_trainers.orders.folder import ARGUMENTS, Orders
+from rankloss_trainers.orders.folder import ARGUMENTS
 
 
 class OrderedRankClipLoss(rankloss.RankClipLoss):
@@ -180,57 +175,3 @@ def _places(everyone: Tensor, listed: Tensor) -> tuple[Tensor, Tensor]:
     ordered, order = everyone.sort(stable=True)
     found = torch.searchsorted(ordered, listed).clamp_max(len(ordered) - 1)
     return order[found], ordered[found] == listed
-
-
-class OrderCompanion:
-    """The orders of a folder, which travel with the captions through open_clip's trainer.
-
-    A companion as :class:`rankloss_open_clip.companions.Companion` describes it.
-
-    Args:
-        path: The folder of ``rankloss orders``.
-    """
-
-    name = "list of ids"
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    @functools.cached_property
-    def folder(self) -> Orders:
-        """The folder."""
-        return Orders(self.path)
-
-    def of_rows(self, path: str, separator: str, dataset: Any) -> Callable[[int], str]:  # noqa: ARG002
-        """The rows of the folder, once every pair is compared with the folder's."""
-        self.folder.compare_columns(dataset.captions, dataset.images, path)
-        return self._of_row
-
-    def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:
-        """The row of a webdataset sample; None without a picture, which the trainer skips.
-
-        Raises:
-            ValueError: The folder has no such pair.
-        """
-        row = row_of_sample(self.folder, sample, caption)
-        return None if row is None else self._of_row(row)
-
-    def _of_row(self, row: int) -> str:
-        pictures, listed, grades = self.folder.take(np.array([row])).values()
-        numbers: Array = np.concatenate([pictures, listed[0], grades[0].astype(np.float64).view(np.int64)])
-        return base64.b64encode(numbers.tobytes()).decode()
-
-    def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
-        """A row of integers for each list."""
-        return torch.from_numpy(np.stack([np.frombuffer(base64.b64decode(x), np.int64) for x in texts]))
-
-    def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:  # noqa: ARG002
-        """The texts, to which a list adds none."""
-        return texts
-
-    def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
-        """The output and the lists, by the names that the loss has for them."""
-        longest = self.folder.listed.shape[1]
-        numbers = encoded[:, : 1 + 2 * longest].split([1, longest, longest], 1)
-        grades = numbers[2].contiguous().view(torch.float64)
-        return {**output, **dict(zip(ARGUMENTS, (numbers[0][:, 0], numbers[1], grades), strict=True))}
