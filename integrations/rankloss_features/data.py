@@ -7,7 +7,7 @@ import io
 import itertools
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,19 +20,14 @@ IMAGES = ("png", "jpg", "jpeg", "webp")  # the extensions of images in open_clip
 class Sample(NamedTuple):
     """A pair, whose picture is opened when it is needed.
 
-    Equal values of ``source`` mean one picture; None, one of its own.
+    Equal values of ``source``, a path or bytes, mean one picture.
     """
 
     row: int
     name: str
     caption: str
-    open: Callable[[], Any]
-    source: str | bytes | None = None
-
-    @property
-    def picture(self) -> int | str | bytes:
-        """A key of the picture, equal for all samples that have it."""
-        return self.row if self.source is None else self.source
+    open: Any = None
+    source: Any = None
 
 
 Spans = Sequence[tuple[int, int]]

@@ -93,7 +93,7 @@ def pictures(transform: Callable[[Any], Tensor], samples: list[Sample]) -> Pictu
     places: list[int] = []
     pixels: list[Tensor] = []
     for sample in samples:
-        place = distinct.setdefault(sample.picture, len(pixels))
+        place = distinct.setdefault(sample.source, len(pixels))
         if place == len(pixels):
             pixels.append(transform(sample.open()))
         places.append(place)

@@ -64,9 +64,9 @@ class Batches(IterableDataset[Any]):
         opened: dict[Any, Any] = {}
         for sample in samples:
             try:
-                if sample.picture not in opened:
-                    opened[sample.picture] = sample.open()
-                yield sample._replace(open=opened[sample.picture].copy)
+                if sample.source not in opened:
+                    opened[sample.source] = sample.open()
+                yield sample._replace(open=opened[sample.source].copy)
             except Exception as error:  # Pillow raises many
                 if not self.data.is_stream:
                     where = f"row {sample.row}: the picture of {sample.name!r}"

@@ -141,12 +141,7 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> Any:
     losses = LossArguments(parser, mentioned(argv))
     if {"-h", "--help"} & {*argv}:
         parser.print_help()
-    own, rest = parser.parse_known_args(argv)
-    beginnings = tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.candidates()))
-    unknown = [word for word in rest if word.replace("_", "-").startswith(beginnings)]
-    if unknown:
-        hint = misspelt(unknown, parser._option_string_actions)
-        parser.error(f"{unknown[0].partition('=')[0]}: there is no such option{hint}")
+    own, rest = losses.parsed(argv)
     try:
         args = parse_args(rest)
     except SystemExit as exit_:

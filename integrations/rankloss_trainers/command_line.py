@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -46,6 +47,11 @@ def misspelt(words: Iterable[str], known: Iterable[str]) -> str:
     return next(filter(None, (did_you_mean(word, flags, cutoff=0.75) for word in typed)), "")
 
 
+def beginnings() -> tuple[str, ...]:
+    """The beginnings of the options of all losses."""
+    return tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.candidates()))
+
+
 def with_flag(name: str, entry: LossEntry, reason: str) -> str:
     """A reason that begins with the key of an option, beginning with its flag; else with ``--loss``."""
     match = re.match(r"\w+", reason)
@@ -86,6 +92,7 @@ class LossArguments:
         default: str | None = None,
         defaults: Options = MappingProxyType({}),
     ) -> None:
+        self.parser = parser
         self.entries: dict[str, LossEntry] = {}
         self.unusable: dict[str, str] = {}
         loss = parser.add_argument_group("loss (rankloss)").add_argument(
@@ -109,6 +116,20 @@ class LossArguments:
         said.update(self.unusable)
         help_ = "; ".join(f"{name}: {text}" for name, text in said.items() if text)
         loss.help = f"{help_} (default: {default or TRAINERS_OWN})".replace("%", "%%")
+
+    def parsed(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The parser's arguments of a command line, and its other words.
+
+        With ``--loss`` a word that begins like an option of a loss is a usage error, unless it comes after
+        ``--``.
+        """
+        args, rest = self.parser.parse_known_args(argv)
+        before = itertools.takewhile("--".__ne__, rest)
+        unknown = [x for x in before if x.replace("_", "-").startswith(beginnings())]
+        if unknown and hasattr(args, "loss"):
+            hint = misspelt(unknown, self.parser._option_string_actions)
+            self.parser.error(f"{unknown[0].partition('=')[0]}: there is no such option{hint}")
+        return args, rest
 
     def chosen(self, args: Any) -> tuple[str, dict[str, Any]] | None:
         """The loss that parsed arguments ask for, and its given options; None for the trainer's own.

@@ -193,14 +193,6 @@ def test_a_damaged_folder_is_refused_or_mended(place: Place, tmp_path: Path, dam
             read(str(folder))
 
 
-def test_only_arrays_of_the_folder_are_read(place: Place, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(place.whole, tmp_path / "x"))
-    write_about(folder, {**(read_about(folder) or {}), "widths": {"../other/image_features": WIDTH}})
-    for read in place.readers.values():
-        with pytest.raises(ValueError, match="widths must be of image_features or text_features"):
-            read(str(folder))
-
-
 def test_a_folder_of_the_earlier_format_says_how_to_renew_it(place: Place, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(place.whole, tmp_path / "old"))
     field("format", None)(folder, folder)

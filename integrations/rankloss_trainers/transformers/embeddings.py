@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rankloss_trainers.cached import embedding_in
+
 _EMBEDDINGS = {"image_features": "image_embeds", "text_features": "text_embeds"}
+
+
+def embedded(
+    call: Any, model: Any, inputs: Mapping[str, Any], size: int | None, rows: Any = (1,)
+) -> tuple[Any, dict[str, Any]]:
+    """Call a model, at once or in mini-batches.
+
+    Args:
+        call: The model, in its wrappers.
+        model: The model itself.
+        inputs: Its inputs.
+        size: Rows of a mini-batch, at most; None embeds all at once.
+        rows: The rows that a column may have for each pair.
+
+    Returns:
+        Its output; and the embeddings, the scale and the bias, as losses call them.
+    """
+    scale = functools.partial(scale_of, model)
+    with embedding_in(model, size, embeddings_of, rows, scale):
+        outputs = call(**inputs)
+    return outputs, dict(outputs) if size else {**embeddings_of(outputs), **scale()}
 
 
 def embeddings_of(outputs: Any) -> dict[str, Tensor]:
