@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -79,8 +79,7 @@ def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor
     if is_bound != (features is not None):
         raise ValueError(
             "reference_features and the column label go together: rankloss_features.bind(dataset, folder, "
-            f"column='label'); got {None if features is None else features.path!r} and labels "
-            f"{None if labels is None else (labels.dtype, tuple(labels.shape))}"
+            f"column='label'); got {features and features.path!r} and labels {labels}"
         )
     if labels is None or not (is_bound or (labels.is_floating_point() and labels.dim() in (2, 3))):
         return {}
@@ -111,10 +110,10 @@ class RowCompanion:
         none = {prefix + x: torch.from_numpy(array) for x, array in folder.take(np.arange(0)).items()}
         self._layout = {x: (array.dtype, array.shape[1:]) for x, array in none.items()}
 
-    def of_rows(self, path: str, separator: str, dataset: Any) -> Callable[[int], str]:  # noqa: ARG002
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Iterable[int]:  # noqa: ARG002
         """The numbers of the rows, once every pair is compared with the folder's."""
         self.folder.compare_columns(dataset.captions, dataset.images, path)
-        return str
+        return range(len(self.folder))
 
     def of_sample(self, sample: Mapping[str, Any], caption: str) -> str | None:
         """The row of a webdataset sample; None without a picture, which the trainer skips.
@@ -135,7 +134,8 @@ class RowCompanion:
     def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
         """The bytes of each row's arrays, eight to an integer."""
         arrays = self.folder.take(np.array(texts, np.int64)).values()
-        rows = np.concatenate([_bytes_of(x) for x in arrays], axis=1)
+        flat = [np.ascontiguousarray(x.reshape(len(x), -1)).view(np.uint8) for x in arrays]
+        rows = np.concatenate(flat, axis=1)
         return torch.from_numpy(np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8))).view(np.int64))
 
     def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:  # noqa: ARG002
@@ -149,7 +149,3 @@ class RowCompanion:
             own, numbers = numbers.tensor_split([dtype.itemsize * shape.numel()], dim=1)
             added[name] = own.contiguous().view(dtype).reshape(-1, *shape)
         return {**output, **added}
-
-
-def _bytes_of(rows: Array) -> Array:
-    return np.ascontiguousarray(rows.reshape(len(rows), -1)).view(np.uint8)

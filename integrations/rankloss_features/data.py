@@ -34,9 +34,14 @@ Spans = Sequence[tuple[int, int]]
 """First and last row, the latter excluded, of each batch."""
 
 
-def single_spans(rows: int, size: int) -> list[tuple[int, Spans]]:
-    """The rows of a source of random access in batches, each a group of its own."""
-    return [(0, [(first, min(first + size, rows))]) for first in range(0, rows, size)]
+def groups_of(data: Any, size: int) -> list[tuple[int, Spans]]:
+    """The rows in batches, grouped by the source that has to be read from its start."""
+    ends = itertools.accumulate(data.counts)
+    groups = [
+        (source, [(first, min(first + size, end)) for first in range(end - count, end, size)])
+        for source, (end, count) in enumerate(zip(ends, data.counts, strict=True))
+    ]
+    return groups if data.is_stream else [(source, [span]) for source, spans in groups for span in spans]
 
 
 class Table:
@@ -50,7 +55,8 @@ class Table:
 
     Attributes:
         counts: The pairs of each source, here one.
-        is_stream: True if the trainer knows samples by name, and skips pictures that cannot be read.
+        is_stream: True if a source is read from its start, by a trainer that knows samples by name, and skips
+            pictures that cannot be read.
 
     Raises:
         ValueError: It has no such column, or one of another kind.
@@ -81,11 +87,6 @@ class Table:
                 raise ValueError(f"row {row} has no caption in column {self.caption_column!r}: {caption!r}")
         paths = enumerate(block["image.path"], first)  # those of pictures without a name are missing
         return block["caption"], [name_of(path) if path else f"row {row}" for row, path in paths]
-
-    def spans(self, size: int) -> list[tuple[int, Spans]]:
-        """The rows in batches, grouped by the source that has to be read from its start."""
-        (rows,) = self.counts
-        return single_spans(rows, size)
 
     def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002
         """The samples of some batches of a source."""
@@ -145,14 +146,6 @@ class Shards:
                 self.counts[-1] += len(block)
                 captions, keys = map(list, zip(*block, strict=True))
                 yield captions, keys
-
-    def spans(self, size: int) -> list[tuple[int, Spans]]:
-        """See :class:`Table`."""
-        ends = list(itertools.accumulate(self.counts))
-        return [
-            (source, [(first, min(first + size, end)) for first in range(end - count, end, size)])
-            for source, (end, count) in enumerate(zip(ends, self.counts, strict=True))
-        ]
 
     def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:
         """See :class:`Table`."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss_features.data import Sample, Spans, single_spans
+from rankloss_features.data import Sample, Spans
 from rankloss_features.folder import SPACES, Array, Features
 from rankloss_features.teachers import Encoder, Teacher
 
@@ -47,10 +47,6 @@ class Joined:
                 )
         self.about, self.counts, self.hashes = first.about["data"], [len(first)], first.pairs
         self.folders = folders
-
-    def spans(self, size: int) -> list[tuple[int, Spans]]:
-        """See :class:`rankloss_features.data.Table`."""
-        return single_spans(len(self.hashes), size)
 
     def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002
         """The rows that have features in all folders."""

@@ -6,9 +6,9 @@ import datetime
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from rankloss.checks import check_teacher
-from rankloss_features.data import Data, Sample, Spans
+from rankloss_features.data import Data, Sample, Spans, groups_of
 from rankloss_features.folder import (
     Array,
     Features,
@@ -96,7 +96,11 @@ def write(
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    with _locked(output) if rank == 0 else nullcontext():
+    if rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        if read_about(output) is None and any(not x.name.startswith(".") for x in output.iterdir()):
+            raise ValueError(f"--output {output} has files and no features.json: it is not of this command")
+    with locked(output, wait=False) if rank == 0 else nullcontext():
         if rank == 0:
             _begin(output, data, teacher, settings)
         if world > 1:
@@ -104,7 +108,8 @@ def write(
             torch.distributed.broadcast_object_list(counted)  # the others wait for it
             data.counts = counted[0]
         folder = Features(str(output), unfinished=True)
-        groups = data.spans(settings["batch_size"])[rank::world]
+        files = {x: np.load(output / f"{x}.npy", mmap_mode="r+") for x in (*folder.arrays, "rows")}
+        groups = groups_of(data, settings["batch_size"])[rank::world]
         left = [(source, [x for x in spans if not folder.whole(slice(*x)).all()]) for source, spans in groups]
         rows, todo = (sum(last - first for _, spans in x for first, last in spans) for x in (groups, left))
         batches = Batches(data, [group for group in left if group[1]], teacher)
@@ -121,7 +126,7 @@ def write(
                         _check(name, samples, captions, torch.from_numpy(stored[name][places]))
                     hashes[places] = hashes_of_rows(hashes[places], [x[places] for x in stored.values()])
                 for name, array in {**stored, "rows": hashes}.items():  # the hashes last
-                    _write_rows(output / f"{name}.npy", first - len(folder), array)
+                    files[name][first:last] = array
                 bar.update(last - first)
         _sync(output)
         if world > 1:
@@ -136,25 +141,11 @@ def write(
 # --- the beginning ----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Hold a folder that is new or of this command.
-
-    Raises:
-        ValueError: The folder has other files, or another run holds it.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    if read_about(output) is None and any(not x.name.startswith(".") for x in output.iterdir()):
-        raise ValueError(f"--output {output} has files and no features.json: it is not of this command")
-    with locked(output, wait=False):
-        yield
-
-
 def _begin(output: Path, data: Data | Joined, teacher: Teacher, settings: dict[str, Any]) -> None:
     """Make the folder, or verify that it is of this command, and claim the space of all rows."""
     widths = {name: encoder.width for name, encoder in teacher.encoders.items()}
-    about: dict[str, Any] = {"teacher": teacher.about, "scale": teacher.scale, "widths": widths, **settings}
-    about["spaces"] = teacher.spaces
+    about = {"teacher": teacher.about, "scale": teacher.scale, "spaces": teacher.spaces, "widths": widths}
+    about |= settings
     found = read_about(output)
     if found:
         found["spaces"] = spaces_of(found)
@@ -170,7 +161,7 @@ def _begin(output: Path, data: Data | Joined, teacher: Teacher, settings: dict[s
         if teacher.rows not in (None, len(pairs)):
             raise ValueError(f"--features has {teacher.rows} rows, and the data have {len(pairs)}")
         write_about(output, {**about, "complete": False, "rows": len(pairs), "data": data.about})
-        _write_rows(_claimed(output / ".pairs.npy", "uint64", pairs.shape), -len(pairs), pairs)
+        _claimed(output / ".pairs.npy", "uint64", pairs.shape)[:] = pairs
         (output / ".pairs.npy").replace(output / "pairs.npy")
     rows = len(pairs) if known is None else known["rows"]
     for name, width in widths.items():
@@ -204,34 +195,21 @@ def _hashed(data: Data | Joined) -> Array:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[BinaryIO]:
-    """A file to write, made if it is missing, whose errors name it."""
+def _claimed(file: Path, dtype: str, shape: tuple[int, ...]) -> Array:
+    """Give a file its header and its size on the disk, so that a full disk shows now. Rows in it stay."""
+    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     try:
         with open(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as opened:
-            yield opened
+            np.lib.format.write_array_header_1_0(opened, described)
+            size = opened.tell() + np.dtype(dtype).itemsize * math.prod(shape)
+            opened.truncate(size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(opened.fileno(), 0, size)
     except OSError as error:
         advice = "Make room, and give the same command"
         raise OSError(error.errno, f"{error.strerror}: {file}. {advice}") from error
-
-
-def _claimed(file: Path, dtype: str, shape: tuple[int, ...]) -> Path:
-    """Give a file its header and its size on the disk, so that a full disk shows now. Rows in it stay."""
-    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    with _opened(file) as opened:
-        np.lib.format.write_array_header_1_0(opened, described)
-        size = opened.tell() + np.dtype(dtype).itemsize * math.prod(shape)
-        opened.truncate(size)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(opened.fileno(), 0, size)
-    return file
-
-
-def _write_rows(file: Path, first: int, rows: Array) -> None:
-    """Write rows of an array, of which the first is counted from its end, as negative indices are."""
-    with _opened(file) as opened:
-        opened.seek(first * rows[0].nbytes, os.SEEK_END)
-        opened.write(rows.data)
+    array: Array = np.load(file, mmap_mode="r+")
+    return array
 
 
 def _sync(output: Path) -> None:

@@ -322,7 +322,7 @@ class Candidate:
         """Import the entry.
 
         Raises:
-            ValueError: The name or the prefix is taken, or the object is neither an entry nor callable.
+            ValueError: The name or the prefix is taken.
             Exception: Any error of the import.
         """
         if self.clash:
@@ -330,15 +330,14 @@ class Candidate:
         if JOIN in self.name:
             from rankloss_trainers.joined import joined
 
-            return joined({part: find(part).load() for part in self.name.split(JOIN)})
+            return joined(self.name, lambda part: find(part).load())
         loaded = importlib.metadata.EntryPoint(self.name, self.reference, GROUP).load()
         if callable(loaded):
             loaded = LossEntry(build=loaded, help=(loaded.__doc__ or "").strip().partition("\n")[0])
-        if not isinstance(loaded, LossEntry):
-            raise ValueError(f"{self.reference} must be a LossEntry or a function, its build; got {loaded!r}")
-        if self.package and loaded.prefix in PREFIXES:
-            raise ValueError(f"the prefix {loaded.prefix!r} belongs to another loss")
-        return loaded
+        entry: LossEntry = loaded
+        if self.package and entry.prefix in PREFIXES:
+            raise ValueError(f"the prefix {entry.prefix!r} belongs to another loss")
+        return entry
 
 
 @functools.cache  # a run asks some ten times, and each time every installed package would be read
@@ -368,17 +367,12 @@ def find(name: str) -> Candidate:
         Traceback (most recent call last):
         ValueError: loss must be one of rankclip, ...; got 'rankclp'; did you mean rankclip?
     """
-    found = candidates()
-    for part in name.split(JOIN):
-        if part == TRAINERS_OWN != name:
-            raise ValueError(f"loss {name}: {part} is the trainer's own, on which every loss stands")
+    found, parts = candidates(), name.split(JOIN)
+    for part in parts:
         if part not in found:
             known = ", ".join(found)
             raise ValueError(f"loss must be one of {known}; got {part!r}{did_you_mean(part, found)}")
-    parts = name.split(JOIN)
     if len(parts) == 1:
         return found[name]
-    if len({*parts}) < len(parts):
-        raise ValueError(f"loss {name} names a loss twice")
     packages = dict.fromkeys(found[part].package for part in parts)
     return Candidate(name, "", ", ".join(filter(None, packages)))

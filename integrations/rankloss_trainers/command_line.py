@@ -156,16 +156,15 @@ class LossArguments:
 
     def _entry(self, name: str) -> LossEntry:
         """The entry of a loss, or of joined ones."""
-        parts = name.split(JOIN)
-        for part in parts:
+        for part in name.split(JOIN):
             if part in self.unusable:
                 raise ValueError(f"{part} {self.unusable[part]}")
         catalog.find(name)
-        if len(parts) == 1:
+        if JOIN not in name:
             return self.entries[name]
         from rankloss_trainers.joined import joined
 
-        return joined({part: self.entries[part] for part in parts})
+        return joined(name, self.entries.__getitem__)
 
     def refuse(self, name: str, given: Options) -> None:
         """Raise a ValueError for a loss with options that work in no trainer; it begins with the argument."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from rankloss.distributed import Gather
 from rankloss_trainers.catalog import JOIN, LossEntry, Option, Options, error_of, prefixed
 
 
-def joined(parts: Mapping[str, LossEntry]) -> LossEntry:
+def joined(name: str, load: Callable[[str], LossEntry]) -> LossEntry:
     """The entry of several losses: ``L_base + terms of the first + terms of the second + …``.
 
     The first stands on the trainer's own loss, each other one on the one before. Each has its own options,
@@ -21,21 +21,23 @@ def joined(parts: Mapping[str, LossEntry]) -> LossEntry:
     teacher reaches every loss that takes one.
 
     Args:
-        parts: The losses by their names.
+        name: The names of the losses, joined by :data:`JOIN`.
+        load: The entry of each, by its name.
 
     Raises:
-        ValueError: Two of them are one loss with different defaults.
+        ValueError: Two of them are one loss.
 
     Example:
-        >>> from rankloss_trainers.own_losses import MIMICRY, RANKCLIP
-        >>> entry = joined({"rankclip": RANKCLIP, "mimicry": MIMICRY})
+        >>> from rankloss_trainers.catalog import find
+        >>> entry = joined("rankclip+mimicry", lambda part: find(part).load())
         >>> entry.checked("rankclip+mimicry", {"top_k": 8, "mimicry_weight": 2.0})["rankclip_top_k"]
         8
     """
-    prefixes = [entry.prefix or name for name, entry in parts.items()]
-    if len({*prefixes}) < len(parts):
-        raise ValueError(f"loss {JOIN.join(parts)} names one loss with two sets of defaults")
-    return _Joined(list(zip(parts, prefixes, parts.values(), strict=True))).entry()
+    entries = [(part, load(part)) for part in name.split(JOIN)]
+    parts = [(part, entry.prefix or part, entry) for part, entry in entries]
+    if len({prefix for _, prefix, _ in parts}) < len(parts):
+        raise ValueError(f"loss {name} names a loss twice")
+    return _Joined(parts).entry()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,11 @@ import rankloss
 from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.options import CHOICES, RankOptions
+from rankloss_features.binding import RowCompanion
 from rankloss_trainers.catalog import LossEntry, Option, Options, changed, error_of, weight
 from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.orders.folder import Orders
+from rankloss_trainers.orders.loss import OrderedRankClipLoss, log_orders
 
 # --- RankCLIP -------------------------------------------------------------------------------------------
 
@@ -37,11 +40,6 @@ def _rank_option(field: dataclasses.Field[Any]) -> Option:
     return Option(
         name, field.default, help_, values={words.get(choice, choice): choice for choice in choices}
     )
-
-
-def _streaming(options: Options) -> dict[str, Any]:
-    """The options that any streamed loss has."""
-    return {name: options[name] for name in _STREAMING}
 
 
 _WEIGHT = {"type": weight, "metavar": "X"}
@@ -74,16 +72,12 @@ _WITH_ORDERS = {"lambda_cross", "lambda_in", "schedule", "schedule_unit", "top_k
 
 
 def _build_rankclip(base: nn.Module, options: Options, gather: Gather) -> rankloss.RankClipLoss:
-    loss: type[rankloss.RankClipLoss] = rankloss.RankClipLoss
+    loss = rankloss.RankClipLoss if options["orders"] is None else OrderedRankClipLoss
     if options["lists"] == "batch" and gather.gather_with_grad:
         # One list of the whole batch is exact on every process, and so are a base's own rows.
         gather = dataclasses.replace(gather, local_loss=False)
     if type(base) is rankloss.ClipLoss or type(base) is rankloss.SigLipLoss:  # a subclass has other arguments
-        base = type(base)(gather=base.gather, **_streaming(options))
-    if options["orders"] is not None:
-        from rankloss_trainers.orders.loss import OrderedRankClipLoss
-
-        loss = OrderedRankClipLoss
+        base = type(base)(gather=base.gather, **{name: options[name] for name in _STREAMING})
     names = ["schedule", "lambda_cross", "lambda_in", *(field.name for field in _RANK_FIELDS)]
     return loss(base, gather=gather, **{name: options[name] for name in names})
 
@@ -116,27 +110,17 @@ def _refuse_orders(options: Options) -> str | None:
     others = (x for x in _RANKCLIP_OPTIONS if x.own_key not in _WITH_ORDERS)
     if text := changed(others, options):
         return f"orders: {options['orders']} excludes {text}"
-    from rankloss_trainers.orders.folder import Orders
-
     reason = error_of(lambda: Orders(options["orders"]).check())
     return reason and f"orders: {reason}"
 
 
-def _orders_of(options: Options) -> list[Any]:
-    if options["orders"] is None:
-        return []
-    from rankloss_features.binding import RowCompanion
-    from rankloss_trainers.orders.folder import Orders
-
-    return [RowCompanion("list of ids", Orders(options["orders"]))]
+def _orders_of(options: Options) -> list[RowCompanion]:
+    orders = options["orders"]
+    return [] if orders is None else [RowCompanion("list of ids", Orders(orders))]
 
 
 def _log_of(options: Options) -> Any:
-    if options["orders"] is None:
-        return RankClipLog(options["agreement_every"])
-    from rankloss_trainers.orders.loss import log_orders
-
-    return log_orders
+    return RankClipLog(options["agreement_every"]) if options["orders"] is None else log_orders
 
 
 def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
@@ -270,7 +254,7 @@ def _streamed(loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], help: str, **
     def build(base: nn.Module, options: Options, gather: Gather) -> nn.Module:
         if type(base).__name__ not in (loss.__name__, "ClipLoss"):
             raise ValueError(f"this is {loss.__name__}, but the trainer trains with {type(base).__name__}")
-        return loss(gather=gather, **_streaming(options))
+        return loss(gather=gather, **options)
 
     return LossEntry(build=build, help=help, options=_STREAMED_OPTIONS, prefix="streamed", **needs)
 

@@ -103,8 +103,7 @@ class RankedListsLoss(EmbeddingLoss):
             column is embedded at once.
 
     Raises:
-        TypeError: for a criterion that is no :class:`rankloss.RankedLists`.
-        ValueError: for one whose reduction is "none", a scale that is not positive, a mini-batch size below
+        ValueError: for a scale that is not positive, a mini-batch size below
             1, mini-batches of a model that begins with a ``StaticEmbedding``; in ``forward`` without labels,
             for labels of another number of candidates, and as the criterion.
 
@@ -123,10 +122,6 @@ class RankedListsLoss(EmbeddingLoss):
     ) -> None:
         super().__init__(model, check_weight("scale", scale, above=0.0), mini_batch_size)
         self.criterion = RankedLists() if criterion is None else criterion
-        if not isinstance(self.criterion, RankedLists):
-            raise TypeError(f"criterion must be a rankloss.RankedLists; got {type(criterion).__name__}")
-        if self.criterion.reduction == "none":
-            raise ValueError("criterion must give one number; got reduction='none'")
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch.

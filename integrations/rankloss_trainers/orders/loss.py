@@ -12,7 +12,7 @@ import rankloss
 from rankloss import graded
 from rankloss.distributed import gather_once
 from rankloss.losses import base_entries, combined
-from rankloss.precision import arithmetic_dtype, full_precision, nan_unless_finite, outside_graphs, product
+from rankloss.precision import arithmetic_dtype, nan_unless_finite, outside_graphs, product
 from rankloss_trainers.orders.folder import ARGUMENTS
 
 
@@ -64,51 +64,33 @@ class OrderedRankClipLoss(rankloss.RankClipLoss):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` its summands; ``base_inputs`` are the base's."""
         inputs = image_features, text_features, logit_scale, logit_bias
-        weights = self.rank_weights
+        weights, gather = self.rank_weights, self.consistency.gather
         self.consistency.check_inputs(*inputs, one_space=bool(weights["cross_modal"]))
-        lists = _checked_lists(len(image_features), order_pictures, order_listed, order_grades)
+        n, dtype, found = len(image_features), arithmetic_dtype(image_features, text_features), {}
+        pictures, listed, grades = _checked_lists(n, order_pictures, order_listed, order_grades)
         with gather_once():
             entries = base_entries(self.base, *inputs, **base_inputs)
-            with full_precision(image_features.device):
-                own = self._terms(weights, image_features, text_features, logit_scale, lists)
-        return combined(entries, own, output_dict)
-
-    def _terms(
-        self,
-        weights: dict[str, float],
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        lists: tuple[Tensor, Tensor, Tensor],
-    ) -> dict[str, Tensor]:
-        """Both terms times their weights; zero where a weight is."""
-        gather, dtype = self.consistency.gather, arithmetic_dtype(image_features, text_features)
-        images, texts = (x.to(dtype) for x in gather(image_features, text_features))
-        pictures, listed, grades = lists
-        everyone = gather.items(pictures, are_anchors=False)
-        rows = slice(None)
-        if gather.anchors_are_local:
-            first = gather.first_row(len(pictures))
-            rows = slice(first, first + len(pictures))
-            anchors = image_features.to(dtype), text_features.to(dtype)
-        else:
-            listed, grades = gather.items(listed), gather.items(grades)
-            anchors = images, texts
-        own = torch.arange(len(everyone), device=everyone.device)[rows, None]
-        place, is_there = _places(everyone, listed)
-        found = {}
-        for name, items in (("cross_modal", (texts, images)), ("in_modal", (images, texts))):
-            total = images.new_zeros(())
-            for queries, others in zip(anchors, items, strict=True) if weights[name] else ():
-                scores = product(queries * logit_scale, others.T)
-                values, terms = self._of_lists(scores, own, place, is_there, grades, name == "cross_modal")
-                total = total + self._mean(values, terms) / 2
-            total = nan_unless_finite(total, image_features, text_features).to(dtype)
-            found[f"{name}_loss"] = weights[name] * total
-        return found
+            both = anchors = [x.to(dtype) for x in gather(image_features, text_features)]
+            everyone = gather.items(pictures, are_anchors=False)
+            own = torch.arange(len(everyone), device=everyone.device)[:, None]
+            if gather.anchors_are_local:
+                anchors = [image_features.to(dtype), text_features.to(dtype)]
+                own = own[gather.first_row(n) :][:n]
+            else:
+                listed, grades = gather.items(listed), gather.items(grades)
+            lists = own, *_places(everyone, listed), grades
+            for name, items in (("cross_modal", both[::-1]), ("in_modal", both)):
+                total = both[0].new_zeros(())
+                for queries, others in zip(anchors, items, strict=True) if weights[name] else ():
+                    scores = product(queries * logit_scale, others.T)
+                    values, terms = self._of_lists(scores, *lists, with_own=name == "cross_modal")
+                    total = total + self._mean(values, terms) / 2
+                total = nan_unless_finite(total, image_features, text_features).to(dtype)
+                found[f"{name}_loss"] = weights[name] * total
+        return combined(entries, found, output_dict)
 
     def _of_lists(
-        self, scores: Tensor, own: Tensor, place: Tensor, is_there: Tensor, grades: Tensor, with_own: bool
+        self, scores: Tensor, own: Tensor, place: Tensor, is_there: Tensor, grades: Tensor, *, with_own: bool
     ) -> tuple[Tensor, Tensor]:
         """The value of each list, and the number of its counted items."""
         grades = grades.to(torch.float32 if scores.device.type == "mps" else torch.float64)
@@ -131,12 +113,7 @@ class OrderedRankClipLoss(rankloss.RankClipLoss):
         return total / count.clamp_min(1)
 
 
-def log_orders(
-    criterion: nn.Module,
-    entries: Mapping[str, Tensor],  # noqa: ARG001
-    step: int,  # noqa: ARG001
-    inputs: Mapping[str, Any],
-) -> dict[str, Tensor]:
+def log_orders(criterion: nn.Module, _: Any, __: int, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Entries to log beside the terms: λ, and the fraction of the listed pictures that are in the batch."""
     loss = next(x for x in criterion.modules() if isinstance(x, OrderedRankClipLoss))
     listed = inputs["order_listed"]
