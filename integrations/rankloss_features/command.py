@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
         settings |= {"batch_size": args.batch_size, "command": shlex.join(["rankloss", "features", *argv])}
         given = sources.given(args)
         if args.merge is None:
-            pairs, teacher = data.open_data(args), sources.load(given, args, device)
+            pairs: Any = data.open_data(args)
+            teacher = sources.load(given, args, device)
         elif args.data is not None:
             raise ValueError(f"--merge has the pairs of its folders; got --data {args.data}, too")
         else:

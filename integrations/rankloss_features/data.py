@@ -37,11 +37,13 @@ Spans = Sequence[tuple[int, int]]
 def groups_of(data: Any, size: int) -> list[tuple[int, Spans]]:
     """The rows in batches, grouped by the source that has to be read from its start."""
     ends = itertools.accumulate(data.counts)
-    groups = [
+    groups: list[tuple[int, Spans]] = [
         (source, [(first, min(first + size, end)) for first in range(end - count, end, size)])
         for source, (end, count) in enumerate(zip(ends, data.counts, strict=True))
     ]
-    return groups if data.is_stream else [(source, [span]) for source, spans in groups for span in spans]
+    if data.is_stream:
+        return groups
+    return [(source, [span]) for source, spans in groups for span in spans]
 
 
 class Table:

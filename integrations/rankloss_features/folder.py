@@ -139,6 +139,10 @@ class Rows:
     path: str
     pairs: Array
 
+    def take(self, rows: Array) -> dict[str, Array]:
+        """The arrays of some rows, by name."""
+        raise NotImplementedError
+
     def __reduce__(self) -> Any:
         return type(self), (self.path,)
 

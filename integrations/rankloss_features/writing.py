@@ -144,8 +144,8 @@ def write(
 def _begin(output: Path, data: Data | Joined, teacher: Teacher, settings: dict[str, Any]) -> None:
     """Make the folder, or verify that it is of this command, and claim the space of all rows."""
     widths = {name: encoder.width for name, encoder in teacher.encoders.items()}
-    about = {"teacher": teacher.about, "scale": teacher.scale, "spaces": teacher.spaces, "widths": widths}
-    about |= settings
+    about: dict[str, Any] = {"teacher": teacher.about, "scale": teacher.scale, "spaces": teacher.spaces}
+    about |= {"widths": widths, **settings}
     found = read_about(output)
     if found:
         found["spaces"] = spaces_of(found)

@@ -58,8 +58,8 @@ class Candidates:
         Raises:
             ValueError: The file lacks one, or a row's list is wrong: :func:`rankloss_trainers.lists.graded`.
         """
-        columns = columns_of(path, separator, CANDIDATES, GRADES)
-        cells = zip(dataset.captions, *columns, strict=True)
+        candidates, grades = columns_of(path, separator, CANDIDATES, GRADES)
+        cells = zip(dataset.captions, candidates, grades, strict=True)
         lists = [self._list(*row, f"row {n} of {path}") for n, row in enumerate(cells, start=1)]
         longest = max(len(captions) for captions, _ in lists) - self.own
         self.max_candidates = self.max_candidates or longest

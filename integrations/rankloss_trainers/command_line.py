@@ -75,8 +75,10 @@ class LossArguments:
 
     Attributes:
         entries: The losses by name.
-        unusable: The reasons against those that cannot be used: another package's import fails, or the parser
-            has an option of this name.
+        unusable: The reasons against those that cannot be used: another package's import fails.
+
+    Raises:
+        argparse.ArgumentError: The parser has an option of a loss.
 
     Example:
         >>> parser = argparse.ArgumentParser()
@@ -106,12 +108,7 @@ class LossArguments:
                 package = found.package or "rankloss"
                 self.unusable[name] = f"cannot be used ({package}): {type(error).__name__}: {error}"
         for alike in by_prefix(self.entries).values():
-            try:
-                add_options(parser, {name: self.entries[name] for name in alike})
-            except argparse.ArgumentError as error:  # the trainer, or another loss, has this option
-                for name in alike:
-                    del self.entries[name]
-                    self.unusable[name] = f"cannot be used: {error}"
+            add_options(parser, {name: self.entries[name] for name in alike})
         said = {TRAINERS_OWN: "the trainer's own loss", **{x: y.help for x, y in self.entries.items()}}
         said.update(self.unusable)
         help_ = "; ".join(f"{name}: {text}" for name, text in said.items() if text)
@@ -165,18 +162,6 @@ class LossArguments:
         from rankloss_trainers.joined import joined
 
         return joined(name, self.entries.__getitem__)
-
-    def refuse(self, name: str, given: Options) -> None:
-        """Raise a ValueError for a loss with options that work in no trainer; it begins with the argument."""
-        from rankloss.distributed import Gather
-
-        entry = self._entry(name)
-        try:
-            reason = entry.refuse(entry.checked(name, given), Gather(rank=0, world_size=1))
-        except ValueError as error:
-            reason = str(error)
-        if reason is not None:
-            raise ValueError(with_flag(name, entry, reason))
 
 
 def by_prefix(entries: Mapping[str, LossEntry]) -> dict[str, list[str]]:

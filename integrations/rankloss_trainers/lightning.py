@@ -66,7 +66,7 @@ class Progress(Callback):
         self.on_train_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Before the first epoch; a run that resumes within one gets no ``on_train_epoch_start`` for it."""
+        """Before the first epoch."""
         other = "epoch" if self.unit == "step" else "step"
         told, untold = (
             [tell for tell in listeners(pl_module, unit, self.unit) if tell.__self__ is not pl_module]
@@ -79,12 +79,8 @@ class Progress(Callback):
         self._end = self._end_of(trainer, pl_module) if told else 0
         self._tell(trainer)
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ARG002
-        """Before each epoch, and so before its first step."""
-        self._tell(trainer)
-
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        """Before each batch; accumulated batches are for the same step."""
+        """Before each batch, the first of an epoch too; accumulated batches are for the same step."""
         self._tell(trainer)
 
     def _end_of(self, trainer: Any, pl_module: Any) -> int:

@@ -129,7 +129,7 @@ def test_wrong_lists_are_refused_by_name() -> None:
     loss, lists = OrderedRankClipLoss(**CONSTANT), lists_of(0, 3, 2, 4)
     with pytest.raises(ValueError, match=r"^ranking by orders needs order_pictures"):
         loss(v, t, s, **{**lists, "order_listed": None})
-    with pytest.raises(ValueError, match=r"^order_pictures must be integers of shape \[N\] = \(3,\)"):
+    with pytest.raises(ValueError, match=r"^order_pictures, .* must be \[N\] = \(3,\)"):
         loss(v, t, s, **{name: x[:2] for name, x in lists.items()})
 
 

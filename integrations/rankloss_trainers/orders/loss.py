@@ -129,7 +129,7 @@ def _checked_lists(n: int, *lists: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     """The three arguments.
 
     Raises:
-        ValueError: One is missing, of another shape, or of another type.
+        ValueError: One is missing, or of another shape.
     """
     pictures, listed, grades = lists
     if pictures is None or listed is None or grades is None:
@@ -137,13 +137,9 @@ def _checked_lists(n: int, *lists: Tensor | None) -> tuple[Tensor, Tensor, Tenso
             f"ranking by orders needs {', '.join(ARGUMENTS)} of each pair; "
             "rankloss_trainers.orders.bind adds them to a dataset"
         )
-    fits = pictures.shape == (n,) and listed.shape[:-1] == (n,) and grades.shape == listed.shape
-    if not fits or pictures.is_floating_point() or listed.is_floating_point():
-        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (pictures, listed, grades))
-        raise ValueError(
-            f"order_pictures must be integers of shape [N] = ({n},), order_listed integers [N, K], and "
-            f"order_grades [N, K]; got {shapes}"
-        )
+    if pictures.shape != (n,) or listed.shape[:-1] != (n,) or grades.shape != listed.shape:
+        shapes = [tuple(x.shape) for x in (pictures, listed, grades)]
+        raise ValueError(f"{', '.join(ARGUMENTS)} must be [N] = ({n},), [N, K] and [N, K]; got {shapes}")
     return pictures, listed, grades
 
 

@@ -110,17 +110,12 @@ def with_captions(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         ``[2N, D]``.
 
     Raises:
-        ValueError: There are no such columns, or they are of another length.
+        ValueError: There are no such columns.
     """
     plain = without_captions(inputs, prefix)
     second = {name.removeprefix(f"{prefix}_"): x for name, x in inputs.items() if name not in plain}
     if not second:
         raise ValueError(f"no column of the batch begins with {prefix}_, got {', '.join(inputs)}")
-    for name, x in second.items():
-        first = tuple(plain[name].shape) if name in plain else None
-        if first != tuple(x.shape):
-            got = f"{tuple(x.shape)} beside {first}; pad both captions to one length"
-            raise ValueError(f"{prefix}_{name} must have the shape of {name}, got {got}")
     return {**plain, **{name: torch.cat([plain[name], x]) for name, x in second.items()}}
 
 

@@ -172,14 +172,8 @@ def embedded(
         The model's output, and the arguments of the loss, of the same shapes on all processes.
 
     Raises:
-        ValueError: The batch is of another collator.
+        KeyError: The batch is of another collator.
     """
-    missing = [name for name in _OF_LISTS if name not in inputs]
-    if missing:
-        raise ValueError(
-            f"a batch of lists needs {', '.join(missing)}, as RankedListsCollator makes it; "
-            f"got {', '.join(inputs)}"
-        )
     index, grades, ids = (inputs[name] for name in ("candidate_index", "grades", "candidate_ids"))
     few, many = sorted((int(inputs["query_index"].max()) + 1, len(ids)))
     # Each mini-batch needs a row of either kind: the few are repeated, and cut off again.
