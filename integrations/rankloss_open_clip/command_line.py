@@ -19,7 +19,7 @@ from rankloss_open_clip import bootstrap
 from rankloss_open_clip.companions import Companions
 from rankloss_open_clip.reference_features import IN_SAMPLES, SampleFeatures
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import LossEntry, Options
+from rankloss_trainers.catalog import LossEntry, Options, error_of
 from rankloss_trainers.command_line import LossArguments, dest, flag, mentioned, misspelt, with_flag
 from rankloss_trainers.runtime import Host, reason_against
 
@@ -74,22 +74,13 @@ def chosen(args: Any) -> tuple[LossEntry, dict[str, Any]]:
 def companions_of(args: Any) -> Companions | None:
     """Companions of every training text in a run with ``--loss``; None for a loss of pairs alone."""
     entry, options = chosen(args)
-    parts = [*entry.companions(options), *features_of(entry, options)]
+    parts, where = [*entry.companions(options)], entry.reference_features(options)
+    if where in IN_SAMPLES:
+        two_widths = error_of(lambda: entry.in_separate_spaces(options)) is None
+        parts.append(SampleFeatures(where, two_widths=two_widths))
+    elif where is not None:
+        parts.append(RowCompanion("row of features", Features(where), "reference_"))
     return Companions(parts) if parts else None
-
-
-def features_of(entry: LossEntry, options: Options) -> list[Any]:
-    """The precomputed features of a teacher, if the options name any."""
-    where = entry.reference_features(options)
-    if where is None:
-        return []
-    if where not in IN_SAMPLES:
-        return [RowCompanion("row of features", Features(where), "reference_")]
-    try:
-        entry.in_separate_spaces(options)
-    except ValueError:
-        return [SampleFeatures(where)]
-    return [SampleFeatures(where, two_widths=True)]
 
 
 def remedy_for_unused_features(args: Any) -> str | None:
