@@ -6,9 +6,9 @@ import datetime
 import math
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -108,7 +108,6 @@ def write(
             torch.distributed.broadcast_object_list(counted)  # the others wait for it
             data.counts = counted[0]
         folder = Features(str(output), unfinished=True)
-        files = {x: np.load(output / f"{x}.npy", mmap_mode="r+") for x in (*folder.arrays, "rows")}
         groups = groups_of(data, settings["batch_size"])[rank::world]
         left = [(source, [x for x in spans if not folder.whole(slice(*x)).all()]) for source, spans in groups]
         rows, todo = (sum(last - first for _, spans in x for first, last in spans) for x in (groups, left))
@@ -126,7 +125,7 @@ def write(
                         _check(name, samples, captions, torch.from_numpy(stored[name][places]))
                     hashes[places] = hashes_of_rows(hashes[places], [x[places] for x in stored.values()])
                 for name, array in {**stored, "rows": hashes}.items():  # the hashes last
-                    files[name][first:last] = array
+                    _write_rows(output / f"{name}.npy", first - len(folder), array)
                 bar.update(last - first)
         _sync(output)
         if world > 1:
@@ -161,7 +160,7 @@ def _begin(output: Path, data: Data | Joined, teacher: Teacher, settings: dict[s
         if teacher.rows not in (None, len(pairs)):
             raise ValueError(f"--features has {teacher.rows} rows, and the data have {len(pairs)}")
         write_about(output, {**about, "complete": False, "rows": len(pairs), "data": data.about})
-        _claimed(output / ".pairs.npy", "uint64", pairs.shape)[:] = pairs
+        _write_rows(_claimed(output / ".pairs.npy", "uint64", pairs.shape), -len(pairs), pairs)
         (output / ".pairs.npy").replace(output / "pairs.npy")
     rows = len(pairs) if known is None else known["rows"]
     for name, width in widths.items():
@@ -195,21 +194,37 @@ def _hashed(data: Data | Joined) -> Array:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def _claimed(file: Path, dtype: str, shape: tuple[int, ...]) -> Array:
-    """Give a file its header and its size on the disk, so that a full disk shows now. Rows in it stay."""
-    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+@contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    """A file to write, made if it is missing, whose errors name it."""
     try:
         with open(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as opened:
-            np.lib.format.write_array_header_1_0(opened, described)
-            size = opened.tell() + np.dtype(dtype).itemsize * math.prod(shape)
-            opened.truncate(size)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(opened.fileno(), 0, size)
+            yield opened
     except OSError as error:
         advice = "Make room, and give the same command"
         raise OSError(error.errno, f"{error.strerror}: {file}. {advice}") from error
-    array: Array = np.load(file, mmap_mode="r+")
-    return array
+
+
+def _claimed(file: Path, dtype: str, shape: tuple[int, ...]) -> Path:
+    """Give a file its header and its size on the disk, so that a full disk shows now. Rows in it stay."""
+    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    with _opened(file) as opened:
+        np.lib.format.write_array_header_1_0(opened, described)
+        size = opened.tell() + np.dtype(dtype).itemsize * math.prod(shape)
+        opened.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(opened.fileno(), 0, size)
+    return file
+
+
+def _write_rows(file: Path, first: int, rows: Array) -> None:
+    """Write rows of an array, of which the first is counted from its end, as negative indices are.
+
+    Not through a mapping: machines that share a folder would write whole pages over each other's rows.
+    """
+    with _opened(file) as opened:
+        opened.seek(first * rows[0].nbytes, os.SEEK_END)
+        opened.write(rows.data)
 
 
 def _sync(output: Path) -> None:
