@@ -19,8 +19,7 @@ class CyClipLoss(GatheringLoss):
         cross = (1/N)·Σ_ij (v_i·t_j − v_j·t_i)²,   in = (1/N)·Σ_ij (v_i·v_j − t_i·t_j)².
 
     Both compare cosines, without the scale. As squared Frobenius norms of differences of N×N products they
-    are computed from D×D moments of the features, and below D pairs from the products: memory and arithmetic
-    grow linearly with N.
+    are computed from D×D moments of the features: memory and arithmetic grow linearly with N.
 
     Args:
         base: the loss that the terms are added to: a module or function with the forward convention of
@@ -94,10 +93,9 @@ class CyClipLoss(GatheringLoss):
         anchors = items = _in_float64(*map(self.gather.items, own))
         if self.gather.anchors_are_local:
             anchors = _in_float64(*own)
-        n, d = anchors[0].shape
-        squares = _by_products if n * len(items[0]) < d * d else _by_moments
         dtype = torch.promote_types(torch.promote_types(own[0].dtype, own[1].dtype), torch.float32)
-        cross, in_ = ((x / n).to(image_features.device, dtype) for x in squares(anchors, items))
+        squares = _squares(anchors, items)
+        cross, in_ = ((x / len(anchors[0])).to(image_features.device, dtype) for x in squares)
         return cross, in_
 
 
@@ -111,14 +109,11 @@ def _in_float64(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     return image.to(device, torch.float64), text.to(device, torch.float64)
 
 
-def _by_products(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """``Σ_ij (v_i·t_j − t_i·v_j)²`` and ``Σ_ij (v_i·v_j − t_i·t_j)²`` of the anchors i and the items j."""
-    (v, t), (w, u) = anchors, items
-    return (v @ u.T - t @ w.T).square().sum(), (v @ w.T - t @ u.T).square().sum()
+def _squares(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """``Σ_ij (v_i·t_j − t_i·v_j)²`` and ``Σ_ij (v_i·v_j − t_i·t_j)²`` of the anchors i and the items j.
 
-
-def _by_moments(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same from VᵀV, TᵀT and VᵀT, ``[D, D]`` each, of the anchors and of the items."""
+    They come from VᵀV, TᵀT and VᵀT, ``[D, D]`` each, of the anchors and of the items.
+    """
     vv, tt, vt = of_anchors = _moments(*anchors)
     ww, uu, wu = of_anchors if items is anchors else _moments(*items)
     cross = (vv * uu).sum() + (tt * ww).sum() - 2 * (vt * wu.T).sum()

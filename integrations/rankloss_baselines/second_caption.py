@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankloss_trainers.candidates import columns_of
+
 
 class SecondCaption:
     """A second caption, whose features become ``caption_features`` of the model's output.
@@ -30,20 +32,14 @@ class SecondCaption:
         Raises:
             ValueError: The file has no such column, or a cell of it is empty.
         """
-        import pandas  # type: ignore[import-untyped]
-
-        table = pandas.read_csv(path, sep=separator)
-        if self.key not in table:
-            raise ValueError(
-                f"{path} has no column {self.key!r} for the second caption; it has {', '.join(table)}"
-            )
-        empty = table[self.key].isna()
+        (column,) = columns_of(path, separator, self.key)
+        empty = column.isna()
         if empty.any():
             raise ValueError(
                 f"{path} has no second caption in {int(empty.sum())} rows: column {self.key!r} is empty, "
                 f"first in row {int(empty.argmax()) + 1}"
             )
-        return table[self.key].tolist().__getitem__
+        return column.tolist()
 
     def of_sample(self, sample: dict[str, Any], caption: str) -> Any:  # noqa: ARG002
         """A member of a webdataset sample, or a field of its JSON; None where it has none."""

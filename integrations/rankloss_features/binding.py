@@ -1,7 +1,8 @@
-"""Binds a ``datasets.Dataset`` to a folder of features, before it is shuffled and tokenized."""
+"""Binds the data of trainers to the rows of a folder, by the hash of each pair."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rankloss.checks import check_teacher
-from rankloss_features.data import Table
-from rankloss_features.folder import NAMES, Array, Features
+from rankloss_features.data import IMAGES, Table
+from rankloss_features.folder import NAMES, Array, Features, Rows, hash_of_pair
 
 COLUMN = "reference_pair"
 """The column with each row's own row of a folder and the hash of its pair."""
@@ -78,8 +79,7 @@ def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor
     if is_bound != (features is not None):
         raise ValueError(
             "reference_features and the column label go together: rankloss_features.bind(dataset, folder, "
-            f"column='label'); got {None if features is None else features.path!r} and labels "
-            f"{None if labels is None else (labels.dtype, tuple(labels.shape))}"
+            f"column='label'); got {features and features.path!r} and labels {labels}"
         )
     if labels is None or not (is_bound or (labels.is_floating_point() and labels.dim() in (2, 3))):
         return {}
@@ -91,3 +91,61 @@ def taught(features: Features | None, labels: Tensor | None) -> dict[str, Tensor
     for i, column in enumerate(columns):
         check_teacher(f"column {i} of labels", column, first_look=False)
     return {f"reference_{name}": column for name, column in zip(NAMES, columns, strict=True)}
+
+
+class RowCompanion:
+    """The rows of a folder, whose numbers travel with the captions through open_clip's trainer.
+
+    A companion as :class:`rankloss_open_clip.companions.Companion` describes it. Its text is the number of a
+    row; the workers that load the data look the row up.
+
+    Args:
+        name: The noun for a row in messages.
+        folder: The folder.
+        prefix: The beginning of the names that the loss has for the arrays of a row.
+    """
+
+    def __init__(self, name: str, folder: Rows, prefix: str = "") -> None:
+        self.name, self.folder = name, folder
+        none = {prefix + x: torch.from_numpy(array) for x, array in folder.take(np.arange(0)).items()}
+        self._layout = {x: (array.dtype, array.shape[1:]) for x, array in none.items()}
+
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Iterable[int]:  # noqa: ARG002
+        """The numbers of the rows, once every pair is compared with the folder's."""
+        self.folder.compare_columns(dataset.captions, dataset.images, path)
+        return range(len(self.folder))
+
+    def of_sample(self, sample: Mapping[str, Any], caption: str) -> str | None:
+        """The row of a webdataset sample; None without a picture, which the trainer skips.
+
+        Raises:
+            ValueError: The folder has no such pair.
+        """
+        if not any(name in sample for name in IMAGES):
+            return None
+        row = self.folder.find(hash_of_pair(caption, sample["__key__"]))
+        if row is None:
+            raise ValueError(
+                f"sample {sample['__key__']!r} of {sample.get('__url__')} with caption {caption!r} has no "
+                f"row in {self.folder.path}: its rows are of another caption, or of other data"
+            )
+        return str(row)
+
+    def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
+        """The bytes of each row's arrays, eight to an integer."""
+        arrays = self.folder.take(np.array(texts, np.int64)).values()
+        flat = [np.ascontiguousarray(x.reshape(len(x), -1)).view(np.uint8) for x in arrays]
+        rows = np.concatenate(flat, axis=1)
+        return torch.from_numpy(np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8))).view(np.int64))
+
+    def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:  # noqa: ARG002
+        """The texts, to which a row adds none."""
+        return texts
+
+    def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
+        """The output and the arrays, by the names that the loss has for them."""
+        added, numbers = {}, encoded.contiguous().view(torch.uint8)
+        for name, (dtype, shape) in self._layout.items():
+            own, numbers = numbers.tensor_split([dtype.itemsize * shape.numel()], dim=1)
+            added[name] = own.contiguous().view(dtype).reshape(-1, *shape)
+        return {**output, **added}

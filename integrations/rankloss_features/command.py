@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,32 +31,22 @@ def main(argv: Sequence[str]) -> int:
             return 0
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = torch.device(args.device or (own if torch.cuda.is_available() else "cpu"))
-        precision = args.precision or ("amp_bf16" if device.type == "cuda" else "fp32")
-        settings = {"dtype": args.dtype, "precision": precision, "batch_size": args.batch_size}
-        settings["command"] = shlex.join(["rankloss", "features", *argv])
-        if args.merge is not None:
-            _refuse_beside_merge(args)
-            settings["precision"] = "fp32"
-            writing.write(args.output, *merging.load(args.merge, args.scales), settings, workers=0)
-            return 0
-        if args.scales is not None:
-            raise ValueError(f"--scales {args.scales} belongs to --merge, which is not given")
-        pairs = data.open_data(args)
-        writing.write(args.output, pairs, sources.load(args, device), settings, args.workers)
+        default = "amp_bf16" if device.type == "cuda" and args.merge is None else "fp32"
+        settings = {"dtype": args.dtype, "precision": args.precision or default}
+        settings |= {"batch_size": args.batch_size, "command": shlex.join(["rankloss", "features", *argv])}
+        given = sources.given(args)
+        if args.merge is None:
+            pairs: Any = data.open_data(args)
+            teacher = sources.load(given, args, device)
+        elif args.data is not None:
+            raise ValueError(f"--merge has the pairs of its folders; got --data {args.data}, too")
+        else:
+            pairs, teacher = merging.load(args.merge, args.scales)
+        writing.write(args.output, pairs, teacher, settings, args.workers)
     except (OSError, ValueError) as error:
         print(f"rankloss features: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _refuse_beside_merge(args: argparse.Namespace) -> None:
-    """Raise a ValueError if a teacher or data are given as well."""
-    for name in ("data", "model", "features", "image_encoder", "text_encoder"):
-        if getattr(args, name) is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"--merge has the pairs and features of its folders; got {flag} {getattr(args, name)}, too"
-            )
 
 
 def _parser() -> argparse.ArgumentParser:

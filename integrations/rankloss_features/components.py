@@ -1,14 +1,12 @@
 """Principal components of a folder's features, computed once and kept in the folder.
 
-``components.npz`` has all D' components and a hash of them and of the rows that they were computed from. A
-file that is damaged, or of other rows, is computed again.
+``components.npz`` has all D' components and the hash of the rows that they were computed from. A file that is
+damaged, which its archive's checksums tell, or of other rows, is computed again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +19,6 @@ from rankloss_features.locking import locked
 if TYPE_CHECKING:
     from rankloss_features.folder import Array, Features
 
-_FILE = "components.npz"
 _BLOCK = 16_384  # rows that are read together
 _logger = logging.getLogger("rankloss_features")
 
@@ -50,12 +47,12 @@ class Basis(NamedTuple):
     variances: Array
 
 
-def kept_basis(features: Features) -> Basis:
+def _kept_basis(features: Features) -> Basis:
     """The components in the folder, which are computed by the first process that asks for them.
 
     A folder that cannot be written is left as it is, and every process computes them.
     """
-    file = Path(features.path, _FILE)
+    file = Path(features.path, "components.npz")
     found = _read(file, features)
     if found is not None:
         return found
@@ -64,11 +61,13 @@ def kept_basis(features: Features) -> Basis:
             found = _read(file, features)
             if found is None:
                 found = _computed(features)
-                _write(file, found, features)
+                partial = file.with_name(f".{file.name}")  # whole or not at all
+                with partial.open("wb") as written:
+                    np.savez(written, **found._asdict(), rows=features.about["rows_hash"])
+                partial.replace(file)
     except OSError as error:
         _logger.info("%s cannot be written (%s): its components stay in memory", features.path, error)
-        found = found or _computed(features)
-    return found
+    return found or _computed(features)
 
 
 def _computed(features: Features) -> Basis:
@@ -91,37 +90,18 @@ def _computed(features: Features) -> Basis:
     return Basis(matrix, np.ascontiguousarray(variances[::-1].clip(min=0)))
 
 
-def _hash(basis: Basis, features: Features) -> str:
-    digest = hashlib.blake2b(str(features.about["rows_hash"]).encode(), digest_size=8)
-    for array in basis:
-        digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
 def _read(file: Path, features: Features) -> Basis | None:
     if not file.exists():
         return None
     try:
         with file.open("rb") as opened, np.load(opened) as stored:
-            basis = Basis(stored["matrix"], stored["variances"])
-            if str(stored["hash"]) == _hash(basis, features):
-                return basis
-        reason = "it is damaged, or of other rows"
+            if str(stored["rows"]) == features.about["rows_hash"]:
+                return Basis(stored["matrix"], stored["variances"])
+        reason = "it is of other rows"
     except Exception as error:  # NumPy raises many of a damaged file
         reason = str(error)
     _logger.warning("%s is computed again: %s", file, reason)
     return None
-
-
-def _write(file: Path, basis: Basis, features: Features) -> None:
-    """Write the file, whole or not at all."""
-    partial = file.with_name(f".{file.name}")
-    with partial.open("wb") as written:
-        np.savez(written, **basis._asdict(), hash=_hash(basis, features))
-        written.flush()
-        os.fsync(written.fileno())
-    partial.replace(file)
 
 
 def first_components(features: Features, width: int) -> Components:
@@ -131,7 +111,7 @@ def first_components(features: Features, width: int) -> Components:
             f"{features.path} has images and texts of separate spaces, which no one matrix can copy; learn "
             "the ranks within each modality instead: --loss rankclip-distill"
         )
-    basis, rows = features.basis, int(features.present(slice(None)).sum())
+    basis, rows = _kept_basis(features), int(features.present(slice(None)).sum())
     full = len(basis.variances)
     if not 1 <= width <= min(full, rows):
         raise ValueError(

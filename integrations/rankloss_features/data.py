@@ -7,11 +7,11 @@ import io
 import itertools
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
-from rankloss_features.folder import Rows, hash_of_pair, name_of
+from rankloss_features.folder import name_of
 
 _BLOCK = 4096  # pairs that are hashed together
 IMAGES = ("png", "jpg", "jpeg", "webp")  # the extensions of images in open_clip's trainer
@@ -20,28 +20,30 @@ IMAGES = ("png", "jpg", "jpeg", "webp")  # the extensions of images in open_clip
 class Sample(NamedTuple):
     """A pair, whose picture is opened when it is needed.
 
-    Equal values of ``source`` mean one picture; None, one of its own.
+    Equal values of ``source``, a path or bytes, mean one picture.
     """
 
     row: int
     name: str
     caption: str
-    open: Callable[[], Any]
-    source: str | bytes | None = None
-
-    @property
-    def picture(self) -> int | str | bytes:
-        """A key of the picture, equal for all samples that have it."""
-        return self.row if self.source is None else self.source
+    open: Any = None
+    source: Any = None
 
 
 Spans = Sequence[tuple[int, int]]
 """First and last row, the latter excluded, of each batch."""
 
 
-def single_spans(rows: int, size: int) -> list[tuple[int, Spans]]:
-    """The rows of a source of random access in batches, each a group of its own."""
-    return [(0, [(first, min(first + size, rows))]) for first in range(0, rows, size)]
+def groups_of(data: Any, size: int) -> list[tuple[int, Spans]]:
+    """The rows in batches, grouped by the source that has to be read from its start."""
+    ends = itertools.accumulate(data.counts)
+    groups: list[tuple[int, Spans]] = [
+        (source, [(first, min(first + size, end)) for first in range(end - count, end, size)])
+        for source, (end, count) in enumerate(zip(ends, data.counts, strict=True))
+    ]
+    if data.is_stream:
+        return groups
+    return [(source, [span]) for source, spans in groups for span in spans]
 
 
 class Table:
@@ -55,7 +57,8 @@ class Table:
 
     Attributes:
         counts: The pairs of each source, here one.
-        is_stream: True if the trainer knows samples by name, and skips pictures that cannot be read.
+        is_stream: True if a source is read from its start, by a trainer that knows samples by name, and skips
+            pictures that cannot be read.
 
     Raises:
         ValueError: It has no such column, or one of another kind.
@@ -86,11 +89,6 @@ class Table:
                 raise ValueError(f"row {row} has no caption in column {self.caption_column!r}: {caption!r}")
         paths = enumerate(block["image.path"], first)  # those of pictures without a name are missing
         return block["caption"], [name_of(path) if path else f"row {row}" for row, path in paths]
-
-    def spans(self, size: int) -> list[tuple[int, Spans]]:
-        """The rows in batches, grouped by the source that has to be read from its start."""
-        (rows,) = self.counts
-        return single_spans(rows, size)
 
     def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002
         """The samples of some batches of a source."""
@@ -150,14 +148,6 @@ class Shards:
                 self.counts[-1] += len(block)
                 captions, keys = map(list, zip(*block, strict=True))
                 yield captions, keys
-
-    def spans(self, size: int) -> list[tuple[int, Spans]]:
-        """See :class:`Table`."""
-        ends = list(itertools.accumulate(self.counts))
-        return [
-            (source, [(first, min(first + size, end)) for first in range(end - count, end, size)])
-            for source, (end, count) in enumerate(zip(ends, self.counts, strict=True))
-        ]
 
     def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:
         """See :class:`Table`."""
@@ -251,20 +241,3 @@ def open_data(args: Any) -> Data:
             raise ValueError(f"--split {args.split}: {path} has {', '.join(dataset)}")
         dataset = dataset[args.split]
     return Table(dataset, args.image_column, args.caption_column, kind=kind, data=path)
-
-
-def row_of_sample(folder: Rows, sample: Mapping[str, Any], caption: str) -> int | None:
-    """The row of a webdataset sample in a folder; None without a picture, which open_clip's trainer skips.
-
-    Raises:
-        ValueError: The folder has no such pair.
-    """
-    if not any(name in sample for name in IMAGES):
-        return None
-    row = folder.find(hash_of_pair(caption, sample["__key__"]))
-    if row is None:
-        raise ValueError(
-            f"sample {sample['__key__']!r} of {sample.get('__url__')} with caption {caption!r} has no row in "
-            f"{folder.path}: its rows are of another caption, or of other data"
-        )
-    return row

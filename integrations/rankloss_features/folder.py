@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from rankloss.checks import check_teacher
-from rankloss_features.components import Basis, Components, first_components, kept_basis
+from rankloss_features.components import Components, first_components
 
 NAMES = ("image_features", "text_features")
 """The features of a folder."""
@@ -47,13 +47,14 @@ _BLOCK = 16_384  # rows that are read together
 _PAIRS = 65_536  # pairs that are hashed together
 
 
-def _hash(data: Any) -> bytes:
+def hash_of(data: Any) -> bytes:
+    """64 bits of a hash of bytes, or of an array."""
     return hashlib.blake2b(data, digest_size=8).digest()
 
 
 def hash_of_pair(caption: str, image: str) -> int:
     """The 64-bit hash of a caption and the name of its image."""
-    return int.from_bytes(_hash(f"{image}\0{caption}".encode("utf-8", "surrogatepass")), "little")
+    return int.from_bytes(hash_of(f"{image}\0{caption}".encode("utf-8", "surrogatepass")), "little")
 
 
 def name_of(image: object) -> str:
@@ -69,11 +70,11 @@ def hashes_of_pairs(captions: Iterable[str], images: Iterable[str]) -> Array:
 def hashes_of_rows(pairs: Array, arrays: Iterable[Array]) -> Array:
     """The hash of each row: its pair's hash and its numbers in all arrays, uint64."""
     rows = zip(pairs, *arrays, strict=True)
-    return np.frombuffer(b"".join(_hash(b"".join(x.tobytes() for x in row)) for row in rows), np.uint64)
+    return np.frombuffer(b"".join(hash_of(b"".join(x.tobytes() for x in row)) for row in rows), np.uint64)
 
 
 def _hash_of_entries(about: dict[str, Any]) -> str:
-    return _hash(json.dumps(about, sort_keys=True).encode()).hex()
+    return hash_of(json.dumps(about, sort_keys=True).encode()).hex()
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
@@ -107,7 +108,7 @@ def write_about(folder: Path, about: dict[str, Any], rows: Array | None = None) 
         about: The other entries.
         rows: The numbers of ``rows.npy``, once every row is written.
     """
-    about = {**about, "format": FORMAT, "rows_hash": None if rows is None else _hash(rows).hex()}
+    about = {**about, "format": FORMAT, "rows_hash": None if rows is None else hash_of(rows).hex()}
     partial = folder / f".{_ABOUT}"
     with partial.open("w", encoding="utf-8") as file:
         file.write(json.dumps({**about, "hash": _hash_of_entries(about)}, indent=2) + "\n")
@@ -137,6 +138,10 @@ class Rows:
 
     path: str
     pairs: Array
+
+    def take(self, rows: Array) -> dict[str, Array]:
+        """The arrays of some rows, by name."""
+        raise NotImplementedError
 
     def __reduce__(self) -> Any:
         return type(self), (self.path,)
@@ -228,12 +233,7 @@ class Features(Rows):
                 f"anyone may have written, quotes it as {about.get('command')!r}"
             )
         self.about, widths, rows = about, about["widths"], about["rows"]
-        if not widths or not widths.keys() <= {*NAMES}:
-            raise ValueError(f"{path}/{_ABOUT}: widths must be of {' or '.join(NAMES)}; got {widths}")
-        spaces = spaces_of(about)
-        if spaces not in SPACES:
-            raise ValueError(f"{path}/{_ABOUT}: spaces must be {' or '.join(SPACES)}; got {spaces!r}")
-        self.common_space = spaces == SPACES[0]
+        self.common_space = spaces_of(about) == SPACES[0]
         self.arrays = {x: self._array(x, about["dtype"], (rows, widths[x])) for x in NAMES if x in widths}
         self.pairs = self._array("pairs", "uint64", (rows,))
         self.rows = self._array("rows", "uint64", (rows,))
@@ -258,11 +258,6 @@ class Features(Rows):
             row = int(rows[present.argmin()])
             raise ValueError(f"row {row} of {self.path} has no features: its picture could not be read")
         return {name: array[rows].astype(np.float32) for name, array in self.arrays.items()}
-
-    @functools.cached_property
-    def basis(self) -> Basis:
-        """All principal components."""
-        return kept_basis(self)
 
     def components(self, width: int) -> Components:
         """The first principal components of the features, about the origin.
@@ -306,6 +301,6 @@ class Features(Rows):
             if not whole.all():
                 row = first + int(whole.argmin())
                 raise ValueError(f"row {row} of {self.path} is not as it was written: {damage}")
-        if self.about["rows_hash"] != _hash(self.rows).hex():
+        if self.about["rows_hash"] != hash_of(self.rows).hex():
             raise ValueError(f"{self.path}/rows.npy is not as it was written: {damage}")
         return self

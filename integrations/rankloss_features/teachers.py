@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,30 +74,18 @@ def hash_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-class Pictures(NamedTuple):
-    """The pictures of a batch, each of which may belong to several captions.
-
-    Attributes:
-        pixels: Those of the distinct pictures.
-        places: The picture of each sample.
-    """
-
-    pixels: Tensor
-    places: list[int]
-
-
 # Functions that prepare samples are sent to other processes, where these are not forked.
-def pictures(transform: Callable[[Any], Tensor], samples: list[Sample]) -> Pictures:
-    """The samples' pictures, each transformed once."""
+def pictures(transform: Callable[[Any], Tensor], samples: list[Sample]) -> tuple[Tensor, list[int]]:
+    """The pixels of the distinct pictures, each transformed once, and the picture of each sample."""
     distinct: dict[Any, int] = {}
     places: list[int] = []
     pixels: list[Tensor] = []
     for sample in samples:
-        place = distinct.setdefault(sample.picture, len(pixels))
+        place = distinct.setdefault(sample.source, len(pixels))
         if place == len(pixels):
             pixels.append(transform(sample.open()))
         places.append(place)
-    return Pictures(torch.stack(pixels), places)
+    return torch.stack(pixels), places
 
 
 def image_encoder(
@@ -115,8 +103,9 @@ def image_encoder(
         device: The model's device.
     """
 
-    def features(given: Pictures) -> Tensor:
-        return encode(given.pixels.to(device, non_blocking=True))[given.places]
+    def features(given: tuple[Tensor, list[int]]) -> Tensor:
+        pixels, places = given
+        return encode(pixels.to(device, non_blocking=True))[places]
 
     return Encoder(partial(pictures, transform), features, width, needs_pictures=True)
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from rankloss.checks import check_teacher
-from rankloss_features.data import Data, Sample, Spans
+from rankloss_features.data import Data, Sample, Spans, groups_of
 from rankloss_features.folder import (
     Array,
     Features,
@@ -64,9 +64,9 @@ class Batches(IterableDataset[Any]):
         opened: dict[Any, Any] = {}
         for sample in samples:
             try:
-                if sample.picture not in opened:
-                    opened[sample.picture] = sample.open()
-                yield sample._replace(open=opened[sample.picture].copy)
+                if sample.source not in opened:
+                    opened[sample.source] = sample.open()
+                yield sample._replace(open=opened[sample.source].copy)
             except Exception as error:  # Pillow raises many
                 if not self.data.is_stream:
                     where = f"row {sample.row}: the picture of {sample.name!r}"
@@ -96,7 +96,11 @@ def write(
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    with _locked(output) if rank == 0 else nullcontext():
+    if rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        if read_about(output) is None and any(not x.name.startswith(".") for x in output.iterdir()):
+            raise ValueError(f"--output {output} has files and no features.json: it is not of this command")
+    with locked(output, wait=False) if rank == 0 else nullcontext():
         if rank == 0:
             _begin(output, data, teacher, settings)
         if world > 1:
@@ -104,7 +108,7 @@ def write(
             torch.distributed.broadcast_object_list(counted)  # the others wait for it
             data.counts = counted[0]
         folder = Features(str(output), unfinished=True)
-        groups = data.spans(settings["batch_size"])[rank::world]
+        groups = groups_of(data, settings["batch_size"])[rank::world]
         left = [(source, [x for x in spans if not folder.whole(slice(*x)).all()]) for source, spans in groups]
         rows, todo = (sum(last - first for _, spans in x for first, last in spans) for x in (groups, left))
         batches = Batches(data, [group for group in left if group[1]], teacher)
@@ -136,25 +140,11 @@ def write(
 # --- the beginning ----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Hold a folder that is new or of this command.
-
-    Raises:
-        ValueError: The folder has other files, or another run holds it.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    if read_about(output) is None and any(not x.name.startswith(".") for x in output.iterdir()):
-        raise ValueError(f"--output {output} has files and no features.json: it is not of this command")
-    with locked(output, wait=False):
-        yield
-
-
 def _begin(output: Path, data: Data | Joined, teacher: Teacher, settings: dict[str, Any]) -> None:
     """Make the folder, or verify that it is of this command, and claim the space of all rows."""
     widths = {name: encoder.width for name, encoder in teacher.encoders.items()}
-    about: dict[str, Any] = {"teacher": teacher.about, "scale": teacher.scale, "widths": widths, **settings}
-    about["spaces"] = teacher.spaces
+    about: dict[str, Any] = {"teacher": teacher.about, "scale": teacher.scale, "spaces": teacher.spaces}
+    about |= {"widths": widths, **settings}
     found = read_about(output)
     if found:
         found["spaces"] = spaces_of(found)
@@ -228,7 +218,10 @@ def _claimed(file: Path, dtype: str, shape: tuple[int, ...]) -> Path:
 
 
 def _write_rows(file: Path, first: int, rows: Array) -> None:
-    """Write rows of an array, of which the first is counted from its end, as negative indices are."""
+    """Write rows of an array, of which the first is counted from its end, as negative indices are.
+
+    Not through a mapping: machines that share a folder would write whole pages over each other's rows.
+    """
     with _opened(file) as opened:
         opened.seek(first * rows[0].nbytes, os.SEEK_END)
         opened.write(rows.data)

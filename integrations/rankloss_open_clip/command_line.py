@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rankloss.distributed import Gather
+from rankloss_features import Features
+from rankloss_features.binding import RowCompanion
 from rankloss_open_clip import bootstrap
 from rankloss_open_clip.companions import Companions
-from rankloss_open_clip.reference_features import IN_SAMPLES, ReferenceFeatures
+from rankloss_open_clip.reference_features import IN_SAMPLES, SampleFeatures
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import LossEntry, Options
+from rankloss_trainers.catalog import LossEntry, Options, error_of
 from rankloss_trainers.command_line import LossArguments, dest, flag, mentioned, misspelt, with_flag
 from rankloss_trainers.runtime import Host, reason_against
 
@@ -72,20 +74,13 @@ def chosen(args: Any) -> tuple[LossEntry, dict[str, Any]]:
 def companions_of(args: Any) -> Companions | None:
     """Companions of every training text in a run with ``--loss``; None for a loss of pairs alone."""
     entry, options = chosen(args)
-    parts = [*entry.companions(options), *features_of(entry, options)]
+    parts, where = [*entry.companions(options)], entry.reference_features(options)
+    if where in IN_SAMPLES:
+        two_widths = error_of(lambda: entry.in_separate_spaces(options)) is None
+        parts.append(SampleFeatures(where, two_widths=two_widths))
+    elif where is not None:
+        parts.append(RowCompanion("row of features", Features(where), "reference_"))
     return Companions(parts) if parts else None
-
-
-def features_of(entry: LossEntry, options: Options) -> list[ReferenceFeatures]:
-    """The precomputed features of a teacher, if the options name any."""
-    where = entry.reference_features(options)
-    if where is None:
-        return []
-    try:
-        entry.in_separate_spaces(options)
-    except ValueError:
-        return [ReferenceFeatures(where)]
-    return [ReferenceFeatures(where, two_widths=True)]
 
 
 def remedy_for_unused_features(args: Any) -> str | None:
@@ -137,12 +132,7 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> Any:
     losses = LossArguments(parser, mentioned(argv))
     if {"-h", "--help"} & {*argv}:
         parser.print_help()
-    own, rest = parser.parse_known_args(argv)
-    beginnings = tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.candidates()))
-    unknown = [word for word in rest if word.replace("_", "-").startswith(beginnings)]
-    if unknown:
-        hint = misspelt(unknown, parser._option_string_actions)
-        parser.error(f"{unknown[0].partition('=')[0]}: there is no such option{hint}")
+    own, rest = losses.parsed(argv)
     try:
         args = parse_args(rest)
     except SystemExit as exit_:
@@ -169,11 +159,13 @@ def check_run(name: str, entry: LossEntry, options: Options, args: Any) -> None:
     Raises:
         ValueError: The reason, which begins with the flag of an option.
     """
-    sigmoid, reason = getattr(args, "siglip", False), _reason_against(name, entry, options, args)
-    reason = reason or reason_against(HOST, name, entry, options, gather_of(args), sigmoid=sigmoid)
+    sigmoid = getattr(args, "siglip", False)
+    reason = reason_against(HOST, name, entry, options, gather_of(args), sigmoid=sigmoid)
+    reason = reason or _reason_against(name, entry, options, args)
+    folder = entry.reference_features(options)
     try:
-        for features in features_of(entry, options) if reason is None else ():
-            features.check()
+        if reason is None and folder is not None and folder not in IN_SAMPLES:
+            Features(folder).check()
     except (OSError, ValueError) as error:
         reason = f"reference_features: {error}"
     if reason is not None:

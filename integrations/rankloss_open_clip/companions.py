@@ -41,8 +41,8 @@ class Companion(Protocol):
 
     name: str
 
-    def of_rows(self, path: str, separator: str, dataset: Any) -> Callable[[int], Any]:
-        """Texts for the rows of a CSV file, by the row.
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Iterable[Any]:
+        """Texts for the rows of a CSV file.
 
         Args:
             path: The file.
@@ -87,7 +87,7 @@ class Companions:
     def join_csv(self, dataset: Any, path: str, separator: str) -> None:
         """Add the companions to the captions of the trainer's CSV dataset; see :meth:`Companion.of_rows`."""
         columns = [part.of_rows(path, separator, dataset) for part in self.parts]
-        dataset.captions = _Rows(dataset.captions, columns)
+        dataset.captions = [_joined(texts) for texts in zip(dataset.captions, *columns, strict=True)]
 
     def join_samples(
         self, read: Callable[..., Iterable[Sample]], text_keys: str, /, *args: Any, **kwargs: Any
@@ -183,19 +183,6 @@ def _tokenized(tokenizer: Any, parts: Sequence[Companion], texts: str | list[str
     encoded.insert(0, tokenize(captions))
     width = max(x.shape[1] for x in encoded)
     return torch.stack([F.pad(x, (0, width - x.shape[1])) for x in encoded], dim=1)
-
-
-class _Rows(Sequence[str]):
-    """Texts of a CSV file's rows, joined when they are read."""
-
-    def __init__(self, captions: Sequence[Any], columns: list[Callable[[int], Any]]) -> None:
-        self.captions, self.columns = captions, columns
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, row: Any) -> Any:
-        return _joined([self.captions[row], *(column(row) for column in self.columns)])
 
 
 def _joined(texts: Iterable[Any]) -> str:

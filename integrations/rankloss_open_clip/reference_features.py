@@ -1,8 +1,7 @@
-"""A teacher's precomputed features of each pair, as a companion of its caption.
+"""A teacher's precomputed features as members of a webdataset's samples, as a companion of each caption.
 
-The workers that load the data read them, from a folder or from the samples themselves. They travel as the
-bits of float32 numbers, and come out of the model beside the student's features, as
-``reference_image_features`` and ``reference_text_features``. Rows of a folder are found by their pairs.
+The workers that load the data read them. They travel as the bits of float32 numbers, and come out of the
+model beside the student's features, as ``reference_image_features`` and ``reference_text_features``.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ import torch
 from torch import Tensor
 
 from rankloss.checks import check_teacher
-from rankloss_features import Features
-from rankloss_features.data import row_of_sample
 from rankloss_features.folder import NAMES, Array
 from rankloss_open_clip.companions import Companion, Sample
 
@@ -29,78 +26,55 @@ IN_SAMPLES = {"samples": NAMES, "samples:image": NAMES[:1], "samples:text": NAME
 _logger = logging.getLogger("rankloss_open_clip")
 
 
-class ReferenceFeatures(Companion):
+class SampleFeatures(Companion):
     """A teacher's features of the image, the text, or both.
 
     The shorter of two in a sample, and those narrower than a text's tokens, end with zeros, which change no
     similarity within a modality.
 
     Args:
-        where: A folder of ``rankloss features``, or one of :data:`IN_SAMPLES`.
+        where: One of :data:`IN_SAMPLES`.
         two_widths: Images and texts may have features of different width, which only the in-modal lists can
             be ranked by.
-
-    Raises:
-        ValueError: As :class:`rankloss_features.Features`.
     """
 
     def __init__(self, where: str, *, two_widths: bool = False) -> None:
-        self.two_widths = two_widths
-        self.folder = None if where in IN_SAMPLES else Features(where)
-        arrays = {} if self.folder is None else self.folder.arrays
-        self.names = IN_SAMPLES[where] if self.folder is None else tuple(arrays)
-        self._of_folder = {name: array.shape[1] for name, array in arrays.items()}  # its widths
-        self.name = f"set of {' and '.join(f'{name}.npy' for name in self.names)}"
+        self.two_widths, self.names = two_widths, IN_SAMPLES[where]
+        self.members = [f"{name}.npy" for name in self.names]
+        self.name = f"set of {' and '.join(self.members)}"
         self._widths: list[int] = []  # of the first sample
         self._damaged = 0
 
-    def check(self) -> None:
-        """Read all rows of a folder once; see :meth:`rankloss_features.Features.check`."""
-        if self.folder is not None:
-            self.folder.check()
+    def of_rows(self, path: str, separator: str, dataset: Any) -> Any:  # noqa: ARG002
+        """An error: a CSV file has no members.
 
-    def _check_widths(self, widths: list[int], where: str) -> None:
-        if len(set(widths)) > 1 and not self.two_widths:
-            raise ValueError(
-                f"image_features and text_features in {where} must have one width to be compared with each "
-                f"other, got {widths[0]} and {widths[1]}; features of two encoders rank the in-modal lists "
-                "alone: lambda_cross=0, on the command line --rankclip-lambda-cross 0"
-            )
+        Raises:
+            ValueError: In any case.
+        """
+        raise ValueError(f"{path} is a CSV file, and has no {self.name}: give a folder of features")
 
-    def of_rows(self, path: str, separator: str, dataset: Any) -> Callable[[int], str]:  # noqa: ARG002
-        """The rows of the folder, once every pair is compared with the folder's."""
-        if self.folder is None:
-            raise ValueError(f"{path} is a CSV file, and has no {self.name}: give a folder of features")
-        self.folder.compare_columns(dataset.captions, dataset.images, path)
-        return self._of_row
-
-    def of_sample(self, sample: Sample, caption: str) -> str | None:
-        """The row of the sample, or its members, which are taken out of the sample."""
-        if self.folder is None:
-            return self._members(sample)
-        row = row_of_sample(self.folder, sample, caption)
-        return None if row is None else self._of_row(row)
-
-    def _of_row(self, row: int) -> str:
-        assert self.folder is not None
-        return _packed([array[0] for array in self.folder.take(np.array([row])).values()])
-
-    def _members(self, sample: Sample) -> str | None:
-        members = [f"{name}.npy" for name in self.names]
-        if not all(member in sample for member in members):
+    def of_sample(self, sample: Sample, caption: str) -> str | None:  # noqa: ARG002
+        """The members of the sample, which are taken out of it."""
+        if not all(member in sample for member in self.members):
             return None
         try:
             # Taken out, or the trainer would decode them for nothing.
-            rows = [_vector(member, sample.pop(member)) for member in members]
+            rows = [_vector(member, sample.pop(member)) for member in self.members]
             widths = [len(row) for row in rows]
             self._widths = self._widths or widths
             if widths != self._widths:
-                raise ValueError(f"{' and '.join(members)} have widths of {widths}, others of {self._widths}")
+                named = " and ".join(self.members)
+                raise ValueError(f"{named} have widths of {widths}, others of {self._widths}")
         except Exception as error:  # NumPy raises many of a damaged array
             self._damaged += 1
             _logger.warning("%s skipped, damaged one number %d: %s", _named(sample), self._damaged, error)
             return None
-        self._check_widths(widths, _named(sample))
+        if len(set(widths)) > 1 and not self.two_widths:
+            raise ValueError(
+                f"image_features and text_features in {_named(sample)} must have one width to be compared "
+                f"with each other, got {widths[0]} and {widths[1]}; features of two encoders rank the "
+                "in-modal lists alone: lambda_cross=0, on the command line --rankclip-lambda-cross 0"
+            )
         return _packed(rows)
 
     def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
@@ -110,10 +84,8 @@ class ReferenceFeatures(Companion):
     def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
         """The output and the features, by the names that the loss has for them."""
         features = encoded.view(torch.float32).unflatten(1, (-1, len(self.names))).unbind(-1)
-        named = dict(zip(self.names, features, strict=True))
-        for name, width in self._of_folder.items():
-            named[name] = named[name][:, :width]
-        return {**output, **{f"reference_{name}": x.contiguous() for name, x in named.items()}}
+        named = zip(self.names, features, strict=True)
+        return {**output, **{f"reference_{name}": x.contiguous() for name, x in named}}
 
 
 def without_features(
@@ -154,11 +126,9 @@ def _vector(member: str, written: bytes) -> Array:
     """The float32 numbers of a member of a sample.
 
     Raises:
-        ValueError: They are no vector of a teacher. NumPy raises other errors of bytes that are no array.
+        ValueError: They are no vector of a teacher. NumPy and torch raise other errors of other bytes.
     """
     array = np.lib.format.read_array(io.BytesIO(written), allow_pickle=False)
-    if array.dtype.kind != "f" or array.ndim != 1:
-        raise ValueError(f"{member} must be a vector of floating numbers; got {array.dtype} {array.shape}")
     row = torch.from_numpy(array).float()
     check_teacher(member, row[None], first_look=False)
     return row.numpy()

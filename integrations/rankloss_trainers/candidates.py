@@ -18,6 +18,21 @@ CANDIDATES, GRADES = "candidates", "grades"
 """The columns of a CSV file, each cell a JSON list; with ``.json`` the members of a webdataset sample."""
 
 
+def columns_of(path: str, separator: str, *names: str) -> list[Any]:
+    """Columns of a CSV file.
+
+    Raises:
+        ValueError: There is no such column.
+    """
+    import pandas  # type: ignore[import-untyped]
+
+    table = pandas.read_csv(path, sep=separator)
+    for name in names:
+        if name not in table:
+            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(str, table))}")
+    return [table[name] for name in names]
+
+
 class Candidates:
     """A list of graded captions, whose features join the model's output as arguments of ``RankedLists``.
 
@@ -32,30 +47,23 @@ class Candidates:
 
     def __init__(self, own_on_top: bool, max_candidates: int | None = None) -> None:
         self.own = int(own_on_top)
-        self.max_candidates = max_candidates
+        self.max_candidates: Any = max_candidates
         self.name = f"list of {CANDIDATES} and {GRADES}"
 
     # --- reading ---
 
-    def of_rows(self, path: str, separator: str, dataset: Any) -> Callable[[int], str]:
+    def of_rows(self, path: str, separator: str, dataset: Any) -> list[str]:
         """The two columns of a CSV file.
 
         Raises:
             ValueError: The file lacks one, or a row's list is wrong: :func:`rankloss_trainers.lists.graded`.
         """
-        import pandas  # type: ignore[import-untyped]
-
-        table = pandas.read_csv(path, sep=separator)
-        missing = [name for name in (CANDIDATES, GRADES) if name not in table]
-        if missing:
-            raise ValueError(
-                f"{path} has no column {missing[0]!r} for the lists; it has {', '.join(map(str, table))}"
-            )
-        cells = zip(dataset.captions, table[CANDIDATES], table[GRADES], strict=True)
+        candidates, grades = columns_of(path, separator, CANDIDATES, GRADES)
+        cells = zip(dataset.captions, candidates, grades, strict=True)
         lists = [self._list(*row, f"row {n} of {path}") for n, row in enumerate(cells, start=1)]
         longest = max(len(captions) for captions, _ in lists) - self.own
         self.max_candidates = self.max_candidates or longest
-        return [json.dumps(x) for x in lists].__getitem__
+        return [json.dumps(x) for x in lists]
 
     def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:
         """The two members of a webdataset sample, which are taken out of it.
@@ -118,8 +126,7 @@ class Candidates:
 
     @property
     def _places(self) -> int:
-        assert self.max_candidates is not None
-        return self.max_candidates + self.own
+        return int(self.max_candidates + self.own)
 
     # --- the model ---
 

@@ -71,6 +71,15 @@ def weight(text: Any) -> float:
     return value
 
 
+def error_of(build: Callable[[], Any]) -> str | None:
+    """The ValueError of a trial, as a reason against the options that it was built with; None without one."""
+    try:
+        build()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def prefixed(prefix: str, key: str) -> str:
     """The key of an option of joined losses, from its loss's prefix and its own key.
 
@@ -221,6 +230,10 @@ class LossEntry:
         """The part of the log's line about a run with these options."""
         return changed(self.options, options) if self.describe is None else self.describe(options, epochs)
 
+    def unit_of(self, options: Options, epochs: float) -> str | None:
+        """The unit of a run with these options."""
+        return self.unit(options, epochs) if callable(self.unit) else self.unit
+
     def with_defaults(self, **defaults: Any) -> LossEntry:
         """The same loss with other defaults for the options that it has."""
         options = (dataclasses.replace(o, default=defaults.get(o.own_key, o.default)) for o in self.options)
@@ -245,6 +258,10 @@ class LossEntry:
                 values[key] = known[key].checked(value)
             except ValueError as error:
                 raise ValueError(f"{key} {error}") from None
+        shared = [key for key, option in known.items() if option.own_key == "reference_features"]
+        folders = {values[key] for key in shared} - {None}
+        if len(folders) == 1:  # given once, it serves all
+            values.update(dict.fromkeys(shared, *folders))
         if _has_separate_spaces(self.reference_features(values)):
             in_them = self.in_separate_spaces({key: values[key] for key in found})
             values.update({key: value for key, value in in_them.items() if key not in found})
@@ -305,7 +322,7 @@ class Candidate:
         """Import the entry.
 
         Raises:
-            ValueError: The name or the prefix is taken, or the object is neither an entry nor callable.
+            ValueError: The name or the prefix is taken.
             Exception: Any error of the import.
         """
         if self.clash:
@@ -313,15 +330,14 @@ class Candidate:
         if JOIN in self.name:
             from rankloss_trainers.joined import joined
 
-            return joined({part: find(part).load() for part in self.name.split(JOIN)})
+            return joined(self.name, lambda part: find(part).load())
         loaded = importlib.metadata.EntryPoint(self.name, self.reference, GROUP).load()
         if callable(loaded):
             loaded = LossEntry(build=loaded, help=(loaded.__doc__ or "").strip().partition("\n")[0])
-        if not isinstance(loaded, LossEntry):
-            raise ValueError(f"{self.reference} must be a LossEntry or a function, its build; got {loaded!r}")
-        if self.package and loaded.prefix in PREFIXES:
-            raise ValueError(f"the prefix {loaded.prefix!r} belongs to another loss")
-        return loaded
+        entry: LossEntry = loaded
+        if self.package and entry.prefix in PREFIXES:
+            raise ValueError(f"the prefix {entry.prefix!r} belongs to another loss")
+        return entry
 
 
 @functools.cache  # a run asks some ten times, and each time every installed package would be read
@@ -351,17 +367,12 @@ def find(name: str) -> Candidate:
         Traceback (most recent call last):
         ValueError: loss must be one of rankclip, ...; got 'rankclp'; did you mean rankclip?
     """
-    found = candidates()
-    for part in name.split(JOIN):
-        if part == TRAINERS_OWN != name:
-            raise ValueError(f"loss {name}: {part} is the trainer's own, on which every loss stands")
+    found, parts = candidates(), name.split(JOIN)
+    for part in parts:
         if part not in found:
             known = ", ".join(found)
             raise ValueError(f"loss must be one of {known}; got {part!r}{did_you_mean(part, found)}")
-    parts = name.split(JOIN)
     if len(parts) == 1:
         return found[name]
-    if len({*parts}) < len(parts):
-        raise ValueError(f"loss {name} names a loss twice")
     packages = dict.fromkeys(found[part].package for part in parts)
     return Candidate(name, "", ", ".join(filter(None, packages)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -46,6 +47,11 @@ def misspelt(words: Iterable[str], known: Iterable[str]) -> str:
     return next(filter(None, (did_you_mean(word, flags, cutoff=0.75) for word in typed)), "")
 
 
+def beginnings() -> tuple[str, ...]:
+    """The beginnings of the options of all losses."""
+    return tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.candidates()))
+
+
 def with_flag(name: str, entry: LossEntry, reason: str) -> str:
     """A reason that begins with the key of an option, beginning with its flag; else with ``--loss``."""
     match = re.match(r"\w+", reason)
@@ -69,8 +75,10 @@ class LossArguments:
 
     Attributes:
         entries: The losses by name.
-        unusable: The reasons against those that cannot be used: another package's import fails, or the parser
-            has an option of this name.
+        unusable: The reasons against those that cannot be used: another package's import fails.
+
+    Raises:
+        argparse.ArgumentError: The parser has an option of a loss.
 
     Example:
         >>> parser = argparse.ArgumentParser()
@@ -86,6 +94,7 @@ class LossArguments:
         default: str | None = None,
         defaults: Options = MappingProxyType({}),
     ) -> None:
+        self.parser = parser
         self.entries: dict[str, LossEntry] = {}
         self.unusable: dict[str, str] = {}
         loss = parser.add_argument_group("loss (rankloss)").add_argument(
@@ -99,16 +108,25 @@ class LossArguments:
                 package = found.package or "rankloss"
                 self.unusable[name] = f"cannot be used ({package}): {type(error).__name__}: {error}"
         for alike in by_prefix(self.entries).values():
-            try:
-                add_options(parser, {name: self.entries[name] for name in alike})
-            except argparse.ArgumentError as error:  # the trainer, or another loss, has this option
-                for name in alike:
-                    del self.entries[name]
-                    self.unusable[name] = f"cannot be used: {error}"
+            add_options(parser, {name: self.entries[name] for name in alike})
         said = {TRAINERS_OWN: "the trainer's own loss", **{x: y.help for x, y in self.entries.items()}}
         said.update(self.unusable)
         help_ = "; ".join(f"{name}: {text}" for name, text in said.items() if text)
         loss.help = f"{help_} (default: {default or TRAINERS_OWN})".replace("%", "%%")
+
+    def parsed(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The parser's arguments of a command line, and its other words.
+
+        With ``--loss`` a word that begins like an option of a loss is a usage error, unless it comes after
+        ``--``.
+        """
+        args, rest = self.parser.parse_known_args(argv)
+        before = itertools.takewhile("--".__ne__, rest)
+        unknown = [x for x in before if x.replace("_", "-").startswith(beginnings())]
+        if unknown and hasattr(args, "loss"):
+            hint = misspelt(unknown, self.parser._option_string_actions)
+            self.parser.error(f"{unknown[0].partition('=')[0]}: there is no such option{hint}")
+        return args, rest
 
     def chosen(self, args: Any) -> tuple[str, dict[str, Any]] | None:
         """The loss that parsed arguments ask for, and its given options; None for the trainer's own.
@@ -135,28 +153,15 @@ class LossArguments:
 
     def _entry(self, name: str) -> LossEntry:
         """The entry of a loss, or of joined ones."""
-        parts = name.split(JOIN)
-        for part in parts:
+        for part in name.split(JOIN):
             if part in self.unusable:
                 raise ValueError(f"{part} {self.unusable[part]}")
         catalog.find(name)
-        if len(parts) == 1:
+        if JOIN not in name:
             return self.entries[name]
         from rankloss_trainers.joined import joined
 
-        return joined({part: self.entries[part] for part in parts})
-
-    def refuse(self, name: str, given: Options) -> None:
-        """Raise a ValueError for a loss with options that work in no trainer; it begins with the argument."""
-        from rankloss.distributed import Gather
-
-        entry = self._entry(name)
-        try:
-            reason = entry.refuse(entry.checked(name, given), Gather(rank=0, world_size=1))
-        except ValueError as error:
-            reason = str(error)
-        if reason is not None:
-            raise ValueError(with_flag(name, entry, reason))
+        return joined(name, self.entries.__getitem__)
 
 
 def by_prefix(entries: Mapping[str, LossEntry]) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ exit code is 0 if no installed trainer has a problem, else 1.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -23,20 +24,17 @@ from rankloss_trainers import catalog, doctor
 from rankloss_trainers.command_line import described
 from rankloss_trainers.extras import extra
 
+# They have parsers of their own, and import what they need.
+_OF_DATA = {"features": "rankloss_features.command", "orders": "rankloss_trainers.orders.command"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out the command line, and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["features"]:  # it imports what it needs, and has a parser of its own
+    if argv and argv[0] in _OF_DATA:
         with extra("features"):
-            from rankloss_features.command import main as features
-
-            return features(argv[1:])
-    if argv[:1] == ["orders"]:
-        with extra("features"):
-            from rankloss_trainers.orders.command import main as orders
-
-            return orders(argv[1:])
+            found = importlib.import_module(_OF_DATA[argv[0]]).main(argv[1:])
+        return int(found)
     parser = argparse.ArgumentParser(prog="rankloss", description="Losses for CLIP training, in any trainer.")
     parser.add_argument("--version", action="version", version=f"rankloss {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

@@ -38,10 +38,11 @@ class Progress(Callback):
             count from 1.
         total_steps: The optimizer steps of the run, where the trainer does not know them: a dataset without
             a length, a ``GradientAccumulationScheduler`` or ``StochasticWeightAveraging``, unless
-            ``max_steps`` alone ends the run. Later steps stay at the last. None asks the trainer.
+            ``max_steps`` alone ends the run. Later steps stay at the last. None asks the trainer. Epochs take
+            no notice of it.
 
     Raises:
-        ValueError: for another unit, and for ``total_steps`` below 1 or beside ``unit="epoch"``; when
+        ValueError: for another unit, and for ``total_steps`` below 1; when
             training begins with a loss that has a schedule: if it goes by the other unit alone, if the
             trainer does not know the run's steps (under ``unit="epoch"``, if ``max_epochs`` alone does not
             end it), and under manual optimization, whose steps the trainer may not count.
@@ -56,8 +57,6 @@ class Progress(Callback):
         check_choice("unit", unit, ("step", "epoch"))
         self.unit = unit
         self.total_steps = None if total_steps is None else check_count("total_steps", total_steps)
-        if unit == "epoch" and total_steps is not None:
-            raise ValueError(f"total_steps is for unit='step'; got total_steps={total_steps!r}, unit='epoch'")
         self._tellers: list[Any] = []
         self._end = 0
         self._told = 0  # an accumulated batch is no step of its own
@@ -67,7 +66,7 @@ class Progress(Callback):
         self.on_train_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Before the first epoch; a run that resumes within one gets no ``on_train_epoch_start`` for it."""
+        """Before the first epoch."""
         other = "epoch" if self.unit == "step" else "step"
         told, untold = (
             [tell for tell in listeners(pl_module, unit, self.unit) if tell.__self__ is not pl_module]
@@ -80,12 +79,8 @@ class Progress(Callback):
         self._end = self._end_of(trainer, pl_module) if told else 0
         self._tell(trainer)
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ARG002
-        """Before each epoch, and so before its first step."""
-        self._tell(trainer)
-
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        """Before each batch; accumulated batches are for the same step."""
+        """Before each batch, the first of an epoch too; accumulated batches are for the same step."""
         self._tell(trainer)
 
     def _end_of(self, trainer: Any, pl_module: Any) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rankloss.distributed import Gather
 
@@ -91,19 +92,14 @@ def pooled(lists: Sequence[Sequence[tuple[Any, float]]]) -> Pooled:
         tensor([[ 0,  1],
                 [ 1, -1]])
     """
-    keys = [[identity(candidate) for candidate, _ in pairs] for pairs in lists]
-    pool = {
-        key: candidate
-        for of_list, pairs in zip(keys, lists, strict=True)
-        for key, (candidate, _) in zip(of_list, pairs, strict=True)
-    }
+    keyed = [[(identity(candidate), candidate, grade) for candidate, grade in pairs] for pairs in lists]
+    pool = {key: candidate for pairs in keyed for key, candidate, _ in pairs}
     rows = {key: row for row, key in enumerate(pool)}
-    index = torch.full((len(lists), max(map(len, lists))), PADDING)
-    grades = torch.zeros(index.shape)
-    for n, pairs in enumerate(lists):
-        index[n, : len(pairs)] = torch.tensor([rows[key] for key in keys[n]])
-        grades[n, : len(pairs)] = torch.tensor([grade for _, grade in pairs])
-    return Pooled(list(pool.values()), torch.tensor([id_of(key) for key in pool]), index, grades)
+    index = [torch.tensor([rows[key] for key, *_ in pairs]) for pairs in keyed]
+    grades = [torch.tensor([grade for *_, grade in pairs]) for pairs in keyed]
+    ids = torch.tensor([id_of(key) for key in pool])
+    padded = pad_sequence(index, True, PADDING), pad_sequence(grades, True)
+    return Pooled(list(pool.values()), ids, *padded)
 
 
 def check_unique(queries: Sequence[Any], named: Sequence[str], remedy: str) -> None:

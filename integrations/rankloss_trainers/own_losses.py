@@ -16,8 +16,11 @@ import rankloss
 from rankloss import schedules
 from rankloss.distributed import Gather
 from rankloss.options import CHOICES, RankOptions
-from rankloss_trainers.catalog import LossEntry, Option, Options, changed, weight
+from rankloss_features.binding import RowCompanion
+from rankloss_trainers.catalog import LossEntry, Option, Options, changed, error_of, weight
 from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.orders.folder import Orders
+from rankloss_trainers.orders.loss import OrderedRankClipLoss, log_orders
 
 # --- RankCLIP -------------------------------------------------------------------------------------------
 
@@ -37,11 +40,6 @@ def _rank_option(field: dataclasses.Field[Any]) -> Option:
     return Option(
         name, field.default, help_, values={words.get(choice, choice): choice for choice in choices}
     )
-
-
-def _streaming(options: Options) -> dict[str, Any]:
-    """The options that any streamed loss has."""
-    return {name: options[name] for name in _STREAMING}
 
 
 _WEIGHT = {"type": weight, "metavar": "X"}
@@ -74,16 +72,12 @@ _WITH_ORDERS = {"lambda_cross", "lambda_in", "schedule", "schedule_unit", "top_k
 
 
 def _build_rankclip(base: nn.Module, options: Options, gather: Gather) -> rankloss.RankClipLoss:
-    loss: type[rankloss.RankClipLoss] = rankloss.RankClipLoss
+    loss = rankloss.RankClipLoss if options["orders"] is None else OrderedRankClipLoss
     if options["lists"] == "batch" and gather.gather_with_grad:
         # One list of the whole batch is exact on every process, and so are a base's own rows.
         gather = dataclasses.replace(gather, local_loss=False)
     if type(base) is rankloss.ClipLoss or type(base) is rankloss.SigLipLoss:  # a subclass has other arguments
-        base = type(base)(gather=base.gather, **_streaming(options))
-    if options["orders"] is not None:
-        from rankloss_trainers.orders.loss import OrderedRankClipLoss
-
-        loss = OrderedRankClipLoss
+        base = type(base)(gather=base.gather, **{name: options[name] for name in _STREAMING})
     names = ["schedule", "lambda_cross", "lambda_in", *(field.name for field in _RANK_FIELDS)]
     return loss(base, gather=gather, **{name: options[name] for name in names})
 
@@ -96,12 +90,12 @@ def _rankclip_teacher(options: Options) -> bool | None:
     return True if _has_teacher(options) else False if options["reference"] == "own" else None
 
 
-_IN_MODAL_ALONE = "the teacher's images and texts have separate spaces, which rank the in-modal lists alone"
-
-
 def _rankclip_in_separate_spaces(given: Options) -> dict[str, float]:
     if given.get("lambda_cross"):
-        raise ValueError(f"lambda_cross: must be 0, as {_IN_MODAL_ALONE}; got {given['lambda_cross']}")
+        raise ValueError(
+            "lambda_cross: must be 0, as the teacher's images and texts have separate spaces, which rank the "
+            f"in-modal lists alone; got {given['lambda_cross']}"
+        )
     return {"lambda_cross": 0.0}
 
 
@@ -116,29 +110,17 @@ def _refuse_orders(options: Options) -> str | None:
     others = (x for x in _RANKCLIP_OPTIONS if x.own_key not in _WITH_ORDERS)
     if text := changed(others, options):
         return f"orders: {options['orders']} excludes {text}"
-    try:
-        from rankloss_trainers.orders.folder import Orders
-
-        Orders(options["orders"]).check()
-    except ValueError as error:
-        return f"orders: {error}"
-    return None
+    reason = error_of(lambda: Orders(options["orders"]).check())
+    return reason and f"orders: {reason}"
 
 
-def _orders_of(options: Options) -> list[Any]:
-    if options["orders"] is None:
-        return []
-    from rankloss_trainers.orders.loss import OrderCompanion
-
-    return [OrderCompanion(options["orders"])]
+def _orders_of(options: Options) -> list[RowCompanion]:
+    orders = options["orders"]
+    return [] if orders is None else [RowCompanion("list of ids", Orders(orders))]
 
 
 def _log_of(options: Options) -> Any:
-    if options["orders"] is None:
-        return RankClipLog(options["agreement_every"])
-    from rankloss_trainers.orders.loss import log_orders
-
-    return log_orders
+    return RankClipLog(options["agreement_every"]) if options["orders"] is None else log_orders
 
 
 def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
@@ -152,13 +134,8 @@ def _refuse_rankclip(options: Options, gather: Gather) -> str | None:
         return "fixed_reference: fixes one of the batch's own rankings, not a teacher's"
     if not _has_teacher(options) and options["distill_loss"] == "exclude":
         return "distill_loss: exclude needs reference teacher, or the teacher has no use"
-    try:
-        alone = dataclasses.replace(gather, rank=0, world_size=1, group=None)  # which warns of nothing
-        _build_rankclip(nn.Identity(), options, alone)
-        RankClipLog(options["agreement_every"])
-    except ValueError as error:  # of the library itself
-        return str(error)
-    return None
+    alone = dataclasses.replace(gather, rank=0, world_size=1, group=None)  # which warns of nothing
+    return error_of(lambda: (_build_rankclip(nn.Identity(), options, alone), _log_of(options)))
 
 
 _SHORT_RAMP = 10  # epochs, below which λ rises in a few large steps
@@ -226,14 +203,6 @@ def _build_mimicry(base: nn.Module, options: Options, gather: Gather) -> ranklos
     return rankloss.MimicryLoss(base, gather=gather, **given)
 
 
-def _refuse_mimicry(options: Options, _: Gather) -> str | None:
-    try:
-        _build_mimicry(nn.Identity(), options, Gather(rank=0, world_size=1))
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def _mimicry_in_separate_spaces(_: Options) -> dict[str, Any]:
     raise ValueError(
         "reference_features: the teacher's images and texts have separate spaces, which a student with one "
@@ -257,7 +226,7 @@ MIMICRY = LossEntry(
             for_trainer=True,
         ),
     ),
-    refuse=_refuse_mimicry,
+    refuse=lambda options, _: error_of(lambda: _build_mimicry(nn.Identity(), options, Gather.of(False))),
     uses_teacher=lambda _: True,
     in_separate_spaces=_mimicry_in_separate_spaces,
     reference_features=lambda options: options["reference_features"],
@@ -285,7 +254,7 @@ def _streamed(loss: type[rankloss.ClipLoss | rankloss.SigLipLoss], help: str, **
     def build(base: nn.Module, options: Options, gather: Gather) -> nn.Module:
         if type(base).__name__ not in (loss.__name__, "ClipLoss"):
             raise ValueError(f"this is {loss.__name__}, but the trainer trains with {type(base).__name__}")
-        return loss(gather=gather, **_streaming(options))
+        return loss(gather=gather, **options)
 
     return LossEntry(build=build, help=help, options=_STREAMED_OPTIONS, prefix="streamed", **needs)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import typing
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 import rankloss
 from rankloss.distributed import Gather
 from rankloss.losses import Base, base_entries, check_weight, combined
+from rankloss.losses.ranked_lists import ListModel
 from rankloss_trainers.candidates import Candidates
-from rankloss_trainers.catalog import LossEntry, Option, Options, weight
+from rankloss_trainers.catalog import LossEntry, Option, Options, error_of, weight
 
 OF_PAIRS: dict[str, Any] = {"base_loss": "exclude", "own_caption": "apart", "max_candidates": None}
 """The options about the pair that open_clip's trainer has beside each list; their values without pairs."""
@@ -86,38 +86,26 @@ class RankedListsTerm(nn.Module):
 
 # --- the catalogue's entry --------------------------------------------------------------------------------
 
-_HELP = {
-    "model": "likelihood of a list: of its order (ListMLE), of its softmax (ListNet), or of all its pairs",
-    "top_k": "of model plackett_luce, count only the best ranks of each list",
-    "pair_weight": "of model pairwise, multiply each pair's term by the difference of its grades",
-    "in_batch_negatives": "put the other queries' candidates below each list, ungraded",
-    "chunk_size": "queries computed at a time: less memory, same result",
-}
-_UNSET = {"top_k": "all", "chunk_size": "from the sizes"}
-
-
-def _option(name: str) -> Option:
-    """An option of :class:`rankloss.RankedLists`, with its type and default."""
-    default = inspect.signature(rankloss.RankedLists).parameters[name].default
-    kind = typing.get_type_hints(rankloss.RankedLists.__init__)[name]
-    words = [
-        x for part in (kind, *typing.get_args(kind)) for x in typing.get_args(part) if isinstance(x, str)
-    ]
-    values: dict[str, Any] = {"include": True, "exclude": False} if kind is bool else {x: x for x in words}
-    if words and default is None:
-        values = {"none": None, **values}
-    keywords = {} if values else {"type": int, "metavar": "N"}
-    return Option(name.replace("_", "-"), default, _HELP[name], keywords, _UNSET.get(name, ""), values)
-
-
+_MODEL = "likelihood of a list: of its order (ListMLE), of its softmax (ListNet), or of all its pairs"
+_DIFFERENCE = "of model pairwise, multiply each pair's term by the difference of its grades"
+_NEGATIVES = "put the other queries' candidates below each list, ungraded"
+_CHUNK = "queries computed at a time: less memory, same result"
 _BASE = "include or exclude the trainer's own loss, of the pairs of a picture and its caption"
 _OWN = (
     "the place of a picture's own caption in its list: apart from it, or at the top, above all graded "
     "candidates; to grade it, name it among the candidates"
 )
 _MAX = "places of a list, which a webdataset has to be told; a longer list is an error"
+_COUNT = {"type": int, "metavar": "N"}
+_OF_LISTS = (
+    Option("model", "plackett_luce", _MODEL, {"choices": typing.get_args(ListModel)}),
+    Option("top-k", None, "of model plackett_luce, count only the best ranks of each list", _COUNT, "all"),
+    Option("pair-weight", None, _DIFFERENCE, values={"none": None, "difference": "difference"}),
+    Option("in-batch-negatives", False, _NEGATIVES, values={"include": True, "exclude": False}),
+    Option("chunk-size", None, _CHUNK, _COUNT, "from the sizes"),
+)
 _OPTIONS = (
-    *map(_option, _HELP),
+    *_OF_LISTS,
     Option(
         "weight", 1.0, "weight of the lists beside the trainer's own loss", {"type": weight, "metavar": "X"}
     ),
@@ -135,7 +123,7 @@ _OPTIONS = (
 
 
 def _lists(options: Options, gather: Gather) -> rankloss.RankedLists:
-    return rankloss.RankedLists(**{name: options[name] for name in _HELP}, gather=gather)
+    return rankloss.RankedLists(**{x.key: options[x.key] for x in _OF_LISTS}, gather=gather)
 
 
 def _build(base: Any, options: Options, gather: Gather) -> RankedListsTerm:
@@ -149,11 +137,7 @@ def _refuse(options: Options, gather: Gather) -> str | None:
         return "own_caption: top is an order and no grade; it needs a model that goes by the order alone"
     if options["max_candidates"] is not None and options["max_candidates"] < 1:
         return f"max_candidates must be at least 1; got {options['max_candidates']}"
-    try:
-        _lists(options, gather)
-    except ValueError as error:
-        return str(error)
-    return None
+    return error_of(lambda: _lists(options, gather))
 
 
 RANKED_LISTS = LossEntry(

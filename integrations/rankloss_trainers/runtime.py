@@ -95,13 +95,7 @@ def reason_against(
         return f"{name} does not work with {host.biased}: {entry.no_sigmoid}"
     if entry.only_sigmoid and not sigmoid:
         return f"{name} needs {host.biased}: {entry.only_sigmoid}"
-    needs = {"caption": entry.caption_key(options), "folder": entry.reference_features(options)}
-    return _unserved(host, name, needs) or entry.refuse(options, gather)
-
-
-def _unserved(host: Host, name: str, needs: Mapping[str, object]) -> str | None:
-    unserved = [NEEDS[need] for need in needs if needs[need] and need not in host.serves]
-    return f"{name} needs {unserved[0]}, which {host.name} does not serve" if unserved else None
+    return entry.refuse(options, gather)
 
 
 # --- entries --------------------------------------------------------------------------------------------
@@ -252,28 +246,32 @@ class Runtime(nn.Module):
             self.options = self.entry.checked(loss, options or {})
             sigmoid = any(each.__name__ == "SigLipLoss" for each in type(base).__mro__)
             reason = reason_against(host, loss, self.entry, self.options, self._gather, sigmoid=sigmoid)
-            loss = self.entry.build(base, self.options, self._gather) if reason is None else base
+            if reason is not None:
+                raise ValueError(reason)
+            loss = self.entry.build(base, self.options, self._gather)
         else:
-            self.name, self.package, self.options, reason = type(loss).__name__, "", {}, None
+            self.name, self.package, self.options = type(loss).__name__, "", {}
             if options:
                 raise TypeError("options are for a loss that is given by its name; a module has its own")
             log = (lambda _: RankClipLog()) if isinstance(loss, rankloss.RankClipLoss) else None
             self.entry = LossEntry(build=lambda *_: loss, unit="step", log=log)
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss must be a module, or the name of one; {self.name} is {loss!r}")
-        has_parameters = any(parameter.requires_grad for parameter in loss.parameters())
-        self.takes_lists = any(
-            "candidate_features" in inspect.signature(x.forward).parameters for x in loss.modules()
-        )
-        ordered = any("order_listed" in inspect.signature(x.forward).parameters for x in loss.modules())
-        needs = {"lists": self.takes_lists, "orders": ordered, "parameters": has_parameters}
-        needs["state"] = bool(loss.state_dict())
-        reason = reason or _unserved(host, self.name, needs)
-        if reason is not None:
-            raise ValueError(reason)
         self.criterion: nn.Module = loss
         self.columns: Collection[str] = ()
         self.captions = self.entry.caption_key(self.options)
+        self.takes_lists = bool(self._arguments("candidate_features"))
+        needs = {
+            "caption": self.captions is not None,
+            "folder": self.entry.reference_features(self.options) is not None,
+            "lists": self.takes_lists,
+            "orders": bool(self._arguments("order_listed")),
+            "parameters": any(parameter.requires_grad for parameter in loss.parameters()),
+            "state": bool(loss.state_dict()),
+        }
+        unserved = [NEEDS[need] for need in needs if needs[need] and need not in host.serves]
+        if unserved:
+            raise ValueError(f"{self.name} needs {unserved[0]}, which {host.name} does not serve")
         self.teacher, self.features = self._use_of_a_teacher(), self._folder()
         self.unit, self.step = "step", 0
         self._log = None if self.entry.log is None else self.entry.log(self.options)
@@ -285,11 +283,14 @@ class Runtime(nn.Module):
         self._is_told = not any(hasattr(part, x) for part in loss.modules() for x in METHODS.values())
         self._found: list[str] = []  # the teacher's features of the last batch
 
+    def _arguments(self, *names: str) -> list[inspect.Parameter]:
+        """The arguments of these names of all parts of the loss."""
+        forwards = [inspect.signature(part.forward).parameters for part in self.criterion.modules()]
+        return [forward[name] for forward in forwards for name in names if name in forward]
+
     def _use_of_a_teacher(self) -> str:
         uses = self.entry.uses_teacher(self.options)
-        forwards = [inspect.signature(part.forward).parameters for part in self.criterion.modules()]
-        found = [parameters[name] for parameters in forwards for name in TEACHER if name in parameters]
-        if uses or any(x.default is x.empty for x in found):
+        if uses or any(x.default is x.empty for x in self._arguments(*TEACHER)):
             return "required"
         return "optional" if takes_teacher(self.criterion) and uses is None else "none"
 
@@ -311,8 +312,7 @@ class Runtime(nn.Module):
         Raises:
             ValueError: The loss goes by epochs, and their number is not known.
         """
-        unit = self.entry.unit
-        self.unit = (unit(self.options, epochs) if callable(unit) else unit) or "epoch"
+        self.unit = self.entry.unit_of(self.options, epochs) or "epoch"
         if math.isinf(epochs) and any(listeners(self.criterion, "epoch", self.unit)):
             text = "but data without a length have no known number of epochs; give schedule_unit 'step'"
             raise ValueError(f"{self.name} goes by epochs (schedule_unit 'epoch'), {text}")

@@ -22,7 +22,7 @@ from rankloss.distributed import GatherOption
 from rankloss.options import check_count
 from rankloss_features.binding import taught
 from rankloss_features.data import Table
-from rankloss_features.folder import Features, hash_of_pair
+from rankloss_features.folder import NAMES, Features, hash_of_pair
 from rankloss_trainers.cached import embedding_in
 from rankloss_trainers.catalog import Options
 from rankloss_trainers.extras import extra
@@ -49,7 +49,40 @@ HOST = Host(
 Columns = Iterable[dict[str, Tensor]]
 
 
-class ContrastiveLoss(nn.Module):
+class EmbeddingLoss(nn.Module):
+    """A loss of the columns' embeddings.
+
+    Args:
+        model: The ``SentenceTransformer`` that is trained.
+        scale: The multiplier of the similarities.
+        mini_batch_size: Embed each column in mini-batches of so many rows at most; None embeds it at once.
+
+    Raises:
+        ValueError: for a mini-batch size below 1, and mini-batches of a model that begins with a
+            ``StaticEmbedding``.
+    """
+
+    def __init__(self, model: nn.Module, scale: float, mini_batch_size: int | None) -> None:
+        super().__init__()
+        if mini_batch_size is not None:
+            check_count("mini_batch_size", mini_batch_size)
+            if has_static_embedding_input(model):
+                raise ValueError("mini_batch_size cannot split the inputs of a StaticEmbedding")
+        self.model, self.scale, self.mini_batch_size = model, scale, mini_batch_size
+
+    def embedded(self, column: dict[str, Tensor]) -> Tensor:
+        """The embeddings of a column, divided by their norms, in float32 at least."""
+        inner, name = extract_model_from_parallel(self.model), "sentence_embedding"
+        with embedding_in(inner, self.mini_batch_size, lambda output: {name: output[name]}):
+            embeddings: Tensor = self.model(column)[name]
+        return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The arguments, for the model card."""
+        return {"scale": self.scale, "mini_batch_size": self.mini_batch_size}
+
+
+class ContrastiveLoss(EmbeddingLoss):
     r"""A loss of the catalogue, of a dataset's two columns of pairs.
 
         L(V, T, s),   V, T: the columns' embeddings, divided by their norms,   s: the scale
@@ -107,14 +140,7 @@ class ContrastiveLoss(nn.Module):
         output_dict: bool = True,
         gather: GatherOption = None,
     ) -> None:
-        super().__init__()
-        if mini_batch_size is not None:
-            check_count("mini_batch_size", mini_batch_size)
-            if has_static_embedding_input(model):
-                raise ValueError("mini_batch_size cannot split the inputs of a StaticEmbedding")
-        self.model = model
-        self.scale = scale
-        self.mini_batch_size = mini_batch_size
+        super().__init__(model, scale, mini_batch_size)
         self.output_dict = output_dict
         self.run = Runtime(HOST, loss, options, gather=gather)
         self.image_column = None if self.run.features is not None else 0
@@ -133,30 +159,22 @@ class ContrastiveLoss(nn.Module):
             raise ValueError(
                 f"sentence_features must be a dataset's two columns of pairs; got {len(columns)}"
             )
-        embeddings = [F.normalize(self._embed(column), dim=-1) for column in columns]
-        entries = self._entries(embeddings, labels)
+        embeddings = map(self.embedded, reversed(columns) if self.image_column else columns)
+        entries = self._entries(dict(zip(NAMES, embeddings, strict=True)), labels)
         return LoggedTerms(*entries) if self.output_dict else entries.total
 
-    def _embed(self, column: dict[str, Tensor]) -> Tensor:
-        inner, name = extract_model_from_parallel(self.model), "sentence_embedding"
-        with embedding_in(inner, self.mini_batch_size, lambda output: {name: output[name]}):
-            embeddings: Tensor = self.model(column)[name]
-        return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-
-    def _entries(self, embeddings: list[Tensor], labels: Tensor | None) -> Entries:
-        images, texts = reversed(embeddings) if self.image_column else embeddings
-        features = {"image_features": images, "text_features": texts, "logit_scale": self.scale}
+    def _entries(self, features: dict[str, Tensor], labels: Tensor | None) -> Entries:
         if not torch.is_grad_enabled():
-            return self.run.evaluate(**features)
+            return self.run.evaluate(**features, logit_scale=self.scale)
         if self.image_column is None:
             raise RuntimeError(f"the columns were not compared with the folder's: {HOST.progress}")
-        entries: Entries = self.run(**features, **taught(self.run.features, labels))
+        teacher = taught(self.run.features, labels)
+        entries: Entries = self.run(**features, logit_scale=self.scale, **teacher)
         return entries
 
     def get_config_dict(self) -> dict[str, Any]:
         """The arguments, for the model card."""
-        given = {"loss": self.run.name, "options": dict(self.run.options), "scale": self.scale}
-        return {**given, "mini_batch_size": self.mini_batch_size}
+        return {"loss": self.run.name, "options": dict(self.run.options), **super().get_config_dict()}
 
     @property
     def citation(self) -> str:

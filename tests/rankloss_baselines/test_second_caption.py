@@ -39,5 +39,4 @@ def test_column_of_a_csv_file(tmp_path: Path, text: str, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             SecondCaption("syn").of_rows(str(file), ";", None)
     else:
-        of_row = SecondCaption("syn").of_rows(str(file), ";", None)
-        assert [of_row(0), of_row(1)] == ["made", "NULL and void"]
+        assert SecondCaption("syn").of_rows(str(file), ";", None) == ["made", "NULL and void"]

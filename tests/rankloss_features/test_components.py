@@ -112,17 +112,15 @@ def flipped(file: Path, at: float) -> None:
     file.write_bytes(bytes(content))
 
 
-def changed(file: Path, name: str) -> None:
-    stored = dict(np.load(file))
-    stored[name] = stored[name][::-1].copy() if name != "hash" else np.array("0" * 16)
-    np.savez(file, **stored)
+def of_other_rows(file: Path) -> None:
+    np.savez(file, **{**np.load(file), "rows": np.array("0" * 16)})
 
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "empty": lambda file: file.write_bytes(b""),
     "cut": lambda file: file.write_bytes(file.read_bytes()[:-40]),
     **{f"a bit at {at}": lambda file, at=at: flipped(file, at) for at in (0.0, 0.5, 1.0)},
-    **{f"another {name}": lambda file, x=name: changed(file, x) for name in ("matrix", "variances", "hash")},
+    "of other rows": of_other_rows,
     "an array": lambda file: file.write_bytes((file.parent / "image_features.npy").read_bytes()),
 }
 
@@ -134,7 +132,7 @@ def test_a_damaged_file_is_computed_again(folder: Path, damage: str) -> None:
     DAMAGES[damage](folder / "components.npz")
     is_right(Features(str(folder)))
     with np.load(folder / "components.npz") as found:
-        assert set(found) == {"matrix", "variances", "hash"}
+        assert set(found) == {"matrix", "variances", "rows"}
     assert Features(str(folder)).components(KEPT).explained > 0
     assert (folder / "components.npz").stat().st_size == len(whole)
 

@@ -49,7 +49,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
 def features(name: object, pictures: list[Image.Image], weights: object = None) -> Tensor:
     teacher = image_encoders.load(str(name), None if weights is None else str(weights), CPU)
     (encoder,) = teacher.encoders.values()
-    samples = [Sample(i, "", "", lambda x=x: x) for i, x in enumerate(pictures)]
+    samples = [Sample(i, "", "", lambda x=x: x, i) for i, x in enumerate(pictures)]
     with torch.inference_mode():
         found = encoder.encode(encoder.prepare(samples))
     assert found.shape == (len(pictures), encoder.width)
@@ -64,7 +64,7 @@ def test_a_picture_of_several_captions_is_encoded_once() -> None:
         return 2 * pixels
 
     encoder = image_encoder(lambda x: x, encode, 5, CPU)
-    sources = ["a", "b", "a", None, None, "a"]
+    sources = ["a", "b", "a", "c", "d", "a"]
     rows = [0, 1, 0, 2, 2, 0]
     samples = [Sample(i, "", "", lambda i=i: random[rows[i]], x) for i, x in enumerate(sources)]
     torch.testing.assert_close(encoder.encode(encoder.prepare(samples)), 2 * random[rows])

@@ -38,7 +38,7 @@ from tiny_teacher import (
 from torch import Tensor
 
 from rankloss_features import Features
-from rankloss_features.data import Shards
+from rankloss_features.data import Shards, groups_of
 from rankloss_features.folder import NAMES
 from rankloss_features.teachers import Encoder, Teacher
 
@@ -97,7 +97,7 @@ def test_features_are_the_teachers(tmp_path: Path) -> None:
         features = written(tmp_path / f"{kind}-features", data, given, workers=1, dtype=dtype).check()
         assert features.about["scale"] == 100
         assert features.about["rows"] == len(features) == ROWS
-        (samples,) = [x for source, spans in data.spans(ROWS)[:1] for x in data.read(source, spans)]
+        (samples,) = [x for source, spans in groups_of(data, ROWS)[:1] for x in data.read(source, spans)]
         for name, encoder in given.encoders.items():
             expected = torch.nn.functional.normalize(encoder.encode(encoder.prepare(samples)), dim=-1)
             assert features.arrays[name].dtype == dtype

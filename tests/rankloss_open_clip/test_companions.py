@@ -18,10 +18,11 @@ from teacher_features import stored, unit_rows
 from torch import Tensor, nn
 
 from rankloss_baselines.second_caption import SecondCaption
+from rankloss_features import Features
+from rankloss_features.binding import RowCompanion
 from rankloss_features.folder import NAMES
 from rankloss_open_clip.command_line import companions_of
 from rankloss_open_clip.companions import Companion, Companions
-from rankloss_open_clip.reference_features import ReferenceFeatures
 
 CONTEXT = 9
 CAPTION = SecondCaption("syn")
@@ -108,7 +109,8 @@ def test_companions_join_the_output_of_one_call_of_the_model(
     tmp_path: Path, kinds: str, named: bool, wrap: str
 ) -> None:
     arrays = {name: unit_rows(3, 21, seed) for seed, name in enumerate(NAMES)}
-    possible = {"caption": CAPTION, "features": ReferenceFeatures(stored(tmp_path / "x", **arrays))}
+    rows = RowCompanion("row", Features(stored(tmp_path / "x", **arrays)), "reference_")
+    possible = {"caption": CAPTION, "features": rows}
     companions = Companions([possible[kind] for kind in kinds.split(" and ")])
     plain, clip = model(), model()
     expected, second = plain(IMAGES, tokens("a{}")), plain(IMAGES, tokens("other {}"))
@@ -132,7 +134,7 @@ def test_companions_join_the_output_of_one_call_of_the_model(
     if "features" in kinds:
         for name, array in arrays.items():
             found = added.pop(f"reference_{name}")
-            assert torch.equal(found[:, :21], torch.from_numpy(array))
+            assert torch.equal(found, torch.from_numpy(array))
             assert not found.requires_grad
     if "caption" in kinds:
         torch.testing.assert_close(added.pop("caption_features"), second["text_features"])

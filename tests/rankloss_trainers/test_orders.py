@@ -23,9 +23,10 @@ import rankloss_trainers
 from batches import gradients
 from process_pool import Pools
 from rankloss import Gather
+from rankloss_features.binding import RowCompanion
 from rankloss_trainers.console import main
 from rankloss_trainers.orders import Orders, bind
-from rankloss_trainers.orders.loss import OrderCompanion, OrderedRankClipLoss
+from rankloss_trainers.orders.loss import OrderedRankClipLoss
 
 F64 = torch.float64
 CONSTANT: dict[str, Any] = {"schedule": "constant", "normalizer": 1.0}
@@ -128,7 +129,7 @@ def test_wrong_lists_are_refused_by_name() -> None:
     loss, lists = OrderedRankClipLoss(**CONSTANT), lists_of(0, 3, 2, 4)
     with pytest.raises(ValueError, match=r"^ranking by orders needs order_pictures"):
         loss(v, t, s, **{**lists, "order_listed": None})
-    with pytest.raises(ValueError, match=r"^order_pictures must be integers of shape \[N\] = \(3,\)"):
+    with pytest.raises(ValueError, match=r"^order_pictures, .* must be \[N\] = \(3,\)"):
         loss(v, t, s, **{name: x[:2] for name, x in lists.items()})
 
 
@@ -216,7 +217,7 @@ def test_the_folder_has_the_lists_of_each_rows_picture(
 
 def test_a_sample_without_a_picture_is_skipped_and_one_of_another_caption_refused(tmp_path: Path) -> None:
     assert command(tmp_path) == 0
-    companion = OrderCompanion(str(tmp_path / "o"))
+    companion = RowCompanion("list of ids", Orders(str(tmp_path / "o")))
     sample = {"__key__": "a", "__url__": "x.tar", "txt": b"a"}
     assert companion.of_sample(sample, "another") is None
     with pytest.raises(ValueError, match=r"sample 'a' of x\.tar with caption 'another' has no row in"):

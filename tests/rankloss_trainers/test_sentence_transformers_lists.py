@@ -191,10 +191,6 @@ def test_labels_and_arguments_are_checked(bert: Path) -> None:
         loss(columns, None)
     with pytest.raises(ValueError, match=r"for each of 2 candidates, \(3, 2\); got \(3, 3\)"):
         loss(columns, torch.zeros(3, 3))
-    with pytest.raises(TypeError, match=r"criterion must be a rankloss\.RankedLists; got str"):
-        RankedListsLoss(model, "plackett_luce")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="reduction='none'"):
-        RankedListsLoss(model, RankedLists(reduction="none"))
     with pytest.raises(ValueError, match="scale must be"):
         RankedListsLoss(model, scale=0.0)
     with pytest.raises(ValueError, match="mini_batch_size must be"):

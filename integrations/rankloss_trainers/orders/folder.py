@@ -11,11 +11,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from rankloss_features.data import Data, Table
-from rankloss_features.folder import Array, Rows, hashes_of_pairs, name_of
+from rankloss_features.folder import Array, Rows, hash_of, hashes_of_pairs, name_of
 from rankloss_trainers.lists import graded
 
 _ABOUT = "orders.json"
@@ -67,7 +63,7 @@ class Orders(Rows):
             ValueError: A file is not as it was written.
         """
         for name, written in self.about["hashes"].items():
-            if _hash(getattr(self, name)) != written:
+            if hash_of(getattr(self, name)).hex() != written:
                 raise ValueError(f"{self.path}/{name}.npy is not as it was written")
         return self
 
@@ -97,7 +93,7 @@ def bind(dataset: Any, folder: str, *, image_column: str = "image", caption_colu
 
 
 def write(output: Path, data: Data, file: Path, command: str) -> dict[str, Any]:
-    """Write the folder, whole or not at all, and return the entries of ``orders.json``.
+    """Write the folder, and return the entries of ``orders.json``.
 
     Args:
         output: The folder, which must not exist, or be of this command.
@@ -141,18 +137,13 @@ def write(output: Path, data: Data, file: Path, command: str) -> dict[str, Any]:
     about = {
         **{"rows": len(names), "pictures": len(number), "lists": len(lists), "longest": longest},
         **{"data": data.about, "command": command},
-        "hashes": {name: _hash(array) for name, array in arrays.items()},
+        "hashes": {name: hash_of(array).hex() for name, array in arrays.items()},
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        folder = Path(temporary, "orders")
-        folder.mkdir()
-        for name, array in arrays.items():
-            np.save(folder / f"{name}.npy", array)
-        (folder / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        if output.exists():
-            shutil.rmtree(output)
-        folder.rename(output)
+    output.mkdir(parents=True, exist_ok=True)
+    # The hashes first: without all of the arrays that belong to them the folder is refused.
+    (output / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    for name, array in arrays.items():
+        np.save(output / f"{name}.npy", array)
     return about
 
 
@@ -165,7 +156,7 @@ def read(file: Path) -> Iterator[tuple[str, Any, Any, Any]]:
     Raises:
         ValueError: The file cannot be read, or a line has another form.
     """
-    for where, entry in _parquet(file) if file.suffix == ".parquet" else _json_lines(file):
+    for where, entry in _entries(file):
         if not isinstance(entry, dict) or not {"id", "ids"} <= entry.keys() <= _KEYS:
             raise ValueError(f"a list must have id, ids and perhaps grades; got {entry!r:.80} in {where}")
         ids, grades = entry["ids"], entry.get("grades")
@@ -174,30 +165,21 @@ def read(file: Path) -> Iterator[tuple[str, Any, Any, Any]]:
         yield where, entry["id"], ids, list(range(len(ids), 0, -1)) if grades is None else grades
 
 
-def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"line {number} of {file}"
-            try:
-                yield where, json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where} is no JSON: {error}") from error
-
-
-def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    import pandas  # type: ignore[import-untyped]
-
+def _entries(file: Path) -> Iterator[tuple[str, Any]]:
+    where = str(file)
     try:
-        table = pandas.read_parquet(file)
-    except Exception as error:  # Arrow raises many
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    for number, row in enumerate(table.to_dict("records")):
-        entry = {str(key): x.tolist() if isinstance(x, np.ndarray) else x for key, x in row.items()}
-        is_missing = isinstance(x := entry.get("grades"), float) and math.isnan(x)
-        yield (
-            f"row {number} of {file}",
-            {key: x for key, x in entry.items() if key != "grades" or not is_missing},
-        )
+        if file.suffix == ".parquet":
+            from pyarrow import parquet  # type: ignore[import-untyped]
+
+            for number, entry in enumerate(parquet.read_table(file).to_pylist(), 1):
+                yield f"row {number} of {file}", entry
+            return
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"line {number} of {file}"
+                yield where, json.loads(line)
+    except ValueError as error:  # as Arrow's are
+        raise ValueError(f"{where} cannot be read: {error}") from error
 
 
 def _pairs(data: Data) -> tuple[list[str], list[str]]:
@@ -227,7 +209,3 @@ def _number(name: Any, number: dict[str, int], where: str) -> int:
         example = next(iter(number))
         raise ValueError(f"the data have no picture {name!r}, as {example!r} is one; it is in {where}")
     return found
-
-
-def _hash(array: Array) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=8).hexdigest()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,10 +12,8 @@ import rankloss
 from rankloss import graded
 from rankloss.distributed import gather_once
 from rankloss.losses import base_entries, combined
-from rankloss.precision import arithmetic_dtype, full_precision, nan_unless_finite, outside_graphs, product
-from rankloss_features.data import row_of_sample
-from rankloss_features.folder import Array
-from rankloss_trainers.orders.folder import ARGUMENTS, Orders
+from rankloss.precision import arithmetic_dtype, nan_unless_finite, outside_graphs, product
+from rankloss_trainers.orders.folder import ARGUMENTS
 
 
 class OrderedRankClipLoss(rankloss.RankClipLoss):
@@ -69,51 +64,33 @@ class OrderedRankClipLoss(rankloss.RankClipLoss):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with ``output_dict`` its summands; ``base_inputs`` are the base's."""
         inputs = image_features, text_features, logit_scale, logit_bias
-        weights = self.rank_weights
+        weights, gather = self.rank_weights, self.consistency.gather
         self.consistency.check_inputs(*inputs, one_space=bool(weights["cross_modal"]))
-        lists = _checked_lists(len(image_features), order_pictures, order_listed, order_grades)
+        n, dtype, found = len(image_features), arithmetic_dtype(image_features, text_features), {}
+        pictures, listed, grades = _checked_lists(n, order_pictures, order_listed, order_grades)
         with gather_once():
             entries = base_entries(self.base, *inputs, **base_inputs)
-            with full_precision(image_features.device):
-                own = self._terms(weights, image_features, text_features, logit_scale, lists)
-        return combined(entries, own, output_dict)
-
-    def _terms(
-        self,
-        weights: dict[str, float],
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        lists: tuple[Tensor, Tensor, Tensor],
-    ) -> dict[str, Tensor]:
-        """Both terms times their weights; zero where a weight is."""
-        gather, dtype = self.consistency.gather, arithmetic_dtype(image_features, text_features)
-        images, texts = (x.to(dtype) for x in gather(image_features, text_features))
-        pictures, listed, grades = lists
-        everyone = gather.items(pictures, are_anchors=False)
-        rows = slice(None)
-        if gather.anchors_are_local:
-            first = gather.first_row(len(pictures))
-            rows = slice(first, first + len(pictures))
-            anchors = image_features.to(dtype), text_features.to(dtype)
-        else:
-            listed, grades = gather.items(listed), gather.items(grades)
-            anchors = images, texts
-        own = torch.arange(len(everyone), device=everyone.device)[rows, None]
-        place, is_there = _places(everyone, listed)
-        found = {}
-        for name, items in (("cross_modal", (texts, images)), ("in_modal", (images, texts))):
-            total = images.new_zeros(())
-            for queries, others in zip(anchors, items, strict=True) if weights[name] else ():
-                scores = product(queries * logit_scale, others.T)
-                values, terms = self._of_lists(scores, own, place, is_there, grades, name == "cross_modal")
-                total = total + self._mean(values, terms) / 2
-            total = nan_unless_finite(total, image_features, text_features).to(dtype)
-            found[f"{name}_loss"] = weights[name] * total
-        return found
+            both = anchors = [x.to(dtype) for x in gather(image_features, text_features)]
+            everyone = gather.items(pictures, are_anchors=False)
+            own = torch.arange(len(everyone), device=everyone.device)[:, None]
+            if gather.anchors_are_local:
+                anchors = [image_features.to(dtype), text_features.to(dtype)]
+                own = own[gather.first_row(n) :][:n]
+            else:
+                listed, grades = gather.items(listed), gather.items(grades)
+            lists = own, *_places(everyone, listed), grades
+            for name, items in (("cross_modal", both[::-1]), ("in_modal", both)):
+                total = both[0].new_zeros(())
+                for queries, others in zip(anchors, items, strict=True) if weights[name] else ():
+                    scores = product(queries * logit_scale, others.T)
+                    values, terms = self._of_lists(scores, *lists, with_own=name == "cross_modal")
+                    total = total + self._mean(values, terms) / 2
+                total = nan_unless_finite(total, image_features, text_features).to(dtype)
+                found[f"{name}_loss"] = weights[name] * total
+        return combined(entries, found, output_dict)
 
     def _of_lists(
-        self, scores: Tensor, own: Tensor, place: Tensor, is_there: Tensor, grades: Tensor, with_own: bool
+        self, scores: Tensor, own: Tensor, place: Tensor, is_there: Tensor, grades: Tensor, *, with_own: bool
     ) -> tuple[Tensor, Tensor]:
         """The value of each list, and the number of its counted items."""
         grades = grades.to(torch.float32 if scores.device.type == "mps" else torch.float64)
@@ -136,12 +113,7 @@ class OrderedRankClipLoss(rankloss.RankClipLoss):
         return total / count.clamp_min(1)
 
 
-def log_orders(
-    criterion: nn.Module,
-    entries: Mapping[str, Tensor],  # noqa: ARG001
-    step: int,  # noqa: ARG001
-    inputs: Mapping[str, Any],
-) -> dict[str, Tensor]:
+def log_orders(criterion: nn.Module, _: Any, __: int, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Entries to log beside the terms: λ, and the fraction of the listed pictures that are in the batch."""
     loss = next(x for x in criterion.modules() if isinstance(x, OrderedRankClipLoss))
     listed = inputs["order_listed"]
@@ -157,7 +129,7 @@ def _checked_lists(n: int, *lists: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     """The three arguments.
 
     Raises:
-        ValueError: One is missing, of another shape, or of another type.
+        ValueError: One is missing, or of another shape.
     """
     pictures, listed, grades = lists
     if pictures is None or listed is None or grades is None:
@@ -165,13 +137,9 @@ def _checked_lists(n: int, *lists: Tensor | None) -> tuple[Tensor, Tensor, Tenso
             f"ranking by orders needs {', '.join(ARGUMENTS)} of each pair; "
             "rankloss_trainers.orders.bind adds them to a dataset"
         )
-    fits = pictures.shape == (n,) and listed.shape[:-1] == (n,) and grades.shape == listed.shape
-    if not fits or pictures.is_floating_point() or listed.is_floating_point():
-        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (pictures, listed, grades))
-        raise ValueError(
-            f"order_pictures must be integers of shape [N] = ({n},), order_listed integers [N, K], and "
-            f"order_grades [N, K]; got {shapes}"
-        )
+    if pictures.shape != (n,) or listed.shape[:-1] != (n,) or grades.shape != listed.shape:
+        shapes = [tuple(x.shape) for x in (pictures, listed, grades)]
+        raise ValueError(f"{', '.join(ARGUMENTS)} must be [N] = ({n},), [N, K] and [N, K]; got {shapes}")
     return pictures, listed, grades
 
 
@@ -180,57 +148,3 @@ def _places(everyone: Tensor, listed: Tensor) -> tuple[Tensor, Tensor]:
     ordered, order = everyone.sort(stable=True)
     found = torch.searchsorted(ordered, listed).clamp_max(len(ordered) - 1)
     return order[found], ordered[found] == listed
-
-
-class OrderCompanion:
-    """The orders of a folder, which travel with the captions through open_clip's trainer.
-
-    A companion as :class:`rankloss_open_clip.companions.Companion` describes it.
-
-    Args:
-        path: The folder of ``rankloss orders``.
-    """
-
-    name = "list of ids"
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    @functools.cached_property
-    def folder(self) -> Orders:
-        """The folder."""
-        return Orders(self.path)
-
-    def of_rows(self, path: str, separator: str, dataset: Any) -> Callable[[int], str]:  # noqa: ARG002
-        """The rows of the folder, once every pair is compared with the folder's."""
-        self.folder.compare_columns(dataset.captions, dataset.images, path)
-        return self._of_row
-
-    def of_sample(self, sample: dict[str, Any], caption: str) -> str | None:
-        """The row of a webdataset sample; None without a picture, which the trainer skips.
-
-        Raises:
-            ValueError: The folder has no such pair.
-        """
-        row = row_of_sample(self.folder, sample, caption)
-        return None if row is None else self._of_row(row)
-
-    def _of_row(self, row: int) -> str:
-        pictures, listed, grades = self.folder.take(np.array([row])).values()
-        numbers: Array = np.concatenate([pictures, listed[0], grades[0].astype(np.float64).view(np.int64)])
-        return base64.b64encode(numbers.tobytes()).decode()
-
-    def encode(self, tokenize: Callable[[list[str]], Tensor], texts: list[str]) -> Tensor:  # noqa: ARG002
-        """A row of integers for each list."""
-        return torch.from_numpy(np.stack([np.frombuffer(base64.b64decode(x), np.int64) for x in texts]))
-
-    def inputs(self, texts: Tensor, encoded: Tensor) -> Tensor:  # noqa: ARG002
-        """The texts, to which a list adds none."""
-        return texts
-
-    def outputs(self, output: dict[str, Any], encoded: Tensor) -> dict[str, Any]:
-        """The output and the lists, by the names that the loss has for them."""
-        longest = self.folder.listed.shape[1]
-        numbers = encoded[:, : 1 + 2 * longest].split([1, longest, longest], 1)
-        grades = numbers[2].contiguous().view(torch.float64)
-        return {**output, **dict(zip(ARGUMENTS, (numbers[0][:, 0], numbers[1], grades), strict=True))}

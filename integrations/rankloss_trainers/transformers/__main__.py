@@ -16,7 +16,6 @@ script sets for it (``HF_HOME``, ``HF_ENDPOINT``) still count.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import runpy
 import sys
@@ -24,8 +23,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from rankloss_trainers import catalog
-from rankloss_trainers.command_line import LossArguments, mentioned, misspelt
+from rankloss_trainers.command_line import LossArguments, beginnings, mentioned
 from rankloss_trainers.import_hook import after_import
 
 
@@ -33,7 +31,7 @@ def main() -> None:
     """Run the script with the loss of the command line."""
     script, *given = sys.argv[1:] or ["--help"]
     if script.startswith("-"):
-        parser, _ = _parser([script])
+        parser = _losses([script]).parser
         if script not in ("-h", "--help"):
             parser.error(f"the script comes first, got {script}")
         parser.print_help()
@@ -57,33 +55,25 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     Returns:
         The keywords of a ContrastiveTrainer, none for the script's own loss; and the script's arguments.
     """
-    beginnings = tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.candidates()))
-    if not any(argument.startswith(("--loss", *beginnings)) for argument in argv):
+    if not any(argument.startswith(("--loss", *beginnings())) for argument in argv):
         return {}, argv
-    parser, losses = _parser(argv)
-    args, rest = parser.parse_known_args(argv)
-    # With hyphens, as HfArgumentParser would take it, too. The rest after "--" is the script's.
-    ours = [x for x in itertools.takewhile("--".__ne__, rest) if x.replace("_", "-").startswith(beginnings)]
-    if ours and hasattr(args, "loss"):
-        hint = misspelt(ours, parser._option_string_actions)
-        parser.error(f"{ours[0].partition('=')[0]}: there is no such option{hint}")
+    losses = _losses(argv)
+    args, rest = losses.parsed(argv)
     try:
         name, given = losses.chosen(args) or ("", {})
-        if name:
-            losses.refuse(name, given)
     except ValueError as error:
-        parser.error(f"argument {error}")
+        losses.parser.error(f"argument {error}")
     return {"loss": name, "loss_options": given} if name else {}, rest
 
 
-def _parser(argv: list[str]) -> tuple[argparse.ArgumentParser, LossArguments]:
-    """A parser with the losses that a command line may mean."""
+def _losses(argv: list[str]) -> LossArguments:
+    """The losses that a command line may mean, on a parser."""
     from rankloss_trainers.runtime import BY_STEPS
 
     prog = "python -m rankloss_trainers.transformers SCRIPT ..."
     text = "Run a script that builds transformers.Trainer, with a loss of rankloss."
     parser = argparse.ArgumentParser(prog, description=text, allow_abbrev=False, add_help=False)
-    return parser, LossArguments(parser, mentioned(argv), defaults=BY_STEPS)
+    return LossArguments(parser, mentioned(argv), defaults=BY_STEPS)
 
 
 class Attached:

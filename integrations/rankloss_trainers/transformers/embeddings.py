@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rankloss_trainers.cached import embedding_in
+
 _EMBEDDINGS = {"image_features": "image_embeds", "text_features": "text_embeds"}
+
+
+def embedded(
+    call: Any, model: Any, inputs: Mapping[str, Any], size: int | None, rows: Any = (1,)
+) -> tuple[Any, dict[str, Any]]:
+    """Call a model, at once or in mini-batches.
+
+    Args:
+        call: The model, in its wrappers.
+        model: The model itself.
+        inputs: Its inputs.
+        size: Rows of a mini-batch, at most; None embeds all at once.
+        rows: The rows that a column may have for each pair.
+
+    Returns:
+        Its output; and the embeddings, the scale and the bias, as losses call them.
+    """
+    scale = functools.partial(scale_of, model)
+    with embedding_in(model, size, embeddings_of, rows, scale):
+        outputs = call(**inputs)
+    return outputs, dict(outputs) if size else {**embeddings_of(outputs), **scale()}
 
 
 def embeddings_of(outputs: Any) -> dict[str, Tensor]:
@@ -86,17 +110,12 @@ def with_captions(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         ``[2N, D]``.
 
     Raises:
-        ValueError: There are no such columns, or they are of another length.
+        ValueError: There are no such columns.
     """
     plain = without_captions(inputs, prefix)
     second = {name.removeprefix(f"{prefix}_"): x for name, x in inputs.items() if name not in plain}
     if not second:
         raise ValueError(f"no column of the batch begins with {prefix}_, got {', '.join(inputs)}")
-    for name, x in second.items():
-        first = tuple(plain[name].shape) if name in plain else None
-        if first != tuple(x.shape):
-            got = f"{tuple(x.shape)} beside {first}; pad both captions to one length"
-            raise ValueError(f"{prefix}_{name} must have the shape of {name}, got {got}")
     return {**plain, **{name: torch.cat([plain[name], x]) for name, x in second.items()}}
 
 

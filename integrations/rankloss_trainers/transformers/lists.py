@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from rankloss import metrics
-from rankloss_trainers.cached import embedding_in
-from rankloss_trainers.lists import PADDING, arguments, check_unique, graded, pooled
+from rankloss_trainers.lists import arguments, check_unique, graded, pooled
 from rankloss_trainers.ranked_lists import OF_PAIRS
 from rankloss_trainers.runtime import Runtime
 from rankloss_trainers.transformers import embeddings
@@ -159,73 +157,48 @@ def check_run(run: Runtime) -> None:
 
 
 def embedded(
-    call: Any, model: Any, inputs: Mapping[str, Any], size: int | None
+    run: Runtime, call: Any, model: Any, inputs: Mapping[str, Any], size: int | None
 ) -> tuple[Any, dict[str, Any]]:
     """Embed the pictures and texts of a batch of lists in one call of the model.
 
     Args:
+        run: The loss.
         call: The model, in its wrappers.
         model: The model itself.
         inputs: A batch of :class:`RankedListsCollator`.
         size: Rows of a mini-batch, at most; None embeds all at once.
 
     Returns:
-        The model's output, and the arguments of the loss but those that :func:`arguments` adds.
+        The model's output, and the arguments of the loss, of the same shapes on all processes.
 
     Raises:
-        ValueError: The batch is of another collator.
+        KeyError: The batch is of another collator.
     """
-    missing = [name for name in _OF_LISTS if name not in inputs]
-    if missing:
-        raise ValueError(
-            f"a batch of lists needs {', '.join(missing)}, as RankedListsCollator makes it; "
-            f"got {', '.join(inputs)}"
-        )
-    n, m = int(inputs["query_index"].max()) + 1, len(inputs["candidate_ids"])
-    few, many = sorted((n, m))
+    index, grades, ids = (inputs[name] for name in ("candidate_index", "grades", "candidate_ids"))
+    few, many = sorted((int(inputs["query_index"].max()) + 1, len(ids)))
     # Each mini-batch needs a row of either kind: the few are repeated, and cut off again.
     rows = few if size is None else max(few, -(-many // size))
     columns = {name: x for name, x in inputs.items() if name not in (*_OF_LISTS, "return_loss")}
     if rows > few:
         again = torch.arange(rows) % few
         columns = {name: x[again.to(x.device)] if len(x) == few else x for name, x in columns.items()}
-    scale, embeds = functools.partial(embeddings.scale_of, model), embeddings.embeddings_of
-    with embedding_in(model, size, embeds, (1, Fraction(rows, many)), scale):
-        outputs = call(**columns)
-    features = dict(outputs) if size else {**embeds(outputs), **scale()}
+    outputs, features = embeddings.embedded(call, model, columns, size, (1, Fraction(rows, many)))
     sides = features["image_features"], features["text_features"]
     queries, candidates = sides if inputs["queries"] == "image" else sides[::-1]
     logit_scale = features["logit_scale"]
     if "logit_bias" in features:  # changes no list, but is a parameter of which DDP expects a gradient
         logit_scale = logit_scale + 0.0 * features["logit_bias"]
-    return outputs, {
-        "query_features": queries[inputs["query_index"]],
-        "candidate_features": candidates[:m],
-        "logit_scale": logit_scale,
-    }
+    lists = arguments(run.gather, candidates[: len(ids)], index, grades, ids)
+    return outputs, {"query_features": queries[inputs["query_index"]], "logit_scale": logit_scale, **lists}
 
 
-def arguments_of(run: Runtime, features: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the loss, of the same shapes on all processes.
-
-    Args:
-        run: The loss.
-        features: The features of :func:`embedded`.
-        inputs: A batch of :class:`RankedListsCollator`.
-    """
-    index, grades, ids = (inputs[name] for name in ("candidate_index", "grades", "candidate_ids"))
-    return {**features, **arguments(run.gather, features["candidate_features"], index, grades, ids)}
-
-
-def measures(features: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+def measures(features: Mapping[str, Tensor]) -> Tensor:
     """The metrics of :data:`METRICS` of each list, ``[N, 5]``; NaN where one is not defined.
 
     Args:
         features: The arguments of :func:`embedded`.
-        inputs: A batch of :class:`RankedListsCollator`.
     """
-    index, grades = inputs["candidate_index"], inputs["grades"]
-    mask = index != PADDING
+    index, grades, mask = (features[name] for name in ("candidate_index", "grades", "mask"))
     own = features["candidate_features"][index.clamp_min(0)].float()
     scores = (features["query_features"].float()[:, None] * own).sum(-1)  # autocast would round a product
     has_negative = ((grades < 0) & (grades > -torch.inf) & mask).any(-1, keepdim=True)

@@ -14,7 +14,6 @@ import rankloss
 from rankloss.losses import TEACHER
 from rankloss.options import check_count
 from rankloss_features.binding import COLUMN
-from rankloss_trainers.cached import embedding_in
 from rankloss_trainers.extras import extra
 from rankloss_trainers.orders.folder import ARGUMENTS as ORDERS
 from rankloss_trainers.runtime import BY_STEPS, Entries, Host, Runtime
@@ -160,11 +159,11 @@ class ContrastiveTrainer(transformers.Trainer):
         return (entries.total, outputs) if return_outputs else entries.total
 
     def _of_lists(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
-        own = self.accelerator.unwrap_model(model)
-        outputs, features = lists.embedded(model, own, inputs, self.mini_batch_size)
+        own, size = self.accelerator.unwrap_model(model), self.mini_batch_size
+        outputs, features = lists.embedded(self.loss_runtime, model, own, inputs, size)
         if not torch.is_grad_enabled():
-            self._measured.append(self.accelerator.gather_for_metrics(lists.measures(features, inputs)))
-        return outputs, self.loss_runtime(**lists.arguments_of(self.loss_runtime, features, inputs))
+            self._measured.append(self.accelerator.gather_for_metrics(lists.measures(features)))
+        return outputs, self.loss_runtime(**features)
 
     def _of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
         trains, run, captions = torch.is_grad_enabled(), self.loss_runtime, self.loss_runtime.captions
@@ -175,10 +174,7 @@ class ContrastiveTrainer(transformers.Trainer):
             select = embeddings.with_captions if trains else embeddings.without_captions
             inputs = select(inputs, captions)
         own, rows = self.accelerator.unwrap_model(model), (1,) if captions is None else (1, 2)
-        scale, embeds = functools.partial(embeddings.scale_of, own), embeddings.embeddings_of
-        with embedding_in(own, self.mini_batch_size, embeds, rows, scale):
-            outputs = model(**inputs)
-        features: dict[str, Any] = dict(outputs) if self.mini_batch_size else {**embeds(outputs), **scale()}
+        outputs, features = embeddings.embedded(model, own, inputs, self.mini_batch_size, rows)
         if not trains:
             return outputs, run.evaluate(**features)
         if captions is not None:
