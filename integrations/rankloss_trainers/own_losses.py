@@ -190,8 +190,16 @@ RANKCLIP_IN = _preset("rankclip without its cross-modal term: the ablation RankC
 
 # The setting that the miniature confirmed (docs/evidence.md), with the recipe's ramp.
 _DISTILLED: Any = {"reference": "teacher", "top_k": 8, "distill_loss": "exclude"}
-RANKCLIP_DISTILL = _preset(
-    "rankclip trained to match a teacher's eight best ranks", lambda_cross=64.0, lambda_in=64.0, **_DISTILLED
+# The best one of two encoders on emojis and icons (docs/evidence.md).
+_OF_TWO_ENCODERS = {"lambda_in": 16.0, "top_k": 16}
+RANKCLIP_DISTILL = dataclasses.replace(
+    _preset(
+        "rankclip trained to match a teacher's eight best ranks, of two encoders their sixteen best",
+        lambda_cross=64.0,
+        lambda_in=64.0,
+        **_DISTILLED,
+    ),
+    in_separate_spaces=lambda given: {**_rankclip_in_separate_spaces(given), **_OF_TWO_ENCODERS},
 )
 
 

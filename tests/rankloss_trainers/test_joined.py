@@ -100,7 +100,10 @@ def test_two_encoders_rank_the_in_modal_lists_alone(tmp_path: Path) -> None:
     path = folder(tmp_path / "x", data, features(), "image", "text", "separate")
     entry = find("rankclip-distill").load()
     for given in ({}, {"lambda_cross": 0}):
-        assert entry.checked("x", {"reference_features": path, **given})["lambda_cross"] == 0
+        checked = entry.checked("x", {"reference_features": path, **given})
+        assert [checked[name] for name in ("lambda_cross", "lambda_in", "top_k")] == [0, 16, 16]
+    checked = entry.checked("x", {"reference_features": path, "lambda_in": 3.0, "top_k": None})
+    assert [checked[name] for name in ("lambda_cross", "lambda_in", "top_k")] == [0, 3, None]
     with pytest.raises(ValueError, match=r"lambda_cross: must be 0, as .*separate spaces.*; got 1"):
         entry.checked("x", {"reference_features": path, "lambda_cross": 1})
     joined = find("cyclip+rankclip").load().checked("x", {"reference_features": path})

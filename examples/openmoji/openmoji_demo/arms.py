@@ -27,7 +27,7 @@ _ARMS = (
         "encoders",
         "CLIP + encoders' ranks",
         "rankclip-distill",
-        ("--rankclip-lambda-in", "32", "--rankclip-lambda-cross", "0"),
+        ("--rankclip-lambda-in", "32", "--rankclip-top-k", "8", "--rankclip-lambda-cross", "0"),
         features=True,
     ),
 )
