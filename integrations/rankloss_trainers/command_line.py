@@ -163,6 +163,18 @@ class LossArguments:
 
         return joined(name, self.entries.__getitem__)
 
+    def refuse(self, name: str, given: Options) -> None:
+        """Raise a ValueError for a loss with options that work in no trainer; it begins with the argument."""
+        from rankloss.distributed import Gather
+
+        entry = self._entry(name)
+        try:
+            reason = entry.refuse(entry.checked(name, given), Gather(rank=0, world_size=1))
+        except ValueError as error:
+            reason = str(error)
+        if reason is not None:
+            raise ValueError(with_flag(name, entry, reason))
+
 
 def by_prefix(entries: Mapping[str, LossEntry]) -> dict[str, list[str]]:
     """The names of losses, by the prefix of their options."""

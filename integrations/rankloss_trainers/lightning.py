@@ -38,11 +38,10 @@ class Progress(Callback):
             count from 1.
         total_steps: The optimizer steps of the run, where the trainer does not know them: a dataset without
             a length, a ``GradientAccumulationScheduler`` or ``StochasticWeightAveraging``, unless
-            ``max_steps`` alone ends the run. Later steps stay at the last. None asks the trainer. Epochs take
-            no notice of it.
+            ``max_steps`` alone ends the run. Later steps stay at the last. None asks the trainer.
 
     Raises:
-        ValueError: for another unit, and for ``total_steps`` below 1; when
+        ValueError: for another unit, and for ``total_steps`` below 1 or beside ``unit="epoch"``; when
             training begins with a loss that has a schedule: if it goes by the other unit alone, if the
             trainer does not know the run's steps (under ``unit="epoch"``, if ``max_epochs`` alone does not
             end it), and under manual optimization, whose steps the trainer may not count.
@@ -57,6 +56,8 @@ class Progress(Callback):
         check_choice("unit", unit, ("step", "epoch"))
         self.unit = unit
         self.total_steps = None if total_steps is None else check_count("total_steps", total_steps)
+        if unit == "epoch" and total_steps is not None:
+            raise ValueError(f"total_steps is for unit='step'; got total_steps={total_steps!r}, unit='epoch'")
         self._tellers: list[Any] = []
         self._end = 0
         self._told = 0  # an accumulated batch is no step of its own

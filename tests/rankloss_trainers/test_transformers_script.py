@@ -100,7 +100,6 @@ def test_derived_trainer_is_reached(tmp_path: Path, here: Callable[..., Path]) -
         (("--trainer", "none"), SystemExit, "--loss rankclip was not used"),
         (("--trainer", "loop"), RuntimeError, "--loss rankclip was not used"),
         (("--trainer", "OwnLoss"), TypeError, "OwnLoss computes its own loss"),
-        (("--rankclip-diagonal", "exclude", "--rankclip-ties", "random"), ValueError, "diagonal"),
         (("--kind", "other"), ValueError, "Classifier has neither a logit_scale nor a temperature"),
     ],
 )
@@ -159,6 +158,8 @@ def test_what_is_the_scripts_reaches_it_in_order(argv: Any, keywords: Any, rest:
         (["--loss", "rankclap"], "--loss: .*rankclap'; did you mean rankclip"),
         (["--cyclip-lambda-in", "3"], "--cyclip-lambda-in: only with --loss cyclip$"),
         (["--loss", "rankclip", "--cyclip-lambda-in", "3"], "--cyclip-lambda-in: only with --loss cyclip$"),
+        (["--loss", "rankclip", "--rankclip-diagonal", "exclude", "--rankclip-ties", "random"], "-diagonal"),
+        (["--loss", "alip"], "--alip-caption-key"),
         (
             ["--loss", "rankclip", "--rankclip-lamda-in", "3"],
             "option; did you mean --rankclip-lambda-in",

@@ -61,6 +61,8 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     args, rest = losses.parsed(argv)
     try:
         name, given = losses.chosen(args) or ("", {})
+        if name:
+            losses.refuse(name, given)
     except ValueError as error:
         losses.parser.error(f"argument {error}")
     return {"loss": name, "loss_options": given} if name else {}, rest
