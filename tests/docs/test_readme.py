@@ -113,6 +113,17 @@ def taught_heads() -> list[str]:
     return [f"| {cell} |" for cell in cells]
 
 
+def two_encoders() -> list[str]:
+    """… in R@10 of every way to learn from two encoders, minus CLIP's, on all three data sets."""
+    cells: dict[str, list[str]] = {}
+    for part in ("2a", "2c"):
+        report = (ROOT / f"examples/photographs/report/part{part}.md").read_text(encoding="utf-8")
+        for line in re.findall(r"^\| `[\w-]+` +\| `clip` .*$", report, re.MULTILINE):
+            arm, _, *of = (cell.strip() for cell in line.strip("| ").split("|"))
+            cells.setdefault(arm, []).extend(of[:1] if part == "2a" else of[:4:3])
+    return [f"| {' | '.join(of)} |" for of in cells.values() if len(of) == 3]
+
+
 def founds() -> list[dict[str, dict[str, float]]]:
     """The demo's R@10 by seed and model, as it wrote them."""
     files = sorted((ROOT / "examples/openmoji/results").glob("seed*.json"))
@@ -145,7 +156,10 @@ def demo_table() -> list[str]:
         ("README.md", [answer, ways_to_learn, photographs, demo]),
         ("docs/teachers.md", [demo_by_seed]),
         ("examples/openmoji/README.md", [demo_table]),
-        ("docs/evidence.md", [answer, effect_of_a_teacher, ways_to_learn, photographs_table, taught_heads]),
+        (
+            "docs/evidence.md",
+            [answer, effect_of_a_teacher, ways_to_learn, photographs_table, taught_heads, two_encoders],
+        ),
         ("examples/miniature/README.md", [effect_of_a_teacher, ways_to_learn]),
     ],
 )
