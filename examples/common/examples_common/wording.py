@@ -27,6 +27,26 @@ def fill(template: Path, **values: Any) -> str:
     return page.fill(template, filters, marks=MARKS, **_CONSTANTS, **values)
 
 
+def write_report(path: Path, template: Path, **values: Any) -> Path:
+    """Write a report, whose template is filled in, and return its path."""
+    text = fill(template, **values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def too_early(seeds: int, *, missing: bool) -> list[str] | None:
+    """Return the sentences of a report that concludes nothing; None where it concludes.
+
+    Args:
+        seeds: Their planned number.
+        missing: A training is missing.
+    """
+    if seeds < MIN_SEEDS:
+        return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
+    return [] if missing else None
+
+
 def seeds_text(n: int, planned: int) -> str:
     """``5`` where all are there, else ``3 of 5``."""
     return f"{n}" if n == planned else f"{n} of {planned}"

@@ -6,9 +6,15 @@ from pathlib import Path
 from statistics import fmean
 
 from examples_common.records import Store
-from examples_common.statistics import MIN_SEEDS
 from examples_common.trainings import finder
-from examples_common.wording import conditions_texts, fill, mean_text, test_cells, tries_row
+from examples_common.wording import (
+    conditions_texts,
+    mean_text,
+    test_cells,
+    too_early,
+    tries_row,
+    write_report,
+)
 
 from .findings import Findings, findings
 from .plan import COMPARISONS, MEASURES, TEACHERS, Plan, best
@@ -36,7 +42,8 @@ def write(sizes: Plan, store: Store, folder: Path) -> Path:
         ]
         for arm, other in COMPARISONS
     ]
-    text = fill(
+    return write_report(
+        folder / "finetuning.md",
         Path(__file__).with_name("report.md"),
         sizes=sizes,
         missing=found.missing,
@@ -47,18 +54,12 @@ def write(sizes: Plan, store: Store, folder: Path) -> Path:
         searches=[tries_row(arm, search, best(search), _text) for arm, search in found.searches.items()],
         made=conditions_texts(one for of in found.records.values() for one in of.values()),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "finetuning.md"
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def conclusions(found: Findings, seeds: int) -> list[str]:
     """Return the plan's sentences for the findings; none before all trainings are there."""
-    if seeds < MIN_SEEDS:
-        return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
-    if found.missing:
-        return []
+    if (early := too_early(seeds, missing=found.missing > 0)) is not None:
+        return early
     return [
         f"`{arm}` {'beats' if found.helps(arm) else 'is not shown to beat'} both baselines in the mean of "
         "what is kept and what is learned."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from openmoji_demo.data import (
     split_by_concept,
     train_captions,
 )
-from photostudy.features import Encoders, Side, standardised
+from photostudy.features import Encoders, Side, save, standardised
 from photostudy.heads import Heads
 
 from rankloss.metrics import kendall_tau, ndcg
@@ -68,10 +67,7 @@ def features(folder: Path, emojis: Sequence[Emoji], encoders: Encoders) -> dict[
     if not path.is_file():
         found = {name: encoders.sentences(of) for name, of in texts.items()}
         found["pictures"] = encoders.pictures([draw(svg) for svg in drawings])
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}-{path.name}")
-        np.savez(partial, **found)
-        partial.replace(path)
+        save(path, **found)
     with np.load(path) as kept:
         return {**kept, "data": np.array(path.stem)}
 

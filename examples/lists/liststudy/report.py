@@ -8,17 +8,17 @@ from statistics import fmean
 from typing import Any
 
 from examples_common.records import Record, Store
-from examples_common.statistics import MIN_SEEDS
 from examples_common.trainings import finder
 from examples_common.wording import (
     conditions_texts,
     difference_text,
-    fill,
     mark,
     mean_text,
     p_text,
     signed,
+    too_early,
     tries_row,
+    write_report,
 )
 
 from .findings import Findings, best, findings, winner
@@ -39,11 +39,8 @@ def write(sizes: Plan, stores: Mapping[str, Store], folder: Path) -> Path:
     ]
     if not parts:
         raise RuntimeError(f"{next(iter(stores.values())).path}: holds no record: nothing to report")
-    text = fill(Path(__file__).with_name("report.md"), sizes=sizes, parts=parts)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lists.md"
-    path.write_text(text, encoding="utf-8")
-    return path
+    template = Path(__file__).with_name("report.md")
+    return write_report(folder / "lists.md", template, sizes=sizes, parts=parts)
 
 
 def _values(sizes: Plan, name: str, find: Find) -> dict[str, Any]:
@@ -67,10 +64,8 @@ def _values(sizes: Plan, name: str, find: Find) -> dict[str, Any]:
 
 def conclusions(found: Findings, seeds: int) -> list[str]:
     """Return the plan's sentences for the findings; none for a comparison that lacks a training."""
-    if seeds < MIN_SEEDS:
-        return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
-    if found.missing:
-        return []
+    if (early := too_early(seeds, missing=found.missing > 0)) is not None:
+        return early
     said = [_of_group(found, "Alone", MODELS), _of_group(found, "Beside CLIP's loss", BESIDE.values())]
     said.append(_of_clip(found))
     said += [_of_pair(found, model) for model in MODELS]

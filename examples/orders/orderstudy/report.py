@@ -8,9 +8,15 @@ from statistics import fmean
 from typing import Any
 
 from examples_common.records import Store
-from examples_common.statistics import MIN_SEEDS
 from examples_common.trainings import finder
-from examples_common.wording import conditions_texts, fill, mean_text, test_cells, tries_row
+from examples_common.wording import (
+    conditions_texts,
+    mean_text,
+    test_cells,
+    too_early,
+    tries_row,
+    write_report,
+)
 
 from .findings import Findings, findings, neighbours_help, orders_help
 from .plan import ARMS, COMPARISONS, PRIMARY, SECONDARY, Plan, best
@@ -26,25 +32,20 @@ def write(sizes: Plan, stores: Mapping[str, Store], folder: Path) -> Path:
         raise RuntimeError(f"{next(iter(stores.values())).path}: holds no record: nothing to report")
     found = findings(sizes, finds)
     left_out = [name for name in SECONDARY if name not in finds]
-    text = fill(
+    return write_report(
+        folder / "orders.md",
         Path(__file__).with_name("report.md"),
         sizes=sizes,
         missing=found.missing + len(left_out) * len(ARMS) * len(sizes.seeds),
         conclusions=conclusions(found, len(sizes.seeds), left_out),
         parts=[_part(found, data, len(sizes.seeds)) for data in finds],
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "orders.md"
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def conclusions(found: Findings, seeds: int, left_out: list[str]) -> list[str]:
     """Return the plan's sentences for the findings; none before all trainings are there."""
-    if seeds < MIN_SEEDS:
-        return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
-    if found.missing or left_out:
-        return []
+    if (early := too_early(seeds, missing=bool(found.missing or left_out))) is not None:
+        return early
     orders, neighbours = orders_help(found), neighbours_help(found)
     sampler = "and the sampler" if neighbours else "without the sampler"
     product = f"the folder of orders {sampler}" if orders else "neither the folder of orders nor the sampler"

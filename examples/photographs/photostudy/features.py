@@ -82,6 +82,14 @@ class Side:
     sentences: Tensor  # [N, 5, D']
 
 
+def save(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays into a file, which is there once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    np.savez(partial, **arrays)
+    partial.replace(path)
+
+
 class Cache:
     """The blocks in a folder, each named by the hash of all that its features depend on."""
 
@@ -117,10 +125,7 @@ class Cache:
         """
         pictures = encoders.pictures([_opened(self.photographs.path(name)) for name in names])
         sentences = encoders.sentences([text for name in names for text in self.photographs.sentences[name]])
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}-{path.name}")
-        np.savez(partial, pictures=pictures, sentences=sentences)
-        partial.replace(path)
+        save(path, pictures=pictures, sentences=sentences)
 
     def side(self, names: Sequence[str]) -> Side:
         """Return the features of these pictures, whose blocks are there."""

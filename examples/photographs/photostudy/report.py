@@ -8,7 +8,14 @@ from statistics import fmean
 from typing import Any
 
 from examples_common.statistics import MIN_SEEDS, Difference
-from examples_common.wording import difference_text, fill, mark, mean_text, p_text, signed
+from examples_common.wording import (
+    difference_text,
+    mark,
+    mean_text,
+    p_text,
+    signed,
+    write_report,
+)
 
 from . import plan
 from .figure import draw
@@ -46,7 +53,8 @@ def write(sizes: Plan, find: Find, folder: Path) -> Path:
             "published": [*_PUBLISHED, *_beside(found)],
             "conditions": _conditions(found),
         }
-    text = fill(
+    return write_report(
+        folder / "part1.md",
         Path(__file__).with_name("report.md"),
         sizes=sizes,
         over=over,
@@ -56,9 +64,6 @@ def write(sizes: Plan, find: Find, folder: Path) -> Path:
         factors=_factors(searches),
         **values,
     )
-    path = folder / "part1.md"
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 # --- the plan's sentences ---

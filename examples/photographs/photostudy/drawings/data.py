@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from openmoji_demo.data import (
 from PIL import Image
 from torch.nn.functional import normalize
 
-from photostudy.features import Encoders, Side
+from photostudy.features import Encoders, Side, save
 from photostudy.measure import Metrics, Model, measure
 from photostudy.students.data import DataSet, Pairs, Thumbnails, numbered, vocabulary
 
@@ -80,7 +80,8 @@ def icons(build: Icons, train: int, held_out: int) -> Sides:
 def data_set(name: str, sides: Sides, folder: Path, kind: type[Encoders]) -> DataSet:
     """Return drawings as a data set; the folder keeps the features, of which missing ones are computed."""
     pixels = {side: Thumbnails().pictures(of.pictures) for side, of in sides.items()}
-    kept = {side: _features(of, pixels[side], folder, kind) for side, of in sides.items()}
+    load = functools.cache(kind)  # once for all sides, and only where features are missing
+    kept = {side: _features(of, pixels[side], folder, kind.name, load) for side, of in sides.items()}
     words = vocabulary(caption for of in sides["train"].captions for caption in of)
 
     def pairs(side: str) -> Pairs:
@@ -104,18 +105,17 @@ def data_set(name: str, sides: Sides, folder: Path, kind: type[Encoders]) -> Dat
     return DataSet(name, 2 + len(words), found, measured, data, folder / "locks")
 
 
-def _features(of: Drawings, pixels: np.ndarray, folder: Path, kind: type[Encoders]) -> Path:
+def _features(
+    of: Drawings, pixels: np.ndarray, folder: Path, encoders_name: str, load: Callable[[], Encoders]
+) -> Path:
     """Return the file of the encoders' features of a side, named by all that they depend on."""
     sentences = [text for captions in of.captions for text in captions]
-    content = hashlib.sha256("\n".join([kind.name, str(pixels.shape), *sentences]).encode())
+    content = hashlib.sha256("\n".join([encoders_name, str(pixels.shape), *sentences]).encode())
     content.update(pixels)
     for picture in of.pictures:
         content.update(picture.tobytes())
     path = folder / f"{content.hexdigest()[:16]}.npz"
     if not path.is_file():
-        encoders = kind()
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}-{path.name}")
-        np.savez(partial, pictures=encoders.pictures(of.pictures), sentences=encoders.sentences(sentences))
-        partial.replace(path)
+        encoders = load()
+        save(path, pictures=encoders.pictures(of.pictures), sentences=encoders.sentences(sentences))
     return path

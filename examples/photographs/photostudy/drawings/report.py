@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from examples_common.statistics import MIN_SEEDS
-from examples_common.wording import conditions_texts, fill, mean_text, test_cells
+from examples_common.wording import (
+    conditions_texts,
+    mean_text,
+    test_cells,
+    too_early,
+    write_report,
+)
 
 from photostudy.plan import Find
 from photostudy.students.plan import CLIP, RANKS
@@ -20,7 +25,8 @@ def write(sizes: Plan, finds: Mapping[str, Find], folder: Path) -> Path:
     """Write the report and return its path."""
     found, seeds = findings(sizes, finds), len(sizes.seeds)
     tests = {pair: [found.tests.get((name, pair)) for name in SETS] for pair in COMPARISONS}
-    text = fill(
+    return write_report(
+        folder / "part2c.md",
         Path(__file__).with_name("report.md"),
         sizes=sizes,
         missing=found.missing,
@@ -34,7 +40,6 @@ def write(sizes: Plan, finds: Mapping[str, Find], folder: Path) -> Path:
             for (arm, other), ds in tests.items()
         ],
         tests_head=["arm", "minus", *(cell for name in SETS for cell in (name, "p", ""))],
-        sets=SETS,
         clip=[[name, *row] for name in SETS for row in search_rows(found.searches[name])],
         tries=[tries_row(arm, choice) for arm, choice in found.choices.items()],
         variants=[
@@ -44,18 +49,12 @@ def write(sizes: Plan, finds: Mapping[str, Find], folder: Path) -> Path:
             one for arms in found.records.values() for of in arms.values() for one in of.values()
         ),
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "part2c.md"
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def conclusions(found: Findings, seeds: int) -> list[str]:
     """Return the plan's sentences for the findings; none before all trainings are there."""
-    if seeds < MIN_SEEDS:
-        return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
-    if found.missing:
-        return []
+    if (early := too_early(seeds, missing=found.missing > 0)) is not None:
+        return early
     ranks = found.choices[RANKS]
     chosen = values_text({name: ranks.chosen[name] for name in ranks.fields})
     said = [f"The weights of `rankclip-distill`: {chosen}."]

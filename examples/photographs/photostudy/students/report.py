@@ -7,8 +7,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from examples_common.statistics import MIN_SEEDS, Difference
-from examples_common.wording import conditions_texts, difference_text, fill, mark, mean_text, p_text, signed
+from examples_common.statistics import Difference
+from examples_common.wording import (
+    conditions_texts,
+    difference_text,
+    mark,
+    mean_text,
+    p_text,
+    signed,
+    too_early,
+    write_report,
+)
 
 from photostudy.findings import CORRELATION, DIRECTIONS, PRIMARY, SCALE, SECONDARY
 from photostudy.plan import Changes, Find, Search
@@ -37,7 +46,8 @@ def filled(
 ) -> Path:
     """Write a template with the tables of findings, and return its path."""
     seeds = len(sizes.seeds)
-    text = fill(
+    return write_report(
+        path,
         template,
         sizes=sizes,
         missing=found.missing,
@@ -62,17 +72,12 @@ def filled(
         made=conditions_texts(record for of in found.records.values() for record in of.values()),
         **values,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def conclusions(found: Findings, seeds: int) -> list[str]:
     """Return the plan's sentences for the findings; none before all trainings are there."""
-    if seeds < MIN_SEEDS:
-        return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
-    if found.missing:
-        return []
+    if (early := too_early(seeds, missing=found.missing > 0)) is not None:
+        return early
     helped = helping(found)
     said = [f"`{arm}` helps: {interval(found.difference((arm, CLIP)))}." for arm in helped]
     if rest := [f"`{arm}`" for arm in GRIDS if arm not in helped]:

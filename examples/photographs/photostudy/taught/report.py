@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from examples_common.statistics import MIN_SEEDS, Difference
-from examples_common.wording import difference_text, mark
+from examples_common.statistics import Difference
+from examples_common.wording import (
+    difference_text,
+    mark,
+    too_early,
+)
 
 from photostudy.findings import CORRELATION, PRIMARY
 from photostudy.plan import Find, Search
@@ -33,7 +37,7 @@ def write(sizes: Plan, search: Search, find: Find, folder: Path, others: Mapping
 
 def of_teachers(sizes: Plan, found: Findings) -> list[str]:
     """Return the sentences of part 2b; none before all trainings are there."""
-    if (early := _early(sizes, found)) is not None:
+    if (early := too_early(len(sizes.seeds), missing=found.missing > 0)) is not None:
         return early
     helped = [arm for arm in sizes.arms if found.above((arm, CLIP))]
     said = [f"`{arm}` helps: {interval(found.differences[(arm, CLIP), PRIMARY.title])}." for arm in helped]
@@ -54,7 +58,7 @@ def of_teachers(sizes: Plan, found: Findings) -> list[str]:
 
 def of_views(sizes: Plan, found: Findings) -> list[str]:
     """Return the sentences of part 3, one of each view; none before all trainings are there."""
-    if (early := _early(sizes, found)) is not None:
+    if (early := too_early(len(sizes.seeds), missing=found.missing > 0)) is not None:
         return early
     said = []
     for view, rivals in _rivals(sizes).items():
@@ -72,12 +76,6 @@ def of_views(sizes: Plan, found: Findings) -> list[str]:
             text += f"; ranks retrieve better than {', '.join(worse)}" if worse else ""
         said.append(f"{view}: {text}. Ranks {helps}.")
     return said
-
-
-def _early(sizes: Plan, found: Findings) -> list[str] | None:
-    if len(sizes.seeds) < MIN_SEEDS:
-        return [f"Nothing is concluded from fewer than {MIN_SEEDS} seeds."]
-    return [] if found.missing else None
 
 
 def _leading(sizes: Plan, found: Findings, measure) -> str:
