@@ -42,22 +42,23 @@ FEATURES: dict[str, Arm] = {
 }
 
 _RANKED: Grid = {"weight": (0.0625, 0.25), "top_k": (4, 16)}
+_SOFTMAX: Grid = {"weight": (0.25, 1.0), "scale": (10.0, 30.0)}
 _ROWS: Grid = {"weight": (1.0, 4.0), "scale": (10.0, 30.0)}
 _WEIGHT: Grid = {"weight": (0.25, 1.0, 4.0, 16.0)}
 _OF_VIEWS: dict[str, dict[str, Grid]] = {
-    "scores": {RANKS: _RANKED, "softmax": _ROWS, "pearson": _ROWS, "squares": _WEIGHT},
-    "sharpened": {"softmax": _ROWS, "squares": _WEIGHT},
-    "saturated": {"softmax": _ROWS, "squares": _WEIGHT},
-    "4 bits": {RANKS: _RANKED, "softmax": _ROWS, "squares": _WEIGHT},
+    "scores": {RANKS: _RANKED, "softmax": _SOFTMAX, "pearson": _ROWS, "squares": _WEIGHT},
+    "sharpened": {"softmax": _SOFTMAX, "squares": _WEIGHT},
+    "saturated": {"softmax": _SOFTMAX, "squares": _WEIGHT},
+    "4 bits": {RANKS: _RANKED, "softmax": _SOFTMAX, "squares": _WEIGHT},
     "ten ids": {RANKS: _WEIGHT, "soft-labels": _WEIGHT},
     "separate": {
         RANKS: {"weight": (1.0, 4.0), "top_k": (4, 16)},
-        "softmax": _ROWS,
+        "softmax": _SOFTMAX,
         "cka": _WEIGHT,
         "projected-mimicry": {"weight": (1.0, 4.0, 16.0, 64.0)},
     },
     "reranker": {RANKS: _WEIGHT, "pairwise": _WEIGHT},
-    "reranker with scores": {"softmax": {"weight": (1.0, 4.0), "scale": (10.0, 30.0)}},
+    "reranker with scores": {"softmax": _ROWS},
 }
 VIEWS: dict[str, Arm] = {
     f"{view}: {loss}": Arm(view, loss, grid) for view, of in _OF_VIEWS.items() for loss, grid in of.items()
