@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import rankloss
 from photostudy import losses, students
 from photostudy.heads import WIDTH
+from rankloss import graded
 from rankloss_trainers.orders.loss import OrderedRankClipLoss
 
 from .setting import Setting
@@ -25,9 +26,17 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # of the student's scores and of 
 
 
 def ranks(x: Tensor, y: Tensor, *, top_k: int) -> Tensor:
-    """Plackett–Luce NLL per counted item of the seen scores' best ranks, averaged over the rows."""
-    counted = (y >= y.topk(top_k).values[..., -1:]).sum(-1)
-    return (rankloss.plackett_luce_nll(x, y, top_k=top_k) / counted).mean()
+    """Plackett–Luce NLL per counted item of the seen scores' best ranks, averaged over the rows.
+
+    It is ``rankloss.plackett_luce_nll(x, y, top_k=top_k)`` per counted item, without its order of all items.
+    """
+    least = y.topk(top_k).values[:, -1:]
+    counted = (y >= least).sum(1)  # more than top_k where the last of them is tied
+    grades, best = y.topk(int(counted.max()))
+    rest = x.masked_fill(torch.zeros_like(x, dtype=torch.bool).scatter(1, best, True), -torch.inf)
+    grades = grades.masked_fill(grades < least, -torch.inf)
+    values, _ = graded.plackett_luce(x.gather(1, best).double(), grades.double(), rest, top_k=top_k)
+    return (values / counted).mean().to(x.dtype)
 
 
 def softmax(x: Tensor, y: Tensor, *, scale: float) -> Tensor:
