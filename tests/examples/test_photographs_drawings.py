@@ -186,3 +186,5 @@ def test_the_study_is_trained_reported_and_not_repeated(tmp_path, monkeypatch):
     text = (tmp_path / "quick/report/part2c.md").read_text(encoding="utf-8")
     assert "missing" not in text
     assert "| `ranks-per-step`" in text
+    assert "(part2c.png)\n\nColoured: differs from 0 after the correction.\n" in text  # no photographs
+    assert (tmp_path / "quick/report/part2c.png").is_file()

@@ -7,10 +7,12 @@ import re
 
 import pytest
 from examples_common.records import Store
+from examples_common.statistics import Difference
 from photographs_folder import PICTURES, drawn, filled, finder, read_folder
-from photostudy import command, findings, plan, report
+from photostudy import command, figure, findings, plan, report
 from photostudy.plan import Plan
 from photostudy.study import Study
+from PIL import Image
 from rich.console import Console
 from studies import assert_corrected, printed_by_readme
 
@@ -151,3 +153,17 @@ def test_a_report_of_an_unfinished_study_concludes_nothing(trained, tmp_path):
     store.path.write_text("".join(lines[:4]), encoding="utf-8")
     text = report.write(TINY, command.finished(store), tmp_path).read_text(encoding="utf-8")
     assert "Nothing is concluded yet" in text
+
+
+def test_a_figure_shows_the_arms_that_have_a_difference_in_every_panel(tmp_path):
+    path, some = tmp_path / "report/part.png", Difference(1.0, 0.5, 8)
+    heights = []
+    for of in ({"a": None, "b": some}, {"a": some, "b": some}):
+        alt = figure.write(path, {"first": {"a": some, "b": some}, "second": of})
+        assert alt == "Differences to plain CLIP with their intervals: first; second."
+        with Image.open(path) as image:
+            heights.append(image.height)
+    assert heights[0] < heights[1]
+    path.unlink()
+    assert figure.write(path, {"first": {"a": None}}) is None
+    assert not path.exists()

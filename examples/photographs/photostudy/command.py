@@ -105,7 +105,7 @@ def _drawings(args: argparse.Namespace, console: Console) -> int:
         studies = {name: students.study.Study(sets[name], stores[name]) for name in names}
         drawings.study.follow(sizes, studies, console)
     finds = {name: finished(store, students.train.Setting) for name, store in stores.items()}
-    say(console, str(drawings.report.write(sizes, finds, args.report)))
+    say(console, str(drawings.report.write(sizes, finds, args.report, _differences_of_2a(args))))
     return 0
 
 
@@ -126,6 +126,13 @@ def _planned_of_2a(args: argparse.Namespace) -> dict[students.findings.Key, Diff
     """Return part 2a's planned tests, which are in one correction with part 2b's."""
     find = _known(args, "2a", students.train.Setting)
     return students.findings.findings(students.plan.PLANS[args.preset], find, {}).planned
+
+
+def _differences_of_2a(args: argparse.Namespace) -> dict[str, Difference | None]:
+    """Return part 2a's differences to plain CLIP in R@10, by arm."""
+    find = _known(args, "2a", students.train.Setting)
+    found = students.findings.findings(students.plan.PLANS[args.preset], find, _planned_of_2b(args))
+    return {arm: found.difference((arm, students.plan.CLIP)) for arm in students.plan.GRIDS}
 
 
 def _planned_of_2b(args: argparse.Namespace) -> dict[students.findings.Key, Difference]:

@@ -1,26 +1,35 @@
-"""The report's figure: every comparison's differences in recall and in correlation with people."""
+"""The reports' figures: differences to plain CLIP with their intervals, in panels."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from examples_common.figures import picture
-from examples_common.page import Picture
+from examples_common.statistics import Difference
 from matplotlib.figure import Figure
 
-from .findings import CORRELATION, PRIMARY, Findings
-
-_PANELS = {PRIMARY: "R@10, mean of both directions", CORRELATION: "τ_c with the experts"}
-_ALT = "Differences to plain CLIP in R@10 and in the correlation with experts, with their intervals."
+Panels = Mapping[str, Mapping[str, Difference | None]]
+"""Differences by the panel's title, a measure or a data set, and by the arm."""
 
 
-def draw(found: Findings) -> Picture | None:
-    """Draw the comparisons that can be stated; None without any."""
-    shown = [name for name in found.rows if found.primary(name) is not None]
+def write(path: Path, panels: Panels) -> str | None:
+    """Draw the arms that have a difference in every panel, and return the picture's description.
+
+    Nothing is written where no arm has.
+    """
+    first, *others = panels.values()
+    shown = [arm for arm in first if all(of.get(arm) is not None for of in (first, *others))]
+    if not shown:
+        return None
 
     def figure_of() -> Figure:
         figure = Figure(figsize=(8.4, 1.2 + 0.3 * len(shown)), layout="constrained")
-        for axis, (measure, title) in zip(figure.subplots(1, 2, sharey=True), _PANELS.items(), strict=True):
-            for row, name in enumerate(shown):
-                d = found.difference(name, measure)
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, of) in zip(axes, panels.items(), strict=True):
+            for row, arm in enumerate(shown):
+                d = of[arm]
+                assert d is not None
                 looks = {"fmt": "o", "markersize": 4, "lw": 1.2, "color": "C1" if d.established else "C2"}
                 axis.errorbar(d.mean, row, xerr=d.half_width or 0.0, **looks)
             axis.axvline(0.0, color="C0", lw=1, ls="--")
@@ -31,4 +40,7 @@ def draw(found: Findings) -> Picture | None:
             axis.set_xlabel("points, minus plain CLIP")
         return figure
 
-    return picture(_ALT, figure_of) if shown else None
+    drawn = picture(f"Differences to plain CLIP with their intervals: {'; '.join(panels)}.", figure_of)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(drawn.png)
+    return drawn.alt

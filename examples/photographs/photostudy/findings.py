@@ -44,6 +44,7 @@ SECONDARY = (
     Measure("modality gap", "geometry", "modality_gap", 3),
     SCALE,
 )
+DRAWN = {PRIMARY: "R@10, mean of both directions", CORRELATION: "τ_c with the experts"}  # in figures
 # Shown, but not tested: their mean is the primary measure.
 DIRECTIONS = tuple(Measure(f"R@10, {to}", "retrieval", f"{way} R@10") for way, to in _WAYS.items())
 

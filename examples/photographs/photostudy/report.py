@@ -17,9 +17,8 @@ from examples_common.wording import (
     write_report,
 )
 
-from . import plan
-from .figure import draw
-from .findings import CORRELATION, DIRECTIONS, PRIMARY, SCALE, SECONDARY, Findings, findings
+from . import figure, plan
+from .findings import CORRELATION, DIRECTIONS, DRAWN, PRIMARY, SCALE, SECONDARY, Findings, findings
 from .plan import COMPONENTS, Find, Plan, Search
 
 _PUBLISHED = (
@@ -35,14 +34,13 @@ def write(sizes: Plan, find: Find, folder: Path) -> Path:
     searches = {loss: plan.search(sizes, loss, find) for loss in plan.TUNED}
     over = not searches["clip"].due
     values: dict[str, Any] = {}
-    folder.mkdir(parents=True, exist_ok=True)
     if over:
         found = findings(plan.arms(sizes, *searches.values(), find), find)
-        drawn = draw(found)
-        if drawn is not None:
-            (folder / "part1.png").write_bytes(drawn.png)
+        panels = {
+            title: {name: found.difference(name, m) for name in found.rows} for m, title in DRAWN.items()
+        }
         values = {
-            "alt": drawn and drawn.alt,
+            "alt": figure.write(folder / "part1.png", panels),
             "missing": sum(len(arm.seeds) - len(found.records[name]) for name, arm in found.arms.items()),
             "conclusions": conclusions(found),
             "arms": _arms(found),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+from examples_common.statistics import Difference
 from examples_common.wording import (
     conditions_texts,
     mean_text,
@@ -13,23 +15,42 @@ from examples_common.wording import (
     write_report,
 )
 
+from photostudy import figure
 from photostudy.plan import Find
 from photostudy.students.plan import CLIP, RANKS
 from photostudy.students.report import search_rows, tries_row, values_text
 
 from .findings import Findings, findings
-from .plan import COMPARISONS, SETS, Plan
+from .plan import COMPARISONS, GRIDS, SETS, Plan
 
 
-def write(sizes: Plan, finds: Mapping[str, Find], folder: Path) -> Path:
-    """Write the report and return its path."""
+def write(
+    sizes: Plan,
+    finds: Mapping[str, Find],
+    folder: Path,
+    photographs: Mapping[str, Difference | None] = MappingProxyType({}),
+) -> Path:
+    """Write the report and return its path.
+
+    Args:
+        sizes: The plan.
+        finds: Find the records of each data set.
+        folder: Of the report.
+        photographs: Part 2a's differences to CLIP by arm, for the figure.
+    """
     found, seeds = findings(sizes, finds), len(sizes.seeds)
+    panels = {name: {arm: found.tests.get((name, (arm, CLIP))) for arm in GRIDS} for name in SETS}
+    has_photographs = any(photographs.values())
+    if has_photographs:
+        panels = {"photographs": dict(photographs), **panels}
     tests = {pair: [found.tests.get((name, pair)) for name in SETS] for pair in COMPARISONS}
     return write_report(
         folder / "part2c.md",
         Path(__file__).with_name("report.md"),
         sizes=sizes,
         missing=found.missing,
+        alt=figure.write(folder / "part2c.png", panels),
+        photographs=has_photographs,
         conclusions=conclusions(found, seeds),
         arms=[
             [f"`{arm}`", *(mean_text(found.estimate(name, arm), seeds) for name in SETS)]

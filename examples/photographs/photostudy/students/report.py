@@ -19,7 +19,8 @@ from examples_common.wording import (
     write_report,
 )
 
-from photostudy.findings import CORRELATION, DIRECTIONS, PRIMARY, SCALE, SECONDARY
+from photostudy import figure
+from photostudy.findings import CORRELATION, DIRECTIONS, DRAWN, PRIMARY, SCALE, SECONDARY
 from photostudy.plan import Changes, Find, Search
 
 from .findings import Findings, Key, above_ranks, findings, helping, ranks_are_best
@@ -46,10 +47,13 @@ def filled(
 ) -> Path:
     """Write a template with the tables of findings, and return its path."""
     seeds = len(sizes.seeds)
+    arms = [arm for arm, other in comparisons if other == CLIP]
+    panels = {title: {arm: found.difference((arm, CLIP), m) for arm in arms} for m, title in DRAWN.items()}
     return write_report(
         path,
         template,
         sizes=sizes,
+        alt=figure.write(path.with_suffix(".png"), panels),
         missing=found.missing,
         tries=[tries_row(arm, one) for arm, one in found.choices.items()],
         measured=any(found.records.values()),
