@@ -124,6 +124,16 @@ def two_encoders() -> list[str]:
     return [f"| {' | '.join(of)} |" for of in cells.values() if len(of) == 3]
 
 
+def encoders_on_photographs() -> list[str]:
+    """… with ranks and without, on photographs."""
+    report = (ROOT / "examples/photographs/report/part2a.md").read_text(encoding="utf-8")
+    clip, ranks = (
+        re.findall(rf"^\| `{arm}` +\| ([\d.]+) ± [\d.]+ \((\d)\)", report, re.M)[0]
+        for arm in ("clip", "ranks")
+    )
+    return [f"photographs from {clip[0]} to {ranks[0]} ({ranks[1]} seeds)"]
+
+
 def founds() -> list[dict[str, dict[str, float]]]:
     """The demo's R@10 by seed and model, as it wrote them."""
     files = sorted((ROOT / "examples/openmoji/results").glob("seed*.json"))
@@ -153,7 +163,7 @@ def demo_table() -> list[str]:
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("README.md", [answer, ways_to_learn, photographs, demo]),
+        ("README.md", [answer, ways_to_learn, photographs, demo, encoders_on_photographs]),
         ("docs/teachers.md", [demo_by_seed]),
         ("examples/openmoji/README.md", [demo_table]),
         (
