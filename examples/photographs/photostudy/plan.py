@@ -45,7 +45,7 @@ class Plan:
 
 
 FULL = Plan("full", {}, FACTORS, (900, 901), tuple(range(1000, 1020)), tuple(range(1000, 1010)))
-QUICK = Plan("quick", {"train_pictures": 1000, "batch_size": 250, "epochs": 10}, {}, (0, 1), (0, 1), ())
+QUICK = Plan("quick", {"train_pictures": 1000, "batch_size": 250, "epochs": 3}, {}, (0, 1), (0, 1), ())
 PLANS = {plan.name: plan for plan in (FULL, QUICK)}
 
 

@@ -50,7 +50,7 @@ class Plan:
     factors: dict[str, tuple[float, ...]]  # of CLIP's search
     tuning_seeds: tuple[int, int]  # of CLIP's search
     try_seed: int
-    best_seeds: tuple[int, int]  # of the best two tries
+    best_seeds: tuple[int, ...]  # of the best two tries
     tries: int  # of an arm
     rounds: int  # beyond the edge of a grid, at most
     seeds: tuple[int, ...]  # of the test side
@@ -73,7 +73,7 @@ QUICK = Plan(
     factors={},
     tuning_seeds=(0, 1),
     try_seed=0,
-    best_seeds=(1, 2),
+    best_seeds=(0,),
     tries=1,
     rounds=0,
     seeds=(1, 2),
@@ -117,7 +117,7 @@ def choice(
         winner = max(best, key=lambda point: found.mean(point, plan.best_seeds))
         for _ in range(plan.rounds):
             new = _beyond(fields, winner)
-            first, _ = plan.best_seeds
+            first = plan.best_seeds[0]
             found.score(new, [first])
             ahead = [point for point in new if found.tries[point][first] > found.tries[winner][first]]
             found.score(ahead, plan.best_seeds)
