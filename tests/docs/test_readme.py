@@ -113,6 +113,15 @@ def taught_heads() -> list[str]:
     return [f"| {cell} |" for cell in cells]
 
 
+def parts_of_a_teacher() -> list[str]:
+    """… in R@10 of every loss that sees a part of that teacher, minus CLIP's."""
+    report = (ROOT / "examples/photographs/report/part3.md").read_text(encoding="utf-8")
+    tests = report.partition("## The tests")[2].partition("## Secondary")[0]
+    arms = re.findall(r"^\| `[^:]+: ([^`]+)` +\| `clip` +\| ([^|]+?) +\|", tests, re.MULTILINE)
+    names = {"pearson": "Pearson", "cka": "CKA", "soft-labels": "soft labels", "ranks": "|"}
+    return [f"{names.get(loss, loss.replace('-', ' '))} {difference}" for loss, difference in arms]
+
+
 def two_encoders() -> list[str]:
     """… in R@10 of every way to learn from two encoders, minus CLIP's, on all three data sets."""
     cells: dict[str, list[str]] = {}
@@ -168,7 +177,15 @@ def demo_table() -> list[str]:
         ("examples/openmoji/README.md", [demo_table]),
         (
             "docs/evidence.md",
-            [answer, effect_of_a_teacher, ways_to_learn, photographs_table, taught_heads, two_encoders],
+            [
+                answer,
+                effect_of_a_teacher,
+                ways_to_learn,
+                photographs_table,
+                taught_heads,
+                two_encoders,
+                parts_of_a_teacher,
+            ],
         ),
         ("examples/miniature/README.md", [effect_of_a_teacher, ways_to_learn]),
     ],
