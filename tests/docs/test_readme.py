@@ -85,9 +85,19 @@ def ways_to_learn() -> list[str]:
     return [f"from {before} to {ranks}", f"to {mimicry}", f"{seeds} seeds"]
 
 
+def of_photographs(part: str) -> str:
+    """The report of a part of the photographs' study."""
+    return (ROOT / f"examples/photographs/report/part{part}.md").read_text(encoding="utf-8")
+
+
+def table_of_tests(report: str) -> str:
+    """The table of a report's tests."""
+    return report.partition("## The tests")[2].partition("## Secondary")[0]
+
+
 def photographs() -> list[str]:
     """… and of photographs, from their report."""
-    report = (ROOT / "examples/photographs/report/part1.md").read_text(encoding="utf-8")
+    report = of_photographs("1")
     (below,) = re.findall(r"^\| `rankclip` +\| `clip` +\| −([\d.]+ ± [\d.]+)", report, re.MULTILINE)
     arms = report.partition("## The test side")[2].partition("## The tests")[0]
     lines = re.findall(r"^\| `(?:clip|rankclip)` .*$", arms, re.MULTILINE)
@@ -97,8 +107,8 @@ def photographs() -> list[str]:
 
 def photographs_table() -> list[str]:
     """… in R@10 and in the agreement with experts, of every comparison."""
-    report = (ROOT / "examples/photographs/report/part1.md").read_text(encoding="utf-8")
-    tests = report.partition("## The tests")[2].partition("## Secondary")[0]
+    report = of_photographs("1")
+    tests = table_of_tests(report)
     recall = [line.split("|")[3].strip() for line in re.findall(r"^\| `.*", tests, re.MULTILINE)]
     (agreement,) = re.findall(r"^\| τ_c, experts +\|(.*)\|$", report, re.MULTILINE)
     both = zip(recall, agreement.replace("*", "").split("|"), strict=True)
@@ -107,16 +117,14 @@ def photographs_table() -> list[str]:
 
 def taught_heads() -> list[str]:
     """… in R@10 of every way to learn from one teacher, minus CLIP's and minus ranks'."""
-    report = (ROOT / "examples/photographs/report/part2b.md").read_text(encoding="utf-8")
-    tests = report.partition("## The tests")[2].partition("## Secondary")[0]
+    tests = table_of_tests(of_photographs("2b"))
     cells = [line.split("|")[3].strip() for line in re.findall(r"^\| `.*", tests, re.MULTILINE)]
     return [f"| {cell} |" for cell in cells]
 
 
 def parts_of_a_teacher() -> list[str]:
     """… in R@10 of every loss that sees a part of that teacher, minus CLIP's."""
-    report = (ROOT / "examples/photographs/report/part3.md").read_text(encoding="utf-8")
-    tests = report.partition("## The tests")[2].partition("## Secondary")[0]
+    tests = table_of_tests(of_photographs("3"))
     arms = re.findall(r"^\| `[^:]+: ([^`]+)` +\| `clip` +\| ([^|]+?) +\|", tests, re.MULTILINE)
     names = {"pearson": "Pearson", "cka": "CKA", "soft-labels": "soft labels", "ranks": "|"}
     return [f"{names.get(loss, loss.replace('-', ' '))} {difference}" for loss, difference in arms]
@@ -126,7 +134,7 @@ def two_encoders() -> list[str]:
     """… in R@10 of every way to learn from two encoders, minus CLIP's, on all three data sets."""
     cells: dict[str, list[str]] = {}
     for part in ("2a", "2c"):
-        report = (ROOT / f"examples/photographs/report/part{part}.md").read_text(encoding="utf-8")
+        report = of_photographs(part)
         for line in re.findall(r"^\| `[\w-]+` +\| `clip` .*$", report, re.MULTILINE):
             arm, _, *of = (cell.strip() for cell in line.strip("| ").split("|"))
             cells.setdefault(arm, []).extend(of[:1] if part == "2a" else of[:4:3])
@@ -135,7 +143,7 @@ def two_encoders() -> list[str]:
 
 def encoders_on_photographs() -> list[str]:
     """… with ranks and without, on photographs."""
-    report = (ROOT / "examples/photographs/report/part2a.md").read_text(encoding="utf-8")
+    report = of_photographs("2a")
     clip, ranks = (
         re.findall(rf"^\| `{arm}` +\| ([\d.]+) ± [\d.]+ \((\d)\)", report, re.M)[0]
         for arm in ("clip", "ranks")

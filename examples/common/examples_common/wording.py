@@ -70,6 +70,12 @@ def difference_text(difference: Difference | None, digits: int = 2) -> str:
     return "–" if difference is None else f"{signed(difference.mean, digits)} ± {_half(difference, digits)}"
 
 
+def marked(difference: Difference | None, digits: int = 2) -> str:
+    """Return a difference, bold where it is significant after the correction."""
+    text = difference_text(difference, digits)
+    return f"**{text}**" if difference is not None and difference.established else text
+
+
 def _half(estimate: Estimate, digits: int) -> str:
     return "–" if estimate.half_width is None else f"{estimate.half_width:.{digits}f}"
 

@@ -11,6 +11,7 @@ from examples_common.statistics import MIN_SEEDS, Difference
 from examples_common.wording import (
     difference_text,
     mark,
+    marked,
     mean_text,
     p_text,
     signed,
@@ -183,13 +184,8 @@ def _tests(found: Findings) -> list[list[str]]:
 def _secondary(found: Findings) -> list[list[str]]:
     """Return the differences: a measure in each row, a comparison in each column."""
     return [
-        [m.title, *(_marked(found.difference(name, m), m.digits) for name in found.rows)] for m in SECONDARY
+        [m.title, *(marked(found.difference(name, m), m.digits) for name in found.rows)] for m in SECONDARY
     ]
-
-
-def _marked(difference: Difference | None, digits: int) -> str:
-    text = difference_text(difference, digits)
-    return f"**{text}**" if difference is not None and difference.established else text
 
 
 def _beside(found: Findings) -> list[list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from examples_common.statistics import Difference
 from examples_common.wording import (
@@ -28,7 +27,7 @@ def write(
     sizes: Plan,
     finds: Mapping[str, Find],
     folder: Path,
-    photographs: Mapping[str, Difference | None] = MappingProxyType({}),
+    photographs: Mapping[str, Difference | None],
 ) -> Path:
     """Write the report and return its path.
 

@@ -12,6 +12,7 @@ from examples_common.wording import (
     conditions_texts,
     difference_text,
     mark,
+    marked,
     mean_text,
     p_text,
     signed,
@@ -68,7 +69,7 @@ def filled(
         secondary=[
             [
                 f"`{arm}` − `{other}`",
-                *(_marked(found.difference((arm, other), m), m.digits) for m in SECONDARY),
+                *(marked(found.difference((arm, other), m), m.digits) for m in SECONDARY),
             ]
             for arm, other in comparisons
         ],
@@ -106,11 +107,6 @@ def interval(d: Difference) -> str:
 
 def _test(d: Difference | None) -> list[str]:
     return ["–"] * 4 if d is None else [difference_text(d), p_text(d.p), p_text(d.adjusted), mark(d)]
-
-
-def _marked(d: Difference | None, digits: int) -> str:
-    text = difference_text(d, digits)
-    return f"**{text}**" if d is not None and d.established else text
 
 
 def _seconds(records: list) -> str:
