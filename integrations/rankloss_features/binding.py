@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankloss.checks import check_teacher
-from rankloss_features.data import IMAGES, Table
+from rankloss_features.data import IMAGES, Table, named_sample
 from rankloss_features.folder import NAMES, Array, Features, Rows, hash_of_pair
 
 COLUMN = "reference_pair"
@@ -126,8 +126,8 @@ class RowCompanion:
         row = self.folder.find(hash_of_pair(caption, sample["__key__"]))
         if row is None:
             raise ValueError(
-                f"sample {sample['__key__']!r} of {sample.get('__url__')} with caption {caption!r} has no "
-                f"row in {self.folder.path}: its rows are of another caption, or of other data"
+                f"{named_sample(sample)} with caption {caption!r} has no row in {self.folder.path}: its rows "
+                "are of another caption, or of other data"
             )
         return str(row)
 

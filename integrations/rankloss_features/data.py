@@ -7,7 +7,7 @@ import io
 import itertools
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,6 +15,11 @@ from rankloss_features.folder import name_of
 
 _BLOCK = 4096  # pairs that are hashed together
 IMAGES = ("png", "jpg", "jpeg", "webp")  # the extensions of images in open_clip's trainer
+
+
+def named_sample(sample: Mapping[str, Any]) -> str:
+    """The noun for a webdataset sample in messages."""
+    return f"sample {sample.get('__key__')!r} of {sample.get('__url__')}"
 
 
 class Sample(NamedTuple):

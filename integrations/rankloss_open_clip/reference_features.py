@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rankloss.checks import check_teacher
+from rankloss_features.data import named_sample
 from rankloss_features.folder import NAMES, Array
 from rankloss_open_clip.companions import Companion, Sample
 
@@ -67,13 +68,15 @@ class SampleFeatures(Companion):
                 raise ValueError(f"{named} have widths of {widths}, others of {self._widths}")
         except Exception as error:  # NumPy raises many of a damaged array
             self._damaged += 1
-            _logger.warning("%s skipped, damaged one number %d: %s", _named(sample), self._damaged, error)
+            _logger.warning(
+                "%s skipped, damaged one number %d: %s", named_sample(sample), self._damaged, error
+            )
             return None
         if len(set(widths)) > 1 and not self.two_widths:
             raise ValueError(
-                f"image_features and text_features in {_named(sample)} must have one width to be compared "
-                f"with each other, got {widths[0]} and {widths[1]}; features of two encoders rank the "
-                "in-modal lists alone: lambda_cross=0, on the command line --rankclip-lambda-cross 0"
+                f"image_features and text_features in {named_sample(sample)} must have one width to be "
+                f"compared with each other, got {widths[0]} and {widths[1]}; features of two encoders rank "
+                "the in-modal lists alone: lambda_cross=0, on the command line --rankclip-lambda-cross 0"
             )
         return _packed(rows)
 
@@ -105,7 +108,9 @@ def without_features(
     for sample in read(*args, **kwargs):
         found = [f"{name}.npy" for name in NAMES if f"{name}.npy" in sample]
         if found:
-            raise ValueError(f"{_named(sample)} has {' and '.join(found)}, a teacher's features: {remedy}")
+            raise ValueError(
+                f"{named_sample(sample)} has {' and '.join(found)}, a teacher's features: {remedy}"
+            )
         yield sample
 
 
@@ -116,10 +121,6 @@ def _packed(rows: list[Array]) -> str:
     for i, row in enumerate(rows):
         packed[: len(row), i] = row
     return base64.b64encode(packed.tobytes()).decode()
-
-
-def _named(sample: Sample) -> str:
-    return f"sample {sample.get('__key__')!r} of {sample.get('__url__')}"
 
 
 def _vector(member: str, written: bytes) -> Array:

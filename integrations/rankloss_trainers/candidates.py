@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankloss_features.data import IMAGES
+from rankloss_features.data import IMAGES, named_sample
 from rankloss_trainers.lists import graded, id_of
 
 CANDIDATES, GRADES = "candidates", "grades"
@@ -73,7 +73,7 @@ class Candidates:
         """
         if not any(name in sample for name in IMAGES):  # skipped by the trainer
             return None
-        where = f"sample {sample.get('__key__')!r} of {sample.get('__url__')}"
+        where = named_sample(sample)
         members = [f"{name}.json" for name in (CANDIDATES, GRADES)]
         missing = [name for name in members if name not in sample]
         if missing:

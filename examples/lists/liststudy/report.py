@@ -13,6 +13,7 @@ from examples_common.wording import (
     conditions_texts,
     difference_text,
     mark,
+    marked,
     mean_text,
     p_text,
     signed,
@@ -125,11 +126,8 @@ def _tests(found: Findings) -> list[list[str]]:
 
 
 def _others(found: Findings) -> list[list[str]]:
-    def cell(arm: str, measure: str) -> str:
-        d = found.others.get((arm, measure))
-        return f"**{difference_text(d)}**" if d is not None and d.established else difference_text(d)
-
-    return [[f"`{arm}`", *(cell(arm, measure) for measure in found.secondary)] for arm in ARMS[1:]]
+    measures = found.secondary
+    return [[f"`{arm}`", *(marked(found.others.get((arm, one))) for one in measures)] for arm in ARMS[1:]]
 
 
 def _conditions(found: Findings) -> list[list[str]]:
