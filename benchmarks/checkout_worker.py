@@ -27,6 +27,7 @@ from share import one_of
 
 _WARM_UP = 16  # pairs of this process
 _SCALE = 1 / 0.07
+_FREED = 31 * 2**20  # bytes: the largest block by which glibc still adapts
 
 
 def features(n: int, d: int, processes: int) -> list[Tensor]:
@@ -65,6 +66,9 @@ def main() -> None:
         raise SystemExit(f"rankloss must come from {given['checkout']}; got {imported}")
     loss = rankloss.RankClipLoss(schedule="constant", **given["options"])
     d, processes = given["d"], given["processes"]
+    # As in a training, which has freed blocks as large. Until then glibc returns what is freed to the system,
+    # and new pages take a part of a step's time.
+    torch.empty(_FREED, dtype=torch.uint8)
     with contextlib.redirect_stdout(None):  # to warm up: threads and libraries
         steps_of(loss, _WARM_UP * processes, d, processes, ["time"])
     steps_of(loss, given["n"], d, processes, sys.stdin)

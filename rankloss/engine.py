@@ -18,9 +18,9 @@ With G the gradient by the scores s·C of a matrix, C = Q·Kᵀ (anchors Q, item
 
     ∂Q = s·G·K,   ∂K = s·Gᵀ·Q,   ∂s = Σ G∘C = Σ (G·K)∘Q = Σ (Gᵀ·Q)∘K.
 
-For a small batch both matrices of a term are computed as a whole, and symmetries save products. R and its
-gradient are those of S, transposed. For I and X the gradients by anchors and by items are one product,
-(G + Gᵀ)·K.
+In one process each entry G_ij has a mirror image Ĝ_ji by the product of the same two features: of R for S, of
+the same matrix for I and X. Up to a limit the gradients of earlier rows are kept until it is known, and the
+sum G_ij + Ĝ_ji takes the products of one. If all rows are computed at once, R is S, transposed.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ from rankloss.options import RankOptions
 from rankloss.precision import full_precision, nan_unless_finite
 from rankloss.ranking import rank
 
-# Limits in matrix entries: a small matrix is computed as a whole, others in chunks, and lists are evaluated
-# in slices that fit a core's cache. Below the fewest rows or lists, overhead exceeds the work.
-_WHOLE, _FEWEST_ROWS = 2**22, 128
+# Limits in matrix entries: of a matrix whose gradient is kept until its mirror image is known, of a chunk of
+# rows, and of a slice of lists that fits a core's cache. Below the fewest rows or lists, overhead exceeds the
+# work.
+_KEPT, _FEWEST_ROWS = 2**24, 128
 _CHUNK, _CHUNK_ELSEWHERE = {"cpu": 2**20}, 2**24
 _LISTS, _LISTS_ELSEWHERE, _FEWEST_LISTS = {"cpu": 2**17}, 2**23, 16
 
@@ -140,9 +141,7 @@ def _by_definition(
     return [next(found) if w and x is not None else None for x, w in zip(inputs, by, strict=True)]
 
 
-OfLists: TypeAlias = Callable[
-    [Tensor, Tensor | None, int], tuple[Tensor | None, Tensor | None, Tensor | None]
-]
+OfLists: TypeAlias = Callable[[Tensor, Tensor | None, int], Sequence[Tensor | None]]
 """Loss of a block of lists: two values ``[matrices, n]`` and the gradient by the scores ``[matrices, n, N]``.
 
 The arguments are cosines ``[matrices, n, N]``, a teacher's cosines or None, and the column of the first
@@ -176,11 +175,12 @@ def accumulate(
         Both values of a list, summed over the rows: ``[matrices]`` each.
     """
     n, n_items, device = len(matrices[0].anchors), len(matrices[0].items), matrices[0].items.device
-    chunk = max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // n_items)
+    chunk = chunk_size or max(_FEWEST_ROWS, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // n_items)
     lists = max(_FEWEST_LISTS, _LISTS.get(device.type, _LISTS_ELSEWHERE) // n_items // len(matrices))
-    values = [matrices[0].items.new_zeros(len(matrices), dtype=torch.float64) for _ in range(2)]
-    chunk = chunk_size or (n if n_items**2 <= _WHOLE else chunk)
     lists = lists if in_slices else n
+    values = [matrices[0].items.new_zeros(len(matrices), dtype=torch.float64) for _ in range(2)]
+    keeps = chunk >= n or (chunk_size is None and n_items**2 <= _KEPT)
+    earlier: Kept = [] if keeps and all(_mirror(matrices, x) is not None for x in matrices) else None
     for first in range(0, n, chunk):
         rows = slice(first, first + chunk)
         block = _multiply(matrices, rows)
@@ -194,7 +194,7 @@ def accumulate(
             if gradient is not None and not in_slices:
                 block = gradient
         if sums is not None:
-            _add_gradients(matrices, rows, block, sums)
+            _add_gradients(matrices, rows, block, sums, earlier)
     return values
 
 
@@ -206,39 +206,47 @@ def _multiply(matrices: Sequence[Matrix], rows: slice) -> Tensor:
     items = matrices[0].items
     out = items.new_empty(len(matrices), len(matrices[0].anchors[rows]), len(items))
     for k, matrix in enumerate(matrices):
-        if k and _are_transposed(matrices, rows):
+        if k and _mirror(matrices, matrix) == 0 and out.shape[1] == out.shape[2]:
             out[k] = out[0].T
         else:
             torch.mm(matrix.anchors[rows], matrix.items.T, out=out[k])
     return out
 
 
+Kept: TypeAlias = list[Tensor] | None
+
+
 def _add_gradients(
-    matrices: Sequence[Matrix], rows: slice, by_scores: Tensor, sums: dict[str, Tensor]
+    matrices: Sequence[Matrix], rows: slice, by_scores: Tensor, sums: dict[str, Tensor], earlier: Kept
 ) -> None:
     """Add the gradients of given rows of every matrix.
 
     Args:
         matrices: one, or the two of a term.
         rows: the rows.
-        by_scores: the gradient by the scores, ``[matrices, n, N]``; it is overwritten.
+        by_scores: the gradient by the scores, ``[matrices, n, N]``.
         sums: the gradients by the factors of the matrices, by name, without the factor s.
+        earlier: the gradients of all earlier chunks, each from its own first column on, for their mirror
+            images; this chunk's is added. None keeps none.
     """
-    if _are_transposed(matrices, rows):
-        matrices, by_scores = matrices[:1], by_scores[0].add_(by_scores[1].T.contiguous())[None]
+    first, end, n_items = rows.start, rows.start + by_scores.shape[1], by_scores.shape[2]
+    if earlier is not None:
+        own = by_scores[:, :, first:]
+        earlier.append(own.clone() if end < n_items else own)  # a view would keep the whole chunk
     for matrix, g in zip(matrices, by_scores, strict=True):
+        before = None
+        if earlier is not None:
+            k, before = _mirror(matrices, matrix), first
+            mirrored = torch.cat([x[k, :, first - n_items :][:, : end - first] for x in earlier])
+            g = mirrored.T.contiguous().add_(g[:, :end])
         of_anchors, of_items = matrix.factors
-        if of_anchors == of_items and len(g) == len(matrix.items):
-            sums[of_items].addmm_(g.T.contiguous().add_(g), matrix.items)
-        else:
-            sums[of_anchors][rows].addmm_(g, matrix.items)
-            sums[of_items].addmm_(g.T, matrix.anchors[rows])
+        sums[of_anchors][rows].addmm_(g, matrix.items[: g.shape[1]])
+        sums[of_items][:before].addmm_(g[:, :before].T, matrix.anchors[rows])
 
 
-def _are_transposed(matrices: Sequence[Matrix], rows: slice) -> bool:
-    """True if the last matrix is the first one transposed, and all rows are given."""
-    is_whole = len(matrices[0].anchors[rows]) == len(matrices[0].items)
-    return is_whole and matrices[0].factors == matrices[-1].factors[::-1]
+def _mirror(matrices: Sequence[Matrix], matrix: Matrix) -> int | None:
+    """The place of the matrix that is this one transposed; None if none is."""
+    return next((k for k, x in enumerate(matrices) if x.factors == matrix.factors[::-1]), None)
 
 
 # --- a block of row lists ---------------------------------------------------------------------------------
@@ -388,9 +396,8 @@ class RowLists(NamedTuple):
         scale = batch.inputs.scale
         weights = nan_unless_finite(weights, *batch.features)
         values = [weights.new_zeros(()) for _ in self.wanted]
-        sums: dict[str, Tensor] | None = None
-        if with_gradient:
-            sums = {name: torch.zeros_like(x) for name, x in batch.inputs._asdict().items() if x is not None}
+        given = {name: x for name, x in batch.inputs._asdict().items() if x is not None}
+        sums = {name: torch.zeros_like(x) for name, x in given.items()} if with_gradient else None
         share = self.options.anchor_weight(batch.anchors, batch.items)
         for place, term in enumerate(RANK_TERMS, 1):
             alpha = beta = None
@@ -427,9 +434,9 @@ class RowLists(NamedTuple):
             return values, [None] * len(inputs)
         # ∂s = Σ (G·K)∘Q, from the sums by the anchors; if the anchors are the items, each matrix is in the
         # sums twice.
-        is_local = batch.inputs.image_anchors is not None
+        is_local = "image_anchors" in given
         anchors = ("image_anchors", "text_anchors") if is_local else ("image", "text")
-        by_anchors = [(sums[name] * getattr(batch.inputs, name)).sum() for name in anchors]
+        by_anchors = [(sums[name] * given[name]).sum() for name in anchors]
         sums["scale"] = torch.stack(by_anchors).sum() / ((1 if is_local else 2) * scale)
         return values, [sums.get(name) for name in Inputs._fields]
 
@@ -460,13 +467,12 @@ def weighted_terms(
         Three scalars in the batch's dtype, ``[n]`` with ``reduction="none"``, on the device of the given
         features.
     """
-    weights = weights.to(batch.inputs.image.device, non_blocking=True).double()
+    inputs = batch.inputs
+    weights = weights.to(inputs.image.device, non_blocking=True).double()
     lists = RowLists(batch, options, wanted)
     if options.kernel != "torch":
         lists = _by_kernels(lists)
-    terms = (
-        lists.definition(batch.inputs, weights) if options.is_dense else apply(lists, weights, batch.inputs)
-    )
+    terms = lists.definition(inputs, weights) if options.is_dense else apply(lists, weights, inputs)
     return tuple(x.to(batch.home) for x in terms)
 
 

@@ -21,7 +21,7 @@ from blocks_oracle import definition
 from devices import DEVICE
 from fake_cuda import fake_cuda
 from memory import LargestTensor, saved_bytes
-from rankloss import dense
+from rankloss import dense, engine
 from rankloss.batch import Batch
 from rankloss.engine import Block, RowLists, evaluate, weighted_terms
 from rankloss.options import RankOptions
@@ -159,6 +159,13 @@ def differentiated(total: Tensor, inputs: Sequence[Tensor], *, again: bool = Fal
     return torch.autograd.grad(total, inputs, create_graph=again, allow_unused=True, materialize_grads=True)
 
 
+def choose_chunks(patch: pytest.MonkeyPatch, rows: int) -> None:
+    """Let the engine choose chunks of so many rows."""
+    patch.setattr(engine, "_FEWEST_ROWS", rows)
+    patch.setattr(engine, "_CHUNK", {})
+    patch.setattr(engine, "_CHUNK_ELSEWHERE", 0)
+
+
 @settings(max_examples=150)
 @given(
     drawn=batches(),
@@ -171,7 +178,8 @@ def differentiated(total: Tensor, inputs: Sequence[Tensor], *, again: bool = Fal
     upstream=st.sampled_from(UPSTREAMS),
     by=st.just([True] * 5) | st.lists(st.booleans(), min_size=5, max_size=5),
     is_share=st.booleans(),
-    chunk_size=st.none() | st.integers(1, 12),
+    chunk_size=st.integers(1, 12),
+    is_option=st.booleans(),
     again=st.booleans(),
     looks=st.booleans(),
     data=st.data(),
@@ -186,11 +194,13 @@ def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
     by,
     is_share,
     chunk_size,
+    is_option,
     again,
     looks,
     data,
 ) -> None:
-    """Under any upstream values, with and without a graph of the gradients, and where no look is free."""
+    """Under any upstream values, in chunks of an option or of the engine's choice, where gradients are kept,
+    with and without a graph of the gradients, and where no look is free."""
     n = len(drawn.image)
     if given_teacher:
         choices = {**choices, "fixed_reference": None}
@@ -202,10 +212,11 @@ def test_the_pass_is_the_definition_in_value_and_in_every_gradient(
     teacher = {name: x for name, x in teacher_of(n, duplicates=1).items() if name in given_teacher}
     batch = features_of(drawn, rows, teacher, by)
     inputs = [x for x in batch.inputs if x is not None and x.requires_grad]
-    checked = RankOptions(chunk_size=chunk_size, **options, **choices)
+    checked = RankOptions(chunk_size=chunk_size if is_option else None, **options, **choices)
     owed = dense.terms(batch, checked, WEIGHTS, wanted)
     expected = differentiated(weighted(owed, upstream), inputs)
     with pytest.MonkeyPatch.context() as patch:
+        choose_chunks(patch, chunk_size)
         if not looks:
             patch.setattr(Tensor, "is_cpu", False)
             patch.setattr(torch, "equal", None)
@@ -248,12 +259,17 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("chunk_size", "of_student"), [(None, 7), (32, 7), (8, 12)])
+@pytest.mark.parametrize(
+    ("chunk_size", "chosen", "largest_kept", "of_student"),
+    [(None, 32, 32, 7), (None, 8, 32, 8), (None, 8, 31, 12), (32, 8, 31, 7), (8, 32, 32, 12)],
+)
 @pytest.mark.parametrize("has_teacher", [False, True])
 def test_a_step_takes_as_many_products_as_it_says(
-    chunk_size: int | None, of_student: int, has_teacher: bool
+    monkeypatch, chunk_size: int | None, chosen: int, largest_kept: int, of_student: int, has_teacher: bool
 ) -> None:
     n, d = 32, 8
+    choose_chunks(monkeypatch, chosen)
+    monkeypatch.setattr(engine, "_KEPT", largest_kept**2)
     loss = rankloss.RankClipLoss(schedule="constant", chunk_size=chunk_size)
     with Products() as counted:
         (
