@@ -18,9 +18,9 @@ With G the gradient by the scores s·C of a matrix, C = Q·Kᵀ (anchors Q, item
 
     ∂Q = s·G·K,   ∂K = s·Gᵀ·Q,   ∂s = Σ G∘C = Σ (G·K)∘Q = Σ (Gᵀ·Q)∘K.
 
-In one process each entry G_ij has a mirror image Ĝ_ji by the product of the same two features: of R for S, of
-the same matrix for I and X. Up to a limit the gradients of earlier rows are kept until it is known, and the
-sum G_ij + Ĝ_ji takes the products of one. If all rows are computed at once, R is S, transposed.
+In one process every entry of G has a mirror image, the gradient by the product of the same two features: for
+S_ij that by R_ji, for I_ij that by I_ji. Up to a limit the gradients of earlier rows are kept until both are
+known, and their sum takes the products of one.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def accumulate(
     lists = lists if in_slices else n
     values = [matrices[0].items.new_zeros(len(matrices), dtype=torch.float64) for _ in range(2)]
     keeps = chunk >= n or (chunk_size is None and n_items**2 <= _KEPT)
-    earlier: Kept = [] if keeps and all(_mirror(matrices, x) is not None for x in matrices) else None
+    earlier: Kept = [] if keeps and _mirrors(matrices) else None
     for first in range(0, n, chunk):
         rows = slice(first, first + chunk)
         block = _multiply(matrices, rows)
@@ -205,15 +205,12 @@ def _multiply(matrices: Sequence[Matrix], rows: slice) -> Tensor:
     """Given rows of every matrix, ``[matrices, n, N]``; the gradient may overwrite them."""
     items = matrices[0].items
     out = items.new_empty(len(matrices), len(matrices[0].anchors[rows]), len(items))
-    for k, matrix in enumerate(matrices):
-        if k and _mirror(matrices, matrix) == 0 and out.shape[1] == out.shape[2]:
-            out[k] = out[0].T
-        else:
-            torch.mm(matrix.anchors[rows], matrix.items.T, out=out[k])
+    for matrix, cosines in zip(matrices, out, strict=True):
+        torch.mm(matrix.anchors[rows], matrix.items.T, out=cosines)
     return out
 
 
-Kept: TypeAlias = list[Tensor] | None
+Kept: TypeAlias = list[tuple[int, list[Tensor]]] | None
 
 
 def _add_gradients(
@@ -224,29 +221,30 @@ def _add_gradients(
     Args:
         matrices: one, or the two of a term.
         rows: the rows.
-        by_scores: the gradient by the scores, ``[matrices, n, N]``.
+        by_scores: the gradient by the scores, ``[matrices, n, N]``; it is overwritten.
         sums: the gradients by the factors of the matrices, by name, without the factor s.
-        earlier: the gradients of all earlier chunks, each from its own first column on, for their mirror
-            images; this chunk's is added. None keeps none.
+        earlier: of each earlier chunk its first row, and for each matrix the mirror images of the gradients
+            from this column on; this chunk's are added. None keeps none.
     """
-    first, end, n_items = rows.start, rows.start + by_scores.shape[1], by_scores.shape[2]
+    first, n = rows.start, by_scores.shape[1]
+    before, end = (None, None) if earlier is None else (first, first + n)
     if earlier is not None:
-        own = by_scores[:, :, first:]
-        earlier.append(own.clone() if end < n_items else own)  # a view would keep the whole chunk
-    for matrix, g in zip(matrices, by_scores, strict=True):
-        before = None
-        if earlier is not None:
-            k, before = _mirror(matrices, matrix), first
-            mirrored = torch.cat([x[k, :, first - n_items :][:, : end - first] for x in earlier])
-            g = mirrored.T.contiguous().add_(g[:, :end])
+        images = [by_scores[k, :, first:].T for k in _mirrors(matrices)]
+        earlier.append((first, [x.clone(memory_format=torch.contiguous_format) for x in images]))
+    for k, (matrix, g) in enumerate(zip(matrices, by_scores, strict=True)):
+        for start, images in earlier or ():
+            image = images[k][first - start :][:n]
+            g[:, start : start + image.shape[1]] += image
         of_anchors, of_items = matrix.factors
-        sums[of_anchors][rows].addmm_(g, matrix.items[: g.shape[1]])
+        sums[of_anchors][rows].addmm_(g[:, :end], matrix.items[:end])
         sums[of_items][:before].addmm_(g[:, :before].T, matrix.anchors[rows])
 
 
-def _mirror(matrices: Sequence[Matrix], matrix: Matrix) -> int | None:
-    """The place of the matrix that is this one transposed; None if none is."""
-    return next((k for k, x in enumerate(matrices) if x.factors == matrix.factors[::-1]), None)
+def _mirrors(matrices: Sequence[Matrix]) -> list[int]:
+    """For each matrix the place of the one that is its transpose; empty if one has none."""
+    names = [x.factors for x in matrices]
+    found = [names.index(x[::-1]) for x in names if x[::-1] in names]
+    return found if len(found) == len(names) else []
 
 
 # --- a block of row lists ---------------------------------------------------------------------------------

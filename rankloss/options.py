@@ -78,7 +78,8 @@ class RankOptions:
         method: ``"sort"``: lists are ranked by their exact order. ``"bin"``: by evenly spaced bins of the
             reference (:func:`rankloss.ranking.quantize`), faster; the items of a bin are tied.
         bins: the number of bins.
-        chunk_size: rows computed at a time; None chooses from the sizes and the device.
+        chunk_size: rows computed at a time; None chooses from the sizes and the device, and keeps symmetric
+            gradients, 64 MiB at most, to save products.
         memory_budget: limit in bytes for one matrix of the whole batch. Within it CLIP's and SigLIP's losses
             without rank terms use torch's formula; beyond it they stream like the rank terms. None is 64 MiB
             on a CPU and 1 GiB elsewhere.
