@@ -51,7 +51,7 @@ _PATCHED = "_rankloss_open_clip_patched"
 
 
 def _wrap(names: dict[str, Any], wrappers: Mapping[str, Wrapper]) -> bool:
-    """Wrap the functions that a module's namespace has, each once; whether it has any."""
+    """Wrap the functions that a module's namespace has, each once; True if it has any."""
     found = {name: names[name] for name in wrappers if name in names}
     replaced = {}
     for name, original in found.items():

@@ -105,7 +105,7 @@ class Option:
         unset: The text for None in ``--help``. An option with such a text, or with the default None, may be
             None.
         values: The values in Python of choices that are no texts, by their spelling: ``{"none": None}``.
-        for_trainer: Whether the trainer's plug-in acts on the option, and not the loss.
+        for_trainer: True if the trainer's plug-in acts on the option, and not the loss.
         prefix: The loss of joined losses that the option belongs to; empty for the option of one loss.
     """
 

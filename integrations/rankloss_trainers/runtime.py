@@ -86,7 +86,7 @@ def reason_against(
         entry: Its entry.
         options: The values of all its options.
         gather: The run's gathering.
-        sigmoid: Whether the trainer's own loss is a sigmoid loss.
+        sigmoid: True if the trainer's own loss is a sigmoid loss.
 
     Returns:
         A reason, which begins with the key of an option where it is about that option alone.
@@ -217,7 +217,7 @@ class Runtime(nn.Module):
         teacher: ``"required"``, ``"optional"``, or ``"none"``.
         features: The folder of the teacher's features, or None.
         captions: The key of a second caption, or None.
-        takes_lists: Whether a part of the loss takes a list of graded candidates of each query.
+        takes_lists: True if a part of the loss takes a list of graded candidates of each query.
         columns: The columns of the training data, which a host may name for the errors.
         unit: ``"epoch"`` or ``"step"``, the way in which a part that has both methods is told.
         step: The optimizer step of the run, counted from 0.
@@ -404,7 +404,7 @@ class Runtime(nn.Module):
 
         Args:
             state: The state in the checkpoint that is resumed from, or None.
-            warn: Whether this process warns where that is not the state of this loss, which then starts anew.
+            warn: True to warn, on this process, of another state than this loss's, which then starts anew.
         """
         own = self._first_state
         if state is not None and state["loss"] == self.name:
