@@ -89,6 +89,7 @@ def test_rankclip_is_what_it_is_alone(step: int) -> None:
     run = at(
         Runtime(HOST, "rankclip", {"schedule": "linear", "schedule_unit": "step", "agreement_every": 1}), step
     )
+    assert run.described(3).startswith(f"Loss: rankclip (rankloss {rankloss.__version__}), schedule linear")
     alone = rankloss_trainers.create("rankclip", schedule="linear")
     alone.set_progress(step, 3)
     driven, plain = features(), features()
