@@ -100,6 +100,7 @@ def test_a_teacher_reaches_every_loss_of_a_composition() -> None:
         ({"weight": -1}, "weight must be a finite number >= 0; got -1"),
         ({"contrast_scale": 0}, "contrast_scale must be a finite number > 0; got 0"),
         ({"weight": 0}, "weight or contrast must be above 0"),
+        ({"contrast_scale": 5.0}, "contrast_scale=5.0 needs contrast above 0"),
     ],
 )
 def test_arguments_are_checked(options: dict[str, Any], named: str) -> None:

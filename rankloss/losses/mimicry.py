@@ -16,6 +16,8 @@ from rankloss.losses.gathering import GatheringLoss
 from rankloss.options import RankOptions, check_weight
 from rankloss.precision import arithmetic_dtype, constant, outside_graphs, product
 
+_CONTRAST_SCALE = 20.0
+
 
 class MimicryLoss(GatheringLoss):
     r"""A base loss plus the squared distances of the features v, t from a teacher's v', t'.
@@ -53,9 +55,9 @@ class MimicryLoss(GatheringLoss):
         then ``mimicry_loss`` and, with ``contrast``, ``mimicry_contrast_loss``, both weighted.
 
     Raises:
-        ValueError: for a weight that is negative or not finite, both weights 0, a scale that is not positive,
-            or a base that cannot be called; in ``forward`` without a teacher's features, for one modality
-            alone with ``contrast``, and for features of another shape.
+        ValueError: for a weight that is negative or not finite, both weights 0, a scale that is not positive
+            or has no use, or a base that cannot be called; in ``forward`` without a teacher's features, for
+            one modality alone with ``contrast``, and for features of another shape.
 
     References:
         "CLIP-KD: An Empirical Study of CLIP Model Distillation", CVPR 2024.
@@ -76,7 +78,7 @@ class MimicryLoss(GatheringLoss):
         *,
         weight: float = 8.0,
         contrast: float = 0.0,
-        contrast_scale: float = 20.0,
+        contrast_scale: float = _CONTRAST_SCALE,
         gather: GatherOption = None,
     ) -> None:
         super().__init__(gather)
@@ -86,6 +88,8 @@ class MimicryLoss(GatheringLoss):
         self.contrast_scale = check_weight("contrast_scale", contrast_scale, above=0.0)
         if self.weight == self.contrast == 0:
             raise ValueError(f"weight or contrast must be above 0; got weight={weight!r}, {contrast=}")
+        if self.contrast == 0 and self.contrast_scale != _CONTRAST_SCALE:
+            raise ValueError(f"contrast_scale={contrast_scale!r} needs contrast above 0; got {contrast=}")
         self.components: Tensor | None = None  # no buffer: to_empty() would leave it without numbers
 
     @outside_graphs

@@ -81,9 +81,9 @@ class RankedLists(GatheringLoss):
     Raises:
         ValueError: for an option out of range or unsupported by the model; in ``forward`` for mismatched
             shapes, dtypes or devices, a list without candidates, a grade of NaN or +∞, an index out of range,
-            or with ``in_batch_negatives`` two equal queries, whose candidates would be each other's
-            negatives. Values are read on a CPU at every call, on an accelerator at the first call; a wrong
-            grade gives NaN in later calls.
+            or with ``in_batch_negatives`` two equal queries, also of two processes, whose candidates would be
+            each other's negatives. Values are read on a CPU at every call, on an accelerator at the first
+            call; a wrong grade gives NaN in later calls.
         TypeError: for an argument that is not a tensor.
 
     References:
@@ -297,7 +297,8 @@ class RankedLists(GatheringLoss):
             needed = f"at least 0 and less than {len(candidates)}"
             _refuse("candidate_index", index, is_item & is_wrong, needed)
         if self.in_batch_negatives:
-            equal = first_occurrence(queries.to(precision.arithmetic_dtype(queries)))
+            everyone = self.gather.items(queries)
+            equal = first_occurrence(everyone.to(precision.arithmetic_dtype(everyone)))
             row = _first(equal != torch.arange(len(equal), device=equal.device))
             if row is not None:
                 raise ValueError(

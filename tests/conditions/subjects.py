@@ -279,8 +279,10 @@ def mimicry(
 ) -> Subject:
     """A composition with ``MimicryLoss``, whose teacher is wider than the student."""
 
+    scale = {"contrast_scale": CONTRAST_SCALE} if weights.get("contrast") else {}
+
     def built() -> nn.Module:
-        loss = build(functools.partial(rankloss.MimicryLoss, contrast_scale=CONTRAST_SCALE, **weights))
+        loss = build(functools.partial(rankloss.MimicryLoss, **weights, **scale))
         part = next(x for x in loss.modules() if isinstance(x, rankloss.MimicryLoss))
         part.components = torch.eye(D + 4, device="cpu")[:, :D]
         return loss
