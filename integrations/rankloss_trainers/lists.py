@@ -18,6 +18,9 @@ from rankloss.distributed import Gather
 PADDING = -1
 """The index of a place without a candidate."""
 
+GRADES = torch.float32 if torch.backends.mps.is_available() else torch.float64
+"""The dtype of grades: float32 would tie some, but MPS has no other."""
+
 
 @dataclass(frozen=True)
 class Pooled:
@@ -27,7 +30,7 @@ class Pooled:
         candidates: The M distinct candidates.
         ids: ``[M]``, equal for equal candidates on all processes.
         index: ``[N, K]``, the row of each candidate, or :data:`PADDING`.
-        grades: ``[N, K]``; 0 at padding.
+        grades: ``[N, K]``, float64, since float32 would tie some; 0 at padding.
     """
 
     candidates: list[Any]
@@ -71,7 +74,8 @@ def identity(candidate: Any) -> Hashable:
     if isinstance(candidate, str):
         return candidate
     if hasattr(candidate, "tobytes") and hasattr(candidate, "mode"):
-        return candidate.mode, candidate.size, candidate.tobytes()
+        shown = candidate.convert("RGBA") if candidate.mode in ("P", "PA") else candidate  # bytes: indices
+        return shown.mode, shown.size, shown.tobytes()
     return id(candidate)
 
 
@@ -96,7 +100,7 @@ def pooled(lists: Sequence[Sequence[tuple[Any, float]]]) -> Pooled:
     pool = {key: candidate for pairs in keyed for key, candidate, _ in pairs}
     rows = {key: row for row, key in enumerate(pool)}
     index = [torch.tensor([rows[key] for key, *_ in pairs]) for pairs in keyed]
-    grades = [torch.tensor([grade for *_, grade in pairs]) for pairs in keyed]
+    grades = [torch.tensor([grade for *_, grade in pairs], dtype=GRADES) for pairs in keyed]
     ids = torch.tensor([id_of(key) for key in pool])
     padded = pad_sequence(index, True, PADDING), pad_sequence(grades, True)
     return Pooled(list(pool.values()), ids, *padded)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rankloss import RankedLists
 from rankloss.options import check_weight
 from rankloss_trainers.extras import extra
-from rankloss_trainers.lists import arguments, check_unique, graded, pooled
+from rankloss_trainers.lists import GRADES, arguments, check_unique, graded, pooled
 from rankloss_trainers.sentence_transformers import EmbeddingLoss
 
 with extra("sentence-transformers"):
@@ -44,7 +44,7 @@ class RankedListsCollator(SentenceTransformerDataCollator):
 
     The rows have a query, a list of candidates (texts or pictures) and, in a label column, a list of as many
     grades. The candidates of a batch become one column without repetitions; the label becomes ``[N, K, 2]``,
-    the row of each candidate in this column, or −1 for padding, and its grade.
+    int64, the row of each candidate in this column, or −1 for padding, and the bits of its grade.
 
     Raises:
         ValueError: unless the rows have these three columns; for a list without candidates, a grade for each
@@ -76,7 +76,8 @@ class RankedListsCollator(SentenceTransformerDataCollator):
         batch = super().__call__([{**name, query: row[query]} for row in features])
         batch.update(super().__call__([{**name, candidates: candidate} for candidate in pool.candidates]))
         batch[f"{candidates}_{_IDS}"] = pool.ids
-        return {**batch, "label": torch.stack([pool.index.float(), pool.grades], dim=-1)}
+        # Integers, since DeepSpeed rounds the others to the model's precision.
+        return {**batch, "label": torch.stack([pool.index, pool.grades.double().view(torch.int64)], dim=-1)}
 
 
 class RankedListsTrainer(SentenceTransformerTrainer):
@@ -136,8 +137,9 @@ class RankedListsLoss(EmbeddingLoss):
         if labels is None or not candidates:
             raise ValueError("graded lists need columns of candidates and a label column with their grades")
         if labels.dim() == 3 and len(candidates) == 1:
-            index, grades = labels.unbind(-1)
-            lists = arguments(self.criterion.gather, candidates[0], index.long(), grades, ids[-1])
+            index, bits = labels.unbind(-1)
+            grades = bits.contiguous().cpu().view(torch.float64).to(GRADES).to(bits.device)
+            lists = arguments(self.criterion.gather, candidates[0], index, grades, ids[-1])
         elif labels.shape == (len(queries), len(candidates)):
             lists = {"candidate_features": torch.stack(candidates, 1), "grades": labels}
         else:

@@ -29,9 +29,19 @@ def test_a_list_is_of_candidates_and_a_grade_for_each(candidates: Any, grades: A
         graded(candidates, grades, "row 3")
 
 
-def test_pictures_of_equal_pixels_are_one_candidate() -> None:
-    red, again, blue = (Image.new("RGB", (2, 2), colour) for colour in ("red", "red", "blue"))
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_pictures_of_equal_pixels_are_one_candidate(mode: str) -> None:
+    red, again, blue = (Image.new(mode, (2, 2), colour) for colour in ("red", "red", "blue"))
+    if mode == "P":  # the same indices
+        red, again, blue = (Image.new("P", (2, 2)) for _ in range(3))
+        for x, colour in ((red, [255, 0, 0]), (again, [255, 0, 0]), (blue, [0, 0, 255])):
+            x.putpalette(colour + [0] * 765)
     pool = pooled([[(red, 1.0), (blue, 0.0)], [(again, 2.0)]])
     assert pool.candidates == [red, blue]
     assert pool.index.tolist() == [[0, 1], [0, -1]]
     assert len(pool.ids.unique()) == 2
+
+
+def test_grades_that_float32_would_tie_keep_their_order() -> None:
+    grades = [1_700_000_001.0, 1_700_000_000.0]
+    assert pooled([list(zip("ab", grades, strict=True))]).grades.tolist() == [grades]

@@ -124,6 +124,17 @@ def test_under_autocast_and_with_features_that_are_not_finite() -> None:
     assert loss(v.detach().index_fill(0, torch.tensor([0]), math.nan), t, s, **lists).isnan()
 
 
+@pytest.mark.parametrize("grade", [-3.0, 0.0, 3.0, 1.7e18])
+def test_the_own_pair_is_above_any_grade(grade: float) -> None:
+    loss, inputs = OrderedRankClipLoss(**CONSTANT, lambda_in=0.0), features(0, 3)
+    lists = {"order_pictures": torch.arange(3), "order_listed": torch.tensor([[1], [2], [0]])}
+    of_grades = [loss(*inputs, **lists, order_grades=torch.full((3, 1), g)) for g in (1.0, grade)]
+    torch.testing.assert_close(*of_grades)
+    lists["order_grades"] = torch.full((3, 1), -math.inf)
+    below, lists["order_listed"] = loss(*inputs, **lists), torch.full((3, 1), -1)
+    torch.testing.assert_close(below, loss(*inputs, **lists))
+
+
 def test_wrong_lists_are_refused_by_name() -> None:
     v, t, s = features(0, 3)
     loss, lists = OrderedRankClipLoss(**CONSTANT), lists_of(0, 3, 2, 4)
@@ -285,8 +296,17 @@ def test_other_files_stay_and_damage_shows(tmp_path: Path, capsys: pytest.Captur
         Orders(str(tmp_path))
 
 
+def test_the_folder_keeps_the_order_of_any_grades(tmp_path: Path) -> None:
+    grades = [1_700_000_000.0, 1_700_000_001.0, 1e39]
+    assert command(tmp_path, [{"id": "a.jpg", "ids": ["b.jpg", "c.jpg", "d.jpg"], "grades": grades}]) == 0
+    found = Orders(str(tmp_path / "o")).take(np.arange(1))
+    np.testing.assert_array_equal(found["order_grades"], [[1, 2, 3]])
+
+
 def test_options_that_rank_in_another_way_are_refused(tmp_path: Path) -> None:
     command(tmp_path)
+    with pytest.raises(ValueError, match="model has no effect on lists of ids; got 'top_one'"):
+        OrderedRankClipLoss(model="top_one")
     with pytest.raises(ValueError, match=r"^orders: .* excludes method bin"):
         rankloss_trainers.create("rankclip", orders=str(tmp_path / "o"), method="bin")
     with pytest.raises(ValueError, match=r"^orders: .* excludes .*reference teacher"):
@@ -331,3 +351,6 @@ def test_hugging_face(tmp_path: Path) -> None:
     logged = tiny_transformers.column(trained, "in_modal_loss")
     assert logged == pytest.approx([x["in_modal_loss"] for x in log], rel=1e-4)
     assert min(logged) > 0
+    command(tmp_path, [{"id": "1.jpg", "ids": ["2.jpg"]}])
+    with pytest.raises(ValueError, match=r"do not have the lists of .*orders\.bind"):
+        trained.train()

@@ -156,7 +156,8 @@ def test_a_candidate_of_several_lists_is_embedded_once(bert: Path) -> None:
     distinct = {c for row in lists() for c in row["candidates"]}
     assert len(batch["candidates_input_ids"]) == len(distinct)
     assert len(batch["query_input_ids"]) == 8
-    index, grades = batch["label"].unbind(-1)
+    index, grades = batch["label"].unbind(-1)  # of integers, which no engine rounds
+    grades = grades.contiguous().view(torch.float64)
     pool = list(dict.fromkeys(c for row in lists() for c in row["candidates"]))
     for n, row in enumerate(lists()):
         places = index[n] >= 0

@@ -6,12 +6,14 @@
     pairs.npy      [rows], uint64: the hash of each row's caption and image name
     pictures.npy   [rows], int64: the number of each row's picture
     listed.npy     [pictures, K], int64: the listed pictures' numbers; −1 behind the end of a shorter list
-    grades.npy     [pictures, K], float32: a larger one is better
+    grades.npy     [pictures, K], float32: the place of each grade among those of its list, from 1 for the
+                   smallest; −∞ stays −∞
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,15 @@ class Orders(Rows):
             if hash_of(getattr(self, name)).hex() != written:
                 raise ValueError(f"{self.path}/{name}.npy is not as it was written")
         return self
+
+    def check_bound(self, pictures: Any, listed: Any, grades: Any) -> None:
+        """Raise a ValueError unless the orders of a batch are of this folder."""
+        pictures, listed, grades = map(np.asarray, (pictures, listed, grades))
+        own = pictures.clip(0, len(self.listed) - 1)
+        found = zip((pictures, listed, grades), (own, self.listed[own], self.grades[own]), strict=True)
+        if not all(np.array_equal(x, y) for x, y in found):
+            bind = f"rankloss_trainers.orders.bind(dataset, {self.path!r})"
+            raise ValueError(f"the data do not have the lists of {self.path}, which {bind} adds")
 
     def take(self, rows: Array) -> dict[str, Array]:
         """The orders of some rows, by the names that the loss has for them."""
@@ -126,8 +137,10 @@ def write(output: Path, data: Data, file: Path, command: str) -> dict[str, Any]:
     listed_array = np.full((len(number), longest), _UNLISTED, np.int64)
     grade_array = np.zeros((len(number), longest), np.float32)
     for row, found in lists.items():
+        # Only their order counts, which float32 would not keep of all numbers.
+        places = {grade: place for place, grade in enumerate(sorted({g for _, g in found} - {-math.inf}), 1)}
         listed_array[row, : len(found)] = [x for x, _ in found]
-        grade_array[row, : len(found)] = [x for _, x in found]
+        grade_array[row, : len(found)] = [places.get(g, g) for _, g in found]
     arrays = {
         "pairs": hashes_of_pairs(captions, names),
         "pictures": np.array([number[name] for name in names], np.int64),

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 import rankloss
 from rankloss import graded
 from rankloss.distributed import gather_once
-from rankloss.losses import base_entries, combined
+from rankloss.losses import Base, base_entries, combined
 from rankloss.precision import arithmetic_dtype, nan_unless_finite, outside_graphs, product
 from rankloss_trainers.orders.folder import ARGUMENTS
+
+_TAKEN = {"top_k", "chunk_size", "memory_budget"}  # of the rank options, the latter two by the base
 
 
 class OrderedRankClipLoss(rankloss.RankClipLoss):
@@ -39,6 +41,9 @@ class OrderedRankClipLoss(rankloss.RankClipLoss):
         picture; ``order_listed``, ``[N, K]``, those of its list, negative where there is none;
         ``order_grades``, ``[N, K]``. :meth:`rankloss_trainers.orders.Orders.take` has them.
 
+    Raises:
+        ValueError: for an option that the lists have no use for; and as :class:`rankloss.RankClipLoss`.
+
     Example:
         >>> v = torch.eye(3)
         >>> loss = OrderedRankClipLoss(schedule="constant", lambda_in=0.0)
@@ -47,6 +52,12 @@ class OrderedRankClipLoss(rankloss.RankClipLoss):
         >>> sorted(loss(v, v, 10.0, output_dict=True, **lists))
         ['contrastive_loss', 'cross_modal_loss', 'in_modal_loss']
     """
+
+    def __init__(self, base: Base | None = None, **options: Any) -> None:
+        super().__init__(base, **options)
+        others = sorted(self.consistency.options.changed.keys() - _TAKEN)
+        if others:
+            raise ValueError(f"{others[0]} has no effect on lists of ids; got {options[others[0]]!r}")
 
     @outside_graphs
     def forward(
@@ -99,7 +110,8 @@ class OrderedRankClipLoss(rankloss.RankClipLoss):
         place, grades = place.where(is_there, own), grades.masked_fill(~is_there, torch.inf)
         is_rest = is_rest.scatter(1, place, False)
         if with_own:
-            best = grades.masked_fill(~is_there, 0.0).amax(1, keepdim=True) + 1
+            # Only the order counts: above all, also above −∞ and numbers to which 1 adds nothing.
+            best = 2 * grades.masked_fill(~is_there, 0.0).amax(1, keepdim=True).clamp_min(0.0) + 1
             place, grades = torch.cat([own, place], 1), torch.cat([best, grades], 1)
         x, rest = scores.gather(1, place).to(grades.dtype), scores.masked_fill(~is_rest, -torch.inf)
         return graded.plackett_luce(x, grades, rest, top_k=self.consistency.options.top_k)

@@ -16,6 +16,7 @@ from rankloss.options import check_count
 from rankloss_features.binding import COLUMN
 from rankloss_trainers.extras import extra
 from rankloss_trainers.orders.folder import ARGUMENTS as ORDERS
+from rankloss_trainers.orders.folder import Orders
 from rankloss_trainers.runtime import BY_STEPS, Entries, Host, Runtime
 from rankloss_trainers.transformers import embeddings, teacher
 
@@ -135,7 +136,10 @@ class ContrastiveTrainer(transformers.Trainer):
         """Batches in which a teacher's features have been checked."""
         collate = self.data_collator
         self.loss_runtime.columns = teacher.columns_of(self.train_dataset)
-        self.data_collator = functools.partial(teacher.collate_checked, collate, self.loss_runtime.features)
+        run = self.loss_runtime
+        bound = (getattr(x, "folder", None) for x in run.entry.companions(run.options))
+        orders = next((x for x in bound if isinstance(x, Orders)), None)
+        self.data_collator = functools.partial(teacher.collate_checked, collate, run.features, orders)
         try:
             loader: DataLoader[Any] = super().get_train_dataloader()
         finally:
@@ -144,6 +148,11 @@ class ContrastiveTrainer(transformers.Trainer):
             lists.check_loader(loader)
             lists.check_table(self.train_dataset)
         return loader
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch on its device; DeepSpeed rounds the model's inputs alone, and not the loss's."""
+        own = {x: inputs[x].to(self.args.device) for x in (*TEACHER, *ORDERS, "grades") if x in inputs}
+        return {**super()._prepare_inputs(inputs), **own}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *_: Any, **__: Any
