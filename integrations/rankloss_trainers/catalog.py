@@ -247,13 +247,16 @@ class LossEntry:
             given: Values by key, as text or as Python has them.
 
         Raises:
-            TypeError: There is no such option.
+            TypeError: There is no such option, or it is given twice.
             ValueError: A value is none that the option can have; the error begins with its key.
         """
         known = {option.key: option for option in self.options}
         values = {key: option.default for key, option in known.items()}
-        found = {self._key(name, key): value for key, value in given.items()}
-        for key, value in found.items():
+        found: dict[str, Any] = {}
+        for key, value in ((self._key(name, key), value) for key, value in given.items()):
+            if key in found:
+                raise TypeError(f"{key} is given twice, with and without its prefix")
+            found[key] = value
             try:
                 values[key] = known[key].checked(value)
             except ValueError as error:

@@ -106,6 +106,12 @@ class _Joined:
         if {True, False} <= {*uses.values()}:
             with_, without = (next(x for x in uses if uses[x] is use) for use in (True, False))
             return f"{with_} needs a teacher, which {without} is told not to use"
+        keeps = dict(zip(names, self.each("keeps_distillation", options), strict=True))
+        for name, prefix, entry, own in self.own(options):
+            is_said = any(x.own_key == "distill_loss" and own[x.own_key] != x.default for x in entry.options)
+            if is_said and keeps[name] and not all(keeps.values()):
+                other = next(x for x in keeps if not keeps[x])
+                return f"{prefixed(prefix, 'distill_loss')}: include has no effect beside {other}"
         for _, prefix, entry, own in self.own(options):
             reason = entry.refuse(own, gather)
             if reason is not None:

@@ -34,7 +34,7 @@ import rankloss
 from rankloss.distributed import Gather, GatherOption, gather_once
 from rankloss.losses import TEACHER, base_entries, takes_teacher
 from rankloss_features.folder import Features
-from rankloss_trainers.catalog import LossEntry, Options, find
+from rankloss_trainers.catalog import LossEntry, Options, did_you_mean, find
 from rankloss_trainers.logging import RankClipLog
 
 _logger = logging.getLogger("rankloss_trainers")
@@ -196,6 +196,10 @@ def _check_teacher(
     if use == "required" and (not found or (similar and len(found) < len(TEACHER))):
         has = f"; the data have {', '.join(columns)}" if columns else ""
         raise ValueError(f"{name} needs a teacher's features: {remedy}{has}")
+    for column in columns if use == "optional" else ():
+        hint = did_you_mean(column, TEACHER, cutoff=0.8)
+        if hint and column not in TEACHER:
+            raise ValueError(f"the data have {column}, which {name} does not use{hint}")
 
 
 class Runtime(nn.Module):

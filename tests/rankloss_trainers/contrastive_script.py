@@ -47,6 +47,13 @@ class OwnLoss(Trainer):
         return super().compute_loss(*args, **kwargs)
 
 
+class OwnStep(Trainer):
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, object], *_: object) -> torch.Tensor:
+        loss: torch.Tensor = model(**self._prepare_inputs(inputs)).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
 class Derived(Trainer):
     pass
 
@@ -75,7 +82,8 @@ def main() -> None:
         model(**collate_fn([Pairs(4)[i] for i in range(4)]))["loss"].backward()
         optimizer.step()
         raise AssertionError("an optimizer took a step")
-    trainer = {"Trainer": Trainer, "OwnLoss": OwnLoss, "Derived": Derived}[model_args.trainer](
+    trainers = {"Trainer": Trainer, "OwnLoss": OwnLoss, "OwnStep": OwnStep, "Derived": Derived}
+    trainer = trainers[model_args.trainer](
         model=model,
         args=training_args,
         train_dataset=Pairs(32) if training_args.do_train else None,

@@ -73,6 +73,12 @@ def test_a_folder_is_given_once_and_serves_all(key: str) -> None:
     [
         ("rankclip+cyclip", {"lambda_in": 1}, "give rankclip_lambda_in or cyclip_lambda_in"),
         ("rankclip+mimicry", {"weigt": 1}, "has no option 'weigt'; did you mean weight"),
+        ("rankclip+mimicry", {"weight": 1, "mimicry_weight": 2}, "mimicry_weight is given twice"),
+        (
+            "rankclip-distill+mimicry",
+            {"distill_loss": "include"},
+            "rankclip_distill_loss: include has no effect beside mimicry",
+        ),
         ("rankclip+mimicry", {"weight": -1}, "mimicry_weight must be a finite number"),
         ("rankclip+rankclip", {}, "names a loss twice"),
         ("rankclip+rankclip-in", {}, "names a loss twice"),

@@ -100,6 +100,7 @@ def test_derived_trainer_is_reached(tmp_path: Path, here: Callable[..., Path]) -
         (("--trainer", "none"), SystemExit, "--loss rankclip was not used"),
         (("--trainer", "loop"), RuntimeError, "--loss rankclip was not used"),
         (("--trainer", "OwnLoss"), TypeError, "OwnLoss computes its own loss"),
+        (("--trainer", "OwnStep"), RuntimeError, "--loss rankclip was not used: .*by compute_loss"),
         (("--kind", "other"), ValueError, "Classifier has neither a logit_scale nor a temperature"),
     ],
 )

@@ -90,6 +90,11 @@ def bound_pairs(*more: str) -> Pairs:
             {"loss": "rankclip-distill", "loss_options": {"lambda_cross": 0.0}},
             "have .*reference_text_features, .*reference_img_features",
         ),
+        (
+            renamed("reference_image_features", "reference_image_feature"),
+            {"loss_options": {"lambda_cross": 0.0}},
+            "reference_image_feature, which rankclip does not use; did you mean reference_image_features",
+        ),
         (Pairs(ROWS, "image"), {}, "got reference_image_features alone"),
         (Pairs(ROWS, "text"), {"loss": "clip-streamed"}, "reference_text_features, but clip-streamed"),
         # Two sources that contradict each other.

@@ -89,14 +89,19 @@ class Attached:
         from torch.optim.optimizer import register_optimizer_step_pre_hook
 
         self.keywords = keywords
-        self.built = False
+        self.built: list[Any] = []
+        self.used: set[Any] = set()
         self.missed = f"--loss {keywords['loss']} was not used: {sys.argv[0]} built no transformers.Trainer"
         after_import({"transformers.trainer": self.replace})
         register_optimizer_step_pre_hook(self._guard)
 
-    def _guard(self, *_: Any) -> None:
+    def _guard(self, optimizer: Any, *_: Any) -> None:
         if not self.built:
             raise RuntimeError(self.missed)
+        for trainer in self.built:
+            own = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # within accelerate's
+            if own is optimizer and trainer.loss_runtime not in self.used:
+                raise RuntimeError(f"{self.missed} that computes its loss by compute_loss")
 
     def replace(self, module: ModuleType) -> None:
         """Put a ContrastiveTrainer in the place of ``module.Trainer``."""
@@ -110,7 +115,8 @@ class Attached:
                     text = "which --loss would not reach; derive it from ContrastiveTrainer"
                     raise TypeError(f"{type(self).__name__} computes its own loss, {text}")
                 super().__init__(*args, **attached.keywords, **kwargs)
-                attached.built = True
+                attached.built.append(self)
+                self.loss_runtime.register_forward_pre_hook(lambda run, _: attached.used.add(run))
 
         Trainer.__module__, Trainer.__qualname__ = former.__module__, former.__qualname__
         sys.modules["transformers"].Trainer = module.Trainer = Trainer  # type: ignore[attr-defined]
