@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +103,7 @@ class Candidates:
             raise ValueError(
                 f"the own caption {caption!r:.60} cannot be above all candidates and among them, in {where}"
             )
-        top = 1 + max((x for x in values if x > -math.inf), default=0.0)
+        top = 2 * max(0.0, *values) + 1  # above all: 1 adds nothing to large numbers
         return [str(caption), *captions], [top, *values]
 
     # --- tokenizing ---

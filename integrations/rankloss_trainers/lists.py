@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rankloss.distributed import Gather
 
+_LARGEST = 2**53  # of the integers that a float64 holds, one by one
+
 PADDING = -1
 """The index of a place without a candidate."""
 
@@ -66,6 +68,8 @@ def graded(candidates: Any, grades: Any, where: str) -> list[tuple[Any, float]]:
     for grade in grades:
         if isinstance(grade, bool) or not isinstance(grade, (int, float)) or not grade < math.inf:
             raise ValueError(f"grades must be numbers, or −infinity; got {grade!r} in {where}")
+        if isinstance(grade, int) and abs(grade) > _LARGEST:
+            raise ValueError(f"integers must be at most 2⁵³ to stay distinct grades; got {grade} in {where}")
     return list(zip(candidates, map(float, grades), strict=True))
 
 

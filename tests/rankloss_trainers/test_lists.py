@@ -17,6 +17,7 @@ from rankloss_trainers.lists import graded, pooled
     [
         *((["a"], [bad], f"must be numbers, or −infinity; got {bad!r}") for bad in (math.nan, math.inf)),
         *((["a"], [bad], f"must be numbers, or −infinity; got {bad!r}") for bad in (None, "good", True)),
+        (["a"], [2**53 + 1], f"must be at most 2⁵³ to stay distinct grades; got {2**53 + 1}"),
         (["a", "b"], [1], "got 2 candidates and 1 grades"),
         ([], [], "got 0 candidates and 0 grades"),
         ("ab", [1, 2], "candidates and grades must be lists; got others"),

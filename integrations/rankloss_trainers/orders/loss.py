@@ -93,7 +93,7 @@ class OrderedRankClipLoss(rankloss.RankClipLoss):
             for name, items in (("cross_modal", both[::-1]), ("in_modal", both)):
                 total = both[0].new_zeros(())
                 for queries, others in zip(anchors, items, strict=True) if weights[name] else ():
-                    scores = product(queries * logit_scale, others.T)
+                    scores = product((queries * logit_scale).to(dtype), others.T)
                     values, terms = self._of_lists(scores, *lists, with_own=name == "cross_modal")
                     total = total + self._mean(values, terms) / 2
                 total = nan_unless_finite(total, image_features, text_features).to(dtype)
