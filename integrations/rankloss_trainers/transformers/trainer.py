@@ -133,10 +133,9 @@ class ContrastiveTrainer(transformers.Trainer):
         return lists.RankedListsCollator(self.processing_class, padding, unique)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches in which a teacher's features have been checked."""
-        collate = self.data_collator
-        self.loss_runtime.columns = teacher.columns_of(self.train_dataset)
-        run = self.loss_runtime
+        """Batches in which a teacher's features, or orders, have been checked."""
+        collate, run = self.data_collator, self.loss_runtime
+        run.columns = teacher.columns_of(self.train_dataset)
         bound = (getattr(x, "folder", None) for x in run.entry.companions(run.options))
         orders = next((x for x in bound if isinstance(x, Orders)), None)
         self.data_collator = functools.partial(teacher.collate_checked, collate, run.features, orders)
@@ -144,7 +143,7 @@ class ContrastiveTrainer(transformers.Trainer):
             loader: DataLoader[Any] = super().get_train_dataloader()
         finally:
             self.data_collator = collate
-        if self.loss_runtime.takes_lists:
+        if run.takes_lists:
             lists.check_loader(loader)
             lists.check_table(self.train_dataset)
         return loader
