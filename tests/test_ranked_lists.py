@@ -341,6 +341,7 @@ POOL = {"candidate_features": lambda x: x.flatten(0, 1), "candidate_index": INDE
 MASK = torch.ones(3, 2, dtype=torch.bool)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "infinity": ({"grades": with_((1, 0), math.inf)}, r"grades must be numbers.*; row 1 has \[inf\]"),
+    "large integers": ({"grades": torch.full((3, 2), 2**53 + 1)}, "grades must be at most 2⁵³.*; row 0 has"),
     "words": ({"grades": [["a", "b"]]}, r"grades must be a torch\.Tensor; got list"),
     "booleans": ({"grades": MASK}, r"grades must be of .*; got torch\.bool"),
     "one list": ({"grades": torch.zeros(2)}, r"grades must have shape \[N, K\].*; got \(2,\)"),

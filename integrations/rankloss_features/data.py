@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 from rankloss_features.folder import name_of
 
 _BLOCK = 4096  # pairs that are hashed together
-IMAGES = ("png", "jpg", "jpeg", "webp")  # the extensions of images in open_clip's trainer
+IMAGES = ("jpg", "png", "jpeg", "webp")  # the extensions of images in open_clip's trainer, by preference
 
 
 def named_sample(sample: Mapping[str, Any]) -> str:
@@ -101,7 +101,9 @@ class Table:
             block = self.dataset[first:last]
             pictures = [x or path for x, path in zip(block["image.bytes"], block["image.path"], strict=True)]
             rows = zip(range(first, last), *self._named(first, block), pictures, strict=True)
-            yield [Sample(row, name, caption, partial(_opened, x), x) for row, caption, name, x in rows]
+            # A CSV file is open_clip's, which leaves the camera's orientation as it is.
+            opened = _opened if self.about.get("kind") == "csv" else _decoded
+            yield [Sample(row, name, caption, partial(opened, x), x) for row, caption, name, x in rows]
 
 
 class Shards:
@@ -172,6 +174,13 @@ def _opened(picture: bytes | str) -> Any:
     from PIL import Image
 
     return Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture).convert("RGB")
+
+
+def _decoded(picture: bytes | str) -> Any:
+    import datasets
+
+    both = {"path": picture, "bytes": None} if isinstance(picture, str) else {"path": None, "bytes": picture}
+    return datasets.Image().decode_example(both).convert("RGB")
 
 
 def _csv(path: str, separator: str, keys: dict[str, str]) -> Any:

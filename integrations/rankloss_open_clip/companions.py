@@ -28,7 +28,7 @@ from torch import Tensor, nn
 Sample = dict[str, Any]
 """A webdataset sample: its members by their extensions."""
 
-_SEPARATOR = "\x1f"  # ASCII's own, which no caption contains
+_SEPARATOR, _ESCAPE = "\x1f", "\x1b"  # ASCII's own
 _MAX_MISSING = 100  # samples without a companion, before the first with one
 
 
@@ -177,7 +177,7 @@ def _tokenized(tokenizer: Any, parts: Sequence[Companion], texts: str | list[str
         tokens: Tensor = tokenizer(captions)
         return tokens.long()
 
-    rows = [text.split(_SEPARATOR) for text in ([texts] if isinstance(texts, str) else texts)]
+    rows = [_separated(text) for text in ([texts] if isinstance(texts, str) else texts)]
     captions, *others = (list(column) for column in zip(*rows, strict=True))
     encoded = [part.encode(tokenize, x) for part, x in zip(parts, others, strict=True)]
     encoded.insert(0, tokenize(captions))
@@ -186,8 +186,14 @@ def _tokenized(tokenizer: Any, parts: Sequence[Companion], texts: str | list[str
 
 
 def _joined(texts: Iterable[Any]) -> str:
-    """Texts as one, which splits at the separator into these."""
-    return _SEPARATOR.join(_text(x).replace(_SEPARATOR, " ") for x in texts)
+    """Texts as one, which :func:`_separated` splits into these."""
+    escaped = (_text(x).replace(_ESCAPE, f"{_ESCAPE}0").replace(_SEPARATOR, f"{_ESCAPE}1") for x in texts)
+    return _SEPARATOR.join(escaped)
+
+
+def _separated(text: str) -> list[str]:
+    parts = text.split(_SEPARATOR)
+    return [x.replace(f"{_ESCAPE}1", _SEPARATOR).replace(f"{_ESCAPE}0", _ESCAPE) for x in parts]
 
 
 def _text(value: Any) -> str:

@@ -197,6 +197,8 @@ def _check_teacher(
         has = f"; the data have {', '.join(columns)}" if columns else ""
         raise ValueError(f"{name} needs a teacher's features: {remedy}{has}")
     for column in columns if use == "optional" else ():
+        if column in TEACHER and column not in found:
+            raise ValueError(f"the data have {column}, and the batch has not: let its collator pass it on")
         hint = did_you_mean(column, TEACHER, cutoff=0.8)
         if hint and column not in TEACHER:
             raise ValueError(f"the data have {column}, which {name} does not use{hint}")

@@ -225,18 +225,18 @@ class Progress(TrainerProgress):
                 raise ValueError("several datasets on several processes: give each loss gather=False")
             folder = loss.run.features
             if folder is not None:
-                places = {place for dataset in parts for place in _image_columns(folder, dataset)}
-                if len(places) != 1:
+                found = [place for dataset in parts for place in _image_columns(folder, dataset)]
+                if len({*found}) != 1 or None in found:
                     bind = f"rankloss_features.bind(dataset, {folder.path!r}, column='label')"
                     raise ValueError(f"reference_features needs the two columns and the label of {bind}")
-                (loss.image_column,) = places
+                loss.image_column = found[0]
         super().on_train_begin(args, state, control, **kwargs)
 
 
-def _image_columns(folder: Features, dataset: Any) -> list[int]:
+def _image_columns(folder: Features, dataset: Any) -> list[int | None]:
     """The place, 0 or 1, of the images among the columns of data that are bound to a folder; else nothing.
 
-    The hash of the first row's pair tells.
+    The hash of the first row's pair tells; None if it is that of neither order.
     """
     if not isinstance(dataset, datasets.Dataset) or "label" not in dataset.column_names:
         return []
@@ -253,4 +253,4 @@ def _image_columns(folder: Features, dataset: Any) -> list[int]:
             (((caption,), (image,)),) = Table(first, names[place], names[1 - place]).pairs()
             if pair in (hash_of_pair(caption, image), hash_of_pair(caption, f"row {row}")):
                 return [place]
-    return []
+    return [None]

@@ -22,7 +22,7 @@ from rankloss_features import Features
 from rankloss_features.binding import RowCompanion
 from rankloss_features.folder import NAMES
 from rankloss_open_clip.command_line import companions_of
-from rankloss_open_clip.companions import Companion, Companions
+from rankloss_open_clip.companions import Companion, Companions, _joined, _separated
 
 CONTEXT = 9
 CAPTION = SecondCaption("syn")
@@ -54,7 +54,12 @@ def csv(path: Path, text: str) -> tuple[Any, str]:
 def test_first_caption_is_the_one_the_trainer_prefers() -> None:
     given = ({"caption": b"a", "syn": b"b\x1fc"}, {"txt": b"c", "caption": b"d", "syn": b"e"}, {"txt": b"f"})
     texts = [(x.get("txt"), x["caption"]) for x in read([CAPTION], *given, text_key="txt;caption")]
-    assert texts == [(None, b"a\x1fb c"), (b"c\x1fe", b"d")]
+    assert texts == [(None, b"a\x1fb\x1b1c"), (b"c\x1fe", b"d")]
+
+
+def test_a_caption_keeps_every_character() -> None:
+    texts = ["a\x1fb", "\x1b1", "\x1b\x1f0", ""]
+    assert _separated(_joined(texts)) == texts
 
 
 @pytest.mark.parametrize("count", [1, 1000])

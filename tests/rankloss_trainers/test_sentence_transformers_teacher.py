@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import taught
 import torch
@@ -102,6 +103,7 @@ def test_columns_of_other_pairs_are_refused_before_a_weight_changes(
         data.add_column("third", ["x"] * ROWS),
         labelled(pairs(ROWS)),
         data.to_iterable_dataset(),
+        datasets.DatasetDict({"right": data, "spoilt": spoilt}),
     ):
         with pytest.raises(ValueError, match=r"reference_features needs .* the label of \S+bind\("):
             train(tmp_path, loss, model, train_dataset=wrong, max_steps=2)

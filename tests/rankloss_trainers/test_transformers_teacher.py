@@ -110,6 +110,15 @@ def test_columns_that_are_damaged_missing_or_of_no_use_are_an_error_before_a_wei
     assert torch.equal(weights(trained.model), weights(clip()))
 
 
+def test_columns_that_a_collator_drops_are_an_error(tmp_path: Path) -> None:
+    def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {x: torch.stack([each[x] for each in examples]) for x in ("pixel_values", "input_ids")}
+
+    trained = trainer(tmp_path, pairs=Pairs(ROWS, *TEACHER), loss="rankclip", data_collator=collate)
+    with pytest.raises(ValueError, match="have reference_image_features, and the batch has not"):
+        trained.train()
+
+
 def test_columns_are_looked_at_in_workers_and_not_in_evaluation(tmp_path: Path) -> None:
     bad = spoilt(math.nan, slice(3, 4))
     trained = train(tmp_path, pairs=Pairs(ROWS, *TEACHER), max_steps=1, dataloader_num_workers=1)
