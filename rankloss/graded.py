@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LARGEST_INTEGER = 2**53
+"""The largest integer up to which all are distinct in float64."""
+
 
 def plackett_luce(
     x: Tensor, grades: Tensor, rest: Tensor | None, *, top_k: int | None = None

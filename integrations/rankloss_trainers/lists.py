@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rankloss.distributed import Gather
-
-_LARGEST = 2**53  # of the integers that a float64 holds, one by one
+from rankloss.graded import LARGEST_INTEGER
 
 PADDING = -1
 """The index of a place without a candidate."""
@@ -68,7 +67,7 @@ def graded(candidates: Any, grades: Any, where: str) -> list[tuple[Any, float]]:
     for grade in grades:
         if isinstance(grade, bool) or not isinstance(grade, (int, float)) or not grade < math.inf:
             raise ValueError(f"grades must be numbers, or −infinity; got {grade!r} in {where}")
-        if isinstance(grade, int) and abs(grade) > _LARGEST:
+        if isinstance(grade, int) and abs(grade) > LARGEST_INTEGER:
             raise ValueError(f"integers must be at most 2⁵³ to stay distinct grades; got {grade} in {where}")
     return list(zip(candidates, map(float, grades), strict=True))
 

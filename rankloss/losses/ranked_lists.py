@@ -22,7 +22,6 @@ ListModel = Literal["plackett_luce", "top_one", "pairwise"]
 PairWeight = Literal["difference"]
 
 _SCORES_AT_ONCE = 2**24  # 64 MiB in float32
-_LARGEST = 2**53  # of the integers that a float64 holds, one by one
 _IGNORED = -100  # torch's losses ignore this target
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _REALS = _INTEGERS | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -81,11 +80,10 @@ class RankedLists(GatheringLoss):
 
     Raises:
         ValueError: for an option out of range or unsupported by the model; in ``forward`` for mismatched
-            shapes, dtypes or devices, a list without candidates, a grade of NaN or +∞, or an integer beyond
-            2⁵³, an index out of range,
-            or with ``in_batch_negatives`` two equal queries, also of two processes, whose candidates would be
-            each other's negatives. Values are read on a CPU at every call, on an accelerator at the first
-            call; a wrong grade gives NaN in later calls.
+            shapes, dtypes or devices, a list without candidates, a grade of NaN, +∞ or an integer beyond 2⁵³,
+            an index out of range, or with ``in_batch_negatives`` two equal queries, also of two processes,
+            whose candidates would be each other's negatives. Values are read on a CPU at every call, on an
+            accelerator at the first call; a grade of NaN or +∞ gives NaN in later calls.
         TypeError: for an argument that is not a tensor.
 
     References:
@@ -295,7 +293,7 @@ class RankedLists(GatheringLoss):
         needed = "finite for pair_weight='difference'" if self.pair_weight else "numbers or −infinity"
         _refuse("grades", grades, is_item & is_wrong, needed)
         if not grades.is_floating_point():
-            is_wrong = grades.long().abs() > _LARGEST
+            is_wrong = grades.long().abs() > graded.LARGEST_INTEGER
             _refuse("grades", grades, is_item & is_wrong, "at most 2⁵³, to stay distinct in float64")
         if index is not None:
             is_wrong = (index < 0) | (index >= len(candidates))
