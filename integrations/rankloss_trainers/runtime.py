@@ -196,12 +196,9 @@ def _check_teacher(
     if use == "required" and (not found or (similar and len(found) < len(TEACHER))):
         has = f"; the data have {', '.join(columns)}" if columns else ""
         raise ValueError(f"{name} needs a teacher's features: {remedy}{has}")
-    for column in columns if use == "optional" else ():
-        if column in TEACHER and column not in found:
-            raise ValueError(f"the data have {column}, and the batch has not: let its collator pass it on")
-        hint = did_you_mean(column, TEACHER, cutoff=0.8)
-        if hint and column not in TEACHER:
-            raise ValueError(f"the data have {column}, which {name} does not use{hint}")
+    dropped = [column for column in columns if column in TEACHER and column not in found]
+    if use == "optional" and dropped:
+        raise ValueError(f"the data have {dropped[0]}, and the batch has not: let its collator pass it on")
 
 
 class Runtime(nn.Module):
@@ -224,7 +221,7 @@ class Runtime(nn.Module):
         features: The folder of the teacher's features, or None.
         captions: The key of a second caption, or None.
         takes_lists: True if a part of the loss takes a list of graded candidates of each query.
-        columns: The columns of the training data, which a host may name for the errors.
+        columns: The columns of the training data, where a host names them (:meth:`name_columns`).
         unit: ``"epoch"`` or ``"step"``, the way in which a part that has both methods is told.
         step: The optimizer step of the run, counted from 0.
 
@@ -372,6 +369,18 @@ class Runtime(nn.Module):
         """The gathering of the loss."""
         given = (part.gather for part in self.criterion.modules() if hasattr(part, "gather"))
         return next((gather for gather in given if isinstance(gather, Gather)), self._gather)
+
+    def name_columns(self, columns: Collection[str]) -> None:
+        """The columns of a training's data, see :attr:`columns`.
+
+        Raises:
+            ValueError: A teacher's column is misspelt, and the loss would train without it.
+        """
+        self.columns = columns
+        for column in columns if self.teacher == "optional" else ():
+            hint = did_you_mean(column, TEACHER, cutoff=0.8)
+            if hint and column not in TEACHER:
+                raise ValueError(f"the data have {column}, which {self.name} does not use{hint}")
 
     def check_teacher(self, found: list[str]) -> None:
         """Raise a ValueError unless a teacher's features are there just where the loss uses them.

@@ -177,7 +177,7 @@ def test_loss_that_is_told_nothing_is_an_error() -> None:
 )
 def test_teacher_that_is_needed_is_demanded(loss: Any, options: Any) -> None:
     run = at(Runtime(HOST, loss, options), 2)
-    run.columns = ["image"]
+    run.name_columns(["image"])
     with pytest.raises(ValueError, match="needs a teacher's features: give the columns; the data have image"):
         run(**inputs(features()))
     assert run(**inputs(features()), **teacher(1)).total != run(**inputs(features()), **teacher(2)).total

@@ -135,7 +135,7 @@ class ContrastiveTrainer(transformers.Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in which a teacher's features, or orders, have been checked."""
         collate, run = self.data_collator, self.loss_runtime
-        run.columns = teacher.columns_of(self.train_dataset)
+        run.name_columns(teacher.columns_of(self.train_dataset))
         bound = (getattr(x, "folder", None) for x in run.entry.companions(run.options))
         orders = next((x for x in bound if isinstance(x, Orders)), None)
         self.data_collator = functools.partial(teacher.collate_checked, collate, run.features, orders)
