@@ -97,12 +97,12 @@ class Table:
 
     def read(self, source: int, spans: Spans) -> Iterator[list[Sample]]:  # noqa: ARG002
         """The samples of some batches of a source."""
+        # A CSV file is open_clip's, which leaves the camera's orientation as it is.
+        opened = _opened if self.about.get("kind") == "csv" else _decoded
         for first, last in spans:
             block = self.dataset[first:last]
             pictures = [x or path for x, path in zip(block["image.bytes"], block["image.path"], strict=True)]
             rows = zip(range(first, last), *self._named(first, block), pictures, strict=True)
-            # A CSV file is open_clip's, which leaves the camera's orientation as it is.
-            opened = _opened if self.about.get("kind") == "csv" else _decoded
             yield [Sample(row, name, caption, partial(opened, x), x) for row, caption, name, x in rows]
 
 

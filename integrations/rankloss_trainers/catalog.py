@@ -253,7 +253,8 @@ class LossEntry:
         known = {option.key: option for option in self.options}
         values = {key: option.default for key, option in known.items()}
         found: dict[str, Any] = {}
-        for key, value in ((self._key(name, key), value) for key, value in given.items()):
+        for typed, value in given.items():
+            key = self._key(name, typed)
             if key in found:
                 raise TypeError(f"{key} is given twice, with and without its prefix")
             found[key] = value

@@ -32,11 +32,9 @@ def test_a_list_is_of_candidates_and_a_grade_for_each(candidates: Any, grades: A
 
 @pytest.mark.parametrize("mode", ["RGB", "P"])
 def test_pictures_of_equal_pixels_are_one_candidate(mode: str) -> None:
-    red, again, blue = (Image.new(mode, (2, 2), colour) for colour in ("red", "red", "blue"))
-    if mode == "P":  # the same indices
-        red, again, blue = (Image.new("P", (2, 2)) for _ in range(3))
-        for x, colour in ((red, [255, 0, 0]), (again, [255, 0, 0]), (blue, [0, 0, 255])):
-            x.putpalette(colour + [0] * 765)
+    colours = (Image.new("RGB", (2, 2), colour) for colour in ("red", "red", "blue"))
+    red, again, blue = (x.convert(mode, palette=Image.Palette.ADAPTIVE) for x in colours)
+    assert (red.tobytes() == blue.tobytes()) == (mode == "P")  # of palettes the indices
     pool = pooled([[(red, 1.0), (blue, 0.0)], [(again, 2.0)]])
     assert pool.candidates == [red, blue]
     assert pool.index.tolist() == [[0, 1], [0, -1]]
