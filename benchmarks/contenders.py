@@ -31,10 +31,9 @@ def teacher(n: int, d: int) -> dict[str, Tensor]:
 
 def distilled() -> Loss:
     """``--loss rankclip-distill`` at λ = 64/16."""
-    preset = catalog.candidates()[DISTILLED].load()
-    options = {option.key: option.default for option in preset.options}
     gather = Gather(rank=0, world_size=1)
-    loss = preset.build(ClipLoss(gather=gather), {**options, "schedule": "constant"}, gather)
+    chosen = catalog.choose(DISTILLED, {"schedule": "constant"})
+    loss = chosen.build(ClipLoss(gather=gather), gather)
     return lambda v, t, s: loss(v, t, s, **teacher(*v.shape))
 
 

@@ -127,7 +127,7 @@ class RankOptions:
     kernel: KernelOption = _option("torch", "torch's operations, or fused kernels of Triton on CUDA")
 
     def __post_init__(self) -> None:
-        for option in fields(self):
+        for option in fields(RankOptions):  # a derived class checks its own
             name, value, bounds = option.name, getattr(self, option.name), option.metadata["bounds"]
             if CHOICES[name]:
                 check_choice(name, value, CHOICES[name])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
-from rankloss.options import CHOICES, RankOptions
+from rankloss.options import RankOptions
+from rankloss_trainers.named import options_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs/options.md"
 SECTION = re.compile(r"(?<=<!-- rank-options -->\n).*?(?=<!-- /rank-options -->)", re.DOTALL)
@@ -15,13 +15,13 @@ SECTION = re.compile(r"(?<=<!-- rank-options -->\n).*?(?=<!-- /rank-options -->)
 def table() -> str:
     """One row per option: its values, the default first, and its effect."""
     lines = ["| option | values | effect |", "|---|---|---|"]
-    for option in dataclasses.fields(RankOptions):
-        none = f" ({option.metadata['none']})" if option.metadata["none"] else ""
+    for key, option in options_of(RankOptions).items():
+        none = f" ({option.none})" if option.none else ""
         values = [f"`{option.default!r}`{none}, the default"]
-        values += [f"`{choice!r}`" for choice in CHOICES[option.name] if choice != option.default]
-        if not CHOICES[option.name]:
-            values.append("a positive number" if "above" in option.metadata["bounds"] else "a whole number")
-        lines.append(f"| `{option.name}` | {'; '.join(values)} | {option.metadata['help']} |")
+        values += [f"`{choice!r}`" for choice in option.choices.values() if choice != option.default]
+        if not option.choices:
+            values.append("a positive number" if option.type is float else "a whole number")
+        lines.append(f"| `{key}` | {'; '.join(values)} | {option.help} |")
     return "\n".join(lines) + "\n"
 
 

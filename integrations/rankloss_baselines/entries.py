@@ -1,4 +1,4 @@
-"""CyCLIP and ALIP as the catalogue of ``--loss`` describes them."""
+"""CyCLIP and ALIP as they are named."""
 
 from __future__ import annotations
 
@@ -11,23 +11,49 @@ from rankloss.distributed import Gather
 from rankloss_baselines.alip import AlipLoss
 from rankloss_baselines.cyclip import CyClipLoss
 from rankloss_baselines.second_caption import SecondCaption
-from rankloss_trainers.catalog import LossEntry, Option, Options, weight
-
-_ANY = {"type": float, "metavar": "X"}
-_NUMBER = {"type": weight, "metavar": "X"}
-
-CYCLIP = LossEntry(
-    build=lambda base, options, gather: CyClipLoss(base, **options, gather=gather),
-    help="the trainer's own plus CyCLIP's cyclic consistency terms",
-    options=(
-        Option("lambda-cross", 0.25, "weight of the cross-modal term", _NUMBER),
-        Option("lambda-in", 0.25, "weight of the in-modal term", _NUMBER),
-    ),
-)
+from rankloss_trainers.named import NamedLoss, option
 
 
-def _build_alip(_: Any, options: Options, gather: Gather) -> AlipLoss:
-    return AlipLoss(**{key: x for key, x in options.items() if key != "caption_key"}, gather=gather)
+class CyClip(NamedLoss):
+    """The trainer's own plus CyCLIP's cyclic consistency terms."""
+
+    lambda_cross: float = option(0.25, "weight of the cross-modal term", at_least=0)
+    lambda_in: float = option(0.25, "weight of the in-modal term", at_least=0)
+
+    def build(self, base: Any, gather: Gather) -> CyClipLoss:
+        return CyClipLoss(base, **self.values, gather=gather)
+
+
+class Alip(NamedLoss):
+    """CLIP's loss on two captions of each image, weighted by how well they fit (ALIP)."""
+
+    no_sigmoid = "it weighs the pairs of a softmax loss of its own"
+
+    caption_key: str | None = option(
+        None,
+        "where the synthetic caption is: a column of a CSV file; in a webdataset the extension of a text "
+        "file, or json:FIELD; in Hugging Face's Trainer the prefix of its columns",
+        none="must be given",
+        metavar="KEY",
+    )
+    gamma_sample: float = option(2.0, "how steeply a weight falls with the captions' similarity", at_least=0)
+    gamma_pair: float = option(2.0, "how steeply a weight changes with the pair's similarity", at_least=0)
+    momentum: float = option(0.99, "share of the histories that a step keeps", at_least=0)
+    initial_history: float = option(1.0, "where the histories start; 1 closes nearly all gates at first")
+
+    def refuse(self, gather: Gather) -> str | None:  # noqa: ARG002
+        if self.caption_key is None:
+            return "alip needs a second caption of each image: name it with --alip-caption-key"
+        return None
+
+    def build(self, base: Any, gather: Gather) -> AlipLoss:  # noqa: ARG002
+        return AlipLoss(**{key: x for key, x in self.values.items() if key != "caption_key"}, gather=gather)
+
+    def companions(self) -> list[SecondCaption]:
+        return [SecondCaption(str(self.caption_key))]
+
+    def log(self) -> Any:
+        return alip_log
 
 
 def alip_log(criterion: nn.Module, *_: Any) -> dict[str, Tensor]:
@@ -38,28 +64,4 @@ def alip_log(criterion: nn.Module, *_: Any) -> dict[str, Tensor]:
     return dict(zip(names, histories, strict=True))
 
 
-_NO_CAPTION = "alip needs a second caption of each image: name it with --alip-caption-key"
-
-ALIP = LossEntry(
-    build=_build_alip,
-    help="CLIP's loss on two captions of each image, weighted by how well they fit (ALIP)",
-    options=(
-        Option(
-            "caption-key",
-            None,
-            "where the synthetic caption is: a column of a CSV file; in a webdataset the extension of a text "
-            "file, or json:FIELD; in Hugging Face's Trainer the prefix of its columns",
-            {"metavar": "KEY"},
-            "must be given",
-        ),
-        Option("gamma-sample", 2.0, "how steeply a weight falls with the captions' similarity", _NUMBER),
-        Option("gamma-pair", 2.0, "how steeply a weight changes with the pair's similarity", _NUMBER),
-        Option("momentum", 0.99, "share of the histories that a step keeps", _NUMBER),
-        Option("initial-history", 1.0, "where the histories start; 1 closes nearly all gates at first", _ANY),
-    ),
-    refuse=lambda options, _: _NO_CAPTION if options["caption_key"] is None else None,
-    caption_key=lambda options: options["caption_key"],
-    companions=lambda options: [SecondCaption(options["caption_key"])],
-    no_sigmoid="it weighs the pairs of a softmax loss of its own",
-    log=lambda _: alip_log,
-)
+CYCLIP, ALIP = CyClip, Alip  # the entry points of an editable installation that is older

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from rankloss_features.locking import locked
 
-if TYPE_CHECKING:
-    from rankloss_features.folder import Array, Features
+Array = np.ndarray[Any, Any]
 
 _BLOCK = 16_384  # rows that are read together
 _logger = logging.getLogger("rankloss_features")
@@ -47,7 +46,7 @@ class Basis(NamedTuple):
     variances: Array
 
 
-def _kept_basis(features: Features) -> Basis:
+def _kept_basis(features: Any) -> Basis:
     """The components in the folder, which are computed by the first process that asks for them.
 
     A folder that cannot be written is left as it is, and every process computes them.
@@ -70,7 +69,7 @@ def _kept_basis(features: Features) -> Basis:
     return found or _computed(features)
 
 
-def _computed(features: Features) -> Basis:
+def _computed(features: Any) -> Basis:
     """Eigenvectors of the sum over modalities of Xᵀ·X, of rows of unit norm.
 
     The sign of each is that of its entry of largest magnitude.
@@ -90,7 +89,7 @@ def _computed(features: Features) -> Basis:
     return Basis(matrix, np.ascontiguousarray(variances[::-1].clip(min=0)))
 
 
-def _read(file: Path, features: Features) -> Basis | None:
+def _read(file: Path, features: Any) -> Basis | None:
     if not file.exists():
         return None
     try:
@@ -104,7 +103,7 @@ def _read(file: Path, features: Features) -> Basis | None:
     return None
 
 
-def first_components(features: Features, width: int) -> Components:
+def first_components(features: Any, width: int) -> Components:
     """See :meth:`rankloss_features.Features.components`."""
     if not features.common_space:
         raise ValueError(

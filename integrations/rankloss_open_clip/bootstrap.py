@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import sys
 
+from rankloss_open_clip.failures import failures, raise_failures
+
 # Other imports are inside the functions that need them, since every `import torch` runs this module.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,9 +34,6 @@ SEAMS = (
     "open_clip_train.data",
 )
 """The modules to patch; open_clip 3.x has no ``legacy_train``."""
-
-failures: dict[str, Exception] = {}
-"""Modules that were loaded but could not be patched, with the errors."""
 
 
 def attach() -> None:
@@ -58,15 +57,6 @@ def patch(module: ModuleType) -> None:
         failures[module.__name__] = error
         if module.__name__ == PARAMS and hasattr(module, "parse_args"):
             _guard(module)
-
-
-def raise_failures() -> None:
-    """Raise an ImportError if a module could not be patched."""
-    for name, error in failures.items():
-        raise ImportError(
-            "--loss was given, but rankloss_open_clip could not attach to open_clip's trainer "
-            f"({name}: {error!r}). Run `rankloss doctor` for advice, or leave --loss away."
-        ) from error
 
 
 def problems() -> list[str]:

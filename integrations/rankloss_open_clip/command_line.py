@@ -8,19 +8,29 @@ filled in, and ``params.txt`` names everything the run depended on.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import rankloss
 from rankloss.distributed import Gather
 from rankloss_features import Features
 from rankloss_features.binding import RowCompanion
-from rankloss_open_clip import bootstrap
 from rankloss_open_clip.companions import Companions
+from rankloss_open_clip.failures import raise_failures
 from rankloss_open_clip.reference_features import IN_SAMPLES, SampleFeatures
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import LossEntry, Options, error_of
-from rankloss_trainers.command_line import LossArguments, dest, flag, mentioned, misspelt, with_flag
+from rankloss_trainers.command_line import (
+    LossArguments,
+    dest,
+    flag,
+    given_in,
+    mentioned,
+    misspelt,
+    with_flag,
+)
+from rankloss_trainers.named import NamedLoss, error_of
 from rankloss_trainers.runtime import Host, reason_against
 
 HOST = Host(
@@ -28,7 +38,7 @@ HOST = Host(
     biased="--siglip",
     teacher="name it with --distill-model and --distill-pretrained",
     progress="run `rankloss doctor` for advice",
-    serves=("caption", "folder", "lists", "orders", "state"),
+    serves=("caption", "folder", "lists", "state"),
 )
 
 # --- the run that is asked for --------------------------------------------------------------------------
@@ -53,45 +63,48 @@ def requested(args: Any) -> str | None:
 
 def _is_named(name: str) -> bool:
     """True for a loss of the catalogue, or several joined."""
-    return all(part in catalog.candidates() for part in name.split(catalog.JOIN))
+    return all(part in catalog.known() for part in name.split(catalog.JOIN))
 
 
-def chosen(args: Any) -> tuple[LossEntry, dict[str, Any]]:
-    """The entry of the loss that a run with ``--loss`` asks for, and the values of its options.
+def chosen(args: Any) -> NamedLoss:
+    """The loss that a run with ``--loss`` asks for.
 
     Raises:
         ValueError: A value is none that the option can have; the error begins with the flag.
     """
-    entry = catalog.find(args.loss).load()
-    names = {option.key: dest(args.loss, entry, option) for option in entry.options}
-    given = {key: getattr(args, name) for key, name in names.items() if hasattr(args, name)}
+    losses = [catalog.load(name) for name in catalog.names_of(args.loss)]
     try:
-        return entry, entry.checked(args.loss, given)
+        return catalog.choose(args.loss, given_in(args, losses))
     except ValueError as error:
-        raise ValueError(with_flag(args.loss, entry, str(error))) from None
+        raise ValueError(with_flag(losses, str(error))) from None
 
 
 def companions_of(args: Any) -> Companions | None:
     """Companions of every training text in a run with ``--loss``; None for a loss of pairs alone."""
-    entry, options = chosen(args)
-    parts, where = [*entry.companions(options)], entry.reference_features(options)
+    loss = chosen(args)
+    parts, where = [*loss.companions()], loss.reference_features
     if where in IN_SAMPLES:
-        two_widths = error_of(lambda: entry.in_separate_spaces(options)) is None
-        parts.append(SampleFeatures(where, two_widths=two_widths))
+        two = error_of(lambda: [part.in_separate_spaces(part.values) for part in loss.parts]) is None
+        parts.append(SampleFeatures(where, two_widths=two))
     elif where is not None:
         parts.append(RowCompanion("row of features", Features(where), "reference_"))
     return Companions(parts) if parts else None
 
 
+def flags_of(loss: NamedLoss, *keys: str) -> dict[str, str]:
+    """The flags of options by key; of joined losses that have one, the first's."""
+    found = [(part, part.options()) for part in reversed(loss.parts)]
+    return {key: flag(part, options[key]) for part, options in found for key in keys if key in options}
+
+
 def remedy_for_unused_features(args: Any) -> str | None:
     """Advice for a run whose samples hold a teacher's features that no option names, or one excludes."""
-    entry, options = chosen(args)
-    folder, names = entry.reference_features(options), {"reference", "reference-features"}
-    flags = {x.name: flag(args.loss, entry, x) for x in reversed(entry.options) if x.name in names}
+    loss = chosen(args)
+    flags, folder = flags_of(loss, "reference", "reference_features"), loss.reference_features
     if folder is not None and folder not in IN_SAMPLES:
-        return f"{flags['reference-features']} {folder} excludes them"
-    if folder is None and flags.keys() == names and entry.uses_teacher(options) is None:
-        own, samples = f"{flags['reference']} own", f"{flags['reference-features']} samples"
+        return f"{flags['reference_features']} {folder} excludes them"
+    if folder is None and len(flags) > 1 and loss.teacher is None:
+        own, samples = f"{flags['reference']} own", f"{flags['reference_features']} samples"
         return f"rank by them with {samples}, or by the batch's own features with {own}"
     return None
 
@@ -143,51 +156,54 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> Any:
     vars(args).update(vars(own))
     try:
         if losses.chosen(own) is not None:
-            bootstrap.raise_failures()
-            entry, options = chosen(args)
-            check_run(args.loss, entry, options, args)
-            vars(args).update({dest(args.loss, entry, o): options[o.key] for o in entry.options})
+            raise_failures()
+            loss = chosen(args)
+            check_run(loss, args)
+            for part in loss.parts:
+                vars(args).update({dest(part, x): getattr(part, x.key) for x in part.options().values()})
     except ValueError as error:
         parser.error(f"argument {error}")
     requested(args)
     return args
 
 
-def check_run(name: str, entry: LossEntry, options: Options, args: Any) -> None:
+def check_run(loss: NamedLoss, args: Any) -> None:
     """Refuse a loss that cannot work in a run.
 
     Raises:
         ValueError: The reason, which begins with the flag of an option.
     """
-    sigmoid = getattr(args, "siglip", False)
-    reason = reason_against(HOST, name, entry, options, gather_of(args), sigmoid=sigmoid)
-    reason = reason or _reason_against(name, entry, options, args)
-    folder = entry.reference_features(options)
-    try:
-        if reason is None and folder is not None and folder not in IN_SAMPLES:
-            Features(folder).check()
-    except (OSError, ValueError) as error:
-        reason = f"reference_features: {error}"
+    reason = reason_against(HOST, loss, gather_of(args), sigmoid=getattr(args, "siglip", False))
+    reason = reason or _reason_against(loss, args) or error_of(lambda: _try(loss, args))
     if reason is not None:
-        raise ValueError(with_flag(name, entry, reason))
+        raise ValueError(with_flag(loss.parts, reason))
 
 
-def _reason_against(name: str, entry: LossEntry, options: Options, args: Any) -> str | None:
+def _try(loss: NamedLoss, args: Any) -> None:
+    """Read the folder of features, and build the loss, before the trainer reads data and builds a model."""
+    if loss.reference_features is not None and loss.reference_features not in IN_SAMPLES:
+        try:
+            Features(loss.reference_features).check()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"reference_features: {error}") from error
+    base = rankloss.SigLipLoss if getattr(args, "siglip", False) else rankloss.ClipLoss
+    alone = dataclasses.replace(gather_of(args), rank=0, world_size=1)  # which warns of nothing
+    loss.build(base(gather=False), alone)
+
+
+def _reason_against(loss: NamedLoss, args: Any) -> str | None:
     """The reason against a loss that lies in this trainer."""
+    name, flags = loss.name, flags_of(loss, "reference_features", "distill_loss")
 
     def given(*names: str) -> str:
         return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None))
 
-    def advice(text: str, key: str) -> str:
-        flags = [flag(name, entry, x) for x in entry.options if x.own_key == key]
-        return text.format(flags[0]) if flags else ""
-
     model, data_type = getattr(args, "model", "").lower(), getattr(args, "dataset_type", None) or ""
-    caption, features = entry.caption_key(options), entry.reference_features(options)
+    caption, features = loss.caption_key, loss.reference_features
     teacher = given("distill_model", "dataset_reinforcement") if distils(args) else ""
     other_texts = given("torchscript", "json_text_key", "variable_text", "use_naflex")
-    more_texts = caption or [*entry.companions(options)]
-    companion, needs_teacher = more_texts or features, entry.uses_teacher(options)
+    more_texts = caption or [*loss.companions()]
+    companion, needs_teacher = more_texts or features, loss.teacher == "required"
     excluded = {
         "--horovod": given("horovod"),
         model: "genlip" in model or "genlap" in model,  # by its name, as open_clip's main branch knows one
@@ -198,14 +214,15 @@ def _reason_against(name: str, entry: LossEntry, options: Options, args: Any) ->
     }
     for word in [word for word, holds in excluded.items() if holds]:
         return f"{name} does not work with {word}"
-    if caption and not entry.companions(options):
-        return f"{name} needs a second caption, but its LossEntry names no companions that read it"
+    if caption and not loss.companions():
+        return f"{name} needs a second caption, but it has no companions() that read it"
     if features and teacher:
         return f"reference_features: excludes {teacher}, which is a teacher too"
     if needs_teacher and not (features or teacher):
-        hint = advice(", or give its features with {}", "reference_features")
-        return f"{name} needs a teacher: {HOST.teacher}{hint}"
-    if teacher and given("siglip") and entry.keeps_distillation(options):
-        hint = advice("; {} exclude leaves it out", "distill_loss") if needs_teacher else ""
-        return f"{name} does not work with --siglip and {teacher}, whose loss takes no bias{hint}"
+        hint = ", or give its features with {reference_features}" if "reference_features" in flags else ""
+        return f"{name} needs a teacher: {HOST.teacher}{hint.format(**flags)}"
+    if teacher and given("siglip") and loss.keeps_distillation:
+        hint = "; {distill_loss} exclude leaves it out" if needs_teacher and "distill_loss" in flags else ""
+        text = f"{name} does not work with --siglip and {teacher}, whose loss takes no bias"
+        return text + hint.format(**flags)
     return None

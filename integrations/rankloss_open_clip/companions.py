@@ -12,7 +12,7 @@ the values differ:
 
 Validation data, zero-shot prompts and ``encode_text`` have no companions and do not change. A teacher's
 precomputed features are a companion (:mod:`rankloss_open_clip.reference_features`), and so is whatever the
-entry of a loss names (``LossEntry.companions``).
+loss names (``NamedLoss.companions``).
 """
 
 from __future__ import annotations

@@ -53,15 +53,15 @@ class TrainerLoss(Runtime):
     """
 
     def __init__(self, base: nn.Module, args: Any, *, sums_every_value: bool) -> None:
-        entry, options = chosen(args)
-        self._keeps_distillation = entry.keeps_distillation(options)
+        loss = chosen(args)
+        self._keeps_distillation = loss.keeps_distillation
         if distils(args) and not self._keeps_distillation:
             # The loss of a run without a teacher; the trainer refuses to distil CoCa.
             base = _SigLipLoss() if getattr(args, "siglip", False) else open_clip.ClipLoss()
         gather = gather_of(args)
-        super().__init__(HOST, args.loss, options, base=_shareable(base, gather), gather=gather)
+        super().__init__(HOST, loss, base=_shareable(base, gather), gather=gather)
         # An option that names whose rankings to match decides over a teacher that the loss does not need.
-        chooses = self.teacher == "optional" and not any(x.name == "reference" for x in entry.options)
+        chooses = self.teacher == "optional" and not any("reference" in x.options() for x in loss.parts)
         self._takes_teacher = distils(args) and (chooses or self.teacher == "required")
         self.sums_every_value = sums_every_value
         self.place: tuple[int, int, int, int] | None = None

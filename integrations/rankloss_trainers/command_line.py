@@ -5,22 +5,34 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import BUILT_IN, JOIN, TRAINERS_OWN, LossEntry, Option, Options, did_you_mean
+from rankloss_trainers.catalog import BUILT_IN, JOIN, TRAINERS_OWN
+from rankloss_trainers.named import NamedLoss, Option, Options, did_you_mean, error_of
+
+Loss = type[NamedLoss]
 
 
-def flag(name: str, entry: LossEntry, option: Option) -> str:
-    """An option of the loss ``name``, as it is typed."""
-    return f"--{option.prefix or entry.prefix or name}-{option.name}"
+def flag(loss: Loss | NamedLoss, option: Option) -> str:
+    """An option of a loss, as it is typed."""
+    return f"--{loss.prefix or loss.name}-{option.name}"
 
 
-def dest(name: str, entry: LossEntry, option: Option) -> str:
-    """An option of the loss ``name``, as an attribute of the parsed arguments."""
-    return flag(name, entry, option)[2:].replace("-", "_")
+def dest(loss: Loss | NamedLoss, option: Option) -> str:
+    """An option of a loss, as an attribute of the parsed arguments."""
+    return flag(loss, option)[2:].replace("-", "_")
+
+
+def given_in(args: Any, losses: Sequence[Loss]) -> dict[str, Any]:
+    """The options of losses in parsed arguments, as :func:`rankloss_trainers.catalog.choose` takes them."""
+    own = {}
+    for loss in losses:
+        dests = {key: dest(loss, option) for key, option in loss.options().items()}
+        own[loss.name] = {key: getattr(args, name) for key, name in dests.items() if hasattr(args, name)}
+    return own if len(losses) > 1 else own[losses[0].name]
 
 
 def mentioned(argv: Sequence[str]) -> list[str]:
@@ -30,7 +42,7 @@ def mentioned(argv: Sequence[str]) -> list[str]:
     """
     words = {part for word in argv for part in (word, *word.removeprefix("--loss=").split(JOIN))}
     shows_all = words & {"-h", "--help"}
-    names = catalog.candidates()
+    names = catalog.known()
     begun = {name for name in names if any(word.startswith(f"--{name}-") for word in words)}
     return [name for name in names if shows_all or name in {*BUILT_IN, *words, *begun}]
 
@@ -49,18 +61,24 @@ def misspelt(words: Iterable[str], known: Iterable[str]) -> str:
 
 def beginnings() -> tuple[str, ...]:
     """The beginnings of the options of all losses."""
-    return tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.candidates()))
+    return tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.known()))
 
 
-def with_flag(name: str, entry: LossEntry, reason: str) -> str:
-    """A reason that begins with the key of an option, beginning with its flag; else with ``--loss``."""
-    match = re.match(r"\w+", reason)
-    for option in entry.options:
-        if match is not None and match[0] == option.key:
+def with_flag(losses: Iterable[Loss | NamedLoss], reason: str) -> str:
+    """A reason that begins with an option, beginning with its flag; else with ``--loss``.
+
+    Args:
+        losses: The loss, or those that are joined.
+        reason: ``top_k must be …``; of joined losses ``rankclip.top_k must be …``.
+    """
+    match = re.match(r"(?:([\w-]+)\.)?(\w+)", reason)
+    for loss in losses:
+        option = loss.options().get(match[2]) if match and match[1] in (None, loss.name) else None
+        if match and option is not None:
             rest = reason[match.end() :]
             # "bins must be …" and "lists: …" lose the key; "diagonal=False does …" would lose its subject.
             text = reason if rest.startswith("=") else rest.removeprefix(":").lstrip()
-            return f"{flag(name, entry, option)}: {text}"
+            return f"{flag(loss, option)}: {text}"
     return f"--loss: {reason}"
 
 
@@ -74,7 +92,7 @@ class LossArguments:
         defaults: Defaults of options that differ from the catalogue's in this trainer.
 
     Attributes:
-        entries: The losses by name.
+        losses: The losses by name.
         unusable: The reasons against those that cannot be used: another package's import fails.
 
     Raises:
@@ -95,21 +113,20 @@ class LossArguments:
         defaults: Options = MappingProxyType({}),
     ) -> None:
         self.parser = parser
-        self.entries: dict[str, LossEntry] = {}
+        self.losses: dict[str, Loss] = {}
         self.unusable: dict[str, str] = {}
         loss = parser.add_argument_group("loss (rankloss)").add_argument(
             "--loss", default=default or argparse.SUPPRESS, metavar="NAME"
         )
         for name in names:
-            found = catalog.find(name)
             try:
-                self.entries[name] = found.load().with_defaults(**defaults)
+                self.losses[name] = catalog.load(name).with_defaults(defaults)
             except Exception as error:  # another package's, say, which stops only a run that asks for it
-                package = found.package or "rankloss"
+                package = catalog.package_of(name) or "rankloss"
                 self.unusable[name] = f"cannot be used ({package}): {type(error).__name__}: {error}"
-        for alike in by_prefix(self.entries).values():
-            add_options(parser, {name: self.entries[name] for name in alike})
-        said = {TRAINERS_OWN: "the trainer's own loss", **{x: y.help for x, y in self.entries.items()}}
+        for alike in by_prefix(self.losses.values()).values():
+            add_options(parser, alike)
+        said = {TRAINERS_OWN: "the trainer's own loss", **{x: y.help() for x, y in self.losses.items()}}
         said.update(self.unusable)
         help_ = "; ".join(f"{name}: {text}" for name, text in said.items() if text)
         loss.help = f"{help_} (default: {default or TRAINERS_OWN})".replace("%", "%%")
@@ -137,84 +154,76 @@ class LossArguments:
         """
         name = getattr(args, "loss", TRAINERS_OWN)
         try:
-            chosen = None if name == TRAINERS_OWN else self._entry(name)
+            chosen = [] if name == TRAINERS_OWN else [self._loss(part) for part in catalog.names_of(name)]
         except ValueError as error:
             raise ValueError(f"--loss: {error}") from None
-        flags = {} if chosen is None else {dest(name, chosen, x): x.key for x in chosen.options}
-        for names in by_prefix(self.entries).values():
-            entry = self.entries[names[0]]
-            given = [x for x in entry.options if hasattr(args, dest(names[0], entry, x))]
-            others = [flag(names[0], entry, x) for x in given if dest(names[0], entry, x) not in flags]
+        dests = {dest(loss, x) for loss in chosen for x in loss.options().values()}
+        for alike in by_prefix(self.losses.values()).values():
+            given = [x for x in alike[0].options().values() if hasattr(args, dest(alike[0], x))]
+            others = [flag(alike[0], x) for x in given if dest(alike[0], x) not in dests]
             if others:
-                raise ValueError(f"{', '.join(others)}: only with --loss {' or '.join(names)}")
-        if chosen is None:
-            return None
-        return name, {key: getattr(args, x) for x, key in flags.items() if hasattr(args, x)}
+                names = " or ".join(loss.name for loss in alike)
+                raise ValueError(f"{', '.join(others)}: only with --loss {names}")
+        return (name, given_in(args, chosen)) if chosen else None
 
-    def _entry(self, name: str) -> LossEntry:
-        """The entry of a loss, or of joined ones."""
-        for part in name.split(JOIN):
-            if part in self.unusable:
-                raise ValueError(f"{part} {self.unusable[part]}")
-        catalog.find(name)
-        if JOIN not in name:
-            return self.entries[name]
-        from rankloss_trainers.joined import joined
+    def _loss(self, name: str) -> Loss:
+        if name in self.unusable:
+            raise ValueError(f"{name} {self.unusable[name]}")
+        return self.losses[name]
 
-        return joined(name, self.entries.__getitem__)
+    def choose(self, name: str, given: Options) -> NamedLoss:
+        """The loss of :meth:`chosen`.
+
+        Raises:
+            ValueError: An option cannot have its value; the error begins with the flag.
+        """
+        try:
+            return catalog.choose(name, given, self._loss)
+        except ValueError as error:
+            raise ValueError(with_flag([self._loss(x) for x in name.split(JOIN)], str(error))) from None
 
     def refuse(self, name: str, given: Options) -> None:
         """Raise a ValueError for a loss with options that work in no trainer; it begins with the argument."""
-        from rankloss.distributed import Gather
+        import rankloss
 
-        entry = self._entry(name)
-        try:
-            reason = entry.refuse(entry.checked(name, given), Gather(rank=0, world_size=1))
-        except ValueError as error:
-            reason = str(error)
+        loss, alone = self.choose(name, given), rankloss.Gather(rank=0, world_size=1)
+        sigmoid = any(part.only_sigmoid for part in loss.parts)
+        base = rankloss.SigLipLoss if sigmoid else rankloss.ClipLoss
+        reason = loss.refuse(alone) or error_of(lambda: loss.build(base(gather=False), alone))
         if reason is not None:
-            raise ValueError(with_flag(name, entry, reason))
+            raise ValueError(with_flag(loss.parts, reason))
 
 
-def by_prefix(entries: Mapping[str, LossEntry]) -> dict[str, list[str]]:
-    """The names of losses, by the prefix of their options."""
-    groups: dict[str, list[str]] = {}
-    for name, entry in entries.items():
-        groups.setdefault(entry.prefix or name, []).append(name)
+def by_prefix(losses: Iterable[Loss]) -> dict[str, list[Loss]]:
+    """Losses by the prefix of their options."""
+    groups: dict[str, list[Loss]] = {}
+    for loss in losses:
+        groups.setdefault(loss.prefix or loss.name, []).append(loss)
     return groups
 
 
-def add_options(parser: argparse.ArgumentParser, entries: Mapping[str, LossEntry]) -> None:
+def add_options(parser: argparse.ArgumentParser, losses: Sequence[Loss]) -> None:
     """Add the options that some losses share; each is absent unless it is given.
 
     Args:
         parser: The parser.
-        entries: The losses, by name. Those after the first may differ in defaults, which ``--help`` shows.
+        losses: The losses. Those after the first may differ in defaults, which ``--help`` shows.
 
     Raises:
         argparse.ArgumentError: The parser has such an option.
     """
-    first, *others = entries
-    entry = entries[first]
-    if not entry.options:
-        return
-    values = {name: {x.key: x.default for x in each.options} for name, each in entries.items()}
-    group = parser.add_argument_group(f"--loss {', '.join(entries)}")
-    for option in entry.options:
-        default = values[first][option.key]
-        presets = [
-            f"; {name}: {option.text(values[name][option.key])}"
-            for name in others
-            if values[name].get(option.key, default) != default
-        ]
-        choices = option.values or option.keywords.get("choices", ())
+    first, *others = losses
+    group = parser.add_argument_group(f"--loss {', '.join(loss.name for loss in losses)}")
+    for key, option in first.options().items():
+        defaults = {loss.name: loss.options()[key].default for loss in others if key in loss.options()}
+        presets = [f"; {x}: {option.text(y)}" for x, y in defaults.items() if y != option.default]
         group.add_argument(
-            flag(first, entry, option),
-            dest=dest(first, entry, option),
+            flag(first, option),
+            dest=dest(first, option),
             default=argparse.SUPPRESS,
             type=_typed(option),
-            metavar=f"{{{','.join(choices)}}}" if choices else option.keywords.get("metavar"),
-            help=f"{option.help} (default: {option.text(default)}{''.join(presets)})",
+            metavar=option.metavar,
+            help=f"{option.help} (default: {option.text(option.default)}{''.join(presets)})",
         )
 
 
@@ -223,13 +232,16 @@ def _typed(option: Option) -> Callable[[str], Any]:
         try:
             return option.checked(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{option.key} ")) from None
 
     return typed
 
 
-def described(entries: Mapping[str, LossEntry]) -> str:
-    """The options of losses that share them, one a line, with their defaults."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add_options(parser, entries)
-    return parser.format_help().partition(f"--loss {', '.join(entries)}:\n")[2].rstrip()
+def described(losses: Iterable[Loss]) -> str:
+    """The options of losses, one a line, with their defaults."""
+    texts = []
+    for loss in losses:
+        parser = argparse.ArgumentParser(add_help=False)
+        add_options(parser, [loss])
+        texts.append(parser.format_help().partition(f"--loss {loss.name}:\n")[2].rstrip())
+    return "\n".join(texts)

@@ -7,8 +7,6 @@ exit code is 0 if no installed trainer has a problem, else 1.
 
 ``rankloss features``: a teacher's features of a training's pairs, computed once (:mod:`rankloss_features`).
 
-``rankloss orders``: lists of ids, by which the pairs of a batch are ranked (:mod:`rankloss_trainers.orders`).
-
 ``python -m rankloss`` is the same command.
 """
 
@@ -25,7 +23,7 @@ from rankloss_trainers.command_line import described
 from rankloss_trainers.extras import extra
 
 # They have parsers of their own, and import what they need.
-_OF_DATA = {"features": "rankloss_features.command", "orders": "rankloss_trainers.orders.command"}
+_OF_DATA = {"features": "rankloss_features.command"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     losses = commands.add_parser("losses", help="list the losses, or the options of some")
     losses.add_argument("names", nargs="*", metavar="NAME", help="show the options of these")
     commands.add_parser("features", help="compute a teacher's features of the training data", add_help=False)
-    commands.add_parser("orders", help="keep lists of ids, by which a batch is ranked", add_help=False)
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
@@ -50,23 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "doctor":
         return doctor.main()
     try:
-        for name in args.names or catalog.candidates():
-            print(*_lines(catalog.find(name), options=bool(args.names)), sep="\n")
+        for name in args.names or catalog.known():
+            print(*_lines(name, options=bool(args.names)), sep="\n")
     except ValueError as error:
         losses.error(str(error))
     return 0
 
 
-def _lines(candidate: catalog.Candidate, *, options: bool) -> Iterator[str]:
-    title = candidate.name + (f" ({candidate.package})" if candidate.package else "")
+def _lines(name: str, *, options: bool) -> Iterator[str]:
+    names = catalog.names_of(name)
+    packages = dict.fromkeys(filter(None, map(catalog.package_of, names)))
+    title = name + (f" ({', '.join(packages)})" if packages else "")
     try:
-        entry = candidate.load()
+        losses = [catalog.load(part) for part in names]
     except Exception as error:  # another package's
         yield f"{title}: cannot be used: {type(error).__name__}: {error}"
         return
-    yield f"{title}: {entry.help}"
+    yield f"{title}: {' and '.join(loss.help() for loss in losses)}"
     if options:
-        yield described({candidate.name: entry})
+        yield described(losses)
 
 
 if __name__ == "__main__":

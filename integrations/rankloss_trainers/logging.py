@@ -1,6 +1,6 @@
 """Logged values of rankloss's own losses beside their terms: λ, raw terms, agreement.
 
-A :class:`RankClipLog` is a ``log`` of :class:`rankloss_trainers.catalog.LossEntry`.
+A :class:`RankClipLog` is a ``log`` of :class:`rankloss_trainers.named.NamedLoss`.
 """
 
 from __future__ import annotations

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import typing
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 import rankloss
 from rankloss.distributed import Gather
 from rankloss.losses import Base, base_entries, check_weight, combined
-from rankloss.losses.ranked_lists import ListModel
+from rankloss.losses.ranked_lists import ListModel, PairWeight
 from rankloss_trainers.candidates import Candidates
-from rankloss_trainers.catalog import LossEntry, Option, Options, error_of, weight
+from rankloss_trainers.named import NamedLoss, option
 
 OF_PAIRS: dict[str, Any] = {"base_loss": "exclude", "own_caption": "apart", "max_candidates": None}
 """The options about the pair that open_clip's trainer has beside each list; their values without pairs."""
@@ -84,66 +83,55 @@ class RankedListsTerm(nn.Module):
         return combined(entries, {"ranked_lists_loss": self.weight * loss}, output_dict)
 
 
-# --- the catalogue's entry --------------------------------------------------------------------------------
+# --- as it is named ---------------------------------------------------------------------------------------
 
-_MODEL = "likelihood of a list: of its order (ListMLE), of its softmax (ListNet), or of all its pairs"
-_DIFFERENCE = "of model pairwise, multiply each pair's term by the difference of its grades"
-_NEGATIVES = "put the other queries' candidates below each list, ungraded"
-_CHUNK = "queries computed at a time: less memory, same result"
-_BASE = "include or exclude the trainer's own loss, of the pairs of a picture and its caption"
-_OWN = (
-    "the place of a picture's own caption in its list: apart from it, or at the top, above all graded "
-    "candidates; to grade it, name it among the candidates"
-)
-_MAX = "places of a list, which a webdataset has to be told; a longer list is an error"
-_COUNT = {"type": int, "metavar": "N"}
-_OF_LISTS = (
-    Option("model", "plackett_luce", _MODEL, {"choices": typing.get_args(ListModel)}),
-    Option("top-k", None, "of model plackett_luce, count only the best ranks of each list", _COUNT, "all"),
-    Option("pair-weight", None, _DIFFERENCE, values={"none": None, "difference": "difference"}),
-    Option("in-batch-negatives", False, _NEGATIVES, values={"include": True, "exclude": False}),
-    Option("chunk-size", None, _CHUNK, _COUNT, "from the sizes"),
-)
-_OPTIONS = (
-    *_OF_LISTS,
-    Option(
-        "weight", 1.0, "weight of the lists beside the trainer's own loss", {"type": weight, "metavar": "X"}
-    ),
-    Option("base-loss", "include", _BASE, {"choices": ("include", "exclude")}),
-    Option("own-caption", "apart", _OWN, {"choices": ("apart", "top")}, for_trainer=True),
-    Option(
-        "max-candidates",
-        None,
-        _MAX,
-        {"type": int, "metavar": "K"},
-        "the longest list of a CSV file",
+
+class RankedListsBesidePairs(NamedLoss):
+    """The trainer's own plus the likelihood of lists of graded candidates, which come with the data."""
+
+    model: ListModel = option(
+        "plackett_luce",
+        "likelihood of a list: of its order (ListMLE), of its softmax (ListNet), or of all its pairs",
+    )
+    top_k: int | None = option(
+        None, "of model plackett_luce, count only the best ranks of each list", none="all"
+    )
+    pair_weight: PairWeight | None = option(
+        None, "of model pairwise, multiply each pair's term by the difference of its grades"
+    )
+    in_batch_negatives: bool = option(False, "put the other queries' candidates below each list, ungraded")
+    chunk_size: int | None = option(
+        None, "queries computed at a time: less memory, same result", none="from the sizes"
+    )
+    weight: float = option(1.0, "weight of the lists beside the trainer's own loss", at_least=0)
+    base_loss: Literal["include", "exclude"] = option(
+        "include", "include or exclude the trainer's own loss, of the pairs of a picture and its caption"
+    )
+    own_caption: Literal["apart", "top"] = option(
+        "apart",
+        "the place of a picture's own caption in its list: apart from it, or at the top, above all graded "
+        "candidates; to grade it, name it among the candidates",
         for_trainer=True,
-    ),
-)
+    )
+    max_candidates: int | None = option(
+        None,
+        "places of a list, which a webdataset has to be told; a longer list is an error",
+        none="the longest list of a CSV file",
+        metavar="K",
+        for_trainer=True,
+        at_least=1,
+    )
 
+    def refuse(self, gather: Gather) -> str | None:  # noqa: ARG002
+        by_value = self.model == "top_one" or self.pair_weight is not None
+        if self.own_caption == "top" and by_value:
+            return "own_caption: top is an order and no grade; it needs a model that goes by the order alone"
+        return None
 
-def _lists(options: Options, gather: Gather) -> rankloss.RankedLists:
-    return rankloss.RankedLists(**{x.key: options[x.key] for x in _OF_LISTS}, gather=gather)
+    def build(self, base: Any, gather: Gather) -> RankedListsTerm:
+        names = ("model", "top_k", "pair_weight", "in_batch_negatives", "chunk_size")
+        lists = rankloss.RankedLists(**{name: getattr(self, name) for name in names}, gather=gather)
+        return RankedListsTerm(lists, base if self.base_loss == "include" else None, weight=self.weight)
 
-
-def _build(base: Any, options: Options, gather: Gather) -> RankedListsTerm:
-    base = base if options["base_loss"] == "include" else None
-    return RankedListsTerm(_lists(options, gather), base, weight=options["weight"])
-
-
-def _refuse(options: Options, gather: Gather) -> str | None:
-    by_value = options["model"] == "top_one" or options["pair_weight"] is not None
-    if options["own_caption"] == "top" and by_value:
-        return "own_caption: top is an order and no grade; it needs a model that goes by the order alone"
-    if options["max_candidates"] is not None and options["max_candidates"] < 1:
-        return f"max_candidates must be at least 1; got {options['max_candidates']}"
-    return error_of(lambda: _lists(options, gather))
-
-
-RANKED_LISTS = LossEntry(
-    build=_build,
-    help="the trainer's own plus the likelihood of lists of graded candidates, which come with the data",
-    options=_OPTIONS,
-    refuse=_refuse,
-    companions=lambda options: [Candidates(options["own_caption"] == "top", options["max_candidates"])],
-)
+    def companions(self) -> list[Candidates]:
+        return [Candidates(self.own_caption == "top", self.max_candidates)]

@@ -2,7 +2,7 @@
 
 A trainer's plug-in, here a host, describes itself by a :class:`Host` and translates its trainer's calls::
 
-    run = Runtime(HOST, "rankclip", {"top_k": 8}, base=base, gather=gather)   # or a module
+    run = Runtime(HOST, HOST.chosen("rankclip", {"top_k": 8}), base=base, gather=gather)
     run.begin(epochs)                                # before the first step; logs nothing
     run.set_epoch(epoch, epochs)                     # at each epoch, counted from 1
     run.set_progress(step, total_steps)              # once before each optimizer step, counted from 1
@@ -22,6 +22,7 @@ import inspect
 import logging
 import math
 import os
+import types
 from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -34,8 +35,9 @@ import rankloss
 from rankloss.distributed import Gather, GatherOption, gather_once
 from rankloss.losses import TEACHER, base_entries, takes_teacher
 from rankloss_features.folder import Features
-from rankloss_trainers.catalog import LossEntry, Options, did_you_mean, find
+from rankloss_trainers.catalog import choose
 from rankloss_trainers.logging import RankClipLog
+from rankloss_trainers.named import NamedLoss, Options, did_you_mean
 
 _logger = logging.getLogger("rankloss_trainers")
 
@@ -60,6 +62,40 @@ class Host:
     serves: Collection[str] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
+    def chosen(self, loss: str | nn.Module, options: Options | None = None) -> NamedLoss:
+        """The loss that a user of the trainer gives.
+
+        Args:
+            loss: The name of a loss of the catalogue, or a module with the forward convention of open_clip's
+                losses.
+            options: Options of a named loss; the others have their defaults.
+
+        Raises:
+            TypeError: An option does not exist, or options come beside a module.
+            ValueError: The loss does not exist, or cannot have these options.
+        """
+        if isinstance(loss, str):
+            return choose(loss, options or {}, defaults=self.defaults)
+        if options:
+            raise TypeError("options are for a loss that is given by its name; a module has its own")
+        return GivenModule(module=loss)
+
+
+class GivenModule(NamedLoss):
+    """A module that a trainer is given in place of a name."""
+
+    module: Any = None
+    name = property(lambda self: type(self.module).__name__)  # type: ignore[assignment]
+
+    def build(self, base: Any, gather: Any) -> Any:  # noqa: ARG002
+        return self.module
+
+    def unit(self, epochs: float) -> str:  # noqa: ARG002
+        return "step"
+
+    def log(self) -> RankClipLog | None:
+        return RankClipLog() if isinstance(self.module, rankloss.RankClipLoss) else None
+
 
 BY_STEPS = {"schedule_unit": "step"}
 """Defaults of hosts whose number of epochs may be a fraction."""
@@ -68,34 +104,27 @@ NEEDS = {
     "caption": "a second caption of each image",
     "folder": "a folder of a teacher's features (reference_features)",
     "lists": "a list of graded candidates of each query",
-    "orders": "lists of ids (orders)",
     "state": "a state in checkpoints",
     "parameters": "parameters of its own, which an optimizer has to train",
 }
 """The needs of a loss that not every host serves."""
 
 
-def reason_against(
-    host: Host, name: str, entry: LossEntry, options: Options, gather: Gather, *, sigmoid: bool
-) -> str | None:
-    """The reason why a loss with these options does not work in a host, or None.
+def reason_against(host: Host, loss: NamedLoss, gather: Gather, *, sigmoid: bool) -> str | None:
+    """The reason why a loss does not work in a host, which may begin with an option; or None.
 
     Args:
         host: The host.
-        name: The loss.
-        entry: Its entry.
-        options: The values of all its options.
+        loss: The loss.
         gather: The run's gathering.
         sigmoid: True if the trainer's own loss is a sigmoid loss.
-
-    Returns:
-        A reason, which begins with the key of an option where it is about that option alone.
     """
-    if sigmoid and entry.no_sigmoid:
-        return f"{name} does not work with {host.biased}: {entry.no_sigmoid}"
-    if entry.only_sigmoid and not sigmoid:
-        return f"{name} needs {host.biased}: {entry.only_sigmoid}"
-    return entry.refuse(options, gather)
+    for part in loss.parts:
+        if sigmoid and part.no_sigmoid:
+            return f"{part.name} does not work with {host.biased}: {part.no_sigmoid}"
+        if part.only_sigmoid and not sigmoid:
+            return f"{part.name} needs {host.biased}: {part.only_sigmoid}"
+    return loss.refuse(gather)
 
 
 # --- entries --------------------------------------------------------------------------------------------
@@ -179,9 +208,15 @@ def listeners(loss: nn.Module, unit: str, preferred: str = "step") -> Iterator[A
         preferred: The unit of a part that has both methods.
     """
     for part in loss.modules():
-        has = [name for name, method in METHODS.items() if hasattr(part, method)]
+        has = units_of(part)
         if unit in has and (unit == preferred or len(has) == 1):
-            yield getattr(part, METHODS[unit])
+            yield types.MethodType(has[unit], part)
+
+
+def units_of(part: nn.Module) -> dict[str, Any]:
+    """The methods of METHODS that the class of a part has, by unit."""
+    found = {unit: getattr(type(part), method, None) for unit, method in METHODS.items()}
+    return {unit: method for unit, method in found.items() if callable(method)}
 
 
 # --- a run ----------------------------------------------------------------------------------------------
@@ -206,17 +241,14 @@ class Runtime(nn.Module):
 
     Args:
         host: The trainer.
-        loss: The name of a loss of the catalogue, or a module with the forward convention of open_clip's
-            losses.
-        options: Options of a named loss, by key; the others have their defaults.
+        chosen: The loss with its options.
         base: The loss of the trainer, to stand on or to replace. None: :class:`rankloss.ClipLoss`.
-        gather: The gathering of a named loss and of the default base.
+        gather: The gathering of the loss and of the default base.
 
     Attributes:
+        chosen: The loss with its options.
         name: The name in the catalogue, or the class of a module.
-        entry: The entry of the loss; one without options for a module.
-        options: The values of its options.
-        criterion: The loss.
+        criterion: The module.
         teacher: ``"required"``, ``"optional"``, or ``"none"``.
         features: The folder of the teacher's features, or None.
         captions: The key of a second caption, or None.
@@ -226,49 +258,32 @@ class Runtime(nn.Module):
         step: The optimizer step of the run, counted from 0.
 
     Raises:
-        TypeError: An option does not exist, options come beside a module, or the loss is no module.
-        ValueError: The loss does not exist, or cannot work with these options or in this host.
+        TypeError: The loss builds no module.
+        ValueError: The loss cannot work with its options, or in this host; the error begins with an option
+            that it is about.
     """
 
     def __init__(
-        self,
-        host: Host,
-        loss: str | nn.Module,
-        options: Options | None = None,
-        *,
-        base: Any = None,
-        gather: GatherOption = None,
+        self, host: Host, chosen: NamedLoss, *, base: Any = None, gather: GatherOption = None
     ) -> None:
         super().__init__()
-        self.host, self._gather = host, Gather.of(gather)
+        self.host, self.chosen, self.name, self._gather = host, chosen, chosen.name, Gather.of(gather)
         base = rankloss.ClipLoss(gather=gather) if base is None else base
-        if isinstance(loss, str):
-            self.name, found = loss, find(loss)
-            self.package = found.package or f"rankloss {rankloss.__version__}"
-            self.entry = found.load().with_defaults(**host.defaults)
-            self.options = self.entry.checked(loss, options or {})
-            sigmoid = any(each.__name__ == "SigLipLoss" for each in type(base).__mro__)
-            reason = reason_against(host, loss, self.entry, self.options, self._gather, sigmoid=sigmoid)
-            if reason is not None:
-                raise ValueError(reason)
-            loss = self.entry.build(base, self.options, self._gather)
-        else:
-            self.name, self.package, self.options = type(loss).__name__, "", {}
-            if options:
-                raise TypeError("options are for a loss that is given by its name; a module has its own")
-            log = (lambda _: RankClipLog()) if isinstance(loss, rankloss.RankClipLoss) else None
-            self.entry = LossEntry(build=lambda *_: loss, unit="step", log=log)
+        sigmoid = any(each.__name__ == "SigLipLoss" for each in type(base).__mro__)
+        reason = reason_against(host, chosen, self._gather, sigmoid=sigmoid)
+        if reason is not None:
+            raise ValueError(reason)
+        loss = chosen.build(base, self._gather)
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss must be a module, or the name of one; {self.name} is {loss!r}")
         self.criterion: nn.Module = loss
         self.columns: Collection[str] = ()
-        self.captions = self.entry.caption_key(self.options)
+        self.captions = chosen.caption_key
         self.takes_lists = bool(self._arguments("candidate_features"))
         needs = {
             "caption": self.captions is not None,
-            "folder": self.entry.reference_features(self.options) is not None,
+            "folder": chosen.reference_features is not None,
             "lists": self.takes_lists,
-            "orders": bool(self._arguments("order_listed")),
             "parameters": any(parameter.requires_grad for parameter in loss.parameters()),
             "state": bool(loss.state_dict()),
         }
@@ -277,13 +292,13 @@ class Runtime(nn.Module):
             raise ValueError(f"{self.name} needs {unserved[0]}, which {host.name} does not serve")
         self.teacher, self.features = self._use_of_a_teacher(), self._folder()
         self.unit, self.step = "step", 0
-        self._log = None if self.entry.log is None else self.entry.log(self.options)
+        self._log = chosen.log()
         self._base = loss  # the innermost, or the trainer's own
         while (below := getattr(self._base, "base", None)) is not None:
             self._base = below
         self._base = base if self._base is loss else self._base
         self._first_state = deepcopy(loss.state_dict())
-        self._is_told = not any(hasattr(part, x) for part in loss.modules() for x in METHODS.values())
+        self._is_told = not any(map(units_of, loss.modules()))
         self._found: list[str] = []  # the teacher's features of the last batch
 
     def _arguments(self, *names: str) -> list[inspect.Parameter]:
@@ -292,13 +307,13 @@ class Runtime(nn.Module):
         return [forward[name] for forward in forwards for name in names if name in forward]
 
     def _use_of_a_teacher(self) -> str:
-        uses = self.entry.uses_teacher(self.options)
-        if uses or any(x.default is x.empty for x in self._arguments(*TEACHER)):
+        uses = self.chosen.teacher
+        if uses == "required" or any(x.default is x.empty for x in self._arguments(*TEACHER)):
             return "required"
         return "optional" if takes_teacher(self.criterion) and uses is None else "none"
 
     def _folder(self) -> Features | None:
-        where = self.entry.reference_features(self.options)
+        where = self.chosen.reference_features
         try:
             return None if where is None else Features(where).check()
         except ValueError as error:
@@ -306,8 +321,10 @@ class Runtime(nn.Module):
 
     def described(self, epochs: float) -> str:
         """The line of the log about a run of so many epochs."""
-        text = self.entry.described(self.options, epochs)
-        return f"Loss: {self.name}" + f" ({self.package})" * bool(self.package) + f", {text}" * bool(text)
+        text, package = self.chosen.describe(epochs), self.chosen.package
+        if not package and not isinstance(self.chosen, GivenModule):
+            package = f"rankloss {rankloss.__version__}"
+        return f"Loss: {self.name}" + f" ({package})" * bool(package) + f", {text}" * bool(text)
 
     def begin(self, epochs: float) -> None:
         """A training of so many epochs begins; infinity where its data have no length.
@@ -315,7 +332,7 @@ class Runtime(nn.Module):
         Raises:
             ValueError: The loss goes by epochs, and their number is not known.
         """
-        self.unit = self.entry.unit_of(self.options, epochs) or "epoch"
+        self.unit = self.chosen.unit(epochs) or "epoch"
         if math.isinf(epochs) and any(listeners(self.criterion, "epoch", self.unit)):
             text = "but data without a length have no known number of epochs; give schedule_unit 'step'"
             raise ValueError(f"{self.name} goes by epochs (schedule_unit 'epoch'), {text}")
@@ -395,7 +412,7 @@ class Runtime(nn.Module):
 
     def _find_components(self, width: int, of_teacher: int) -> None:
         """Give the principal components of the folder to the parts that compare features of other widths."""
-        where = self.entry.reference_features(self.options)
+        where = self.chosen.reference_features
         parts = [x for x in self.criterion.modules() if getattr(x, "components", self) is None]
         if parts and width > of_teacher:
             raise ValueError(
@@ -439,21 +456,31 @@ OWN_LOOP = Host(
     biased="a SigLipLoss as base",
     teacher=f"call it with {' and '.join(TEACHER)}",
     progress="call set_epoch or set_progress",
-    serves=("caption", "lists", "orders", "state", "parameters"),
+    serves=("caption", "lists", "state", "parameters"),
 )
 
 
 def own_loop(name: str, base: Any, gather: GatherOption, options: Options) -> nn.Module:
     """See :func:`rankloss_trainers.create`."""
-    run = Runtime(OWN_LOOP, name, options, base=base, gather=gather)
-    of_trainer = {key for x in run.entry.options if x.for_trainer for key in (x.key, x.own_key)}
-    for key in of_trainer.intersection(options):
-        raise ValueError(f"{key} is for a trainer's plug-in, which acts on it; got {options[key]!r}")
-
-    if run.teacher == "required" or run.entry.uses_teacher(run.options) is False:
+    chosen = OWN_LOOP.chosen(name, options)
+    run = Runtime(OWN_LOOP, chosen, base=base, gather=gather)
+    for part in chosen.parts:
+        own = options if part is chosen else options.get(part.name, {})
+        for key in (key for key, option in part.options().items() if option.for_trainer and key in own):
+            raise ValueError(f"{key} is for a trainer's plug-in, which acts on it; got {own[key]!r}")
+    loss = run.criterion
+    if "required" in (run.teacher, chosen.teacher) or chosen.teacher == "none":
         hook = functools.partial(_check_call, name, run.teacher)  # which can be pickled
-        run.criterion.register_forward_pre_hook(hook, with_kwargs=True)
-    return run.criterion
+        loss.register_forward_pre_hook(hook, with_kwargs=True)
+    for unit, method in METHODS.items():
+        setattr(loss, method, functools.partial(_tell, loss, unit))
+    return loss
+
+
+def _tell(loss: nn.Module, unit: str, now: int, end: int) -> None:
+    """Tell all parts of a loss that have the method where training stands."""
+    for part in loss.modules():
+        units_of(part).get(unit, lambda *_: None)(part, now, end)
 
 
 def _check_call(name: str, use: str, module: nn.Module, args: Any, inputs: Mapping[str, Any]) -> None:  # noqa: ARG001

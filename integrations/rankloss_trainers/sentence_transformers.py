@@ -24,8 +24,8 @@ from rankloss_features.binding import taught
 from rankloss_features.data import Table
 from rankloss_features.folder import NAMES, Features, hash_of_pair
 from rankloss_trainers.cached import embedding_in
-from rankloss_trainers.catalog import Options
 from rankloss_trainers.extras import extra
+from rankloss_trainers.named import Options
 from rankloss_trainers.runtime import BY_STEPS, Entries, Host, LoggedTerms, Runtime
 
 with extra("sentence-transformers"):
@@ -142,7 +142,7 @@ class ContrastiveLoss(EmbeddingLoss):
     ) -> None:
         super().__init__(model, scale, mini_batch_size)
         self.output_dict = output_dict
-        self.run = Runtime(HOST, loss, options, gather=gather)
+        self.run = Runtime(HOST, HOST.chosen(loss, options), gather=gather)
         self.image_column = None if self.run.features is not None else 0
 
     def forward(self, sentence_features: Columns, labels: Tensor | None = None) -> Any:
@@ -174,12 +174,12 @@ class ContrastiveLoss(EmbeddingLoss):
 
     def get_config_dict(self) -> dict[str, Any]:
         """The arguments, for the model card."""
-        return {"loss": self.run.name, "options": dict(self.run.options), **super().get_config_dict()}
+        return {"loss": self.run.name, "options": self.run.chosen.values, **super().get_config_dict()}
 
     @property
     def citation(self) -> str:
         """The BibTeX entry of the loss's paper, for the model card."""
-        return self.run.entry.citation
+        return self.run.chosen.citation
 
 
 class RankClipLoss(ContrastiveLoss):

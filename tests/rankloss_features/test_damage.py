@@ -48,9 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     model, clip = tiny_sentences.tiny(folder), tiny_transformers.clip()
 
     def open_clip(path: str) -> None:
-        entry = catalog.find("rankclip").load()
-        options = entry.checked("rankclip", {"reference_features": path})
-        check_run("rankclip", entry, options, SimpleNamespace())
+        check_run(catalog.choose("rankclip", {"reference_features": path}), SimpleNamespace())
 
     def hugging_face(path: str) -> None:
         options = {"reference_features": path}

@@ -84,7 +84,10 @@ def test_lists_that_are_not_there_are_refused(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ("--ranked-lists-own-caption top --ranked-lists-model top_one", "--ranked-lists-own-caption: top is"),
-        ("--ranked-lists-max-candidates 0", "--ranked-lists-max-candidates: must be at least 1; got 0"),
+        (
+            "--ranked-lists-max-candidates 0",
+            "--ranked-lists-max-candidates: must be an integer of at least 1; got '0'",
+        ),
         ("--model coca_ViT-B-32", "ranked-lists does not work with CoCa"),
         ("--distill-model RN50 --distill-pretrained x", "--distill-model, whose teacher takes one caption"),
         ("--dataset-type synthetic", "ranked-lists does not work with --dataset-type synthetic"),

@@ -19,15 +19,26 @@ from rankloss import schedules
 from rankloss_open_clip import bootstrap, command_line
 from rankloss_open_clip.training import build_loss
 from rankloss_trainers import catalog
-from rankloss_trainers.catalog import LossEntry, Option
 from rankloss_trainers.command_line import dest, flag
+from rankloss_trainers.named import NamedLoss, option
 
 ALIP = "--loss alip --alip-caption-key synthetic"
 SIGMOID_STUDENT = "--siglip --distill-model RN50 --distill-pretrained x"
 
+
 # Entry points of other packages refer to these.
-CAPTIONED = LossEntry(build=lambda base, *_: base, caption_key=lambda _: "blip")
-ENTRY = LossEntry(build=lambda base, *_: base, options=(Option("depth", 3, "how deep", {"type": int}),))
+class Captioned(NamedLoss):
+    caption_key = "blip"
+
+    def build(self, base: nn.Module, gather: Any) -> nn.Module:
+        return base
+
+
+class Deep(NamedLoss):
+    depth: int = option(3, "how deep")
+
+    def build(self, base: nn.Module, gather: Any) -> nn.Module:
+        return base
 
 
 def built(base: nn.Module, options: Any, gather: Any) -> nn.Module:
@@ -62,10 +73,10 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Register]:
             "entry_points",
             lambda **given: [*original(**given), *(points if given.get("group") == catalog.GROUP else [])],
         )
-        catalog.candidates.cache_clear()
+        catalog.known.cache_clear()
 
     yield register
-    catalog.candidates.cache_clear()
+    catalog.known.cache_clear()
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -96,18 +107,18 @@ def test_help_shows_every_loss_with_its_options(
     assert "plain: The first line is the help." in shown
     assert "broken: cannot be used (q 1.0): ModuleNotFoundError" in shown
     for name in (*catalog.BUILT_IN, "alip", "cyclip"):
-        entry = catalog.candidates()[name].load()
-        assert f"{name}: {entry.help}" in shown
-        for option in entry.options:
-            assert flag(name, entry, option) in shown
+        loss = catalog.load(name)
+        assert f"{name}: {loss.help()}" in shown
+        for each in loss.options().values():
+            assert flag(loss, each) in shown
 
 
 def test_arguments_have_what_the_loss_asked_for_depends_on_and_no_more() -> None:
     args = vars(parse_args([]))
     assert not [name for name in args if name == "loss" or name.startswith(("rankclip", "cyclip", "alip"))]
     assert vars(parse_args(["--loss", "clip"])) == {**args, "loss": "clip"}
-    entry = catalog.candidates()["rankclip"].load()
-    filled = {dest("rankclip", entry, option): option.default for option in entry.options}
+    loss = catalog.load("rankclip")
+    filled = {dest(loss, each): each.default for each in loss.options().values()}
     assert vars(parse_args(["--loss=rankclip"])) == {**args, "loss": "rankclip", **filled}
     for name in ("--loss-d", "--loss-dist-impl"):
         args = vars(parse_args([name, "gather", "--loss", "rankclip"]))
@@ -130,7 +141,7 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
     [
         ("--loss siglip", "'siglip'"),
         ("--loss rankclp", "did you mean rankclip?"),
-        ("--rankclip-top-k 5 --rankclip-lambda-in 1", "--rankclip-lambda-in, --rankclip-top-k: only with"),
+        ("--rankclip-top-k 5 --rankclip-lambda-in 1", "--rankclip-top-k, --rankclip-lambda-in: only with"),
         ("--loss rankclip --rankclip-lamda-in 1", "did you mean --rankclip-lambda-in?"),
         ("--loss rankclip --rankclip_top_k 3", "did you mean --rankclip-top-k?"),
         ("--loss rankclip --horovod", "--horovod"),
@@ -221,7 +232,7 @@ def test_log_names_the_loss_once(
 
 
 def test_registered_loss_and_its_options_are_taken(register: Register) -> None:
-    register(("b", "deep", "ENTRY"))
+    register(("b", "deep", "Deep"))
     assert parse_args(["--loss", "deep"]).deep_depth == 3
     assert parse_args(["--loss=deep", "--deep-depth", "5"]).deep_depth == 5
     assert not hasattr(parse_args(["--loss", "cyclip"]), "deep_depth")
@@ -240,7 +251,7 @@ def test_what_cannot_be_used_stops_only_runs_that_ask(
 def test_second_caption_that_nothing_would_read_is_refused(
     register: Register, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    register(("p", "x", "CAPTIONED"))
+    register(("p", "x", "Captioned"))
     assert "x needs a second caption" in refused(capsys, "--loss", "x")
 
 

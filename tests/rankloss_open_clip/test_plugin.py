@@ -42,7 +42,7 @@ def test_import_of_torch_attaches_and_loads_little(trainer: Trainer) -> None:
         "print(sorted(name for name in sys.modules if name.startswith(('rankloss', 'open_clip'))))"
     )
     done = trainer.python("-W", "error", "-c", script)
-    ours = ["rankloss_open_clip", "rankloss_open_clip.bootstrap"]
+    ours = ["rankloss_open_clip", "rankloss_open_clip.bootstrap", "rankloss_open_clip.failures"]
     ours += ["rankloss_trainers", "rankloss_trainers.import_hook"]
     assert done.output.splitlines() == ["['rankloss_open_clip', 'rankloss_trainers']", "1", str(ours)]
 

@@ -92,7 +92,7 @@ def test_without_its_distillation_the_base_is_clips() -> None:
 
 def test_the_option_names_a_teacher() -> None:
     args = arguments(loss="rankclip-distill")
-    check_run(args.loss, *chosen(args), args)
+    check_run(chosen(args), args)
     args.rankclip_reference_features = "folder"
     with pytest.raises(ValueError, match=r"--rankclip-reference-features: .*--dataset-reinforcement"):
-        check_run(args.loss, *chosen(args), args)
+        check_run(chosen(args), args)

@@ -2,7 +2,7 @@
 
 from rankloss.distributed import gather_once
 from rankloss.losses import GatheringLoss, base_entries, check_base, check_weight, combined
-from rankloss_trainers.catalog import LossEntry, Option, weight
+from rankloss_trainers.named import NamedLoss, option
 
 
 class CkaLoss(GatheringLoss):
@@ -45,13 +45,16 @@ def cka(x, y):
     return (x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
 
 
-CKA = LossEntry(
-    build=lambda base, options, gather: CkaLoss(base, weight=options["weight"], gather=gather),
-    help="the trainer's own plus the alignment with a teacher's similarities",
-    options=(
-        Option("weight", 1.0, "weight of the term", {"type": weight, "metavar": "X"}),
-        Option("reference-features", None, "the teacher's features", {"metavar": "FOLDER"}, for_trainer=True),
-    ),
-    refuse=lambda options, gather: "weight: 0 leaves nothing to learn" if options["weight"] == 0 else None,
-    reference_features=lambda options: options["reference_features"],
-)
+class Cka(NamedLoss):
+    """The trainer's own plus the alignment with a teacher's similarities."""
+
+    weight: float = option(1.0, "weight of the term", at_least=0)
+    reference_features: str | None = option(
+        None, "the teacher's features", metavar="FOLDER", for_trainer=True
+    )
+
+    def refuse(self, gather):
+        return "weight: 0 leaves nothing to learn" if self.weight == 0 else None
+
+    def build(self, base, gather):
+        return CkaLoss(base, weight=self.weight, gather=gather)

@@ -18,7 +18,14 @@ from rankloss_features.folder import NAMES
 
 ROWS = 32
 LOSS = "rankclip-distill+mimicry"
-OPTIONS = {"schedule": "constant", "lambda_cross": 4.0, "lambda_in": 4.0, "top_k": 4, "weight": 0.5}
+RANKS, OF_MIMICRY = (
+    {"schedule": "constant", "lambda_cross": 4.0, "lambda_in": 4.0, "top_k": 4},
+    {"weight": 0.5},
+)
+
+
+def taught_options(**more: Any) -> dict[str, Any]:
+    return {"rankclip-distill": {**RANKS, **more}, "mimicry": OF_MIMICRY}
 
 
 def features(width: int = 24, names: tuple[str, ...] = NAMES, seed: int = 0) -> dict[str, Tensor]:
@@ -57,7 +64,7 @@ def references(path: str, rows: Any) -> dict[str, Tensor]:
 
 def criterion(path: str, width: int, **options: Any) -> Any:
     """The loss of a plain loop, for a model of this width."""
-    loss = rankloss_trainers.create(LOSS, **{**OPTIONS, **options})
+    loss = rankloss_trainers.create(LOSS, **taught_options(**options))
     (part,) = (x for x in loss.modules() if isinstance(x, rankloss.MimicryLoss))
     part.components = Features(path).components(width).matrix
     return loss

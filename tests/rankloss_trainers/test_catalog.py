@@ -25,27 +25,27 @@ ALONE = Gather(local_loss=False, gather_with_grad=False, rank=0, world_size=1)
 
 # --- options from RankOptions ---------------------------------------------------------------------------
 
-RANKCLIP = catalog.candidates()["rankclip"].load()
+RANKCLIP: Any = catalog.load("rankclip")
 
 
 FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name != "reduction"]
 
 
 def test_every_option_of_the_rank_terms_can_be_typed_but_those_without_a_use() -> None:
-    own = {"schedule", "schedule_unit", "lambda_cross", "lambda_in", "agreement_every", "orders"}
+    own = {"schedule", "schedule_unit", "lambda_cross", "lambda_in", "agreement_every"}
     own |= {"reference", "reference_features", "distill_loss"}
-    assert {option.key for option in RANKCLIP.options} == own | {field.name for field in FIELDS}
+    assert {*RANKCLIP.options()} == own | {field.name for field in FIELDS}
 
 
-def parsed(*argv: str) -> dict[str, Any]:
+def parsed(*argv: str) -> Any:
     parser = argparse.ArgumentParser(exit_on_error=False)
     losses = LossArguments(parser, ["rankclip"], default="rankclip")
     _, given = losses.chosen(parser.parse_args(argv)) or ("", {})
-    return RANKCLIP.checked("rankclip", given)
+    return RANKCLIP.of(given)
 
 
 def test_defaults_are_those_of_the_library() -> None:
-    loss = RANKCLIP.build(None, parsed(), ALONE)
+    loss = parsed().build(None, ALONE)
     assert loss.consistency.options == RankOptions()
 
 
@@ -61,10 +61,10 @@ def test_what_is_typed_is_what_the_library_gets(data: st.DataObject) -> None:
         value = data.draw(st.integers(bounds.get("at_least", 1), bounds.get("at_most", 2**31 - 1)))
         text = str(value)
     options = parsed(f"--rankclip-{field.name.replace('_', '-')}", text)
-    loss = RANKCLIP.build(nn.Identity(), options, ALONE)
+    loss = options.build(nn.Identity(), ALONE)
     assert loss.consistency.options == RankOptions(**{field.name: value})
     # From Python the same, as text and as Python has it.
-    assert all(RANKCLIP.checked("rankclip", {field.name: given}) == options for given in (text, value))
+    assert all(RANKCLIP.of({field.name: given}) == options for given in (text, value))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_what_is_typed_is_what_the_library_gets(data: st.DataObject) -> None:
 def test_value_that_an_option_cannot_have_is_refused(key: str, value: Any, message: str) -> None:
     """The same from a command line, where it can be typed."""
     with pytest.raises(ValueError, match=message):
-        RANKCLIP.checked("rankclip", {key: value})
+        RANKCLIP(**{key: value})
     if isinstance(value, str):
         with pytest.raises(argparse.ArgumentError, match=message.partition(" ")[2]):
             parsed(f"--rankclip-{key.replace('_', '-')}", value)
@@ -95,11 +95,11 @@ def test_value_that_an_option_cannot_have_is_refused(key: str, value: Any, messa
 
 def test_values_that_python_has_are_taken() -> None:
     values = {"top_k": np.int64(3), "lambda_in": 2, "reference_features": Path("x"), "discount": None}
-    options = RANKCLIP.checked("rankclip", values)
-    assert {key: options[key] for key in values} == {**values, "reference_features": "x"}
-    assert RANKCLIP.with_defaults(top_k=8).checked("rankclip", {"top_k": None})["top_k"] is None
-    with pytest.raises(TypeError, match="mine has no option 'topk'; did you mean top_k"):
-        RANKCLIP.checked("mine", {"topk": 1})
+    options = RANKCLIP(**values)
+    assert {key: getattr(options, key) for key in values} == {**values, "reference_features": "x"}
+    assert RANKCLIP.with_defaults({"top_k": 8})(top_k=None).top_k is None
+    with pytest.raises(TypeError, match="rankclip has no option 'topk'; did you mean top_k"):
+        RANKCLIP.of({"topk": 1})
 
 
 SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
@@ -124,25 +124,28 @@ SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
         ),
         ("--rankclip-reference teacher --rankclip-fixed-reference text", "fixed_reference", ""),
         ("--rankclip-distill-loss exclude", "distill_loss", ""),
-        ("--rankclip-lists batch --rankclip-diagonal exclude --rankclip-ties random", "diagonal", ""),
     ],
 )
 def test_teacher_is_asked_for_by_an_option(typed: str, refused: str | None, described: str) -> None:
     options = parsed(*typed.split())
-    assert bool(RANKCLIP.uses_teacher(options)) == ("teacher" in typed or "-features" in typed)
-    reason = RANKCLIP.refuse(options, ALONE)
+    assert (options.teacher == "required") == ("teacher" in typed or "-features" in typed)
+    reason = options.refuse(ALONE)
     if refused is None:
         assert reason is None
-        assert described in RANKCLIP.described(options, 3)
+        assert described in options.describe(3)
     else:
         assert re.match(refused, reason)
 
 
 def test_one_list_of_the_batch_leaves_local_loss_where_that_is_exact() -> None:
-    options = {**parsed(), "lists": "batch"}
+    loss = RANKCLIP(lists="batch")
     for local_loss, with_grad in ((True, True), (False, True), (False, False)):
         gather = dataclasses.replace(ALONE, local_loss=local_loss, gather_with_grad=with_grad)
-        assert RANKCLIP.refuse(options, gather) is None
-        assert RANKCLIP.build(nn.Identity(), options, gather).consistency.gather.local_loss is False
-    approximate = dataclasses.replace(ALONE, local_loss=True)
-    assert RANKCLIP.refuse(options, approximate).startswith("lists=")
+        assert loss.build(nn.Identity(), gather).consistency.gather.local_loss is False
+    with pytest.raises(ValueError, match="^lists="):
+        loss.build(nn.Identity(), dataclasses.replace(ALONE, local_loss=True))
+
+
+def test_options_that_exclude_each_other_are_no_choice() -> None:
+    with pytest.raises(ValueError, match="^diagonal=False needs ties"):
+        RANKCLIP(lists="batch", diagonal="exclude", ties="random")

@@ -6,12 +6,12 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import rankloss
 from rankloss_trainers import catalog, console
-from rankloss_trainers.catalog import Candidate
 from rankloss_trainers.command_line import flag
 
 
@@ -22,29 +22,30 @@ def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def test_every_loss_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(capsys, "losses").splitlines()
-    found = catalog.candidates()
+    found = catalog.known()
     assert [re.match(r"[\w-]+", line)[0] for line in lines] == list(found)
-    assert all(line.endswith(found[name].load().help) for name, line in zip(found, lines, strict=True))
+    assert all(line.endswith(catalog.load(name).help()) for name, line in zip(found, lines, strict=True))
 
 
-@pytest.mark.parametrize("name", catalog.candidates())
+@pytest.mark.parametrize("name", catalog.known())
 def test_loss_that_is_named_has_its_own_defaults(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    entry, said = catalog.candidates()[name].load(), " ".join(printed(capsys, "losses", name).split())
+    loss, said = catalog.load(name), " ".join(printed(capsys, "losses", name).split())
     assert said.startswith(name)
-    assert entry.help in said
-    for option in entry.options:
+    assert loss.help() in said
+    for option in loss.options().values():
         shown = re.escape(f"{option.help} (default: {option.text(option.default)})").replace(
             "\\-", "-[ ]?"
         )  # lines break there
-        assert re.search(rf" {flag(name, entry, option)} (\S+ )?{shown}", said), option
-        assert all(choice in said for choice in (option.values or option.keywords.get("choices", ())))
+        assert re.search(rf" {flag(loss, option)} (\S+ )?{shown}", said), option
+        assert all(choice in said for choice in option.choices)
 
 
 def test_loss_that_cannot_be_listed_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = Candidate("mine", "no_such_module:LOSS", "my-package 1.0")
-    monkeypatch.setattr(catalog, "candidates", lambda: {"mine": broken})
+    broken = importlib.metadata.EntryPoint("mine", "no_such_module:LOSS", catalog.GROUP)
+    vars(broken)["dist"] = SimpleNamespace(name="my-package", version="1.0")
+    monkeypatch.setattr(catalog, "known", lambda: {"mine": (broken,)})
     assert printed(capsys, "losses").startswith("mine (my-package 1.0): cannot be used: ModuleNotFoundError")
     with pytest.raises(SystemExit):
         console.main(["losses", "mime"])

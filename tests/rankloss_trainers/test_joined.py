@@ -15,22 +15,26 @@ import rankloss_trainers
 from rankloss import ClipLoss, Gather, MimicryLoss, RankClipLoss
 from rankloss.losses import TEACHER
 from rankloss_baselines import CyClipLoss
-from rankloss_trainers.catalog import find
+from rankloss_trainers.catalog import choose, load
 from rankloss_trainers.command_line import LossArguments, described, mentioned
+from rankloss_trainers.named import error_of
 
 ALONE = Gather(rank=0, world_size=1)
 
 
-def reason(name: str, **given: Any) -> str | None:
-    entry = find(name).load()
-    return entry.refuse(entry.checked(name, given), ALONE)
+def reason(name: str, given: Any) -> str | None:
+    chosen = choose(name, given)
+    return chosen.refuse(ALONE) or error_of(lambda: chosen.build(ClipLoss(gather=False), ALONE))
 
 
 def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
     v, t, *teacher = normalize(torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
     taught = dict(zip(TEACHER, teacher, strict=True))
     loss = rankloss_trainers.create(
-        "rankclip-distill+mimicry+cyclip", schedule="constant", top_k=3, weight=0.5, cyclip_lambda_in=2.0
+        "rankclip-distill+mimicry+cyclip",
+        **{"rankclip-distill": {"schedule": "constant", "top_k": 3}},
+        mimicry={"weight": 0.5},
+        cyclip={"lambda_in": 2.0},
     )
     ranks = RankClipLoss(schedule="constant", lambda_cross=64, lambda_in=64, top_k=3)
     expected = {
@@ -45,75 +49,79 @@ def test_the_terms_are_those_of_each_loss_and_the_base_is_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "key", "value"),
+    ("name", "options", "part", "key", "value"),
     [
-        ("rankclip+mimicry", {"weight": 2}, "mimicry_weight", 2.0),
-        ("rankclip+mimicry", {"mimicry_weight": "2"}, "mimicry_weight", 2.0),
-        ("rankclip-distill+mimicry", {}, "rankclip_top_k", 8),
-        ("rankclip+cyclip", {"cyclip_lambda_in": 2}, "cyclip_lambda_in", 2.0),
+        ("rankclip+mimicry", {"mimicry": {"weight": 2}}, 1, "weight", 2.0),
+        ("rankclip+mimicry", {"mimicry": {"weight": "2"}}, 1, "weight", 2.0),
+        ("rankclip-distill+mimicry", {}, 0, "top_k", 8),
+        ("rankclip+cyclip", {"cyclip": {"lambda_in": 2}}, 1, "lambda_in", 2.0),
     ],
 )
-def test_an_option_has_the_prefix_of_its_loss_where_several_have_it(
-    name: str, options: dict[str, Any], key: str, value: Any
+def test_options_are_given_by_loss(
+    name: str, options: dict[str, Any], part: int, key: str, value: Any
 ) -> None:
-    assert find(name).load().checked(name, options)[key] == value
+    assert getattr(choose(name, options).parts[part], key) == value
 
 
-@pytest.mark.parametrize("key", ["reference_features", "mimicry_reference_features"])
-def test_a_folder_is_given_once_and_serves_all(key: str) -> None:
-    entry = find("rankclip+mimicry").load()
-    options = entry.checked("", {key: "FOLDER"})
-    assert entry.reference_features(options) == "FOLDER"
-    assert reason("rankclip+mimicry", **{key: "FOLDER"}) is None
-    assert "fixed_reference" in str(reason("rankclip+mimicry", fixed_reference="text", **{key: "FOLDER"}))
+@pytest.mark.parametrize("name", ["rankclip", "mimicry"])
+def test_a_folder_is_given_once_and_serves_all(name: str) -> None:
+    given = {name: {"reference_features": "FOLDER"}}
+    chosen = choose("rankclip+mimicry", given)
+    assert [part.reference_features for part in chosen.parts] == ["FOLDER", "FOLDER"]
+    assert reason("rankclip+mimicry", given) is None
+    given["rankclip"] = {**given.get("rankclip", {}), "fixed_reference": "text"}
+    assert str(reason("rankclip+mimicry", given)).startswith("rankclip.fixed_reference: ")
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("rankclip+cyclip", {"lambda_in": 1}, "give rankclip_lambda_in or cyclip_lambda_in"),
-        ("rankclip+mimicry", {"weigt": 1}, "has no option 'weigt'; did you mean weight"),
-        ("rankclip+mimicry", {"weight": 1, "mimicry_weight": 2}, "mimicry_weight is given twice"),
+        ("rankclip+cyclip", {"lambda_in": 1}, "given by loss, .*; got 'lambda_in'"),
+        ("rankclip+mimicry", {"mimicry": {"weigt": 1}}, "has no option 'weigt'; did you mean weight"),
         (
             "rankclip-distill+mimicry",
-            {"distill_loss": "include"},
-            "rankclip_distill_loss: include has no effect beside mimicry",
+            {"rankclip-distill": {"distill_loss": "include"}},
+            "rankclip-distill.distill_loss: include has no effect beside mimicry",
         ),
-        ("rankclip+mimicry", {"weight": -1}, "mimicry_weight must be a finite number"),
+        ("rankclip+mimicry", {"mimicry": {"weight": -1}}, "mimicry.weight must be a finite number"),
         ("rankclip+rankclip", {}, "names a loss twice"),
         ("rankclip+rankclip-in", {}, "names a loss twice"),
         ("clip+mimicry", {}, "got 'clip'"),
         ("mimicry+rankclp", {}, "got 'rankclp'; did you mean rankclip"),
         ("mimicry+", {}, "got ''"),
-        ("mimicry+alip", {"caption_key": "x"}, "alip stands on no other loss .*: name it first"),
+        ("mimicry+alip", {"alip": {"caption_key": "x"}}, "alip stands on no other loss .*: name it first"),
         ("clip-streamed+siglip-streamed", {}, "siglip-streamed|this is ClipLoss"),
-        ("rankclip+mimicry", {"reference": "own"}, "mimicry needs a teacher, which rankclip is told not to"),
         (
             "rankclip+mimicry",
-            {"rankclip_reference_features": "A", "mimicry_reference_features": "B"},
+            {"rankclip": {"reference": "own"}},
+            "mimicry needs a teacher, which rankclip is told not to",
+        ),
+        (
+            "rankclip+mimicry",
+            {"rankclip": {"reference_features": "A"}, "mimicry": {"reference_features": "B"}},
             "A and B are two teachers",
         ),
     ],
 )
 def test_what_cannot_be_joined_is_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
-        raise ValueError(reason(name, **options))
+        raise ValueError(reason(name, options))
 
 
 def test_two_encoders_rank_the_in_modal_lists_alone(tmp_path: Path) -> None:
     columns = {name: [f"{name} {i}" for i in range(ROWS)] for name in ("image", "text")}
     data = pytest.importorskip("datasets").Dataset.from_dict(columns)
     path = folder(tmp_path / "x", data, features(), "image", "text", "separate")
-    entry = find("rankclip-distill").load()
+    loss = load("rankclip-distill")
     for given in ({}, {"lambda_cross": 0}):
-        checked = entry.checked("x", {"reference_features": path, **given})
-        assert [checked[name] for name in ("lambda_cross", "lambda_in", "top_k")] == [0, 16, 16]
-    checked = entry.checked("x", {"reference_features": path, "lambda_in": 3.0, "top_k": None})
-    assert [checked[name] for name in ("lambda_cross", "lambda_in", "top_k")] == [0, 3, None]
+        chosen = loss.of({"reference_features": path, **given})
+        assert (chosen.lambda_cross, chosen.lambda_in, chosen.top_k) == (0, 16, 16)
+    chosen = loss.of({"reference_features": path, "lambda_in": 3.0, "top_k": None})
+    assert (chosen.lambda_cross, chosen.lambda_in, chosen.top_k) == (0, 3, None)
     with pytest.raises(ValueError, match=r"lambda_cross: must be 0, as .*separate spaces.*; got 1"):
-        entry.checked("x", {"reference_features": path, "lambda_cross": 1})
-    joined = find("cyclip+rankclip").load().checked("x", {"reference_features": path})
-    assert (joined["rankclip_lambda_cross"], joined["cyclip_lambda_cross"]) == (0, 0.25)
+        loss.of({"reference_features": path, "lambda_cross": 1})
+    parts = choose("cyclip+rankclip", {"rankclip": {"reference_features": path}}).parts
+    assert [part.lambda_cross for part in parts] == [0.25, 0]
 
 
 # --- on a command line ------------------------------------------------------------------------------------
@@ -129,7 +137,7 @@ def test_each_loss_is_typed_with_its_own_options() -> None:
     name = "rankclip-distill+mimicry"
     for flags in (("--loss", name), (f"--loss={name}",)):
         found = parsed(*flags, "--rankclip-top-k", "4", "--mimicry-weight", "2")
-        assert found == (name, {"rankclip_top_k": 4, "mimicry_weight": 2.0})
+        assert found == (name, {"rankclip-distill": {"top_k": 4}, "mimicry": {"weight": 2.0}})
     with pytest.raises(ValueError, match=r"^--cyclip-lambda-in: only with --loss cyclip"):
         parsed("--loss", name, "--cyclip-lambda-in", "1")
     with pytest.raises(ValueError, match=r"^--loss: loss must be one of .*did you mean mimicry"):
@@ -137,6 +145,6 @@ def test_each_loss_is_typed_with_its_own_options() -> None:
 
 
 def test_the_options_of_joined_losses_are_listed() -> None:
-    text = described({"rankclip+mimicry": find("rankclip+mimicry").load()})
+    text = described([load("rankclip"), load("mimicry")])
     assert "--rankclip-top-k N" in text
     assert "--mimicry-weight X" in text

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import rankloss
-from rankloss_trainers.catalog import find
+from rankloss_trainers.catalog import choose
 from rankloss_trainers.ranked_lists import RankedListsTerm
 
 SCALE = 8.0
@@ -51,13 +51,12 @@ def test_lists_alone_leave_the_pairs_out_and_a_bias_in_the_graph() -> None:
 
 
 def test_options_reach_the_loss() -> None:
-    entry = find("ranked-lists").load()
     given = {"model": "pairwise", "pair_weight": "difference", "chunk_size": "7", "base_loss": "exclude"}
-    options = entry.checked("ranked-lists", given)
     gather = rankloss.Gather(rank=0, world_size=1)
-    assert entry.refuse(options, gather) is None
-    term = entry.build(rankloss.ClipLoss(), options, gather)
+    chosen = choose("ranked-lists", given)
+    assert chosen.refuse(gather) is None
+    term = chosen.build(rankloss.ClipLoss(), gather)
     assert (term.base, term.lists.pair_weight, term.lists.chunk_size) == (None, "difference", 7)
-    default = entry.build(rankloss.ClipLoss(), entry.checked("ranked-lists", {}), gather).lists
+    default = choose("ranked-lists").build(rankloss.ClipLoss(), gather).lists
     for name in ("model", "top_k", "pair_weight", "in_batch_negatives", "chunk_size"):
         assert getattr(default, name) == getattr(rankloss.RankedLists(), name)

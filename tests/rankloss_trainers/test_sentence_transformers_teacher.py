@@ -11,7 +11,7 @@ import taught
 import torch
 import torch.nn.functional as F
 from cka_clip import CkaLoss
-from taught import LOSS, OPTIONS, ROWS, features, folder, references
+from taught import LOSS, ROWS, features, folder, references
 from tiny_sentences import pairs, tiny, train, weights
 
 from rankloss.losses import TEACHER
@@ -67,7 +67,11 @@ def test_a_teacher_trains_as_a_plain_loop(tmp_path: Path, bound: tuple[str, Any]
         names = ("image", "text") if how == "labels" else ("text", "image")
         data = labelled(pairs(ROWS).select_columns(list(names)), NAMES if how == "labels" else NAMES[::-1])
     else:
-        criterion, loss, options = taught.criterion(path, 16), LOSS, {**OPTIONS, "reference_features": path}
+        criterion, loss, options = (
+            taught.criterion(path, 16),
+            LOSS,
+            taught.taught_options(reference_features=path),
+        )
     if how == "folder, turned":
         data = data.select_columns(["label", "text", "image"]).rename_column("image", "picture")
     found = trained(tmp_path, data.select(ORDER), loss, 3 if "mini" in how else None, **options)
@@ -78,7 +82,7 @@ def test_a_teacher_trains_as_a_plain_loop(tmp_path: Path, bound: tuple[str, Any]
     ("width", "spaces", "loss", "message"),
     [
         (8, "common", "mimicry", r"the teacher has 8 dimensions, fewer than the student's 16"),
-        (24, "separate", "rankclip+mimicry", "mimicry_reference_features: .*separate spaces"),
+        (24, "separate", "rankclip+mimicry", "mimicry.reference_features: .*separate spaces"),
     ],
 )
 def test_a_teacher_that_cannot_be_copied_is_refused(
@@ -87,7 +91,8 @@ def test_a_teacher_that_cannot_be_copied_is_refused(
     path = folder(tmp_path / "x", pairs(ROWS), features(width), "image", "text", spaces)
     data = bind(pairs(ROWS), path, caption_column="text", column="label")
     with pytest.raises(ValueError, match=message):
-        trained(tmp_path, data, loss, reference_features=path)
+        given = {"reference_features": path}
+        trained(tmp_path, data, loss, **({"mimicry": given} if "+" in loss else given))
 
 
 def test_columns_of_other_pairs_are_refused_before_a_weight_changes(

@@ -54,7 +54,7 @@ def test_example(
     }
     exec(example, names)
     trainer: Any = names["trainer"]
-    assert options.items() <= trainer.loss_runtime.options.items()
+    assert options.items() <= trainer.loss_runtime.chosen.values.items()
     if example is not CLASS:
         trainer.train()
     assert trainer.state.global_step == trainer.state.max_steps >= 2

@@ -13,7 +13,7 @@ import datasets
 import pytest
 import torch
 from cka_clip import CkaLoss
-from taught import LOSS, OPTIONS, ROWS, criterion, features, folder, references
+from taught import LOSS, ROWS, criterion, features, folder, references, taught_options
 from tiny_transformers import SGD, Pairs, clip, column, own_loop, train, trainer, weights
 
 from rankloss_features import bind
@@ -42,12 +42,12 @@ def test_a_folder_trains_as_a_plain_loop_wherever_its_rows_went(
 ) -> None:
     """Ranks and mimicry of a wider teacher, whose components the loss is given."""
     path = folder(tmp_path / "x", captioned(), features(names=names), "image", "caption")
-    options = {**OPTIONS, "lambda_cross": 4.0 * (len(names) == 2)}
+    options = {"lambda_cross": 4.0 * (len(names) == 2)}
     trained = train(
         tmp_path,
         pairs=joined(bind(captioned(), path)).select(ORDER),
         loss=LOSS,
-        loss_options={**options, "reference_features": path},
+        loss_options=taught_options(reference_features=path, **options),
         max_steps=2,
         mini_batch_size=mini_batch_size,
         **SGD,

@@ -18,7 +18,7 @@ from rankloss import RankClipLoss
 from rankloss.distributed import Gather, GatherOption
 from rankloss.losses import Base, GatheringLoss, base_entries, check_base, check_weight, combined
 from rankloss.precision import arithmetic_dtype, full_precision
-from rankloss_trainers.catalog import LossEntry, Option, Options, weight
+from rankloss_trainers.named import NamedLoss, option
 
 Pair = tuple[Tensor, Tensor]  # the features of the images, and of the texts
 Scales = tuple[Tensor | float, Tensor | float]  # of the student's similarities, s, and of the teacher's, s'
@@ -251,70 +251,63 @@ def _check_layout(gather: Gather) -> None:
         raise ValueError("--local-loss needs --gather-with-grad: without it the terms have no gradient")
 
 
-# --- the entry of --loss ----------------------------------------------------------------------------------
+# --- as --loss names it -----------------------------------------------------------------------------------
 
 
-def _build(base: Any, options: Options, gather: Gather) -> RivalsLoss:
-    if options["rank_lambda"]:  # what --loss rankclip-distill trains with
-        lambdas = {"lambda_cross": options["rank_lambda"], "lambda_in": options["rank_lambda"]}
-        base = RankClipLoss(base, top_k=options["rank_top_k"], gather=gather, **lambdas)
-    path = options["components"]
-    return RivalsLoss(
-        base,
-        components=None if path is None else torch.from_numpy(np.load(path)),
-        scales={name: options[f"{name}_scale"] for name in SCALED},
-        gather=gather,
-        **{name: options[name] for name in TERMS},
+class _Rivals(NamedLoss):
+    teacher = "required"
+    keeps_distillation = False
+    no_sigmoid = "its terms are those of a softmax loss"
+
+    rank_lambda: float = option(0.0, "multiplies lambda of the terms ranked by the teacher", at_least=0)
+    rank_top_k: int = option(8, "how many of the teacher's ranks count")
+    components: str | None = option(
+        None, "an .npy file of the teacher's principal components", none="none", metavar="PATH"
+    )
+    reference_features: str | None = option(
+        None,
+        "the teacher's precomputed features, as for rankclip",
+        none="those of the teacher that the trainer has",
+        metavar="PATH",
     )
 
+    def refuse(self, gather: Gather) -> str | None:
+        try:
+            _check_layout(gather)
+            _components(self.components)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None
 
-def _refuse(options: Options, gather: Gather) -> str | None:
+    def build(self, base: Any, gather: Gather) -> RivalsLoss:
+        if self.rank_lambda:  # what --loss rankclip-distill trains with
+            lambdas = {"lambda_cross": self.rank_lambda, "lambda_in": self.rank_lambda}
+            base = RankClipLoss(base, top_k=self.rank_top_k, gather=gather, **lambdas)
+        scales = {name: self.values[f"{name}_scale"] for name in SCALED}
+        own = {name: self.values[name] for name in TERMS}
+        return RivalsLoss(base, components=_components(self.components), scales=scales, gather=gather, **own)
+
+    def unit(self, epochs: float) -> str:  # noqa: ARG002
+        return "step"
+
+
+def _components(path: str | None) -> Tensor | None:
     try:
-        _check_layout(gather)
-        _build(None, {**options, "components": None}, gather)
-    except ValueError as error:  # what the loss itself refuses
-        return str(error)
-    try:
-        _build(None, options, gather)
-    except (ValueError, OSError) as error:  # what else the file can be
-        return f"components: {error}"
-    return None
+        return None if path is None else torch.from_numpy(np.load(path))
+    except (ValueError, OSError) as error:  # whatever the file can be
+        raise ValueError(f"components: {error}") from error
 
 
-_NUMBER = {"type": weight, "metavar": "X"}
-_SCALE = {"type": float, "metavar": "X"}
-RIVALS = LossEntry(
-    build=_build,
-    help="the trainer's own plus other ways to learn from a teacher",
-    options=(
-        *(Option(name, 0.0, f"weight of the term {name}", _NUMBER) for name in TERMS),
-        *(Option(f"{name}-scale", None, f"scale of {name}", _SCALE, "the student's") for name in SCALED),
-        Option(
-            "rank-lambda",
-            0.0,
-            "multiplies lambda of the terms ranked by the teacher",
-            _NUMBER,
-        ),
-        Option("rank-top-k", 8, "how many of the teacher's ranks count", {"type": int, "metavar": "K"}),
-        Option(
-            "components",
-            None,
-            "an .npy file of the teacher's principal components",
-            {"metavar": "PATH"},
-            "none",
-        ),
-        Option(
-            "reference-features",
-            None,
-            "the teacher's precomputed features, as for rankclip",
-            {"metavar": "PATH"},
-            "those of the teacher that the trainer has",
-        ),
-    ),
-    refuse=_refuse,
-    unit="step",
-    uses_teacher=lambda _: True,
-    reference_features=lambda options: options["reference_features"],
-    keeps_distillation=lambda _: False,
-    no_sigmoid="its terms are those of a softmax loss",
+_WEIGHTS = {name: option(0.0, f"weight of the term {name}", at_least=0) for name in TERMS}
+_SCALES = {f"{name}_scale": option(None, f"scale of {name}", none="the student's") for name in SCALED}
+_TYPES = {**dict.fromkeys(_WEIGHTS, float), **dict.fromkeys(_SCALES, float | None)}
+RIVALS: type[NamedLoss] = type(
+    "Rivals",
+    (_Rivals,),
+    {
+        "__doc__": "The trainer's own plus other ways to learn from a teacher.",
+        "__annotations__": _TYPES,
+        **_WEIGHTS,
+        **_SCALES,
+    },
 )

@@ -16,7 +16,7 @@ from examples_common.trainer import Job, Log, TrainingError
 from joblib import cpu_count
 from rich.console import Console
 
-from rankloss_trainers.catalog import JOIN, candidates
+from rankloss_trainers.catalog import JOIN, known, load
 
 from .arms import ENCODERS, Arm
 
@@ -129,7 +129,7 @@ def features_command(data: str) -> list[str]:
 
 def arguments_for(loss: str, arguments: Sequence[str]) -> tuple[str, ...]:
     """Return the trainer's arguments that apply to this loss, which may be joined: others' are dropped."""
-    prefixes = {name: one.load().prefix or name for name, one in candidates().items()}
+    prefixes = {name: load(name).prefix or name for name in known()}
     kept, keep = [], True
     for word in arguments:
         if word.startswith("--"):

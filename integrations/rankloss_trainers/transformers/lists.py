@@ -146,12 +146,11 @@ def check_loader(loader: Any) -> None:
 
 def check_run(run: Runtime) -> None:
     """Raise a ValueError for a loss that needs pairs beside the lists, or options about them."""
-    given = [key for key in OF_PAIRS if run.options.get(key) not in (None, OF_PAIRS[key])]
-    if given:
-        raise ValueError(
-            f"{given[0]}: is for open_clip's trainer, which has a pair beside each list; "
-            f"got {run.options[given[0]]!r}"
-        )
+    values = {key: x for part in run.chosen.parts for key, x in part.values.items() if key in OF_PAIRS}
+    for key, value in values.items():
+        if value not in (None, OF_PAIRS[key]):
+            text = "is for open_clip's trainer, which has a pair beside each list"
+            raise ValueError(f"{key}: {text}; got {value!r}")
     if any(getattr(part, "base", None) is not None for part in run.criterion.modules()):
         raise ValueError(f"{run.name} has a base, which needs pairs; a table of lists has none")
 

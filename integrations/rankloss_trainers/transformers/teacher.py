@@ -12,23 +12,19 @@ from rankloss.checks import check_teacher
 from rankloss.losses import TEACHER
 from rankloss_features.binding import COLUMN, references
 from rankloss_features.folder import Features
-from rankloss_trainers.orders.folder import ARGUMENTS, Orders
 
 
-def collate_checked(
-    collate: Callable[..., Any], features: Features | None, orders: Orders | None, examples: Any
-) -> Any:
-    """A batch whose features of a teacher and orders have been checked, while they are in the host's memory.
+def collate_checked(collate: Callable[..., Any], features: Features | None, examples: Any) -> Any:
+    """A batch whose features of a teacher have been checked, while they are in the host's memory.
 
     Args:
         collate: The collator that makes the batch.
         features: The folder that the examples are bound to, whose rows the batch gets; None without one.
-        orders: The folder whose lists the examples have; None without one.
         examples: The examples of the batch.
 
     Raises:
         ValueError: The examples are not bound to the folder, or have features beside it; they are bound and
-            there is no folder; the features are no teacher's, or the lists not the folder's.
+            there is no folder; or the features are no teacher's.
     """
     names = list(examples[0]) if isinstance(examples[0], Mapping) else []
     columns = [name for name in TEACHER if name in names]
@@ -48,8 +44,6 @@ def collate_checked(
     for name in TEACHER:
         if isinstance(batch, Mapping) and name in batch:
             check_teacher(name, batch[name], first_look=False)  # the loss looks at the norms of the first
-    if orders is not None and {*ARGUMENTS} <= {*batch}:
-        orders.check_bound(*(batch[name] for name in ARGUMENTS))
     return batch
 
 

@@ -15,8 +15,6 @@ from rankloss.losses import TEACHER
 from rankloss.options import check_count
 from rankloss_features.binding import COLUMN
 from rankloss_trainers.extras import extra
-from rankloss_trainers.orders.folder import ARGUMENTS as ORDERS
-from rankloss_trainers.orders.folder import Orders
 from rankloss_trainers.runtime import BY_STEPS, Entries, Host, Runtime
 from rankloss_trainers.transformers import embeddings, teacher
 
@@ -34,7 +32,7 @@ HOST = Host(
     biased="a model that has a logit_bias",
     teacher=f"give the columns {' and '.join(TEACHER)}, or loss_options {{'reference_features': FOLDER}}",
     progress="train with trainer.train()",
-    serves=("caption", "folder", "lists", "orders", "state"),
+    serves=("caption", "folder", "lists", "state"),
     defaults={**BY_STEPS, "base_loss": "exclude"},
 )
 
@@ -66,7 +64,7 @@ class ContrastiveTrainer(transformers.Trainer):
         *args: Arguments of the Trainer.
         loss: A loss as the catalogue names it, or a module with the forward convention of open_clip's losses,
             whose innermost ``base``, if it has one, is evaluated.
-        loss_options: Options of the named loss, by their names without prefix; see ``LossEntry.options``.
+        loss_options: Options of the named loss, by their names without prefix; and for joined ones by loss.
             ALIP's ``caption_key`` is the prefix of the second caption's columns: ``caption`` for
             ``caption_input_ids`` beside ``input_ids``. With the columns ``reference_image_features`` and
             ``reference_text_features``, or one of them, the lists are ranked by a teacher, whose features of
@@ -117,7 +115,7 @@ class ContrastiveTrainer(transformers.Trainer):
             self.label_names = []  # the pairs are the labels; else evaluation would give no loss
         self.can_return_loss = True  # without labels, and whether the batch asks for it or not
         base = rankloss.SigLipLoss() if embeddings.has_bias(self.model) else rankloss.ClipLoss()
-        self.loss_runtime = Runtime(HOST, loss, loss_options, base=base).to(self.args.device)
+        self.loss_runtime = Runtime(HOST, HOST.chosen(loss, loss_options), base=base).to(self.args.device)
         self._sums: dict[str, tuple[Any, int]] = {}  # of the entries since the log's last line, and how many
         self._measured: list[torch.Tensor] = []  # metrics of the lists of an evaluation
         self.add_callback(_Progress(self))
@@ -133,12 +131,10 @@ class ContrastiveTrainer(transformers.Trainer):
         return lists.RankedListsCollator(self.processing_class, padding, unique)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches in which a teacher's features, or orders, have been checked."""
+        """Batches in which a teacher's features have been checked."""
         collate, run = self.data_collator, self.loss_runtime
         run.name_columns(teacher.columns_of(self.train_dataset))
-        bound = (getattr(x, "folder", None) for x in run.entry.companions(run.options))
-        orders = next((x for x in bound if isinstance(x, Orders)), None)
-        self.data_collator = functools.partial(teacher.collate_checked, collate, run.features, orders)
+        self.data_collator = functools.partial(teacher.collate_checked, collate, run.features)
         try:
             loader: DataLoader[Any] = super().get_train_dataloader()
         finally:
@@ -150,7 +146,7 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch on its device; DeepSpeed rounds the model's inputs alone, and not the loss's."""
-        own = {x: inputs[x].to(self.args.device) for x in (*TEACHER, *ORDERS, "grades") if x in inputs}
+        own = {x: inputs[x].to(self.args.device) for x in (*TEACHER, "grades") if x in inputs}
         return {**super()._prepare_inputs(inputs), **own}
 
     def compute_loss(
@@ -175,7 +171,7 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def _of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
         trains, run, captions = torch.is_grad_enabled(), self.loss_runtime, self.loss_runtime.captions
-        of_loss = {name: inputs[name] for name in (*TEACHER, *ORDERS) if name in inputs}
+        of_loss = {name: inputs[name] for name in TEACHER if name in inputs}
         # The model's own loss is of this process alone, and would be computed for nothing.
         inputs = {x: inputs[x] for x in inputs if x not in ("return_loss", COLUMN, *of_loss)}
         if captions is not None:
@@ -235,7 +231,7 @@ class ContrastiveTrainer(transformers.Trainer):
         # Columns that the loss takes and the model does not, which would be dropped as unused.
         of_captions = [] if captions is None else [f"{captions}_{name}" for name in columns]
         of_lists = lists.COLUMNS if self.loss_runtime.takes_lists else ()
-        kept = dict.fromkeys([*columns, *of_captions, *of_lists, *TEACHER, *ORDERS, COLUMN])
+        kept = dict.fromkeys([*columns, *of_captions, *of_lists, *TEACHER, COLUMN])
         self._signature_columns: Any = list(kept)
 
 

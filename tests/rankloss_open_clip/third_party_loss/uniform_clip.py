@@ -5,7 +5,7 @@ from torch import nn
 
 import rankloss
 from rankloss.losses import base_entries, combined
-from rankloss_trainers.catalog import LossEntry, Option, weight
+from rankloss_trainers.named import NamedLoss, option
 
 
 class UniformLoss(nn.Module):
@@ -40,10 +40,16 @@ class LoggedUniformLoss(UniformLoss):
         return entries
 
 
-UNIFORM = LossEntry(
-    build=lambda base, options, gather: LoggedUniformLoss(base, weight=options["weight"]),
-    help="the trainer's own plus a uniformity term",
-    options=(Option("weight", 0.1, "weight of the term", {"type": weight, "metavar": "X"}),),
-    describe=lambda options, epochs: f"weight up to {options['weight']:g}",
-    unit="step",
-)
+class Uniform(NamedLoss):
+    """The trainer's own plus a uniformity term."""
+
+    weight: float = option(0.1, "weight of the term", at_least=0)
+
+    def build(self, base, gather):
+        return LoggedUniformLoss(base, weight=self.weight)
+
+    def describe(self, epochs):
+        return f"weight up to {self.weight:g}"
+
+    def unit(self, epochs):
+        return "step"

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from miniature_paper import rivals
+from rankloss_trainers.orders.loss import OrderedRankClipLoss
 from torch import Tensor, nn
 
 import rankloss
 from photostudy import losses, students
 from photostudy.heads import WIDTH
 from rankloss import graded
-from rankloss_trainers.orders.loss import OrderedRankClipLoss
 
 from .setting import Setting
 from .views import MAPS, matrices
