@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from rankloss.distributed import GatherOption
+from rankloss.distributed import Gather, GatherOption
 from rankloss.losses import GatheringLoss, check_weight, combined
+from rankloss_baselines.second_caption import SecondCaption
+from rankloss_trainers.named import NamedLoss, OptionError, option
 
 _KIND = ("shape", "dtype", "device")
 
@@ -165,3 +167,42 @@ class AlipLoss(GatheringLoss):
         held, device = self.histories if held.is_meta else held, self.histories.device
         self.histories = held.to(device, torch.float32 if device.type == "mps" else torch.float64)
         return self
+
+
+class Alip(NamedLoss):
+    """CLIP's loss on two captions of each image, weighted by how well they fit (ALIP)."""
+
+    no_sigmoid = "it weighs the pairs of a softmax loss of its own"
+
+    caption_key: str | None = option(
+        None,
+        "where the synthetic caption is: a column of a CSV file; in a webdataset the extension of a text "
+        "file, or json:FIELD",
+        none="must be given",
+        metavar="KEY",
+    )
+    gamma_sample: float = option(2.0, "how steeply a weight falls with the captions' similarity", at_least=0)
+    gamma_pair: float = option(2.0, "how steeply a weight changes with the pair's similarity", at_least=0)
+    momentum: float = option(0.99, "share of the histories that a step keeps", at_least=0)
+    initial_history: float = option(1.0, "where the histories start; 1 closes nearly all gates at first")
+
+    def check(self) -> None:
+        if self.caption_key is None:
+            raise OptionError("caption_key", "must name the second caption of each image, which alip needs")
+
+    def build(self, base: Any, gather: Gather) -> AlipLoss:  # noqa: ARG002
+        return AlipLoss(**{key: x for key, x in self.values.items() if key != "caption_key"}, gather=gather)
+
+    def companions(self) -> list[SecondCaption]:
+        return [SecondCaption(str(self.caption_key))]
+
+    def log(self) -> Any:
+        return alip_log
+
+
+def alip_log(criterion: nn.Module, *_: Any) -> dict[str, Tensor]:
+    """ALIP's histories: of the two captions, and of the image with each."""
+    names = ("alip_text_caption", "alip_image_text", "alip_image_caption")
+    alip = next(x for x in criterion.modules() if isinstance(x, AlipLoss))
+    histories = alip.histories.to(torch.float32, copy=True).unbind()
+    return dict(zip(names, histories, strict=True))

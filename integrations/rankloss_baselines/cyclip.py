@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankloss.distributed import GatherOption, gather_once
+from rankloss.distributed import Gather, GatherOption, gather_once
 from rankloss.losses import Base, GatheringLoss, base_entries, check_base, check_weight, combined
+from rankloss_trainers.named import NamedLoss, option
 
 
 class CyClipLoss(GatheringLoss):
@@ -124,3 +125,13 @@ def _squares(anchors: tuple[Tensor, Tensor], items: tuple[Tensor, Tensor]) -> tu
 
 def _moments(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return v.T @ v, t.T @ t, v.T @ t
+
+
+class CyClip(NamedLoss):
+    """The trainer's own plus CyCLIP's cyclic consistency terms."""
+
+    lambda_cross: float = option(0.25, "weight of the cross-modal term", at_least=0)
+    lambda_in: float = option(0.25, "weight of the in-modal term", at_least=0)
+
+    def build(self, base: Any, gather: Gather) -> CyClipLoss:
+        return CyClipLoss(base, **self.values, gather=gather)

@@ -304,3 +304,17 @@ class Features(Rows):
         if self.about["rows_hash"] != hash_of(self.rows).hex():
             raise ValueError(f"{self.path}/rows.npy is not as it was written: {damage}")
         return self
+
+
+def has_separate_spaces(where: Any) -> bool:
+    """True for a folder whose images and texts have separate spaces; False where no folder is.
+
+    Raises:
+        ValueError: The folder is damaged; the error begins with the option that names it.
+    """
+    if where is None or not os.path.isdir(where):  # which the reader of features says
+        return False
+    try:
+        return not Features(where).common_space
+    except ValueError as error:
+        raise ValueError(f"reference_features: {error}") from error

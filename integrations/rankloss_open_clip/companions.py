@@ -10,9 +10,8 @@ the values differ:
 - A hook before the model restores the tokens, and a hook behind it adds the companions to the model's output,
   from which they reach the loss. The model is called once, so DDP sees one forward.
 
-Validation data, zero-shot prompts and ``encode_text`` have no companions and do not change. A teacher's
-precomputed features are a companion (:mod:`rankloss_open_clip.reference_features`), and so is whatever the
-loss names (``NamedLoss.companions``).
+Validation data, zero-shot prompts and ``encode_text`` have no companions and do not change. The rows of a
+folder of features are a companion, and so is whatever the loss names (``NamedLoss.companions``).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from rankloss_open_clip import command_line
+from rankloss_open_clip import arguments
 
 Original = Callable[..., Any]
 Wrapper = Callable[[Original], Original]
@@ -83,7 +83,7 @@ def _with_loss(act: str, *layouts: set[str]) -> Wrapper:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
-            if command_line.requested(bound.arguments["args"]) is None:
+            if arguments.requested(bound.arguments["args"]) is None:
                 return original(*args, **kwargs)
             return getattr(importlib.import_module("rankloss_open_clip.training"), act)(original, bound)
 
@@ -95,7 +95,7 @@ def _with_loss(act: str, *layouts: set[str]) -> Wrapper:
 def _parsing(original: Original) -> Original:
     def parse_args(*args: Any, **kwargs: Any) -> Any:
         given = next(iter((*args, *kwargs.values())), None)
-        return command_line.parsed(original, sys.argv[1:] if given is None else given)
+        return arguments.parsed(original, sys.argv[1:] if given is None else given)
 
     return parse_args
 

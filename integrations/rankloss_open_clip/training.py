@@ -18,15 +18,7 @@ from torch import Tensor, nn
 import rankloss
 from rankloss_features.folder import NAMES
 from rankloss_open_clip import checkpoints
-from rankloss_open_clip.command_line import (
-    HOST,
-    chosen,
-    companions_of,
-    distils,
-    gather_of,
-    remedy_for_unused_features,
-)
-from rankloss_open_clip.reference_features import without_features
+from rankloss_open_clip.arguments import HOST, chosen, companions_of, distils, gather_of
 from rankloss_trainers.runtime import Entries, LoggedTerms, Runtime
 
 _COMPANIONS = "_rankloss_open_clip_companions"  # the attribute of the training data that holds them
@@ -63,6 +55,7 @@ class TrainerLoss(Runtime):
         # An option that names whose rankings to match decides over a teacher that the loss does not need.
         chooses = self.teacher == "optional" and not any("reference" in x.options() for x in loss.parts)
         self._takes_teacher = distils(args) and (chooses or self.teacher == "required")
+        self.has_fixed_entries = getattr(args, "torchcompile", False)
         self.sums_every_value = sums_every_value
         self.place: tuple[int, int, int, int] | None = None
         self._calls = 0  # of the epoch
@@ -172,26 +165,20 @@ def train_one_epoch(original: Callable[..., Any], bound: BoundArguments) -> Any:
 def get_dataset(original: Callable[..., Any], bound: BoundArguments) -> Any:
     """Data of the trainer, whose training texts have the companions that the loss needs."""
     given, args = bound.arguments, bound.arguments["args"]
-    if not given["is_train"]:
+    companions = companions_of(args) if given["is_train"] else None
+    if companions is None:
         return original(*bound.args, **bound.kwargs)
+    given["tokenizer"] = companions.tokenizer(given["tokenizer"])
     # A webdataset's pipeline is built inside the call, so the reader is replaced during it.
     names, reader = inspect.unwrap(original).__globals__, "tarfile_to_samples_nothrow"
     read: Any = names.get(reader)
-    companions, remedy, joined = companions_of(args), remedy_for_unused_features(args), read
-    if companions is not None:
-        given["tokenizer"] = companions.tokenizer(given["tokenizer"])
-        text_keys = getattr(args, "text_key", None) or "txt"
-        joined = functools.partial(companions.join_samples, read, text_keys)
-    if remedy is not None:
-        joined = functools.partial(without_features, joined, remedy)
-    names[reader] = joined
+    names[reader] = functools.partial(companions.join_samples, read, getattr(args, "text_key", None) or "txt")
     try:
         info = original(*bound.args, **bound.kwargs)
     finally:
         names[reader] = read
-    if companions is not None:
-        setattr(info, _COMPANIONS, companions)
-        dataset = getattr(info.dataloader, "dataset", None)
-        if hasattr(dataset, "captions"):  # of a CSV file
-            companions.join_csv(dataset, args.train_data, args.csv_separator)
+    setattr(info, _COMPANIONS, companions)
+    dataset = getattr(info.dataloader, "dataset", None)
+    if hasattr(dataset, "captions"):  # of a CSV file
+        companions.join_csv(dataset, args.train_data, args.csv_separator)
     return info

@@ -40,6 +40,6 @@ def create(name: str, base: Any = None, *, gather: GatherOption = None, **option
         >>> loss.schedule_value
         0.5
     """
-    from rankloss_trainers.runtime import own_loop
+    from rankloss_trainers.own_loop import created
 
-    return own_loop(name, base, gather, options)
+    return created(name, base, gather, options)

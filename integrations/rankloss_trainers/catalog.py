@@ -1,8 +1,7 @@
 """The catalogue of losses: rankloss's own, and those that other packages register.
 
 Another package registers a loss as an entry point. Its name is the value of ``--loss``, its object a class
-derived from :class:`rankloss_trainers.named.NamedLoss`, or only a function ``(base, options, gather) →
-module``::
+derived from :class:`rankloss_trainers.named.NamedLoss`, or only a function ``(base, gather) → module``::
 
     [project.entry-points."rankloss.losses"]
     mine = "my_package.losses:Mine"
@@ -14,13 +13,14 @@ cannot affect other runs. Only the standard library is imported here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from types import MappingProxyType
 from typing import Any
 
-from rankloss_trainers.joined import JOIN, Joined
-from rankloss_trainers.named import NamedLoss, Options, did_you_mean
+from rankloss_trainers.joined import JOIN as JOIN
+from rankloss_trainers.joined import Joined
+from rankloss_trainers.named import NamedLoss, OptionError, Options, did_you_mean
 
 GROUP = "rankloss.losses"
 """The group of the entry points."""
@@ -92,40 +92,30 @@ def load(name: str) -> type[NamedLoss]:
     if any(other.value != point.value for other in others):
         raise ValueError(f"{name} is registered by both {package_of(name)}; uninstall one")
     loaded = point.load()
-    loss: type[NamedLoss] = loaded if _is_class(loaded) else _of_function(loaded)
+    is_class = isinstance(loaded, type) and issubclass(loaded, NamedLoss)
+    loss: type[NamedLoss] = loaded if is_class else _of_function(loaded)
     loss.name, loss.package = name, package_of(name)
     if name not in BUILT_IN and loss.prefix in PREFIXES:
         raise ValueError(f"the prefix {loss.prefix!r} belongs to another loss")
     return loss
 
 
-def _is_class(loaded: Any) -> bool:
-    return isinstance(loaded, type) and issubclass(loaded, NamedLoss)
-
-
 def _of_function(build: Callable[..., Any]) -> type[NamedLoss]:
-    about = {"__doc__": build.__doc__, "build": lambda _, base, gather: build(base, {}, gather)}
+    about = {"__doc__": build.__doc__, "build": lambda _, base, gather: build(base, gather)}
     return type("Built", (NamedLoss,), about)
 
 
-def choose(
-    name: str,
-    given: Options = MappingProxyType({}),
-    load: Callable[[str], type[NamedLoss]] = load,
-    defaults: Options = MappingProxyType({}),
-) -> NamedLoss:
+def choose(name: str, given: Options = MappingProxyType({})) -> NamedLoss:
     """The loss of a name with options.
 
     Args:
         name: A name, or several joined by :data:`JOIN`.
         given: Its options; those of joined losses by the name of each.
-        load: The class of each.
-        defaults: Defaults of a trainer that differ from a loss's.
 
     Raises:
         TypeError: There is no such option.
-        ValueError: There is no such loss, two of them are one, or an option cannot have its value; the error
-            begins with the option.
+        ValueError: There is no such loss, two of them are one, or an option cannot have its value
+            (:class:`rankloss_trainers.named.OptionError`).
 
     Example:
         >>> choose("rankclip", {"top_k": 8}).top_k
@@ -133,15 +123,21 @@ def choose(
         >>> choose("rankclip+mimicry", {"mimicry": {"weight": 2.0}}).parts[1].weight
         2.0
     """
-    losses = [load(part).with_defaults(defaults) for part in names_of(name)]
+    return chosen([load(part) for part in names_of(name)], given)
+
+
+def chosen(losses: Sequence[type[NamedLoss]], given: Options) -> NamedLoss:
+    """The loss of a class, or of several that are joined, with options; see :func:`choose`."""
     if len(losses) == 1:
         return losses[0].of(given)
-    if len({loss.prefix or loss.name for loss in losses}) < len(losses):
-        raise ValueError(f"loss {name} names a loss twice")
     names = [loss.name for loss in losses]
+    if len({loss.prefix or loss.name for loss in losses}) < len(losses):
+        raise ValueError(f"loss {JOIN.join(names)} names a loss twice")
     for key, options in given.items():
         if key not in names or not isinstance(options, Mapping):
-            raise TypeError(f"options of {name} are given by loss, {{{names[0]!r}: {{…}}}}; got {key!r}")
+            raise TypeError(
+                f"options of {JOIN.join(names)} are given by loss, {{{names[0]!r}: {{…}}}}; got {key!r}"
+            )
     folders = {options.get("reference_features") for options in given.values()} - {None}
     shared = {"reference_features": folders.pop()} if len(folders) == 1 else {}  # given once, it serves all
     joined = []
@@ -149,6 +145,6 @@ def choose(
         own = {**(shared if "reference_features" in loss.options() else {}), **given.get(loss.name, {})}
         try:
             joined.append(loss.of(own))
-        except ValueError as error:
-            raise ValueError(f"{loss.name}.{error}") from None
+        except OptionError as error:
+            raise OptionError(error.key, error.reason, loss.name) from None
     return Joined(joined=tuple(joined))

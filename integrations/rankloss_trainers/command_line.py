@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 from collections.abc import Callable, Iterable, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from rankloss_trainers import catalog
 from rankloss_trainers.catalog import BUILT_IN, JOIN, TRAINERS_OWN
-from rankloss_trainers.named import NamedLoss, Option, Options, did_you_mean, error_of
+from rankloss_trainers.named import NamedLoss, Option, OptionError, did_you_mean
 
 Loss = type[NamedLoss]
 
@@ -26,13 +24,20 @@ def dest(loss: Loss | NamedLoss, option: Option) -> str:
     return flag(loss, option)[2:].replace("-", "_")
 
 
-def given_in(args: Any, losses: Sequence[Loss]) -> dict[str, Any]:
-    """The options of losses in parsed arguments, as :func:`rankloss_trainers.catalog.choose` takes them."""
+def chosen_by(args: Any, losses: Sequence[Loss]) -> NamedLoss:
+    """The loss of classes that parsed arguments name, with the options that they give.
+
+    Raises:
+        ValueError: An option cannot have its value; the error begins with its flag.
+    """
     own = {}
     for loss in losses:
         dests = {key: dest(loss, option) for key, option in loss.options().items()}
         own[loss.name] = {key: getattr(args, name) for key, name in dests.items() if hasattr(args, name)}
-    return own if len(losses) > 1 else own[losses[0].name]
+    try:
+        return catalog.chosen(losses, own if len(losses) > 1 else own[losses[0].name])
+    except ValueError as error:
+        raise ValueError(with_flag(losses, error)) from None
 
 
 def mentioned(argv: Sequence[str]) -> list[str]:
@@ -64,22 +69,13 @@ def beginnings() -> tuple[str, ...]:
     return tuple(f"--{x}-" for x in (*catalog.PREFIXES, *catalog.known()))
 
 
-def with_flag(losses: Iterable[Loss | NamedLoss], reason: str) -> str:
-    """A reason that begins with an option, beginning with its flag; else with ``--loss``.
-
-    Args:
-        losses: The loss, or those that are joined.
-        reason: ``top_k must be …``; of joined losses ``rankclip.top_k must be …``.
-    """
-    match = re.match(r"(?:([\w-]+)\.)?(\w+)", reason)
-    for loss in losses:
-        option = loss.options().get(match[2]) if match and match[1] in (None, loss.name) else None
-        if match and option is not None:
-            rest = reason[match.end() :]
-            # "bins must be …" and "lists: …" lose the key; "diagonal=False does …" would lose its subject.
-            text = reason if rest.startswith("=") else rest.removeprefix(":").lstrip()
-            return f"{flag(loss, option)}: {text}"
-    return f"--loss: {reason}"
+def with_flag(losses: Iterable[Loss | NamedLoss], error: ValueError) -> str:
+    """An error of a loss, or of joined ones, that begins with the flag of an option; else with ``--loss``."""
+    if isinstance(error, OptionError):
+        for loss in losses:
+            if error.key in loss.options() and error.loss in ("", loss.name):
+                return f"{flag(loss, loss.options()[error.key])}: {error.reason}"
+    return f"--loss: {error}"
 
 
 class LossArguments:
@@ -89,7 +85,6 @@ class LossArguments:
         parser: The parser. An option that is not given is no attribute of what it parses.
         names: The losses.
         default: The default of ``--loss``; None leaves the attribute out.
-        defaults: Defaults of options that differ from the catalogue's in this trainer.
 
     Attributes:
         losses: The losses by name.
@@ -101,16 +96,12 @@ class LossArguments:
     Example:
         >>> parser = argparse.ArgumentParser()
         >>> losses = LossArguments(parser, ["rankclip"])
-        >>> losses.chosen(parser.parse_args(["--loss", "rankclip", "--rankclip-diagonal", "exclude"]))
-        ('rankclip', {'diagonal': False})
+        >>> losses.chosen(parser.parse_args(["--loss", "rankclip", "--rankclip-diagonal", "exclude"])).changed
+        {'diagonal': False}
     """
 
     def __init__(
-        self,
-        parser: argparse.ArgumentParser,
-        names: Iterable[str],
-        default: str | None = None,
-        defaults: Options = MappingProxyType({}),
+        self, parser: argparse.ArgumentParser, names: Iterable[str], default: str | None = None
     ) -> None:
         self.parser = parser
         self.losses: dict[str, Loss] = {}
@@ -120,7 +111,7 @@ class LossArguments:
         )
         for name in names:
             try:
-                self.losses[name] = catalog.load(name).with_defaults(defaults)
+                self.losses[name] = catalog.load(name)
             except Exception as error:  # another package's, say, which stops only a run that asks for it
                 package = catalog.package_of(name) or "rankloss"
                 self.unusable[name] = f"cannot be used ({package}): {type(error).__name__}: {error}"
@@ -145,53 +136,31 @@ class LossArguments:
             self.parser.error(f"{unknown[0].partition('=')[0]}: there is no such option{hint}")
         return args, rest
 
-    def chosen(self, args: Any) -> tuple[str, dict[str, Any]] | None:
-        """The loss that parsed arguments ask for, and its given options; None for the trainer's own.
+    def chosen(self, args: Any) -> NamedLoss | None:
+        """The loss that parsed arguments ask for, with its options; None for the trainer's own.
 
         Raises:
-            ValueError: There is no such loss, it cannot be used, or an option was given that belongs to
-                another; the error begins with the argument.
+            ValueError: There is no such loss, it cannot be used, or an option cannot have its value or
+                belongs to another loss; the error begins with the argument.
         """
         name = getattr(args, "loss", TRAINERS_OWN)
         try:
-            chosen = [] if name == TRAINERS_OWN else [self._loss(part) for part in catalog.names_of(name)]
+            losses = [] if name == TRAINERS_OWN else [self._loss(part) for part in catalog.names_of(name)]
         except ValueError as error:
             raise ValueError(f"--loss: {error}") from None
-        dests = {dest(loss, x) for loss in chosen for x in loss.options().values()}
+        dests = {dest(loss, x) for loss in losses for x in loss.options().values()}
         for alike in by_prefix(self.losses.values()).values():
             given = [x for x in alike[0].options().values() if hasattr(args, dest(alike[0], x))]
             others = [flag(alike[0], x) for x in given if dest(alike[0], x) not in dests]
             if others:
                 names = " or ".join(loss.name for loss in alike)
                 raise ValueError(f"{', '.join(others)}: only with --loss {names}")
-        return (name, given_in(args, chosen)) if chosen else None
+        return chosen_by(args, losses) if losses else None
 
     def _loss(self, name: str) -> Loss:
         if name in self.unusable:
             raise ValueError(f"{name} {self.unusable[name]}")
         return self.losses[name]
-
-    def choose(self, name: str, given: Options) -> NamedLoss:
-        """The loss of :meth:`chosen`.
-
-        Raises:
-            ValueError: An option cannot have its value; the error begins with the flag.
-        """
-        try:
-            return catalog.choose(name, given, self._loss)
-        except ValueError as error:
-            raise ValueError(with_flag([self._loss(x) for x in name.split(JOIN)], str(error))) from None
-
-    def refuse(self, name: str, given: Options) -> None:
-        """Raise a ValueError for a loss with options that work in no trainer; it begins with the argument."""
-        import rankloss
-
-        loss, alone = self.choose(name, given), rankloss.Gather(rank=0, world_size=1)
-        sigmoid = any(part.only_sigmoid for part in loss.parts)
-        base = rankloss.SigLipLoss if sigmoid else rankloss.ClipLoss
-        reason = loss.refuse(alone) or error_of(lambda: loss.build(base(gather=False), alone))
-        if reason is not None:
-            raise ValueError(with_flag(loss.parts, reason))
 
 
 def by_prefix(losses: Iterable[Loss]) -> dict[str, list[Loss]]:
@@ -231,8 +200,8 @@ def _typed(option: Option) -> Callable[[str], Any]:
     def typed(text: str) -> Any:
         try:
             return option.checked(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{option.key} ")) from None
+        except OptionError as error:
+            raise argparse.ArgumentTypeError(error.reason) from None
 
     return typed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from rankloss_trainers.named import NamedLoss
+from rankloss_trainers.named import NamedLoss, OptionError, naming_options
 
 JOIN = "+"
 """The sign between the names of losses that are trained together, the innermost first."""
@@ -16,10 +16,10 @@ class Joined(NamedLoss):
 
     joined: tuple[NamedLoss, ...] = ()
 
-    parts = property(lambda self: self.joined)  # type: ignore[assignment]
-    values = property(lambda self: {x.name: x.values for x in self.parts})  # type: ignore[assignment]
-    name = property(lambda self: JOIN.join(part.name for part in self.parts))  # type: ignore[assignment]
-    package = property(lambda self: ", ".join(self._each("package")))  # type: ignore[assignment]
+    parts = property(lambda self: self.joined)
+    values = property(lambda self: {x.name: x.values for x in self.parts})
+    name = property(lambda self: JOIN.join(part.name for part in self.parts))
+    package = property(lambda self: ", ".join(self._each("package")))
     teacher = property(lambda self: next(iter(self._each("teacher")), None))
     reference_features = property(lambda self: next(iter(self._each("reference_features")), None))
     caption_key = property(lambda self: next(iter(self._each("caption_key")), None))
@@ -29,27 +29,23 @@ class Joined(NamedLoss):
     def _each(self, fact: str) -> list[Any]:
         return [found for part in self.parts if (found := getattr(part, fact))]
 
-    def refuse(self, gather: Any) -> str | None:
+    def check(self) -> None:
         if len(folders := {*self._each("reference_features")}) > 1:
-            return f"{' and '.join(sorted(folders))} are two teachers; joined losses have one"
+            raise ValueError(f"{' and '.join(sorted(folders))} are two teachers; joined losses have one")
         uses = {part.teacher: part.name for part in self.parts}
         if {"required", "none"} <= uses.keys():
-            return f"{uses['required']} needs a teacher, which {uses['none']} is told not to use"
+            raise ValueError(f"{uses['required']} needs a teacher, which {uses['none']} is told not to use")
         without = [part.name for part in self.parts if not part.keeps_distillation]
         for part in self.parts:
             if without and part.keeps_distillation and "distill_loss" in part.changed:
-                return f"{part.name}.distill_loss: include has no effect beside {without[0]}"
-            if reason := part.refuse(gather):
-                return _within(part, reason)
-        return None
+                text = f"include has no effect beside {without[0]}"
+                raise OptionError("distill_loss", text, loss=part.name)
 
     def build(self, base: Any, gather: Any) -> Any:
         loss = base
         for part in self.parts:
-            try:
+            with naming_options(part, part.name):
                 below, loss = loss, part.build(loss, gather)
-            except ValueError as error:
-                raise ValueError(_within(part, str(error))) from error
             if below is not base and not any(x is below for x in loss.modules()):
                 raise ValueError(f"{part.name} stands on no other loss but the trainer's: name it first")
         return loss
@@ -69,9 +65,3 @@ class Joined(NamedLoss):
     def log(self) -> Callable[..., Any]:
         logs = [log for part in self.parts if (log := part.log()) is not None]
         return lambda *call: {name: x for log in logs for name, x in log(*call).items()}
-
-
-def _within(part: NamedLoss, reason: str) -> str:
-    """A reason of one of joined losses: ``mimicry.weight must be …``."""
-    key = reason.partition(" ")[0].partition(":")[0].partition("=")[0]
-    return f"{part.name}.{reason}" if key in part.options() else reason

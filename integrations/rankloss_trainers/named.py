@@ -23,9 +23,10 @@ import functools
 import inspect
 import math
 import os
+import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 if typing.TYPE_CHECKING:
@@ -51,13 +52,46 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def error_of(build: Callable[[], Any]) -> str | None:
-    """The ValueError of a trial, as a reason against the options that it was built with; None without one."""
+class OptionError(ValueError):
+    """An option that cannot have its value, alone or beside others.
+
+    Attributes:
+        key: The option, as Python spells it.
+        reason: The reason, without the option where it begins with "must".
+        loss: The loss of the option, in an error about joined losses; or empty.
+
+    Example:
+        >>> OptionError("top_k", "must be an integer; got 'x'", loss="rankclip")
+        OptionError("rankclip.top_k must be an integer; got 'x'")
+    """
+
+    def __init__(self, key: str, reason: str, loss: str = "") -> None:
+        self.key, self.reason, self.loss = key, reason, loss
+        name = f"{loss}.{key}" if loss else key
+        super().__init__(f"{name} {reason}" if reason.startswith("must ") else f"{name}: {reason}")
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.key, self.reason, self.loss)
+
+
+@contextlib.contextmanager
+def naming_options(loss: NamedLoss, name: str = "") -> Iterator[None]:
+    """Turn a ValueError within the context that begins with an option into an :class:`OptionError`.
+
+    Args:
+        loss: The loss that has the options.
+        name: Its name among joined losses; or empty.
+    """
     try:
-        build()
+        yield
+    except OptionError as error:
+        raise OptionError(error.key, error.reason, error.loss or name) from error.__cause__
     except ValueError as error:
-        return str(error)
-    return None
+        text = str(error)
+        match = re.match(r"(\w+)(:? |(?==))", text)  # "bins must be …", "lists: …", "diagonal=False …"
+        if match is None or match[1] not in loss.options():
+            raise
+        raise OptionError(match[1], text[match.end() :] if match[2] else text, name) from error
 
 
 # --- options --------------------------------------------------------------------------------------------
@@ -88,17 +122,14 @@ def option(
     return dataclasses.field(default=default, metadata={"help": help, "none": none, "bounds": bounds, **own})
 
 
-def taken_over(options: type, name: str) -> Any:
-    """The option of another dataclass, with its help, bounds and default."""
+_SAME = object()
+
+
+def option_of(options: type, name: str, default: Any = _SAME) -> Any:
+    """The option of another dataclass, with its help and bounds, and its default unless another is given."""
     (found,) = (x for x in dataclasses.fields(options) if x.name == name)
-    return dataclasses.field(default=found.default, metadata=found.metadata)
-
-
-@functools.cache
-def options_of(cls: type) -> dict[str, Option]:
-    """The options that the fields of a dataclass describe, by key."""
-    hints = typing.get_type_hints(cls)
-    return {x.name: Option(x, hints[x.name]) for x in dataclasses.fields(cls) if "help" in x.metadata}
+    default = found.default if default is _SAME else default
+    return dataclasses.field(default=default, metadata=found.metadata)
 
 
 _WORDS = {None: "none", True: "include", False: "exclude"}
@@ -110,7 +141,7 @@ _KINDS: dict[Any, tuple[str, str]] = {
 
 
 class Option:
-    """What a field of a loss says about an option.
+    """An option of a loss, as a field describes it.
 
     Attributes:
         key: The keyword in Python.
@@ -149,8 +180,7 @@ class Option:
         """The value as the loss takes it, from text or from Python.
 
         Raises:
-            ValueError: It is of another type, out of bounds, or not among the choices; the error begins with
-                the key.
+            OptionError: It is of another type, out of bounds, or not among the choices.
         """
         for spelling, meant in self.choices.items():
             if any(type(value) is type(x) and value == x for x in (spelling, meant)):
@@ -165,7 +195,7 @@ class Option:
                 return converted
         wanted = f"one of {', '.join(self.choices)}" if self.choices else self._wanted(**bounds)
         close = did_you_mean(str(value).lower(), self.choices)
-        raise ValueError(f"{self.key} must be {wanted}; got {value!r}{close}")
+        raise OptionError(self.key, f"must be {wanted}; got {value!r}{close}")
 
     def _wanted(self, **bounds: float) -> str:
         kind = _KINDS.get(self.type, (f"of type {getattr(self.type, '__name__', self.type)}", ""))[0]
@@ -176,20 +206,27 @@ class Option:
         return kind + "".join(f" {words[name]} {x:g}" for name, x in bounds.items())
 
 
-def _is_within(value: Any, at_least: float = -math.inf, at_most: float = math.inf, **more: float) -> bool:
+def _is_within(value: float, at_least: float = -math.inf, at_most: float = math.inf, **more: float) -> bool:
     return at_least <= value <= at_most and abs(value) < math.inf and value > more.get("above", -math.inf)
+
+
+@functools.cache
+def options_of(cls: type) -> dict[str, Option]:
+    """The options that the fields of a dataclass describe, by key."""
+    hints = typing.get_type_hints(cls)
+    return {x.name: Option(x, hints[x.name]) for x in dataclasses.fields(cls) if "help" in x.metadata}
 
 
 # --- losses ---------------------------------------------------------------------------------------------
 
 
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option, taken_over))
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option, option_of))
 class NamedLoss:
     """A loss that ``--loss NAME`` chooses; derive a class from it, whose objects are choices.
 
     A derived class is a frozen dataclass, without a decorator. Its fields of :func:`option` are its options;
-    its help is the first line of its docstring. A class derived from it may give other defaults,
-    ``lambda_in = 0.0``. What follows from the options are class attributes, properties, or methods:
+    its help is the first line of its docstring. Facts that follow from the options are class attributes or
+    properties:
 
     Attributes:
         name: The value of ``--loss``, which the catalogue sets.
@@ -205,7 +242,7 @@ class NamedLoss:
         citation: The BibTeX entry of its paper.
 
     Raises:
-        ValueError: A value is none that the option can have; the error begins with its name.
+        OptionError: A value is none that the option can have, or options exclude each other.
     """
 
     name: ClassVar[str] = ""
@@ -221,23 +258,20 @@ class NamedLoss:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        doc, own = cls.__doc__, inspect.get_annotations(cls)
-        bases = reversed(cls.__mro__[1:])
-        owners = {x: base for base in bases for x in vars(base).get("__dataclass_fields__", ())}
-        for name in [x for x in vars(cls) if x in owners and x not in own]:  # another default
-            known = owners[name].__dataclass_fields__[name]
-            own[name] = typing.get_type_hints(owners[name])[name]
-            setattr(cls, name, dataclasses.field(default=vars(cls)[name], metadata=known.metadata))
-        cls.__annotations__ = own
+        doc = cls.__doc__
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         cls.__doc__ = doc  # a dataclass without one would be given its signature
 
     def __post_init__(self) -> None:
         for key, option in self.options().items():
             object.__setattr__(self, key, option.checked(getattr(self, key)))
-        getattr(super(), "__post_init__", lambda: None)()  # of a class whose options are taken over
+        with naming_options(self):
+            self.check()
 
-    options = classmethod(options_of)
+    @classmethod
+    def options(cls) -> Mapping[str, Option]:
+        """Its options, by key."""
+        return options_of(cls)  # type: ignore[arg-type]  # mypy takes the class for an object of it
 
     @classmethod
     def help(cls) -> str:
@@ -245,38 +279,19 @@ class NamedLoss:
         return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0]
 
     @classmethod
-    def with_defaults(cls, defaults: Options) -> type[Self]:
-        """The same loss with other defaults for the options that it has."""
-        own = {key: x for key, x in defaults.items() if key in cls.options()}
-        about = {"__doc__": cls.__doc__, "__module__": cls.__module__}
-        return type(cls.__name__, (cls,), {**about, **own}) if own else cls
-
-    @classmethod
     def of(cls, given: Options) -> Self:
-        """The loss with the options that were given, and the defaults of its teacher.
+        """The loss with the options that were given; the others have their defaults.
 
         Raises:
             TypeError: There is no such option.
-            ValueError: As the class.
+            OptionError: As the class.
         """
         known = cls.options()
         for key in given:
             if key not in known:
                 hint = did_you_mean(str(key), known) or f"; it has {', '.join(known) or 'none'}"
                 raise TypeError(f"{cls.name} has no option {key!r}{hint}")
-        loss = cls(**given)
-        if _has_separate_spaces(loss.reference_features):
-            loss = cls(**cls.in_separate_spaces({key: getattr(loss, key) for key in given}))
-        return loss
-
-    @classmethod
-    def in_separate_spaces(cls, given: Options) -> Options:
-        """The options that were given, and others where the teacher is two encoders with separate spaces.
-
-        Raises:
-            ValueError: The loss cannot use such a teacher; the error begins with an option.
-        """
-        return given
+        return cls(**given)
 
     @property
     def parts(self) -> tuple[NamedLoss, ...]:
@@ -300,6 +315,9 @@ class NamedLoss:
 
     # --- what a loss may define ---
 
+    def check(self) -> None:
+        """Raise an :class:`OptionError` for options that exclude each other; each alone has been checked."""
+
     def build(self, base: Any, gather: Any) -> Any:
         """The module, on every process.
 
@@ -314,10 +332,6 @@ class NamedLoss:
         """
         raise NotImplementedError(f"{type(self).__name__} builds nothing")
 
-    def refuse(self, gather: Any) -> str | None:  # noqa: ARG002
-        """A reason against the loss, before anything is built; it begins with an option that it is about."""
-        return None
-
     def describe(self, epochs: float) -> str:  # noqa: ARG002
         """The part of the log's line about a run of so many epochs, infinity for data without a length."""
         return self.told()
@@ -331,17 +345,8 @@ class NamedLoss:
         return ()
 
     def log(self) -> Callable[..., Any] | None:
-        """``(module, entries, step, inputs) → entries`` to log beside those of a call; None without any."""
+        """``(module, entries, step, inputs) → entries`` to log beside those of a call; None without any.
+
+        An entry without a value in this call is None.
+        """
         return None
-
-
-def _has_separate_spaces(folder: str | None) -> bool:
-    """True for a folder of features whose images and texts have separate spaces."""
-    if folder is None or not os.path.isdir(folder):  # no folder, which the reader of features says
-        return False
-    from rankloss_features.folder import Features
-
-    try:
-        return not Features(folder).common_space
-    except ValueError as error:
-        raise ValueError(f"reference_features: {error}") from error

@@ -1,12 +1,11 @@
 """rankloss's own losses, as they are named.
 
-The options of the rank terms are those of :class:`rankloss.options.RankOptions`: name, choices, bounds,
-default and help stand there, and only there.
+The options of the rank terms are those of :class:`rankloss.options.RankOptions`: choices, bounds, default and
+help stand there, and only there.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, ClassVar, Literal
 
@@ -15,21 +14,22 @@ from torch import nn
 import rankloss
 from rankloss import schedules
 from rankloss.distributed import Gather
-from rankloss.options import RankOptions
+from rankloss.options import KernelOption, Method, Model, RankOptions
+from rankloss_features.folder import has_separate_spaces
 from rankloss_trainers.logging import RankClipLog
-from rankloss_trainers.named import NamedLoss, Options, option, taken_over
+from rankloss_trainers.named import NamedLoss, OptionError, Options, option, option_of
 
 # --- RankCLIP -------------------------------------------------------------------------------------------
 
-_RANK_OPTIONS = [field.name for field in dataclasses.fields(RankOptions)]
-_SHORT_RAMP = 10  # epochs, below which λ rises in a few large steps
-_FOLDER = (
-    "a teacher's features from a folder of `rankloss features`; with a webdataset also the word "
-    "samples (or samples:image, samples:text), for members image_features.npy and text_features.npy"
+_OF_TERMS = (
+    *("model", "reference_scale", "top_k", "diagonal", "method", "bins"),
+    *("chunk_size", "memory_budget", "kernel"),
 )
+_SHORT_RAMP = 10  # epochs, below which λ would rise in a few large steps
+_FOLDER = "a teacher's features from a folder of `rankloss features`"
 
 
-class RankClip(NamedLoss, RankOptions):
+class RankClip(NamedLoss):
     """The trainer's own plus RankCLIP's ranking terms."""
 
     prefix = "rankclip"
@@ -40,17 +40,25 @@ class RankClip(NamedLoss, RankOptions):
     year = {2025},
 }"""  # noqa: E501
     of_two_encoders: ClassVar[Options] = {}
+    """Defaults where the teacher is two encoders without a common space."""
 
-    # A value per anchor cannot be added to the base, and a sum is a mean times a weight.
-    reduction: ClassVar[Any] = "mean"
     schedule: str = option("rankclip", "course of lambda over training", choices=schedules.NAMES)
-    schedule_unit: Literal["epoch", "step"] = option(
-        "epoch",
-        "evaluate the schedule per epoch or per optimizer step; a run of one epoch goes by steps",
+    schedule_unit: Literal["auto", "epoch", "step"] = option(
+        "auto",
+        "evaluate the schedule per epoch or per optimizer step; auto: per epoch in a run of ten or more",
         for_trainer=True,
     )
     lambda_cross: float = option(1.0, "multiplies lambda in the cross-modal term", at_least=0)
     lambda_in: float = option(1.0, "multiplies lambda in the in-modal term", at_least=0)
+    model: Model = option_of(RankOptions, "model")
+    reference_scale: float | None = option_of(RankOptions, "reference_scale")
+    top_k: int | None = option_of(RankOptions, "top_k")
+    diagonal: bool = option_of(RankOptions, "diagonal")
+    method: Method = option_of(RankOptions, "method")
+    bins: int = option_of(RankOptions, "bins")
+    chunk_size: int | None = option_of(RankOptions, "chunk_size")
+    memory_budget: int | None = option_of(RankOptions, "memory_budget")
+    kernel: KernelOption = option_of(RankOptions, "kernel")
     reference: Literal["auto", "own", "teacher"] = option(
         "auto",
         "the rankings to match: the batch's own, or a teacher's, which the trainer has or whose features "
@@ -86,48 +94,59 @@ class RankClip(NamedLoss, RankOptions):
     def keeps_distillation(self) -> bool:
         return self.distill_loss == "include"
 
-    @classmethod
-    def in_separate_spaces(cls, given: Options) -> Options:
-        if given.get("lambda_cross"):
-            raise ValueError(
-                "lambda_cross: must be 0, as the teacher's images and texts have separate spaces, which "
-                f"rank the in-modal lists alone; got {given['lambda_cross']}"
-            )
-        return {"lambda_cross": 0.0, **cls.of_two_encoders, **given}
+    @property
+    def _of_terms(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _OF_TERMS}
 
-    def refuse(self, gather: Gather) -> str | None:  # noqa: ARG002
+    @classmethod
+    def of(cls, given: Options) -> RankClip:
+        """The loss with the options that were given; two encoders rank the in-modal lists alone."""
+        if not has_separate_spaces(given.get("reference_features")):
+            return super().of(given)
+        lambda_cross = cls.options()["lambda_cross"].checked(given.get("lambda_cross", 0.0))
+        if lambda_cross:
+            text = (
+                "must be 0, as the teacher's images and texts have separate spaces, which rank the in-modal"
+            )
+            raise OptionError("lambda_cross", f"{text} lists alone; got {lambda_cross}")
+        return super().of({"lambda_cross": 0.0, **cls.of_two_encoders, **given})
+
+    def check(self) -> None:
+        RankOptions(**self._of_terms)
         if self.reference == "own" and self.reference_features is not None:
-            return f"reference_features: {self.reference_features} excludes reference own"
+            raise OptionError("reference_features", f"{self.reference_features} excludes reference own")
         if not self.has_teacher and self.reference_scale is not None:
-            return "reference_scale: multiplies a teacher's similarities, and needs reference teacher"
-        if self.has_teacher and self.fixed_reference is not None:
-            return "fixed_reference: fixes one of the batch's own rankings, not a teacher's"
+            text = "multiplies a teacher's similarities, and needs reference teacher"
+            raise OptionError("reference_scale", text)
         if not self.has_teacher and self.distill_loss == "exclude":
-            return "distill_loss: exclude needs reference teacher, or the teacher has no use"
-        return None
+            raise OptionError("distill_loss", "exclude needs reference teacher, or the teacher has no use")
 
     def build(self, base: Any, gather: Gather) -> rankloss.RankClipLoss:
-        if self.lists == "batch" and gather.gather_with_grad:
-            # One list of the whole batch is exact on every process, and so are a base's own rows.
-            gather = dataclasses.replace(gather, local_loss=False)
         if type(base) in (rankloss.ClipLoss, rankloss.SigLipLoss):  # a subclass has other arguments
             streaming = {"chunk_size": self.chunk_size, "memory_budget": self.memory_budget}
             base = type(base)(gather=base.gather, **streaming)
-        own = {name: getattr(self, name) for name in _RANK_OPTIONS}
-        own.update(schedule=self.schedule, lambda_cross=self.lambda_cross, lambda_in=self.lambda_in)
-        return rankloss.RankClipLoss(base, gather=gather, **own)
+        return rankloss.RankClipLoss(
+            base,
+            schedule=self.schedule,
+            lambda_cross=self.lambda_cross,
+            lambda_in=self.lambda_in,
+            gather=gather,
+            **self._of_terms,
+        )
 
     def unit(self, epochs: float) -> str:
+        if self.schedule_unit == "auto":
+            return "epoch" if _SHORT_RAMP <= epochs < math.inf else "step"
         return "step" if epochs == 1 and self.schedule != "constant" else self.schedule_unit
 
     def describe(self, epochs: float) -> str:
         unit = self.unit(epochs)
         text = f"schedule {self.schedule} per {unit}"
         text += f" over {epochs:g} epoch(s)" if math.isfinite(epochs) else ""
-        if unit != self.schedule_unit:
+        if unit == "step" and self.schedule_unit == "auto" and self.schedule != "constant":
+            text += " (in fewer than ten epochs a ramp per epoch has few steps; schedule-unit epoch takes it)"
+        elif unit != self.schedule_unit != "auto":
             text += " (one epoch has no ramp over epochs)"
-        elif unit == "epoch" and epochs < _SHORT_RAMP and self.schedule != "constant":
-            text += " (few values of lambda; schedule-unit step changes it at every optimizer step)"
         largest = max(self.lambda_cross, self.lambda_in)
         is_large = self.has_teacher and largest > 1
         large = f"the rank terms weigh lambda * {largest:g}/16 and dominate the total"
@@ -141,26 +160,27 @@ class RankClip(NamedLoss, RankOptions):
 class RankClipCross(RankClip):
     """rankclip without its in-modal term: the ablation RankCLIP^C"""
 
-    lambda_in = 0.0
+    lambda_in: float = option_of(RankClip, "lambda_in", 0.0)
 
 
 class RankClipIn(RankClip):
     """rankclip without its cross-modal term: the ablation RankCLIP^I"""
 
-    lambda_cross = 0.0
+    lambda_cross: float = option_of(RankClip, "lambda_cross", 0.0)
 
 
 class RankClipDistill(RankClip):
     """rankclip trained to match a teacher's eight best ranks, of two encoders their sixteen best"""
 
-    # The setting that the miniature confirmed (docs/evidence.md), with the recipe's ramp.
-    lambda_cross = 64.0
-    lambda_in = 64.0
-    reference = "teacher"
-    top_k = 8
-    distill_loss = "exclude"
-    # The best one of two encoders on emojis and icons (docs/evidence.md).
+    # The best setting of two encoders on emojis and icons (docs/evidence.md).
     of_two_encoders: ClassVar[Options] = {"lambda_in": 16.0, "top_k": 16}
+
+    # The setting that the miniature confirmed (docs/evidence.md), with the recipe's ramp.
+    lambda_cross: float = option_of(RankClip, "lambda_cross", 64.0)
+    lambda_in: float = option_of(RankClip, "lambda_in", 64.0)
+    reference: Literal["auto", "own", "teacher"] = option_of(RankClip, "reference", "teacher")
+    top_k: int | None = option_of(RankClip, "top_k", 8)
+    distill_loss: Literal["include", "exclude"] = option_of(RankClip, "distill_loss", "exclude")
 
 
 # --- a teacher's features, copied -------------------------------------------------------------------------
@@ -179,8 +199,6 @@ class Mimicry(NamedLoss):
 }"""  # noqa: E501
 
     weight: float = option(8.0, "weight of the squared distances", at_least=0)
-    contrast: float = option(0.0, "weight of the contrast with the teacher's other modality", at_least=0)
-    contrast_scale: float = option(20.0, "multiplier of that contrast's similarities", at_least=0)
     reference_features: str | None = option(
         None,
         f"learn from {_FOLDER}",
@@ -189,16 +207,16 @@ class Mimicry(NamedLoss):
         for_trainer=True,
     )
 
-    @classmethod
-    def in_separate_spaces(cls, given: Options) -> Options:  # noqa: ARG003
-        raise ValueError(
-            "reference_features: the teacher's images and texts have separate spaces, which a student with "
-            "one space cannot copy; rankclip-distill ranks by them"
-        )
+    def check(self) -> None:
+        if has_separate_spaces(self.reference_features):
+            raise OptionError(
+                "reference_features",
+                "the teacher's images and texts have separate spaces, which a student with one space cannot "
+                "copy; rankclip-distill ranks by them",
+            )
 
     def build(self, base: nn.Module, gather: Gather) -> rankloss.MimicryLoss:
-        contrast = {"contrast": self.contrast, "contrast_scale": self.contrast_scale}
-        return rankloss.MimicryLoss(base, weight=self.weight, gather=gather, **contrast)
+        return rankloss.MimicryLoss(base, weight=self.weight, gather=gather)
 
 
 # --- CLIP's and SigLIP's own, in linear memory ------------------------------------------------------------
@@ -211,8 +229,11 @@ class ClipStreamed(NamedLoss):
     no_sigmoid = "it is CLIP's softmax loss; siglip-streamed is the sigmoid loss"
     computes: ClassVar[type[nn.Module]] = rankloss.ClipLoss
 
-    chunk_size: int | None = taken_over(RankOptions, "chunk_size")
-    memory_budget: int | None = taken_over(RankOptions, "memory_budget")
+    chunk_size: int | None = option_of(RankOptions, "chunk_size")
+    memory_budget: int | None = option_of(RankOptions, "memory_budget")
+
+    def check(self) -> None:
+        self.computes(**self.values)
 
     def build(self, base: Any, gather: Gather) -> nn.Module:
         """The loss in place of one that computes the same; CLIP's where the trainer has none of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -11,10 +12,14 @@ from rankloss.distributed import Gather
 from rankloss.losses import Base, base_entries, check_weight, combined
 from rankloss.losses.ranked_lists import ListModel, PairWeight
 from rankloss_trainers.candidates import Candidates
-from rankloss_trainers.named import NamedLoss, option
+from rankloss_trainers.named import NamedLoss, OptionError, option
 
-OF_PAIRS: dict[str, Any] = {"base_loss": "exclude", "own_caption": "apart", "max_candidates": None}
-"""The options about the pair that open_clip's trainer has beside each list; their values without pairs."""
+OF_LISTS = tuple(
+    name
+    for name in inspect.signature(rankloss.RankedLists.forward).parameters
+    if name not in ("self", "logit_scale", "output_dict")
+)
+"""The inputs of :class:`rankloss.RankedLists` beside the scale."""
 
 
 class RankedListsTerm(nn.Module):
@@ -24,14 +29,15 @@ class RankedListsTerm(nn.Module):
         lists: The loss of the lists.
         base: The loss of the batch's pairs; None for none.
         weight: The weight of the lists.
+        needs_pairs: Refuse a batch without pairs; False leaves the base out where there are none.
 
     Shapes:
         As :class:`rankloss.RankedLists`; further inputs are of the base. The result is a scalar, or with
         ``output_dict=True`` the base's entries and ``{"ranked_lists_loss": …}``.
 
     Raises:
-        ValueError: for a weight that is negative or not finite; in ``forward`` without a base for inputs that
-            only a base would use, and as the two losses.
+        ValueError: for a weight that is negative or not finite; in ``forward`` with a base for a batch
+            without pairs, without one for inputs that only a base would use, and as the two losses.
 
     Example:
         >>> import torch
@@ -42,9 +48,16 @@ class RankedListsTerm(nn.Module):
         0.6265
     """
 
-    def __init__(self, lists: rankloss.RankedLists, base: Base | None = None, *, weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        lists: rankloss.RankedLists,
+        base: Base | None = None,
+        *,
+        weight: float = 1.0,
+        needs_pairs: bool = True,
+    ) -> None:
         super().__init__()
-        self.base, self.lists = base, lists
+        self.base, self.lists, self.needs_pairs = base, lists, needs_pairs
         self.weight = check_weight("weight", weight)
 
     def forward(
@@ -52,34 +65,23 @@ class RankedListsTerm(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
-        *,
-        query_features: Tensor,
-        candidate_features: Tensor,
-        grades: Tensor,
-        candidate_index: Tensor | None = None,
-        candidate_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-        **pairs: Any,
+        **inputs: Any,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with ``output_dict`` its summands; ``pairs`` are the base's inputs."""
-        if self.base is not None:
-            entries = base_entries(self.base, logit_scale=logit_scale, logit_bias=logit_bias, **pairs)
+        """The loss, or with ``output_dict`` its summands; inputs that are of no list are the base's."""
+        lists = {name: inputs.pop(name) for name in OF_LISTS if name in inputs}
+        has_pairs = "text_features" in inputs
+        if self.base is not None and self.needs_pairs and not has_pairs:
+            raise ValueError("base_loss include needs pairs beside the lists; the batch has none")
+        if self.base is not None and has_pairs:
+            entries = base_entries(self.base, logit_scale=logit_scale, logit_bias=logit_bias, **inputs)
         else:
-            unused = pairs.keys() - {"image_features", "text_features"}
+            unused = inputs.keys() - {"image_features", "text_features"}
             if unused:
-                raise ValueError(f"the lists alone (base_loss 'exclude') have no use for {', '.join(unused)}")
+                raise ValueError(f"the lists alone have no use for {', '.join(sorted(unused))}")
             entries = {}
             if logit_bias is not None:  # changes no list, but is a parameter of which DDP expects a gradient
                 logit_scale = logit_scale + 0.0 * logit_bias
-        loss = self.lists(
-            query_features,
-            candidate_features,
-            grades,
-            logit_scale,
-            candidate_index=candidate_index,
-            candidate_ids=candidate_ids,
-            mask=mask,
-        )
+        loss = self.lists(**lists, logit_scale=logit_scale)
         return combined(entries, {"ranked_lists_loss": self.weight * loss}, output_dict)
 
 
@@ -104,8 +106,10 @@ class RankedListsBesidePairs(NamedLoss):
         None, "queries computed at a time: less memory, same result", none="from the sizes"
     )
     weight: float = option(1.0, "weight of the lists beside the trainer's own loss", at_least=0)
-    base_loss: Literal["include", "exclude"] = option(
-        "include", "include or exclude the trainer's own loss, of the pairs of a picture and its caption"
+    base_loss: Literal["auto", "include", "exclude"] = option(
+        "auto",
+        "include or exclude the trainer's own loss, of the pairs of a picture and its caption; auto includes "
+        "it where the data have pairs beside the lists",
     )
     own_caption: Literal["apart", "top"] = option(
         "apart",
@@ -122,16 +126,22 @@ class RankedListsBesidePairs(NamedLoss):
         at_least=1,
     )
 
-    def refuse(self, gather: Gather) -> str | None:  # noqa: ARG002
+    @property
+    def _of_lists(self) -> dict[str, Any]:
+        names = ("model", "top_k", "pair_weight", "in_batch_negatives", "chunk_size")
+        return {name: getattr(self, name) for name in names}
+
+    def check(self) -> None:
+        rankloss.RankedLists(**self._of_lists, gather=False)
         by_value = self.model == "top_one" or self.pair_weight is not None
         if self.own_caption == "top" and by_value:
-            return "own_caption: top is an order and no grade; it needs a model that goes by the order alone"
-        return None
+            text = "top is an order and no grade; it needs a model that goes by the order alone"
+            raise OptionError("own_caption", text)
 
     def build(self, base: Any, gather: Gather) -> RankedListsTerm:
-        names = ("model", "top_k", "pair_weight", "in_batch_negatives", "chunk_size")
-        lists = rankloss.RankedLists(**{name: getattr(self, name) for name in names}, gather=gather)
-        return RankedListsTerm(lists, base if self.base_loss == "include" else None, weight=self.weight)
+        lists = rankloss.RankedLists(**self._of_lists, gather=gather)
+        base, needs_pairs = None if self.base_loss == "exclude" else base, self.base_loss == "include"
+        return RankedListsTerm(lists, base, weight=self.weight, needs_pairs=needs_pairs)
 
     def companions(self) -> list[Candidates]:
         return [Candidates(self.own_caption == "top", self.max_candidates)]

@@ -2,7 +2,7 @@
 
 A trainer's plug-in, here a host, describes itself by a :class:`Host` and translates its trainer's calls::
 
-    run = Runtime(HOST, HOST.chosen("rankclip", {"top_k": 8}), base=base, gather=gather)
+    run = Runtime(HOST, given_loss("rankclip", {"top_k": 8}), base=base, gather=gather)
     run.begin(epochs)                                # before the first step; logs nothing
     run.set_epoch(epoch, epochs)                     # at each epoch, counted from 1
     run.set_progress(step, total_steps)              # once before each optimizer step, counted from 1
@@ -12,12 +12,12 @@ A trainer's plug-in, here a host, describes itself by a :class:`Host` and transl
 A host makes all of these calls for any loss: the runtime tells each part of the loss by the method that it
 has. It refuses, by name, a loss that needs more than the host serves, a teacher that nobody uses, a teacher
 that is missing, and a step of which the loss was not told. ``run.saved()`` and ``run.restore(…)`` serve
-checkpoints.
+checkpoints. :func:`tried` refuses a loss before any of it.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import inspect
 import logging
 import math
@@ -25,7 +25,7 @@ import os
 import types
 from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,8 @@ from rankloss.losses import TEACHER, base_entries, takes_teacher
 from rankloss_features.folder import Features
 from rankloss_trainers.catalog import choose
 from rankloss_trainers.logging import RankClipLog
-from rankloss_trainers.named import NamedLoss, Options, did_you_mean
+from rankloss_trainers.named import NamedLoss, OptionError, Options, did_you_mean, naming_options
+from rankloss_trainers.ranked_lists import OF_LISTS, RankedListsTerm
 
 _logger = logging.getLogger("rankloss_trainers")
 
@@ -52,7 +53,6 @@ class Host:
         teacher: The ways to give a teacher's features: ``"give the columns …"``.
         progress: The remedy where the loss is not told where training stands.
         serves: The needs of losses that it serves, of :data:`NEEDS`.
-        defaults: Defaults of options, by key, that differ from the catalogue's.
     """
 
     name: str
@@ -60,32 +60,32 @@ class Host:
     teacher: str
     progress: str
     serves: Collection[str] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    def chosen(self, loss: str | nn.Module, options: Options | None = None) -> NamedLoss:
-        """The loss that a user of the trainer gives.
 
-        Args:
-            loss: The name of a loss of the catalogue, or a module with the forward convention of open_clip's
-                losses.
-            options: Options of a named loss; the others have their defaults.
+def given_loss(loss: str | NamedLoss | nn.Module, options: Options | None = None) -> NamedLoss:
+    """The loss that a user of a trainer gives.
 
-        Raises:
-            TypeError: An option does not exist, or options come beside a module.
-            ValueError: The loss does not exist, or cannot have these options.
-        """
-        if isinstance(loss, str):
-            return choose(loss, options or {}, defaults=self.defaults)
-        if options:
-            raise TypeError("options are for a loss that is given by its name; a module has its own")
-        return GivenModule(module=loss)
+    Args:
+        loss: The name of a loss of the catalogue, a chosen loss, or a module with the forward convention of
+            open_clip's losses.
+        options: Options of a named loss; the others have their defaults.
+
+    Raises:
+        TypeError: An option does not exist, or options come beside a module or a chosen loss.
+        ValueError: The loss does not exist, or cannot have these options.
+    """
+    if isinstance(loss, str):
+        return choose(loss, options or {})
+    if options:
+        raise TypeError("options are for a loss that is given by its name; another has its own")
+    return loss if isinstance(loss, NamedLoss) else GivenModule(module=loss)
 
 
 class GivenModule(NamedLoss):
     """A module that a trainer is given in place of a name."""
 
     module: Any = None
-    name = property(lambda self: type(self.module).__name__)  # type: ignore[assignment]
+    name = property(lambda self: type(self.module).__name__)
 
     def build(self, base: Any, gather: Any) -> Any:  # noqa: ARG002
         return self.module
@@ -97,9 +97,6 @@ class GivenModule(NamedLoss):
         return RankClipLog() if isinstance(self.module, rankloss.RankClipLoss) else None
 
 
-BY_STEPS = {"schedule_unit": "step"}
-"""Defaults of hosts whose number of epochs may be a fraction."""
-
 NEEDS = {
     "caption": "a second caption of each image",
     "folder": "a folder of a teacher's features (reference_features)",
@@ -110,21 +107,29 @@ NEEDS = {
 """The needs of a loss that not every host serves."""
 
 
-def reason_against(host: Host, loss: NamedLoss, gather: Gather, *, sigmoid: bool) -> str | None:
-    """The reason why a loss does not work in a host, which may begin with an option; or None.
+def tried(host: Host, loss: NamedLoss, gather: Gather, *, sigmoid: bool) -> None:
+    """Read the loss's folder and build it once, before the trainer reads its data and builds a model.
 
     Args:
-        host: The host.
+        host: The trainer.
         loss: The loss.
         gather: The run's gathering.
         sigmoid: True if the trainer's own loss is a sigmoid loss.
+
+    Raises:
+        ValueError: The loss does not work in the host.
     """
+    base = rankloss.SigLipLoss if sigmoid else rankloss.ClipLoss
+    alone = dataclasses.replace(gather, rank=0, world_size=1)  # which warns of nothing
+    Runtime(host, loss, base=base(gather=False), gather=alone)
+
+
+def _check_own_loss(host: Host, loss: NamedLoss, *, sigmoid: bool) -> None:
     for part in loss.parts:
         if sigmoid and part.no_sigmoid:
-            return f"{part.name} does not work with {host.biased}: {part.no_sigmoid}"
+            raise ValueError(f"{part.name} does not work with {host.biased}: {part.no_sigmoid}")
         if part.only_sigmoid and not sigmoid:
-            return f"{part.name} needs {host.biased}: {part.only_sigmoid}"
-    return loss.refuse(gather)
+            raise ValueError(f"{part.name} needs {host.biased}: {part.only_sigmoid}")
 
 
 # --- entries --------------------------------------------------------------------------------------------
@@ -213,6 +218,13 @@ def listeners(loss: nn.Module, unit: str, preferred: str = "step") -> Iterator[A
             yield types.MethodType(has[unit], part)
 
 
+def innermost_of(loss: Any) -> Any:
+    """The loss under all others, by their attribute ``base``; the loss itself where it has none."""
+    while (below := getattr(loss, "base", None)) is not None:
+        loss = below
+    return loss
+
+
 def units_of(part: nn.Module) -> dict[str, Any]:
     """The methods of METHODS that the class of a part has, by unit."""
     found = {unit: getattr(type(part), method, None) for unit, method in METHODS.items()}
@@ -222,7 +234,7 @@ def units_of(part: nn.Module) -> dict[str, Any]:
 # --- a run ----------------------------------------------------------------------------------------------
 
 
-def _check_teacher(
+def check_use_of_teacher(
     name: str, use: str, remedy: str, found: Collection[str], columns: Collection[str] = ()
 ) -> None:
     if found and use == "none":
@@ -256,11 +268,13 @@ class Runtime(nn.Module):
         columns: The columns of the training data, where a host names them (:meth:`name_columns`).
         unit: ``"epoch"`` or ``"step"``, the way in which a part that has both methods is told.
         step: The optimizer step of the run, counted from 0.
+        has_fixed_entries: Give an entry to log that has no value in a call as NaN instead of leaving it out:
+            a compiled caller would be compiled again when it appears.
 
     Raises:
         TypeError: The loss builds no module.
-        ValueError: The loss cannot work with its options, or in this host; the error begins with an option
-            that it is about.
+        ValueError: The loss does not work in this host, or its folder is no teacher's; an ``OptionError``
+            where it is about an option.
     """
 
     def __init__(
@@ -270,10 +284,9 @@ class Runtime(nn.Module):
         self.host, self.chosen, self.name, self._gather = host, chosen, chosen.name, Gather.of(gather)
         base = rankloss.ClipLoss(gather=gather) if base is None else base
         sigmoid = any(each.__name__ == "SigLipLoss" for each in type(base).__mro__)
-        reason = reason_against(host, chosen, self._gather, sigmoid=sigmoid)
-        if reason is not None:
-            raise ValueError(reason)
-        loss = chosen.build(base, self._gather)
+        _check_own_loss(host, chosen, sigmoid=sigmoid)
+        with naming_options(chosen):
+            loss = chosen.build(base, self._gather)
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss must be a module, or the name of one; {self.name} is {loss!r}")
         self.criterion: nn.Module = loss
@@ -292,11 +305,11 @@ class Runtime(nn.Module):
             raise ValueError(f"{self.name} needs {unserved[0]}, which {host.name} does not serve")
         self.teacher, self.features = self._use_of_a_teacher(), self._folder()
         self.unit, self.step = "step", 0
-        self._log = chosen.log()
-        self._base = loss  # the innermost, or the trainer's own
-        while (below := getattr(self._base, "base", None)) is not None:
-            self._base = below
-        self._base = base if self._base is loss else self._base
+        self._log, self.has_fixed_entries = chosen.log(), False
+        innermost = innermost_of(loss)
+        self._base = base if innermost is loss else innermost
+        if isinstance(innermost, RankedListsTerm):  # without a base
+            self._base = None
         self._first_state = deepcopy(loss.state_dict())
         self._is_told = not any(map(units_of, loss.modules()))
         self._found: list[str] = []  # the teacher's features of the last batch
@@ -316,8 +329,8 @@ class Runtime(nn.Module):
         where = self.chosen.reference_features
         try:
             return None if where is None else Features(where).check()
-        except ValueError as error:
-            raise ValueError(f"reference_features: {error}") from error
+        except (OSError, ValueError) as error:
+            raise OptionError("reference_features", str(error)) from error
 
     def described(self, epochs: float) -> str:
         """The line of the log about a run of so many epochs."""
@@ -335,7 +348,7 @@ class Runtime(nn.Module):
         self.unit = self.chosen.unit(epochs) or "epoch"
         if math.isinf(epochs) and any(listeners(self.criterion, "epoch", self.unit)):
             text = "but data without a length have no known number of epochs; give schedule_unit 'step'"
-            raise ValueError(f"{self.name} goes by epochs (schedule_unit 'epoch'), {text}")
+            raise ValueError(f"{self.name} goes by epochs, {text}")
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Epoch ``epoch`` of ``epochs`` begins, counted from 1."""
@@ -370,16 +383,32 @@ class Runtime(nn.Module):
         # Always by name: only the names tell which entry is a term.
         with gather_once():
             entries: dict[str, Tensor] = dict(self.criterion(**inputs, output_dict=True))
-            if self._log is not None:
-                entries.update(self._log(self.criterion, entries, self.step, inputs))
+            logged = {} if self._log is None else self._log(self.criterion, entries, self.step, inputs)
+        for name, value in logged.items():
+            if value is not None:
+                entries[name] = value
+            elif self.has_fixed_entries:
+                entries[name] = torch.full((), math.nan, device=inputs["image_features"].device)
         return Entries.of(self.criterion, entries)
 
     def evaluate(self, **features: Any) -> Entries:
-        """The terms of the base, without the terms that a schedule weighs; 0 for a single pair."""
-        images: Tensor = features["image_features"]
-        if len(images) == 1 and self.gather.place[1] == 1:
-            return Entries({"contrastive_loss": images.new_zeros(())}, {})
-        return Entries(Entries.of(self._base, base_entries(self._base, **features)).terms, {})
+        """The terms of the innermost base, without those that a schedule weighs, and of graded lists.
+
+        A single pair counts 0.
+        """
+        lists = {name: features.pop(name) for name in OF_LISTS if name in features}
+        parts = [x for x in self.criterion.modules() if isinstance(x, RankedListsTerm)]
+        if lists and not parts:  # a module of one's own
+            return Entries.of(self.criterion, dict(self.criterion(**features, **lists, output_dict=True)))
+        terms: dict[str, Tensor] = {}
+        if (images := features.get("image_features")) is not None and self._base is not None:
+            terms = {"contrastive_loss": images.new_zeros(())}
+            if len(images) > 1 or self.gather.place[1] > 1:
+                terms = Entries.of(self._base, base_entries(self._base, **features)).terms
+        for part in parts if lists else ():
+            loss = part.lists(**lists, logit_scale=features["logit_scale"])
+            terms["ranked_lists_loss"] = part.weight * loss
+        return Entries(terms, {})
 
     @property
     def gather(self) -> Gather:
@@ -405,7 +434,7 @@ class Runtime(nn.Module):
         Args:
             found: The names of the features that a batch has, of :data:`TEACHER`.
         """
-        _check_teacher(self.name, self.teacher, self.host.teacher, found, self.columns)
+        check_use_of_teacher(self.name, self.teacher, self.host.teacher, found, self.columns)
         if found not in ([], self._found) and self.gather.place[0] == 0:
             _logger.info("%s uses a teacher: %s", self.name, " and ".join(found))
         self._found = found
@@ -447,42 +476,3 @@ class Runtime(nn.Module):
             text = "The checkpoint resumed from holds %s: the state of %s starts anew"
             _logger.warning(text, found, self.name)
         self.criterion.load_state_dict(own)
-
-
-# --- a loop of one's own --------------------------------------------------------------------------------
-
-OWN_LOOP = Host(
-    name="a loop of one's own",
-    biased="a SigLipLoss as base",
-    teacher=f"call it with {' and '.join(TEACHER)}",
-    progress="call set_epoch or set_progress",
-    serves=("caption", "lists", "state", "parameters"),
-)
-
-
-def own_loop(name: str, base: Any, gather: GatherOption, options: Options) -> nn.Module:
-    """See :func:`rankloss_trainers.create`."""
-    chosen = OWN_LOOP.chosen(name, options)
-    run = Runtime(OWN_LOOP, chosen, base=base, gather=gather)
-    for part in chosen.parts:
-        own = options if part is chosen else options.get(part.name, {})
-        for key in (key for key, option in part.options().items() if option.for_trainer and key in own):
-            raise ValueError(f"{key} is for a trainer's plug-in, which acts on it; got {own[key]!r}")
-    loss = run.criterion
-    if "required" in (run.teacher, chosen.teacher) or chosen.teacher == "none":
-        hook = functools.partial(_check_call, name, run.teacher)  # which can be pickled
-        loss.register_forward_pre_hook(hook, with_kwargs=True)
-    for unit, method in METHODS.items():
-        setattr(loss, method, functools.partial(_tell, loss, unit))
-    return loss
-
-
-def _tell(loss: nn.Module, unit: str, now: int, end: int) -> None:
-    """Tell all parts of a loss that have the method where training stands."""
-    for part in loss.modules():
-        units_of(part).get(unit, lambda *_: None)(part, now, end)
-
-
-def _check_call(name: str, use: str, module: nn.Module, args: Any, inputs: Mapping[str, Any]) -> None:  # noqa: ARG001
-    found = [x for x in TEACHER if inputs.get(x) is not None]
-    _check_teacher(name, use, OWN_LOOP.teacher, found)

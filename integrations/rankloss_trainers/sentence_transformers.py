@@ -25,8 +25,8 @@ from rankloss_features.data import Table
 from rankloss_features.folder import NAMES, Features, hash_of_pair
 from rankloss_trainers.cached import embedding_in
 from rankloss_trainers.extras import extra
-from rankloss_trainers.named import Options
-from rankloss_trainers.runtime import BY_STEPS, Entries, Host, LoggedTerms, Runtime
+from rankloss_trainers.named import NamedLoss, Options
+from rankloss_trainers.runtime import Entries, Host, LoggedTerms, Runtime, given_loss
 
 with extra("sentence-transformers"):
     import datasets as datasets
@@ -35,7 +35,7 @@ with extra("sentence-transformers"):
 
     from rankloss_trainers.transformers.progress import Progress as TrainerProgress
 
-__all__ = ["ContrastiveLoss", "Progress", "RankClipLoss"]
+__all__ = ["ContrastiveLoss", "Progress"]
 
 HOST = Host(
     name="sentence-transformers",
@@ -43,7 +43,6 @@ HOST = Host(
     teacher="give labels, [N, 2, D'], or the option reference_features and data that are bound to the folder",
     progress="give the trainer callbacks=[Progress(loss)]",
     serves=("folder",),
-    defaults=BY_STEPS,
 )
 
 Columns = Iterable[dict[str, Tensor]]
@@ -132,7 +131,7 @@ class ContrastiveLoss(EmbeddingLoss):
     def __init__(
         self,
         model: nn.Module,
-        loss: str | nn.Module = "rankclip",
+        loss: str | NamedLoss | nn.Module = "rankclip",
         options: Options | None = None,
         *,
         scale: float = 20.0,
@@ -142,7 +141,7 @@ class ContrastiveLoss(EmbeddingLoss):
     ) -> None:
         super().__init__(model, scale, mini_batch_size)
         self.output_dict = output_dict
-        self.run = Runtime(HOST, HOST.chosen(loss, options), gather=gather)
+        self.run = Runtime(HOST, given_loss(loss, options), gather=gather)
         self.image_column = None if self.run.features is not None else 0
 
     def forward(self, sentence_features: Columns, labels: Tensor | None = None) -> Any:
@@ -179,25 +178,7 @@ class ContrastiveLoss(EmbeddingLoss):
     @property
     def citation(self) -> str:
         """The BibTeX entry of the loss's paper, for the model card."""
-        return self.run.chosen.citation
-
-
-class RankClipLoss(ContrastiveLoss):
-    """:class:`ContrastiveLoss` with ``loss="rankclip"`` and its options by keywords.
-
-    Args:
-        model: The ``SentenceTransformer`` that is trained.
-        **options: ``scale``, ``mini_batch_size``, ``output_dict`` and ``gather`` of :class:`ContrastiveLoss`,
-            and the options of ``rankclip``: ``schedule``, ``lambda_cross``, ``top_k``, …
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as :class:`ContrastiveLoss`.
-    """
-
-    def __init__(self, model: nn.Module, **options: Any) -> None:
-        names = ("scale", "mini_batch_size", "output_dict", "gather")
-        own = {name: options.pop(name) for name in names if name in options}
-        super().__init__(model, "rankclip", options, **own)
+        return str(self.run.chosen.citation)
 
 
 class Progress(TrainerProgress):

@@ -19,12 +19,12 @@ import argparse
 import os
 import runpy
 import sys
-from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from rankloss_trainers.command_line import LossArguments, beginnings, mentioned
+from rankloss_trainers.command_line import LossArguments, beginnings, mentioned, with_flag
 from rankloss_trainers.import_hook import after_import
+from rankloss_trainers.named import NamedLoss
 
 
 def main() -> None:
@@ -36,10 +36,10 @@ def main() -> None:
             parser.error(f"the script comes first, got {script}")
         parser.print_help()
         return
-    keywords, rest = parse(given)
+    loss, rest = parse(given)
     sys.argv = [script, *rest]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
-    attached = Attached(keywords) if keywords else None
+    attached = None if loss is None else Attached(loss)
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
@@ -49,49 +49,59 @@ def main() -> None:
         sys.exit(attached.missed)
 
 
-def parse(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+def parse(argv: list[str]) -> tuple[NamedLoss | None, list[str]]:
     """Take ``--loss`` and the options of losses out of a script's arguments.
 
     Returns:
-        The keywords of a ContrastiveTrainer, none for the script's own loss; and the script's arguments.
+        The loss, None for the script's own; and the script's arguments.
     """
     if not any(argument.startswith(("--loss", *beginnings())) for argument in argv):
-        return {}, argv
+        return None, argv
     losses = _losses(argv)
     args, rest = losses.parsed(argv)
     try:
-        name, given = losses.chosen(args) or ("", {})
-        if name:
-            losses.refuse(name, given)
+        loss = losses.chosen(args)
+        if loss is not None:
+            _check(loss)
     except ValueError as error:
         losses.parser.error(f"argument {error}")
-    return {"loss": name, "loss_options": given} if name else {}, rest
+    return loss, rest
+
+
+def _check(loss: NamedLoss) -> None:
+    """Raise a ValueError, which begins with the argument, for a loss that no model could be trained with."""
+    from rankloss import Gather
+    from rankloss_trainers.runtime import tried
+    from rankloss_trainers.transformers.host import HOST
+
+    try:
+        tried(HOST, loss, Gather.of(False), sigmoid=any(part.only_sigmoid for part in loss.parts))
+    except ValueError as error:
+        raise ValueError(with_flag(loss.parts, error)) from error
 
 
 def _losses(argv: list[str]) -> LossArguments:
     """The losses that a command line may mean, on a parser."""
-    from rankloss_trainers.runtime import BY_STEPS
-
     prog = "python -m rankloss_trainers.transformers SCRIPT ..."
     text = "Run a script that builds transformers.Trainer, with a loss of rankloss."
     parser = argparse.ArgumentParser(prog, description=text, allow_abbrev=False, add_help=False)
-    return LossArguments(parser, mentioned(argv), defaults=BY_STEPS)
+    return LossArguments(parser, mentioned(argv))
 
 
 class Attached:
     """Replaces ``transformers.Trainer`` once it is loaded, and stops a script that trains without it.
 
     Args:
-        keywords: The loss and its options, as keywords of a ContrastiveTrainer.
+        loss: The loss.
     """
 
-    def __init__(self, keywords: Mapping[str, Any]) -> None:
+    def __init__(self, loss: NamedLoss) -> None:
         from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-        self.keywords = keywords
+        self.loss = loss
         self.built: list[Any] = []
         self.used: set[Any] = set()
-        self.missed = f"--loss {keywords['loss']} was not used: {sys.argv[0]} built no transformers.Trainer"
+        self.missed = f"--loss {loss.name} was not used: {sys.argv[0]} built no transformers.Trainer"
         after_import({"transformers.trainer": self.replace})
         register_optimizer_step_pre_hook(self._guard)
 
@@ -114,7 +124,7 @@ class Attached:
                 if type(self).compute_loss is not ContrastiveTrainer.compute_loss:
                     text = "which --loss would not reach; derive it from ContrastiveTrainer"
                     raise TypeError(f"{type(self).__name__} computes its own loss, {text}")
-                super().__init__(*args, **attached.keywords, **kwargs)
+                super().__init__(*args, loss=attached.loss, **kwargs)
                 attached.built.append(self)
                 self.loss_runtime.register_forward_pre_hook(lambda run, _: attached.used.add(run))
 

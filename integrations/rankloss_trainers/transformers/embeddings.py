@@ -1,4 +1,4 @@
-"""Embeddings, scale and bias of a model of transformers, and the captions of its batches, for a loss."""
+"""Embeddings, scale and bias of a model of transformers, for a loss."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rankloss_trainers.cached import embedding_in
@@ -92,33 +91,3 @@ def _whole(whole: Any, name: str) -> Tensor:
         raise ValueError(f"{name} has {whole.numel()} elements on this process: {remedy}")
     scalar: Tensor = whole.reshape(())
     return scalar
-
-
-# --- a second caption of each image ---------------------------------------------------------------------
-
-
-def with_captions(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The inputs of a model that encodes both captions of each image in one forward pass.
-
-    Args:
-        inputs: A batch. The columns of the second caption are those of the first with a prefix:
-            ``PREFIX_input_ids`` beside ``input_ids``.
-        prefix: The prefix.
-
-    Returns:
-        The batch without these columns, each appended to that of the first caption: text embeddings
-        ``[2N, D]``.
-
-    Raises:
-        ValueError: There are no such columns.
-    """
-    plain = without_captions(inputs, prefix)
-    second = {name.removeprefix(f"{prefix}_"): x for name, x in inputs.items() if name not in plain}
-    if not second:
-        raise ValueError(f"no column of the batch begins with {prefix}_, got {', '.join(inputs)}")
-    return {**plain, **{name: torch.cat([plain[name], x]) for name, x in second.items()}}
-
-
-def without_captions(inputs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The batch without the columns of the second caption."""
-    return {name: value for name, value in inputs.items() if not name.startswith(f"{prefix}_")}

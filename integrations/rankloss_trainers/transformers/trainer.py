@@ -15,26 +15,19 @@ from rankloss.losses import TEACHER
 from rankloss.options import check_count
 from rankloss_features.binding import COLUMN
 from rankloss_trainers.extras import extra
-from rankloss_trainers.runtime import BY_STEPS, Entries, Host, Runtime
-from rankloss_trainers.transformers import embeddings, teacher
+from rankloss_trainers.named import NamedLoss
+from rankloss_trainers.runtime import Entries, Runtime, given_loss
+from rankloss_trainers.transformers import embeddings, teacher_columns
+from rankloss_trainers.transformers.host import HOST
 
 with extra("transformers"):
     import accelerate as accelerate  # type: ignore[import-untyped]
     import transformers
 
-    from rankloss_trainers.transformers import lists
+    from rankloss_trainers.transformers import list_table
     from rankloss_trainers.transformers.progress import Progress
 
 __all__ = ["ContrastiveTrainer", "ContrastiveTrainerMixin"]
-
-HOST = Host(
-    name="transformers' Trainer",
-    biased="a model that has a logit_bias",
-    teacher=f"give the columns {' and '.join(TEACHER)}, or loss_options {{'reference_features': FOLDER}}",
-    progress="train with trainer.train()",
-    serves=("caption", "folder", "lists", "state"),
-    defaults={**BY_STEPS, "base_loss": "exclude"},
-)
 
 _STATE = "rankloss"  # the key in a checkpoint's trainer_state.json, among the states of callbacks
 
@@ -54,8 +47,9 @@ class ContrastiveTrainer(transformers.Trainer):
       whose own loss smooths its labels.
     - ``loss="ranked-lists"``, or a module that takes a list of graded candidates of each query, trains on a
       table of lists: columns ``query``, ``candidates``, and ``grades`` or ``ranks``, pictures and texts that
-      ``processing_class`` encodes. See :class:`rankloss_trainers.transformers.lists.RankedListsCollator`.
-      It is evaluated by its lists' loss and metrics.
+      ``processing_class`` encodes. With a column ``own``, the query's own text or picture, CLIP's loss of
+      these pairs is trained beside the lists. It is evaluated by the lists' loss and metrics. See
+      ``RankedListsCollator`` of :mod:`rankloss_trainers.transformers.list_table`.
     - Evaluation, or any call without gradients, gives the base loss without the rank terms, which does not
       grow with λ; so ``load_best_model_at_end`` compares like with like. A last batch of one pair counts 0.
     - The log shows each term, λ, and the other entries of the loss, averaged since the last line.
@@ -64,14 +58,13 @@ class ContrastiveTrainer(transformers.Trainer):
         *args: Arguments of the Trainer.
         loss: A loss as the catalogue names it, or a module with the forward convention of open_clip's losses,
             whose innermost ``base``, if it has one, is evaluated.
-        loss_options: Options of the named loss, by their names without prefix; and for joined ones by loss.
-            ALIP's ``caption_key`` is the prefix of the second caption's columns: ``caption`` for
-            ``caption_input_ids`` beside ``input_ids``. With the columns ``reference_image_features`` and
-            ``reference_text_features``, or one of them, the lists are ranked by a teacher, whose features of
-            each pair they hold. The model is not given them, and evaluation does not need them. They can
-            also be in a folder of ``rankloss features``, ``{"reference_features": FOLDER}``, that the data
-            are bound to (:func:`rankloss_features.bind`). With
-            ``{"reference": "teacher"}``, and in ``rankclip-distill``, data without them are an error.
+        loss_options: Options of the named loss, by their names without prefix; those of joined ones by loss.
+            With the columns ``reference_image_features`` and ``reference_text_features``, or one of them, the
+            lists are ranked by a teacher, whose features of each pair they hold. The loss gets them, the
+            model does not, and evaluation does not need them. They can also be in a folder of ``rankloss
+            features``, ``{"reference_features": FOLDER}``, that the data are bound to
+            (:func:`rankloss_features.bind`). With ``{"reference": "teacher"}``, and in ``rankclip-distill``,
+            data without them are an error.
         mini_batch_size: Embed each batch in mini-batches of so many pairs at most, in the memory of one, for
             a second forward pass's time (GradCache). Loss and gradients are those of the whole batch, which
             ``per_device_train_batch_size`` sets. Batch norm, as in ALIGN, is of a mini-batch, and counts each
@@ -98,7 +91,7 @@ class ContrastiveTrainer(transformers.Trainer):
     def __init__(
         self,
         *args: Any,
-        loss: str | nn.Module = "rankclip",
+        loss: str | NamedLoss | nn.Module = "rankclip",
         loss_options: Mapping[str, Any] | None = None,
         mini_batch_size: int | None = None,
         **kwargs: Any,
@@ -115,33 +108,33 @@ class ContrastiveTrainer(transformers.Trainer):
             self.label_names = []  # the pairs are the labels; else evaluation would give no loss
         self.can_return_loss = True  # without labels, and whether the batch asks for it or not
         base = rankloss.SigLipLoss() if embeddings.has_bias(self.model) else rankloss.ClipLoss()
-        self.loss_runtime = Runtime(HOST, HOST.chosen(loss, loss_options), base=base).to(self.args.device)
+        self.loss_runtime = Runtime(HOST, given_loss(loss, loss_options), base=base).to(self.args.device)
         self._sums: dict[str, tuple[Any, int]] = {}  # of the entries since the log's last line, and how many
         self._measured: list[torch.Tensor] = []  # metrics of the lists of an evaluation
         self.add_callback(_Progress(self))
         if self.loss_runtime.takes_lists:
-            lists.check_run(self.loss_runtime)
+            list_table.check_run(self.loss_runtime)
             if self.data_collator is transformers.default_data_collator:
                 self.data_collator = self._collator_of_lists()
 
-    def _collator_of_lists(self) -> lists.RankedListsCollator:
+    def _collator_of_lists(self) -> list_table.RankedListsCollator:
         parts = self.loss_runtime.criterion.modules()
         unique = any(getattr(part, "in_batch_negatives", False) for part in parts)
         padding: bool | str = "max_length" if embeddings.has_bias(self.model) else True  # SigLIP's own
-        return lists.RankedListsCollator(self.processing_class, padding, unique)
+        return list_table.RankedListsCollator(self.processing_class, padding, unique)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in which a teacher's features have been checked."""
         collate, run = self.data_collator, self.loss_runtime
-        run.name_columns(teacher.columns_of(self.train_dataset))
-        self.data_collator = functools.partial(teacher.collate_checked, collate, run.features)
+        run.name_columns(teacher_columns.columns_of(self.train_dataset))
+        self.data_collator = functools.partial(teacher_columns.collate_checked, collate, run.features)
         try:
             loader: DataLoader[Any] = super().get_train_dataloader()
         finally:
             self.data_collator = collate
         if run.takes_lists:
-            lists.check_loader(loader)
-            lists.check_table(self.train_dataset)
+            list_table.check_loader(loader)
+            list_table.check_table(run, self.train_dataset)
         return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -163,28 +156,22 @@ class ContrastiveTrainer(transformers.Trainer):
         return (entries.total, outputs) if return_outputs else entries.total
 
     def _of_lists(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
-        own, size = self.accelerator.unwrap_model(model), self.mini_batch_size
-        outputs, features = lists.embedded(self.loss_runtime, model, own, inputs, size)
-        if not torch.is_grad_enabled():
-            self._measured.append(self.accelerator.gather_for_metrics(lists.measures(features)))
-        return outputs, self.loss_runtime(**features)
+        own, size, run = self.accelerator.unwrap_model(model), self.mini_batch_size, self.loss_runtime
+        outputs, features = list_table.embedded(run, model, own, inputs, size)
+        if torch.is_grad_enabled():
+            return outputs, run(**features)
+        self._measured.append(self.accelerator.gather_for_metrics(list_table.measures(features)))
+        return outputs, run.evaluate(**features)
 
     def _of_pairs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Entries]:
-        trains, run, captions = torch.is_grad_enabled(), self.loss_runtime, self.loss_runtime.captions
         of_loss = {name: inputs[name] for name in TEACHER if name in inputs}
         # The model's own loss is of this process alone, and would be computed for nothing.
         inputs = {x: inputs[x] for x in inputs if x not in ("return_loss", COLUMN, *of_loss)}
-        if captions is not None:
-            select = embeddings.with_captions if trains else embeddings.without_captions
-            inputs = select(inputs, captions)
-        own, rows = self.accelerator.unwrap_model(model), (1,) if captions is None else (1, 2)
-        outputs, features = embeddings.embedded(model, own, inputs, self.mini_batch_size, rows)
-        if not trains:
-            return outputs, run.evaluate(**features)
-        if captions is not None:
-            texts, of_captions = features["text_features"].chunk(2)
-            features.update(text_features=texts, caption_features=of_captions)
-        return outputs, run(**features, **of_loss)
+        own = self.accelerator.unwrap_model(model)
+        outputs, features = embeddings.embedded(model, own, inputs, self.mini_batch_size)
+        if not torch.is_grad_enabled():
+            return outputs, self.loss_runtime.evaluate(**features)
+        return outputs, self.loss_runtime(**features, **of_loss)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add the metrics of lists to those of an evaluation."""
@@ -192,7 +179,7 @@ class ContrastiveTrainer(transformers.Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         if self._measured and output.metrics is not None:
             prefix = kwargs.get("metric_key_prefix", "eval")
-            measured = zip(lists.METRICS, torch.cat(self._measured).nanmean(0).tolist(), strict=True)
+            measured = zip(list_table.METRICS, torch.cat(self._measured).nanmean(0).tolist(), strict=True)
             output.metrics.update({f"{prefix}_{name}": x for name, x in measured if x == x})
         return output
 
@@ -227,11 +214,10 @@ class ContrastiveTrainer(transformers.Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns, captions = cast("list[str]", self._signature_columns), self.loss_runtime.captions
+        columns = cast("list[str]", self._signature_columns)
         # Columns that the loss takes and the model does not, which would be dropped as unused.
-        of_captions = [] if captions is None else [f"{captions}_{name}" for name in columns]
-        of_lists = lists.COLUMNS if self.loss_runtime.takes_lists else ()
-        kept = dict.fromkeys([*columns, *of_captions, *of_lists, *TEACHER, COLUMN])
+        of_lists = list_table.COLUMNS if self.loss_runtime.takes_lists else ()
+        kept = dict.fromkeys([*columns, *of_lists, *TEACHER, COLUMN])
         self._signature_columns: Any = list(kept)
 
 

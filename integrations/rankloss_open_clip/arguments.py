@@ -8,30 +8,27 @@ filled in, and ``params.txt`` names everything the run depended on.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import rankloss
 from rankloss.distributed import Gather
 from rankloss_features import Features
 from rankloss_features.binding import RowCompanion
 from rankloss_open_clip.companions import Companions
 from rankloss_open_clip.failures import raise_failures
-from rankloss_open_clip.reference_features import IN_SAMPLES, SampleFeatures
 from rankloss_trainers import catalog
 from rankloss_trainers.command_line import (
     LossArguments,
+    chosen_by,
     dest,
     flag,
-    given_in,
     mentioned,
     misspelt,
     with_flag,
 )
-from rankloss_trainers.named import NamedLoss, error_of
-from rankloss_trainers.runtime import Host, reason_against
+from rankloss_trainers.named import NamedLoss, OptionError
+from rankloss_trainers.runtime import Host, tried
 
 HOST = Host(
     name="open_clip's trainer",
@@ -70,23 +67,16 @@ def chosen(args: Any) -> NamedLoss:
     """The loss that a run with ``--loss`` asks for.
 
     Raises:
-        ValueError: A value is none that the option can have; the error begins with the flag.
+        ValueError: An option cannot have its value; the error begins with the flag.
     """
-    losses = [catalog.load(name) for name in catalog.names_of(args.loss)]
-    try:
-        return catalog.choose(args.loss, given_in(args, losses))
-    except ValueError as error:
-        raise ValueError(with_flag(losses, str(error))) from None
+    return chosen_by(args, [catalog.load(name) for name in catalog.names_of(args.loss)])
 
 
 def companions_of(args: Any) -> Companions | None:
     """Companions of every training text in a run with ``--loss``; None for a loss of pairs alone."""
     loss = chosen(args)
     parts, where = [*loss.companions()], loss.reference_features
-    if where in IN_SAMPLES:
-        two = error_of(lambda: [part.in_separate_spaces(part.values) for part in loss.parts]) is None
-        parts.append(SampleFeatures(where, two_widths=two))
-    elif where is not None:
+    if where is not None:
         parts.append(RowCompanion("row of features", Features(where), "reference_"))
     return Companions(parts) if parts else None
 
@@ -95,18 +85,6 @@ def flags_of(loss: NamedLoss, *keys: str) -> dict[str, str]:
     """The flags of options by key; of joined losses that have one, the first's."""
     found = [(part, part.options()) for part in reversed(loss.parts)]
     return {key: flag(part, options[key]) for part, options in found for key in keys if key in options}
-
-
-def remedy_for_unused_features(args: Any) -> str | None:
-    """Advice for a run whose samples hold a teacher's features that no option names, or one excludes."""
-    loss = chosen(args)
-    flags, folder = flags_of(loss, "reference", "reference_features"), loss.reference_features
-    if folder is not None and folder not in IN_SAMPLES:
-        return f"{flags['reference_features']} {folder} excludes them"
-    if folder is None and len(flags) > 1 and loss.teacher is None:
-        own, samples = f"{flags['reference']} own", f"{flags['reference_features']} samples"
-        return f"rank by them with {samples}, or by the batch's own features with {own}"
-    return None
 
 
 def gather_of(args: Any) -> Gather:
@@ -155,9 +133,9 @@ def parsed(parse_args: Callable[[list[str]], Any], argv: Sequence[str]) -> Any:
         raise
     vars(args).update(vars(own))
     try:
-        if losses.chosen(own) is not None:
+        loss = losses.chosen(own)
+        if loss is not None:
             raise_failures()
-            loss = chosen(args)
             check_run(loss, args)
             for part in loss.parts:
                 vars(args).update({dest(part, x): getattr(part, x.key) for x in part.options().values()})
@@ -173,26 +151,15 @@ def check_run(loss: NamedLoss, args: Any) -> None:
     Raises:
         ValueError: The reason, which begins with the flag of an option.
     """
-    reason = reason_against(HOST, loss, gather_of(args), sigmoid=getattr(args, "siglip", False))
-    reason = reason or _reason_against(loss, args) or error_of(lambda: _try(loss, args))
-    if reason is not None:
-        raise ValueError(with_flag(loss.parts, reason))
+    try:
+        _check_trainer(loss, args)
+        tried(HOST, loss, gather_of(args), sigmoid=getattr(args, "siglip", False))
+    except ValueError as error:
+        raise ValueError(with_flag(loss.parts, error)) from error
 
 
-def _try(loss: NamedLoss, args: Any) -> None:
-    """Read the folder of features, and build the loss, before the trainer reads data and builds a model."""
-    if loss.reference_features is not None and loss.reference_features not in IN_SAMPLES:
-        try:
-            Features(loss.reference_features).check()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"reference_features: {error}") from error
-    base = rankloss.SigLipLoss if getattr(args, "siglip", False) else rankloss.ClipLoss
-    alone = dataclasses.replace(gather_of(args), rank=0, world_size=1)  # which warns of nothing
-    loss.build(base(gather=False), alone)
-
-
-def _reason_against(loss: NamedLoss, args: Any) -> str | None:
-    """The reason against a loss that lies in this trainer."""
+def _check_trainer(loss: NamedLoss, args: Any) -> None:
+    """Raise a ValueError for a reason against the loss that lies in this trainer."""
     name, flags = loss.name, flags_of(loss, "reference_features", "distill_loss")
 
     def given(*names: str) -> str:
@@ -213,16 +180,15 @@ def _reason_against(loss: NamedLoss, args: Any) -> str | None:
         f"{teacher}, whose teacher takes one caption per image": more_texts and teacher,
     }
     for word in [word for word, holds in excluded.items() if holds]:
-        return f"{name} does not work with {word}"
+        raise ValueError(f"{name} does not work with {word}")
     if caption and not loss.companions():
-        return f"{name} needs a second caption, but it has no companions() that read it"
+        raise ValueError(f"{name} needs a second caption, but it has no companions() that read it")
     if features and teacher:
-        return f"reference_features: excludes {teacher}, which is a teacher too"
+        raise OptionError("reference_features", f"excludes {teacher}, which is a teacher too")
     if needs_teacher and not (features or teacher):
         hint = ", or give its features with {reference_features}" if "reference_features" in flags else ""
-        return f"{name} needs a teacher: {HOST.teacher}{hint.format(**flags)}"
+        raise ValueError(f"{name} needs a teacher: {HOST.teacher}{hint.format(**flags)}")
     if teacher and given("siglip") and loss.keeps_distillation:
         hint = "; {distill_loss} exclude leaves it out" if needs_teacher and "distill_loss" in flags else ""
         text = f"{name} does not work with --siglip and {teacher}, whose loss takes no bias"
-        return text + hint.format(**flags)
-    return None
+        raise ValueError(text + hint.format(**flags))

@@ -13,20 +13,21 @@ from accelerate.data_loader import DataLoaderDispatcher  # type: ignore[import-u
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from rankloss import metrics
+from rankloss import RankedLists, metrics
 from rankloss_trainers.lists import arguments, check_unique, graded, pooled
-from rankloss_trainers.ranked_lists import OF_PAIRS
+from rankloss_trainers.named import OptionError
+from rankloss_trainers.ranked_lists import RankedListsTerm
 from rankloss_trainers.runtime import Runtime
 from rankloss_trainers.transformers import embeddings
 
-COLUMNS = ("query", "candidates", "grades", "ranks")
-"""The columns of a table of lists, of which the last two exclude each other."""
+COLUMNS = ("query", "candidates", "grades", "ranks", "own")
+"""The columns of a table of lists: grades and ranks exclude each other, own is optional."""
 
 METRICS = ("ndcg", "reciprocal_rank", "pairwise_accuracy", "kendall_tau_b", "kendall_tau_c")
 """The metrics of an evaluation, with the defaults of :mod:`rankloss.metrics`."""
 
 # Of a batch, beside the model's inputs.
-_OF_LISTS = ("grades", "query_index", "candidate_index", "candidate_ids", "queries")
+_BATCH = ("grades", "graded_by", "query_index", "own_index", "candidate_index", "candidate_ids", "queries")
 _REMEDY = "Join its lists"
 
 
@@ -35,11 +36,13 @@ class RankedListsCollator:
     """Collates rows of a query, its candidates and their grades; no picture or text is embedded twice.
 
     A row has ``query``, a picture or a text, ``candidates``, a list of the other kind, and ``grades``, a
-    number for each, larger for better; or ``ranks``, smaller for better. Lists may differ in length.
+    number for each, larger for better; or ``ranks``, smaller for better. Lists may differ in length. With a
+    column ``own``, of the candidates' kind, query and own are a pair for a loss of pairs beside the lists.
 
-    The batch has the model's inputs of the distinct queries and of the M distinct candidates, ``grades`` and
-    ``candidate_index`` ``[N, K]``, ``candidate_ids`` ``[M]``, ``query_index`` ``[N]``, and ``queries``,
-    ``"image"`` or ``"text"``.
+    The batch has the model's inputs of the distinct queries, of the M distinct candidates and of the own
+    ones that are no candidates; ``grades`` and ``candidate_index`` ``[N, K]``, ``candidate_ids`` ``[M]``,
+    ``query_index`` and, with pairs, ``own_index`` ``[N]``; ``queries``, ``"image"`` or ``"text"``, and
+    ``graded_by``, ``"grades"`` or ``"ranks"``.
 
     Args:
         processor: A model's processor, with its ``tokenizer`` and its ``image_processor``.
@@ -72,23 +75,27 @@ class RankedListsCollator:
         if self.unique:
             check_unique(queries, named, _REMEDY)
         of_texts = isinstance(queries[0], str)
-        for query, pairs, where in zip(queries, lists, named, strict=True):
-            kinds = [isinstance(x, str) for x in (query, *(candidate for candidate, _ in pairs))]
-            if kinds != [of_texts, *[not of_texts] * len(pairs)]:
+        owns = [[(row["own"], 0.0)] for row in rows] if "own" in rows[0] else [[] for _ in rows]
+        for query, pairs, own, where in zip(queries, lists, owns, named, strict=True):
+            kinds = [isinstance(x, str) for x in (query, *(other for other, _ in (*pairs, *own)))]
+            if kinds != [of_texts, *[not of_texts] * (len(kinds) - 1)]:
                 needed = "pictures for a text" if of_texts else "texts for a picture"
                 raise ValueError(
                     f"candidates must be {needed}, in each row of a batch; got others in {where}"
                 )
         pool = pooled(lists)
+        with_own = pooled([*lists, *filter(None, owns)])  # the candidates first, in the same order
         distinct = pooled([[(query, 0.0)] for query in queries])
-        sides = distinct.candidates, pool.candidates
+        sides = distinct.candidates, with_own.candidates
         texts, pictures = sides if of_texts else sides[::-1]
         inputs = self.processor.tokenizer(texts, padding=self.padding, truncation=True, return_tensors="pt")
         return {
             "grades": pool.grades,  # the first, whose length is the number of lists to the Trainer
+            "graded_by": grades,
             "query_index": distinct.index[:, 0],
             "candidate_index": pool.index,
             "candidate_ids": pool.ids,
+            **({"own_index": with_own.index[len(rows) :, 0]} if owns[0] else {}),
             "queries": "text" if of_texts else "image",
             **inputs,
             **self.processor.image_processor(pictures, return_tensors="pt"),
@@ -101,7 +108,7 @@ def grades_column(names: Any) -> str:
     Raises:
         ValueError: unless there is one of them, beside queries and candidates.
     """
-    found = [name for name in COLUMNS[2:] if name in names]
+    found = [name for name in COLUMNS[2:4] if name in names]
     if len(found) != 1 or not {*COLUMNS[:2]} <= {*names}:
         raise ValueError(
             f"lists need the columns query, candidates, and grades or ranks; got {', '.join(names)}"
@@ -117,11 +124,11 @@ def list_of(row: Mapping[str, Any], column: str, where: str) -> list[tuple[Any, 
     return graded(row["candidates"], values, where)
 
 
-def check_table(dataset: Any) -> None:
+def check_table(run: Runtime, dataset: Any) -> None:
     """Check all lists of a table of `datasets`, without decoding a picture; data of other kinds pass.
 
     Raises:
-        ValueError: as the collator; the message names the row of the table.
+        ValueError: as the collator, and as :func:`check_batch`; the message names the row of the table.
     """
     names = getattr(dataset, "column_names", None)
     if names is None or not hasattr(dataset, "select_columns") or isinstance(dataset, IterableDataset):
@@ -129,10 +136,33 @@ def check_table(dataset: Any) -> None:
     from pyarrow.compute import list_value_length  # type: ignore[import-untyped]
 
     column, rows = grades_column(names), itertools.count()
+    check_batch(run, {"graded_by": column, **dict.fromkeys({"own"} & {*names}, "own")})
     for block in dataset.select_columns(["candidates", column]).with_format("arrow").iter(1000):
         lists = (size and [None] * size for size in list_value_length(block["candidates"]).to_pylist())
         for candidates, values in zip(lists, block[column].to_pylist(), strict=True):
             list_of({"candidates": candidates, column: values}, column, f"row {next(rows)} of the data")
+
+
+def check_batch(run: Runtime, batch: Mapping[str, Any]) -> None:
+    """Raise a ValueError for lists that the loss would take for something else.
+
+    Args:
+        run: The loss.
+        batch: Its ``graded_by``, and ``own`` or ``own_index`` where it has pairs.
+    """
+    parts = [*run.criterion.modules()]
+    models = {part.model for part in parts if isinstance(part, RankedLists)}
+    by_value = models & {"top_one", "lambda"} or any(getattr(part, "pair_weight", None) for part in parts)
+    if batch["graded_by"] == "ranks" and by_value:
+        raise ValueError(f"ranks are an order, and {run.name} takes grades as values; give the column grades")
+    has_pairs = bool({"own", "own_index"} & batch.keys())
+    terms = [part for part in parts if isinstance(part, RankedListsTerm)]
+    needs = any(part.base is not None and part.needs_pairs for part in terms)
+    needs = needs or any(getattr(part, "base", None) is not None for part in parts if part not in terms)
+    if needs and not has_pairs:
+        raise ValueError(f"{run.name} needs pairs beside the lists: give each query's own in a column own")
+    if has_pairs and not any(part.base is not None for part in terms):
+        raise ValueError(f"the data have own, of pairs that {run.name} does not train")
 
 
 def check_loader(loader: Any) -> None:
@@ -145,14 +175,11 @@ def check_loader(loader: Any) -> None:
 
 
 def check_run(run: Runtime) -> None:
-    """Raise a ValueError for a loss that needs pairs beside the lists, or options about them."""
-    values = {key: x for part in run.chosen.parts for key, x in part.values.items() if key in OF_PAIRS}
-    for key, value in values.items():
-        if value not in (None, OF_PAIRS[key]):
-            text = "is for open_clip's trainer, which has a pair beside each list"
-            raise ValueError(f"{key}: {text}; got {value!r}")
-    if any(getattr(part, "base", None) is not None for part in run.criterion.modules()):
-        raise ValueError(f"{run.name} has a base, which needs pairs; a table of lists has none")
+    """Raise an OptionError for options that are for other trainers."""
+    for part in run.chosen.parts:
+        for key in {"own_caption", "max_candidates"} & part.changed.keys():
+            text = f"is for open_clip's trainer; got {part.changed[key]!r}"
+            raise OptionError(key, text, part.name if run.chosen is not part else "")
 
 
 def embedded(
@@ -172,23 +199,37 @@ def embedded(
 
     Raises:
         KeyError: The batch is of another collator.
+        ValueError: as :func:`check_batch`.
     """
+    check_batch(run, inputs)
     index, grades, ids = (inputs[name] for name in ("candidate_index", "grades", "candidate_ids"))
-    few, many = sorted((int(inputs["query_index"].max()) + 1, len(ids)))
+    own_index = inputs.get("own_index")
+    others = len(ids) if own_index is None else max(len(ids), int(own_index.max()) + 1)
+    few, many = sorted((int(inputs["query_index"].max()) + 1, others))
     # Each mini-batch needs a row of either kind: the few are repeated, and cut off again.
     rows = few if size is None else max(few, -(-many // size))
-    columns = {name: x for name, x in inputs.items() if name not in (*_OF_LISTS, "return_loss")}
+    columns = {name: x for name, x in inputs.items() if name not in (*_BATCH, "return_loss")}
     if rows > few:
         again = torch.arange(rows) % few
         columns = {name: x[again.to(x.device)] if len(x) == few else x for name, x in columns.items()}
     outputs, features = embeddings.embedded(call, model, columns, size, (1, Fraction(rows, many)))
     sides = features["image_features"], features["text_features"]
     queries, candidates = sides if inputs["queries"] == "image" else sides[::-1]
-    logit_scale = features["logit_scale"]
-    if "logit_bias" in features:  # changes no list, but is a parameter of which DDP expects a gradient
-        logit_scale = logit_scale + 0.0 * features["logit_bias"]
+    queries = queries[inputs["query_index"]]
+    scale, pairs = {"logit_scale": features["logit_scale"]}, {}
+    if own_index is not None:
+        both = (
+            (queries, candidates[own_index])
+            if inputs["queries"] == "image"
+            else (candidates[own_index], queries)
+        )
+        pairs = dict(zip(("image_features", "text_features"), both, strict=True))
+    if "logit_bias" in features and pairs:
+        scale["logit_bias"] = features["logit_bias"]
+    elif "logit_bias" in features:  # changes no list, but is a parameter of which DDP expects a gradient
+        scale["logit_scale"] = scale["logit_scale"] + 0.0 * features["logit_bias"]
     lists = arguments(run.gather, candidates[: len(ids)], index, grades, ids)
-    return outputs, {"query_features": queries[inputs["query_index"]], "logit_scale": logit_scale, **lists}
+    return outputs, {"query_features": queries, **scale, **pairs, **lists}
 
 
 def measures(features: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,14 @@
+"""transformers' Trainer as the runtime knows it."""
+
+from __future__ import annotations
+
+from rankloss.losses import TEACHER
+from rankloss_trainers.runtime import Host
+
+HOST = Host(
+    name="transformers' Trainer",
+    biased="a model that has a logit_bias",
+    teacher=f"give the columns {' and '.join(TEACHER)}, or loss_options {{'reference_features': FOLDER}}",
+    progress="train with trainer.train()",
+    serves=("folder", "lists", "state"),
+)
