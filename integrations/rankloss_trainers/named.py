@@ -34,6 +34,7 @@ if typing.TYPE_CHECKING:
 else:
 
     def dataclass_transform(**_: Any) -> Any:
+        """The decorator of typing, which Python 3.10 lacks and only a type checker reads."""
         return lambda x: x
 
 
@@ -276,7 +277,7 @@ class NamedLoss:
     @classmethod
     def help(cls) -> str:
         """Its line in ``--help`` and in ``rankloss losses``."""
-        return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0]
+        return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0].rstrip(".")
 
     @classmethod
     def of(cls, given: Options) -> Self:

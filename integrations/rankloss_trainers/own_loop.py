@@ -46,6 +46,7 @@ class JoinedLoss(nn.Module):
 
     @property
     def base(self) -> Any:
+        """The innermost base."""
         return innermost_of(self.outermost)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

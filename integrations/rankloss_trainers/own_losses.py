@@ -158,19 +158,19 @@ class RankClip(NamedLoss):
 
 
 class RankClipCross(RankClip):
-    """rankclip without its in-modal term: the ablation RankCLIP^C"""
+    """rankclip without its in-modal term: the ablation RankCLIP^C."""
 
     lambda_in: float = option_of(RankClip, "lambda_in", 0.0)
 
 
 class RankClipIn(RankClip):
-    """rankclip without its cross-modal term: the ablation RankCLIP^I"""
+    """rankclip without its cross-modal term: the ablation RankCLIP^I."""
 
     lambda_cross: float = option_of(RankClip, "lambda_cross", 0.0)
 
 
 class RankClipDistill(RankClip):
-    """rankclip trained to match a teacher's eight best ranks, of two encoders their sixteen best"""
+    """rankclip trained to match a teacher's eight best ranks, of two encoders their sixteen best."""
 
     # The best setting of two encoders on emojis and icons (docs/evidence.md).
     of_two_encoders: ClassVar[Options] = {"lambda_in": 16.0, "top_k": 16}

@@ -88,12 +88,15 @@ class GivenModule(NamedLoss):
     name = property(lambda self: type(self.module).__name__)
 
     def build(self, base: Any, gather: Any) -> Any:  # noqa: ARG002
+        """The module."""
         return self.module
 
     def unit(self, epochs: float) -> str:  # noqa: ARG002
+        """Steps, for a part of the module that goes by either."""
         return "step"
 
     def log(self) -> RankClipLog | None:
+        """λ and raw terms of RankCLIP."""
         return RankClipLog() if isinstance(self.module, rankloss.RankClipLoss) else None
 
 
@@ -237,6 +240,15 @@ def units_of(part: nn.Module) -> dict[str, Any]:
 def check_use_of_teacher(
     name: str, use: str, remedy: str, found: Collection[str], columns: Collection[str] = ()
 ) -> None:
+    """Raise a ValueError unless a teacher's features are there just where a loss uses them.
+
+    Args:
+        name: The loss.
+        use: ``"required"``, ``"optional"`` or ``"none"``.
+        remedy: The ways to give them.
+        found: The features that a batch has, of :data:`TEACHER`.
+        columns: The columns of the data, where they are known.
+    """
     if found and use == "none":
         raise ValueError(f"the data have {', '.join(found)}, but {name} does not use a teacher")
     similar = [column for column in columns if column.startswith("reference_") and column not in found]

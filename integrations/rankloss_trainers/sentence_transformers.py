@@ -142,6 +142,7 @@ class ContrastiveLoss(EmbeddingLoss):
         super().__init__(model, scale, mini_batch_size)
         self.output_dict = output_dict
         self.run = Runtime(HOST, given_loss(loss, options), gather=gather)
+        self.run.has_fixed_entries = True  # the trainer divides every entry by all steps
         self.image_column = None if self.run.features is not None else 0
 
     def forward(self, sentence_features: Columns, labels: Tensor | None = None) -> Any:

@@ -23,9 +23,9 @@ from tiny_teacher import ROWS, WIDTH, csv_data, data_of, files, table, teacher, 
 from rankloss_features.checking import report
 from rankloss_features.data import Data
 from rankloss_features.folder import NAMES, read_about, write_about
-from rankloss_open_clip.command_line import check_run
+from rankloss_open_clip.arguments import check_run
 from rankloss_trainers import catalog
-from rankloss_trainers.sentence_transformers import RankClipLoss
+from rankloss_trainers.sentence_transformers import ContrastiveLoss
 
 
 class Place(NamedTuple):
@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     readers = {
         "open_clip": open_clip,
         "Hugging Face": hugging_face,
-        "sentence-transformers": lambda path: RankClipLoss(model, reference_features=path),
+        "sentence-transformers": lambda path: ContrastiveLoss(model, options={"reference_features": path}),
         "--check": lambda path: report(path, data),
     }
     return Place(folder / "whole", data, folder / "other", readers)

@@ -43,7 +43,7 @@ def runs(trainer: Trainer) -> Runs:
     add("distill", [*rankclip, *teacher])
     add("ranked by the teacher", [*rankclip, *teacher, "--rankclip-reference", "teacher"])
     add("rankclip-distill", ["--loss", "rankclip-distill", *teacher])
-    add("mimicry", ["--loss", "mimicry", "--mimicry-contrast", "1", *teacher], 1)
+    add("mimicry", ["--loss", "mimicry", *teacher], 1)
     add("csv, whole set", [*WHOLE_SET, "--val-data", str(trainer.directory / "data.csv")])
 
     add("cyclip", ["--loss", "cyclip", "--accum-freq", "2"], 1)

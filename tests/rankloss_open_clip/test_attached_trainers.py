@@ -147,7 +147,7 @@ def test_trainer_of_another_layout_is_not_patched(fork: Any, name: str, other: s
     ("options", "needed"),
     [
         (["alip", "--alip-caption-key", "synthetic"], "caption_features"),
-        (["rankclip", "--rankclip-reference-features", "samples"], "needs a teacher's features"),
+        (["ranked-lists"], "query_features"),
     ],
 )
 def test_loss_whose_data_are_read_by_nobody_is_an_error(fork: Any, options: list[str], needed: str) -> None:

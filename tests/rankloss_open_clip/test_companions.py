@@ -21,7 +21,7 @@ from rankloss_baselines.second_caption import SecondCaption
 from rankloss_features import Features
 from rankloss_features.binding import RowCompanion
 from rankloss_features.folder import NAMES
-from rankloss_open_clip.command_line import companions_of
+from rankloss_open_clip.arguments import companions_of
 from rankloss_open_clip.companions import Companion, Companions, _joined, _separated
 
 CONTEXT = 9

@@ -127,7 +127,6 @@ def test_terms_follow_the_flags_as_clip_loss_does(
     "argv",
     [
         ["--loss-dist-impl", "gather", "--local-loss"],
-        ["--rankclip-lists", "batch"],
     ],
     ids=" ".join,
 )

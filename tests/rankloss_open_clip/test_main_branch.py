@@ -79,7 +79,8 @@ def test_lambda_changes_without_a_recompilation(main_runs: dict[str, Run], strat
         assert breaks == 1, "the loss is one call between two graphs"
     assert run.scalars["rank_lambda"] == pytest.approx(LAMBDAS)
     for name in (*TERMS, "loss", "cross_modal_raw", "in_modal_raw"):
-        assert run.scalars[name] == pytest.approx(eager.scalars[name], rel=1e-5), name
+        trained = {step: x for step, x in run.scalars[name].items() if x == x}  # NaN while λ is 0
+        assert trained == pytest.approx(eager.scalars[name], rel=1e-5), name
 
 
 def test_fsdp2_trains_as_one_process_with_the_whole_batch(main_runs: dict[str, Run]) -> None:

@@ -1,8 +1,7 @@
-"""A teacher's features of each pair: from a folder or the samples to what the loss is called with."""
+"""A teacher's features of each pair: from a folder to what the loss is called with."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,13 @@ from rankloss_features import Features
 from rankloss_features.binding import RowCompanion
 from rankloss_features.command import main
 from rankloss_features.folder import NAMES
-from rankloss_open_clip.command_line import companions_of, remedy_for_unused_features
 from rankloss_open_clip.companions import Companions
-from rankloss_open_clip.reference_features import IN_SAMPLES, SampleFeatures, without_features
 
 OPTION = "--rankclip-reference-features"
 BOTH = unit_rows(4, 2)
 
 
-def npy(array: Any) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
 def companion_of(where: str) -> Any:
-    if where in IN_SAMPLES:
-        return SampleFeatures(where, two_widths=True)
     return RowCompanion("row of features", Features(where), "reference_")
 
 
@@ -50,76 +39,6 @@ def features_of(*samples: dict[str, Any], where: str) -> dict[str, Tensor]:
     """Features of a webdataset's samples."""
     companion = companion_of(where)
     return taken_apart(companion, [x["txt"].decode() for x in read([companion], *samples)])
-
-
-# --- samples of a webdataset ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("where", IN_SAMPLES)
-def test_members_of_the_samples_are_their_features(where: str) -> None:
-    rows = zip(NAMES, (unit_rows(2, 20)[0], unit_rows(2, 3)[1]), strict=True)
-    arrays = {name: row.astype(np.float16) for name, row in rows}
-    members = {f"{name}.npy": npy(array) for name, array in arrays.items()}
-    companion = companion_of(where)
-    (sample,) = read([companion], {"txt": b"left out"}, {"txt": b"caption", **members})
-    # What is not named stays, as every other member does.
-    assert {x for x in sample if x.endswith(".npy")} == {
-        f"{x}.npy" for x in NAMES if x not in companion.names
-    }
-    taken = taken_apart(companion, [sample["txt"].decode()])
-    assert list(taken) == [f"reference_{name}" for name in companion.names]
-    for name in companion.names:
-        (found,) = taken[f"reference_{name}"]
-        own = len(arrays[name])
-        assert torch.equal(found[:own], torch.from_numpy(arrays[name].astype(np.float32)))
-        assert not found[own:].any()
-
-
-WHOLE = npy(np.ones(2))
-
-
-@pytest.mark.parametrize(
-    ("member", "said"),
-    [
-        (WHOLE[:-3], "EOF"),
-        (npy(np.array([{}, {}])), "allow_pickle"),
-        (npy(np.ones((1, 2))), "1, 2)"),
-        (npy(np.array([1, np.nan])), "nan"),
-        (npy(np.zeros(2)), "zeros"),
-        (npy(np.ones(3)), "widths of [3]"),
-    ],
-)
-def test_damaged_member_falls_under_the_trainers_rule_for_broken_samples(
-    caplog: pytest.LogCaptureFixture, member: bytes, said: str
-) -> None:
-    samples = ({"txt": b"a", "text_features.npy": x} for x in (WHOLE, member, WHOLE, member))
-    assert len(features_of(*samples, where="samples:text")["reference_text_features"]) == 2
-    assert len(caplog.messages) == 2
-    for i, message in enumerate(caplog.messages):
-        assert f"sample '{2 * i + 1}' of a.tar skipped, damaged one number {i + 1}: " in message
-        assert said in message
-
-
-def test_samples_that_are_all_damaged_are_an_error() -> None:
-    with pytest.raises(
-        ValueError, match=r"none of 2 samples .*image_features\.npy and text_features\.npy; .*'1'"
-    ):
-        features_of(*[{"txt": b"a", **{f"{name}.npy": b"" for name in NAMES}}] * 2, where="samples")
-
-
-def test_members_that_no_option_names_are_refused() -> None:
-    samples = [
-        {"__key__": "0", "__url__": "a.tar"},
-        {"__key__": "1", "__url__": "a.tar", "text_features.npy": WHOLE},
-    ]
-    remedy = remedy_for_unused_features(parse_args(["--loss", "rankclip"]))
-    assert remedy is not None
-    with pytest.raises(
-        ValueError, match=rf"'1' of a\.tar has text_features\.npy.*{OPTION}.*--rankclip-reference own"
-    ):
-        list(without_features(lambda: samples, remedy))
-    for argv in (["--loss", "rankclip", "--rankclip-reference", "own"], ["--loss", "cyclip"]):
-        assert remedy_for_unused_features(parse_args(argv)) is None
 
 
 # --- folders --------------------------------------------------------------------------------------------
@@ -167,12 +86,6 @@ def test_rows_of_features_are_found_by_key_and_caption(tmp_path: Path) -> None:
             features_of(*wrong, where=folder)
 
 
-def test_members_of_samples_are_not_for_a_csv_file(tmp_path: Path) -> None:
-    dataset, file = csv(tmp_path, "filepath;title\n1.png;a\n")
-    with pytest.raises(ValueError, match=file):
-        SampleFeatures("samples").of_rows(file, ";", dataset)
-
-
 # --- the command line -----------------------------------------------------------------------------------
 
 
@@ -211,15 +124,3 @@ def test_sources_that_contradict_are_refused_with_both_names(
             parse_args(["--loss", "rankclip", OPTION, *argv.split()])
         said = capsys.readouterr().err
         assert all(name in said for name in named)
-
-
-def test_folder_alone_says_that_a_teacher_ranks(tmp_path: Path) -> None:
-    two = stored(tmp_path / "two", image_features=BOTH, text_features=unit_rows(4, 3))
-    texts = stored(tmp_path / "texts", text_features=BOTH)
-    off = ["--rankclip-lambda-cross", "0"]
-    for given in ([two, *off], [texts, *off, "--rankclip-reference", "teacher"]):
-        args = parse_args(["--loss", "rankclip", OPTION, *given])
-        assert args.rankclip_reference != "own"
-        remedy = remedy_for_unused_features(args)
-        assert remedy == f"{OPTION} {given[0]} excludes them", "members of samples are another teacher's"
-        assert companions_of(args) is not None

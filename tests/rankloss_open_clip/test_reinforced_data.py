@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankloss import reference
-from rankloss_open_clip.command_line import check_run, chosen
+from rankloss_open_clip.arguments import check_run, chosen
 from rankloss_open_clip.training import build_loss
 
 ROWS = 12

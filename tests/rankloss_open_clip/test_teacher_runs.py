@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from teacher_features import TEACHER, stored, student, unit_rows
-from trainer_runs import SAMPLES, WHOLE_SET, Runs, Trainer, add_sample
+from trainer_runs import SAMPLES, WHOLE_SET, Runs, Trainer
 
 from rankloss import reference
 from rankloss_features import Features
@@ -18,23 +16,6 @@ from rankloss_features.folder import NAMES
 OPTION = "--rankclip-reference-features"
 WIDE = {name: unit_rows(SAMPLES, 48, seed) for seed, name in enumerate(NAMES)}
 ORACLES = {"cross_modal": reference.cross_modal, "in_modal": reference.in_modal}
-
-
-def shards_with_features(trainer: Trainer, directory: Path) -> list[str]:
-    """The trainer's shards with two more members per sample."""
-    for number in range(2):
-        with (
-            tarfile.open(trainer.directory / f"shard-{number}.tar") as given,
-            tarfile.open(directory / f"shard-{number}.tar", "w") as shard,
-        ):
-            for member in given:
-                shard.addfile(member, given.extractfile(member))
-                key, _, extension = member.name.partition(".")
-                for name, array in TEACHER.items() if extension == "txt" else ():
-                    file = io.BytesIO()
-                    np.save(file, array[int(key)])
-                    add_sample(shard, key, **{f"{name}.npy": file.getvalue()})
-    return [x.replace(str(trainer.directory), str(directory)) for x in trainer.webdataset]
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +32,7 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         table.add(name, trainer.call, *given, processes=processes)
 
     add("accumulation, a worker", both, *halves, "--accum-freq", "2", "--workers", "1")
-    add("webdataset", "samples", *shards_with_features(trainer, directory))
-    add("webdataset, a folder", keys, *trainer.webdataset)
+    add("webdataset", keys, *trainer.webdataset)
     add("two processes", both, *halves, processes=2)
     wide = stored(directory / "wide", pairs, **WIDE)
     mimicry = ["--loss", "rankclip-distill+mimicry", "--mimicry-weight", "0.5"]
@@ -66,7 +46,6 @@ def taught(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     [
         "accumulation, a worker",
         "webdataset",
-        pytest.param("webdataset, a folder", marks=pytest.mark.slow),
         pytest.param("two processes", marks=pytest.mark.slow),
     ],
 )

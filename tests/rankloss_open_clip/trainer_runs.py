@@ -33,7 +33,10 @@ SAMPLES = 64
 PRECISIONS = ("fp32", "amp", "amp_bf16", "bf16", "pure_bf16")
 STEPS = 4  # optimizer steps of an epoch, without accumulation
 TIMEOUT = 600  # seconds; a busy machine takes minutes for what takes seconds
-OFFICIAL = ["--loss", "rankclip", "--rankclip-schedule", "official"]
+OFFICIAL = [
+    *("--loss", "rankclip", "--rankclip-schedule", "official"),
+    *("--rankclip-schedule-unit", "epoch"),
+]
 WHOLE_SET = [  # two epochs of one step each, on the same uncropped pairs in any order
     *("--loss", "rankclip", "--epochs", "2", "--batch-size", str(SAMPLES)),
     *("--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)"),

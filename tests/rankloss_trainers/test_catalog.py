@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ ALONE = Gather(local_loss=False, gather_with_grad=False, rank=0, world_size=1)
 RANKCLIP: Any = catalog.load("rankclip")
 
 
-FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name != "reduction"]
+IN_PYTHON_ALONE = {"reduction", "lists", "worth", "ties", "discount", "fixed_reference"}
+FIELDS = [field for field in dataclasses.fields(RankOptions) if field.name not in IN_PYTHON_ALONE]
 
 
 def test_every_option_of_the_rank_terms_can_be_typed_but_those_without_a_use() -> None:
@@ -40,8 +40,7 @@ def test_every_option_of_the_rank_terms_can_be_typed_but_those_without_a_use() -
 def parsed(*argv: str) -> Any:
     parser = argparse.ArgumentParser(exit_on_error=False)
     losses = LossArguments(parser, ["rankclip"], default="rankclip")
-    _, given = losses.chosen(parser.parse_args(argv)) or ("", {})
-    return RANKCLIP.of(given)
+    return losses.chosen(parser.parse_args(argv))
 
 
 def test_defaults_are_those_of_the_library() -> None:
@@ -76,7 +75,7 @@ def test_what_is_typed_is_what_the_library_gets(data: st.DataObject) -> None:
             "reference must be one of auto, own, teacher; got 'Teacher'; did you mean teacher",
         ),
         ("distill_loss", "exclud", "distill_loss .*did you mean exclude"),
-        ("schedule_unit", "x", "schedule_unit must be one of epoch, step; got 'x'$"),
+        ("schedule_unit", "x", "schedule_unit must be one of auto, epoch, step; got 'x'$"),
         ("diagonal", 1, "diagonal must be one of include, exclude; got 1"),
         ("lambda_in", None, "lambda_in must be a finite number of at least 0; got None"),
         *(("lambda_in", x, "lambda_in must be a finite number") for x in (math.nan, True, "x")),
@@ -94,10 +93,10 @@ def test_value_that_an_option_cannot_have_is_refused(key: str, value: Any, messa
 
 
 def test_values_that_python_has_are_taken() -> None:
-    values = {"top_k": np.int64(3), "lambda_in": 2, "reference_features": Path("x"), "discount": None}
+    values = {"top_k": np.int64(3), "lambda_in": 2, "reference_features": Path("x"), "diagonal": False}
     options = RANKCLIP(**values)
     assert {key: getattr(options, key) for key in values} == {**values, "reference_features": "x"}
-    assert RANKCLIP.with_defaults({"top_k": 8})(top_k=None).top_k is None
+    assert catalog.load("rankclip-distill").of({"top_k": None}).top_k is None
     with pytest.raises(TypeError, match="rankclip has no option 'topk'; did you mean top_k"):
         RANKCLIP.of({"topk": 1})
 
@@ -108,7 +107,8 @@ SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
 @pytest.mark.parametrize(
     ("typed", "refused", "described"),
     [
-        ("", None, "per epoch over 3 epoch(s) (few values of lambda; schedule-unit step"),
+        ("", None, "per step over 3 epoch(s) (in fewer than ten epochs a ramp per epoch has few steps; "),
+        ("--rankclip-schedule-unit epoch", None, "per epoch over 3 epoch(s)"),
         (
             "--rankclip-reference teacher --rankclip-lambda-in 64",
             None,
@@ -116,36 +116,40 @@ SCALED = "--rankclip-model top_one --rankclip-reference-scale 2.5"
         ),
         (f"{SCALED} --rankclip-reference-features t", None, ", reference-scale 2.5, reference-features t"),
         ("--rankclip-reference teacher --rankclip-distill-loss exclude", None, "distill-loss exclude"),
-        (SCALED, "reference_scale", ""),
+        (SCALED, "--rankclip-reference-scale: multiplies a teacher's", ""),
         (
             "--rankclip-reference own --rankclip-reference-features t",
-            "reference_features: t .*reference own",
+            "--rankclip-reference-features: t .*reference own",
             "",
         ),
-        ("--rankclip-reference teacher --rankclip-fixed-reference text", "fixed_reference", ""),
-        ("--rankclip-distill-loss exclude", "distill_loss", ""),
+        ("--rankclip-distill-loss exclude", "--rankclip-distill-loss: exclude", ""),
+        ("--rankclip-model top_one --rankclip-top-k 2", "--rankclip-model: model='top_one' needs top_k", ""),
+        ("--rankclip-bins 9", "--rankclip-bins: bins=9 needs method='bin'", ""),
     ],
 )
 def test_teacher_is_asked_for_by_an_option(typed: str, refused: str | None, described: str) -> None:
+    if refused is not None:
+        with pytest.raises(ValueError, match=f"^{refused}"):
+            parsed(*typed.split())
+        return
     options = parsed(*typed.split())
     assert (options.teacher == "required") == ("teacher" in typed or "-features" in typed)
-    reason = options.refuse(ALONE)
-    if refused is None:
-        assert reason is None
-        assert described in options.describe(3)
-    else:
-        assert re.match(refused, reason)
+    assert described in options.describe(3)
 
 
-def test_one_list_of_the_batch_leaves_local_loss_where_that_is_exact() -> None:
-    loss = RANKCLIP(lists="batch")
-    for local_loss, with_grad in ((True, True), (False, True), (False, False)):
-        gather = dataclasses.replace(ALONE, local_loss=local_loss, gather_with_grad=with_grad)
-        assert loss.build(nn.Identity(), gather).consistency.gather.local_loss is False
-    with pytest.raises(ValueError, match="^lists="):
-        loss.build(nn.Identity(), dataclasses.replace(ALONE, local_loss=True))
-
-
-def test_options_that_exclude_each_other_are_no_choice() -> None:
-    with pytest.raises(ValueError, match="^diagonal=False needs ties"):
-        RANKCLIP(lists="batch", diagonal="exclude", ties="random")
+@pytest.mark.parametrize(
+    ("given", "epochs", "unit"),
+    [
+        ({}, 9, "step"),
+        ({}, 10, "epoch"),
+        ({}, 2.5, "step"),
+        ({}, math.inf, "step"),
+        ({"schedule_unit": "epoch"}, 2, "epoch"),
+        ({"schedule_unit": "epoch"}, 1, "step"),
+        ({"schedule_unit": "step"}, 64, "step"),
+    ],
+)
+def test_a_short_run_goes_by_steps(given: Any, epochs: float, unit: str) -> None:
+    chosen = RANKCLIP.of(given)
+    assert chosen.unit(epochs) == unit
+    assert f"per {unit}" in chosen.describe(epochs)

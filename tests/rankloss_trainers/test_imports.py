@@ -51,7 +51,7 @@ def test_arrows_point_one_way(package: str) -> None:
 
 
 LIGHT = ("rankloss_open_clip", "rankloss_trainers.command_line")  # with the catalogue
-HEAVY = ("rankloss", "rankloss_trainers.own_losses", "rankloss_baselines.entries")
+HEAVY = ("rankloss", "rankloss_trainers.own_losses", "rankloss_baselines.alip")
 SCRIPT = f"""
 import importlib, json, sys
 names = "torch open_clip open_clip_train transformers lightning sentence_transformers accelerate".split()

@@ -50,11 +50,21 @@ def test_lists_alone_leave_the_pairs_out_and_a_bias_in_the_graph() -> None:
         term(SCALE, dist_image_features=V, **LISTS)
 
 
+def test_a_base_is_trained_where_the_data_have_pairs() -> None:
+    gather, pairs = rankloss.Gather(rank=0, world_size=1), {"image_features": V, "text_features": T}
+    auto, include = (choose("ranked-lists", {"base_loss": x}) for x in ("auto", "include"))
+    terms = [x.build(rankloss.ClipLoss(gather=False), gather) for x in (auto, include)]
+    for term in terms:
+        assert {*term(SCALE, **pairs, **LISTS, output_dict=True)} == {"contrastive_loss", "ranked_lists_loss"}
+    assert {*terms[0](SCALE, **LISTS, output_dict=True)} == {"ranked_lists_loss"}
+    with pytest.raises(ValueError, match="base_loss include needs pairs"):
+        terms[1](SCALE, **LISTS)
+
+
 def test_options_reach_the_loss() -> None:
     given = {"model": "pairwise", "pair_weight": "difference", "chunk_size": "7", "base_loss": "exclude"}
     gather = rankloss.Gather(rank=0, world_size=1)
     chosen = choose("ranked-lists", given)
-    assert chosen.refuse(gather) is None
     term = chosen.build(rankloss.ClipLoss(), gather)
     assert (term.base, term.lists.pair_weight, term.lists.chunk_size) == (None, "difference", 7)
     default = choose("ranked-lists").build(rankloss.ClipLoss(), gather).lists

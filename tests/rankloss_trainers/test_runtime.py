@@ -19,7 +19,7 @@ from rankloss.losses import TEACHER
 from rankloss_baselines import AlipLoss, CyClipLoss
 from rankloss_trainers import catalog
 from rankloss_trainers.named import NamedLoss
-from rankloss_trainers.runtime import NEEDS, Host, Runtime, listeners
+from rankloss_trainers.runtime import NEEDS, Host, Runtime, given_loss, listeners
 
 SCALE = torch.tensor(8.0)
 HOST = Host("a trainer", "--siglip", "give the columns", "give callbacks=[Progress()]", serves=tuple(NEEDS))
@@ -27,7 +27,7 @@ BARE = dataclasses.replace(HOST, serves=())
 
 
 def run_of(host: Host, loss: Any, options: Any = None, **given: Any) -> Runtime:
-    return Runtime(host, host.chosen(loss, options), **given)
+    return Runtime(host, given_loss(loss, options), **given)
 
 
 def features(count: int = 2, seed: int = 0) -> list[Tensor]:
@@ -99,7 +99,7 @@ def test_rankclip_is_what_it_is_alone(step: int) -> None:
     alone.set_progress(step, 3)
     driven, plain = features(), features()
     entries, expected = run(**inputs(driven)), alone(**inputs(plain))
-    kinds = ("raw", "tau")  # the raw terms also while λ is 0
+    kinds = ("raw", "tau") if step > 1 else ("tau",)  # nothing of the rank terms is computed while λ is 0
     logged = [f"{term}_{kind}" for kind in kinds for term in ("cross_modal", "in_modal")]
     assert list(entries.metrics) == ["rank_lambda", *logged]
     assert entries.metrics["rank_lambda"] == (step - 1) / 2
@@ -124,6 +124,36 @@ def test_evaluation_is_the_innermost_base_and_counts_a_single_pair_0() -> None:
     pair = features()
     assert torch.equal(run.evaluate(**inputs(pair)).total, rankloss.ClipLoss()(*pair, SCALE))
     assert run.evaluate(**inputs([x[:1] for x in pair])).total == 0
+
+
+def test_fixed_entries_are_nan_while_they_have_no_value() -> None:
+    """A compiled caller would be compiled again when an entry appears."""
+    run = run_of(HOST, "rankclip", {"schedule": "linear"})
+    run.has_fixed_entries = True
+    names = [[*at(run, step)(**inputs(features())).metrics] for step in (1, 2)]
+    assert names[0] == names[1]
+    absent = at(run, 1)(**inputs(features())).metrics
+    assert absent["cross_modal_raw"].isnan()
+    assert absent["rank_lambda"] == 0
+
+
+@pytest.mark.parametrize("name", ["rankclip+cyclip", "cyclip+rankclip", "rankclip+ranked-lists"])
+def test_validation_of_joined_losses_is_the_innermost_base_and_does_not_grow(name: str) -> None:
+    queries, *candidates = features(4, seed=1)
+    more = {
+        "query_features": queries,
+        "candidate_features": torch.stack(candidates, 1),
+        "grades": torch.eye(6, 3),
+    }
+    more = more if "ranked-lists" in name else {}
+    pair = features()
+    run, loss = run_of(HOST, name), rankloss_trainers.create(name)
+    of_lists = rankloss.RankedLists()(**more, logit_scale=SCALE) if more else torch.zeros(())
+    for step in (1, 3):
+        at(run, step), loss.set_progress(step, 3)
+        total = run.evaluate(**inputs(pair), **more).total
+        torch.testing.assert_close(total, rankloss.ClipLoss()(*pair, SCALE) + of_lists)
+        assert torch.equal(loss.base(*pair, SCALE), rankloss.ClipLoss()(*pair, SCALE))
 
 
 # --- progress -------------------------------------------------------------------------------------------
@@ -165,7 +195,7 @@ def test_every_part_is_told_by_the_method_that_it_has(unit: str, told: tuple[str
     assert both.told == [told]
     assert epochs.told == [("epoch", 1, 2)]
     assert len([*listeners(run.criterion, "epoch", "epoch")]) == 2
-    with pytest.raises(ValueError, match=r"cyclip goes by epochs .* without a length"):
+    with pytest.raises(ValueError, match="cyclip goes by epochs, but data without a length"):
         run.begin(float("inf"))
 
 
@@ -282,7 +312,7 @@ def test_created_loss_is_the_one_of_the_runtime(name: str) -> None:
         ("rankclp", {}, ValueError, "loss must be one of .*did you mean rankclip"),
         ("rankclip", {"topk": 8}, TypeError, "did you mean top_k"),
         ("rankclip", {"reference": "Teacher"}, ValueError, "reference .*did you mean teacher"),
-        ("rankclip", {"agreement_every": 8}, ValueError, "agreement_every is for a trainer"),
+        ("rankclip", {"agreement_every": 8}, ValueError, "agreement_every: is for a trainer"),
         ("rankclip", {"reference_features": "x"}, ValueError, "needs a folder"),
     ],
 )

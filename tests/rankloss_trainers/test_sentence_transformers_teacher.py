@@ -90,9 +90,10 @@ def test_a_teacher_that_cannot_be_copied_is_refused(
 ) -> None:
     path = folder(tmp_path / "x", pairs(ROWS), features(width), "image", "text", spaces)
     data = bind(pairs(ROWS), path, caption_column="text", column="label")
+    given: Any = {"reference_features": path}
+    given = {"mimicry": given} if "+" in loss else given
     with pytest.raises(ValueError, match=message):
-        given = {"reference_features": path}
-        trained(tmp_path, data, loss, **({"mimicry": given} if "+" in loss else given))
+        trained(tmp_path, data, loss, **given)
 
 
 def test_columns_of_other_pairs_are_refused_before_a_weight_changes(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 import rankloss
-from rankloss_trainers.transformers.lists import RankedListsCollator
+from rankloss_trainers.transformers.list_table import RankedListsCollator
 
 WORDS = ["red", "green", "blue", "dark", "pale", "warm"]
 LISTS = {"loss": "ranked-lists"}
@@ -197,6 +197,77 @@ def test_a_module_and_a_model_with_a_bias_train(tmp_path: Path) -> None:
     assert seen == [0.0]
 
 
+def own_of(data: Any) -> list[Any]:
+    """An own candidate of each query: for every second one that of another list."""
+    lists = data["candidates"]
+    return [lists[n][0] if n % 2 else lists[(n + 3) % len(lists)][-1] for n in range(len(lists))]
+
+
+@pytest.mark.parametrize(("of_texts", "size"), [(False, None), (False, 3), (True, None)])
+def test_a_loss_of_pairs_trains_beside_the_lists(tmp_path: Path, of_texts: bool, size: int | None) -> None:
+    """The own candidates are no negatives of a list; λ does not reach the evaluation."""
+    data = table(of_texts)
+    owns, rows, words = own_of(data), list(data), Processor()
+    data = (
+        data.add_column("own", owns)
+        if not of_texts
+        else data.map(lambda _, n: {"own": owns[n]}, with_indices=True)
+    )
+    options = {
+        "rankclip": {"schedule": "constant", "lambda_in": 16.0},
+        "ranked-lists": {"in_batch_negatives": True, "weight": 0.5},
+    }
+    given = {
+        "max_steps": 1,
+        "loss": "rankclip+ranked-lists",
+        "loss_options": options,
+        "mini_batch_size": size,
+    }
+    ended = run(tmp_path, data, **given)
+    model = Towers()
+    pool = {x if isinstance(x, str) else x.tobytes(): x for row in rows for x in row["candidates"]}
+    queries, pairs, others = [row["query"] for row in rows], owns, [*pool.values()]
+
+    def embed(items: list[Any]) -> Tensor:
+        if isinstance(items[0], str):
+            tokens = words.tokenizer(items)
+            features = (model.words[tokens["input_ids"]] * tokens["attention_mask"][..., None]).sum(1)
+        else:
+            features = words.image_processor(items)["pixel_values"] @ model.image
+        return F.normalize(features, dim=-1)
+
+    places = {key: n for n, key in enumerate(pool)}
+    index = nn.utils.rnn.pad_sequence(
+        [
+            torch.tensor([places[x if isinstance(x, str) else x.tobytes()] for x in row["candidates"]])
+            for row in rows
+        ],
+        batch_first=True,
+        padding_value=-1,
+    )
+    grades = nn.utils.rnn.pad_sequence(
+        [torch.tensor(row["grades"], dtype=torch.float64) for row in rows], batch_first=True
+    )
+    both = (embed(pairs), embed(queries)) if of_texts else (embed(queries), embed(pairs))
+    scale = model.logit_scale.exp()
+    lists = rankloss.RankedLists(in_batch_negatives=True)
+    of_lists = 0.5 * lists(
+        embed(queries), embed(others), grades, scale, candidate_index=index, mask=index >= 0
+    )
+    total = rankloss.RankClipLoss(schedule="constant", lambda_in=16.0)(*both, scale) + of_lists
+    (rankloss.ClipLoss()(*both, scale) + of_lists).detach()
+    total.backward()
+    for (name, ours), theirs in zip(ended.model.named_parameters(), model.parameters(), strict=True):
+        expected = theirs.detach() - 0.5 * theirs.grad
+        torch.testing.assert_close(ours.detach(), expected, rtol=1e-3, atol=1e-4, msg=name)
+    assert lines(ended)[0]["loss"] == pytest.approx(total.item(), rel=1e-4)
+    evaluated = trainer(tmp_path, model=Towers(), pairs=data, processing_class=Processor(), **given).evaluate(
+        data
+    )
+    expected = rankloss.ClipLoss()(*both, scale) + of_lists
+    assert evaluated["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_siglip_trains(tmp_path: Path) -> None:
     """A model with a tokenizer's length and pictures of its size."""
 
@@ -297,6 +368,8 @@ def test_bad_tables_are_refused_before_training(tmp_path: Path, more: Any, messa
     ("given", "message"),
     [
         ({"loss_options": {"own_caption": "top"}}, "own_caption: is for open_clip's trainer"),
+        ({"loss_options": {"base_loss": "include"}}, "needs pairs beside the lists: .* column own"),
+        ({"loss": "rankclip+ranked-lists"}, "needs pairs beside the lists: .* column own"),
         (
             {"data_collator": lambda _: {"input_ids": torch.ones(2)}},
             "candidate_index",
@@ -307,6 +380,25 @@ def test_bad_tables_are_refused_before_training(tmp_path: Path, more: Any, messa
 def test_what_cannot_train_is_refused(tmp_path: Path, given: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError, KeyError), match=message):
         run(tmp_path, table(True), **given)
+
+
+@pytest.mark.parametrize(
+    "options", [{"model": "top_one"}, {"model": "pairwise", "pair_weight": "difference"}]
+)
+def test_ranks_are_no_values(tmp_path: Path, options: dict[str, Any]) -> None:
+    ranks = [[-g for g in row] for row in table(True)["grades"]]
+    data = table(True, grades=None, ranks=ranks)
+    for given in (data, data.to_iterable_dataset()):  # before training, and in the first batch
+        more = {"max_steps": 1, "accelerator_config": {"dispatch_batches": False}}
+        with pytest.raises(ValueError, match="ranks are an order, and ranked-lists takes grades as values"):
+            run(tmp_path, given, loss_options=options, **more)
+
+
+def test_pairs_that_nobody_trains_are_refused(tmp_path: Path) -> None:
+    data = table(False)
+    data = data.add_column("own", own_of(data))
+    with pytest.raises(ValueError, match="the data have own, of pairs that ranked-lists does not train"):
+        run(tmp_path, data, loss_options={"base_loss": "exclude"})
 
 
 def test_a_processor_is_needed(tmp_path: Path) -> None:

@@ -133,24 +133,26 @@ def test_accelerate_launches_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "keywords", "rest"),
+    ("argv", "chosen", "rest"),
     [
-        (["--a", "--", "--los", "-x"], {}, ["--a", "--", "--los", "-x"]),
-        (["--a", "--loss", "clip", "-x"], {}, ["--a", "-x"]),
+        (["--a", "--", "--los", "-x"], None, ["--a", "--", "--los", "-x"]),
+        (["--a", "--loss", "clip", "-x"], None, ["--a", "-x"]),
         (
             ["--a", "-1", "--loss", "rankclip", "x", "--rankclip-top-k=3", "--b=--loss", "--lo", "y"],
-            {"loss": "rankclip", "loss_options": {"top_k": 3}},
+            ("rankclip", {"top_k": 3}),
             ["--a", "-1", "x", "--b=--loss", "--lo", "y"],
         ),
         (
             ["--loss", "cyclip", "--cyclip-lambda-in", "1", "--", "--rankclip-top_k", "3"],
-            {"loss": "cyclip", "loss_options": {"lambda_in": 1.0}},
+            ("cyclip", {"lambda_in": 1.0}),
             ["--", "--rankclip-top_k", "3"],
         ),
     ],
 )
-def test_what_is_the_scripts_reaches_it_in_order(argv: Any, keywords: Any, rest: Any) -> None:
-    assert parse(argv) == (keywords, rest)
+def test_what_is_the_scripts_reaches_it_in_order(argv: Any, chosen: Any, rest: Any) -> None:
+    loss, others = parse(argv)
+    assert others == rest
+    assert (loss and (loss.name, loss.changed)) == chosen
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,9 @@ def test_what_is_the_scripts_reaches_it_in_order(argv: Any, keywords: Any, rest:
         (["--loss", "rankclap"], "--loss: .*rankclap'; did you mean rankclip"),
         (["--cyclip-lambda-in", "3"], "--cyclip-lambda-in: only with --loss cyclip$"),
         (["--loss", "rankclip", "--cyclip-lambda-in", "3"], "--cyclip-lambda-in: only with --loss cyclip$"),
-        (["--loss", "rankclip", "--rankclip-diagonal", "exclude", "--rankclip-ties", "random"], "-diagonal"),
+        (["--loss", "rankclip", "--rankclip-model", "top_one", "--rankclip-top-k", "2"], "-model: model="),
+        (["--loss", "rankclip", "--rankclip-ties", "random"], "--rankclip-ties: there is no such option"),
+        (["--loss", "rankclip", "--rankclip-orders", "x"], "--rankclip-orders: there is no such option"),
         (["--loss", "alip"], "--alip-caption-key"),
         (
             ["--loss", "rankclip", "--rankclip-lamda-in", "3"],
@@ -183,7 +187,7 @@ def test_help_is_the_runners_before_the_script(
     main()
     text = " ".join(capsys.readouterr().out.split())
     assert "multiplies lambda in the in-modal term (default: 1.0; rankclip-cross: 0.0; " in text
-    assert "a run of one epoch goes by steps (default: step)" in text
+    assert "auto: per epoch in a run of ten or more (default: auto)" in text
     assert "count only the best ranks of each list (default: all; rankclip-distill: 8)" in text
     monkeypatch.setattr(sys, "argv", ["runner", "--loss", "rankclip"])
     with pytest.raises(SystemExit):

@@ -86,6 +86,13 @@ def train(
     return trainer
 
 
+def rank_clip(model: Any, **given: Any) -> ours.ContrastiveLoss:
+    """``rankclip`` with its options, and the keywords of a ContrastiveLoss, side by side."""
+    names = ("scale", "mini_batch_size", "output_dict", "gather")
+    own = {name: given.pop(name) for name in names if name in given}
+    return ours.ContrastiveLoss(model, "rankclip", given, **own)
+
+
 def weights(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
@@ -93,7 +100,7 @@ def weights(module: nn.Module) -> Tensor:
 def trained(directory: Path, kind: str, batch_size: int) -> dict[str, Any]:
     """Log and weights of a training, to compare numbers of processes."""
     model = tiny(directory)
-    loss = ours.RankClipLoss(model, schedule="linear", mini_batch_size=3 if kind == "cached" else None)
+    loss = rank_clip(model, schedule="linear", mini_batch_size=3 if kind == "cached" else None)
     trainer = train(directory, loss, model, per_device_train_batch_size=batch_size, learning_rate=0.01)
     lines = [line for line in trainer.state.log_history if "loss" in line]
     return {"lines": lines, "weights": weights(trainer.model).tolist()}

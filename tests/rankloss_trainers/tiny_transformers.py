@@ -57,8 +57,8 @@ class Pairs(Dataset[dict[str, Tensor]]):
 
     Args:
         number: How many there are.
-        more: ``image`` and ``text``, a teacher's features of these; ``caption``, a second caption;
-            ``patches``, images as SigLIP 2 takes them.
+        more: ``image`` and ``text``, a teacher's features of these; ``patches``, images as SigLIP 2 takes
+            them.
     """
 
     def __init__(self, number: int = 32, *more: str) -> None:
@@ -71,8 +71,6 @@ class Pairs(Dataset[dict[str, Tensor]]):
         for modality in sorted({"image", "text"} & {*more}):  # of another dimension than the model's
             features = F.normalize(torch.randn(number, 6, generator=generator), dim=-1)
             self.columns[f"reference_{modality}_features"] = features
-        if "caption" in more:
-            self.columns.update(caption_input_ids=texts.roll(1, 0), caption_attention_mask=mask)
         if "patches" in more:
             patches = {"pixel_values": F.unfold(images, 8, stride=8).mT}
             shapes = torch.tensor([2, 2]).expand(number, 2)
@@ -190,14 +188,8 @@ def own_loop(
         seen = []
         for size in sizes:
             inputs, start = pairs.batch(start, start + size), start + size
-            given = {
-                name: inputs.pop(name) for name in [*inputs] if name.startswith(("reference_", "order_"))
-            }
-            caption = inputs.pop("caption_input_ids", None)
-            inputs.pop("caption_attention_mask", None)
+            given = {name: inputs.pop(name) for name in [*inputs] if name.startswith("reference_")}
             output = model(**inputs)
-            if caption is not None:
-                given["caption_features"] = model(**{**inputs, "input_ids": caption}).text_embeds
             entries = loss(
                 *(output.image_embeds, output.text_embeds, model.logit_scale.exp()), output_dict=True, **given
             )

@@ -201,8 +201,8 @@ def embedded(
         KeyError: The batch is of another collator.
         ValueError: as :func:`check_batch`.
     """
-    check_batch(run, inputs)
     index, grades, ids = (inputs[name] for name in ("candidate_index", "grades", "candidate_ids"))
+    check_batch(run, inputs)
     own_index = inputs.get("own_index")
     others = len(ids) if own_index is None else max(len(ids), int(own_index.max()) + 1)
     few, many = sorted((int(inputs["query_index"].max()) + 1, others))

@@ -16,7 +16,7 @@ from torch import nn
 
 import rankloss
 from rankloss import schedules
-from rankloss_open_clip import bootstrap, command_line
+from rankloss_open_clip import arguments, bootstrap
 from rankloss_open_clip.training import build_loss
 from rankloss_trainers import catalog
 from rankloss_trainers.command_line import dest, flag
@@ -41,12 +41,12 @@ class Deep(NamedLoss):
         return base
 
 
-def built(base: nn.Module, options: Any, gather: Any) -> nn.Module:
+def built(base: nn.Module, gather: Any) -> nn.Module:
     """The first line is the help."""
     return base
 
 
-def number(base: nn.Module, options: Any, gather: Any) -> Any:
+def number(base: nn.Module, gather: Any) -> Any:
     return 3
 
 
@@ -104,7 +104,7 @@ def test_help_shows_every_loss_with_its_options(
     assert exit_.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "--train-data" in shown
-    assert "plain: The first line is the help." in shown
+    assert "plain: The first line is the help;" in shown
     assert "broken: cannot be used (q 1.0): ModuleNotFoundError" in shown
     for name in (*catalog.BUILT_IN, "alip", "cyclip"):
         loss = catalog.load(name)
@@ -129,8 +129,8 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
     register(("p", "x", "built"), ("p", "gather", "built"))
     for name in ("rankclip", "alip", "x"):
         with pytest.raises(RuntimeError, match=f"--loss-dist-impl {name}"):
-            command_line.requested(SimpleNamespace(loss_dist_impl=name))
-    assert command_line.requested(SimpleNamespace(loss_dist_impl="gather")) is None
+            arguments.requested(SimpleNamespace(loss_dist_impl=name))
+    assert arguments.requested(SimpleNamespace(loss_dist_impl="gather")) is None
 
 
 # --- what is refused ------------------------------------------------------------------------------------
@@ -141,9 +141,13 @@ def test_name_that_was_swallowed_by_the_trainers_own_option_is_noticed(register:
     [
         ("--loss siglip", "'siglip'"),
         ("--loss rankclp", "did you mean rankclip?"),
-        ("--rankclip-top-k 5 --rankclip-lambda-in 1", "--rankclip-top-k, --rankclip-lambda-in: only with"),
+        ("--rankclip-top-k 5 --rankclip-lambda-in 1", "--rankclip-lambda-in, --rankclip-top-k: only with"),
         ("--loss rankclip --rankclip-lamda-in 1", "did you mean --rankclip-lambda-in?"),
         ("--loss rankclip --rankclip_top_k 3", "did you mean --rankclip-top-k?"),
+        ("--loss rankclip --rankclip-ties random", "--rankclip-ties: there is no such option"),
+        ("--loss rankclip --rankclip-orders x", "--rankclip-orders: there is no such option"),
+        ("--loss mimicry --mimicry-contrast 1", "--mimicry-contrast: there is no such option"),
+        ("--loss rankclip --rankclip-reference-features samples", "-features: samples is no folder of"),
         ("--loss rankclip --horovod", "--horovod"),
         ("--loss rankclip --model naflexgenlip_b16", "naflexgenlip_b16"),
         ("--loss rankclip --rankclip-reference teacher", "--rankclip-reference-features"),
@@ -181,7 +185,7 @@ def test_trainer_that_was_not_reached_is_refused(monkeypatch: pytest.MonkeyPatch
         ("rankclip --rankclip-schedule cosine", {"schedule": schedules.cosine, "gather_with_grad": False}),
         ("rankclip-cross --local-loss", {"lambda_cross": 1.0, "lambda_in": 0.0, "local_loss": True}),
         (f"rankclip-distill {SIGMOID_STUDENT}", {"lambda_in": 64.0, "local_loss": True}),
-        ("rankclip --siglip --rankclip-lists batch", {"local_loss": False, "gather_with_grad": True}),
+        ("rankclip --siglip --rankclip-top-k 3", {"top_k": 3, "local_loss": True, "gather_with_grad": True}),
         ("cyclip --cyclip-lambda-cross 1", {"lambda_cross": 1.0, "lambda_in": 0.25, "local_loss": False}),
         ("alip --alip-caption-key x --alip-gamma-pair 1", {"gamma_sample": 2.0, "gamma_pair": 1.0}),
     ],
