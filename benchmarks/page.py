@@ -143,7 +143,7 @@ def by_column(groups: Groups, cell: Callable[[Measured, Measured], str]) -> str:
         found = [group.get(name) for group in groups.values()]
         cells = ["–" if x is None else cell(x, first) for x, first in zip(found, firsts, strict=True)]
         rows.append([name, *cells])
-    return markdown_table(["", *groups], rows)
+    return markdown_table(["loss", *groups], rows)
 
 
 def by_row(groups: Groups) -> str:
