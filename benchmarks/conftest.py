@@ -26,7 +26,9 @@ Measured = dict[str, tuple[list[float], dict[str, Any]]]
 
 
 def pytest_configure() -> None:
-    """Refuse to measure another rankloss than PYTHONPATH has."""
+    """Refuse to measure another rankloss than PYTHONPATH has, and a card that is not there."""
+    if DEVICE.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"RANKLOSS_TEST_DEVICE={DEVICE} needs a CUDA card and a CUDA build of torch")
     paths = [Path(path).resolve() for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     wanted = next((path for path in paths if (path / "rankloss").is_dir()), None)
     imported = Path(rankloss.__file__).resolve().parents[1]

@@ -23,7 +23,7 @@ from trainer import loss_of_the_trainer
 from turns import Step
 
 D, SCALE, BIAS = 512, 1 / 0.07, -10.0
-WORK = 1.5e8  # entries of S in all rounds of a group
+WORK = 1e10 if DEVICE.type == "cuda" else 1.5e8  # entries of S in all rounds of a group
 Features = tuple[Tensor, Tensor, Tensor]
 
 # Pairs of the whole batch, and the processes that share it.

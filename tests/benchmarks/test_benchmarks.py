@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import page  # noqa: E402
+import turns  # noqa: E402
 from products import products_of  # noqa: E402
-from turns import in_turns  # noqa: E402
 
 GROUP = "losses: N = 8"
 TARGETS = [
@@ -46,9 +46,22 @@ def test_every_round_runs_every_contender_once_and_in_the_other_order() -> None:
         step()
         return float(len(ran))
 
-    found = in_turns(steps, 3, seconds)
+    found = turns.in_turns(steps, 3, seconds)
     assert "".join(ran) == "abccbaabc"
     assert found == {"a": [1.0, 6.0, 7.0], "b": [2.0, 5.0, 8.0], "c": [3.0, 4.0, 9.0]}
+
+
+def test_on_a_card_seconds_and_bytes_are_of_what_the_card_has_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(turns, "DEVICE", torch.device("cuda"))
+    for name, bytes_there in {"synchronize": 0, "reset_peak_memory_stats": 0, "memory_allocated": 3}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda name=name, x=bytes_there: seen.append(name) or x)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 + seen.count("step"))
+    turns.stopwatch(lambda: seen.append("step"))
+    assert seen == ["synchronize", "step", "synchronize"]
+    seen.clear()
+    assert turns.count_memory(lambda: seen.append("step")) == {"peak_bytes": 1, "saved_bytes": 0}
+    assert seen == ["synchronize", "reset_peak_memory_stats", "memory_allocated", "step"]
 
 
 def test_products_of_a_step_are_all_its_products() -> None:

@@ -1,4 +1,4 @@
-"""The distance of the gradient of ``method="bin"`` from that of the exact order, as docs/engine.md gives it."""
+"""The gradient of ``method="bin"`` beside that of the exact order: as close as docs/engine.md says."""
 
 from __future__ import annotations
 
