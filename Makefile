@@ -8,7 +8,8 @@ MINIATURE_OUTPUT ?= outputs/miniature
 BENCH_OUTPUT ?= outputs/bench
 GPU_OUTPUT ?= outputs/gpu
 
-.PHONY: demo test test-slow lint format typecheck docs bench gpu test-gpu bench-gpu mutants release-check clean
+.PHONY: demo test test-slow lint format typecheck docs clean
+.PHONY: bench bench-once gpu test-gpu bench-gpu mutants release-check
 
 # Of the installed modules most are never imported, so none is compiled beforehand; those that are, are compiled once.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile
@@ -147,24 +148,44 @@ docs/vendor/katex:
 	cd docs/vendor/package && mv LICENSE dist/katex.min.js dist/katex.min.css dist/fonts ../katex
 	rm -r docs/vendor/package docs/vendor/katex/fonts/*.ttf docs/vendor/katex/fonts/*.woff
 
-## Time and memory of the losses against open_clip's ClipLoss and the naive rank loss, as ratios within one run: tables
-## and whether the targets are met, in outputs/bench (about 25 minutes on 2 cores). SCALING_ARGS=--largest adds
-## N = 32,768.
+## Time and memory of the losses beside open_clip's and a naive one, as pytest-benchmark's JSON in outputs/bench; from
+## it the tables and the chart of docs/performance.md. A quarter of an hour on 2 idle cores.
+## BENCH_AGAINST=REVISION leaves the page as it is, runs them on that revision's rankloss too, and compares.
+## BENCH_ARGS="-k 'test_loss and 4096'" runs a part.
+BENCH := $(BIN)/pytest --benchmark-only --benchmark-json
+AGAINST = $(BENCH_OUTPUT)/$(subst /,-,$(BENCH_AGAINST))
+ifndef BENCH_AGAINST
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/scaling.py --output $(BENCH_OUTPUT) $(SCALING_ARGS)
-	$(BIN)/python benchmarks/bin_error.py --output $(BENCH_OUTPUT)
-	$(BIN)/python benchmarks/distributed.py --output $(BENCH_OUTPUT)
-	$(BIN)/python benchmarks/ranked_lists.py --output $(BENCH_OUTPUT)
+	mkdir -p $(BENCH_OUTPUT)
+	$(BENCH) $(BENCH_OUTPUT)/bench.json benchmarks $(BENCH_ARGS)
+	$(BIN)/python benchmarks/page.py $(BENCH_OUTPUT)/bench.json docs/performance.md
+	$(BIN)/python tools/pictures
+else
+bench: $(VENV)/.dev
+	rm -rf $(AGAINST)
+	$(PIP_INSTALL) --no-deps --no-build-isolation --target $(AGAINST) \
+		"git+file://$(CURDIR)@$$(git rev-parse $(BENCH_AGAINST))"
+	PYTHONPATH=$(AGAINST) $(BENCH) $(AGAINST).json benchmarks $(BENCH_ARGS)
+	$(BENCH) $(BENCH_OUTPUT)/this.json benchmarks $(BENCH_ARGS)
+	$(BIN)/pytest-benchmark compare $(AGAINST).json $(BENCH_OUTPUT)/this.json \
+		--group-by=fullname --columns=median,iqr,rounds --sort=fullname
+endif
+
+## Every benchmark once, on small sizes, untimed.
+bench-once: $(VENV)/.dev
+	$(ON_ALL_CORES) $(BIN)/pytest benchmarks --benchmark-disable
 
 ## On a CUDA card, with a CUDA build of torch: the core's tests, the kernels compiled instead of interpreted; and what
-## the losses cost there, in outputs/gpu (under nine minutes; repeat the command to resume). GPU_ARGS='--write
-## docs/gpu.md' fills the tables into the document.
+## the losses cost there, as JSON in outputs/gpu and as tables in docs/gpu.md.
 GPU_TESTS := tests/rankloss_triton tests/test_functional.py tests/test_losses.py tests/gpu
 gpu: test-gpu bench-gpu
 test-gpu: $(VENV)/.dev
 	RANKLOSS_TEST_DEVICE=cuda $(BIN)/python -m pytest -m 'not slow' $(wildcard $(GPU_TESTS)) $(PYTEST_ARGS)
+ON_A_CARD := test_losses.py test_training_step.py
 bench-gpu: $(VENV)/.dev
-	$(BIN)/python benchmarks/gpu.py --output $(GPU_OUTPUT) $(GPU_ARGS)
+	mkdir -p $(GPU_OUTPUT)
+	RANKLOSS_TEST_DEVICE=cuda $(BENCH) $(GPU_OUTPUT)/bench.json $(addprefix benchmarks/,$(ON_A_CARD)) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/page.py $(GPU_OUTPUT)/bench.json docs/gpu.md
 
 ## Mutation testing: the share of small faults in these files that these tests notice, and the survivors, in
 ## outputs/mutants (a minute or two each; repeated, the command goes on). MUTANTS_ARGS='--count 100' draws more of them.

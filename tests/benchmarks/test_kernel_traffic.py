@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +12,10 @@ import torch
 
 from devices import DEVICE
 from interpreter import interpreted, needs_triton
+from kernel_traffic import feature_bytes, traffic
 from rankloss.options import RankOptions
 from rankloss_triton import equal_rows, evaluate
 from rankloss_triton.rows import Block
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from kernel_traffic import feature_bytes, traffic
 
 pytestmark = [needs_triton, pytest.mark.skipif(DEVICE.type != "cpu", reason="counted in the interpreter")]
 

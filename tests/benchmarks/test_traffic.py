@@ -1,4 +1,4 @@
-"""``benchmarks/traffic.py``: what it counts, and that it does not grow."""
+"""``tests/traffic.py``: what it counts, and that it does not grow."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-import traffic  # noqa: E402
+import traffic
 
 # At 1,024 rows of 8,192 items: bytes per element and list, launches, peak MiB. What falls is lowered here.
 KERNEL_BYTES = 35
@@ -42,7 +38,7 @@ OPERATIONS = {
 @pytest.mark.slow
 def test_counts_do_not_grow() -> None:
     """In a process of its own, where Triton is not interpreted."""
-    command = [sys.executable, "-W", "error", BENCHMARKS / "traffic.py", "--json"]
+    command = [sys.executable, "-W", "error", traffic.__file__, "--json"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +13,7 @@ from torch import Tensor
 
 import rankloss
 from devices import DEVICE
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from share import one_of
+from one_of import one_of
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA card")
 

@@ -15,9 +15,9 @@ TABLE = Path(__file__).parents[2] / "docs/performance.md"
 BARS_AT = (512, 1024, 4096)
 NAMES = {  # of the table, and in the pictures
     "ClipLoss": "CLIP's loss, open_clip",
-    "naive terms": "rank terms, written naively",
-    "RankConsistency sort": "rank terms, rankloss, sorted",
-    "RankClipLoss bin": "CLIP's loss + rank terms, rankloss, bins",
+    "naive": "rank terms, written naively",
+    "RankConsistency": "rank terms, rankloss, sorted",
+    "RankClipLoss-bin": "CLIP's loss + rank terms, rankloss, bins",
 }
 
 
@@ -27,12 +27,12 @@ def measured(document: Path = TABLE) -> tuple[str, list[dict[str, list[float]]]]
     Raises:
         KeyError: if a loss or a size of the pictures is not in the document's tables.
     """
-    section = document.read_text(encoding="utf-8").partition("<!-- bench:scaling -->\n")[2]
+    section = document.read_text(encoding="utf-8").partition("<!-- bench:cpu -->\n")[2]
     tables: list[dict[str, list[float]]] = []
     for part in section.split("\n**")[1:3]:
         rows = [line.strip("| ").split(" | ") for line in re.findall(r"^\|.*\|$", part, re.MULTILINE)]
         cells = {name: dict(zip(rows[0][1:], of, strict=True)) for name, *of in rows}
-        tables.append({name: [_number(cells[name][f"{n:,}"]) for n in BARS_AT] for name in NAMES})
+        tables.append({name: [_number(cells[name][f"N = {n:,}"]) for n in BARS_AT] for name in NAMES})
     return section.partition("\n")[0], tables
 
 
@@ -46,7 +46,7 @@ def draw_bars(colors: Colors) -> Figure:
     figure = Figure(figsize=(NARROW, 3.75), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     _bars(panels[0], time, "forward and backward, s", colors, "{:.2f}")
-    _bars(panels[1], memory, "added memory, MiB", colors, "{:,.0f}")
+    _bars(panels[1], memory, "memory, MiB", colors, "{:,.0f}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", fontsize=SMALL)
     unbroken = conditions.rstrip(".").replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
     figure.supxlabel(textwrap.fill(unbroken, 62), fontsize=9)

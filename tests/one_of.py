@@ -24,7 +24,7 @@ def one_of(processes: int, own: Sequence[Tensor], everyone: Sequence[Tensor]) ->
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    def all_gather(x: Tensor, group: Any = None) -> Tensor:  # noqa: ARG001
+    def all_gather(x: Tensor, group: Any = None) -> Tensor:
         return next(whole for part, whole in zip(own, everyone, strict=True) if part is x)
 
     dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())

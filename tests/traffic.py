@@ -25,9 +25,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import rankloss
 from kernel_traffic import feature_bytes, traffic
+from one_of import one_of
 from rankloss_triton import launching, rows
-from report import markdown_table
-from share import one_of
 
 CACHE, PROCESSORS = 50 * 2**20, 132  # an H100's
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
@@ -217,7 +216,8 @@ def table(found: dict[str, Any]) -> str:
     counted = [(name, entry) for name, entry in found.items() if isinstance(entry, dict)]
     columns = ("bytes_per_element", "launches", "peak_mib")
     rows = [[name, *(f"{entry[column]:,.0f}" for column in columns)] for name, entry in counted]
-    return markdown_table(["", "bytes per element and list", "launches", "peak MiB"], rows)
+    head = ["", "bytes per element and list", "launches", "peak MiB"]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * 3], *rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,70 @@
+"""Losses of graded lists beside a cross-entropy of the same products, whose target is the first candidate."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloss import Gather, RankedLists
+from turns import Step
+
+N, K, D, SCALE = 512, 64, 512, 1 / 0.07  # lists, candidates of each, dimensions
+REFERENCE = "-reference"  # a frozen model's scores are subtracted
+CLIP = "cross-entropy"
+
+
+def contenders(negatives: bool) -> list[str]:
+    """Names, the cross-entropy's first; what this revision of rankloss lacks is left out."""
+    models = ("plackett_luce", "top_one") if negatives else ("plackett_luce", "top_one", "pairwise", "lambda")
+    found = list(filter(_is_known, models))
+    if not negatives and "reference_scores" in inspect.signature(RankedLists.forward).parameters:
+        found += [f"{model}{REFERENCE}" for model in found]
+    return [CLIP, *found]
+
+
+def _is_known(model: Any) -> bool:
+    try:
+        RankedLists(model=model)
+    except ValueError:
+        return False
+    return True
+
+
+def step(name: str, negatives: bool, queries: Tensor, candidates: Tensor) -> Step:
+    """Forward and backward of independent features of unit norm; the grades are 0 to 4."""
+    n, k, _ = candidates.shape
+    scale = torch.tensor(SCALE, requires_grad=True)
+    generator = torch.Generator().manual_seed(1)
+    if name == CLIP and negatives:
+        first = torch.arange(0, n * k, k)
+        return lambda: F.cross_entropy(scale * queries @ candidates.flatten(0, 1).T, first).backward()
+    if name == CLIP:
+        first = torch.zeros(n, dtype=torch.long)
+        return lambda: F.cross_entropy(
+            scale * torch.einsum("nd,nkd->nk", queries, candidates), first
+        ).backward()
+    model: Any = name.removesuffix(REFERENCE)
+    loss = RankedLists(model=model, in_batch_negatives=negatives, gather=Gather(rank=0, world_size=1))
+    grades = torch.randint(0, 5, (n, k), generator=generator)
+    given = {"reference_scores": torch.randn(n, k, generator=generator)} if name.endswith(REFERENCE) else {}
+    return lambda: loss(queries, candidates, grades, scale, **given).backward()
+
+
+@pytest.mark.parametrize(
+    ("negatives", "contender"), [(given, name) for given in (False, True) for name in contenders(given)]
+)
+def test_lists(
+    negatives: bool, contender: str, compare: Callable[..., None], size: Callable[[int], int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, k, d = size(N), size(K), size(D)
+    features = (torch.randn(*shape, generator=generator) for shape in ((n, d), (n, k, d)))
+    inputs = [F.normalize(x, dim=-1).requires_grad_() for x in features]
+    group = f"lists: {N} of {K} candidates" + ", and the others' as negatives" * negatives
+    compare(group, contender, lambda name: step(name, negatives, *inputs), rounds=10 if negatives else 40)

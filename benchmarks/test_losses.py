@@ -1,0 +1,125 @@
+"""Forward and backward of the losses beside open_clip's, by the pairs N and by a process's share of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss, SigLipLoss
+from torch import Tensor
+
+import rankloss
+import rankloss_trainers
+from devices import DEVICE
+from naive import naive_rank_terms
+from one_of import one_of
+from products import products_of
+from trainer import loss_of_the_trainer
+from turns import Step
+
+D, SCALE, BIAS = 512, 1 / 0.07, -10.0
+WORK = 1e10 if DEVICE.type == "cuda" else 1.5e8  # entries of S in all rounds of a group
+Features = tuple[Tensor, Tensor, Tensor]
+
+# Pairs of the whole batch, and the processes that share it.
+ON_CPU = ((512, 1), (1024, 1), (4096, 1), (8192, 1), (4096, 4))
+ON_CARD = ((1024, 1), (4096, 1), (16384, 1), (65536, 1), (8192, 8), (32768, 32), (65536, 64))
+SIZES = ON_CARD if DEVICE.type == "cuda" else ON_CPU
+NAIVE_UP_TO = 16384 if DEVICE.type == "cuda" else 4096
+
+
+def training(loss: Callable[..., Tensor], **given: Tensor | float) -> Callable[[Features], Step]:
+    """Forward and backward."""
+    return lambda x: lambda: loss(*x, **given).backward()
+
+
+def values_alone(loss: Callable[..., Tensor]) -> Callable[[Features], Step]:
+    return lambda x: torch.no_grad()(lambda: loss(*x))
+
+
+def of_open_clip(x: Features) -> Step:
+    """ClipLoss, of one process or of the first of several."""
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    return training(ClipLoss(local_loss=True, world_size=processes))(x)
+
+
+def distilled(x: Features) -> Step:
+    """``--loss rankclip-distill`` of a teacher's features."""
+    loss = rankloss_trainers.create("rankclip-distill", schedule="constant")
+    v, t, _ = features(len(x[0]), x[0].shape[1], seed=1)
+    return training(loss, reference_image_features=v.detach(), reference_text_features=t.detach())(x)
+
+
+def in_the_first_epoch(x: Features) -> Step:
+    """``--loss rankclip`` in open_clip's trainer while λ is 0, with what it logs."""
+    loss = loss_of_the_trainer("--loss rankclip", epoch=0)
+    return lambda: sum(loss(*x, output_dict=True).values()).backward()
+
+
+def sharing_ids(x: Features) -> Step:
+    """Every pair has one partner."""
+    ids = torch.arange(len(x[0]), device=DEVICE) // 2
+    return training(rankloss.ClipLoss(same_id="share"), pair_ids=ids)(x)
+
+
+# Those of open_clip first: ratios are to ClipLoss. Streamed, CLIP's losses are ours as beyond their budget.
+CONTENDERS: dict[str, Callable[[Features], Step]] = {
+    "ClipLoss": of_open_clip,
+    "SigLipLoss": training(SigLipLoss(), logit_bias=BIAS),
+    "ClipLoss-streamed": training(rankloss.ClipLoss(memory_budget=0)),
+    "SigLipLoss-streamed": training(rankloss.SigLipLoss(memory_budget=0), logit_bias=BIAS),
+    "naive": training(naive_rank_terms),
+    "RankConsistency": training(rankloss.RankConsistency()),
+    "RankConsistency-bin": training(rankloss.RankConsistency(method="bin")),
+    "RankClipLoss": training(rankloss.RankClipLoss(schedule="constant")),
+    "RankClipLoss-bin": training(rankloss.RankClipLoss(schedule="constant", method="bin")),
+    "RankClipLoss-no_grad": values_alone(rankloss.RankClipLoss(schedule="constant")),
+    "RankClipLoss-products": lambda x: products_of(training(rankloss.RankClipLoss(schedule="constant"))(x)),
+    "rankclip-lambda-0": in_the_first_epoch,
+    "rankclip-distill": distilled,
+}
+if "same_id" in inspect.signature(rankloss.ClipLoss).parameters:  # not in every revision to compare with
+    CONTENDERS["ClipLoss-ids"] = sharing_ids
+if DEVICE.type == "cuda":
+    CONTENDERS["RankClipLoss-triton"] = training(rankloss.RankClipLoss(schedule="constant", kernel="triton"))
+OF_A_SHARE = ("ClipLoss", "RankClipLoss", "RankClipLoss-bin", "RankClipLoss-triton")
+
+
+def contenders(n: int, processes: int) -> list[str]:
+    names = CONTENDERS if processes == 1 else filter(CONTENDERS.__contains__, OF_A_SHARE)
+    return [name for name in names if name != "naive" or n <= NAIVE_UP_TO]
+
+
+def features(n: int, d: int, seed: int = 0) -> Features:
+    """Image and text features of unit norm, independent of each other, and CLIP's initial scale."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [F.normalize(torch.randn(n, d, generator=generator), dim=-1) for _ in range(2)]
+    v, t = (x.to(DEVICE).requires_grad_() for x in made)
+    return v, t, torch.tensor(SCALE, device=DEVICE, requires_grad=True)
+
+
+def first_of(processes: int, everyone: Features) -> Features:
+    """The features of the first process."""
+    *whole, s = everyone
+    v, t = (x.detach()[: len(x) // processes].clone().requires_grad_() for x in whole)
+    return v, t, s
+
+
+@pytest.mark.parametrize(
+    ("n", "processes", "contender"), [(*size, name) for size in SIZES for name in contenders(*size)]
+)
+def test_loss(
+    n: int, processes: int, contender: str, compare: Callable[..., None], size: Callable[[int], int]
+) -> None:
+    everyone = features(size(n), size(D))
+    own = everyone if processes == 1 else first_of(processes, everyone)
+    rounds = int(min(40, max(3, WORK * processes // n**2)))
+    group = f"losses: N = {n:,}" + f", one of {processes} processes" * (processes > 1)
+    gathered = mock.patch("open_clip.loss.gather_features", return_value=everyone[:2])
+    with one_of(processes, own[:2], everyone[:2]), gathered:
+        compare(group, contender, lambda name: CONTENDERS[name](own), rounds)

@@ -1,0 +1,39 @@
+"""The gradient of ``method="bin"`` beside that of the exact order: as close as docs/engine.md says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankloss import RankConsistency
+
+N, D = 1024, 512
+# Percent of the exact gradient's norm by kind of features, scale, and number of bins.
+AT_MOST = {
+    ("independent", 1 / 0.07): {640: 0.55, 2048: 0.27},
+    ("independent", 100.0): {640: 0.4, 2048: 0.17},
+    ("agreeing", 1 / 0.07): {640: 0.75, 2048: 0.35},
+    ("agreeing", 100.0): {640: 0.65, 2048: 0.32},
+}
+
+
+@pytest.mark.parametrize(("kind", "scale"), AT_MOST)
+def test_bins_come_as_close_as_the_page_says_and_closer_with_more_of_them(kind: str, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    v, t = (F.normalize(torch.randn(N, D, generator=generator), dim=-1) for _ in range(2))
+    if kind == "agreeing":  # texts at an angle of 45 degrees to their images
+        t = F.normalize(v + t, dim=-1)
+    inputs = v.requires_grad_(), t.requires_grad_()
+
+    def gradient(criterion: RankConsistency) -> Tensor:
+        return torch.cat(torch.autograd.grad(criterion(*inputs, scale), inputs))
+
+    exact = gradient(RankConsistency())
+    found = {
+        bins: 100 * float((gradient(RankConsistency(method="bin", bins=bins)) - exact).norm() / exact.norm())
+        for bins in AT_MOST[kind, scale]
+    }
+    assert all(0 < found[bins] <= limit for bins, limit in AT_MOST[kind, scale].items()), found
+    assert sorted(found.values(), reverse=True) == list(found.values())
