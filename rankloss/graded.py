@@ -1,8 +1,8 @@
 r"""The three models of a graded list, each with the number of its terms.
 
-A list has scores x and grades g, ``[n, K]`` in float64; a larger grade is better. Items of grade −∞ rank
-below all graded items and are not counted. Padding has the grade +∞. ``rest``, ``[n, M]``, has the scores of
-further items of grade −∞, or −∞ for an item outside the list.
+A list has scores x and grades g, ``[n, K]``, in float64 on devices that have it; a larger grade is better.
+Items of grade −∞ rank below all graded items and are not counted. Padding has the grade +∞. ``rest``,
+``[n, M]``, has the scores of further items of grade −∞, or −∞ for an item outside the list.
 
 Every model returns values and numbers of terms, both ``[n]``.
 """
@@ -15,8 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankloss import precision
+from rankloss.log_sums import log_cumsum_exp
+
 LARGEST_INTEGER = 2**53
 """The largest integer up to which all are distinct in float64."""
+
+LARGEST_INTEGERS = {torch.float64: "2⁵³", torch.float32: "2²⁴"}
+"""The same by dtype, as it is written in errors."""
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Float64, or float32 on a device without it."""
+    return torch.float64 if precision.has_float64(device) else torch.float32
+
+
+def is_rounded(grades: Tensor, dtype: torch.dtype) -> Tensor:
+    """True for integers beyond those that are all distinct in a floating-point dtype."""
+    if grades.is_floating_point():
+        return torch.zeros_like(grades, dtype=torch.bool)
+    largest = round(2 / torch.finfo(dtype).eps)
+    return (grades.long() > largest) | (grades.long() < -largest)
 
 
 def plackett_luce(
@@ -26,32 +45,38 @@ def plackett_luce(
 
     Terms are the graded items of rank ≤ ``top_k`` whose denominators include other items.
     """
+    x, grades = _with_rest(x, grades, rest)
     grades, order = grades.sort(-1)  # ascending, so that {q : g_q ≤ g_p} is a prefix; padding comes last
     is_item = grades < math.inf
     x = x.gather(-1, order).masked_fill(~is_item, -math.inf)
-    largest = x.detach().amax(-1, keepdim=True)
+    x = x - x.detach().amax(-1, keepdim=True)
     last_tied = torch.searchsorted(grades, grades, right=True) - 1
-    has_others, below = last_tied > 0, torch.zeros_like(largest)
-    if rest is not None:
-        log_sum = rest.logsumexp(-1, keepdim=True).to(x.dtype)
-        largest = torch.maximum(largest, log_sum.detach())
-        has_others, below = has_others | (log_sum > -math.inf), (log_sum - largest).exp()
-    denominators = ((x - largest).exp().cumsum(-1) + below).gather(-1, last_tied)
+    log_denominators = log_cumsum_exp(x).gather(-1, last_tied)
     counts = is_item & (grades > -math.inf)
     if top_k is not None:
         counts &= is_item.sum(-1, keepdim=True) - last_tied <= top_k  # tied items share the best rank
-    terms = torch.where(counts, denominators.log() + largest - x, 0.0)
-    return terms.sum(-1), (counts & has_others).sum(-1)
+    terms = torch.where(counts, log_denominators - x, 0.0)
+    return terms.sum(-1), (counts & (last_tied > 0)).sum(-1)
 
 
 def top_one(x: Tensor, grades: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]:
     """Cross-entropy from softmax(g) to softmax(x): one term."""
+    x, grades = _with_rest(x, grades, rest)
     is_item = grades < math.inf
     log_sum = x.masked_fill(~is_item, -math.inf).logsumexp(-1, keepdim=True)
-    if rest is not None:
-        log_sum = torch.logaddexp(log_sum, rest.logsumexp(-1, keepdim=True).to(x.dtype))
     p = grades.masked_fill(~is_item, -math.inf).softmax(-1).nan_to_num(0.0)  # NaN without graded items
     return (p * (log_sum - x)).sum(-1), is_item.any(-1).long()
+
+
+def _with_rest(x: Tensor, grades: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Lists with one more item, which has the score log Σ e^rest and the grade −∞; padding without a rest."""
+    if rest is None:
+        return x, grades
+    is_empty = rest.detach().amax(-1, keepdim=True) == -math.inf
+    # Without items the derivative of the logarithm is NaN.
+    log_sum = rest.masked_fill(is_empty, 0.0).logsumexp(-1, keepdim=True).to(x.dtype)
+    grade = torch.full_like(log_sum, -math.inf).masked_fill(is_empty, math.inf)
+    return torch.cat([x, log_sum], -1), torch.cat([grades, grade], -1)
 
 
 def pairwise(

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
-from batches import gradients, unit_rows
+from batches import assert_close, gradients, unit_rows
 from collectives import Collectives
-from devices import DEVICE
+from devices import DEVICE, without_float64
 from memory import LargestTensor, saved_bytes
 from process_pool import Pools
 from rankloss import ClipLoss, Gather, InputWarning, RankedLists, plackett_luce_nll
@@ -179,6 +179,36 @@ def test_pairs_may_be_weighed_by_the_difference_of_their_grades() -> None:
     assert found[0] != lists.owed(*lists.leaves(), model="pairwise")
 
 
+@models
+@pytest.mark.parametrize("scale", [356.0, 680.0, 5000.0])
+def test_lists_of_any_span_are_exact(options: dict[str, Any], scale: float) -> None:
+    """The candidates' scores are s, 0 and −s."""
+    lists = lists_of(0, 6, 3, 3, d=2, masked=False, scale=scale)
+    axis = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], dtype=F64)
+    grades = torch.tensor(list(itertools.permutations([0.0, 1.0, 2.0])), dtype=F64)
+    near = F.normalize(torch.tensor([[1.0, 1e-3 * k] for k in range(6)], dtype=F64), dim=-1)
+    lists = replace(lists, queries=near, items=axis, index=torch.arange(3).expand(6, 3), grades=grades)
+    found = lists.differentiated(lambda *inputs: lists.loss(RankedLists(**options), *inputs))
+    assert_close(found, lists.differentiated(lambda *inputs: lists.owed(*inputs, **options)), 1e-11)
+
+
+@models
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_no_derivative_is_nan(options: dict[str, Any]) -> None:
+    """With a list of one candidate, a list without items below it, and ungraded candidates."""
+    lists = lists_of(1, 3, 3, 3, masked=False)
+    mask = torch.tensor([[True, True, True], [True, True, True], [True, False, False]])
+    grades = torch.tensor([[2.0, 1.0, 0.0], [1.0, -math.inf, -math.inf], [1.0, 0.0, 0.0]], dtype=F64)
+    lists, by = replace(lists, grades=grades, mask=mask), []
+    for value_of in (lambda *x: lists.loss(RankedLists(**options), *x), lambda *x: lists.owed(*x, **options)):
+        inputs = lists.leaves()
+        with torch.autograd.detect_anomaly(check_nan=True):
+            first = torch.autograd.grad(value_of(*inputs), inputs, create_graph=True)
+            along = sum((g * torch.linspace(-1, 2, g.numel(), dtype=F64).view_as(g)).sum() for g in first)
+            by.append([*first, *torch.autograd.grad(along, inputs)])
+    assert_same(by[0], by[1], 1e-9)
+
+
 # --- beyond one chunk, and in other surroundings ------------------------------------------------------------
 
 
@@ -197,6 +227,26 @@ def test_memory_is_linear_in_the_candidates(options: dict[str, Any]) -> None:
     assert kept[2] - kept[1] == 2 * (kept[1] - kept[0])
     assert kept[2] < 64 * 64 * 8 + 8 * 64 * 3 * 8 * 5
     assert max(largest) <= max(64 * 3 * 5, 2 * 64 * 3)
+
+
+@models
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+def test_a_device_without_float64_computes_in_float32(options: dict[str, Any], scale: float) -> None:
+    lists = lists_of(2, 5, 6, 9, scale=scale, equal=2)
+    owed = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options))
+    single, inputs = replace(lists, grades=lists.grades.float()), lists.leaves(torch.float32)
+    with without_float64():
+        value = single.loss(RankedLists(**options), *inputs)
+        found = [value, *gradients(value, inputs, 1.3)]
+    assert_close(found, owed, 1e-4)
+
+
+def test_a_device_without_float64_refuses_integers_that_float32_rounds() -> None:
+    grades = torch.tensor([[2**24 + 1, 2**24]])
+    given = torch.eye(2)[:1], torch.eye(2)[None], grades
+    assert RankedLists()(*given).isfinite()
+    with without_float64(), pytest.raises(ValueError, match=r"grades must be at most 2²⁴, .*float32; row 0"):
+        RankedLists()(*given)
 
 
 # --- several processes --------------------------------------------------------------------------------------
@@ -342,6 +392,10 @@ MASK = torch.ones(3, 2, dtype=torch.bool)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "infinity": ({"grades": with_((1, 0), math.inf)}, r"grades must be numbers.*; row 1 has \[inf\]"),
     "large integers": ({"grades": torch.full((3, 2), 2**53 + 1)}, "grades must be at most 2⁵³.*; row 0 has"),
+    "the least integer": (
+        {"grades": torch.full((3, 2), -(2**63))},
+        "grades must be at most 2⁵³.*; row 0 has",
+    ),
     "words": ({"grades": [["a", "b"]]}, r"grades must be a torch\.Tensor; got list"),
     "booleans": ({"grades": MASK}, r"grades must be of .*; got torch\.bool"),
     "one list": ({"grades": torch.zeros(2)}, r"grades must have shape \[N, K\].*; got \(2,\)"),

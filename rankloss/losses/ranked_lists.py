@@ -48,7 +48,8 @@ class RankedLists(GatheringLoss):
     of several lists is one item if it is one row of ``[M, D]``, otherwise several. With K = 1 this is CLIP's
     cross-entropy of one direction; it is bit-equal in float64 if all scores are computed at once.
 
-    Scores are in float32 at least, sums over a list's own candidates in float64, also under autocast. With
+    Scores are in float32 at least, sums over a list's own candidates in float64, also under autocast; on a
+    device without float64, such as MPS, in float32, and integers as grades are at most 2²⁴ there. With
     negatives the N·M scores are computed for some queries at a time, and again in the backward pass
     (:func:`torch.utils.checkpoint.checkpoint`), unless all fit at once: memory is linear in M. Compiled, the
     loss is one call between two graphs.
@@ -177,11 +178,9 @@ class RankedLists(GatheringLoss):
 
         queries, items, logit_scale, grades, index, _, ids = given
         is_item = given.is_item
-        is_right = (~is_item | (grades < math.inf)).all()
-        is_mps = grades.device.type == "mps"  # MPS has no float64
-        grades = (
-            grades.detach().to(torch.float32 if is_mps else torch.float64).masked_fill(~is_item, math.inf)
-        )
+        sum_dtype = graded.sum_dtype(grades.device)
+        is_wrong = is_item & (~(grades < math.inf) | graded.is_rounded(grades, sum_dtype))
+        grades = grades.detach().to(sum_dtype).masked_fill(~is_item, math.inf)
         if index is None:
             items = items.flatten(0, 1)
             index = torch.arange(len(items), device=items.device).view(grades.shape)
@@ -212,7 +211,9 @@ class RankedLists(GatheringLoss):
         queries = queries.to(dtype) * scale
         with precision.full_precision(items.device):
             values, terms = self._values(queries, items, is_listed, equal, index, grades)
-        values = precision.nan_unless_finite(values, queries, items) * torch.where(is_right, 1.0, math.nan)
+        values = precision.nan_unless_finite(values, queries, items) * torch.where(
+            is_wrong.any(), math.nan, 1.0
+        )
         return self._reduced(values, terms).to(dtype)
 
     def _values(
@@ -292,9 +293,9 @@ class RankedLists(GatheringLoss):
         is_wrong = ~(grades.abs() < math.inf if self.pair_weight else grades < math.inf)
         needed = "finite for pair_weight='difference'" if self.pair_weight else "numbers or −infinity"
         _refuse("grades", grades, is_item & is_wrong, needed)
-        if not grades.is_floating_point():
-            is_wrong = grades.long().abs() > graded.LARGEST_INTEGER
-            _refuse("grades", grades, is_item & is_wrong, "at most 2⁵³, to stay distinct in float64")
+        dtype = graded.sum_dtype(grades.device)
+        needed = f"at most {graded.LARGEST_INTEGERS[dtype]}, to stay distinct in {dtype}"
+        _refuse("grades", grades, is_item & graded.is_rounded(grades, dtype), needed)
         if index is not None:
             is_wrong = (index < 0) | (index >= len(candidates))
             needed = f"at least 0 and less than {len(candidates)}"
