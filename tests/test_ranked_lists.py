@@ -45,7 +45,7 @@ class Lists:
         found: Tensor = loss(q, c, self.grades, s, **given)
         return found
 
-    def differentiated(self, value_of: Callable[..., Tensor], upstream: float = 1.3) -> list[Tensor]:
+    def differentiated(self, value_of: Callable[..., Tensor], upstream: Tensor | float = 1.3) -> list[Tensor]:
         """A value of queries, items and scale, and its gradients."""
         inputs = self.leaves()
         value = value_of(*inputs)
@@ -141,6 +141,16 @@ def test_of_a_whole_list_it_is_the_public_likelihood(seed: int, order: list[int]
     grades = torch.tensor(order) // 2
     found = RankedLists(reduction="none", top_k=3)(q, c[lists.index], grades.expand(4, 5), s)
     assert_same([found], [plackett_luce_nll(scores, grades.expand(4, 5), top_k=3)])
+
+
+@models
+def test_options_act_when_they_are_set_later(options: dict[str, Any]) -> None:
+    lists, later = lists_of(4, 5, 4, 9), RankedLists(model="pairwise", pair_weight="difference")
+    defaults = {"model": "plackett_luce", "top_k": None, "pair_weight": None, "in_batch_negatives": False}
+    for name, default in defaults.items():
+        setattr(later, name, options.get(name, default))
+    value_of = lambda loss: lists.differentiated(lambda *inputs: lists.loss(loss, *inputs))  # noqa: E731
+    assert_same(value_of(later), value_of(RankedLists(**options)), 0.0)
 
 
 @models
@@ -277,8 +287,13 @@ def of_this_rank(rank: int, world_size: int) -> dict[Any, list[Tensor]]:
     found = {}
     for case, flags in itertools.product(range(len(SHARDED)), [*FLAGS, None]):
         gather = None if flags is None else Gather(local_loss=flags[0], gather_with_grad=flags[1])
-        loss = RankedLists(**SHARDED[case], gather=gather)
+        options = SHARDED[case]
+        loss = RankedLists(**options, gather=gather)
         found[case, flags] = own.differentiated(lambda q, c, s: own.loss(loss, q[rows], c[places], s))  # noqa: B023
+        if options["reduction"] == "sum":
+            loss.reduction, upstream = "none", torch.linspace(-1.7, 0.6, len(lists.grades), dtype=F64)[rows]
+            value = lambda q, c, s: own.loss(loss, q[rows], c[places], s)  # noqa: B023, E731
+            found[case, flags, "none"] = own.differentiated(value, upstream)
     bad = own.leaves()
     if rank == world_size - 1:
         bad[0].data[rows.start, 0] = math.nan
@@ -307,6 +322,22 @@ def test_values_and_gradients_of_several_processes_are_those_of_one(table: list[
             assert_same(averaged[1:3], [x / world_size for x in by[:2]])
         else:
             assert_same(averaged[1:2], by[:1])  # the candidates lack the other processes' lists
+
+
+@pytest.mark.parametrize(
+    "case", [k for k, options in enumerate(SHARDED) if options["reduction"] == "sum"], ids=str
+)
+def test_values_per_query_are_those_of_the_processs_own_queries(table: list[Any], case: int) -> None:
+    options = {**SHARDED[case], "reduction": "none"}
+    lists = whole(len(table))
+    upstream = torch.linspace(-1.7, 0.6, len(lists.grades), dtype=F64)
+    value, *by = lists.differentiated(lambda *inputs: lists.owed(*inputs, **options), upstream)
+    for flags in [*FLAGS, None]:
+        values, *gradients_of = zip(*(of[case, flags, "none"] for of in table), strict=True)
+        assert_same([torch.cat(values)], [value])
+        assert_same([sum(gradients_of[0]), sum(gradients_of[2])], [by[0], by[2]])
+        if flags in (None, (True, True), (False, True)) or not options.get("in_batch_negatives"):
+            assert_same([sum(gradients_of[1])], [by[1]])
 
 
 def test_nan_of_one_process_is_seen_by_all(table: list[Any]) -> None:
@@ -465,6 +496,12 @@ def test_weights_by_difference_need_finite_grades() -> None:
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         RankedLists(**options)
+    if "gather" not in options:
+        loss = RankedLists()
+        for name, value in options.items():
+            setattr(loss, name, value)
+        with pytest.raises(ValueError, match=next(iter(options))):
+            call(loss)
 
 
 def test_suspicious_features_are_warned_of_once_and_padding_is_not() -> None:

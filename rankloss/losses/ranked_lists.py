@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -110,28 +109,29 @@ class RankedLists(GatheringLoss):
         chunk_size: int | None = None,
         gather: GatherOption = None,
     ) -> None:
-        check_choice("model", model, get_args(ListModel))
-        check_choice("pair_weight", pair_weight, (None, *get_args(PairWeight)))
-        check_choice("in_batch_negatives", in_batch_negatives, (True, False))
-        check_choice("reduction", reduction, get_args(Reduction))
-        if top_k is not None and model != "plackett_luce":
-            raise ValueError(f"top_k={top_k!r} only applies to model='plackett_luce'; got model={model!r}")
-        if pair_weight is not None and (model != "pairwise" or in_batch_negatives):
-            raise ValueError(
-                f"pair_weight={pair_weight!r} needs model='pairwise' without in_batch_negatives; "
-                f"got model={model!r}, in_batch_negatives={in_batch_negatives!r}"
-            )
         super().__init__(gather)
-        self.model, self.pair_weight, self.reduction = model, pair_weight, reduction
-        self.in_batch_negatives = in_batch_negatives
-        self.top_k = None if top_k is None else check_count("top_k", top_k)
-        self.chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
-        models: dict[str, Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]] = {
-            "plackett_luce": functools.partial(graded.plackett_luce, top_k=self.top_k),
-            "top_one": graded.top_one,
-            "pairwise": functools.partial(graded.pairwise, by_difference=pair_weight is not None),
-        }
-        self._model = models[model]
+        self.model, self.top_k, self.pair_weight = model, top_k, pair_weight
+        self.in_batch_negatives, self.reduction, self.chunk_size = in_batch_negatives, reduction, chunk_size
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Raise a ValueError for a wrong option; options are attributes and may change between calls."""
+        check_choice("model", self.model, get_args(ListModel))
+        check_choice("pair_weight", self.pair_weight, (None, *get_args(PairWeight)))
+        check_choice("in_batch_negatives", self.in_batch_negatives, (True, False))
+        check_choice("reduction", self.reduction, get_args(Reduction))
+        for name in ("top_k", "chunk_size"):
+            if (count := getattr(self, name)) is not None:
+                check_count(name, count)
+        if self.top_k is not None and self.model != "plackett_luce":
+            raise ValueError(
+                f"top_k={self.top_k!r} only applies to model='plackett_luce'; got model={self.model!r}"
+            )
+        if self.pair_weight is not None and (self.model != "pairwise" or self.in_batch_negatives):
+            raise ValueError(
+                f"pair_weight={self.pair_weight!r} needs model='pairwise' without in_batch_negatives; "
+                f"got model={self.model!r}, in_batch_negatives={self.in_batch_negatives!r}"
+            )
 
     def extra_repr(self) -> str:
         """The model, and the option of negatives."""
@@ -162,6 +162,7 @@ class RankedLists(GatheringLoss):
             mask: ``[N, K]``, bool; False is padding.
             output_dict: return a dict.
         """
+        self._check_options()
         given = _Given(
             query_features, candidate_features, logit_scale, grades, candidate_index, mask, candidate_ids
         )
@@ -188,12 +189,12 @@ class RankedLists(GatheringLoss):
         index = index.long().where(is_item, index.gather(1, is_item.byte().argmax(-1, keepdim=True)))
         is_listed = torch.zeros(len(items), dtype=torch.uint8, device=items.device)
         is_listed = is_listed.index_fill(0, index.flatten(), 1)
-        gather = self.gather
-        if self.in_batch_negatives or not gather.anchors_are_local:
+        gather, has_own_lists = self.gather, self._has_own_lists
+        if self.in_batch_negatives or not has_own_lists:
             index = index + gather.place[0] * len(items)
             items, is_listed = gather.items(items, are_anchors=False), gather.items(is_listed)
             ids = None if ids is None else gather.items(ids.flatten())
-        if not gather.anchors_are_local:
+        if not has_own_lists:
             queries, index, grades = gather.items(queries), gather.items(index), gather.items(grades)
 
         dtype = precision.arithmetic_dtype(queries, items)
@@ -260,9 +261,21 @@ class RankedLists(GatheringLoss):
             values = -rest.scatter(1, index, x).log_softmax(-1).gather(1, index).squeeze(-1)
             terms = torch.ones_like(index[:, 0])
         else:
-            values, terms = self._model(x.to(grades.dtype), grades, rest)
+            values, terms = self._of_lists(x.to(grades.dtype), grades, rest)
         counts = graded.is_ranked(grades, has_rest)
         return values.to(grades.dtype).where(counts, 0.0), terms.where(counts, 0)
+
+    def _of_lists(self, x: Tensor, grades: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.model == "plackett_luce":
+            return graded.plackett_luce(x, grades, rest, top_k=self.top_k)
+        if self.model == "top_one":
+            return graded.top_one(x, grades, rest)
+        return graded.pairwise(x, grades, rest, by_difference=self.pair_weight is not None)
+
+    @property
+    def _has_own_lists(self) -> bool:
+        """True if this process computes its own lists only: values per query are those of its queries."""
+        return self.gather.anchors_are_local or self.reduction == "none"
 
     def _reduced(self, values: Tensor, terms: Tensor) -> Tensor:
         """The reduction over all processes; DDP averages their shares."""
