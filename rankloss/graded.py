@@ -10,6 +10,8 @@ Every model returns values and numbers of terms, both ``[n]``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,8 @@ LARGEST_INTEGER = 2**53
 
 LARGEST_INTEGERS = {torch.float64: "2⁵³", torch.float32: "2²⁴"}
 """The same by dtype, as it is written in errors."""
+
+_PAIRS_AT_ONCE = {"cpu": 2**17, "accelerator": 2**24}
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -85,16 +89,63 @@ def pairwise(
     """Σ −log σ(x_p − x_q) over the pairs with g_p > g_q, times g_p − g_q if ``by_difference``."""
     better, worse = grades[:, :, None], grades[:, None, :]
     is_pair = (worse < better) & (better < math.inf)
-    terms = -F.logsigmoid(x[:, :, None] - x[:, None, :])
+    terms = _softplus(x[:, None, :] - x[:, :, None])
     if by_difference:
         terms = terms * (better - worse).where(is_pair, 0.0)
     values, pairs = torch.where(is_pair, terms, 0.0).sum((-1, -2)), is_pair.sum((-1, -2))
     if rest is not None:
         is_graded = grades.abs() < math.inf
-        of_rest = -F.logsigmoid(x.to(rest.dtype)[:, :, None] - rest[:, None, :]).sum(-1)
+        of_rest: Tensor = _SoftplusSums.apply(x.to(rest.dtype), rest)  # type: ignore[no-untyped-call]
         values = values + torch.where(is_graded, of_rest, 0.0).sum(-1)
         pairs = pairs + is_graded.sum(-1) * (rest > -math.inf).sum(-1)
     return values, pairs
+
+
+def _softplus(z: Tensor) -> Tensor:
+    """``log(1 + e^z)``, which is −log σ(−z)."""
+    return F.softplus(z, threshold=40.0)  # beyond it z itself, to the last bit of float64
+
+
+class _SoftplusSums(torch.autograd.Function):
+    """``Σ_q log(1 + e^{y_q − x_p})`` for x ``[n, P]`` and y ``[n, Q]``: ``[n, P]``.
+
+    A block of pairs is computed at a time, which stays in a processor's cache. The derivative of the gradient
+    holds all pairs at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        sums = torch.empty_like(x)
+        for rows, columns in _blocks(x, y):
+            sums[rows, columns] = _softplus(y[rows, None] - x[rows, columns, None]).sum(-1)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        (g,) = upstream
+        if torch.is_grad_enabled():
+            slopes = (y[:, None] - x[:, :, None]).sigmoid()
+            return -g * slopes.sum(-1), (g[:, :, None] * slopes).sum(1)
+        by_x, by_y = torch.empty_like(x), torch.zeros_like(y)
+        with precision.full_precision(x.device):
+            for rows, columns in _blocks(x, y):
+                slopes = (y[rows, None] - x[rows, columns, None]).sigmoid_()
+                by_x[rows, columns] = -g[rows, columns] * slopes.sum(-1)
+                by_y[rows] += (g[rows, None, columns] @ slopes).squeeze(1)
+        return by_x, by_y
+
+
+def _blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows of lists and columns of x whose pairs with all y are of a block's size."""
+    size = _PAIRS_AT_ONCE["cpu" if x.is_cpu else "accelerator"]
+    (n, width), pairs = x.shape, max(1, y.shape[1])
+    columns = min(width, max(1, size // pairs))
+    rows = max(1, size // (columns * pairs))
+    for i in range(0, n, rows):
+        for k in range(0, width, columns):
+            yield slice(i, i + rows), slice(k, k + columns)
 
 
 def is_ranked(grades: Tensor, has_rest: Tensor | None) -> Tensor:

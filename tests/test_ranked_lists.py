@@ -20,7 +20,7 @@ from collectives import Collectives
 from devices import DEVICE, without_float64
 from memory import LargestTensor, saved_bytes
 from process_pool import Pools
-from rankloss import ClipLoss, Gather, InputWarning, RankedLists, plackett_luce_nll
+from rankloss import ClipLoss, Gather, InputWarning, RankedLists, graded, plackett_luce_nll
 
 F64 = torch.float64
 
@@ -257,6 +257,22 @@ def test_a_device_without_float64_refuses_integers_that_float32_rounds() -> None
     assert RankedLists()(*given).isfinite()
     with without_float64(), pytest.raises(ValueError, match=r"grades must be at most 2²⁴, .*float32; row 0"):
         RankedLists()(*given)
+
+
+def test_pairs_with_negatives_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor holds all pairs, and no more is kept for the backward pass than with Plackett–Luce."""
+    lists = lists_of(0, 8, 16, 512, masked=False)
+    loss = RankedLists(model="pairwise", in_batch_negatives=True)
+    owed = lists.differentiated(lambda *inputs: lists.loss(loss, *inputs))
+    monkeypatch.setattr(graded, "_PAIRS_AT_ONCE", {"cpu": 3 * 128})
+    with LargestTensor() as tensors:
+        assert_same(lists.differentiated(lambda *inputs: lists.loss(loss, *inputs)), owed, 1e-12)
+    negatives = len(lists.index.unique())
+    assert tensors.elements < 16 * negatives * 8 / 2
+    loss.model, inputs = "plackett_luce", lists.leaves()
+    kept = saved_bytes(lambda: lists.loss(loss, *inputs))
+    loss.model = "pairwise"
+    assert saved_bytes(lambda: lists.loss(loss, *inputs)) <= kept + 8 * (4 * 16 * 16 + 2 * 512) * 8
 
 
 # --- several processes --------------------------------------------------------------------------------------

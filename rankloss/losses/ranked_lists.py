@@ -227,9 +227,10 @@ class RankedLists(GatheringLoss):
         grades: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Values and numbers of terms of all lists; both are 0 for a list that does not count."""
-        scores = len(items) if self.in_batch_negatives else index.shape[1]
+        width = index.shape[1]
+        scores = len(items) if self.in_batch_negatives else width
         if self.model == "pairwise":
-            scores *= index.shape[1]
+            scores += width**2
         rows = self.chunk_size or max(1, _SCORES_AT_ONCE // scores)
         chunks = list(zip(queries.split(rows), index.split(rows), grades.split(rows), strict=True))
         of_chunk = functools.partial(self._of_chunk, items, is_listed, equal)
