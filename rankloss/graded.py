@@ -1,4 +1,4 @@
-r"""The three models of a graded list, each with the number of its terms.
+r"""The models of a graded list, each with the number of its terms.
 
 A list has scores x and grades g, ``[n, K]``, in float64 on devices that have it; a larger grade is better.
 Items of grade −∞ rank below all graded items and are not counted. Padding has the grade +∞. ``rest``,
@@ -101,6 +101,45 @@ def pairwise(
     return values, pairs
 
 
+def lambda_loss(
+    x: Tensor, grades: Tensor, ranked_by: Tensor, *, gain: str = "linear", mu: float = 10.0
+) -> tuple[Tensor, Tensor]:
+    """Σ −w_pq·log σ(x_p − x_q) over the pairs with g_p > g_q, with NDCG-Loss2++'s weights: one term.
+
+    ``ranked_by`` has the scores x, equal for equal items. Items of equal scores share their mean rank, and
+    their distance in ranks is 1.
+    """
+    is_item = grades < math.inf
+    gains = _normalized_gains(grades.masked_fill(~is_item, 0.0), gain)
+    scores = ranked_by.detach().masked_fill(~is_item, -math.inf)
+    better, worse = scores[:, :, None], scores[:, None, :]
+    ranks = 0.5 + (worse > better).sum(-1) + (worse == better).sum(-1) / 2
+    ranks = ranks.to(x.dtype)
+    discounts = _discount(ranks)
+    distances = (ranks[:, :, None] - ranks[:, None, :]).abs().clamp_min(1.0)
+    changes = (discounts[:, :, None] - discounts[:, None, :]).abs()
+    changes = changes + mu * (_discount(distances) - _discount(distances + 1))
+    weights = (gains[:, :, None] - gains[:, None, :]).clamp_min(0.0) * changes
+    is_pair = (is_item[:, :, None] & is_item[:, None, :]) & (weights > 0)
+    terms = weights * _softplus(x[:, None, :] - x[:, :, None])
+    return torch.where(is_pair, terms, 0.0).sum((-1, -2)), is_item.any(-1).long()
+
+
+def _normalized_gains(grades: Tensor, gain: str) -> Tensor:
+    """Gains over the ideal DCG, the largest that an order of the list reaches; 0 if it has no gain."""
+    gains = grades
+    if gain == "exponential":  # 2^g − 1, divided by the largest power so that none is infinite
+        gains = -torch.expm1(-math.log(2) * grades) * (grades - grades.amax(-1, keepdim=True)).exp2()
+    ordered = gains.sort(-1, descending=True).values
+    places = torch.arange(1, grades.shape[-1] + 1, dtype=grades.dtype, device=grades.device)
+    ideal = (ordered * _discount(places)).sum(-1, keepdim=True)
+    return gains / ideal.clamp_min(torch.finfo(ideal.dtype).tiny)
+
+
+def _discount(rank: Tensor) -> Tensor:
+    return 1 / (1 + rank).log2()
+
+
 def _softplus(z: Tensor) -> Tensor:
     """``log(1 + e^z)``, which is −log σ(−z)."""
     return F.softplus(z, threshold=40.0)  # beyond it z itself, to the last bit of float64
@@ -159,6 +198,12 @@ def first_of_id(ids: Tensor) -> Tensor:
     """Index of the first item with the id of item i, for every i: ``[M]``."""
     ordered, order = ids.sort(stable=True)
     return order[torch.searchsorted(ordered, ids)]
+
+
+def equal_scores(x: Tensor, items: Tensor) -> Tensor:
+    """The scores of lists ``[n, K]``, for equal items that of the first: products may round them apart."""
+    first = (items[:, :, None] == items[:, None, :]).byte().argmax(-1)
+    return x.gather(1, first)
 
 
 def others(own: Tensor, first_equal: Tensor | None, is_listed: Tensor) -> Tensor:

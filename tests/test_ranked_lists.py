@@ -20,7 +20,7 @@ from collectives import Collectives
 from devices import DEVICE, without_float64
 from memory import LargestTensor, saved_bytes
 from process_pool import Pools
-from rankloss import ClipLoss, Gather, InputWarning, RankedLists, graded, plackett_luce_nll
+from rankloss import ClipLoss, Gather, InputWarning, RankedLists, graded, plackett_luce_nll, reference
 
 F64 = torch.float64
 
@@ -42,7 +42,7 @@ class Lists:
 
     def loss(self, loss: RankedLists, q: Tensor, c: Tensor, s: Tensor, **more: Any) -> Tensor:
         given = {"candidate_index": self.index, "mask": self.mask, **more}
-        found: Tensor = loss(q, c, self.grades, s, **given)
+        found: Tensor = loss(q, c, fitting(self.grades, loss.model), s, **given)
         return found
 
     def differentiated(self, value_of: Callable[..., Tensor], upstream: Tensor | float = 1.3) -> list[Tensor]:
@@ -52,8 +52,14 @@ class Lists:
         return [value, *gradients(value, inputs, upstream)]
 
     def owed(self, q: Tensor, c: Tensor, s: Tensor, **options: Any) -> Tensor:
-        found: Tensor = oracle.ranked_lists(q, c, self.index, self.grades, s, self.mask, **options)
+        grades = fitting(self.grades, options.get("model"))
+        found: Tensor = oracle.ranked_lists(q, c, self.index, grades, s, self.mask, **options)
         return found
+
+
+def fitting(grades: Tensor, model: str | None) -> Tensor:
+    """Grades that the model takes: the lowest is 0 and not −∞ for ``"lambda"``."""
+    return grades.clamp_min(0.0) if model == "lambda" else grades
 
 
 def lists_of(
@@ -90,6 +96,8 @@ MODELS: list[dict[str, Any]] = [
     {"top_k": 2},
     {"model": "top_one"},
     {"model": "pairwise"},
+    {"model": "lambda"},
+    {"model": "lambda", "gain": "exponential"},
     {"in_batch_negatives": True},
     {"in_batch_negatives": True, "top_k": 1},
     {"in_batch_negatives": True, "model": "top_one"},
@@ -146,9 +154,9 @@ def test_of_a_whole_list_it_is_the_public_likelihood(seed: int, order: list[int]
 @models
 def test_options_act_when_they_are_set_later(options: dict[str, Any]) -> None:
     lists, later = lists_of(4, 5, 4, 9), RankedLists(model="pairwise", pair_weight="difference")
-    defaults = {"model": "plackett_luce", "top_k": None, "pair_weight": None, "in_batch_negatives": False}
-    for name, default in defaults.items():
-        setattr(later, name, options.get(name, default))
+    defaults = {"model": "plackett_luce", "pair_weight": None, **options}
+    for name, value in defaults.items():
+        setattr(later, name, value)
     value_of = lambda loss: lists.differentiated(lambda *inputs: lists.loss(loss, *inputs))  # noqa: E731
     assert_same(value_of(later), value_of(RankedLists(**options)), 0.0)
 
@@ -166,10 +174,12 @@ def test_order_and_padding_change_nothing(options: dict[str, Any], lists: Lists,
     )
 
     def by_index(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        return loss(q, F.pad(c, (0, 0, 0, 1), value=math.nan), grades, s, candidate_index=index, mask=mask)
+        pool = F.pad(c, (0, 0, 0, 1), value=math.nan)
+        return loss(q, pool, fitting(grades, loss.model), s, candidate_index=index, mask=mask)
 
     def one_by_one(q: Tensor, c: Tensor, s: Tensor) -> Tensor:
-        return loss(q, F.pad(c, (0, 0, 0, 1), value=math.nan)[index], grades, s, mask=mask)
+        pool = F.pad(c, (0, 0, 0, 1), value=math.nan)
+        return loss(q, pool[index], fitting(grades, loss.model), s, mask=mask)
 
     def of_own_rows(q: Tensor, c: Tensor, s: Tensor) -> Tensor:  # a candidate of several lists is several
         own = torch.arange(n * k).view(n, k)
@@ -217,6 +227,71 @@ def test_no_derivative_is_nan(options: dict[str, Any]) -> None:
             along = sum((g * torch.linspace(-1, 2, g.numel(), dtype=F64).view_as(g)).sum() for g in first)
             by.append([*first, *torch.autograd.grad(along, inputs)])
     assert_same(by[0], by[1], 1e-9)
+
+
+# --- NDCG-Loss2++ -------------------------------------------------------------------------------------------
+
+
+def by_ranks(x: Tensor, grades: Tensor, gain: str) -> Tensor:
+    """One list's value as allRank defines it: everything in the order of the scores, without ties."""
+    order = x.argsort(descending=True)
+    x, g = x[order], grades[order]
+    places = torch.arange(1, len(x) + 1, dtype=F64)
+    discounts = torch.log2(1 + places)
+    gains = {"linear": lambda y: y, "exponential": lambda y: 2**y - 1}[gain]
+    ideal = (gains(g.sort(descending=True).values) / discounts).sum()
+    distances = (places[:, None] - places[None, :]).abs()
+    deltas = (1 / torch.log2(1 + distances) - 1 / torch.log2(2 + distances)).abs().fill_diagonal_(0)
+    swaps = (1 / discounts[:, None] - 1 / discounts[None, :]).abs()
+    change = (gains(g)[:, None] - gains(g)[None, :]).abs() / ideal
+    weights = (10 * deltas + swaps) * change
+    is_pair = g[:, None] > g[None, :]
+    return -(weights * F.logsigmoid(x[:, None] - x[None, :]))[is_pair].sum()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 9), st.sampled_from(["linear", "exponential"]))
+def test_lambda_is_allranks_definition_and_the_references(seed: int, k: int, gain: Any) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = 3 * torch.randn(4, k, dtype=F64, generator=generator)
+    grades = torch.randint(0, 5, (4, k), generator=generator).double()
+    grades[:, 0] = 5.0
+    found = []
+    for value_of in (
+        lambda x: graded.lambda_loss(x, grades, x, gain=gain)[0],
+        lambda x: torch.stack([by_ranks(a, b, gain) for a, b in zip(x, grades, strict=True)]),
+    ):
+        leaf = x.clone().requires_grad_()
+        value = value_of(leaf)
+        found.append([value, *gradients(value, (leaf,), torch.linspace(-1, 2, 4, dtype=F64))])
+    assert_close(found[0], found[1], 1e-12)
+    of_reference = [reference.lambda_loss(a, b, gain=gain) for a, b in zip(x, grades, strict=True)]
+    assert_close([found[0][0]], [of_reference], 1e-12)
+
+
+def test_scores_that_tie_share_a_rank_wherever_they_stand() -> None:
+    x, grades = (
+        torch.tensor([[1.0, 1.0, 0.0, 1.0]], dtype=F64),
+        torch.tensor([[2.0, 0.0, 1.0, 1.0]], dtype=F64),
+    )
+    owed = reference.lambda_loss(x[0], grades[0])
+    for order in itertools.permutations(range(4)):
+        value, terms = graded.lambda_loss(x[:, order], grades[:, order], x[:, order])
+        assert value.item() == pytest.approx(owed, rel=1e-14)
+        assert terms.tolist() == [1]
+
+
+def test_exponential_gains_of_any_grade_are_finite() -> None:
+    x = torch.tensor([[0.0, 1.0, 2.0]], dtype=F64)
+    grades = torch.tensor([[2.0**53, 0.0, 2000.0]], dtype=F64)
+    value, _ = graded.lambda_loss(x, grades, x, gain="exponential")
+    swapped, _ = graded.lambda_loss(x, (grades > 2000).double(), x, gain="exponential")
+    assert value.item() == pytest.approx(
+        swapped.item(), rel=1e-14
+    )  # all but the largest gain vanish beside it
+
+
+def test_lists_without_a_gain_count_nothing() -> None:
+    assert call(RankedLists(model="lambda"), grades=torch.zeros(3, 2)) == 0
 
 
 # --- beyond one chunk, and in other surroundings ------------------------------------------------------------
@@ -489,6 +564,14 @@ def test_a_query_may_not_be_its_own_negative() -> None:
     assert call(query_features=twice).isfinite()
 
 
+@pytest.mark.parametrize("grade", [-1.0, -math.inf, math.inf, math.nan, 2.0**54])
+def test_lambda_needs_grades_that_have_a_gain(grade: float) -> None:
+    with pytest.raises(
+        ValueError, match=r"grades must be numbers from 0 to 2⁵³ for model='lambda'; row 1 has \["
+    ):
+        call(RankedLists(model="lambda"), grades=with_((1, 1), grade))
+
+
 def test_weights_by_difference_need_finite_grades() -> None:
     weighted = RankedLists(model="pairwise", pair_weight="difference")
     with pytest.raises(ValueError, match=r"grades must be finite.*; row 1 has \[-inf\]"):
@@ -502,6 +585,11 @@ def test_weights_by_difference_need_finite_grades() -> None:
         {"top_k": 0},
         {"pair_weight": "difference"},
         {"pair_weight": "difference", "model": "pairwise", "in_batch_negatives": True},
+        {"gain": "exponential"},
+        {"gain": "log", "model": "lambda"},
+        {"top_k": 2, "model": "lambda"},
+        {"pair_weight": "difference", "model": "lambda"},
+        {"model": "lambda", "in_batch_negatives": True},
         {"in_batch_negatives": 1},
         {"reduction": "batchmean"},
         {"chunk_size": 0},
